@@ -1,0 +1,87 @@
+"""`vqpipe`: the stages, in the order in which their artifacts flow.
+
+Each command is a plain typed function in a file of its own, which imports what is heavy in its body, so that
+`vqpipe --help` needs neither torch nor a second. This file maps what they raise to exit codes:
+0 done, 1 an error we explain, 2 wrong usage, 130 interrupted, 143 after SIGTERM.
+"""
+
+import os
+import signal
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from stages import console
+from stages.compare import compare
+from stages.demo import demo
+from stages.detokenize import detokenize
+from stages.evaluate import evaluate
+from stages.extract_features import extract_features
+from stages.inspect_artifact import inspect
+from stages.kmeans import kmeans
+from stages.list_presets import presets
+from stages.prepare_data import prepare_data
+from stages.reconstruct import reconstruct
+from stages.tokenize_images import tokenize
+from stages.train import train
+from vqpipe.errors import VqpipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(metadata.version("vqpipe"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False) -> None:
+    """Image tokenizers with very large codebooks: images in, discrete tokens out, and back.
+
+    Every command reads finished directories and publishes one. Run a command again to resume it.
+    """
+
+
+app.command("demo")(demo)
+app.command("prepare-data")(prepare_data)
+app.command("extract-features")(extract_features)
+app.command("kmeans")(kmeans)
+app.command("train")(train)
+app.command("tokenize")(tokenize)
+app.command("detokenize")(detokenize)
+app.command("eval")(evaluate)
+app.command("reconstruct")(reconstruct)
+app.command("compare")(compare)
+app.command("inspect")(inspect)
+app.command("presets")(presets)
+
+
+def main() -> None:
+    """The console script."""
+    for number in console.SIGNALS:
+        signal.signal(number, console.interrupt)
+    try:
+        app()
+    except VqpipeError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: nothing more to say
+        sys.exit(1)
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and the free space.")
+    except console.Interrupted as signalled:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(signalled.code)
+
+
+def fail(message: str) -> None:
+    rank = os.environ.get("RANK")
+    print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,217 @@
+"""What the commands share with people: option types, progress, one line at the end, and the session they run in.
+
+Results go to stdout, everything else to stderr; ranks above 0 keep silent.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import torch
+
+    from vqpipe.artifacts import Artifact
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PLAIN_SECONDS = 10.0
+"""Off a terminal, progress is a plain line at most this often."""
+
+Out = Annotated[Path, typer.Option("--out", help="The artifact to publish; never overwritten.", metavar="DIR")]
+Device = Annotated[str, typer.Option("--device", help="Where tensors live.", metavar="auto|cpu|cuda")]
+Seed = Annotated[int, typer.Option("--seed", help="Every random choice is a function of it.", metavar="N")]
+Preset = Annotated[str | None, typer.Option("--preset", help="See `vqpipe presets`.", metavar="NAME|FILE.toml")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one setting of the preset; may be repeated.", metavar="section.key=value"),
+]
+Images = Annotated[
+    list[str],
+    typer.Option(
+        "--images",
+        help="A dataset artifact, a folder, WebDataset tars (path, glob, {000..099}, URL), builtin:photos; repeatable.",
+        metavar="WHERE",
+    ),
+]
+TokenizerPath = Annotated[Path, typer.Option("--tokenizer", help="A tokenizer artifact.", metavar="DIR")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images at a time.", metavar="IMAGES", min=1)]
+Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N.", metavar="N", min=1)]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)
+]
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr, from rank 0 only."""
+    if is_main():
+        stderr().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show(renderable: Any) -> None:
+    """A rich table or tree, on stderr, from rank 0 only."""
+    if is_main():
+        stderr().print(renderable)
+
+
+def finished(artifact: "Artifact", again: bool = False) -> None:
+    """The last line of a stage: what was published, and its path alone on stdout."""
+    if not is_main():
+        return
+    facts = ", ".join(
+        f"{key} {format_fact(value)}" for key, value in artifact.facts.items() if isinstance(value, int | float | str)
+    )
+    say(f"{'already published' if again else 'published'}: {artifact.kind}" + (f" ({facts})" if facts else ""))
+    print(artifact.path)
+
+
+def format_fact(value: float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+class Bar:
+    """One running count. `note` is a short text beside it, such as a loss."""
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.text = ""
+        self.began = self.told = time.monotonic()
+        self.progress: Progress | None = None
+        self.task: Any = None
+
+    def advance(self, count: int = 1) -> None:
+        """`count` more are done."""
+        self.done += count
+        if self.progress is not None:
+            self.progress.update(self.task, completed=self.done, note=self.text)
+        elif is_main() and time.monotonic() - self.told >= PLAIN_SECONDS:
+            self.told = time.monotonic()
+            say(self.line())
+
+    def resume(self, count: int) -> None:
+        """`count` were done by an earlier run: shown, and left out of the rate."""
+        self.done = count
+        if self.progress is not None:
+            self.progress.reset(self.task, total=self.total, completed=count, note=self.text)
+
+    def note(self, text: str) -> None:
+        """Set the text beside the count."""
+        self.text = text
+
+    def line(self) -> str:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        rate = self.done / seconds
+        of = f"/{self.total:,}" if self.total else ""
+        left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
+        note = f"  {self.text}" if self.text else ""
+        return f"{self.title}: {self.done:,}{of} {self.unit}, {rate:.3g}/s{left}{note}"
+
+
+class RateColumn(ProgressColumn):
+    """Things per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g} {task.fields['unit']}/s" if task.speed else "")
+
+
+@contextmanager
+def progress(title: str, total: int | None, unit: str = "images") -> Iterator[Bar]:
+    """A bar with rate and time left on a terminal, plain lines elsewhere, silence on ranks above 0."""
+    bar = Bar(title, total, unit)
+    if not (is_main() and stderr().is_terminal):
+        yield bar
+        if is_main() and bar.done:
+            say(
+                f"{title}: {bar.done:,} {unit} in {clock(time.monotonic() - bar.began)}"
+                + (f"  {bar.text}" if bar.text else "")
+            )
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}" + (f"/{total:,}" if total else "")),
+        RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=stderr()) as bar.progress:
+        bar.task = bar.progress.add_task(title, total=total, unit=unit, note="")
+        yield bar
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop; `code` is the exit code that says so (128 + its number)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """The signal handler of every command: leave through the finally blocks, so that no torn file stays behind."""
+    raise Interrupted(number)
+
+
+@contextmanager
+def stop_at_step_end() -> Iterator[Callable[[], None]]:
+    """Inside, the first signal only asks; the yielded function, called between steps, raises Interrupted then.
+
+    A second signal interrupts at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise Interrupted(number)
+        asked.append(number)
+        say(f"{signal.Signals(number).name}: saving after this step")
+
+    def check() -> None:
+        if asked:
+            raise Interrupted(asked[0])
+
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def session(device: str, seed: int) -> Iterator["torch.device"]:
+    """What every stage runs in: this rank's device, seeds, and torchrun's process group where there is one."""
+    import torch
+
+    from vqpipe import distributed
+
+    chosen = distributed.pick_device(device)
+    torch.manual_seed(seed)
+    with distributed.connect(chosen):
+        yield chosen
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def stderr() -> Console:
+    return Console(file=sys.stderr)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

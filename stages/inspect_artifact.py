@@ -1,0 +1,61 @@
+"""`vqpipe inspect`: what an artifact is, what it holds, and what it was made from."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from stages import console
+
+
+def inspect(
+    artifact: Annotated[Path, typer.Argument(help="An artifact directory.", metavar="ARTIFACT")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Print an artifact's manifest, facts and lineage."""
+    from vqpipe.artifacts import open_artifact
+
+    opened = open_artifact(artifact)
+    if verify:
+        opened.verify()
+        console.say(f"verified: {len(opened.manifest.files)} files as published")
+    if as_json:
+        print(json.dumps(asdict(opened.manifest), indent=2, ensure_ascii=False))
+        return
+    out = Console(highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, value in {
+        "kind": opened.kind,
+        "content": opened.content[:16],
+        "request": opened.manifest.request[:16],
+        **{f"fact  {key}": value for key, value in opened.facts.items()},
+        **{f"config  {key}": value for key, value in opened.config.items()},
+        "files": f"{len(opened.manifest.files):,}, {sum(f['bytes'] for f in opened.manifest.files.values()):,} bytes",
+        "made by": " ".join(opened.manifest.provenance.get("command", [])),
+        "finished": opened.manifest.provenance.get("finished", ""),
+    }.items():
+        table.add_row(f"[bold]{escape(label)}[/]", escape(short(value)))
+    out.print(table)
+    out.print(draw(opened.lineage))
+
+
+def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree:
+    """The lineage as a tree: this artifact, and under it what it was made from."""
+    name = f" {node['name']}" if node.get("name") else ""
+    label = escape(f"{role + ': ' if role else ''}{node['kind']}{name}  {node['content'][:12]}")
+    branch = Tree(label) if tree is None else tree.add(label)
+    for child_role, child in node.get("inputs", {}).items():
+        draw(child, child_role, branch)
+    return branch
+
+
+def short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else text[:297] + "..."

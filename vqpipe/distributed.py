@@ -1,0 +1,108 @@
+"""Rank, world size and four collectives over torch.distributed; on one process each is the identity.
+
+Nothing here starts processes: `torchrun` does, and `connect` joins the group it describes in the environment.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from vqpipe.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits for another before it gives up with an error, instead of hanging for ever."""
+
+
+def rank() -> int:
+    """This process's place among all, 0-based."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone publishes and talks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over the ranks, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Give every rank rank 0's `tensor`, in place, and return it."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` (anything JSON-like), on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def pick_device(name: str) -> torch.device:
+    """`"auto"`, `"cpu"` or `"cuda"` -> this rank's device. "auto" takes a GPU where there is one.
+
+    Raises:
+        ConfigError: CUDA was asked for and is absent, or has fewer devices than this machine has ranks.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"unknown device {name!r}", "Use auto, cpu or cuda")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA device on this machine", "Use --device cpu, or --device auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
+            f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}",
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def connect(device: torch.device) -> Iterator[None]:
+    """Join the process group that torchrun describes in the environment; without one, do nothing."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

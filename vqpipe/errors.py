@@ -1,0 +1,47 @@
+"""What can go wrong for a user, as one small tree.
+
+    VqpipeError
+    |-- ConfigError      a preset, a flag, or a combination of settings cannot be used
+    |-- DataError        images, features or tokens given to us cannot be used
+    |-- ArtifactError    an artifact is missing, damaged, in use, or was made with other settings
+    |-- WeightsError     pretrained weights are absent or do not fit
+    `-- NumericError     NaN or infinity where numbers were promised
+
+Everything else is a bug of ours and keeps its traceback.
+"""
+
+
+class VqpipeError(Exception):
+    """An error we explain: what happened, and what to try next.
+
+    `str(error)` is one line, "WHAT. TRY.", which the commands print after `error:`.
+    """
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        self.what = what.rstrip(". ")
+        self.hint = hint.rstrip(". ")
+        super().__init__(what, hint)
+
+    def __str__(self) -> str:
+        sentences = [part for part in (self.what, self.hint) if part]
+        return " ".join(". ".join(sentences).split()) + "."
+
+
+class ConfigError(VqpipeError):
+    """A preset, a flag, or a combination of settings cannot be used."""
+
+
+class DataError(VqpipeError):
+    """Images, features or tokens given to us cannot be used."""
+
+
+class ArtifactError(VqpipeError):
+    """An artifact is missing, damaged, in use, or was made with other settings."""
+
+
+class WeightsError(VqpipeError):
+    """Pretrained weights are absent or do not fit the network they were given to."""
+
+
+class NumericError(VqpipeError):
+    """NaN or infinity where numbers were promised."""

@@ -1,0 +1,1 @@
+"""How good reconstructions are and how the codes are used, told with the convention behind each number."""

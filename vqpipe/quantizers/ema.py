@@ -1,0 +1,79 @@
+"""`ema`: a codebook that follows moving averages of the latents it was chosen for, the quantizer of VQGAN-EMA.
+
+Shapes: B images, C channels, N vectors, K codes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqpipe.distributed import all_reduce_sum
+from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, to_rows
+from vqpipe.quantizers.vq import standardized
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig(CodebookConfig):
+    """A codebook moved by exponential averages instead of gradients (van den Oord et al. 2017, appendix A.1)."""
+
+    kind: ClassVar[str] = "ema"
+
+    decay: float = 0.99
+    """Share of the averages that one step keeps."""
+    epsilon: float = 1e-5
+    """Added to each code's count before dividing by it (Laplace smoothing)."""
+    released_start: bool = False
+    """Start the counts at 0, as VQGAN-LC's released code does, not at 1. A code unused in the first step is then
+    thrown out to about 1/epsilon times its place and drifts back over the run: a bug which may also revive codes."""
+
+
+class EmaQuantizer(CodebookQuantizer):
+    """Each code is the decayed sum of its latents over their decayed count; only `update` moves it.
+
+    The released VQGAN-LC code also moves the codebook in evaluation, and on each rank by that rank's images alone;
+    here `update` adds up counts and sums over the ranks first, so that they all hold the same codebook.
+    """
+
+    config_class = EmaConfig
+    loss_names = ("commitment",)
+    entries: Tensor
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, config: EmaConfig) -> None:
+        super().__init__(config)
+        self.decay, self.epsilon = config.decay, config.epsilon
+        size = config.codebook_size
+        entries = torch.empty(size, config.code_dim).uniform_(-1 / size, 1 / size)
+        self.register_buffer("entries", entries)
+        self.register_buffer("counts", torch.zeros(size) if config.released_start else torch.ones(size))
+        self.register_buffer("sums", entries.clone())
+
+    def codebook(self) -> Tensor:
+        return self.entries
+
+    def select(self, ids: Tensor) -> Tensor:
+        return self.entries[ids]
+
+    def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        return {"commitment": F.mse_loss(latent, codes)}
+
+    @torch.no_grad()
+    def update(self, latent: Tensor, ids: Tensor) -> None:
+        vectors, ids = to_rows(latent).float(), ids.flatten()
+        seen = vectors.new_zeros(self.codebook_size, 1 + self.latent_dim)  # a code's count, then its sum
+        seen.index_add_(0, ids, F.pad(vectors, (1, 0), value=1.0))
+        all_reduce_sum(seen)
+        self.counts.mul_(self.decay).add_(seen[:, 0], alpha=1 - self.decay)
+        self.sums.mul_(self.decay).add_(seen[:, 1:], alpha=1 - self.decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
+        self.entries.copy_(self.sums / smoothed.unsqueeze(1))
+
+    @torch.no_grad()
+    def match_codebook(self) -> None:
+        self.entries.copy_(standardized(self.entries))
+        self.sums.copy_(self.entries * self.counts.clamp(min=1).unsqueeze(1))

@@ -1,0 +1,169 @@
+"""`lc`: a frozen codebook of image features behind a learned projector, the quantizer of VQGAN-LC.
+
+Zhu et al. 2024, "Scaling the Codebook Size of VQGAN to 100,000 with a Utilization Rate of 99%", section 3.
+Shapes: B images, C channels of a code, F channels of a feature, K codes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqpipe.distributed import broadcast
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, Quantized
+
+MLP_WIDTH = 256
+"""Hidden channels of the "mlp" projector, as released."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LcConfig(CodebookConfig):
+    """A codebook given once and for all, seen through a projector that learns."""
+
+    kind: ClassVar[str] = "lc"
+
+    code_dim: int = 8
+    """Channels of a projected code."""
+    feature_dim: int = 768
+    """Channels of a stored code: 768 for CLIP ViT-L/14 features after its projection."""
+    projector: Literal["linear", "mlp", "none"] = "linear"
+    """Feature -> code. "none" needs code_dim = feature_dim (Table 9, "w/o projector")."""
+    tune_codebook: bool = False
+    """Let the stored codes learn as well (Table 9, "w/o frozen codebook")."""
+    codebook_init: Literal["artifact", "uniform"] = "artifact"
+    """Where the stored codes come from: a codebook artifact, or U(-1/K, 1/K), the random codebook of Table 6."""
+    normalize_latent: bool = False
+    """Put latents on the unit sphere before the search. The released code does so where code_dim is 768, unless the
+    codebook is learned from scratch; codes it leaves as they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.projector == "none" and self.code_dim != self.feature_dim:
+            raise ConfigError(
+                f"without a projector a code is a feature: code_dim {self.code_dim} is not feature_dim "
+                f"{self.feature_dim}",
+                "Make the two equal, or set model.quantizer.projector = linear",
+            )
+
+
+class FrozenCodebookQuantizer(CodebookQuantizer):
+    """Searches the projected codebook, then projects the chosen rows again, with gradient.
+
+    The released code projects all K codes with gradient in each forward; projecting them without it for the search
+    and only the chosen rows with it gives the same gradient for far less work. The decoder's gradient never reaches
+    the projector, which learns from the "codebook" loss alone, in both.
+
+    The stored codes stay the artifact's bytes: what the matched start does to them, (code - shift) * scale, is kept
+    beside them and folded into the projector's first layer as it is used.
+    """
+
+    config_class = LcConfig
+    entries: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, config: LcConfig) -> None:
+        super().__init__(config)
+        size, feature_dim = config.codebook_size, config.feature_dim
+        entries = torch.full((size, feature_dim), math.nan)
+        if config.codebook_init == "uniform":
+            entries.uniform_(-1 / size, 1 / size)
+        if config.tune_codebook:
+            self.entries = nn.Parameter(entries)
+        else:
+            self.register_buffer("entries", entries)
+        self.register_buffer("shift", torch.zeros(feature_dim))
+        self.register_buffer("scale", torch.ones(()))
+        self.projector = make_projector(config)
+        self.normalize_latent = config.normalize_latent
+        self._projected: tuple[tuple[int, ...], Tensor] | None = None
+
+    def forward(self, latent: Tensor) -> Quantized:
+        if self.normalize_latent:
+            latent = latent.float() / latent.float().norm(dim=1, keepdim=True)
+        return super().forward(latent)
+
+    def codebook(self) -> Tensor:
+        """The projected codes, float32[K, C], without gradient; in evaluation computed once per state of the weights.
+
+        Raises:
+            ConfigError: no codebook has been loaded.
+        """
+        state = self._weights_state()
+        if self._projected is None or self._projected[0] != state or self.training:
+            if bool(self.entries[0, 0].isnan()):
+                raise ConfigError(
+                    "the lc quantizer has no codebook yet",
+                    "Pass --codebook DIR (vqpipe kmeans makes one), or set model.quantizer.codebook_init = uniform",
+                )
+            with torch.no_grad():
+                self._projected = state, self.project(self.entries)
+        return self._projected[1]
+
+    def select(self, ids: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())):
+            return self.codebook()[ids]
+        chosen, places = ids.unique(return_inverse=True)
+        return self.project(self.entries[chosen])[places]
+
+    def project(self, features: Tensor) -> Tensor:
+        """float[R, F] -> float[R, C]: projector((features - shift) * scale)."""
+        if isinstance(self.projector, nn.Identity):
+            return (features - self.shift) * self.scale
+        first, *rest = self.projector if isinstance(self.projector, nn.Sequential) else [self.projector]
+        weight = first.weight * self.scale
+        hidden = F.linear(features, weight, first.bias - weight @ self.shift)
+        for layer in rest:
+            hidden = layer(hidden)
+        return hidden
+
+    @torch.no_grad()
+    def load_codebook(self, codebook: Tensor) -> None:
+        if codebook.shape != self.entries.shape:
+            (k, dim), (size, feature_dim) = codebook.shape, self.entries.shape
+            raise ConfigError(
+                f"the codebook holds {k} codes of {dim} channels, the model expects {size} of {feature_dim}",
+                f"Set model.quantizer.codebook_size={k} and model.quantizer.feature_dim={dim}, or pass another one",
+            )
+        self.entries.copy_(codebook)
+
+    @torch.no_grad()
+    def match_codebook(self) -> None:
+        """Orthogonal projector, its biases zero; then shift and scale so that projected codes have unit variance."""
+        self.shift.copy_(self.entries.mean(0))
+        self.scale.fill_(1.0)
+        layers = [layer for layer in self.projector.modules() if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            broadcast(nn.init.orthogonal_(layer.weight))
+            layer.bias.zero_()
+        projected = self.project(self.entries)
+        self.scale.copy_(1 / projected.var(0, unbiased=False).mean().sqrt())
+        if len(layers) > 1:  # a ReLU between moves the mean; without biases it is homogeneous, so it scales too
+            layers[-1].bias.copy_(-projected.mean(0) * self.scale)
+
+    def train(self, mode: bool = True) -> "FrozenCodebookQuantizer":
+        self._projected = None
+        super().train(mode)
+        return self
+
+    def _weights_state(self) -> tuple[int, ...]:
+        """Changes whenever a weight of the projection is written in place or replaced."""
+        tensors = (self.entries, self.shift, self.scale, *self.projector.parameters())
+        return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
+
+
+def make_projector(config: LcConfig) -> nn.Module:
+    """The projector as released: Linear with weight ~ N(0, 1/sqrt(C)), MLP with PyTorch's own initialisation."""
+    if config.projector == "none":
+        return nn.Identity()
+    if config.projector == "mlp":
+        return nn.Sequential(
+            nn.Linear(config.feature_dim, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, config.code_dim)
+        )
+    linear = nn.Linear(config.feature_dim, config.code_dim)
+    nn.init.normal_(linear.weight, std=config.code_dim**-0.5)
+    return linear

@@ -1,0 +1,5 @@
+"""Exact nearest-code search."""
+
+from vqpipe.search.nearest import nearest
+
+__all__ = ["nearest"]
