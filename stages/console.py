@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -48,6 +48,12 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images at a
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N.", metavar="N", min=1)]
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)
+]
+NumWorkers = Annotated[
+    int, typer.Option("--num-workers", help="Processes that decode images; 0: this one.", metavar="N", min=0)
+]
+MaxSkipped = Annotated[
+    float, typer.Option("--max-skipped", help="Share of unreadable images to accept.", metavar="0..1", min=0, max=1)
 ]
 
 
@@ -164,30 +170,36 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-@contextmanager
-def stop_at_step_end() -> Iterator[Callable[[], None]]:
-    """Inside, the first signal only asks; the yielded function, called between steps, raises Interrupted then.
+class StopAtStepEnd:
+    """Inside this context the first signal only asks, so that a step can end and its state be saved.
 
-    A second signal interrupts at once.
+    `asked` is then true, and `leave` raises Interrupted. A second signal interrupts at once.
     """
-    asked: list[int] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise Interrupted(number)
-        asked.append(number)
-        say(f"{signal.Signals(number).name}: saving after this step")
+    def __init__(self) -> None:
+        self.number = 0
 
-    def check() -> None:
-        if asked:
-            raise Interrupted(asked[0])
+    def __enter__(self) -> "StopAtStepEnd":
+        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+        return self
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise Interrupted(number)
+        self.number = number
+        say(f"{signal.Signals(number).name}: this step ends, then the state is saved")
+
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.number != 0
+
+    def leave(self) -> NoReturn:
+        """End the process as the signal wanted (as SIGTERM where another rank got it)."""
+        raise Interrupted(self.number or signal.SIGTERM)
 
 
 @contextmanager

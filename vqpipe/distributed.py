@@ -47,6 +47,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def any_rank(asked: bool, device: torch.device) -> bool:
+    """Whether `asked` is true on any rank; the same answer on all of them."""
+    if not dist.is_initialized():
+        return asked
+    return bool(all_reduce_sum(torch.tensor(int(asked), device=device)) > 0)
+
+
 def broadcast(tensor: Tensor) -> Tensor:
     """Give every rank rank 0's `tensor`, in place, and return it."""
     if dist.is_initialized():

@@ -45,7 +45,7 @@ class Distortion:
         self.num_identical = 0
 
     def update(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """Take in uint8[B, 3, H, W] twice, image by image the same; returns the PSNR of each, float64[B] (inf if equal).
+        """Take in uint8[B, 3, H, W] twice, image by image the same; returns each PSNR, float64[B] (inf if equal).
 
         Raises:
             DataError: not uint8, shapes differ, or sides under 11 pixels.
@@ -137,9 +137,9 @@ def ssim(a: Tensor, b: Tensor, window: list[float], covariance_factor: float) ->
 
 
 def smooth(images: Tensor, window: list[float]) -> Tensor:
-    """Correlate rows and columns with `window`, keeping places where it fits: [..., H, W] -> [..., H - k + 1, W - k + 1].
+    """Correlate rows and columns with `window` where it fits inside: [..., H, W] -> [..., H - k + 1, W - k + 1].
 
-    Shifted sums: on CPU twelve times as fast as a one-channel conv2d, and linear in the pixels.
+    Shifted sums: on CPU many times as fast as a one-channel conv2d, and linear in the pixels.
     """
     for dim in (-2, -1):
         length = images.shape[dim] - len(window) + 1

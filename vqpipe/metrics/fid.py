@@ -1,13 +1,12 @@
 """The Frechet Inception distance between reconstructions and the very crops they were made from (rFID).
 
-Protocol "adm": uint8 images of any size through torch-fidelity's Inception-v3, whose weights and TF1 bilinear resize are
-those of the 2015 graph that the ADM evaluation suite runs (Dhariwal & Nichol 2021), last pooling layer, 2,048 features.
-Mean and covariance come from streaming float64 sums, the distance from Heusel et al. 2017, eq. 6.
+Protocol "adm": uint8 images of any size through torch-fidelity's Inception-v3, whose weights and TF1 bilinear resize
+are those of the 2015 graph that the ADM evaluation suite runs (Dhariwal & Nichol 2021), last pooling layer, 2,048
+features. Mean and covariance come from streaming float64 sums, the distance from Heusel et al. 2017, eq. 6.
 
 Letters: B images, D features.
 """
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from vqpipe.distributed import all_reduce_sum
 from vqpipe.errors import DataError, NumericError, WeightsError
+from vqpipe.weights import load_tensors
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SOURCE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -42,10 +42,12 @@ class FrechetStatistics:
         self.sum += wide.sum(0)
         self.outer += wide.T @ wide
 
-    def merge(self) -> None:
-        """Add up all ranks, in place. Once, at the end."""
-        for total in (self.count, self.sum, self.outer):
-            all_reduce_sum(total)
+    def merged(self) -> "FrechetStatistics":
+        """The sum over all ranks (a new object)."""
+        whole = FrechetStatistics(len(self.sum), self.sum.device)
+        for total, mine in ((whole.count, self.count), (whole.sum, self.sum), (whole.outer, self.outer)):
+            all_reduce_sum(total.copy_(mine))
+        return whole
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """float64[D] and the sample covariance float64[D, D].
@@ -85,16 +87,15 @@ class InceptionFeatures(nn.Module):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        hint = f"Fetch {INCEPTION_SOURCE}"
+        load_tensors(weights)  # the library unpickles without restraint; after this the file is known to hold tensors
         try:
-            # The library unpickles the file without restraint; after this it is known to hold tensors only.
-            torch.load(weights, map_location="cpu", weights_only=True)
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
             )
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise WeightsError(f"{weights} does not hold the Inception weights of FID: {reason}", hint) from None
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise WeightsError(
+                f"{weights} does not fit FID's Inception: {str(error).splitlines()[0]}", f"Fetch {INCEPTION_SOURCE}"
+            ) from None
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:

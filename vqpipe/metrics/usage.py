@@ -24,7 +24,7 @@ class CodeUsage:
         self.counts = torch.zeros(num_groups, codebook_size, dtype=torch.int64, device=device)
 
     def update(self, ids: Tensor) -> None:
-        """Take in int64[B, N], groups last as every token layout has them. A negative id (a group left out) is not counted.
+        """Take in int64[B, N], groups last as in every token layout. A negative id (a group left out) is not counted.
 
         Raises:
             DataError: an id of K or more, or N is not a multiple of G.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.search.nearest import nearest
+from vqpipe.search import nearest
 
 
 class Quantized(NamedTuple):
@@ -132,7 +132,7 @@ class Quantizer(nn.Module, ABC):
         """The order of the ids of a latent of `height` x `width` positions."""
         return TokenLayout(((height, width),), self.num_groups)
 
-    def update(self, latent: Tensor, ids: Tensor) -> None:  # noqa: B027 -- most codebooks have nothing to do here
+    def update(self, latent: Tensor, ids: Tensor) -> None:
         """Move the codebook after the optimizer's step, alike on every rank. Default: nothing to move."""
 
     def codebook(self) -> Tensor:
@@ -176,7 +176,7 @@ class CodebookQuantizer(Quantizer):
     "codebook" the code to its latent; their weights belong to the objective.
     """
 
-    loss_names = ("commitment", "codebook")
+    loss_names: ClassVar[tuple[str, ...]] = ("commitment", "codebook")
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
@@ -242,4 +242,4 @@ def straight_through(latent: Tensor, codes: Tensor) -> Tensor:
 
     The usual latent + sg(codes - latent) is off by a rounding error, so that decoding stored ids would differ.
     """
-    return codes.detach() + (latent - latent.detach())
+    return (latent - latent.detach()) + codes.detach()

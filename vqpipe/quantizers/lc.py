@@ -18,6 +18,8 @@ from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, Quantized
 
 MLP_WIDTH = 256
 """Hidden channels of the "mlp" projector, as released."""
+ROWS_AT_ONCE = 65_536
+"""Codes projected together, so that what a projector holds between its layers stays small beside the codebook."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.register_buffer("scale", torch.ones(()))
         self.projector = make_projector(config)
         self.normalize_latent = config.normalize_latent
-        self._projected: tuple[tuple[int, ...], Tensor] | None = None
+        self.projected: tuple[tuple[int, ...], Tensor] | None = None  # a state of the weights, its projected codes
 
     def forward(self, latent: Tensor) -> Quantized:
         if self.normalize_latent:
@@ -88,33 +90,40 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         return super().forward(latent)
 
     def codebook(self) -> Tensor:
-        """The projected codes, float32[K, C], without gradient; in evaluation computed once per state of the weights.
+        """The projected codes, float32[K, C], without gradient; computed once per state of frozen weights.
 
         Raises:
             ConfigError: no codebook has been loaded.
         """
-        state = self._weights_state()
-        if self._projected is None or self._projected[0] != state or self.training:
-            if bool(self.entries[0, 0].isnan()):
-                raise ConfigError(
-                    "the lc quantizer has no codebook yet",
-                    "Pass --codebook DIR (vqpipe kmeans makes one), or set model.quantizer.codebook_init = uniform",
-                )
-            with torch.no_grad():
-                self._projected = state, self.project(self.entries)
-        return self._projected[1]
+        if not self.frozen:
+            return self.project_all()
+        state = self.weights_state()
+        if self.projected is None or self.projected[0] != state:
+            self.projected = state, self.project_all()
+        return self.projected[1]
+
+    @property
+    def frozen(self) -> bool:
+        """In evaluation, with no weight left to train: a fused optimizer steps without a trace in the versions."""
+        return not self.training and not any(parameter.requires_grad for parameter in self.parameters())
+
+    @torch.no_grad()
+    def project_all(self) -> Tensor:
+        self.check_loaded()
+        return torch.cat([self.project(features) for features in self.entries.split(ROWS_AT_ONCE)])
 
     def select(self, ids: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())):
+        if self.frozen:
             return self.codebook()[ids]
         chosen, places = ids.unique(return_inverse=True)
         return self.project(self.entries[chosen])[places]
 
     def project(self, features: Tensor) -> Tensor:
         """float[R, F] -> float[R, C]: projector((features - shift) * scale)."""
-        if isinstance(self.projector, nn.Identity):
+        if len(self.projector) == 0:
             return (features - self.shift) * self.scale
-        first, *rest = self.projector if isinstance(self.projector, nn.Sequential) else [self.projector]
+        first, *rest = self.projector
+        assert isinstance(first, nn.Linear)
         weight = first.weight * self.scale
         hidden = F.linear(features, weight, first.bias - weight @ self.shift)
         for layer in rest:
@@ -134,9 +143,10 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def match_codebook(self) -> None:
         """Orthogonal projector, its biases zero; then shift and scale so that projected codes have unit variance."""
+        self.check_loaded()
         self.shift.copy_(self.entries.mean(0))
         self.scale.fill_(1.0)
-        layers = [layer for layer in self.projector.modules() if isinstance(layer, nn.Linear)]
+        layers = [layer for layer in self.projector if isinstance(layer, nn.Linear)]
         for layer in layers:
             broadcast(nn.init.orthogonal_(layer.weight))
             layer.bias.zero_()
@@ -145,25 +155,26 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         if len(layers) > 1:  # a ReLU between moves the mean; without biases it is homogeneous, so it scales too
             layers[-1].bias.copy_(-projected.mean(0) * self.scale)
 
-    def train(self, mode: bool = True) -> "FrozenCodebookQuantizer":
-        self._projected = None
-        super().train(mode)
-        return self
-
-    def _weights_state(self) -> tuple[int, ...]:
-        """Changes whenever a weight of the projection is written in place or replaced."""
+    def weights_state(self) -> tuple[int, ...]:
+        """Numbers that change whenever a weight of the projection is written in place or replaced."""
         tensors = (self.entries, self.shift, self.scale, *self.projector.parameters())
-        return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return (*versions, *(tensor.data_ptr() for tensor in tensors))
+
+    def check_loaded(self) -> None:
+        if bool(self.entries[0, 0].isnan()):
+            raise ConfigError(
+                "the lc quantizer has no codebook yet",
+                "Pass --codebook DIR (vqpipe kmeans makes one), or set model.quantizer.codebook_init = uniform",
+            )
 
 
-def make_projector(config: LcConfig) -> nn.Module:
+def make_projector(config: LcConfig) -> nn.Sequential:
     """The projector as released: Linear with weight ~ N(0, 1/sqrt(C)), MLP with PyTorch's own initialisation."""
     if config.projector == "none":
-        return nn.Identity()
+        return nn.Sequential()
     if config.projector == "mlp":
-        return nn.Sequential(
-            nn.Linear(config.feature_dim, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, config.code_dim)
-        )
+        return nn.Sequential(nn.Linear(config.feature_dim, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, config.code_dim))
     linear = nn.Linear(config.feature_dim, config.code_dim)
     nn.init.normal_(linear.weight, std=config.code_dim**-0.5)
-    return linear
+    return nn.Sequential(linear)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.search.copies import first_copies
 
 Metric = Literal["l2", "cosine"]
 
@@ -66,7 +67,7 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2") -> Tensor:
             vectors, codes = vectors - offset, codes - offset
         search = _nearest_faiss if vectors.device.type == "cpu" else _nearest_tiles
         ids = search(vectors.contiguous(), codes.contiguous())
-        first = _first_copies(codes)
+        first = first_copies(codes)  # kernels round equal distances differently at different places of a tile
         if first is not None:
             ids = first[ids]
         return ids if without_direction is None else ids.masked_fill_(without_direction, 0)
@@ -134,34 +135,6 @@ def _far_offset(codes: Tensor) -> Tensor | None:
         return None
     step = torch.exp2(torch.floor(torch.log2(spread)))
     return torch.round(mean / step) * step
-
-
-def _first_copies(codes: Tensor) -> Tensor | None:
-    """int64[K]: for each code the lowest id with the same values; None when all codes differ.
-
-    Kernels round the same distance differently at different places of a tile, so equal codes are told apart here.
-    Sorting one 64-bit hash a code finds them; rows are compared only where hashes agree.
-    """
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, (codes.shape[1],), generator=generator).to(codes.device) * 2 + 1
-    rows = max(1, 2**20 // codes.shape[1])  # the int64 copy of a block stays at 8 MB
-    hashes = torch.cat([_hash(block, odd) for block in codes.split(rows)])
-    ordered, order = hashes.sort()
-    same = ordered[1:] == ordered[:-1]
-    if not same.any():
-        return None
-    suspects = order[F.pad(same, (0, 1)) | F.pad(same, (1, 0))]
-    _, group = torch.unique(codes[suspects] + 0.0, dim=0, return_inverse=True)
-    lowest = torch.full_like(group, len(codes)).scatter_reduce_(0, group, suspects, "amin")
-    first = torch.arange(len(codes), device=codes.device)
-    first[suspects] = lowest[group]
-    return first
-
-
-def _hash(rows: Tensor, odd: Tensor) -> Tensor:
-    """float32[R, D], odd int64[D] -> int64[R], equal for equal rows; adding 0 makes -0 and 0 the same bits."""
-    bits = (rows + 0.0).view(torch.int32).long()
-    return bits @ odd if rows.device.type == "cpu" else (bits * odd).sum(dim=1)  # CUDA has no integer matmul
 
 
 def _unit_codes(codes: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""`vqpipe extract-features`: images -> features."""
+
+from typing import Annotated
+
+import typer
+
+from stages import console
+from stages.console import BatchSize, Device, Images, Limit, Out, Preset, Seed, Set
+
+
+def extract_features(
+    images: Images,
+    out: Out,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="What sees the patches.", metavar="patch-pca|open_clip:NAME/TAG|timm:NAME"),
+    ] = None,
+    pool: Annotated[
+        int | None, typer.Option("--pool", help="Side of the grid of features per image.", metavar="N", min=1)
+    ] = None,
+    batch_size: BatchSize = None,
+    limit: Limit = None,
+    num_workers: console.NumWorkers = 0,
+    max_skipped: console.MaxSkipped = 0.01,
+    preset: Preset = None,
+    overrides: Set = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Encode image patches, the raw material of a codebook."""
+    with console.session(device, seed) as where:
+        from stages import recipe
+        from vqpipe import artifacts
+        from vqpipe.codebooks import features
+        from vqpipe.data.shards import open_images
+
+        config = recipe.with_flags(
+            recipe.load(preset, overrides).features, encoder=encoder, pool=pool, batch_size=batch_size, limit=limit
+        )
+        image_set = open_images(images)
+        weights = features.find_weights(config)
+        opened = features.open_encoder(config, weights).to(where)
+        inputs: dict[str, artifacts.Input | str] = {"images": image_set}
+        if weights is not None:
+            inputs["weights"] = artifacts.hash_file(weights)
+        request = {**config.request(), "max_skipped": max_skipped, "seed": seed}
+        draft = artifacts.start(out, "features", request, inputs)
+        if isinstance(draft, artifacts.Artifact):
+            return console.finished(draft, again=True)
+        total = min(len(image_set), config.limit or len(image_set))
+        with draft:
+            with console.progress("fit patch-pca", None) as bar:
+                features.fit_encoder(opened, draft, image_set, config, seed=seed, on_image=bar.advance)
+            with console.progress("extract features", total) as bar:
+                facts = features.write_features(
+                    draft,
+                    image_set,
+                    opened,
+                    config,
+                    num_workers=num_workers,
+                    max_skipped=max_skipped,
+                    on_images=bar.advance,
+                )
+            return console.finished(draft.publish(facts))

@@ -1,0 +1,198 @@
+"""patch-pca against numpy, pooling, and the shards that features are stored in."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+from torch import Tensor
+
+from vqpipe import artifacts, distributed
+from vqpipe.artifacts import Artifact, Draft
+from vqpipe.codebooks import features
+from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
+from vqpipe.codebooks.feature_set import open_features
+from vqpipe.codebooks.features import FeaturesConfig, fit_encoder, open_encoder, write_features
+from vqpipe.data.shards import ImageSet, open_images
+from vqpipe.data.transforms import center_crop, decode, to_float
+from vqpipe.errors import ConfigError, DataError, NumericError
+
+CONFIG = FeaturesConfig(image_size=32, patch_size=4, components=10, images_per_shard=3, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """Eight small pictures in two classes, and one file that is none."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for index in range(8):
+        path = folder / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (9, 11, 3), dtype=np.uint8))
+        coarse.resize((44, 36), Image.Resampling.BICUBIC).save(path)
+    (folder / "class0" / "broken.png").write_bytes(b"not a picture")
+    return open_images([folder])
+
+
+def extract(images: ImageSet, out: Path, config: FeaturesConfig = CONFIG, **options) -> Artifact:
+    draft = artifacts.start(out, "features", config.request(), {"images": images})
+    assert isinstance(draft, Draft)
+    with draft:
+        encoder = open_encoder(config, None)
+        fit_encoder(encoder, draft, images, config, seed=0)
+        return draft.publish(write_features(draft, images, encoder, config, max_skipped=0.2, **options))
+
+
+def test_patch_pca_whitens_the_patches_it_was_fitted_on(images: ImageSet) -> None:
+    encoder = PatchPca(32, 4, 10)
+    encoder.fit(images, None, 10**6, seed=0)
+    batch = torch.stack([center_crop(decode(images.read(i)), 32) for i in range(9) if "broken" not in images.key(i)])
+    vectors = encoder(batch).permute(0, 2, 3, 1).reshape(-1, 10).double().numpy()
+    np.testing.assert_allclose(vectors.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(vectors.T, bias=True), np.eye(10), atol=1e-3)
+
+    patches = to_float(batch).unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48).double().numpy()
+    variances, directions = np.linalg.eigh(np.cov(patches.T, bias=True))
+    expected = (patches - patches.mean(axis=0)) @ directions[:, ::-1][:, :10] / np.sqrt(variances[::-1][:10])
+    np.testing.assert_allclose(np.abs(vectors), np.abs(expected), atol=2e-3)
+
+
+def test_patch_pca_finds_a_known_subspace() -> None:
+    random = np.random.default_rng(0)
+    directions = np.linalg.qr(random.standard_normal((12, 3)))[0]
+    sample = random.standard_normal((4000, 3)) * [5, 2, 1] @ directions.T
+    encoder = PatchPca(2, 2, 3)
+    encoder.set_components(np.zeros(12), sample.T @ sample / 4000)
+    found = encoder.project.weight.flatten(1).double().numpy()
+    np.testing.assert_allclose(found @ directions @ directions.T, found, atol=1e-4)
+    largest = np.abs(found).argmax(axis=1)
+    assert (found[np.arange(3), largest] > 0).all()
+
+
+def test_pooling_averages_squares_in_row_major_order() -> None:
+    grid = torch.arange(2 * 16.0).view(1, 2, 4, 4)
+    pooled = pool_features(grid, 2)
+    assert pooled.shape == (1, 4, 2)
+    assert pooled[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+    with pytest.raises(ConfigError, match=r"8 x 8 patches cannot be averaged to 3 x 3. Use --pool 1, 2, 4, 8"):
+        check_pool(PatchPca(32, 4, 10), 3)
+
+
+def test_shards_hold_what_the_encoder_says(images: ImageSet, tmp_path: Path) -> None:
+    done = []
+    artifact = extract(images, tmp_path / "features", on_images=done.append)
+    assert artifact.names() == [
+        "encoder.safetensors",
+        *(f"features-0000{i}.npy" for i in range(3)),
+        *(f"samples-0000{i}.parquet" for i in range(3)),
+    ]
+    facts = {"num_images": 8, "num_vectors": 512, "dim": 10, "encoder": "patch-pca", "skipped": {"not-an-image": 1}}
+    assert artifact.facts == facts
+    assert sum(done) == 9
+    rows = [row for name in artifact.names("samples-*") for row in parquet.read_table(artifact.file(name)).to_pylist()]
+    kept = [i for i in range(9) if "broken" not in images.key(i)]
+    assert [row["key"] for row in rows] == [images.key(i) for i in kept]
+    assert [row["label"] for row in rows] == [images.label(i) for i in kept]
+
+    encoder = PatchPca(32, 4, 10)
+    encoder.load(artifact.file("encoder.safetensors"))
+    stored = open_features([artifact.path])
+    batch = torch.stack([center_crop(decode(images.read(i)), 32) for i in kept])
+    expected = pool_features(encoder(batch), 8).half().float().flatten(0, 1)
+    torch.testing.assert_close(stored.read(0, 512), expected, atol=2e-3, rtol=1e-3)
+    assert stored.labels is not None
+    assert stored.labels.tolist() == [images.label(i) for i in kept for _ in range(64)]
+    assert np.load(artifact.file("features-00000.npy"), mmap_mode="r").dtype == np.float16
+
+
+def test_a_resumed_run_writes_only_what_is_missing(images: ImageSet, tmp_path: Path) -> None:
+    whole = extract(images, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop_in_second_shard(count: int) -> None:
+        seen.append(count)
+        if sum(seen) > 4:
+            raise Stop
+
+    seen: list[int] = []
+    with pytest.raises(Stop):
+        extract(images, tmp_path / "cut", on_images=stop_in_second_shard)
+    first = tmp_path / "cut.partial" / "features-00000.npy"
+    before = first.stat().st_mtime_ns, (tmp_path / "cut.partial" / "encoder.safetensors").stat().st_mtime_ns
+    resumed = extract(images, tmp_path / "cut")
+    after = (resumed.path / first.name).stat().st_mtime_ns, resumed.file("encoder.safetensors").stat().st_mtime_ns
+    assert before == after
+    assert resumed.content == whole.content
+
+
+def test_two_ranks_and_two_workers_write_the_bytes_of_one(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = extract(images, tmp_path / "alone")
+    out = tmp_path / "together"
+    draft = artifacts.start(out, "features", CONFIG.request(), {"images": images})
+    assert isinstance(draft, Draft)
+    with draft:
+        encoder = open_encoder(CONFIG, None)
+        fit_encoder(encoder, draft, images, CONFIG, seed=0)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        for rank in (1, 0):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            write_features(draft, images, encoder, CONFIG, num_workers=2 * rank, max_skipped=1.0)
+        assert draft.publish({}).content == alone.content
+
+
+class Overflowing(PatchEncoder):
+    """An encoder whose features leave float16 on bright images."""
+
+    image_size, grid_size, dim, default_pool = 32, 1, 2, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean(dim=(1, 2, 3)).view(-1, 1, 1, 1).expand(-1, 2, 1, 1) ** 2 * 2
+
+
+def test_features_beyond_float16_name_their_image(tmp_path: Path) -> None:
+    for name, level in (("a", 10), ("b", 200)):
+        Image.new("RGB", (32, 32), (level,) * 3).save(tmp_path / f"{name}.png")
+    images = open_images([tmp_path])
+    draft = artifacts.start(tmp_path / "out", "features", {}, {})
+    assert isinstance(draft, Draft)
+    with draft, pytest.raises(NumericError, match=r"features of image b"):
+        write_features(draft, images, Overflowing(), CONFIG)
+
+
+def test_too_many_unreadable_images_stop_the_run(images: ImageSet, tmp_path: Path) -> None:
+    draft = artifacts.start(tmp_path / "out", "features", {}, {})
+    assert isinstance(draft, Draft)
+    with draft, pytest.raises(DataError, match="1 of 9 images cannot be used"):
+        write_features(draft, images, Overflowing(), CONFIG, max_skipped=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"encoder": "clip"}, "'clip' is unknown"),
+        ({"encoder": "open_clip:"}, "'open_clip:' is unknown"),
+        ({"pool": 0}, "features.pool = 0"),
+        ({"weights": Path("x.pt")}, "patch-pca has no weights"),
+    ],
+)
+def test_refuses_settings_that_cannot_be(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FeaturesConfig(**settings)
+
+
+def test_refuses_patches_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match="patches of 5 pixels do not tile an image of 32"):
+        open_encoder(FeaturesConfig(image_size=32, patch_size=5), None)
+    with pytest.raises(ConfigError, match="64 components of patches with 48 values"):
+        open_encoder(FeaturesConfig(image_size=32, patch_size=4), None)
+    assert features.find_weights(FeaturesConfig()) is None

@@ -1,0 +1,209 @@
+"""k-means against scikit-learn, its promises about clusters, and what it refuses."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.cluster import KMeans
+
+from vqpipe import distributed
+from vqpipe.codebooks import feature_set
+from vqpipe.codebooks.feature_set import FeatureSet
+from vqpipe.codebooks.kmeans import Clustering, KmeansConfig, kmeans, lloyd, load_codebook
+from vqpipe.codebooks.points import Points
+from vqpipe.codebooks.seeding import draw
+from vqpipe.errors import ConfigError, DataError, NumericError
+
+CPU = torch.device("cpu")
+
+
+def blobs(rows: int, dim: int, centres: int, seed: int = 0) -> np.ndarray:
+    """float32[rows, dim] around `centres` points, some with many more rows than others."""
+    random = np.random.default_rng(seed)
+    weights = random.pareto(1.5, centres) + 0.2
+    of = random.choice(centres, rows, p=weights / weights.sum())
+    return (random.standard_normal((centres, dim))[of] * 3 + random.standard_normal((rows, dim))).astype(np.float32)
+
+
+def run(data: np.ndarray, labels: np.ndarray | None = None, seed: int = 0, **settings) -> Clustering:
+    return kmeans(FeatureSet([data], ["x"], labels), KmeansConfig(**settings), seed=seed, device=CPU)
+
+
+@pytest.mark.parametrize("k", [8, 60, 700])
+def test_inertia_is_that_of_scikit_learn(k: int) -> None:
+    data = blobs(6000, 12, 50)
+    ours = run(data, k=k, iterations=20, tolerance=0.0)
+    theirs = [KMeans(k, n_init=1, max_iter=20, tol=0, random_state=seed).fit(data).inertia_ for seed in range(3)]
+    assert ours.inertia < 1.02 * np.mean(theirs) / len(data)
+
+
+def test_lloyd_takes_the_same_steps_as_scikit_learn() -> None:
+    data = blobs(3000, 6, 20)
+    first = data[np.random.default_rng(0).choice(3000, 25, replace=False)]
+    points = Points(FeatureSet([data], ["x"]), CPU, shared=False)
+    ours = lloyd(points, torch.from_numpy(first), 8, 0.0, lambda inertia: None)
+    theirs = KMeans(25, init=first, n_init=1, max_iter=8, tol=0, algorithm="lloyd").fit(data)
+    assert ours.counts.tolist() == np.bincount(theirs.labels_, minlength=25).tolist()
+    np.testing.assert_allclose(ours.codes.numpy(), theirs.cluster_centers_, atol=1e-5)
+
+
+def test_the_result_is_a_fixed_point_with_every_cluster_in_use() -> None:
+    data = blobs(3000, 6, 20)
+    result = run(data, k=40, iterations=300, tolerance=0.0)
+    assert result.converged
+    squared = (data[:, None].astype(np.float64) - result.codes.double().numpy()[None]) ** 2
+    ids = squared.sum(axis=2).argmin(axis=1)
+    assert np.array_equal(np.bincount(ids, minlength=40), result.counts.numpy())
+    means = np.stack([data[ids == code].astype(np.float64).mean(axis=0) for code in range(40)])
+    np.testing.assert_allclose(result.codes.numpy(), means, atol=1e-6)
+    assert result.inertia == pytest.approx(squared.sum(axis=2).min(axis=1).mean(), rel=1e-6)
+    assert all(after <= before for before, after in zip(result.history, result.history[1:], strict=False))
+
+
+def test_empty_clusters_are_filled() -> None:
+    """All first centres lie among copies of one point and one far blob: most start empty."""
+    random = np.random.default_rng(0)
+    data = np.concatenate([np.zeros((5000, 3)), 100 + random.standard_normal((60, 3))]).astype(np.float32)
+    for init in ("random", "k-means++"):
+        result = run(data, k=50, iterations=2, init=init)
+        assert result.counts.min() >= 1
+        assert result.counts.sum() == 5060
+        assert len(result.codes.unique(dim=0)) == 50
+
+
+def test_as_many_codes_as_distinct_vectors() -> None:
+    distinct = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    result = run(np.repeat(distinct, 7, axis=0), k=30)
+    assert result.inertia == 0
+    assert result.counts.tolist() == [7] * 30
+    assert np.array_equal(np.unique(result.codes.numpy(), axis=0), np.unique(distinct, axis=0))
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    data = blobs(2000, 5, 30)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(data, k=64, seed=seed).save(tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
+    tensors = load_file(tmp_path / "a")
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} == {
+        "codebook": (torch.float32, (64, 5)),
+        "counts": (torch.int64, (64,)),
+    }
+
+
+def test_shards_and_precision_on_disk_do_not_show() -> None:
+    data = blobs(1000, 4, 10).astype(np.float16)
+    config = KmeansConfig(k=20)
+    whole = kmeans(FeatureSet([data.astype(np.float32)], ["x"]), config, seed=0, device=CPU)
+    parts = FeatureSet([data[:10], data[10:700], data[700:700], data[700:]], list("abcd"))
+    assert torch.equal(kmeans(parts, config, seed=0, device=CPU).codes, whole.codes)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_two_ranks_make_the_codebook_of_one(per_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_set, "BLOCK_ROWS", 300)
+    data, labels = blobs(2000, 5, 30), np.arange(2000, dtype=np.int32) % 3
+    alone = run(data, labels, k=33, per_class=per_class)
+
+    here, meet, sent = threading.local(), threading.Barrier(2), {}
+
+    def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+        sent[here.rank] = tensor.clone()
+        meet.wait()
+        tensor.copy_(sent[0] + sent[1])
+        meet.wait()
+        return tensor
+
+    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_sum", all_reduce_sum)
+    results: dict[int, Clustering] = {}
+
+    def work(rank: int) -> None:
+        here.rank = rank
+        results[rank] = run(data, labels, k=33, per_class=per_class)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for rank in range(2):
+        assert torch.equal(results[rank].codes, alone.codes)
+        assert torch.equal(results[rank].counts, alone.counts)
+        assert results[rank].history == alone.history
+
+
+def test_per_class_clusters_each_class_by_itself() -> None:
+    data, labels = blobs(900, 4, 12), np.repeat([7, 2, 5], 300).astype(np.int32)
+    result = run(data, labels, k=30, per_class=True)
+    assert result.counts.view(3, 10).sum(dim=1).tolist() == [300, 300, 300]
+    for part, label in enumerate([2, 5, 7]):
+        alone = run(data[labels == label], np.full(300, label, np.int32), k=10, per_class=True)
+        assert torch.equal(result.codes[10 * part : 10 * part + 10], alone.codes)
+
+
+def test_random_selection_takes_distinct_vectors_as_they_are() -> None:
+    data = np.repeat(blobs(400, 3, 10), 2, axis=0)
+    result = run(data, k=100, select="random")
+    rows = {row.tobytes() for row in data}
+    assert len({code.tobytes() for code in result.codes.numpy()} & rows) == 100
+    assert result.iterations == 0
+    assert result.counts.sum() == 800
+
+
+def test_the_weighted_draw_is_proportional_and_without_replacement() -> None:
+    random, weights = np.random.default_rng(0), torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0], dtype=torch.float64)
+    firsts = torch.cat([draw(weights, 1, random) for _ in range(4000)])
+    np.testing.assert_allclose(torch.bincount(firsts, minlength=5) / 4000, weights / 8, atol=0.03)
+    assert sorted(draw(weights, 5, random).tolist()) == [1, 2, 4]
+
+
+def test_refuses_features_that_cannot_be_clustered() -> None:
+    data = blobs(100, 4, 5)
+    with pytest.raises(DataError, match="100 vectors, fewer than k = 101"):
+        run(data, k=101)
+    with pytest.raises(DataError, match="1 distinct vectors among its 50, fewer than k = 2"):
+        run(np.ones((50, 4), np.float32), k=2)
+    with pytest.raises(DataError, match="100 distinct vectors among its 300, fewer than k = 101"):
+        run(np.tile(data, (3, 1)), k=101)
+    for bad in (np.nan, np.inf):
+        second = data.copy()
+        second[17, 2] = bad
+        with pytest.raises(NumericError, match=r"NaN or infinity: b\.npy, row 17 \(1 such"):
+            kmeans(FeatureSet([data, second], ["a.npy", "b.npy"]), KmeansConfig(k=5), seed=0, device=CPU)
+
+
+def test_refuses_classes_that_cannot_be_clustered() -> None:
+    data, labels = blobs(100, 4, 5), np.zeros(100, np.int32)
+    labels[95:] = 3
+    with pytest.raises(DataError, match="100 of 100 vectors have none"):
+        run(data, k=10, per_class=True)
+    with pytest.raises(ConfigError, match="k = 11 is not a multiple of the 2 classes"):
+        run(data, labels, k=11, per_class=True)
+    with pytest.raises(DataError, match="class 3 has 5 vectors, fewer than k = 6"):
+        run(data, labels, k=12, per_class=True)
+    labels[0] = -1
+    with pytest.raises(DataError, match="1 of 100 vectors have none"):
+        run(data, labels, k=10, per_class=True)
+    with pytest.raises(ConfigError, match=r"kmeans\.init"):
+        KmeansConfig(init="farthest")  # type: ignore[arg-type]
+
+
+def test_load_codebook_reads_what_others_write(tmp_path: Path) -> None:
+    codes = torch.randn(6, 3)
+    save_file({"codebook": codes, "counts": torch.ones(6, dtype=torch.int64)}, tmp_path / "codebook.safetensors")
+    np.save(tmp_path / "codes.npy", codes.numpy())
+    torch.save(codes, tmp_path / "released.pth")
+    for name in ("codebook.safetensors", "codes.npy", "released.pth"):
+        assert torch.equal(load_codebook(tmp_path / name), codes)
+    torch.save({"codebook": codes[0]}, tmp_path / "flat.pth")
+    with pytest.raises(DataError, match="does not hold one codebook"):
+        load_codebook(tmp_path / "flat.pth")
+    np.save(tmp_path / "nan.npy", np.full((2, 2), np.nan, np.float32))
+    with pytest.raises(NumericError, match="holds NaN"):
+        load_codebook(tmp_path / "nan.npy")

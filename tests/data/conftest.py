@@ -1,0 +1,44 @@
+"""Drawn images and tars, and an index cache of each test's own."""
+
+import io
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., bytes]:
+    """draw(number, (width, height), "PNG") -> an encoded image that differs by number and from pixel to pixel."""
+
+    def draw(number: int, size: tuple[int, int] = (48, 40), kind: str = "PNG") -> bytes:
+        noise = np.random.default_rng(number).integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file, kind)
+        return file.getvalue()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[[Mapping[str, bytes]], bytes]:
+    """pack({"a.png": bytes, ...}) -> the bytes of a tar."""
+
+    def pack(members: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return file.getvalue()
+
+    return pack

@@ -1,0 +1,163 @@
+import hashlib
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqpipe.data.batches import Batch, OrderedBatches, TrainingStream, check_skipped
+from vqpipe.data.shards import ImageSet, open_images
+from vqpipe.data.transforms import DataConfig, center_crop, decode
+from vqpipe.data.workers import through_workers
+from vqpipe.errors import ConfigError, DataError
+
+Draw = Callable[..., bytes]
+NUM, BATCH = 14, 4  # 14 images in global batches of 4: the epoch edge falls inside a batch
+
+
+@pytest.fixture
+def images(tmp_path: Path, draw: Draw, pack: Callable[..., bytes]) -> ImageSet:
+    members = {f"{i:02d}.png": draw(i) for i in range(NUM)} | {f"{i:02d}.cls": b"%d" % (i % 3) for i in range(NUM)}
+    (tmp_path / "s.tar").write_bytes(pack(members))
+    return open_images([tmp_path / "s.tar"])
+
+
+def config(workers: int = 0, **settings: object) -> DataConfig:
+    return DataConfig(image_size=16, num_workers=workers, **settings)
+
+
+def prints(batch: Batch) -> list[tuple[int, str, int, str]]:
+    """Of each image in order: its index, key, label, and a hash of its pixels, crop and flip included."""
+    pixels = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:12] for image in batch.images]
+    return list(zip(batch.indices, batch.keys, batch.labels.tolist(), pixels, strict=True))
+
+
+def run(images: ImageSet, start: int, steps: int, world: int = 1, workers: int = 0, seed: int = 5) -> list:
+    """The images of `steps` global batches, in order, as `world` ranks get them."""
+    ranks = [
+        TrainingStream(images, config(workers), seed=seed, batch_size=BATCH, rank=r, world_size=world).from_sample(
+            start
+        )
+        for r in range(world)
+    ]
+    return [print_ for _ in range(steps) for rank in ranks for print_ in prints(next(rank))]
+
+
+def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_where_one_resumes(images: ImageSet) -> None:
+    whole = run(images, 0, 11)  # three epochs and a bit
+    assert [sorted(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)] == [list(range(NUM))] * 3
+    assert len({tuple(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)}) == 3
+    assert len({pixels for *_, pixels in whole[: 3 * NUM]}) > 2 * NUM  # crops and flips differ between epochs
+    for world, workers, step in itertools.product((1, 2, 4), (0, 2), (0, 1, 3, 10)):  # 3: across the epoch's edge
+        if workers and step not in (0, 3):
+            continue
+        assert run(images, step * BATCH, min(2, 11 - step), world, workers) == whole[step * BATCH : (step + 2) * BATCH]
+    assert run(images, 0, 11, seed=6) != whole
+
+
+def test_resuming_reads_nothing_that_came_before(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = ImageSet.read
+    monkeypatch.setattr(ImageSet, "read", lambda self, i: (read.append(i), real(self, i))[1])
+    batch = next(TrainingStream(images, config(), seed=0, batch_size=BATCH).from_sample(10**9))
+    assert read == batch.indices
+
+
+def test_a_set_smaller_than_the_batch(images: ImageSet) -> None:
+    stream = TrainingStream(images, config(), seed=0, batch_size=3 * NUM + 1)
+    batch = next(stream.from_sample(0))
+    assert [sorted(batch.indices[e * NUM : (e + 1) * NUM]) for e in range(3)] == [list(range(NUM))] * 3
+
+
+def test_the_global_batch_divides() -> None:
+    with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
+        TrainingStream(None, config(), seed=0, batch_size=10, world_size=4)
+
+
+@pytest.fixture
+def with_bad(tmp_path: Path, draw: Draw) -> ImageSet:
+    """40 images, of which number 7 is cut short and number 20 empty."""
+    for i in range(40):
+        data = draw(i, kind="JPEG")
+        (tmp_path / f"{i:02d}.jpg").write_bytes(data[:-20] if i == 7 else b"" if i == 20 else data)
+    return open_images([tmp_path])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_training_images_are_replaced_and_counted(with_bad: ImageSet, workers: int) -> None:
+    stream = TrainingStream(with_bad, config(workers, max_skipped=0.2), seed=1, batch_size=8)
+    found = [prints(batch) for batch in itertools.islice(stream.from_sample(0), 5)]
+    indices = [index for batch in found for index, *_ in batch]
+    assert len(indices) == 40
+    assert not {7, 20} & set(indices)
+    assert stream.skipped == {"truncated": 1, "empty": 1}
+    halves = TrainingStream(with_bad, config(max_skipped=0.2), seed=1, batch_size=8, rank=1, world_size=2)
+    assert [prints(batch) for batch in itertools.islice(halves.from_sample(0), 5)] == [batch[4:] for batch in found]
+
+
+def test_too_many_bad_training_images(with_bad: ImageSet) -> None:
+    stream = TrainingStream(with_bad, config(max_skipped=0.01), seed=1, batch_size=20)
+    with pytest.raises(DataError, match=r"of 100 images cannot be used \(. empty, . truncated\), more than the 1.00%"):
+        list(itertools.islice(stream.from_sample(0), 10))
+
+
+def test_no_usable_image_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"not a jpeg")
+    stream = TrainingStream(open_images([tmp_path]), config(), seed=0, batch_size=1)
+    with pytest.raises(DataError, match="16 images drawn one after another"):
+        next(stream.from_sample(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ordered_batches(with_bad: ImageSet, workers: int) -> None:
+    batches = OrderedBatches(with_bad, image_size=16, batch_size=6, start=5, stop=24, num_workers=workers)
+    found = list(batches)
+    assert [batch.indices for batch in found] == [[5, 6, 8, 9, 10], [*range(11, 17)], [17, 18, 19, 21, 22], [23]]
+    assert found[1].keys == [f"{i:02d}" for i in range(11, 17)]
+    assert batches.skipped == {"truncated": 1, "empty": 1}
+    assert found[0].labels.tolist() == [-1] * 5
+    assert torch.equal(found[3].images[0], center_crop(decode(with_bad.read(23)), 16))
+    check_skipped(batches.skipped, 19, 0.11)
+    with pytest.raises(DataError, match="2 of 19"):
+        check_skipped(batches.skipped, 19, 0.1)
+
+
+def test_ordered_batches_flipped_and_transformed(with_bad: ImageSet) -> None:
+    plain, flipped = (next(iter(OrderedBatches(with_bad, image_size=16, batch_size=3, flip=f))) for f in (False, True))
+    assert torch.equal(plain.images.flip(-1), flipped.images)
+    own = OrderedBatches(with_bad, image_size=0, batch_size=3, transform=lambda image: torch.tensor(image.size))
+    assert next(iter(own)).images.tolist() == [[48, 40]] * 3
+
+
+def test_errors_of_workers_arrive_as_they_are(with_bad: ImageSet, tmp_path: Path) -> None:
+    (tmp_path / "03.jpg").unlink()
+    with pytest.raises(DataError, match=r"^cannot read .*03\.jpg: No such file or directory\. Check the folder"):
+        list(OrderedBatches(with_bad, image_size=16, batch_size=2, num_workers=1))
+
+
+class Trouble(torch.utils.data.Dataset):
+    """Work that kills its worker, or never ends, or notes that it ignores the group's signals."""
+
+    def __getitem__(self, work: str) -> str:
+        if work == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if work == "hang":
+            time.sleep(60)
+        if work == "signals":
+            for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        return work
+
+
+def test_a_worker_that_dies_or_hangs_is_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # its patience at shutdown: 5 s
+    for work, message in (("die", "exited unexpectedly|killed by signal"), ("hang", "timed out")):
+        began = time.monotonic()
+        with pytest.raises(DataError, match=f"the image loader stopped: .*({message})"):
+            list(through_workers(Trouble(), ["fine", work], 1, timeout=1))
+        assert time.monotonic() - began < 20
+    assert list(through_workers(Trouble(), ["signals", "fine"], 1, timeout=9)) == ["signals", "fine"]

@@ -1,0 +1,229 @@
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqpipe.data import transforms
+from vqpipe.data.transforms import (
+    TURNS,
+    BadImage,
+    DataConfig,
+    center_crop,
+    decode,
+    random_crop,
+    to_float,
+    to_uint8,
+    training_crop,
+)
+from vqpipe.errors import ConfigError
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def solid(mode: str, colour: object, size: tuple[int, int] = (8, 6)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def palette(transparent: int | None = None) -> bytes:
+    image = solid("P", 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    return encode(image, "PNG", **({} if transparent is None else {"transparency": transparent}))
+
+
+def grey16(value: int) -> Image.Image:
+    return Image.fromarray(np.full((6, 8), value, np.uint16))
+
+
+def png(width: int, height: int, bit_depth: int, colour_type: int, pixels: bytes) -> bytes:
+    """A PNG from its parts: what Pillow itself cannot write."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    stride = len(pixels) // height
+    rows = b"".join(b"\0" + pixels[y * stride : (y + 1) * stride] for y in range(height))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(encode(solid("RGB", (1, 2, 3))), (1, 2, 3), id="rgb"),
+        pytest.param(encode(solid("L", 77)), (77, 77, 77), id="grey"),
+        pytest.param(encode(solid("1", 1)), (255, 255, 255), id="one bit"),
+        pytest.param(encode(solid("RGBA", (255, 0, 0, 0))), (255, 255, 255), id="transparent red is white"),
+        pytest.param(encode(solid("RGBA", (255, 0, 0, 128))), (255, 127, 127), id="half red over white"),
+        pytest.param(encode(solid("LA", (0, 51))), (204, 204, 204), id="grey with alpha"),
+        pytest.param(palette(), (200, 100, 50), id="palette"),
+        pytest.param(palette(transparent=1), (255, 255, 255), id="transparent palette entry"),
+        pytest.param(encode(solid("RGB", (9, 9, 9)), transparency=(9, 9, 9)), (255, 255, 255), id="transparent colour"),
+        pytest.param(encode(solid("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0), id="cmyk"),
+        pytest.param(encode(grey16(32768)), (128, 128, 128), id="16 bit: half is half"),
+        pytest.param(encode(grey16(65535)), (255, 255, 255), id="16 bit: full is full"),
+        pytest.param(encode(grey16(257 * 9 + 128)), (9, 9, 9), id="16 bit: rounded down"),
+        pytest.param(encode(grey16(257 * 9 + 129)), (10, 10, 10), id="16 bit: rounded up"),
+        pytest.param(encode(grey16(1000), "TIFF"), (4, 4, 4), id="16 bit tiff"),
+        pytest.param(png(8, 6, 16, 2, b"\x80\x00\x40\x00\xff\xff" * 48), (128, 64, 255), id="16 bit colour"),
+        pytest.param(
+            encode(solid("RGB", (9, 8, 7)), "GIF", save_all=True, append_images=[solid("RGB", "blue")]),
+            (9, 8, 7),
+            id="first frame",
+        ),
+        pytest.param(encode(solid("RGB", (40, 90, 200)), "WEBP", lossless=True), (40, 90, 200), id="webp"),
+        pytest.param(encode(solid("RGB", (40, 90, 200)), "BMP"), (40, 90, 200), id="bmp"),
+    ],
+)
+def test_every_mode_has_a_rule(data: bytes, expected: tuple[int, int, int]) -> None:
+    image = decode(data)
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    assert set(image.getdata() if not hasattr(image, "get_flattened_data") else image.get_flattened_data()) == {
+        expected
+    }
+
+
+def test_inverted_cmyk_jpeg_is_not_a_negative() -> None:
+    red = np.asarray(decode(encode(solid("CMYK", (0, 255, 255, 0)), "JPEG", quality=100)))
+    assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(b"", "empty", id="empty"),
+        pytest.param(b"<html><body>404</body></html>", "not-an-image", id="web page"),
+        pytest.param(encode(solid("F", 0.5), "TIFF"), "float", id="float tiff"),
+        pytest.param(encode(solid("I", 70000), "TIFF"), "mode", id="32-bit integers"),
+        pytest.param(encode(solid("RGB", "red", (64, 64)), "JPEG")[:-2], "truncated", id="jpeg without its end"),
+        pytest.param(encode(solid("RGB", "red", (64, 64)), "JPEG")[:300], "truncated", id="half a jpeg header"),
+        pytest.param(encode(Image.effect_noise((64, 64), 90))[:2000], "truncated", id="half a png"),
+        pytest.param(png(20000, 20000, 1, 0, b"\0" * 20000), "too-large", id="bomb"),
+    ],
+)
+def test_bad_images_are_refused_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImage) as caught:
+        decode(data)
+    assert caught.value.reason == reason
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.reason, str(again)) == (reason, str(caught.value))
+
+
+def test_pixel_limit_is_judged_from_the_header() -> None:
+    data = encode(solid("RGB", "red", (100, 100)))
+    assert decode(data, max_pixels=10_000).size == (100, 100)
+    with pytest.raises(BadImage, match="100 x 100"):
+        decode(data[:60], max_pixels=9_999)  # nothing but the header is there
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
+    corners = Image.new("RGB", (32, 16), "black")
+    corners.paste((255, 255, 255), (0, 0, 8, 8))  # white where the picture's upper left belongs
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)
+    stored = corners.transpose(TURNS[inverse]) if inverse in TURNS else corners
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(encode(stored, kind, exif=exif))
+    assert image.size == (32, 16)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(corners)).mean() < 8  # JPEG and WebP lose a little
+
+
+@pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "411", "440", "progressive"])
+def test_fast_jpeg_gives_pillows_pixels(subsampling: str) -> None:
+    noise = Image.effect_noise((83, 61), 80)
+    image = Image.merge("RGB", (noise, noise.rotate(90), noise.rotate(180)))
+    if subsampling == "progressive":
+        data = encode(image, "JPEG", progressive=True)
+    else:
+        data = transforms.simplejpeg.encode_jpeg(np.asarray(image).copy(), 85, colorsubsampling=subsampling)
+    fast = transforms.fast_jpeg(data, Image.open(io.BytesIO(data)))
+    assert fast is not None
+    assert np.array_equal(np.asarray(fast), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def adm_reference(image: Image.Image, size: int) -> np.ndarray:
+    """guided-diffusion's rule written out: how many halvings, then one scale, then the middle."""
+    short = min(image.size)
+    halvings = 0
+    while short >= 2 * size:
+        short, halvings = short // 2, halvings + 1
+    for _ in range(halvings):
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    array = np.asarray(
+        image.resize((round(image.size[0] * factor), round(image.size[1] * factor)), Image.Resampling.BICUBIC)
+    )
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[y : y + size, x : x + size]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 64), (333, 500), (63, 200), (127, 129), (40, 50), (1024, 700)])
+def test_center_crop_is_adms(size: tuple[int, int]) -> None:
+    noise = Image.effect_noise(size, 90)
+    image = Image.merge("RGB", (noise, noise.rotate(180), noise))
+    crop = center_crop(image, 64)
+    assert (crop.dtype, crop.shape) == (torch.uint8, (3, 64, 64))
+    assert np.array_equal(crop.permute(1, 2, 0).numpy(), adm_reference(image, 64))
+
+
+def test_a_strip_is_cropped_without_being_blown_up() -> None:
+    strip = Image.effect_noise((2000, 1), 90).convert("RGB")
+    crop = center_crop(strip, 64)  # in full: 64 x 128,000
+    assert (crop.permute(1, 2, 0).numpy().astype(int) - adm_reference(strip, 64)).__abs__().max() <= 1
+    assert random_crop(strip, 64, np.random.default_rng(0), max_scale=2.0).shape == (3, 64, 64)
+
+
+def test_random_crop_is_a_window_of_the_resized_image() -> None:
+    image = Image.effect_noise((90, 60), 90).convert("RGB")
+    whole = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC)).astype(int)
+    lefts = set()
+    for seed in range(40):
+        crop = random_crop(image, 32, np.random.default_rng(seed)).permute(1, 2, 0).numpy().astype(int)
+        errors = [np.abs(crop - whole[:, x : x + 32]).max() for x in range(17)]
+        assert min(errors) <= 1
+        lefts.add(int(np.argmin(errors)))
+    assert {0, 16} < lefts  # both borders can be reached
+    assert len(lefts) > 10
+
+
+def test_training_crop_follows_its_config() -> None:
+    image = Image.effect_noise((90, 60), 90).convert("RGB")
+
+    def crops(**settings: object) -> list[torch.Tensor]:
+        config = DataConfig(image_size=32, **settings)
+        return [training_crop(image, config, np.random.default_rng(seed)) for seed in range(20)]
+
+    centre = center_crop(image, 32)
+    assert all(torch.equal(crop, centre) for crop in crops(crop="center", flip=False))
+    mirrored = [torch.equal(crop, centre.flip(-1)) for crop in crops(crop="center", flip=True)]
+    assert 3 < sum(mirrored) < 17
+    assert all(torch.equal(a, b) for a, b in zip(crops(max_scale=1.5), crops(max_scale=1.5), strict=True))
+
+
+def test_floats_and_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(levels)
+    assert (floats.dtype, floats.min().item(), floats.max().item()) == (torch.float32, -1.0, 1.0)
+    assert torch.equal(to_uint8(floats), levels)
+    assert torch.equal(to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8))
+    almost = to_float(levels)[1:] - 0.2 / 127.5  # truncating would lose a level here
+    assert torch.equal(to_uint8(almost), levels[1:])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"image_size": 0}, {"crop": "left"}, {"max_scale": 0.5}, {"max_skipped": 2.0}, {"max_pixels": 10**10}]
+)
+def test_config_is_checked(settings: dict) -> None:
+    with pytest.raises(ConfigError):
+        DataConfig(**settings)

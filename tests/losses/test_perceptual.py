@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqpipe.errors import WeightsError
+from vqpipe.losses import Perceptual
+
+FILE = "alexnet-owt-7be5be79.pth"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> dict[str, Tensor]:
+    """torchvision's AlexNet convolutions, by its names, with random weights."""
+    import torchvision
+
+    torch.manual_seed(0)
+    features = torchvision.models.alexnet().features
+    return {f"features.{name}": tensor.detach() for name, tensor in features.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def perceptual(backbone: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Perceptual:
+    file = tmp_path_factory.mktemp("weights") / "alexnet.safetensors"
+    save_file(backbone, file)
+    return Perceptual("alex", str(file))
+
+
+def images(seed: int) -> Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_zero_for_the_same_image_and_gradient_for_another(perceptual: Perceptual) -> None:
+    assert perceptual(images(0), images(0)).item() == 0
+    other = images(1).requires_grad_()
+    perceptual(images(0), other).backward()
+    assert other.grad is not None
+    assert other.grad.abs().sum() > 0
+
+
+def test_against_the_written_formula(perceptual: Perceptual, backbone: dict[str, Tensor]) -> None:
+    """LPIPS from its paper: unit-normalised features, squared differences, the heads' 1x1 weights, means."""
+    import lpips
+
+    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", weights_only=True, map_location="cpu")
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    total = torch.zeros(2)
+    a, b = ((images(seed) - shift) / scale for seed in (0, 1))
+    layers = [(0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)]  # number, stride, padding
+    for i, (number, stride, padding) in enumerate(layers):
+        if number in (3, 6):
+            a, b = (torch.nn.functional.max_pool2d(x, 3, 2) for x in (a, b))
+        weight, bias = backbone[f"features.{number}.weight"], backbone[f"features.{number}.bias"]
+        a, b = (torch.relu(torch.nn.functional.conv2d(x, weight, bias, stride, padding)) for x in (a, b))
+        unit_a, unit_b = (x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
+        distance = torch.nn.functional.conv2d((unit_a - unit_b).square(), heads[f"lin{i}.model.1.weight"])
+        total = total + distance.mean((1, 2, 3))
+    torch.testing.assert_close(perceptual(images(0), images(1)), total.mean(), rtol=1e-4, atol=1e-7)
+
+
+def test_frozen_and_without_dropout_even_in_training(perceptual: Perceptual) -> None:
+    perceptual.train()
+    assert perceptual(images(0), images(1)) == perceptual(images(0), images(1))
+    assert not any(parameter.requires_grad for parameter in perceptual.parameters())
+
+
+@pytest.mark.parametrize("folder", ["", "somewhere"])
+def test_an_absent_backbone_is_named_with_the_option(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(WeightsError, match=f"{FILE}.*objective.lpips_weights"):
+        Perceptual("alex", str(tmp_path / folder) if folder else "")
+
+
+def test_another_file_is_refused(tmp_path: Path, backbone: dict[str, Tensor]) -> None:
+    wrong = {name: tensor[:1].clone() for name, tensor in backbone.items()}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(WeightsError, match=r"features\.0\.weight"):
+        Perceptual("alex", str(tmp_path / "wrong.safetensors"))

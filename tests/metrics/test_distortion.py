@@ -1,0 +1,127 @@
+"""PSNR and SSIM beside scikit-image and beside their formulas."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+
+from vqpipe.errors import DataError, NumericError
+from vqpipe.metrics import distortion
+from vqpipe.metrics.distortion import Distortion
+
+
+def pair(n: int = 5, height: int = 40, width: int = 56, noise: float = 20.0) -> tuple[Tensor, Tensor]:
+    """Smooth random images and noisy copies, each noisier than the one before."""
+    random = torch.Generator().manual_seed(0)
+    coarse = torch.rand(n, 3, 5, 7, generator=random) * 255
+    smooth = nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    scale = noise * torch.arange(1, n + 1).view(-1, 1, 1, 1) / n
+    noisy = smooth + scale * torch.randn(smooth.shape, generator=random)
+    return smooth.round().to(torch.uint8), noisy.round().clamp(0, 255).to(torch.uint8)
+
+
+def channels_last(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+def measured(a: Tensor, b: Tensor) -> dict[str, float]:
+    meter = Distortion()
+    meter.update(a, b)
+    return meter.result()
+
+
+def test_psnr_and_both_ssims_agree_with_scikit_image() -> None:
+    a, b = pair()
+    images = [(channels_last(x), channels_last(y)) for x, y in zip(a, b, strict=True)]
+    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = {
+        "psnr": np.mean([peak_signal_noise_ratio(x, y) for x, y in images]),
+        "ssim": np.mean([structural_similarity(x, y, channel_axis=-1, **gaussian) for x, y in images]),
+        "ssim_uniform7": np.mean([structural_similarity(x, y, channel_axis=-1) for x, y in images]),
+    }
+    result = measured(a, b)
+    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-8)
+
+
+def test_psnr_y_is_the_formula_on_studio_luma_with_a_peak_of_one() -> None:
+    a, b = pair()
+
+    def luma(image: Tensor) -> np.ndarray:
+        red, green, blue = image.numpy().astype(np.float64) / 255
+        return (65.481 * red + 128.553 * green + 24.966 * blue + 16) / 255
+
+    errors = [np.mean((luma(x) - luma(y)) ** 2) for x, y in zip(a, b, strict=True)]
+    assert measured(a, b)["psnr_y"] == pytest.approx(np.mean([-10 * np.log10(error) for error in errors]), abs=1e-8)
+
+
+def test_psnr_of_mean_mse_weighs_errors_not_decibels() -> None:
+    a, b = pair()
+    mse = np.mean((a.numpy().astype(np.float64) - b.numpy()) ** 2)
+    result = measured(a, b)
+    assert result["psnr_of_mean_mse"] == pytest.approx(10 * np.log10(255**2 / mse), abs=1e-8)
+    assert result["psnr_of_mean_mse"] < result["psnr"]
+
+
+def test_equal_images_are_counted_and_leave_no_infinity() -> None:
+    a, b = pair(n=4)
+    b[1] = a[1]
+    meter = Distortion()
+    meter.update(a, b)
+    others = torch.tensor([0, 2, 3])
+    assert meter.num_identical == 1
+    assert meter.result()["psnr"] == pytest.approx(measured(a[others], b[others])["psnr"], abs=1e-8)
+    assert measured(a, a) == {"ssim": 1.0, "ssim_uniform7": 1.0}
+
+
+def test_the_means_do_not_depend_on_batches() -> None:
+    a, b = pair(n=7)
+    meter = Distortion()
+    for part in ([4, 0], [6], [1, 2, 3, 5]):
+        meter.update(a[part], b[part])
+    assert meter.result() == measured(a, b)
+
+
+def test_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pair(n=6)
+    mine, theirs = Distortion(), Distortion()
+    mine.update(a[:1], b[:1])
+    theirs.update(a[1:], b[1:])
+    gathered = [(meter.sums, meter.counts, meter.num_images, meter.num_identical) for meter in (mine, theirs)]
+    monkeypatch.setattr(distortion, "gather_objects", lambda _: gathered)
+    assert mine.merged().result() == measured(a, b)
+    assert mine.merged().num_images == 6
+
+
+def test_perceptual_networks_see_minus_one_to_one_and_may_not_return_nan() -> None:
+    class MeanDifference(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            assert -1 <= float(a.min()) < -0.5
+            assert 0.5 < float(a.max()) <= 1
+            return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    a, b = pair()
+    meter = Distortion({"lpips_alex": MeanDifference()})
+    meter.update(a, b)
+    difference = np.abs(a.numpy().astype(np.float64) - b.numpy()).mean() / 127.5
+    assert meter.result()["lpips_alex"] == pytest.approx(difference, rel=1e-5)
+
+    class Broken(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.full((len(a), 1, 1, 1), float("nan"))
+
+    with pytest.raises(NumericError, match="lpips_vgg"):
+        Distortion({"lpips_vgg": Broken()}).update(a, b)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), "uint8"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 8, dtype=torch.uint8), "should both be"),
+        (torch.zeros(1, 3, 8, 16, dtype=torch.uint8), torch.zeros(1, 3, 8, 16, dtype=torch.uint8), "at least 11"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(a: Tensor, b: Tensor, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Distortion().update(a, b)

@@ -1,0 +1,123 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.models import Autoencoder, VqganConfig, autoencoder, build_autoencoder
+from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
+from vqpipe.quantizers.base import to_rows
+
+QUANTIZERS: dict[str, QuantizerConfig] = {
+    "lc": LcConfig(codebook_size=200, code_dim=8, feature_dim=24),
+    "vq": VqConfig(codebook_size=200, code_dim=8),
+    "ema": EmaConfig(codebook_size=200, code_dim=8),
+}
+SMALL = {"base_channels": 16, "channel_multipliers": (1, 2, 2), "num_res_blocks": 1, "z_channels": 32}
+
+
+def make(kind: str = "lc") -> Autoencoder:
+    torch.manual_seed(0)
+    model = build_autoencoder(VqganConfig(**SMALL, quantizer=QUANTIZERS[kind]))
+    if kind == "lc":
+        model.quantizer.load_codebook(torch.randn(200, 24) * torch.linspace(0.1, 4, 24) + 3)
+    return model
+
+
+def pictures(count: int = 20, size: int = 32) -> Tensor:
+    """Smooth random images: neighbouring pixels agree, as in photographs."""
+    coarse = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(7))
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_forward_is_encode_then_decode(kind: str) -> None:
+    model, images = make(kind).eval().requires_grad_(False), pictures(2)
+    whole, quantized = model(images), model.encode(images)
+    assert whole.images.shape == images.shape
+    assert torch.equal(whole.latent, model.latent(images))
+    assert torch.equal(whole.quantized.ids, quantized.ids)
+    assert torch.equal(whole.images, model.decode(quantized.codes))
+
+
+def test_every_weight_gets_a_gradient() -> None:
+    model = make()
+    whole = model(pictures(2))
+    (whole.images.abs().mean() + sum(whole.quantized.losses.values())).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert model.last_layer.grad is not None
+    assert model.last_layer.shape == (3, 16, 3, 3)
+
+
+def test_sides_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(DataError, match="30 x 32 pixels do not divide into cells of 4"):
+        make().latent(torch.zeros(1, 3, 30, 32))
+
+
+def test_a_config_without_an_autoencoder() -> None:
+    with pytest.raises(ConfigError, match="AutoencoderConfig"):
+        build_autoencoder(autoencoder.AutoencoderConfig(quantizer=QUANTIZERS["vq"]))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_matched_start_whitens_latents_and_codes(kind: str) -> None:
+    model, images = make(kind), pictures()
+    before = model.latent(images)
+    model.match_start(images)
+    rows = to_rows(model.latent(images).detach()).double()
+    torch.testing.assert_close(rows.mean(0), torch.zeros(8).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(rows.T.cov(correction=0), torch.eye(8).double(), rtol=0, atol=1e-3)
+    codes = model.quantizer.codebook()
+    torch.testing.assert_close(codes.var(0, unbiased=False).mean(), torch.ones(()), rtol=0, atol=1e-4)
+    # ZCA, of all whitenings, is the one that turns latents least: each channel still goes along with its old self.
+    old = to_rows(before.detach()).double()
+    assert (((old - old.mean(0)) * rows).sum(0) > 0).all()
+
+
+def test_matched_start_raises_the_number_of_codes_in_use() -> None:
+    model, images = make(), pictures()
+    used_before = len(model.encode(images).ids.unique())
+    model.match_start(images)
+    used = len(model.encode(images).ids.unique())
+    assert used > 100
+    assert used > 3 * used_before
+
+
+def test_matched_start_is_deterministic_and_leaves_the_rest_alone() -> None:
+    start = make()
+    models = [copy.deepcopy(start) for _ in range(2)]
+    for model in models:
+        torch.manual_seed(5)
+        model.match_start(pictures())
+    first, second = (model.state_dict() for model in models)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, first[name])}
+    assert changed == {
+        "quant_conv.weight",
+        "quant_conv.bias",
+        "quantizer.shift",
+        "quantizer.scale",
+        "quantizer.projector.0.weight",
+        "quantizer.projector.0.bias",
+    }
+
+
+def test_matched_start_adds_up_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures()
+    whole = make()
+    mean, covariance = whole.latent_moments(images)
+    shares: list[Tensor] = []
+    monkeypatch.setattr(autoencoder, "all_reduce_sum", lambda tensor: shares.append(tensor.clone()))
+    for rank in range(2):
+        whole.latent_moments(images[rank::2])
+    monkeypatch.setattr(autoencoder, "all_reduce_sum", lambda tensor: tensor.copy_(sum(shares)))
+    for rank in range(2):
+        rank_mean, rank_covariance = whole.latent_moments(images[rank::2])
+        torch.testing.assert_close(rank_mean, mean)
+        torch.testing.assert_close(rank_covariance, covariance, rtol=1e-4, atol=1e-9)
+
+
+def test_matched_start_wants_enough_latent_vectors() -> None:
+    with pytest.raises(DataError, match="4 latent vectors are too few to whiten 8 channels"):
+        make().match_start(pictures(1, size=8))

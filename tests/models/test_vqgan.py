@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from vqpipe.config import from_table, to_table
+from vqpipe.errors import ConfigError
+from vqpipe.models import AutoencoderConfig, PatchDiscriminator, VqganConfig, build_autoencoder
+from vqpipe.models.vqgan import Attention, Decoder, Encoder, group_norm
+from vqpipe.quantizers import LcConfig, VqConfig
+
+F16, F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
+
+
+def paper(multipliers: tuple[int, ...], code_dim: int = 8) -> VqganConfig:
+    return VqganConfig(channel_multipliers=multipliers, quantizer=LcConfig(codebook_size=100_000, code_dim=code_dim))
+
+
+def size_of(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "encoder", "decoder", "trainable", "tensors"),
+    [
+        (paper(F16), 29_298_176, 42_449_795, 72_421_844, 345),
+        (paper(F8), 26_455_936, 38_260_227, 65_390_036, 251),
+        (paper(F8, code_dim=4), 26_455_936, 38_260_227, 65_384_908, 251),
+    ],
+    ids=["f16", "f8", "f8-dim4"],
+)
+def test_sizes_are_the_published_ones(
+    config: VqganConfig, encoder: int, decoder: int, trainable: int, tensors: int
+) -> None:
+    with torch.device("meta"):
+        model, discriminator = build_autoencoder(config), PatchDiscriminator()
+    assert size_of(model.encoder) == encoder
+    assert size_of(model.decoder) == decoder
+    assert size_of(model) + size_of(discriminator) == trainable
+    assert len(model.state_dict().keys() - {"quantizer.shift", "quantizer.scale"}) == tensors
+
+
+def test_f8_attends_in_the_middle_only_whatever_the_image_size() -> None:
+    with torch.device("meta"):
+        f8, f16 = build_autoencoder(paper(F8)), build_autoencoder(paper(F16))
+    assert [name for name, module in f8.named_modules() if isinstance(module, Attention)] == [
+        "encoder.mid.attn_1",
+        "decoder.mid.attn_1",
+    ]
+    levels = [name for name, module in f16.named_modules() if isinstance(module, Attention) and "mid" not in name]
+    assert levels == [*(f"encoder.down.4.attn.{i}" for i in range(2)), *(f"decoder.up.4.attn.{i}" for i in range(3))]
+
+
+@pytest.mark.parametrize(("multipliers", "patch_size", "factor"), [(F16, 1, 16), (F8, 1, 8), ((1, 2), 4, 8)])
+def test_sides_shrink_and_grow_by_the_downsample_factor(
+    multipliers: tuple[int, ...], patch_size: int, factor: int
+) -> None:
+    quantizer = VqConfig(codebook_size=4, code_dim=2)
+    config = VqganConfig(base_channels=8, channel_multipliers=multipliers, patch_size=patch_size, quantizer=quantizer)
+    assert config.downsample_factor == factor
+    with torch.device("meta"):
+        z = Encoder(config)(torch.zeros(1, 3, 64, 32))
+        assert z.shape == (1, 256, 64 // factor, 32 // factor)
+        assert Decoder(config)(z).shape == (1, 3, 64, 32)
+
+
+def test_attention_against_the_written_formula() -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(32), torch.randn(2, 32, 3, 5)
+    q, k, v = (conv(attention.norm(x)).flatten(2) for conv in (attention.q, attention.k, attention.v))
+    weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) * 32**-0.5, dim=2)
+    mixed = torch.einsum("bij,bcj->bci", weights, v).view_as(x)
+    torch.testing.assert_close(attention(x), x + attention.proj_out(mixed))
+
+
+def test_channels_last_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    config = VqganConfig(base_channels=16, channel_multipliers=(1, 2), quantizer=VqConfig(codebook_size=4, code_dim=2))
+    model, images = build_autoencoder(config).eval(), torch.randn(1, 3, 16, 16)
+    plain = model(images)
+    last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last.images, plain.images, rtol=1e-4, atol=1e-5)
+
+
+def test_narrow_networks_normalise_in_as_many_groups_as_divide_them() -> None:
+    assert [group_norm(channels).num_groups for channels in (512, 128, 32, 48, 24, 8)] == [32, 32, 32, 16, 8, 8]
+
+
+def test_config_round_trip_and_refusal() -> None:
+    config = paper(F8)
+    assert from_table(AutoencoderConfig, to_table(config)) == config
+    with pytest.raises(ConfigError):
+        VqganConfig(base_channels=0, quantizer=config.quantizer)

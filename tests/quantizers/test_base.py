@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.quantizers import QuantizerConfig, TokenLayout, VqConfig, build_quantizer
+from vqpipe.quantizers.base import straight_through, to_rows
+
+
+def test_layout_orders_grids_then_rows_then_groups() -> None:
+    layout = TokenLayout(((1, 1), (2, 3)), num_groups=2)
+    ids = torch.arange(2 * layout.num_tokens).view(2, -1)
+    coarse, fine = layout.split(ids)
+    assert layout.num_tokens == 14
+    assert coarse[0].tolist() == [[[0, 1]]]
+    assert fine[0].tolist() == [[[2, 3], [4, 5], [6, 7]], [[8, 9], [10, 11], [12, 13]]]
+    assert torch.equal(layout.join([coarse, fine]), ids)
+
+
+def test_layout_survives_json_and_refuses_other_ids() -> None:
+    layout = TokenLayout(((1, 1), (2, 3)), num_groups=2)
+    assert TokenLayout.from_table(layout.to_table()) == layout
+    with pytest.raises(DataError, match="13"):
+        layout.split(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_rows_are_in_the_order_b_h_w() -> None:
+    latent = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)
+    assert torch.equal(to_rows(latent)[5], latent[1, :, 0, 1])
+
+
+def test_straight_through_has_the_exact_value_of_the_codes() -> None:
+    latent, codes = torch.full((1,), 1e8, requires_grad=True), torch.tensor([1.25])
+    out = straight_through(latent, codes)
+    out.backward()
+    assert out.item() == 1.25  # latent + (codes - latent) would give 0
+    assert latent.grad == 1
+
+
+def test_a_config_without_a_quantizer_and_sizes_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="QuantizerConfig"):
+        build_quantizer(QuantizerConfig(codebook_size=4, code_dim=2))
+    with pytest.raises(ConfigError, match="codebook of 1 codes"):
+        VqConfig(codebook_size=1, code_dim=8)
+
+
+def test_a_learned_codebook_takes_no_artifact() -> None:
+    with pytest.raises(ConfigError, match="the vq quantizer"):
+        build_quantizer(VqConfig(codebook_size=4, code_dim=2)).load_codebook(torch.zeros(4, 2))

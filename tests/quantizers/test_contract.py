@@ -1,0 +1,197 @@
+"""What every quantizer promises. A new one adds its example to EXAMPLES and gets these tests."""
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqpipe.config import from_table, to_table
+from vqpipe.errors import DataError, NumericError
+from vqpipe.quantizers import (
+    EmaConfig,
+    LcConfig,
+    Quantizer,
+    QuantizerConfig,
+    VqConfig,
+    build_quantizer,
+    quantizer_classes,
+)
+
+EXAMPLES: dict[str, QuantizerConfig] = {
+    "vq": VqConfig(codebook_size=40, code_dim=6),
+    "vq-cosine": VqConfig(codebook_size=40, code_dim=6, metric="cosine"),
+    "ema": EmaConfig(codebook_size=40, code_dim=6),
+    "lc": LcConfig(codebook_size=40, code_dim=6, feature_dim=12),
+    "lc-mlp": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, projector="mlp"),
+    "lc-none": LcConfig(codebook_size=40, code_dim=6, feature_dim=6, projector="none", codebook_init="uniform"),
+    "lc-tuned": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, tune_codebook=True),
+    "lc-sphere": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, normalize_latent=True),
+}
+WITHOUT_CODEBOOK: set[str] = set()
+"""Examples that have no table of codes to match to the latents."""
+
+
+def make(name: str) -> Quantizer:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(EXAMPLES[name])
+    if isinstance(config := EXAMPLES[name], LcConfig) and config.codebook_init == "artifact":
+        quantizer.load_codebook(torch.randn(config.codebook_size, config.feature_dim))
+    return quantizer
+
+
+def latent_of(quantizer: Quantizer, height: int = 3, width: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, quantizer.latent_dim, height, width, generator=generator)
+
+
+def state_of(quantizer: Quantizer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+
+
+def assert_same_state(quantizer: Quantizer, before: dict[str, Tensor]) -> None:
+    after = quantizer.state_dict()
+    assert after.keys() == before.keys()
+    assert [name for name in after if not torch.equal(after[name], before[name])] == []
+
+
+def test_every_quantizer_has_an_example() -> None:
+    concrete = {cls for cls in quantizer_classes() if not inspect.isabstract(cls)}
+    assert concrete - {type(make(name)) for name in EXAMPLES} == set()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_ids_follow_layout_and_range(name: str) -> None:
+    quantizer = make(name)
+    latent = latent_of(quantizer)
+    quantized = quantizer(latent)
+    assert quantized.codes.shape == latent.shape
+    assert quantized.ids.dtype == torch.int64
+    assert quantized.ids.shape == (2, quantizer.layout(3, 5).num_tokens)
+    assert quantized.ids.min() >= 0
+    assert quantized.ids.max() < quantizer.codebook_size
+    assert quantizer.layout(3, 5).num_groups == quantizer.num_groups
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_images_do_not_depend_on_each_other(name: str) -> None:
+    quantizer = make(name).eval()
+    latent = latent_of(quantizer)
+    assert torch.equal(quantizer(latent).ids[1:], quantizer(latent[1:]).ids)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_lookup_is_forward_bit_for_bit_in_inference(name: str) -> None:
+    quantizer = make(name).eval().requires_grad_(False)
+    quantized = quantizer(latent_of(quantizer))
+    assert torch.equal(quantizer.lookup(quantized.ids, quantizer.layout(3, 5)), quantized.codes)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_lookup_agrees_with_forward_in_training(name: str) -> None:
+    quantizer = make(name).train()
+    quantized = quantizer(latent_of(quantizer))
+    torch.testing.assert_close(quantizer.lookup(quantized.ids, quantizer.layout(3, 5)), quantized.codes)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_negative_id_is_the_zero_vector(name: str) -> None:
+    quantizer = make(name)
+    layout = quantizer.layout(3, 5)
+    codes = quantizer.lookup(torch.full((2, layout.num_tokens), -1), layout)
+    assert codes.shape == (2, quantizer.latent_dim, 3, 5)
+    assert not codes.any()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_ids_beyond_the_codebook_are_refused(name: str) -> None:
+    quantizer = make(name)
+    layout = quantizer.layout(3, 5)
+    with pytest.raises(DataError):
+        quantizer.lookup(torch.full((2, layout.num_tokens), quantizer.codebook_size), layout)
+    with pytest.raises(DataError):
+        quantizer.lookup(torch.zeros(2, layout.num_tokens + 1, dtype=torch.int64), layout)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_gradient_of_codes_reaches_the_latent(name: str) -> None:
+    quantizer = make(name).train()
+    latent = latent_of(quantizer).requires_grad_()
+    quantizer(latent).codes.sum().backward()
+    assert latent.grad is not None
+    assert latent.grad.any()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in quantizer.parameters())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_losses_are_named_finite_scalars_that_train_every_weight(name: str) -> None:
+    quantizer = make(name).train()
+    losses = quantizer(latent_of(quantizer)).losses
+    assert set(losses) == set(quantizer.loss_names)
+    assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
+    total = sum(losses.values())
+    if total.requires_grad:
+        total.backward()
+    assert all(parameter.grad is not None for parameter in quantizer.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_forward_and_lookup_leave_the_state_untouched(name: str, training: bool) -> None:
+    quantizer = make(name).train(training)
+    before = state_of(quantizer)
+    quantizer.lookup(quantizer(latent_of(quantizer)).ids, quantizer.layout(3, 5))
+    assert_same_state(quantizer, before)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_update_is_deterministic(name: str) -> None:
+    first, second = make(name), make(name)
+    for quantizer in (first, second):
+        latent = latent_of(quantizer)
+        quantizer.update(latent, quantizer(latent).ids)
+    assert_same_state(first, state_of(second))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_autocast_changes_nothing(name: str) -> None:
+    quantizer = make(name)
+    latent = latent_of(quantizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = quantizer(latent)
+    outside = quantizer(latent)
+    assert inside.codes.dtype == torch.float32
+    assert torch.equal(inside.ids, outside.ids)
+    assert torch.equal(inside.codes, outside.codes)
+    assert all(torch.equal(inside.losses[term], outside.losses[term]) for term in outside.losses)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_nan_is_refused(name: str) -> None:
+    quantizer = make(name)
+    latent = latent_of(quantizer)
+    latent[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NumericError):
+        quantizer(latent)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_state_and_config_make_the_quantizer_again(name: str) -> None:
+    quantizer = make(name).eval()
+    again = build_quantizer(from_table(QuantizerConfig, to_table(quantizer.config))).eval()
+    assert again.config == quantizer.config
+    again.load_state_dict(quantizer.state_dict())
+    latent = latent_of(quantizer)
+    assert torch.equal(again(latent).ids, quantizer(latent).ids)
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in WITHOUT_CODEBOOK])
+def test_matched_codes_are_centred_with_unit_variance(name: str) -> None:
+    quantizer = make(name)
+    quantizer.match_codebook()
+    codes = quantizer.codebook().detach()
+    torch.testing.assert_close(codes.mean(0), torch.zeros(quantizer.latent_dim), rtol=0, atol=1e-5)
+    torch.testing.assert_close(codes.var(0, unbiased=False).mean(), torch.ones(()), rtol=0, atol=1e-5)
+    again = make(name)
+    again.match_codebook()
+    assert_same_state(again, state_of(quantizer))

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from torch import Tensor
+
+from vqpipe.quantizers import EmaConfig, EmaQuantizer, build_quantizer, ema
+
+CONFIG = EmaConfig(codebook_size=5, code_dim=2)
+
+
+def fresh() -> EmaQuantizer:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(CONFIG)
+    assert isinstance(quantizer, EmaQuantizer)
+    return quantizer
+
+
+def one_update(latent: Tensor) -> EmaQuantizer:
+    quantizer = fresh()
+    quantizer.update(latent, quantizer(latent).ids)
+    return quantizer
+
+
+def test_two_updates_against_the_written_formula() -> None:
+    quantizer = fresh()
+    counts, sums, entries = [torch.ones(5), quantizer.entries.clone(), quantizer.entries.clone()]
+    for step in range(2):
+        latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(step))
+        ids = quantizer(latent).ids
+        one_hot = torch.nn.functional.one_hot(ids.flatten(), 5).float()
+        rows = latent.permute(0, 2, 3, 1).reshape(-1, 2)
+        counts = 0.99 * counts + 0.01 * one_hot.sum(0)
+        sums = 0.99 * sums + 0.01 * one_hot.T @ rows
+        entries = sums / ((counts + 1e-5) / (counts.sum() + 5e-5) * counts.sum())[:, None]
+        quantizer.update(latent, ids)
+    torch.testing.assert_close(quantizer.codebook(), entries)
+    torch.testing.assert_close(quantizer.counts, counts)
+
+
+def test_an_unused_code_stays_where_it_is() -> None:
+    quantizer = fresh()
+    quantizer.entries[0] = quantizer.sums[0] = 50.0
+    latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        quantizer.update(latent, quantizer(latent).ids)
+    torch.testing.assert_close(quantizer.entries[0], torch.full((2,), 50.0), rtol=1e-3, atol=0)
+
+
+def test_the_released_start_throws_unused_codes_out() -> None:
+    quantizer = build_quantizer(EmaConfig(codebook_size=5, code_dim=2, released_start=True))
+    quantizer.entries[0] = quantizer.sums[0] = 50.0
+    latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    quantizer.update(latent, quantizer(latent).ids)
+    assert quantizer.entries[0].norm() > 1e6
+
+
+def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    shares: list[Tensor] = []
+    monkeypatch.setattr(ema, "all_reduce_sum", lambda tensor: shares.append(tensor.clone()))
+    for rank in range(2):
+        one_update(latent[rank::2])
+    monkeypatch.setattr(ema, "all_reduce_sum", lambda tensor: tensor.copy_(sum(shares)))
+    ranks = [one_update(latent[rank::2]).codebook() for rank in range(2)]
+    monkeypatch.undo()
+    assert torch.equal(ranks[0], ranks[1])
+    torch.testing.assert_close(ranks[0], one_update(latent).codebook())

@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers import FrozenCodebookQuantizer, LcConfig, build_quantizer
+from vqpipe.search import nearest
+
+FEATURES = torch.randn(60, 12, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 12) + 5
+LATENT = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+def make(**options) -> FrozenCodebookQuantizer:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(LcConfig(codebook_size=60, code_dim=4, feature_dim=12, **options))
+    assert isinstance(quantizer, FrozenCodebookQuantizer)
+    quantizer.load_codebook(FEATURES)
+    return quantizer
+
+
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("options", [{}, {"projector": "mlp"}, {"tune_codebook": True}])
+def test_gradient_is_that_of_projecting_every_code(options: dict, matched: bool) -> None:
+    sparse, dense = make(**options), make(**options)
+    if matched:
+        sparse.match_codebook()
+        dense.load_state_dict(sparse.state_dict())
+    sparse(LATENT).losses["codebook"].backward()
+    codes = dense.projector((dense.entries - dense.shift) * dense.scale)  # as the released code does
+    rows = LATENT.permute(0, 2, 3, 1).reshape(-1, 4)
+    F.mse_loss(codes[nearest(rows, codes.detach())], rows).backward()
+    assert [name for name, _ in sparse.named_parameters()]
+    for (name, ours), theirs in zip(sparse.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_frozen_codebook_stays_the_artifacts_bytes() -> None:
+    quantizer = make()
+    quantizer.match_codebook()
+    optimizer = torch.optim.Adam(quantizer.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(quantizer(LATENT).losses.values()).backward()
+        optimizer.step()
+    assert torch.equal(quantizer.state_dict()["entries"], FEATURES)
+    assert "entries" not in dict(quantizer.named_parameters())
+    assert "entries" in dict(make(tune_codebook=True).named_parameters())
+
+
+def test_without_a_codebook_it_says_what_to_pass() -> None:
+    quantizer = build_quantizer(LcConfig(codebook_size=60, code_dim=4, feature_dim=12))
+    with pytest.raises(ConfigError, match="--codebook"):
+        quantizer(LATENT)
+    with pytest.raises(ConfigError, match="--codebook"):
+        quantizer.match_codebook()
+
+
+def test_another_codebook_is_refused_with_both_shapes() -> None:
+    with pytest.raises(ConfigError, match="50 codes of 8 channels, the model expects 60 of 12"):
+        make().load_codebook(torch.zeros(50, 8))
+
+
+def test_without_projector_a_code_is_a_feature() -> None:
+    with pytest.raises(ConfigError, match="code_dim 4 is not feature_dim 12"):
+        make(projector="none")
+    quantizer = build_quantizer(
+        LcConfig(codebook_size=50, code_dim=12, feature_dim=12, projector="none", codebook_init="uniform")
+    )
+    assert 0.9 / 50 < quantizer.codebook().abs().max() <= 1 / 50
+    assert not list(quantizer.parameters())
+
+
+def test_the_released_projector_starts_normal_with_its_own_bias() -> None:
+    torch.manual_seed(0)
+    linear = build_quantizer(LcConfig(codebook_size=2, code_dim=8, feature_dim=768)).projector[0]
+    assert linear.weight.std().item() == pytest.approx(8**-0.5, rel=0.05)
+    assert 0 < linear.bias.abs().max() <= 768**-0.5
+
+
+def test_latents_on_the_sphere() -> None:
+    quantizer = make(normalize_latent=True)
+    scaled = quantizer(3 * LATENT)
+    assert torch.equal(scaled.ids, quantizer(LATENT).ids)
+    torch.testing.assert_close(scaled.losses, make()(F.normalize(LATENT, dim=1)).losses)
+
+
+def test_matched_start_makes_the_projector_orthogonal() -> None:
+    quantizer = make()
+    quantizer.match_codebook()
+    weight = quantizer.projector[0].weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-5)
+    assert not quantizer.projector[0].bias.any()
+    torch.testing.assert_close(quantizer.shift, FEATURES.mean(0))
+
+
+class TestProjectedOnce:
+    """Frozen, the projected codebook is kept; no way of changing the weights may leave a stale one behind."""
+
+    def test_kept_while_nothing_changes(self) -> None:
+        quantizer = make().eval().requires_grad_(False)
+        assert quantizer.codebook() is quantizer.codebook()
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_follows_an_optimizer(self, fused: bool, training: bool) -> None:
+        quantizer = make().train(training)
+        optimizer = torch.optim.Adam(quantizer.parameters(), 0.1, fused=fused, foreach=not fused)
+        for _ in range(2):
+            sum(quantizer(LATENT).losses.values()).backward()
+            optimizer.step()
+            self.assert_current(quantizer)
+
+    def test_follows_a_weight_average(self) -> None:
+        quantizer, other = make().eval().requires_grad_(False), make()
+        average = copy.deepcopy(quantizer)
+        quantizer.codebook()
+        average.codebook()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), [p + 1 for p in other.parameters()], 0.5)
+        self.assert_current(average)
+
+    def test_follows_loading(self) -> None:
+        quantizer = make().eval().requires_grad_(False)
+        quantizer.codebook()
+        quantizer.load_codebook(FEATURES + 1)
+        self.assert_current(quantizer)
+        state = {name: tensor + 1 for name, tensor in quantizer.state_dict().items()}
+        quantizer.load_state_dict(state, assign=True)
+        quantizer.requires_grad_(False)
+        self.assert_current(quantizer)
+        quantizer.match_codebook()
+        self.assert_current(quantizer)
+
+    def test_works_under_inference_mode(self) -> None:
+        with torch.inference_mode():
+            quantizer = make().eval().requires_grad_(False)
+            self.assert_current(quantizer)
+
+    @staticmethod
+    def assert_current(quantizer: FrozenCodebookQuantizer) -> None:
+        want: Tensor = quantizer.projector((quantizer.entries - quantizer.shift) * quantizer.scale)
+        torch.testing.assert_close(quantizer.codebook(), want.detach(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,97 @@
+"""The page: one file, nothing loaded, everything escaped, every picture described."""
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqpipe.reports import page, pictures, plots
+
+EVIL = '<img src=x onerror=alert(1)> & "quotes"'
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and all text outside scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def every_section(text: str = "plain") -> page.ReportPage:
+    original, again = torch.randint(0, 255, (2, 3, 16, 16), dtype=torch.uint8)
+    uri = pictures.data_uri(pictures.to_png(original))
+    error = pictures.data_uri(pictures.error_picture(original, again))
+    counts = torch.tensor([[3, 0, 1, 7]])
+    versions = [page.Version(text, uri, text), page.Version("error", error)]
+    leaf = {"kind": "data", "name": text, "content": "a" * 64, "inputs": {}}
+    sections = [
+        page.Numbers(text, [page.Number(text, "22.1", "dB", text)]),
+        page.Maps(text, [page.Map(text, pictures.data_uri(pictures.codebook_map(counts)), text, text)], text),
+        page.Pictures(text, [page.Picture(text, uri, versions)], text),
+        page.Plots(text, [plots.code_frequency(counts), plots.bars(text, {text: 0.5}, text)]),
+        page.Table(text, [text], [[text, page.Cell(text, best=True), text]], text, folded=True),
+        page.Reasons(text, {text: text}),
+        page.Lineage(text, [{"kind": "report", "name": text, "content": "", "inputs": {text: leaf}}]),
+        page.Commands(text, [text], text),
+    ]
+    return page.ReportPage(text, text, sections, text)
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    elements = Elements(page.render(every_section()))
+    for tag, attributes in elements.tags:
+        for name in ("src", "href", "srcset", "poster", "action", "data", "xlink:href"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("data:", "#")), (tag, name, address)
+        assert tag not in ("iframe", "object", "embed", "base")
+
+
+def test_names_from_data_cannot_become_elements() -> None:
+    html = page.render(every_section(EVIL))
+    plain, hostile = Elements(page.render(every_section())), Elements(html)
+    assert [tag for tag, _ in hostile.tags if tag in ("img", "script")] == [
+        tag for tag, _ in plain.tags if tag in ("img", "script")
+    ]
+    assert not any("onerror" in attributes for _, attributes in hostile.tags)
+    assert hostile.text.count(EVIL) >= 15
+
+
+def test_every_picture_and_slider_says_what_it_is() -> None:
+    elements = Elements(page.render(every_section()))
+    drawn = [attributes for tag, attributes in elements.tags if tag == "img" and attributes.get("src")]
+    assert len(drawn) == 4
+    assert all(attributes.get("alt") for attributes in drawn)
+    assert all(attributes.get("aria-label") for tag, attributes in elements.tags if tag == "input")
+    assert {"lang": "en"} in [attributes for tag, attributes in elements.tags if tag == "html"]
+
+
+def test_every_kind_of_section_is_on_the_page_used_here() -> None:
+    assert {type(section) for section in every_section().sections} == set(page.Section.__subclasses__())
+
+
+def test_a_browser_opens_it_without_a_complaint(tmp_path: Path) -> None:
+    """Headless Chromium runs the page's script: the slider's picture is set, and the console stays empty."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    file = tmp_path / "page.html"
+    file.write_text(page.render(every_section()), encoding="utf-8")
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    drawn = [attributes for tag, attributes in Elements(done.stdout).tags if tag == "img"]
+    assert len([attributes for attributes in drawn if (attributes.get("src") or "").startswith("data:")]) == 6
+    assert [attributes for tag, attributes in Elements(done.stdout).tags if attributes.get("aria-pressed") == "true"]

@@ -1,0 +1,24 @@
+"""Equal rows are found by value, and only equal rows."""
+
+import torch
+
+from vqpipe.search import copies
+
+
+def test_copies_are_found_by_value_and_only_copies() -> None:
+    rows = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, -0.0], [2.0, 2.0]])
+    assert copies.first_copies(rows).tolist() == [0, 0, 2, 0, 2, 5]
+    assert copies.first_copies(torch.arange(1000.0)[:, None]) is None
+
+
+def test_rows_with_one_hash_are_still_told_apart(monkeypatch) -> None:
+    monkeypatch.setattr(copies, "row_hashes", lambda rows: torch.zeros(len(rows), dtype=torch.int64))
+    assert copies.first_copies(torch.tensor([[3.0], [1.0], [3.0], [2.0], [1.0]])).tolist() == [0, 1, 0, 3, 1]
+
+
+def test_a_hash_depends_on_the_row_alone(monkeypatch) -> None:
+    rows = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
+    whole = copies.row_hashes(rows)
+    monkeypatch.setattr(copies, "BLOCK_ELEMENTS", 50)
+    assert torch.equal(copies.row_hashes(rows), whole)
+    assert len(whole.unique()) == 100

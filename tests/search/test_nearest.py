@@ -1,0 +1,147 @@
+"""`nearest` against float64 brute force, its tie rule, and what it refuses."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.search import nearest
+
+module = sys.modules["vqpipe.search.nearest"]
+
+SEARCHES = {
+    "cpu": module._nearest_faiss,
+    "tiles": lambda vectors, codes: module._nearest_tiles(vectors, codes, tile_vectors=32, tile_codes=48),
+}
+
+
+@pytest.fixture(params=SEARCHES)
+def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs `nearest` on the CPU through faiss, and through the tiles that other devices use."""
+    monkeypatch.setattr(module, "_nearest_faiss", SEARCHES[request.param])
+
+
+def distances(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Squared distances as float64[N, K], without the expanded formula."""
+    return (vectors.double()[:, None] - codes.double()[None]).square().sum(dim=2)
+
+
+def assert_nearest(ids: Tensor, vectors: Tensor, codes: Tensor) -> None:
+    """Every id is a nearest code, up to float32's rounding of the two squared lengths."""
+    exact = distances(vectors, codes)
+    excess = exact.gather(1, ids[:, None])[:, 0] - exact.amin(dim=1)
+    rounding = 2**-22 * (vectors.double().square().sum(dim=1) + codes.double().square().sum(dim=1).amax())
+    assert (excess <= rounding).all()
+
+
+def lattice(rows: int, dim: int, seed: int) -> Tensor:
+    """Small integers: float32 distances are exact, and ties between different codes are many."""
+    return torch.randint(-2, 3, (rows, dim), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize(
+    ("num_vectors", "num_codes", "dim"),
+    [(1, 1, 1), (7, 3, 1), (33, 1025, 3), (100, 50, 8), (65, 4097, 8), (130, 300, 33), (40, 200, 96), (17, 100, 1024)],
+)
+def test_agrees_with_float64(num_vectors: int, num_codes: int, dim: int) -> None:
+    torch.manual_seed(dim)
+    vectors, codes = torch.randn(num_vectors, dim), torch.randn(num_codes, dim)
+    ids = nearest(vectors, codes)
+    assert ids.dtype == torch.int64
+    assert_nearest(ids, vectors, codes)
+    assert (ids == distances(vectors, codes).argmin(dim=1)).float().mean() > 0.99
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("dim", [1, 2, 8, 17, 64])
+@pytest.mark.parametrize("num_codes", [3, 16, 17, 257])
+def test_the_lowest_id_wins_exact_ties(num_codes: int, dim: int) -> None:
+    vectors, codes = lattice(77, dim, seed=0), lattice(num_codes, dim, seed=1)
+    expected = distances(vectors, codes).argmin(dim=1)
+    assert torch.equal(nearest(vectors, codes), expected)
+    assert torch.equal(nearest(vectors + 4096, codes + 4096), expected)  # the far offset is taken away without rounding
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("dim", [1, 4, 8, 12, 33, 128])
+def test_the_lowest_of_equal_codes_wins_whatever_the_rounding(dim: int) -> None:
+    torch.manual_seed(dim)
+    distinct = torch.randn(211, dim)
+    vectors, codes = torch.randn(500, dim), torch.cat([distinct, distinct.flip(0), distinct])
+    assert nearest(vectors, codes).max() < 211
+    assert_nearest(nearest(vectors, codes), vectors, codes)
+
+
+@pytest.mark.usefixtures("search")
+def test_a_large_common_mean_costs_no_digits() -> None:
+    torch.manual_seed(0)
+    vectors, codes = torch.randn(200, 64), torch.randn(2000, 64)
+    mean = 300 * torch.randn(64)
+    vectors, codes = vectors + mean, codes + mean
+    assert torch.equal(nearest(vectors, codes), distances(vectors, codes).argmin(dim=1))
+
+
+@pytest.mark.usefixtures("search")
+def test_cosine_ignores_length() -> None:
+    torch.manual_seed(0)
+    vectors, codes = torch.randn(50, 8), torch.randn(90, 8)
+    expected = F.cosine_similarity(vectors.double()[:, None], codes.double()[None], dim=2).argmax(dim=1)
+    assert torch.equal(nearest(vectors * 7, codes * torch.rand(90, 1), "cosine"), expected)
+    assert not torch.equal(expected, nearest(vectors, codes))
+    vectors[3] = 0
+    assert nearest(vectors, codes, "cosine")[3] == 0
+
+
+def test_float32_whatever_the_autocast_and_no_gradient() -> None:
+    torch.manual_seed(0)
+    vectors, codes = torch.randn(300, 8), torch.randn(5000, 8, requires_grad=True)
+    expected = nearest(vectors, codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest(vectors, codes), expected)
+    half = vectors.half()
+    assert torch.equal(nearest(half, codes), nearest(half.float(), codes))
+
+
+def test_non_contiguous_rows_and_no_rows() -> None:
+    torch.manual_seed(0)
+    latent, codes = torch.randn(2, 8, 5, 5), torch.randn(8, 40).T
+    vectors = latent.permute(0, 2, 3, 1).flatten(0, 2)
+    assert torch.equal(nearest(vectors, codes), nearest(vectors.contiguous(), codes.contiguous()))
+    assert nearest(torch.empty(0, 8), codes).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_refuses_what_is_not_a_number(bad: float) -> None:
+    good, broken = torch.randn(9, 4), torch.randn(9, 4)
+    broken[5, 2] = bad
+    with pytest.raises(NumericError, match=r"1 of 9 vectors .*row 5"):
+        nearest(broken, good)
+    with pytest.raises(NumericError, match=r"1 of 9 codes .*row 5"):
+        nearest(good, broken)
+
+
+def test_refuses_shapes_and_metrics() -> None:
+    with pytest.raises(DataError, match=r"\[2, 3\] and codes \[5, 4\]"):
+        nearest(torch.zeros(2, 3), torch.zeros(5, 4))
+    with pytest.raises(DataError, match="empty codebook"):
+        nearest(torch.zeros(2, 3), torch.zeros(0, 3))
+    with pytest.raises(ConfigError, match="dot"):
+        nearest(torch.zeros(2, 3), torch.zeros(5, 3), "dot")  # type: ignore[arg-type]
+    codes = torch.ones(5, 3)
+    codes[[1, 4]] = 0
+    with pytest.raises(NumericError, match=r"2 of 5 codes are zero \(first: 1\)"):
+        nearest(torch.ones(2, 3), codes, "cosine")
+
+
+def test_memory_grows_with_n_plus_k() -> None:
+    """A matrix of 30,000 x 100,000 distances would be 12 GB; this process may not grow by 300 MB."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.manual_seed(0)
+    nearest(torch.randn(30_000, 2), torch.randn(100_000, 2))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000

@@ -1,0 +1,163 @@
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from stages import prepare_data as stage
+from stages.prepare_data import prepare_data
+from vqpipe.artifacts import open_artifact
+from vqpipe.data.shards import open_images
+from vqpipe.data.transforms import center_crop, decode
+from vqpipe.errors import ArtifactError, DataError
+
+MANIFEST = """
+name = "tiny"
+title = "Ten drawn images"
+licence = "none"
+homepage = ""
+how_to_obtain = "Draw them."
+paper_split = "none"
+[splits.train]
+num_images = 10
+num_classes = 2
+folders = ["train"]
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A manifest and its ten images, one of them cut short, in two class folders."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "tiny.toml").write_text(MANIFEST)
+    for i in range(10):
+        folder = tmp_path / "copy" / "train" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 48 + i, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG" if i < 6 else "PNG")
+        data = file.getvalue()
+        name = "v1.2.JPEG" if i == 2 else "v1_2.JPEG" if i == 4 else f"{i}.JPEG" if i < 6 else f"{i}.png"
+        (folder / name).write_bytes(data[:-99] if i == 3 else data)
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+def prepare(tiny: Path, out: str = "out", **options: object) -> Path:
+    settings = {"shard_size": 4, "max_skipped": 0.2, **options}
+    prepare_data(str(tiny / "tiny.toml"), tiny / "copy", tiny / out, **settings)
+    return tiny / out
+
+
+def test_a_folder_becomes_shards(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prepare(tiny)
+    artifact = open_artifact(out, "dataset")
+    assert capsys.readouterr().out == f"{out}\n"
+    assert artifact.facts == {"num_images": 9, "num_classes": 2, "skipped": {"truncated": 1}}
+    shards = [f"shard-{k:06d}.tar" for k in range(3)]
+    assert artifact.names() == ["samples.parquet", *shards]
+
+    source, images = open_images(tiny / "copy" / "train"), open_images(out)
+    kept = [i for i in range(10) if source.key(i) != "class 1/3"]
+    assert [image.image for image in images] == [source.read(i) for i in kept]  # the original bytes
+    assert [image.label for image in images] == [source.label(i) for i in kept]
+    assert [image.key for image in images][:3] == ["class 0/0", "class 0/6", "class 0/8"]
+    rows = pq.read_table(out / "samples.parquet").to_pylist()
+    assert [row["key"] for row in rows] == [image.key for image in images]
+    assert [row["source"] for row in rows] == [source.key(i) for i in kept]
+    assert [row["shard"] for row in rows] == [shards[0]] * 4 + [shards[1]] * 3 + [shards[2]] * 2
+    assert [row["label"] for row in rows] == [image.label for image in images]
+    assert len({row["key"] for row in rows}) == 9  # v1.2 and v1_2 did not become one
+
+    others = webdataset.WebDataset([str(out / name) for name in shards], shardshuffle=False)
+    assert [sample["__key__"] for sample in others] == [image.key for image in images]
+    with tarfile.open(out / shards[0]) as tar:
+        assert {(member.mtime, member.uname, member.uid) for member in tar} == {(0, "vqpipe", 0)}
+
+
+def test_again_resumed_and_with_workers_are_the_same_bytes(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prepare(tiny)
+    expected = tree(out)
+    assert prepare(tiny) == out
+    assert "already published" in capsys.readouterr().err
+    assert tree(prepare(tiny, "workers", num_workers=2)) == expected
+
+    real, written = stage.write_shard, list[int]()
+
+    def stop_at_third(draft: object, number: int, *rest: object) -> None:
+        if number == 2 and len(written) < 3:
+            written.append(-1)
+            raise KeyboardInterrupt
+        written.append(number)
+        real(draft, number, *rest)
+
+    monkeypatch.setattr(stage, "write_shard", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny, "resumed")
+    assert not (tiny / "resumed").exists()
+    assert tree(prepare(tiny, "resumed")) == expected
+    assert written == [0, 1, -1, 2]
+
+    with pytest.raises(ArtifactError, match="shard_size was 4, now 5"):
+        prepare(tiny, shard_size=5)
+
+
+def test_crops(tiny: Path) -> None:
+    images, source = open_images(prepare(tiny, image_size=16)), open_images(tiny / "copy" / "train")
+    stored = Image.open(io.BytesIO(images[1].image))
+    assert (stored.format, stored.size, [part[1:3] for part in stored.layer]) == ("JPEG", (16, 16), [(1, 1)] * 3)
+    crop = center_crop(decode(source.read(1)), 16).permute(1, 2, 0).numpy().astype(int)
+    assert images[1].key == source.key(1)
+    assert np.abs(np.asarray(stored).astype(int) - crop).mean() < 4
+
+
+def test_counts_are_checked(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match=r"1 of 10 images cannot be used \(1 truncated\), more than the 1.00%"):
+        prepare(tiny, max_skipped=0.01)
+    (tiny / "copy" / "train" / "class 0" / "0.JPEG").unlink()
+    with pytest.raises(DataError, match="tiny/train should hold 10 images, found 9"):
+        prepare(tiny, "short")
+    assert open_artifact(prepare(tiny, "short", allow_partial=True)).facts["num_images"] == 8
+    assert "accepted as it is: tiny/train should hold 10 images" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """[rank, world size] that the stage sees: ranks run one after the other here."""
+    from vqpipe import distributed
+
+    state = [0, 2]
+    monkeypatch.setattr(distributed, "rank", lambda: state[0])
+    monkeypatch.setattr(distributed, "world_size", lambda: state[1])
+    return state
+
+
+def test_ranks_share_the_shards(tiny: Path, ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vqpipe import distributed
+
+    class Met(Exception):
+        pass
+
+    def meet() -> None:
+        raise Met
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "barrier", meet)
+        for ranks[0] in (0, 1):
+            with pytest.raises(Met):
+                prepare(tiny)
+            records = [json.loads(path.read_text())["name"] for path in (tiny / "out.partial/.records").glob("*")]
+            assert sorted(records) == [f"shard-{k:06d}.tar" for k in ((0, 1, 2) if ranks[0] else (0, 2))]
+    ranks[:] = [0, 1]
+    assert tree(prepare(tiny)) == tree(prepare(tiny, "alone"))

@@ -1,0 +1,161 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vqpipe.artifacts import Artifact, Draft, open_artifact, start
+from vqpipe.errors import ArtifactError
+
+CONFIG = {"k": 3, "nested": {"a": 1}}
+INPUTS = {"images": "0" * 64}
+
+
+def begin(out: Path, config: dict[str, object] | None = None) -> Draft:
+    draft = start(out, "codebook", CONFIG if config is None else config, INPUTS)
+    assert isinstance(draft, Draft)
+    return draft
+
+
+def publish(out: Path) -> Artifact:
+    with begin(out) as draft:
+        for name in ("a.bin", "sub/b.bin"):
+            with draft.write(name, rows=len(name)) as path:
+                path.write_bytes(name.encode())
+        return draft.publish({"k": 3})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_publishing_leaves_one_whole_directory(tmp_path: Path) -> None:
+    artifact = publish(tmp_path / "out")
+    assert set(tree(tmp_path)) == {"out/a.bin", "out/sub/b.bin", "out/manifest.json"}
+    opened = open_artifact(tmp_path / "out", "codebook")
+    opened.verify()
+    assert opened.content == artifact.content
+    assert opened.names("*.bin") == ["a.bin", "sub/b.bin"]
+    assert opened.facts == {"k": 3}
+    assert opened.lineage["inputs"]["images"]["content"] == "0" * 64
+
+
+def test_the_two_digests_depend_on_what_they_should(tmp_path: Path) -> None:
+    first, again = publish(tmp_path / "x").manifest, publish(tmp_path / "y").manifest
+    assert (first.request, first.content) == (again.request, again.content)
+    with begin(tmp_path / "z", {"k": 4}) as draft:
+        other = draft.publish({}).manifest
+    assert other.request != first.request
+    assert other.content != first.content
+
+
+def test_the_same_request_again_is_the_published_artifact(tmp_path: Path) -> None:
+    publish(tmp_path / "out")
+    before = tree(tmp_path)
+    assert isinstance(start(tmp_path / "out", "codebook", CONFIG, INPUTS), Artifact)
+    assert tree(tmp_path) == before
+
+
+def test_another_request_names_the_first_difference(tmp_path: Path) -> None:
+    publish(tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"config\.nested\.a was 1, now 2"):
+        start(tmp_path / "out", "codebook", {"k": 3, "nested": {"a": 2}}, INPUTS)
+    with pytest.raises(ArtifactError, match=r"inputs\.images was"):
+        start(tmp_path / "out", "codebook", CONFIG, {"images": "1" * 64})
+    with begin(tmp_path / "two"):
+        pass
+    with pytest.raises(ArtifactError, match="was begun with other settings: config.k was 3, now 4"):
+        start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
+
+
+def test_a_cut_run_resumes_at_its_first_missing_file(tmp_path: Path) -> None:
+    with begin(tmp_path / "out") as draft:
+        with draft.write("a.bin", rows=5) as path:
+            path.write_bytes(b"a.bin")
+        with pytest.raises(KeyboardInterrupt), draft.write("sub/b.bin") as path:
+            path.write_bytes(b"torn")
+            raise KeyboardInterrupt
+    assert not list(tmp_path.rglob(".writing-*"))
+    with pytest.raises(ArtifactError, match="is not finished: 1 files so far"):
+        open_artifact(tmp_path / "out")
+    with begin(tmp_path / "out") as draft:
+        assert draft.record("a.bin") == {"rows": 5}
+        assert draft.record("sub/b.bin") is None
+        with draft.write("sub/b.bin", rows=9) as path:
+            path.write_bytes(b"sub/b.bin")
+        resumed = draft.publish({"k": 3})
+    assert resumed.content == publish(tmp_path / "straight").content
+
+
+def test_unrecorded_files_are_not_published(tmp_path: Path) -> None:
+    with begin(tmp_path / "out") as draft:
+        (draft.path / "checkpoints" / "step-1").mkdir(parents=True)
+        (draft.path / "checkpoints" / "step-1" / "model").write_bytes(b"x")
+        (draft.path / "log.jsonl").write_text("{}\n")
+        draft.adopt("log.jsonl")
+        draft.publish({})
+    assert set(tree(tmp_path)) == {"out/log.jsonl", "out/manifest.json"}
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_two_writers_cannot_both_write(tmp_path: Path) -> None:
+    program = "import sys; from vqpipe.artifacts import start; start(sys.argv[1], 'codebook', {'k': 3}, {})"
+    with begin(tmp_path / "out", {"k": 3}):
+        second = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
+    assert second.returncode == 1
+    assert f"is being written by process {os.getpid()}" in second.stderr
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    artifact = publish(tmp_path / "out")
+    (artifact.path / "a.bin").write_bytes(b"A.bin")
+    with pytest.raises(ArtifactError, match=r"a\.bin is damaged"):
+        open_artifact(artifact.path).verify()
+    (artifact.path / "a.bin").write_bytes(b"longer")
+    with pytest.raises(ArtifactError, match="has 6 bytes, published with 5"):
+        open_artifact(artifact.path)
+    (artifact.path / "a.bin").unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        open_artifact(artifact.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "has schema 2"),
+        ({"kind": "other"}, "is damaged"),
+        ({"files": {"../evil": {"bytes": 1, "sha256": "0"}}}, "is not a file name"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}}, "is not a file name"),
+        ({"files": {"a.bin": 3}}, "is damaged"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    file = publish(tmp_path / "out").path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(tmp_path / "out")
+
+
+def test_a_manifest_cut_short_or_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    artifact = publish(tmp_path / "out")
+    with pytest.raises(ArtifactError, match="is of kind codebook, tokenizer is needed"):
+        open_artifact(artifact.path, "tokenizer")
+    file = artifact.path / "manifest.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(ArtifactError, match="is damaged"):
+        open_artifact(artifact.path)
+    with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
+        open_artifact(tmp_path / "absent")
+
+
+def test_an_artifact_is_an_input_with_a_lineage(tmp_path: Path) -> None:
+    first = publish(tmp_path / "first")
+    draft = start(tmp_path / "second", "tokenizer", {}, {"codebook": first})
+    assert isinstance(draft, Draft)
+    with draft:
+        second = draft.publish({})
+    assert second.inputs == {"codebook": first.content}
+    assert second.lineage["inputs"]["codebook"]["name"] == "first"
+    assert second.lineage["inputs"]["codebook"]["inputs"]["images"]["content"] == "0" * 64

@@ -1,0 +1,104 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+
+from vqpipe.config import from_table, override, read_toml, to_table
+from vqpipe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Shape):
+    kind: ClassVar[str] = "square"
+    side: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Shape):
+    kind: ClassVar[str] = "grid"
+    sides: tuple[int, ...] = (1, 2)
+    pair: tuple[float, float] = (0.5, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    learning_rate: float = 1e-3
+    mode: Literal["a", "b"] = "a"
+    where: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    shape: Shape
+    inner: Inner = field(default_factory=Inner)
+    steps: int = 1
+    flip: bool = False
+
+
+def test_a_table_becomes_the_dataclass_and_returns() -> None:
+    table = {"shape": {"kind": "grid", "sides": [4, 5]}, "inner": {"learning_rate": 1, "where": "x/y"}}
+    config = from_table(Outer, table)
+    assert config == Outer(shape=Grid(sides=(4, 5)), inner=Inner(learning_rate=1.0, where=Path("x/y")))
+    written = to_table(config)
+    assert written["shape"] == {"kind": "grid", "sides": [4, 5], "pair": [0.5, 0.9]}
+    assert written["inner"]["mode"] == "a"
+    assert from_table(Outer, written) == config
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"shape": {"kind": "square", "side": 1}, "stpes": 3}, "unknown key stpes. Did you mean steps?"),
+        ({"shape": {"kind": "square", "side": 1}, "inner": {"learning_rte": 3}}, "Did you mean learning_rate?"),
+        ({"shape": {"kind": "sqare", "side": 1}}, "shape.kind = 'sqare' is unknown. Did you mean square?"),
+        ({"shape": {"side": 1}}, "shape.kind is not set"),
+        ({"shape": {"kind": "square"}}, "shape.side is not set"),
+        ({"shape": {"kind": "square", "side": "1"}}, "shape.side = '1' should be a number"),
+        ({"shape": {"kind": "square", "side": 1}, "steps": 2.0}, "steps = 2.0 should be a whole number"),
+        ({"shape": {"kind": "square", "side": 1}, "steps": True}, "steps = True should be a whole number"),
+        ({"shape": {"kind": "square", "side": 1}, "flip": 1}, "flip = 1 should be true or false"),
+        ({"shape": {"kind": "square", "side": 1}, "inner": {"mode": "c"}}, "inner.mode = 'c' is not a choice"),
+        ({"shape": {"kind": "grid", "pair": [1.0]}}, "shape.pair = [1.0] should be a list of 2"),
+        ({"shape": {"kind": "grid", "sides": [1, "2"]}}, "shape.sides[1] = '2' should be a whole number"),
+        ({"shape": 3}, "shape = 3 should be a table"),
+    ],
+)
+def test_a_wrong_table_is_named(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_table(Outer, table)
+    assert message in str(caught.value)
+
+
+def test_override_reads_values_as_toml_and_leaves_the_original() -> None:
+    table = {"inner": {"learning_rate": 1e-3}}
+    changed = override(table, ["inner.learning_rate=5e-4", "inner.mode=b", "shape.sides=[3, 4]"], ["inner", "shape"])
+    assert changed == {"inner": {"learning_rate": 5e-4, "mode": "b"}, "shape": {"sides": [3, 4]}}
+    assert table == {"inner": {"learning_rate": 1e-3}}
+
+
+def test_another_kind_drops_the_keys_of_the_old_one() -> None:
+    table = {"model": {"quantizer": {"kind": "lc", "codebook_size": 7, "code_dim": 8, "projector": "mlp"}}}
+    changed = override(table, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"], ["model"])
+    assert changed == {"model": {"quantizer": {"kind": "ema", "codebook_size": 7, "code_dim": 8, "decay": 0.9}}}
+    same = override(table, ["model.quantizer.kind=lc"], ["model"])
+    assert same == table
+
+
+@pytest.mark.parametrize("text", ["inner.learning_rate", "iner.x=1", "inner=1"])
+def test_an_unusable_assignment_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError):
+        override({}, [text], ["inner"])
+
+
+def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("a = [")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read_toml(tmp_path / "x.toml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_toml(tmp_path / "absent.toml")

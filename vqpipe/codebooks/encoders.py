@@ -1,0 +1,156 @@
+"""What turns an image into a grid of patch features: the interface, pooling, and the encoder that needs no weights.
+
+B images, S their side, g the side of the grid of patches, D the dimension of a feature, p the side of a patch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqpipe.data.shards import ImageSet
+from vqpipe.data.transforms import BadImage, center_crop, decode, to_float
+from vqpipe.errors import ConfigError, DataError
+
+FIT_IMAGES = 1000  # at most so many images are decoded to fit the PCA
+
+
+class PatchEncoder(nn.Module, ABC):
+    """A frozen network from images to one feature per patch.
+
+    Attributes:
+        image_size: S.
+        grid_size: g.
+        dim: D.
+        default_pool: side of the grid that features are averaged to where nothing else is asked.
+        transform: how a decoded image becomes uint8[3, S, S]; None: ADM's centre crop.
+    """
+
+    image_size: int
+    grid_size: int
+    dim: int
+    default_pool: int
+    transform: Callable[[Image.Image], Tensor] | None = None
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> float32[B, D, g, g]."""
+
+
+def check_pool(encoder: PatchEncoder, pool: int | None) -> int:
+    """The side of the grid to average to: `pool`, or the encoder's default.
+
+    Raises:
+        ConfigError: it does not divide the encoder's grid.
+    """
+    pool = pool or encoder.default_pool
+    if encoder.grid_size % pool:
+        sides = [side for side in range(1, encoder.grid_size + 1) if encoder.grid_size % side == 0]
+        raise ConfigError(
+            f"a grid of {encoder.grid_size} x {encoder.grid_size} patches cannot be averaged to {pool} x {pool}",
+            f"Use --pool {', '.join(map(str, sides))}",
+        )
+    return pool
+
+
+def pool_features(features: Tensor, pool: int) -> Tensor:
+    """Average float32[B, D, g, g] over squares: float32[B, pool * pool, D], row-major.
+
+    Kernel equals stride, in float32, as in VQGAN-LC's released code (16 x 16 CLIP tokens to 4 x 4).
+    """
+    kernel = features.shape[-1] // pool
+    return F.avg_pool2d(features, kernel).flatten(2).transpose(1, 2)
+
+
+class PatchPca(PatchEncoder):
+    """Whitened principal components of pixel patches, in the manner of Coates & Ng 2012 ("Learning feature
+    representations with k-means"): no weights to download, so codebooks can be made offline.
+
+    Patches are those of the grid, p x p x 3 pixels in [-1, 1]. Unlike there, a patch keeps its brightness and contrast:
+    a tokenizer's codes have to tell them apart. Being linear, it is one convolution.
+    """
+
+    RIDGE = 1e-6  # of the largest variance, added to each: directions without variance stay near 0
+
+    def __init__(self, image_size: int = 256, patch_size: int = 8, components: int = 64) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ConfigError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
+        if not 1 <= components <= 3 * patch_size**2:
+            raise ConfigError(
+                f"{components} components of patches with {3 * patch_size**2} values",
+                "Use fewer components, or larger patches",
+            )
+        self.image_size, self.dim = image_size, components
+        self.grid_size = self.default_pool = image_size // patch_size
+        self.project = nn.Conv2d(3, components, patch_size, stride=patch_size).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(to_float(images))
+
+    def fit(
+        self,
+        images: ImageSet,
+        limit: int | None,
+        count: int,
+        seed: int,
+        on_image: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Find the components on about `count` patches of images chosen by `seed` among the first `limit`.
+
+        Unreadable images are passed over.
+
+        Raises:
+            DataError: no image can be read, or all patches are equal.
+        """
+        random = np.random.default_rng(seed)
+        chosen = np.sort(random.permutation(min(len(images), limit or len(images)))[:FIT_IMAGES])
+        each = -(-count // len(chosen))
+        size = 3 * self.project.kernel_size[0] ** 2
+        number, total, products = 0, np.zeros(size), np.zeros((size, size))
+        for patches in self.patches(images, chosen):
+            some = patches[random.permutation(len(patches))[:each]].astype(np.float64)
+            number, total, products = number + len(some), total + some.sum(axis=0), products + some.T @ some
+            on_image()
+        if number == 0:
+            raise DataError(f"none of {len(chosen)} images of {images.name} can be read", "Check the images")
+        mean = total / number
+        self.set_components(mean, products / number - np.outer(mean, mean))
+
+    def patches(self, images: ImageSet, chosen: np.ndarray) -> Iterator[np.ndarray]:
+        """float32[g * g, 3 * p * p] of each readable image."""
+        patch_size = self.project.kernel_size[0]
+        for index in chosen:
+            try:
+                image = center_crop(decode(images.read(int(index))), self.image_size)
+            except BadImage:
+                continue
+            yield F.unfold(to_float(image)[None], patch_size, stride=patch_size)[0].T.numpy()
+
+    def set_components(self, mean: np.ndarray, covariance: np.ndarray) -> None:
+        """Whiten: eigenvectors of the covariance, each over the root of its variance; largest entry made positive."""
+        variances, vectors = np.linalg.eigh(covariance)
+        order = np.argsort(-variances, kind="stable")[: self.dim]
+        variances, vectors = variances[order], vectors[:, order]
+        if variances[0] <= 0:
+            raise DataError("all patches of the images are equal", "Use photographs")
+        largest = np.abs(vectors).argmax(axis=0)
+        vectors *= np.sign(vectors[largest, np.arange(self.dim)])
+        whiten = (vectors / np.sqrt(np.maximum(variances, 0) + self.RIDGE * variances[0])).T
+        self.project.weight.copy_(torch.from_numpy(whiten).view_as(self.project.weight))
+        bias: Tensor = self.project.bias  # type: ignore[assignment]  # nn.Conv2d makes one
+        bias.copy_(torch.from_numpy(-whiten @ mean))
+
+    def save(self, path: Path) -> None:
+        """Write the fitted projection: weight float32[D, 3, p, p], bias float32[D]."""
+        save_file({name: tensor.contiguous() for name, tensor in self.project.state_dict().items()}, path)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote."""
+        self.project.load_state_dict(load_file(path))

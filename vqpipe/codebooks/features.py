@@ -1,0 +1,242 @@
+"""Patch features of images, stored as float16 shards: what a codebook is clustered from.
+
+A shard holds the features of a fixed number of consecutive images, so its bytes do not depend on the number of ranks or
+workers, and it is the unit of resuming:
+
+    features-00000.npy       float16[rows, D]: per image pool * pool vectors, row-major
+    samples-00000.parquet    key, label (null: none), first_row (in this shard), num_rows
+    encoder.safetensors      patch-pca only: the fitted projection
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from vqpipe import config as configs
+from vqpipe import distributed
+from vqpipe.artifacts import Draft
+from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
+from vqpipe.data.batches import OrderedBatches, check_skipped
+from vqpipe.data.shards import ImageSet
+from vqpipe.errors import ConfigError, DataError, NumericError
+
+ENCODER_FILE = "encoder.safetensors"
+SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("num_rows", pa.int32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Which features codebooks are made of; section [features]."""
+
+    encoder: str = "patch-pca"
+    """`patch-pca` (no weights needed), `open_clip:NAME/TAG` or `timm:NAME`."""
+    pool: int | None = None
+    """Side of the grid of features per image after averaging; none: 4 for open_clip and timm, all for patch-pca."""
+    image_size: int | None = None
+    """Side of the square images in pixels; none: the size the encoder was trained at, 256 for patch-pca."""
+    batch_size: int = 32
+    """Images at a time; changes speed only."""
+    patch_size: int = 8
+    """Side of a patch in pixels, patch-pca only."""
+    components: int = 64
+    """Dimension of a feature, patch-pca only."""
+    fit_patches: int = 200_000
+    """Patches that the principal components are found on, about, patch-pca only."""
+    weights: Path | None = None
+    """File with the encoder's weights; none: the Hugging Face cache, or its hub."""
+    allow_random_weights: bool = False
+    """Without `weights`, use an untrained network instead of fetching them: a control, not a codebook."""
+    images_per_shard: int = 1024
+    """Images whose features make one file."""
+    limit: int | None = None
+    """Use only the first so many images."""
+
+    def __post_init__(self) -> None:
+        for name in ("pool", "image_size", "batch_size", "patch_size", "fit_patches", "images_per_shard", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"features.{name} = {value}", "It is at least 1")
+        family, colon, name = self.encoder.partition(":")
+        if self.encoder != "patch-pca" and (family not in ("open_clip", "timm") or not colon or not name):
+            raise ConfigError(
+                f"features.encoder = {self.encoder!r} is unknown", "Use patch-pca, open_clip:NAME/TAG or timm:NAME"
+            )
+        if self.encoder == "patch-pca" and self.weights is not None:
+            raise ConfigError("features.weights is set, and patch-pca has no weights", "Leave it out")
+
+    def request(self) -> dict[str, Any]:
+        """The settings that decide the features: without batch size, and without where weights lie (their hash is an
+        input of its own)."""
+        table = configs.to_table(self)
+        return {key: value for key, value in table.items() if key not in ("batch_size", "weights")}
+
+
+def find_weights(config: FeaturesConfig) -> Path | None:
+    """The file with the encoder's weights; None where there is none to load (patch-pca, or random by choice).
+
+    Raises:
+        WeightsError: they are not on this machine and cannot be fetched.
+        ConfigError: no such model.
+    """
+    family, _, name = config.encoder.partition(":")
+    if config.weights is not None or family == "patch-pca" or config.allow_random_weights:
+        return config.weights
+    from vqpipe.codebooks import pretrained  # open_clip and timm take seconds to import
+
+    return pretrained.open_clip_weights(name) if family == "open_clip" else pretrained.timm_weights(name)
+
+
+def open_encoder(config: FeaturesConfig, weights: Path | None) -> PatchEncoder:
+    """Build the encoder; patch-pca comes unfitted. Checks that `pool` divides its grid.
+
+    Raises:
+        ConfigError: no such model, or a pool that does not divide its grid.
+        WeightsError: the weights are absent or of another model.
+    """
+    family, _, name = config.encoder.partition(":")
+    encoder: PatchEncoder
+    if family == "patch-pca":
+        encoder = PatchPca(config.image_size or 256, config.patch_size, config.components)
+    else:
+        from vqpipe.codebooks import pretrained
+
+        build = pretrained.open_clip_encoder if family == "open_clip" else pretrained.timm_encoder
+        encoder = build(name, weights, config.image_size)
+    check_pool(encoder, config.pool)
+    return encoder
+
+
+def fit_encoder(
+    encoder: PatchEncoder,
+    draft: Draft,
+    images: ImageSet,
+    config: FeaturesConfig,
+    *,
+    seed: int,
+    on_image: Callable[[], None] = lambda: None,
+) -> None:
+    """Fit patch-pca on `images` and keep it in the draft, or read what an earlier run kept. Others need no fitting."""
+    if not isinstance(encoder, PatchPca):
+        return
+    if distributed.is_main() and draft.record(ENCODER_FILE) is None:
+        encoder.fit(images, config.limit, config.fit_patches, seed, on_image)
+        with draft.write(ENCODER_FILE) as path:
+            encoder.save(path)
+    distributed.barrier()
+    encoder.load(draft.path / ENCODER_FILE)
+
+
+def write_features(
+    draft: Draft,
+    images: ImageSet,
+    encoder: PatchEncoder,
+    config: FeaturesConfig,
+    *,
+    num_workers: int = 0,
+    max_skipped: float = 0.01,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Write this rank's shards that are not written yet; returns the facts over all ranks.
+
+    `on_images` hears how many images are done with, those of an earlier run included.
+
+    Raises:
+        NumericError: a feature is NaN or outside float16, with the image's key.
+        DataError: more images than `max_skipped` cannot be read, or none can.
+    """
+    total = min(len(images), config.limit or len(images))
+    starts = range(0, total, config.images_per_shard)
+    records = []
+    for number in range(distributed.rank(), len(starts), distributed.world_size()):
+        batches = OrderedBatches(
+            images,
+            image_size=encoder.image_size,
+            batch_size=config.batch_size,
+            start=starts[number],
+            stop=min(starts[number] + config.images_per_shard, total),
+            num_workers=num_workers,
+            transform=encoder.transform,
+        )
+        record = draft.record(f"features-{number:05d}.npy")
+        if record is None:
+            record = write_shard(draft, number, batches, encoder, check_pool(encoder, config.pool), on_images)
+        else:
+            on_images(len(batches))
+        records.append(record)
+    everything = [record for part in distributed.gather_objects(records) for record in part]
+    skipped: Counter[str] = sum((Counter(record["skipped"]) for record in everything), Counter())
+    check_skipped(skipped, total, max_skipped)
+    num_images = sum(record["images"] for record in everything)
+    if num_images == 0:
+        raise DataError(f"none of the {total} images of {images.name} can be read", "Check the images")
+    return {
+        "num_images": num_images,
+        "num_vectors": sum(record["rows"] for record in everything),
+        "dim": encoder.dim,
+        "encoder": config.encoder,
+        "skipped": dict(sorted(skipped.items())),
+    }
+
+
+def write_shard(
+    draft: Draft,
+    number: int,
+    batches: OrderedBatches,
+    encoder: PatchEncoder,
+    pool: int,
+    on_images: Callable[[int], None],
+) -> dict[str, Any]:
+    """Encode one shard's images and write its two files; the array last, so that its record means both are."""
+    device = next(encoder.parameters()).device
+    parts: list[np.ndarray] = []
+    keys: list[str] = []
+    labels: list[int] = []
+    for batch in batches:
+        with torch.inference_mode():
+            vectors = pool_features(encoder(batch.images.to(device)), pool).half().cpu()
+        check_features(vectors, batch.keys)
+        parts.append(vectors.flatten(0, 1).numpy())
+        keys += batch.keys
+        labels += batch.labels.tolist()
+        on_images(len(batch.keys))
+    on_images(sum(batches.skipped.values()))
+    vectors_per_image = pool * pool
+    columns = {
+        "key": keys,
+        "label": [None if label < 0 else label for label in labels],
+        "first_row": [vectors_per_image * index for index in range(len(keys))],
+        "num_rows": [vectors_per_image] * len(keys),
+    }
+    with draft.write(f"samples-{number:05d}.parquet") as path:
+        parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path)
+    record = {"images": len(keys), "rows": vectors_per_image * len(keys), "skipped": dict(batches.skipped)}
+    rows = np.concatenate(parts) if parts else np.zeros((0, encoder.dim), dtype=np.float16)
+    with draft.write(f"features-{number:05d}.npy", **record) as path, path.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
+    return record
+
+
+def check_features(vectors: Tensor, keys: list[str]) -> None:
+    """Every value of float16[B, rows, D] is a number."""
+    whole = torch.isfinite(vectors).flatten(1).all(dim=1)
+    if not whole.all():
+        key = keys[int((~whole).nonzero()[0])]
+        raise NumericError(
+            f"the features of image {key} hold NaN, or values beyond float16's 65504",
+            "Look at that image, and at the encoder's weights",
+        )

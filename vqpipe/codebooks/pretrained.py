@@ -1,0 +1,252 @@
+"""Pretrained encoders: CLIP through open_clip, everything else through timm.
+
+Weights come from a file the user names, from the Hugging Face cache, or, with a network, from the hub into that cache.
+Without any of them an error names the file to fetch; random weights are used only where asked for.
+"""
+
+import math
+import pickle
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import open_clip
+import timm
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchvision import transforms
+
+from vqpipe.codebooks.encoders import PatchEncoder
+from vqpipe.config import nearest_name
+from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.weights import load_tensors
+
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+LOADING_ERRORS = (RuntimeError, KeyError, ValueError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
+SECONDS = 3.0  # to wait for the hub's first answer before the machine is taken to be offline
+
+
+class Normalized(PatchEncoder):
+    """An encoder with its own preprocessing: a resize and centre crop by PIL, then mean and standard deviation."""
+
+    def __init__(self, image_size: int, preprocessing: dict[str, Any], default_pool: int = 4) -> None:
+        super().__init__()
+        self.image_size, self.default_pool = image_size, default_pool
+        self.transform = crop_transform(image_size, preprocessing)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(preprocessing["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing["std"]).view(3, 1, 1))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> float32 as the network was trained to see it."""
+        return (images / 255 - self.mean) / self.std
+
+    @torch.inference_mode()
+    def measure(self) -> None:
+        """Find `dim` and `grid_size` by encoding one black image."""
+        self.eval().requires_grad_(False)
+        features = self(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8))
+        self.dim, self.grid_size = features.shape[1], features.shape[2]
+
+
+class OpenClipPatches(Normalized):
+    """Patch tokens of a CLIP vision transformer, as VQGAN-LC's released code takes them (clip_encoder/model.py).
+
+    The last block's output goes through the final norm and the visual projection; the class token is dropped, and
+    nothing is normalised. (CLIP itself projects the class token only.)
+    """
+
+    def __init__(self, visual: VisionTransformer, preprocessing: dict[str, Any]) -> None:
+        size = preprocessing["size"]
+        super().__init__(size if isinstance(size, int) else size[0], preprocessing)
+        self.visual = visual
+        self.measure()
+
+    def forward(self, images: Tensor) -> Tensor:
+        result = self.visual.forward_intermediates(
+            self.normalize(images), indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+        )
+        tokens = result["image_intermediates"][0]
+        if self.visual.proj is not None:
+            tokens = tokens @ self.visual.proj
+        side = math.isqrt(tokens.shape[1])
+        return tokens.transpose(1, 2).unflatten(2, (side, side)).float()
+
+
+class TimmPatches(Normalized):
+    """The last feature map of a timm backbone after its final norm: patch tokens of transformers without their class
+    and register tokens, the last stage of convolutional networks."""
+
+    def __init__(self, backbone: nn.Module, image_size: int, preprocessing: dict[str, Any]) -> None:
+        super().__init__(image_size, preprocessing)
+        self.backbone = backbone
+        self.measure()
+
+    def forward(self, images: Tensor) -> Tensor:
+        backbone: Any = self.backbone
+        maps = backbone.forward_intermediates(
+            self.normalize(images), indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return maps[0].float()
+
+
+def open_clip_weights(spec: str) -> Path:
+    """The weight file of `NAME/TAG`, from the cache or the hub.
+
+    Raises:
+        ConfigError: no such model or tag.
+        WeightsError: not here, and not to be had.
+    """
+    name, tag = check_open_clip(spec)
+    if not tag:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ConfigError(
+            f"open_clip:{name} does not say which weights", f"Write open_clip:{name}/TAG: {', '.join(tags)}"
+        )
+    repository, _, file = open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rpartition("/")
+    return fetch(f"open_clip:{spec}", repository, [file] if file else OPEN_CLIP_FILES)
+
+
+def open_clip_encoder(spec: str, weights: Path | None, image_size: int | None) -> OpenClipPatches:
+    """Build `NAME/TAG` (or `NAME`) with `weights`; None: random.
+
+    The tag also decides preprocessing and activation: OpenAI's weights were trained with QuickGELU, which the plain
+    architecture of the same name lacks.
+
+    Raises:
+        ConfigError: no such model or tag, or one without projected patch tokens.
+        WeightsError: the weights do not fit.
+    """
+    name, tag = check_open_clip(spec)
+    trained = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    kept = {key: trained[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in trained}
+    build = partial(
+        open_clip.create_model,
+        name,
+        pretrained=None if weights is None else str(weights),
+        pretrained_text=False,
+        force_quick_gelu=bool(trained.get("quick_gelu")),
+        force_image_size=image_size,
+        force_preprocess_cfg=kept,
+    )
+    model = load_into(f"open_clip:{name}", build, weights)
+    visual = model.visual
+    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
+        raise ConfigError(
+            f"open_clip:{name} has no patch tokens after a projection", "Take its backbone from timm:NAME"
+        )
+    return OpenClipPatches(visual, visual.preprocess_cfg)
+
+
+def check_open_clip(spec: str) -> tuple[str, str]:
+    name, _, tag = spec.partition("/")
+    if name not in open_clip.list_models():
+        raise ConfigError(f"open_clip has no model {name!r}", nearest_name(name, open_clip.list_models()))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and tag not in tags:
+        raise ConfigError(f"open_clip:{name} has no weights {tag!r}", nearest_name(tag, tags) if tags else "")
+    return name, tag
+
+
+def timm_weights(name: str) -> Path:
+    """The weight file of timm's model `name`, from the cache or the hub. Raises as `open_clip_weights`."""
+    config = check_timm(name)
+    repository = (config.get("hf_hub_id") or "").partition("@")[0]
+    file = config.get("hf_hub_filename")
+    return fetch(f"timm:{name}", repository, [file] if file else TIMM_FILES)
+
+
+def timm_encoder(name: str, weights: Path | None, image_size: int | None) -> TimmPatches:
+    """Build timm's model `name` with `weights`; None: random. Raises as `open_clip_encoder`."""
+    preprocessing = check_timm(name)
+    overlay = None if weights is None else {"state_dict": load_tensors(weights)}
+    # With the classifier, which stays unused: without it timm loads whatever keys happen to fit.
+    build = partial(timm.create_model, name, pretrained=weights is not None, pretrained_cfg_overlay=overlay)
+    backbone = load_into(f"timm:{name}", build, weights)
+    if not hasattr(backbone, "forward_intermediates"):
+        raise ConfigError(f"timm:{name} does not give its feature maps", "Choose another backbone")
+    if image_size is not None and hasattr(backbone, "set_input_size"):
+        backbone.set_input_size(img_size=image_size)
+    return TimmPatches(backbone, image_size or preprocessing["input_size"][-1], preprocessing)
+
+
+def check_timm(name: str) -> dict[str, Any]:
+    """timm's pretrained configuration of `name`, which may carry a tag (`resnet50.a1_in1k`)."""
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r}", nearest_name(name, timm.list_models()))
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None:
+        raise ConfigError(f"timm:{name} has no pretrained configuration", "Choose a backbone with weights")
+    return config.to_dict()
+
+
+def load_into(spec: str, build: Callable[[], nn.Module], weights: Path | None) -> Any:
+    try:
+        return build()
+    except LOADING_ERRORS as error:
+        if weights is None:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(f"{weights} does not fit {spec}: {reason}", "Fetch the weights of that very model") from None
+
+
+def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """The network's own preprocessing up to uint8[3, size, size]: PIL's antialiased resize, then the centre."""
+    interpolation = transforms.InterpolationMode(preprocessing.get("interpolation", "bicubic"))
+    short_side = math.floor(size / (preprocessing.get("crop_pct") or 1.0))
+    squash = "squash" in (preprocessing.get("resize_mode"), preprocessing.get("crop_mode"))
+    target: Any = (size, size) if squash else short_side
+    return transforms.Compose(
+        [transforms.Resize(target, interpolation), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+
+
+def fetch(spec: str, repository: str, names: Iterable[str]) -> Path:
+    """The first of the files `names` of a hub repository that can be had: from the cache, then from the hub.
+
+    Raises:
+        WeightsError: neither has one; it names the file and how to bring it here.
+    """
+    names = list(names)
+    for name in names if repository else []:
+        cached = huggingface_hub.try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    reason = "no network"
+    if repository and not huggingface_hub.is_offline_mode() and reachable(huggingface_hub.constants.ENDPOINT):
+        for name in names:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, name))
+            except EntryNotFoundError:
+                reason = "no such file on the hub"
+            except OSError as error:
+                reason = str(error).splitlines()[0][:120]
+    if not repository:
+        raise WeightsError(f"nobody publishes weights of {spec} that could be fetched", "Choose another model")
+    raise WeightsError(
+        f"the weights of {spec} are not in the cache ({reason})",
+        f"Fetch {names[0]} from https://huggingface.co/{repository} and add --set features.weights=FILE, "
+        f"or run `hf download {repository} {names[0]}` where there is a network; "
+        "--set features.allow_random_weights=true goes without",
+    )
+
+
+def reachable(url: str) -> bool:
+    """Whether the hub answers at all. The hub's own client would retry for half a minute before it says no."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        return False
+    return True

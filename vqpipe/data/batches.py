@@ -1,0 +1,258 @@
+"""Batches of images: in order (`OrderedBatches`), or endless and shuffled for training (`TrainingStream`).
+
+Neither has a state to save. What stands at a position is a function of the seed and the position, never of the number
+of ranks or worker processes, so the number of images seen is all that a resumed run needs to know.
+
+B images of a batch, S their side.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqpipe.data.shards import ImageSet
+from vqpipe.data.transforms import MAX_PIXELS, BadImage, DataConfig, center_crop, decode, training_crop
+from vqpipe.data.workers import through_workers
+from vqpipe.errors import ConfigError, DataError, VqpipeError
+
+__all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_skipped"]
+
+ORDER, SAMPLE = 0, 1  # what a generator is for: the order of an epoch, the draws of one sample
+TRIES = 16
+"""Replacements tried for one undecodable training image."""
+FEW = 100
+"""Images seen before their undecodable share is judged."""
+
+
+@dataclass
+class Batch:
+    """Images with what is known about them, all in the same order."""
+
+    images: Tensor
+    """uint8[B, 3, S, S], or what the transform gave."""
+
+    labels: Tensor
+    """int64[B]; -1 where an image has no class."""
+
+    keys: list[str]
+    indices: list[int]
+    """Positions in the image set."""
+
+    def pin_memory(self) -> "Batch":
+        """Called by the data loader, so that copies to the GPU overlap with computing."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.keys, self.indices)
+
+
+Loaded = tuple[Batch | None, dict[str, int]] | VqpipeError
+"""What a worker sends back: a batch and its skipped images by reason, or the error to raise in the main process."""
+
+
+def check_skipped(skipped: dict[str, int], total: int, max_skipped: float) -> None:
+    """Judge the share of images left out.
+
+    Raises:
+        DataError: more than `max_skipped` of `total`, with the count of every reason.
+    """
+    count = sum(skipped.values())
+    if count > max_skipped * total:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+        raise DataError(
+            f"{count} of {total} images cannot be used ({reasons}), more than the {max_skipped:.2%} allowed",
+            "Repair or remove them, or raise data.max_skipped",
+        )
+
+
+class OrderedBatches:
+    """Images [start, stop) in order, for tokenizing, features and evaluation: the centre crop, or another transform.
+
+    Undecodable images are left out of their batch and counted in `skipped`; batches are cut by position, so what else
+    is in a batch never depends on that. Judge the counts with `check_skipped` at the end.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        image_size: int,
+        batch_size: int,
+        start: int = 0,
+        stop: int | None = None,
+        num_workers: int = 0,
+        flip: bool = False,
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        worker_timeout: float = 300.0,
+    ) -> None:
+        self.images, self.batch_size = images, batch_size
+        self.start, self.stop = start, min(len(images), len(images) if stop is None else stop)
+        self.num_workers, self.worker_timeout = num_workers, worker_timeout
+        self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size), flip, max_pixels)
+        self.skipped: dict[str, int] = {}
+        """reason -> count, filled while iterating; starts over with each iteration."""
+
+    def __len__(self) -> int:
+        """How many images there are to go through."""
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        counts = Counter[str]()
+        self.skipped = counts
+        firsts = range(self.start, self.stop, self.batch_size)
+        work = [list(range(first, min(first + self.batch_size, self.stop))) for first in firsts]
+        for batch, skipped in through_workers(self.dataset, work, self.num_workers, self.worker_timeout):
+            counts.update(skipped)
+            if batch is not None:
+                yield with_keys(batch, self.images)
+
+
+class TrainingStream:
+    """Endless shuffled training images; position p of the run is a function of (seed, p) alone.
+
+    Epoch e goes through the set in an order drawn from (seed, e); batches run over the edge between epochs. Crop and
+    flip of a sample are drawn from (seed, epoch, sample). Rank r gets the r-th of `world_size` equal parts of each
+    global batch: the ranks' batches, joined in rank order, are the global batch, whatever the number of ranks.
+
+    An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and counted in `skipped`.
+
+    Raises:
+        ConfigError: the global batch does not divide by the number of ranks.
+    """
+
+    def __init__(
+        self, images: ImageSet, config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ConfigError(
+                f"the global batch of {batch_size} images does not divide by {world_size} ranks",
+                "Change train.global_batch_size or the number of processes",
+            )
+        if seed < 0:
+            raise ConfigError(f"the seed {seed} is negative")
+        self.images, self.config, self.seed = images, config, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.skipped: dict[str, int] = {}
+        """reason -> count of the images this rank replaced since `from_sample`."""
+
+    def from_sample(self, images_seen: int) -> Iterator[Batch]:
+        """This rank's batches from global position `images_seen` on, without reading what came before.
+
+        Raises:
+            DataError: too many undecodable images, or a dead or silent worker process.
+        """
+        seen, counts = 0, Counter[str]()
+        self.skipped = counts
+        dataset = TrainingImages(self.images, self.config, self.seed)
+        draws = Draws(self, images_seen)
+        for batch, skipped in through_workers(dataset, draws, self.config.num_workers, self.config.worker_timeout):
+            counts.update(skipped)
+            seen += len(batch.indices)
+            if seen >= FEW:
+                check_skipped(counts, seen, self.config.max_skipped)
+            yield with_keys(batch, self.images)
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """(epoch, sample) at a global position."""
+        epoch, offset = divmod(position, len(self.images))
+        return epoch, int(permutation(self.seed, epoch, len(self.images))[offset])
+
+
+class Draws:
+    """The (epoch, sample) pairs of each of one rank's batches, for ever."""
+
+    def __init__(self, stream: TrainingStream, images_seen: int) -> None:
+        self.stream, self.images_seen = stream, images_seen
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        stream, position = self.stream, self.images_seen
+        share = stream.batch_size // stream.world_size
+        while True:
+            first = position + stream.rank * share
+            yield [stream.draw(p) for p in range(first, first + share)]
+            position += stream.batch_size
+
+
+def generator(seed: int, *place: int) -> np.random.Philox:
+    """A counter-based bit generator keyed by what it is for: the same numbers in any process, in any order of use."""
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """int64[length]: an epoch's order. Sorted raw draws, because numpy fixes those for ever and its shuffles not."""
+    return np.argsort(generator(seed, ORDER, epoch).random_raw(length), kind="stable")
+
+
+class OrderedImages(Dataset[Loaded]):
+    """Work for a loader process: a list of positions -> those images, the undecodable ones left out."""
+
+    def __init__(
+        self, images: ImageSet, transform: Callable[[Image.Image], Tensor], flip: bool, max_pixels: int
+    ) -> None:
+        self.images, self.transform, self.flip, self.max_pixels = images, transform, flip, max_pixels
+
+    def __getitem__(self, work: Sequence[int]) -> Loaded:
+        kept, tensors, skipped = list[int](), list[Tensor](), Counter[str]()
+        for i in work:
+            try:
+                tensors.append(self.transform(decode(self.images.read(i), self.max_pixels)))
+                kept.append(i)
+            except BadImage as error:
+                skipped[error.reason] += 1
+            except VqpipeError as error:
+                return error
+        if not kept:
+            return None, dict(skipped)
+        batch = assemble(self.images, kept, tensors)
+        batch.images = batch.images.flip(-1) if self.flip else batch.images
+        return batch, dict(skipped)
+
+
+class TrainingImages(Dataset[Loaded]):
+    """Work for a loader process: a list of (epoch, sample) -> those images, cropped and flipped by chance."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, seed: int) -> None:
+        self.images, self.config, self.seed = images, config, seed
+
+    def __getitem__(self, work: Sequence[tuple[int, int]]) -> Loaded:
+        indices, tensors, skipped = list[int](), list[Tensor](), Counter[str]()
+        try:
+            for epoch, sample in work:
+                index, tensor = self.sample(epoch, sample, skipped)
+                indices.append(index)
+                tensors.append(tensor)
+        except VqpipeError as error:
+            return error
+        return assemble(self.images, indices, tensors), dict(skipped)
+
+    def sample(self, epoch: int, sample: int, skipped: Counter[str]) -> tuple[int, Tensor]:
+        """The sample, or the first of the replacements drawn for it that decodes."""
+        index = sample
+        for attempt in range(TRIES):
+            rng = np.random.Generator(generator(self.seed, SAMPLE, epoch, sample, attempt))
+            if attempt:
+                index = int(rng.random() * len(self.images))
+            try:
+                image = decode(self.images.read(index), self.config.max_pixels)
+                return index, training_crop(image, self.config, rng)
+            except BadImage as error:
+                skipped[error.reason] += 1
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+        raise DataError(f"{TRIES} images drawn one after another cannot be used ({reasons})", "Check the image files")
+
+
+def assemble(images: ImageSet, indices: list[int], tensors: list[Tensor]) -> Batch:
+    labels = torch.from_numpy(images.labels[indices].astype(np.int64))
+    return Batch(torch.stack(tensors), labels, [], indices)
+
+
+def with_keys(batch: Batch, images: ImageSet) -> Batch:
+    """Done in the main process: looking keys up is cheaper than sending them there."""
+    batch.keys = [images.key(i) for i in batch.indices]
+    return batch

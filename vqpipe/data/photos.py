@@ -1,0 +1,145 @@
+"""`builtin:photos`: real photographs that ship inside the scikit-image and scikit-learn wheels, cut into crops.
+
+They need no network and no data set: enough to see every command work. Ten photographs, all in colour; greyscale,
+drawn and transparent pictures of those packages are left out, and one of a stereo pair. A grid of square crops of 256,
+192 and 128 pixels covers each, half a side apart: neighbouring crops share pixels, the two splits no photograph:
+
+    builtin:photos/train     673 crops of 8 photographs
+    builtin:photos/heldout   180 crops of 2 photographs
+    builtin:photos           both, train first: 853 crops
+
+A crop's key names its photograph, its side and its upper left corner: `coffee-128-x064-y128`. Crops have no class.
+"""
+
+import hashlib
+import importlib.util
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vqpipe.data.sources import NO_LABEL
+from vqpipe.errors import DataError
+
+SIDES = (256, 192, 128)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph in a wheel. `box` is the part used (left, upper, right, lower); `shrink` averages n x n pixels."""
+
+    package: str
+    file: str
+    size: tuple[int, int]
+    """Width and height of what is used, after `box` and `shrink`."""
+    box: tuple[int, int, int, int] | None = None
+    shrink: int = 1
+
+    @property
+    def name(self) -> str:
+        return Path(self.file).stem.replace("_", "-")
+
+    @property
+    def path(self) -> Path:
+        spec = importlib.util.find_spec(self.package)
+        path = Path(spec.origin).parent / self.file if spec and spec.origin else None
+        if path is None or not path.is_file():
+            raise DataError(
+                f"{self.package} does not hold {self.file}, a photograph of builtin:photos",
+                f"Install the wheel again: pip install --force-reinstall --no-deps {INSTALL_NAMES[self.package]}",
+            )
+        return path
+
+
+INSTALL_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+TRAIN = (
+    Photo("skimage", "data/astronaut.png", (512, 512)),
+    Photo("skimage", "data/chelsea.png", (451, 300)),
+    Photo("skimage", "data/hubble_deep_field.jpg", (500, 436), shrink=2),
+    Photo("skimage", "data/ihc.png", (512, 512)),
+    Photo("skimage", "data/motorcycle_left.png", (741, 500)),
+    Photo("skimage", "data/retina.jpg", (498, 498), box=(207, 207, 1203, 1203), shrink=2),  # inside the round field
+    Photo("skimage", "data/rocket.jpg", (640, 427)),
+    Photo("sklearn", "datasets/images/flower.jpg", (640, 427)),
+)
+HELDOUT = (
+    Photo("skimage", "data/coffee.png", (600, 400)),
+    Photo("sklearn", "datasets/images/china.jpg", (640, 427)),
+)
+SPLITS = {"": TRAIN + HELDOUT, "/train": TRAIN, "/heldout": HELDOUT}
+
+
+@dataclass(frozen=True)
+class Crop:
+    photo: Photo
+    side: int
+    x: int
+    y: int
+
+
+class Photos:
+    """The crops of some photographs, one photograph after another, large crops first."""
+
+    def __init__(self, photos: tuple[Photo, ...], name: str) -> None:
+        self.name = name
+        self.crops = [crop for photo in photos for crop in cut(photo)]
+        self.labels = np.full(len(self.crops), NO_LABEL, np.int32)
+        self.class_names: tuple[str, ...] = ()
+        self.num_classes: int | None = None
+        self.ignored: dict[str, int] = {}
+        files = {photo: hashlib.sha256(photo.path.read_bytes()).hexdigest() for photo in photos}
+        keys = "".join(f"{self.key(i)} {files[crop.photo]}\n" for i, crop in enumerate(self.crops))
+        self.digest = hashlib.sha256(keys.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def key(self, i: int) -> str:
+        crop = self.crops[i]
+        return f"{crop.photo.name}-{crop.side}-x{crop.x:03d}-y{crop.y:03d}"
+
+    def read(self, i: int) -> bytes:
+        """The crop as a PNG."""
+        crop, file = self.crops[i], io.BytesIO()
+        window = (crop.x, crop.y, crop.x + crop.side, crop.y + crop.side)
+        load(crop.photo).crop(window).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+
+def open_photos(spec: str) -> Photos:
+    """`builtin:photos`, `builtin:photos/train` or `builtin:photos/heldout`.
+
+    Raises:
+        DataError: another name, or a wheel without its pictures.
+    """
+    split = spec.removeprefix("builtin:photos")
+    if split not in SPLITS:
+        raise DataError(f"there is no {spec}", f"Use {', '.join('builtin:photos' + name for name in SPLITS)}")
+    return Photos(SPLITS[split], spec)
+
+
+def cut(photo: Photo) -> list[Crop]:
+    """Square windows of each side, evenly spread, at most half a side apart, the borders included."""
+    crops = []
+    for side in SIDES:
+        xs, ys = (spread(length, side) for length in photo.size)
+        crops += [Crop(photo, side, x, y) for y in ys for x in xs]
+    return crops
+
+
+def spread(length: int, side: int) -> list[int]:
+    steps = -(-(length - side) // (side // 2))
+    return [(length - side) * step // max(steps, 1) for step in range(steps + 1)]
+
+
+@lru_cache(maxsize=len(TRAIN + HELDOUT))
+def load(photo: Photo) -> Image.Image:
+    with Image.open(photo.path) as image:
+        pixels = image.convert("RGB").crop(photo.box)
+    pixels = pixels.reduce(photo.shrink)
+    if pixels.size != photo.size:
+        raise DataError(f"{photo.path} is not the photograph of that name: {pixels.size} pixels, not {photo.size}")
+    return pixels

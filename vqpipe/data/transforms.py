@@ -1,0 +1,236 @@
+"""From encoded bytes to pixels and back: the only place where images are decoded, cropped, and change their type.
+
+    encoded bytes --decode--> RGB image --center_crop | random_crop--> uint8[3, S, S] <--to_uint8 | to_float--> [-1, 1]
+
+B images, H x W pixels, S the side of a square crop. Every crop is a pure function of the image and a generator.
+"""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from vqpipe.errors import ConfigError, DataError
+
+try:
+    import simplejpeg
+except ImportError:  # the extra `fast`; PIL decodes to the same pixels at half the speed
+    simplejpeg = None
+
+MAX_PIXELS = 178_956_970
+"""Pillow itself refuses anything larger."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Section [data]: how training images are cropped and read."""
+
+    image_size: int = 256
+    """Side of the square crops, in pixels."""
+
+    crop: Literal["random", "center"] = "random"
+    """Where the crop lies: anywhere along the image, or ADM's centre crop (for training without augmentation)."""
+
+    max_scale: float = 1.0
+    """The short side is resized to image_size times a factor drawn from [1, max_scale] before a random crop."""
+
+    flip: bool = True
+    """Mirror every second crop, by chance. (VQGAN-LC's released code crops at random and does not flip.)"""
+
+    max_skipped: float = 0.01
+    """Share of images that may be undecodable, 0..1, before the run stops; each is replaced by another and counted."""
+
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels than this are refused from their header alone."""
+
+    num_workers: int = -1
+    """Processes that decode, per rank; 0: none, decode between the steps; -1: one per available core, at most 8."""
+
+    worker_timeout: float = 300.0
+    """Seconds to wait for a batch before the run stops with an error; 0: for ever."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ConfigError(f"data.image_size = {self.image_size} is no size in pixels")
+        if self.crop not in ("random", "center"):
+            raise ConfigError(f"data.crop = {self.crop!r} is not a choice", "Use random or center")
+        if not 1.0 <= self.max_scale < math.inf:
+            raise ConfigError(
+                f"data.max_scale = {self.max_scale} is below 1", "1 makes a crop as wide as the short side"
+            )
+        if not 0.0 <= self.max_skipped <= 1.0:
+            raise ConfigError(f"data.max_skipped = {self.max_skipped} is no share", "Give a number from 0 to 1")
+        if not 1 <= self.max_pixels <= MAX_PIXELS:
+            raise ConfigError(f"data.max_pixels = {self.max_pixels} is outside 1..{MAX_PIXELS}", "Pillow's own limit")
+        if self.num_workers < -1 or self.worker_timeout < 0:
+            raise ConfigError("data.num_workers is at least -1 and data.worker_timeout at least 0")
+
+
+class BadImage(DataError):
+    """An image that is left out, and why: `reason` is a short word to count by."""
+
+    def __init__(self, reason: str, what: str = "") -> None:
+        super().__init__(what or f"unusable image ({reason})")
+        self.reason = reason
+        self.args = (reason, what)  # what unpickling calls it with
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image as 8-bit RGB, turned upright by its EXIF orientation.
+
+    | stored as | becomes |
+    |---|---|
+    | grey, 1 bit, YCbCr, HSV, CMYK, YCCK | RGB by Pillow's formulas; ICC profiles are not applied |
+    | alpha, or a transparent palette entry or colour | composited on white |
+    | 16 bits grey | round(value / 257), so 65535 is 255 |
+    | 16 bits per channel of a colour image | the high byte, which is within one level of value / 257 |
+    | animation, several pages | the first |
+
+    Raises:
+        BadImage: empty; not-an-image; truncated; damaged; too-large (more than `max_pixels`, seen in the header, before
+            anything is decoded); float (32-bit float or HDR: no stated range); mode (32-bit integers, CIELAB).
+    """
+    if not data:
+        raise BadImage("empty", "an image of zero bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns where a rule above already decides
+        try:
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise BadImage("too-large", f"an image of {image.width} x {image.height} pixels, limit {max_pixels}")
+            return upright(fast_jpeg(data, image) or to_rgb(image), image)
+        except (BadImage, MemoryError):
+            raise
+        except UnidentifiedImageError:
+            raise BadImage("not-an-image", f"no {', '.join(FORMATS)} image") from None
+        except Image.DecompressionBombError as error:
+            raise BadImage("too-large", str(error)) from None
+        except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
+            reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
+            raise BadImage(reason, f"{reason} image: {error}") from error
+
+
+def image_extension(data: bytes) -> str:
+    """The usual file ending of these encoded bytes: "jpg", "png", "webp", "bmp", "gif" or "tif"."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(image.format or "", (image.format or "").lower())
+
+
+def fast_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
+    """A plain colour JPEG by simplejpeg, to the pixels PIL gives; None where that is PIL's to do, or to refuse."""
+    if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB":
+        return None
+    try:
+        if simplejpeg.decode_jpeg_header(data)[2] != "YCbCr":
+            return None
+        return Image.fromarray(simplejpeg.decode_jpeg(data))
+    except ValueError:  # a damaged stream: what can be made of it, if anything, is PIL's decision
+        return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow as RGB, by the table in `decode`. Loads the pixels."""
+    image.load()
+    mode, transparent = image.mode, image.info.get("transparency")
+    if mode == "F":
+        raise BadImage("float", "floating-point pixels have no stated range")
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # older Pillow: a 16-bit PNG is "I"
+        values = np.asarray(image).astype(np.int64)
+        grey = ((values + 128) // 257).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if mode in ("I", "LAB"):
+        raise BadImage("mode", f"pixels of mode {mode} have no rule")
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent is not None:
+        straight = image.convert({"RGBa": "RGBA", "La": "LA"}.get(mode, mode)).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, straight).convert("RGB")
+    return image.convert("RGB")
+
+
+def upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+    """`rgb` turned as the EXIF orientation of `source` says. An unreadable EXIF block says nothing."""
+    try:
+        orientation = source.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF raises what its parser happened to hit
+        return rgb
+    return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """uint8[3, H, W] of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def center_crop(image: Image.Image, size: int) -> Tensor:
+    """uint8[3, size, size]: ADM's centre crop, which ImageNet evaluation uses (guided-diffusion, `center_crop_arr`).
+
+    Halves by box averaging while the short side is at least twice `size`, resizes the short side to `size` by bicubic
+    interpolation with antialiasing, and cuts the centre. Smaller images are enlarged.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, upper = (width - size) // 2, (height - size) // 2
+    if max(width, height) > 16 * size:  # a 1 x 5000 strip would become gigabytes; only its middle is needed
+        return pixels(resize_part(image, (width, height), (left, upper), size))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return pixels(image.crop((left, upper, left + size, upper + size)))
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.0) -> Tensor:
+    """uint8[3, size, size]: a random square, after resizing the short side to size x [1, max_scale], antialiased."""
+    scale, across, down = rng.random(3)
+    short = round(size * (1.0 + float(scale) * (max_scale - 1.0)))
+    factor = short / min(image.size)
+    width, height = max(short, round(image.width * factor)), max(short, round(image.height * factor))
+    left, upper = int(across * (width - size + 1)), int(down * (height - size + 1))
+    return pixels(resize_part(image, (width, height), (left, upper), size))
+
+
+def resize_part(image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
+    """The square at `corner` of the image resized to `target`, without making the rest of it."""
+    (width, height), (left, upper) = target, corner
+    across, down = image.width / width, image.height / height
+    right, lower = min((left + size) * across, image.width), min((upper + size) * down, image.height)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left * across, upper * down, right, lower))
+
+
+def training_crop(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    """uint8[3, S, S]: the crop and flip of section [data], drawn from `rng`."""
+    flipped = config.flip and bool(rng.random() < 0.5)
+    if config.crop == "center":
+        crop = center_crop(image, config.image_size)
+    else:
+        crop = random_crop(image, config.image_size, rng, config.max_scale)
+    return crop.flip(-1) if flipped else crop
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8[..., 3, H, W] -> float32 in [-1, 1]: 0 is -1, 255 is 1."""
+    return images.to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float[..., 3, H, W] in [-1, 1] -> uint8, clamped and rounded, never truncated: `to_uint8(to_float(x)) == x`."""
+    return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,76 @@
+"""Work done by other processes, its results in order."""
+
+import os
+import signal
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vqpipe.errors import DataError, VqpipeError
+
+GRACE = 60
+"""Seconds a worker outlives a SIGTERM: more than a parent needs to save its state."""
+
+
+def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, timeout: float = 300.0) -> Iterator[Any]:
+    """`dataset[piece]` for each piece of work, in order, computed by loader processes.
+
+    `num_workers` 0 computes here, -1 takes `available_workers`. A VqpipeError that comes back as a result is raised.
+
+    Raises:
+        DataError: a worker that died, or gave no answer for `timeout` seconds.
+    """
+    num_workers = available_workers() if num_workers < 0 else num_workers
+    loader: DataLoader = DataLoader(
+        dataset,
+        sampler=work,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=unchanged,
+        worker_init_fn=keep_calm,
+        pin_memory=torch.cuda.is_available(),
+        timeout=timeout if num_workers else 0,
+    )
+    with warnings.catch_warnings():  # Python 3.12+: our workers only decode, and touch no thread pool of the parent
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the number is the user's choice
+        results = iter(loader)
+    while True:
+        try:
+            result = next(results)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            hint = "Out of memory, of shared memory (/dev/shm), or a stalled disk? Try fewer workers"
+            raise DataError(f"the image loader stopped: {error}", hint) from error
+        if isinstance(result, VqpipeError):
+            raise result
+        yield result
+
+
+def keep_calm(worker: int) -> None:
+    """Signals to the whole process group are the parent's to answer: it may yet save its state. So a worker ignores
+    them, but for SIGTERM, after which it has GRACE seconds left; a second one ends it at once."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, wind_down)
+
+
+def wind_down(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(GRACE)
+
+
+def unchanged(loaded: Any) -> Any:
+    return loaded
+
+
+def available_workers() -> int:
+    """One loader process per core that this rank may count as its own, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

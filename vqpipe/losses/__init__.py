@@ -1,0 +1,14 @@
+"""Losses on tensors: adversarial, perceptual, and the objective that weighs all terms."""
+
+from vqpipe.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from vqpipe.losses.objective import Objective, ObjectiveConfig
+from vqpipe.losses.perceptual import Perceptual
+
+__all__ = [
+    "Objective",
+    "ObjectiveConfig",
+    "Perceptual",
+    "adaptive_weight",
+    "hinge_discriminator_loss",
+    "hinge_generator_loss",
+]

@@ -1,0 +1,37 @@
+"""LPIPS as a training loss, its backbone read from a file that the user names.
+
+Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", through the `lpips`
+package: its v0.1 linear heads ship with it, the backbone is torchvision's ImageNet network and does not.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from vqpipe.weights import LPIPS_BACKBONES, find_weights, load_lpips
+
+
+class Perceptual(nn.Module):
+    """Mean LPIPS distance between two batches of images, its network frozen and in evaluation mode for good.
+
+    The released VQGAN-LC loop puts the network back into training mode, where the dropout before its heads makes the
+    loss random; here `train()` does not reach it.
+    """
+
+    def __init__(self, net: Literal["vgg", "alex"], weights: str = "") -> None:
+        """`weights`: torchvision's file, or the folder that holds it. "vgg" is what VQGAN trains with.
+
+        Raises:
+            WeightsError: the file is absent, or is not that backbone.
+        """
+        super().__init__()
+        place = Path(weights).expanduser() if weights else None
+        if place is None or not place.is_file():
+            name, what = LPIPS_BACKBONES[net]
+            place = find_weights(name, place, f"LPIPS needs {what}", "--set objective.lpips_weights=DIR")
+        self.lpips = load_lpips(net, place)
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """float[B, 3, H, W] twice, in [-1, 1] -> a scalar, with gradient for whatever requires it."""
+        return self.lpips(images, reconstruction).mean()

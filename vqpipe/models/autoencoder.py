@@ -1,0 +1,163 @@
+"""The autoencoder around a quantizer: image -> latent -> codes -> image.
+
+Shapes: B images of H x W pixels, Z encoder channels, C latent channels, h x w positions, f the downsample factor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqpipe.distributed import all_reduce_sum
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.quantizers import Quantized, QuantizerConfig, build_quantizer
+
+IMAGES_AT_ONCE = 16
+"""Images encoded together by the matched start, so that a whole batch of large ones fits."""
+SMALLEST_VARIANCE = 1e-8
+"""Of the largest variance along a direction: below it a latent direction is taken as constant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Section [model]; `kind` chooses the backbone."""
+
+    kind: ClassVar[str]
+
+    quantizer: QuantizerConfig
+    """Section [model.quantizer]."""
+
+
+class Reconstruction(NamedTuple):
+    """One whole pass, with what a training step needs from its middle."""
+
+    images: Tensor
+    """float[B, 3, H, W], about [-1, 1] but not clamped."""
+    latent: Tensor
+    """float[B, C, h, w], before quantization."""
+    quantized: Quantized
+
+
+class Autoencoder(nn.Module, ABC):
+    """Encoder, 1x1 convolution to the quantizer's channels, quantizer, and the way back.
+
+    A subclass names its `config_class`, which registers it, and makes the two networks.
+    """
+
+    config_class: ClassVar[type[AutoencoderConfig]]
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        encoder_channels: int,
+        downsample_factor: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.downsample_factor = downsample_factor
+        self.encoder = encoder
+        self.decoder = decoder
+        self.quantizer = build_quantizer(config.quantizer)
+        self.quant_conv = nn.Conv2d(encoder_channels, self.quantizer.latent_dim, 1)
+        self.post_quant_conv = nn.Conv2d(self.quantizer.latent_dim, encoder_channels, 1)
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last convolution, where the adaptive GAN weight compares gradients."""
+
+    def latent(self, images: Tensor) -> Tensor:
+        """float[B, 3, H, W] in [-1, 1] -> float[B, C, H/f, W/f], what the quantizer sees.
+
+        Raises:
+            DataError: an image side is not a multiple of the downsample factor.
+        """
+        height, width = images.shape[-2:]
+        if height % self.downsample_factor or width % self.downsample_factor:
+            raise DataError(
+                f"images of {height} x {width} pixels do not divide into cells of {self.downsample_factor}",
+                "Crop or resize them so that both sides do",
+            )
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Tensor) -> Quantized:
+        """float[B, 3, H, W] in [-1, 1] -> codes, ids and the quantizer's losses."""
+        return self.quantizer(self.latent(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """float[B, C, h, w] -> images float[B, 3, H, W], about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(codes))
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """The whole way, as one call for DistributedDataParallel: float[B, 3, H, W] in [-1, 1]."""
+        latent = self.latent(images)
+        quantized = self.quantizer(latent)
+        return Reconstruction(self.decode(quantized.codes), latent, quantized)
+
+    @torch.no_grad()
+    def match_start(self, images: Tensor) -> None:
+        """Whiten the latents of real images, and match the codebook to them: once, before the first training step.
+
+        The mean and the ZCA whitening of the latents are folded into `quant_conv`, so that their covariance over
+        `images` (of all ranks together) becomes the identity; the codebook is centred and scaled to unit variance.
+        Nothing of it stays in the graph. Not in the papers: off in their presets.
+
+        Args:
+            images: float[B, 3, H, W] in [-1, 1], a hundred or more.
+
+        Raises:
+            DataError: too few latent vectors to estimate a covariance.
+            ConfigError: the quantizer has no codebook.
+        """
+        mean, covariance = self.latent_moments(images)
+        rows = len(mean)
+        variances, directions = torch.linalg.eigh(covariance)
+        variances = variances.clamp(min=SMALLEST_VARIANCE * float(variances[-1]))
+        whitening = directions @ torch.diag(variances.rsqrt()) @ directions.T
+        weight, bias = self.quant_conv.weight, self.quant_conv.bias
+        assert bias is not None
+        weight.copy_((whitening @ weight.double().view(rows, -1)).view_as(weight))
+        bias.copy_(whitening @ (bias.double() - mean))
+        self.quantizer.match_codebook()
+
+    def latent_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean float64[C] and covariance float64[C, C] of the latent vectors of `images`, over all ranks."""
+        total = torch.zeros(1 + self.quantizer.latent_dim, 1 + self.quantizer.latent_dim, dtype=torch.float64)
+        total = total.to(images.device)
+        for part in images.split(IMAGES_AT_ONCE):
+            vectors = self.latent(part).double().transpose(0, 1).flatten(1).T
+            vectors = torch.cat([torch.ones_like(vectors[:, :1]), vectors], dim=1)
+            total += vectors.T @ vectors  # the count, the sums and the products at once
+        all_reduce_sum(total)
+        count = int(total[0, 0])
+        if count < 2 * len(total):
+            raise DataError(
+                f"{count} latent vectors are too few to whiten {len(total) - 1} channels",
+                "Start from more images, or from larger ones",
+            )
+        total /= count
+        mean = total[0, 1:]
+        return mean, total[1:, 1:] - mean.outer(mean)
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """The autoencoder that `config` describes, freshly initialised."""
+    for autoencoder in autoencoder_classes():
+        if getattr(autoencoder, "config_class", None) is type(config):
+            return autoencoder(config)  # type: ignore[call-arg]  # a subclass makes the two networks itself
+    raise ConfigError(f"no autoencoder is made from a {type(config).__name__}")
+
+
+def autoencoder_classes(base: type[Autoencoder] = Autoencoder) -> Iterator[type[Autoencoder]]:
+    """Every subclass of Autoencoder defined so far."""
+    for sub in base.__subclasses__():
+        yield sub
+        yield from autoencoder_classes(sub)

@@ -1,0 +1,55 @@
+"""The patch discriminator of the adversarial loss.
+
+Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", section 3.2.2, as VQGAN-LC's
+released code makes it: with 2 layers, where taming-transformers has 3.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vqpipe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The size of the discriminator; the defaults are VQGAN-LC's (taming-transformers and LlamaGen: 3 layers)."""
+
+    base_channels: int = 64
+    """Channels after the first convolution; each layer doubles them, up to eightfold."""
+    num_layers: int = 2
+    """Convolutions of stride 2."""
+
+    def __post_init__(self) -> None:
+        if self.base_channels < 1 or self.num_layers < 1:
+            raise ConfigError("a discriminator needs at least one channel and one layer")
+
+
+class PatchDiscriminator(nn.Module):
+    """Images float[B, 3, H, W] in [-1, 1] -> one logit per overlapping patch, float[B, 1, h', w'].
+
+    Convolutions start N(0, 0.02), the scales of their BatchNorms N(1, 0.02).
+    """
+
+    def __init__(self, config: DiscriminatorConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or DiscriminatorConfig()
+        widths = [config.base_channels * min(2**layer, 8) for layer in range(config.num_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for layer in range(1, len(widths)):
+            stride = 2 if layer < config.num_layers else 1
+            layers += [
+                nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[layer]),
+                nn.LeakyReLU(0.2),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
+        self.main = nn.Sequential(*layers)
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.main(images)

@@ -1,0 +1,1 @@
+"""What people look at: pictures, plots, and one HTML page that opens offline."""

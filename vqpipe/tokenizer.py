@@ -1,0 +1,237 @@
+"""The tokenizer as users hold it: images -> ids -> images.
+
+Letters: B images of H x W pixels, N ids an image, G groups.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqpipe import artifacts
+from vqpipe.config import from_table, to_table
+from vqpipe.data.transforms import to_float, to_uint8
+from vqpipe.errors import ArtifactError, DataError, WeightsError
+from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
+from vqpipe.quantizers import TokenLayout
+from vqpipe.weights import load_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RANGE_SLACK = 1e-3
+"""How far outside [-1, 1] float images may be before we call it the wrong range."""
+
+
+class Tokenizer:
+    """A trained autoencoder with its pixel conversions. It never changes: evaluation mode, no gradient."""
+
+    def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
+        self.image_size = image_size
+        self.artifact: artifacts.Artifact | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
+        """Open a tokenizer: the directory of an artifact or of `save_pretrained`, or a repository id on the hub.
+
+        Raises:
+            ArtifactError, WeightsError: it is absent, damaged, or its weights do not fit its config.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = fetch(str(path)) if "/" in str(path) and not folder.is_absolute() else absent(folder)
+        artifact = artifacts.open_artifact(folder, "tokenizer") if (folder / "manifest.json").is_file() else None
+        table = read_config(folder / "config.json")
+        with torch.device("meta"):
+            autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
+        load_weights(autoencoder, load_tensors(folder / "model.safetensors"), folder)
+        tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
+        tokenizer.artifact = artifact
+        return tokenizer
+
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write config.json, model.safetensors and README.md into `folder`, which is made where absent."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.autoencoder, folder / "model.safetensors")
+        artifacts.write_json(folder / "config.json", self.to_table())
+        (folder / "README.md").write_text(card or model_card(self), encoding="utf-8")
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload to the hub under `repository` ("name/of-it"); returns its address. Needs `hf auth login` before."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+    @property
+    def config(self) -> AutoencoderConfig:
+        """Section [model] of the preset it was trained with."""
+        return self.autoencoder.config
+
+    @property
+    def codebook_size(self) -> int:
+        """K, codes one id ranges over (per group)."""
+        return self.autoencoder.quantizer.codebook_size
+
+    @property
+    def num_groups(self) -> int:
+        """Ids per position."""
+        return self.autoencoder.quantizer.num_groups
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image side / latent side."""
+        return self.autoencoder.downsample_factor
+
+    def layout(self, height: int, width: int) -> TokenLayout:
+        """The order of the ids of an image of `height` x `width` pixels.
+
+        Raises:
+            DataError: a side is not a multiple of the downsample factor.
+        """
+        factor = self.downsample_factor
+        if height % factor or width % factor or min(height, width) < factor:
+            raise DataError(
+                f"an image of {height} x {width} pixels does not divide into cells of {factor}",
+                f"Use sides that are multiples of {factor}",
+            )
+        return self.autoencoder.quantizer.layout(height // factor, width // factor)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1] -> int64[B, N].
+
+        Raises:
+            DataError: another shape, dtype or range; sides that are not multiples of the downsample factor.
+            NumericError: NaN or infinity among the pixels.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
+        self.layout(*images.shape[-2:])
+        return self.autoencoder.encode(self.as_float(images)).ids
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
+        """int64[B, N] -> uint8[B, 3, H, W], `image_size` being (H, W); `groups=k` keeps the first k groups.
+
+        Raises:
+            DataError: ids that do not fit the size or the codebook; more groups than there are.
+        """
+        layout = self.layout(*image_size)
+        ids = ids.to(self.device, torch.int64)
+        if groups is not None:
+            ids = keep_groups(ids, layout, groups)
+        return to_uint8(self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout)))
+
+    def as_float(self, images: Tensor) -> Tensor:
+        images = images.to(self.device)
+        if images.dtype == torch.uint8:
+            return to_float(images)
+        if not images.is_floating_point():
+            raise DataError(f"images of dtype {images.dtype}", "Give uint8 in [0, 255] or float in [-1, 1]")
+        if images.numel() and images.abs().amax() > 1 + RANGE_SLACK:
+            low, high = images.aminmax()
+            raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Give float in [-1, 1], or uint8 in [0, 255]")
+        return images.float()
+
+    def to_table(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"model": to_table(self.config), "image_size": self.image_size}
+
+
+def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
+    """int64[B, N] with the ids of all but the first `groups` groups set to -1, which decodes as the zero vector."""
+    if not 1 <= groups <= layout.num_groups:
+        raise DataError(f"groups = {groups}, the tokenizer has {layout.num_groups}", "Ask for 1 up to that many")
+    grids = [grid.clone() for grid in layout.split(ids)]
+    for grid in grids:
+        grid[..., groups:] = -1
+    return layout.join(grids)
+
+
+def save_weights(network: torch.nn.Module, path: Path) -> None:
+    """A network's state as safetensors, contiguous, on the CPU."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, path)
+
+
+def load_weights(network: torch.nn.Module, tensors: "Mapping[str, Tensor]", source: Path) -> None:
+    """Give a network (which may be on the meta device) exactly these tensors, names and shapes checked.
+
+    Raises:
+        WeightsError: a name is missing, unknown, or has another shape.
+    """
+    try:
+        network.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise WeightsError(f"the weights in {source} do not fit their config: {first[:160]}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(table["model"], dict):
+            return table
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ArtifactError(f"{path} is absent or is not a tokenizer's config", "Name the directory of a tokenizer")
+
+
+def fetch(repository: str) -> Path:
+    """Download a tokenizer from the hub, or find it in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
+        raise WeightsError(
+            f"{repository!r} is no directory here, and the hub did not give it ({type(error).__name__})",
+            "Check the path, or fetch model.safetensors and config.json into a folder and name that folder",
+        ) from None
+
+
+def absent(folder: Path) -> Path:
+    artifacts.open_artifact(folder, "tokenizer")  # says why: unfinished, or not an artifact
+    raise ArtifactError(f"{folder} does not exist", "Check the path")
+
+
+def model_card(tokenizer: Tokenizer, **facts: Any) -> str:
+    """README.md of a tokenizer: what it is, and the three lines that use it."""
+    quantizer = tokenizer.config.quantizer
+    rows = {
+        "quantizer": f"{quantizer.kind}, {quantizer.codebook_size:,} codes of {quantizer.code_dim} channels"
+        + (f", {tokenizer.num_groups} groups" if tokenizer.num_groups > 1 else ""),
+        "downsample factor": tokenizer.downsample_factor,
+        "trained at": f"{tokenizer.image_size} px" if tokenizer.image_size else "unknown size",
+        **facts,
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: vqpipe
+tags: [image-tokenizer, vector-quantization]
+---
+# Image tokenizer
+
+| | |
+|---|---|
+{table}
+
+```python
+from vqpipe import Tokenizer
+
+tokenizer = Tokenizer.from_pretrained("this directory")
+ids = tokenizer.encode(images)                        # uint8[B, 3, H, W] -> int64[B, N]
+again = tokenizer.decode(ids, image_size=(256, 256))  # -> uint8[B, 3, 256, 256]
+```
+"""

@@ -1,0 +1,1 @@
+"""From a set of images to a trained tokenizer."""

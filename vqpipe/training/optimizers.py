@@ -1,0 +1,77 @@
+"""Optimizer, learning-rate schedule and weight average of a training run."""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+if TYPE_CHECKING:
+    from vqpipe.training.loop import TrainConfig
+
+
+def make_optimizer(parameters: Iterable[Tensor], config: "TrainConfig") -> Optimizer:
+    """Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) over the parameters that train.
+
+    VQGAN-LC's released loop uses Adam with betas (0.5, 0.9) and eps 1e-7, and parses a weight decay it never applies.
+    """
+    kind = AdamW if config.optimizer == "adamw" else Adam
+    return kind(
+        [parameter for parameter in parameters if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def learning_rate(step: int, config: "TrainConfig") -> float:
+    """Learning rate of `step` (0-based): linear warm-up from 0, then half a cosine down to `min_learning_rate`.
+
+    As in VQGAN-LC's code (util/lr_sched.py), with steps in the place of fractions of an epoch.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    span = max(1, config.steps - config.warmup_steps)
+    share = min(1.0, (step - config.warmup_steps) / span)
+    drop = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + drop * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
+    """Give every group of `optimizer` the learning rate `value`."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class WeightEma(Generic[Network]):
+    """Exponential moving average of a network's weights; its buffers are copied, since they already are averages.
+
+    With `decay` 0 the average is the network itself, and nothing is stored.
+    """
+
+    def __init__(self, network: Network, decay: float) -> None:
+        self.decay = decay
+        self.source = network
+        self.network = copy.deepcopy(network).requires_grad_(False) if decay > 0 else network
+        self.copied: dict[int, int] = {}  # a buffer's number -> its version when it was last copied
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the source. Early steps use the decay (1 + step) / (10 + step) where it is smaller."""
+        if self.decay == 0:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, sources = (list[Tensor](network.parameters()) for network in (self.network, self.source))
+        torch._foreach_lerp_(averages, sources, 1 - decay)
+        pairs = zip(self.network.buffers(), self.source.buffers(), strict=True)
+        for number, (average, buffer) in enumerate(pairs):
+            if self.copied.get(number) != buffer._version:  # a frozen codebook of 300 MB is copied once, not every step
+                average.copy_(buffer)
+                self.copied[number] = buffer._version
