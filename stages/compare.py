@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stages import console
-from stages.console import Out
+from stages.console import Device, Out, Seed
 
 if TYPE_CHECKING:
     from vqpipe.artifacts import Artifact, Draft
@@ -20,29 +20,34 @@ if TYPE_CHECKING:
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="Reports that vqpipe eval made.", metavar="REPORT...")],
     out: Out,
+    device: Device = "auto",
+    seed: Seed = 0,
 ) -> None:
     """Put several reports on the same images and protocol side by side; others are refused."""
-    from vqpipe import artifacts
-    from vqpipe.errors import ConfigError
-    from vqpipe.reports.evaluation import open_evaluation, refuse_unlike
+    with console.session(device, seed):
+        from vqpipe import artifacts, distributed
+        from vqpipe.errors import ConfigError
+        from vqpipe.reports.comparison import refuse_unlike
+        from vqpipe.reports.evaluation import open_evaluation
 
-    if len(reports) < 2:
-        raise ConfigError("a comparison needs at least two reports", "Name more reports")
-    opened = [artifacts.open_artifact(path, "report") for path in reports]
-    evaluations = distinct([open_evaluation(report) for report in opened], opened)
-    refuse_unlike(evaluations, [str(path) for path in reports])
-    inputs = {f"report-{number}": report for number, report in enumerate(opened, start=1)}
-    draft = artifacts.start(out, "report", {"compare": [e.name for e in evaluations]}, inputs)
-    if isinstance(draft, artifacts.Artifact):
-        return console.finished(draft, again=True)
-    with draft:
-        write_files(draft, evaluations)
-        console.show(number_table(evaluations))
-        first = evaluations[0].metrics
-        facts = {key: first[key] for key in ("protocol", "num_images", "image_size")}
-        utilization = {e.name: e.metrics["utilization"] for e in evaluations}
-        psnr = {e.name: e.metrics.get("psnr") for e in evaluations}
-        return console.finished(draft.publish({**facts, "psnr": psnr, "utilization": utilization}))
+        if len(reports) < 2:
+            raise ConfigError("a comparison needs at least two reports", "Name more reports")
+        opened = [artifacts.open_artifact(path, "report") for path in reports]
+        evaluations = distinct([open_evaluation(report) for report in opened], opened)
+        refuse_unlike(evaluations, [str(path) for path in reports])
+        inputs = {f"report-{number}": report for number, report in enumerate(opened, start=1)}
+        draft = artifacts.start(out, "report", {"compare": [e.name for e in evaluations]}, inputs)
+        if isinstance(draft, artifacts.Artifact):
+            return console.finished(draft, again=True)
+        with draft:
+            if distributed.is_main():
+                write_files(draft, evaluations)
+                console.show(number_table(evaluations))
+            first = evaluations[0].metrics
+            facts = {key: first[key] for key in ("protocol", "num_images", "image_size")}
+            utilization = {e.name: e.metrics["utilization"] for e in evaluations}
+            psnr = {e.name: e.metrics.get("psnr") for e in evaluations}
+            return console.finished(draft.publish({**facts, "psnr": psnr, "utilization": utilization}))
 
 
 def distinct(evaluations: "Sequence[Evaluated]", reports: "Sequence[Artifact]") -> "list[Evaluated]":
@@ -58,7 +63,7 @@ def distinct(evaluations: "Sequence[Evaluated]", reports: "Sequence[Artifact]") 
 def write_files(draft: "Draft", evaluations: "Sequence[Evaluated]") -> None:
     """`metrics.json`, every report's numbers under its name, and the page."""
     from vqpipe.reports import page
-    from vqpipe.reports.evaluation import comparison_page
+    from vqpipe.reports.comparison import comparison_page
 
     with draft.write("metrics.json") as path:
         numbers = {e.name: e.metrics for e in evaluations}
@@ -76,7 +81,7 @@ def number_table(evaluations: "Sequence[Evaluated]") -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from vqpipe.reports.evaluation import comparison_rows, measured
+    from vqpipe.reports.comparison import comparison_rows, measured
 
     measures = measured(evaluations)
     rows = comparison_rows(evaluations, measures)

@@ -34,16 +34,15 @@ def detokenize(
 
         stored = artifacts.open_artifact(tokens, "tokens")
         opened = Tokenizer.from_pretrained(tokenizer, where)
-        if opened.artifact is not None and stored.inputs["tokenizer"] != opened.artifact.content:
-            made_by = stored.inputs["tokenizer"][:12]
+        made_by = stored.inputs["tokenizer"]
+        given = opened.source if isinstance(opened.source, str) else opened.source.content
+        if made_by != given:
             raise ArtifactError(
-                f"{tokens} was made by tokenizer {made_by}, {tokenizer} is {opened.artifact.content[:12]}",
+                f"{tokens} was made by tokenizer {made_by[:12]}, {tokenizer} is {given[:12]}",
                 "Name the tokenizer that made the tokens (vqpipe inspect shows it)",
             )
         config = {"limit": limit, "groups": groups}
-        draft = artifacts.start(
-            out, "images", config, {"tokens": stored, "tokenizer": opened.artifact or "unpublished"}
-        )
+        draft = artifacts.start(out, "images", config, {"tokens": stored, "tokenizer": opened.source})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:
@@ -56,13 +55,14 @@ def write_shards(
 ) -> int:
     """One tar per token shard; rank r of w writes every w-th. Returns the number of images over all ranks."""
     from vqpipe import distributed
-    from vqpipe.data.writing import tar_keys, write_tar
+    from vqpipe.data.tar_writing import tar_keys, write_tar
     from vqpipe.data.tokens import read_tokens
 
     size = int(stored.facts["image_size"])
     names = stored.names("tokens-*.parquet")
-    left = stored.facts["num_images"] if limit is None else limit
     rows = 0
+    left = stored.facts["num_images"] * (1 + stored.config["flip"])
+    left = left if limit is None else min(left, limit)
     with console.progress("detokenize", left) as bar:
         for number, name in enumerate(names):
             part = read_tokens(stored.file(name), stored.facts["codebook_size"])
@@ -72,14 +72,15 @@ def write_shards(
             target = f"shard-{number:06d}.tar"
             if take == 0 or number % distributed.world_size() != distributed.rank() or draft.record(target):
                 continue
+            keys = tar_keys(
+                key + ("-flipped" if flipped else "") for key, flipped in zip(part.keys, part.flipped, strict=True)
+            )
             with draft.write(target, images=take) as path, write_tar(path) as tar:
                 for start in range(0, take, batch_size):
                     stop = min(start + batch_size, take)
                     images = tokenizer.decode(part.ids[start:stop], (size, size), groups=groups).cpu()
                     for index, image in zip(range(start, stop), images, strict=True):
-                        key = part.keys[index] + ("-flipped" if part.flipped[index] else "")
-                        label = int(part.labels[index])
-                        tar.write(sample(key, image, label))
+                        tar.write(sample(keys[index], image, int(part.labels[index])))
                     bar.advance(stop - start)
     return rows
 

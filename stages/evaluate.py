@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 FREE_KEYS = ("batch_size",)
 """Settings of [eval] that do not change what is measured."""
-WEIGHTS_HELP = (
-    "A folder with pretrained weights, each optional: weights-inception-2015-12-05-6726825d.pth (rFID), "
-    "alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS)."
-)
 
 
 def evaluate(
@@ -35,7 +31,9 @@ def evaluate(
         str | None, typer.Option("--protocol", help="The convention of crop, reference and rounding.", metavar="adm")
     ] = None,
     image_size: ImageSize = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help=WEIGHTS_HELP, metavar="DIR")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")
+    ] = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
     num_workers: console.NumWorkers = 0,
@@ -44,7 +42,12 @@ def evaluate(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Measure a tokenizer: distortion, rFID and LPIPS where weights are given, and the use of its codebook."""
+    """Measure a tokenizer: distortion, rFID and LPIPS where weights are given, and the use of its codebook.
+
+    Looked for in --weights DIR, each optional:
+    weights-inception-2015-12-05-6726825d.pth (rFID),
+    alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
+    """
     with console.session(device, seed) as where:
         from stages import recipe as recipes
         from vqpipe import artifacts
@@ -65,7 +68,7 @@ def evaluate(
         networks = find_networks(weights, where)
         request = {key: value for key, value in to_table(config).items() if key not in FREE_KEYS}
         request |= {"limit": limit, "weights": networks.sha256}
-        inputs = {"images": image_set, "tokenizer": opened.artifact or artifacts.hash_file(tokenizer / "config.json")}
+        inputs = {"images": image_set, "tokenizer": opened.source}
         draft = artifacts.start(out, "report", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)

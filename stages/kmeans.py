@@ -12,7 +12,9 @@ from stages.console import Device, Out, Preset, Seed, Set
 def kmeans(
     features: Annotated[
         list[Path],
-        typer.Option("--features", help="A features artifact, or .npy files [n, dim]; repeatable.", metavar="PATH"),
+        typer.Option(
+            "--features", help="A features artifact, or .npy files of n x dim floats; repeatable.", metavar="PATH"
+        ),
     ],
     out: Out,
     k: Annotated[int | None, typer.Option("--k", help="Codes.", metavar="CODES", min=1)] = None,
@@ -53,7 +55,9 @@ def kmeans(
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:
-            with console.progress("k-means", None, "classes" if config.per_class else "passes") as bar:
+            passes = 1 if config.select == "random" else config.iterations + 1
+            total, unit = (vectors.num_classes, "classes") if config.per_class else (passes, "passes")
+            with console.progress("k-means", total, unit) as bar:
 
                 def on_step(inertia: float) -> None:
                     bar.note(f"inertia {inertia:.6g}")

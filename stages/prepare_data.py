@@ -93,10 +93,11 @@ def write_shards(
     """Write this rank's shards that are not written yet; rank 0 adds the list. Images and skipped ones of all ranks."""
     from vqpipe import distributed
     from vqpipe.data.batches import check_skipped
+    from vqpipe.data.tar_writing import tar_keys
 
     shards = [range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)]
     mine = range(distributed.rank(), len(shards), distributed.world_size())
-    keys = tar_keys(images)
+    keys = tar_keys(images.key(i) for i in range(len(images)))
     with console.progress("prepare-data", sum(len(shards[number]) for number in mine)) as bar:
         for number in mine:
             if draft.record(shard_name(number)) is None:
@@ -123,18 +124,13 @@ def write_shard(
     num_workers: int,
 ) -> None:
     """One tar of the images `shard`. The same bytes whoever writes it, and when."""
-    from webdataset import TarWriter
-
     from vqpipe.data.encoding import StoredImages
+    from vqpipe.data.tar_writing import write_tar
     from vqpipe.data.workers import through_workers
 
     work = [list(range(first, min(first + PIECE, shard.stop))) for first in range(shard.start, shard.stop, PIECE)]
     skipped = dict[str, str]()  # position -> reason; filled while the tar is written, recorded after it
-    with (
-        draft.write(shard_name(number), skipped=skipped) as path,
-        open(path, "wb") as file,
-        TarWriter(file, user="vqpipe", group="vqpipe", mtime=0) as tar,
-    ):
+    with draft.write(shard_name(number), skipped=skipped) as path, write_tar(path) as tar:
         for stored in through_workers(StoredImages(images, image_size), work, num_workers):
             for image in stored:
                 if image.reason:
@@ -161,16 +157,6 @@ def write_list(
     schema = pa.schema([("key", pa.string()), ("label", pa.int32()), ("shard", pa.string()), ("source", pa.string())])
     with draft.write("samples.parquet", rows=len(rows)) as path:
         pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
-
-
-def tar_keys(images: "ImageSet") -> list[str]:
-    """A key for each image: its own, dots replaced (a tar key ends at its first dot), numbered where two would meet."""
-    keys = dict[str, None]()
-    for i in range(len(images)):
-        folder, slash, stem = images.key(i).rpartition("/")
-        key = folder + slash + stem.replace(".", "_")
-        keys[key if key not in keys else f"{key}_{i}"] = None
-    return list(keys)
 
 
 def shard_name(number: int) -> str:

@@ -19,7 +19,7 @@ from vqpipe.models.discriminator import DiscriminatorConfig
 from vqpipe.training.loop import TrainConfig
 
 PAPER = "vqgan-lc-f16-100k"
-"""Gives [model] and [objective], which have no defaults, to the stages that are run without a preset and read neither."""
+"""Gives [model] and [objective], which have no defaults, to a stage that is run without a preset and reads neither."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ def reconstruct(
         names = png_names(files)
         config = {"files": names, "groups": groups, "tile": TILE, "overlap": OVERLAP}
         inputs = {name: artifacts.hash_file(check_file(file)) for name, file in zip(names, files, strict=True)}
-        model = opened.artifact or artifacts.hash_file(tokenizer / "config.json")
+        model = opened.source
         draft = artifacts.start(out, "images", config, {"tokenizer": model, **inputs})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)

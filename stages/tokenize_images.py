@@ -46,7 +46,7 @@ def tokenize(
             raise DataError("this tokenizer does not say at which size it was trained", "Give --image-size")
         layout = opened.layout(size, size)
         config = {"image_size": size, "flip": flip, "max_skipped": max_skipped}
-        inputs = {"images": image_set, "tokenizer": opened.artifact or artifacts.hash_file(tokenizer / "config.json")}
+        inputs = {"images": image_set, "tokenizer": opened.source}
         draft = artifacts.start(out, "tokens", config, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
@@ -76,9 +76,8 @@ def write_shards(
     max_skipped: float,
 ) -> tuple[int, dict[str, int]]:
     """Write this rank's shards that are not written yet. Returns images and skipped ones, over all ranks."""
-    from vqpipe.data.batches import OrderedBatches, check_skipped
-
     from vqpipe import distributed
+    from vqpipe.data.batches import OrderedBatches, check_skipped
     from vqpipe.data.tokens import Tokens, write_tokens
 
     num_tokens = tokenizer.layout(size, size).num_tokens

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 
 SECTIONS = ("model", "data", "objective", "discriminator", "train")
 """What of a preset this stage reads."""
-FREE_KEYS = (("train", "log_every"), ("train", "save_every"), ("train", "look_every"), ("data", "num_workers"))
-"""Settings that do not change what comes out: a run may be resumed with other values of these."""
+FREE_KEYS = {
+    "train": ("log_every", "save_every", "look_every"),
+    "data": ("num_workers", "worker_timeout"),
+    "objective": ("lpips_weights",),
+}
+"""Settings that do not change what comes out (the weights of LPIPS count by content, as an input): a run may be resumed
+with other values of these."""
 LOOK_AT = 8
 """Images in a reconstruction grid."""
 
@@ -54,6 +59,7 @@ def train(
         from vqpipe.config import to_table
         from vqpipe.data.shards import open_images
         from vqpipe.errors import ConfigError
+        from vqpipe.losses.perceptual import backbone_file
 
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
@@ -66,11 +72,15 @@ def train(
             inputs["codebook"] = (
                 artifacts.open_artifact(codebook, "codebook") if codebook.is_dir() else artifacts.hash_file(codebook)
             )
+        if recipe.objective.perceptual != "none":
+            file = backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
+            inputs["lpips"] = artifacts.hash_file(file)
         if source is not None:
             inputs["from"] = artifacts.open_artifact(source, "tokenizer")
         sections = {name: to_table(getattr(recipe, name)) for name in SECTIONS}
-        for section, key in FREE_KEYS:
-            sections[section].pop(key)
+        for section, keys in FREE_KEYS.items():
+            for key in keys:
+                del sections[section][key]
         draft = artifacts.start(out, "tokenizer", {**sections, "seed": seed}, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
@@ -178,8 +188,10 @@ def build(
             load_weights(discriminator, load_tensors(source / "discriminator.safetensors"), source)
     if codebook is not None:
         model.quantizer.load_codebook(load_codebook(codebook))
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return model.to(device, memory_format=layout), discriminator.to(device, memory_format=layout)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+        discriminator.to(memory_format=torch.channels_last)
+    return model.to(device), discriminator.to(device)
 
 
 def match_start(

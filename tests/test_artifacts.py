@@ -27,6 +27,12 @@ def publish(out: Path) -> Artifact:
         return draft.publish({"k": 3})
 
 
+def write_and_be_interrupted(draft: Draft, name: str) -> None:
+    with draft.write(name) as path:
+        path.write_bytes(b"torn")
+        raise KeyboardInterrupt
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -66,7 +72,7 @@ def test_another_request_names_the_first_difference(tmp_path: Path) -> None:
         start(tmp_path / "out", "codebook", CONFIG, {"images": "1" * 64})
     with begin(tmp_path / "two"):
         pass
-    with pytest.raises(ArtifactError, match="was begun with other settings: config.k was 3, now 4"):
+    with pytest.raises(ArtifactError, match=r"was begun with other settings: config\.k was 3, now 4"):
         start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
 
 
@@ -74,9 +80,8 @@ def test_a_cut_run_resumes_at_its_first_missing_file(tmp_path: Path) -> None:
     with begin(tmp_path / "out") as draft:
         with draft.write("a.bin", rows=5) as path:
             path.write_bytes(b"a.bin")
-        with pytest.raises(KeyboardInterrupt), draft.write("sub/b.bin") as path:
-            path.write_bytes(b"torn")
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            write_and_be_interrupted(draft, "sub/b.bin")
     assert not list(tmp_path.rglob(".writing-*"))
     with pytest.raises(ArtifactError, match="is not finished: 1 files so far"):
         open_artifact(tmp_path / "out")

@@ -27,13 +27,18 @@ RANGE_SLACK = 1e-3
 
 
 class Tokenizer:
-    """A trained autoencoder with its pixel conversions. It never changes: evaluation mode, no gradient."""
+    """A trained autoencoder with its pixel conversions. It never changes: evaluation mode, no gradient.
+
+    `artifact` is what it was opened from, if a stage published it; `source`, what a stage that reads it names as its
+    input: the artifact, or else the sha256 of the weights.
+    """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.image_size = image_size
         self.artifact: artifacts.Artifact | None = None
+        self.source: artifacts.Artifact | str = ""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
@@ -52,6 +57,7 @@ class Tokenizer:
         load_weights(autoencoder, load_tensors(folder / "model.safetensors"), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.artifact = artifact
+        tokenizer.source = artifact or artifacts.hash_file(folder / "model.safetensors")
         return tokenizer
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:

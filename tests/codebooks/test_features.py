@@ -11,10 +11,9 @@ from torch import Tensor
 
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.codebooks import features
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
 from vqpipe.codebooks.feature_set import open_features
-from vqpipe.codebooks.features import FeaturesConfig, fit_encoder, open_encoder, write_features
+from vqpipe.codebooks.features import FeaturesConfig, find_weights, fit_encoder, open_encoder, write_features
 from vqpipe.data.shards import ImageSet, open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
 from vqpipe.errors import ConfigError, DataError, NumericError
@@ -182,7 +181,6 @@ def test_too_many_unreadable_images_stop_the_run(images: ImageSet, tmp_path: Pat
         ({"encoder": "clip"}, "'clip' is unknown"),
         ({"encoder": "open_clip:"}, "'open_clip:' is unknown"),
         ({"pool": 0}, "features.pool = 0"),
-        ({"weights": Path("x.pt")}, "patch-pca has no weights"),
     ],
 )
 def test_refuses_settings_that_cannot_be(settings: dict, message: str) -> None:
@@ -195,4 +193,6 @@ def test_refuses_patches_that_do_not_fit() -> None:
         open_encoder(FeaturesConfig(image_size=32, patch_size=5), None)
     with pytest.raises(ConfigError, match="64 components of patches with 48 values"):
         open_encoder(FeaturesConfig(image_size=32, patch_size=4), None)
-    assert features.find_weights(FeaturesConfig()) is None
+    with pytest.raises(ConfigError, match="patch-pca has no weights"):
+        find_weights(FeaturesConfig(weights=Path("x.pt")))
+    assert find_weights(FeaturesConfig()) is None

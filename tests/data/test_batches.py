@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqpipe.data.batches import Batch, OrderedBatches, TrainingStream, check_skipped
+from vqpipe.data.batches import Batch, OrderedBatches, TrainingStream, check_skipped, permutation
 from vqpipe.data.shards import ImageSet, open_images
 from vqpipe.data.transforms import DataConfig, center_crop, decode
 from vqpipe.data.workers import through_workers
@@ -57,6 +57,11 @@ def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_where_one_resu
             continue
         assert run(images, step * BATCH, min(2, 11 - step), world, workers) == whole[step * BATCH : (step + 2) * BATCH]
     assert run(images, 0, 11, seed=6) != whole
+
+
+def test_the_order_never_changes_between_versions() -> None:
+    assert permutation(0, 0, 8).tolist() == [7, 6, 3, 2, 4, 1, 5, 0]
+    assert permutation(7, 3, 8).tolist() == [2, 1, 7, 6, 5, 4, 3, 0]
 
 
 def test_resuming_reads_nothing_that_came_before(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:

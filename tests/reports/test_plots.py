@@ -8,7 +8,14 @@ import torch
 from vqpipe.reports import plots
 
 ROWS = [
-    {"step": i, "images_seen": 16 * i, "total": 3 / i, "l1": 2 / i, "psnr": 20 + i / 10, "utilization": i / 50}
+    {
+        "step": i,
+        "images_seen": 16 * i,
+        "loss/total": 3 / i,
+        "loss/l1": 2 / i,
+        "psnr": 20 + i / 10,
+        "utilization": i / 50,
+    }
     for i in range(1, 51)
 ]
 

@@ -106,6 +106,21 @@ def test_float32_whatever_the_autocast_and_no_gradient() -> None:
     assert torch.equal(nearest(half, codes), nearest(half.float(), codes))
 
 
+@pytest.mark.parametrize("dim", [8, 32, 64, 300])
+def test_an_id_depends_on_neither_batch_nor_threads(dim: int) -> None:
+    torch.manual_seed(0)
+    vectors, codes = torch.randn(2000, dim), torch.randn(3000, dim)
+    codes[1500:] = codes[:1500] * (1 + 2**-23)  # near ties everywhere: any other rounding would show
+    expected = nearest(vectors, codes)
+    assert torch.equal(torch.cat([nearest(part, codes) for part in vectors.split(77)]), expected)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(nearest(vectors, codes), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_non_contiguous_rows_and_no_rows() -> None:
     torch.manual_seed(0)
     latent, codes = torch.randn(2, 8, 5, 5), torch.randn(8, 40).T

@@ -45,6 +45,11 @@ class FeatureSet:
         self.num_vectors = int(self.first_rows[-1])
         self.dim = int(self.shards[0].shape[1])
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels name."""
+        return 0 if self.labels is None else len(np.unique(self.labels))
+
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start..stop as float32[stop - start, D]; they may lie in several shards."""
         parts = []

@@ -76,8 +76,6 @@ class FeaturesConfig:
             raise ConfigError(
                 f"features.encoder = {self.encoder!r} is unknown", "Use patch-pca, open_clip:NAME/TAG or timm:NAME"
             )
-        if self.encoder == "patch-pca" and self.weights is not None:
-            raise ConfigError("features.weights is set, and patch-pca has no weights", "Leave it out")
 
     def request(self) -> dict[str, Any]:
         """The settings that decide the features: without batch size, and without where weights lie (their hash is an
@@ -91,9 +89,11 @@ def find_weights(config: FeaturesConfig) -> Path | None:
 
     Raises:
         WeightsError: they are not on this machine and cannot be fetched.
-        ConfigError: no such model.
+        ConfigError: no such model, or weights for patch-pca.
     """
     family, _, name = config.encoder.partition(":")
+    if family == "patch-pca" and config.weights is not None:
+        raise ConfigError("features.weights is set, and patch-pca has no weights", "Leave it out, or name an --encoder")
     if config.weights is not None or family == "patch-pca" or config.allow_random_weights:
         return config.weights
     from vqpipe.codebooks import pretrained  # open_clip and timm take seconds to import

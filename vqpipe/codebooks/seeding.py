@@ -16,14 +16,15 @@ from vqpipe.errors import NumericError
 from vqpipe.search import first_copies, nearest
 
 CANDIDATES = 2  # times K
-SAMPLE_BYTES = 2**30  # of float32 vectors held for seeding; beyond, distinct vectors are sampled, at least 2 K
+SAMPLE = 32  # times K distinct vectors are looked at for seeding, but
+SAMPLE_ROWS, SAMPLE_BYTES = 65_536, 2**30  # at least so many, and (above 2 K) at most so many bytes as float32
 
 
 def plusplus_rows(
     features: FeatureSet, distinct: np.ndarray, k: int, random: np.random.Generator, device: torch.device
 ) -> np.ndarray:
     """int64[K]: rows of `features`, all different in value, spread over them. `distinct` holds at least K rows."""
-    room = max(CANDIDATES * k, SAMPLE_BYTES // (4 * features.dim))
+    room = max(CANDIDATES * k, min(max(SAMPLE * k, SAMPLE_ROWS), SAMPLE_BYTES // (4 * features.dim)))
     if features.num_vectors <= room:
         rows = np.arange(features.num_vectors)
     else:

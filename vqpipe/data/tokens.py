@@ -67,7 +67,7 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
         count = table.num_rows
         flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
         ids = torch.from_numpy(flat).view(count, column.type.list_size)
-        labels = torch.tensor([-1 if label is None else label for label in table["label"].to_pylist()], dtype=torch.int64)
+        labels = torch.tensor([-1 if label is None else label for label in table["label"].to_pylist()]).long()
         keys = table["key"].to_pylist()
     except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
         raise DataError(f"{path} is not a token shard ({type(error).__name__})", "Tokenize the images again") from None

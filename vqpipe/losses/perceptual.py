@@ -26,12 +26,21 @@ class Perceptual(nn.Module):
             WeightsError: the file is absent, or is not that backbone.
         """
         super().__init__()
-        place = Path(weights).expanduser() if weights else None
-        if place is None or not place.is_file():
-            name, what = LPIPS_BACKBONES[net]
-            place = find_weights(name, place, f"LPIPS needs {what}", "--set objective.lpips_weights=DIR")
-        self.lpips = load_lpips(net, place)
+        self.lpips = load_lpips(net, backbone_file(net, weights))
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         """float[B, 3, H, W] twice, in [-1, 1] -> a scalar, with gradient for whatever requires it."""
         return self.lpips(images, reconstruction).mean()
+
+
+def backbone_file(net: Literal["vgg", "alex"], weights: str) -> Path:
+    """The file of LPIPS's backbone: `weights` itself, or in the folder `weights`.
+
+    Raises:
+        WeightsError: it is absent; names the file and the setting.
+    """
+    place = Path(weights).expanduser() if weights else None
+    if place is not None and place.is_file():
+        return place
+    name, what = LPIPS_BACKBONES[net]
+    return find_weights(name, place, f"LPIPS needs {what}", "--set objective.lpips_weights=DIR")

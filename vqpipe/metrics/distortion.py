@@ -97,7 +97,7 @@ class Distortion:
 
 def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
     """Per image: [B, ...] twice -> float64[B], in squared units of the input."""
-    return (a.double() - b.double()).square().flatten(1).mean(1)
+    return (a.float() - b.float()).square().flatten(1).mean(1, dtype=torch.float64)
 
 
 def psnr_of(mse: Tensor, peak: float) -> Tensor:
@@ -106,8 +106,9 @@ def psnr_of(mse: Tensor, peak: float) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """BT.601 studio luma less its offset: uint8[B, 3, H, W] -> float64[B, H, W], a span of 219 grey levels."""
-    return torch.einsum("bchw,c->bhw", images.double(), images.new_tensor(LUMA_WEIGHTS, dtype=torch.float64))
+    """BT.601 studio luma less its offset: uint8[B, 3, H, W] -> float32[B, H, W], a span of 219 grey levels."""
+    red, green, blue = (images[:, channel] * weight for channel, weight in enumerate(LUMA_WEIGHTS))
+    return red + green + blue
 
 
 def ssim_gaussian(a: Tensor, b: Tensor) -> Tensor:
@@ -125,15 +126,19 @@ def ssim_uniform7(a: Tensor, b: Tensor) -> Tensor:
 
 def ssim(a: Tensor, b: Tensor, window: list[float], covariance_factor: float) -> Tensor:
     """Mean structural similarity over windows and channels, data range 255: uint8[B, C, H, W] twice -> float64[B]."""
-    x, y = a.double() - 127.5, b.double() - 127.5  # (co)variances do not move, and cancel fewer digits
+    if a.device.type == "cpu" and len(a) > 1:  # one image's maps stay in the cache: twice as fast as all at once
+        pairs = zip(a.split(1), b.split(1), strict=True)
+        return torch.cat([ssim(one, other, window, covariance_factor) for one, other in pairs])
+    x, y = a.float() - 127.5, b.float() - 127.5  # (co)variances do not move, and float32 cancels fewer digits
     mean_x, mean_y = smooth(x, window), smooth(y, window)
     covariance = covariance_factor * (smooth(x * y, window) - mean_x * mean_y)
-    variances = covariance_factor * (smooth(x * x + y * y, window) - mean_x.square() - mean_y.square())
+    squares = mean_x.square() + mean_y.square()
+    variances = covariance_factor * (smooth(x.square_().add_(y.square_()), window) - squares)
     mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     structure = (2 * covariance + c2) / (variances + c2)
-    return (luminance * structure).flatten(1).mean(1)
+    return (luminance * structure).flatten(1).mean(1, dtype=torch.float64)
 
 
 def smooth(images: Tensor, window: list[float]) -> Tensor:

@@ -47,7 +47,7 @@ LOSS_TERMS = (
     *("total", "l1", "l2", "charbonnier", "lpips", "codebook", "commitment", "entropy"),
     *("adversarial", "discriminator"),
 )
-"""Keys of a log row that are losses, in the order of their colours."""
+"""What a log row holds under `loss/`, in the order of their colours."""
 
 Row = Mapping[str, Any]
 Line = tuple[np.ndarray, np.ndarray]
@@ -111,9 +111,9 @@ def training_curves(runs: Mapping[str, Sequence[Row]] | Sequence[Row]) -> list[P
     named = dict(runs) if isinstance(runs, Mapping) else {"": runs}
     if len(named) == 1:
         (rows,) = named.values()
-        losses = {term: series(rows, term) for term in LOSS_TERMS}
+        losses = {term: series(rows, f"loss/{term}") for term in LOSS_TERMS}
     else:
-        losses = {name: series(rows, "total") for name, rows in named.items()}
+        losses = {name: series(rows, "loss/total") for name, rows in named.items()}
     psnr = {name: series(rows, "psnr") for name, rows in named.items()}
     utilization = {name: series(rows, "utilization") for name, rows in named.items()}
     windows = sorted({row["window_tokens"] for rows in named.values() for row in rows if "window_tokens" in row})

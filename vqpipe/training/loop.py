@@ -148,11 +148,11 @@ def train(
 ) -> TrainState:
     """Train `model` to `config.steps` steps, resuming from the newest checkpoint in `run_dir`.
 
-    Returns the state; `state.weight_ema.network` is the autoencoder to publish. Where `stop_asked()` is true on any rank
-    after a step, a checkpoint is saved and the state returned early.
+    Returns the state; `state.weight_ema.network` is the autoencoder to publish. Where `stop_asked()` is true on any
+    rank after a step, a checkpoint is saved and the state returned early.
 
     Raises:
-        NumericError: a loss or gradient is NaN or infinite; the weights have not moved, the checkpoint before is intact.
+        NumericError: a loss or gradient is NaN or infinite; the checkpoint before is intact.
     """
     state = TrainState(
         model=model,

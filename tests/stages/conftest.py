@@ -1,0 +1,59 @@
+"""Tiny finished artifacts for the stages to read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqpipe import artifacts
+from vqpipe.config import from_table
+from vqpipe.models import AutoencoderConfig, build_autoencoder
+from vqpipe.tokenizer import Tokenizer
+
+TINY = {
+    "kind": "vqgan",
+    "base_channels": 32,
+    "channel_multipliers": [1, 1],
+    "num_res_blocks": 1,
+    "attention_resolutions": [],
+    "z_channels": 8,
+    "quantizer": {"kind": "vq", "codebook_size": 64, "code_dim": 4},
+}
+
+
+@pytest.fixture
+def tiny_tokenizer(tmp_path: Path) -> Callable[..., Path]:
+    """`make(name, seed, history=rows)` -> an untrained tokenizer artifact: f = 2, 64 codes, 32 px."""
+
+    def make(name: str, seed: int = 0, history: list[dict[str, float]] | None = None) -> Path:
+        torch.manual_seed(seed)
+        autoencoder = build_autoencoder(from_table(AutoencoderConfig, TINY, "model"))
+        draft = artifacts.start(tmp_path / name, "tokenizer", {"seed": seed}, {"images": "0" * 64})
+        assert isinstance(draft, artifacts.Draft)
+        with draft:
+            Tokenizer(autoencoder, image_size=32).save_pretrained(draft.path)
+            if history is not None:
+                text = "".join(json.dumps(row) + "\n" for row in history)
+                (draft.path / "metrics.jsonl").write_text(text, encoding="utf-8")
+            for file in sorted(draft.path.iterdir()):
+                if file.suffix in (".json", ".jsonl", ".md", ".safetensors") and file.name != "request.json":
+                    draft.adopt(file.name)
+            return draft.publish({"quantizer": "vq"}).path
+
+    return make
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Ten drawn pictures of 40 x 48 pixels."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows, columns = np.mgrid[0:40, 0:48]
+    for number in range(10):
+        waves = [np.sin(rows / (3 + number) + shift) + np.cos(columns / (2 + number)) for shift in range(3)]
+        Image.fromarray((np.stack(waves, -1) * 63 + 127).astype(np.uint8)).save(folder / f"drawn-{number}.png")
+    return folder

@@ -1,0 +1,79 @@
+"""`vqpipe compare`: the same images side by side, other ones refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stages.compare import compare
+from stages.evaluate import evaluate
+from vqpipe.errors import ArtifactError, ConfigError
+
+HISTORY = [
+    {"step": i, "images_seen": 8 * i, "loss/total": 1 / i, "psnr": 15.0 + i, "utilization": i / 10} for i in (1, 2, 3)
+]
+
+
+@pytest.fixture
+def make_report(tiny_tokenizer: Callable[..., Path], picture_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`make(name, seed)` -> the report of a tokenizer of that name."""
+
+    def make(name: str, seed: int, **options: object) -> Path:
+        path = tmp_path / name
+        tokenizer = path if path.exists() else tiny_tokenizer(name, seed, history=HISTORY)
+        out = tmp_path / f"report-{name}-{len(options)}"
+        evaluate(images=[str(picture_folder)], tokenizer=tokenizer, out=out, device="cpu", **options)  # type: ignore[arg-type]
+        return out
+
+    return make
+
+
+def test_one_page_shows_both_with_the_same_pictures_and_marks_the_better(
+    make_report: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = [make_report("first", 0), make_report("second", 1)]
+    capsys.readouterr()
+    compare(reports, out=tmp_path / "compared")
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "compared")
+    numbers = json.loads((tmp_path / "compared" / "metrics.json").read_text(encoding="utf-8"))["compared"]
+    assert list(numbers) == ["first", "second"]
+    for metrics in numbers.values():
+        assert f"{metrics['psnr']:.2f} dB" in said.err
+    html = (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
+    best = max(metrics["psnr"] for metrics in numbers.values())
+    assert f'<td class="best">{best:.2f} dB</td>' in html
+    assert html.count('data-label="first"') == html.count('data-label="second"') == 10
+    assert "first ends at 0.3333, second ends at 0.3333" in html
+
+    compare(reports, out=tmp_path / "compared")
+    assert "already published" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "key"), [({"limit": 4}, "num_images"), ({"image_size": 16}, "image_size")])
+def test_reports_on_other_images_are_refused_by_name(
+    make_report: Callable[..., Path], tmp_path: Path, option: dict[str, int], key: str
+) -> None:
+    whole, other = make_report("first", 0), make_report("second", 1, **option)
+    with pytest.raises(ArtifactError, match=rf"report-first-0 and .*report-second-1 .* their {key} differs"):
+        compare([whole, other], out=tmp_path / "compared")
+    assert not (tmp_path / "compared").exists()
+
+
+def test_the_same_number_of_other_pictures_is_refused_too(
+    make_report: Callable[..., Path], picture_folder: Path, tmp_path: Path
+) -> None:
+    whole = make_report("first", 0)
+    (picture_folder / "drawn-0.png").write_bytes((picture_folder / "drawn-1.png").read_bytes())
+    with pytest.raises(ArtifactError, match="their reference differs"):
+        compare([whole, make_report("second", 1)], out=tmp_path / "compared")
+
+
+def test_a_comparison_of_one_or_of_a_comparison_is_refused(make_report: Callable[..., Path], tmp_path: Path) -> None:
+    report = make_report("first", 0)
+    with pytest.raises(ConfigError, match="at least two"):
+        compare([report], out=tmp_path / "compared")
+    compare([report, report], out=tmp_path / "twice")
+    with pytest.raises(ArtifactError, match="not of an evaluation"):
+        compare([report, tmp_path / "twice"], out=tmp_path / "compared")

@@ -1,0 +1,40 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vqpipe.training.loop import TrainConfig
+from vqpipe.training.optimizers import WeightEma, learning_rate
+
+
+def test_warm_up_then_half_a_cosine() -> None:
+    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=2.0, min_learning_rate=0.5)
+    assert learning_rate(0, config) == 0
+    assert learning_rate(5, config) == pytest.approx(1.0)
+    assert learning_rate(10, config) == pytest.approx(2.0)
+    assert learning_rate(60, config) == pytest.approx(1.25)
+    assert learning_rate(85, config) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(0.75 * math.pi)))
+    assert learning_rate(110, config) == pytest.approx(0.5)
+
+
+def test_the_average_follows_the_weights_and_copies_the_buffers() -> None:
+    network = nn.BatchNorm1d(2)
+    average = WeightEma(network, 0.75)
+    with torch.no_grad():
+        network.weight.fill_(5.0)
+        network.running_mean.fill_(3.0)  # type: ignore[union-attr]
+    average.update(step=10_000)
+    assert torch.allclose(average.network.weight, torch.full((2,), 1 + 0.25 * 4))
+    assert torch.equal(average.network.running_mean, torch.full((2,), 3.0))  # type: ignore[arg-type]
+    early = WeightEma(nn.Linear(1, 1), 0.999)
+    with torch.no_grad():
+        before = early.network.weight.clone()
+        early.source.weight.add_(10.0)
+    early.update(step=0)  # decay 1 / 10, not 0.999
+    assert torch.allclose(early.network.weight, before + 9.0)
+
+
+def test_without_decay_the_average_is_the_network() -> None:
+    network = nn.Linear(1, 1)
+    assert WeightEma(network, 0.0).network is network
