@@ -41,6 +41,7 @@ def demo(
     steps, k = SIZES[size]["steps"], SIZES[size]["k"]
     same: dict[str, Any] = {"device": device, "seed": seed}
     codes = [f"model.quantizer.codebook_size={k}"] if k else []
+    codes += ["train.warmup_steps=0"] if steps else []
     learned = ["model.quantizer.kind=vq", "train.matched_start=false", *codes]
 
     step(1, "describe patches of the photographs by whitened PCA")

@@ -113,6 +113,7 @@ def measure(
         num_workers=num_workers,
     )
     evaluation = Evaluation(config, networks, tokenizer.codebook_size, tokenizer.num_groups, tokenizer.device)
+    chosen = {place * stop // config.num_pictures for place in range(config.num_pictures)}
     shown: list[Shown] = []
     with console.progress("eval", len(batches)) as bar:
         for batch in batches:
@@ -120,13 +121,14 @@ def measure(
             ids = tokenizer.encode(originals)
             reconstructions = tokenizer.decode(ids, (size, size))
             psnr = evaluation.update(originals, reconstructions, ids)
-            for i in range(min(len(originals), config.num_pictures - len(shown))):
-                shown.append(show(batch.keys[i], originals[i], reconstructions[i], psnr[i].item()))
+            for i, index in enumerate(batch.indices):
+                if index in chosen:
+                    shown.append(show(batch.keys[i], originals[i], reconstructions[i], psnr[i].item()))
             bar.note(f"psnr {evaluation.distortion.result().get('psnr', float('inf')):.2f} dB")
             bar.advance(len(originals))
     skipped: Counter[str] = sum((Counter(part) for part in distributed.gather_objects(batches.skipped)), Counter())
     check_skipped(dict(skipped), stop, config.max_skipped)
-    everything = [picture for part in distributed.gather_objects(shown) for picture in part][: config.num_pictures]
+    everything = [picture for part in distributed.gather_objects(shown) for picture in part]
     metrics = evaluation.result()
     if metrics["num_images"] == 0:
         raise DataError("there are no images to evaluate", "Check --images and --limit")

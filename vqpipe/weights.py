@@ -50,7 +50,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{path} holds more than tensors, and nothing in it was run", "Ask for a safetensors file"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Fetch it again") from None
 

@@ -2,9 +2,8 @@
 
 k-means++ (Arthur & Vassilvitskii 2007) draws centres one by one, each with probability proportional to its squared
 distance from the centres so far: K passes over the data. k-means|| (Bahmani et al. 2012) draws many in each of a few
-rounds, more than K in all, then clusters these candidates, each weighing as many vectors as it is nearest to. Here
-twice K are drawn, and K of them are drawn again, keeping the best of several tries as in greedy k-means++: together the
-work of about two Lloyd iterations.
+rounds, more than K in all, then clusters these candidates, each weighing as many vectors as it is nearest to. Here two
+to four times K are drawn, and K of them are drawn again, keeping the best of four tries as in greedy k-means++.
 """
 
 import numpy as np
@@ -15,25 +14,25 @@ from vqpipe.codebooks.feature_set import FeatureSet
 from vqpipe.errors import NumericError
 from vqpipe.search import first_copies, nearest
 
-CANDIDATES = 2  # times K
-SAMPLE = 32  # times K distinct vectors are looked at for seeding, but
-SAMPLE_ROWS, SAMPLE_BYTES = 65_536, 2**30  # at least so many, and (above 2 K) at most so many bytes as float32
+SAMPLE = 16  # times K distinct vectors are looked at for seeding, but
+SAMPLE_ROWS, SAMPLE_BYTES = 65_536, 2**30  # at least so many, and at most so many bytes of float32
 
 
 def plusplus_rows(
     features: FeatureSet, distinct: np.ndarray, k: int, random: np.random.Generator, device: torch.device
 ) -> np.ndarray:
     """int64[K]: rows of `features`, all different in value, spread over them. `distinct` holds at least K rows."""
-    room = max(CANDIDATES * k, min(max(SAMPLE * k, SAMPLE_ROWS), SAMPLE_BYTES // (4 * features.dim)))
+    wanted = 2 * k + min(2 * k, 8192)  # candidates; four times K where that is cheap
+    room = max(wanted, min(max(SAMPLE * k, SAMPLE_ROWS), SAMPLE_BYTES // (4 * features.dim)))
     if features.num_vectors <= room:
         rows = np.arange(features.num_vectors)
     else:
         rows = np.sort(random.choice(distinct, min(room, len(distinct)), replace=False))
     points = features.take(rows).to(device)
-    candidates = spread(points, torch.ones(len(rows)), CANDIDATES * k, 32, 1, random)
+    candidates = spread(points, torch.ones(len(rows)), wanted, 32, 1, random)
     ids = nearest(points, points[candidates.to(device)]).cpu()
     weights = torch.bincount(ids, minlength=len(candidates)).clamp(min=1)
-    chosen = spread(points[candidates.to(device)], weights, k, 256, 4, random)
+    chosen = spread(points[candidates.to(device)], weights, k, 64, 4, random)
     if len(chosen) < k:
         raise NumericError(
             f"only {len(chosen)} of k = {k} first centres differ by more than float32 shows", "Use a smaller k"

@@ -40,7 +40,7 @@ class EvalConfig:
     fid_min_images: int = 2049
     """Fewer images than this leave rfid out: below the 2,048 feature dimensions the covariance has no full rank."""
     num_pictures: int = 12
-    """How many of the first images the report shows."""
+    """How many images the report shows, spread evenly over the set."""
 
     def __post_init__(self) -> None:
         if min(self.image_size, self.batch_size) < 1 or self.num_pictures < 0 or self.fid_min_images < 2:

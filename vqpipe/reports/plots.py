@@ -26,7 +26,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vqpipe",
     "font.family": "sans-serif",
-    "font.size": 9.0,
+    "font.size": 10.5,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
-    "legend.fontsize": 8.0,
+    "legend.fontsize": 9.5,
     "lines.linewidth": 1.5,
 }
 MOST_POINTS = 600
@@ -94,7 +94,7 @@ def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
         plain_logarithmic(axes.yaxis)
         axes.grid(alpha=0.25, linewidth=0.4, color=INK)
         if len(lines) > 1:
-            axes.legend(ncols=1 if isinstance(counts, Mapping) else 2)
+            legend_above(axes, lines)
         svg = to_svg(figure, f"frequency-{'-'.join(lines)}")
     shares = [f"{name} uses {(row > 0).double().mean():.1%} of {len(row):,} codes" for name, row in lines.items()]
     alt = ", ".join(shares) if len(lines) > 1 else shares[0].removeprefix("group 1 ")
@@ -147,7 +147,7 @@ def curves(title: str, lines: Mapping[str, Line], scale: str, caption: str = "")
         axes.set_xlabel("images seen")
         axes.grid(alpha=0.25, linewidth=0.4, color=INK)
         if len(lines) > 1:
-            axes.legend()
+            legend_above(axes, lines)
         svg = to_svg(figure, f"{title}-{'-'.join(lines)}")
     last = (f"{y[-1]:.1%}" if scale == "share" else f"{y[-1]:.4g}" for _, y in lines.values())
     ends = ", ".join(f"{name or title} ends at {value}" for name, value in zip(lines, last, strict=True))
@@ -157,7 +157,7 @@ def curves(title: str, lines: Mapping[str, Line], scale: str, caption: str = "")
 def bars(title: str, values: Mapping[str, float], caption: str = "", share: bool = False) -> Plot:
     """One horizontal bar a name, its value at the end; a `share` is drawn on 0..100 %."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 0.45 + 0.52 * len(values)), layout="constrained")
+        figure = Figure(figsize=(4.2, 0.5 + 0.56 * len(values)), layout="constrained")
         axes = figure.subplots()
         places = np.arange(len(values))[::-1]
         axes.barh(places, list(values.values()), height=0.42, color=[COLOURS[i % 8] for i in range(len(values))])
@@ -205,9 +205,15 @@ def plain_logarithmic(axis: Axis) -> None:
     axis.set_minor_formatter(PlainNumbers(labelOnlyBase=False, minor_thresholds=(1.2, 0.4)))
 
 
+def legend_above(axes: Axes, names: Iterable[str]) -> None:
+    """Names over the plot, where no line runs: three abreast, or one a row where they are long."""
+    abreast = 3 if max(map(len, names)) <= 12 else 1
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=abreast, borderaxespad=0.2, handlelength=1.2)
+
+
 def one_axes() -> tuple[Figure, Axes]:
     """A figure small enough that its letters stay legible on a phone."""
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
     return figure, figure.subplots()
 
 

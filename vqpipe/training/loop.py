@@ -39,6 +39,9 @@ class TrainConfig:
     """For both networks."""
     learning_rate: float = 5e-4
     """Peak, for both networks."""
+    quantizer_rate: float = 1.0
+    """Learning rate of the quantizer's own weights, in units of the others'. 1 as in the papers; 10 lets the projector
+    of a frozen codebook keep up with latents that are young and move fast."""
     min_learning_rate: float = 0.0
     """Where the cosine ends."""
     warmup_steps: int = 0
@@ -157,8 +160,8 @@ def train(
     state = TrainState(
         model=model,
         discriminator=discriminator,
-        optimizer=make_optimizer(model.parameters(), config),
-        discriminator_optimizer=make_optimizer(discriminator.parameters(), config),
+        optimizer=make_optimizer(config, rest_of(model), list(model.quantizer.parameters())),
+        discriminator_optimizer=make_optimizer(config, list(discriminator.parameters())),
         weight_ema=WeightEma(model, config.weight_ema),
     )
     state.resume(run_dir)
@@ -257,6 +260,11 @@ def step_if_finite(
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     """bf16 autocast where the preset asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def rest_of(model: Autoencoder) -> list[nn.Parameter]:
+    """The autoencoder's parameters but for its quantizer's."""
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith("quantizer.")]
 
 
 def parallel(network: nn.Module, device: torch.device) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from vqpipe.training.loop import TrainConfig
 
 
-def make_optimizer(parameters: Iterable[Tensor], config: "TrainConfig") -> Optimizer:
+def make_optimizer(
+    config: "TrainConfig", parameters: Sequence[Tensor], quantizer_parameters: Sequence[Tensor] = ()
+) -> Optimizer:
     """Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) over the parameters that train.
 
     VQGAN-LC's released loop uses Adam with betas (0.5, 0.9) and eps 1e-7, and parses a weight decay it never applies.
     """
+    groups = [
+        {"params": [parameter for parameter in group if parameter.requires_grad], "rate": rate}
+        for group, rate in ((parameters, 1.0), (quantizer_parameters, config.quantizer_rate))
+    ]
     kind = AdamW if config.optimizer == "adamw" else Adam
     return kind(
-        [parameter for parameter in parameters if parameter.requires_grad],
+        [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -42,9 +48,9 @@ def learning_rate(step: int, config: "TrainConfig") -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Give every group of `optimizer` the learning rate `value`."""
+    """Give every group of `optimizer` the learning rate `value` times its own rate."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["rate"]
 
 
 Network = TypeVar("Network", bound=nn.Module)
