@@ -77,6 +77,10 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and the free space.")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        fail("a process that decodes images was killed. Use fewer (num_workers), or a machine with more memory.")
     except console.Interrupted as signalled:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(signalled.code)

@@ -33,6 +33,7 @@ def extract_features(
         from vqpipe import artifacts
         from vqpipe.codebooks import features
         from vqpipe.data.shards import open_images
+        from vqpipe.files import hash_file
 
         config = recipe.with_flags(
             recipe.load(preset, overrides).features, encoder=encoder, pool=pool, batch_size=batch_size, limit=limit
@@ -42,7 +43,7 @@ def extract_features(
         opened = features.open_encoder(config, weights).to(where)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:
-            inputs["weights"] = artifacts.hash_file(weights)
+            inputs["weights"] = hash_file(weights)
         request = {**config.request(), "max_skipped": max_skipped, "seed": seed}
         draft = artifacts.start(out, "features", request, inputs)
         if isinstance(draft, artifacts.Artifact):

@@ -36,13 +36,14 @@ def reconstruct(
     """Reconstruct images of any size and put each beside its original, as PNG files."""
     with console.session(device, seed) as where:
         from vqpipe import artifacts, distributed
+        from vqpipe.files import hash_file
         from vqpipe.reports.pictures import side_by_side, to_png
         from vqpipe.tokenizer import Tokenizer
 
         opened = Tokenizer.from_pretrained(tokenizer, where)
         names = png_names(files)
         config = {"files": names, "groups": groups, "tile": TILE, "overlap": OVERLAP}
-        inputs = {name: artifacts.hash_file(check_file(file)) for name, file in zip(names, files, strict=True)}
+        inputs = {name: hash_file(check_file(file)) for name, file in zip(names, files, strict=True)}
         model = opened.source
         draft = artifacts.start(out, "images", config, {"tokenizer": model, **inputs})
         if isinstance(draft, artifacts.Artifact):

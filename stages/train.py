@@ -59,6 +59,7 @@ def train(
         from vqpipe.config import to_table
         from vqpipe.data.shards import open_images
         from vqpipe.errors import ConfigError
+        from vqpipe.files import hash_file
         from vqpipe.losses.perceptual import backbone_file
 
         if preset is None:
@@ -70,11 +71,11 @@ def train(
         inputs: dict[str, Any] = {"images": image_set}
         if codebook is not None:
             inputs["codebook"] = (
-                artifacts.open_artifact(codebook, "codebook") if codebook.is_dir() else artifacts.hash_file(codebook)
+                artifacts.open_artifact(codebook, "codebook") if codebook.is_dir() else hash_file(codebook)
             )
         if recipe.objective.perceptual != "none":
             file = backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
-            inputs["lpips"] = artifacts.hash_file(file)
+            inputs["lpips"] = hash_file(file)
         if source is not None:
             inputs["from"] = artifacts.open_artifact(source, "tokenizer")
         sections = {name: to_table(getattr(recipe, name)) for name in SECTIONS}

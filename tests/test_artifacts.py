@@ -70,8 +70,8 @@ def test_another_request_names_the_first_difference(tmp_path: Path) -> None:
         start(tmp_path / "out", "codebook", {"k": 3, "nested": {"a": 2}}, INPUTS)
     with pytest.raises(ArtifactError, match=r"inputs\.images was"):
         start(tmp_path / "out", "codebook", CONFIG, {"images": "1" * 64})
-    with begin(tmp_path / "two"):
-        pass
+    with begin(tmp_path / "two") as draft, draft.write("a.bin") as path:
+        path.write_bytes(b"a")
     with pytest.raises(ArtifactError, match=r"was begun with other settings: config\.k was 3, now 4"):
         start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
 
@@ -92,6 +92,12 @@ def test_a_cut_run_resumes_at_its_first_missing_file(tmp_path: Path) -> None:
             path.write_bytes(b"sub/b.bin")
         resumed = draft.publish({"k": 3})
     assert resumed.content == publish(tmp_path / "straight").content
+
+
+def test_a_run_that_fails_before_its_first_file_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_unrecorded_files_are_not_published(tmp_path: Path) -> None:

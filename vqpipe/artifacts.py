@@ -11,27 +11,23 @@ overwritten, and a run that was cut short resumes at its first missing file when
 `request` digests what was asked (schema, kind, config, inputs); `content` digests what came out (names, sizes, hashes).
 """
 
-import datetime
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import platform
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError, VqpipeError
+from vqpipe.files import digest_json, flush_to_disk, hash_file, write_json
+from vqpipe.provenance import now, provenance
 
 SCHEMA = 1
 KINDS = (
@@ -195,7 +191,10 @@ def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[st
 
 
 class Draft:
-    """An artifact being written, in `<out>.partial/`. Used as a context manager: leaving it releases the lock."""
+    """An artifact being written, in `<out>.partial/`.
+
+    Used as a context manager: leaving it releases the lock, and removes the directory where nothing was written yet.
+    """
 
     def __init__(self, out: Path, asked: dict[str, Any], lineage: dict[str, Any]) -> None:
         self.out = out
@@ -212,7 +211,13 @@ class Draft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._lock is not None and not self.has_work():
+            shutil.rmtree(self.path, ignore_errors=True)
         self.release()
+
+    def has_work(self) -> bool:
+        """Whether anything was written that a resumed run could go on from."""
+        return any(path.is_file() and path.name not in ("request.json", ".lock") for path in self.path.rglob("*"))
 
     def prepare(self) -> bool:
         """Rank 0: take the lock and check the request. True where the artifact is published already."""
@@ -340,12 +345,13 @@ class Draft:
             for record in sorted(records, key=lambda record: record["name"])
             if self.entry(record["name"])
         }
+        times = {"started": self.started, "finished": now()}
         manifest = Manifest(
             request=self.request,
             content=content_digest(files),
             facts=json.loads(json.dumps(facts, allow_nan=False)),
             files=files,
-            provenance={**provenance(), "started": self.started, "finished": now(), "lineage": self.lineage},
+            provenance={**provenance(distributed.world_size()), **times, "lineage": self.lineage},
             **self.asked,
         )
         write_json(self.path / "manifest.json", asdict(manifest))
@@ -422,76 +428,5 @@ def lineage_of(value: Input | str) -> dict[str, Any]:
     return getattr(value, "lineage", leaf)
 
 
-def provenance() -> dict[str, Any]:
-    """How and where this process runs: versions, git commit, hardware, world size, command."""
-    packages = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "open_clip_torch", "timm", "pillow")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    hardware: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        hardware["threads"] = torch.get_num_threads()
-        if torch.cuda.is_available():
-            hardware["gpu"] = torch.cuda.get_device_name()
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return {
-        "versions": versions,
-        "git": git_commit(),
-        "hardware": hardware,
-        "world_size": distributed.world_size(),
-        "command": command,
-    }
-
-
-def git_commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.decode().strip() or None
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def digest_json(value: Any) -> str:
-    """sha256 of a JSON-able value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     return digest_json([[name, files[name]["bytes"], files[name]["sha256"]] for name in sorted(files)])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -15,6 +15,7 @@ from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import ArtifactError, DataError, WeightsError
+from vqpipe.files import hash_file, write_json
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
 from vqpipe.weights import load_tensors
@@ -57,7 +58,7 @@ class Tokenizer:
         load_weights(autoencoder, load_tensors(folder / "model.safetensors"), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.artifact = artifact
-        tokenizer.source = artifact or artifacts.hash_file(folder / "model.safetensors")
+        tokenizer.source = artifact or hash_file(folder / "model.safetensors")
         return tokenizer
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
@@ -65,7 +66,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.autoencoder, folder / "model.safetensors")
-        artifacts.write_json(folder / "config.json", self.to_table())
+        write_json(folder / "config.json", self.to_table())
         (folder / "README.md").write_text(card or model_card(self), encoding="utf-8")
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:

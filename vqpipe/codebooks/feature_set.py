@@ -13,8 +13,9 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from vqpipe.artifacts import hash_file, open_artifact
+from vqpipe.artifacts import open_artifact
 from vqpipe.errors import DataError
+from vqpipe.files import hash_file
 
 BLOCK_ROWS = 65_536
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vqpipe.artifacts import hash_file
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.files import hash_file
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.fid import INCEPTION_FILE, FrechetStatistics, InceptionFeatures, frechet_distance
 from vqpipe.metrics.usage import CodeUsage, bits_per_pixel, usage_of

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqpipe import distributed
-from vqpipe.artifacts import flush_to_disk, hash_file, write_json
 from vqpipe.errors import ArtifactError
+from vqpipe.files import flush_to_disk, hash_file, write_json
 from vqpipe.models.autoencoder import Autoencoder
 from vqpipe.training.optimizers import WeightEma
 

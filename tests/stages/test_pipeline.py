@@ -1,0 +1,233 @@
+"""The whole line on drawn pictures, as commands: every stage, every stage again, and every way to be told no."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stages import cli, console
+from vqpipe import Tokenizer
+from vqpipe.artifacts import open_artifact
+from vqpipe.data.batches import OrderedBatches
+from vqpipe.data.shards import open_images
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+TINY = [
+    *("--preset", "smoke", "--set", "data.image_size=32", "--set", "kmeans.k=40", "--set", "features.patch_size=4"),
+    *("--set", "features.image_size=32", "--set", "features.components=16", "--set", "model.quantizer.feature_dim=16"),
+    *("--set", "model.quantizer.codebook_size=40", "--set", "model.base_channels=8", "--set", "model.z_channels=8"),
+    *("--set", "model.channel_multipliers=[1, 2]", "--set", "discriminator.base_channels=4"),
+    *("--set", "train.steps=8", "--set", "train.warmup_steps=2", "--set", "train.global_batch_size=4"),
+    *("--set", "train.save_every=3", "--set", "train.matched_start_images=16", "--set", "objective.disc_start=4"),
+    *("--set", "train.look_every=4", "--set", "train.log_every=2", "--set", "eval.image_size=32"),
+]
+STAGES = {
+    "features": ["extract-features", "--images", "pictures"],
+    "codebook": ["kmeans", "--features", "features"],
+    "tokenizer": ["train", "--images", "pictures", "--codebook", "codebook"],
+    "tokens": ["tokenize", "--images", "pictures", "--tokenizer", "tokenizer", "--flip"],
+    "images": ["detokenize", "--tokens", "tokens", "--tokenizer", "tokenizer"],
+    "report": ["eval", "--images", "pictures", "--tokenizer", "tokenizer"],
+}
+WITH_PRESET = ("features", "codebook", "tokenizer", "report")
+OTHERWISE = {
+    "features": ["--pool", "2"],
+    "codebook": ["--seed", "1"],
+    "tokenizer": ["--steps", "9"],
+    "tokens": ["--image-size", "16"],
+    "images": ["--limit", "3"],
+    "report": ["--limit", "3"],
+}
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def vqpipe(folder: Path, *words: str) -> Done:
+    """Run the console script in this process, so that torch is imported once."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["vqpipe", *words])
+        before = {number: signal.getsignal(number) for number in console.SIGNALS}
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def on_two_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
+    command = [sys.executable, *torchrun, *words]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def command(kind: str, out: str | None = None) -> list[str]:
+    return [*STAGES[kind], *(TINY if kind in WITH_PRESET else []), "--out", out or kind]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where every stage has run on 24 drawn pictures of two classes."""
+    folder = tmp_path_factory.mktemp("line")
+    random = np.random.default_rng(0)
+    for number in range(24):
+        small = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        path = folder / "pictures" / f"class-{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(path)
+    for kind in STAGES:
+        done = vqpipe(folder, *command(kind))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{kind}\n"
+    return folder
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_each_stage_publishes_what_it_says(folder: Path, kind: str) -> None:
+    artifact = open_artifact(folder / kind, kind)
+    artifact.verify()
+    assert not (folder / f"{kind}.partial").exists()
+
+
+def test_facts_and_lineage(folder: Path) -> None:
+    tokens = open_artifact(folder / "tokens")
+    assert tokens.facts["num_images"] == 24
+    assert tokens.facts["num_tokens"] == 16 * 16
+    assert tokens.facts["layout"] == {"grids": [[16, 16]], "num_groups": 1}
+    tokenizer = tokens.lineage["inputs"]["tokenizer"]
+    assert tokenizer["inputs"]["codebook"]["inputs"]["features"]["inputs"]["images"]["name"] == "pictures"
+    drawn = vqpipe(folder, "inspect", "tokens", "--verify").stdout
+    assert all(kind in drawn for kind in ("tokens", "tokenizer", "codebook", "features", "pictures"))
+    manifest = json.loads(vqpipe(folder, "inspect", "tokens", "--json").stdout)
+    assert manifest["content"] == tokens.content
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_again_it_says_so_and_otherwise_it_refuses(folder: Path, kind: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder / kind).rglob("*")}
+    again = vqpipe(folder, *command(kind))
+    assert (again.returncode, again.stdout) == (0, f"{kind}\n")
+    assert "already published" in again.stderr
+    other = vqpipe(folder, *command(kind), *OTHERWISE[kind])
+    assert other.returncode == 1
+    assert other.stdout == ""
+    key = OTHERWISE[kind][0].lstrip("-").replace("-", "_")
+    assert f"error: {kind} exists and was made otherwise" in other.stderr
+    assert key in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in (folder / kind).rglob("*")} == before
+
+
+def test_detokenizing_tokens_is_decoding_what_was_encoded_bit_for_bit(folder: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    (batch,) = OrderedBatches(open_images([folder / "pictures"]), image_size=32, batch_size=24)
+    stored = {sample.key: sample for sample in open_images([str(folder / "images" / "shard-*.tar")])}
+    assert len(stored) == 48
+    for view, suffix in ((batch.images, ""), (batch.images.flip(-1), "-flipped")):
+        expected = tokenizer.decode(tokenizer.encode(view), (32, 32))
+        for key, label, image in zip(batch.keys, batch.labels.tolist(), expected, strict=True):
+            sample = stored[key.removesuffix(".png") + suffix]
+            pixels = decode_png(sample.image)
+            assert sample.label == label
+            assert torch.equal(pixels, image), key
+
+
+def decode_png(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["features", "tokens", "images"])
+def test_two_ranks_write_the_same_bytes(folder: Path, kind: str) -> None:
+    done = on_two_ranks(folder, *command(kind, f"{kind}-2"))
+    assert done.returncode == 0, done.stderr
+    assert open_artifact(folder / f"{kind}-2").content == open_artifact(folder / kind).content
+
+
+def test_training_on_two_ranks_sees_the_same_images(folder: Path) -> None:
+    done = on_two_ranks(folder, *command("tokenizer", "tokenizer-2"))
+    assert done.returncode == 0, done.stderr
+    one, two = (open_artifact(folder / name).facts for name in ("tokenizer", "tokenizer-2"))
+    assert one["images_seen"] == two["images_seen"] == 32
+    assert two["training_psnr"] == pytest.approx(one["training_psnr"], abs=0.5)
+
+
+def test_a_terminated_run_saves_and_resumes_to_the_same_weights(folder: Path) -> None:
+    words = [*command("tokenizer", "resumed"), "--set", "train.steps=60", "--set", "train.save_every=1000"]
+    straight = vqpipe(folder, *command("tokenizer", "straight"), "--set", "train.steps=60")
+    assert straight.returncode == 0, straight.stderr
+    process = subprocess.Popen([sys.executable, "-m", "stages", *words], cwd=folder, env=ENVIRONMENT)
+    log = folder / "resumed.partial" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert list((folder / "resumed.partial" / "checkpoints").glob("step-*"))
+    with pytest.raises(Exception, match="is not finished"):
+        open_artifact(folder / "resumed")
+    resumed = vqpipe(folder, *words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stderr
+    first, second = (open_artifact(folder / name).manifest.files for name in ("straight", "resumed"))
+    for name in ("model.safetensors", "discriminator.safetensors", "pictures/step-00000060.png"):
+        assert first[name] == second[name], name
+
+
+def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:
+    words = [*command("tokenizer", "another"), "--seed", "5"]
+    assert vqpipe(folder, *words).returncode == 0
+    refused = vqpipe(folder, "detokenize", "--tokens", "tokens", "--tokenizer", "another", "--out", "x")
+    assert refused.returncode == 1
+    assert "was made by tokenizer" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--images", "pictures", "--preset", "smoke", "--out", "y"], "lc quantizer has no codebook yet"),
+        (["train", "--images", "pictures", "--out", "y"], "no preset was named"),
+        (["train", "--images", "nowhere", "--preset", "smoke", "--out", "y"], "nowhere"),
+        (["kmeans", "--features", "features", "--k", "1000000", "--out", "y"], "fewer than k = 1,000,000"),
+        (["tokenize", "--images", "pictures", "--tokenizer", "codebook", "--out", "y"], "is of kind codebook"),
+        (["tokenize", "--images", "pictures", "--tokenizer", "tokenizer", "--image-size", "31", "--out", "y"], "cells"),
+        (["extract-features", "--images", "pipe:cat x", "--out", "y"], "pipe:"),
+        (["train", "--images", "pictures", "--preset", "smol", "--out", "y"], "Did you mean"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_line(folder: Path, words: list[str], message: str) -> None:
+    done = vqpipe(folder, *words)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list(folder.glob("y*"))
+
+
+def test_wrong_usage_is_code_2_and_help_needs_no_torch(folder: Path) -> None:
+    assert vqpipe(folder, "tokenize", "--nonsense").returncode == 2
+    program = "import sys, stages.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

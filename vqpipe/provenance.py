@@ -1,0 +1,52 @@
+"""How, where and when something was made: for people, and outside every digest."""
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def provenance(world_size: int) -> dict[str, Any]:
+    """How and where this process runs: versions, git commit, hardware, world size, command."""
+    packages = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "open_clip_torch", "timm", "pillow")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        hardware["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            hardware["gpu"] = torch.cuda.get_device_name()
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "versions": versions,
+        "git": git_commit(),
+        "hardware": hardware,
+        "world_size": world_size,
+        "command": command,
+    }
+
+
+def git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.decode().strip() or None
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
