@@ -194,6 +194,17 @@ def test_a_terminated_run_saves_and_resumes_to_the_same_weights(folder: Path) ->
         assert first[name] == second[name], name
 
 
+def test_fine_tuning_starts_from_the_tokenizer(folder: Path) -> None:
+    words = ["train", "--images", "pictures", *TINY, "--steps", "2", "--set", "train.matched_start=false"]
+    words += ["--set", "train.learning_rate=0.0", "--set", "objective.disc_start=0", "--from", "tokenizer"]
+    done = vqpipe(folder, *words, "--out", "tuned")
+    assert done.returncode == 0, done.stderr
+    first, tuned = (Tokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tuned"))
+    before, after = (each.autoencoder.state_dict() for each in (first, tuned))
+    assert all(torch.equal(value, before[name]) for name, value in after.items())  # the learning rate is 0
+    assert open_artifact(folder / "tuned").lineage["inputs"]["from"]["name"] == "tokenizer"
+
+
 def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:
     words = [*command("tokenizer", "another"), "--seed", "5"]
     assert vqpipe(folder, *words).returncode == 0
