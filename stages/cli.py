@@ -65,7 +65,6 @@ app.command("presets")(presets)
 
 def main() -> None:
     """The console script."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve their neighbours
     for number in console.SIGNALS:
         signal.signal(number, console.interrupt)
     try:
