@@ -110,6 +110,7 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 
 def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
+    """`cls` itself, or the subclass that the table's `kind` names; an unknown or absent kind is a ConfigError."""
     own = getattr(cls, "kind", None)
     kinds: dict[str, type[T]] = {}
     candidates: list[Any] = [cls, *all_subclasses(cls)]

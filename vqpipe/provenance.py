@@ -36,6 +36,7 @@ def provenance(world_size: int) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
+    """The commit of the checkout this runs from, marked where it was changed since; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -142,6 +142,7 @@ class Tokenizer:
         return to_uint8(self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout)))
 
     def as_float(self, images: Tensor) -> Tensor:
+        """uint8 in [0, 255] or float in [-1, 1] -> float32 in [-1, 1] on the device; another range is a DataError."""
         images = images.to(self.device)
         if images.dtype == torch.uint8:
             return to_float(images)
