@@ -1,0 +1,268 @@
+"""An artifact being written: locked, resumed at its first missing file, published in one rename."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vqpipe import distributed
+from vqpipe.artifacts.published import (
+    SCHEMA,
+    Artifact,
+    Input,
+    Manifest,
+    check_name,
+    content_digest,
+    open_artifact,
+    partial_path,
+)
+from vqpipe.errors import ArtifactError, VqpipeError
+from vqpipe.files import digest_json, flush_to_disk, hash_file, write_json
+from vqpipe.provenance import now, provenance
+
+
+def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input | str]) -> "Draft | Artifact":
+    """Begin, resume, or find finished the artifact `out` for this request. Every rank calls it.
+
+    `inputs` maps a role ("images", "codebook") to what is read: its digest goes into the request, its lineage into the
+    provenance. Returns the Artifact where the same request was published already, else a locked Draft.
+
+    Raises:
+        ArtifactError: `out` was made, or begun, with another request (the first differing key is named), or another
+            process is writing it.
+    """
+    out = Path(out)
+    digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
+    asked = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
+    draft = Draft(out, asked, {role: lineage_of(value) for role, value in inputs.items()})
+    problem: tuple[str, str] | None = None
+    published = False
+    if distributed.is_main():
+        try:
+            published = draft.prepare()
+        except VqpipeError as error:
+            problem = (error.what, error.hint)
+    problem, published = distributed.broadcast_object((problem, published))
+    if problem is not None:
+        raise ArtifactError(*problem)
+    return open_artifact(out, kind) if published else draft
+
+
+class Draft:
+    """An artifact being written, in `<out>.partial/`.
+
+    Used as a context manager: leaving it releases the lock, and removes the directory where nothing was written yet.
+    """
+
+    def __init__(self, out: Path, asked: dict[str, Any], lineage: dict[str, Any]) -> None:
+        self.out = out
+        self.path = partial_path(out)
+        self.asked = asked
+        self.request = digest_json(asked)
+        self.lineage = lineage
+        self.started = now()
+        self._lock: int | None = None
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None and not self.has_work():
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def has_work(self) -> bool:
+        """Whether anything was written that a resumed run could go on from."""
+        return any(path.is_file() and path.name not in ("request.json", ".lock") for path in self.path.rglob("*"))
+
+    def prepare(self) -> bool:
+        """Rank 0: take the lock and check the request. True where the artifact is published already."""
+        if self.out.exists() or self.out.is_symlink():
+            return self.check_published()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".records").mkdir(exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}", "Choose another --out") from None
+        self.take_lock()
+        if self.out.exists():  # published by another process between our look and our lock
+            self.release()
+            shutil.rmtree(self.path, ignore_errors=True)
+            return self.check_published()
+        self.check_request()
+        for leftover in self.path.rglob(".writing-*"):
+            leftover.unlink()
+        return False
+
+    def check_published(self) -> bool:
+        """Whether what stands at `out` answers this request; another request is an ArtifactError."""
+        existing = open_artifact(self.out)
+        if existing.manifest.request != self.request:
+            manifest = existing.manifest
+            before = {"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs}
+            raise ArtifactError(
+                f"{self.out} exists and was made otherwise: {difference(before, self.asked)}", "Choose another --out"
+            )
+        return True
+
+    def check_request(self) -> None:
+        """Note down what is asked, or compare it with what an earlier run noted down: an ArtifactError if unlike."""
+        file = self.path / "request.json"
+        if not file.exists():
+            write_json(file, self.asked)
+            return
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ArtifactError(f"{file} is damaged", f"Delete {self.path} and run again") from None
+        if digest_json(before) != self.request:
+            raise ArtifactError(
+                f"{self.path} was begun with other settings: {difference(before, self.asked)}",
+                "Finish it with those settings, delete it, or choose another --out",
+            )
+
+    def take_lock(self) -> None:
+        """Become the one writer; the kernel frees the lock of a process that dies. An ArtifactError names the owner."""
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise ArtifactError(f"{self.out} is being written by {owner}", "Wait for it, or stop it") from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = handle
+
+    def release(self) -> None:
+        """Give the lock back (rank 0); harmless when it is not held."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextmanager
+    def write(self, name: str, **record: Any) -> Iterator[Path]:
+        """Write one file: yields a temporary path with the same suffix; afterwards the file is whole and recorded.
+
+        `record` holds small JSON facts that a resumed run needs of this file (rows, skipped counts).
+        """
+        check_name(name)
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".writing-{target.name}")
+        try:
+            yield temporary
+            flush_to_disk(temporary)
+            entry = {"bytes": temporary.stat().st_size, "sha256": hash_file(temporary), "record": record}
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        flush_to_disk(target.parent)
+        write_json(self.record_file(name), {"name": name, **entry})
+
+    def adopt(self, name: str, **record: Any) -> None:
+        """Record a file that stands in the draft already (a log that grew during the run)."""
+        check_name(name)
+        target = self.path / name
+        flush_to_disk(target)
+        entry = {"bytes": target.stat().st_size, "sha256": hash_file(target), "record": record}
+        write_json(self.record_file(name), {"name": name, **entry})
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """The facts given to `write` for a finished file, or None: not written yet, or not as recorded."""
+        entry = self.entry(name)
+        return None if entry is None else entry["record"]
+
+    def entry(self, name: str) -> dict[str, Any] | None:
+        try:
+            entry = json.loads(self.record_file(name).read_text(encoding="utf-8"))
+            size = (self.path / name).stat().st_size
+        except (OSError, ValueError):
+            return None
+        return entry if entry.get("name") == name and entry.get("bytes") == size else None
+
+    def record_file(self, name: str) -> Path:
+        return self.path / ".records" / (name.replace("/", "__") + ".json")
+
+    def publish(self, facts: dict[str, Any]) -> Artifact:
+        """Wait for every rank, then make `<out>` out of `<out>.partial`, in one rename. Every rank gets the Artifact.
+
+        Unrecorded files (checkpoints, leftovers) are deleted. Raises:
+            ArtifactError: `<out>` has appeared meanwhile.
+        """
+        distributed.barrier()
+        if distributed.is_main():
+            self.finish(facts)
+        distributed.barrier()
+        return open_artifact(self.out)
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Rank 0: write the manifest, delete what is not recorded, rename."""
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in (self.path / ".records").glob("*.json")]
+        files = {
+            record["name"]: {"bytes": record["bytes"], "sha256": record["sha256"]}
+            for record in sorted(records, key=lambda record: record["name"])
+            if self.entry(record["name"])
+        }
+        times = {"started": self.started, "finished": now()}
+        manifest = Manifest(
+            request=self.request,
+            content=content_digest(files),
+            facts=json.loads(json.dumps(facts, allow_nan=False)),
+            files=files,
+            provenance={**provenance(distributed.world_size()), **times, "lineage": self.lineage},
+            **self.asked,
+        )
+        write_json(self.path / "manifest.json", asdict(manifest))
+        keep = {self.path / name for name in files} | {self.path / "manifest.json"}
+        for file in sorted(self.path.rglob("*"), reverse=True):
+            if file.is_dir() and not file.is_symlink():
+                if not any(file.iterdir()):
+                    file.rmdir()
+            elif file not in keep:
+                file.unlink()
+        flush_to_disk(self.path)
+        try:
+            if self.out.exists():
+                raise OSError(errno.EEXIST, "it exists")
+            os.rename(self.path, self.out)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot publish {self.out}: {error.strerror}", f"The work is kept in {self.path}"
+            ) from None
+        flush_to_disk(self.out.parent)
+        self.release()
+
+
+def difference(before: Any, after: Any, where: str = "") -> str:
+    """The first key at which two requests differ, with both values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in [
+            key for key in ("kind", *sorted({*before, *after} - {"kind", "schema"})) if key in {*before, *after}
+        ]:
+            if before.get(key) != after.get(key):
+                return difference(before.get(key), after.get(key), f"{where}.{key}" if where else key)
+    return f"{where} was {shorten(before)}, now {shorten(after)}"
+
+
+def shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:18] + "..." + text[-4:]
+
+
+def lineage_of(value: Input | str) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"kind": "data", "name": "", "content": value, "inputs": {}}
+    leaf = {"kind": "data", "name": value.name, "content": value.digest, "inputs": {}}
+    return getattr(value, "lineage", leaf)

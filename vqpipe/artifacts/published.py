@@ -1,0 +1,177 @@
+"""A published artifact: its manifest, checked, and the files that it names."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from vqpipe.errors import ArtifactError
+from vqpipe.files import digest_json, hash_file
+
+SCHEMA = 1
+KINDS = (
+    *("dataset", "features", "codebook", "tokenizer", "tokens", "report", "images"),
+    *("generator", "classifier"),
+)
+
+
+class Input(Protocol):
+    """Anything a stage reads: a set of images, a set of features, an artifact."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its content, hex."""
+
+    @property
+    def name(self) -> str:
+        """A short name, for people."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`; see the module's docstring for the two digests."""
+
+    schema: int
+    kind: str
+    request: str
+    content: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    facts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    provenance: dict[str, Any]
+
+
+class Artifact:
+    """A published directory: its manifest, checked, and the files it names."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.kind = manifest.kind
+        self.config = manifest.config
+        self.facts = manifest.facts
+        self.inputs = manifest.inputs
+        self.content = manifest.content
+
+    @property
+    def digest(self) -> str:
+        """The content digest: an artifact is itself an Input."""
+        return self.content
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """This artifact and, nested under `inputs`, all it was made from."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "content": self.content,
+            "inputs": self.manifest.provenance.get("lineage", {}),
+        }
+
+    def file(self, name: str) -> Path:
+        """Path of the file `name`.
+
+        Raises:
+            ArtifactError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise ArtifactError(
+                f"{self.path} ({self.kind}) has no file {name}", "See what it holds with vqpipe inspect"
+            )
+        return self.path / name
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """File names that match the glob `pattern`, sorted."""
+        return sorted(name for name in self.manifest.files if PurePosixPath(name).match(pattern))
+
+    def verify(self) -> None:
+        """Hash every file again.
+
+        Raises:
+            ArtifactError: a file's hash, or the manifest's own digest, is not what was published.
+        """
+        for name, entry in self.manifest.files.items():
+            found = hash_file(self.path / name)
+            if found != entry["sha256"]:
+                raise ArtifactError(
+                    f"{self.path / name} is damaged: sha256 {found[:12]}, published as {entry['sha256'][:12]}",
+                    "Make it again, or copy it again from its source",
+                )
+        if content_digest(self.manifest.files) != self.content:
+            raise ArtifactError(
+                f"{self.path / 'manifest.json'} was edited: its content digest does not match its files"
+            )
+
+
+def lineage(artifact: Artifact) -> dict[str, Any]:
+    """The tree of `artifact` and all it was made from: kind, name, content, inputs (role -> the same)."""
+    return artifact.lineage
+
+
+def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
+    """Open a finished directory; check its kind, schema and file sizes (hashes: `Artifact.verify`).
+
+    Raises:
+        ArtifactError: it is absent, unfinished, damaged, of another kind, or from a newer vqpipe.
+    """
+    path = Path(path)
+    partial = partial_path(path)
+    if not path.exists() and partial.exists():
+        done = len(list((partial / ".records").glob("*.json")))
+        raise ArtifactError(f"{path} is not finished: {done} files so far in {partial.name}", "Run its command again")
+    if not (path / "manifest.json").is_file():
+        raise ArtifactError(f"{path} is not a vqpipe artifact: it has no manifest.json", "Check the path")
+    manifest = read_manifest(path / "manifest.json")
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"{path} is of kind {manifest.kind}, {kind} is needed", "Check which artifact you named")
+    for name, entry in manifest.files.items():
+        check_name(name)
+        file = path / name
+        if not file.is_file() or file.is_symlink():
+            raise ArtifactError(f"{file} is missing", "Copy or make the artifact again")
+        if file.stat().st_size != entry["bytes"]:
+            raise ArtifactError(
+                f"{file} has {file.stat().st_size} bytes, published with {entry['bytes']}", "Copy it again"
+            )
+    return Artifact(path, manifest)
+
+
+def partial_path(out: Path) -> Path:
+    """Where an artifact stands while it is written."""
+    return out.with_name(out.name + ".partial")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check one `manifest.json`; unknown keys are ignored within a schema."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["schema"] != SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema {table['schema']}, this vqpipe reads {SCHEMA}", "Use the vqpipe that made it"
+            )
+        manifest = Manifest(**{key: table[key] for key in Manifest.__dataclass_fields__})
+        whole = all(
+            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in manifest.files.values()
+        )
+        if manifest.kind not in KINDS or not whole:
+            raise ValueError(manifest.kind)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__})", "Copy or make the artifact again") from None
+    return manifest
+
+
+def check_name(name: str) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or any(part == ".." or part.startswith(".") for part in parts):
+        raise ArtifactError(f"{name!r} is not a file name an artifact may hold")
+
+
+def content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    return digest_json([[name, files[name]["bytes"], files[name]["sha256"]] for name in sorted(files)])
