@@ -59,11 +59,9 @@ def evaluate(
         image_set = open_images(images)
         opened = Tokenizer.from_pretrained(tokenizer, where)
         flags = {"protocol": protocol, "image_size": image_size, "batch_size": batch_size}
-        given = [f"eval.{key}={value}" for key, value in flags.items() if value is not None]
-        assignments = [*(overrides or []), *given]
-        if preset is None and opened.image_size and not any(a.startswith("eval.image_size") for a in assignments):
-            assignments.append(f"eval.image_size={opened.image_size}")  # the size it was trained at
-        config = recipes.load(preset, assignments).eval
+        if preset is None and image_size is None and not any(a.startswith("eval.image_size") for a in overrides or []):
+            flags["image_size"] = opened.image_size  # the size it was trained at
+        config = recipes.load(preset, overrides, eval=flags).eval
         opened.layout(config.image_size, config.image_size)
         networks = find_networks(weights, where)
         request = {key: value for key, value in to_table(config).items() if key not in FREE_KEYS}

@@ -35,9 +35,8 @@ def extract_features(
         from vqpipe.data.shards import open_images
         from vqpipe.files import hash_file
 
-        config = recipe.with_flags(
-            recipe.load(preset, overrides).features, encoder=encoder, pool=pool, batch_size=batch_size, limit=limit
-        )
+        flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit}
+        config = recipe.load(preset, overrides, features=flags).features
         image_set = open_images(images)
         weights = features.find_weights(config)
         opened = features.open_encoder(config, weights).to(where)

@@ -41,14 +41,14 @@ def kmeans(
         from vqpipe.codebooks.feature_set import open_features
         from vqpipe.config import to_table
 
-        config = recipe.with_flags(
-            recipe.load(preset, overrides).kmeans,
-            k=k,
-            iterations=iterations,
-            init=init,
-            per_class=per_class,
-            select=select,
-        )
+        flags = {
+            "k": k,
+            "iterations": iterations,
+            "init": init,
+            "per_class": per_class,
+            "select": select,
+        }
+        config = recipe.load(preset, overrides, kmeans=flags).kmeans
         vectors = open_features(features)
         request = {**to_table(config), "seed": seed}
         draft = artifacts.start(out, "codebook", request, {"features": vectors})

@@ -5,6 +5,7 @@ A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +37,10 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-def load(preset: str | None, overrides: list[str] | None = None) -> Recipe:
-    """Read a preset by name or path (none: every section's defaults) and apply `--set` assignments.
+def load(preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> Recipe:
+    """Read a preset by name or path (none: every section's defaults), apply `--set` assignments, then named flags.
+
+    `flags` gives a section the values of its flags, `train={"steps": steps}`; None is a flag that was not given.
 
     Raises:
         ConfigError: no such preset, an unknown key, or a value of the wrong type.
@@ -46,9 +49,7 @@ def load(preset: str | None, overrides: list[str] | None = None) -> Recipe:
     if preset is None:
         table = {name: table[name] for name in ("model", "objective")}
     sections = [field.name for field in dataclasses.fields(Recipe)]
-    return config.from_table(Recipe, config.override(table, overrides or [], sections))
-
-
-def with_flags(section: Any, **flags: Any) -> Any:
-    """A section with each named flag that was given (is not None) put in."""
-    return dataclasses.replace(section, **{key: value for key, value in flags.items() if value is not None})
+    table = config.override(table, overrides or [], sections)
+    for section, values in flags.items():
+        table.setdefault(section, {}).update({key: value for key, value in values.items() if value is not None})
+    return config.from_table(Recipe, table)

@@ -65,8 +65,7 @@ def train(
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        given = [f"train.{key}={value}" for key, value in flags.items() if value is not None]
-        recipe = recipes.load(preset, [*(overrides or []), *given])
+        recipe = recipes.load(preset, overrides, train=flags)
         image_set = open_images(images)
         inputs: dict[str, Any] = {"images": image_set}
         if codebook is not None:
@@ -212,6 +211,8 @@ class Looker:
     """Writes a grid of originals and reconstructions of the same few images, now and then."""
 
     def __init__(self, draft: "Draft", image_set: "ImageSet", image_size: int, device: "torch.device") -> None:
+        import torch
+
         from vqpipe.data.batches import OrderedBatches
 
         self.draft, self.device = draft, device
@@ -222,8 +223,6 @@ class Looker:
             for start in chosen
             for batch in OrderedBatches(image_set, image_size=image_size, batch_size=1, start=start, stop=start + 1)
         ]
-        import torch
-
         self.originals = torch.cat(parts) if parts else None
 
     def look(self, step: int, model: "Autoencoder") -> None:

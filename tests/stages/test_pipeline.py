@@ -221,6 +221,10 @@ def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:
         (["train", "--images", "pictures", "--out", "y"], "no preset was named"),
         (["train", "--images", "nowhere", "--preset", "smoke", "--out", "y"], "nowhere"),
         (["kmeans", "--features", "features", "--k", "1000000", "--out", "y"], "fewer than k = 1,000,000"),
+        (
+            ["kmeans", "--features", "features", "--init", "forgy", "--out", "y"],
+            "kmeans.init = 'forgy' is not a",
+        ),
         (["tokenize", "--images", "pictures", "--tokenizer", "codebook", "--out", "y"], "is of kind codebook"),
         (["tokenize", "--images", "pictures", "--tokenizer", "tokenizer", "--image-size", "31", "--out", "y"], "cells"),
         (["extract-features", "--images", "pipe:cat x", "--out", "y"], "pipe:"),

@@ -12,6 +12,6 @@ overwritten, and a run that was cut short resumes at its first missing file when
 """
 
 from vqpipe.artifacts.draft import Draft, start
-from vqpipe.artifacts.published import Artifact, Input, Manifest, lineage, open_artifact
+from vqpipe.artifacts.published import Artifact, Input, Manifest, open_artifact
 
-__all__ = ["Artifact", "Draft", "Input", "Manifest", "lineage", "open_artifact", "start"]
+__all__ = ["Artifact", "Draft", "Input", "Manifest", "open_artifact", "start"]

@@ -110,11 +110,6 @@ class Artifact:
             )
 
 
-def lineage(artifact: Artifact) -> dict[str, Any]:
-    """The tree of `artifact` and all it was made from: kind, name, content, inputs (role -> the same)."""
-    return artifact.lineage
-
-
 def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
     """Open a finished directory; check its kind, schema and file sizes (hashes: `Artifact.verify`).
 

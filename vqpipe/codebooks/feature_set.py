@@ -142,6 +142,7 @@ def open_matrix(path: Path) -> np.ndarray:
 
 
 def checked(features: FeatureSet) -> FeatureSet:
+    """`features`, its shards known to have one dimension; otherwise a DataError that names the shard."""
     for shard, name in zip(features.shards, features.names, strict=True):
         if shard.shape[1] != features.dim:
             raise DataError(

@@ -37,6 +37,7 @@ class StoredImages(Dataset["list[Stored] | VqpipeError"]):
             return error
 
     def store(self, i: int) -> Stored:
+        """Image i as it goes into a shard, or the reason why it does not."""
         data = self.images.read(i)
         try:
             image = decode(data)

@@ -44,6 +44,7 @@ class Photo:
 
     @property
     def path(self) -> Path:
+        """Where the photograph lies in its installed package; a DataError where that lacks it."""
         spec = importlib.util.find_spec(self.package)
         path = Path(spec.origin).parent / self.file if spec and spec.origin else None
         if path is None or not path.is_file():

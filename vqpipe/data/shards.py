@@ -129,6 +129,7 @@ def open_images(specs: Sequence[str | Path] | str | Path) -> ImageSet:
 
 
 def open_source(spec: str) -> Source:
+    """One `--images` value as a source; a DataError where it names nothing that can be read."""
     if spec.startswith("builtin:"):
         return open_photos(spec)
     if spec.startswith("pipe:"):
@@ -196,6 +197,7 @@ def expand(spec: str) -> list[str]:
 
 
 def matching(pattern: str) -> list[str]:
+    """The paths or URLs that a pattern stands for, sorted; one without a wildcard stands for itself."""
     if "://" not in pattern:
         return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not glob.has_magic(pattern):

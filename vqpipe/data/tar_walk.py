@@ -38,6 +38,7 @@ class Walk:
         self.pending = 0  # bytes of the current member's data not yet passed
 
     def members(self) -> Iterator[Member]:
+        """Every member in order, its long name resolved; a DataError at the first byte that is not a tar's."""
         long_path, pax = "", dict[str, str]()
         while (header := self.header()) is not None:
             padded = -(-header.size // BLOCK) * BLOCK

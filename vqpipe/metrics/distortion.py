@@ -162,6 +162,7 @@ def gaussian_window(width: int, sigma: float) -> list[float]:
 
 
 def check_images(originals: Tensor, reconstructions: Tensor) -> None:
+    """Both uint8[B, 3, H, W] of one shape, or a DataError."""
     if originals.dtype != torch.uint8 or reconstructions.dtype != torch.uint8:
         raise DataError(
             f"distortion is measured on uint8 images, got {originals.dtype} and {reconstructions.dtype}",

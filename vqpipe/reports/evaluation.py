@@ -154,6 +154,7 @@ def command_of(artifact: Artifact) -> str:
 
 
 def headline_note(measure: Measure, metrics: Mapping[str, Any]) -> str:
+    """The small line under a headline number: of how many, by which convention."""
     size = metrics["tokenizer"]["codebook_size"]
     groups = metrics["tokenizer"]["num_groups"]
     notes = {

@@ -167,6 +167,7 @@ def render(report: ReportPage) -> str:
 
 @cache
 def template() -> Template:
+    """The page's template, read once, with escaping on."""
     environment = Environment(
         loader=PackageLoader("vqpipe.reports", ""),
         autoescape=True,
