@@ -4,7 +4,6 @@ A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a
 `--set`, then a named flag. A stage reads its own sections only, so changing `[train]` leaves features valid.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,8 +47,7 @@ def load(preset: str | None, overrides: list[str] | None = None, **flags: Mappin
     table = config.read_toml(presets.find(preset or PAPER))
     if preset is None:
         table = {name: table[name] for name in ("model", "objective")}
-    sections = [field.name for field in dataclasses.fields(Recipe)]
-    table = config.override(table, overrides or [], sections)
+    table = config.override(Recipe, table, overrides or [])
     for section, values in flags.items():
         table.setdefault(section, {}).update({key: value for key, value in values.items() if value is not None})
     return config.from_table(Recipe, table)

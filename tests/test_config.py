@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
+from stages.recipe import Recipe
 from vqpipe.config import from_table, override, read_toml, to_table
 from vqpipe.errors import ConfigError
 
@@ -76,24 +77,29 @@ def test_a_wrong_table_is_named(table: dict[str, object], message: str) -> None:
 
 
 def test_override_reads_values_as_toml_and_leaves_the_original() -> None:
-    table = {"inner": {"learning_rate": 1e-3}}
-    changed = override(table, ["inner.learning_rate=5e-4", "inner.mode=b", "shape.sides=[3, 4]"], ["inner", "shape"])
-    assert changed == {"inner": {"learning_rate": 5e-4, "mode": "b"}, "shape": {"sides": [3, 4]}}
-    assert table == {"inner": {"learning_rate": 1e-3}}
+    table = {"inner": {"learning_rate": 1e-3}, "shape": {"kind": "grid"}}
+    changed = override(Outer, table, ["inner.learning_rate=5e-4", "inner.mode=b", "shape.sides=[3, 4]"])
+    expected = {"inner": {"learning_rate": 5e-4, "mode": "b"}, "shape": {"kind": "grid", "sides": [3, 4]}}
+    assert changed == expected
+    assert table == {"inner": {"learning_rate": 1e-3}, "shape": {"kind": "grid"}}
 
 
-def test_another_kind_drops_the_keys_of_the_old_one() -> None:
-    table = {"model": {"quantizer": {"kind": "lc", "codebook_size": 7, "code_dim": 8, "projector": "mlp"}}}
-    changed = override(table, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"], ["model"])
-    assert changed == {"model": {"quantizer": {"kind": "ema", "codebook_size": 7, "code_dim": 8, "decay": 0.9}}}
-    same = override(table, ["model.quantizer.kind=lc"], ["model"])
-    assert same == table
+def test_another_kind_drops_the_keys_it_does_not_know() -> None:
+    table = {"quantizer": {"kind": "lc", "codebook_size": 7, "code_dim": 8, "projector": "mlp"}, "kind": "vqgan"}
+    model = {"model": table, "objective": {}}
+    changed = override(Recipe, model, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"])["model"]["quantizer"]
+    assert changed == {"kind": "ema", "codebook_size": 7, "code_dim": 8, "decay": 0.9}
+    assert override(Recipe, model, ["model.quantizer.kind=lc"]) == model
+    nested = override(Recipe, model, ["model.quantizer.group.kind=ema", "model.quantizer.kind=multi_group"])
+    assert nested["model"]["quantizer"] == {"kind": "multi_group", "group": {"kind": "ema"}}
 
 
-@pytest.mark.parametrize("text", ["inner.learning_rate", "iner.x=1", "inner=1"])
+@pytest.mark.parametrize(
+    "text", ["inner.learning_rate", "iner.x=1", "inner=1", "shape.kind=[1]", "shape.kind=round", "shape.side=1"]
+)
 def test_an_unusable_assignment_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError):
-        override({}, [text], ["inner"])
+        from_table(Outer, override(Outer, {}, [text]))
 
 
 def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path) -> None:

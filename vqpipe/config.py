@@ -75,31 +75,42 @@ def to_table(config: Any) -> dict[str, Any]:
     return table
 
 
-def override(table: dict[str, Any], assignments: Iterable[str], sections: Iterable[str]) -> dict[str, Any]:
-    """A copy of `table` with each `section.key=value` set; the value is read as TOML, else as a string.
+def override(cls: type, table: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `table`, which describes a `cls`, with each `section.key=value` set; values are read as TOML, else
+    as strings.
 
-    Setting a `kind` to another one drops the sibling keys, which belonged to the old kind, save those that the
-    same list of assignments sets and `codebook_size` and `code_dim`, which every quantizer has.
+    Setting a `kind` to another one drops the sibling keys that the new kind does not know.
 
     Raises:
         ConfigError: an assignment without "=", or into an unknown section.
     """
+    sections = [field.name for field in dataclasses.fields(cls)]
     result = copy_table(table)
     assigned = [split_assignment(text) for text in assignments]
-    assigned.sort(key=lambda item: item[0][-1] != "kind")  # the kind first: it decides which other keys exist
+    assigned.sort(key=lambda item: (item[0][-1] != "kind", len(item[0])))  # a kind decides which other keys exist
     for path, value in assigned:
-        if path[0] not in set(sections) or len(path) < 2:
+        if path[0] not in sections or len(path) < 2:
             raise ConfigError(f"--set {'.'.join(path)}: no such section", nearest_name(path[0], sections))
-        node = result
+        node, owner = result, cls
         for part in path[:-1]:
+            owner = class_of(owner, node, path, part)
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"--set {'.'.join(path)}: {part} is a value, not a section")
-        if path[-1] == "kind" and node.get("kind") != value:
-            for key in [key for key in node if key not in ("codebook_size", "code_dim")]:
-                del node[key]
         node[path[-1]] = value
+        if path[-1] == "kind" and dataclasses.is_dataclass(owner):
+            known = {field.name for field in dataclasses.fields(choose_kind(owner, node, ".".join(path[:-1])))}
+            for key in node.keys() - known - {"kind"}:
+                del node[key]
     return result
+
+
+def class_of(cls: type, table: Mapping[str, Any], path: list[str], key: str) -> type:
+    """The dataclass that `key` holds in a `cls` described by `table`, on the way along `path`; else `object`."""
+    if not dataclasses.is_dataclass(cls):
+        return object
+    hint = typing.get_type_hints(choose_kind(cls, table, ".".join(path[: path.index(key)]))).get(key)
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else object
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
@@ -122,7 +133,7 @@ def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
     kind = table.get("kind", own if isinstance(own, str) else None)
     if kind is None:
         raise ConfigError(f"{dotted(where, 'kind')} is not set", f"Choose one of {', '.join(sorted(kinds))}")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"{dotted(where, 'kind')} = {kind!r} is unknown", nearest_name(str(kind), kinds))
     return kinds[kind]
 

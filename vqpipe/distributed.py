@@ -47,6 +47,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Every rank's float[n, D] (n may differ between ranks), one below the other in rank order, on every rank."""
+    if not dist.is_initialized():
+        return rows
+    counts = gather_objects(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def any_rank(asked: bool, device: torch.device) -> bool:
     """Whether `asked` is true on any rank; the same answer on all of them."""
     if not dist.is_initialized():

@@ -216,9 +216,10 @@ def absent(folder: Path) -> Path:
 
 def model_card(tokenizer: Tokenizer, **facts: Any) -> str:
     """README.md of a tokenizer: what it is, and the three lines that use it."""
-    quantizer = tokenizer.config.quantizer
+    quantizer = tokenizer.autoencoder.quantizer
+    code_dim = quantizer.latent_dim // quantizer.num_groups
     rows = {
-        "quantizer": f"{quantizer.kind}, {quantizer.codebook_size:,} codes of {quantizer.code_dim} channels"
+        "quantizer": f"{quantizer.config.kind}, {quantizer.codebook_size:,} codes of {code_dim} channels"
         + (f", {tokenizer.num_groups} groups" if tokenizer.num_groups > 1 else ""),
         "downsample factor": tokenizer.downsample_factor,
         "trained at": f"{tokenizer.image_size} px" if tokenizer.image_size else "unknown size",

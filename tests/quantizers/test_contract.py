@@ -30,6 +30,8 @@ EXAMPLES: dict[str, QuantizerConfig] = {
 }
 WITHOUT_CODEBOOK: set[str] = set()
 """Examples that have no table of codes to match to the latents."""
+TRAINED_BY_THE_DECODER: set[str] = set()
+"""Examples whose own weights get the decoder's gradient by design, beside the latent."""
 
 
 def make(name: str) -> Quantizer:
@@ -120,7 +122,8 @@ def test_gradient_of_codes_reaches_the_latent(name: str) -> None:
     quantizer(latent).codes.sum().backward()
     assert latent.grad is not None
     assert latent.grad.any()
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in quantizer.parameters())
+    if name not in TRAINED_BY_THE_DECODER:
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in quantizer.parameters())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

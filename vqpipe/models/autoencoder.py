@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ class AutoencoderConfig:
 
     quantizer: QuantizerConfig
     """Section [model.quantizer]."""
+    quant_conv: Literal["full", "grouped", "none"] = "full"
+    """The 1x1 convolutions between the networks and the quantizer: over all channels (VQGAN), within each of the
+    quantizer's groups (MGVQ), or absent, the encoder's channels being the latent's (Open-MAGVIT2)."""
 
 
 class Reconstruction(NamedTuple):
@@ -66,8 +69,24 @@ class Autoencoder(nn.Module, ABC):
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = build_quantizer(config.quantizer)
-        self.quant_conv = nn.Conv2d(encoder_channels, self.quantizer.latent_dim, 1)
-        self.post_quant_conv = nn.Conv2d(self.quantizer.latent_dim, encoder_channels, 1)
+        self.quant_conv = self.conv1x1(encoder_channels, self.quantizer.latent_dim)
+        self.post_quant_conv = self.conv1x1(self.quantizer.latent_dim, encoder_channels)
+
+    def conv1x1(self, before: int, after: int) -> nn.Module:
+        """One of the two convolutions around the quantizer, as `config.quant_conv` says."""
+        if self.config.quant_conv == "none":
+            if before != after:
+                raise ConfigError(
+                    f"without a quant_conv the encoder's {before} channels meet a quantizer of {after}",
+                    "Make the two equal, or set model.quant_conv = full",
+                )
+            return nn.Identity()
+        groups = self.quantizer.num_groups if self.config.quant_conv == "grouped" else 1
+        if before % groups or after % groups:
+            raise ConfigError(
+                f"{before} channels of the networks do not divide into {groups} groups", "Set model.quant_conv = full"
+            )
+        return nn.Conv2d(before, after, 1, groups=groups)
 
     @property
     @abstractmethod
@@ -107,25 +126,31 @@ class Autoencoder(nn.Module, ABC):
         """Whiten the latents of real images, and match the codebook to them: once, before the first training step.
 
         The mean and the ZCA whitening of the latents are folded into `quant_conv`, so that their covariance over
-        `images` (of all ranks together) becomes the identity; the codebook is centred and scaled to unit variance.
-        Nothing of it stays in the graph. Not in the papers: off in their presets.
+        `images` (of all ranks together) becomes the identity; where `quant_conv` is grouped, so is the whitening. The
+        codebook is centred and scaled to unit variance. Nothing of it stays in the graph. Not in the papers: off in
+        their presets.
 
         Args:
             images: float[B, 3, H, W] in [-1, 1], a hundred or more.
 
         Raises:
             DataError: too few latent vectors to estimate a covariance.
-            ConfigError: the quantizer has no codebook.
+            ConfigError: the model has no quant_conv.
         """
+        conv = self.quant_conv
+        if not isinstance(conv, nn.Conv2d):
+            raise ConfigError("the matched start needs a quant_conv to whiten", "Set train.matched_start = false")
+        assert conv.bias is not None
         mean, covariance = self.latent_moments(images)
-        rows = len(mean)
-        variances, directions = torch.linalg.eigh(covariance)
-        variances = variances.clamp(min=SMALLEST_VARIANCE * float(variances[-1]))
-        whitening = directions @ torch.diag(variances.rsqrt()) @ directions.T
-        weight, bias = self.quant_conv.weight, self.quant_conv.bias
-        assert bias is not None
-        weight.copy_((whitening @ weight.double().view(rows, -1)).view_as(weight))
-        bias.copy_(whitening @ (bias.double() - mean))
+        rows = len(mean) // conv.groups
+        for group in range(0, len(mean), rows):
+            block = slice(group, group + rows)
+            variances, directions = torch.linalg.eigh(covariance[block, block])
+            variances = variances.clamp(min=SMALLEST_VARIANCE * float(variances[-1]))
+            whitening = directions @ torch.diag(variances.rsqrt()) @ directions.T
+            weight, bias = conv.weight[block], conv.bias[block]
+            weight.copy_((whitening @ weight.double().view(rows, -1)).view_as(weight))
+            bias.copy_(whitening @ (bias.double() - mean[block]))
         self.quantizer.match_codebook()
 
     def latent_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,18 +81,6 @@ class QuantizerConfig:
 
     kind: ClassVar[str]
 
-    codebook_size: int
-    """K, codes one id ranges over (per group, never the total)."""
-    code_dim: int
-    """Channels of a code."""
-
-    def __post_init__(self) -> None:
-        if self.codebook_size < 2 or self.code_dim < 1:
-            raise ConfigError(
-                f"a codebook of {self.codebook_size} codes with {self.code_dim} channels cannot quantize",
-                "Set model.quantizer.codebook_size >= 2 and code_dim >= 1",
-            )
-
 
 class Quantizer(nn.Module, ABC):
     """Turns a latent into ids and back.
@@ -105,12 +93,15 @@ class Quantizer(nn.Module, ABC):
     loss_names: ClassVar[tuple[str, ...]] = ()
     """The terms of `Quantized.losses`, so that an objective can be checked before the first step."""
 
-    def __init__(self, config: QuantizerConfig) -> None:
+    def __init__(self, config: QuantizerConfig, *, codebook_size: int, latent_dim: int, num_groups: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.codebook_size = config.codebook_size
-        self.latent_dim = config.code_dim
-        self.num_groups = 1
+        self.codebook_size = codebook_size
+        """K, codes one id ranges over (per group, never the total)."""
+        self.latent_dim = latent_dim
+        """C, channels of the latent."""
+        self.num_groups = num_groups
+        """Ids per position."""
 
     @abstractmethod
     def forward(self, latent: Tensor) -> Quantized:
@@ -151,9 +142,9 @@ class Quantizer(nn.Module, ABC):
         """Centre the codes on zero and scale them to unit variance, the mean over channels being 1.
 
         This half of the matched start is for a codebook that meets whitened latents: the two then fill the same
-        region of space, and the search spreads over all codes from the first step.
+        region of space, and the search spreads over all codes from the first step. Default: codes that are fixed
+        points of a grid around zero, which whitened latents already meet.
         """
-        raise self.unsupported("has no codebook to match to the latents", "Turn the matched start off")
 
     def unsupported(self, what: str, hint: str = "") -> ConfigError:
         return ConfigError(f"the {self.config.kind} quantizer {what}", hint)
@@ -163,15 +154,29 @@ class Quantizer(nn.Module, ABC):
 class CodebookConfig(QuantizerConfig):
     """What quantizers with a searched table of codes share."""
 
+    codebook_size: int
+    """K, codes one id ranges over (per group, never the total)."""
+    code_dim: int
+    """Channels of a code."""
     metric: Literal["l2", "cosine"] = "l2"
     """Distance of the search. The VQGAN-LC paper says cosine; its released code, whose numbers the paper prints,
     compares squared L2 distances of unnormalised vectors: we follow the code."""
+    normalize: bool = False
+    """Put latents and codes on the unit sphere before anything else: what is compared, drawn together by the losses
+    and handed on are unit vectors (ViT-VQGAN, LlamaGen, MGVQ). Stored codes may drift off the sphere."""
+
+    def __post_init__(self) -> None:
+        if self.codebook_size < 2 or self.code_dim < 1:
+            raise ConfigError(
+                f"a codebook of {self.codebook_size} codes with {self.code_dim} channels cannot quantize",
+                "Set model.quantizer.codebook_size >= 2 and code_dim >= 1",
+            )
 
 
 class CodebookQuantizer(Quantizer):
     """A quantizer that replaces each latent vector by its nearest code in a table (van den Oord et al. 2017).
 
-    A subclass says what the table is (`codebook`) and how to read a few of its rows with gradient (`select`).
+    A subclass says what the table is (`table`) and how to read a few of its rows with gradient (`rows`).
     Both losses are plain means over all elements (eq. 3 there): "commitment" draws the latent to its code,
     "codebook" the code to its latent; their weights belong to the objective.
     """
@@ -179,19 +184,32 @@ class CodebookQuantizer(Quantizer):
     loss_names: ClassVar[tuple[str, ...]] = ("commitment", "codebook")
 
     def __init__(self, config: CodebookConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, codebook_size=config.codebook_size, latent_dim=config.code_dim)
         self.metric = config.metric
+        self.normalize = config.normalize
 
     @abstractmethod
-    def codebook(self) -> Tensor: ...
+    def table(self) -> Tensor:
+        """The codes as they are stored or projected, float32[K, C]."""
 
     @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (int64[...], none negative) of the table, float32[..., C], with gradient where it learns."""
+
+    def codebook(self) -> Tensor:
+        return self.on_sphere(self.table())
+
     def select(self, ids: Tensor) -> Tensor:
         """Rows `ids` (int64[...], none negative) of the codebook, float32[..., C], with gradient where it learns."""
+        return self.on_sphere(self.rows(ids))
+
+    def on_sphere(self, vectors: Tensor, dim: int = -1) -> Tensor:
+        """The vectors along `dim` scaled to unit length where the config says so, else as they are."""
+        return F.normalize(vectors, dim=dim) if self.normalize else vectors
 
     def forward(self, latent: Tensor) -> Quantized:
         with torch.autocast(latent.device.type, enabled=False):
-            latent = latent.float()
+            latent = self.on_sphere(latent.float(), dim=1)
             with torch.no_grad():
                 ids = nearest(to_rows(latent), self.codebook(), self.metric)
             ids = ids.view(latent.shape[0], -1)
@@ -206,22 +224,27 @@ class CodebookQuantizer(Quantizer):
         }
 
     def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
-        if ids.numel() and int(ids.max()) >= self.codebook_size:
-            raise DataError(
-                f"id {int(ids.max())} is outside a codebook of {self.codebook_size} codes",
-                "These tokens come from another tokenizer",
-            )
+        check_ids(ids, self.codebook_size)
         (grid,) = layout.split(ids)
         with torch.autocast(ids.device.type, enabled=False):
             codes = self.select(grid.clamp(min=0)) * (grid >= 0).unsqueeze(-1)
         return codes.squeeze(3).permute(0, 3, 1, 2).contiguous()
 
 
+def check_ids(ids: Tensor, codebook_size: int) -> None:
+    """Raise a DataError where an id is not below `codebook_size`; negative ones stand for the zero vector."""
+    if ids.numel() and int(ids.max()) >= codebook_size:
+        raise DataError(
+            f"id {int(ids.max())} is outside a codebook of {codebook_size} codes",
+            "These tokens come from another tokenizer",
+        )
+
+
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
     """The quantizer that `config` describes, freshly initialised."""
     for quantizer in quantizer_classes():
         if getattr(quantizer, "config_class", None) is type(config):
-            return quantizer(config)
+            return quantizer(config)  # type: ignore[call-arg]  # a subclass reads its sizes off its config
     raise ConfigError(f"no quantizer is made from a {type(config).__name__}")
 
 

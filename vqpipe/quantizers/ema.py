@@ -52,10 +52,10 @@ class EmaQuantizer(CodebookQuantizer):
         self.register_buffer("counts", torch.zeros(size) if config.released_start else torch.ones(size))
         self.register_buffer("sums", entries.clone())
 
-    def codebook(self) -> Tensor:
+    def table(self) -> Tensor:
         return self.entries
 
-    def select(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor) -> Tensor:
         return self.entries[ids]
 
     def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class EmaQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def update(self, latent: Tensor, ids: Tensor) -> None:
-        vectors, ids = to_rows(latent).float(), ids.flatten()
+        vectors, ids = self.on_sphere(to_rows(latent).float()), ids.flatten()
         seen = vectors.new_zeros(self.codebook_size, 1 + self.latent_dim)  # a code's count, then its sum
         seen.index_add_(0, ids, F.pad(vectors, (1, 0), value=1.0))
         all_reduce_sum(seen)

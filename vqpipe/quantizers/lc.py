@@ -89,7 +89,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
             latent = latent.float() / latent.float().norm(dim=1, keepdim=True)
         return super().forward(latent)
 
-    def codebook(self) -> Tensor:
+    def table(self) -> Tensor:
         """The projected codes, float32[K, C], without gradient; computed once per state of frozen weights.
 
         Raises:
@@ -112,9 +112,9 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.check_loaded()
         return torch.cat([self.project(features) for features in self.entries.split(ROWS_AT_ONCE)])
 
-    def select(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor) -> Tensor:
         if self.frozen:
-            return self.codebook()[ids]
+            return self.table()[ids]
         chosen, places = ids.unique(return_inverse=True)
         return self.project(self.entries[chosen])[places]
 

@@ -33,10 +33,10 @@ class VectorQuantizer(CodebookQuantizer):
         bound = 1 / config.codebook_size
         self.entries = nn.Parameter(torch.empty(config.codebook_size, config.code_dim).uniform_(-bound, bound))
 
-    def codebook(self) -> Tensor:
+    def table(self) -> Tensor:
         return self.entries.float()
 
-    def select(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor) -> Tensor:
         return self.entries[ids].float()
 
     @torch.no_grad()
