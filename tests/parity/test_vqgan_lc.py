@@ -5,16 +5,15 @@ in codes (1000) and whole in everything else.
 """
 
 import json
-import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqpipe.losses import Objective, ObjectiveConfig, Perceptual
 from vqpipe.models import Autoencoder, PatchDiscriminator, Vqgan, VqganConfig
@@ -32,45 +31,37 @@ VARIANTS: dict[str, QuantizerConfig] = {
     "vqgan_f16": VqConfig(codebook_size=1000, code_dim=256),
     "ema_f16": EmaConfig(codebook_size=1000, code_dim=8, released_start=True),
 }
+Expected = Callable[[str], dict[str, Tensor]]
+Autoencoders = Callable[[str], Autoencoder]
+Image = Callable[[int], Tensor]
 CLOSE = {"rtol": 0, "atol": 2e-5}
 LOSS = {"rtol": 1e-5, "atol": 0}
 
 
-def filled(name: str, shape: torch.Size, scale: float = 0.02) -> Tensor:
-    """The weight called `name` in the reference."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    noise = torch.randn(shape, generator=generator)
-    return 1 + scale * noise if len(shape) == 1 and name.endswith(".weight") else scale * noise
+@pytest.fixture(scope="module")
+def autoencoder(fill: Callable[..., None]) -> Autoencoders:
+    """autoencoder(variant) -> the model with the reference's weights, made once."""
+
+    @cache
+    def autoencoder(variant: str) -> Autoencoder:
+        model = Vqgan(VqganConfig(quantizer=VARIANTS[variant])).eval()
+        fill(model, names=OUR_NAMES, embedding_scale=1.0 if variant.endswith("_cb1") else 0.02)
+        if variant.startswith("ema"):
+            model.quantizer.sums.copy_(model.quantizer.entries)
+        return model
+
+    return autoencoder
 
 
-@torch.no_grad()
-def fill(network: nn.Module, prefix: str = "", embedding_scale: float = 0.02) -> None:
-    """Give every weight of the network (and a frozen codebook) its value by the reference's name."""
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        if isinstance(tensor, nn.Parameter) or name.endswith("entries"):
-            released = OUR_NAMES.get(name, prefix + name)
-            scale = embedding_scale if released == "tok_embeddings.weight" else 0.02
-            tensor.copy_(filled(released, tensor.shape, scale))
-
-
-@cache
-def autoencoder(variant: str) -> Autoencoder:
-    model = Vqgan(VqganConfig(quantizer=VARIANTS[variant])).eval()
-    fill(model, embedding_scale=1.0 if variant.endswith("_cb1") else 0.02)
-    if variant.startswith("ema"):
-        model.quantizer.sums.copy_(model.quantizer.entries)
-    return model
-
-
-@cache
-def discriminator() -> PatchDiscriminator:
+@pytest.fixture(scope="module")
+def discriminator(fill: Callable[..., None]) -> PatchDiscriminator:
     network = PatchDiscriminator().eval()
     fill(network, "discriminator.")
     return network
 
 
 @pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vgg_file(tmp_path_factory: pytest.TempPathFactory, filled: Callable[..., Tensor]) -> Path:
     """A backbone filled by the rule, as torchvision would name its tensors."""
     import torchvision
 
@@ -87,7 +78,7 @@ def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def objective(vgg_file: Path) -> Objective:
+def objective(vgg_file: Path, filled: Callable[..., Tensor]) -> Objective:
     """The published weights, with LPIPS filled by the rule, its heads included."""
     weights = {"l1": 1.0, "lpips": 1.0, "commitment": 0.1, "codebook": 0.033, "adversarial": 0.1}
     config = ObjectiveConfig(**weights, perceptual="vgg", lpips_weights=str(vgg_file))
@@ -98,15 +89,6 @@ def objective(vgg_file: Path) -> Objective:
             if name.endswith("model.1.weight") and ".lins." not in name:
                 tensor.copy_(filled("perceptual_loss." + name.split(".", 2)[2], tensor.shape))
     return made
-
-
-def expected(shared: Path, name: str) -> dict[str, Tensor]:
-    with np.load(shared / "parity" / "vqgan_lc" / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
-
-
-def image(size: int) -> Tensor:
-    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def assert_ids(ids: Tensor, want: Tensor, gap: Tensor, smallest_gap: float) -> None:
@@ -128,18 +110,20 @@ def quantizer_loss(losses: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_weight_has_the_released_name_shape_and_filling(shared: Path, variant: str) -> None:
+def test_every_weight_has_the_released_name_shape_and_filling(
+    shared: Path, autoencoder: Autoencoders, discriminator: PatchDiscriminator, variant: str
+) -> None:
     keys = json.loads((shared / "parity" / "vqgan_lc" / "keys.json").read_text())[variant]
     check = json.loads((shared / "parity" / "vqgan_lc" / "fill_check.json").read_text())[variant]
     ours = {OUR_NAMES.get(name, name): tensor for name, tensor in autoencoder(variant).state_dict().items()}
-    ours |= {f"discriminator.{name}": tensor for name, tensor in discriminator().state_dict().items()}
+    ours |= {f"discriminator.{name}": tensor for name, tensor in discriminator.state_dict().items()}
     released_elsewhere = {"cluster_size": "quantizer.counts", "embed_avg": "quantizer.sums"}
     for name, shape in keys.items():
         if not name.startswith("perceptual_loss."):
             assert list(ours.pop(released_elsewhere.get(name, name)).shape) == shape, name
     assert set(ours) <= {"quantizer.shift", "quantizer.scale"}
     filled_now = {OUR_NAMES.get(name, name): tensor for name, tensor in autoencoder(variant).state_dict().items()}
-    filled_now |= {f"discriminator.{name}": tensor for name, tensor in discriminator().state_dict().items()}
+    filled_now |= {f"discriminator.{name}": tensor for name, tensor in discriminator.state_dict().items()}
     for name, numbers in check.items():
         if not name.startswith("_"):
             torch.testing.assert_close(filled_now[name].double().abs().sum().item(), numbers["abs_sum_f64"])
@@ -147,8 +131,11 @@ def test_every_weight_has_the_released_name_shape_and_filling(shared: Path, vari
 
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_image_to_tokens_and_back(shared: Path, variant: str, size: int) -> None:
-    want = {key[len(f"s{size}_") :]: value for key, value in expected(shared, variant).items() if f"s{size}_" in key}
+def test_image_to_tokens_and_back(
+    expected: Expected, autoencoder: Autoencoders, image: Image, variant: str, size: int
+) -> None:
+    numbers = expected(f"vqgan_lc/{variant}")
+    want = {key[len(f"s{size}_") :]: value for key, value in numbers.items() if f"s{size}_" in key}
     model = autoencoder(variant)
     with torch.no_grad():
         decoded, latent, quantized = model(image(size))
@@ -168,8 +155,8 @@ def test_image_to_tokens_and_back(shared: Path, variant: str, size: int) -> None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_codes(shared: Path, variant: str) -> None:
-    want = expected(shared, variant)
+def test_codes(expected: Expected, autoencoder: Autoencoders, variant: str) -> None:
+    want = expected(f"vqgan_lc/{variant}")
     codes = autoencoder(variant).quantizer.codebook().detach()
     if "codes" in want:
         torch.testing.assert_close(codes, want["codes"], **CLOSE)
@@ -179,8 +166,16 @@ def test_codes(shared: Path, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_and_gradients_of_one_step(shared: Path, variant: str, objective: Objective) -> None:
-    want = {key[4:]: value for key, value in expected(shared, variant).items() if key.startswith("s64_")}
+def test_losses_and_gradients_of_one_step(
+    shared: Path,
+    expected: Expected,
+    autoencoder: Autoencoders,
+    discriminator: PatchDiscriminator,
+    image: Image,
+    objective: Objective,
+    variant: str,
+) -> None:
+    want = {key[4:]: value for key, value in expected(f"vqgan_lc/{variant}").items() if key.startswith("s64_")}
     norms = json.loads((shared / "parity" / "vqgan_lc" / "fill_check.json").read_text())[variant]
     model, images = autoencoder(variant), image(64)
     model.zero_grad()
@@ -205,7 +200,7 @@ def test_losses_and_gradients_of_one_step(shared: Path, variant: str, objective:
     for leaf in ("weight", "bias") if variant.startswith("lc") else ():
         assert_gradient(gradients[f"codebook_projection.{leaf}"], want[f"grad_codebook_projection_{leaf}"])
 
-    fake, real = discriminator()(decoded), discriminator()(images)
+    fake, real = discriminator(decoded), discriminator(images)
     torch.testing.assert_close(fake.detach(), want["disc_logits_fake_eval"], **CLOSE)
     torch.testing.assert_close(real.detach(), want["disc_logits_real_eval"], **CLOSE)
     total, terms = objective.generator_loss(images, decoded, quantized.losses, fake, model.last_layer)
@@ -219,8 +214,8 @@ def test_losses_and_gradients_of_one_step(shared: Path, variant: str, objective:
 
 
 @pytest.mark.parametrize("size", [64, 256])
-def test_ema_after_one_update(shared: Path, size: int) -> None:
-    want = expected(shared, "ema_f16")
+def test_ema_after_one_update(expected: Expected, autoencoder: Autoencoders, image: Image, size: int) -> None:
+    want = expected("vqgan_lc/ema_f16")
     model = autoencoder("ema_f16")
     fresh = build_quantizer(VARIANTS["ema_f16"])
     fresh.load_state_dict(model.quantizer.state_dict())
@@ -238,8 +233,8 @@ def as_latent(rows: Tensor, batch: int = 4) -> Tensor:
     return rows.view(batch, side, side, -1).permute(0, 3, 1, 2).contiguous()
 
 
-def test_quantizer_alone(shared: Path) -> None:
-    want = expected(shared, "quantizer_alone")
+def test_quantizer_alone(expected: Expected) -> None:
+    want = expected("vqgan_lc/quantizer_alone")
     z = torch.randn(4096, 8, generator=torch.Generator().manual_seed(1))
     codes = torch.randn(5000, 8, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(z, want["z"], rtol=0, atol=0)
@@ -264,8 +259,8 @@ def test_quantizer_alone(shared: Path) -> None:
     assert agree.float().mean() > 0.999
 
 
-def test_quantizer_with_projector(shared: Path) -> None:
-    want = expected(shared, "quantizer_projector")
+def test_quantizer_with_projector(expected: Expected) -> None:
+    want = expected("vqgan_lc/quantizer_projector")
     quantizer = build_quantizer(LcConfig(codebook_size=5000))
     quantizer.load_codebook(torch.randn(5000, 768, generator=torch.Generator().manual_seed(3)))
     linear = quantizer.projector[0]

@@ -1,6 +1,7 @@
 """The whole line on drawn pictures, as commands: every stage, every stage again, and every way to be told no."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from vqpipe import Tokenizer
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.shards import open_images
+from vqpipe.quantizers import quantizer_classes
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 TINY = [
@@ -41,6 +44,8 @@ STAGES = {
     "report": ["eval", "--images", "pictures", "--tokenizer", "tokenizer"],
 }
 WITH_PRESET = ("features", "codebook", "tokenizer", "report")
+KINDS = sorted({cls.config_class.kind for cls in quantizer_classes() if not inspect.isabstract(cls)} - {"lc"})
+"""Every quantizer but `lc`, which the stages above have."""
 OTHERWISE = {
     "features": ["--pool", "2"],
     "codebook": ["--seed", "1"],
@@ -203,6 +208,25 @@ def test_fine_tuning_starts_from_the_tokenizer(folder: Path) -> None:
     before, after = (each.autoencoder.state_dict() for each in (first, tuned))
     assert all(torch.equal(value, before[name]) for name, value in after.items())  # the learning rate is 0
     assert open_artifact(folder / "tuned").lineage["inputs"]["from"]["name"] == "tokenizer"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_quantizer_trains_tokenizes_and_evaluates(folder: Path, kind: str) -> None:
+    settings = [word for word in TINY if not word.startswith("model.quantizer.")]
+    settings = [word for word, after in pairwise([*settings, ""]) if (word, after[:2]) != ("--set", "--")]
+    words = ["train", "--images", "pictures", *settings, "--set", f"model.quantizer.kind={kind}"]
+    done = vqpipe(folder, *words, "--steps", "3", "--set", "objective.disc_start=1", "--out", kind)
+    assert done.returncode == 0, done.stderr
+    for words in (["tokenize", "--image-size", "32"], ["eval", "--limit", "8"]):
+        out = f"{kind}-{words[0]}"
+        done = vqpipe(folder, *words, "--images", "pictures", "--tokenizer", kind, "--out", out)
+        assert done.returncode == 0, done.stderr
+    facts = open_artifact(folder / f"{kind}-tokenize").facts
+    tokenizer = Tokenizer.from_pretrained(folder / kind)
+    assert facts["codebook_size"] == tokenizer.codebook_size
+    assert facts["num_tokens"] == tokenizer.layout(32, 32).num_tokens
+    metrics = json.loads((folder / f"{kind}-eval" / "metrics.json").read_text())
+    assert len(metrics["utilization_per_group"]) == tokenizer.num_groups
 
 
 def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vqpipe.training.loop import TrainConfig
-from vqpipe.training.optimizers import WeightEma, learning_rate
+from vqpipe.training.optimizers import WeightEma, learning_rate, make_optimizer
 
 
 def test_warm_up_then_half_a_cosine() -> None:
@@ -38,3 +38,11 @@ def test_the_average_follows_the_weights_and_copies_the_buffers() -> None:
 def test_without_decay_the_average_is_the_network() -> None:
     network = nn.Linear(1, 1)
     assert WeightEma(network, 0.0).network is network
+
+
+def test_biases_and_norms_do_not_decay_and_the_quantizer_has_its_own_rate() -> None:
+    network, codes = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), nn.Parameter(torch.ones(5, 2))
+    config = TrainConfig(optimizer="adamw", weight_decay=0.05, quantizer_rate=20.0)
+    groups = make_optimizer(config, list(network.parameters()), [codes]).param_groups
+    found = {(group["rate"], group["weight_decay"]): [tuple(p.shape) for p in group["params"]] for group in groups}
+    assert found == {(1.0, 0.05): [(4, 3, 1, 1)], (1.0, 0.0): [(4,), (4,), (4,)], (20.0, 0.05): [(5, 2)]}

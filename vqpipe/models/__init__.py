@@ -1,13 +1,19 @@
 """Networks with parameters: autoencoders around a quantizer, and the discriminator that trains them."""
 
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig, Reconstruction, build_autoencoder
+from vqpipe.models.dcae import Dcae, DcaeConfig
 from vqpipe.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from vqpipe.models.magvit import Magvit, MagvitConfig
 from vqpipe.models.vqgan import Vqgan, VqganConfig
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
+    "Dcae",
+    "DcaeConfig",
     "DiscriminatorConfig",
+    "Magvit",
+    "MagvitConfig",
     "PatchDiscriminator",
     "Reconstruction",
     "Vqgan",

@@ -33,7 +33,7 @@ class AutoencoderConfig:
     """Section [model.quantizer]."""
     quant_conv: Literal["full", "grouped", "none"] = "full"
     """The 1x1 convolutions between the networks and the quantizer: over all channels (VQGAN), within each of the
-    quantizer's groups (MGVQ), or absent, the encoder's channels being the latent's (Open-MAGVIT2)."""
+    quantizer's runs of channels (MGVQ), or absent, the encoder's channels being the latent's (Open-MAGVIT2)."""
 
 
 class Reconstruction(NamedTuple):
@@ -81,7 +81,7 @@ class Autoencoder(nn.Module, ABC):
                     "Make the two equal, or set model.quant_conv = full",
                 )
             return nn.Identity()
-        groups = self.quantizer.num_groups if self.config.quant_conv == "grouped" else 1
+        groups = self.quantizer.channel_groups if self.config.quant_conv == "grouped" else 1
         if before % groups or after % groups:
             raise ConfigError(
                 f"{before} channels of the networks do not divide into {groups} groups", "Set model.quant_conv = full"

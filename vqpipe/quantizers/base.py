@@ -102,6 +102,8 @@ class Quantizer(nn.Module, ABC):
         """C, channels of the latent."""
         self.num_groups = num_groups
         """Ids per position."""
+        self.channel_groups = 1
+        """Equal runs of channels that are quantized apart; each is whitened, and may be convolved, by itself."""
 
     @abstractmethod
     def forward(self, latent: Tensor) -> Quantized:

@@ -24,14 +24,18 @@ class VqConfig(CodebookConfig):
 
 
 class VectorQuantizer(CodebookQuantizer):
-    """Codes start uniform in (-1/K, 1/K) and follow the "codebook" loss (van den Oord et al. 2017, eq. 3)."""
+    """Codes start uniform in (-1/K, 1/K) and follow the "codebook" loss (van den Oord et al. 2017, eq. 3).
 
-    config_class = VqConfig
+    Under `normalize` they start as unit vectors, as in LlamaGen and MGVQ.
+    """
 
-    def __init__(self, config: VqConfig) -> None:
+    config_class: ClassVar[type[CodebookConfig]] = VqConfig
+
+    def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
         bound = 1 / config.codebook_size
-        self.entries = nn.Parameter(torch.empty(config.codebook_size, config.code_dim).uniform_(-bound, bound))
+        entries = torch.empty(config.codebook_size, config.code_dim).uniform_(-bound, bound)
+        self.entries = nn.Parameter(self.on_sphere(entries))
 
     def table(self) -> Tensor:
         return self.entries.float()
@@ -41,7 +45,7 @@ class VectorQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def match_codebook(self) -> None:
-        self.entries.copy_(standardized(self.entries))
+        self.entries.copy_(self.on_sphere(standardized(self.entries)))
 
 
 def standardized(codes: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class TrainConfig:
     eps: float = 1e-7
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled with adamw."""
+    """Of weights with two dimensions or more; decoupled with adamw."""
     clip_norm: float = 0.0
     """Largest gradient norm of the tokenizer and of the discriminator; 0: no clipping."""
     weight_ema: float = 0.0

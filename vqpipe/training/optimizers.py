@@ -18,20 +18,17 @@ def make_optimizer(
 ) -> Optimizer:
     """Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) over the parameters that train.
 
+    Weight decay is for matrices and convolutions alone, not for biases and the scales of norms, as LlamaGen does.
     VQGAN-LC's released loop uses Adam with betas (0.5, 0.9) and eps 1e-7, and parses a weight decay it never applies.
     """
     groups = [
-        {"params": [parameter for parameter in group if parameter.requires_grad], "rate": rate}
+        {"params": chosen, "rate": rate, "weight_decay": decay}
         for group, rate in ((parameters, 1.0), (quantizer_parameters, config.quantizer_rate))
+        for decay, wanted in ((config.weight_decay, True), (0.0, False))
+        if (chosen := [each for each in group if each.requires_grad and (each.ndim >= 2) == wanted])
     ]
     kind = AdamW if config.optimizer == "adamw" else Adam
-    return kind(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    return kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
 
 
 def learning_rate(step: int, config: "TrainConfig") -> float:

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Every quantizer on one small network with one budget, on a CPU: who uses its codes, and what do the bits buy?
+# 128 px, f8, 256 positions, no GAN, no LPIPS. IMAGES and EVAL are any photographs; STEPS steps of 16 images each.
+# 12 bits a position for the kinds with one id, 40 for groups and depths. Learned codebooks have the weights they were
+# published with, frozen ones those of the preset `small`; all but `fc` start matched (grids of fixed codes: whitened).
+WEIGHTS=${WEIGHTS:-none} # neither LPIPS nor rFID is computed
+. "$(dirname "$0")/row.sh"
+STEPS=${STEPS:-1000}
+
+# try NAME [option of train ...]
+try() {
+    local name=$1
+    shift
+    $RUN train --preset small --images "$IMAGES" --out "$OUT/$name" --steps "$STEPS" --set train.warmup_steps=50 "$@"
+    $RUN eval --images "$EVAL" --tokenizer "$OUT/$name" --out "$OUT/report-$name"
+    REPORTS+=("$OUT/report-$name")
+}
+learned=(--set train.quantizer_rate=1.0 --set objective.commitment=0.25 --set objective.codebook=1.0)
+Q=model.quantizer
+
+$RUN extract-features --images "$IMAGES" --preset small --out "$OUT/features"
+$RUN kmeans --features "$OUT/features" --preset small --out "$OUT/codebook-4096"
+$RUN kmeans --features "$OUT/features" --preset small --k 1024 --out "$OUT/codebook-1024"
+
+try fc --set $Q.kind=vq "${learned[@]}" --set train.matched_start=false
+try vq --set $Q.kind=vq "${learned[@]}"
+try vq-sphere --set $Q.kind=vq --set $Q.normalize=true "${learned[@]}"
+try ema --set $Q.kind=ema "${learned[@]}"
+try cvq --set $Q.kind=cvq "${learned[@]}"
+try ibq --set $Q.kind=ibq "${learned[@]}" --set objective.entropy=0.05
+try simvq --set $Q.kind=simvq "${learned[@]}"
+try lc --codebook "$OUT/codebook-4096"
+try fsq --set $Q.kind=fsq --set $Q.levels='[8, 8, 8, 8]'
+try lfq --set $Q.kind=lfq --set $Q.code_dim=12 --set objective.commitment=0.25 --set objective.entropy=0.1
+try multi-scale --set $Q.kind=multi_scale --set $Q.code_dim=32 "${learned[@]}"
+try residual --set $Q.kind=residual --set $Q.codebook_size=1024 --set $Q.code_dim=32 "${learned[@]}"
+groups=(--set $Q.kind=multi_group --set $Q.masking=off --set $Q.group.codebook_size=1024 --set $Q.group.code_dim=8)
+try groups-cvq "${groups[@]}" --set $Q.group.kind=cvq --set $Q.group.normalize=true "${learned[@]}"
+try groups-lc "${groups[@]}" --set $Q.group.kind=lc --set $Q.group.feature_dim=64 --codebook "$OUT/codebook-1024"
+table bake-off

@@ -1,0 +1,417 @@
+"""Released weights come in as they went out: narrow networks of ours, put into every family's layout by hand.
+
+The layouts here are written down a second time, as tables of names, so that they check those of the library.
+"""
+
+import argparse
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vqpipe.errors import ConfigError, NumericError, VqpipeError, WeightsError
+from vqpipe.models import DcaeConfig, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
+from vqpipe.models.autoencoder import AutoencoderConfig
+from vqpipe.models.magvit import MagvitConfig
+from vqpipe.models.released import FAMILIES, read_released
+from vqpipe.quantizers import CvqConfig, EmaConfig, LcConfig, LfqConfig, MultiGroupConfig, QuantizerConfig, VqConfig
+
+Tensors = dict[str, Tensor]
+Write = Callable[..., Path]
+
+NARROW: dict[str, Any] = {
+    "base_channels": 8,
+    "channel_multipliers": (1, 2, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (64,),
+    "z_channels": 6,
+}
+LPIPS = ("scaling_layer.shift", "net.slice1.0.weight", "lin0.model.1.weight")
+
+
+def vqgan(quantizer: QuantizerConfig, **sizes: Any) -> VqganConfig:
+    return VqganConfig(quantizer=quantizer, **{**NARROW, **sizes})
+
+
+def mgvq(num_groups: int, widths: tuple[int, ...], *depths: tuple[int, ...], attention_from: int) -> DcaeConfig:
+    group = CvqConfig(codebook_size=6, code_dim=16 // num_groups, normalize=True)
+    return DcaeConfig(
+        quantizer=MultiGroupConfig(num_groups=num_groups, group=group, masking="off"),
+        widths=widths,
+        encoder_depths=depths[0],
+        decoder_depths=depths[1],
+        attention_from=attention_from,
+        latent_channels=16,
+    )
+
+
+CONFIGS: dict[str, AutoencoderConfig] = {
+    "vqgan-lc": vqgan(LcConfig(codebook_size=9, code_dim=4, feature_dim=10)),
+    "vqgan-lc mlp": vqgan(LcConfig(codebook_size=9, code_dim=4, feature_dim=10, projector="mlp")),
+    "vqgan-lc 768": vqgan(LcConfig(codebook_size=9, code_dim=768, projector="none", normalize_latent=True)),
+    "vqgan-lc fc f8": vqgan(
+        VqConfig(codebook_size=9, code_dim=4),
+        channel_multipliers=(1, 1, 2, 3),
+        attention_resolutions=(),
+        num_res_blocks=2,
+    ),
+    "vqgan-lc ema": vqgan(EmaConfig(codebook_size=9, code_dim=4, released_start=True)),
+    "mgvq": mgvq(4, (4, 8, 32, 32), (0, 2, 1, 1), (0, 1, 2, 1), attention_from=2),
+    "mgvq no attention": mgvq(8, (4, 8, 32, 32), (0, 2, 1, 1), (0, 1, 2, 1), attention_from=4),
+    "mgvq f2": mgvq(2, (16, 32), (0, 1), (0, 3), attention_from=1),
+    "llamagen": vqgan(VqConfig(codebook_size=9, code_dim=4, normalize=True)),
+    "taming": vqgan(VqConfig(codebook_size=9, code_dim=5), attention_resolutions=(256, 64)),
+    "open-magvit2": MagvitConfig(
+        quantizer=LfqConfig(code_dim=6), base_channels=8, channel_multipliers=(1, 2), num_res_blocks=2
+    ),
+}
+"""A family, and after a space the variant -> our config of it."""
+SPELLINGS: dict[str, dict[str, str]] = {
+    "vqgan-lc": {
+        "quantizer.entries": "tok_embeddings.weight",
+        "quantizer.projector.0": "codebook_projection",
+        "quantizer.counts": "cluster_size",
+        "quantizer.sums": "embed_avg",
+    },
+    "vqgan-lc mlp": {"quantizer.entries": "tok_embeddings.weight", "quantizer.projector": "codebook_projection"},
+    "llamagen": {
+        "quantizer.entries": "quantize.embedding.weight",
+        "mid.block_1": "mid.0",
+        "mid.attn_1": "mid.1",
+        "mid.block_2": "mid.2",
+        ".block.": ".res.",
+        "encoder.down": "encoder.conv_blocks",
+        "decoder.up.0": "decoder.conv_blocks.2",
+        "decoder.up.1": "decoder.conv_blocks.1",
+        "decoder.up.2": "decoder.conv_blocks.0",
+    },
+    "taming": {"quantizer.entries": "quantize.embedding.weight"},
+}
+"""How parts of our names are spelled in the family's files (or in the variant's)."""
+DISCRIMINATORS = {"vqgan-lc": "discriminator.", "taming": "loss.discriminator.", "open-magvit2": "loss.discriminator."}
+"""Families that keep the discriminator among the weights."""
+
+
+def randomised(network: nn.Module) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    state = network.state_dict()
+    return {
+        name: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value + 7
+        for name, value in state.items()
+    }
+
+
+class Case:
+    """A narrow network of ours, and the same weights as its family publishes them."""
+
+    def __init__(self, name: str) -> None:
+        self.family = name.split()[0]
+        self.config = CONFIGS[name]
+        self.spelling = SPELLINGS.get(name, SPELLINGS.get(self.family, {}))
+        self.state = randomised(build_autoencoder(self.config))
+        if "quantizer.shift" in self.state:
+            self.state["quantizer.shift"] = torch.zeros(self.state["quantizer.shift"].shape)
+            self.state["quantizer.scale"] = torch.ones(())
+        self.discriminator = randomised(PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=3)))
+        self.weights = self.published()
+
+    def published(self) -> Tensors:
+        ours = [name for name in self.state if not re.search(r"\.groups\.|\.shift$|\.scale$", name)]
+        weights = {self.spelled(name): self.state[name] for name in ours}
+        if self.family == "mgvq":
+            entries, frequencies = (
+                [value for name, value in self.state.items() if name.endswith(end)]
+                for end in (".entries", ".frequencies")
+            )
+            weights["quantize.embedding.weight"] = torch.cat(entries)
+            weights["quantize.embed_prob"] = torch.stack(frequencies)
+        if self.family in ("mgvq", "llamagen"):
+            weights["quantize.codebook_used"] = nn.Parameter(torch.zeros(16))
+        if self.family == "open-magvit2":
+            weights["quantize.mask"] = 2 ** torch.arange(6)
+        if prefix := DISCRIMINATORS.get(self.family):
+            weights |= {prefix + name: value for name, value in self.discriminator.items()}
+            weights |= {prefix.replace("discriminator", "perceptual_loss") + name: torch.zeros(2) for name in LPIPS}
+        return weights
+
+    def spelled(self, name: str) -> str:
+        for ours, theirs in self.spelling.items():
+            name = name.replace(ours, theirs)
+        return name
+
+    def averaged(self) -> Tensors:
+        """The weights beside their moving averages, as a Lightning module keeps them: the averages are the truth."""
+        weights = dict(self.weights)
+        for name, value in self.weights.items():
+            trained = name.startswith(("encoder.", "decoder.", "loss.discriminator.")) and "running" not in name
+            if trained and "num_batches" not in name:
+                weights["model_ema." + name.replace(".", "")] = value
+            if name.startswith(("encoder.", "decoder.")):
+                weights[name] = torch.zeros_like(value)
+        return weights | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write(content: Any, name: str = "released.pth") -> Path:
+        path = tmp_path / name
+        torch.save(content, path)
+        return path
+
+    return write
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_comes_back_and_every_size_is_found(write: Write, name: str) -> None:
+    case = Case(name)
+    released = read_released(write({"state_dict": case.weights}))
+    assert released.family == case.family
+    assert released.autoencoder.config == case.config
+    assert_same(released.autoencoder.state_dict(), case.state)
+    assert not any(tensor.is_meta for tensor in released.autoencoder.state_dict().values())
+    if case.family in DISCRIMINATORS:
+        assert released.discriminator is not None
+        assert released.discriminator.config == DiscriminatorConfig(base_channels=4, num_layers=3)
+        assert_same(released.discriminator.state_dict(), case.discriminator)
+    else:
+        assert released.discriminator is None
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("prefixes", "layout"),
+    [
+        (["module."], lambda weights: {"model": weights, "args": argparse.Namespace(lr=1e-4), "opt_ae": {"step": 3}}),
+        (["_orig_mod.", "module._orig_mod.", ""], lambda weights: {"state_dict": weights, "epoch": 3}),
+        (["_orig_mod.module."], lambda weights: weights),
+    ],
+)
+def test_in_any_container_and_under_any_prefix(write: Write, name: str, prefixes: list[str], layout: Any) -> None:
+    case = Case(name)
+    wrapped = {prefixes[i % len(prefixes)] + key: value for i, (key, value) in enumerate(case.weights.items())}
+    released = read_released(write(layout(wrapped)))
+    assert_same(released.autoencoder.state_dict(), case.state)
+
+
+def test_safetensors_of_half_precision_come_in_as_float32(tmp_path: Path) -> None:
+    case = Case("llamagen")
+    save_file({name: value.detach().half() for name, value in case.weights.items()}, tmp_path / "vq.safetensors")
+    released = read_released(tmp_path / "vq.safetensors")
+    assert_same(released.autoencoder.state_dict(), {name: value.half().float() for name, value in case.state.items()})
+
+
+def test_averages_are_taken_where_their_authors_evaluate_them(write: Write) -> None:
+    magvit = Case("open-magvit2")
+    released = read_released(write({"state_dict": magvit.averaged()}))
+    assert_same(released.autoencoder.state_dict(), magvit.state)
+    assert released.discriminator is not None
+    assert_same(released.discriminator.state_dict(), magvit.discriminator)
+    assert any("model_ema" in note for note in released.notes)
+
+    llamagen = Case("llamagen")
+    raw = {name: torch.zeros_like(value) for name, value in llamagen.weights.items()}
+    state = {"model": raw, "ema": llamagen.weights, "discriminator": llamagen.discriminator, "steps": 7, "args": None}
+    released = read_released(write(state))
+    assert_same(released.autoencoder.state_dict(), llamagen.state)
+    assert released.discriminator is not None
+    assert_same(released.discriminator.state_dict(), llamagen.discriminator)
+    assert any("'ema'" in note for note in released.notes)
+    assert any("model, steps, args" in note for note in released.notes)
+
+
+def test_an_average_that_is_missing_is_told(write: Write) -> None:
+    weights = Case("open-magvit2").averaged()
+    del weights["model_ema.decoderconv_outbias"]
+    with pytest.raises(WeightsError, match=r"lacks 1 of the weights .* model_ema\.decoderconv_outbias"):
+        read_released(write({"state_dict": weights}))
+
+
+def test_another_kind_of_discriminator_is_left_out_and_said(write: Write) -> None:
+    case = Case("taming")
+    weights = {name: value for name, value in case.weights.items() if "discriminator" not in name}
+    weights |= {"loss.discriminator.blocks.0.0.weight": torch.zeros(2, 2, 3, 3)}
+    released = read_released(write({"state_dict": weights}))
+    assert released.discriminator is None
+    assert any("not a patch discriminator" in note for note in released.notes)
+
+
+def test_a_codebook_from_elsewhere(write: Write) -> None:
+    case = Case("vqgan-lc")
+    codebook = case.weights.pop("tok_embeddings.weight")
+    path = write({"model": case.weights})
+    assert_same(read_released(path, codebook=codebook).autoencoder.state_dict(), case.state)
+    with pytest.raises(WeightsError, match=r"lacks tok_embeddings\.weight\. Give its codebook with --codebook"):
+        read_released(path)
+    with pytest.raises(WeightsError, match=r"codebook_projection\.weight has shape \[4, 10\], not \[4, 3\]"):
+        read_released(path, codebook=torch.zeros(9, 3))
+    with pytest.raises(ConfigError, match="needs no codebook"):
+        read_released(write({"model": Case("vqgan-lc").weights}), codebook=codebook)
+    with pytest.raises(ConfigError, match="needs no codebook"):
+        read_released(write({"model": Case("mgvq").weights}), codebook=codebook)
+
+
+def test_mgvq_without_its_frequencies_starts_with_all_codes_in_use(write: Write) -> None:
+    case = Case("mgvq")
+    del case.weights["quantize.embed_prob"]
+    released = read_released(write({"model": case.weights}))
+    state = released.autoencoder.state_dict()
+    assert torch.equal(state["quantizer.groups.3.frequencies"], torch.full((6,), 1 / 6))
+    assert any("how often codes were used" in note for note in released.notes)
+
+
+def test_weights_that_share_memory_in_the_file_are_parted(write: Write) -> None:
+    case = Case("vqgan-lc ema")
+    case.weights["embed_avg"] = case.weights["tok_embeddings.weight"]
+    state = read_released(write({"model": case.weights})).autoencoder.state_dict()
+    state["quantizer.sums"].zero_()
+    assert torch.equal(state["quantizer.entries"], case.state["quantizer.entries"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_key_is_needed_and_none_else_is_passed_over(write: Write, name: str) -> None:
+    case = Case(name)
+    needless = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "discriminator.")
+    needed = [key for key in case.weights if not any(part in key for part in needless)]
+    for key in (needed[0], needed[len(needed) // 2], needed[-1], "quant_conv.bias", "decoder.conv_out.weight"):
+        if key in case.weights:
+            rest = {other: value for other, value in case.weights.items() if other != key}
+            with pytest.raises(WeightsError) as caught:
+                read_released(write({"model": rest}))
+            assert key in str(caught.value) or "known family" in str(caught.value) or "--codebook" in str(caught.value)
+            wrong = {**case.weights, key: torch.zeros(*case.weights[key].shape, 2)}
+            with pytest.raises(WeightsError, match=re.escape(key)):
+                read_released(write({"model": wrong}))
+    extra = {f"surprise.{number}": torch.zeros(1) for number in range(5)}
+    with pytest.raises(WeightsError, match=r"holds 5 weights .* surprise\.0, surprise\.1, surprise\.2 and 2 more"):
+        read_released(write({"model": {**case.weights, **extra}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("taming", "decoder.conv_out.bias", torch.full((3,), torch.nan), "decoder.conv_out.bias holds NaN"),
+        ("taming", "quant_conv.bias", torch.zeros(5, dtype=torch.int64), "quant_conv.bias holds int64"),
+        ("taming", "quant_conv.bias", torch.zeros(1).expand(5), "not stored as a plain tensor"),
+        ("taming", "quant_conv.bias", torch.zeros(5).to_sparse(), "not stored as a plain tensor"),
+        ("taming", "module.quant_conv.bias", torch.zeros(5), "the same weight twice"),
+        ("taming", "encoder.down.7.block.0.conv1.weight", torch.zeros(1), "lacks encoder.down.3"),
+        ("taming", "quantize.embed.weight", torch.zeros(9, 5), "Gumbel-softmax"),
+        ("taming", "model_ema.decay", torch.zeros(()), "inner products"),
+        ("mgvq", "quantize.embedding.weight", torch.zeros(25, 4), "25 codes do not divide into 4 groups"),
+        ("mgvq", "quantize.embed_prob", torch.zeros(1), "quantize.embed_prob has shape"),
+    ],
+)
+def test_one_weight_that_does_not_fit_is_one_line(
+    write: Write, name: str, key: str, value: Tensor, message: str
+) -> None:
+    with pytest.raises(VqpipeError) as caught:
+        read_released(write({"model": {**Case(name).weights, key: value}}))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"vit.weight": torch.zeros(2)}}, "Known are vqgan-lc, mgvq, llamagen, taming, open-magvit2."),
+        ({"model": {"vit\n.weight": torch.zeros(2)}}, r"holds 'vit\n.weight': the names of no known family"),
+        ({"epoch": 3, "optimizer": {}}, "keeps no weights under model, state_dict, ema"),
+        (torch.zeros(9, 10), "holds no weights by name"),
+        ({}, "keeps no weights"),
+    ],
+)
+def test_a_file_of_no_family_is_told(write: Write, content: Any, message: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        read_released(write(content))
+    assert message in str(caught.value)
+
+
+def test_a_family_insisted_on_has_to_fit(write: Write) -> None:
+    path = write({"model": Case("taming").weights})
+    assert read_released(path, "taming").family == "taming"
+    with pytest.raises(WeightsError, match=r"lacks encoder\.stages\.1\. It is damaged, or of another family"):
+        read_released(path, "mgvq")
+    with pytest.raises(WeightsError, match=r"lacks tok_embeddings\.weight"):
+        read_released(path, "vqgan-lc")
+    with pytest.raises(ConfigError, match="Did you mean taming"):
+        read_released(path, "taiming")
+
+
+def test_nan_is_a_numeric_error_and_in_what_is_dropped_no_matter(write: Write) -> None:
+    weights = Case("vqgan-lc").weights
+    weights["perceptual_loss.scaling_layer.shift"] = torch.tensor(torch.nan)
+    read_released(write({"model": weights}))
+    weights["tok_embeddings.weight"][3, 4] = torch.inf
+    with pytest.raises(NumericError):
+        read_released(write({"model": weights}))
+
+
+class Attack:
+    """Unpickled with trust, makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (str(self.marker),)
+
+
+def test_nothing_in_a_pickle_is_run(write: Write, tmp_path: Path) -> None:
+    weights, attack = Case("taming").weights, Attack(tmp_path / "ran")
+    for content in ({"state_dict": weights, "callbacks": attack}, {"state_dict": {**weights, "a": attack}}):
+        with pytest.raises(WeightsError, match=r"holds more than tensors \(os\.makedirs\), and nothing in it was run"):
+            read_released(write(content))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(attack))
+    with pytest.raises(WeightsError):
+        read_released(tmp_path / "plain.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_torn_file_is_told(write: Write, tmp_path: Path) -> None:
+    whole = write({"state_dict": Case("taming").weights}).read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        for name in ("torn.ckpt", "torn.safetensors"):
+            (tmp_path / name).write_bytes(whole[:size])
+            with pytest.raises(WeightsError) as caught:
+                read_released(tmp_path / name)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="is not a file"):
+        read_released(tmp_path)
+
+
+def test_callbacks_by_whose_classes_lightning_keyed_its_states_are_inert(write: Write) -> None:
+    package = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": package, "__qualname__": "ModelCheckpoint"})
+    case, instance = Case("taming"), callback()
+    instance.best = torch.tensor(0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in accumulate(package.split("."), "{}.{}".format):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        patch.setattr(sys.modules[package], "ModelCheckpoint", callback, raising=False)
+        state = {callback: {"best_model_score": torch.tensor(0.5)}, "instance": instance}
+        path = write({"state_dict": case.weights, "callbacks": state})
+    assert package not in sys.modules
+    assert_same(read_released(path).autoencoder.state_dict(), case.state)
+    assert torch.serialization.get_safe_globals() == []
+
+
+def test_the_families_are_those_that_were_published() -> None:
+    assert list(FAMILIES) == ["vqgan-lc", "mgvq", "llamagen", "taming", "open-magvit2"]
+    assert {name.split()[0] for name in CONFIGS} == set(FAMILIES)

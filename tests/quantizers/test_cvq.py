@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers import ClusteredQuantizer, CvqConfig, build_quantizer, cvq
+
+
+def make(codebook_size: int = 6, code_dim: int = 2, **settings: object) -> ClusteredQuantizer:
+    torch.manual_seed(0)
+    config = CvqConfig(codebook_size=codebook_size, code_dim=code_dim, **settings)  # type: ignore[arg-type]
+    quantizer = build_quantizer(config)
+    assert isinstance(quantizer, ClusteredQuantizer)
+    return quantizer
+
+
+def latent_of(seed: int, code_dim: int = 2) -> Tensor:
+    return torch.randn(3, code_dim, 2, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors_of(latent: Tensor) -> Tensor:
+    return latent.permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_three_updates_against_the_written_formula(normalize: bool) -> None:
+    quantizer = make(anchor="closest", normalize=normalize)
+    frequencies, entries = torch.zeros(6, dtype=torch.float64), quantizer.entries.detach().double()
+    for step in range(3):
+        latent = latent_of(step)
+        ids = quantizer(latent).ids
+        vectors, codes = vectors_of(latent).double(), entries
+        if normalize:
+            vectors, codes = F.normalize(vectors), F.normalize(codes)
+        closest = vectors[torch.cdist(codes, vectors).argmin(1)]
+        shares = torch.bincount(ids.flatten(), minlength=6) / ids.numel()
+        frequencies = frequencies + 0.01 * (shares - frequencies)
+        pulls = torch.exp(-(frequencies * 6 * 10) / 0.01 - 0.001)[:, None]
+        entries = (1 - pulls) * entries + pulls * closest
+        quantizer.update(latent, ids)
+        torch.testing.assert_close(quantizer.entries.detach().double(), entries, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(quantizer.frequencies.double(), frequencies, rtol=1e-5, atol=1e-8)
+
+
+def test_a_code_in_use_stays_and_a_dead_one_moves() -> None:
+    quantizer = make()
+    before = quantizer.entries.detach().clone()
+    ids = torch.arange(24).remainder(5).view(3, 8)  # code 5 is never chosen
+    quantizer.update(latent_of(0), ids)
+    after = quantizer.entries.detach()
+    torch.testing.assert_close(after[:5], before[:5], rtol=0, atol=1e-4)
+    assert (vectors_of(latent_of(0)) - after[5]).norm(dim=1).min() < 0.01
+
+
+def test_probrandom_draws_with_the_softmax_of_minus_the_squared_distance() -> None:
+    quantizer = make(20_000)
+    code, vectors = torch.tensor([0.5, -0.2]), torch.tensor([[0.0, 0.0], [1.0, 0.5], [0.4, -1.5], [-9.0, 0.0]])
+    drawn = quantizer.anchors(code.expand(20_000, 2), vectors)
+    shares = torch.bincount(drawn, minlength=4) / 20_000
+    expected = [math.exp(-float((code - vector).square().sum())) for vector in vectors]
+    torch.testing.assert_close(shares, torch.tensor(expected) / sum(expected), rtol=0, atol=0.01)
+
+
+def test_random_draws_any_latent_alike() -> None:
+    drawn = make(anchor="random").anchors(torch.zeros(20_000, 2), torch.tensor([[0.0, 0.0], [50.0, 0.0]]))
+    assert abs(drawn.double().mean() - 0.5) < 0.02
+
+
+def test_blocks_of_rows_change_nothing_but_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, blocks = make(50, anchor="closest"), make(50, anchor="closest")
+    ids = torch.arange(24).view(3, 8)  # codes 24 to 49 are dead
+    whole.update(latent_of(0), ids)
+    monkeypatch.setattr(cvq, "DISTANCES_AT_ONCE", 24 * 8)
+    asked: list[int] = []
+    anchors = blocks.anchors
+    monkeypatch.setattr(blocks, "anchors", lambda codes, vectors: asked.append(len(codes)) or anchors(codes, vectors))
+    blocks.update(latent_of(0), ids)
+    torch.testing.assert_close(blocks.entries, whole.entries)
+    assert asked == [8, 8, 8, 2]  # three blocks of eight, all in use, are not even compared
+
+
+def test_masked_latents_have_no_part() -> None:
+    latent, ids = latent_of(0), torch.arange(24).remainder(3).view(3, 8)
+    quantizer, without = make(), make()
+    masked = ids.clone()
+    masked[1] = -1
+    torch.manual_seed(1)
+    quantizer.update(latent, masked)
+    torch.manual_seed(1)
+    without.update(latent[[0, 2]], ids[[0, 2]])
+    assert torch.equal(quantizer.entries, without.entries)
+    assert torch.equal(quantizer.frequencies, without.frequencies)
+
+    before = quantizer.state_dict()["entries"].clone()
+    frequencies = quantizer.frequencies.clone()
+    quantizer.update(latent, torch.full_like(ids, -1))
+    assert torch.equal(quantizer.entries, before)
+    assert torch.equal(quantizer.frequencies, frequencies)
+
+
+def test_a_collapsed_codebook_comes_back_to_life() -> None:
+    quantizer, latent = make(16), 5 + latent_of(0)
+    assert len(quantizer(latent).ids.unique()) < 4
+    for _ in range(20):
+        quantizer.update(latent, quantizer(latent).ids)
+    assert len(quantizer(latent).ids.unique()) >= 8
+
+
+def test_normalized_codes_start_and_restart_on_the_sphere() -> None:
+    quantizer, latent = make(normalize=True), latent_of(0)
+    torch.testing.assert_close(quantizer.entries.norm(dim=1), torch.ones(6))
+    quantizer.update(latent, torch.zeros(3, 8, dtype=torch.int64))
+    torch.testing.assert_close(quantizer.entries.norm(dim=1), torch.ones(6), rtol=0, atol=2e-3)
+
+
+def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = latent_of(0)
+    ids = make()(latent).ids
+    alone = make()
+    torch.manual_seed(1)
+    alone.update(latent, ids)
+
+    counts = torch.bincount(ids.flatten(), minlength=6).float()
+    monkeypatch.setattr(cvq, "all_reduce_sum", lambda tensor: tensor.copy_(counts))
+    monkeypatch.setattr(cvq, "gather_rows", lambda rows: vectors_of(latent))
+    sent: list[Tensor] = []
+    monkeypatch.setattr(cvq, "broadcast", lambda tensor: sent.append(tensor.detach().clone()))
+    first = make()
+    torch.manual_seed(1)
+    first.update(latent[:1], ids[:1])
+    monkeypatch.setattr(cvq, "is_main", lambda: False)
+    monkeypatch.setattr(cvq, "broadcast", lambda tensor: tensor.copy_(sent[0]))
+    second = make()
+    torch.manual_seed(2)  # each rank has its own random numbers
+    second.update(latent[1:], ids[1:])
+    for quantizer in (first, second):
+        assert torch.equal(quantizer.entries, alone.entries)
+        assert torch.equal(quantizer.frequencies, alone.frequencies)
+
+
+def test_a_decay_of_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="decay"):
+        CvqConfig(codebook_size=6, code_dim=2, decay=1.0)

@@ -1,0 +1,162 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers import EmaConfig, ResidualConfig, ResidualQuantizer, build_quantizer, residual
+
+K, C, D = 20, 3, 4
+B, H, W = 2, 4, 5
+
+
+def make(**settings: object) -> ResidualQuantizer:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(ResidualConfig(codebook_size=K, code_dim=C, **settings))
+    assert isinstance(quantizer, ResidualQuantizer)
+    quantizer.match_codebook()
+    return quantizer
+
+
+def latent_of(seed: int = 1, images: int = B) -> Tensor:
+    return torch.randn(images, C, H, W, generator=torch.Generator().manual_seed(seed))
+
+
+def as_rows(latent: Tensor) -> Tensor:
+    return latent.permute(0, 2, 3, 1).reshape(-1, C)
+
+
+def greedy(quantizer: ResidualQuantizer, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64, one vector after another: ids [N, D], the sums of the first codes and the residuals [D, N, C]."""
+    tables = [table.double() for table in quantizer.codebook().unbind()]
+    ids, sums, rests = [], [], []
+    for vector in as_rows(latent).double():
+        total = torch.zeros(C, dtype=torch.float64)
+        for table in tables:
+            rests.append(vector - total)
+            ids.append(int((table - rests[-1]).square().sum(1).argmin()))
+            total = total + table[ids[-1]]
+            sums.append(total)
+    shape = (-1, len(tables), C)
+    return (
+        torch.tensor(ids).view(-1, len(tables)),
+        torch.stack(sums).view(shape).transpose(0, 1),
+        torch.stack(rests).view(shape).transpose(0, 1),
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_depth_is_the_nearest_code_to_what_is_left(shared: bool) -> None:
+    quantizer, latent = make(shared=shared), latent_of()
+    ids, sums, _ = greedy(quantizer, latent)
+    quantized = quantizer(latent)
+    assert torch.equal(quantized.ids, ids.view(B, -1))  # a position's depths side by side
+    torch.testing.assert_close(as_rows(quantized.codes).double(), sums[-1], rtol=0, atol=1e-5)
+    errors = (as_rows(latent).double() - sums).square().mean((1, 2))
+    torch.testing.assert_close(quantized.losses["commitment"].double(), errors.mean(), rtol=1e-5, atol=0)
+
+
+def test_the_first_depths_decode_to_the_partial_sums() -> None:
+    quantizer, latent = make(), latent_of()
+    ids, sums, _ = greedy(quantizer, latent)
+    layout = quantizer.layout(H, W)
+    for kept in range(1, D + 1):
+        prefix = ids.masked_fill(torch.arange(D) >= kept, -1)
+        codes = quantizer.lookup(prefix.view(B, -1), layout)
+        torch.testing.assert_close(as_rows(codes).double(), sums[kept - 1], rtol=0, atol=1e-5)
+
+
+def test_tables_are_one_or_one_each() -> None:
+    assert len(list(make().tables)) == 1
+    own = make(shared=False).codebook()
+    assert own.shape == (D, K, C)
+    assert not torch.equal(own[0], own[1])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_update_follows_the_averages_of_the_residuals(shared: bool) -> None:
+    quantizer, latent = make(shared=shared, restart=False), latent_of()
+    ids, _, rests = greedy(quantizer, latent)
+    before = quantizer.codebook().double()
+    ones = one_hot(ids.T, K).double()  # [D, N, K]
+    counts, sums = ones.sum(1), ones.transpose(1, 2) @ rests
+    if shared:
+        counts, sums = counts.sum(0, keepdim=True), sums.sum(0, keepdim=True)
+        before = before[:1]
+    counts = 0.99 + 0.01 * counts
+    total = counts.sum(1, keepdim=True)
+    smoothed = (counts + 1e-5) / (total + K * 1e-5) * total
+    expected = (0.99 * before + 0.01 * sums) / smoothed.unsqueeze(-1)
+    quantizer.update(latent, ids.view(B, -1))
+    moved = quantizer.codebook().double()
+    torch.testing.assert_close(moved, expected.expand(D, K, C), rtol=0, atol=1e-6)
+
+
+def test_masked_ids_take_no_part_in_the_update() -> None:
+    quantizer, again, latent = make(restart=False), make(restart=False), latent_of()
+    ids = quantizer(latent).ids
+    again.update(latent[:1], ids[:1])
+    ids[1] = -1
+    quantizer.update(latent, ids)
+    assert torch.equal(quantizer.codebook(), again.codebook())
+
+
+def test_an_update_without_ids_moves_nothing() -> None:
+    quantizer, latent = make(), latent_of()
+    before = quantizer.codebook()
+    quantizer.update(latent, torch.full((B, H * W * D), -1))
+    torch.testing.assert_close(quantizer.codebook(), before)
+
+
+def test_dead_codes_restart_at_residuals_and_used_ones_stay() -> None:
+    quantizer, averaged, latent = make(), make(restart=False), latent_of()
+    ids, _, rests = greedy(quantizer, latent)
+    used = torch.zeros(K, dtype=torch.bool).index_fill(0, ids.unique(), True)
+    assert 0 < used.sum() < K
+    quantizer.update(latent, ids.view(B, -1))
+    averaged.update(latent, ids.view(B, -1))
+    codes = quantizer.codebook()[0]
+    assert torch.equal(codes[used], averaged.codebook()[0][used])
+    to_residuals = torch.cdist(codes[~used].double(), rests.flatten(0, 1)).min(1)
+    assert to_residuals.values.max() < 1e-5
+    assert len(to_residuals.indices.unique()) == len(to_residuals.indices)
+    (table,) = quantizer.own_tables()
+    assert torch.equal(table.counts[~used], torch.ones(int((~used).sum())))
+    assert torch.equal(table.sums[~used], codes[~used])
+
+
+def test_codes_restart_at_every_ranks_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = torch.full((500, C), 7.0)
+    monkeypatch.setattr(residual, "gather_rows", lambda rows: others)
+    quantizer, latent = make(), latent_of()
+    quantizer.update(latent, quantizer(latent).ids)
+    assert (quantizer.codebook()[0] == 7.0).all(1).any()
+
+
+def test_too_few_vectors_restart_more_codes_by_noisy_copies() -> None:
+    vectors = torch.randn(5, C)
+    drawn = residual.draw(vectors, 12)
+    assert len(drawn.unique(dim=0)) == 12
+    assert torch.cdist(drawn, vectors).min(1).values.max() <= residual.COPY_NOISE
+    drawn = residual.draw(vectors, 5)
+    assert torch.equal(drawn.sort(0).values, vectors.sort(0).values)
+
+
+def test_depth_one_is_the_ema_quantizer() -> None:
+    quantizer, latent = make(depth=1, restart=False), latent_of()
+    ema = build_quantizer(EmaConfig(codebook_size=K, code_dim=C))
+    ema.load_state_dict(quantizer.own_tables()[0].state_dict())
+    for _ in range(2):
+        expected, found = ema(latent), quantizer(latent)
+        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.codes, expected.codes)
+        torch.testing.assert_close(found.losses, expected.losses)
+        ema.update(latent, expected.ids)
+        quantizer.update(latent, found.ids)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="depth = 0"):
+        ResidualConfig(codebook_size=K, code_dim=C, depth=0)
+    with pytest.raises(ConfigError, match="unit vectors"):
+        ResidualConfig(codebook_size=K, code_dim=C, normalize=True)

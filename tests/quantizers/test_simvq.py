@@ -1,0 +1,50 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers import SimVqConfig, SimVqQuantizer, build_quantizer
+
+LATENT = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+def make(codebook_size: int = 30, code_dim: int = 4) -> SimVqQuantizer:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(SimVqConfig(codebook_size=codebook_size, code_dim=code_dim))
+    assert isinstance(quantizer, SimVqQuantizer)
+    return quantizer
+
+
+def test_losses_and_gradient_are_those_of_the_whole_projected_codebook() -> None:
+    quantizer = make()
+    (linear,) = quantizer.projector
+    _, ids, losses = quantizer(LATENT)
+    ours = torch.autograd.grad(losses["commitment"] + losses["codebook"], [linear.weight, linear.bias])
+    codes = linear(quantizer.entries)
+    rows = LATENT.permute(0, 2, 3, 1).reshape(-1, 4)
+    assert torch.equal(torch.cdist(rows, codes).argmin(1), ids.flatten())
+    codebook = F.mse_loss(codes[ids.flatten()], rows)
+    torch.testing.assert_close(losses["codebook"], codebook)
+    torch.testing.assert_close(losses["commitment"], codebook)
+    torch.testing.assert_close(ours, torch.autograd.grad(codebook, [linear.weight, linear.bias]))
+
+
+def test_a_step_moves_every_code_and_no_entry() -> None:
+    quantizer = make()
+    entries, codes = quantizer.entries.clone(), quantizer.codebook().detach()
+    quantizer(LATENT[:, :, :1, :1]).losses["codebook"].backward()  # two vectors alone
+    torch.optim.SGD(quantizer.parameters(), 0.1).step()
+    assert torch.equal(quantizer.entries, entries)
+    assert (quantizer.codebook() != codes).any(1).all()
+    assert {name for name, _ in quantizer.named_parameters()} == {"projector.0.weight", "projector.0.bias"}
+
+
+def test_entries_start_with_unit_length_on_average() -> None:
+    entries = make(codebook_size=2000, code_dim=64).entries
+    assert entries.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert entries.square().sum(1).mean().item() == pytest.approx(1, rel=0.02)
+
+
+def test_it_takes_no_codebook_artifact() -> None:
+    with pytest.raises(ConfigError, match="the simvq quantizer draws its codes at random"):
+        make().load_codebook(torch.zeros(30, 4))

@@ -1,0 +1,69 @@
+"""Every quantizer holds the same bits on two ranks after the matched start and after updates.
+
+Run as a script under torchrun, this file is what one rank does.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vqpipe.config import from_table
+from vqpipe.distributed import connect, rank
+from vqpipe.models import VqganConfig, build_autoencoder
+from vqpipe.quantizers import QuantizerConfig, quantizer_classes
+
+SMALL: dict[str, Any] = {"codebook_size": 64, "code_dim": 8, "feature_dim": 12, "codebook_init": "uniform"}
+GROUP = {"kind": "cvq", "codebook_size": 64, "code_dim": 4, "normalize": True}
+LC_GROUP = {"kind": "lc", "codebook_size": 64, "code_dim": 4, "feature_dim": 12, "codebook_init": "uniform"}
+
+
+def examples() -> dict[str, dict[str, Any]]:
+    """A small table for every kind, and for multi_group over lc."""
+    tables = {}
+    for cls in quantizer_classes():
+        if config := getattr(cls, "config_class", None):
+            known = {field.name for field in fields(config)}
+            tables[config.kind] = {"kind": config.kind} | {key: SMALL[key] for key in SMALL if key in known}
+    tables["multi_group"] |= {"group": GROUP, "masking": "batch"}  # a rank may then have no image of a group
+    return tables | {"multi_group over lc": {"kind": "multi_group", "num_groups": 2, "group": LC_GROUP}}
+
+
+def start_and_update(table: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Match the start on this rank's images, then update on them three times, with random numbers of its own."""
+    torch.manual_seed(0)
+    quantizer = from_table(QuantizerConfig, table)
+    model = build_autoencoder(
+        VqganConfig(quantizer=quantizer, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=16)
+    )
+    torch.manual_seed(1 + rank())
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    model.match_start(images)
+    for _ in range(3):
+        latent = model.latent(images).detach()
+        model.quantizer.update(latent, model.quantizer(latent).ids)
+    return model.state_dict()
+
+
+def test_two_ranks_hold_the_same_bits(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, __file__, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"rank-{number}.safetensors") for number in range(2))
+    assert {name.split("/")[0] for name in first} == examples().keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with connect(torch.device("cpu")):
+        states = {kind: start_and_update(table) for kind, table in examples().items()}
+        tensors = {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()}
+        save_file(tensors, f"{sys.argv[1]}/rank-{rank()}.safetensors")

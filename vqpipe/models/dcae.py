@@ -1,0 +1,368 @@
+"""The encoder and decoder of MGVQ: residual convolutions at high resolution, linear attention at low.
+
+Jia et al. 2025, "MGVQ: Could VQ-VAE Beat VAE?". The paper speaks of a convolutional backbone following VQGAN; its
+released code has that of DC-AE (Chen et al. 2024, "Deep Compression Autoencoder for Efficient High-Resolution
+Diffusion Models") made of EfficientViT's blocks (Cai et al. 2023), and we follow the code. Names of modules are the
+released ones, so that its weights load as they are. A long file, because the two networks share all their blocks.
+
+Shapes: B images of H x W pixels, N channels, h x w positions, T = h * w, heads of D = 32 channels.
+
+Worth knowing:
+- stage i works at H / 2^i; stage 0 is empty, and `project_in` and `project_out` do its halving and doubling;
+- a change of resolution or of channels has a shortcut without weights: channels repeated, or averaged in runs;
+- no block starts with a norm, and no norm sits between a residual block's two convolutions;
+- norms are RMS norms with a bias and activations SiLU; but BatchNorm and ReLU in the decoder's residual blocks, and
+  ReLU before its last convolution;
+- attention sums over every position, so that it is float32, and an image cut in tiles is coded otherwise than whole;
+- no tanh at the end: images leave the decoder unclamped.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqpipe.errors import ConfigError
+from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
+
+HEAD_CHANNELS = 32
+"""D, of every head of the linear attention."""
+NORM_EPS = 1e-5
+"""Added to the mean square under the root of the RMS norm."""
+ATTENTION_EPS = 1e-15
+"""Added to a position's sum of weights, which is 0 where no key fits its query."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DcaeConfig(AutoencoderConfig):
+    """The DC-AE backbone; the defaults are MGVQ's f16. f8 has one stage fewer, f32 one of (1024, 2, 2) more."""
+
+    kind: ClassVar[str] = "dcae"
+
+    quant_conv: Literal["full", "grouped", "none"] = "grouped"
+    widths: tuple[int, ...] = (128, 256, 512, 512, 1024)
+    """Channels of each stage. That of stage 0, which is empty, is in the released sizes and never used."""
+    encoder_depths: tuple[int, ...] = (0, 4, 8, 2, 2)
+    """Blocks of each stage of the encoder; 0 in stage 0."""
+    decoder_depths: tuple[int, ...] = (0, 5, 10, 2, 2)
+    """Blocks of each stage of the decoder; 0 in stage 0."""
+    attention_from: int = 3
+    """The first stage of EfficientViT blocks; those before have residual blocks. The number of stages: no attention."""
+    latent_channels: int = 32
+    """Channels between the two networks and their 1x1 convolutions."""
+
+    def __post_init__(self) -> None:
+        stages = range(1, len(self.widths))
+        if not stages or not len(self.widths) == len(self.encoder_depths) == len(self.decoder_depths):
+            raise ConfigError(
+                "model.widths, encoder_depths and decoder_depths should have one entry for each of two or more stages",
+                "See the preset mgvq-f16-g4",
+            )
+        for depths in (self.encoder_depths, self.decoder_depths):
+            if depths[0] != 0 or min(depths[1:]) < 1:
+                raise ConfigError(
+                    f"depths {list(depths)} should be 0 in stage 0 and at least 1 in every other",
+                    "See the preset mgvq-f16-g4",
+                )
+        if min(*self.widths, self.attention_from, self.latent_channels) < 1:
+            raise ConfigError("model.widths, attention_from and latent_channels should be at least 1")
+        for stage in stages:
+            unit = HEAD_CHANNELS if self.attends(stage) else 4
+            if self.widths[stage] % unit:
+                raise ConfigError(
+                    f"stage {stage} has {self.widths[stage]} channels, not a multiple of {unit}",
+                    "Change model.widths, or let attention start at a later stage: model.attention_from",
+                )
+        for width, deeper in pairwise(self.widths[1:]):
+            if 4 * width % deeper:
+                raise ConfigError(
+                    f"four times {width} channels do not average to the {deeper} of the next stage",
+                    "Double the width from stage to stage, or keep it",
+                )
+        if self.widths[-1] % self.latent_channels:
+            raise ConfigError(
+                f"the last stage's {self.widths[-1]} channels do not average to {self.latent_channels}",
+                "Set model.latent_channels to a divisor of the last of model.widths",
+            )
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image side / latent side."""
+        return 2 ** (len(self.widths) - 1)
+
+    def attends(self, stage: int) -> bool:
+        return stage >= self.attention_from
+
+
+class Dcae(Autoencoder):
+    """DC-AE with any quantizer; MGVQ with that of kind `multi_group`."""
+
+    config_class = DcaeConfig
+    decoder: "Decoder"
+
+    def __init__(self, config: DcaeConfig) -> None:
+        super().__init__(
+            config,
+            Encoder(config),
+            Decoder(config),
+            encoder_channels=config.latent_channels,
+            downsample_factor=config.downsample_factor,
+        )
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder.get_parameter("project_out.op_list.2.conv.conv.weight")
+
+
+class Encoder(nn.Module):
+    """Images float[B, 3, H, W] -> float[B, latent_channels, H/f, W/f]."""
+
+    def __init__(self, config: DcaeConfig) -> None:
+        super().__init__()
+        widths, depths = config.widths, config.encoder_depths
+        self.project_in = ConvUnshuffle(3, widths[1])
+        self.stages = nn.ModuleList([Chain([])])
+        for stage in range(1, len(widths)):
+            ops = blocks(config, stage, depths[stage], RmsNorm, nn.SiLU)
+            if stage + 1 < len(widths):
+                ops.append(downsample(widths[stage], widths[stage + 1]))
+            self.stages.append(Chain(ops))
+        to_latent = Conv(widths[-1], config.latent_channels, 3)
+        self.project_out = Residual(Chain([to_latent]), AverageChannels(config.latent_channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.project_in(images)
+        for stage in self.stages:
+            x = stage(x)
+        return self.project_out(x)
+
+
+class Decoder(nn.Module):
+    """float[B, latent_channels, h, w] -> images float[B, 3, h*f, w*f]. `stages.1`, the largest, runs last."""
+
+    def __init__(self, config: DcaeConfig) -> None:
+        super().__init__()
+        widths, depths = config.widths, config.decoder_depths
+        self.project_in = Residual(Conv(config.latent_channels, widths[-1], 3), RepeatChannels(widths[-1]))
+        self.stages = nn.ModuleList([Chain([])])
+        for stage in range(1, len(widths)):
+            ops = blocks(config, stage, depths[stage], nn.BatchNorm2d, nn.ReLU)
+            if stage + 1 < len(widths):
+                ops.insert(0, upsample(widths[stage + 1], widths[stage]))
+            self.stages.append(Chain(ops))
+        self.project_out = Chain([RmsNorm(widths[1]), nn.ReLU(), ConvShuffle(widths[1], 3)])
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.project_in(z)
+        for stage in reversed(self.stages):
+            x = stage(x)
+        return self.project_out(x)
+
+
+def blocks(
+    config: DcaeConfig,
+    stage: int,
+    depth: int,
+    norm: Callable[[int], nn.Module],
+    activation: Callable[[], nn.Module],
+) -> list[nn.Module]:
+    """The blocks of a stage: EfficientViT's where it attends, else residual ones with this norm and activation."""
+    width = config.widths[stage]
+    if config.attends(stage):
+        return [EfficientVitBlock(width) for _ in range(depth)]
+    return [Residual(ConvPair(width, norm(width), activation())) for _ in range(depth)]
+
+
+def downsample(before: int, after: int) -> nn.Module:
+    """float[B, before, h, w] -> float[B, after, h/2, w/2]."""
+    return Residual(ConvUnshuffle(before, after), AverageChannels(after, factor=2))
+
+
+def upsample(before: int, after: int) -> nn.Module:
+    """float[B, before, h, w] -> float[B, after, 2h, 2w]."""
+    return Residual(ConvShuffle(before, after), RepeatChannels(after, factor=2))
+
+
+class Chain(nn.Module):
+    """Operations one after the other; none at all in stage 0."""
+
+    def __init__(self, ops: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.op_list = nn.ModuleList(ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for op in self.op_list:
+            x = op(x)
+        return x
+
+
+class Residual(nn.Module):
+    """main(x) + shortcut(x)."""
+
+    def __init__(self, main: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.main = main
+        self.shortcut = shortcut or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + self.shortcut(x)
+
+
+class AverageChannels(nn.Module):
+    """Cells of factor x factor positions folded into the channels, then runs of neighbouring channels averaged."""
+
+    def __init__(self, channels: int, factor: int = 1) -> None:
+        super().__init__()
+        self.channels = channels
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, self.factor).unflatten(1, (self.channels, -1)).mean(2)
+
+
+class RepeatChannels(nn.Module):
+    """Every channel repeated in place, then channels unfolded to cells of factor x factor positions."""
+
+    def __init__(self, channels: int, factor: int = 1) -> None:
+        super().__init__()
+        self.channels = channels
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        repeats = self.channels * self.factor**2 // x.shape[1]
+        return F.pixel_shuffle(x.repeat_interleave(repeats, dim=1), self.factor)
+
+
+class ConvUnshuffle(nn.Module):
+    """A convolution to a quarter of the channels; each 2 x 2 positions then become one. Sides halve."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv = Conv(before, after // 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(self.conv(x), 2)
+
+
+class ConvShuffle(nn.Module):
+    """A convolution to four times the channels; each position then becomes 2 x 2. Sides double."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv = Conv(before, 4 * after, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
+class ConvPair(nn.Module):
+    """Convolution, activation, convolution, norm: what a residual block adds."""
+
+    def __init__(self, width: int, norm: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = Conv(width, width, 3, activation=activation)
+        self.conv2 = Conv(width, width, 3, bias=False, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
+class EfficientVitBlock(nn.Module):
+    """x + linear attention over all positions, then x + a gated convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.context_module = Residual(LinearAttention(width))
+        self.local_module = Residual(GatedConv(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.local_module(self.context_module(x))
+
+
+class LinearAttention(nn.Module):
+    """Multi-head attention with ReLU in the place of the softmax, in float32 under any autocast."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = Conv(width, 3 * width, 1, bias=False)
+        self.proj = Conv(width, width, 1, bias=False, norm=RmsNorm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        with torch.autocast(x.device.type, enabled=False):
+            heads = qkv.float().flatten(2).unflatten(1, (-1, 3 * HEAD_CHANNELS))  # q, k, v side by side in each head
+            q, k, v = heads.chunk(3, dim=2)
+            mixed = relu_attention(F.relu(q), F.relu(k), v)
+        return self.proj(mixed.reshape_as(x).to(qkv.dtype))
+
+
+def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each position's values, averaged with the weights q . k, which are not negative: float[B, heads, D, T] all.
+
+    By associativity one of two orders: over more positions than D the D x D products of keys and values first, over
+    fewer the T x T weights. They differ by rounding alone.
+    """
+    if q.shape[-1] > HEAD_CHANNELS:
+        values_and_one = F.pad(v, (0, 0, 0, 1), value=1.0)
+        sums = (values_and_one @ k.transpose(-1, -2)) @ q
+        return sums[..., :-1, :] / (sums[..., -1:, :] + ATTENTION_EPS)
+    weights = k.transpose(-1, -2) @ q
+    return v @ (weights / (weights.sum(-2, keepdim=True) + ATTENTION_EPS))
+
+
+class GatedConv(nn.Module):
+    """Pointwise to 8 times the width, depthwise 3x3, one half gating the other, pointwise back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inverted_conv = Conv(width, 8 * width, 1, activation=nn.SiLU())
+        self.depth_conv = Conv(8 * width, 8 * width, 3, groups=8 * width)
+        self.point_conv = Conv(4 * width, width, 1, bias=False, norm=RmsNorm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.depth_conv(self.inverted_conv(x)).chunk(2, dim=1)
+        return self.point_conv(x * F.silu(gate))
+
+
+class Conv(nn.Module):
+    """A convolution that keeps the sides, then the norm, then the activation, where given."""
+
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        kernel: int,
+        *,
+        groups: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, groups=groups, bias=bias)
+        self.norm = norm
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.activation is None else self.activation(x)
+
+
+class RmsNorm(nn.Module):
+    """Every position's channels divided by the root of their mean square, in float32; with a weight and a bias."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + NORM_EPS)
+        return (wide * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)

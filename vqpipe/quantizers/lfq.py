@@ -1,0 +1,152 @@
+"""`lfq`: lookup-free quantization, the sign of every channel, the quantizer of MAGVIT-v2 and Open-MAGVIT2.
+
+Yu et al. 2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.1;
+Luo et al. 2024, "Open-MAGVIT2: An Open-Source Project Toward Democratizing Auto-Regressive Visual Generation".
+Shapes: B images, D channels of a code, h x w positions, N = B * h * w vectors, b channels of one group.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqpipe.errors import ConfigError, NumericError
+from vqpipe.quantizers.base import (
+    Quantized,
+    Quantizer,
+    QuantizerConfig,
+    TokenLayout,
+    check_ids,
+    straight_through,
+    to_rows,
+)
+
+EPSILON = 1e-5
+"""Added to each mean probability inside its logarithm, as released. It keeps gradients finite where no vector comes
+near a code; with 2^18 codes, whose fair share is 4e-6, it also lowers the largest batch entropy from 12.5 to 11.2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LfqConfig(QuantizerConfig):
+    """2^D codes, the corners of a cube, without a table. Defaults are Open-MAGVIT2's."""
+
+    kind: ClassVar[str] = "lfq"
+
+    code_dim: int = 18
+    """D, channels of the latent and bits of an id."""
+    entropy_temperature: float = 0.01
+    """Of the softmax over codes in the entropy term; latents much longer than it have an entropy near 0."""
+    sample_weight: float = 1.0
+    """Of the mean entropy of a vector's own distribution, which is minimised, in the entropy term."""
+    batch_weight: float = 1.0
+    """Of the entropy of the mean distribution, which is maximised, in the entropy term."""
+    entropy_bits: int = 18
+    """Channels whose joint distribution the batch entropy looks at, so up to 2^this numbers are held. With fewer than
+    D the entropies of successive groups are summed, which bounds the joint one from above."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.code_dim <= 62:
+            raise ConfigError(
+                f"code_dim = {self.code_dim} bits do not make an int64 id", "Use 1 to 62; 18 as published"
+            )
+        if not 1 <= self.entropy_bits <= 24:
+            raise ConfigError(f"entropy_bits = {self.entropy_bits} should be 1 to 24: 2^entropy_bits numbers are held")
+        if self.entropy_temperature <= 0:
+            raise ConfigError(f"entropy_temperature = {self.entropy_temperature} should be positive")
+
+    @property
+    def codebook_size(self) -> int:
+        """2^D."""
+        return 2**self.code_dim
+
+
+class LookupFreeQuantizer(Quantizer):
+    """Each channel becomes +1 where it is positive, else -1; channel i is the bit of weight 2^i of the id.
+
+    "commitment" is the plain mean of (latent - code)^2. "entropy" is sample_weight * E[H(p)] - batch_weight * H(E[p])
+    in nats, with p = softmax(2 <z, c> / temperature) over all 2^D codes c, which is softmax(-|z - c|^2 / temperature)
+    since all codes are equally long. As released, E is over this rank's vectors, so its batch entropy is that of the
+    images a rank sees, not of the global batch. The released code fills an N x 2^D table, and leaves the term out in
+    evaluation; here p is what it is, a product over channels:
+
+    - a vector's entropy is the sum of its channels' D binary entropies, exactly;
+    - the mean of p over vectors is one product of two N x 2^(b/2) matrices, each half of a group's channels jointly,
+      exactly for a group of b channels. The default is one group: the joint entropy of all channels.
+    """
+
+    config_class = LfqConfig
+    loss_names = ("commitment", "entropy")
+
+    def __init__(self, config: LfqConfig) -> None:
+        super().__init__(config, codebook_size=config.codebook_size, latent_dim=config.code_dim)
+        self.temperature = config.entropy_temperature
+        self.sample_weight, self.batch_weight = config.sample_weight, config.batch_weight
+        self.entropy_bits = config.entropy_bits
+
+    def forward(self, latent: Tensor) -> Quantized:
+        check_finite(latent)
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = latent.float()
+            bits = latent > 0
+            codes = 2.0 * bits - 1
+            ids = (bits.long() << self.places(latent).view(-1, 1, 1)).sum(1).flatten(1)
+            losses = {"commitment": F.mse_loss(latent, codes), "entropy": self.entropy(to_rows(latent))}
+            return Quantized(straight_through(latent, codes), ids, losses)
+
+    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
+        check_ids(ids, self.codebook_size)
+        (grid,) = layout.split(ids)
+        codes = 2.0 * (grid >> self.places(ids) & 1) - 1  # [B, h, w, 1] against [D]
+        return codes.masked_fill(grid < 0, 0.0).permute(0, 3, 1, 2).contiguous()
+
+    def places(self, like: Tensor) -> Tensor:
+        """The binary place of each channel, int64[D]."""
+        return torch.arange(self.latent_dim, device=like.device)
+
+    def entropy(self, vectors: Tensor) -> Tensor:
+        """The entropy term of float32[N, D], a scalar that gets lower as ids become certain and diverse."""
+        logits = 4 * vectors / self.temperature  # log p(+1) - log p(-1) of each channel
+        sample = binary_entropy(logits).sum(1).mean()
+        batch = sum(joint_entropy(group) for group in logits.split(self.entropy_bits, dim=1))
+        return self.sample_weight * sample - self.batch_weight * batch
+
+
+def binary_entropy(logits: Tensor) -> Tensor:
+    """The entropy in nats of an event whose log-odds are `logits`, elementwise."""
+    size = logits.abs()
+    return F.softplus(-size) + size * torch.sigmoid(-size)
+
+
+def joint_entropy(logits: Tensor) -> Tensor:
+    """The entropy in nats of the mean over vectors of their distributions over the 2^b sign patterns.
+
+    Args:
+        logits: float[N, b], log-odds of each channel's sign being +1.
+    """
+    low, high = (joint_probabilities(half) for half in logits.tensor_split(2, dim=1))
+    mean = high.T @ low / len(logits)
+    return shannon_entropy(mean)
+
+
+def joint_probabilities(logits: Tensor) -> Tensor:
+    """float[N, b] log-odds of independent signs -> the probability of each pattern, float[N, 2^b], the first lowest."""
+    table = logits.new_ones(len(logits), 1)
+    for channel in logits.T.unsqueeze(2):
+        table = torch.cat([table * torch.sigmoid(-channel), table * torch.sigmoid(channel)], dim=1)
+    return table
+
+
+def shannon_entropy(probabilities: Tensor) -> Tensor:
+    """-sum p log(p + EPSILON) over all elements, a scalar in nats."""
+    return -(probabilities * (probabilities + EPSILON).log()).sum()
+
+
+def check_finite(latent: Tensor) -> None:
+    """Raise a NumericError where the latent holds NaN or infinity, which signs and rounding would hide."""
+    if not bool(latent.isfinite().all()):
+        raise NumericError(
+            "the latent holds NaN or infinity",
+            "Look at what made it: a diverged training run, or float16 overflow",
+        )
