@@ -56,17 +56,17 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
       same value and moves the codes too; the released code weighs both 1, and they cannot be told apart by weight.
     - "codebook": mean (e_id - sg z)^2.
     - "entropy": sample_weight * E[H(q)] - batch_weight * H(E[q]) in nats, q = softmax(<z, e_k> / temperature); E is
-      over this rank's vectors, and the second logarithm has LFQ's epsilon.
+      over this rank's vectors, and the second entropy has LFQ's epsilon.
 
-    Released code holds several N x K matrices, 17 GB each for 64 images at 2^18 codes. Here vectors pass in chunks,
+    The released code holds several N x K matrices, 17 GB each for 64 images at 2^18 codes. Here vectors pass in chunks,
     whose probabilities are forgotten and computed again in the backward pass.
     """
 
-    config_class = IbqConfig  # type: ignore[assignment]  # a codebook's config, which is all that `vq` reads
+    config_class = IbqConfig
     loss_names = ("commitment", "codebook", "entropy")
 
     def __init__(self, config: IbqConfig) -> None:
-        super().__init__(config)  # type: ignore[arg-type]  # the same
+        super().__init__(config)
         nn.init.normal_(self.entries)
         self.temperature = config.entropy_temperature
         self.sample_weight, self.batch_weight = config.sample_weight, config.batch_weight
@@ -89,15 +89,12 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
 
     def soften(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """float32[N, C], float32[K, C] -> p sg(E), the expected codes float32[N, C], and the entropy term, a scalar."""
-        expected, certain, counts = [], vectors.new_zeros(()), vectors.new_zeros(len(codebook))
+        expected, sample, shares = [], vectors.new_zeros(()), vectors.new_zeros(len(codebook))
         for chunk in vectors.split(max(1, LOGITS_AT_ONCE // len(codebook))):
-            codes, entropies, shares = checkpoint(
-                self.soften_chunk, chunk, codebook, use_reentrant=False, preserve_rng_state=False
-            )
-            expected.append(codes)
-            certain, counts = certain + entropies, counts + shares
-        batch_entropy = shannon_entropy(counts / len(vectors))
-        return torch.cat(expected), self.sample_weight * certain / len(vectors) - self.batch_weight * batch_entropy
+            part = checkpoint(self.soften_chunk, chunk, codebook, use_reentrant=False, preserve_rng_state=False)
+            expected.append(part[0])
+            sample, shares = sample + part[1] / len(vectors), shares + part[2] / len(vectors)
+        return torch.cat(expected), self.sample_weight * sample - self.batch_weight * shannon_entropy(shares)
 
     def soften_chunk(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of n vectors: expected codes float32[n, C], the sum of their entropies, the sum of their q float32[K]."""
