@@ -8,9 +8,14 @@ from vqpipe.presets import heads
 
 
 def presets() -> None:
-    """List the presets: paper, table row, expected numbers."""
-    table = Table("preset", "what", "paper and row", "expected", box=box.SIMPLE, pad_edge=False)
+    """List the presets by paper: table row, expected numbers."""
+    papers: dict[str, Table] = {}
     for name, head in heads():
-        source = ", ".join(head[key] for key in ("paper", "row") if key in head)
-        table.add_row(name, head.get("what", ""), source, head.get("expected", ""))
-    Console(highlight=False).print(table)
+        paper = head.get("paper", "For a look, and for a CPU")
+        table = papers.setdefault(paper, Table("preset", "what", "row", "expected", box=box.SIMPLE, pad_edge=False))
+        table.columns[0].no_wrap = True
+        table.add_row(name, head.get("what", ""), head.get("row", ""), head.get("expected", ""))
+    console = Console(highlight=False)
+    for paper, table in sorted(papers.items(), key=lambda item: -item[1].row_count):
+        console.print(paper, style="bold")
+        console.print(table)
