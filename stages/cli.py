@@ -19,6 +19,7 @@ from stages.demo import demo
 from stages.detokenize import detokenize
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
+from stages.import_checkpoint import import_checkpoint
 from stages.inspect_artifact import inspect
 from stages.kmeans import kmeans
 from stages.list_presets import presets
@@ -54,6 +55,7 @@ app.command("prepare-data")(prepare_data)
 app.command("extract-features")(extract_features)
 app.command("kmeans")(kmeans)
 app.command("train")(train)
+app.command("import-checkpoint")(import_checkpoint)
 app.command("tokenize")(tokenize)
 app.command("detokenize")(detokenize)
 app.command("eval")(evaluate)

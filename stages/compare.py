@@ -45,7 +45,7 @@ def compare(
                 console.show(number_table(evaluations))
             first = evaluations[0].metrics
             facts = {key: first[key] for key in ("protocol", "num_images", "image_size")}
-            utilization = {e.name: e.metrics["utilization"] for e in evaluations}
+            utilization = {e.name: e.metrics.get("utilization") for e in evaluations}
             psnr = {e.name: e.metrics.get("psnr") for e in evaluations}
             return console.finished(draft.publish({**facts, "psnr": psnr, "utilization": utilization}))
 
@@ -76,19 +76,18 @@ def write_files(draft: "Draft", evaluations: "Sequence[Evaluated]") -> None:
 
 
 def number_table(evaluations: "Sequence[Evaluated]") -> Any:
-    """The comparison for the terminal: measures down, tokenizers across."""
+    """The comparison for the terminal."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from vqpipe.reports.comparison import comparison_rows, measured
+    from vqpipe.reports.evaluation import MEASURES, NUM_HEADLINES
 
-    measures = measured(evaluations)
-    rows = comparison_rows(evaluations, measures)
-    table = Table("", *(escape(row[0][0]) for row in rows), box=box.SIMPLE, pad_edge=False)
-    for place, label in enumerate(["codebook", *(measure.label for measure in measures)], start=1):
-        cells = [row[place] for row in rows]
-        table.add_row(label, *(f"[bold green]{text}[/]" if best else text for text, best in cells))
+    header, rows = comparison_rows(evaluations, measured(evaluations, MEASURES[:NUM_HEADLINES]))
+    table = Table(*header, box=box.SIMPLE, pad_edge=False)
+    for row in rows:
+        table.add_row(*(f"[bold green]{text}[/]" if best else escape(text) for text, best in row))
     for column in table.columns[1:]:
         column.justify = "right"
     return table

@@ -41,6 +41,7 @@ def detokenize(
                 f"{tokens} was made by tokenizer {made_by[:12]}, {tokenizer} is {given[:12]}",
                 "Name the tokenizer that made the tokens (vqpipe inspect shows it)",
             )
+        opened.check_groups(groups)
         config = {"limit": limit, "groups": groups}
         draft = artifacts.start(out, "images", config, {"tokens": stored, "tokenizer": opened.source})
         if isinstance(draft, artifacts.Artifact):

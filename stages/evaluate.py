@@ -14,6 +14,7 @@ from stages.console import BatchSize, Device, Images, ImageSize, Limit, Out, Pre
 
 if TYPE_CHECKING:
     from vqpipe.artifacts import Artifact, Draft
+    from vqpipe.continuous import ContinuousAutoencoder
     from vqpipe.data.shards import ImageSet
     from vqpipe.metrics.evaluation import EvalConfig, FeatureNetworks
     from vqpipe.reports.evaluation import Evaluated, Shown
@@ -44,6 +45,10 @@ def evaluate(
 ) -> None:
     """Measure a tokenizer: distortion, rFID and LPIPS where weights are given, and the use of its codebook.
 
+    With groups or depths, also from the first k of them. SD-VAE and SDXL-VAE are measured beside tokenizers: fetch
+    config.json and diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae into a
+    folder, and name that with --tokenizer.
+
     Looked for in --weights DIR, each optional:
     weights-inception-2015-12-05-6726825d.pth (rFID),
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
@@ -52,17 +57,17 @@ def evaluate(
         from stages import recipe as recipes
         from vqpipe import artifacts
         from vqpipe.config import to_table
+        from vqpipe.continuous import open_autoencoder
         from vqpipe.data.shards import open_images
         from vqpipe.metrics.evaluation import find_networks
-        from vqpipe.tokenizer import Tokenizer
 
         image_set = open_images(images)
-        opened = Tokenizer.from_pretrained(tokenizer, where)
+        opened = open_autoencoder(tokenizer, where)
         flags = {"protocol": protocol, "image_size": image_size, "batch_size": batch_size}
         if preset is None and image_size is None and not any(a.startswith("eval.image_size") for a in overrides or []):
             flags["image_size"] = opened.image_size  # the size it was trained at
         config = recipes.load(preset, overrides, eval=flags).eval
-        opened.layout(config.image_size, config.image_size)
+        opened.check_size(config.image_size, config.image_size)
         networks = find_networks(weights, where)
         request = {key: value for key, value in to_table(config).items() if key not in FREE_KEYS}
         request |= {"limit": limit, "weights": networks.sha256}
@@ -86,7 +91,7 @@ def measure(
     draft: "Draft",
     image_set: "ImageSet",
     stop: int,
-    tokenizer: "Tokenizer",
+    autoencoder: "Tokenizer | ContinuousAutoencoder",
     config: "EvalConfig",
     networks: "FeatureNetworks",
     num_workers: int,
@@ -110,19 +115,21 @@ def measure(
         stop=min(last, stop),
         num_workers=num_workers,
     )
-    evaluation = Evaluation(config, networks, tokenizer.codebook_size, tokenizer.num_groups, tokenizer.device)
+    device, discrete = autoencoder.device, autoencoder.codebook_size is not None
+    evaluation = Evaluation(config, networks, autoencoder.codebook_size, autoencoder.num_groups, device)
     chosen = {place * stop // config.num_pictures for place in range(config.num_pictures)}
     shown: list[Shown] = []
     with console.progress("eval", len(batches)) as bar:
         for batch in batches:
-            originals = batch.images.to(tokenizer.device)
-            ids = tokenizer.encode(originals)
-            reconstructions = tokenizer.decode(ids, (size, size))
-            psnr = evaluation.update(originals, reconstructions, ids)
+            originals = batch.images.to(device)
+            code = autoencoder.encode(originals)  # ids, or continuous latents
+            reconstructions = autoencoder.decode(code, (size, size))
+            prefixes = {k: autoencoder.decode(code, (size, size), groups=k) for k in evaluation.prefixes}
+            psnr = evaluation.update(originals, reconstructions, code if discrete else None, prefixes)
             for i, index in enumerate(batch.indices):
                 if index in chosen:
                     shown.append(show(batch.keys[i], originals[i], reconstructions[i], psnr[i].item()))
-            bar.note(f"psnr {evaluation.distortion.result().get('psnr', float('inf')):.2f} dB")
+            bar.note(f"psnr {evaluation.whole.distortion.result().get('psnr', float('inf')):.2f} dB")
             bar.advance(len(originals))
     skipped: Counter[str] = sum((Counter(part) for part in distributed.gather_objects(batches.skipped)), Counter())
     check_skipped(dict(skipped), stop, config.max_skipped)
@@ -132,18 +139,18 @@ def measure(
         raise DataError("there are no images to evaluate", "Check --images and --limit")
     metrics |= {
         "skipped": dict(sorted(skipped.items())),
-        "tokenizer": describe(tokenizer),
+        "tokenizer": autoencoder.describe(size),
         "pictures": [{"number": i, "name": s.name, "psnr": s.psnr} for i, s in enumerate(everything)],
-        "versions": versions(),
+        "versions": versions() if discrete else versions("diffusers"),
     }
     return Evaluated(
-        name=tokenizer.artifact.name if tokenizer.artifact else "tokenizer",
+        name=autoencoder.name,
         metrics=metrics,
         counts=evaluation.counts.cpu(),
         shown=everything,
-        history=training_log(tokenizer.artifact),
+        history=training_log(autoencoder.artifact),
         lineage={"kind": "report", "name": "(this page)", "content": "", "inputs": draft.lineage},
-        commands=[*([command_of(tokenizer.artifact)] if tokenizer.artifact else []), command],
+        commands=[*([command_of(autoencoder.artifact)] if autoencoder.artifact else []), command],
     )
 
 
@@ -166,13 +173,13 @@ def write_files(draft: "Draft", evaluated: "Evaluated") -> None:
     import numpy as np
 
     from vqpipe.reports import page
-    from vqpipe.reports.evaluation import evaluation_page
+    from vqpipe.reports.evaluation import counts_to_array, evaluation_page
 
     with draft.write("metrics.json") as path:
         text = json.dumps(evaluated.metrics, indent=2, ensure_ascii=False, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
     with draft.write("counts.npy") as path:
-        np.save(path, evaluated.counts.numpy())
+        np.save(path, counts_to_array(evaluated.counts))
     for number, shown in enumerate(evaluated.shown):
         for side, png in (("original", shown.original), ("reconstruction", shown.reconstruction)):
             with draft.write(f"pictures/{number:02d}-{side}.png") as path:
@@ -211,17 +218,6 @@ def show(name: str, original: Any, reconstruction: Any, psnr: float) -> "Shown":
     return Shown(name, to_png(original), to_png(reconstruction), psnr if psnr < float("inf") else None)
 
 
-def describe(tokenizer: "Tokenizer") -> dict[str, Any]:
-    """What the tokenizer is, for the report."""
-    return {
-        "quantizer": tokenizer.config.quantizer.kind,
-        "codebook_size": tokenizer.codebook_size,
-        "num_groups": tokenizer.num_groups,
-        "downsample_factor": tokenizer.downsample_factor,
-        "num_parameters": sum(parameter.numel() for parameter in tokenizer.autoencoder.parameters()),
-    }
-
-
 def training_log(artifact: "Artifact | None") -> list[dict[str, Any]]:
     """The rows that `train` logged, where the tokenizer carries them."""
     from vqpipe.training.history import read_history
@@ -229,6 +225,7 @@ def training_log(artifact: "Artifact | None") -> list[dict[str, Any]]:
     return read_history(artifact.file("metrics.jsonl")) if artifact and artifact.names("metrics.jsonl") else []
 
 
-def versions() -> dict[str, str]:
+def versions(*others: str) -> dict[str, str]:
     """Of what numbers depend on."""
-    return {name: metadata.version(name) for name in ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")}
+    packages = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow", *others)
+    return {name: metadata.version(name) for name in packages}

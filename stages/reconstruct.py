@@ -15,6 +15,7 @@ from stages.console import Device, Out, Seed, TokenizerPath
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vqpipe.continuous import ContinuousAutoencoder
     from vqpipe.tokenizer import Tokenizer
 
 TILE = 512
@@ -36,16 +37,16 @@ def reconstruct(
     """Reconstruct images of any size and put each beside its original, as PNG files."""
     with console.session(device, seed) as where:
         from vqpipe import artifacts, distributed
+        from vqpipe.continuous import open_autoencoder
         from vqpipe.files import hash_file
         from vqpipe.reports.pictures import side_by_side, to_png
-        from vqpipe.tokenizer import Tokenizer
 
-        opened = Tokenizer.from_pretrained(tokenizer, where)
+        opened = open_autoencoder(tokenizer, where)
+        opened.check_groups(groups)
         names = png_names(files)
         config = {"files": names, "groups": groups, "tile": TILE, "overlap": OVERLAP}
         inputs = {name: hash_file(check_file(file)) for name, file in zip(names, files, strict=True)}
-        model = opened.source
-        draft = artifacts.start(out, "images", config, {"tokenizer": model, **inputs})
+        draft = artifacts.start(out, "images", config, {"tokenizer": opened.source, **inputs})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:
@@ -64,7 +65,11 @@ def reconstruct(
 
 
 def any_size(
-    tokenizer: "Tokenizer", image: "Tensor", groups: int | None = None, tile: int = TILE, overlap: int = OVERLAP
+    autoencoder: "Tokenizer | ContinuousAutoencoder",
+    image: "Tensor",
+    groups: int | None = None,
+    tile: int = TILE,
+    overlap: int = OVERLAP,
 ) -> "Tensor":
     """uint8[3, H, W] -> its reconstruction, uint8[3, H, W], on the CPU.
 
@@ -75,7 +80,7 @@ def any_size(
     import torch
 
     height, width = image.shape[1:]
-    factor = tokenizer.downsample_factor
+    factor = autoencoder.downsample_factor
     tile = max(tile // factor, 1) * factor
     overlap = min(overlap, tile - 1)
     padded = pad_to_multiple(image, factor)
@@ -84,8 +89,8 @@ def any_size(
     for top, bottom in spans(padded.shape[1], tile, overlap):
         for left, right in spans(padded.shape[2], tile, overlap):
             piece = padded[None, :, top:bottom, left:right]
-            ids = tokenizer.encode(piece)
-            again = tokenizer.decode(ids, (bottom - top, right - left), groups=groups)[0].cpu()
+            code = autoencoder.encode(piece)
+            again = autoencoder.decode(code, (bottom - top, right - left), groups=groups)[0].cpu()
             share = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap))
             total[:, top:bottom, left:right] += again * share
             weight[top:bottom, left:right] += share

@@ -61,6 +61,7 @@ def train(
         from vqpipe.errors import ConfigError
         from vqpipe.files import hash_file
         from vqpipe.losses.perceptual import backbone_file
+        from vqpipe.tokenizer import read_config
 
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
@@ -76,6 +77,7 @@ def train(
             file = backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
             inputs["lpips"] = hash_file(file)
         if source is not None:
+            read_config(source / "config.json")  # first: it says what a folder is that is no tokenizer of ours
             inputs["from"] = artifacts.open_artifact(source, "tokenizer")
         sections = {name: to_table(getattr(recipe, name)) for name in SECTIONS}
         for section, keys in FREE_KEYS.items():

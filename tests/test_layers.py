@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("stages",),
     ("training", "codebooks", "generation", "reports"),
+    ("continuous",),
     ("tokenizer",),
     ("models",),
     ("quantizers", "losses", "metrics", "data"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
-from vqpipe.errors import ArtifactError, DataError, WeightsError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import hash_file, write_json
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
@@ -30,14 +30,15 @@ RANGE_SLACK = 1e-3
 class Tokenizer:
     """A trained autoencoder with its pixel conversions. It never changes: evaluation mode, no gradient.
 
-    `artifact` is what it was opened from, if a stage published it; `source`, what a stage that reads it names as its
-    input: the artifact, or else the sha256 of the weights.
+    `name` is its directory's; `artifact`, what it was opened from, if a stage published it; `source`, what a stage that
+    reads it names as its input: the artifact, or else the sha256 of the weights.
     """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.image_size = image_size
+        self.name = "tokenizer"
         self.artifact: artifacts.Artifact | None = None
         self.source: artifacts.Artifact | str = ""
 
@@ -47,6 +48,7 @@ class Tokenizer:
 
         Raises:
             ArtifactError, WeightsError: it is absent, damaged, or its weights do not fit its config.
+            ConfigError: it is an autoencoder with continuous latents, which has no tokens.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -57,6 +59,7 @@ class Tokenizer:
             autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
         load_weights(autoencoder, load_tensors(folder / "model.safetensors"), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
+        tokenizer.name = Path(path).name or tokenizer.name
         tokenizer.artifact = artifact
         tokenizer.source = artifact or hash_file(folder / "model.safetensors")
         return tokenizer
@@ -107,13 +110,16 @@ class Tokenizer:
         Raises:
             DataError: a side is not a multiple of the downsample factor.
         """
-        factor = self.downsample_factor
-        if height % factor or width % factor or min(height, width) < factor:
-            raise DataError(
-                f"an image of {height} x {width} pixels does not divide into cells of {factor}",
-                f"Use sides that are multiples of {factor}",
-            )
-        return self.autoencoder.quantizer.layout(height // factor, width // factor)
+        return self.autoencoder.quantizer.layout(*latent_size(height, width, self.downsample_factor))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise a DataError unless images of `height` x `width` pixels can be encoded."""
+        self.layout(height, width)
+
+    def check_groups(self, groups: int | None) -> None:
+        """Raise a DataError unless the first `groups` groups can be decoded alone; None stands for all."""
+        if groups is not None and not 1 <= groups <= self.num_groups:
+            raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Ask for 1 up to that many")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -123,10 +129,7 @@ class Tokenizer:
             DataError: another shape, dtype or range; sides that are not multiples of the downsample factor.
             NumericError: NaN or infinity among the pixels.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
-        self.layout(*images.shape[-2:])
-        return self.autoencoder.encode(self.as_float(images)).ids
+        return self.autoencoder.encode(network_input(images, self.downsample_factor, self.device)).ids
 
     @torch.no_grad()
     def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
@@ -135,23 +138,26 @@ class Tokenizer:
         Raises:
             DataError: ids that do not fit the size or the codebook; more groups than there are.
         """
+        self.check_groups(groups)
         layout = self.layout(*image_size)
         ids = ids.to(self.device, torch.int64)
         if groups is not None:
             ids = keep_groups(ids, layout, groups)
         return to_uint8(self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout)))
 
-    def as_float(self, images: Tensor) -> Tensor:
-        """uint8 in [0, 255] or float in [-1, 1] -> float32 in [-1, 1] on the device; another range is a DataError."""
-        images = images.to(self.device)
-        if images.dtype == torch.uint8:
-            return to_float(images)
-        if not images.is_floating_point():
-            raise DataError(f"images of dtype {images.dtype}", "Give uint8 in [0, 255] or float in [-1, 1]")
-        if images.numel() and images.abs().amax() > 1 + RANGE_SLACK:
-            low, high = images.aminmax()
-            raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Give float in [-1, 1], or uint8 in [0, 255]")
-        return images.float()
+    def describe(self, image_size: int) -> dict[str, Any]:
+        """What it is, for a report on images of that side."""
+        return {
+            "quantizer": self.config.quantizer.kind,
+            "codebook_size": self.codebook_size,
+            "num_groups": self.num_groups,
+            "downsample_factor": self.downsample_factor,
+            "latent_shape": [
+                self.autoencoder.quantizer.latent_dim,
+                *latent_size(image_size, image_size, self.downsample_factor),
+            ],
+            "num_parameters": sum(parameter.numel() for parameter in self.autoencoder.parameters()),
+        }
 
     def to_table(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -160,12 +166,38 @@ class Tokenizer:
 
 def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
     """int64[B, N] with the ids of all but the first `groups` groups set to -1, which decodes as the zero vector."""
-    if not 1 <= groups <= layout.num_groups:
-        raise DataError(f"groups = {groups}, the tokenizer has {layout.num_groups}", "Ask for 1 up to that many")
     grids = [grid.clone() for grid in layout.split(ids)]
     for grid in grids:
         grid[..., groups:] = -1
     return layout.join(grids)
+
+
+def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, int]:
+    """(h, w) of the latent of an image of `height` x `width` pixels; a DataError where they do not divide."""
+    factor = downsample_factor
+    if height % factor or width % factor or min(height, width) < factor:
+        raise DataError(
+            f"an image of {height} x {width} pixels does not divide into cells of {factor}",
+            f"Use sides that are multiples of {factor}",
+        )
+    return height // factor, width // factor
+
+
+def network_input(images: Tensor, downsample_factor: int, device: torch.device) -> Tensor:
+    """uint8[B, 3, H, W] in [0, 255] or float in [-1, 1] -> float32 in [-1, 1] on the device; else a DataError."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
+    height, width = images.shape[-2:]
+    latent_size(height, width, downsample_factor)
+    images = images.to(device)
+    if images.dtype == torch.uint8:
+        return to_float(images)
+    if not images.is_floating_point():
+        raise DataError(f"images of dtype {images.dtype}", "Give uint8 in [0, 255] or float in [-1, 1]")
+    if images.numel() and images.abs().amax() > 1 + RANGE_SLACK:
+        low, high = images.aminmax()
+        raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Give float in [-1, 1], or uint8 in [0, 255]")
+    return images.float()
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:
@@ -193,7 +225,21 @@ def read_config(path: Path) -> dict[str, Any]:
             return table
     except (OSError, ValueError, KeyError, TypeError):
         pass
+    if (name := diffusers_class(path.parent)) is not None:
+        raise ConfigError(
+            f"{path.parent} holds a continuous autoencoder (diffusers' {name}), which has no tokens",
+            "Name a tokenizer; vqpipe eval and vqpipe reconstruct take this folder as well",
+        )
     raise ArtifactError(f"{path} is absent or is not a tokenizer's config", "Name the directory of a tokenizer")
+
+
+def diffusers_class(folder: Path) -> str | None:
+    """Which of diffusers' networks `folder` holds, in diffusers' layout; None where it holds none."""
+    try:
+        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(table["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def fetch(repository: str) -> Path:
@@ -217,10 +263,10 @@ def absent(folder: Path) -> Path:
 def model_card(tokenizer: Tokenizer, **facts: Any) -> str:
     """README.md of a tokenizer: what it is, and the three lines that use it."""
     quantizer = tokenizer.autoencoder.quantizer
-    code_dim = quantizer.latent_dim // quantizer.num_groups
+    groups = f"{tokenizer.num_groups} x " if tokenizer.num_groups > 1 else ""
     rows = {
-        "quantizer": f"{quantizer.config.kind}, {quantizer.codebook_size:,} codes of {code_dim} channels"
-        + (f", {tokenizer.num_groups} groups" if tokenizer.num_groups > 1 else ""),
+        "quantizer": f"{quantizer.config.kind}, {groups}{quantizer.codebook_size:,} codes",
+        "latent channels": quantizer.latent_dim,
         "downsample factor": tokenizer.downsample_factor,
         "trained at": f"{tokenizer.image_size} px" if tokenizer.image_size else "unknown size",
         **facts,

@@ -4,12 +4,14 @@ Nothing here downloads. An absent file is a WeightsError that says its name, who
 """
 
 import pickle
+import re
 import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,23 +36,33 @@ def find_weights(name: str, folder: Path | None, what: str, option: str = "--wei
     raise WeightsError(f"{what}: {where}", f"Fetch {name}, put it into a folder and name that folder with {option}")
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path, *, harmless: Mapping[str, type] | None = None, mmap: bool = False) -> dict[str, Any]:
     """Read a `.safetensors` file or a PyTorch pickle of tensors (`weights_only`, so no code of the file runs).
+
+    Args:
+        path: the file.
+        harmless: full name of a class that the pickle may mention -> the class of ours that is made in its place.
+        mmap: leave the tensors of a pickle on disk until they are read; changes to them stay in memory.
 
     Raises:
         WeightsError: the file is absent, cut short, or holds anything but tensors in plain containers.
     """
+    stand_ins: list[Any] = [(stand_in, name) for name, stand_in in (harmless or {}).items()]
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on an unusual protocol of the pickle, which is no matter or an error
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist", "Check the path") from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise WeightsError(
-            f"{path} holds more than tensors, and nothing in it was run", "Ask for a safetensors file"
+            f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and nothing in it was run",
+            "Ask for a safetensors file, or, where you trust it, save its tensors alone",
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError) as error:
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Fetch it again") from None
 

@@ -1,5 +1,6 @@
 """The whole of metrics.json: the contract's keys, and a reason for every number that is absent."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ CONTRACT_NUMBERS = {
     *("lpips_alex", "lpips_vgg", "rfid", "utilization", "utilization_per_group", "perplexity_per_group"),
     "bits_per_pixel",
 }
-CONFIG = EvalConfig(image_size=16, fid_min_images=4)
+CONFIG = EvalConfig(image_size=16, fid_min_images=4, prefixes=False)
 
 
 class Pooled(nn.Module):
@@ -66,6 +67,36 @@ def test_identity_leaves_psnr_out_with_its_reason() -> None:
     assert metrics["ssim"] == 1.0
     assert metrics["num_identical"] == 3
     assert "infinite" in metrics["not_computed"]["psnr"]
+
+
+def test_the_k_curve_ends_at_the_main_numbers_and_starts_at_those_of_the_first_group_alone() -> None:
+    originals, reconstructions, ids = batch(6)
+    first = (originals.int() // 2 + reconstructions.int() // 2).to(torch.uint8)
+    both = evaluation(Pooled(), replace(CONFIG, prefixes=True))
+    both.update(originals[:2], reconstructions[:2], ids[:2], {1: first[:2]})
+    both.update(originals[2:], reconstructions[2:], ids[2:], {1: first[2:]})
+    alone = evaluation(Pooled())
+    alone.update(originals, first, ids)
+    metrics, single = both.result(), alone.result()
+    start, end = metrics["prefixes"]
+    assert (start.pop("groups"), end.pop("groups")) == (1, 2)
+    assert start.pop("bits_per_pixel") == metrics["bits_per_pixel"] / 2
+    assert {"psnr", "ssim", "psnr_of_mean_mse", "rfid"} <= end.keys()
+    assert end == {key: metrics[key] for key in end}
+    assert start == {key: single[key] for key in start}
+    assert "prefixes" not in single
+
+
+def test_continuous_latents_have_reasons_instead_of_codes_and_bits() -> None:
+    originals, reconstructions, _ = batch(3)
+    networks = FeatureNetworks({}, None, {}, {})
+    measured = Evaluation(EvalConfig(image_size=16), networks, None, num_groups=0, device=torch.device("cpu"))
+    measured.update(originals, reconstructions, None)
+    metrics = measured.result()
+    missing = {"utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel"}
+    assert metrics["not_computed"] == dict.fromkeys(missing, "continuous latents: no ids")
+    assert CONTRACT_NUMBERS - set(metrics) == missing | {"lpips_alex", "lpips_vgg"}
+    assert measured.counts.shape == (0, 0)
 
 
 def test_reports_compare_when_they_saw_the_same_pixels_in_whatever_batches() -> None:

@@ -239,7 +239,7 @@ def test_averages_are_taken_where_their_authors_evaluate_them(write: Write) -> N
 def test_an_average_that_is_missing_is_told(write: Write) -> None:
     weights = Case("open-magvit2").averaged()
     del weights["model_ema.decoderconv_outbias"]
-    with pytest.raises(WeightsError, match=r"lacks 1 of the weights .* model_ema\.decoderconv_outbias"):
+    with pytest.raises(WeightsError, match=r"lacks model_ema\.decoderconv_outbias"):
         read_released(write({"state_dict": weights}))
 
 
@@ -287,19 +287,17 @@ def test_weights_that_share_memory_in_the_file_are_parted(write: Write) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_is_needed_and_none_else_is_passed_over(write: Write, name: str) -> None:
     case = Case(name)
-    needless = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "discriminator.")
+    needless = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask")
     needed = [key for key in case.weights if not any(part in key for part in needless)]
-    for key in (needed[0], needed[len(needed) // 2], needed[-1], "quant_conv.bias", "decoder.conv_out.weight"):
-        if key in case.weights:
-            rest = {other: value for other, value in case.weights.items() if other != key}
-            with pytest.raises(WeightsError) as caught:
-                read_released(write({"model": rest}))
-            assert key in str(caught.value) or "known family" in str(caught.value) or "--codebook" in str(caught.value)
-            wrong = {**case.weights, key: torch.zeros(*case.weights[key].shape, 2)}
-            with pytest.raises(WeightsError, match=re.escape(key)):
-                read_released(write({"model": wrong}))
+    for key in (needed[0], needed[len(needed) // 2], needed[-1]):
+        rest = {other: value for other, value in case.weights.items() if other != key}
+        with pytest.raises(WeightsError, match=re.escape(key)):
+            read_released(write({"model": rest}))
+        wrong = {**case.weights, key: torch.zeros(*case.weights[key].shape, 2)}
+        with pytest.raises(WeightsError, match=re.escape(key)):
+            read_released(write({"model": wrong}))
     extra = {f"surprise.{number}": torch.zeros(1) for number in range(5)}
-    with pytest.raises(WeightsError, match=r"holds 5 weights .* surprise\.0, surprise\.1, surprise\.2 and 2 more"):
+    with pytest.raises(WeightsError, match=r"no place for: surprise\.0, surprise\.1, surprise\.2, \.\.\. \(5 in all\)"):
         read_released(write({"model": {**case.weights, **extra}}))
 
 
@@ -399,7 +397,7 @@ def test_a_torn_file_is_told(write: Write, tmp_path: Path) -> None:
 def test_callbacks_by_whose_classes_lightning_keyed_its_states_are_inert(write: Write) -> None:
     package = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": package, "__qualname__": "ModelCheckpoint"})
-    case, instance = Case("taming"), callback()
+    case, instance, allowed = Case("taming"), callback(), torch.serialization.get_safe_globals()
     instance.best = torch.tensor(0.5)
     with pytest.MonkeyPatch.context() as patch:
         for name in accumulate(package.split("."), "{}.{}".format):
@@ -409,7 +407,7 @@ def test_callbacks_by_whose_classes_lightning_keyed_its_states_are_inert(write: 
         path = write({"state_dict": case.weights, "callbacks": state})
     assert package not in sys.modules
     assert_same(read_released(path).autoencoder.state_dict(), case.state)
-    assert torch.serialization.get_safe_globals() == []
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
 
 
 def test_the_families_are_those_that_were_published() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from vqpipe.config import from_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
 from vqpipe.tokenizer import Tokenizer
 
-TINY = {
+TINY: dict[str, Any] = {
     "kind": "vqgan",
     "base_channels": 32,
     "channel_multipliers": [1, 1],
@@ -27,11 +28,17 @@ TINY = {
 
 @pytest.fixture
 def tiny_tokenizer(tmp_path: Path) -> Callable[..., Path]:
-    """`make(name, seed, history=rows)` -> an untrained tokenizer artifact: f = 2, 64 codes, 32 px."""
+    """`make(name, seed, history=rows, quantizer=table)` -> an untrained tokenizer artifact: f = 2, 64 codes, 32 px."""
 
-    def make(name: str, seed: int = 0, history: list[dict[str, float]] | None = None) -> Path:
+    def make(
+        name: str,
+        seed: int = 0,
+        history: list[dict[str, float]] | None = None,
+        quantizer: dict[str, Any] | None = None,
+    ) -> Path:
         torch.manual_seed(seed)
-        autoencoder = build_autoencoder(from_table(AutoencoderConfig, TINY, "model"))
+        table = TINY | {"quantizer": quantizer or TINY["quantizer"]}
+        autoencoder = build_autoencoder(from_table(AutoencoderConfig, table, "model"))
         draft = artifacts.start(tmp_path / name, "tokenizer", {"seed": seed}, {"images": "0" * 64})
         assert isinstance(draft, artifacts.Draft)
         with draft:
@@ -45,6 +52,18 @@ def tiny_tokenizer(tmp_path: Path) -> Callable[..., Path]:
             return draft.publish({"quantizer": "vq"}).path
 
     return make
+
+
+@pytest.fixture
+def tiny_vae(tmp_path: Path) -> Path:
+    """An untrained AutoencoderKL in diffusers' layout: f = 2, 4 latent channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    network = AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, **blocks)
+    network.save_pretrained(tmp_path / "tiny-vae")
+    return tmp_path / "tiny-vae"
 
 
 @pytest.fixture

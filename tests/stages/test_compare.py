@@ -40,15 +40,42 @@ def test_one_page_shows_both_with_the_same_pictures_and_marks_the_better(
     numbers = json.loads((tmp_path / "compared" / "metrics.json").read_text(encoding="utf-8"))["compared"]
     assert list(numbers) == ["first", "second"]
     for metrics in numbers.values():
-        assert f"{metrics['psnr']:.2f} dB" in said.err
+        assert f"{metrics['psnr']:.2f}" in said.err
     html = (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
     best = max(metrics["psnr"] for metrics in numbers.values())
-    assert f'<td class="best">{best:.2f} dB</td>' in html
+    assert f'<td class="best">{best:.2f}</td>' in html
     assert html.count('data-label="first"') == html.count('data-label="second"') == 10
     assert "first ends at 0.3333, second ends at 0.3333" in html
 
     compare(reports, out=tmp_path / "compared")
     assert "already published" in capsys.readouterr().err
+
+
+def test_groups_and_continuous_latents_stand_beside_the_others(
+    make_report: Callable[..., Path],
+    tiny_tokenizer: Callable[..., Path],
+    tiny_vae: Path,
+    picture_folder: Path,
+    tmp_path: Path,
+) -> None:
+    group = {"kind": "vq", "codebook_size": 64, "code_dim": 4}
+    grouped = tiny_tokenizer("grouped", quantizer={"kind": "multi_group", "num_groups": 2, "group": group})
+    huge = tiny_tokenizer("huge", quantizer={"kind": "lfq", "code_dim": 36})
+    reports = [make_report("plain", 0)]
+    for path in (grouped, huge, tiny_vae):
+        reports.append(tmp_path / f"report-{path.name}")
+        evaluate(images=[str(picture_folder)], tokenizer=path, out=reports[-1], image_size=32, device="cpu")
+    compare(reports, out=tmp_path / "compared")
+    html = (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
+    numbers = json.loads((tmp_path / "compared" / "metrics.json").read_text(encoding="utf-8"))["compared"]
+    bits = {name: metrics.get("bits_per_pixel") for name, metrics in numbers.items()}
+    assert bits == {"plain": 1.5, "grouped": 3.0, "huge": 9.0, "tiny-vae": None}
+    row = html.partition('<th scope="row">tiny-vae</th>')[2].partition("</tr>")[0]
+    assert row.count("<td>–</td>") == 4
+    assert "<td>2 x 64</td>" in html
+    assert "<td>68,719,476,736</td>" in html
+    assert f"tiny-vae {numbers['tiny-vae']['psnr']:.2f} dB with continuous latents" in html
+    assert "tiny-vae: utilization, utilization_per_group, perplexity_per_group, bits_per_pixel" in html
 
 
 @pytest.mark.parametrize(("option", "key"), [({"limit": 4}, "num_images"), ({"image_size": 16}, "image_size")])

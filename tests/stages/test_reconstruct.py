@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from stages.reconstruct import any_size, png_names, ramp, reconstruct, spans
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import DataError
 from vqpipe.tokenizer import Tokenizer
+
+MULTI_GROUP = {"kind": "multi_group", "num_groups": 3, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
+RESIDUAL = {"kind": "residual", "depth": 3, "codebook_size": 64, "code_dim": 4}
 
 
 class Identity:
@@ -80,6 +84,33 @@ def test_files_of_any_size_are_published_beside_their_reconstruction(
     assert np.array_equal(second[:, 36:], again)
     error = np.mean((pixels[1].astype(float) - again) ** 2)
     assert published.facts["psnr"]["photo-2.png"] == pytest.approx(10 * np.log10(255**2 / error))
+
+
+@pytest.mark.parametrize("quantizer", [MULTI_GROUP, RESIDUAL], ids=["multi_group", "residual"])
+def test_the_first_groups_alone_give_a_coarser_picture(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path, quantizer: dict[str, Any]
+) -> None:
+    path, file = tiny_tokenizer("tokenizer", quantizer=quantizer), tmp_path / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    tokenizer, square = Tokenizer.from_pretrained(path), torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    for groups in (1, 2, 3):
+        reconstruct([file], tokenizer=path, out=tmp_path / f"first-{groups}", groups=groups, device="cpu")
+        shown = np.asarray(Image.open(tmp_path / f"first-{groups}" / "photo.png"))[:, 36:]
+        again = tokenizer.decode(tokenizer.encode(square), (32, 32), groups=groups)
+        assert np.array_equal(shown, again[0].permute(1, 2, 0).numpy())
+    with pytest.raises(DataError, match="groups = 4, the tokenizer has 3"):
+        reconstruct([file], tokenizer=path, out=tmp_path / "out", groups=4, device="cpu")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_continuous_autoencoder_reconstructs_too_but_has_no_groups(tiny_vae: Path, tmp_path: Path) -> None:
+    file = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)).save(file)
+    reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "out", device="cpu")
+    assert np.asarray(Image.open(tmp_path / "out" / "photo.png")).shape == (33, 50 + 4 + 50, 3)
+    with pytest.raises(DataError, match="tiny-vae has continuous latents"):
+        reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "other", groups=1, device="cpu")
 
 
 def test_what_is_no_picture_or_no_file_is_named(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:

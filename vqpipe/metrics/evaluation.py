@@ -19,10 +19,12 @@ from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.fid import INCEPTION_FILE, FrechetStatistics, InceptionFeatures, frechet_distance
-from vqpipe.metrics.usage import CodeUsage, bits_per_pixel, usage_of
+from vqpipe.metrics.usage import CodeUsage, bits_per_pixel, no_counts, usage_of
 from vqpipe.weights import LPIPS_BACKBONES, find_weights, load_lpips
 
 LPIPS_NETS: tuple[Literal["alex", "vgg"], ...] = ("alex", "vgg")
+CODE_NUMBERS = ("utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel")
+"""What only a tokenizer has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class EvalConfig:
     """Fewer images than this leave rfid out: below the 2,048 feature dimensions the covariance has no full rank."""
     num_pictures: int = 12
     """How many images the report shows, spread evenly over the set."""
+    prefixes: bool = True
+    """Decode also with the first k groups alone, k = 1..G, where a tokenizer has G > 1 groups or depths: one encoding
+    and G decodings an image (the k-curve of MGVQ, Table 6)."""
 
     def __post_init__(self) -> None:
         if min(self.image_size, self.batch_size) < 1 or self.num_pictures < 0 or self.fid_min_images < 2:
@@ -95,68 +100,138 @@ def find_networks(folder: Path | None, device: torch.device | str = "cpu") -> Fe
     return FeatureNetworks(perceptual, inception, sha256, absent)
 
 
+class Fidelity:
+    """How near reconstructions come to their originals: distortion, and the features that rFID compares."""
+
+    def __init__(self, networks: FeatureNetworks, device: torch.device) -> None:
+        self.inception = networks.inception
+        self.distortion = Distortion(networks.perceptual)
+        self.features = FrechetStatistics(device=device) if networks.inception is not None else None
+
+    def update(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
+        """Take in uint8[B, 3, H, W] twice; returns each image's PSNR, float64[B]."""
+        if self.inception is not None and self.features is not None:
+            self.features.update(self.inception(reconstructions))
+        return self.distortion.update(originals, reconstructions)
+
+    def result(self, originals: FrechetStatistics | None, protocol: str) -> dict[str, Any]:
+        """Means over all ranks, and `rfid` where the originals' statistics over all ranks are given."""
+        means: dict[str, Any] = self.distortion.merged().result()
+        if originals is None or self.features is None:
+            return means
+        return means | {"rfid": {protocol: frechet_distance(originals, self.features.merged())}}
+
+
 class Evaluation:
-    """Everything measured of one tokenizer on one set of images; memory does not grow with the set.
+    """Everything measured of one autoencoder on one set of images; memory does not grow with the set.
 
     Call `update` batch by batch on each rank's share, then `result` once on every rank.
+
+    Args:
+        codebook_size: K, or None for continuous latents: then nothing is said of codes and bits.
+        num_groups: G. Beyond one, and with `config.prefixes`, the first k groups are measured too.
     """
 
     def __init__(
-        self, config: EvalConfig, networks: FeatureNetworks, codebook_size: int, num_groups: int, device: torch.device
+        self,
+        config: EvalConfig,
+        networks: FeatureNetworks,
+        codebook_size: int | None,
+        num_groups: int,
+        device: torch.device,
     ) -> None:
         self.config = config
         self.networks = networks
-        self.distortion = Distortion(networks.perceptual)
-        self.usage = CodeUsage(codebook_size, num_groups, device)
+        self.usage = CodeUsage(codebook_size, num_groups, device) if codebook_size is not None else None
         self.num_tokens = 0
-        self.original_features = FrechetStatistics(device=device)
-        self.reconstruction_features = FrechetStatistics(device=device)
+        self.original_features = FrechetStatistics(device=device) if networks.inception is not None else None
+        self.whole = Fidelity(networks, device)
+        self.prefixes = {groups: Fidelity(networks, device) for groups in range(1, num_groups) if config.prefixes}
+        """By k < G, of the reconstructions from the first k groups."""
         self.reference = 0
-        self.counts = self.usage.counts
+        self.counts = no_counts(0, 0)
+        """int64[G, K] over all ranks, once `result` was called; [0, 0] for continuous latents."""
 
-    def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor) -> Tensor:
-        """Take in uint8[B, 3, H, W] twice and their int64[B, N]; returns each image's PSNR, float64[B]."""
-        psnr = self.distortion.update(originals, reconstructions)
-        self.usage.update(ids)
-        self.num_tokens = ids.shape[1]
-        if self.networks.inception is not None:
+    def update(
+        self,
+        originals: Tensor,
+        reconstructions: Tensor,
+        ids: Tensor | None,
+        prefixes: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Take in uint8[B, 3, H, W] twice and their int64[B, N], if any; returns each image's PSNR, float64[B].
+
+        `prefixes` holds for every k of `self.prefixes` the reconstructions from the first k groups.
+        """
+        psnr = self.whole.update(originals, reconstructions)
+        for groups, fidelity in self.prefixes.items():
+            fidelity.update(originals, (prefixes or {})[groups])
+        if self.usage is not None and ids is not None:
+            self.usage.update(ids)
+            self.num_tokens = ids.shape[1]
+        if self.networks.inception is not None and self.original_features is not None:
             self.original_features.update(self.networks.inception(originals))
-            self.reconstruction_features.update(self.networks.inception(reconstructions))
         self.reference = (self.reference + sum(map(pixel_digest, originals.cpu()))) % 2**256
         return psnr
 
     def result(self) -> dict[str, Any]:
         """The content of `metrics.json`: numbers over all ranks, and in `not_computed` why others are absent."""
-        config = self.config
-        distortion = self.distortion.merged()
-        self.counts = self.usage.merged()
-        parts = gather_objects((self.num_tokens, self.reference))
-        num_tokens, reference = max(part[0] for part in parts), sum(part[1] for part in parts) % 2**256
+        config, distortion = self.config, self.whole.distortion
+        shares = gather_objects((distortion.num_images, distortion.num_identical, self.reference, self.num_tokens))
+        num_images, num_identical, reference = (sum(share[i] for share in shares) for i in range(3))
+        self.num_tokens = max(share[3] for share in shares)  # a rank may have had no image
         not_computed = dict(self.networks.absent)
-        means = distortion.result()
+        originals = self._reference_features(num_images, not_computed)
+        fidelity = self.whole.result(originals, config.protocol)
         for name in ("psnr", "psnr_of_mean_mse", "psnr_y"):
-            if name not in means:
+            if name not in fidelity:
                 not_computed[name] = "every reconstruction equals its original, so the PSNR is infinite"
-        rfid = self._rfid(distortion.num_images, not_computed)
         return {
             "protocol": config.protocol,
-            "num_images": distortion.num_images,
+            "num_images": num_images,
             "image_size": config.image_size,
-            "reference": f"{reference:064x}",
-            "num_identical": distortion.num_identical,
-            **means,
-            "rfid": {} if rfid is None else {config.protocol: rfid},
-            **usage_of(self.counts),
-            "num_tokens_per_image": num_tokens,
-            "bits_per_pixel": bits_per_pixel(
-                num_tokens, self.usage.codebook_size, config.image_size, config.image_size
-            ),
+            "reference": f"{reference % 2**256:064x}",
+            "num_identical": num_identical,
+            "rfid": {},
+            **fidelity,
+            **self._code_numbers(self.usage, not_computed),
+            **self._k_curve(self.usage, fidelity, originals),
             "not_computed": not_computed,
             "weights": self.networks.sha256,
         }
 
-    def _rfid(self, num_images: int, not_computed: dict[str, str]) -> float | None:
-        if self.networks.inception is None:
+    def _code_numbers(self, usage: CodeUsage | None, not_computed: dict[str, str]) -> dict[str, Any]:
+        if usage is None:
+            not_computed |= dict.fromkeys(CODE_NUMBERS, "continuous latents: no ids")
+            return {}
+        self.counts = usage.merged()
+        return {
+            **usage_of(self.counts),
+            "num_tokens_per_image": self.num_tokens,
+            "bits_per_pixel": self._bits_per_pixel(usage, usage.num_groups),
+        }
+
+    def _k_curve(
+        self, usage: CodeUsage | None, fidelity: dict[str, Any], originals: FrechetStatistics | None
+    ) -> dict[str, Any]:
+        """`prefixes`: the same numbers from the first k groups, k = 1..G, the last row being the main numbers."""
+        if usage is None or not self.prefixes:
+            return {}
+        curve = {groups: prefix.result(originals, self.config.protocol) for groups, prefix in self.prefixes.items()}
+        curve[usage.num_groups] = fidelity
+        rows = [
+            {"groups": groups, "bits_per_pixel": self._bits_per_pixel(usage, groups), **numbers}
+            for groups, numbers in curve.items()
+        ]
+        return {"prefixes": rows}
+
+    def _bits_per_pixel(self, usage: CodeUsage, groups: int) -> float:
+        size = self.config.image_size
+        return bits_per_pixel(self.num_tokens * groups // usage.num_groups, usage.codebook_size, size, size)
+
+    def _reference_features(self, num_images: int, not_computed: dict[str, str]) -> FrechetStatistics | None:
+        """The originals' statistics over all ranks, or None, with the reason, where rFID cannot be computed."""
+        if self.original_features is None:
             return None
         if num_images < self.config.fid_min_images:
             not_computed["rfid"] = (
@@ -164,7 +239,7 @@ class Evaluation:
                 "features needs. Use more images, or set eval.fid_min_images."
             )
             return None
-        return frechet_distance(self.original_features.merged(), self.reconstruction_features.merged())
+        return self.original_features.merged()
 
 
 def pixel_digest(image: Tensor) -> int:

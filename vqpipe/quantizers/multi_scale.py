@@ -71,10 +71,10 @@ class MultiScaleQuantizer(VectorQuantizer):
     The first scales alone decode to a coarser image: a scale whose ids are all negative adds nothing.
     """
 
-    config_class = MultiScaleConfig  # type: ignore[assignment]  # a codebook's config, which is all that `vq` reads
+    config_class = MultiScaleConfig
 
     def __init__(self, config: MultiScaleConfig) -> None:
-        super().__init__(config)  # type: ignore[arg-type]  # the same
+        super().__init__(config)
         self.scales, self.phi_ratio = config.scales, config.phi_ratio
         convs = [nn.Conv2d(config.code_dim, config.code_dim, 3) for _ in range(config.num_phis)]
         # One tensor for all phi: a small latent has too few scales to use them all, yet each weight gets a gradient.

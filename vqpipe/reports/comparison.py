@@ -1,20 +1,21 @@
 """Several tokenizers on the same images, side by side: one table, and one page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqpipe.errors import ArtifactError
 from vqpipe.metrics.evaluation import comparable
-from vqpipe.reports import page, pictures, plots
+from vqpipe.reports import page, pictures, plots, rates
 from vqpipe.reports.evaluation import (
     MAP_CAPTION,
     MEASURES,
     NUM_HEADLINES,
     Evaluated,
     Measure,
+    bits_first,
     codes,
     decibels,
-    map_of,
+    maps_of,
     value_of,
     written,
 )
@@ -39,43 +40,71 @@ def refuse_unlike(evaluations: Sequence[Evaluated], places: Sequence[str]) -> No
 def comparison_page(evaluations: Sequence[Evaluated], title: str, footer: str = "") -> page.ReportPage:
     """The page of several tokenizers on the same images: one table, maps, pictures and curves side by side."""
     first = evaluations[0].metrics
-    named = {evaluated.name: evaluated for evaluated in evaluations}
     headline, others = measured(evaluations, MEASURES[:NUM_HEADLINES]), measured(evaluations, MEASURES[NUM_HEADLINES:])
     caption = f"Protocol {first['protocol']}, the same images for all. The best of each column is set off."
+    if not all(evaluated.is_discrete for evaluated in evaluations):
+        caption += " Continuous latents have neither codes nor bits."
     conventions = ". ".join(f"{measure.label}: {measure.convention}" for measure in others) + "."
     sections: list[page.Section] = [
         comparison_table(f"{first['num_images']:,} images at {first['image_size']} px", evaluations, headline, caption),
-        page.Maps("Which codes are in use", [map_of(evaluated) for evaluated in evaluations], MAP_CAPTION),
+        *quality_against_bits(evaluations),
     ]
+    if maps := maps_of(evaluations):
+        sections.append(page.Maps("Which codes are in use", maps, MAP_CAPTION))
     if together := side_by_side(evaluations):
         sections.append(page.Pictures("The same images, reconstructed by each", together))
-    used = {name: evaluated.metrics["utilization"] for name, evaluated in named.items()}
-    drawn = [
-        plots.bars("Codes in use", used, "Share chosen at least once over all images.", share=True),
-        plots.code_frequency({name: evaluated.counts for name, evaluated in named.items()}),
-        *plots.training_curves({name: evaluated.history for name, evaluated in named.items() if evaluated.history}),
-    ]
-    sections.append(page.Plots("Codes and training", drawn))
+    if drawn := codes_and_training(evaluations):
+        sections.append(page.Plots("Codes and training", drawn))
     sections.append(comparison_table("Other conventions", evaluations, others, conventions))
     if missing := reasons(evaluations):
         sections.append(page.Reasons("Left out, and why", missing))
     sections.append(page.Lineage("Made from", [evaluated.lineage for evaluated in evaluations]))
     commands = list(dict.fromkeys(command for evaluated in evaluations for command in evaluated.commands))
     sections.append(page.Commands("Make it again", commands))
-    return page.ReportPage(title, f"{len(evaluations)} tokenizers, measured alike", sections, footer)
+    return page.ReportPage(title, f"Measured alike, on the same {first['num_images']:,} images", sections, footer)
+
+
+def quality_against_bits(evaluations: Sequence[Evaluated]) -> list[page.Section]:
+    """PSNR over bits per pixel, and the k-curves of those with groups."""
+    points = {
+        evaluated.name: (evaluated.metrics.get("bits_per_pixel"), evaluated.metrics["psnr"])
+        for evaluated in evaluations
+        if "psnr" in evaluated.metrics
+    }
+    prefixes = {e.name: e.metrics["prefixes"] for e in evaluations if "prefixes" in e.metrics}
+    sections: list[page.Section] = []
+    if any(bits is not None for bits, _ in points.values()):
+        sections.append(page.Plots("Quality against bits", [rates.rate_distortion(points)]))
+    if curves := rates.k_curves(prefixes):
+        sections.append(page.Plots("From the first groups only", curves))
+    return sections
+
+
+def codes_and_training(evaluations: Sequence[Evaluated]) -> list[plots.Plot]:
+    """How much of its codebook each uses, and what its training logged."""
+    discrete = [evaluated for evaluated in evaluations if evaluated.is_discrete]
+    used = {evaluated.name: evaluated.metrics["utilization"] for evaluated in discrete}
+    drawn = [
+        plots.bars("Codes in use", used, "Share chosen at least once over all images.", share=True),
+        plots.code_frequency({evaluated.name: evaluated.counts for evaluated in discrete}),
+    ]
+    logged = {evaluated.name: evaluated.history for evaluated in evaluations if evaluated.history}
+    return [*(drawn if discrete else []), *plots.training_curves(logged)]
 
 
 def comparison_table(
     title: str, evaluations: Sequence[Evaluated], measures: Sequence[Measure], caption: str
 ) -> page.Table:
     """A row per tokenizer, a column per measure."""
-    header = ["tokenizer", "codebook", *(measure.label for measure in measures)]
-    rows = [[page.Cell(text, best) for text, best in row] for row in comparison_rows(evaluations, measures)]
-    return page.Table(title, header, rows, caption)
+    header, rows = comparison_rows(evaluations, measures)
+    cells = [[page.Cell(text, best) for text, best in row] for row in rows]
+    return page.Table(title, header, cells, caption)
 
 
-def comparison_rows(evaluations: Sequence[Evaluated], measures: Sequence[Measure]) -> list[list[tuple[str, bool]]]:
-    """(text, whether it is its column's best) of every cell: the tokenizer, its codebook, and each measure."""
+def comparison_rows(
+    evaluations: Sequence[Evaluated], measures: Sequence[Measure]
+) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """A header, and (text, whether it is its column's best) of every cell: tokenizer, codes, and each measure."""
     best = {}
     for measure in measures:
         present = [value for e in evaluations if (value := value_of(e.metrics, measure.key)) is not None]
@@ -85,16 +114,22 @@ def comparison_rows(evaluations: Sequence[Evaluated], measures: Sequence[Measure
     for evaluated in evaluations:
         values = [value_of(evaluated.metrics, measure.key) for measure in measures]
         cells = [
-            (written(measure, value), value is not None and value == best.get(measure.key))
+            (written(measure, value, unit=False), value is not None and value == best.get(measure.key))
             for measure, value in zip(measures, values, strict=True)
         ]
-        rows.append([(evaluated.name, False), (codes(evaluated.metrics["tokenizer"]), False), *cells])
-    return rows
+        rows.append([(evaluated.name, False), (code_cell(evaluated.metrics["tokenizer"]), False), *cells])
+    units = [f"{measure.label}, {measure.unit}" if measure.unit else measure.label for measure in measures]
+    return ["tokenizer", "codes", *units], rows
+
+
+def code_cell(tokenizer: Mapping[str, Any]) -> str:
+    """ "4 x 8,192", K codes in each of G groups; a dash with continuous latents."""
+    return codes(tokenizer).removesuffix(" codes") if tokenizer["codebook_size"] is not None else "–"
 
 
 def measured(evaluations: Sequence[Evaluated], measures: Sequence[Measure] = MEASURES) -> list[Measure]:
-    """The measures that at least one evaluation has."""
-    return [m for m in measures if any(value_of(evaluated.metrics, m.key) is not None for evaluated in evaluations)]
+    """The measures that at least one evaluation has, what they cost in front."""
+    return bits_first(m for m in measures if any(value_of(each.metrics, m.key) is not None for each in evaluations))
 
 
 def side_by_side(evaluations: Sequence[Evaluated]) -> list[page.Picture]:
@@ -118,13 +153,13 @@ def reasons(evaluations: Sequence[Evaluated]) -> dict[str, str]:
     """Why numbers are absent: once where it is the same for all, else under each one's name."""
     missing = [evaluated.metrics["not_computed"] for evaluated in evaluations]
     shared = {key: reason for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
-    own = {
-        f"{evaluated.name}: {key}": reason
-        for evaluated, each in zip(evaluations, missing, strict=True)
-        for key, reason in each.items()
-        if key not in shared
-    }
-    return shared | own
+    told = dict(shared)
+    for evaluated, each in zip(evaluations, missing, strict=True):
+        own = {key: reason for key, reason in each.items() if key not in shared}
+        for reason in dict.fromkeys(own.values()):
+            keys = ", ".join(key for key, its in own.items() if its == reason)
+            told[f"{evaluated.name}: {keys}"] = reason
+    return told
 
 
 def short(value: Any) -> str:

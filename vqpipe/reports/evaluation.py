@@ -1,8 +1,11 @@
-"""What an evaluation found: the measures as people read them, a report read back, and the page of one tokenizer."""
+"""What an evaluation found: the measures as people read them, a report read back, and the page of one tokenizer.
+
+Letters: G groups, K codes a group.
+"""
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +15,8 @@ from torch import Tensor
 
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
-from vqpipe.reports import page, pictures, plots
+from vqpipe.metrics.usage import MOST_COUNTERS, as_rows, from_rows, times_chosen
+from vqpipe.reports import page, pictures, plots, rates
 
 Row = Mapping[str, Any]
 
@@ -44,6 +48,8 @@ MEASURES = (
 )
 NUM_HEADLINES = 8
 """The first measures are the page's headline, the others conventions to compare papers by."""
+MOST_MAPPED = 2**22
+"""Codes, over all groups, up to which the page draws each as a cell."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,17 @@ class Evaluated:
     name: str
     metrics: Mapping[str, Any]
     counts: Tensor
-    """int64[G, K]."""
+    """int64[G, K], sparse for very large codebooks; [0, 0] for continuous latents."""
     shown: Sequence[Shown] = ()
     history: Sequence[Row] = ()
     """The log of the tokenizer's training, where there is one."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether there are ids; not with continuous latents."""
+        return self.counts.shape[0] > 0
 
 
 def open_evaluation(report: Artifact) -> Evaluated:
@@ -93,7 +104,7 @@ def open_evaluation(report: Artifact) -> Evaluated:
     return Evaluated(
         name=report.lineage["inputs"].get("tokenizer", {}).get("name") or report.name,
         metrics=metrics,
-        counts=torch.from_numpy(np.load(report.file("counts.npy"), allow_pickle=False)),
+        counts=counts_from_array(np.load(report.file("counts.npy"), allow_pickle=False), metrics["tokenizer"]),
         shown=shown,
         history=[json.loads(line) for line in log.splitlines()],
         lineage=report.lineage,
@@ -101,14 +112,34 @@ def open_evaluation(report: Artifact) -> Evaluated:
     )
 
 
+def counts_to_array(counts: Tensor) -> np.ndarray:
+    """The content of `counts.npy`: int64[G, K].
+
+    Sparse counts become int64[n, 3]: group, id and how often, of the n codes in use.
+    """
+    return (as_rows(counts) if counts.is_sparse else counts).numpy()
+
+
+def counts_from_array(array: np.ndarray, tokenizer: Mapping[str, Any]) -> Tensor:
+    """Undoes `counts_to_array`; `tokenizer` is that of `metrics.json`."""
+    counts = torch.from_numpy(array)
+    num_groups, codebook_size = tokenizer["num_groups"] or 0, tokenizer["codebook_size"] or 0
+    return from_rows(counts, num_groups, codebook_size) if num_groups * codebook_size > MOST_COUNTERS else counts
+
+
 def value_of(metrics: Mapping[str, Any], key: str) -> float | None:
     """A measure's number, or None where it was not computed."""
     if key == "rfid":
         return metrics["rfid"].get(metrics["protocol"])
     if key == "perplexity":
-        groups = metrics["perplexity_per_group"]
-        return sum(groups) / len(groups)
+        groups = metrics.get("perplexity_per_group")
+        return sum(groups) / len(groups) if groups else None
     return metrics.get(key)
+
+
+def bits_first(measures: Iterable[Measure]) -> list[Measure]:
+    """The measures, what they cost in front."""
+    return sorted(measures, key=lambda measure: measure.key != "bits_per_pixel")
 
 
 def written(measure: Measure, value: float | None, unit: bool = True) -> str:
@@ -124,16 +155,20 @@ def evaluation_page(evaluated: Evaluated, title: str, footer: str = "") -> page.
     metrics = evaluated.metrics
     present = [measure for measure in MEASURES if value_of(metrics, measure.key) is not None]
     headline = [
-        page.Number(m.label, written(m, value_of(metrics, m.key), unit=False), m.unit, headline_note(m, metrics))
+        page.Number(m.label, written(m, value_of(metrics, m.key), unit=False), m.unit, headline_note(m, evaluated))
         for m in MEASURES[:NUM_HEADLINES]
         if m in present
     ]
     table = [[m.label, written(m, value_of(metrics, m.key)), m.convention] for m in present]
-    frequency = plots.code_frequency(evaluated.counts)
     sections: list[page.Section] = [
-        page.Numbers(f"{metrics['num_images']:,} images at {metrics['image_size']} px", headline),
-        page.Maps("Which codes are in use", [map_of(evaluated)], MAP_CAPTION, [frequency]),
+        page.Numbers(f"{metrics['num_images']:,} images at {metrics['image_size']} px", headline)
     ]
+    if evaluated.is_discrete:
+        maps, frequency = maps_of([evaluated]), plots.code_frequency(evaluated.counts)
+        sections.append(page.Maps("Which codes are in use", maps, MAP_CAPTION if maps else "", [frequency]))
+    if prefixes := metrics.get("prefixes"):
+        sections.append(prefix_table(prefixes, metrics))
+        sections.append(page.Plots("Quality against bits", rates.k_curves({evaluated.name: prefixes})))
     if evaluated.shown:
         triples = [triple(shown) for shown in evaluated.shown]
         sections.append(page.Pictures("Originals and reconstructions", triples, ERROR_CAPTION))
@@ -148,22 +183,37 @@ def evaluation_page(evaluated: Evaluated, title: str, footer: str = "") -> page.
     return page.ReportPage(title, subtitle(metrics), sections, footer)
 
 
+def prefix_table(prefixes: Sequence[Row], metrics: Mapping[str, Any]) -> page.Table:
+    """The k-curve in numbers: a row for each k."""
+    rows = [{"protocol": metrics["protocol"], "rfid": {}, **row} for row in prefixes]
+    shown = bits_first([measure for measure in MEASURES if measure.key in prefixes[-1]])
+    cells = [[str(row["groups"]), *(written(m, value_of(row, m.key)) for m in shown)] for row in rows]
+    caption = (
+        f"Each image was encoded once, then decoded from the first k of its {len(rows)} groups alone, the codes of the "
+        "others being zero, as in MGVQ's Table 6."
+    )
+    return page.Table("From the first groups only", ["groups", *(m.label for m in shown)], cells, caption)
+
+
 def command_of(artifact: Artifact) -> str:
     """The command that published `artifact`."""
     return shlex.join(["vqpipe", *artifact.manifest.provenance["command"][1:]])
 
 
-def headline_note(measure: Measure, metrics: Mapping[str, Any]) -> str:
+def headline_note(measure: Measure, evaluated: Evaluated) -> str:
     """The small line under a headline number: of how many, by which convention."""
-    size = metrics["tokenizer"]["codebook_size"]
-    groups = metrics["tokenizer"]["num_groups"]
-    notes = {
-        "utilization": f"of {codes(metrics['tokenizer'])}, over all images",
-        "perplexity": f"of at most {size:,}" + (", mean over groups" if groups > 1 else ""),
-        "bits_per_pixel": f"{metrics['num_tokens_per_image']:,} tokens an image",
-        "rfid": f"protocol {metrics['protocol']}, against the same crops",
-    }
-    return notes.get(measure.key, measure.convention)
+    metrics, tokenizer = evaluated.metrics, evaluated.metrics["tokenizer"]
+    match measure.key:
+        case "utilization":
+            return f"{num_used(evaluated.counts):,} of {codes(tokenizer)}, over all images"
+        case "perplexity":
+            several = tokenizer["num_groups"] > 1
+            return f"of at most {tokenizer['codebook_size']:,}" + (", mean over groups" if several else "")
+        case "bits_per_pixel":
+            return f"{metrics['num_tokens_per_image']:,} tokens an image"
+        case "rfid":
+            return f"protocol {metrics['protocol']}, against the same crops"
+    return measure.convention
 
 
 MAP_CAPTION = (
@@ -176,11 +226,21 @@ ERROR_CAPTION = (
 )
 
 
+def maps_of(evaluations: Sequence[Evaluated]) -> list[page.Map]:
+    """The codebook of each tokenizer, a cell a code; of those whose codebook is small enough to be drawn."""
+    return [map_of(e) for e in evaluations if e.is_discrete and e.counts.numel() <= MOST_MAPPED]
+
+
 def map_of(evaluated: Evaluated) -> page.Map:
-    used, total = int((evaluated.counts > 0).sum()), evaluated.counts.numel()
+    used, total = num_used(evaluated.counts), evaluated.counts.numel()
     headline = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
     alt = f"Codebook of {evaluated.name}, a cell a code: {headline}"
     return page.Map(evaluated.name, pictures.data_uri(pictures.codebook_map(evaluated.counts)), headline, alt)
+
+
+def num_used(counts: Tensor) -> int:
+    """How many codes of all groups were chosen at least once."""
+    return sum(map(len, times_chosen(counts)))
 
 
 def triple(shown: Shown) -> page.Picture:
@@ -195,14 +255,16 @@ def triple(shown: Shown) -> page.Picture:
 
 def subtitle(metrics: Mapping[str, Any]) -> str:
     tokenizer = metrics["tokenizer"]
-    return (
-        f"{tokenizer['quantizer']} quantizer, {codes(tokenizer)}, downsample factor {tokenizer['downsample_factor']}. "
-        f"Protocol {metrics['protocol']}."
-    )
+    what = f"{tokenizer['quantizer']} quantizer, {codes(tokenizer)}"
+    if tokenizer["codebook_size"] is None:
+        what = f"Continuous latents of {' x '.join(map(str, tokenizer['latent_shape']))}"
+    return f"{what}, downsample factor {tokenizer['downsample_factor']}. Protocol {metrics['protocol']}."
 
 
 def codes(tokenizer: Mapping[str, Any]) -> str:
-    """ "4,096 codes", or "4 x 1,024 codes" with groups."""
+    """ "4,096 codes", or "4 x 1,024 codes" with groups; "no codes" with continuous latents."""
+    if tokenizer["codebook_size"] is None:
+        return "no codes"
     groups = f"{tokenizer['num_groups']} x " if tokenizer["num_groups"] > 1 else ""
     return f"{groups}{tokenizer['codebook_size']:,} codes"
 

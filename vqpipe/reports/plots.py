@@ -6,22 +6,27 @@ Drawn on matplotlib Figures without pyplot: no display, no global state, the sam
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
+from vqpipe.metrics.usage import times_chosen
+
 INK = "#0a0b0c"
 """Stands for the page's text colour while drawing; replaced by `currentColor` in the SVG."""
 COLOURS = ("#e0772f", "#2f8fd6", "#2ca58d", "#c14f8d", "#8a7bd8", "#b59a1d", "#d1495b", "#6b8e23")
 """Mid-bright on purpose: each keeps a contrast of about 3 or more on white and on near-black."""
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+"""Of lines, one after the other where the colours begin again."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vqpipe",
@@ -42,6 +47,8 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.5,
 }
 MOST_POINTS = 600
+MOST_UPRIGHTS = 4
+"""Codebook sizes up to which each is marked by an upright."""
 
 LOSS_TERMS = (
     *("total", "l1", "l2", "charbonnier", "lpips", "codebook", "commitment", "entropy"),
@@ -70,36 +77,38 @@ def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
     One int64[G, K]: a line per group. Several by name: a line per name, its groups together.
     """
     if isinstance(counts, Mapping):
-        lines = {name: each.flatten() for name, each in counts.items()}
+        lines = {name: (torch.cat(times_chosen(each)), each.numel()) for name, each in counts.items()}
     else:
-        lines = {f"group {number}": row for number, row in enumerate(counts, start=1)}
+        groups = enumerate(times_chosen(counts), start=1)
+        lines = {f"group {number}": (times, counts.shape[1]) for number, times in groups}
     with matplotlib.rc_context(STYLE):
-        figure, axes = one_axes()
-        for number, (name, row) in enumerate(lines.items()):
-            chosen = np.sort(row[row > 0].cpu().numpy())[::-1]
+        figure, axes = one_axes(lines)
+        uprights = len({size for _, size in lines.values()}) <= MOST_UPRIGHTS
+        for number, (name, (times, size)) in enumerate(lines.items()):
+            chosen = np.sort(times.cpu().numpy())[::-1]
             ranks = thinned(len(chosen))
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(ranks + 1, chosen[ranks], color=colour, label=plain(name))
-            axes.plot(ranks[-1:] + 1, chosen[-1:], "o", color=colour, markersize=4)
-            axes.axvline(len(row), color=INK, linewidth=0.7)
-        first = next(iter(lines.values()))
-        even = first.sum().item() / len(first)
+            axes.plot(ranks + 1, chosen[ranks], **line_style(number), label=plain(name))
+            axes.plot(ranks[-1:] + 1, chosen[-1:], "o", color=colour(number), markersize=4)
+            if uprights:
+                axes.axvline(size, color=INK, linewidth=0.7)
+        first, size = next(iter(lines.values()))
+        even = first.sum().item() / size
         if even > 0 and len(lines) == 1:
             axes.axhline(even, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
-        largest = max(len(row) for row in lines.values())
-        most = max(1, *(int(row.max()) for row in lines.values()), 1)
+        largest = max(size if uprights else len(times) for times, size in lines.values())
+        most = max(1, *(int(times.max()) for times, _ in lines.values() if len(times)), 1)
         axes.set(xscale="log", yscale="log", xlim=(0.9, 1.2 * largest), ylim=(0.8, 1.5 * most))
         axes.set(xlabel="code, most chosen first", ylabel="times")
         plain_logarithmic(axes.xaxis)
         plain_logarithmic(axes.yaxis)
         axes.grid(alpha=0.25, linewidth=0.4, color=INK)
-        if len(lines) > 1:
-            legend_above(axes, lines)
+        legend_above(axes, lines)
         svg = to_svg(figure, f"frequency-{'-'.join(lines)}")
-    shares = [f"{name} uses {(row > 0).double().mean():.1%} of {len(row):,} codes" for name, row in lines.items()]
+    shares = [f"{name} uses {len(times) / size:.1%} of {size:,} codes" for name, (times, size) in lines.items()]
     alt = ", ".join(shares) if len(lines) > 1 else shares[0].removeprefix("group 1 ")
-    dashed = " Dashed: if all were chosen alike." if len(lines) == 1 else ""
-    caption = f"A line ends at the last code in use; upright, the size of the codebook.{dashed}"
+    caption = "A line ends at the last code in use."
+    caption += " Upright: the size of the codebook." if uprights else ""
+    caption += " Dashed: if all were chosen alike." if len(lines) == 1 else ""
     return Plot("How often each code is chosen", svg, alt, caption)
 
 
@@ -132,10 +141,9 @@ def curves(title: str, lines: Mapping[str, Line], scale: str, caption: str = "")
     if not lines:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = one_axes()
+        figure, axes = one_axes(lines)
         for number, (name, (x, y)) in enumerate(lines.items()):
-            colour, marker = COLOURS[number % len(COLOURS)], "o" if len(x) == 1 else ""
-            axes.plot(x, y, color=colour, label=plain(name), marker=marker)
+            axes.plot(x, y, **line_style(number), label=plain(name), marker="o" if len(x) == 1 else "")
         if scale == "log" and all((y > 0).all() for _, y in lines.values()):
             axes.set_yscale("log")
             plain_logarithmic(axes.yaxis)
@@ -146,8 +154,7 @@ def curves(title: str, lines: Mapping[str, Line], scale: str, caption: str = "")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("images seen")
         axes.grid(alpha=0.25, linewidth=0.4, color=INK)
-        if len(lines) > 1:
-            legend_above(axes, lines)
+        legend_above(axes, lines)
         svg = to_svg(figure, f"{title}-{'-'.join(lines)}")
     last = (f"{y[-1]:.1%}" if scale == "share" else f"{y[-1]:.4g}" for _, y in lines.values())
     ends = ", ".join(f"{name or title} ends at {value}" for name, value in zip(lines, last, strict=True))
@@ -160,7 +167,7 @@ def bars(title: str, values: Mapping[str, float], caption: str = "", share: bool
         figure = Figure(figsize=(4.2, 0.5 + 0.56 * len(values)), layout="constrained")
         axes = figure.subplots()
         places = np.arange(len(values))[::-1]
-        axes.barh(places, list(values.values()), height=0.42, color=[COLOURS[i % 8] for i in range(len(values))])
+        axes.barh(places, list(values.values()), height=0.42, color=list(map(colour, range(len(values)))))
         top = 1.0 if share else max(*values.values(), 1e-9)
         for place, (name, value) in zip(places, values.items(), strict=True):
             axes.text(0, place + 0.28, plain(name), va="bottom")
@@ -205,16 +212,34 @@ def plain_logarithmic(axis: Axis) -> None:
     axis.set_minor_formatter(PlainNumbers(labelOnlyBase=False, minor_thresholds=(1.2, 0.4)))
 
 
-def legend_above(axes: Axes, names: Iterable[str]) -> None:
-    """Names over the plot, where no line runs: three abreast, or one a row where they are long."""
-    abreast = 3 if max(map(len, names)) <= 12 else 1
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=abreast, borderaxespad=0.2, handlelength=1.2)
+def colour(number: int) -> str:
+    """Of the `number`-th thing in a drawing."""
+    return COLOURS[number % len(COLOURS)]
 
 
-def one_axes() -> tuple[Figure, Axes]:
-    """A figure small enough that its letters stay legible on a phone."""
-    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and dashes of the `number`-th line, which tell more lines apart than there are colours."""
+    return {"color": colour(number), "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+
+
+def one_axes(names: Collection[str] = ()) -> tuple[Figure, Axes]:
+    """A figure small enough that its letters stay legible on a phone, with room for `names` in `legend_above`."""
+    rows = -(-len(names) // abreast(names)) if len(names) > 1 else 0
+    figure = Figure(figsize=(4.2, 2.8 + 0.2 * rows), layout="constrained")
     return figure, figure.subplots()
+
+
+def legend_above(axes: Axes, names: Collection[str]) -> None:
+    """Names over the plot, where no line runs; one alone needs none."""
+    if len(names) > 1:
+        columns = abreast(names)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.2)
+
+
+def abreast(names: Collection[str]) -> int:
+    """How many names a row of the legend holds."""
+    longest = max(map(len, names))
+    return 3 if longest <= 12 else 2 if longest <= 20 else 1
 
 
 def to_svg(figure: Figure, salt: str) -> str:

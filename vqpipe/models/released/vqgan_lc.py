@@ -1,0 +1,95 @@
+"""VQGAN-LC (Zhu et al. 2024) and the baselines trained by its code: VQGAN, VQGAN-FC, VQGAN-EMA."""
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vqpipe.errors import WeightsError
+from vqpipe.models.released.family import Family
+from vqpipe.models.released.sizes import vqgan_config
+from vqpipe.models.vqgan import VqganConfig
+from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
+
+CLIP_WIDTH = 768
+"""Channels of a CLIP ViT-L/14 feature. Codes this wide are frozen features, and meet latents on the unit sphere."""
+OUR_PROJECTOR = "quantizer.projector."
+OUR_NAMES = {
+    "quantizer.entries": "tok_embeddings.weight",
+    "quantizer.counts": "cluster_size",
+    "quantizer.sums": "embed_avg",
+}
+
+
+class VqganLc(Family):
+    """f8 and f16; which quantizer, the tensors tell.
+
+    A codebook that was tuned looks like a frozen one, and is imported as frozen. Codes of 768 channels without a
+    projector are taken for features (Table 9, "w/o projector"): a plain VQGAN of that width would look the same.
+    """
+
+    name = "vqgan-lc"
+    dropped = ("perceptual_loss.",)
+
+    @classmethod
+    def recognises(cls, names: Collection[str]) -> bool:
+        own = ("tok_embeddings.", "codebook_projection.", "discriminator.", "perceptual_loss.")
+        networks = any(name.startswith("encoder.mid.") for name in names)
+        another = any(name.startswith("quantize.") for name in names)
+        return networks and not another and any(name.startswith(own) for name in names)
+
+    def lacks_codebook(self) -> bool:
+        return "tok_embeddings.weight" not in self.weights
+
+    def config(self) -> VqganConfig:
+        return vqgan_config(self.weights, self.quantizer())
+
+    def quantizer(self) -> QuantizerConfig:
+        """The quantizer, from which of its tensors are there."""
+        weights = self.weights
+        size, width = self.codebook_shape()
+        code_dim = weights.shape("quant_conv.weight", 4)[0]
+        if "cluster_size" in weights or "embed_avg" in weights:
+            return EmaConfig(codebook_size=size, code_dim=code_dim, released_start=True)
+        if not weights.under("codebook_projection.") and code_dim != CLIP_WIDTH:
+            return VqConfig(codebook_size=size, code_dim=code_dim)
+        if self.projector() == "none":
+            self.notes.append(f"its codes of {code_dim} channels are taken for frozen features without a projector")
+        return LcConfig(
+            codebook_size=size,
+            code_dim=code_dim,
+            feature_dim=width,
+            projector=self.projector(),
+            normalize_latent=code_dim == CLIP_WIDTH,
+        )
+
+    def codebook_shape(self) -> torch.Size:
+        """[K, F] of the stored codes."""
+        if self.codebook is not None:
+            return self.codebook.shape
+        if self.lacks_codebook():
+            raise WeightsError(
+                f"{self.weights.source} lacks tok_embeddings.weight", "Give its codebook with --codebook"
+            )
+        return self.weights.shape("tok_embeddings.weight", 2)
+
+    def projector(self) -> Literal["linear", "mlp", "none"]:
+        if not self.weights.under("codebook_projection."):
+            return "none"
+        return "mlp" if self.weights.under("codebook_projection.0.") else "linear"
+
+    def released(self, name: str) -> str:
+        if name.startswith(OUR_PROJECTOR):
+            layer = name.removeprefix(OUR_PROJECTOR)
+            return "codebook_projection." + (layer if self.projector() == "mlp" else layer.removeprefix("0."))
+        return OUR_NAMES.get(name, name)
+
+    def value(self, name: str) -> Tensor | None:
+        if name == "quantizer.shift":  # of the matched start, which no released weights had
+            return torch.zeros(self.codebook_shape()[1])
+        if name == "quantizer.scale":
+            return torch.ones(())
+        if name == "quantizer.entries" and self.codebook is not None:
+            return self.codebook
+        return super().value(name)
