@@ -43,7 +43,12 @@ Images = Annotated[
         metavar="WHERE",
     ),
 ]
-TokenizerPath = Annotated[Path, typer.Option("--tokenizer", help="A tokenizer artifact.", metavar="DIR")]
+TokenizerPath = Annotated[
+    Path,
+    typer.Option(
+        "--tokenizer", help="A tokenizer; eval and reconstruct also take an SD-VAE or SDXL-VAE.", metavar="DIR"
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images at a time.", metavar="IMAGES", min=1)]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N.", metavar="N", min=1)]
 ImageSize = Annotated[
