@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.errors import ConfigError, DataError
+from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.search import nearest
 
 
@@ -239,6 +239,15 @@ def check_ids(ids: Tensor, codebook_size: int) -> None:
         raise DataError(
             f"id {int(ids.max())} is outside a codebook of {codebook_size} codes",
             "These tokens come from another tokenizer",
+        )
+
+
+def check_finite(latent: Tensor) -> None:
+    """Raise a NumericError where the latent holds NaN or infinity, which signs and rounding would hide."""
+    if not bool(latent.isfinite().all()):
+        raise NumericError(
+            "the latent holds NaN or infinity",
+            "Look at what made it: a diverged training run, or float16 overflow",
         )
 
 

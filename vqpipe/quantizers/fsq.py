@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import Quantized, Quantizer, QuantizerConfig, TokenLayout, check_ids, straight_through
-from vqpipe.quantizers.lfq import check_finite
+from vqpipe.quantizers.base import (
+    Quantized,
+    Quantizer,
+    QuantizerConfig,
+    TokenLayout,
+    check_finite,
+    check_ids,
+    straight_through,
+)
 
 EPSILON = 1e-3
 """Share by which the outermost levels are drawn in, as in the paper's code, so that rounding never leaves them."""

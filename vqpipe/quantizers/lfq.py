@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqpipe.errors import ConfigError, NumericError
+from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerConfig,
     TokenLayout,
+    check_finite,
     check_ids,
     straight_through,
     to_rows,
@@ -141,12 +142,3 @@ def joint_probabilities(logits: Tensor) -> Tensor:
 def shannon_entropy(probabilities: Tensor) -> Tensor:
     """-sum p log(p + EPSILON) over all elements, a scalar in nats."""
     return -(probabilities * (probabilities + EPSILON).log()).sum()
-
-
-def check_finite(latent: Tensor) -> None:
-    """Raise a NumericError where the latent holds NaN or infinity, which signs and rounding would hide."""
-    if not bool(latent.isfinite().all()):
-        raise NumericError(
-            "the latent holds NaN or infinity",
-            "Look at what made it: a diverged training run, or float16 overflow",
-        )
