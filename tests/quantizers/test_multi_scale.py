@@ -18,7 +18,8 @@ def make(scales: tuple[int, ...] = (1, 2, 3, 5), **settings: object) -> MultiSca
     quantizer = build_quantizer(MultiScaleConfig(codebook_size=K, code_dim=C, scales=scales, **settings))
     assert isinstance(quantizer, MultiScaleQuantizer)
     quantizer.match_codebook()
-    torch.nn.init.normal_(quantizer.phi_biases)
+    for weights in (quantizer.phi_weights, quantizer.phi_biases):
+        torch.nn.init.normal_(weights, std=0.2)
     return quantizer
 
 
@@ -141,6 +142,16 @@ def test_each_loss_trains_its_own_side() -> None:
     assert quantizer.phi_weights.grad is None
     quantizer(latent).codes.square().sum().backward()
     assert all(weight.grad is None for weight in weights)
+
+
+@torch.no_grad()
+def test_the_matched_start_makes_phi_the_identity() -> None:
+    quantizer = make(scales=(1,))
+    quantizer.match_codebook()
+    latent = latent_of()
+    quantized = quantizer(latent)
+    chosen = quantizer.codebook()[quantized.ids].transpose(1, 2).view_as(latent)
+    torch.testing.assert_close(quantized.codes, chosen)
 
 
 def test_one_scale_without_phi_is_plain_vq() -> None:

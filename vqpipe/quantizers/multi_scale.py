@@ -113,6 +113,14 @@ class MultiScaleQuantizer(VectorQuantizer):
                 total = total + self.upsampled(grid.squeeze(-1), scale, layout)
         return total
 
+    @torch.no_grad()
+    def match_codebook(self) -> None:
+        """Match the codes, and make each phi the identity: what leaves the rest is then the code that was nearest."""
+        super().match_codebook()
+        for weight in self.phi_weights:
+            nn.init.dirac_(weight)
+        self.phi_biases.zero_()
+
     def upsampled(self, ids: Tensor, scale: int, layout: TokenLayout) -> Tensor:
         """Ids of one scale int64[B, h_s, w_s] -> its share of the sum, float32[B, C, h, w]."""
         given = (ids >= 0).unsqueeze(1)
