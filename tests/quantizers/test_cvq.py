@@ -51,7 +51,7 @@ def test_a_code_in_use_stays_and_a_dead_one_moves() -> None:
     ids = torch.arange(24).remainder(5).view(3, 8)  # code 5 is never chosen
     quantizer.update(latent_of(0), ids)
     after = quantizer.entries.detach()
-    torch.testing.assert_close(after[:5], before[:5], rtol=0, atol=1e-4)
+    assert torch.equal(after[:5], before[:5])  # where few codes are dead, the others are not even compared
     assert (vectors_of(latent_of(0)) - after[5]).norm(dim=1).min() < 0.01
 
 

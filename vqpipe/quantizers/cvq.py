@@ -19,8 +19,8 @@ from vqpipe.search import nearest
 
 DISTANCES_AT_ONCE = 2**24
 """Distances of codes to latents held together: 64 MiB in float32, whatever the codebook and the batch."""
-SMALLEST_PULL = 1e-3
-"""A block of codes none of which would move by this share of the way is left alone."""
+SMALLEST_PULL = 1e-6
+"""Codes that would move by less than this share of the way are left alone, where most would: drawing costs time."""
 LEAST_PROBABILITY = 1e-10
 """With which "probrandom" draws even the farthest latent, as MGVQ's released code does."""
 
@@ -88,8 +88,13 @@ class ClusteredQuantizer(VectorQuantizer):
         pulls = torch.exp(-scaled - 0.001).unsqueeze(1)
         rows_at_once = max(1, DISTANCES_AT_ONCE // len(vectors))
         for rows, pull in zip(self.entries.split(rows_at_once), pulls.split(rows_at_once), strict=True):
-            if pull.max() >= SMALLEST_PULL:
+            moved = (pull[:, 0] >= SMALLEST_PULL).nonzero().flatten()
+            if 2 * len(moved) > len(rows):  # most: draw for all at once, as the released code does
                 rows.lerp_(vectors[self.anchors(self.on_sphere(rows), vectors)], pull)
+            elif len(moved) > 0:
+                codes = rows[moved]
+                anchors = vectors[self.anchors(self.on_sphere(codes), vectors)]
+                rows[moved] = codes.lerp(anchors, pull[moved])
 
     def anchors(self, codes: Tensor, vectors: Tensor) -> Tensor:
         """Which of `vectors`, float32[N, C], each of `codes`, float32[R, C], would move to: int64[R]."""
