@@ -51,8 +51,21 @@ def test_a_code_in_use_stays_and_a_dead_one_moves() -> None:
     ids = torch.arange(24).remainder(5).view(3, 8)  # code 5 is never chosen
     quantizer.update(latent_of(0), ids)
     after = quantizer.entries.detach()
-    assert torch.equal(after[:5], before[:5])  # where few codes are dead, the others are not even compared
+    torch.testing.assert_close(after[:5], before[:5], rtol=0, atol=1e-4)
     assert (vectors_of(latent_of(0)) - after[5]).norm(dim=1).min() < 0.01
+
+
+def test_where_few_codes_are_dead_the_others_are_not_even_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = make(anchor="closest")
+    quantizer.frequencies.fill_(1 / 6)
+    quantizer.frequencies[2] = 0
+    before, ids = quantizer.entries.detach().clone(), torch.arange(24).remainder(2).view(3, 8)
+    asked: list[int] = []
+    anchors = quantizer.anchors
+    monkeypatch.setattr(quantizer, "anchors", lambda codes, v: asked.append(len(codes)) or anchors(codes, v))
+    quantizer.update(latent_of(0), ids)
+    assert asked == [1]
+    assert (quantizer.entries != before).any(dim=1).tolist() == [False, False, True, False, False, False]
 
 
 def test_probrandom_draws_with_the_softmax_of_minus_the_squared_distance() -> None:
