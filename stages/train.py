@@ -177,6 +177,8 @@ def build(
     import torch
 
     from vqpipe.codebooks.kmeans import load_codebook
+    from vqpipe.config import difference, to_table
+    from vqpipe.errors import ConfigError, WeightsError
     from vqpipe.models import PatchDiscriminator, build_autoencoder
     from vqpipe.tokenizer import Tokenizer, load_weights
     from vqpipe.weights import load_tensors
@@ -185,9 +187,21 @@ def build(
     discriminator = PatchDiscriminator(recipe.discriminator)
     if source is not None:
         tuned = Tokenizer.from_pretrained(source)
-        load_weights(model, tuned.autoencoder.state_dict(), source)
-        if (source / "discriminator.safetensors").is_file():
-            load_weights(discriminator, load_tensors(source / "discriminator.safetensors"), source)
+        try:
+            load_weights(model, tuned.autoencoder.state_dict(), source)
+        except WeightsError:
+            where = difference(to_table(tuned.config), to_table(recipe.model), "model")
+            hint = "Choose the preset of that tokenizer, or --set what differs"
+            raise ConfigError(f"{source} is another model than the preset's: {where}", hint) from None
+        file = source / "discriminator.safetensors"
+        if recipe.objective.adversarial > 0 and file.is_file():
+            try:
+                load_weights(discriminator, load_tensors(file), file)
+            except WeightsError as error:
+                raise ConfigError(
+                    f"{error.what}, which is the preset's",
+                    "Set discriminator.num_layers and discriminator.base_channels",
+                ) from None
     if codebook is not None:
         model.quantizer.load_codebook(load_codebook(codebook))
     if device.type == "cuda":

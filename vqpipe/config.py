@@ -8,6 +8,7 @@ the table's `kind` picks the subclass.
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -111,6 +112,21 @@ def class_of(cls: type, table: Mapping[str, Any], path: list[str], key: str) -> 
         return object
     hint = typing.get_type_hints(choose_kind(cls, table, ".".join(path[: path.index(key)]))).get(key)
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else object
+
+
+def difference(before: Any, after: Any, where: str = "") -> str:
+    """The first key at which two tables differ, with both values: `train.steps was 100, now 200`."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names = {*before, *after}
+        for key in sorted(names - {"schema"}, key=lambda name: (name != "kind", name)):
+            if before.get(key) != after.get(key):
+                return difference(before.get(key), after.get(key), dotted(where, key))
+    return f"{where} was {shortened(before)}, now {shortened(after)}"
+
+
+def shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:18] + "..." + text[-4:]
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:

@@ -226,6 +226,14 @@ def test_every_kind_of_quantizer_trains_tokenizes_and_evaluates(folder: Path, ki
     assert len(metrics["utilization_per_group"]) == tokenizer.num_groups
 
 
+def test_fine_tuning_another_model_names_what_differs(folder: Path) -> None:
+    words = ["train", "--images", "pictures", *TINY, "--set", "model.base_channels=16", "--from", "tokenizer"]
+    done = vqpipe(folder, *words, "--out", "wider")
+    assert done.returncode == 1
+    assert "error: tokenizer is another model than the preset's: model.base_channels was 8, now 16" in done.stderr
+    assert not list(folder.glob("wider*"))
+
+
 def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:
     words = [*command("tokenizer", "another"), "--seed", "5"]
     assert vqpipe(folder, *words).returncode == 0

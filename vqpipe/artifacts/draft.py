@@ -24,6 +24,7 @@ from vqpipe.artifacts.published import (
     open_artifact,
     partial_path,
 )
+from vqpipe.config import difference
 from vqpipe.errors import ArtifactError, VqpipeError
 from vqpipe.files import digest_json, flush_to_disk, hash_file, write_json
 from vqpipe.provenance import now, provenance
@@ -243,22 +244,6 @@ class Draft:
             ) from None
         flush_to_disk(self.out.parent)
         self.release()
-
-
-def difference(before: Any, after: Any, where: str = "") -> str:
-    """The first key at which two requests differ, with both values."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in [
-            key for key in ("kind", *sorted({*before, *after} - {"kind", "schema"})) if key in {*before, *after}
-        ]:
-            if before.get(key) != after.get(key):
-                return difference(before.get(key), after.get(key), f"{where}.{key}" if where else key)
-    return f"{where} was {shorten(before)}, now {shorten(after)}"
-
-
-def shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:18] + "..." + text[-4:]
 
 
 def lineage_of(value: Input | str) -> dict[str, Any]:
