@@ -34,7 +34,12 @@ try fsq --set $Q.kind=fsq --set $Q.levels='[8, 8, 8, 8]'
 try lfq --set $Q.kind=lfq --set $Q.code_dim=12 --set objective.commitment=0.25 --set objective.entropy=0.1
 try multi-scale --set $Q.kind=multi_scale --set $Q.code_dim=32 "${learned[@]}"
 try residual --set $Q.kind=residual --set $Q.codebook_size=1024 --set $Q.code_dim=32 "${learned[@]}"
-groups=(--set $Q.kind=multi_group --set $Q.masking=off --set $Q.group.codebook_size=1024 --set $Q.group.code_dim=8)
-try groups-cvq "${groups[@]}" --set $Q.group.kind=cvq --set $Q.group.normalize=true "${learned[@]}"
-try groups-lc "${groups[@]}" --set $Q.group.kind=lc --set $Q.group.feature_dim=64 --codebook "$OUT/codebook-1024"
+groups=(--set $Q.kind=multi_group --set $Q.group.codebook_size=1024 --set $Q.group.code_dim=8)
+for masking in off sample; do
+    suffix=$([ $masking = off ] || echo -masked)
+    try groups-cvq$suffix "${groups[@]}" --set $Q.group.kind=cvq --set $Q.group.normalize=true "${learned[@]}" \
+        --set $Q.masking=$masking
+    try groups-lc$suffix "${groups[@]}" --set $Q.group.kind=lc --set $Q.group.feature_dim=64 \
+        --codebook "$OUT/codebook-1024" --set $Q.masking=$masking
+done
 table bake-off
