@@ -60,8 +60,8 @@ class ResidualConfig(CodebookConfig):
 class ResidualQuantizer(Quantizer):
     """Quantizes the latent, then D - 1 times what is left of it.
 
-    "commitment" is the mean over depths of |latent - sg(sum of the codes so far)|^2, itself a mean over elements; eq. 8
-    adds the depths up, the released code averages them: we follow the code.
+    "commitment" is the mean over depths of |latent - sg(sum of the codes so far)|^2, itself a mean over elements. The
+    paper adds the depths up, the released code averages them: we follow the code.
 
     The codebook follows moving averages of the residuals, without gradient; dead codes restart. The released code moves
     a shared one D times within a forward pass, after each depth's search; here `update` moves it once a step, by the
