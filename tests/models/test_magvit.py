@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError
 from vqpipe.models import AutoencoderConfig, Magvit, MagvitConfig, build_autoencoder
-from vqpipe.models.magvit import AdaptiveGroupNorm, ResidualBlock, depth_to_space
+from vqpipe.models.magvit import AdaptiveGroupNorm, depth_to_space, residual_blocks
 from vqpipe.quantizers import LfqConfig, QuantizerConfig, ResidualConfig, VqConfig
 
 F16, F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
@@ -85,7 +85,7 @@ def test_adaptive_norm_against_the_written_formula() -> None:
 
 def test_residual_block_against_the_written_formula() -> None:
     torch.manual_seed(0)
-    block, x = ResidualBlock(8, 16), torch.randn(2, 8, 5, 7)
+    block, x = residual_blocks([8, 16])[0], torch.randn(2, 8, 5, 7)
 
     def activated(y: Tensor, norm: nn.Module) -> Tensor:
         normed = norm(y)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
-from vqpipe.models.vqgan import group_norm
+from vqpipe.models.vqgan import ResidualBlock, conv3x3, group_norm
 from vqpipe.quantizers import QuantizerConfig, build_quantizer
 
 STYLE_EPS = 1e-6
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         super().__init__()
         levels = range(len(config.channel_multipliers))
         channels = config.base_channels
-        self.conv_in = conv3x3(3, channels)
+        self.conv_in = conv3x3(3, channels, bias=False)
         self.down = nn.ModuleList()
         for level in levels:
             blocks = [channels, *[config.channels(level)] * config.num_res_blocks]
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         super().__init__()
         levels = range(len(config.channel_multipliers))
         channels = config.channels(levels[-1])
-        self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
+        self.conv_in = conv3x3(z_channels, channels)
         self.mid_block = residual_blocks([channels] * (config.num_res_blocks + 1))
         adaptive, up = [], []
         for level in reversed(levels):
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         self.adaptive = nn.ModuleList(reversed(adaptive))
         self.up = nn.ModuleList(reversed(up))
         self.norm_out = group_norm(channels)
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        self.conv_out = conv3x3(channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -157,23 +157,6 @@ class Level(nn.Module):
         x = self.block(x)
         resample = self.downsample or self.upsample
         return x if resample is None else resample(x)
-
-
-class ResidualBlock(nn.Module):
-    """x + (norm, SiLU, conv3x3) twice; a 1x1 convolution on x where the channels change."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.norm1 = group_norm(before)
-        self.conv1 = conv3x3(before, after)
-        self.norm2 = group_norm(after)
-        self.conv2 = conv3x3(after, after)
-        self.nin_shortcut = nn.Conv2d(before, after, 1, bias=False) if before != after else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        residual = self.conv1(F.silu(self.norm1(x)))
-        residual = self.conv2(F.silu(self.norm2(residual)))
-        return residual + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -204,7 +187,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+        self.conv1 = conv3x3(channels, 4 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return depth_to_space(self.conv1(x))
@@ -219,10 +202,5 @@ def depth_to_space(x: Tensor) -> Tensor:
 
 
 def residual_blocks(channels: list[int]) -> nn.Sequential:
-    """A block from each width to the next."""
-    return nn.Sequential(*(ResidualBlock(before, after) for before, after in pairwise(channels)))
-
-
-def conv3x3(before: int, after: int) -> nn.Conv2d:
-    """Without a bias."""
-    return nn.Conv2d(before, after, 3, padding=1, bias=False)
+    """A block from each width to the next, its convolutions without biases."""
+    return nn.Sequential(*(ResidualBlock(before, after, bias=False) for before, after in pairwise(channels)))

@@ -179,13 +179,13 @@ class Middle(nn.Module):
 class ResidualBlock(nn.Module):
     """x + (norm, SiLU, conv3x3) twice; a 1x1 convolution on x where the channels change."""
 
-    def __init__(self, before: int, after: int) -> None:
+    def __init__(self, before: int, after: int, bias: bool = True) -> None:
         super().__init__()
         self.norm1 = group_norm(before)
-        self.conv1 = conv3x3(before, after)
+        self.conv1 = conv3x3(before, after, bias)
         self.norm2 = group_norm(after)
-        self.conv2 = conv3x3(after, after)
-        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else None
+        self.conv2 = conv3x3(after, after, bias)
+        self.nin_shortcut = nn.Conv2d(before, after, 1, bias=bias) if before != after else None
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.conv1(F.silu(self.norm1(x)))
@@ -233,8 +233,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def conv3x3(before: int, after: int) -> nn.Conv2d:
-    return nn.Conv2d(before, after, 3, padding=1)
+def conv3x3(before: int, after: int, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, padding=1, bias=bias)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
