@@ -56,6 +56,7 @@ def train(
     with console.session(device, seed) as where:
         from stages import recipe as recipes
         from vqpipe import artifacts
+        from vqpipe.codebooks.kmeans import codebook_input
         from vqpipe.config import to_table
         from vqpipe.data.shards import open_images
         from vqpipe.errors import ConfigError
@@ -70,9 +71,7 @@ def train(
         image_set = open_images(images)
         inputs: dict[str, Any] = {"images": image_set}
         if codebook is not None:
-            inputs["codebook"] = (
-                artifacts.open_artifact(codebook, "codebook") if codebook.is_dir() else hash_file(codebook)
-            )
+            inputs["codebook"] = codebook_input(codebook)
         if recipe.objective.perceptual != "none":
             file = backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
             inputs["lpips"] = hash_file(file)
@@ -260,20 +259,11 @@ class Looker:
 
 def save(draft: "Draft", state: "TrainState", recipe: "Recipe") -> None:
     """Write the tokenizer's files into the draft."""
-    import json
-
-    from vqpipe.tokenizer import Tokenizer, model_card, save_weights
+    from vqpipe.tokenizer import Tokenizer, write_files
 
     tokenizer = Tokenizer(state.weight_ema.network, image_size=recipe.data.image_size, device="cpu")
-    with draft.write("model.safetensors") as path:
-        save_weights(tokenizer.autoencoder, path)
-    with draft.write("config.json") as path:
-        path.write_text(json.dumps(tokenizer.to_table(), indent=2) + "\n", encoding="utf-8")
-    with draft.write("README.md") as path:
-        path.write_text(model_card(tokenizer, **{"images seen": f"{state.images_seen:,}"}), encoding="utf-8")
-    if recipe.objective.adversarial > 0:
-        with draft.write("discriminator.safetensors") as path:
-            save_weights(state.discriminator, path)
+    critic = state.discriminator if recipe.objective.adversarial > 0 else None
+    write_files(draft, tokenizer, critic, **{"images seen": f"{state.images_seen:,}"})
     draft.adopt("metrics.jsonl")
 
 

@@ -164,6 +164,21 @@ class Tokenizer:
         return {"model": to_table(self.config), "image_size": self.image_size}
 
 
+def write_files(
+    draft: artifacts.Draft, tokenizer: Tokenizer, discriminator: torch.nn.Module | None = None, **facts: Any
+) -> None:
+    """Write a tokenizer artifact's files: weights, config, model card with `facts`, and the discriminator's weights."""
+    with draft.write("model.safetensors") as path:
+        save_weights(tokenizer.autoencoder, path)
+    with draft.write("config.json") as path:
+        path.write_text(json.dumps(tokenizer.to_table(), indent=2) + "\n", encoding="utf-8")
+    with draft.write("README.md") as path:
+        path.write_text(model_card(tokenizer, **facts), encoding="utf-8")
+    if discriminator is not None:
+        with draft.write("discriminator.safetensors") as path:
+            save_weights(discriminator, path)
+
+
 def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
     """int64[B, N] with the ids of all but the first `groups` groups set to -1, which decodes as the zero vector."""
     grids = [grid.clone() for grid in layout.split(ids)]
@@ -219,6 +234,12 @@ def load_weights(network: torch.nn.Module, tensors: "Mapping[str, Tensor]", sour
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a tokenizer's config.json.
+
+    Raises:
+        ArtifactError: it is absent or no tokenizer's.
+        ConfigError: its folder holds an autoencoder with continuous latents.
+    """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(table["model"], dict):

@@ -24,6 +24,7 @@ from vqpipe.codebooks.feature_set import FeatureSet, open_matrix
 from vqpipe.codebooks.points import Points
 from vqpipe.codebooks.seeding import plusplus_rows
 from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.files import hash_file
 from vqpipe.search import nearest
 from vqpipe.weights import load_tensors
 
@@ -236,6 +237,11 @@ def check_enough(found: int, k: int, name: str, what: str, of: int | None = None
     if found < k:
         among = f" among its {of:,}" if of is not None else ""
         raise DataError(f"{name} has {found:,} {what}{among}, fewer than k = {k:,}", "Use more images, or a smaller k")
+
+
+def codebook_input(path: Path) -> Artifact | str:
+    """What a stage that reads the codebook at `path` names as its input: the artifact, or a file's sha256."""
+    return open_artifact(path, "codebook") if path.is_dir() else hash_file(path)
 
 
 def load_codebook(source: Artifact | Path | str) -> Tensor:
