@@ -1,6 +1,7 @@
 """`nearest` against float64 brute force, its tie rule, and what it refuses."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -8,20 +9,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqpipe.errors import ConfigError, DataError, NumericError
-from vqpipe.search import nearest
+from vqpipe.search import engine_name, nearest
+from vqpipe.search.exhaustive import nearest_tiles
 
 module = sys.modules["vqpipe.search.nearest"]
 
-SEARCHES = {
-    "cpu": module._nearest_faiss,
-    "tiles": lambda vectors, codes: module._nearest_tiles(vectors, codes, tile_vectors=32, tile_codes=48),
-}
 
-
-@pytest.fixture(params=SEARCHES)
+@pytest.fixture(params=["faiss", "tiles", "triton"])
 def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs `nearest` on the CPU through faiss, and through the tiles that other devices use."""
-    monkeypatch.setattr(module, "_nearest_faiss", SEARCHES[request.param])
+    """Runs `nearest` on the CPU through each engine: Triton's kernels in its interpreter."""
+    if request.param == "tiles":
+        small = partial(nearest_tiles, tile_vectors=32, tile_codes=48)
+        monkeypatch.setattr(module, "nearest_faiss", small)
+    if request.param == "triton":
+        from vqpipe.search.screening import nearest_screened
+
+        interpreted = request.getfixturevalue("interpreted")
+        monkeypatch.setattr(
+            module, "nearest_faiss", lambda rows, codes: interpreted(nearest_screened, rows[None], codes[None])[0]
+        )
 
 
 def distances(vectors: Tensor, codes: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ def test_the_lowest_id_wins_exact_ties(num_codes: int, dim: int) -> None:
 def test_the_lowest_of_equal_codes_wins_whatever_the_rounding(dim: int) -> None:
     torch.manual_seed(dim)
     distinct = torch.randn(211, dim)
-    vectors, codes = torch.randn(500, dim), torch.cat([distinct, distinct.flip(0), distinct])
+    vectors, codes = torch.randn(90, dim), torch.cat([distinct, distinct.flip(0), distinct])
     assert nearest(vectors, codes).max() < 211
     assert_nearest(nearest(vectors, codes), vectors, codes)
 
@@ -96,6 +102,23 @@ def test_cosine_ignores_length() -> None:
     assert nearest(vectors, codes, "cosine")[3] == 0
 
 
+@pytest.mark.usefixtures("search")
+def test_groups_are_searched_apart() -> None:
+    torch.manual_seed(0)
+    vectors, codes = torch.randn(3, 40, 8), torch.randn(3, 70, 8)
+    codes[1] += 1000  # one group far away: its offset is its own
+    vectors[1] += 1000
+    for metric in ("l2", "cosine"):
+        expected = torch.stack([nearest(rows, table, metric) for rows, table in zip(vectors, codes, strict=True)])
+        assert torch.equal(nearest(vectors, codes, metric), expected)
+    assert nearest(vectors[:, :0], codes).shape == (3, 0)
+
+
+def test_the_engine_is_named() -> None:
+    assert engine_name(torch.device("cpu")) == "faiss"
+    assert engine_name(torch.device("mps")) == "torch tiles"
+
+
 def test_float32_whatever_the_autocast_and_no_gradient() -> None:
     torch.manual_seed(0)
     vectors, codes = torch.randn(300, 8), torch.randn(5000, 8, requires_grad=True)
@@ -106,19 +129,32 @@ def test_float32_whatever_the_autocast_and_no_gradient() -> None:
     assert torch.equal(nearest(half, codes), nearest(half.float(), codes))
 
 
-@pytest.mark.parametrize("dim", [8, 32, 64, 300])
-def test_an_id_depends_on_neither_batch_nor_threads(dim: int) -> None:
+def near_ties(dim: int) -> tuple[Tensor, Tensor]:
+    """2,000 vectors and 3,000 codes, two and two of which are equally near but for the last digit."""
     torch.manual_seed(0)
     vectors, codes = torch.randn(2000, dim), torch.randn(3000, dim)
-    codes[1500:] = codes[:1500] * (1 + 2**-23)  # near ties everywhere: any other rounding would show
-    expected = nearest(vectors, codes)
-    assert torch.equal(torch.cat([nearest(part, codes) for part in vectors.split(77)]), expected)
+    codes[1500:] = codes[:1500] * (1 + 2**-23)
+    return vectors, codes
+
+
+@pytest.mark.parametrize("dim", [8, 32, 64, 300])
+def test_an_id_does_not_depend_on_threads(dim: int) -> None:
+    vectors, codes = near_ties(dim)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(3)
-        assert torch.equal(nearest(vectors, codes), expected)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found += [nearest(vectors, codes), nearest(vectors, codes)]
     finally:
         torch.set_num_threads(before)
+    assert all(torch.equal(ids, found[0]) for ids in found)
+
+
+@pytest.mark.parametrize("dim", [8, 16])
+def test_an_id_of_a_short_vector_does_not_depend_on_its_batch(dim: int) -> None:
+    vectors, codes = near_ties(dim)
+    assert torch.equal(torch.cat([nearest(part, codes) for part in vectors.split(77)]), nearest(vectors, codes))
 
 
 def test_non_contiguous_rows_and_no_rows() -> None:
@@ -142,6 +178,10 @@ def test_refuses_what_is_not_a_number(bad: float) -> None:
 def test_refuses_shapes_and_metrics() -> None:
     with pytest.raises(DataError, match=r"\[2, 3\] and codes \[5, 4\]"):
         nearest(torch.zeros(2, 3), torch.zeros(5, 4))
+    with pytest.raises(DataError, match="groups"):
+        nearest(torch.zeros(2, 3, 4), torch.zeros(3, 5, 4))
+    with pytest.raises(DataError, match="groups"):
+        nearest(torch.zeros(2, 3, 4), torch.zeros(5, 4))
     with pytest.raises(DataError, match="empty codebook"):
         nearest(torch.zeros(2, 3), torch.zeros(0, 3))
     with pytest.raises(ConfigError, match="dot"):

@@ -1,6 +1,6 @@
 """Exact nearest-code search."""
 
 from vqpipe.search.copies import first_copies, row_hashes
-from vqpipe.search.nearest import nearest
+from vqpipe.search.nearest import engine_name, nearest
 
-__all__ = ["first_copies", "nearest", "row_hashes"]
+__all__ = ["engine_name", "first_copies", "nearest", "row_hashes"]

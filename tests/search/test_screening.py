@@ -1,0 +1,136 @@
+"""The GPU search: its bounds, its two ways of noting, and that its kernels compile. No GPU is needed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: torch brings it on Linux alone")
+
+from vqpipe.search import kernels, screening
+from vqpipe.search.screening import CAPACITY, Blocking, nearest_screened, screen, settle
+
+Interpreted = Callable[..., Any]
+BY_TILE, BY_CODE = (
+    Blocking(padded=16, chunk=16, rows=64, tile=32, grain=32, splits=2),
+    Blocking(padded=128, chunk=64, rows=32, tile=32, grain=1, splits=2),
+)
+
+
+def distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Squared distances, float64[G, N, K]."""
+    return (vectors.double()[:, :, None] - codes.double()[:, None]).square().sum(dim=3)
+
+
+def prepared(codes: torch.Tensor, blocking: Blocking) -> tuple[torch.Tensor, ...]:
+    rounded, errors, norms = screening.rounded(codes, blocking)
+    largest = torch.stack([screening.largest_of_tiles(each, blocking.tile) for each in (errors, norms)], dim=2)
+    return rounded, codes.square().sum(dim=2) / 2, largest
+
+
+@pytest.mark.parametrize(("blocking", "dim"), [(BY_TILE, 8), (BY_TILE, 13), (BY_CODE, 100)])
+def test_the_nearest_code_is_among_those_noted(interpreted: Interpreted, blocking: Blocking, dim: int) -> None:
+    torch.manual_seed(dim)
+    vectors, codes = torch.randn(2, 70, dim), torch.randn(2, 300, dim)
+    num_tiles = -(-300 // blocking.tile)
+    upper, counts, notes, lower = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
+    assert counts.sum(dim=2).min() > 0
+    assert counts.max() <= CAPACITY
+    exact = distances(vectors, codes)
+    lowest = (exact.amin(dim=2) - vectors.double().square().sum(dim=2)) / 2
+    assert (upper.amin(dim=2) >= lowest).all()
+    for group, row in [(0, 0), (0, 69), (1, 33)]:
+        noted = []
+        for split in range(blocking.splits):
+            for number in range(counts[group, row, split]):
+                first = int(notes[group, row, split, number]) * blocking.grain
+                members = torch.arange(first, min(first + blocking.grain, 300))
+                scores = (exact[group, row, members] - vectors[group, row].double().square().sum()) / 2
+                assert lower[group, row, split, number] <= scores.min()
+                noted += members.tolist()
+        assert int(exact[group, row].argmin()) in noted
+        assert len(noted) < 300  # it does leave codes out
+
+
+@pytest.mark.parametrize(("blocking", "dim"), [(BY_TILE, 8), (BY_CODE, 100)])
+def test_more_than_fit_are_all_compared(interpreted: Interpreted, blocking: Blocking, dim: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, 3000, dim)  # bfloat16 sees one point
+    vectors = torch.randn(1, 5, dim)
+    num_tiles = -(-3000 // blocking.tile)
+    noted = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
+    assert noted[1].amin() > CAPACITY
+    ids = interpreted(settle, vectors, codes, noted, num_tiles, blocking)
+    exact = distances(vectors, codes)
+    excess = exact.gather(2, ids[:, :, None])[:, :, 0] - exact.amin(dim=2)
+    assert (excess <= 2**-22 * exact.amax()).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e14])
+def test_numbers_of_any_size(interpreted: Interpreted, scale: float) -> None:
+    """At 1e-30 all squares are 0 in float32: every code is as near, and the first is taken."""
+    torch.manual_seed(0)
+    vectors, codes = torch.randn(1, 20, 8), torch.randn(1, 200, 8)
+    ids = interpreted(nearest_screened, vectors * scale, codes * scale)
+    expected = distances(vectors, codes).argmin(dim=2)
+    assert torch.equal(ids, expected if scale > 1e-30 else torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize(("codes", "dim"), [(5000, 4), (1, 3), (128, 64), (129, 65), (2, 1024)])
+def test_splits_tails_and_both_ways(interpreted: Interpreted, codes: int, dim: int) -> None:
+    torch.manual_seed(dim)
+    vectors, table = torch.randn(1, 9, dim), torch.randn(1, codes, dim)
+    ids = interpreted(nearest_screened, vectors, table)
+    assert torch.equal(ids, distances(vectors, table).argmin(dim=2))
+
+
+def test_blocking_covers_the_dimension_and_fills_the_gpu() -> None:
+    for dim in (1, 8, 16, 17, 64, 65, 768, 1024):
+        blocking = Blocking.of(1, 4096, 100_000, dim, processors=132)
+        assert blocking.padded >= dim
+        assert blocking.padded % blocking.chunk == 0
+        assert blocking.splits * -(-4096 // blocking.rows) >= 132
+    assert Blocking.of(8, 65_536, 8192, 8, processors=132).splits == 1
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [8, 64, 768])
+def test_the_kernels_compile_for_a_gpu(capability: int, dim: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    blocking = Blocking.of(1, 65_536, 100_000, dim, processors=132)
+    sizes = dict.fromkeys(("num_vectors", "num_codes", "num_tiles", "tiles_per_split"), "i32")
+    outputs = {"upper": "*fp32", "counts": "*i32", "notes": "*i32", "lower": "*fp32"}
+    rows = {"halves": "*fp32", "row_bounds": "*fp32", "tile_bounds": "*fp32", "slack": "fp32"}
+    shared = {"CHUNK": blocking.chunk, "TILE": blocking.tile, "GRAIN": blocking.grain, "SPLITS": blocking.splits}
+    shared["CAPACITY"] = CAPACITY
+    for kernel, types, constants in (
+        (
+            kernels.screen_kernel,
+            {"vectors": "*bf16", "codes": "*bf16", **rows, **outputs, **sizes},
+            {**shared, "PADDED": blocking.padded, "ROWS": blocking.rows, "TINY": screening.TINY},
+        ),
+        (
+            kernels.settle_kernel,
+            {"vectors": "*fp32", "codes": "*fp32", "ids": "*i64", **outputs, **sizes},
+            {**shared, "DIM": dim},
+        ),
+    ):
+        names = kernel.arg_names
+        signature = {name: types.get(name, "constexpr") for name in names}
+        pointers = [place for place, name in enumerate(names) if signature[name].startswith("*")]
+        source = ASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(place,): [["tt.divisibility", 16]] for place in pointers},
+        )
+        warps = 4 if blocking.rows == 64 else 8
+        options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert compiled.metadata.shared <= 166 * 1024  # what an A100 has for a program
+        if kernel is kernels.screen_kernel:
+            assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]

@@ -1,0 +1,183 @@
+"""Exact search on NVIDIA GPUs: a bfloat16 screen on the tensor cores, then float32 where it could matter.
+
+Two Triton kernels; neither writes distances to memory. `screen` walks the codes tile by tile, its products rounded to
+bfloat16, and notes for each vector the few codes that may be its nearest. `settle` computes the float32 distances of
+those. The answer is that of comparing all float32 distances, lowest id first among equals.
+
+Why none is missed. With v^, c^ the bfloat16 values and s = |c|^2 / 2 - v.c, which orders codes as the distance does,
+
+    |s^ - s| <= |v - v^| |c| + |v| |c - c^| + g (|v| + |c|)^2.
+
+The first two terms bound v.c - v^.c^ (Cauchy-Schwarz); the last, with g = (P + 8) 2^-22, bounds every rounding that
+sums P products in any order, and that of the float32 distance. With a tile's largest |c| and |c - c^| this bounds each
+of its s from below and from above, and a code whose lower bound lies above another's upper bound is out.
+
+What is noted is a whole tile where vectors are short, since there the time goes into looking at s^, and one code where
+they are long, since there reading a tile again costs more.
+
+G groups that are searched apart in one launch, N vectors, K codes, D dimensions, P of them with padding, T tiles of
+codes, S splits: runs of tiles that are walked side by side where there are too few vectors to fill the GPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqpipe.search.kernels import screen_kernel, settle_kernel
+
+ROWS_AT_ONCE = 2**18
+"""Vectors of a launch: what `screen` notes of them takes 64 MB."""
+CAPACITY = 32
+"""Notes per vector and split. A vector with more of them is compared with every code of that split."""
+SHORT = 64
+"""Dimensions up to which a note stands for a whole tile."""
+SLACK_PER_TERM = 2.0**-22
+"""Error of one addition, relative to what is added up: four times float32's, since tensor cores may cut digits off."""
+NORM_MARGIN = 1 + 2.0**-10
+"""Norms are rounded too: this makes each an upper bound."""
+TINY = 2.0**-100
+"""Added to every bound: what underflow can take away."""
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How a launch is cut up: a function of the dimension and the number of vectors, never of their values."""
+
+    padded: int
+    """P: D rounded up to a multiple of `chunk`."""
+    chunk: int
+    """Dimensions multiplied at a time."""
+    rows: int
+    """Vectors of one program."""
+    tile: int
+    """Codes looked at together."""
+    grain: int
+    """Codes that one note stands for: `tile`, or 1."""
+    splits: int
+    """S."""
+
+    @staticmethod
+    def of(groups: int, vectors: int, codes: int, dim: int, processors: int) -> "Blocking":
+        """The blocking for G x N vectors of D dimensions on a GPU of so many multiprocessors."""
+        chunk = next(size for size in (16, 32, 64) if dim <= size or size == 64)
+        short = dim <= SHORT
+        rows, tile = 64 if short else 128, 128
+        programs = groups * triton.cdiv(vectors, rows)
+        wanted = triton.next_power_of_2(triton.cdiv(2 * processors, programs))
+        splits = min(wanted, 16, triton.next_power_of_2(triton.cdiv(codes, 8 * tile)))
+        return Blocking(triton.cdiv(dim, chunk) * chunk, chunk, rows, tile, tile if short else 1, splits)
+
+
+def nearest_screened(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The id of each vector's nearest code: float32[G, N, D], float32[G, K, D] on one GPU -> int64[G, N]."""
+    groups, count, dim = vectors.shape
+    ids = torch.empty(groups, count, dtype=torch.int64, device=vectors.device)
+    blocking = Blocking.of(groups, min(count, ROWS_AT_ONCE), codes.shape[1], dim, processors(vectors.device))
+    rounded_codes, code_errors, code_norms = rounded(codes, blocking)
+    num_tiles = triton.cdiv(codes.shape[1], blocking.tile)
+    screened_codes = (
+        rounded_codes,
+        codes.square().sum(dim=2).div_(2),
+        torch.stack([largest_of_tiles(each, blocking.tile) for each in (code_errors, code_norms)], dim=2),
+    )
+    with torch.cuda.device_of(vectors):  # where Triton launches
+        for rows in range(0, count, ROWS_AT_ONCE):
+            part = vectors[:, rows : rows + ROWS_AT_ONCE].contiguous()
+            noted = screen(part, screened_codes, num_tiles, blocking)
+            ids[:, rows : rows + ROWS_AT_ONCE] = settle(part, codes, noted, num_tiles, blocking)
+    return ids
+
+
+def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking: Blocking) -> tuple[Tensor, ...]:
+    """Note what may hold each vector's nearest code.
+
+    Returns:
+        An upper bound of the lowest s, float32[G, N, S]; the number of notes, int32[G, N, S]; the notes, numbers of
+        runs of `grain` codes, int32[G, N, S, CAPACITY]; lower bounds of s in them, float32 likewise.
+    """
+    rounded_codes, halves, tile_bounds = codes
+    groups, count, _ = vectors.shape
+    rounded_vectors, errors, norms = rounded(vectors, blocking)
+    shape = (groups, count, blocking.splits)
+    upper = torch.empty(shape, device=vectors.device)
+    counts = torch.empty(shape, dtype=torch.int32, device=vectors.device)
+    notes = torch.empty((*shape, CAPACITY), dtype=torch.int32, device=vectors.device)
+    lower = torch.empty((*shape, CAPACITY), device=vectors.device)
+    grid = (triton.cdiv(count, blocking.rows), blocking.splits, groups)
+    screen_kernel[grid](
+        rounded_vectors,
+        rounded_codes,
+        halves,
+        torch.stack([errors, norms], dim=2),
+        tile_bounds,
+        upper,
+        counts,
+        notes,
+        lower,
+        count,
+        halves.shape[1],
+        num_tiles,
+        triton.cdiv(num_tiles, blocking.splits),
+        (blocking.padded + 8) * SLACK_PER_TERM,
+        PADDED=blocking.padded,
+        CHUNK=blocking.chunk,
+        ROWS=blocking.rows,
+        TILE=blocking.tile,
+        GRAIN=blocking.grain,
+        SPLITS=blocking.splits,
+        CAPACITY=CAPACITY,
+        TINY=TINY,
+        num_warps=4 if blocking.rows == 64 else 8,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    return upper, counts, notes, lower
+
+
+def settle(vectors: Tensor, codes: Tensor, noted: tuple[Tensor, ...], num_tiles: int, blocking: Blocking) -> Tensor:
+    """Compare the float32 distances of the codes noted: int64[G, N]."""
+    groups, count, dim = vectors.shape
+    ids = torch.empty(groups, count, dtype=torch.int64, device=vectors.device)
+    settle_kernel[(count, groups)](
+        vectors,
+        codes,
+        *noted,
+        ids,
+        count,
+        codes.shape[1],
+        num_tiles,
+        triton.cdiv(num_tiles, blocking.splits),
+        DIM=dim,
+        CHUNK=blocking.chunk,
+        TILE=blocking.tile,
+        GRAIN=blocking.grain,
+        SPLITS=blocking.splits,
+        CAPACITY=CAPACITY,
+        num_warps=1 if dim <= 16 else 4,
+        enable_fp_fusion=True,
+    )
+    return ids
+
+
+def rounded(rows: Tensor, blocking: Blocking) -> tuple[Tensor, Tensor, Tensor]:
+    """float32[G, R, D] -> bfloat16[G, R, P], padded with zeros; |row - rounded row| and |row|, float32[G, R] each."""
+    padded = rows.new_zeros((*rows.shape[:2], blocking.padded), dtype=torch.bfloat16)
+    padded[:, :, : rows.shape[2]] = rows
+    errors = (rows - padded[:, :, : rows.shape[2]].float()).norm(dim=2)
+    norms = torch.maximum(rows.norm(dim=2), padded.float().norm(dim=2))
+    if not rows.is_cuda:  # Triton's interpreter multiplies bfloat16 as if its bits were integers
+        padded = padded.float()
+    return padded, errors * NORM_MARGIN, norms * NORM_MARGIN
+
+
+def largest_of_tiles(values: Tensor, tile: int) -> Tensor:
+    """float32[G, K], none negative -> float32[G, T], the largest of each tile."""
+    return F.pad(values, (0, -values.shape[1] % tile)).unflatten(1, (-1, tile)).amax(dim=2)
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the GPU has; 1 under Triton's interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
