@@ -211,13 +211,19 @@ class CodebookQuantizer(Quantizer):
 
     def forward(self, latent: Tensor) -> Quantized:
         with torch.autocast(latent.device.type, enabled=False):
-            latent = self.on_sphere(latent.float(), dim=1)
+            latent = self.compared(latent)
             with torch.no_grad():
                 ids = nearest(to_rows(latent), self.codebook(), self.metric)
-            ids = ids.view(latent.shape[0], -1)
-            codes = self.select(ids).transpose(1, 2).reshape_as(latent)
-            losses = self.losses(latent, codes)
-            return Quantized(straight_through(latent, codes), ids, losses)
+            return self.replaced(latent, ids.view(len(latent), -1))
+
+    def compared(self, latent: Tensor) -> Tensor:
+        """The latent as its search compares it, float32[B, C, h, w]."""
+        return self.on_sphere(latent.float(), dim=1)
+
+    def replaced(self, latent: Tensor, ids: Tensor) -> Quantized:
+        """A compared latent, float32[B, C, h, w], with each vector replaced by its code, int64[B, h * w]."""
+        codes = self.select(ids).transpose(1, 2).reshape_as(latent)
+        return Quantized(straight_through(latent, codes), ids, self.losses(latent, codes))
 
     def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
         return {

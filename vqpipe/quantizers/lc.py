@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqpipe.distributed import broadcast
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, Quantized
+from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer
 
 MLP_WIDTH = 256
 """Hidden channels of the "mlp" projector, as released."""
@@ -84,10 +84,10 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.normalize_latent = config.normalize_latent
         self.projected: tuple[tuple[int, ...], Tensor] | None = None  # a state of the weights, its projected codes
 
-    def forward(self, latent: Tensor) -> Quantized:
+    def compared(self, latent: Tensor) -> Tensor:
         if self.normalize_latent:
             latent = latent.float() / latent.float().norm(dim=1, keepdim=True)
-        return super().forward(latent)
+        return super().compared(latent)
 
     def table(self) -> Tensor:
         """The projected codes, float32[K, C], without gradient; computed once per state of frozen weights.

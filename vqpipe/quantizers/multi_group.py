@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import Quantized, Quantizer, QuantizerConfig, TokenLayout, build_quantizer
+from vqpipe.quantizers.base import (
+    CodebookQuantizer,
+    Quantized,
+    Quantizer,
+    QuantizerConfig,
+    TokenLayout,
+    build_quantizer,
+    to_rows,
+)
 from vqpipe.quantizers.cvq import CvqConfig
+from vqpipe.search import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +89,30 @@ class MultiGroupQuantizer(Quantizer):
 
     def forward(self, latent: Tensor) -> Quantized:
         kept = self.draw_groups_kept(len(latent))
+        found = self.search_together(latent)
         parts = [
-            quantize_kept(group, part, kept > number) for number, (group, part) in enumerate(self.with_channels(latent))
+            quantize_kept(group, part, kept > number, found[number])
+            for number, (group, part) in enumerate(self.with_channels(latent))
         ]
         codes = torch.cat([part.codes for part in parts], dim=1)
         ids = torch.stack([part.ids for part in parts], dim=-1).flatten(1)
         losses = {name: torch.stack([part.losses[name] for part in parts]).mean() for name in self.loss_names}
         return Quantized(codes, ids, losses)
+
+    @torch.no_grad()
+    def search_together(self, latent: Tensor) -> list[Tensor] | list[None]:
+        """Every group's ids, int64[B, h * w], found in one search; None where groups do not just take the nearest code.
+
+        Masked groups are searched with the others: one launch on a GPU costs less than a launch for each.
+        """
+        parts = [(group, part) for group, part in self.with_channels(latent) if isinstance(group, CodebookQuantizer)]
+        if not parts or type(parts[0][0]).forward is not CodebookQuantizer.forward:
+            return [None] * self.num_groups
+        with torch.autocast(latent.device.type, enabled=False):
+            vectors = torch.stack([to_rows(group.compared(part)) for group, part in parts])
+            codebooks = torch.stack([group.codebook() for group, _ in parts])
+            ids = nearest(vectors, codebooks, parts[0][0].metric)
+        return list(ids.unflatten(1, (len(latent), -1)))
 
     def draw_groups_kept(self, batch_size: int) -> Tensor:
         """How many groups each image keeps: int64[B] on the CPU, whose generator draws it."""
@@ -130,26 +156,37 @@ class MultiGroupQuantizer(Quantizer):
         return list(zip(self.quantizers(), latent.chunk(self.num_groups, dim=1), strict=True))
 
 
-def quantize_kept(group: Quantizer, latent: Tensor, kept: Tensor) -> Quantized:
+def quantize_kept(group: Quantizer, latent: Tensor, kept: Tensor, found: Tensor | None) -> Quantized:
     """What `group` makes of its channels of the images where `kept`, bool[B] on the CPU; the others are masked.
+
+    `found` are its ids, int64[B, h * w], where they have been searched for.
 
     Its losses are scaled by the share of images kept. Where there is none, its weights get a zero gradient rather
     than none, which DistributedDataParallel would wait for.
     """
     if kept.all():
-        return group(latent)
+        return quantize(group, latent, found)
     chosen = kept.nonzero().flatten().to(latent.device, non_blocking=True)
     codes = torch.zeros_like(latent, dtype=torch.float32)
     ids = torch.full((len(latent), group.layout(*latent.shape[2:]).num_tokens), -1, device=latent.device)
     if len(chosen) == 0:
         zero = codes.new_zeros(()) + sum(0 * weight.sum() for weight in group.parameters())
         return Quantized(codes + zero, ids, dict.fromkeys(group.loss_names, zero))
-    part = group(latent[chosen])
+    part = quantize(group, latent[chosen], None if found is None else found[chosen])
     return Quantized(
         codes.index_copy(0, chosen, part.codes),
         ids.index_copy(0, chosen, part.ids),
         {name: loss * (len(chosen) / len(latent)) for name, loss in part.losses.items()},
     )
+
+
+def quantize(group: Quantizer, latent: Tensor, found: Tensor | None) -> Quantized:
+    """`group(latent)`, without the search where its ids are known."""
+    if found is None:
+        return group(latent)
+    assert isinstance(group, CodebookQuantizer)
+    with torch.autocast(latent.device.type, enabled=False):
+        return group.replaced(group.compared(latent), found)
 
 
 def default_keep_probabilities(num_groups: int) -> tuple[float, ...]:
