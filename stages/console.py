@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from vqpipe.artifacts import Artifact
+    from vqpipe.data.stopwatch import Stopwatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PLAIN_SECONDS = 10.0
@@ -55,7 +56,16 @@ ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)
 ]
 NumWorkers = Annotated[
-    int, typer.Option("--num-workers", help="Processes that decode images; 0: this one.", metavar="N", min=0)
+    int,
+    typer.Option(
+        "--num-workers",
+        help="Processes that decode images, per rank; 0: this one; -1: one per core.",
+        metavar="N",
+        min=-1,
+    ),
+]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="Of the network: fp32 unless said.", metavar="fp32|bf16")
 ]
 MaxSkipped = Annotated[
     float, typer.Option("--max-skipped", help="Share of unreadable images to accept.", metavar="0..1", min=0, max=1)
@@ -96,7 +106,7 @@ class Bar:
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self.earlier = 0
         self.text = ""
         self.began = self.told = time.monotonic()
         self.progress: Progress | None = None
@@ -113,7 +123,7 @@ class Bar:
 
     def resume(self, count: int) -> None:
         """`count` were done by an earlier run: shown, and left out of the rate."""
-        self.done = count
+        self.done = self.earlier = count
         if self.progress is not None:
             self.progress.reset(self.task, total=self.total, completed=count, note=self.text)
 
@@ -123,11 +133,31 @@ class Bar:
 
     def line(self) -> str:
         seconds = max(time.monotonic() - self.began, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self.earlier) / seconds
         of = f"/{self.total:,}" if self.total else ""
         left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
         note = f"  {self.text}" if self.text else ""
         return f"{self.title}: {self.done:,}{of} {self.unit}, {rate:.3g}/s{left}{note}"
+
+
+ADVICE = {
+    "waiting for images": "Images come too slowly: more --num-workers, the extra `fast` (simplejpeg), or a faster disk",
+    "encoding": "The network takes the time: a GPU, or more of them (torchrun), or --precision bf16",
+    "writing": "Writing takes the time: another disk for --out",
+}
+"""What to try where most of the time goes into a part."""
+
+
+def timing(stopwatch: "Stopwatch") -> None:
+    """Images per second, and where the time of rank 0's main process went; nothing where nothing was left to do."""
+    if not stopwatch.images:
+        return
+    shares = stopwatch.shares()
+    parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items() if part >= 0.005)
+    overlapped = sum(stopwatch.beside.values()) / stopwatch.seconds - shares.get("writing", 0.0)
+    beside = f" (writing another {overlapped:.0%} beside it)" if overlapped >= 0.005 else ""
+    rate = f"{stopwatch.images:,} images in {clock(stopwatch.seconds)}, {stopwatch.images / stopwatch.seconds:.3g}/s"
+    say(f"{rate}: {parts}{beside}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + ".")
 
 
 class RateColumn(ProgressColumn):

@@ -20,7 +20,8 @@ def extract_features(
     ] = None,
     batch_size: BatchSize = None,
     limit: Limit = None,
-    num_workers: console.NumWorkers = 0,
+    precision: console.Precision = None,
+    num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     preset: Preset = None,
     overrides: Set = None,
@@ -32,10 +33,12 @@ def extract_features(
         from stages import recipe
         from vqpipe import artifacts
         from vqpipe.codebooks import features
+        from vqpipe.data.shard_writing import share
         from vqpipe.data.shards import open_images
+        from vqpipe.data.stopwatch import Stopwatch
         from vqpipe.files import hash_file
 
-        flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit}
+        flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
         config = recipe.load(preset, overrides, features=flags).features
         image_set = open_images(images)
         weights = features.find_weights(config)
@@ -47,18 +50,16 @@ def extract_features(
         draft = artifacts.start(out, "features", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
-        total = min(len(image_set), config.limit or len(image_set))
+        total = share(features.num_images(image_set, config), config.images_per_shard)
         with draft:
             with console.progress("fit patch-pca", None) as bar:
-                features.fit_encoder(opened, draft, image_set, config, seed=seed, on_image=bar.advance)
+                features.fit_encoder(
+                    opened, draft, image_set, config, seed=seed, on_images=bar.advance, num_workers=num_workers
+                )
+            stopwatch = Stopwatch()
             with console.progress("extract features", total) as bar:
                 facts = features.write_features(
-                    draft,
-                    image_set,
-                    opened,
-                    config,
-                    num_workers=num_workers,
-                    max_skipped=max_skipped,
-                    on_images=bar.advance,
+                    draft, image_set, opened, config, bar, stopwatch, num_workers=num_workers, max_skipped=max_skipped
                 )
+            console.timing(stopwatch)
             return console.finished(draft.publish(facts))

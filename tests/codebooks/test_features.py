@@ -15,10 +15,24 @@ from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_f
 from vqpipe.codebooks.feature_set import open_features
 from vqpipe.codebooks.features import FeaturesConfig, find_weights, fit_encoder, open_encoder, write_features
 from vqpipe.data.shards import ImageSet, open_images
+from vqpipe.data.stopwatch import Stopwatch
 from vqpipe.data.transforms import center_crop, decode, to_float
 from vqpipe.errors import ConfigError, DataError, NumericError
 
 CONFIG = FeaturesConfig(image_size=32, patch_size=4, components=10, images_per_shard=3, batch_size=2)
+
+
+class Heard:
+    """A progress that notes what it hears."""
+
+    def __init__(self) -> None:
+        self.resumed, self.done = list[int](), list[int]()
+
+    def resume(self, count: int) -> None:
+        self.resumed.append(count)
+
+    def advance(self, count: int) -> None:
+        self.done.append(count)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +49,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return open_images([folder])
 
 
+def write(draft: Draft, images: ImageSet, encoder: PatchEncoder, config: FeaturesConfig = CONFIG, **options) -> dict:
+    progress = options.pop("progress", Heard())
+    return write_features(draft, images, encoder, config, progress, Stopwatch(), **{"max_skipped": 0.2} | options)
+
+
 def extract(images: ImageSet, out: Path, config: FeaturesConfig = CONFIG, **options) -> Artifact:
     draft = artifacts.start(out, "features", config.request(), {"images": images})
     assert isinstance(draft, Draft)
     with draft:
         encoder = open_encoder(config, None)
         fit_encoder(encoder, draft, images, config, seed=0)
-        return draft.publish(write_features(draft, images, encoder, config, max_skipped=0.2, **options))
+        return draft.publish(write(draft, images, encoder, config, **options))
 
 
 def test_patch_pca_whitens_the_patches_it_was_fitted_on(images: ImageSet) -> None:
@@ -80,8 +99,8 @@ def test_pooling_averages_squares_in_row_major_order() -> None:
 
 
 def test_shards_hold_what_the_encoder_says(images: ImageSet, tmp_path: Path) -> None:
-    done = []
-    artifact = extract(images, tmp_path / "features", on_images=done.append)
+    heard = Heard()
+    artifact = extract(images, tmp_path / "features", progress=heard)
     assert artifact.names() == [
         "encoder.safetensors",
         *(f"features-0000{i}.npy" for i in range(3)),
@@ -89,7 +108,7 @@ def test_shards_hold_what_the_encoder_says(images: ImageSet, tmp_path: Path) -> 
     ]
     facts = {"num_images": 8, "num_vectors": 512, "dim": 10, "encoder": "patch-pca", "skipped": {"not-an-image": 1}}
     assert artifact.facts == facts
-    assert sum(done) == 9
+    assert (heard.resumed, sum(heard.done)) == ([0], 9)
     rows = [row for name in artifact.names("samples-*") for row in parquet.read_table(artifact.file(name)).to_pylist()]
     kept = [i for i in range(9) if "broken" not in images.key(i)]
     assert [row["key"] for row in rows] == [images.key(i) for i in kept]
@@ -112,19 +131,21 @@ def test_a_resumed_run_writes_only_what_is_missing(images: ImageSet, tmp_path: P
     class Stop(Exception):
         pass
 
-    def stop_in_second_shard(count: int) -> None:
-        seen.append(count)
-        if sum(seen) > 4:
-            raise Stop
+    class StopInSecondShard(Heard):
+        def advance(self, count: int) -> None:
+            super().advance(count)
+            if sum(self.done) > 4:
+                raise Stop
 
-    seen: list[int] = []
     with pytest.raises(Stop):
-        extract(images, tmp_path / "cut", on_images=stop_in_second_shard)
+        extract(images, tmp_path / "cut", progress=StopInSecondShard())
     first = tmp_path / "cut.partial" / "features-00000.npy"
     before = first.stat().st_mtime_ns, (tmp_path / "cut.partial" / "encoder.safetensors").stat().st_mtime_ns
-    resumed = extract(images, tmp_path / "cut")
+    heard = Heard()
+    resumed = extract(images, tmp_path / "cut", progress=heard)
     after = (resumed.path / first.name).stat().st_mtime_ns, resumed.file("encoder.safetensors").stat().st_mtime_ns
     assert before == after
+    assert (heard.resumed, sum(heard.done)) == ([3], 6)
     assert resumed.content == whole.content
 
 
@@ -141,7 +162,7 @@ def test_two_ranks_and_two_workers_write_the_bytes_of_one(
         monkeypatch.setattr(distributed, "world_size", lambda: 2)
         for rank in (1, 0):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            write_features(draft, images, encoder, CONFIG, num_workers=2 * rank, max_skipped=1.0)
+            write(draft, images, encoder, num_workers=2 * rank, max_skipped=1.0)
         assert draft.publish({}).content == alone.content
 
 
@@ -165,14 +186,14 @@ def test_features_beyond_float16_name_their_image(tmp_path: Path) -> None:
     draft = artifacts.start(tmp_path / "out", "features", {}, {})
     assert isinstance(draft, Draft)
     with draft, pytest.raises(NumericError, match=r"features of image b"):
-        write_features(draft, images, Overflowing(), CONFIG)
+        write(draft, images, Overflowing())
 
 
 def test_too_many_unreadable_images_stop_the_run(images: ImageSet, tmp_path: Path) -> None:
     draft = artifacts.start(tmp_path / "out", "features", {}, {})
     assert isinstance(draft, Draft)
     with draft, pytest.raises(DataError, match="1 of 9 images cannot be used"):
-        write_features(draft, images, Overflowing(), CONFIG, max_skipped=0.1)
+        write(draft, images, Overflowing(), max_skipped=0.1)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +202,7 @@ def test_too_many_unreadable_images_stop_the_run(images: ImageSet, tmp_path: Pat
         ({"encoder": "clip"}, "'clip' is unknown"),
         ({"encoder": "open_clip:"}, "'open_clip:' is unknown"),
         ({"pool": 0}, "features.pool = 0"),
+        ({"precision": "fp16"}, "'fp16' is not a choice"),
     ],
 )
 def test_refuses_settings_that_cannot_be(settings: dict, message: str) -> None:

@@ -152,6 +152,70 @@ def test_fast_jpeg_gives_pillows_pixels(subsampling: str) -> None:
     assert np.array_equal(np.asarray(fast), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
+def exif(orientation: int) -> Image.Exif:
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+@pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
+@pytest.mark.parametrize("size", [(83, 61), (16, 16), (1, 1), (300, 7)])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        pytest.param("RGB", {"quality": 75}, id="baseline"),
+        pytest.param("RGB", {"quality": 95, "subsampling": 0}, id="444"),
+        pytest.param("RGB", {"progressive": True}, id="progressive"),
+        pytest.param("RGB", {"restart_marker_blocks": 2}, id="restart markers"),
+        pytest.param("RGB", {"keep_rgb": True}, id="stored as RGB"),
+        pytest.param("RGB", {"exif": exif(6)}, id="turned"),
+        pytest.param("RGB", {"exif": exif(2), "progressive": True}, id="mirrored"),
+        pytest.param("L", {}, id="grey"),
+        pytest.param("L", {"progressive": True, "exif": exif(8)}, id="grey, turned"),
+        pytest.param("CMYK", {}, id="CMYK"),
+    ],
+)
+def test_decoding_does_not_depend_on_simplejpeg(
+    mode: str, options: dict, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = Image.effect_noise(size, 80)
+    bands = [noise, noise.transpose(TURNS[3]), noise.transpose(TURNS[2]), noise.transpose(TURNS[4])]
+    data = encode(Image.merge(mode, bands[: len(mode)]), "JPEG", **options)
+    fast = decode(data)
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    plain = decode(data)
+    assert fast.mode == plain.mode == "RGB"
+    assert fast.size == plain.size
+    assert np.array_equal(np.asarray(fast), np.asarray(plain))
+
+
+@pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_jpegs_are_judged_alike(progressive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.effect_noise((64, 48), 80)
+    data = encode(Image.merge("RGB", (noise, noise, noise)), "JPEG", progressive=progressive)
+    random = np.random.default_rng(0)
+
+    def judge(damaged: bytes) -> str | bytes:
+        try:
+            return decode(damaged).tobytes()
+        except BadImage as error:
+            return error.reason
+
+    cases = [data[:-2], data[: len(data) // 2], data + b"more", data[:-200] + data[-2:]]
+    for _ in range(40):
+        at = int(random.integers(20, len(data) - 2))
+        cases.append(data[:at] + bytes([random.integers(256)]) + data[at + 1 :])
+    fast = [judge(case) for case in cases]
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    assert fast == [judge(case) for case in cases]
+
+
+def test_pixels_are_the_images_planes() -> None:
+    image = Image.merge("RGB", [Image.effect_noise((7, 5), 80) for _ in range(3)])
+    assert np.array_equal(transforms.pixels(image).numpy(), np.asarray(image).transpose(2, 0, 1))
+
+
 def adm_reference(image: Image.Image, size: int) -> np.ndarray:
     """guided-diffusion's rule written out: how many halvings, then one scale, then the middle."""
     short = min(image.size)

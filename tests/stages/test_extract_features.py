@@ -1,5 +1,11 @@
 """`vqpipe extract-features` as a function: what it publishes, and that a second run finds it published."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +60,56 @@ def test_random_weights_only_where_asked_for(tmp_path: Path) -> None:
     artifact = open_artifact(tmp_path / "a")
     assert artifact.config["allow_random_weights"] is True
     assert (artifact.facts["num_vectors"], artifact.facts["dim"]) == (50, 64)
+
+
+def test_precision_is_asked_for_and_changes_the_request(tmp_path: Path) -> None:
+    random = ["features.allow_random_weights=true"]
+    for name, precision in (("plain", None), ("fp32", "fp32"), ("bf16", "bf16")):
+        extract_features(
+            ["builtin:photos/heldout"],
+            tmp_path / name,
+            encoder="timm:test_vit",
+            pool=5,
+            limit=2,
+            overrides=random,
+            precision=precision,
+        )
+    plain, fp32, bf16 = (open_artifact(tmp_path / name) for name in ("plain", "fp32", "bf16"))
+    assert plain.manifest.request == fp32.manifest.request != bf16.manifest.request
+    assert bf16.config["precision"] == "bf16"
+    values = [np.load(artifact.file("features-00000.npy")).astype(np.float32) for artifact in (fp32, bf16)]
+    assert values[0].shape == values[1].shape
+    assert np.isfinite(values[1]).all()
+
+
+def test_says_how_fast_and_where_the_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "features", num_workers=0)
+    told = capsys.readouterr().err
+    assert re.search(r"10 images in \d:\d\d, [\d.e+]+/s: .*\d+%", told), told
+    shares = [int(share) for share in re.findall(r"(?:waiting for images|encoding|copying|writing) (\d+)%", told)]
+    assert 0 < sum(shares) <= 102
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    words = ["extract-features", "--images", "builtin:photos/heldout", "--limit", "60", "--num-workers", "1"]
+    words += [part for setting in SETTINGS for part in ("--set", setting)] + ["--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    partial = tmp_path / "killed.partial"
+    while process.poll() is None and not (partial / "features-00001.npy").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    before = {path.name: path.stat().st_mtime_ns for path in (partial / ".records").glob("*.json")}
+    options = {"overrides": SETTINGS, "limit": 60, "device": "cpu"}
+    time.sleep(0.5)  # its loader process, which holds the lock as well, is killed with it: at once, not in that instant
+    extract_features(["builtin:photos/heldout"], tmp_path / "killed", num_workers=0, **options)
+    extract_features(["builtin:photos/heldout"], tmp_path / "straight", num_workers=3, **options)
+    killed, straight = (open_artifact(tmp_path / name) for name in ("killed", "straight"))
+    killed.verify()
+    assert len(before) >= 2
+    assert killed.content == straight.content

@@ -5,6 +5,7 @@ B images, S their side, g the side of the grid of patches, D the dimension of a 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqpipe.data.batches import OrderedImages
 from vqpipe.data.shards import ImageSet
-from vqpipe.data.transforms import BadImage, center_crop, decode, to_float
+from vqpipe.data.transforms import MAX_PIXELS, center_crop, to_float
+from vqpipe.data.workers import through_workers, worth_starting
 from vqpipe.errors import ConfigError, DataError
 
-FIT_IMAGES = 1000  # at most so many images are decoded to fit the PCA
+FIT_IMAGES = 1000  # at most so many images are decoded to fit the PCA,
+FIT_BATCH = 16  # so many at a time
 
 
 class PatchEncoder(nn.Module, ABC):
@@ -100,7 +104,8 @@ class PatchPca(PatchEncoder):
         limit: int | None,
         count: int,
         seed: int,
-        on_image: Callable[[], None] = lambda: None,
+        on_images: Callable[[int], None] = lambda count: None,
+        num_workers: int = 0,
     ) -> None:
         """Find the components on about `count` patches of images chosen by `seed` among the first `limit`.
 
@@ -114,24 +119,32 @@ class PatchPca(PatchEncoder):
         each = -(-count // len(chosen))
         size = 3 * self.project.kernel_size[0] ** 2
         number, total, products = 0, np.zeros(size), np.zeros((size, size))
-        for patches in self.patches(images, chosen):
-            some = patches[random.permutation(len(patches))[:each]].astype(np.float64)
-            number, total, products = number + len(some), total + some.sum(axis=0), products + some.T @ some
-            on_image()
+        for batch in self.crops(images, chosen, num_workers):
+            rows = [random.permutation(self.grid_size**2)[:each] for _ in batch]
+            some = to_float(
+                torch.cat([image[row] for image, row in zip(self.patches(batch), rows, strict=True)])
+            ).double()
+            number, total = number + len(some), total + some.sum(dim=0).numpy()
+            products += (some.T @ some).numpy()  # by torch: two libraries' threads in turn would wait for each other
+            on_images(len(batch))
         if number == 0:
             raise DataError(f"none of {len(chosen)} images of {images.name} can be read", "Check the images")
         mean = total / number
         self.set_components(mean, products / number - np.outer(mean, mean))
 
-    def patches(self, images: ImageSet, chosen: np.ndarray) -> Iterator[np.ndarray]:
-        """float32[g * g, 3 * p * p] of each readable image."""
-        patch_size = self.project.kernel_size[0]
-        for index in chosen:
-            try:
-                image = center_crop(decode(images.read(int(index))), self.image_size)
-            except BadImage:
-                continue
-            yield F.unfold(to_float(image)[None], patch_size, stride=patch_size)[0].T.numpy()
+    def crops(self, images: ImageSet, chosen: np.ndarray, num_workers: int) -> Iterator[Tensor]:
+        """uint8[b, 3, S, S]: the readable ones of `chosen`, in order, FIT_BATCH at a time."""
+        dataset = OrderedImages(images, partial(center_crop, size=self.image_size), flip=False, max_pixels=MAX_PIXELS)
+        work = [chosen[first : first + FIT_BATCH].tolist() for first in range(0, len(chosen), FIT_BATCH)]
+        workers = worth_starting(num_workers, len(work), 3 * self.image_size**2 * FIT_BATCH)
+        for batch, _ in through_workers(dataset, work, workers):
+            if batch is not None:
+                yield batch.images
+
+    def patches(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> uint8[B, g * g, 3 * p * p], row-major."""
+        side = self.project.kernel_size[0]
+        return images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
     def set_components(self, mean: np.ndarray, covariance: np.ndarray) -> None:
         """Whiten: eigenvectors of the covariance, each over the root of its variance; largest entry made positive."""

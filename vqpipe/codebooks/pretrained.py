@@ -26,6 +26,7 @@ from torchvision import transforms
 
 from vqpipe.codebooks.encoders import PatchEncoder
 from vqpipe.config import nearest_name
+from vqpipe.data.transforms import pixels
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.weights import load_tensors
 
@@ -206,9 +207,7 @@ def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.
     short_side = math.floor(size / (preprocessing.get("crop_pct") or 1.0))
     squash = "squash" in (preprocessing.get("resize_mode"), preprocessing.get("crop_mode"))
     target: Any = (size, size) if squash else short_side
-    return transforms.Compose(
-        [transforms.Resize(target, interpolation), transforms.CenterCrop(size), transforms.PILToTensor()]
-    )
+    return transforms.Compose([transforms.Resize(target, interpolation), transforms.CenterCrop(size), pixels])
 
 
 def fetch(spec: str, repository: str, names: Iterable[str]) -> Path:

@@ -6,6 +6,9 @@
     batches    OrderedBatches (in order) and TrainingStream (endless, shuffled, resumable from one integer)
     workers    work done by loader processes
     encoding   what a prepared data set stores
+    shard_writing  images to shards of features or tokens: decoding, encoding and writing at the same time
+    tokens     what a token shard holds
+    stopwatch  where the time of that goes
     manifests  the files in data_manifests/
 
 Nothing is imported here: `vqpipe.data.shards` does not load torch's data loader, `vqpipe.data.batches` does.

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 
 from vqpipe.data.shards import ImageSet
 from vqpipe.data.transforms import MAX_PIXELS, BadImage, DataConfig, center_crop, decode, training_crop
-from vqpipe.data.workers import through_workers
+from vqpipe.data.workers import through_workers, worth_starting
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
 __all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_skipped"]
@@ -50,6 +51,19 @@ class Batch:
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.keys, self.indices)
 
 
+class Piece(NamedTuple):
+    """One batch's worth of an ordered stream."""
+
+    positions: range
+    """Of all its images in the image set, those left out included."""
+
+    batch: Batch | None
+    """The images that can be used; none where there are none."""
+
+    skipped: dict[str, int]
+    """reason -> count of those left out."""
+
+
 Loaded = tuple[Batch | None, dict[str, int]] | VqpipeError
 """What a worker sends back: a batch and its skipped images by reason, or the error to raise in the main process."""
 
@@ -72,6 +86,9 @@ def check_skipped(skipped: dict[str, int], total: int, max_skipped: float) -> No
 class OrderedBatches:
     """Images [start, stop) in order, for tokenizing, features and evaluation: the centre crop, or another transform.
 
+    With `spans` those stretches of the set, one after another; a batch never reaches from one into the next. The same
+    processes decode all of them (`num_workers` 0: none, this one; -1: one per core, where there is work for them).
+
     Undecodable images are left out of their batch and counted in `skipped`; batches are cut by position, so what else
     is in a batch never depends on that. Judge the counts with `check_skipped` at the end.
     """
@@ -84,6 +101,7 @@ class OrderedBatches:
         batch_size: int,
         start: int = 0,
         stop: int | None = None,
+        spans: Sequence[range] | None = None,
         num_workers: int = 0,
         flip: bool = False,
         transform: Callable[[Image.Image], Tensor] | None = None,
@@ -91,25 +109,35 @@ class OrderedBatches:
         worker_timeout: float = 300.0,
     ) -> None:
         self.images, self.batch_size = images, batch_size
-        self.start, self.stop = start, min(len(images), len(images) if stop is None else stop)
-        self.num_workers, self.worker_timeout = num_workers, worker_timeout
+        self.spans = [range(start, min(len(images), len(images) if stop is None else stop))] if spans is None else spans
+        self.worker_timeout = worker_timeout
+        self.num_workers = worth_starting(num_workers, len(self) // batch_size, 3 * image_size**2 * batch_size)
         self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size), flip, max_pixels)
         self.skipped: dict[str, int] = {}
         """reason -> count, filled while iterating; starts over with each iteration."""
 
     def __len__(self) -> int:
         """How many images there are to go through."""
-        return max(self.stop - self.start, 0)
+        return sum(len(span) for span in self.spans)
 
     def __iter__(self) -> Iterator[Batch]:
+        for piece in self.pieces():
+            if piece.batch is not None:
+                yield piece.batch
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every batch with the positions it stands for, those of which no image can be used included."""
         counts = Counter[str]()
         self.skipped = counts
-        firsts = range(self.start, self.stop, self.batch_size)
-        work = [list(range(first, min(first + self.batch_size, self.stop))) for first in firsts]
-        for batch, skipped in through_workers(self.dataset, work, self.num_workers, self.worker_timeout):
+        loaded = through_workers(self.dataset, self.work(), self.num_workers, self.worker_timeout)
+        for positions, (batch, skipped) in zip(self.work(), loaded, strict=True):
             counts.update(skipped)
-            if batch is not None:
-                yield with_keys(batch, self.images)
+            yield Piece(positions, None if batch is None else with_keys(batch, self.images), skipped)
+
+    def work(self) -> list[range]:
+        """The positions of each batch."""
+        firsts = [(first, span.stop) for span in self.spans for first in span[:: self.batch_size]]
+        return [range(first, min(first + self.batch_size, stop)) for first, stop in firsts]
 
 
 class TrainingStream:

@@ -1,10 +1,10 @@
 """Token shards: one Parquet row an image, its ids as narrow as the codebook allows.
 
 Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where both an
-image and its mirror image were stored, flipped bool.
+image and its mirror image were stored, flipped bool. The mirror image's row follows the image's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from vqpipe.data.shard_writing import RowEncoder
 from vqpipe.errors import DataError
 
 
@@ -32,26 +33,52 @@ def id_type(codebook_size: int) -> pa.DataType:
     return pa.uint16() if codebook_size <= 1 << 16 else pa.uint32()
 
 
-def write_tokens(path: Path, parts: Sequence[Tokens], codebook_size: int, num_tokens: int, *, flips: bool) -> None:
-    """Write one shard.
+def token_encoder(
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    *,
+    codebook_size: int,
+    num_tokens: int,
+    flips: bool,
+    precision: str = "fp32",
+) -> RowEncoder:
+    """How `write_shards` makes tokens: `encode` is the tokenizer's, uint8[B, 3, S, S] -> int64[B, N].
 
-    Raises:
-        DataError: an id outside [0, codebook_size), which narrowing would silently wrap around.
+    With `flips` the ids of the mirror image follow those of the image: int64[B, 2, N]. `precision` "bf16" is for the
+    convolutions; the search of the codes stays in float32, of slightly other vectors.
     """
-    keys = [key for part in parts for key in part.keys]
-    ids = torch.cat([part.ids for part in parts]) if parts else torch.zeros(0, num_tokens, dtype=torch.int64)
-    labels = torch.cat([part.labels for part in parts]) if parts else torch.zeros(0, dtype=torch.int64)
-    if ids.numel() and (ids.min() < 0 or ids.max() >= codebook_size):
-        raise DataError(f"ids from {ids.min()} to {ids.max()} are outside a codebook of {codebook_size} codes")
-    width = id_type(codebook_size)
-    flat = pa.array(ids.flatten().cpu().numpy().astype(width.to_pandas_dtype()))
+
+    def views(images: Tensor) -> Tensor:
+        if precision == "bf16" and device.type == "cuda":
+            images = images.contiguous(memory_format=torch.channels_last)  # the layout its bf16 convolutions want
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return torch.stack([encode(view) for view in ([images, images.flip(-1)] if flips else [images])], dim=1)
+
+    def check(ids: Tensor, keys: list[str]) -> None:
+        low, high = ids.aminmax()
+        if low < 0 or high >= codebook_size:
+            raise DataError(f"ids from {low} to {high} are outside a codebook of {codebook_size} codes")
+
+    return RowEncoder(
+        encode=views,
+        check=check,  # narrowing would silently wrap around
+        device=device,
+        row_shape=(1 + flips, num_tokens),
+        dtype=np.dtype(id_type(codebook_size).to_pandas_dtype()),
+    )
+
+
+def write_tokens(path: Path, keys: list[str], labels: Sequence[int], ids: np.ndarray) -> None:
+    """Write one shard: ids uint16 or uint32[images, views, N], the second view being the mirror image; labels -1 where
+    unknown. With two views a row says of which it is."""
+    views, num_tokens = ids.shape[1:]
     columns = {
-        "key": pa.array(keys, pa.string()),
-        "label": pa.array([None if label < 0 else label for label in labels.tolist()], pa.int32()),
-        "ids": pa.FixedSizeListArray.from_arrays(flat, num_tokens),
+        "key": pa.array([key for key in keys for _ in range(views)], pa.string()),
+        "label": pa.array([None if label < 0 else label for label in labels for _ in range(views)], pa.int32()),
+        "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), num_tokens),
     }
-    if flips:
-        columns["flipped"] = pa.array([flag for part in parts for flag in part.flipped.tolist()], pa.bool_())
+    if views > 1:
+        columns["flipped"] = pa.array([view > 0 for _ in keys for view in range(views)], pa.bool_())
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 

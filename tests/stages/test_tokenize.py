@@ -1,0 +1,74 @@
+"""`vqpipe tokenize` as a function: the same tokens however they are computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stages import tokenize_images
+from stages.tokenize_images import tokenize
+from vqpipe.artifacts import open_artifact
+from vqpipe.data.tokens import read_tokens
+from vqpipe.data.transforms import center_crop
+from vqpipe.errors import ConfigError
+from vqpipe.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_same_bytes_for_any_batch_size_and_workers(
+    tiny_tokenizer: Callable[..., Path],
+    picture_folder: Path,
+    tmp_path: Path,
+    flip: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenize_images, "IMAGES_PER_SHARD", 4)
+    (picture_folder / "drawn-5.png").write_bytes(b"no picture")
+    tokenizer = tiny_tokenizer("tokenizer")
+    for workers, batch_size in ((0, 1), (1, 3), (3, 4)):
+        tokenize(
+            [str(picture_folder)],
+            tokenizer,
+            tmp_path / f"{workers}",
+            flip=flip,
+            batch_size=batch_size,
+            num_workers=workers,
+            max_skipped=0.2,
+            device="cpu",
+        )
+    made = [open_artifact(tmp_path / f"{workers}", "tokens") for workers in (0, 1, 3)]
+    assert len({artifact.content for artifact in made}) == 1
+    assert made[0].facts["skipped"] == {"not-an-image": 1}
+    assert made[0].facts["num_images"] == 9
+    assert [name for name in made[0].names() if name.startswith("tokens")] == [
+        f"tokens-0000{i}.parquet" for i in range(3)
+    ]
+
+    opened = Tokenizer.from_pretrained(tokenizer)
+    parts = [read_tokens(made[0].file(name), opened.codebook_size) for name in made[0].names("tokens-*")]
+    crop = center_crop(Image.open(picture_folder / "drawn-7.png").convert("RGB"), 32)[None]
+    keys, ids = [key for part in parts for key in part.keys], torch.cat([part.ids for part in parts])
+    place = next(i for i, key in enumerate(keys) if "drawn-7" in key)
+    assert torch.equal(ids[place], opened.encode(crop)[0])
+    if flip:
+        assert keys[place + 1] == keys[place]
+        assert torch.equal(ids[place + 1], opened.encode(crop.flip(-1))[0])
+        assert torch.cat([part.flipped for part in parts]).tolist() == [False, True] * 9
+
+
+def test_bf16_only_where_asked_for(
+    tiny_tokenizer: Callable[..., Path], picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tiny_tokenizer("tokenizer")
+    for name, precision in (("plain", None), ("bf16", "bf16")):
+        tokenize([str(picture_folder)], tokenizer, tmp_path / name, precision=precision, device="cpu")
+    plain, bf16 = (open_artifact(tmp_path / name) for name in ("plain", "bf16"))
+    assert (plain.config["precision"], bf16.config["precision"]) == ("fp32", "bf16")
+    ids = [read_tokens(made.file("tokens-00000.parquet"), 64).ids.numpy() for made in (plain, bf16)]
+    assert 0.5 < np.mean(ids[0] == ids[1]) <= 1
+    assert "10 images in 0:0" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--precision fp16 is not a choice"):
+        tokenize([str(picture_folder)], tokenizer, tmp_path / "x", precision="fp16", device="cpu")
