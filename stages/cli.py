@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from stages import console
+from stages.bench import bench
 from stages.compare import compare
 from stages.demo import demo
 from stages.detokenize import detokenize
@@ -63,6 +64,7 @@ app.command("reconstruct")(reconstruct)
 app.command("compare")(compare)
 app.command("inspect")(inspect)
 app.command("presets")(presets)
+app.command("bench")(bench)
 
 
 def main() -> None:

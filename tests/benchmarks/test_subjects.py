@@ -1,0 +1,182 @@
+"""Every subject at its smallest: all methods do the same work, and whoever cannot is named."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import faiss
+import pytest
+import torch
+from torch import Tensor
+
+from stages import bench, recipe
+from vqpipe.benchmarks import clustering, loading, measure, networks, search, tokenizing, training
+from vqpipe.benchmarks.measure import Case, Settings, Stopwatch, Unavailable
+from vqpipe.quantizers import base
+
+SETTINGS = Settings(device=torch.device("cpu"), rounds=2, quick=True)
+
+
+def run(plan: measure.Plan, settings: Settings = SETTINGS) -> Case:
+    """Measure a plan, and check what every case promises."""
+    calls: list[str] = []
+    case = plan.run(Stopwatch(settings, calls.append, rest=0.0))
+    assert case.title == plan.title
+    assert len(calls) <= plan.methods * (measure.CALLS_BEFORE + settings.rounds)
+    assert any(row.ours for row in case.rows)
+    for row in case.rows:
+        assert row.wall_min_ms <= row.wall_ms
+        assert row.version
+    assert not {row.name for row in case.rows} & case.not_run.keys()
+    json.dumps(case.to_table(), allow_nan=False)
+    return case
+
+
+@pytest.fixture
+def faiss_as_it_was() -> Iterator[dict[str, int]]:
+    before = {name: getattr(faiss.cvar, name) for name in search.faiss_defaults()}
+    yield before
+    for name, value in before.items():
+        setattr(faiss.cvar, name, value)
+
+
+def test_search_methods_find_the_same_codes_and_stand_over_a_floor() -> None:
+    for plan in search.plans(SETTINGS):
+        case = run(plan)
+        assert [row.name for row in case.rows] == [
+            *("vqpipe", "naive expansion", "torch.cdist"),
+            *("faiss as it comes", "faiss tuned", "scikit-learn"),
+        ]
+        assert all(row.exact and row.same_ids == 1.0 for row in case.rows)
+        assert case.facts["checked_vectors"] == case.settings["vectors"]
+        work = 2 * case.settings["vectors"] * case.settings["codes"] * case.settings["dim"]
+        floor = case.facts["flop_floor_ms"]
+        assert floor == pytest.approx(1e3 * work / (1e9 * case.facts["matmul_gflops"]))
+        assert case.rows[0].extra["over_floor"] == pytest.approx(case.rows[0].wall_ms / floor)
+        assert "quick look" in case.not_run["torch.compile of naive"]
+
+
+def test_default_shapes_are_the_published_ones() -> None:
+    titles = [plan.title for plan in search.plans(Settings(device=torch.device("cpu")))]
+    assert titles[0] == "nearest code: N = 4,096, K = 100,000, D = 8"
+    assert len(titles) == 4
+
+
+def test_shares_are_taken_of_the_checked_vectors_only() -> None:
+    truth = torch.tensor([0, 1, 2, 3])
+    assert search.share_of_equal(truth, torch.tensor([0, 1, 9, 3, 7, 7])) == 0.75
+    vectors, codes = torch.tensor([[0.9], [-3.0]]), torch.tensor([[1.0], [0.0], [-2.0]])
+    assert search.reference_ids(vectors, codes).tolist() == [0, 2]
+
+
+def test_a_matrix_over_the_budget_is_left_out_with_its_size() -> None:
+    small = Settings(device=torch.device("cpu"), rounds=1, quick=True, memory=0.005)
+    case = run(search.plans(small)[0], small)
+    assert case.not_run["naive expansion"] == "3 matrices of N x K take 0.0123 GB, the budget is 0.005 GB"
+    assert "torch.cdist" in {row.name for row in case.rows}
+    with pytest.raises(Unavailable, match=r"N x K distances take 26\.2 GB, the budget is 8 GB"):
+        search.need_matrices(1, Settings(device=torch.device("cpu")), torch.empty(65_536, 1), torch.empty(100_000, 1))
+
+
+def test_faiss_is_measured_as_it_comes_and_left_as_it_was(faiss_as_it_was: dict[str, int]) -> None:
+    defaults = search.faiss_defaults()
+    assert defaults["distance_compute_blas_threshold"] > 1
+    faiss.cvar.distance_compute_blas_threshold = 17  # as our own search may have left it
+    seen = []
+    with search.faiss_settings(defaults):
+        seen.append(faiss.cvar.distance_compute_blas_threshold)
+        with search.faiss_settings(search.FAISS_TUNING):
+            seen.append(faiss.cvar.distance_compute_blas_threshold)
+    assert seen == [defaults["distance_compute_blas_threshold"], 1]
+    assert faiss.cvar.distance_compute_blas_threshold == 17
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_sklearn(module: str) -> Any:
+        if module.startswith("sklearn"):
+            raise Unavailable("sklearn is not installed")
+        return measure.need(module)
+
+    monkeypatch.setattr(search, "need", without_sklearn)
+    case = run(search.plans(SETTINGS)[0])
+    assert case.not_run["scikit-learn"] == "sklearn is not installed"
+    assert "faiss tuned" in {row.name for row in case.rows}
+
+
+def test_lloyd_reaches_the_same_inertia_everywhere_from_the_same_centres() -> None:
+    same, own = (run(plan) for plan in clustering.plans(SETTINGS))
+    assert [row.name for row in same.rows] == ["vqpipe", "faiss", "scikit-learn", "scikit-learn mini-batch"]
+    for row in same.rows:
+        if row.exact:
+            assert row.extra["inertia_ratio"] == pytest.approx(1.0, rel=0.005)
+    assert {row.name for row in own.rows} == {row.name for row in same.rows}
+    ours = own.rows[0].extra["inertia_ratio"]
+    assert isinstance(ours, float)
+    assert ours < 1.0  # seeded, where faiss draws points
+    assert all(row.rounds == 1 for row in own.rows)
+
+
+def test_inertia_is_the_mean_squared_distance_to_the_nearest() -> None:
+    points, centres = torch.tensor([[0.0], [2.0], [11.0]]), torch.tensor([[1.0], [10.0]])
+    assert clustering.inertia(points, centres) == pytest.approx(1.0)
+
+
+def test_the_training_step_is_measured_at_both_sizes_with_either_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+
+    def counting(vectors: Tensor, codes: Tensor) -> Tensor:
+        searched.append(len(codes))
+        return search.expanded(vectors, codes)
+
+    monkeypatch.setattr(networks, "expanded", counting)
+    settings = Settings(device=torch.device("cpu"), rounds=1, quick=True)
+    (plan,) = bench.plans("train", settings)
+    before = base.nearest
+    case = run(plan, settings)
+    assert base.nearest is before
+    assert [row.name for row in case.rows] == [
+        *("vqpipe, K = 100", "naive search, K = 100", "vqpipe, K = 2,000", "naive search, K = 2,000")
+    ]
+    assert set(searched) == {100, 2000}
+    walls = {row.name: row.wall_ms for row in case.rows}
+    assert case.rows[3].ratio_wall == pytest.approx(walls["naive search, K = 2,000"] / walls["vqpipe, K = 2,000"])
+    for row in (case.rows[0], case.rows[2]):
+        share = row.extra["search_share"]
+        assert isinstance(share, float)
+        assert 0 < share < 1
+    assert case.facts["cost_of_k"] == pytest.approx(walls["vqpipe, K = 2,000"] / walls["vqpipe, K = 100"])
+
+
+def test_what_k_costs_is_the_median_of_the_rounds() -> None:
+    large, small = measure.Samples(wall=[2.0, 9.0, 3.0]), measure.Samples(wall=[1.0, 1.0, 2.0])
+    assert training.cost(large, small) == 2.0
+
+
+def test_tokenizing_gives_the_ids_of_a_float64_search() -> None:
+    for plan in bench.plans("tokenize", SETTINGS):
+        case = run(plan)
+        assert [(row.name, row.same_ids) for row in case.rows] == [("vqpipe", 1.0), ("naive search", 1.0)]
+        assert case.facts["checked_vectors"] == case.settings["vectors"]
+
+
+def test_a_tokenizer_s_codebook_is_in_use() -> None:
+    """A fresh network beside its codes would choose a handful, and the search would be timed on ties."""
+    config = networks.with_codes(recipe.load(bench.TRAINED).model, 2000)
+    model = networks.build(config, 64, torch.device("cpu"), seed=0)
+    tokenizer = tokenizing.Tokenizer(model)
+    ids = tokenizer.encode(networks.photographs(8, 64))
+    assert len(ids.unique()) > 100
+
+
+def test_decoders_tars_and_features_are_compared_on_the_same_bytes() -> None:
+    jpeg, tar, features = (run(plan) for plan in loading.plans(SETTINGS))
+    assert {"vqpipe", "PIL", "torchvision"} <= {row.name for row in jpeg.rows}
+    assert {row.name for row in jpeg.rows} | jpeg.not_run.keys() == {
+        *("vqpipe", "PIL", "simplejpeg", "torchvision", "OpenCV")
+    }
+    shares = {row.name: row.extra["same_pixels"] for row in jpeg.rows}
+    assert shares["PIL"] == shares["vqpipe"] == 1.0
+    assert [row.name for row in tar.rows] == ["vqpipe", "vqpipe, first time", "webdataset", "tarfile"]
+    assert not [row.name for row in tar.rows if row.note == "reads other bytes"]
+    assert [row.name for row in features.rows] == ["vqpipe", "numpy, whole", "numpy to torch, mapped"]
+    assert features.unit == "MB"

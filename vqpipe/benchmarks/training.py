@@ -1,0 +1,197 @@
+"""A training step at K = 1,000 and at K = 100,000, with our search and with the published expansion in its place.
+
+What runs is the training loop itself, on images that are in memory already. The discriminator takes part from the first
+step, as it does in most steps of a run. LPIPS, whose weights are not shipped, is left out.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vqpipe.benchmarks import networks
+from vqpipe.benchmarks.measure import (
+    Case,
+    Method,
+    Plan,
+    Row,
+    Samples,
+    Settings,
+    Stopwatch,
+    need_memory,
+    offered,
+    version_of,
+)
+from vqpipe.benchmarks.search import MATRICES
+from vqpipe.data.batches import Batch
+from vqpipe.losses.objective import Objective, ObjectiveConfig
+from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator
+from vqpipe.models.discriminator import DiscriminatorConfig
+from vqpipe.search import engine_name, nearest
+from vqpipe.training.loop import TrainConfig, train
+
+SIZES = (1000, 100_000)
+BOUND = 1.25
+"""What a step with the large codebook may take, in units of one with the small."""
+OURS, NAIVE = "vqpipe", "naive search"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What a preset says about a step."""
+
+    preset: str
+    model: AutoencoderConfig
+    objective: ObjectiveConfig
+    discriminator: DiscriminatorConfig
+    train: TrainConfig
+    image_size: int
+
+
+class Repeated:
+    """A stream that gives the same batch for ever."""
+
+    def __init__(self, images: Tensor) -> None:
+        count = len(images)
+        self.batch = Batch(images, torch.full((count,), -1), [""] * count, list(range(count)))
+
+    def from_sample(self, images_seen: int) -> Iterator[Batch]:
+        """The batch, wherever the run stands."""
+        while True:
+            yield self.batch
+
+
+def plans(settings: Settings, experiment: Experiment) -> list[Plan]:
+    """One case: both codebook sizes and both searches, in the same rounds."""
+    return [Plan(title(experiment, batch_size(settings, experiment)), 4, partial(compare, settings, experiment))]
+
+
+def title(experiment: Experiment, batch: int) -> str:
+    return f"training step: preset {experiment.preset}, {experiment.image_size} px, batch {batch}"
+
+
+def batch_size(settings: Settings, experiment: Experiment) -> int:
+    """32 images on a GPU, the preset's batch on a CPU."""
+    return 2 if settings.quick else 32 if settings.device.type == "cuda" else experiment.train.global_batch_size
+
+
+def compare(settings: Settings, experiment: Experiment, stopwatch: Stopwatch) -> Case:
+    """Steps per second, and what K costs."""
+    batch, steps = batch_size(settings, experiment), 1 if settings.quick else 2
+    sizes = (100, 2000) if settings.quick else SIZES
+    images = networks.photographs(batch, experiment.image_size)
+    case = Case(
+        title=title(experiment, batch),
+        unit="images",
+        settings={"image_size": experiment.image_size, "batch": batch, "codebook_sizes": list(sizes), "steps": steps},
+    )
+    runs = {k: Run(settings, experiment, k, images, steps) for k in sizes}
+    makers: dict[str, Callable[[], Method]] = {}
+    for k, run in runs.items():
+        makers[f"{OURS}, K = {k:,}"] = partial(run.method, OURS)
+        makers[f"{NAIVE}, K = {k:,}"] = partial(run.method, NAIVE)
+    methods = offered(makers, case)
+    samples = stopwatch.measure(methods, case)
+    case.rows = [per_step(row, steps) for row in stopwatch.rows(methods, samples, batch * steps)]
+    for k, run in runs.items():
+        share_of_search(case, f"{OURS}, K = {k:,}", run, stopwatch)
+    small, large = (samples[f"{OURS}, K = {k:,}"] for k in sizes)
+    case.facts = {"cost_of_k": cost(large, small), "cost_of_k_cpu": cost(large, small, "cpu"), "bound": BOUND}
+    return case
+
+
+def cost(large: Samples, small: Samples, clock: str = "wall") -> float:
+    """The median over the rounds of a step with the large codebook over one with the small in the same round."""
+    pairs = zip(getattr(large, clock), getattr(small, clock), strict=False)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def per_step(row: Row, steps: int) -> Row:
+    """Times of a step, where a call makes several."""
+    return replace(row, wall_ms=row.wall_ms / steps, wall_min_ms=row.wall_min_ms / steps, cpu_ms=row.cpu_ms / steps)
+
+
+class Run:
+    """Training with one codebook size, a few steps a call; it goes on from call to call."""
+
+    def __init__(self, settings: Settings, experiment: Experiment, k: int, images: Tensor, steps: int) -> None:
+        self.settings, self.steps, self.k = settings, steps, k
+        device = settings.device
+        objective = replace(experiment.objective, disc_start=0, lpips=0.0, perceptual="none")
+        self.config = replace(
+            experiment.train,
+            steps=steps,
+            warmup_steps=0,
+            global_batch_size=len(images),
+            log_every=steps,
+            save_every=steps,
+            look_every=steps,
+        )
+        model_config = networks.with_codes(experiment.model, k)
+        self.model: Autoencoder = networks.build(model_config, experiment.image_size, device, settings.seed)
+        self.discriminator = PatchDiscriminator(experiment.discriminator).to(device)
+        if device.type == "cuda":
+            self.discriminator.to(memory_format=torch.channels_last)
+        self.objective = Objective(objective, self.model.quantizer.loss_names).to(device)
+        self.stream = Repeated(images)
+        tokens = self.model.quantizer.layout(*[experiment.image_size // self.model.downsample_factor] * 2).num_tokens
+        self.vectors = len(images) * tokens
+
+    def method(self, search: str) -> Method:
+        """The steps, with our search or with the published one."""
+        if search == NAIVE:
+            gigabytes = MATRICES * 4e-9 * self.vectors * self.k
+            need_memory(gigabytes, self.settings, f"{MATRICES} matrices of N x K = {self.vectors:,} x {self.k:,}")
+        ours = search == OURS
+        return Method(
+            name=f"{search}, K = {self.k:,}",
+            call=self.train if ours else partial(self.train, networks.naive),
+            version=f"{version_of('vqpipe')}, {engine_name(self.settings.device)}" if ours else version_of("torch"),
+            ours=ours,
+            baseline=f"{OURS}, K = {self.k:,}",
+        )
+
+    def train(self, search: networks.Search = nearest) -> None:
+        """The training loop, from step 0 of a fresh optimizer, without a log or a checkpoint."""
+        with tempfile.TemporaryDirectory() as folder, networks.searching_with(search):
+            train(
+                self.config,
+                self.model,
+                self.discriminator,
+                self.objective,
+                self.stream,
+                Path(folder),
+                seed=self.settings.seed,
+                device=self.settings.device,
+                on_start=lambda state: None,
+                on_log=lambda row: None,
+                on_look=lambda step, model: None,
+                on_step=lambda state: None,
+            )
+
+
+def share_of_search(case: Case, name: str, run: Run, stopwatch: Stopwatch) -> None:
+    """One call more, in which the search is timed by itself: its share of the wall time goes into the method's row."""
+    spent = 0.0
+
+    def timed(vectors: Tensor, codes: Tensor, metric: str = "l2") -> Tensor:
+        nonlocal spent
+        stopwatch.wait()
+        began = time.perf_counter()
+        ids = nearest(vectors, codes, metric)  # type: ignore[arg-type]  # the metric that the quantizer was given
+        stopwatch.wait()
+        spent += time.perf_counter() - began
+        return ids
+
+    began = time.perf_counter()
+    run.train(timed)
+    stopwatch.wait()
+    whole = time.perf_counter() - began
+    row = next(row for row in case.rows if row.name == name)
+    row.extra["search_share"] = spent / whole
