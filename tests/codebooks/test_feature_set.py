@@ -35,6 +35,19 @@ def test_the_digest_is_of_content_and_order(files: list[Path], tmp_path: Path) -
     assert open_features(renamed[::-1]).digest != digest
 
 
+def test_rows_are_stored_in_half_precision_where_every_shard_is() -> None:
+    parts = [np.arange(8, dtype=kind).reshape(4, 2) for kind in (np.float16, np.float16, np.float32, np.float64)]
+    half, mixed = FeatureSet(parts[:2], ["a", "b"]), FeatureSet(parts, list("abcd"))
+    assert (half.dtype, mixed.dtype) == (np.float16, np.float32)
+    for features in (half, mixed):
+        rows = features.stored(2, 7)
+        assert rows.numpy().dtype == features.dtype
+        assert np.array_equal(rows.float(), np.concatenate([parts[0][2:], parts[0][:3]]))
+        assert features.read(7, 8).tolist() == [[6, 7]]
+    assert np.shares_memory(half.stored(4, 6).numpy(), parts[1])
+    assert not np.shares_memory(mixed.stored(4, 6).numpy(), parts[1])
+
+
 def test_blocks_cover_all_rows_once() -> None:
     features = FeatureSet([np.zeros((70_000, 1), np.float16)], ["x"])
     assert [len(features.block(start)) for start in features.block_starts()] == [65_536, 4_464]
@@ -58,6 +71,10 @@ def test_refuses_what_is_no_matrix_of_floats(files: list[Path], tmp_path: Path) 
     (tmp_path / "bad.npy").write_bytes(b"")
     with pytest.raises(DataError, match=r"is not a \.npy array"):
         open_features([tmp_path / "bad.npy"])
+    whole = save(np.zeros((100, 3), np.float16)).read_bytes()
+    (tmp_path / "bad.npy").write_bytes(whole[:-50])
+    with pytest.raises(DataError, match=r"bad.npy is cut short: it ends after 678 bytes"):
+        open_features([files[0], tmp_path / "bad.npy"])
     with pytest.raises(DataError, match="No such file"):
         open_features([tmp_path / "absent.npy"])
     with pytest.raises(ArtifactError, match="not a vqpipe artifact"):

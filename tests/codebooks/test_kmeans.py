@@ -1,7 +1,9 @@
 """k-means against scikit-learn, its promises about clusters, and what it refuses."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 
 from vqpipe import distributed
-from vqpipe.codebooks import feature_set
+from vqpipe.codebooks import feature_set, memory, seeding
 from vqpipe.codebooks.feature_set import FeatureSet
 from vqpipe.codebooks.kmeans import Clustering, KmeansConfig, kmeans, lloyd, load_codebook
 from vqpipe.codebooks.points import Points
-from vqpipe.codebooks.seeding import draw
+from vqpipe.codebooks.seeding import weighted_draw
 from vqpipe.errors import ConfigError, DataError, NumericError
 
 CPU = torch.device("cpu")
@@ -29,7 +31,8 @@ def blobs(rows: int, dim: int, centres: int, seed: int = 0) -> np.ndarray:
 
 
 def run(data: np.ndarray, labels: np.ndarray | None = None, seed: int = 0, **settings) -> Clustering:
-    return kmeans(FeatureSet([data], ["x"], labels), KmeansConfig(**settings), seed=seed, device=CPU)
+    rest = {name: settings.pop(name) for name in ("checkpoints", "on_step") if name in settings}
+    return kmeans(FeatureSet([data], ["x"], labels), KmeansConfig(**settings), seed=seed, device=CPU, **rest)
 
 
 @pytest.mark.parametrize("k", [8, 60, 700])
@@ -103,39 +106,132 @@ def test_shards_and_precision_on_disk_do_not_show() -> None:
     assert torch.equal(kmeans(parts, config, seed=0, device=CPU).codes, whole.codes)
 
 
-@pytest.mark.parametrize("per_class", [False, True])
-def test_two_ranks_make_the_codebook_of_one(per_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_set, "BLOCK_ROWS", 300)
+class Ranks:
+    """Two threads that talk as two ranks would: sums of tensors, and what rank 0 hands round."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.here, self.meet, self.sent = threading.local(), threading.Barrier(2, timeout=60), {}
+        monkeypatch.setattr(distributed, "rank", lambda: self.here.rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        for name in ("all_reduce_sum", "broadcast", "broadcast_object"):
+            monkeypatch.setattr(distributed, name, getattr(self, name))
+
+    def exchange(self, value: Any) -> tuple[Any, Any]:
+        self.sent[self.here.rank] = value
+        self.meet.wait()
+        both = self.sent[0], self.sent[1]
+        self.meet.wait()
+        return both
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        first, second = self.exchange(tensor.clone())
+        return tensor.copy_(first + second)
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(self.exchange(tensor.clone())[0])
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.exchange(value)[0]
+
+    def run(self, work: Callable[[], Clustering]) -> list[Clustering]:
+        results: dict[int, Clustering] = {}
+
+        def start(rank: int) -> None:
+            self.here.rank = rank
+            try:
+                results[rank] = work()
+            except BaseException:
+                self.meet.abort()
+                raise
+
+        threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        return [results[0], results[1]]
+
+
+MODES = ({}, {"per_class": True}, {"batch": 400, "iterations": 3}, {"init": "random", "iterations": 2})
+
+
+@pytest.mark.parametrize("settings", MODES, ids=str)
+def test_two_ranks_make_the_codebook_of_one(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(feature_set, "BLOCK_ROWS", 256)
+    monkeypatch.setattr(seeding, "ROWS", 300)
     data, labels = blobs(2000, 5, 30), np.arange(2000, dtype=np.int32) % 3
-    alone = run(data, labels, k=33, per_class=per_class)
+    alone = run(data, labels, k=33, **settings)
+    for result in Ranks(monkeypatch).run(lambda: run(data, labels, k=33, **settings, checkpoints=tmp_path)):
+        assert torch.equal(result.codes, alone.codes)
+        assert torch.equal(result.counts, alone.counts)
+        assert result.facts() == alone.facts()
 
-    here, meet, sent = threading.local(), threading.Barrier(2), {}
 
-    def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-        sent[here.rank] = tensor.clone()
-        meet.wait()
-        tensor.copy_(sent[0] + sent[1])
-        meet.wait()
-        return tensor
+@pytest.mark.parametrize("settings", MODES, ids=str)
+def test_two_ranks_go_on_where_one_was_stopped(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(feature_set, "BLOCK_ROWS", 256)
+    data, labels = blobs(2000, 5, 30), np.arange(2000, dtype=np.int32) % 3
+    alone = run(data, labels, k=33, **settings)
+    heard = []
 
-    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_reduce_sum", all_reduce_sum)
-    results: dict[int, Clustering] = {}
+    def stop_at_second(inertia: float) -> None:
+        heard.append(inertia)
+        if len(heard) == 2:
+            raise KeyboardInterrupt
 
-    def work(rank: int) -> None:
-        here.rank = rank
-        results[rank] = run(data, labels, k=33, per_class=per_class)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, labels, k=33, **settings, checkpoints=tmp_path, on_step=stop_at_second)
+    for result in Ranks(monkeypatch).run(lambda: run(data, labels, k=33, **settings, checkpoints=tmp_path)):
+        assert torch.equal(result.codes, alone.codes)
+        assert result.facts() == alone.facts()
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    for rank in range(2):
-        assert torch.equal(results[rank].codes, alone.codes)
-        assert torch.equal(results[rank].counts, alone.counts)
-        assert results[rank].history == alone.history
+
+@pytest.mark.parametrize("batch", [0, 500])
+def test_threads_do_not_show(batch: int) -> None:
+    data, before = blobs(3000, 9, 30), torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(data, k=50, batch=batch, iterations=3))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result.codes, results[0].codes)
+        assert result.facts() == results[0].facts()
+
+
+def test_digits_survive_a_large_common_mean() -> None:
+    """As in CLIP's features: the same points far from the origin give the same clusters and inertia."""
+    data = np.round(blobs(2000, 8, 20) * 64) / 64
+    near, far = (run(data + np.float32(shift), k=30, iterations=5, tolerance=0.0) for shift in (0, 1024))
+    assert near.counts.tolist() == far.counts.tolist()
+    np.testing.assert_allclose(far.codes - 1024, near.codes, atol=1e-4)
+    np.testing.assert_allclose(far.history, near.history, rtol=1e-5)
+
+
+def test_facts_say_how_vectors_spread() -> None:
+    counts = torch.tensor([*range(1, 200), 1000])
+    facts = Clustering(torch.randn(200, 3), counts, (2.0, 1.5), True, 1, 4).facts()
+    assert facts["cluster_sizes"] == {
+        "smallest": 1,
+        "median": 101,
+        "largest": 1000,
+        "share_in_largest_percent": 1199 / counts.sum().item(),
+    }
+    assert (facts["distinct_codes"], facts["reseeded"], facts["inertia"]) == (200, 4, 1.5)
+    assert Clustering(torch.ones(3, 2), torch.ones(3), (1.0,), True, 1).distinct() == 1
+
+
+def test_refuses_a_k_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 million centres of 768 numbers, 24 bytes for each, are 184 GB; 200 million vectors, 36 bytes each, are 7."""
+    features = FeatureSet([np.broadcast_to(np.float16(0), (200_000_000, 768))], ["x"])
+    assert 1e8 < memory.available_bytes() < 1e14
+    monkeypatch.setattr(memory, "available_bytes", lambda: 64_000_000_000)
+    with pytest.raises(
+        ConfigError,
+        match=r"k = 10,000,000 .* 768 need about 19\d\.\d\d GB, this machine has 64\.00 GB",
+    ):
+        kmeans(features, KmeansConfig(k=10_000_000), seed=0, device=CPU)
+    memory.check_memory(features, 1_000_000, CPU)
 
 
 def test_per_class_clusters_each_class_by_itself() -> None:
@@ -158,9 +254,9 @@ def test_random_selection_takes_distinct_vectors_as_they_are() -> None:
 
 def test_the_weighted_draw_is_proportional_and_without_replacement() -> None:
     random, weights = np.random.default_rng(0), torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0], dtype=torch.float64)
-    firsts = torch.cat([draw(weights, 1, random) for _ in range(4000)])
+    firsts = torch.cat([weighted_draw(weights, 1, random) for _ in range(4000)])
     np.testing.assert_allclose(torch.bincount(firsts, minlength=5) / 4000, weights / 8, atol=0.03)
-    assert sorted(draw(weights, 5, random).tolist()) == [1, 2, 4]
+    assert sorted(weighted_draw(weights, 5, random).tolist()) == [1, 2, 4]
 
 
 def test_refuses_features_that_cannot_be_clustered() -> None:

@@ -1,5 +1,10 @@
 """`vqpipe kmeans` as a function: artifacts and bare arrays in, a codebook out."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +40,51 @@ def test_publishes_a_codebook_once(vectors: Path, tmp_path: Path, capsys: pytest
 
     kmeans([vectors], out, k=16, iterations=5, device="cpu")
     assert "already published" in capsys.readouterr().err
+    kmeans([vectors], out, k=16, iterations=5, device="cpu", overrides=["kmeans.gpu_share=0"])
     with pytest.raises(ArtifactError, match=r"config.k was 16, now 17"):
         kmeans([vectors], out, k=17, iterations=5, device="cpu")
     with pytest.raises(ArtifactError, match=r"config.seed was 0, now 1"):
         kmeans([vectors], out, k=16, iterations=5, device="cpu", seed=1)
+
+
+def test_ends_with_a_report_on_stderr(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kmeans([vectors], tmp_path / "codebook", k=20, iterations=2, mini_batch=128, device="cpu")
+    told = capsys.readouterr().err
+    artifact = open_artifact(tmp_path / "codebook", "codebook")
+    assert artifact.manifest.config["batch"] == 128
+    facts = artifact.facts
+    assert facts["distinct_codes"] == 20
+    assert facts["cluster_sizes"]["smallest"] >= 1
+    for line in ("vectors per code", "in the largest 1 % of clusters", f"{facts['inertia']:.6g}", "looking at"):
+        assert line in told
+    assert {file.name for file in (tmp_path / "codebook").iterdir()} == {"manifest.json", "codebook.safetensors"}
+
+
+def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = tmp_path / "vectors.npy"
+    np.save(vectors, np.random.default_rng(0).standard_normal((20_000, 8)).astype(np.float16))
+    settings = {"k": 300, "iterations": 60, "overrides": ["kmeans.tolerance=0"]}
+    kmeans([vectors], tmp_path / "whole", device="cpu", **settings)
+    out, states = tmp_path / "killed", tmp_path / "killed.partial" / "checkpoints"
+    command = ["kmeans", "--features", str(vectors), "--k", "300", "--iterations", "60", "--out", str(out)]
+    command += ["--set", "kmeans.tolerance=0", "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-m", "stages", *command], stderr=subprocess.DEVNULL)
+    while max(states.glob("iterations-*"), default=states).name < "iterations-00000003" and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    newest = sorted(states.glob("iterations-*"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-5])  # and the disk damages what was saved last
+
+    capsys.readouterr()
+    kmeans([vectors], out, device="cpu", **settings)
+    told = capsys.readouterr().err
+    assert f"{newest.name} is damaged" in told
+    assert "first centres" not in told
+    whole, killed = (open_artifact(tmp_path / name, "codebook") for name in ("whole", "killed"))
+    assert whole.content == killed.content
+    assert whole.facts == killed.facts
 
 
 def test_refuses_in_words(vectors: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class FeatureSet:
     Attributes:
         num_vectors: N.
         dim: D.
+        dtype: what `stored` reads: float16 where every shard holds it, else float32.
         labels: int32[N], the class of each vector's image (-1: none), or None where no labels are known.
         digest, name, lineage: what an artifact made from these features says about its input.
     """
@@ -45,6 +46,7 @@ class FeatureSet:
         self.first_rows = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.num_vectors = int(self.first_rows[-1])
         self.dim = int(self.shards[0].shape[1])
+        self.dtype = np.float16 if all(shard.dtype == np.float16 for shard in self.shards) else np.float32
 
     @property
     def num_classes(self) -> int:
@@ -53,20 +55,38 @@ class FeatureSet:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start..stop as float32[stop - start, D]; they may lie in several shards."""
-        parts = []
-        for shard, first in zip(self.shards, self.first_rows, strict=False):
-            low, high = max(start - first, 0), min(stop - first, len(shard))
-            if low < high:
-                parts.append(np.array(shard[low:high], dtype=np.float32, order="C"))
-        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return self.stored(start, stop).float()
+
+    def stored(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop as `read` gives them, but of type `dtype`; not to be written to.
+
+        Rows of an array in memory are a view of it. (Torch does not take views of a file opened for reading.)
+        """
+        shard = int(np.searchsorted(self.first_rows, start, side="right")) - 1
+        first, last = (int(row) for row in self.first_rows[shard : shard + 2])
+        view = self.shards[shard][start - first : stop - first]
+        if stop <= last and view.dtype == self.dtype and view.flags.writeable and view.flags.c_contiguous:
+            return torch.from_numpy(view)
+        rows = np.empty((stop - start, self.dim), dtype=self.dtype)
+        done = start
+        while done < stop:
+            first, last = (int(row) for row in self.first_rows[shard : shard + 2])
+            upto = min(stop, last)
+            rows[done - start : upto - start] = self.shards[shard][done - first : upto - first]
+            done, shard = upto, shard + 1
+        return torch.from_numpy(rows)
 
     def block_starts(self) -> range:
         """First rows of the blocks that `block` reads; together they cover all rows."""
         return range(0, self.num_vectors, BLOCK_ROWS)
 
+    def block_stop(self, start: int) -> int:
+        """The row after the last of the block at `start`."""
+        return min(start + BLOCK_ROWS, self.num_vectors)
+
     def block(self, start: int) -> Tensor:
         """The block at `start`: float32[<= BLOCK_ROWS, D]."""
-        return self.read(start, min(start + BLOCK_ROWS, self.num_vectors))
+        return self.read(start, self.block_stop(start))
 
     def take(self, rows: np.ndarray) -> Tensor:
         """The vectors at `rows`, int64[R], in that order: float32[R, D]."""
@@ -132,7 +152,12 @@ def open_matrix(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}", "Check the path") from None
-    except (ValueError, EOFError):
+    except (ValueError, EOFError) as error:
+        if "mmap length" in str(error):
+            raise DataError(
+                f"{path} is cut short: it ends after {path.stat().st_size:,} bytes, in the middle of its rows",
+                "Copy or extract it again",
+            ) from None
         raise DataError(f"{path} is not a .npy array of numbers", "Save it with numpy.save, [n, dim] floats") from None
     if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
         raise DataError(

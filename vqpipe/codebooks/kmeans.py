@@ -1,35 +1,43 @@
-"""k-means over stored features: Lloyd's algorithm on every vector, streamed block by block.
+"""k-means over stored features: Lloyd's algorithm on every vector, streamed block by block, or mini-batches.
 
 Each iteration passes over all N vectors (nothing is subsampled in silence), finds nearest centres exactly, and sums in
 64-bit fixed point, where order does not matter: the centres are the same for any number of ranks. VQGAN-LC clusters
 1,300 images x 16 vectors of each class into 100 centres (`per_class`); its paper reads as one global clustering, which
 is the default here.
 
+Memory is that of the centres and their sums (about 24 bytes per number), a few blocks of 65,536 vectors, the sample for
+the first centres (1 GB at most) and 36 bytes per vector, whatever the size of the features on disk.
+
 N vectors, K centres, D dimensions.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, open_artifact
+from vqpipe.codebooks.checkpoints import Checkpoints, Saved
+from vqpipe.codebooks.clustering import Clustering
 from vqpipe.codebooks.feature_set import FeatureSet, open_matrix
+from vqpipe.codebooks.lloyd import lloyd
+from vqpipe.codebooks.memory import check_memory, room_for_features
+from vqpipe.codebooks.mini_batch import mini_batch
 from vqpipe.codebooks.points import Points
 from vqpipe.codebooks.seeding import plusplus_rows
+from vqpipe.codebooks.watch import Watch
 from vqpipe.errors import ConfigError, DataError, NumericError
-from vqpipe.files import hash_file
-from vqpipe.search import nearest
+from vqpipe.files import digest_json, hash_file
 from vqpipe.weights import load_tensors
 
+__all__ = ["Clustering", "KmeansConfig", "codebook_input", "kmeans", "lloyd", "load_codebook"]
+
 CODEBOOK_FILE = "codebook.safetensors"
-RESCUES = 100  # passes that may follow the last iteration to fill empty clusters; one or two are usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,7 @@ class KmeansConfig:
     k: int = 100_000
     """Codes in the codebook."""
     iterations: int = 20
-    """Lloyd iterations at most."""
+    """Lloyd iterations at most; in mini-batch mode, epochs: passes over all vectors."""
     init: Literal["k-means++", "random"] = "k-means++"
     """How the first centres are chosen from the vectors."""
     per_class: bool = False
@@ -48,10 +56,19 @@ class KmeansConfig:
     """"random": the codes are k distinct vectors drawn at random, and nothing is clustered (the paper's ablation)."""
     tolerance: float = 1e-4
     """Stop when an iteration lowers the inertia by less than this share of it; 0 runs all iterations."""
+    batch: int = 0
+    """Vectors per step of mini-batch k-means; 0: every iteration of Lloyd's takes all vectors."""
+    gpu_share: float = 0.5
+    """Share (0..1) of a GPU's free memory up to which features stay there, in the precision they are stored in; larger
+    ones are copied there in every pass. The codebook is the same."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"kmeans.k = {self.k}", "A codebook has at least one code")
+        if self.batch < 0 or not 0 <= self.gpu_share <= 1:
+            raise ConfigError(
+                f"kmeans.batch = {self.batch}, gpu_share = {self.gpu_share}", "batch is not below 0, gpu_share in 0..1"
+            )
         if self.iterations < 0 or self.tolerance < 0:
             raise ConfigError(
                 f"kmeans.iterations = {self.iterations}, tolerance = {self.tolerance}", "Neither is below 0"
@@ -63,42 +80,6 @@ class KmeansConfig:
                 )
 
 
-@dataclass(frozen=True)
-class Clustering:
-    """Centres of features, every one of them in use."""
-
-    codes: Tensor
-    """float32[K, D], all different."""
-    counts: Tensor
-    """int64[K]: vectors nearest to each code; at least 1."""
-    history: tuple[float, ...]
-    """Inertia (mean squared distance of a vector to its code) before the first iteration and after each."""
-    converged: bool
-    """Whether `tolerance` ended it, rather than the cap on iterations."""
-    iterations: int
-
-    @property
-    def inertia(self) -> float:
-        """Mean squared distance of a vector to its code."""
-        return self.history[-1]
-
-    def save(self, path: Path) -> None:
-        """Write `codebook` float32[K, D] and `counts` int64[K] as safetensors."""
-        save_file({"codebook": self.codes.cpu().contiguous(), "counts": self.counts.cpu()}, path)
-
-    def facts(self) -> dict[str, Any]:
-        """What the artifact says of itself."""
-        return {
-            "k": len(self.codes),
-            "dim": self.codes.shape[1],
-            "inertia": self.inertia,
-            "iterations": self.iterations,
-            "converged": self.converged,
-            "num_vectors": int(self.counts.sum()),
-            "inertia_per_iteration": list(self.history),
-        }
-
-
 def kmeans(
     features: FeatureSet,
     config: KmeansConfig,
@@ -106,30 +87,47 @@ def kmeans(
     seed: int,
     device: torch.device,
     on_step: Callable[[float], None] = lambda inertia: None,
+    checkpoints: Path | None = None,
+    watch: Watch | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Clustering:
     """Cluster `features`. Every rank calls it, and every rank gets the same result.
 
-    `on_step` hears the inertia after each pass over the features; per class, after each class.
+    Args:
+        on_step: hears the inertia after each pass over the features; per class, after each class.
+        checkpoints: a directory for the state after the first centres and after each iteration (per class: each
+            class's result). A call with the same arguments goes on from there, on any number of ranks, to the same
+            bytes. None: an interrupted run starts again.
+        watch: hears how far it is, block by block.
+        on_note: hears, in words, of a saved state that is damaged.
 
     Raises:
         DataError: fewer vectors or fewer distinct vectors than centres; labels missing for `per_class`.
-        ConfigError: `per_class` with a k that the number of classes does not divide.
+        ConfigError: `per_class` with a k that the number of classes does not divide; a k beyond the memory.
         NumericError: NaN or infinity in the features.
+        ArtifactError: `checkpoints` holds another clustering, or cannot be written.
     """
+    watch = watch or Watch()
+    asked = {**asdict(config), "gpu_share": None, "seed": seed, "features": features.digest}
+    request = digest_json({**asked, "num_vectors": features.num_vectors, "dim": features.dim})
+    states = Checkpoints(checkpoints, request, on_note, shared=not config.per_class)
     if config.per_class:
-        return kmeans_per_class(features, config, seed=seed, device=device, on_step=on_step)
+        return kmeans_per_class(features, config, seed, device, on_step, states, watch)
     check_enough(features.num_vectors, config.k, features.name, "vectors")
-    points = Points(features, device, shared=True)
-    return cluster(points, config, config.k, np.random.default_rng(seed), on_step)
+    check_memory(features, config.k, device)
+    room = room_for_features(features, config.k, device, config.gpu_share)
+    points = Points(features, device, shared=True, visits=visits(config), room=room, watch=watch)
+    return cluster(points, config, config.k, (seed,), on_step, states)
 
 
 def kmeans_per_class(
     features: FeatureSet,
     config: KmeansConfig,
-    *,
     seed: int,
     device: torch.device,
     on_step: Callable[[float], None],
+    checkpoints: Checkpoints,
+    watch: Watch,
 ) -> Clustering:
     """k / classes centres of each class by itself, in class order (VQGAN-LC's released code). Ranks take turns."""
     if features.labels is None or (features.labels < 0).any():
@@ -138,99 +136,98 @@ def kmeans_per_class(
             f"clustering per class needs labels; {missing:,} of {features.num_vectors:,} vectors have none",
             "Extract features from labelled images (class folders, tars with .cls), or leave out --per-class",
         )
-    classes = np.unique(features.labels)
+    classes, sizes = np.unique(features.labels, return_counts=True)
     each, rest = divmod(config.k, len(classes))
     if rest or each == 0:
         raise ConfigError(
             f"k = {config.k} is not a multiple of the {len(classes)} classes", f"Use a multiple of {len(classes)}"
         )
+    for label, size in zip(classes, sizes, strict=True):
+        check_enough(int(size), each, f"class {label}", "vectors")
     codes, counts = torch.zeros(config.k, features.dim), torch.zeros(config.k, dtype=torch.int64)
-    summary = torch.zeros(len(classes), 3, dtype=torch.float64)  # inertia, iterations, converged
+    summary = torch.zeros(len(classes), 4, dtype=torch.float64)  # inertia, iterations, converged, reseeded
+    watch.phase("k-means per class", features.num_vectors)
     for index, label in enumerate(classes):
-        rows = np.flatnonzero(features.labels == label)
-        check_enough(len(rows), each, f"class {label}", "vectors")
         if index % distributed.world_size() != distributed.rank():
             continue
-        points = Points(features.subset(rows, f"class {label}"), device, shared=False)
-        result = cluster(points, config, each, np.random.default_rng([seed, int(label)]), lambda inertia: None)
+        result = checkpoints.newest(f"class-{index}")
+        if result is None:
+            rows = np.flatnonzero(features.labels == label)
+            result = of_class(features.subset(rows, f"class {label}"), config, each, (seed, int(label)), device)
+            checkpoints.save(f"class-{index}", result)
         here = slice(index * each, (index + 1) * each)
-        codes[here], counts[here] = result.codes, result.counts
-        summary[index] = torch.tensor([result.inertia * len(rows), result.iterations, result.converged])
-        on_step(result.inertia)
+        codes[here], counts[here], summary[index] = (result.tensors[name] for name in ("codes", "counts", "summary"))
+        on_step(float(summary[index, 0]))
+        watch.note(f"class {index + 1} of {len(classes)}")
+        watch.advance(int(sizes[index : index + distributed.world_size()].sum()))
     for tensor in (codes, counts, summary):
         tensor.copy_(distributed.all_reduce_sum(tensor.to(device)))
-    inertia, iterations, converged = summary.T
-    history = (float(inertia.sum()) / features.num_vectors,)
-    return Clustering(codes, counts, history, bool(converged.all()), int(iterations.max()))
+    inertia, iterations, converged, reseeded = summary.T
+    mean = float((inertia * torch.from_numpy(sizes)).sum()) / features.num_vectors
+    return Clustering(codes, counts, (mean,), bool(converged.all()), int(iterations.max()), int(reseeded.sum()))
+
+
+def of_class(features: FeatureSet, config: KmeansConfig, k: int, key: tuple[int, ...], device: torch.device) -> Saved:
+    """One class's centres, as a state to save."""
+    room = room_for_features(features, k, device, config.gpu_share)
+    points = Points(features, device, shared=False, visits=visits(config), room=room)
+    result = cluster(points, config, k, key, lambda inertia: None, Checkpoints(None))
+    numbers = (result.inertia, result.iterations, result.converged, result.reseeded)
+    summary = torch.tensor(numbers, dtype=torch.float64)
+    return Saved(0, {"codes": result.codes, "counts": result.counts, "summary": summary})
 
 
 def cluster(
-    points: Points, config: KmeansConfig, k: int, random: np.random.Generator, on_step: Callable[[float], None]
+    points: Points,
+    config: KmeansConfig,
+    k: int,
+    key: tuple[int, ...],
+    on_step: Callable[[float], None],
+    checkpoints: Checkpoints,
 ) -> Clustering:
-    """Choose k centres among the points, then run Lloyd's iterations on them."""
+    """Choose k centres among the points, then move them; `key` is what random choices are a function of."""
     check_enough(len(points.distinct), k, points.features.name, "distinct vectors", points.features.num_vectors)
-    if config.select == "random" or config.init == "random":
-        rows = np.sort(random.choice(points.distinct, k, replace=False))
-    else:
-        rows = plusplus_rows(points.features, points.distinct, k, random, points.device)
-    centres = points.features.take(rows).to(points.device)
-    if points.shared:
-        distributed.broadcast(centres)
     iterations = 0 if config.select == "random" else config.iterations
-    return lloyd(points, centres, iterations, config.tolerance, on_step)
+    saved = checkpoints.newest("iterations", points.device)
+    if saved is None:
+        if config.select == "random" or config.init == "random":
+            rows = np.sort(np.random.default_rng(key).choice(points.distinct, k, replace=False))
+        else:
+            rows = plusplus_rows(points, k, key, checkpoints)
+        centres = points.features.take(rows).to(points.device)
+        if points.shared:
+            distributed.broadcast(centres)
+        saved = Saved(0, {"centres": centres})
+        checkpoints.save("iterations", saved)
+        checkpoints.discard("candidates", "choice")
+    centres = saved.tensors["centres"].to(points.device)
+    if config.batch and iterations:
+        return mini_batch(
+            points,
+            centres,
+            iterations,
+            config.tolerance,
+            config.batch,
+            key,
+            on_step,
+            saved=saved,
+            checkpoints=checkpoints,
+        )
+    return lloyd(
+        points,
+        centres,
+        iterations,
+        config.tolerance,
+        on_step,
+        history=tuple(saved.state.get("history", ())),
+        reseeded=saved.state.get("reseeded", 0),
+        checkpoints=checkpoints,
+    )
 
 
-def lloyd(
-    points: Points, centres: Tensor, iterations: int, tolerance: float, on_step: Callable[[float], None]
-) -> Clustering:
-    """Lloyd's iterations from float32[K, D] `centres` (Lloyd 1982), ending with every cluster in use.
-
-    Clusters without a vector take the vectors farthest from their centres, the lowest row first among equals. Each such
-    step lowers the inertia, so that it ends; it may go on for some passes after the last iteration.
-    """
-    history: list[float] = []
-    while True:
-        sums, counts, distances = assign(points, centres)
-        history.append(float(distances.double().mean()))
-        on_step(history[-1])
-        done = len(history) - 1
-        converged = done > 0 and history[-2] - history[-1] <= tolerance * history[-2]
-        empty = (counts == 0).nonzero()[:, 0]
-        if len(empty) == 0 and (converged or done >= iterations):
-            return Clustering(centres.cpu(), counts.cpu(), tuple(history), converged, done)
-        if done >= iterations + RESCUES:
-            raise NumericError(
-                f"{len(empty)} of {len(centres)} clusters stay empty", "The features differ by less than float32 shows"
-            )
-        if done < iterations:
-            means = (sums.double() / (points.scale * counts.clamp(min=1)[:, None])).float()
-            centres = torch.where(counts[:, None] > 0, means, centres)
-        if len(empty):
-            rows = farthest(distances.numpy(), points.distinct, len(empty))
-            centres[empty[: len(rows)]] = points.features.take(rows).to(centres)
-
-
-def assign(points: Points, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every vector to its nearest centre, over all ranks.
-
-    Returns:
-        sums: int64[K, D] in units of 1 / points.scale, counts: int64[K], distances: squared, float32[N] on the CPU.
-    """
-    sums = torch.zeros(centres.shape, dtype=torch.int64, device=points.device)
-    counts = torch.zeros(len(centres), dtype=torch.int64, device=points.device)
-    distances = torch.zeros(points.features.num_vectors)
-    for start, block in points.blocks():
-        ids = nearest(block, centres)
-        distances[start : start + len(block)] = (block - centres[ids]).square_().sum(dim=1).cpu()
-        sums.index_add_(0, ids, block.double().mul_(points.scale).round_().long())
-        counts += torch.bincount(ids, minlength=len(centres))
-    return points.total(sums), points.total(counts), points.total(distances)
-
-
-def farthest(distances: np.ndarray, distinct: np.ndarray, count: int) -> np.ndarray:
-    """The `count` distinct rows with the largest distances above 0 (or fewer), farthest first, then lowest row."""
-    rows = distinct[np.argsort(-distances[distinct], kind="stable")[:count]]
-    return rows[distances[rows] > 0]
+def visits(config: KmeansConfig) -> int:
+    """How often one sum may meet a vector: once, or in mini-batch mode once in each epoch."""
+    return max(1, config.iterations) if config.batch else 1
 
 
 def check_enough(found: int, k: int, name: str, what: str, of: int | None = None) -> None:
