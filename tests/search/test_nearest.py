@@ -175,6 +175,21 @@ def test_refuses_what_is_not_a_number(bad: float) -> None:
         nearest(good, broken)
 
 
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("dim", [4, 70])
+def test_unchecked_every_id_is_one_of_a_code(dim: int) -> None:
+    vectors, codes = torch.randn(9, dim), torch.randn(20, dim)
+    expected = nearest(vectors, codes)
+    vectors[5, 2], vectors[6, 0] = float("nan"), float("inf")
+    ids = nearest(vectors, codes, check=False)
+    whole = torch.isfinite(vectors).all(dim=1)
+    assert torch.equal(ids[whole], expected[whole])
+    assert ((ids >= 0) & (ids < 20)).all()
+    codes[3] = float("nan")
+    ids = nearest(vectors, codes, check=False)
+    assert ((ids >= 0) & (ids < 20)).all()
+
+
 def test_refuses_shapes_and_metrics() -> None:
     with pytest.raises(DataError, match=r"\[2, 3\] and codes \[5, 4\]"):
         nearest(torch.zeros(2, 3), torch.zeros(5, 4))

@@ -110,7 +110,8 @@ class Quantizer(nn.Module, ABC):
         """float[B, C, h, w] -> codes, ids and losses, in float32 whatever autocast says.
 
         Raises:
-            NumericError: the latent or the codebook holds NaN or infinity.
+            NumericError: the latent or the codebook holds NaN or infinity. In training it is not looked for, so that no
+                GPU is waited for: then codes or losses are not finite either, and the loop skips the step.
         """
 
     @abstractmethod
@@ -213,7 +214,7 @@ class CodebookQuantizer(Quantizer):
         with torch.autocast(latent.device.type, enabled=False):
             latent = self.compared(latent)
             with torch.no_grad():
-                ids = nearest(to_rows(latent), self.codebook(), self.metric)
+                ids = nearest(to_rows(latent), self.codebook(), self.metric, check=not self.training)
             return self.replaced(latent, ids.view(len(latent), -1))
 
     def compared(self, latent: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         with torch.autocast(latent.device.type, enabled=False):
             vectors = to_rows(self.on_sphere(latent.float(), dim=1))
             codebook = self.codebook()
-            ids = most_similar(vectors, codebook)
+            ids = most_similar(vectors, codebook, check=not self.training)
             chosen = self.select(ids)
             expected, entropy = self.soften(vectors, codebook)
             codes = chosen + (expected - expected.detach())
@@ -107,7 +107,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
 
 
 @torch.no_grad()
-def most_similar(vectors: Tensor, codes: Tensor) -> Tensor:
+def most_similar(vectors: Tensor, codes: Tensor, *, check: bool = True) -> Tensor:
     """The id of each vector's largest inner product, float32[N, C], float32[K, C] -> int64[N]; lowest id on ties.
 
     Nearest neighbours in one dimension more, in which all codes are made equally long (Bachrach et al. 2014).
@@ -115,4 +115,4 @@ def most_similar(vectors: Tensor, codes: Tensor) -> Tensor:
     """
     squares = codes.square().sum(1)
     lift = (squares.max() - squares).sqrt()
-    return nearest(F.pad(vectors, (0, 1)), torch.cat([codes, lift.unsqueeze(1)], dim=1))
+    return nearest(F.pad(vectors, (0, 1)), torch.cat([codes, lift.unsqueeze(1)], dim=1), check=check)

@@ -111,7 +111,7 @@ class MultiGroupQuantizer(Quantizer):
         with torch.autocast(latent.device.type, enabled=False):
             vectors = torch.stack([to_rows(group.compared(part)) for group, part in parts])
             codebooks = torch.stack([group.codebook() for group, _ in parts])
-            ids = nearest(vectors, codebooks, parts[0][0].metric)
+            ids = nearest(vectors, codebooks, parts[0][0].metric, check=not self.training)
         return list(ids.unflatten(1, (len(latent), -1)))
 
     def draw_groups_kept(self, batch_size: int) -> Tensor:

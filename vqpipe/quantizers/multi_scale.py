@@ -97,7 +97,12 @@ class MultiScaleQuantizer(VectorQuantizer):
             rest, total = latent.detach(), torch.zeros_like(latent)
             ids, terms = [], []
             for scale, grid in enumerate(layout.grids):
-                chosen = nearest(to_rows(F.interpolate(rest, grid, mode="area")), self.codebook(), self.metric)
+                chosen = nearest(
+                    to_rows(F.interpolate(rest, grid, mode="area")),
+                    self.codebook(),
+                    self.metric,
+                    check=not self.training,
+                )
                 ids.append(chosen.view(len(latent), *grid))
                 codes = self.upsampled(ids[-1], scale, layout)
                 rest, total = rest - codes.detach(), total + codes

@@ -92,7 +92,7 @@ class ResidualQuantizer(Quantizer):
             rest, total = vectors.detach(), torch.zeros_like(vectors)
             ids, losses = [], []
             for table in self.by_depth():
-                chosen = nearest(rest, table.codebook(), table.metric)
+                chosen = nearest(rest, table.codebook(), table.metric, check=not self.training)
                 codes = codes_of(table, chosen)
                 rest, total = rest - codes, total + codes
                 ids.append(chosen)

@@ -48,7 +48,7 @@ def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
         shares = vectors.split(FAISS_VECTORS * -(-len(vectors) // (FAISS_VECTORS * torch.get_num_threads())))
         with ThreadPoolExecutor(len(shares)) as pool:
             ids = np.concatenate(list(pool.map(search, shares)))
-    return lowest_of_equals(torch.from_numpy(ids), codes)
+    return lowest_of_equals(torch.from_numpy(ids).clamp_(min=0), codes)  # -1: the vector is not finite
 
 
 def nearest_tiles(

@@ -141,7 +141,7 @@ def settle_kernel(
                 if tl.load(lower + at + number) <= bound:
                     columns = tl.load(notes + at + number) * GRAIN + tl.arange(0, GRAIN)
                     best, best_id = closer(vector_at, code_at, columns, num_codes, best, best_id, DIM, CHUNK, GRAIN)
-    tl.store(ids + place, best_id.to(tl.int64))
+    tl.store(ids + place, tl.where(best_id == 2147483647, 0, best_id).to(tl.int64))  # of a vector that is not finite
 
 
 @triton.jit

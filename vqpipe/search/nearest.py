@@ -29,7 +29,7 @@ FAR_SHARE = 0.99  # of the codes' root mean square: a common mean this large cos
 
 
 @torch.no_grad()
-def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2") -> Tensor:
+def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: bool = True) -> Tensor:
     """The id of each vector's nearest code, exactly: every code counts, in float32 whatever the autocast.
 
     Of codes equally near, the lowest id wins. Distances are float32, so codes that differ by less than its rounding of
@@ -40,6 +40,8 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2") -> Tensor:
         codes: float[K, D] on the same device, K >= 1. Or float[G, K, D].
         metric: "l2", or "cosine": l2 between vectors scaled to unit length. A zero vector has no direction: it is
             equally near to every code, so it gets id 0.
+        check: look at the numbers first. Without, a vector that is not finite gets some id in [0, K), and a GPU is not
+            waited for: for training, whose loss says the same later.
 
     Returns:
         int64[N] (or int64[G, N]) on the vectors' device.
@@ -54,8 +56,8 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2") -> Tensor:
     check_shapes(vectors, codes)
     with torch.autocast(vectors.device.type, enabled=False):
         if vectors.ndim == 3:
-            return nearest_of_groups(vectors.float(), codes.float(), metric)
-        return nearest_of_groups(vectors.float()[None], codes.float()[None], metric)[0]
+            return nearest_of_groups(vectors.float(), codes.float(), metric, check)
+        return nearest_of_groups(vectors.float()[None], codes.float()[None], metric, check)[0]
 
 
 def engine_name(device: torch.device) -> Engine:
@@ -66,11 +68,12 @@ def engine_name(device: torch.device) -> Engine:
     return "triton" if screens and torch.cuda.get_device_capability(device) >= (8, 0) else "torch tiles"
 
 
-def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric) -> Tensor:
+def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric, check: bool) -> Tensor:
     """float32[G, N, D], float32[G, K, D] -> int64[G, N]."""
     if vectors.numel() == 0:
         return torch.empty(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
-    check_finite(vectors, codes, metric)
+    if check:
+        check_finite(vectors, codes, metric)
     without_direction = None
     if metric == "cosine":
         without_direction = ~vectors.any(dim=2)
@@ -92,7 +95,7 @@ def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric) -> Tensor:
 
 def far_offsets(codes: Tensor) -> Tensor | None:
     """What to subtract from both sides where codes, float32[G, K, D], lie far from the origin for their spread, as
-    float32[G, 1, D] (zero for a group where they do not); None where no group's do.
+    float32[G, 1, D] (zero for a group where they do not); on the CPU None where no group's do.
 
     |v|^2 + |c|^2 - 2 v.c loses the digits that |c|^2 fills. The offset is rounded to a power of two of the spread's
     size, so that subtracting it rounds nothing and exact ties stay ties.
@@ -100,7 +103,7 @@ def far_offsets(codes: Tensor) -> Tensor | None:
     means = codes.mean(dim=1, keepdim=True)
     sizes = codes.flatten(1).norm(dim=1) / codes.shape[1] ** 0.5
     far = means.flatten(1).norm(dim=1) > FAR_SHARE * sizes
-    if not far.any():
+    if codes.device.type == "cpu" and not far.any():  # elsewhere the answer would have to be waited for
         return None
     spreads = (codes - means).abs().amax(dim=(1, 2))
     steps = torch.exp2(torch.floor(torch.log2(spreads)))[:, None, None]
