@@ -1,5 +1,6 @@
 """Equal rows are found by value, and only equal rows."""
 
+import numpy as np
 import torch
 
 from vqpipe.search import copies
@@ -9,6 +10,13 @@ def test_copies_are_found_by_value_and_only_copies() -> None:
     rows = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, -0.0], [2.0, 2.0]])
     assert copies.first_copies(rows).tolist() == [0, 0, 2, 0, 2, 5]
     assert copies.first_copies(torch.arange(1000.0)[:, None]) is None
+
+
+def test_ids_become_those_of_the_first_of_equal_rows() -> None:
+    rows = np.float32([[5, 1, 2], [0, 1, 3], [-0.0, 1, 3], [5, 1, 2], [5, 1, 4]])
+    assert copies.lowest_of_equals(np.array([3, 2, 4, 0]), rows).tolist() == [0, 1, 4, 0]
+    one = np.float32([[1], [2], [1], [-0.0], [0]])
+    assert copies.lowest_of_equals(np.array([2, 1, 4]), one).tolist() == [0, 1, 3]
 
 
 def test_rows_with_one_hash_are_still_told_apart(monkeypatch) -> None:

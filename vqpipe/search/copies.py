@@ -6,6 +6,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK_ELEMENTS = 2**20  # the copy of a block that is hashed stays at 8 MB
+_TABLE_BITS = 20
+_TABLE = 2**_TABLE_BITS
+_FIBONACCI = np.int64(
+    0x9E3779B97F4A7C15 - 2**64
+)  # 2**64 over the golden ratio, an odd multiplier that spreads (Knuth, vol. 3)
 
 
 def row_hashes(rows: Tensor) -> Tensor:
@@ -37,14 +42,39 @@ def first_copies(rows: Tensor) -> Tensor | None:
     return first
 
 
+def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Ids of rows, int64[N], each replaced by the lowest index at which float32[R, D] holds the same row.
+
+    Only rows are looked at whose first numbers have the hash of those of a row with an id: where they are few, most of
+    the work of `first_copies` is saved. In numpy, whose one thread is done before torch's have woken up.
+    """
+    bits = rows[:, :2] + np.float32(0.0)  # -0 becomes 0
+    words = bits.view(np.int64)[:, 0] if bits.shape[1] == 2 else bits.view(np.int32)[:, 0].astype(np.int64)
+    start = (words * _FIBONACCI) >> (64 - _TABLE_BITS) & (_TABLE - 1)
+    named = np.zeros(_TABLE, dtype=bool)
+    named[start[ids]] = True
+    suspects = np.flatnonzero(named[start])
+    first = first_copies(torch.from_numpy(rows[suspects]))
+    if first is None:
+        return ids
+    lowest = np.arange(len(rows))
+    lowest[suspects] = suspects[first.numpy()]
+    return lowest[ids]
+
+
 def _any_equal(hashes: np.ndarray) -> bool:
     """Whether two of int64[R] are equal: numpy sorts three times as fast as torch, which sorts the places too."""
     ordered = np.sort(hashes)
     return bool((ordered[1:] == ordered[:-1]).any())
 
 
+def _words(rows: Tensor) -> Tensor:
+    """The bits of float32[R, D], -0 as 0, as int64[R, D / 2] where D is even, else as int64[R, D]."""
+    bits = (rows + 0.0).contiguous()
+    return bits.view(torch.int64) if rows.shape[1] % 2 == 0 else bits.view(torch.int32).long()
+
+
 def _hash(rows: Tensor, odd: Tensor) -> Tensor:
-    bits = (rows + 0.0).contiguous()  # adding 0 makes -0 and 0 the same bits
-    words = bits.view(torch.int64) if rows.shape[1] % 2 == 0 else bits.view(torch.int32).long()
+    words = _words(rows)
     odd = odd[: words.shape[1]]
     return words @ odd if rows.device.type == "cpu" else (words * odd).sum(dim=1)  # CUDA has no integer matmul

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.search.copies import first_copies
+from vqpipe.search.copies import first_copies, lowest_of_equals
 
 FUSED_DIMENSIONS = 32  # up to here faiss needs no tiles of distances in memory, where the processor has AVX-512
 FAISS_VECTORS = 384  # longer vectors in one matrix product, a multiple of what its kernels do at once
@@ -48,7 +48,8 @@ def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
         shares = vectors.split(FAISS_VECTORS * -(-len(vectors) // (FAISS_VECTORS * torch.get_num_threads())))
         with ThreadPoolExecutor(len(shares)) as pool:
             ids = np.concatenate(list(pool.map(search, shares)))
-    return lowest_of_equals(torch.from_numpy(ids).clamp_(min=0), codes)  # -1: the vector is not finite
+    # -1 is that of a vector that is not finite. Of equal codes any may win: places in a tile are rounded differently.
+    return torch.from_numpy(lowest_of_equals(np.maximum(ids, 0), database))
 
 
 def nearest_tiles(
@@ -74,16 +75,8 @@ def nearest_tiles(
                 best = torch.where(closer, tile_best, best)
                 best_id = torch.where(closer, tile_id + first, best_id)
             ids[begin : begin + tile_vectors] = best_id
-    return lowest_of_equals(ids, codes)
-
-
-def lowest_of_equals(ids: Tensor, codes: Tensor) -> Tensor:
-    """The ids, int64[N], each replaced by the lowest one whose code, of float32[K, D], has the same values.
-
-    Kernels round equal distances differently at different places of a tile, so that either may win.
-    """
-    first = first_copies(codes)
-    return ids if first is None else first[ids]
+    lowest = first_copies(codes)  # of equal codes any may have won, by rounding
+    return ids if lowest is None else lowest[ids]
 
 
 @contextmanager

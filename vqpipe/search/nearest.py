@@ -8,6 +8,9 @@ engines, chosen by device (`engine_name`):
 - NVIDIA GPUs with bfloat16 tensor cores: a bfloat16 screen and a float32 decision (`screening.nearest_screened`);
 - others: tiles of 1024 x 8192 distances (`exhaustive.nearest_tiles`).
 
+What is done beside the search is done in numpy on the CPU: its one thread is through before torch's have woken up,
+which on a machine with other work takes as long as the search.
+
 N vectors, K codes, D dimensions; G groups that are searched apart.
 """
 
@@ -25,6 +28,7 @@ Metric = Literal["l2", "cosine"]
 Engine = Literal["faiss", "triton", "torch tiles"]
 
 LARGEST = 1e15  # the squares of larger numbers, summed over a whole codebook, may leave float32
+LOOKED_AT = 4000  # codes, evenly spread over the codebook, that show where it lies
 FAR_SHARE = 0.99  # of the codes' root mean square: a common mean this large costs float32 digits worth saving
 
 
@@ -54,6 +58,7 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: boo
     if metric not in get_args(Metric):
         raise ConfigError(f"unknown metric {metric!r}", 'Use "l2" or "cosine"')
     check_shapes(vectors, codes)
+    vectors, codes = vectors.detach(), codes.detach()
     with torch.autocast(vectors.device.type, enabled=False):
         if vectors.ndim == 3:
             return nearest_of_groups(vectors.float(), codes.float(), metric, check)
@@ -100,12 +105,12 @@ def far_offsets(codes: Tensor) -> Tensor | None:
     |v|^2 + |c|^2 - 2 v.c loses the digits that |c|^2 fills. The offset is rounded to a power of two of the spread's
     size, so that subtracting it rounds nothing and exact ties stay ties.
     """
-    means = codes.mean(dim=1, keepdim=True)
-    sizes = codes.flatten(1).norm(dim=1) / codes.shape[1] ** 0.5
-    far = means.flatten(1).norm(dim=1) > FAR_SHARE * sizes
+    some = codes[:, :: -(-codes.shape[1] // LOOKED_AT)]
+    means = some.mean(dim=1, keepdim=True)
+    far = means.square().sum(dim=(1, 2)) > FAR_SHARE**2 * some.square().sum(dim=(1, 2)) / some.shape[1]
     if codes.device.type == "cpu" and not far.any():  # elsewhere the answer would have to be waited for
         return None
-    spreads = (codes - means).abs().amax(dim=(1, 2))
+    spreads = (some - means).abs().amax(dim=(1, 2))
     steps = torch.exp2(torch.floor(torch.log2(spreads)))[:, None, None]
     return torch.where((far & (spreads > 0))[:, None, None], torch.round(means / steps) * steps, 0.0)
 
@@ -126,7 +131,10 @@ def check_shapes(vectors: Tensor, codes: Tensor) -> None:
 
 def check_finite(vectors: Tensor, codes: Tensor, metric: Metric) -> None:
     """A NumericError for what has no nearest code. A device is asked once, and says more only in the bad case."""
-    extremes = torch.stack([*torch.aminmax(vectors), *torch.aminmax(codes)])  # NaN comes through; no mask is made
+    if codes.device.type == "cpu":
+        extremes = torch.tensor([float(f()) for side in (vectors.numpy(), codes.numpy()) for f in (side.min, side.max)])
+    else:
+        extremes = torch.stack([*torch.aminmax(vectors), *torch.aminmax(codes)])  # NaN comes through; no mask is made
     zeros = (~codes.any(dim=2)).sum() if metric == "cosine" else extremes.new_zeros(())
     low, high, code_low, code_high, zero = torch.stack([*extremes, zeros.float()]).tolist()
     for name, values, fine in (
