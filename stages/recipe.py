@@ -16,7 +16,7 @@ from vqpipe.losses.objective import ObjectiveConfig
 from vqpipe.metrics import EvalConfig
 from vqpipe.models.autoencoder import AutoencoderConfig
 from vqpipe.models.discriminator import DiscriminatorConfig
-from vqpipe.training.loop import TrainConfig
+from vqpipe.training.config import TrainConfig
 
 PAPER = "vqgan-lc-f16-100k"
 """Gives [model] and [objective], which have no defaults, to a stage that is run without a preset and reads neither."""

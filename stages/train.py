@@ -1,5 +1,6 @@
 """`vqpipe train`: images (and a codebook) -> tokenizer."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,21 +15,34 @@ if TYPE_CHECKING:
     from stages.recipe import Recipe
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.data.shards import ImageSet
-    from vqpipe.models import Autoencoder
-    from vqpipe.training.history import Row
+    from vqpipe.losses.objective import Objective
+    from vqpipe.models import Autoencoder, PatchDiscriminator
+    from vqpipe.training.config import TrainConfig
     from vqpipe.training.state import TrainState
+    from vqpipe.training.validation import Best, Validation
 
 SECTIONS = ("model", "data", "objective", "discriminator", "train")
 """What of a preset this stage reads."""
 FREE_KEYS = {
-    "train": ("log_every", "save_every", "look_every"),
+    "train": ("log_every", "save_every", "keep_every", "look_every", "max_bad_steps", "recompute", "compile"),
     "data": ("num_workers", "worker_timeout"),
     "objective": ("lpips_weights",),
 }
-"""Settings that do not change what comes out (the weights of LPIPS count by content, as an input): a run may be resumed
-with other values of these."""
-LOOK_AT = 8
-"""Images in a reconstruction grid."""
+"""Settings that do not change what comes out but for the rounding of sums (the weights of LPIPS count by content, as an
+input): a run may be resumed with other values of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the command was given beside its preset."""
+
+    images: "ImageSet"
+    held_out: "ImageSet | None"
+    codebook: Path | None
+    source: Path | None
+    publish: str
+    loggers: list[str]
+    seed: int
 
 
 def train(
@@ -46,30 +60,66 @@ def train(
         str | None, typer.Option("--precision", help="Of the convolutions.", metavar="fp32|bf16")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Fine-tune this tokenizer.", metavar="TOKENIZER")
+        Path | None, typer.Option("--from", help="Fine-tune this tokenizer; see above.", metavar="TOKENIZER")
+    ] = None,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option("--validation", help="Held-out images, as in --images; repeatable; see above.", metavar="WHERE"),
+    ] = None,
+    publish: Annotated[
+        str, typer.Option("--publish", help="Which weights: those of the last step, or the best.", metavar="last|best")
+    ] = "last",
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", help="Log there too, in OUT.logs; repeatable.", metavar="tensorboard|wandb"),
     ] = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a tokenizer. Run the same command again to resume it."""
+    """Train a tokenizer. Run the same command again to resume it.
+
+    To watch a run, open OUT.partial/report.html: curves, reconstructions,
+    codes in use. It is written again every train.look_every steps, and
+    published with the tokenizer; all numbers are in metrics.jsonl beside it.
+
+    With --validation, train.validation_images held-out images are measured
+    every train.validate_every steps (or with each picture). The weights that
+    did best on them are kept: by LPIPS in a run trained with it, else by PSNR.
+
+    --from starts from another tokenizer of the same model, ours or imported,
+    and from its discriminator where it has one. It may be frozen in part:
+    --set 'train.freeze=["encoder"]' keeps the encoder as it is, "codebook" the
+    quantizer; both may be named. The second stage of MGVQ is the preset
+    mgvq-f16-g4-finetune, --from the tokenizer of the first.
+    """
     with console.session(device, seed) as where:
         from stages import recipe as recipes
         from vqpipe import artifacts
         from vqpipe.codebooks.kmeans import codebook_input
-        from vqpipe.config import to_table
+        from vqpipe.config import nearest_name, to_table
         from vqpipe.data.shards import open_images
         from vqpipe.errors import ConfigError
         from vqpipe.files import hash_file
         from vqpipe.losses.perceptual import backbone_file
         from vqpipe.tokenizer import read_config
+        from vqpipe.training.loggers import check_loggers
 
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
+        if publish not in ("last", "best"):
+            raise ConfigError(f"--publish {publish} is unknown", nearest_name(publish, ("last", "best")))
+        if publish == "best" and not validation:
+            raise ConfigError("--publish best needs images to judge by", "Name held-out images with --validation")
+        check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         recipe = recipes.load(preset, overrides, train=flags)
+        recipe = replace(recipe, train=with_schedule(recipe.train, bool(validation)))
         image_set = open_images(images)
         inputs: dict[str, Any] = {"images": image_set}
+        held_out = open_images(validation) if validation else None
+        if held_out is not None:
+            inputs["validation"] = held_out
         if codebook is not None:
             inputs["codebook"] = codebook_input(codebook)
         if recipe.objective.perceptual != "none":
@@ -82,96 +132,119 @@ def train(
         for section, keys in FREE_KEYS.items():
             for key in keys:
                 del sections[section][key]
-        draft = artifacts.start(out, "tokenizer", {**sections, "seed": seed}, inputs)
+        draft = artifacts.start(out, "tokenizer", {**sections, "seed": seed, "publish": publish}, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
+        given = Given(
+            images=image_set,
+            held_out=held_out,
+            codebook=codebook,
+            source=source,
+            publish=publish,
+            loggers=list(dict.fromkeys(log or [])),
+            seed=seed,
+        )
         with draft:
-            return console.finished(run(recipe, draft, image_set, codebook, source, seed, where))
+            return console.finished(run(recipe, draft, given, where))
 
 
-def run(
-    recipe: "Recipe",
-    draft: "Draft",
-    image_set: "ImageSet",
-    codebook: Path | None,
-    source: Path | None,
-    seed: int,
-    device: "torch.device",
-) -> "Artifact":
+def with_schedule(config: "TrainConfig", validates: bool) -> "TrainConfig":
+    """Validation with each picture where held-out images were named and no schedule was; never without images."""
+    from vqpipe.errors import ConfigError
+
+    if config.validate_every and not validates:
+        raise ConfigError(
+            f"train.validate_every = {config.validate_every} needs held-out images", "Name them with --validation"
+        )
+    return replace(config, validate_every=config.validate_every or (config.look_every if validates else 0))
+
+
+def run(recipe: "Recipe", draft: "Draft", given: Given, device: "torch.device") -> "Artifact":
     """Build the two networks, train them in `draft`, publish."""
+    from stages.live import display
+    from stages.watching import Pictures, Watcher
     from vqpipe import distributed
+    from vqpipe.config import to_table
     from vqpipe.data.batches import TrainingStream
     from vqpipe.losses.objective import Objective
+    from vqpipe.reports.training import latest
     from vqpipe.training import loop
-    from vqpipe.training.history import History, read_history
+    from vqpipe.training.throughput import throughput
 
     config = recipe.train
-    model, discriminator = build(recipe, codebook, source, device)
+    model, discriminator = build(recipe, given, device)
     objective = Objective(recipe.objective, model.quantizer.loss_names).to(device)
     if config.matched_start and not (draft.path / "checkpoints").exists():
-        match_start(recipe, model, image_set, seed, device)
+        match_start(recipe, model, given, device)
     stream = TrainingStream(
-        image_set,
+        given.images,
         recipe.data,
-        seed=seed,
+        seed=given.seed,
         batch_size=config.global_batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    looker = Looker(draft, image_set, recipe.data.image_size, device)
-    log = draft.path / "metrics.jsonl"
-    with console.StopAtStepEnd() as signals, console.progress("train", config.steps, "steps") as bar:
-        history: History
-
-        def on_start(state: "TrainState") -> None:
-            nonlocal history
-            history = History(log, state.step)
-            bar.resume(state.step)
-            if state.step:
-                console.say(f"resuming at step {state.step:,}")
-
-        def on_log(row: "Row") -> None:
-            history.append(row)
-            bar.note(headline(row))
-
-        state = loop.train(
-            config,
-            model,
-            discriminator,
-            objective,
-            stream,
-            draft.path,
-            seed=seed,
-            device=device,
-            on_start=on_start,
-            on_log=on_log,
-            on_look=looker.look,
-            on_step=lambda state: bar.advance(),
-            stop_asked=signals.asked,
+    facts: dict[str, Any] = {
+        "quantizer": model.quantizer.config.kind,
+        "codebook_size": model.quantizer.codebook_size,
+        "num_groups": model.quantizer.num_groups,
+        "downsample_factor": model.downsample_factor,
+    }
+    validation, best = held_out_images(recipe, draft, given, objective, device)
+    pictures = Pictures(given.held_out or given.images, recipe.data.image_size, device)
+    speed = throughput(config, model, discriminator, objective, recipe.data.image_size, device)
+    with console.StopAtStepEnd() as signals, display(config.steps) as shown:
+        watcher = Watcher(
+            draft,
+            settings={name: to_table(getattr(recipe, name)) for name in SECTIONS},
+            tokenizer=facts,
+            pictures=pictures,
+            validation=validation,
+            best=best,
+            throughput=speed,
+            loggers=given.loggers,
+            display=shown,
         )
+        try:
+            state = loop.train(
+                config,
+                model,
+                discriminator,
+                objective,
+                stream,
+                draft.path,
+                seed=given.seed,
+                device=device,
+                on_start=watcher.start,
+                on_log=watcher.log,
+                on_look=watcher.look,
+                on_validate=watcher.validate,
+                on_bad=watcher.bad,
+                on_step=watcher.advance,
+                stop_asked=signals.asked,
+            )
+        finally:
+            watcher.close()
         if state.step < config.steps:
             signals.leave()
+    step = state.step if best is None or best.step is None or given.publish == "last" else best.step
+    facts |= {
+        "images_seen": step * config.global_batch_size,
+        "steps": state.step,
+        "published_step": step,
+    }
     if distributed.is_main():
-        save(draft, state, recipe)
-    rows = read_history(log)
-    quantizer = model.quantizer
-    return draft.publish(
-        {
-            "quantizer": quantizer.config.kind,
-            "codebook_size": quantizer.codebook_size,
-            "num_groups": quantizer.num_groups,
-            "downsample_factor": model.downsample_factor,
-            "images_seen": state.images_seen,
-            "steps": state.step,
-            "training_psnr": rows[-1]["psnr"],
-            "training_utilization": rows[-1]["utilization"],
-        }
-    )
+        save(draft, state, recipe, best if step != state.step else None, facts)
+    rows = watcher.history.rows
+    measured = {
+        "training_psnr": latest(rows, "psnr"),
+        "training_utilization": latest(rows, "utilization"),
+        "valid_psnr": latest([row for row in rows if row["step"] == step], "valid/psnr"),
+    }
+    return draft.publish(facts | {name: value for name, value in measured.items() if value is not None})
 
 
-def build(
-    recipe: "Recipe", codebook: Path | None, source: Path | None, device: "torch.device"
-) -> "tuple[Autoencoder, torch.nn.Module]":
+def build(recipe: "Recipe", given: Given, device: "torch.device") -> "tuple[Autoencoder, PatchDiscriminator]":
     """The two networks, fresh or from the tokenizer to fine-tune, with the codebook in place."""
     import torch
 
@@ -182,6 +255,7 @@ def build(
     from vqpipe.tokenizer import Tokenizer, load_weights
     from vqpipe.weights import load_tensors
 
+    source = given.source
     model = build_autoencoder(recipe.model)
     discriminator = PatchDiscriminator(recipe.discriminator)
     if source is not None:
@@ -201,72 +275,61 @@ def build(
                     f"{error.what}, which is the preset's",
                     "Set discriminator.num_layers and discriminator.base_channels",
                 ) from None
-    if codebook is not None:
-        model.quantizer.load_codebook(load_codebook(codebook))
+    if given.codebook is not None:
+        model.quantizer.load_codebook(load_codebook(given.codebook))
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
         discriminator.to(memory_format=torch.channels_last)
     return model.to(device), discriminator.to(device)
 
 
-def match_start(
-    recipe: "Recipe", model: "Autoencoder", image_set: "ImageSet", seed: int, device: "torch.device"
-) -> None:
+def match_start(recipe: "Recipe", model: "Autoencoder", given: Given, device: "torch.device") -> None:
     """The matched start, on the first images that the run will see; the same ones on every rank."""
     from vqpipe.data.batches import TrainingStream
     from vqpipe.data.transforms import to_float
 
     count = recipe.train.matched_start_images
-    stream = TrainingStream(image_set, recipe.data, seed=seed, batch_size=count, rank=0, world_size=1)
+    stream = TrainingStream(given.images, recipe.data, seed=given.seed, batch_size=count, rank=0, world_size=1)
     batch = next(iter(stream.from_sample(0)))
     model.match_start(to_float(batch.images.to(device)))
 
 
-class Looker:
-    """Writes a grid of originals and reconstructions of the same few images, now and then."""
+def held_out_images(
+    recipe: "Recipe", draft: "Draft", given: Given, objective: "Objective", device: "torch.device"
+) -> "tuple[Validation | None, Best | None]":
+    """What measures the held-out images and keeps the best weights; nothing where there are no such images."""
+    from vqpipe import distributed
+    from vqpipe.training.validation import Best, Validation
 
-    def __init__(self, draft: "Draft", image_set: "ImageSet", image_size: int, device: "torch.device") -> None:
-        import torch
-
-        from vqpipe.data.batches import OrderedBatches
-
-        self.draft, self.device = draft, device
-        stride = max(1, len(image_set) // LOOK_AT)
-        chosen = range(0, len(image_set), stride)[:LOOK_AT]
-        parts = [
-            batch.images
-            for start in chosen
-            for batch in OrderedBatches(image_set, image_size=image_size, batch_size=1, start=start, stop=start + 1)
-        ]
-        self.originals = torch.cat(parts) if parts else None
-
-    def look(self, step: int, model: "Autoencoder") -> None:
-        """One picture, `pictures/step-*.png`."""
-        import torch
-
-        from vqpipe import distributed
-        from vqpipe.data.transforms import to_float, to_uint8
-        from vqpipe.reports.pictures import reconstruction_grid
-
-        if self.originals is None or not distributed.is_main():
-            return
-        model.eval()
-        with torch.no_grad():
-            again = model(to_float(self.originals.to(self.device))).images
-        with self.draft.write(f"pictures/step-{step:08d}.png") as path:
-            path.write_bytes(reconstruction_grid(self.originals, to_uint8(again).cpu(), columns=len(self.originals)))
+    config = recipe.train
+    if given.held_out is None:
+        return None, None
+    perceptual = objective.perceptual
+    name = f"lpips_{recipe.objective.perceptual}"
+    validation = Validation(
+        given.held_out,
+        image_size=recipe.data.image_size,
+        batch_size=config.share(distributed.world_size()) // config.accumulate,
+        limit=config.validation_images,
+        perceptual={} if perceptual is None else {name: perceptual.lpips},
+        num_workers=recipe.data.num_workers,
+        device=device,
+    )
+    file = draft.path / "best.safetensors"
+    if perceptual is None:
+        return validation, Best(file, "valid/psnr", higher=True)
+    return validation, Best(file, f"valid/{name}", higher=False)
 
 
-def save(draft: "Draft", state: "TrainState", recipe: "Recipe") -> None:
-    """Write the tokenizer's files into the draft."""
-    from vqpipe.tokenizer import Tokenizer, write_files
+def save(draft: "Draft", state: "TrainState", recipe: "Recipe", best: "Best | None", facts: dict[str, Any]) -> None:
+    """Write the tokenizer's files into the draft: the last weights, or those that `best` kept."""
+    from vqpipe.tokenizer import Tokenizer, load_weights, write_files
+    from vqpipe.weights import load_tensors
 
-    tokenizer = Tokenizer(state.weight_ema.network, image_size=recipe.data.image_size, device="cpu")
+    network = state.weight_ema.network
+    if best is not None:
+        load_weights(network, load_tensors(best.path), best.path)
+    tokenizer = Tokenizer(network, image_size=recipe.data.image_size, device="cpu")
     critic = state.discriminator if recipe.objective.adversarial > 0 else None
-    write_files(draft, tokenizer, critic, **{"images seen": f"{state.images_seen:,}"})
+    write_files(draft, tokenizer, critic, **{"images seen": f"{facts['images_seen']:,}"})
     draft.adopt("metrics.jsonl")
-
-
-def headline(row: "Row") -> str:
-    """The few numbers of a log row that fit beside the bar."""
-    return f"psnr {row['psnr']:.2f} dB, codes in use {row['utilization']:.1%}, {row['images_per_second']:.3g} images/s"

@@ -215,9 +215,10 @@ def network_input(images: Tensor, downsample_factor: int, device: torch.device) 
     return images.float()
 
 
-def save_weights(network: torch.nn.Module, path: Path) -> None:
-    """A network's state as safetensors, contiguous, on the CPU."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, path)
+def save_weights(network: torch.nn.Module, path: Path, notes: dict[str, str] | None = None) -> None:
+    """A network's state as safetensors, contiguous, on the CPU; `notes` go into the file's header."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, path, notes)
 
 
 def load_weights(network: torch.nn.Module, tensors: "Mapping[str, Tensor]", source: Path) -> None:

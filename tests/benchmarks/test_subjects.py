@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import faiss
@@ -12,6 +13,10 @@ from torch import Tensor
 from stages import bench, recipe
 from vqpipe.benchmarks import clustering, loading, measure, networks, search, tokenizing, training
 from vqpipe.benchmarks.measure import Case, Settings, Stopwatch, Unavailable
+from vqpipe.benchmarks.released_step import ReleasedStep
+from vqpipe.data.transforms import to_float
+from vqpipe.losses import Objective
+from vqpipe.models import Autoencoder, PatchDiscriminator
 from vqpipe.quantizers import base
 
 SETTINGS = Settings(device=torch.device("cpu"), rounds=2, quick=True)
@@ -121,7 +126,9 @@ def test_inertia_is_the_mean_squared_distance_to_the_nearest() -> None:
     assert clustering.inertia(points, centres) == pytest.approx(1.0)
 
 
-def test_the_training_step_is_measured_at_both_sizes_with_either_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_step_is_measured_at_both_sizes_with_either_search_and_as_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     searched = []
 
     def counting(vectors: Tensor, codes: Tensor) -> Tensor:
@@ -135,16 +142,77 @@ def test_the_training_step_is_measured_at_both_sizes_with_either_search(monkeypa
     case = run(plan, settings)
     assert base.nearest is before
     assert [row.name for row in case.rows] == [
-        *("vqpipe, K = 100", "naive search, K = 100", "vqpipe, K = 2,000", "naive search, K = 2,000")
+        *("vqpipe, K = 100", "naive search, K = 100", "released step, K = 100"),
+        *("vqpipe, K = 2,000", "naive search, K = 2,000", "released step, K = 2,000"),
     ]
     assert set(searched) == {100, 2000}
     walls = {row.name: row.wall_ms for row in case.rows}
-    assert case.rows[3].ratio_wall == pytest.approx(walls["naive search, K = 2,000"] / walls["vqpipe, K = 2,000"])
-    for row in (case.rows[0], case.rows[2]):
+    assert case.rows[4].ratio_wall == pytest.approx(walls["naive search, K = 2,000"] / walls["vqpipe, K = 2,000"])
+    over_released = walls["released step, K = 2,000"] / walls["vqpipe, K = 2,000"]
+    assert case.rows[5].ratio_wall == pytest.approx(over_released)
+    assert case.facts["over_released"] == pytest.approx(over_released)
+    for row in (case.rows[0], case.rows[3]):
         share = row.extra["search_share"]
         assert isinstance(share, float)
         assert 0 < share < 1
     assert case.facts["cost_of_k"] == pytest.approx(walls["vqpipe, K = 2,000"] / walls["vqpipe, K = 100"])
+
+
+def test_without_memory_for_it_the_released_step_is_left_out_with_its_fact() -> None:
+    small = Settings(device=torch.device("cpu"), rounds=1, quick=True, memory=0.001)
+    case = run(bench.plans("train", small)[0], small)
+    reason = "3 matrices of N x K = 128 x 2,000 take 0.00307 GB, the budget is 0.001 GB"
+    assert case.not_run == {"naive search, K = 2,000": reason, "released step, K = 2,000": reason}
+    assert "released step, K = 100" in {row.name for row in case.rows}
+    assert "over_released" not in case.facts
+
+
+def released_and_ours() -> tuple[ReleasedStep, Autoencoder, PatchDiscriminator, Objective, Tensor]:
+    """The released step, and copies of its networks under our objective, in float32."""
+    settings = recipe.load(bench.TRAINED)
+    model = networks.build(networks.with_codes(settings.model, 300), 32, torch.device("cpu"), seed=0).train()
+    discriminator = PatchDiscriminator(settings.discriminator).train()
+    config = replace(settings.objective, disc_start=0)
+    released = ReleasedStep(model, discriminator, config, settings.train)
+    objective = Objective(config, model.quantizer.loss_names)
+    return released, model, discriminator, objective, to_float(networks.photographs(3, 32))
+
+
+def test_the_released_step_has_our_losses_and_gradients() -> None:
+    """Else it would be no baseline: all that it does beside them is waste."""
+    released, model, discriminator, objective, images = released_and_ours()
+    loss, ids = released.generator_loss(images)
+    loss.backward()
+    made = model(images)
+    ours, _ = objective.generator_loss(
+        images, made.images, made.quantized.losses, discriminator(made.images), model.last_layer
+    )
+    ours.backward()
+    assert torch.equal(ids, made.quantized.ids.flatten())
+    assert len(ids.unique()) > 10
+    torch.testing.assert_close(loss, ours)
+    pairs = zip(model.named_parameters(), released.model.parameters(), strict=True)
+    for (name, parameter), its in pairs:
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(its.grad, parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+    released.discriminator_optimizer.zero_grad()
+    discriminator.zero_grad()
+    released.discriminator_loss(images).backward()
+    objective.discriminator_loss(discriminator(images), discriminator(made.images.detach()))[0].backward()
+    for parameter, its in zip(discriminator.parameters(), released.discriminator.parameters(), strict=True):
+        torch.testing.assert_close(its.grad, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_released_step_makes_its_networks_twice_and_counts_its_codes() -> None:
+    released, model, *_, images = released_and_ours()
+    passes = []
+    released.model.decoder.register_forward_hook(lambda *_: passes.append(1))
+    before = released.model.last_layer.detach().clone()
+    released.step(images)
+    assert len(passes) == 2
+    assert released.counts.sum() == 3 * 16
+    assert not torch.equal(released.model.last_layer, before)
+    assert torch.equal(model.last_layer, before)  # ours is another network
 
 
 def test_what_k_costs_is_the_median_of_the_rounds() -> None:

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
 
-from vqpipe.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from vqpipe.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss, r1_penalty
 
 
 def test_hinge_by_hand() -> None:
@@ -23,3 +25,44 @@ def test_adaptive_weight_is_the_clamped_ratio_of_gradients(
     assert found.item() == pytest.approx(weight, rel=1e-5)
     assert not found.requires_grad
     assert layer.grad is None
+
+
+def critic() -> nn.Module:
+    """A patch discriminator with BatchNorm, several logits an image."""
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 6, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(6, 8, 4, 1, 1, bias=False), nn.BatchNorm2d(8)]
+    return nn.Sequential(*first, nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4, 1, 1))
+
+
+def test_r1_against_its_formula_and_finite_differences() -> None:
+    """The value against torch.func's gradient in float64, the derivative for a weight against differences of it."""
+    network, images = critic(), torch.rand(3, 3, 16, 16)
+    wide = {name: value.double() for name, value in network.state_dict().items()}
+
+    def penalty(state: dict[str, Tensor]) -> Tensor:
+        def scores(x: Tensor) -> Tensor:
+            logits = functional_call(network, {name: value.clone() for name, value in state.items()}, x)
+            return logits.mean((1, 2, 3)).sum()
+
+        return grad(scores)(images.double()).square().sum((1, 2, 3)).mean() / 2
+
+    found = r1_penalty(network, images)
+    torch.testing.assert_close(found.double(), penalty(wide), rtol=1e-4, atol=0)
+    found.backward()
+    for name, parameter in list(network.named_parameters())[::2]:
+        if name == "5.bias":  # moves all logits alike
+            continue
+        assert parameter.grad is not None
+        step = 1e-6 * torch.randn(parameter.shape, dtype=torch.float64)
+        change = penalty(wide | {name: wide[name] + step}) - penalty(wide | {name: wide[name] - step})
+        expected = (parameter.grad.double() * step).sum() * 2
+        torch.testing.assert_close(expected, change, rtol=1e-3, atol=1e-12)
+
+
+def test_r1_stays_in_float32_and_off_the_images() -> None:
+    network, images = critic(), torch.rand(3, 3, 16, 16)
+    expected = r1_penalty(network, images)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = r1_penalty(network, images)
+    assert torch.equal(found, expected)
+    assert not images.requires_grad

@@ -1,14 +1,18 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vqpipe import distributed
 from vqpipe.errors import ConfigError
 from vqpipe.losses import Objective, ObjectiveConfig, adaptive_weight
 
 LOSSES = {"commitment": torch.tensor(0.5), "codebook": torch.tensor(0.25)}
 
 
-def config(**weights: float) -> ObjectiveConfig:
+def config(**weights: Any) -> ObjectiveConfig:
     return ObjectiveConfig(**({"l1": 1.0, "perceptual": "none"} | weights))  # type: ignore[arg-type]
 
 
@@ -37,8 +41,8 @@ def test_adversarial_term(adaptive: bool) -> None:
     layer = torch.tensor(2.0, requires_grad=True)
     reconstruction = reconstruction.detach() * layer
     logits = 3 * reconstruction.mean()
-    total, terms = objective.generator_loss(images, reconstruction, {"commitment": LOSSES["commitment"]}, logits, layer)
     ratio = adaptive_weight(reconstruction.abs().mean(), -logits, layer).item() if adaptive else 1.0
+    total, terms = objective.generator_loss(images, reconstruction, {"commitment": LOSSES["commitment"]}, logits, layer)
     assert terms["adversarial"].item() == pytest.approx(-3.0)
     assert terms["adversarial_weight"].item() == pytest.approx(0.1 * ratio)
     assert total.item() == pytest.approx(1.0 + 0.5 - 0.1 * ratio * 3.0)
@@ -51,6 +55,187 @@ def test_discriminator_starts_at_its_step_and_only_with_a_weight() -> None:
     loss, terms = late.discriminator_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5]))
     assert loss.item() == terms["discriminator"].item() == 0.5
     assert (terms["real_logit"].item(), terms["fake_logit"].item()) == (1.25, -1.25)
+
+
+def networks() -> tuple[nn.Module, nn.Conv2d, nn.Module]:
+    """The body and the last layer of a small decoder, and a discriminator with BatchNorm."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4))
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.SiLU()), nn.Conv2d(6, 3, 3, padding=1), critic
+
+
+def test_the_adaptive_term_gives_the_gradient_of_the_written_formula() -> None:
+    """The objective differentiates each loss once; here the textbook's order: the weight first, then the sum."""
+    body, last, critic = networks()
+    critic.requires_grad_(False)
+    objective = Objective(config(l1=0.7, l2=1.3, adversarial=0.4, codebook=0.5), ["codebook"])
+    images = torch.rand(2, 3, 16, 16)
+    gradients, totals = [], []
+    for plain in (True, False):
+        features = body(images)
+        reconstruction, learned = last(features), features.square().mean()
+        logits = critic(reconstruction)
+        if plain:
+            compared = 0.7 * (images - reconstruction).abs().mean() + 1.3 * (images - reconstruction).square().mean()
+            weight = 0.4 * adaptive_weight(compared, -logits.mean(), last.weight)
+            total = compared + 0.5 * learned - weight * logits.mean()
+        else:
+            total, terms = objective.generator_loss(images, reconstruction, {"codebook": learned}, logits, last.weight)
+            torch.testing.assert_close(terms["adversarial_weight"], weight)
+        parameters = [*body.parameters(), *last.parameters()]
+        gradients.append(torch.autograd.grad(total, parameters))
+        totals.append(total.detach())
+    torch.testing.assert_close(totals[0], totals[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert weight > 0
+
+
+def test_the_graph_behind_the_losses_is_walked_once() -> None:
+    body, last, critic = networks()
+    critic.requires_grad_(False)
+    walks = []
+    reconstruction = last(body(torch.rand(2, 3, 16, 16)))
+    logits = critic(reconstruction)
+    logits.register_hook(lambda gradient: walks.append(1))
+    total, _ = Objective(config(adversarial=0.4)).generator_loss(
+        torch.rand(2, 3, 16, 16), reconstruction, {}, logits, last.weight
+    )
+    total.backward()
+    assert len(walks) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "generator", "discriminator"),
+    [
+        ("hinge", lambda fake: -fake.mean(), lambda real, fake: hinge(real, fake)),
+        (
+            "non_saturating",
+            lambda fake: -fake.sigmoid().log().mean(),
+            lambda real, fake: -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean()) / 2,
+        ),
+        (
+            "non_saturating_hinge",
+            lambda fake: -fake.mean((1, 2, 3)).sigmoid().log().mean(),
+            lambda real, fake: hinge(real, fake),
+        ),
+    ],
+)
+def test_gan_losses(name: str, generator: Callable, discriminator: Callable) -> None:
+    objective = Objective(config(adversarial=1.0, adaptive_weight=False, gan_loss=name))
+    fake = torch.tensor([[0.7, -1.2], [0.3, 2.0]]).view(2, 1, 1, 2)
+    real = torch.tensor([[1.7, 0.2], [-0.3, 0.0]]).view(2, 1, 1, 2)
+    _, terms = objective.generator_loss(*pair(), {}, fake)
+    torch.testing.assert_close(terms["adversarial"], generator(fake))
+    torch.testing.assert_close(objective.discriminator_loss(real, fake)[0], discriminator(real, fake))
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    return ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+
+
+def test_large_logits_stay_finite() -> None:
+    objective = Objective(config(adversarial=1.0, adaptive_weight=False, gan_loss="non_saturating"))
+    logits = torch.tensor([[-500.0], [500.0]])
+    assert objective.discriminator_loss(logits, logits)[0].item() == 250
+    assert objective.generator_loss(*pair(), {}, logits)[1]["adversarial"].item() == 250
+
+
+def test_the_adversarial_weight_warms_up_on_a_line() -> None:
+    settings = {"adversarial": 0.4, "adaptive_weight": False, "disc_start": 10, "adversarial_warmup": 4}
+    objective, logits = Objective(config(**settings)), torch.tensor([2.0])
+    weights = []
+    for step in (10, 11, 13, 14, 1000):
+        total, terms = objective.generator_loss(*pair(), {}, logits, step=step)
+        weights.append(terms["adversarial_weight"].item())
+        assert total.item() == pytest.approx(0.5 - 2 * weights[-1])
+    assert weights == pytest.approx([0.0, 0.1, 0.3, 0.4, 0.4])
+    with pytest.raises(TypeError, match="step"):
+        objective.generator_loss(*pair(), {}, logits)
+
+
+def test_at_weight_zero_no_adaptive_weight_is_computed() -> None:
+    objective = Objective(config(adversarial=0.4, adversarial_warmup=4))
+    _, terms = objective.generator_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=0)
+    assert terms["adversarial_weight"].item() == 0
+    with pytest.raises(TypeError, match="last_layer"):
+        objective.generator_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=1)
+
+
+def test_r1_counts_for_the_steps_it_leaves_out() -> None:
+    """A linear discriminator: its gradient is its weight w, at every image, so gamma/2 |w|^2 is the penalty."""
+    objective = Objective(config(adversarial=1.0, disc_start=3, r1=10.0, r1_every=4))
+    critic = nn.Linear(12, 1, bias=False)
+    images = torch.rand(5, 3, 2, 2)
+    network = nn.Sequential(nn.Flatten(), critic)
+    penalty = 0.5 * critic.weight.detach().square().sum()
+    logits = torch.zeros(5, 1)
+    for step in (3, 4, 5, 7, 8):
+        loss, terms = objective.discriminator_loss(logits, logits, step=step, images=images, discriminator=network)
+        due = step in (4, 8)
+        assert ("r1" in terms) == due
+        torch.testing.assert_close(loss.detach(), 1.0 + due * 10.0 * 4 * penalty)
+        if due:
+            (gradient,) = torch.autograd.grad(loss, critic.weight)
+            torch.testing.assert_close(gradient, 40.0 * critic.weight.detach())
+    assert not objective.r1_at(0)  # before the discriminator starts
+    with pytest.raises(TypeError, match="step, images and discriminator"):
+        objective.discriminator_loss(logits, logits, step=0)
+
+
+def test_lecam_by_hand_and_its_averages_move_in_update_alone() -> None:
+    objective = Objective(config(adversarial=1.0, lecam=2.0, lecam_decay=0.75))
+    real, fake = torch.tensor([[3.0], [-1.0]]), torch.tensor([[1.0], [-3.0]])
+    plain = hinge(real, fake)
+    for real_mean, fake_mean in ((0.0, 0.0), (0.25, -0.25), (0.4375, -0.4375)):
+        torch.testing.assert_close(objective.logit_means, torch.tensor([real_mean, fake_mean]))
+        loss, terms = objective.discriminator_loss(real, fake)
+        above = [max(0.0, value - fake_mean) ** 2 for value in (3.0, -1.0)]
+        below = [max(0.0, real_mean - value) ** 2 for value in (1.0, -3.0)]
+        penalty = sum(above) / 2 + sum(below) / 2
+        assert terms["lecam"].item() == pytest.approx(penalty)
+        assert loss.item() == pytest.approx(plain.item() + 2 * penalty)
+        objective.update(terms["real_logit"], terms["fake_logit"])  # 1 and -1
+
+
+def test_lecam_micro_batches_add_up_to_their_batch() -> None:
+    objective = Objective(config(adversarial=1.0, lecam=0.3))
+    objective.update(torch.tensor(0.8), torch.tensor(-0.2))
+    real, fake = torch.randn(8, 1, 3, 3), torch.randn(8, 1, 3, 3)
+    whole, _ = objective.discriminator_loss(real, fake)
+    pairs = zip(real.split(2), fake.split(2), strict=True)
+    parts = [objective.discriminator_loss(*each)[0] for each in pairs]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_what_a_checkpoint_holds_of_an_objective() -> None:
+    assert Objective(config(adversarial=1.0, r1=1.0)).state_dict() == {}
+    objective = Objective(config(adversarial=1.0, lecam=0.3))
+    objective.update(torch.tensor(0.8), torch.tensor(-0.2))
+    other = Objective(config(adversarial=1.0, lecam=0.3))
+    other.load_state_dict(objective.state_dict())
+    assert list(objective.state_dict()) == ["logit_means"]
+    torch.testing.assert_close(other.logit_means, torch.tensor([0.8e-3, -0.2e-3]))
+
+
+def test_without_lecam_nothing_moves_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "all_reduce_sum", None)
+    Objective(config(adversarial=1.0)).update(torch.tensor(0.8), torch.tensor(-0.2))
+
+
+def test_a_skipped_step_leaves_no_trace_in_the_averages() -> None:
+    objective = Objective(config(adversarial=1.0, lecam=0.3, lecam_decay=0.5))
+    objective.update(torch.tensor(1.0), torch.tensor(-2.0), skipped=torch.tensor(False))
+    objective.update(torch.tensor(float("nan")), torch.tensor(5.0), skipped=torch.tensor(True))
+    assert objective.logit_means.tolist() == [0.5, -1.0]
+
+
+def test_ranks_average_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This rank saw mean logits 1 and -1, the other 3 and 0."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda means: means.add_(torch.tensor([3.0, 0.0])))
+    objective = Objective(config(adversarial=1.0, lecam=0.3, lecam_decay=0.5))
+    objective.update(torch.tensor(1.0), torch.tensor(-1.0))
+    torch.testing.assert_close(objective.logit_means, torch.tensor([1.0, -0.25]))
 
 
 def test_a_quantizer_term_without_a_weight_is_an_error() -> None:
@@ -68,6 +253,12 @@ def test_a_quantizer_term_without_a_weight_is_an_error() -> None:
         ({"lpips": 1.0}, "does not go with objective.perceptual = 'none'"),
         ({"perceptual": "vgg"}, "does not go with objective.perceptual = 'vgg'"),
         ({"charbonnier_eps": 0.0}, "charbonnier_eps"),
+        ({"adversarial_warmup": -1}, "adversarial_warmup"),
+        ({"adversarial": 1.0, "r1": -1.0}, "objective.r1 = -1.0 is negative"),
+        ({"r1": 10.0}, "objective.r1 regularises a discriminator, and there is none"),
+        ({"lecam": 0.05}, "objective.lecam regularises a discriminator, and there is none"),
+        ({"adversarial": 1.0, "r1": 1.0, "r1_every": 0}, "r1_every"),
+        ({"adversarial": 1.0, "lecam": 1.0, "lecam_decay": 1.0}, "lecam_decay"),
     ],
 )
 def test_weights_that_cannot_be_meant(weights: dict, message: str) -> None:

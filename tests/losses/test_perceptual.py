@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqpipe.errors import WeightsError
-from vqpipe.losses import Perceptual
+from vqpipe.losses import Objective, ObjectiveConfig, Perceptual
 
 FILE = "alexnet-owt-7be5be79.pth"
 
@@ -65,6 +65,50 @@ def test_frozen_and_without_dropout_even_in_training(perceptual: Perceptual) -> 
     perceptual.train()
     assert perceptual(images(0), images(1)) == perceptual(images(0), images(1))
     assert not any(parameter.requires_grad for parameter in perceptual.parameters())
+
+
+def test_the_target_has_no_gradient_and_keeps_nothing_for_one(perceptual: Perceptual) -> None:
+    """Against LPIPS differentiated on both sides: the same gradient, for half of what it keeps."""
+    target, reconstruction = images(0).requires_grad_(), images(1).requires_grad_()
+    kept, found = [], []
+    for loss in (perceptual, lambda *pair: perceptual.lpips(*pair).mean()):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: (to.append(x.nbytes), x)[1], lambda x: x):
+            value = loss(target, reconstruction)
+        (gradient,) = torch.autograd.grad(value, reconstruction, retain_graph=loss is not perceptual)
+        found.append(gradient)
+        kept.append(sum(sizes))
+        if loss is perceptual:
+            assert torch.autograd.grad(loss(target, reconstruction), target, allow_unused=True) == (None,)
+        else:
+            assert torch.autograd.grad(value, target)[0].abs().sum() > 0
+    torch.testing.assert_close(found[0], found[1])
+    assert kept[0] < 0.6 * kept[1]
+
+
+def test_frozen_for_good_inside_an_objective_and_absent_from_its_state(
+    perceptual: Perceptual, backbone: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file(backbone, tmp_path / "alexnet.safetensors")
+    objective = Objective(
+        ObjectiveConfig(
+            lpips=1.0,
+            perceptual="alex",
+            lpips_weights=str(tmp_path / "alexnet.safetensors"),
+            adversarial=1.0,
+            lecam=1.0,
+        )
+    )
+    parent = torch.nn.ModuleDict({"objective": objective}).train()
+    assert not any(module.training for module in objective.modules() if isinstance(module, torch.nn.Dropout))
+    assert not any(parameter.requires_grad for parameter in objective.parameters())
+    assert list(parent.state_dict()) == ["objective.logit_means"]
+    before = objective.reconstruction_terms(images(0), images(1))["lpips"]
+    parent.load_state_dict({"objective.logit_means": torch.tensor([1.0, 2.0])})
+    assert torch.equal(objective.reconstruction_terms(images(0), images(1))["lpips"], before)
+    assert torch.equal(before, perceptual(images(0), images(1)))
+    with pytest.raises(RuntimeError, match="logit_means"):
+        parent.load_state_dict({})
 
 
 @pytest.mark.parametrize("folder", ["", "somewhere"])

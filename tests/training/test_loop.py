@@ -1,5 +1,6 @@
 """The loop on a network small enough for seconds: it learns, resumes bit for bit, and never steps on a bad gradient."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor
 
 from vqpipe.data.batches import Batch
-from vqpipe.errors import NumericError
+from vqpipe.errors import ConfigError, NumericError
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
+from vqpipe.training.config import TrainConfig
 from vqpipe.training.history import Row
-from vqpipe.training.loop import TrainConfig, train
+from vqpipe.training.loop import train
 from vqpipe.training.state import TrainState, checkpoints
 
 STEPS, BATCH = 12, 4
@@ -27,11 +29,15 @@ QUANTIZERS: dict[str, QuantizerConfig] = {
 class Photographs:
     """Smooth random pictures; picture p of the run is a function of p."""
 
+    def __init__(self, batch: int = BATCH) -> None:
+        self.batch = batch
+
     def from_sample(self, images_seen: int) -> Iterator[Batch]:
         while True:
-            images = torch.stack([self.picture(images_seen + i) for i in range(BATCH)])
-            yield Batch(images, torch.full((BATCH,), -1), [""] * BATCH, list(range(BATCH)))
-            images_seen += BATCH
+            places = range(images_seen, images_seen + self.batch)
+            images = torch.stack([self.picture(place) for place in places])
+            yield Batch(images, torch.full((self.batch,), -1), [f"p{place}" for place in places], list(places))
+            images_seen += self.batch
 
     def picture(self, position: int) -> Tensor:
         noise = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(position))
@@ -51,10 +57,20 @@ def networks(kind: str) -> tuple[Autoencoder, PatchDiscriminator]:
     return build_autoencoder(config), PatchDiscriminator(DiscriminatorConfig(base_channels=4))
 
 
-def run(folder: Path, kind: str = "lc", stop_at: int | None = None, **settings: object) -> tuple[TrainState, list[Row]]:
+def run(
+    folder: Path,
+    kind: str = "lc",
+    stop_at: int | None = None,
+    disc_start: int = 4,
+    on_bad: Callable[[int, list[str]], None] = lambda step, keys: None,
+    on_step: Callable[[TrainState], None] = lambda state: None,
+    **settings: object,
+) -> tuple[TrainState, list[Row]]:
     model, discriminator = networks(kind)
     weights = {"l1": 1.0, "commitment": 0.1, "codebook": 0.033, "adversarial": 0.1}
-    objective = Objective(ObjectiveConfig(perceptual="none", disc_start=4, **weights), model.quantizer.loss_names)  # type: ignore[arg-type]
+    objective = Objective(
+        ObjectiveConfig(perceptual="none", disc_start=disc_start, **weights), model.quantizer.loss_names
+    )  # type: ignore[arg-type]
     config = TrainConfig(
         **{  # type: ignore[arg-type]
             "steps": STEPS,
@@ -71,8 +87,9 @@ def run(folder: Path, kind: str = "lc", stop_at: int | None = None, **settings: 
     rows: list[Row] = []
     progress = {"step": 0}
 
-    def on_step(state: TrainState) -> None:
+    def after_step(state: TrainState) -> None:
         progress["step"] = state.step
+        on_step(state)
 
     asked: Callable[[], bool] = lambda: stop_at is not None and progress["step"] >= stop_at  # noqa: E731
     state = train(
@@ -80,14 +97,15 @@ def run(folder: Path, kind: str = "lc", stop_at: int | None = None, **settings: 
         model,
         discriminator,
         objective,
-        Photographs(),
+        Photographs(config.global_batch_size),
         folder,
         seed=3,
         device=torch.device("cpu"),
         on_start=lambda state: None,
         on_log=rows.append,
         on_look=lambda step, model: None,
-        on_step=on_step,
+        on_step=after_step,
+        on_bad=on_bad,
         stop_asked=asked,
     )
     return state, rows
@@ -137,20 +155,100 @@ def test_the_loss_falls_and_the_log_says_how(tmp_path: Path) -> None:
     assert {"loss/adversarial", "loss/discriminator", "loss/commitment", "learning_rate", "data_wait"} <= set(rows[-1])
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path, stop_at=5)
-    original = Objective.generator_loss
+def poison(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> None:
+    """Make the generator's loss NaN in those steps."""
+    original, calls = Objective.generator_loss, iter(range(10**6))
 
     def poisoned(self: Objective, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms = original(self, *args, **kwargs)  # type: ignore[arg-type]
-        return total * float("nan"), terms
+        return total * (float("nan") if steps(next(calls)) else 1.0), terms
 
     monkeypatch.setattr(Objective, "generator_loss", poisoned)
-    with pytest.raises(NumericError, match="the gradient of step 5 is not finite"):
-        run(tmp_path)
+
+
+def test_a_run_without_finite_gradients_ends_before_the_weights_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, stop_at=5)
+    poison(monkeypatch, lambda call: True)
+    with pytest.raises(NumericError, match=r"3 steps in a row .* the last was step 7, images p28, p29, p30 and 1 more"):
+        run(tmp_path, max_bad_steps=3)
     monkeypatch.undo()
     straight, _ = run(tmp_path / "straight")
     resumed, _ = run(tmp_path)
     assert all(torch.equal(value, everything(straight)[name]) for name, value in everything(resumed).items())
+
+
+@pytest.mark.parametrize("kind", ["lc", "ema"])
+def test_a_bad_step_moves_nothing_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    poison(monkeypatch, lambda call: call in (2, 3, 9))
+    heard: list[int] = []
+    state, rows = run(tmp_path, kind, disc_start=100, on_bad=lambda step, keys: heard.append(step))
+    assert heard == [2, 3, 9]
+    assert state.bad_steps == rows[-1]["bad_steps"] == 3
+    assert rows[0]["bad_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in everything(state).values() if value.is_floating_point())
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    before: list[dict[str, Tensor]] = []
+    monkeypatch.undo()
+    poison(monkeypatch, lambda call: call == 4)
+
+    def remember(state: TrainState) -> None:
+        parts = state.tensors()
+        both = {**parts["model"], **{f"adam {name}": value for name, value in parts["optimizer"].items()}}
+        before.append({name: value.clone() for name, value in both.items()})
+
+    run(tmp_path / "again", kind, disc_start=100, on_step=remember)
+    assert before[3].keys() == before[4].keys()
+    assert all(torch.equal(value, before[4][name]) for name, value in before[3].items())
+    assert any(not torch.equal(value, before[5][name]) for name, value in before[4].items())
+
+
+@pytest.mark.parametrize("kind", ["lc", "ema", "vq"])
+def test_a_batch_in_parts_is_the_same_step(tmp_path: Path, kind: str) -> None:
+    """Four parts of 8 images against one of 32, without a discriminator, whose batch norm sees the parts.
+
+    Gradients are compared (Adam's first moment is half of them), since Adam makes steps of one size of the smallest.
+    """
+    states = []
+    for accumulate in (1, 4):
+        settings = {"accumulate": accumulate, "steps": 1, "log_every": 1, "warmup_steps": 0, "global_batch_size": 32}
+        states.append(run(tmp_path / str(accumulate), kind, disc_start=100, **settings))
+    (whole, rows), (parts, part_rows) = states
+    moments = [name for name in whole.tensors()["optimizer"] if name.endswith("exp_avg")]
+    assert len(moments) > 10
+    for name in moments:
+        pair = (state.tensors()["optimizer"][name] for state in (parts, whole))
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+    for name, value in whole.model.quantizer.named_buffers():  # moved by all 32 images at once
+        torch.testing.assert_close(dict(parts.model.quantizer.named_buffers())[name], value, rtol=0, atol=1e-6)
+    assert part_rows[0]["loss/l1"] == pytest.approx(rows[0]["loss/l1"], abs=1e-6)
+
+
+def test_what_is_frozen_stays_and_the_rest_learns(tmp_path: Path) -> None:
+    fresh = dict(networks("ema")[0].state_dict())
+    trained = run(tmp_path, "ema", freeze=("encoder", "codebook"))[0].model.state_dict()
+    for name, value in fresh.items():
+        still = name.startswith(("encoder.", "quant_conv.", "quantizer."))
+        assert torch.equal(value, trained[name]) == still, name
+
+
+def test_recomputing_gives_the_same_run(tmp_path: Path) -> None:
+    plain, recomputed = (everything(run(tmp_path / str(flag), recompute=flag)[0]) for flag in (False, True))
+    assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile looks at it
+def test_compiled_networks_are_one_graph_each_and_learn_the_same(tmp_path: Path) -> None:
+    from vqpipe.training.networks import compiled_graphs
+
+    before = compiled_graphs()
+    plain, compiled = (run(tmp_path / str(flag), steps=6, compile=flag)[1] for flag in (False, True))
+    assert compiled_graphs() - before <= 5  # encoder, decoder, and the discriminator with and without gradients
+    assert compiled[-1]["loss/l1"] == pytest.approx(plain[-1]["loss/l1"], rel=1e-3)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="4 does not divide by 1 ranks x 3 parts"):
+        run(tmp_path, accumulate=3)

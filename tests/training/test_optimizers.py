@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vqpipe.training.loop import TrainConfig
+from vqpipe.training.config import TrainConfig
 from vqpipe.training.optimizers import WeightEma, learning_rate, make_optimizer
 
 
@@ -46,3 +46,13 @@ def test_biases_and_norms_do_not_decay_and_the_quantizer_has_its_own_rate() -> N
     groups = make_optimizer(config, list(network.parameters()), [codes]).param_groups
     found = {(group["rate"], group["weight_decay"]): [tuple(p.shape) for p in group["params"]] for group in groups}
     assert found == {(1.0, 0.05): [(4, 3, 1, 1)], (1.0, 0.0): [(4,), (4,), (4,)], (20.0, 0.05): [(5, 2)]}
+
+
+def test_running_statistics_are_copied_in_every_step() -> None:
+    network = nn.BatchNorm2d(3)
+    average = WeightEma(network, 0.9)
+    for step in range(3):
+        network(torch.randn(4, 3, 5, 5) + step)
+        average.update(step)
+        assert torch.equal(average.network.running_mean, network.running_mean)
+        assert torch.equal(average.network.running_var, network.running_var)

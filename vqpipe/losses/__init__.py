@@ -1,6 +1,14 @@
 """Losses on tensors: adversarial, perceptual, and the objective that weighs all terms."""
 
-from vqpipe.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from vqpipe.losses.adversarial import (
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    lecam_penalty,
+    non_saturating_discriminator_loss,
+    non_saturating_generator_loss,
+    r1_penalty,
+)
 from vqpipe.losses.objective import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import Perceptual
 
@@ -11,4 +19,8 @@ __all__ = [
     "adaptive_weight",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
+    "lecam_penalty",
+    "non_saturating_discriminator_loss",
+    "non_saturating_generator_loss",
+    "r1_penalty",
 ]

@@ -37,8 +37,10 @@ class CodeUsage:
         self._merge_waiting()
         return self._counts
 
-    def update(self, ids: Tensor) -> None:
+    def update(self, ids: Tensor, *, trusted: bool = False) -> None:
         """Take in int64[B, N], groups last as in every token layout. A negative id (a group left out) is not counted.
+
+        `trusted` ids come straight from a quantizer and are not looked at first, so that no GPU is waited for.
 
         Raises:
             DataError: an id of K or more, or N is not a multiple of G.
@@ -46,6 +48,9 @@ class CodeUsage:
         if ids.shape[-1] % self.num_groups:
             raise DataError(f"{ids.shape[-1]} tokens an image do not divide into {self.num_groups} groups")
         grouped = ids.to(self._counts.device).reshape(-1, self.num_groups).T  # int64[G, B * N / G]
+        if trusted and not self._counts.is_sparse and grouped.is_cuda:
+            self._counts.scatter_add_(1, grouped.clamp(min=0), (grouped >= 0).long())
+            return
         if grouped.numel() and int(grouped.max()) >= self.codebook_size:
             raise DataError(f"token id {int(grouped.max())} is outside a codebook of {self.codebook_size}")
         if self._counts.is_sparse:

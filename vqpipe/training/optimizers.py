@@ -3,18 +3,18 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-if TYPE_CHECKING:
-    from vqpipe.training.loop import TrainConfig
+from vqpipe import distributed
+from vqpipe.training.config import TrainConfig
 
 
 def make_optimizer(
-    config: "TrainConfig", parameters: Sequence[Tensor], quantizer_parameters: Sequence[Tensor] = ()
+    config: TrainConfig, parameters: Sequence[Tensor], quantizer_parameters: Sequence[Tensor] = ()
 ) -> Optimizer:
     """Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) over the parameters that train.
 
@@ -28,10 +28,24 @@ def make_optimizer(
         if (chosen := [each for each in group if each.requires_grad and (each.ndim >= 2) == wanted])
     ]
     kind = AdamW if config.optimizer == "adamw" else Adam
-    return kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+    return kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, config: "TrainConfig") -> float:
+def finite_step(optimizer: Optimizer, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Clip the gradients and step; where they are not finite on some rank, nothing moves.
+
+    The fused optimizers take the decision on the device, as they do for a gradient scaler. Returns the norm of the
+    gradients before clipping, and whether the step was skipped, a bool; both scalars on the device.
+    """
+    parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
+    bad = distributed.all_reduce_sum((~torch.isfinite(norm)).float()) > 0
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # where torch.amp leaves it too
+    optimizer.step()
+    return norm, bad
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of `step` (0-based): linear warm-up from 0, then half a cosine down to `min_learning_rate`.
 
     As in VQGAN-LC's code (util/lr_sched.py), with steps in the place of fractions of an epoch.
@@ -49,6 +63,9 @@ def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value * group["rate"]
 
+
+SMALL = 2**20
+"""Elements of a buffer that is copied in every step."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -75,6 +92,8 @@ class WeightEma(Generic[Network]):
         torch._foreach_lerp_(averages, sources, 1 - decay)
         pairs = zip(self.network.buffers(), self.source.buffers(), strict=True)
         for number, (average, buffer) in enumerate(pairs):
-            if self.copied.get(number) != buffer._version:  # a frozen codebook of 300 MB is copied once, not every step
+            # A frozen codebook of 300 MB is copied once, not every step. Running statistics, which are small, are
+            # always copied: batch norm changes them without a trace in their version.
+            if buffer.numel() <= SMALL or self.copied.get(number) != buffer._version:
                 average.copy_(buffer)
                 self.copied[number] = buffer._version

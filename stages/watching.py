@@ -1,0 +1,217 @@
+"""What watches a training run: its log, pictures and validations, its page, and the table on the terminal."""
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from stages import console
+from stages.live import Display
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vqpipe.artifacts import Draft
+    from vqpipe.data.shards import ImageSet
+    from vqpipe.models import Autoencoder
+    from vqpipe.reports.evaluation import Shown
+    from vqpipe.training.history import Row
+    from vqpipe.training.loggers import Logger
+    from vqpipe.training.state import TrainState
+    from vqpipe.training.throughput import Throughput
+    from vqpipe.training.validation import Best, Validation
+
+LOOK_AT = 8
+"""Images in a reconstruction grid."""
+
+
+class Watcher:
+    """The loop's callbacks. Rank 0 writes; validating, all ranks measure.
+
+    `metrics.jsonl`, `pictures/` and `report.html` lie in the draft and are published with the tokenizer. What
+    TensorBoard and wandb write lies beside it, in `<out>.logs/`: it keeps its place when the draft is renamed, and
+    grows as it likes without becoming part of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        draft: "Draft",
+        *,
+        settings: dict[str, Any],
+        tokenizer: dict[str, Any],
+        pictures: "Pictures",
+        validation: "Validation | None",
+        best: "Best | None",
+        throughput: "Throughput",
+        loggers: list[str],
+        display: Display,
+    ) -> None:
+        self.draft, self.settings, self.tokenizer, self.pictures = draft, settings, tokenizer, pictures
+        self.validation, self.best, self.throughput = validation, best, throughput
+        self.names, self.display = loggers, display
+        self.loggers: list[Logger] = []
+        self.steps, self.batch_size = settings["train"]["steps"], settings["train"]["global_batch_size"]
+        self.shown: list[Shown] = []
+        self.shown_note = self.counts_note = ""
+        self.counts: Tensor | None = None
+        self.page_is_old = False
+
+    def start(self, state: "TrainState") -> None:
+        """The run begins, or goes on from a checkpoint."""
+        from vqpipe import distributed
+        from vqpipe.training.history import History
+        from vqpipe.training.loggers import LOGGERS, Run
+
+        self.step = state.step
+        self.history = History(self.draft.path / "metrics.jsonl", state.step)
+        self.display.resume(state.step)
+        if state.step:
+            console.say(f"resuming at step {state.step:,}")
+        if not distributed.is_main():
+            return
+        run = Run(
+            name=self.draft.out.name,
+            folder=self.draft.out.with_name(f"{self.draft.out.name}.logs"),
+            notes=self.draft.path,
+            settings=self.settings,
+            resumed_at=state.step,
+            earlier=tuple(self.history.rows),
+        )
+        self.loggers = [LOGGERS[name](run) for name in self.names]
+        if self.names:
+            console.say(f"{' and '.join(self.names)}: {run.folder}")
+        self.write_page()
+        console.say(f"to watch the run, open {self.draft.path / 'report.html'} (written again with each picture)")
+
+    def log(self, row: "Row") -> None:
+        """A row of training numbers, the device's arithmetic added."""
+        self.keep(row | self.throughput.of(row))
+
+    def look(self, step: int, network: "Autoencoder") -> None:
+        """A grid of originals and reconstructions, `pictures/step-*.png`."""
+        from vqpipe import distributed
+        from vqpipe.reports.pictures import reconstruction_grid
+
+        originals = self.pictures.originals
+        if originals is None or not distributed.is_main():
+            return
+        again, counts = self.pictures.reconstruct(network)
+        grid = reconstruction_grid(originals, again, columns=len(originals))
+        with self.draft.write(f"pictures/step-{step:08d}.png") as path:
+            path.write_bytes(grid)
+        for logger in self.loggers:
+            logger.show(step, "reconstructions", grid)
+        self.shown = self.pictures.show(again)
+        which = "Held-out" if self.validation is not None else "Training"
+        self.shown_note = f"{which} images, reconstructed at step {step:,}."
+        if self.validation is None:
+            self.counts = counts
+            self.counts_note = f"On the {len(originals)} images above alone, at step {step:,}: more with --validation."
+        self.page_is_old = True
+
+    def validate(self, step: int, network: "Autoencoder") -> None:
+        """Measure the held-out images, and keep the weights where they did best."""
+        assert self.validation is not None
+        assert self.best is not None
+        measured = self.validation.measure(network)
+        self.keep({"step": step, "images_seen": step * self.batch_size, **measured.row})
+        best = self.best.offer(network, step, measured.row)
+        self.counts = measured.counts
+        self.counts_note = f"On {measured.row['valid/images']:,} held-out images, at step {step:,}."
+        name = self.best.measure
+        value = f"{measured.row[name]:.4g}" if name in measured.row else "infinite"
+        console.say(f"step {step:,}: {name} {value}" + (", the best so far" if best else ""))
+        self.page_is_old = True
+
+    def advance(self, state: "TrainState") -> None:
+        """A step is done, saved where it was due."""
+        self.step = state.step
+        self.display.advance()
+        if self.page_is_old:
+            self.write_page()
+
+    def bad(self, step: int, keys: list[str]) -> None:
+        """A step was skipped."""
+        some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        console.say(f"step {step:,} was skipped: its gradient is not finite (images {some})")
+
+    def close(self) -> None:
+        """The run ends, or is cut: what loggers still hold is written."""
+        for logger in self.loggers:
+            logger.close()
+
+    def keep(self, row: "Row") -> None:
+        self.history.append(row)
+        self.display.show(row)
+        for logger in self.loggers:
+            logger.log(row)
+
+    def write_page(self) -> None:
+        """`report.html`, from what is known now."""
+        from vqpipe import distributed
+        from vqpipe.provenance import now, provenance
+        from vqpipe.reports import page
+        from vqpipe.reports.training import TrainingRun, training_page
+
+        self.page_is_old = False
+        if not distributed.is_main():
+            return
+        run = TrainingRun(
+            name=self.draft.out.name,
+            tokenizer=self.tokenizer,
+            step=self.step,
+            steps=self.steps,
+            rows=self.history.rows,
+            shown=self.shown,
+            shown_note=self.shown_note,
+            counts=self.counts,
+            counts_note=self.counts_note,
+            best_step=None if self.best is None else self.best.step,
+            settings=self.settings,
+            lineage={"kind": "tokenizer", "name": self.draft.out.name, "content": "", "inputs": self.draft.lineage},
+            command=shlex.join(["vqpipe", *provenance(distributed.world_size())["command"][1:]]),
+        )
+        going_on = "Written again with each picture; load it again to see. " if self.step < self.steps else ""
+        with self.draft.write("report.html") as path:
+            path.write_text(page.render(training_page(run, f"{going_on}{now()}")), encoding="utf-8")
+
+
+class Pictures:
+    """The same few images, spread over a set, for a run to reconstruct now and then."""
+
+    def __init__(self, images: "ImageSet", image_size: int, device: "torch.device") -> None:
+        import torch
+
+        from vqpipe.data.batches import OrderedBatches
+
+        self.device = device
+        stride = max(1, len(images) // LOOK_AT)
+        spans = [range(start, start + 1) for start in range(0, len(images), stride)[:LOOK_AT]]
+        batches = list(OrderedBatches(images, image_size=image_size, batch_size=1, spans=spans))
+        self.originals = torch.cat([batch.images for batch in batches]) if batches else None
+        self.names = [key for batch in batches for key in batch.keys]
+
+    def reconstruct(self, network: "Autoencoder") -> "tuple[Tensor, Tensor]":
+        """uint8[N, 3, S, S], and how often each code was chosen for it, int64[G, K]; both on the CPU."""
+        import torch
+
+        from vqpipe.data.transforms import to_float, to_uint8
+        from vqpipe.metrics.usage import CodeUsage
+
+        assert self.originals is not None
+        network.eval()
+        with torch.no_grad():
+            images, _, quantized = network(to_float(self.originals.to(self.device)))
+        usage = CodeUsage(network.quantizer.codebook_size, network.quantizer.num_groups)
+        usage.update(quantized.ids)
+        return to_uint8(images).cpu(), usage.counts
+
+    def show(self, again: "Tensor") -> "list[Shown]":
+        """Each image and its reconstruction for the page."""
+        from vqpipe.metrics.distortion import mean_squared_error, psnr_of
+        from vqpipe.reports.evaluation import Shown
+        from vqpipe.reports.pictures import to_png
+
+        assert self.originals is not None
+        psnr = psnr_of(mean_squared_error(self.originals, again), peak=255.0).tolist()
+        pairs = zip(self.names, self.originals, again, psnr, strict=True)
+        return [Shown(name, to_png(a), to_png(b), db if db < float("inf") else None) for name, a, b, db in pairs]

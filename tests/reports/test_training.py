@@ -1,0 +1,111 @@
+"""The page of a run: what it says, when, and that it loads nothing."""
+
+import re
+from typing import Any
+
+import torch
+
+from vqpipe.reports import page
+from vqpipe.reports.evaluation import Shown
+from vqpipe.reports.pictures import to_png
+from vqpipe.reports.training import TrainingRun, latest, training_page
+
+TOKENIZER = {"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2}
+
+
+def row(step: int, **more: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "images_seen": 8 * step,
+        "loss/total": 1 / step,
+        "loss/l1": 0.5 / step,
+        "psnr": 10.0 + step,
+        "utilization": 0.5,
+        "perplexity": 20.0,
+        "window_tokens": 1000,
+        "learning_rate": 5e-4,
+        "gradient_norm": 0.3,
+        "images_per_second": 40.0,
+        "data_wait": 0.1,
+        "bad_steps": 0,
+        **more,
+    }
+
+
+def valid(step: int, psnr: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "images_seen": 8 * step,
+        "valid/images": 64,
+        "valid/psnr": psnr,
+        "valid/ssim": 0.5,
+        "valid/utilization": 0.25,
+        "valid/perplexity": 12.0,
+    }
+
+
+def html(**given: Any) -> str:
+    run = TrainingRun(**{"name": "lc", "tokenizer": TOKENIZER, "step": 20, "steps": 40, "rows": [], **given})
+    return page.render(training_page(run, "footer"))
+
+
+def test_a_run_that_has_logged_nothing_has_a_page() -> None:
+    text = html(step=0)
+    assert "Step 0 of 40" in text
+    assert "<svg" not in text
+    assert "<table" not in text
+
+
+def test_the_newest_numbers_and_the_best_validation_are_told() -> None:
+    rows = [row(10), valid(10, 22.5), row(20, psnr=31.25), valid(20, 21.75)]
+    text = html(rows=rows, best_step=10)
+    words = re.sub(r"<[^>]+>|\s+", " ", text)
+    words = re.sub(r"\s+", " ", words)
+    assert "PSNR 31.25 dB training images" in words
+    assert "validation PSNR 21.75 dB best at step 10" in words
+    assert '<td class="best">22.50</td>' in text
+    assert '<td class="best">21.75</td>' not in text
+    assert "skipped steps" not in text
+    assert "skipped steps" in html(rows=[*rows, row(21, bad_steps=2)])
+
+
+def test_every_curve_that_was_logged_is_drawn_and_no_other() -> None:
+    drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[row(10), row(20), valid(20, 21.0)])))
+    assert drawn == {
+        *("Loss", "PSNR, dB", "Codes in use", "Perplexity of the codes", "Learning rate", "Gradient norm"),
+        "Images a second",
+    }
+    drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[{"step": 1, "images_seen": 8, "psnr": 20.0}])))
+    assert drawn == {"PSNR, dB"}
+
+
+def test_pictures_codes_and_settings_are_in_the_page_which_loads_nothing() -> None:
+    pixels = torch.full((3, 16, 16), 90, dtype=torch.uint8)
+    text = html(
+        name="<lc>",
+        rows=[row(10)],
+        shown=[Shown("a & b", to_png(pixels), to_png(pixels + 10), 28.1)],
+        shown_note="Held-out images, reconstructed at step 20.",
+        counts=torch.tensor([[5, 0, 3, 0]]),
+        counts_note="On 64 held-out images, at step 20.",
+        settings={"model": {"quantizer": {"kind": "vq"}}},
+        command="vqpipe train --out lc",
+    )
+    assert "&lt;lc&gt;" in text
+    assert "<lc>" not in text
+    assert "a &amp; b" in text
+    assert "2 of 4 codes in use (50.0%)" in text
+    assert "On 64 held-out images, at step 20." in text
+    assert "model.quantizer.kind" in text
+    assert "vqpipe train --out lc" in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+
+
+def test_codes_that_were_never_chosen_have_no_drawing() -> None:
+    assert "Which codes are in use" not in html(counts=torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_the_latest_is_the_last_finite_number() -> None:
+    rows = [row(1), row(2, psnr=12.5), row(3, psnr=float("nan"))]
+    assert latest(rows, "psnr") == 12.5
+    assert latest(rows, "valid/psnr") is None

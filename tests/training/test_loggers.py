@@ -1,0 +1,143 @@
+"""TensorBoard and wandb: what a run logs arrives once, also when the run is cut and resumed."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from vqpipe.errors import ConfigError
+from vqpipe.training.history import Row
+from vqpipe.training.loggers import TensorBoard, Wandb, check_loggers, numbers
+
+
+def run(folder: Path, resumed_at: int = 0, earlier: tuple[Row, ...] = ()) -> Any:
+    from vqpipe.training.loggers import Run
+
+    notes = folder / "run.partial"
+    notes.mkdir(exist_ok=True)
+    settings = {"train": {"steps": 10}}
+    return Run(
+        name="run", folder=folder / "run.logs", notes=notes, settings=settings, resumed_at=resumed_at, earlier=earlier
+    )
+
+
+def row(step: int) -> Row:
+    return {"step": step, "psnr": 20.0 + step}
+
+
+PNG = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x02\x00\x00\x00\x90wS\xde"
+    b"\x00\x00\x00\x0cIDATx\x9cc\xf8\xff\xff?\x00\x05\xfe\x02\xfe\r\xefF\xb8\x00\x00\x00\x00IEND\xaeB`\x82"
+)
+"""One white pixel."""
+
+
+class FakeWandb(ModuleType):
+    """Takes in what is logged, by run."""
+
+    class Error(Exception):
+        """As wandb's own."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.began: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.finished = 0
+        self.refuses = False
+
+    def init(self, **given: Any) -> "FakeWandb":
+        if self.refuses:
+            raise self.Error("No API key configured.\nUse `wandb login`.")
+        self.began.append(given)
+        return self
+
+    def Settings(self, **given: Any) -> dict[str, Any]:
+        return given
+
+    def Image(self, picture: Any) -> tuple[int, int]:
+        return picture.size
+
+    def define_metric(self, *names: str, **given: Any) -> None:
+        pass
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_goes_on_in_the_same_run_and_sends_nothing_twice(tmp_path: Path, wandb: FakeWandb) -> None:
+    logger = Wandb(run(tmp_path))
+    for step in (2, 4, 6):
+        logger.log(row(step))
+    logger.log({"step": 6, "valid/psnr": 21.0})
+    logger.show(6, "reconstructions", PNG)
+    # Killed, and resumed at step 4: row 6, its validation and its picture come again, then new ones.
+    resumed = Wandb(run(tmp_path, resumed_at=4, earlier=(row(2), row(4))))
+    for step in (6, 8):
+        resumed.log(row(step))
+        resumed.log({"step": step, "valid/psnr": 21.0})
+        resumed.show(step, "reconstructions", PNG)
+    resumed.close()
+    assert [entry["step"] for entry in wandb.logged if "psnr" in entry] == [2, 4, 6, 8]
+    assert [entry["step"] for entry in wandb.logged if "valid/psnr" in entry] == [6, 8]
+    assert [entry for entry in wandb.logged if "reconstructions" in entry] == [
+        {"step": step, "reconstructions": (1, 1)} for step in (6, 8)
+    ]
+    first, second = wandb.began
+    assert first["id"] == second["id"]
+    assert first["resume"] == "allow"
+    assert wandb.finished == 1
+
+
+def test_wandb_added_to_a_run_gets_what_was_logged_before(tmp_path: Path, wandb: FakeWandb) -> None:
+    Wandb(run(tmp_path, resumed_at=4, earlier=(row(2), row(4)))).log(row(6))
+    assert [entry["psnr"] for entry in wandb.logged] == [22.0, 24.0, 26.0]
+
+
+def test_wandb_that_does_not_start_is_one_clear_line(tmp_path: Path, wandb: FakeWandb) -> None:
+    wandb.refuses = True
+    with pytest.raises(ConfigError, match=r"wandb did not start: No API key configured.*WANDB_MODE=offline"):
+        Wandb(run(tmp_path))
+
+
+def test_a_package_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ConfigError, match=rf"--log {package}.*pip install 'vqpipe\[{package}\]'"):
+            check_loggers([package])
+    with pytest.raises(ConfigError, match=r"no logger 'tensorbord'\. Did you mean tensorboard"):
+        check_loggers(["tensorbord"])
+
+
+def test_only_finite_numbers_are_drawn() -> None:
+    mixed = {"step": 3, "psnr": 20.0, "loss/total": float("nan"), "note": "text", "bad_steps": 0}
+    assert dict(numbers(mixed)) == {"psnr": 20.0, "bad_steps": 0}
+
+
+def test_tensorboard_shows_each_step_once_when_a_run_is_resumed(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoard(run(tmp_path, resumed_at=4, earlier=(row(2), row(4))))
+    for step in (6, 8):
+        logger.log(row(step))
+        logger.show(step, "reconstructions", PNG)
+    # Killed: nothing is closed. Resumed at step 6.
+    resumed = TensorBoard(run(tmp_path, resumed_at=6, earlier=(row(2), row(4), row(6))))
+    resumed.log(row(8) | {"psnr": 99.0})
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "run.logs" / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("psnr")] == [(2, 22), (4, 24), (6, 26), (8, 99)]
+    assert [event.step for event in events.Images("reconstructions")] == [6]

@@ -1,0 +1,453 @@
+"""A run that was cut is the run: whatever a checkpoint holds is needed, and nothing that is needed is left out.
+
+Run as a script, alone or under torchrun, this file is one run: `test_resume.py PICTURES FOLDER KIND STEPS [STOP_AT]`.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vqpipe import distributed
+from vqpipe.data.batches import Batch, TrainingStream
+from vqpipe.data.shards import open_images
+from vqpipe.data.transforms import DataConfig
+from vqpipe.errors import ArtifactError
+from vqpipe.files import digest_json, hash_file
+from vqpipe.losses import Objective, ObjectiveConfig
+from vqpipe.models import (
+    AutoencoderConfig,
+    DcaeConfig,
+    DiscriminatorConfig,
+    PatchDiscriminator,
+    VqganConfig,
+    build_autoencoder,
+)
+from vqpipe.quantizers import CvqConfig, EmaConfig, LcConfig, MultiGroupConfig, QuantizerConfig
+from vqpipe.training import checkpoints as disk
+from vqpipe.training.config import TrainConfig
+from vqpipe.training.loop import train
+from vqpipe.training.state import TrainState, checkpoints
+
+STEPS, BATCH, PICTURES = 12, 4, 22
+GROUP = CvqConfig(codebook_size=32, code_dim=4, normalize=True)
+
+
+def vqgan(quantizer: QuantizerConfig) -> VqganConfig:
+    return VqganConfig(
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+        quantizer=quantizer,
+    )
+
+
+MODELS: dict[str, AutoencoderConfig] = {
+    "lc": vqgan(LcConfig(codebook_size=64, feature_dim=16, code_dim=4, codebook_init="uniform")),
+    "ema": vqgan(EmaConfig(codebook_size=64, code_dim=4)),
+    "multi_group": vqgan(MultiGroupConfig(num_groups=2, group=GROUP, masking="sample")),
+}
+BATCH_NORMS = DcaeConfig(
+    quant_conv="full",
+    widths=(8, 8, 8),
+    encoder_depths=(0, 1, 1),
+    decoder_depths=(0, 1, 1),
+    attention_from=3,
+    latent_channels=8,
+    quantizer=EmaConfig(codebook_size=64, code_dim=4),
+)
+"""A tokenizer with batch norms, whose running statistics move in every step."""
+SHARED_BYTES = 1024
+"""Small enough for the codebooks here to be stored apart from the checkpoints, as large ones are."""
+
+
+class Noted:
+    """A stream that notes which image went where: one line a batch, `[step, indices]`."""
+
+    def __init__(self, stream: TrainingStream, log: Path) -> None:
+        self.stream, self.log = stream, log
+
+    def from_sample(self, images_seen: int) -> Iterator[Batch]:
+        with self.log.open("a") as log:
+            for number, batch in enumerate(self.stream.from_sample(images_seen)):
+                log.write(json.dumps([images_seen // BATCH + number, batch.indices]) + "\n")
+                log.flush()
+                yield batch
+
+
+def run(
+    pictures: Path,
+    folder: Path,
+    kind: str = "lc",
+    *,
+    steps: int = STEPS,
+    stop_at: int | None = None,
+    copies: Path | None = None,
+    save_every: int = 1000,
+) -> TrainState:
+    """One run of a tiny tokenizer; `copies` takes a run folder `cut-K` for each step K that a run could be cut at."""
+    torch.manual_seed(7)
+    model = build_autoencoder(BATCH_NORMS if kind == "dcae" else MODELS[kind])
+    names = model.quantizer.loss_names
+    weights = {"l1": 1.0, "adversarial": 0.1, **{name: {"commitment": 0.1, "codebook": 0.5}[name] for name in names}}
+    stream = TrainingStream(
+        open_images([str(pictures)]),
+        DataConfig(image_size=16, flip=True, num_workers=0),
+        seed=3,
+        batch_size=BATCH,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    reached = {"step": 0}
+
+    def on_step(state: TrainState) -> None:
+        reached["step"] = state.step
+        if copies is not None:
+            state.save(copies / f"cut-{state.step}")
+
+    return train(
+        TrainConfig(
+            steps=steps,
+            global_batch_size=BATCH,
+            learning_rate=2e-3,
+            warmup_steps=2,
+            weight_ema=0.9,
+            log_every=3,
+            save_every=save_every,
+            look_every=1000,
+        ),
+        model,
+        PatchDiscriminator(DiscriminatorConfig(base_channels=4)),
+        Objective(ObjectiveConfig(perceptual="none", disc_start=4, **weights), names),
+        Noted(stream, folder / f"seen-{distributed.rank()}.jsonl"),
+        folder,
+        seed=3,
+        device=torch.device("cpu"),
+        on_start=lambda state: None,
+        on_log=lambda row: None,
+        on_look=lambda step, model: None,
+        on_step=on_step,
+        stop_asked=lambda: stop_at is not None and reached["step"] >= stop_at,
+    )
+
+
+def everything(state: TrainState) -> dict[str, Tensor]:
+    """All that moves in a run, its average's buffers included."""
+    parts = {**state.tensors(), "ema": state.weight_ema.network.state_dict()}
+    return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+
+
+def unlike(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """The names under which two states differ."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def seen(folder: Path, ranks: int) -> dict[int, list[int]]:
+    """Step -> the images of its global batch, in rank order."""
+    logs = [(folder / f"seen-{rank}.jsonl").read_text().splitlines() for rank in range(ranks)]
+    steps: list[dict[int, list[int]]] = [dict(json.loads(line) for line in lines) for lines in logs]
+    return {step: [image for each in steps for image in each[step]] for step in steps[0]}
+
+
+@pytest.fixture(autouse=True)
+def _small_tensors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "SHARED_BYTES", SHARED_BYTES)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn pictures, in a number that no batch divides."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draws = np.random.default_rng(0)
+    for number in range(PICTURES):
+        small = draws.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", [*sorted(MODELS), "dcae"])
+def test_a_run_cut_at_any_step_is_the_same_run(pictures: Path, tmp_path: Path, kind: str) -> None:
+    straight = everything(run(pictures, tmp_path / "straight", kind))
+    assert unlike(straight, everything(run(pictures, tmp_path / "copied", kind, copies=tmp_path))) == []
+    order = seen(tmp_path / "straight", 1)
+    for cut in range(1, STEPS):
+        folder = tmp_path / f"cut-{cut}"
+        state = run(pictures, folder, kind)
+        assert unlike(straight, everything(state)) == [], f"cut at {cut}"
+        assert seen(folder, 1) == {step: order[step] for step in range(cut, STEPS)}, f"cut at {cut}"
+        assert (state.step, state.images_seen, state.bad_steps) == (STEPS, STEPS * BATCH, 0)
+
+
+# Every leaf of a checkpoint is needed.
+
+CUT, END = 6, 8
+PUBLISHED = ("running_mean", "running_var", "num_batches_tracked")
+"""What no step reads: the discriminator's statistics are published with its weights, for those who fine-tune."""
+STILL = 1e-7
+"""Adam's eps: below it a moment moves nothing, whatever stands beside it. Here that is biases which have no gradient but
+rounding errors: their channel is normalized by itself right after, or the hinge loss is flat in them."""
+LEAVES = {
+    "lc": [
+        "model/encoder.conv_in.weight",
+        "model/quantizer.entries",
+        "model/quantizer.shift",
+        "model/quantizer.scale",
+        "model/quantizer.projector.0.weight",
+        "ema/decoder.conv_out.weight",
+        "optimizer/0.step",
+        "optimizer/0.exp_avg",
+        "optimizer/0.exp_avg_sq",
+        "discriminator/main.0.weight",
+        "discriminator/main.3.running_mean",
+        "discriminator/main.3.num_batches_tracked",
+        "discriminator_optimizer/0.step",
+        "discriminator_optimizer/0.exp_avg",
+        "discriminator_optimizer/0.exp_avg_sq",
+    ],
+    "ema": ["model/quantizer.entries", "model/quantizer.counts", "model/quantizer.sums"],
+    "multi_group": ["model/quantizer.groups.1.entries", "model/quantizer.groups.1.frequencies"],
+}
+CASES = [(kind, leaf) for kind, leaves in LEAVES.items() for leaf in leaves]
+
+
+@pytest.fixture(scope="module")
+def cut(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+    """For each quantizer: a run folder with one checkpoint, and how a run goes on from it."""
+    made = {}
+    for kind in MODELS:
+        folder = tmp_path_factory.mktemp(kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "SHARED_BYTES", SHARED_BYTES)
+            run(pictures, folder / "run", kind, steps=CUT, copies=folder)
+            begun = folder / f"cut-{CUT}"
+            shutil.copytree(begun, folder / "goes-on")
+            made[kind] = begun, everything(run(pictures, folder / "goes-on", kind, steps=END))
+    return made
+
+
+def forge(run_dir: Path, leaf: str, change: object) -> None:
+    """Rewrite one tensor of the only checkpoint, or take it out, and sign the result, so that it passes for whole."""
+    (folder,) = checkpoints(run_dir)
+    table = disk.read_table(folder)
+    part, name = leaf.split("/")
+    file = folder / f"{part}.safetensors"
+    tensors = load_file(file)
+    key = table["shared"].get(part, {}).pop(name, None)
+    value = tensors.pop(name, None) if key is None else load_file(disk.shared_file(folder.parent, key))["tensor"]
+    assert value is not None
+    if change == "perturb":
+        far = 3.0 if part == "discriminator" else 0.1  # past the hinge loss's margin: before it, a bias has no gradient
+        tensors[name] = value + 1 if not value.is_floating_point() or value.ndim == 0 else value * 1.5 + far
+    elif change == "reshape":
+        tensors[name] = torch.zeros(*value.shape, 2, dtype=value.dtype)
+    elif change == "retype":
+        tensors[name] = value.double()
+    elif change == "add":
+        tensors |= {name: value, "another": torch.zeros(1)}
+    save_file(tensors, file)
+    table["files"][file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+    sign(folder, table)
+
+
+def sign(folder: Path, table: dict[str, object]) -> None:
+    (folder / "state.json").write_text(json.dumps({**table, "sha256": digest_json(table)}))
+
+
+@pytest.mark.parametrize(("kind", "leaf"), CASES)
+def test_a_leaf_that_is_otherwise_makes_another_run(
+    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], kind: str, leaf: str
+) -> None:
+    begun, expected = cut[kind]
+    shutil.copytree(begun, tmp_path / "run")
+    forge(tmp_path / "run", leaf, "perturb")
+    moved = unlike(expected, everything(run(pictures, tmp_path / "run", kind, steps=END)))
+    own = leaf.startswith("ema/") or leaf.endswith(PUBLISHED)
+    assert moved == [leaf] if own else set(moved) - {leaf}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_no_leaf_at_all_is_dead(
+    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], kind: str
+) -> None:
+    begun, expected = cut[kind]
+    saved = disk.read(checkpoints(begun)[0]).parts
+    dead = []
+    for leaf in [f"{part}/{name}" for part, tensors in saved.items() for name in tensors]:
+        part, name = leaf.split("/")
+        number, _, kept = name.partition(".")
+        if kept in ("step", "exp_avg_sq") and saved[part][f"{number}.exp_avg"].abs().max() < STILL:
+            continue
+        folder = tmp_path / leaf.replace("/", "-")
+        shutil.copytree(begun, folder)
+        forge(folder, leaf, "perturb")
+        moved = unlike(expected, everything(run(pictures, folder, kind, steps=END)))
+        own = leaf.startswith("ema/") or leaf.endswith(PUBLISHED)
+        dead += [] if (moved == [leaf] if own else set(moved) - {leaf}) else [leaf]
+        shutil.rmtree(folder)
+    assert dead == []
+
+
+@pytest.mark.parametrize("leaf", LEAVES["lc"])
+@pytest.mark.parametrize("change", ["drop", "reshape", "retype", "add"])
+def test_a_leaf_that_is_missing_or_of_another_form_is_refused(
+    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], leaf: str, change: str
+) -> None:
+    shutil.copytree(cut["lc"][0], tmp_path / "run")
+    forge(tmp_path / "run", leaf, change)
+    part, name = leaf.split("/")
+    name = "another" if change == "add" else name
+    with pytest.raises(ArtifactError, match=rf"is not a checkpoint of this run: {part} has .*{name}") as refusal:
+        run(pictures, tmp_path / "run", steps=END)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer", "discriminator", "discriminator_optimizer"])
+def test_a_file_that_is_missing_is_refused(
+    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], part: str
+) -> None:
+    shutil.copytree(cut["lc"][0], tmp_path / "run")
+    (folder,) = checkpoints(tmp_path / "run")
+    (folder / f"{part}.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=rf"every checkpoint in .* is damaged.*{part}.safetensors"):
+        run(pictures, tmp_path / "run", steps=END)
+    table = disk.read_table(folder)
+    del table["files"][f"{part}.safetensors"]
+    table["shared"].pop(part, None)
+    sign(folder, table)
+    with pytest.raises(ArtifactError, match=f"it has no {part}"):
+        run(pictures, tmp_path / "run", steps=END)
+
+
+@pytest.mark.parametrize("counter", ["step", "images_seen", "bad_steps"])
+def test_every_counter_is_needed(
+    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], counter: str
+) -> None:
+    begun, expected = cut["lc"]
+    for change in ("perturb", "drop"):
+        shutil.copytree(begun, tmp_path / change)
+        (folder,) = checkpoints(tmp_path / change)
+        table = disk.read_table(folder)
+        table[counter] += 1
+        if change == "drop":
+            del table[counter]
+        sign(folder, table)
+    with pytest.raises(ArtifactError, match=r"state\.json counts"):
+        run(pictures, tmp_path / "drop", steps=END)
+    state = run(pictures, tmp_path / "perturb", steps=END)
+    if counter == "bad_steps":
+        assert state.bad_steps == 1  # only counted: in the log, and in what is published
+    else:
+        assert "model/encoder.conv_in.weight" in unlike(expected, everything(state))
+
+
+# Real kills of real processes.
+
+
+def start(folder: Path, pictures: Path, kind: str, steps: int, *stop_at: int, ranks: int = 1) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    words = [*torchrun, __file__, str(pictures), str(folder), kind, str(steps), *map(str, stop_at)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a process and what it has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def kill_at_random(folder: Path, pictures: Path, kind: str, steps: int, kills: int, seconds: float, ranks: int) -> int:
+    """Start the run again and again and kill it, up to `seconds` after its first batch; then let it end.
+
+    Returns how many kills found it at work.
+    """
+    moments, log, struck = random.Random(kind), folder / "seen-0.jsonl", 0
+    for _ in range(kills):
+        process = start(folder, pictures, kind, steps, ranks=ranks)
+        before = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and (log.stat().st_size if log.exists() else 0) == before:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, seconds))
+        if process.poll() is None:
+            struck += 1
+            kill(process)
+        else:
+            finish(process)
+    finish(start(folder, pictures, kind, steps, ranks=ranks))
+    return struck
+
+
+def test_a_killed_run_is_the_same_run(pictures: Path, tmp_path: Path) -> None:
+    assert kill_at_random(tmp_path / "killed", pictures, "lc", 16, kills=1, seconds=0.2, ranks=1) == 1
+    straight = everything(run(pictures, tmp_path / "straight", "lc", steps=16))
+    assert unlike(straight, load_file(tmp_path / "killed" / "final.safetensors")) == []
+    assert seen(tmp_path / "killed", 1) == seen(tmp_path / "straight", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_a_run_killed_again_and_again_is_the_same_run(pictures: Path, tmp_path: Path, kind: str, ranks: int) -> None:
+    finish(start(tmp_path / "straight", pictures, kind, 60, ranks=ranks))
+    struck = kill_at_random(tmp_path / "killed", pictures, kind, 60, kills=4, seconds=1.0, ranks=ranks)
+    assert struck >= 2
+    first, second = (load_file(tmp_path / name / "final.safetensors") for name in ("straight", "killed"))
+    assert unlike(first, second) == []
+    assert seen(tmp_path / "killed", ranks) == seen(tmp_path / "straight", ranks)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_one_on_the_same_images(pictures: Path, tmp_path: Path) -> None:
+    finish(start(tmp_path / "run", pictures, "ema", STEPS, 5, ranks=2))
+    begun = seen(tmp_path / "run", 2)
+    (tmp_path / "run" / "seen-0.jsonl").unlink()
+    state = run(pictures, tmp_path / "run", "ema")
+    assert state.step == STEPS
+    goes_on = seen(tmp_path / "run", 1)
+    run(pictures, tmp_path / "straight", "ema")
+    at = min(goes_on)
+    assert 5 <= at < STEPS
+    assert {step: images for step, images in begun.items() if step < at} | goes_on == seen(tmp_path / "straight", 1)
+
+
+def main(pictures: str, folder: str, kind: str, steps: str, stop_at: str | None = None) -> None:
+    """One rank of one run, saved after every second step; rank 0 writes down what came out."""
+    torch.set_num_threads(1)
+    disk.SHARED_BYTES = SHARED_BYTES
+    with distributed.connect(torch.device("cpu")):
+        limit = None if stop_at is None else int(stop_at)
+        state = run(Path(pictures), Path(folder), kind, steps=int(steps), stop_at=limit, save_every=2)
+        if distributed.is_main():
+            save_file(
+                {name: value.contiguous() for name, value in everything(state).items()}, f"{folder}/final.safetensors"
+            )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,95 @@
+"""The arithmetic of a step, against a count by hand."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vqpipe.losses import Objective, ObjectiveConfig
+from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
+from vqpipe.quantizers import VqConfig
+from vqpipe.training.config import TrainConfig
+from vqpipe.training.throughput import Throughput, Work, bf16_peak, count_work
+
+SIZE = 32
+
+
+def networks() -> tuple[Autoencoder, PatchDiscriminator, Objective]:
+    config = VqganConfig(
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+        quantizer=VqConfig(codebook_size=32, code_dim=4),
+    )
+    model = build_autoencoder(config)
+    objective = Objective(ObjectiveConfig(l1=1.0, perceptual="none", codebook=1.0, commitment=0.25))
+    return model, PatchDiscriminator(DiscriminatorConfig(base_channels=4)), objective
+
+
+def convolutions(network: nn.Module, run: object) -> list[float]:
+    """FLOPs of each convolution while `run()` runs, in order, by the textbook's formula."""
+    found: list[float] = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        height, width = layer.kernel_size
+        found.append(2.0 * output.numel() * layer.in_channels // layer.groups * height * width)
+
+    hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    with torch.no_grad():
+        run()  # type: ignore[operator]
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_the_count_is_that_by_hand() -> None:
+    model, discriminator, objective = networks()
+    images = torch.zeros(1, 3, SIZE, SIZE)
+    work = count_work(TrainConfig(), model, discriminator, objective, SIZE)
+    parts = convolutions(model, lambda: model.decode(model.latent(images)))
+    tokens, channels = (SIZE // 2) ** 2, 16
+    attention = 2 * 2 * (2 * tokens**2 * channels)  # two blocks, each queries x keys and shares x values
+    # Forward, the gradient of the weights and that of the inputs, which the first layer does not need.
+    assert work.autoencoder == 3 * (sum(parts) + attention) - parts[0]
+    parts = convolutions(discriminator, lambda: discriminator(images))
+    assert work.discriminator == 8 * sum(parts) - 2 * parts[0]
+
+
+def test_counting_leaves_the_networks_alone() -> None:
+    model, discriminator, objective = networks()
+    before = torch.get_rng_state()
+    state = {name: value.clone() for name, value in discriminator.state_dict().items()}
+    frozen = count_work(TrainConfig(freeze=("encoder",)), model, discriminator, objective, SIZE)
+    whole = count_work(TrainConfig(), model, discriminator, objective, SIZE)
+    assert frozen.autoencoder < whole.autoencoder
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, state[name]) for name, value in discriminator.state_dict().items())
+    parameters = [*model.parameters(), *discriminator.parameters()]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters)
+
+
+def test_arithmetic_a_second() -> None:
+    speed = Throughput(Work(autoencoder=3e12, discriminator=1e12), peak=100.0)
+    assert speed.of({"images_per_second": 10.0}) == {"tflops": 30.0, "mfu": 0.3}
+    assert speed.of({"images_per_second": 10.0, "loss/discriminator": 1.0}) == {"tflops": 40.0, "mfu": 0.4}
+    assert Throughput(speed.work).of({"images_per_second": 10.0}) == {"tflops": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_no_peak_is_made_up(name: str, peak: float | None) -> None:
+    assert bf16_peak(name) == peak

@@ -1,0 +1,111 @@
+"""Two ranks train one model: every quantizer that moves its codebook itself, with a discriminator, R1 and LeCam.
+
+Run as a script under torchrun, this file is what one rank does.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vqpipe.config import from_table
+from vqpipe.data.batches import Batch
+from vqpipe.distributed import connect, rank, world_size
+from vqpipe.losses import Objective, ObjectiveConfig
+from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
+from vqpipe.quantizers import QuantizerConfig
+from vqpipe.training.config import TrainConfig
+from vqpipe.training.loop import train
+
+BATCH = 8
+CVQ = {"kind": "cvq", "codebook_size": 32, "code_dim": 4, "normalize": True}
+KINDS: dict[str, dict[str, Any]] = {
+    "lc": {"kind": "lc", "codebook_size": 32, "code_dim": 4, "feature_dim": 12, "codebook_init": "uniform"},
+    "ema": {"kind": "ema", "codebook_size": 32, "code_dim": 4},
+    "cvq": CVQ,
+    "residual": {"kind": "residual", "codebook_size": 32, "code_dim": 4, "depth": 2},
+    "multi_group": {"kind": "multi_group", "num_groups": 2, "group": CVQ, "masking": "sample"},
+}
+
+
+class Pictures:
+    """Picture p of the run is a function of p; a rank sees its share of each batch."""
+
+    def from_sample(self, images_seen: int) -> Iterator[Batch]:
+        share = BATCH // world_size()
+        while True:
+            places = range(images_seen + rank() * share, images_seen + (rank() + 1) * share)
+            draws = (torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(place)) for place in places)
+            images = torch.stack([(draw * 255).to(torch.uint8) for draw in draws])
+            yield Batch(images, torch.full((share,), -1), [str(place) for place in places], list(places))
+            images_seen += BATCH
+
+
+def trained(kind: str, steps: int, folder: Path) -> dict[str, torch.Tensor]:
+    """Everything of the state after so many steps that all ranks should hold alike."""
+    torch.manual_seed(0)
+    model = build_autoencoder(
+        VqganConfig(
+            quantizer=from_table(QuantizerConfig, KINDS[kind]),
+            base_channels=4,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(),
+            z_channels=8,
+        )
+    )
+    discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=1))
+    weights = dict.fromkeys(model.quantizer.loss_names, 0.1)
+    config = ObjectiveConfig(
+        l1=1.0, perceptual="none", adversarial=0.1, disc_start=2, r1=0.1, r1_every=3, lecam=0.01, **weights
+    )
+    objective = Objective(config, model.quantizer.loss_names)
+    state = train(
+        TrainConfig(steps=steps, global_batch_size=BATCH, accumulate=2, learning_rate=1e-3, log_every=steps),
+        model,
+        discriminator,
+        objective,
+        Pictures(),
+        folder,
+        seed=0,
+        device=torch.device("cpu"),
+        on_start=lambda state: None,
+        on_log=lambda row: None,
+        on_look=lambda step, network: None,
+        on_step=lambda state: None,
+    )
+    alike = {f"objective.{name}": value for name, value in objective.state_dict().items()}
+    for part, tensors in state.tensors().items():
+        alike |= {f"{part}.{name}": value for name, value in tensors.items() if "running_" not in name}
+    return {name: value.detach().clone().contiguous() for name, value in alike.items()}
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_two_ranks_hold_the_same_bits_after_training(tmp_path: Path, steps: int) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, __file__, str(tmp_path), str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"rank-{number}.safetensors") for number in range(2))
+    assert {name.split("/")[0] for name in first} == KINDS.keys()
+    assert any(name.endswith("objective.logit_means") and bool(value.all()) for name, value in first.items())
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+if __name__ == "__main__":
+    place, number_of_steps = Path(sys.argv[1]), int(sys.argv[2])
+    with connect(torch.device("cpu")):
+        alike = {
+            f"{kind}/{name}": value
+            for kind in KINDS
+            for name, value in trained(kind, number_of_steps, place / kind).items()
+        }
+        save_file(alike, place / f"rank-{rank()}.safetensors")

@@ -1,0 +1,161 @@
+"""Held-out images: the numbers are those of an independent formula, and the best weights survive anything."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vqpipe.data.shards import ImageSet, open_images
+from vqpipe.errors import DataError
+from vqpipe.models import Autoencoder, VqganConfig, build_autoencoder
+from vqpipe.quantizers import VqConfig
+from vqpipe.training.validation import Best, Validation
+
+SIZE = 16
+
+
+@pytest.fixture
+def network() -> Autoencoder:
+    torch.manual_seed(0)
+    config = VqganConfig(
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+        quantizer=VqConfig(codebook_size=32, code_dim=4),
+    )
+    return build_autoencoder(config)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSet:
+    folder = tmp_path / "held-out"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(7):
+        Image.fromarray(random.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return open_images([str(folder)])
+
+
+def validation(images: ImageSet, batch_size: int = 3, limit: int = 100) -> Validation:
+    return Validation(
+        images,
+        image_size=SIZE,
+        batch_size=batch_size,
+        limit=limit,
+        perceptual={"lpips_vgg": MeanDifference()},
+        num_workers=0,
+        device=torch.device("cpu"),
+    )
+
+
+class MeanDifference(torch.nn.Module):
+    """Stands for LPIPS."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_the_numbers_are_those_of_the_images_by_an_independent_formula(network: Autoencoder, images: ImageSet) -> None:
+    measured = validation(images, limit=5).measure(network.train())
+    network.eval()
+    decibels, distances, chosen = [], [], []
+    for place in range(5):
+        pixels = np.array(Image.open(io.BytesIO(images.read(place))))
+        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            again = network(batch)
+        rounded = np.clip(np.round((again.images[0].permute(1, 2, 0).double().numpy() + 1) * 127.5), 0, 255)
+        difference = pixels.astype(float) - rounded
+        decibels.append(10 * np.log10(255**2 / np.mean(difference**2)))
+        distances.append(np.mean(np.abs(difference)) / 127.5)
+        chosen += again.quantized.ids.flatten().tolist()
+    counts = np.bincount(chosen, minlength=32)
+    shares = counts[counts > 0] / counts.sum()
+    assert measured.row["valid/images"] == 5
+    assert measured.row["valid/psnr"] == pytest.approx(np.mean(decibels), abs=1e-3)
+    assert measured.row["valid/lpips_vgg"] == pytest.approx(np.mean(distances), abs=1e-4)
+    assert measured.row["valid/utilization"] == (counts > 0).mean()
+    assert measured.row["valid/perplexity"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
+    assert measured.counts.tolist() == [counts.tolist()]
+
+
+def test_batches_do_not_change_the_numbers_and_the_network_stays_as_it_was(
+    network: Autoencoder, images: ImageSet
+) -> None:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    rows = [validation(images, batch_size).measure(network).row for batch_size in (1, 3, 7)]
+    assert rows[0]["valid/images"] == 7
+    for row in rows[1:]:
+        assert row == pytest.approx(rows[0], rel=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_unreadable_images_are_left_out_and_none_at_all_is_an_error(network: Autoencoder, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of the validation images can be read"):
+        validation(open_images([str(folder)])).measure(network)
+    Image.new("RGB", (SIZE, SIZE), (200, 10, 10)).save(folder / "b.png")
+    assert validation(open_images([str(folder)])).measure(network).row["valid/images"] == 1
+
+
+class Numbered(torch.nn.Module):
+    """Weights that say which step they are of."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.tensor(step))
+
+
+def offered(best: Best, values: dict[int, float]) -> list[int]:
+    """The steps whose weights were taken."""
+    return [step for step, value in values.items() if best.offer(Numbered(step), step, {best.measure: value})]
+
+
+def kept(path: Path) -> int:
+    return int(load_file(path)["step"])
+
+
+@pytest.mark.parametrize(("higher", "expected"), [(True, [1, 2, 5]), (False, [1, 3, 4])])
+def test_the_best_weights_are_kept_also_by_a_run_that_was_resumed(
+    tmp_path: Path, higher: bool, expected: list[int]
+) -> None:
+    path = tmp_path / "best.safetensors"
+    best = Best(path, "valid/psnr", higher=higher)
+    first, second = {1: 20.0, 2: 21.5, 3: 19.0}, {4: 18.0, 5: 22.0}
+    taken = offered(best, first)
+    again = Best(path, "valid/psnr", higher=higher)
+    assert (again.step, again.value) == (best.step, best.value) == (taken[-1], first[taken[-1]])
+    assert offered(again, first) == []  # a resumed run computes them once more: no better than itself
+    taken += offered(again, second)
+    assert taken == expected
+    assert kept(path) == again.step == expected[-1]
+
+
+def test_a_number_that_is_none_is_never_the_best(tmp_path: Path) -> None:
+    best = Best(tmp_path / "best.safetensors", "valid/psnr", higher=True)
+    assert offered(best, {1: float("nan"), 2: 10.0, 3: float("nan")}) == [2]
+    assert best.offer(Numbered(4), 4, {})  # not a pixel differs, so there is no PSNR
+    assert kept(best.path) == 4
+
+
+def test_a_run_killed_while_it_keeps_new_weights_has_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = Best(tmp_path / "best.safetensors", "valid/psnr", higher=True)
+    offered(best, {1: 20.0})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        offered(best, {2: 30.0})
+    assert Best(best.path, "valid/psnr", higher=True).step == 1 == kept(best.path)
