@@ -81,6 +81,10 @@ def main() -> None:
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and the free space.")
     except RuntimeError as error:
+        if "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+            fail(
+                "another rank has ended or hangs; its own error, if it left one, says why. Run the same command again."
+            )
         if not str(error).startswith("DataLoader worker"):
             raise
         fail("a process that decodes images was killed. Use fewer (num_workers), or a machine with more memory.")

@@ -169,12 +169,13 @@ def run(recipe: "Recipe", draft: "Draft", given: Given, device: "torch.device") 
     from vqpipe.losses.objective import Objective
     from vqpipe.reports.training import latest
     from vqpipe.training import loop
+    from vqpipe.training.state import checkpoints
     from vqpipe.training.throughput import throughput
 
     config = recipe.train
     model, discriminator = build(recipe, given, device)
     objective = Objective(recipe.objective, model.quantizer.loss_names).to(device)
-    if config.matched_start and not (draft.path / "checkpoints").exists():
+    if config.matched_start and not checkpoints(draft.path):
         match_start(recipe, model, given, device)
     stream = TrainingStream(
         given.images,

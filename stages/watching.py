@@ -66,6 +66,8 @@ class Watcher:
         self.display.resume(state.step)
         if state.step:
             console.say(f"resuming at step {state.step:,}")
+        for line in state.passed_over:
+            console.say(f"passed over: {line}")
         if not distributed.is_main():
             return
         run = Run(

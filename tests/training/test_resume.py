@@ -201,7 +201,7 @@ CUT, END = 6, 8
 PUBLISHED = ("running_mean", "running_var", "num_batches_tracked")
 """What no step reads: the discriminator's statistics are published with its weights, for those who fine-tune."""
 STILL = 1e-7
-"""Adam's eps: below it a moment moves nothing, whatever stands beside it. Here that is biases which have no gradient but
+"""Adam's eps: below it a moment moves nothing, whatever stands beside it. Here that is biases with no gradient but
 rounding errors: their channel is normalized by itself right after, or the hinge loss is flat in them."""
 LEAVES = {
     "lc": [

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqpipe.errors import NumericError
 from vqpipe.training.state import TrainState
@@ -21,6 +21,33 @@ class Pending:
     keys: list[str]
     flag: Tensor
     arrived: torch.cuda.Event | None
+
+
+class RunningStatistics:
+    """Those of batch norms, which a forward pass changes: put back where the step turns out to be skipped."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        self.norms = [
+            module
+            for network in networks
+            for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        ]
+        self.before: list[Tensor] = []
+
+    def tensors(self) -> list[Tensor]:
+        """As they are: a mean and a variance of each."""
+        both = ((norm.running_mean, norm.running_var) for norm in self.norms)
+        return [tensor for pair in both for tensor in pair if tensor is not None]
+
+    def remember(self) -> None:
+        """Before the step."""
+        self.before = [tensor.clone() for tensor in self.tensors()]
+
+    def restore(self, bad: Tensor) -> None:
+        """After it, where `bad`, a bool scalar on the device."""
+        for tensor, before in zip(self.tensors(), self.before, strict=True):
+            tensor.copy_(torch.where(bad, before, tensor))
 
 
 class BadSteps:

@@ -20,7 +20,7 @@ from vqpipe.data.transforms import to_float
 from vqpipe.losses.objective import Objective
 from vqpipe.models.autoencoder import Autoencoder, Reconstruction
 from vqpipe.quantizers import Quantized, Quantizer
-from vqpipe.training.bad_steps import BadSteps
+from vqpipe.training.bad_steps import BadSteps, RunningStatistics
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.history import Row
 from vqpipe.training.networks import make_ready, parallel, summed_later
@@ -75,6 +75,8 @@ def train(
         optimizer=make_optimizer(config, rest_of(model), list(model.quantizer.parameters())),
         discriminator_optimizer=make_optimizer(config, list(discriminator.parameters())),
         weight_ema=WeightEma(model, config.weight_ema),
+        objective=objective,
+        adversarial=objective.config.adversarial > 0,
     )
     state.resume(run_dir)
     on_start(state)
@@ -82,18 +84,20 @@ def train(
     critic = parallel(discriminator, config, device) if objective.config.adversarial > 0 else discriminator
     moves = "codebook" not in config.freeze and type(model.quantizer).update is not Quantizer.update
     window, bad_steps = Window(model.quantizer, device), BadSteps(state, config.max_bad_steps, on_bad)
-    batches = stream.from_sample(state.images_seen)
+    statistics, batches = RunningStatistics(model, discriminator), stream.from_sample(state.images_seen)
     while state.step < config.steps:
         waiting = time.perf_counter()
         batch, images = on_device(next(batches), device)
         window.waited += time.perf_counter() - waiting
         seed_step(seed, state.step)
+        statistics.remember()
         rate = learning_rate(state.step, config)
         set_learning_rate(state.optimizer, rate)
         set_learning_rate(state.discriminator_optimizer, rate)
         reconstruction, values, bad = generator_step(state, network, objective, images, config)
         if objective.adversarial_at(state.step):
             values |= discriminator_step(state, critic, objective, images, reconstruction, config)
+        statistics.restore(bad)
         if moves and not bad:
             model.quantizer.update(reconstruction.latent, reconstruction.quantized.ids)
         state.weight_ema.update(state.step)
@@ -111,11 +115,12 @@ def train(
         if config.validate_every and (state.step % config.validate_every == 0 or state.step == config.steps):
             on_validate(state.step, state.weight_ema.network)
         on_step(state)
-        stop = asked_to_stop(state.step, stop_asked, device)
-        if stop or (state.step % config.save_every == 0 and state.step < config.steps):
+        if state.step % config.save_every == 0 and state.step < config.steps:
             bad_steps.settle()
             state.save(run_dir, keep_every=config.keep_every)
-        if stop:
+        if asked_to_stop(state.step, stop_asked, device):
+            bad_steps.settle()
+            state.save(run_dir, keep_every=config.keep_every)
             break
     return state
 
@@ -134,7 +139,7 @@ def generator_step(
         with summed_later(network, last=number == len(parts)):
             with autocast(images.device, config):
                 reconstruction: Reconstruction = network(part)
-                logits = state.discriminator(seen(reconstruction.images)) if adversarial else None
+                logits = state.discriminator(reconstruction.images) if adversarial else None
             total, terms = objective.generator_loss(
                 part,
                 reconstruction.images,
@@ -166,7 +171,7 @@ def discriminator_step(
     for number, (real, fake) in enumerate(zip(parts, reconstruction.images.chunk(len(parts)), strict=True), start=1):
         with summed_later(critic, last=number == len(parts)):
             with autocast(images.device, config):
-                real_logits, fake_logits = critic(real), critic(seen(fake))
+                real_logits, fake_logits = critic(real), critic(fake)
             loss, terms = objective.discriminator_loss(
                 real_logits, fake_logits, step=state.step, images=real, discriminator=state.discriminator.forward
             )
@@ -195,11 +200,6 @@ def on_device(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:
     torch.cuda.current_stream(device).wait_stream(beside)
     images.record_stream(torch.cuda.current_stream(device))
     return batch, to_float(images).contiguous(memory_format=torch.channels_last)
-
-
-def seen(images: Tensor) -> Tensor:
-    """As the discriminator sees them: what is not finite would stay in its batch norms' running statistics for good."""
-    return images.nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0)
 
 
 def detached(made: Reconstruction) -> Reconstruction:

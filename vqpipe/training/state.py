@@ -45,6 +45,8 @@ class TrainState:
     images_seen: int = 0
     bad_steps: int = 0
     """Steps skipped so far."""
+    objective: nn.Module = field(default_factory=nn.Module)
+    """What the losses remember: LeCam's averages, and mostly nothing."""
     adversarial: bool = True
     """Whether the discriminator takes part in this run; where not, nothing of it is saved."""
     passed_over: list[str] = field(default_factory=list)
@@ -87,6 +89,8 @@ class TrainState:
         if self.adversarial:
             self.discriminator.load_state_dict(parts["discriminator"])
             load_optimizer(self.discriminator_optimizer, parts["discriminator_optimizer"])
+        if "objective" in parts:
+            self.objective.load_state_dict(parts["objective"])
         if self.weight_ema.decay > 0:
             self.weight_ema.network.load_state_dict({**parts["model"], **parts["ema"]})
         for name in COUNTERS:
@@ -99,6 +103,8 @@ class TrainState:
         if self.adversarial:
             parts["discriminator"] = dict(self.discriminator.state_dict())
             parts["discriminator_optimizer"] = optimizer_tensors(self.discriminator_optimizer)
+        if remembered := self.objective.state_dict():
+            parts["objective"] = remembered
         if self.weight_ema.decay > 0:
             parts["ema"] = dict(self.weight_ema.network.named_parameters())
         return parts

@@ -1,0 +1,38 @@
+"""What a skipped step leaves as it was beside weights, and when too many of them end a run."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vqpipe.errors import NumericError
+from vqpipe.training.bad_steps import BadSteps, RunningStatistics
+
+
+def test_running_statistics_of_a_skipped_step_are_put_back() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))
+    statistics = RunningStatistics(network)
+    statistics.remember()
+    network(torch.randn(4, 3, 5, 5))
+    statistics.restore(torch.tensor(False))
+    moved = [tensor.clone() for tensor in statistics.tensors()]
+    assert len(moved) == 4
+    assert not torch.equal(moved[0], torch.zeros(3))
+    statistics.remember()
+    network(torch.full((4, 3, 5, 5), torch.nan))
+    assert not torch.isfinite(statistics.tensors()[0]).any()
+    statistics.restore(torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(statistics.tensors(), moved, strict=True))
+
+
+def test_only_steps_in_a_row_end_a_run() -> None:
+    state: Any = type("State", (), {"bad_steps": 0})()
+    heard: list[int] = []
+    bad_steps = BadSteps(state, 2, lambda step, keys: heard.append(step))
+    for step, bad in enumerate([True, False, True, False, False, True]):
+        bad_steps.note(step, torch.tensor(bad), ["a"])
+    assert heard == [0, 2, 5]
+    assert state.bad_steps == 3
+    with pytest.raises(NumericError, match=r"2 steps in a row .* step 6, images b, c"):
+        bad_steps.note(6, torch.tensor(True), ["b", "c"])
