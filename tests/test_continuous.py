@@ -42,8 +42,11 @@ def test_latents_and_images_are_those_of_diffusers(network: Any, folder: Path, i
     with torch.no_grad():
         expected = network.encode(to_float(images)).latent_dist.mean
         again = network.decode(expected).sample
-    assert torch.equal(latents, expected)
-    assert torch.equal(opened.decode(latents, (32, 24)), to_uint8(again))
+    # Weights read from a file lie otherwise in memory, and some CPUs then take another convolution.
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    difference = opened.decode(latents, (32, 24)).int() - to_uint8(again).int()
+    assert difference.abs().max() <= 1
+    assert difference.ne(0).float().mean() < 0.01
     assert (opened.downsample_factor, opened.latent_shape(32, 24)) == (4, (4, 8, 6))
     assert opened.name == "vae"
 

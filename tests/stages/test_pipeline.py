@@ -161,7 +161,7 @@ def decode_png(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("kind", ["features", "tokens", "images"])
+@pytest.mark.parametrize("kind", ["features", "tokens", pytest.param("images", marks=pytest.mark.slow)])
 def test_two_ranks_write_the_same_bytes(folder: Path, kind: str) -> None:
     done = on_two_ranks(folder, *command(kind, f"{kind}-2"))
     assert done.returncode == 0, done.stderr

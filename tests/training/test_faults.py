@@ -173,6 +173,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
 def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
     folder: Path, small_disk: Path, straight: dict[str, dict[str, object]]
@@ -199,7 +200,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
 # Signals in the middle of a save.
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_during_a_save_loses_nothing(
     folder: Path, straight: dict[str, dict[str, object]], signals: int
 ) -> None:
