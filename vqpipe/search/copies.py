@@ -1,23 +1,21 @@
 """Which rows of a matrix are equal, without comparing all pairs."""
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK_ELEMENTS = 2**20  # the copy of a block that is hashed stays at 8 MB
-_TABLE_BITS = 20
-_TABLE = 2**_TABLE_BITS
-_FIBONACCI = np.int64(
-    0x9E3779B97F4A7C15 - 2**64
-)  # 2**64 over the golden ratio, an odd multiplier that spreads (Knuth, vol. 3)
+FIBONACCI = np.uint32(0x9E3779B1)  # 2**32 over the golden ratio: its multiples spread (Knuth, volume 3)
+TABLE_BITS = 18
 
 
 def row_hashes(rows: Tensor) -> Tensor:
     """A 64-bit hash of each row: float32[R, D] -> int64[R], equal for equal rows (-0 equals 0)."""
     width = rows.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, (width,), generator=generator).to(rows.device) * 2 + 1
+    odd = _odd(width).to(rows.device)
     blocks = rows.split(max(1, BLOCK_ELEMENTS // width))
     return torch.cat([_hash(block, odd) for block in blocks])
 
@@ -45,13 +43,13 @@ def first_copies(rows: Tensor) -> Tensor | None:
 def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Ids of rows, int64[N], each replaced by the lowest index at which float32[R, D] holds the same row.
 
-    Only rows are looked at whose first numbers have the hash of those of a row with an id: where they are few, most of
-    the work of `first_copies` is saved. In numpy, whose one thread is done before torch's have woken up.
+    Only rows are looked at whose first number has the hash of that of a row with an id: where they are few, most of the
+    work of `first_copies` is saved. In numpy, whose one thread is done before torch's have woken up.
     """
-    bits = rows[:, :2] + np.float32(0.0)  # -0 becomes 0
-    words = bits.view(np.int64)[:, 0] if bits.shape[1] == 2 else bits.view(np.int32)[:, 0].astype(np.int64)
-    start = (words * _FIBONACCI) >> (64 - _TABLE_BITS) & (_TABLE - 1)
-    named = np.zeros(_TABLE, dtype=bool)
+    start = (rows[:, 0] + np.float32(0.0)).view(np.uint32)  # -0 becomes 0
+    start *= FIBONACCI
+    start >>= np.uint32(32 - TABLE_BITS)
+    named = np.zeros(2**TABLE_BITS, dtype=bool)
     named[start[ids]] = True
     suspects = np.flatnonzero(named[start])
     first = first_copies(torch.from_numpy(rows[suspects]))
@@ -60,6 +58,13 @@ def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     lowest = np.arange(len(rows))
     lowest[suspects] = suspects[first.numpy()]
     return lowest[ids]
+
+
+@cache
+def _odd(width: int) -> Tensor:
+    """`width` odd factors, the same ones always: int64[width]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (width,), generator=generator) * 2 + 1
 
 
 def _any_equal(hashes: np.ndarray) -> bool:
