@@ -219,7 +219,9 @@ def test_what_a_checkpoint_holds_of_an_objective() -> None:
 
 def test_without_lecam_nothing_moves_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "all_reduce_sum", None)
-    Objective(config(adversarial=1.0)).update(torch.tensor(0.8), torch.tensor(-0.2))
+    objective = Objective(config(adversarial=1.0))
+    objective.update(torch.tensor(0.8), torch.tensor(-0.2))
+    assert objective.state_dict() == {}
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_averages() -> None:

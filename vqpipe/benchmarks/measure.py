@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from vqpipe.codebooks.memory import available_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.provenance import now
 
@@ -353,11 +354,7 @@ def available_memory(device: torch.device) -> float:
     """10^9 bytes that a process may still take on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) / 1e9 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return available_bytes() / 1e9
 
 
 def machine(device: torch.device) -> dict[str, Any]:
