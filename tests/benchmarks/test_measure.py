@@ -48,10 +48,13 @@ def case() -> Case:
     return Case(title="a case", unit="things", settings={})
 
 
-def test_methods_take_turns_and_every_second_round_goes_backwards(clock: FakeClock, case: Case) -> None:
-    methods = [clock.method(name, 1.0) for name in "abc"]
-    clock.stopwatch(rounds=3).measure(methods, case)
-    assert "".join(clock.log) == "aabbcc" + "abc" + "cba" + "abc"
+def test_methods_take_turns_in_an_order_that_changes_from_round_to_round(clock: FakeClock, case: Case) -> None:
+    methods = [clock.method(name, 1.0) for name in "abcd"]
+    clock.stopwatch(rounds=8).measure(methods, case)
+    rounds = ["".join(clock.log[first : first + 4]) for first in range(8, len(clock.log), 4)]
+    assert clock.log[:8] == list("aabbccdd")
+    assert [sorted(one) for one in rounds] == [list("abcd")] * 8
+    assert len({one.index("a") for one in rounds}) > 2, "each method runs in several places, after several others"
 
 
 def test_medians_minima_ratios_and_rates_come_from_the_rounds_alone(clock: FakeClock, case: Case) -> None:

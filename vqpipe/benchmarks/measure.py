@@ -1,7 +1,7 @@
 """How methods are timed: side by side, in one process, in turns.
 
-All methods of a case are warmed up, then called once each per round, forwards in one round and backwards in the next,
-so that whatever else the machine does falls on all alike. What is kept are medians of wall time and of CPU time (user
+All methods of a case are warmed up, then called once each per round, in another order each round, so that whatever else
+the machine does, and whatever the call before leaves in its caches, falls on all alike. What is kept are medians of wall time and of CPU time (user
 and system, all threads: what other processes disturb least), and the peak of memory above what was held before.
 """
 
@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -188,7 +189,7 @@ class Stopwatch:
                 case.not_run[method.name] = f"failed: {first_line(error)}"
         left = [method for method in methods if method.name in samples]
         for number in range(0 if once else self.settings.rounds):
-            for method in left if number % 2 == 0 else left[::-1]:
+            for method in random.Random(number).sample(left, len(left)):
                 its = samples[method.name]
                 if number < self.rounds_of(its):
                     wall, cpu, _ = self.time(method)

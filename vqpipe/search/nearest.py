@@ -95,7 +95,8 @@ def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric, check: boo
     else:
         search = nearest_faiss if engine == "faiss" else nearest_tiles
         pairs = zip(vectors, codes, strict=True)
-        ids = torch.stack([search(rows.contiguous(), table.contiguous()) for rows, table in pairs])
+        found = [search(rows.contiguous(), table.contiguous()) for rows, table in pairs]
+        ids = found[0][None] if len(found) == 1 else torch.stack(found)
     return ids if without_direction is None else ids.masked_fill_(without_direction, 0)
 
 
