@@ -1,8 +1,9 @@
 """How methods are timed: side by side, in one process, in turns.
 
 All methods of a case are warmed up, then called once each per round, in another order each round, so that whatever else
-the machine does, and whatever the call before leaves in its caches, falls on all alike. What is kept are medians of wall time and of CPU time (user
-and system, all threads: what other processes disturb least), and the peak of memory above what was held before.
+the machine does, and whatever the call before leaves in its caches, falls on all alike. What is kept are medians of
+wall time and of CPU time (user and system, all threads: what other processes disturb least), and the peak of memory
+above what was held before.
 """
 
 import gc
