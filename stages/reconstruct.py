@@ -1,9 +1,6 @@
-"""`vqpipe reconstruct`: image files of any size -> each beside what the tokenizer makes of it.
+"""`vqpipe reconstruct`: image files of any size -> each beside what the tokenizer makes of it. H x W pixels."""
 
-Letters: H x W pixels, f the downsample factor, T the side of a tile.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,13 +12,22 @@ from stages.console import Device, Out, Seed, TokenizerPath
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vqpipe.continuous import ContinuousAutoencoder
-    from vqpipe.tokenizer import Tokenizer
+Tile = Annotated[
+    int,
+    typer.Option(
+        "--tile",
+        help="Larger images go through in tiles of this side: bounds memory, changes the result a little.",
+        metavar="PIXELS",
+        min=1,
+    ),
+]
+Overlap = Annotated[
+    int,
+    typer.Option("--overlap", help="Neighbouring tiles share and blend over this much.", metavar="PIXELS", min=0),
+]
 
-TILE = 512
-"""Largest side, pixels, that goes through the network at once."""
-OVERLAP = 64
-"""Pixels that neighbouring tiles share and blend over."""
+ROWS = 512
+"""Rows of pixels compared at a time: 8192 of them as floating point would be a gigabyte."""
 
 
 def reconstruct(
@@ -31,6 +37,8 @@ def reconstruct(
     groups: Annotated[
         int | None, typer.Option("--groups", help="Decode the first K groups only.", metavar="K", min=1)
     ] = None,
+    tile: Tile = 512,
+    overlap: Overlap = 64,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -40,11 +48,13 @@ def reconstruct(
         from vqpipe.continuous import open_autoencoder
         from vqpipe.files import hash_file
         from vqpipe.reports.pictures import side_by_side, to_png
+        from vqpipe.tiling import check_tile, reconstruct_any_size
 
         opened = open_autoencoder(tokenizer, where)
         opened.check_groups(groups)
+        check_tile(tile, overlap, opened.downsample_factor)
         names = png_names(files)
-        config = {"files": names, "groups": groups, "tile": TILE, "overlap": OVERLAP}
+        config = {"files": names, "groups": groups, "tile": tile, "overlap": overlap}
         inputs = {name: hash_file(check_file(file)) for name, file in zip(names, files, strict=True)}
         draft = artifacts.start(out, "images", config, {"tokenizer": opened.source, **inputs})
         if isinstance(draft, artifacts.Artifact):
@@ -55,7 +65,8 @@ def reconstruct(
                 for number in mine:
                     if draft.record(names[number]) is None:
                         original = read(files[number])
-                        again = any_size(opened, original, groups)
+                        made = reconstruct_any_size(opened, original, groups=groups, tile=tile, overlap=overlap)
+                        again = made.image
                         with draft.write(names[number], psnr=psnr_between(original, again)) as path:
                             path.write_bytes(to_png(side_by_side(original, again)))
                     bar.advance()
@@ -64,71 +75,15 @@ def reconstruct(
             return console.finished(draft.publish({"num_images": len(names), "psnr": psnr}))
 
 
-def any_size(
-    autoencoder: "Tokenizer | ContinuousAutoencoder",
-    image: "Tensor",
-    groups: int | None = None,
-    tile: int = TILE,
-    overlap: int = OVERLAP,
-) -> "Tensor":
-    """uint8[3, H, W] -> its reconstruction, uint8[3, H, W], on the CPU.
-
-    The image is padded to multiples of f by mirroring (by repeating the edge where it is too small to mirror) and cut
-    back. Beyond T pixels a side it goes through in overlapping tiles, blended linearly. A network with attention or
-    normalisation over the whole latent then sees each tile alone: that is another reconstruction than in one piece.
-    """
-    import torch
-
-    height, width = image.shape[1:]
-    factor = autoencoder.downsample_factor
-    tile = max(tile // factor, 1) * factor
-    overlap = min(overlap, tile - 1)
-    padded = pad_to_multiple(image, factor)
-    total = torch.zeros(padded.shape, dtype=torch.float32)
-    weight = torch.zeros(padded.shape[1:], dtype=torch.float32)
-    for top, bottom in spans(padded.shape[1], tile, overlap):
-        for left, right in spans(padded.shape[2], tile, overlap):
-            piece = padded[None, :, top:bottom, left:right]
-            code = autoencoder.encode(piece)
-            again = autoencoder.decode(code, (bottom - top, right - left), groups=groups)[0].cpu()
-            share = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap))
-            total[:, top:bottom, left:right] += again * share
-            weight[top:bottom, left:right] += share
-    return (total / weight).round().clamp(0, 255).to(torch.uint8)[:, :height, :width]
-
-
-def pad_to_multiple(image: "Tensor", factor: int) -> "Tensor":
-    """Extend the right and lower edges of uint8[3, H, W] to multiples of `factor`."""
-    from torch.nn import functional as F
-
-    height, width = image.shape[1:]
-    lower, right = -height % factor, -width % factor
-    mode = "reflect" if lower < height and right < width else "replicate"
-    return F.pad(image.float()[None], (0, right, 0, lower), mode=mode)[0].to(image.dtype)
-
-
-def spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
-    """Pieces [start, stop) of at most `tile` that cover `length`, neighbours sharing at least `overlap`."""
-    start = 0
-    while start + tile < length:
-        yield start, start + tile
-        start += tile - overlap
-    yield max(0, length - tile), length
-
-
-def ramp(length: int, overlap: int) -> "Tensor":
-    """Weight of each row of a tile: 1 inside, falling towards both ends over `overlap` pixels, never 0."""
-    import torch
-
-    distance = torch.arange(1, length + 1, dtype=torch.float32)
-    return torch.minimum(distance, distance.flip(0)).clamp(max=overlap + 1) / (overlap + 1)
-
-
 def psnr_between(original: "Tensor", again: "Tensor") -> float | None:
-    """PSNR in dB over RGB, or None for equal images."""
+    """PSNR in dB over RGB of uint8[3, H, W] twice, or None for equal images; a band of rows at a time."""
+    import torch
+
     from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 
-    value = psnr_of(mean_squared_error(original[None], again[None]), peak=255.0).item()
+    bands = zip(original.split(ROWS, dim=1), again.split(ROWS, dim=1), strict=True)
+    total = sum(mean_squared_error(a[None], b[None])[0] * a.shape[1] for a, b in bands)
+    value = psnr_of(torch.as_tensor(total / original.shape[1]), peak=255.0).item()
     return value if value < float("inf") else None
 
 

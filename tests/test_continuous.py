@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from vqpipe import Tokenizer
 from vqpipe.continuous import WEIGHTS, ContinuousAutoencoder, open_autoencoder
-from vqpipe.data.transforms import to_float, to_uint8
+from vqpipe.data.shards import open_images
+from vqpipe.data.transforms import decode, pixels, to_float, to_uint8
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
 
 
@@ -100,7 +102,8 @@ def change_config(folder: Path, **settings: Any) -> None:
         (leave_only_a_pickle, "its pickle is not opened. Fetch config.json and diffusion_pytorch_model.safetensors of"),
         (lambda folder: (folder / WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors. Fetch"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json of diffusers"),
-        (lambda folder: change_config(folder, _class_name="AutoencoderTiny"), "diffusers' AutoencoderTiny"),
+        (lambda folder: change_config(folder, _class_name="AutoencoderDC"), "AutoencoderDC; what can be evaluated is"),
+        (lambda folder: change_config(folder, _class_name="AutoencoderTiny"), "does not describe an AutoencoderTiny"),
         (lambda folder: change_config(folder, norm_num_groups=3), "does not describe an AutoencoderKL"),
         (lambda folder: change_config(folder, depth=3), "does not describe an AutoencoderKL: .*'depth'"),
         (lambda folder: change_config(folder, latent_channels=5), "do not fit their config"),
@@ -112,6 +115,151 @@ def test_a_folder_that_cannot_be_used_says_why(folder: Path, harm: Callable[[Pat
     with pytest.raises(WeightsError, match=said) as told:
         open_autoencoder(folder)
     assert "\n" not in str(told.value)
+
+
+def test_a_tiny_autoencoder_in_diffusers_layout(tmp_path: Path, images: torch.Tensor) -> None:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    network = AutoencoderTiny(latent_channels=16).eval()
+    network.save_pretrained(tmp_path / "taesd3")
+    opened = open_autoencoder(tmp_path / "taesd3")
+    assert isinstance(opened, ContinuousAutoencoder)
+    assert (opened.name, opened.downsample_factor, opened.latent_shape(32, 24)) == ("taesd3", 8, (16, 4, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(opened.encode(images), network.encode(to_float(images)).latents, rtol=0, atol=1e-5)
+
+
+CLAMP, RELU, UP = "clamp", "relu", "up"
+ENCODER_LAYERS = ["in", "b", *["down", "b", "b", "b"] * 2, "down", "p", "p", "p", "out"]
+DECODER_LAYERS = [CLAMP, "in", RELU, "p", "p", "p", UP, "mid", *["b", "b", "b", UP, "mid"] * 2, "b", "out"]
+
+
+def drawn_weights(layers: list[str], inputs: int, outputs: int, pooled: bool) -> dict[str, torch.Tensor]:
+    """The tensors of one side of a tiny autoencoder by their published names, small and random, in half precision."""
+    generator = torch.Generator().manual_seed(len(layers))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, kind in enumerate(layers):
+        if kind in (CLAMP, RELU, UP):
+            continue
+        if kind in "bp":
+            for k in (0, 2, 4):
+                shapes |= {f"{i}.conv.{k}.weight": (64, 64, 3, 3), f"{i}.conv.{k}.bias": (64,)}
+            if kind == "p" and pooled:
+                shapes |= {f"{i}.pool.0.weight": (256, 64, 1, 1), f"{i}.pool.1.weight": (256,)}
+                shapes |= {f"{i}.pool.1.bias": (256,), f"{i}.pool.3.weight": (64, 256, 1, 1)}
+            continue
+        ends = (outputs if kind == "out" else 64, inputs if kind == "in" else 64, 3, 3)
+        shapes[f"{i}.weight"] = ends
+        if kind in ("in", "out"):
+            shapes[f"{i}.bias"] = ends[:1]
+    return {name: (torch.randn(shape, generator=generator) * 0.05).half() for name, shape in shapes.items()}
+
+
+def run_layers(layers: list[str], tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """One side of a tiny autoencoder from its tensors alone: float[B, C, H, W] -> the same of other sizes."""
+    weights = {name: value.float() for name, value in tensors.items()}
+    for i, kind in enumerate(layers):
+        if kind == CLAMP:
+            x = 3 * torch.tanh(x / 3)
+        elif kind == RELU:
+            x = x.relu()
+        elif kind == UP:
+            x = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        elif kind in "bp":
+            if f"{i}.pool.0.weight" in weights:
+                wide = F.conv2d(x, weights[f"{i}.pool.0.weight"])
+                groups = wide.unflatten(1, (4, 64))
+                mean = groups.mean((2, 3, 4), keepdim=True)
+                spread = groups.var((2, 3, 4), correction=0, keepdim=True)
+                wide = ((groups - mean) / (spread + 1e-5).sqrt()).flatten(1, 2)
+                wide = wide * weights[f"{i}.pool.1.weight"][:, None, None] + weights[f"{i}.pool.1.bias"][:, None, None]
+                x = x + F.conv2d(wide.relu(), weights[f"{i}.pool.3.weight"])
+            y = x
+            for k in (0, 2, 4):
+                y = F.conv2d(y, weights[f"{i}.conv.{k}.weight"], weights[f"{i}.conv.{k}.bias"], padding=1)
+                y = y if k == 4 else y.relu()
+            x = (x + y).relu()
+        else:
+            stride = 2 if kind == "down" else 1
+            x = F.conv2d(x, weights[f"{i}.weight"], weights.get(f"{i}.bias"), padding=1, stride=stride)
+    return x
+
+
+@pytest.fixture
+def pair(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder with the two files of a tiny autoencoder; with pooled blocks and 32 channels as TAEF2 unless told."""
+    channels, pooled = getattr(request, "param", (32, True))
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    torch.save(drawn_weights(ENCODER_LAYERS, 3, channels, pooled), folder / "taef9_encoder.pth")
+    torch.save(drawn_weights(DECODER_LAYERS, channels, 3, pooled), folder / "taef9_decoder.pth")
+    return folder
+
+
+@pytest.mark.parametrize("pair", [(32, True), (4, False)], indirect=True, ids=["as-taef2", "as-taesd"])
+def test_the_two_files_of_a_tiny_autoencoder(pair: Path, images: torch.Tensor) -> None:
+    opened = open_autoencoder(pair)
+    assert isinstance(opened, ContinuousAutoencoder)
+    encoder, decoder = (torch.load(pair / f"taef9_{side}.pth", weights_only=True) for side in ("encoder", "decoder"))
+    latents = run_layers(ENCODER_LAYERS, encoder, images.float() / 255)
+    torch.testing.assert_close(opened.encode(images), latents, rtol=1e-4, atol=1e-5)
+    again = run_layers(DECODER_LAYERS, decoder, latents)
+    assert again.std() > 0.01
+    difference = opened.decode(latents, (32, 24)).int() - to_uint8(again * 2 - 1).int()
+    assert difference.abs().max() <= 1
+    assert (opened.name, opened.downsample_factor) == ("taef9", 8)
+    assert opened.describe(32)["latent_shape"] == [len(encoder["14.weight"]), 4, 4]
+
+
+def spoil(folder: Path, side: str, **changes: torch.Tensor | None) -> None:
+    tensors = torch.load(folder / f"taef9_{side}.pth", weights_only=True)
+    for name, value in changes.items():
+        tensors.pop(name) if value is None else tensors.update({name: value})
+    torch.save(tensors, folder / f"taef9_{side}.pth")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: (folder / "taef9_decoder.pth").unlink(), r"has taef9_encoder\.pth without taef9_decoder\.pth"),
+        (lambda folder: torch.save({}, folder / "other_encoder.pth"), "several tiny autoencoders: other, taef9"),
+        (lambda folder: spoil(folder, "encoder", **{"11.pool.0.weight": None}), "do not fit their config"),
+        (lambda folder: spoil(folder, "decoder", **{"6.pool.0.weight": torch.zeros(1)}), "do not fit their config"),
+        (lambda folder: spoil(folder, "decoder", extra=torch.zeros(1)), "do not fit their config"),
+        (lambda folder: torch.save({}, folder / "taef9_encoder.pth"), "taef9_encoder.pth does not describe"),
+        (
+            lambda folder: (folder / "taef9_encoder.pth").write_bytes(b"no weights"),
+            "cannot be read as weights|more than",
+        ),
+        (lambda folder: torch.save({"0.weight": print}, folder / "taef9_encoder.pth"), "holds more than tensors"),
+        (lambda folder: torch.save([1], folder / "taef9_encoder.pth"), "is not a table of tensors"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_says_why(pair: Path, harm: Callable[[Path], None], said: str) -> None:
+    harm(pair)
+    with pytest.raises(WeightsError, match=said) as told:
+        open_autoencoder(pair)
+    assert "\n" not in str(told.value)
+
+
+def test_its_digest_is_of_both_files(pair: Path) -> None:
+    first = ContinuousAutoencoder.from_pretrained(pair).digest
+    spoil(pair, "decoder", **{"19.bias": torch.ones(3)})
+    assert ContinuousAutoencoder.from_pretrained(pair).digest != first
+
+
+@pytest.mark.slow
+def test_taef2_reconstructs_real_photographs(shared: Path) -> None:
+    opened = open_autoencoder(shared / "weights")
+    photos = open_images(shared / "data" / "zeroshot" / "zeroshot-faces-0000.tar")
+    psnr = []
+    for i in range(0, len(photos), 10):
+        photo = pixels(decode(photos.read(i)))[None]
+        again = opened.decode(opened.encode(photo), (photo.shape[2], photo.shape[3]))
+        psnr.append(10 * torch.log10(255**2 / (photo.double() - again.double()).square().mean()).item())
+    assert (opened.name, opened.latent_shape(256, 256)) == ("taef2", (32, 32, 32))
+    assert sum(psnr) / len(psnr) > 28
 
 
 def test_released_ones_are_not_downloaded_but_asked_for() -> None:

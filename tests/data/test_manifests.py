@@ -1,10 +1,24 @@
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 
-from vqpipe.data.manifests import DatasetManifest, Split, check_counts, load_manifest, open_split
+from vqpipe.data.folders import Folder
+from vqpipe.data.framing import Framing
+from vqpipe.data.layouts import one_line, open_split
+from vqpipe.data.manifests import (
+    Archive,
+    DatasetManifest,
+    Split,
+    check_archives,
+    check_counts,
+    load_manifest,
+    manifest_names,
+)
+from vqpipe.data.shards import ImageSet
 from vqpipe.errors import ConfigError, DataError
 
 FACTS = {
@@ -15,7 +29,13 @@ FACTS = {
     ("ffhq", "all"): (70_000, None),
     ("imagenette", "train"): (9_469, 10),
     ("imagenette", "val"): (3_925, 10),
-    ("folder", "all"): (None, None),
+    ("celeba", "all"): (202_599, None),
+    ("celeba-hq", "all"): (30_000, None),
+    ("kodak", "all"): (24, None),
+    ("textocr", "train"): (21_778, None),
+    ("textocr", "val"): (3_124, None),
+    ("textocr", "test"): (3_232, None),
+    ("uhdbench", "all"): (2_293, None),
 }
 
 
@@ -26,18 +46,85 @@ def write(root: Path, *files: str) -> Path:
     return root
 
 
-def test_every_manifest_parses_with_its_facts() -> None:
-    found = {}
-    for name in ("imagenet-1k", "ffhq", "imagenette", "folder"):
-        manifest = load_manifest(name)
-        assert manifest.name == name
-        assert manifest.licence
-        assert manifest.how_to_obtain
-        assert manifest.paper_split
-        for split, facts in manifest.splits.items():
-            found[name, split] = (facts.num_images, facts.num_classes)
+@pytest.mark.parametrize("name", manifest_names())
+def test_every_manifest_is_whole(name: str) -> None:
+    manifest = load_manifest(name)
+    assert manifest.name == name
+    assert manifest.title
+    assert manifest.licence
+    assert one_line(manifest.how_to_obtain)
+    assert one_line(manifest.paper_split)
+    assert manifest.homepage.startswith("https://") or name in ("folder", "webdataset")
+    assert manifest.split(None)[0] == next(iter(manifest.splits))
+    for measured in manifest.measured:
+        assert measured.table.startswith(("VQGAN-LC, ", "MGVQ, "))
+        assert measured.framing.size is not None
+    for split in manifest.splits.values():
+        # what nobody counted here must be said to be unknown, where a paper measures with it
+        measures = any(manifest.splits[measured.split] is split for measured in manifest.measured)
+        assert split.num_images is not None or not measures or manifest.unverified or manifest.unstated
+        if manifest.measured and manifest.measured[0].table.startswith("MGVQ, Table 3") and name != "davis-2017":
+            assert split.min_size == (2560, 1440)
+    assert all(len(archive.md5) in (0, 32) for archive in manifest.archives)
+
+
+def test_the_sets_of_both_papers_are_there() -> None:
+    vqgan_lc = {"imagenet-1k", "ffhq"}
+    uhdbench = {"uhdbench", "hrsod", "liu4k", "uavid", "uhdm", "uhrsd"}
+    zero_shot = {"celeba", "celeba-hq", "davis-2017", "textocr", "vfhq", "spring", "enerf-outdoor"}
+    training = {"open-images", "sa-1b", "argoverse2", "mapillary-vistas", "laion-hq"}
+    assert vqgan_lc | uhdbench | zero_shot | training | {"kodak", "imagenette"} <= set(manifest_names())
+    tables: dict[str, set[str]] = {}
+    for name in manifest_names():
+        for measured in load_manifest(name).measured:
+            tables.setdefault(measured.table, set()).add(name)
+    assert tables["MGVQ, Table 2"] == zero_shot - {"celeba-hq"}
+    assert tables["MGVQ, Table 3"] == {"uhdbench", "davis-2017"}
+    assert {load_manifest("uhdbench").measured[0].framing} == {Framing(rule="cover", size=(1440, 2560))}
+
+
+def test_facts_of_those_that_were_counted() -> None:
+    found = {
+        (name, key): (split.num_images, split.num_classes)
+        for name in manifest_names()
+        for key, split in load_manifest(name).splits.items()
+        if split.num_images is not None
+    }
     assert found == FACTS
-    assert load_manifest("imagenette").split(None)[0] == "train"
+
+
+NAMES = {
+    ("kodak", "all"): [f"kodim{i:02}" for i in range(1, 25)],
+    ("ffhq", "val"): [f"{i:05}" for i in range(60_000, 70_000)],
+    ("imagenet-1k", "val"): [f"ILSVRC2012_val_{i:08}" for i in range(1, 50_001)],
+    ("celeba", "all"): [f"{i:06}" for i in range(1, 202_600)],
+    ("celeba-hq", "all"): [str(i) for i in range(30_000)],
+}
+
+
+@pytest.mark.parametrize(("name", "key"), NAMES)
+def test_digests_are_those_of_the_published_names(name: str, key: str) -> None:
+    lines = "".join(f"{stem}\n" for stem in sorted(NAMES[name, key]))
+    assert load_manifest(name).splits[key].stems_sha256 == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_names_are_checked_by_their_digest(tmp_path: Path) -> None:
+    manifest, files = load_manifest("kodak"), [f"deep/kodim{i:02}.png" for i in range(24, 0, -1)]
+    check_counts(manifest, "all", manifest.splits["all"], ImageSet([Folder(tmp_path, files)]))
+    with pytest.raises(DataError, match="kodak/all has as many images as it should, but other names"):
+        check_counts(manifest, "all", manifest.splits["all"], ImageSet([Folder(tmp_path, ["kodak.png", *files[1:]])]))
+
+
+def test_archives_are_hashed_where_they_lie(tmp_path: Path) -> None:
+    whole, other = Archive(file="a.zip", md5=hashlib.md5(b"a").hexdigest()), Archive(file="b.zip", md5="0" * 32)
+    manifest = replace(load_manifest("kodak"), archives=(whole, other, Archive(file="c.zip")))
+    assert check_archives(manifest, tmp_path) == []
+    (tmp_path / "a.zip").write_bytes(b"a")
+    (tmp_path / "c.zip").write_bytes(b"c")
+    assert check_archives(manifest, tmp_path) == ["a.zip"]
+    (tmp_path / "b.zip").write_bytes(b"b")
+    with pytest.raises(DataError, match=r"b\.zip has the MD5 [0-9a-f]{32}, 0{32} is expected"):
+        check_archives(manifest, tmp_path)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -47,6 +134,15 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         load_manifest("ffhq").split("vall")
     (tmp_path / "own.toml").write_text("name = 'own'\n")
     with pytest.raises(ConfigError, match="no splits"):
+        load_manifest(str(tmp_path / "own.toml"))
+    (tmp_path / "own.toml").write_text(
+        "name='own'\ntitle='t'\nlicence='l'\nhomepage='h'\nhow_to_obtain='o'\npaper_split='p'\n"
+        "[[measured]]\ntable='T'\nsplit='val'\nrule='adm'\nsize='256'\n[splits.all]\n"
+    )
+    with pytest.raises(ConfigError, match="T measures a split 'val' that is not there"):
+        load_manifest(str(tmp_path / "own.toml"))
+    (tmp_path / "own.toml").write_text((tmp_path / "own.toml").read_text().replace("256", "256x512"))
+    with pytest.raises(ConfigError, match="ADM's crop is square"):
         load_manifest(str(tmp_path / "own.toml"))
     with pytest.raises(DataError, match=r"is no folder. To get ffhq: Run the download script"):
         open_split(load_manifest("ffhq"), Split(), tmp_path / "absent")

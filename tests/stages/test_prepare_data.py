@@ -3,6 +3,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -131,6 +132,99 @@ def test_counts_are_checked(tiny: Path, capsys: pytest.CaptureFixture[str]) -> N
         prepare(tiny, "short")
     assert open_artifact(prepare(tiny, "short", allow_partial=True)).facts["num_images"] == 8
     assert "accepted as it is: tiny/train should hold 10 images" in capsys.readouterr().err
+
+
+def test_small_images_are_excluded_and_counted_apart(tiny: Path) -> None:
+    manifest = (tiny / "tiny.toml").read_text() + "min_size = [50, 40]\n"
+    (tiny / "tiny.toml").write_text(manifest)
+    facts = open_artifact(prepare(tiny)).facts  # widths are 48 to 57, all heights 40
+    assert facts == {
+        "num_images": 7,
+        "num_classes": 2,
+        "skipped": {"truncated": 1},
+        "excluded": {"smaller than 50x40": 2},
+    }
+    assert len(open_images(tiny / "out")) == 7
+    (tiny / "tiny.toml").write_text(manifest + "num_kept = 8\n")
+    with pytest.raises(DataError, match="tiny/train should keep 8 images, 7 are left"):
+        prepare(tiny, "other")
+    assert open_artifact(prepare(tiny, "other", allow_partial=True)).facts["num_images"] == 7
+    (tiny / "tiny.toml").write_text(manifest.replace("[50, 40]", "[58, 40]"))
+    with pytest.raises(DataError, match="no image of tiny/train is left"):  # and not: too many cannot be used
+        prepare(tiny, "none", max_skipped=0.1)
+
+
+LAYOUTS = {
+    "nested": ('files = ["*/view/*.png"]', {"s1/view/0.png": 0, "s2/view/0.png": 1, "s1/mask/0.png": None}),
+    "frames": ('files = ["*/*.png"]\nstride = 2', {"a/0.png": 0, "a/1.png": None, "a/2.png": 1}),
+    "listed": (
+        'files = ["all/{name}.png"]\nnames = { file = "val.txt" }',
+        {"all/7.png": 0, "all/8.png": None, "all/9.png": 1, "val.txt": "7\n9\n"},
+    ),
+    "numbered": ("numbers = [5, 6]", {"x/5.png": 0, "6.png": 1, "7.png": None}),
+    "tars": ('tars = ["*.tar"]', {"0.tar": ("p.png", 0), "1.tar": ("q.png", 1)}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_built_pixel_exact(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rule, files = LAYOUTS[layout]
+    pictures = [png_of(number) for number in range(2)]
+    for name, content in files.items():
+        path = tmp_path / "copy" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, tuple):
+            with tarfile.open(path, "w") as tar:
+                member = tarfile.TarInfo(content[0])
+                member.size = len(pictures[content[1]])
+                tar.addfile(member, io.BytesIO(pictures[content[1]]))
+        elif isinstance(content, str):
+            path.write_text(content)
+        else:
+            path.write_bytes(png_of(99) if content is None else pictures[content])
+    head = MANIFEST[: MANIFEST.index("[splits.train]")]
+    (tmp_path / "own.toml").write_text(f"{head}[splits.all]\nnum_images = 2\n{rule}\n")
+    prepare_data(str(tmp_path / "own.toml"), tmp_path / "copy", tmp_path / "out")
+    artifact = open_artifact(tmp_path / "out", "dataset")
+    assert artifact.facts == {"num_images": 2, "num_classes": None, "skipped": {}}
+    assert [image.image for image in open_images(tmp_path / "out")] == pictures
+
+
+def png_of(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 12, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_loader_processes_start_once_for_all_shards(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vqpipe.data import workers
+
+    began = list[int]()
+    real = workers.through_workers
+
+    def counted(dataset: Any, work: Any, num_workers: int, timeout: float = 300.0) -> Iterator[Any]:
+        began.append(len(list(work)))
+        return real(dataset, work, 0)
+
+    monkeypatch.setattr(workers, "through_workers", counted)
+    monkeypatch.setattr(stage, "PIECE", 2)
+    expected = tree(prepare(tiny))
+    assert began == [5]  # three shards of 4, 4 and 2 images, in pieces of 2
+    monkeypatch.setattr(stage, "PIECE", 3)
+    assert tree(prepare(tiny, "other")) == expected
+    assert began == [5, 5]
+
+
+def test_archives_are_verified_where_that_is_asked(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = f'[[archives]]\nfile = "a.zip"\nmd5 = "{"0" * 32}"\n'
+    (tiny / "tiny.toml").write_text(MANIFEST.replace("[splits.train]", f"{archive}[splits.train]"))
+    prepare(tiny, verify_archives=True)
+    assert "archives as published: none found" in capsys.readouterr().err
+    (tiny / "copy" / "a.zip").write_bytes(b"a")
+    prepare(tiny)  # not looked at unless asked
+    with pytest.raises(DataError, match=r"a\.zip has the MD5"):
+        prepare(tiny, verify_archives=True)
 
 
 @pytest.fixture

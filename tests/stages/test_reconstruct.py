@@ -1,7 +1,6 @@
 """`vqpipe reconstruct`: images of any size come back at that size, whole or in tiles."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,56 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
-from stages.reconstruct import any_size, png_names, ramp, reconstruct, spans
+from stages.reconstruct import png_names, reconstruct
 from vqpipe.artifacts import open_artifact
-from vqpipe.errors import DataError
+from vqpipe.errors import ConfigError, DataError
 from vqpipe.tokenizer import Tokenizer
 
 MULTI_GROUP = {"kind": "multi_group", "num_groups": 3, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
 RESIDUAL = {"kind": "residual", "depth": 3, "codebook_size": 64, "code_dim": 4}
-
-
-class Identity:
-    """Stands in for a tokenizer that loses nothing, and notes which sizes went through it."""
-
-    downsample_factor = 8
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
-
-    def encode(self, images: Tensor) -> Tensor:
-        self.images = images
-        self.seen.append((images.shape[2], images.shape[3]))
-        assert images.shape[2] % 8 == images.shape[3] % 8 == 0
-        return images
-
-    def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
-        assert ids.shape[2:] == image_size
-        return ids
-
-
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 121), (3, 200), (40, 16), (170, 131)])
-def test_padding_tiling_and_blending_undo_themselves(height: int, width: int) -> None:
-    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    lossless = Identity()
-    assert torch.equal(any_size(lossless, image, tile=64, overlap=16), image)  # type: ignore[arg-type]
-    assert max(max(size) for size in lossless.seen) <= 64
-
-
-@pytest.mark.parametrize(("length", "tile", "overlap"), [(64, 64, 16), (72, 64, 16), (520, 64, 16), (8, 64, 63)])
-def test_tiles_cover_everything_and_share_the_overlap(length: int, tile: int, overlap: int) -> None:
-    pieces = list(spans(length, tile, overlap))
-    assert pieces[0][0] == 0
-    assert pieces[-1][1] == length
-    for (_, stop), (start, _) in pairwise(pieces):
-        assert stop - start >= overlap
-    assert all(stop - start == min(tile, length) for start, stop in pieces)
-
-
-def test_a_seam_fades_linearly() -> None:
-    assert torch.allclose(ramp(8, overlap=3), torch.tensor([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]))
 
 
 def test_files_of_any_size_are_published_beside_their_reconstruction(
@@ -111,6 +68,22 @@ def test_a_continuous_autoencoder_reconstructs_too_but_has_no_groups(tiny_vae: P
     assert np.asarray(Image.open(tmp_path / "out" / "photo.png")).shape == (33, 50 + 4 + 50, 3)
     with pytest.raises(DataError, match="tiny-vae has continuous latents"):
         reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "other", groups=1, device="cpu")
+
+
+def test_tiles_are_chosen_by_the_user(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+    path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    reconstruct([file], tokenizer=path, out=tmp_path / "out", tile=32, overlap=0, device="cpu")
+    published = open_artifact(tmp_path / "out", "images")
+    assert (published.manifest.config["tile"], published.manifest.config["overlap"]) == (32, 0)
+    shown = np.asarray(Image.open(published.file("photo.png")))[:, 68:]
+    tokenizer, corner = Tokenizer.from_pretrained(path), torch.from_numpy(pixels[:32, :32].copy()).permute(2, 0, 1)
+    again = tokenizer.decode(tokenizer.encode(corner[None]), (32, 32))[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(shown[:8, :32], again[:8])  # below, the second row of tiles has its say
+    with pytest.raises(ConfigError, match="an overlap of 64 pixels does not fit tiles of 32"):
+        reconstruct([file], tokenizer=path, out=tmp_path / "other", tile=32, device="cpu", overlap=64)
+    assert not (tmp_path / "other.partial").exists()
 
 
 def test_what_is_no_picture_or_no_file_is_named(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:

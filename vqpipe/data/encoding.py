@@ -15,20 +15,26 @@ from vqpipe.errors import VqpipeError
 
 @dataclass(frozen=True)
 class Stored:
-    """One image as a shard holds it: its position in the source, and bytes with their ending, or a reason not to."""
+    """One image as a shard holds it: its position in the source, and bytes with their ending, or a reason not to.
+
+    `excluded` tells a rule of the data set's (too small) from a fault of the file's.
+    """
 
     index: int
     extension: str = ""
     data: bytes = b""
     reason: str = ""
+    excluded: bool = False
 
 
 class StoredImages(Dataset["list[Stored] | VqpipeError"]):
     """Work for a loader process: positions -> the files as they are, each decoded once to see that it can be; or, with
-    `image_size`, their ADM centre crops as JPEG."""
+    `image_size`, their ADM centre crops as JPEG. Images below `min_size`, (width, height), are excluded."""
 
-    def __init__(self, images: ImageSet, image_size: int | None) -> None:
-        self.images, self.image_size = images, image_size
+    def __init__(
+        self, images: ImageSet, image_size: int | None = None, min_size: tuple[int, int] | None = None
+    ) -> None:
+        self.images, self.image_size, self.min_size = images, image_size, min_size
 
     def __getitem__(self, work: Sequence[int]) -> list[Stored] | VqpipeError:
         try:
@@ -43,6 +49,8 @@ class StoredImages(Dataset["list[Stored] | VqpipeError"]):
             image = decode(data)
         except BadImage as error:
             return Stored(i, reason=error.reason)
+        if self.min_size is not None and (image.width < self.min_size[0] or image.height < self.min_size[1]):
+            return Stored(i, reason="smaller than {}x{}".format(*self.min_size), excluded=True)
         if self.image_size is None:
             return Stored(i, image_extension(data), data)
         return Stored(i, "jpg", encode_jpeg(center_crop(image, self.image_size)))

@@ -1,0 +1,117 @@
+"""Images of any size come back at that size, whole or in tiles."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqpipe.errors import ConfigError
+from vqpipe.tiling import mirrored, ramp, reconstruct_any_size, spans
+
+
+class Identity:
+    """Stands in for a tokenizer that loses nothing, and notes which sizes went through it."""
+
+    downsample_factor = 8
+    codebook_size: int | None = None
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.seen.append((images.shape[2], images.shape[3]))
+        assert images.shape[2] % 8 == images.shape[3] % 8 == 0
+        return images
+
+    def decode(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor:
+        assert code.shape[2:] == image_size
+        return code
+
+
+class Numbered(Identity):
+    """Its k-th tile comes back all k, and its ids are k: what blending does with tiles that differ shows."""
+
+    codebook_size = 1024
+
+    def encode(self, images: Tensor) -> Tensor:
+        super().encode(images)
+        return torch.full((1, images.shape[2] // 8 * images.shape[3] // 8), len(self.seen) - 1)
+
+    def decode(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor:
+        return torch.full((1, 3, *image_size), 20 * int(code[0, 0]), dtype=torch.uint8)
+
+
+def blended(tiles: list[tuple[int, int, int, int, int]], height: int, width: int, overlap: int) -> Tensor:
+    """All tiles (top, bottom, left, right, value) in one picture-sized sum, as an independent way to the blend."""
+    total, weight = torch.zeros(height, width, dtype=torch.float64), torch.zeros(height, width, dtype=torch.float64)
+    for top, bottom, left, right, value in tiles:
+        share = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap)).double()
+        total[top:bottom, left:right] += value * share
+        weight[top:bottom, left:right] += share
+    return total / weight
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 121), (3, 200), (40, 16), (170, 131), (9, 9), (1, 1)])
+def test_padding_tiling_and_blending_undo_themselves(height: int, width: int) -> None:
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    lossless = Identity()
+    result = reconstruct_any_size(lossless, image, tile=64, overlap=16)
+    assert torch.equal(result.image, image)
+    assert result.ids is None
+    assert max(max(size) for size in lossless.seen) <= 64
+
+
+@pytest.mark.parametrize(("height", "width"), [(160, 64), (168, 72), (72, 200)])
+def test_tiles_that_differ_are_blended_by_their_ramps(height: int, width: int) -> None:
+    numbered = Numbered()
+    result = reconstruct_any_size(numbered, torch.zeros(3, height, width, dtype=torch.uint8), tile=64, overlap=16)
+    places = [(a, b, c, d) for a, b in spans(height, 64, 16) for c, d in spans(width, 64, 16)]
+    expected = blended([(*place, 20 * k) for k, place in enumerate(places)], height, width, 16)
+    assert (result.image - expected).abs().max() < 0.501
+    assert result.ids is not None
+    assert [ids.unique().tolist() for ids in result.ids] == [[k] for k in range(len(places))]
+    assert all(len(ids) == 64 for ids in result.ids)
+
+
+@pytest.mark.parametrize(("length", "factor"), [(13, 8), (16, 8), (5, 8), (3, 8), (1, 8), (8, 16), (9, 16)])
+def test_padding_mirrors_as_torch_does_and_repeats_where_it_cannot(length: int, factor: int) -> None:
+    padding = -length % factor
+    line = torch.arange(length).float()[None, None]
+    expected = F.pad(line, (0, padding), mode="reflect" if padding < length else "replicate")[0, 0]
+    assert mirrored(length, factor).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap"), [(64, 64, 16), (72, 64, 16), (520, 64, 16), (8, 64, 63)])
+def test_tiles_cover_everything_and_share_the_overlap(length: int, tile: int, overlap: int) -> None:
+    pieces = list(spans(length, tile, overlap))
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == length
+    for (_, stop), (start, _) in pairwise(pieces):
+        assert stop - start >= overlap
+    assert all(stop - start == min(tile, length) for start, stop in pieces)
+
+
+def test_a_seam_fades_linearly() -> None:
+    assert torch.allclose(ramp(8, overlap=3), torch.tensor([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]))
+
+
+def test_a_tile_is_rounded_down_to_what_the_network_takes() -> None:
+    numbered = Numbered()
+    reconstruct_any_size(numbered, torch.zeros(3, 100, 30, dtype=torch.uint8), tile=63, overlap=0)
+    assert set(numbered.seen) == {(56, 32)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tile": 7}, "tiles of 7 pixels are smaller than the downsample factor 8"),
+        ({"tile": 64, "overlap": 64}, "an overlap of 64 pixels does not fit tiles of 64"),
+        ({"tile": 64, "overlap": -1}, "an overlap of -1 pixels"),
+    ],
+)
+def test_tiles_that_cannot_be(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        reconstruct_any_size(Identity(), torch.zeros(3, 8, 8, dtype=torch.uint8), **options)
