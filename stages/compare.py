@@ -1,8 +1,7 @@
-"""`vqpipe compare`: several evaluations of the same images -> one table and one page."""
+"""`vqpipe compare`: several evaluations -> a table for each protocol and set of images, and one page."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +12,9 @@ from stages import console
 from stages.console import Device, Out, Seed
 
 if TYPE_CHECKING:
-    from vqpipe.artifacts import Artifact, Draft
+    from vqpipe.artifacts import Draft
     from vqpipe.reports.evaluation import Evaluated
+    from vqpipe.reports.grouping import Group
 
 
 def compare(
@@ -23,17 +23,21 @@ def compare(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Put several reports on the same images and protocol side by side; others are refused."""
+    """Put several reports side by side: one table for each protocol, image size and set of images, never one for two.
+
+    The same tokenizers on several sets of images make a table of rFID and PSNR over the sets, as MGVQ's Tables 2 and 3.
+    A report that shares neither images and protocol nor its tokenizer with any other is refused.
+    """
     with console.session(device, seed):
         from vqpipe import artifacts, distributed
         from vqpipe.errors import ConfigError
-        from vqpipe.reports.comparison import refuse_unlike
         from vqpipe.reports.evaluation import open_evaluation
+        from vqpipe.reports.grouping import distinct, named_groups, refuse_unlike
 
         if len(reports) < 2:
             raise ConfigError("a comparison needs at least two reports", "Name more reports")
         opened = [artifacts.open_artifact(path, "report") for path in reports]
-        evaluations = distinct([open_evaluation(report) for report in opened], opened)
+        evaluations = distinct([open_evaluation(each) for each in opened], [report.name for report in opened])
         refuse_unlike(evaluations, [str(path) for path in reports])
         inputs = {f"report-{number}": report for number, report in enumerate(opened, start=1)}
         draft = artifacts.start(out, "report", {"compare": [e.name for e in evaluations]}, inputs)
@@ -42,50 +46,60 @@ def compare(
         with draft:
             if distributed.is_main():
                 write_files(draft, evaluations)
-                console.show(number_table(evaluations))
-            first = evaluations[0].metrics
-            facts = {key: first[key] for key in ("protocol", "num_images", "image_size")}
-            utilization = {e.name: e.metrics.get("utilization") for e in evaluations}
-            psnr = {e.name: e.metrics.get("psnr") for e in evaluations}
-            return console.finished(draft.publish({**facts, "psnr": psnr, "utilization": utilization}))
+                for group in named_groups(evaluations):
+                    console.show(number_table(group))
+            return console.finished(draft.publish(facts_of(evaluations)))
 
 
-def distinct(evaluations: "Sequence[Evaluated]", reports: "Sequence[Artifact]") -> "list[Evaluated]":
-    """The evaluations under names that differ: the tokenizer's, else the report's, else numbered."""
-    for names in ([e.name for e in evaluations], [report.name for report in reports]):
-        if len(set(names)) == len(names):
-            break
-    else:
-        names = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
-    return [replace(evaluated, name=name) for evaluated, name in zip(evaluations, names, strict=True)]
+def facts_of(evaluations: "Sequence[Evaluated]") -> dict[str, Any]:
+    """What the artifact says of itself: one group's protocol, images and numbers; of several, what each holds."""
+    from vqpipe.reports.grouping import named_groups
+
+    groups = named_groups(evaluations)
+    if len(groups) > 1:
+        return {"groups": {group.title: [each.name for each in group.members] for group in groups}}
+    members = groups[0].members
+    facts = {key: members[0].metrics[key] for key in ("protocol", "num_images", "image_size")}
+    return facts | {key: {e.name: e.metrics.get(key) for e in members} for key in ("psnr", "utilization")}
 
 
 def write_files(draft: "Draft", evaluations: "Sequence[Evaluated]") -> None:
-    """`metrics.json`, every report's numbers under its name, and the page."""
+    """`metrics.json`, every report's numbers under its name and, where several sets are, its images; and the page."""
     from vqpipe.reports import page
     from vqpipe.reports.comparison import comparison_page
 
+    names = list(dict.fromkeys(e.name for e in evaluations))
     with draft.write("metrics.json") as path:
-        numbers = {e.name: e.metrics for e in evaluations}
-        text = json.dumps({"compared": numbers}, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({"compared": numbers_of(evaluations)}, indent=2, ensure_ascii=False, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
     footer = f"Made by vqpipe {metadata.version('vqpipe')}."
-    title = " and ".join(e.name for e in evaluations) if len(evaluations) == 2 else f"{len(evaluations)} tokenizers"
+    title = " and ".join(names) if len(names) <= 2 else f"{len(names)} tokenizers"
     with draft.write("report.html") as path:
         path.write_text(page.render(comparison_page(evaluations, title, footer)), encoding="utf-8")
 
 
-def number_table(evaluations: "Sequence[Evaluated]") -> Any:
-    """The comparison for the terminal."""
+def numbers_of(evaluations: "Sequence[Evaluated]") -> dict[str, Any]:
+    """Each report's metrics, under its name; under "name, on images" where a name stands for several sets."""
+    from vqpipe.reports.grouping import set_names
+
+    names = [e.name for e in evaluations]
+    sets = set_names(evaluations)
+    keys = [name if names.count(name) == 1 else f"{name}, on {where}" for name, where in zip(names, sets, strict=True)]
+    if len(set(keys)) < len(keys):  # one tokenizer, one set, other protocols
+        keys = [f"{number}: {key}" for number, key in enumerate(keys, start=1)]
+    return {key: e.metrics for key, e in zip(keys, evaluations, strict=True)}
+
+
+def number_table(group: "Group") -> Any:
+    """One group of the comparison for the terminal."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    from vqpipe.reports.comparison import comparison_rows, measured
-    from vqpipe.reports.evaluation import MEASURES, NUM_HEADLINES
+    from vqpipe.reports.comparison import HEADLINES, comparison_rows, measured
 
-    header, rows = comparison_rows(evaluations, measured(evaluations, MEASURES[:NUM_HEADLINES]))
-    table = Table(*header, box=box.SIMPLE, pad_edge=False)
+    header, rows = comparison_rows(group.members, measured(group.members, HEADLINES))
+    table = Table(*header, box=box.SIMPLE, pad_edge=False, title=escape(group.title), title_justify="left")
     for row in rows:
         table.add_row(*(f"[bold green]{text}[/]" if best else escape(text) for text, best in row))
     for column in table.columns[1:]:

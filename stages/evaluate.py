@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stages import console
-from stages.console import BatchSize, Device, Images, ImageSize, Limit, Out, Preset, Seed, Set, TokenizerPath
+from stages.console import BatchSize, Device, Images, Limit, Out, Preset, Seed, Set, TokenizerPath
 
 if TYPE_CHECKING:
+    import torch
+
+    from vqpipe.analysis import Analysis
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.continuous import ContinuousAutoencoder
     from vqpipe.data.shards import ImageSet
-    from vqpipe.metrics.evaluation import EvalConfig, FeatureNetworks
-    from vqpipe.reports.evaluation import Evaluated, Shown
+    from vqpipe.metrics import EvalConfig
+    from vqpipe.metrics.networks import FeatureNetworks
+    from vqpipe.reports.evaluation import Evaluated
+    from vqpipe.reports.page import Section
     from vqpipe.tokenizer import Tokenizer
 
 FREE_KEYS = ("batch_size",)
@@ -29,15 +34,47 @@ def evaluate(
     tokenizer: TokenizerPath,
     out: Out,
     protocol: Annotated[
-        str | None, typer.Option("--protocol", help="The convention of crop, reference and rounding.", metavar="adm")
+        list[str] | None,
+        typer.Option("--protocol", help="See above; repeatable, the first gives the headline.", metavar="NAME"),
     ] = None,
-    image_size: ImageSize = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option("--image-size", help="Side of the centre crop, WIDTHxHEIGHT, or native.", metavar="PIXELS"),
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option("--tile", help="Larger images go through in tiles.", metavar="PIXELS", min=1)
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")
     ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metrics", help="More from Inception; repeatable, or with commas.", metavar="kid,prc,sfid,is"),
+    ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            "--extractor",
+            help="A Frechet distance over another network's mean feature, under its name.",
+            metavar="open_clip:NAME/TAG|timm:NAME",
+        ),
+    ] = None,
+    extractor_weights: Annotated[
+        Path | None, typer.Option("--extractor-weights", help="Its weights; else from the cache.", metavar="FILE")
+    ] = None,
+    analyze: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--analyze", help="A closer look at the codes; repeatable.", metavar="replacement|embedding|patches"
+        ),
+    ] = None,
+    fid_min_images: Annotated[
+        int | None,
+        typer.Option("--fid-min-images", help="Fewer leave rFID out; 2049 unless said.", metavar="N", min=2),
+    ] = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
-    num_workers: console.NumWorkers = 0,
+    num_workers: console.NumWorkers = -1,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -49,42 +86,119 @@ def evaluate(
     config.json and diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae into a
     folder, and name that with --tokenizer.
 
+    Protocols:
+    adm (ADM's crop on both sides, rounded, TF1 resize; the usual rFID),
+    cleanfid-matched (MGVQ: bicubic crop, truncated, clean-fid against the same crops),
+    cleanfid-rawval (VQGAN-LC: bilinear crop, truncated, clean-fid against the raw uncropped images).
+
     Looked for in --weights DIR, each optional:
-    weights-inception-2015-12-05-6726825d.pth (rFID),
+    weights-inception-2015-12-05-6726825d.pth (rFID, and --metrics),
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
     with console.session(device, seed) as where:
         from stages import recipe as recipes
-        from vqpipe import artifacts
+        from vqpipe import analysis, artifacts
         from vqpipe.config import to_table
         from vqpipe.continuous import open_autoencoder
         from vqpipe.data.shards import open_images
-        from vqpipe.metrics.evaluation import find_networks
+        from vqpipe.metrics.networks import find_networks
 
         image_set = open_images(images)
         opened = open_autoencoder(tokenizer, where)
-        flags = {"protocol": protocol, "image_size": image_size, "batch_size": batch_size}
+        flags = {
+            "protocol": protocol,
+            "image_size": None if image_size is None else in_pixels(image_size),
+            "tile": tile,
+            "metrics": [name.strip() for group in metrics for name in group.split(",")] if metrics else None,
+            "fid_min_images": fid_min_images,
+            "batch_size": batch_size,
+        }
         if preset is None and image_size is None and not any(a.startswith("eval.image_size") for a in overrides or []):
             flags["image_size"] = opened.image_size  # the size it was trained at
         config = recipes.load(preset, overrides, eval=flags).eval
-        opened.check_size(config.image_size, config.image_size)
+        check_size(opened, config)
         networks = find_networks(weights, where)
+        named = add_extractor(networks, extractor, extractor_weights, where)
+        analyses = analysis.build(analyze or [], opened, perceptual=networks.perceptual, seed=seed)
         request = {key: value for key, value in to_table(config).items() if key not in FREE_KEYS}
-        request |= {"limit": limit, "weights": networks.sha256}
+        request |= {"limit": limit, "weights": networks.sha256, "extractor": named}
+        request |= {"analyze": [each.name for each in analyses], "seed": seed} if analyses else {}
         inputs = {"images": image_set, "tokenizer": opened.source}
         draft = artifacts.start(out, "report", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         command = ["vqpipe", "eval", *(part for where in images for part in ("--images", where))]
         command += ["--tokenizer", str(tokenizer), "--out", "DIR"]
-        options = {"--protocol": protocol, "--image-size": image_size, "--weights": weights, "--limit": limit}
-        options |= {"--preset": preset}
-        command += [str(part) for option, value in options.items() if value is not None for part in (option, value)]
+        given: list[tuple[str, Any]] = [
+            *(("--protocol", name) for name in protocol or []),
+            *(("--metrics", name) for name in metrics or []),
+            *(("--analyze", name) for name in analyze or []),
+            *(("--image-size", image_size), ("--tile", tile), ("--weights", weights), ("--limit", limit)),
+            *(("--extractor", extractor), ("--extractor-weights", extractor_weights)),
+            *(("--fid-min-images", fid_min_images), ("--preset", preset)),
+        ]
+        command += [str(part) for option, value in given if value is not None for part in (option, value)]
         command += [part for assignment in overrides or [] for part in ("--set", assignment)]
         with draft:
             stop = min(limit or len(image_set), len(image_set))
-            evaluated = measure(draft, image_set, stop, opened, config, networks, num_workers, shlex.join(command))
-            return console.finished(publish(draft, evaluated))
+            evaluated, sections = measure(
+                draft, image_set, stop, opened, config, networks, analyses, num_workers, shlex.join(command)
+            )
+            return console.finished(publish(draft, evaluated, sections))
+
+
+def in_pixels(image_size: str | int) -> int | str:
+    """`--image-size` as [eval] holds it: a square's side as a number."""
+    from vqpipe.data.framing import parse_size
+
+    size = parse_size(str(image_size))
+    if size is None:
+        return "native"
+    return size[0] if size[0] == size[1] else f"{size[1]}x{size[0]}"
+
+
+def check_size(autoencoder: "Tokenizer | ContinuousAutoencoder", config: "EvalConfig") -> None:
+    """Raise what is wrong with `eval.image_size` before any work. A square has to divide into the network's cells;
+    other sizes are padded and cut back."""
+    from vqpipe.data.framing import parse_size
+
+    size = parse_size(str(config.image_size))
+    if size is None:
+        return
+    factor = autoencoder.downsample_factor
+    height, width = size if size[0] == size[1] else (-(-side // factor) * factor for side in size)
+    autoencoder.check_size(height, width)
+
+
+def add_extractor(
+    networks: "FeatureNetworks", spec: str | None, weights: Path | None, device: "torch.device"
+) -> dict[str, str]:
+    """Build the network of `--extractor` and add it to `networks`; name -> hash of its weights."""
+    from vqpipe.codebooks import features
+    from vqpipe.errors import ConfigError, WeightsError
+    from vqpipe.files import hash_file
+    from vqpipe.metrics.networks import PooledMaps
+
+    if spec is None:
+        if weights is not None:
+            raise ConfigError("--extractor-weights was given without --extractor", "Name the network they belong to")
+        return {}
+    if spec == "patch-pca":
+        raise ConfigError("patch-pca is fitted to images, so it measures no distance", "Name open_clip: or timm:")
+    config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
+    try:
+        file = features.find_weights(config)
+    except WeightsError as error:
+        raise WeightsError(
+            error.what, "Fetch them where there is a network, and name --extractor-weights FILE"
+        ) from None
+    encoder = features.open_encoder(config, file)
+    if file is None or encoder.transform is None:
+        raise ConfigError(f"{spec} has no weights or no preprocessing of its own", "Name open_clip: or timm:")
+    networks.extractors[spec] = PooledMaps(encoder, encoder.transform).to(device)
+    digest = hash_file(file)
+    networks.sha256[f"{spec}: {file.name}"] = digest
+    return {spec: digest}
 
 
 def measure(
@@ -94,89 +208,68 @@ def measure(
     autoencoder: "Tokenizer | ContinuousAutoencoder",
     config: "EvalConfig",
     networks: "FeatureNetworks",
+    analyses: "Sequence[Analysis]",
     num_workers: int,
     command: str,
-) -> "Evaluated":
-    """Encode and decode the images [0, stop) once, every rank its own contiguous share of whole batches."""
-    from vqpipe import distributed
-    from vqpipe.data.batches import OrderedBatches, check_skipped
-    from vqpipe.errors import DataError
+) -> "tuple[Evaluated, list[Section]]":
+    """Everything about the images [0, stop), in one pass; also the analyses' part of the page."""
+    from stages.evaluating import Pass, described
     from vqpipe.metrics.evaluation import Evaluation
     from vqpipe.reports.evaluation import Evaluated, command_of
 
-    size, rank, ranks = config.image_size, distributed.rank(), distributed.world_size()
-    num_batches = -(-stop // config.batch_size)
-    first, last = (num_batches * r // ranks * config.batch_size for r in (rank, rank + 1))
-    batches = OrderedBatches(
-        image_set,
-        image_size=size,
-        batch_size=config.batch_size,
-        start=first,
-        stop=min(last, stop),
-        num_workers=num_workers,
-    )
-    device, discrete = autoencoder.device, autoencoder.codebook_size is not None
-    evaluation = Evaluation(config, networks, autoencoder.codebook_size, autoencoder.num_groups, device)
-    chosen = {place * stop // config.num_pictures for place in range(config.num_pictures)}
-    shown: list[Shown] = []
-    with console.progress("eval", len(batches)) as bar:
-        for batch in batches:
-            originals = batch.images.to(device)
-            code = autoencoder.encode(originals)  # ids, or continuous latents
-            reconstructions = autoencoder.decode(code, (size, size))
-            prefixes = {k: autoencoder.decode(code, (size, size), groups=k) for k in evaluation.prefixes}
-            psnr = evaluation.update(originals, reconstructions, code if discrete else None, prefixes)
-            for i, index in enumerate(batch.indices):
-                if index in chosen:
-                    shown.append(show(batch.keys[i], originals[i], reconstructions[i], psnr[i].item()))
-            bar.note(f"psnr {evaluation.whole.distortion.result().get('psnr', float('inf')):.2f} dB")
-            bar.advance(len(originals))
-    skipped: Counter[str] = sum((Counter(part) for part in distributed.gather_objects(batches.skipped)), Counter())
-    check_skipped(dict(skipped), stop, config.max_skipped)
-    everything = [picture for part in distributed.gather_objects(shown) for picture in part]
+    evaluation = Evaluation(config, networks, autoencoder.codebook_size, autoencoder.num_groups, autoencoder.device)
+    images = Pass(autoencoder, config, evaluation, analyses, stop)
+    images.run(image_set, num_workers)
     metrics = evaluation.result()
-    if metrics["num_images"] == 0:
-        raise DataError("there are no images to evaluate", "Check --images and --limit")
+    shown = images.pictures()
+    metrics |= images.tiles()
+    if analyses:
+        metrics["analyses"] = {each.name: each.result() for each in analyses}
     metrics |= {
-        "skipped": dict(sorted(skipped.items())),
-        "tokenizer": autoencoder.describe(size),
-        "pictures": [{"number": i, "name": s.name, "psnr": s.psnr} for i, s in enumerate(everything)],
-        "versions": versions() if discrete else versions("diffusers"),
+        "skipped": images.skipped,
+        "tokenizer": described(autoencoder, images.size),
+        "pictures": [{"number": i, "name": s.name, "psnr": s.psnr, "why": s.why} for i, s in enumerate(shown)],
+        "versions": versions() if autoencoder.codebook_size is not None else versions("diffusers"),
     }
-    return Evaluated(
+    evaluated = Evaluated(
         name=autoencoder.name,
         metrics=metrics,
         counts=evaluation.counts.cpu(),
-        shown=everything,
+        shown=shown,
         history=training_log(autoencoder.artifact),
         lineage={"kind": "report", "name": "(this page)", "content": "", "inputs": draft.lineage},
         commands=[*([command_of(autoencoder.artifact)] if autoencoder.artifact else []), command],
     )
+    return evaluated, [section for each in analyses for section in each.sections(metrics["analyses"][each.name])]
 
 
-def publish(draft: "Draft", evaluated: "Evaluated") -> "Artifact":
+def publish(draft: "Draft", evaluated: "Evaluated", sections: "Sequence[Section]") -> "Artifact":
     """Write the report's files and finish it."""
     from vqpipe import distributed
     from vqpipe.reports.evaluation import MEASURES, NUM_HEADLINES, value_of
 
     metrics = evaluated.metrics
     if distributed.is_main():
-        write_files(draft, evaluated)
+        write_files(draft, evaluated, sections)
         console.show(number_table(evaluated))
+        if len(metrics["protocols"]) > 1:
+            console.show(protocol_table(metrics["protocols"]))
     headline = {measure.key: value_of(metrics, measure.key) for measure in MEASURES[:NUM_HEADLINES]}
     facts = {key: metrics[key] for key in ("protocol", "num_images", "image_size")}
     return draft.publish(facts | {key: value for key, value in headline.items() if value is not None})
 
 
-def write_files(draft: "Draft", evaluated: "Evaluated") -> None:
+def write_files(draft: "Draft", evaluated: "Evaluated", sections: "Sequence[Section]") -> None:
     """`metrics.json`, `counts.npy`, the pictures, the training log that the curves are drawn from, and the page."""
     import numpy as np
 
     from vqpipe.reports import page
-    from vqpipe.reports.evaluation import counts_to_array, evaluation_page
+    from vqpipe.reports.evaluation import counts_to_array
+    from vqpipe.reports.evaluation_page import evaluation_page
 
     with draft.write("metrics.json") as path:
-        text = json.dumps(evaluated.metrics, indent=2, ensure_ascii=False, allow_nan=False)
+        content = {**evaluated.metrics, "commands": list(evaluated.commands)}
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
     with draft.write("counts.npy") as path:
         np.save(path, counts_to_array(evaluated.counts))
@@ -187,9 +280,11 @@ def write_files(draft: "Draft", evaluated: "Evaluated") -> None:
     if evaluated.history:
         with draft.write("training.jsonl") as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in evaluated.history), encoding="utf-8")
-    footer = f"Made by vqpipe {evaluated.metrics['versions']['vqpipe']}, protocol {evaluated.metrics['protocol']}."
+    names = ", ".join(evaluated.metrics["protocols"])
+    footer = f"Made by vqpipe {evaluated.metrics['versions']['vqpipe']}, protocol {names}."
     with draft.write("report.html") as path:
-        path.write_text(page.render(evaluation_page(evaluated, evaluated.name, footer)), encoding="utf-8")
+        whole = evaluation_page(evaluated, evaluated.name, footer, sections)
+        path.write_text(page.render(whole), encoding="utf-8")
 
 
 def number_table(evaluated: "Evaluated") -> Any:
@@ -210,12 +305,19 @@ def number_table(evaluated: "Evaluated") -> Any:
     return table
 
 
-def show(name: str, original: Any, reconstruction: Any, psnr: float) -> "Shown":
-    """One picture for the report; an infinite PSNR (equal images) is left out."""
-    from vqpipe.reports.evaluation import Shown
-    from vqpipe.reports.pictures import to_png
+def protocol_table(protocols: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Each protocol's own numbers, a column each: those of two never share one."""
+    from rich import box
+    from rich.table import Table
 
-    return Shown(name, to_png(original), to_png(reconstruction), psnr if psnr < float("inf") else None)
+    table = Table("own convention", *protocols, box=box.SIMPLE, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in ("psnr", "ssim", "lpips", "rfid"):
+        if any(name in numbers for numbers in protocols.values()):
+            cells = (f"{numbers[name]:.4g}" if name in numbers else "–" for numbers in protocols.values())
+            table.add_row(name, *cells)
+    return table
 
 
 def training_log(artifact: "Artifact | None") -> list[dict[str, Any]]:

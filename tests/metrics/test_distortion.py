@@ -1,5 +1,8 @@
 """PSNR and SSIM beside scikit-image and beside their formulas."""
 
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,9 @@ from torch import Tensor, nn
 from vqpipe.errors import DataError, NumericError
 from vqpipe.metrics import distortion
 from vqpipe.metrics.distortion import Distortion
+from vqpipe.weights import load_lpips
+
+FULL = np.array([0.299, 0.587, 0.114])
 
 
 def pair(n: int = 5, height: int = 40, width: int = 56, noise: float = 20.0) -> tuple[Tensor, Tensor]:
@@ -39,6 +45,9 @@ def test_psnr_and_both_ssims_agree_with_scikit_image() -> None:
         "psnr": np.mean([peak_signal_noise_ratio(x, y) for x, y in images]),
         "ssim": np.mean([structural_similarity(x, y, channel_axis=-1, **gaussian) for x, y in images]),
         "ssim_uniform7": np.mean([structural_similarity(x, y, channel_axis=-1) for x, y in images]),
+        "ssim_range2": np.mean([structural_similarity(x, y, channel_axis=-1, data_range=510) for x, y in images]),
+        "ssim_y": np.mean([structural_similarity(x @ FULL, y @ FULL, data_range=255, **gaussian) for x, y in images]),
+        "psnr_y_full": np.mean([peak_signal_noise_ratio(x @ FULL, y @ FULL, data_range=255) for x, y in images]),
     }
     result = measured(a, b)
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
@@ -53,6 +62,31 @@ def test_psnr_y_is_the_formula_on_studio_luma_with_a_peak_of_one() -> None:
 
     errors = [np.mean((luma(x) - luma(y)) ** 2) for x, y in zip(a, b, strict=True)]
     assert measured(a, b)["psnr_y"] == pytest.approx(np.mean([-10 * np.log10(error) for error in errors]), abs=1e-6)
+
+
+def test_keys_that_end_in_float_are_of_values_before_rounding() -> None:
+    a, b = pair()
+    levels = (b + 0.49 * torch.rand(b.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 255)
+    keys = ("psnr_of_mean_mse_float", "psnr_y_float", "ssim_float")
+    meter = Distortion(keys=keys)
+    meter.update(a, b, levels)
+    images = [
+        (channels_last(x).astype(np.float64), channels_last(y).astype(np.float64))
+        for x, y in zip(a, levels, strict=True)
+    ]
+    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    studio = np.array([65.481, 128.553, 24.966]) / 255
+    expected = {
+        "psnr_of_mean_mse_float": 10 * np.log10(255**2 / np.mean([(x - y) ** 2 for x, y in images])),
+        "psnr_y_float": np.mean([peak_signal_noise_ratio(x @ studio, y @ studio, data_range=255) for x, y in images]),
+        "ssim_float": np.mean(
+            [structural_similarity(x, y, channel_axis=-1, data_range=255, **gaussian) for x, y in images]
+        ),
+    }
+    assert meter.result() == pytest.approx(expected, abs=1e-5)
+    rounded = Distortion(keys=keys)
+    rounded.update(a, b)
+    assert abs(rounded.result()["psnr_y_float"] - expected["psnr_y_float"]) > 1e-3
 
 
 def test_psnr_of_mean_mse_weighs_errors_not_decibels() -> None:
@@ -71,7 +105,7 @@ def test_equal_images_are_counted_and_leave_no_infinity() -> None:
     others = torch.tensor([0, 2, 3])
     assert meter.num_identical == 1
     assert meter.result()["psnr"] == pytest.approx(measured(a[others], b[others])["psnr"], abs=1e-8)
-    assert measured(a, a) == {"ssim": 1.0, "ssim_uniform7": 1.0}
+    assert measured(a, a) == {"ssim": 1.0, "ssim_y": 1.0, "ssim_uniform7": 1.0, "ssim_range2": 1.0}
 
 
 def test_the_means_do_not_depend_on_batches() -> None:
@@ -125,3 +159,27 @@ def test_perceptual_networks_see_minus_one_to_one_and_may_not_return_nan() -> No
 def test_what_cannot_be_measured_is_refused(a: Tensor, b: Tensor, words: str) -> None:
     with pytest.raises(DataError, match=words):
         Distortion().update(a, b)
+
+
+def test_lpips_is_the_packages_on_the_same_random_backbone(tmp_path: Path) -> None:
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    file = tmp_path / "alexnet-owt-7be5be79.pth"
+    torch.save(alexnet(weights=None).state_dict(), file)
+    a, b = pair(n=2, height=64, width=72)
+    meter = Distortion({"lpips_alex": load_lpips("alex", file)}, keys=())
+    meter.update(a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's remarks on the arguments that lpips still passes
+        import lpips
+
+        package = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    features = torch.load(file, weights_only=True)
+    for name, parameter in package.net.named_parameters():
+        number, leaf = name.split(".")[-2:]
+        parameter.data.copy_(features[f"features.{number}.{leaf}"])
+    with torch.no_grad():
+        expected = package(a / 255, b / 255, normalize=True).mean()
+    assert meter.result() == {"lpips_alex": pytest.approx(float(expected), rel=1e-4)}
+    assert float(expected) > 1e-4

@@ -1,14 +1,22 @@
-"""The whole of metrics.json: the contract's keys, and a reason for every number that is absent."""
+"""The whole of metrics.json: the contract's keys, each protocol's own numbers, a reason for each that is absent."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vqpipe.errors import WeightsError
-from vqpipe.metrics.evaluation import EvalConfig, Evaluation, FeatureNetworks, comparable, find_networks
+from vqpipe.errors import ConfigError, DataError, NumericError, WeightsError
+from vqpipe.metrics import EvalConfig, populations, set_metrics
+from vqpipe.metrics.distortion import COMMON, Distortion
+from vqpipe.metrics.evaluation import Evaluation, comparable
+from vqpipe.metrics.fid import FrechetStatistics, frechet_distance
+from vqpipe.metrics.networks import FeatureNetworks, PooledMaps, find_networks
+from vqpipe.metrics.protocols import PROTOCOLS
+from vqpipe.metrics.resizing import clean_resize_all
 
 CONTRACT_NUMBERS = {
     *("num_images", "image_size", "psnr", "psnr_of_mean_mse", "psnr_y", "ssim", "ssim_uniform7"),
@@ -16,13 +24,27 @@ CONTRACT_NUMBERS = {
     "bits_per_pixel",
 }
 CONFIG = EvalConfig(image_size=16, fid_min_images=4, prefixes=False)
+ALL = replace(CONFIG, protocol=tuple(PROTOCOLS))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2,048 features a distance takes seconds."""
+    monkeypatch.setattr(populations, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
 
 
 class Pooled(nn.Module):
-    """Stands in for Inception: pooled pixels as 2,048 features."""
+    """Stands in for Inception: 48 pooled pixels in each output. Remembers what it saw."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.pad(nn.functional.avg_pool2d(images.float(), 4).flatten(1), (0, 2000))
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor, outputs: Collection[str] = ("pool",)) -> dict[str, Tensor]:
+        self.seen.append(images)
+        small = nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
+        return dict.fromkeys(outputs, small)
 
 
 def batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,18 +53,22 @@ def batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return originals, reconstructions, torch.randint(0, 32, (n, 2 * 2 * 2), generator=random)
 
 
-def evaluation(inception: nn.Module | None = None, config: EvalConfig = CONFIG) -> Evaluation:
-    networks = FeatureNetworks({}, inception, {}, {} if inception else {"rfid": "no weights"})
-    return Evaluation(config, networks, codebook_size=32, num_groups=2, device=torch.device("cpu"))
+def evaluation(
+    inception: nn.Module | None = None, config: EvalConfig = CONFIG, extractors: dict[str, nn.Module] | None = None
+) -> Evaluation:
+    absent = {} if inception else {"rfid": "no weights"}
+    networks = FeatureNetworks({}, inception, {}, absent, extractors or {})
+    return Evaluation(config, networks, codebook_size=32, num_groups=2, device=CPU)
 
 
 def test_every_number_of_the_contract_is_there_or_has_its_reason() -> None:
     networks = find_networks(None)
-    measured = Evaluation(CONFIG, networks, codebook_size=32, num_groups=2, device=torch.device("cpu"))
-    measured.update(*batch(3))
+    measured = Evaluation(CONFIG, networks, codebook_size=32, num_groups=2, device=CPU)
+    measured.update(*batch(3), places=range(3))
     metrics = measured.result()
     assert set(metrics["not_computed"]) == {"lpips_alex", "lpips_vgg", "rfid"}
     assert CONTRACT_NUMBERS - set(metrics) == {"lpips_alex", "lpips_vgg"}
+    assert set(COMMON) <= set(metrics)
     assert metrics["rfid"] == {}
     assert "weights-inception-2015-12-05-6726825d.pth" in metrics["not_computed"]["rfid"]
     assert metrics["bits_per_pixel"] == pytest.approx(8 * 5 / 256)
@@ -67,6 +93,118 @@ def test_identity_leaves_psnr_out_with_its_reason() -> None:
     assert metrics["ssim"] == 1.0
     assert metrics["num_identical"] == 3
     assert "infinite" in metrics["not_computed"]["psnr"]
+    assert "psnr" not in metrics["protocols"]["adm"]
+
+
+def test_each_protocol_has_its_own_rounding_formulas_and_resize() -> None:
+    originals, reconstructions, ids = batch(6)
+    floats = (reconstructions.float() + 0.7).clamp(0, 255) / 127.5 - 1
+    raw = torch.rand(6, 3, 299, 299, generator=torch.Generator().manual_seed(9)) * 255
+    network = Pooled()
+    measured = evaluation(network, ALL)
+    assert measured.needs_raw
+    with pytest.raises(DataError, match="cleanfid-rawval compares with raw images"):
+        measured.update(originals, floats, ids)
+    measured = evaluation(network, ALL)
+    network.seen.clear()
+    measured.update(originals, floats, ids, raw=raw)
+    levels = ((floats + 1) * 127.5).clamp(0, 255)
+    rounded, truncated = levels.round().to(torch.uint8), levels.to(torch.uint8)
+    expected = [rounded, originals, truncated, originals, truncated, raw]
+    clean = [False, False, True, True, True, False]
+    for seen, images, resized in zip(network.seen, expected, clean, strict=True):
+        assert torch.equal(seen, clean_resize_all(images) if resized else images)
+
+    metrics = measured.result()
+    keys = {"adm": ("psnr", "ssim"), "cleanfid-matched": ("psnr_of_mean_mse_float", "ssim_uniform7")}
+    keys["cleanfid-rawval"] = ("psnr_y_float", "ssim_float")
+    for name, (psnr, ssim) in keys.items():
+        alone = Distortion(keys=(psnr, ssim))
+        alone.update(originals, rounded if name == "adm" else truncated, levels)
+        own = metrics["protocols"][name]
+        assert {psnr: own["psnr"], ssim: own["ssim"]} == alone.result()
+        assert own["conventions"]["psnr"].startswith(f"{psnr}: ")
+    assert metrics["protocol"] == "adm"
+    assert metrics["psnr"] == metrics["protocols"]["adm"]["psnr"]
+    assert metrics["rfid"] == {name: own["rfid"] for name, own in metrics["protocols"].items()}
+    assert len(set(metrics["rfid"].values())) == 3
+
+
+def test_a_protocol_with_its_own_crop_is_measured_on_that_alone() -> None:
+    originals, reconstructions, ids = batch(6)
+    others = batch(6, seed=1)[:2]
+    both = evaluation(Pooled(), replace(CONFIG, protocol=("adm", "cleanfid-matched")))
+    both.update(originals, reconstructions, ids, others={"cleanfid-matched": others})
+    alone = evaluation(Pooled(), replace(CONFIG, protocol="cleanfid-matched"))
+    alone.update(*others, ids)
+    metrics = both.result()
+    assert metrics["protocols"]["cleanfid-matched"] == alone.result()["protocols"]["cleanfid-matched"]
+    assert metrics["reference"] != metrics["protocols"]["cleanfid-matched"]["reference_digest"]
+
+
+def test_more_metrics_of_inception_each_with_its_number_or_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(set_metrics, "KID_SUBSET_SIZE", 5)
+    originals, reconstructions, ids = batch(12)
+    config = replace(CONFIG, metrics=("kid", "prc", "sfid", "is"))
+    measured = evaluation(Pooled(), config)
+    measured.update(originals[:7], reconstructions[:7], ids[:7])
+    measured.update(originals[7:], reconstructions[7:], ids[7:])
+    own = measured.result()["protocols"]["adm"]
+    assert own["kid"]["mean"] != 0
+    assert 0 <= own["prc"]["precision"] <= 1
+    assert own["sfid"] == pytest.approx(own["rfid"], rel=1e-6)  # the stand-in has one output
+    assert own["inception_score"]["mean"] > 1
+
+    cramped = evaluation(Pooled(), replace(config, feature_memory=1e-6))
+    cramped.update(originals, reconstructions, ids)
+    metrics = cramped.result()
+    assert set(metrics["not_computed"]) >= {"kid", "prc", "is"}
+    assert "eval.feature_memory" in metrics["not_computed"]["kid"]
+    assert "sfid" in metrics["protocols"]["adm"]
+
+    without = evaluation(None, config)
+    without.update(originals, reconstructions, ids)
+    assert {name: without.result()["not_computed"][name] for name in config.metrics} == dict.fromkeys(
+        config.metrics, "no weights"
+    )
+
+
+def test_a_distance_over_another_network_carries_its_name() -> None:
+    class Means(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.float().mean((2, 3))
+
+    originals, reconstructions, ids = batch(8)
+    config = replace(CONFIG, fid_min_images=2049)
+    measured = evaluation(None, config, {"mine": Means()})
+    measured.update(originals[:3], reconstructions[:3], ids[:3])
+    measured.update(originals[3:], reconstructions[3:], ids[3:])
+    sides = [FrechetStatistics(3), FrechetStatistics(3)]
+    for side, images in zip(sides, (originals, reconstructions), strict=True):
+        side.update(images.float().mean((2, 3)))
+    metrics = measured.result()
+    assert metrics["frechet"] == {"mine": pytest.approx(frechet_distance(*sides), rel=1e-9)}
+    assert metrics["rfid"] == {}
+
+    few = evaluation(None, config, {"mine": Means()})
+    few.update(originals[:3], reconstructions[:3], ids[:3])
+    assert few.result()["not_computed"]["frechet mine"].startswith("3 images are fewer than the 4")
+    with pytest.raises(ConfigError, match="one vector an image"):
+        evaluation(None, config, {"maps": nn.Identity()})
+
+
+def test_feature_maps_are_pooled_after_the_networks_own_preparation() -> None:
+    seen: list[Any] = []
+
+    def prepare(image: Any) -> Tensor:
+        seen.append(image.size)
+        return torch.full((3, 4, 4), image.getpixel((1, 0))[2], dtype=torch.uint8)
+
+    images = torch.zeros(2, 3, 8, 10, dtype=torch.uint8)
+    images[1, 2, 0, 1] = 200
+    features = PooledMaps(nn.Identity(), prepare)(images)
+    assert seen == [(10, 8), (10, 8)]
+    assert torch.equal(features, torch.tensor([[0.0] * 3, [200.0] * 3]))
 
 
 def test_the_k_curve_ends_at_the_main_numbers_and_starts_at_those_of_the_first_group_alone() -> None:
@@ -90,11 +228,12 @@ def test_the_k_curve_ends_at_the_main_numbers_and_starts_at_those_of_the_first_g
 def test_continuous_latents_have_reasons_instead_of_codes_and_bits() -> None:
     originals, reconstructions, _ = batch(3)
     networks = FeatureNetworks({}, None, {}, {})
-    measured = Evaluation(EvalConfig(image_size=16), networks, None, num_groups=0, device=torch.device("cpu"))
+    measured = Evaluation(EvalConfig(image_size=16), networks, None, num_groups=0, device=CPU)
     measured.update(originals, reconstructions, None)
     metrics = measured.result()
     missing = {"utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel"}
-    assert metrics["not_computed"] == dict.fromkeys(missing, "continuous latents: no ids")
+    reasons = {name: metrics["not_computed"][name] for name in missing}
+    assert reasons == dict.fromkeys(missing, "continuous latents: no ids")
     assert CONTRACT_NUMBERS - set(metrics) == missing | {"lpips_alex", "lpips_vgg"}
     assert measured.counts.shape == (0, 0)
 
@@ -108,6 +247,30 @@ def test_reports_compare_when_they_saw_the_same_pixels_in_whatever_batches() -> 
     fewer.update(originals.flip(-1), reconstructions, ids)
     assert comparable(whole.result(), parts.result()) is None
     assert comparable(whole.result(), fewer.result()) == "reference"
+
+
+def test_sizes_add_up_and_say_when_they_are_mixed() -> None:
+    measured = evaluation()
+    originals, reconstructions, ids = batch(2)
+    measured.update(originals, reconstructions, ids)
+    measured.update(originals[..., :12], reconstructions[..., :12], ids[:, :6])
+    metrics = measured.result()
+    assert metrics["bits_per_pixel"] == pytest.approx(5 * (2 * 8 + 2 * 6) / (2 * 256 + 2 * 192))
+    assert metrics["num_tokens_per_image"] == 7
+    assert "mixed_sizes" in metrics
+
+
+def test_what_cannot_be_measured_is_an_error_and_not_a_number() -> None:
+    originals, _, ids = batch(2)
+    floats = originals / 127.5 - 1
+    with pytest.raises(NumericError, match="NaN"):
+        evaluation().update(originals, floats.masked_fill(floats > 0.9, float("nan")), ids)
+    with pytest.raises(DataError, match="should both be"):
+        evaluation().update(originals, floats[..., :8], ids)
+    with pytest.raises(DataError, match="no images"):
+        evaluation().result()
+    with pytest.raises(ConfigError, match="names one twice"):
+        replace(CONFIG, protocol=("adm", "adm"))
 
 
 def test_weights_that_are_there_but_damaged_are_an_error_not_a_reason(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
-"""The Frechet distance beside its closed form, and Inception weights read from a file the test writes."""
-
-from pathlib import Path
+"""The Frechet distance beside its closed form, beside scipy and beside torch-fidelity."""
 
 import pytest
 import torch
 
-from vqpipe.errors import NumericError, WeightsError
-from vqpipe.metrics.fid import INCEPTION_FILE, FrechetStatistics, InceptionFeatures, frechet_distance
+from vqpipe.errors import DataError, NumericError
+from vqpipe.metrics import fid
+from vqpipe.metrics.fid import FrechetStatistics, frechet_distance
 
 
 def statistics(features: torch.Tensor, batches: int = 1) -> FrechetStatistics:
@@ -57,27 +56,29 @@ def test_nan_features_are_refused() -> None:
         FrechetStatistics(2).update(torch.tensor([[0.0, float("nan")]]))
 
 
-def test_inception_is_read_from_a_file_and_gives_2048_features(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    from torch_fidelity import feature_extractor_inceptionv3 as library
+def test_the_distance_is_torch_fidelitys_on_the_same_features() -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        random_network = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    file = tmp_path / INCEPTION_FILE
-    torch.save(random_network.state_dict(), file)
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    features = InceptionFeatures(file)(images)
-    assert features.shape == (2, 2048)
-    assert torch.equal(features, random_network(images)[0])
+    random = torch.Generator().manual_seed(6)
+    a, b = torch.randn(2, 300, 24, generator=random, dtype=torch.float64) * torch.linspace(0.5, 3, 24)
+    b = b + 0.2
+    found = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(
+        found["frechet_inception_distance"], rel=1e-8
+    )
 
 
-def test_a_file_that_is_no_inception_is_named(tmp_path: Path) -> None:
-    other = tmp_path / "other.pth"
-    torch.save({"fc.weight": torch.zeros(3)}, other)
-    with pytest.raises(WeightsError, match="does not fit FID's Inception"):
-        InceptionFeatures(other)
-    (tmp_path / "text.pth").write_text("<html>not found</html>", encoding="utf-8")
-    with pytest.raises(WeightsError):
-        InceptionFeatures(tmp_path / "text.pth")
+def test_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    mine, theirs = statistics(features[:11]), statistics(features[11:])
+    others = iter([theirs.count, theirs.sum, theirs.outer])
+    monkeypatch.setattr(fid, "all_reduce_sum", lambda tensor: tensor.add_(next(others)))
+    mean, covariance = mine.merged().mean_and_covariance()
+    torch.testing.assert_close(mean, features.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(covariance, torch.cov(features.T), rtol=1e-12, atol=1e-12)
+    assert int(mine.count) == 11
+
+
+def test_one_image_has_no_covariance() -> None:
+    with pytest.raises(DataError, match="at least 2"):
+        statistics(torch.zeros(1, 2)).mean_and_covariance()

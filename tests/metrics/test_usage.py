@@ -1,12 +1,29 @@
 """Code usage beside numpy."""
 
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from vqpipe.errors import DataError
+from vqpipe.metrics import joint as joint_module
 from vqpipe.metrics import usage as usage_module
-from vqpipe.metrics.usage import CodeUsage, as_rows, bits_per_pixel, from_rows, usage_of
+from vqpipe.metrics.usage import (
+    CodeUsage,
+    as_rows,
+    bits_per_pixel,
+    dead_codes,
+    from_rows,
+    spread_of,
+    uniform_utilization,
+    usage_of,
+)
 
 
 def test_counts_and_shares_agree_with_numpy() -> None:
@@ -77,3 +94,206 @@ def test_nothing_seen_of_a_large_codebook_is_nothing_used() -> None:
 
 def test_bits_per_pixel_of_a_16_by_16_grid_of_16384_codes() -> None:
     assert bits_per_pixel(256, 16_384, 256, 256) == pytest.approx(256 * 14 / 65_536)
+
+
+class Ranks:
+    """Runs one function on several threads, each a rank whose collectives wait for the others."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.size, self.barrier, self.box, self.own = size, threading.Barrier(size), [None] * size, threading.local()
+        for module in (usage_module, joint_module):
+            for name in ("gather_objects", "gather_rows", "all_reduce_sum", "world_size"):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, getattr(self, name))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        self.box[self.own.rank] = value
+        self.barrier.wait(10)
+        everything = list(self.box)
+        self.barrier.wait(10)
+        return everything
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        return torch.cat(self.gather_objects(rows))
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.gather_objects(tensor)).sum(0)
+
+    def world_size(self) -> int:
+        return self.size
+
+    def run(self, function: Callable[[int], Any]) -> list[Any]:
+        def on_rank(rank: int) -> Any:
+            self.own.rank = rank
+            return function(rank)
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(on_rank, range(self.size)))
+
+
+def report(meter: CodeUsage, num_pixels: int = 1) -> tuple[dict[str, Any], dict[str, str]]:
+    return meter.report(meter.merged(), num_pixels)
+
+
+def some_ids(images: int = 40, positions: int = 6, groups: int = 2, size: int = 200) -> np.ndarray:
+    return np.random.default_rng(1).zipf(1.3, (images, positions, groups)).clip(max=size) - 1
+
+
+@pytest.mark.parametrize("scale", [1, 2**35], ids=["dense", "sparse"])
+def test_utilization_at_a_budget_is_that_of_the_first_tokens(scale: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, size = some_ids() * scale, 200 * scale
+    monkeypatch.setattr(usage_module, "BUDGETS", (20, 100, 10_000))
+    monkeypatch.setattr(usage_module, "MOST_WAITING", 30)
+    meter = CodeUsage(size, num_groups=2)
+    for start in (24, 0, 7, 31):  # in any order
+        part = ids[start : {0: 7, 7: 24, 24: 31, 31: 40}[start]]
+        meter.update(torch.from_numpy(part).flatten(1), start=start)
+    numbers, absent = report(meter)
+    assert absent == {}
+    rows = numbers["utilization_at"]
+    assert [row["tokens"] for row in rows] == [20, 100, 240]  # the set does not reach 10,000
+    flat = ids.reshape(-1, 2)
+    for row in rows:
+        used = [len(np.unique(flat[: row["tokens"], group])) / size for group in range(2)]
+        assert row["utilization_per_group"] == pytest.approx(used)
+        assert row["utilization"] == pytest.approx(np.mean(used))
+        assert row["uniform_utilization"] == pytest.approx(1 - (1 - 1 / size) ** row["tokens"], rel=1e-4)
+    for tokens, utilization, _ in numbers["utilization_curve"]:
+        assert utilization == pytest.approx(np.mean([len(np.unique(flat[:tokens, group])) / size for group in (0, 1)]))
+    assert numbers["utilization_curve"][-1][0] == 240
+
+
+@pytest.mark.parametrize("scale", [1, 2**35], ids=["dense", "sparse"])
+def test_nothing_depends_on_how_images_are_dealt_to_ranks(scale: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, size = torch.from_numpy(some_ids() * scale).flatten(1), 200 * scale
+    monkeypatch.setattr(usage_module, "BUDGETS", (20, 100))
+    monkeypatch.setattr(usage_module, "PLACES_AT_ONCE", 64)
+    alone = CodeUsage(size, num_groups=2)
+    alone.update(ids, start=0)
+    expected = report(alone, 999)
+
+    def on_rank(rank: int) -> Any:  # the first has every third image, the second the others, the third none
+        meter = CodeUsage(size, num_groups=2)
+        places = [i for i in range(40) if (i % 3 > 0) == rank and rank < 2]
+        for start in range(0, len(places), 5):
+            meter.update(ids[places[start : start + 5]], start=places[start : start + 5])
+        return report(meter, 999)
+
+    results = Ranks(3, monkeypatch).run(on_rank)
+    assert results[0] == results[1] == results[2]
+    numbers, absent = results[0]
+    assert absent == expected[1] == {}
+    assert numbers.keys() == expected[0].keys()
+    for name, value in numbers.items():
+        assert value == (pytest.approx(expected[0][name]) if name.startswith("joint") else expected[0][name])
+
+
+def test_a_uniform_coder_meets_its_ceiling() -> None:
+    assert uniform_utilization(32_768, 65_536) == pytest.approx(0.865, abs=5e-4)  # both from the literature's window
+    assert uniform_utilization(16_384, 65_536) == pytest.approx(0.982, abs=5e-4)
+    assert uniform_utilization(10**9, 10) == pytest.approx(1e-8, rel=1e-6)
+    assert [uniform_utilization(1, n) for n in (0, 5)] == [0.0, 1.0]
+    meter = CodeUsage(300)
+    meter.update(torch.randint(0, 300, (50, 20), generator=torch.Generator().manual_seed(0)), start=0)
+    (row,) = report(meter)[0]["utilization_at"]
+    assert row["utilization"] == pytest.approx(row["uniform_utilization"], abs=0.02)
+
+
+def test_gini_dead_codes_and_extremes_beside_their_definitions() -> None:
+    counts = torch.tensor([[5, 0, 2, 9], [4, 4, 4, 4], [0, 0, 7, 0], [0, 0, 0, 0]])
+    spread = spread_of(counts)
+    for row, found in zip(counts.double().numpy(), spread["gini_per_group"], strict=True):
+        mean = row.mean()
+        pairs = np.abs(row[:, None] - row[None]).mean() / (2 * mean) if mean else 0.0
+        assert found == pytest.approx(pairs)
+    assert spread["num_dead_per_group"] == [1, 0, 3, 4]
+    assert spread["min_count_per_group"] == [0, 4, 0, 0]
+    assert spread["max_count_per_group"] == [9, 4, 7, 0]
+    assert dead_codes(counts[:1]).tolist() == [[0, 1]]
+    large = counts.to_sparse().coalesce()
+    assert spread_of(large) == spread
+    with pytest.raises(DataError, match="not listed"):
+        dead_codes(large)
+
+
+def test_bits_coded_are_those_of_the_entropy() -> None:
+    meter = CodeUsage(4, num_groups=2)
+    meter.update(torch.tensor([[0, 3, 1, 3], [2, 3, 3, 3]]), start=0)  # the first group even, the second constant
+    numbers, _ = report(meter, num_pixels=32)
+    assert numbers["bits_per_pixel"] == pytest.approx(8 * 2 / 32)
+    assert numbers["bits_per_pixel_entropy"] == pytest.approx(4 * 2 / 32)
+
+
+def test_joint_entropy_beside_a_dictionary_of_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_module, "MOST_WAITING", 10)
+    for groups, size in ((2, 200), (5, 2**40), (8, 16_384)):  # in one word, in five, and in two
+        ids = some_ids(groups=groups, size=6) * (size // 6)
+        ids[3, 2, 1] = -1
+        meter = CodeUsage(size, num_groups=groups)
+        for start in range(0, 40, 8):
+            meter.update(torch.from_numpy(ids[start : start + 8]).flatten(1), start=start)
+        numbers, absent = report(meter)
+        times = Counter(map(tuple, ids.reshape(-1, groups).tolist()))
+        times = Counter({key: n for key, n in times.items() if min(key) >= 0})
+        shares = np.array(list(times.values())) / 239
+        assert absent == {}
+        assert numbers["joint_entropy"] == pytest.approx(-(shares * np.log2(shares)).sum())
+        assert numbers["joint_entropy_limit"] == pytest.approx(np.log2(239))
+        assert numbers["joint_distinct"] == len(times)
+        assert numbers["joint_coverage"] == pytest.approx(1 - sum(n == 1 for n in times.values()) / 239)
+        singles = sum(np.log2(perplexity) for perplexity in numbers["perplexity_per_group"])
+        assert numbers["joint_entropy"] < singles
+
+
+def test_too_many_tuples_leave_joint_entropy_out_however_they_are_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_module, "MOST_TUPLES", 50)
+    ids = torch.arange(60).repeat(2, 1).T.reshape(20, 6)
+
+    def on_rank(rank: int) -> Any:
+        meter = CodeUsage(60, num_groups=2)
+        meter.update(ids[10 * rank : 10 * rank + 10], start=10 * rank)
+        return report(meter)
+
+    alone = CodeUsage(60, num_groups=2)
+    alone.update(ids, start=0)
+    with monkeypatch.context() as patch:
+        dealt = Ranks(2, patch).run(on_rank)
+    for numbers, absent in (report(alone), *dealt):
+        assert "joint_entropy" not in numbers
+        assert "more than 50 different tuples" in absent["joint_entropy"]
+
+
+def test_without_places_or_with_images_of_several_sizes_only_the_whole_set_is_told() -> None:
+    blind, mixed = CodeUsage(8, num_groups=2), CodeUsage(8, num_groups=2)
+    blind.update(torch.tensor([[1, 2, 3, 4]]))
+    mixed.update(torch.tensor([[1, 2, 3, 4]]), start=0)
+    mixed.update(torch.tensor([[1, 2]]), start=1)
+    for meter, reason in ((blind, "not known"), (mixed, "several sizes")):
+        numbers, absent = report(meter)
+        assert reason in absent["utilization_curve"]
+        assert [row["utilization"] for row in numbers["utilization_at"]] == [numbers["utilization"]] == [0.25]
+    assert set(report(blind)[1]) == {"utilization_curve", "joint_entropy"}
+    with pytest.raises(DataError, match="2 places for 1 images"):
+        mixed.update(torch.tensor([[1, 2]]), start=[4, 5])
+
+
+def test_one_code_one_image_and_nothing_at_all() -> None:
+    single = CodeUsage(1)
+    single.update(torch.zeros(1, 1, dtype=torch.int64), start=0)
+    numbers, _ = report(single)
+    assert numbers["utilization_at"] == [
+        {"tokens": 1, "utilization": 1.0, "utilization_per_group": [1.0], "uniform_utilization": 1.0}
+    ]
+    assert (numbers["bits_per_pixel"], numbers["gini_per_group"]) == (0.0, [0.0])
+    numbers, absent = report(CodeUsage(7, num_groups=2))
+    assert numbers["utilization_at"][0]["tokens"] == numbers["utilization"] == 0
+    assert "no position" in absent["joint_entropy"]
+
+
+def test_skipped_images_leave_a_gap_that_budgets_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage_module, "BUDGETS", (4,))
+    meter = CodeUsage(9)
+    meter.update(torch.tensor([[1, 2], [3, 4], [5, 6]]), start=[0, 2, 3])  # image 1 could not be read
+    first, whole = report(meter)[0]["utilization_at"]
+    assert (first["tokens"], first["utilization"]) == (2, pytest.approx(2 / 9))
+    assert (whole["tokens"], whole["utilization"]) == (6, pytest.approx(6 / 9))

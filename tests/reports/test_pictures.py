@@ -42,7 +42,9 @@ def test_the_error_is_dark_where_there_is_none_and_brightest_at_the_peak() -> No
     original = torch.zeros(3, 4, 4, dtype=torch.uint8)
     worse = original.clone()
     worse[:, 1, 1], worse[:, 2, 2] = pictures.ERROR_PEAK // 2, pictures.ERROR_PEAK
-    light = pixels(pictures.error_picture(original, worse)).astype(int).sum(-1)
+    png = Image.open(io.BytesIO(pictures.error_picture(original, worse)))
+    light = np.asarray(png.convert("RGB")).astype(int).sum(-1)
+    assert png.mode == "P"
     assert light[2, 2] == light.max() > light[1, 1] > light[0, 0] == light.min()
 
 
@@ -60,3 +62,11 @@ def test_a_codebook_map_shows_each_code_once_in_order() -> None:
     assert not (second[:10, :3] == pictures.UNUSED).all(1).any()
     assert (first[10:, 3] == 0).all()
     assert (first[:10, 3] == 255).all()
+
+
+def test_the_middle_of_a_large_picture_is_cut_unscaled() -> None:
+    image = torch.randint(0, 255, (3, 30, 50), dtype=torch.uint8)
+    png = pictures.to_png(image)
+    assert pictures.png_size(png) == (50, 30)
+    assert torch.equal(pictures.from_png(pictures.cut_middle(png, 20)), image[:, 5:25, 15:35])
+    assert torch.equal(pictures.from_png(pictures.cut_middle(png, 100)), image)

@@ -88,6 +88,27 @@ def test_reports_on_other_images_are_refused_by_name(
     assert not (tmp_path / "compared").exists()
 
 
+@pytest.mark.slow
+def test_several_sets_make_a_table_over_the_sets_and_never_one_column(
+    make_report: Callable[..., Path], picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = [make_report(name, seed) for seed, name in enumerate(("first", "second"))]
+    reports += [make_report(name, seed, limit=4) for seed, name in enumerate(("first", "second"))]
+    capsys.readouterr()
+    compare(reports, out=tmp_path / "compared")
+    said = capsys.readouterr().err
+    assert "10 images of pictures, 32 px, 10 images at 32 px, protocol adm" in said
+    numbers = json.loads((tmp_path / "compared" / "metrics.json").read_text(encoding="utf-8"))["compared"]
+    assert [metrics["num_images"] for metrics in numbers.values()] == [10, 10, 4, 4]
+    assert len({name.partition(", on ")[0] for name in numbers}) == 2
+    html = (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
+    across = html.partition("<table>")[2].partition("</table>")[0]
+    for name in ("first", "second"):
+        row = across.partition(f'<th scope="row">{name}</th>')[2].partition("</tr>")[0]
+        values = [metrics["psnr"] for key, metrics in numbers.items() if key.startswith(name)]
+        assert [f"{value:.2f}" in row for value in values] == [True, True]
+
+
 def test_the_same_number_of_other_pictures_is_refused_too(
     make_report: Callable[..., Path], picture_folder: Path, tmp_path: Path
 ) -> None:

@@ -1,26 +1,36 @@
 """`vqpipe eval` on an untrained tokenizer: the numbers are those of its own reconstructions."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from stages.evaluate import evaluate
+from vqpipe.analysis import ANALYSES
 from vqpipe.artifacts import open_artifact
 from vqpipe.continuous import ContinuousAutoencoder
-from vqpipe.data.shards import open_images
+from vqpipe.data.framing import Framing
+from vqpipe.data.shards import ImageSet, open_images
 from vqpipe.data.transforms import center_crop, decode
-from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.data.transforms import pixels as pixels_of
+from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
+from vqpipe.metrics.config import SetMetric
+from vqpipe.metrics.inception import INCEPTION_FILE
+from vqpipe.metrics.protocols import PROTOCOLS
 from vqpipe.reports.evaluation import open_evaluation
+from vqpipe.tiling import reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
+from vqpipe.weights import LPIPS_BACKBONES
 
 MakeTokenizer = Callable[..., Path]
 MULTI_GROUP = {"kind": "multi_group", "num_groups": 3, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
@@ -39,7 +49,7 @@ def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer", history=HISTORY)
-    out = run(path, picture_folder, tmp_path / "report", overrides=["eval.num_pictures=2"])
+    out = run(path, picture_folder, tmp_path / "report", overrides=["eval.num_pictures=2", "eval.num_extremes=1"])
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
 
     tokenizer, samples = Tokenizer.from_pretrained(path), open_images([picture_folder])
@@ -55,7 +65,14 @@ def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
     assert set(metrics["not_computed"]) == {"lpips_alex", "lpips_vgg", "rfid"}
 
     report = open_artifact(out, "report")
-    assert len(report.names("pictures/*.png")) == 4
+    assert len(report.names("pictures/*.png")) == 8
+    pictures = [(picture["why"], picture["psnr"]) for picture in metrics["pictures"]]
+    assert pictures == [
+        ("spread", pytest.approx(psnr[0])),
+        ("spread", pytest.approx(psnr[5])),
+        ("worst", pytest.approx(min(psnr))),
+        ("best", pytest.approx(max(psnr))),
+    ]
     assert report.facts["psnr"] == metrics["psnr"]
     assert report.lineage["inputs"]["tokenizer"]["name"] == "tokenizer"
     html = report.file("report.html").read_text(encoding="utf-8")
@@ -117,7 +134,8 @@ def test_the_k_curve_is_that_of_decoding_the_first_groups(
 
     plain = run(path, picture_folder, tmp_path / "plain", overrides=["eval.prefixes=false"])
     without = json.loads((plain / "metrics.json").read_text(encoding="utf-8"))
-    assert without == {key: value for key, value in metrics.items() if key != "prefixes"}
+    other = ("prefixes", "commands")
+    assert {**without, "commands": 0} == {**{k: v for k, v in metrics.items() if k not in other}, "commands": 0}
 
 
 @pytest.mark.slow
@@ -164,7 +182,108 @@ def test_what_cannot_be_measured_is_said_before_any_work(
 ) -> None:
     path = tiny_tokenizer("tokenizer")
     with pytest.raises(ConfigError, match=r"eval\.protocol"):
-        run(path, picture_folder, tmp_path / "report", protocol="other")
+        run(path, picture_folder, tmp_path / "report", protocol=["adm", "other"])
     with pytest.raises(DataError, match="multiples of 2"):
         run(path, picture_folder, tmp_path / "report", image_size=33)
     assert not (tmp_path / "report.partial").exists()
+
+
+def test_several_protocols_in_one_pass_are_those_of_one_each(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    read = list[int]()
+    monkeypatch.setattr(
+        ImageSet, "read", lambda self, i, original=ImageSet.read: (read.append(i), original(self, i))[1]
+    )
+    names = ["cleanfid-rawval", "adm", "cleanfid-matched"]
+    together = metrics_of(run(path, picture_folder, tmp_path / "all", protocol=names, num_workers=0))
+    assert sorted(read) == list(range(10))
+    assert list(together["protocols"]) == names
+    alone = metrics_of(run(path, picture_folder, tmp_path / "alone", protocol=["cleanfid-matched"]))
+    assert alone["protocol"] == "cleanfid-matched"
+    assert together["protocols"]["cleanfid-matched"] == alone["protocols"]["cleanfid-matched"]
+    assert together["reference"] == together["protocols"]["cleanfid-rawval"]["reference_digest"] != alone["reference"]
+    digests = {numbers["reference_digest"] for numbers in together["protocols"].values()}
+    assert len(digests) == 2  # 40 x 48 pixels: ADM and MGVQ resize alike, VQGAN-LC does not
+
+    tokenizer, samples = Tokenizer.from_pretrained(path), open_images([picture_folder])
+    originals = torch.stack([Framing(rule="cover", size=(32, 32))(decode(sample.image)) for sample in samples])
+    again = tokenizer.decode_float(tokenizer.encode(originals), (32, 32)).double()
+    error = (((again + 1) * 127.5).clamp(0, 255) - originals).square().mean()
+    assert together["protocols"]["cleanfid-matched"]["psnr"] == pytest.approx(
+        float(10 * torch.log10(255**2 / error)), abs=1e-4
+    )
+
+
+def test_whole_images_of_several_sizes_are_padded_and_count_their_own_bits(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    Image.open(picture_folder / "drawn-9.png").crop((0, 0, 31, 27)).save(picture_folder / "drawn-9.png")
+    metrics = metrics_of(run(path, picture_folder, tmp_path / "report", image_size="native"))
+    tokens, pixels = 9 * 20 * 24 + 14 * 16, 9 * 40 * 48 + 27 * 31
+    assert metrics["bits_per_pixel"] == pytest.approx(6 * tokens / pixels)
+    assert metrics["padded"]["num_images"] == 1
+    assert "all bits over all pixels" in metrics["mixed_sizes"]
+    assert metrics["image_size"] == "native"
+    tokenizer = Tokenizer.from_pretrained(path)
+    samples = [pixels_of(decode(sample.image)) for sample in open_images([picture_folder])]
+    again = [reconstruct_any_size(tokenizer, image).image for image in samples]
+    psnr = [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in zip(samples, again, strict=True)]
+    assert metrics["psnr"] == pytest.approx(np.mean(psnr), abs=1e-6)
+
+    tiled = metrics_of(run(path, picture_folder, tmp_path / "tiled", image_size="native", tile=32))
+    again = [reconstruct_any_size(tokenizer, image, tile=32, overlap=4).image for image in samples]
+    psnr = [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in zip(samples, again, strict=True)]
+    assert tiled["psnr"] == pytest.approx(np.mean(psnr), abs=1e-6)
+    assert tiled["tiles"]["num_images"] == 9
+    assert tiled["bits_per_pixel"] > metrics["bits_per_pixel"]
+
+
+def test_a_rectangle_is_cut_alike_by_every_protocol_and_told_as_such(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    metrics = metrics_of(run(path, picture_folder, tmp_path / "report", image_size="40x24"))
+    assert metrics["image_size"] == "40x24"
+    assert metrics["protocols"]["adm"]["crop"].startswith("cover")
+    assert metrics["num_tokens_per_image"] == 12 * 20
+    assert metrics["tokenizer"]["latent_shape"] == [4, 12, 20]
+
+
+def test_help_lists_every_protocol_metric_and_weights_file() -> None:
+    text = evaluate.__doc__ or ""
+    files = [INCEPTION_FILE, *(name for name, _ in LPIPS_BACKBONES.values())]
+    assert [word for word in (*PROTOCOLS, *files) if word not in text] == []
+    metric = inspect.signature(evaluate).parameters["metrics"].annotation.__metadata__[0].metavar
+    assert metric.split(",") == list(get_args(SetMetric))
+    analysis = inspect.signature(evaluate).parameters["analyze"].annotation.__metadata__[0].metavar
+    assert analysis.split("|") == list(ANALYSES)
+
+
+def test_an_analysis_is_in_the_metrics_and_on_the_page(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    out = run(path, picture_folder, tmp_path / "report", analyze=["replacement"])
+    metrics = metrics_of(out)
+    rows = metrics["analyses"]["replacement"]["rows"]
+    assert rows[0]["psnr"] == pytest.approx(metrics["psnr"], abs=1e-9)
+    assert f"<td>{rows[1]['psnr']:.3f}</td>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_extractor_without_weights_or_a_network_of_its_own_is_refused(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    with pytest.raises(ConfigError, match="patch-pca"):
+        run(path, picture_folder, tmp_path / "report", extractor="patch-pca")
+    with pytest.raises(ConfigError, match="without --extractor"):
+        run(path, picture_folder, tmp_path / "report", extractor_weights=tmp_path / "file")
+    with pytest.raises(WeightsError, match="does not exist"):
+        run(path, picture_folder, tmp_path / "report", extractor="timm:resnet18", extractor_weights=tmp_path / "file")
+
+
+def metrics_of(report: Path) -> dict[str, Any]:
+    return json.loads((report / "metrics.json").read_text(encoding="utf-8"))

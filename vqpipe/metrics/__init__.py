@@ -1,3 +1,3 @@
 """How good reconstructions are and how the codes are used, told with the convention behind each number."""
 
-from vqpipe.metrics.evaluation import EvalConfig as EvalConfig
+from vqpipe.metrics.config import EvalConfig as EvalConfig

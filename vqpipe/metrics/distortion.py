@@ -1,19 +1,13 @@
-"""PSNR and SSIM in the conventions that published tokenizers use, and LPIPS, streamed over batches of uint8 images.
+"""PSNR and SSIM in the conventions that published tokenizers use, and LPIPS, streamed over batches of images.
 
-The same reconstructions score several dB apart by convention alone, so every convention is a key of its own:
-
-    psnr              RGB, per image, then the mean over images (the common one)
-    psnr_of_mean_mse  10 log10(255^2 / mean MSE): as the released MGVQ evaluation computes it; lower
-    psnr_y            BT.601 studio luma against a peak of 1: as VQGAN-LC's evaluation (pyiqa, "ycbcr"); higher
-    ssim              Gaussian window 11, sigma 1.5, population covariance, RGB (Wang et al. 2004; piq as in VQGAN-LC)
-    ssim_uniform7     uniform window 7, sample covariance, RGB (scikit-image's default on uint8, as MGVQ)
-    lpips_*           lpips v0.1 on [-1, 1]; only where its weights are given
+The same reconstructions score several dB apart by convention alone, so every convention is a key of its own: see
+`CONVENTIONS`. Unless a key says float, reconstructions are 8-bit, as a stored file would be.
 
 Letters: B images, C = 3 channels, H x W pixels.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +15,31 @@ from torch import Tensor, nn
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import DataError, NumericError
 
-LUMA_WEIGHTS = (65.481 / 255, 128.553 / 255, 24.966 / 255)
+CONVENTIONS = {
+    "psnr": "RGB, uint8, mean over images",
+    "psnr_of_mean_mse": "RGB, uint8, of the mean error over all images: 10 log10(255^2 / mean MSE); lower",
+    "psnr_of_mean_mse_float": "RGB, not rounded, of the mean error over all images (MGVQ's evaluation)",
+    "psnr_y": "BT.601 studio luma, of 219 levels, against a peak of 255 (pyiqa, ycbcr); higher",
+    "psnr_y_float": "BT.601 studio luma of values not rounded, against a peak of 255 (VQGAN-LC's evaluation)",
+    "psnr_y_full": "full-range luma (pyiqa's default colour space, yiq)",
+    "ssim": "Gaussian window 11, sigma 1.5, population covariance, RGB, uint8 (Wang et al. 2004)",
+    "ssim_float": "Gaussian window 11, sigma 1.5, RGB, not rounded (piq, as VQGAN-LC's evaluation)",
+    "ssim_y": "Gaussian window 11, sigma 1.5, full-range luma (pyiqa's default)",
+    "ssim_uniform7": "uniform window 7, sample covariance, RGB, uint8 (scikit-image's default, as MGVQ's evaluation)",
+    "ssim_range2": "as ssim_uniform7 with twice the true data range (LlamaGen's evaluation); higher",
+    "lpips_alex": "lpips v0.1, AlexNet, on [-1, 1]",
+    "lpips_vgg": "lpips v0.1, VGG16, on [-1, 1]",
+}
+"""Key -> what it is. LPIPS is there only where its weights are given."""
+COMMON = (
+    *("psnr", "psnr_of_mean_mse", "psnr_y", "psnr_y_full"),
+    *("ssim", "ssim_y", "ssim_uniform7", "ssim_range2"),
+)
+"""What is measured of 8-bit pixels where nothing else is asked."""
+STUDIO = (65.481 / 255, 128.553 / 255, 24.966 / 255)
 """BT.601 studio-range luma of RGB in [0, 255], without its offset of 16, which differences cancel."""
+FULL = (0.299, 0.587, 0.114)
+"""BT.601 luma over the full range."""
 SSIM_SMALLEST_SIDE = 11
 FIXED_POINT = 2**32
 
@@ -35,41 +52,71 @@ class Distortion:
 
     Args:
         perceptual: LPIPS networks by key ("lpips_alex", "lpips_vgg"); each takes two float[B, 3, H, W] in [-1, 1].
+        keys: which of CONVENTIONS are computed.
     """
 
-    def __init__(self, perceptual: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(self, perceptual: Mapping[str, nn.Module] | None = None, keys: Collection[str] = COMMON) -> None:
         self.perceptual = dict(perceptual or {})
+        self.keys = frozenset(keys)
         self.sums: dict[str, int] = {}
         self.counts: dict[str, int] = {}
         self.num_images = 0
         self.num_identical = 0
 
-    def update(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
+    def update(self, originals: Tensor, reconstructions: Tensor, levels: Tensor | None = None) -> Tensor:
         """Take in uint8[B, 3, H, W] twice, image by image the same; returns each PSNR, float64[B] (inf if equal).
+
+        `levels` are the reconstructions before rounding, float[B, 3, H, W] in [0, 255], for keys that end in float;
+        without them the rounded ones are taken.
 
         Raises:
             DataError: not uint8, shapes differ, or sides under 11 pixels.
             NumericError: an LPIPS network returned NaN.
         """
         check_images(originals, reconstructions)
+        exact = reconstructions if levels is None else levels
         mse = mean_squared_error(originals, reconstructions)
-        psnr = psnr_of(mse, peak=255.0)
         self._add("mse", mse)
-        self._add("psnr", psnr)
-        self._add("psnr_y", psnr_of(mean_squared_error(luma(originals), luma(reconstructions)), peak=255.0))
-        self._add("ssim", ssim_gaussian(originals, reconstructions))
-        self._add("ssim_uniform7", ssim_uniform7(originals, reconstructions))
+        self._psnr(originals, reconstructions, exact, mse)
+        self._ssim(originals, reconstructions, exact)
         for name, network in self.perceptual.items():
             with torch.inference_mode():
                 distance = network(originals.float() / 127.5 - 1.0, reconstructions.float() / 127.5 - 1.0)
             self._add(name, distance.flatten().double())
         self.num_images += len(originals)
         self.num_identical += int((mse == 0).sum())
-        return psnr
+        return psnr_of(mse)
+
+    def _psnr(self, originals: Tensor, reconstructions: Tensor, exact: Tensor, mse: Tensor) -> None:
+        if "psnr" in self.keys:
+            self._add("psnr", psnr_of(mse))
+        if "psnr_of_mean_mse_float" in self.keys:
+            self._add("mse_float", mean_squared_error(originals, exact))
+        lumas = {
+            "psnr_y": (reconstructions, STUDIO),
+            "psnr_y_float": (exact, STUDIO),
+            "psnr_y_full": (reconstructions, FULL),
+        }
+        for name in sorted(lumas.keys() & self.keys):
+            pixels, weights = lumas[name]
+            self._add(name, psnr_of(mean_squared_error(luma(originals, weights), luma(pixels, weights))))
+
+    def _ssim(self, originals: Tensor, reconstructions: Tensor, exact: Tensor) -> None:
+        if "ssim" in self.keys:
+            self._add("ssim", ssim_gaussian(originals, reconstructions))
+        if "ssim_float" in self.keys:
+            self._add("ssim_float", ssim_gaussian(originals, exact))
+        if "ssim_y" in self.keys:
+            self._add("ssim_y", ssim_gaussian(luma(originals, FULL)[:, None], luma(reconstructions, FULL)[:, None]))
+        if {"ssim_uniform7", "ssim_range2"} & self.keys:
+            uniform, doubled = ssim_uniform7(originals, reconstructions, data_ranges=(255.0, 510.0))
+            for name, values in (("ssim_uniform7", uniform), ("ssim_range2", doubled)):
+                if name in self.keys:
+                    self._add(name, values)
 
     def merged(self) -> "Distortion":
         """The sum over all ranks (a new object; on one process a copy)."""
-        whole = Distortion(self.perceptual)
+        whole = Distortion(self.perceptual, self.keys)
         for part in gather_objects((self.sums, self.counts, self.num_images, self.num_identical)):
             sums, counts, num_images, num_identical = part
             for name in sums:
@@ -82,9 +129,10 @@ class Distortion:
     def result(self) -> dict[str, float]:
         """The means, by key. A PSNR is the mean over the images it is finite for, and absent where there is none."""
         means = {name: self.sums[name] / FIXED_POINT / count for name, count in self.counts.items() if count}
-        mse = means.pop("mse", 0.0)
-        if mse > 0:
-            means["psnr_of_mean_mse"] = 10 * math.log10(255.0**2 / mse)
+        for error, name in (("mse", "psnr_of_mean_mse"), ("mse_float", "psnr_of_mean_mse_float")):
+            mse = means.pop(error, 0.0)
+            if mse > 0 and name in self.keys:
+                means[name] = 10 * math.log10(255.0**2 / mse)
         return means
 
     def _add(self, name: str, values: Tensor) -> None:
@@ -100,45 +148,51 @@ def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() - b.float()).square().flatten(1).mean(1, dtype=torch.float64)
 
 
-def psnr_of(mse: Tensor, peak: float) -> Tensor:
+def psnr_of(mse: Tensor, peak: float = 255.0) -> Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error; inf where the error is 0."""
     return 10 * torch.log10(peak**2 / mse)
 
 
-def luma(images: Tensor) -> Tensor:
-    """BT.601 studio luma less its offset: uint8[B, 3, H, W] -> float32[B, H, W], a span of 219 grey levels."""
-    red, green, blue = (images[:, channel] * weight for channel, weight in enumerate(LUMA_WEIGHTS))
+def luma(images: Tensor, weights: tuple[float, float, float] = STUDIO) -> Tensor:
+    """A weighted sum of R, G and B: uint8 or float[B, 3, H, W] in [0, 255] -> float32[B, H, W]."""
+    red, green, blue = (images[:, channel] * weight for channel, weight in enumerate(weights))
     return red + green + blue
 
 
 def ssim_gaussian(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM with an 11-wide Gaussian window (sigma 1.5), no downsampling: uint8[B, 3, H, W] twice -> float64[B].
+    """SSIM with an 11-wide Gaussian window (sigma 1.5), no downsampling: [B, C, H, W] twice -> float64[B].
 
     Wang et al. 2004, eq. 13, with population covariance and only windows that lie inside the image.
     """
-    return ssim(a, b, window=gaussian_window(11, sigma=1.5), covariance_factor=1.0)
+    return ssim(a, b, window=gaussian_window(11, sigma=1.5), covariance_factor=1.0)[0]
 
 
-def ssim_uniform7(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM with a 7-wide uniform window and sample covariance, scikit-image's default: -> float64[B]."""
-    return ssim(a, b, window=[1 / 7] * 7, covariance_factor=49 / 48)
+def ssim_uniform7(a: Tensor, b: Tensor, data_ranges: tuple[float, ...] = (255.0,)) -> Tensor:
+    """SSIM with a 7-wide uniform window and sample covariance, scikit-image's default: -> float64[R, B]."""
+    return ssim(a, b, window=[1 / 7] * 7, covariance_factor=49 / 48, data_ranges=data_ranges)
 
 
-def ssim(a: Tensor, b: Tensor, window: list[float], covariance_factor: float) -> Tensor:
-    """Mean structural similarity over windows and channels, data range 255: uint8[B, C, H, W] twice -> float64[B]."""
+def ssim(
+    a: Tensor, b: Tensor, window: list[float], covariance_factor: float, data_ranges: tuple[float, ...] = (255.0,)
+) -> Tensor:
+    """Mean structural similarity over windows and channels: values in [0, 255], [B, C, H, W] twice -> float64[R, B],
+    a row for each of the R data ranges that its constants are taken from."""
     if a.device.type == "cpu" and len(a) > 1:  # one image's maps stay in the cache: twice as fast as all at once
         pairs = zip(a.split(1), b.split(1), strict=True)
-        return torch.cat([ssim(one, other, window, covariance_factor) for one, other in pairs])
+        return torch.cat([ssim(one, other, window, covariance_factor, data_ranges) for one, other in pairs], dim=1)
     x, y = a.float() - 127.5, b.float() - 127.5  # (co)variances do not move, and float32 cancels fewer digits
     mean_x, mean_y = smooth(x, window), smooth(y, window)
     covariance = covariance_factor * (smooth(x * y, window) - mean_x * mean_y)
     squares = mean_x.square() + mean_y.square()
     variances = covariance_factor * (smooth(x.square_().add_(y.square_()), window) - squares)
     mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-    structure = (2 * covariance + c2) / (variances + c2)
-    return (luminance * structure).flatten(1).mean(1, dtype=torch.float64)
+    products, squares = 2 * mean_x * mean_y, mean_x.square() + mean_y.square()
+    means = []
+    for data_range in data_ranges:
+        c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+        similarity = (products + c1) / (squares + c1) * ((2 * covariance + c2) / (variances + c2))
+        means.append(similarity.flatten(1).mean(1, dtype=torch.float64))
+    return torch.stack(means)
 
 
 def smooth(images: Tensor, window: list[float]) -> Tensor:

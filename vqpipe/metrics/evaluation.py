@@ -1,130 +1,67 @@
 """One pass over originals, reconstructions and ids -> every number of `metrics.json`, or the reason it is absent.
 
-A protocol fixes how images are cut, what the reference is, how values are rounded and which network looks at them.
-"adm": ADM's centre crop on both sides, reconstructions rounded to uint8, the reference being the same crops, and
-torch-fidelity's Inception; every image counts.
+The top-level numbers are those of the first protocol named, in the conventions that `distortion` lists; `protocols`
+holds each protocol's own.
+
+Letters: B images of H x W pixels, N ids an image, G groups, K codes a group.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqpipe.distributed import gather_objects
-from vqpipe.errors import ConfigError, WeightsError
-from vqpipe.files import hash_file
-from vqpipe.metrics.distortion import Distortion
-from vqpipe.metrics.fid import INCEPTION_FILE, FrechetStatistics, InceptionFeatures, frechet_distance
-from vqpipe.metrics.usage import CodeUsage, bits_per_pixel, no_counts, usage_of
-from vqpipe.weights import LPIPS_BACKBONES, find_weights, load_lpips
+from vqpipe.errors import DataError
+from vqpipe.metrics.config import EvalConfig
+from vqpipe.metrics.distortion import COMMON
+from vqpipe.metrics.fidelity import Comparison, Fidelity, asked_of
+from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.protocols import PROTOCOLS
+from vqpipe.metrics.usage import CodeUsage, no_counts
 
-LPIPS_NETS: tuple[Literal["alex", "vgg"], ...] = ("alex", "vgg")
 CODE_NUMBERS = ("utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel")
 """What only a tokenizer has."""
+MIXED = (
+    "images differ in size: bits_per_pixel is all bits over all pixels, num_tokens_per_image a mean; PSNR, SSIM and "
+    "LPIPS are means over images, whatever their size"
+)
+INFINITE = "every reconstruction equals its original, so the PSNR is infinite"
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Section [eval]: how a tokenizer is measured."""
+@dataclass
+class Sizes:
+    """What the images measure; sums, so that they add up over ranks."""
 
-    protocol: Literal["adm"] = "adm"
-    """Which convention fixes crop, reference, rounding and feature network (see the module)."""
-    image_size: int = 256
-    """Side of the square centre crops, pixels."""
-    batch_size: int = 32
-    """Images a rank reconstructs at once."""
-    max_skipped: float = 0.0
-    """Largest share of unreadable images before the evaluation is refused, 0..1."""
-    fid_min_images: int = 2049
-    """Fewer images than this leave rfid out: below the 2,048 feature dimensions the covariance has no full rank."""
-    num_pictures: int = 12
-    """How many images the report shows, spread evenly over the set."""
-    prefixes: bool = True
-    """Decode also with the first k groups alone, k = 1..G, where a tokenizer has G > 1 groups or depths: one encoding
-    and G decodings an image (the k-curve of MGVQ, Table 6)."""
+    num_images: int = 0
+    pixels: int = 0
+    tokens: int = 0
+    first: tuple[int, int, int] | None = None
+    """(H, W, N) of the first image."""
+    mixed: bool = False
+    """Whether any image differed from the first."""
 
-    def __post_init__(self) -> None:
-        if min(self.image_size, self.batch_size) < 1 or self.num_pictures < 0 or self.fid_min_images < 2:
-            raise ConfigError(
-                "eval.image_size and eval.batch_size start at 1, eval.num_pictures at 0, eval.fid_min_images at 2"
-            )
-        if not 0 <= self.max_skipped <= 1:
-            raise ConfigError(f"eval.max_skipped = {self.max_skipped} should be a share, 0..1")
+    def update(self, shape: Sequence[int], tokens: int) -> None:
+        """Take in B images of [B, 3, H, W] with so many tokens each."""
+        count, _, height, width = shape
+        self.add(Sizes(count, count * height * width, count * tokens, (height, width, tokens)))
 
-
-@dataclass(frozen=True)
-class FeatureNetworks:
-    """The pretrained networks an evaluation found, by the metric each serves, and why others are absent."""
-
-    perceptual: dict[str, nn.Module]
-    inception: nn.Module | None
-    sha256: dict[str, str]
-    """File name -> hash of every weights file in use."""
-    absent: dict[str, str]
-    """Metric -> reason."""
-
-
-def find_networks(folder: Path | None, device: torch.device | str = "cpu") -> FeatureNetworks:
-    """Load what lies in `folder`: LPIPS backbones as torchvision names them and torch-fidelity's Inception.
-
-    Raises:
-        WeightsError: `folder` is not a directory, or a file in it is damaged. A file that is not there is a reason in
-            `absent`, not an error.
-    """
-    if folder is not None and not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder", "Name the folder that holds the weights with --weights DIR")
-    perceptual: dict[str, nn.Module] = {}
-    inception: nn.Module | None = None
-    sha256: dict[str, str] = {}
-    absent: dict[str, str] = {}
-    for net in LPIPS_NETS:
-        name, what = LPIPS_BACKBONES[net]
-        try:
-            file = find_weights(name, folder, f"LPIPS needs {what}")
-        except WeightsError as error:
-            absent[f"lpips_{net}"] = str(error)
-            continue
-        perceptual[f"lpips_{net}"] = load_lpips(net, file).to(device)
-        sha256[file.name] = hash_file(file)
-    try:
-        file = find_weights(INCEPTION_FILE, folder, "rFID needs torch-fidelity's Inception")
-    except WeightsError as error:
-        absent["rfid"] = str(error)
-    else:
-        inception = InceptionFeatures(file).to(device)
-        sha256[file.name] = hash_file(file)
-    return FeatureNetworks(perceptual, inception, sha256, absent)
-
-
-class Fidelity:
-    """How near reconstructions come to their originals: distortion, and the features that rFID compares."""
-
-    def __init__(self, networks: FeatureNetworks, device: torch.device) -> None:
-        self.inception = networks.inception
-        self.distortion = Distortion(networks.perceptual)
-        self.features = FrechetStatistics(device=device) if networks.inception is not None else None
-
-    def update(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """Take in uint8[B, 3, H, W] twice; returns each image's PSNR, float64[B]."""
-        if self.inception is not None and self.features is not None:
-            self.features.update(self.inception(reconstructions))
-        return self.distortion.update(originals, reconstructions)
-
-    def result(self, originals: FrechetStatistics | None, protocol: str) -> dict[str, Any]:
-        """Means over all ranks, and `rfid` where the originals' statistics over all ranks are given."""
-        means: dict[str, Any] = self.distortion.merged().result()
-        if originals is None or self.features is None:
-            return means
-        return means | {"rfid": {protocol: frechet_distance(originals, self.features.merged())}}
+    def add(self, other: "Sizes") -> None:
+        """Take in what another saw."""
+        self.num_images += other.num_images
+        self.pixels += other.pixels
+        self.tokens += other.tokens
+        if other.first is not None:
+            self.mixed = self.mixed or other.mixed or self.first not in (None, other.first)
+            self.first = self.first or other.first
 
 
 class Evaluation:
-    """Everything measured of one autoencoder on one set of images; memory does not grow with the set.
+    """Everything measured of one autoencoder on one set of images.
 
+    Memory does not grow with the set, but for the metrics that ask for features of every image, which have a limit.
     Call `update` batch by batch on each rank's share, then `result` once on every rank.
 
     Args:
@@ -143,14 +80,31 @@ class Evaluation:
         self.config = config
         self.networks = networks
         self.usage = CodeUsage(codebook_size, num_groups, device) if codebook_size is not None else None
-        self.num_tokens = 0
-        self.original_features = FrechetStatistics(device=device) if networks.inception is not None else None
-        self.whole = Fidelity(networks, device)
-        self.prefixes = {groups: Fidelity(networks, device) for groups in range(1, num_groups) if config.prefixes}
+        self.sizes = Sizes()
+        first, *others = (PROTOCOLS[name] for name in config.protocols)
+        asked = asked_of(config, networks, device)
+        native = config.image_size == "native"
+        self.whole = Comparison(first, networks, asked, device, COMMON, networks.perceptual, whole_images=native)
+        asked = asked_of(config, networks)
+        self.others = {
+            p.name: Comparison(p, networks, asked, device, (), own_lpips(p.lpips, networks), whole_images=native)
+            for p in others
+        }
+        """By name, the protocols beside the first."""
+        curve = asked_of(config, networks, curve=True)
+        self.prefixes = {
+            groups: Fidelity(first, networks, curve, device, COMMON, networks.perceptual)
+            for groups in range(1, num_groups)
+            if config.prefixes
+        }
         """By k < G, of the reconstructions from the first k groups."""
-        self.reference = 0
         self.counts = no_counts(0, 0)
         """int64[G, K] over all ranks, once `result` was called; [0, 0] for continuous latents."""
+
+    @property
+    def needs_raw(self) -> bool:
+        """Whether `update` has to be given the raw images."""
+        return any(comparison.needs_raw for comparison in (self.whole, *self.others.values()))
 
     def update(
         self,
@@ -158,94 +112,115 @@ class Evaluation:
         reconstructions: Tensor,
         ids: Tensor | None,
         prefixes: Mapping[int, Tensor] | None = None,
+        *,
+        others: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        raw: Tensor | None = None,
+        places: Sequence[int] | None = None,
     ) -> Tensor:
-        """Take in uint8[B, 3, H, W] twice and their int64[B, N], if any; returns each image's PSNR, float64[B].
+        """Take in images as the first protocol crops them, uint8[B, 3, H, W], and what became of them.
 
-        `prefixes` holds for every k of `self.prefixes` the reconstructions from the first k groups.
+        Args:
+            reconstructions: float[B, 3, H, W] in [-1, 1], which each protocol rounds in its way, or uint8.
+            ids: int64[B, N]; None where there are none.
+            prefixes: for every k of `self.prefixes` the reconstructions from the first k groups.
+            others: originals and reconstructions of the protocols with another crop, by name.
+            raw: float[B, 3, 299, 299], the uncropped images as clean-fid resizes them, where a protocol refers to them.
+            places: of each image in the set; without them nothing is said of the use of codes at token budgets.
+
+        Returns:
+            Each image's PSNR, float64[B], inf where it equals its original.
+
+        Raises:
+            DataError, NumericError: shapes or types that do not fit, NaN or infinity.
         """
-        psnr = self.whole.update(originals, reconstructions)
+        psnr = self.whole.update(originals, reconstructions, raw)
+        for name, comparison in self.others.items():
+            pair = (others or {}).get(name, (originals, reconstructions))
+            comparison.update(*pair, raw)
         for groups, fidelity in self.prefixes.items():
             fidelity.update(originals, (prefixes or {})[groups])
+        tokens = 0
         if self.usage is not None and ids is not None:
-            self.usage.update(ids)
-            self.num_tokens = ids.shape[1]
-        if self.networks.inception is not None and self.original_features is not None:
-            self.original_features.update(self.networks.inception(originals))
-        self.reference = (self.reference + sum(map(pixel_digest, originals.cpu()))) % 2**256
+            self.usage.update(ids, start=places)
+            tokens = ids.shape[1]
+        self.sizes.update(originals.shape, tokens)
         return psnr
 
+    def sizes_of_all(self) -> Sizes:
+        """What the images measure, over all ranks, which all call it."""
+        sizes = Sizes()
+        for share in gather_objects(self.sizes):
+            sizes.add(share)
+        return sizes
+
     def result(self) -> dict[str, Any]:
-        """The content of `metrics.json`: numbers over all ranks, and in `not_computed` why others are absent."""
-        config, distortion = self.config, self.whole.distortion
-        shares = gather_objects((distortion.num_images, distortion.num_identical, self.reference, self.num_tokens))
-        num_images, num_identical, reference = (sum(share[i] for share in shares) for i in range(3))
-        self.num_tokens = max(share[3] for share in shares)  # a rank may have had no image
+        """The content of `metrics.json`: numbers over all ranks, and in `not_computed` why others are absent.
+
+        Raises:
+            DataError: there was no image.
+        """
+        config, sizes = self.config, self.sizes_of_all()
+        if not sizes.num_images:
+            raise DataError("there are no images to evaluate", "Check --images and --limit")
         not_computed = dict(self.networks.absent)
-        originals = self._reference_features(num_images, not_computed)
-        fidelity = self.whole.result(originals, config.protocol)
-        for name in ("psnr", "psnr_of_mean_mse", "psnr_y"):
-            if name not in fidelity:
-                not_computed[name] = "every reconstruction equals its original, so the PSNR is infinite"
+        compared = {
+            comparison.protocol.name: comparison.result(config, sizes.num_images, not_computed)
+            for comparison in (self.whole, *self.others.values())
+        }
+        main = compared[config.protocols[0]]
+        fidelity: dict[str, Any] = main.numbers(COMMON, self.networks.perceptual)
+        not_computed |= {key: INFINITE for key in COMMON if key.startswith("psnr") and key not in fidelity}
+        rfid = {name: found.distances["rfid"] for name, found in compared.items() if "rfid" in found.distances}
+        codes = self._code_numbers(self.usage, sizes, not_computed)
         return {
-            "protocol": config.protocol,
-            "num_images": num_images,
+            "protocol": config.protocols[0],
+            "num_images": sizes.num_images,
             "image_size": config.image_size,
-            "reference": f"{reference % 2**256:064x}",
-            "num_identical": num_identical,
-            "rfid": {},
+            "reference": main.reference,
+            "num_identical": main.num_identical,
             **fidelity,
-            **self._code_numbers(self.usage, not_computed),
-            **self._k_curve(self.usage, fidelity, originals),
+            "rfid": rfid,
+            **({"frechet": main.frechet} if main.frechet else {}),
+            "protocols": {name: found.to_table(config.image_size) for name, found in compared.items()},
+            **codes,
+            **self._k_curve(self.usage, codes, fidelity, rfid),
             "not_computed": not_computed,
             "weights": self.networks.sha256,
         }
 
-    def _code_numbers(self, usage: CodeUsage | None, not_computed: dict[str, str]) -> dict[str, Any]:
+    def _code_numbers(self, usage: CodeUsage | None, sizes: Sizes, not_computed: dict[str, str]) -> dict[str, Any]:
         if usage is None:
             not_computed |= dict.fromkeys(CODE_NUMBERS, "continuous latents: no ids")
             return {}
         self.counts = usage.merged()
-        return {
-            **usage_of(self.counts),
-            "num_tokens_per_image": self.num_tokens,
-            "bits_per_pixel": self._bits_per_pixel(usage, usage.num_groups),
-        }
+        numbers, reasons = usage.report(self.counts, sizes.pixels)
+        not_computed |= reasons
+        if sizes.mixed:
+            mean = round(sizes.tokens / sizes.num_images)
+            return numbers | {"num_tokens_per_image": mean, "mixed_sizes": MIXED}
+        return numbers | {"num_tokens_per_image": sizes.first[2] if sizes.first else 0}
 
     def _k_curve(
-        self, usage: CodeUsage | None, fidelity: dict[str, Any], originals: FrechetStatistics | None
+        self, usage: CodeUsage | None, codes: dict[str, Any], fidelity: dict[str, Any], rfid: Mapping[Any, float]
     ) -> dict[str, Any]:
         """`prefixes`: the same numbers from the first k groups, k = 1..G, the last row being the main numbers."""
         if usage is None or not self.prefixes:
             return {}
-        curve = {groups: prefix.result(originals, self.config.protocol) for groups, prefix in self.prefixes.items()}
-        curve[usage.num_groups] = fidelity
+        name, total = self.config.protocols[0], usage.num_groups
+        originals = self.whole.merged_originals if name in rfid else None
+        curve = {groups: prefix.numbers(name, originals) for groups, prefix in self.prefixes.items()}
+        curve[total] = fidelity | ({"rfid": {name: rfid[name]}} if name in rfid else {})
+        bits = codes["bits_per_pixel"]
         rows = [
-            {"groups": groups, "bits_per_pixel": self._bits_per_pixel(usage, groups), **numbers}
+            {"groups": groups, "bits_per_pixel": bits if groups == total else bits * groups / total, **numbers}
             for groups, numbers in curve.items()
         ]
         return {"prefixes": rows}
 
-    def _bits_per_pixel(self, usage: CodeUsage, groups: int) -> float:
-        size = self.config.image_size
-        return bits_per_pixel(self.num_tokens * groups // usage.num_groups, usage.codebook_size, size, size)
 
-    def _reference_features(self, num_images: int, not_computed: dict[str, str]) -> FrechetStatistics | None:
-        """The originals' statistics over all ranks, or None, with the reason, where rFID cannot be computed."""
-        if self.original_features is None:
-            return None
-        if num_images < self.config.fid_min_images:
-            not_computed["rfid"] = (
-                f"{num_images} images are fewer than the {self.config.fid_min_images} that a covariance of 2,048 "
-                "features needs. Use more images, or set eval.fid_min_images."
-            )
-            return None
-        return self.original_features.merged()
-
-
-def pixel_digest(image: Tensor) -> int:
-    """sha256 of one uint8[3, H, W] and its size, as an integer: sums of these identify a set of images in any order."""
-    header = "x".join(map(str, image.shape)).encode()
-    return int.from_bytes(hashlib.sha256(header + image.contiguous().numpy().tobytes()).digest(), "big")
+def own_lpips(key: str, networks: FeatureNetworks) -> dict[str, Any]:
+    """The LPIPS network of that key alone, where there is one."""
+    return {name: network for name, network in networks.perceptual.items() if name == key}
 
 
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any], keys: Sequence[str] = ()) -> str | None:

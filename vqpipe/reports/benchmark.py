@@ -17,6 +17,7 @@ SUBJECTS = {
     "train": "A training step",
     "tokenize": "Images to ids",
     "data": "From bytes to pixels and features",
+    "generate": "Generators: the loss, and ids drawn",
 }
 """Name -> heading, in the order of the page."""
 
@@ -201,6 +202,19 @@ def caption(case: Table) -> str:
         told.append(
             f"Large over small codebook: {facts['cost_of_k']:.2f} in wall time, {facts['cost_of_k_cpu']:.2f} in CPU"
             f" time; at most {facts['bound']} is wanted."
+        )
+    if "memory_over_plain" in facts:
+        told.append(
+            f"Peak memory, ours over plain: {facts['memory_over_plain']:.3f}; at most {facts['memory_wanted']} wanted."
+        )
+    if "largest_difference" in facts:
+        told.append(
+            f"Largest difference of loss or gradients, relative to the largest: {facts['largest_difference']:.1g}."
+        )
+    if "same_ids_as_whole" in facts:
+        told.append(
+            f"Same ids either way: {share(facts['same_ids_as_whole'])}; running the whole sequence for every id should"
+            f" take at least {facts['speed_wanted']:.0f} times as long."
         )
     if any("inertia_ratio" in row["extra"] for row in case["rows"]):
         told.append("Inertia: mean squared distance of a point to its centre.")

@@ -1,4 +1,4 @@
-"""What an evaluation found: the measures as people read them, a report read back, and the page of one tokenizer.
+"""What an evaluation found: its measures as people read them, protocol by protocol, and a report read back.
 
 Letters: G groups, K codes a group.
 """
@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
-from vqpipe.metrics.usage import MOST_COUNTERS, as_rows, from_rows, times_chosen
-from vqpipe.reports import page, pictures, plots, rates
+from vqpipe.metrics.usage import MOST_COUNTERS, as_rows, from_rows
 
 Row = Mapping[str, Any]
 
@@ -42,14 +41,24 @@ MEASURES = (
     Measure("utilization", "codes in use", "share chosen at least once over all images", "%", True, 1),
     Measure("perplexity", "perplexity", "exp of the entropy of the codes, mean over groups", "", True, 1),
     Measure("bits_per_pixel", "bits per pixel", "tokens x log2(codes) / pixels", "", None, 3),
+    Measure("lpips", "LPIPS", "lpips v0.1 on [-1, 1]", "", False, 3),
+    Measure("sfid", "sFID", "Frechet distance of spatial features", "", False),
+    Measure("kid", "KID", "mean over draws, torch-fidelity", "", False, 5),
+    Measure("precision", "precision", "share within the originals' third neighbours", "", True, 3),
+    Measure("recall", "recall", "share of the originals within the third neighbours", "", True, 3),
+    Measure("inception_score", "Inception Score", "over splits, torch-fidelity", "", True, 1),
+    Measure("bits_per_pixel_entropy", "bits per pixel, coded", "by each group's entropy (order 0)", "", None, 3),
     Measure("psnr_of_mean_mse", "PSNR of the mean error", "as MGVQ's released evaluation", "dB", True),
     Measure("psnr_y", "PSNR of luma", "BT.601 studio range, as VQGAN-LC's evaluation", "dB", True),
+    Measure("psnr_y_full", "PSNR of full-range luma", "pyiqa's default colour space", "dB", True),
     Measure("ssim_uniform7", "SSIM, uniform window 7", "scikit-image on uint8, as MGVQ's evaluation", "", True, 3),
+    Measure("ssim_y", "SSIM of luma", "Gaussian window, full range", "", True, 3),
+    Measure("ssim_range2", "SSIM, data range doubled", "as LlamaGen's evaluation; too high", "", True, 3),
 )
 NUM_HEADLINES = 8
 """The first measures are the page's headline, the others conventions to compare papers by."""
-MOST_MAPPED = 2**22
-"""Codes, over all groups, up to which the page draws each as a cell."""
+SET_DISTANCES = ("rfid", "sfid", "kid", "prc", "precision", "recall", "inception_score", "inception_score_of_originals")
+FRECHET = "Frechet distance over the extractor named; no FID"
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class Shown:
     original: bytes
     reconstruction: bytes
     psnr: float | None = None
+    why: Literal["spread", "worst", "best"] = "spread"
+    """Shown as one of those evenly spread over the set, or for its PSNR."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,13 @@ def open_evaluation(report: Artifact) -> Evaluated:
     log = report.file("training.jsonl").read_text(encoding="utf-8") if report.names("training.jsonl") else ""
     notes = metrics.get("pictures", [])
     shown = [
-        Shown(note["name"], report.file(f"{stem}-original.png").read_bytes(), again.read_bytes(), note["psnr"])
+        Shown(
+            note["name"],
+            report.file(f"{stem}-original.png").read_bytes(),
+            again.read_bytes(),
+            note["psnr"],
+            note.get("why", "spread"),
+        )
         for note in notes
         for stem in [f"pictures/{note['number']:02d}"]
         for again in [report.file(f"{stem}-reconstruction.png")]
@@ -108,7 +125,7 @@ def open_evaluation(report: Artifact) -> Evaluated:
         shown=shown,
         history=[json.loads(line) for line in log.splitlines()],
         lineage=report.lineage,
-        commands=[command_of(report)],
+        commands=metrics.pop("commands", None) or [command_of(report)],
     )
 
 
@@ -127,14 +144,71 @@ def counts_from_array(array: np.ndarray, tokenizer: Mapping[str, Any]) -> Tensor
     return from_rows(counts, num_groups, codebook_size) if num_groups * codebook_size > MOST_COUNTERS else counts
 
 
-def value_of(metrics: Mapping[str, Any], key: str) -> float | None:
+def by_protocol(metrics: Row) -> list[dict[str, Any]]:
+    """`metrics.json` once for each protocol it was measured by: that one's own numbers in the places of the first's.
+
+    `psnr`, `ssim`, `lpips`, `rfid` and distances between sets are the protocol's own, `reference` is the digest of its
+    crops, `conventions` says which formulas; what is said of codes, tokens and images is the same in all.
+    """
+    views = []
+    for name, own in (metrics.get("protocols") or {metrics["protocol"]: {}}).items():
+        first = name == metrics["protocol"]
+        shared = metrics if first else {key: value for key, value in metrics.items() if not of_pixels(key)}
+        view = {**shared, **own, **own.get("prc", {}), "protocol": name}
+        view |= {
+            "reference": own.get("reference_digest", metrics["reference"]),
+            "reference_kind": own.get("reference", ""),
+        }
+        view["rfid"] = {name: own["rfid"]} if "rfid" in own else metrics["rfid"] if first else {}
+        if first and not metrics.keys().isdisjoint(("lpips_alex", "lpips_vgg")):
+            view.pop("lpips", None)  # is one of them
+        views.append(view)
+    return views
+
+
+def of_pixels(key: str) -> bool:
+    """Whether a key of `metrics.json` depends on how a protocol crops and rounds."""
+    return key.startswith(("psnr", "ssim", "lpips")) or key in ("num_identical", "prefixes", "frechet", *SET_DISTANCES)
+
+
+def measures_of(*metrics: Row) -> list[Measure]:
+    """MEASURES, and the Frechet distances over extractors that any of these names."""
+    named = dict.fromkeys(name for each in metrics for name in each.get("frechet", {}))
+    return [*MEASURES, *(Measure(f"frechet {name}", f"Frechet, {name}", FRECHET, "", False) for name in named)]
+
+
+def value_of(metrics: Row, key: str) -> float | None:
     """A measure's number, or None where it was not computed."""
     if key == "rfid":
         return metrics["rfid"].get(metrics["protocol"])
     if key == "perplexity":
         groups = metrics.get("perplexity_per_group")
         return sum(groups) / len(groups) if groups else None
-    return metrics.get(key)
+    if key.startswith("frechet "):
+        return metrics.get("frechet", {}).get(key.removeprefix("frechet "))
+    value = metrics.get(key)
+    return value.get("mean") if isinstance(value, Mapping) else value
+
+
+def convention_of(measure: Measure, metrics: Row) -> str:
+    """By which formula, against what: as the protocol of these numbers fixes it."""
+    told = metrics.get("conventions", {}).get(measure.key)
+    if told is not None:
+        return str(told).partition(": ")[2] or str(told)
+    if measure.key == "rfid" and "resize" in metrics:
+        return f"against {metrics['reference_kind']}; {metrics['resize']}"
+    return measure.convention
+
+
+def size_in_words(metrics: Row) -> str:
+    """ "256 px", "2560 x 1440 px", or "their own size"."""
+    size = str(metrics["image_size"])
+    return "their own size" if size == "native" else f"{size.replace('x', ' x ')} px"
+
+
+def with_unit(measure: Measure) -> str:
+    """ "PSNR, dB": a measure at the head of a column."""
+    return f"{measure.label}, {measure.unit}" if measure.unit else measure.label
 
 
 def bits_first(measures: Iterable[Measure]) -> list[Measure]:
@@ -150,117 +224,6 @@ def written(measure: Measure, value: float | None, unit: bool = True) -> str:
     return f"{scaled:,.{measure.digits}f}" + (f" {measure.unit}" if unit and measure.unit else "")
 
 
-def evaluation_page(evaluated: Evaluated, title: str, footer: str = "") -> page.ReportPage:
-    """The page of one tokenizer: numbers, codes in use, pictures, plots, what is missing, where it came from."""
-    metrics = evaluated.metrics
-    present = [measure for measure in MEASURES if value_of(metrics, measure.key) is not None]
-    headline = [
-        page.Number(m.label, written(m, value_of(metrics, m.key), unit=False), m.unit, headline_note(m, evaluated))
-        for m in MEASURES[:NUM_HEADLINES]
-        if m in present
-    ]
-    table = [[m.label, written(m, value_of(metrics, m.key)), m.convention] for m in present]
-    sections: list[page.Section] = [
-        page.Numbers(f"{metrics['num_images']:,} images at {metrics['image_size']} px", headline)
-    ]
-    if evaluated.is_discrete:
-        maps, frequency = maps_of([evaluated]), plots.code_frequency(evaluated.counts)
-        sections.append(page.Maps("Which codes are in use", maps, MAP_CAPTION if maps else "", [frequency]))
-    if prefixes := metrics.get("prefixes"):
-        sections.append(prefix_table(prefixes, metrics))
-        sections.append(page.Plots("Quality against bits", rates.k_curves({evaluated.name: prefixes})))
-    if evaluated.shown:
-        triples = [triple(shown) for shown in evaluated.shown]
-        sections.append(page.Pictures("Originals and reconstructions", triples, ERROR_CAPTION))
-    if curves := plots.training_curves(evaluated.history):
-        sections.append(page.Plots("How it was trained", curves))
-    header = ["measure", "value", "convention"]
-    sections.append(page.Table("Every number, with its convention", header, table, prose=header[2:]))
-    if metrics["not_computed"]:
-        sections.append(page.Reasons("Left out, and why", metrics["not_computed"]))
-    sections.append(page.Lineage("Made from", [evaluated.lineage]))
-    sections.append(page.Commands("Make it again", evaluated.commands))
-    return page.ReportPage(title, subtitle(metrics), sections, footer)
-
-
-def prefix_table(prefixes: Sequence[Row], metrics: Mapping[str, Any]) -> page.Table:
-    """The k-curve in numbers: a row for each k."""
-    rows = [{"protocol": metrics["protocol"], "rfid": {}, **row} for row in prefixes]
-    shown = bits_first([measure for measure in MEASURES if measure.key in prefixes[-1]])
-    cells = [[str(row["groups"]), *(written(m, value_of(row, m.key)) for m in shown)] for row in rows]
-    caption = (
-        f"Each image was encoded once, then decoded from the first k of its {len(rows)} groups alone, the codes of the "
-        "others being zero, as in MGVQ's Table 6."
-    )
-    return page.Table("From the first groups only", ["groups", *(m.label for m in shown)], cells, caption)
-
-
-def command_of(artifact: Artifact) -> str:
-    """The command that published `artifact`."""
-    return shlex.join(["vqpipe", *artifact.manifest.provenance["command"][1:]])
-
-
-def headline_note(measure: Measure, evaluated: Evaluated) -> str:
-    """The small line under a headline number: of how many, by which convention."""
-    metrics, tokenizer = evaluated.metrics, evaluated.metrics["tokenizer"]
-    match measure.key:
-        case "utilization":
-            return f"{num_used(evaluated.counts):,} of {codes(tokenizer)}, over all images"
-        case "perplexity":
-            several = tokenizer["num_groups"] > 1
-            return f"of at most {tokenizer['codebook_size']:,}" + (", mean over groups" if several else "")
-        case "bits_per_pixel":
-            return f"{metrics['num_tokens_per_image']:,} tokens an image"
-        case "rfid":
-            return f"protocol {metrics['protocol']}, against the same crops"
-    return measure.convention
-
-
-MAP_CAPTION = (
-    "Each cell is one code, in the codebook's order. Dark: never chosen on these images. "
-    "The brighter, the more often chosen (logarithmic)."
-)
-
-ERROR_CAPTION = (
-    f"Error: mean over R, G and B; black for none, brightest from {pictures.ERROR_PEAK} of 255 grey levels on."
-)
-
-
-def maps_of(evaluations: Sequence[Evaluated]) -> list[page.Map]:
-    """The codebook of each tokenizer, a cell a code; of those whose codebook is small enough to be drawn."""
-    return [map_of(e) for e in evaluations if e.is_discrete and e.counts.numel() <= MOST_MAPPED]
-
-
-def map_of(evaluated: Evaluated) -> page.Map:
-    used, total = num_used(evaluated.counts), evaluated.counts.numel()
-    headline = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
-    alt = f"Codebook of {evaluated.name}, a cell a code: {headline}"
-    return page.Map(evaluated.name, pictures.data_uri(pictures.codebook_map(evaluated.counts)), headline, alt)
-
-
-def num_used(counts: Tensor) -> int:
-    """How many codes of all groups were chosen at least once."""
-    return sum(map(len, times_chosen(counts)))
-
-
-def triple(shown: Shown) -> page.Picture:
-    """Original, reconstruction, error."""
-    error = pictures.error_picture(pictures.from_png(shown.original), pictures.from_png(shown.reconstruction))
-    versions = [
-        page.Version("reconstruction", pictures.data_uri(shown.reconstruction), decibels(shown.psnr)),
-        page.Version("error", pictures.data_uri(error)),
-    ]
-    return page.Picture(shown.name, pictures.data_uri(shown.original), versions)
-
-
-def subtitle(metrics: Mapping[str, Any]) -> str:
-    tokenizer = metrics["tokenizer"]
-    what = f"{tokenizer['quantizer']} quantizer, {codes(tokenizer)}"
-    if tokenizer["codebook_size"] is None:
-        what = f"Continuous latents of {' x '.join(map(str, tokenizer['latent_shape']))}"
-    return f"{what}, downsample factor {tokenizer['downsample_factor']}. Protocol {metrics['protocol']}."
-
-
 def codes(tokenizer: Mapping[str, Any]) -> str:
     """ "4,096 codes", or "4 x 1,024 codes" with groups; "no codes" with continuous latents."""
     if tokenizer["codebook_size"] is None:
@@ -269,5 +232,6 @@ def codes(tokenizer: Mapping[str, Any]) -> str:
     return f"{groups}{tokenizer['codebook_size']:,} codes"
 
 
-def decibels(psnr: float | None) -> str:
-    return "" if psnr is None else f"{psnr:.1f} dB"
+def command_of(artifact: Artifact) -> str:
+    """The command that published `artifact`."""
+    return shlex.join(["vqpipe", *artifact.manifest.provenance["command"][1:]])

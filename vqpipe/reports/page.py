@@ -1,9 +1,11 @@
 """One HTML file that opens offline: everything inside it, nothing loaded, readable on a phone and in the dark.
 
 A page is a title and a list of sections; each kind of section is a dataclass here and a block of the same name in
-`page.html.j2`. All text is escaped by jinja2; what is marked safe is SVG drawn by `plots`.
+`page.html.j2`, which takes in `page.css` and `page.js`. All text is escaped by jinja2; what is marked safe is SVG drawn
+by `plots`. Without JavaScript everything is still there to read; sliders, the large view and copying need it.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +15,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vqpipe.reports.plots import Plot
+
+SIZE_HERE = "\0size of this file\0"
+"""Stands where the page tells its size, until it is known; no text of a page holds a NUL."""
+MOST_UNLISTED = 4
+"""Sections up to which a page has no table of contents."""
+MOST_OPEN = 18
+"""Sections up to which the table of contents stands open."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Numbers(Section):
     block = "numbers"
     title: str
     numbers: Sequence[Number]
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Table(Section):
     """Shown on request only."""
     prose: Sequence[str] = ()
     """Columns of words rather than numbers."""
+    spans: Sequence[tuple[str, int]] = ()
+    """A line over the header: (text, over how many columns), left to right."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +108,26 @@ class Version:
 
 @dataclass(frozen=True)
 class Picture:
-    """An original and its versions."""
+    """An original and its versions, all PNG files of one size; `original` is a data URI."""
 
     name: str
     original: str
     versions: Sequence[Version]
+    note: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), pixels, from the head of the PNG file: the page keeps the place of pictures to come."""
+        head = base64.b64decode(self.original.partition(",")[2][:32])
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
 @dataclass(frozen=True)
 class Pictures(Section):
-    """Originals beside their versions, and a slider that uncovers one under the other."""
+    """Originals beside their versions; a slider uncovers one under the other, and a large view shows every pixel.
+
+    All pictures of a section have the same versions, in the same order.
+    """
 
     block = "pictures"
     title: str
@@ -161,8 +183,14 @@ class ReportPage:
 
 
 def render(report: ReportPage) -> str:
-    """The page as one HTML document."""
-    return template().render(report=report)
+    """The page as one HTML document, which tells its own size at its foot."""
+    html = template().render(report=report, file_size=SIZE_HERE).lstrip()
+    return html.replace(SIZE_HERE, megabytes(len(html.encode())))
+
+
+def megabytes(num_bytes: int) -> str:
+    """A file size as text, never rounded down to nothing: 0.1 MB, 12.3 MB."""
+    return f"{max(num_bytes / 1e6, 0.1):,.1f} MB"
 
 
 @cache
@@ -175,5 +203,6 @@ def template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"most_unlisted": MOST_UNLISTED, "most_open": MOST_OPEN}
     environment.filters["svg"] = lambda plot: Markup(plot.svg)  # drawn by us, its text escaped by matplotlib
     return environment.get_template("page.html.j2")

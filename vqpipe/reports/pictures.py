@@ -38,6 +38,19 @@ def from_png(png: bytes) -> Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1)
 
 
+def png_size(png: bytes) -> tuple[int, int]:
+    """(width, height) of a PNG file, pixels; only its head is read."""
+    return Image.open(io.BytesIO(png)).size
+
+
+def cut_middle(png: bytes, most: int) -> bytes:
+    """The middle of a PNG file, at most `most` pixels wide and high, as PNG."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    width, height = min(image.width, most), min(image.height, most)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return encode_png(np.asarray(image.crop((left, top, left + width, top + height))))
+
+
 def data_uri(png: bytes) -> str:
     """A PNG file as a `data:` address, for pages that load nothing."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
@@ -75,10 +88,33 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
     return to_png(torch.cat(rows, dim=1))
 
 
+def contact_sheet(images: Tensor, columns: int = 8) -> bytes:
+    """uint8[N, 3, H, W], `columns` a row with a white line between -> PNG.
+
+    Raises:
+        DataError: no pictures.
+    """
+    if len(images) == 0:
+        raise DataError("a contact sheet needs pictures")
+    columns = min(columns, len(images))
+    padded = torch.nn.functional.pad(images.cpu(), (0, GAP, 0, GAP), value=255)
+    blank = torch.full_like(padded[:1], 255).expand(-len(images) % columns, -1, -1, -1)
+    rows = torch.cat([padded, blank]).unflatten(0, (-1, columns))  # [rows, columns, 3, H, W]
+    sheet = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return to_png(torch.nn.functional.pad(sheet, (GAP, 0, GAP, 0), value=255))
+
+
 def error_picture(original: Tensor, reconstruction: Tensor) -> bytes:
-    """Where a reconstruction errs: mean absolute error of R, G and B, 0 black to ERROR_PEAK bright, as PNG."""
+    """Where a reconstruction errs: mean absolute error of R, G and B, 0 black to ERROR_PEAK bright, as PNG.
+
+    The PNG has a palette of the 256 colours, one byte a pixel: a third of the size.
+    """
     error = (original.float() - reconstruction.float()).abs().mean(0).cpu().numpy()
-    return encode_png(in_colours(error / ERROR_PEAK, "inferno"))
+    drawn = Image.fromarray(places_in_table(error / ERROR_PEAK))
+    drawn.putpalette(colour_table("inferno").tobytes())
+    buffer = io.BytesIO()
+    drawn.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def codebook_map(counts: Tensor) -> bytes:
@@ -103,5 +139,14 @@ def codebook_map(counts: Tensor) -> bytes:
 
 def in_colours(values: np.ndarray, colour_map: str) -> np.ndarray:
     """Numbers in 0..1 (clipped) -> uint8[..., 3] by a matplotlib colour map."""
-    table = colormaps[colour_map](np.linspace(0, 1, 256), bytes=True)[:, :3]
-    return table[(np.clip(values, 0, 1) * 255).round().astype(np.uint8)]
+    return colour_table(colour_map)[places_in_table(values)]
+
+
+def colour_table(colour_map: str) -> np.ndarray:
+    """uint8[256, 3], the colours of a matplotlib colour map from its beginning to its end."""
+    return np.ascontiguousarray(colormaps[colour_map](np.linspace(0, 1, 256), bytes=True)[:, :3])
+
+
+def places_in_table(values: np.ndarray) -> np.ndarray:
+    """Numbers in 0..1 (clipped) -> uint8, rows of a colour table."""
+    return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)

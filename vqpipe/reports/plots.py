@@ -1,5 +1,9 @@
 """Plots as SVG that take the page's text colour, so that one drawing reads on white and on black.
 
+matplotlib rather than plotly: a plot is some 20 kB of SVG that any browser shows and prints, with JavaScript or
+without, and that goes into a paper as it is; plotly's offline script alone is several megabytes in every file. What a
+plot would tell under the pointer stands in a table beside it.
+
 Drawn on matplotlib Figures without pyplot: no display, no global state, the same bytes every time.
 """
 

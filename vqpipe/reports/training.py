@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from vqpipe.reports import page, plots
-from vqpipe.reports.evaluation import ERROR_CAPTION, MAP_CAPTION, Evaluated, Shown, codes, maps_of, triple
+from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
+from vqpipe.reports.evaluation import Evaluated, Shown, codes
+from vqpipe.reports.gallery import ERROR_CAPTION, joined, triples_of
 
 Row = Mapping[str, Any]
 MOST_OPEN = 12
@@ -94,8 +96,8 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
     if numbers := headline(run):
         yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
     if run.shown:
-        triples = [triple(shown) for shown in run.shown]
-        yield page.Pictures("Originals and reconstructions", triples, f"{run.shown_note} {ERROR_CAPTION}".strip())
+        caption = joined(run.shown_note, ERROR_CAPTION)
+        yield page.Pictures("Originals and reconstructions", triples_of(run.shown), caption)
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
     if run.counts is not None and run.counts.sum():

@@ -1,0 +1,352 @@
+"""The papers' analyses beside brute force on small sets, however the images are dealt, and on the page."""
+
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vqpipe.analysis import ANALYSES, Analysis, build, codes, embedding, patches, replacement
+from vqpipe.analysis.base import LeftOut, lot
+from vqpipe.data.transforms import to_float
+from vqpipe.errors import ConfigError
+from vqpipe.metrics.distortion import mean_squared_error, psnr_of
+from vqpipe.models import VqganConfig, build_autoencoder
+from vqpipe.quantizers import (
+    CvqConfig,
+    FsqConfig,
+    LcConfig,
+    MultiGroupConfig,
+    MultiScaleConfig,
+    QuantizerConfig,
+    ResidualConfig,
+    VqConfig,
+)
+from vqpipe.reports import page
+from vqpipe.tokenizer import Tokenizer
+
+LC = LcConfig(codebook_size=120, feature_dim=60, code_dim=4, codebook_init="uniform")
+GROUPS = MultiGroupConfig(num_groups=2, group=CvqConfig(codebook_size=60, code_dim=3, normalize=True))
+RESIDUAL = ResidualConfig(codebook_size=60, code_dim=4, depth=3)
+COSINE = VqConfig(codebook_size=60, code_dim=4, metric="cosine")
+SCALES = MultiScaleConfig(codebook_size=60, code_dim=4, scales=(1, 4))
+FSQ = FsqConfig(levels=(3, 3))
+KINDS: dict[str, QuantizerConfig] = {"lc": LC, "groups": GROUPS, "residual": RESIDUAL, "cosine": COSINE}
+SIDE = 16
+
+
+def tokenizer_of(quantizer: QuantizerConfig) -> Tokenizer:
+    torch.manual_seed(0)
+    config = VqganConfig(
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        patch_size=2,
+        num_res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+        quantizer=quantizer,
+    )
+    autoencoder = build_autoencoder(config)
+    autoencoder.match_start(torch.rand(16, 3, 32, 32) * 2 - 1)
+    return Tokenizer(autoencoder)
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    return {name: tokenizer_of(config) for name, config in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Ten images of flat quarters with noise, so that codes differ: uint8[10, 3, 16, 16]."""
+    random = torch.Generator().manual_seed(3)
+    quarters = torch.randint(0, 256, (10, 3, 2, 2), generator=random).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    return (quarters + torch.randint(-20, 20, quarters.shape, generator=random)).clamp(0, 255).to(torch.uint8)
+
+
+KEYS = [f"image-{number}" for number in range(10)]
+
+
+def look(analysis: Analysis, tokenizer: Tokenizer, images: Tensor, parts: Sequence[Sequence[int]]) -> Analysis:
+    for part in map(list, parts):
+        ids = tokenizer.encode(images[part])
+        again = tokenizer.decode(ids, (SIDE, SIDE))
+        analysis.update(images[part], again, ids, [KEYS[i] for i in part])
+    return analysis
+
+
+def one(name: str, tokenizer: Tokenizer, **options: Any) -> Analysis:
+    (analysis,) = build([name], tokenizer, **options)
+    return analysis
+
+
+@pytest.mark.parametrize("name", ["lc", "groups"])
+def test_each_token_becomes_the_kth_nearest_other_code(
+    name: str, tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizers[name]
+    monkeypatch.setattr(codes, "CODES_AT_ONCE", 500)  # a few codes a tile
+    analysis = look(one("replacement", tokenizer), tokenizer, images, [range(4), range(4, 10)])
+    result = analysis.result()
+    json.dumps(result)
+    ids = tokenizer.encode(images)
+    tables = [table.double() for table in codes.codebooks(tokenizer.autoencoder.quantizer)]
+    assert [row["k"] for row in result["rows"]] == [0, *(k for k in (1, 50, 100) if k < tokenizer.codebook_size)]
+    for row in result["rows"]:
+        replaced = ids.clone().view(10, -1, len(tables))
+        if row["k"]:
+            for group, table in enumerate(tables):
+                order = torch.cdist(table, table, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(-1)
+                replaced[..., group] = order.argsort(dim=1)[:, row["k"]][replaced[..., group]]
+        again = tokenizer.decode(replaced.view_as(ids), (SIDE, SIDE))
+        assert row["psnr"] == pytest.approx(float(psnr_of(mean_squared_error(images, again)).mean()), abs=1e-6)
+    assert result["num_images"] == 10
+
+
+def test_example_pictures_are_the_same_however_images_are_dealt(
+    tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizers["lc"]
+    once = look(one("replacement", tokenizer), tokenizer, images, [range(10)])
+    parts = [
+        look(one("replacement", tokenizer), tokenizer, images, [part]) for part in ([7, 2, 9], [0, 1, 3, 4, 5], [6, 8])
+    ]
+    shown = once.sections(once.result())[-1]
+    gathered = [part.examples for part in parts]  # type: ignore[attr-defined]
+    monkeypatch.setattr(replacement, "gather_objects", lambda value: gathered if isinstance(value, list) else [value])
+    dealt = parts[0].sections(parts[0].result())[-1]
+    assert isinstance(shown, page.Pictures)
+    assert isinstance(dealt, page.Pictures)
+    assert [picture.name for picture in shown.pictures] == sorted(KEYS, key=lot)[: replacement.NUM_EXAMPLES]
+    assert dealt.pictures == shown.pictures
+    assert [version.label for version in shown.pictures[0].versions][:2] == ["reconstruction", "1st nearest"]
+
+
+def test_lpips_is_measured_where_a_network_is_given(tokenizers: dict[str, Tokenizer], images: Tensor) -> None:
+    class Difference(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    tokenizer = tokenizers["cosine"]
+    given = look(one("replacement", tokenizer, perceptual={"lpips_alex": Difference()}), tokenizer, images, [[0, 1]])
+    result = given.result()
+    assert all(row["lpips_alex"] > 0 for row in result["rows"])
+    table = given.sections(result)[1]
+    assert isinstance(table, page.Table)
+    assert "LPIPS (AlexNet)" in table.header
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_patches_are_the_nearest_of_all_by_brute_force(
+    name: str, tokenizers: dict[str, Tokenizer], images: Tensor
+) -> None:
+    tokenizer = tokenizers[name]
+    analysis = look(one("patches", tokenizer), tokenizer, images, [range(3), range(3, 10)])
+    result = analysis.result()
+    json.dumps(result)
+    quantizer, factor = tokenizer.autoencoder.quantizer, tokenizer.downsample_factor
+    groups = codes.compared_groups(quantizer)
+    found: dict[tuple[int, int], list[tuple[float, str, int, Tensor]]] = {}
+    tables = codes.codebooks(quantizer)
+    for number, image in enumerate(images):
+        ids = tokenizer.encode(image[None]).view(4, 4, -1)
+        latent = tokenizer.autoencoder.latent(to_float(image[None]))[0]
+        wide = torch.nn.functional.pad(image.float()[None], (factor // 2,) * 4, mode="reflect")[0].to(torch.uint8)
+        for y, x, group in itertools.product(range(4), range(4), range(groups)):
+            vector = latent.chunk(groups)[group][:, y, x]
+            if name in ("groups", "cosine"):
+                vector = vector / vector.norm()
+            code = int(ids[y, x, group])
+            piece = wide[:, factor * y : factor * y + 2 * factor, factor * x : factor * x + 2 * factor]
+            distance = float((vector - tables[group][code]).norm())
+            found.setdefault((group, code), []).append((distance, lot(KEYS[number]), 4 * y + x, piece))
+    assert result["sheets"]
+    for sheet in result["sheets"]:
+        nearest = sorted(found[sheet["group"], sheet["code"]], key=lambda each: each[:3])[: patches.NEAREST]
+        assert sheet["times"] == len(found[sheet["group"], sheet["code"]])
+        assert sheet["distances"] == pytest.approx([each[0] for each in nearest], abs=1e-4)
+        assert isinstance(analysis, patches.Patches)
+        slot = sheet["group"] * len(analysis.watched) + int(analysis.row[sheet["code"]])
+        shown = torch.from_numpy(analysis.kept.of(np.array([slot])).pixels)
+        if len({round(each[0], 4) for each in nearest}) == len(nearest):  # no near tie that batches may round apart
+            assert torch.equal(shown, torch.stack([each[3] for each in nearest]))
+    for group in range(groups):
+        times = sorted((len(each) for (own, _), each in found.items() if own == group), reverse=True)
+        first = [sheet["times"] for sheet in result["sheets"] if sheet["group"] == group]
+        common = patches.NUM_COMMON // groups
+        assert first[:common] == times[:common]
+
+
+def test_patches_of_ranks_together_are_those_of_all_images(
+    tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizers["groups"]
+    singles = [[number] for number in range(10)]
+    once = look(one("patches", tokenizer), tokenizer, images, singles)
+    shares = [look(one("patches", tokenizer), tokenizer, images, part) for part in (singles[::2][::-1], singles[1::2])]
+    whole = once.result()
+    assert all(isinstance(share, patches.Patches) for share in shares)
+    counts = sum(share.usage.merged() for share in shares)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shares[0].usage, "merged", lambda: counts)  # type: ignore[attr-defined]
+    together: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        if isinstance(value, int):
+            return [value, 0]
+        slots = np.unique(np.concatenate([share.kept.slot for share in shares]))  # type: ignore[attr-defined]
+        together.extend(share.kept.of(slots) for share in shares)  # type: ignore[attr-defined]
+        return together
+
+    monkeypatch.setattr(patches, "gather_objects", gather)
+    dealt = shares[0].result()
+    assert dealt == whole
+    assert shares[0].sections(dealt) == once.sections(whole)
+
+
+def test_memory_of_patches_does_not_grow_and_a_large_codebook_is_sampled(
+    tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizers["lc"]
+    piece = 3 * 8 * 8
+    monkeypatch.setattr(patches, "MOST_BYTES", 30 * patches.NEAREST * piece)
+    analysis = one("patches", tokenizer)
+    assert isinstance(analysis, patches.Patches)
+    assert len(analysis.watched) == 30 < tokenizer.codebook_size
+    for _ in range(3):
+        look(analysis, tokenizer, images, [range(10)])
+        assert analysis.kept.pixels.nbytes <= patches.MOST_BYTES
+    result = analysis.result()
+    assert {sheet["code"] for sheet in result["sheets"]} <= set(analysis.watched.tolist())
+    (section,) = analysis.sections(result)
+    assert isinstance(section, page.Maps)
+    assert "Of 120 codes 30 were watched" in section.caption
+
+
+def test_codes_in_the_plane_are_marked_as_in_use_or_not(
+    tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed: list[tuple[int, ...]] = []
+
+    def instead(vectors: Tensor, seed: int) -> np.ndarray:
+        placed.append(tuple(vectors.shape))
+        return vectors[:, :2].numpy()
+
+    monkeypatch.setattr(embedding, "embedded", instead)
+    monkeypatch.setattr(embedding, "MOST_CODES", 100)
+    for name, shapes in {"lc": [(100, 60), (100, 4)], "groups": [(50, 3), (50, 3)], "cosine": [(60, 4)]}.items():
+        placed.clear()
+        tokenizer = tokenizers[name]
+        analysis = look(one("embedding", tokenizer, seed=5), tokenizer, images, [range(5), range(5, 10)])
+        assert isinstance(analysis, embedding.Embedding)
+        result = analysis.result()
+        json.dumps(result)
+        assert placed == shapes
+        ids = tokenizer.encode(images).view(-1, tokenizer.num_groups)
+        used = [set(column.tolist()) for column in ids.T]
+        assert result["active_per_group"] == [len(each) for each in used]
+        drawn = embedding.drawn(tokenizer.codebook_size, shapes[0][0], 5).tolist()
+        for _, group, _, active in analysis.maps:
+            assert active.tolist() == [code in used[group] for code in drawn]
+        (section,) = analysis.sections(result)
+        assert isinstance(section, page.Plots)
+        assert (
+            section.plots[0].title
+            == {
+                "lc": "Stored codes, before the projector",
+                "groups": "Codes, group 1",
+                "cosine": "Codes",
+            }[name]
+        )
+        assert ("drawn (seed 5)" in section.plots[0].caption) == (len(drawn) < tokenizer.codebook_size)
+
+
+@pytest.mark.slow
+def test_tsne_keeps_clusters_apart_and_is_the_same_each_time() -> None:
+    random = torch.Generator().manual_seed(0)
+    near, far = torch.randn(20, 60, generator=random), torch.randn(20, 60, generator=random) + 30
+    places = embedding.embedded(torch.cat([near, far]), seed=1)
+    assert isinstance(places, np.ndarray)
+    assert places.shape == (40, 2)
+    assert np.array_equal(places, embedding.embedded(torch.cat([near, far]), seed=1))
+    first, second = places[:20], places[20:]
+    radius = max(np.linalg.norm(half - half.mean(0), axis=1).max() for half in (first, second))
+    assert np.linalg.norm(first.mean(0) - second.mean(0)) > 2 * radius
+
+
+def test_codes_without_a_map_say_why() -> None:
+    assert embedding.embedded(torch.ones(20, 3), seed=0) == "the codes are all the same, or not finite"
+    assert "too few" in str(embedding.embedded(torch.randn(5, 3), seed=0))
+
+
+def test_the_code_itself_is_not_its_neighbour_even_among_equals() -> None:
+    table = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
+    near = codes.kth_nearest(torch.arange(4), table, [1, 2, 3])
+    assert near[:, 0].tolist()[:2] == [1, 0]
+    assert near[2].tolist()[0] == 3
+    assert all(code not in row for code, row in enumerate(near.tolist()))
+    assert near[0].tolist() == [1, 3, 2]
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_one_image_alone_fills_the_page(
+    name: str, tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "embedded", lambda vectors, seed: vectors[:, :2].numpy())
+    tokenizer = tokenizers["residual"]
+    analysis = look(one(name, tokenizer), tokenizer, images, [[4]])
+    result = analysis.result()
+    assert "not_computed" not in result
+    text = page.render(page.ReportPage("one", "image", analysis.sections(result)))
+    assert text.count("<section") == len(analysis.sections(result))
+
+
+def test_images_whose_tokens_lie_on_no_grid_are_counted_and_left_out(
+    tokenizers: dict[str, Tokenizer], images: Tensor
+) -> None:
+    tokenizer = tokenizers["lc"]
+    for name in ("replacement", "patches"):
+        analysis = one(name, tokenizer)
+        odd = images[:2, :, :15, :15]
+        analysis.update(odd, odd, tokenizer.encode(images[:2]), KEYS[:2])  # padded to 16
+        tiled = tokenizer.encode(images[:2]).repeat(1, 2)
+        analysis.update(images[:2], images[:2], tiled, KEYS[:2])
+        assert "padded, or in tiles" in analysis.result()["not_computed"]
+        look(analysis, tokenizer, images, [range(3)])
+        assert analysis.result()["num_without_layout"] == 4
+
+
+def test_what_says_nothing_is_left_out_with_its_reason(tokenizers: dict[str, Tokenizer]) -> None:
+    fsq, scales = tokenizer_of(FSQ), tokenizer_of(SCALES)
+    for analysis in build(list(ANALYSES), fsq):
+        assert isinstance(analysis, LeftOut)
+        result = analysis.result()
+        assert result == {"not_computed": "the fsq quantizer has no table of codes"}
+        (section,) = analysis.sections(result)
+        assert isinstance(section, page.Reasons)
+        assert section.reasons == {analysis.name: result["not_computed"]}
+    names = {type(analysis).__name__ for analysis in build(["patches", "replacement"], scales)}
+    assert names == {"LeftOut", "Replacement"}
+    assert build(["patches", "embedding", "patches"], tokenizers["lc"])[0].name == "embedding"  # the page's order
+    with pytest.raises(ConfigError, match="no analysis 'tsne'"):
+        build(["tsne"], fsq)
+
+
+def test_codes_at_several_scales_are_replaced_at_all_of_them(images: Tensor) -> None:
+    scales = tokenizer_of(SCALES)
+    result = look(one("replacement", scales), scales, images, [range(3)]).result()
+    assert [row["k"] for row in result["rows"]] == [0, 1, 50]
+
+
+def test_a_sheet_is_transparent_where_pieces_lack() -> None:
+    sheet = Image.open(io.BytesIO(patches.contact_sheet(np.full((2, 3, 8, 8), 7, np.uint8))))
+    alpha = np.array(sheet)[..., 3]
+    assert sheet.size == (248, 248)
+    assert (alpha[:80, :80] == 255).all()
+    assert (alpha[84:] == 0).all()
+    assert (np.array(sheet)[:80, 84:164, 0] == 7).all()

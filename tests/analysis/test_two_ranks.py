@@ -1,0 +1,73 @@
+"""Two ranks that share the images find what one process finds in all of them.
+
+Run as a script under torchrun, this file is what one rank does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vqpipe.analysis import ANALYSES, build
+from vqpipe.distributed import connect, rank, world_size
+from vqpipe.metrics.usage import CodeUsage
+from vqpipe.models import VqganConfig, build_autoencoder
+from vqpipe.quantizers import MultiGroupConfig, VqConfig
+from vqpipe.reports import page
+from vqpipe.tokenizer import Tokenizer
+
+
+def look() -> dict[str, Any]:
+    """Everything found in twelve images, of which each rank sees its share, one by one; on rank 0 the page too."""
+    torch.manual_seed(0)
+    groups = MultiGroupConfig(num_groups=2, group=VqConfig(codebook_size=60, code_dim=3))
+    model = build_autoencoder(
+        VqganConfig(quantizer=groups, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=16)
+    )
+    model.quantizer.match_codebook()
+    tokenizer = Tokenizer(model)
+    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+    usage, analyses = CodeUsage(60, 2), build(list(ANALYSES), tokenizer)
+    for place in range(rank(), len(images), world_size()):
+        own = images[place : place + 1]
+        ids = tokenizer.encode(own)
+        usage.update(ids, start=place)
+        for analysis in analyses:
+            analysis.update(own, tokenizer.decode(ids, (16, 16)), ids, [f"image-{place}"])
+    found: dict[str, Any] = {"usage": usage.report(usage.merged(), images[:, 0].numel())}
+    found |= {analysis.name: analysis.result() for analysis in analyses}
+    if rank() == 0:
+        parts = {analysis.name: analysis.sections(found[analysis.name]) for analysis in analyses}
+        assert len(parts.pop("embedding")) == 1  # t-SNE magnifies every rounding
+        sections = [section for part in parts.values() for section in part]
+        found["page"] = page.render(page.ReportPage("two ranks", "", sections))
+    return json.loads(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, __file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank-{number}.json").read_text()) for number in range(2))
+    alone = look()
+    for name, value in alone["usage"][0].items():
+        if name.startswith("joint"):  # a sum in another order
+            assert first["usage"][0][name] == pytest.approx(value)
+            first["usage"][0][name] = value
+    assert first.keys() == alone.keys()
+    assert [name for name in alone if first[name] != alone[name]] == []
+    assert [name for name in ANALYSES if second[name] != first[name]] == []
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with connect(torch.device("cpu")):
+        Path(f"{sys.argv[1]}/rank-{rank()}.json").write_text(json.dumps(look()))

@@ -1,0 +1,362 @@
+"""Report pages in a real browser: what is seen, by mouse, finger and keyboard, phone and desk, dark and light."""
+
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqpipe.reports import page
+from vqpipe.reports.benchmark import benchmark_page
+from vqpipe.reports.evaluation import Shown
+from vqpipe.reports.gallery import Room, triples_of
+from vqpipe.reports.pictures import to_png
+from vqpipe.reports.training import TrainingRun, training_page
+
+Open = Callable[..., Any]
+DESK = {"viewport": {"width": 1440, "height": 900}}
+PHONE = {"viewport": {"width": 375, "height": 812}, "has_touch": True, "is_mobile": True}
+
+# Every text's contrast with what lies under it (WCAG 2, colours blended where they are clear), lowest first.
+CONTRASTS = """() => {
+  const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
+  const light = (rgb) => rgb.slice(0, 3)
+    .map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const under = (node) => {
+    if (!node) return [255, 255, 255];
+    const own = parse(getComputedStyle(node).backgroundColor);
+    return own[3] === 1 ? own : over(own, under(node.parentElement));
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const text = [...node.childNodes].filter((n) => n.nodeType === 3).map((n) => n.textContent.trim()).join("");
+    if (!text || !node.checkVisibility() || node.closest("script, style, dialog:not([open])")) continue;
+    const style = getComputedStyle(node), ground = under(node);
+    const ink = over(parse(node.namespaceURI.endsWith("svg") ? style.fill : style.color), ground);
+    const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x);
+    found.push({ text: text.slice(0, 30), contrast: (a + 0.05) / (b + 0.05) });
+  }
+  return found.sort((a, b) => a.contrast - b.contrast);
+}"""
+
+
+def seen(where: Any) -> np.ndarray:
+    """What is on the screen of an element, without its frame and the words at its foot: int[H, W, 3]."""
+    pixels = np.asarray(Image.open(io.BytesIO(where.screenshot())).convert("RGB")).astype(int)
+    return pixels[8 : -pixels.shape[0] // 4, 8:-8]
+
+
+def reddish(pixels: np.ndarray) -> np.ndarray:
+    """Where the original (red over blue) is seen rather than its reconstruction, in one row: bool[W]."""
+    row = pixels[pixels.shape[0] // 4]
+    return row[:, 0] > row[:, 2]
+
+
+def all_images_loaded(opened: Any) -> bool:
+    script = "async () => { await Promise.all([...document.images].filter((i) => i.src).map((i) => i.decode())); "
+    script += "return [...document.images].filter((i) => i.src).every((i) => i.naturalWidth > 0); }"
+    return bool(opened.page.evaluate(script))
+
+
+def sideways(opened: Any) -> int:
+    """How many pixels wider than its window the page is."""
+    return int(opened.page.evaluate("() => document.documentElement.scrollWidth - innerWidth"))
+
+
+def test_the_line_moves_by_mouse_and_keys_and_what_is_seen_follows(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESK).page
+    slide = view.locator(".slide").first
+    slide.scroll_into_view_if_needed()
+    start = reddish(seen(slide))
+    assert 0.4 < start.mean() < 0.6
+    assert start[: len(start) // 3].all()
+    assert not start[-len(start) // 4 :].any()
+
+    box = slide.bounding_box()
+    view.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    view.mouse.down()
+    view.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2, steps=4)
+    view.mouse.up()
+    assert slide.get_attribute("aria-valuenow") == "80"
+    assert 0.75 < reddish(seen(slide)).mean() < 0.85
+    assert not view.locator("dialog[open]").count()  # a drag is no click
+
+    slide.focus()
+    for key, value in (("ArrowLeft", "78"), ("Home", "0"), ("ArrowRight", "2"), ("PageUp", "12"), ("End", "100")):
+        view.keyboard.press(key)
+        assert slide.get_attribute("aria-valuenow") == value
+    assert reddish(seen(slide)).all()
+    assert "100 % original" in slide.get_attribute("aria-valuetext")
+    view.keyboard.press("Home")
+    assert not reddish(seen(slide)).any()
+
+
+@pytest.mark.slow
+def test_the_error_takes_the_place_of_the_reconstruction(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESK).page
+    slides, gallery = view.locator(".slide"), view.locator(".gallery").first
+    slides.first.press("Home")
+    before = seen(slides.first)
+    view.locator(".card .version[data-label=error]").nth(1).click()  # of the second card alone
+    assert np.array_equal(seen(slides.first), before)
+    gallery.locator(".choices button", has_text="error").click()
+    assert abs(seen(slides.first) - before).mean() > 20
+    assert gallery.locator(".version[aria-pressed=true]").count() == 3
+    assert {each.get_attribute("data-label") for each in gallery.locator(".version[aria-pressed=true]").all()} == {
+        "error"
+    }
+    gallery.locator(".choices button", has_text="reconstruction").click()
+    assert np.array_equal(seen(slides.first), before)
+
+
+def test_the_large_view_opens_zooms_goes_on_and_closes_by_keys(open_page: Open, evaluation_html: str) -> None:
+    opened = open_page(evaluation_html, **DESK)
+    view, large = opened.page, opened.page.locator("dialog.large")
+    first = view.locator(".slide").first
+    first.focus()
+    view.keyboard.press("Enter")
+    assert large.get_attribute("open") is not None
+    what, scale, sheet = large.locator(".what"), large.locator(".scale"), large.locator(".sheet")
+    assert what.inner_text() == "meadow · 12.5 dB"
+    fitted = scale.inner_text()
+    view.keyboard.press("1")
+    assert scale.inner_text() == "100 %"
+    assert sheet.bounding_box()["width"] == 64
+    view.keyboard.press("+")
+    assert scale.inner_text() == "150 %"
+    assert sheet.evaluate("(node) => getComputedStyle(node.querySelector('.after')).imageRendering") == "pixelated"
+    view.keyboard.press("-")
+    view.keyboard.press("-")
+    assert sheet.evaluate("(node) => getComputedStyle(node.querySelector('.after')).imageRendering") == "auto"
+    left = sheet.bounding_box()["x"]
+    view.keyboard.press("Shift+ArrowLeft")
+    assert sheet.bounding_box()["x"] == left + 60
+    view.keyboard.press("0")
+    assert scale.inner_text() == fitted
+
+    view.keyboard.press("ArrowRight")
+    assert what.inner_text().startswith("harbour")
+    view.keyboard.press("ArrowLeft")
+    view.keyboard.press("ArrowLeft")
+    assert what.inner_text().startswith("stairs")  # round the corner, within its section
+
+    field = large.locator(".field")
+    middle = slice(200, 300)
+    view.keyboard.press(" ")  # error
+    view.keyboard.press(" ")  # the original alone
+    assert large.locator(".choices button[aria-pressed=true]").inner_text() == "original"
+    shown = seen(field)[middle]
+    assert (shown[..., 0] > shown[..., 2])[:, 500:900].all()
+    view.keyboard.press(" ")
+    handle = large.locator(".handle")
+    handle.press("Home")
+    assert handle.get_attribute("aria-valuenow") == "0"
+    shown = seen(field)[middle]
+    assert (shown[..., 0] < shown[..., 2])[:, 500:900].all()
+
+    view.keyboard.press("Escape")
+    assert large.get_attribute("open") is None
+    assert view.evaluate("() => document.activeElement.getAttribute('aria-label')").startswith("stairs")
+    assert opened.complaints == []
+
+
+@pytest.mark.slow
+def test_the_large_view_by_mouse_is_dragged_wheeled_and_divided(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESK).page
+    view.locator(".slide").nth(1).click()
+    sheet, handle = view.locator(".sheet"), view.locator(".handle")
+    assert view.locator(".what").inner_text().startswith("harbour")
+    before, grip = sheet.bounding_box(), handle.bounding_box()
+    view.mouse.move(300, 400)
+    view.mouse.down()
+    view.mouse.move(340, 430, steps=3)
+    view.mouse.up()
+    after = sheet.bounding_box()
+    assert (after["x"] - before["x"], after["y"] - before["y"]) == pytest.approx((40, 30), abs=0.1)
+    view.mouse.wheel(0, -100)
+    assert sheet.bounding_box()["width"] == pytest.approx(before["width"] * np.exp(0.25), rel=0.01)
+    view.keyboard.press("0")
+    view.mouse.move(grip["x"] + grip["width"] / 2, grip["y"] + grip["height"] / 2)
+    view.mouse.down()
+    view.mouse.move(before["x"] + before["width"] / 4, 400, steps=3)
+    view.mouse.up()
+    assert handle.get_attribute("aria-valuenow") == "25"
+    view.locator("dialog .close").click()
+    assert not view.locator("dialog[open]").count()
+
+
+def test_a_phone_has_all_of_it_within_its_width(open_page: Open, evaluation_html: str) -> None:
+    opened = open_page(evaluation_html, **PHONE)
+    view = opened.page
+    assert sideways(opened) == 0
+    slide = view.locator(".slide").first
+    slide.scroll_into_view_if_needed()
+    box = slide.bounding_box()
+    finger = view.context.new_cdp_session(view)
+    for kind, share in (
+        ("touchStart", 0.5),
+        ("touchMove", 0.4),
+        ("touchMove", 0.3),
+        ("touchMove", 0.2),
+        ("touchEnd", None),
+    ):
+        points = [] if share is None else [{"x": box["x"] + box["width"] * share, "y": box["y"] + box["height"] / 2}]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    assert slide.get_attribute("aria-valuenow") == "20"
+    assert not view.locator("dialog[open]").count()
+    slide.tap()
+    assert view.locator("dialog[open]").count() == 1
+    for each in view.locator("dialog button:visible").all():
+        place = each.bounding_box()
+        assert place["x"] >= 0
+        assert place["x"] + place["width"] <= 375
+    assert (opened.complaints, opened.requests[1:]) == ([], [])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out(open_page: Open, evaluation_html: str, scheme: str) -> None:
+    opened = open_page(evaluation_html, color_scheme=scheme, **DESK)
+    texts = opened.page.evaluate(CONTRASTS)
+    assert len(texts) > 100
+    assert texts[0]["contrast"] >= 4.5, texts[:5]
+    dark = (
+        sum(map(int, opened.page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g)")))
+        < 200
+    )
+    assert dark == (scheme == "dark")
+
+
+def test_nothing_is_asked_of_the_network_and_everything_loads(open_page: Open, evaluation_html: str) -> None:
+    opened = open_page(evaluation_html, **DESK)
+    assert all_images_loaded(opened)
+    assert opened.page.locator(".slide .after").count() == 5
+    assert [address for address in opened.requests if not address.startswith("data:")] == [opened.page.url]
+    assert opened.complaints == []
+    sections = opened.page.locator("h2").all_inner_texts()
+    assert sections.index("The worst images") < sections.index("The best images")
+
+
+def test_a_command_is_copied_whole_with_and_without_a_clipboard(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESK).page
+    read = "() => navigator.clipboard.readText()"
+    buttons = view.locator(".copy")
+    buttons.nth(1).click()
+    buttons.nth(1).filter(has_text="Copied").wait_for()
+    assert view.evaluate(read) == "vqpipe eval --images 'my photos' --tokenizer lc --out DIR"
+    view.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
+    buttons.nth(0).click()
+    buttons.nth(0).filter(has_text="Copied").wait_for()
+    assert view.evaluate(read).startswith("vqpipe train --preset mgvq-f16-g4")
+
+
+@pytest.mark.slow
+def test_light_and_dark_can_be_chosen(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, color_scheme="light", **DESK).page
+    grounds = []
+    for _ in range(3):
+        grounds.append(view.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+        view.locator(".theme").click()
+    assert grounds[0] == grounds[2] != grounds[1]
+    assert view.locator(".theme").inner_text() == "Auto"
+
+
+@pytest.mark.slow
+def test_paper_and_those_who_want_no_motion_are_served(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, color_scheme="dark", reduced_motion="reduce", **DESK).page
+    assert view.evaluate("() => getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+    view.emulate_media(media="print")
+    assert view.locator(".frame:visible, .copy:visible, nav:visible, .hint:visible").count() == 0
+    assert view.locator(".triple img:visible").count() == 15
+    assert view.evaluate("() => getComputedStyle(document.body).color") == "rgb(27, 31, 39)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [DESK, PHONE])
+def test_a_comparison_keeps_to_the_same_rules(open_page: Open, comparison_html: str, how: dict[str, Any]) -> None:
+    for scheme in ("light", "dark"):
+        opened = open_page(comparison_html, color_scheme=scheme, **how)
+        assert all_images_loaded(opened)
+        assert sideways(opened) == 0
+        assert (opened.complaints, opened.requests[1:]) == ([], [])
+        assert opened.page.evaluate(CONTRASTS)[0]["contrast"] >= 4.5
+    view = opened.page
+    slide = view.locator(".slide").first
+    slide.press("Home")
+    before = seen(slide)
+    view.locator(".gallery").first.locator(".choices button", has_text="fc").click()
+    assert view.locator(".gallery").first.locator(".version[data-label=fc][aria-pressed=true]").count() == 5
+    assert (seen(slide) - before)[..., 1].mean() > 30  # greener
+
+
+@pytest.mark.slow
+def test_a_run_and_a_benchmark_keep_to_the_same_rules(open_page: Open) -> None:
+    rows = [{"step": i, "images_seen": 8 * i, "loss/total": 1 / i, "psnr": 15.0 + i} for i in (1, 2, 3)]
+    image = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8)
+    run = TrainingRun(
+        name="run",
+        tokenizer={"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2},
+        step=3,
+        steps=9,
+        rows=rows,
+        shown=[Shown("noise", to_png(image), to_png(image.flip(1)), 9.0)],
+        counts=torch.randint(0, 3, (1, 64)),
+        command="vqpipe train",
+    )
+    case: dict[str, Any] = {
+        "title": "search 4,096 codes",
+        "unit": "vectors",
+        "facts": {},
+        "load": 0.5,
+        "not_run": {"faiss": "not installed"},
+        "rows": [
+            {
+                "name": name,
+                "ours": name == "ours",
+                "exact": True,
+                "version": "1",
+                "rounds": 3,
+                "note": "float32",
+                "wall_ms": 10.0 + i,
+                "wall_min_ms": 9.0,
+                "cpu_ms": 12.0,
+                "ratio_wall": 1.0 + i,
+                "ratio_cpu": 1.0,
+                "peak_mb": 3.0,
+                "same_ids": 1.0,
+                "rate": 1000.0,
+                "extra": {},
+            }
+            for i, name in enumerate(("ours", "naive expansion"))
+        ],
+    }
+    measured = {
+        "subjects": {"search": [case]},
+        "settings": {"quick": False},
+        "machine": {"cpu": "a processor", "threads": 1, "cpus": 2, "instructions": "avx2"},
+        "versions": {"torch": "2"},
+    }
+    for report in (training_page(run, "footer"), benchmark_page(measured, "vqpipe bench")):
+        for how in (DESK, PHONE):
+            opened = open_page(page.render(report), color_scheme="dark", **how)
+            assert all_images_loaded(opened)
+            assert sideways(opened) == 0
+            assert (opened.complaints, opened.requests[1:]) == ([], [])
+            assert opened.page.evaluate(CONTRASTS)[0]["contrast"] >= 4.5
+
+
+@pytest.mark.slow
+def test_sixty_pictures_are_all_there(open_page: Open) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 255, (60, 3, 128, 128), dtype=torch.uint8, generator=generator)
+    shown = [Shown(f"noise {i}", to_png(image), to_png(image.roll(1, 1)), 10.0) for i, image in enumerate(noise)]
+    html = page.render(page.ReportPage("many", "", [page.Pictures("Noise", triples_of(shown, Room()))]))
+    opened = open_page(html, **DESK)
+    assert all_images_loaded(opened)
+    assert opened.page.locator(".slide").count() == 60
+    assert json.dumps(opened.complaints) == "[]"

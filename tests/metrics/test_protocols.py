@@ -1,0 +1,48 @@
+"""What protocols fix, and how reconstructions become the pixels that they look at."""
+
+import pytest
+import torch
+
+from vqpipe.data.transforms import to_uint8
+from vqpipe.errors import DataError, NumericError
+from vqpipe.metrics.distortion import CONVENTIONS
+from vqpipe.metrics.protocols import PROTOCOLS, grey_levels, stored
+
+
+def test_every_protocol_names_conventions_and_says_all_it_fixes() -> None:
+    for name, protocol in PROTOCOLS.items():
+        table = protocol.to_table(256)
+        assert protocol.name == name
+        assert {protocol.psnr, protocol.ssim, protocol.lpips} <= CONVENTIONS.keys()
+        assert table.keys() == {"crop", "reference", "rounding", "resize", "extractor", "conventions"}
+        assert table["conventions"].keys() == {"psnr", "ssim", "lpips"}
+
+
+def test_crops_by_size() -> None:
+    rules = {name: protocol.crop_rule(256) for name, protocol in PROTOCOLS.items()}
+    assert rules == {"adm": "adm", "cleanfid-matched": "cover", "cleanfid-rawval": "linear"}
+    assert {protocol.crop_rule("2560x1440") for protocol in PROTOCOLS.values()} == {"cover"}
+    assert {protocol.crop_rule("native") for protocol in PROTOCOLS.values()} == {"native"}
+    assert PROTOCOLS["cleanfid-rawval"].to_table("native")["reference"] == "the same crops"
+
+
+def test_rounding_is_that_of_stored_images_and_truncating_never_above_it() -> None:
+    images = torch.linspace(-1.2, 1.2, 3 * 64).view(1, 3, 8, 8)
+    levels = grey_levels(images)
+    rounded, truncated = stored(levels, "round"), stored(levels, "truncate")
+    assert torch.equal(rounded, to_uint8(images))
+    assert torch.equal(truncated, ((images + 1) * 127.5).clamp(0, 255).floor().to(torch.uint8))
+    assert set((rounded.int() - truncated.int()).unique().tolist()) == {0, 1}
+
+
+def test_eight_bits_stay_as_they_are_in_every_protocol() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(stored(grey_levels(images), "truncate"), images)
+    assert torch.equal(stored(grey_levels(images), "round"), images)
+
+
+def test_nan_and_integers_are_refused() -> None:
+    with pytest.raises(NumericError, match="NaN"):
+        grey_levels(torch.tensor([0.0, float("nan")]))
+    with pytest.raises(DataError, match="int64"):
+        grey_levels(torch.zeros(2, dtype=torch.int64))

@@ -1,0 +1,149 @@
+"""Which numbers may share a table, and under what names."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from vqpipe.errors import ArtifactError
+from vqpipe.reports import page
+from vqpipe.reports.comparison import comparison_page
+from vqpipe.reports.evaluation import Evaluated, by_protocol, convention_of, measures_of, size_in_words, value_of
+from vqpipe.reports.evaluation_page import evaluation_page
+from vqpipe.reports.grouping import distinct, named_groups, refuse_unlike
+
+TOKENIZER = {"quantizer": "vq", "codebook_size": 4, "num_groups": 1, "downsample_factor": 8}
+RAW = {
+    "psnr": 27.5,
+    "rfid": 9.0,
+    "kid": {"mean": 0.01, "std": 0.002},
+    "prc": {"precision": 0.75, "recall": 0.5, "k": 3},
+    "reference": "the raw images",
+    "reference_digest": "linear",
+    "resize": "PIL bicubic",
+    "conventions": {"psnr": "psnr_y_float: studio luma"},
+}
+
+
+def evaluated(
+    name: str = "lc", images: str = "photos", protocols: dict[str, Any] | None = None, **more: Any
+) -> Evaluated:
+    metrics = {
+        "protocol": "adm",
+        "num_images": 50,
+        "image_size": 256,
+        "reference": images,
+        "psnr": 21.0,
+        "rfid": {},
+        "utilization": 0.5,
+        "utilization_per_group": [0.5],
+        "perplexity_per_group": [2.0],
+        "bits_per_pixel": 0.1,
+        "num_tokens_per_image": 16,
+        "not_computed": {},
+        "tokenizer": TOKENIZER,
+        "psnr_y": 24.0,
+    } | more
+    if protocols is not None:
+        metrics["protocols"] = protocols
+    leaf = {"kind": "data", "name": images, "content": images, "inputs": {}}
+    lineage = {
+        "kind": "report",
+        "name": "r",
+        "content": "",
+        "inputs": {"images": leaf, "tokenizer": {"kind": "tokenizer", "name": name, "content": name, "inputs": {}}},
+    }
+    return Evaluated(name, metrics, torch.tensor([[5, 3, 0, 0]]), lineage=lineage, commands=["vqpipe eval"])
+
+
+def test_each_protocol_sees_its_own_numbers_alone() -> None:
+    both = evaluated(protocols={"adm": {"psnr": 21.0}, "cleanfid-rawval": RAW}, rfid={"adm": 3.0}, lpips_alex=0.2)
+    adm, raw = by_protocol(both.metrics)
+    assert [value_of(adm, key) for key in ("psnr", "rfid", "psnr_y", "lpips_alex", "kid")] == [
+        21.0,
+        3.0,
+        24.0,
+        0.2,
+        None,
+    ]
+    assert [value_of(raw, key) for key in ("psnr", "rfid", "psnr_y", "lpips_alex", "kid")] == [
+        27.5,
+        9.0,
+        None,
+        None,
+        0.01,
+    ]
+    assert (value_of(raw, "precision"), value_of(raw, "recall"), raw["reference"]) == (0.75, 0.5, "linear")
+    by_key = {measure.key: measure for measure in measures_of(raw)}
+    assert convention_of(by_key["psnr"], raw) == "studio luma"
+    assert convention_of(by_key["rfid"], raw) == "against the raw images; PIL bicubic"
+    assert value_of(raw, "utilization") == 0.5
+
+
+def test_a_report_without_protocols_of_their_own_is_seen_as_it_is() -> None:
+    (view,) = by_protocol(evaluated(rfid={"adm": 2.5}).metrics)
+    assert (view["protocol"], value_of(view, "rfid"), view["reference"]) == ("adm", 2.5, "photos")
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(256, "256 px"), ("2560x1440", "2560 x 1440 px"), ("native", "their own size")]
+)
+def test_sizes_in_words(size: int | str, words: str) -> None:
+    assert size_in_words({"image_size": size}) == words
+
+
+def test_numbers_of_two_protocols_never_share_a_column() -> None:
+    both = {"adm": {"psnr": 21.0}, "cleanfid-rawval": RAW}
+    html = page.render(comparison_page([evaluated("a", protocols=both), evaluated("b", protocols=both)], "a and b"))
+    tables = [part.partition("</table>")[0] for part in html.split("<table>")[1:]]
+    assert [("21.00" in table, "27.50" in table) for table in tables[:2]] == [(True, False), (False, True)]
+    assert not [table for table in tables if "21.00" in table and "27.50" in table]
+    single = page.render(evaluation_page(evaluated("a", protocols=both), "a"))
+    beside = next(part for part in single.split("<table>") if "here, adm" in part).partition("</table>")[0]
+    row = beside.partition("PSNR, dB</th>")[2].partition("</tr>")[0]
+    assert row.index("21.00") < row.index("27.50")  # in the columns of their protocols
+    assert beside.index("here, adm") < beside.index("here, cleanfid-rawval")
+
+
+def test_reports_group_by_what_they_share_and_sets_are_told_apart() -> None:
+    several = [evaluated("a"), evaluated("b"), evaluated("a", "faces"), evaluated("b", "faces"), evaluated("c")]
+    refuse_unlike(several, list("abcde"))
+    groups = named_groups(several)
+    assert [(group.images, [each.name for each in group.members]) for group in groups] == [
+        ("photos", ["a", "b", "c"]),
+        ("faces", ["a", "b"]),
+    ]
+    resized = named_groups([evaluated("a"), evaluated("a", image_size=512, reference="larger")])
+    assert [group.images for group in resized] == ["photos, 256 px", "photos, 512 px"]
+    fewer = named_groups([evaluated("a"), evaluated("a", num_images=9, reference="few")])
+    assert [group.images for group in fewer] == ["photos, 256 px, 50 images", "photos, 256 px, 9 images"]
+
+
+def test_a_report_that_shares_nothing_is_refused_by_name() -> None:
+    with pytest.raises(ArtifactError, match="one and two cannot be compared: their reference differs"):
+        refuse_unlike([evaluated("a"), evaluated("b", "faces")], ["one", "two"])
+    with pytest.raises(ArtifactError, match=r"one and three cannot be compared.*three shares neither"):
+        refuse_unlike([evaluated("a"), evaluated("b"), evaluated("c", "faces")], ["one", "two", "three"])
+    refuse_unlike([evaluated("a"), evaluated("a", "faces")], ["one", "two"])  # the tokenizer is shared
+
+
+def test_tokenizers_on_several_sets_stand_as_in_mgvqs_tables() -> None:
+    several = [evaluated("a", rfid={"adm": 4.0}), evaluated("b", rfid={"adm": 3.0}, psnr=22.0)]
+    several += [evaluated("a", "faces", rfid={"adm": 8.0}, psnr=25.0)]
+    html = page.render(comparison_page(several, "a and b"))
+    table = html.partition("<table>")[2].partition("</table>")[0]
+    assert '<th scope="colgroup" colspan="2">photos</th><th scope="colgroup" colspan="2">faces</th>' in table
+    rows = [row.partition("</tr>")[0] for row in table.partition("<tbody>")[2].split("<tr>")[1:]]
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in rows]
+    assert cells == [["4.00", "21.00", "8.00", "25.00"], ["3.00", "22.00", "–", "–"]]
+    assert rows[1].count('class="best"') == 2
+    assert rows[0].count('class="best"') == 0
+
+
+def test_names_differ_where_tokenizers_do() -> None:
+    same = [evaluated("a"), evaluated("a")]
+    assert [each.name for each in distinct(same, ["x", "y"])] == ["x", "y"]
+    assert [each.name for each in distinct(same, ["x", "x"])] == ["1: a", "2: a"]
+    two_sets = [evaluated("a"), evaluated("b"), evaluated("a", "faces")]
+    assert [each.name for each in distinct(two_sets, ["x", "y", "z"])] == ["a", "b", "a"]

@@ -1,0 +1,54 @@
+"""Looks at a tokenizer that one number does not give, streamed beside an evaluation; each has a name and a picture."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from vqpipe.analysis.base import Analysis, LeftOut, Subject
+from vqpipe.analysis.embedding import Embedding
+from vqpipe.analysis.patches import Patches
+from vqpipe.analysis.replacement import Replacement
+from vqpipe.continuous import ContinuousAutoencoder
+from vqpipe.errors import ConfigError
+from vqpipe.tokenizer import Tokenizer
+
+ANALYSES: dict[str, type[Analysis]] = {each.name: each for each in (Replacement, Embedding, Patches)}
+"""By name, in the order of the page."""
+
+__all__ = ["ANALYSES", "Analysis", "build"]
+
+
+def build(
+    names: Sequence[str],
+    tokenizer: Tokenizer | ContinuousAutoencoder,
+    *,
+    perceptual: Mapping[str, nn.Module] | None = None,
+    seed: int = 0,
+) -> list[Analysis]:
+    """The analyses of these names, each once, in the order of ANALYSES.
+
+    One that says nothing about this tokenizer (of a quantizer without a codebook, say) is there all the same: it looks
+    at nothing, and its result and its section are the reason.
+
+    Args:
+        perceptual: LPIPS networks by key, on the tokenizer's device, for the analyses that measure distortion.
+        seed: of the codes that are drawn where all are too many.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    for name in names:
+        if name not in ANALYSES:
+            raise ConfigError(f"there is no analysis {name!r}", f"Choose from {', '.join(ANALYSES)}")
+    return [build_one(name, tokenizer, perceptual or {}, seed) for name in ANALYSES if name in names]
+
+
+def build_one(
+    name: str, tokenizer: Tokenizer | ContinuousAutoencoder, perceptual: Mapping[str, nn.Module], seed: int
+) -> Analysis:
+    if isinstance(tokenizer, ContinuousAutoencoder):
+        return LeftOut(name, "continuous latents: there are no codes")
+    try:
+        return ANALYSES[name](Subject(tokenizer, perceptual, seed))
+    except ConfigError as error:
+        return LeftOut(name, error.what)

@@ -1,0 +1,60 @@
+"""Section [eval]."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vqpipe.errors import ConfigError
+from vqpipe.metrics.protocols import Name
+
+SetMetric = Literal["kid", "prc", "sfid", "is"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Section [eval]: how a tokenizer is measured."""
+
+    protocol: tuple[Name, ...] | Name = "adm"
+    """Which conventions fix crop, reference, rounding, resize and formulas (see `protocols`); one, or several at once.
+    The first gives the headline numbers."""
+    image_size: int | str = 256
+    """Side of the square centre crops, pixels; "2560x1440" (width x height) for rectangles; "native": whole images."""
+    tile: int | None = None
+    """Images with a longer side go through in overlapping tiles of this side, pixels: bounds memory, and is another
+    reconstruction than in one piece. None: always in one piece."""
+    batch_size: int = 32
+    """Images a rank reconstructs at once; 1 with native sizes and with tiles."""
+    max_skipped: float = 0.0
+    """Largest share of unreadable images before the evaluation is refused, 0..1."""
+    fid_min_images: int = 2049
+    """Fewer images than this leave rfid out: below the 2,048 feature dimensions the covariance has no full rank."""
+    metrics: tuple[SetMetric, ...] = ()
+    """More of what Inception's features tell: kid, prc (precision and recall), sfid, is (Inception Score)."""
+    feature_memory: float = 4.0
+    """GB of features that kid, prc and is may hold over all ranks, for each protocol; more leaves them out."""
+    num_pictures: int = 12
+    """How many images the report shows, spread evenly over the set."""
+    num_extremes: int = 4
+    """How many of the worst, and as many of the best by PSNR, it shows beside them."""
+    prefixes: bool = True
+    """Decode also with the first k groups alone, k = 1..G, where a tokenizer has G > 1 groups or depths: one encoding
+    and G decodings an image (the k-curve of MGVQ, Table 6)."""
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.tile or 1) < 1 or (isinstance(self.image_size, int) and self.image_size < 1):
+            raise ConfigError("eval.image_size, eval.batch_size and eval.tile start at 1")
+        if min(self.num_pictures, self.num_extremes) < 0 or self.fid_min_images < 2 or self.feature_memory < 0:
+            raise ConfigError(
+                "eval.num_pictures, eval.num_extremes and eval.feature_memory start at 0, eval.fid_min_images at 2"
+            )
+        if not 0 <= self.max_skipped <= 1:
+            raise ConfigError(f"eval.max_skipped = {self.max_skipped} should be a share, 0..1")
+        for name, values in (("protocol", self.protocols), ("metrics", self.metrics)):
+            if len(set(values)) != len(values):
+                raise ConfigError(f"eval.{name} names one twice: {', '.join(values)}", "Name each once")
+        if not self.protocols:
+            raise ConfigError("eval.protocol names none", "Leave it out for adm")
+
+    @property
+    def protocols(self) -> tuple[Name, ...]:
+        """The names, in order."""
+        return (self.protocol,) if isinstance(self.protocol, str) else self.protocol

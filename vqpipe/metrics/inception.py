@@ -1,0 +1,80 @@
+"""The Inception-v3 of 2015 that FID is defined by, through torch-fidelity: its layers, its weights, its TF1 resize.
+
+Letters: B images of H x W pixels.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqpipe.errors import WeightsError
+from vqpipe.metrics.resizing import INCEPTION_SIZE
+from vqpipe.weights import load_tensors
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SOURCE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+SIZES = {"pool": 2048, "logits": 1008, "spatial": 7 * 17 * 17}
+"""Output -> how many features it has."""
+SPATIAL_LAYER, SPATIAL_CHANNELS = "Mixed_6d", 7
+LAYERS = (
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
+    *("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+    *("Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool"),
+)
+"""The library's layers, in order. Called one by one, because its own `forward` takes nothing but uint8."""
+
+
+class Inception(nn.Module):
+    """The outputs that metrics are made of.
+
+    - pool: float32[B, 2048], the last pooling; FID, KID, precision and recall.
+    - logits: float32[B, 1008], without their bias; Inception Score, as torch-fidelity takes it.
+    - spatial: float32[B, 2023], the first 7 channels of the 17 x 17 map mixed_6/conv, after its ReLU; sFID (Nash et al.
+      2021, as the ADM suite computes it). That TensorFlow's mixed_6 is the Mixed_6d here follows from counting the
+      blocks; it was not compared with the graph's own output.
+
+    Raises:
+        WeightsError: `weights` is not the state dict that torch-fidelity publishes.
+    """
+
+    def __init__(self, weights: Path) -> None:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        super().__init__()
+        load_tensors(weights)  # the library unpickles without restraint; after this the file is known to hold tensors
+        try:
+            self.network: Any = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
+            )
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise WeightsError(
+                f"{weights} does not fit FID's Inception: {str(error).splitlines()[0]}", f"Fetch {INCEPTION_SOURCE}"
+            ) from None
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor, outputs: Collection[str] = ("pool",)) -> dict[str, Tensor]:
+        """uint8[B, 3, H, W], resized here as TensorFlow 1 does, or float[B, 3, 299, 299] in [0, 255], as it is."""
+        x = (resize_tf1(images) if images.dtype == torch.uint8 else images).float()
+        x = (x - 128) / 128
+        found: dict[str, Tensor] = {}
+        for name in LAYERS:
+            layer = getattr(self.network, name)
+            if name == SPATIAL_LAYER and "spatial" in outputs:
+                found["spatial"] = layer.branch1x1(x)[:, :SPATIAL_CHANNELS].flatten(1)
+            x = layer(x)
+        found["pool"] = x.flatten(1)
+        if "logits" in outputs:
+            found["logits"] = found["pool"].mm(self.network.fc.weight.T)
+        return {name: found[name] for name in outputs}
+
+
+def resize_tf1(images: Tensor) -> Tensor:
+    """uint8[B, 3, H, W] -> float32[B, 3, 299, 299]: bilinear without antialiasing, corners as in TensorFlow 1."""
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    size = (INCEPTION_SIZE, INCEPTION_SIZE)
+    resized: Tensor = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=size, align_corners=False)
+    return resized

@@ -1,0 +1,167 @@
+"""Protocols: everything around a network that moves its numbers, fixed under one name.
+
+The same reconstructions score decibels apart by crop, rounding, resize and formula, so a number is told with the name
+of its protocol, and numbers of two protocols never share a column. What a protocol fixes:
+
+    crop        how an image becomes the network's input
+    reference   what the Frechet distance compares with: those very crops, or the raw images
+    rounding    how a reconstruction becomes 8-bit pixels
+    resize      how 8-bit pixels become the 299 x 299 that Inception sees
+    conventions which PSNR, SSIM and LPIPS is the one its authors print (keys of `distortion.CONVENTIONS`)
+
+Nothing is stored as JPEG in between, in any protocol: pixels stay in memory, which equals PNG files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vqpipe.errors import DataError, NumericError
+from vqpipe.metrics.distortion import CONVENTIONS
+
+Name = Literal["adm", "cleanfid-matched", "cleanfid-rawval"]
+Rounding = Literal["round", "truncate"]
+
+CROPS = {
+    "adm": "halved by box averaging while the short side is at least twice the size, then PIL bicubic, centre",
+    "cover": "PIL bicubic until both sides cover the size, centre",
+    "linear": "short side to the size by bilinear interpolation without antialiasing, centre",
+    "native": "whole images at their own size",
+}
+"""Crop rule -> what it does."""
+REFERENCES = {"crops": "the same crops", "raw": "the raw images, uncropped, squeezed to 299 x 299"}
+ROUNDINGS = {"round": "clamped and rounded to uint8", "truncate": "clamped and truncated to uint8"}
+RESIZES = {
+    "tf1": "bilinear as in TensorFlow 1, inside the network (torch-fidelity)",
+    "clean": "PIL bicubic of each channel as float32, clipped, not rounded again (clean-fid, mode clean)",
+}
+EXTRACTOR = "Inception-v3 of 2015, last pooling, 2,048 features (torch-fidelity's conversion)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way of measuring, under a name."""
+
+    name: Name
+    crop: Literal["adm", "cover", "linear"]
+    """Rule of the crop at one square size; see `crop_rule` for other sizes."""
+    reference: Literal["crops", "raw"]
+    rounding: Rounding
+    resize: Literal["tf1", "clean"]
+    psnr: str
+    ssim: str
+    lpips: str
+
+    def crop_rule(self, image_size: int | str) -> Literal["adm", "cover", "linear", "native"]:
+        """The crop at `eval.image_size`: a side, "2560x1440" or "native".
+
+        ADM's and VQGAN-LC's rules are for squares. Other sizes are cut as MGVQ cuts its 2560 x 1440 images.
+        """
+        if image_size == "native":
+            return "native"
+        sides = str(image_size).split("x")
+        return self.crop if sides[0] == sides[-1] else "cover"
+
+    def to_table(self, image_size: int | str) -> dict[str, Any]:
+        """What it fixes, in words, for `metrics.json`."""
+        rule = self.crop_rule(image_size)
+        return {
+            "crop": f"{rule}: {CROPS[rule]}",
+            "reference": REFERENCES["crops" if rule == "native" else self.reference],
+            "rounding": ROUNDINGS[self.rounding],
+            "resize": RESIZES[self.resize],
+            "extractor": EXTRACTOR,
+            "conventions": {
+                name: f"{key}: {CONVENTIONS[key]}"
+                for name, key in (("psnr", self.psnr), ("ssim", self.ssim), ("lpips", self.lpips))
+            },
+        }
+
+
+ADM = Protocol(
+    name="adm",
+    crop="adm",
+    reference="crops",
+    rounding="round",
+    resize="tf1",
+    psnr="psnr",
+    ssim="ssim",
+    lpips="lpips_alex",
+)
+"""rFID in the manner of ADM (Dhariwal & Nichol 2021), as most tokenizers report it: LlamaGen's rows, for one.
+
+Evidence: guided-diffusion's `center_crop_arr` and `evaluations/evaluator.py`. Different here: the TensorFlow graph is
+replaced by torch-fidelity's conversion of its weights and of its resize, so that no TensorFlow is needed; LlamaGen
+truncates to uint8, here values are rounded, which is nearer to the reconstruction. The ADM suite has neither PSNR nor
+SSIM nor LPIPS: those named are the common ones.
+"""
+
+CLEANFID_MATCHED = Protocol(
+    name="cleanfid-matched",
+    crop="cover",
+    reference="crops",
+    rounding="truncate",
+    resize="clean",
+    psnr="psnr_of_mean_mse_float",
+    ssim="ssim_uniform7",
+    lpips="lpips_vgg",
+)
+"""MGVQ (Jia et al. 2025), Tables 1 to 3: clean-fid between crops and reconstructions, both stored as PNG.
+
+Evidence: its released `evaluation/eval_recon.py` and `eval_aug.py`. PSNR is that of the mean error over the set, on
+values that are not rounded; SSIM is scikit-image's default on uint8. Different here:
+- their LPIPS builds VGG16 without its weights, feeds it [0, 1] and leaves dropout on, so nobody can have its values
+  again; here it is LPIPS-VGG as published, on the rounded pixels;
+- their crops pass through float32 before they are truncated to uint8, which may take a level from some pixels; here the
+  reference is the crop itself;
+- Inception's weights are torch-fidelity's conversion, not clean-fid's TorchScript file.
+"""
+
+CLEANFID_RAWVAL = Protocol(
+    name="cleanfid-rawval",
+    crop="linear",
+    reference="raw",
+    rounding="truncate",
+    resize="clean",
+    psnr="psnr_y_float",
+    ssim="ssim_float",
+    lpips="lpips_alex",
+)
+"""VQGAN-LC (Zhu et al. 2024), Table 2: clean-fid between reconstructions and the folder of raw validation images.
+
+Evidence: its released `eval_reconstruction.py`. The raw images are not cropped, so clean-fid squeezes them to squares,
+the aspect ratio lost, and the distance holds that difference too. PSNR is of BT.601 studio luma against a peak of 1
+(pyiqa); SSIM is piq's, Gaussian, on clamped values that are not rounded. Different here:
+- their LPIPS (pyiqa's, which maps [0, 1] to [-1, 1]) is fed [-1, 1] that is not clamped, so the network sees [-3, 1];
+  here it is LPIPS-Alex as published, on the rounded pixels;
+- pyiqa adds 1e-8 to the error under the logarithm; here nothing;
+- piq averages pixels down above about 256 pixels a side; here never;
+- Inception's weights as above.
+"""
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({p.name: p for p in (ADM, CLEANFID_MATCHED, CLEANFID_RAWVAL)})
+
+
+def grey_levels(images: Tensor) -> Tensor:
+    """float[B, 3, H, W] in [-1, 1], or uint8 -> float32 in [0, 255], clamped, not rounded.
+
+    Raises:
+        DataError: another type.
+        NumericError: NaN or infinity.
+    """
+    if images.dtype == torch.uint8:
+        return images.float()
+    if not images.is_floating_point():
+        raise DataError(f"reconstructions are uint8 or float in [-1, 1], got {images.dtype}")
+    if not bool(torch.isfinite(images).all()):
+        raise NumericError("a reconstruction holds NaN or infinity", "Check the weights and the images")
+    return ((images.float() + 1.0) * 127.5).clamp(0, 255)
+
+
+def stored(levels: Tensor, rounding: Rounding) -> Tensor:
+    """float in [0, 255] -> uint8, as a protocol stores pixels."""
+    return (levels.round() if rounding == "round" else levels).to(torch.uint8)

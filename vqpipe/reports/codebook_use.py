@@ -1,0 +1,122 @@
+"""How a tokenizer uses its codebook: maps, the share in use beside what an even coder reaches, and a row a group.
+
+Letters: G groups, K codes a group.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vqpipe.metrics.usage import BUDGETS, times_chosen
+from vqpipe.reports import page, pictures, plots, points
+from vqpipe.reports.evaluation import Evaluated
+
+MOST_MAPPED = 2**22
+"""Codes, over all groups, up to which the page draws each as a cell."""
+MOST_GROUPS = 16
+"""Groups up to which the table that has a row for each stands open."""
+MAP_CAPTION = (
+    "Each cell is one code, in the codebook's order. Dark: never chosen on these images. "
+    "The brighter, the more often chosen (logarithmic)."
+)
+CEILING = (
+    "Even coder: the share that would be in use, on average, if every token were drawn evenly from all codes. It is "
+    "the ceiling at that number of tokens: a utilization says little without it."
+)
+
+
+def sections_on_codes(evaluated: Evaluated) -> list[page.Section]:
+    """The map and frequencies of the codes, then what is measured of their use."""
+    maps, drawings = maps_of([evaluated]), [plots.code_frequency(evaluated.counts)]
+    if growth := points.usage_growth(evaluated.metrics.get("utilization_curve", ()), BUDGETS):
+        drawings.append(growth)
+    sections: list[page.Section] = [page.Maps("Which codes are in use", maps, MAP_CAPTION if maps else "", drawings)]
+    if rows := evaluated.metrics.get("utilization_at"):
+        sections.append(budget_table(rows))
+    if "gini_per_group" in evaluated.metrics:
+        sections.append(group_table(evaluated.metrics))
+    if "joint_entropy" in evaluated.metrics:
+        sections.append(joint_numbers(evaluated.metrics))
+    return sections
+
+
+def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
+    """Codes in use after so many tokens, beside an even coder's."""
+    cells = [
+        [f"{row['tokens']:,}", share(row["utilization"]), share(row["uniform_utilization"])]
+        + ([span(row["utilization_per_group"])] if len(row["utilization_per_group"]) > 1 else [])
+        for row in rows
+    ]
+    header = ["tokens of a group", "codes in use", "even coder"]
+    header += ["least and most used group"] if len(cells[0]) > len(header) else []
+    return page.Table("Codes in use, by how many tokens were looked at", header, cells, CEILING)
+
+
+def group_table(metrics: Mapping[str, Any]) -> page.Table:
+    """A row for each group: how evenly its codes are chosen."""
+    columns: list[tuple[str, Sequence[Any], str]] = [
+        ("codes in use", metrics["utilization_per_group"], ".1%"),
+        ("never chosen", metrics.get("num_dead_per_group", ()), ",d"),
+        ("perplexity", metrics["perplexity_per_group"], ",.1f"),
+        ("Gini", metrics["gini_per_group"], ".3f"),
+        ("least chosen, times", metrics.get("min_count_per_group", ()), ",d"),
+        ("most chosen, times", metrics.get("max_count_per_group", ()), ",d"),
+    ]
+    columns = [column for column in columns if column[1]]
+    num_groups = len(metrics["gini_per_group"])
+    several = num_groups > 1
+    rows = [
+        [
+            f"group {group + 1}" if several else "the codebook",
+            *(format(values[group], how) for _, values, how in columns),
+        ]
+        for group in range(num_groups)
+    ]
+    caption = "Gini: 0 if all codes are chosen alike, towards 1 if one alone is. Codes never chosen are counted in."
+    title = "How evenly the codes are chosen"
+    return page.Table(title, ["", *(name for name, _, _ in columns)], rows, caption, folded=num_groups > MOST_GROUPS)
+
+
+def joint_numbers(metrics: Mapping[str, Any]) -> page.Numbers:
+    """What the groups tell together."""
+    numbers = [
+        page.Number("joint entropy", f"{metrics['joint_entropy']:.2f}", "bits", "a position, as counted: too low")
+    ]
+    told = {
+        "joint_entropy_limit": ("most it could show", "bits", "log2 of the positions looked at"),
+        "joint_entropy_bias": ("missing, at first order", "bits", "Miller 1955; good while the share below is near 1"),
+    }
+    for key, (label, unit, note) in told.items():
+        if key in metrics:
+            numbers.append(page.Number(label, f"{metrics[key]:.2f}", unit, note))
+    if "joint_coverage" in metrics:
+        note = "probability that the next tuple was seen before"
+        numbers.append(page.Number("coverage", f"{100 * metrics['joint_coverage']:.1f}", "%", note))
+    return page.Numbers("What the groups tell together", numbers)
+
+
+def maps_of(evaluations: Sequence[Evaluated]) -> list[page.Map]:
+    """The codebook of each tokenizer, a cell a code; of those whose codebook is small enough to be drawn."""
+    return [map_of(e) for e in evaluations if e.is_discrete and e.counts.numel() <= MOST_MAPPED]
+
+
+def map_of(evaluated: Evaluated) -> page.Map:
+    used, total = num_used(evaluated.counts), evaluated.counts.numel()
+    headline = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
+    alt = f"Codebook of {evaluated.name}, a cell a code: {headline}"
+    return page.Map(evaluated.name, pictures.data_uri(pictures.codebook_map(evaluated.counts)), headline, alt)
+
+
+def num_used(counts: Tensor) -> int:
+    """How many codes of all groups were chosen at least once."""
+    return sum(map(len, times_chosen(counts)))
+
+
+def share(value: float) -> str:
+    """Never rounded up to all of them: 99.99 %, 100 %."""
+    return "100 %" if value == 1 else f"{min(100 * value, 99.99):.2f} %"
+
+
+def span(values: Sequence[float]) -> str:
+    return f"{share(min(values))} to {share(max(values))}"

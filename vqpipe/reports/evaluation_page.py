@@ -1,0 +1,168 @@
+"""The page of one tokenizer: numbers by protocol, the paper's beside them, pictures, codes, and where it came from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vqpipe.reports import page, plots, rates
+from vqpipe.reports.codebook_use import num_used, sections_on_codes
+from vqpipe.reports.evaluation import (
+    MEASURES,
+    NUM_HEADLINES,
+    Evaluated,
+    Measure,
+    Row,
+    bits_first,
+    by_protocol,
+    codes,
+    convention_of,
+    measures_of,
+    size_in_words,
+    value_of,
+    with_unit,
+    written,
+)
+from vqpipe.reports.gallery import galleries
+from vqpipe.reports.papers import PaperRow, paper_row
+
+FIXED = {
+    "crop": "crop",
+    "reference_kind": "compared with",
+    "rounding": "rounding",
+    "resize": "resize for Inception",
+    "extractor": "features",
+}
+"""What a protocol fixes, as its table names it."""
+BESIDE = ("rfid", "psnr", "ssim", "lpips", "utilization")
+"""What papers print, in the order of their tables."""
+
+
+def evaluation_page(
+    evaluated: Evaluated, title: str, footer: str = "", analyses: Sequence[page.Section] = ()
+) -> page.ReportPage:
+    """The page, from what there is: a section with nothing to say is left out. `analyses` stand behind the codes."""
+    metrics = evaluated.metrics
+    views = by_protocol(metrics)
+    sections: list[page.Section] = [headline(evaluated, views[0])]
+    paper = paper_row(evaluated.commands)
+    if paper is not None or len(views) > 1:
+        sections.append(beside(views, paper))
+    sections += galleries(evaluated.shown)
+    if evaluated.is_discrete:
+        sections += sections_on_codes(evaluated)
+    if prefixes := metrics.get("prefixes"):
+        sections.append(prefix_table(prefixes, metrics))
+        sections.append(page.Plots("Quality against bits", rates.k_curves({evaluated.name: prefixes})))
+    sections += analyses
+    if curves := plots.training_curves(evaluated.history):
+        sections.append(page.Plots("How it was trained", curves))
+    sections += [every_number(view, metrics) for view in views]
+    if metrics["not_computed"]:
+        sections.append(page.Reasons("Left out, and why", metrics["not_computed"]))
+    sections.append(page.Lineage("Made from", [evaluated.lineage]))
+    sections.append(page.Commands("Make it again", evaluated.commands))
+    return page.ReportPage(title, subtitle(metrics), sections, footer)
+
+
+def headline(evaluated: Evaluated, view: Row) -> page.Numbers:
+    """The numbers of the first protocol, large, under its name."""
+    measures = [*MEASURES[:NUM_HEADLINES], *measures_of(view)[len(MEASURES) :]]
+    numbers = [
+        page.Number(m.label, written(m, value, unit=False), m.unit, headline_note(m, evaluated, view))
+        for m in measures
+        if (value := value_of(view, m.key)) is not None
+    ]
+    title = f"{view['num_images']:,} images at {size_in_words(view)}, protocol {view['protocol']}"
+    caption = "Numbers of other protocols, sizes or images are not comparable with these."
+    if "mixed_sizes" in view:
+        caption += f" {view['mixed_sizes'][0].upper()}{view['mixed_sizes'][1:]}."
+    return page.Numbers(title, numbers, caption)
+
+
+def headline_note(measure: Measure, evaluated: Evaluated, view: Row) -> str:
+    """The small line under a headline number: of how many, by which convention."""
+    tokenizer = view["tokenizer"]
+    match measure.key:
+        case "utilization":
+            return f"{num_used(evaluated.counts):,} of {codes(tokenizer)}, over all images"
+        case "perplexity":
+            several = tokenizer["num_groups"] > 1
+            return f"of at most {tokenizer['codebook_size']:,}" + (", mean over groups" if several else "")
+        case "bits_per_pixel":
+            mean = "on average " if "mixed_sizes" in view else ""
+            return f"{mean}{view['num_tokens_per_image']:,} tokens an image"
+        case "rfid":
+            return f"against {view.get('reference_kind') or 'the same crops'}"
+    return convention_of(measure, view)
+
+
+def beside(views: Sequence[Row], paper: PaperRow | None) -> page.Table:
+    """A row per measure, a column per protocol, and one for what the paper prints."""
+    by_key = {measure.key: measure for measure in MEASURES}
+    columns: list[tuple[str, Mapping[str, float | None]]] = [
+        (f"here, {view['protocol']}", {key: printed_value(view, key) for key in BESIDE}) for view in views
+    ]
+    if paper is not None:
+        columns.append(("the paper, its own protocol", paper.values))
+    rows = [
+        [with_unit(m)] + [written(m, values.get(key), unit=False) for _, values in columns]
+        for key in BESIDE
+        for m in [by_key[key]]
+        if any(values.get(key) is not None for _, values in columns)
+    ]
+    first = views[0]
+    told = ["Each column has its own way to crop, round and count: read down, not across."]
+    told[0] += f" Here: {first['num_images']:,} images at {size_in_words(first)}."
+    if paper is not None:
+        told.append(f"The paper: {paper.paper}, {paper.row}. Its own images and protocol: {paper.protocol}.")
+        told += [f"This run changes the preset {paper.preset}: {', '.join(paper.changed)}."] if paper.changed else []
+    title = "Beside the paper" if paper is not None else "The same reconstructions by several protocols"
+    return page.Table(title, ["", *(name for name, _ in columns)], rows, "\n".join(told))
+
+
+def printed_value(view: Row, key: str) -> float | None:
+    """A protocol's own number; its LPIPS is that of the network its authors use."""
+    if key == "lpips" and "lpips" not in view:
+        named = str(view.get("conventions", {}).get("lpips", "lpips_alex")).partition(":")[0]
+        return value_of(view, named)
+    return value_of(view, key)
+
+
+def every_number(view: Row, metrics: Row) -> page.Table:
+    """A protocol's numbers, each with its convention; then what the protocol fixes."""
+    rows = [
+        [m.label, written(m, value), convention_of(m, view)]
+        for m in measures_of(view)
+        if (value := value_of(view, m.key)) is not None
+    ]
+    if view["protocol"] == metrics["protocol"]:  # its authors' formula, and the common one of the same name
+        rows += [
+            [m.label, written(m, value_of(metrics, m.key)), m.convention]
+            for m in MEASURES
+            if value_of(metrics, m.key) not in (None, value_of(view, m.key))
+        ]
+    rows += [[name, "", str(view[key])] for key, name in FIXED.items() if view.get(key)]
+    header = ["measure", "value", "convention"]
+    return page.Table(f"Every number of protocol {view['protocol']}", header, rows, prose=header[2:])
+
+
+def prefix_table(prefixes: Sequence[Row], metrics: Row) -> page.Table:
+    """The k-curve in numbers: a row for each k."""
+    rows = [{"protocol": metrics["protocol"], "rfid": {}, **row} for row in prefixes]
+    shown = bits_first([measure for measure in MEASURES if measure.key in prefixes[-1]])
+    cells = [[str(row["groups"]), *(written(m, value_of(row, m.key)) for m in shown)] for row in rows]
+    caption = (
+        f"Each image was encoded once, then decoded from the first k of its {len(rows)} groups alone, the codes of the "
+        "others being zero, as in MGVQ's Table 6."
+    )
+    return page.Table("From the first groups only", ["groups", *(m.label for m in shown)], cells, caption)
+
+
+def subtitle(metrics: Mapping[str, Any]) -> str:
+    """The tokenizer in a sentence, and the protocols."""
+    tokenizer = metrics["tokenizer"]
+    what = f"{tokenizer['quantizer']} quantizer, {codes(tokenizer)}"
+    if tokenizer["codebook_size"] is None:
+        what = f"Continuous latents of {' x '.join(map(str, tokenizer['latent_shape']))}"
+    names = list(metrics.get("protocols") or [metrics["protocol"]])
+    told = f"Protocol {names[0]}" if len(names) == 1 else f"Protocols {', '.join(names)}"
+    return f"{what}, downsample factor {tokenizer['downsample_factor']}. {told}."

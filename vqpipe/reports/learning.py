@@ -1,0 +1,140 @@
+"""Pages about generators and classifiers: of a run, the same while it goes on and when it has ended; of samples."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vqpipe.reports import page, plots
+from vqpipe.reports.pictures import data_uri
+from vqpipe.reports.training import Column, flat, latest, waiting
+
+Row = Mapping[str, Any]
+NUMBERS = (
+    Column("loss/total", "loss", ".4g"),
+    Column("valid/total", "validation loss", ".4g"),
+    Column("train/top1", "training top-1", ".1f", "%", 100),
+    Column("valid/top1", "validation top-1", ".1f", "%", 100),
+    Column("valid/top5", "validation top-5", ".1f", "%", 100),
+    Column("images_per_second", "speed", ",.3g", "images/s"),
+    Column("memory_gb", "memory", ".1f", "GB"),
+    Column("bad_steps", "skipped steps", ",.0f"),
+)
+
+
+@dataclass(frozen=True)
+class LearningRun:
+    """What is known of a run at one moment."""
+
+    name: str
+    what: str
+    """One line: which network, on what."""
+    step: int
+    steps: int
+    rows: Sequence[Row]
+    """Of `metrics.jsonl`."""
+    sheet: bytes | None = None
+    """The newest samples, a PNG file."""
+    sheet_note: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The sections of its preset."""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+
+def learning_page(run: LearningRun, footer: str = "") -> page.ReportPage:
+    """Numbers, samples, curves, settings, where it came from."""
+    subtitle = f"{run.what} Step {run.step:,} of {run.steps:,}."
+    return page.ReportPage(run.name, subtitle, list(sections(run)), footer)
+
+
+def sections(run: LearningRun) -> Iterator[page.Section]:
+    """The parts of the page that there is something to say in."""
+    if numbers := headline(run):
+        yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
+    if run.sheet is not None:
+        samples = page.Map(run.sheet_note, data_uri(run.sheet), f"Step {run.step:,}", "samples")
+        yield page.Maps("Samples", [samples])
+    if curves := run_curves(run.rows):
+        yield page.Plots("Curves", curves)
+    if run.settings:
+        rows = [[name, text] for name, text in flat(run.settings)]
+        yield page.Table("Settings", ["setting", "value"], rows, folded=True)
+    if run.lineage:
+        yield page.Lineage("Made from", [run.lineage])
+    if run.command:
+        yield page.Commands("Go on, or make it again", [run.command])
+
+
+def headline(run: LearningRun) -> list[page.Number]:
+    """The newest of each number that is logged."""
+    notes = {"images_per_second": waiting(latest(run.rows, "data_wait"))}
+    values = {column: latest(run.rows, column.key) for column in NUMBERS}
+    return [
+        page.Number(column.label, column.written(value), column.unit, notes.get(column.key, ""))
+        for column, value in values.items()
+        if value is not None and not (column.key == "bad_steps" and value == 0)
+    ]
+
+
+def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
+    """Losses, accuracies, learning rate and gradients over images seen; what was not logged has no plot."""
+
+    def lines(**keys: str) -> dict[str, plots.Line]:
+        return {name: plots.series(rows, key) for name, key in keys.items()}
+
+    terms = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/") and name != "loss/total")
+    parts = {name.removeprefix("loss/"): plots.series(rows, name) for name in terms}
+    drawn = (
+        plots.curves("Loss", lines(training="loss/total", validation="valid/total"), "linear"),
+        plots.curves("Parts of the loss", parts, "linear"),
+        plots.curves(
+            "Right answers",
+            lines(training="train/top1", validation="valid/top1", among_five="valid/top5"),
+            "share",
+        ),
+        plots.curves("Learning rate", lines(rate="learning_rate"), "linear"),
+        plots.curves("Gradient norm", lines(norm="gradient_norm"), "log"),
+        plots.curves("Images a second", lines(speed="images_per_second"), "linear"),
+    )
+    return [plot for plot in drawn if plot is not None]
+
+
+def generation_page(
+    name: str, metrics: Mapping[str, Any], sheet: bytes, lineage: Mapping[str, Any], command: str
+) -> page.ReportPage:
+    """What samples look like and how near they come to photographs, from `metrics.json`."""
+    numbers = [
+        page.Number(label, format(value, ".4g"), "", note)
+        for label, note, *path in GENERATION_NUMBERS
+        if (value := found(metrics, path)) is not None
+    ]
+    numbers += [page.Number(f"Frechet, {key}", f"{value:.4g}") for key, value in metrics.get("frechet", {}).items()]
+    subtitle = (
+        f"{metrics['num_images']:,} samples of {metrics['image_size']} px against {metrics['num_references']:,} "
+        f"references, protocol {metrics['protocol']}."
+    )
+    parts: list[page.Section] = [page.Numbers("Numbers", numbers)] if numbers else []
+    parts.append(page.Maps("Samples", [page.Map("spread over the set", data_uri(sheet), "Samples", "samples")]))
+    if metrics["not_computed"]:
+        parts.append(page.Reasons("Left out", metrics["not_computed"]))
+    parts += [page.Lineage("Made from", [lineage]), page.Commands("Make it again", [command])]
+    return page.ReportPage(name, subtitle, parts)
+
+
+GENERATION_NUMBERS = (
+    ("FID", "lower is better", "fid"),
+    ("sFID", "lower is better", "sfid"),
+    ("Inception Score", "higher is better", "inception_score", "mean"),
+    ("KID", "lower is better", "kid", "mean"),
+    ("precision", "k = 3", "prc", "precision"),
+    ("recall", "k = 3", "prc", "recall"),
+)
+"""Label, note, and where it stands in metrics.json."""
+
+
+def found(table: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    """The number there, or None."""
+    value: Any = table
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
