@@ -1,0 +1,185 @@
+"""Latents on disk: the same bytes and the same moments however they are computed, and read row by row."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vqpipe import artifacts
+from vqpipe.data import latent_set
+from vqpipe.data.latent_set import LatentSet, LatentStatistics, moments, open_latents, pooled, write_latents
+from vqpipe.data.shards import ImageSet, open_images
+from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.errors import ArtifactError, DataError, NumericError
+
+
+class Silent:
+    def resume(self, count: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+def encode(images: Tensor) -> Tensor:
+    """uint8[B, 3, 8, 8] -> float[B, 3, 4, 2]: not symmetric, and not of mean 0."""
+    x = images.float()
+    return 3 * (x[:, :, ::2, ::4] - 40) / 7
+
+
+@pytest.fixture
+def images(tmp_path: Path, draw: Callable[..., bytes]) -> ImageSet:
+    for number in range(11):
+        folder = tmp_path / "images" / ("b" if number % 3 else "a")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.png").write_bytes(b"no picture" if number == 7 else draw(number, (12, 9)))
+    return open_images([str(tmp_path / "images")])
+
+
+def write(out: Path, images: ImageSet, **options: object) -> artifacts.Artifact:
+    draft = artifacts.start(out, "latents", {}, {"images": images})
+    assert isinstance(draft, artifacts.Draft)
+    settings = {"encode": encode, "max_skipped": 0.2, "flip": True} | options
+    with draft:
+        facts = write_latents(
+            draft,
+            images,
+            settings.pop("encode"),  # type: ignore[arg-type]
+            Silent(),
+            Stopwatch(),
+            device=torch.device("cpu"),
+            latent_shape=(3, 4, 2),
+            image_size=8,
+            **settings,  # type: ignore[arg-type]
+        )
+        return draft.publish(facts)
+
+
+def test_what_is_stored_and_read(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_set, "IMAGES_PER_SHARD", 4)
+    made = write(tmp_path / "out", images)
+    assert made.names("latents-*") == [f"latents-{n:05d}.npy" for n in range(3)]
+    assert (made.facts["num_images"], made.facts["num_latents"]) == (10, 20)
+    assert (made.facts["latent_shape"], made.facts["num_classes"]) == ([3, 4, 2], 2)
+    assert made.facts["skipped"] == {"not-an-image": 1}
+
+    from vqpipe.data.batches import OrderedBatches
+
+    pixels = torch.cat([batch.images for batch in OrderedBatches(images, image_size=8, batch_size=5)])
+    truth = torch.stack([encode(pixels), encode(pixels.flip(-1))], dim=1).flatten(0, 1).half()
+    latents = open_latents(tmp_path / "out", raw=True)
+    assert len(latents) == 20
+    assert torch.equal(latents.take(np.arange(20)), truth.float())
+    assert latents.labels.tolist() == [label for label in (0, 0, 0, 0, *[1] * 6) for _ in (0, 1)]
+
+    channels = truth.double().transpose(0, 1).flatten(1)
+    normal = open_latents(tmp_path / "out")
+    assert normal.statistics.mean == pytest.approx(channels.mean(1).tolist(), rel=1e-12)
+    assert normal.statistics.std == pytest.approx(channels.std(1, correction=0).tolist(), rel=1e-12)
+    everything = normal.take(range(20)).transpose(0, 1).flatten(1)
+    assert torch.allclose(everything.mean(1), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(everything.std(1, correction=0), torch.ones(3), atol=1e-5)
+
+    rows = [19, 0, 7, 8, 0]
+    taken = normal.take(rows)
+    assert torch.equal(taken, normal.take(range(20))[rows])
+    assert torch.equal(pickle.loads(pickle.dumps(normal)).take(rows), taken)
+    assert len(pickle.dumps(normal)) < 3000  # without the latents
+    with pytest.raises(DataError, match="rows 3 to 20 of 20 latents"):
+        normal.take([3, 20])
+
+
+def test_the_same_bytes_and_moments_for_any_batch_size_workers_and_ranks(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_set, "IMAGES_PER_SHARD", 2)
+    made = [
+        write(tmp_path / f"{workers}", images, num_workers=workers, batch_size=size)
+        for workers, size in ((0, 1), (2, 3))
+    ]
+    assert made[0].content == made[1].content
+    assert made[0].facts == made[1].facts
+    records = [moments(np.load(made[0].file(name))) for name in made[0].names("latents-*")]
+    assert pooled(records).to_table() == {key: made[0].facts[key] for key in ("mean", "std")}
+
+
+def test_a_stopped_run_goes_on_at_its_first_missing_shard(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_set, "IMAGES_PER_SHARD", 4)
+    whole = write(tmp_path / "whole", images)
+    seen: list[int] = []
+
+    def dies(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return encode(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", images, encode=dies, flip=True, batch_size=4)
+    calls: list[int] = []
+
+    def counts(batch: Tensor) -> Tensor:
+        calls.append(len(batch))
+        return encode(batch)
+
+    again = write(tmp_path / "out", images, encode=counts, batch_size=4)
+    assert again.content == whole.content
+    assert again.facts == whole.facts
+    assert sum(calls) < 20
+
+
+def test_latents_that_cannot_be_stored_are_refused(images: ImageSet, tmp_path: Path) -> None:
+    for factor in (float("nan"), 1e6):
+        with pytest.raises(NumericError, match=r"the latent of image a/00.* holds NaN, or values beyond"):
+            write(tmp_path / "bad", images, encode=lambda batch, factor=factor: encode(batch) * factor)
+
+
+def test_moments_are_exact_far_from_zero_and_of_parts_of_any_size() -> None:
+    rng = np.random.default_rng(0)
+    rows = (1000 + rng.standard_normal((50, 2, 3, 3)) * [[[[8.0]], [[0.0]]]]).astype(np.float16)
+    truth = np.moveaxis(rows.astype(np.float64), 1, 0).reshape(2, -1)
+    for cuts in ([], [25], [1, 2, 49], [0, 30, 30]):
+        statistics = pooled([moments(part) for part in np.split(rows, cuts)])
+        assert statistics.mean == pytest.approx(truth.mean(1), rel=1e-13)
+        assert statistics.std == pytest.approx(truth.std(1), rel=1e-9)
+    assert statistics.std[1] == 0
+    normal = statistics.normalize(torch.from_numpy(rows))
+    assert not normal[:, 1].any()  # a channel that never changes is only shifted
+    assert torch.allclose(statistics.denormalize(normal), torch.from_numpy(rows).float(), atol=1e-3)
+
+
+def test_statistics_travel_as_json_and_are_checked() -> None:
+    import json
+
+    statistics = LatentStatistics((0.1, -1 / 3), (1e-3, 2 / 7))
+    assert LatentStatistics.from_table(json.loads(json.dumps(statistics.to_table()))) == statistics
+    x = torch.randn(2, 2, 3, 3)
+    assert torch.equal(LatentStatistics.identity(2).normalize(x), x)
+    with pytest.raises(DataError, match="latents of 2 channels, the statistics are of 3"):
+        LatentStatistics.identity(3).normalize(x)
+    with pytest.raises(DataError, match="1 means and 2 deviations"):
+        LatentStatistics((0.0,), (1.0, 1.0))
+    with pytest.raises(NumericError, match="not finite"):
+        LatentStatistics((float("nan"),), (1.0,))
+
+
+def test_refuses_what_are_no_latents(images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a vqpipe artifact"):
+        open_latents(tmp_path)
+    statistics = LatentStatistics.identity(3)
+    np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 4), np.float32))
+    with pytest.raises(DataError, match=r"holds float32 of shape \[2, 3, 4, 4\], not latents"):
+        LatentSet([tmp_path / "a.npy"], np.zeros(2, np.int32), statistics)
+    np.save(tmp_path / "b.npy", np.zeros((2, 3, 4, 4), np.float16))
+    with pytest.raises(DataError, match="2 latents with 3 labels"):
+        LatentSet([tmp_path / "b.npy"], np.zeros(3, np.int32), statistics)
+    (tmp_path / "c.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match="is not a latent shard"):
+        LatentSet([tmp_path / "c.npy"], np.zeros(2, np.int32), statistics)
+    np.save(tmp_path / "d.npy", np.zeros((0, 3, 4, 4), np.float16))
+    both = LatentSet([tmp_path / "d.npy", tmp_path / "b.npy"], np.zeros(2, np.int32), statistics)
+    assert both.take([1]).shape == (1, 3, 4, 4)

@@ -1,0 +1,182 @@
+"""`gpt`: the GPT of VQGAN-LC, one sequence of a class and the ids of an image.
+
+Zhu et al. 2024, "Scaling the Codebook Size of VQGAN to 100,000 with a Utilization Rate of 99%"; Radford et al. 2019.
+Shapes: B images, N ids an image, K codes, V entries of the vocabulary, D channels.
+
+What is unusual:
+- The vocabulary is the codes and behind them the starts: a class c is entry K + c, and the null class, where guidance
+  is trained, K + num_classes. Without classes there is one start, K: the released code starts from 0, which is a code.
+- Noise (`keep`) replaces input ids by random codes; the released code also draws class entries.
+- Ids of any layout are one sequence: groups and scales are told apart by their learned positions alone.
+- Sampling keeps keys and values; the released code runs the whole sequence again for every id.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
+from vqpipe.generation.cross_entropy import chunked_cross_entropy
+from vqpipe.generation.llamagen import INIT_STD, CodeEmbedding, Size
+from vqpipe.generation.sampling import draw_ids, for_each_run, guided, uniforms, with_null
+
+SIZES = {
+    #              layers heads width
+    "tiny":  Size(     4,    4,  128),
+    "404m":  Size(    24,   16, 1024),
+}  # fmt: skip
+"""The paper's, and one that learns on a CPU. With 100,000 codes, 1000 classes and 256 ids the paper's has 509.4 million
+parameters, of which each of the two vocabulary matrices is 103.4: its 404 leaves one of them out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptConfig(GeneratorConfig):
+    """The defaults are VQGAN-LC's GPT with a null class for guidance, which its own lacks (class_dropout = 0)."""
+
+    kind: ClassVar[str] = "gpt"
+
+    layers: int = 24
+    heads: int = 16
+    width: int = 1024
+    """D, channels."""
+    dropout: float = 0.0
+    """Of inputs, attention and both halves of every block, 0..1."""
+    keep: float = 1.0
+    """Share of input ids that stay as they are in training; the others become random codes, 0..1. VQGAN-LC: 0.8."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the vocabulary, 0..1. VQGAN-LC knows 0.1, and leaves it off."""
+    embedding: Literal["learned", "codebook"] = "learned"
+    """Inputs: a fresh table, as the released code, or the tokenizer's codes through a small network."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.layers, self.heads, self.width) < 1 or self.width % self.heads:
+            raise ConfigError(
+                f"a gpt of {self.layers} layers, {self.heads} heads and {self.width} channels cannot be built",
+                "Set generator.layers, heads and width; heads divide the width",
+            )
+        if not 0 <= self.keep <= 1:
+            raise ConfigError(f"generator.keep = {self.keep} should be in [0, 1]")
+        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
+            raise ConfigError("generator.dropout and label_smoothing should be in [0, 1)")
+
+
+class Gpt(Generator):
+    """Next-id prediction by GPT-2's blocks, as transformers has them.
+
+    Weights start from N(0, 0.02), the last layer of each half of a block smaller by sqrt(2 layers) as GPT-2; the
+    released code has 0.02 there too. Input and output matrices are two, and the output has no bias.
+    """
+
+    config_class = GptConfig
+    trained_on = "tokens"
+    config: GptConfig
+
+    def __init__(self, config: GptConfig, space: Space) -> None:
+        super().__init__(config, space)
+        from transformers import GPT2Config, GPT2Model  # slow to import, so only for whoever builds one
+
+        starts = 1 if space.num_classes is None else space.num_classes + self.has_null
+        learned = config.embedding == "learned"
+        self.first_start = space.codebook_size if learned else 0
+        self.tokens = nn.Embedding(starts + self.first_start, config.width)
+        groups = space.num_groups
+        self.code_embedding = (
+            None if learned else CodeEmbedding(groups, space.codebook_size, space.code_dim, 1, config.width)
+        )
+        self.trunk = GPT2Model(
+            GPT2Config(
+                vocab_size=1,
+                bos_token_id=None,
+                eos_token_id=None,
+                n_positions=space.num_tokens,
+                n_embd=config.width,
+                n_layer=config.layers,
+                n_head=config.heads,
+                activation_function="gelu",
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
+                resid_pdrop=config.dropout,
+                initializer_range=INIT_STD,
+            )
+        )
+        # Inputs come as vectors, and a table that learns nothing would stop DistributedDataParallel.
+        self.trunk.wte = nn.Identity()  # type: ignore[assignment]
+        self.head = nn.Linear(config.width, space.codebook_size + starts, bias=False)
+        for table in (self.tokens, self.head):
+            nn.init.normal_(table.weight, std=INIT_STD)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return self.trunk.h
+
+    @property
+    def needs_codebook(self) -> bool:
+        return self.code_embedding is not None and not bool(self.code_embedding.loaded)
+
+    def load_codebook(self, codebook: Tensor) -> None:
+        if self.code_embedding is None:
+            super().load_codebook(codebook)
+        else:
+            self.code_embedding.load(codebook)
+
+    def start(self, labels: Tensor) -> Tensor:
+        """What stands before the first id: int64[B] -> float[B, 1, D]."""
+        labels = torch.zeros_like(labels) if self.num_classes is None else labels
+        return self.tokens(self.first_start + labels).unsqueeze(1)
+
+    def embedded(self, ids: Tensor, first: int = 0) -> Tensor:
+        """int64[B, n], the first of them id number `first` of its image -> float[B, n, D]."""
+        return self.tokens(ids) if self.code_embedding is None else self.code_embedding(ids, first)
+
+    def hidden(self, labels: Tensor, ids: Tensor) -> Tensor:
+        """What predicts ids 0 to n: labels int64[B], ids int64[B, n] -> float[B, n + 1, D]."""
+        start = self.start(labels)
+        inputs = torch.cat([start, self.embedded(ids).to(start.dtype)], dim=1) if ids.shape[1] else start
+        return self.trunk(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float[..., D] -> float[..., K] over the codes alone: the starts are cut off."""
+        return self.head(hidden)[..., : self.space.codebook_size]
+
+    def noisy(self, ids: Tensor) -> Tensor:
+        """Input ids of a training batch, some replaced by random codes."""
+        if self.config.keep == 1:
+            return ids
+        noise = torch.randint_like(ids, self.space.codebook_size)
+        return torch.where(torch.rand(ids.shape, device=ids.device) < self.config.keep, ids, noise)
+
+    def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.hidden(self.dropped(labels), self.noisy(examples[:, :-1]))
+        total = chunked_cross_entropy(
+            hidden.flatten(0, 1),
+            self.head.weight,
+            examples.flatten(),
+            label_smoothing=self.config.label_smoothing,
+        )
+        return {"total": total}
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]) -> Tensor:
+        self.check_sampling(labels, sampling, draws)
+        labels = labels.to(self.head.weight.device)
+        if self.needs_codebook:
+            raise WeightsError("the gpt generator has no codes to read its ids with", "Load its codebook first")
+        chances = uniforms(draws, self.space.num_tokens, labels.device)
+        with self.evaluating():
+            return torch.cat(list(self.drawn(labels, sampling, chances)), dim=1)
+
+    def drawn(self, labels: Tensor, sampling: SamplingConfig, chances: Tensor) -> Iterator[Tensor]:
+        """The ids one by one, int64[B, 1]; keys and values of those before are kept."""
+        count, cache = self.space.num_tokens, None
+        vector = self.start(with_null(labels, self.num_classes or 0, sampling))
+        for number in range(count):
+            out: Any = self.trunk(inputs_embeds=vector, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits = guided(self.logits(out.last_hidden_state[:, -1]), sampling, number, count)
+            ids = draw_ids(logits, chances[:, number], sampling)
+            yield ids.unsqueeze(1)
+            vector = self.embedded(for_each_run(ids, sampling).unsqueeze(1), number).to(vector.dtype)
