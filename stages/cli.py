@@ -5,6 +5,7 @@ Each command is a plain typed function in a file of its own, which imports what 
 0 done, 1 an error we explain, 2 wrong usage, 130 interrupted, 143 after SIGTERM.
 """
 
+import io
 import os
 import signal
 import sys
@@ -18,8 +19,10 @@ from stages.bench import bench
 from stages.compare import compare
 from stages.demo import demo
 from stages.detokenize import detokenize
+from stages.eval_generation import eval_generation
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
+from stages.generate import generate
 from stages.import_checkpoint import import_checkpoint
 from stages.inspect_artifact import inspect
 from stages.kmeans import kmeans
@@ -28,6 +31,8 @@ from stages.prepare_data import prepare_data
 from stages.reconstruct import reconstruct
 from stages.tokenize_images import tokenize
 from stages.train import train
+from stages.train_classifier import train_classifier
+from stages.train_generator import train_generator
 from vqpipe.errors import VqpipeError
 
 app = typer.Typer(
@@ -61,6 +66,10 @@ app.command("tokenize")(tokenize)
 app.command("detokenize")(detokenize)
 app.command("eval")(evaluate)
 app.command("reconstruct")(reconstruct)
+app.command("train-generator")(train_generator)
+app.command("generate")(generate)
+app.command("eval-generation")(eval_generation)
+app.command("train-classifier")(train_classifier)
 app.command("compare")(compare)
 app.command("inspect")(inspect)
 app.command("presets")(presets)
@@ -69,6 +78,9 @@ app.command("bench")(bench)
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path with an umlaut in a terminal that knows ASCII
     for number in console.SIGNALS:
         signal.signal(number, console.interrupt)
     try:
@@ -76,7 +88,7 @@ def main() -> None:
     except VqpipeError as error:
         fail(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: nothing more to say
+        console.abandon_stdout()  # nobody reads on: nothing more to say
         sys.exit(1)
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and the free space.")
@@ -96,4 +108,8 @@ def main() -> None:
 def fail(message: str) -> None:
     rank = os.environ.get("RANK")
     print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # the error was that of stdout itself
+        console.abandon_stdout()
     sys.exit(1)

@@ -47,7 +47,7 @@ Images = Annotated[
 TokenizerPath = Annotated[
     Path,
     typer.Option(
-        "--tokenizer", help="A tokenizer; eval and reconstruct also take an SD-VAE or SDXL-VAE.", metavar="DIR"
+        "--tokenizer", help="A tokenizer; eval and reconstruct also take an SD-VAE, SDXL-VAE or TAEF2.", metavar="DIR"
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images at a time.", metavar="IMAGES", min=1)]
@@ -92,7 +92,7 @@ def finished(artifact: "Artifact", again: bool = False) -> None:
         f"{key} {format_fact(value)}" for key, value in artifact.facts.items() if isinstance(value, int | float | str)
     )
     say(f"{'already published' if again else 'published'}: {artifact.kind}" + (f" ({facts})" if facts else ""))
-    print(artifact.path)
+    print(artifact.path, flush=True)
 
 
 def format_fact(value: float | str) -> str:
@@ -248,6 +248,11 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
     torch.manual_seed(seed)
     with distributed.connect(chosen):
         yield chosen
+
+
+def abandon_stdout() -> None:
+    """Throw away what could not be written, so that Python does not try it again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_main() -> bool:

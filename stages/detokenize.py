@@ -66,7 +66,7 @@ def write_shards(
     left = left if limit is None else min(left, limit)
     with console.progress("detokenize", left) as bar:
         for number, name in enumerate(names):
-            part = read_tokens(stored.file(name), stored.facts["codebook_size"])
+            part = read_tokens(stored.whole(name), stored.facts["codebook_size"])
             take = min(len(part.keys), left)
             left -= take
             rows += take

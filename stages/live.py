@@ -13,7 +13,8 @@ from stages import console
 from stages.console import Bar
 
 Row = Mapping[str, Any]
-LOSS = "loss/"
+LOSS, TRAIN = "loss/", "train/"
+"""What the names of losses, and of other numbers of what is trained, begin with."""
 
 
 class Display(Protocol):
@@ -55,7 +56,7 @@ class Lines:
         self.bar.advance()
 
     def show(self, row: Row) -> None:
-        if "psnr" in row:
+        if "learning_rate" in row:
             self.bar.note(headline(row))
 
 
@@ -100,8 +101,10 @@ class Board:
 
 def headline(row: Row) -> str:
     """The few numbers of a log row that fit beside a bar."""
-    parts = [f"psnr {row['psnr']:.2f} dB", f"codes in use {row['utilization']:.1%}"]
-    parts.append(f"{row['images_per_second']:.3g} images/s")
+    known = {"psnr": "psnr {:.2f} dB", "utilization": "codes in use {:.1%}"}
+    known = known if "psnr" in row else {"loss/total": "loss {:.4g}"}
+    known |= {"images_per_second": "{:.3g} images/s"}
+    parts = [text.format(row[name]) for name, text in known.items() if name in row]
     if row.get("bad_steps"):
         parts.append(f"{row['bad_steps']:,} bad steps")
     return ", ".join(parts)
@@ -113,6 +116,7 @@ def lines_of(row: Row) -> list[tuple[str, str]]:
     terms.sort(key=lambda term: (term != "total", term))
     groups = {
         "loss": [(name, "{:.4g}", LOSS + name) for name in terms],
+        "training": [(name.removeprefix(TRAIN), "{:.4g}", name) for name in row if name.startswith(TRAIN)],
         "quality": [("PSNR", "{:.2f} dB", "psnr")],
         "validation": [
             ("PSNR", "{:.2f} dB", "valid/psnr"),
@@ -136,6 +140,7 @@ def lines_of(row: Row) -> list[tuple[str, str]]:
             ("MFU", "{:.1%}", "mfu"),
             ("", "{:.3g} TFLOP/s", "tflops"),
             ("memory", "{:.1f} GB", "memory_gb"),
+            ("compiled graphs", "{:,}", "compiled_graphs"),
         ],
     }
     lines = []

@@ -1,4 +1,4 @@
-"""A preset as one dataclass, a section per stage.
+"""A preset as one dataclass, a section per stage: of a tokenizer, of a generator, or of a classifier.
 
 A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a field's default, then the preset, then
 `--set`, then a named flag. A stage reads its own sections only, so changing `[train]` leaves features valid.
@@ -6,17 +6,21 @@ A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vqpipe import config, presets
 from vqpipe.codebooks.features import FeaturesConfig
 from vqpipe.codebooks.kmeans import KmeansConfig
+from vqpipe.data.token_stream import ExamplesConfig
 from vqpipe.data.transforms import DataConfig
+from vqpipe.errors import ConfigError
+from vqpipe.generation import GeneratorConfig, SamplingConfig
+from vqpipe.generation.classifier import ClassifierConfig
 from vqpipe.losses.objective import ObjectiveConfig
 from vqpipe.metrics import EvalConfig
 from vqpipe.models.autoencoder import AutoencoderConfig
 from vqpipe.models.discriminator import DiscriminatorConfig
-from vqpipe.training.config import TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
 
 PAPER = "vqgan-lc-f16-100k"
 """Gives [model] and [objective], which have no defaults, to a stage that is run without a preset and reads neither."""
@@ -24,7 +28,7 @@ PAPER = "vqgan-lc-f16-100k"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting of one experiment."""
+    """Every setting of a tokenizer."""
 
     model: AutoencoderConfig
     objective: ObjectiveConfig
@@ -32,8 +36,36 @@ class Recipe:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     kmeans: KmeansConfig = field(default_factory=KmeansConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorRecipe:
+    """Every setting of a generator, and how it is sampled."""
+
+    generator: GeneratorConfig
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRecipe:
+    """Every setting of a classifier."""
+
+    classifier: ClassifierConfig
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+R = TypeVar("R", Recipe, GeneratorRecipe, ClassifierRecipe)
+SUBJECTS: dict[str, tuple[type, str]] = {
+    "model": (Recipe, "vqpipe train"),
+    "generator": (GeneratorRecipe, "vqpipe train-generator"),
+    "classifier": (ClassifierRecipe, "vqpipe train-classifier"),
+}
+"""The section that says what a preset is of -> its recipe, and the command that trains by it."""
 
 
 def load(preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> Recipe:
@@ -47,7 +79,29 @@ def load(preset: str | None, overrides: list[str] | None = None, **flags: Mappin
     table = config.read_toml(presets.find(preset or PAPER))
     if preset is None:
         table = {name: table[name] for name in ("model", "objective")}
-    table = config.override(Recipe, table, overrides or [])
-    for section, values in flags.items():
-        table.setdefault(section, {}).update({key: value for key, value in values.items() if value is not None})
-    return config.from_table(Recipe, table)
+    return read(Recipe, preset or PAPER, table, overrides or [], flags)
+
+
+def load_generator(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> GeneratorRecipe:
+    """The same for a generator's preset."""
+    from vqpipe.generation import published  # noqa: F401  # defines every kind; imports diffusers, which takes seconds
+
+    return read(GeneratorRecipe, preset, config.read_toml(presets.find(preset)), overrides or [], flags)
+
+
+def load_classifier(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> ClassifierRecipe:
+    """The same for a classifier's preset."""
+    return read(ClassifierRecipe, preset, config.read_toml(presets.find(preset)), overrides or [], flags)
+
+
+def read(
+    cls: type[R], preset: str, table: dict[str, Any], overrides: list[str], flags: Mapping[str, Mapping[str, Any]]
+) -> R:
+    """A preset's tables as a `cls`; one of another subject is told by its section."""
+    for section, (other, command) in SUBJECTS.items():
+        if section in table and other is not cls:
+            raise ConfigError(f"preset {preset} has a section [{section}]: it is for {command}", "See vqpipe presets")
+    table = config.override(cls, table, overrides)
+    for name, values in flags.items():
+        table.setdefault(name, {}).update({key: value for key, value in values.items() if value is not None})
+    return config.from_table(cls, table)

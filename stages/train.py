@@ -13,18 +13,30 @@ if TYPE_CHECKING:
     import torch
 
     from stages.recipe import Recipe
+    from stages.watching import TokenizerWatcher
     from vqpipe.artifacts import Artifact, Draft
+    from vqpipe.data.batches import TrainingStream
     from vqpipe.data.shards import ImageSet
-    from vqpipe.losses.objective import Objective
+    from vqpipe.errors import ConfigError
     from vqpipe.models import Autoencoder, PatchDiscriminator
-    from vqpipe.training.config import TrainConfig
+    from vqpipe.training.config import TokenizerTrainConfig
     from vqpipe.training.state import TrainState
-    from vqpipe.training.validation import Best, Validation
+    from vqpipe.training.tokenizer_task import TokenizerTask
+    from vqpipe.training.validation import Best
 
 SECTIONS = ("model", "data", "objective", "discriminator", "train")
 """What of a preset this stage reads."""
 FREE_KEYS = {
-    "train": ("log_every", "save_every", "keep_every", "look_every", "max_bad_steps", "recompute", "compile"),
+    "train": (
+        "log_every",
+        "save_every",
+        "keep_every",
+        "look_every",
+        "max_bad_steps",
+        "recompute",
+        "compile",
+        "parallel",
+    ),
     "data": ("num_workers", "worker_timeout"),
     "objective": ("lpips_weights",),
 }
@@ -96,59 +108,96 @@ def train(
     with console.session(device, seed) as where:
         from stages import recipe as recipes
         from vqpipe import artifacts
-        from vqpipe.codebooks.kmeans import codebook_input
-        from vqpipe.config import nearest_name, to_table
         from vqpipe.data.shards import open_images
-        from vqpipe.errors import ConfigError
-        from vqpipe.files import hash_file
-        from vqpipe.losses.perceptual import backbone_file
-        from vqpipe.tokenizer import read_config
-        from vqpipe.training.loggers import check_loggers
 
         if preset is None:
-            raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
-        if publish not in ("last", "best"):
-            raise ConfigError(f"--publish {publish} is unknown", nearest_name(publish, ("last", "best")))
-        if publish == "best" and not validation:
-            raise ConfigError("--publish best needs images to judge by", "Name held-out images with --validation")
-        check_loggers(log or [])
+            raise no_preset()
+        check_words(publish, validation or [], log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         recipe = recipes.load(preset, overrides, train=flags)
         recipe = replace(recipe, train=with_schedule(recipe.train, bool(validation)))
-        image_set = open_images(images)
-        inputs: dict[str, Any] = {"images": image_set}
-        held_out = open_images(validation) if validation else None
-        if held_out is not None:
-            inputs["validation"] = held_out
-        if codebook is not None:
-            inputs["codebook"] = codebook_input(codebook)
-        if recipe.objective.perceptual != "none":
-            file = backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
-            inputs["lpips"] = hash_file(file)
-        if source is not None:
-            read_config(source / "config.json")  # first: it says what a folder is that is no tokenizer of ours
-            inputs["from"] = artifacts.open_artifact(source, "tokenizer")
-        sections = {name: to_table(getattr(recipe, name)) for name in SECTIONS}
-        for section, keys in FREE_KEYS.items():
-            for key in keys:
-                del sections[section][key]
-        draft = artifacts.start(out, "tokenizer", {**sections, "seed": seed, "publish": publish}, inputs)
-        if isinstance(draft, artifacts.Artifact):
-            return console.finished(draft, again=True)
+        check_start(recipe.train, source)
         given = Given(
-            images=image_set,
-            held_out=held_out,
+            images=open_images(images),
+            held_out=open_images(validation) if validation else None,
             codebook=codebook,
             source=source,
             publish=publish,
             loggers=list(dict.fromkeys(log or [])),
             seed=seed,
         )
+        draft = artifacts.start(out, "tokenizer", asked(recipe, given), inputs_of(recipe, given))
+        if isinstance(draft, artifacts.Artifact):
+            return console.finished(draft, again=True)
         with draft:
             return console.finished(run(recipe, draft, given, where))
 
 
-def with_schedule(config: "TrainConfig", validates: bool) -> "TrainConfig":
+def no_preset() -> "ConfigError":
+    """What to say where no preset was named."""
+    from vqpipe.errors import ConfigError
+
+    return ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
+
+
+def check_words(publish: str, validation: list[str], log: list[str]) -> None:
+    """Raise a ConfigError where --publish or --log ask for what there is not."""
+    from vqpipe.config import nearest_name
+    from vqpipe.errors import ConfigError
+    from vqpipe.training.loggers import check_loggers
+
+    if publish not in ("last", "best"):
+        raise ConfigError(f"--publish {publish} is unknown", nearest_name(publish, ("last", "best")))
+    if publish == "best" and not validation:
+        raise ConfigError("--publish best needs images to judge by", "Name held-out images with --validation")
+    check_loggers(log)
+
+
+def check_start(config: "TokenizerTrainConfig", source: Path | None) -> None:
+    """Raise a ConfigError where a tokenizer to go on from would be whitened: its decoder knows its latents as they
+    are."""
+    from vqpipe.errors import ConfigError
+
+    if source is not None and config.matched_start:
+        raise ConfigError(
+            f"train.matched_start would change the latents and the codebook of --from {source}, which belong together",
+            "Add --set train.matched_start=false",
+        )
+
+
+def asked(recipe: "Recipe", given: Given) -> dict[str, Any]:
+    """The settings that count: with the inputs, what makes two runs the same."""
+    from vqpipe.config import to_table
+
+    sections = {name: to_table(getattr(recipe, name)) for name in SECTIONS}
+    for section, keys in FREE_KEYS.items():
+        for key in keys:
+            del sections[section][key]
+    return {**sections, "seed": given.seed, "publish": given.publish}
+
+
+def inputs_of(recipe: "Recipe", given: Given) -> dict[str, Any]:
+    """What the run reads, by role."""
+    from vqpipe import artifacts
+    from vqpipe.codebooks.kmeans import codebook_input
+    from vqpipe.files import hash_file
+    from vqpipe.losses.perceptual import backbone_file
+    from vqpipe.tokenizer import read_config
+
+    inputs: dict[str, Any] = {"images": given.images}
+    if given.held_out is not None:
+        inputs["validation"] = given.held_out
+    if given.codebook is not None:
+        inputs["codebook"] = codebook_input(given.codebook)
+    if recipe.objective.perceptual != "none":
+        inputs["lpips"] = hash_file(backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights))
+    if given.source is not None:
+        read_config(given.source / "config.json")  # first: it says what a folder is that is no tokenizer of ours
+        inputs["from"] = artifacts.open_artifact(given.source, "tokenizer")
+    return inputs
+
+
+def with_schedule(config: "TokenizerTrainConfig", validates: bool) -> "TokenizerTrainConfig":
     """Validation with each picture where held-out images were named and no schedule was; never without images."""
     from vqpipe.errors import ConfigError
 
@@ -162,87 +211,86 @@ def with_schedule(config: "TrainConfig", validates: bool) -> "TrainConfig":
 def run(recipe: "Recipe", draft: "Draft", given: Given, device: "torch.device") -> "Artifact":
     """Build the two networks, train them in `draft`, publish."""
     from stages.live import display
-    from stages.watching import Pictures, Watcher
-    from vqpipe import distributed
-    from vqpipe.config import to_table
-    from vqpipe.data.batches import TrainingStream
+    from stages.watching import watch
     from vqpipe.losses.objective import Objective
-    from vqpipe.reports.training import latest
     from vqpipe.training import loop
     from vqpipe.training.state import checkpoints
-    from vqpipe.training.throughput import throughput
+    from vqpipe.training.tokenizer_task import TokenizerTask
 
     config = recipe.train
     model, discriminator = build(recipe, given, device)
-    objective = Objective(recipe.objective, model.quantizer.loss_names).to(device)
+    task = TokenizerTask(model, discriminator, Objective(recipe.objective, model.quantizer.loss_names).to(device))
     if config.matched_start and not checkpoints(draft.path):
         match_start(recipe, model, given, device)
-    stream = TrainingStream(
-        given.images,
-        recipe.data,
-        seed=given.seed,
-        batch_size=config.global_batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    facts: dict[str, Any] = {
-        "quantizer": model.quantizer.config.kind,
-        "codebook_size": model.quantizer.codebook_size,
-        "num_groups": model.quantizer.num_groups,
-        "downsample_factor": model.downsample_factor,
-    }
-    validation, best = held_out_images(recipe, draft, given, objective, device)
-    pictures = Pictures(given.held_out or given.images, recipe.data.image_size, device)
-    speed = throughput(config, model, discriminator, objective, recipe.data.image_size, device)
+    stream = training_images(recipe, given, config.global_batch_size, shared=True)
     with console.StopAtStepEnd() as signals, display(config.steps) as shown:
-        watcher = Watcher(
-            draft,
-            settings={name: to_table(getattr(recipe, name)) for name in SECTIONS},
-            tokenizer=facts,
-            pictures=pictures,
-            validation=validation,
-            best=best,
-            throughput=speed,
-            loggers=given.loggers,
-            display=shown,
-        )
+        facts = facts_of(model)
+        watcher = watch(recipe, draft, given, task, device, shown, sections=SECTIONS, facts=facts)
         try:
             state = loop.train(
+                task,
                 config,
-                model,
-                discriminator,
-                objective,
                 stream,
                 draft.path,
                 seed=given.seed,
                 device=device,
-                on_start=watcher.start,
-                on_log=watcher.log,
-                on_look=watcher.look,
-                on_validate=watcher.validate,
-                on_bad=watcher.bad,
-                on_step=watcher.advance,
+                listener=watcher,
                 stop_asked=signals.asked,
             )
         finally:
             watcher.close()
         if state.step < config.steps:
             signals.leave()
-    step = state.step if best is None or best.step is None or given.publish == "last" else best.step
-    facts |= {
-        "images_seen": step * config.global_batch_size,
-        "steps": state.step,
-        "published_step": step,
+    return publish_tokenizer(recipe, draft, given, task, state, watcher)
+
+
+def training_images(recipe: "Recipe", given: Given, batch_size: int, *, shared: bool) -> "TrainingStream":
+    """The run's images in batches: this rank's share of each where `shared`, else the whole of it."""
+    from vqpipe import distributed
+    from vqpipe.data.batches import TrainingStream
+
+    rank, ranks = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    return TrainingStream(
+        given.images, recipe.data, seed=given.seed, batch_size=batch_size, rank=rank, world_size=ranks
+    )
+
+
+def facts_of(model: "Autoencoder") -> dict[str, Any]:
+    """What a tokenizer is, in short."""
+    return {
+        "quantizer": model.quantizer.config.kind,
+        "codebook_size": model.quantizer.codebook_size,
+        "num_groups": model.quantizer.num_groups,
+        "downsample_factor": model.downsample_factor,
     }
+
+
+def publish_tokenizer(
+    recipe: "Recipe",
+    draft: "Draft",
+    given: Given,
+    task: "TokenizerTask",
+    state: "TrainState",
+    watcher: "TokenizerWatcher",
+) -> "Artifact":
+    """The last weights, or those that did best, with what was measured on the way."""
+    from vqpipe import distributed
+    from vqpipe.reports.training import latest
+
+    best, step = watcher.best, state.step
+    if best is not None and best.step is not None and given.publish == "best":
+        step = best.step
+    seen = {"images_seen": step * recipe.train.global_batch_size, "steps": state.step, "published_step": step}
     if distributed.is_main():
-        save(draft, state, recipe, best if step != state.step else None, facts)
+        save(draft, task, state, recipe, best if step != state.step else None, seen["images_seen"])
     rows = watcher.history.rows
     measured = {
         "training_psnr": latest(rows, "psnr"),
         "training_utilization": latest(rows, "utilization"),
         "valid_psnr": latest([row for row in rows if row["step"] == step], "valid/psnr"),
     }
-    return draft.publish(facts | {name: value for name, value in measured.items() if value is not None})
+    known = {name: value for name, value in measured.items() if value is not None}
+    return draft.publish(facts_of(task.model) | seen | known)
 
 
 def build(recipe: "Recipe", given: Given, device: "torch.device") -> "tuple[Autoencoder, PatchDiscriminator]":
@@ -286,51 +334,27 @@ def build(recipe: "Recipe", given: Given, device: "torch.device") -> "tuple[Auto
 
 def match_start(recipe: "Recipe", model: "Autoencoder", given: Given, device: "torch.device") -> None:
     """The matched start, on the first images that the run will see; the same ones on every rank."""
-    from vqpipe.data.batches import TrainingStream
     from vqpipe.data.transforms import to_float
 
-    count = recipe.train.matched_start_images
-    stream = TrainingStream(given.images, recipe.data, seed=given.seed, batch_size=count, rank=0, world_size=1)
+    stream = training_images(recipe, given, recipe.train.matched_start_images, shared=False)
     batch = next(iter(stream.from_sample(0)))
     model.match_start(to_float(batch.images.to(device)))
 
 
-def held_out_images(
-    recipe: "Recipe", draft: "Draft", given: Given, objective: "Objective", device: "torch.device"
-) -> "tuple[Validation | None, Best | None]":
-    """What measures the held-out images and keeps the best weights; nothing where there are no such images."""
-    from vqpipe import distributed
-    from vqpipe.training.validation import Best, Validation
-
-    config = recipe.train
-    if given.held_out is None:
-        return None, None
-    perceptual = objective.perceptual
-    name = f"lpips_{recipe.objective.perceptual}"
-    validation = Validation(
-        given.held_out,
-        image_size=recipe.data.image_size,
-        batch_size=config.share(distributed.world_size()) // config.accumulate,
-        limit=config.validation_images,
-        perceptual={} if perceptual is None else {name: perceptual.lpips},
-        num_workers=recipe.data.num_workers,
-        device=device,
-    )
-    file = draft.path / "best.safetensors"
-    if perceptual is None:
-        return validation, Best(file, "valid/psnr", higher=True)
-    return validation, Best(file, f"valid/{name}", higher=False)
-
-
-def save(draft: "Draft", state: "TrainState", recipe: "Recipe", best: "Best | None", facts: dict[str, Any]) -> None:
+def save(
+    draft: "Draft", task: "TokenizerTask", state: "TrainState", recipe: "Recipe", best: "Best | None", images_seen: int
+) -> None:
     """Write the tokenizer's files into the draft: the last weights, or those that `best` kept."""
+    from vqpipe.models import Autoencoder
     from vqpipe.tokenizer import Tokenizer, load_weights, write_files
     from vqpipe.weights import load_tensors
 
     network = state.weight_ema.network
+    assert isinstance(network, Autoencoder)
     if best is not None:
         load_weights(network, load_tensors(best.path), best.path)
     tokenizer = Tokenizer(network, image_size=recipe.data.image_size, device="cpu")
-    critic = state.discriminator if recipe.objective.adversarial > 0 else None
-    write_files(draft, tokenizer, critic, **{"images seen": f"{facts['images_seen']:,}"})
+    write_files(
+        draft, tokenizer, task.discriminator if task.adversarial else None, **{"images seen": f"{images_seen:,}"}
+    )
     draft.adopt("metrics.jsonl")

@@ -1,6 +1,7 @@
 """What watches a training run: its log, pictures and validations, its page, and the table on the terminal."""
 
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages import console
@@ -10,14 +11,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from stages.recipe import Recipe
+    from stages.train import Given
     from vqpipe.artifacts import Draft
     from vqpipe.data.shards import ImageSet
+    from vqpipe.losses.objective import Objective
     from vqpipe.models import Autoencoder
     from vqpipe.reports.evaluation import Shown
     from vqpipe.training.history import Row
     from vqpipe.training.loggers import Logger
     from vqpipe.training.state import TrainState
     from vqpipe.training.throughput import Throughput
+    from vqpipe.training.tokenizer_task import TokenizerTask
     from vqpipe.training.validation import Best, Validation
 
 LOOK_AT = 8
@@ -25,35 +30,16 @@ LOOK_AT = 8
 
 
 class Watcher:
-    """The loop's callbacks. Rank 0 writes; validating, all ranks measure.
+    """The loop's listener for any task: `metrics.jsonl` in the draft, TensorBoard and wandb, the table. Rank 0 writes.
 
-    `metrics.jsonl`, `pictures/` and `report.html` lie in the draft and are published with the tokenizer. What
-    TensorBoard and wandb write lies beside it, in `<out>.logs/`: it keeps its place when the draft is renamed, and
-    grows as it likes without becoming part of the tokenizer.
+    What TensorBoard and wandb write lies beside the draft, in `<out>.logs/`: it keeps its place when the draft is
+    renamed, and grows as it likes without becoming part of what is published. A subclass adds what it shows.
     """
 
-    def __init__(
-        self,
-        draft: "Draft",
-        *,
-        settings: dict[str, Any],
-        tokenizer: dict[str, Any],
-        pictures: "Pictures",
-        validation: "Validation | None",
-        best: "Best | None",
-        throughput: "Throughput",
-        loggers: list[str],
-        display: Display,
-    ) -> None:
-        self.draft, self.settings, self.tokenizer, self.pictures = draft, settings, tokenizer, pictures
-        self.validation, self.best, self.throughput = validation, best, throughput
-        self.names, self.display = loggers, display
+    def __init__(self, draft: "Draft", *, settings: dict[str, Any], loggers: list[str], display: Display) -> None:
+        self.draft, self.settings, self.names, self.display = draft, settings, loggers, display
         self.loggers: list[Logger] = []
         self.steps, self.batch_size = settings["train"]["steps"], settings["train"]["global_batch_size"]
-        self.shown: list[Shown] = []
-        self.shown_note = self.counts_note = ""
-        self.counts: Tensor | None = None
-        self.page_is_old = False
 
     def start(self, state: "TrainState") -> None:
         """The run begins, or goes on from a checkpoint."""
@@ -81,6 +67,67 @@ class Watcher:
         self.loggers = [LOGGERS[name](run) for name in self.names]
         if self.names:
             console.say(f"{' and '.join(self.names)}: {run.folder}")
+
+    def log(self, row: "Row") -> None:
+        """A row of training numbers."""
+        self.keep(row)
+
+    def look(self, step: int, network: Any) -> None:
+        """Time for pictures. Here: none."""
+
+    def validate(self, step: int, network: Any) -> None:
+        """Time to look at held-out data. Here: none."""
+
+    def advance(self, state: "TrainState") -> None:
+        """A step is done."""
+        self.step = state.step
+        self.display.advance()
+
+    def bad(self, step: int, keys: list[str]) -> None:
+        """A step was skipped."""
+        some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        console.say(f"step {step:,} was skipped: its gradient is not finite (images {some})")
+
+    def close(self) -> None:
+        """The run ends, or is cut: what loggers still hold is written."""
+        for logger in self.loggers:
+            logger.close()
+
+    def keep(self, row: "Row") -> None:
+        """A row goes wherever rows go."""
+        self.history.append(row)
+        self.display.show(row)
+        for logger in self.loggers:
+            logger.log(row)
+
+
+class TokenizerWatcher(Watcher):
+    """With pictures, validations and the run's page. Rank 0 writes; validating, all ranks measure.
+
+    `pictures/` and `report.html` lie in the draft and are published with the tokenizer.
+    """
+
+    def __init__(
+        self,
+        draft: "Draft",
+        *,
+        tokenizer: dict[str, Any],
+        pictures: "Pictures",
+        validation: "Validation | None",
+        best: "Best | None",
+        throughput: "Throughput",
+        **options: Any,
+    ) -> None:
+        super().__init__(draft, **options)
+        self.tokenizer, self.pictures = tokenizer, pictures
+        self.validation, self.best, self.throughput = validation, best, throughput
+        self.shown: list[Shown] = []
+        self.shown_note = self.counts_note = ""
+        self.counts: Tensor | None = None
+        self.page_is_old = False
+
+    def start(self, state: "TrainState") -> None:
+        super().start(state)
         self.write_page()
         console.say(f"to watch the run, open {self.draft.path / 'report.html'} (written again with each picture)")
 
@@ -126,26 +173,9 @@ class Watcher:
 
     def advance(self, state: "TrainState") -> None:
         """A step is done, saved where it was due."""
-        self.step = state.step
-        self.display.advance()
+        super().advance(state)
         if self.page_is_old:
             self.write_page()
-
-    def bad(self, step: int, keys: list[str]) -> None:
-        """A step was skipped."""
-        some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-        console.say(f"step {step:,} was skipped: its gradient is not finite (images {some})")
-
-    def close(self) -> None:
-        """The run ends, or is cut: what loggers still hold is written."""
-        for logger in self.loggers:
-            logger.close()
-
-    def keep(self, row: "Row") -> None:
-        self.history.append(row)
-        self.display.show(row)
-        for logger in self.loggers:
-            logger.log(row)
 
     def write_page(self) -> None:
         """`report.html`, from what is known now."""
@@ -217,3 +247,60 @@ class Pictures:
         psnr = psnr_of(mean_squared_error(self.originals, again), peak=255.0).tolist()
         pairs = zip(self.names, self.originals, again, psnr, strict=True)
         return [Shown(name, to_png(a), to_png(b), db if db < float("inf") else None) for name, a, b, db in pairs]
+
+
+def watch(
+    recipe: "Recipe",
+    draft: "Draft",
+    given: "Given",
+    task: "TokenizerTask",
+    device: "torch.device",
+    display: Display,
+    *,
+    sections: Sequence[str],
+    facts: dict[str, Any],
+) -> TokenizerWatcher:
+    """What logs, shows and validates the run of a tokenizer with these facts; `sections` of its preset are kept."""
+    from vqpipe.config import to_table
+    from vqpipe.training.throughput import throughput
+
+    side = recipe.data.image_size
+    validation, best = held_out_images(recipe, draft, given, task.objective, device)
+    return TokenizerWatcher(
+        draft,
+        settings={name: to_table(getattr(recipe, name)) for name in sections},
+        tokenizer=facts,
+        pictures=Pictures(given.held_out or given.images, side, device),
+        validation=validation,
+        best=best,
+        throughput=throughput(recipe.train, task.model, task.discriminator, task.objective, side, device),
+        loggers=given.loggers,
+        display=display,
+    )
+
+
+def held_out_images(
+    recipe: "Recipe", draft: "Draft", given: "Given", objective: "Objective", device: "torch.device"
+) -> "tuple[Validation | None, Best | None]":
+    """What measures the held-out images and keeps the best weights; nothing where there are no such images."""
+    from vqpipe import distributed
+    from vqpipe.training.validation import Best, Validation
+
+    config = recipe.train
+    if given.held_out is None:
+        return None, None
+    perceptual = objective.perceptual
+    name = f"lpips_{recipe.objective.perceptual}"
+    validation = Validation(
+        given.held_out,
+        image_size=recipe.data.image_size,
+        batch_size=config.share(distributed.world_size()) // config.accumulate,
+        limit=config.validation_images,
+        perceptual={} if perceptual is None else {name: perceptual.lpips},
+        num_workers=recipe.data.num_workers,
+        device=device,
+    )
+    file = draft.path / "best.safetensors"
+    if perceptual is None:
+        return validation, Best(file, "valid/psnr", higher=True)
+    return validation, Best(file, f"valid/{name}", higher=False)

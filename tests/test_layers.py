@@ -10,14 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("stages",),
-    ("benchmarks",),
+    ("benchmarks", "analysis"),
     ("training", "codebooks", "generation", "reports"),
     ("continuous",),
-    ("tokenizer",),
+    ("tokenizer", "tiling"),
     ("models",),
     ("quantizers", "losses", "metrics", "data"),
     ("search", "artifacts", "weights", "presets"),
     ("config", "distributed", "files", "provenance"),
+    ("faults",),
     ("errors",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}

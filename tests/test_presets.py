@@ -4,16 +4,67 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.recipe import Recipe, load
+from stages.recipe import ClassifierRecipe, GeneratorRecipe, Recipe, load, load_classifier, load_generator
 from vqpipe import presets
 from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError
+from vqpipe.generation.base import Space, build_generator
+from vqpipe.generation.classifier import build_classifier
 from vqpipe.models import AutoencoderConfig, build_autoencoder
+from vqpipe.quantizers import TokenLayout
 
 SIZES = {"vqgan-lc-f16-100k": (16, 100_000), "vqgan-lc-f8-100k": (8, 100_000), "vqgan-fc-f16-16k": (16, 16_384)}
+PARAMETERS = {
+    "gpt-404m": 101_001 * 1024 * 2 + 256 * 1024 + 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024,
+    "dit-xl-2": 674_890_048,
+    "llamagen-xxl": 1_462_531_584,
+}
+"""Of generators on what the papers train them on, 1,000 classes. GPT: two matrices of 100,000 codes, the classes and a
+null; 256 positions; per block 12 matrices of width x width with biases and norms; the last norm."""
 
 
-@pytest.mark.parametrize("name", presets.names())
+def space_of(name: str, num_classes: int | None) -> Space:
+    """The tokens of VQGAN-LC at 256 px; for LlamaGen's those of MGVQ at 384 px."""
+    groups, size, side = (4, 8192, 24) if name.startswith("llamagen") else (1, 100_000, 32 if "f8" in name else 16)
+    layout = TokenLayout(((side, side),), groups)
+    return Space(layout=layout, codebook_size=size, latent_dim=8 * groups, code_dim=8, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", presets.names("generator"))
+def test_every_preset_of_a_generator_is_parsed_and_built(name: str) -> None:
+    recipe = load_generator(name)
+    space = space_of(name, (recipe.examples.num_classes or 10) if recipe.examples.conditional else None)
+    with torch.device("meta"):
+        generator = build_generator(recipe.generator, space)
+    if name in PARAMETERS:
+        assert sum(parameter.numel() for parameter in generator.parameters()) == PARAMETERS[name]
+    generator.check_sampling(torch.zeros(1, dtype=torch.int64), recipe.generate, [torch.Generator()])
+    assert from_table(GeneratorRecipe, to_table(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", presets.names("classifier"))
+def test_every_preset_of_a_classifier_is_parsed_and_built(name: str) -> None:
+    recipe = load_classifier(name)
+    with torch.device("meta"):
+        build_classifier(recipe.classifier, space_of(name, recipe.examples.num_classes or 10))
+    assert from_table(ClassifierRecipe, to_table(recipe)) == recipe
+
+
+def test_a_preset_of_another_subject_is_told_by_its_section() -> None:
+    with pytest.raises(ConfigError, match=r"gpt-tiny has a section \[generator\]: it is for vqpipe train-generator"):
+        load("gpt-tiny")
+    with pytest.raises(ConfigError, match=r"smoke has a section \[model\]: it is for vqpipe train\."):
+        load_generator("smoke")
+    with pytest.raises(ConfigError, match=r"it is for vqpipe train-generator"):
+        load_classifier("gpt-tiny")
+
+
+def test_every_preset_is_of_one_subject() -> None:
+    subjects = [presets.names(section) for section in ("model", "generator", "classifier")]
+    assert sorted(name for names in subjects for name in names) == presets.names()
+
+
+@pytest.mark.parametrize("name", presets.names("model"))
 def test_every_preset_is_parsed_and_built(name: str) -> None:
     recipe = load(name)
     with torch.device("meta"):
@@ -29,13 +80,13 @@ def test_every_preset_is_parsed_and_built(name: str) -> None:
 def test_every_preset_says_what_it_is(name: str) -> None:
     head = dict(presets.heads())[name]
     assert {"what", "command", "expected"} <= set(head)
-    if not name.startswith(("smoke", "demo", "small")):
+    if not name.startswith(("smoke", "demo", "small", "linear-probe")) and not name.endswith("-tiny"):
         assert {"paper", "row", "protocol"} <= set(head)
 
 
 def test_the_presets_of_the_papers_do_without_the_matched_start() -> None:
     ours = {"demo", "small", "smoke", "vqgan-lc-f16-100k-matched", "mgvq-lc-f16-g4"}
-    assert {name for name in presets.names() if load(name).train.matched_start} == ours
+    assert {name for name in presets.names("model") if load(name).train.matched_start} == ours
 
 
 def test_without_a_preset_every_section_has_its_defaults() -> None:

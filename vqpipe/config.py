@@ -9,6 +9,7 @@ the table's `kind` picks the subclass.
 import dataclasses
 import difflib
 import json
+import sys
 import tomllib
 import types
 import typing
@@ -33,7 +34,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         hint = "Name a preset (vqpipe presets lists them) or a TOML file"
         raise ConfigError(f"cannot read {path}: {error.strerror}", hint) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and tables nested as deep
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
@@ -190,7 +191,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise wrong_type(where, value, "a table")
         return from_table(typing.cast(type, hint), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise wrong_type(where, value if isinstance(value, float) else "a number of many digits", "a finite number")
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
@@ -211,7 +214,7 @@ def split_assignment(text: str) -> tuple[list[str], Any]:
         raise ConfigError(f"--set {text}: no value", "Write --set section.key=value")
     try:
         return path.strip().split("."), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return path.strip().split("."), value.strip()
 
 

@@ -5,15 +5,18 @@ Nothing here starts processes: `torchrun` does, and `connect` joins the group it
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from vqpipe.errors import ConfigError
+from vqpipe.errors import ConfigError, VqpipeError
+
+Answer = TypeVar("Answer")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for another before it gives up with an error, instead of hanging for ever."""
@@ -82,6 +85,29 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+@contextmanager
+def sharing_errors() -> Iterator[None]:
+    """A VqpipeError that rank 0 raises in here is raised on every rank, so that none waits for one that has ended."""
+    error: VqpipeError | None = None
+    try:
+        yield
+    except VqpipeError as raised:
+        error = raised
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+
+
+def on_main(action: Callable[[], Answer]) -> Answer:
+    """What `action` returns on rank 0 (anything JSON-like), or the VqpipeError that it raises there, on every rank."""
+    answer: Answer | None = None
+    with sharing_errors():
+        if is_main():
+            answer = action()
+    shared: Answer = broadcast_object(answer)
+    return shared
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     if not dist.is_initialized():
@@ -120,7 +146,12 @@ def connect(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    store, number, ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    # torchrun keeps its store when it starts ranks again: without a prefix they would find the addresses of dead ones.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield
     finally:

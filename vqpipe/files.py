@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vqpipe.faults import fault
+
 
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
@@ -21,16 +23,32 @@ def digest_json(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        fault("write")
+        temporary.write_text(text, encoding="utf-8")
+        fault("written")
+        flush_to_disk(temporary)
+        rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     flush_to_disk(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a flushed file or directory its name, in one step; a file that has it already is replaced."""
+    fault("rename")
+    os.replace(source, target)
+    fault("renamed")
 
 
 def flush_to_disk(path: Path) -> None:
     """fsync a file or a directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
+        fault("fsync")
         os.fsync(handle)
+        fault("fsynced")
     finally:
         os.close(handle)

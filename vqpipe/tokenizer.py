@@ -57,7 +57,8 @@ class Tokenizer:
         table = read_config(folder / "config.json")
         with torch.device("meta"):
             autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
-        load_weights(autoencoder, load_tensors(folder / "model.safetensors"), folder)
+        weights = artifact.whole("model.safetensors") if artifact else folder / "model.safetensors"
+        load_weights(autoencoder, load_tensors(weights), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.name = Path(path).name or tokenizer.name
         tokenizer.artifact = artifact
@@ -138,12 +139,17 @@ class Tokenizer:
         Raises:
             DataError: ids that do not fit the size or the codebook; more groups than there are.
         """
+        return to_uint8(self.decode_float(ids, image_size, groups))
+
+    @torch.no_grad()
+    def decode_float(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
+        """As `decode`, before rounding: float[B, 3, H, W] of about [-1, 1], not clamped."""
         self.check_groups(groups)
         layout = self.layout(*image_size)
         ids = ids.to(self.device, torch.int64)
         if groups is not None:
             ids = keep_groups(ids, layout, groups)
-        return to_uint8(self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout)))
+        return self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout))
 
     def describe(self, image_size: int) -> dict[str, Any]:
         """What it is, for a report on images of that side."""

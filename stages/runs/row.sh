@@ -2,7 +2,8 @@
 #
 #   IMAGES   training images (any form of --images)          EVAL      images to measure on
 #   WEIGHTS  folder of the weights that LPIPS and rFID need   OUT       where artifacts go (default: artifacts)
-#   RUN      how a stage is started; on 8 GPUs: RUN="torchrun --nproc-per-node 8 -m stages"
+#   RUN      how a stage is started; on 8 GPUs: RUN="torchrun --nproc-per-node 8 -m stages"; under SLURM: slurm.sbatch
+#   VALIDATION  held-out images to measure during training, if any
 #
 # Run a script again and it goes on where it was: what is published is not made again.
 set -euo pipefail
@@ -29,7 +30,8 @@ codebook() {
 row() {
     local name=$1 preset=$2
     shift 2
-    $RUN train --preset "$preset" --images "$IMAGES" --out "$OUT/$name" --set objective.lpips_weights="$WEIGHTS" "$@"
+    $RUN train --preset "$preset" --images "$IMAGES" --out "$OUT/$name" --set objective.lpips_weights="$WEIGHTS" \
+        ${VALIDATION:+--validation "$VALIDATION"} "$@"
     $RUN eval --images "$EVAL" --tokenizer "$OUT/$name" --out "$OUT/report-$name" --weights "$WEIGHTS"
     REPORTS+=("$OUT/report-$name")
 }

@@ -248,3 +248,17 @@ def test_decoders_tars_and_features_are_compared_on_the_same_bytes() -> None:
     assert not [row.name for row in tar.rows if row.note == "reads other bytes"]
     assert [row.name for row in features.rows] == ["vqpipe", "numpy, whole", "numpy to torch, mapped"]
     assert features.unit == "MB"
+
+
+def test_generators_are_measured_beside_the_plain_ways() -> None:
+    loss, sampling = (run(plan) for plan in bench.plans("generate", SETTINGS))
+    assert [row.name for row in loss.rows] == ["vqpipe", "all logits at once"]
+    assert loss.facts["largest_difference"] < 1e-5
+    assert [row.name for row in sampling.rows] == ["vqpipe", "whole sequence for every id"]
+    assert sampling.facts["same_ids_as_whole"] == 1.0
+    small = replace(SETTINGS, memory=1e-4)
+    loss = run(bench.plans("generate", small)[0], small)
+    assert loss.not_run == {
+        "all logits at once": "3 tensors of 64 x 2,000 logits take 0.00154 GB, the budget is 0.0001 GB"
+    }
+    assert loss.facts == {}

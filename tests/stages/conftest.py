@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
-from vqpipe.tokenizer import Tokenizer
+from vqpipe.tokenizer import Tokenizer, write_files
 
 TINY: dict[str, Any] = {
     "kind": "vqgan",
@@ -64,6 +65,63 @@ def tiny_vae(tmp_path: Path) -> Path:
     network = AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, **blocks)
     network.save_pretrained(tmp_path / "tiny-vae")
     return tmp_path / "tiny-vae"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Drawn pictures of three classes with everything that generators are made of."""
+
+    folder: Path
+    pictures: Path
+    tokenizer: Path
+    tokens: Path
+    generator: Path
+    """A gpt of one layer, trained for 4 steps."""
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """8 pictures of each of three classes, 8 px: their tokens, and a generator of these."""
+    from stages.tokenize_images import tokenize
+    from stages.train_generator import train_generator
+
+    folder = tmp_path_factory.mktemp("drawn")
+    made = Drawn(folder, *(folder / name for name in ("pictures", "tokenizer", "tokens", "generator")))
+    rows, columns = np.mgrid[0:10, 0:10]
+    for number in range(24):
+        (made.pictures / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        waves = [np.sin(rows / (2 + number % 3) + s + number) + np.cos(columns / 2 + number) for s in range(3)]
+        pixels = (np.stack(waves, -1) * 60 + 127).astype(np.uint8)
+        Image.fromarray(pixels).save(made.pictures / str(number % 3) / f"{number}.png")
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(from_table(AutoencoderConfig, TINY, "model"))
+    draft = artifacts.start(made.tokenizer, "tokenizer", {"seed": 0}, {"images": "0" * 64})
+    assert isinstance(draft, artifacts.Draft)
+    with draft:
+        write_files(draft, Tokenizer(autoencoder, image_size=8))
+        draft.publish({"quantizer": "vq"})
+    tokenize([str(made.pictures)], made.tokenizer, made.tokens, flip=True, num_workers=0, device="cpu")
+    train_generator(made.tokenizer, made.generator, tokens=made.tokens, device="cpu", **GPT)
+    return made
+
+
+GPT: dict[str, Any] = {
+    "preset": "gpt-tiny",
+    "steps": 4,
+    "global_batch_size": 4,
+    "overrides": [
+        *("generator.layers=1", "generator.width=16", "generator.heads=2", "train.warmup_steps=1"),
+        *("examples.held_out=6", "train.validate_every=2", "train.look_every=2", "train.save_every=2"),
+        "train.log_every=1",
+    ],
+}
+"""Options of train-generator for the smallest of runs."""
+
+
+@pytest.fixture
+def gpt_options() -> dict[str, Any]:
+    """How `drawn.generator` was trained."""
+    return {**GPT, "overrides": list(GPT["overrides"])}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -20,14 +21,28 @@ SCRIPTS = sorted(path.name for path in RUNS.glob("*.sh") if path.name != "row.sh
 RECORD = '#!/usr/bin/env bash\nfor word in "$@"; do printf "%q " "$word" >> "$RECORD"; done\necho >> "$RECORD"\n'
 
 
-def commands_of(script: str, folder: Path) -> list[list[str]]:
+def programs(folder: Path, **texts: str) -> Path:
+    """A folder of shell scripts under these names, to stand first on the PATH."""
+    place = folder / "bin"
+    place.mkdir()
+    for name, text in texts.items():
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+    return place
+
+
+def commands_of(script: str, folder: Path, **more: str) -> list[list[str]]:
     """The words of each command that the script would run, `vqpipe` itself left out."""
-    bin_folder, record = folder / "bin", folder / "record"
-    bin_folder.mkdir()
-    (bin_folder / "vqpipe").write_text(RECORD)
-    (bin_folder / "vqpipe").chmod(0o755)
+    bin_folder, record = programs(folder, vqpipe=RECORD), folder / "record"
     given = {"IMAGES": "images", "EVAL": "eval", "WEIGHTS": "weights", "FFHQ": "faces", "FFHQ_EVAL": "faces-eval"}
-    environment = {**given, "SD_VAE": "sd-vae", "PATH": f"{bin_folder}:{os.environ['PATH']}", "RECORD": str(record)}
+    environment = {
+        **given,
+        **more,
+        "SD_VAE": "sd-vae",
+        "DATA": "copies",
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "RECORD": str(record),
+    }
     subprocess.run(["bash", RUNS / script], check=True, env=environment, cwd=folder)
     return [shlex.split(line) for line in record.read_text().splitlines()]
 
@@ -48,6 +63,7 @@ def test_every_command_parses_and_every_model_builds(script: str, tmp_path: Path
         given = group.commands[name].make_context(name, list(words)).params  # type: ignore[attr-defined]
         reads = [given.get(role) or () for role in ("features", "codebook", "tokenizer", "source", "reports")]
         paths = {str(path) for role in reads for path in (role if isinstance(role, list | tuple) else [role])}
+        paths -= {path for path in paths if path.startswith("copies/")}  # of data sets: what users bring
         assert paths - {"sd-vae"} <= made, f"{name} reads what no command before it makes"
         made.add(str(given["out"]))
         if name == "train":
@@ -63,4 +79,75 @@ def test_every_command_parses_and_every_model_builds(script: str, tmp_path: Path
 
 def test_there_is_a_script_for_every_table_of_tokenizers() -> None:
     assert {f"vqgan-lc-table-{n}.sh" for n in (3, 6, 7, 8, 9, 10)} <= set(SCRIPTS)
-    assert {"vqgan-lc-tables-1-2.sh", "mgvq-table-1.sh", "mgvq-tables-5-6.sh", "mgvq-figure-7.sh"} <= set(SCRIPTS)
+    assert {
+        "vqgan-lc-tables-1-2.sh",
+        "mgvq-table-1.sh",
+        "mgvq-tables-2-3.sh",
+        "mgvq-tables-5-6.sh",
+        "mgvq-figure-7.sh",
+    } <= set(SCRIPTS)
+
+
+def test_held_out_images_are_measured_where_they_are_named(tmp_path: Path) -> None:
+    for given in ({}, {"VALIDATION": "held out/*.tar"}, {"VALIDATION": ""}):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        trained = [words for words in commands_of("vqgan-lc-table-10.sh", folder, **given) if words[0] == "train"]
+        named = [words[words.index("--validation") + 1] for words in trained if "--validation" in words]
+        assert named == ["held out/*.tar"] * (len(trained) if given.get("VALIDATION") else 0)
+
+
+# Under SLURM.
+
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo "first-of-$3"; echo second; else echo "scontrol $*" >> "$RECORD"; fi
+"""
+RANK = """#!/usr/bin/env bash
+echo "$RANK/$WORLD_SIZE on $MASTER_ADDR:$MASTER_PORT: $*" >> "$RECORD"
+[ "$1" != train ] || exit "$CODE"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """`slurm(code)`: the batch file on a script of a training, which leaves with `code`, and an evaluation. Returns its
+    exit code and what was run."""
+
+    def run(code: int, rank: str = RANK, **more: str) -> tuple[int, list[str]]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        place, record = programs(folder, srun=SRUN, scontrol=SCONTROL, vqpipe=rank), folder / "record"
+        (folder / "script.sh").write_text('set -euo pipefail\n$RUN train --out "a b"\n$RUN eval\n')
+        job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
+        environment = {**job, "PATH": f"{place}:{os.environ['PATH']}", "RECORD": str(record), "CODE": str(code), **more}
+        done = subprocess.run(["bash", RUNS / "slurm.sbatch", folder / "script.sh"], env=environment, cwd=folder)
+        return done.returncode, record.read_text().splitlines()
+
+    return run
+
+
+TRAINED = "0/16 on first-of-node[1-2]:22345: train --out a b"
+
+
+@pytest.mark.parametrize("code", [138, 143])
+def test_a_job_whose_time_is_up_goes_back_into_the_queue(
+    slurm: Callable[..., tuple[int, list[str]]], code: int
+) -> None:
+    assert slurm(code) == (code, [TRAINED, "scontrol requeue 12345"])
+    assert slurm(code, SLURM_RESTART_COUNT="100") == (code, [TRAINED])
+
+
+def test_a_job_that_is_done_or_fails_does_not(slurm: Callable[..., tuple[int, list[str]]]) -> None:
+    assert slurm(0) == (0, [TRAINED, "0/16 on first-of-node[1-2]:22345: eval"])
+    assert slurm(1) == (1, [TRAINED])
+
+
+def test_the_scripts_parse_and_the_batch_file_asks_for_a_signal_and_a_requeue() -> None:
+    for script in sorted(RUNS.iterdir()):
+        subprocess.run(["bash", "-n", script], check=True)
+    asked = [line for line in (RUNS / "slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --signal=USR1@600", "#SBATCH --requeue"} <= set(asked)

@@ -50,9 +50,9 @@ def held_out(picture_folder: Path) -> dict[str, Any]:
 def scripted(monkeypatch: pytest.MonkeyPatch, psnr: dict[int, float]) -> dict[int, dict[str, torch.Tensor]]:
     """Let validations find these PSNRs, one after another; returns the weights that each saw, by step."""
     seen: dict[int, dict[str, torch.Tensor]] = {}
-    look = watching.Watcher.validate
+    look = watching.TokenizerWatcher.validate
 
-    def validate(self: watching.Watcher, step: int, network: torch.nn.Module) -> None:
+    def validate(self: watching.TokenizerWatcher, step: int, network: torch.nn.Module) -> None:
         seen[step] = {name: value.clone() for name, value in network.state_dict().items()}
         counts = torch.ones(1, 40, dtype=torch.int64)
         monkeypatch.setattr(
@@ -60,20 +60,20 @@ def scripted(monkeypatch: pytest.MonkeyPatch, psnr: dict[int, float]) -> dict[in
         )
         look(self, step, network)
 
-    monkeypatch.setattr(watching.Watcher, "validate", validate)
+    monkeypatch.setattr(watching.TokenizerWatcher, "validate", validate)
     return seen
 
 
 def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the process die after `step`, whatever was saved until then."""
-    advance = watching.Watcher.advance
+    advance = watching.TokenizerWatcher.advance
 
-    def die(self: watching.Watcher, state: Any) -> None:
+    def die(self: watching.TokenizerWatcher, state: Any) -> None:
         advance(self, state)
         if state.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(watching.Watcher, "advance", die)
+    monkeypatch.setattr(watching.TokenizerWatcher, "advance", die)
 
 
 def test_validation_is_what_eval_measures(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
@@ -179,6 +179,12 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         go("x", **options)
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_tokenizer_to_go_on_from_is_not_whitened_again(go: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.matched_start would change .* Add --set train\.matched_start=false"):
+        go("tuned", set=["train.matched_start=true"], source=tmp_path / "first")
+    assert not list(tmp_path.glob("tuned*"))
 
 
 class FakeLogger:

@@ -27,7 +27,7 @@ def test_running_statistics_of_a_skipped_step_are_put_back() -> None:
 
 
 def test_only_steps_in_a_row_end_a_run() -> None:
-    state: Any = type("State", (), {"bad_steps": 0})()
+    state: Any = type("State", (), {"bad_steps": 0, "bad_in_a_row": 0})()
     heard: list[int] = []
     bad_steps = BadSteps(state, 2, lambda step, keys: heard.append(step))
     for step, bad in enumerate([True, False, True, False, False, True]):

@@ -4,25 +4,20 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 from safetensors import SafetensorError
 
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ArtifactError
-from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import LcConfig
 from vqpipe.training import checkpoints as disk
-from vqpipe.training.config import TrainConfig
-from vqpipe.training.optimizers import WeightEma, make_optimizer
 from vqpipe.training.state import TrainState, checkpoints
 
 SETTINGS = [
@@ -54,15 +49,9 @@ main()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
     """A folder of drawn pictures."""
-    folder = tmp_path_factory.mktemp("faults") / "pictures"
-    folder.mkdir()
-    draws = np.random.default_rng(0)
-    for number in range(20):
-        small = draws.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
-    return folder
+    return draw(tmp_path_factory.mktemp("faults") / "pictures", 20)
 
 
 @pytest.fixture
@@ -93,25 +82,6 @@ def same_weights(folder: Path, out: str, straight: dict[str, dict[str, object]])
 # A disk that is full.
 
 
-def make(width: int = 8) -> TrainState:
-    torch.manual_seed(0)
-    codebook = LcConfig(codebook_size=512, feature_dim=16, code_dim=4, codebook_init="uniform")
-    model = build_autoencoder(
-        VqganConfig(
-            base_channels=width,
-            channel_multipliers=(1,),
-            num_res_blocks=1,
-            attention_resolutions=(),
-            z_channels=8,
-            quantizer=codebook,
-        )
-    )
-    discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=4))
-    config = TrainConfig()
-    optimizers = (make_optimizer(config, list(network.parameters())) for network in (model, discriminator))
-    return TrainState(model, discriminator, *optimizers, weight_ema=WeightEma(model, 0.9))
-
-
 def full_after(calls: int, error: Exception, original: Callable[..., object]) -> Callable[..., object]:
     """`original`, which raises `error` in its `calls`-th call."""
     count = iter(range(1, 1000))
@@ -137,14 +107,20 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("name", "calls", "error"), MOMENTS)
 def test_a_save_that_fails_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int, error: Exception
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_state: Callable[..., TrainState],
+    name: str,
+    calls: int,
+    error: Exception,
 ) -> None:
     monkeypatch.setattr(disk, "SHARED_BYTES", 1024)
-    state = make()
+    codebook = LcConfig(codebook_size=512, feature_dim=16, code_dim=4, codebook_init="uniform")
+    state = make_state(codebook)
     for state.step in (3, 6):
         state.save(tmp_path)
     state.step = 9
-    state.model.quantizer.entries.add_(1)  # so that there is another shared tensor to write
+    state.networks["model"].quantizer.entries.add_(1)  # so that there is another shared tensor to write
     before = sorted((tmp_path / "checkpoints").rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(disk, name, full_after(calls, error, getattr(disk, name)))
@@ -152,7 +128,7 @@ def test_a_save_that_fails_leaves_what_was_there(
             state.save(tmp_path)
     assert "\n" not in str(failure.value)
     assert sorted((tmp_path / "checkpoints").rglob("*")) == before
-    other = make()
+    other = make_state(codebook)
     assert other.resume(tmp_path)
     assert (other.step, other.passed_over) == (6, [])
     state.save(tmp_path)
@@ -224,31 +200,71 @@ def test_a_signal_during_a_save_loses_nothing(
     assert same_weights(folder, "out", straight)
 
 
-# A rank that dies.
+# A rank that dies, and runs of two ranks on one machine or on two.
+
+TWO = ["--nproc-per-node", "2"]
+LONG = ["--set", "train.steps=40"]
+
+
+def torchrun(folder: Path, options: list[str], out: str, *words: str) -> subprocess.Popen[str]:
+    """A run under torchrun, started."""
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "stages", *TRAIN, *words, "--out", out]
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def kill_rank_1(process: subprocess.Popen[str], run_dir: Path) -> None:
+    """As soon as there is a checkpoint."""
+    while process.poll() is None and not checkpoints(run_dir):
+        time.sleep(0.05)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def straight_two(pictures: Path) -> dict[str, dict[str, object]]:
+    """The files of a longer run of two ranks that nothing happened to."""
+    process = torchrun(pictures.parent, ["--standalone", *TWO], "straight-two", *LONG)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return open_artifact(pictures.parent / "straight-two").manifest.files
 
 
 @pytest.mark.slow
-def test_where_a_rank_is_killed_the_others_end_in_one_line(
-    folder: Path, straight: dict[str, dict[str, object]]
-) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
+def test_where_a_rank_is_killed_the_others_end_in_one_line(folder: Path) -> None:
     endless = ["--set", "train.steps=100000", "--set", "train.save_every=20"]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, *TRAIN, *endless, "--out", "out"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not checkpoints(folder / "out.partial"):
-        time.sleep(0.05)
-    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    process = torchrun(folder, ["--standalone", *TWO], "out", *endless)
+    kill_rank_1(process, folder / "out.partial")
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, errors
     assert "rank 0: " in said[0]
     assert disk.newest(folder / "out.partial")[0] is not None
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_again_and_the_run_is_the_same(
+    folder: Path, straight_two: dict[str, dict[str, object]]
+) -> None:
+    process = torchrun(folder, ["--standalone", "--max-restarts", "2", *TWO], "out", *LONG)
+    kill_rank_1(process, folder / "out.partial")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert errors.count("resuming at step") == 1
+    assert same_weights(folder, "out", straight_two)
+
+
+@pytest.mark.slow
+def test_two_nodes_are_as_two_ranks_of_one(folder: Path, straight_two: dict[str, dict[str, object]]) -> None:
+    """Two launchers that find each other by an address, as on two machines that see one disk."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    nodes = [torchrun(folder, [*meeting, "--node-rank", str(rank)], "out", *LONG) for rank in (0, 1)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors
+    assert same_weights(folder, "out", straight_two)
 
 
 def rank_of(launcher: int, rank: int) -> int:

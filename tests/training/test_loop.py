@@ -13,10 +13,12 @@ from vqpipe.errors import ConfigError, NumericError
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
-from vqpipe.training.config import TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.history import Row
+from vqpipe.training.listener import Silence
 from vqpipe.training.loop import train
 from vqpipe.training.state import TrainState, checkpoints
+from vqpipe.training.tokenizer_task import TokenizerTask
 
 STEPS, BATCH = 12, 4
 QUANTIZERS: dict[str, QuantizerConfig] = {
@@ -71,7 +73,7 @@ def run(
     objective = Objective(
         ObjectiveConfig(perceptual="none", disc_start=disc_start, **weights), model.quantizer.loss_names
     )  # type: ignore[arg-type]
-    config = TrainConfig(
+    config = TokenizerTrainConfig(
         **{  # type: ignore[arg-type]
             "steps": STEPS,
             "global_batch_size": BATCH,
@@ -84,31 +86,34 @@ def run(
             **settings,
         }
     )
-    rows: list[Row] = []
-    progress = {"step": 0}
-
-    def after_step(state: TrainState) -> None:
-        progress["step"] = state.step
-        on_step(state)
-
-    asked: Callable[[], bool] = lambda: stop_at is not None and progress["step"] >= stop_at  # noqa: E731
+    heard = Heard(on_bad, on_step)
     state = train(
+        TokenizerTask(model, discriminator, objective),
         config,
-        model,
-        discriminator,
-        objective,
         Photographs(config.global_batch_size),
         folder,
         seed=3,
         device=torch.device("cpu"),
-        on_start=lambda state: None,
-        on_log=rows.append,
-        on_look=lambda step, model: None,
-        on_step=after_step,
-        on_bad=on_bad,
-        stop_asked=asked,
+        listener=heard,
+        stop_asked=lambda: stop_at is not None and heard.step >= stop_at,
     )
-    return state, rows
+    return state, heard.rows
+
+
+class Heard(Silence):
+    """What a run said."""
+
+    def __init__(self, on_bad: Callable[[int, list[str]], None], on_step: Callable[[TrainState], None]) -> None:
+        self.rows: list[Row] = []
+        self.step = 0
+        self.bad, self.on_step = on_bad, on_step  # type: ignore[method-assign]
+
+    def log(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def advance(self, state: TrainState) -> None:
+        self.step = state.step
+        self.on_step(state)
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
@@ -220,14 +225,16 @@ def test_a_batch_in_parts_is_the_same_step(tmp_path: Path, kind: str) -> None:
     for name in moments:
         pair = (state.tensors()["optimizer"][name] for state in (parts, whole))
         torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
-    for name, value in whole.model.quantizer.named_buffers():  # moved by all 32 images at once
-        torch.testing.assert_close(dict(parts.model.quantizer.named_buffers())[name], value, rtol=0, atol=1e-6)
+    for name, value in whole.networks["model"].quantizer.named_buffers():  # moved by all 32 images at once
+        torch.testing.assert_close(
+            dict(parts.networks["model"].quantizer.named_buffers())[name], value, rtol=0, atol=1e-6
+        )
     assert part_rows[0]["loss/l1"] == pytest.approx(rows[0]["loss/l1"], abs=1e-6)
 
 
 def test_what_is_frozen_stays_and_the_rest_learns(tmp_path: Path) -> None:
     fresh = dict(networks("ema")[0].state_dict())
-    trained = run(tmp_path, "ema", freeze=("encoder", "codebook"))[0].model.state_dict()
+    trained = run(tmp_path, "ema", freeze=("encoder", "codebook"))[0].networks["model"].state_dict()
     for name, value in fresh.items():
         still = name.startswith(("encoder.", "quant_conv.", "quantizer."))
         assert torch.equal(value, trained[name]) == still, name

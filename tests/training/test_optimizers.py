@@ -42,8 +42,8 @@ def test_without_decay_the_average_is_the_network() -> None:
 
 def test_biases_and_norms_do_not_decay_and_the_quantizer_has_its_own_rate() -> None:
     network, codes = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), nn.Parameter(torch.ones(5, 2))
-    config = TrainConfig(optimizer="adamw", weight_decay=0.05, quantizer_rate=20.0)
-    groups = make_optimizer(config, list(network.parameters()), [codes]).param_groups
+    config = TrainConfig(optimizer="adamw", weight_decay=0.05)
+    groups = make_optimizer(config, list(network.parameters()), [codes], 20.0).param_groups
     found = {(group["rate"], group["weight_decay"]): [tuple(p.shape) for p in group["params"]] for group in groups}
     assert found == {(1.0, 0.05): [(4, 3, 1, 1)], (1.0, 0.0): [(4,), (4,), (4,)], (20.0, 0.05): [(5, 2)]}
 

@@ -11,13 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from vqpipe import distributed
 from vqpipe.data.batches import Batch, TrainingStream
 from vqpipe.data.shards import open_images
 from vqpipe.data.transforms import DataConfig
-from vqpipe.errors import ArtifactError
+from vqpipe.errors import ArtifactError, NumericError
 from vqpipe.files import digest_json, hash_file
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import (
@@ -38,9 +37,12 @@ from vqpipe.models import (
 )
 from vqpipe.quantizers import CvqConfig, EmaConfig, LcConfig, MultiGroupConfig, QuantizerConfig
 from vqpipe.training import checkpoints as disk
-from vqpipe.training.config import TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig
+from vqpipe.training.history import Row
+from vqpipe.training.listener import Silence
 from vqpipe.training.loop import train
 from vqpipe.training.state import TrainState, checkpoints
+from vqpipe.training.tokenizer_task import TokenizerTask
 
 STEPS, BATCH, PICTURES = 12, 4, 22
 GROUP = CvqConfig(codebook_size=32, code_dim=4, normalize=True)
@@ -76,6 +78,14 @@ SHARED_BYTES = 1024
 """Small enough for the codebooks here to be stored apart from the checkpoints, as large ones are."""
 
 
+class Finished(NamedTuple):
+    """A run that has ended."""
+
+    state: TrainState
+    row: Row
+    """The last of its log."""
+
+
 class Noted:
     """A stream that notes which image went where: one line a batch, `[step, indices]`."""
 
@@ -99,7 +109,7 @@ def run(
     stop_at: int | None = None,
     copies: Path | None = None,
     save_every: int = 1000,
-) -> TrainState:
+) -> Finished:
     """One run of a tiny tokenizer; `copies` takes a run folder `cut-K` for each step K that a run could be cut at."""
     torch.manual_seed(7)
     model = build_autoencoder(BATCH_NORMS if kind == "dcae" else MODELS[kind])
@@ -114,43 +124,60 @@ def run(
         world_size=distributed.world_size(),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    reached = {"step": 0}
-
-    def on_step(state: TrainState) -> None:
-        reached["step"] = state.step
-        if copies is not None:
-            state.save(copies / f"cut-{state.step}")
-
-    return train(
-        TrainConfig(
+    noting = Noting(copies)
+    state = train(
+        TokenizerTask(
+            model,
+            PatchDiscriminator(DiscriminatorConfig(base_channels=4)),
+            Objective(ObjectiveConfig(perceptual="none", disc_start=4, **weights), names),
+        ),
+        TokenizerTrainConfig(
             steps=steps,
             global_batch_size=BATCH,
             learning_rate=2e-3,
             warmup_steps=2,
             weight_ema=0.9,
-            log_every=3,
+            log_every=4,
             save_every=save_every,
             look_every=1000,
         ),
-        model,
-        PatchDiscriminator(DiscriminatorConfig(base_channels=4)),
-        Objective(ObjectiveConfig(perceptual="none", disc_start=4, **weights), names),
         Noted(stream, folder / f"seen-{distributed.rank()}.jsonl"),
         folder,
         seed=3,
         device=torch.device("cpu"),
-        on_start=lambda state: None,
-        on_log=lambda row: None,
-        on_look=lambda step, model: None,
-        on_step=on_step,
-        stop_asked=lambda: stop_at is not None and reached["step"] >= stop_at,
+        listener=noting,
+        stop_asked=lambda: stop_at is not None and noting.step >= stop_at,
     )
+    return Finished(state, noting.row)
 
 
-def everything(state: TrainState) -> dict[str, Tensor]:
-    """All that moves in a run, its average's buffers included."""
+class Noting(Silence):
+    """Notes the last row of the log; saves a checkpoint of each step where there are to be copies."""
+
+    def __init__(self, copies: Path | None) -> None:
+        self.copies, self.step = copies, 0
+        self.row: Row = {}
+
+    def log(self, row: Row) -> None:
+        self.row = row
+
+    def advance(self, state: TrainState) -> None:
+        self.step = state.step
+        if self.copies is not None:
+            state.save(self.copies / f"cut-{state.step}")
+
+
+TIMES = ("images_per_second", "seconds_per_step", "data_wait")
+
+
+def everything(finished: Finished) -> dict[str, Tensor]:
+    """All that moves in a run, its average's buffers included, and the last row of its log but for times."""
+    state = finished.state
     parts = {**state.tensors(), "ema": state.weight_ema.network.state_dict()}
-    return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+    row = {name: torch.tensor(value).float() for name, value in finished.row.items() if name not in TIMES}
+    return {
+        f"{part}/{name}": value for part, tensors in {**parts, "row": row}.items() for name, value in tensors.items()
+    }
 
 
 def unlike(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
@@ -172,14 +199,9 @@ def _small_tensors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
     """Drawn pictures, in a number that no batch divides."""
-    folder = tmp_path_factory.mktemp("pictures")
-    draws = np.random.default_rng(0)
-    for number in range(PICTURES):
-        small = draws.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
-    return folder
+    return draw(tmp_path_factory.mktemp("resume") / "pictures", PICTURES)
 
 
 @pytest.mark.parametrize("kind", [*sorted(MODELS), "dcae"])
@@ -189,8 +211,9 @@ def test_a_run_cut_at_any_step_is_the_same_run(pictures: Path, tmp_path: Path, k
     order = seen(tmp_path / "straight", 1)
     for cut in range(1, STEPS):
         folder = tmp_path / f"cut-{cut}"
-        state = run(pictures, folder, kind)
-        assert unlike(straight, everything(state)) == [], f"cut at {cut}"
+        finished = run(pictures, folder, kind)
+        state = finished.state
+        assert unlike(straight, everything(finished)) == [], f"cut at {cut}"
         assert seen(folder, 1) == {step: order[step] for step in range(cut, STEPS)}, f"cut at {cut}"
         assert (state.step, state.images_seen, state.bad_steps) == (STEPS, STEPS * BATCH, 0)
 
@@ -220,8 +243,9 @@ LEAVES = {
         "discriminator_optimizer/0.step",
         "discriminator_optimizer/0.exp_avg",
         "discriminator_optimizer/0.exp_avg_sq",
+        "window/counts",
     ],
-    "ema": ["model/quantizer.entries", "model/quantizer.counts", "model/quantizer.sums"],
+    "ema": ["model/quantizer.entries", "model/quantizer.counts", "model/quantizer.sums", "window/loss/l1"],
     "multi_group": ["model/quantizer.groups.1.entries", "model/quantizer.groups.1.frequencies"],
 }
 CASES = [(kind, leaf) for kind, leaves in LEAVES.items() for leaf in leaves]
@@ -235,7 +259,7 @@ def cut(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
         folder = tmp_path_factory.mktemp(kind)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "SHARED_BYTES", SHARED_BYTES)
-            run(pictures, folder / "run", kind, steps=CUT, copies=folder)
+            run(pictures, folder / "run", kind, steps=END, copies=folder)
             begun = folder / f"cut-{CUT}"
             shutil.copytree(begun, folder / "goes-on")
             made[kind] = begun, everything(run(pictures, folder / "goes-on", kind, steps=END))
@@ -246,13 +270,15 @@ def forge(run_dir: Path, leaf: str, change: object) -> None:
     """Rewrite one tensor of the only checkpoint, or take it out, and sign the result, so that it passes for whole."""
     (folder,) = checkpoints(run_dir)
     table = disk.read_table(folder)
-    part, name = leaf.split("/")
+    part, _, name = leaf.partition("/")
     file = folder / f"{part}.safetensors"
     tensors = load_file(file)
     key = table["shared"].get(part, {}).pop(name, None)
     value = tensors.pop(name, None) if key is None else load_file(disk.shared_file(folder.parent, key))["tensor"]
     assert value is not None
-    if change == "perturb":
+    if change == "perturb" and leaf == "window/counts":
+        tensors[name] = value + torch.tensor([0, 0, 1])
+    elif change == "perturb":
         far = 3.0 if part == "discriminator" else 0.1  # past the hinge loss's margin: before it, a bias has no gradient
         tensors[name] = value + 1 if not value.is_floating_point() or value.ndim == 0 else value * 1.5 + far
     elif change == "reshape":
@@ -291,7 +317,7 @@ def test_no_leaf_at_all_is_dead(
     saved = disk.read(checkpoints(begun)[0]).parts
     dead = []
     for leaf in [f"{part}/{name}" for part, tensors in saved.items() for name in tensors]:
-        part, name = leaf.split("/")
+        part, _, name = leaf.partition("/")
         number, _, kept = name.partition(".")
         if kept in ("step", "exp_avg_sq") and saved[part][f"{number}.exp_avg"].abs().max() < STILL:
             continue
@@ -351,11 +377,39 @@ def test_every_counter_is_needed(
         sign(folder, table)
     with pytest.raises(ArtifactError, match=r"state\.json counts"):
         run(pictures, tmp_path / "drop", steps=END)
-    state = run(pictures, tmp_path / "perturb", steps=END)
+    finished = run(pictures, tmp_path / "perturb", steps=END)
+    state = finished.state
     if counter == "bad_steps":
         assert state.bad_steps == 1  # only counted: in the log, and in what is published
     else:
-        assert "model/encoder.conv_in.weight" in unlike(expected, everything(state))
+        assert "model/encoder.conv_in.weight" in unlike(expected, everything(finished))
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_cut(
+    pictures: Path,
+    tmp_path: Path,
+    cut: dict[str, tuple[Path, dict[str, Tensor]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One bad step more ends a run that was cut after 19 of them, and no other."""
+    original, calls = Objective.generator_loss, iter(range(100))
+
+    def first_is_nan(self: Objective, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total, terms = original(self, *args, **kwargs)  # type: ignore[arg-type]
+        return total * (float("nan") if next(calls) == 0 else 1.0), terms
+
+    for in_a_row in (18, 19):
+        calls = iter(range(100))
+        shutil.copytree(cut["lc"][0], tmp_path / str(in_a_row))
+        (folder,) = checkpoints(tmp_path / str(in_a_row))
+        table = disk.read_table(folder)
+        assert table["bad_in_a_row"] == 0
+        sign(folder, {**table, "bad_in_a_row": in_a_row})
+        monkeypatch.setattr(Objective, "generator_loss", first_is_nan)
+        if in_a_row == 18:
+            assert run(pictures, tmp_path / "18", steps=END).state.bad_in_a_row == 0
+    with pytest.raises(NumericError, match="20 steps in a row"):
+        run(pictures, tmp_path / "19", steps=END)
 
 
 # Real kills of real processes.
@@ -427,8 +481,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_on_the_same_images(pictures: Path, 
     finish(start(tmp_path / "run", pictures, "ema", STEPS, 5, ranks=2))
     begun = seen(tmp_path / "run", 2)
     (tmp_path / "run" / "seen-0.jsonl").unlink()
-    state = run(pictures, tmp_path / "run", "ema")
-    assert state.step == STEPS
+    assert run(pictures, tmp_path / "run", "ema").state.step == STEPS
     goes_on = seen(tmp_path / "run", 1)
     run(pictures, tmp_path / "straight", "ema")
     at = min(goes_on)
@@ -442,10 +495,11 @@ def main(pictures: str, folder: str, kind: str, steps: str, stop_at: str | None 
     disk.SHARED_BYTES = SHARED_BYTES
     with distributed.connect(torch.device("cpu")):
         limit = None if stop_at is None else int(stop_at)
-        state = run(Path(pictures), Path(folder), kind, steps=int(steps), stop_at=limit, save_every=2)
+        finished = run(Path(pictures), Path(folder), kind, steps=int(steps), stop_at=limit, save_every=2)
         if distributed.is_main():
             save_file(
-                {name: value.contiguous() for name, value in everything(state).items()}, f"{folder}/final.safetensors"
+                {name: value.contiguous() for name, value in everything(finished).items()},
+                f"{folder}/final.safetensors",
             )
 
 

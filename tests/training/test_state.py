@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import ArtifactError
-from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
-from vqpipe.quantizers import EmaConfig, LcConfig, MultiGroupConfig, QuantizerConfig
+from vqpipe.quantizers import EmaConfig, LcConfig, MultiGroupConfig
 from vqpipe.training import checkpoints as disk
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.optimizers import WeightEma, make_optimizer
-from vqpipe.training.state import TrainState, checkpoints
+from vqpipe.training.optimizers import make_optimizer
+from vqpipe.training.state import COUNTERS, TrainState, checkpoints
 
 LC = LcConfig(codebook_size=64, feature_dim=16, code_dim=4, codebook_init="uniform")
 PARTS = ["discriminator", "discriminator_optimizer", "ema", "model", "optimizer"]
@@ -25,47 +25,24 @@ def _small_tensors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "SHARED_BYTES", 1024)
 
 
-def make(
-    quantizer: QuantizerConfig = LC, *, seed: int = 0, decay: float = 0.9, adversarial: bool = True, width: int = 8
-) -> TrainState:
-    torch.manual_seed(seed)
-    model = build_autoencoder(
-        VqganConfig(
-            base_channels=width,
-            channel_multipliers=(1,),
-            num_res_blocks=1,
-            attention_resolutions=(),
-            z_channels=8,
-            quantizer=quantizer,
-        )
-    )
-    discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=4))
-    config = TrainConfig()
-    return TrainState(
-        model=model,
-        discriminator=discriminator,
-        optimizer=make_optimizer(config, list(model.parameters())),
-        discriminator_optimizer=make_optimizer(config, list(discriminator.parameters())),
-        weight_ema=WeightEma(model, decay),
-        adversarial=adversarial,
-    )
+Make = Callable[..., TrainState]
 
 
 def advance(state: TrainState, step: int) -> TrainState:
     """What training does to a state, without the training: everything moves, and the run is at `step`."""
-    for optimizer in (state.optimizer, state.discriminator_optimizer):
+    for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    state.discriminator(torch.rand(2, 3, 16, 16))
+    if "discriminator" in state.networks:
+        state.networks["discriminator"](torch.rand(2, 3, 16, 16))
     state.weight_ema.update(state.step)
-    state.step, state.images_seen, state.bad_steps = step, 4 * step, step // 3
+    state.step, state.images_seen, state.bad_steps, state.bad_in_a_row = step, 4 * step, step // 3, step % 3
     return state
 
 
-def saved(run_dir: Path, *steps: int, keep_every: int = 0, state: TrainState | None = None) -> TrainState:
-    state = state or make()
+def saved(state: TrainState, run_dir: Path, *steps: int, keep_every: int = 0) -> TrainState:
     for step in steps:
         advance(state, step).save(run_dir, keep_every=keep_every)
     return state
@@ -78,7 +55,7 @@ def everything(state: TrainState) -> dict[str, Tensor]:
 
 def same(first: TrainState, second: TrainState) -> bool:
     here, there = everything(first), everything(second)
-    counters = [(state.step, state.images_seen, state.bad_steps) for state in (first, second)]
+    counters = [[getattr(state, name) for name in COUNTERS] for state in (first, second)]
     return (
         here.keys() == there.keys()
         and all(torch.equal(here[name], there[name]) for name in here)
@@ -97,20 +74,20 @@ def flip(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    state = saved(tmp_path, 7)
-    other = make(seed=1)
+def test_what_is_saved_comes_back(tmp_path: Path, make_state: Make) -> None:
+    state = saved(make_state(), tmp_path, 7)
+    other = make_state(seed=1)
     assert not same(state, other)
     assert other.resume(tmp_path)
     assert same(state, other)
     assert other.passed_over == []
-    assert not make().resume(tmp_path / "nothing here")
+    assert not make_state().resume(tmp_path / "nothing here")
 
 
-def test_an_optimizer_that_has_not_stepped_starts_as_it_would_have(tmp_path: Path) -> None:
-    state = make()
+def test_an_optimizer_that_has_not_stepped_starts_as_it_would_have(tmp_path: Path, make_state: Make) -> None:
+    state = make_state()
     state.save(tmp_path)
-    other = make(seed=1)
+    other = make_state(seed=1)
     other.resume(tmp_path)
     for each in (state, other):
         torch.manual_seed(5)
@@ -118,8 +95,8 @@ def test_an_optimizer_that_has_not_stepped_starts_as_it_would_have(tmp_path: Pat
     assert same(state, other)
 
 
-def test_the_manifest_names_size_and_hash_of_every_file(tmp_path: Path) -> None:
-    saved(tmp_path, 3)
+def test_the_manifest_names_size_and_hash_of_every_file(tmp_path: Path, make_state: Make) -> None:
+    saved(make_state(), tmp_path, 3)
     (folder,) = checkpoints(tmp_path)
     table = json.loads((folder / "state.json").read_text())
     assert {name: entry["bytes"] for name, entry in table["files"].items()} == {
@@ -130,28 +107,30 @@ def test_the_manifest_names_size_and_hash_of_every_file(tmp_path: Path) -> None:
     assert table["shared"]["model"] == {"quantizer.entries": shared.name.removeprefix("shared-").split(".")[0]}
 
 
-def test_a_frozen_codebook_is_stored_once_whatever_looks_at_it(tmp_path: Path) -> None:
-    groups = make(MultiGroupConfig(num_groups=2, group=LC))
-    groups.model.quantizer.load_codebook(torch.rand(64, 16))
-    saved(tmp_path, 1, 2, 3, keep_every=1, state=groups)
+def test_a_frozen_codebook_is_stored_once_whatever_looks_at_it(tmp_path: Path, make_state: Make) -> None:
+    groups = make_state(MultiGroupConfig(num_groups=2, group=LC))
+    groups.networks["model"].quantizer.load_codebook(torch.rand(64, 16))
+    saved(groups, tmp_path, 1, 2, 3, keep_every=1)
     codebook_bytes = 64 * 16 * 4
     assert len(list((tmp_path / "checkpoints").glob("shared-*"))) == 1
     for folder in checkpoints(tmp_path):
         kept = disk.load_file(folder / "model.safetensors")
         assert not [name for name, tensor in kept.items() if tensor.nbytes == codebook_bytes and "entries" in name]
         assert not [name for name in disk.load_file(folder / "ema.safetensors") if "entries" in name]
-    other = make(MultiGroupConfig(num_groups=2, group=LC), seed=1)
+    other = make_state(MultiGroupConfig(num_groups=2, group=LC), seed=1)
     other.resume(tmp_path)
     assert same(groups, other)
 
 
-def test_frozen_weights_are_stored_once_and_a_moving_codebook_goes_with_its_checkpoint(tmp_path: Path) -> None:
-    state = make(EmaConfig(codebook_size=64, code_dim=8))
-    state.model.encoder.requires_grad_(False)
-    state.optimizer = make_optimizer(TrainConfig(), list(state.model.parameters()))
+def test_frozen_weights_are_stored_once_and_a_moving_codebook_goes_with_its_checkpoint(
+    tmp_path: Path, make_state: Make
+) -> None:
+    state = make_state(EmaConfig(codebook_size=64, code_dim=8))
+    state.networks["model"].encoder.requires_grad_(False)
+    state.optimizers["optimizer"] = make_optimizer(TrainConfig(), list(state.networks["model"].parameters()))
     for step in (1, 2, 3, 4):
-        state.model.quantizer.entries.normal_()
-        saved(tmp_path, step, state=state)
+        state.networks["model"].quantizer.entries.normal_()
+        saved(state, tmp_path, step)
     tables = [disk.read_table(folder)["shared"]["model"] for folder in checkpoints(tmp_path)]
     assert len({table["quantizer.entries"] for table in tables}) == len(tables) == 2
     assert len({table["encoder.conv_out.weight"] for table in tables}) == 1
@@ -164,35 +143,35 @@ def test_frozen_weights_are_stored_once_and_a_moving_codebook_goes_with_its_chec
     assert {
         file.name for file in (tmp_path / "checkpoints").glob("shared-*")
     } == named  # of steps 1 and 2, none is left
-    other = make(EmaConfig(codebook_size=64, code_dim=8), seed=1)
-    other.model.encoder.requires_grad_(False)
-    other.optimizer = make_optimizer(TrainConfig(), list(other.model.parameters()))
+    other = make_state(EmaConfig(codebook_size=64, code_dim=8), seed=1)
+    other.networks["model"].encoder.requires_grad_(False)
+    other.optimizers["optimizer"] = make_optimizer(TrainConfig(), list(other.networks["model"].parameters()))
     other.resume(tmp_path)
     assert same(state, other)
 
 
-def test_the_last_two_are_kept_and_every_nth(tmp_path: Path) -> None:
-    saved(tmp_path / "two", *range(1, 10))
+def test_the_last_two_are_kept_and_every_nth(tmp_path: Path, make_state: Make) -> None:
+    saved(make_state(), tmp_path / "two", *range(1, 10))
     assert steps_of(tmp_path / "two") == [8, 9]
-    saved(tmp_path / "nth", *range(1, 10), keep_every=3)
+    saved(make_state(), tmp_path / "nth", *range(1, 10), keep_every=3)
     assert steps_of(tmp_path / "nth") == [3, 6, 8, 9]
     assert not list((tmp_path / "nth" / "checkpoints").glob(".*"))
 
 
-def test_steps_of_nine_digits_are_newer_than_those_of_eight(tmp_path: Path) -> None:
-    saved(tmp_path, 99_999_999, 100_000_001)
-    other = make()
+def test_steps_of_nine_digits_are_newer_than_those_of_eight(tmp_path: Path, make_state: Make) -> None:
+    saved(make_state(), tmp_path, 99_999_999, 100_000_001)
+    other = make_state()
     other.resume(tmp_path)
     assert other.step == 100_000_001
 
 
-def test_saving_again_at_once_writes_nothing(tmp_path: Path) -> None:
-    state = saved(tmp_path, 5)
+def test_saving_again_at_once_writes_nothing(tmp_path: Path, make_state: Make) -> None:
+    state = saved(make_state(), tmp_path, 5)
     (folder,) = checkpoints(tmp_path)
     before = folder.stat().st_ino
     state.save(tmp_path)
     assert folder.stat().st_ino == before
-    other = make()
+    other = make_state()
     other.resume(tmp_path)
     other.save(tmp_path)
     assert folder.stat().st_ino == before
@@ -200,11 +179,11 @@ def test_saving_again_at_once_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["state.json", *(f"{part}.safetensors" for part in PARTS)])
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
-def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, name: str, damage: str) -> None:
-    state = make()
-    saved(tmp_path, 5, state=state)
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, make_state: Make, name: str, damage: str) -> None:
+    state = make_state()
+    saved(state, tmp_path, 5)
     before = {key: value.clone() for key, value in everything(state).items()}
-    saved(tmp_path, 10, state=state)
+    saved(state, tmp_path, 10)
     file = checkpoints(tmp_path)[-1] / name
     if damage == "flip":
         flip(file)
@@ -212,47 +191,47 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, name: str,
         file.write_bytes(file.read_bytes()[:-1] if name != "state.json" else file.read_bytes()[:-3])
     else:
         file.unlink()
-    other = make(seed=1)
+    other = make_state(seed=1)
     assert other.resume(tmp_path)
     assert other.step == 5
     assert all(torch.equal(value, before[key]) for key, value in everything(other).items())
     (line,) = other.passed_over
     assert line.startswith("step-00000010: ")
     assert name in line
-    saved(tmp_path, 8, state=other)  # a new whole one takes the place of the damaged one
+    saved(other, tmp_path, 8)  # a new whole one takes the place of the damaged one
     assert steps_of(tmp_path) == [5, 8]
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
-    saved(tmp_path, 5, 10)
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, make_state: Make) -> None:
+    saved(make_state(), tmp_path, 5, 10)
     flip(checkpoints(tmp_path)[-1] / "model.safetensors")
-    other = make(seed=1)
+    other = make_state(seed=1)
     other.resume(tmp_path)
-    saved(tmp_path, 10, state=other)
-    third = make(seed=2)
+    saved(other, tmp_path, 10)
+    third = make_state(seed=2)
     third.resume(tmp_path)
     assert third.passed_over == []
     assert same(third, other)
 
 
-def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_again(tmp_path: Path) -> None:
-    saved(tmp_path, 5, 10)
+def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_again(tmp_path: Path, make_state: Make) -> None:
+    saved(make_state(), tmp_path, 5, 10)
     (shared,) = (tmp_path / "checkpoints").glob("shared-*")
     flip(shared)
     with pytest.raises(ArtifactError, match=r"every checkpoint in .* is damaged; step-00000010: shared-.* as written"):
-        make().resume(tmp_path)
+        make_state().resume(tmp_path)
     assert steps_of(tmp_path) == [5, 10]
     assert shared.exists()
 
 
-def test_what_killed_saves_left_is_swept_and_never_read(tmp_path: Path) -> None:
-    state = saved(tmp_path, 5)
+def test_what_killed_saves_left_is_swept_and_never_read(tmp_path: Path, make_state: Make) -> None:
+    state = saved(make_state(), tmp_path, 5)
     folder = tmp_path / "checkpoints"
     for name in (".saving-step-00000010", ".deleting-step-00000001"):
         shutil.copytree(checkpoints(tmp_path)[0], folder / name)
     (folder / ".saving-shared-00.safetensors").write_bytes(b"torn")
     (folder / "shared-00.safetensors").write_bytes(b"of a checkpoint that was never finished")
-    other = make(seed=1)
+    other = make_state(seed=1)
     other.resume(tmp_path)
     assert same(state, other)
     assert not list(folder.glob(".*"))
@@ -269,25 +248,27 @@ def test_what_killed_saves_left_is_swept_and_never_read(tmp_path: Path) -> None:
         ({"quantizer": EmaConfig(codebook_size=64, code_dim=16)}, "model has no tensor quantizer.counts"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, other: dict[str, object], message: str) -> None:
-    saved(tmp_path, 5)
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, make_state: Make, other: dict[str, object], message: str
+) -> None:
+    saved(make_state(), tmp_path, 5)
     with pytest.raises(ArtifactError) as refusal:
-        make(**other).resume(tmp_path)  # type: ignore[arg-type]
+        make_state(**other).resume(tmp_path)  # type: ignore[arg-type]
     assert f"step-00000005 is not a checkpoint of this run: {message}" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_moments_of_another_set_of_parameters_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path, 5)
-    state = make()
-    state.optimizer = make_optimizer(TrainConfig(), list(state.model.parameters())[1:])
+def test_moments_of_another_set_of_parameters_are_refused(tmp_path: Path, make_state: Make) -> None:
+    saved(make_state(), tmp_path, 5)
+    state = make_state()
+    state.optimizers["optimizer"] = make_optimizer(TrainConfig(), list(state.networks["model"].parameters())[1:])
     with pytest.raises(ArtifactError, match=r"optimizer has 0\.exp_avg as float32"):
         state.resume(tmp_path)
 
 
-def test_a_discriminator_that_takes_no_part_is_not_saved(tmp_path: Path) -> None:
-    state = saved(tmp_path, 5, state=make(adversarial=False))
+def test_a_discriminator_that_takes_no_part_is_not_saved(tmp_path: Path, make_state: Make) -> None:
+    state = saved(make_state(adversarial=False), tmp_path, 5)
     assert not list(checkpoints(tmp_path)[0].glob("discriminator*"))
-    other = make(adversarial=False, seed=1)
+    other = make_state(adversarial=False, seed=1)
     other.resume(tmp_path)
     assert same(state, other)

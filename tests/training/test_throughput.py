@@ -1,30 +1,26 @@
 """The arithmetic of a step, against a count by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
-from vqpipe.quantizers import VqConfig
-from vqpipe.training.config import TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.throughput import Throughput, Work, bf16_peak, count_work
 
 SIZE = 32
 
 
-def networks() -> tuple[Autoencoder, PatchDiscriminator, Objective]:
-    config = VqganConfig(
-        base_channels=8,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-        quantizer=VqConfig(codebook_size=32, code_dim=4),
-    )
-    model = build_autoencoder(config)
+Networks = tuple[Autoencoder, PatchDiscriminator, Objective]
+
+
+@pytest.fixture
+def networks(tiny_config: Callable[[], VqganConfig]) -> Networks:
     objective = Objective(ObjectiveConfig(l1=1.0, perceptual="none", codebook=1.0, commitment=0.25))
-    return model, PatchDiscriminator(DiscriminatorConfig(base_channels=4)), objective
+    return build_autoencoder(tiny_config()), PatchDiscriminator(DiscriminatorConfig(base_channels=4)), objective
 
 
 def convolutions(network: nn.Module, run: object) -> list[float]:
@@ -44,10 +40,10 @@ def convolutions(network: nn.Module, run: object) -> list[float]:
     return found
 
 
-def test_the_count_is_that_by_hand() -> None:
-    model, discriminator, objective = networks()
+def test_the_count_is_that_by_hand(networks: Networks) -> None:
+    model, discriminator, objective = networks
     images = torch.zeros(1, 3, SIZE, SIZE)
-    work = count_work(TrainConfig(), model, discriminator, objective, SIZE)
+    work = count_work(TokenizerTrainConfig(), model, discriminator, objective, SIZE)
     parts = convolutions(model, lambda: model.decode(model.latent(images)))
     tokens, channels = (SIZE // 2) ** 2, 16
     attention = 2 * 2 * (2 * tokens**2 * channels)  # two blocks, each queries x keys and shares x values
@@ -57,12 +53,12 @@ def test_the_count_is_that_by_hand() -> None:
     assert work.discriminator == 8 * sum(parts) - 2 * parts[0]
 
 
-def test_counting_leaves_the_networks_alone() -> None:
-    model, discriminator, objective = networks()
+def test_counting_leaves_the_networks_alone(networks: Networks) -> None:
+    model, discriminator, objective = networks
     before = torch.get_rng_state()
     state = {name: value.clone() for name, value in discriminator.state_dict().items()}
-    frozen = count_work(TrainConfig(freeze=("encoder",)), model, discriminator, objective, SIZE)
-    whole = count_work(TrainConfig(), model, discriminator, objective, SIZE)
+    frozen = count_work(TokenizerTrainConfig(freeze=("encoder",)), model, discriminator, objective, SIZE)
+    whole = count_work(TokenizerTrainConfig(), model, discriminator, objective, SIZE)
     assert frozen.autoencoder < whole.autoencoder
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in discriminator.state_dict().items())

@@ -20,8 +20,9 @@ from vqpipe.distributed import connect, rank, world_size
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import QuantizerConfig
-from vqpipe.training.config import TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loop import train
+from vqpipe.training.tokenizer_task import TokenizerTask
 
 BATCH = 8
 CVQ = {"kind": "cvq", "codebook_size": 32, "code_dim": 4, "normalize": True}
@@ -31,7 +32,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "cvq": CVQ,
     "residual": {"kind": "residual", "codebook_size": 32, "code_dim": 4, "depth": 2},
     "multi_group": {"kind": "multi_group", "num_groups": 2, "group": CVQ, "masking": "sample"},
+    "alone": {"kind": "multi_group", "num_groups": 2, "group": CVQ, "masking": "sample"},
 }
+"""By name; "alone" trains without a discriminator, and so with DDP's static graph."""
 
 
 class Pictures:
@@ -62,23 +65,17 @@ def trained(kind: str, steps: int, folder: Path) -> dict[str, torch.Tensor]:
     )
     discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=1))
     weights = dict.fromkeys(model.quantizer.loss_names, 0.1)
-    config = ObjectiveConfig(
-        l1=1.0, perceptual="none", adversarial=0.1, disc_start=2, r1=0.1, r1_every=3, lecam=0.01, **weights
-    )
+    gan = {"adversarial": 0.1, "disc_start": 2, "r1": 0.1, "r1_every": 3, "lecam": 0.01} if kind != "alone" else {}
+    config = ObjectiveConfig(l1=1.0, perceptual="none", **gan, **weights)  # type: ignore[arg-type]
     objective = Objective(config, model.quantizer.loss_names)
+    settings = {"steps": steps, "log_every": steps, "accumulate": 2 if gan else 1}
     state = train(
-        TrainConfig(steps=steps, global_batch_size=BATCH, accumulate=2, learning_rate=1e-3, log_every=steps),
-        model,
-        discriminator,
-        objective,
+        TokenizerTask(model, discriminator, objective),
+        TokenizerTrainConfig(global_batch_size=BATCH, learning_rate=1e-3, **settings),
         Pictures(),
         folder,
         seed=0,
         device=torch.device("cpu"),
-        on_start=lambda state: None,
-        on_log=lambda row: None,
-        on_look=lambda step, network: None,
-        on_step=lambda state: None,
     )
     alike = {f"objective.{name}": value for name, value in objective.state_dict().items()}
     for part, tensors in state.tensors().items():

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,15 @@ from safetensors.torch import load_file
 from vqpipe.data.shards import ImageSet, open_images
 from vqpipe.errors import DataError
 from vqpipe.models import Autoencoder, VqganConfig, build_autoencoder
-from vqpipe.quantizers import VqConfig
 from vqpipe.training.validation import Best, Validation
 
 SIZE = 16
 
 
 @pytest.fixture
-def network() -> Autoencoder:
+def network(tiny_config: Callable[[], VqganConfig]) -> Autoencoder:
     torch.manual_seed(0)
-    config = VqganConfig(
-        base_channels=8,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-        quantizer=VqConfig(codebook_size=32, code_dim=4),
-    )
-    return build_autoencoder(config)
+    return build_autoencoder(tiny_config())
 
 
 @pytest.fixture

@@ -24,9 +24,11 @@ from vqpipe.artifacts.published import (
     open_artifact,
     partial_path,
 )
+from vqpipe.artifacts.status import disk_errors, forget_failure, is_status, note_failure
 from vqpipe.config import difference
-from vqpipe.errors import ArtifactError, VqpipeError
-from vqpipe.files import digest_json, flush_to_disk, hash_file, write_json
+from vqpipe.errors import ArtifactError
+from vqpipe.faults import fault
+from vqpipe.files import digest_json, flush_to_disk, hash_file, rename, write_json
 from vqpipe.provenance import now, provenance
 
 
@@ -44,23 +46,15 @@ def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[st
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     asked = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
     draft = Draft(out, asked, {role: lineage_of(value) for role, value in inputs.items()})
-    problem: tuple[str, str] | None = None
-    published = False
-    if distributed.is_main():
-        try:
-            published = draft.prepare()
-        except VqpipeError as error:
-            problem = (error.what, error.hint)
-    problem, published = distributed.broadcast_object((problem, published))
-    if problem is not None:
-        raise ArtifactError(*problem)
+    published = distributed.on_main(draft.prepare)
     return open_artifact(out, kind) if published else draft
 
 
 class Draft:
     """An artifact being written, in `<out>.partial/`.
 
-    Used as a context manager: leaving it releases the lock, and removes the directory where nothing was written yet.
+    Used as a context manager: leaving it releases the lock, and removes the directory where nothing was written yet. An
+    error that leaves it is noted down in `status.json` there, if it is the first of all ranks.
     """
 
     def __init__(self, out: Path, asked: dict[str, Any], lineage: dict[str, Any]) -> None:
@@ -78,43 +72,70 @@ class Draft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception):
+            note_failure(self.path, error)
         if self._lock is not None and not self.has_work():
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
     def has_work(self) -> bool:
         """Whether anything was written that a resumed run could go on from."""
-        return any(path.is_file() and path.name not in ("request.json", ".lock") for path in self.path.rglob("*"))
+        ours = ("request.json", ".lock")
+        return any(
+            path.is_file() and path.name not in ours and not is_status(path.name) for path in self.path.rglob("*")
+        )
 
     def prepare(self) -> bool:
         """Rank 0: take the lock and check the request. True where the artifact is published already."""
-        if self.out.exists() or self.out.is_symlink():
-            return self.check_published()
-        try:
+        with disk_errors(self.path):
+            if self.out.exists() or self.out.is_symlink():
+                return self.check_published()
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".records").mkdir(exist_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror}", "Choose another --out") from None
-        self.take_lock()
-        if self.out.exists():  # published by another process between our look and our lock
+            self.take_lock()
+        try:
+            if self.out.exists():  # published by another process between our look and our lock
+                shutil.rmtree(self.path, ignore_errors=True)
+                published = self.check_published()
+            else:
+                with disk_errors(self.path):
+                    published = self.resume()
+        except BaseException:
             self.release()
-            shutil.rmtree(self.path, ignore_errors=True)
-            return self.check_published()
-        self.check_request()
+            raise
+        if published:
+            self.release()
+        return published
+
+    def resume(self) -> bool:
+        """Clear up after an earlier run and check its request. True where only the last rename was left to do."""
+        forget_failure(self.path)
         for leftover in self.path.rglob(".writing-*"):
             leftover.unlink()
-        return False
+        try:
+            found = open_artifact(self.path).manifest  # killed between the manifest and the rename that publishes
+        except ArtifactError:
+            self.check_request()
+            return False
+        self.check_same(found, self.path)
+        self.tidy(found.files)
+        self.put_in_place()
+        return True
 
     def check_published(self) -> bool:
         """Whether what stands at `out` answers this request; another request is an ArtifactError."""
-        existing = open_artifact(self.out)
-        if existing.manifest.request != self.request:
-            manifest = existing.manifest
+        if not (self.out / "manifest.json").is_file():
+            raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", "Choose another --out")
+        self.check_same(open_artifact(self.out).manifest, self.out)
+        return True
+
+    def check_same(self, manifest: Manifest, path: Path) -> None:
+        """Raise an ArtifactError where what stands at `path` answers another request."""
+        if manifest.request != self.request:
             before = {"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs}
             raise ArtifactError(
-                f"{self.out} exists and was made otherwise: {difference(before, self.asked)}", "Choose another --out"
+                f"{path} exists and was made otherwise: {difference(before, self.asked)}", "Choose another --out"
             )
-        return True
 
     def check_request(self) -> None:
         """Note down what is asked, or compare it with what an earlier run noted down: an ArtifactError if unlike."""
@@ -159,26 +180,30 @@ class Draft:
         """
         check_name(name)
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".writing-{target.name}")
-        try:
-            yield temporary
-            flush_to_disk(temporary)
-            entry = {"bytes": temporary.stat().st_size, "sha256": hash_file(temporary), "record": record}
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        flush_to_disk(target.parent)
-        write_json(self.record_file(name), {"name": name, **entry})
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fault("write")
+                yield temporary
+                fault("written")
+                flush_to_disk(temporary)
+                entry = {"bytes": temporary.stat().st_size, "sha256": hash_file(temporary), "record": record}
+                rename(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            flush_to_disk(target.parent)
+            write_json(self.record_file(name), {"name": name, **entry})
 
     def adopt(self, name: str, **record: Any) -> None:
         """Record a file that stands in the draft already (a log that grew during the run)."""
         check_name(name)
         target = self.path / name
-        flush_to_disk(target)
-        entry = {"bytes": target.stat().st_size, "sha256": hash_file(target), "record": record}
-        write_json(self.record_file(name), {"name": name, **entry})
+        with disk_errors(target):
+            flush_to_disk(target)
+            entry = {"bytes": target.stat().st_size, "sha256": hash_file(target), "record": record}
+            write_json(self.record_file(name), {"name": name, **entry})
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The facts given to `write` for a finished file, or None: not written yet, or not as recorded."""
@@ -225,15 +250,14 @@ class Draft:
             provenance={**provenance(distributed.world_size()), **times, "lineage": self.lineage},
             **self.asked,
         )
-        write_json(self.path / "manifest.json", asdict(manifest))
-        keep = {self.path / name for name in files} | {self.path / "manifest.json"}
-        for file in sorted(self.path.rglob("*"), reverse=True):
-            if file.is_dir() and not file.is_symlink():
-                if not any(file.iterdir()):
-                    file.rmdir()
-            elif file not in keep:
-                file.unlink()
-        flush_to_disk(self.path)
+        with disk_errors(self.path):
+            write_json(self.path / "manifest.json", asdict(manifest))
+            self.tidy(files)
+        self.put_in_place()
+
+    def put_in_place(self) -> None:
+        """Give the whole directory its name, and the lock back."""
+        fault("rename")
         try:
             if self.out.exists():
                 raise OSError(errno.EEXIST, "it exists")
@@ -242,8 +266,20 @@ class Draft:
             raise ArtifactError(
                 f"cannot publish {self.out}: {error.strerror}", f"The work is kept in {self.path}"
             ) from None
+        fault("renamed")
         flush_to_disk(self.out.parent)
         self.release()
+
+    def tidy(self, files: Mapping[str, Any]) -> None:
+        """Delete all but `files` and the manifest."""
+        keep = {self.path / name for name in files} | {self.path / "manifest.json"}
+        for file in sorted(self.path.rglob("*"), reverse=True):
+            if file.is_dir() and not file.is_symlink():
+                if not any(file.iterdir()):
+                    file.rmdir()
+            elif file not in keep:
+                file.unlink()
+        flush_to_disk(self.path)
 
 
 def lineage_of(value: Input | str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from vqpipe.files import digest_json, hash_file
 
 SCHEMA = 1
 KINDS = (
-    *("dataset", "features", "codebook", "tokenizer", "tokens", "report", "images"),
-    *("generator", "classifier"),
+    *("dataset", "features", "codebook", "tokenizer", "tokens", "latents", "report", "images"),
+    *("generator", "classifier", "statistics"),
 )
 
 
@@ -91,19 +91,29 @@ class Artifact:
         """File names that match the glob `pattern`, sorted."""
         return sorted(name for name in self.manifest.files if PurePosixPath(name).match(pattern))
 
+    def whole(self, name: str) -> Path:
+        """Path of the file `name`, its bytes hashed again: weights and ids with a flipped bit would load in silence.
+
+        Raises:
+            ArtifactError: the manifest does not list it, or its hash is not what was published.
+        """
+        path = self.file(name)
+        found, published = hash_file(path), self.manifest.files[name]["sha256"]
+        if found != published:
+            raise ArtifactError(
+                f"{path} is damaged: sha256 {found[:12]}, published as {published[:12]}",
+                "Make it again, or copy it again from its source",
+            )
+        return path
+
     def verify(self) -> None:
         """Hash every file again.
 
         Raises:
             ArtifactError: a file's hash, or the manifest's own digest, is not what was published.
         """
-        for name, entry in self.manifest.files.items():
-            found = hash_file(self.path / name)
-            if found != entry["sha256"]:
-                raise ArtifactError(
-                    f"{self.path / name} is damaged: sha256 {found[:12]}, published as {entry['sha256'][:12]}",
-                    "Make it again, or copy it again from its source",
-                )
+        for name in self.manifest.files:
+            self.whole(name)
         if content_digest(self.manifest.files) != self.content:
             raise ArtifactError(
                 f"{self.path / 'manifest.json'} was edited: its content digest does not match its files"
@@ -129,7 +139,7 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
     for name, entry in manifest.files.items():
         check_name(name)
         file = path / name
-        if not file.is_file() or file.is_symlink():
+        if not is_own_file(path, name):
             raise ArtifactError(f"{file} is missing", "Copy or make the artifact again")
         if file.stat().st_size != entry["bytes"]:
             raise ArtifactError(
@@ -148,16 +158,21 @@ def read_manifest(path: Path) -> Manifest:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["schema"] != SCHEMA:
+            made = table.get("provenance", {}).get("versions", {}).get("vqpipe", "another version")
             raise ArtifactError(
-                f"{path} has schema {table['schema']}, this vqpipe reads {SCHEMA}", "Use the vqpipe that made it"
+                f"{path} has schema {table['schema']}, this vqpipe reads {SCHEMA}",
+                f"Use the vqpipe that made it: {made}",
             )
         manifest = Manifest(**{key: table[key] for key in Manifest.__dataclass_fields__})
         whole = all(
             isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in manifest.files.values()
         )
+        tables = (manifest.config, manifest.inputs, manifest.facts, manifest.files, manifest.provenance)
+        whole = whole and all(isinstance(table, dict) for table in tables)
+        whole = whole and isinstance(manifest.request, str) and isinstance(manifest.content, str)
         if manifest.kind not in KINDS or not whole:
             raise ValueError(manifest.kind)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__})", "Copy or make the artifact again") from None
     return manifest
 
@@ -166,6 +181,15 @@ def check_name(name: str) -> None:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or "\\" in name or any(part == ".." or part.startswith(".") for part in parts):
         raise ArtifactError(f"{name!r} is not a file name an artifact may hold")
+
+
+def is_own_file(folder: Path, name: str) -> bool:
+    """Whether `name` is a file in `folder`, with no symbolic link on the way to it."""
+    try:
+        steps = [folder / part for part in (name, *map(str, PurePosixPath(name).parents))[:-1]]
+        return steps[0].is_file() and not any(step.is_symlink() for step in steps)
+    except OSError:  # a name too long for this disk
+        return False
 
 
 def content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -39,8 +39,9 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator
 from vqpipe.models.discriminator import DiscriminatorConfig
 from vqpipe.search import engine_name, nearest
 from vqpipe.search.nearest import Metric
-from vqpipe.training.config import TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loop import train
+from vqpipe.training.tokenizer_task import TokenizerTask
 
 SIZES = (1000, 100_000)
 BOUND = 1.25
@@ -58,7 +59,7 @@ class Experiment:
     model: AutoencoderConfig
     objective: ObjectiveConfig
     discriminator: DiscriminatorConfig
-    train: TrainConfig
+    train: TokenizerTrainConfig
     image_size: int
 
 
@@ -200,18 +201,12 @@ class Run:
         self.discriminator.requires_grad_(True)  # a method that failed in the middle of a step leaves it frozen
         with tempfile.TemporaryDirectory() as folder, networks.searching_with(search):
             train(
+                TokenizerTask(self.model, self.discriminator, self.objective),
                 self.config,
-                self.model,
-                self.discriminator,
-                self.objective,
                 self.stream,
                 Path(folder),
                 seed=self.settings.seed,
                 device=self.settings.device,
-                on_start=lambda state: None,
-                on_log=lambda row: None,
-                on_look=lambda step, model: None,
-                on_step=lambda state: None,
             )
 
 

@@ -10,7 +10,6 @@ random-number state to save: every random choice is a function of (seed, what is
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError
-from vqpipe.files import flush_to_disk
+from vqpipe.faults import fault
+from vqpipe.files import flush_to_disk, rename
 
 CPU = torch.device("cpu")
 KEEP = 2
@@ -70,14 +70,17 @@ class Checkpoints:
         temporary = target.with_name(f".writing-{target.name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            fault("write")
             save_file(tensors, temporary, header)
+            fault("written")
             flush_to_disk(temporary)
-            os.replace(temporary, target)
+            rename(temporary, target)
             flush_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise ArtifactError(f"cannot write {target}: {error}", "Free some space and run again") from None
         for old in self.files(series)[:-KEEP]:
+            fault("delete")
             old.unlink()
 
     def newest(self, series: str, device: torch.device = CPU) -> Saved | None:
@@ -88,15 +91,10 @@ class Checkpoints:
         """
         if not self.shared:
             return self.find(series)
-        saved, problem = None, None
-        if distributed.is_main():
-            try:
+        saved = None
+        with distributed.sharing_errors():
+            if distributed.is_main():
                 saved = self.find(series)
-            except ArtifactError as error:
-                problem = (error.what, error.hint)
-        problem = distributed.broadcast_object(problem)
-        if problem is not None:
-            raise ArtifactError(*problem)
         return handed_round(saved, device)
 
     def find(self, series: str) -> Saved | None:

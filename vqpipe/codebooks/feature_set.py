@@ -149,10 +149,10 @@ def open_features_artifact(path: Path) -> FeatureSet:
 def open_matrix(path: Path) -> np.ndarray:
     """Memory-map one `.npy` file, which must hold floating numbers in rows."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load would open other formats too
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}", "Check the path") from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # its header is Python text, and hostile text makes the parser raise nearly anything
         if "mmap length" in str(error):
             raise DataError(
                 f"{path} is cut short: it ends after {path.stat().st_size:,} bytes, in the middle of its rows",

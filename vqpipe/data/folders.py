@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vqpipe.data.sources import IMAGE_EXTENSIONS, NO_LABEL, count_classes, read_cache, write_cache
+from vqpipe.data.sources import (
+    IMAGE_EXTENSIONS,
+    NO_LABEL,
+    count_classes,
+    patiently,
+    read_cache,
+    unreadable,
+    write_cache,
+)
 from vqpipe.errors import DataError
 
 
@@ -30,6 +38,8 @@ class Folder:
         self.ignored: dict[str, int] = {}
         stems = [os.path.splitext(file)[0] for file in files]
         twice = {stem for stem, after in zip(sorted(stems), sorted(stems)[1:], strict=False) if stem == after}
+        self.seen: np.ndarray | None = None
+        """int64[N, 2]: size and modification time of each file when `digest` was taken."""
         self.keep_extension = frozenset(i for i, stem in enumerate(stems) if stem in twice)
 
     def __len__(self) -> int:
@@ -44,20 +54,34 @@ class Folder:
         return os.path.join(self.root, os.fsdecode(self.files[i].as_py()))
 
     def read(self, i: int) -> bytes:
-        try:
-            with open(self.path(i), "rb") as file:
+        path = self.path(i)
+
+        def read() -> bytes:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if self.seen is not None and (status.st_size, status.st_mtime_ns) != tuple(self.seen[i].tolist()):
+                    raise DataError(f"{path} changed after this run began", "Run the command again")
                 return file.read()
+
+        try:
+            return patiently(read)
         except OSError as error:
-            raise DataError(f"cannot read {self.path(i)}: {error.strerror}", "Check the folder and the disk") from error
+            raise unreadable(path, error) from error
 
     @cached_property
     def digest(self) -> str:
         """sha256 over keys, labels, sizes and each file's own sha256. Reads every file once, then cached by listing."""
         listing, newest = hashlib.sha256(str(self.root.resolve()).encode("utf-8", "surrogateescape")), 0
+        seen = np.empty((len(self), 2), np.int64)
         for i in range(len(self)):
-            status = os.stat(self.path(i))
+            try:
+                status = os.stat(self.path(i))
+            except OSError as error:
+                raise unreadable(self.path(i), error) from error
+            seen[i] = status.st_size, status.st_mtime_ns
             listing.update(f"{self.key(i)} {self.labels[i]} {status.st_size} {status.st_mtime_ns}\n".encode())
             newest = max(newest, status.st_mtime_ns)
+        self.seen = seen
         identity = f"folder {listing.hexdigest()}"
         known = read_cache(identity)
         if known is not None:

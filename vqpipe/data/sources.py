@@ -1,11 +1,12 @@
 """What every source of images offers: tars, folders and the built-in photographs each in a file of its own."""
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,35 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vqpipe.errors import DataError
+
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 """File endings taken for images, compared in lower case. Anything else in a folder or a tar is left alone."""
 
 NO_LABEL = -1
+
+PAUSES = (0.2, 2.0)
+"""Seconds before each new try to read what could not be read: network disks have hiccups."""
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
+
+
+def patiently(read: Callable[[], bytes]) -> bytes:
+    """What `read` returns, tried again after PAUSES where the disk fails in a way that may pass; else its OSError."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return read()
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    """What to say of a file that the disk does not give."""
+    failure = DataError(f"cannot read {path}: {error.strerror or error}", "Check the path and the disk")
+    failure.cause = 66 if isinstance(error, FileNotFoundError) else 74
+    return failure
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COPY_AGAIN = "Copy or download it again"
+LONGEST_TEXT = 1 << 20
+"""Bytes of a long name, a pax header or a label: what is read into memory whole."""
+LARGEST_MEMBER = 1 << 43
+"""8 TiB; the format's numbers go to 2**88, and below zero."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,18 @@ class Walk:
         """Every member in order, its long name resolved; a DataError at the first byte that is not a tar's."""
         long_path, pax = "", dict[str, str]()
         while (header := self.header()) is not None:
-            padded = -(-header.size // BLOCK) * BLOCK
             if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                body = self.read(padded)[: header.size].rstrip(b"\0").decode("utf-8", "backslashreplace")
+                body = self.text(header).rstrip(b"\0").decode("utf-8", "backslashreplace")
                 long_path = body if header.type == tarfile.GNUTYPE_LONGNAME else long_path
                 continue
             if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
-                body_bytes = self.read(padded)[: header.size]
+                body_bytes = self.text(header)
                 pax = parse_pax(self.name, body_bytes) if header.type != tarfile.XGLTYPE else pax
                 continue
             path = pax.get("path") or long_path or header.name
             if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
                 raise DataError(f"{self.name}: {path} is a sparse member", "Pack the shard without --sparse")
-            size = int(pax.get("size", header.size))
+            size = self.size_of(header, pax.get("size"))
             if header.isreg():
                 self.pending = -(-size // BLOCK) * BLOCK
                 yield Member(path, self.position, size)
@@ -63,8 +66,24 @@ class Walk:
                 yield Member(path, self.position, 0, "link" if header.issym() or header.islnk() else "device")
             long_path, pax = "", {}
 
+    def text(self, header: tarfile.TarInfo) -> bytes:
+        """The data of a header that is itself a text."""
+        size = self.size_of(header)
+        if size > LONGEST_TEXT:
+            raise DataError(f"{self.name} has a header of {size:,} bytes before byte {self.position}", COPY_AGAIN)
+        return self.read(-(-size // BLOCK) * BLOCK)[:size]
+
+    def size_of(self, header: tarfile.TarInfo, said: str | None = None) -> int:
+        """How many bytes follow a header; `said` by the pax header before it, if by any."""
+        size = header.size if said is None else int(said) if said.isascii() and said.isdigit() else -1
+        if not 0 <= size <= LARGEST_MEMBER:
+            raise DataError(f"{self.name} has a member of impossible size before byte {self.position}", COPY_AGAIN)
+        return size
+
     def body(self, member: Member) -> bytes:
-        """The data of the member just yielded."""
+        """The data of the member just yielded, which holds a text."""
+        if member.size > LONGEST_TEXT:
+            raise DataError(f"{self.name}: {member.path} has {member.size:,} bytes and is to be a text", COPY_AGAIN)
         data = self.read(self.pending)[: member.size]
         self.pending = 0
         return data
@@ -129,9 +148,11 @@ def parse_pax(name: str, body: bytes) -> dict[str, str]:
         while position < len(body):
             length = int(body[position : body.index(b" ", position)])
             record = body[position : position + length]
+            if length < 1 or len(record) < length:
+                raise ValueError(length)
             key, _, value = record.partition(b" ")[2].rstrip(b"\n").partition(b"=")
             records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
-            position += max(length, 1)
+            position += length
     except ValueError:
         raise DataError(f"{name} has a damaged pax header", COPY_AGAIN) from None
     return records

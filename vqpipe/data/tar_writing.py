@@ -20,5 +20,7 @@ def tar_keys(keys: Iterable[str]) -> list[str]:
     for number, key in enumerate(keys):
         folder, slash, stem = key.rpartition("/")
         plain = folder + slash + stem.replace(".", "_")
-        fit[plain if plain not in fit else f"{plain}_{number}"] = None
+        while plain in fit:
+            plain = f"{plain}_{number}"
+        fit[plain] = None
     return list(fit)

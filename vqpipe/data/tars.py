@@ -12,7 +12,15 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from vqpipe.data.sources import IMAGE_EXTENSIONS, NO_LABEL, count_classes, read_cache, write_cache
+from vqpipe.data.sources import (
+    IMAGE_EXTENSIONS,
+    NO_LABEL,
+    count_classes,
+    patiently,
+    read_cache,
+    unreadable,
+    write_cache,
+)
 from vqpipe.data.tar_walk import COPY_AGAIN, Walk
 from vqpipe.errors import DataError
 
@@ -69,18 +77,22 @@ def read_range(url: str, offset: int, size: int, file_size: int, mtime_ns: int |
     Raises:
         DataError: the file is gone, unreadable, or not the one that was indexed.
     """
-    try:
+
+    def read() -> bytes:
         if "://" in url:
             system, path = fsspec.core.url_to_fs(url)
-            data: bytes = system.cat_file(path, start=offset, end=offset + size)
-        else:
-            with open(url, "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                if status.st_size != file_size or status.st_mtime_ns != mtime_ns:
-                    raise DataError(f"{url} changed after it was indexed", "Run the command again")
-                data = os.pread(file.fileno(), size, offset)
+            fetched: bytes = system.cat_file(path, start=offset, end=offset + size)
+            return fetched
+        with open(url, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size != file_size or status.st_mtime_ns != mtime_ns:
+                raise DataError(f"{url} changed after it was indexed", "Run the command again")
+            return os.pread(file.fileno(), size, offset)
+
+    try:
+        data = patiently(read)
     except OSError as error:
-        raise DataError(f"cannot read {url}: {error.strerror or error}", "Check the path and the disk") from error
+        raise unreadable(url, error) from error
     if len(data) != size:
         raise DataError(f"{url} ends inside the image at byte {offset}", COPY_AGAIN)
     return data

@@ -7,6 +7,7 @@ image and its mirror image were stored, flipped bool. The mirror image's row fol
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +83,18 @@ def write_tokens(path: Path, keys: list[str], labels: Sequence[int], ids: np.nda
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 
+def check_columns(schema: pa.Schema) -> None:
+    """Raise a ValueError unless a file has the columns of a token shard."""
+    ids: Any = schema.field("ids").type if "ids" in schema.names else None
+    types = {"key": pa.string(), "label": pa.int32(), "ids": ids, "flipped": pa.bool_()}
+    if len(set(schema.names)) < len(schema) or not {"key", "label", "ids"} <= set(schema.names) <= types.keys():
+        raise ValueError("columns")
+    if not pa.types.is_fixed_size_list(ids) or ids.value_type not in (pa.uint16(), pa.uint32()) or ids.list_size < 1:
+        raise ValueError("ids")
+    if any(schema.field(name).type != types[name] for name in schema.names):
+        raise ValueError("types")
+
+
 def read_tokens(path: Path, codebook_size: int) -> Tokens:
     """Read one shard.
 
@@ -89,14 +102,18 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
         DataError: it is not a token shard, or holds an id of `codebook_size` or more.
     """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            check_columns(file.schema_arrow)
+            table = file.read()
         column = table["ids"].combine_chunks()
         count = table.num_rows
+        if any(table[name].null_count for name in table.column_names if name != "label"):
+            raise ValueError("null")
         flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
         ids = torch.from_numpy(flat).view(count, column.type.list_size)
-        labels = torch.tensor([-1 if label is None else label for label in table["label"].to_pylist()]).long()
+        labels = torch.from_numpy(table["label"].fill_null(-1).to_numpy().astype(np.int64))
         keys = table["key"].to_pylist()
-    except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
+    except (pa.ArrowException, ValueError, RuntimeError, OSError) as error:
         raise DataError(f"{path} is not a token shard ({type(error).__name__})", "Tokenize the images again") from None
     if ids.numel() and int(ids.max()) >= codebook_size:
         raise DataError(f"{path} holds id {int(ids.max())}, the codebook has {codebook_size} codes")

@@ -169,7 +169,7 @@ class Classifier(nn.Module, ABC):
         return self.classify(self.embed(ids))
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Scalars by name: "total", the smoothed cross-entropy; "train/top1", the share of right answers, for the log."""
+        """Scalars by name: "total", the smoothed cross-entropy; "train/top1", the share of right answers."""
         logits = self.logits(examples).float()
         total = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         return {"total": total, "train/top1": (logits.argmax(1) == labels).float().mean().detach()}

@@ -6,15 +6,16 @@ A preset's head comment gives `what`, `paper`, `row`, `command` and `expected`, 
 from collections.abc import Iterator
 from pathlib import Path
 
-from vqpipe.config import nearest_name
+from vqpipe.config import nearest_name, read_toml
 from vqpipe.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 
 
-def names() -> list[str]:
-    """The names of all presets, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+def names(section: str = "") -> list[str]:
+    """The names of all presets, sorted; or of those with a section: "model", "generator" or "classifier"."""
+    paths = sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)
+    return [path.stem for path in paths if not section or section in read_toml(path)]
 
 
 def find(preset: str) -> Path:

@@ -51,14 +51,13 @@ class RunningStatistics:
 
 
 class BadSteps:
-    """Counts skipped steps, tells of each, and ends a run in which too many follow one another.
+    """Counts skipped steps in the state, tells of each, and ends a run in which too many follow one another.
 
     On a GPU a step's flag is read while the next step runs, so that no step waits for it.
     """
 
     def __init__(self, state: TrainState, most: int, on_bad: Callable[[int, list[str]], None]) -> None:
         self.state, self.most, self.on_bad = state, most, on_bad
-        self.in_a_row = 0
         self.pending: Pending | None = None
 
     def note(self, step: int, bad: Tensor, keys: list[str]) -> None:
@@ -84,16 +83,18 @@ class BadSteps:
         if last.arrived is not None:
             last.arrived.synchronize()
         if not bool(last.flag):
-            self.in_a_row = 0
+            self.state.bad_in_a_row = 0
             return
-        self.in_a_row += 1
-        self.state.bad_steps += 1
+        state = self.state
+        state.bad_in_a_row += 1
+        state.bad_steps += 1
         self.on_bad(last.step, last.keys)
-        if self.in_a_row >= self.most:
+        if state.bad_in_a_row >= self.most:
             more = len(last.keys) - NAMED
             some = ", ".join(last.keys[:NAMED]) + (f" and {more} more" if more > 0 else "")
             raise NumericError(
-                f"{self.in_a_row} steps in a row gave no finite gradient; the last was step {last.step}, images {some}",
+                f"{state.bad_in_a_row} steps in a row gave no finite gradient; the last was step {last.step},"
+                f" images {some}",
                 "No weight moved in them. Lower train.learning_rate, set train.clip_norm, or use"
                 " train.precision=fp32, and run again",
             )

@@ -1,4 +1,7 @@
-"""What a preset says about training; section [train]."""
+"""What a preset says about training; section [train].
+
+`TrainConfig` is for whatever is trained; `TokenizerTrainConfig` adds what only tokenizers have.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,13 +20,13 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a rank's share of the batch passes the networks in, one after another, for less memory. The same step
     but for what is no mean over images: the adaptive weight, a discriminator's batch norm, entropies of a batch."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several ranks do with the weights: each holds all of them (DistributedDataParallel), or its share (FSDP2),
+    for generators that are too large for one GPU. Checkpoints are the same, so a run may be resumed with the other."""
     optimizer: Literal["adam", "adamw"] = "adam"
-    """For both networks."""
+    """For all networks."""
     learning_rate: float = 5e-4
-    """Peak, for both networks."""
-    quantizer_rate: float = 1.0
-    """Learning rate of the quantizer's own weights, in units of the others'. 1 as in the papers; 10 lets the projector
-    of a frozen codebook keep up with latents that are young and move fast."""
+    """Peak, for all networks."""
     min_learning_rate: float = 0.0
     """Where the cosine ends."""
     warmup_steps: int = 0
@@ -35,24 +38,17 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Of weights with two dimensions or more; decoupled with adamw."""
     clip_norm: float = 0.0
-    """Largest gradient norm of the tokenizer and of the discriminator; 0: no clipping."""
+    """Largest gradient norm of each network; 0: no clipping."""
     weight_ema: float = 0.0
     """Decay of the weight average that is published; 0: the weights themselves are."""
-    freeze: tuple[Literal["encoder", "codebook"], ...] = ()
-    """What does not learn, in fine-tuning: the encoder with its quant_conv, the whole quantizer, or both."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: convolutions under autocast; quantizing and losses stay in float32."""
+    """bf16: convolutions and matrix products under autocast; quantizing and losses stay in float32."""
     compile: bool = False
-    """torch.compile the encoder, the decoder, the discriminator and LPIPS, each as one graph."""
+    """torch.compile the networks: of a tokenizer the encoder, the decoder, the discriminator and LPIPS, each as one
+    graph; of a generator its blocks."""
     recompute: bool = False
     """Gradient checkpointing: keep no activations inside a residual or attention block, compute them again in the
     backward pass."""
-    sync_batch_norm: bool = False
-    """Batch norm of the discriminator over all ranks' images, on GPUs."""
-    matched_start: bool = False
-    """Whiten the latent on real images and scale the codebook to it before the first step (see `match_start`)."""
-    matched_start_images: int = 128
-    """How many images the matched start looks at."""
     max_bad_steps: int = 20
     """Steps without a finite gradient, one after another, that end the run; each is skipped before a weight moves."""
     log_every: int = 50
@@ -62,7 +58,7 @@ class TrainConfig:
     keep_every: int = 0
     """Steps between two checkpoints that are kept for good; 0: none is."""
     look_every: int = 500
-    """Steps between two reconstruction grids."""
+    """Steps between two looks at pictures: of a tokenizer, a reconstruction grid."""
     validate_every: int = 0
     """Steps between two looks at the held-out images; 0: none."""
     validation_images: int = 256
@@ -84,9 +80,6 @@ class TrainConfig:
                 f"train.keep_every = {self.keep_every} is no multiple of train.save_every = {self.save_every}",
                 "Only what is saved can be kept",
             )
-        for part in self.freeze:
-            if part not in ("encoder", "codebook"):
-                raise ConfigError(f"train.freeze names {part!r}", "It may name encoder and codebook")
 
     def share(self, world_size: int) -> int:
         """Images of one of `world_size` ranks in a step.
@@ -102,3 +95,31 @@ class TrainConfig:
                 "Change it, train.accumulate or the number of processes",
             )
         return share
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig(TrainConfig):
+    """Section [train] of a tokenizer."""
+
+    quantizer_rate: float = 1.0
+    """Learning rate of the quantizer's own weights, in units of the others'. 1 as in the papers; 10 lets the projector
+    of a frozen codebook keep up with latents that are young and move fast."""
+    freeze: tuple[Literal["encoder", "codebook"], ...] = ()
+    """What does not learn, in fine-tuning: the encoder with its quant_conv, the whole quantizer, or both."""
+    sync_batch_norm: bool = False
+    """Batch norm of the discriminator over all ranks' images, on GPUs."""
+    matched_start: bool = False
+    """Whiten the latent on real images and scale the codebook to it before the first step (see `match_start`)."""
+    matched_start_images: int = 128
+    """How many images the matched start looks at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parallel != "ddp":
+            raise ConfigError(
+                f"train.parallel = {self.parallel!r} is for generators: a tokenizer's step goes through parts of it",
+                "Leave it at ddp; tokenizers fit one GPU, with train.recompute large ones too",
+            )
+        for part in self.freeze:
+            if part not in ("encoder", "codebook"):
+                raise ConfigError(f"train.freeze names {part!r}", "It may name encoder and codebook")

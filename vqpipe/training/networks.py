@@ -1,95 +1,70 @@
-"""The networks of a run made ready for it: what learns, what is compiled, and how ranks share gradients."""
+"""Networks made ready for a run: what is computed again, what is compiled, and how ranks share gradients."""
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vqpipe import distributed
-from vqpipe.errors import ConfigError
-from vqpipe.losses.objective import Objective
-from vqpipe.models.autoencoder import Autoencoder
-from vqpipe.models.dcae import Residual
-from vqpipe.models.vqgan import Attention, ResidualBlock
-from vqpipe.training.config import TrainConfig
-
-BLOCKS = (ResidualBlock, Attention, Residual)
-"""What gradient checkpointing forgets and computes again, as a whole."""
-
-
-def make_ready(
-    config: TrainConfig, model: Autoencoder, discriminator: nn.Module, objective: Objective, device: torch.device
-) -> nn.Module:
-    """Freeze, recompute and compile as `config` says, in place. Returns the discriminator, its batch norms replaced
-    where they are to see all ranks' images.
-
-    Raises:
-        ConfigError: batch norm over ranks that have no GPU.
-    """
-    for part in frozen_parts(config, model):
-        part.requires_grad_(False)
-    if config.sync_batch_norm and distributed.world_size() > 1:
-        if device.type != "cuda":
-            raise ConfigError("train.sync_batch_norm needs GPUs", "Set it to false")
-        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-    if config.recompute:
-        for block in blocks(model):
-            recompute(block)
-    if config.compile:
-        torch._functorch.config.donated_buffer = False  # the adaptive weight goes through the decoder's graph twice
-        parts = [model.encoder, model.decoder, discriminator]
-        for part in parts if objective.perceptual is None else [*parts, objective.perceptual]:
-            part.compile(fullgraph=True, dynamic=False)
-    return discriminator
-
-
-def frozen_parts(config: TrainConfig, model: Autoencoder) -> list[nn.Module]:
-    """What `config.freeze` names."""
-    named: dict[str, list[nn.Module]] = {
-        "encoder": [model.encoder, model.quant_conv],
-        "codebook": [model.quantizer],
-    }
-    return [part for name in config.freeze for part in named[name]]
-
-
-def blocks(model: Autoencoder) -> Iterator[nn.Module]:
-    """The residual and attention blocks of both networks."""
-    for network in (model.encoder, model.decoder):
-        yield from (module for module in network.modules() if isinstance(module, BLOCKS))
 
 
 def recompute(block: nn.Module) -> None:
-    """Let the block forget its activations, and compute them again in the backward pass."""
+    """Let the block forget its activations, and compute them again in the backward pass (gradient checkpointing)."""
     forward = block.forward
 
-    def forgetting(x: Tensor) -> Tensor:
-        return checkpoint(forward, x, use_reentrant=False) if torch.is_grad_enabled() else forward(x)
+    def forgetting(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     block.forward = forgetting
 
 
-def parallel(network: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """`network` over all ranks, or itself on one process, or where nothing of it learns.
+def replicated(network: nn.Module, device: torch.device, *, static: bool = False) -> nn.Module:
+    """`network` over all ranks, each with a whole copy, or itself on one process, or where nothing of it learns.
 
     Buffers are not broadcast in each forward: a codebook of 300 MB is one, and `update` keeps it alike on all ranks.
+    `static` promises that every step goes back through the same parameters, once in one `backward`.
     """
     if distributed.world_size() == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
         return network
+    align_gradients(network)
     return DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        static_graph=static,
     )
 
 
+def align_gradients(network: nn.Module) -> None:
+    """Give gradients the strides of their weights.
+
+    Along a side of length 1, such as both of a 1x1 convolution's, a stride means nothing, and convolutions in
+    channels_last choose another one than the weight has. DDP's buckets have the weight's: it would warn, and copy.
+    """
+    for parameter in network.parameters():
+        if parameter.requires_grad and parameter.ndim == 4 and 1 in parameter.shape:
+            parameter.register_hook(partial(with_strides, parameter.stride()))
+
+
+def with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """The same gradient, unless it lies otherwise in memory also along sides that are longer than 1."""
+    sides = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    return gradient if any(n > 1 and a != b for n, a, b in sides) else gradient.as_strided(gradient.shape, strides)
+
+
 def summed_later(network: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around all parts of a batch but the last: ranks add up their gradients once a step."""
+    """Around all parts of a batch but the last: ranks add up their gradients once a step.
+
+    Not where weights are sharded: there a rank would have to keep the gradients of all of them until the last part.
+    """
     return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
 
 

@@ -11,19 +11,25 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from vqpipe import distributed
 from vqpipe.training.config import TrainConfig
+from vqpipe.training.sharding import share_of, whole
 
 
 def make_optimizer(
-    config: TrainConfig, parameters: Sequence[Tensor], quantizer_parameters: Sequence[Tensor] = ()
+    config: TrainConfig,
+    parameters: Sequence[Tensor],
+    other_parameters: Sequence[Tensor] = (),
+    other_rate: float = 1.0,
 ) -> Optimizer:
     """Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) over the parameters that train.
+
+    Others, such as a quantizer's, may have a learning rate of their own, `other_rate` in units of the first's.
 
     Weight decay is for matrices and convolutions alone, not for biases and the scales of norms, as LlamaGen does.
     VQGAN-LC's released loop uses Adam with betas (0.5, 0.9) and eps 1e-7, and parses a weight decay it never applies.
     """
     groups = [
         {"params": chosen, "rate": rate, "weight_decay": decay}
-        for group, rate in ((parameters, 1.0), (quantizer_parameters, config.quantizer_rate))
+        for group, rate in ((parameters, 1.0), (other_parameters, other_rate))
         for decay, wanted in ((config.weight_decay, True), (0.0, False))
         if (chosen := [each for each in group if each.requires_grad and (each.ndim >= 2) == wanted])
     ]
@@ -38,7 +44,7 @@ def finite_step(optimizer: Optimizer, config: TrainConfig) -> tuple[Tensor, Tens
     gradients before clipping, and whether the step was skipped, a bool; both scalars on the device.
     """
     parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
+    norm = whole(nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf")))
     bad = distributed.all_reduce_sum((~torch.isfinite(norm)).float()) > 0
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # where torch.amp leaves it too
     optimizer.step()
@@ -88,7 +94,7 @@ class WeightEma(Generic[Network]):
         if self.decay == 0:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, sources = (list[Tensor](network.parameters()) for network in (self.network, self.source))
+        averages, sources = ([share_of(each) for each in net.parameters()] for net in (self.network, self.source))
         torch._foreach_lerp_(averages, sources, 1 - decay)
         pairs = zip(self.network.buffers(), self.source.buffers(), strict=True)
         for number, (average, buffer) in enumerate(pairs):

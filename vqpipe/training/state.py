@@ -3,52 +3,56 @@
 There is no random-number state to save: every random choice of a run is a function of (seed, step or sample).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqpipe import distributed
-from vqpipe.errors import ArtifactError, VqpipeError
-from vqpipe.models.autoencoder import Autoencoder
+from vqpipe.distributed import on_main
+from vqpipe.errors import ArtifactError
 from vqpipe.training import checkpoints as disk
 from vqpipe.training.checkpoints import Parts, checkpoints
 from vqpipe.training.optimizers import WeightEma
+from vqpipe.training.sharding import gathered, like, load_network
+from vqpipe.training.window import Window
 
 __all__ = ["TrainState", "checkpoints", "seed_step"]
 
-COUNTERS = ("step", "images_seen", "bad_steps")
+COUNTERS = ("step", "images_seen", "bad_steps", "bad_in_a_row")
 """What of a state is an integer."""
-
-Answer = TypeVar("Answer")
+WINDOW = "window"
+"""The part of a checkpoint that only those between two rows of the log have."""
 
 
 @dataclass
 class TrainState:
-    """Both networks, both optimizers, the weight average, and how far the run is.
+    """Networks and optimizers by part, the weight average, what else is remembered, and how far the run is.
 
-    What is saved is rank 0's. Ranks differ in one thing alone, the running statistics of batch norms that see a rank's
-    own images: no step reads them, since both networks train in training mode, so they move no weight. They are
-    published, and rank 0's are what a run that was never cut publishes too.
+    What is saved is rank 0's; of weights that are sharded among ranks, the whole. Ranks differ in one thing alone, the
+    running statistics of batch norms that see a rank's own images: no step reads them, since networks train in
+    training mode, so they move no weight. They are published, and rank 0's are what a run that was never cut
+    publishes too.
     """
 
-    model: Autoencoder
-    discriminator: nn.Module
-    optimizer: Optimizer
-    discriminator_optimizer: Optimizer
-    weight_ema: WeightEma[Autoencoder]
+    networks: Mapping[str, nn.Module]
+    """The first, "model", is what is averaged and published."""
+    optimizers: Mapping[str, Optimizer]
+    weight_ema: WeightEma[nn.Module]
+    remembered: Mapping[str, nn.Module]
+    """What losses remember: LeCam's averages, and mostly nothing."""
+    window: Window[Any]
+    """What the next row of the log is made of."""
     step: int = 0
     images_seen: int = 0
     bad_steps: int = 0
     """Steps skipped so far."""
-    objective: nn.Module = field(default_factory=nn.Module)
-    """What the losses remember: LeCam's averages, and mostly nothing."""
-    adversarial: bool = True
-    """Whether the discriminator takes part in this run; where not, nothing of it is saved."""
+    bad_in_a_row: int = 0
+    """Of these, those right before this step."""
     passed_over: list[str] = field(default_factory=list)
     """After `resume`: the newer checkpoints that are damaged, and what is wrong with each."""
     saved: Path | None = None
@@ -65,7 +69,9 @@ class TrainState:
         target = disk.folder_of(run_dir, self.step)
         if self.saved != target:
             counters = {name: getattr(self, name) for name in COUNTERS}
-            on_main(lambda: disk.write(run_dir, counters, self.tensors(), self.untrained(), keep_every))
+            window = self.window.tensors()
+            parts = gathered({**self.tensors(), WINDOW: window} if window else self.tensors())
+            on_main(lambda: disk.write(run_dir, counters, parts, self.untrained(), keep_every))
             self.saved = target
 
     def resume(self, run_dir: Path) -> bool:
@@ -78,61 +84,56 @@ class TrainState:
         if self.saved is None:
             return False
         found = disk.read(self.saved)
-        problem = difference(found.parts, self.tensors())
+        parts, expected = dict(found.parts), dict(self.tensors())
+        if WINDOW in parts:
+            expected[WINDOW] = self.window.forms(parts[WINDOW].keys())
+        problem = difference(parts, expected, free_length=WINDOW)
         if problem is None and set(found.counters) != set(COUNTERS):
             problem = f"state.json counts {', '.join(sorted(found.counters))}"
         if problem is not None:
             raise ArtifactError(f"{self.saved} is not a checkpoint of this run: {problem}", "Choose another --out")
-        parts = found.parts
-        self.model.load_state_dict(parts["model"])
-        load_optimizer(self.optimizer, parts["optimizer"])
-        if self.adversarial:
-            self.discriminator.load_state_dict(parts["discriminator"])
-            load_optimizer(self.discriminator_optimizer, parts["discriminator_optimizer"])
-        if "objective" in parts:
-            self.objective.load_state_dict(parts["objective"])
-        if self.weight_ema.decay > 0:
-            self.weight_ema.network.load_state_dict({**parts["model"], **parts["ema"]})
+        if window := parts.pop(WINDOW, None):
+            self.window.load(dict(window))
+        self.load(parts)
         for name in COUNTERS:
             setattr(self, name, found.counters[name])
         return True
 
+    def load(self, parts: Parts) -> None:
+        """Take over the tensors of a checkpoint, which fit."""
+        for part, network in {**self.networks, **self.remembered}.items():
+            load_network(network, parts.get(part, {}))
+        for part, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, parts[part])
+        if self.weight_ema.decay > 0:
+            load_network(self.weight_ema.network, {**parts["model"], **parts["ema"]})
+
     def tensors(self) -> Parts:
         """Everything load-bearing, by file. The average's buffers are the model's, so its parameters are enough."""
-        parts = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors(self.optimizer)}
-        if self.adversarial:
-            parts["discriminator"] = dict(self.discriminator.state_dict())
-            parts["discriminator_optimizer"] = optimizer_tensors(self.discriminator_optimizer)
-        if remembered := self.objective.state_dict():
-            parts["objective"] = remembered
+        parts = {part: dict(network.state_dict()) for part, network in self.networks.items()}
+        parts |= {part: optimizer_tensors(optimizer) for part, optimizer in self.optimizers.items()}
+        parts |= {part: memory for part, each in self.remembered.items() if (memory := dict(each.state_dict()))}
         if self.weight_ema.decay > 0:
             parts["ema"] = dict(self.weight_ema.network.named_parameters())
         return parts
 
     def untrained(self) -> dict[str, list[str]]:
         """The names of what no optimizer moves in the model and in its average: buffers, and what is frozen."""
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trained = {name for name, parameter in self.networks["model"].named_parameters() if parameter.requires_grad}
         parts = {part: tensors for part, tensors in self.tensors().items() if part in ("model", "ema")}
         return {part: [name for name in tensors if name not in trained] for part, tensors in parts.items()}
 
-
-def on_main(action: Callable[[], Answer]) -> Answer:
-    """What `action` returns on rank 0, or the VqpipeError that it raises there, on every rank."""
-    answer: Answer | None = None
-    error: VqpipeError | None = None
-    if distributed.is_main():
-        try:
-            answer = action()
-        except VqpipeError as raised:
-            error = raised
-    answer, error = distributed.broadcast_object((answer, error))
-    if error is not None:
-        raise error
-    return answer
+    def published(self) -> dict[str, Tensor]:
+        """The weights to publish, whole, on rank 0 (elsewhere, of weights that are sharded, nothing). Every rank calls
+        it."""
+        return dict(gathered({"model": self.weight_ema.network.state_dict()})["model"])
 
 
-def difference(found: Parts, expected: Parts) -> str | None:
-    """The first tensor in which a checkpoint and a run differ by name, type or shape, in words."""
+def difference(found: Parts, expected: Parts, free_length: str = "") -> str | None:
+    """The first tensor in which a checkpoint and a run differ by name, type or shape, in words.
+
+    Tensors of the part `free_length` may be longer or shorter if they have two dimensions.
+    """
     for part in (*expected, *found):
         if part not in found:
             return f"it has no {part}"
@@ -143,7 +144,8 @@ def difference(found: Parts, expected: Parts) -> str | None:
                 return f"{part} has no tensor {name}"
             if name not in expected[part]:
                 return f"{part} has a tensor {name}, which this run has not"
-            saved, own = (f"{t[part][name].dtype} {list(t[part][name].shape)}" for t in (found, expected))
+            free = part == free_length and expected[part][name].ndim == 2
+            saved, own = (f"{t[part][name].dtype} {list(t[part][name].shape[free:])}" for t in (found, expected))
             if saved != own:
                 return f"{part} has {name} as {saved}, this run as {own}".replace("torch.", "")
     return None
@@ -174,7 +176,7 @@ def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         number: {
-            name: torch.empty_like(value, requires_grad=False).copy_(tensors[f"{number}.{name}"])
+            name: torch.empty_like(value, requires_grad=False).copy_(like(tensors[f"{number}.{name}"], value))
             for name, value in untouched(parameter).items()
         }
         for number, parameter in enumerate(parameters)

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqpipe import distributed
 from vqpipe.losses.objective import Objective
 from vqpipe.models import Autoencoder, PatchDiscriminator, build_autoencoder
-from vqpipe.training.config import TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.history import Row
-from vqpipe.training.networks import frozen_parts
+from vqpipe.training.tokenizer_task import frozen_parts
 
 # bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheet of each product (half of what a sheet gives
 # with sparsity). By words of the name that torch.cuda.get_device_name gives; the first that fits counts.
@@ -49,7 +49,11 @@ class Work:
 
 
 def count_work(
-    config: TrainConfig, model: Autoencoder, discriminator: PatchDiscriminator, objective: Objective, image_size: int
+    config: TokenizerTrainConfig,
+    model: Autoencoder,
+    discriminator: PatchDiscriminator,
+    objective: Objective,
+    image_size: int,
 ) -> Work:
     """Count it for square images of `image_size` pixels; about a second. The networks stay as they are."""
     device = model.last_layer.device
@@ -96,7 +100,7 @@ class Throughput:
 
 
 def throughput(
-    config: TrainConfig,
+    config: TokenizerTrainConfig,
     model: Autoencoder,
     discriminator: PatchDiscriminator,
     objective: Objective,

@@ -15,7 +15,9 @@ from vqpipe.data.shards import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import DataError
 from vqpipe.files import flush_to_disk
-from vqpipe.metrics.evaluation import EvalConfig, Evaluation, FeatureNetworks
+from vqpipe.metrics import EvalConfig
+from vqpipe.metrics.evaluation import Evaluation
+from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.models.autoencoder import Autoencoder
 from vqpipe.tokenizer import save_weights
 from vqpipe.training.history import Row
@@ -83,9 +85,9 @@ class Validation:
             size = originals.shape[-1] // network.downsample_factor
             codes = quantizer.lookup(ids, quantizer.layout(size, size))  # by way of the ids, as a tokenizer is used
             evaluation.update(originals, to_uint8(network.decode(codes)), ids)
-        result = evaluation.result()
-        if not result["num_images"]:
+        if not evaluation.sizes_of_all().num_images:
             raise DataError("none of the validation images can be read", "Check --validation")
+        result = evaluation.result()
         groups = result["perplexity_per_group"]
         names = ("psnr", "ssim", *self.networks.perceptual)
         row: Row = {

@@ -1,0 +1,158 @@
+"""Tokens as training data: what is read is what was written, and the stream is a function of (seed, position)."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqpipe import artifacts
+from vqpipe.artifacts import Artifact
+from vqpipe.data import token_stream
+from vqpipe.data.token_stream import (
+    ExamplesConfig,
+    ExampleStream,
+    TokenBatch,
+    TokenSet,
+    held_out_part,
+    ordered,
+)
+from vqpipe.data.tokens import write_tokens
+from vqpipe.errors import ArtifactError, ConfigError, DataError
+
+NUM, TOKENS, BATCH = 14, 6, 4  # 14 images in global batches of 4: the epoch edge falls inside a batch
+Make = Callable[..., Artifact]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """make("name", flip=True) -> 14 images in shards of 5; image i, view v holds the ids i * 10 + v * 1000 + (0..5)."""
+
+    def make(name: str, *, flip: bool = True, classes: int | None = 3, codebook_size: int = 100_000) -> Artifact:
+        images = np.arange(NUM)
+        views = np.arange(1 + flip)
+        ids = images[:, None, None] * 10 + views[:, None] * 1000 + np.arange(TOKENS)
+        draft = artifacts.start(tmp_path / name, "tokens", {"flip": flip}, {"images": "0" * 64})
+        assert isinstance(draft, artifacts.Draft)
+        with draft:
+            for number, first in enumerate(range(0, NUM, 5)):
+                part = images[first : first + 5]
+                labels = [-1 if classes is None else int(i) % classes for i in part]
+                with draft.write(f"tokens-{number:05d}.parquet") as path:
+                    dtype = np.uint16 if codebook_size <= 1 << 16 else np.uint32
+                    write_tokens(path, [f"key-{i:02d}" for i in part], labels, ids[part].astype(dtype))
+            facts = {"num_images": NUM, "num_tokens": TOKENS, "codebook_size": codebook_size}
+            return draft.publish(facts)
+
+    return make
+
+
+def prints(batch: TokenBatch) -> list[tuple[str, int, int]]:
+    """Of each example its key, label and first id, which says of which image and view it is."""
+    return list(zip(batch.keys, batch.labels.tolist(), batch.examples[:, 0].tolist(), strict=True))
+
+
+def run(tokens: TokenSet, start: int, steps: int, world: int = 1, seed: int = 5) -> list[tuple[str, int, int]]:
+    """The examples of `steps` global batches, in order, as `world` ranks get them."""
+    ranks = [
+        ExampleStream(tokens, seed=seed, batch_size=BATCH, rank=r, world_size=world).from_sample(start)
+        for r in range(world)
+    ]
+    return [print_ for _ in range(steps) for rank in ranks for print_ in prints(next(rank))]
+
+
+def test_the_order_does_not_depend_on_ranks_or_where_one_resumes(make: Make) -> None:
+    tokens = TokenSet(make("tokens"))
+    whole = run(tokens, 0, 11)
+    epochs = [whole[e * NUM : (e + 1) * NUM] for e in range(3)]
+    assert [sorted(key for key, *_ in epoch) for epoch in epochs] == [[f"key-{i:02d}" for i in range(NUM)]] * 3
+    assert len({tuple(key for key, *_ in epoch) for epoch in epochs}) == 3
+    for world, step in itertools.product((1, 2, 4), (0, 1, 3, 10)):  # 3: across the epoch's edge
+        assert run(tokens, step * BATCH, min(2, 11 - step), world) == whole[step * BATCH : (step + 2) * BATCH]
+    assert run(tokens, 0, 11, seed=6) != whole
+
+
+def test_ids_labels_and_keys_belong_together_and_mirrors_come_by_chance(make: Make) -> None:
+    tokens = TokenSet(make("tokens"))
+    found = run(tokens, 0, 100)
+    for key, label, first in found:
+        number = int(key.removeprefix("key-"))
+        assert label == number % 3
+        assert first in (number * 10, number * 10 + 1000)
+    share = sum(first >= 1000 for *_, first in found) / len(found)
+    assert 0.4 < share < 0.6  # three standard deviations of 400 throws are 0.075
+    plain = ExampleStream(tokens, seed=0, batch_size=BATCH, mirror=False).from_sample(0)
+    assert max(int(next(plain).examples.max()) for _ in range(10)) < 1000
+    unflipped = ExampleStream(TokenSet(make("unflipped", flip=False)), seed=0, batch_size=BATCH).from_sample(0)
+    assert max(int(next(unflipped).examples.max()) for _ in range(10)) < 1000
+
+
+@pytest.mark.parametrize(("codebook_size", "dtype"), [(100_000, np.uint32), (4096, np.uint16)])
+def test_ids_stay_narrow_in_memory_and_mapped(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codebook_size: int, dtype: type
+) -> None:
+    artifact = make("tokens", codebook_size=codebook_size)
+    held = TokenSet(artifact)
+    monkeypatch.setattr(token_stream, "IN_MEMORY", 100)
+    mapped = TokenSet(artifact, tmp_path / "cache")
+    assert held.rows.dtype == mapped.rows.dtype == dtype
+    assert isinstance(mapped.rows, np.memmap)
+    assert not mapped.rows.flags.writeable
+    np.testing.assert_array_equal(held.rows, mapped.rows)
+    again = TokenSet(artifact, tmp_path / "cache")  # unpacked once
+    assert run(again, 0, 3) == run(held, 0, 3)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+    with pytest.raises(ArtifactError, match="too many ids for memory"):
+        TokenSet(artifact)
+
+
+def test_in_order_every_image_comes_once(make: Make) -> None:
+    tokens = TokenSet(make("tokens"))
+    batches = list(ordered(tokens, 4))
+    assert [key for batch in batches for key in batch.keys] == [f"key-{i:02d}" for i in range(NUM)]
+    assert torch.cat([batch.examples for batch in batches])[:, 0].tolist() == [i * 10 for i in range(NUM)]
+    shares = [list(ordered(tokens, 4, rank, 2)) for rank in range(2)]
+    assert sorted(key for share in shares for batch in share for key in batch.keys) == [
+        f"key-{i:02d}" for i in range(NUM)
+    ]
+
+
+def test_held_out_images_are_of_every_class_and_never_trained_on(make: Make) -> None:
+    tokens = TokenSet(make("tokens"))
+    rest, held_out = held_out_part(tokens, 6)
+    assert held_out is not None
+    assert sorted(held_out.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    keys = [{part.key(i) for i in range(len(part))} for part in (rest, held_out)]
+    assert [len(part) for part in keys] == [8, 6]
+    assert not keys[0] & keys[1]
+    stream = ExampleStream(rest, seed=0, batch_size=BATCH).from_sample(0)
+    seen = [print_ for _ in range(20) for print_ in prints(next(stream))]
+    assert {key for key, *_ in seen} == keys[0]
+    assert all(first % 1000 == int(key.removeprefix("key-")) * 10 for key, _, first in seen)
+    with pytest.raises(DataError, match="8 of 14 images cannot be held out"):
+        held_out_part(tokens, 8)
+
+
+def test_the_number_of_classes(make: Make) -> None:
+    labels, unknown = TokenSet(make("known")).labels, TokenSet(make("unknown", classes=None)).labels
+    assert ExamplesConfig().classes_of(labels) == 3
+    assert ExamplesConfig(num_classes=1000).classes_of(labels) == 1000
+    assert ExamplesConfig(conditional=False).classes_of(unknown) is None
+    with pytest.raises(DataError, match="14 of 14 images have no label"):
+        ExamplesConfig().classes_of(unknown)
+    with pytest.raises(DataError, match="label 2 is out of range"):
+        ExamplesConfig(num_classes=2).classes_of(labels)
+
+
+def test_what_cannot_be_streamed_is_told(make: Make, tmp_path: Path) -> None:
+    artifact = make("tokens")
+    with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
+        ExampleStream(TokenSet(artifact), seed=0, batch_size=10, world_size=4)
+    artifact.facts["num_images"] = NUM + 1
+    with pytest.raises(ArtifactError, match="holds 28 rows, its manifest says 30"):
+        TokenSet(artifact)
+    artifact.facts["num_images"] = NUM - 1
+    with pytest.raises(ArtifactError, match="other rows than its manifest says"):
+        TokenSet(artifact)

@@ -1,0 +1,172 @@
+"""`vqpipe eval-generation` as a function, with a stand-in for Inception: the published weights are not here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from stages import evaluate
+from stages.eval_generation import eval_generation
+from vqpipe.artifacts import open_artifact
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.metrics import networks, populations
+from vqpipe.metrics.fid import FrechetStatistics, frechet_distance
+from vqpipe.metrics.generation import Reference, of_gaussian, read_adm_file
+from vqpipe.metrics.networks import FeatureNetworks
+
+SIZES = {"pool": 16, "logits": 20, "spatial": 12}
+"""Of the stand-in's outputs: Inception's own take a minute to compare."""
+
+
+class Mean(nn.Module):
+    """float[B, 6]: mean and deviation of each channel."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = images.float().flatten(2) / 255
+        return torch.cat([values.mean(2), values.std(2)], dim=1)
+
+
+class Stand(nn.Module):
+    """In place of Inception: its outputs, each a fixed linear map of 8 x 8 means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        self.maps = {name: torch.randn(3 * 64, size, generator=draws) / 50 for name, size in SIZES.items()}
+
+    def forward(self, images: Tensor, outputs: Any = ("pool",)) -> dict[str, Tensor]:
+        small = nn.functional.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
+        return {name: small @ self.maps[name] for name in outputs}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two folders of 40 and 50 noisy pictures: "samples", 8 px, and "photos", 12 x 16 px."""
+    draws = np.random.default_rng(0)
+    for name, count, shape in (("samples", 40, (8, 8, 3)), ("photos", 50, (12, 16, 3))):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            noise = draws.integers(0, 200 if name == "samples" else 256, shape, np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{number:02d}.png")
+    return tmp_path
+
+
+def measure(folder: Path, out: str, **options: Any) -> dict[str, Any]:
+    reference = options.pop("reference", [str(folder / "photos")])
+    settings: dict[str, Any] = {"image_size": 8, "num_workers": 0, "device": "cpu", **options}
+    eval_generation([str(folder / "samples")], reference, folder / out, **settings)
+    return json.loads((folder / out / "metrics.json").read_text())
+
+
+def with_network(monkeypatch: pytest.MonkeyPatch, inception: nn.Module | None, extractor: bool = False) -> None:
+    named = {"mean": Mean()} if extractor else {}
+    found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, {"rfid": "rFID needs its weights."}, named)
+    monkeypatch.setattr(populations, "SIZES", SIZES)
+    monkeypatch.setattr(networks, "find_networks", lambda folder, device: found)
+    monkeypatch.setattr(evaluate, "add_extractor", lambda *_: {"mean": "1" * 64} if extractor else {})
+
+
+def test_without_weights_every_number_is_left_out_with_its_reason(pictures: Path) -> None:
+    metrics = measure(pictures, "report")
+    assert set(metrics["not_computed"]) == {"fid", "sfid", "inception_score", "kid", "prc"}
+    assert "Fetch weights-inception" in metrics["not_computed"]["fid"]
+    assert not {"fid", "prc"} & set(metrics)
+    assert not (pictures / "report.reference").exists()  # nothing could be known of them
+    page = (pictures / "report" / "report.html").read_text()
+    assert "Fetch weights-inception" in page
+    assert open_artifact(pictures / "report").names("contact-sheet.png")
+
+
+def test_the_distance_is_that_of_the_formula_and_references_are_looked_at_once(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(monkeypatch, None, extractor=True)
+    metrics = measure(pictures, "report", batch_size=7)
+    sides = []
+    for name in ("samples", "photos"):
+        statistics = FrechetStatistics(6)
+        for file in sorted((pictures / name).iterdir()):
+            from vqpipe.data.transforms import center_crop
+
+            statistics.update(Mean()(center_crop(Image.open(file), 8)[None]))
+        sides.append(statistics)
+    assert metrics["frechet"] == {"mean": pytest.approx(frechet_distance(*sides), rel=1e-6)}
+    assert (metrics["num_images"], metrics["num_references"]) == (40, 50)
+    capsys.readouterr()
+    for options in (
+        {"statistics": pictures / "report.reference"},
+        {"reference": [str(pictures / "report.reference")]},
+    ):
+        again = measure(pictures, f"again-{len(options)}-{next(iter(options))}", **options)
+        assert again["frechet"] == metrics["frechet"]
+    assert "references:" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="image_size was 8, now 16"):
+        measure(pictures, "other", reference=[str(pictures / "report.reference")], image_size=16)
+
+
+@pytest.mark.parametrize("protocol", ["adm", "cleanfid-raw"])
+def test_with_inception_every_number_is_there(pictures: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    with_network(monkeypatch, Stand())
+    metrics = measure(pictures, "report", protocol=protocol, fid_min_images=2)
+    assert set(metrics["not_computed"]) == {"kid"}  # it draws a thousand
+    assert min(metrics["fid"], metrics["sfid"]) > 0
+    assert metrics["inception_score"]["splits"] == 10
+    assert {"precision", "recall", "k"} <= set(metrics["prc"])
+    few = measure(pictures, "few", protocol=protocol, statistics=pictures / "report.reference")
+    assert "40 samples are fewer than the 2,049" in few["not_computed"]["fid"]
+    assert "fid" not in few
+    eval_generation(
+        [str(pictures / "photos")],
+        [str(pictures / "report.reference")],
+        pictures / "same",
+        protocol=protocol,
+        image_size=8,
+        fid_min_images=2,
+        num_workers=0,
+        device="cpu",
+    )
+    own = json.loads((pictures / "same" / "metrics.json").read_text())
+    if protocol == "adm":  # both sides cropped alike, but for the resize: much nearer than noise of another range
+        assert own["fid"] < 0.2 * metrics["fid"]
+
+
+def test_statistics_survive_the_disk_and_adms_file_is_read(tmp_path: Path) -> None:
+    draws = torch.randn(40, 5, dtype=torch.float64)
+    statistics = FrechetStatistics(5)
+    statistics.update(draws)
+    other = FrechetStatistics(5)
+    other.update(draws + 1)
+    Reference(40, {"pool": statistics}, {"timm:a/b": other}, draws.float()).save(tmp_path / "s.safetensors")
+    again = Reference.load(tmp_path / "s.safetensors", torch.device("cpu"))
+    assert frechet_distance(again.moments["pool"], statistics) < 1e-9
+    assert torch.equal(again.named["timm:a/b"].outer, other.outer)
+    assert (again.num_images, again.kept is not None) == (40, True)
+    mean, covariance = (each.numpy() for each in statistics.mean_and_covariance())
+    assert frechet_distance(of_gaussian(mean, covariance, torch.device("cpu")), statistics) < 1e-9
+
+    pairs = {"mu": 2048, "mu_s": 2023}
+    arrays = {name: np.full(size, 0.5) for name, size in pairs.items()}
+    arrays |= {name.replace("mu", "sigma"): np.eye(size) for name, size in pairs.items()}
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.savez(tmp_path / "adm.npz", arr_0=images, **arrays)
+    found, sample = read_adm_file(tmp_path / "adm.npz", torch.device("cpu"))
+    mean_again, covariance_again = found.moments["spatial"].mean_and_covariance()
+    assert torch.equal(mean_again, torch.full((2023,), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(covariance_again, torch.eye(2023, dtype=torch.float64))
+    assert (sample[1].permute(1, 2, 0).numpy() == images[1]).all()
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(3))
+    with pytest.raises(DataError, match="is no reference of the ADM suite"):
+        read_adm_file(tmp_path / "bad.npz", torch.device("cpu"))
+
+
+def test_what_cannot_be_measured_is_told(pictures: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--protocol adn is unknown\. Choose adm or cleanfid-raw"):
+        measure(pictures, "report", protocol="adn")
+    (pictures / "samples" / "03.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="1 of 40 images cannot be used"):
+        measure(pictures, "report")

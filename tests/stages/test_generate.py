@@ -1,0 +1,129 @@
+"""`vqpipe generate` as a function: an image depends on its seed and number, not on how the drawing went."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages import generate as stage
+from stages.generate import generate
+from vqpipe.artifacts import open_artifact
+from vqpipe.data.shards import open_images
+from vqpipe.errors import ArtifactError, ConfigError
+from vqpipe.reports.pictures import from_png
+
+
+def pixels(folder: Path) -> list[np.ndarray]:
+    """Of every sample, in order."""
+    found = []
+    for shard in open_artifact(folder, "images").names("*.tar"):
+        with tarfile.open(folder / shard) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if member.name.endswith(".png") and file is not None:
+                    found.append(np.array(Image.open(io.BytesIO(file.read()))))
+    return found
+
+
+def test_samples_their_classes_and_the_sheet(drawn: Any, tmp_path: Path) -> None:
+    generate(drawn.generator, tmp_path / "made", num_images=7, device="cpu")
+    images = open_images(tmp_path / "made")
+    assert images.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]  # in turn
+    assert images.num_classes == 3
+    made = pixels(tmp_path / "made")
+    assert [image.shape for image in made] == [(8, 8, 3)] * 7
+    assert len({image.tobytes() for image in made}) == 7
+    sheet = from_png((tmp_path / "made" / "contact-sheet.png").read_bytes()).permute(1, 2, 0).numpy()
+    for number, image in enumerate(made):
+        assert (sheet[4:12, 4 + 12 * number : 12 + 12 * number] == image).all()
+
+
+def test_an_image_is_a_function_of_seed_and_number(drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"classes": "1", "device": "cpu", "batch_size": 4}
+    generate(drawn.generator, tmp_path / "few", num_images=6, **options)
+    monkeypatch.setattr(stage, "IMAGES_PER_SHARD", 4)
+    generate(drawn.generator, tmp_path / "many", num_images=10, **options)
+    generate(drawn.generator, tmp_path / "other", num_images=6, **options, seed=1)
+    few, many, other = (pixels(tmp_path / name) for name in ("few", "many", "other"))
+    assert all((a == b).all() for a, b in zip(few, many[:6], strict=True))
+    assert not any((a == b).all() for a, b in zip(few, other, strict=True))
+
+
+def test_a_cut_run_goes_on_to_the_same_bytes(drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "IMAGES_PER_SHARD", 2)
+    options: dict[str, Any] = {"num_images": 6, "device": "cpu"}
+    generate(drawn.generator, tmp_path / "whole", **options)
+    real, drawn_shards = stage.draw, []
+
+    def cut(published: Any, order: Any, images: range) -> Any:
+        drawn_shards.append(images.start)
+        if len(drawn_shards) == 2:
+            raise KeyboardInterrupt
+        return real(published, order, images)
+
+    monkeypatch.setattr(stage, "draw", cut)
+    with pytest.raises(KeyboardInterrupt):
+        generate(drawn.generator, tmp_path / "cut", **options)
+    generate(drawn.generator, tmp_path / "cut", **options)
+    assert drawn_shards == [0, 2, 2, 4]  # the first shard was kept
+    assert open_artifact(tmp_path / "cut").content == open_artifact(tmp_path / "whole").content
+    with pytest.raises(ArtifactError, match=r"num_images was 6, now 7"):
+        generate(drawn.generator, tmp_path / "cut", **options | {"num_images": 7})
+
+
+def test_sampling_is_as_trained_then_set_then_flags(drawn: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_images": 1, "device": "cpu"}
+    generate(drawn.generator, tmp_path / "a", **options)
+    generate(
+        drawn.generator,
+        tmp_path / "b",
+        **options,
+        top_k="25%",
+        cfg_scale=3.0,
+        overrides=["generate.cfg_scale=2.0", "generate.cfg_schedule=linear"],
+    )
+    a, b = (open_artifact(tmp_path / name).config["generate"] for name in "ab")
+    assert (a["cfg_scale"], a["top_p"], a["cfg_schedule"]) == (1.5, 0.95, "constant")
+    assert (b["cfg_scale"], b["top_p"], b["cfg_schedule"], b["top_k"]) == (3.0, 0.95, "linear", 0.25)
+
+
+def test_counts_and_shares() -> None:
+    assert [stage.count_or_share(text) for text in ("0", "4096", "10%", "0.5")] == [0, 4096, 0.1, 0.5]
+    assert [type(stage.count_or_share(text)) for text in ("1", "100%")] == [int, float]
+
+
+def test_what_cannot_be_drawn_is_told(drawn: Any, tmp_path: Path) -> None:
+    def refused(match: str, error: type[Exception] = ConfigError, **changes: Any) -> None:
+        options = {"num_images": 2, "device": "cpu", **changes}
+        generator = options.pop("generator", drawn.generator)
+        with pytest.raises(error, match=match):
+            generate(generator, tmp_path / "out", **options)
+        assert not list(tmp_path.glob("out*"))
+
+    refused("there is no class 3. This generator knows the classes 0 to 2", classes="0,3")
+    refused("'x' is no class", classes="1,x")
+    refused("'5-3' is no class", classes="5-3")
+    refused("--top-k many is no number", top_k="many")
+    refused(r"generate\.top_p = 1\.5 should be in", top_p=1.5)
+    refused(r"only \[generate\] can be set here", overrides=["train.steps=3"])
+    refused("unknown key generate.cfg_scal", overrides=["generate.cfg_scal=3"])
+    refused("--precision fp16 is not a choice", precision="fp16")
+    refused("is of kind tokens, generator is needed", ArtifactError, generator=drawn.tokens)
+
+
+@pytest.mark.slow
+def test_one_and_two_ranks_draw_the_same_samples(drawn: Any, tmp_path: Path) -> None:
+    words = ["-m", "stages", "generate", "--generator", str(drawn.generator), "--num-images", "520", "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for ranks in ("1", "2"):
+        command = [*launch, ranks, *words, "--out", str(tmp_path / ranks)]
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert len(open_artifact(tmp_path / "1").names("*.tar")) == 3
+    assert open_artifact(tmp_path / "1").content == open_artifact(tmp_path / "2").content

@@ -1,0 +1,113 @@
+"""`vqpipe train-classifier` as a function: it learns, its report is what its weights give, and it can be resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stages.train_classifier import train_classifier
+from vqpipe.artifacts import open_artifact
+from vqpipe.config import from_table
+from vqpipe.data.token_stream import TokenSet, held_out_part
+from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.generation.base import Space
+from vqpipe.generation.classifier import ClassifierConfig, build_classifier
+from vqpipe.generation.held_out import accuracy
+
+OPTIONS: dict[str, Any] = {"preset": "vit-tiny", "steps": 40, "global_batch_size": 9, "device": "cpu"}
+SMALL = ["classifier.width=16", "classifier.depth=1", "classifier.num_heads=2", "classifier.drop_path=0.0"]
+OVERRIDES = [*SMALL, "train.warmup_steps=1", "train.learning_rate=0.01", "examples.held_out=6", "train.log_every=20"]
+
+
+def test_what_is_published_is_what_was_measured(drawn: Any, tmp_path: Path) -> None:
+    train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "vit", overrides=OVERRIDES, **OPTIONS)
+    artifact = open_artifact(tmp_path / "vit", "classifier")
+    artifact.verify()
+    metrics = json.loads(artifact.file("metrics.json").read_text())
+    assert (metrics["recipe"], metrics["num_images"], metrics["num_classes"]) == ("vqpipe-classify-1", 6, 3)
+    assert metrics["not_computed"] == {"top5": "there are 3 classes"}
+    assert artifact.facts["top1"] == metrics["top1"]
+
+    table = json.loads(artifact.file("config.json").read_text())
+    space = Space.from_table(table["space"])
+    model = build_classifier(from_table(ClassifierConfig, table["classifier"]), space)
+    model.load_state_dict(load_file(artifact.file("model.safetensors")))
+    rest, held_out = held_out_part(TokenSet(open_artifact(drawn.tokens)), 6)
+    assert held_out is not None
+    with torch.no_grad():
+        guesses = model.eval().logits(held_out.read(range(6), [False] * 6)).argmax(1).numpy()
+        seen = model.logits(rest.read(range(18), [False] * 18)).argmax(1).numpy()
+    assert metrics["top1"] == pytest.approx(np.mean(guesses == held_out.labels))
+    assert np.mean(seen == rest.labels) > 0.6  # it learned those it saw; chance is a third
+
+
+def test_on_named_tokens_or_on_none(drawn: Any, tmp_path: Path) -> None:
+    short = OPTIONS | {"steps": 2}
+    overrides = [*OVERRIDES, "examples.held_out=0", "train.validate_every=0"]
+    train_classifier(
+        drawn.tokens, drawn.tokenizer, tmp_path / "named", validation=drawn.tokens, overrides=overrides, **short
+    )
+    train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "none", overrides=overrides, **short)
+    named, none = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("named", "none"))
+    assert (named["num_images"], none["num_images"]) == (24, 0)
+    assert "top1" in named
+    assert "top1" not in none
+    assert "no images were held out" in none["not_computed"]["top1"]
+
+
+def test_the_linear_probe(drawn: Any, tmp_path: Path) -> None:
+    options = OPTIONS | {"preset": "linear-probe", "steps": 2}
+    overrides = ["train.warmup_steps=1", "examples.held_out=6"]
+    train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "probe", overrides=overrides, **options)
+    artifact = open_artifact(tmp_path / "probe")
+    assert (artifact.facts["kind"], artifact.facts["num_parameters"]) == ("linear", 4 * 16 * 3 + 3)
+
+
+class Fixed(nn.Module):
+    """Logits that stand in the examples."""
+
+    num_classes = 7
+
+    def logits(self, examples: torch.Tensor) -> torch.Tensor:
+        return examples.float()
+
+
+class Few:
+    """Three examples that are their own logits."""
+
+    labels = np.array([0, 1, 6])
+    mirrored = False
+
+    def __len__(self) -> int:
+        return 3
+
+    def key(self, image: int) -> str:
+        return str(image)
+
+    def read(self, images: Any, mirror: Any) -> torch.Tensor:
+        rows = torch.tensor([[9, 1, 2, 3, 4, 5, 6], [9, 8, 1, 1, 1, 1, 1], [9, 8, 7, 6, 5, 4, 4]])
+        return rows[list(images)]
+
+
+def test_top1_and_top5_count_ties_against_the_right_class() -> None:
+    found = accuracy(Fixed(), Few(), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert found == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
+
+
+def test_what_cannot_be_trained_is_told(drawn: Any, tmp_path: Path) -> None:
+    def refused(error: type[Exception], match: str, *more: str, **changes: Any) -> None:
+        with pytest.raises(error, match=match):
+            train_classifier(
+                drawn.tokens, drawn.tokenizer, tmp_path / "out", overrides=[*OVERRIDES, *more], **OPTIONS | changes
+            )
+        assert not list(tmp_path.glob("out*"))
+
+    refused(ConfigError, "needs classes", "examples.conditional=false")
+    refused(ConfigError, "for vqpipe train-generator", preset="gpt-tiny")
+    refused(ConfigError, "needs held-out images", "examples.held_out=0")
+    refused(WeightsError, r"mae\.pth does not exist", f"classifier.weights={tmp_path / 'mae.pth'}")

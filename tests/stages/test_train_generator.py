@@ -1,0 +1,195 @@
+"""`vqpipe train-generator` as a function: what is published, what is refused, and a run that is cut and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages import console, live
+from stages.train_generator import train_generator
+from vqpipe.artifacts import open_artifact
+from vqpipe.data.token_stream import TokenSet
+from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.generation.published import open_generator
+from vqpipe.reports.pictures import from_png
+from vqpipe.training.history import read_history
+
+LATENT = {
+    "ldm": ["generator.base_channels=32", "generator.channel_multipliers=[1]", "generator.attention_factors=[]"],
+    "dit": ["generator.patch_size=4"],
+    "sit": ["generator.patch_size=4"],
+}
+
+
+def test_what_is_published(drawn: Any) -> None:
+    artifact = open_artifact(drawn.generator, "generator")
+    artifact.verify()
+    wanted = {"model.safetensors", "config.json", "metrics.jsonl", "report.html", "tokenizer/model.safetensors"}
+    assert wanted <= set(artifact.names("*") + artifact.names("*/*"))
+    assert set(artifact.inputs) == {"tokens", "tokenizer"}
+    facts = artifact.facts
+    assert (facts["kind"], facts["num_classes"], facts["images_seen"], facts["steps"]) == ("gpt", 3, 16, 4)
+    opened = open_generator(drawn.generator)
+    assert facts["num_parameters"] == sum(p.numel() for p in opened.generator.parameters())
+    assert (opened.image_size, opened.classes, opened.statistics) == (8, (0, 1, 2), None)
+    assert (opened.sampling.cfg_scale, opened.sampling.top_p) == (1.5, 0.95)  # as gpt-tiny has them
+    rows = read_history(artifact.file("metrics.jsonl"))
+    assert [row["step"] for row in rows if "valid/total" in row] == [2, 4]
+    assert facts["valid_loss"] == [row["valid/total"] for row in rows if "valid/total" in row][-1]
+    sheet = from_png(artifact.file("pictures/step-00000004.png").read_bytes())
+    assert sheet.shape == (3, 4 * (8 + 4) + 4, 4 * (8 + 4) + 4)
+
+
+def test_its_codes_are_the_tokenizers(drawn: Any) -> None:
+    opened = open_generator(drawn.generator)
+    codes = opened.generator.state_dict()["code_embedding.codes"]
+    torch.testing.assert_close(codes[0], opened.tokenizer.autoencoder.quantizer.codebook())
+
+
+def test_the_loss_held_out_is_that_of_the_published_weights(drawn: Any) -> None:
+    """Counted again by hand: the images that were held out, in evaluation mode, without dropped classes."""
+    artifact, opened = open_artifact(drawn.generator), open_generator(drawn.generator)
+    from vqpipe.data.token_stream import held_out_part
+    from vqpipe.generation.held_out import SEED
+
+    _, held_out = held_out_part(TokenSet(open_artifact(drawn.tokens)), 6)
+    assert held_out is not None
+    total = 0.0
+    for number, first in enumerate((0, 4)):
+        places = range(first, min(first + 4, 6))
+        torch.manual_seed(SEED + number)
+        labels = torch.from_numpy(held_out.labels[list(places)])
+        total += len(places) * float(
+            opened.generator.loss(held_out.read(places, [False] * len(places)), labels)["total"]
+        )
+    assert artifact.facts["valid_loss"] == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_again_and_with_other_settings(drawn: Any, gpt_options: dict[str, Any], capsys: Any) -> None:
+    train_generator(drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **gpt_options)
+    assert "already published" in capsys.readouterr().err
+    gpt_options["overrides"].append("train.log_every=2")
+    train_generator(drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **gpt_options)
+    with pytest.raises(ArtifactError, match=r"train\.steps was 4, now 5"):
+        train_generator(
+            drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **gpt_options | {"steps": 5}
+        )
+
+
+def test_a_run_that_is_cut_and_resumed_is_the_same_run(
+    drawn: Any, gpt_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, steps = live.Lines.advance, []
+
+    def cut(self: live.Lines) -> None:
+        real(self)
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(live.Lines, "advance", cut)
+    for expected in (console.Interrupted, None):
+        options = {"tokens": drawn.tokens, "device": "cpu", **gpt_options}
+        if expected is None:
+            train_generator(drawn.tokenizer, tmp_path / "cut", **options)
+        else:
+            with pytest.raises(expected) as caught:
+                train_generator(drawn.tokenizer, tmp_path / "cut", **options)
+            assert caught.value.code == 143
+            assert not (tmp_path / "cut").exists()
+    whole, resumed = open_artifact(drawn.generator), open_artifact(tmp_path / "cut")
+    assert len(steps) == 4
+    for name in ("model.safetensors", "config.json", "pictures/step-00000004.png"):
+        assert whole.manifest.files[name]["sha256"] == resumed.manifest.files[name]["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["ldm", "dit", "sit"])
+def test_latents_are_made_once(drawn: Any, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"preset": f"{kind}-tiny", "steps": 2, "global_batch_size": 4, "device": "cpu"}
+    options["overrides"] = [*LATENT[kind], "train.warmup_steps=1", "generate.steps=2", "examples.num_classes=5"]
+    latents = tmp_path / "latents"
+    train_generator(
+        drawn.tokenizer, tmp_path / "a", images=[str(drawn.pictures)], latents=latents, num_workers=0, **options
+    )
+    stored = open_artifact(latents, "latents")
+    assert stored.facts["num_latents"] == 48  # each image and its mirror image
+    capsys.readouterr()
+    train_generator(drawn.tokenizer, tmp_path / "b", latents=latents, **options)
+    assert "images/s: " not in capsys.readouterr().err
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    opened = open_generator(tmp_path / "a")
+    assert opened.statistics is not None
+    assert list(opened.statistics.mean) == stored.facts["mean"]
+    assert (opened.generator.num_classes, opened.classes) == (5, (0, 1, 2))
+
+
+def test_raw_latents_are_not_normalised(drawn: Any, tmp_path: Path) -> None:
+    overrides = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=2", "examples.raw=true"]
+    options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "overrides": overrides}
+    images = [str(drawn.pictures)]
+    train_generator(drawn.tokenizer, tmp_path / "raw", images=images, num_workers=0, device="cpu", **options)
+    opened = open_generator(tmp_path / "raw")
+    assert opened.statistics is not None
+    assert set(opened.statistics.mean) == {0.0}
+    assert set(opened.statistics.std) == {1.0}
+
+
+def test_what_cannot_be_trained_is_told(
+    drawn: Any, gpt_options: dict[str, Any], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    def refused(error: type[Exception], match: str, tokenizer: Path = drawn.tokenizer, **changes: Any) -> None:
+        options = {"tokens": drawn.tokens, "device": "cpu", **gpt_options, **changes}
+        with pytest.raises(error, match=match):
+            train_generator(tokenizer, tmp_path / "out", **options)
+        assert not list(tmp_path.glob("out*"))
+
+    refused(ConfigError, "learns tokens: no tokens were named", tokens=None)
+    refused(ConfigError, "learns tokens: --images and --latents are for", images=["x"])
+    latent = {"preset": "sit-tiny", "overrides": ["train.warmup_steps=1"]}
+    refused(ConfigError, "learns latents: it cannot learn tokens", **latent)
+    refused(ConfigError, "learns latents: no images were named", **latent, tokens=None)
+    refused(ConfigError, "for vqpipe train", preset="smoke")
+    refused(ConfigError, "no preset was named", preset=None)
+    early = ["train.warmup_steps=1", "generate.sampler=ddpm", "generate.steps=2", *LATENT["sit"]]
+    options = {"preset": "sit-tiny", "overrides": early, "tokens": None, "latents": drawn.folder / "latents"}
+    options |= {"images": [str(drawn.pictures)], "num_workers": 0}
+    refused(ConfigError, "needs predicted noise", **options)  # before the first step, not at the first samples
+    refused(ArtifactError, "was made by tokenizer", tokenizer=tiny_tokenizer("other", seed=1))
+    refused(DataError, "label 2 is out of range", overrides=["train.warmup_steps=1", "examples.num_classes=2"])
+    refused(DataError, "cannot be held out", overrides=["train.warmup_steps=1", "examples.held_out=20"])
+    refused(ConfigError, "needs held-out images", overrides=["train.warmup_steps=1", "train.validate_every=2"])
+    refused(
+        ConfigError, "trained with class dropout", overrides=["train.warmup_steps=1", "generator.class_dropout=0.0"]
+    )
+    held = {"validation": drawn.tokens}
+    refused(ConfigError, "and --validation names images", **held)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns(drawn: Any, gpt_options: dict[str, Any], tmp_path: Path) -> None:
+    """Without anything that is drawn by rank: dropout, dropped classes. Sums over ranks round otherwise."""
+    overrides = [*gpt_options["overrides"], "generator.dropout=0.0", "generator.class_dropout=0.0"]
+    overrides += ["generate.cfg_scale=1.0"]
+    words = ["train-generator", "--preset", "gpt-tiny", "--steps", "4", "--global-batch-size", "4", "--device", "cpu"]
+    words += ["--tokens", str(drawn.tokens), "--tokenizer", str(drawn.tokenizer)]
+    words += [word for each in overrides for word in ("--set", each)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for ranks in ("1", "2"):
+        command = [*launch, ranks, "-m", "stages", *words, "--out", str(tmp_path / ranks)]
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    rows = [read_history(tmp_path / ranks / "metrics.jsonl") for ranks in "12"]
+    assert [row["loss/total"] for row in rows[0] if "loss/total" in row] == pytest.approx(
+        [row["loss/total"] for row in rows[1] if "loss/total" in row], rel=1e-4
+    )
+    assert json.loads((tmp_path / "2" / "manifest.json").read_text())["provenance"]["world_size"] == 2

@@ -1,0 +1,75 @@
+"""Networks, states and pictures small enough for a step in milliseconds."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqpipe.losses import Objective, ObjectiveConfig
+from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
+from vqpipe.quantizers import LcConfig, QuantizerConfig, VqConfig
+from vqpipe.training.config import TokenizerTrainConfig
+from vqpipe.training.loop import begin
+from vqpipe.training.state import TrainState
+from vqpipe.training.tokenizer_task import TokenizerTask
+
+
+def vqgan(
+    quantizer: QuantizerConfig | None = None, *, width: int = 8, multipliers: tuple[int, ...] = (1, 2)
+) -> VqganConfig:
+    """A VQGAN without attention, by default at f = 2 with a learned codebook of 32 codes."""
+    return VqganConfig(
+        base_channels=width,
+        channel_multipliers=multipliers,
+        num_res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+        quantizer=quantizer or VqConfig(codebook_size=32, code_dim=4),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., VqganConfig]:
+    return vqgan
+
+
+@pytest.fixture(scope="session")
+def make_state() -> Callable[..., TrainState]:
+    """`make_state(quantizer, seed=0, decay=0.9, adversarial=True, width=8, frozen=False)`: a run at step 0."""
+
+    def make(
+        quantizer: QuantizerConfig | None = None,
+        *,
+        seed: int = 0,
+        decay: float = 0.9,
+        adversarial: bool = True,
+        width: int = 8,
+        frozen: bool = False,
+    ) -> TrainState:
+        torch.manual_seed(seed)
+        quantizer = quantizer or LcConfig(codebook_size=64, feature_dim=16, code_dim=4, codebook_init="uniform")
+        model = build_autoencoder(vqgan(quantizer, width=width, multipliers=(1,)))
+        discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=4))
+        objective = Objective(ObjectiveConfig(l1=1.0, perceptual="none", adversarial=0.1 if adversarial else 0.0))
+        config = TokenizerTrainConfig(weight_ema=decay, freeze=("encoder",) if frozen else ())
+        return begin(TokenizerTask(model, discriminator, objective), config, torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Path]:
+    """`draw(folder, count)`: a folder of smooth drawn pictures of 20 x 20 pixels."""
+
+    def pictures(folder: Path, count: int) -> Path:
+        folder.mkdir()
+        draws = np.random.default_rng(0)
+        for number in range(count):
+            small = draws.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+        return folder
+
+    return pictures

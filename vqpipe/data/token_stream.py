@@ -1,0 +1,327 @@
+"""A tokens or latents artifact as training data: all of it at hand, and an endless shuffled stream of it.
+
+Like `batches.TrainingStream` the stream has no state to save: what stands at a position of the run is a function of the
+seed and the position, never of the number of ranks.
+
+B images of a batch, N ids an image, R rows (one an image, or two where mirror images are stored).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from vqpipe import distributed
+from vqpipe.artifacts import Artifact
+from vqpipe.data.batches import SAMPLE, generator, permutation
+from vqpipe.data.latent_set import LatentSet
+from vqpipe.data.tokens import id_type, read_tokens
+from vqpipe.errors import ArtifactError, ConfigError, DataError
+
+__all__ = [
+    "ExampleStream",
+    "Examples",
+    "ExamplesConfig",
+    "LatentExamples",
+    "Part",
+    "TokenBatch",
+    "TokenSet",
+    "held_out_part",
+    "ordered",
+]
+
+HELD_OUT = 2  # what a generator is for, beside those of `batches`
+IN_MEMORY = 1 << 30
+"""Bytes of ids up to which a rank holds them itself. Beyond, they are unpacked once into a file that the ranks of a
+machine map, and share through its page cache: ImageNet with mirror images at 4 x 576 ids is 12 GB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesConfig:
+    """Section [examples]: which tokens or latents are trained on."""
+
+    conditional: bool = True
+    """Whether labels are used. Then every image needs one."""
+    num_classes: int = 0
+    """Labels are in [0, num_classes); 0: as many as the highest label asks for."""
+    mirror: bool = True
+    """Take the mirror image by chance, one time in two, where the artifact holds it (tokenize --flip)."""
+    raw: bool = False
+    """Latents: as they are, as released with VQGAN-LC, and not normalised by their measured mean and deviation."""
+    held_out: int = 0
+    """Images that are not trained on, to validate with: the same ones in every run on an artifact."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_classes, self.held_out) < 0:
+            raise ConfigError("examples.num_classes and examples.held_out start at 0")
+
+    def classes_of(self, labels: np.ndarray) -> int | None:
+        """How many classes a network for these labels, int[images] with -1 where unknown, needs; None: no classes.
+
+        Raises:
+            DataError: an image has no label, or one that `num_classes` leaves out.
+        """
+        if not self.conditional:
+            return None
+        unknown, highest = int((labels < 0).sum()), int(labels.max(initial=-1))
+        if unknown:
+            raise DataError(
+                f"{unknown:,} of {len(labels):,} images have no label",
+                "Give labelled images, or train without classes: --set examples.conditional=false",
+            )
+        if self.num_classes and highest >= self.num_classes:
+            raise DataError(f"label {highest} is out of range", f"examples.num_classes = {self.num_classes}")
+        return self.num_classes or highest + 1
+
+
+@dataclass
+class TokenBatch:
+    """Some examples with what is known about them, all in the same order."""
+
+    examples: Tensor
+    """int64[B, N] ids, or float32[B, C, h, w] latents."""
+    labels: Tensor
+    """int64[B]; -1 where an image has no class."""
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Examples(Protocol):
+    """Images as what a generator learns from, with random access."""
+
+    labels: np.ndarray
+    """int64[images], -1 where unknown."""
+    mirrored: bool
+    """Whether each image's mirror image is there too."""
+
+    def __len__(self) -> int:
+        """How many images there are, each counted once."""
+
+    def key(self, image: int) -> str:
+        """The image's key."""
+
+    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+        """These images, or their mirror images where `mirror` says so: int64[B, N], or float32[B, C, h, w]."""
+
+
+class TokenSet:
+    """All ids of a tokens artifact, as narrow as they are stored: in memory up to IN_MEMORY bytes, else in a file.
+
+    Args:
+        tokens: the artifact.
+        cache: a folder for that file, on a disk that all ranks see; rank 0 writes it. Every rank makes the set at the
+            same time.
+
+    Raises:
+        ArtifactError: the set is large and no `cache` was named, or the shards hold other rows than the manifest says.
+        DataError: a shard is damaged.
+    """
+
+    def __init__(self, tokens: Artifact, cache: Path | None = None) -> None:
+        self.artifact = tokens
+        self.mirrored = bool(tokens.config.get("flip", False))
+        self.codebook_size = int(tokens.facts["codebook_size"])
+        self.views = 1 + self.mirrored
+        shape = (int(tokens.facts["num_images"]) * self.views, int(tokens.facts["num_tokens"]))
+        dtype = np.dtype(id_type(self.codebook_size).to_pandas_dtype())
+        file = None
+        if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
+            if cache is None:
+                raise ArtifactError(f"{tokens.path} holds too many ids for memory", "Name a folder to unpack them into")
+            file = cache / f"ids-{tokens.content[:16]}.npy"
+        rows = np.empty(shape, dtype) if file is None else self.mapped(file, shape, dtype)
+        labels, keys, first = list[np.ndarray](), list[pa.Array](), 0
+        for name in tokens.names("tokens-*.parquet"):
+            part = read_tokens(tokens.whole(name), self.codebook_size)
+            if part.ids.shape[1:] != shape[1:] or first + len(part.keys) > shape[0]:
+                raise ArtifactError(f"{tokens.path} holds other rows than its manifest says", "Tokenize again")
+            if self.mirrored and part.flipped.tolist() != [False, True] * (len(part.keys) // 2):
+                raise ArtifactError(f"{tokens.path / name} lacks mirror images", "Tokenize again")
+            if rows.flags.writeable:
+                rows[first : first + len(part.keys)] = part.ids.numpy()
+            first += len(part.keys)
+            labels.append(part.labels[:: self.views].numpy())
+            keys.append(pa.array(part.keys[:: self.views], pa.string()))
+        if first != shape[0]:
+            raise ArtifactError(f"{tokens.path} holds {first} rows, its manifest says {shape[0]}", "Tokenize again")
+        if file is not None:
+            rows = self.whole(rows, file)
+        self.rows = rows
+        """uint16 or uint32 [R, N]; the mirror image's row follows the image's."""
+        self.labels = np.concatenate(labels) if labels else np.empty(0, np.int64)
+        self.keys: pa.ChunkedArray = pa.chunked_array(keys, pa.string())
+
+    @staticmethod
+    def mapped(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """What is there already, mapped; else on rank 0 a new file to fill, and elsewhere nothing that takes memory."""
+        distributed.barrier()
+        if file.is_file():
+            return np.load(file, mmap_mode="r")
+        if not distributed.is_main():
+            return np.broadcast_to(np.zeros((), dtype), shape)
+        temporary = file.with_name(f".writing-{file.name}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rows = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            with temporary.open("r+b") as handle:  # a map of blocks that the disk then lacks would end in a SIGBUS
+                os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ArtifactError(
+                f"cannot unpack {shape[0] * shape[1] * dtype.itemsize / 1e6:,.0f} MB of ids into {file.parent}: "
+                f"{error.strerror or error}",
+                "Make room there",
+            ) from None
+        return rows
+
+    @staticmethod
+    def whole(rows: np.ndarray, file: Path) -> np.ndarray:
+        """The file, finished by rank 0, mapped by every rank."""
+        if rows.flags.writeable and isinstance(rows, np.memmap):
+            rows.flush()
+            file.with_name(f".writing-{file.name}").rename(file)
+        distributed.barrier()
+        return np.load(file, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, image: int) -> str:
+        return str(self.keys[image])
+
+    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+        """int64[B, N]."""
+        rows = [image * self.views + bool(flip) for image, flip in zip(images, mirror, strict=True)]
+        return torch.from_numpy(self.rows[rows].astype(np.int64))
+
+
+class LatentExamples:
+    """A latents artifact as examples: normalised, read from its mapped shards."""
+
+    def __init__(self, latents: LatentSet) -> None:
+        assert latents.artifact is not None
+        self.latents, self.mirrored = latents, bool(latents.artifact.config.get("flip", False))
+        self.views = 1 + self.mirrored
+        self.labels = latents.labels[:: self.views].astype(np.int64)
+        names = latents.artifact.names("samples-*.parquet")
+        columns = [pq.read_table(latents.artifact.file(name), columns=["key"])["key"] for name in names]
+        self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, image: int) -> str:
+        return str(self.keys[image * self.views])
+
+    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+        """float32[B, C, h, w]."""
+        return self.latents.take([i * self.views + bool(flip) for i, flip in zip(images, mirror, strict=True)])
+
+
+class Part:
+    """Some images of a set, as a set of their own."""
+
+    def __init__(self, whole: Examples, images: np.ndarray) -> None:
+        self.whole, self.images = whole, images
+        self.labels, self.mirrored = whole.labels[images], whole.mirrored
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, image: int) -> str:
+        return self.whole.key(int(self.images[image]))
+
+    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+        """As the whole set gives them."""
+        return self.whole.read([int(self.images[image]) for image in images], mirror)
+
+
+def held_out_part(examples: Examples, count: int) -> tuple[Examples, Part | None]:
+    """(the images to train on, `count` others to validate with or None where that is 0).
+
+    Drawn alike in every run, from each class its share.
+
+    Raises:
+        DataError: fewer images than that are left to train on.
+    """
+    if count == 0:
+        return examples, None
+    if 2 * count > len(examples):
+        raise DataError(f"{count:,} of {len(examples):,} images cannot be held out", "Hold out at most half of them")
+    shuffled = np.argsort(generator(0, HELD_OUT).random_raw(len(examples)), kind="stable")
+    order = np.argsort(examples.labels[shuffled], kind="stable")
+    spread = shuffled[order][np.linspace(0, len(examples) - 1, count).round().astype(np.int64)]
+    rest = np.setdiff1d(np.arange(len(examples)), spread)
+    return Part(examples, rest), Part(examples, np.sort(spread))
+
+
+class ExampleStream:
+    """Endless shuffled training examples; position p of the run is a function of (seed, p) alone.
+
+    Epoch e goes through the images in an order drawn from (seed, e); whether an image comes mirrored is drawn from
+    (seed, e, image). Rank r gets the r-th of `world_size` equal parts of each global batch.
+
+    Raises:
+        ConfigError: the global batch does not divide by the number of ranks.
+        DataError: there are no images.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        mirror: bool = True,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ConfigError(
+                f"the global batch of {batch_size} images does not divide by {world_size} ranks",
+                "Change train.global_batch_size or the number of processes",
+            )
+        if seed < 0:
+            raise ConfigError(f"the seed {seed} is negative")
+        if len(examples) == 0:
+            raise DataError("there are no images to train on")
+        self.examples, self.seed, self.mirror = examples, seed, mirror and examples.mirrored
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def from_sample(self, images_seen: int) -> Iterator[TokenBatch]:
+        """This rank's batches from global position `images_seen` on, without reading what came before."""
+        share = self.batch_size // self.world_size
+        position = images_seen + self.rank * share
+        while True:
+            yield self.batch([self.draw(p) for p in range(position, position + share)])
+            position += self.batch_size
+
+    def draw(self, position: int) -> tuple[int, bool]:
+        """(image, whether it comes mirrored) at a global position."""
+        epoch, offset = divmod(position, len(self.examples))
+        image = int(permutation(self.seed, epoch, len(self.examples))[offset])
+        return image, self.mirror and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
+
+    def batch(self, drawn: Sequence[tuple[int, bool]]) -> TokenBatch:
+        images, mirror = [image for image, _ in drawn], [flip for _, flip in drawn]
+        labels = torch.from_numpy(self.examples.labels[images].astype(np.int64))
+        return TokenBatch(self.examples.read(images, mirror), labels, [self.examples.key(i) for i in images])
+
+
+def ordered(examples: Examples, batch_size: int, first: int = 0, step: int = 1) -> Iterator[TokenBatch]:
+    """Every image once, unmirrored, in order: the batches `first`, `first + step`, ... of them."""
+    starts = range(0, len(examples), batch_size)[first::step]
+    for start in starts:
+        images = range(start, min(start + batch_size, len(examples)))
+        labels = torch.from_numpy(examples.labels[images.start : images.stop].astype(np.int64))
+        ids = examples.read(images, [False] * len(images))
+        yield TokenBatch(ids, labels, [examples.key(i) for i in images])

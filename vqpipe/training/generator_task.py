@@ -1,0 +1,98 @@
+"""The step of whatever is one network with a `loss`: generators and classifiers, on ids or latents with labels.
+
+Letters: B examples of this rank's share of a global batch.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from vqpipe import distributed
+from vqpipe.errors import ConfigError
+from vqpipe.training.config import TrainConfig
+from vqpipe.training.networks import recompute, replicated, summed_later
+from vqpipe.training.optimizers import finite_step, make_optimizer
+from vqpipe.training.sharding import shard
+from vqpipe.training.task import Task, autocast, mean
+from vqpipe.training.window import Stepped
+
+
+class ExampleBatch(Protocol):
+    """What generators and classifiers learn from."""
+
+    examples: Tensor
+    """int64[B, N] ids, or float[B, C, h, w] latents."""
+    labels: Tensor
+    """int64[B]."""
+    keys: list[str]
+
+
+@runtime_checkable
+class InBlocks(Protocol):
+    """A network that says of which repeated blocks it is made."""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The units of recomputing, compiling and sharding."""
+
+
+class GeneratorTask(Task[ExampleBatch, None]):
+    """One network, one optimizer.
+
+    `network(examples, labels)` returns scalars by name, of which "total" is minimised; all are logged as `loss/<name>`,
+    but one that has a slash in its name under that name (`train/accuracy`). Each is a mean over examples. What it draws
+    comes from torch's global generators, which the loop seeds from (seed, step, rank).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__({"model": network})
+        self.model = network
+
+    def prepare(self, config: TrainConfig, device: torch.device, average: nn.Module) -> None:
+        self.config, self.device = config, device
+        blocks = blocks_of(self.model)
+        if config.recompute:
+            if not blocks:
+                raise ConfigError(f"train.recompute: {type(self.model).__name__} names no blocks", "Set it to false")
+            for block in blocks:
+                recompute(block)
+        if config.compile:
+            for part in blocks or [self.model]:
+                part.compile(dynamic=False)
+        self.sharded = config.parallel == "fsdp" and distributed.world_size() > 1
+        if self.sharded:
+            shard(self.model, blocks)
+            if average is not self.model:
+                shard(average, blocks_of(average))
+        self.optimizers["optimizer"] = make_optimizer(config, list(self.model.parameters()))
+
+    def connect(self) -> None:
+        static = self.config.accumulate == 1  # DDP's first step with a static graph cannot put off summing gradients
+        self.network = self.model if self.sharded else replicated(self.model, self.device, static=static)
+
+    def step(self, batch: ExampleBatch, step: int) -> Stepped[None]:
+        optimizer = self.optimizers["optimizer"]
+        self.model.train()
+        optimizer.zero_grad(set_to_none=True)
+        examples, labels = (each.to(self.device, non_blocking=True) for each in (batch.examples, batch.labels))
+        parts = list(zip(*(each.chunk(self.config.accumulate) for each in (examples, labels)), strict=True))
+        logged: list[dict[str, Tensor]] = []
+        for number, part in enumerate(parts, start=1):
+            with summed_later(self.network, last=number == len(parts)):
+                with autocast(self.device, self.config):
+                    losses: dict[str, Tensor] = self.network(*part)
+                (losses["total"] / len(parts)).backward()
+            logged.append({logged_as(name): value.detach() for name, value in losses.items()})
+        norm, bad = finite_step(optimizer, self.config)
+        return Stepped(mean(logged) | {"gradient_norm": norm}, bad, None)
+
+
+def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
+    """The blocks that a network names; none where it names none."""
+    return list(network.blocks()) if isinstance(network, InBlocks) else []
+
+
+def logged_as(name: str) -> str:
+    """A scalar's name in the log."""
+    return name if "/" in name else f"loss/{name}"
