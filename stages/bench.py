@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.benchmarks.measure import Plan, Settings, Stopwatch
 
-WHAT = ("search", "kmeans", "train", "tokenize", "data", "generate")
+WHAT = ("search", "kmeans", "train", "tokenize", "data", "generate", "eval")
 PACKAGES = (
     *("vqpipe", "torch", "torchvision", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "pillow", "simplejpeg"),
     *("opencv-python", "opencv-python-headless", "webdataset", "triton", "flash-kmeans", "transformers"),
@@ -23,6 +23,8 @@ PACKAGES = (
 """Whose versions the numbers depend on."""
 TRAINED, TRAINED_ON_GPU = "smoke", "vqgan-lc-f16-100k"
 """Presets whose step is measured."""
+EVALUATED = "small", "vqgan-lc-f16-100k"
+"""Presets whose networks are evaluated: one for a CPU, one of the papers."""
 MOST_MEMORY = 8.0
 """GB that a call on the CPU may need; less where less than twice that is free."""
 BUSY = 0.5
@@ -46,7 +48,7 @@ def bench(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Measure search, k-means, training, tokenizing, reading and generating, beside the libraries installed here.
+    """Measure search, k-means, training, tokenizing, reading, generating and evaluating, beside the libraries installed here.
 
     All methods of a case run in turns in one process; medians of wall time and CPU time, peak memory and exactness are
     told. A method that is not installed, or would need too much memory, is named with its reason. The machine should
@@ -144,7 +146,7 @@ def run(draft: "Draft", subjects: list[str], settings: "Settings", request: dict
 def plans(subject: str, settings: "Settings") -> "list[Plan]":
     """What there is to measure of one subject on this device."""
     from stages import recipe as recipes
-    from vqpipe.benchmarks import clustering, generating, loading, search, tokenizing, training
+    from vqpipe.benchmarks import clustering, evaluating, generating, loading, search, tokenizing, training
 
     if subject == "search":
         return search.plans(settings)
@@ -154,6 +156,8 @@ def plans(subject: str, settings: "Settings") -> "list[Plan]":
         return loading.plans(settings)
     if subject == "generate":
         return generating.plans(settings)
+    if subject == "eval":
+        return evaluating.plans(settings, *(recipes.load(name).model for name in EVALUATED))
     on_gpu = settings.device.type == "cuda" and not settings.quick
     if subject == "tokenize":
         return tokenizing.plans(settings, recipes.load(TRAINED).model)

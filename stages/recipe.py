@@ -84,8 +84,6 @@ def load(preset: str | None, overrides: list[str] | None = None, **flags: Mappin
 
 def load_generator(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> GeneratorRecipe:
     """The same for a generator's preset."""
-    from vqpipe.generation import published  # noqa: F401  # defines every kind; imports diffusers, which takes seconds
-
     return read(GeneratorRecipe, preset, config.read_toml(presets.find(preset)), overrides or [], flags)
 
 

@@ -12,6 +12,12 @@ from typing import Any
 
 def provenance(world_size: int) -> dict[str, Any]:
     """How and where this process runs: versions, git commit, hardware, world size, command."""
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {**surroundings(world_size), "git": git_commit(), "command": command}
+
+
+def surroundings(world_size: int) -> dict[str, Any]:
+    """What may change the bits of a result that is begun here and finished elsewhere."""
     packages = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "open_clip_torch", "timm", "pillow")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -25,14 +31,7 @@ def provenance(world_size: int) -> dict[str, Any]:
         hardware["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
             hardware["gpu"] = torch.cuda.get_device_name()
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return {
-        "versions": versions,
-        "git": git_commit(),
-        "hardware": hardware,
-        "world_size": world_size,
-        "command": command,
-    }
+    return {"versions": versions, "hardware": hardware, "world_size": world_size}
 
 
 def git_commit() -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stages import bench, recipe
-from vqpipe.benchmarks import clustering, loading, measure, networks, search, tokenizing, training
+from vqpipe.benchmarks import clustering, evaluating, loading, measure, networks, search, tokenizing, training
 from vqpipe.benchmarks.measure import Case, Settings, Stopwatch, Unavailable
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.data.transforms import to_float
@@ -126,6 +126,7 @@ def test_inertia_is_the_mean_squared_distance_to_the_nearest() -> None:
     assert clustering.inertia(points, centres) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_the_training_step_is_measured_at_both_sizes_with_either_search_and_as_released(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -250,6 +251,7 @@ def test_decoders_tars_and_features_are_compared_on_the_same_bytes() -> None:
     assert features.unit == "MB"
 
 
+@pytest.mark.slow
 def test_generators_are_measured_beside_the_plain_ways() -> None:
     loss, sampling = (run(plan) for plan in bench.plans("generate", SETTINGS))
     assert [row.name for row in loss.rows] == ["vqpipe", "all logits at once"]
@@ -262,3 +264,12 @@ def test_generators_are_measured_beside_the_plain_ways() -> None:
         "all logits at once": "3 tensors of 64 x 2,000 logits take 0.00154 GB, the budget is 0.0001 GB"
     }
     assert loss.facts == {}
+
+
+def test_an_evaluation_is_measured_beside_encoding_and_decoding_alone() -> None:
+    (plan,) = bench.plans("eval", SETTINGS)
+    case = run(plan)
+    assert [row.name for row in case.rows] == [evaluating.OURS, evaluating.PLAIN]
+    assert case.facts.keys() == {"eval_over_plain", "eval_over_plain_cpu", "eval_wanted"}
+    ours, plain = measure.Samples(wall=[2.0, 9.0, 3.0], cpu=[4.0]), measure.Samples(wall=[1.0, 3.0, 3.0], cpu=[2.0])
+    assert evaluating.over_plain(ours, plain) == (2.0, 2.0)  # of the rounds' ratios 2, 3 and 1

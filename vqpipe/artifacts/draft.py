@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -29,7 +30,10 @@ from vqpipe.config import difference
 from vqpipe.errors import ArtifactError
 from vqpipe.faults import fault
 from vqpipe.files import digest_json, flush_to_disk, hash_file, rename, write_json
-from vqpipe.provenance import now, provenance
+from vqpipe.provenance import now, provenance, surroundings
+
+LOG = logging.getLogger("vqpipe")
+RUNS = ".runs.json"
 
 
 def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input | str]) -> "Draft | Artifact":
@@ -80,7 +84,7 @@ class Draft:
 
     def has_work(self) -> bool:
         """Whether anything was written that a resumed run could go on from."""
-        ours = ("request.json", ".lock")
+        ours = ("request.json", ".lock", RUNS)
         return any(
             path.is_file() and path.name not in ours and not is_status(path.name) for path in self.path.rglob("*")
         )
@@ -116,6 +120,7 @@ class Draft:
             found = open_artifact(self.path).manifest  # killed between the manifest and the rename that publishes
         except ArtifactError:
             self.check_request()
+            self.note_surroundings()
             return False
         self.check_same(found, self.path)
         self.tidy(found.files)
@@ -152,6 +157,25 @@ class Draft:
                 f"{self.path} was begun with other settings: {difference(before, self.asked)}",
                 "Finish it with those settings, delete it, or choose another --out",
             )
+
+    def note_surroundings(self) -> None:
+        """Keep where each run of this draft ran, and say so where that is not where the one before it did."""
+        here = json.loads(json.dumps(surroundings(distributed.world_size())))
+        runs = self.earlier_runs()
+        if runs and runs[-1] != here:
+            LOG.warning(
+                "%s was begun elsewhere: %s; the manifest will name both", self.path, difference(runs[-1], here)
+            )
+        if not runs or runs[-1] != here:
+            write_json(self.path / RUNS, [*runs, here])
+
+    def earlier_runs(self) -> list[dict[str, Any]]:
+        """Where the runs of this draft ran, each that differs from the one before; nothing where that is not known."""
+        try:
+            runs = json.loads((self.path / RUNS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return runs if isinstance(runs, list) and all(isinstance(run, dict) for run in runs) else []
 
     def take_lock(self) -> None:
         """Become the one writer; the kernel frees the lock of a process that dies. An ArtifactError names the owner."""
@@ -242,12 +266,14 @@ class Draft:
             if self.entry(record["name"])
         }
         times = {"started": self.started, "finished": now()}
+        earlier = self.earlier_runs()
+        runs = {"runs": earlier} if len(earlier) > 1 else {}
         manifest = Manifest(
             request=self.request,
             content=content_digest(files),
             facts=json.loads(json.dumps(facts, allow_nan=False)),
             files=files,
-            provenance={**provenance(distributed.world_size()), **times, "lineage": self.lineage},
+            provenance={**provenance(distributed.world_size()), **times, **runs, "lineage": self.lineage},
             **self.asked,
         )
         with disk_errors(self.path):

@@ -316,7 +316,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
     On CUDA that of PyTorch's allocator; on Linux the kernel's own high-water mark of resident memory, which misses no
     short peak as samples would.
     """
-    gc.collect()
+    gc.collect(1)  # what calls just left behind; a look at every object of every library takes a second
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

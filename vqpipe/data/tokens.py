@@ -107,9 +107,10 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
             table = file.read()
         column = table["ids"].combine_chunks()
         count = table.num_rows
-        if any(table[name].null_count for name in table.column_names if name != "label"):
+        flat = column.flatten()
+        if flat.null_count or any(table[name].null_count for name in table.column_names if name != "label"):
             raise ValueError("null")
-        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        flat = flat.to_numpy().astype(np.int64)
         ids = torch.from_numpy(flat).view(count, column.type.list_size)
         labels = torch.from_numpy(table["label"].fill_null(-1).to_numpy().astype(np.int64))
         keys = table["key"].to_pylist()

@@ -23,11 +23,11 @@ def held_out_losses(
     """Each scalar of the network's loss, its mean over the examples, in evaluation mode."""
     network.eval()
     sums: dict[str, Tensor] = {}
-    for number, batch in enumerate(mine(examples, batch_size)):
+    for number, batch, counts in mine(examples, batch_size):
         torch.manual_seed(SEED + distributed.rank() + distributed.world_size() * number)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses = network(batch.examples.to(device), batch.labels.to(device))
-        for name, value in losses.items():
+        for name, value in losses.items() if counts else ():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu() * len(batch)
     shares = distributed.gather_objects({name: float(value) for name, value in sums.items()})
     names = dict.fromkeys(name for share in shares for name in share)
@@ -44,17 +44,27 @@ def accuracy(
     """
     classifier.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=device)
-    for batch in mine(examples, batch_size):
+    for _, batch, counts_here in mine(examples, batch_size):
         labels = batch.labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = classifier.logits(batch.examples.to(device)).float()
         right = logits.gather(1, labels[:, None])
         better = (logits >= right).sum(1) - 1
-        counts += torch.stack([(better < 1).sum(), (better < 5).sum()])
+        counts += torch.stack([(better < 1).sum(), (better < 5).sum()]) * counts_here
     top1, top5 = (distributed.all_reduce_sum(counts).double() / len(examples)).tolist()
     return {"top1": top1, "top5": top5} if classifier.num_classes > 5 else {"top1": top1}
 
 
-def mine(examples: Examples, batch_size: int) -> Iterator[TokenBatch]:
-    """This rank's batches."""
-    return ordered(examples, batch_size, distributed.rank(), distributed.world_size())
+def mine(examples: Examples, batch_size: int) -> Iterator[tuple[int, TokenBatch, bool]]:
+    """This rank's batches: (number, batch, whether it counts).
+
+    Ranks get as many each: one whose share is a batch shorter gets the first batch again, which does not count. A network
+    that is split among ranks gathers its weights in every call, and would wait for the rank that makes none.
+    """
+    rank, ranks = distributed.rank(), distributed.world_size()
+    rounds = -(-len(examples) // (batch_size * ranks))
+    number = -1
+    for number, batch in enumerate(ordered(examples, batch_size, rank, ranks)):
+        yield number, batch, True
+    for extra in range(number + 1, rounds):
+        yield extra, next(ordered(examples, batch_size)), False

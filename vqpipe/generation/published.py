@@ -3,8 +3,6 @@
 A directory of its own: weights and sizes, the tokenizer that makes pixels of what it draws, how it was meant to be
 sampled, which classes it saw, and for latents what they were normalised with.
 
-Importing this module defines every kind of generator.
-
 Shapes: B images of H x W pixels.
 """
 
@@ -22,7 +20,6 @@ from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.config import from_table, to_table
 from vqpipe.data.latent_set import LatentStatistics
 from vqpipe.errors import ArtifactError, VqpipeError
-from vqpipe.generation import dit, gpt, llamagen, sit, unet  # noqa: F401  # each defines a kind
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
 from vqpipe.generation.latents import to_images
 from vqpipe.tokenizer import Tokenizer, load_weights, save_weights

@@ -18,6 +18,7 @@ SUBJECTS = {
     "tokenize": "Images to ids",
     "data": "From bytes to pixels and features",
     "generate": "Generators: the loss, and ids drawn",
+    "eval": "What measuring costs",
 }
 """Name -> heading, in the order of the page."""
 
@@ -155,6 +156,7 @@ def headline_texts(metrics: Table) -> list[tuple[str, str, str, str]]:
         "cost_of_k": ("training step, large over small codebook", "x", "median over the rounds"),
         "tokenized_per_s": ("images to ids, largest codebook", "images/s", ""),
         "decoded_per_s": ("JPEG decoding, one core", "images/s", ""),
+        "eval_over_plain": ("evaluation over encode and decode alone", "x", "most of the networks, wall time"),
     }
     return [
         (label, f"{found[key]:.2f}" if unit == "x" else number(found[key]), unit, note)
@@ -173,6 +175,7 @@ def headlines(metrics: Table) -> dict[str, float]:
         "cost_of_k": next((case["facts"]["cost_of_k"] for case in subjects.get("train", [])), None),
         "tokenized_per_s": next((our_rate(case) for case in reversed(subjects.get("tokenize", []))), None),
         "decoded_per_s": next((our_rate(case) for case in subjects.get("data", [])), None),
+        "eval_over_plain": max((case["facts"]["eval_over_plain"] for case in subjects.get("eval", [])), default=None),
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -215,6 +218,11 @@ def caption(case: Table) -> str:
         told.append(
             f"Same ids either way: {share(facts['same_ids_as_whole'])}; running the whole sequence for every id should"
             f" take at least {facts['speed_wanted']:.0f} times as long."
+        )
+    if "eval_over_plain" in facts:
+        told.append(
+            f"Measuring over encoding and decoding alone: {facts['eval_over_plain']:.2f} in wall time,"
+            f" {facts['eval_over_plain_cpu']:.2f} in CPU time; at most {facts['eval_wanted']} is wanted."
         )
     if any("inertia_ratio" in row["extra"] for row in case["rows"]):
         told.append("Inertia: mean squared distance of a point to its centre.")

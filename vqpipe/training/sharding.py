@@ -13,12 +13,18 @@ from vqpipe.training.checkpoints import Parts
 
 
 def shard(network: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Split the network's weights among all ranks, in place; each block's are gathered when it is its turn."""
-    from torch.distributed.fsdp import fully_shard
+    """Split the network's weights among all ranks, in place; each block's are gathered when it is its turn.
+
+    A network that draws samples gathers its own weights for that too, as for `forward`: without, those that lie in no
+    block would meet whole tensors as shares.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for block in blocks:
         fully_shard(block)
     fully_shard(network)
+    if hasattr(network, "sample"):
+        register_fsdp_forward_method(network, "sample")
 
 
 def is_sharded(tensor: Tensor) -> bool:

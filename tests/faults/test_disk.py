@@ -1,0 +1,332 @@
+"""Group B: what disks and file systems do."""
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+from safetensors.torch import save_file
+
+from vqpipe.artifacts import Artifact, Draft, open_artifact, start, status
+from vqpipe.codebooks.checkpoints import Checkpoints, Saved
+from vqpipe.data import sources
+from vqpipe.data.shards import open_images
+from vqpipe.data.tar_writing import write_tar
+from vqpipe.data.token_stream import TokenSet
+from vqpipe.data.tokens import read_tokens, write_tokens
+from vqpipe.errors import ArtifactError, DataError, VqpipeError
+
+Pack = Callable[..., bytes]
+Png = Callable[[int], bytes]
+
+
+def begin(out: Path, kind: str = "dataset") -> Draft:
+    draft = start(out, kind, {"k": 3}, {"images": "0" * 64})
+    assert isinstance(draft, Draft)
+    return draft
+
+
+def write(draft: Draft, name: str, action: Callable[[Path], object] = lambda path: path.write_bytes(b"x")) -> None:
+    """One file of a draft, by whatever writes it."""
+    with draft.write(name) as path:
+        action(path)
+
+
+def run_and_fail(out: Path, error: BaseException) -> None:
+    """A run that writes a file, or finds it written, and ends in `error`."""
+    with begin(out) as draft:
+        if draft.record("first") is None:
+            write(draft, "first")
+        raise error
+
+
+def tar(path: Path) -> None:
+    with write_tar(path) as writer:
+        writer.write({"__key__": "a", "png": b"x" * 9000})
+
+
+def npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(10_000, np.float32))
+
+
+def small_npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(10, np.float32))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "tar": tar,
+    "npy": npy,
+    "small npy": small_npy,
+    "safetensors": lambda path: save_file({"a": torch.zeros(10_000)}, path),
+    "parquet": lambda path: parquet.write_table(pa.table({"a": np.random.default_rng(0).random(9000)}), path),
+    "json": lambda path: path.write_text("x" * 100_000, encoding="utf-8"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS.keys() - {"safetensors"}))  # which goes round a link: see row 33
+def test_rows_28_31_a_full_disk_is_one_line_that_says_what_is_free_and_nothing_torn_stays(
+    kind: str, tmp_path: Path
+) -> None:
+    def run() -> None:
+        with begin(tmp_path / "out") as draft:
+            write(draft, "first")
+            write(draft, "second", lambda path: (path.symlink_to("/dev/full"), WRITERS[kind](path)))
+
+    with pytest.raises(ArtifactError) as failure:
+        run()
+    said = str(failure.value)
+    assert said.startswith(f"cannot write {tmp_path / 'out.partial' / 'second'}: ")
+    assert "MB are free" in said
+    assert "run the same command again" in said
+    assert failure.value.cause == 74
+    assert {path.name for path in (tmp_path / "out.partial").iterdir()} >= {"first", "request.json", "status.json"}
+    assert not list(tmp_path.rglob(".writing-*"))
+    with begin(tmp_path / "out") as again:
+        assert again.record("first") == {}
+        assert again.record("second") is None
+
+
+def test_row_30_a_mapped_file_gets_its_blocks_before_it_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = TokenSet.mapped(tmp_path / "ids.npy", (1000, 500), np.dtype(np.uint16))
+    assert (tmp_path / ".writing-ids.npy").stat().st_blocks * 512 >= rows.nbytes
+
+    def full(handle: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ArtifactError, match=r"cannot unpack 1 MB of ids into .*No space left on device. Make room"):
+        TokenSet.mapped(tmp_path / "more.npy", (1000, 500), np.dtype(np.uint16))
+    assert not (tmp_path / ".writing-more.npy").exists()
+
+
+def test_row_32_a_status_that_cannot_be_written_is_never_in_the_way(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+
+    def run() -> None:
+        with begin(tmp_path / "out") as draft:
+            write(draft, "first")
+            (partial / ".writing-0-status.json").symlink_to("/dev/full")
+            raise DataError("the real error")
+
+    with pytest.raises(DataError, match="the real error"):
+        run()
+    assert not (partial / "status.json").exists()
+    shutil.rmtree(partial)
+    status.note_failure(partial, ValueError("in a folder that is gone"))
+
+
+@contextmanager
+def limited(what: int, value: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
+
+
+@pytest.mark.parametrize(("kind", "hint"), [("json", "ulimit -f"), ("npy", "make room"), ("safetensors", "make room")])
+def test_row_33_a_limit_on_file_sizes_is_named(kind: str, hint: str, tmp_path: Path) -> None:
+    def run() -> None:
+        with begin(tmp_path / "out") as draft, limited(resource.RLIMIT_FSIZE, 4096):
+            write(draft, "big", WRITERS[kind])
+
+    with pytest.raises(ArtifactError, match=rf"cannot write .*big: .* MB are free.*{hint}") as failure:
+        run()
+    assert failure.value.cause == 74
+    assert list(tmp_path.iterdir()) == []
+
+
+def flaky(times: int, original: Callable[..., bytes]) -> Callable[..., bytes]:
+    """`os.pread` on a disk that fails so many times."""
+    left = iter(range(times))
+
+    def pread(*args: int) -> bytes:
+        if next(left, None) is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(*args)
+
+    return pread
+
+
+def test_row_34_a_disk_with_a_hiccup_is_asked_again_and_a_broken_one_named(
+    tmp_path: Path, pack: Pack, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PAUSES", (0.0, 0.0))
+    (tmp_path / "s.tar").write_bytes(pack({"a.png": png(0)}))
+    images, read = open_images([tmp_path / "s.tar"]), os.pread
+    monkeypatch.setattr(os, "pread", flaky(2, read))
+    assert images.read(0) == png(0)
+    monkeypatch.setattr(os, "pread", flaky(3, read))
+    with pytest.raises(DataError, match=r"cannot read .*s\.tar: Input/output error") as failure:
+        images.read(0)
+    assert failure.value.cause == 74
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that even root may not write to")
+def test_row_35_a_place_that_may_not_be_written_is_refused_before_any_work() -> None:
+    with pytest.raises(ArtifactError, match=r"cannot write /sys/vqpipe\.partial: .*Choose another --out") as failure:
+        begin(Path("/sys/vqpipe"))
+    assert failure.value.cause == 77
+
+
+class Events:
+    """What was flushed and renamed, in order: ("fsync", path), ("rename", source, target)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, ...]] = []
+        self.fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.flushed)
+        for name in ("replace", "rename"):
+            monkeypatch.setattr(os, name, self.renamed(getattr(os, name)))
+
+    def flushed(self, handle: int) -> None:
+        self.seen.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+
+    def renamed(self, original: Callable[..., None]) -> Callable[..., None]:
+        def rename(source: Path, target: Path) -> None:
+            self.seen.append(("rename", str(source), str(target)))
+            original(source, target)
+
+        return rename
+
+
+def test_rows_36_39_everything_is_flushed_renamed_within_its_folder_and_the_folder_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    events = Events(monkeypatch)
+    with begin(tmp_path / "out", "codebook") as draft:
+        with draft.write("sub/a.bin") as path:
+            path.write_bytes(b"a")
+        draft.publish({})
+    Checkpoints(tmp_path / "states").save("s", Saved(1, {"a": torch.zeros(1)}))
+    renames = [(number, *event[1:]) for number, event in enumerate(events.seen) if event[0] == "rename"]
+    assert {Path(target).name for *_, target in renames} >= {"a.bin", "sub__a.bin.json", "manifest.json", "out"}
+    for number, source, target in renames:
+        assert Path(source).parent == Path(target).parent
+        assert ("fsync", source) in events.seen[:number]
+        assert ("fsync", str(Path(target).parent)) in events.seen[number:]
+
+
+def test_row_37_shards_are_not_held_open_and_the_limit_is_named(tmp_path: Path, pack: Pack, png: Png) -> None:
+    for number in range(60):
+        (tmp_path / f"s{number:02}.tar").write_bytes(pack({f"{number}.png": png(number)}))
+    open_files = len(os.listdir("/proc/self/fd"))
+    with limited(resource.RLIMIT_NOFILE, open_files + 24):  # 8 threads index, each with a shard and its cached index
+        images = open_images(f"{tmp_path}/s*.tar")
+        assert [images.read(i) for i in range(60)] == [png(i) for i in range(60)]
+    with (
+        limited(resource.RLIMIT_NOFILE, 3),
+        pytest.raises(DataError, match=r"s00\.tar: Too many open files") as failure,
+    ):
+        images.read(0)
+    assert failure.value.cause == 74
+
+
+@pytest.mark.parametrize("name", ["sp ace/é{1}", "-dash/a{b,c}[x]*?", "new\nline", "%s {key} $HOME ~"])
+def test_row_40_any_name_is_a_name(name: str, tmp_path: Path, png: Png) -> None:
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    with begin(folder / "data set") as draft:
+        with draft.write("shard-000000.tar") as path, write_tar(path) as writer:
+            writer.write({"__key__": "a", "png": png(0), "cls": 0})
+        artifact = draft.publish({"num_classes": 1})
+    for spec in (folder / "data set", folder / "data set" / "shard-000000.tar"):
+        assert open_images([spec]).read(0) == png(0)
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "b {0}.png").write_bytes(png(1))
+    assert open_images([folder / "pictures"])[0] == sources.Sample("b {0}", png(1), None)
+    write_tokens(folder / "t.parquet", ["a"], [0], np.array([[[1, 2]]], np.uint16))
+    assert read_tokens(folder / "t.parquet", 3).ids.tolist() == [[1, 2]]
+    artifact.verify()
+    with pytest.raises(ArtifactError) as failure:
+        open_artifact(folder / "absent")
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "dangling link"])
+def test_row_41_what_stands_in_the_way_stays_and_is_named(what: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if what == "file":
+        out.write_text("mine", encoding="utf-8")
+    elif what == "folder":
+        out.mkdir()
+        (out / "thesis.tex").write_text("mine", encoding="utf-8")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match=r"exists and is not an artifact of vqpipe. Choose another --out"):
+        begin(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert what != "file" or out.read_text(encoding="utf-8") == "mine"
+
+
+def test_row_41_a_link_to_an_artifact_is_that_artifact(tmp_path: Path) -> None:
+    with begin(tmp_path / "real") as draft:
+        draft.publish({})
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    assert isinstance(start(tmp_path / "out", "dataset", {"k": 3}, {"images": "0" * 64}), Artifact)
+
+
+def test_row_42_a_picture_that_changes_while_the_set_is_read(tmp_path: Path, png: Png) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    images = open_images([tmp_path])
+    assert images.digest
+    assert images.read(1) == png(1)
+    (tmp_path / "1.png").write_bytes(png(1)[:-1])
+    with pytest.raises(DataError, match=r"1\.png changed after this run began. Run the command again"):
+        images.read(1)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*2\.png: No such file") as failure:
+        images.read(2)
+    assert failure.value.cause == 66
+
+
+CAUSES: list[tuple[Exception, int]] = [
+    (DataError("x"), 65),
+    (OSError(errno.ENOENT, "x"), 66),
+    (OSError(errno.EACCES, "x"), 77),
+    (OSError(errno.ENOSPC, "x"), 74),
+    (OSError("12 requested and 7 written"), 74),
+    (RuntimeError("[gloo] Connection closed by peer"), 75),
+    (ZeroDivisionError("x"), 70),
+]
+
+
+@pytest.mark.parametrize(("error", "cause"), CAUSES)
+def test_the_status_says_what_went_wrong_first_and_goes_with_the_next_run(
+    error: Exception, cause: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(type(error)):
+        run_and_fail(tmp_path / "out", error)
+    file = tmp_path / "out.partial" / "status.json"
+    said = str(error) if isinstance(error, VqpipeError) else f"{type(error).__name__}: {error}"
+    first = {"error": said, "cause": cause, "rank": 0}
+    assert status.json.loads(file.read_text(encoding="utf-8")) == first
+    with monkeypatch.context() as patch:
+        patch.setattr(status.distributed, "rank", lambda: 1)
+        status.note_failure(file.parent, RuntimeError("another rank has ended"))
+    assert status.json.loads(file.read_text(encoding="utf-8")) == first
+    with begin(tmp_path / "out") as draft:
+        assert not file.exists()
+        draft.publish({})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first", "manifest.json"]
+
+
+def test_an_interrupted_run_leaves_no_status(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_and_fail(tmp_path / "out", KeyboardInterrupt())
+    assert not (tmp_path / "out.partial" / "status.json").exists()

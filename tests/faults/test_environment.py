@@ -1,0 +1,187 @@
+"""Group G: other processes, clocks, terminals, locales, and what else lies around; but for what needs a long run."""
+
+import ast
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages import cli, console
+from vqpipe import distributed
+from vqpipe.artifacts import Artifact, Draft, start
+from vqpipe.errors import ArtifactError, ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def begin(out: Path) -> Draft:
+    draft = start(out, "codebook", {}, {"images": "0" * 64})
+    assert isinstance(draft, Draft)
+    return draft
+
+
+def make(out: Path) -> Artifact:
+    with begin(out) as draft:
+        with draft.write("a.bin") as path:
+            path.write_bytes(b"a")
+        return draft.publish({})
+
+
+def nodes() -> Iterator[tuple[Path, ast.AST]]:
+    """Every node of the program, with its file."""
+    for folder in ("vqpipe", "stages"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                yield path.relative_to(ROOT), node
+
+
+def called(node: ast.AST) -> str:
+    """`x.read_text(...)` -> `read_text`; other nodes nothing."""
+    if not isinstance(node, ast.Call):
+        return ""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def test_row_102_what_appeared_at_the_place_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with begin(tmp_path / "out") as draft:
+        with draft.write("a.bin") as path:
+            path.write_bytes(b"a")
+        (tmp_path / "out").mkdir()  # a rename would succeed onto an empty folder
+        with pytest.raises(ArtifactError, match=r"cannot publish .*out: it exists. The work is kept in .*out\.partial"):
+            draft.publish({})
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out").rmdir()
+    make_again = start(tmp_path / "out", "codebook", {}, {"images": "0" * 64})
+    assert isinstance(make_again, Artifact)  # all but the last rename was done
+    assert make_again.file("a.bin").read_bytes() == b"a"
+
+
+def test_row_103_the_lock_of_a_dead_process_is_free(tmp_path: Path, in_child: Callable[..., int]) -> None:
+    def die() -> None:
+        begin(tmp_path / "out")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == -signal.SIGKILL
+    assert (tmp_path / "out.partial" / ".lock").read_text(encoding="utf-8").startswith("process ")
+    assert make(tmp_path / "out").names() == ["a.bin"]
+
+
+def test_row_104_no_decision_hangs_on_a_clock() -> None:
+    """A modification time is only ever compared for equality, to notice a changed file; the wall clock tells people."""
+    clocks = {
+        str(path)
+        for path, node in nodes()
+        if isinstance(node, ast.Attribute)
+        and (
+            node.attr in ("st_mtime", "st_mtime_ns", "utime", "getmtime")
+            or ast.unparse(node) in ("time.time", "time.time_ns")
+        )
+    }
+    allowed = {"vqpipe/data/tars.py", "vqpipe/data/folders.py", "vqpipe/data/sources.py"}
+    assert clocks <= allowed
+
+
+def test_row_105_nothing_is_ever_asked() -> None:
+    asking = {"input", "prompt", "confirm", "getpass", "ask"}
+    assert [f"{path}:{node.lineno}" for path, node in nodes() if called(node) in asking] == []  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """The handlers that `main` installs go again."""
+    before = {number: signal.getsignal(number) for number in console.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def closed_pipe() -> io.TextIOWrapper:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("sink", [closed_pipe, lambda: open("/dev/full", "w", encoding="utf-8")], ids=["pipe", "full"])
+def test_rows_106_107_a_stdout_that_takes_nothing_is_one_line_after_the_artifact_is_there(
+    sink: Callable[[], io.TextIOWrapper],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signals: None,
+) -> None:
+    out = sink()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "app", lambda: console.finished(make(tmp_path / "out")))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out.close()  # a second failure would show here, as it does when Python ends
+    assert end.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (0 if sink is closed_pipe else 1)
+    assert isinstance(start(tmp_path / "out", "codebook", {}, {"images": "0" * 64}), Artifact)
+
+
+def test_row_108_a_terminal_that_knows_only_ascii(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None
+) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(cli, "app", lambda: console.finished(make(tmp_path / "é")))
+    cli.main()
+    streams[0].flush()
+    assert streams[0].buffer.getvalue().decode("ascii").endswith("\\xe9\n")  # type: ignore[attr-defined]
+    monkeypatch.setattr(cli, "app", lambda: begin(tmp_path / "é" / "inside"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    streams[1].flush()
+    assert "\\xe9" in streams[1].buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
+def test_row_108_every_text_file_is_utf_8() -> None:
+    """Whatever the locale says: each call that opens a text names its encoding."""
+    wrong = []
+    for path, node in nodes():
+        name = called(node)
+        if not isinstance(node, ast.Call) or name not in ("open", "read_text", "write_text", "fdopen"):
+            continue
+        words = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        binary = any(isinstance(word, str) and "b" in word and len(word) <= 3 for word in words)
+        other = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in (
+            "os",
+            "Image",
+            "system",
+            "tarfile",
+        )
+        if not binary and not (other and name == "open") and not any(word.arg == "encoding" for word in node.keywords):
+            wrong.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert wrong == []
+
+
+def test_row_110_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device on this machine. Use --device cpu"):
+        distributed.pick_device("cuda")
+    assert distributed.pick_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match=r"rank 1 of this machine has no GPU: there are 1. .*--nproc-per-node 1"):
+        distributed.pick_device("cuda")
+
+
+def test_rows_105_113_modules_that_lie_around_are_not_run_and_stdin_may_be_closed(tmp_path: Path) -> None:
+    for name in ("random", "typer", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')", encoding="utf-8")
+    command = f"exec {sys.executable} -m stages --version <&-"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,37 @@
+"""Group D: pictures that are odd, as far as tests/data/test_transforms.py does not ask already."""
+
+import pytest
+import torch
+from PIL import Image
+
+from vqpipe.data.framing import Framing, Rule
+from vqpipe.data.transforms import center_crop
+
+
+@pytest.mark.parametrize("rule", ["adm", "linear", "cover"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 2)])
+def test_rows_70_72_a_picture_smaller_than_the_crop_is_enlarged_by_every_rule(
+    size: tuple[int, int], rule: Rule
+) -> None:
+    image = Image.new("RGB", size, (10, 200, 30))
+    expected = torch.tensor([10, 200, 30], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    assert torch.equal(Framing(rule=rule, size=(8, 8))(image), expected)
+    assert torch.equal(center_crop(image, 8), expected)
+
+
+@pytest.mark.parametrize("rule", ["adm", "cover"])
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
+def test_row_71_a_strip_is_cut_before_it_is_blown_up(size: tuple[int, int], rule: Rule) -> None:
+    resized: list[tuple[int, int]] = []
+
+    class Watched(Image.Image):
+        """Notes to which size it is made."""
+
+        def resize(self, size: tuple[int, int], *args: object, **options: object) -> Image.Image:  # type: ignore[override]
+            resized.append(tuple(size))
+            return super().resize(size, *args, **options)  # type: ignore[arg-type]
+
+    image = Image.new("RGB", size, "red")
+    image.__class__ = Watched
+    assert Framing(rule=rule, size=(256, 256))(image).shape == (3, 256, 256)
+    assert max(width * height for width, height in resized) <= 256 * 256

@@ -1,0 +1,42 @@
+"""Group E: numbers, as far as the tests of k-means, search, training and metrics do not ask already."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from vqpipe.codebooks.feature_set import FeatureSet
+from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
+from vqpipe.data.tokens import id_type, read_tokens, token_encoder, write_tokens
+from vqpipe.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+def test_row_80_every_vector_is_counted_however_many_there_are_of_a_centre() -> None:
+    data = np.random.default_rng(0).standard_normal((1500, 2)).astype(np.float32)
+    result = kmeans(FeatureSet([data], ["x"]), KmeansConfig(k=2, iterations=2), seed=0, device=CPU)
+    assert int(result.counts.sum()) == 1500  # faiss would take 256 vectors a centre, and not say so
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "expected"),
+    [(2, pa.uint16()), (65_536, pa.uint16()), (65_537, pa.uint32()), (100_000, pa.uint32())],
+)
+def test_row_82_ids_are_as_wide_as_the_codebook_needs(
+    codebook_size: int, expected: pa.DataType, tmp_path: Path
+) -> None:
+    assert id_type(codebook_size) == expected
+    highest = codebook_size - 1
+    encoder = token_encoder(lambda images: images, CPU, codebook_size=codebook_size, num_tokens=1, flips=False)
+    ids = torch.tensor([[[0]], [[highest]]])
+    encoder.check(ids, ["a", "b"])
+    write_tokens(tmp_path / "t.parquet", ["a", "b"], [0, 0], ids.numpy().astype(encoder.dtype))
+    assert read_tokens(tmp_path / "t.parquet", codebook_size).ids.tolist() == [[0], [highest]]
+    with pytest.raises(DataError, match=f"holds id {highest}, the codebook has {highest} codes"):
+        read_tokens(tmp_path / "t.parquet", highest)
+    for wrong in (codebook_size, -1):
+        with pytest.raises(DataError, match="outside a codebook"):
+            encoder.check(torch.tensor([[[wrong]]]), ["a"])
