@@ -193,11 +193,12 @@ def progress(title: str, total: int | None, unit: str = "images") -> Iterator[Ba
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to stop; `code` is the exit code that says so (128 + its number)."""
+    """A signal asked this process to stop; `code` is the exit code that says so: 130 for Ctrl-C, else 143, also for
+    the SIGUSR1 by which batch systems tell of the end of a job's time."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.code = 128 + number
+        self.code = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

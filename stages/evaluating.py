@@ -72,7 +72,7 @@ class Again(NamedTuple):
     """What became of a batch."""
 
     images: "Tensor"
-    """float[B, 3, H, W] of about [-1, 1]; uint8 from tiles, which are blended in 8 bits."""
+    """float[B, 3, H, W] of about [-1, 1], from tiles too: each protocol rounds in its way."""
     ids: "Tensor | None"
     """int64[B, N], those of tiles one after another; None with continuous latents."""
     prefixes: "dict[int, Tensor]"
@@ -125,7 +125,7 @@ class Reconstructor:
         device, overlap = original.device, min(OVERLAP, self.tile // 8)
         image = original.cpu()
         whole, *others = (
-            reconstruct_any_size(self.autoencoder, image, groups=k, tile=self.tile, overlap=overlap)
+            reconstruct_any_size(self.autoencoder, image, groups=k, tile=self.tile, overlap=overlap, rounded=False)
             for k in (None, *groups)
         )
         ids = None if whole.ids is None else torch.cat(whole.ids)[None].to(device)
@@ -220,7 +220,7 @@ class Pass:
         scores = self.evaluation.update(
             originals, again.images, again.ids, again.prefixes, others=others, raw=raw, places=places
         ).tolist()
-        rounded = again.images if again.images.dtype == torch.uint8 else to_uint8(again.images)
+        rounded = to_uint8(again.images)
         if again.ids is not None:
             for analysis in self.analyses:
                 analysis.update(originals, rounded, again.ids, keys)
@@ -274,8 +274,8 @@ class Pass:
             found["tiles"] = {
                 "num_images": tiled,
                 "side": self.config.tile,
-                "how": "overlapping tiles, blended and then rounded, whatever the protocol says of rounding; tokens of "
-                "overlaps count each time",
+                "how": "overlapping tiles, blended and then rounded as the protocol says; tokens of overlaps count each "
+                "time",
             }
         return found
 

@@ -43,6 +43,9 @@ class Numbered(Identity):
     def decode(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor:
         return torch.full((1, 3, *image_size), 20 * int(code[0, 0]), dtype=torch.uint8)
 
+    def decode_float(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor:
+        return torch.full((1, 3, *image_size), 0.125 * int(code[0, 0]) - 0.3)
+
 
 def blended(tiles: list[tuple[int, int, int, int, int]], height: int, width: int, overlap: int) -> Tensor:
     """All tiles (top, bottom, left, right, value) in one picture-sized sum, as an independent way to the blend."""
@@ -115,3 +118,12 @@ def test_a_tile_is_rounded_down_to_what_the_network_takes() -> None:
 def test_tiles_that_cannot_be(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         reconstruct_any_size(Identity(), torch.zeros(3, 8, 8, dtype=torch.uint8), **options)
+
+
+def test_tiles_that_are_not_rounded_are_blended_as_the_network_leaves_them() -> None:
+    image = torch.zeros(3, 16, 40, dtype=torch.uint8)
+    found = reconstruct_any_size(Numbered(), image, tile=16, overlap=4, rounded=False).image
+    tiles = [(0, 16, left, right, 0.125 * k - 0.3) for k, (left, right) in enumerate(spans(40, 16, 4))]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[0], blended(tiles, 16, 40, 4).float())  # type: ignore[arg-type]
+    assert len(tiles) == 3

@@ -34,13 +34,15 @@ class AnyAutoencoder(Protocol):
 
     def decode(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor: ...
 
+    def decode_float(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class AnySize:
     """An image that went through, and its tokens."""
 
     image: Tensor
-    """uint8[3, H, W], on the CPU."""
+    """uint8[3, H, W], or float32 of about [-1, 1] where that was asked, on the CPU."""
     ids: list[Tensor] | None
     """int64[N] of each tile on the CPU, tiles row by row; None where latents are continuous. Where there are several
     tiles, their overlaps are encoded more than once."""
@@ -53,8 +55,12 @@ def reconstruct_any_size(
     groups: int | None = None,
     tile: int = TILE,
     overlap: int = OVERLAP,
+    rounded: bool = True,
 ) -> AnySize:
     """uint8[3, H, W] -> its reconstruction at the same size.
+
+    Not `rounded`, tiles are blended as the network leaves them, and whoever measures rounds once, in their own way; for
+    that the whole image is held in float32, 12 bytes a pixel.
 
     The image is padded to multiples of f by mirroring (by repeating the edge where it is too small to mirror) and cut
     back. Beyond T pixels a side (T rounded down to a multiple of f) it goes through in tiles, blended linearly over
@@ -68,7 +74,8 @@ def reconstruct_any_size(
     tile = check_tile(tile, overlap, factor)
     height, width = image.shape[1:]
     rows, columns = mirrored(height, factor), mirrored(width, factor)
-    result = torch.empty((3, height, width), dtype=torch.uint8)
+    result = torch.empty((3, height, width), dtype=torch.uint8 if rounded else torch.float32)
+    decode = autoencoder.decode if rounded else autoencoder.decode_float
     ids: list[Tensor] | None = None if autoencoder.codebook_size is None else []
     bands = list(spans(len(rows), tile, overlap))
     band = torch.zeros(4, bands[0][1], len(columns))  # three colours times weight, and the weight
@@ -76,14 +83,15 @@ def reconstruct_any_size(
         for left, right in spans(len(columns), tile, overlap):
             piece = image[:, rows[top:bottom, None], columns[None, left:right]]
             code = autoencoder.encode(piece[None])
-            again = autoencoder.decode(code, (bottom - top, right - left), groups=groups)[0].cpu()
+            again = decode(code, (bottom - top, right - left), groups=groups)[0].cpu()
             share = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap))
             band[:3, :, left:right] += again * share
             band[3, :, left:right] += share
             if ids is not None:
                 ids.append(code[0].cpu())
         whole = band[:3, : after - top] / band[3, : after - top]
-        result[:, top:after] = whole.round().clamp(0, 255).to(torch.uint8)[:, : height - top, :width]
+        whole = whole.round().clamp(0, 255) if rounded else whole
+        result[:, top:after] = whole[:, : height - top, :width].to(result.dtype)
         band[:, : bottom - after] = band[:, after - top :].clone()  # rows that the next tiles share
         band[:, bottom - after :] = 0
     return AnySize(result, ids)

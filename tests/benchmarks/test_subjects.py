@@ -159,6 +159,7 @@ def test_the_training_step_is_measured_at_both_sizes_with_either_search_and_as_r
     assert case.facts["cost_of_k"] == pytest.approx(walls["vqpipe, K = 2,000"] / walls["vqpipe, K = 100"])
 
 
+@pytest.mark.slow
 def test_without_memory_for_it_the_released_step_is_left_out_with_its_fact() -> None:
     small = Settings(device=torch.device("cpu"), rounds=1, quick=True, memory=0.001)
     case = run(bench.plans("train", small)[0], small)

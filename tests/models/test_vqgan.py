@@ -4,7 +4,7 @@ import torch
 from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError
 from vqpipe.models import AutoencoderConfig, PatchDiscriminator, VqganConfig, build_autoencoder
-from vqpipe.models.vqgan import Attention, Decoder, Encoder, group_norm
+from vqpipe.models.vqgan import Attention, Decoder, Encoder, ResidualBlock, group_norm
 from vqpipe.quantizers import LcConfig, VqConfig
 
 F16, F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
@@ -89,3 +89,22 @@ def test_config_round_trip_and_refusal() -> None:
     assert from_table(AutoencoderConfig, to_table(config)) == config
     with pytest.raises(ConfigError):
         VqganConfig(base_channels=0, quantizer=config.quantizer)
+
+
+def test_without_gradients_activations_are_written_over_and_the_bits_stay() -> None:
+    torch.manual_seed(0)
+    config = VqganConfig(
+        quantizer=VqConfig(codebook_size=8), base_channels=8, z_channels=4, attention_resolutions=(64,)
+    )
+    model, images = build_autoencoder(config), torch.randn(2, 3, 32, 32)
+    kept = images.clone()
+    with_gradients = model.decode(model.latent(images))
+    with torch.no_grad():
+        without = model.decode(model.latent(images))
+    assert torch.equal(with_gradients, without)
+    assert torch.equal(images, kept)
+    block, latent = ResidualBlock(8, 8), torch.randn(1, 8, 4, 4)
+    before = latent.clone()
+    with torch.no_grad():
+        block(latent)
+    assert torch.equal(latent, before)  # a block's own input is not its to write on

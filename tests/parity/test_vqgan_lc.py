@@ -129,7 +129,7 @@ def test_every_weight_has_the_released_name_shape_and_filling(
             torch.testing.assert_close(filled_now[name].double().abs().sum().item(), numbers["abs_sum_f64"])
 
 
-@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("size", [64, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_image_to_tokens_and_back(
     expected: Expected, autoencoder: Autoencoders, image: Image, variant: str, size: int

@@ -48,7 +48,11 @@ def tiny_tokenizer(tmp_path: Path) -> Callable[..., Path]:
                 text = "".join(json.dumps(row) + "\n" for row in history)
                 (draft.path / "metrics.jsonl").write_text(text, encoding="utf-8")
             for file in sorted(draft.path.iterdir()):
-                if file.suffix in (".json", ".jsonl", ".md", ".safetensors") and file.name != "request.json":
+                if (
+                    file.suffix in (".json", ".jsonl", ".md", ".safetensors")
+                    and file.name != "request.json"
+                    and not file.name.startswith(".")
+                ):
                     draft.adopt(file.name)
             return draft.publish({"quantizer": "vq"}).path
 
@@ -76,7 +80,7 @@ class Drawn:
     tokenizer: Path
     tokens: Path
     generator: Path
-    """A gpt of one layer, trained for 4 steps."""
+    """A llamagen of one layer, trained for 4 steps. (What gpt needs to be built takes ten seconds to import.)"""
 
 
 @pytest.fixture(scope="session")
@@ -101,16 +105,17 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
         write_files(draft, Tokenizer(autoencoder, image_size=8))
         draft.publish({"quantizer": "vq"})
     tokenize([str(made.pictures)], made.tokenizer, made.tokens, flip=True, num_workers=0, device="cpu")
-    train_generator(made.tokenizer, made.generator, tokens=made.tokens, device="cpu", **GPT)
+    train_generator(made.tokenizer, made.generator, tokens=made.tokens, device="cpu", **LLAMAGEN)
     return made
 
 
-GPT: dict[str, Any] = {
-    "preset": "gpt-tiny",
+LLAMAGEN: dict[str, Any] = {
+    "preset": "llamagen-tiny",
     "steps": 4,
     "global_batch_size": 4,
     "overrides": [
-        *("generator.layers=1", "generator.width=16", "generator.heads=2", "train.warmup_steps=1"),
+        *("generator.layers=1", "generator.head_layers=1", "generator.width=16", "generator.heads=2"),
+        "train.warmup_steps=1",
         *("examples.held_out=6", "train.validate_every=2", "train.look_every=2", "train.save_every=2"),
         "train.log_every=1",
     ],
@@ -119,9 +124,9 @@ GPT: dict[str, Any] = {
 
 
 @pytest.fixture
-def gpt_options() -> dict[str, Any]:
+def llamagen_options() -> dict[str, Any]:
     """How `drawn.generator` was trained."""
-    return {**GPT, "overrides": list(GPT["overrides"])}
+    return {**LLAMAGEN, "overrides": list(LLAMAGEN["overrides"])}
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class Fixed(nn.Module):
 
     num_classes = 7
 
-    def logits(self, examples: torch.Tensor) -> torch.Tensor:
+    def predict(self, examples: torch.Tensor) -> torch.Tensor:
         return examples.float()
 
 

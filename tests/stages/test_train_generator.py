@@ -35,11 +35,11 @@ def test_what_is_published(drawn: Any) -> None:
     assert wanted <= set(artifact.names("*") + artifact.names("*/*"))
     assert set(artifact.inputs) == {"tokens", "tokenizer"}
     facts = artifact.facts
-    assert (facts["kind"], facts["num_classes"], facts["images_seen"], facts["steps"]) == ("gpt", 3, 16, 4)
+    assert (facts["kind"], facts["num_classes"], facts["images_seen"], facts["steps"]) == ("llamagen", 3, 16, 4)
     opened = open_generator(drawn.generator)
     assert facts["num_parameters"] == sum(p.numel() for p in opened.generator.parameters())
     assert (opened.image_size, opened.classes, opened.statistics) == (8, (0, 1, 2), None)
-    assert (opened.sampling.cfg_scale, opened.sampling.top_p) == (1.5, 0.95)  # as gpt-tiny has them
+    assert (opened.sampling.cfg_scale, opened.sampling.top_p) == (1.5, 0.95)  # as llamagen-tiny has them
     rows = read_history(artifact.file("metrics.jsonl"))
     assert [row["step"] for row in rows if "valid/total" in row] == [2, 4]
     assert facts["valid_loss"] == [row["valid/total"] for row in rows if "valid/total" in row][-1]
@@ -49,7 +49,7 @@ def test_what_is_published(drawn: Any) -> None:
 
 def test_its_codes_are_the_tokenizers(drawn: Any) -> None:
     opened = open_generator(drawn.generator)
-    codes = opened.generator.state_dict()["code_embedding.codes"]
+    codes = opened.generator.state_dict()["img_projector.codes"]
     torch.testing.assert_close(codes[0], opened.tokenizer.autoencoder.quantizer.codebook())
 
 
@@ -72,19 +72,19 @@ def test_the_loss_held_out_is_that_of_the_published_weights(drawn: Any) -> None:
     assert artifact.facts["valid_loss"] == pytest.approx(total / 6, rel=1e-5)
 
 
-def test_again_and_with_other_settings(drawn: Any, gpt_options: dict[str, Any], capsys: Any) -> None:
-    train_generator(drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **gpt_options)
+def test_again_and_with_other_settings(drawn: Any, llamagen_options: dict[str, Any], capsys: Any) -> None:
+    train_generator(drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **llamagen_options)
     assert "already published" in capsys.readouterr().err
-    gpt_options["overrides"].append("train.log_every=2")
-    train_generator(drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **gpt_options)
+    llamagen_options["overrides"].append("train.log_every=2")
+    train_generator(drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **llamagen_options)
     with pytest.raises(ArtifactError, match=r"train\.steps was 4, now 5"):
         train_generator(
-            drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **gpt_options | {"steps": 5}
+            drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **llamagen_options | {"steps": 5}
         )
 
 
 def test_a_run_that_is_cut_and_resumed_is_the_same_run(
-    drawn: Any, gpt_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, steps = live.Lines.advance, []
 
@@ -96,7 +96,7 @@ def test_a_run_that_is_cut_and_resumed_is_the_same_run(
 
     monkeypatch.setattr(live.Lines, "advance", cut)
     for expected in (console.Interrupted, None):
-        options = {"tokens": drawn.tokens, "device": "cpu", **gpt_options}
+        options = {"tokens": drawn.tokens, "device": "cpu", **llamagen_options}
         if expected is None:
             train_generator(drawn.tokenizer, tmp_path / "cut", **options)
         else:
@@ -110,7 +110,9 @@ def test_a_run_that_is_cut_and_resumed_is_the_same_run(
         assert whole.manifest.files[name]["sha256"] == resumed.manifest.files[name]["sha256"]
 
 
-@pytest.mark.parametrize("kind", ["ldm", "dit", "sit"])
+@pytest.mark.parametrize(
+    "kind", ["sit", pytest.param("dit", marks=pytest.mark.slow), pytest.param("ldm", marks=pytest.mark.slow)]
+)
 def test_latents_are_made_once(drawn: Any, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     options: dict[str, Any] = {"preset": f"{kind}-tiny", "steps": 2, "global_batch_size": 4, "device": "cpu"}
     options["overrides"] = [*LATENT[kind], "train.warmup_steps=1", "generate.steps=2", "examples.num_classes=5"]
@@ -143,10 +145,10 @@ def test_raw_latents_are_not_normalised(drawn: Any, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_trained_is_told(
-    drawn: Any, gpt_options: dict[str, Any], tmp_path: Path, tiny_tokenizer: Any
+    drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     def refused(error: type[Exception], match: str, tokenizer: Path = drawn.tokenizer, **changes: Any) -> None:
-        options = {"tokens": drawn.tokens, "device": "cpu", **gpt_options, **changes}
+        options = {"tokens": drawn.tokens, "device": "cpu", **llamagen_options, **changes}
         with pytest.raises(error, match=match):
             train_generator(tokenizer, tmp_path / "out", **options)
         assert not list(tmp_path.glob("out*"))
@@ -174,17 +176,30 @@ def test_what_cannot_be_trained_is_told(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("parallel", "average"), [("ddp", "0.0"), ("fsdp", "0.0"), ("fsdp", "0.5")])
+@pytest.mark.parametrize(
+    ("kind", "parallel", "average"), [("gpt", "ddp", "0.0"), ("llamagen", "fsdp", "0.0"), ("llamagen", "fsdp", "0.5")]
+)
 def test_two_ranks_learn_what_one_learns(
-    drawn: Any, gpt_options: dict[str, Any], tmp_path: Path, parallel: str, average: str
+    drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, kind: str, parallel: str, average: str
 ) -> None:
     """Without anything that is drawn by rank: dropout, dropped classes. Sums over ranks round otherwise.
 
     Between steps the network validates and draws, which gathers its weights when they are split.
     """
-    overrides = [*gpt_options["overrides"], "generator.dropout=0.0", "generator.class_dropout=0.0"]
+    own = [each for each in llamagen_options["overrides"] if kind == "llamagen" or "head_layers" not in each]
+    overrides = [*own, "generator.dropout=0.0", "generator.class_dropout=0.0"]
     overrides += ["generate.cfg_scale=1.0", f"train.weight_ema={average}", "train.validate_every=1"]
-    words = ["train-generator", "--preset", "gpt-tiny", "--steps", "4", "--global-batch-size", "4", "--device", "cpu"]
+    words = [
+        "train-generator",
+        "--preset",
+        f"{kind}-tiny",
+        "--steps",
+        "4",
+        "--global-batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
     words += ["--tokens", str(drawn.tokens), "--tokenizer", str(drawn.tokenizer)]
     words += [word for each in [*overrides, f"train.parallel={parallel}"] for word in ("--set", each)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -340,7 +340,7 @@ def reset_high_water() -> float | None:
     with suppress(OSError, AttributeError):
         CDLL(None).malloc_trim(0)  # of glibc; others keep little
     try:
-        (PROCESS / "clear_refs").write_text("5")
+        (PROCESS / "clear_refs").write_text("5", encoding="utf-8")
         return high_water()
     except OSError:
         return None
@@ -348,7 +348,7 @@ def reset_high_water() -> float | None:
 
 def high_water() -> float:
     """Bytes of resident memory at most so far."""
-    lines = (PROCESS / "status").read_text().splitlines()
+    lines = (PROCESS / "status").read_text(encoding="utf-8").splitlines()
     return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
@@ -377,7 +377,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def cpu_name() -> str:
     """The processor's model name."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

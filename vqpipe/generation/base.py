@@ -156,6 +156,8 @@ class Generator(nn.Module, ABC):
     config_class: ClassVar[type[GeneratorConfig]]
     trained_on: ClassVar[Literal["tokens", "latents"]]
     """What `loss` takes and `sample` gives."""
+    entrances: ClassVar[tuple[str, ...]] = ("sample",)
+    """Methods beside `forward` that others call: weights that are split among ranks are gathered for them too."""
 
     def __init__(self, config: GeneratorConfig, space: Space) -> None:
         super().__init__()

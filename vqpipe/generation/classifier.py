@@ -110,6 +110,8 @@ class Classifier(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[ClassifierConfig]]
+    entrances: ClassVar[tuple[str, ...]] = ("predict",)
+    """Methods beside `forward` that others call: weights that are split among ranks are gathered for them too."""
 
     def __init__(self, config: ClassifierConfig, space: Space) -> None:
         super().__init__()
@@ -167,6 +169,10 @@ class Classifier(nn.Module, ABC):
         if ids.ndim != 2 or ids.shape[1] != self.space.num_tokens:
             raise DataError(f"ids of shape {list(ids.shape)}, [images, {self.space.num_tokens}] is expected")
         return self.classify(self.embed(ids))
+
+    def predict(self, ids: Tensor) -> Tensor:
+        """`logits`, for others to call."""
+        return self.logits(ids)
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Scalars by name: "total", the smoothed cross-entropy; "train/top1", the share of right answers."""

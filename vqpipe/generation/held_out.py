@@ -47,7 +47,7 @@ def accuracy(
     for _, batch, counts_here in mine(examples, batch_size):
         labels = batch.labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = classifier.logits(batch.examples.to(device)).float()
+            logits = classifier.predict(batch.examples.to(device)).float()
         right = logits.gather(1, labels[:, None])
         better = (logits >= right).sum(1) - 1
         counts += torch.stack([(better < 1).sum(), (better < 5).sum()]) * counts_here
@@ -58,8 +58,8 @@ def accuracy(
 def mine(examples: Examples, batch_size: int) -> Iterator[tuple[int, TokenBatch, bool]]:
     """This rank's batches: (number, batch, whether it counts).
 
-    Ranks get as many each: one whose share is a batch shorter gets the first batch again, which does not count. A network
-    that is split among ranks gathers its weights in every call, and would wait for the rank that makes none.
+    Ranks get as many each: one whose share is a batch shorter gets the first batch again, which does not count. A
+    network that is split among ranks gathers its weights in every call, and would wait for the rank that makes none.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     rounds = -(-len(examples) // (batch_size * ranks))

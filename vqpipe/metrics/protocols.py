@@ -9,7 +9,9 @@ of its protocol, and numbers of two protocols never share a column. What a proto
     resize      how 8-bit pixels become the 299 x 299 that Inception sees
     conventions which PSNR, SSIM and LPIPS is the one its authors print (keys of `distortion.CONVENTIONS`)
 
-Nothing is stored as JPEG in between, in any protocol: pixels stay in memory, which equals PNG files.
+Nothing is stored as JPEG in between, in any protocol: pixels stay in memory, which equals PNG files. That is
+why no protocol has a guard against JPEG storage: a reconstruction cannot have passed through a file. Originals may be
+JPEG files, as ImageNet's are; what is compared with is what they decode to.
 """
 
 from collections.abc import Mapping

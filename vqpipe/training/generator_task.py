@@ -64,7 +64,7 @@ class GeneratorTask(Task[ExampleBatch, None]):
         if self.sharded:
             shard(self.model, blocks)
             if average is not self.model:
-                shard(average, blocks_of(average))
+                shard(average, blocks_of(average), trains=False)
         self.optimizers["optimizer"] = make_optimizer(config, list(self.model.parameters()))
 
     def connect(self) -> None:

@@ -12,19 +12,20 @@ from vqpipe import distributed
 from vqpipe.training.checkpoints import Parts
 
 
-def shard(network: nn.Module, blocks: Iterable[nn.Module]) -> None:
+def shard(network: nn.Module, blocks: Iterable[nn.Module], *, trains: bool = True) -> None:
     """Split the network's weights among all ranks, in place; each block's are gathered when it is its turn.
 
-    A network that draws samples gathers its own weights for that too, as for `forward`: without, those that lie in no
-    block would meet whole tensors as shares.
+    Those that lie in no block are gathered for `forward`, and for the methods that the network names in `entrances`:
+    elsewhere they would meet whole tensors as shares. Where the network trains they stay whole until its backward pass;
+    where it does not, as an average, none would come.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for block in blocks:
         fully_shard(block)
-    fully_shard(network)
-    if hasattr(network, "sample"):
-        register_fsdp_forward_method(network, "sample")
+    fully_shard(network, reshard_after_forward=None if trains else True)
+    for name in getattr(network, "entrances", ()):
+        register_fsdp_forward_method(network, name)
 
 
 def is_sharded(tensor: Tensor) -> bool:
