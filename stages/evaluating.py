@@ -274,8 +274,8 @@ class Pass:
             found["tiles"] = {
                 "num_images": tiled,
                 "side": self.config.tile,
-                "how": "overlapping tiles, blended and then rounded as the protocol says; tokens of overlaps count each "
-                "time",
+                "how": "overlapping tiles, blended and rounded then, as the protocol says; tokens of overlaps count "
+                "each time",
             }
         return found
 

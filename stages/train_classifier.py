@@ -119,6 +119,7 @@ def run(
     """Build the classifier, train it in `draft`, measure, publish."""
     from functools import partial
 
+    import numpy as np
     import torch
 
     from vqpipe import distributed
@@ -161,7 +162,7 @@ def run(
         device=device,
         watcher=lambda shown: watcher(display=shown),
     )
-    metrics = report(recipe, classifier, state, named or held_out, device)
+    metrics = report(recipe, classifier, state, named or held_out, device, seen=len(np.unique(everything.labels)))
     weights = state.published()
     if distributed.is_main():
         save(draft, classifier, weights, size, metrics)
@@ -187,14 +188,20 @@ def report(
     state: "TrainState",
     held_out: "Examples | None",
     device: "torch.device",
+    *,
+    seen: int,
 ) -> dict[str, Any]:
-    """The content of metrics.json: accuracies of the weight average on all held-out examples."""
+    """The content of metrics.json: accuracies of the weight average on all held-out examples.
+
+    `seen` is how many classes occur: labels may be a few of ImageNet's thousand, and a guess is among those few.
+    """
     from vqpipe.generation.classifier import RECIPE
 
     metrics: dict[str, Any] = {
         "recipe": RECIPE,
         "num_classes": classifier.num_classes,
-        "chance": 1 / classifier.num_classes,
+        "num_classes_seen": seen,
+        "chance": 1 / seen,
         "num_images": 0 if held_out is None else len(held_out),
         "not_computed": {},
     }

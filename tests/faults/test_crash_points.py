@@ -25,8 +25,11 @@ pytestmark = pytest.mark.usefixtures("fast_disk")
 InChild = Callable[[Callable[[], None]], int]
 LIMIT = 200
 """More crash points than any of these has."""
-STRIDES = pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.slow)])
-"""A fork of a process that holds torch takes its time: every eighth point, and all of them when there is time."""
+
+
+def every(stride: int) -> pytest.MarkDecorator:
+    """A fork of a process that holds torch takes its time: some of the points, and all when there is time."""
+    return pytest.mark.parametrize("stride", [stride, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def each_crash(
             patch.setenv(faults.VARIABLE, f"any:{number}")
             code = in_child(action)
         if code == 0:
-            assert number > 8, "crash points are missing"
+            assert number > 9, "crash points are missing"
             return
         assert code == -signal.SIGKILL
         yield number
@@ -70,7 +73,7 @@ def make(out: Path, written: list[str]) -> Artifact:
         return begun.publish({"k": 3})
 
 
-@STRIDES
+@every(11)
 def test_rows_2_4_11_an_artifact_is_absent_or_whole_and_its_files_are_not_made_twice(
     tmp_path: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
@@ -101,7 +104,7 @@ def void(result: object) -> None:
     """An action returns nothing."""
 
 
-@STRIDES
+@every(11)
 def test_rows_6_7_9_a_training_checkpoint_is_the_old_one_or_the_new_one(
     tmp_path: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
@@ -135,7 +138,7 @@ def test_rows_6_7_9_a_training_checkpoint_is_the_old_one_or_the_new_one(
     assert steps == {6, 9}
 
 
-@STRIDES
+@every(4)
 def test_row_3_a_clustering_is_the_old_one_or_the_new_one(
     tmp_path: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:

@@ -269,7 +269,7 @@ def fuzz(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], object], exa
     run()
 
 
-COUNTS = pytest.mark.parametrize("examples", [20, pytest.param(3000, marks=pytest.mark.slow)])
+COUNTS = pytest.mark.parametrize("examples", [12, pytest.param(3000, marks=pytest.mark.slow)])
 
 
 @COUNTS

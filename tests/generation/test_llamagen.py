@@ -63,7 +63,7 @@ def recomputed(model: LlamaGen, labels: Tensor, sampling: SamplingConfig, draws:
     return ids[: len(labels)]
 
 
-@pytest.mark.parametrize("size", RELEASED)
+@pytest.mark.parametrize("size", ["b", "xxl", *(pytest.param(size, marks=pytest.mark.slow) for size in ("l", "xl"))])
 def test_released_sizes(size: str) -> None:
     released, dead = RELEASED[size]
     layers, heads, width = SIZES[size]

@@ -94,7 +94,7 @@ def test_config_round_trip_and_refusal() -> None:
 def test_without_gradients_activations_are_written_over_and_the_bits_stay() -> None:
     torch.manual_seed(0)
     config = VqganConfig(
-        quantizer=VqConfig(codebook_size=8), base_channels=8, z_channels=4, attention_resolutions=(64,)
+        quantizer=VqConfig(codebook_size=8, code_dim=4), base_channels=8, z_channels=4, attention_resolutions=(64,)
     )
     model, images = build_autoencoder(config), torch.randn(2, 3, 32, 32)
     kept = images.clone()

@@ -16,12 +16,15 @@ def texts(plot: plots.Plot) -> list[str]:
 def test_growth_says_where_it_ends_and_what_even_draws_would_reach() -> None:
     plot = points.usage_growth(CURVE, budgets=[500, 5000])
     assert plot is not None
-    assert plot.alt == "60.0% of the codes after 2,000 tokens, 100.0% by an even coder"
+    assert plot.alt == "60.00% of the codes after 2,000 tokens, 100.00% by an even coder"
     assert {"this tokenizer", "even coder", "1,000", "100%"} <= set(texts(plot))
     without = points.usage_growth(CURVE)
     assert without is not None
     assert plot.svg.count("<path") == without.svg.count("<path") + 1  # the one budget inside the curve
     assert points.usage_growth([]) is None
+    nearly = points.usage_growth([(1, 0.01, 0.01), (10, 0.5, 0.999999)])
+    assert nearly is not None
+    assert nearly.alt.endswith("99.99% by an even coder")
 
 
 def test_a_level_is_drawn_and_named_only_where_there_is_one() -> None:

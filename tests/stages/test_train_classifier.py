@@ -62,10 +62,12 @@ def test_on_named_tokens_or_on_none(drawn: Any, tmp_path: Path) -> None:
 
 def test_the_linear_probe(drawn: Any, tmp_path: Path) -> None:
     options = OPTIONS | {"preset": "linear-probe", "steps": 2}
-    overrides = ["train.warmup_steps=1", "examples.held_out=6"]
+    overrides = ["train.warmup_steps=1", "examples.held_out=6", "examples.num_classes=7"]
     train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "probe", overrides=overrides, **options)
     artifact = open_artifact(tmp_path / "probe")
-    assert (artifact.facts["kind"], artifact.facts["num_parameters"]) == ("linear", 4 * 16 * 3 + 3)
+    assert (artifact.facts["kind"], artifact.facts["num_parameters"]) == ("linear", 4 * 16 * 7 + 7)
+    metrics = json.loads(artifact.file("metrics.json").read_text())
+    assert (metrics["num_classes"], metrics["num_classes_seen"], metrics["chance"]) == (7, 3, 1 / 3)
 
 
 class Fixed(nn.Module):

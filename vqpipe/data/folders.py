@@ -21,6 +21,8 @@ from vqpipe.data.sources import (
 )
 from vqpipe.errors import DataError
 
+CHECK = "Check the folder and the disk"
+
 
 class Folder:
     """Image files under `root`, in the order given, with their labels."""
@@ -66,7 +68,7 @@ class Folder:
         try:
             return patiently(read)
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise unreadable(path, error, CHECK) from error
 
     @cached_property
     def digest(self) -> str:
@@ -77,7 +79,7 @@ class Folder:
             try:
                 status = os.stat(self.path(i))
             except OSError as error:
-                raise unreadable(self.path(i), error) from error
+                raise unreadable(self.path(i), error, CHECK) from error
             seen[i] = status.st_size, status.st_mtime_ns
             listing.update(f"{self.key(i)} {self.labels[i]} {status.st_size} {status.st_mtime_ns}\n".encode())
             newest = max(newest, status.st_mtime_ns)

@@ -38,9 +38,9 @@ def patiently(read: Callable[[], bytes]) -> bytes:
     return read()
 
 
-def unreadable(path: str, error: OSError) -> DataError:
+def unreadable(path: str, error: OSError, hint: str = "Check the path and the disk") -> DataError:
     """What to say of a file that the disk does not give."""
-    failure = DataError(f"cannot read {path}: {error.strerror or error}", "Check the path and the disk")
+    failure = DataError(f"cannot read {path}: {error.strerror or error}", hint)
     failure.cause = 66 if isinstance(error, FileNotFoundError) else 74
     return failure
 

@@ -33,8 +33,8 @@ class EvalConfig:
     """GB of features that kid, prc and is may hold over all ranks, for each protocol; more leaves them out."""
     num_pictures: int = 12
     """How many images the report shows, spread evenly over the set."""
-    num_extremes: int = 4
-    """How many of the worst, and as many of the best by PSNR, it shows beside them."""
+    num_extremes: int = 3
+    """How many of the worst, and as many of the best by PSNR, it shows beside them: a row each on a desktop."""
     prefixes: bool = True
     """Decode also with the first k groups alone, k = 1..G, where a tokenizer has G > 1 groups or depths: one encoding
     and G decodings an image (the k-curve of MGVQ, Table 6)."""

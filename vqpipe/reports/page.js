@@ -1,5 +1,8 @@
 "use strict";
 
+// All of a page's script in one file, beyond the 300 lines of other files: a page carries it inside itself, without a
+// build step, and the cards, the large view and the choices of a gallery share the few helpers below.
+
 // ---- The original uncovered over another picture: cards ----
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));

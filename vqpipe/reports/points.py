@@ -42,7 +42,8 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
         "this tokenizer": [(n, used) for n, used, _ in curve],
         "even coder": [(n, even) for n, _, even in curve],
     }
-    ends = f"{curve[-1][1]:.1%} of the codes after {tokens[-1]:,} tokens, {curve[-1][2]:.1%} by an even coder"
+    used, even = (share if share == 1 else min(share, 0.9999) for share in curve[-1][1:])  # all of them only if so
+    ends = f"{used:.2%} of the codes after {tokens[-1]:,} tokens, {even:.2%} by an even coder"
     return lines(
         "Codes in use against tokens",
         named,
