@@ -48,7 +48,7 @@ def bench(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Measure search, k-means, training, tokenizing, reading, generating and evaluating, beside the libraries installed here.
+    """Measure this machine: each of the subjects of --what, beside the libraries installed here.
 
     All methods of a case run in turns in one process; medians of wall time and CPU time, peak memory and exactness are
     told. A method that is not installed, or would need too much memory, is named with its reason. The machine should

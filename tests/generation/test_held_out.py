@@ -1,0 +1,64 @@
+"""Held-out examples over ranks: each once, and on every rank as many batches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vqpipe import distributed
+from vqpipe.generation.held_out import held_out_losses, mine
+
+
+class Numbers:
+    """Image i is the number i."""
+
+    mirrored = False
+
+    def __init__(self, count: int) -> None:
+        self.labels = np.zeros(count, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, image: int) -> str:
+        return str(image)
+
+    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+        return torch.tensor(list(images))[:, None]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 7, 8, 12])
+def test_ranks_take_each_once_and_make_as_many_calls(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    counted, calls = list[int](), list[int]()
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        batches = list(mine(Numbers(count), 2))
+        counted += [int(each) for _, batch, counts in batches if counts for each in batch.examples]
+        calls.append(len(batches))
+    assert sorted(counted) == list(range(count))
+    assert calls == [-(-count // 6)] * 3
+
+
+class Mean(nn.Module):
+    """The loss of a number is itself."""
+
+    def forward(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"total": examples.float().mean()}
+
+
+def test_a_rank_whose_batch_does_not_count_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    shares = list[dict[str, float]]()
+
+    def gather(mine: dict[str, float]) -> list[dict[str, float]]:
+        shares.append(mine)
+        return shares
+
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found = held_out_losses(Mean(), Numbers(5), batch_size=2, device=torch.device("cpu"))
+    assert found == {"total": pytest.approx((0 + 1 + 2 + 3 + 4) / 5)}
