@@ -161,13 +161,16 @@ def decode_png(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("kind", ["features", "tokens", pytest.param("images", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["tokens", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("features", "images"))]
+)
 def test_two_ranks_write_the_same_bytes(folder: Path, kind: str) -> None:
     done = on_two_ranks(folder, *command(kind, f"{kind}-2"))
     assert done.returncode == 0, done.stderr
     assert open_artifact(folder / f"{kind}-2").content == open_artifact(folder / kind).content
 
 
+@pytest.mark.slow
 def test_training_on_two_ranks_sees_the_same_images(folder: Path) -> None:
     done = on_two_ranks(folder, *command("tokenizer", "tokenizer-2"))
     assert done.returncode == 0, done.stderr
