@@ -1,6 +1,9 @@
 """`vqpipe train-classifier` as a function: it learns, its report is what its weights give, and it can be resumed."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,22 @@ def test_what_cannot_be_trained_is_told(drawn: Any, tmp_path: Path) -> None:
     refused(ConfigError, "for vqpipe train-generator", preset="gpt-tiny")
     refused(ConfigError, "needs held-out images", "examples.held_out=0")
     refused(WeightsError, r"mae\.pth does not exist", f"classifier.weights={tmp_path / 'mae.pth'}")
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_the_weights_learn_what_one_learns(drawn: Any, tmp_path: Path) -> None:
+    """Five held-out images in batches of two: one rank has a batch more."""
+    settings = [*SMALL, "train.warmup_steps=1", "examples.held_out=5", "train.validate_every=1"]
+    settings += ["train.parallel=fsdp", "train.weight_ema=0.5"]
+    words = ["-m", "stages", "train-classifier", "--preset", "vit-tiny", "--steps", "3", "--global-batch-size", "4"]
+    words += ["--tokens", str(drawn.tokens), "--tokenizer", str(drawn.tokenizer), "--device", "cpu"]
+    words += [word for each in settings for word in ("--set", each)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for ranks in ("1", "2"):
+        command = [*launch, ranks, *words, "--out", str(tmp_path / ranks)]
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    reports = [json.loads((tmp_path / ranks / "metrics.json").read_text()) for ranks in "12"]
+    assert reports[0]["top1"] == reports[1]["top1"]
