@@ -230,7 +230,8 @@ def test_every_kind_of_quantizer_trains_tokenizes_and_evaluates(folder: Path, ki
 
 
 def test_fine_tuning_another_model_names_what_differs(folder: Path) -> None:
-    words = ["train", "--images", "pictures", *TINY, "--set", "model.base_channels=16", "--from", "tokenizer"]
+    settings = ["--set", "model.base_channels=16", "--set", "train.matched_start=false"]
+    words = ["train", "--images", "pictures", *TINY, *settings, "--from", "tokenizer"]
     done = vqpipe(folder, *words, "--out", "wider")
     assert done.returncode == 1
     assert "error: tokenizer is another model than the preset's: model.base_channels was 8, now 16" in done.stderr
