@@ -180,8 +180,8 @@ def test_training_on_two_ranks_sees_the_same_images(folder: Path) -> None:
 
 
 def test_a_terminated_run_saves_and_resumes_to_the_same_weights(folder: Path) -> None:
-    words = [*command("tokenizer", "resumed"), "--set", "train.steps=60", "--set", "train.save_every=1000"]
-    straight = vqpipe(folder, *command("tokenizer", "straight"), "--set", "train.steps=60")
+    words = [*command("tokenizer", "resumed"), "--set", "train.steps=30", "--set", "train.save_every=1000"]
+    straight = vqpipe(folder, *command("tokenizer", "straight"), "--set", "train.steps=30")
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen([sys.executable, "-m", "stages", *words], cwd=folder, env=ENVIRONMENT)
     log = folder / "resumed.partial" / "metrics.jsonl"
@@ -196,7 +196,7 @@ def test_a_terminated_run_saves_and_resumes_to_the_same_weights(folder: Path) ->
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step" in resumed.stderr
     first, second = (open_artifact(folder / name).manifest.files for name in ("straight", "resumed"))
-    for name in ("model.safetensors", "discriminator.safetensors", "pictures/step-00000060.png"):
+    for name in ("model.safetensors", "discriminator.safetensors", "pictures/step-00000030.png"):
         assert first[name] == second[name], name
 
 

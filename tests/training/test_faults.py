@@ -176,7 +176,8 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
 # Signals in the middle of a save.
 
 
-@pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_during_a_save_loses_nothing(
     folder: Path, straight: dict[str, dict[str, object]], signals: int
 ) -> None:
