@@ -67,6 +67,29 @@ NumWorkers = Annotated[
 Precision = Annotated[
     str | None, typer.Option("--precision", help="Of the network: fp32 unless said.", metavar="fp32|bf16")
 ]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", metavar="N", min=1)]
+GlobalBatchSize = Annotated[
+    int | None, typer.Option("--global-batch-size", help="Images a step, over all ranks.", metavar="N", min=1)
+]
+TrainPrecision = Annotated[
+    str | None, typer.Option("--precision", help="Of convolutions and matrix products.", metavar="fp32|bf16")
+]
+Log = Annotated[
+    list[str] | None,
+    typer.Option("--log", help="Log there too, in OUT.logs; repeatable.", metavar="tensorboard|wandb"),
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")]
+Extractor = Annotated[
+    str | None,
+    typer.Option(
+        "--extractor",
+        help="A Frechet distance over another network's mean feature, under its name.",
+        metavar="open_clip:NAME/TAG|timm:NAME",
+    ),
+]
+ExtractorWeights = Annotated[
+    Path | None, typer.Option("--extractor-weights", help="Its weights; else from the cache.", metavar="FILE")
+]
 MaxSkipped = Annotated[
     float, typer.Option("--max-skipped", help="Share of unreadable images to accept.", metavar="0..1", min=0, max=1)
 ]

@@ -1,7 +1,6 @@
 """`vqpipe eval-generation`: samples and references -> a report: gFID and its kin, with the protocol, and a page."""
 
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,20 +101,9 @@ def eval_generation(
     out: Out,
     protocol: Annotated[str, typer.Option("--protocol", help="See above.", metavar="adm|cleanfid-raw")] = "adm",
     image_size: ImageSize = None,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")
-    ] = None,
-    extractor: Annotated[
-        str | None,
-        typer.Option(
-            "--extractor",
-            help="A Frechet distance over another network's mean feature, under its name.",
-            metavar="open_clip:NAME/TAG|timm:NAME",
-        ),
-    ] = None,
-    extractor_weights: Annotated[
-        Path | None, typer.Option("--extractor-weights", help="Its weights; else from the cache.", metavar="FILE")
-    ] = None,
+    weights: console.Weights = None,
+    extractor: console.Extractor = None,
+    extractor_weights: console.ExtractorWeights = None,
     statistics: Annotated[
         Path | None, typer.Option("--statistics", help="Where the references' go: OUT.reference.", metavar="DIR")
     ] = None,
@@ -174,8 +162,7 @@ def eval_generation(
         with draft:
             stop = min(limit or len(samples), len(samples))
             metrics, sheet = measure(samples, stop, known, measuring, fid_min_images)
-            command = command_of(images, reference, protocol, weights, limit)
-            return console.finished(publish(draft, metrics, sheet, command))
+            return console.finished(publish(draft, metrics, sheet))
 
 
 def size_of(images: list[str]) -> int:
@@ -327,17 +314,10 @@ def measure(
     return metrics, contact_sheet(torch.stack(everything), SHEET_COLUMNS)
 
 
-def command_of(images: list[str], reference: list[str], protocol: str, weights: Path | None, limit: int | None) -> str:
-    words = ["vqpipe", "eval-generation", *(part for each in images for part in ("--images", each))]
-    words += [part for each in reference for part in ("--reference", each)]
-    options = {"--protocol": protocol, "--weights": weights, "--limit": limit}
-    words += [str(part) for option, value in options.items() if value is not None for part in (option, value)]
-    return shlex.join([*words, "--out", "DIR"])
-
-
-def publish(draft: "Draft", metrics: dict[str, Any], sheet: bytes, command: str) -> "Artifact":
+def publish(draft: "Draft", metrics: dict[str, Any], sheet: bytes) -> "Artifact":
     """Write the report's files and finish it."""
     from vqpipe import distributed
+    from vqpipe.provenance import command_again
     from vqpipe.reports import page
     from vqpipe.reports.learning import generation_page
 
@@ -348,7 +328,7 @@ def publish(draft: "Draft", metrics: dict[str, Any], sheet: bytes, command: str)
         with draft.write("contact-sheet.png") as path:
             path.write_bytes(sheet)
         with draft.write("report.html") as path:
-            whole = generation_page(draft.out.name, metrics, sheet, lineage, command)
+            whole = generation_page(draft.out.name, metrics, sheet, lineage, command_again())
             path.write_text(page.render(whole), encoding="utf-8")
         for name, value in metrics.items():
             if isinstance(value, float | dict) and name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet"):

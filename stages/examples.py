@@ -1,6 +1,5 @@
 """What train-generator and train-classifier share: the tokens they read, their run, what watches it."""
 
-import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stages import console
-from stages.watching import Watcher
+from stages.watching import Watcher, train_watched
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.data.token_stream import Examples, ExamplesConfig
+    from vqpipe.reports.page import ReportPage
     from vqpipe.tokenizer import Tokenizer
     from vqpipe.training.config import TrainConfig
     from vqpipe.training.state import TrainState
@@ -25,19 +25,8 @@ FREE_KEYS = ("log_every", "save_every", "keep_every", "look_every", "max_bad_ste
 Given = Annotated[
     Path, typer.Option("--tokenizer", help="The tokenizer that made the tokens, or will make them.", metavar="DIR")
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", metavar="N", min=1)]
-GlobalBatchSize = Annotated[
-    int | None, typer.Option("--global-batch-size", help="Images a step, over all ranks.", metavar="N", min=1)
-]
-Precision = Annotated[
-    str | None, typer.Option("--precision", help="Of convolutions and matrix products.", metavar="fp32|bf16")
-]
 HeldOutTokens = Annotated[
     Path | None, typer.Option("--validation", help="Tokens of held-out images; see above.", metavar="DIR")
-]
-Log = Annotated[
-    list[str] | None,
-    typer.Option("--log", help="Log there too, in OUT.logs; repeatable.", metavar="tensorboard|wandb"),
 ]
 
 
@@ -71,9 +60,12 @@ def check_alike(stored: "Artifact", validation: "Artifact | None") -> None:
     """Raise an ArtifactError where held-out tokens are of another size than those to train on."""
     from vqpipe.errors import ArtifactError
 
-    if validation is not None and validation.facts["layout"] != stored.facts["layout"]:
+    if validation is None:
+        return
+    fact, what = ("latent_shape", "shape of latents") if stored.kind == "latents" else ("layout", "layout of ids")
+    if validation.facts[fact] != stored.facts[fact]:
         raise ArtifactError(
-            f"{validation.path} has another layout of ids than {stored.path}", "Tokenize both at one image size"
+            f"{validation.path} has another {what} than {stored.path}", "Tokenize both at one image size"
         )
 
 
@@ -116,7 +108,6 @@ class ExampleWatcher(Watcher):
 
     Args:
         what: one line about the network.
-        kind: of the artifact.
         validate: network -> numbers, on every rank; None where there is nothing to validate on.
         sample: network -> a PNG file of samples; None where it draws none. Sharded, every rank calls it.
     """
@@ -126,22 +117,15 @@ class ExampleWatcher(Watcher):
         draft: "Draft",
         *,
         what: str,
-        kind: str,
         validate: "Callable[[nn.Module], Mapping[str, float]] | None",
         sample: "Callable[[nn.Module], bytes] | None" = None,
         **options: Any,
     ) -> None:
         super().__init__(draft, **options)
-        self.what, self.kind, self.validation, self.sampler = what, kind, validate, sample
+        self.what, self.validation, self.sampler = what, validate, sample
         self.sharded = self.settings["train"]["parallel"] == "fsdp"
         self.sheet: bytes | None = None
         self.sheet_note = ""
-        self.page_is_old = False
-
-    def start(self, state: "TrainState") -> None:
-        super().start(state)
-        self.write_page()
-        console.say(f"to watch the run, open {self.draft.path / 'report.html'} (written again as it goes)")
 
     def look(self, step: int, network: "nn.Module") -> None:
         """A sheet of samples, `pictures/step-*.png`."""
@@ -168,36 +152,11 @@ class ExampleWatcher(Watcher):
         console.say(f"step {step:,}: held-out {numbers}")
         self.page_is_old = True
 
-    def advance(self, state: "TrainState") -> None:
-        super().advance(state)
-        if self.page_is_old:
-            self.write_page()
-
-    def write_page(self) -> None:
-        """`report.html`, from what is known now."""
-        from vqpipe import distributed
-        from vqpipe.provenance import now, provenance
-        from vqpipe.reports import page
+    def page(self, known: dict[str, Any], footer: str) -> "ReportPage":
+        """Numbers, samples, curves."""
         from vqpipe.reports.learning import LearningRun, learning_page
 
-        self.page_is_old = False
-        if not distributed.is_main():
-            return
-        run = LearningRun(
-            name=self.draft.out.name,
-            what=self.what,
-            step=self.step,
-            steps=self.steps,
-            rows=self.history.rows,
-            sheet=self.sheet,
-            sheet_note=self.sheet_note,
-            settings=self.settings,
-            lineage={"kind": self.kind, "name": self.draft.out.name, "content": "", "inputs": self.draft.lineage},
-            command=shlex.join(["vqpipe", *provenance(distributed.world_size())["command"][1:]]),
-        )
-        going_on = "Written again as the run goes on. " if self.step < self.steps else ""
-        with self.draft.write("report.html") as path:
-            path.write_text(page.render(learning_page(run, f"{going_on}{now()}")), encoding="utf-8")
+        return learning_page(LearningRun(**known, what=self.what, sheet=self.sheet, sheet_note=self.sheet_note), footer)
 
 
 def learn(
@@ -212,10 +171,8 @@ def learn(
     watcher: "Callable[[Any], ExampleWatcher]",
 ) -> "TrainState":
     """Train the network in `draft`, to the end; a signal saves the state and ends the process."""
-    from stages.live import display
     from vqpipe import distributed
     from vqpipe.data.token_stream import ExampleStream
-    from vqpipe.training import loop
     from vqpipe.training.generator_task import GeneratorTask
 
     stream = ExampleStream(
@@ -226,24 +183,8 @@ def learn(
         world_size=distributed.world_size(),
         mirror=mirror,
     )
-    with console.StopAtStepEnd() as signals, display(config.steps) as shown:
-        listener = watcher(shown)
-        try:
-            state = loop.train(
-                GeneratorTask(network),
-                config,
-                stream,
-                draft.path,
-                seed=seed,
-                device=device,
-                listener=listener,
-                stop_asked=signals.asked,
-            )
-        finally:
-            listener.close()
-        if state.step < config.steps:
-            signals.leave()
-    return state
+    task = GeneratorTask(network)
+    return train_watched(draft, task, config, stream, seed=seed, device=device, watcher=watcher)[0]
 
 
 def asked(sections: "Mapping[str, Any]", seed: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`vqpipe train`: images (and a codebook) -> tokenizer."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,13 +65,9 @@ def train(
         Path | None, typer.Option("--codebook", help="A codebook artifact, or a .npy of [K, dim].", metavar="DIR|FILE")
     ] = None,
     preset: Preset = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", metavar="N", min=1)] = None,
-    global_batch_size: Annotated[
-        int | None, typer.Option("--global-batch-size", help="Images a step, over all ranks.", metavar="N", min=1)
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="Of the convolutions.", metavar="fp32|bf16")
-    ] = None,
+    steps: console.Steps = None,
+    global_batch_size: console.GlobalBatchSize = None,
+    precision: console.TrainPrecision = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="Fine-tune this tokenizer; see above.", metavar="TOKENIZER")
     ] = None,
@@ -81,10 +78,7 @@ def train(
     publish: Annotated[
         str, typer.Option("--publish", help="Which weights: those of the last step, or the best.", metavar="last|best")
     ] = "last",
-    log: Annotated[
-        list[str] | None,
-        typer.Option("--log", help="Log there too, in OUT.logs; repeatable.", metavar="tensorboard|wandb"),
-    ] = None,
+    log: console.Log = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -210,10 +204,8 @@ def with_schedule(config: "TokenizerTrainConfig", validates: bool) -> "Tokenizer
 
 def run(recipe: "Recipe", draft: "Draft", given: Given, device: "torch.device") -> "Artifact":
     """Build the two networks, train them in `draft`, publish."""
-    from stages.live import display
-    from stages.watching import watch
+    from stages.watching import train_watched, watch
     from vqpipe.losses.objective import Objective
-    from vqpipe.training import loop
     from vqpipe.training.state import checkpoints
     from vqpipe.training.tokenizer_task import TokenizerTask
 
@@ -223,24 +215,8 @@ def run(recipe: "Recipe", draft: "Draft", given: Given, device: "torch.device") 
     if config.matched_start and not checkpoints(draft.path):
         match_start(recipe, model, given, device)
     stream = training_images(recipe, given, config.global_batch_size, shared=True)
-    with console.StopAtStepEnd() as signals, display(config.steps) as shown:
-        facts = facts_of(model)
-        watcher = watch(recipe, draft, given, task, device, shown, sections=SECTIONS, facts=facts)
-        try:
-            state = loop.train(
-                task,
-                config,
-                stream,
-                draft.path,
-                seed=given.seed,
-                device=device,
-                listener=watcher,
-                stop_asked=signals.asked,
-            )
-        finally:
-            watcher.close()
-        if state.step < config.steps:
-            signals.leave()
+    watching = partial(watch, recipe, draft, given, task, device, sections=SECTIONS, facts=facts_of(model))
+    state, watcher = train_watched(draft, task, config, stream, seed=given.seed, device=device, watcher=watching)
     return publish_tokenizer(recipe, draft, given, task, state, watcher)
 
 

@@ -1,8 +1,8 @@
 """What watches a training run: its log, pictures and validations, its page, and the table on the terminal."""
 
 import shlex
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages import console
 from stages.live import Display
@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from vqpipe.losses.objective import Objective
     from vqpipe.models import Autoencoder
     from vqpipe.reports.evaluation import Shown
+    from vqpipe.reports.page import ReportPage
+    from vqpipe.training.config import TrainConfig
     from vqpipe.training.history import Row
     from vqpipe.training.loggers import Logger
     from vqpipe.training.state import TrainState
+    from vqpipe.training.task import Stream, Task
     from vqpipe.training.throughput import Throughput
     from vqpipe.training.tokenizer_task import TokenizerTask
     from vqpipe.training.validation import Best, Validation
 
+W = TypeVar("W", bound="Watcher")
 LOOK_AT = 8
 """Images in a reconstruction grid."""
 
@@ -40,6 +44,7 @@ class Watcher:
         self.draft, self.settings, self.names, self.display = draft, settings, loggers, display
         self.loggers: list[Logger] = []
         self.steps, self.batch_size = settings["train"]["steps"], settings["train"]["global_batch_size"]
+        self.page_is_old = False
 
     def start(self, state: "TrainState") -> None:
         """The run begins, or goes on from a checkpoint."""
@@ -67,6 +72,8 @@ class Watcher:
         self.loggers = [LOGGERS[name](run) for name in self.names]
         if self.names:
             console.say(f"{' and '.join(self.names)}: {run.folder}")
+        self.write_page()
+        console.say(f"to watch the run, open {self.draft.path / 'report.html'} (written again as it goes)")
 
     def log(self, row: "Row") -> None:
         """A row of training numbers."""
@@ -79,9 +86,11 @@ class Watcher:
         """Time to look at held-out data. Here: none."""
 
     def advance(self, state: "TrainState") -> None:
-        """A step is done."""
+        """A step is done, saved where it was due."""
         self.step = state.step
         self.display.advance()
+        if self.page_is_old:
+            self.write_page()
 
     def bad(self, step: int, keys: list[str]) -> None:
         """A step was skipped."""
@@ -99,6 +108,33 @@ class Watcher:
         self.display.show(row)
         for logger in self.loggers:
             logger.log(row)
+
+    def page(self, known: dict[str, Any], footer: str) -> "ReportPage":
+        """The run's page, from what any run knows (the fields of `reports.training.Run`) and what this one shows."""
+        raise NotImplementedError
+
+    def write_page(self) -> None:
+        """`report.html`, from what is known now."""
+        from vqpipe import distributed
+        from vqpipe.provenance import now, provenance
+        from vqpipe.reports import page
+
+        self.page_is_old = False
+        if not distributed.is_main():
+            return
+        name = self.draft.out.name
+        known: dict[str, Any] = {
+            "name": name,
+            "step": self.step,
+            "steps": self.steps,
+            "rows": self.history.rows,
+            "settings": self.settings,
+            "lineage": {"kind": self.draft.asked["kind"], "name": name, "content": "", "inputs": self.draft.lineage},
+            "command": shlex.join(["vqpipe", *provenance(distributed.world_size())["command"][1:]]),
+        }
+        going_on = "Written again as the run goes on; load it again to see. " if self.step < self.steps else ""
+        with self.draft.write("report.html") as path:
+            path.write_text(page.render(self.page(known, f"{going_on}{now()}")), encoding="utf-8")
 
 
 class TokenizerWatcher(Watcher):
@@ -124,12 +160,6 @@ class TokenizerWatcher(Watcher):
         self.shown: list[Shown] = []
         self.shown_note = self.counts_note = ""
         self.counts: Tensor | None = None
-        self.page_is_old = False
-
-    def start(self, state: "TrainState") -> None:
-        super().start(state)
-        self.write_page()
-        console.say(f"to watch the run, open {self.draft.path / 'report.html'} (written again with each picture)")
 
     def log(self, row: "Row") -> None:
         """A row of training numbers, the device's arithmetic added."""
@@ -171,40 +201,20 @@ class TokenizerWatcher(Watcher):
         console.say(f"step {step:,}: {name} {value}" + (", the best so far" if best else ""))
         self.page_is_old = True
 
-    def advance(self, state: "TrainState") -> None:
-        """A step is done, saved where it was due."""
-        super().advance(state)
-        if self.page_is_old:
-            self.write_page()
-
-    def write_page(self) -> None:
-        """`report.html`, from what is known now."""
-        from vqpipe import distributed
-        from vqpipe.provenance import now, provenance
-        from vqpipe.reports import page
+    def page(self, known: dict[str, Any], footer: str) -> "ReportPage":
+        """Numbers, pictures, curves, codes in use."""
         from vqpipe.reports.training import TrainingRun, training_page
 
-        self.page_is_old = False
-        if not distributed.is_main():
-            return
         run = TrainingRun(
-            name=self.draft.out.name,
+            **known,
             tokenizer=self.tokenizer,
-            step=self.step,
-            steps=self.steps,
-            rows=self.history.rows,
             shown=self.shown,
             shown_note=self.shown_note,
             counts=self.counts,
             counts_note=self.counts_note,
             best_step=None if self.best is None else self.best.step,
-            settings=self.settings,
-            lineage={"kind": "tokenizer", "name": self.draft.out.name, "content": "", "inputs": self.draft.lineage},
-            command=shlex.join(["vqpipe", *provenance(distributed.world_size())["command"][1:]]),
         )
-        going_on = "Written again with each picture; load it again to see. " if self.step < self.steps else ""
-        with self.draft.write("report.html") as path:
-            path.write_text(page.render(training_page(run, f"{going_on}{now()}")), encoding="utf-8")
+        return training_page(run, footer)
 
 
 class Pictures:
@@ -247,6 +257,37 @@ class Pictures:
         psnr = psnr_of(mean_squared_error(self.originals, again), peak=255.0).tolist()
         pairs = zip(self.names, self.originals, again, psnr, strict=True)
         return [Shown(name, to_png(a), to_png(b), db if db < float("inf") else None) for name, a, b, db in pairs]
+
+
+def train_watched(
+    draft: "Draft",
+    task: "Task[Any, Any]",
+    config: "TrainConfig",
+    stream: "Stream[Any]",
+    *,
+    seed: int,
+    device: "torch.device",
+    watcher: Callable[[Display], W],
+) -> "tuple[TrainState, W]":
+    """Train the task in `draft`, to the end; a signal saves the state and ends the process.
+
+    Args:
+        watcher: the table on the terminal -> what watches the run.
+    """
+    from stages.live import display
+    from vqpipe.training import loop
+
+    with console.StopAtStepEnd() as signals, display(config.steps) as shown:
+        listener = watcher(shown)
+        try:
+            state = loop.train(
+                task, config, stream, draft.path, seed=seed, device=device, listener=listener, stop_asked=signals.asked
+            )
+        finally:
+            listener.close()
+        if state.step < config.steps:
+            signals.leave()
+    return state, listener
 
 
 def watch(

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -14,6 +15,17 @@ def provenance(world_size: int) -> dict[str, Any]:
     """How and where this process runs: versions, git commit, hardware, world size, command."""
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     return {**surroundings(world_size), "git": git_commit(), "command": command}
+
+
+def command_again() -> str:
+    """The command of this process, to be copied and run again. That writes elsewhere, so `--out` is left open."""
+    words = ["vqpipe", *sys.argv[1:]]
+    for place, word in enumerate(words):
+        if word.startswith("--out="):
+            words[place] = "--out=DIR"
+        elif word == "--out":
+            words[place + 1 : place + 2] = ["DIR"]
+    return shlex.join(words)
 
 
 def surroundings(world_size: int) -> dict[str, Any]:

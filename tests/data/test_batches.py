@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqpipe.data.batches import Batch, OrderedBatches, TrainingStream, check_skipped, permutation
+from vqpipe.data.batches import Batch, OrderedBatches, Shuffle, TrainingStream, check_skipped, permutation
 from vqpipe.data.shards import ImageSet, open_images
 from vqpipe.data.transforms import DataConfig, center_crop, decode
 from vqpipe.data.workers import through_workers
@@ -80,7 +80,7 @@ def test_a_set_smaller_than_the_batch(images: ImageSet) -> None:
 
 def test_the_global_batch_divides() -> None:
     with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
-        TrainingStream(None, config(), seed=0, batch_size=10, world_size=4)
+        Shuffle(20, seed=0, batch_size=10, rank=0, world_size=4)
 
 
 @pytest.fixture

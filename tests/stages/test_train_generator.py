@@ -123,7 +123,8 @@ def test_latents_are_made_once(drawn: Any, tmp_path: Path, kind: str, capsys: py
     stored = open_artifact(latents, "latents")
     assert stored.facts["num_latents"] == 48  # each image and its mirror image
     capsys.readouterr()
-    train_generator(drawn.tokenizer, tmp_path / "b", latents=latents, **options)
+    options["overrides"] += ["train.validate_every=1"]  # which changes nothing
+    train_generator(drawn.tokenizer, tmp_path / "b", latents=latents, validation=latents, **options)
     assert "images/s: " not in capsys.readouterr().err
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -131,6 +132,22 @@ def test_latents_are_made_once(drawn: Any, tmp_path: Path, kind: str, capsys: py
     assert opened.statistics is not None
     assert list(opened.statistics.mean) == stored.facts["mean"]
     assert (opened.generator.num_classes, opened.classes) == (5, (0, 1, 2))
+
+
+def test_held_out_latents_of_another_size_are_refused(drawn: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "device": "cpu"}
+    options["overrides"] = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=2"]
+    images, larger = [str(drawn.pictures)], 16
+    train_generator(drawn.tokenizer, tmp_path / "a", images=images, num_workers=0, **options)
+    train_generator(drawn.tokenizer, tmp_path / "b", images=images, num_workers=0, image_size=larger, **options)
+    with pytest.raises(ArtifactError, match="another shape of latents"):
+        train_generator(
+            drawn.tokenizer,
+            tmp_path / "c",
+            latents=tmp_path / "a.latents",
+            validation=tmp_path / "b.latents",
+            **options,
+        )
 
 
 def test_raw_latents_are_not_normalised(drawn: Any, tmp_path: Path) -> None:

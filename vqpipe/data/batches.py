@@ -140,22 +140,19 @@ class OrderedBatches:
         return [range(first, min(first + self.batch_size, stop)) for first, stop in firsts]
 
 
-class TrainingStream:
-    """Endless shuffled training images; position p of the run is a function of (seed, p) alone.
+class Shuffle:
+    """Endless samples of a set, shuffled; what stands at position p of a run is a function of (seed, p) alone.
 
-    Epoch e goes through the set in an order drawn from (seed, e); batches run over the edge between epochs. Crop and
-    flip of a sample are drawn from (seed, epoch, sample). Rank r gets the r-th of `world_size` equal parts of each
-    global batch: the ranks' batches, joined in rank order, are the global batch, whatever the number of ranks.
-
-    An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and counted in `skipped`.
+    Epoch e goes through the set in an order drawn from (seed, e); batches run over the edge between epochs. Rank r gets
+    the r-th of `world_size` equal parts of each global batch: the ranks' batches, joined in rank order, are the global
+    batch, whatever the number of ranks.
 
     Raises:
         ConfigError: the global batch does not divide by the number of ranks.
+        DataError: the set is empty.
     """
 
-    def __init__(
-        self, images: ImageSet, config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, length: int, *, seed: int, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ConfigError(
                 f"the global batch of {batch_size} images does not divide by {world_size} ranks",
@@ -163,8 +160,41 @@ class TrainingStream:
             )
         if seed < 0:
             raise ConfigError(f"the seed {seed} is negative")
-        self.images, self.config, self.seed = images, config, seed
+        if length == 0:
+            raise DataError("there are no images to train on")
+        self.length, self.seed = length, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """(epoch, sample) at a global position."""
+        epoch, offset = divmod(position, self.length)
+        return epoch, int(permutation(self.seed, epoch, self.length)[offset])
+
+    def batches(self, images_seen: int) -> Iterator[list[tuple[int, int]]]:
+        """(epoch, sample) of each of this rank's images, batch by batch from global position `images_seen` on."""
+        share = self.batch_size // self.world_size
+        first = images_seen + self.rank * share
+        while True:
+            yield [self.draw(position) for position in range(first, first + share)]
+            first += self.batch_size
+
+
+class TrainingStream:
+    """Endless shuffled training images, as `Shuffle` orders them; crop and flip of a sample are drawn from (seed,
+    epoch, sample).
+
+    An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and counted in `skipped`.
+
+    Raises:
+        ConfigError: the global batch does not divide by the number of ranks.
+        DataError: there are no images.
+    """
+
+    def __init__(
+        self, images: ImageSet, config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.images, self.config, self.seed = images, config, seed
+        self.shuffle = Shuffle(len(images), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
         self.skipped: dict[str, int] = {}
         """reason -> count of the images this rank replaced since `from_sample`."""
 
@@ -177,33 +207,13 @@ class TrainingStream:
         seen, counts = 0, Counter[str]()
         self.skipped = counts
         dataset = TrainingImages(self.images, self.config, self.seed)
-        draws = Draws(self, images_seen)
-        for batch, skipped in through_workers(dataset, draws, self.config.num_workers, self.config.worker_timeout):
+        work = self.shuffle.batches(images_seen)
+        for batch, skipped in through_workers(dataset, work, self.config.num_workers, self.config.worker_timeout):
             counts.update(skipped)
             seen += len(batch.indices)
             if seen >= FEW:
                 check_skipped(counts, seen, self.config.max_skipped)
             yield with_keys(batch, self.images)
-
-    def draw(self, position: int) -> tuple[int, int]:
-        """(epoch, sample) at a global position."""
-        epoch, offset = divmod(position, len(self.images))
-        return epoch, int(permutation(self.seed, epoch, len(self.images))[offset])
-
-
-class Draws:
-    """The (epoch, sample) pairs of each of one rank's batches, for ever."""
-
-    def __init__(self, stream: TrainingStream, images_seen: int) -> None:
-        self.stream, self.images_seen = stream, images_seen
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        stream, position = self.stream, self.images_seen
-        share = stream.batch_size // stream.world_size
-        while True:
-            first = position + stream.rank * share
-            yield [stream.draw(p) for p in range(first, first + share)]
-            position += stream.batch_size
 
 
 def generator(seed: int, *place: int) -> np.random.Philox:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact
-from vqpipe.data.batches import SAMPLE, generator, permutation
+from vqpipe.data.batches import SAMPLE, Shuffle, generator
 from vqpipe.data.latent_set import LatentSet
 from vqpipe.data.tokens import id_type, read_tokens
 from vqpipe.errors import ArtifactError, ConfigError, DataError
@@ -265,10 +265,8 @@ def held_out_part(examples: Examples, count: int) -> tuple[Examples, Part | None
 
 
 class ExampleStream:
-    """Endless shuffled training examples; position p of the run is a function of (seed, p) alone.
-
-    Epoch e goes through the images in an order drawn from (seed, e); whether an image comes mirrored is drawn from
-    (seed, e, image). Rank r gets the r-th of `world_size` equal parts of each global batch.
+    """Endless shuffled training examples, as `Shuffle` orders them; whether an image comes mirrored is drawn from
+    (seed, epoch, image).
 
     Raises:
         ConfigError: the global batch does not divide by the number of ranks.
@@ -285,31 +283,17 @@ class ExampleStream:
         world_size: int = 1,
         mirror: bool = True,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise ConfigError(
-                f"the global batch of {batch_size} images does not divide by {world_size} ranks",
-                "Change train.global_batch_size or the number of processes",
-            )
-        if seed < 0:
-            raise ConfigError(f"the seed {seed} is negative")
-        if len(examples) == 0:
-            raise DataError("there are no images to train on")
         self.examples, self.seed, self.mirror = examples, seed, mirror and examples.mirrored
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.shuffle = Shuffle(len(examples), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def from_sample(self, images_seen: int) -> Iterator[TokenBatch]:
         """This rank's batches from global position `images_seen` on, without reading what came before."""
-        share = self.batch_size // self.world_size
-        position = images_seen + self.rank * share
-        while True:
-            yield self.batch([self.draw(p) for p in range(position, position + share)])
-            position += self.batch_size
+        for drawn in self.shuffle.batches(images_seen):
+            yield self.batch([(image, self.mirrors(epoch, image)) for epoch, image in drawn])
 
-    def draw(self, position: int) -> tuple[int, bool]:
-        """(image, whether it comes mirrored) at a global position."""
-        epoch, offset = divmod(position, len(self.examples))
-        image = int(permutation(self.seed, epoch, len(self.examples))[offset])
-        return image, self.mirror and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
+    def mirrors(self, epoch: int, image: int) -> bool:
+        """Whether the image comes mirrored in that epoch."""
+        return self.mirror and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
 
     def batch(self, drawn: Sequence[tuple[int, bool]]) -> TokenBatch:
         images, mirror = [image for image, _ in drawn], [flip for _, flip in drawn]

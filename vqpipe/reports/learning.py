@@ -1,14 +1,13 @@
 """Pages about generators and classifiers: of a run, the same while it goes on and when it has ended; of samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vqpipe.reports import page, plots
 from vqpipe.reports.pictures import data_uri
-from vqpipe.reports.training import Column, flat, latest, waiting
+from vqpipe.reports.training import Column, Row, Run, headline, origin
 
-Row = Mapping[str, Any]
 NUMBERS = (
     Column("loss/total", "loss", ".4g"),
     Column("valid/total", "validation loss", ".4g"),
@@ -21,24 +20,15 @@ NUMBERS = (
 )
 
 
-@dataclass(frozen=True)
-class LearningRun:
-    """What is known of a run at one moment."""
+@dataclass(frozen=True, kw_only=True)
+class LearningRun(Run):
+    """A generator's or a classifier's run."""
 
-    name: str
     what: str
     """One line: which network, on what."""
-    step: int
-    steps: int
-    rows: Sequence[Row]
-    """Of `metrics.jsonl`."""
     sheet: bytes | None = None
     """The newest samples, a PNG file."""
     sheet_note: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The sections of its preset."""
-    lineage: Mapping[str, Any] = field(default_factory=dict)
-    command: str = ""
 
 
 def learning_page(run: LearningRun, footer: str = "") -> page.ReportPage:
@@ -49,31 +39,13 @@ def learning_page(run: LearningRun, footer: str = "") -> page.ReportPage:
 
 def sections(run: LearningRun) -> Iterator[page.Section]:
     """The parts of the page that there is something to say in."""
-    if numbers := headline(run):
-        yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
+    yield from headline(run, NUMBERS)
     if run.sheet is not None:
         samples = page.Map(run.sheet_note, data_uri(run.sheet), f"Step {run.step:,}", "samples")
         yield page.Maps("Samples", [samples])
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
-    if run.settings:
-        rows = [[name, text] for name, text in flat(run.settings)]
-        yield page.Table("Settings", ["setting", "value"], rows, folded=True)
-    if run.lineage:
-        yield page.Lineage("Made from", [run.lineage])
-    if run.command:
-        yield page.Commands("Go on, or make it again", [run.command])
-
-
-def headline(run: LearningRun) -> list[page.Number]:
-    """The newest of each number that is logged."""
-    notes = {"images_per_second": waiting(latest(run.rows, "data_wait"))}
-    values = {column: latest(run.rows, column.key) for column in NUMBERS}
-    return [
-        page.Number(column.label, column.written(value), column.unit, notes.get(column.key, ""))
-        for column, value in values.items()
-        if value is not None and not (column.key == "bad_steps" and value == 0)
-    ]
+    yield from origin(run)
 
 
 def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:

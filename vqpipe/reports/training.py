@@ -19,17 +19,27 @@ MOST_OPEN = 12
 """Validations up to which their table stands open."""
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """What is known of a run at one moment."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is known of any run at one moment."""
 
     name: str
-    tokenizer: Mapping[str, Any]
-    """`quantizer` (its kind), `codebook_size`, `num_groups`, `downsample_factor`."""
     step: int
     steps: int
     rows: Sequence[Row]
     """Of `metrics.jsonl`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The sections of its preset."""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(Run):
+    """A tokenizer's run."""
+
+    tokenizer: Mapping[str, Any]
+    """`quantizer` (its kind), `codebook_size`, `num_groups`, `downsample_factor`."""
     shown: Sequence[Shown] = ()
     """The newest pictures."""
     shown_note: str = ""
@@ -40,10 +50,6 @@ class TrainingRun:
     """On which images."""
     best_step: int | None = None
     """At which the validation went best."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The sections of its preset."""
-    lineage: Mapping[str, Any] = field(default_factory=dict)
-    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,7 @@ def training_page(run: TrainingRun, footer: str = "") -> page.ReportPage:
 
 def sections(run: TrainingRun) -> Iterator[page.Section]:
     """The parts of the page that there is something to say in."""
-    if numbers := headline(run):
-        yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
+    yield from headline(run, NUMBERS, notes_of(run))
     if run.shown:
         caption = joined(run.shown_note, ERROR_CAPTION)
         yield page.Pictures("Originals and reconstructions", triples_of(run.shown), caption)
@@ -106,13 +111,7 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
         yield page.Maps("Which codes are in use", maps, caption, [plots.code_frequency(run.counts)])
     if any("valid/images" in row for row in run.rows):
         yield validation_table(run)
-    if run.settings:
-        rows = [[name, text] for name, text in flat(run.settings)]
-        yield page.Table("Settings", ["setting", "value"], rows, folded=True)
-    if run.lineage:
-        yield page.Lineage("Made from", [run.lineage])
-    if run.command:
-        yield page.Commands("Go on, or make it again", [run.command])
+    yield from origin(run)
 
 
 def subtitle(run: TrainingRun) -> str:
@@ -121,22 +120,41 @@ def subtitle(run: TrainingRun) -> str:
     return f"{what}. Step {run.step:,} of {run.steps:,}."
 
 
-def headline(run: TrainingRun) -> list[page.Number]:
-    """The newest of each number that is logged."""
-    notes = {
+def notes_of(run: TrainingRun) -> dict[str, str]:
+    """What stands below a number."""
+    return {
         "psnr": "training images, since the row before",
         "utilization": "training images, since the row before",
         "valid/psnr": "" if run.best_step is None else f"best at step {run.best_step:,}",
-        "images_per_second": waiting(latest(run.rows, "data_wait")),
         "mfu": "estimate; bf16, dense",
         "tflops": "estimate; each device",
     }
-    values = {column: latest(run.rows, column.key) for column in NUMBERS}
-    return [
+
+
+def headline(run: Run, columns: Sequence[Column], notes: Mapping[str, str] | None = None) -> Iterator[page.Section]:
+    """The newest of each number that is logged; `notes` by key."""
+    share = latest(run.rows, "data_wait")
+    waiting = {} if share is None else {"images_per_second": f"{share:.0%} of the time waiting for images"}
+    notes = waiting | dict(notes or {})
+    values = {column: latest(run.rows, column.key) for column in columns}
+    numbers = [
         page.Number(column.label, column.written(value), column.unit, notes.get(column.key, ""))
         for column, value in values.items()
         if value is not None and not (column.key == "bad_steps" and value == 0)
     ]
+    if numbers:
+        yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
+
+
+def origin(run: Run) -> Iterator[page.Section]:
+    """Its settings, what it was made from, and the command."""
+    if run.settings:
+        rows = [[name, text] for name, text in flat(run.settings)]
+        yield page.Table("Settings", ["setting", "value"], rows, folded=True)
+    if run.lineage:
+        yield page.Lineage("Made from", [run.lineage])
+    if run.command:
+        yield page.Commands("Go on, or make it again", [run.command])
 
 
 def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
@@ -186,10 +204,6 @@ def latest(rows: Sequence[Row], key: str) -> float | None:
     """The newest finite number logged under `key`, or None."""
     values = plots.series(rows, key)[1]
     return float(values[-1]) if len(values) else None
-
-
-def waiting(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%} of the time waiting for images"
 
 
 def flat(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
