@@ -57,6 +57,17 @@ def test_methods_take_turns_in_an_order_that_changes_from_round_to_round(clock: 
     assert len({one.index("a") for one in rounds}) > 2, "each method runs in several places, after several others"
 
 
+def test_a_quick_method_is_called_several_times_in_its_turn_and_the_first_of_them_not_counted(
+    clock: FakeClock, case: Case
+) -> None:
+    one_round = (9.0, 0.25, 0.125, 0.125)  # the first call after another method's is slow
+    methods = [clock.method("quick", 1.0, 0.125, *one_round, *one_round, ours=True), clock.method("slow", 1.0)]
+    samples = clock.stopwatch(rounds=2).measure(methods, case)
+    assert samples["quick"].wall == [0.125, 0.125]
+    assert clock.log[4:].count("quick") == 8
+    assert clock.log[4:].count("slow") == 2
+
+
 def test_medians_minima_ratios_and_rates_come_from_the_rounds_alone(clock: FakeClock, case: Case) -> None:
     ours = clock.method("ours", 50.0, 0.5, 2.0, 1.0, 9.0, ours=True)  # the first two calls are not counted
     peer = clock.method("peer", 99.0, 3.5, 4.0, 4.0, 6.0, exact=False, version="peer 1.0", note="a note")

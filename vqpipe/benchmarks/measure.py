@@ -1,9 +1,9 @@
 """How methods are timed: side by side, in one process, in turns.
 
-All methods of a case are warmed up, then called once each per round, in another order each round, so that whatever else
-the machine does, and whatever the call before leaves in its caches, falls on all alike. What is kept are medians of
-wall time and of CPU time (user and system, all threads: what other processes disturb least), and the peak of memory
-above what was held before.
+All methods of a case are warmed up, then take a turn each per round, in another order each round, so that whatever else
+the machine does falls on all alike. A quick method is called several times in its turn, and the first of these calls is
+not counted: it pays for what the method before did to the caches. What is kept are medians of wall time and of CPU time
+(user and system, all threads: what other processes disturb least), and the peak of memory above what was held before.
 """
 
 import gc
@@ -31,6 +31,10 @@ from vqpipe.provenance import now
 
 REST_SECONDS = 0.02
 """Between two calls: OpenMP threads of the call before spin a little, on the bill of the next."""
+TURN_SECONDS = 0.5
+"""In each round of a method whose call takes less than half of that."""
+TURN_CALLS = 20
+"""In each round, at most."""
 CALLS_BEFORE = 2
 """Of every method, not counted: one to warm up, one for memory and result."""
 PROCESS = Path("/proc/self")
@@ -62,7 +66,7 @@ class Method:
 
 @dataclass
 class Samples:
-    """What the calls of one method took, in seconds, a number per round."""
+    """What a call of one method took, in seconds, a number per round: the median of the calls in its turn."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -161,7 +165,7 @@ class Plan:
 
 
 class Stopwatch:
-    """Times calls. `on_call` hears the name of each method before each of its calls; a test gives the clocks."""
+    """Times calls. `on_call` hears the name of each method before each of its turns; a test gives the clocks."""
 
     def __init__(
         self,
@@ -193,21 +197,34 @@ class Stopwatch:
             for method in random.Random(number).sample(left, len(left)):
                 its = samples[method.name]
                 if number < self.rounds_of(its):
-                    wall, cpu, _ = self.time(method)
+                    wall, cpu = self.turn(method, its.warm)
                     its.wall.append(wall)
                     its.cpu.append(cpu)
         return samples
 
+    def turn(self, method: Method, usual: float) -> tuple[float, float]:
+        """One round's seconds of wall time and of CPU time, for a method whose call usually takes so many seconds."""
+        self.on_call(method.name)
+        counted = int(min(TURN_SECONDS / max(usual, 1e-9), TURN_CALLS)) - 1
+        if counted < 1:
+            return self.time(method)[:2]
+        self.time(method)
+        wall, cpu, _ = zip(*(self.time(method) for _ in range(counted)), strict=True)
+        return statistics.median(wall), statistics.median(cpu)
+
     def warm_up(self, method: Method) -> Samples:
         """The first call, then one whose memory is watched and whose result is kept."""
+        self.on_call(method.name)
         first, _, result = self.time(method)
         del result  # its memory is to be asked for again
+        self.on_call(method.name)
         with peak_memory(self.settings.device) as peak:
             warm, _, result = self.time(method)
         return Samples(first=first, warm=warm, peak_mb=peak(), result=result)
 
     def cold(self, method: Method) -> Samples:
         """One call, which is timed and watched."""
+        self.on_call(method.name)
         with peak_memory(self.settings.device) as peak:
             wall, cpu, result = self.time(method)
         return Samples([wall], [cpu], first=wall, warm=0.0, peak_mb=peak(), result=result)
@@ -218,7 +235,6 @@ class Stopwatch:
 
     def time(self, method: Method) -> tuple[float, float, Any]:
         """One call: seconds of wall time, seconds of CPU time, and its result."""
-        self.on_call(method.name)
         time.sleep(self.rest)
         with warnings.catch_warnings():
             if not method.ours:

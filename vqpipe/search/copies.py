@@ -51,7 +51,7 @@ def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     start >>= np.uint32(32 - TABLE_BITS)
     named = np.zeros(2**TABLE_BITS, dtype=bool)
     named[start[ids]] = True
-    suspects = np.flatnonzero(named[start])
+    suspects = np.flatnonzero(named.take(start))
     some = rows[suspects] + np.float32(0.0)
     words = some.view(np.int64 if some.shape[1] % 2 == 0 else np.int32)
     if not _any_equal(words @ _odd(words.shape[1]).numpy()):  # which is all that `row_hashes` does
