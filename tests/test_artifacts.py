@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact, start
+from vqpipe.artifacts import draft as draft_module
 from vqpipe.errors import ArtifactError
 
 CONFIG = {"k": 3, "nested": {"a": 1}}
@@ -117,6 +119,34 @@ def test_two_writers_cannot_both_write(tmp_path: Path) -> None:
         second = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
     assert second.returncode == 1
     assert f"is being written by process {os.getpid()}" in second.stderr
+
+
+@pytest.mark.parametrize("moment", ["rename", "renamed"])
+def test_nobody_comes_between_the_last_file_and_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    answers = []
+
+    def fault(name: str) -> None:
+        if name == moment:
+            other = os.open(folder / ".lock", os.O_RDWR)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(other)
+            answers.append(name)
+
+    folder = tmp_path / ("out.partial" if moment == "rename" else "out")
+    monkeypatch.setattr(draft_module, "fault", fault)
+    publish(tmp_path / "out")
+    assert answers == [moment]
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_a_lock_that_was_left_just_after_publishing_goes_with_the_next_run(tmp_path: Path) -> None:
+    publish(tmp_path / "out")
+    (tmp_path / "out" / ".lock").write_text("process 1 on nowhere\n")
+    assert isinstance(start(tmp_path / "out", "codebook", CONFIG, INPUTS), Artifact)
+    assert not list(tmp_path.rglob(".lock"))
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,7 @@ from vqpipe.files import digest_json, flush_to_disk, hash_file, rename, write_js
 from vqpipe.provenance import now, provenance, surroundings
 
 LOG = logging.getLogger("vqpipe")
+LOCK = ".lock"
 RUNS = ".runs.json"
 
 
@@ -84,7 +85,7 @@ class Draft:
 
     def has_work(self) -> bool:
         """Whether anything was written that a resumed run could go on from."""
-        ours = ("request.json", ".lock", RUNS)
+        ours = ("request.json", LOCK, RUNS)
         return any(
             path.is_file() and path.name not in ours and not is_status(path.name) for path in self.path.rglob("*")
         )
@@ -132,6 +133,8 @@ class Draft:
         if not (self.out / "manifest.json").is_file():
             raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", "Choose another --out")
         self.check_same(open_artifact(self.out).manifest, self.out)
+        with suppress(OSError):  # of a run that was killed just after it had published
+            (self.out / LOCK).unlink(missing_ok=True)
         return True
 
     def check_same(self, manifest: Manifest, path: Path) -> None:
@@ -179,15 +182,18 @@ class Draft:
 
     def take_lock(self) -> None:
         """Become the one writer; the kernel frees the lock of a process that dies. An ArtifactError names the owner."""
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
-            raise ArtifactError(f"{self.out} is being written by {owner}", "Wait for it, or stop it") from None
+            raise ArtifactError(
+                f"{self.out} is being written by {owner}",
+                f"Wait for it, or stop it; where its machine is gone for good, delete {self.path / LOCK}",
+            ) from None
         os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {self.started}\n".encode())
         self._lock = handle
 
     def release(self) -> None:
@@ -293,12 +299,13 @@ class Draft:
                 f"cannot publish {self.out}: {error.strerror}", f"The work is kept in {self.path}"
             ) from None
         fault("renamed")
+        (self.out / LOCK).unlink(missing_ok=True)
         flush_to_disk(self.out.parent)
         self.release()
 
     def tidy(self, files: Mapping[str, Any]) -> None:
-        """Delete all but `files` and the manifest."""
-        keep = {self.path / name for name in files} | {self.path / "manifest.json"}
+        """Delete all but `files`, the manifest and the lock, which is held until the directory has its name."""
+        keep = {self.path / name for name in (*files, "manifest.json", LOCK)}
         for file in sorted(self.path.rglob("*"), reverse=True):
             if file.is_dir() and not file.is_symlink():
                 if not any(file.iterdir()):

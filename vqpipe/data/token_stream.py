@@ -166,13 +166,24 @@ class TokenSet:
         distributed.barrier()
         if file.is_file():
             return np.load(file, mmap_mode="r")
-        if not distributed.is_main():
-            return np.broadcast_to(np.zeros((), dtype), shape)
+        rows = np.broadcast_to(np.zeros((), dtype), shape)
+        with distributed.sharing_errors():
+            if distributed.is_main():
+                rows = TokenSet.allocated(file, shape, dtype)
+        return rows
+
+    @staticmethod
+    def allocated(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """A new file beside `file`, mapped, with its place on the disk taken: else it would end in a SIGBUS.
+
+        Raises:
+            ArtifactError: there is no room.
+        """
         temporary = file.with_name(f".writing-{file.name}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             rows = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            with temporary.open("r+b") as handle:  # a map of blocks that the disk then lacks would end in a SIGBUS
+            with temporary.open("r+b") as handle:
                 os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
         except OSError as error:
             temporary.unlink(missing_ok=True)
