@@ -1,4 +1,4 @@
-"""`vqpipe compare`: several evaluations -> a table for each protocol and set of images, and one page."""
+"""`vqpipe compare`: several evaluations of tokenizers, or of samples -> their numbers in tables, and one page."""
 
 import json
 from collections.abc import Sequence
@@ -12,13 +12,15 @@ from stages import console
 from stages.console import Device, Out, Seed
 
 if TYPE_CHECKING:
-    from vqpipe.artifacts import Draft
+    from vqpipe.artifacts import Artifact, Draft
     from vqpipe.reports.evaluation import Evaluated
     from vqpipe.reports.grouping import Group
 
 
 def compare(
-    reports: Annotated[list[Path], typer.Argument(help="Reports that vqpipe eval made.", metavar="REPORT...")],
+    reports: Annotated[
+        list[Path], typer.Argument(help="Reports of vqpipe eval, or of eval-generation.", metavar="REPORT...")
+    ],
     out: Out,
     device: Device = "auto",
     seed: Seed = 0,
@@ -27,16 +29,21 @@ def compare(
 
     The same tokenizers on several sets of images make a table of rFID and PSNR over the sets, as MGVQ's Tables 2 and 3.
     A report that shares neither images and protocol nor its tokenizer with any other is refused.
+
+    Reports of vqpipe eval-generation share one table: same protocol, size and references, or they are refused.
     """
     with console.session(device, seed):
         from vqpipe import artifacts, distributed
         from vqpipe.errors import ConfigError
         from vqpipe.reports.evaluation import open_evaluation
+        from vqpipe.reports.generated import is_generated
         from vqpipe.reports.grouping import distinct, named_groups, refuse_unlike
 
         if len(reports) < 2:
             raise ConfigError("a comparison needs at least two reports", "Name more reports")
         opened = [artifacts.open_artifact(path, "report") for path in reports]
+        if any(map(is_generated, opened)):
+            return console.finished(*compare_generated(opened, out))
         evaluations = distinct([open_evaluation(each) for each in opened], [report.name for report in opened])
         refuse_unlike(evaluations, [str(path) for path in reports])
         inputs = {f"report-{number}": report for number, report in enumerate(opened, start=1)}
@@ -49,6 +56,36 @@ def compare(
                 for group in named_groups(evaluations):
                     console.show(number_table(group))
             return console.finished(draft.publish(facts_of(evaluations)))
+
+
+def compare_generated(reports: "Sequence[Artifact]", out: Path) -> "tuple[Artifact, bool]":
+    """Several sets of samples in one table and one page; and whether that was there already."""
+    from dataclasses import replace
+
+    from vqpipe import artifacts, distributed
+    from vqpipe.reports import page
+    from vqpipe.reports.generated import check_alike, comparison_rows, generated_page, open_generated
+
+    opened = [open_generated(report) for report in reports]
+    names = [each.name for each in opened]
+    if len(set(names)) < len(names):
+        opened = [replace(each, name=report.name) for each, report in zip(opened, reports, strict=True)]
+    check_alike(opened)
+    inputs = {f"report-{number}": report for number, report in enumerate(reports, start=1)}
+    draft = artifacts.start(out, "report", {"compare": [each.name for each in opened]}, inputs)
+    if isinstance(draft, artifacts.Artifact):
+        return draft, True
+    with draft:
+        if distributed.is_main():
+            with draft.write("metrics.json") as path:
+                table = {"compared": {each.name: each.metrics for each in opened}}
+                path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            with draft.write("report.html") as path:
+                whole = generated_page(opened, " and ".join(each.name for each in opened))
+                path.write_text(page.render(whole), encoding="utf-8")
+            console.show(terminal_table("", *comparison_rows(opened)))
+        first = opened[0].metrics
+        return draft.publish({key: first[key] for key in ("protocol", "image_size", "num_references")}), False
 
 
 def facts_of(evaluations: "Sequence[Evaluated]") -> dict[str, Any]:
@@ -92,16 +129,20 @@ def numbers_of(evaluations: "Sequence[Evaluated]") -> dict[str, Any]:
 
 def number_table(group: "Group") -> Any:
     """One group of the comparison for the terminal."""
+    from vqpipe.reports.comparison import HEADLINES, comparison_rows, measured
+
+    return terminal_table(group.title, *comparison_rows(group.members, measured(group.members, HEADLINES)))
+
+
+def terminal_table(title: str, header: list[str], rows: "list[list[tuple[str, bool]]]") -> Any:
+    """(text, whether it is its column's best) of every cell, as a table for the terminal."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    from vqpipe.reports.comparison import HEADLINES, comparison_rows, measured
-
-    header, rows = comparison_rows(group.members, measured(group.members, HEADLINES))
-    table = Table(*header, box=box.SIMPLE, pad_edge=False, title=escape(group.title), title_justify="left")
+    table = Table(*header, box=box.SIMPLE, pad_edge=False, title=escape(title), title_justify="left")
     for row in rows:
-        table.add_row(*(f"[bold green]{text}[/]" if best else escape(text) for text, best in row))
+        table.add_row(*(f"[bold green]{escape(text)}[/]" if best else escape(text) for text, best in row))
     for column in table.columns[1:]:
         column.justify = "right"
     return table

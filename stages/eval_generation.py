@@ -319,17 +319,19 @@ def publish(draft: "Draft", metrics: dict[str, Any], sheet: bytes) -> "Artifact"
     from vqpipe import distributed
     from vqpipe.provenance import command_again
     from vqpipe.reports import page
-    from vqpipe.reports.learning import generation_page
+    from vqpipe.reports.generated import Generated, generated_page
 
     if distributed.is_main():
+        command = command_again()
         lineage = {"kind": "report", "name": "(this page)", "content": "", "inputs": draft.lineage}
         with draft.write("metrics.json") as path:
-            path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            text = json.dumps({**metrics, "commands": [command]}, indent=2, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
         with draft.write("contact-sheet.png") as path:
             path.write_bytes(sheet)
         with draft.write("report.html") as path:
-            whole = generation_page(draft.out.name, metrics, sheet, lineage, command_again())
-            path.write_text(page.render(whole), encoding="utf-8")
+            samples = Generated(draft.lineage["images"]["name"], metrics, sheet, lineage, [command])
+            path.write_text(page.render(generated_page([samples], draft.out.name)), encoding="utf-8")
         for name, value in metrics.items():
             if isinstance(value, float | dict) and name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet"):
                 console.say(f"{name}: {json.dumps(value)}")

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stages import evaluate
+from stages.compare import compare
 from stages.eval_generation import eval_generation
 from vqpipe.artifacts import open_artifact
-from vqpipe.errors import ConfigError, DataError
+from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.metrics import networks, populations
 from vqpipe.metrics.fid import FrechetStatistics, frechet_distance
 from vqpipe.metrics.generation import Reference, of_gaussian, read_adm_file
@@ -80,6 +81,26 @@ def test_without_weights_every_number_is_left_out_with_its_reason(pictures: Path
     page = (pictures / "report" / "report.html").read_text()
     assert "Fetch weights-inception" in page
     assert open_artifact(pictures / "report").names("contact-sheet.png")
+
+
+def test_reports_of_samples_share_a_table(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(monkeypatch, None, extractor=True)
+    few, many = (measure(pictures, name, limit=limit) for name, limit in (("few", 20), ("many", None)))
+    compare([pictures / "few", pictures / "many"], pictures / "both", device="cpu")
+    told = capsys.readouterr().err
+    assert f"{few['frechet']['mean']:.2f}" in told
+    assert f"{many['frechet']['mean']:.2f}" in told
+    compared = json.loads((pictures / "both" / "metrics.json").read_text())["compared"]
+    assert [each["num_images"] for each in compared.values()] == [20, 40]
+    page = (pictures / "both" / "report.html").read_text()
+    assert "20 samples" in page
+    assert "40 samples" in page
+    measure(pictures, "larger", image_size=10)
+    with pytest.raises(ArtifactError, match="their image_size differs"):
+        compare([pictures / "few", pictures / "larger"], pictures / "unlike", device="cpu")
+    assert not list(pictures.glob("unlike*"))
 
 
 def test_the_distance_is_that_of_the_formula_and_references_are_looked_at_once(

@@ -1,8 +1,7 @@
-"""Pages about generators and classifiers: of a run, the same while it goes on and when it has ended; of samples."""
+"""The page of a generator's or a classifier's run: the same while it goes on and when it has ended."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vqpipe.reports import page, plots
 from vqpipe.reports.pictures import data_uri
@@ -69,44 +68,3 @@ def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
         plots.curves("Images a second", lines(speed="images_per_second"), "linear"),
     )
     return [plot for plot in drawn if plot is not None]
-
-
-def generation_page(
-    name: str, metrics: Mapping[str, Any], sheet: bytes, lineage: Mapping[str, Any], command: str
-) -> page.ReportPage:
-    """What samples look like and how near they come to photographs, from `metrics.json`."""
-    numbers = [
-        page.Number(label, format(value, ".4g"), "", note)
-        for label, note, *path in GENERATION_NUMBERS
-        if (value := found(metrics, path)) is not None
-    ]
-    numbers += [page.Number(f"Frechet, {key}", f"{value:.4g}") for key, value in metrics.get("frechet", {}).items()]
-    subtitle = (
-        f"{metrics['num_images']:,} samples of {metrics['image_size']} px against {metrics['num_references']:,} "
-        f"references, protocol {metrics['protocol']}."
-    )
-    parts: list[page.Section] = [page.Numbers("Numbers", numbers)] if numbers else []
-    parts.append(page.Maps("Samples", [page.Map("spread over the set", data_uri(sheet), "Samples", "samples")]))
-    if metrics["not_computed"]:
-        parts.append(page.Reasons("Left out", metrics["not_computed"]))
-    parts += [page.Lineage("Made from", [lineage]), page.Commands("Make it again", [command])]
-    return page.ReportPage(name, subtitle, parts)
-
-
-GENERATION_NUMBERS = (
-    ("FID", "lower is better", "fid"),
-    ("sFID", "lower is better", "sfid"),
-    ("Inception Score", "higher is better", "inception_score", "mean"),
-    ("KID", "lower is better", "kid", "mean"),
-    ("precision", "k = 3", "prc", "precision"),
-    ("recall", "k = 3", "prc", "recall"),
-)
-"""Label, note, and where it stands in metrics.json."""
-
-
-def found(table: Mapping[str, Any], path: Sequence[str]) -> float | None:
-    """The number there, or None."""
-    value: Any = table
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value

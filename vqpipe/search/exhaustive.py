@@ -16,7 +16,7 @@ from vqpipe.search.copies import first_copies, lowest_of_equals
 
 FUSED_DIMENSIONS = 32  # up to here faiss needs no tiles of distances in memory, where the processor has AVX-512
 FAISS_VECTORS = 384  # longer vectors in one matrix product, a multiple of what its kernels do at once
-SHARES = 8  # for each thread: one that is held up leaves the rest of its work to others
+SHARE = 3  # such products at a time: a thread that is held up leaves the rest to the others
 TILE_VECTORS, TILE_CODES = 1024, 8192
 
 
@@ -47,7 +47,7 @@ def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
         ids = faiss.knn(vectors.numpy(), database, 1)[1][:, 0]
     else:
         threads = torch.get_num_threads()
-        shares = vectors.split(FAISS_VECTORS * -(-len(vectors) // (FAISS_VECTORS * threads * SHARES)))
+        shares = vectors.split(FAISS_VECTORS * min(SHARE, -(-len(vectors) // (FAISS_VECTORS * threads))))
         with ThreadPoolExecutor(threads) as pool:
             ids = np.concatenate(list(pool.map(search, shares)))
     # -1 is that of a vector that is not finite. Of equal codes any may win: places in a tile are rounded differently.

@@ -1,0 +1,157 @@
+"""Pages about samples: how near they come to photographs, one set of them or several side by side."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vqpipe.artifacts import Artifact
+from vqpipe.errors import ArtifactError
+from vqpipe.reports import page
+from vqpipe.reports.evaluation import FRECHET, Measure, written
+from vqpipe.reports.pictures import data_uri
+
+MEASURES = {
+    "fid": Measure("fid", "FID", "lower is better", "", False),
+    "sfid": Measure("sfid", "sFID", "lower is better", "", False),
+    "inception_score.mean": Measure("inception_score", "Inception Score", "higher is better", "", True, 1),
+    "kid.mean": Measure("kid", "KID", "lower is better", "", False, 5),
+    "prc.precision": Measure("precision", "precision", "k = 3", "", True, 3),
+    "prc.recall": Measure("recall", "recall", "k = 3", "", True, 3),
+}
+"""By place in `metrics.json`."""
+KEYS = ("protocol", "image_size", "num_references")
+"""Of `metrics.json`: where these and the references are equal, numbers may share a column."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was measured of one set of samples."""
+
+    name: str
+    metrics: Mapping[str, Any]
+    sheet: bytes
+    """A PNG file of some samples."""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """What must be equal where numbers share a column."""
+        reference = self.lineage.get("inputs", {}).get("reference", {}).get("content", "")
+        return (*(self.metrics[key] for key in KEYS), reference)
+
+
+def is_generated(report: Artifact) -> bool:
+    """Whether a report is one of samples."""
+    return "contact-sheet.png" in report.manifest.files
+
+
+def open_generated(report: Artifact) -> Generated:
+    """Read a report of `eval-generation` back.
+
+    Raises:
+        ArtifactError: it is of something else.
+    """
+    if not is_generated(report):
+        raise ArtifactError(f"{report.path} is a report, but not of samples", "Compare reports of one kind at a time")
+    metrics = json.loads(report.file("metrics.json").read_text(encoding="utf-8"))
+    sheet = report.file("contact-sheet.png").read_bytes()
+    name = report.lineage["inputs"].get("images", {}).get("name") or report.name
+    return Generated(name, metrics, sheet, report.lineage, metrics.pop("commands", ()))
+
+
+def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
+    """The page of one set of samples, or of several that were measured alike.
+
+    Raises:
+        ArtifactError: they were measured by other protocols, at other sizes or against other references.
+    """
+    first = several[0]
+    check_alike(several)
+    subtitle = (
+        f"Samples of {first.metrics['image_size']} px against {first.metrics['num_references']:,} references, protocol "
+        f"{first.metrics['protocol']}."
+    )
+    sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)])]
+    maps = [page.Map(f"{counted(each)}, some of them", data_uri(each.sheet), each.name, each.name) for each in several]
+    sections.append(page.Maps("Samples", maps))
+    missing = {
+        f"{each.name}: {name}" if len(several) > 1 else name: reason
+        for each in several
+        for name, reason in each.metrics["not_computed"].items()
+    }
+    if missing:
+        sections.append(page.Reasons("Left out", missing))
+    sections.append(page.Lineage("Made from", [each.lineage for each in several]))
+    commands = list(dict.fromkeys(command for each in several for command in each.commands))
+    if commands:
+        sections.append(page.Commands("Make it again", commands))
+    return page.ReportPage(title, subtitle, sections)
+
+
+def check_alike(several: Sequence[Generated]) -> None:
+    """Raise an ArtifactError where numbers may not share a column."""
+    for other in several[1:]:
+        for key, one, two in zip((*KEYS, "reference"), several[0].shared, other.shared, strict=True):
+            if one != two:
+                raise ArtifactError(
+                    f"{several[0].name} and {other.name} cannot be compared: their {key} differs "
+                    f"({str(one)[:12]} and {str(two)[:12]})",
+                    "Measure both by one protocol, at one size, against the same references",
+                )
+
+
+def measures_of(several: Sequence[Generated]) -> dict[str, Measure]:
+    """What at least one of them has, by place in `metrics.json`."""
+    named = dict.fromkeys(name for each in several for name in each.metrics.get("frechet", {}))
+    known = MEASURES | {f"frechet.{name}": Measure(name, f"Frechet, {name}", FRECHET, "", False) for name in named}
+    return {where: m for where, m in known.items() if any(found(each.metrics, where) is not None for each in several)}
+
+
+def numbers(generated: Generated) -> list[page.Section]:
+    """The headline of one set, where anything was measured."""
+    measured = [
+        page.Number(measure.label, written(measure, found(generated.metrics, where)), "", measure.convention)
+        for where, measure in measures_of([generated]).items()
+    ]
+    return [page.Numbers("Numbers", measured)] if measured else []
+
+
+def comparison(several: Sequence[Generated]) -> page.Table:
+    """A row for each set, the best of each column set off."""
+    header, rows = comparison_rows(several)
+    caption = "The same references for all. FID falls with the number of samples: compare equal numbers."
+    return page.Table("Numbers", header, [[page.Cell(text, best) for text, best in row] for row in rows], caption)
+
+
+def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """A header, and (text, whether it is its column's best) of every cell."""
+    measures = measures_of(several)
+    best = {}
+    for where, measure in measures.items():
+        present = [value for each in several if (value := found(each.metrics, where)) is not None]
+        if len(set(present)) > 1:
+            best[where] = max(present) if measure.higher_is_better else min(present)
+    rows = []
+    for each in several:
+        values = {where: found(each.metrics, where) for where in measures}
+        cells = [
+            (written(measures[where], value), value is not None and value == best.get(where))
+            for where, value in values.items()
+        ]
+        rows.append([(each.name, False), (counted(each), False), *cells])
+    return ["samples", "number", *(measure.label for measure in measures.values())], rows
+
+
+def counted(generated: Generated) -> str:
+    """ "50,000 samples"."""
+    return f"{generated.metrics['num_images']:,} samples"
+
+
+def found(metrics: Mapping[str, Any], where: str) -> float | None:
+    """The number at a place such as "kid.mean", or None."""
+    value: Any = metrics
+    for key in where.split(".", 1):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
