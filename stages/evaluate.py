@@ -1,6 +1,5 @@
 """`vqpipe eval`: images and a tokenizer -> a report: numbers with their protocol, and a page to look at."""
 
-import shlex
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from vqpipe.reports.page import Section
     from vqpipe.tokenizer import Tokenizer
 
-FREE_KEYS = ("batch_size",)
+FREE_KEYS = ("batch_size", "save_seconds")
 """Settings of [eval] that do not change what is measured."""
 
 
@@ -43,24 +42,13 @@ def evaluate(
     tile: Annotated[
         int | None, typer.Option("--tile", help="Larger images go through in tiles.", metavar="PIXELS", min=1)
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")
-    ] = None,
+    weights: console.Weights = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option("--metrics", help="More from Inception; repeatable, or with commas.", metavar="kid,prc,sfid,is"),
     ] = None,
-    extractor: Annotated[
-        str | None,
-        typer.Option(
-            "--extractor",
-            help="A Frechet distance over another network's mean feature, under its name.",
-            metavar="open_clip:NAME/TAG|timm:NAME",
-        ),
-    ] = None,
-    extractor_weights: Annotated[
-        Path | None, typer.Option("--extractor-weights", help="Its weights; else from the cache.", metavar="FILE")
-    ] = None,
+    extractor: console.Extractor = None,
+    extractor_weights: console.ExtractorWeights = None,
     analyze: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,7 +83,6 @@ def evaluate(
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
     with console.session(device, seed) as where:
-        from stages import recipe as recipes
         from stages.eval_report import publish
         from vqpipe import analysis, artifacts
         from vqpipe.config import to_table
@@ -105,18 +92,8 @@ def evaluate(
 
         image_set = open_images(images)
         opened = open_autoencoder(tokenizer, where)
-        flags = {
-            "protocol": protocol,
-            "image_size": None if image_size is None else in_pixels(image_size),
-            "tile": tile,
-            "metrics": [name.strip() for group in metrics for name in group.split(",")] if metrics else None,
-            "fid_min_images": fid_min_images,
-            "batch_size": batch_size,
-        }
-        if preset is None and image_size is None and not any(a.startswith("eval.image_size") for a in overrides or []):
-            flags["image_size"] = opened.image_size  # the size it was trained at
-        config = recipes.load(preset, overrides, eval=flags).eval
-        check_size(opened, config)
+        flags = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images, "batch_size": batch_size}
+        config = configured(opened, preset, overrides or [], image_size, metrics or [], flags)
         networks = find_networks(weights, where)
         named = add_extractor(networks, extractor, extractor_weights, where)
         analyses = analysis.build(analyze or [], opened, perceptual=networks.perceptual, seed=seed)
@@ -127,24 +104,32 @@ def evaluate(
         draft = artifacts.start(out, "report", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
-        command = ["vqpipe", "eval", *(part for where in images for part in ("--images", where))]
-        command += ["--tokenizer", str(tokenizer), "--out", "DIR"]
-        given: list[tuple[str, Any]] = [
-            *(("--protocol", name) for name in protocol or []),
-            *(("--metrics", name) for name in metrics or []),
-            *(("--analyze", name) for name in analyze or []),
-            *(("--image-size", image_size), ("--tile", tile), ("--weights", weights), ("--limit", limit)),
-            *(("--extractor", extractor), ("--extractor-weights", extractor_weights)),
-            *(("--fid-min-images", fid_min_images), ("--preset", preset)),
-        ]
-        command += [str(part) for option, value in given if value is not None for part in (option, value)]
-        command += [part for assignment in overrides or [] for part in ("--set", assignment)]
         with draft:
             stop = min(limit or len(image_set), len(image_set))
-            evaluated, sections = measure(
-                draft, image_set, stop, opened, config, networks, analyses, num_workers, shlex.join(command)
-            )
+            evaluated, sections = measure(draft, image_set, stop, opened, config, networks, analyses, num_workers)
             return console.finished(publish(draft, evaluated, sections))
+
+
+def configured(
+    autoencoder: "Tokenizer | ContinuousAutoencoder",
+    preset: str | None,
+    overrides: list[str],
+    image_size: str | None,
+    metrics: list[str],
+    flags: dict[str, Any],
+) -> "EvalConfig":
+    """[eval] as the options have it; where none speaks of it, images are as large as those of the training."""
+    from stages import recipe as recipes
+
+    if image_size is not None:
+        flags["image_size"] = in_pixels(image_size)
+    elif preset is None and not any(each.startswith("eval.image_size") for each in overrides):
+        flags["image_size"] = autoencoder.image_size
+    if metrics:
+        flags["metrics"] = [name.strip() for group in metrics for name in group.split(",")]
+    config = recipes.load(preset, overrides, eval=flags).eval
+    check_size(autoencoder, config)
+    return config
 
 
 def in_pixels(image_size: str | int) -> int | str:
@@ -210,18 +195,18 @@ def measure(
     networks: "FeatureNetworks",
     analyses: "Sequence[Analysis]",
     num_workers: int,
-    command: str,
 ) -> "tuple[Evaluated, list[Section]]":
     """Everything about the images [0, stop), in one pass; also the analyses' part of the page."""
     from stages.evaluating import Pass, described
     from vqpipe.metrics.evaluation import Evaluation
+    from vqpipe.provenance import command_again
     from vqpipe.reports.evaluation import Evaluated, command_of
 
     evaluation = Evaluation(config, networks, autoencoder.codebook_size, autoencoder.num_groups, autoencoder.device)
     images = Pass(autoencoder, config, evaluation, analyses, stop)
-    images.run(image_set, num_workers)
+    images.run(draft, image_set, num_workers)
     metrics = evaluation.result()
-    shown = images.pictures()
+    shown = images.pictures.result()
     metrics |= images.tiles()
     if analyses:
         metrics["analyses"] = {each.name: each.result() for each in analyses}
@@ -238,7 +223,7 @@ def measure(
         shown=shown,
         history=training_log(autoencoder.artifact),
         lineage={"kind": "report", "name": "(this page)", "content": "", "inputs": draft.lineage},
-        commands=[*([command_of(autoencoder.artifact)] if autoencoder.artifact else []), command],
+        commands=[*([command_of(autoencoder.artifact)] if autoencoder.artifact else []), command_again()],
     )
     return evaluated, [section for each in analyses for section in each.sections(metrics["analyses"][each.name])]
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vqpipe.analysis import Analysis
+    from vqpipe.artifacts import Draft
     from vqpipe.continuous import ContinuousAutoencoder
     from vqpipe.data.shards import ImageSet
     from vqpipe.metrics import EvalConfig
     from vqpipe.metrics.evaluation import Evaluation
-    from vqpipe.reports.evaluation import Shown
     from vqpipe.tokenizer import Tokenizer
 
 RAW_SHAPE = (3, 299, 299)
@@ -145,27 +145,46 @@ class Pass:
         stop: int,
     ) -> None:
         from vqpipe.data.framing import parse_size
-        from vqpipe.metrics.extremes import Extremes
         from vqpipe.metrics.protocols import PROTOCOLS
+        from vqpipe.reports.chosen import ChosenPictures
 
         self.autoencoder, self.config, self.evaluation = autoencoder, config, evaluation
         self.analyses, self.stop = analyses, stop
         self.size = parse_size(str(config.image_size))
         self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(config.image_size) for name in config.protocols}
         self.reconstruct = Reconstructor(autoencoder, config.tile, list(evaluation.prefixes))
-        self.spread = {place * stop // config.num_pictures for place in range(config.num_pictures)}
-        self.shown: list[Shown] = []
-        self.extremes: Extremes[Shown] = Extremes(config.num_extremes)
+        self.pictures = ChosenPictures(stop, config.num_pictures, config.num_extremes)
         self.skipped: dict[str, int] = {}
 
-    def run(self, image_set: "ImageSet", num_workers: int) -> None:
-        """Measure this rank's share; `skipped` then counts the unreadable images of all ranks by reason.
+    def state(self) -> dict[str, Any]:
+        """All that was taken in, as `vqpipe.metrics.state` has it."""
+        return {
+            "evaluation": self.evaluation.state(),
+            "analyses": [analysis.state() for analysis in self.analyses],
+            "pictures": self.pictures.state(),
+            "tiles": (self.reconstruct.num_padded, self.reconstruct.num_tiled),
+            "skipped": self.skipped,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be where that state was saved."""
+        self.evaluation.load(state["evaluation"])
+        for analysis, own in zip(self.analyses, state["analyses"], strict=True):
+            analysis.load(own)
+        self.pictures.load(state["pictures"])
+        self.reconstruct.num_padded, self.reconstruct.num_tiled = state["tiles"]
+        self.skipped = state["skipped"]
+
+    def run(self, draft: "Draft", image_set: "ImageSet", num_workers: int) -> None:
+        """Measure this rank's share, from where an earlier run of the command had come; `skipped` then counts the
+        unreadable images of all ranks by reason.
 
         Raises:
             DataError: more of them than `config.max_skipped`.
         """
         import torch
 
+        from stages.resuming import Saving
         from vqpipe import distributed
         from vqpipe.data.batches import OrderedBatches, check_skipped
 
@@ -174,25 +193,32 @@ class Pass:
         batch_size = 1 if alone else self.config.batch_size
         rank, ranks = distributed.rank(), distributed.world_size()
         num_batches = -(-self.stop // batch_size)
-        first, last = (num_batches * r // ranks * batch_size for r in (rank, rank + 1))
+        first, last = (min(num_batches * r // ranks * batch_size, self.stop) for r in (rank, rank + 1))
+        saving = Saving(draft, self.config.save_seconds, first)
+        done = saving.resume(self)
         views = Views(list(self.rules.values()), size, self.evaluation.needs_raw)
         batches = OrderedBatches(
             image_set,
             image_size=max(size or (2048,)),  # what a worker's share of the shared memory is reckoned by
             batch_size=batch_size,
-            start=first,
-            stop=min(last, self.stop),
+            start=done,
+            stop=last,
             num_workers=num_workers,
             transform=views,
         )
-        with console.progress("eval", len(batches)) as bar, torch.no_grad():
-            for batch in batches:
-                crops, raw = views.split(batch.images)
-                self.measure(crops, raw, batch.keys, batch.indices)
+        with console.progress("eval", last - first) as bar, torch.no_grad():
+            bar.resume(done - first)
+            for piece in batches.pieces():
+                self.skipped = dict(Counter(self.skipped) + Counter(piece.skipped))
+                if piece.batch is not None:
+                    crops, raw = views.split(piece.batch.images)
+                    self.measure(crops, raw, piece.batch.keys, piece.batch.indices)
                 psnr = self.evaluation.whole.distortion.result().get("psnr", float("inf"))
                 bar.note(f"psnr {psnr:.2f} dB")
-                bar.advance(len(batch.indices))
-        parts = distributed.gather_objects(batches.skipped)
+                saving.tick(self, piece.positions.stop)
+                bar.advance(len(piece.positions))
+        saving.end(self, last)
+        parts = distributed.gather_objects(self.skipped)
         self.skipped = dict(sorted(sum((Counter(part) for part in parts), Counter[str]()).items()))
         check_skipped(self.skipped, self.stop, self.config.max_skipped)
 
@@ -224,39 +250,7 @@ class Pass:
         if again.ids is not None:
             for analysis in self.analyses:
                 analysis.update(originals, rounded, again.ids, keys)
-        self.keep(keys, places, originals, rounded, scores)
-
-    def keep(
-        self,
-        keys: Sequence[str],
-        places: Sequence[int],
-        originals: "Tensor",
-        again: "Tensor",
-        scores: Sequence[float],
-    ) -> None:
-        """Put by what the report shows: pictures spread over the set, the worst and the best."""
-        for i, place in enumerate(places):
-            if place in self.spread:
-                self.shown.append(picture(keys[i], originals[i], again[i], scores[i]))
-        self.extremes.update(scores, places, lambda i: picture(keys[i], originals[i], again[i], scores[i]))
-
-    def pictures(self) -> "list[Shown]":
-        """What is shown, of all ranks, which all call it: in the set's order, then the worst and the best, from the
-        first on."""
-        from dataclasses import replace
-
-        from vqpipe.distributed import gather_objects
-
-        self.extremes.choose()
-        parts = gather_objects((self.shown, self.extremes.lowest, self.extremes.highest))
-        spread = [shown for part in parts for shown in part[0]]
-        worst = sorted((row for part in parts for row in part[1]), key=lambda row: row[:2])
-        best = sorted((row for part in parts for row in part[2]), key=lambda row: (-row[0], row[1]))
-        return [
-            *spread,
-            *(replace(row[2], why="worst") for row in worst),
-            *(replace(row[2], why="best") for row in best),
-        ]
+        self.pictures.update(keys, places, originals, rounded, scores)
 
     def tiles(self) -> dict[str, Any]:
         """For `metrics.json`: how many images went through padded or in tiles, and what that means; over all ranks."""
@@ -278,14 +272,6 @@ class Pass:
                 "each time",
             }
         return found
-
-
-def picture(name: str, original: "Tensor", again: "Tensor", psnr: float) -> "Shown":
-    """One picture for the report; an infinite PSNR (equal images) is left out."""
-    from vqpipe.reports.evaluation import Shown
-    from vqpipe.reports.pictures import to_png
-
-    return Shown(name, to_png(original), to_png(again), psnr if psnr < float("inf") else None)
 
 
 def described(autoencoder: "Tokenizer | ContinuousAutoencoder", size: tuple[int, int] | None) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 Letters: B images, C channels, h x w positions, G groups, K codes a group, F feature channels.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
+from vqpipe.metrics.state import Accumulator
 from vqpipe.quantizers import (
     CodebookQuantizer,
     FrozenCodebookQuantizer,
@@ -68,8 +71,10 @@ def kth_nearest(ids: Tensor, codebook: Tensor, ranks: list[int]) -> Tensor:
     return found
 
 
-class Neighbours:
+class Neighbours(Accumulator):
     """`kth_nearest` of the codes that occur, each looked for once: int32[K, R] a group is what it keeps."""
+
+    accumulates: ClassVar[tuple[str, ...]] = ("known",)
 
     def __init__(self, quantizer: Quantizer, ranks: list[int]) -> None:
         self.codebooks = codebooks(quantizer)

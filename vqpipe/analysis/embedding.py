@@ -35,6 +35,7 @@ class Embedding(Analysis):
     not, so the shares in the picture are those of the codebook. The main rank computes, the others wait for it."""
 
     name: ClassVar[str] = "embedding"
+    accumulates: ClassVar[tuple[str, ...]] = ("usage",)
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)

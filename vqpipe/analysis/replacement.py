@@ -35,6 +35,7 @@ class Replacement(Analysis):
     """
 
     name: ClassVar[str] = "replacement"
+    accumulates: ClassVar[tuple[str, ...]] = ("neighbours", "distortion", "examples", "without_layout")
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -62,6 +63,10 @@ class Replacement(Analysis):
             versions.append(tokenizer.decode(other.reshape(ids.shape), size).to(reconstructions.device))
             self.distortion[k].update(originals, versions[-1])
         self._keep_examples(keys, originals, versions)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self.examples = [(drawn, name, files, psnr) for drawn, name, files, psnr in state["examples"]]
 
     def result(self) -> dict[str, Any]:
         examples = [example for part in gather_objects(self.examples) for example in part]

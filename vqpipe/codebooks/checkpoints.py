@@ -1,4 +1,4 @@
-"""What a clustering has reached, saved so that the same command goes on from there after any kill.
+"""What a clustering or another long pass has reached, saved so that the same command goes on from there after any kill.
 
     <folder>/<series>-00000012.safetensors    tensors; their header holds the step, what was asked, the small numbers of
                                               the state, and a sha256 over all of it
@@ -39,9 +39,9 @@ class Saved:
 
 
 class Checkpoints:
-    """States of one clustering, in `folder`; None: nothing is kept, and nothing is found.
+    """States of one clustering or pass, in `folder`; None: nothing is kept, and nothing is found.
 
-    `request` is a digest of what is clustered and how; `note` hears, in words, of a file that cannot be used.
+    `request` is a digest of what is worked on and how; `note` hears, in words, of a file that cannot be used.
     Where `shared`, all ranks work on one clustering: every rank makes each call, rank 0 alone touches the disk, and
     all get what it found. Otherwise each rank is by itself.
     """
@@ -55,8 +55,8 @@ class Checkpoints:
     ) -> None:
         self.folder, self.request, self.note, self.shared = folder, request, note, shared
 
-    def save(self, series: str, saved: Saved) -> None:
-        """Write one state, whole or not at all, then delete all but the last two of its series.
+    def save(self, series: str, saved: Saved, keep: int | None = KEEP) -> None:
+        """Write one state, whole or not at all, then delete all but the last `keep` of its series; None: delete none.
 
         Raises:
             ArtifactError: the disk does not take it.
@@ -79,7 +79,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise ArtifactError(f"cannot write {target}: {error}", "Free some space and run again") from None
-        for old in self.files(series)[:-KEEP]:
+        for old in self.files(series)[:-keep] if keep else ():
             fault("delete")
             old.unlink()
 

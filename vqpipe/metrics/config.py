@@ -31,6 +31,9 @@ class EvalConfig:
     """More of what Inception's features tell: kid, prc (precision and recall), sfid, is (Inception Score)."""
     feature_memory: float = 4.0
     """GB of features that kid, prc and is may hold over all ranks, for each protocol; more leaves them out."""
+    save_seconds: float = 60.0
+    """How often a rank writes down what it has taken in, for the same command to go on from after a kill; longer where
+    writing takes long."""
     num_pictures: int = 12
     """How many images the report shows, spread evenly over the set."""
     num_extremes: int = 3
@@ -46,6 +49,8 @@ class EvalConfig:
             raise ConfigError(
                 "eval.num_pictures, eval.num_extremes and eval.feature_memory start at 0, eval.fid_min_images at 2"
             )
+        if self.save_seconds < 0:
+            raise ConfigError(f"eval.save_seconds = {self.save_seconds} is negative", "0 saves after each batch")
         if not 0 <= self.max_skipped <= 1:
             raise ConfigError(f"eval.max_skipped = {self.max_skipped} should be a share, 0..1")
         for name, values in (("protocol", self.protocols), ("metrics", self.metrics)):

@@ -8,12 +8,14 @@ Letters: B images, C = 3 channels, H x W pixels.
 
 import math
 from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import DataError, NumericError
+from vqpipe.metrics.state import Accumulator
 
 CONVENTIONS = {
     "psnr": "RGB, uint8, mean over images",
@@ -44,7 +46,7 @@ SSIM_SMALLEST_SIDE = 11
 FIXED_POINT = 2**32
 
 
-class Distortion:
+class Distortion(Accumulator):
     """Distortion between originals and reconstructions; memory does not grow with the number of images.
 
     Per-image values are summed as fixed-point integers (steps of 2^-32), so the means do not depend on how the images
@@ -54,6 +56,8 @@ class Distortion:
         perceptual: LPIPS networks by key ("lpips_alex", "lpips_vgg"); each takes two float[B, 3, H, W] in [-1, 1].
         keys: which of CONVENTIONS are computed.
     """
+
+    accumulates: ClassVar[tuple[str, ...]] = ("sums", "counts", "num_images", "num_identical")
 
     def __init__(self, perceptual: Mapping[str, nn.Module] | None = None, keys: Collection[str] = COMMON) -> None:
         self.perceptual = dict(perceptual or {})

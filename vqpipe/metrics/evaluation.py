@@ -8,7 +8,7 @@ Letters: B images of H x W pixels, N ids an image, G groups, K codes a group.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from vqpipe.metrics.distortion import COMMON
 from vqpipe.metrics.fidelity import Comparison, Fidelity, asked_of
 from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
+from vqpipe.metrics.state import Accumulator
 from vqpipe.metrics.usage import CodeUsage, no_counts
 
 CODE_NUMBERS = ("utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel")
@@ -32,8 +33,10 @@ INFINITE = "every reconstruction equals its original, so the PSNR is infinite"
 
 
 @dataclass
-class Sizes:
+class Sizes(Accumulator):
     """What the images measure; sums, so that they add up over ranks."""
+
+    accumulates: ClassVar[tuple[str, ...]] = ("num_images", "pixels", "tokens", "first", "mixed")
 
     num_images: int = 0
     pixels: int = 0
@@ -42,6 +45,10 @@ class Sizes:
     """(H, W, N) of the first image."""
     mixed: bool = False
     """Whether any image differed from the first."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self.first = None if state["first"] is None else tuple(state["first"])
 
     def update(self, shape: Sequence[int], tokens: int) -> None:
         """Take in B images of [B, 3, H, W] with so many tokens each."""
@@ -58,7 +65,7 @@ class Sizes:
             self.first = self.first or other.first
 
 
-class Evaluation:
+class Evaluation(Accumulator):
     """Everything measured of one autoencoder on one set of images.
 
     Memory does not grow with the set, but for the metrics that ask for features of every image, which have a limit.
@@ -68,6 +75,8 @@ class Evaluation:
         codebook_size: K, or None for continuous latents: then nothing is said of codes and bits.
         num_groups: G. Beyond one, and with `config.prefixes`, the first k groups are measured too.
     """
+
+    accumulates: ClassVar[tuple[str, ...]] = ("usage", "sizes", "whole", "others", "prefixes")
 
     def __init__(
         self,

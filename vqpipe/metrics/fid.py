@@ -6,15 +6,20 @@ network's it carries that network's name.
 Letters: B images, D features.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from vqpipe.distributed import all_reduce_sum
 from vqpipe.errors import DataError, NumericError
+from vqpipe.metrics.state import Accumulator
 
 
-class FrechetStatistics:
+class FrechetStatistics(Accumulator):
     """Mean and covariance of features, as float64 sums; memory D x D whatever the number of images."""
+
+    accumulates: ClassVar[tuple[str, ...]] = ("count", "sum", "outer")
 
     def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
         self.count = torch.zeros((), dtype=torch.int64, device=device)

@@ -6,7 +6,7 @@ Letters: B images of H x W pixels.
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from vqpipe.metrics.networks import FeatureNetworks, feature_size
 from vqpipe.metrics.populations import Asked, Population
 from vqpipe.metrics.protocols import Protocol, grey_levels, stored
 from vqpipe.metrics.set_metrics import KEPT, inception_score, kid, on_main, precision_recall, too_few
+from vqpipe.metrics.state import Accumulator
 
 SIDES = 2
 """Originals and reconstructions, which share the limit on kept features."""
@@ -44,8 +45,10 @@ def asked_of(
     )
 
 
-class Fidelity:
+class Fidelity(Accumulator):
     """One series of reconstructions beside the originals: distortion, and what feature networks see of it."""
+
+    accumulates: ClassVar[tuple[str, ...]] = ("distortion", "seen")
 
     def __init__(
         self,
@@ -109,6 +112,8 @@ class Comparison(Fidelity):
         keys: conventions to measure beside the protocol's own.
         whole_images: they are not cropped, so that each is its own raw image.
     """
+
+    accumulates: ClassVar[tuple[str, ...]] = (*Fidelity.accumulates, "references", "digest")
 
     def __init__(
         self,

@@ -5,12 +5,14 @@ Letters: n positions, G groups, K codes a group, W words that hold a tuple of G 
 """
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vqpipe.distributed import gather_objects, gather_rows, world_size
+from vqpipe.metrics.state import Accumulator, State
 
 MOST_TUPLES = 2**24
 """Distinct tuples of G ids over all ranks up to which they are counted. A tuple takes 16 bytes where it fits 63 bits, 8
@@ -21,8 +23,10 @@ MIXER = np.uint64(0x9E3779B97F4A7C15)
 """An odd number whose bits look random: a product with it shares tuples out evenly."""
 
 
-class JointCounts:
+class JointCounts(Accumulator):
     """Exact counts of the tuples of G ids at one position, for G > 1, up to MOST_TUPLES; beyond, they are given up."""
+
+    accumulates: ClassVar[tuple[str, ...]] = ("rows", "given_up")
 
     def __init__(self, num_groups: int, codebook_size: int) -> None:
         self.num_groups = num_groups
@@ -42,6 +46,10 @@ class JointCounts:
         self.waiting.append(torch.stack([*words, torch.ones_like(words[0])], dim=1).numpy())
         if sum(map(len, self.waiting)) > max(MOST_WAITING, len(self.rows)):
             self._merge()
+
+    def state(self) -> State:
+        self._merge()
+        return super().state()
 
     def report(self, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
         """Numbers over all ranks, and the reason where they are left out; nothing at all for one group.

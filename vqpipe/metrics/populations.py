@@ -5,7 +5,7 @@ Letters: B images of H x W pixels, D features.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from vqpipe.metrics.inception import SIZES
 from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.resizing import INCEPTION_SIZE, clean_resize_all
 from vqpipe.metrics.set_metrics import KeptFeatures
+from vqpipe.metrics.state import Accumulator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,10 @@ class Asked:
         return tuple(dict.fromkeys((*self.moments, *self.kept)))
 
 
-class Population:
+class Population(Accumulator):
     """One side of a set distance: originals or reconstructions, seen with one resize."""
+
+    accumulates: ClassVar[tuple[str, ...]] = ("moments", "named", "kept")
 
     def __init__(
         self, networks: FeatureNetworks, resize: Literal["tf1", "clean"], asked: Asked, device: torch.device

@@ -6,12 +6,14 @@ They stay in memory, float32, up to a stated limit; beyond it the metric is left
 Letters: n images, D features.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vqpipe import distributed
+from vqpipe.metrics.state import Accumulator, Rows, State
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """torch-fidelity's defaults, of Binkowski et al. 2018: the mean over 100 draws of 1,000 images from each side."""
@@ -26,8 +28,10 @@ KEPT = {"kid": "pool", "prc": "pool", "is": "logits"}
 """Metric -> the output of Inception that it keeps of every image."""
 
 
-class KeptFeatures:
+class KeptFeatures(Accumulator):
     """float32[n, D] gathered batch by batch, up to `most_bytes`; past that nothing is kept, and `overflown` says so."""
+
+    accumulates: ClassVar[tuple[str, ...]] = ("bytes", "overflown")
 
     def __init__(self, most_bytes: float) -> None:
         self.most_bytes = most_bytes
@@ -43,6 +47,13 @@ class KeptFeatures:
             self.rows.clear()
         else:
             self.rows.append(features.float().cpu())
+
+    def state(self) -> State:
+        return super().state() | {"rows": Rows(self.rows)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self.rows = [] if self.overflown else state["rows"].parts
 
     def merged(self) -> Tensor | None:
         """float32[n, D] of all ranks in rank order, on rank 0 (elsewhere nothing); None where there were too many."""

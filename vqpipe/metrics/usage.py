@@ -8,7 +8,7 @@ Letters: B images, N tokens an image, G groups, K codes a group.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from vqpipe.distributed import all_reduce_sum, gather_objects, gather_rows
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.metrics.joint import JointCounts
+from vqpipe.metrics.state import Accumulator, State
 
 MOST_COUNTERS = 2**24
 """G x K up to which every code has a counter (128 MiB in all, twice that where places are kept). Beyond, as with grids
@@ -34,7 +35,7 @@ PLACES_AT_ONCE = 2**20
 """Codes whose places are compared over the ranks together."""
 
 
-class CodeUsage:
+class CodeUsage(Accumulator):
     """How often each code of each group was chosen, over any number of images; exact for codebooks of any size.
 
     `counts` is int64[G, K] on `device`: dense up to MOST_COUNTERS codes, else sparse (COO, coalesced), its memory
@@ -91,6 +92,28 @@ class CodeUsage:
         for counts, row in zip(self._counts, grouped, strict=True):
             counts += torch.bincount(row[row >= 0], minlength=self.codebook_size)
         return None
+
+    def state(self) -> State:
+        counts = self.counts
+        return {
+            "counts": as_rows(counts) if counts.is_sparse else counts,
+            "first": self._first,
+            "joint": self._joint.state(),
+            "lengths": sorted(self._lengths),
+            "within": self._within,
+            "lost": self._lost,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        device, counts, first = self._counts.device, state["counts"], state["first"]
+        if self._counts.is_sparse:
+            self._counts = from_rows(counts.to(device), self.num_groups, self.codebook_size)
+        else:
+            self._counts = counts.to(device)
+        self._first = None if first is None else first.to(device)
+        self._waiting = []
+        self._joint.load(state["joint"])
+        self._lengths, self._within, self._lost = set(state["lengths"]), state["within"], state["lost"]
 
     def merged(self) -> Tensor:
         """The counts of all ranks together: int64[G, K], on every rank."""
