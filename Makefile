@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow faults lint format clean
 
 help:
 	@echo "make demo       set up, then train and compare two tokenizers on built-in photographs (about ten minutes)"
 	@echo "make test       set up, then run the fast tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make faults     the slow tests of processes that die, disks that fill, inputs that are damaged"
 	@echo "make lint       style, types, import layers"
 	@echo "make clean      remove the environment"
 
@@ -30,6 +31,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	@$(BIN)/python -m pytest -m slow
+
+faults: $(VENV)/installed
+	@$(BIN)/python -m pytest -m slow -s tests/faults tests/training/test_faults.py
 
 lint: $(VENV)/installed
 	@echo "== style, types, import layers"

@@ -2,7 +2,7 @@
 
 Each command is a plain typed function in a file of its own, which imports what is heavy in its body, so that
 `vqpipe --help` needs neither torch nor a second. This file maps what they raise to exit codes:
-0 done, 1 an error we explain, 2 wrong usage, 130 interrupted, 143 after SIGTERM.
+0 done, 1 an error we explain, 2 wrong usage, 129 the terminal was closed, 130 interrupted, 143 after SIGTERM.
 """
 
 import io
@@ -95,7 +95,8 @@ def main() -> None:
     except RuntimeError as error:
         if "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
             fail(
-                "another rank has ended or hangs; its own error, if it left one, says why. Run the same command again."
+                "another rank has ended or hangs; its own error, if it left one, stands above or in "
+                "OUT.partial/status.json. Run the same command again."
             )
         if not str(error).startswith("DataLoader worker"):
             raise

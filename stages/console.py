@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from vqpipe.artifacts import Artifact
     from vqpipe.data.stopwatch import Stopwatch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+"""The closing of the terminal, unless nohup has this process ignore it."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *HANGUP)
+"""What asks a command to stop."""
 PLAIN_SECONDS = 10.0
 """Off a terminal, progress is a plain line at most this often."""
 
@@ -96,9 +99,10 @@ MaxSkipped = Annotated[
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr, from rank 0 only."""
+    """A line for people, on stderr, from rank 0 only. A stderr that takes nothing more stops no work."""
     if is_main():
-        stderr().print(text, highlight=False, markup=False, soft_wrap=True)
+        with suppress(OSError):
+            stderr().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def show(renderable: Any) -> None:
@@ -216,23 +220,25 @@ def progress(title: str, total: int | None, unit: str = "images") -> Iterator[Ba
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to stop; `code` is the exit code that says so: 130 for Ctrl-C, else 143, also for
-    the SIGUSR1 by which batch systems tell of the end of a job's time."""
+    """A signal asked this process to stop; `code` is the exit code that says so: 130 for Ctrl-C, 129 for a terminal
+    that was closed, else 143, also for the SIGUSR1 by which batch systems tell of the end of a job's time."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.code = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
+        self.code = 128 + (number if number in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """The signal handler of every command: leave through the finally blocks, so that no torn file stays behind."""
+    leave_closed_terminal(number)
     raise Interrupted(number)
 
 
 class StopAtStepEnd:
     """Inside this context the first signal only asks, so that a step can end and its state be saved.
 
-    `asked` is then true, and `leave` raises Interrupted. A second signal interrupts at once.
+    `asked` is then true, and `leave` raises Interrupted. A second signal interrupts at once, but for SIGHUP: a terminal
+    that is closed may send two.
     """
 
     def __init__(self) -> None:
@@ -247,10 +253,12 @@ class StopAtStepEnd:
             signal.signal(number, handler)
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        leave_closed_terminal(number)
+        if not self.number:
+            self.number = number
+            say(f"{signal.Signals(number).name}: this step ends, then the state is saved")
+        elif number != signal.SIGHUP:
             raise Interrupted(number)
-        self.number = number
-        say(f"{signal.Signals(number).name}: this step ends, then the state is saved")
 
     def asked(self) -> bool:
         """Whether a signal has come."""
@@ -272,6 +280,17 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
     torch.manual_seed(seed)
     with distributed.connect(chosen):
         yield chosen
+
+
+def leave_closed_terminal(number: int) -> None:
+    """After a SIGHUP, let what would go to a terminal that is no more go nowhere, instead of failing."""
+    if number != signal.SIGHUP:
+        return
+    for handle in (1, 2):
+        try:
+            os.write(handle, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
 
 
 def abandon_stdout() -> None:

@@ -9,19 +9,34 @@ least, and that every test named here exists.
 ROWS = range(1, 114)
 
 ELSEWHERE: dict[int, tuple[str, ...]] = {
-    # A: death of processes (the rest is in TO_COME)
-    1: ("stages/test_extract_features.py::test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes",),
+    # A: death of processes
+    1: (
+        "stages/test_extract_features.py::test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes",
+        "faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
+    ),
     3: (
         "codebooks/test_resume.py::test_a_run_stopped_at_any_block_ends_in_the_same_bytes",
         "stages/test_kmeans.py::test_a_killed_run_is_finished_by_the_same_command",
     ),
-    5: ("training/test_resume.py::test_a_killed_run_is_the_same_run",),
+    5: (
+        "training/test_resume.py::test_a_killed_run_is_the_same_run",
+        "faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
+    ),
     8: ("training/test_resume.py::test_a_run_killed_again_and_again_is_the_same_run",),
-    13: ("stages/test_generate.py::test_a_cut_run_goes_on_to_the_same_bytes",),
+    10: ("faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",),
+    12: (
+        "stages/test_evaluate_resume.py::test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_files",
+        "stages/test_evaluate_resume.py::test_killed_twice_amid_its_saves_the_numbers_are_the_same",
+    ),
+    13: (
+        "stages/test_generate.py::test_a_cut_run_goes_on_to_the_same_bytes",
+        "faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
+    ),
     14: (
         "training/test_faults.py::test_a_signal_during_a_save_loses_nothing",
         "stages/test_pipeline.py::test_a_terminated_run_saves_and_resumes_to_the_same_weights",
     ),
+    16: ("training/test_faults.py::test_a_signal_during_a_save_loses_nothing",),
     21: ("data/test_batches.py::test_a_worker_that_dies_or_hangs_is_an_error_soon",),
     22: ("data/test_batches.py::test_a_worker_that_dies_or_hangs_is_an_error_soon",),
     23: ("training/test_faults.py::test_where_a_rank_is_killed_the_others_end_in_one_line",),
@@ -137,6 +152,3 @@ NOT_TESTABLE: dict[int, str] = {
     38: "needs an NFS server and two of its clients; the lock is the kernel's (flock), so one host writes an artifact",
 }
 """Row -> why no test here can ask."""
-
-TO_COME = frozenset({10, 12, 15, 16, 17, 18, 19, 20, 24, 25, 26, 27})
-"""Rows of group A that wait for the random killer and for more than one process."""

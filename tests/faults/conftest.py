@@ -4,8 +4,9 @@ import io
 import os
 import sys
 import tarfile
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,10 @@ def png() -> Callable[[int], bytes]:
 
 
 @pytest.fixture(scope="session")
-def in_child() -> Callable[[Callable[[], None]], int]:
-    """in_child(action) runs it in a forked process and returns its exit code, or minus the signal that ended it."""
+def fork() -> Callable[[Callable[[], None]], int]:
+    """fork(action) runs it in a forked process, whose number it returns."""
 
-    def in_child(action: Callable[[], None]) -> int:
+    def fork(action: Callable[[], None]) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside other threads: the child has none
             child = os.fork()
@@ -59,10 +60,47 @@ def in_child() -> Callable[[Callable[[], None]], int]:
             try:
                 action()
                 code = 0
+            except SystemExit as ended:
+                code = int(ended.code or 0)
             except BaseException as error:
                 print(f"in the child: {error!r}", file=sys.__stderr__)
             finally:
                 os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
+
+    return fork
+
+
+@pytest.fixture(scope="session")
+def in_child(fork: Callable[[Callable[[], None]], int]) -> Callable[[Callable[[], None]], int]:
+    """in_child(action) waits for a forked process: its exit code, or minus the signal that ended it."""
+
+    def in_child(action: Callable[[], None]) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
 
     return in_child
+
+
+@pytest.fixture(scope="session")
+def gone() -> Callable[[Callable[[int, int], bool]], None]:
+    """gone(test) waits ten seconds at most until there is no process for which test(number, group) is true, but for
+    dead ones that nobody has asked after."""
+
+    def gone(test: Callable[[int, int], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while left := [number for number, group in running() if test(number, group)]:
+            assert time.monotonic() < deadline, f"processes {left} live on"
+            time.sleep(0.02)
+
+    return gone
+
+
+def running() -> Iterator[tuple[int, int]]:
+    """The number and the group of every process that runs."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = status.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if state not in "ZX":
+            yield int(status.parent.name), int(group)

@@ -1,6 +1,7 @@
 """Work done by other processes, its results in order."""
 
 import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
@@ -68,7 +69,10 @@ def keep_calm(worker: int) -> None:
     killed it ends with it: it holds a copy of all the parent's open files, the lock on what is being written too."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)  # it was killed before we could ask for that signal
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, wind_down)
 

@@ -74,15 +74,18 @@ def train(
             bad_steps.settle()
             listener.log(row_of(state, config, rate))
             window.clear()
-        if due(state, config, config.look_every):
-            listener.look(state.step, state.weight_ema.network)
-        if due(state, config, config.validate_every):
-            listener.validate(state.step, state.weight_ema.network)
-        listener.advance(state)
+        looks, validates = (due(state, config, every) for every in (config.look_every, config.validate_every))
+        with window.apart(looks or validates):
+            if looks:
+                listener.look(state.step, state.weight_ema.network)
+            if validates:
+                listener.validate(state.step, state.weight_ema.network)
+            listener.advance(state)
         stop = asked_to_stop(state.step, stop_asked, device)
         if stop or (state.step % config.save_every == 0 and state.step < config.steps):
             bad_steps.settle()
-            state.save(run_dir, keep_every=config.keep_every)
+            with window.apart():
+                state.save(run_dir, keep_every=config.keep_every)
         if stop:
             break
     return state

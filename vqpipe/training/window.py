@@ -56,6 +56,15 @@ class Window(Generic[MadeT]):
         yield
         self.waited += time.perf_counter() - began
 
+    @contextmanager
+    def apart(self, really: bool = True) -> Iterator[None]:
+        """Around what is no step, such as pictures and saving: its time is left out, if `really`."""
+        if really and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began if really else 0.0
+
     def add(self, stepped: Stepped[MadeT]) -> None:
         """Take in one step of this rank."""
         bad = stepped.bad

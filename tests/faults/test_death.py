@@ -1,0 +1,524 @@
+"""Group A: how processes die, as far as the random killer and the tests of training do not ask already.
+
+Real processes, which take seconds to import, are slow tests.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from stages import cli, console, tokenize_images
+from vqpipe import distributed, faults
+from vqpipe.artifacts import Draft, open_artifact, start
+from vqpipe.data import workers
+from vqpipe.data.batches import Shuffle
+from vqpipe.data.workers import through_workers
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.models import VqganConfig, build_autoencoder
+from vqpipe.quantizers import VqConfig
+from vqpipe.tokenizer import Tokenizer, write_files
+from vqpipe.training import loop
+from vqpipe.training.config import TrainConfig
+
+Fork = Callable[[Callable[[], None]], int]
+Files = dict[str, dict[str, object]]
+Gone = Callable[[Callable[[int, int], bool]], None]
+InChild = Callable[[Callable[[], None]], int]
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+SETTINGS = [
+    *("data.image_size=16", "model.quantizer.kind=ema", "model.quantizer.codebook_size=40", "model.base_channels=8"),
+    *("model.z_channels=8", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4", "train.save_every=3"),
+    *("train.warmup_steps=2", "train.global_batch_size=4", "train.matched_start_images=16", "objective.disc_start=4"),
+    *("train.look_every=100", "train.log_every=2", "train.steps=12", "train.precision=fp32"),
+]
+TRAIN = ["train", "--preset", "smoke", "--images", "pictures", "--device", "cpu", "--out", "out"]
+TRAIN += [f"--set={setting}" for setting in SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 20 drawn pictures."""
+    folder = tmp_path_factory.mktemp("death") / "pictures"
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for number in range(20):
+        small = Image.fromarray(draws.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        small.resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, pictures: Path) -> Path:
+    """A working directory with the pictures in it, and nothing else."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "pictures").symlink_to(pictures)
+    return tmp_path / "work"
+
+
+# Tokens.
+
+
+def small_tokenizer(out: Path) -> Tokenizer:
+    model = VqganConfig(
+        base_channels=8,
+        channel_multipliers=(1, 1),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        z_channels=4,
+        quantizer=VqConfig(codebook_size=16, code_dim=4),
+    )
+    draft = start(out, "tokenizer", {}, {})
+    assert isinstance(draft, Draft)
+    with draft:
+        write_files(draft, Tokenizer(build_autoencoder(model), image_size=8))
+        draft.publish({})
+    return Tokenizer.from_pretrained(out)
+
+
+@pytest.mark.parametrize("point", ["written:5", "rename:6"])  # the second shard has no name yet; has no record yet
+def test_row_10_killed_in_the_middle_of_a_token_shard(
+    point: str, folder: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tokenize_images, "IMAGES_PER_SHARD", 7)
+    small_tokenizer(folder / "tokenizer")
+
+    def run(out: str) -> None:
+        tokenize_images.tokenize(["pictures"], Path("tokenizer"), Path(out), num_workers=0, device="cpu")
+
+    run("whole")
+    with monkeypatch.context() as patch:
+        patch.setenv(faults.VARIABLE, point)
+        assert in_child(lambda: run("out")) == -signal.SIGKILL
+    assert not (folder / "out").exists()
+    first = (folder / "out.partial" / "tokens-00000.parquet").stat()
+    run("out")
+    assert open_artifact("out").content == open_artifact("whole").content
+    assert (folder / "out" / "tokens-00000.parquet").stat().st_mtime_ns == first.st_mtime_ns  # not made again
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "pictures", "tokenizer", "whole"]
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.0])
+def test_row_17_terminated_while_it_imports(seconds: float, folder: Path) -> None:
+    command = [sys.executable, "-m", "stages", *TRAIN]
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (143, -signal.SIGTERM)  # which a shell calls 143 too
+    assert "Traceback" not in errors
+    assert [path.name for path in folder.iterdir()] == ["pictures"]
+
+
+HERE = """
+import os, sys, time
+from pathlib import Path
+from vqpipe.training import checkpoints, loop
+
+seeded, saved = loop.seed_step, checkpoints.save_file
+
+def seed_step(seed, step):
+    seeded(seed, step)
+    if step == 4:
+        Path("../step").touch()
+        time.sleep(1)
+
+def save_file(tensors, file):
+    saved(tensors, file)
+    if "step-00000006" in str(file) and not Path("../save").exists():
+        Path("../save").touch()
+        time.sleep(30)
+
+loop.seed_step, checkpoints.save_file = seed_step, save_file if "slow-save" in sys.argv else saved
+sys.argv = [word for word in sys.argv if word != "slow-save"]
+from stages.cli import main
+main()
+"""
+"""The console script, where a run says that it is in its fifth step, and stays there for a second; with the word
+slow-save also that it is in its second save, and stays there for half a minute."""
+
+
+@pytest.fixture(scope="module")
+def straight(pictures: Path) -> Files:
+    """The files of a run that nothing happened to."""
+    assert vqpipe(pictures.parent) == 0
+    return open_artifact(pictures.parent / "out").manifest.files
+
+
+def vqpipe(folder: Path) -> int:
+    """Run the console script in this process, which has imported torch; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["vqpipe", *TRAIN])
+        before = {number: signal.getsignal(number) for number in console.SIGNALS}
+        try:
+            cli.main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return 0
+
+
+def ends_as(straight: Files, folder: Path, capsys: pytest.CaptureFixture[str], step: int) -> None:
+    """The same command goes on at a step, and the weights are those of the undisturbed run."""
+    capsys.readouterr()
+    assert vqpipe(folder) == 0
+    assert f"resuming at step {step}" in capsys.readouterr().err
+    files = open_artifact(folder / "out").manifest.files
+    assert files.keys() == straight.keys()
+    for name in ("model.safetensors", "discriminator.safetensors"):
+        assert files[name] == straight[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1"],
+)
+def test_rows_16_18_the_first_signal_ends_the_run_after_its_step_and_the_second_at_once(
+    number: signal.Signals,
+    code: int,
+    times: int,
+    folder: Path,
+    straight: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        seeded = loop.seed_step
+
+        def seed_step(seed: int, step: int) -> None:
+            seeded(seed, step)
+            for _ in range(times if step == 4 else 0):
+                signal.raise_signal(number)
+
+        patch.setattr(loop, "seed_step", seed_step)
+        assert vqpipe(folder) == code
+    assert "interrupted; run the same command again" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    ends_as(straight, folder, capsys, {1: 5, 2: 3}[times])
+
+
+def started(folder: Path, mark: str, *words: str, **options: Any) -> "subprocess.Popen[str]":
+    """A run in a process group of its own, which has come to the mark."""
+    command = [sys.executable, "-c", HERE, *TRAIN, *words]
+    options = {"stderr": subprocess.PIPE, "process_group": 0} | options
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **options)
+    while process.poll() is None and not (folder.parent / mark).exists():
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+def test_row_15_killed_since_the_save_took_longer_than_the_grace(
+    folder: Path, straight: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = started(folder, "save", "slow-save")
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)  # it is still saving
+    process.kill()
+    assert "SIGTERM: this step ends, then the state is saved" in process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGKILL
+    names = {path.name for path in (folder / "out.partial" / "checkpoints").iterdir()}
+    assert "step-00000003" in names
+    assert "step-00000006" not in names
+    assert len(names) > 1  # the torn one
+    ends_as(straight, folder, capsys, 3)
+
+
+@pytest.mark.slow
+def test_row_19_stopped_for_a_while_and_continued(
+    folder: Path, straight: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = started(folder, "step", "--set=data.num_workers=1")
+    os.killpg(process.pid, signal.SIGSTOP)
+    assert vqpipe(folder) == 1
+    assert f"out is being written by process {process.pid} on " in capsys.readouterr().err
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    files = open_artifact(folder / "out").manifest.files
+    assert files["model.safetensors"] == straight["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_row_20_the_terminal_is_closed(
+    folder: Path, straight: Files, capsys: pytest.CaptureFixture[str], gone: Gone
+) -> None:
+    """As a shell does it: the kernel tells the leader of the session, and that its whole group."""
+    terminal, end = os.openpty()
+    reader = threading.Thread(target=drain, args=(terminal, folder.parent / "step"))
+    reader.start()
+    process = started(
+        folder,
+        "step",
+        "--set=data.num_workers=1",
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        process_group=None,
+        start_new_session=True,
+        preexec_fn=lambda: (signal.signal(signal.SIGHUP, signal.SIG_DFL), fcntl.ioctl(end, termios.TIOCSCTTY, 0)),
+    )
+    os.close(end)
+    reader.join()
+    os.close(terminal)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=60) == 129
+    gone(lambda _, group: group == process.pid)
+    ends_as(straight, folder, capsys, 5)
+
+
+def drain(terminal: int, until: Path) -> None:
+    """Read what a terminal is sent until there is such a file."""
+    while not until.exists():
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+
+
+def test_row_20_a_terminal_that_closes_may_hang_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with console.StopAtStepEnd() as signals:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.asked()
+        with pytest.raises(console.Interrupted) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+    with pytest.raises(console.Interrupted) as ended:
+        signals.leave()
+    assert ended.value.code == 129
+
+
+def test_row_20_nohup_is_respected() -> None:
+    program = "import signal; from stages import console; print(signal.SIGHUP in console.SIGNALS)"
+    for before, expected in (("SIG_IGN", "False"), ("SIG_DFL", "True")):
+        command = [sys.executable, "-c", f"import signal; signal.signal(signal.SIGHUP, signal.{before}); {program}"]
+        assert subprocess.check_output(command, env=ENVIRONMENT, text=True, timeout=60).strip() == expected
+
+
+# Several ranks.
+
+
+def rank(number: int, ranks: int, port: int, folder: Path, action: Callable[[Draft], None]) -> Callable[[], None]:
+    """One of some processes that write an artifact together, as torchrun starts them; its stderr goes to a file."""
+
+    def app() -> None:
+        with distributed.connect(CPU):
+            draft = start(folder / "out", "codebook", {}, {})
+            assert isinstance(draft, Draft)
+            with draft:
+                with draft.write(f"{number}.bin") as path:
+                    path.write_bytes(b"x")
+                action(draft)
+
+    def run() -> None:
+        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        cli.app = app  # type: ignore[assignment]
+        sys.stdout = sys.stderr = (folder / f"{number}.txt").open("w", encoding="utf-8")
+        try:
+            cli.main()
+        finally:
+            sys.stderr.flush()
+
+    return run
+
+
+def together(folder: Path, fork: Fork, *actions: Callable[[Draft], None]) -> list[int]:
+    """Run one rank for each action; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [fork(rank(n, len(actions), port, folder, action)) for n, action in enumerate(actions)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def failing(draft: Draft) -> None:
+    raise DataError("what came first", "Do something about it")
+
+
+def sharing(draft: Draft) -> None:
+    distributed.all_reduce_sum(torch.ones(1))
+
+
+def late(draft: Draft) -> None:
+    """It does nothing until the first rank has given up, and then finds it gone."""
+    while not (draft.out.parent / "0.txt").stat().st_size:
+        time.sleep(0.02)
+    sharing(draft)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_row_24_where_a_rank_raises_its_error_is_what_one_sees(culprit: int, tmp_path: Path, fork: Fork) -> None:
+    actions = [sharing, sharing]
+    actions[culprit] = failing
+    assert together(tmp_path, fork, *actions) == [1, 1]
+    said = [(tmp_path / f"{number}.txt").read_text(encoding="utf-8") for number in range(2)]
+    assert said[culprit] == f"error: rank {culprit}: what came first. Do something about it.\n"
+    assert said[1 - culprit].startswith(f"error: rank {1 - culprit}: another rank has ended or hangs; its own error")
+    status = json.loads((tmp_path / "out.partial" / "status.json").read_text(encoding="utf-8"))
+    assert status == {"error": "what came first. Do something about it.", "cause": 65, "rank": culprit}
+
+
+def test_row_25_where_a_rank_hangs_the_others_give_up(
+    tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=3))
+    assert together(tmp_path, fork, sharing, late) == [1, 1]
+    said = (tmp_path / "0.txt").read_text(encoding="utf-8")
+    assert said.startswith("error: rank 0: another rank has ended or hangs; its own error")
+    status = json.loads((tmp_path / "out.partial" / "status.json").read_text(encoding="utf-8"))
+    assert (status["cause"], status["rank"]) == (75, 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 7, 8, 100])
+def test_row_26_every_rank_takes_the_same_steps_however_many_images_there_are(length: int, ranks: int) -> None:
+    """A rank's images are those of its places in endless global batches, never those of a shard of its own."""
+    streams = [Shuffle(length, seed=0, batch_size=6, rank=rank, world_size=ranks).batches(3) for rank in range(ranks)]
+    (alone,) = [Shuffle(length, seed=0, batch_size=6, rank=0, world_size=1).batches(3)]
+    for parts in islice(zip(*streams, strict=True), 3 * length):
+        assert {len(part) for part in parts} == {6 // ranks}
+        assert [place for part in parts for place in part] == next(alone)
+
+
+def test_row_26_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not divide by 4 ranks"):
+        Shuffle(7, seed=0, batch_size=6, rank=0, world_size=4)
+    with pytest.raises(ConfigError, match="does not divide by 4 ranks"):
+        TrainConfig(global_batch_size=6).share(4)
+
+
+RAISING = """
+import os
+from vqpipe.errors import DataError
+from vqpipe.training import loop
+
+seeded = loop.seed_step
+
+def seed_step(seed, step):
+    seeded(seed, step)
+    if step == 4 and os.environ["RANK"] == "1":
+        raise DataError("what came first", "Do something about it")
+
+loop.seed_step = seed_step
+from stages.cli import main
+main()
+"""
+"""The console script, where the second rank fails in its fifth step."""
+
+
+def torchrun(folder: Path, program: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    (folder.parent / "program.py").write_text(program, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(folder.parent / "program.py"), *TRAIN, *words]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_row_24_under_torchrun_too(folder: Path, straight: Files) -> None:
+    done = torchrun(folder, RAISING)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: rank 1: what came first. Do something about it."
+    status = json.loads((folder / "out.partial" / "status.json").read_text(encoding="utf-8"))
+    assert status == {"error": "what came first. Do something about it.", "cause": 65, "rank": 1}
+    again = torchrun(folder, "from stages.cli import main\nmain()")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 3" in again.stderr
+
+
+@pytest.mark.slow
+def test_row_26_seven_images_and_five_held_out_on_two_ranks(folder: Path, pictures: Path) -> None:
+    for name, numbers in (("few", range(7)), ("held-out", range(7, 12))):
+        (folder / name).mkdir()
+        for number in numbers:
+            (folder / name / f"{number}.png").symlink_to(pictures / f"{number:02d}.png")
+    words = ["--images", "few", "--validation", "held-out", "--set=train.validate_every=4", "--global-batch-size=2"]
+    done = torchrun(folder, "from stages.cli import main\nmain()", *words)
+    assert done.returncode == 0, done.stderr
+    assert open_artifact(folder / "out").facts["images_seen"] == 24
+
+
+# Orphans.
+
+
+class Noted(Dataset[str]):
+    """Work that says who did it."""
+
+    def __getitem__(self, work: str) -> str:
+        Path(work).write_text(str(os.getpid()), encoding="utf-8")
+        return work
+
+
+def test_row_27_loader_processes_do_not_outlive_their_parent(tmp_path: Path, in_child: InChild, gone: Gone) -> None:
+    def die() -> None:
+        results = through_workers(Noted(), [str(tmp_path / str(number)) for number in range(4)], 2)
+        assert [next(results) for _ in range(4)]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == -signal.SIGKILL
+    found = {int(file.read_text(encoding="utf-8")) for file in tmp_path.iterdir() if file.name.isdecimal()}
+    assert len(found) == 2
+    gone(lambda number, _: number in found)
+
+
+def test_row_27_nor_where_it_dies_as_they_start(
+    tmp_path: Path, in_child: InChild, gone: Gone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, file = workers.keep_calm, tmp_path / "worker"
+
+    def orphaned(worker: int) -> None:
+        file.write_text(str(os.getpid()), encoding="utf-8")
+        parent = os.getppid()
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        calm(worker)
+
+    monkeypatch.setattr(workers, "keep_calm", orphaned)
+    work = [str(tmp_path / "done")]
+    assert in_child(lambda: list(through_workers(Noted(), work, 1)) and None) == -signal.SIGKILL
+    worker = int(file.read_text(encoding="utf-8"))
+    gone(lambda number, _: number == worker)
+
+
+@pytest.mark.slow
+def test_row_27_nor_do_those_of_a_run(
+    folder: Path, straight: Files, gone: Gone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = started(folder, "step", "--set=data.num_workers=2")
+    process.kill()
+    process.communicate(timeout=60)
+    gone(lambda _, group: group == process.pid)
+    ends_as(straight, folder, capsys, 3)

@@ -1,0 +1,284 @@
+"""Killed at any moment, again and again, and given again: a command ends with the files of a run nobody disturbed.
+
+Every round starts a stage into a fresh folder and kills its whole process group at a moment drawn at random, then runs
+the same command, which may be killed too, until it ends by itself. Stages are forks of one process that has imported
+all they need and computed nothing; the last round is a process of its own, which may die while it imports.
+
+VQPIPE_KILLER_ROUNDS says how many rounds a stage has, 20 unless said.
+"""
+
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqpipe.artifacts import Artifact, open_artifact
+
+Gone = Callable[[Callable[[int, int], bool]], None]
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS = int(os.environ.get("VQPIPE_KILLER_ROUNDS", "20"))
+AGAIN = 0.5
+"""How likely a run that goes on after a kill is killed too."""
+PROGRAM = """
+import gc, importlib, json, os, pkgutil, sys, traceback
+from stages import cli, generate, tokenize_images
+
+tokenize_images.IMAGES_PER_SHARD = generate.IMAGES_PER_SHARD = 6
+os.fsync = lambda handle: None
+
+def serve():
+    import vqpipe
+    for module in pkgutil.walk_packages(vqpipe.__path__, "vqpipe."):
+        if not module.name.startswith("vqpipe.benchmarks"):
+            importlib.import_module(module.name)
+    gc.freeze()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            os.chdir(order["folder"])
+            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for stream, handle in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+                os.dup2(handle, stream)
+            sys.argv = ["vqpipe", *order["words"]]
+            code = 70
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = ended.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+if sys.argv[1:]:
+    cli.main()
+else:
+    serve()
+"""
+"""The console script, or without arguments a server that forks one for each line it is given, which leaves without
+the long tidying up of a process that has imported so much. In both, shards are small and nothing waits for the disk: a
+process that dies loses nothing that it wrote (for power loss see row 39)."""
+
+TINY = [
+    *("data.image_size=16", "model.quantizer.codebook_size=40", "model.base_channels=8", "model.z_channels=8"),
+    *("model.quantizer.feature_dim=16", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4"),
+    *("train.steps=12", "train.warmup_steps=2", "train.global_batch_size=4", "train.save_every=3"),
+    *("train.matched_start_images=16", "train.look_every=12", "train.log_every=2", "objective.disc_start=4"),
+    *("features.image_size=32", "features.patch_size=4", "features.components=16", "features.images_per_shard=6"),
+    *("kmeans.k=40", "eval.image_size=16", "data.num_workers=1", "eval.batch_size=4"),
+]
+LEARNING = [
+    *("train.warmup_steps=1", "examples.held_out=6", "train.validate_every=6", "train.look_every=12"),
+    *("train.save_every=3", "train.log_every=2"),
+]
+LLAMAGEN = ["generator.layers=1", "generator.head_layers=1", "generator.width=16", "generator.heads=2"]
+VIT = ["classifier.width=16", "classifier.depth=1", "classifier.num_heads=2", "classifier.drop_path=0.0"]
+
+
+def with_preset(name: str, settings: list[str]) -> list[str]:
+    return ["--preset", name, *(f"--set={setting}" for setting in settings)]
+
+
+STAGES: dict[str, list[str]] = {
+    "prepare-data": ["folder", "--source={pictures}", "--shard-size=6", "--num-workers=1"],
+    "extract-features": ["--images={prepare-data}", "--num-workers=1", *with_preset("smoke", TINY)],
+    "kmeans": ["--features={extract-features}", *with_preset("smoke", TINY)],
+    "train": ["--images={prepare-data}", "--codebook={kmeans}", *with_preset("smoke", TINY)],
+    "tokenize": ["--images={prepare-data}", "--tokenizer={train}", "--flip", "--num-workers=1", "--batch-size=4"],
+    "detokenize": ["--tokens={tokenize}", "--tokenizer={train}", "--batch-size=4"],
+    "train-generator": [
+        *("--tokens={tokenize}", "--tokenizer={train}", "--steps=12", "--global-batch-size=4"),
+        *with_preset("llamagen-tiny", LLAMAGEN + LEARNING),
+    ],
+    "generate": ["--generator={train-generator}", "--num-images=30", "--batch-size=3"],
+    "train-classifier": [
+        *("--tokens={tokenize}", "--tokenizer={train}", "--steps=12", "--global-batch-size=4"),
+        *with_preset("vit-tiny", VIT + LEARNING),
+    ],
+    "eval": ["--images={prepare-data}", "--tokenizer={train}", "--num-workers=1", *with_preset("smoke", TINY)],
+}
+"""Stage -> its arguments; {name} is where the artifact of another stage lies. Each comes after what it reads."""
+TIMES = ("images_per_second", "seconds_per_step", "data_wait", "tflops")
+"""What of a row of a training log a clock said."""
+
+
+class Launcher:
+    """Starts stages in process groups of their own, and kills these."""
+
+    def __init__(self, folder: Path, gone: Gone) -> None:
+        self.gone = gone
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        self.environment |= {"XDG_CACHE_HOME": str(folder / "cache")}
+        self.command = [sys.executable, "-c", PROGRAM]
+        began = time.monotonic()
+        self.server = subprocess.Popen(
+            self.command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert self.answer() == "ready"
+        self.seconds_to_import = time.monotonic() - began
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
+        self.server.stdout.close()
+
+    def answer(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def forked(self, words: list[str], folder: Path, seconds: float | None) -> int:
+        """Run a stage in `folder`, killed after so many seconds; its exit code, negative: the signal that ended it."""
+        assert self.server.stdin is not None
+        log = folder.with_name(f"{folder.name}.log")
+        self.server.stdin.write(json.dumps({"words": words, "folder": str(folder), "log": str(log)}) + "\n")
+        group = int(self.answer())
+        if not select.select([self.server.stdout], [], [], seconds)[0]:
+            os.killpg(group, signal.SIGKILL)
+        code = int(self.answer())
+        self.gone(lambda _, its_group: its_group == group)
+        return code
+
+    def alone(self, words: list[str], folder: Path, seconds: float | None) -> int:
+        """The same in a process of its own, which has to import first."""
+        with folder.with_name(f"{folder.name}.log").open("a") as log:
+            process = subprocess.Popen(
+                [*self.command, *words], cwd=folder, env=self.environment, stdout=log, stderr=log, process_group=0
+            )
+            try:
+                code = process.wait(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait(timeout=60)
+        self.gone(lambda _, its_group: its_group == process.pid)
+        return code
+
+
+class Line:
+    """Every stage on a few drawn pictures, run when it is first asked for, and nothing happens to it."""
+
+    def __init__(self, folder: Path, gone: Gone) -> None:
+        self.folder, self.launcher = folder, Launcher(folder, gone)
+        self.seconds: dict[str, float] = {}
+        draws = np.random.default_rng(0)
+        for number in range(30):
+            small = Image.fromarray(draws.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            picture = folder / "pictures" / str(number % 3) / f"{number}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            small.resize((32, 32), Image.Resampling.BICUBIC).save(picture)
+
+    def words(self, stage: str) -> list[str]:
+        """The command, its inputs made."""
+        words = [stage]
+        for word in STAGES[stage]:
+            for name in re.findall(r"{([\w-]+)}", word):
+                word = word.replace(f"{{{name}}}", str(self.made(name)))
+            words.append(word)
+        return [*words, "--device=cpu", "--out=out"]
+
+    def made(self, name: str) -> Path:
+        """The artifact of a stage, or the pictures."""
+        if name == "pictures":
+            return self.folder / name
+        folder = self.folder / name
+        if name not in self.seconds:
+            words = self.words(name)
+            folder.mkdir()
+            began = time.monotonic()
+            assert self.launcher.forked(words, folder, None) == 0, folder.with_name(f"{name}.log").read_text()
+            self.seconds[name] = time.monotonic() - began
+        return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory, gone: Gone) -> Iterator[Line]:
+    line = Line(tmp_path_factory.mktemp("killed"), gone)
+    yield line
+    line.launcher.close()
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """What a run has left: all files of its folder, what the manifest promises, what a clock had no part in."""
+    artifact = open_artifact(folder / "out")
+    artifact.verify()
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    manifest = artifact.manifest
+    promised = manifest.request, manifest.kind, manifest.config, manifest.inputs, manifest.facts
+    return files, promised, {name: contents(artifact, name) for name in artifact.names()}
+
+
+def contents(artifact: Artifact, name: str) -> Any:
+    """The hash of a file; of a training log all but its times, of a training run's page nothing: it shows them."""
+    if "metrics.jsonl" not in artifact.names() or name not in ("metrics.jsonl", "report.html"):
+        return artifact.manifest.files[name]
+    rows = [json.loads(row) for row in artifact.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def kill_until_it_ends(
+    run: Callable[[list[str], Path, float | None], int],
+    words: list[str],
+    folder: Path,
+    longest: float,
+    draws: np.random.Generator,
+) -> int:
+    """Kill a stage at least once, then let it go on, perhaps kill that too, ...; how often it was killed."""
+    kills = 0
+    while True:
+        seconds = draws.uniform(0, longest) if not kills or draws.random() < AGAIN else None
+        code = run(words, folder, seconds)
+        if code == -signal.SIGKILL:
+            kills += 1
+        elif kills:
+            assert code == 0, folder.with_name(f"{folder.name}.log").read_text(encoding="utf-8")
+            return kills
+        else:  # it was faster than expected
+            longest /= 2
+            shutil.rmtree(folder)
+            folder.mkdir()
+
+
+def killed(line: Line, stage: str, rounds: int, folder: Path) -> int:
+    """So many rounds of a stage; how often it was killed in all."""
+    words, launcher = line.words(stage), line.launcher
+    expected = outcome(line.made(stage).parent)
+    draws = np.random.default_rng([rounds, list(STAGES).index(stage)])
+    kills = []
+    for number in range(rounds):
+        own = folder / f"{number}"
+        own.mkdir()
+        run, longest = launcher.forked, line.seconds[stage]
+        if number == rounds - 1:
+            run, longest = launcher.alone, longest + launcher.seconds_to_import / 2
+        kills.append(kill_until_it_ends(run, words, own, longest, draws))
+        assert outcome(own) == expected, f"round {number} of {rounds}, after {kills[-1]} kills"
+        shutil.rmtree(own)
+    print(
+        f"{stage}: {rounds} rounds of {line.seconds[stage]:.2f} s, killed {sum(kills)} times, all files as undisturbed"
+    )
+    return sum(kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random_moments_a_stage_ends_with_the_same_files(stage: str, line: Line, tmp_path: Path) -> None:
+    assert killed(line, stage, ROUNDS, tmp_path) >= ROUNDS
