@@ -43,7 +43,7 @@ class Saving:
 
     def __init__(self, draft: "Draft", seconds: float, first: int) -> None:
         from vqpipe import distributed
-        from vqpipe.codebooks.checkpoints import Checkpoints
+        from vqpipe.artifacts.saved import Checkpoints
 
         self.seconds = self.pause = seconds
         self.first, self.series = first, f"rank-{distributed.rank()}"
@@ -123,7 +123,7 @@ class Saving:
         """
         import torch
 
-        from vqpipe.codebooks.checkpoints import Saved
+        from vqpipe.artifacts.saved import Saved
         from vqpipe.metrics.state import pack
 
         began = time.monotonic()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.codebooks import feature_set, seeding
 from vqpipe.codebooks import kmeans as module
-from vqpipe.codebooks.checkpoints import Checkpoints, Saved
 from vqpipe.codebooks.feature_set import FeatureSet
 from vqpipe.codebooks.kmeans import Clustering, KmeansConfig, kmeans
 from vqpipe.codebooks.watch import Watch
@@ -142,7 +142,7 @@ def test_states_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vqpipe.codebooks.checkpoints.flush_to_disk", full)
+    monkeypatch.setattr("vqpipe.artifacts.saved.flush_to_disk", full)
     with pytest.raises(ArtifactError, match=r"cannot write .*No space left"):
         states.save("a", Saved(4, tensors))
     assert len(list((tmp_path / "deep" / "er").iterdir())) == 2

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from vqpipe.artifacts.saved import Checkpoints
 from vqpipe.codebooks import seeding
-from vqpipe.codebooks.checkpoints import Checkpoints
 from vqpipe.codebooks.feature_set import FeatureSet
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
 from vqpipe.codebooks.points import Points

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from vqpipe import faults
 from vqpipe.artifacts import Artifact, draft, open_artifact, start
-from vqpipe.codebooks.checkpoints import Checkpoints
-from vqpipe.codebooks.checkpoints import Saved as Clustered
+from vqpipe.artifacts.saved import Checkpoints
+from vqpipe.artifacts.saved import Saved as Clustered
 from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.training import checkpoints
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact, start, status
-from vqpipe.codebooks.checkpoints import Checkpoints, Saved
+from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.data import sources
 from vqpipe.data.shards import open_images
 from vqpipe.data.tar_writing import write_tar

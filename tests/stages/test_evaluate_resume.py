@@ -15,7 +15,7 @@ from stages import console
 from stages.evaluate import evaluate
 from stages.resuming import Saving
 from vqpipe import faults
-from vqpipe.codebooks.checkpoints import Checkpoints, Saved
+from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.data.shards import ImageSet
 from vqpipe.metrics import populations
 from vqpipe.metrics.networks import FeatureNetworks

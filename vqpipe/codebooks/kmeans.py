@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, open_artifact
-from vqpipe.codebooks.checkpoints import Checkpoints, Saved
+from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.codebooks.clustering import Clustering
 from vqpipe.codebooks.feature_set import FeatureSet, open_matrix
 from vqpipe.codebooks.lloyd import lloyd

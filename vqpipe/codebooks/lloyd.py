@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.codebooks.checkpoints import Checkpoints, Saved
+from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.codebooks.clustering import Clustering
 from vqpipe.codebooks.points import Points
 from vqpipe.errors import NumericError

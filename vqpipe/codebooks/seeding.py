@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.codebooks.checkpoints import Checkpoints, Saved
+from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.codebooks.points import Points
 from vqpipe.errors import NumericError
 from vqpipe.search import first_copies, nearest
