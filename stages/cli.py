@@ -98,6 +98,12 @@ def main() -> None:
                 "another rank has ended or hangs; its own error, if it left one, stands above or in "
                 "OUT.partial/status.json. Run the same command again."
             )
+        if type(error).__name__ == "InductorError":
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), "no reason given")
+            fail(
+                f"torch.compile failed: {reason[:200]}. Delete what it keeps (TORCHINDUCTOR_CACHE_DIR, else "
+                "torchinductor_USER in the folder for temporary files) and run again, or set train.compile=false."
+            )
         if not str(error).startswith("DataLoader worker"):
             raise
         fail("a process that decodes images was killed. Use fewer (num_workers), or a machine with more memory.")

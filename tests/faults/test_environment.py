@@ -167,3 +167,22 @@ def test_rows_105_113_modules_that_lie_around_are_not_run_and_stdin_may_be_close
         command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_compiler_that_fails_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signals: None
+) -> None:
+    from torch._inductor.exc import InductorError
+
+    def torn() -> None:
+        """As where the process before was killed while it wrote a kernel."""
+        raise InductorError(ImportError("/tmp/torchinductor_me/av/kernel.so: file too short"), None)
+
+    monkeypatch.setattr(cli, "app", torn)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "file too short" in told
+    assert "train.compile=false" in told
