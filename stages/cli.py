@@ -82,7 +82,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path with an umlaut in a terminal that knows ASCII
     for number in console.SIGNALS:
-        signal.signal(number, console.interrupt)
+        signal.signal(number, console.leave_at_once)
     try:
         app()
     except VqpipeError as error:
@@ -108,7 +108,7 @@ def main() -> None:
             raise
         fail("a process that decodes images was killed. Use fewer (num_workers), or a machine with more memory.")
     except console.Interrupted as signalled:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print(console.INTERRUPTED, file=sys.stderr)
         sys.exit(signalled.code)
 
 

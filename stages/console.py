@@ -28,6 +28,7 @@ HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SI
 """The closing of the terminal, unless nohup has this process ignore it."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *HANGUP)
 """What asks a command to stop."""
+INTERRUPTED = "interrupted; run the same command again to go on"
 PLAIN_SECONDS = 10.0
 """Off a terminal, progress is a plain line at most this often."""
 
@@ -228,6 +229,13 @@ class Interrupted(BaseException):
         self.code = 128 + (number if number in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM)
 
 
+def leave_at_once(number: int, frame: FrameType | None) -> None:
+    """The signal handler while a command starts: nothing is written yet, and imports may catch what is raised."""
+    with suppress(OSError):
+        os.write(2, f"{INTERRUPTED}\n".encode())
+    os._exit(Interrupted(number).code)
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     """The signal handler of every command: leave through the finally blocks, so that no torn file stays behind."""
     leave_closed_terminal(number)
@@ -276,6 +284,11 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
 
     from vqpipe import distributed
 
+    for number in SIGNALS:
+        if (
+            signal.getsignal(number) is leave_at_once
+        ):  # of the command line; whoever calls a stage has handlers of his own
+            signal.signal(number, interrupt)
     chosen = distributed.pick_device(device)
     torch.manual_seed(seed)
     with distributed.connect(chosen):

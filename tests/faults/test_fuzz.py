@@ -106,6 +106,7 @@ def furnished(place: Path) -> Path:
         with draft.write("a.bin") as path:
             path.write_bytes(b"a.bin")
         draft.publish({})
+    (place / "manifest.seed").write_bytes((place / "out" / "manifest.json").read_bytes())  # fuzzing overwrites it
     write_tokens(place / "seed.parquet", ["a", "b"], [0, -1], np.array([[[1, 2]], [[3, 4]]], np.uint16))
     return place
 
@@ -167,21 +168,13 @@ def matrix(folder: Path, data: bytes) -> None:
 
 WEIGHTS = {"encoder.conv_in.weight": torch.ones(2, 3), "quantize.embedding.weight": torch.ones(4, 2)}
 PARSERS = {
-    "manifest": Parser(lambda folder: [read_seed(folder / "out" / "manifest.json")], manifest),
+    "manifest": Parser(lambda folder: [(folder / "manifest.seed").read_bytes()], manifest),
     "toml": Parser(lambda folder: [TOML], toml),
     "tar": Parser(lambda folder: [tar_bytes(tarfile.GNU_FORMAT), tar_bytes(tarfile.PAX_FORMAT)], tar),
     "weights": Parser(lambda folder: [save(WEIGHTS), torch_bytes({"state_dict": WEIGHTS})], weights),
     "tokens": Parser(lambda folder: [(folder / "seed.parquet").read_bytes()], tokens),
     "npy": Parser(lambda folder: [npy_bytes(), torch_bytes({"a": 1})], matrix),
 }
-
-
-def read_seed(path: Path) -> bytes:
-    """The artifact's manifest as it was published, which fuzzing overwrites."""
-    kept = path.parent.parent / "manifest.seed"
-    if not kept.exists():
-        kept.write_bytes(path.read_bytes())
-    return kept.read_bytes()
 
 
 TEXT = st.text("ab01.=-+_/\\ \"'[]{}\n\0é\ud800", max_size=12)
@@ -360,7 +353,7 @@ def test_manifests_that_are_none(data: bytes, folder: Path) -> None:
     [("config", []), ("provenance", "x"), ("inputs", 3), ("facts", None), ("content", {}), ("files", {"n" * 300: {}})],
 )
 def test_manifests_of_other_types(key: str, value: object, folder: Path) -> None:
-    table = {**json.loads(read_seed(folder / "out" / "manifest.json")), key: value}
+    table = {**json.loads((folder / "manifest.seed").read_bytes()), key: value}
     with pytest.raises(VqpipeError, match="is damaged"):
         manifest(folder, json.dumps(table).encode())
 
