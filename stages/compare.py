@@ -67,9 +67,11 @@ def compare_generated(reports: "Sequence[Artifact]", out: Path) -> "tuple[Artifa
     from vqpipe.reports.generated import check_alike, comparison_rows, generated_page, open_generated
 
     opened = [open_generated(report) for report in reports]
-    names = [each.name for each in opened]
+    names, others = [each.name for each in opened], [report.name for report in reports]
     if len(set(names)) < len(names):
-        opened = [replace(each, name=report.name) for each, report in zip(opened, reports, strict=True)]
+        numbered = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
+        names = others if len(set(others)) == len(others) else numbered
+    opened = [replace(each, name=name) for each, name in zip(opened, names, strict=True)]
     check_alike(opened)
     inputs = {f"report-{number}": report for number, report in enumerate(reports, start=1)}
     draft = artifacts.start(out, "report", {"compare": [each.name for each in opened]}, inputs)

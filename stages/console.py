@@ -285,9 +285,7 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
     from vqpipe import distributed
 
     for number in SIGNALS:
-        if (
-            signal.getsignal(number) is leave_at_once
-        ):  # of the command line; whoever calls a stage has handlers of his own
+        if signal.getsignal(number) is leave_at_once:  # the command line's; other callers keep their own handlers
             signal.signal(number, interrupt)
     chosen = distributed.pick_device(device)
     torch.manual_seed(seed)

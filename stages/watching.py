@@ -1,6 +1,7 @@
 """What watches a training run: its log, pictures and validations, its page, and the table on the terminal."""
 
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +34,7 @@ LOOK_AT = 8
 """Images in a reconstruction grid."""
 
 
-class Watcher:
+class Watcher(ABC):
     """The loop's listener for any task: `metrics.jsonl` in the draft, TensorBoard and wandb, the table. Rank 0 writes.
 
     What TensorBoard and wandb write lies beside the draft, in `<out>.logs/`: it keeps its place when the draft is
@@ -79,11 +80,13 @@ class Watcher:
         """A row of training numbers."""
         self.keep(row)
 
+    @abstractmethod
     def look(self, step: int, network: Any) -> None:
-        """Time for pictures. Here: none."""
+        """Time for pictures."""
 
+    @abstractmethod
     def validate(self, step: int, network: Any) -> None:
-        """Time to look at held-out data. Here: none."""
+        """Time to look at held-out data."""
 
     def advance(self, state: "TrainState") -> None:
         """A step is done, saved where it was due."""
@@ -109,9 +112,9 @@ class Watcher:
         for logger in self.loggers:
             logger.log(row)
 
+    @abstractmethod
     def page(self, known: dict[str, Any], footer: str) -> "ReportPage":
         """The run's page, from what any run knows (the fields of `reports.training.Run`) and what this one shows."""
-        raise NotImplementedError
 
     def write_page(self) -> None:
         """`report.html`, from what is known now."""

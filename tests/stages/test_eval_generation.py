@@ -94,6 +94,9 @@ def test_reports_of_samples_share_a_table(
     assert f"{many['frechet']['mean']:.2f}" in told
     compared = json.loads((pictures / "both" / "metrics.json").read_text())["compared"]
     assert [each["num_images"] for each in compared.values()] == [20, 40]
+    compare([pictures / "few", pictures / "few"], pictures / "twice", device="cpu")
+    twice = json.loads((pictures / "twice" / "metrics.json").read_text())["compared"]
+    assert list(twice) == ["1: samples", "2: samples"]  # none takes the other's place
     page = (pictures / "both" / "report.html").read_text()
     assert "20 samples" in page
     assert "40 samples" in page
