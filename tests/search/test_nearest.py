@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqpipe.errors import ConfigError, DataError, NumericError
-from vqpipe.search import engine_name, nearest
+from vqpipe.search import engine_name, exhaustive, nearest
 from vqpipe.search.exhaustive import nearest_tiles
 
 module = sys.modules["vqpipe.search.nearest"]
@@ -70,6 +70,17 @@ def test_the_lowest_id_wins_exact_ties(num_codes: int, dim: int) -> None:
     expected = distances(vectors, codes).argmin(dim=1)
     assert torch.equal(nearest(vectors, codes), expected)
     assert torch.equal(nearest(vectors + 4096, codes + 4096), expected)  # the far offset is taken away without rounding
+
+
+@pytest.mark.parametrize(("num_codes", "dim"), [(1024, 16), (2048, 32), (5000, 8), (641, 1), (640, 24)])
+def test_parts_of_the_codes_are_searched_as_the_whole(
+    num_codes: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, codes = lattice(77, dim, seed=0), lattice(num_codes, dim, seed=1)
+    expected = distances(vectors, codes).argmin(dim=1)
+    for size in (exhaustive.FUSED_BYTES, 4096, 1):  # 1: parts are as small as they can be
+        monkeypatch.setattr(exhaustive, "FUSED_BYTES", size)
+        assert torch.equal(nearest(vectors, codes), expected)
 
 
 @pytest.mark.usefixtures("search")

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK_ELEMENTS = 2**20  # the copy of a block that is hashed stays at 8 MB
-FIBONACCI = np.uint32(0x9E3779B1)  # 2**32 over the golden ratio: its multiples spread (Knuth, volume 3)
+SPREAD = np.uint32(
+    0x3C6EF362
+)  # twice 2**32 over the golden ratio (Knuth, volume 3): multiples spread, the sign drops out
 TABLE_BITS = 18
 
 
@@ -43,16 +45,10 @@ def first_copies(rows: Tensor) -> Tensor | None:
 def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Ids of rows, int64[N], each replaced by the lowest index at which float32[R, D] holds the same row.
 
-    Only rows are looked at whose first number has the hash of that of a row with an id: where they are few, most of the
-    work of `first_copies` is saved. In numpy, whose one thread is done before torch's have woken up.
+    In numpy, whose one thread is done before torch's have woken up.
     """
-    start = (rows[:, 0] + np.float32(0.0)).view(np.uint32)  # -0 becomes 0
-    start *= FIBONACCI
-    start >>= np.uint32(32 - TABLE_BITS)
-    named = np.zeros(2**TABLE_BITS, dtype=bool)
-    named[start[ids]] = True
-    suspects = np.flatnonzero(named.take(start))
-    some = rows[suspects] + np.float32(0.0)
+    suspects = np.arange(len(rows)) if len(ids) >= len(rows) else begin_like(ids, rows)
+    some = rows[suspects] + np.float32(0.0)  # -0 becomes 0
     words = some.view(np.int64 if some.shape[1] % 2 == 0 else np.int32)
     if not _any_equal(words @ _odd(words.shape[1]).numpy()):  # which is all that `row_hashes` does
         return ids
@@ -62,6 +58,15 @@ def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     lowest = np.arange(len(rows))
     lowest[suspects] = suspects[first.numpy()]
     return lowest[ids]
+
+
+def begin_like(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Which of float32[R, D] begin with a number that has the hash of that of a row with an id: with few ids, few."""
+    start = rows.view(np.uint32)[:, 0] * SPREAD
+    start >>= np.uint32(32 - TABLE_BITS)
+    named = np.zeros(2**TABLE_BITS, dtype=bool)
+    named[start[ids]] = True
+    return np.flatnonzero(named.take(start))
 
 
 @cache

@@ -16,6 +16,8 @@ from vqpipe.search.copies import first_copies, lowest_of_equals
 
 FUSED_DIMENSIONS = 32  # up to here faiss needs no tiles of distances in memory, where the processor has AVX-512
 FAISS_VECTORS = 384  # longer vectors in one matrix product, a multiple of what its kernels do at once
+FUSED_BYTES = 768 * 1024  # of codes at a time: a core's second cache keeps them for the next few vectors
+FUSED_CODES = 64  # a part is an odd multiple of it, also of what any fused kernel compares at once
 SHARE = 3  # such products at a time: a thread that is held up leaves the rest to the others
 TILE_VECTORS, TILE_CODES = 1024, 8192
 
@@ -23,9 +25,9 @@ TILE_VECTORS, TILE_CODES = 1024, 8192
 def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
     """faiss's exhaustive search: float32[N, D], float32[K, D] on the CPU -> int64[N].
 
-    Short vectors are left to faiss's threads, which share them out once. Longer ones go through matrix products tile
-    by tile, where those threads would wait for each other, spinning, after every tile: on a machine that others use
-    too that costs up to nine times the CPU time. So each thread searches its own share of them.
+    Short vectors are left to faiss's threads, which share them out (`nearest_fused`). Longer ones go through matrix
+    products tile by tile, where those threads would wait for each other, spinning, after every tile: on a machine that
+    others use too that costs up to nine times the CPU time. So each thread searches its own share of them.
 
     The same call gives the same ids for any number of threads: shares are whole tiles, so that each matrix product has
     the same shape. Another batch may round another way, where two codes are equally near to float32's precision.
@@ -44,7 +46,7 @@ def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
         return ids[:, 0]
 
     if vectors.shape[1] <= FUSED_DIMENSIONS:
-        ids = faiss.knn(vectors.numpy(), database, 1)[1][:, 0]
+        ids = nearest_fused(vectors.numpy(), database)
     else:
         threads = torch.get_num_threads()
         shares = vectors.split(FAISS_VECTORS * min(SHARE, -(-len(vectors) // (FAISS_VECTORS * threads))))
@@ -52,6 +54,24 @@ def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
             ids = np.concatenate(list(pool.map(search, shares)))
     # -1 is that of a vector that is not finite. Of equal codes any may win: places in a tile are rounded differently.
     return torch.from_numpy(lowest_of_equals(np.maximum(ids, 0), database))
+
+
+def nearest_fused(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """faiss's fused kernels over one part of the codes after the other: float32[N, D], float32[K, D] -> int64[N].
+
+    A kernel reads all its codes once for every few vectors, and 16 of them at a time, each a sixteenth further on: with
+    a multiple of 1024 long codes those 16 share a place in the first cache, which costs up to 1.6 times the time.
+    """
+    aligned = len(codes) % 1024 == 0 and codes.shape[1] > 8
+    parts = max(2 if aligned else 1, -(-codes.nbytes // FUSED_BYTES))
+    size = -(-len(codes) // (parts * FUSED_CODES)) * FUSED_CODES | FUSED_CODES if parts > 1 else len(codes)
+    best, ids = faiss.knn(vectors, codes[:size], 1)
+    for first in range(size, len(codes), size):
+        distances, places = faiss.knn(vectors, codes[first : first + size], 1)
+        closer = distances < best  # strictly: an earlier part keeps a tie
+        np.copyto(best, distances, where=closer)
+        np.copyto(ids, places + first, where=closer)
+    return ids[:, 0]
 
 
 def nearest_tiles(
