@@ -202,6 +202,11 @@ class TokenizerWatcher(Watcher):
         name = self.best.measure
         value = f"{measured.row[name]:.4g}" if name in measured.row else "infinite"
         console.say(f"step {step:,}: {name} {value}" + (", the best so far" if best else ""))
+        if self.best.fallen(measured.row):
+            console.say(
+                f"that is far from the {self.best.value:.4g} of step {self.best.step:,}, whose weights are kept: look"
+                f" at the curves in {self.draft.path / 'report.html'}; `--publish best` publishes them"
+            )
         self.page_is_old = True
 
     def page(self, known: dict[str, Any], footer: str) -> "ReportPage":

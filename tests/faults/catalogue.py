@@ -107,7 +107,10 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     81: ("codebooks/test_kmeans.py::test_empty_clusters_are_filled",),
     82: ("data/test_shard_writing.py::test_tokens_there_and_back",),
     83: ("search/test_nearest.py::test_the_lowest_id_wins_exact_ties",),
-    84: ("training/test_validation.py::test_the_best_weights_are_kept_also_by_a_run_that_was_resumed",),
+    84: (
+        "training/test_validation.py::test_the_best_weights_are_kept_also_by_a_run_that_was_resumed",
+        "training/test_validation.py::test_a_fall_is_told_from_a_bad_day",
+    ),
     85: ("metrics/test_evaluation.py::test_rfid_is_zero_for_the_same_images_and_absent_for_too_few",),
     86: (  # the formula has no matrix square root of an asymmetric matrix, so no imaginary part
         "metrics/test_fid.py::test_gaussians_with_two_bases_agree_with_scipy",

@@ -1,11 +1,14 @@
 """Group G: other processes, clocks, terminals, locales, and what else lies around; but for what needs a long run."""
 
+import errno
+import fcntl
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import torch
 
 from stages import cli, console
 from vqpipe import distributed
-from vqpipe.artifacts import Artifact, Draft, open_artifact, start
+from vqpipe.artifacts import Artifact, Draft, lock, open_artifact, start
+from vqpipe.artifacts.lock import Lock
 from vqpipe.errors import ArtifactError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,9 +69,41 @@ def test_row_103_the_lock_of_a_dead_process_is_free(tmp_path: Path, in_child: Ca
     assert make(tmp_path / "out").names() == ["a.bin"]
 
 
+def test_row_103_a_lock_that_is_taken_says_by_whom_and_when_he_was_last_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    owner = Lock(tmp_path, tmp_path / "out")
+    owner.take()
+    os.utime(owner.file, (0, 0))
+    deadline = time.monotonic() + 20
+    while owner.file.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    who = rf"out is being written by process {os.getpid()} on \S+ since \S+, last alive 0:00:\d\d ago"
+    with pytest.raises(ArtifactError, match=who):
+        Lock(tmp_path, tmp_path / "out").take()
+    owner.release()
+    os.utime(owner.file, (0, 0))
+    time.sleep(0.05)
+    assert owner.file.stat().st_mtime == 0  # its heart has stopped
+    other = Lock(tmp_path, tmp_path / "out")
+    other.take()
+    other.release()
+
+
+def test_row_103_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ArtifactError, match=r"cannot be locked \(No locks available\)"):
+        begin(tmp_path / "out")
+
+
 def test_row_104_no_decision_hangs_on_a_clock() -> None:
-    """A modification time is only ever compared for equality, to notice a changed file; the wall clock tells people."""
-    allowed = {"vqpipe/data/tars.py", "vqpipe/data/folders.py", "vqpipe/data/sources.py"}
+    """A modification time is only ever compared for equality, to notice a changed file; the wall clock tells people:
+    also of a lock's owner, when he was last alive."""
+    allowed = {"vqpipe/data/tars.py", "vqpipe/data/folders.py", "vqpipe/data/sources.py", "vqpipe/artifacts/lock.py"}
     clocks = found(r"st_mtime|getmtime|os\.utime|time\.time\b|time\.time_ns").keys()
     assert {name for name in clocks if "benchmarks" not in name} == allowed
 

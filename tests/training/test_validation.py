@@ -140,6 +140,19 @@ def test_a_number_that_is_none_is_never_the_best(tmp_path: Path) -> None:
     assert kept(best.path) == 4
 
 
+@pytest.mark.parametrize(
+    ("higher", "best_value", "worse", "far_worse"), [(True, 22.0, 19.1, 18.9), (False, 0.2, 0.29, 0.31)]
+)
+def test_a_fall_is_told_from_a_bad_day(
+    tmp_path: Path, higher: bool, best_value: float, worse: float, far_worse: float
+) -> None:
+    best = Best(tmp_path / "best.safetensors", "valid/measure", higher=higher)
+    assert not best.fallen({best.measure: far_worse})  # there is nothing to fall from
+    offered(best, {1: best_value, 2: worse, 3: far_worse})
+    assert [best.fallen({best.measure: value}) for value in (best_value, worse, far_worse)] == [False, False, True]
+    assert kept(best.path) == 1  # the best and the last stay, and the run goes on
+
+
 def test_a_run_killed_while_it_keeps_new_weights_has_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = Best(tmp_path / "best.safetensors", "valid/psnr", higher=True)
     offered(best, {1: 20.0})

@@ -1,12 +1,10 @@
 """An artifact being written: locked, resumed at its first missing file, published in one rename."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -15,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from vqpipe import distributed
+from vqpipe.artifacts import lock
+from vqpipe.artifacts.lock import Lock
 from vqpipe.artifacts.published import (
     SCHEMA,
     Artifact,
@@ -33,7 +33,6 @@ from vqpipe.files import digest_json, flush_to_disk, hash_file, rename, write_js
 from vqpipe.provenance import now, provenance, surroundings
 
 LOG = logging.getLogger("vqpipe")
-LOCK = ".lock"
 RUNS = ".runs.json"
 
 
@@ -69,7 +68,7 @@ class Draft:
         self.request = digest_json(asked)
         self.lineage = lineage
         self.started = now()
-        self._lock: int | None = None
+        self.lock = Lock(self.path, out)
 
     def __enter__(self) -> "Draft":
         return self
@@ -79,13 +78,13 @@ class Draft:
     ) -> None:
         if isinstance(error, Exception):
             note_failure(self.path, error)
-        if self._lock is not None and not self.has_work():
+        if self.lock.held and not self.has_work():
             shutil.rmtree(self.path, ignore_errors=True)
-        self.release()
+        self.lock.release()
 
     def has_work(self) -> bool:
         """Whether anything was written that a resumed run could go on from."""
-        ours = ("request.json", LOCK, RUNS)
+        ours = ("request.json", lock.NAME, RUNS)
         return any(
             path.is_file() and path.name not in ours and not is_status(path.name) for path in self.path.rglob("*")
         )
@@ -97,7 +96,7 @@ class Draft:
                 return self.check_published()
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".records").mkdir(exist_ok=True)
-            self.take_lock()
+            self.lock.take()
         try:
             if self.out.exists():  # published by another process between our look and our lock
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -106,10 +105,10 @@ class Draft:
                 with disk_errors(self.path):
                     published = self.resume()
         except BaseException:
-            self.release()
+            self.lock.release()
             raise
         if published:
-            self.release()
+            self.lock.release()
         return published
 
     def resume(self) -> bool:
@@ -134,7 +133,7 @@ class Draft:
             raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", "Choose another --out")
         self.check_same(open_artifact(self.out).manifest, self.out)
         with suppress(OSError):  # of a run that was killed just after it had published
-            (self.out / LOCK).unlink(missing_ok=True)
+            (self.out / lock.NAME).unlink(missing_ok=True)
         return True
 
     def check_same(self, manifest: Manifest, path: Path) -> None:
@@ -179,28 +178,6 @@ class Draft:
         except (OSError, ValueError):
             return []
         return runs if isinstance(runs, list) and all(isinstance(run, dict) for run in runs) else []
-
-    def take_lock(self) -> None:
-        """Become the one writer; the kernel frees the lock of a process that dies. An ArtifactError names the owner."""
-        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-            os.close(handle)
-            raise ArtifactError(
-                f"{self.out} is being written by {owner}",
-                f"Wait for it, or stop it; where its machine is gone for good, delete {self.path / LOCK}",
-            ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {self.started}\n".encode())
-        self._lock = handle
-
-    def release(self) -> None:
-        """Give the lock back (rank 0); harmless when it is not held."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     @contextmanager
     def write(self, name: str, **record: Any) -> Iterator[Path]:
@@ -299,13 +276,13 @@ class Draft:
                 f"cannot publish {self.out}: {error.strerror}", f"The work is kept in {self.path}"
             ) from None
         fault("renamed")
-        (self.out / LOCK).unlink(missing_ok=True)
+        (self.out / lock.NAME).unlink(missing_ok=True)
         flush_to_disk(self.out.parent)
-        self.release()
+        self.lock.release()
 
     def tidy(self, files: Mapping[str, Any]) -> None:
         """Delete all but `files`, the manifest and the lock, which is held until the directory has its name."""
-        keep = {self.path / name for name in (*files, "manifest.json", LOCK)}
+        keep = {self.path / name for name in (*files, "manifest.json", lock.NAME)}
         for file in sorted(self.path.rglob("*"), reverse=True):
             if file.is_dir() and not file.is_symlink():
                 if not any(file.iterdir()):

@@ -22,6 +22,11 @@ from vqpipe.models.autoencoder import Autoencoder
 from vqpipe.tokenizer import save_weights
 from vqpipe.training.history import Row
 
+PSNR_LOST = 3.0
+"""dB below the best, from which on a run is said to have fallen: twice the squared error."""
+LPIPS_GROWN = 1.5
+"""times the best, likewise."""
+
 
 @dataclass(frozen=True)
 class Validated:
@@ -119,6 +124,11 @@ class Best:
             with safe_open(path, "pt") as file:
                 notes = file.metadata()
             self.step, self.value = int(notes["step"]), float(notes[measure])
+
+    def fallen(self, row: Row) -> bool:
+        """Whether `row` is so much worse than the best that the run may have collapsed."""
+        value = row.get(self.measure, math.nan)
+        return value < self.value - PSNR_LOST if self.higher else value > self.value * LPIPS_GROWN
 
     def offer(self, network: nn.Module, step: int, row: Row) -> bool:
         """Keep the weights (rank 0 writes) where they did better than any before; whether they did, on all ranks."""
