@@ -12,7 +12,7 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     # A: death of processes
     1: (
         "stages/test_extract_features.py::test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes",
-        "faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
+        "faults/test_disturbed.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
     ),
     3: (
         "codebooks/test_resume.py::test_a_run_stopped_at_any_block_ends_in_the_same_bytes",
@@ -20,17 +20,17 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     ),
     5: (
         "training/test_resume.py::test_a_killed_run_is_the_same_run",
-        "faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
+        "faults/test_disturbed.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
     ),
     8: ("training/test_resume.py::test_a_run_killed_again_and_again_is_the_same_run",),
-    10: ("faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",),
+    10: ("faults/test_disturbed.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",),
     12: (
         "stages/test_evaluate_resume.py::test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_files",
         "stages/test_evaluate_resume.py::test_killed_twice_amid_its_saves_the_numbers_are_the_same",
     ),
     13: (
         "stages/test_generate.py::test_a_cut_run_goes_on_to_the_same_bytes",
-        "faults/test_random_killer.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
+        "faults/test_disturbed.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",
     ),
     14: (
         "training/test_faults.py::test_a_signal_during_a_save_loses_nothing",

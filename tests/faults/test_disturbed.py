@@ -1,8 +1,11 @@
-"""Killed at any moment, again and again, and given again: a command ends with the files of a run nobody disturbed.
+"""Disturbed at any moment and given again: a command ends with the files of a run nobody disturbed.
 
-Every round starts a stage into a fresh folder and kills its whole process group at a moment drawn at random, then runs
-the same command, which may be killed too, until it ends by itself. Stages are forks of one process that has imported
-all they need and computed nothing; the last round is a process of its own, which may die while it imports.
+Killed: every round starts a stage into a fresh folder and kills its whole process group at a moment drawn at random,
+then runs the same command, which may be killed too, until it ends by itself. Stages are forks of one process that has
+imported all they need and computed nothing; the last round is a process of its own, which may die while it imports.
+
+Out of room: a stage writes to a disk (in memory, which needs root) that is smaller than its files, and says so in one
+line; then the disk grows, and the same command ends.
 
 VQPIPE_KILLER_ROUNDS says how many rounds a stage has, 20 unless said.
 """
@@ -116,6 +119,7 @@ STAGES: dict[str, list[str]] = {
     "eval": ["--images={prepare-data}", "--tokenizer={train}", "--num-workers=1", *with_preset("smoke", TINY)],
 }
 """Stage -> its arguments; {name} is where the artifact of another stage lies. Each comes after what it reads."""
+PAGE = os.sysconf("SC_PAGE_SIZE")
 TIMES = ("images_per_second", "seconds_per_step", "data_wait", "tflops")
 """What of a row of a training log a clock said."""
 
@@ -282,3 +286,45 @@ def killed(line: Line, stage: str, rounds: int, folder: Path) -> int:
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_random_moments_a_stage_ends_with_the_same_files(stage: str, line: Line, tmp_path: Path) -> None:
     assert killed(line, stage, ROUNDS, tmp_path) >= ROUNDS
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """disk(size) is a disk of so many bytes, in memory; of another size when it is asked for again."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def of_size(size: int) -> Path:
+        options = f"size={size}" + (",remount" if place.is_mount() else "")
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True
+        )
+        if mounted.returncode != 0:
+            pytest.skip(f"a disk of its own needs root: {mounted.stderr.strip()}")
+        return place
+
+    yield of_size
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.97])
+@pytest.mark.parametrize("stage", STAGES)
+def test_row_28_on_a_disk_that_grows_after_it_was_full_a_stage_ends_with_the_same_files(
+    stage: str, share: float, line: Line, disk: Callable[[int], Path]
+) -> None:
+    words, made = line.words(stage), line.made(stage).parent
+    needed = sum(-(-path.stat().st_size // PAGE) * PAGE for path in made.rglob("*") if path.is_file())
+    folder = disk(max(PAGE, int(needed * share)))
+    log = folder.with_name(f"{folder.name}.log")
+    code = line.launcher.forked(words, folder, None)
+    said = log.read_text(encoding="utf-8")
+    assert code == 1, said
+    assert "Traceback" not in said
+    errors = [text for text in said.splitlines() if "error:" in text]
+    assert len(errors) == 1, said
+    assert re.search(r"cannot (write|save) .*\(.*[\d.]+ MB are free\)\. .* run the same command again", errors[0])
+    disk(4 * needed + 2**20)
+    assert line.launcher.forked(words, folder, None) == 0, log.read_text(encoding="utf-8")
+    assert outcome(folder) == outcome(made)
