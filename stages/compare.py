@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.reports.evaluation import Evaluated
     from vqpipe.reports.grouping import Group
+    from vqpipe.reports.page import ReportPage
 
 
 def compare(
@@ -33,37 +35,59 @@ def compare(
     Reports of vqpipe eval-generation share one table: same protocol, size and references, or they are refused.
     """
     with console.session(device, seed):
-        from vqpipe import artifacts, distributed
+        from vqpipe import artifacts
         from vqpipe.errors import ConfigError
-        from vqpipe.reports.evaluation import open_evaluation
         from vqpipe.reports.generated import is_generated
-        from vqpipe.reports.grouping import distinct, named_groups, refuse_unlike
 
         if len(reports) < 2:
             raise ConfigError("a comparison needs at least two reports", "Name more reports")
         opened = [artifacts.open_artifact(path, "report") for path in reports]
-        if any(map(is_generated, opened)):
-            return console.finished(*compare_generated(opened, out))
-        evaluations = distinct([open_evaluation(each) for each in opened], [report.name for report in opened])
-        refuse_unlike(evaluations, [str(path) for path in reports])
+        parts = of_samples(opened) if any(map(is_generated, opened)) else of_tokenizers(opened)
         inputs = {f"report-{number}": report for number, report in enumerate(opened, start=1)}
-        draft = artifacts.start(out, "report", {"compare": [e.name for e in evaluations]}, inputs)
+        draft = artifacts.start(out, "report", {"compare": parts.names}, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:
-            if distributed.is_main():
-                write_files(draft, evaluations)
-                for group in named_groups(evaluations):
-                    console.show(number_table(group))
-            return console.finished(draft.publish(facts_of(evaluations)))
+            write_files(draft, parts)
+            return console.finished(draft.publish(parts.facts))
 
 
-def compare_generated(reports: "Sequence[Artifact]", out: Path) -> "tuple[Artifact, bool]":
-    """Several sets of samples in one table and one page; and whether that was there already."""
-    from dataclasses import replace
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison is made of."""
 
-    from vqpipe import artifacts, distributed
-    from vqpipe.reports import page
+    names: list[str]
+    """Of the reports, in their order."""
+    numbers: dict[str, Any]
+    """Every report's metrics."""
+    facts: dict[str, Any]
+    """What the artifact says of itself."""
+    page: "ReportPage"
+    tables: list[Any]
+    """For the terminal."""
+
+
+def of_tokenizers(reports: "Sequence[Artifact]") -> Compared:
+    """Reports of `vqpipe eval`."""
+    from vqpipe.reports.comparison import comparison_page
+    from vqpipe.reports.evaluation import open_evaluation
+    from vqpipe.reports.grouping import distinct, named_groups, refuse_unlike
+
+    evaluations = distinct([open_evaluation(each) for each in reports], [report.name for report in reports])
+    refuse_unlike(evaluations, [str(report.path) for report in reports])
+    names = list(dict.fromkeys(e.name for e in evaluations))
+    title = " and ".join(names) if len(names) <= 2 else f"{len(names)} tokenizers"
+    return Compared(
+        names=[e.name for e in evaluations],
+        numbers=numbers_of(evaluations),
+        facts=facts_of(evaluations),
+        page=comparison_page(evaluations, title, f"Made by vqpipe {metadata.version('vqpipe')}."),
+        tables=[number_table(group) for group in named_groups(evaluations)],
+    )
+
+
+def of_samples(reports: "Sequence[Artifact]") -> Compared:
+    """Reports of `vqpipe eval-generation`."""
     from vqpipe.reports.generated import check_alike, comparison_rows, generated_page, open_generated
 
     opened = [open_generated(report) for report in reports]
@@ -73,21 +97,30 @@ def compare_generated(reports: "Sequence[Artifact]", out: Path) -> "tuple[Artifa
         names = others if len(set(others)) == len(others) else numbered
     opened = [replace(each, name=name) for each, name in zip(opened, names, strict=True)]
     check_alike(opened)
-    inputs = {f"report-{number}": report for number, report in enumerate(reports, start=1)}
-    draft = artifacts.start(out, "report", {"compare": [each.name for each in opened]}, inputs)
-    if isinstance(draft, artifacts.Artifact):
-        return draft, True
-    with draft:
-        if distributed.is_main():
-            with draft.write("metrics.json") as path:
-                table = {"compared": {each.name: each.metrics for each in opened}}
-                path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            with draft.write("report.html") as path:
-                whole = generated_page(opened, " and ".join(each.name for each in opened))
-                path.write_text(page.render(whole), encoding="utf-8")
-            console.show(terminal_table("", *comparison_rows(opened)))
-        first = opened[0].metrics
-        return draft.publish({key: first[key] for key in ("protocol", "image_size", "num_references")}), False
+    return Compared(
+        names=names,
+        numbers={each.name: each.metrics for each in opened},
+        facts={key: opened[0].metrics[key] for key in ("protocol", "image_size", "num_references")},
+        page=generated_page(opened, " and ".join(names)),
+        tables=[terminal_table("", *comparison_rows(opened))],
+    )
+
+
+def write_files(draft: "Draft", compared: Compared) -> None:
+    """Rank 0: `metrics.json`, every report's numbers under its name and, where several sets are, its images; the page;
+    and the tables on screen."""
+    from vqpipe import distributed
+    from vqpipe.reports import page
+
+    if not distributed.is_main():
+        return
+    with draft.write("metrics.json") as path:
+        text = json.dumps({"compared": compared.numbers}, indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+    with draft.write("report.html") as path:
+        path.write_text(page.render(compared.page), encoding="utf-8")
+    for table in compared.tables:
+        console.show(table)
 
 
 def facts_of(evaluations: "Sequence[Evaluated]") -> dict[str, Any]:
@@ -100,21 +133,6 @@ def facts_of(evaluations: "Sequence[Evaluated]") -> dict[str, Any]:
     members = groups[0].members
     facts = {key: members[0].metrics[key] for key in ("protocol", "num_images", "image_size")}
     return facts | {key: {e.name: e.metrics.get(key) for e in members} for key in ("psnr", "utilization")}
-
-
-def write_files(draft: "Draft", evaluations: "Sequence[Evaluated]") -> None:
-    """`metrics.json`, every report's numbers under its name and, where several sets are, its images; and the page."""
-    from vqpipe.reports import page
-    from vqpipe.reports.comparison import comparison_page
-
-    names = list(dict.fromkeys(e.name for e in evaluations))
-    with draft.write("metrics.json") as path:
-        text = json.dumps({"compared": numbers_of(evaluations)}, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-    footer = f"Made by vqpipe {metadata.version('vqpipe')}."
-    title = " and ".join(names) if len(names) <= 2 else f"{len(names)} tokenizers"
-    with draft.write("report.html") as path:
-        path.write_text(page.render(comparison_page(evaluations, title, footer)), encoding="utf-8")
 
 
 def numbers_of(evaluations: "Sequence[Evaluated]") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vqpipe.reports.evaluation import (
     codes,
     convention_of,
     measures_of,
+    table_rows,
     value_of,
     with_unit,
     written,
@@ -122,16 +123,9 @@ def across_sets(groups: Sequence[Group]) -> list[page.Section]:
 
 def cell(name: str, members: Sequence[Evaluated], measure: Measure) -> page.Cell:
     """The number of the member of that name, a dash where it was not measured."""
-    value = next((value_of(each.metrics, measure.key) for each in members if each.name == name), None)
-    return page.Cell(written(measure, value, unit=False), value is not None and value == best_of(members, measure))
-
-
-def best_of(members: Sequence[Evaluated], measure: Measure) -> float | None:
-    """The best number, where there are several that differ."""
-    present = [value for each in members if (value := value_of(each.metrics, measure.key)) is not None]
-    if measure.higher_is_better is None or len(set(present)) < 2:
-        return None
-    return max(present) if measure.higher_is_better else min(present)
+    values = [value_of(each.metrics, measure.key) for each in members]
+    value = next((value for each, value in zip(members, values, strict=True) if each.name == name), None)
+    return page.Cell(written(measure, value, unit=False), value is not None and value == measure.best(values))
 
 
 def printed_in_papers(evaluations: Sequence[Evaluated]) -> list[page.Section]:
@@ -205,16 +199,9 @@ def comparison_rows(
     evaluations: Sequence[Evaluated], measures: Sequence[Measure]
 ) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """A header, and (text, whether it is its column's best) of every cell: tokenizer, codes, and each measure."""
-    best = {measure.key: best_of(evaluations, measure) for measure in measures}
-    rows = []
-    for evaluated in evaluations:
-        values = [value_of(evaluated.metrics, measure.key) for measure in measures]
-        cells = [
-            (written(measure, value, unit=False), value is not None and value == best[measure.key])
-            for measure, value in zip(measures, values, strict=True)
-        ]
-        rows.append([(evaluated.name, False), (code_cell(evaluated.metrics["tokenizer"]), False), *cells])
-    return ["tokenizer", "codes", *map(with_unit, measures)], rows
+    labels = [[evaluated.name, code_cell(evaluated.metrics["tokenizer"])] for evaluated in evaluations]
+    values = [[value_of(evaluated.metrics, measure.key) for measure in measures] for evaluated in evaluations]
+    return ["tokenizer", "codes", *map(with_unit, measures)], table_rows(labels, measures, values, unit=False)
 
 
 def code_cell(tokenizer: Mapping[str, Any]) -> str:

@@ -31,6 +31,13 @@ class Measure:
     higher_is_better: bool | None = None
     digits: int = 2
 
+    def best(self, values: Iterable[float | None]) -> float | None:
+        """The best of the numbers that are there, where several differ and one can be called best."""
+        present = {value for value in values if value is not None}
+        if self.higher_is_better is None or len(present) < 2:
+            return None
+        return max(present) if self.higher_is_better else min(present)
+
 
 MEASURES = (
     Measure("psnr", "PSNR", "RGB, uint8, mean over images", "dB", True),
@@ -222,6 +229,24 @@ def written(measure: Measure, value: float | None, unit: bool = True) -> str:
         return "–"
     scaled = 100 * value if measure.unit == "%" else value
     return f"{scaled:,.{measure.digits}f}" + (f" {measure.unit}" if unit and measure.unit else "")
+
+
+def table_rows(
+    labels: Sequence[Sequence[str]],
+    measures: Sequence[Measure],
+    values: Sequence[Sequence[float | None]],
+    unit: bool = True,
+) -> list[list[tuple[str, bool]]]:
+    """Rows of a table: each one's labels, then its values; a cell is (text, whether it is the best of its column)."""
+    best = [measure.best(column) for measure, column in zip(measures, zip(*values, strict=True), strict=True)]
+    rows = []
+    for names, row in zip(labels, values, strict=True):
+        cells = [
+            (written(measure, value, unit), value is not None and value == most)
+            for measure, value, most in zip(measures, row, best, strict=True)
+        ]
+        rows.append([*((name, False) for name in names), *cells])
+    return rows
 
 
 def codes(tokenizer: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page
-from vqpipe.reports.evaluation import FRECHET, Measure, written
+from vqpipe.reports.evaluation import FRECHET, Measure, table_rows, written
 from vqpipe.reports.pictures import data_uri
 
 MEASURES = {
@@ -128,20 +128,10 @@ def comparison(several: Sequence[Generated]) -> page.Table:
 def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """A header, and (text, whether it is its column's best) of every cell."""
     measures = measures_of(several)
-    best = {}
-    for where, measure in measures.items():
-        present = [value for each in several if (value := found(each.metrics, where)) is not None]
-        if len(set(present)) > 1:
-            best[where] = max(present) if measure.higher_is_better else min(present)
-    rows = []
-    for each in several:
-        values = {where: found(each.metrics, where) for where in measures}
-        cells = [
-            (written(measures[where], value), value is not None and value == best.get(where))
-            for where, value in values.items()
-        ]
-        rows.append([(each.name, False), (counted(each), False), *cells])
-    return ["samples", "number", *(measure.label for measure in measures.values())], rows
+    labels = [[each.name, counted(each)] for each in several]
+    values = [[found(each.metrics, where) for where in measures] for each in several]
+    header = ["samples", "number", *(measure.label for measure in measures.values())]
+    return header, table_rows(labels, list(measures.values()), values)
 
 
 def counted(generated: Generated) -> str:
