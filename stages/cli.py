@@ -5,12 +5,15 @@ Each command is a plain typed function in a file of its own, which imports what 
 0 done, 1 an error we explain, 2 wrong usage, 129 the terminal was closed, 130 interrupted, 143 after SIGTERM.
 """
 
+import atexit
 import io
 import os
 import signal
 import sys
+import threading
+from contextlib import suppress
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,8 +79,31 @@ app.command("presets")(presets)
 app.command("bench")(bench)
 
 
+def script() -> None:
+    """The console script: `main`, and then the end, without taking the process apart.
+
+    Python frees torch, Arrow and faiss module by module, which takes seconds before the prompt is back; the kernel does
+    it at once. What is registered for the end is done; where a thread still works, the end is the usual one.
+    """
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    at_work = [each for each in threading.enumerate() if not each.daemon and each is not threading.current_thread()]
+    if isinstance(code, int) and not at_work:
+        for number in console.SIGNALS:
+            signal.signal(number, console.leave_at_once)
+        with suppress(OSError):  # a closed pipe or a full disk: sys.exit says so
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
+
+
 def main() -> None:
-    """The console script."""
+    """The command line, in a process that goes on."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path with an umlaut in a terminal that knows ASCII
