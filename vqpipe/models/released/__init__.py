@@ -5,6 +5,7 @@
     mgvq           dcae + multi_group of cvq               encoder.stages.
     llamagen       vqgan + vq on the unit sphere           encoder.conv_blocks.
     taming         vqgan + vq                              encoder.mid., quantize., loss.
+    ibq            vqgan + ibq                             the same: it has to be asked for
     open-magvit2   magvit + lfq                            encoder.mid_block., decoder.adaptive.
 
 A file is one of its authors' training states, or its weights alone; a pickle is read without running it. Every name in
@@ -19,6 +20,7 @@ from vqpipe.config import nearest_name
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.models.released.checkpoint import Checkpoint, listed
 from vqpipe.models.released.family import Family, Released, load
+from vqpipe.models.released.ibq import Ibq
 from vqpipe.models.released.llamagen import LlamaGen
 from vqpipe.models.released.mgvq import Mgvq
 from vqpipe.models.released.open_magvit2 import OpenMagvit2
@@ -27,7 +29,9 @@ from vqpipe.models.released.vqgan_lc import VqganLc
 
 __all__ = ["FAMILIES", "Released", "read_released"]
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (VqganLc, Mgvq, LlamaGen, Taming, OpenMagvit2)}
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (VqganLc, Mgvq, LlamaGen, Taming, Ibq, OpenMagvit2)
+}
 """The families by name, in the order in which a file is asked whether it is theirs."""
 
 

@@ -4,6 +4,7 @@ Our networks have these names too.
 """
 
 from collections.abc import Collection
+from typing import ClassVar
 
 from vqpipe.errors import WeightsError
 from vqpipe.models.released.checkpoint import AVERAGES
@@ -18,7 +19,7 @@ class Taming(Family):
 
     name = "taming"
     discriminator = "loss.discriminator."
-    dropped = ("loss.perceptual_loss.",)
+    dropped: ClassVar[tuple[str, ...]] = ("loss.perceptual_loss.",)
 
     @classmethod
     def recognises(cls, names: Collection[str]) -> bool:
@@ -36,9 +37,10 @@ class Taming(Family):
             raise WeightsError(
                 f"{weights.source} has the names of a VQGAN, but moving averages as IBQ's files do, whose ids are "
                 "chosen by inner products",
-                "Where it is a VQGAN of your own, save its state_dict without model_ema",
+                "Say --family ibq; where it is a VQGAN of your own, save its state_dict without model_ema",
             )
         codebook_size, code_dim = weights.shape("quantize.embedding.weight", 2)
+        self.notes.append("its ids are those of the nearest codes; where it is IBQ's, say --family ibq")
         return vqgan_config(weights, VqConfig(codebook_size=codebook_size, code_dim=code_dim))
 
     def released(self, name: str) -> str:
