@@ -18,7 +18,7 @@ def import_checkpoint(
         str | None,
         typer.Option(
             "--family",
-            help="Insist on vqgan-lc, mgvq, llamagen, taming, ibq or open-magvit2 instead of finding it out (ibq"
+            help="Insist on vqgan-lc, mgvq, llamagen, var, taming, ibq or open-magvit2 instead of finding it out (ibq"
             " cannot be found out: its names are taming's).",
             metavar="NAME",
         ),

@@ -66,6 +66,7 @@ NAMES = (
     *("encoder.stages.1.op_list.0.weight", "encoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"),
     *("quantize.codebook_used", "loss.logvar", "encoder.mid_block.0.conv1.weight", "decoder.adaptive.0.gamma.weight"),
     *("decoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.bias", "module._orig_mod.encoder.mid", "x"),
+    *("quantize.quant_resi.qresi_ls.0.weight", "quantize.quant_resi.qresi_ls.1.bias", "encoder.mid.attn_1.qkv.weight"),
 )
 """Of weights as the released families name them."""
 

@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from vqpipe.quantizers import (
     LcConfig,
     LfqConfig,
     MultiGroupConfig,
+    MultiScaleConfig,
     QuantizerConfig,
     VqConfig,
 )
@@ -79,6 +81,7 @@ CONFIGS: dict[str, AutoencoderConfig] = {
     "mgvq no attention": mgvq(8, (4, 8, 32, 32), (0, 2, 1, 1), (0, 1, 2, 1), attention_from=4),
     "mgvq f2": mgvq(2, (16, 32), (0, 1), (0, 3), attention_from=1),
     "llamagen": vqgan(VqConfig(codebook_size=9, code_dim=4, normalize=True)),
+    "var": replace(vqgan(MultiScaleConfig(codebook_size=9, code_dim=6, num_phis=4)), quant_conv_kernel=3),
     "taming": vqgan(VqConfig(codebook_size=9, code_dim=5), attention_resolutions=(256, 64)),
     "ibq": vqgan(IbqConfig(codebook_size=9, code_dim=5)),
     "open-magvit2": MagvitConfig(
@@ -105,6 +108,7 @@ SPELLINGS: dict[str, dict[str, str]] = {
         "decoder.up.1": "decoder.conv_blocks.1",
         "decoder.up.2": "decoder.conv_blocks.0",
     },
+    "var": {"quantizer.entries": "quantize.embedding.weight"},
     "taming": {"quantizer.entries": "quantize.embedding.weight"},
     "ibq": {"quantizer.entries": "quantize.embedding.weight"},
 }
@@ -123,6 +127,22 @@ def randomised(network: nn.Module) -> Tensors:
         name: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value + 7
         for name, value in state.items()
     }
+
+
+def as_var(weights: Tensors) -> Tensors:
+    """One convolution for queries, keys and values, each phi a module, and how often codes were chosen."""
+    out = {"quantize.ema_vocab_hit_SV": torch.zeros(10, 9)}
+    for name, value in weights.items():
+        if ".q." in name:
+            out[name.replace(".q.", ".qkv.")] = torch.cat([weights[name.replace(".q.", f".{p}.")] for p in "qkv"])
+        elif ".k." in name or ".v." in name:
+            continue
+        elif "phi_" in name:
+            kind = {"quantizer.phi_weights": "weight", "quantizer.phi_biases": "bias"}[name]
+            out |= {f"quantize.quant_resi.qresi_ls.{number}.{kind}": phi for number, phi in enumerate(value)}
+        else:
+            out[name] = value
+    return out
 
 
 class Case:
@@ -152,6 +172,8 @@ class Case:
             weights["quantize.embed_prob"] = torch.stack(frequencies)
         if self.family in ("mgvq", "llamagen"):
             weights["quantize.codebook_used"] = nn.Parameter(torch.zeros(16))
+        if self.family == "var":
+            weights = as_var(weights)
         if self.family == "open-magvit2":
             weights["quantize.mask"] = 2 ** torch.arange(6)
         if prefix := DISCRIMINATORS.get(self.family):
@@ -318,7 +340,7 @@ def test_weights_that_share_memory_in_the_file_are_parted(write: Write) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_is_needed_and_none_else_is_passed_over(write: Write, name: str) -> None:
     case = Case(name)
-    needless = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask")
+    needless = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "ema_vocab_hit")
     needed = [key for key in case.weights if not any(part in key for part in needless)]
     for key in (needed[0], needed[len(needed) // 2], needed[-1]):
         rest = {other: value for other, value in case.weights.items() if other != key}
@@ -342,6 +364,11 @@ def test_every_key_is_needed_and_none_else_is_passed_over(write: Write, name: st
         ("taming", "module.quant_conv.bias", torch.zeros(5), "the same weight twice"),
         ("taming", "encoder.down.7.block.0.conv1.weight", torch.zeros(1), "lacks encoder.down.3"),
         ("taming", "quantize.embed.weight", torch.zeros(9, 5), "Gumbel-softmax"),
+        ("var", "quantize.ema_vocab_hit_SV", torch.zeros(9, 9), "9 scales, not the 10 released"),
+        ("var", "quantize.quant_resi.qresi_ls.2.bias", torch.zeros(5), "qresi_ls.*.bias differ in shape"),
+        ("var", "encoder.mid.attn_1.qkv.bias", torch.zeros(7), "lacks encoder.mid.attn_1.q.bias"),
+        ("var", "encoder.mid.attn_1.qkv.bias", torch.zeros(()), "lacks encoder.mid.attn_1.q.bias"),
+        ("var", "quant_conv.weight", torch.zeros(6, 6, 2, 2), "quant_conv.weight has shape [6, 6, 2, 2]"),
         ("taming", "model_ema.decay", torch.zeros(()), "inner products"),
         ("mgvq", "quantize.embedding.weight", torch.zeros(25, 4), "25 codes do not divide into 4 groups"),
         ("mgvq", "quantize.embed_prob", torch.zeros(1), "quantize.embed_prob has shape"),
@@ -359,7 +386,10 @@ def test_one_weight_that_does_not_fit_is_one_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"vit.weight": torch.zeros(2)}}, "Known are vqgan-lc, mgvq, llamagen, taming, ibq, open-magvit2."),
+        (
+            {"model": {"vit.weight": torch.zeros(2)}},
+            "Known are vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2.",
+        ),
         ({"model": {"vit\n.weight": torch.zeros(2)}}, r"holds 'vit\n.weight': the names of no known family"),
         ({"epoch": 3, "optimizer": {}}, "keeps no weights under model, state_dict, ema"),
         (torch.zeros(9, 10), "holds no weights by name"),
@@ -442,5 +472,5 @@ def test_callbacks_by_whose_classes_lightning_keyed_its_states_are_inert(write: 
 
 
 def test_the_families_are_those_that_were_published() -> None:
-    assert list(FAMILIES) == ["vqgan-lc", "mgvq", "llamagen", "taming", "ibq", "open-magvit2"]
+    assert list(FAMILIES) == ["vqgan-lc", "mgvq", "llamagen", "var", "taming", "ibq", "open-magvit2"]
     assert {name.split()[0] for name in CONFIGS} == set(FAMILIES)

@@ -32,8 +32,10 @@ class AutoencoderConfig:
     quantizer: QuantizerConfig
     """Section [model.quantizer]."""
     quant_conv: Literal["full", "grouped", "none"] = "full"
-    """The 1x1 convolutions between the networks and the quantizer: over all channels (VQGAN), within each of the
+    """The convolutions between the networks and the quantizer: over all channels (VQGAN), within each of the
     quantizer's runs of channels (MGVQ), or absent, the encoder's channels being the latent's (Open-MAGVIT2)."""
+    quant_conv_kernel: Literal[1, 3] = 1
+    """Side of their kernels: 3 in VAR's released tokenizer, 1 in all others."""
 
 
 class Reconstruction(NamedTuple):
@@ -47,7 +49,7 @@ class Reconstruction(NamedTuple):
 
 
 class Autoencoder(nn.Module, ABC):
-    """Encoder, 1x1 convolution to the quantizer's channels, quantizer, and the way back.
+    """Encoder, convolution to the quantizer's channels, quantizer, and the way back.
 
     A subclass names its `config_class`, which registers it, and makes the two networks.
     """
@@ -69,10 +71,10 @@ class Autoencoder(nn.Module, ABC):
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = build_quantizer(config.quantizer)
-        self.quant_conv = self.conv1x1(encoder_channels, self.quantizer.latent_dim)
-        self.post_quant_conv = self.conv1x1(self.quantizer.latent_dim, encoder_channels)
+        self.quant_conv = self.around_quantizer(encoder_channels, self.quantizer.latent_dim)
+        self.post_quant_conv = self.around_quantizer(self.quantizer.latent_dim, encoder_channels)
 
-    def conv1x1(self, before: int, after: int) -> nn.Module:
+    def around_quantizer(self, before: int, after: int) -> nn.Module:
         """One of the two convolutions around the quantizer, as `config.quant_conv` says."""
         if self.config.quant_conv == "none":
             if before != after:
@@ -86,7 +88,8 @@ class Autoencoder(nn.Module, ABC):
             raise ConfigError(
                 f"{before} channels of the networks do not divide into {groups} groups", "Set model.quant_conv = full"
             )
-        return nn.Conv2d(before, after, 1, groups=groups)
+        kernel = self.config.quant_conv_kernel
+        return nn.Conv2d(before, after, kernel, padding=kernel // 2, groups=groups)
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@
     llamagen       vqgan + vq on the unit sphere           encoder.conv_blocks.
     taming         vqgan + vq                              encoder.mid., quantize., loss.
     ibq            vqgan + ibq                             the same: it has to be asked for
+    var            vqgan + multi_scale                     encoder.mid., quantize.quant_resi.
     open-magvit2   magvit + lfq                            encoder.mid_block., decoder.adaptive.
 
 A file is one of its authors' training states, or its weights alone; a pickle is read without running it. Every name in
@@ -25,12 +26,13 @@ from vqpipe.models.released.llamagen import LlamaGen
 from vqpipe.models.released.mgvq import Mgvq
 from vqpipe.models.released.open_magvit2 import OpenMagvit2
 from vqpipe.models.released.taming import Taming
+from vqpipe.models.released.var import Var
 from vqpipe.models.released.vqgan_lc import VqganLc
 
 __all__ = ["FAMILIES", "Released", "read_released"]
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (VqganLc, Mgvq, LlamaGen, Taming, Ibq, OpenMagvit2)
+    family.name: family for family in (VqganLc, Mgvq, LlamaGen, Var, Taming, Ibq, OpenMagvit2)
 }
 """The families by name, in the order in which a file is asked whether it is theirs."""
 
