@@ -246,11 +246,12 @@ class StopAtStepEnd:
     """Inside this context the first signal only asks, so that a step can end and its state be saved.
 
     `asked` is then true, and `leave` raises Interrupted. A second signal interrupts at once, but for SIGHUP: a terminal
-    that is closed may send two.
+    that is closed may send two. A torchrun that was killed could send none, and leaves its ranks behind: that asks too.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopAtStepEnd":
         self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
@@ -269,7 +270,10 @@ class StopAtStepEnd:
             raise Interrupted(number)
 
     def asked(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has come, or torchrun is no more."""
+        if not self.number and self.launcher is not None and os.getppid() != self.launcher:
+            self.number = signal.SIGTERM
+            say("torchrun has ended: this step ends, then the state is saved")
         return self.number != 0
 
     def leave(self) -> NoReturn:

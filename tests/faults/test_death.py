@@ -15,7 +15,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -227,9 +227,11 @@ def test_rows_16_18_the_first_signal_ends_the_run_after_its_step_and_the_second_
     ends_as(straight, folder, capsys, {1: 5, 2: 3}[times])
 
 
-def started(folder: Path, mark: str, *words: str, **options: Any) -> "subprocess.Popen[str]":
-    """A run in a process group of its own, which has come to the mark."""
-    command = [sys.executable, "-c", HERE, *TRAIN, *words]
+def started(
+    folder: Path, mark: str, *words: str, command: Sequence[str] = (), **options: Any
+) -> "subprocess.Popen[str]":
+    """A run in a process group of its own, which has come to the mark; `command`: started by another."""
+    command = command or [sys.executable, "-c", HERE, *TRAIN, *words]
     options = {"stderr": subprocess.PIPE, "process_group": 0} | options
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **options)
     while process.poll() is None and not (folder.parent / mark).exists():
@@ -438,10 +440,14 @@ main()
 """The console script, where the second rank fails in its fifth step."""
 
 
-def torchrun(folder: Path, program: str, *words: str) -> "subprocess.CompletedProcess[str]":
+def launcher(folder: Path, program: str, *words: str) -> list[str]:
     (folder.parent / "program.py").write_text(program, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, str(folder.parent / "program.py"), *TRAIN, *words]
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [sys.executable, *options, str(folder.parent / "program.py"), *TRAIN, *words]
+
+
+def torchrun(folder: Path, program: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    command = launcher(folder, program, *words)
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
@@ -456,6 +462,22 @@ def test_row_24_under_torchrun_too(folder: Path, straight: Files) -> None:
     again = torchrun(folder, "from stages.cli import main\nmain()")
     assert again.returncode == 0, again.stderr
     assert "resuming at step 3" in again.stderr
+
+
+@pytest.mark.slow
+def test_row_27_the_ranks_of_a_torchrun_that_is_killed_save_their_state_and_end(
+    folder: Path, gone: Gone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (folder.parent / "said").open("w") as said:
+        process = started(folder, "step", command=launcher(folder, HERE), stderr=said)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+        process.kill()
+        process.wait(timeout=60)
+    assert len(ranks) == 2
+    gone(lambda number, _: str(number) in ranks)
+    assert "torchrun has ended: this step ends" in (folder.parent / "said").read_text(encoding="utf-8")
+    assert vqpipe(folder) == 0
+    assert "resuming at step 5" in capsys.readouterr().err
 
 
 @pytest.mark.slow
