@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vqpipe import distributed
+
+LEAVE_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
+"""To DistributedDataParallel, in its newer and its older words."""
 
 
 def recompute(block: nn.Module) -> None:
@@ -37,7 +45,7 @@ def replicated(network: nn.Module, device: torch.device, *, static: bool = False
     return DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
+        **LEAVE_BUFFERS,
         gradient_as_bucket_view=True,
         static_graph=static,
     )
