@@ -1,7 +1,7 @@
 """`vqpipe compare`: several evaluations of tokenizers, or of samples -> their numbers in tables, and one page."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -62,8 +62,9 @@ class Compared:
     """Every report's metrics."""
     facts: dict[str, Any]
     """What the artifact says of itself."""
-    page: "ReportPage"
-    tables: list[Any]
+    page: "Callable[[], ReportPage]"
+    """Makes the page: it opens every picture, for which there is no need where all is published already."""
+    tables: "Callable[[], list[Any]]"
     """For the terminal."""
 
 
@@ -81,8 +82,8 @@ def of_tokenizers(reports: "Sequence[Artifact]") -> Compared:
         names=[e.name for e in evaluations],
         numbers=numbers_of(evaluations),
         facts=facts_of(evaluations),
-        page=comparison_page(evaluations, title, f"Made by vqpipe {metadata.version('vqpipe')}."),
-        tables=[number_table(group) for group in named_groups(evaluations)],
+        page=lambda: comparison_page(evaluations, title, f"Made by vqpipe {metadata.version('vqpipe')}."),
+        tables=lambda: [number_table(group) for group in named_groups(evaluations)],
     )
 
 
@@ -101,8 +102,8 @@ def of_samples(reports: "Sequence[Artifact]") -> Compared:
         names=names,
         numbers={each.name: each.metrics for each in opened},
         facts={key: opened[0].metrics[key] for key in ("protocol", "image_size", "num_references")},
-        page=generated_page(opened, " and ".join(names)),
-        tables=[terminal_table("", *comparison_rows(opened))],
+        page=lambda: generated_page(opened, " and ".join(names)),
+        tables=lambda: [terminal_table("", *comparison_rows(opened))],
     )
 
 
@@ -118,8 +119,8 @@ def write_files(draft: "Draft", compared: Compared) -> None:
         text = json.dumps({"compared": compared.numbers}, indent=2, ensure_ascii=False, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
     with draft.write("report.html") as path:
-        path.write_text(page.render(compared.page), encoding="utf-8")
-    for table in compared.tables:
+        path.write_text(page.render(compared.page()), encoding="utf-8")
+    for table in compared.tables():
         console.show(table)
 
 

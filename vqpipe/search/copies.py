@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK_ELEMENTS = 2**20  # the copy of a block that is hashed stays at 8 MB
-SPREAD = np.uint32(
-    0x3C6EF362
-)  # twice 2**32 over the golden ratio (Knuth, volume 3): multiples spread, the sign drops out
+SPREAD = np.uint32(0x3C6EF362)  # twice 2**32 over the golden ratio (Knuth, volume 3): spreads, and drops the sign
 TABLE_BITS = 18
 
 

@@ -64,7 +64,7 @@ def nearest_fused(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """
     aligned = len(codes) % 1024 == 0 and codes.shape[1] > 8
     parts = max(2 if aligned else 1, -(-codes.nbytes // FUSED_BYTES))
-    size = -(-len(codes) // (parts * FUSED_CODES)) * FUSED_CODES | FUSED_CODES if parts > 1 else len(codes)
+    size = -(-len(codes) // (parts * FUSED_CODES)) * FUSED_CODES | FUSED_CODES
     best, ids = faiss.knn(vectors, codes[:size], 1)
     for first in range(size, len(codes), size):
         distances, places = faiss.knn(vectors, codes[first : first + size], 1)

@@ -24,6 +24,10 @@ DISCRIMINATOR = "discriminator"
 """Where LlamaGen's training state keeps the other network."""
 AVERAGES = "model_ema."
 """Where Lightning modules keep moving averages: each under its parameter's name, the dots left out."""
+AVERAGES_ASIDE = tuple(
+    f"{AVERAGES}{rest}" for rest in ("decay", "num_updates", "lossdiscriminator", "lossperceptual_loss")
+)
+"""What lies there beside the networks' averages, and is not needed."""
 NOT_WHOLE = "It is damaged, or of another family"
 """What to think of a file whose tensors are not those of its family."""
 SHOWN = 3

@@ -75,6 +75,11 @@ class Family(ABC):
         """The value of our weight `name`; None where the file lacks it, which `weights.missing` then says."""
         return self.weights.take(self.released(name))
 
+    def use_averages(self, prefixes: tuple[str, ...]) -> None:
+        """Take the moving averages of what is under `prefixes`, where the file keeps some."""
+        if self.weights.use_averages(prefixes):
+            self.notes.append("its weights are the moving averages under model_ema, the ones its authors evaluate")
+
     def image_size(self) -> int:
         """Image side in pixels that the weights were trained at, as their authors say."""
         return 256

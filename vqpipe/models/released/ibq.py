@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from vqpipe.models.released.checkpoint import AVERAGES, Weights
+from vqpipe.models.released.checkpoint import AVERAGES_ASIDE, Weights
 from vqpipe.models.released.sizes import vqgan_config
 from vqpipe.models.released.taming import Taming
 from vqpipe.models.vqgan import VqganConfig
@@ -21,15 +21,11 @@ class Ibq(Taming):
     """
 
     name = "ibq"
-    dropped = (
-        *Taming.dropped,
-        *(f"{AVERAGES}{rest}" for rest in ("decay", "num_updates", "lossdiscriminator", "lossperceptual_loss")),
-    )
+    dropped = (*Taming.dropped, *AVERAGES_ASIDE)
 
     def __init__(self, weights: Weights, codebook: Tensor | None = None) -> None:
         super().__init__(weights, codebook)
-        if weights.use_averages(TRAINED):
-            self.notes.append("its weights are the moving averages under model_ema, the ones its authors evaluate")
+        self.use_averages(TRAINED)
 
     @classmethod
     def recognises(cls, names: Collection[str]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from vqpipe.models.magvit import MagvitConfig
-from vqpipe.models.released.checkpoint import AVERAGES, Weights
+from vqpipe.models.released.checkpoint import AVERAGES_ASIDE, Weights
 from vqpipe.models.released.family import Family
 from vqpipe.models.released.sizes import level_sizes
 from vqpipe.quantizers import LfqConfig
@@ -23,13 +23,12 @@ class OpenMagvit2(Family):
     dropped = (
         "loss.perceptual_loss.",
         *(f"quantize.{constant}" for constant in ("mask", "pre_mask", "post_mask", "codebook", "zero")),
-        *(f"{AVERAGES}{rest}" for rest in ("decay", "num_updates", "lossdiscriminator", "lossperceptual_loss")),
+        *AVERAGES_ASIDE,
     )
 
     def __init__(self, weights: Weights, codebook: Tensor | None = None) -> None:
         super().__init__(weights, codebook)
-        if weights.use_averages(("encoder.", "decoder.")):
-            self.notes.append("its weights are the moving averages under model_ema, the ones its authors evaluate")
+        self.use_averages(("encoder.", "decoder."))
 
     @classmethod
     def recognises(cls, names: Collection[str]) -> bool:
