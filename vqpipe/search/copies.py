@@ -45,8 +45,9 @@ def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
     In numpy, whose one thread is done before torch's have woken up.
     """
-    suspects = np.arange(len(rows)) if len(ids) >= len(rows) else begin_like(ids, rows)
-    some = rows[suspects] + np.float32(0.0)  # -0 becomes 0
+    few = len(ids) < len(rows)
+    suspects = begin_like(ids, rows) if few else np.arange(len(rows))
+    some = (rows[suspects] if few else rows) + np.float32(0.0)  # -0 becomes 0
     words = some.view(np.int64 if some.shape[1] % 2 == 0 else np.int32)
     if not _any_equal(words @ _odd(words.shape[1]).numpy()):  # which is all that `row_hashes` does
         return ids

@@ -53,14 +53,15 @@ def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
         with ThreadPoolExecutor(threads) as pool:
             ids = np.concatenate(list(pool.map(search, shares)))
     # -1 is that of a vector that is not finite. Of equal codes any may win: places in a tile are rounded differently.
-    return torch.from_numpy(lowest_of_equals(np.maximum(ids, 0), database))
+    return torch.from_numpy(lowest_of_equals(np.maximum(ids, 0, out=ids), database))
 
 
 def nearest_fused(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """faiss's fused kernels over one part of the codes after the other: float32[N, D], float32[K, D] -> int64[N].
 
-    A kernel reads all its codes once for every few vectors, and 16 of them at a time, each a sixteenth further on: with
-    a multiple of 1024 long codes those 16 share a place in the first cache, which costs up to 1.6 times the time.
+    A kernel reads all its codes once for every few vectors, one dimension in each of D rows as long as there are codes:
+    with a multiple of 1024 codes the rows share a place in the first cache, which for D > 8 costs up to 1.6 times the
+    time.
     """
     aligned = len(codes) % 1024 == 0 and codes.shape[1] > 8
     parts = max(2 if aligned else 1, -(-codes.nbytes // FUSED_BYTES))

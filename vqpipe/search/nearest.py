@@ -29,7 +29,7 @@ Metric = Literal["l2", "cosine"]
 Engine = Literal["faiss", "triton", "torch tiles"]
 
 LARGEST = 1e15  # the squares of larger numbers, summed over a whole codebook, may leave float32
-LOOKED_AT = 1000  # codes, evenly spread over the codebook, that show where it lies
+LOOKED_AT = 256  # codes, evenly spread over the codebook, that show where it lies
 FAR_SHARE = 0.99  # of the codes' root mean square: a common mean this large costs float32 digits worth saving
 
 
