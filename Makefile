@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Importing torch takes three times as long where Python is kept from writing bytecode, as in many containers.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-slow faults lint format clean
 
 help:

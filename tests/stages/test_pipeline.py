@@ -30,7 +30,7 @@ SETTINGS = [
     *("model.quantizer.feature_dim=16", "model.quantizer.codebook_size=40", "model.base_channels=8"),
     *("model.z_channels=8", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4", "train.steps=8"),
     *("train.warmup_steps=2", "train.global_batch_size=4", "train.save_every=3", "train.matched_start_images=16"),
-    *("objective.disc_start=4", "train.look_every=4", "train.log_every=2", "eval.image_size=32"),
+    *("objective.disc_start=4", "train.look_every=8", "train.log_every=2", "eval.image_size=32"),
 ]
 TINY = ["--preset", "smoke", *(f"--set={setting}" for setting in SETTINGS)]
 STAGES = {
@@ -180,8 +180,9 @@ def test_training_on_two_ranks_sees_the_same_images(folder: Path) -> None:
 
 
 def test_a_terminated_run_saves_and_resumes_to_the_same_weights(folder: Path) -> None:
-    words = [*command("tokenizer", "resumed"), "--set", "train.steps=30", "--set", "train.save_every=1000"]
-    straight = vqpipe(folder, *command("tokenizer", "straight"), "--set", "train.steps=30")
+    longer = ["--set", "train.steps=30", "--set", "train.look_every=30"]
+    words = [*command("tokenizer", "resumed"), *longer, "--set", "train.save_every=1000"]
+    straight = vqpipe(folder, *command("tokenizer", "straight"), *longer)
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen([sys.executable, "-m", "stages", *words], cwd=folder, env=ENVIRONMENT)
     log = folder / "resumed.partial" / "metrics.jsonl"
