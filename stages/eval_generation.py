@@ -211,7 +211,7 @@ def references(
         if artifact.kind == "statistics":
             if (before := {key: artifact.config[key] for key in looked}) != looked:
                 raise ConfigError(f"{first} is otherwise than asked: {difference(before, looked)}", "Measure it alike")
-            return Reference.load(artifact.file("statistics.safetensors"), measuring.device), artifact
+            return Reference.load(artifact.whole("statistics.safetensors"), measuring.device), artifact
     images = open_images(names)
     if not measuring.looks:
         return Reference(len(images)), images
@@ -223,7 +223,7 @@ def references(
             console.say(f"reference statistics: {published.path}")
     else:
         published = draft
-    return Reference.load(published.file("statistics.safetensors"), measuring.device), published
+    return Reference.load(published.whole("statistics.safetensors"), measuring.device), published
 
 
 def save_reference(draft: "Draft", found: "Reference") -> "Artifact":

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact, start
 from vqpipe.artifacts import draft as draft_module
@@ -160,6 +162,32 @@ def test_damage_is_found(tmp_path: Path) -> None:
     (artifact.path / "a.bin").unlink()
     with pytest.raises(ArtifactError, match="is missing"):
         open_artifact(artifact.path)
+
+
+def test_files_can_be_checked_one_by_one(tmp_path: Path) -> None:
+    artifact, heard = publish(tmp_path / "out"), list[str]()
+    artifact.check(["a.bin", "sub/b.bin"], heard.append)
+    assert heard == ["a.bin", "sub/b.bin"]
+    (artifact.path / "sub" / "b.bin").write_bytes(b"sub/B.bin")
+    artifact.check(["a.bin"])
+    with pytest.raises(ArtifactError, match=r"b\.bin is damaged: sha256 \w{12}, published as \w{12}"):
+        artifact.check(["a.bin", "sub/b.bin"])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_those_who_may_list_an_artifact_may_read_its_files(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with begin(tmp_path / "out") as draft:
+            with draft.write("sub/weights.safetensors") as path:
+                save_file({"a": torch.zeros(1)}, path)  # which lets only its owner read it
+            (draft.path / "log").write_text("")
+            (draft.path / "log").chmod(0o600)
+            draft.adopt("log")
+            artifact = draft.publish({})
+    finally:
+        os.umask(before)
+    assert {artifact.file(name).stat().st_mode & 0o777 for name in artifact.names()} == {mode}
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,14 @@ def rename(source: Path, target: Path) -> None:
     fault("renamed")
 
 
+def let_read(path: Path) -> None:
+    """Let those read a file who may list its directory: what safetensors writes, only its owner may read."""
+    now = path.stat().st_mode
+    asked = now | path.parent.stat().st_mode & 0o444
+    if asked != now:
+        path.chmod(asked)
+
+
 def flush_to_disk(path: Path) -> None:
     """fsync a file or a directory."""
     handle = os.open(path, os.O_RDONLY)

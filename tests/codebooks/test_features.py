@@ -14,10 +14,11 @@ from vqpipe.artifacts import Artifact, Draft
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
 from vqpipe.codebooks.feature_set import open_features
 from vqpipe.codebooks.features import FeaturesConfig, find_weights, fit_encoder, open_encoder, write_features
+from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
 from vqpipe.data.shards import ImageSet, open_images
 from vqpipe.data.stopwatch import Stopwatch
 from vqpipe.data.transforms import center_crop, decode, to_float
-from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError
 
 CONFIG = FeaturesConfig(image_size=32, patch_size=4, components=10, images_per_shard=3, batch_size=2)
 
@@ -123,6 +124,16 @@ def test_shards_hold_what_the_encoder_says(images: ImageSet, tmp_path: Path) -> 
     assert stored.labels is not None
     assert stored.labels.tolist() == [images.label(i) for i in kept for _ in range(64)]
     assert np.load(artifact.file("features-00000.npy"), mmap_mode="r").dtype == np.float16
+
+
+def test_a_flipped_bit_is_found_before_vectors_are_clustered(images: ImageSet, tmp_path: Path) -> None:
+    path = extract(images, tmp_path / "features").path
+    shard = path / "features-00001.npy"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-100] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(ArtifactError, match=r"features-00001\.npy is damaged: sha256"):
+        kmeans(open_features([path]), KmeansConfig(k=4, iterations=1), seed=0, device=torch.device("cpu"))
 
 
 def test_a_resumed_run_writes_only_what_is_missing(images: ImageSet, tmp_path: Path) -> None:

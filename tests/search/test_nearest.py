@@ -89,8 +89,9 @@ def test_the_lowest_of_equal_codes_wins_whatever_the_rounding(dim: int) -> None:
     torch.manual_seed(dim)
     distinct = torch.randn(211, dim)
     vectors, codes = torch.randn(90, dim), torch.cat([distinct, distinct.flip(0), distinct])
-    assert nearest(vectors, codes).max() < 211
-    assert_nearest(nearest(vectors, codes), vectors, codes)
+    ids = nearest(vectors, codes)
+    assert ids.max() < 211
+    assert_nearest(ids, vectors, codes)
 
 
 @pytest.mark.usefixtures("search")

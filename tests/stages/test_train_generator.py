@@ -150,6 +150,18 @@ def test_held_out_latents_of_another_size_are_refused(drawn: Any, tmp_path: Path
         )
 
 
+def test_a_flipped_bit_in_latents_is_found_before_the_training(drawn: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "device": "cpu"}
+    options["overrides"] = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=2"]
+    train_generator(drawn.tokenizer, tmp_path / "a", images=[str(drawn.pictures)], num_workers=0, **options)
+    shard = tmp_path / "a.latents" / "latents-00000.npy"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-100] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(ArtifactError, match=r"latents-00000\.npy is damaged"):
+        train_generator(drawn.tokenizer, tmp_path / "b", latents=tmp_path / "a.latents", **options)
+
+
 def test_raw_latents_are_not_normalised(drawn: Any, tmp_path: Path) -> None:
     overrides = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=2", "examples.raw=true"]
     options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "overrides": overrides}

@@ -29,7 +29,7 @@ from vqpipe.artifacts.status import disk_errors, forget_failure, is_status, note
 from vqpipe.config import difference
 from vqpipe.errors import ArtifactError
 from vqpipe.faults import fault
-from vqpipe.files import digest_json, flush_to_disk, hash_file, rename, write_json
+from vqpipe.files import digest_json, flush_to_disk, hash_file, let_read, rename, write_json
 from vqpipe.provenance import now, provenance, surroundings
 
 LOG = logging.getLogger("vqpipe")
@@ -194,6 +194,7 @@ class Draft:
                 fault("write")
                 yield temporary
                 fault("written")
+                let_read(temporary)
                 flush_to_disk(temporary)
                 entry = {"bytes": temporary.stat().st_size, "sha256": hash_file(temporary), "record": record}
                 rename(temporary, target)
@@ -208,6 +209,7 @@ class Draft:
         check_name(name)
         target = self.path / name
         with disk_errors(target):
+            let_read(target)
             flush_to_disk(target)
             entry = {"bytes": target.stat().st_size, "sha256": hash_file(target), "record": record}
             write_json(self.record_file(name), {"name": name, **entry})

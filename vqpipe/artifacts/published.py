@@ -1,11 +1,12 @@
 """A published artifact: its manifest, checked, and the files that it names."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from vqpipe import distributed
 from vqpipe.errors import ArtifactError
 from vqpipe.files import digest_json, hash_file
 
@@ -105,6 +106,22 @@ class Artifact:
                 "Make it again, or copy it again from its source",
             )
         return path
+
+    def check(self, names: Sequence[str], on_file: Callable[[str], None] = lambda name: None) -> None:
+        """`whole` for many large files, before long work on them: each rank hashes some, and `on_file` hears of each.
+
+        Raises:
+            ArtifactError: as `whole`, on every rank.
+        """
+        damage = None
+        try:
+            for name in names[distributed.rank() :: distributed.world_size()]:
+                self.whole(name)
+                on_file(name)
+        except ArtifactError as error:
+            damage = error
+        for found in filter(None, distributed.gather_objects(damage)):
+            raise found
 
     def verify(self) -> None:
         """Hash every file again.

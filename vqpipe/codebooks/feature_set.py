@@ -6,14 +6,15 @@ N vectors of dimension D, in memory-mapped `.npy` shards: a `features` artifact,
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from vqpipe.artifacts import open_artifact
+from vqpipe import distributed
+from vqpipe.artifacts import Artifact, open_artifact
+from vqpipe.codebooks.watch import Watch
 from vqpipe.errors import DataError
 from vqpipe.files import hash_file
 
@@ -29,6 +30,7 @@ class FeatureSet:
         dtype: what `stored` reads: float16 where every shard holds it, else float32.
         labels: int32[N], the class of each vector's image (-1: none), or None where no labels are known.
         digest, name, lineage: what an artifact made from these features says about its input.
+        artifact: what it was opened from, if it was.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class FeatureSet:
         names: Sequence[str],
         labels: np.ndarray | None = None,
         digest: str = "",
-        lineage: dict[str, Any] | None = None,
+        artifact: Artifact | None = None,
     ) -> None:
         self.shards, self.names = list(shards), list(names)
-        self.labels, self.digest = labels, digest
+        self.labels, self.artifact = labels, artifact
+        self.digest = artifact.content if artifact else digest
         self.name = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
-        self.lineage = lineage or {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
+        here = {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
+        self.lineage = artifact.lineage if artifact else here
         self.first_rows = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.num_vectors = int(self.first_rows[-1])
         self.dim = int(self.shards[0].shape[1])
@@ -101,6 +105,19 @@ class FeatureSet:
         """The vectors at `rows` as a feature set of its own, in memory."""
         return FeatureSet([self.take(rows).numpy()], [name])
 
+    def check(self, watch: Watch) -> None:
+        """Hash an artifact's shards again, each rank some of them: a flipped bit would move centres in silence.
+
+        (Other files were hashed when they were opened: that is their digest.)
+
+        Raises:
+            ArtifactError: a shard is not what was published.
+        """
+        if self.artifact is not None:
+            rows = {name: len(shard) for name, shard in zip(self.names, self.shards, strict=True)}
+            watch.phase("checking the features", self.num_vectors // distributed.world_size())
+            self.artifact.check(self.names, lambda name: watch.advance(rows[name]))
+
     def place(self, row: int) -> str:
         """Where a row is, for people: the shard's name and the row within it."""
         shard = int(np.searchsorted(self.first_rows, row, side="right")) - 1
@@ -131,7 +148,7 @@ def open_features_artifact(path: Path) -> FeatureSet:
     if not names:
         raise DataError(f"{path} holds no feature shards", "Extract features from at least one image")
     columns = [
-        parquet.read_table(artifact.file(name), columns=["label", "num_rows"])
+        parquet.read_table(artifact.whole(name), columns=["label", "num_rows"])
         for name in artifact.names("samples-*.parquet")
     ]
     labels = np.concatenate([column["label"].fill_null(-1).to_numpy() for column in columns]).astype(np.int32)
@@ -140,8 +157,7 @@ def open_features_artifact(path: Path) -> FeatureSet:
         [open_matrix(artifact.file(name)) for name in names],
         names,
         np.repeat(labels, rows) if (labels >= 0).any() else None,
-        artifact.content,
-        artifact.lineage,
+        artifact=artifact,
     )
     return checked(features)
 

@@ -105,9 +105,11 @@ def kmeans(
         DataError: fewer vectors or fewer distinct vectors than centres; labels missing for `per_class`.
         ConfigError: `per_class` with a k that the number of classes does not divide; a k beyond the memory.
         NumericError: NaN or infinity in the features.
-        ArtifactError: `checkpoints` holds another clustering, or cannot be written.
+        ArtifactError: the features are not what was published; `checkpoints` holds another clustering, or cannot be
+            written.
     """
     watch = watch or Watch()
+    features.check(watch)
     asked = {**asdict(config), "gpu_share": None, "seed": seed, "features": features.digest}
     request = digest_json({**asked, "num_vectors": features.num_vectors, "dim": features.dim})
     states = Checkpoints(checkpoints, request, on_note, shared=not config.per_class)

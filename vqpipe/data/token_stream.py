@@ -224,7 +224,7 @@ class LatentExamples:
         self.views = 1 + self.mirrored
         self.labels = latents.labels[:: self.views].astype(np.int64)
         names = latents.artifact.names("samples-*.parquet")
-        columns = [pq.read_table(latents.artifact.file(name), columns=["key"])["key"] for name in names]
+        columns = [pq.read_table(latents.artifact.whole(name), columns=["key"])["key"] for name in names]
         self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
 
     def __len__(self) -> int:
