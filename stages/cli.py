@@ -117,7 +117,8 @@ def main() -> None:
         console.abandon_stdout()  # nobody reads on: nothing more to say
         sys.exit(1)
     except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and the free space.")
+        check = "its permissions" if isinstance(error, PermissionError) else "the path and the free space"
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check {check}.")
     except RuntimeError as error:
         if "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
             fail(

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -217,6 +218,17 @@ def test_a_manifest_cut_short_or_an_unknown_kind_is_refused(tmp_path: Path) -> N
         open_artifact(artifact.path)
     with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
         open_artifact(tmp_path / "absent")
+
+
+def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = publish(tmp_path / "out").path
+
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)  # root may read whatever its mode is
+    with pytest.raises(ArtifactError, match=r"cannot read .*manifest\.json: Permission denied. Check its permissions"):
+        open_artifact(path)
 
 
 def test_an_artifact_is_an_input_with_a_lineage(tmp_path: Path) -> None:

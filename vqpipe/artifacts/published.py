@@ -189,7 +189,9 @@ def read_manifest(path: Path) -> Manifest:
         whole = whole and isinstance(manifest.request, str) and isinstance(manifest.content, str)
         if manifest.kind not in KINDS or not whole:
             raise ValueError(manifest.kind)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}", "Check its permissions") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__})", "Copy or make the artifact again") from None
     return manifest
 

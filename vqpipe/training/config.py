@@ -74,7 +74,10 @@ class TrainConfig:
         if self.look_every < 1 or self.validation_images < 1:
             raise ConfigError("train.look_every and train.validation_images should be at least 1")
         if self.warmup_steps > self.steps:
-            raise ConfigError(f"train.warmup_steps = {self.warmup_steps} is more than train.steps = {self.steps}")
+            raise ConfigError(
+                f"train.warmup_steps = {self.warmup_steps} is more than train.steps = {self.steps}",
+                f"For so short a run: --set train.warmup_steps={self.steps // 10}",
+            )
         if self.keep_every % self.save_every:
             raise ConfigError(
                 f"train.keep_every = {self.keep_every} is no multiple of train.save_every = {self.save_every}",
