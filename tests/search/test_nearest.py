@@ -1,12 +1,15 @@
 """`nearest` against float64 brute force, its tie rule, and what it refuses."""
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 
+import faiss
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.search import engine_name, exhaustive, nearest
@@ -139,6 +142,37 @@ def test_float32_whatever_the_autocast_and_no_gradient() -> None:
         assert torch.equal(nearest(vectors, codes), expected)
     half = vectors.half()
     assert torch.equal(nearest(half, codes), nearest(half.float(), codes))
+
+
+@pytest.mark.parametrize(("dim", "most"), [(8, 2), (64, 1)])
+def test_faiss_takes_as_many_threads_as_torch(dim: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    knn, taken = faiss.knn, list[int]()
+
+    def counted(*args: object) -> object:
+        taken.append(faiss.omp_get_max_threads())
+        return knn(*args)
+
+    monkeypatch.setattr(faiss, "knn", counted)
+    for threads in (2, 1):  # 1 is what the other tests have
+        torch.set_num_threads(threads)
+        nearest(torch.randn(20, dim), torch.randn(100, dim))
+        assert taken.pop() == min(threads, most)  # long vectors: each of torch's threads calls it
+
+
+class Searching(IterableDataset):
+    """Searches where it is read."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield int(nearest(lattice(2000, 8, seed=0), lattice(3000, 8, seed=1)).sum())
+
+
+def test_a_worker_that_was_forked_after_a_search_can_search() -> None:
+    torch.set_num_threads(2)
+    try:
+        (expected,) = Searching()
+    finally:
+        torch.set_num_threads(1)
+    assert list(DataLoader(Searching(), batch_size=None, num_workers=1, timeout=60)) == [expected]
 
 
 def near_ties(dim: int) -> tuple[Tensor, Tensor]:

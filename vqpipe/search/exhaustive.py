@@ -39,21 +39,31 @@ def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:
     database = codes.numpy()
 
     def search(share: Tensor) -> np.ndarray:
-        before = faiss.omp_get_max_threads()  # of this thread alone
-        faiss.omp_set_num_threads(1)
-        _, ids = faiss.knn(share.numpy(), database, 1)
-        faiss.omp_set_num_threads(before)
+        with faiss_threads(1):
+            _, ids = faiss.knn(share.numpy(), database, 1)
         return ids[:, 0]
 
+    threads = torch.get_num_threads()
     if vectors.shape[1] <= FUSED_DIMENSIONS:
-        ids = nearest_fused(vectors.numpy(), database)
+        with faiss_threads(threads):  # one in a worker of a DataLoader, where more would wait for each other for ever
+            ids = nearest_fused(vectors.numpy(), database)
     else:
-        threads = torch.get_num_threads()
         shares = vectors.split(FAISS_VECTORS * min(SHARE, -(-len(vectors) // (FAISS_VECTORS * threads))))
         with ThreadPoolExecutor(threads) as pool:
             ids = np.concatenate(list(pool.map(search, shares)))
     # -1 is that of a vector that is not finite. Of equal codes any may win: places in a tile are rounded differently.
     return torch.from_numpy(lowest_of_equals(np.maximum(ids, 0, out=ids), database))
+
+
+@contextmanager
+def faiss_threads(count: int) -> Iterator[None]:
+    """Inside, faiss takes so many threads, where it is called from this one: its OpenMP need not be torch's."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def nearest_fused(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
