@@ -62,6 +62,13 @@ def test_one_by_one_is_the_same_as_together(tokenizer: Tokenizer, images: torch.
     assert torch.equal(torch.cat([tokenizer.encode(image[None]) for image in images]), together)
 
 
+def test_of_no_image_there_are_no_ids(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    ids = tokenizer.encode(images[:0])
+    assert (ids.dtype, ids.shape) == (torch.int64, (0, 48))
+    again = tokenizer.decode(ids, (32, 24))
+    assert (again.dtype, again.shape) == (torch.uint8, (0, 3, 32, 24))
+
+
 def test_saved_and_opened_it_is_the_same(tokenizer: Tokenizer, images: torch.Tensor, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o444 == tmp_path.stat().st_mode & 0o444
@@ -90,6 +97,8 @@ def test_wrong_ids_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.decode(torch.full((1, 64), 50), (32, 32))
     with pytest.raises(DataError, match="ids of shape"):
         tokenizer.decode(torch.zeros(1, 63, dtype=torch.int64), (32, 32))
+    with pytest.raises(DataError, match=r"ids of type torch\.float32"):
+        tokenizer.decode(torch.zeros(1, 64), (32, 32))
     with pytest.raises(DataError, match="groups = 2, the tokenizer has 1"):
         tokenizer.decode(torch.zeros(1, 64, dtype=torch.int64), (32, 32), groups=2)
 

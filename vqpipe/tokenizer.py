@@ -131,14 +131,18 @@ class Tokenizer:
             DataError: another shape, dtype or range; sides that are not multiples of the downsample factor.
             NumericError: NaN or infinity among the pixels.
         """
-        return self.autoencoder.encode(network_input(images, self.downsample_factor, self.device)).ids
+        images = network_input(images, self.downsample_factor, self.device)
+        if len(images) == 0:
+            num_tokens = self.layout(*images.shape[-2:]).num_tokens
+            return torch.empty(0, num_tokens, dtype=torch.int64, device=self.device)
+        return self.autoencoder.encode(images).ids
 
     @torch.no_grad()
     def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
         """int64[B, N] -> uint8[B, 3, H, W], `image_size` being (H, W); `groups=k` keeps the first k groups.
 
         Raises:
-            DataError: ids that do not fit the size or the codebook; more groups than there are.
+            DataError: ids that are not whole, or do not fit the size or the codebook; more groups than there are.
         """
         return to_uint8(self.decode_float(ids, image_size, groups))
 
@@ -147,6 +151,10 @@ class Tokenizer:
         """As `decode`, before rounding: float[B, 3, H, W] of about [-1, 1], not clamped."""
         self.check_groups(groups)
         layout = self.layout(*image_size)
+        if ids.is_floating_point() or ids.is_complex():
+            raise DataError(f"ids of type {ids.dtype}", "Give whole numbers, as `encode` does")
+        if len(ids) == 0:
+            return torch.empty(0, 3, *image_size, device=self.device)
         ids = ids.to(self.device, torch.int64)
         if groups is not None:
             ids = keep_groups(ids, layout, groups)
