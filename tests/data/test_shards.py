@@ -139,11 +139,14 @@ def test_nothing_to_read(tmp_path: Path, pack: Pack) -> None:
     (tmp_path / "empty.tar").write_bytes(pack({}))
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "s.tar").write_bytes(pack({"a.png": b"1"}))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.JPG").write_bytes(b"1")
     for specs, message in (
         ([], "no images were given"),
         ([tmp_path / "empty.tar"], "no images in empty.tar"),
         ([tmp_path / "tars"], r"holds no images. Give its tars: '.*\*\.tar'"),
         ([tmp_path / "absent"], "no such images"),
+        ([tmp_path / "pictures" / "*"], r"a\.JPG is one image. Name the folder that holds it: .*pictures"),
         (["builtin:cats"], "there is no builtin:cats. Use builtin:photos, builtin:photos/train"),
     ):
         with pytest.raises(DataError, match=message):

@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.folders import open_folder
 from vqpipe.data.photos import open_photos
-from vqpipe.data.sources import NO_LABEL, Sample, Source
+from vqpipe.data.sources import IMAGE_EXTENSIONS, NO_LABEL, Sample, Source
 from vqpipe.data.tars import TarIndex, Tars, local_path, open_index
 from vqpipe.errors import ArtifactError, DataError
 
@@ -141,6 +141,9 @@ def open_source(spec: str) -> Source:
     if "://" not in spec and not path.exists() and path.with_name(path.name + ".partial").is_dir():
         return open_dataset(path)  # its error says how far it is
     urls = expand(spec)
+    for url in urls:
+        if os.path.splitext(url)[1][1:].lower() in IMAGE_EXTENSIONS:
+            raise DataError(f"{url} is one image", f"Name the folder that holds it: {os.path.dirname(url) or '.'}")
     return Tars(open_all(urls), name=spec.rpartition("/")[2] or spec)
 
 
