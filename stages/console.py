@@ -32,7 +32,16 @@ INTERRUPTED = "interrupted; run the same command again to go on"
 PLAIN_SECONDS = 10.0
 """Off a terminal, progress is a plain line at most this often."""
 
-Out = Annotated[Path, typer.Option("--out", help="The artifact to publish; never overwritten.", metavar="DIR")]
+
+def with_a_name(out: Path) -> Path:
+    """ "." and ".." have no name to put ".partial" after."""
+    return out.resolve() if out.name in ("", "..") else out
+
+
+Out = Annotated[
+    Path,
+    typer.Option("--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=with_a_name),
+]
 Device = Annotated[str, typer.Option("--device", help="Where tensors live.", metavar="auto|cpu|cuda")]
 Seed = Annotated[int, typer.Option("--seed", help="Every random choice is a function of it.", metavar="N")]
 Preset = Annotated[str | None, typer.Option("--preset", help="See `vqpipe presets`.", metavar="NAME|FILE.toml")]

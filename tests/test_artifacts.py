@@ -231,6 +231,13 @@ def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, m
         open_artifact(path)
 
 
+def test_the_current_folder_may_be_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(publish(tmp_path / "out").path / "sub")
+    assert open_artifact("..").name == "out"
+    with pytest.raises(ArtifactError, match="sub is not a vqpipe artifact"):
+        open_artifact(".")
+
+
 def test_an_artifact_is_an_input_with_a_lineage(tmp_path: Path) -> None:
     first = publish(tmp_path / "first")
     draft = start(tmp_path / "second", "tokenizer", {}, {"codebook": first})

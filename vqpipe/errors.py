@@ -30,8 +30,8 @@ class VqpipeError(Exception):
         super().__init__(what, hint)
 
     def __str__(self) -> str:
-        sentences = [part for part in (self.what, self.hint) if part]
-        return " ".join(". ".join(sentences).split()) + "."
+        sentences = [part if part.endswith("?") else f"{part}." for part in (self.what, self.hint) if part]
+        return " ".join(" ".join(sentences).split())
 
 
 class ConfigError(VqpipeError):

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,13 @@ def test_the_first_signal_lets_the_step_end_and_the_second_does_not(number: sign
             signals.leave()
         assert left.value.code == code
     assert signal.getsignal(number) == before
+
+
+def test_the_folder_to_publish_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert console.with_a_name(Path(".")) == tmp_path.resolve()
+    assert console.with_a_name(Path("..")) == tmp_path.resolve().parent
+    assert console.with_a_name(Path("out/")) == Path("out")
 
 
 PROGRAM = """

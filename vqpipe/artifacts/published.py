@@ -144,6 +144,8 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         ArtifactError: it is absent, unfinished, damaged, of another kind, or from a newer vqpipe.
     """
     path = Path(path)
+    if path.name in ("", ".."):  # "." has no name to show, or to put ".partial" after
+        path = path.resolve()
     partial = partial_path(path)
     if not path.exists() and partial.exists():
         done = len(list((partial / ".records").glob("*.json")))
