@@ -34,8 +34,10 @@ PLAIN_SECONDS = 10.0
 
 
 def with_a_name(out: Path) -> Path:
-    """ "." and ".." have no name to put ".partial" after."""
-    return out.resolve() if out.name in ("", "..") else out
+    """`files.with_a_name`, for an option."""
+    from vqpipe import files
+
+    return files.with_a_name(out)
 
 
 Out = Annotated[

@@ -20,6 +20,11 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def with_a_name(path: Path) -> Path:
+    """The path; of "." and "..", which have no name to show or to put ".partial" after, what they stand for."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     temporary = path.with_name(f".writing-{path.name}")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError
-from vqpipe.files import digest_json, hash_file
+from vqpipe.files import digest_json, hash_file, with_a_name
 
 SCHEMA = 1
 KINDS = (
@@ -143,9 +143,7 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
     Raises:
         ArtifactError: it is absent, unfinished, damaged, of another kind, or from a newer vqpipe.
     """
-    path = Path(path)
-    if path.name in ("", ".."):  # "." has no name to show, or to put ".partial" after
-        path = path.resolve()
+    path = with_a_name(Path(path))
     partial = partial_path(path)
     if not path.exists() and partial.exists():
         done = len(list((partial / ".records").glob("*.json")))

@@ -45,8 +45,9 @@ class FeatureSet:
         self.labels, self.artifact = labels, artifact
         self.digest = artifact.content if artifact else digest
         self.name = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
-        here = {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
-        self.lineage = artifact.lineage if artifact else here
+        self.lineage = (
+            artifact.lineage if artifact else {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
+        )
         self.first_rows = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.num_vectors = int(self.first_rows[-1])
         self.dim = int(self.shards[0].shape[1])

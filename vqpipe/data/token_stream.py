@@ -223,8 +223,8 @@ class LatentExamples:
         self.latents, self.mirrored = latents, bool(latents.artifact.config.get("flip", False))
         self.views = 1 + self.mirrored
         self.labels = latents.labels[:: self.views].astype(np.int64)
-        names = latents.artifact.names("samples-*.parquet")
-        columns = [pq.read_table(latents.artifact.whole(name), columns=["key"])["key"] for name in names]
+        names = latents.artifact.names("samples-*.parquet")  # `open_latents` has hashed them
+        columns = [pq.read_table(latents.artifact.file(name), columns=["key"])["key"] for name in names]
         self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
 
     def __len__(self) -> int:
