@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WHAT = ("search", "kmeans", "train", "tokenize", "data", "generate", "eval")
 PACKAGES = (
     *("vqpipe", "torch", "torchvision", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "pillow", "simplejpeg"),
-    *("opencv-python", "opencv-python-headless", "webdataset", "triton", "flash-kmeans", "transformers"),
+    *("opencv-python", "opencv-python-headless", "webdataset", "triton", "flash-kmeans"),
 )
 """Whose versions the numbers depend on."""
 TRAINED, TRAINED_ON_GPU = "smoke", "vqgan-lc-f16-100k"

@@ -100,7 +100,7 @@ def test_class_entries_are_cut_off_where_they_are_most_probable() -> None:
     model = made(space())
     with torch.no_grad():
         model.head.weight[CODES:] = 100 * model.head.weight[:1]
-        model.trunk.ln_f.bias.copy_(model.head.weight[0])  # what predicts points to entry 0, and more to the classes
+        model.norm.bias.copy_(model.head.weight[0])  # what predicts points to entry 0, and more to the classes
     hidden = model.eval().hidden(torch.tensor([1]), torch.empty(1, 0, dtype=torch.long))
     assert int(model.head(hidden)[0, 0].argmax()) >= CODES
     assert int(model.sample(torch.tensor([1]), SamplingConfig(temperature=0.0), seeded(1)).max()) < CODES

@@ -10,7 +10,7 @@ from torch import Tensor
 from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.generation import GeneratorConfig, LlamaGen, LlamaGenConfig, SamplingConfig, Space, build_generator
-from vqpipe.generation.llamagen import SIZES, turned, turns_of
+from vqpipe.generation.llamagen import SIZES
 from vqpipe.generation.sampling import draw_ids, for_each_run, guided, uniforms, with_null
 from vqpipe.quantizers import TokenLayout
 
@@ -126,23 +126,6 @@ def test_a_position_is_told_of_from_those_before_it() -> None:
     assert moved[0].tolist() == [False] * 3 + [True] * 4
     relabelled = (model.trunk(labels, ids) - model.trunk(labels + 1, ids)).abs().amax(2) > 1e-6
     assert relabelled.all()
-
-
-def test_turns_tell_rows_from_columns_and_see_only_differences() -> None:
-    turns = turns_of(4, 5, head_dim=8)
-    assert turns.shape == (21, 4, 2)
-    assert turns[0].eq(0).all()
-    grid = turns[1:].view(4, 5, 4, 2)
-    assert torch.equal(grid[:, 0, :2], grid[:, 3, :2])  # the first half of the pairs: the row
-    assert torch.equal(grid[0, :, 2:], grid[3, :, 2:])  # the second: the column
-    query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-
-    def product(one: tuple[int, int], other: tuple[int, int]) -> Tensor:
-        return (turned(query, grid[one].unsqueeze(0)) * turned(key, grid[other].unsqueeze(0))).sum()
-
-    torch.testing.assert_close(product((0, 1), (2, 0)), product((1, 4), (3, 3)))
-    assert not torch.isclose(product((0, 1), (2, 0)), product((0, 1), (1, 0)))
-    torch.testing.assert_close(product((2, 2), (2, 2)), (query * key).sum())
 
 
 def test_codes_are_joined_by_position() -> None:

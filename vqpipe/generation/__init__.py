@@ -1,6 +1,6 @@
 """Generators: what is trained on a tokenizer's ids or latents, and draws new ones. Importing the room defines them all.
 
-What takes seconds to import (transformers, diffusers, timm) is imported by whoever builds a network of it.
+What takes seconds to import (diffusers, timm) is imported by whoever builds a network of it.
 """
 
 from vqpipe.generation.base import (

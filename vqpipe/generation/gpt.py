@@ -11,9 +11,10 @@ What is unusual:
 - Sampling keeps keys and values; the released code runs the whole sequence again for every id.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
 from vqpipe.generation.cross_entropy import chunked_cross_entropy
-from vqpipe.generation.llamagen import INIT_STD, CodeEmbedding, Size
+from vqpipe.generation.embedding import CodeEmbedding
 from vqpipe.generation.sampling import draw_ids, for_each_run, guided, uniforms, with_null
+from vqpipe.generation.transformer import INIT_STD, Size, empty_caches, gpt2_block, init_weights
 
 SIZES = {
     #              layers heads width
@@ -66,7 +68,7 @@ class GptConfig(GeneratorConfig):
 
 
 class Gpt(Generator):
-    """Next-id prediction by GPT-2's blocks, as transformers has them.
+    """Next-id prediction by GPT-2's blocks with learned positions.
 
     Weights start from N(0, 0.02), the last layer of each half of a block smaller by sqrt(2 layers) as GPT-2; the
     released code has 0.02 there too. Input and output matrices are two, and the output has no bias.
@@ -78,8 +80,6 @@ class Gpt(Generator):
 
     def __init__(self, config: GptConfig, space: Space) -> None:
         super().__init__(config, space)
-        from transformers import GPT2Config, GPT2Model  # slow to import, so only for whoever builds one
-
         starts = 1 if space.num_classes is None else space.num_classes + self.has_null
         learned = config.embedding == "learned"
         self.first_start = space.codebook_size if learned else 0
@@ -88,30 +88,22 @@ class Gpt(Generator):
         self.code_embedding = (
             None if learned else CodeEmbedding(groups, space.codebook_size, space.code_dim, 1, config.width)
         )
-        self.trunk = GPT2Model(
-            GPT2Config(
-                vocab_size=1,
-                bos_token_id=None,
-                eos_token_id=None,
-                n_positions=space.num_tokens,
-                n_embd=config.width,
-                n_layer=config.layers,
-                n_head=config.heads,
-                activation_function="gelu",
-                embd_pdrop=config.dropout,
-                attn_pdrop=config.dropout,
-                resid_pdrop=config.dropout,
-                initializer_range=INIT_STD,
-            )
+        self.positions = nn.Parameter(torch.zeros(space.num_tokens, config.width))
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            gpt2_block(config.width, config.heads, config.dropout) for _ in range(config.layers)
         )
-        # Inputs come as vectors, and a table that learns nothing would stop DistributedDataParallel.
-        self.trunk.wte = nn.Identity()  # type: ignore[assignment]
+        self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, space.codebook_size + starts, bias=False)
-        for table in (self.tokens, self.head):
-            nn.init.normal_(table.weight, std=INIT_STD)
+        for part in (self.tokens, self.layers, self.head):
+            part.apply(init_weights)
+        nn.init.normal_(self.positions, std=INIT_STD)
+        for name, weight in self.layers.named_parameters():
+            if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
+                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * config.layers))
 
     def blocks(self) -> Iterable[nn.Module]:
-        return self.trunk.h
+        return self.layers
 
     @property
     def needs_codebook(self) -> bool:
@@ -136,7 +128,10 @@ class Gpt(Generator):
         """What predicts ids 0 to n: labels int64[B], ids int64[B, n] -> float[B, n + 1, D]."""
         start = self.start(labels)
         inputs = torch.cat([start, self.embedded(ids).to(start.dtype)], dim=1) if ids.shape[1] else start
-        return self.trunk(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        vectors = self.dropout(inputs + self.positions[: inputs.shape[1]])
+        for layer in self.layers:
+            vectors = layer(vectors)
+        return self.norm(vectors)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float[..., K] over the codes alone: the starts are cut off."""
@@ -171,12 +166,14 @@ class Gpt(Generator):
 
     def drawn(self, labels: Tensor, sampling: SamplingConfig, chances: Tensor) -> Iterator[Tensor]:
         """The ids one by one, int64[B, 1]; keys and values of those before are kept."""
-        count, cache = self.space.num_tokens, None
+        count = self.space.num_tokens
         vector = self.start(with_null(labels, self.num_classes or 0, sampling))
+        caches = empty_caches(len(self.layers), vector, self.config.heads, count)
         for number in range(count):
-            out: Any = self.trunk(inputs_embeds=vector, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits = guided(self.logits(out.last_hidden_state[:, -1]), sampling, number, count)
+            hidden = vector + self.positions[number]
+            for layer, cache in zip(self.layers, caches, strict=True):
+                hidden = layer(hidden, cache=cache, start=number)
+            logits = guided(self.logits(self.norm(hidden)[:, -1]), sampling, number, count)
             ids = draw_ids(logits, chances[:, number], sampling)
             yield ids.unsqueeze(1)
             vector = self.embedded(for_each_run(ids, sampling).unsqueeze(1), number).to(vector.dtype)

@@ -17,22 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-5
-
-
-class SwiGlu(nn.Module):
-    """The gated two-layer network of Llama (Shazeer 2020), without biases."""
-
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        """float[..., D] -> float[..., D]."""
-        return self.dropout(self.w2(F.silu(self.w1(vectors)) * self.w3(vectors)))
+from vqpipe.generation.transformer import SwiGlu, rms_norm
 
 
 class HeadAttention(nn.Module):
@@ -45,8 +30,8 @@ class HeadAttention(nn.Module):
         self.query = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(width // heads, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(width // heads, eps=NORM_EPS)
+        self.q_norm = rms_norm(width // heads)
+        self.k_norm = rms_norm(width // heads)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """float[M, L, D] -> float[M, L, D]."""
@@ -64,9 +49,9 @@ class HeadBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attention_norm = rms_norm(width)
         self.attention = HeadAttention(width, heads)
-        self.ffn_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.ffn_norm = rms_norm(width)
         self.feed_forward = SwiGlu(width, 4 * width)
 
     def forward(self, vectors: Tensor) -> Tensor:
