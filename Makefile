@@ -2,26 +2,35 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+FAST   := -n auto -m "not slow"
 
 # Importing torch takes three times as long where Python is kept from writing bytecode, as in many containers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow faults lint format clean
+.PHONY: help demo test test-slow faults lint format upgrade test-newest test-lowest clean
 
 help:
-	@echo "make demo       set up, then train and compare two tokenizers on built-in photographs (about ten minutes)"
-	@echo "make test       set up, then run the fast tests"
-	@echo "make test-slow  the tests that take minutes"
-	@echo "make faults     the slow tests of processes that die, disks that fill, inputs that are damaged"
-	@echo "make lint       style, types, import layers"
-	@echo "make clean      remove the environment"
+	@echo "make demo         set up, then train and compare two tokenizers on built-in photographs (about five minutes)"
+	@echo "make test         set up, then run the fast tests"
+	@echo "make test-slow    the tests that take minutes"
+	@echo "make faults       the slow tests of processes that die, disks that fill, inputs that are damaged"
+	@echo "make lint         style, types, import layers"
+	@echo "make upgrade      write constraints.txt anew and run everything with it"
+	@echo "make test-newest  the fast tests with the newest versions of everything; any deprecation fails"
+	@echo "make test-lowest  the fast tests with the lowest versions that pyproject.toml allows"
+	@echo "make clean        remove the environments"
 
-$(VENV)/installed: pyproject.toml
-	@echo "== making the environment in $(VENV) (torch and its CUDA libraries: about 6 GB)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqpipe needs Python 3.11 or newer; try: make PYTHON=python3.12 demo")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --editable '.[dev,fast]'
+# $(call environment,FOLDER,OPTIONS): a virtual environment with vqpipe in it, installed by uv with these options.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqpipe needs Python 3.11 or newer; try: make PYTHON=python3.12 demo")'
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+@$(1)/bin/python -m uv pip install --quiet --python $(1)/bin/python $(2) --editable '.[dev]'
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== making the environment in $(VENV) (torch and its CUDA libraries: about 7 GB)"
+	$(call environment,$(VENV),--constraints constraints.txt --build-constraints constraints.txt)
 	@touch $@
 
 demo: $(VENV)/installed
@@ -30,7 +39,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo "== the fast tests"
-	@$(BIN)/python -m pytest -n auto -m "not slow"
+	@$(BIN)/python -m pytest $(FAST)
 
 test-slow: $(VENV)/installed
 	@$(BIN)/python -m pytest -m slow
@@ -49,5 +58,21 @@ format: $(VENV)/installed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+upgrade: $(VENV)/installed
+	@sed '/^[^#]/,$$d' constraints.txt > constraints.new
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate pyproject.toml >> constraints.new
+	@mv constraints.new constraints.txt
+	@$(MAKE) test lint test-slow
+	@git diff --stat constraints.txt
+	@echo "== all passed with these versions: commit constraints.txt"
+
+test-newest:
+	$(call environment,$(VENV)-newest,--upgrade)
+	@$(VENV)-newest/bin/python -m pytest $(FAST) -W error
+
+test-lowest:
+	$(call environment,$(VENV)-lowest,--resolution lowest-direct)
+	@$(VENV)-lowest/bin/python -m pytest $(FAST)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest

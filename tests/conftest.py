@@ -1,9 +1,33 @@
-"""What every test may use."""
+"""What every test may use, and which warnings are errors."""
 
+import os
+import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("vqpipe", "stages", "tests"))
+DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+warn = warnings.warn
+
+
+def warn_strictly(message: Any, category: Any = None, stacklevel: int = 1, *args: Any, **options: Any) -> None:
+    """`warnings.warn`, except that a deprecation raised by a file of this project is an error.
+
+    A filter cannot tell who raises a warning: libraries name their caller by `stacklevel`, and that is often us.
+    """
+    kind = type(message) if isinstance(message, Warning) else category or UserWarning
+    if issubclass(kind, DEPRECATIONS) and sys._getframe(1).f_code.co_filename.startswith(OURS):
+        raise message if isinstance(message, Warning) else kind(message)
+    warn(message, category, stacklevel + 1, *args, **options)
+
+
+def pytest_configure() -> None:
+    warnings.warn = warn_strictly  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,7 +39,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference outputs and photographs that stands beside some checkouts; skips where it is absent."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("no folder of reference outputs and photographs beside this checkout")
     return folder
