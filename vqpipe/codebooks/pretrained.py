@@ -17,6 +17,7 @@ import huggingface_hub
 import open_clip
 import timm
 import torch
+from huggingface_hub import constants as hub
 from huggingface_hub.errors import EntryNotFoundError
 from open_clip.transformer import VisionTransformer
 from PIL import Image
@@ -222,7 +223,7 @@ def fetch(spec: str, repository: str, names: Iterable[str]) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     reason = "no network"
-    if repository and not huggingface_hub.is_offline_mode() and reachable(huggingface_hub.constants.ENDPOINT):
+    if repository and not hub.HF_HUB_OFFLINE and reachable(hub.ENDPOINT):
         for name in names:
             try:
                 return Path(huggingface_hub.hf_hub_download(repository, name))

@@ -22,7 +22,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Artifact
 from vqpipe.data.batches import SAMPLE, Shuffle, generator
 from vqpipe.data.latent_set import LatentSet
-from vqpipe.data.tokens import id_type, read_tokens
+from vqpipe.data.tokens import id_dtype, read_tokens
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
 __all__ = [
@@ -132,7 +132,7 @@ class TokenSet:
         self.codebook_size = int(tokens.facts["codebook_size"])
         self.views = 1 + self.mirrored
         shape = (int(tokens.facts["num_images"]) * self.views, int(tokens.facts["num_tokens"]))
-        dtype = np.dtype(id_type(self.codebook_size).to_pandas_dtype())
+        dtype = id_dtype(self.codebook_size)
         file = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:

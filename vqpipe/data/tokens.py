@@ -29,9 +29,9 @@ class Tokens:
     flipped: Tensor
 
 
-def id_type(codebook_size: int) -> pa.DataType:
+def id_dtype(codebook_size: int) -> np.dtype:
     """The narrowest type that holds every id below `codebook_size`: uint16 up to 65,536 codes, else uint32."""
-    return pa.uint16() if codebook_size <= 1 << 16 else pa.uint32()
+    return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.uint32)
 
 
 def token_encoder(
@@ -65,7 +65,7 @@ def token_encoder(
         check=check,  # narrowing would silently wrap around
         device=device,
         row_shape=(1 + flips, num_tokens),
-        dtype=np.dtype(id_type(codebook_size).to_pandas_dtype()),
+        dtype=id_dtype(codebook_size),
     )
 
 
