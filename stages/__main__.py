@@ -10,6 +10,6 @@ import sys
 if not os.path.samefile(sys.path[0] or os.curdir, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))):
     del sys.path[0]
 
-from stages.cli import script
+from stages.cli import main
 
-script()
+main()

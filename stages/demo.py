@@ -42,7 +42,7 @@ def demo(
     same: dict[str, Any] = {"device": device, "seed": seed}
     codes = [f"model.quantizer.codebook_size={k}"] if k else []
     codes += ["train.warmup_steps=0"] if steps else []
-    learned = ["model.quantizer.kind=vq", "train.matched_start=false", *codes]
+    learned = ["model.quantizer.kind=vq", "train.whiten_init=false", *codes]
 
     step(1, "describe patches of the photographs by whitened PCA")
     extract_features([TRAIN], out / "features", preset="demo", **same)

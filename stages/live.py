@@ -105,8 +105,8 @@ def headline(row: Row) -> str:
     known = known if "psnr" in row else {"loss/total": "loss {:.4g}"}
     known |= {"images_per_second": "{:.3g} images/s"}
     parts = [text.format(row[name]) for name, text in known.items() if name in row]
-    if row.get("bad_steps"):
-        parts.append(f"{row['bad_steps']:,} bad steps")
+    if row.get("nonfinite_steps"):
+        parts.append(f"{row['nonfinite_steps']:,} skipped steps")
     return ", ".join(parts)
 
 
@@ -130,7 +130,7 @@ def lines_of(row: Row) -> list[tuple[str, str]]:
         "gradients": [
             ("norm", "{:.3g}", "gradient_norm"),
             ("discriminator", "{:.3g}", "discriminator_gradient_norm"),
-            ("bad steps", "{:,}", "bad_steps"),
+            ("skipped steps", "{:,}", "nonfinite_steps"),
             ("learning rate", "{:.3g}", "learning_rate"),
         ],
         "speed": [

@@ -32,9 +32,9 @@ FREE_KEYS = {
         "log_every",
         "save_every",
         "keep_every",
-        "look_every",
-        "max_bad_steps",
-        "recompute",
+        "sample_every",
+        "max_nonfinite_steps",
+        "activation_checkpointing",
         "compile",
         "parallel",
     ),
@@ -86,7 +86,7 @@ def train(
     """Train a tokenizer. Run the same command again to resume it.
 
     To watch a run, open OUT.partial/report.html: curves, reconstructions,
-    codes in use. It is written again every train.look_every steps, and
+    codes in use. It is written again every train.sample_every steps, and
     published with the tokenizer; all numbers are in metrics.jsonl beside it.
 
     With --validation, train.validation_images held-out images are measured
@@ -152,10 +152,10 @@ def check_start(config: "TokenizerTrainConfig", source: Path | None) -> None:
     are."""
     from vqpipe.errors import ConfigError
 
-    if source is not None and config.matched_start:
+    if source is not None and config.whiten_init:
         raise ConfigError(
-            f"train.matched_start would change the latents and the codebook of --from {source}, which belong together",
-            "Add --set train.matched_start=false",
+            f"train.whiten_init would change the latents and the codebook of --from {source}, which belong together",
+            "Add --set train.whiten_init=false",
         )
 
 
@@ -199,7 +199,7 @@ def with_schedule(config: "TokenizerTrainConfig", validates: bool) -> "Tokenizer
         raise ConfigError(
             f"train.validate_every = {config.validate_every} needs held-out images", "Name them with --validation"
         )
-    return replace(config, validate_every=config.validate_every or (config.look_every if validates else 0))
+    return replace(config, validate_every=config.validate_every or (config.sample_every if validates else 0))
 
 
 def run(recipe: "Recipe", draft: "Draft", given: Given, device: "torch.device") -> "Artifact":
@@ -212,8 +212,8 @@ def run(recipe: "Recipe", draft: "Draft", given: Given, device: "torch.device") 
     config = recipe.train
     model, discriminator = build(recipe, given, device)
     task = TokenizerTask(model, discriminator, Objective(recipe.objective, model.quantizer.loss_names).to(device))
-    if config.matched_start and not checkpoints(draft.path):
-        match_start(recipe, model, given, device)
+    if config.whiten_init and not checkpoints(draft.path):
+        whiten_init(recipe, model, given, device)
     stream = training_images(recipe, given, config.global_batch_size, shared=True)
     watching = partial(watch, recipe, draft, given, task, device, sections=SECTIONS, facts=facts_of(model))
     state, watcher = train_watched(draft, task, config, stream, seed=given.seed, device=device, watcher=watching)
@@ -308,13 +308,13 @@ def build(recipe: "Recipe", given: Given, device: "torch.device") -> "tuple[Auto
     return model.to(device), discriminator.to(device)
 
 
-def match_start(recipe: "Recipe", model: "Autoencoder", given: Given, device: "torch.device") -> None:
+def whiten_init(recipe: "Recipe", model: "Autoencoder", given: Given, device: "torch.device") -> None:
     """The matched start, on the first images that the run will see; the same ones on every rank."""
     from vqpipe.data.transforms import to_float
 
-    stream = training_images(recipe, given, recipe.train.matched_start_images, shared=False)
+    stream = training_images(recipe, given, recipe.train.whiten_images, shared=False)
     batch = next(iter(stream.from_sample(0)))
-    model.match_start(to_float(batch.images.to(device)))
+    model.whiten_init(to_float(batch.images.to(device)))
 
 
 def save(

@@ -86,7 +86,7 @@ def test_every_preset_says_what_it_is(name: str) -> None:
 
 def test_the_presets_of_the_papers_do_without_the_matched_start() -> None:
     ours = {"demo", "small", "smoke", "vqgan-lc-f16-100k-matched", "mgvq-lc-f16-g4"}
-    assert {name for name in presets.names("model") if load(name).train.matched_start} == ours
+    assert {name for name in presets.names("model") if load(name).train.whiten_init} == ours
 
 
 def test_without_a_preset_every_section_has_its_defaults() -> None:

@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
         quantizer=LcConfig(codebook_size=50, feature_dim=16, code_dim=4, codebook_init="uniform"),
     )
     autoencoder = build_autoencoder(config)
-    autoencoder.match_start(torch.rand(16, 3, 32, 32) * 2 - 1)
+    autoencoder.whiten_init(torch.rand(16, 3, 32, 32) * 2 - 1)
     return Tokenizer(autoencoder, image_size=32)
 
 

@@ -3,7 +3,10 @@
 A section of a preset is a frozen, keyword-only dataclass defined above the code it configures. Types are exact: a key
 the dataclass lacks, a string where a number belongs, or a value outside its `Literal` is a ConfigError that names the
 key and, for a mistyped one, its nearest neighbour. A field whose class has subclasses with a `kind` is a tagged choice:
-the table's `kind` picks the subclass.
+the table's `kind` picks the subclass, and `class_for` the class that such a config configures.
+
+A field made by `resumable` does not change what a run computes, but for the rounding of sums: `to_request` leaves it
+out, so that a run may be resumed with another value of it.
 """
 
 import dataclasses
@@ -20,6 +23,8 @@ from typing import Any, TypeVar
 from vqpipe.errors import ConfigError
 
 T = TypeVar("T")
+RESUMABLE = "resumable"
+"""Key of a field's metadata."""
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -75,6 +80,35 @@ def to_table(config: Any) -> dict[str, Any]:
         else:
             table[field.name] = str(value) if isinstance(value, Path) else value
     return table
+
+
+def resumable(default: Any) -> Any:
+    """A dataclass field whose value may differ when a run is resumed."""
+    return dataclasses.field(default=default, metadata={RESUMABLE: True})
+
+
+def to_request(config: Any) -> dict[str, Any]:
+    """`to_table` without the resumable fields: what two runs must have in common to be the same run."""
+    table = to_table(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get(RESUMABLE):
+            del table[field.name]
+        elif dataclasses.is_dataclass(value):
+            table[field.name] = to_request(value)
+    return table
+
+
+def class_for(base: type[T], config: Any) -> type[T]:
+    """The subclass of `base` whose `config_class` is the type of `config`. Defining a subclass registers it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for candidate in all_subclasses(base):
+        if getattr(candidate, "config_class", None) is type(config):
+            return candidate
+    raise ConfigError(f"no {base.__name__.lower()} is built from a {type(config).__name__}")
 
 
 def override(cls: type, table: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ $RUN extract-features --images "$IMAGES" --preset small --out "$OUT/features"
 $RUN kmeans --features "$OUT/features" --preset small --out "$OUT/codebook-4096"
 $RUN kmeans --features "$OUT/features" --preset small --k 1024 --out "$OUT/codebook-1024"
 
-try fc --set $Q.kind=vq "${learned[@]}" --set train.matched_start=false
+try fc --set $Q.kind=vq "${learned[@]}" --set train.whiten_init=false
 try vq --set $Q.kind=vq "${learned[@]}"
 try vq-sphere --set $Q.kind=vq --set $Q.normalize=true "${learned[@]}"
 try ema --set $Q.kind=ema "${learned[@]}"

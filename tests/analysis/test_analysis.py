@@ -53,7 +53,7 @@ def tokenizer_of(quantizer: QuantizerConfig) -> Tokenizer:
         quantizer=quantizer,
     )
     autoencoder = build_autoencoder(config)
-    autoencoder.match_start(torch.rand(16, 3, 32, 32) * 2 - 1)
+    autoencoder.whiten_init(torch.rand(16, 3, 32, 32) * 2 - 1)
     return Tokenizer(autoencoder)
 
 

@@ -29,7 +29,7 @@ def look() -> dict[str, Any]:
     model = build_autoencoder(
         VqganConfig(quantizer=groups, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=16)
     )
-    model.quantizer.match_codebook()
+    model.quantizer.standardize_codebook()
     tokenizer = Tokenizer(model)
     images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
     usage, analyses = CodeUsage(60, 2), build(list(ANALYSES), tokenizer)

@@ -84,12 +84,12 @@ TINY = [
     *("data.image_size=16", "model.quantizer.codebook_size=40", "model.base_channels=8", "model.z_channels=8"),
     *("model.quantizer.feature_dim=16", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4"),
     *("train.steps=12", "train.warmup_steps=2", "train.global_batch_size=4", "train.save_every=3"),
-    *("train.matched_start_images=16", "train.look_every=12", "train.log_every=2", "objective.disc_start=4"),
+    *("train.whiten_images=16", "train.sample_every=12", "train.log_every=2", "objective.disc_start=4"),
     *("features.image_size=32", "features.patch_size=4", "features.components=16", "features.images_per_shard=6"),
     *("kmeans.k=40", "eval.image_size=16", "data.num_workers=1", "eval.batch_size=4"),
 ]
 LEARNING = [
-    *("train.warmup_steps=1", "examples.held_out=6", "train.validate_every=6", "train.look_every=12"),
+    *("train.warmup_steps=1", "examples.held_out=6", "train.validate_every=6", "train.sample_every=12"),
     *("train.save_every=3", "train.log_every=2"),
 ]
 LLAMAGEN = ["generator.layers=1", "generator.head_layers=1", "generator.width=16", "generator.heads=2"]

@@ -176,7 +176,7 @@ def test_an_analysis_goes_on(name: str) -> None:
     model = build_autoencoder(
         VqganConfig(quantizer=groups, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=16)
     )
-    model.quantizer.match_codebook()
+    model.quantizer.standardize_codebook()
     tokenizer = Tokenizer(model)
 
     def make() -> Analysis:

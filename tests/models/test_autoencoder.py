@@ -64,7 +64,7 @@ def test_a_config_without_an_autoencoder() -> None:
 def test_matched_start_whitens_latents_and_codes(kind: str) -> None:
     model, images = make(kind), pictures()
     before = model.latent(images)
-    model.match_start(images)
+    model.whiten_init(images)
     rows = to_rows(model.latent(images).detach()).double()
     torch.testing.assert_close(rows.mean(0), torch.zeros(8).double(), rtol=0, atol=1e-3)
     torch.testing.assert_close(rows.T.cov(correction=0), torch.eye(8).double(), rtol=0, atol=1e-3)
@@ -78,7 +78,7 @@ def test_matched_start_whitens_latents_and_codes(kind: str) -> None:
 def test_matched_start_raises_the_number_of_codes_in_use() -> None:
     model, images = make(), pictures()
     used_before = len(model.encode(images).ids.unique())
-    model.match_start(images)
+    model.whiten_init(images)
     used = len(model.encode(images).ids.unique())
     assert used > 100
     assert used > 3 * used_before
@@ -89,7 +89,7 @@ def test_matched_start_is_deterministic_and_leaves_the_rest_alone() -> None:
     models = [copy.deepcopy(start) for _ in range(2)]
     for model in models:
         torch.manual_seed(5)
-        model.match_start(pictures())
+        model.whiten_init(pictures())
     first, second = (model.state_dict() for model in models)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, first[name])}
@@ -120,4 +120,4 @@ def test_matched_start_adds_up_the_images_of_all_ranks(monkeypatch: pytest.Monke
 
 def test_matched_start_wants_enough_latent_vectors() -> None:
     with pytest.raises(DataError, match="4 latent vectors are too few to whiten 8 channels"):
-        make().match_start(pictures(1, size=8))
+        make().whiten_init(pictures(1, size=8))

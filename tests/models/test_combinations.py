@@ -54,7 +54,7 @@ def test_a_training_step_moves_every_network(backbone: str, quantizer: str, imag
     if "lc" in quantizer:
         model.quantizer.load_codebook(torch.randn(32, 12))
     if backbone != "magvit":
-        model.match_start(images)
+        model.whiten_init(images)
     made = model.train()(images)
     (made.images.abs().mean() + sum(made.quantized.losses.values())).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []

@@ -235,7 +235,7 @@ def test_state_and_config_make_the_quantizer_again(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in WITHOUT_CODEBOOK])
 def test_matched_codes_fill_the_region_of_whitened_latents(name: str) -> None:
     quantizer = make(name)
-    quantizer.match_codebook()
+    quantizer.standardize_codebook()
     codes = quantizer.codebook().detach()  # [K, C], or [G, K, C / G]
     if is_on_sphere(EXAMPLES[name]):
         torch.testing.assert_close(codes.norm(dim=-1), torch.ones(codes.shape[:-1]))
@@ -245,5 +245,5 @@ def test_matched_codes_fill_the_region_of_whitened_latents(name: str) -> None:
         torch.testing.assert_close(codes.mean(-2), torch.zeros_like(codes[..., 0, :]), rtol=0, atol=1e-5)
         torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=1e-5)
     again = make(name)
-    again.match_codebook()
+    again.standardize_codebook()
     assert_same_state(again, state_of(quantizer))

@@ -26,7 +26,7 @@ def make(**options) -> FrozenCodebookQuantizer:
 def test_gradient_is_that_of_projecting_every_code(options: dict, matched: bool) -> None:
     sparse, dense = make(**options), make(**options)
     if matched:
-        sparse.match_codebook()
+        sparse.standardize_codebook()
         dense.load_state_dict(sparse.state_dict())
     sparse(LATENT).losses["codebook"].backward()
     codes = dense.projector((dense.entries - dense.shift) * dense.scale)  # as the released code does
@@ -39,7 +39,7 @@ def test_gradient_is_that_of_projecting_every_code(options: dict, matched: bool)
 
 def test_the_frozen_codebook_stays_the_artifacts_bytes() -> None:
     quantizer = make()
-    quantizer.match_codebook()
+    quantizer.standardize_codebook()
     optimizer = torch.optim.Adam(quantizer.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -55,7 +55,7 @@ def test_without_a_codebook_it_says_what_to_pass() -> None:
     with pytest.raises(ConfigError, match="--codebook"):
         quantizer(LATENT)
     with pytest.raises(ConfigError, match="--codebook"):
-        quantizer.match_codebook()
+        quantizer.standardize_codebook()
 
 
 def test_another_codebook_is_refused_with_both_shapes() -> None:
@@ -89,7 +89,7 @@ def test_latents_on_the_sphere() -> None:
 
 def test_matched_start_makes_the_projector_orthogonal() -> None:
     quantizer = make()
-    quantizer.match_codebook()
+    quantizer.standardize_codebook()
     weight = quantizer.projector[0].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-5)
     assert not quantizer.projector[0].bias.any()
@@ -131,7 +131,7 @@ class TestProjectedOnce:
         quantizer.load_state_dict(state, assign=True)
         quantizer.requires_grad_(False)
         self.assert_current(quantizer)
-        quantizer.match_codebook()
+        quantizer.standardize_codebook()
         self.assert_current(quantizer)
 
     def test_works_under_inference_mode(self) -> None:

@@ -191,7 +191,7 @@ def test_a_codebook_goes_to_every_group_or_is_shared_out() -> None:
 def test_groups_over_one_frozen_codebook_learn_projectors_of_their_own() -> None:
     quantizer, codes = make(group=LC, masking="off").train(), torch.randn(40, 12)
     quantizer.load_codebook(codes)
-    quantizer.match_codebook()
+    quantizer.standardize_codebook()
     before = quantizer.codebook()
     optimizer = torch.optim.SGD(quantizer.parameters(), 0.5)
     losses = [quantizer(latent_of()).losses["codebook"]]

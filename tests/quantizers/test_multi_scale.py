@@ -17,7 +17,7 @@ def make(scales: tuple[int, ...] = (1, 2, 3, 5), **settings: object) -> MultiSca
     torch.manual_seed(0)
     quantizer = build_quantizer(MultiScaleConfig(codebook_size=K, code_dim=C, scales=scales, **settings))
     assert isinstance(quantizer, MultiScaleQuantizer)
-    quantizer.match_codebook()
+    quantizer.standardize_codebook()
     for weights in (quantizer.phi_weights, quantizer.phi_biases):
         torch.nn.init.normal_(weights, std=0.2)
     return quantizer
@@ -147,7 +147,7 @@ def test_each_loss_trains_its_own_side() -> None:
 @torch.no_grad()
 def test_the_matched_start_makes_phi_the_identity() -> None:
     quantizer = make(scales=(1,))
-    quantizer.match_codebook()
+    quantizer.standardize_codebook()
     latent = latent_of()
     quantized = quantizer(latent)
     chosen = quantizer.codebook()[quantized.ids].transpose(1, 2).view_as(latent)

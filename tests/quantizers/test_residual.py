@@ -14,7 +14,7 @@ def make(**settings: object) -> ResidualQuantizer:
     torch.manual_seed(0)
     quantizer = build_quantizer(ResidualConfig(codebook_size=K, code_dim=C, **settings))
     assert isinstance(quantizer, ResidualQuantizer)
-    quantizer.match_codebook()
+    quantizer.standardize_codebook()
     return quantizer
 
 

@@ -44,7 +44,7 @@ def start_and_update(table: dict[str, Any]) -> dict[str, torch.Tensor]:
     )
     torch.manual_seed(1 + rank())
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    model.match_start(images)
+    model.whiten_init(images)
     for _ in range(3):
         latent = model.latent(images).detach()
         model.quantizer.update(latent, model.quantizer(latent).ids)

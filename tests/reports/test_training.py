@@ -27,7 +27,7 @@ def row(step: int, **more: float) -> dict[str, Any]:
         "gradient_norm": 0.3,
         "images_per_second": 40.0,
         "data_wait": 0.1,
-        "bad_steps": 0,
+        "nonfinite_steps": 0,
         **more,
     }
 
@@ -66,7 +66,7 @@ def test_the_newest_numbers_and_the_best_validation_are_told() -> None:
     assert '<td class="best">22.50</td>' in text
     assert '<td class="best">21.75</td>' not in text
     assert "skipped steps" not in text
-    assert "skipped steps" in html(rows=[*rows, row(21, bad_steps=2)])
+    assert "skipped steps" in html(rows=[*rows, row(21, nonfinite_steps=2)])
 
 
 def test_every_curve_that_was_logged_is_drawn_and_no_other() -> None:

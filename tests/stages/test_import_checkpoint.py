@@ -80,7 +80,7 @@ def test_imported_it_tokenizes_evaluates_and_is_fine_tuned(
     evaluate(images, out, tmp_path / "report", image_size=32, device="cpu")
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["num_images"] == 10
 
-    settings = [*SAME_SIZES, "data.image_size=32", "train.matched_start=false", "objective.disc_start=0"]
+    settings = [*SAME_SIZES, "data.image_size=32", "train.whiten_init=false", "objective.disc_start=0"]
     settings += ["train.learning_rate=0.0", "train.warmup_steps=0", "train.global_batch_size=2"]
     train(images, tmp_path / "tuned", None, "smoke", steps=2, source=out, overrides=settings, device="cpu")
     for name in ("model.safetensors", "discriminator.safetensors"):

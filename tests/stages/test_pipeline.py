@@ -29,8 +29,8 @@ SETTINGS = [
     *("data.image_size=32", "kmeans.k=40", "features.patch_size=4", "features.image_size=32", "features.components=16"),
     *("model.quantizer.feature_dim=16", "model.quantizer.codebook_size=40", "model.base_channels=8"),
     *("model.z_channels=8", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4", "train.steps=8"),
-    *("train.warmup_steps=2", "train.global_batch_size=4", "train.save_every=3", "train.matched_start_images=16"),
-    *("objective.disc_start=4", "train.look_every=8", "train.log_every=2", "eval.image_size=32"),
+    *("train.warmup_steps=2", "train.global_batch_size=4", "train.save_every=3", "train.whiten_images=16"),
+    *("objective.disc_start=4", "train.sample_every=8", "train.log_every=2", "eval.image_size=32"),
 ]
 TINY = ["--preset", "smoke", *(f"--set={setting}" for setting in SETTINGS)]
 STAGES = {
@@ -180,7 +180,7 @@ def test_training_on_two_ranks_sees_the_same_images(folder: Path) -> None:
 
 
 def test_a_terminated_run_saves_and_resumes_to_the_same_weights(folder: Path) -> None:
-    longer = ["--set", "train.steps=30", "--set", "train.look_every=30"]
+    longer = ["--set", "train.steps=30", "--set", "train.sample_every=30"]
     words = [*command("tokenizer", "resumed"), *longer, "--set", "train.save_every=1000"]
     straight = vqpipe(folder, *command("tokenizer", "straight"), *longer)
     assert straight.returncode == 0, straight.stderr
@@ -202,7 +202,7 @@ def test_a_terminated_run_saves_and_resumes_to_the_same_weights(folder: Path) ->
 
 
 def test_fine_tuning_starts_from_the_tokenizer(folder: Path) -> None:
-    words = ["train", "--images", "pictures", *TINY, "--steps", "2", "--set", "train.matched_start=false"]
+    words = ["train", "--images", "pictures", *TINY, "--steps", "2", "--set", "train.whiten_init=false"]
     words += ["--set", "train.learning_rate=0.0", "--set", "objective.disc_start=0", "--from", "tokenizer"]
     done = vqpipe(folder, *words, "--out", "tuned")
     assert done.returncode == 0, done.stderr
@@ -231,7 +231,7 @@ def test_every_kind_of_quantizer_trains_tokenizes_and_evaluates(folder: Path, ki
 
 
 def test_fine_tuning_another_model_names_what_differs(folder: Path) -> None:
-    settings = ["--set", "model.base_channels=16", "--set", "train.matched_start=false"]
+    settings = ["--set", "model.base_channels=16", "--set", "train.whiten_init=false"]
     words = ["train", "--images", "pictures", *TINY, *settings, "--from", "tokenizer"]
     done = vqpipe(folder, *words, "--out", "wider")
     assert done.returncode == 1

@@ -24,8 +24,8 @@ from vqpipe.training.validation import Validated, Validation
 SETTINGS = [
     *("data.image_size=32", "model.quantizer.kind=vq", "model.quantizer.codebook_size=40", "model.base_channels=8"),
     *("model.z_channels=8", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4"),
-    *("train.warmup_steps=2", "train.save_every=3", "train.matched_start=false"),
-    *("objective.disc_start=4", "train.look_every=8", "train.log_every=2", "objective.entropy=0.0"),
+    *("train.warmup_steps=2", "train.save_every=3", "train.whiten_init=false"),
+    *("objective.disc_start=4", "train.sample_every=8", "train.log_every=2", "objective.entropy=0.0"),
 ]
 
 
@@ -85,7 +85,7 @@ def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def test_validation_is_what_eval_measures(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
-    tokenizer = go("lc", set=["train.look_every=4"], **held_out)
+    tokenizer = go("lc", set=["train.sample_every=4"], **held_out)
     rows = read_history(tokenizer.file("metrics.jsonl"))
     (last,) = [row for row in rows if row["step"] == 8 and "valid/psnr" in row]
     assert [row["step"] for row in rows if "valid/psnr" in row] == [4, 8]  # with each picture, unless said otherwise
@@ -190,8 +190,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
 
 
 def test_a_tokenizer_to_go_on_from_is_not_whitened_again(go: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.matched_start would change .* Add --set train\.matched_start=false"):
-        go("tuned", set=["train.matched_start=true"], source=tmp_path / "first")
+    with pytest.raises(ConfigError, match=r"train\.whiten_init would change .* Add --set train\.whiten_init=false"):
+        go("tuned", set=["train.whiten_init=true"], source=tmp_path / "first")
     assert not list(tmp_path.glob("tuned*"))
 
 
@@ -220,7 +220,7 @@ def test_loggers_get_every_row_and_picture_and_are_closed_also_when_the_run_dies
     FakeLogger.opened = []
     monkeypatch.setattr("vqpipe.training.loggers.LOGGERS", {"tensorboard": FakeLogger})
     monkeypatch.setitem(sys.modules, "tensorboard", sys)
-    logged = {"log": ["tensorboard"], "set": ["train.look_every=4"], **held_out}
+    logged = {"log": ["tensorboard"], "set": ["train.sample_every=4"], **held_out}
     with monkeypatch.context() as dying:
         cut_after(dying, 5)
         with pytest.raises(KeyboardInterrupt):
@@ -260,7 +260,7 @@ ROW = {
     "perplexity": 812.34,
     "gradient_norm": 0.823,
     "discriminator_gradient_norm": 0.31,
-    "bad_steps": 3,
+    "nonfinite_steps": 3,
     "learning_rate": 5e-4,
     "images_per_second": 412.3,
     "seconds_per_step": 0.31,
@@ -281,7 +281,7 @@ def test_the_table_on_a_terminal_says_every_number_that_is_known() -> None:
         board.show({"step": 1000, "images_seen": 8000, "valid/psnr": 21.987, "valid/images": 64})
     shown = screen.getvalue()
     expected = ["1,200/10,000 steps", "total 0.5123   l1 0.1", "PSNR 22.13 dB", "PSNR 21.99 dB   step 1,000"]
-    expected += ["in use 99.1%   perplexity 812.3", "norm 0.823   discriminator 0.31   bad steps 3"]
+    expected += ["in use 99.1%   perplexity 812.3", "norm 0.823   discriminator 0.31   skipped steps 3"]
     expected += ["412 images/s", "waiting for images 3%", "MFU 38.2%", "378 TFLOP/s", "memory 41.2 GB"]
     for text in expected:
         assert text in shown, text
@@ -291,4 +291,4 @@ def test_numbers_that_are_not_known_are_left_out() -> None:
     few = {"step": 3, "psnr": 20.0, "utilization": 0.5, "images_per_second": 10.0}
     assert dict(lines_of(few)) == {"quality": "PSNR 20.00 dB", "codes": "in use 50.0%", "speed": "10 images/s"}
     assert headline(few) == "psnr 20.00 dB, codes in use 50.0%, 10 images/s"
-    assert headline(ROW).endswith("412 images/s, 3 bad steps")
+    assert headline(ROW).endswith("412 images/s, 3 skipped steps")

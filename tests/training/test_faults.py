@@ -23,8 +23,8 @@ from vqpipe.training.state import TrainState, checkpoints
 SETTINGS = [
     *("data.image_size=16", "model.quantizer.kind=ema", "model.quantizer.codebook_size=40", "model.base_channels=8"),
     *("model.z_channels=8", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4", "train.save_every=3"),
-    *("train.warmup_steps=2", "train.global_batch_size=4", "train.matched_start_images=16", "objective.disc_start=4"),
-    *("train.look_every=100", "train.log_every=2", "train.steps=8", "train.precision=fp32"),
+    *("train.warmup_steps=2", "train.global_batch_size=4", "train.whiten_images=16", "objective.disc_start=4"),
+    *("train.sample_every=100", "train.log_every=2", "train.steps=8", "train.precision=fp32"),
 ]
 TRAIN = ["train", "--preset", "smoke", "--images", "pictures", *(f"--set={setting}" for setting in SETTINGS)]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

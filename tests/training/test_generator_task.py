@@ -149,7 +149,7 @@ def test_it_learns_and_logs_what_the_network_says(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [30, 60, 90]
     assert rows[-1]["loss/total"] < 0.8 * rows[0]["loss/total"]
     assert rows[-1]["train/accuracy"] > rows[0]["train/accuracy"] > 0
-    expected = {"step", "images_seen", "learning_rate", "gradient_norm", "images_per_second", "data_wait", "bad_steps"}
+    expected = {"step", "images_seen", "learning_rate", "gradient_norm", "images_per_second", "data_wait", "nonfinite_steps"}
     assert expected <= set(rows[0])
     assert not {"psnr", "utilization", "loss/train/accuracy"} & set(rows[0])
     assert set(state.published()) == set(Guesser().state_dict())
@@ -172,12 +172,12 @@ def test_a_batch_in_parts_and_blocks_computed_again_are_the_same_training(tmp_pa
     whole = everything(run(tmp_path / "whole")[0])
     parts = everything(run(tmp_path / "parts", accumulate=4)[0])
     assert unlike(whole, parts, tolerance=2e-5) == []
-    plain, again = (everything(run(tmp_path / str(flag), forgetful, recompute=flag)[0]) for flag in (False, True))
+    plain, again = (everything(run(tmp_path / str(flag), forgetful, activation_checkpointing=flag)[0]) for flag in (False, True))
     assert unlike(plain, again) == []
 
 
 def test_the_average_of_a_network_that_recomputes_has_its_own_blocks(tmp_path: Path) -> None:
-    state, _ = run(tmp_path, recompute=True)
+    state, _ = run(tmp_path, activation_checkpointing=True)
     average = state.weight_ema.network.eval()
     batch = next(Sentences().from_sample(0))
     found = average(batch.examples, batch.labels)["total"]
@@ -190,7 +190,7 @@ def test_the_average_of_a_network_that_recomputes_has_its_own_blocks(tmp_path: P
 def test_a_loss_that_is_not_finite_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "cross_entropy", lambda logits, ids: logits.sum() * float("nan"))
     state, rows = run(tmp_path, steps=3)
-    assert state.bad_steps == rows[-1]["bad_steps"] == 3
+    assert state.nonfinite_steps == rows[-1]["nonfinite_steps"] == 3
     torch.manual_seed(0)
     before = Guesser().state_dict()
     assert all(torch.equal(value, before[name]) for name, value in state.networks["model"].state_dict().items())
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tmp_path: Path, monkeypatch: py
 
 def test_what_names_no_blocks_cannot_recompute(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Flat names no blocks"):
-        run(tmp_path, Flat, recompute=True)
+        run(tmp_path, Flat, activation_checkpointing=True)
 
 
 def test_another_network_s_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -121,8 +121,8 @@ def test_a_package_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 
 def test_only_finite_numbers_are_drawn() -> None:
-    mixed = {"step": 3, "psnr": 20.0, "loss/total": float("nan"), "note": "text", "bad_steps": 0}
-    assert dict(numbers(mixed)) == {"psnr": 20.0, "bad_steps": 0}
+    mixed = {"step": 3, "psnr": 20.0, "loss/total": float("nan"), "note": "text", "nonfinite_steps": 0}
+    assert dict(numbers(mixed)) == {"psnr": 20.0, "nonfinite_steps": 0}
 
 
 def test_tensorboard_shows_each_step_once_when_a_run_is_resumed(tmp_path: Path) -> None:

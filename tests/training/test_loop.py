@@ -82,7 +82,7 @@ def run(
             "weight_ema": 0.9,
             "log_every": 3,
             "save_every": 5,
-            "look_every": 6,
+            "sample_every": 6,
             **settings,
         }
     )
@@ -177,7 +177,7 @@ def test_a_run_without_finite_gradients_ends_before_the_weights_move(
     run(tmp_path, stop_at=5)
     poison(monkeypatch, lambda call: True)
     with pytest.raises(NumericError, match=r"3 steps in a row .* the last was step 7, images p28, p29, p30 and 1 more"):
-        run(tmp_path, max_bad_steps=3)
+        run(tmp_path, max_nonfinite_steps=3)
     monkeypatch.undo()
     straight, _ = run(tmp_path / "straight")
     resumed, _ = run(tmp_path)
@@ -190,8 +190,8 @@ def test_a_bad_step_moves_nothing_and_is_counted(tmp_path: Path, monkeypatch: py
     heard: list[int] = []
     state, rows = run(tmp_path, kind, disc_start=100, on_bad=lambda step, keys: heard.append(step))
     assert heard == [2, 3, 9]
-    assert state.bad_steps == rows[-1]["bad_steps"] == 3
-    assert rows[0]["bad_steps"] == 1
+    assert state.nonfinite_steps == rows[-1]["nonfinite_steps"] == 3
+    assert rows[0]["nonfinite_steps"] == 1
     assert all(torch.isfinite(value).all() for value in everything(state).values() if value.is_floating_point())
     assert all(math.isfinite(value) for row in rows for value in row.values())
     before: list[dict[str, Tensor]] = []
@@ -241,7 +241,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(tmp_path: Path) -> None:
 
 
 def test_recomputing_gives_the_same_run(tmp_path: Path) -> None:
-    plain, recomputed = (everything(run(tmp_path / str(flag), recompute=flag)[0]) for flag in (False, True))
+    plain, recomputed = (everything(run(tmp_path / str(flag), activation_checkpointing=flag)[0]) for flag in (False, True))
     assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
 
 

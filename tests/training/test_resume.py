@@ -139,7 +139,7 @@ def run(
             weight_ema=0.9,
             log_every=4,
             save_every=save_every,
-            look_every=1000,
+            sample_every=1000,
         ),
         Noted(stream, folder / f"seen-{distributed.rank()}.jsonl"),
         folder,
@@ -215,7 +215,7 @@ def test_a_run_cut_at_any_step_is_the_same_run(pictures: Path, tmp_path: Path, k
         state = finished.state
         assert unlike(straight, everything(finished)) == [], f"cut at {cut}"
         assert seen(folder, 1) == {step: order[step] for step in range(cut, STEPS)}, f"cut at {cut}"
-        assert (state.step, state.images_seen, state.bad_steps) == (STEPS, STEPS * BATCH, 0)
+        assert (state.step, state.images_seen, state.nonfinite_steps) == (STEPS, STEPS * BATCH, 0)
 
 
 # Every leaf of a checkpoint is needed.
@@ -362,7 +362,7 @@ def test_a_file_that_is_missing_is_refused(
         run(pictures, tmp_path / "run", steps=END)
 
 
-@pytest.mark.parametrize("counter", ["step", "images_seen", "bad_steps"])
+@pytest.mark.parametrize("counter", ["step", "images_seen", "nonfinite_steps"])
 def test_every_counter_is_needed(
     pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], counter: str
 ) -> None:
@@ -379,8 +379,8 @@ def test_every_counter_is_needed(
         run(pictures, tmp_path / "drop", steps=END)
     finished = run(pictures, tmp_path / "perturb", steps=END)
     state = finished.state
-    if counter == "bad_steps":
-        assert state.bad_steps == 1  # only counted: in the log, and in what is published
+    if counter == "nonfinite_steps":
+        assert state.nonfinite_steps == 1  # only counted: in the log, and in what is published
     else:
         assert "model/encoder.conv_in.weight" in unlike(expected, everything(finished))
 
@@ -403,11 +403,11 @@ def test_bad_steps_in_a_row_are_counted_over_a_cut(
         shutil.copytree(cut["lc"][0], tmp_path / str(in_a_row))
         (folder,) = checkpoints(tmp_path / str(in_a_row))
         table = disk.read_table(folder)
-        assert table["bad_in_a_row"] == 0
-        sign(folder, {**table, "bad_in_a_row": in_a_row})
+        assert table["nonfinite_in_a_row"] == 0
+        sign(folder, {**table, "nonfinite_in_a_row": in_a_row})
         monkeypatch.setattr(Objective, "generator_loss", first_is_nan)
         if in_a_row == 18:
-            assert run(pictures, tmp_path / "18", steps=END).state.bad_in_a_row == 0
+            assert run(pictures, tmp_path / "18", steps=END).state.nonfinite_in_a_row == 0
     with pytest.raises(NumericError, match="20 steps in a row"):
         run(pictures, tmp_path / "19", steps=END)
 

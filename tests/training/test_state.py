@@ -38,7 +38,7 @@ def advance(state: TrainState, step: int) -> TrainState:
     if "discriminator" in state.networks:
         state.networks["discriminator"](torch.rand(2, 3, 16, 16))
     state.weight_ema.update(state.step)
-    state.step, state.images_seen, state.bad_steps, state.bad_in_a_row = step, 4 * step, step // 3, step % 3
+    state.step, state.images_seen, state.nonfinite_steps, state.nonfinite_in_a_row = step, 4 * step, step // 3, step % 3
     return state
 
 

@@ -48,7 +48,7 @@ def build(config: AutoencoderConfig, image_size: int, device: torch.device, seed
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     model.to(device)
-    model.match_start(to_float(photographs(MATCHING, image_size).to(device)))
+    model.whiten_init(to_float(photographs(MATCHING, image_size).to(device)))
     return model
 
 

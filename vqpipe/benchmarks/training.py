@@ -148,7 +148,7 @@ class Run:
             global_batch_size=len(images),
             log_every=steps,
             save_every=steps,
-            look_every=steps,
+            sample_every=steps,
         )
         model_config = networks.with_codes(experiment.model, k)
         self.model: Autoencoder = networks.build(model_config, experiment.image_size, device, settings.seed)

@@ -125,7 +125,7 @@ class Autoencoder(nn.Module, ABC):
         return Reconstruction(self.decode(quantized.codes), latent, quantized)
 
     @torch.no_grad()
-    def match_start(self, images: Tensor) -> None:
+    def whiten_init(self, images: Tensor) -> None:
         """Whiten the latents of real images, and match the codebook to them: once, before the first training step.
 
         The mean and the ZCA whitening of the latents are folded into `quant_conv`, so that their covariance over
@@ -142,7 +142,7 @@ class Autoencoder(nn.Module, ABC):
         """
         conv = self.quant_conv
         if not isinstance(conv, nn.Conv2d):
-            raise ConfigError("the matched start needs a quant_conv to whiten", "Set train.matched_start = false")
+            raise ConfigError("the matched start needs a quant_conv to whiten", "Set train.whiten_init = false")
         assert conv.bias is not None
         mean, covariance = self.latent_moments(images)
         rows = len(mean) // conv.groups
@@ -154,7 +154,7 @@ class Autoencoder(nn.Module, ABC):
             weight, bias = conv.weight[block], conv.bias[block]
             weight.copy_((whitening @ weight.double().view(rows, -1)).view_as(weight))
             bias.copy_(whitening @ (bias.double() - mean[block]))
-        self.quantizer.match_codebook()
+        self.quantizer.standardize_codebook()
 
     def latent_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean float64[C] and covariance float64[C, C] of the latent vectors of `images`, over all ranks."""

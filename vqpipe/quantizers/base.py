@@ -141,7 +141,7 @@ class Quantizer(nn.Module, ABC):
         """
         raise self.unsupported("does not start from a codebook artifact", "Leave --codebook out, or choose kind = lc")
 
-    def match_codebook(self) -> None:
+    def standardize_codebook(self) -> None:
         """Centre the codes on zero and scale them to unit variance, the mean over channels being 1.
 
         This half of the matched start is for a codebook that meets whitened latents: the two then fill the same

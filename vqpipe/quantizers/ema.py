@@ -74,6 +74,6 @@ class EmaQuantizer(CodebookQuantizer):
         self.entries.copy_(self.sums / smoothed.unsqueeze(1))
 
     @torch.no_grad()
-    def match_codebook(self) -> None:
+    def standardize_codebook(self) -> None:
         self.entries.copy_(standardized(self.entries))
         self.sums.copy_(self.entries * self.counts.clamp(min=1).unsqueeze(1))

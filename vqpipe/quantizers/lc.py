@@ -141,7 +141,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.entries.copy_(codebook)
 
     @torch.no_grad()
-    def match_codebook(self) -> None:
+    def standardize_codebook(self) -> None:
         """Orthogonal projector, its biases zero; then shift and scale so that projected codes have unit variance."""
         self.check_loaded()
         self.shift.copy_(self.entries.mean(0))

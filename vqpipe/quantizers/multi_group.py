@@ -143,9 +143,9 @@ class MultiGroupQuantizer(Quantizer):
         for group, table in zip(self.quantizers(), tables, strict=True):
             group.load_codebook(table)
 
-    def match_codebook(self) -> None:
+    def standardize_codebook(self) -> None:
         for group in self.quantizers():
-            group.match_codebook()
+            group.standardize_codebook()
 
     def quantizers(self) -> list[Quantizer]:
         """The groups' quantizers, in order."""

@@ -119,9 +119,9 @@ class MultiScaleQuantizer(VectorQuantizer):
         return total
 
     @torch.no_grad()
-    def match_codebook(self) -> None:
+    def standardize_codebook(self) -> None:
         """Match the codes, and make each phi the identity: what leaves the rest is then the code that was nearest."""
-        super().match_codebook()
+        super().standardize_codebook()
         for weight in self.phi_weights:
             nn.init.dirac_(weight)
         self.phi_biases.zero_()

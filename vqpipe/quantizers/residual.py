@@ -131,9 +131,9 @@ class ResidualQuantizer(Quantizer):
     def codebook(self) -> Tensor:
         return torch.stack([table.codebook() for table in self.by_depth()])
 
-    def match_codebook(self) -> None:
+    def standardize_codebook(self) -> None:
         for table in self.own_tables():
-            table.match_codebook()
+            table.standardize_codebook()
 
     def own_tables(self) -> list[EmaQuantizer]:
         """The one shared table, or D of them."""

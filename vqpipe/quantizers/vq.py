@@ -44,7 +44,7 @@ class VectorQuantizer(CodebookQuantizer):
         return self.entries[ids].float()
 
     @torch.no_grad()
-    def match_codebook(self) -> None:
+    def standardize_codebook(self) -> None:
         self.entries.copy_(self.on_sphere(standardized(self.entries)))
 
 

@@ -15,7 +15,7 @@ NUMBERS = (
     Column("valid/top5", "validation top-5", ".1f", "%", 100),
     Column("images_per_second", "speed", ",.3g", "images/s"),
     Column("memory_gb", "memory", ".1f", "GB"),
-    Column("bad_steps", "skipped steps", ",.0f"),
+    Column("nonfinite_steps", "skipped steps", ",.0f"),
 )
 
 

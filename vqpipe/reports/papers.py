@@ -15,7 +15,7 @@ from vqpipe import presets
 LABELS = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips", "usage": "utilization"}
 LABELS["utilization"] = "utilization"
 """A word of `expected` -> the measure it is."""
-HARMLESS = ("objective.lpips_weights", "data.num_workers", "train.log_every", "train.save_every", "train.look_every")
+HARMLESS = ("objective.lpips_weights", "data.num_workers", "train.log_every", "train.save_every", "train.sample_every")
 """Settings that leave a row what it is."""
 TELLING = ("--steps", "--global-batch-size", "--precision", "--from")
 """Options of `train` that make another row of it, beside `--set`."""

@@ -80,7 +80,7 @@ NUMBERS = (
     Column("mfu", "of the device's peak", ".1f", "%", 100),
     Column("tflops", "arithmetic", ",.3g", "TFLOP/s"),
     Column("memory_gb", "memory", ".1f", "GB"),
-    Column("bad_steps", "skipped steps", ",.0f"),
+    Column("nonfinite_steps", "skipped steps", ",.0f"),
 )
 VALIDATION = (
     Column("valid/psnr", "PSNR, dB", ".2f"),
@@ -140,7 +140,7 @@ def headline(run: Run, columns: Sequence[Column], notes: Mapping[str, str] | Non
     numbers = [
         page.Number(column.label, column.written(value), column.unit, notes.get(column.key, ""))
         for column, value in values.items()
-        if value is not None and not (column.key == "bad_steps" and value == 0)
+        if value is not None and not (column.key == "nonfinite_steps" and value == 0)
     ]
     if numbers:
         yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)

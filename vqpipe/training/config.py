@@ -46,10 +46,10 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the networks: of a tokenizer the encoder, the decoder, the discriminator and LPIPS, each as one
     graph; of a generator its blocks."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Gradient checkpointing: keep no activations inside a residual or attention block, compute them again in the
     backward pass."""
-    max_bad_steps: int = 20
+    max_nonfinite_steps: int = 20
     """Steps without a finite gradient, one after another, that end the run; each is skipped before a weight moves."""
     log_every: int = 50
     """Steps between two rows of metrics.jsonl."""
@@ -57,7 +57,7 @@ class TrainConfig:
     """Steps between two checkpoints; the last two are kept."""
     keep_every: int = 0
     """Steps between two checkpoints that are kept for good; 0: none is."""
-    look_every: int = 500
+    sample_every: int = 500
     """Steps between two looks at pictures: of a tokenizer, a reconstruction grid."""
     validate_every: int = 0
     """Steps between two looks at the held-out images; 0: none."""
@@ -65,14 +65,14 @@ class TrainConfig:
     """How many of them are looked at."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "accumulate", "max_bad_steps", "log_every", "save_every"):
+        for name in ("steps", "global_batch_size", "accumulate", "max_nonfinite_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}", "It is at least 1")
         for name in ("keep_every", "validate_every", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} = {getattr(self, name)} is negative", "Use 0 for never")
-        if self.look_every < 1 or self.validation_images < 1:
-            raise ConfigError("train.look_every and train.validation_images should be at least 1")
+        if self.sample_every < 1 or self.validation_images < 1:
+            raise ConfigError("train.sample_every and train.validation_images should be at least 1")
         if self.warmup_steps > self.steps:
             raise ConfigError(
                 f"train.warmup_steps = {self.warmup_steps} is more than train.steps = {self.steps}",
@@ -111,9 +111,9 @@ class TokenizerTrainConfig(TrainConfig):
     """What does not learn, in fine-tuning: the encoder with its quant_conv, the whole quantizer, or both."""
     sync_batch_norm: bool = False
     """Batch norm of the discriminator over all ranks' images, on GPUs."""
-    matched_start: bool = False
-    """Whiten the latent on real images and scale the codebook to it before the first step (see `match_start`)."""
-    matched_start_images: int = 128
+    whiten_init: bool = False
+    """Whiten the latent on real images and scale the codebook to it before the first step (see `whiten_init`)."""
+    whiten_images: int = 128
     """How many images the matched start looks at."""
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class TokenizerTrainConfig(TrainConfig):
         if self.parallel != "ddp":
             raise ConfigError(
                 f"train.parallel = {self.parallel!r} is for generators: a tokenizer's step goes through parts of it",
-                "Leave it at ddp; tokenizers fit one GPU, with train.recompute large ones too",
+                "Leave it at ddp; tokenizers fit one GPU, with train.activation_checkpointing large ones too",
             )
         for part in self.freeze:
             if part not in ("encoder", "codebook"):

@@ -16,7 +16,7 @@ from vqpipe.training.networks import recompute, replicated, summed_later
 from vqpipe.training.optimizers import finite_step, make_optimizer
 from vqpipe.training.sharding import shard
 from vqpipe.training.task import Task, autocast, mean
-from vqpipe.training.window import Stepped
+from vqpipe.training.running_metrics import StepOutput
 
 
 class ExampleBatch(Protocol):
@@ -52,9 +52,9 @@ class GeneratorTask(Task[ExampleBatch, None]):
     def prepare(self, config: TrainConfig, device: torch.device, average: nn.Module) -> None:
         self.config, self.device = config, device
         blocks = blocks_of(self.model)
-        if config.recompute:
+        if config.activation_checkpointing:
             if not blocks:
-                raise ConfigError(f"train.recompute: {type(self.model).__name__} names no blocks", "Set it to false")
+                raise ConfigError(f"train.activation_checkpointing: {type(self.model).__name__} names no blocks", "Set it to false")
             for block in blocks:
                 recompute(block)
         if config.compile:
@@ -71,7 +71,7 @@ class GeneratorTask(Task[ExampleBatch, None]):
         static = self.config.accumulate == 1  # DDP's first step with a static graph cannot put off summing gradients
         self.network = self.model if self.sharded else replicated(self.model, self.device, static=static)
 
-    def step(self, batch: ExampleBatch, step: int) -> Stepped[None]:
+    def step(self, batch: ExampleBatch, step: int) -> StepOutput[None]:
         optimizer = self.optimizers["optimizer"]
         self.model.train()
         optimizer.zero_grad(set_to_none=True)
@@ -85,7 +85,7 @@ class GeneratorTask(Task[ExampleBatch, None]):
                 (losses["total"] / len(parts)).backward()
             logged.append({logged_as(name): value.detach() for name, value in losses.items()})
         norm, bad = finite_step(optimizer, self.config)
-        return Stepped(mean(logged) | {"gradient_norm": norm}, bad, None)
+        return StepOutput(mean(logged) | {"gradient_norm": norm}, bad, None)
 
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:

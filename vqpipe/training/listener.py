@@ -19,7 +19,7 @@ class Listener(Protocol):
         """A row of the log, every `log_every` steps and at the end."""
 
     def look(self, step: int, network: Any) -> None:
-        """Time for pictures, every `look_every` steps and at the end."""
+        """Time for pictures, every `sample_every` steps and at the end."""
 
     def validate(self, step: int, network: Any) -> None:
         """Time to look at held-out images, every `validate_every` steps and at the end."""

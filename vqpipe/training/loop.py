@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from vqpipe import distributed
-from vqpipe.training.bad_steps import BadSteps, RunningStatistics
+from vqpipe.training.nonfinite import NonfiniteSteps, RunningStatistics
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.history import Row
 from vqpipe.training.listener import Listener, Silence
@@ -19,7 +19,7 @@ from vqpipe.training.networks import compiled_graphs
 from vqpipe.training.optimizers import WeightEma, learning_rate, set_learning_rate
 from vqpipe.training.state import TrainState, seed_step
 from vqpipe.training.task import BatchT, Stream, Task
-from vqpipe.training.window import MadeT
+from vqpipe.training.running_metrics import MadeT
 
 STOP_EVERY = 5
 """Steps after which ranks tell each other of a signal: each time all wait for their GPUs."""
@@ -51,7 +51,7 @@ def train(
     state.resume(run_dir)
     listener.start(state)
     task.connect()
-    window, bad_steps = state.window, BadSteps(state, config.max_bad_steps, listener.bad)
+    window, nonfinite_steps = state.window, NonfiniteSteps(state, config.max_nonfinite_steps, listener.bad)
     statistics, batches = RunningStatistics(*task.networks.values()), stream.from_sample(state.images_seen)
     window.start_clock()
     while state.step < config.steps:
@@ -67,14 +67,14 @@ def train(
         task.after_step(stepped)
         state.weight_ema.update(state.step)
         window.add(stepped)
-        bad_steps.note(state.step, stepped.bad, batch.keys)
+        nonfinite_steps.note(state.step, stepped.bad, batch.keys)
         state.step += 1
         state.images_seen += config.global_batch_size
         if due(state, config, config.log_every):
-            bad_steps.settle()
+            nonfinite_steps.settle()
             listener.log(row_of(state, config, rate))
             window.clear()
-        looks, validates = (due(state, config, every) for every in (config.look_every, config.validate_every))
+        looks, validates = (due(state, config, every) for every in (config.sample_every, config.validate_every))
         with window.apart(looks or validates):
             if looks:
                 listener.look(state.step, state.weight_ema.network)
@@ -83,7 +83,7 @@ def train(
             listener.advance(state)
         stop = asked_to_stop(state.step, stop_asked, device)
         if stop or (state.step % config.save_every == 0 and state.step < config.steps):
-            bad_steps.settle()
+            nonfinite_steps.settle()
             with window.apart():
                 state.save(run_dir, keep_every=config.keep_every)
         if stop:
@@ -107,7 +107,7 @@ def due(state: TrainState, config: TrainConfig, every: int) -> bool:
 def row_of(state: TrainState, config: TrainConfig, rate: float) -> Row:
     """A row of the log: where the run is, then what the window has collected."""
     row: Row = {"step": state.step, "images_seen": state.images_seen, "learning_rate": rate}
-    row |= state.window.row(config.global_batch_size) | {"bad_steps": state.bad_steps}
+    row |= state.window.row(config.global_batch_size) | {"nonfinite_steps": state.nonfinite_steps}
     return row | ({"compiled_graphs": compiled_graphs()} if config.compile else {})
 
 

@@ -19,11 +19,11 @@ from vqpipe.training import checkpoints as disk
 from vqpipe.training.checkpoints import Parts, checkpoints
 from vqpipe.training.optimizers import WeightEma
 from vqpipe.training.sharding import gathered, like, load_network
-from vqpipe.training.window import Window
+from vqpipe.training.running_metrics import RunningMetrics
 
 __all__ = ["TrainState", "checkpoints", "seed_step"]
 
-COUNTERS = ("step", "images_seen", "bad_steps", "bad_in_a_row")
+COUNTERS = ("step", "images_seen", "nonfinite_steps", "nonfinite_in_a_row")
 """What of a state is an integer."""
 WINDOW = "window"
 """The part of a checkpoint that only those between two rows of the log have."""
@@ -45,13 +45,13 @@ class TrainState:
     weight_ema: WeightEma[nn.Module]
     remembered: Mapping[str, nn.Module]
     """What losses remember: LeCam's averages, and mostly nothing."""
-    window: Window[Any]
+    window: RunningMetrics[Any]
     """What the next row of the log is made of."""
     step: int = 0
     images_seen: int = 0
-    bad_steps: int = 0
+    nonfinite_steps: int = 0
     """Steps skipped so far."""
-    bad_in_a_row: int = 0
+    nonfinite_in_a_row: int = 0
     """Of these, those right before this step."""
     passed_over: list[str] = field(default_factory=list)
     """After `resume`: the newer checkpoints that are damaged, and what is wrong with each."""

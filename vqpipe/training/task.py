@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.window import MadeT, Stepped, Window
+from vqpipe.training.running_metrics import MadeT, StepOutput, RunningMetrics
 
 
 class Keyed(Protocol):
@@ -65,16 +65,16 @@ class Task(ABC, Generic[BatchT, MadeT]):
         """Let ranks share gradients; called once the networks hold what they start from. Default: nothing."""
 
     @abstractmethod
-    def step(self, batch: BatchT, step: int) -> Stepped[MadeT]:
+    def step(self, batch: BatchT, step: int) -> StepOutput[MadeT]:
         """One optimizer step of every network on this rank's share of a global batch. A step whose gradient is not
         finite moves no weight."""
 
-    def after_step(self, stepped: Stepped[MadeT]) -> None:
+    def after_step(self, stepped: StepOutput[MadeT]) -> None:
         """What follows a step beside gradients; nothing may move where `stepped.bad`. Default: nothing."""
 
-    def window(self) -> Window[MadeT]:
-        """What collects the numbers of a row of the log. Default: the means of `Stepped.values`."""
-        return Window(self.device)
+    def window(self) -> RunningMetrics[MadeT]:
+        """What collects the numbers of a row of the log. Default: the means of `StepOutput.values`."""
+        return RunningMetrics(self.device)
 
 
 def mean(logged: list[dict[str, Tensor]]) -> dict[str, Tensor]:

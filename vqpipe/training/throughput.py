@@ -2,7 +2,7 @@
 
 An estimate: the matrix products and convolutions of the networks, forward and backward, counted once on one image
 without computing any (on fake tensors). Quantizing, the optimizers, the adaptive weight's extra gradients and
-what is computed again under `train.recompute` are not in it, as is usual for the MFU.
+what is computed again under `train.activation_checkpointing` are not in it, as is usual for the MFU.
 """
 
 import re

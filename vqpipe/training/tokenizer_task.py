@@ -26,7 +26,7 @@ from vqpipe.training.history import Row
 from vqpipe.training.networks import recompute, replicated, summed_later
 from vqpipe.training.optimizers import finite_step, make_optimizer
 from vqpipe.training.task import Task, autocast, mean
-from vqpipe.training.window import Stepped, Window
+from vqpipe.training.running_metrics import StepOutput, RunningMetrics
 
 BLOCKS = (ResidualBlock, Attention, Residual)
 """What gradient checkpointing forgets and computes again, as a whole."""
@@ -58,7 +58,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
             if device.type != "cuda":
                 raise ConfigError("train.sync_batch_norm needs GPUs", "Set it to false")
             nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)  # in place: it is no batch norm itself
-        if config.recompute:
+        if config.activation_checkpointing:
             for block in blocks(self.model):
                 recompute(block)
         if config.compile:
@@ -87,15 +87,15 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         self.network = replicated(self.model, self.device, static=static)
         self.critic = replicated(self.discriminator, self.device) if self.adversarial else self.discriminator
 
-    def step(self, batch: Batch, step: int) -> Stepped[Reconstruction]:
+    def step(self, batch: Batch, step: int) -> StepOutput[Reconstruction]:
         """One step of the autoencoder, and from `disc_start` on one of the discriminator."""
         images = on_device(batch, self.device)
         reconstruction, values, bad = self.generator_step(images, step)
         if self.objective.adversarial_at(step):
             values |= self.discriminator_step(images, reconstruction, step)
-        return Stepped(values, bad, reconstruction)
+        return StepOutput(values, bad, reconstruction)
 
-    def after_step(self, stepped: Stepped[Reconstruction]) -> None:
+    def after_step(self, stepped: StepOutput[Reconstruction]) -> None:
         """Move a codebook that does not learn by gradient."""
         if self.moves and not stepped.bad:
             self.model.quantizer.update(stepped.made.latent, stepped.made.quantized.ids)
@@ -154,7 +154,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         return values | {"discriminator_gradient_norm": norm}
 
 
-class TokenizerWindow(Window[Reconstruction]):
+class TokenizerWindow(RunningMetrics[Reconstruction]):
     """The means, with PSNR and the use of codes over all tokens of the window on all ranks."""
 
     def __init__(self, quantizer: Quantizer, device: torch.device) -> None:
@@ -166,7 +166,7 @@ class TokenizerWindow(Window[Reconstruction]):
         self.usage = CodeUsage(self.quantizer.codebook_size, self.quantizer.num_groups, self.device)
         self.earlier: Tensor | None = None  # counts that a checkpoint held, int64[n, 3]: group, id, how often
 
-    def add(self, stepped: Stepped[Reconstruction]) -> None:
+    def add(self, stepped: StepOutput[Reconstruction]) -> None:
         super().add(stepped)
         self.usage.update(torch.where(stepped.bad, -1, stepped.made.quantized.ids), trusted=True)
 

@@ -16,7 +16,7 @@ MadeT = TypeVar("MadeT")
 
 
 @dataclass
-class Stepped(Generic[MadeT]):
+class StepOutput(Generic[MadeT]):
     """What one step of a task gave."""
 
     values: dict[str, Tensor]
@@ -27,7 +27,7 @@ class Stepped(Generic[MadeT]):
     """What the task itself wants to see again, after the step and in its window."""
 
 
-class Window(Generic[MadeT]):
+class RunningMetrics(Generic[MadeT]):
     """Sums since the last row of the log; no step waits for them. Skipped steps count for the time alone.
 
     A checkpoint holds them too (`tensors`), so that the first row after a resume is what it would have been; times
@@ -65,7 +65,7 @@ class Window(Generic[MadeT]):
         yield
         self.began += time.perf_counter() - began if really else 0.0
 
-    def add(self, stepped: Stepped[MadeT]) -> None:
+    def add(self, stepped: StepOutput[MadeT]) -> None:
         """Take in one step of this rank."""
         bad = stepped.bad
         good = (~bad).double()

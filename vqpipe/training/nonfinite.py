@@ -50,7 +50,7 @@ class RunningStatistics:
             tensor.copy_(torch.where(bad, before, tensor))
 
 
-class BadSteps:
+class NonfiniteSteps:
     """Counts skipped steps in the state, tells of each, and ends a run in which too many follow one another.
 
     On a GPU a step's flag is read while the next step runs, so that no step waits for it.
@@ -83,17 +83,17 @@ class BadSteps:
         if last.arrived is not None:
             last.arrived.synchronize()
         if not bool(last.flag):
-            self.state.bad_in_a_row = 0
+            self.state.nonfinite_in_a_row = 0
             return
         state = self.state
-        state.bad_in_a_row += 1
-        state.bad_steps += 1
+        state.nonfinite_in_a_row += 1
+        state.nonfinite_steps += 1
         self.on_bad(last.step, last.keys)
-        if state.bad_in_a_row >= self.most:
+        if state.nonfinite_in_a_row >= self.most:
             more = len(last.keys) - NAMED
             some = ", ".join(last.keys[:NAMED]) + (f" and {more} more" if more > 0 else "")
             raise NumericError(
-                f"{state.bad_in_a_row} steps in a row gave no finite gradient; the last was step {last.step},"
+                f"{state.nonfinite_in_a_row} steps in a row gave no finite gradient; the last was step {last.step},"
                 f" images {some}",
                 "No weight moved in them. Lower train.learning_rate, set train.clip_norm, or use"
                 " train.precision=fp32, and run again",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vqpipe.errors import NumericError
-from vqpipe.training.bad_steps import BadSteps, RunningStatistics
+from vqpipe.training.nonfinite import NonfiniteSteps, RunningStatistics
 
 
 def test_running_statistics_of_a_skipped_step_are_put_back() -> None:
@@ -27,12 +27,12 @@ def test_running_statistics_of_a_skipped_step_are_put_back() -> None:
 
 
 def test_only_steps_in_a_row_end_a_run() -> None:
-    state: Any = type("State", (), {"bad_steps": 0, "bad_in_a_row": 0})()
+    state: Any = type("State", (), {"nonfinite_steps": 0, "nonfinite_in_a_row": 0})()
     heard: list[int] = []
-    bad_steps = BadSteps(state, 2, lambda step, keys: heard.append(step))
+    nonfinite_steps = NonfiniteSteps(state, 2, lambda step, keys: heard.append(step))
     for step, bad in enumerate([True, False, True, False, False, True]):
-        bad_steps.note(step, torch.tensor(bad), ["a"])
+        nonfinite_steps.note(step, torch.tensor(bad), ["a"])
     assert heard == [0, 2, 5]
-    assert state.bad_steps == 3
+    assert state.nonfinite_steps == 3
     with pytest.raises(NumericError, match=r"2 steps in a row .* step 6, images b, c"):
-        bad_steps.note(6, torch.tensor(True), ["b", "c"])
+        nonfinite_steps.note(6, torch.tensor(True), ["b", "c"])

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from vqpipe.training import window
-from vqpipe.training.window import Stepped, Window
+from vqpipe.training.running_metrics import StepOutput, RunningMetrics
 
 
 def test_what_is_no_step_is_left_out_of_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(window.time, "perf_counter", lambda: now[0])
-    measured: Window[None] = Window(torch.device("cpu"))
+    measured: RunningMetrics[None] = RunningMetrics(torch.device("cpu"))
     for seconds, apart in ((1.0, True), (2.0, False)):
         now[0] += 3.0
-        measured.add(Stepped({"loss": torch.ones(())}, torch.zeros((), dtype=torch.bool), None))
+        measured.add(StepOutput({"loss": torch.ones(())}, torch.zeros((), dtype=torch.bool), None))
         with measured.apart(apart):
             now[0] += seconds
         with measured.waiting():

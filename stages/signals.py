@@ -1,0 +1,105 @@
+"""Signals: stop at once while a command starts, through the finally blocks while it works, after a step in training."""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+"""The terminal was closed; empty where nohup has this process ignore it."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *HANGUP)
+"""Signals that ask a command to stop; batch systems send SIGUSR1 before a job's time ends."""
+INTERRUPTED = "interrupted; run the same command again to resume"
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop. `code` is the exit code: 130 for Ctrl-C, 129 for a closed terminal, else
+    143."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + (number if number in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM)
+
+
+def exit_at_once(number: int, frame: FrameType | None) -> None:
+    """Signal handler while a command starts: nothing is written yet, and imports may catch what is raised."""
+    with suppress(OSError):
+        os.write(2, f"{INTERRUPTED}\n".encode())
+    os._exit(Interrupted(number).code)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Signal handler of a running command: raise Interrupted, so that finally blocks leave no torn file."""
+    detach_closed_terminal(number)
+    raise Interrupted(number)
+
+
+def handle_signals() -> None:
+    """Install `interrupt` where the command line installed `exit_at_once`; other callers keep their own handlers."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is exit_at_once:
+            signal.signal(number, interrupt)
+
+
+class StopAfterStep:
+    """Inside this context the first signal only sets `requested`, so that a training step can end and be saved.
+
+    A second signal interrupts at once, except SIGHUP: a closed terminal may send two. A torchrun that was killed with
+    SIGKILL sends none and leaves its ranks behind: its end counts as a signal.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self) -> "StopAfterStep":
+        self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        detach_closed_terminal(number)
+        if not self.number:
+            self.number = number
+            announce(f"{signal.Signals(number).name}: stopping after this step, then saving a checkpoint")
+        elif number != signal.SIGHUP:
+            raise Interrupted(number)
+
+    def requested(self) -> bool:
+        """Whether a signal has come, or torchrun has ended."""
+        if not self.number and self.launcher is not None and os.getppid() != self.launcher:
+            self.number = signal.SIGTERM
+            announce("torchrun has ended: stopping after this step, then saving a checkpoint")
+        return self.number != 0
+
+    def exit(self) -> NoReturn:
+        """Raise Interrupted for the signal that came (SIGTERM where another rank received it)."""
+        raise Interrupted(self.number or signal.SIGTERM)
+
+
+def announce(text: str) -> None:
+    """Print a line on stderr, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+def detach_closed_terminal(number: int) -> None:
+    """After SIGHUP, send output that the closed terminal cannot take to the null device."""
+    if number != signal.SIGHUP:
+        return
+    for handle in (1, 2):
+        try:
+            os.write(handle, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+
+
+def abandon_stdout() -> None:
+    """Discard output that could not be written, so that Python does not try again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
