@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from vqpipe.training.config import TrainConfig
     from vqpipe.training.state import TrainState
 
-FREE_KEYS = ("log_every", "save_every", "keep_every", "sample_every", "max_nonfinite_steps", "activation_checkpointing", "compile", "parallel")
+FREE_KEYS = (
+    "log_every",
+    "save_every",
+    "keep_every",
+    "sample_every",
+    "max_nonfinite_steps",
+    "activation_checkpointing",
+    "compile",
+    "parallel",
+)
 """Settings of [train] that do not change what comes out but for the rounding of sums."""
 Given = Annotated[
     Path, typer.Option("--tokenizer", help="The tokenizer that made the tokens, or will make them.", metavar="DIR")

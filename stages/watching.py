@@ -289,12 +289,19 @@ def train_watched(
         listener = watcher(shown)
         try:
             state = loop.train(
-                task, config, stream, draft.path, seed=seed, device=device, listener=listener, stop_asked=signals.asked
+                task,
+                config,
+                stream,
+                draft.path,
+                seed=seed,
+                device=device,
+                listener=listener,
+                stop_asked=signals.requested,
             )
         finally:
             listener.close()
         if state.step < config.steps:
-            signals.leave()
+            signals.exit()
     return state, listener
 
 

@@ -149,7 +149,15 @@ def test_it_learns_and_logs_what_the_network_says(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [30, 60, 90]
     assert rows[-1]["loss/total"] < 0.8 * rows[0]["loss/total"]
     assert rows[-1]["train/accuracy"] > rows[0]["train/accuracy"] > 0
-    expected = {"step", "images_seen", "learning_rate", "gradient_norm", "images_per_second", "data_wait", "nonfinite_steps"}
+    expected = {
+        "step",
+        "images_seen",
+        "learning_rate",
+        "gradient_norm",
+        "images_per_second",
+        "data_wait",
+        "nonfinite_steps",
+    }
     assert expected <= set(rows[0])
     assert not {"psnr", "utilization", "loss/train/accuracy"} & set(rows[0])
     assert set(state.published()) == set(Guesser().state_dict())
@@ -172,7 +180,9 @@ def test_a_batch_in_parts_and_blocks_computed_again_are_the_same_training(tmp_pa
     whole = everything(run(tmp_path / "whole")[0])
     parts = everything(run(tmp_path / "parts", accumulate=4)[0])
     assert unlike(whole, parts, tolerance=2e-5) == []
-    plain, again = (everything(run(tmp_path / str(flag), forgetful, activation_checkpointing=flag)[0]) for flag in (False, True))
+    plain, again = (
+        everything(run(tmp_path / str(flag), forgetful, activation_checkpointing=flag)[0]) for flag in (False, True)
+    )
     assert unlike(plain, again) == []
 
 

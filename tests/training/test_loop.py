@@ -241,7 +241,9 @@ def test_what_is_frozen_stays_and_the_rest_learns(tmp_path: Path) -> None:
 
 
 def test_recomputing_gives_the_same_run(tmp_path: Path) -> None:
-    plain, recomputed = (everything(run(tmp_path / str(flag), activation_checkpointing=flag)[0]) for flag in (False, True))
+    plain, recomputed = (
+        everything(run(tmp_path / str(flag), activation_checkpointing=flag)[0]) for flag in (False, True)
+    )
     assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
 
 

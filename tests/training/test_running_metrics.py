@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vqpipe.training import window
-from vqpipe.training.running_metrics import StepOutput, RunningMetrics
+from vqpipe.training.running_metrics import RunningMetrics, StepOutput
 
 
 def test_what_is_no_step_is_left_out_of_their_time(monkeypatch: pytest.MonkeyPatch) -> None:

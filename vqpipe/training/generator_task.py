@@ -14,9 +14,9 @@ from vqpipe.errors import ConfigError
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.networks import recompute, replicated, summed_later
 from vqpipe.training.optimizers import finite_step, make_optimizer
+from vqpipe.training.running_metrics import StepOutput
 from vqpipe.training.sharding import shard
 from vqpipe.training.task import Task, autocast, mean
-from vqpipe.training.running_metrics import StepOutput
 
 
 class ExampleBatch(Protocol):
@@ -54,7 +54,9 @@ class GeneratorTask(Task[ExampleBatch, None]):
         blocks = blocks_of(self.model)
         if config.activation_checkpointing:
             if not blocks:
-                raise ConfigError(f"train.activation_checkpointing: {type(self.model).__name__} names no blocks", "Set it to false")
+                raise ConfigError(
+                    f"train.activation_checkpointing: {type(self.model).__name__} names no blocks", "Set it to false"
+                )
             for block in blocks:
                 recompute(block)
         if config.compile:

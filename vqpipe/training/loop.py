@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from vqpipe import distributed
-from vqpipe.training.nonfinite import NonfiniteSteps, RunningStatistics
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.history import Row
 from vqpipe.training.listener import Listener, Silence
 from vqpipe.training.networks import compiled_graphs
+from vqpipe.training.nonfinite import NonfiniteSteps, RunningStatistics
 from vqpipe.training.optimizers import WeightEma, learning_rate, set_learning_rate
+from vqpipe.training.running_metrics import MadeT
 from vqpipe.training.state import TrainState, seed_step
 from vqpipe.training.task import BatchT, Stream, Task
-from vqpipe.training.running_metrics import MadeT
 
 STOP_EVERY = 5
 """Steps after which ranks tell each other of a signal: each time all wait for their GPUs."""

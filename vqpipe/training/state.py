@@ -18,8 +18,8 @@ from vqpipe.errors import ArtifactError
 from vqpipe.training import checkpoints as disk
 from vqpipe.training.checkpoints import Parts, checkpoints
 from vqpipe.training.optimizers import WeightEma
-from vqpipe.training.sharding import gathered, like, load_network
 from vqpipe.training.running_metrics import RunningMetrics
+from vqpipe.training.sharding import gathered, like, load_network
 
 __all__ = ["TrainState", "checkpoints", "seed_step"]
 

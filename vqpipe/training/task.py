@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.running_metrics import MadeT, StepOutput, RunningMetrics
+from vqpipe.training.running_metrics import MadeT, RunningMetrics, StepOutput
 
 
 class Keyed(Protocol):

@@ -25,8 +25,8 @@ from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
 from vqpipe.training.history import Row
 from vqpipe.training.networks import recompute, replicated, summed_later
 from vqpipe.training.optimizers import finite_step, make_optimizer
+from vqpipe.training.running_metrics import RunningMetrics, StepOutput
 from vqpipe.training.task import Task, autocast, mean
-from vqpipe.training.running_metrics import StepOutput, RunningMetrics
 
 BLOCKS = (ResidualBlock, Attention, Residual)
 """What gradient checkpointing forgets and computes again, as a whole."""
