@@ -39,9 +39,7 @@ COMMANDS = {
     "extract-features": Command("extract_features", "extract_features", "Encode image patches as features."),
     "kmeans": Command("kmeans", "kmeans", "Cluster features into a codebook."),
     "train": Command("train", "train", "Train a tokenizer."),
-    "import-checkpoint": Command(
-        "import_checkpoint", "import_checkpoint", "Convert released weights into a tokenizer."
-    ),
+    "import-checkpoint": Command("import_checkpoint", "import_checkpoint", "Convert released weights to a tokenizer."),
     "tokenize": Command("tokenize_images", "tokenize", "Encode images as tokens."),
     "detokenize": Command("detokenize", "detokenize", "Decode tokens to images."),
     "eval": Command("evaluate", "evaluate", "Measure a tokenizer's reconstructions."),

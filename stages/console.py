@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,8 +80,17 @@ GlobalBatchSize = Annotated[
 TrainPrecision = Annotated[
     PrecisionName | None, typer.Option("--precision", help="Of convolutions and matrix products.")
 ]
+
+
+class LoggerName(StrEnum):
+    """Where else a training run is logged. (typer takes lists of an enum, and none of a Literal.)"""
+
+    tensorboard = auto()
+    wandb = auto()
+
+
 Log = Annotated[
-    list[Literal["tensorboard", "wandb"]] | None,
+    list[LoggerName] | None,
     typer.Option("--log", help="Log there too, in OUT.logs; repeatable."),
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")]

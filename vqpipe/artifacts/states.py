@@ -229,7 +229,7 @@ def read_table(path: Path) -> dict[str, Any]:
 def prune_shared(folder: Path) -> None:
     """Delete the shared tensors that no state names."""
     try:
-        tables = [read_table(file.parent) for file in folder.glob("*/state.json") if not file.parent.name[0] == "."]
+        tables = [read_table(file.parent) for file in folder.glob("*/state.json") if file.parent.name[0] != "."]
     except ValueError:
         return  # what a damaged state names is not known, so nothing is deleted
     named = {shared_file(folder, key) for table in tables for key in shared_of(table)}
