@@ -56,7 +56,7 @@ def write_shards(
 ) -> int:
     """One tar per token shard; rank r of w writes every w-th. Returns the number of images over all ranks."""
     from vqpipe import distributed
-    from vqpipe.data.tar_writing import tar_keys, write_tar
+    from vqpipe.data.tars import tar_keys, write_tar
     from vqpipe.data.tokens import read_tokens
 
     size = int(stored.facts["image_size"])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from vqpipe.artifacts import Artifact, Draft
-    from vqpipe.data.shards import ImageSet
+    from vqpipe.data.images import ImageSet
     from vqpipe.metrics.generation import GenerationProtocol, Reference
     from vqpipe.metrics.networks import FeatureNetworks
     from vqpipe.metrics.populations import Population
@@ -134,7 +134,7 @@ def eval_generation(
     with console.session(device, seed) as where:
         from stages.evaluate import add_extractor
         from vqpipe import artifacts
-        from vqpipe.data.shards import open_images
+        from vqpipe.data.images import open_images
         from vqpipe.metrics.generation import protocol_of
         from vqpipe.metrics.networks import feature_size, find_networks
 
@@ -168,7 +168,7 @@ def eval_generation(
 def size_of(images: list[str]) -> int:
     """What `generate` made them at, where all say so alike; else 256."""
     from vqpipe import artifacts
-    from vqpipe.data.shards import is_artifact
+    from vqpipe.data.images import is_artifact
 
     folders = [Path(each) for each in images]
     if not all("://" not in str(folder) and folder.is_dir() and is_artifact(folder) for folder in folders):
@@ -196,7 +196,7 @@ def references(
     """
     from vqpipe import artifacts
     from vqpipe.config import difference
-    from vqpipe.data.shards import is_artifact, open_images
+    from vqpipe.data.images import is_artifact, open_images
     from vqpipe.errors import ConfigError
     from vqpipe.files import hash_file
     from vqpipe.metrics.generation import Reference

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vqpipe.analysis import Analysis
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.continuous import ContinuousAutoencoder
-    from vqpipe.data.shards import ImageSet
+    from vqpipe.data.images import ImageSet
     from vqpipe.metrics import EvalConfig
     from vqpipe.metrics.networks import FeatureNetworks
     from vqpipe.reports.evaluation import Evaluated
@@ -87,7 +87,7 @@ def evaluate(
         from vqpipe import analysis, artifacts
         from vqpipe.config import to_table
         from vqpipe.continuous import open_autoencoder
-        from vqpipe.data.shards import open_images
+        from vqpipe.data.images import open_images
         from vqpipe.metrics.networks import find_networks
 
         image_set = open_images(images)
@@ -134,7 +134,7 @@ def configured(
 
 def in_pixels(image_size: str | int) -> int | str:
     """`--image-size` as [eval] holds it: a square's side as a number."""
-    from vqpipe.data.framing import parse_size
+    from vqpipe.data.transforms import parse_size
 
     size = parse_size(str(image_size))
     if size is None:
@@ -145,7 +145,7 @@ def in_pixels(image_size: str | int) -> int | str:
 def check_size(autoencoder: "Tokenizer | ContinuousAutoencoder", config: "EvalConfig") -> None:
     """Raise what is wrong with `eval.image_size` before any work. A square has to divide into the network's cells;
     other sizes are padded and cut back."""
-    from vqpipe.data.framing import parse_size
+    from vqpipe.data.transforms import parse_size
 
     size = parse_size(str(config.image_size))
     if size is None:

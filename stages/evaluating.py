@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vqpipe.analysis import Analysis
     from vqpipe.artifacts import Draft
     from vqpipe.continuous import ContinuousAutoencoder
-    from vqpipe.data.shards import ImageSet
+    from vqpipe.data.images import ImageSet
     from vqpipe.metrics import EvalConfig
     from vqpipe.metrics.evaluation import Evaluation
     from vqpipe.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class Views:
     """
 
     def __init__(self, rules: Sequence[str], size: tuple[int, int] | None, raw: bool) -> None:
-        from vqpipe.data.framing import Framing
+        from vqpipe.data.transforms import Framing
 
         self.framings = {rule: Framing(rule=rule, size=size) for rule in dict.fromkeys(rules)}  # type: ignore[arg-type]
         self.size, self.raw = size, raw
@@ -144,7 +144,7 @@ class Pass:
         analyses: "Sequence[Analysis]",
         stop: int,
     ) -> None:
-        from vqpipe.data.framing import parse_size
+        from vqpipe.data.transforms import parse_size
         from vqpipe.metrics.protocols import PROTOCOLS
         from vqpipe.reports.chosen import ChosenPictures
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vqpipe.artifacts import Artifact, Draft
-    from vqpipe.data.token_stream import Examples, ExamplesConfig
+    from vqpipe.data.examples import Examples, ExamplesConfig
     from vqpipe.reports.page import ReportPage
     from vqpipe.tokenizer import Tokenizer
     from vqpipe.training.config import TrainConfig
@@ -88,7 +88,7 @@ def split(examples: "Examples", config: "ExamplesConfig", validation: "Examples 
     """
     import numpy as np
 
-    from vqpipe.data.token_stream import Part, held_out_part
+    from vqpipe.data.examples import Part, held_out_part
     from vqpipe.errors import ConfigError
 
     if validation is None:
@@ -181,7 +181,7 @@ def learn(
 ) -> "TrainState":
     """Train the network in `draft`, to the end; a signal saves the state and ends the process."""
     from vqpipe import distributed
-    from vqpipe.data.token_stream import ExampleStream
+    from vqpipe.data.examples import ExampleStream
     from vqpipe.training.generator_task import GeneratorTask
 
     stream = ExampleStream(

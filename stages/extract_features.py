@@ -33,9 +33,8 @@ def extract_features(
         from stages import recipe
         from vqpipe import artifacts
         from vqpipe.codebooks import features
-        from vqpipe.data.shard_writing import share
-        from vqpipe.data.shards import open_images
-        from vqpipe.data.stopwatch import Stopwatch
+        from vqpipe.data.encode import Stopwatch, share
+        from vqpipe.data.images import open_images
         from vqpipe.files import hash_file
 
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}

@@ -132,7 +132,7 @@ def generate(
 def write_shards(draft: "Draft", published: "PublishedGenerator", order: Order) -> None:
     """Draw this rank's shards that are not written yet, and the contact sheet of the first one."""
     from vqpipe import distributed
-    from vqpipe.data.tar_writing import write_tar
+    from vqpipe.data.tars import write_tar
 
     shards = order.shards()
     mine = range(distributed.rank(), len(shards), distributed.world_size())

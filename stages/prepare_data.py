@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vqpipe.artifacts import Draft
-    from vqpipe.data.encoding import Stored
+    from vqpipe.data.images import ImageSet
     from vqpipe.data.manifests import DatasetManifest, Split
-    from vqpipe.data.shards import ImageSet
+    from vqpipe.data.prepare import Stored
 
 PIECE = 32
 """Images that one loader process works on at a time."""
@@ -64,8 +64,7 @@ def prepare_data(
     """
     with console.session(device, seed):
         from vqpipe import artifacts
-        from vqpipe.data.layouts import open_split
-        from vqpipe.data.manifests import check_archives, load_manifest
+        from vqpipe.data.manifests import check_archives, load_manifest, open_split
         from vqpipe.errors import DataError
 
         described = load_manifest(manifest)
@@ -127,10 +126,9 @@ def write_shards(
     The loader processes start once, for all shards.
     """
     from vqpipe import distributed
-    from vqpipe.data.batches import check_skipped
-    from vqpipe.data.encoding import StoredImages
-    from vqpipe.data.tar_writing import tar_keys
-    from vqpipe.data.workers import through_workers, worth_starting
+    from vqpipe.data.batches import check_skipped, through_workers, worth_starting
+    from vqpipe.data.prepare import StoredImages
+    from vqpipe.data.tars import tar_keys
 
     shards = [range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)]
     mine = range(distributed.rank(), len(shards), distributed.world_size())
@@ -172,7 +170,7 @@ def write_shard(
     bar: console.Bar,
 ) -> None:
     """One tar of the images that come. The same bytes whoever writes it, and when."""
-    from vqpipe.data.tar_writing import write_tar
+    from vqpipe.data.tars import write_tar
 
     skipped, excluded = dict[str, str](), dict[str, str]()  # position -> reason; filled first, recorded after the tar
     with draft.write(shard_name(number), skipped=skipped, excluded=excluded) as path, write_tar(path) as tar:

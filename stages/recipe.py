@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from vqpipe import config, presets
 from vqpipe.codebooks.features import FeaturesConfig
 from vqpipe.codebooks.kmeans import KmeansConfig
-from vqpipe.data.token_stream import ExamplesConfig
+from vqpipe.data.examples import ExamplesConfig
 from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ConfigError
 from vqpipe.generation import GeneratorConfig, SamplingConfig

@@ -12,7 +12,7 @@ from stages.console import BatchSize, Device, Images, Out, Seed, TokenizerPath
 
 if TYPE_CHECKING:
     from vqpipe.artifacts import Draft
-    from vqpipe.data.shards import ImageSet
+    from vqpipe.data.images import ImageSet
     from vqpipe.tokenizer import Tokenizer
 
 IMAGES_PER_SHARD = 4096
@@ -35,7 +35,7 @@ def tokenize(
     """Turn images into tokens, one Parquet row an image."""
     with console.session(device, seed) as where:
         from vqpipe import artifacts
-        from vqpipe.data.shards import open_images
+        from vqpipe.data.images import open_images
         from vqpipe.errors import ConfigError, DataError
         from vqpipe.tokenizer import Tokenizer
 
@@ -92,8 +92,7 @@ def write_tokens(
     import torch
 
     from vqpipe.data import tokens
-    from vqpipe.data.shard_writing import EncodedShard, share, write_shards
-    from vqpipe.data.stopwatch import Stopwatch
+    from vqpipe.data.encode import EncodedShard, Stopwatch, share, write_shards
 
     def name(number: int) -> str:
         return f"tokens-{number:05d}.parquet"

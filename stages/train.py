@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stages.watching import TokenizerWatcher
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.data.batches import TrainingStream
-    from vqpipe.data.shards import ImageSet
+    from vqpipe.data.images import ImageSet
     from vqpipe.errors import ConfigError
     from vqpipe.models import Autoencoder, PatchDiscriminator
     from vqpipe.training.config import TokenizerTrainConfig
@@ -102,7 +102,7 @@ def train(
     with console.session(device, seed) as where:
         from stages import recipe as recipes
         from vqpipe import artifacts
-        from vqpipe.data.shards import open_images
+        from vqpipe.data.images import open_images
 
         if preset is None:
             raise no_preset()

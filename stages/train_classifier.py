@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stages.recipe import ClassifierRecipe
     from vqpipe.artifacts import Artifact, Draft
-    from vqpipe.data.token_stream import Examples
+    from vqpipe.data.examples import Examples
     from vqpipe.generation.classifier import Classifier
     from vqpipe.tokenizer import Tokenizer
     from vqpipe.training.state import TrainState
@@ -124,7 +124,7 @@ def run(
 
     from vqpipe import distributed
     from vqpipe.config import to_table
-    from vqpipe.data.token_stream import TokenSet
+    from vqpipe.data.examples import TokenSet
     from vqpipe.generation.base import Space
     from vqpipe.generation.classifier import build_classifier, code_table
     from vqpipe.tokenizer import latent_size

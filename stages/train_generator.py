@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from stages.recipe import GeneratorRecipe
     from vqpipe.artifacts import Artifact, Draft
-    from vqpipe.data.latent_set import LatentStatistics
-    from vqpipe.data.token_stream import Examples
+    from vqpipe.data.examples import Examples
+    from vqpipe.data.latents import LatentStatistics
     from vqpipe.generation.base import Space
     from vqpipe.tokenizer import Tokenizer
     from vqpipe.training.state import TrainState
@@ -48,8 +48,8 @@ class Source:
 
     def examples(self, stored: "Artifact", raw: bool, cache: Path) -> "tuple[Examples, LatentStatistics | None]":
         """One of the artifacts as examples, and what its latents are normalised with."""
-        from vqpipe.data.latent_set import open_latents
-        from vqpipe.data.token_stream import LatentExamples, TokenSet
+        from vqpipe.data.examples import LatentExamples, TokenSet
+        from vqpipe.data.latents import open_latents
         from vqpipe.distributed import world_size
 
         if stored.kind == "tokens":
@@ -187,10 +187,9 @@ class Encoder:
     def encode(self, images: list[str], target: Path) -> "Artifact":
         """A latents artifact of these images."""
         from vqpipe import artifacts
-        from vqpipe.data.latent_set import IMAGES_PER_SHARD
-        from vqpipe.data.shard_writing import share
-        from vqpipe.data.shards import open_images
-        from vqpipe.data.stopwatch import Stopwatch
+        from vqpipe.data.encode import Stopwatch, share
+        from vqpipe.data.images import open_images
+        from vqpipe.data.latents import IMAGES_PER_SHARD
         from vqpipe.errors import DataError
         from vqpipe.generation.latents import write_latents
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stages.recipe import Recipe
     from stages.train import Given
     from vqpipe.artifacts import Draft
-    from vqpipe.data.shards import ImageSet
+    from vqpipe.data.images import ImageSet
     from vqpipe.losses.objective import Objective
     from vqpipe.models import Autoencoder
     from vqpipe.reports.evaluation import Shown

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vqpipe import Tokenizer
 from vqpipe.continuous import WEIGHTS, ContinuousAutoencoder, open_autoencoder
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.data.transforms import decode, pixels, to_float, to_uint8
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
 

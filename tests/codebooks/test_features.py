@@ -15,8 +15,8 @@ from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_f
 from vqpipe.codebooks.feature_set import open_features
 from vqpipe.codebooks.features import FeaturesConfig, find_weights, fit_encoder, open_encoder, write_features
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
-from vqpipe.data.shards import ImageSet, open_images
-from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.data.encode import Stopwatch
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError
 

@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqpipe.data.batches import Batch, OrderedBatches, Shuffle, TrainingStream, check_skipped, permutation
-from vqpipe.data.shards import ImageSet, open_images
+from vqpipe.data.batches import (
+    Batch,
+    OrderedBatches,
+    Shuffle,
+    TrainingStream,
+    check_skipped,
+    permutation,
+    through_workers,
+)
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import DataConfig, center_crop, decode
-from vqpipe.data.workers import through_workers
 from vqpipe.errors import ConfigError, DataError
 
 Draw = Callable[..., bytes]

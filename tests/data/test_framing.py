@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vqpipe.data.framing import Framing, parse_size
-from vqpipe.data.transforms import center_crop, pixels
+from vqpipe.data.transforms import Framing, center_crop, parse_size, pixels
 from vqpipe.errors import ConfigError
 
 SIZES = [(97, 64), (64, 97), (33, 20), (32, 32), (31, 40), (150, 301), (64, 48)]

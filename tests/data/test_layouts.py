@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from vqpipe.data.layouts import as_expression, every, open_split
-from vqpipe.data.manifests import NameList, Split, load_manifest, manifest_names
+from vqpipe.data.manifests import NameList, Split, as_expression, every, load_manifest, manifest_names, open_split
 from vqpipe.errors import ConfigError, DataError
 
 COPIES: dict[tuple[str, str], tuple[list[str], list[str]]] = {

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from vqpipe.data.folders import Folder
-from vqpipe.data.framing import Framing
-from vqpipe.data.layouts import one_line, open_split
+from vqpipe.data.images import Folder, ImageSet
 from vqpipe.data.manifests import (
     Archive,
     DatasetManifest,
@@ -17,8 +15,10 @@ from vqpipe.data.manifests import (
     check_counts,
     load_manifest,
     manifest_names,
+    one_line,
+    open_split,
 )
-from vqpipe.data.shards import ImageSet
+from vqpipe.data.transforms import Framing
 from vqpipe.errors import ConfigError, DataError
 
 FACTS = {

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqpipe.data.images import open_images
 from vqpipe.data.photos import HELDOUT, TRAIN, load, open_photos
-from vqpipe.data.shards import open_images
 from vqpipe.data.transforms import decode
 
 

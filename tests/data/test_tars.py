@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vqpipe.data import tars
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.data.sources import NO_LABEL
 from vqpipe.data.tars import TarIndex, index_tar
 from vqpipe.errors import DataError

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from vqpipe.artifacts import Artifact, Draft, draft, open_artifact, start
 from vqpipe.codebooks.kmeans import load_codebook
-from vqpipe.data.token_stream import TokenSet
+from vqpipe.data.examples import TokenSet
 from vqpipe.data.tokens import write_tokens
 from vqpipe.errors import ArtifactError
 from vqpipe.models import VqganConfig, build_autoencoder

@@ -29,9 +29,8 @@ from torch.utils.data import Dataset
 from stages import cli, console, tokenize_images
 from vqpipe import distributed, faults
 from vqpipe.artifacts import Draft, open_artifact, start
-from vqpipe.data import workers
-from vqpipe.data.batches import Shuffle
-from vqpipe.data.workers import through_workers
+from vqpipe.data import batches
+from vqpipe.data.batches import Shuffle, through_workers
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import VqConfig
@@ -519,7 +518,7 @@ def test_row_27_loader_processes_do_not_outlive_their_parent(tmp_path: Path, in_
 def test_row_27_nor_where_it_dies_as_they_start(
     tmp_path: Path, in_child: InChild, gone: Gone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calm, file = workers.keep_calm, tmp_path / "worker"
+    calm, file = batches.keep_calm, tmp_path / "worker"
 
     def orphaned(worker: int) -> None:
         file.write_text(str(os.getpid()), encoding="utf-8")
@@ -529,7 +528,7 @@ def test_row_27_nor_where_it_dies_as_they_start(
             time.sleep(0.01)
         calm(worker)
 
-    monkeypatch.setattr(workers, "keep_calm", orphaned)
+    monkeypatch.setattr(batches, "keep_calm", orphaned)
     work = [str(tmp_path / "done")]
     assert in_child(lambda: list(through_workers(Noted(), work, 1)) and None) == -signal.SIGKILL
     worker = int(file.read_text(encoding="utf-8"))

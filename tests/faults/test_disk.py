@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from vqpipe.artifacts import Artifact, Draft, open_artifact, start, status
 from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.data import sources
-from vqpipe.data.shards import open_images
-from vqpipe.data.tar_writing import write_tar
-from vqpipe.data.token_stream import TokenSet
+from vqpipe.data.examples import TokenSet
+from vqpipe.data.images import open_images
+from vqpipe.data.tars import write_tar
 from vqpipe.data.tokens import read_tokens, write_tokens
 from vqpipe.errors import ArtifactError, DataError, VqpipeError
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqpipe.data.framing import Framing, Rule
-from vqpipe.data.transforms import center_crop
+from vqpipe.data.transforms import Framing, Rule, center_crop
 
 
 @pytest.mark.parametrize("rule", ["adm", "linear", "cover"])

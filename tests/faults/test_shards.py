@@ -10,9 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from vqpipe.artifacts import Draft, start
-from vqpipe.data.shards import open_images
-from vqpipe.data.tar_writing import tar_keys
-from vqpipe.data.tars import index_tar
+from vqpipe.data.images import open_images
+from vqpipe.data.tars import index_tar, tar_keys
 from vqpipe.data.tokens import write_tokens
 from vqpipe.errors import ArtifactError, DataError
 

@@ -10,8 +10,8 @@ from PIL import Image
 from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.data.batches import OrderedBatches
-from vqpipe.data.shards import open_images
-from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.data.encode import Stopwatch
+from vqpipe.data.images import open_images
 from vqpipe.errors import DataError, NumericError
 from vqpipe.generation.latents import LatentStatistics, open_latents, to_images, write_latents
 from vqpipe.models import AutoencoderConfig, build_autoencoder

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.data.transforms import decode, pixels
 from vqpipe.metrics import EvalConfig
 from vqpipe.metrics.evaluation import Evaluation

@@ -19,9 +19,8 @@ from stages.evaluate import evaluate
 from vqpipe.analysis import ANALYSES
 from vqpipe.artifacts import open_artifact
 from vqpipe.continuous import ContinuousAutoencoder
-from vqpipe.data.framing import Framing
-from vqpipe.data.shards import ImageSet, open_images
-from vqpipe.data.transforms import center_crop, decode, to_uint8
+from vqpipe.data.images import ImageSet, open_images
+from vqpipe.data.transforms import Framing, center_crop, decode, to_uint8
 from vqpipe.data.transforms import pixels as pixels_of
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.metrics.config import SetMetric

@@ -16,7 +16,7 @@ from stages.evaluate import evaluate
 from stages.resuming import Saving
 from vqpipe import faults
 from vqpipe.artifacts.saved import Checkpoints, Saved
-from vqpipe.data.shards import ImageSet
+from vqpipe.data.images import ImageSet
 from vqpipe.metrics import populations
 from vqpipe.metrics.networks import FeatureNetworks
 

@@ -15,7 +15,7 @@ from PIL import Image
 from stages import generate as stage
 from stages.generate import generate
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.reports.pictures import from_png
 

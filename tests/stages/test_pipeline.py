@@ -21,7 +21,7 @@ from stages import cli, console
 from vqpipe import Tokenizer
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.batches import OrderedBatches
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.quantizers import quantizer_classes
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

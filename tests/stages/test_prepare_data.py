@@ -14,7 +14,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from stages import prepare_data as stage
 from stages.prepare_data import prepare_data
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.data.transforms import center_crop, decode
 from vqpipe.errors import ArtifactError, DataError
 
@@ -198,16 +198,16 @@ def png_of(number: int) -> bytes:
 
 
 def test_loader_processes_start_once_for_all_shards(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vqpipe.data import workers
+    from vqpipe.data import batches
 
     began = list[int]()
-    real = workers.through_workers
+    real = batches.through_workers
 
     def counted(dataset: Any, work: Any, num_workers: int, timeout: float = 300.0) -> Iterator[Any]:
         began.append(len(list(work)))
         return real(dataset, work, 0)
 
-    monkeypatch.setattr(workers, "through_workers", counted)
+    monkeypatch.setattr(batches, "through_workers", counted)
     monkeypatch.setattr(stage, "PIECE", 2)
     expected = tree(prepare(tiny))
     assert began == [5]  # three shards of 4, 4 and 2 images, in pieces of 2

@@ -16,7 +16,7 @@ from torch import nn
 from stages.train_classifier import train_classifier
 from vqpipe.artifacts import open_artifact
 from vqpipe.config import from_table
-from vqpipe.data.token_stream import TokenSet, held_out_part
+from vqpipe.data.examples import TokenSet, held_out_part
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.generation.base import Space
 from vqpipe.generation.classifier import ClassifierConfig, build_classifier

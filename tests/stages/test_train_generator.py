@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stages import console, live
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.token_stream import TokenSet
+from vqpipe.data.examples import TokenSet
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.generation.published import open_generator
 from vqpipe.reports.pictures import from_png
@@ -56,7 +56,7 @@ def test_its_codes_are_the_tokenizers(drawn: Any) -> None:
 def test_the_loss_held_out_is_that_of_the_published_weights(drawn: Any) -> None:
     """Counted again by hand: the images that were held out, in evaluation mode, without dropped classes."""
     artifact, opened = open_artifact(drawn.generator), open_generator(drawn.generator)
-    from vqpipe.data.token_stream import held_out_part
+    from vqpipe.data.examples import held_out_part
     from vqpipe.generation.held_out import SEED
 
     _, held_out = held_out_part(TokenSet(open_artifact(drawn.tokens)), 6)

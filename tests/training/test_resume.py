@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.data.batches import Batch, TrainingStream
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ArtifactError, NumericError
 from vqpipe.files import digest_json, hash_file

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vqpipe.data.shards import ImageSet, open_images
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.errors import DataError
 from vqpipe.models import Autoencoder, VqganConfig, build_autoencoder
 from vqpipe.training.validation import Best, Validation

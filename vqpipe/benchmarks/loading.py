@@ -21,8 +21,7 @@ from vqpipe.benchmarks.measure import Case, Method, Plan, Row, Settings, Stopwat
 from vqpipe.codebooks.feature_set import FeatureSet, open_matrix
 from vqpipe.data import transforms
 from vqpipe.data.photos import HELDOUT, TRAIN, load
-from vqpipe.data.tar_writing import write_tar
-from vqpipe.data.tars import TarIndex, Tars, index_tar
+from vqpipe.data.tars import TarIndex, Tars, index_tar, write_tar
 
 QUALITY = 90
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.benchmarks.search import expanded
-from vqpipe.data.shards import open_images
+from vqpipe.data.images import open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import base

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqpipe.data.batches import OrderedImages
-from vqpipe.data.shards import ImageSet
+from vqpipe.data.batches import OrderedImages, through_workers, worth_starting
+from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import MAX_PIXELS, center_crop, to_float
-from vqpipe.data.workers import through_workers, worth_starting
 from vqpipe.errors import ConfigError, DataError
 
 FIT_IMAGES = 1000  # at most so many images are decoded to fit the PCA,

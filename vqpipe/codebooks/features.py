@@ -24,9 +24,8 @@ from vqpipe import config as configs
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
-from vqpipe.data.shard_writing import EncodedShard, Progress, RowEncoder, write_shards
-from vqpipe.data.shards import ImageSet
-from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.data.encode import EncodedShard, Progress, RowEncoder, Stopwatch, write_shards
+from vqpipe.data.images import ImageSet
 from vqpipe.errors import ConfigError, NumericError
 
 ENCODER_FILE = "encoder.safetensors"

@@ -1,17 +1,14 @@
 """From files to batches: where images come from, how they are decoded and cropped, and in which order they arrive.
 
-    sources    what a source of images offers: tars.py (and tar_walk.py), folders.py, photos.py
-    shards     open_images: every form of `--images` as one ordered ImageSet
-    transforms the only conversions between bytes, uint8 pixels and floats
-    framing    the crops that evaluation protocols name
-    batches    OrderedBatches (in order) and TrainingStream (endless, shuffled, resumable from one integer)
-    workers    work done by loader processes
-    encoding   what a prepared data set stores
-    shard_writing  images to shards of features or tokens: decoding, encoding and writing at the same time
-    tokens     what a token shard holds
-    latent_set  what a latent shard holds, and latents read row by row
-    stopwatch  where the time of that goes
-    manifests  what the files in data_manifests/ say; layouts.py opens a local copy as they say
-
-Nothing is imported here: `vqpipe.data.shards` does not load torch's data loader, `vqpipe.data.batches` does.
+sources     the interface of a source of images, and the cache of what was indexed
+images      `open_images`: every form of `--images` as one ordered ImageSet; folders of image files
+photos      the built-in photographs
+tars        tar shards in WebDataset's layout, read and written
+transforms  the only conversions between bytes, uint8 pixels and floats; the crops of evaluation protocols
+batches     OrderedBatches (in order) and TrainingStream (endless, shuffled); the loader processes
+encode      images to shards of numbers: decoding, encoding and writing at the same time
+tokens, latents  the shards of tokens and of latents
+examples    tokens and latents as training data of a generator
+manifests   the files of data_manifests/, and a local copy of a data set as they describe it
+prepare     a data set packed into tars
 """

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from vqpipe.data.shard_writing import RowEncoder
+from vqpipe.data.encode import RowEncoder
 from vqpipe.errors import DataError
 
 

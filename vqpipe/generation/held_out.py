@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.data.token_stream import Examples, TokenBatch, ordered
+from vqpipe.data.examples import Examples, TokenBatch, ordered
 from vqpipe.generation.classifier import Classifier
 
 SEED = 20_240

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.artifacts import Draft
-from vqpipe.data.latent_set import LatentSet, LatentStatistics, open_latents
-from vqpipe.data.latent_set import write_latents as write_encoded
-from vqpipe.data.shard_writing import Progress
-from vqpipe.data.shards import ImageSet
-from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.data.encode import Progress, Stopwatch
+from vqpipe.data.images import ImageSet
+from vqpipe.data.latents import LatentSet, LatentStatistics, open_latents
+from vqpipe.data.latents import write_latents as write_encoded
 from vqpipe.data.transforms import to_float
 from vqpipe.errors import DataError, NumericError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
@@ -97,7 +96,7 @@ def write_latents(
 ) -> dict[str, Any]:
     """Write a `latents` artifact's shards with a tokenizer's encoder; returns the facts to publish it with.
 
-    `options` are flip, precision, batch_size, num_workers and max_skipped; see `vqpipe.data.latent_set.write_latents`.
+    `options` are flip, precision, batch_size, num_workers and max_skipped; see `vqpipe.data.latents.write_latents`.
 
     Raises:
         DataError: the size does not divide into cells, or too many images cannot be read.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.config import from_table, to_table
-from vqpipe.data.latent_set import LatentStatistics
+from vqpipe.data.latents import LatentStatistics
 from vqpipe.errors import ArtifactError, VqpipeError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
 from vqpipe.generation.latents import to_images

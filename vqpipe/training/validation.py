@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqpipe import distributed
 from vqpipe.data.batches import OrderedBatches
-from vqpipe.data.shards import ImageSet
+from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import DataError
 from vqpipe.files import flush_to_disk

@@ -10,8 +10,8 @@ import torch
 
 from vqpipe import artifacts
 from vqpipe.artifacts import Artifact
-from vqpipe.data import token_stream
-from vqpipe.data.token_stream import (
+from vqpipe.data import examples
+from vqpipe.data.examples import (
     ExamplesConfig,
     ExampleStream,
     TokenBatch,
@@ -95,7 +95,7 @@ def test_ids_stay_narrow_in_memory_and_mapped(
 ) -> None:
     artifact = make("tokens", codebook_size=codebook_size)
     held = TokenSet(artifact)
-    monkeypatch.setattr(token_stream, "IN_MEMORY", 100)
+    monkeypatch.setattr(examples, "IN_MEMORY", 100)
     mapped = TokenSet(artifact, tmp_path / "cache")
     assert held.rows.dtype == mapped.rows.dtype == dtype
     assert isinstance(mapped.rows, np.memmap)

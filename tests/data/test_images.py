@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqpipe import artifacts
-from vqpipe.data.shards import Sample, open_images
+from vqpipe.data.images import Sample, open_images
 from vqpipe.errors import ArtifactError, DataError
 
 Pack = Callable[..., bytes]

@@ -21,7 +21,7 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact
 from vqpipe.data.batches import SAMPLE, Shuffle, generator
-from vqpipe.data.latent_set import LatentSet
+from vqpipe.data.latents import LatentSet
 from vqpipe.data.tokens import id_dtype, read_tokens
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 

@@ -29,9 +29,8 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
-from vqpipe.data.shard_writing import EncodedShard, Progress, RowEncoder, write_shards
-from vqpipe.data.shards import ImageSet
-from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.data.encode import EncodedShard, Progress, RowEncoder, Stopwatch, write_shards
+from vqpipe.data.images import ImageSet
 from vqpipe.errors import ArtifactError, DataError, NumericError
 
 IMAGES_PER_SHARD = 4096

@@ -16,9 +16,8 @@ from torch import Tensor
 from vqpipe import artifacts
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data import transforms
-from vqpipe.data.shard_writing import Background, EncodedShard, RowEncoder, share, write_shards
-from vqpipe.data.shards import ImageSet, open_images
-from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.data.encode import Background, EncodedShard, RowEncoder, Stopwatch, share, write_shards
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import read_tokens, token_encoder, write_tokens
 from vqpipe.errors import ArtifactError, DataError
 

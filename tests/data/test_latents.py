@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from vqpipe import artifacts
-from vqpipe.data import latent_set
-from vqpipe.data.latent_set import LatentSet, LatentStatistics, moments, open_latents, pooled, write_latents
-from vqpipe.data.shards import ImageSet, open_images
-from vqpipe.data.stopwatch import Stopwatch
+from vqpipe.data.encode import Stopwatch
+from vqpipe.data.images import ImageSet, open_images
+from vqpipe.data.latents import LatentSet, LatentStatistics, moments, open_latents, pooled, write_latents
 from vqpipe.errors import ArtifactError, DataError, NumericError
 
 
@@ -58,7 +57,7 @@ def write(out: Path, images: ImageSet, **options: object) -> artifacts.Artifact:
 
 
 def test_what_is_stored_and_read(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_set, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr("vqpipe.data.latents.IMAGES_PER_SHARD", 4)
     made = write(tmp_path / "out", images)
     assert made.names("latents-*") == [f"latents-{n:05d}.npy" for n in range(3)]
     assert (made.facts["num_images"], made.facts["num_latents"]) == (10, 20)
@@ -94,7 +93,7 @@ def test_what_is_stored_and_read(images: ImageSet, tmp_path: Path, monkeypatch: 
 def test_the_same_bytes_and_moments_for_any_batch_size_workers_and_ranks(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latent_set, "IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("vqpipe.data.latents.IMAGES_PER_SHARD", 2)
     made = [
         write(tmp_path / f"{workers}", images, num_workers=workers, batch_size=size)
         for workers, size in ((0, 1), (2, 3))
@@ -108,7 +107,7 @@ def test_the_same_bytes_and_moments_for_any_batch_size_workers_and_ranks(
 def test_a_stopped_run_goes_on_at_its_first_missing_shard(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latent_set, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr("vqpipe.data.latents.IMAGES_PER_SHARD", 4)
     whole = write(tmp_path / "whole", images)
     seen: list[int] = []
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqpipe.data.shards import ImageSet
+from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import BadImage, center_crop, decode, image_extension
 from vqpipe.errors import VqpipeError
 
