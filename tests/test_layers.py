@@ -17,7 +17,7 @@ ROWS = (
     ("models",),
     ("quantizers", "losses", "metrics", "data"),
     ("search", "artifacts", "weights", "presets"),
-    ("config", "distributed", "files", "provenance"),
+    ("config", "device", "distributed", "files", "progress", "provenance"),
     ("faults",),
     ("errors",),
 )

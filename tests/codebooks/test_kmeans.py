@@ -224,7 +224,6 @@ def test_facts_say_how_vectors_spread() -> None:
 def test_refuses_a_k_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 million centres of 768 numbers, 24 bytes for each, are 184 GB; 200 million vectors, 36 bytes each, are 7."""
     features = FeatureSet([np.broadcast_to(np.float16(0), (200_000_000, 768))], ["x"])
-    assert 1e8 < memory.available_bytes() < 1e14
     monkeypatch.setattr(memory, "available_bytes", lambda: 64_000_000_000)
     with pytest.raises(
         ConfigError,

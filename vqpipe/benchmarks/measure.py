@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from vqpipe.codebooks.memory import available_bytes
+from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.provenance import now
 

@@ -3,19 +3,16 @@
 N vectors, K centres, D dimensions.
 """
 
-import os
-from pathlib import Path
-
 import torch
 
 from vqpipe.codebooks.feature_set import FeatureSet
 from vqpipe.codebooks.seeding import num_candidates, sample_rows
+from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
 
 CENTRE_BYTES = 24  # per number: float32 centres, their copy for the search, int64 sums, and a copy being saved
 BLOCK_COPIES = 4  # float32 blocks at a time: one being read, one worked on, its differences, what the search makes
 VECTOR_BYTES = 36  # per vector: its hash, the order of hashes, which are distinct, its distance
-MEMINFO = Path("/proc/meminfo")
 
 
 def check_memory(features: FeatureSet, k: int, device: torch.device) -> None:
@@ -57,12 +54,3 @@ def compare(needed: int, free: int, k: int, dim: int, where: str) -> None:
             " free",
             "Use a smaller k, or a machine with more memory",
         )
-
-
-def available_bytes() -> int:
-    """Memory that can be had without swapping: what Linux calls available; elsewhere, all there is."""
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
