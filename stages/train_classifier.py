@@ -126,7 +126,7 @@ def run(
     from vqpipe.config import to_table
     from vqpipe.data.examples import TokenSet
     from vqpipe.generation.base import Space
-    from vqpipe.generation.classifier import build_classifier, code_table
+    from vqpipe.generation.classifier import build_classifier
     from vqpipe.tokenizer import latent_size
 
     quantizer, size = tokenizer.autoencoder.quantizer, int(stored.facts["image_size"])
@@ -140,7 +140,7 @@ def run(
     torch.manual_seed(seed)  # what was read before may have drawn random numbers
     classifier = build_classifier(recipe.classifier, space).to(device)
     if classifier.needs_codebook:
-        classifier.load_codebook(code_table(quantizer))
+        classifier.load_codebook(quantizer.all_codes())
     parameters = sum(parameter.numel() for parameter in classifier.parameters())
     console.say(f"{recipe.classifier.kind}: {parameters:,} parameters, {len(examples):,} images, {num_classes} classes")
     watcher = partial(

@@ -229,7 +229,6 @@ def run(
     from vqpipe import distributed
     from vqpipe.config import to_table
     from vqpipe.generation.base import Space, build_generator
-    from vqpipe.generation.classifier import code_table
     from vqpipe.generation.published import PublishedGenerator, draws_of
     from vqpipe.tokenizer import latent_size
 
@@ -244,7 +243,7 @@ def run(
     torch.manual_seed(seed)  # what was read or encoded before may have drawn random numbers
     generator = build_generator(recipe.generator, space).to(device)
     if generator.needs_codebook:
-        generator.load_codebook(code_table(quantizer))
+        generator.load_codebook(quantizer.all_codes())
     published = PublishedGenerator(
         generator=generator,
         tokenizer=source.tokenizer,

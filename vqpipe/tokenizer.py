@@ -14,6 +14,7 @@ from torch import Tensor
 from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
+from vqpipe.device import reduced_precision
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import hash_file, let_read, write_json
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
@@ -124,8 +125,11 @@ class Tokenizer:
             raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Ask for 1 up to that many")
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
         """uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1] -> int64[B, N].
+
+        With `precision` "bf16" the convolutions and matrix products of the encoder are computed in bfloat16, which
+        changes some ids in a hundred; the search of the codes stays in float32.
 
         Raises:
             DataError: another shape, dtype or range; sides that are not multiples of the downsample factor.
@@ -135,7 +139,8 @@ class Tokenizer:
         if len(images) == 0:
             num_tokens = self.layout(*images.shape[-2:]).num_tokens
             return torch.empty(0, num_tokens, dtype=torch.int64, device=self.device)
-        return self.autoencoder.encode(images).ids
+        with reduced_precision(self.autoencoder, self.device, precision):
+            return self.autoencoder.encode(images).ids
 
     @torch.no_grad()
     def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:

@@ -17,7 +17,6 @@ from vqpipe.generation.classifier import (
     TokenViT,
     VitConfig,
     build_classifier,
-    code_table,
 )
 from vqpipe.quantizers import QuantizerConfig, TokenLayout, build_quantizer
 
@@ -149,7 +148,7 @@ def test_mae_weights_are_taken_and_every_tensor_is_accounted_for(mae: dict[str, 
 def test_every_quantizer_gives_its_codes(table: dict[str, object]) -> None:
     quantizer = build_quantizer(from_table(QuantizerConfig, table)).eval()
     where = Space.of(quantizer, 2, 2, num_classes=2)
-    codes = code_table(quantizer)
+    codes = quantizer.all_codes()
     assert codes.shape == (where.num_groups, where.codebook_size, where.code_dim)
     ids = torch.randint(0, where.codebook_size, (1, where.num_tokens))
     looked_up = quantizer.lookup(ids, where.layout)[0, :, 1, 0]

@@ -91,14 +91,14 @@ CONFIGS: dict[str, AutoencoderConfig] = {
 """A family, and after a space the variant -> our config of it."""
 SPELLINGS: dict[str, dict[str, str]] = {
     "vqgan-lc": {
-        "quantizer.entries": "tok_embeddings.weight",
+        "quantizer.codes": "tok_embeddings.weight",
         "quantizer.projector.0": "codebook_projection",
         "quantizer.counts": "cluster_size",
         "quantizer.sums": "embed_avg",
     },
-    "vqgan-lc mlp": {"quantizer.entries": "tok_embeddings.weight", "quantizer.projector": "codebook_projection"},
+    "vqgan-lc mlp": {"quantizer.codes": "tok_embeddings.weight", "quantizer.projector": "codebook_projection"},
     "llamagen": {
-        "quantizer.entries": "quantize.embedding.weight",
+        "quantizer.codes": "quantize.embedding.weight",
         "mid.block_1": "mid.0",
         "mid.attn_1": "mid.1",
         "mid.block_2": "mid.2",
@@ -108,9 +108,9 @@ SPELLINGS: dict[str, dict[str, str]] = {
         "decoder.up.1": "decoder.conv_blocks.1",
         "decoder.up.2": "decoder.conv_blocks.0",
     },
-    "var": {"quantizer.entries": "quantize.embedding.weight"},
-    "taming": {"quantizer.entries": "quantize.embedding.weight"},
-    "ibq": {"quantizer.entries": "quantize.embedding.weight"},
+    "var": {"quantizer.codes": "quantize.embedding.weight"},
+    "taming": {"quantizer.codes": "quantize.embedding.weight"},
+    "ibq": {"quantizer.codes": "quantize.embedding.weight"},
 }
 """How parts of our names are spelled in the family's files (or in the variant's)."""
 DISCRIMINATORS = {
@@ -166,7 +166,7 @@ class Case:
         if self.family == "mgvq":
             entries, frequencies = (
                 [value for name, value in self.state.items() if name.endswith(end)]
-                for end in (".entries", ".frequencies")
+                for end in (".codes", ".frequencies")
             )
             weights["quantize.embedding.weight"] = torch.cat(entries)
             weights["quantize.embed_prob"] = torch.stack(frequencies)
@@ -334,7 +334,7 @@ def test_weights_that_share_memory_in_the_file_are_parted(write: Write) -> None:
     case.weights["embed_avg"] = case.weights["tok_embeddings.weight"]
     state = read_released(write({"model": case.weights})).autoencoder.state_dict()
     state["quantizer.sums"].zero_()
-    assert torch.equal(state["quantizer.entries"], case.state["quantizer.entries"])
+    assert torch.equal(state["quantizer.codes"], case.state["quantizer.codes"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -30,7 +30,7 @@ def fill_network(
 ) -> None:
     """Give every weight (and a frozen codebook) its value by its released name: `names` of ours, else prefix + ours."""
     for ours, tensor in network.state_dict(keep_vars=True).items():
-        if isinstance(tensor, nn.Parameter) or ours.endswith("entries"):
+        if isinstance(tensor, nn.Parameter) or ours.endswith("codes"):
             tensor.copy_(filled_weight(names.get(ours, prefix + ours), tensor.shape, embedding_scale))
 
 

@@ -24,7 +24,7 @@ SIDES = [64, pytest.param(256, marks=pytest.mark.slow)]
 
 def our_name(released: str, levels: int) -> str:
     """Our name of LlamaGen's parameter `released`, in networks of that many levels."""
-    name = released.replace("quantize.embedding.weight", "quantizer.entries").replace(".res.", ".block.")
+    name = released.replace("quantize.embedding.weight", "quantizer.codes").replace(".res.", ".block.")
     name = re.sub(r"^encoder\.conv_blocks\.(\d+)", r"encoder.down.\1", name)
     name = re.sub(r"^decoder\.conv_blocks\.(\d+)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", name)
     return re.sub(r"\.mid\.(\d)", lambda found: f".mid.{MIDDLE[int(found[1])]}", name)

@@ -50,7 +50,7 @@ def case(
     name = "quantize.embedding.weight"
     table = filled(name, keys["params"][name], embedding_scale=1.0)
     for group, entries in zip(model.quantizer.groups, table.chunk(model.quantizer.num_groups), strict=True):
-        group.entries.copy_(entries)
+        group.codes.copy_(entries)
     return Case(model, expected(f"mgvq/parity_{request.param}"), keys)
 
 

@@ -41,7 +41,7 @@ def make(num_groups: int) -> MultiGroupQuantizer:
     config = MultiGroupConfig(num_groups=num_groups, group=group, masking="batch", keep_probabilities=keep_all)
     quantizer = MultiGroupQuantizer(config).train()
     for inner, codes in zip(quantizer.groups, table(num_groups), strict=True):
-        inner.load_state_dict({"entries": codes, "frequencies": torch.zeros(len(codes))})
+        inner.load_state_dict({"codes": codes, "frequencies": torch.zeros(len(codes))})
     return quantizer
 
 
@@ -69,7 +69,7 @@ def test_losses_and_gradients(reference: dict[str, Tensor], num_groups: int) -> 
     assert vectors.grad is not None
     gradient = reference[f"g{num_groups}_dz"]
     torch.testing.assert_close(vectors.grad, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
-    norms = torch.stack([group.entries.grad.norm() for group in quantizer.groups])
+    norms = torch.stack([group.codes.grad.norm() for group in quantizer.groups])
     torch.testing.assert_close(norms, reference[f"g{num_groups}_dcodebook_norm_per_group"], **EXACT)
 
 
@@ -81,7 +81,7 @@ def test_dead_codes_move_as_released(reference: dict[str, Tensor], num_groups: i
     frequencies = torch.stack([group.frequencies for group in quantizer.groups])
     torch.testing.assert_close(frequencies.sum(1), reference[f"g{num_groups}_embed_prob_sum"], **EXACT)
     assert torch.equal(frequencies.count_nonzero(1), reference[f"g{num_groups}_embed_prob_nonzero_per_group"])
-    after = torch.stack([group.entries.detach() for group in quantizer.groups])
+    after = torch.stack([group.codes.detach() for group in quantizer.groups])
     replaced = (after != table(num_groups)).any(2).sum(1)
     assert torch.equal(replaced, reference[f"g{num_groups}_rows_replaced_per_group"])
     expected = reference[f"g{num_groups}_codebook_after_first128rows_per_group"]

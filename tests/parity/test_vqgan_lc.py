@@ -21,7 +21,7 @@ from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig, bu
 from vqpipe.quantizers.base import to_rows
 
 OUR_NAMES = {
-    "quantizer.entries": "tok_embeddings.weight",
+    "quantizer.codes": "tok_embeddings.weight",
     "quantizer.projector.0.weight": "codebook_projection.weight",
     "quantizer.projector.0.bias": "codebook_projection.bias",
 }
@@ -47,7 +47,7 @@ def autoencoder(fill: Callable[..., None]) -> Autoencoders:
         model = Vqgan(VqganConfig(quantizer=VARIANTS[variant])).eval()
         fill(model, names=OUR_NAMES, embedding_scale=1.0 if variant.endswith("_cb1") else 0.02)
         if variant.startswith("ema"):
-            model.quantizer.sums.copy_(model.quantizer.entries)
+            model.quantizer.sums.copy_(model.quantizer.codes)
         return model
 
     return autoencoder
@@ -240,7 +240,7 @@ def test_quantizer_alone(expected: Expected) -> None:
     torch.testing.assert_close(z, want["z"], rtol=0, atol=0)
     torch.testing.assert_close(codes, want["codes"], rtol=0, atol=0)
     quantizer = build_quantizer(VqConfig(codebook_size=5000, code_dim=8))
-    quantizer.entries.data.copy_(codes)
+    quantizer.codes.data.copy_(codes)
     latent = as_latent(z).requires_grad_()
     quantized = quantizer(latent)
     assert_ids(quantized.ids, want["indices_ref_l2"], want["top2_dist_gap"], 1e-5)
@@ -251,10 +251,10 @@ def test_quantizer_alone(expected: Expected) -> None:
     torch.testing.assert_close(loss.detach().double(), want["qloss"], **LOSS)
     loss.backward()
     assert_gradient(to_rows(latent.grad), want["grad_z"])
-    assert_gradient(quantizer.entries.grad, want["grad_codes"])
+    assert_gradient(quantizer.codes.grad, want["grad_codes"])
 
     cosine = build_quantizer(VqConfig(codebook_size=5000, code_dim=8, metric="cosine"))
-    cosine.entries.data.copy_(codes)
+    cosine.codes.data.copy_(codes)
     agree = cosine(latent).ids.flatten() == want["indices_cosine_own"]
     assert agree.float().mean() > 0.999
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqpipe.config import from_table, to_table
+from vqpipe.config import all_subclasses, from_table, to_table
 from vqpipe.errors import DataError, NumericError
 from vqpipe.quantizers import (
     CodebookConfig,
@@ -24,7 +24,6 @@ from vqpipe.quantizers import (
     SimVqConfig,
     VqConfig,
     build_quantizer,
-    quantizer_classes,
 )
 
 EXAMPLES: dict[str, QuantizerConfig] = {
@@ -96,7 +95,7 @@ def assert_same_state(quantizer: Quantizer, before: dict[str, Tensor]) -> None:
 
 
 def test_every_quantizer_has_an_example() -> None:
-    concrete = {cls for cls in quantizer_classes() if not inspect.isabstract(cls)}
+    concrete = {cls for cls in all_subclasses(Quantizer) if not inspect.isabstract(cls)}
     assert concrete - {type(make(name)) for name in EXAMPLES} == set()
 
 

@@ -28,7 +28,7 @@ def vectors_of(latent: Tensor) -> Tensor:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_three_updates_against_the_written_formula(normalize: bool) -> None:
     quantizer = make(anchor="closest", normalize=normalize)
-    frequencies, entries = torch.zeros(6, dtype=torch.float64), quantizer.entries.detach().double()
+    frequencies, entries = torch.zeros(6, dtype=torch.float64), quantizer.codes.detach().double()
     for step in range(3):
         latent = latent_of(step)
         ids = quantizer(latent).ids
@@ -41,16 +41,16 @@ def test_three_updates_against_the_written_formula(normalize: bool) -> None:
         pulls = torch.exp(-(frequencies * 6 * 10) / 0.01 - 0.001)[:, None]
         entries = (1 - pulls) * entries + pulls * closest
         quantizer.update(latent, ids)
-        torch.testing.assert_close(quantizer.entries.detach().double(), entries, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(quantizer.codes.detach().double(), entries, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(quantizer.frequencies.double(), frequencies, rtol=1e-5, atol=1e-8)
 
 
 def test_a_code_in_use_stays_and_a_dead_one_moves() -> None:
     quantizer = make()
-    before = quantizer.entries.detach().clone()
+    before = quantizer.codes.detach().clone()
     ids = torch.arange(24).remainder(5).view(3, 8)  # code 5 is never chosen
     quantizer.update(latent_of(0), ids)
-    after = quantizer.entries.detach()
+    after = quantizer.codes.detach()
     torch.testing.assert_close(after[:5], before[:5], rtol=0, atol=1e-4)
     assert (vectors_of(latent_of(0)) - after[5]).norm(dim=1).min() < 0.01
 
@@ -59,13 +59,13 @@ def test_where_few_codes_are_dead_the_others_are_not_even_compared(monkeypatch: 
     quantizer = make(anchor="closest")
     quantizer.frequencies.fill_(1 / 6)
     quantizer.frequencies[2] = 0
-    before, ids = quantizer.entries.detach().clone(), torch.arange(24).remainder(2).view(3, 8)
+    before, ids = quantizer.codes.detach().clone(), torch.arange(24).remainder(2).view(3, 8)
     asked: list[int] = []
     anchors = quantizer.anchors
     monkeypatch.setattr(quantizer, "anchors", lambda codes, v: asked.append(len(codes)) or anchors(codes, v))
     quantizer.update(latent_of(0), ids)
     assert asked == [1]
-    assert (quantizer.entries != before).any(dim=1).tolist() == [False, False, True, False, False, False]
+    assert (quantizer.codes != before).any(dim=1).tolist() == [False, False, True, False, False, False]
 
 
 def test_probrandom_draws_with_the_softmax_of_minus_the_squared_distance() -> None:
@@ -91,7 +91,7 @@ def test_blocks_of_rows_change_nothing_but_the_memory(monkeypatch: pytest.Monkey
     anchors = blocks.anchors
     monkeypatch.setattr(blocks, "anchors", lambda codes, vectors: asked.append(len(codes)) or anchors(codes, vectors))
     blocks.update(latent_of(0), ids)
-    torch.testing.assert_close(blocks.entries, whole.entries)
+    torch.testing.assert_close(blocks.codes, whole.codes)
     assert asked == [8, 8, 8, 2]  # three blocks of eight, all in use, are not even compared
 
 
@@ -104,13 +104,13 @@ def test_masked_latents_have_no_part() -> None:
     quantizer.update(latent, masked)
     torch.manual_seed(1)
     without.update(latent[[0, 2]], ids[[0, 2]])
-    assert torch.equal(quantizer.entries, without.entries)
+    assert torch.equal(quantizer.codes, without.codes)
     assert torch.equal(quantizer.frequencies, without.frequencies)
 
-    before = quantizer.state_dict()["entries"].clone()
+    before = quantizer.state_dict()["codes"].clone()
     frequencies = quantizer.frequencies.clone()
     quantizer.update(latent, torch.full_like(ids, -1))
-    assert torch.equal(quantizer.entries, before)
+    assert torch.equal(quantizer.codes, before)
     assert torch.equal(quantizer.frequencies, frequencies)
 
 
@@ -124,9 +124,9 @@ def test_a_collapsed_codebook_comes_back_to_life() -> None:
 
 def test_normalized_codes_start_and_restart_on_the_sphere() -> None:
     quantizer, latent = make(normalize=True), latent_of(0)
-    torch.testing.assert_close(quantizer.entries.norm(dim=1), torch.ones(6))
+    torch.testing.assert_close(quantizer.codes.norm(dim=1), torch.ones(6))
     quantizer.update(latent, torch.zeros(3, 8, dtype=torch.int64))
-    torch.testing.assert_close(quantizer.entries.norm(dim=1), torch.ones(6), rtol=0, atol=2e-3)
+    torch.testing.assert_close(quantizer.codes.norm(dim=1), torch.ones(6), rtol=0, atol=2e-3)
 
 
 def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.Mo
     torch.manual_seed(2)  # each rank has its own random numbers
     second.update(latent[1:], ids[1:])
     for quantizer in (first, second):
-        assert torch.equal(quantizer.entries, alone.entries)
+        assert torch.equal(quantizer.codes, alone.codes)
         assert torch.equal(quantizer.frequencies, alone.frequencies)
 
 

@@ -22,7 +22,7 @@ def one_update(latent: Tensor) -> EmaQuantizer:
 
 def test_two_updates_against_the_written_formula() -> None:
     quantizer = fresh()
-    counts, sums, entries = [torch.ones(5), quantizer.entries.clone(), quantizer.entries.clone()]
+    counts, sums, entries = [torch.ones(5), quantizer.codes.clone(), quantizer.codes.clone()]
     for step in range(2):
         latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(step))
         ids = quantizer(latent).ids
@@ -38,19 +38,19 @@ def test_two_updates_against_the_written_formula() -> None:
 
 def test_an_unused_code_stays_where_it_is() -> None:
     quantizer = fresh()
-    quantizer.entries[0] = quantizer.sums[0] = 50.0
+    quantizer.codes[0] = quantizer.sums[0] = 50.0
     latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     for _ in range(20):
         quantizer.update(latent, quantizer(latent).ids)
-    torch.testing.assert_close(quantizer.entries[0], torch.full((2,), 50.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(quantizer.codes[0], torch.full((2,), 50.0), rtol=1e-3, atol=0)
 
 
 def test_the_released_start_throws_unused_codes_out() -> None:
     quantizer = build_quantizer(EmaConfig(codebook_size=5, code_dim=2, released_start=True))
-    quantizer.entries[0] = quantizer.sums[0] = 50.0
+    quantizer.codes[0] = quantizer.sums[0] = 50.0
     latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     quantizer.update(latent, quantizer(latent).ids)
-    assert quantizer.entries[0].norm() > 1e6
+    assert quantizer.codes[0].norm() > 1e6
 
 
 def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:

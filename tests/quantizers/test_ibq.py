@@ -51,9 +51,9 @@ def test_values_and_gradients_are_those_of_the_released_code(
     quantizer = make(normalize=normalize, entropy_temperature=0.1)
     latent = LATENT.clone().requires_grad_()
     exact_latent = LATENT.double().requires_grad_()
-    exact_entries = quantizer.entries.detach().double().requires_grad_()
+    exact_codes = quantizer.codes.detach().double().requires_grad_()
     on_sphere = F.normalize if normalize else lambda vectors, dim: vectors
-    want = released(on_sphere(exact_latent, dim=1), on_sphere(exact_entries, dim=1), 0.1)
+    want = released(on_sphere(exact_latent, dim=1), on_sphere(exact_codes, dim=1), 0.1)
     got = quantizer(latent)
 
     assert torch.equal(got.ids, want.ids)
@@ -61,8 +61,8 @@ def test_values_and_gradients_are_those_of_the_released_code(
         (each.codes * DECODER_GRADIENT).sum() if term == "codes" else each.losses[term] for each in (got, want)
     )
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(ours, [latent, quantizer.entries], materialize_grads=True)
-    exact = torch.autograd.grad(theirs, [exact_latent, exact_entries], materialize_grads=True)
+    gradients = torch.autograd.grad(ours, [latent, quantizer.codes], materialize_grads=True)
+    exact = torch.autograd.grad(theirs, [exact_latent, exact_codes], materialize_grads=True)
     for ours, theirs in zip(gradients, exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-6 + 1e-5 * theirs.abs().max().item())
 
@@ -70,18 +70,18 @@ def test_values_and_gradients_are_those_of_the_released_code(
 def test_the_decoder_reaches_every_code_and_sees_exact_rows() -> None:
     quantizer = make()
     codes, ids, _ = quantizer(LATENT)
-    assert torch.equal(codes, quantizer.entries[ids].transpose(1, 2).reshape_as(LATENT))
+    assert torch.equal(codes, quantizer.codes[ids].transpose(1, 2).reshape_as(LATENT))
     (codes * DECODER_GRADIENT).sum().backward()
-    assert quantizer.entries.grad is not None
+    assert quantizer.codes.grad is not None
     assert len(ids.unique()) < K
-    assert quantizer.entries.grad.any(1).all()
+    assert quantizer.codes.grad.any(1).all()
 
 
 def test_the_lowest_of_equal_codes_wins() -> None:
     quantizer = make()
-    quantizer.entries.data[K // 2 :] = quantizer.entries.data[: K // 2]
+    quantizer.codes.data[K // 2 :] = quantizer.codes.data[: K // 2]
     latent = LATENT.repeat(20, 1, 1, 1) + 0.01 * torch.randn(60, C, 4, 4, generator=torch.Generator().manual_seed(3))
-    want = (to_rows(latent).double() @ quantizer.entries[: K // 2].double().T).argmax(1)
+    want = (to_rows(latent).double() @ quantizer.codes[: K // 2].double().T).argmax(1)
     assert torch.equal(quantizer(latent).ids.flatten(), want)
 
 
@@ -101,7 +101,7 @@ def test_autocast_leaves_the_recomputed_gradient_alone() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             losses = quantizer(LATENT).losses
         sum(losses.values()).backward()
-        gradients.append(quantizer.entries.grad)
+        gradients.append(quantizer.codes.grad)
     assert torch.equal(*gradients)
 
 
@@ -128,8 +128,8 @@ def test_no_matrix_of_all_vectors_and_all_codes(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_codes_start_normal() -> None:
-    entries = make(codebook_size=4000).entries.detach()
-    torch.testing.assert_close(entries.std(0), torch.ones(C), rtol=0, atol=0.05)
+    codes = make(codebook_size=4000).codes.detach()
+    torch.testing.assert_close(codes.std(0), torch.ones(C), rtol=0, atol=0.05)
 
 
 def test_another_metric_is_refused() -> None:

@@ -29,7 +29,7 @@ def test_gradient_is_that_of_projecting_every_code(options: dict, matched: bool)
         sparse.standardize_codebook()
         dense.load_state_dict(sparse.state_dict())
     sparse(LATENT).losses["codebook"].backward()
-    codes = dense.projector((dense.entries - dense.shift) * dense.scale)  # as the released code does
+    codes = dense.projector((dense.codes - dense.shift) * dense.scale)  # as the released code does
     rows = LATENT.permute(0, 2, 3, 1).reshape(-1, 4)
     F.mse_loss(codes[nearest(rows, codes.detach())], rows).backward()
     assert [name for name, _ in sparse.named_parameters()]
@@ -45,9 +45,9 @@ def test_the_frozen_codebook_stays_the_artifacts_bytes() -> None:
         optimizer.zero_grad()
         sum(quantizer(LATENT).losses.values()).backward()
         optimizer.step()
-    assert torch.equal(quantizer.state_dict()["entries"], FEATURES)
-    assert "entries" not in dict(quantizer.named_parameters())
-    assert "entries" in dict(make(tune_codebook=True).named_parameters())
+    assert torch.equal(quantizer.state_dict()["codes"], FEATURES)
+    assert "codes" not in dict(quantizer.named_parameters())
+    assert "codes" in dict(make(tune_codebook=True).named_parameters())
 
 
 def test_without_a_codebook_it_says_what_to_pass() -> None:
@@ -141,5 +141,5 @@ class TestProjectedOnce:
 
     @staticmethod
     def assert_current(quantizer: FrozenCodebookQuantizer) -> None:
-        want: Tensor = quantizer.projector((quantizer.entries - quantizer.shift) * quantizer.scale)
+        want: Tensor = quantizer.projector((quantizer.codes - quantizer.shift) * quantizer.scale)
         torch.testing.assert_close(quantizer.codebook(), want.detach(), rtol=1e-4, atol=1e-4)

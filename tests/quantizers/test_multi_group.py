@@ -94,7 +94,7 @@ def test_masking_leaves_each_image_its_first_groups(monkeypatch: pytest.MonkeyPa
 def test_a_group_that_no_image_keeps_gets_a_zero_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = keeping([1] * B, monkeypatch)
     sum(quantizer(latent_of()).losses.values()).backward()
-    gradients = [group.entries.grad for group in quantizer.groups]
+    gradients = [group.codes.grad for group in quantizer.groups]
     assert all(gradient is not None for gradient in gradients)
     assert [bool(gradient.any()) for gradient in gradients] == [True, False, False]
 
@@ -132,7 +132,7 @@ def test_only_kept_images_move_dead_codes(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(3)
     quantizer.update(latent, ids)
     after = quantizer.state_dict()
-    assert torch.equal(after["groups.2.entries"], before["groups.2.entries"])
+    assert torch.equal(after["groups.2.codes"], before["groups.2.codes"])
     assert not after["groups.2.frequencies"].any()
 
     expected = make()
@@ -141,7 +141,7 @@ def test_only_kept_images_move_dead_codes(monkeypatch: pytest.MonkeyPatch) -> No
     grid = ids.view(B, -1, 3)
     expected.groups[0].update(latent[:, :4], grid[..., 0])
     expected.groups[1].update(latent[images, 4:8], grid[images][..., 1])
-    assert torch.equal(after["groups.1.entries"], expected.groups[1].entries)
+    assert torch.equal(after["groups.1.codes"], expected.groups[1].codes)
     assert torch.equal(after["groups.1.frequencies"], expected.groups[1].frequencies)
 
 
@@ -179,9 +179,9 @@ def test_draws_at_the_thresholds() -> None:
 def test_a_codebook_goes_to_every_group_or_is_shared_out() -> None:
     quantizer, codes = make(group=LC), torch.randn(120, 12)
     quantizer.load_codebook(codes[:40])
-    assert all(torch.equal(group.entries, codes[:40]) for group in quantizer.groups)
+    assert all(torch.equal(group.codes, codes[:40]) for group in quantizer.groups)
     quantizer.load_codebook(codes)
-    assert torch.equal(torch.cat([group.entries for group in quantizer.groups]), codes)
+    assert torch.equal(torch.cat([group.codes for group in quantizer.groups]), codes)
     with pytest.raises(ConfigError, match="holds 50 codes"):
         quantizer.load_codebook(codes[:50])
     with pytest.raises(ConfigError, match="cvq quantizer does not start from a codebook"):
@@ -201,7 +201,7 @@ def test_groups_over_one_frozen_codebook_learn_projectors_of_their_own() -> None
         optimizer.step()
         losses.append(quantizer(latent_of()).losses["codebook"])
     assert losses[-1] < 0.95 * losses[0]
-    assert all(torch.equal(group.entries, codes) for group in quantizer.groups)
+    assert all(torch.equal(group.codes, codes) for group in quantizer.groups)
     first, second, third = (quantizer.codebook() - before).abs().amax((1, 2))
     assert min(first, second, third) > 1e-3
     assert not torch.equal(quantizer.codebook()[0], quantizer.codebook()[1])

@@ -157,7 +157,7 @@ def test_the_matched_start_makes_phi_the_identity() -> None:
 def test_one_scale_without_phi_is_plain_vq() -> None:
     quantizer, latent = make(scales=(1,), phi_ratio=0.0), latent_of()
     plain = build_quantizer(VqConfig(codebook_size=K, code_dim=C))
-    plain.load_state_dict({"entries": quantizer.entries})
+    plain.load_state_dict({"codes": quantizer.codes})
     expected, found = plain(latent), quantizer(latent)
     assert torch.equal(found.ids, expected.ids)
     torch.testing.assert_close(found.codes, expected.codes)

@@ -20,7 +20,7 @@ def test_losses_and_gradient_are_those_of_the_whole_projected_codebook() -> None
     (linear,) = quantizer.projector
     _, ids, losses = quantizer(LATENT)
     ours = torch.autograd.grad(losses["commitment"] + losses["codebook"], [linear.weight, linear.bias])
-    codes = linear(quantizer.entries)
+    codes = linear(quantizer.codes)
     rows = LATENT.permute(0, 2, 3, 1).reshape(-1, 4)
     assert torch.equal(torch.cdist(rows, codes).argmin(1), ids.flatten())
     codebook = F.mse_loss(codes[ids.flatten()], rows)
@@ -31,18 +31,18 @@ def test_losses_and_gradient_are_those_of_the_whole_projected_codebook() -> None
 
 def test_a_step_moves_every_code_and_no_entry() -> None:
     quantizer = make()
-    entries, codes = quantizer.entries.clone(), quantizer.codebook().detach()
+    stored, codes = quantizer.codes.clone(), quantizer.codebook().detach()
     quantizer(LATENT[:, :, :1, :1]).losses["codebook"].backward()  # two vectors alone
     torch.optim.SGD(quantizer.parameters(), 0.1).step()
-    assert torch.equal(quantizer.entries, entries)
+    assert torch.equal(quantizer.codes, stored)
     assert (quantizer.codebook() != codes).any(1).all()
     assert {name for name, _ in quantizer.named_parameters()} == {"projector.0.weight", "projector.0.bias"}
 
 
-def test_entries_start_with_unit_length_on_average() -> None:
-    entries = make(codebook_size=2000, code_dim=64).entries
-    assert entries.std().item() == pytest.approx(64**-0.5, rel=0.02)
-    assert entries.square().sum(1).mean().item() == pytest.approx(1, rel=0.02)
+def test_codes_start_with_unit_length_on_average() -> None:
+    codes = make(codebook_size=2000, code_dim=64).codes
+    assert codes.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert codes.square().sum(1).mean().item() == pytest.approx(1, rel=0.02)
 
 
 def test_it_takes_no_codebook_artifact() -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vqpipe.config import from_table
+from vqpipe.config import all_subclasses, from_table
 from vqpipe.distributed import connect, rank
 from vqpipe.models import VqganConfig, build_autoencoder
-from vqpipe.quantizers import QuantizerConfig, quantizer_classes
+from vqpipe.quantizers import Quantizer, QuantizerConfig
 
 SMALL: dict[str, Any] = {"codebook_size": 64, "code_dim": 8, "feature_dim": 12, "codebook_init": "uniform"}
 GROUP = {"kind": "cvq", "codebook_size": 64, "code_dim": 4, "normalize": True}
@@ -27,7 +27,7 @@ LC_GROUP = {"kind": "lc", "codebook_size": 64, "code_dim": 4, "feature_dim": 12,
 def examples() -> dict[str, dict[str, Any]]:
     """A small table for every kind, and for multi_group over lc."""
     tables = {}
-    for cls in quantizer_classes():
+    for cls in all_subclasses(Quantizer):
         if config := getattr(cls, "config_class", None):
             known = {field.name for field in fields(config)}
             tables[config.kind] = {"kind": config.kind} | {key: SMALL[key] for key in SMALL if key in known}

@@ -12,11 +12,11 @@ def test_each_loss_moves_one_side_only() -> None:
     used = torch.zeros(16, dtype=torch.bool).index_fill_(0, ids.unique(), True)
 
     (to_latent,) = torch.autograd.grad(losses["commitment"], latent, retain_graph=True)
-    codes = quantizer.entries.detach()[ids].transpose(1, 2).reshape_as(latent)
+    codes = quantizer.codes.detach()[ids].transpose(1, 2).reshape_as(latent)
     torch.testing.assert_close(to_latent, 2 * (latent - codes) / latent.numel())
-    assert untouched(losses["commitment"], quantizer.entries)
+    assert untouched(losses["commitment"], quantizer.codes)
 
-    (to_codes,) = torch.autograd.grad(losses["codebook"], quantizer.entries, retain_graph=True)
+    (to_codes,) = torch.autograd.grad(losses["codebook"], quantizer.codes, retain_graph=True)
     assert to_codes[used].any(1).all()
     assert not to_codes[~used].any()
     assert untouched(losses["codebook"], latent)
@@ -29,11 +29,11 @@ def untouched(loss: Tensor, tensor: Tensor) -> bool:
 
 
 def test_codes_start_within_one_over_k() -> None:
-    entries = build_quantizer(VqConfig(codebook_size=500, code_dim=8)).entries
-    assert 0.99 / 500 < entries.abs().max() <= 1 / 500
+    codes = build_quantizer(VqConfig(codebook_size=500, code_dim=8)).codes
+    assert 0.99 / 500 < codes.abs().max() <= 1 / 500
 
 
 def test_cosine_ignores_lengths() -> None:
     quantizer = build_quantizer(VqConfig(codebook_size=2, code_dim=2, metric="cosine"))
-    quantizer.entries.data.copy_(torch.tensor([[1.0, 0.1], [0.0, 100.0]]))
+    quantizer.codes.data.copy_(torch.tensor([[1.0, 0.1], [0.0, 100.0]]))
     assert quantizer(torch.tensor([0.1, 9.0]).view(1, 2, 1, 1)).ids.item() == 1

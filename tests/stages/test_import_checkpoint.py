@@ -49,7 +49,7 @@ def taming() -> dict[str, Any]:
     quantizer = VqConfig(codebook_size=20, code_dim=5)
     model = build_autoencoder(VqganConfig(quantizer=quantizer, attention_resolutions=(128,), **sizes))
     weights = {
-        name.replace("quantizer.entries", "quantize.embedding.weight"): value
+        name.replace("quantizer.codes", "quantize.embedding.weight"): value
         for name, value in model.state_dict().items()
     }
     critic = PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=3)).state_dict()
@@ -99,7 +99,7 @@ def test_a_codebook_that_is_released_beside_the_weights(tmp_path: Path) -> None:
     weights = {
         name.replace("quantizer.projector.0", "codebook_projection"): value
         for name, value in model.state_dict().items()
-        if not name.startswith(("quantizer.entries", "quantizer.shift", "quantizer.scale"))
+        if not name.startswith(("quantizer.codes", "quantizer.shift", "quantizer.scale"))
     }
     torch.save({"model": weights}, tmp_path / "lc.pth")
     torch.save(codebook, tmp_path / "codebook-100K.pth")

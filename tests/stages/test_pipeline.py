@@ -20,9 +20,10 @@ from PIL import Image
 from stages import cli, console
 from vqpipe import Tokenizer
 from vqpipe.artifacts import open_artifact
+from vqpipe.config import all_subclasses
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
-from vqpipe.quantizers import quantizer_classes
+from vqpipe.quantizers import Quantizer
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 SETTINGS = [
@@ -42,7 +43,7 @@ STAGES = {
     "report": ["eval", "--images", "pictures", "--tokenizer", "tokenizer"],
 }
 WITH_PRESET = ("features", "codebook", "tokenizer", "report")
-KINDS = sorted({cls.config_class.kind for cls in quantizer_classes() if not inspect.isabstract(cls)} - {"lc"})
+KINDS = sorted({cls.config_class.kind for cls in all_subclasses(Quantizer) if not inspect.isabstract(cls)} - {"lc"})
 """Every quantizer but `lc`, which the stages above have."""
 OTHERWISE = {
     "features": ["--pool", "2"],

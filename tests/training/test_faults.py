@@ -120,7 +120,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     for state.step in (3, 6):
         state.save(tmp_path)
     state.step = 9
-    state.networks["model"].quantizer.entries.add_(1)  # so that there is another shared tensor to write
+    state.networks["model"].quantizer.codes.add_(1)  # so that there is another shared tensor to write
     before = sorted((tmp_path / "checkpoints").rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(disk, name, full_after(calls, error, getattr(disk, name)))

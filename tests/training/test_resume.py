@@ -229,7 +229,7 @@ rounding errors: their channel is normalized by itself right after, or the hinge
 LEAVES = {
     "lc": [
         "model/encoder.conv_in.weight",
-        "model/quantizer.entries",
+        "model/quantizer.codes",
         "model/quantizer.shift",
         "model/quantizer.scale",
         "model/quantizer.projector.0.weight",
@@ -245,8 +245,8 @@ LEAVES = {
         "discriminator_optimizer/0.exp_avg_sq",
         "window/counts",
     ],
-    "ema": ["model/quantizer.entries", "model/quantizer.counts", "model/quantizer.sums", "window/loss/l1"],
-    "multi_group": ["model/quantizer.groups.1.entries", "model/quantizer.groups.1.frequencies"],
+    "ema": ["model/quantizer.codes", "model/quantizer.counts", "model/quantizer.sums", "window/loss/l1"],
+    "multi_group": ["model/quantizer.groups.1.codes", "model/quantizer.groups.1.frequencies"],
 }
 CASES = [(kind, leaf) for kind, leaves in LEAVES.items() for leaf in leaves]
 

@@ -104,7 +104,7 @@ def test_the_manifest_names_size_and_hash_of_every_file(tmp_path: Path, make_sta
     }
     assert {path.name for path in folder.iterdir()} == {"state.json", *table["files"]}
     (shared,) = folder.parent.glob("shared-*")
-    assert table["shared"]["model"] == {"quantizer.entries": shared.name.removeprefix("shared-").split(".")[0]}
+    assert table["shared"]["model"] == {"quantizer.codes": shared.name.removeprefix("shared-").split(".")[0]}
 
 
 def test_a_frozen_codebook_is_stored_once_whatever_looks_at_it(tmp_path: Path, make_state: Make) -> None:
@@ -115,8 +115,8 @@ def test_a_frozen_codebook_is_stored_once_whatever_looks_at_it(tmp_path: Path, m
     assert len(list((tmp_path / "checkpoints").glob("shared-*"))) == 1
     for folder in checkpoints(tmp_path):
         kept = disk.load_file(folder / "model.safetensors")
-        assert not [name for name, tensor in kept.items() if tensor.nbytes == codebook_bytes and "entries" in name]
-        assert not [name for name in disk.load_file(folder / "ema.safetensors") if "entries" in name]
+        assert not [name for name, tensor in kept.items() if tensor.nbytes == codebook_bytes and "codes" in name]
+        assert not [name for name in disk.load_file(folder / "ema.safetensors") if "codes" in name]
     other = make_state(MultiGroupConfig(num_groups=2, group=LC), seed=1)
     other.resume(tmp_path)
     assert same(groups, other)
@@ -129,10 +129,10 @@ def test_frozen_weights_are_stored_once_and_a_moving_codebook_goes_with_its_chec
     state.networks["model"].encoder.requires_grad_(False)
     state.optimizers["optimizer"] = make_optimizer(TrainConfig(), list(state.networks["model"].parameters()))
     for step in (1, 2, 3, 4):
-        state.networks["model"].quantizer.entries.normal_()
+        state.networks["model"].quantizer.codes.normal_()
         saved(state, tmp_path, step)
     tables = [disk.read_table(folder)["shared"]["model"] for folder in checkpoints(tmp_path)]
-    assert len({table["quantizer.entries"] for table in tables}) == len(tables) == 2
+    assert len({table["quantizer.codes"] for table in tables}) == len(tables) == 2
     assert len({table["encoder.conv_out.weight"] for table in tables}) == 1
     named = {f"shared-{key}.safetensors" for table in tables for key in table.values()}
     named |= {

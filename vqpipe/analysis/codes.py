@@ -40,7 +40,7 @@ def feature_codebooks(quantizer: Quantizer) -> list[Tensor]:
     if isinstance(quantizer, MultiGroupQuantizer):
         return [table for group in quantizer.quantizers() for table in feature_codebooks(group)]
     if isinstance(quantizer, FrozenCodebookQuantizer) and len(quantizer.projector):
-        return [quantizer.entries.detach().float()]
+        return [quantizer.codes.detach().float()]
     return []
 
 

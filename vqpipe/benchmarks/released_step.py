@@ -35,7 +35,7 @@ class ReleasedStep:
         quantizer = self.model.quantizer
         assert isinstance(quantizer, FrozenCodebookQuantizer)
         self.quantizer = quantizer
-        self.counts = torch.zeros(quantizer.codebook_size, device=quantizer.entries.device)
+        self.counts = torch.zeros(quantizer.codebook_size, device=quantizer.codes.device)
         self.optimizer, self.discriminator_optimizer = (
             torch.optim.Adam(network.parameters(), train.learning_rate, train.betas, train.eps)
             for network in (self.model, self.discriminator)
@@ -71,7 +71,7 @@ class ReleasedStep:
         All K codes are projected, compared and looked up with gradient.
         """
         latent = self.model.latent(images)
-        vectors, codes = to_rows(latent), self.quantizer.project(self.quantizer.entries)
+        vectors, codes = to_rows(latent), self.quantizer.project(self.quantizer.codes)
         ids = expanded(vectors, codes)
         chosen = F.embedding(ids, codes)
         loss = self.objective.commitment * (chosen.detach() - vectors).square().mean()

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.generation.base import Space
-from vqpipe.quantizers import Quantizer
 
 RECIPE = "vqpipe-classify-1"
 UNUSED = ("patch_embed.", "norm.", "fc_norm.", "head.", "mask_token", "decoder_")
@@ -300,14 +299,3 @@ def classifier_classes(base: type[Classifier] = Classifier) -> Iterator[type[Cla
     for sub in base.__subclasses__():
         yield sub
         yield from classifier_classes(sub)
-
-
-@torch.no_grad()
-def code_table(quantizer: Quantizer) -> Tensor:
-    """Every code of a quantizer, float32[G, K, C]: its codebook, or where it has no table what each id looks up to."""
-    try:
-        codebook = quantizer.codebook()
-    except ConfigError:
-        ids = torch.arange(quantizer.codebook_size, device=next(iter(quantizer.buffers()), torch.zeros(())).device)
-        codebook = quantizer.lookup(ids[:, None], quantizer.layout(1, 1)).flatten(1)
-    return codebook.reshape(-1, *codebook.shape[-2:])

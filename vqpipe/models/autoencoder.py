@@ -6,13 +6,13 @@ Shapes: B images of H x W pixels, Z encoder channels, C latent channels, h x w p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vqpipe.config import class_for
 from vqpipe.distributed import all_reduce_sum
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.quantizers import Quantized, QuantizerConfig, build_quantizer
@@ -178,14 +178,4 @@ class Autoencoder(nn.Module, ABC):
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """The autoencoder that `config` describes, freshly initialised."""
-    for autoencoder in autoencoder_classes():
-        if getattr(autoencoder, "config_class", None) is type(config):
-            return autoencoder(config)  # type: ignore[call-arg]  # a subclass makes the two networks itself
-    raise ConfigError(f"no autoencoder is made from a {type(config).__name__}")
-
-
-def autoencoder_classes(base: type[Autoencoder] = Autoencoder) -> Iterator[type[Autoencoder]]:
-    """Every subclass of Autoencoder defined so far."""
-    for sub in base.__subclasses__():
-        yield sub
-        yield from autoencoder_classes(sub)
+    return class_for(Autoencoder, config)(config)  # type: ignore[call-arg]  # a subclass builds the two networks itself

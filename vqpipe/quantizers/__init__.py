@@ -8,7 +8,6 @@ from vqpipe.quantizers.base import (
     QuantizerConfig,
     TokenLayout,
     build_quantizer,
-    quantizer_classes,
 )
 from vqpipe.quantizers.cvq import ClusteredQuantizer, CvqConfig
 from vqpipe.quantizers.ema import EmaConfig, EmaQuantizer
@@ -52,5 +51,4 @@ __all__ = [
     "VectorQuantizer",
     "VqConfig",
     "build_quantizer",
-    "quantizer_classes",
 ]

@@ -9,7 +9,7 @@ A quantizer is one file: a frozen `XConfig(QuantizerConfig)` with its `kind`, ab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import class_for
 from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.search import nearest
 
@@ -133,8 +134,19 @@ class Quantizer(nn.Module, ABC):
         """The codes as the search compares them, float32[K, C] (with groups: [G, K, C])."""
         raise self.unsupported("has no table of codes")
 
+    @torch.no_grad()
+    def all_codes(self) -> Tensor:
+        """Every code, float32[G, K, C], also of a quantizer without a stored codebook (lfq, fsq)."""
+        try:
+            codebook = self.codebook()
+        except ConfigError:
+            device = next(iter(self.buffers()), torch.zeros(())).device
+            ids = torch.arange(self.codebook_size, device=device)
+            codebook = self.lookup(ids[:, None], self.layout(1, 1)).flatten(1)
+        return codebook.reshape(-1, *codebook.shape[-2:])
+
     def load_codebook(self, codebook: Tensor) -> None:
-        """Take the codes of a codebook artifact, float[K, F].
+        """Load the codes of a codebook artifact, float[K, F].
 
         Raises:
             ConfigError: this quantizer takes none, or one of another shape.
@@ -192,19 +204,19 @@ class CodebookQuantizer(Quantizer):
         self.normalize = config.normalize
 
     @abstractmethod
-    def table(self) -> Tensor:
+    def raw_codebook(self) -> Tensor:
         """The codes as they are stored or projected, float32[K, C]."""
 
     @abstractmethod
-    def rows(self, ids: Tensor) -> Tensor:
+    def raw_embed(self, ids: Tensor) -> Tensor:
         """Rows `ids` (int64[...], none negative) of the table, float32[..., C], with gradient where it learns."""
 
     def codebook(self) -> Tensor:
-        return self.on_sphere(self.table())
+        return self.on_sphere(self.raw_codebook())
 
-    def select(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Rows `ids` (int64[...], none negative) of the codebook, float32[..., C], with gradient where it learns."""
-        return self.on_sphere(self.rows(ids))
+        return self.on_sphere(self.raw_embed(ids))
 
     def on_sphere(self, vectors: Tensor, dim: int = -1) -> Tensor:
         """The vectors along `dim` scaled to unit length where the config says so, else as they are."""
@@ -223,7 +235,7 @@ class CodebookQuantizer(Quantizer):
 
     def replaced(self, latent: Tensor, ids: Tensor) -> Quantized:
         """A compared latent, float32[B, C, h, w], with each vector replaced by its code, int64[B, h * w]."""
-        codes = self.select(ids).transpose(1, 2).reshape_as(latent)
+        codes = self.embed(ids).transpose(1, 2).reshape_as(latent)
         return Quantized(straight_through(latent, codes), ids, self.losses(latent, codes))
 
     def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
@@ -236,7 +248,7 @@ class CodebookQuantizer(Quantizer):
         check_ids(ids, self.codebook_size)
         (grid,) = layout.split(ids)
         with torch.autocast(ids.device.type, enabled=False):
-            codes = self.select(grid.clamp(min=0)) * (grid >= 0).unsqueeze(-1)
+            codes = self.embed(grid.clamp(min=0)) * (grid >= 0).unsqueeze(-1)
         return codes.squeeze(3).permute(0, 3, 1, 2).contiguous()
 
 
@@ -260,17 +272,7 @@ def check_finite(latent: Tensor) -> None:
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
     """The quantizer that `config` describes, freshly initialised."""
-    for quantizer in quantizer_classes():
-        if getattr(quantizer, "config_class", None) is type(config):
-            return quantizer(config)  # type: ignore[call-arg]  # a subclass reads its sizes off its config
-    raise ConfigError(f"no quantizer is made from a {type(config).__name__}")
-
-
-def quantizer_classes(base: type[Quantizer] = Quantizer) -> Iterator[type[Quantizer]]:
-    """Every subclass of Quantizer defined so far, the abstract ones too."""
-    for sub in base.__subclasses__():
-        yield sub
-        yield from quantizer_classes(sub)
+    return class_for(Quantizer, config)(config)  # type: ignore[call-arg]  # a subclass reads its sizes off its config
 
 
 def to_rows(latent: Tensor) -> Tensor:

@@ -80,14 +80,14 @@ class ClusteredQuantizer(VectorQuantizer):
         vectors = gather_rows(vectors)
         if is_main():
             self.move_dead_codes(vectors)
-        broadcast(self.entries)
+        broadcast(self.codes)
 
     def move_dead_codes(self, vectors: Tensor) -> None:
         """Pull each code to its anchor among `vectors`, float32[N, C], by how little it is used."""
         scaled = self.codebook_size * self.frequencies * 10 / (1 - self.decay)
         pulls = torch.exp(-scaled - 0.001).unsqueeze(1)
         rows_at_once = max(1, DISTANCES_AT_ONCE // len(vectors))
-        for rows, pull in zip(self.entries.split(rows_at_once), pulls.split(rows_at_once), strict=True):
+        for rows, pull in zip(self.codes.split(rows_at_once), pulls.split(rows_at_once), strict=True):
             moved = (pull[:, 0] >= SMALLEST_PULL).nonzero().flatten()
             if 2 * len(moved) > len(rows):  # most: draw for all at once, as the released code does
                 rows.lerp_(vectors[self.anchors(self.on_sphere(rows), vectors)], pull)

@@ -39,7 +39,7 @@ class EmaQuantizer(CodebookQuantizer):
 
     config_class = EmaConfig
     loss_names = ("commitment",)
-    entries: Tensor
+    codes: Tensor
     counts: Tensor
     sums: Tensor
 
@@ -47,16 +47,16 @@ class EmaQuantizer(CodebookQuantizer):
         super().__init__(config)
         self.decay, self.epsilon = config.decay, config.epsilon
         size = config.codebook_size
-        entries = torch.empty(size, config.code_dim).uniform_(-1 / size, 1 / size)
-        self.register_buffer("entries", entries)
+        codes = torch.empty(size, config.code_dim).uniform_(-1 / size, 1 / size)
+        self.register_buffer("codes", codes)
         self.register_buffer("counts", torch.zeros(size) if config.released_start else torch.ones(size))
-        self.register_buffer("sums", entries.clone())
+        self.register_buffer("sums", codes.clone())
 
-    def table(self) -> Tensor:
-        return self.entries
+    def raw_codebook(self) -> Tensor:
+        return self.codes
 
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.entries[ids]
+    def raw_embed(self, ids: Tensor) -> Tensor:
+        return self.codes[ids]
 
     def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
         return {"commitment": F.mse_loss(latent, codes)}
@@ -71,9 +71,9 @@ class EmaQuantizer(CodebookQuantizer):
         self.sums.mul_(self.decay).add_(seen[:, 1:], alpha=1 - self.decay)
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
-        self.entries.copy_(self.sums / smoothed.unsqueeze(1))
+        self.codes.copy_(self.sums / smoothed.unsqueeze(1))
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
-        self.entries.copy_(standardized(self.entries))
-        self.sums.copy_(self.entries * self.counts.clamp(min=1).unsqueeze(1))
+        self.codes.copy_(standardized(self.codes))
+        self.sums.copy_(self.codes * self.counts.clamp(min=1).unsqueeze(1))

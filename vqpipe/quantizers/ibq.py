@@ -67,7 +67,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
 
     def __init__(self, config: IbqConfig) -> None:
         super().__init__(config)
-        nn.init.normal_(self.entries)
+        nn.init.normal_(self.codes)
         self.temperature = config.entropy_temperature
         self.sample_weight, self.batch_weight = config.sample_weight, config.batch_weight
 
@@ -76,7 +76,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
             vectors = to_rows(self.on_sphere(latent.float(), dim=1))
             codebook = self.codebook()
             ids = most_similar(vectors, codebook, check=not self.training)
-            chosen = self.select(ids)
+            chosen = self.embed(ids)
             expected, entropy = self.soften(vectors, codebook)
             codes = chosen + (expected - expected.detach())
             losses = {

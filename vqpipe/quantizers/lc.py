@@ -64,20 +64,20 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
     """
 
     config_class = LcConfig
-    entries: Tensor
+    codes: Tensor
     shift: Tensor
     scale: Tensor
 
     def __init__(self, config: LcConfig) -> None:
         super().__init__(config)
         size, feature_dim = config.codebook_size, config.feature_dim
-        entries = torch.full((size, feature_dim), math.nan)
+        codes = torch.full((size, feature_dim), math.nan)
         if config.codebook_init == "uniform":
-            entries.uniform_(-1 / size, 1 / size)
+            codes.uniform_(-1 / size, 1 / size)
         if config.tune_codebook:
-            self.entries = nn.Parameter(entries)
+            self.codes = nn.Parameter(codes)
         else:
-            self.register_buffer("entries", entries)
+            self.register_buffer("codes", codes)
         self.register_buffer("shift", torch.zeros(feature_dim))
         self.register_buffer("scale", torch.ones(()))
         self.projector = make_projector(config)
@@ -89,7 +89,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
             latent = latent.float() / latent.float().norm(dim=1, keepdim=True)
         return super().compared(latent)
 
-    def table(self) -> Tensor:
+    def raw_codebook(self) -> Tensor:
         """The projected codes, float32[K, C], without gradient; computed once per state of frozen weights.
 
         Raises:
@@ -110,13 +110,13 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def project_all(self) -> Tensor:
         self.check_loaded()
-        return torch.cat([self.project(features) for features in self.entries.split(ROWS_AT_ONCE)])
+        return torch.cat([self.project(features) for features in self.codes.split(ROWS_AT_ONCE)])
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def raw_embed(self, ids: Tensor) -> Tensor:
         if self.frozen:
-            return self.table()[ids]
+            return self.raw_codebook()[ids]
         chosen, places = ids.unique(return_inverse=True)
-        return self.project(self.entries[chosen])[places]
+        return self.project(self.codes[chosen])[places]
 
     def project(self, features: Tensor) -> Tensor:
         """float[R, F] -> float[R, C]: projector((features - shift) * scale)."""
@@ -132,37 +132,37 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def load_codebook(self, codebook: Tensor) -> None:
-        if codebook.shape != self.entries.shape:
-            (k, dim), (size, feature_dim) = codebook.shape, self.entries.shape
+        if codebook.shape != self.codes.shape:
+            (k, dim), (size, feature_dim) = codebook.shape, self.codes.shape
             raise ConfigError(
                 f"the codebook holds {k} codes of {dim} channels, the model expects {size} of {feature_dim}",
                 f"Set model.quantizer.codebook_size={k} and model.quantizer.feature_dim={dim}, or pass another one",
             )
-        self.entries.copy_(codebook)
+        self.codes.copy_(codebook)
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
         """Orthogonal projector, its biases zero; then shift and scale so that projected codes have unit variance."""
         self.check_loaded()
-        self.shift.copy_(self.entries.mean(0))
+        self.shift.copy_(self.codes.mean(0))
         self.scale.fill_(1.0)
         layers = [layer for layer in self.projector if isinstance(layer, nn.Linear)]
         for layer in layers:
             broadcast(nn.init.orthogonal_(layer.weight))
             layer.bias.zero_()
-        projected = self.project(self.entries)
+        projected = self.project(self.codes)
         self.scale.copy_(1 / projected.var(0, unbiased=False).mean().sqrt())
         if len(layers) > 1:  # a ReLU between moves the mean; without biases it is homogeneous, so it scales too
             layers[-1].bias.copy_(-projected.mean(0) * self.scale)
 
     def weights_state(self) -> tuple[int, ...]:
         """Numbers that change whenever a weight of the projection is written in place or replaced."""
-        tensors = (self.entries, self.shift, self.scale, *self.projector.parameters())
+        tensors = (self.codes, self.shift, self.scale, *self.projector.parameters())
         versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         return (*versions, *(tensor.data_ptr() for tensor in tensors))
 
     def check_loaded(self) -> None:
-        if bool(self.entries[0, 0].isnan()):
+        if bool(self.codes[0, 0].isnan()):
             raise ConfigError(
                 "the lc quantizer has no codebook yet",
                 "Pass --codebook DIR (vqpipe kmeans makes one), or set model.quantizer.codebook_init = uniform",

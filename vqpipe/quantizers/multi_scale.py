@@ -129,7 +129,7 @@ class MultiScaleQuantizer(VectorQuantizer):
     def upsampled(self, ids: Tensor, scale: int, layout: TokenLayout) -> Tensor:
         """Ids of one scale int64[B, h_s, w_s] -> its share of the sum, float32[B, C, h, w]."""
         given = (ids >= 0).unsqueeze(1)
-        codes = self.select(ids.clamp(min=0)).permute(0, 3, 1, 2).contiguous() * given
+        codes = self.embed(ids.clamp(min=0)).permute(0, 3, 1, 2).contiguous() * given
         if ids.shape[1:] != layout.grids[-1]:
             codes = F.interpolate(codes, layout.grids[-1], mode="bicubic")
         phi = phi_of(scale, len(layout.grids), len(self.phi_weights))

@@ -146,7 +146,7 @@ class ResidualQuantizer(Quantizer):
 
 def codes_of(table: EmaQuantizer, ids: Tensor) -> Tensor:
     """int64[...] -> codes float32[..., C]; a negative id is the zero vector."""
-    return table.select(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
+    return table.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
 
 
 def restart_dead_codes(table: EmaQuantizer, vectors: Tensor) -> None:
@@ -158,7 +158,7 @@ def restart_dead_codes(table: EmaQuantizer, vectors: Tensor) -> None:
     drawn = broadcast(draw(vectors, len(dead)))
     table.counts[dead] = 1.0
     table.sums[dead] = drawn
-    table.entries[dead] = drawn
+    table.codes[dead] = drawn
 
 
 def draw(vectors: Tensor, count: int) -> Tensor:

@@ -42,7 +42,7 @@ class SimVqQuantizer(FrozenCodebookQuantizer):
             )
         )
         self.config = config
-        nn.init.normal_(self.entries, std=config.code_dim**-0.5)
+        nn.init.normal_(self.codes, std=config.code_dim**-0.5)
         self.projector = nn.Sequential(nn.Linear(config.code_dim, config.code_dim))
 
     def load_codebook(self, codebook: Tensor) -> None:

@@ -34,18 +34,18 @@ class VectorQuantizer(CodebookQuantizer):
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
         bound = 1 / config.codebook_size
-        entries = torch.empty(config.codebook_size, config.code_dim).uniform_(-bound, bound)
-        self.entries = nn.Parameter(self.on_sphere(entries))
+        codes = torch.empty(config.codebook_size, config.code_dim).uniform_(-bound, bound)
+        self.codes = nn.Parameter(self.on_sphere(codes))
 
-    def table(self) -> Tensor:
-        return self.entries.float()
+    def raw_codebook(self) -> Tensor:
+        return self.codes.float()
 
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.entries[ids].float()
+    def raw_embed(self, ids: Tensor) -> Tensor:
+        return self.codes[ids].float()
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
-        self.entries.copy_(self.on_sphere(standardized(self.entries)))
+        self.codes.copy_(self.on_sphere(standardized(self.codes)))
 
 
 def standardized(codes: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class LlamaGen(Family):
 
     def released(self, name: str) -> str:
         """LlamaGen counts the decoder's levels from the lowest resolution up, we count them as the encoder's."""
-        if name == "quantizer.entries":
+        if name == "quantizer.codes":
             return "quantize.embedding.weight"
         for ours, theirs in MIDDLE.items():
             name = name.replace(ours, theirs)

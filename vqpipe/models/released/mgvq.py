@@ -80,7 +80,7 @@ class Mgvq(Family):
 
     def released(self, name: str) -> str:
         if name.startswith(OUR_GROUPS):
-            return TABLE if name.endswith(".entries") else FREQUENCIES
+            return TABLE if name.endswith(".codes") else FREQUENCIES
         return name
 
     def value(self, name: str) -> Tensor | None:

@@ -44,4 +44,4 @@ class Taming(Family):
         return vqgan_config(weights, VqConfig(codebook_size=codebook_size, code_dim=code_dim))
 
     def released(self, name: str) -> str:
-        return name.replace("quantizer.entries", "quantize.embedding.weight")
+        return name.replace("quantizer.codes", "quantize.embedding.weight")

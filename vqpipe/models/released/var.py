@@ -66,4 +66,4 @@ class Var(Family):
         return torch.stack(present) if len(present) == len(parts) else None
 
     def released(self, name: str) -> str:
-        return name.replace("quantizer.entries", "quantize.embedding.weight").replace("quantizer.phi_", f"{PHIS}*.")
+        return name.replace("quantizer.codes", "quantize.embedding.weight").replace("quantizer.phi_", f"{PHIS}*.")

@@ -16,7 +16,7 @@ CLIP_WIDTH = 768
 """Channels of a CLIP ViT-L/14 feature. Codes this wide are frozen features, and meet latents on the unit sphere."""
 OUR_PROJECTOR = "quantizer.projector."
 OUR_NAMES = {
-    "quantizer.entries": "tok_embeddings.weight",
+    "quantizer.codes": "tok_embeddings.weight",
     "quantizer.counts": "cluster_size",
     "quantizer.sums": "embed_avg",
 }
@@ -90,6 +90,6 @@ class VqganLc(Family):
             return torch.zeros(self.codebook_shape()[1])
         if name == "quantizer.scale":
             return torch.ones(())
-        if name == "quantizer.entries" and self.codebook is not None:
+        if name == "quantizer.codes" and self.codebook is not None:
             return self.codebook
         return super().value(name)
