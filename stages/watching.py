@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from vqpipe.data.images import ImageSet
     from vqpipe.losses.objective import Objective
     from vqpipe.models import Autoencoder
-    from vqpipe.reports.evaluation import Shown
     from vqpipe.reports.page import ReportPage
+    from vqpipe.reports.pictures import ImagePair
     from vqpipe.training.config import TrainConfig
     from vqpipe.training.history import Row
     from vqpipe.training.loggers import Logger
@@ -160,7 +160,7 @@ class TokenizerWatcher(Watcher):
         super().__init__(draft, **options)
         self.tokenizer, self.pictures = tokenizer, pictures
         self.validation, self.best, self.throughput = validation, best, throughput
-        self.shown: list[Shown] = []
+        self.shown: list[ImagePair] = []
         self.shown_note = self.counts_note = ""
         self.counts: Tensor | None = None
 
@@ -255,16 +255,15 @@ class Pictures:
         usage.update(quantized.ids)
         return to_uint8(images).cpu(), usage.counts
 
-    def show(self, again: "Tensor") -> "list[Shown]":
+    def show(self, again: "Tensor") -> "list[ImagePair]":
         """Each image and its reconstruction for the page."""
         from vqpipe.metrics.distortion import mean_squared_error, psnr_of
-        from vqpipe.reports.evaluation import Shown
-        from vqpipe.reports.pictures import to_png
+        from vqpipe.reports.pictures import ImagePair, to_png
 
         assert self.originals is not None
         psnr = psnr_of(mean_squared_error(self.originals, again), peak=255.0).tolist()
         pairs = zip(self.names, self.originals, again, psnr, strict=True)
-        return [Shown(name, to_png(a), to_png(b), db if db < float("inf") else None) for name, a, b, db in pairs]
+        return [ImagePair(name, to_png(a), to_png(b), db if db < float("inf") else None) for name, a, b, db in pairs]
 
 
 def train_watched(

@@ -11,8 +11,9 @@ import torch
 
 from vqpipe.reports import page, pictures
 from vqpipe.reports.comparison import comparison_page
-from vqpipe.reports.evaluation import Evaluated, Shown
+from vqpipe.reports.evaluation import Evaluated
 from vqpipe.reports.evaluation_page import evaluation_page
+from vqpipe.reports.pictures import ImagePair
 
 HEIGHT, WIDTH = 48, 64
 COMMAND = "vqpipe eval --images 'my photos' --tokenizer lc --out DIR"
@@ -67,13 +68,13 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Watched]]:
         context.close()
 
 
-def drawn(name: str, number: int, why: Literal["spread", "worst", "best"] = "spread", green: int = 90) -> Shown:
+def drawn(name: str, number: int, why: Literal["spread", "worst", "best"] = "spread", green: int = 90) -> ImagePair:
     """A reddish picture and its bluish reconstruction, so that pixels tell which is seen."""
     rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
     waves = (40 * torch.sin(rows / (2 + number)) * torch.cos(columns / 5)).to(torch.int64)
     original = torch.stack([200 + waves, 90 + waves, 60 + 0 * waves]).clamp(0, 255).to(torch.uint8)
     again = torch.stack([40 + 0 * waves, green + waves // 2, 200 + waves]).clamp(0, 255).to(torch.uint8)
-    return Shown(name, pictures.to_png(original), pictures.to_png(again), 12.5 + number, why)
+    return ImagePair(name, pictures.to_png(original), pictures.to_png(again), 12.5 + number, why)
 
 
 def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> Evaluated:

@@ -12,9 +12,7 @@ from PIL import Image
 
 from vqpipe.reports import page
 from vqpipe.reports.benchmark import benchmark_page
-from vqpipe.reports.evaluation import Shown
-from vqpipe.reports.gallery import Room, triples_of
-from vqpipe.reports.pictures import to_png
+from vqpipe.reports.pictures import ImagePair, error_pictures, to_png
 from vqpipe.reports.training import TrainingRun, training_page
 
 Open = Callable[..., Any]
@@ -304,7 +302,7 @@ def test_a_run_and_a_benchmark_keep_to_the_same_rules(open_page: Open) -> None:
         step=3,
         steps=9,
         rows=rows,
-        shown=[Shown("noise", to_png(image), to_png(image.flip(1)), 9.0)],
+        shown=[ImagePair("noise", to_png(image), to_png(image.flip(1)), 9.0)],
         counts=torch.randint(0, 3, (1, 64)),
         command="vqpipe train",
     )
@@ -354,8 +352,8 @@ def test_a_run_and_a_benchmark_keep_to_the_same_rules(open_page: Open) -> None:
 def test_sixty_pictures_are_all_there(open_page: Open) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 255, (60, 3, 128, 128), dtype=torch.uint8, generator=generator)
-    shown = [Shown(f"noise {i}", to_png(image), to_png(image.roll(1, 1)), 10.0) for i, image in enumerate(noise)]
-    html = page.render(page.ReportPage("many", "", [page.Pictures("Noise", triples_of(shown, Room()))]))
+    shown = [ImagePair(f"noise {i}", to_png(image), to_png(image.roll(1, 1)), 10.0) for i, image in enumerate(noise)]
+    html = page.render(page.ReportPage("many", "", [page.Pictures("Noise", error_pictures(shown))]))
     opened = open_page(html, **DESK)
     assert all_images_loaded(opened)
     assert opened.page.locator(".slide").count() == 60

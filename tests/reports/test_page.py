@@ -1,4 +1,4 @@
-"""The page: one file, nothing loaded, everything escaped, every picture described."""
+"""A page is one file that loads nothing, escapes all text, and describes every picture."""
 
 from html.parser import HTMLParser
 
@@ -6,7 +6,7 @@ import torch
 
 from vqpipe.reports import page, pictures, plots
 
-EVIL = '<img src=x onerror=alert(1)> & "quotes"'
+HOSTILE = '<img src=x onerror=alert(1)> & "quotes"'
 
 
 class Elements(HTMLParser):
@@ -28,7 +28,7 @@ class Elements(HTMLParser):
 def every_section(text: str = "plain") -> page.ReportPage:
     original, again = torch.randint(0, 255, (2, 3, 16, 16), dtype=torch.uint8)
     uri = pictures.data_uri(pictures.to_png(original))
-    error = pictures.data_uri(pictures.error_picture(original, again))
+    error = pictures.data_uri(pictures.error_map(original, again))
     counts = torch.tensor([[3, 0, 1, 7]])
     versions = [page.Version(text, uri, text), page.Version("error", error)]
     leaf = {"kind": "data", "name": text, "content": "a" * 64, "inputs": {}}
@@ -45,7 +45,7 @@ def every_section(text: str = "plain") -> page.ReportPage:
     return page.ReportPage(text, text, sections, text)
 
 
-def test_nothing_is_loaded_from_anywhere() -> None:
+def test_a_page_loads_nothing() -> None:
     elements = Elements(page.render(every_section()))
     for tag, attributes in elements.tags:
         for name in ("src", "href", "srcset", "poster", "action", "data", "xlink:href"):
@@ -54,17 +54,17 @@ def test_nothing_is_loaded_from_anywhere() -> None:
         assert tag not in ("iframe", "object", "embed", "base")
 
 
-def test_names_from_data_cannot_become_elements() -> None:
-    html = page.render(every_section(EVIL))
+def test_names_from_data_are_escaped() -> None:
+    html = page.render(every_section(HOSTILE))
     plain, hostile = Elements(page.render(every_section())), Elements(html)
     assert [tag for tag, _ in hostile.tags if tag in ("img", "script")] == [
         tag for tag, _ in plain.tags if tag in ("img", "script")
     ]
     assert not any("onerror" in attributes for _, attributes in hostile.tags)
-    assert hostile.text.count(EVIL) >= 15
+    assert hostile.text.count(HOSTILE) >= 15
 
 
-def test_every_picture_and_slider_says_what_it_is() -> None:
+def test_every_picture_and_slider_has_a_label() -> None:
     elements = Elements(page.render(every_section()))
     drawn = [attributes for tag, attributes in elements.tags if tag == "img" and attributes.get("src")]
     assert len(drawn) == 4
@@ -73,11 +73,11 @@ def test_every_picture_and_slider_says_what_it_is() -> None:
     assert {"lang": "en"} in [attributes for tag, attributes in elements.tags if tag == "html"]
 
 
-def test_every_kind_of_section_is_on_the_page_used_here() -> None:
+def test_every_kind_of_section_is_tested_here() -> None:
     assert {type(section) for section in every_section().sections} == set(page.Section.__subclasses__())
 
 
-def test_the_page_tells_its_own_size_and_the_way_to_its_sections() -> None:
+def test_a_page_states_its_own_size_and_links_its_sections() -> None:
     html = page.render(every_section())
     assert f"This file: {page.megabytes(len(html.encode()))}," in html
     assert "\0" not in html
@@ -90,7 +90,7 @@ def test_the_page_tells_its_own_size_and_the_way_to_its_sections() -> None:
     assert page.megabytes(12_345_678) == "12.3 MB"
 
 
-def test_a_picture_keeps_its_place_and_a_head_its_spans() -> None:
+def test_pictures_have_a_size_and_tables_a_row_above_the_header() -> None:
     wide = pictures.data_uri(pictures.to_png(torch.zeros(3, 20, 30, dtype=torch.uint8)))
     assert page.Picture("wide", wide, []).size == (30, 20)
     table = page.Table("t", ["", "a", "b"], [["row", "1", "2"]], "one\ntwo", spans=[("", 1), ("both", 2)])

@@ -1,6 +1,8 @@
-"""Pictures, decoded again: what stands where."""
+"""PNG files are decoded again to check where each pixel went."""
 
+import base64
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,40 +11,52 @@ from PIL import Image
 
 from vqpipe.errors import DataError
 from vqpipe.reports import pictures
+from vqpipe.reports.pictures import ImagePair
 
 
 def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def test_a_grid_holds_every_pair_unchanged_and_white_where_there_is_none() -> None:
-    originals, again = torch.randint(0, 255, (2, 5, 3, 64, 80), dtype=torch.uint8)
-    grid = pixels(pictures.reconstruction_grid(originals, again, columns=2))
+def decoded(uri: str) -> bytes:
+    return base64.b64decode(uri.partition(",")[2])
+
+
+def pair(name: str, psnr: float | None, why: Any = "spread", height: int = 8, width: int = 12) -> ImagePair:
+    original = torch.full((3, height, width), 100, dtype=torch.uint8)
+    original[:, height // 2, width // 2] = 200
+    return ImagePair(name, pictures.to_png(original), pictures.to_png(original + 10), psnr, why)
+
+
+def test_a_grid_holds_every_pair_unchanged_on_white() -> None:
+    originals, reconstructions = torch.randint(0, 255, (2, 5, 3, 64, 80), dtype=torch.uint8)
+    grid = pixels(pictures.reconstruction_grid(originals, reconstructions, columns=2))
     height, width = 64 + 2 * pictures.GAP, 2 * 80 + 3 * pictures.GAP
     assert grid.shape == (3 * height, 2 * width, 3)
     left, top = width + pictures.GAP, height + pictures.GAP  # the pair in row 1, column 1: the fourth
     assert np.array_equal(grid[top : top + 64, left : left + 80], originals[3].permute(1, 2, 0))
-    assert np.array_equal(grid[top : top + 64, left + 80 + pictures.GAP :][:, :80], again[3].permute(1, 2, 0))
+    right = grid[top : top + 64, left + 80 + pictures.GAP :][:, :80]
+    assert np.array_equal(right, reconstructions[3].permute(1, 2, 0))
     assert (grid[2 * height :, width:] == 255).all()
 
 
-def test_small_images_are_enlarged_without_new_colours() -> None:
+def test_small_images_are_enlarged_without_interpolation() -> None:
     image = torch.randint(0, 255, (3, 16, 24), dtype=torch.uint8)
-    large = pictures.enlarge(image, smallest_side=64)
+    large = pictures.enlarge(image, min_side=64)
     assert large.shape == (3, 64, 96)
     assert torch.equal(large[:, 2::4, 2::4], image)
 
 
-def test_a_grid_of_nothing_is_refused() -> None:
+def test_an_empty_grid_is_an_error() -> None:
     with pytest.raises(DataError):
         pictures.reconstruction_grid(torch.zeros(0, 3, 8, 8).byte(), torch.zeros(0, 3, 8, 8).byte())
 
 
-def test_the_error_is_dark_where_there_is_none_and_brightest_at_the_peak() -> None:
+def test_the_error_map_goes_from_black_to_the_brightest_at_the_peak() -> None:
     original = torch.zeros(3, 4, 4, dtype=torch.uint8)
     worse = original.clone()
     worse[:, 1, 1], worse[:, 2, 2] = pictures.ERROR_PEAK // 2, pictures.ERROR_PEAK
-    png = Image.open(io.BytesIO(pictures.error_picture(original, worse)))
+    png = Image.open(io.BytesIO(pictures.error_map(original, worse)))
     light = np.asarray(png.convert("RGB")).astype(int).sum(-1)
     assert png.mode == "P"
     assert light[2, 2] == light.max() > light[1, 1] > light[0, 0] == light.min()
@@ -64,9 +78,54 @@ def test_a_codebook_map_shows_each_code_once_in_order() -> None:
     assert (first[:10, 3] == 255).all()
 
 
-def test_the_middle_of_a_large_picture_is_cut_unscaled() -> None:
+def test_the_center_of_a_large_image_is_cropped_unscaled() -> None:
     image = torch.randint(0, 255, (3, 30, 50), dtype=torch.uint8)
     png = pictures.to_png(image)
     assert pictures.png_size(png) == (50, 30)
-    assert torch.equal(pictures.from_png(pictures.cut_middle(png, 20)), image[:, 5:25, 15:35])
-    assert torch.equal(pictures.from_png(pictures.cut_middle(png, 100)), image)
+    assert torch.equal(pictures.from_png(pictures.crop_center(png, 20)), image[:, 5:25, 15:35])
+    assert torch.equal(pictures.from_png(pictures.crop_center(png, 100)), image)
+
+
+def test_galleries_show_the_worst_lowest_first_and_the_best_highest_first() -> None:
+    pairs = [pair("a", 20.0), pair("b", 9.5, "worst"), pair("c", 8.25, "worst"), pair("d", None, "best")]
+    sections: list[Any] = pictures.galleries([*pairs, pair("e", 31.0, "best"), pair("f", 33.0, "best")])
+    assert {section.title: [each.name for each in section.pictures] for section in sections} == {
+        "Originals and reconstructions": ["a"],
+        "The worst images": ["c", "b"],
+        "The best images": ["d", "f", "e"],
+    }
+    assert [each.note for each in sections[2].pictures] == ["", "33.0 dB", "31.0 dB"]
+
+
+def test_a_gallery_holds_the_exact_pixels_and_their_error() -> None:
+    (found,) = pictures.error_pictures([pair("a", 20.0)])
+    reconstruction, error = found.versions
+    assert (reconstruction.label, error.label) == ("reconstruction", "error")
+    assert (pixels(decoded(reconstruction.uri)).astype(int) - pixels(decoded(found.original)) == 10).all()
+    assert len(np.unique(pixels(decoded(error.uri)))) == 1  # 10 everywhere
+    assert found.size == (12, 8)
+
+
+def test_pictures_over_the_budget_are_omitted_and_counted() -> None:
+    pairs = [pair(str(i), 20.0) for i in range(4)]
+    (section,) = pictures.galleries(pairs)
+    whole: Any = section
+    assert "too large" not in whole.caption
+    size = sum(len(decoded(uri)) for each in whole.pictures for uri in (each.original, *(v.uri for v in each.versions)))
+    budget = pictures.PictureBudget(size * 3 // 4)
+    assert [each.name for each in pictures.error_pictures(pairs, budget)] == ["0", "1", "2"]
+    assert budget.note().startswith("1 more would make this file too large")
+
+
+def test_a_large_picture_is_shown_by_its_center_at_full_resolution() -> None:
+    (found,) = pictures.error_pictures([pair("large", 20.0, height=16, width=1500)])
+    assert found.size == (1024, 16)
+    assert found.note == "20.0 dB, center 1024 x 16 of 1500 x 16 pixels; PSNR of the whole"
+    assert (pixels(decoded(found.original))[8, 512] == 200).all()
+
+
+def test_shared_pictures_are_the_originals_that_every_report_shows() -> None:
+    first, second = [pair("a", 20.0), pair("b", 21.0, width=14)], [pair("b", 22.0, width=14), pair("c", 23.0, width=16)]
+    (found,) = pictures.shared_pictures({"lc": first, "fc": second}, pictures.PictureBudget())
+    assert found.name == "b"
+    assert [(version.label, version.note) for version in found.versions] == [("lc", "21.0 dB"), ("fc", "22.0 dB")]

@@ -1,8 +1,10 @@
-"""Plots as SVG: valid, repeatable, in the page's own text colour, with the words of the data escaped."""
+"""Plots are valid SVG, the same bytes each time, in the page's text color, with names escaped."""
 
+import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pytest
 import torch
 
 from vqpipe.reports import plots
@@ -18,19 +20,26 @@ ROWS = [
     }
     for i in range(1, 51)
 ]
+GROWTH = [(1, 0.01, 0.01), (10, 0.05, 0.1), (1000, 0.5, 0.99), (2000, 0.6, 1.0)]
+REPLACED = {"replaced": (np.array([1.0, 50.0]), np.array([30.0, 25.0]))}
 
 
-def test_one_run_shows_all_its_losses_and_several_their_totals() -> None:
-    one = plots.training_curves(ROWS)
-    assert [plot.title.split()[0] for plot in one] == ["Loss", "PSNR", "Codes"]
+def texts(plot: plots.Plot) -> list[str]:
+    return ["".join(node.itertext()) for node in ET.fromstring(plot.svg).iter() if node.tag.endswith("text")]
+
+
+def test_training_curves_of_one_run_show_each_loss_term_and_of_several_the_total() -> None:
+    one = plots.training_curves({"": ROWS})
+    assert [plot.title for plot in one] == ["Loss", "PSNR in training, dB", "Utilization in training"]
     assert "total ends at 0.06, l1 ends at 0.04" in one[0].alt
     assert "100.0%" in one[2].alt
     several = plots.training_curves({"lc": ROWS, "fc": ROWS[:9]})
     assert several[0].alt == "lc ends at 0.06, fc ends at 0.3333"
-    assert plots.training_curves([{"step": 1}]) == []
+    assert plots.training_curves({"": [{"step": 1}]}) == []
+    assert plots.training_curves({}) == []
 
 
-def test_drawings_are_svg_of_the_same_bytes_each_time_and_take_the_text_colour() -> None:
+def test_svg_is_reproducible_and_takes_the_text_color() -> None:
     counts = torch.tensor([[5, 0, 2, 9]])
     first, second = (plots.code_frequency(counts).svg for _ in range(2))
     assert first == second
@@ -39,35 +48,94 @@ def test_drawings_are_svg_of_the_same_bytes_each_time_and_take_the_text_colour()
     assert plots.INK not in first
 
 
-def test_ids_of_two_drawings_do_not_meet() -> None:
-    drawings = [*plots.training_curves(ROWS), plots.code_frequency(torch.tensor([[1, 2]])), plots.bars("a", {"b": 1.0})]
-    ids = [{node.get("id") for node in ET.fromstring(plot.svg).iter()} - {None} for plot in drawings]
+def test_ids_of_plots_on_one_page_are_distinct() -> None:
+    drawn = [*plots.training_curves({"": ROWS}), plots.code_frequency(torch.tensor([[1, 2]]))]
+    drawn += [plots.bars("a", {"b": 1.0}), plots.rate_distortion({"a": (0.1, 20.0)})]
+    ids = [{node.get("id") for node in ET.fromstring(plot.svg).iter()} - {None} for plot in drawn]
     assert len(set().union(*ids)) == sum(map(len, ids))
 
 
-def test_names_are_printed_not_typeset_and_cannot_become_elements() -> None:
-    drawing = ET.fromstring(plots.bars("use", {"<script>$x$</script>": 0.5}, share=True).svg)
+@pytest.mark.parametrize("plot", ["bars", "rate_distortion", "code_frequency"])
+def test_names_are_escaped_and_not_typeset(plot: str) -> None:
+    name = "<script>$x$</script>"
+    values = {"bars": 0.5, "rate_distortion": (0.1, 20.0), "code_frequency": torch.tensor([[1, 2]])}[plot]
+    arguments = ("use", {name: values}) if plot == "bars" else ({name: values, "other": values},)
+    drawing = ET.fromstring(getattr(plots, plot)(*arguments).svg)
     assert not [node for node in drawing.iter() if node.tag.endswith("script")]
-    assert "<script>$x$</script>" in ["".join(node.itertext()) for node in drawing.iter() if node.tag.endswith("text")]
+    assert name in ["".join(node.itertext()) for node in drawing.iter() if node.tag.endswith("text")]
 
 
-def test_frequency_says_the_share_in_use_and_draws_empty_groups() -> None:
+def test_code_frequency_states_the_utilization_and_accepts_unused_groups() -> None:
     counts = torch.zeros(2, 8, dtype=torch.int64)
     counts[0, :4] = 3
     assert plots.code_frequency(counts).alt == "group 1 uses 50.0% of 8 codes, group 2 uses 0.0% of 8 codes"
-    assert (
-        plots.code_frequency({"a": counts, "b": counts[:1]}).alt == "a uses 25.0% of 16 codes, b uses 50.0% of 8 codes"
-    )
+    several = plots.code_frequency({"a": counts, "b": counts[:1]})
+    assert several.alt == "a uses 25.0% of 16 codes, b uses 50.0% of 8 codes"
     plots.code_frequency(torch.zeros(1, 8, dtype=torch.int64))
 
 
-def test_long_series_are_thinned_with_their_ends_kept() -> None:
+def test_series_are_thinned_with_both_ends_and_skip_what_is_not_finite() -> None:
     x, _ = plots.series([{"images_seen": i, "psnr": 1.0} for i in range(10_000)], "psnr")
-    assert len(x) <= plots.MOST_POINTS
+    assert len(x) <= plots.MAX_POINTS
     assert (x[0], x[-1]) == (0, 9_999)
-    assert (
-        len(plots.series([{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}], "psnr")[0]) == 0
-    )
-    places = plots.thinned(1_000_000)
+    rows = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]
+    assert len(plots.series(rows, "psnr")[0]) == 0
+    places = plots.thinned(1_000_000, logarithmic=True)
     assert (places[0], places[-1]) == (0, 999_999)
     assert (np.diff(places) > 0).all()
+
+
+def test_usage_growth_is_compared_with_uniform_codes() -> None:
+    plot, without = plots.usage_growth(GROWTH, budgets=[500, 5000]), plots.usage_growth(GROWTH)
+    nearly = plots.usage_growth([(1, 0.01, 0.01), (10, 0.5, 0.999999)])
+    assert plot is not None
+    assert without is not None
+    assert nearly is not None
+    assert plot.alt == "60.00% of the codes after 2,000 tokens, 100.00% with codes drawn uniformly"
+    assert {"this tokenizer", "uniform codes", "1,000", "100%"} <= set(texts(plot))
+    assert plot.svg.count("<path") == without.svg.count("<path") + 1  # only the budget inside the curve
+    assert nearly.alt.endswith("99.99% with codes drawn uniformly")  # not rounded up to all
+    assert plots.usage_growth([]) is None
+
+
+def test_a_level_is_drawn_with_its_name() -> None:
+    plot = plots.line_plot("PSNR", REPLACED, xlabel="k", level=("reconstruction", 31.5), xscale="log")
+    without = plots.line_plot("PSNR", REPLACED, xlabel="k", level=("reconstruction", None), xscale="log")
+    assert plot is not None
+    assert without is not None
+    assert plot.alt == "replaced ends at 25, reconstruction 31.5"
+    assert without.alt == "replaced ends at 25"
+    assert "reconstruction" in texts(plot)
+    assert plots.line_plot("PSNR", {"replaced": (np.zeros(0), np.zeros(0))}, xlabel="k") is None
+
+
+def test_scatter_draws_every_point_and_the_smallest_class_on_top() -> None:
+    few, many = np.zeros((3, 2)), np.ones((7, 2))
+    plot = plots.scatter("t", {"in use": few, "not in use": many}, "caption")
+    assert plot.alt == "in use (3), not in use (7)"
+    assert plot.svg == plots.scatter("t", {"in use": few, "not in use": many}, "caption").svg
+    fills = [plot.svg.index(color) for color in (plots.COLORS[1], plots.COLORS[0])]
+    assert fills == sorted(fills)
+    assert plot.svg.count("<use") == 3 + 7 + 2  # and two in the legend
+    plots.scatter("t", {"in use": few, "not in use": many[:0]})
+
+
+def test_rate_distortion_lists_every_tokenizer_and_continuous_latents_apart() -> None:
+    points = {f"tokenizer {number}": (0.05 * 1.3**number, 18.0 + number % 5) for number in range(12)}
+    plot = plots.rate_distortion({**points, "sd-vae": (None, 23.0)})
+    assert {*points, "sd-vae"} <= set(texts(plot))
+    assert "tokenizer 0 18.00 dB at 0.05" in plot.alt
+    assert "sd-vae 23.00 dB with continuous latents" in plot.alt
+    assert "one" in texts(plots.rate_distortion({"one": (0.1, 20.0)}))
+
+
+def test_k_curves_state_every_k_and_are_absent_where_nothing_was_measured() -> None:
+    rows = [{"groups": k, "bits_per_pixel": 0.05 * k, "psnr": 12.0 + 4 * k, "ssim": 0.2 * k} for k in (1, 2, 3)]
+    psnr, ssim = plots.k_curves({"mgvq": rows})
+    assert psnr.alt == "k = 1: 16, k = 2: 20, k = 3: 24"
+    assert {"1", "2", "3"} <= set(texts(psnr))
+    assert "0.6" in ssim.alt
+    both = plots.k_curves({"mgvq": rows, "rq": rows[:2]})[0]
+    assert "rq: k = 1: 16, k = 2: 20" in both.alt
+    assert not set(re.findall(r'id="([^"]+)"', psnr.svg)) & set(re.findall(r'id="([^"]+)"', ssim.svg))
+    assert plots.k_curves({"same": [{"groups": 1, "bits_per_pixel": 0.1}]}) == []

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from vqpipe.reports import page
-from vqpipe.reports.evaluation import Shown
-from vqpipe.reports.pictures import to_png
+from vqpipe.reports.pictures import ImagePair, to_png
 from vqpipe.reports.training import TrainingRun, latest, training_page
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2}
@@ -84,7 +83,7 @@ def test_pictures_codes_and_settings_are_in_the_page_which_loads_nothing() -> No
     text = html(
         name="<lc>",
         rows=[row(10)],
-        shown=[Shown("a & b", to_png(pixels), to_png(pixels + 10), 28.1)],
+        shown=[ImagePair("a & b", to_png(pixels), to_png(pixels + 10), 28.1)],
         shown_note="Held-out images, reconstructed at step 20.",
         counts=torch.tensor([[5, 0, 3, 0]]),
         counts_note="On 64 held-out images, at step 20.",

@@ -17,7 +17,7 @@ from vqpipe import distributed
 from vqpipe.analysis.base import Analysis, Subject, left_out
 from vqpipe.analysis.codes import codebooks, feature_codebooks
 from vqpipe.metrics.usage import CodeUsage
-from vqpipe.reports import page, points
+from vqpipe.reports import page, plots
 
 MOST_CODES = 2000
 """Codes drawn over all groups of one map kind, at the most: t-SNE takes seconds for a thousand."""
@@ -81,7 +81,7 @@ class Embedding(Analysis):
             some = f"; {len(active):,} of them drawn (seed {result['seed']})" if len(active) < size else ""
             caption = f"t-SNE. {share}{some}. Distances between far groups of points mean little."
             kinds = {"in use": places[active], "not in use": places[~active]}
-            drawings.append(points.scatter(f"{title}, group {group + 1}" if several else title, kinds, caption))
+            drawings.append(plots.scatter(f"{title}, group {group + 1}" if several else title, kinds, caption))
         return [page.Plots("Codes in use among the others", drawings)]
 
 

@@ -11,6 +11,7 @@ Letters: B images of H x W pixels, N ids an image, G groups, K codes a group.
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from vqpipe.analysis.base import Analysis, Subject, left_out, lot
@@ -18,7 +19,7 @@ from vqpipe.analysis.codes import Neighbours
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.distortion import Distortion, mean_squared_error, psnr_of
-from vqpipe.reports import page, pictures, plots, points
+from vqpipe.reports import page, pictures, plots
 
 RANKS = (1, 50, 100, 1000)
 """The paper's k."""
@@ -109,14 +110,16 @@ class Replacement(Analysis):
         ]
 
     def _curve(self, rows: Sequence[Mapping[str, Any]]) -> plots.Plot:
-        curve = [(row["k"], row["psnr"]) for row in rows[1:] if "psnr" in row]
-        return points.lines(
+        curve = np.array([[row["k"], row["psnr"]] for row in rows[1:]]).T
+        plot = plots.line_plot(
             "PSNR with every token replaced, dB",
-            {"replaced": curve},
-            xlabel="k, of the k-th nearest other code",
-            level=("tokens as they are", rows[0].get("psnr")),
-            logarithmic=True,
+            {"replaced": (curve[0], curve[1])},
+            xlabel="k of the k-th nearest other code",
+            xscale="log",
+            level=("reconstruction", rows[0]["psnr"]),
         )
+        assert plot is not None
+        return plot
 
     def _keep_examples(self, keys: Sequence[str], originals: Tensor, versions: Sequence[Tensor]) -> None:
         for i, key in enumerate(keys):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vqpipe.reports import page
-from vqpipe.reports.plots import INK, STYLE, Plot, colour, plain, plain_logarithmic, to_svg
+from vqpipe.reports.plots import INK, STYLE, Plot, color, plain_numbers, to_svg, untypeset
 
 SUBJECTS = {
     "search": "Nearest code",
@@ -254,16 +254,16 @@ def drawing(case: Table) -> Plot:
         floor = case["facts"].get("flop_floor_ms")
         left = min(left, floor / 1.6) if floor else left
         for place, row, (wall, cpu) in zip(places, rows, shown, strict=True):
-            ink = colour(0 if row["ours"] else 1)
+            ink = color(0 if row["ours"] else 1)
             axes.plot([left, wall], [place, place], color=ink, linewidth=1.0, alpha=0.5)
             axes.plot(cpu, place, "o", color=ink, markerfacecolor="none", markersize=6)
             axes.plot(wall, place, "o", color=ink, markersize=4.5)
-            axes.text(left, place + 0.16, f" {plain(row['name'])}: {number(row['wall_ms'])} ms", va="bottom")
+            axes.text(left, place + 0.16, f" {untypeset(row['name'])}: {number(row['wall_ms'])} ms", va="bottom")
         if floor:
             axes.axvline(floor, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
         right = max(max(pair) for pair in shown)
         axes.set(xscale="log", xlim=(left, max(right, left * 8) * 1.6), ylim=(-0.5, len(rows) - 0.25), xlabel="ms")
-        plain_logarithmic(axes.xaxis)
+        plain_numbers(axes.xaxis)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         svg = to_svg(figure, case["title"])

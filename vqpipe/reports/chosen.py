@@ -9,8 +9,7 @@ from torch import Tensor
 from vqpipe.distributed import gather_objects
 from vqpipe.metrics.extremes import Extremes
 from vqpipe.metrics.state import Accumulator, State
-from vqpipe.reports.evaluation import Shown
-from vqpipe.reports.pictures import to_png
+from vqpipe.reports.pictures import ImagePair, to_png
 
 
 class ChosenPictures(Accumulator):
@@ -19,8 +18,8 @@ class ChosenPictures(Accumulator):
 
     def __init__(self, num_images: int, num_spread: int, num_extremes: int) -> None:
         self.places = {number * num_images // num_spread for number in range(num_spread)}
-        self.spread: list[Shown] = []
-        self.extremes: Extremes[Shown] = Extremes(num_extremes)
+        self.spread: list[ImagePair] = []
+        self.extremes: Extremes[ImagePair] = Extremes(num_extremes)
 
     def update(
         self, keys: Sequence[str], places: Sequence[int], originals: Tensor, again: Tensor, psnr: Sequence[float]
@@ -37,12 +36,12 @@ class ChosenPictures(Accumulator):
         return {"spread": [astuple(shown) for shown in self.spread], **rows}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.spread = [Shown(*shown) for shown in state["spread"]]
+        self.spread = [ImagePair(*shown) for shown in state["spread"]]
         sides = ("lowest", "highest")
-        lowest, highest = ([(score, at, Shown(*shown)) for score, at, *shown in state[side]] for side in sides)
+        lowest, highest = ([(score, at, ImagePair(*shown)) for score, at, *shown in state[side]] for side in sides)
         self.extremes.lowest, self.extremes.highest = lowest, highest
 
-    def result(self) -> list[Shown]:
+    def result(self) -> list[ImagePair]:
         """What is shown, of all ranks, which all call it: in the set's order, then the worst and the best, from the
         first on."""
         self.extremes.choose()
@@ -57,6 +56,6 @@ class ChosenPictures(Accumulator):
         ]
 
 
-def picture(name: str, original: Tensor, again: Tensor, psnr: float) -> Shown:
+def picture(name: str, original: Tensor, again: Tensor, psnr: float) -> ImagePair:
     """uint8[3, H, W] twice; an infinite PSNR (equal images) is left out."""
-    return Shown(name, to_png(original), to_png(again), psnr if psnr < float("inf") else None)
+    return ImagePair(name, to_png(original), to_png(again), psnr if psnr < float("inf") else None)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vqpipe.metrics.usage import BUDGETS, times_chosen
-from vqpipe.reports import page, pictures, plots, points
+from vqpipe.reports import page, pictures, plots
 from vqpipe.reports.evaluation import Evaluated
 
 MOST_MAPPED = 2**22
@@ -29,7 +29,7 @@ CEILING = (
 def sections_on_codes(evaluated: Evaluated) -> list[page.Section]:
     """The map and frequencies of the codes, then what is measured of their use."""
     maps, drawings = maps_of([evaluated]), [plots.code_frequency(evaluated.counts)]
-    if growth := points.usage_growth(evaluated.metrics.get("utilization_curve", ()), BUDGETS):
+    if growth := plots.usage_growth(evaluated.metrics.get("utilization_curve", ()), BUDGETS):
         drawings.append(growth)
     sections: list[page.Section] = [page.Maps("Which codes are in use", maps, MAP_CAPTION if maps else "", drawings)]
     if rows := evaluated.metrics.get("utilization_at"):

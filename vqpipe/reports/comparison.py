@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vqpipe.reports import page, plots, rates
+from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import (
     MEASURES,
@@ -19,9 +19,9 @@ from vqpipe.reports.evaluation import (
     with_unit,
     written,
 )
-from vqpipe.reports.gallery import Room, side_by_side
 from vqpipe.reports.grouping import Group, named_groups
 from vqpipe.reports.papers import PaperRow, paper_row
+from vqpipe.reports.pictures import PictureBudget, shared_pictures
 
 HEADLINES = (*MEASURES[:NUM_HEADLINES], *(m for m in MEASURES if m.key == "lpips"))
 ACROSS = tuple(m for key in ("rfid", "psnr") for m in MEASURES if m.key == key)
@@ -34,11 +34,11 @@ def comparison_page(evaluations: Sequence[Evaluated], title: str, footer: str = 
     groups = named_groups(evaluations)
     sections: list[page.Section] = [*across_sets(groups), *(headline(group) for group in groups)]
     sections += printed_in_papers(evaluations)
-    room = Room()
+    room = PictureBudget()
     for sharing in by_images(groups).values():
         of = f" ({sharing[0].images})" if len(by_images(groups)) > 1 else ""
         sections += quality_against_bits(sharing[0].members, f"{of}, protocol {sharing[0].protocol}")
-        if together := side_by_side(sharing[0].members, room):
+        if together := shared_pictures({e.name: e.shown for e in sharing[0].members}, room):
             sections.append(page.Pictures(f"The same images, reconstructed by each{of}", together, room.note()))
         if maps := maps_of(sharing[0].members):
             sections.append(page.Maps(f"Which codes are in use{of}", maps, MAP_CAPTION))
@@ -167,8 +167,8 @@ def quality_against_bits(evaluations: Sequence[Evaluated], of: str = "") -> list
     prefixes = {e.name: e.metrics["prefixes"] for e in evaluations if "prefixes" in e.metrics}
     sections: list[page.Section] = []
     if any(bits is not None for bits, _ in points.values()):
-        sections.append(page.Plots(f"Quality against bits{of}", [rates.rate_distortion(points)]))
-    if curves := rates.k_curves(prefixes):
+        sections.append(page.Plots(f"Quality against bits{of}", [plots.rate_distortion(points)]))
+    if curves := plots.k_curves(prefixes):
         sections.append(page.Plots(f"From the first groups only{of}", curves))
     return sections
 
@@ -179,7 +179,7 @@ def codes_and_training(alike: Sequence[Evaluated], all_of_them: Sequence[Evaluat
     used = {evaluated.name: evaluated.metrics["utilization"] for evaluated in discrete}
     number = alike[0].metrics["num_images"]
     drawn = [
-        plots.bars("Codes in use", used, f"Share chosen at least once over all {number:,} images.", share=True),
+        plots.bars("Codes in use", used, f"Share chosen at least once over all {number:,} images."),
         plots.code_frequency({evaluated.name: evaluated.counts for evaluated in discrete}),
     ]
     logged = {evaluated.name: evaluated.history for evaluated in all_of_them if evaluated.history}

@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.metrics.usage import MOST_COUNTERS, as_rows, from_rows
+from vqpipe.reports.pictures import ImagePair
 
 Row = Mapping[str, Any]
 
@@ -69,18 +70,6 @@ FRECHET = "Frechet distance over the extractor named; no FID"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One picture of a report, as PNG files."""
-
-    name: str
-    original: bytes
-    reconstruction: bytes
-    psnr: float | None = None
-    why: Literal["spread", "worst", "best"] = "spread"
-    """Shown as one of those evenly spread over the set, or for its PSNR."""
-
-
-@dataclass(frozen=True)
 class Evaluated:
     """A tokenizer's evaluation: what `metrics.json`, `counts.npy`, `pictures/` and the manifest of its report hold."""
 
@@ -88,7 +77,7 @@ class Evaluated:
     metrics: Mapping[str, Any]
     counts: Tensor
     """int64[G, K], sparse for very large codebooks; [0, 0] for continuous latents."""
-    shown: Sequence[Shown] = ()
+    shown: Sequence[ImagePair] = ()
     history: Sequence[Row] = ()
     """The log of the tokenizer's training, where there is one."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
@@ -114,7 +103,7 @@ def open_evaluation(report: Artifact) -> Evaluated:
     log = report.file("training.jsonl").read_text(encoding="utf-8") if report.names("training.jsonl") else ""
     notes = metrics.get("pictures", [])
     shown = [
-        Shown(
+        ImagePair(
             note["name"],
             report.file(f"{stem}-original.png").read_bytes(),
             again.read_bytes(),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vqpipe.reports import page, plots, rates
+from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import num_used, sections_on_codes
 from vqpipe.reports.evaluation import (
     MEASURES,
@@ -21,8 +21,8 @@ from vqpipe.reports.evaluation import (
     with_unit,
     written,
 )
-from vqpipe.reports.gallery import galleries
 from vqpipe.reports.papers import PaperRow, paper_row
+from vqpipe.reports.pictures import galleries
 
 FIXED = {
     "crop": "crop",
@@ -51,9 +51,9 @@ def evaluation_page(
         sections += sections_on_codes(evaluated)
     if prefixes := metrics.get("prefixes"):
         sections.append(prefix_table(prefixes, metrics))
-        sections.append(page.Plots("Quality against bits", rates.k_curves({evaluated.name: prefixes})))
+        sections.append(page.Plots("Quality against bits", plots.k_curves({evaluated.name: prefixes})))
     sections += analyses
-    if curves := plots.training_curves(evaluated.history):
+    if curves := plots.training_curves({"": evaluated.history}):
         sections.append(page.Plots("How it was trained", curves))
     sections += [every_number(view, metrics) for view in views]
     if metrics["not_computed"]:

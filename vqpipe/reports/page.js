@@ -1,9 +1,6 @@
 "use strict";
 
-// All of a page's script in one file, beyond the 300 lines of other files: a page carries it inside itself, without a
-// build step, and the cards, the large view and the choices of a gallery share the few helpers below.
-
-// ---- The original uncovered over another picture: cards ----
+// ---- Cards: a slider between an original and one of its versions ----
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
@@ -14,15 +11,15 @@ const element = (tag, name, text = "") => {
   return made;
 };
 
-// What an arrow, a page key, Home or End makes of a slider's percentage; null for any other key.
-const moved = (key, percent, shift) => {
+// The percentage of a slider after a key; null for a key that does not move it.
+const percentAfter = (key, percent, shift) => {
   const step = shift ? 10 : 2;
   const to = { ArrowLeft: percent - step, ArrowDown: percent - step, ArrowRight: percent + step, ArrowUp: percent + step,
                PageDown: percent - 10, PageUp: percent + 10, Home: 0, End: 100 }[key];
   return to === undefined ? null : clamp(to, 0, 100);
 };
 
-const tell = (slider, percent, label) => {
+const setValue = (slider, percent, label) => {
   slider.setAttribute("aria-valuenow", Math.round(percent));
   slider.setAttribute("aria-valuetext", `${Math.round(percent)} % original, the rest ${label}`);
 };
@@ -42,13 +39,13 @@ class Card {
     this.choose(0);
   }
 
-  // The two large pictures: not while the page loads, so that one with many is there at once.
+  // Add the two large pictures: after the page has loaded, so that a page of many pictures opens at once.
   fill() {
     if (this.slide || !this.versions.length) return;
     this.slide = element("div", "slide");
     this.slide.tabIndex = 0;
     for (const [name, value] of [["role", "slider"], ["aria-valuemin", 0], ["aria-valuemax", 100],
-                                 ["aria-label", `${this.name}: how much of the original is uncovered`]])
+                                 ["aria-label", `${this.name}: share of the original`]])
       this.slide.setAttribute(name, value);
     this.after = element("img", "after");
     this.before = element("img", "before");
@@ -64,7 +61,7 @@ class Card {
     this.frame.append(this.slide, element("span", "tag left", "original"), this.tag, enlarge);
     this.listen();
     this.choose(this.chosen);
-    this.uncover(this.percent);
+    this.slideTo(this.percent);
     this.frame.classList.toggle("pixels", this.frame.clientWidth >= 2 * this.original.naturalWidth);
   }
 
@@ -73,7 +70,7 @@ class Card {
     let from = null, dragged = false;
     const follow = (event) => {
       const box = slide.getBoundingClientRect();
-      this.uncover(clamp((100 * (event.clientX - box.left)) / box.width, 0, 100));
+      this.slideTo(clamp((100 * (event.clientX - box.left)) / box.width, 0, 100));
     };
     slide.addEventListener("pointerdown", (event) => {
       if (event.button !== 0) return;
@@ -93,8 +90,8 @@ class Card {
     });
     slide.addEventListener("keydown", (event) => {
       if (event.altKey || event.ctrlKey || event.metaKey) return;
-      const to = moved(event.key, this.percent, event.shiftKey);
-      if (to !== null) this.uncover(to);
+      const to = percentAfter(event.key, this.percent, event.shiftKey);
+      if (to !== null) this.slideTo(to);
       else if (event.key === "Enter") large.show(this);
       else return;
       event.preventDefault();
@@ -113,13 +110,13 @@ class Card {
     this.after.src = picture.src;
     this.after.alt = picture.alt;
     this.tag.textContent = this.label();
-    tell(this.slide, this.percent, this.label());
+    setValue(this.slide, this.percent, this.label());
   }
 
-  uncover(percent) {
+  slideTo(percent) {
     this.percent = percent;
     this.frame.style.setProperty("--x", `${percent}%`);
-    tell(this.slide, percent, this.label());
+    setValue(this.slide, percent, this.label());
   }
 }
 
@@ -134,7 +131,7 @@ class Large {
     this.points = new Map();
     this.percent = 50;
     const acts = {
-      before: () => this.go(-1), next: () => this.go(1), in: () => this.zoom(1.5), out: () => this.zoom(1 / 1.5),
+      previous: () => this.go(-1), next: () => this.go(1), in: () => this.zoom(1.5), out: () => this.zoom(1 / 1.5),
       fit: () => this.fit(), pixels: () => this.zoom(1 / this.size), close: () => dialog.close(),
     };
     for (const button of dialog.querySelectorAll("[data-do]")) button.addEventListener("click", acts[button.dataset.do]);
@@ -176,7 +173,7 @@ class Large {
     this.fit();
   }
 
-  // Number -1 is the original alone; others lie under it, uncovered from the line on.
+  // Version -1 is the original alone; the others show to the right of the line.
   choose(number) {
     this.chosen = number;
     const version = this.card.versions[number], alone = number < 0;
@@ -225,7 +222,7 @@ class Large {
     this.draw();
   }
 
-  uncover(percent) {
+  slideTo(percent) {
     this.percent = clamp(percent, 0, 100);
     this.draw();
   }
@@ -240,7 +237,7 @@ class Large {
     this.sheet.classList.toggle("pixels", this.size * devicePixelRatio > 1);
     this.line.style.left = `${clamp(this.x + (width * this.percent) / 100, 0, clientWidth)}px`;
     this.scale.textContent = `${Math.round(100 * this.size)} %`;
-    tell(this.handle, this.percent, this.right.textContent);
+    setValue(this.handle, this.percent, this.right.textContent);
   }
 
   press(event) {
@@ -255,7 +252,7 @@ class Large {
     const others = [...this.points.values()].filter((other) => other !== point);
     if (point.divides) {
       const left = this.field.getBoundingClientRect().left;
-      this.uncover((100 * (event.clientX - left - this.x)) / (this.size * this.width));
+      this.slideTo((100 * (event.clientX - left - this.x)) / (this.size * this.width));
     } else if (others.length) {  // two fingers
       const apart = (x, y) => Math.hypot(x - others[0].x, y - others[0].y);
       this.zoom(apart(event.clientX, event.clientY) / Math.max(apart(point.x, point.y), 1),
@@ -266,9 +263,9 @@ class Large {
 
   key(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    const percent = event.target === this.handle ? moved(event.key, this.percent, event.shiftKey) : null;
+    const percent = event.target === this.handle ? percentAfter(event.key, this.percent, event.shiftKey) : null;
     const arrows = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] }[event.key];
-    if (percent !== null) this.uncover(percent);
+    if (percent !== null) this.slideTo(percent);
     else if (arrows && event.shiftKey) this.move(...arrows);
     else if (event.key === "ArrowRight" || event.key === "ArrowDown") this.go(1);
     else if (event.key === "ArrowLeft" || event.key === "ArrowUp") this.go(-1);
@@ -306,15 +303,15 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     button.setAttribute("aria-pressed", String(cards.every((each) => each.chosen === number))));
   cards[0]?.onchoice();
   choices.hidden = labels.length < 2;
-  bar.querySelector(".hint").hidden = gallery !== document.querySelector(".gallery");  // said once a page
+  bar.querySelector(".hint").hidden = gallery !== document.querySelector(".gallery");  // once a page
   bar.hidden = !labels.length;
   empty.push(...cards);
 }
 fillNext();
 
-// ---- Copying a command, and the button for light and dark ----
+// ---- Copy buttons and the color theme ----
 
-// A page opened as a file may have no clipboard of its own: then the text is selected and copied as by hand.
+// A page opened as a file may have no clipboard access: then select the text and copy the selection.
 const copy = async (code) => {
   try {
     await navigator.clipboard.writeText(code.textContent);
@@ -339,7 +336,7 @@ const theme = document.querySelector(".theme"), themes = ["", "dark", "light"];
 const paint = (name) => {
   document.documentElement.dataset.theme = name;
   theme.textContent = name ? `${name[0].toUpperCase()}${name.slice(1)}` : "Auto";
-  theme.setAttribute("aria-label", `Colours: ${name || "as the system"}`);
+  theme.setAttribute("aria-label", `Color theme: ${name || "system"}`);
 };
 theme.hidden = false;
 theme.addEventListener("click", () => paint(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % 3]));

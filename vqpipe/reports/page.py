@@ -1,8 +1,8 @@
-"""One HTML file that opens offline: everything inside it, nothing loaded, readable on a phone and in the dark.
+"""The HTML frame of every report: one self-contained file that opens offline, on a phone and in dark mode too.
 
-A page is a title and a list of sections; each kind of section is a dataclass here and a block of the same name in
-`page.html.j2`, which takes in `page.css` and `page.js`. All text is escaped by jinja2; what is marked safe is SVG drawn
-by `plots`. Without JavaScript everything is still there to read; sliders, the large view and copying need it.
+A page is a title and a list of sections. Each kind of section is a dataclass here and a macro of the same name in
+`page.html.j2`, which includes `page.css` and `page.js`. jinja2 escapes all text; only the SVG of `plots` is marked as
+safe. The page is complete without JavaScript, except for sliders, the large view and copy buttons.
 """
 
 import base64
@@ -16,24 +16,24 @@ from markupsafe import Markup
 
 from vqpipe.reports.plots import Plot
 
-SIZE_HERE = "\0size of this file\0"
-"""Stands where the page tells its size, until it is known; no text of a page holds a NUL."""
-MOST_UNLISTED = 4
+FILE_SIZE = "\0file size\0"
+"""Placeholder of the file's own size."""
+MAX_UNLISTED = 4
 """Sections up to which a page has no table of contents."""
-MOST_OPEN = 18
-"""Sections up to which the table of contents stands open."""
+MAX_EXPANDED = 18
+"""Sections up to which the table of contents is expanded."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a heading; `block` names its macro in the template."""
+    """A part of a page under a heading; `block` is the name of its macro in the template."""
 
     block: ClassVar[str]
 
 
 @dataclass(frozen=True)
 class Number:
-    """One headline number: `22.1`, its unit, and the convention it was measured by."""
+    """A headline number, its unit, and a note on how it was measured."""
 
     label: str
     value: str
@@ -43,7 +43,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Numbers(Section):
-    """Headline numbers, large."""
+    """Headline numbers in large type."""
 
     block = "numbers"
     title: str
@@ -53,7 +53,7 @@ class Numbers(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell; `best` sets it off."""
+    """A table cell; `best` highlights it."""
 
     text: str
     best: bool = False
@@ -61,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table(Section):
-    """Rows of cells under a header; the first column names the row."""
+    """Rows of cells under a header; the first column is the name of the row."""
 
     block = "table"
     title: str
@@ -69,16 +69,16 @@ class Table(Section):
     rows: Sequence[Sequence[str | Cell]]
     caption: str = ""
     folded: bool = False
-    """Shown on request only."""
+    """Collapsed at first."""
     prose: Sequence[str] = ()
-    """Columns of words rather than numbers."""
+    """Columns of text rather than numbers."""
     spans: Sequence[tuple[str, int]] = ()
-    """A line over the header: (text, over how many columns), left to right."""
+    """A row above the header: (text, number of columns), left to right."""
 
 
 @dataclass(frozen=True)
 class Map:
-    """Which codes one tokenizer uses, as a picture (`pictures.codebook_map`, a data URI)."""
+    """A picture with a heading, such as a codebook map; `uri` is a data URI."""
 
     name: str
     uri: str
@@ -88,7 +88,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Maps(Section):
-    """Codebook maps side by side, and drawings beside them."""
+    """Pictures side by side, followed by plots."""
 
     block = "maps"
     title: str
@@ -99,7 +99,7 @@ class Maps(Section):
 
 @dataclass(frozen=True)
 class Version:
-    """What stands beside an original: a reconstruction, or its error; `uri` is a data URI."""
+    """A reconstruction of an original, or its error map; `uri` is a data URI."""
 
     label: str
     uri: str
@@ -108,7 +108,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Picture:
-    """An original and its versions, all PNG files of one size; `original` is a data URI."""
+    """An original and its versions, PNG files of the same size; `original` is a data URI."""
 
     name: str
     original: str
@@ -117,14 +117,14 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), pixels, from the head of the PNG file: the page keeps the place of pictures to come."""
-        head = base64.b64decode(self.original.partition(",")[2][:32])
-        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+        """(width, height) in pixels, from the PNG header, so that the layout is fixed before images load."""
+        header = base64.b64decode(self.original.partition(",")[2][:32])
+        return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
 @dataclass(frozen=True)
 class Pictures(Section):
-    """Originals beside their versions; a slider uncovers one under the other, and a large view shows every pixel.
+    """Originals with their versions, compared by a slider, and in a large view that zooms.
 
     All pictures of a section have the same versions, in the same order.
     """
@@ -137,7 +137,7 @@ class Pictures(Section):
 
 @dataclass(frozen=True)
 class Plots(Section):
-    """Drawings, two abreast where there is room."""
+    """Plots in a grid."""
 
     block = "plots"
     title: str
@@ -146,7 +146,7 @@ class Plots(Section):
 
 @dataclass(frozen=True)
 class Reasons(Section):
-    """What is not on the page, and why."""
+    """Name -> reason of each thing that was not computed."""
 
     block = "reasons"
     title: str
@@ -155,7 +155,7 @@ class Reasons(Section):
 
 @dataclass(frozen=True)
 class Lineage(Section):
-    """Trees {kind, name, content, inputs: {role: tree}}: what was made from what."""
+    """Trees {kind, name, content, inputs: {role: tree}} of the artifacts that a report was made from."""
 
     block = "lineage"
     title: str
@@ -164,7 +164,7 @@ class Lineage(Section):
 
 @dataclass(frozen=True)
 class Commands(Section):
-    """Commands that make the page's numbers again."""
+    """Commands that reproduce the numbers of the page, with copy buttons."""
 
     block = "commands"
     title: str
@@ -174,7 +174,7 @@ class Commands(Section):
 
 @dataclass(frozen=True)
 class ReportPage:
-    """A page: its title, a line under it, its sections from top to bottom, and a line at its foot."""
+    """A page: title, subtitle, sections from top to bottom, and footer."""
 
     title: str
     subtitle: str
@@ -183,19 +183,19 @@ class ReportPage:
 
 
 def render(report: ReportPage) -> str:
-    """The page as one HTML document, which tells its own size at its foot."""
-    html = template().render(report=report, file_size=SIZE_HERE).lstrip()
-    return html.replace(SIZE_HERE, megabytes(len(html.encode())))
+    """The page as one HTML document, with its own size in the footer."""
+    html = template().render(report=report, file_size=FILE_SIZE).lstrip()
+    return html.replace(FILE_SIZE, megabytes(len(html.encode())))
 
 
 def megabytes(num_bytes: int) -> str:
-    """A file size as text, never rounded down to nothing: 0.1 MB, 12.3 MB."""
+    """A file size as text, at least 0.1 MB."""
     return f"{max(num_bytes / 1e6, 0.1):,.1f} MB"
 
 
 @cache
 def template() -> Template:
-    """The page's template, read once, with escaping on."""
+    """The page template, loaded once."""
     environment = Environment(
         loader=PackageLoader("vqpipe.reports", ""),
         autoescape=True,
@@ -203,6 +203,6 @@ def template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"most_unlisted": MOST_UNLISTED, "most_open": MOST_OPEN}
-    environment.filters["svg"] = lambda plot: Markup(plot.svg)  # drawn by us, its text escaped by matplotlib
+    environment.globals |= {"max_unlisted": MAX_UNLISTED, "max_expanded": MAX_EXPANDED}
+    environment.filters["svg"] = lambda plot: Markup(plot.svg)  # matplotlib escapes its text
     return environment.get_template("page.html.j2")

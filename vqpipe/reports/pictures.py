@@ -1,11 +1,14 @@
-"""Images as PNG: reconstructions beside originals, where they err, and which codes are in use.
+"""Images as PNG: reconstructions beside originals, error maps, codebook maps, and galleries for a page.
 
-Letters: N pictures, H x W pixels, G groups, K codes a group.
+Letters: N images, H x W pixels, G groups, K codes a group.
 """
 
 import base64
 import io
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,11 +17,125 @@ from PIL import Image
 from torch import Tensor
 
 from vqpipe.errors import DataError
+from vqpipe.reports import page
 
 ERROR_PEAK = 64
-"""Mean absolute error over R, G and B, in grey levels of 255, that error pictures show in their brightest colour."""
+"""Mean absolute error over R, G and B, of 255, that an error map shows in its brightest color."""
 UNUSED = (22, 26, 34)
+"""Color of a code that was never chosen."""
 GAP = 4
+"""Pixels between images on a sheet."""
+MAX_SIDE = 1024
+"""Pixels. Of larger images a page shows the center at full resolution: scaling down would hide the errors."""
+MAX_BYTES = 24 * 2**20
+"""PNG bytes of all images on a page, before base64, which adds a third."""
+ERROR_CAPTION = f"Error: mean over R, G and B, from black (none) to the brightest color ({ERROR_PEAK} of 255 and more)."
+GALLERIES = {
+    "spread": ("Originals and reconstructions", "Images at even intervals over the set, chosen before measuring."),
+    "worst": ("The worst images", "The images with the lowest PSNR, lowest first."),
+    "best": ("The best images", "The images with the highest PSNR, highest first."),
+}
+"""Reason of an `ImagePair` -> title and caption of its section."""
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """An image of a report and its reconstruction, as PNG files."""
+
+    name: str
+    original: bytes
+    reconstruction: bytes
+    psnr: float | None = None
+    why: Literal["spread", "worst", "best"] = "spread"
+    """Chosen at an even interval over the set, or for its PSNR."""
+
+
+class PictureBudget:
+    """The bytes of pictures that a page may still take."""
+
+    def __init__(self, num_bytes: int = MAX_BYTES) -> None:
+        self.left = num_bytes
+        self.omitted = 0
+
+    def take(self, *pngs: bytes) -> bool:
+        """Whether these still fit. After the first that do not, all are omitted."""
+        size = sum(map(len, pngs))
+        if self.omitted or size > self.left:
+            self.omitted += 1
+            return False
+        self.left -= size
+        return True
+
+    def note(self) -> str:
+        """A sentence on the pictures omitted, if there are any."""
+        if not self.omitted:
+            return ""
+        return f"{self.omitted} more would make this file too large: see pictures/ beside it."
+
+
+def galleries(pairs: Sequence[ImagePair]) -> list[page.Section]:
+    """Originals, reconstructions and error maps: images at even intervals over the set, the worst, the best."""
+    sections: list[page.Section] = []
+    budget = PictureBudget()
+    for why, (title, which) in GALLERIES.items():
+        chosen = [pair for pair in pairs if pair.why == why]
+        if why != "spread":
+            chosen.sort(key=lambda pair: (pair.psnr is None, pair.psnr), reverse=why == "best")
+        if found := error_pictures(chosen, budget):
+            which = which if any(pair.why != "spread" for pair in pairs) else ""
+            caption = " ".join(filter(None, (which, ERROR_CAPTION, budget.note())))
+            sections.append(page.Pictures(title, found, caption))
+            budget.omitted = 0
+    return sections
+
+
+def error_pictures(pairs: Sequence[ImagePair], budget: PictureBudget | None = None) -> list[page.Picture]:
+    """Each original with its reconstruction and its error map, as far as the budget allows."""
+    budget = budget or PictureBudget()
+    found = []
+    for pair, note in map(center, pairs):
+        error = error_map(from_png(pair.original), from_png(pair.reconstruction))
+        if budget.take(pair.original, pair.reconstruction, error):
+            versions = [
+                page.Version("reconstruction", data_uri(pair.reconstruction)),
+                page.Version("error", data_uri(error)),
+            ]
+            notes = ", ".join(filter(None, (decibels(pair.psnr), note)))
+            found.append(page.Picture(pair.name, data_uri(pair.original), versions, notes))
+    return found
+
+
+def shared_pictures(reports: Mapping[str, Sequence[ImagePair]], budget: PictureBudget) -> list[page.Picture]:
+    """The originals that every one of several reports shows, each with all their reconstructions."""
+    by_original = {name: {pair.original: pair for pair in pairs} for name, pairs in reports.items()}
+    found = []
+    for original in next(iter(by_original.values())):
+        if not all(original in pairs for pairs in by_original.values()):
+            continue
+        cut, notes = zip(*(center(pairs[original]) for pairs in by_original.values()), strict=True)
+        if budget.take(cut[0].original, *(pair.reconstruction for pair in cut)):
+            versions = [
+                page.Version(name, data_uri(pair.reconstruction), decibels(pair.psnr))
+                for name, pair in zip(by_original, cut, strict=True)
+            ]
+            found.append(page.Picture(cut[0].name, data_uri(cut[0].original), versions, notes[0]))
+    return found
+
+
+def center(pair: ImagePair) -> tuple[ImagePair, str]:
+    """The center of images with a side over MAX_SIDE, and a note; smaller ones unchanged."""
+    width, height = png_size(pair.original)
+    if max(width, height) <= MAX_SIDE:
+        return pair, ""
+    original, reconstruction = (crop_center(png, MAX_SIDE) for png in (pair.original, pair.reconstruction))
+    size = " x ".join(map(str, png_size(original)))
+    note = f"center {size} of {width} x {height} pixels; PSNR of the whole"
+    return replace(pair, original=original, reconstruction=reconstruction), note
+
+
+def decibels(psnr: float | None) -> str:
+    """`22.1 dB`; nothing where it is infinite or was not measured."""
+    return "" if psnr is None else f"{psnr:.1f} dB"
 
 
 def to_png(image: Tensor) -> bytes:
@@ -39,31 +156,31 @@ def from_png(png: bytes) -> Tensor:
 
 
 def png_size(png: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG file, pixels; only its head is read."""
+    """(width, height) of a PNG file, from its header."""
     return Image.open(io.BytesIO(png)).size
 
 
-def cut_middle(png: bytes, most: int) -> bytes:
-    """The middle of a PNG file, at most `most` pixels wide and high, as PNG."""
+def crop_center(png: bytes, max_side: int) -> bytes:
+    """The center of a PNG file, at most `max_side` pixels wide and high, as PNG."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    width, height = min(image.width, most), min(image.height, most)
+    width, height = min(image.width, max_side), min(image.height, max_side)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return encode_png(np.asarray(image.crop((left, top, left + width, top + height))))
 
 
 def data_uri(png: bytes) -> str:
-    """A PNG file as a `data:` address, for pages that load nothing."""
+    """A PNG file as a `data:` address."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def enlarge(images: Tensor, smallest_side: int) -> Tensor:
-    """Zoom [..., H, W] by a whole factor, nearest neighbour, until no side is under `smallest_side`."""
-    factor = max(1, math.ceil(smallest_side / min(images.shape[-2:])))
+def enlarge(images: Tensor, min_side: int) -> Tensor:
+    """Scale [..., H, W] by a whole factor, nearest neighbor, until no side is under `min_side`."""
+    factor = max(1, math.ceil(min_side / min(images.shape[-2:])))
     return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def side_by_side(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """uint8[3, H, W] twice -> uint8[3, H, 2 W + gap]: the original left, a white line, the reconstruction right."""
+    """uint8[3, H, W] twice -> uint8[3, H, 2 W + gap]: original left, a white line, reconstruction right."""
     line = torch.full((3, original.shape[1], GAP), 255, dtype=torch.uint8)
     return torch.cat([original.cpu(), line, reconstruction.cpu()], dim=2)
 
@@ -72,7 +189,7 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
     """Pairs, original left and reconstruction right, `columns` pairs a row: uint8[N, 3, H, W] twice -> PNG.
 
     Raises:
-        DataError: no pictures, or their shapes differ.
+        DataError: no images, or their shapes differ.
     """
     if originals.shape != reconstructions.shape or len(originals) == 0:
         raise DataError(
@@ -92,10 +209,10 @@ def contact_sheet(images: Tensor, columns: int = 8) -> bytes:
     """uint8[N, 3, H, W], `columns` a row with a white line between -> PNG.
 
     Raises:
-        DataError: no pictures.
+        DataError: no images.
     """
     if len(images) == 0:
-        raise DataError("a contact sheet needs pictures")
+        raise DataError("a contact sheet needs images")
     columns = min(columns, len(images))
     padded = torch.nn.functional.pad(images.cpu(), (0, GAP, 0, GAP), value=255)
     blank = torch.full_like(padded[:1], 255).expand(-len(images) % columns, -1, -1, -1)
@@ -104,30 +221,30 @@ def contact_sheet(images: Tensor, columns: int = 8) -> bytes:
     return to_png(torch.nn.functional.pad(sheet, (GAP, 0, GAP, 0), value=255))
 
 
-def error_picture(original: Tensor, reconstruction: Tensor) -> bytes:
-    """Where a reconstruction errs: mean absolute error of R, G and B, 0 black to ERROR_PEAK bright, as PNG.
+def error_map(original: Tensor, reconstruction: Tensor) -> bytes:
+    """Mean absolute error of R, G and B at each pixel, 0 black to ERROR_PEAK bright: uint8[3, H, W] twice -> PNG.
 
-    The PNG has a palette of the 256 colours, one byte a pixel: a third of the size.
+    The PNG has a palette of the 256 colors, one byte a pixel: a third of the size.
     """
     error = (original.float() - reconstruction.float()).abs().mean(0).cpu().numpy()
-    drawn = Image.fromarray(places_in_table(error / ERROR_PEAK))
-    drawn.putpalette(colour_table("inferno").tobytes())
+    drawn = Image.fromarray(color_indices(error / ERROR_PEAK))
+    drawn.putpalette(color_table("inferno").tobytes())
     buffer = io.BytesIO()
     drawn.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def codebook_map(counts: Tensor) -> bytes:
-    """Every code a pixel of a square, row by row in the codebook's order: int64[G, K] -> PNG, groups side by side.
+    """A pixel per code, row by row in the order of the codebook: int64[G, K] -> PNG, one square a group.
 
-    Dark: never chosen. Colour: chosen, brighter for more often (logarithmic). Small codebooks are enlarged.
+    Dark: never chosen. Brighter: chosen more often (logarithmic). Small codebooks are enlarged.
     """
     num_groups, codebook_size = counts.shape
     side = math.ceil(math.sqrt(codebook_size))
     padded = np.full((num_groups, side * side), -1, dtype=np.int64)
     padded[:, :codebook_size] = counts.cpu().numpy()
     brightness = np.log1p(np.maximum(padded, 0)) / max(math.log1p(int(counts.max())), 1e-9)
-    pixels = in_colours(0.35 + 0.65 * brightness, "plasma")
+    pixels = color_table("plasma")[color_indices(0.35 + 0.65 * brightness)]
     pixels[padded == 0] = UNUSED
     alpha = np.where(padded < 0, 0, 255).astype(np.uint8)[..., None]
     squares = np.concatenate([pixels, alpha], axis=-1).reshape(num_groups, side, side, 4)
@@ -137,16 +254,11 @@ def codebook_map(counts: Tensor) -> bytes:
     return to_png(enlarge(sheet, 256))
 
 
-def in_colours(values: np.ndarray, colour_map: str) -> np.ndarray:
-    """Numbers in 0..1 (clipped) -> uint8[..., 3] by a matplotlib colour map."""
-    return colour_table(colour_map)[places_in_table(values)]
+def color_table(name: str) -> np.ndarray:
+    """uint8[256, 3]: the colors of a matplotlib color map."""
+    return np.ascontiguousarray(colormaps[name](np.linspace(0, 1, 256), bytes=True)[:, :3])
 
 
-def colour_table(colour_map: str) -> np.ndarray:
-    """uint8[256, 3], the colours of a matplotlib colour map from its beginning to its end."""
-    return np.ascontiguousarray(colormaps[colour_map](np.linspace(0, 1, 256), bytes=True)[:, :3])
-
-
-def places_in_table(values: np.ndarray) -> np.ndarray:
-    """Numbers in 0..1 (clipped) -> uint8, rows of a colour table."""
+def color_indices(values: np.ndarray) -> np.ndarray:
+    """Numbers in 0..1 (clipped) -> uint8 rows of a color table."""
     return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)

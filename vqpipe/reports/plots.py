@@ -1,10 +1,8 @@
-"""Plots as SVG that take the page's text colour, so that one drawing reads on white and on black.
+"""Plots as SVG in the page's text color, so that one drawing is legible on a light and on a dark page.
 
-matplotlib rather than plotly: a plot is some 20 kB of SVG that any browser shows and prints, with JavaScript or
-without, and that goes into a paper as it is; plotly's offline script alone is several megabytes in every file. What a
-plot would tell under the pointer stands in a table beside it.
+Drawn on matplotlib Figures without pyplot: no display, no global state, and the same bytes each time.
 
-Drawn on matplotlib Figures without pyplot: no display, no global state, the same bytes every time.
+Letters: G groups, K codes a group.
 """
 
 import io
@@ -12,7 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -26,14 +24,16 @@ from torch import Tensor
 from vqpipe.metrics.usage import times_chosen
 
 INK = "#0a0b0c"
-"""Stands for the page's text colour while drawing; replaced by `currentColor` in the SVG."""
-COLOURS = ("#e0772f", "#2f8fd6", "#2ca58d", "#c14f8d", "#8a7bd8", "#b59a1d", "#d1495b", "#6b8e23")
-"""Mid-bright on purpose: each keeps a contrast of about 3 or more on white and on near-black."""
+"""Drawn in place of the page's text color; replaced by `currentColor` in the SVG."""
+COLORS = ("#e0772f", "#2f8fd6", "#2ca58d", "#c14f8d", "#8a7bd8", "#b59a1d", "#d1495b", "#6b8e23")
+"""Each has a contrast of about 3 or more on white and on near-black."""
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-"""Of lines, one after the other where the colours begin again."""
+"""Line styles, one after the other each time the colors are used up."""
+MARKERS = "os^D"
+"""The same for points."""
+DASHED = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "vqpipe",
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": INK,
@@ -46,28 +46,36 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "xtick.color": INK,
     "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.4,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.5,
+    "lines.markersize": 4,
 }
-MOST_POINTS = 600
-MOST_UPRIGHTS = 4
-"""Codebook sizes up to which each is marked by an upright."""
-
+MAX_POINTS = 600
+"""Points of a line; longer series are thinned."""
+MAX_MARKED = 12
+"""Points of a line up to which each has a marker."""
+MAX_SIZES = 4
+"""Different codebook sizes up to which each is marked by a vertical line."""
 LOSS_TERMS = (
     *("total", "l1", "l2", "charbonnier", "lpips", "codebook", "commitment", "entropy"),
     *("adversarial", "discriminator"),
 )
-"""What a log row holds under `loss/`, in the order of their colours."""
+"""Keys of a log row under `loss/`, in the order of their colors."""
 
 Row = Mapping[str, Any]
 Line = tuple[np.ndarray, np.ndarray]
-"""(images seen, value), both float64[n]."""
+"""(x, y), both float64[n]."""
+Scale = Literal["linear", "log", "share"]
+"""Of an axis; a share is 0..1 and written as percent."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing and the words around it."""
+    """An SVG drawing with its title, its text for screen readers, and its caption."""
 
     title: str
     svg: str
@@ -75,179 +83,313 @@ class Plot:
     caption: str = ""
 
 
-def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
-    """How often each code is chosen, most chosen first, on two logarithmic axes.
+def line_plot(
+    title: str,
+    lines: Mapping[str, Line],
+    *,
+    xlabel: str,
+    xscale: Scale = "linear",
+    yscale: Scale = "linear",
+    level: tuple[str, float | None] = ("", None),
+    marks: Sequence[float] = (),
+    labels: Sequence[str] = (),
+    alt: str = "",
+    caption: str = "",
+) -> Plot | None:
+    """Lines by name; None where all are empty.
 
-    One int64[G, K]: a line per group. Several by name: a line per name, its groups together.
+    Args:
+        level: name and height of a dashed horizontal line.
+        marks: x positions of vertical lines.
+        labels: a text under each point of the first line.
+        alt: default: the last value of each line.
+    """
+    lines = {name: line for name, line in lines.items() if len(line[0])}
+    if not lines:
+        return None
+    level_name, height = level
+    names = [*lines, *([level_name] if height is not None else [])]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = one_axes(names)
+        for number, (name, (x, y)) in enumerate(lines.items()):
+            marker = "o" if len(x) <= MAX_MARKED else ""
+            axes.plot(x, y, **line_style(number), marker=marker, label=untypeset(name))
+        if height is not None:
+            axes.axhline(height, **DASHED, label=untypeset(level_name))
+        for position in marks:
+            axes.axvline(position, color=INK, linewidth=0.7)
+        for label, point in zip(labels, zip(*next(iter(lines.values())), strict=True), strict=False):
+            axes.annotate(label, point, (0, -13), textcoords="offset points", ha="center")
+        axes.margins(y=0.14 if labels else 0.05)
+        axes.ticklabel_format(useOffset=False)
+        if xscale == "log":
+            axes.set_xscale("log")
+            plain_numbers(axes.xaxis)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+        if yscale == "log" and all((y > 0).all() for _, y in lines.values()):
+            axes.set_yscale("log")
+            plain_numbers(axes.yaxis)
+        if yscale == "share":
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel(xlabel)
+        axes.grid()
+        legend_above(axes, names)
+        svg = to_svg(figure, f"{title}-{'-'.join(names)}")
+    ends = [(name, f"{y[-1]:.1%}" if yscale == "share" else f"{y[-1]:.4g}") for name, (_, y) in lines.items()]
+    words = [f"{name or title} ends at {value}" for name, value in ends]
+    words += [f"{level_name} {height:.4g}"] if height is not None else []
+    return Plot(title, svg, alt or ", ".join(words), caption)
+
+
+def curves(title: str, lines: Mapping[str, Line], scale: Scale, caption: str = "") -> Plot | None:
+    """Logged quantities over images seen. None where all lines are empty."""
+    return line_plot(title, lines, xlabel="images seen", yscale=scale, caption=caption)
+
+
+def training_curves(runs: Mapping[str, Sequence[Row]]) -> list[Plot]:
+    """Loss, PSNR and utilization over images seen, from the rows of `metrics.jsonl` of each run by name.
+
+    One run: a line per loss term. Several: a line per run, of the total. A quantity that no run logged has no plot.
+    """
+    if len(runs) == 1:
+        losses = {term: series(rows, f"loss/{term}") for rows in runs.values() for term in LOSS_TERMS}
+    else:
+        losses = {name: series(rows, "loss/total") for name, rows in runs.items()}
+    psnr = {name: series(rows, "psnr") for name, rows in runs.items()}
+    utilization = {name: series(rows, "utilization") for name, rows in runs.items()}
+    window = max((row["window_tokens"] for rows in runs.values() for row in rows if "window_tokens" in row), default=0)
+    caption = f"Over the tokens between two rows of the log, at most {window:,}." if window else ""
+    plots = (
+        curves("Loss" if len(runs) == 1 else "Total loss", losses, "log"),
+        curves("PSNR in training, dB", psnr, "linear"),
+        curves("Utilization in training", utilization, "share", caption),
+    )
+    return [plot for plot in plots if plot is not None]
+
+
+def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
+    """How often each code is chosen, most frequent first, on two logarithmic axes.
+
+    int64[G, K]: a line per group. Several by name: a line per name, its groups together.
     """
     if isinstance(counts, Mapping):
         lines = {name: (torch.cat(times_chosen(each)), each.numel()) for name, each in counts.items()}
     else:
         groups = enumerate(times_chosen(counts), start=1)
         lines = {f"group {number}": (times, counts.shape[1]) for number, times in groups}
+    single = len(lines) == 1
+    sizes = {size for _, size in lines.values()} if len({size for _, size in lines.values()}) <= MAX_SIZES else set()
     with matplotlib.rc_context(STYLE):
         figure, axes = one_axes(lines)
-        uprights = len({size for _, size in lines.values()}) <= MOST_UPRIGHTS
         for number, (name, (times, size)) in enumerate(lines.items()):
             chosen = np.sort(times.cpu().numpy())[::-1]
-            ranks = thinned(len(chosen))
-            axes.plot(ranks + 1, chosen[ranks], **line_style(number), label=plain(name))
-            axes.plot(ranks[-1:] + 1, chosen[-1:], "o", color=colour(number), markersize=4)
-            if uprights:
-                axes.axvline(size, color=INK, linewidth=0.7)
-        first, size = next(iter(lines.values()))
-        even = first.sum().item() / size
-        if even > 0 and len(lines) == 1:
-            axes.axhline(even, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
-        largest = max(size if uprights else len(times) for times, size in lines.values())
+            ranks = thinned(len(chosen), logarithmic=True)
+            axes.plot(ranks + 1, chosen[ranks], **line_style(number), label=untypeset(name))
+            axes.plot(ranks[-1:] + 1, chosen[-1:], "o", color=color(number))
+            if single and len(chosen):
+                axes.axhline(chosen.sum() / size, **DASHED)
+        for size in sizes:
+            axes.axvline(size, color=INK, linewidth=0.7)
+        last = max(*sizes, *(len(times) for times, _ in lines.values()), 1)
         most = max(1, *(int(times.max()) for times, _ in lines.values() if len(times)), 1)
-        axes.set(xscale="log", yscale="log", xlim=(0.9, 1.2 * largest), ylim=(0.8, 1.5 * most))
-        axes.set(xlabel="code, most chosen first", ylabel="times")
-        plain_logarithmic(axes.xaxis)
-        plain_logarithmic(axes.yaxis)
-        axes.grid(alpha=0.25, linewidth=0.4, color=INK)
+        axes.set(xscale="log", yscale="log", xlim=(0.9, 1.2 * last), ylim=(0.8, 1.5 * most))
+        axes.set(xlabel="rank of the code", ylabel="count")
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
+        axes.grid()
         legend_above(axes, lines)
         svg = to_svg(figure, f"frequency-{'-'.join(lines)}")
     shares = [f"{name} uses {len(times) / size:.1%} of {size:,} codes" for name, (times, size) in lines.items()]
-    alt = ", ".join(shares) if len(lines) > 1 else shares[0].removeprefix("group 1 ")
+    alt = shares[0].removeprefix("group 1 ") if single else ", ".join(shares)
     caption = "A line ends at the last code in use."
-    caption += " Upright: the size of the codebook." if uprights else ""
-    caption += " Dashed: if all were chosen alike." if len(lines) == 1 else ""
-    return Plot("How often each code is chosen", svg, alt, caption)
+    caption += " Vertical line: codebook size." if sizes else ""
+    caption += " Dashed: a uniform distribution." if single else ""
+    return Plot("Frequency of the codes", svg, alt, caption)
 
 
-def training_curves(runs: Mapping[str, Sequence[Row]] | Sequence[Row]) -> list[Plot]:
-    """Loss terms, PSNR and utilization over images seen, from the rows of one `metrics.jsonl` or of several, by name.
+def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[int] = ()) -> Plot | None:
+    """Utilization against the number of tokens, beside that of codes drawn uniformly. None for an empty curve.
 
-    One run: every loss term is a line. Several: a line per run, of the total. A quantity no run logged has no plot.
+    Args:
+        curve: (tokens of one group, utilization, uniform utilization), shares 0..1, as `CodeUsage.report` returns.
+        budgets: numbers of tokens to mark, where they lie inside the curve.
     """
-    named = dict(runs) if isinstance(runs, Mapping) else {"": runs}
-    if len(named) == 1:
-        (rows,) = named.values()
-        losses = {term: series(rows, f"loss/{term}") for term in LOSS_TERMS}
-    else:
-        losses = {name: series(rows, "loss/total") for name, rows in named.items()}
-    psnr = {name: series(rows, "psnr") for name, rows in named.items()}
-    utilization = {name: series(rows, "utilization") for name, rows in named.items()}
-    windows = sorted({row["window_tokens"] for rows in named.values() for row in rows if "window_tokens" in row})
-    window = f"Among the {windows[-1]:,} tokens (at most) between two rows of the log." if windows else ""
-    plots = (
-        curves("Loss" if len(named) == 1 else "Total loss", losses, scale="log"),
-        curves("PSNR while training, dB", psnr, scale="linear"),
-        curves("Codes in use while training", utilization, scale="share", caption=window),
-    )
-    return [plot for plot in plots if plot is not None]
-
-
-def curves(title: str, lines: Mapping[str, Line], scale: str, caption: str = "") -> Plot | None:
-    """Lines over images seen; `scale` is "linear", "log" or "share" (0..1 as percent). None where all are empty."""
-    lines = {name: line for name, line in lines.items() if len(line[0])}
-    if not lines:
+    if not curve:
         return None
+    tokens, used, uniform = map(np.array, zip(*curve, strict=True))
+    last = [share if share == 1 else min(share, 0.9999) for share in curve[-1][1:]]  # never rounded up to 100 %
+    ends = f"{last[0]:.2%} of the codes after {tokens[-1]:,} tokens, {last[1]:.2%} with codes drawn uniformly"
+    return line_plot(
+        "Utilization against tokens",
+        {"this tokenizer": (tokens, used), "uniform codes": (tokens, uniform)},
+        xlabel="tokens, in the order of the set",
+        xscale="log",
+        yscale="share",
+        marks=[budget for budget in budgets if tokens[0] < budget < tokens[-1]],
+        alt=ends,
+        caption=f"{ends}, which is the expected maximum at this number of tokens.",
+    )
+
+
+def k_curves(prefixes: Mapping[str, Sequence[Row]]) -> list[Plot]:
+    """PSNR and SSIM over bits per pixel when only the first k groups are decoded, a line per tokenizer.
+
+    `prefixes` holds by name the rows {groups, bits_per_pixel, psnr, ssim, ...} of `metrics.json`.
+    """
+    found = []
+    for key, title in (("psnr", "PSNR from the first k groups, dB"), ("ssim", "SSIM from the first k groups")):
+        measured = {name: [row for row in rows if key in row] for name, rows in prefixes.items()}
+        measured = {name: rows for name, rows in measured.items() if rows}
+        single = len(measured) == 1
+        words = [
+            ("" if single else f"{name}: ") + ", ".join(f"k = {row['groups']}: {row[key]:.4g}" for row in rows)
+            for name, rows in measured.items()
+        ]
+        lines = {
+            name: (np.array([row["bits_per_pixel"] for row in rows]), np.array([row[key] for row in rows]))
+            for name, rows in measured.items()
+        }
+        plot = line_plot(
+            title,
+            lines,
+            xlabel="bits per pixel",
+            labels=[str(row["groups"]) for rows in measured.values() for row in rows] if single else (),
+            alt="; ".join(words),
+            caption="Under each point: k." if single else "",
+        )
+        found += [plot] if plot else []
+    return found
+
+
+def rate_distortion(points: Mapping[str, tuple[float | None, float]]) -> Plot:
+    """PSNR over bits per pixel: a point per tokenizer, and a dashed line for one with continuous latents.
+
+    `points` holds by name (bits per pixel, PSNR in dB).
+    """
     with matplotlib.rc_context(STYLE):
-        figure, axes = one_axes(lines)
-        for number, (name, (x, y)) in enumerate(lines.items()):
-            axes.plot(x, y, **line_style(number), label=plain(name), marker="o" if len(x) == 1 else "")
-        if scale == "log" and all((y > 0).all() for _, y in lines.values()):
-            axes.set_yscale("log")
-            plain_logarithmic(axes.yaxis)
-        if scale == "share":
-            axes.set_ylim(0, 1.02)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel("images seen")
-        axes.grid(alpha=0.25, linewidth=0.4, color=INK)
-        legend_above(axes, lines)
-        svg = to_svg(figure, f"{title}-{'-'.join(lines)}")
-    last = (f"{y[-1]:.1%}" if scale == "share" else f"{y[-1]:.4g}" for _, y in lines.values())
-    ends = ", ".join(f"{name or title} ends at {value}" for name, value in zip(lines, last, strict=True))
-    return Plot(title, svg, ends, caption)
+        figure, axes = one_axes(points)
+        for number, (name, (bits, psnr)) in enumerate(points.items()):
+            if bits is None:
+                axes.axhline(psnr, color=color(number), linestyle=DASHED["linestyle"], label=untypeset(name))
+            else:
+                marker = MARKERS[number // len(COLORS) % len(MARKERS)]
+                axes.plot(bits, psnr, marker, color=color(number), markersize=6, label=untypeset(name))
+        axes.margins(0.12)
+        axes.set(xlabel="bits per pixel", ylabel="PSNR, dB")
+        axes.grid()
+        legend_above(axes, points, min_names=1)
+        svg = to_svg(figure, f"rate-{'-'.join(points)}")
+    words = [
+        f"{name} {psnr:.2f} dB " + ("with continuous latents" if bits is None else f"at {bits:.3g}")
+        for name, (bits, psnr) in points.items()
+    ]
+    continuous = any(bits is None for bits, _ in points.values())
+    caption = "Upper left is better." + (" Dashed: continuous latents, which have no bits." if continuous else "")
+    return Plot("PSNR over bits per pixel", svg, ", ".join(words), caption)
 
 
-def bars(title: str, values: Mapping[str, float], caption: str = "", share: bool = False) -> Plot:
-    """One horizontal bar a name, its value at the end; a `share` is drawn on 0..100 %."""
+def bars(title: str, values: Mapping[str, float], caption: str = "") -> Plot:
+    """A horizontal bar per name for shares in 0..1, written as percent."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 0.5 + 0.56 * len(values)), layout="constrained")
         axes = figure.subplots()
-        places = np.arange(len(values))[::-1]
-        axes.barh(places, list(values.values()), height=0.42, color=list(map(colour, range(len(values)))))
-        top = 1.0 if share else max(*values.values(), 1e-9)
-        for place, (name, value) in zip(places, values.items(), strict=True):
-            axes.text(0, place + 0.28, plain(name), va="bottom")
-            axes.text(value + top * 0.01, place, f"{value:.1%}" if share else f"{value:.4g}", va="center")
-        axes.set(xlim=(0, top * 1.14), ylim=(-0.5, len(values) - 0.2))
+        for number, (name, value) in enumerate(values.items()):
+            y = len(values) - 1 - number
+            axes.barh(y, value, height=0.42, color=color(number))
+            axes.text(0, y + 0.28, untypeset(name), va="bottom")
+            axes.text(value + 0.01, y, f"{value:.1%}", va="center")
+        axes.set(xlim=(0, 1.14), ylim=(-0.5, len(values) - 0.2))
         axes.set_axis_off()
         svg = to_svg(figure, title)
-    alt = ", ".join(f"{name} {value:.1%}" if share else f"{name} {value:.4g}" for name, value in values.items())
-    return Plot(title, svg, alt, caption)
+    return Plot(title, svg, ", ".join(f"{name} {value:.1%}" for name, value in values.items()), caption)
+
+
+def scatter(title: str, points: Mapping[str, np.ndarray], caption: str = "") -> Plot:
+    """Classes of points float[n, 2] in the plane, on axes without meaning; the smallest class is drawn on top."""
+    labels = {name: f"{name} ({len(places):,})" for name, places in points.items()}
+    total = 1 + sum(map(len, points.values()))
+    size = min(4.5, max(1.8, 100 / total**0.5))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = one_axes(labels.values())
+        figure.set_size_inches(4.2, 4.2)
+        for number, (name, places) in enumerate(points.items()):
+            style: dict[str, Any] = {"color": color(number), "markeredgewidth": 0}
+            axes.plot(*places.T, "o", markersize=size, zorder=3 - len(places) / total, **style)
+            axes.plot([], [], "o", markersize=5, label=untypeset(labels[name]), **style)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_axis_off()
+        legend_above(axes, labels.values())
+        svg = to_svg(figure, f"{title}-{'-'.join(labels.values())}")
+    return Plot(title, svg, ", ".join(labels.values()), caption)
 
 
 def series(rows: Iterable[Row], key: str) -> Line:
-    """(images seen, value) of the rows that log a finite `key`, thinned to what a plot can show."""
+    """(images seen, value) of the rows that log a finite `key`, thinned to MAX_POINTS."""
     points = [
         (row.get("images_seen", row.get("step", 0)), row[key])
         for row in rows
         if isinstance(row.get(key), int | float) and math.isfinite(row[key])
     ]
-    points = [points[i] for i in thinned(len(points), by_magnitude=False)]
+    points = [points[i] for i in thinned(len(points))]
     x, y = (np.array([point[axis] for point in points], dtype=float) for axis in (0, 1))
     return x, y
 
 
-def thinned(length: int, by_magnitude: bool = True) -> np.ndarray:
-    """At most MOST_POINTS places of 0..length - 1, ends included, evenly (or evenly in their logarithm)."""
-    if length <= MOST_POINTS:
+def thinned(length: int, logarithmic: bool = False) -> np.ndarray:
+    """At most MAX_POINTS indices of 0..length - 1, both ends included, evenly spaced (or in their logarithm)."""
+    if length <= MAX_POINTS:
         return np.arange(length)
-    places = np.geomspace(1, length, MOST_POINTS) - 1 if by_magnitude else np.linspace(0, length - 1, MOST_POINTS)
+    places = np.geomspace(1, length, MAX_POINTS) - 1 if logarithmic else np.linspace(0, length - 1, MAX_POINTS)
     return np.unique(places.round().astype(int))
 
 
 class PlainNumbers(LogFormatter):
-    """Ticks of a logarithmic axis as 1,000 rather than 10^3; which ticks carry a number stays matplotlib's choice."""
+    """Tick labels of a logarithmic axis as 1,000 instead of 10^3."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:,.6g}" if super().__call__(x, pos) else ""
 
 
-def plain_logarithmic(axis: Axis) -> None:
-    """Make an axis logarithmic with plain numbers."""
+def plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers."""
     axis.set_major_formatter(PlainNumbers(labelOnlyBase=False))
     axis.set_minor_formatter(PlainNumbers(labelOnlyBase=False, minor_thresholds=(1.2, 0.4)))
 
 
-def colour(number: int) -> str:
-    """Of the `number`-th thing in a drawing."""
-    return COLOURS[number % len(COLOURS)]
+def color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour and dashes of the `number`-th line, which tell more lines apart than there are colours."""
-    return {"color": colour(number), "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+    """Color and dashes of a line: together they distinguish more lines than there are colors."""
+    return {"color": color(number), "linestyle": DASHES[number // len(COLORS) % len(DASHES)]}
 
 
-def one_axes(names: Collection[str] = ()) -> tuple[Figure, Axes]:
-    """A figure small enough that its letters stay legible on a phone, with room for `names` in `legend_above`."""
-    rows = -(-len(names) // abreast(names)) if len(names) > 1 else 0
+def one_axes(names: Collection[str]) -> tuple[Figure, Axes]:
+    """A figure small enough to be legible on a phone, with room for the legend of `names`."""
+    rows = -(-len(names) // columns_of(names)) if len(names) > 1 else 0
     figure = Figure(figsize=(4.2, 2.8 + 0.2 * rows), layout="constrained")
     return figure, figure.subplots()
 
 
-def legend_above(axes: Axes, names: Collection[str]) -> None:
-    """Names over the plot, where no line runs; one alone needs none."""
-    if len(names) > 1:
-        columns = abreast(names)
+def legend_above(axes: Axes, names: Collection[str], min_names: int = 2) -> None:
+    """A legend over the plot, from `min_names` names on."""
+    if len(names) >= min_names:
+        columns = columns_of(names)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.2)
 
 
-def abreast(names: Collection[str]) -> int:
-    """How many names a row of the legend holds."""
+def columns_of(names: Collection[str]) -> int:
+    """Columns of the legend."""
     longest = max(map(len, names))
     return 3 if longest <= 12 else 2 if longest <= 20 else 1
 
 
 def to_svg(figure: Figure, salt: str) -> str:
-    """The figure as an `<svg>` element, without fixed size; `salt` keeps ids of two figures on one page apart."""
+    """The figure as an `<svg>` element that scales; `salt` keeps the ids of two figures on one page apart."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -259,6 +401,6 @@ def to_svg(figure: Figure, salt: str) -> str:
     return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", drawing)
 
 
-def plain(text: str) -> str:
-    """`text` as matplotlib should print it, not typeset it: dollars are no mathematics."""
+def untypeset(text: str) -> str:
+    """`text` with dollar signs escaped, which matplotlib would typeset as mathematics."""
     return text.replace("$", r"\$")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
-from vqpipe.reports.evaluation import Evaluated, Shown, codes
-from vqpipe.reports.gallery import ERROR_CAPTION, joined, triples_of
+from vqpipe.reports.evaluation import Evaluated, codes
+from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
 
 Row = Mapping[str, Any]
 MOST_OPEN = 12
@@ -40,7 +40,7 @@ class TrainingRun(Run):
 
     tokenizer: Mapping[str, Any]
     """`quantizer` (its kind), `codebook_size`, `num_groups`, `downsample_factor`."""
-    shown: Sequence[Shown] = ()
+    shown: Sequence[ImagePair] = ()
     """The newest pictures."""
     shown_note: str = ""
     """Which images they are, and of which step."""
@@ -101,8 +101,8 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
     """The parts of the page that there is something to say in."""
     yield from headline(run, NUMBERS, notes_of(run))
     if run.shown:
-        caption = joined(run.shown_note, ERROR_CAPTION)
-        yield page.Pictures("Originals and reconstructions", triples_of(run.shown), caption)
+        caption = f"{run.shown_note} {ERROR_CAPTION}".strip()
+        yield page.Pictures("Originals and reconstructions", error_pictures(run.shown), caption)
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
     if run.counts is not None and run.counts.sum():
