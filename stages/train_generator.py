@@ -50,14 +50,13 @@ class Source:
         """One of the artifacts as examples, and what its latents are normalised with."""
         from vqpipe.data.examples import LatentExamples, TokenSet
         from vqpipe.data.latents import open_latents
-        from vqpipe.distributed import world_size
 
         if stored.kind == "tokens":
             return TokenSet(stored, cache), None
         latents = open_latents(stored.path, raw=raw)
         shards = stored.names("latents-*.npy")  # read as they are: a flipped bit would train on
-        with console.progress("checking the latents", -(-len(shards) // world_size()), "shards") as bar:
-            stored.check(shards, lambda _: bar.advance(1))
+        with console.ProgressBar() as progress:
+            stored.check(shards, progress)
         return LatentExamples(latents), latents.statistics
 
 

@@ -132,7 +132,7 @@ class Watcher(ABC):
             "steps": self.steps,
             "rows": self.history.rows,
             "settings": self.settings,
-            "lineage": {"kind": self.draft.asked["kind"], "name": name, "content": "", "inputs": self.draft.lineage},
+            "lineage": {"kind": self.draft.kind, "name": name, "content": "", "inputs": self.draft.lineage},
             "command": shlex.join(["vqpipe", *provenance(distributed.world_size())["command"][1:]]),
         }
         going_on = "Written again as the run goes on; load it again to see. " if self.step < self.steps else ""

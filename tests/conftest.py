@@ -3,7 +3,9 @@
 import os
 import sys
 import warnings
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,3 +45,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of reference outputs and photographs beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def crash() -> ModuleType:
+    """The module tests/faults/crash.py, which kills a process at its n-th file operation."""
+    spec = spec_from_file_location("crash", ROOT / "tests" / "faults" / "crash.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

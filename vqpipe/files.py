@@ -1,12 +1,29 @@
-"""Files that can be trusted after a crash: hashed, flushed to disk, replaced in one rename."""
+"""Hashing, atomic writes, and disk errors as one line."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vqpipe.faults import fault
+from safetensors import SafetensorError
+
+from vqpipe.errors import ArtifactError
+
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE)
+"""Errors of writing. Any other OSError does not come from the file that is being written."""
+HINTS = {
+    errno.EDQUOT: "Your quota is used up: free some of it and run the same command again",
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f) and run the same command again",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n) and run the same command again",
+}
+MAKE_ROOM = "Finished files are kept: free some space or repair the disk, and run the same command again"
 
 
 def hash_file(path: Path) -> str:
@@ -21,47 +38,97 @@ def digest_json(value: Any) -> str:
 
 
 def with_a_name(path: Path) -> Path:
-    """The path; of "." and "..", which have no name to show or to put ".partial" after, what they stand for."""
+    """The path; "." and "..", which have no name to append ".partial" to, are resolved."""
     return path.resolve() if path.name in ("", "..") else path
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file so that after a crash `path` is either the old file or the whole new one.
+
+    Yields a temporary path in the same directory and with the same suffix. On exit the file written there is flushed
+    and renamed to `path`, and the directory is flushed; after an exception it is deleted.
+    """
     temporary = path.with_name(f".writing-{path.name}")
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        fault("write")
-        temporary.write_text(text, encoding="utf-8")
-        fault("written")
+        yield temporary
+        copy_read_permission(temporary)
         flush_to_disk(temporary)
-        rename(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
 
 
-def rename(source: Path, target: Path) -> None:
-    """Give a flushed file or directory its name, in one step; a file that has it already is replaced."""
-    fault("rename")
-    os.replace(source, target)
-    fault("renamed")
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def let_read(path: Path) -> None:
-    """Let those read a file who may list its directory: what safetensors writes, only its owner may read."""
-    now = path.stat().st_mode
-    asked = now | path.parent.stat().st_mode & 0o444
-    if asked != now:
-        path.chmod(asked)
+def copy_read_permission(path: Path) -> None:
+    """Let everyone read a file who may list its directory. (safetensors lets only the owner read its files.)"""
+    current = path.stat().st_mode
+    wanted = current | path.parent.stat().st_mode & 0o444
+    if wanted != current:
+        path.chmod(wanted)
 
 
 def flush_to_disk(path: Path) -> None:
     """fsync a file or a directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        fault("fsync")
         os.fsync(handle)
-        fault("fsynced")
     finally:
         os.close(handle)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Raise errors of writing `target` as an ArtifactError that states the reason and the free space.
+
+    numpy and safetensors do not pass on the error number. An OSError about another file is raised unchanged.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not concerns(error, target):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        elsewhere = number in (*FORBIDDEN, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+        free = f" ({free_space(target)} are free)" if number in (*FULL, None) else ""
+        failure = ArtifactError(
+            f"cannot write {target}: {reason(error)}{free}",
+            "Choose another --out" if elsewhere else HINTS.get(number or 0, MAKE_ROOM),
+        )
+        failure.cause = 77 if number in FORBIDDEN else 74
+        raise failure from None
+
+
+def concerns(error: Exception, target: Path) -> bool:
+    """Whether an error comes from writing `target`."""
+    if not isinstance(error, OSError):
+        return True
+    if error.filename is not None and isinstance(error.filename, (str, bytes)):
+        named = Path(os.fsdecode(error.filename))
+        if not (named.is_relative_to(target.parent) or target.is_relative_to(named)):
+            return False
+    if error.errno is None:
+        return "written" in str(error)  # numpy: "8192 requested and 4080 written"
+    return error.errno in (*FORBIDDEN, *FULL, *BROKEN)
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written, in a few words."""
+    text = error.strerror if isinstance(error, OSError) else None
+    return " ".join((text or str(error)).split()) or type(error).__name__
+
+
+def free_space(path: Path) -> str:
+    """The free space of the disk that holds `path`, or will hold it: `1,234.5 MB`."""
+    with suppress(OSError):
+        existing = next(folder for folder in path.absolute().parents if folder.exists())
+        return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB"
+    return "unknown MB"

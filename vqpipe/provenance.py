@@ -14,7 +14,7 @@ from typing import Any
 def provenance(world_size: int) -> dict[str, Any]:
     """How and where this process runs: versions, git commit, hardware, world size, command."""
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return {**surroundings(world_size), "git": git_commit(), "command": command}
+    return {**environment(world_size), "git": git_commit(), "command": command}
 
 
 def command_again() -> str:
@@ -28,7 +28,7 @@ def command_again() -> str:
     return shlex.join(words)
 
 
-def surroundings(world_size: int) -> dict[str, Any]:
+def environment(world_size: int) -> dict[str, Any]:
     """What may change the bits of a result that is begun here and finished elsewhere."""
     packages = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "open_clip_torch", "timm", "pillow")
     versions = {"python": platform.python_version()}

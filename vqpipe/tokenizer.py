@@ -16,7 +16,7 @@ from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
-from vqpipe.files import hash_file, let_read, write_json
+from vqpipe.files import atomic_write, hash_file, write_json
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
 from vqpipe.weights import load_tensors
@@ -70,8 +70,8 @@ class Tokenizer:
         """Write config.json, model.safetensors and README.md into `folder`, which is made where absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.autoencoder, folder / "model.safetensors")
-        let_read(folder / "model.safetensors")
+        with atomic_write(folder / "model.safetensors") as temporary:
+            save_weights(self.autoencoder, temporary)
         write_json(folder / "config.json", self.to_table())
         (folder / "README.md").write_text(card or model_card(self), encoding="utf-8")
 

@@ -1,6 +1,7 @@
-"""Every moment of a write is a moment to die at: afterwards the result is absent or whole, and a rerun is the same run.
+"""A process that is killed at any file operation leaves its result absent or whole, and a rerun ends in the same files.
 
-The process is killed at the first crash point (`vqpipe.faults`), then at the second, ... until it ends by itself.
+The process is killed at its first file operation (tests/faults/crash.py), then at its second, ... until it ends by
+itself.
 """
 
 import os
@@ -8,51 +9,50 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from vqpipe import faults
-from vqpipe.artifacts import Artifact, draft, open_artifact, start
-from vqpipe.artifacts.saved import Checkpoints
-from vqpipe.artifacts.saved import Saved as Clustered
-from vqpipe.errors import ArtifactError, ConfigError
-from vqpipe.training import checkpoints
-
-pytestmark = pytest.mark.usefixtures("fast_disk")
+from vqpipe.artifacts import Artifact, draft, open_artifact, start, states
+from vqpipe.artifacts.states import States
+from vqpipe.errors import ArtifactError
 
 InChild = Callable[[Callable[[], None]], int]
-LIMIT = 200
-"""More crash points than any of these has."""
+EachCrash = Callable[[Callable[[], None], Path, int], Iterator[int]]
+LIMIT = 500
+"""More file operations than any of these actions has."""
 
 
 def every(stride: int) -> pytest.MarkDecorator:
-    """A fork of a process that holds torch takes its time: some of the points, and all when there is time."""
+    """Some of the operations in a fast run, all in a slow one: forking a process that has loaded torch takes time."""
     return pytest.mark.parametrize("stride", [stride, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @pytest.fixture
-def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting for the disk: a process that dies loses nothing that it wrote; that power loss is survived too is a
-    matter of order, which row 39 looks at."""
+def each_crash(crash: ModuleType, in_child: InChild, monkeypatch: pytest.MonkeyPatch) -> EachCrash:
+    """each_crash(action, folder, stride) kills `action` at every stride-th file operation below `folder`; it yields
+    after each death, and ends when the action ends by itself.
+
+    Nothing is flushed: a process that dies loses nothing that it wrote. Power loss is a matter of order, which
+    test_disk.py checks.
+    """
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
+    def each(action: Callable[[], None], folder: Path, stride: int) -> Iterator[int]:
+        def armed(number: int) -> Callable[[], None]:
+            return lambda: (crash.arm(number, folder), action())[1]
 
-def each_crash(
-    action: Callable[[], None], in_child: InChild, monkeypatch: pytest.MonkeyPatch, stride: int
-) -> Iterator[int]:
-    """Kill `action` at its first crash point, its next, ...; yields after each death, and ends when none is left."""
-    for number in range(1, LIMIT, stride):
-        with monkeypatch.context() as patch:
-            patch.setenv(faults.VARIABLE, f"any:{number}")
-            code = in_child(action)
-        if code == 0:
-            assert number > 9, "crash points are missing"
-            return
-        assert code == -signal.SIGKILL
-        yield number
-    raise AssertionError("the run never ended by itself")
+        for number in range(1, LIMIT, stride):
+            code = in_child(armed(number))
+            if code == 0:
+                assert number > 20, "file operations are missing"
+                return
+            assert code == -signal.SIGKILL
+            yield number
+        raise AssertionError("the action never ended by itself")
+
+    return each
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -60,7 +60,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def make(out: Path, written: list[str]) -> Artifact:
-    """Publish an artifact of two files, or find it published; notes down which files it wrote."""
+    """Publish an artifact of two files, or open the published one; appends the names of the files it wrote."""
     begun = start(out, "codebook", {"k": 3}, {"images": "0" * 64})
     if isinstance(begun, Artifact):
         return begun
@@ -74,17 +74,17 @@ def make(out: Path, written: list[str]) -> Artifact:
 
 
 @every(11)
-def test_rows_2_4_11_an_artifact_is_absent_or_whole_and_its_files_are_not_made_twice(
-    tmp_path: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch, stride: int
+def test_killed_artifact_is_absent_or_whole_and_finished_files_are_not_written_again(
+    tmp_path: Path, each_crash: EachCrash, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
     monkeypatch.setattr(draft, "provenance", lambda world_size: {})
-    monkeypatch.setattr(draft, "surroundings", lambda world_size: {})
+    monkeypatch.setattr(draft, "environment", lambda world_size: {})
     monkeypatch.setattr(draft, "now", lambda: "then")
     make(tmp_path / "whole" / "out", [])
     expected = tree(tmp_path / "whole")
     folder = tmp_path / "killed"
-    spared = 0
-    for number in each_crash(lambda: void(make(folder / "out", [])), in_child, monkeypatch, stride):
+    kept = 0
+    for number in each_crash(lambda: void(make(folder / "out", [])), folder, stride):
         recorded = len(list(folder.glob("out.partial/.records/[!.]*.json")))
         if (folder / "out").exists():
             open_artifact(folder / "out").verify()
@@ -93,102 +93,62 @@ def test_rows_2_4_11_an_artifact_is_absent_or_whole_and_its_files_are_not_made_t
                 open_artifact(folder / "out")
         again: list[str] = []
         make(folder / "out", again)
-        assert tree(folder) == expected, f"after crash point {number}"
+        assert tree(folder) == expected, f"after file operation {number}"
         assert len(again) + recorded <= 2
-        spared += recorded
+        kept += recorded
         shutil.rmtree(folder)
-    assert spared > 1
+    assert kept > 1
 
 
 def void(result: object) -> None:
     """An action returns nothing."""
 
 
-@every(11)
-def test_rows_6_7_9_a_training_checkpoint_is_the_old_one_or_the_new_one(
-    tmp_path: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch, stride: int
+@every(4)
+def test_killed_save_leaves_the_old_state_or_the_new_one(
+    tmp_path: Path, each_crash: EachCrash, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
-    monkeypatch.setattr(checkpoints, "SHARED_BYTES", 64)
+    monkeypatch.setattr(states, "SHARED_BYTES", 64)
 
-    def save(run: Path, step: int) -> None:
+    def save(folder: Path, step: int) -> None:
         tensors = {"codes": torch.full((40,), step // 9), "weight": torch.full((3,), step)}
         parts = {"model": tensors, "optimizer": {"moment": torch.full((2,), -step)}}
-        checkpoints.write(run, {"step": step}, parts, {"model": ["codes"]}, keep_every=0)
+        States(folder, "request").save(step, parts, {"images": step * 2}, unchanging={"model": ["codes"]})
 
     for step in (3, 6):
         save(tmp_path / "begun", step)
     shutil.copytree(tmp_path / "begun", tmp_path / "whole")
     save(tmp_path / "whole", 9)
-    expected, run = tree(tmp_path / "whole"), tmp_path / "killed"
-    shutil.copytree(tmp_path / "begun", run)
+    expected, folder = tree(tmp_path / "whole"), tmp_path / "killed"
+    shutil.copytree(tmp_path / "begun", folder)
     steps = set()
-    for number in each_crash(lambda: save(run, 9), in_child, monkeypatch, stride):
-        found, passed_over = checkpoints.newest(run)
-        assert found is not None
-        assert passed_over == []
-        saved = checkpoints.read(found)
-        step = saved.counters["step"]
-        assert saved.parts["model"]["weight"].tolist() == [step] * 3
-        assert saved.parts["model"]["codes"].tolist() == [step // 9] * 40
-        steps.add(step)
-        save(run, 9)
-        assert tree(run) == expected, f"after crash point {number}"
-        shutil.rmtree(run)
-        shutil.copytree(tmp_path / "begun", run)
+    for number in each_crash(lambda: save(folder, 9), folder, stride):
+        path, problems = States(folder, "request").newest()
+        assert path is not None
+        assert problems == []
+        assert not list(folder.glob(".*"))
+        state = states.read(path)
+        assert state.values == {"images": state.step * 2}
+        assert state.parts["model"]["weight"].tolist() == [state.step] * 3
+        assert state.parts["model"]["codes"].tolist() == [state.step // 9] * 40
+        steps.add(state.step)
+        save(folder, 9)
+        assert tree(folder) == expected, f"after file operation {number}"
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "begun", folder)
     assert steps == {6, 9}
 
 
-@every(4)
-def test_row_3_a_clustering_is_the_old_one_or_the_new_one(
-    tmp_path: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch, stride: int
+@pytest.mark.parametrize("event", ["open", "torn", "fsync", "rename", "unlink", "mkdir"])
+def test_every_kind_of_file_operation_is_a_crash_point(
+    event: str, tmp_path: Path, crash: ModuleType, in_child: InChild
 ) -> None:
-    def save(folder: Path, step: int) -> None:
-        Checkpoints(folder, "asked").save("iterations", Clustered(step, {"centres": torch.full((4,), step)}))
+    def write() -> None:
+        crash.arm(1, tmp_path / "folder", f"{event} *")
+        (tmp_path / "elsewhere").write_text("not below the folder", encoding="utf-8")
+        States(tmp_path / "folder").save(1, {"model": {"a": torch.ones(2)}})
+        for step in (2, 3):
+            States(tmp_path / "folder").save(step, {"model": {"a": torch.ones(2)}})
 
-    for step in (1, 2):
-        save(tmp_path / "begun", step)
-    shutil.copytree(tmp_path / "begun", tmp_path / "whole")
-    save(tmp_path / "whole", 3)
-    expected, folder = contents(tmp_path / "whole"), tmp_path / "killed"
-    shutil.copytree(tmp_path / "begun", folder)
-    notes: list[str] = []
-    steps = set()
-    for _ in each_crash(lambda: save(folder, 3), in_child, monkeypatch, stride):
-        saved = Checkpoints(folder, "asked", notes.append).newest("iterations")
-        assert saved is not None
-        assert saved.tensors["centres"].tolist() == [saved.step] * 4
-        steps.add(saved.step)
-        save(folder, 3)
-        assert contents(folder) == expected
-        shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "begun", folder)
-    assert steps == {2, 3}
-    assert notes == []
-
-
-def contents(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The tensors of every file; safetensors writes the notes in its header in any order."""
-    return {path.name: {name: t.tolist() for name, t in load_file(path).items()} for path in sorted(folder.iterdir())}
-
-
-def test_a_point_is_named_counted_and_inert_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[int] = []
-    before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
-    try:
-        monkeypatch.setattr(faults, "passed", faults.Counter())
-        faults.fault("rename")
-        assert not faults.passed
-        monkeypatch.setenv(faults.VARIABLE, "rename:2:SIGUSR2")
-        for name in ("rename", "write", "write"):
-            faults.fault(name)
-        assert heard == []
-        faults.fault("rename")
-        assert heard == [signal.SIGUSR2]
-        faults.fault("rename")
-        assert len(heard) == 1
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-    assert faults.parse(f"write:1:{int(signal.SIGTERM)}") == ("write", 1, signal.SIGTERM)
-    for wrong in ("", "rename", "rename:x", "rename:1:SIGNOTHING"):
-        with pytest.raises(ConfigError, match="VQPIPE_CRASH"):
-            faults.parse(wrong)
+    assert in_child(write) == -signal.SIGKILL
+    assert (tmp_path / "elsewhere").exists()

@@ -1,17 +1,19 @@
-"""Finished directories: what one stage hands to the next.
+"""Artifacts: finished directories, which one stage passes to the next.
 
 A stage writes into `<out>.partial/`, file by file, each hashed, flushed to disk and renamed. Publishing writes
-`manifest.json` last and renames the whole directory to `<out>`. So a directory without the suffix is whole, it is never
-overwritten, and a run that was cut short resumes at its first missing file when the same command is given again.
+`manifest.json` last and renames the whole directory to `<out>`. So a directory without the suffix is complete; it is
+never overwritten; and an interrupted run resumes at its first missing file when the same command is given again.
 
-    <out>.partial/  request.json   what was asked          .records/  one JSON per finished file
-                    .lock          held by the one writer   ...        the files themselves
+    <out>.partial/  request.json   kind, config and inputs  .records/    one JSON per finished file
+                    .lock          held by the one writer   status.json  the error of the last run, if it failed
+                    ...            the files themselves
     <out>/          manifest.json  ...
 
-`request` digests what was asked (schema, kind, config, inputs); `content` digests what came out (names, sizes, hashes).
+`request` is the digest of what was requested (schema, kind, config, inputs); `content` is the digest of the result
+(file names, sizes, hashes).
 """
 
+from vqpipe.artifacts.artifact import Artifact, Input, Manifest, open_artifact
 from vqpipe.artifacts.draft import Draft, start
-from vqpipe.artifacts.published import Artifact, Input, Manifest, open_artifact
 
 __all__ = ["Artifact", "Draft", "Input", "Manifest", "open_artifact", "start"]

@@ -1,4 +1,12 @@
-"""An artifact being written: locked, resumed at its first missing file, published in one rename."""
+"""An artifact that is being written: locked, resumed at its first missing file, published in one rename.
+
+A failed run leaves `<out>.partial/status.json`:
+
+    {"error": the line the user saw, "cause": `VqpipeError.cause`, "rank": the rank that failed first}
+
+Under torchrun the exit code is 1 whatever happened, and the other ranks only report that one has ended. The next run
+of the command deletes the file.
+"""
 
 import errno
 import json
@@ -14,8 +22,7 @@ from typing import Any
 
 from vqpipe import distributed
 from vqpipe.artifacts import lock
-from vqpipe.artifacts.lock import Lock
-from vqpipe.artifacts.published import (
+from vqpipe.artifacts.artifact import (
     SCHEMA,
     Artifact,
     Input,
@@ -25,47 +32,57 @@ from vqpipe.artifacts.published import (
     open_artifact,
     partial_path,
 )
-from vqpipe.artifacts.status import disk_errors, forget_failure, is_status, note_failure
+from vqpipe.artifacts.lock import Lock
 from vqpipe.config import difference
-from vqpipe.errors import ArtifactError
-from vqpipe.faults import fault
-from vqpipe.files import digest_json, flush_to_disk, hash_file, let_read, rename, write_json
-from vqpipe.provenance import now, provenance, surroundings
+from vqpipe.errors import ArtifactError, VqpipeError
+from vqpipe.files import (
+    FORBIDDEN,
+    atomic_write,
+    copy_read_permission,
+    digest_json,
+    disk_errors,
+    flush_to_disk,
+    hash_file,
+    write_json,
+)
+from vqpipe.provenance import environment, now, provenance
 
 LOG = logging.getLogger("vqpipe")
 RUNS = ".runs.json"
+STATUS = "status.json"
 
 
 def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input | str]) -> "Draft | Artifact":
-    """Begin, resume, or find finished the artifact `out` for this request. Every rank calls it.
+    """Begin, resume, or find published the artifact `out` for this request. Every rank calls it.
 
-    `inputs` maps a role ("images", "codebook") to what is read: its digest goes into the request, its lineage into the
-    provenance. Returns the Artifact where the same request was published already, else a locked Draft.
+    `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
+    provenance. Returns the Artifact if the same request was published already, else a locked Draft.
 
     Raises:
-        ArtifactError: `out` was made, or begun, with another request (the first differing key is named), or another
-            process is writing it.
+        ArtifactError: `out` was made or begun with another request (the message names the first differing key), or
+            another process is writing it.
     """
     out = Path(out)
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
-    asked = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
-    draft = Draft(out, asked, {role: lineage_of(value) for role, value in inputs.items()})
+    requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
+    draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()})
     published = distributed.on_main(draft.prepare)
     return open_artifact(out, kind) if published else draft
 
 
 class Draft:
-    """An artifact being written, in `<out>.partial/`.
+    """An artifact that is being written, in `<out>.partial/`.
 
-    Used as a context manager: leaving it releases the lock, and removes the directory where nothing was written yet. An
-    error that leaves it is noted down in `status.json` there, if it is the first of all ranks.
+    A context manager: leaving it releases the lock, and removes the directory if nothing was written yet. The first
+    error of all ranks is kept in `status.json`.
     """
 
-    def __init__(self, out: Path, asked: dict[str, Any], lineage: dict[str, Any]) -> None:
+    def __init__(self, out: Path, requested: dict[str, Any], lineage: dict[str, Any]) -> None:
         self.out = out
         self.path = partial_path(out)
-        self.asked = asked
-        self.request = digest_json(asked)
+        self.requested = requested
+        self.kind: str = requested["kind"]
+        self.request = digest_json(requested)
         self.lineage = lineage
         self.started = now()
         self.lock = Lock(self.path, out)
@@ -77,28 +94,27 @@ class Draft:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            note_failure(self.path, error)
+            write_status(self.path, error)
         if self.lock.held and not self.has_work():
             shutil.rmtree(self.path, ignore_errors=True)
         self.lock.release()
 
     def has_work(self) -> bool:
-        """Whether anything was written that a resumed run could go on from."""
-        ours = ("request.json", lock.NAME, RUNS)
-        return any(
-            path.is_file() and path.name not in ours and not is_status(path.name) for path in self.path.rglob("*")
-        )
+        """Whether anything was written from which a run could resume."""
+        own = ("request.json", lock.NAME, RUNS, STATUS)
+        files = (path for path in self.path.rglob("*") if path.is_file())
+        return any(path.name not in own and not path.name.endswith(f"-{STATUS}") for path in files)
 
     def prepare(self) -> bool:
-        """Rank 0: take the lock and check the request. True where the artifact is published already."""
+        """On rank 0: take the lock and check the request. True if the artifact is published already."""
         with disk_errors(self.path):
             if self.out.exists() or self.out.is_symlink():
                 return self.check_published()
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".records").mkdir(exist_ok=True)
-            self.lock.take()
+            self.lock.acquire()
         try:
-            if self.out.exists():  # published by another process between our look and our lock
+            if self.out.exists():  # another process published it after the check above
                 shutil.rmtree(self.path, ignore_errors=True)
                 published = self.check_published()
             else:
@@ -112,43 +128,43 @@ class Draft:
         return published
 
     def resume(self) -> bool:
-        """Clear up after an earlier run and check its request. True where only the last rename was left to do."""
-        forget_failure(self.path)
+        """Delete leftovers of an earlier run and check its request. True if only the last rename was missing."""
+        (self.path / STATUS).unlink(missing_ok=True)
         for leftover in self.path.rglob(".writing-*"):
             leftover.unlink()
         try:
             found = open_artifact(self.path).manifest  # killed between the manifest and the rename that publishes
         except ArtifactError:
             self.check_request()
-            self.note_surroundings()
+            self.record_environment()
             return False
         self.check_same(found, self.path)
-        self.tidy(found.files)
-        self.put_in_place()
+        self.delete_unrecorded(found.files)
+        self.move_into_place()
         return True
 
     def check_published(self) -> bool:
-        """Whether what stands at `out` answers this request; another request is an ArtifactError."""
+        """True if `out` answers this request; otherwise raise an ArtifactError."""
         if not (self.out / "manifest.json").is_file():
             raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", "Choose another --out")
         self.check_same(open_artifact(self.out).manifest, self.out)
-        with suppress(OSError):  # of a run that was killed just after it had published
+        with suppress(OSError):  # of a run that was killed right after it published
             (self.out / lock.NAME).unlink(missing_ok=True)
         return True
 
     def check_same(self, manifest: Manifest, path: Path) -> None:
-        """Raise an ArtifactError where what stands at `path` answers another request."""
+        """Raise an ArtifactError if the artifact at `path` answers another request."""
         if manifest.request != self.request:
             before = {"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs}
             raise ArtifactError(
-                f"{path} exists and was made otherwise: {difference(before, self.asked)}", "Choose another --out"
+                f"{path} exists and was made otherwise: {difference(before, self.requested)}", "Choose another --out"
             )
 
     def check_request(self) -> None:
-        """Note down what is asked, or compare it with what an earlier run noted down: an ArtifactError if unlike."""
+        """Store the request, or raise an ArtifactError if an earlier run stored another one."""
         file = self.path / "request.json"
         if not file.exists():
-            write_json(file, self.asked)
+            write_json(file, self.requested)
             return
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -156,23 +172,25 @@ class Draft:
             raise ArtifactError(f"{file} is damaged", f"Delete {self.path} and run again") from None
         if digest_json(before) != self.request:
             raise ArtifactError(
-                f"{self.path} was begun with other settings: {difference(before, self.asked)}",
+                f"{self.path} was begun with other settings: {difference(before, self.requested)}",
                 "Finish it with those settings, delete it, or choose another --out",
             )
 
-    def note_surroundings(self) -> None:
-        """Keep where each run of this draft ran, and say so where that is not where the one before it did."""
-        here = json.loads(json.dumps(surroundings(distributed.world_size())))
+    def record_environment(self) -> None:
+        """Store the environment of this run; warn if it differs from that of the run before."""
+        here = json.loads(json.dumps(environment(distributed.world_size())))
         runs = self.earlier_runs()
         if runs and runs[-1] != here:
             LOG.warning(
-                "%s was begun elsewhere: %s; the manifest will name both", self.path, difference(runs[-1], here)
+                "%s was begun in another environment: %s; the manifest will list both",
+                self.path,
+                difference(runs[-1], here),
             )
         if not runs or runs[-1] != here:
             write_json(self.path / RUNS, [*runs, here])
 
     def earlier_runs(self) -> list[dict[str, Any]]:
-        """Where the runs of this draft ran, each that differs from the one before; nothing where that is not known."""
+        """The environments of the runs of this draft, each different from the one before; empty if unknown."""
         try:
             runs = json.loads((self.path / RUNS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -183,39 +201,33 @@ class Draft:
     def write(self, name: str, **record: Any) -> Iterator[Path]:
         """Write one file: yields a temporary path with the same suffix; afterwards the file is whole and recorded.
 
-        `record` holds small JSON facts that a resumed run needs of this file (rows, skipped counts).
+        `record` holds small JSON values that a resumed run needs about this file (rows, skipped counts).
         """
         check_name(name)
         target = self.path / name
-        temporary = target.with_name(f".writing-{target.name}")
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                fault("write")
+            with atomic_write(target) as temporary:
                 yield temporary
-                fault("written")
-                let_read(temporary)
-                flush_to_disk(temporary)
-                entry = {"bytes": temporary.stat().st_size, "sha256": hash_file(temporary), "record": record}
-                rename(temporary, target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            flush_to_disk(target.parent)
-            write_json(self.record_file(name), {"name": name, **entry})
+            self.write_record(name, record)
 
     def adopt(self, name: str, **record: Any) -> None:
-        """Record a file that stands in the draft already (a log that grew during the run)."""
+        """Record a file that is in the draft already (a log that grew during the run)."""
         check_name(name)
         target = self.path / name
         with disk_errors(target):
-            let_read(target)
+            copy_read_permission(target)
             flush_to_disk(target)
-            entry = {"bytes": target.stat().st_size, "sha256": hash_file(target), "record": record}
-            write_json(self.record_file(name), {"name": name, **entry})
+            self.write_record(name, record)
+
+    def write_record(self, name: str, record: dict[str, Any]) -> None:
+        """Record a finished file with its size and hash."""
+        file = self.path / name
+        entry = {"bytes": file.stat().st_size, "sha256": hash_file(file), "record": record}
+        write_json(self.record_file(name), {"name": name, **entry})
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """The facts given to `write` for a finished file, or None: not written yet, or not as recorded."""
+        """The values given to `write` for a finished file; None if it is absent or not as recorded."""
         entry = self.entry(name)
         return None if entry is None else entry["record"]
 
@@ -231,10 +243,12 @@ class Draft:
         return self.path / ".records" / (name.replace("/", "__") + ".json")
 
     def publish(self, facts: dict[str, Any]) -> Artifact:
-        """Wait for every rank, then make `<out>` out of `<out>.partial`, in one rename. Every rank gets the Artifact.
+        """Wait for every rank, then turn `<out>.partial` into `<out>` in one rename. Every rank gets the Artifact.
 
-        Unrecorded files (checkpoints, leftovers) are deleted. Raises:
-            ArtifactError: `<out>` has appeared meanwhile.
+        Files without a record (checkpoints, leftovers) are deleted.
+
+        Raises:
+            ArtifactError: `<out>` has appeared in the meantime.
         """
         distributed.barrier()
         if distributed.is_main():
@@ -243,7 +257,7 @@ class Draft:
         return open_artifact(self.out)
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Rank 0: write the manifest, delete what is not recorded, rename."""
+        """On rank 0: write the manifest, delete files without a record, rename."""
         records = [json.loads(file.read_text(encoding="utf-8")) for file in (self.path / ".records").glob("*.json")]
         files = {
             record["name"]: {"bytes": record["bytes"], "sha256": record["sha256"]}
@@ -259,31 +273,15 @@ class Draft:
             facts=json.loads(json.dumps(facts, allow_nan=False)),
             files=files,
             provenance={**provenance(distributed.world_size()), **times, **runs, "lineage": self.lineage},
-            **self.asked,
+            **self.requested,
         )
         with disk_errors(self.path):
             write_json(self.path / "manifest.json", asdict(manifest))
-            self.tidy(files)
-        self.put_in_place()
+            self.delete_unrecorded(files)
+        self.move_into_place()
 
-    def put_in_place(self) -> None:
-        """Give the whole directory its name, and the lock back."""
-        fault("rename")
-        try:
-            if self.out.exists():
-                raise OSError(errno.EEXIST, "it exists")
-            os.rename(self.path, self.out)
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot publish {self.out}: {error.strerror}", f"The work is kept in {self.path}"
-            ) from None
-        fault("renamed")
-        (self.out / lock.NAME).unlink(missing_ok=True)
-        flush_to_disk(self.out.parent)
-        self.lock.release()
-
-    def tidy(self, files: Mapping[str, Any]) -> None:
-        """Delete all but `files`, the manifest and the lock, which is held until the directory has its name."""
+    def delete_unrecorded(self, files: Mapping[str, Any]) -> None:
+        """Delete everything but `files`, the manifest, and the lock, which is held until after the rename."""
         keep = {self.path / name for name in (*files, "manifest.json", lock.NAME)}
         for file in sorted(self.path.rglob("*"), reverse=True):
             if file.is_dir() and not file.is_symlink():
@@ -293,9 +291,49 @@ class Draft:
                 file.unlink()
         flush_to_disk(self.path)
 
+    def move_into_place(self) -> None:
+        """Rename the directory to `out` and release the lock."""
+        try:
+            if self.out.exists():
+                raise OSError(errno.EEXIST, "it exists")
+            os.rename(self.path, self.out)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot publish {self.out}: {error.strerror}", f"The work is kept in {self.path}"
+            ) from None
+        (self.out / lock.NAME).unlink(missing_ok=True)
+        flush_to_disk(self.out.parent)
+        self.lock.release()
+
 
 def lineage_of(value: Input | str) -> dict[str, Any]:
+    """The lineage of an input: that of an artifact, else a leaf."""
     if isinstance(value, str):
         return {"kind": "data", "name": "", "content": value, "inputs": {}}
     leaf = {"kind": "data", "name": value.name, "content": value.digest, "inputs": {}}
     return getattr(value, "lineage", leaf)
+
+
+def write_status(folder: Path, error: Exception) -> None:
+    """Write `error` to the folder's status.json, unless another rank was first. Never raises."""
+    line = str(error) if isinstance(error, VqpipeError) else f"{type(error).__name__}: {error}"
+    rank = distributed.rank()
+    table = {"error": " ".join(line.split()), "cause": cause_of(error), "rank": rank}
+    temporary = folder / f".writing-{rank}-{STATUS}"
+    with suppress(OSError, ValueError):
+        try:
+            temporary.write_text(json.dumps(table) + "\n", encoding="utf-8")
+            os.link(temporary, folder / STATUS)  # unlike a rename, it does not replace the status of another rank
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def cause_of(error: BaseException) -> int:
+    """The cause of an error, as `VqpipeError.cause` numbers it."""
+    if isinstance(error, VqpipeError):
+        return error.cause
+    if isinstance(error, OSError):
+        return 77 if error.errno in FORBIDDEN else 66 if error.errno == errno.ENOENT else 74
+    if isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__.startswith("Dist")):
+        return 75  # another rank ended; it should have its own error
+    return 70

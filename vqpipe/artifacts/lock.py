@@ -1,7 +1,11 @@
-"""One writer of a directory: a lock that the kernel frees when its process dies, with an owner and a heartbeat.
+"""The lock of a directory that is being written: at most one process writes an artifact.
 
-The file `.lock` names its owner, and is touched every half a minute. Neither decides anything: they tell whoever finds
-the lock taken, by a machine that the kernel here may know nothing of, whom to ask and when he was last alive.
+The kernel releases it (flock) when its process ends, however it ends. The lock file also holds the owner's process,
+host and start, and its modification time is a heartbeat: both only appear in the error of a second writer, who may be
+on another machine.
+
+The `filelock` package would replace only the call of flock: its kernel locks store no owner, fall back to lock files
+that outlive their process where flock is missing, and belong to a path, while ours is renamed with its directory.
 """
 
 import fcntl
@@ -17,66 +21,66 @@ from vqpipe.errors import ArtifactError
 from vqpipe.provenance import now
 
 NAME = ".lock"
-BEAT_SECONDS = 30.0
+HEARTBEAT_SECONDS = 30.0
 
 
 class Lock:
-    """The lock of `folder`, in which `out` is written."""
+    """The lock of `folder`, in which the artifact `out` is written."""
 
     def __init__(self, folder: Path, out: Path) -> None:
         self.file, self.out = folder / NAME, out
         self.handle: int | None = None
-        self.heart: Heart | None = None
+        self.heartbeat: Heartbeat | None = None
 
     @property
     def held(self) -> bool:
-        """Whether this process is the writer."""
+        """Whether this process holds the lock."""
         return self.handle is not None
 
-    def take(self) -> None:
-        """Become the one writer.
+    def acquire(self) -> None:
+        """Take the lock, without waiting.
 
         Raises:
-            ArtifactError: another process is, and who; or the file system has no locks.
+            ArtifactError: another process holds it (the message names it); or the file system has no locks.
         """
         handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self.taken(handle) from None
+            raise self.held_by_another(handle) from None
         except OSError as error:
             os.close(handle)
             raise ArtifactError(
                 f"{self.file} cannot be locked ({error.strerror})",
-                "Write to a file system with locks: without, two processes could write the same files",
+                "Write to a file system with locks: without them, two processes could write the same files",
             ) from None
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {now()}\n".encode())
         self.handle = handle
-        self.heart = Heart(handle)
-        self.heart.start()
+        self.heartbeat = Heartbeat(handle)
+        self.heartbeat.start()
 
-    def taken(self, handle: int) -> ArtifactError:
-        """Who has it, and when he was last alive."""
+    def held_by_another(self, handle: int) -> ArtifactError:
+        """The error that names the owner and the age of its last heartbeat."""
         owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-        silence = timedelta(seconds=max(0, int(time.time() - os.fstat(handle).st_mtime)))
+        age = timedelta(seconds=max(0, int(time.time() - os.fstat(handle).st_mtime)))
         os.close(handle)
         return ArtifactError(
-            f"{self.out} is being written by {owner}, last alive {silence} ago",
-            f"Wait for it, or stop it; where its machine is gone for good, delete {self.file}",
+            f"{self.out} is being written by {owner}, last alive {age} ago",
+            f"Wait for it, or stop it; if its machine is gone, delete {self.file}",
         )
 
     def release(self) -> None:
-        """Give the lock back; harmless when it is not held."""
-        if self.heart is not None:
-            self.heart.stop()
+        """Release the lock, if it is held."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
         if self.handle is not None:
             os.close(self.handle)
-        self.handle = self.heart = None
+        self.handle = self.heartbeat = None
 
 
-class Heart(threading.Thread):
-    """Touches an open file every `BEAT_SECONDS`."""
+class Heartbeat(threading.Thread):
+    """Updates the modification time of an open file every `HEARTBEAT_SECONDS`."""
 
     def __init__(self, handle: int) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -84,11 +88,11 @@ class Heart(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        while not self.stopped.wait(BEAT_SECONDS):
-            with suppress(OSError):  # the next file that is written will say it better
+        while not self.stopped.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # the next write reports it
                 os.utime(self.handle)
 
     def stop(self) -> None:
-        """Returns when the file is touched no more."""
+        """Return after the last update."""
         self.stopped.set()
         self.join()

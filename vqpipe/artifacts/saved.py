@@ -10,6 +10,7 @@ random-number state to save: every random choice is a function of (seed, what is
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError
-from vqpipe.faults import fault
-from vqpipe.files import flush_to_disk, rename
+from vqpipe.files import flush_to_disk
 
 CPU = torch.device("cpu")
 KEEP = 2
@@ -70,17 +70,14 @@ class Checkpoints:
         temporary = target.with_name(f".writing-{target.name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            fault("write")
             save_file(tensors, temporary, header)
-            fault("written")
             flush_to_disk(temporary)
-            rename(temporary, target)
+            os.replace(temporary, target)
             flush_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise ArtifactError(f"cannot write {target}: {error}", "Free some space and run again") from None
         for old in self.files(series)[:-keep] if keep else ():
-            fault("delete")
             old.unlink()
 
     def newest(self, series: str, device: torch.device = CPU) -> Saved | None:

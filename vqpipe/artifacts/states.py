@@ -1,19 +1,20 @@
-"""Saved states of a resumable job: the one writer of training checkpoints, of k-means and of evaluation passes.
+"""Saved states of a resumable job: training checkpoints, k-means, evaluation passes.
 
     <folder>/<prefix>-00012000/<part>.safetensors   the tensors of one part of the state
-                               state.json           step, small values, bytes and sha256 of each file; written last
+                               state.json           step, small values, size and sha256 of each file; written last
     <folder>/shared-<sha256>.safetensors            one large tensor that does not change between states, stored once
                                                     by its content: a frozen codebook, features of images already seen
 
-A state is written under another name, flushed and renamed, so it is whole or absent. The newest `KEEP` are kept: one
-that the disk has damaged since is skipped in favour of the one before. `.saving-*` is being written and `.deleting-*`
-is being deleted: neither is ever read, and both are removed by the next `newest`.
+A state is written in a temporary directory, flushed and renamed, so it is whole or absent. The newest `KEEP` are kept:
+if the newest was damaged on disk, the one before it is used. `.saving-*` is being written and `.deleting-*` is being
+deleted: neither is ever read, and the next `newest` removes both.
 
-There is no random-number state to save: every random choice of a job is a function of (seed, step or position).
+No random-number state is saved: every random choice of a job is a function of (seed, step or position).
 """
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqpipe.errors import ArtifactError
-from vqpipe.files import digest_json, flush_to_disk, hash_file, rename, write_json
+from vqpipe.files import atomic_write, digest_json, flush_to_disk, free_space, hash_file, reason, write_json
 
 KEEP = 2
-"""States on disk: the newest, and the one before in case the newest is damaged."""
+"""Number of states kept on disk: the newest, and the one before in case the newest gets damaged."""
 SHARED_BYTES = 1 << 20
 """An unchanging tensor of at least this size gets a file of its own."""
 
@@ -47,7 +48,7 @@ class State:
 
 
 class States:
-    """The states of one job in `folder`; with None nothing is saved and nothing is found.
+    """The states of one job in `folder`. With None nothing is saved and nothing is found.
 
     One process writes: rank 0 of a job that all ranks share (`distributed.on_main`), or each rank in a folder of its
     own. Any process may read.
@@ -107,7 +108,10 @@ class States:
             remove(temporary)
             temporary.mkdir()
             for key, tensor in by_key.items():
-                store(tensor, shared_file(folder, key))
+                file = shared_file(folder, key)
+                if not file.exists():
+                    with atomic_write(file) as unfinished:
+                        save_file({"tensor": on_cpu(tensor)}, unfinished)
             files = {}
             for part, tensors in own.items():
                 file = temporary / f"{part}.safetensors"
@@ -117,30 +121,30 @@ class States:
             table = {"step": step, "request": self.request, "values": dict(values or {}), "files": files}
             table["shared"] = shared
             write_json(temporary / "state.json", table | {"sha256": digest_json(table)})
-            remove(target)  # only ever a damaged one, which was skipped
-            rename(temporary, target)
+            remove(target)  # exists only if it was damaged
+            os.replace(temporary, target)
             flush_to_disk(folder)
             self.prune(step, keep_every)
         except (OSError, SafetensorError) as error:
-            self.sweep()
+            self.remove_leftovers()
             absent = [tensor for key, tensor in by_key.items() if not shared_file(folder, key).exists()]
             needed = sum(tensor.nbytes for tensors in own.values() for tensor in tensors.values())
             needed += sum(tensor.nbytes for tensor in absent)
             raise ArtifactError(
-                f"cannot save step {step:,} in {folder}: {reason(error)} ({needed / 1e6:,.1f} MB are needed, "
-                f"{shutil.disk_usage(existing(folder)).free / 1e6:,.1f} MB are free)",
-                "The states before are whole: make room and run the same command again",
+                f"cannot save step {step:,} in {folder}: {reason(error)} "
+                f"({needed / 1e6:,.1f} MB are needed, {free_space(target)} are free)",
+                "Earlier states are intact: free some space and run the same command again",
             ) from None
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest whole state, None where there is none; and for each newer one, what is wrong with it.
+        """The newest whole state, or None; and a line about each newer one that is damaged.
 
-        The process that writes calls this: it removes what killed processes left half written.
+        Only the process that writes may call this: it deletes what killed processes left unfinished.
 
         Raises:
-            ArtifactError: the state belongs to a job of another request.
+            ArtifactError: the state belongs to another request.
         """
-        self.sweep()
+        self.remove_leftovers()
         problems: list[str] = []
         for path in reversed(self.paths()):
             problem = damage(path)
@@ -160,19 +164,19 @@ class States:
         if self.folder is not None:
             prune_shared(self.folder)
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         """Delete what killed processes left half written or half deleted."""
         if self.folder is None:
             return
         for leftover in self.folder.glob(".*-*"):
-            if leftover.name.startswith((".saving-", ".deleting-")):
+            if leftover.name.startswith((".saving-", ".writing-", ".deleting-")):
                 remove(leftover)
         prune_shared(self.folder)
 
     def prune(self, step: int, keep_every: int) -> None:
         """Delete all but the last `KEEP` states up to `step` and each whose step is a multiple of `keep_every`.
 
-        A newer one than `step` was damaged and skipped, and would be found again at every start.
+        A state newer than `step` is deleted too: it is damaged, since the job resumed before it.
         """
         found = self.paths()
         past = [path for path in found if step_of(path) <= step]
@@ -200,26 +204,28 @@ def read(path: Path) -> State:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a state, in a few words; None: it holds what was written."""
+    """What is wrong with a state, in a few words; None if it holds what was written."""
     try:
         table = read_table(path)
         for name, entry in table["files"].items():
             file = path / name
             if file.stat().st_size != entry["bytes"] or hash_file(file) != entry["sha256"]:
-                return f"{name} is not as written"
+                return f"{name} is damaged"
         for key in set(shared_of(table)):
             file = shared_file(path.parent, key)
             if digest(load_file(file)["tensor"]) != key:
-                return f"{file.name} is not as written"
-    except (OSError, SafetensorError) as error:
+                return f"{file.name} is damaged"
+    except OSError as error:
+        return f"{Path(error.filename).name if error.filename else 'a file'}: {reason(error)}"
+    except SafetensorError as error:
         return reason(error)
     except (ValueError, KeyError):
-        return "state.json is not as written"
+        return "state.json is damaged"
     return None
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """`state.json` of a state; a ValueError where it is not what was written."""
+    """`state.json` of a state. Raises ValueError if it is damaged."""
     table = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if not isinstance(table, dict) or table.pop("sha256", "") != digest_json(table):
         raise ValueError(path)
@@ -227,40 +233,29 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def prune_shared(folder: Path) -> None:
-    """Delete the shared tensors that no state names."""
+    """Delete the shared tensors that no state uses."""
     try:
         tables = [read_table(file.parent) for file in folder.glob("*/state.json") if file.parent.name[0] != "."]
-    except ValueError:
-        return  # what a damaged state names is not known, so nothing is deleted
-    named = {shared_file(folder, key) for table in tables for key in shared_of(table)}
+    except (OSError, ValueError):
+        return  # which tensors a damaged state uses is unknown, so none is deleted
+    used = {shared_file(folder, key) for table in tables for key in shared_of(table)}
     for file in folder.glob("shared-*.safetensors"):
-        if file not in named:
+        if file not in used:
             file.unlink()
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if there is one, so that at no moment a part of it stands under its name."""
+    """Delete a file or folder, if it exists. It is renamed first, so that its name never holds only a part of it."""
     if not path.exists():
         return
     doomed = path if path.name.startswith(".") else path.with_name(f".deleting-{path.name}")
     if doomed != path:
         remove(doomed)
-        rename(path, doomed)
+        os.replace(path, doomed)
     if doomed.is_dir():
-        shutil.rmtree(doomed, ignore_errors=True)  # what stays is removed at the next start
+        shutil.rmtree(doomed, ignore_errors=True)  # the next start removes the rest
     else:
         doomed.unlink(missing_ok=True)
-
-
-def store(tensor: Tensor, file: Path) -> None:
-    """Write one shared tensor, where it is not there yet."""
-    if file.exists():
-        return
-    temporary = file.with_name(f".saving-{file.name}")
-    save_file({"tensor": on_cpu(tensor)}, temporary)
-    flush_to_disk(temporary)
-    rename(temporary, file)
-    flush_to_disk(file.parent)
 
 
 def shared_file(folder: Path, key: str) -> Path:
@@ -268,7 +263,7 @@ def shared_file(folder: Path, key: str) -> Path:
 
 
 def shared_of(table: dict[str, Any]) -> Iterator[str]:
-    """The digests of the shared tensors that a state.json names."""
+    """The digests of the shared tensors that a state.json lists."""
     return (key for names in table["shared"].values() for key in names.values())
 
 
@@ -282,15 +277,3 @@ def digest(tensor: Tensor) -> str:
 
 def on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return folder if folder.exists() or folder.parent == folder else existing(folder.parent)
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read or written, in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror.lower()}{f' ({Path(error.filename).name})' if error.filename else ''}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

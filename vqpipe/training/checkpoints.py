@@ -12,6 +12,7 @@ swept away when the run is next started. All of this is rank 0's work.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqpipe.errors import ArtifactError
-from vqpipe.faults import fault
-from vqpipe.files import digest_json, flush_to_disk, hash_file, rename, write_json
+from vqpipe.files import digest_json, flush_to_disk, hash_file, write_json
 
 KEEP = 2
 """How many checkpoints stay on disk: the newest, and the one before in case the newest is damaged."""
@@ -92,15 +92,13 @@ def write(
         files = {}
         for part, tensors in own.items():
             file = temporary / f"{part}.safetensors"
-            fault("write")
             save_file({name: on_cpu(tensor) for name, tensor in tensors.items()}, file)
-            fault("written")
             flush_to_disk(file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
         table = {**counters, "files": files, "shared": large}
         write_json(temporary / "state.json", table | {"sha256": digest_json(table)})
         remove(target)  # only ever a damaged one, which was passed over
-        rename(temporary, target)
+        os.replace(temporary, target)
         flush_to_disk(folder)
         prune(run_dir, counters["step"], keep_every)
     except (OSError, SafetensorError) as error:
@@ -214,13 +212,11 @@ def remove(path: Path) -> None:
     doomed = path if path.name.startswith(".") else path.with_name(f".deleting-{path.name}")
     if doomed != path:
         remove(doomed)
-        rename(path, doomed)
-    fault("delete")
+        os.replace(path, doomed)
     if doomed.is_dir():
         shutil.rmtree(doomed, ignore_errors=True)  # what stays is swept at the next start
     else:
         doomed.unlink(missing_ok=True)
-    fault("deleted")
 
 
 def store(tensor: Tensor, file: Path) -> None:
@@ -228,11 +224,9 @@ def store(tensor: Tensor, file: Path) -> None:
     if file.exists():
         return
     temporary = file.with_name(f".saving-{file.name}")
-    fault("write")
     save_file({"tensor": on_cpu(tensor)}, temporary)
-    fault("written")
     flush_to_disk(temporary)
-    rename(temporary, file)
+    os.replace(temporary, file)
     flush_to_disk(file.parent)
 
 

@@ -1,7 +1,7 @@
-"""A published artifact: its manifest, checked, and the files that it names."""
+"""A published artifact: its manifest, validated, and its files."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError
 from vqpipe.files import digest_json, hash_file, with_a_name
+from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
 KINDS = (
@@ -26,12 +27,12 @@ class Input(Protocol):
 
     @property
     def name(self) -> str:
-        """A short name, for people."""
+        """A short name to display."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`; see the module's docstring for the two digests."""
+    """The content of `manifest.json`; the package's docstring defines the two digests."""
 
     schema: int
     kind: str
@@ -45,7 +46,7 @@ class Manifest:
 
 
 class Artifact:
-    """A published directory: its manifest, checked, and the files it names."""
+    """A published directory."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -58,7 +59,7 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """The content digest: an artifact is itself an Input."""
+        """The content digest. (An artifact is an `Input`.)"""
         return self.content
 
     @property
@@ -68,7 +69,7 @@ class Artifact:
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """This artifact and, nested under `inputs`, all it was made from."""
+        """Kind, name and content of this artifact and, nested under `inputs`, of everything it was made from."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -83,9 +84,7 @@ class Artifact:
             ArtifactError: the manifest does not list it.
         """
         if name not in self.manifest.files:
-            raise ArtifactError(
-                f"{self.path} ({self.kind}) has no file {name}", "See what it holds with vqpipe inspect"
-            )
+            raise ArtifactError(f"{self.path} ({self.kind}) has no file {name}", "List its files with vqpipe inspect")
         return self.path / name
 
     def names(self, pattern: str = "*") -> list[str]:
@@ -93,41 +92,43 @@ class Artifact:
         return sorted(name for name in self.manifest.files if PurePosixPath(name).match(pattern))
 
     def whole(self, name: str) -> Path:
-        """Path of the file `name`, its bytes hashed again: weights and ids with a flipped bit would load in silence.
+        """Path of the file `name`, after hashing it again: weights and ids with a flipped bit load without an error.
 
         Raises:
-            ArtifactError: the manifest does not list it, or its hash is not what was published.
+            ArtifactError: the manifest does not list it, or its hash differs from the published one.
         """
         path = self.file(name)
         found, published = hash_file(path), self.manifest.files[name]["sha256"]
         if found != published:
             raise ArtifactError(
                 f"{path} is damaged: sha256 {found[:12]}, published as {published[:12]}",
-                "Make it again, or copy it again from its source",
+                "Copy it from its source again, or make it again",
             )
         return path
 
-    def check(self, names: Sequence[str], on_file: Callable[[str], None] = lambda name: None) -> None:
-        """`whole` for many large files, before long work on them: each rank hashes some, and `on_file` hears of each.
+    def check(self, names: Sequence[str], progress: Progress = SILENT) -> None:
+        """`whole` for many large files, before long work on them. Each rank hashes its share.
 
         Raises:
             ArtifactError: as `whole`, on every rank.
         """
-        damage = None
+        own = names[distributed.rank() :: distributed.world_size()]
+        progress.start(f"checking {self.name}", len(own), "files")
+        error = None
         try:
-            for name in names[distributed.rank() :: distributed.world_size()]:
+            for name in own:
                 self.whole(name)
-                on_file(name)
-        except ArtifactError as error:
-            damage = error
-        for found in filter(None, distributed.gather_objects(damage)):
+                progress.advance()
+        except ArtifactError as raised:
+            error = raised
+        for found in filter(None, distributed.gather_objects(error)):
             raise found
 
     def verify(self) -> None:
         """Hash every file again.
 
         Raises:
-            ArtifactError: a file's hash, or the manifest's own digest, is not what was published.
+            ArtifactError: a file's hash, or the manifest's own digest, differs from the published one.
         """
         for name in self.manifest.files:
             self.whole(name)
@@ -138,10 +139,10 @@ class Artifact:
 
 
 def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
-    """Open a finished directory; check its kind, schema and file sizes (hashes: `Artifact.verify`).
+    """Open a published directory; check its kind, schema and file sizes (hashes: `Artifact.verify`).
 
     Raises:
-        ArtifactError: it is absent, unfinished, damaged, of another kind, or from a newer vqpipe.
+        ArtifactError: it is absent, unfinished, damaged, of another kind, or of another schema.
     """
     path = with_a_name(Path(path))
     partial = partial_path(path)
@@ -152,7 +153,7 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         raise ArtifactError(f"{path} is not a vqpipe artifact: it has no manifest.json", "Check the path")
     manifest = read_manifest(path / "manifest.json")
     if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{path} is of kind {manifest.kind}, {kind} is needed", "Check which artifact you named")
+        raise ArtifactError(f"{path} is of kind {manifest.kind}, {kind} is needed", "Check the path")
     for name, entry in manifest.files.items():
         check_name(name)
         file = path / name
@@ -166,29 +167,31 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
 
 
 def partial_path(out: Path) -> Path:
-    """Where an artifact stands while it is written."""
+    """The directory of an artifact that is being written."""
     return out.with_name(out.name + ".partial")
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check one `manifest.json`; unknown keys are ignored within a schema."""
+    """Read and validate a `manifest.json`. Unknown keys are ignored within a schema."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["schema"] != SCHEMA:
-            made = table.get("provenance", {}).get("versions", {}).get("vqpipe", "another version")
+            version = table.get("provenance", {}).get("versions", {}).get("vqpipe", "another version")
             raise ArtifactError(
                 f"{path} has schema {table['schema']}, this vqpipe reads {SCHEMA}",
-                f"Use the vqpipe that made it: {made}",
+                f"Use the vqpipe that made it: {version}",
             )
         manifest = Manifest(**{key: table[key] for key in Manifest.__dataclass_fields__})
-        whole = all(
-            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in manifest.files.values()
-        )
         tables = (manifest.config, manifest.inputs, manifest.facts, manifest.files, manifest.provenance)
-        whole = whole and all(isinstance(table, dict) for table in tables)
-        whole = whole and isinstance(manifest.request, str) and isinstance(manifest.content, str)
-        if manifest.kind not in KINDS or not whole:
-            raise ValueError(manifest.kind)
+        valid = (
+            manifest.kind in KINDS
+            and isinstance(manifest.request, str)
+            and isinstance(manifest.content, str)
+            and all(isinstance(table, dict) for table in tables)
+            and all(isinstance(file["bytes"], int) and isinstance(file["sha256"], str) for file in tables[3].values())
+        )
+        if not valid:
+            raise ValueError(path)
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}", "Check its permissions") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -197,19 +200,21 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_name(name: str) -> None:
+    """Raise an ArtifactError for a file name that is absolute, hidden or leaves the directory."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or "\\" in name or any(part == ".." or part.startswith(".") for part in parts):
-        raise ArtifactError(f"{name!r} is not a file name an artifact may hold")
+        raise ArtifactError(f"{name!r} is not a valid file name in an artifact")
 
 
 def is_own_file(folder: Path, name: str) -> bool:
-    """Whether `name` is a file in `folder`, with no symbolic link on the way to it."""
+    """Whether `name` is a file in `folder` that is not reached through a symbolic link."""
     try:
         steps = [folder / part for part in (name, *map(str, PurePosixPath(name).parents))[:-1]]
         return steps[0].is_file() and not any(step.is_symlink() for step in steps)
-    except OSError:  # a name too long for this disk
+    except OSError:  # the name is too long for this file system
         return False
 
 
 def content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of names, sizes and hashes."""
     return digest_json([[name, files[name]["bytes"], files[name]["sha256"]] for name in sorted(files)])
