@@ -1,18 +1,31 @@
+"""Artifacts: publishing, resuming, refusing, and finding damage."""
+
 import errno
 import fcntl
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact, start
 from vqpipe.artifacts import draft as draft_module
+from vqpipe.codebooks.kmeans import load_codebook
+from vqpipe.data.examples import TokenSet
+from vqpipe.data.tokens import write_tokens
 from vqpipe.errors import ArtifactError
+from vqpipe.models import VqganConfig, build_autoencoder
+from vqpipe.progress import Silent
+from vqpipe.quantizers import VqConfig
+from vqpipe.tokenizer import Tokenizer, write_files
 
 CONFIG = {"k": 3, "nested": {"a": 1}}
 INPUTS = {"images": "0" * 64}
@@ -42,7 +55,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_publishing_leaves_one_whole_directory(tmp_path: Path) -> None:
+def test_publish_leaves_one_complete_directory(tmp_path: Path) -> None:
     artifact = publish(tmp_path / "out")
     assert set(tree(tmp_path)) == {"out/a.bin", "out/sub/b.bin", "out/manifest.json"}
     opened = open_artifact(tmp_path / "out", "codebook")
@@ -53,7 +66,7 @@ def test_publishing_leaves_one_whole_directory(tmp_path: Path) -> None:
     assert opened.lineage["inputs"]["images"]["content"] == "0" * 64
 
 
-def test_the_two_digests_depend_on_what_they_should(tmp_path: Path) -> None:
+def test_request_digest_depends_on_config_and_content_digest_on_files(tmp_path: Path) -> None:
     first, again = publish(tmp_path / "x").manifest, publish(tmp_path / "y").manifest
     assert (first.request, first.content) == (again.request, again.content)
     with begin(tmp_path / "z", {"k": 4}) as draft:
@@ -62,14 +75,14 @@ def test_the_two_digests_depend_on_what_they_should(tmp_path: Path) -> None:
     assert other.content != first.content
 
 
-def test_the_same_request_again_is_the_published_artifact(tmp_path: Path) -> None:
+def test_same_request_again_opens_the_published_artifact(tmp_path: Path) -> None:
     publish(tmp_path / "out")
     before = tree(tmp_path)
     assert isinstance(start(tmp_path / "out", "codebook", CONFIG, INPUTS), Artifact)
     assert tree(tmp_path) == before
 
 
-def test_another_request_names_the_first_difference(tmp_path: Path) -> None:
+def test_another_request_is_refused_with_the_first_difference(tmp_path: Path) -> None:
     publish(tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"config\.nested\.a was 1, now 2"):
         start(tmp_path / "out", "codebook", {"k": 3, "nested": {"a": 2}}, INPUTS)
@@ -81,7 +94,7 @@ def test_another_request_names_the_first_difference(tmp_path: Path) -> None:
         start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
 
 
-def test_a_cut_run_resumes_at_its_first_missing_file(tmp_path: Path) -> None:
+def test_interrupted_run_resumes_at_its_first_missing_file(tmp_path: Path) -> None:
     with begin(tmp_path / "out") as draft:
         with draft.write("a.bin", rows=5) as path:
             path.write_bytes(b"a.bin")
@@ -99,13 +112,13 @@ def test_a_cut_run_resumes_at_its_first_missing_file(tmp_path: Path) -> None:
     assert resumed.content == publish(tmp_path / "straight").content
 
 
-def test_a_run_that_fails_before_its_first_file_leaves_nothing(tmp_path: Path) -> None:
+def test_run_that_fails_before_its_first_file_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), begin(tmp_path / "out"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
 
 
-def test_unrecorded_files_are_not_published(tmp_path: Path) -> None:
+def test_files_without_a_record_are_not_published(tmp_path: Path) -> None:
     with begin(tmp_path / "out") as draft:
         (draft.path / "checkpoints" / "step-1").mkdir(parents=True)
         (draft.path / "checkpoints" / "step-1" / "model").write_bytes(b"x")
@@ -116,7 +129,7 @@ def test_unrecorded_files_are_not_published(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_two_writers_cannot_both_write(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path) -> None:
     program = "import sys; from vqpipe.artifacts import start; start(sys.argv[1], 'codebook', {'k': 3}, {})"
     with begin(tmp_path / "out", {"k": 3}):
         second = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
@@ -124,35 +137,38 @@ def test_two_writers_cannot_both_write(tmp_path: Path) -> None:
     assert f"is being written by process {os.getpid()}" in second.stderr
 
 
-@pytest.mark.parametrize("moment", ["rename", "renamed"])
-def test_nobody_comes_between_the_last_file_and_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    answers = []
+def test_lock_is_held_until_after_the_publishing_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, moments = os.rename, []
 
-    def fault(name: str) -> None:
-        if name == moment:
-            other = os.open(folder / ".lock", os.O_RDWR)
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def is_locked(folder: Path) -> bool:
+        other = os.open(folder / ".lock", os.O_RDWR)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
             os.close(other)
-            answers.append(name)
+        return False
 
-    folder = tmp_path / ("out.partial" if moment == "rename" else "out")
-    monkeypatch.setattr(draft_module, "fault", fault)
+    def observed(source: Path, target: Path) -> None:
+        moments.append(is_locked(source))
+        rename(source, target)
+        moments.append(is_locked(target))
+
+    monkeypatch.setattr(os, "rename", observed)
     publish(tmp_path / "out")
-    assert answers == [moment]
+    assert moments == [True, True]
     assert not list(tmp_path.rglob(".lock"))
 
 
-def test_a_lock_that_was_left_just_after_publishing_goes_with_the_next_run(tmp_path: Path) -> None:
+def test_lock_left_after_publishing_is_deleted_by_the_next_run(tmp_path: Path) -> None:
     publish(tmp_path / "out")
     (tmp_path / "out" / ".lock").write_text("process 1 on nowhere\n")
     assert isinstance(start(tmp_path / "out", "codebook", CONFIG, INPUTS), Artifact)
     assert not list(tmp_path.rglob(".lock"))
 
 
-def test_damage_is_found(tmp_path: Path) -> None:
+def test_damaged_or_missing_files_are_detected(tmp_path: Path) -> None:
     artifact = publish(tmp_path / "out")
     (artifact.path / "a.bin").write_bytes(b"A.bin")
     with pytest.raises(ArtifactError, match=r"a\.bin is damaged"):
@@ -165,10 +181,16 @@ def test_damage_is_found(tmp_path: Path) -> None:
         open_artifact(artifact.path)
 
 
-def test_files_can_be_checked_one_by_one(tmp_path: Path) -> None:
-    artifact, heard = publish(tmp_path / "out"), list[str]()
-    artifact.check(["a.bin", "sub/b.bin"], heard.append)
-    assert heard == ["a.bin", "sub/b.bin"]
+def test_check_hashes_the_named_files_and_reports_progress(tmp_path: Path) -> None:
+    counted: list[int] = []
+
+    class Counter(Silent):
+        def advance(self, count: int = 1) -> None:
+            counted.append(count)
+
+    artifact = publish(tmp_path / "out")
+    artifact.check(["a.bin", "sub/b.bin"], Counter())
+    assert counted == [1, 1]
     (artifact.path / "sub" / "b.bin").write_bytes(b"sub/B.bin")
     artifact.check(["a.bin"])
     with pytest.raises(ArtifactError, match=r"b\.bin is damaged: sha256 \w{12}, published as \w{12}"):
@@ -176,7 +198,7 @@ def test_files_can_be_checked_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_those_who_may_list_an_artifact_may_read_its_files(tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_are_readable_by_whoever_may_list_the_directory(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         with begin(tmp_path / "out") as draft:
@@ -196,19 +218,19 @@ def test_those_who_may_list_an_artifact_may_read_its_files(tmp_path: Path, umask
     [
         ({"schema": 2}, "has schema 2"),
         ({"kind": "other"}, "is damaged"),
-        ({"files": {"../evil": {"bytes": 1, "sha256": "0"}}}, "is not a file name"),
-        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}}, "is not a file name"),
+        ({"files": {"../evil": {"bytes": 1, "sha256": "0"}}}, "is not a valid file name"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}}, "is not a valid file name"),
         ({"files": {"a.bin": 3}}, "is damaged"),
     ],
 )
-def test_a_wrong_manifest_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_invalid_manifest_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     file = publish(tmp_path / "out").path / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ArtifactError, match=message):
         open_artifact(tmp_path / "out")
 
 
-def test_a_manifest_cut_short_or_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+def test_truncated_manifest_and_wrong_kind_are_refused(tmp_path: Path) -> None:
     artifact = publish(tmp_path / "out")
     with pytest.raises(ArtifactError, match="is of kind codebook, tokenizer is needed"):
         open_artifact(artifact.path, "tokenizer")
@@ -220,7 +242,7 @@ def test_a_manifest_cut_short_or_an_unknown_kind_is_refused(tmp_path: Path) -> N
         open_artifact(tmp_path / "absent")
 
 
-def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_manifest_is_a_permission_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = publish(tmp_path / "out").path
 
     def refused(*_: object, **__: object) -> str:
@@ -231,14 +253,14 @@ def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, m
         open_artifact(path)
 
 
-def test_the_current_folder_may_be_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_directory_can_be_opened_as_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(publish(tmp_path / "out").path / "sub")
     assert open_artifact("..").name == "out"
     with pytest.raises(ArtifactError, match="sub is not a vqpipe artifact"):
         open_artifact(".")
 
 
-def test_an_artifact_is_an_input_with_a_lineage(tmp_path: Path) -> None:
+def test_artifact_as_input_adds_its_lineage(tmp_path: Path) -> None:
     first = publish(tmp_path / "first")
     draft = start(tmp_path / "second", "tokenizer", {}, {"codebook": first})
     assert isinstance(draft, Draft)
@@ -247,3 +269,124 @@ def test_an_artifact_is_an_input_with_a_lineage(tmp_path: Path) -> None:
     assert second.inputs == {"codebook": first.content}
     assert second.lineage["inputs"]["codebook"]["name"] == "first"
     assert second.lineage["inputs"]["codebook"]["inputs"]["images"]["content"] == "0" * 64
+
+
+# What is loaded from artifacts.
+
+
+def publish_files(out: Path, kind: str, write: Callable[[Draft], None], facts: dict[str, Any]) -> Artifact:
+    begun = start(out, kind, {}, {"images": "0" * 64})
+    assert isinstance(begun, Draft)
+    with begun:
+        write(begun)
+        return begun.publish(facts)
+
+
+def flip(path: Path, byte: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def codebook(begun: Draft) -> None:
+    with begun.write("codebook.safetensors") as path:
+        save_file({"codebook": torch.ones(4, 3), "counts": torch.ones(4, dtype=torch.int64)}, path)
+
+
+def tokens(begun: Draft) -> None:
+    with begun.write("tokens-00000.parquet") as path:
+        write_tokens(path, ["a"], [0], np.array([[[1, 2]]], np.uint16))
+
+
+def tokenizer(begun: Draft) -> None:
+    small = {"base_channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
+    model = VqganConfig(**small, z_channels=4, quantizer=VqConfig(codebook_size=4, code_dim=2))
+    write_files(begun, Tokenizer(build_autoencoder(model), image_size=8))
+
+
+LOADS: dict[str, tuple[Callable[[Draft], None], str, Callable[[Artifact], object]]] = {
+    "codebook": (codebook, "codebook.safetensors", load_codebook),
+    "tokenizer": (tokenizer, "model.safetensors", lambda artifact: Tokenizer.from_pretrained(artifact.path)),
+    "tokens": (tokens, "tokens-00000.parquet", TokenSet),
+}
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_flipped_bit_is_detected_on_load(kind: str, tmp_path: Path) -> None:
+    write, name, load = LOADS[kind]
+    artifact = publish_files(tmp_path / "out", kind, write, {"codebook_size": 9, "num_images": 1, "num_tokens": 2})
+    load(artifact)
+    flip(artifact.path / name, 60 if kind == "tokens" else -5)
+    again = open_artifact(artifact.path)  # sizes alone do not show it
+    with pytest.raises(ArtifactError, match=rf"{name} is damaged: sha256 \w{{12}}, published as \w{{12}}"):
+        load(again)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"schema": 0}, "has schema 0, this vqpipe reads 1. Use the vqpipe that made it", id="older"),
+        pytest.param({"schema": 2}, "has schema 2, this vqpipe reads 1. Use the vqpipe that made it", id="newer"),
+        pytest.param({"schema": "1"}, "has schema 1", id="wrong type"),
+    ],
+)
+def test_other_schema_is_refused_with_the_version_that_made_it(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    artifact = publish_files(tmp_path / "out", "codebook", codebook, {})
+    file = artifact.path / "manifest.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
+    version = table["provenance"]["versions"]["vqpipe"]
+    file.write_text(json.dumps({**table, **change}), encoding="utf-8")
+    with pytest.raises(ArtifactError) as failure:
+        open_artifact(artifact.path)
+    assert message in str(failure.value)
+    assert version in str(failure.value)
+
+
+def test_unknown_manifest_keys_are_ignored_within_a_schema(tmp_path: Path) -> None:
+    artifact = publish_files(tmp_path / "out", "codebook", codebook, {"k": 4})
+    file = artifact.path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "later": [1]}), encoding="utf-8")
+    assert open_artifact(artifact.path).facts == {"k": 4}
+
+
+def test_resuming_in_another_environment_warns_and_records_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(version: str, threads: int, stop: bool) -> Artifact | None:
+        here = {"versions": {"vqpipe": version}, "hardware": {"threads": threads}, "world_size": 1}
+        monkeypatch.setattr(draft_module, "environment", lambda world_size: here)
+        begun = start(tmp_path / "out", "codebook", {}, {"images": "0" * 64})
+        assert isinstance(begun, Draft)
+        with begun:
+            if begun.record("codebook.safetensors") is None:
+                codebook(begun)
+            return None if stop else begun.publish({})
+
+    with caplog.at_level(logging.WARNING, logger="vqpipe"):
+        run("1", 2, stop=True)
+        run("1", 2, stop=True)
+        assert caplog.messages == []
+        run("1", 4, stop=True)
+        artifact = run("2", 4, stop=False)
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "hardware.threads was 2, now 4; the manifest will list both",
+        'versions.vqpipe was "1", now "2"; the manifest will list both',
+    ]
+    assert artifact is not None
+    runs = artifact.manifest.provenance["runs"]
+    assert [(run["versions"]["vqpipe"], run["hardware"]["threads"]) for run in runs] == [("1", 2), ("1", 4), ("2", 4)]
+    assert artifact.content == publish_files(tmp_path / "straight", "codebook", codebook, {}).content
+
+
+def test_file_behind_a_symbolic_link_is_missing(tmp_path: Path) -> None:
+    def write(begun: Draft) -> None:
+        with begun.write("sub/a.bin") as path:
+            path.write_bytes(b"a")
+
+    artifact = publish_files(tmp_path / "out", "codebook", write, {})
+    (artifact.path / "sub").rename(tmp_path / "elsewhere")
+    (artifact.path / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"sub/a\.bin is missing"):
+        open_artifact(artifact.path)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from stages import cli, console, tokenize_images
-from vqpipe import distributed, faults
+from stages import cli, signals, tokenize_images
+from vqpipe import distributed
 from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.data import batches
 from vqpipe.data.batches import Shuffle, through_workers
@@ -95,9 +96,9 @@ def small_tokenizer(out: Path) -> Tokenizer:
     return Tokenizer.from_pretrained(out)
 
 
-@pytest.mark.parametrize("point", ["written:5", "rename:6"])  # the second shard has no name yet; has no record yet
-def test_row_10_killed_in_the_middle_of_a_token_shard(
-    point: str, folder: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", ["torn *tokens-00001.parquet", "rename *tokens-00001.parquet.json"])
+def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
+    operation: str, folder: Path, crash: ModuleType, in_child: InChild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tokenize_images, "IMAGES_PER_SHARD", 7)
@@ -107,14 +108,12 @@ def test_row_10_killed_in_the_middle_of_a_token_shard(
         tokenize_images.tokenize(["pictures"], Path("tokenizer"), Path(out), num_workers=0, device="cpu")
 
     run("whole")
-    with monkeypatch.context() as patch:
-        patch.setenv(faults.VARIABLE, point)
-        assert in_child(lambda: run("out")) == -signal.SIGKILL
+    assert in_child(lambda: (crash.arm(1, folder, operation), run("out"))[1]) == -signal.SIGKILL
     assert not (folder / "out").exists()
     first = (folder / "out.partial" / "tokens-00000.parquet").stat()
     run("out")
     assert open_artifact("out").content == open_artifact("whole").content
-    assert (folder / "out" / "tokens-00000.parquet").stat().st_mtime_ns == first.st_mtime_ns  # not made again
+    assert (folder / "out" / "tokens-00000.parquet").stat().st_mtime_ns == first.st_mtime_ns  # not written again
     assert sorted(path.name for path in folder.iterdir()) == ["out", "pictures", "tokenizer", "whole"]
 
 
@@ -173,7 +172,7 @@ def vqpipe(folder: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["vqpipe", *TRAIN])
-        before = {number: signal.getsignal(number) for number in console.SIGNALS}
+        before = {number: signal.getsignal(number) for number in signals.SIGNALS}
         try:
             cli.main()
         except SystemExit as ended:
@@ -308,21 +307,21 @@ def drain(terminal: int, until: Path) -> None:
 
 
 def test_row_20_a_terminal_that_closes_may_hang_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "SIGNALS", {*console.SIGNALS, signal.SIGHUP})  # also where nohup runs the tests
-    with console.StopAtStepEnd() as signals:
+    monkeypatch.setattr(signals, "SIGNALS", {*signals.SIGNALS, signal.SIGHUP})  # also where nohup runs the tests
+    with signals.StopAfterStep() as stop:
         for _ in range(2):
             signal.raise_signal(signal.SIGHUP)
-        assert signals.asked()
-        with pytest.raises(console.Interrupted) as ended:
+        assert stop.requested()
+        with pytest.raises(signals.Interrupted) as ended:
             signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 143
-    with pytest.raises(console.Interrupted) as ended:
-        signals.leave()
+    with pytest.raises(signals.Interrupted) as ended:
+        stop.exit()
     assert ended.value.code == 129
 
 
 def test_row_20_nohup_is_respected() -> None:
-    program = "import signal; from stages import console; print(signal.SIGHUP in console.SIGNALS)"
+    program = "import signal; from stages import signals; print(signal.SIGHUP in signals.SIGNALS)"
     for before, expected in (("SIG_IGN", "False"), ("SIG_DFL", "True")):
         command = [sys.executable, "-c", f"import signal; signal.signal(signal.SIGHUP, signal.{before}); {program}"]
         assert subprocess.check_output(command, env=ENVIRONMENT, text=True, timeout=60).strip() == expected

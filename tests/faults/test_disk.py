@@ -1,6 +1,7 @@
-"""Group B: what disks and file systems do."""
+"""Full, failing, slow and read-only disks; names that file systems allow."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -15,8 +16,8 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
 
-from vqpipe.artifacts import Artifact, Draft, open_artifact, start, status
-from vqpipe.artifacts.saved import Checkpoints, Saved
+from vqpipe.artifacts import Artifact, Draft, draft, open_artifact, start, states
+from vqpipe.artifacts.states import States
 from vqpipe.data import sources
 from vqpipe.data.examples import TokenSet
 from vqpipe.data.images import open_images
@@ -29,22 +30,22 @@ Png = Callable[[int], bytes]
 
 
 def begin(out: Path, kind: str = "dataset") -> Draft:
-    draft = start(out, kind, {"k": 3}, {"images": "0" * 64})
-    assert isinstance(draft, Draft)
-    return draft
+    begun = start(out, kind, {"k": 3}, {"images": "0" * 64})
+    assert isinstance(begun, Draft)
+    return begun
 
 
-def write(draft: Draft, name: str, action: Callable[[Path], object] = lambda path: path.write_bytes(b"x")) -> None:
-    """One file of a draft, by whatever writes it."""
-    with draft.write(name) as path:
+def write(begun: Draft, name: str, action: Callable[[Path], object] = lambda path: path.write_bytes(b"x")) -> None:
+    """Write one file of a draft with `action`."""
+    with begun.write(name) as path:
         action(path)
 
 
 def run_and_fail(out: Path, error: BaseException) -> None:
-    """A run that writes a file, or finds it written, and ends in `error`."""
-    with begin(out) as draft:
-        if draft.record("first") is None:
-            write(draft, "first")
+    """A run that writes one file, unless it is written already, and then raises `error`."""
+    with begin(out) as begun:
+        if begun.record("first") is None:
+            write(begun, "first")
         raise error
 
 
@@ -73,14 +74,14 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(WRITERS.keys() - {"safetensors"}))  # which goes round a link: see row 33
-def test_rows_28_31_a_full_disk_is_one_line_that_says_what_is_free_and_nothing_torn_stays(
-    kind: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "kind", sorted(WRITERS.keys() - {"safetensors"})
+)  # does not write through a link; see test_file_size_limit_is_named
+def test_full_disk_is_one_line_with_the_free_space_and_leaves_no_torn_file(kind: str, tmp_path: Path) -> None:
     def run() -> None:
-        with begin(tmp_path / "out") as draft:
-            write(draft, "first")
-            write(draft, "second", lambda path: (path.symlink_to("/dev/full"), WRITERS[kind](path)))
+        with begin(tmp_path / "out") as begun:
+            write(begun, "first")
+            write(begun, "second", lambda path: (path.symlink_to("/dev/full"), WRITERS[kind](path)))
 
     with pytest.raises(ArtifactError) as failure:
         run()
@@ -96,9 +97,7 @@ def test_rows_28_31_a_full_disk_is_one_line_that_says_what_is_free_and_nothing_t
         assert again.record("second") is None
 
 
-def test_row_30_a_mapped_file_gets_its_blocks_before_it_is_filled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_mapped_file_is_allocated_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = TokenSet.mapped(tmp_path / "ids.npy", (1000, 500), np.dtype(np.uint16))
     assert (tmp_path / ".writing-ids.npy").stat().st_blocks * 512 >= rows.nbytes
 
@@ -111,12 +110,12 @@ def test_row_30_a_mapped_file_gets_its_blocks_before_it_is_filled(
     assert not (tmp_path / ".writing-more.npy").exists()
 
 
-def test_row_32_a_status_that_cannot_be_written_is_never_in_the_way(tmp_path: Path) -> None:
+def test_unwritable_status_file_does_not_hide_the_error(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
 
     def run() -> None:
-        with begin(tmp_path / "out") as draft:
-            write(draft, "first")
+        with begin(tmp_path / "out") as begun:
+            write(begun, "first")
             (partial / ".writing-0-status.json").symlink_to("/dev/full")
             raise DataError("the real error")
 
@@ -124,7 +123,7 @@ def test_row_32_a_status_that_cannot_be_written_is_never_in_the_way(tmp_path: Pa
         run()
     assert not (partial / "status.json").exists()
     shutil.rmtree(partial)
-    status.note_failure(partial, ValueError("in a folder that is gone"))
+    draft.write_status(partial, ValueError("in a folder that is gone"))
 
 
 @contextmanager
@@ -137,11 +136,13 @@ def limited(what: int, value: int) -> Iterator[None]:
         resource.setrlimit(what, (soft, hard))
 
 
-@pytest.mark.parametrize(("kind", "hint"), [("json", "ulimit -f"), ("npy", "make room"), ("safetensors", "make room")])
-def test_row_33_a_limit_on_file_sizes_is_named(kind: str, hint: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "hint"), [("json", "ulimit -f"), ("npy", "free some space"), ("safetensors", "free some space")]
+)
+def test_file_size_limit_is_named(kind: str, hint: str, tmp_path: Path) -> None:
     def run() -> None:
-        with begin(tmp_path / "out") as draft, limited(resource.RLIMIT_FSIZE, 4096):
-            write(draft, "big", WRITERS[kind])
+        with begin(tmp_path / "out") as begun, limited(resource.RLIMIT_FSIZE, 4096):
+            write(begun, "big", WRITERS[kind])
 
     with pytest.raises(ArtifactError, match=rf"cannot write .*big: .* MB are free.*{hint}") as failure:
         run()
@@ -150,7 +151,7 @@ def test_row_33_a_limit_on_file_sizes_is_named(kind: str, hint: str, tmp_path: P
 
 
 def flaky(times: int, original: Callable[..., bytes]) -> Callable[..., bytes]:
-    """`os.pread` on a disk that fails so many times."""
+    """`os.pread` that fails `times` times."""
     left = iter(range(times))
 
     def pread(*args: int) -> bytes:
@@ -161,7 +162,7 @@ def flaky(times: int, original: Callable[..., bytes]) -> Callable[..., bytes]:
     return pread
 
 
-def test_row_34_a_disk_with_a_hiccup_is_asked_again_and_a_broken_one_named(
+def test_read_errors_are_retried_and_then_name_the_file(
     tmp_path: Path, pack: Pack, png: Png, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "PAUSES", (0.0, 0.0))
@@ -176,14 +177,14 @@ def test_row_34_a_disk_with_a_hiccup_is_asked_again_and_a_broken_one_named(
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that even root may not write to")
-def test_row_35_a_place_that_may_not_be_written_is_refused_before_any_work() -> None:
+def test_unwritable_output_directory_is_refused_before_any_work() -> None:
     with pytest.raises(ArtifactError, match=r"cannot write /sys/vqpipe\.partial: .*Choose another --out") as failure:
         begin(Path("/sys/vqpipe"))
     assert failure.value.cause == 77
 
 
 class Events:
-    """What was flushed and renamed, in order: ("fsync", path), ("rename", source, target)."""
+    """Flushes and renames in order: ("fsync", path), ("rename", source, target)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, ...]] = []
@@ -203,25 +204,29 @@ class Events:
         return rename
 
 
-def test_rows_36_39_everything_is_flushed_renamed_within_its_folder_and_the_folder_flushed(
+def test_files_are_flushed_then_renamed_in_their_directory_then_the_directory_is_flushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/dev/shm")
     events = Events(monkeypatch)
-    with begin(tmp_path / "out", "codebook") as draft:
-        with draft.write("sub/a.bin") as path:
+    with begin(tmp_path / "out", "codebook") as begun:
+        with begun.write("sub/a.bin") as path:
             path.write_bytes(b"a")
-        draft.publish({})
-    Checkpoints(tmp_path / "states").save("s", Saved(1, {"a": torch.zeros(1)}))
+        begun.publish({})
+    monkeypatch.setattr(states, "SHARED_BYTES", 1)
+    parts = {"model": {"a": torch.zeros(1), "b": torch.ones(1)}}
+    States(tmp_path / "states").save(1, parts, unchanging={"model": ["a"]})
     renames = [(number, *event[1:]) for number, event in enumerate(events.seen) if event[0] == "rename"]
-    assert {Path(target).name for *_, target in renames} >= {"a.bin", "sub__a.bin.json", "manifest.json", "out"}
+    assert {Path(target).name for *_, target in renames} >= {
+        *("a.bin", "sub__a.bin.json", "manifest.json", "out", "state.json", "step-00000001"),
+    }
     for number, source, target in renames:
         assert Path(source).parent == Path(target).parent
         assert ("fsync", source) in events.seen[:number]
         assert ("fsync", str(Path(target).parent)) in events.seen[number:]
 
 
-def test_row_37_shards_are_not_held_open_and_the_limit_is_named(tmp_path: Path, pack: Pack, png: Png) -> None:
+def test_shards_are_not_kept_open_and_the_limit_on_open_files_is_named(tmp_path: Path, pack: Pack, png: Png) -> None:
     for number in range(60):
         (tmp_path / f"s{number:02}.tar").write_bytes(pack({f"{number}.png": png(number)}))
     open_files = len(os.listdir("/proc/self/fd"))
@@ -237,13 +242,13 @@ def test_row_37_shards_are_not_held_open_and_the_limit_is_named(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["sp ace/é{1}", "-dash/a{b,c}[x]*?", "new\nline", "%s {key} $HOME ~"])
-def test_row_40_any_name_is_a_name(name: str, tmp_path: Path, png: Png) -> None:
+def test_paths_may_contain_spaces_braces_and_newlines(name: str, tmp_path: Path, png: Png) -> None:
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    with begin(folder / "data set") as draft:
-        with draft.write("shard-000000.tar") as path, write_tar(path) as writer:
+    with begin(folder / "data set") as begun:
+        with begun.write("shard-000000.tar") as path, write_tar(path) as writer:
             writer.write({"__key__": "a", "png": png(0), "cls": 0})
-        artifact = draft.publish({"num_classes": 1})
+        artifact = begun.publish({"num_classes": 1})
     for spec in (folder / "data set", folder / "data set" / "shard-000000.tar"):
         assert open_images([spec]).read(0) == png(0)
     (folder / "pictures").mkdir()
@@ -258,7 +263,7 @@ def test_row_40_any_name_is_a_name(name: str, tmp_path: Path, png: Png) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "dangling link"])
-def test_row_41_what_stands_in_the_way_stays_and_is_named(what: str, tmp_path: Path) -> None:
+def test_foreign_file_or_folder_at_out_is_kept_and_named(what: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if what == "file":
         out.write_text("mine", encoding="utf-8")
@@ -273,14 +278,14 @@ def test_row_41_what_stands_in_the_way_stays_and_is_named(what: str, tmp_path: P
     assert what != "file" or out.read_text(encoding="utf-8") == "mine"
 
 
-def test_row_41_a_link_to_an_artifact_is_that_artifact(tmp_path: Path) -> None:
-    with begin(tmp_path / "real") as draft:
-        draft.publish({})
+def test_symbolic_link_to_an_artifact_is_followed(tmp_path: Path) -> None:
+    with begin(tmp_path / "real") as begun:
+        begun.publish({})
     (tmp_path / "out").symlink_to(tmp_path / "real")
     assert isinstance(start(tmp_path / "out", "dataset", {"k": 3}, {"images": "0" * 64}), Artifact)
 
 
-def test_row_42_a_picture_that_changes_while_the_set_is_read(tmp_path: Path, png: Png) -> None:
+def test_image_that_changes_during_a_run_is_an_error(tmp_path: Path, png: Png) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(png(number))
     images = open_images([tmp_path])
@@ -307,7 +312,7 @@ CAUSES: list[tuple[Exception, int]] = [
 
 
 @pytest.mark.parametrize(("error", "cause"), CAUSES)
-def test_the_status_says_what_went_wrong_first_and_goes_with_the_next_run(
+def test_status_holds_the_first_error_and_is_deleted_by_the_next_run(
     error: Exception, cause: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(type(error)):
@@ -315,18 +320,18 @@ def test_the_status_says_what_went_wrong_first_and_goes_with_the_next_run(
     file = tmp_path / "out.partial" / "status.json"
     said = str(error) if isinstance(error, VqpipeError) else f"{type(error).__name__}: {error}"
     first = {"error": said, "cause": cause, "rank": 0}
-    assert status.json.loads(file.read_text(encoding="utf-8")) == first
+    assert json.loads(file.read_text(encoding="utf-8")) == first
     with monkeypatch.context() as patch:
-        patch.setattr(status.distributed, "rank", lambda: 1)
-        status.note_failure(file.parent, RuntimeError("another rank has ended"))
-    assert status.json.loads(file.read_text(encoding="utf-8")) == first
-    with begin(tmp_path / "out") as draft:
+        patch.setattr(draft.distributed, "rank", lambda: 1)
+        draft.write_status(file.parent, RuntimeError("another rank has ended"))
+    assert json.loads(file.read_text(encoding="utf-8")) == first
+    with begin(tmp_path / "out") as begun:
         assert not file.exists()
-        draft.publish({})
+        begun.publish({})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first", "manifest.json"]
 
 
-def test_an_interrupted_run_leaves_no_status(tmp_path: Path) -> None:
+def test_interrupted_run_leaves_no_status(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_and_fail(tmp_path / "out", KeyboardInterrupt())
     assert not (tmp_path / "out.partial" / "status.json").exists()

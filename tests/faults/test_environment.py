@@ -1,4 +1,4 @@
-"""Group G: other processes, clocks, terminals, locales, and what else lies around; but for what needs a long run."""
+"""Other processes, clocks, terminals, locales and modules in the environment of a command."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages import cli, console
+from stages import cli, console, signals
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, lock, open_artifact, start
 from vqpipe.artifacts.lock import Lock
@@ -39,13 +39,13 @@ def make(out: Path) -> Artifact:
 
 
 def found(pattern: str) -> dict[str, list[str]]:
-    """Where the program's text matches, file -> what was found."""
+    """Matches of a regular expression in the source code: file -> matches."""
     files = {str(path.relative_to(ROOT)): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
     matches = {name: re.findall(pattern, path.read_text(encoding="utf-8")) for name, path in files.items()}
     return {name: match for name, match in matches.items() if match}
 
 
-def test_row_102_what_appeared_at_the_place_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_directory_that_appeared_at_out_is_not_replaced(tmp_path: Path) -> None:
     with begin(tmp_path / "out") as draft:
         with draft.write("a.bin") as path:
             path.write_bytes(b"a")
@@ -59,7 +59,7 @@ def test_row_102_what_appeared_at_the_place_meanwhile_is_not_replaced(tmp_path: 
     assert make_again.file("a.bin").read_bytes() == b"a"
 
 
-def test_row_103_the_lock_of_a_dead_process_is_free(tmp_path: Path, in_child: Callable[..., int]) -> None:
+def test_lock_of_a_dead_process_is_free(tmp_path: Path, in_child: Callable[..., int]) -> None:
     def die() -> None:
         begin(tmp_path / "out")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -69,29 +69,27 @@ def test_row_103_the_lock_of_a_dead_process_is_free(tmp_path: Path, in_child: Ca
     assert make(tmp_path / "out").names() == ["a.bin"]
 
 
-def test_row_103_a_lock_that_is_taken_says_by_whom_and_when_he_was_last_alive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+def test_held_lock_names_its_owner_and_last_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
     owner = Lock(tmp_path, tmp_path / "out")
-    owner.take()
+    owner.acquire()
     os.utime(owner.file, (0, 0))
     deadline = time.monotonic() + 20
     while owner.file.stat().st_mtime == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
     who = rf"out is being written by process {os.getpid()} on \S+ since \S+, last alive 0:00:\d\d ago"
     with pytest.raises(ArtifactError, match=who):
-        Lock(tmp_path, tmp_path / "out").take()
+        Lock(tmp_path, tmp_path / "out").acquire()
     owner.release()
     os.utime(owner.file, (0, 0))
     time.sleep(0.05)
-    assert owner.file.stat().st_mtime == 0  # its heart has stopped
+    assert owner.file.stat().st_mtime == 0  # no heartbeat after the release
     other = Lock(tmp_path, tmp_path / "out")
-    other.take()
+    other.acquire()
     other.release()
 
 
-def test_row_103_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -100,24 +98,24 @@ def test_row_103_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeyp
         begin(tmp_path / "out")
 
 
-def test_row_104_no_decision_hangs_on_a_clock() -> None:
-    """A modification time is only ever compared for equality, to notice a changed file; the wall clock tells people:
-    also of a lock's owner, when he was last alive."""
-    allowed = {"vqpipe/data/tars.py", "vqpipe/data/folders.py", "vqpipe/data/sources.py", "vqpipe/artifacts/lock.py"}
+def test_no_decision_depends_on_a_clock() -> None:
+    """Modification times are only compared for equality, to detect a changed file; the age of a lock's heartbeat is
+    only printed."""
+    allowed = {"vqpipe/data/tars.py", "vqpipe/data/images.py", "vqpipe/data/sources.py", "vqpipe/artifacts/lock.py"}
     clocks = found(r"st_mtime|getmtime|os\.utime|time\.time\b|time\.time_ns").keys()
     assert {name for name in clocks if "benchmarks" not in name} == allowed
 
 
-def test_row_105_nothing_is_ever_asked() -> None:
+def test_commands_never_prompt() -> None:
     assert (
         found(r"(?<![\w.])input\(|\.(?:prompt|confirm)\(|\b(?:prompt|confirmation_prompt)=|getpass|Prompt\.ask") == {}
     )
 
 
 @pytest.fixture
-def signals() -> Iterator[None]:
-    """The handlers that `main` installs go again."""
-    before = {number: signal.getsignal(number) for number in console.SIGNALS}
+def restored_signals() -> Iterator[None]:
+    """Restores the signal handlers that `main` replaces."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -134,12 +132,12 @@ def full_device() -> io.TextIOWrapper:
 
 
 @pytest.mark.parametrize("sink", [closed_pipe, full_device])
-def test_rows_106_107_a_stdout_that_takes_nothing_is_one_line_after_the_artifact_is_there(
+def test_closed_or_full_stdout_does_not_lose_the_artifact(
     sink: Callable[[], io.TextIOWrapper],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    signals: None,
+    restored_signals: None,
 ) -> None:
     out = sink()
     monkeypatch.setattr(sys, "stdout", out)
@@ -153,9 +151,7 @@ def test_rows_106_107_a_stdout_that_takes_nothing_is_one_line_after_the_artifact
     assert isinstance(start(tmp_path / "out", "codebook", {}, {"images": "0" * 64}), Artifact)
 
 
-def test_row_108_a_terminal_that_knows_only_ascii(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None
-) -> None:
+def test_ascii_terminal_gets_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_signals: None) -> None:
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict") for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
@@ -170,8 +166,8 @@ def test_row_108_a_terminal_that_knows_only_ascii(
     assert "\\xe9" in streams[1].buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
 
 
-def test_row_108_every_text_file_is_utf_8() -> None:
-    """Whatever the locale says: each call that opens a text names its encoding."""
+def test_every_text_file_is_utf_8() -> None:
+    """Every call that opens a text file sets its encoding, whatever the locale."""
     inner = r"(?:[^()]|\((?:[^()]|\([^()]*\))*\))*"
     calls = rf"(?:\.(?:read|write)_text|(?<![\w.])open|(?<!Image)(?<!tarfile)\.open|\.fdopen)\({inner}\)"
     binary = r"\"[rwax]\+?b\+?\"|os\.O_"
@@ -182,7 +178,7 @@ def test_row_108_every_text_file_is_utf_8() -> None:
     assert {name: texts for name, texts in loose.items() if texts} == {}
 
 
-def test_row_110_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"no CUDA device on this machine\. Use --device cpu"):
         distributed.pick_device("cuda")
@@ -194,7 +190,7 @@ def test_row_110_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         distributed.pick_device("cuda")
 
 
-def test_rows_105_113_modules_that_lie_around_are_not_run_and_stdin_may_be_closed(tmp_path: Path) -> None:
+def test_modules_in_the_working_directory_are_not_imported_and_stdin_may_be_closed(tmp_path: Path) -> None:
     for name in ("random", "typer", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')", encoding="utf-8")
     command = f"exec {sys.executable} -m stages --version <&-"
@@ -205,20 +201,20 @@ def test_rows_105_113_modules_that_lie_around_are_not_run_and_stdin_may_be_close
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_compiler_that_fails_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signals: None
+def test_failing_compiler_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], restored_signals: None
 ) -> None:
     from torch._inductor.exc import InductorError
 
     def torn() -> None:
-        """As where the process before was killed while it wrote a kernel."""
+        """As after a process that was killed while it wrote a kernel."""
         raise InductorError(ImportError("/tmp/torchinductor_me/av/kernel.so: file too short"), None)
 
     monkeypatch.setattr(cli, "app", torn)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "file too short" in told
-    assert "train.compile=false" in told
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "file too short" in errors
+    assert "train.compile=false" in errors

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from stages import console
 from stages.evaluate import evaluate
 from stages.resuming import Saving
-from vqpipe import faults
 from vqpipe.artifacts.saved import Checkpoints, Saved
 from vqpipe.data.images import ImageSet
 from vqpipe.metrics import populations
@@ -197,16 +196,16 @@ def test_a_quick_run_writes_no_state_and_whole_images_in_tiles_go_on(run: Callab
     assert resumed == files_of(run("whole", **native))
 
 
-def start(ranks: int, tokenizer: Path, pictures: Path, out: Path, crash: str | None = None) -> int:
-    """`vqpipe eval` as people start it; the exit code."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+def start(ranks: int, tokenizer: Path, pictures: Path, out: Path, crash: tuple[int, str] | None = None) -> int:
+    """`vqpipe eval` as people start it, killed at file operation `(number, which)`; the exit code."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     words = ["eval", "--images", str(pictures), "--tokenizer", str(tokenizer), "--out", "report", "--device", "cpu"]
     words += ["--batch-size", "2", "--num-workers", "0", "--set", EACH_BATCH, "--set", "eval.num_pictures=3"]
     words += ["--analyze", "replacement"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    environment |= {faults.VARIABLE: crash} if crash else {}
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", *torchrun, "stages", *words]
+    program = [str(Path(__file__).parents[1] / "faults" / "crash.py"), str(crash[0]), ".", crash[1]] if crash else []
+    command = [sys.executable, *torchrun, *(program or ["-m", "stages"]), *words]
     return subprocess.run(command, cwd=out, env=environment, timeout=120, capture_output=True).returncode
 
 
@@ -219,8 +218,8 @@ def test_killed_twice_amid_its_saves_the_numbers_are_the_same(
     whole = files_of(tmp_path / "whole" / "report")
     for point in (21, 47):  # amid the first save of five, amid the fourth
         out = tmp_path / f"{point}"
-        assert start(1, *given, out, f"any:{point}") == -signal.SIGKILL
-        assert start(1, *given, out, "any:5") == -signal.SIGKILL
+        assert start(1, *given, out, (point, "* *")) == -signal.SIGKILL
+        assert start(1, *given, out, (5, "* *")) == -signal.SIGKILL
         assert start(1, *given, out) == 0
         assert files_of(out / "report") == whole
 
@@ -234,7 +233,7 @@ def test_two_ranks_that_are_killed_go_on_and_other_ranks_begin_anew(
     whole = files_of(tmp_path / "whole" / "report")
     for name, ranks in (("two", 2), ("one", 1)):
         out = tmp_path / name
-        assert start(2, *given, out, "renamed:3") != 0
+        assert start(2, *given, out, (4, "rename *")) != 0
         assert states(out / "report.partial")
         assert start(ranks, *given, out) == 0
         assert files_of(out / "report") == whole

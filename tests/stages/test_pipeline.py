@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import cli, console
+from stages import cli, signals
 from vqpipe import Tokenizer
 from vqpipe.artifacts import open_artifact
 from vqpipe.config import all_subclasses
@@ -71,7 +71,7 @@ def vqpipe(folder: Path, *words: str) -> Done:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["vqpipe", *words])
-        before = {number: signal.getsignal(number) for number in console.SIGNALS}
+        before = {number: signal.getsignal(number) for number in signals.SIGNALS}
         try:
             cli.main()
         except SystemExit as ended:
