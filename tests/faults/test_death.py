@@ -1,6 +1,6 @@
-"""Group A: how processes die, as far as the random killer and the tests of training do not ask already.
+"""Processes that are killed, signalled, stopped or orphaned, alone and as ranks.
 
-Real processes, which take seconds to import, are slow tests.
+Tests of real processes, which take seconds to import, are slow tests.
 """
 
 import datetime
@@ -61,9 +61,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 20 drawn pictures."""
     folder = tmp_path_factory.mktemp("death") / "pictures"
     folder.mkdir()
-    draws = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for number in range(20):
-        small = Image.fromarray(draws.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         small.resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
     return folder
 
@@ -121,7 +121,7 @@ def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1.0])
-def test_row_17_terminated_while_it_imports(seconds: float, folder: Path) -> None:
+def test_sigterm_during_imports_leaves_nothing(seconds: float, folder: Path) -> None:
     command = [sys.executable, "-m", "stages", *TRAIN]
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
@@ -132,37 +132,40 @@ def test_row_17_terminated_while_it_imports(seconds: float, folder: Path) -> Non
     assert [path.name for path in folder.iterdir()] == ["pictures"]
 
 
-HERE = """
-import os, sys, time
+MARKED = """
+import sys, time
 from pathlib import Path
-from vqpipe.training import checkpoints, loop
+import safetensors.torch
+from vqpipe.training import loop
 
-seeded, saved = loop.seed_step, checkpoints.save_file
+seed_step, serialize_file = loop.seed_step, safetensors.torch.serialize_file
 
-def seed_step(seed, step):
-    seeded(seed, step)
+def marked_seed_step(seed, step):
+    seed_step(seed, step)
     if step == 4:
         Path("../step").touch()
         time.sleep(1)
 
-def save_file(tensors, file):
-    saved(tensors, file)
+def slow_serialize_file(tensors, file, *args, **options):
+    serialize_file(tensors, file, *args, **options)
     if "step-00000006" in str(file) and not Path("../save").exists():
         Path("../save").touch()
         time.sleep(30)
 
-loop.seed_step, checkpoints.save_file = seed_step, save_file if "slow-save" in sys.argv else saved
-sys.argv = [word for word in sys.argv if word != "slow-save"]
+loop.seed_step = marked_seed_step
+if "slow-save" in sys.argv:
+    safetensors.torch.serialize_file = slow_serialize_file
+    sys.argv.remove("slow-save")
 from stages.cli import main
 main()
 """
-"""The console script, where a run says that it is in its fifth step, and stays there for a second; with the word
-slow-save also that it is in its second save, and stays there for half a minute."""
+"""The console script. Its fifth step creates the file `step` and takes a second; with the word slow-save its second
+save creates the file `save` and takes half a minute."""
 
 
 @pytest.fixture(scope="module")
 def straight(pictures: Path) -> Files:
-    """The files of a run that nothing happened to."""
+    """The files of an undisturbed run."""
     assert vqpipe(pictures.parent) == 0
     return open_artifact(pictures.parent / "out").manifest.files
 
@@ -184,7 +187,7 @@ def vqpipe(folder: Path) -> int:
 
 
 def ends_as(straight: Files, folder: Path, capsys: pytest.CaptureFixture[str], step: int) -> None:
-    """The same command goes on at a step, and the weights are those of the undisturbed run."""
+    """The same command resumes at `step`, and ends with the weights of the undisturbed run."""
     capsys.readouterr()
     assert vqpipe(folder) == 0
     assert f"resuming at step {step}" in capsys.readouterr().err
@@ -201,7 +204,7 @@ def ends_as(straight: Files, folder: Path, capsys: pytest.CaptureFixture[str], s
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)],
     ids=["SIGINT", "SIGTERM", "SIGUSR1"],
 )
-def test_rows_16_18_the_first_signal_ends_the_run_after_its_step_and_the_second_at_once(
+def test_first_signal_stops_after_the_step_and_the_second_at_once(
     number: signal.Signals,
     code: int,
     times: int,
@@ -228,8 +231,8 @@ def test_rows_16_18_the_first_signal_ends_the_run_after_its_step_and_the_second_
 def started(
     folder: Path, mark: str, *words: str, command: Sequence[str] = (), **options: Any
 ) -> "subprocess.Popen[str]":
-    """A run in a process group of its own, which has come to the mark; `command`: started by another."""
-    command = command or [sys.executable, "-c", HERE, *TRAIN, *words]
+    """A run in a process group of its own, once it created the file `mark`; `command`: how to start it."""
+    command = command or [sys.executable, "-c", MARKED, *TRAIN, *words]
     options = {"stderr": subprocess.PIPE, "process_group": 0} | options
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **options)
     while process.poll() is None and not (folder.parent / mark).exists():
@@ -238,7 +241,7 @@ def started(
 
 
 @pytest.mark.slow
-def test_row_15_killed_since_the_save_took_longer_than_the_grace(
+def test_sigkill_during_a_slow_save_after_sigterm_keeps_the_checkpoint_before(
     folder: Path, straight: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = started(folder, "save", "slow-save")
@@ -246,7 +249,7 @@ def test_row_15_killed_since_the_save_took_longer_than_the_grace(
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)  # it is still saving
     process.kill()
-    assert "SIGTERM: this step ends, then the state is saved" in process.communicate(timeout=60)[1]
+    assert "SIGTERM: stopping after this step, then saving a checkpoint" in process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGKILL
     names = {path.name for path in (folder / "out.partial" / "checkpoints").iterdir()}
     assert "step-00000003" in names
@@ -256,7 +259,7 @@ def test_row_15_killed_since_the_save_took_longer_than_the_grace(
 
 
 @pytest.mark.slow
-def test_row_19_stopped_for_a_while_and_continued(
+def test_sigstop_and_sigcont_change_nothing_and_the_lock_stays_held(
     folder: Path, straight: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = started(folder, "step", "--set=data.num_workers=1")
@@ -272,10 +275,10 @@ def test_row_19_stopped_for_a_while_and_continued(
 
 
 @pytest.mark.slow
-def test_row_20_the_terminal_is_closed(
+def test_closed_terminal_saves_a_checkpoint_and_exits_with_129(
     folder: Path, straight: Files, capsys: pytest.CaptureFixture[str], gone: Gone
 ) -> None:
-    """As a shell does it: the kernel tells the leader of the session, and that its whole group."""
+    """As from a shell: the kernel signals the session leader, which signals its process group."""
     terminal, end = os.openpty()
     reader = threading.Thread(target=drain, args=(terminal, folder.parent / "step"))
     reader.start()
@@ -300,13 +303,13 @@ def test_row_20_the_terminal_is_closed(
 
 
 def drain(terminal: int, until: Path) -> None:
-    """Read what a terminal is sent until there is such a file."""
+    """Read a terminal until the file exists."""
     while not until.exists():
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 65536)
 
 
-def test_row_20_a_terminal_that_closes_may_hang_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_sighup_does_not_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "SIGNALS", {*signals.SIGNALS, signal.SIGHUP})  # also where nohup runs the tests
     with signals.StopAfterStep() as stop:
         for _ in range(2):
@@ -320,7 +323,7 @@ def test_row_20_a_terminal_that_closes_may_hang_up_twice(monkeypatch: pytest.Mon
     assert ended.value.code == 129
 
 
-def test_row_20_nohup_is_respected() -> None:
+def test_nohup_is_respected() -> None:
     program = "import signal; from stages import signals; print(signal.SIGHUP in signals.SIGNALS)"
     for before, expected in (("SIG_IGN", "False"), ("SIG_DFL", "True")):
         command = [sys.executable, "-c", f"import signal; signal.signal(signal.SIGHUP, signal.{before}); {program}"]
@@ -331,7 +334,7 @@ def test_row_20_nohup_is_respected() -> None:
 
 
 def rank(number: int, ranks: int, port: int, folder: Path, action: Callable[[Draft], None]) -> Callable[[], None]:
-    """One of some processes that write an artifact together, as torchrun starts them; its stderr goes to a file."""
+    """One of several processes that write an artifact together, as torchrun starts them; its stderr goes to a file."""
 
     def app() -> None:
         with distributed.connect(CPU):
@@ -365,7 +368,7 @@ def together(folder: Path, fork: Fork, *actions: Callable[[Draft], None]) -> lis
 
 
 def failing(draft: Draft) -> None:
-    raise DataError("what came first", "Do something about it")
+    raise DataError("the first error", "Do something about it")
 
 
 def sharing(draft: Draft) -> None:
@@ -373,39 +376,39 @@ def sharing(draft: Draft) -> None:
 
 
 def late(draft: Draft) -> None:
-    """It does nothing until the first rank has given up, and then finds it gone."""
+    """Waits until the first rank has given up."""
     while not (draft.out.parent / "0.txt").stat().st_size:
         time.sleep(0.02)
     sharing(draft)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_row_24_where_a_rank_raises_its_error_is_what_one_sees(culprit: int, tmp_path: Path, fork: Fork) -> None:
+def test_error_of_the_rank_that_failed_first_is_reported(culprit: int, tmp_path: Path, fork: Fork) -> None:
     actions = [sharing, sharing]
     actions[culprit] = failing
     assert together(tmp_path, fork, *actions) == [1, 1]
-    said = [(tmp_path / f"{number}.txt").read_text(encoding="utf-8") for number in range(2)]
-    assert said[culprit] == f"error: rank {culprit}: what came first. Do something about it.\n"
-    assert said[1 - culprit].startswith(f"error: rank {1 - culprit}: another rank has ended or hangs; its own error")
+    errors = [(tmp_path / f"{number}.txt").read_text(encoding="utf-8") for number in range(2)]
+    assert errors[culprit] == f"error: rank {culprit}: the first error. Do something about it.\n"
+    assert errors[1 - culprit].startswith(f"error: rank {1 - culprit}: another rank has ended or hangs; its own error")
     status = json.loads((tmp_path / "out.partial" / "status.json").read_text(encoding="utf-8"))
-    assert status == {"error": "what came first. Do something about it.", "cause": 65, "rank": culprit}
+    assert status == {"error": "the first error. Do something about it.", "cause": 65, "rank": culprit}
 
 
-def test_row_25_where_a_rank_hangs_the_others_give_up(
+def test_hanging_rank_is_an_error_after_the_timeout(
     tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=3))
     assert together(tmp_path, fork, sharing, late) == [1, 1]
-    said = (tmp_path / "0.txt").read_text(encoding="utf-8")
-    assert said.startswith("error: rank 0: another rank has ended or hangs; its own error")
+    errors = (tmp_path / "0.txt").read_text(encoding="utf-8")
+    assert errors.startswith("error: rank 0: another rank has ended or hangs; its own error")
     status = json.loads((tmp_path / "out.partial" / "status.json").read_text(encoding="utf-8"))
     assert (status["cause"], status["rank"]) == (75, 0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 7, 8, 100])
-def test_row_26_every_rank_takes_the_same_steps_however_many_images_there_are(length: int, ranks: int) -> None:
-    """A rank's images are those of its places in endless global batches, never those of a shard of its own."""
+def test_every_rank_takes_the_same_number_of_steps(length: int, ranks: int) -> None:
+    """A rank's images are its part of endless global batches, never a shard of its own."""
     streams = [Shuffle(length, seed=0, batch_size=6, rank=rank, world_size=ranks).batches(3) for rank in range(ranks)]
     (alone,) = [Shuffle(length, seed=0, batch_size=6, rank=0, world_size=1).batches(3)]
     for parts in islice(zip(*streams, strict=True), 3 * length):
@@ -413,7 +416,7 @@ def test_row_26_every_rank_takes_the_same_steps_however_many_images_there_are(le
         assert [place for part in parts for place in part] == next(alone)
 
 
-def test_row_26_a_batch_that_does_not_divide_is_refused() -> None:
+def test_batch_size_that_does_not_divide_by_the_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide by 4 ranks"):
         Shuffle(7, seed=0, batch_size=6, rank=0, world_size=4)
     with pytest.raises(ConfigError, match="does not divide by 4 ranks"):
@@ -430,13 +433,13 @@ seeded = loop.seed_step
 def seed_step(seed, step):
     seeded(seed, step)
     if step == 4 and os.environ["RANK"] == "1":
-        raise DataError("what came first", "Do something about it")
+        raise DataError("the first error", "Do something about it")
 
 loop.seed_step = seed_step
 from stages.cli import main
 main()
 """
-"""The console script, where the second rank fails in its fifth step."""
+"""The console script. The second rank fails in its fifth step."""
 
 
 def launcher(folder: Path, program: str, *words: str) -> list[str]:
@@ -451,36 +454,36 @@ def torchrun(folder: Path, program: str, *words: str) -> "subprocess.CompletedPr
 
 
 @pytest.mark.slow
-def test_row_24_under_torchrun_too(folder: Path, straight: Files) -> None:
+def test_error_of_one_rank_is_reported_under_torchrun(folder: Path, straight: Files) -> None:
     done = torchrun(folder, RAISING)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors[0] == "error: rank 1: what came first. Do something about it."
+    assert errors[0] == "error: rank 1: the first error. Do something about it."
     status = json.loads((folder / "out.partial" / "status.json").read_text(encoding="utf-8"))
-    assert status == {"error": "what came first. Do something about it.", "cause": 65, "rank": 1}
+    assert status == {"error": "the first error. Do something about it.", "cause": 65, "rank": 1}
     again = torchrun(folder, "from stages.cli import main\nmain()")
     assert again.returncode == 0, again.stderr
     assert "resuming at step 3" in again.stderr
 
 
 @pytest.mark.slow
-def test_row_27_the_ranks_of_a_torchrun_that_is_killed_save_their_state_and_end(
+def test_ranks_save_a_checkpoint_and_exit_after_torchrun_is_killed(
     folder: Path, gone: Gone, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with (folder.parent / "said").open("w") as said:
-        process = started(folder, "step", command=launcher(folder, HERE), stderr=said)
+    with (folder.parent / "stderr").open("w") as errors:
+        process = started(folder, "step", command=launcher(folder, MARKED), stderr=errors)
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
         process.kill()
         process.wait(timeout=60)
     assert len(ranks) == 2
     gone(lambda number, _: str(number) in ranks)
-    assert "torchrun has ended: this step ends" in (folder.parent / "said").read_text(encoding="utf-8")
+    assert "torchrun has ended: stopping after this step" in (folder.parent / "stderr").read_text(encoding="utf-8")
     assert vqpipe(folder) == 0
     assert "resuming at step 5" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_row_26_seven_images_and_five_held_out_on_two_ranks(folder: Path, pictures: Path) -> None:
+def test_two_ranks_train_on_an_odd_number_of_images(folder: Path, pictures: Path) -> None:
     for name, numbers in (("few", range(7)), ("held-out", range(7, 12))):
         (folder / name).mkdir()
         for number in numbers:
@@ -494,17 +497,17 @@ def test_row_26_seven_images_and_five_held_out_on_two_ranks(folder: Path, pictur
 # Orphans.
 
 
-class Noted(Dataset[str]):
-    """Work that says who did it."""
+class WritesPid(Dataset[str]):
+    """Writes the id of the process that loads an item to the file of that name."""
 
     def __getitem__(self, work: str) -> str:
         Path(work).write_text(str(os.getpid()), encoding="utf-8")
         return work
 
 
-def test_row_27_loader_processes_do_not_outlive_their_parent(tmp_path: Path, in_child: InChild, gone: Gone) -> None:
+def test_loader_processes_exit_with_their_parent(tmp_path: Path, in_child: InChild, gone: Gone) -> None:
     def die() -> None:
-        results = through_workers(Noted(), [str(tmp_path / str(number)) for number in range(4)], 2)
+        results = through_workers(WritesPid(), [str(tmp_path / str(number)) for number in range(4)], 2)
         assert [next(results) for _ in range(4)]
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -514,7 +517,7 @@ def test_row_27_loader_processes_do_not_outlive_their_parent(tmp_path: Path, in_
     gone(lambda number, _: number in found)
 
 
-def test_row_27_nor_where_it_dies_as_they_start(
+def test_loader_processes_exit_if_their_parent_dies_as_they_start(
     tmp_path: Path, in_child: InChild, gone: Gone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm, file = batches.keep_calm, tmp_path / "worker"
@@ -529,13 +532,13 @@ def test_row_27_nor_where_it_dies_as_they_start(
 
     monkeypatch.setattr(batches, "keep_calm", orphaned)
     work = [str(tmp_path / "done")]
-    assert in_child(lambda: list(through_workers(Noted(), work, 1)) and None) == -signal.SIGKILL
+    assert in_child(lambda: list(through_workers(WritesPid(), work, 1)) and None) == -signal.SIGKILL
     worker = int(file.read_text(encoding="utf-8"))
     gone(lambda number, _: number == worker)
 
 
 @pytest.mark.slow
-def test_row_27_nor_do_those_of_a_run(
+def test_loader_processes_of_a_killed_run_exit(
     folder: Path, straight: Files, gone: Gone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = started(folder, "step", "--set=data.num_workers=2")
