@@ -1,9 +1,10 @@
-"""From images to shards of numbers: decoding, encoding and writing go on at the same time.
+"""Encode images into shards of numbers: decoding, encoding and writing run at the same time.
 
     loader processes --batches in order--> device: encode --rows, one batch behind--> a shard in memory --thread--> disk
 
-The decoders start once for all shards. A shard holds a fixed number of consecutive images and rank r of w writes every
-w-th, so files are the same bytes whatever the number of ranks and processes, and a shard is the unit of resuming.
+The loader processes start once for all shards. A shard holds a fixed number of consecutive images, and rank r of w
+writes every w-th shard. So files have the same bytes whatever the number of ranks and processes, and a resumed run
+continues with the first missing shard.
 
 B images of a batch.
 """
@@ -14,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from datetime import timedelta
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,40 +27,36 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.data.batches import Batch, OrderedBatches, Piece, check_skipped
 from vqpipe.data.images import ImageSet
-from vqpipe.errors import DataError
-
-WAITING, ENCODING, COPYING, WRITING = "waiting for images", "encoding", "copying", "writing"
-"""The parts of the time that a stopwatch counts here."""
-
-
-class Progress(Protocol):
-    """Who hears how far it is."""
-
-    def resume(self, count: int) -> None:
-        """`count` images were done by an earlier run."""
-
-    def advance(self, count: int) -> None:
-        """`count` more images are done with."""
-
+from vqpipe.errors import DataError, NumericError
+from vqpipe.progress import SILENT, Progress
 
 Item = TypeVar("Item")
 
+WAITING, ENCODING, COPYING, WRITING = "waiting for images", "encoding", "copying", "writing"
+"""The parts of a job that the stopwatch measures."""
+ADVICE = {
+    WAITING: "Images arrive too slowly: use more --num-workers, the extra `fast` (simplejpeg), or a faster disk",
+    ENCODING: "The network takes most of the time: use a GPU, more GPUs (torchrun), or --precision bf16",
+    WRITING: "Writing takes most of the time: use another disk for --out",
+}
+"""What to change, by the part that takes most of the time."""
+
 
 class Stopwatch:
-    """Wall time since it was made, and how much of it each named part took.
+    """Wall time since it was made, and the time of each named part.
 
-    A CUDA device is never waited for on its account: what the device does shows as the time spent waiting for results.
+    It adds no CUDA synchronization: device time appears as the time spent waiting for results.
     """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.ended: float | None = None
         self.images = 0
-        """Images done, for the rate."""
+        """Images encoded, for the rate."""
         self.parts = Counter[str]()
-        """part -> seconds of the main process; together no more than `seconds`."""
+        """part -> seconds of the main thread; their sum is at most `seconds`."""
         self.beside = Counter[str]()
-        """part -> seconds of a second thread, which the main process did not wait for."""
+        """part -> seconds of the writer thread."""
 
     @property
     def seconds(self) -> float:
@@ -67,12 +64,11 @@ class Stopwatch:
         return max((self.ended or time.perf_counter()) - self.began, 1e-9)
 
     def stop(self) -> None:
-        """The job is over."""
         self.ended = time.perf_counter()
 
     @contextmanager
     def part(self, name: str, *, beside: bool = False) -> Iterator[None]:
-        """Count the time of this block under `name`; `beside` from a second thread."""
+        """Add the time of this block to the part `name`; `beside` in the writer thread."""
         began = time.perf_counter()
         try:
             yield
@@ -80,7 +76,7 @@ class Stopwatch:
             (self.beside if beside else self.parts)[name] += time.perf_counter() - began  # type: ignore[assignment]
 
     def waiting(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """`items`, the time until each is there counted under `name`."""
+        """Yield `items`; the time to obtain each is added to the part `name`."""
         iterator = iter(items)
         while True:
             with self.part(name):
@@ -94,142 +90,197 @@ class Stopwatch:
         """part -> its share of the wall time, 0..1, largest first."""
         return {name: seconds / self.seconds for name, seconds in self.parts.most_common()}
 
-
-@dataclass(frozen=True, kw_only=True)
-class RowEncoder:
-    """What makes rows of numbers of images, and how they are kept."""
-
-    encode: Callable[[Tensor], Tensor]
-    """uint8[B, 3, S, S] on `device` -> [B, *row_shape] there, waiting for the device as little as it can."""
-    check: Callable[[Tensor, list[str]], None]
-    """Raises a VqpipeError where [B, *row_shape], by now on the CPU, of images with these keys must not be stored."""
-    device: torch.device
-    row_shape: tuple[int, ...]
-    """Shape of what one image becomes."""
-    dtype: np.dtype
-    """As which it is stored."""
+    def report(self) -> str:
+        """Images per second, the shares of the main thread's time, and what to change."""
+        shares = self.shares()
+        parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items() if part >= 0.005)
+        overlapped = sum(self.beside.values()) / self.seconds - shares.get(WRITING, 0.0)
+        beside = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= 0.005 else ""
+        seconds = timedelta(seconds=round(self.seconds))
+        rate = f"{self.images:,} images in {seconds}, {self.images / self.seconds:.3g}/s"
+        return f"{rate}: {parts}{beside}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
 
 
 @dataclass
 class EncodedShard:
-    """One shard's images, encoded."""
+    """The encoded images of one shard."""
 
+    number: int
     space: np.ndarray
-    """[images, *row_shape], allocated once; the end of it stays empty where images were left out."""
+    """[images, *row_shape]; its end stays unused where images were skipped."""
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     """-1 where an image has no class."""
     skipped: Counter[str] = field(default_factory=Counter)
+    """reason -> count."""
 
     @property
     def rows(self) -> np.ndarray:
         """[len(keys), *row_shape]."""
         return self.space[: len(self.keys)]
 
-    def add(self, piece: Piece, encoded: Tensor | None) -> None:
-        self.skipped.update(piece.skipped)
-        if piece.batch is None or encoded is None:
-            return
+    def add(self, batch: Batch, rows: Tensor) -> None:
+        """Append the rows of a batch."""
         first = len(self.keys)
-        self.space[first : first + len(encoded)] = encoded.numpy()
-        self.keys += piece.batch.keys
-        self.labels += piece.batch.labels.tolist()
+        self.space[first : first + len(rows)] = rows.numpy()
+        self.keys += batch.keys
+        self.labels += batch.labels.tolist()
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The columns key, label (None: unknown) and flipped, where axis 1 of `rows` holds the views of an image: the
+        image itself and, if there are two, its mirror image."""
+        views = self.rows.shape[1]
+        return {
+            "key": [key for key in self.keys for _ in range(views)],
+            "label": [None if label < 0 else label for label in self.labels for _ in range(views)],
+            "flipped": [view > 0 for _ in self.keys for view in range(views)],
+        }
 
 
-def write_shards(
-    draft: Draft,
-    images: ImageSet,
-    encoder: RowEncoder,
-    write: Callable[[int, EncodedShard], None],
-    *,
-    name: Callable[[int], str],
-    shard_size: int,
-    stop: int,
-    max_skipped: float,
-    stopwatch: Stopwatch,
-    progress: Progress,
-    **options: Any,
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Encode the images [0, stop) and write this rank's shards that are not written yet.
+class EncodingJob:
+    """Encodes images and writes this rank's shards that an earlier run has not written.
 
-    `write(number, shard)` writes one with `Draft.write`, `name(number)` last; it runs in a second thread while the next
-    shard is encoded. `options` go to OrderedBatches. Returns the records of all shards over all ranks and the images
-    skipped, reason -> count. `stopwatch` then holds the images encoded now by all ranks, and this rank's time.
+        with EncodingJob(draft, images, "tokens-{:05d}.parquet", shard_size=4096, title="tokenize") as job:
+            for shard in job.encode(encode, ...):
+                job.write(write_shard, draft, shard)
+        records, skipped = job.finish(max_skipped)
 
-    Raises:
-        DataError: more images than `max_skipped` cannot be read, or none can.
+    Args:
+        filename: a format string; the file of this name is a shard's last, so its record marks the shard as complete.
+        shard_size: images per shard.
+        limit: encode only the first so many images.
     """
-    spans = [range(start, min(start + shard_size, stop)) for start in range(0, stop, shard_size)]
-    mine = range(distributed.rank(), len(spans), distributed.world_size())
-    missing = [number for number in mine if draft.record(name(number)) is None]
-    progress.resume(sum(len(spans[number]) for number in set(mine) - set(missing)))
-    batches = OrderedBatches(images, spans=[spans[number] for number in missing], **options)
-    with Background(stopwatch) as background:
-        for number, shard in zip(missing, encode_shards(batches, encoder, stopwatch, progress), strict=True):
-            background.submit(partial(write, number, shard))
-    stopwatch.stop()
-    mine_written = [draft.record(name(number)) or {} for number in mine]
-    everyone = distributed.gather_objects((mine_written, stopwatch.images))
-    stopwatch.images = sum(count for _, count in everyone)
-    records = [record for part, _ in everyone for record in part]
-    skipped: Counter[str] = sum((Counter(record["skipped"]) for record in records), Counter())
-    check_skipped(skipped, stop, max_skipped)
-    if skipped.total() == stop:
-        raise DataError(f"none of the {stop} images of {images.name} can be read", "Check the images")
-    return records, dict(sorted(skipped.items()))
 
+    def __init__(
+        self,
+        draft: Draft,
+        images: ImageSet,
+        filename: str,
+        *,
+        shard_size: int,
+        title: str,
+        limit: int | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.draft, self.images, self.filename, self.progress = draft, images, filename, progress
+        self.num_images = min(len(images), limit or len(images))
+        starts = range(0, self.num_images, shard_size)
+        self.spans = [range(start, min(start + shard_size, self.num_images)) for start in starts]
+        self.mine = range(distributed.rank(), len(self.spans), distributed.world_size())
+        self.missing = [number for number in self.mine if draft.record(filename.format(number)) is None]
+        self.stopwatch = Stopwatch()
+        self.pool = ThreadPoolExecutor(1, "shard-writer")  # its thread starts with the first shard, after the loaders
+        self.writing: Future[None] | None = None
+        total = sum(len(self.spans[number]) for number in self.mine)
+        done = total - sum(len(self.spans[number]) for number in self.missing)
+        progress.start(title, total, done=done)
 
-def share(stop: int, shard_size: int) -> int:
-    """How many of `stop` images are this rank's."""
-    spans = [min(shard_size, stop - start) for start in range(0, stop, shard_size)]
-    return sum(spans[distributed.rank() :: distributed.world_size()])
+    def __enter__(self) -> "EncodingJob":
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the shard being written, also after an error or an interruption."""
+        with self.stopwatch.part(WRITING):
+            self.pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
 
-def encode_shards(
-    batches: OrderedBatches, encoder: RowEncoder, stopwatch: Stopwatch, progress: Progress
-) -> Iterator[EncodedShard]:
-    """Each span of `batches`, encoded. Two shards are in memory while the caller holds one: it and the next."""
-    pieces = encoded(stopwatch.waiting(WAITING, batches.pieces()), encoder, stopwatch)
-    for span in batches.spans:
-        shard = EncodedShard(np.empty((len(span), *encoder.row_shape), encoder.dtype))
-        for piece, rows in pieces:
-            with stopwatch.part(COPYING):
-                if piece.batch is not None and rows is not None:
-                    encoder.check(rows, piece.batch.keys)
-                shard.add(piece, rows)
-            stopwatch.images += len(piece.positions)
-            progress.advance(len(piece.positions))
-            if piece.positions.stop == span.stop:
-                break
-        yield shard
+    def encode(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        *,
+        check: Callable[[Tensor, list[str]], None],
+        device: torch.device,
+        row_shape: tuple[int, ...],
+        dtype: type[np.generic] | np.dtype,
+        **options: Any,
+    ) -> Iterator[EncodedShard]:
+        """Yield each missing shard, encoded. Two shards are in memory at a time: the caller's and the next.
 
+        Args:
+            encode: uint8[B, 3, S, S] on `device` -> [B, *row_shape] there, without synchronizing.
+            check: called with rows [B, *row_shape] on the CPU and their keys; raises if they must not be stored.
+            dtype: the stored type.
+            options: for OrderedBatches.
+        """
+        spans = [self.spans[number] for number in self.missing]
+        batches = OrderedBatches(self.images, spans=spans, **options)
+        encoded = self.encode_batches(batches, encode, device)
+        for number, span in zip(self.missing, spans, strict=True):
+            shard = EncodedShard(number, np.empty((len(span), *row_shape), dtype))
+            for piece, rows in encoded:
+                with self.stopwatch.part(COPYING):
+                    if piece.batch is not None and rows is not None:
+                        check(rows, piece.batch.keys)
+                        shard.add(piece.batch, rows)
+                    shard.skipped.update(piece.skipped)
+                self.stopwatch.images += len(piece.positions)
+                self.progress.advance(len(piece.positions))
+                if piece.positions.stop == span.stop:
+                    break
+            yield shard
 
-def encoded(
-    pieces: Iterator[Piece], encoder: RowEncoder, stopwatch: Stopwatch
-) -> Iterator[tuple[Piece, Tensor | None]]:
-    """Every piece with its rows on the CPU, one piece behind: while a CUDA device works on one, the host fetches and
-    hands over the next, so its only wait for the device is for the results of the piece before."""
-    behind: tuple[Piece, Result | None] | None = None
-    for piece in pieces:
-        with stopwatch.part(ENCODING):
-            ahead = piece, None if piece.batch is None else Result(encoder, piece.batch)
+    def encode_batches(
+        self, batches: OrderedBatches, encode: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Iterator[tuple[Piece, Tensor | None]]:
+        """Yield every piece with its rows on the CPU, one piece behind: a CUDA device computes one piece while the host
+        loads and submits the next. The host waits only for the results of the piece before."""
+        behind: tuple[Piece, AsyncRows | None] | None = None
+        for piece in self.stopwatch.waiting(WAITING, batches.pieces()):
+            with self.stopwatch.part(ENCODING):
+                ahead = piece, None if piece.batch is None else AsyncRows(encode, piece.batch.images, device)
+            if behind is not None:
+                yield self.collect(*behind)
+            behind = ahead
         if behind is not None:
-            yield collect(*behind, stopwatch)
-        behind = ahead
-    if behind is not None:
-        yield collect(*behind, stopwatch)
+            yield self.collect(*behind)
+
+    def collect(self, piece: Piece, rows: "AsyncRows | None") -> tuple[Piece, Tensor | None]:
+        with self.stopwatch.part(ENCODING):
+            return piece, None if rows is None else rows.wait()
+
+    def write(self, write: Callable[..., None], *args: Any) -> None:
+        """Call `write(*args)` in a second thread, after the call before; an error of that one is raised here."""
+        with self.stopwatch.part(WRITING):
+            self.wait()
+        self.writing = self.pool.submit(self.write_timed, write, *args)
+
+    def write_timed(self, write: Callable[..., None], *args: Any) -> None:
+        with self.stopwatch.part(WRITING, beside=True):
+            write(*args)
+
+    def wait(self) -> None:
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def finish(self, max_skipped: float) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count.
+
+        Raises:
+            DataError: more images than `max_skipped` are unreadable, or all are.
+        """
+        self.stopwatch.stop()
+        mine = {number: self.draft.record(self.filename.format(number)) or {} for number in self.mine}
+        everyone = distributed.gather_objects((mine, self.stopwatch.images))
+        self.stopwatch.images = sum(count for _, count in everyone)
+        records = [record for _, record in sorted(pair for part, _ in everyone for pair in part.items())]
+        skipped: Counter[str] = sum((Counter(record["skipped"]) for record in records), Counter())
+        check_skipped(skipped, self.num_images, max_skipped)
+        if skipped.total() == self.num_images:
+            raise DataError(f"none of the {self.num_images} images of {self.images.name} can be read", "Check them")
+        if self.stopwatch.images:
+            self.progress.message(self.stopwatch.report())
+        return records, dict(sorted(skipped.items()))
 
 
-def collect(piece: Piece, result: "Result | None", stopwatch: Stopwatch) -> tuple[Piece, Tensor | None]:
-    with stopwatch.part(ENCODING):
-        return piece, None if result is None else result.wait()
+class AsyncRows:
+    """Rows being computed. On CUDA the copies and the computation are queued, and only `wait` synchronizes."""
 
-
-class Result:
-    """Rows being computed; on CUDA both copies and the computing are queued, and nothing is waited for until `wait`."""
-
-    def __init__(self, encoder: RowEncoder, batch: Batch) -> None:
-        rows = encoder.encode(batch.images.to(encoder.device, non_blocking=True))  # pinned by the loader
+    def __init__(self, encode: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> None:
+        rows = encode(images.to(device, non_blocking=True))  # the loader has pinned them
         self.rows = rows.to("cpu", non_blocking=rows.is_cuda)
         self.ready: torch.cuda.Event | None = None
         if rows.is_cuda:
@@ -243,39 +294,12 @@ class Result:
         return self.rows
 
 
-class Background:
-    """A thread that does one job at a time while its owner goes on; an error of a job is raised at the next call.
-
-    Leaving the context waits for the last job, also where the owner was interrupted: what is begun is kept.
-    """
-
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self.stopwatch = stopwatch
-        self.pool = ThreadPoolExecutor(1, "shard-writer")  # its thread starts with the first job, after the loader's
-        self.job: Future[None] | None = None
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Start `job` when the one before is done."""
-        with self.stopwatch.part(WRITING):
-            self.wait()
-        self.job = self.pool.submit(self.timed, job)
-
-    def timed(self, job: Callable[[], None]) -> None:
-        with self.stopwatch.part(WRITING, beside=True):
-            job()
-
-    def wait(self) -> None:
-        job, self.job = self.job, None
-        if job is not None:
-            job.result()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self.stopwatch.part(WRITING):
-            self.pool.shutdown(wait=True)
-        if kind is None:
-            self.wait()
+def check_float16(rows: Tensor, keys: list[str]) -> None:
+    """Raise a NumericError, with the image's key, unless all values of float16[B, ...] are finite."""
+    largest = (rows.view(torch.int16) & 0x7FFF).flatten(1).amax(dim=1)  # without the sign bit
+    finite = largest < 0x7C00  # infinity; NaN is larger. torch.isfinite is 30 times as slow on float16
+    if not finite.all():
+        raise NumericError(
+            f"the encoding of image {keys[int((~finite).nonzero()[0])]} holds NaN, or values beyond float16's 65504",
+            "Check that image and the weights of the network",
+        )

@@ -54,10 +54,3 @@ class StoredImages(Dataset["list[Stored] | VqpipeError"]):
         if self.image_size is None:
             return Stored(i, image_extension(data), data)
         return Stored(i, "jpg", encode_jpeg(center_crop(image, self.image_size)))
-
-
-def encode_jpeg(image: Tensor) -> bytes:
-    """uint8[3, H, W] as JPEG at quality 95 without chroma subsampling (4:4:4): small, and colours keep their place."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=95, subsampling=0)
-    return file.getvalue()

@@ -1,6 +1,7 @@
 """Tar shards in WebDataset's layout (key.jpg, key.cls), each indexed once and then read by offset."""
 
 import hashlib
+import io
 import os
 import tarfile
 from collections import Counter
@@ -13,7 +14,6 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 import pyarrow as pa
-from webdataset import TarWriter
 
 from vqpipe.data.sources import (
     IMAGE_EXTENSIONS,
@@ -356,11 +356,28 @@ def parse_pax(name: str, body: bytes) -> dict[str, str]:
     return records
 
 
+class TarWriter:
+    """Writes samples of one image each, so that equal samples give equal bytes: no time and no user in the headers."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self.tar = tar
+
+    def write(self, key: str, image: bytes, extension: str, label: int | None = None) -> None:
+        """Append `key.extension` and, for a label >= 0, `key.cls`, in the order of their names."""
+        members = {extension: image}
+        if label is not None and label >= 0:
+            members["cls"] = str(label).encode("ascii")
+        for ending, data in sorted(members.items()):
+            member = tarfile.TarInfo(f"{key}.{ending}")
+            member.size, member.mode, member.uname, member.gname = len(data), 0o444, "vqpipe", "vqpipe"
+            self.tar.addfile(member, io.BytesIO(data))
+
+
 @contextmanager
 def write_tar(path: Path) -> Iterator[TarWriter]:
-    """A writer of {"__key__": ..., extension: bytes, "cls": int} samples, with no clock or user in its headers."""
-    with path.open("wb") as file, TarWriter(file, user="vqpipe", group="vqpipe", mtime=0) as tar:
-        yield tar
+    """Write a tar shard in WebDataset's layout."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        yield TarWriter(tar)
 
 
 def tar_keys(keys: Iterable[str]) -> list[str]:

@@ -1,13 +1,15 @@
-"""Token shards: one Parquet row an image, its ids as narrow as the codebook allows.
+"""Token shards: one Parquet row per image, its ids as narrow as the codebook allows; images to tokens and back.
 
 Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where both an
 image and its mirror image were stored, flipped bool. The mirror image's row follows the image's.
+
+B images of a batch, N ids per image.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +17,125 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from vqpipe.data.encode import RowEncoder
+from vqpipe import distributed
+from vqpipe.artifacts import Artifact, Draft
+from vqpipe.data.encode import EncodedShard, EncodingJob
+from vqpipe.data.images import ImageSet
+from vqpipe.data.tars import tar_keys, write_tar
+from vqpipe.data.transforms import encode_png
 from vqpipe.errors import DataError
+from vqpipe.progress import SILENT, Progress
+
+IMAGES_PER_SHARD = 4096
+"""Fixed, so that shards have the same bytes for any number of ranks and workers."""
+
+
+class ImageTokenizer(Protocol):
+    """The part of `vqpipe.Tokenizer` used here."""
+
+    device: torch.device
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    def layout(self, height: int, width: int) -> Any:
+        """The order of the ids of an image of `height` x `width` pixels (a `TokenLayout`)."""
+
+    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        """uint8[B, 3, S, S] -> int64[B, N]."""
+
+    def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
+        """int64[B, N] -> uint8[B, 3, H, W]."""
+
+
+def write_tokens(
+    draft: Draft,
+    images: ImageSet,
+    tokenizer: ImageTokenizer,
+    *,
+    image_size: int,
+    flip: bool = False,
+    precision: str = "fp32",
+    batch_size: int = 32,
+    num_workers: int = 0,
+    max_skipped: float = 0.01,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
+
+    With `flip` the tokens of each image's mirror image are stored as well. `precision` "bf16" applies to the network;
+    the codebook search stays in float32, on slightly different latents.
+
+    Raises:
+        DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
+    """
+    layout = tokenizer.layout(image_size, image_size)
+
+    def encode(batch: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> int64[B, views, N]."""
+        views = [batch, batch.flip(-1)] if flip else [batch]
+        return torch.stack([tokenizer.encode(view, precision=precision) for view in views], dim=1)
+
+    with EncodingJob(
+        draft, images, "tokens-{:05d}.parquet", shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress
+    ) as job:
+        for shard in job.encode(
+            encode,
+            check=partial(check_ids, codebook_size=tokenizer.codebook_size),
+            device=tokenizer.device,
+            row_shape=(1 + flip, layout.num_tokens),
+            dtype=id_dtype(tokenizer.codebook_size),
+            image_size=image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        ):
+            job.write(write_shard, draft, shard)
+    records, skipped = job.finish(max_skipped)
+    return {
+        "num_images": sum(record["images"] for record in records),
+        "num_tokens": layout.num_tokens,
+        "codebook_size": tokenizer.codebook_size,
+        "image_size": image_size,
+        "layout": layout.to_table(),
+        "skipped": skipped,
+    }
+
+
+def id_dtype(codebook_size: int) -> np.dtype:
+    """The narrowest type for ids below `codebook_size`: uint16 up to 65,536 codes, else uint32."""
+    return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.uint32)
+
+
+def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
+    """Raise a DataError for an id outside the codebook: narrowing would wrap it around."""
+    low, high = ids.aminmax()
+    if low < 0 or high >= codebook_size:
+        raise DataError(f"ids from {low} to {high} are outside a codebook of {codebook_size} codes")
+
+
+def write_shard(draft: Draft, shard: EncodedShard) -> None:
+    name = f"tokens-{shard.number:05d}.parquet"
+    with draft.write(name, images=len(shard.keys), skipped=dict(shard.skipped)) as path:
+        write_token_file(path, shard)
+
+
+def write_token_file(path: Path, shard: EncodedShard) -> None:
+    """Write one Parquet file: ids uint16 or uint32[images, views, N], one row per view."""
+    views, num_tokens = shard.rows.shape[1:]
+    table = shard.columns()
+    columns = {
+        "key": pa.array(table["key"], pa.string()),
+        "label": pa.array(table["label"], pa.int32()),
+        "ids": pa.FixedSizeListArray.from_arrays(pa.array(shard.rows.reshape(-1)), num_tokens),
+    }
+    if views > 1:
+        columns["flipped"] = pa.array(table["flipped"], pa.bool_())
+    pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some images' tokens: ids int64[B, N]; labels int64[B], -1 where unknown; flipped bool[B]."""
+    """The tokens of some images: ids int64[B, N]; labels int64[B], -1 where unknown; flipped bool[B]."""
 
     keys: list[str]
     labels: Tensor
@@ -29,62 +143,8 @@ class Tokens:
     flipped: Tensor
 
 
-def id_dtype(codebook_size: int) -> np.dtype:
-    """The narrowest type that holds every id below `codebook_size`: uint16 up to 65,536 codes, else uint32."""
-    return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.uint32)
-
-
-def token_encoder(
-    encode: Callable[[Tensor], Tensor],
-    device: torch.device,
-    *,
-    codebook_size: int,
-    num_tokens: int,
-    flips: bool,
-    precision: str = "fp32",
-) -> RowEncoder:
-    """How `write_shards` makes tokens: `encode` is the tokenizer's, uint8[B, 3, S, S] -> int64[B, N].
-
-    With `flips` the ids of the mirror image follow those of the image: int64[B, 2, N]. `precision` "bf16" is for the
-    convolutions; the search of the codes stays in float32, of slightly other vectors.
-    """
-
-    def views(images: Tensor) -> Tensor:
-        if precision == "bf16" and device.type == "cuda":
-            images = images.contiguous(memory_format=torch.channels_last)  # the layout its bf16 convolutions want
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return torch.stack([encode(view) for view in ([images, images.flip(-1)] if flips else [images])], dim=1)
-
-    def check(ids: Tensor, keys: list[str]) -> None:
-        low, high = ids.aminmax()
-        if low < 0 or high >= codebook_size:
-            raise DataError(f"ids from {low} to {high} are outside a codebook of {codebook_size} codes")
-
-    return RowEncoder(
-        encode=views,
-        check=check,  # narrowing would silently wrap around
-        device=device,
-        row_shape=(1 + flips, num_tokens),
-        dtype=id_dtype(codebook_size),
-    )
-
-
-def write_tokens(path: Path, keys: list[str], labels: Sequence[int], ids: np.ndarray) -> None:
-    """Write one shard: ids uint16 or uint32[images, views, N], the second view being the mirror image; labels -1 where
-    unknown. With two views a row says of which it is."""
-    views, num_tokens = ids.shape[1:]
-    columns = {
-        "key": pa.array([key for key in keys for _ in range(views)], pa.string()),
-        "label": pa.array([None if label < 0 else label for label in labels for _ in range(views)], pa.int32()),
-        "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), num_tokens),
-    }
-    if views > 1:
-        columns["flipped"] = pa.array([view > 0 for _ in keys for view in range(views)], pa.bool_())
-    pq.write_table(pa.table(columns), path, compression="zstd")
-
-
 def check_columns(schema: pa.Schema) -> None:
-    """Raise a ValueError unless a file has the columns of a token shard."""
+    """Raise a ValueError unless the columns are those of a token shard."""
     ids: Any = schema.field("ids").type if "ids" in schema.names else None
     types = {"key": pa.string(), "label": pa.int32(), "ids": ids, "flipped": pa.bool_()}
     if len(set(schema.names)) < len(schema) or not {"key", "label", "ids"} <= set(schema.names) <= types.keys():
@@ -96,10 +156,10 @@ def check_columns(schema: pa.Schema) -> None:
 
 
 def read_tokens(path: Path, codebook_size: int) -> Tokens:
-    """Read one shard.
+    """Read one token file.
 
     Raises:
-        DataError: it is not a token shard, or holds an id of `codebook_size` or more.
+        DataError: it is no token shard, or an id is outside the codebook.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -120,3 +180,43 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
         raise DataError(f"{path} holds id {int(ids.max())}, the codebook has {codebook_size} codes")
     flipped = table["flipped"].to_pylist() if "flipped" in table.column_names else [False] * count
     return Tokens(keys, labels, ids, torch.tensor(flipped, dtype=torch.bool))
+
+
+def decode_tokens(
+    draft: Draft,
+    tokens: Artifact,
+    tokenizer: ImageTokenizer,
+    *,
+    limit: int | None = None,
+    groups: int | None = None,
+    batch_size: int = 32,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Decode tokens: write this rank's missing tars of PNG files, one per token shard, rank r of w every w-th.
+
+    Only the first `limit` rows and the first `groups` groups of ids are decoded. Returns the facts, over all ranks.
+    """
+    size = int(tokens.facts["image_size"])
+    total = tokens.facts["num_images"] * (1 + tokens.config["flip"])
+    left = total if limit is None else min(total, limit)
+    rows = 0
+    progress.start("detokenize", left)
+    for number, name in enumerate(tokens.names("tokens-*.parquet")):
+        part = read_tokens(tokens.whole(name), tokens.facts["codebook_size"])
+        take = min(len(part.keys), left)
+        left -= take
+        rows += take
+        target = f"shard-{number:06d}.tar"
+        if take == 0 or number % distributed.world_size() != distributed.rank() or draft.record(target):
+            continue
+        keys = tar_keys(
+            key + ("-flipped" if flipped else "") for key, flipped in zip(part.keys, part.flipped, strict=True)
+        )
+        with draft.write(target, images=take) as path, write_tar(path) as tar:
+            for start in range(0, take, batch_size):
+                stop = min(start + batch_size, take)
+                images = tokenizer.decode(part.ids[start:stop], (size, size), groups=groups).cpu()
+                for index, image in zip(range(start, stop), images, strict=True):
+                    tar.write(keys[index], encode_png(image), "png", int(part.labels[index]))
+                progress.advance(stop - start)
+    return {"num_images": rows}

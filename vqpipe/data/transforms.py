@@ -134,6 +134,20 @@ def image_extension(data: bytes) -> str:
         return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(image.format or "", (image.format or "").lower())
 
 
+def encode_jpeg(image: Tensor) -> bytes:
+    """uint8[3, H, W] as JPEG at quality 95 without chroma subsampling (4:4:4)."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def encode_png(image: Tensor) -> bytes:
+    """uint8[3, H, W] as PNG at compression level 1."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 def fast_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
     """A plain colour JPEG by simplejpeg, to the pixels PIL gives; None where that is PIL's to do, or to refuse."""
     if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB":
