@@ -48,21 +48,8 @@ def open_tokens(path: Path, tokenizer: "Tokenizer") -> "Artifact":
     from vqpipe import artifacts
 
     stored = artifacts.open_artifact(path, "tokens")
-    check_maker(stored, tokenizer)
+    tokenizer.check_made(stored)
     return stored
-
-
-def check_maker(stored: "Artifact", tokenizer: "Tokenizer") -> None:
-    """Raise an ArtifactError where another tokenizer made these tokens or latents."""
-    from vqpipe.errors import ArtifactError
-
-    made_by = stored.inputs["tokenizer"]
-    given = tokenizer.source if isinstance(tokenizer.source, str) else tokenizer.source.content
-    if made_by != given:
-        raise ArtifactError(
-            f"{stored.path} was made by tokenizer {made_by[:12]}, {tokenizer.name} is {given[:12]}",
-            "Name the tokenizer that made it (vqpipe inspect shows it)",
-        )
 
 
 def check_alike(stored: "Artifact", validation: "Artifact | None") -> None:

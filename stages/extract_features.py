@@ -33,7 +33,6 @@ def extract_features(
         from stages import recipe
         from vqpipe import artifacts
         from vqpipe.codebooks import features
-        from vqpipe.data.encode import Stopwatch, share
         from vqpipe.data.images import open_images
         from vqpipe.files import hash_file
 
@@ -49,16 +48,13 @@ def extract_features(
         draft = artifacts.start(out, "features", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
-        total = share(features.num_images(image_set, config), config.images_per_shard)
         with draft:
             with console.progress("fit patch-pca", None) as bar:
                 features.fit_encoder(
                     opened, draft, image_set, config, seed=seed, on_images=bar.advance, num_workers=num_workers
                 )
-            stopwatch = Stopwatch()
-            with console.progress("extract features", total) as bar:
+            with console.ProgressBar() as bar:
                 facts = features.write_features(
-                    draft, image_set, opened, config, bar, stopwatch, num_workers=num_workers, max_skipped=max_skipped
+                    draft, image_set, opened, config, num_workers=num_workers, max_skipped=max_skipped, progress=bar
                 )
-            console.timing(stopwatch)
             return console.finished(draft.publish(facts))

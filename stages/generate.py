@@ -10,7 +10,6 @@ import typer
 
 from stages import console
 from stages.console import BatchSize, Device, Out, Precision, Seed, Set
-from stages.detokenize import sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,6 +132,7 @@ def write_shards(draft: "Draft", published: "PublishedGenerator", order: Order) 
     """Draw this rank's shards that are not written yet, and the contact sheet of the first one."""
     from vqpipe import distributed
     from vqpipe.data.tars import write_tar
+    from vqpipe.data.transforms import encode_png
 
     shards = order.shards()
     mine = range(distributed.rank(), len(shards), distributed.world_size())
@@ -143,7 +143,7 @@ def write_shards(draft: "Draft", published: "PublishedGenerator", order: Order) 
         for number in missing:
             with draft.write(name_of(number), images=len(shards[number])) as path, write_tar(path) as tar:
                 for image, pixels in draw(published, order, shards[number]):
-                    tar.write(sample(f"{image:08d}", pixels, order.label(image)))
+                    tar.write(f"{image:08d}", encode_png(pixels), "png", order.label(image))
                     bar.advance()
             made += len(shards[number])
     seconds = max(time.monotonic() - began, 1e-9)

@@ -118,7 +118,7 @@ def train_generator(
             stored = encoder.latents_of(images, latents, tokens, out)
         held_out = None if validation is None else artifacts.open_artifact(validation, stored.kind)
         if held_out is not None:
-            shared.check_maker(held_out, opened)
+            opened.check_made(held_out)
             shared.check_alike(stored, held_out)
         source = Source(stored, held_out, opened)
         request = shared.asked({name: getattr(recipe, name) for name in SECTIONS}, seed)
@@ -179,18 +179,16 @@ class Encoder:
         if not images:
             assert latents is not None
             stored = artifacts.open_artifact(latents, "latents")
-            shared.check_maker(stored, self.tokenizer)
+            self.tokenizer.check_made(stored)
             return stored
         return self.encode(images, latents or out.with_name(f"{out.name}.latents"))
 
     def encode(self, images: list[str], target: Path) -> "Artifact":
         """A latents artifact of these images."""
         from vqpipe import artifacts
-        from vqpipe.data.encode import Stopwatch, share
         from vqpipe.data.images import open_images
-        from vqpipe.data.latents import IMAGES_PER_SHARD
+        from vqpipe.data.latents import write_latents
         from vqpipe.errors import DataError
-        from vqpipe.generation.latents import write_latents
 
         size = self.image_size or self.tokenizer.image_size
         if size is None:
@@ -200,13 +198,11 @@ class Encoder:
         draft = artifacts.start(target, "latents", config, {"images": image_set, "tokenizer": self.tokenizer.source})
         if isinstance(draft, artifacts.Artifact):
             return draft
-        stopwatch = Stopwatch()
-        with draft, console.progress("latents", share(len(image_set), IMAGES_PER_SHARD)) as bar:
+        with draft, console.ProgressBar() as bar:
             facts = write_latents(
-                draft, image_set, self.tokenizer, bar, stopwatch, num_workers=self.num_workers, **config
+                draft, image_set, self.tokenizer, num_workers=self.num_workers, progress=bar, **config
             )
             made = draft.publish(facts)
-        console.timing(stopwatch)
         console.say(f"latents: {made.path}")
         return made
 

@@ -119,6 +119,16 @@ class Tokenizer:
         """Raise a DataError unless images of `height` x `width` pixels can be encoded."""
         self.layout(height, width)
 
+    def check_made(self, artifact: artifacts.Artifact) -> None:
+        """Raise an ArtifactError unless this tokenizer made these tokens or latents."""
+        made_by = artifact.inputs["tokenizer"]
+        own = self.source if isinstance(self.source, str) else self.source.content
+        if made_by != own:
+            raise ArtifactError(
+                f"{artifact.path} was made by tokenizer {made_by[:12]}, {self.name} is {own[:12]}",
+                "Name the tokenizer that made it (vqpipe inspect prints it)",
+            )
+
     def check_groups(self, groups: int | None) -> None:
         """Raise a DataError unless the first `groups` groups can be decoded alone; None stands for all."""
         if groups is not None and not 1 <= groups <= self.num_groups:
@@ -141,6 +151,17 @@ class Tokenizer:
             return torch.empty(0, num_tokens, dtype=torch.int64, device=self.device)
         with reduced_precision(self.autoencoder, self.device, precision):
             return self.autoencoder.encode(images).ids
+
+    @torch.no_grad()
+    def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        """Images as for `encode` -> float[B, C, h, w]: the encoder's output before quantization."""
+        images = network_input(images, self.downsample_factor, self.device)
+        with reduced_precision(self.autoencoder, self.device, precision):
+            return self.autoencoder.latent(images)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of an image of `height` x `width` pixels."""
+        return (self.autoencoder.quantizer.latent_dim, *latent_size(height, width, self.downsample_factor))
 
     @torch.no_grad()
     def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:

@@ -15,24 +15,24 @@ from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_f
 from vqpipe.codebooks.feature_set import open_features
 from vqpipe.codebooks.features import FeaturesConfig, find_weights, fit_encoder, open_encoder, write_features
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
-from vqpipe.data.encode import Stopwatch
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError
+from vqpipe.progress import Silent
 
 CONFIG = FeaturesConfig(image_size=32, patch_size=4, components=10, images_per_shard=3, batch_size=2)
 
 
-class Heard:
-    """A progress that notes what it hears."""
+class Heard(Silent):
+    """Records the progress."""
 
     def __init__(self) -> None:
         self.resumed, self.done = list[int](), list[int]()
 
-    def resume(self, count: int) -> None:
-        self.resumed.append(count)
+    def start(self, title: str, total: int | None, unit: str = "images", done: int = 0) -> None:
+        self.resumed.append(done)
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int = 1) -> None:
         self.done.append(count)
 
 
@@ -51,8 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
 
 
 def write(draft: Draft, images: ImageSet, encoder: PatchEncoder, config: FeaturesConfig = CONFIG, **options) -> dict:
-    progress = options.pop("progress", Heard())
-    return write_features(draft, images, encoder, config, progress, Stopwatch(), **{"max_skipped": 0.2} | options)
+    return write_features(draft, images, encoder, config, **{"max_skipped": 0.2} | options)
 
 
 def extract(images: ImageSet, out: Path, config: FeaturesConfig = CONFIG, **options) -> Artifact:
@@ -143,7 +142,7 @@ def test_a_resumed_run_writes_only_what_is_missing(images: ImageSet, tmp_path: P
         pass
 
     class StopInSecondShard(Heard):
-        def advance(self, count: int) -> None:
+        def advance(self, count: int = 1) -> None:
             super().advance(count)
             if sum(self.done) > 4:
                 raise Stop

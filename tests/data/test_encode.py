@@ -1,13 +1,15 @@
-"""Shards written while the next is encoded: order, errors, memory, and where the time goes."""
+"""Encoding jobs: order, errors, resuming, progress."""
 
-import dataclasses
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,10 +18,12 @@ from torch import Tensor
 from vqpipe import artifacts
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data import transforms
-from vqpipe.data.encode import Background, EncodedShard, RowEncoder, Stopwatch, share, write_shards
+from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch
 from vqpipe.data.images import ImageSet, open_images
-from vqpipe.data.tokens import read_tokens, token_encoder, write_tokens
-from vqpipe.errors import ArtifactError, DataError
+from vqpipe.data.tokens import read_tokens, write_tokens
+from vqpipe.errors import DataError
+from vqpipe.progress import SILENT, Progress, Silent
+from vqpipe.quantizers import TokenLayout
 
 NUM = 23
 BAD = {4, 10, 11, 12, 13}  # with shards of 10 and batches of 4 one batch holds nothing that can be used
@@ -35,60 +39,60 @@ def images(tmp_path: Path, draw: Callable[..., bytes]) -> ImageSet:
     return open_images([folder])
 
 
-class Silent:
-    def resume(self, count: int) -> None:
-        pass
-
-    def advance(self, count: int) -> None:
-        pass
+Check = Callable[[Tensor, list[str]], None]
 
 
-def mean_colours(check: Callable[[Tensor, list[str]], None] = lambda rows, keys: None) -> RowEncoder:
-    """The simplest rows there are: the mean of each channel, in thousandths."""
-    return RowEncoder(
-        encode=lambda images: (images.double().mean(dim=(2, 3)) * 1000).long(),
-        check=check,
-        device=torch.device("cpu"),
-        row_shape=(3,),
-        dtype=np.dtype(np.uint32),
-    )
+def mean_colours(images: Tensor) -> Tensor:
+    """The simplest rows: the mean of each channel, in thousandths."""
+    return (images.double().mean(dim=(2, 3)) * 1000).long()
 
 
-def run(out: Path, images: ImageSet, encoder: RowEncoder | None = None, **options) -> Artifact:
+def accept(rows: Tensor, keys: list[str]) -> None:
+    """Every row may be stored."""
+
+
+def encode_images(
+    out: Path,
+    images: ImageSet,
+    encode: Callable[[Tensor], Tensor] = mean_colours,
+    *,
+    check: Check = accept,
+    before_writing: Callable[[int], None] = lambda number: None,
+    num_workers: int = 0,
+    progress: Progress = SILENT,
+) -> tuple[Artifact, Stopwatch]:
     draft = artifacts.start(out, "features", {}, {"images": images})
     assert isinstance(draft, Draft)
 
-    def write(number: int, shard: EncodedShard) -> None:
-        (options.get("before_writing") or (lambda number: None))(number)
-        with (
-            draft.write(f"{number}.npy", keys=shard.keys, skipped=dict(shard.skipped)) as path,
-            path.open("wb") as file,
-        ):
+    def write(shard: EncodedShard) -> None:
+        before_writing(shard.number)
+        record = {"keys": shard.keys, "skipped": dict(shard.skipped)}
+        with draft.write(f"{shard.number}.npy", **record) as path, path.open("wb") as file:
             np.save(file, shard.rows)
 
     with draft:
-        stopwatch = options.get("stopwatch") or Stopwatch()
-        write_shards(
-            draft,
-            images,
-            encoder or mean_colours(),
-            write,
-            name="{}.npy".format,
-            shard_size=10,
-            stop=len(images),
-            max_skipped=0.5,
-            stopwatch=stopwatch,
-            progress=Silent(),
-            image_size=16,
-            batch_size=4,
-            num_workers=options.get("num_workers", 0),
-        )
-        return draft.publish({})
+        with EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", progress=progress) as job:
+            for shard in job.encode(
+                encode,
+                check=check,
+                device=torch.device("cpu"),
+                row_shape=(3,),
+                dtype=np.uint32,
+                image_size=16,
+                batch_size=4,
+                num_workers=num_workers,
+            ):
+                job.write(write, shard)
+        job.finish(max_skipped=0.5)
+        return draft.publish({}), job.stopwatch
+
+
+def run(out: Path, images: ImageSet, encode: Callable[[Tensor], Tensor] = mean_colours, **options: Any) -> Artifact:
+    return encode_images(out, images, encode, **options)[0]
 
 
 def test_shards_hold_every_usable_image_in_order(images: ImageSet, tmp_path: Path) -> None:
-    stopwatch = Stopwatch()
-    artifact = run(tmp_path / "out", images, stopwatch=stopwatch)
+    artifact, stopwatch = encode_images(tmp_path / "out", images)
     rows = np.concatenate([np.load(artifact.file(name)) for name in artifact.names("*.npy")])
     crops = [transforms.center_crop(transforms.decode(images.read(i)), 16) for i in range(NUM) if i not in BAD]
     expected = (torch.stack(crops).double().mean(dim=(2, 3)) * 1000).long()
@@ -102,7 +106,7 @@ def test_shards_hold_every_usable_image_in_order(images: ImageSet, tmp_path: Pat
 
 @pytest.mark.parametrize("workers", [1, 3, -1])
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_same_bytes_for_any_workers_and_decoder(
+def test_bytes_do_not_depend_on_workers_and_jpeg_decoder(
     images: ImageSet, tmp_path: Path, workers: int, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(tmp_path / "alone", images).content
@@ -122,7 +126,7 @@ def test_loader_processes_start_once(images: ImageSet, tmp_path: Path, monkeypat
     assert started == [2]
 
 
-def test_an_error_of_the_writing_thread_is_raised_and_what_was_whole_is_kept(images: ImageSet, tmp_path: Path) -> None:
+def test_an_error_of_the_writer_thread_is_raised_and_complete_shards_are_kept(images: ImageSet, tmp_path: Path) -> None:
     def full(number: int) -> None:
         if number == 1:
             assert threading.current_thread() is not threading.main_thread()
@@ -141,10 +145,10 @@ def test_an_error_of_the_writing_thread_is_raised_and_what_was_whole_is_kept(ima
 
 
 class Stop(BaseException):
-    """Like a signal: no Exception."""
+    """As raised by a signal: not an Exception."""
 
 
-def test_an_interruption_waits_for_the_shard_that_is_being_written(images: ImageSet, tmp_path: Path) -> None:
+def test_an_interruption_waits_for_the_shard_being_written(images: ImageSet, tmp_path: Path) -> None:
     encoding_the_second = threading.Event()
 
     def slowly(number: int) -> None:
@@ -156,7 +160,7 @@ def test_an_interruption_waits_for_the_shard_that_is_being_written(images: Image
             raise Stop
 
     with pytest.raises(Stop):
-        run(tmp_path / "out", images, mean_colours(stop), before_writing=slowly)
+        run(tmp_path / "out", images, check=stop, before_writing=slowly)
     names = {path.name for path in (tmp_path / "out.partial").glob("*.npy")}
     assert names == {"0.npy"}
     assert run(tmp_path / "out", images).content == run(tmp_path / "straight", images).content
@@ -167,80 +171,106 @@ def die(image: Image.Image, size: int) -> Tensor:
     raise AssertionError
 
 
-def test_a_loader_process_that_is_killed_is_one_error(
-    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_loader_process_is_an_error(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # its patience at shutdown: 5 s
     monkeypatch.setattr("vqpipe.data.batches.center_crop", die)
     with pytest.raises(DataError, match=r"the image loader stopped: .*Try fewer workers"):
         run(tmp_path / "out", images, num_workers=1)
 
 
-def test_results_are_fetched_while_the_next_batch_is_computed(images: ImageSet, tmp_path: Path) -> None:
-    """What a CUDA device gains from: batch i + 1 is handed over before batch i is waited for."""
+def test_a_batch_is_submitted_before_the_results_of_the_last_are_awaited(images: ImageSet, tmp_path: Path) -> None:
+    """A CUDA device gains from it: batch i + 1 is queued before the host waits for batch i."""
     order: list[str] = []
-    plain = mean_colours(lambda rows, keys: order.append(f"stored {keys[0]}"))
 
     def encode(batch: Tensor) -> Tensor:
         order.append("encode")
-        return plain.encode(batch)
+        return mean_colours(batch)
 
-    run(tmp_path / "out", images, dataclasses.replace(plain, encode=encode))
+    run(tmp_path / "out", images, encode, check=lambda rows, keys: order.append(f"stored {keys[0]}"))
     usable = order.count("encode")
     assert order[:3] == ["encode", "encode", "stored 00"]
     assert order.count("encode") == len(order) - usable == 6
 
 
-def test_one_job_at_a_time() -> None:
-    running: list[int] = []
+class Recorder(Silent):
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int | None, int]] = []
+        self.messages: list[str] = []
+        self.done = 0
 
-    def job() -> None:
-        running.append(1)
-        assert len(running) == 1
-        running.pop()
+    def start(self, title: str, total: int | None, unit: str = "images", done: int = 0) -> None:
+        self.started.append((title, total, done))
 
-    with Background(Stopwatch()) as background:
-        for _ in range(5):
-            background.submit(job)
-    with pytest.raises(ArtifactError, match="no"), Background(Stopwatch()) as background:
-        background.submit(lambda: (_ for _ in ()).throw(ArtifactError("no")))
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
 
-def test_no_image_at_all(tmp_path: Path) -> None:
+def test_progress_counts_every_image_and_ends_with_a_report(images: ImageSet, tmp_path: Path) -> None:
+    progress = Recorder()
+    run(tmp_path / "out", images, progress=progress)
+    assert (progress.started, progress.done) == ([("encode", NUM, 0)], NUM)
+    assert len(progress.messages) == 1
+    assert re.match(r"23 images in 0:0.*/s: .*(waiting for images|encoding|writing) \d+%", progress.messages[0])
+
+
+def test_the_report_names_the_slowest_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopwatch = Stopwatch()
+    stopwatch.images, stopwatch.began, stopwatch.ended = 1000, 0.0, 100.0
+    stopwatch.parts.update({"waiting for images": 80, "encoding": 15})  # type: ignore[dict-item]
+    assert stopwatch.report() == (
+        "1,000 images in 0:01:40, 10/s: waiting for images 80%, encoding 15%. "
+        "Images arrive too slowly: use more --num-workers, the extra `fast` (simplejpeg), or a faster disk."
+    )
+
+
+def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     images = open_images([tmp_path])
     with pytest.raises(DataError, match="1 of 1 images cannot be used"):
         run(tmp_path / "out", images)
 
 
-def test_share() -> None:
-    assert [share(stop, 10) for stop in (1, 10, 25)] == [1, 10, 25]
+class Pixels:
+    """Stands for a tokenizer: the ids of an image are its first two red values, moved to the end of the codebook."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, codebook_size: int) -> None:
+        self.codebook_size = codebook_size
+
+    def layout(self, height: int, width: int) -> TokenLayout:
+        return TokenLayout(((1, 2),))
+
+    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        return images[:, 0, 0, :2].long() + self.codebook_size - 256
+
+    def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
+        raise NotImplementedError
 
 
-@pytest.mark.parametrize("flips", [False, True])
-@pytest.mark.parametrize(("codebook_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_tokens_there_and_back(tmp_path: Path, flips: bool, codebook_size: int, dtype: type) -> None:
-    encoder = token_encoder(
-        lambda images: images[:, 0, 0, :2].long() + codebook_size - 256,
-        torch.device("cpu"),
-        codebook_size=codebook_size,
-        num_tokens=2,
-        flips=flips,
-    )
-    images = torch.arange(3 * 3 * 2 * 2, dtype=torch.uint8).view(3, 3, 2, 2) + 200
-    ids = encoder.encode(images)
-    encoder.check(ids, ["a", "b", "c"])
-    assert encoder.dtype == dtype
-    assert ids.shape == (3, *encoder.row_shape)
-    write_tokens(tmp_path / "t.parquet", ["a", "b", "c"], [5, -1, 0], ids.numpy().astype(encoder.dtype))
-    tokens = read_tokens(tmp_path / "t.parquet", codebook_size)
-    views = 1 + flips
-    assert tokens.keys == [key for key in "abc" for _ in range(views)]
-    assert tokens.labels.tolist() == [label for label in (5, -1, 0) for _ in range(views)]
-    assert tokens.flipped.tolist() == [False, True][:views] * 3
-    assert torch.equal(tokens.ids.view(3, views, 2)[:, 0], images[:, 0, 0].long() + codebook_size - 256)
-    if flips:
-        assert torch.equal(tokens.ids.view(3, 2, 2)[:, 1], images[:, 0, 0].flip(-1).long() + codebook_size - 256)
-    for wrong in (-1, codebook_size):
-        with pytest.raises(DataError, match="are outside a codebook"):
-            encoder.check(torch.full_like(ids, wrong), ["a", "b", "c"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("codebook_size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_tokens_are_stored_narrow_and_read_back(
+    images: ImageSet, tmp_path: Path, flip: bool, codebook_size: int, dtype: str
+) -> None:
+    draft = artifacts.start(tmp_path / "tokens", "tokens", {"flip": flip}, {"images": images})
+    assert isinstance(draft, Draft)
+    with draft:
+        facts = write_tokens(draft, images, Pixels(codebook_size), image_size=16, flip=flip, max_skipped=0.5)
+        artifact = draft.publish(facts)
+    assert (facts["num_images"], facts["num_tokens"], facts["skipped"]) == (NUM - len(BAD), 2, {"empty": len(BAD)})
+    file, views = artifact.file("tokens-00000.parquet"), 1 + flip
+    assert str(pq.read_schema(file).field("ids").type.value_type) == dtype
+    tokens = read_tokens(file, codebook_size)
+    usable = [i for i in range(NUM) if i not in BAD]
+    crops = torch.stack([transforms.center_crop(transforms.decode(images.read(i)), 16) for i in usable])
+    assert tokens.keys == [images.key(i) for i in usable for _ in range(views)]
+    assert tokens.labels.tolist() == [-1] * len(usable) * views
+    assert tokens.flipped.tolist() == [False, True][:views] * len(usable)
+    ids = tokens.ids.view(len(usable), views, 2)
+    assert torch.equal(ids[:, 0], crops[:, 0, 0, :2].long() + codebook_size - 256)
+    if flip:
+        assert torch.equal(ids[:, 1], crops.flip(-1)[:, 0, 0, :2].long() + codebook_size - 256)

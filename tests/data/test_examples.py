@@ -19,7 +19,7 @@ from vqpipe.data.examples import (
     held_out_part,
     ordered,
 )
-from vqpipe.data.tokens import write_tokens
+from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
 NUM, TOKENS, BATCH = 14, 6, 4  # 14 images in global batches of 4: the epoch edge falls inside a batch
@@ -42,7 +42,7 @@ def make(tmp_path: Path) -> Make:
                 labels = [-1 if classes is None else int(i) % classes for i in part]
                 with draft.write(f"tokens-{number:05d}.parquet") as path:
                     dtype = np.uint16 if codebook_size <= 1 << 16 else np.uint32
-                    write_tokens(path, [f"key-{i:02d}" for i in part], labels, ids[part].astype(dtype))
+                    write_token_file(path, [f"key-{i:02d}" for i in part], labels, ids[part].astype(dtype))
             facts = {"num_images": NUM, "num_tokens": TOKENS, "codebook_size": codebook_size}
             return draft.publish(facts)
 

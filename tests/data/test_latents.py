@@ -10,22 +10,30 @@ import torch
 from torch import Tensor
 
 from vqpipe import artifacts
-from vqpipe.data.encode import Stopwatch
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.latents import LatentSet, LatentStatistics, moments, open_latents, pooled, write_latents
 from vqpipe.errors import ArtifactError, DataError, NumericError
-
-
-class Silent:
-    def resume(self, count: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
 
 
 def encode(images: Tensor) -> Tensor:
     """uint8[B, 3, 8, 8] -> float[B, 3, 4, 2]: not symmetric, and not of mean 0."""
     x = images.float()
     return 3 * (x[:, :, ::2, ::4] - 40) / 7
+
+
+class Encoder:
+    """Stands for a tokenizer."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        return self.function(images)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 3, height // 2, width // 4
 
 
 @pytest.fixture
@@ -45,18 +53,14 @@ def write(out: Path, images: ImageSet, **options: object) -> artifacts.Artifact:
         facts = write_latents(
             draft,
             images,
-            settings.pop("encode"),  # type: ignore[arg-type]
-            Silent(),
-            Stopwatch(),
-            device=torch.device("cpu"),
-            latent_shape=(3, 4, 2),
+            Encoder(settings.pop("encode")),  # type: ignore[arg-type]
             image_size=8,
             **settings,  # type: ignore[arg-type]
         )
         return draft.publish(facts)
 
 
-def test_what_is_stored_and_read(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_are_stored_and_read_back(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqpipe.data.latents.IMAGES_PER_SHARD", 4)
     made = write(tmp_path / "out", images)
     assert made.names("latents-*") == [f"latents-{n:05d}.npy" for n in range(3)]
@@ -90,7 +94,7 @@ def test_what_is_stored_and_read(images: ImageSet, tmp_path: Path, monkeypatch: 
         normal.take([3, 20])
 
 
-def test_the_same_bytes_and_moments_for_any_batch_size_workers_and_ranks(
+def test_bytes_and_moments_do_not_depend_on_batch_size_and_workers(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vqpipe.data.latents.IMAGES_PER_SHARD", 2)
@@ -104,7 +108,7 @@ def test_the_same_bytes_and_moments_for_any_batch_size_workers_and_ranks(
     assert pooled(records).to_table() == {key: made[0].facts[key] for key in ("mean", "std")}
 
 
-def test_a_stopped_run_goes_on_at_its_first_missing_shard(
+def test_an_interrupted_run_resumes_at_the_first_missing_shard(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vqpipe.data.latents.IMAGES_PER_SHARD", 4)
@@ -131,13 +135,13 @@ def test_a_stopped_run_goes_on_at_its_first_missing_shard(
     assert sum(calls) < 20
 
 
-def test_latents_that_cannot_be_stored_are_refused(images: ImageSet, tmp_path: Path) -> None:
+def test_latents_beyond_float16_are_an_error(images: ImageSet, tmp_path: Path) -> None:
     for factor in (float("nan"), 1e6):
-        with pytest.raises(NumericError, match=r"the latent of image a/00.* holds NaN, or values beyond"):
+        with pytest.raises(NumericError, match=r"NaN, or values beyond float16's 65504, in the latent of image a/00"):
             write(tmp_path / "bad", images, encode=lambda batch, factor=factor: encode(batch) * factor)
 
 
-def test_moments_are_exact_far_from_zero_and_of_parts_of_any_size() -> None:
+def test_pooled_moments_are_exact_for_any_split_and_far_from_zero() -> None:
     rng = np.random.default_rng(0)
     rows = (1000 + rng.standard_normal((50, 2, 3, 3)) * [[[[8.0]], [[0.0]]]]).astype(np.float16)
     truth = np.moveaxis(rows.astype(np.float64), 1, 0).reshape(2, -1)
@@ -151,7 +155,7 @@ def test_moments_are_exact_far_from_zero_and_of_parts_of_any_size() -> None:
     assert torch.allclose(statistics.denormalize(normal), torch.from_numpy(rows).float(), atol=1e-3)
 
 
-def test_statistics_travel_as_json_and_are_checked() -> None:
+def test_statistics_survive_json_and_are_validated() -> None:
     import json
 
     statistics = LatentStatistics((0.1, -1 / 3), (1e-3, 2 / 7))
@@ -166,7 +170,7 @@ def test_statistics_travel_as_json_and_are_checked() -> None:
         LatentStatistics((float("nan"),), (1.0,))
 
 
-def test_refuses_what_are_no_latents(images: ImageSet, tmp_path: Path) -> None:
+def test_damaged_or_inconsistent_latents_are_an_error(images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a vqpipe artifact"):
         open_latents(tmp_path)
     statistics = LatentStatistics.identity(3)

@@ -22,7 +22,7 @@ from vqpipe.data import sources
 from vqpipe.data.examples import TokenSet
 from vqpipe.data.images import open_images
 from vqpipe.data.tars import write_tar
-from vqpipe.data.tokens import read_tokens, write_tokens
+from vqpipe.data.tokens import read_tokens, write_token_file
 from vqpipe.errors import ArtifactError, DataError, VqpipeError
 
 Pack = Callable[..., bytes]
@@ -51,7 +51,7 @@ def run_and_fail(out: Path, error: BaseException) -> None:
 
 def tar(path: Path) -> None:
     with write_tar(path) as writer:
-        writer.write({"__key__": "a", "png": b"x" * 9000})
+        writer.write("a", b"x" * 9000, "png")
 
 
 def npy(path: Path) -> None:
@@ -247,14 +247,14 @@ def test_paths_may_contain_spaces_braces_and_newlines(name: str, tmp_path: Path,
     folder.mkdir(parents=True)
     with begin(folder / "data set") as begun:
         with begun.write("shard-000000.tar") as path, write_tar(path) as writer:
-            writer.write({"__key__": "a", "png": png(0), "cls": 0})
+            writer.write("a", png(0), "png", 0)
         artifact = begun.publish({"num_classes": 1})
     for spec in (folder / "data set", folder / "data set" / "shard-000000.tar"):
         assert open_images([spec]).read(0) == png(0)
     (folder / "pictures").mkdir()
     (folder / "pictures" / "b {0}.png").write_bytes(png(1))
     assert open_images([folder / "pictures"])[0] == sources.Sample("b {0}", png(1), None)
-    write_tokens(folder / "t.parquet", ["a"], [0], np.array([[[1, 2]]], np.uint16))
+    write_token_file(folder / "t.parquet", ["a"], [0], np.array([[[1, 2]]], np.uint16))
     assert read_tokens(folder / "t.parquet", 3).ids.tolist() == [[1, 2]]
     artifact.verify()
     with pytest.raises(ArtifactError) as failure:

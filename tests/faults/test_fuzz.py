@@ -28,7 +28,7 @@ from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.codebooks.feature_set import open_matrix
 from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.data.tars import index_tar
-from vqpipe.data.tokens import read_tokens, write_tokens
+from vqpipe.data.tokens import read_tokens, write_token_file
 from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 from vqpipe.models import AutoencoderConfig
@@ -108,7 +108,7 @@ def furnished(place: Path) -> Path:
             path.write_bytes(b"a.bin")
         draft.publish({})
     (place / "manifest.seed").write_bytes((place / "out" / "manifest.json").read_bytes())  # fuzzing overwrites it
-    write_tokens(place / "seed.parquet", ["a", "b"], [0, -1], np.array([[[1, 2]], [[3, 4]]], np.uint16))
+    write_token_file(place / "seed.parquet", ["a", "b"], [0, -1], np.array([[[1, 2]], [[3, 4]]], np.uint16))
     return place
 
 

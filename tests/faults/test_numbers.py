@@ -8,7 +8,7 @@ import torch
 
 from vqpipe.codebooks.feature_set import FeatureSet
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
-from vqpipe.data.tokens import id_dtype, read_tokens, token_encoder, write_tokens
+from vqpipe.data.tokens import check_ids, id_dtype, read_tokens, write_token_file
 from vqpipe.errors import DataError
 
 CPU = torch.device("cpu")
@@ -27,13 +27,12 @@ def test_row_80_every_vector_is_counted_however_many_there_are_of_a_centre() -> 
 def test_row_82_ids_are_as_wide_as_the_codebook_needs(codebook_size: int, expected: type, tmp_path: Path) -> None:
     assert id_dtype(codebook_size) == expected
     highest = codebook_size - 1
-    encoder = token_encoder(lambda images: images, CPU, codebook_size=codebook_size, num_tokens=1, flips=False)
     ids = torch.tensor([[[0]], [[highest]]])
-    encoder.check(ids, ["a", "b"])
-    write_tokens(tmp_path / "t.parquet", ["a", "b"], [0, 0], ids.numpy().astype(encoder.dtype))
+    check_ids(ids, ["a", "b"], codebook_size)
+    write_token_file(tmp_path / "t.parquet", ["a", "b"], [0, 0], ids.numpy().astype(id_dtype(codebook_size)))
     assert read_tokens(tmp_path / "t.parquet", codebook_size).ids.tolist() == [[0], [highest]]
     with pytest.raises(DataError, match=f"holds id {highest}, the codebook has {highest} codes"):
         read_tokens(tmp_path / "t.parquet", highest)
     for wrong in (codebook_size, -1):
         with pytest.raises(DataError, match="outside a codebook"):
-            encoder.check(torch.tensor([[[wrong]]]), ["a"])
+            check_ids(torch.tensor([[[wrong]]]), ["a"], codebook_size)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from vqpipe.artifacts import Draft, start
 from vqpipe.data.images import open_images
 from vqpipe.data.tars import index_tar, tar_keys
-from vqpipe.data.tokens import write_tokens
+from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError, DataError
 
 Pack = Callable[..., bytes]
@@ -67,7 +67,7 @@ def test_row_54_no_label_is_no_label_and_never_class_0(tmp_path: Path, pack: Pac
     (tmp_path / "s.tar").write_bytes(pack({"a.png": png(0), "b.png": png(1), "b.cls": b"0"}))
     images = open_images([tmp_path / "s.tar"])
     assert [sample.label for sample in images] == [None, 0]
-    write_tokens(tmp_path / "t.parquet", ["a", "b"], images.labels.tolist(), np.zeros((2, 1, 1), np.uint16))
+    write_token_file(tmp_path / "t.parquet", ["a", "b"], images.labels.tolist(), np.zeros((2, 1, 1), np.uint16))
     assert parquet.read_table(tmp_path / "t.parquet")["label"].to_pylist() == [None, 0]
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.data.batches import OrderedBatches
-from vqpipe.data.encode import Stopwatch
 from vqpipe.data.images import open_images
+from vqpipe.data.latents import LatentStatistics, open_latents, write_latents
 from vqpipe.errors import DataError, NumericError
-from vqpipe.generation.latents import LatentStatistics, open_latents, to_images, write_latents
+from vqpipe.generation.latents import to_images
 from vqpipe.models import AutoencoderConfig, build_autoencoder
 from vqpipe.tokenizer import Tokenizer
 
@@ -25,12 +25,6 @@ TINY = {
     "attention_resolutions": [],
     "z_channels": 8,
 }
-
-
-class Silent:
-    def resume(self, count: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
 
 
 def tokenizer(quantizer: dict[str, object] | None = None) -> Tokenizer:
@@ -58,7 +52,7 @@ def test_stored_latents_decode_to_the_tokenizers_own_images(
     draft = artifacts.start(tmp_path / "latents", "latents", {}, {"images": images})
     assert isinstance(draft, artifacts.Draft)
     with draft:
-        facts = write_latents(draft, images, opened, Silent(), Stopwatch(), image_size=16, flip=True)
+        facts = write_latents(draft, images, opened, image_size=16, flip=True)
         draft.publish(facts)
     pixels = next(iter(OrderedBatches(images, image_size=16, batch_size=3))).images
     latents = open_latents(tmp_path / "latents")
@@ -70,7 +64,7 @@ def test_stored_latents_decode_to_the_tokenizers_own_images(
         assert (ids == truth).float().mean() > 0.98  # float16 moves a latent across a border now and then
         assert torch.equal(made, opened.decode(ids, (16, 16)))
     with pytest.raises(DataError, match="does not divide into cells of 2"):
-        write_latents(draft, images, opened, Silent(), Stopwatch(), image_size=15)
+        write_latents(draft, images, opened, image_size=15)
 
 
 def test_the_ids_are_those_of_the_denormalised_latents_at_any_size() -> None:

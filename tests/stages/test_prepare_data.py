@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from stages import prepare_data as stage
 from stages.prepare_data import prepare_data
 from vqpipe.artifacts import open_artifact
+from vqpipe.data import prepare as packing
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import center_crop, decode
 from vqpipe.errors import ArtifactError, DataError
@@ -59,7 +59,7 @@ def prepare(tiny: Path, out: str = "out", **options: object) -> Path:
     return tiny / out
 
 
-def test_a_folder_becomes_shards(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_packed_into_tars(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = prepare(tiny)
     artifact = open_artifact(out, "dataset")
     assert capsys.readouterr().out == f"{out}\n"
@@ -86,7 +86,7 @@ def test_a_folder_becomes_shards(tiny: Path, capsys: pytest.CaptureFixture[str])
         assert {(member.mtime, member.uname, member.uid) for member in tar} == {(0, "vqpipe", 0)}
 
 
-def test_again_resumed_and_with_workers_are_the_same_bytes(
+def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = prepare(tiny)
@@ -95,7 +95,7 @@ def test_again_resumed_and_with_workers_are_the_same_bytes(
     assert "already published" in capsys.readouterr().err
     assert tree(prepare(tiny, "workers", num_workers=2)) == expected
 
-    real, written = stage.write_shard, list[int]()
+    real, written = packing.write_shard, list[int]()
 
     def stop_at_third(draft: object, number: int, *rest: object) -> None:
         if number == 2 and len(written) < 3:
@@ -104,7 +104,7 @@ def test_again_resumed_and_with_workers_are_the_same_bytes(
         written.append(number)
         real(draft, number, *rest)
 
-    monkeypatch.setattr(stage, "write_shard", stop_at_third)
+    monkeypatch.setattr(packing, "write_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         prepare(tiny, "resumed")
     assert not (tiny / "resumed").exists()
@@ -115,7 +115,7 @@ def test_again_resumed_and_with_workers_are_the_same_bytes(
         prepare(tiny, shard_size=5)
 
 
-def test_crops(tiny: Path) -> None:
+def test_image_size_stores_centre_crops_as_jpeg(tiny: Path) -> None:
     images, source = open_images(prepare(tiny, image_size=16)), open_images(tiny / "copy" / "train")
     stored = Image.open(io.BytesIO(images[1].image))
     assert (stored.format, stored.size, [part[1:3] for part in stored.layer]) == ("JPEG", (16, 16), [(1, 1)] * 3)
@@ -124,17 +124,17 @@ def test_crops(tiny: Path) -> None:
     assert np.abs(np.asarray(stored).astype(int) - crop).mean() < 4
 
 
-def test_counts_are_checked(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_are_checked_against_the_manifest(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match=r"1 of 10 images cannot be used \(1 truncated\), more than the 1.00%"):
         prepare(tiny, max_skipped=0.01)
     (tiny / "copy" / "train" / "class 0" / "0.JPEG").unlink()
     with pytest.raises(DataError, match="tiny/train should hold 10 images, found 9"):
         prepare(tiny, "short")
     assert open_artifact(prepare(tiny, "short", allow_partial=True)).facts["num_images"] == 8
-    assert "accepted as it is: tiny/train should hold 10 images" in capsys.readouterr().err
+    assert "accepted with --allow-partial: tiny/train should hold 10 images" in capsys.readouterr().err
 
 
-def test_small_images_are_excluded_and_counted_apart(tiny: Path) -> None:
+def test_images_below_min_size_are_excluded_and_counted(tiny: Path) -> None:
     manifest = (tiny / "tiny.toml").read_text() + "min_size = [50, 40]\n"
     (tiny / "tiny.toml").write_text(manifest)
     facts = open_artifact(prepare(tiny)).facts  # widths are 48 to 57, all heights 40
@@ -150,7 +150,7 @@ def test_small_images_are_excluded_and_counted_apart(tiny: Path) -> None:
         prepare(tiny, "other")
     assert open_artifact(prepare(tiny, "other", allow_partial=True)).facts["num_images"] == 7
     (tiny / "tiny.toml").write_text(manifest.replace("[50, 40]", "[58, 40]"))
-    with pytest.raises(DataError, match="no image of tiny/train is left"):  # and not: too many cannot be used
+    with pytest.raises(DataError, match="no image of tiny/train is left"):  # not: too many images cannot be used
         prepare(tiny, "none", max_skipped=0.1)
 
 
@@ -167,7 +167,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_built_pixel_exact(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layout_is_packed_byte_exact(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rule, files = LAYOUTS[layout]
     pictures = [png_of(number) for number in range(2)]
@@ -198,31 +198,29 @@ def png_of(number: int) -> bytes:
 
 
 def test_loader_processes_start_once_for_all_shards(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vqpipe.data import batches
-
     began = list[int]()
-    real = batches.through_workers
+    real = packing.through_workers
 
     def counted(dataset: Any, work: Any, num_workers: int, timeout: float = 300.0) -> Iterator[Any]:
         began.append(len(list(work)))
         return real(dataset, work, 0)
 
-    monkeypatch.setattr(batches, "through_workers", counted)
-    monkeypatch.setattr(stage, "PIECE", 2)
+    monkeypatch.setattr(packing, "through_workers", counted)
+    monkeypatch.setattr(packing, "IMAGES_PER_TASK", 2)
     expected = tree(prepare(tiny))
     assert began == [5]  # three shards of 4, 4 and 2 images, in pieces of 2
-    monkeypatch.setattr(stage, "PIECE", 3)
+    monkeypatch.setattr(packing, "IMAGES_PER_TASK", 3)
     assert tree(prepare(tiny, "other")) == expected
     assert began == [5, 5]
 
 
-def test_archives_are_verified_where_that_is_asked(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_archives_checks_their_md5(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = f'[[archives]]\nfile = "a.zip"\nmd5 = "{"0" * 32}"\n'
     (tiny / "tiny.toml").write_text(MANIFEST.replace("[splits.train]", f"{archive}[splits.train]"))
     prepare(tiny, verify_archives=True)
-    assert "archives as published: none found" in capsys.readouterr().err
+    assert "archives with the published MD5: none" in capsys.readouterr().err
     (tiny / "copy" / "a.zip").write_bytes(b"a")
-    prepare(tiny)  # not looked at unless asked
+    prepare(tiny)  # not read without the option
     with pytest.raises(DataError, match=r"a\.zip has the MD5"):
         prepare(tiny, verify_archives=True)
 
@@ -238,7 +236,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return state
 
 
-def test_ranks_share_the_shards(tiny: Path, ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_write_disjoint_shards(tiny: Path, ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     from vqpipe import distributed
 
     class Met(Exception):

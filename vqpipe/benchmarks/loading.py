@@ -140,7 +140,7 @@ def tar_reading(settings: Settings, count: int, stopwatch: Stopwatch) -> Case:
         with write_tar(path) as tar:
             for number in range(count):
                 data = images[number % len(images)]
-                tar.write({"__key__": f"{number:08d}", "jpg": data, "cls": number % 10})
+                tar.write(f"{number:08d}", data, "jpg", number % 10)
         kept = index(path)
         case = Case(
             title=f"tar shards: {count:,} images",

@@ -24,9 +24,11 @@ from vqpipe import config as configs
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
-from vqpipe.data.encode import EncodedShard, Progress, RowEncoder, Stopwatch, write_shards
+from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16
 from vqpipe.data.images import ImageSet
-from vqpipe.errors import ConfigError, NumericError
+from vqpipe.device import reduced_precision
+from vqpipe.errors import ConfigError
+from vqpipe.progress import SILENT, Progress
 
 ENCODER_FILE = "encoder.safetensors"
 SAMPLES_SCHEMA = pa.schema(
@@ -152,11 +154,10 @@ def write_features(
     images: ImageSet,
     encoder: PatchEncoder,
     config: FeaturesConfig,
-    progress: Progress,
-    stopwatch: Stopwatch,
     *,
     num_workers: int = 0,
     max_skipped: float = 0.01,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Write this rank's shards that are not written yet; returns the facts over all ranks.
 
@@ -164,22 +165,39 @@ def write_features(
         NumericError: a feature is NaN or outside float16, with the image's key.
         DataError: more images than `max_skipped` cannot be read, or none can.
     """
-    records, skipped = write_shards(
+    pool = check_pool(encoder, config.pool)
+    device = next(encoder.parameters()).device
+
+    @torch.inference_mode()
+    def encode(batch: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> float16[B, pool * pool, D]."""
+        with reduced:
+            features = encoder(batch)
+        return pool_features(features.float(), pool).half()
+
+    reduced = reduced_precision(encoder, device, config.precision)
+    with EncodingJob(
         draft,
         images,
-        row_encoder(encoder, check_pool(encoder, config.pool), config.precision),
-        partial(write_shard, draft),
-        name="features-{:05d}.npy".format,
+        "features-{:05d}.npy",
         shard_size=config.images_per_shard,
-        stop=num_images(images, config),
-        max_skipped=max_skipped,
-        stopwatch=stopwatch,
+        title="extract features",
+        limit=config.limit,
         progress=progress,
-        image_size=encoder.image_size,
-        batch_size=config.batch_size,
-        num_workers=num_workers,
-        transform=encoder.transform,
-    )
+    ) as job:
+        for shard in job.encode(
+            encode,
+            check=partial(check_float16, what="features"),
+            device=device,
+            row_shape=(pool * pool, encoder.dim),
+            dtype=np.float16,
+            image_size=encoder.image_size,
+            batch_size=config.batch_size,
+            num_workers=num_workers,
+            transform=encoder.transform,
+        ):
+            job.write(write_shard, draft, shard)
+    records, skipped = job.finish(max_skipped)
     return {
         "num_images": sum(record["images"] for record in records),
         "num_vectors": sum(record["rows"] for record in records),
@@ -189,36 +207,7 @@ def write_features(
     }
 
 
-def num_images(images: ImageSet, config: FeaturesConfig) -> int:
-    """How many of `images` are to be encoded."""
-    return min(len(images), config.limit or len(images))
-
-
-def row_encoder(encoder: PatchEncoder, pool: int, precision: str) -> RowEncoder:
-    """uint8[B, 3, S, S] -> float16[B, pool * pool, D]: encoded, pooled and narrowed where the encoder lies."""
-    device = next(encoder.parameters()).device
-    channels_last = precision == "bf16" and device.type == "cuda"  # the layout its bf16 convolutions want
-    if channels_last:
-        encoder = encoder.to(memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def encode(images: Tensor) -> Tensor:
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            features = encoder(images)
-        return pool_features(features.float(), pool).half()
-
-    return RowEncoder(
-        encode=encode,
-        check=check_features,
-        device=device,
-        row_shape=(pool * pool, encoder.dim),
-        dtype=np.dtype(np.float16),
-    )
-
-
-def write_shard(draft: Draft, number: int, shard: EncodedShard) -> None:
+def write_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write one shard's two files; the array last, so that its record means both are."""
     keys, rows = shard.keys, shard.rows
     vectors_per_image = rows.shape[1]
@@ -228,20 +217,8 @@ def write_shard(draft: Draft, number: int, shard: EncodedShard) -> None:
         "first_row": [vectors_per_image * index for index in range(len(keys))],
         "num_rows": [vectors_per_image] * len(keys),
     }
-    with draft.write(f"samples-{number:05d}.parquet") as path:
+    with draft.write(f"samples-{shard.number:05d}.parquet") as path:
         parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path)
     record = {"images": len(keys), "rows": vectors_per_image * len(keys), "skipped": dict(shard.skipped)}
-    with draft.write(f"features-{number:05d}.npy", **record) as path, path.open("wb") as file:
+    with draft.write(f"features-{shard.number:05d}.npy", **record) as path, path.open("wb") as file:
         np.save(file, rows.reshape(-1, rows.shape[2]), allow_pickle=False)
-
-
-def check_features(vectors: Tensor, keys: list[str]) -> None:
-    """Every value of float16[B, rows, D] is a number."""
-    largest = (vectors.view(torch.int16) & 0x7FFF).flatten(1).amax(dim=1)  # of the bits without the sign
-    whole = largest < 0x7C00  # infinity; NaN lies above. torch.isfinite is 30 times as slow on float16
-    if not whole.all():
-        key = keys[int((~whole).nonzero()[0])]
-        raise NumericError(
-            f"the features of image {key} hold NaN, or values beyond float16's 65504",
-            "Look at that image, and at the encoder's weights",
-        )

@@ -11,7 +11,7 @@ B images of a batch.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,16 +125,6 @@ class EncodedShard:
         self.space[first : first + len(rows)] = rows.numpy()
         self.keys += batch.keys
         self.labels += batch.labels.tolist()
-
-    def columns(self) -> dict[str, list[Any]]:
-        """The columns key, label (None: unknown) and flipped, where axis 1 of `rows` holds the views of an image: the
-        image itself and, if there are two, its mirror image."""
-        views = self.rows.shape[1]
-        return {
-            "key": [key for key in self.keys for _ in range(views)],
-            "label": [None if label < 0 else label for label in self.labels for _ in range(views)],
-            "flipped": [view > 0 for _ in self.keys for view in range(views)],
-        }
 
 
 class EncodingJob:
@@ -294,12 +284,21 @@ class AsyncRows:
         return self.rows
 
 
-def check_float16(rows: Tensor, keys: list[str]) -> None:
+def sample_columns(keys: Sequence[str], labels: Sequence[int], views: int) -> dict[str, list[Any]]:
+    """Columns key, label (None: unknown) and flipped, with `views` rows per image: the second is its mirror image."""
+    return {
+        "key": [key for key in keys for _ in range(views)],
+        "label": [None if label < 0 else label for label in labels for _ in range(views)],
+        "flipped": [view > 0 for _ in keys for view in range(views)],
+    }
+
+
+def check_float16(rows: Tensor, keys: list[str], what: str) -> None:
     """Raise a NumericError, with the image's key, unless all values of float16[B, ...] are finite."""
     largest = (rows.view(torch.int16) & 0x7FFF).flatten(1).amax(dim=1)  # without the sign bit
     finite = largest < 0x7C00  # infinity; NaN is larger. torch.isfinite is 30 times as slow on float16
     if not finite.all():
         raise NumericError(
-            f"the encoding of image {keys[int((~finite).nonzero()[0])]} holds NaN, or values beyond float16's 65504",
+            f"NaN, or values beyond float16's 65504, in the {what} of image {keys[int((~finite).nonzero()[0])]}",
             "Check that image and the weights of the network",
         )

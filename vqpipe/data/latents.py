@@ -16,11 +16,11 @@ each channel are measured, and latents are read normalised, unless `raw` asks fo
 Shapes: B images, R rows, C latent channels, h x w positions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +29,10 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
-from vqpipe.data.encode import EncodedShard, Progress, RowEncoder, Stopwatch, write_shards
+from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ArtifactError, DataError, NumericError
+from vqpipe.progress import SILENT, Progress
 
 IMAGES_PER_SHARD = 4096
 """Fixed, so that shards are the same bytes whatever the number of ranks and workers."""
@@ -149,60 +150,61 @@ class LatentSet:
         return self.statistics.normalize(torch.from_numpy(taken))
 
 
+class LatentEncoder(Protocol):
+    """The part of `vqpipe.Tokenizer` used here."""
+
+    device: torch.device
+
+    def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        """uint8[B, 3, S, S] -> float[B, C, h, w]."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w)."""
+
+
 def write_latents(
     draft: Draft,
     images: ImageSet,
-    encode: Callable[[Tensor], Tensor],
-    progress: Progress,
-    stopwatch: Stopwatch,
+    tokenizer: LatentEncoder,
     *,
-    device: torch.device,
-    latent_shape: tuple[int, int, int],
     image_size: int,
     flip: bool = False,
     precision: str = "fp32",
     batch_size: int = 32,
     num_workers: int = 0,
     max_skipped: float = 0.01,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Write this rank's shards that are not written yet; returns the facts over all ranks, to publish with.
+    """Encode images: write this rank's missing shards of a `latents` artifact. Returns its facts, over all ranks.
 
-    `encode` is uint8[B, 3, S, S] on `device` -> float[B, *latent_shape]; with `flip` the mirror image is stored too.
+    With `flip` the latents of each image's mirror image are stored as well.
 
     Raises:
         NumericError: a latent is NaN or outside float16, with the image's key.
-        DataError: more images than `max_skipped` cannot be read, or none can.
+        DataError: the size does not divide by the downsample factor; more images than `max_skipped` are unreadable.
     """
+    latent_shape = tokenizer.latent_shape(image_size, image_size)
 
-    @torch.no_grad()
-    def views(batch: Tensor) -> Tensor:
-        if precision == "bf16" and device.type == "cuda":
-            batch = batch.contiguous(memory_format=torch.channels_last)  # the layout its bf16 convolutions want
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return torch.stack([encode(view) for view in ([batch, batch.flip(-1)] if flip else [batch])], 1).half()
+    def encode(batch: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> float16[B, views, C, h, w]."""
+        views = [batch, batch.flip(-1)] if flip else [batch]
+        return torch.stack([tokenizer.latent(view, precision=precision) for view in views], dim=1).half()
 
-    records, skipped = write_shards(
-        draft,
-        images,
-        RowEncoder(
-            encode=views,
-            check=check_latents,
-            device=device,
+    with EncodingJob(
+        draft, images, "latents-{:05d}.npy", shard_size=IMAGES_PER_SHARD, title="latents", progress=progress
+    ) as job:
+        for shard in job.encode(
+            encode,
+            check=partial(check_float16, what="latent"),
+            device=tokenizer.device,
             row_shape=(1 + flip, *latent_shape),
-            dtype=np.dtype(np.float16),
-        ),
-        partial(write_shard, draft),
-        name=shard_name,
-        shard_size=IMAGES_PER_SHARD,
-        stop=len(images),
-        max_skipped=max_skipped,
-        stopwatch=stopwatch,
-        progress=progress,
-        image_size=image_size,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    records.sort(key=lambda record: record["number"])
+            dtype=np.float16,
+            image_size=image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        ):
+            job.write(write_shard, draft, shard)
+    records, skipped = job.finish(max_skipped)
     return {
         "num_images": sum(record["images"] for record in records),
         "num_latents": sum(record["rows"] for record in records),
@@ -214,37 +216,15 @@ def write_latents(
     }
 
 
-def shard_name(number: int) -> str:
-    """The file whose record says that shard `number` is whole."""
-    return f"latents-{number:05d}.npy"
-
-
-def write_shard(draft: Draft, number: int, shard: EncodedShard) -> None:
-    """Write one shard's two files; the array last, so that its record means both are."""
-    views = shard.rows.shape[1]
-    columns = {
-        "key": [key for key in shard.keys for _ in range(views)],
-        "label": [None if label < 0 else label for label in shard.labels for _ in range(views)],
-        "flipped": [view > 0 for _ in shard.keys for view in range(views)],
-    }
-    with draft.write(f"samples-{number:05d}.parquet") as path:
+def write_shard(draft: Draft, shard: EncodedShard) -> None:
+    """Write a shard's two files; the array last, so that its record marks both as complete."""
+    columns = sample_columns(shard.keys, shard.labels, views=shard.rows.shape[1])
+    with draft.write(f"samples-{shard.number:05d}.parquet") as path:
         parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path, compression="zstd")
     rows = shard.rows.reshape(-1, *shard.rows.shape[2:])
-    record = {"number": number, "images": len(shard.keys), "rows": len(rows), "skipped": dict(shard.skipped)}
-    with draft.write(shard_name(number), **record, **moments(rows)) as path, path.open("wb") as file:
+    record = {"images": len(shard.keys), "rows": len(rows), "skipped": dict(shard.skipped), **moments(rows)}
+    with draft.write(f"latents-{shard.number:05d}.npy", **record) as path, path.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
-
-
-def check_latents(latents: Tensor, keys: list[str]) -> None:
-    """Every value of float16[B, views, C, h, w] is a number."""
-    largest = (latents.view(torch.int16) & 0x7FFF).flatten(1).amax(dim=1)  # of the bits without the sign
-    whole = largest < 0x7C00  # infinity; NaN lies above. torch.isfinite is 30 times as slow on float16
-    if not whole.all():
-        key = keys[int((~whole).nonzero()[0])]
-        raise NumericError(
-            f"the latent of image {key} holds NaN, or values beyond float16's 65504",
-            "Look at that image, and at the tokenizer's weights",
-        )
 
 
 def moments(rows: np.ndarray) -> dict[str, Any]:

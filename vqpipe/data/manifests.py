@@ -15,6 +15,7 @@ from vqpipe.config import from_table, nearest_name, read_toml
 from vqpipe.data.images import Folder, ImageSet, open_folder, open_images, walk
 from vqpipe.data.transforms import Framing, Rule, parse_size
 from vqpipe.errors import ConfigError, DataError
+from vqpipe.progress import SILENT, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +187,31 @@ def load_manifest(name: str) -> DatasetManifest:
     return replace(manifest, splits={key: from_table(Split, split, f"splits.{key}") for key, split in splits.items()})
 
 
-def check_counts(manifest: DatasetManifest, name: str, split: Split, images: ImageSet) -> None:
-    """Compare what was found with what a whole copy holds: counts, and the files' names where their digest is known.
+def check_copy(
+    manifest: DatasetManifest, name: str, images: ImageSet, allow_partial: bool = False, progress: Progress = SILENT
+) -> None:
+    """Check the images found in a copy of split `name`; with `allow_partial` only print in what they differ.
+
+    Raises:
+        DataError: no images, another number of images or classes, or other names.
+    """
+    if not len(images):
+        raise DataError(f"no images of {manifest.name}/{name} were found", "Check --source and --split")
+    try:
+        check_counts(manifest, name, images)
+    except DataError as error:
+        if not allow_partial:
+            raise
+        progress.message(f"accepted with --allow-partial: {error.what}")
+
+
+def check_counts(manifest: DatasetManifest, name: str, images: ImageSet) -> None:
+    """Compare images with a whole copy of split `name`: their counts, and their names where the digest is known.
 
     Raises:
         DataError: another number of images or classes, or other names.
     """
+    split = manifest.splits[name]
     for what, expected, found in (
         ("images", split.num_images, len(images)),
         ("classes", split.num_classes, images.num_classes or 0),
@@ -205,6 +225,22 @@ def check_counts(manifest: DatasetManifest, name: str, split: Split, images: Ima
         raise DataError(
             f"{manifest.name}/{name} has as many images as it should, but other names",
             "Check that it is this split, or take it as it is with --allow-partial",
+        )
+
+
+def check_kept(manifest: DatasetManifest, name: str, num_images: int, allow_partial: bool = False) -> None:
+    """Check how many images of split `name` are left after `min_size` and unreadable files.
+
+    Raises:
+        DataError: none, or another number than the manifest's.
+    """
+    if not num_images:
+        raise DataError(f"no image of {manifest.name}/{name} is left", "Check its min_size and its files")
+    kept = manifest.splits[name].num_kept
+    if kept not in (None, num_images) and not allow_partial:
+        raise DataError(
+            f"{manifest.name}/{name} should keep {kept:,} images, {num_images:,} are left",
+            "Accept them with --allow-partial",
         )
 
 

@@ -1,56 +1,153 @@
-"""From pixels to encoded bytes: what a prepared data set stores."""
+"""Pack a data set into tar shards: every image decoded once, and stored as it is or as an ADM centre crop.
 
-import io
-from collections.abc import Sequence
+A shard holds a fixed number of consecutive images, less those left out, and rank r of w writes every w-th shard. So
+files have the same bytes whatever the number of ranks and processes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
-from PIL import Image
-from torch import Tensor
+import pyarrow as pa
+import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
+from vqpipe import distributed
+from vqpipe.artifacts import Draft
+from vqpipe.data.batches import check_skipped, through_workers, worth_starting
 from vqpipe.data.images import ImageSet
-from vqpipe.data.transforms import BadImage, center_crop, decode, image_extension
+from vqpipe.data.tars import tar_keys, write_tar
+from vqpipe.data.transforms import BadImage, center_crop, decode, encode_jpeg, image_extension
 from vqpipe.errors import VqpipeError
+from vqpipe.progress import SILENT, Progress
+
+IMAGES_PER_TASK = 32
+"""Images that a loader process handles at a time."""
+SAMPLES_SCHEMA = pa.schema(
+    [("key", pa.string()), ("label", pa.int32()), ("shard", pa.string()), ("source", pa.string())]
+)
+SHARD = "shard-{:06d}.tar"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One image as a shard holds it: its position in the source, and bytes with their ending, or a reason not to.
-
-    `excluded` tells a rule of the data set's (too small) from a fault of the file's.
-    """
+class StoredImage:
+    """The content of one image in a shard, or the reason why it is left out."""
 
     index: int
+    """Position in the source."""
     extension: str = ""
     data: bytes = b""
     reason: str = ""
     excluded: bool = False
+    """Left out by a rule of the data set (too small), not for a damaged file."""
 
 
-class StoredImages(Dataset["list[Stored] | VqpipeError"]):
-    """Work for a loader process: positions -> the files as they are, each decoded once to see that it can be; or, with
+class StoredImages(Dataset["list[StoredImage] | VqpipeError"]):
+    """Task of a loader process: positions -> the files as they are, each decoded once to check it; or, with
     `image_size`, their ADM centre crops as JPEG. Images below `min_size`, (width, height), are excluded."""
 
-    def __init__(
-        self, images: ImageSet, image_size: int | None = None, min_size: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, images: ImageSet, image_size: int | None, min_size: tuple[int, int] | None) -> None:
         self.images, self.image_size, self.min_size = images, image_size, min_size
 
-    def __getitem__(self, work: Sequence[int]) -> list[Stored] | VqpipeError:
+    def __getitem__(self, positions: Sequence[int]) -> list[StoredImage] | VqpipeError:
         try:
-            return [self.store(i) for i in work]
+            return [self.store(i) for i in positions]
         except VqpipeError as error:
             return error
 
-    def store(self, i: int) -> Stored:
-        """Image i as it goes into a shard, or the reason why it does not."""
+    def store(self, i: int) -> StoredImage:
         data = self.images.read(i)
         try:
             image = decode(data)
         except BadImage as error:
-            return Stored(i, reason=error.reason)
+            return StoredImage(i, reason=error.reason)
         if self.min_size is not None and (image.width < self.min_size[0] or image.height < self.min_size[1]):
-            return Stored(i, reason="smaller than {}x{}".format(*self.min_size), excluded=True)
+            return StoredImage(i, reason="smaller than {}x{}".format(*self.min_size), excluded=True)
         if self.image_size is None:
-            return Stored(i, image_extension(data), data)
-        return Stored(i, "jpg", encode_jpeg(center_crop(image, self.image_size)))
+            return StoredImage(i, image_extension(data), data)
+        return StoredImage(i, "jpg", encode_jpeg(center_crop(image, self.image_size)))
+
+
+def pack_images(
+    draft: Draft,
+    images: ImageSet,
+    *,
+    shard_size: int = 1000,
+    image_size: int | None = None,
+    min_size: tuple[int, int] | None = None,
+    num_workers: int = 0,
+    max_skipped: float = 0.01,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write this rank's missing shards of a `dataset` artifact, and on rank 0 the list of its images, samples.parquet.
+    Returns the artifact's facts, over all ranks. The loader processes start once for all shards.
+
+    Raises:
+        DataError: more images than `max_skipped` are unreadable.
+    """
+    shards = [range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)]
+    mine = range(distributed.rank(), len(shards), distributed.world_size())
+    missing = [number for number in mine if draft.record(SHARD.format(number)) is None]
+    tasks = {number: tasks_of(shards[number]) for number in missing}
+    work = [task for number in missing for task in tasks[number]]
+    keys = tar_keys(images.key(i) for i in range(len(images)))
+    workers = worth_starting(num_workers, len(work), 1)  # encoded images come through a pipe, not through shared memory
+    stored = through_workers(StoredImages(images, image_size, min_size), work, workers)
+    total = sum(len(shards[number]) for number in mine)
+    progress.start("prepare-data", total, done=total - sum(len(shards[number]) for number in missing))
+    for number in missing:
+        write_shard(draft, number, images, keys, islice(stored, len(tasks[number])), progress)
+    distributed.barrier()
+    records = [draft.record(SHARD.format(number)) or {} for number in range(len(shards))]
+    left_out = {
+        kind: sum((Counter(record[kind].values()) for record in records), Counter[str]())
+        for kind in ("skipped", "excluded")
+    }
+    check_skipped(left_out["skipped"], len(images), max_skipped)
+    omitted = [{int(i) for kind in left_out for i in record[kind]} for record in records]
+    if distributed.is_main():
+        write_samples(draft, images, keys, shards, omitted)
+    facts: dict[str, Any] = {"num_images": len(images) - sum(map(len, omitted)), "num_classes": images.num_classes}
+    facts |= {kind: dict(sorted(counts.items())) for kind, counts in left_out.items() if counts or kind == "skipped"}
+    return facts
+
+
+def tasks_of(shard: range) -> list[range]:
+    """The positions of a shard, IMAGES_PER_TASK at a time."""
+    return [range(first, min(first + IMAGES_PER_TASK, shard.stop)) for first in shard[::IMAGES_PER_TASK]]
+
+
+def write_shard(
+    draft: Draft,
+    number: int,
+    images: ImageSet,
+    keys: list[str],
+    stored: Iterator[list[StoredImage]],
+    progress: Progress,
+) -> None:
+    """Write one tar; its record holds the images left out, position -> reason."""
+    skipped, excluded = dict[str, str](), dict[str, str]()  # filled while the tar is written, recorded after it
+    with draft.write(SHARD.format(number), skipped=skipped, excluded=excluded) as path, write_tar(path) as tar:
+        for task in stored:
+            for image in task:
+                if image.reason:
+                    (excluded if image.excluded else skipped)[str(image.index)] = image.reason
+                else:
+                    tar.write(keys[image.index], image.data, image.extension, images.label(image.index))
+            progress.advance(len(task))
+
+
+def write_samples(
+    draft: Draft, images: ImageSet, keys: list[str], shards: list[range], omitted: list[set[int]]
+) -> None:
+    """Write samples.parquet: one row per image, in order: key, label (null: none), shard, and its key in the source."""
+    rows = [
+        {"key": keys[i], "label": images.label(i), "shard": SHARD.format(number), "source": images.key(i)}
+        for number, shard in enumerate(shards)
+        for i in shard
+        if i not in omitted[number]
+    ]
+    with draft.write("samples.parquet", rows=len(rows)) as path:
+        pq.write_table(pa.Table.from_pylist(rows, SAMPLES_SCHEMA), path, compression="zstd")

@@ -6,6 +6,7 @@ image and its mirror image were stored, flipped bool. The mirror image's row fol
 B images of a batch, N ids per image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.data.encode import EncodedShard, EncodingJob
+from vqpipe.data.encode import EncodedShard, EncodingJob, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import encode_png
@@ -116,17 +117,17 @@ def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
 def write_shard(draft: Draft, shard: EncodedShard) -> None:
     name = f"tokens-{shard.number:05d}.parquet"
     with draft.write(name, images=len(shard.keys), skipped=dict(shard.skipped)) as path:
-        write_token_file(path, shard)
+        write_token_file(path, shard.keys, shard.labels, shard.rows)
 
 
-def write_token_file(path: Path, shard: EncodedShard) -> None:
-    """Write one Parquet file: ids uint16 or uint32[images, views, N], one row per view."""
-    views, num_tokens = shard.rows.shape[1:]
-    table = shard.columns()
+def write_token_file(path: Path, keys: Sequence[str], labels: Sequence[int], ids: np.ndarray) -> None:
+    """Write one Parquet file: ids uint16 or uint32[images, views, N], one row per view; labels -1 where unknown."""
+    views, num_tokens = ids.shape[1:]
+    table = sample_columns(keys, labels, views)
     columns = {
         "key": pa.array(table["key"], pa.string()),
         "label": pa.array(table["label"], pa.int32()),
-        "ids": pa.FixedSizeListArray.from_arrays(pa.array(shard.rows.reshape(-1)), num_tokens),
+        "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), num_tokens),
     }
     if views > 1:
         columns["flipped"] = pa.array(table["flipped"], pa.bool_())

@@ -13,23 +13,18 @@ Shapes: B images of H x W pixels, N ids an image, C latent channels, h x w posit
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vqpipe.artifacts import Draft
-from vqpipe.data.encode import Progress, Stopwatch
-from vqpipe.data.images import ImageSet
 from vqpipe.data.latents import LatentSet, LatentStatistics, open_latents
-from vqpipe.data.latents import write_latents as write_encoded
-from vqpipe.data.transforms import to_float
 from vqpipe.errors import DataError, NumericError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
 from vqpipe.generation.samplers import Guided, noise
-from vqpipe.tokenizer import Tokenizer, latent_size
+from vqpipe.tokenizer import Tokenizer
 
-__all__ = ["LatentGenerator", "LatentSet", "LatentStatistics", "open_latents", "to_images", "write_latents"]
+__all__ = ["LatentGenerator", "LatentSet", "LatentStatistics", "open_latents", "to_images"]
 
 
 class LatentGenerator(Generator):
@@ -82,40 +77,6 @@ class LatentGenerator(Generator):
         self, predict: Guided, start: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]
     ) -> Tensor:
         """From noise, float32[B, C, h, w], to latents."""
-
-
-def write_latents(
-    draft: Draft,
-    images: ImageSet,
-    tokenizer: Tokenizer,
-    progress: Progress,
-    stopwatch: Stopwatch,
-    *,
-    image_size: int,
-    **options: Any,
-) -> dict[str, Any]:
-    """Write a `latents` artifact's shards with a tokenizer's encoder; returns the facts to publish it with.
-
-    `options` are flip, precision, batch_size, num_workers and max_skipped; see `vqpipe.data.latents.write_latents`.
-
-    Raises:
-        DataError: the size does not divide into cells, or too many images cannot be read.
-        NumericError: a latent is NaN or too large to store.
-    """
-    side = latent_size(image_size, image_size, tokenizer.downsample_factor)
-    if options.get("precision") == "bf16" and tokenizer.device.type == "cuda":
-        tokenizer.autoencoder.to(memory_format=torch.channels_last)
-    return write_encoded(
-        draft,
-        images,
-        lambda batch: tokenizer.autoencoder.latent(to_float(batch)),
-        progress,
-        stopwatch,
-        device=tokenizer.device,
-        latent_shape=(tokenizer.autoencoder.quantizer.latent_dim, *side),
-        image_size=image_size,
-        **options,
-    )
 
 
 @torch.no_grad()
