@@ -3,7 +3,7 @@
 (Not `tokenize.py`: run by path, it would shadow the standard library's module of this name.)
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def tokenize(
             raise DataError("this tokenizer's config does not name the image size of its training", "Give --image-size")
         opened.check_size(size, size)
         # The default is fp32 on every device: bf16 changes a few percent of the ids.
-        config = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
+        config: dict[str, Any] = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
         draft = artifacts.start(out, "tokens", config, {"images": image_set, "tokenizer": opened.source})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
