@@ -20,7 +20,7 @@ from vqpipe.artifacts import Artifact, Draft, open_artifact, start
 from vqpipe.artifacts import draft as draft_module
 from vqpipe.codebooks.kmeans import load_codebook
 from vqpipe.data.examples import TokenSet
-from vqpipe.data.tokens import write_tokens
+from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.progress import Silent
@@ -295,7 +295,7 @@ def codebook(begun: Draft) -> None:
 
 def tokens(begun: Draft) -> None:
     with begun.write("tokens-00000.parquet") as path:
-        write_tokens(path, ["a"], [0], np.array([[[1, 2]]], np.uint16))
+        write_token_file(path, ["a"], [0], np.array([[[1, 2]]], np.uint16))
 
 
 def tokenizer(begun: Draft) -> None:
