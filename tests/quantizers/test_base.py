@@ -16,14 +16,14 @@ def test_layout_orders_grids_then_rows_then_groups() -> None:
     assert torch.equal(layout.join([coarse, fine]), ids)
 
 
-def test_layout_survives_json_and_refuses_other_ids() -> None:
+def test_layout_round_trips_through_json_and_rejects_wrong_ids() -> None:
     layout = TokenLayout(((1, 1), (2, 3)), num_groups=2)
     assert TokenLayout.from_table(layout.to_table()) == layout
     with pytest.raises(DataError, match="13"):
         layout.split(torch.zeros(1, 13, dtype=torch.int64))
 
 
-def test_rows_are_in_the_order_b_h_w() -> None:
+def test_to_rows_is_in_the_order_b_h_w() -> None:
     latent = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)
     assert torch.equal(to_rows(latent)[5], latent[1, :, 0, 1])
 
@@ -36,13 +36,13 @@ def test_straight_through_has_the_exact_value_of_the_codes() -> None:
     assert latent.grad == 1
 
 
-def test_a_config_without_a_quantizer_and_sizes_that_cannot_be() -> None:
+def test_abstract_config_and_invalid_sizes_are_rejected() -> None:
     with pytest.raises(ConfigError, match="QuantizerConfig"):
         build_quantizer(QuantizerConfig())
     with pytest.raises(ConfigError, match="codebook of 1 codes"):
         VqConfig(codebook_size=1, code_dim=8)
 
 
-def test_a_learned_codebook_takes_no_artifact() -> None:
+def test_vq_cannot_load_a_codebook() -> None:
     with pytest.raises(ConfigError, match="the vq quantizer"):
         build_quantizer(VqConfig(codebook_size=4, code_dim=2)).load_codebook(torch.zeros(4, 2))

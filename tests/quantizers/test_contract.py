@@ -1,4 +1,4 @@
-"""What every quantizer promises. A new one adds its example to EXAMPLES and gets these tests."""
+"""The contract of every quantizer. Add an example of a new one to EXAMPLES to run these tests on it."""
 
 import inspect
 
@@ -30,18 +30,18 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "vq": VqConfig(codebook_size=40, code_dim=6),
     "vq-cosine": VqConfig(codebook_size=40, code_dim=6, metric="cosine"),
     "cvq": CvqConfig(codebook_size=40, code_dim=6),
-    "cvq-sphere": CvqConfig(codebook_size=40, code_dim=6, normalize=True),
+    "cvq-normalize": CvqConfig(codebook_size=40, code_dim=6, normalize=True),
     "ema": EmaConfig(codebook_size=40, code_dim=6),
     "lc": LcConfig(codebook_size=40, code_dim=6, feature_dim=12),
     "lc-mlp": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, projector="mlp"),
     "lc-none": LcConfig(codebook_size=40, code_dim=6, feature_dim=6, projector="none", codebook_init="uniform"),
     "lc-tuned": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, tune_codebook=True),
-    "lc-sphere": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, normalize_latent=True),
+    "lc-normalize": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, normalize_latent=True),
     "multi-group": MultiGroupConfig(num_groups=3, group=CvqConfig(codebook_size=40, code_dim=6), masking="off"),
     "multi-group-lc": MultiGroupConfig(
         num_groups=2, group=LcConfig(codebook_size=40, code_dim=3, feature_dim=12), masking="off"
     ),
-    "multi-group-sphere": MultiGroupConfig(
+    "multi-group-normalize": MultiGroupConfig(
         group=CvqConfig(codebook_size=40, code_dim=6, normalize=True), masking="off"
     ),
     "lfq": LfqConfig(code_dim=6),
@@ -49,16 +49,16 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "fsq": FsqConfig(levels=(8, 5, 4)),
     "simvq": SimVqConfig(codebook_size=40, code_dim=6),
     "ibq": IbqConfig(codebook_size=40, code_dim=6),
-    "ibq-sphere": IbqConfig(codebook_size=40, code_dim=6, normalize=True),
+    "ibq-normalize": IbqConfig(codebook_size=40, code_dim=6, normalize=True),
     "multi-scale": MultiScaleConfig(codebook_size=40, code_dim=6),
     "multi-scale-cosine": MultiScaleConfig(codebook_size=40, code_dim=6, scales=(1, 2, 5), metric="cosine"),
     "residual": ResidualConfig(codebook_size=40, code_dim=6),
-    "residual-own": ResidualConfig(codebook_size=40, code_dim=6, depth=2, shared=False),
+    "residual-not-shared": ResidualConfig(codebook_size=40, code_dim=6, depth=2, shared=False),
 }
 WITHOUT_CODEBOOK: set[str] = {"fsq", "lfq", "lfq-groups"}
-"""Examples that have no table of codes to match to the latents."""
-TRAINED_BY_THE_DECODER: set[str] = {"ibq", "ibq-sphere"}
-"""Examples whose own weights get the decoder's gradient by design, beside the latent."""
+"""Examples without a stored codebook."""
+TRAINED_BY_THE_DECODER: set[str] = {"ibq", "ibq-normalize"}
+"""Examples whose weights get the decoder's gradient by design."""
 
 
 def make(name: str) -> Quantizer:
@@ -69,8 +69,8 @@ def make(name: str) -> Quantizer:
     return quantizer
 
 
-def is_on_sphere(config: QuantizerConfig) -> bool:
-    """Whether the codes searched are unit vectors."""
+def is_normalized(config: QuantizerConfig) -> bool:
+    """Whether the codes are unit vectors."""
     config = one_group(config)
     return isinstance(config, CodebookConfig) and config.normalize
 
@@ -113,14 +113,14 @@ def test_ids_follow_layout_and_range(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_images_do_not_depend_on_each_other(name: str) -> None:
+def test_images_are_quantized_independently(name: str) -> None:
     quantizer = make(name).eval()
     latent = latent_of(quantizer)
     assert torch.equal(quantizer(latent).ids[1:], quantizer(latent[1:]).ids)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_lookup_is_forward_bit_for_bit_in_inference(name: str) -> None:
+def test_lookup_equals_forward_exactly_in_evaluation(name: str) -> None:
     quantizer = make(name).eval().requires_grad_(False)
     quantized = quantizer(latent_of(quantizer))
     assert torch.equal(quantizer.lookup(quantized.ids, quantizer.layout(3, 5)), quantized.codes)
@@ -134,7 +134,7 @@ def test_lookup_agrees_with_forward_in_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_negative_id_is_the_zero_vector(name: str) -> None:
+def test_negative_id_gives_the_zero_vector(name: str) -> None:
     quantizer = make(name)
     layout = quantizer.layout(3, 5)
     codes = quantizer.lookup(torch.full((2, layout.num_tokens), -1), layout)
@@ -143,7 +143,7 @@ def test_a_negative_id_is_the_zero_vector(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_ids_beyond_the_codebook_are_refused(name: str) -> None:
+def test_ids_outside_the_codebook_are_rejected(name: str) -> None:
     quantizer = make(name)
     layout = quantizer.layout(3, 5)
     with pytest.raises(DataError):
@@ -164,7 +164,7 @@ def test_gradient_of_codes_reaches_the_latent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_losses_are_named_finite_scalars_that_train_every_weight(name: str) -> None:
+def test_losses_are_finite_scalars_that_train_every_weight(name: str) -> None:
     quantizer = make(name).train()
     losses = quantizer(latent_of(quantizer)).losses
     assert set(losses) == set(quantizer.loss_names)
@@ -177,7 +177,7 @@ def test_losses_are_named_finite_scalars_that_train_every_weight(name: str) -> N
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_forward_and_lookup_leave_the_state_untouched(name: str, training: bool) -> None:
+def test_forward_and_lookup_do_not_change_the_state(name: str, training: bool) -> None:
     quantizer = make(name).train(training)
     before = state_of(quantizer)
     quantizer.lookup(quantizer(latent_of(quantizer)).ids, quantizer.layout(3, 5))
@@ -209,40 +209,40 @@ def test_autocast_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_refused_or_in_training_shows(name: str, bad: float) -> None:
+def test_nonfinite_latent_raises_or_in_training_gives_nonfinite_output(name: str, bad: float) -> None:
     quantizer = make(name)
     latent = latent_of(quantizer)
     latent[0, 0, 0, 0] = bad
     with pytest.raises(NumericError):
         quantizer.eval()(latent)
     if name == "fsq" and bad == torch.inf:
-        return  # its levels are bounded: infinity is the last of them
-    made = quantizer.train()(latent)
-    assert not torch.isfinite(made.codes.sum() + sum(made.losses.values()))
+        return  # tanh maps infinity to the outermost level
+    quantized = quantizer.train()(latent)
+    assert not torch.isfinite(quantized.codes.sum() + sum(quantized.losses.values()))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_state_and_config_make_the_quantizer_again(name: str) -> None:
+def test_state_and_config_restore_the_quantizer(name: str) -> None:
     quantizer = make(name).eval()
-    again = build_quantizer(from_table(QuantizerConfig, to_table(quantizer.config))).eval()
-    assert again.config == quantizer.config
-    again.load_state_dict(quantizer.state_dict())
+    restored = build_quantizer(from_table(QuantizerConfig, to_table(quantizer.config))).eval()
+    assert restored.config == quantizer.config
+    restored.load_state_dict(quantizer.state_dict())
     latent = latent_of(quantizer)
-    assert torch.equal(again(latent).ids, quantizer(latent).ids)
+    assert torch.equal(restored(latent).ids, quantizer(latent).ids)
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in WITHOUT_CODEBOOK])
-def test_matched_codes_fill_the_region_of_whitened_latents(name: str) -> None:
+def test_standardized_codes_have_zero_mean_and_unit_variance(name: str) -> None:
     quantizer = make(name)
     quantizer.standardize_codebook()
     codes = quantizer.codebook().detach()  # [K, C], or [G, K, C / G]
-    if is_on_sphere(EXAMPLES[name]):
+    if is_normalized(EXAMPLES[name]):
         torch.testing.assert_close(codes.norm(dim=-1), torch.ones(codes.shape[:-1]))
         assert codes.mean(-2).norm(dim=-1).max() < 0.3
     else:
         variance = codes.var(-2, unbiased=False).mean(-1)
         torch.testing.assert_close(codes.mean(-2), torch.zeros_like(codes[..., 0, :]), rtol=0, atol=1e-5)
         torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=1e-5)
-    again = make(name)
-    again.standardize_codebook()
-    assert_same_state(again, state_of(quantizer))
+    second = make(name)
+    second.standardize_codebook()
+    assert_same_state(second, state_of(quantizer))

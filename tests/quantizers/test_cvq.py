@@ -26,76 +26,78 @@ def vectors_of(latent: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_three_updates_against_the_written_formula(normalize: bool) -> None:
+def test_three_updates_match_the_formula(normalize: bool) -> None:
     quantizer = make(anchor="closest", normalize=normalize)
-    frequencies, entries = torch.zeros(6, dtype=torch.float64), quantizer.codes.detach().double()
+    frequencies, stored = torch.zeros(6, dtype=torch.float64), quantizer.codes.detach().double()
     for step in range(3):
         latent = latent_of(step)
         ids = quantizer(latent).ids
-        vectors, codes = vectors_of(latent).double(), entries
+        vectors, codes = vectors_of(latent).double(), stored
         if normalize:
             vectors, codes = F.normalize(vectors), F.normalize(codes)
         closest = vectors[torch.cdist(codes, vectors).argmin(1)]
         shares = torch.bincount(ids.flatten(), minlength=6) / ids.numel()
         frequencies = frequencies + 0.01 * (shares - frequencies)
-        pulls = torch.exp(-(frequencies * 6 * 10) / 0.01 - 0.001)[:, None]
-        entries = (1 - pulls) * entries + pulls * closest
+        alphas = torch.exp(-(frequencies * 6 * 10) / 0.01 - 0.001)[:, None]
+        stored = (1 - alphas) * stored + alphas * closest
         quantizer.update(latent, ids)
-        torch.testing.assert_close(quantizer.codes.detach().double(), entries, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(quantizer.codes.detach().double(), stored, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(quantizer.frequencies.double(), frequencies, rtol=1e-5, atol=1e-8)
 
 
-def test_a_code_in_use_stays_and_a_dead_one_moves() -> None:
+def test_used_codes_stay_and_unused_codes_move() -> None:
     quantizer = make()
     before = quantizer.codes.detach().clone()
-    ids = torch.arange(24).remainder(5).view(3, 8)  # code 5 is never chosen
+    ids = torch.arange(24).remainder(5).view(3, 8)  # code 5 is unused
     quantizer.update(latent_of(0), ids)
     after = quantizer.codes.detach()
     torch.testing.assert_close(after[:5], before[:5], rtol=0, atol=1e-4)
     assert (vectors_of(latent_of(0)) - after[5]).norm(dim=1).min() < 0.01
 
 
-def test_where_few_codes_are_dead_the_others_are_not_even_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_unused_codes_are_searched_if_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = make(anchor="closest")
     quantizer.frequencies.fill_(1 / 6)
     quantizer.frequencies[2] = 0
     before, ids = quantizer.codes.detach().clone(), torch.arange(24).remainder(2).view(3, 8)
-    asked: list[int] = []
+    searched: list[int] = []
     anchors = quantizer.anchors
-    monkeypatch.setattr(quantizer, "anchors", lambda codes, v: asked.append(len(codes)) or anchors(codes, v))
+    monkeypatch.setattr(quantizer, "anchors", lambda codes, v: searched.append(len(codes)) or anchors(codes, v))
     quantizer.update(latent_of(0), ids)
-    assert asked == [1]
+    assert searched == [1]
     assert (quantizer.codes != before).any(dim=1).tolist() == [False, False, True, False, False, False]
 
 
-def test_probrandom_draws_with_the_softmax_of_minus_the_squared_distance() -> None:
+def test_probrandom_samples_by_the_softmax_of_minus_the_squared_distance() -> None:
     quantizer = make(20_000)
     code, vectors = torch.tensor([0.5, -0.2]), torch.tensor([[0.0, 0.0], [1.0, 0.5], [0.4, -1.5], [-9.0, 0.0]])
-    drawn = quantizer.anchors(code.expand(20_000, 2), vectors)
-    shares = torch.bincount(drawn, minlength=4) / 20_000
+    sampled = quantizer.anchors(code.expand(20_000, 2), vectors)
+    shares = torch.bincount(sampled, minlength=4) / 20_000
     expected = [math.exp(-float((code - vector).square().sum())) for vector in vectors]
     torch.testing.assert_close(shares, torch.tensor(expected) / sum(expected), rtol=0, atol=0.01)
 
 
-def test_random_draws_any_latent_alike() -> None:
-    drawn = make(anchor="random").anchors(torch.zeros(20_000, 2), torch.tensor([[0.0, 0.0], [50.0, 0.0]]))
-    assert abs(drawn.double().mean() - 0.5) < 0.02
+def test_random_samples_latents_uniformly() -> None:
+    sampled = make(anchor="random").anchors(torch.zeros(20_000, 2), torch.tensor([[0.0, 0.0], [50.0, 0.0]]))
+    assert abs(sampled.double().mean() - 0.5) < 0.02
 
 
-def test_blocks_of_rows_change_nothing_but_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, blocks = make(50, anchor="closest"), make(50, anchor="closest")
-    ids = torch.arange(24).view(3, 8)  # codes 24 to 49 are dead
+    ids = torch.arange(24).view(3, 8)  # codes 24 to 49 are unused
     whole.update(latent_of(0), ids)
-    monkeypatch.setattr(cvq, "DISTANCES_AT_ONCE", 24 * 8)
-    asked: list[int] = []
+    monkeypatch.setattr(cvq, "DISTANCES_PER_CHUNK", 24 * 8)
+    searched: list[int] = []
     anchors = blocks.anchors
-    monkeypatch.setattr(blocks, "anchors", lambda codes, vectors: asked.append(len(codes)) or anchors(codes, vectors))
+    monkeypatch.setattr(
+        blocks, "anchors", lambda codes, vectors: searched.append(len(codes)) or anchors(codes, vectors)
+    )
     blocks.update(latent_of(0), ids)
     torch.testing.assert_close(blocks.codes, whole.codes)
-    assert asked == [8, 8, 8, 2]  # three blocks of eight, all in use, are not even compared
+    assert searched == [8, 8, 8, 2]  # the three chunks without unused codes are skipped
 
 
-def test_masked_latents_have_no_part() -> None:
+def test_masked_latents_are_ignored() -> None:
     latent, ids = latent_of(0), torch.arange(24).remainder(3).view(3, 8)
     quantizer, without = make(), make()
     masked = ids.clone()
@@ -114,7 +116,7 @@ def test_masked_latents_have_no_part() -> None:
     assert torch.equal(quantizer.frequencies, frequencies)
 
 
-def test_a_collapsed_codebook_comes_back_to_life() -> None:
+def test_collapsed_codebook_recovers() -> None:
     quantizer, latent = make(16), 5 + latent_of(0)
     assert len(quantizer(latent).ids.unique()) < 4
     for _ in range(20):
@@ -122,14 +124,14 @@ def test_a_collapsed_codebook_comes_back_to_life() -> None:
     assert len(quantizer(latent).ids.unique()) >= 8
 
 
-def test_normalized_codes_start_and_restart_on_the_sphere() -> None:
+def test_normalized_codes_are_initialized_and_restarted_as_unit_vectors() -> None:
     quantizer, latent = make(normalize=True), latent_of(0)
     torch.testing.assert_close(quantizer.codes.norm(dim=1), torch.ones(6))
     quantizer.update(latent, torch.zeros(3, 8, dtype=torch.int64))
     torch.testing.assert_close(quantizer.codes.norm(dim=1), torch.ones(6), rtol=0, atol=2e-3)
 
 
-def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_get_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     latent = latent_of(0)
     ids = make()(latent).ids
     alone = make()
@@ -154,6 +156,6 @@ def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.Mo
         assert torch.equal(quantizer.frequencies, alone.frequencies)
 
 
-def test_a_decay_of_one_is_refused() -> None:
+def test_decay_of_one_is_rejected() -> None:
     with pytest.raises(ConfigError, match="decay"):
         CvqConfig(codebook_size=6, code_dim=2, decay=1.0)

@@ -20,9 +20,9 @@ def one_update(latent: Tensor) -> EmaQuantizer:
     return quantizer
 
 
-def test_two_updates_against_the_written_formula() -> None:
+def test_two_updates_match_the_formula() -> None:
     quantizer = fresh()
-    counts, sums, entries = [torch.ones(5), quantizer.codes.clone(), quantizer.codes.clone()]
+    counts, sums, codes = [torch.ones(5), quantizer.codes.clone(), quantizer.codes.clone()]
     for step in range(2):
         latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(step))
         ids = quantizer(latent).ids
@@ -30,13 +30,13 @@ def test_two_updates_against_the_written_formula() -> None:
         rows = latent.permute(0, 2, 3, 1).reshape(-1, 2)
         counts = 0.99 * counts + 0.01 * one_hot.sum(0)
         sums = 0.99 * sums + 0.01 * one_hot.T @ rows
-        entries = sums / ((counts + 1e-5) / (counts.sum() + 5e-5) * counts.sum())[:, None]
+        codes = sums / ((counts + 1e-5) / (counts.sum() + 5e-5) * counts.sum())[:, None]
         quantizer.update(latent, ids)
-    torch.testing.assert_close(quantizer.codebook(), entries)
+    torch.testing.assert_close(quantizer.codebook(), codes)
     torch.testing.assert_close(quantizer.counts, counts)
 
 
-def test_an_unused_code_stays_where_it_is() -> None:
+def test_unused_code_does_not_move() -> None:
     quantizer = fresh()
     quantizer.codes[0] = quantizer.sums[0] = 50.0
     latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def test_an_unused_code_stays_where_it_is() -> None:
     torch.testing.assert_close(quantizer.codes[0], torch.full((2,), 50.0), rtol=1e-3, atol=0)
 
 
-def test_the_released_start_throws_unused_codes_out() -> None:
+def test_released_start_makes_unused_codes_huge() -> None:
     quantizer = build_quantizer(EmaConfig(codebook_size=5, code_dim=2, released_start=True))
     quantizer.codes[0] = quantizer.sums[0] = 50.0
     latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def test_the_released_start_throws_unused_codes_out() -> None:
     assert quantizer.codes[0].norm() > 1e6
 
 
-def test_ranks_end_with_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_get_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     latent = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
     shares: list[Tensor] = []
     monkeypatch.setattr(ema, "all_reduce_sum", lambda tensor: shares.append(tensor.clone()))

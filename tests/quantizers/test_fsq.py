@@ -10,7 +10,7 @@ LATENT = 2 * torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 
 
 def paper(latent: np.ndarray, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float64[n, C] -> codes [n, C], ids [n], slopes of the codes [n, C]: appendix A.1, the ids by numpy."""
+    """Codes [n, C], ids [n] and derivatives of the codes [n, C] of float64[n, C], by appendix A.1 of the paper."""
     count = np.array(levels)
     radius = (count - 1) * (1 - 1e-3) / 2
     offset = np.where(count % 2 == 1, 0.0, 0.5)
@@ -20,7 +20,7 @@ def paper(latent: np.ndarray, levels: tuple[int, ...]) -> tuple[np.ndarray, np.n
     return rounded / (count // 2), ids, (1 - squashed**2) * radius / (count // 2)
 
 
-def test_codes_ids_and_gradient_are_the_papers() -> None:
+def test_codes_ids_and_gradient_match_the_paper() -> None:
     latent = LATENT.clone().requires_grad_()
     codes, ids, losses = build_quantizer(FsqConfig(levels=LEVELS))(latent)
     codes.sum().backward()
@@ -32,7 +32,7 @@ def test_codes_ids_and_gradient_are_the_papers() -> None:
     assert losses == {}
 
 
-def test_lookup_lists_the_whole_grid() -> None:
+def test_lookup_of_all_ids_gives_the_whole_grid() -> None:
     quantizer = build_quantizer(FsqConfig(levels=LEVELS))
     codes = quantizer.lookup(torch.arange(480).unsqueeze(0), quantizer.layout(20, 24)).flatten(2)[0]
     digits = np.stack(np.unravel_index(np.arange(480), LEVELS, order="F"))
@@ -41,7 +41,7 @@ def test_lookup_lists_the_whole_grid() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 255, 256])
-def test_every_level_is_reached_and_none_beyond(count: int) -> None:
+def test_every_level_is_reached_and_none_exceeded(count: int) -> None:
     latent = torch.cat([torch.linspace(-9, 9, 20_001), torch.tensor([-1e9, 1e9])]).view(1, 1, 1, -1)
     codes, ids, _ = build_quantizer(FsqConfig(levels=(count,)))(latent)
     assert ids.unique().tolist() == list(range(count))
@@ -51,14 +51,14 @@ def test_every_level_is_reached_and_none_beyond(count: int) -> None:
         assert build_quantizer(FsqConfig(levels=(count,)))(torch.zeros(1, 1, 1, 1)).codes.item() == 0
 
 
-def test_a_codebook_too_large_to_list() -> None:
+def test_codebook_of_a_quintillion_codes() -> None:
     quantizer = build_quantizer(FsqConfig(levels=(1000,) * 6))
     codes, ids, _ = quantizer(LATENT.repeat(1, 2, 1, 1)[:, :6])
     assert ids.max() > 2**50
     assert torch.equal(quantizer.lookup(ids, quantizer.layout(5, 5)), codes)
 
 
-def test_levels_that_make_no_grid_are_refused() -> None:
+def test_invalid_levels_are_rejected() -> None:
     assert FsqConfig(levels=(2,) * 62).codebook_size == 2**62
     for levels in ((), (8, 1), (2,) * 63):
         with pytest.raises(ConfigError):

@@ -24,7 +24,7 @@ def make(codebook_size: int = K, **options) -> IndexBackpropagationQuantizer:
 
 
 def released(latent: Tensor, codes: Tensor, temperature: float) -> Quantized:
-    """The released forward pass, over the whole N x K matrix."""
+    """The released forward pass, with the N x K matrices."""
     vectors = to_rows(latent)
     logits = vectors @ codes.T
     soft = logits.softmax(1)
@@ -43,17 +43,17 @@ def released(latent: Tensor, codes: Tensor, temperature: float) -> Quantized:
 
 @pytest.mark.parametrize("term", ["codes", "commitment", "codebook", "entropy"])
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("logits_at_once", [1, 20 * K, 1000 * K])
-def test_values_and_gradients_are_those_of_the_released_code(
-    term: str, normalize: bool, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("logits_per_chunk", [1, 20 * K, 1000 * K])
+def test_values_and_gradients_match_the_released_code(
+    term: str, normalize: bool, logits_per_chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ibq, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(ibq, "LOGITS_PER_CHUNK", logits_per_chunk)
     quantizer = make(normalize=normalize, entropy_temperature=0.1)
     latent = LATENT.clone().requires_grad_()
     exact_latent = LATENT.double().requires_grad_()
     exact_codes = quantizer.codes.detach().double().requires_grad_()
-    on_sphere = F.normalize if normalize else lambda vectors, dim: vectors
-    want = released(on_sphere(exact_latent, dim=1), on_sphere(exact_codes, dim=1), 0.1)
+    maybe_normalize = F.normalize if normalize else lambda vectors, dim: vectors
+    want = released(maybe_normalize(exact_latent, dim=1), maybe_normalize(exact_codes, dim=1), 0.1)
     got = quantizer(latent)
 
     assert torch.equal(got.ids, want.ids)
@@ -67,7 +67,7 @@ def test_values_and_gradients_are_those_of_the_released_code(
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-6 + 1e-5 * theirs.abs().max().item())
 
 
-def test_the_decoder_reaches_every_code_and_sees_exact_rows() -> None:
+def test_gradient_of_the_decoder_reaches_every_code() -> None:
     quantizer = make()
     codes, ids, _ = quantizer(LATENT)
     assert torch.equal(codes, quantizer.codes[ids].transpose(1, 2).reshape_as(LATENT))
@@ -77,7 +77,7 @@ def test_the_decoder_reaches_every_code_and_sees_exact_rows() -> None:
     assert quantizer.codes.grad.any(1).all()
 
 
-def test_the_lowest_of_equal_codes_wins() -> None:
+def test_lowest_id_wins_ties() -> None:
     quantizer = make()
     quantizer.codes.data[K // 2 :] = quantizer.codes.data[: K // 2]
     latent = LATENT.repeat(20, 1, 1, 1) + 0.01 * torch.randn(60, C, 4, 4, generator=torch.Generator().manual_seed(3))
@@ -85,7 +85,7 @@ def test_the_lowest_of_equal_codes_wins() -> None:
     assert torch.equal(quantizer(latent).ids.flatten(), want)
 
 
-def test_evaluation_gives_the_ids_of_training() -> None:
+def test_evaluation_and_training_give_the_same_ids() -> None:
     quantizer = make(codebook_size=5000)
     trained = quantizer.train()(LATENT)
     with torch.inference_mode():
@@ -94,7 +94,7 @@ def test_evaluation_gives_the_ids_of_training() -> None:
     torch.testing.assert_close(evaluated.losses, {name: loss.detach() for name, loss in trained.losses.items()})
 
 
-def test_autocast_leaves_the_recomputed_gradient_alone() -> None:
+def test_autocast_does_not_change_the_recomputed_gradient() -> None:
     gradients = []
     for enabled in (False, True):
         quantizer = make()
@@ -106,7 +106,7 @@ def test_autocast_leaves_the_recomputed_gradient_alone() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most numbers that any operation's result holds."""
+    """Records the size of the largest tensor that any operation returns."""
 
     numel = 0
 
@@ -117,8 +117,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_matrix_of_all_vectors_and_all_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ibq, "LOGITS_AT_ONCE", 16 * 4096)
+def test_no_n_by_k_matrix_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ibq, "LOGITS_PER_CHUNK", 16 * 4096)
     quantizer = make(codebook_size=4096)
     latent = torch.randn(4, C, 16, 16, requires_grad=True)
     with LargestTensor() as largest:
@@ -127,11 +127,11 @@ def test_no_matrix_of_all_vectors_and_all_codes(monkeypatch: pytest.MonkeyPatch)
     assert largest.numel == 16 * 4096 < 1024 * 4096
 
 
-def test_codes_start_normal() -> None:
+def test_codes_are_initialized_from_the_normal_distribution() -> None:
     codes = make(codebook_size=4000).codes.detach()
     torch.testing.assert_close(codes.std(0), torch.ones(C), rtol=0, atol=0.05)
 
 
-def test_another_metric_is_refused() -> None:
+def test_cosine_metric_is_rejected() -> None:
     with pytest.raises(ConfigError, match="normalize = true"):
         IbqConfig(codebook_size=K, code_dim=C, metric="cosine")

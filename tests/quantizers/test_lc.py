@@ -21,11 +21,11 @@ def make(**options) -> FrozenCodebookQuantizer:
     return quantizer
 
 
-@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("options", [{}, {"projector": "mlp"}, {"tune_codebook": True}])
-def test_gradient_is_that_of_projecting_every_code(options: dict, matched: bool) -> None:
+def test_gradient_equals_that_of_projecting_every_code(options: dict, standardize: bool) -> None:
     sparse, dense = make(**options), make(**options)
-    if matched:
+    if standardize:
         sparse.standardize_codebook()
         dense.load_state_dict(sparse.state_dict())
     sparse(LATENT).losses["codebook"].backward()
@@ -37,7 +37,7 @@ def test_gradient_is_that_of_projecting_every_code(options: dict, matched: bool)
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_frozen_codebook_stays_the_artifacts_bytes() -> None:
+def test_frozen_codebook_never_changes() -> None:
     quantizer = make()
     quantizer.standardize_codebook()
     optimizer = torch.optim.Adam(quantizer.parameters(), 0.1)
@@ -50,7 +50,7 @@ def test_the_frozen_codebook_stays_the_artifacts_bytes() -> None:
     assert "codes" in dict(make(tune_codebook=True).named_parameters())
 
 
-def test_without_a_codebook_it_says_what_to_pass() -> None:
+def test_missing_codebook_raises_with_the_option_to_pass() -> None:
     quantizer = build_quantizer(LcConfig(codebook_size=60, code_dim=4, feature_dim=12))
     with pytest.raises(ConfigError, match="--codebook"):
         quantizer(LATENT)
@@ -58,12 +58,12 @@ def test_without_a_codebook_it_says_what_to_pass() -> None:
         quantizer.standardize_codebook()
 
 
-def test_another_codebook_is_refused_with_both_shapes() -> None:
+def test_codebook_of_another_shape_is_rejected_with_both_shapes() -> None:
     with pytest.raises(ConfigError, match="50 codes of 8 channels, the model expects 60 of 12"):
         make().load_codebook(torch.zeros(50, 8))
 
 
-def test_without_projector_a_code_is_a_feature() -> None:
+def test_without_projector_codes_are_features() -> None:
     with pytest.raises(ConfigError, match="code_dim 4 is not feature_dim 12"):
         make(projector="none")
     quantizer = build_quantizer(
@@ -73,21 +73,21 @@ def test_without_projector_a_code_is_a_feature() -> None:
     assert not list(quantizer.parameters())
 
 
-def test_the_released_projector_starts_normal_with_its_own_bias() -> None:
+def test_projector_is_initialized_as_released() -> None:
     torch.manual_seed(0)
     linear = build_quantizer(LcConfig(codebook_size=2, code_dim=8, feature_dim=768)).projector[0]
     assert linear.weight.std().item() == pytest.approx(8**-0.5, rel=0.05)
     assert 0 < linear.bias.abs().max() <= 768**-0.5
 
 
-def test_latents_on_the_sphere() -> None:
+def test_normalize_latent() -> None:
     quantizer = make(normalize_latent=True)
     scaled = quantizer(3 * LATENT)
     assert torch.equal(scaled.ids, quantizer(LATENT).ids)
     torch.testing.assert_close(scaled.losses, make()(F.normalize(LATENT, dim=1)).losses)
 
 
-def test_matched_start_makes_the_projector_orthogonal() -> None:
+def test_standardize_codebook_makes_the_projector_orthogonal() -> None:
     quantizer = make()
     quantizer.standardize_codebook()
     weight = quantizer.projector[0].weight
@@ -96,16 +96,16 @@ def test_matched_start_makes_the_projector_orthogonal() -> None:
     torch.testing.assert_close(quantizer.shift, FEATURES.mean(0))
 
 
-class TestProjectedOnce:
-    """Frozen, the projected codebook is kept; no way of changing the weights may leave a stale one behind."""
+class TestProjectionCache:
+    """The projected codebook of frozen weights is cached, and never stale after any change of the weights."""
 
-    def test_kept_while_nothing_changes(self) -> None:
+    def test_cached_while_frozen(self) -> None:
         quantizer = make().eval().requires_grad_(False)
         assert quantizer.codebook() is quantizer.codebook()
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("fused", [True, False])
-    def test_follows_an_optimizer(self, fused: bool, training: bool) -> None:
+    def test_recomputed_after_an_optimizer_step(self, fused: bool, training: bool) -> None:
         quantizer = make().train(training)
         optimizer = torch.optim.Adam(quantizer.parameters(), 0.1, fused=fused, foreach=not fused)
         for _ in range(2):
@@ -113,7 +113,7 @@ class TestProjectedOnce:
             optimizer.step()
             self.assert_current(quantizer)
 
-    def test_follows_a_weight_average(self) -> None:
+    def test_recomputed_after_a_weight_average_update(self) -> None:
         quantizer, other = make().eval().requires_grad_(False), make()
         average = copy.deepcopy(quantizer)
         quantizer.codebook()
@@ -122,7 +122,7 @@ class TestProjectedOnce:
             torch._foreach_lerp_(list(average.parameters()), [p + 1 for p in other.parameters()], 0.5)
         self.assert_current(average)
 
-    def test_follows_loading(self) -> None:
+    def test_recomputed_after_loading(self) -> None:
         quantizer = make().eval().requires_grad_(False)
         quantizer.codebook()
         quantizer.load_codebook(FEATURES + 1)

@@ -15,21 +15,21 @@ def make(**options) -> LookupFreeQuantizer:
 
 
 def latent_of(code_dim: int, side: int = 4, scale: float = 1.0) -> Tensor:
-    """Channels that depend on each other, so that joint and summed entropies differ."""
+    """Dependent channels, so that joint and summed entropies differ."""
     noise = torch.randn(2, code_dim, side, side, generator=torch.Generator().manual_seed(1))
     return scale * (noise + noise.roll(1, dims=1))
 
 
 def released_entropy(vectors: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample and batch entropy as in Open-MAGVIT2: a softmax over the table of all codes."""
+    """Sample and batch entropy as in Open-MAGVIT2, by a softmax over all codes."""
     dim = vectors.shape[1]
-    table = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=vectors.dtype)] * dim).view(-1, dim)
-    log_p = (2 * vectors @ table.T / temperature).log_softmax(1)
+    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=vectors.dtype)] * dim).view(-1, dim)
+    log_p = (2 * vectors @ codes.T / temperature).log_softmax(1)
     mean = log_p.exp().mean(0)
     return -(log_p.exp() * log_p).sum(1).mean(), -(mean * (mean + EPSILON).log()).sum()
 
 
-def test_a_channel_is_a_bit_and_the_first_is_the_lowest() -> None:
+def test_channel_zero_is_the_lowest_bit() -> None:
     latent = torch.tensor([0.5, -0.1, 0.0, 2.0]).view(1, 4, 1, 1)
     codes, ids, losses = make(code_dim=4)(latent)
     assert codes.flatten().tolist() == [1, -1, -1, 1]
@@ -48,7 +48,7 @@ def test_ids_are_one_to_one_with_codes(code_dim: int) -> None:
 @pytest.mark.parametrize("certainty", [0.1, 1.0, 100.0])
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 @pytest.mark.parametrize("code_dim", [1, 2, 7])
-def test_entropy_and_its_gradient_are_those_of_the_whole_table(
+def test_entropy_and_its_gradient_match_the_softmax_over_all_codes(
     code_dim: int, temperature: float, certainty: float
 ) -> None:
     latent = latent_of(code_dim, scale=certainty * temperature).requires_grad_()
@@ -63,7 +63,7 @@ def test_entropy_and_its_gradient_are_those_of_the_whole_table(
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-4, atol=1e-7 / temperature)
 
 
-def test_groups_bound_the_batch_entropy_from_above() -> None:
+def test_entropy_summed_over_groups_is_an_upper_bound() -> None:
     options = {"code_dim": 6, "entropy_temperature": 4.0, "sample_weight": 0.0}
     latent = latent_of(6)
     joint, summed = (-make(entropy_bits=bits, **options)(latent).losses["entropy"] for bits in (6, 4))
@@ -75,8 +75,8 @@ def test_groups_bound_the_batch_entropy_from_above() -> None:
 
 def test_eighteen_bits_at_full_size() -> None:
     quantizer = make()
-    latent = torch.randn(8, 18, 48, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()  # a table: 19 GB
-    _, ids, losses = quantizer(1e6 * latent)  # so long that every vector is certain
+    latent = torch.randn(8, 18, 48, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()  # N x K: 19 GB
+    _, ids, losses = quantizer(1e6 * latent)  # so large that every distribution is one-hot
     shares = ids.flatten().bincount(minlength=2**18).float() / ids.numel()
     torch.testing.assert_close(losses["entropy"], (shares * (shares + EPSILON).log()).sum())
     quantizer(latent).losses["entropy"].backward()
@@ -85,7 +85,7 @@ def test_eighteen_bits_at_full_size() -> None:
     assert latent.grad.any()
 
 
-def test_settings_out_of_range_are_refused() -> None:
+def test_settings_out_of_range_are_rejected() -> None:
     for options in ({"code_dim": 0}, {"code_dim": 63}, {"entropy_bits": 30}, {"entropy_temperature": 0.0}):
         with pytest.raises(ConfigError):
             LfqConfig(**options)

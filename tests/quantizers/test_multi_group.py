@@ -20,7 +20,7 @@ from vqpipe.quantizers import (
     VqConfig,
     build_quantizer,
 )
-from vqpipe.quantizers.multi_group import default_keep_probabilities, groups_kept
+from vqpipe.quantizers.multi_group import default_keep_probabilities, num_kept_of
 
 CVQ = CvqConfig(codebook_size=40, code_dim=4, normalize=True)
 LC = LcConfig(codebook_size=40, code_dim=4, feature_dim=12)
@@ -36,9 +36,9 @@ def make(num_groups: int = 3, group: QuantizerConfig = CVQ, **settings: object) 
 
 
 def keeping(kept: list[int], monkeypatch: pytest.MonkeyPatch, **settings: object) -> MultiGroupQuantizer:
-    """A quantizer in training that keeps `kept` groups of the images, whatever it would draw."""
+    """A quantizer in training mode that keeps `kept` groups of the images."""
     quantizer = make(**settings).train()
-    monkeypatch.setattr(quantizer, "draw_groups_kept", lambda batch_size: torch.tensor(kept))
+    monkeypatch.setattr(quantizer, "sample_num_kept", lambda batch_size: torch.tensor(kept))
     return quantizer
 
 
@@ -57,7 +57,7 @@ def test_each_group_quantizes_its_own_channels() -> None:
     torch.testing.assert_close(quantized.losses["commitment"], torch.stack(losses).mean())
 
 
-def test_a_prefix_of_the_ids_decodes_to_the_codes_with_the_rest_zeroed() -> None:
+def test_first_groups_decode_to_their_codes_and_zeros() -> None:
     quantizer, latent = make().eval(), latent_of()
     whole = quantizer(latent)
     for groups in range(4):
@@ -68,30 +68,30 @@ def test_a_prefix_of_the_ids_decodes_to_the_codes_with_the_rest_zeroed() -> None
         assert torch.equal(quantizer.lookup(ids.flatten(1), TokenLayout(((H, W),), 3)), codes)
 
 
-def test_masking_leaves_each_image_its_first_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masking_keeps_the_first_groups_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [1, 3, 2, 1, 3, 1]
     quantizer, latent = keeping(kept, monkeypatch), latent_of().requires_grad_()
-    masked, whole = quantizer(latent), make(masking="off")(latent)
-    grid, everything = masked.ids.view(B, -1, 3), whole.ids.view(B, -1, 3)
+    masked, unmasked = quantizer(latent), make(masking="off")(latent)
+    grid, full_grid = masked.ids.view(B, -1, 3), unmasked.ids.view(B, -1, 3)
     for image, groups in enumerate(kept):
-        assert torch.equal(grid[image, :, :groups], everything[image, :, :groups])
+        assert torch.equal(grid[image, :, :groups], full_grid[image, :, :groups])
         assert (grid[image, :, groups:] == -1).all()
     assert torch.equal(quantizer.lookup(masked.ids, quantizer.layout(H, W)), masked.codes)
 
     pairs = [
         group(part[image : image + 1]).losses["codebook"] * (number < kept[image])
-        for number, (group, part) in enumerate(quantizer.with_channels(latent))
+        for number, (group, part) in enumerate(quantizer.split_channels(latent))
         for image in range(B)
     ]
     torch.testing.assert_close(masked.losses["codebook"], torch.stack(pairs).mean())
 
     (masked.codes.sum() + sum(masked.losses.values())).backward()
     assert latent.grad is not None
-    moved = latent.grad.view(B, 3, -1).any(2)
-    assert torch.equal(moved, torch.tensor(kept)[:, None] > torch.arange(3))
+    has_gradient = latent.grad.view(B, 3, -1).any(2)
+    assert torch.equal(has_gradient, torch.tensor(kept)[:, None] > torch.arange(3))
 
 
-def test_a_group_that_no_image_keeps_gets_a_zero_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fully_masked_group_gets_a_zero_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = keeping([1] * B, monkeypatch)
     sum(quantizer(latent_of()).losses.values()).backward()
     gradients = [group.codes.grad for group in quantizer.groups]
@@ -111,7 +111,7 @@ def test_a_group_that_no_image_keeps_gets_a_zero_gradient(monkeypatch: pytest.Mo
     ],
     ids=lambda config: config.kind,
 )
-def test_any_kind_with_one_id_per_position_can_be_masked(
+def test_every_kind_with_one_id_per_position_can_be_masked(
     group: QuantizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantizer = keeping([2, 1, 1, 2, 1, 1], monkeypatch, group=group)
@@ -125,7 +125,7 @@ def test_any_kind_with_one_id_per_position_can_be_masked(
     quantizer.update(latent.detach(), quantized.ids)
 
 
-def test_only_kept_images_move_dead_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_images_do_not_update_the_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer, latent = keeping([1, 2, 2, 1, 2, 1], monkeypatch), latent_of()
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
     ids = quantizer(latent).ids
@@ -146,15 +146,15 @@ def test_only_kept_images_move_dead_codes(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("masking", ["sample", "batch"])
-def test_how_many_groups_are_kept_follows_the_probabilities(masking: str) -> None:
+def test_number_of_kept_groups_follows_the_probabilities(masking: str) -> None:
     quantizer = make(4, masking=masking, keep_probabilities=(0.5, 0.0, 0.2, 0.3)).train()
-    drawn = torch.stack([quantizer.draw_groups_kept(4) for _ in range(2000)])
-    shares = torch.bincount(drawn.flatten(), minlength=5) / drawn.numel()
+    sampled = torch.stack([quantizer.sample_num_kept(4) for _ in range(2000)])
+    shares = torch.bincount(sampled.flatten(), minlength=5) / sampled.numel()
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3]), rtol=0, atol=0.04)
-    assert bool((drawn == drawn[:, :1]).all()) == (masking == "batch")
+    assert bool((sampled == sampled[:, :1]).all()) == (masking == "batch")
 
 
-def test_nothing_is_drawn_in_evaluation_or_with_masking_off() -> None:
+def test_evaluation_and_masking_off_use_no_random_numbers() -> None:
     state = torch.get_rng_state()
     for quantizer in (make(masking="off").train(), make().eval()):
         torch.set_rng_state(state)
@@ -171,12 +171,12 @@ def test_default_probabilities_sum_to_one(num_groups: int) -> None:
         assert probabilities == (0.2, 0.1, 0.1, 0.6)
 
 
-def test_draws_at_the_thresholds() -> None:
-    draws = torch.tensor([0.0, 0.249, 0.25, 0.749, 0.75, 0.999999])
-    assert groups_kept(draws, (0.25, 0.5, 0.25)).tolist() == [1, 1, 2, 2, 3, 3]
+def test_number_of_kept_groups_at_the_thresholds() -> None:
+    uniform = torch.tensor([0.0, 0.249, 0.25, 0.749, 0.75, 0.999999])
+    assert num_kept_of(uniform, (0.25, 0.5, 0.25)).tolist() == [1, 1, 2, 2, 3, 3]
 
 
-def test_a_codebook_goes_to_every_group_or_is_shared_out() -> None:
+def test_codebook_is_loaded_into_every_group_or_split() -> None:
     quantizer, codes = make(group=LC), torch.randn(120, 12)
     quantizer.load_codebook(codes[:40])
     assert all(torch.equal(group.codes, codes[:40]) for group in quantizer.groups)
@@ -188,7 +188,7 @@ def test_a_codebook_goes_to_every_group_or_is_shared_out() -> None:
         make().load_codebook(codes[:40])
 
 
-def test_groups_over_one_frozen_codebook_learn_projectors_of_their_own() -> None:
+def test_groups_with_one_frozen_codebook_learn_separate_projectors() -> None:
     quantizer, codes = make(group=LC, masking="off").train(), torch.randn(40, 12)
     quantizer.load_codebook(codes)
     quantizer.standardize_codebook()
@@ -207,7 +207,7 @@ def test_groups_over_one_frozen_codebook_learn_projectors_of_their_own() -> None
     assert not torch.equal(quantizer.codebook()[0], quantizer.codebook()[1])
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     with pytest.raises(ConfigError, match="num_groups = 0"):
         MultiGroupConfig(num_groups=0)
     for probabilities in [(0.5, 0.5), (0.5, 0.5, 0.5), (1.5, -0.5, 0.0)]:

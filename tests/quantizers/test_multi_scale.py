@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers import MultiScaleConfig, MultiScaleQuantizer, VqConfig, build_quantizer
-from vqpipe.quantizers.multi_scale import phi_of
+from vqpipe.quantizers.multi_scale import phi_index
 
 K, C = 30, 4
 VAR = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -28,7 +28,7 @@ def latent_of(height: int = 5, width: int = 5) -> Tensor:
 
 
 def averaging(size: int, to: int) -> Tensor:
-    """float[to, size]: cell i is the mean of positions floor(i size / to) up to ceil((i + 1) size / to)."""
+    """The matrix float[to, size] of area averaging: cell i covers floor(i size / to) to ceil((i + 1) size / to)."""
     matrix = torch.zeros(to, size)
     for i in range(to):
         begin, end = i * size // to, -(-(i + 1) * size // to)
@@ -37,7 +37,7 @@ def averaging(size: int, to: int) -> Tensor:
 
 
 def bicubic(size: int, to: int) -> Tensor:
-    """float[to, size]: Keys' cubic kernel with a = -0.75 at cell centres, the border repeated."""
+    """The matrix float[to, size] of bicubic interpolation: Keys' kernel with a = -0.75, replicated border."""
 
     def kernel(x: float) -> float:
         x, a = abs(x), -0.75
@@ -57,29 +57,29 @@ def resized(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.einsum("ih,jw,bchw->bcij", rows, columns, x)
 
 
-def written_out(quantizer: MultiScaleQuantizer, latent: Tensor, phis: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """Algorithm 1: ids int64[B, N] and the sum after each scale."""
+def algorithm_1(quantizer: MultiScaleQuantizer, latent: Tensor, phis: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """Algorithm 1 of the paper: ids int64[B, N] and the partial sum after each scale."""
     height, width = latent.shape[2:]
     codes = quantizer.codebook()
-    rest, ids, sums = latent, [], [torch.zeros_like(latent)]
+    residual, ids, sums = latent, [], [torch.zeros_like(latent)]
     for (rows, columns), phi in zip(quantizer.layout(height, width).grids, phis, strict=True):
-        pooled = resized(rest, averaging(height, rows), averaging(width, columns))
+        pooled = resized(residual, averaging(height, rows), averaging(width, columns))
         distances = (pooled.unsqueeze(-1) - codes.T[None, :, None, None]).square().sum(1)
-        chosen = distances.argmin(-1)
-        ids.append(chosen.flatten(1))
-        up = resized(codes[chosen].permute(0, 3, 1, 2), bicubic(rows, height), bicubic(columns, width))
+        nearest = distances.argmin(-1)
+        ids.append(nearest.flatten(1))
+        up = resized(codes[nearest].permute(0, 3, 1, 2), bicubic(rows, height), bicubic(columns, width))
         convolved = F.conv2d(up, quantizer.phi_weights[phi], quantizer.phi_biases[phi], padding=1)
-        sharpened = 0.5 * up + 0.5 * convolved
-        rest = rest - sharpened
-        sums.append(sums[-1] + sharpened)
+        output = 0.5 * up + 0.5 * convolved
+        residual = residual - output
+        sums.append(sums[-1] + output)
     return torch.cat(ids, dim=1), sums[1:]
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 5), (5, 10)])
 @torch.no_grad()
-def test_forward_and_losses_against_the_written_algorithm(height: int, width: int) -> None:
+def test_forward_and_losses_match_algorithm_1(height: int, width: int) -> None:
     quantizer, latent = make(), latent_of(height, width)
-    ids, sums = written_out(quantizer, latent, phis=[0, 1, 2, 3])
+    ids, sums = algorithm_1(quantizer, latent, phis=[0, 1, 2, 3])
     quantized = quantizer(latent)
     assert torch.equal(quantized.ids, ids)
     torch.testing.assert_close(quantized.codes, sums[-1], rtol=0, atol=1e-5)
@@ -89,21 +89,21 @@ def test_forward_and_losses_against_the_written_algorithm(height: int, width: in
 
 
 @torch.no_grad()
-def test_the_first_scales_decode_to_the_partial_sums() -> None:
+def test_first_scales_decode_to_the_partial_sums() -> None:
     quantizer, latent = make(), latent_of()
     layout = quantizer.layout(5, 5)
-    ids, sums = written_out(quantizer, latent, phis=[0, 1, 2, 3])
-    given = [1, 1 + 4, 1 + 4 + 9, 1 + 4 + 9 + 25]
-    for kept, total in zip(given, sums, strict=True):
-        prefix = ids.masked_fill(torch.arange(given[-1]) >= kept, -1)
+    ids, sums = algorithm_1(quantizer, latent, phis=[0, 1, 2, 3])
+    lengths = [1, 1 + 4, 1 + 4 + 9, 1 + 4 + 9 + 25]
+    for kept, total in zip(lengths, sums, strict=True):
+        prefix = ids.masked_fill(torch.arange(lengths[-1]) >= kept, -1)
         torch.testing.assert_close(quantizer.lookup(prefix, layout), total, rtol=0, atol=1e-5)
-    mixed = torch.stack([ids[0], torch.full_like(ids[1], -1)])  # each image for itself
+    mixed = torch.stack([ids[0], torch.full_like(ids[1], -1)])  # images are independent
     codes = quantizer.lookup(mixed, layout)
     assert not codes[1].any()
     torch.testing.assert_close(codes[0], sums[-1][0], rtol=0, atol=1e-5)
 
 
-def test_grids_grow_to_the_latents_own() -> None:
+def test_grids_scale_with_the_latent() -> None:
     quantizer = build_quantizer(MultiScaleConfig())
     assert quantizer.layout(16, 16).grids == tuple((side, side) for side in VAR)
     assert quantizer.layout(16, 16).num_tokens == 680
@@ -125,11 +125,11 @@ def test_grids_grow_to_the_latents_own() -> None:
         (1, 4, [0]),
     ],
 )
-def test_neighbouring_scales_share_a_phi_as_released(num_scales: int, num_phis: int, phis: list[int]) -> None:
-    assert [phi_of(scale, num_scales, num_phis) for scale in range(num_scales)] == phis
+def test_scales_share_phis_as_released(num_scales: int, num_phis: int, phis: list[int]) -> None:
+    assert [phi_index(scale, num_scales, num_phis) for scale in range(num_scales)] == phis
 
 
-def test_each_loss_trains_its_own_side() -> None:
+def test_commitment_trains_the_latent_and_codebook_the_weights() -> None:
     quantizer, latent = make(), latent_of().requires_grad_()
     weights = list(quantizer.parameters())
     losses = quantizer(latent).losses
@@ -145,16 +145,16 @@ def test_each_loss_trains_its_own_side() -> None:
 
 
 @torch.no_grad()
-def test_the_matched_start_makes_phi_the_identity() -> None:
+def test_standardize_codebook_makes_phi_the_identity() -> None:
     quantizer = make(scales=(1,))
     quantizer.standardize_codebook()
     latent = latent_of()
     quantized = quantizer(latent)
-    chosen = quantizer.codebook()[quantized.ids].transpose(1, 2).view_as(latent)
-    torch.testing.assert_close(quantized.codes, chosen)
+    codes = quantizer.codebook()[quantized.ids].transpose(1, 2).view_as(latent)
+    torch.testing.assert_close(quantized.codes, codes)
 
 
-def test_one_scale_without_phi_is_plain_vq() -> None:
+def test_one_scale_without_phi_equals_vq() -> None:
     quantizer, latent = make(scales=(1,), phi_ratio=0.0), latent_of()
     plain = build_quantizer(VqConfig(codebook_size=K, code_dim=C))
     plain.load_state_dict({"codes": quantizer.codes})
@@ -164,7 +164,7 @@ def test_one_scale_without_phi_is_plain_vq() -> None:
     torch.testing.assert_close(found.losses, expected.losses)
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     for settings in ({"scales": ()}, {"scales": (2, 1)}, {"scales": (0, 4)}, {"scales": (1, 2, 2)}):
         with pytest.raises(ConfigError, match="should grow"):
             MultiScaleConfig(**settings)

@@ -27,36 +27,36 @@ def as_rows(latent: Tensor) -> Tensor:
 
 
 def greedy(quantizer: ResidualQuantizer, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64, one vector after another: ids [N, D], the sums of the first codes and the residuals [D, N, C]."""
-    tables = [table.double() for table in quantizer.codebook().unbind()]
-    ids, sums, rests = [], [], []
+    """Ids [N, D], partial sums [D, N, C] and residuals [D, N, C], in float64, one vector at a time."""
+    codebooks = [codebook.double() for codebook in quantizer.codebook().unbind()]
+    ids, sums, residuals = [], [], []
     for vector in as_rows(latent).double():
         total = torch.zeros(C, dtype=torch.float64)
-        for table in tables:
-            rests.append(vector - total)
-            ids.append(int((table - rests[-1]).square().sum(1).argmin()))
-            total = total + table[ids[-1]]
+        for codebook in codebooks:
+            residuals.append(vector - total)
+            ids.append(int((codebook - residuals[-1]).square().sum(1).argmin()))
+            total = total + codebook[ids[-1]]
             sums.append(total)
-    shape = (-1, len(tables), C)
+    shape = (-1, len(codebooks), C)
     return (
-        torch.tensor(ids).view(-1, len(tables)),
+        torch.tensor(ids).view(-1, len(codebooks)),
         torch.stack(sums).view(shape).transpose(0, 1),
-        torch.stack(rests).view(shape).transpose(0, 1),
+        torch.stack(residuals).view(shape).transpose(0, 1),
     )
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_each_depth_is_the_nearest_code_to_what_is_left(shared: bool) -> None:
+def test_each_depth_takes_the_nearest_code_of_the_residual(shared: bool) -> None:
     quantizer, latent = make(shared=shared), latent_of()
     ids, sums, _ = greedy(quantizer, latent)
     quantized = quantizer(latent)
-    assert torch.equal(quantized.ids, ids.view(B, -1))  # a position's depths side by side
+    assert torch.equal(quantized.ids, ids.view(B, -1))  # the depths of a position are adjacent
     torch.testing.assert_close(as_rows(quantized.codes).double(), sums[-1], rtol=0, atol=1e-5)
     errors = (as_rows(latent).double() - sums).square().mean((1, 2))
     torch.testing.assert_close(quantized.losses["commitment"].double(), errors.mean(), rtol=1e-5, atol=0)
 
 
-def test_the_first_depths_decode_to_the_partial_sums() -> None:
+def test_first_depths_decode_to_the_partial_sums() -> None:
     quantizer, latent = make(), latent_of()
     ids, sums, _ = greedy(quantizer, latent)
     layout = quantizer.layout(H, W)
@@ -66,20 +66,20 @@ def test_the_first_depths_decode_to_the_partial_sums() -> None:
         torch.testing.assert_close(as_rows(codes).double(), sums[kept - 1], rtol=0, atol=1e-5)
 
 
-def test_tables_are_one_or_one_each() -> None:
-    assert len(list(make().tables)) == 1
-    own = make(shared=False).codebook()
-    assert own.shape == (D, K, C)
-    assert not torch.equal(own[0], own[1])
+def test_codebook_is_shared_or_one_per_depth() -> None:
+    assert len(list(make().codebooks)) == 1
+    codebooks = make(shared=False).codebook()
+    assert codebooks.shape == (D, K, C)
+    assert not torch.equal(codebooks[0], codebooks[1])
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_update_follows_the_averages_of_the_residuals(shared: bool) -> None:
+def test_update_is_a_moving_average_of_the_residuals(shared: bool) -> None:
     quantizer, latent = make(shared=shared, restart=False), latent_of()
-    ids, _, rests = greedy(quantizer, latent)
+    ids, _, residuals = greedy(quantizer, latent)
     before = quantizer.codebook().double()
     ones = one_hot(ids.T, K).double()  # [D, N, K]
-    counts, sums = ones.sum(1), ones.transpose(1, 2) @ rests
+    counts, sums = ones.sum(1), ones.transpose(1, 2) @ residuals
     if shared:
         counts, sums = counts.sum(0, keepdim=True), sums.sum(0, keepdim=True)
         before = before[:1]
@@ -88,44 +88,44 @@ def test_update_follows_the_averages_of_the_residuals(shared: bool) -> None:
     smoothed = (counts + 1e-5) / (total + K * 1e-5) * total
     expected = (0.99 * before + 0.01 * sums) / smoothed.unsqueeze(-1)
     quantizer.update(latent, ids.view(B, -1))
-    moved = quantizer.codebook().double()
-    torch.testing.assert_close(moved, expected.expand(D, K, C), rtol=0, atol=1e-6)
+    after = quantizer.codebook().double()
+    torch.testing.assert_close(after, expected.expand(D, K, C), rtol=0, atol=1e-6)
 
 
-def test_masked_ids_take_no_part_in_the_update() -> None:
-    quantizer, again, latent = make(restart=False), make(restart=False), latent_of()
+def test_masked_ids_are_ignored_in_the_update() -> None:
+    quantizer, expected, latent = make(restart=False), make(restart=False), latent_of()
     ids = quantizer(latent).ids
-    again.update(latent[:1], ids[:1])
+    expected.update(latent[:1], ids[:1])
     ids[1] = -1
     quantizer.update(latent, ids)
-    assert torch.equal(quantizer.codebook(), again.codebook())
+    assert torch.equal(quantizer.codebook(), expected.codebook())
 
 
-def test_an_update_without_ids_moves_nothing() -> None:
+def test_update_without_valid_ids_changes_nothing() -> None:
     quantizer, latent = make(), latent_of()
     before = quantizer.codebook()
     quantizer.update(latent, torch.full((B, H * W * D), -1))
     torch.testing.assert_close(quantizer.codebook(), before)
 
 
-def test_dead_codes_restart_at_residuals_and_used_ones_stay() -> None:
+def test_unused_codes_restart_at_residuals() -> None:
     quantizer, averaged, latent = make(), make(restart=False), latent_of()
-    ids, _, rests = greedy(quantizer, latent)
+    ids, _, residuals = greedy(quantizer, latent)
     used = torch.zeros(K, dtype=torch.bool).index_fill(0, ids.unique(), True)
     assert 0 < used.sum() < K
     quantizer.update(latent, ids.view(B, -1))
     averaged.update(latent, ids.view(B, -1))
     codes = quantizer.codebook()[0]
     assert torch.equal(codes[used], averaged.codebook()[0][used])
-    to_residuals = torch.cdist(codes[~used].double(), rests.flatten(0, 1)).min(1)
+    to_residuals = torch.cdist(codes[~used].double(), residuals.flatten(0, 1)).min(1)
     assert to_residuals.values.max() < 1e-5
     assert len(to_residuals.indices.unique()) == len(to_residuals.indices)
-    (table,) = quantizer.own_tables()
-    assert torch.equal(table.counts[~used], torch.ones(int((~used).sum())))
-    assert torch.equal(table.sums[~used], codes[~used])
+    (inner,) = quantizer.quantizers()
+    assert torch.equal(inner.counts[~used], torch.ones(int((~used).sum())))
+    assert torch.equal(inner.sums[~used], codes[~used])
 
 
-def test_codes_restart_at_every_ranks_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_restart_at_residuals_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     others = torch.full((500, C), 7.0)
     monkeypatch.setattr(residual, "gather_rows", lambda rows: others)
     quantizer, latent = make(), latent_of()
@@ -133,19 +133,19 @@ def test_codes_restart_at_every_ranks_residuals(monkeypatch: pytest.MonkeyPatch)
     assert (quantizer.codebook()[0] == 7.0).all(1).any()
 
 
-def test_too_few_vectors_restart_more_codes_by_noisy_copies() -> None:
+def test_too_few_vectors_are_copied_with_noise() -> None:
     vectors = torch.randn(5, C)
-    drawn = residual.draw(vectors, 12)
-    assert len(drawn.unique(dim=0)) == 12
-    assert torch.cdist(drawn, vectors).min(1).values.max() <= residual.COPY_NOISE
-    drawn = residual.draw(vectors, 5)
-    assert torch.equal(drawn.sort(0).values, vectors.sort(0).values)
+    sampled = residual.sample_vectors(vectors, 12)
+    assert len(sampled.unique(dim=0)) == 12
+    assert torch.cdist(sampled, vectors).min(1).values.max() <= residual.COPY_NOISE
+    sampled = residual.sample_vectors(vectors, 5)
+    assert torch.equal(sampled.sort(0).values, vectors.sort(0).values)
 
 
-def test_depth_one_is_the_ema_quantizer() -> None:
+def test_depth_one_equals_ema() -> None:
     quantizer, latent = make(depth=1, restart=False), latent_of()
     ema = build_quantizer(EmaConfig(codebook_size=K, code_dim=C))
-    ema.load_state_dict(quantizer.own_tables()[0].state_dict())
+    ema.load_state_dict(quantizer.quantizers()[0].state_dict())
     for _ in range(2):
         expected, found = ema(latent), quantizer(latent)
         assert torch.equal(found.ids, expected.ids)
@@ -155,7 +155,7 @@ def test_depth_one_is_the_ema_quantizer() -> None:
         quantizer.update(latent, found.ids)
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     with pytest.raises(ConfigError, match="depth = 0"):
         ResidualConfig(codebook_size=K, code_dim=C, depth=0)
     with pytest.raises(ConfigError, match="unit vectors"):

@@ -15,7 +15,7 @@ def make(codebook_size: int = 30, code_dim: int = 4) -> SimVqQuantizer:
     return quantizer
 
 
-def test_losses_and_gradient_are_those_of_the_whole_projected_codebook() -> None:
+def test_losses_and_gradient_equal_those_of_projecting_every_code() -> None:
     quantizer = make()
     (linear,) = quantizer.projector
     _, ids, losses = quantizer(LATENT)
@@ -29,22 +29,22 @@ def test_losses_and_gradient_are_those_of_the_whole_projected_codebook() -> None
     torch.testing.assert_close(ours, torch.autograd.grad(codebook, [linear.weight, linear.bias]))
 
 
-def test_a_step_moves_every_code_and_no_entry() -> None:
+def test_step_changes_every_projected_code_and_no_stored_code() -> None:
     quantizer = make()
     stored, codes = quantizer.codes.clone(), quantizer.codebook().detach()
-    quantizer(LATENT[:, :, :1, :1]).losses["codebook"].backward()  # two vectors alone
+    quantizer(LATENT[:, :, :1, :1]).losses["codebook"].backward()  # two vectors
     torch.optim.SGD(quantizer.parameters(), 0.1).step()
     assert torch.equal(quantizer.codes, stored)
     assert (quantizer.codebook() != codes).any(1).all()
     assert {name for name, _ in quantizer.named_parameters()} == {"projector.0.weight", "projector.0.bias"}
 
 
-def test_codes_start_with_unit_length_on_average() -> None:
+def test_codes_are_initialized_with_unit_mean_square_length() -> None:
     codes = make(codebook_size=2000, code_dim=64).codes
     assert codes.std().item() == pytest.approx(64**-0.5, rel=0.02)
     assert codes.square().sum(1).mean().item() == pytest.approx(1, rel=0.02)
 
 
-def test_it_takes_no_codebook_artifact() -> None:
-    with pytest.raises(ConfigError, match="the simvq quantizer draws its codes at random"):
+def test_simvq_cannot_load_a_codebook() -> None:
+    with pytest.raises(ConfigError, match="the simvq quantizer samples its codes at random"):
         make().load_codebook(torch.zeros(30, 4))

@@ -1,6 +1,6 @@
-"""Every quantizer holds the same bits on two ranks after the matched start and after updates.
+"""Every quantizer has identical bits on two ranks after whiten_init and updates.
 
-Run as a script under torchrun, this file is what one rank does.
+Run under torchrun, this file is the script of each rank.
 """
 
 import os
@@ -25,18 +25,18 @@ LC_GROUP = {"kind": "lc", "codebook_size": 64, "code_dim": 4, "feature_dim": 12,
 
 
 def examples() -> dict[str, dict[str, Any]]:
-    """A small table for every kind, and for multi_group over lc."""
+    """A small config for every kind, and for multi_group over lc."""
     tables = {}
     for cls in all_subclasses(Quantizer):
         if config := getattr(cls, "config_class", None):
             known = {field.name for field in fields(config)}
             tables[config.kind] = {"kind": config.kind} | {key: SMALL[key] for key in SMALL if key in known}
-    tables["multi_group"] |= {"group": GROUP, "masking": "batch"}  # a rank may then have no image of a group
+    tables["multi_group"] |= {"group": GROUP, "masking": "batch"}  # so a rank may have no image of a group
     return tables | {"multi_group over lc": {"kind": "multi_group", "num_groups": 2, "group": LC_GROUP}}
 
 
 def start_and_update(table: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Match the start on this rank's images, then update on them three times, with random numbers of its own."""
+    """Whiten on the images of this rank, then update on them three times, with random numbers of this rank."""
     torch.manual_seed(0)
     quantizer = from_table(QuantizerConfig, table)
     model = build_autoencoder(
@@ -52,7 +52,7 @@ def start_and_update(table: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_ranks_hold_the_same_bits(tmp_path: Path) -> None:
+def test_two_ranks_have_the_same_bits(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *torchrun, __file__, str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

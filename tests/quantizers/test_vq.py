@@ -4,7 +4,7 @@ from torch import Tensor
 from vqpipe.quantizers import VqConfig, build_quantizer
 
 
-def test_each_loss_moves_one_side_only() -> None:
+def test_commitment_trains_the_latent_and_codebook_the_codes() -> None:
     torch.manual_seed(0)
     quantizer = build_quantizer(VqConfig(codebook_size=16, code_dim=3))
     latent = torch.randn(2, 3, 4, 4, requires_grad=True)
@@ -14,26 +14,26 @@ def test_each_loss_moves_one_side_only() -> None:
     (to_latent,) = torch.autograd.grad(losses["commitment"], latent, retain_graph=True)
     codes = quantizer.codes.detach()[ids].transpose(1, 2).reshape_as(latent)
     torch.testing.assert_close(to_latent, 2 * (latent - codes) / latent.numel())
-    assert untouched(losses["commitment"], quantizer.codes)
+    assert has_no_gradient(losses["commitment"], quantizer.codes)
 
     (to_codes,) = torch.autograd.grad(losses["codebook"], quantizer.codes, retain_graph=True)
     assert to_codes[used].any(1).all()
     assert not to_codes[~used].any()
-    assert untouched(losses["codebook"], latent)
+    assert has_no_gradient(losses["codebook"], latent)
     torch.testing.assert_close(losses["codebook"], losses["commitment"])
 
 
-def untouched(loss: Tensor, tensor: Tensor) -> bool:
+def has_no_gradient(loss: Tensor, tensor: Tensor) -> bool:
     (gradient,) = torch.autograd.grad(loss, tensor, retain_graph=True, allow_unused=True)
     return gradient is None or not gradient.any()
 
 
-def test_codes_start_within_one_over_k() -> None:
+def test_codes_are_initialized_within_one_over_k() -> None:
     codes = build_quantizer(VqConfig(codebook_size=500, code_dim=8)).codes
     assert 0.99 / 500 < codes.abs().max() <= 1 / 500
 
 
-def test_cosine_ignores_lengths() -> None:
+def test_cosine_metric_ignores_length() -> None:
     quantizer = build_quantizer(VqConfig(codebook_size=2, code_dim=2, metric="cosine"))
     quantizer.codes.data.copy_(torch.tensor([[1.0, 0.1], [0.0, 100.0]]))
     assert quantizer(torch.tensor([0.1, 9.0]).view(1, 2, 1, 1)).ids.item() == 1

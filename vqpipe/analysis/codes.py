@@ -114,11 +114,11 @@ def distances(quantizer: Quantizer, latent: Tensor, ids: Tensor, layout: TokenLa
     (grid,) = layout.split(ids)
     if isinstance(quantizer, MultiGroupQuantizer):
         single = TokenLayout(layout.grids)
-        parts = zip(quantizer.with_channels(latent), grid.unbind(-1), strict=True)
+        parts = zip(quantizer.split_channels(latent), grid.unbind(-1), strict=True)
         return torch.cat([distances(group, part, own.flatten(1), single) for (group, part), own in parts], dim=-1)
     vectors = latent.float()
     if isinstance(quantizer, CodebookQuantizer):
-        vectors = quantizer.compared(latent)
+        vectors = quantizer.search_input(latent)
     vectors = vectors.permute(0, 2, 3, 1)
     if metric_of(quantizer) == "cosine":
         vectors = F.normalize(vectors, dim=-1)

@@ -1,4 +1,4 @@
-"""Quantizers: latents to discrete ids and back, all behind one interface. Importing the room defines them all."""
+"""Quantizers: latents to discrete ids and back, behind one interface."""
 
 from vqpipe.quantizers.base import (
     CodebookConfig,

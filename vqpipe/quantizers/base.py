@@ -1,9 +1,9 @@
-"""The one interface of every quantizer, and the half they share that look for the nearest code of a table.
+"""The interface of all quantizers, and the base class of those that search a codebook for the nearest code.
 
 Shapes: B images, C latent channels, h x w positions, N = B * h * w vectors, K codes, G groups, F feature channels.
 
-A quantizer is one file: a frozen `XConfig(QuantizerConfig)` with its `kind`, above `class X(Quantizer)` whose
-`config_class` is XConfig. Defining the subclass is all the registration there is.
+A quantizer is one file: a frozen `XConfig(QuantizerConfig)` with its `kind`, above `class X(Quantizer)` with
+`config_class = XConfig`. Defining the subclass registers it; import it in `quantizers/__init__.py`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from vqpipe.search import nearest
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of a latent."""
+    """The output of a quantizer."""
 
     codes: Tensor
-    """float32[B, C, h, w]: the value of the chosen codes, the gradient of the latent (straight-through)."""
+    """float32[B, C, h, w]: values of the selected codes, with the gradient of the latent (straight-through)."""
     ids: Tensor
-    """int64[B, N] in [0, codebook_size), ordered by the quantizer's layout; -1 where a group is masked out."""
+    """int64[B, N] in [0, codebook_size), ordered by the quantizer's layout; -1 where a group is masked."""
     losses: dict[str, Tensor]
-    """Unweighted scalars, one for each of the quantizer's `loss_names`."""
+    """Unweighted scalars, one per entry of the quantizer's `loss_names`."""
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The order of one image's ids: grids from coarse to fine, each row by row, a position's groups side by side."""
+    """The order of the ids of an image: grids from coarse to fine, each row-major, groups of a position adjacent."""
 
     grids: tuple[tuple[int, int], ...]
     """(height, width) of each grid."""
@@ -48,10 +48,10 @@ class TokenLayout:
         return sum(height * width for height, width in self.grids) * self.num_groups
 
     def split(self, ids: Tensor) -> list[Tensor]:
-        """int64[B, num_tokens] -> for each grid int64[B, h, w, G].
+        """Split int64[B, num_tokens] into one int64[B, h, w, G] per grid.
 
         Raises:
-            DataError: the ids are not `num_tokens` per image.
+            DataError: there are not `num_tokens` ids per image.
         """
         if ids.ndim != 2 or ids.shape[1] != self.num_tokens:
             raise DataError(
@@ -63,36 +63,36 @@ class TokenLayout:
         return [part.unflatten(1, (*grid, self.num_groups)) for part, grid in zip(parts, self.grids, strict=True)]
 
     def join(self, grids: Sequence[Tensor]) -> Tensor:
-        """For each grid int64[B, h, w, G] -> int64[B, num_tokens]; undoes `split`."""
+        """Join one int64[B, h, w, G] per grid into int64[B, num_tokens]; the inverse of `split`."""
         return torch.cat([grid.flatten(1) for grid in grids], dim=1)
 
     def to_table(self) -> dict[str, Any]:
-        """The layout as JSON can hold it."""
+        """The layout as a JSON-serializable dict."""
         return {"grids": [list(grid) for grid in self.grids], "num_groups": self.num_groups}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> TokenLayout:
-        """Undoes `to_table`."""
+        """The inverse of `to_table`."""
         return cls(tuple((int(height), int(width)) for height, width in table["grids"]), int(table["num_groups"]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Section [model.quantizer]; `kind` chooses the quantizer."""
+    """Section [model.quantizer]; `kind` selects the quantizer."""
 
     kind: ClassVar[str]
 
 
 class Quantizer(nn.Module, ABC):
-    """Turns a latent into ids and back.
+    """Maps a latent to ids and back.
 
-    `forward` is pure: a codebook that does not learn by gradient moves in `update` alone, which the training loop
-    calls after the optimizer's step, and which gives the same codebook on every rank.
+    `forward` is pure. A codebook that is not trained by gradient changes in `update` only, which the training loop
+    calls after the optimizer step, and which leaves the same codebook on every rank.
     """
 
     config_class: ClassVar[type[QuantizerConfig]]
     loss_names: ClassVar[tuple[str, ...]] = ()
-    """The terms of `Quantized.losses`, so that an objective can be checked before the first step."""
+    """The keys of `Quantized.losses`, so that an objective can be checked before the first step."""
 
     def __init__(self, config: QuantizerConfig, *, codebook_size: int, latent_dim: int, num_groups: int = 1) -> None:
         super().__init__()
@@ -104,20 +104,21 @@ class Quantizer(nn.Module, ABC):
         self.num_groups = num_groups
         """Ids per position."""
         self.channel_groups = 1
-        """Equal runs of channels that are quantized apart; each is whitened, and may be convolved, by itself."""
+        """Number of equal groups of consecutive channels that are quantized independently; each is whitened by itself,
+        and `quant_conv` may be grouped in the same way."""
 
     @abstractmethod
     def forward(self, latent: Tensor) -> Quantized:
-        """float[B, C, h, w] -> codes, ids and losses, in float32 whatever autocast says.
+        """Quantize float[B, C, h, w], in float32 under any autocast.
 
         Raises:
-            NumericError: the latent or the codebook holds NaN or infinity. In training it is not looked for, so that no
-                GPU is waited for: then codes or losses are not finite either, and the loop skips the step.
+            NumericError: the latent or the codebook contains NaN or infinity. Not checked in training mode, to avoid a
+                GPU synchronization: codes or losses are then not finite, and the training loop skips the step.
         """
 
     @abstractmethod
     def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
-        """int64[B, N] -> codes float32[B, C, h, w]; a negative id is the zero vector.
+        """Return the codes float32[B, C, h, w] of int64[B, N]; a negative id gives the zero vector.
 
         Raises:
             DataError: an id is not below `codebook_size`, or the ids do not fit the layout.
@@ -128,15 +129,15 @@ class Quantizer(nn.Module, ABC):
         return TokenLayout(((height, width),), self.num_groups)
 
     def update(self, latent: Tensor, ids: Tensor) -> None:
-        """Move the codebook after the optimizer's step, alike on every rank. Default: nothing to move."""
+        """Update the codebook after the optimizer step, identically on every rank. Default: do nothing."""
 
     def codebook(self) -> Tensor:
-        """The codes as the search compares them, float32[K, C] (with groups: [G, K, C])."""
-        raise self.unsupported("has no table of codes")
+        """The codes that the search compares latents with, float32[K, C] (with groups: [G, K, C])."""
+        raise self.unsupported("has no codebook")
 
     @torch.no_grad()
     def all_codes(self) -> Tensor:
-        """Every code, float32[G, K, C], also of a quantizer without a stored codebook (lfq, fsq)."""
+        """All codes, float32[G, K, C], also of quantizers without a stored codebook (lfq, fsq)."""
         try:
             codebook = self.codebook()
         except ConfigError:
@@ -149,16 +150,15 @@ class Quantizer(nn.Module, ABC):
         """Load the codes of a codebook artifact, float[K, F].
 
         Raises:
-            ConfigError: this quantizer takes none, or one of another shape.
+            ConfigError: this quantizer has no codebook to load, or it has another shape.
         """
         raise self.unsupported("does not start from a codebook artifact", "Leave --codebook out, or choose kind = lc")
 
     def standardize_codebook(self) -> None:
-        """Centre the codes on zero and scale them to unit variance, the mean over channels being 1.
+        """Center the codes on zero and scale them to unit variance (averaged over channels).
 
-        This half of the matched start is for a codebook that meets whitened latents: the two then fill the same
-        region of space, and the search spreads over all codes from the first step. Default: codes that are fixed
-        points of a grid around zero, which whitened latents already meet.
+        The counterpart of whitened latents (`Autoencoder.whiten_init`): both then cover the same region, and the
+        search uses all codes from the first step. Default: do nothing, for codes on a fixed grid around zero.
         """
 
     def unsupported(self, what: str, hint: str = "") -> ConfigError:
@@ -167,18 +167,18 @@ class Quantizer(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig(QuantizerConfig):
-    """What quantizers with a searched table of codes share."""
+    """Settings of quantizers that search a codebook."""
 
     codebook_size: int
     """K, codes one id ranges over (per group, never the total)."""
     code_dim: int
     """Channels of a code."""
     metric: Literal["l2", "cosine"] = "l2"
-    """Distance of the search. The VQGAN-LC paper says cosine; its released code, whose numbers the paper prints,
-    compares squared L2 distances of unnormalised vectors: we follow the code."""
+    """Distance of the search. The VQGAN-LC paper says cosine; its released code, which gives the numbers of the paper,
+    uses squared L2 distances of unnormalized vectors. We follow the code."""
     normalize: bool = False
-    """Put latents and codes on the unit sphere before anything else: what is compared, drawn together by the losses
-    and handed on are unit vectors (ViT-VQGAN, LlamaGen, MGVQ). Stored codes may drift off the sphere."""
+    """Normalize latents and codes to unit length before the search, the losses and the decoder (ViT-VQGAN, LlamaGen,
+    MGVQ). Stored codes may have any length."""
 
     def __post_init__(self) -> None:
         if self.codebook_size < 2 or self.code_dim < 1:
@@ -189,11 +189,11 @@ class CodebookConfig(QuantizerConfig):
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer that replaces each latent vector by its nearest code in a table (van den Oord et al. 2017).
+    """Replaces each latent vector by the nearest code of a codebook (van den Oord et al. 2017).
 
-    A subclass says what the table is (`table`) and how to read a few of its rows with gradient (`rows`).
-    Both losses are plain means over all elements (eq. 3 there): "commitment" draws the latent to its code,
-    "codebook" the code to its latent; their weights belong to the objective.
+    A subclass defines the codebook (`raw_codebook`) and how to read some of its rows with gradient (`raw_embed`).
+    Both losses are means over all elements (eq. 3 there): "commitment" moves the latent towards its code, "codebook"
+    the code towards its latent. Their weights belong to the objective.
     """
 
     loss_names: ClassVar[tuple[str, ...]] = ("commitment", "codebook")
@@ -205,36 +205,36 @@ class CodebookQuantizer(Quantizer):
 
     @abstractmethod
     def raw_codebook(self) -> Tensor:
-        """The codes as they are stored or projected, float32[K, C]."""
+        """The stored or projected codes before normalization, float32[K, C]."""
 
     @abstractmethod
     def raw_embed(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (int64[...], none negative) of the table, float32[..., C], with gradient where it learns."""
+        """Rows `ids` (int64[...], none negative) of `raw_codebook`, float32[..., C], with gradient where it learns."""
 
     def codebook(self) -> Tensor:
-        return self.on_sphere(self.raw_codebook())
+        return self.maybe_normalize(self.raw_codebook())
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows `ids` (int64[...], none negative) of the codebook, float32[..., C], with gradient where it learns."""
-        return self.on_sphere(self.raw_embed(ids))
+        return self.maybe_normalize(self.raw_embed(ids))
 
-    def on_sphere(self, vectors: Tensor, dim: int = -1) -> Tensor:
-        """The vectors along `dim` scaled to unit length where the config says so, else as they are."""
+    def maybe_normalize(self, vectors: Tensor, dim: int = -1) -> Tensor:
+        """Normalize vectors along `dim` to unit length if `config.normalize`."""
         return F.normalize(vectors, dim=dim) if self.normalize else vectors
 
     def forward(self, latent: Tensor) -> Quantized:
         with torch.autocast(latent.device.type, enabled=False):
-            latent = self.compared(latent)
+            latent = self.search_input(latent)
             with torch.no_grad():
                 ids = nearest(to_rows(latent), self.codebook(), self.metric, check=not self.training)
-            return self.replaced(latent, ids.view(len(latent), -1))
+            return self.quantized(latent, ids.view(len(latent), -1))
 
-    def compared(self, latent: Tensor) -> Tensor:
-        """The latent as its search compares it, float32[B, C, h, w]."""
-        return self.on_sphere(latent.float(), dim=1)
+    def search_input(self, latent: Tensor) -> Tensor:
+        """The latent that the search compares with `codebook`, float32[B, C, h, w]."""
+        return self.maybe_normalize(latent.float(), dim=1)
 
-    def replaced(self, latent: Tensor, ids: Tensor) -> Quantized:
-        """A compared latent, float32[B, C, h, w], with each vector replaced by its code, int64[B, h * w]."""
+    def quantized(self, latent: Tensor, ids: Tensor) -> Quantized:
+        """The output for a `search_input`, float32[B, C, h, w], whose nearest codes are `ids`, int64[B, h * w]."""
         codes = self.embed(ids).transpose(1, 2).reshape_as(latent)
         return Quantized(straight_through(latent, codes), ids, self.losses(latent, codes))
 
@@ -253,7 +253,7 @@ class CodebookQuantizer(Quantizer):
 
 
 def check_ids(ids: Tensor, codebook_size: int) -> None:
-    """Raise a DataError where an id is not below `codebook_size`; negative ones stand for the zero vector."""
+    """Raise a DataError if an id is not below `codebook_size`; negative ids are allowed."""
     if ids.numel() and int(ids.max()) >= codebook_size:
         raise DataError(
             f"id {int(ids.max())} is outside a codebook of {codebook_size} codes",
@@ -262,27 +262,27 @@ def check_ids(ids: Tensor, codebook_size: int) -> None:
 
 
 def check_finite(latent: Tensor) -> None:
-    """Raise a NumericError where the latent holds NaN or infinity, which signs and rounding would hide."""
+    """Raise a NumericError if the latent contains NaN or infinity, which signs and rounding would hide."""
     if not bool(latent.isfinite().all()):
         raise NumericError(
-            "the latent holds NaN or infinity",
-            "Look at what made it: a diverged training run, or float16 overflow",
+            "the latent contains NaN or infinity",
+            "Check for a diverged training run or float16 overflow",
         )
 
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
-    """The quantizer that `config` describes, freshly initialised."""
-    return class_for(Quantizer, config)(config)  # type: ignore[call-arg]  # a subclass reads its sizes off its config
+    """Build the quantizer of `config`, with initial weights."""
+    return class_for(Quantizer, config)(config)  # type: ignore[call-arg]  # a subclass takes its config alone
 
 
 def to_rows(latent: Tensor) -> Tensor:
-    """float[B, C, h, w] -> float[N, C], in the order b, h, w."""
+    """Flatten float[B, C, h, w] to float[N, C], in the order b, h, w."""
     return latent.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def straight_through(latent: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes`, bit for bit, with the gradient of `latent` (Bengio et al. 2013).
+    """Return the exact value of `codes` with the gradient of `latent` (Bengio et al. 2013).
 
-    The usual latent + sg(codes - latent) is off by a rounding error, so that decoding stored ids would differ.
+    The usual latent + sg(codes - latent) has a rounding error, so the images decoded from stored ids would differ.
     """
     return (latent - latent.detach()) + codes.detach()

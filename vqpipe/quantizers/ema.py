@@ -1,4 +1,4 @@
-"""`ema`: a codebook that follows moving averages of the latents it was chosen for, the quantizer of VQGAN-EMA.
+"""`ema`: a codebook of moving averages of the latents assigned to each code, the quantizer of VQGAN-EMA.
 
 Shapes: B images, C channels, N vectors, K codes.
 """
@@ -17,24 +17,24 @@ from vqpipe.quantizers.vq import standardized
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig(CodebookConfig):
-    """A codebook moved by exponential averages instead of gradients (van den Oord et al. 2017, appendix A.1)."""
+    """A codebook of exponential moving averages instead of gradients (van den Oord et al. 2017, appendix A.1)."""
 
     kind: ClassVar[str] = "ema"
 
     decay: float = 0.99
-    """Share of the averages that one step keeps."""
+    """Decay of the moving averages, per step."""
     epsilon: float = 1e-5
-    """Added to each code's count before dividing by it (Laplace smoothing)."""
+    """Added to the count of each code before the division (Laplace smoothing)."""
     released_start: bool = False
-    """Start the counts at 0, as VQGAN-LC's released code does, not at 1. A code unused in the first step is then
-    thrown out to about 1/epsilon times its place and drifts back over the run: a bug which may also revive codes."""
+    """Initialize the counts to 0, as VQGAN-LC's released code does, instead of 1. A code unused in the first step is
+    then multiplied by about 1/epsilon and returns over the run: a bug, which may also revive codes."""
 
 
 class EmaQuantizer(CodebookQuantizer):
-    """Each code is the decayed sum of its latents over their decayed count; only `update` moves it.
+    """Each code is the decayed sum of its latents divided by their decayed count; only `update` changes it.
 
-    The released VQGAN-LC code also moves the codebook in evaluation, and on each rank by that rank's images alone;
-    here `update` adds up counts and sums over the ranks first, so that they all hold the same codebook.
+    The released VQGAN-LC code also updates the codebook in evaluation, and on each rank from its own images; here
+    `update` all-reduces counts and sums, so all ranks have the same codebook.
     """
 
     config_class = EmaConfig
@@ -63,8 +63,8 @@ class EmaQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def update(self, latent: Tensor, ids: Tensor) -> None:
-        vectors, ids = self.on_sphere(to_rows(latent).float()), ids.flatten()
-        seen = vectors.new_zeros(self.codebook_size, 1 + self.latent_dim)  # a code's count, then its sum
+        vectors, ids = self.maybe_normalize(to_rows(latent).float()), ids.flatten()
+        seen = vectors.new_zeros(self.codebook_size, 1 + self.latent_dim)  # of each code the count, then the sum
         seen.index_add_(0, ids, F.pad(vectors, (1, 0), value=1.0))
         all_reduce_sum(seen)
         self.counts.mul_(self.decay).add_(seen[:, 0], alpha=1 - self.decay)

@@ -1,4 +1,4 @@
-"""`fsq`: finite scalar quantization, every channel squashed and rounded to one of a few levels.
+"""`fsq`: finite scalar quantization, every channel bounded and rounded to one of a few levels.
 
 Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3.1 and the code of appendix A.1.
 Shapes: B images, C channels of L_1, ..., L_C levels, h x w positions.
@@ -23,24 +23,24 @@ from vqpipe.quantizers.base import (
 )
 
 EPSILON = 1e-3
-"""Share by which the outermost levels are drawn in, as in the paper's code, so that rounding never leaves them."""
+"""Relative margin at the outermost levels, as in the paper's code, so that rounding never exceeds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FsqConfig(QuantizerConfig):
-    """A grid of L_1 * ... * L_C codes without a table."""
+    """An implicit grid of L_1 * ... * L_C codes."""
 
     kind: ClassVar[str] = "fsq"
 
     levels: tuple[int, ...] = (8, 5, 5, 5)
-    """How many values each channel rounds to. The paper advises 5 or more each: (8, 5, 5, 5) for 2^10 codes,
-    (8, 8, 8, 5, 5, 5) for 2^16. Two are lopsided: the lower one starts at -1.56."""
+    """Number of values of each channel. The paper recommends 5 or more: (8, 5, 5, 5) for 2^10 codes,
+    (8, 8, 8, 5, 5, 5) for 2^16. With 2 levels the intervals are unequal: a latent above -1.56 takes the upper one."""
 
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 2:
             raise ConfigError(f"levels = {list(self.levels)} should be one or more numbers of at least 2")
         if self.codebook_size >= 2**63:
-            raise ConfigError(f"levels = {list(self.levels)} make more codes than int64 ids can tell apart")
+            raise ConfigError(f"levels = {list(self.levels)} make more codes than int64 ids can number")
 
     @property
     def codebook_size(self) -> int:
@@ -49,10 +49,11 @@ class FsqConfig(QuantizerConfig):
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Channel i becomes round(bound(z_i)), one of L_i whole numbers around 0, over floor(L_i / 2): in [-1, 1].
+    """Channel i becomes round(bound(z_i)) / floor(L_i / 2), in [-1, 1]; the rounded value is one of L_i integers.
 
-    An id is a number whose digits are the channels, in base L_i, the first channel's digit the lowest. Nothing is
-    learned here and there is no loss; the gradient skips the rounding but not `bound`, so latents far out hear little.
+    An id is a mixed-radix number with one digit of base L_i per channel, the first channel lowest. There are no weights
+    and no losses. The gradient passes straight through the rounding but not through `bound`, so it vanishes for large
+    latents.
     """
 
     config_class = FsqConfig
@@ -65,7 +66,7 @@ class FiniteScalarQuantizer(Quantizer):
         if not self.training:
             check_finite(latent)
         with torch.autocast(latent.device.type, enabled=False):
-            levels = self.levels_on(latent.device)
+            levels = self.levels_tensor(latent.device)
             half = levels // 2
             bounded = bound(latent.float().permute(0, 2, 3, 1), levels)
             rounded = bounded.round()
@@ -76,23 +77,23 @@ class FiniteScalarQuantizer(Quantizer):
     def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
         check_ids(ids, self.codebook_size)
         (grid,) = layout.split(ids)
-        levels = self.levels_on(ids.device)
+        levels = self.levels_tensor(ids.device)
         half = levels // 2
         digits = grid // radix(levels) % levels  # [B, h, w, 1] against [C]
         codes = ((digits - half) / half).masked_fill(grid < 0, 0.0)
         return codes.permute(0, 3, 1, 2).contiguous()
 
-    def levels_on(self, device: torch.device) -> Tensor:
-        """The levels as int64[C]: no buffer, since they are the config's and no weights."""
+    def levels_tensor(self, device: torch.device) -> Tensor:
+        """The levels as int64[C]; not a buffer, so they are not saved with the weights."""
         return torch.tensor(self.levels, device=device)
 
 
 def bound(latent: Tensor, levels: Tensor) -> Tensor:
-    """Squash float[..., C] so that rounding gives `levels` (int64[C]) values: about -L/2 to L/2, by tanh.
+    """Bound float[..., C] by tanh to about -L/2 to L/2, so that rounding gives `levels` (int64[C]) values.
 
-    An odd L has values -(L-1)/2 to (L-1)/2. An even one has a value more below 0 than above, so its interval is moved
-    down by half a step, and the latent up by about as much, which keeps 0 near 0. That shift is tan(1/2 / radius) in
-    the paper's code, which we follow; the exact one is the inverse of tanh (0.1440 both for L = 8).
+    An odd L has the values -(L-1)/2 to (L-1)/2. An even L has one more value below 0 than above, so its interval is
+    shifted down by one half, and the latent up by about as much, which keeps 0 near 0. That shift is tan(1/2 / radius)
+    in the paper's code, which we follow; the exact one is artanh(1/2 / radius) (0.1440 both for L = 8).
     """
     radius = (levels - 1) * (1 - EPSILON) / 2
     offset = torch.where(levels % 2 == 0, 0.5, 0.0)
@@ -100,5 +101,5 @@ def bound(latent: Tensor, levels: Tensor) -> Tensor:
 
 
 def radix(levels: Tensor) -> Tensor:
-    """What a unit of each digit weighs: int64[C] levels -> (1, L_1, L_1 L_2, ...)."""
+    """The place value of each digit: int64[C] levels -> (1, L_1, L_1 L_2, ...)."""
     return levels.cumprod(0) // levels

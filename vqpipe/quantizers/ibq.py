@@ -1,4 +1,4 @@
-"""`ibq`: index backpropagation, every code trained in every step through the softmax over codes.
+"""`ibq`: index backpropagation, which trains every code in every step through the softmax over codes.
 
 Shi et al. 2024, "Scalable Image Tokenization with Index Backpropagation Quantization", section 3.
 Shapes: B images, C channels, h x w positions, N = B * h * w vectors, K codes, n vectors of one chunk.
@@ -18,25 +18,25 @@ from vqpipe.quantizers.lfq import shannon_entropy
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
 
-LOGITS_AT_ONCE = 2**24
-"""Logits of vectors against codes held together: 64 MiB in float32, and a few times that in the backward pass."""
+LOGITS_PER_CHUNK = 2**24
+"""Logits of vectors against codes computed at a time: 64 MiB in float32, a few times that in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IbqConfig(CodebookConfig):
-    """IBQ with the released temperature. Released weights: "commitment" 1, "codebook" 0.25, "entropy" 0.05.
+    """IBQ. Released loss weights: "commitment" 1, "codebook" 0.25, "entropy" 0.05.
 
-    Codes are compared by inner product, which has no other metric; under `normalize` that is the cosine.
+    The search maximizes the inner product; with `normalize` that is the cosine. `metric` has no effect.
     """
 
     kind: ClassVar[str] = "ibq"
 
     entropy_temperature: float = 0.01
-    """Of the softmax over codes in the entropy term alone; that of the codes has temperature 1."""
+    """Temperature of the softmax over codes in the entropy term; the softmax of the codes has temperature 1."""
     sample_weight: float = 1.0
-    """Of the mean entropy of a vector's own distribution, which is minimised, in the entropy term."""
+    """Weight of the mean entropy of each vector's distribution, which is minimized, in the entropy term."""
     batch_weight: float = 1.0
-    """Of the entropy of the mean distribution, which is maximised, in the entropy term."""
+    """Weight of the entropy of the mean distribution, which is maximized, in the entropy term."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,17 +49,17 @@ class IbqConfig(CodebookConfig):
 class IndexBackpropagationQuantizer(VectorQuantizer):
     """The id of z is argmax_k <z, e_k>, and its code is P E with P = onehot(id) + p - sg(p), p = softmax(<z, e_k>).
 
-    So the value is row `id` of the codebook E, bit for bit, while the decoder's gradient reaches the latent and all
-    codes through p, and that row directly; nothing is copied straight through. The losses, as released:
+    The value is exactly row `id` of the codebook E. The decoder's gradient reaches the latent and all codes through p,
+    and that row directly; there is no straight-through estimator. The losses, as released:
 
-    - "commitment": mean (z - sg e_id)^2 + mean (z - P E)^2. The second, the paper's double quantization, has the
-      same value and moves the codes too; the released code weighs both 1, and they cannot be told apart by weight.
+    - "commitment": mean (z - sg e_id)^2 + mean (z - P E)^2. The second term, the paper's double quantization, has the
+      same value and trains the codes too. The released code weights both by 1, and so does this one.
     - "codebook": mean (e_id - sg z)^2.
-    - "entropy": sample_weight * E[H(q)] - batch_weight * H(E[q]) in nats, q = softmax(<z, e_k> / temperature); E is
-      over this rank's vectors, and the second entropy has LFQ's epsilon.
+    - "entropy": sample_weight * E[H(q)] - batch_weight * H(E[q]) in nats, q = softmax(<z, e_k> / temperature). E is
+      the mean over the vectors of this rank, and the second entropy has the epsilon of LFQ.
 
-    The released code holds several N x K matrices, 17 GB each for 64 images at 2^18 codes. Here vectors pass in chunks,
-    whose probabilities are forgotten and computed again in the backward pass.
+    The released code allocates several N x K matrices, 17 GB each for 64 images at 2^18 codes. Here vectors are
+    processed in chunks, whose probabilities are recomputed in the backward pass.
     """
 
     config_class = IbqConfig
@@ -73,33 +73,39 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
 
     def forward(self, latent: Tensor) -> Quantized:
         with torch.autocast(latent.device.type, enabled=False):
-            vectors = to_rows(self.on_sphere(latent.float(), dim=1))
+            vectors = to_rows(self.maybe_normalize(latent.float(), dim=1))
             codebook = self.codebook()
             ids = most_similar(vectors, codebook, check=not self.training)
-            chosen = self.embed(ids)
-            expected, entropy = self.soften(vectors, codebook)
-            codes = chosen + (expected - expected.detach())
+            selected = self.embed(ids)
+            expected, entropy = self.soft_assign(vectors, codebook)
+            codes = selected + (expected - expected.detach())
             losses = {
-                "commitment": F.mse_loss(vectors, chosen.detach()) + F.mse_loss(codes, vectors),
-                "codebook": F.mse_loss(chosen, vectors.detach()),
+                "commitment": F.mse_loss(vectors, selected.detach()) + F.mse_loss(codes, vectors),
+                "codebook": F.mse_loss(selected, vectors.detach()),
                 "entropy": entropy,
             }
             codes = codes.view(len(latent), -1, self.latent_dim).transpose(1, 2).reshape_as(latent)
             return Quantized(codes, ids.view(len(latent), -1), losses)
 
-    def soften(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-        """float32[N, C], float32[K, C] -> p sg(E), the expected codes float32[N, C], and the entropy term, a scalar."""
-        expected, sample, shares = [], vectors.new_zeros(()), vectors.new_zeros(len(codebook))
-        for chunk in vectors.split(max(1, LOGITS_AT_ONCE // len(codebook))):
-            part = checkpoint(self.soften_chunk, chunk, codebook, use_reentrant=False, preserve_rng_state=False)
-            expected.append(part[0])
-            sample, shares = sample + part[1] / len(vectors), shares + part[2] / len(vectors)
-        return torch.cat(expected), self.sample_weight * sample - self.batch_weight * shannon_entropy(shares)
+    def soft_assign(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the expected codes p sg(E), float32[N, C], and the entropy term, a scalar.
 
-    def soften_chunk(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of n vectors: expected codes float32[n, C], the sum of their entropies, the sum of their q float32[K]."""
+        Args:
+            vectors: float32[N, C].
+            codebook: float32[K, C].
+        """
+        expected, sample_entropy, mean_q = [], vectors.new_zeros(()), vectors.new_zeros(len(codebook))
+        for chunk in vectors.split(max(1, LOGITS_PER_CHUNK // len(codebook))):
+            part = checkpoint(self.soft_assign_chunk, chunk, codebook, use_reentrant=False, preserve_rng_state=False)
+            expected.append(part[0])
+            sample_entropy, mean_q = sample_entropy + part[1] / len(vectors), mean_q + part[2] / len(vectors)
+        entropy = self.sample_weight * sample_entropy - self.batch_weight * shannon_entropy(mean_q)
+        return torch.cat(expected), entropy
+
+    def soft_assign_chunk(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return expected codes float32[n, C], the sum of the entropies, and the sum of q, float32[K], of n vectors."""
         logits = vectors @ codebook.T
-        # Only the gradient of the expected codes is used: where none is recorded, they need not be computed.
+        # Only the gradient of the expected codes is used, so without gradients they are not computed.
         expected = logits.softmax(1) @ codebook.detach() if torch.is_grad_enabled() else torch.zeros_like(vectors)
         log_q = (logits / self.temperature).log_softmax(1)
         q = log_q.exp()
@@ -108,10 +114,14 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
 
 @torch.no_grad()
 def most_similar(vectors: Tensor, codes: Tensor, *, check: bool = True) -> Tensor:
-    """The id of each vector's largest inner product, float32[N, C], float32[K, C] -> int64[N]; lowest id on ties.
+    """Return the id of the largest inner product of each vector, int64[N]; the lowest id on ties.
 
-    Nearest neighbours in one dimension more, in which all codes are made equally long (Bachrach et al. 2014).
-    Products that differ by less than float32's rounding of the longest code's |e|^2 may win over each other.
+    A nearest-neighbor search with one extra dimension, which makes all codes equally long (Bachrach et al. 2014).
+    Products that differ by less than the float32 rounding of the largest |e|^2 may be ranked in either order.
+
+    Args:
+        vectors: float32[N, C].
+        codes: float32[K, C].
     """
     squares = codes.square().sum(1)
     lift = (squares.max() - squares).sqrt()

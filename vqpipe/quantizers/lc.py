@@ -18,13 +18,13 @@ from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer
 
 MLP_WIDTH = 256
 """Hidden channels of the "mlp" projector, as released."""
-ROWS_AT_ONCE = 65_536
-"""Codes projected together, so that what a projector holds between its layers stays small beside the codebook."""
+CODES_PER_CHUNK = 65_536
+"""Codes projected at a time, so that the activations of the projector stay small beside the codebook."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LcConfig(CodebookConfig):
-    """A codebook given once and for all, seen through a projector that learns."""
+    """A frozen codebook behind a trained projector."""
 
     kind: ClassVar[str] = "lc"
 
@@ -33,14 +33,14 @@ class LcConfig(CodebookConfig):
     feature_dim: int = 768
     """Channels of a stored code: 768 for CLIP ViT-L/14 features after its projection."""
     projector: Literal["linear", "mlp", "none"] = "linear"
-    """Feature -> code. "none" needs code_dim = feature_dim (Table 9, "w/o projector")."""
+    """Maps features to codes. "none" needs code_dim = feature_dim (Table 9, "w/o projector")."""
     tune_codebook: bool = False
-    """Let the stored codes learn as well (Table 9, "w/o frozen codebook")."""
+    """Train the stored codes as well (Table 9, "w/o frozen codebook")."""
     codebook_init: Literal["artifact", "uniform"] = "artifact"
-    """Where the stored codes come from: a codebook artifact, or U(-1/K, 1/K), the random codebook of Table 6."""
+    """Source of the stored codes: a codebook artifact, or U(-1/K, 1/K), the random codebook of Table 6."""
     normalize_latent: bool = False
-    """Put latents on the unit sphere before the search. The released code does so where code_dim is 768, unless the
-    codebook is learned from scratch; codes it leaves as they are."""
+    """Normalize latents, but not codes, to unit length before the search. The released code does so where code_dim is
+    768, unless the codebook is learned from scratch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,14 +53,14 @@ class LcConfig(CodebookConfig):
 
 
 class FrozenCodebookQuantizer(CodebookQuantizer):
-    """Searches the projected codebook, then projects the chosen rows again, with gradient.
+    """Searches the projected codebook, then projects the selected codes with gradient.
 
-    The released code projects all K codes with gradient in each forward; projecting them without it for the search
-    and only the chosen rows with it gives the same gradient for far less work. The decoder's gradient never reaches
-    the projector, which learns from the "codebook" loss alone, in both.
+    The released code projects all K codes with gradient in each forward pass. Projecting them without gradient for the
+    search, and only the selected ones with gradient, gives the same gradient at a fraction of the cost. In both, the
+    decoder's gradient does not reach the projector, which is trained by the "codebook" loss alone.
 
-    The stored codes stay the artifact's bytes: what the matched start does to them, (code - shift) * scale, is kept
-    beside them and folded into the projector's first layer as it is used.
+    The stored codes are never changed: `standardize_codebook` stores (code - shift) * scale as two buffers, which are
+    folded into the first layer of the projector.
     """
 
     config_class = LcConfig
@@ -82,15 +82,15 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.register_buffer("scale", torch.ones(()))
         self.projector = make_projector(config)
         self.normalize_latent = config.normalize_latent
-        self.projected: tuple[tuple[int, ...], Tensor] | None = None  # a state of the weights, its projected codes
+        self.projected: tuple[tuple[int, ...], Tensor] | None = None  # weights_state(), the projected codes
 
-    def compared(self, latent: Tensor) -> Tensor:
+    def search_input(self, latent: Tensor) -> Tensor:
         if self.normalize_latent:
             latent = latent.float() / latent.float().norm(dim=1, keepdim=True)
-        return super().compared(latent)
+        return super().search_input(latent)
 
     def raw_codebook(self) -> Tensor:
-        """The projected codes, float32[K, C], without gradient; computed once per state of frozen weights.
+        """The projected codes, float32[K, C], without gradient; cached while the weights are frozen.
 
         Raises:
             ConfigError: no codebook has been loaded.
@@ -104,29 +104,29 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
 
     @property
     def frozen(self) -> bool:
-        """In evaluation, with no weight left to train: a fused optimizer steps without a trace in the versions."""
+        """Whether no weight can change. (Fused optimizers change weights without changing their versions.)"""
         return not self.training and not any(parameter.requires_grad for parameter in self.parameters())
 
     @torch.no_grad()
     def project_all(self) -> Tensor:
         self.check_loaded()
-        return torch.cat([self.project(features) for features in self.codes.split(ROWS_AT_ONCE)])
+        return torch.cat([self.project(features) for features in self.codes.split(CODES_PER_CHUNK)])
 
     def raw_embed(self, ids: Tensor) -> Tensor:
         if self.frozen:
             return self.raw_codebook()[ids]
-        chosen, places = ids.unique(return_inverse=True)
-        return self.project(self.codes[chosen])[places]
+        selected, inverse = ids.unique(return_inverse=True)
+        return self.project(self.codes[selected])[inverse]
 
     def project(self, features: Tensor) -> Tensor:
         """float[R, F] -> float[R, C]: projector((features - shift) * scale)."""
         if len(self.projector) == 0:
             return (features - self.shift) * self.scale
-        first, *rest = self.projector
+        first, *others = self.projector
         assert isinstance(first, nn.Linear)
         weight = first.weight * self.scale
         hidden = F.linear(features, weight, first.bias - weight @ self.shift)
-        for layer in rest:
+        for layer in others:
             hidden = layer(hidden)
         return hidden
 
@@ -142,7 +142,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
-        """Orthogonal projector, its biases zero; then shift and scale so that projected codes have unit variance."""
+        """Make the projector orthogonal, without biases, and set shift and scale so that codes have unit variance."""
         self.check_loaded()
         self.shift.copy_(self.codes.mean(0))
         self.scale.fill_(1.0)
@@ -152,11 +152,11 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
             layer.bias.zero_()
         projected = self.project(self.codes)
         self.scale.copy_(1 / projected.var(0, unbiased=False).mean().sqrt())
-        if len(layers) > 1:  # a ReLU between moves the mean; without biases it is homogeneous, so it scales too
+        if len(layers) > 1:  # the ReLU moves the mean; without biases the MLP is homogeneous, so the mean scales too
             layers[-1].bias.copy_(-projected.mean(0) * self.scale)
 
     def weights_state(self) -> tuple[int, ...]:
-        """Numbers that change whenever a weight of the projection is written in place or replaced."""
+        """Numbers that change whenever a weight of the projection is changed in place or replaced."""
         tensors = (self.codes, self.shift, self.scale, *self.projector.parameters())
         versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         return (*versions, *(tensor.data_ptr() for tensor in tensors))
@@ -170,7 +170,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
 
 
 def make_projector(config: LcConfig) -> nn.Sequential:
-    """The projector as released: Linear with weight ~ N(0, 1/sqrt(C)), MLP with PyTorch's own initialisation."""
+    """The released projector: Linear with weights from N(0, std 1/sqrt(C)), or an MLP with PyTorch's initialization."""
     if config.projector == "none":
         return nn.Sequential()
     if config.projector == "mlp":

@@ -25,35 +25,34 @@ from vqpipe.quantizers.base import (
 )
 
 EPSILON = 1e-5
-"""Added to each mean probability inside its logarithm, as released. It keeps gradients finite where no vector comes
-near a code; with 2^18 codes, whose fair share is 4e-6, it also lowers the largest batch entropy from 12.5 to 11.2."""
+"""Added to each mean probability inside the logarithm, as released. Keeps gradients finite for codes far from every
+vector. With 2^18 codes, where the uniform probability is 4e-6, it also lowers the largest batch entropy from 12.5 to
+11.2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LfqConfig(QuantizerConfig):
-    """2^D codes, the corners of a cube, without a table. Defaults are Open-MAGVIT2's."""
+    """2^D implicit codes, the corners of a cube. The defaults are Open-MAGVIT2's."""
 
     kind: ClassVar[str] = "lfq"
 
     code_dim: int = 18
     """D, channels of the latent and bits of an id."""
     entropy_temperature: float = 0.01
-    """Of the softmax over codes in the entropy term; latents much longer than it have an entropy near 0."""
+    """Temperature of the softmax over codes in the entropy term; much larger latents have an entropy near 0."""
     sample_weight: float = 1.0
-    """Of the mean entropy of a vector's own distribution, which is minimised, in the entropy term."""
+    """Weight of the mean entropy of each vector's distribution, which is minimized, in the entropy term."""
     batch_weight: float = 1.0
-    """Of the entropy of the mean distribution, which is maximised, in the entropy term."""
+    """Weight of the entropy of the mean distribution, which is maximized, in the entropy term."""
     entropy_bits: int = 18
-    """Channels whose joint distribution the batch entropy looks at, so up to 2^this numbers are held. With fewer than
-    D the entropies of successive groups are summed, which bounds the joint one from above."""
+    """Channels per joint distribution in the batch entropy, which takes 2^entropy_bits numbers. With fewer than D, the
+    entropies of consecutive groups of channels are summed, an upper bound of the joint entropy."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.code_dim <= 62:
-            raise ConfigError(
-                f"code_dim = {self.code_dim} bits do not make an int64 id", "Use 1 to 62; 18 as published"
-            )
+            raise ConfigError(f"code_dim = {self.code_dim} bits do not fit an int64 id", "Use 1 to 62; 18 as published")
         if not 1 <= self.entropy_bits <= 24:
-            raise ConfigError(f"entropy_bits = {self.entropy_bits} should be 1 to 24: 2^entropy_bits numbers are held")
+            raise ConfigError(f"entropy_bits = {self.entropy_bits} should be 1 to 24: it takes 2^entropy_bits numbers")
         if self.entropy_temperature <= 0:
             raise ConfigError(f"entropy_temperature = {self.entropy_temperature} should be positive")
 
@@ -64,17 +63,16 @@ class LfqConfig(QuantizerConfig):
 
 
 class LookupFreeQuantizer(Quantizer):
-    """Each channel becomes +1 where it is positive, else -1; channel i is the bit of weight 2^i of the id.
+    """Each channel becomes +1 where it is positive, else -1; channel i is bit i of the id.
 
-    "commitment" is the plain mean of (latent - code)^2. "entropy" is sample_weight * E[H(p)] - batch_weight * H(E[p])
+    "commitment" is the mean of (latent - code)^2. "entropy" is sample_weight * E[H(p)] - batch_weight * H(E[p])
     in nats, with p = softmax(2 <z, c> / temperature) over all 2^D codes c, which is softmax(-|z - c|^2 / temperature)
-    since all codes are equally long. As released, E is over this rank's vectors, so its batch entropy is that of the
-    images a rank sees, not of the global batch. The released code fills an N x 2^D table, and leaves the term out in
-    evaluation; here p is what it is, a product over channels:
+    since all codes are equally long. As released, E is the mean over the vectors of this rank, not of the global batch.
+    The released code computes an N x 2^D matrix, and omits the term in evaluation. Here p is factored over channels:
 
-    - a vector's entropy is the sum of its channels' D binary entropies, exactly;
-    - the mean of p over vectors is one product of two N x 2^(b/2) matrices, each half of a group's channels jointly,
-      exactly for a group of b channels. The default is one group: the joint entropy of all channels.
+    - the entropy of a vector is the sum of the D binary entropies of its channels, exactly;
+    - the mean of p over vectors is the product of two N x 2^(b/2) matrices, one for each half of a group of b channels,
+      exactly. The default is one group: the joint entropy of all channels.
     """
 
     config_class = LfqConfig
@@ -93,22 +91,22 @@ class LookupFreeQuantizer(Quantizer):
             latent = latent.float()
             bits = latent > 0
             codes = 2.0 * bits - 1
-            ids = (bits.long() << self.places(latent).view(-1, 1, 1)).sum(1).flatten(1)
+            ids = (bits.long() << self.bit_positions(latent.device).view(-1, 1, 1)).sum(1).flatten(1)
             losses = {"commitment": F.mse_loss(latent, codes), "entropy": self.entropy(to_rows(latent))}
             return Quantized(straight_through(latent, codes), ids, losses)
 
     def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
         check_ids(ids, self.codebook_size)
         (grid,) = layout.split(ids)
-        codes = 2.0 * (grid >> self.places(ids) & 1) - 1  # [B, h, w, 1] against [D]
+        codes = 2.0 * (grid >> self.bit_positions(ids.device) & 1) - 1  # [B, h, w, 1] against [D]
         return codes.masked_fill(grid < 0, 0.0).permute(0, 3, 1, 2).contiguous()
 
-    def places(self, like: Tensor) -> Tensor:
-        """The binary place of each channel, int64[D]."""
-        return torch.arange(self.latent_dim, device=like.device)
+    def bit_positions(self, device: torch.device) -> Tensor:
+        """The bit of each channel in an id, int64[D]."""
+        return torch.arange(self.latent_dim, device=device)
 
     def entropy(self, vectors: Tensor) -> Tensor:
-        """The entropy term of float32[N, D], a scalar that gets lower as ids become certain and diverse."""
+        """The entropy term of float32[N, D], a scalar; low where ids are certain and diverse."""
         logits = 4 * vectors / self.temperature  # log p(+1) - log p(-1) of each channel
         sample = binary_entropy(logits).sum(1).mean()
         batch = sum(joint_entropy(group) for group in logits.split(self.entropy_bits, dim=1))
@@ -122,10 +120,10 @@ def binary_entropy(logits: Tensor) -> Tensor:
 
 
 def joint_entropy(logits: Tensor) -> Tensor:
-    """The entropy in nats of the mean over vectors of their distributions over the 2^b sign patterns.
+    """The entropy in nats of the distribution over the 2^b sign patterns, averaged over vectors.
 
     Args:
-        logits: float[N, b], log-odds of each channel's sign being +1.
+        logits: float[N, b], log-odds of the sign +1 of each channel.
     """
     low, high = (joint_probabilities(half) for half in logits.tensor_split(2, dim=1))
     mean = high.T @ low / len(logits)
@@ -133,11 +131,11 @@ def joint_entropy(logits: Tensor) -> Tensor:
 
 
 def joint_probabilities(logits: Tensor) -> Tensor:
-    """float[N, b] log-odds of independent signs -> the probability of each pattern, float[N, 2^b], the first lowest."""
-    table = logits.new_ones(len(logits), 1)
+    """Return the probabilities float[N, 2^b] of sign patterns from log-odds float[N, b]; channel 0 is bit 0."""
+    patterns = logits.new_ones(len(logits), 1)
     for channel in logits.T.unsqueeze(2):
-        table = torch.cat([table * torch.sigmoid(-channel), table * torch.sigmoid(channel)], dim=1)
-    return table
+        patterns = torch.cat([patterns * torch.sigmoid(-channel), patterns * torch.sigmoid(channel)], dim=1)
+    return patterns
 
 
 def shannon_entropy(probabilities: Tensor) -> Tensor:

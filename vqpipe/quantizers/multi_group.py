@@ -1,4 +1,4 @@
-"""`multi_group`: the latent's channels in groups, each with a codebook of its own, the quantizer of MGVQ.
+"""`multi_group`: the channels of the latent in groups, each with its own codebook, the quantizer of MGVQ.
 
 Jia et al. 2025, "MGVQ: Could VQ-VAE Beat VAE? A Generalizable Tokenizer with Multi-group Quantization", section 3.
 Shapes: B images, C channels, G groups, K codes of one group, h x w positions, N = h * w * G ids an image.
@@ -27,43 +27,43 @@ from vqpipe.search import nearest
 
 @dataclass(frozen=True, kw_only=True)
 class MultiGroupConfig(QuantizerConfig):
-    """G quantizers alike, side by side; the defaults are MGVQ's G4, 4 codebooks of 8192 codes with 8 channels."""
+    """G quantizers of one config; the defaults are MGVQ's G4, 4 codebooks of 8192 codes with 8 channels."""
 
     kind: ClassVar[str] = "multi_group"
 
     num_groups: int = 4
     """G, ids per position."""
     group: QuantizerConfig = field(default_factory=lambda: CvqConfig(codebook_size=8192, code_dim=8, normalize=True))
-    """Each group's quantizer: of any kind with one id per position. Sizes are one group's, never the total."""
+    """The quantizer of each group, of any kind with one id per position. Sizes are per group, never the total."""
     masking: Literal["sample", "batch", "off"] = "sample"
-    """Nested masking in training: how many groups to keep is drawn for every image, or once for a rank's batch, as
-    in the released code; or all are kept, as in MGVQ's fine-tuning phase."""
+    """Nested masking in training: the number of groups to keep is sampled for every image, or once for the batch of a
+    rank, as in the released code; "off" keeps all, as in MGVQ's fine-tuning phase."""
     keep_probabilities: tuple[float, ...] = ()
     """Probability of keeping 1, 2, ..., G groups; empty: `default_keep_probabilities`."""
 
     def __post_init__(self) -> None:
         if self.num_groups < 1:
             raise ConfigError(f"num_groups = {self.num_groups} should be at least 1")
-        given = self.keep_probabilities
-        if given and (len(given) != self.num_groups or min(given) < 0 or abs(sum(given) - 1) > 1e-6):
+        p = self.keep_probabilities
+        if p and (len(p) != self.num_groups or min(p) < 0 or abs(sum(p) - 1) > 1e-6):
             raise ConfigError(
-                f"keep_probabilities = {list(given)} are not {self.num_groups} probabilities that sum to 1",
-                "Give one for keeping 1, 2, ... groups each, or leave them out",
+                f"keep_probabilities = {list(p)} are not {self.num_groups} probabilities that sum to 1",
+                "Set one for each of 1, 2, ..., num_groups groups, or leave them out",
             )
 
 
 class MultiGroupQuantizer(Quantizer):
-    """Channels [g C / G, (g + 1) C / G) are quantized by group g, knowing nothing of the others.
+    """Channels [g C / G, (g + 1) C / G) are quantized by group g, independently of the others.
 
-    Nested masking (section 3, after nested dropout, Rippel et al. 2014): in training only the first k groups are
-    kept, with k random, so that the first groups learn to carry the most. A masked group's codes are zero and its
-    ids -1; it has no loss, moves no code, and its latent gets no gradient. The released code drops a masked group's
-    column of ids, draws for at most four groups, so that with eight the last four always stay, and has masking
-    commented out for fine-tuning; ours is nested for any G.
+    Nested masking (section 3, after nested dropout, Rippel et al. 2014): in training only the first k groups are kept,
+    with random k, so that the first groups learn the most important information. A masked group has zero codes, ids -1,
+    no loss, no codebook update and no gradient for its latent. The released code drops the ids of a masked group,
+    samples for at most four groups, so that with eight the last four are never masked, and has masking commented out
+    for fine-tuning; here masking is nested for any G.
 
-    A loss is the mean of the groups' losses over images and groups, a masked pair counting 0: with every group kept
-    it stays on the scale of one quantizer over all C channels. The released code hands the groups' losses on one by
-    one, and how its training adds them up is not released.
+    A loss is the mean of the losses over images and groups, where masked pairs count as 0: with all groups kept it has
+    the scale of one quantizer over all C channels. The released code returns one loss per group; how its training sums
+    them is not released.
     """
 
     config_class = MultiGroupConfig
@@ -72,7 +72,7 @@ class MultiGroupQuantizer(Quantizer):
         groups = [build_quantizer(config.group) for _ in range(config.num_groups)]
         if groups[0].num_groups != 1 or type(groups[0]).layout is not Quantizer.layout:
             raise ConfigError(
-                f"the {config.group.kind} quantizer gives more than one id per position, so it cannot be a group's",
+                f"the {config.group.kind} quantizer gives more than one id per position, so it cannot be grouped",
                 "Choose another model.quantizer.group.kind",
             )
         super().__init__(
@@ -83,16 +83,16 @@ class MultiGroupQuantizer(Quantizer):
         )
         self.channel_groups = config.num_groups
         self.groups = nn.ModuleList(groups)
-        self.loss_names = groups[0].loss_names  # type: ignore[misc]  # for this class they depend on the config
+        self.loss_names = groups[0].loss_names  # type: ignore[misc]  # depends on the config here
         self.masking = config.masking
         self.keep_probabilities = config.keep_probabilities or default_keep_probabilities(config.num_groups)
 
     def forward(self, latent: Tensor) -> Quantized:
-        kept = self.draw_groups_kept(len(latent))
-        found = self.search_together(latent)
+        num_kept = self.sample_num_kept(len(latent))
+        ids_by_group = self.search_all_groups(latent)
         parts = [
-            quantize_kept(group, part, kept > number, found[number])
-            for number, (group, part) in enumerate(self.with_channels(latent))
+            quantize_masked(group, part, num_kept > number, ids_by_group[number])
+            for number, (group, part) in enumerate(self.split_channels(latent))
         ]
         codes = torch.cat([part.codes for part in parts], dim=1)
         ids = torch.stack([part.ids for part in parts], dim=-1).flatten(1)
@@ -100,26 +100,26 @@ class MultiGroupQuantizer(Quantizer):
         return Quantized(codes, ids, losses)
 
     @torch.no_grad()
-    def search_together(self, latent: Tensor) -> list[Tensor] | list[None]:
-        """Every group's ids, int64[B, h * w], found in one search; None where groups do not just take the nearest code.
+    def search_all_groups(self, latent: Tensor) -> list[Tensor] | list[None]:
+        """The ids of each group, int64[B, h * w], from one batched search; None if groups have a forward of their own.
 
-        Masked groups are searched with the others: one launch on a GPU costs less than a launch for each.
+        Masked groups are searched too: one kernel launch costs less than one per group.
         """
-        parts = [(group, part) for group, part in self.with_channels(latent) if isinstance(group, CodebookQuantizer)]
+        parts = [(group, part) for group, part in self.split_channels(latent) if isinstance(group, CodebookQuantizer)]
         if not parts or type(parts[0][0]).forward is not CodebookQuantizer.forward:
             return [None] * self.num_groups
         with torch.autocast(latent.device.type, enabled=False):
-            vectors = torch.stack([to_rows(group.compared(part)) for group, part in parts])
+            vectors = torch.stack([to_rows(group.search_input(part)) for group, part in parts])
             codebooks = torch.stack([group.codebook() for group, _ in parts])
             ids = nearest(vectors, codebooks, parts[0][0].metric, check=not self.training)
         return list(ids.unflatten(1, (len(latent), -1)))
 
-    def draw_groups_kept(self, batch_size: int) -> Tensor:
-        """How many groups each image keeps: int64[B] on the CPU, whose generator draws it."""
+    def sample_num_kept(self, batch_size: int) -> Tensor:
+        """Sample the number of groups each image keeps, int64[B] on the CPU, from the default CPU generator."""
         if self.masking == "off" or not self.training:
             return torch.full((batch_size,), self.num_groups)
-        draws = torch.rand(batch_size if self.masking == "sample" else 1)
-        return groups_kept(draws, self.keep_probabilities).expand(batch_size)
+        uniform = torch.rand(batch_size if self.masking == "sample" else 1)
+        return num_kept_of(uniform, self.keep_probabilities).expand(batch_size)
 
     def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
         (grid,) = layout.split(ids)
@@ -129,78 +129,79 @@ class MultiGroupQuantizer(Quantizer):
 
     def update(self, latent: Tensor, ids: Tensor) -> None:
         by_group = ids.unflatten(1, (-1, self.num_groups)).unbind(-1)
-        for (group, part), group_ids in zip(self.with_channels(latent), by_group, strict=True):
+        for (group, part), group_ids in zip(self.split_channels(latent), by_group, strict=True):
             kept = group_ids[:, 0] >= 0
-            group.update(part[kept], group_ids[kept])  # even of no image: other ranks may have some
+            group.update(part[kept], group_ids[kept])  # also without images: the update is collective
 
     def codebook(self) -> Tensor:
         return torch.stack([group.codebook() for group in self.quantizers()])
 
     def load_codebook(self, codebook: Tensor) -> None:
-        """Take float[K, F] for every group, or float[G * K, F], the groups' tables one below the other."""
-        whole = len(codebook) == self.num_groups * self.codebook_size
-        tables = codebook.chunk(self.num_groups) if whole else [codebook] * self.num_groups
-        for group, table in zip(self.quantizers(), tables, strict=True):
-            group.load_codebook(table)
+        """Load float[K, F] into every group, or float[G * K, F], the concatenated codebooks of the groups."""
+        concatenated = len(codebook) == self.num_groups * self.codebook_size
+        codebooks = codebook.chunk(self.num_groups) if concatenated else [codebook] * self.num_groups
+        for group, part in zip(self.quantizers(), codebooks, strict=True):
+            group.load_codebook(part)
 
     def standardize_codebook(self) -> None:
         for group in self.quantizers():
             group.standardize_codebook()
 
     def quantizers(self) -> list[Quantizer]:
-        """The groups' quantizers, in order."""
-        return list(self.groups)  # type: ignore[arg-type]  # a ModuleList forgets what it holds
+        """The quantizers of the groups, in order."""
+        return list(self.groups)  # type: ignore[arg-type]  # a ModuleList is not generic
 
-    def with_channels(self, latent: Tensor) -> list[tuple[Quantizer, Tensor]]:
-        """Each group's quantizer with its channels float[B, C / G, h, w] of the latent."""
+    def split_channels(self, latent: Tensor) -> list[tuple[Quantizer, Tensor]]:
+        """Pair the quantizer of each group with its channels of the latent, float[B, C / G, h, w]."""
         return list(zip(self.quantizers(), latent.chunk(self.num_groups, dim=1), strict=True))
 
 
-def quantize_kept(group: Quantizer, latent: Tensor, kept: Tensor, found: Tensor | None) -> Quantized:
-    """What `group` makes of its channels of the images where `kept`, bool[B] on the CPU; the others are masked.
+def quantize_masked(group: Quantizer, latent: Tensor, kept: Tensor, ids: Tensor | None) -> Quantized:
+    """Quantize the channels of one group, masking the images where `kept`, bool[B] on the CPU, is false.
 
-    `found` are its ids, int64[B, h * w], where they have been searched for.
+    The losses are scaled by the share of images kept. If it is 0, the weights of the group get a zero gradient, since
+    DistributedDataParallel needs a gradient for each.
 
-    Its losses are scaled by the share of images kept. Where there is none, its weights get a zero gradient rather
-    than none, which DistributedDataParallel would wait for.
+    Args:
+        ids: the ids of the group, int64[B, h * w], if already searched.
     """
     if kept.all():
-        return quantize(group, latent, found)
-    chosen = kept.nonzero().flatten().to(latent.device, non_blocking=True)
+        return quantize(group, latent, ids)
+    index = kept.nonzero().flatten().to(latent.device, non_blocking=True)
     codes = torch.zeros_like(latent, dtype=torch.float32)
-    ids = torch.full((len(latent), group.layout(*latent.shape[2:]).num_tokens), -1, device=latent.device)
-    if len(chosen) == 0:
+    masked_ids = torch.full((len(latent), group.layout(*latent.shape[2:]).num_tokens), -1, device=latent.device)
+    if len(index) == 0:
         zero = codes.new_zeros(()) + sum(0 * weight.sum() for weight in group.parameters())
-        return Quantized(codes + zero, ids, dict.fromkeys(group.loss_names, zero))
-    part = quantize(group, latent[chosen], None if found is None else found[chosen])
+        return Quantized(codes + zero, masked_ids, dict.fromkeys(group.loss_names, zero))
+    part = quantize(group, latent[index], None if ids is None else ids[index])
     return Quantized(
-        codes.index_copy(0, chosen, part.codes),
-        ids.index_copy(0, chosen, part.ids),
-        {name: loss * (len(chosen) / len(latent)) for name, loss in part.losses.items()},
+        codes.index_copy(0, index, part.codes),
+        masked_ids.index_copy(0, index, part.ids),
+        {name: loss * (len(index) / len(latent)) for name, loss in part.losses.items()},
     )
 
 
-def quantize(group: Quantizer, latent: Tensor, found: Tensor | None) -> Quantized:
-    """`group(latent)`, without the search where its ids are known."""
-    if found is None:
+def quantize(group: Quantizer, latent: Tensor, ids: Tensor | None) -> Quantized:
+    """`group(latent)`, without the search if `ids` are given."""
+    if ids is None:
         return group(latent)
     assert isinstance(group, CodebookQuantizer)
     with torch.autocast(latent.device.type, enabled=False):
-        return group.replaced(group.compared(latent), found)
+        return group.quantized(group.search_input(latent), ids)
 
 
 def default_keep_probabilities(num_groups: int) -> tuple[float, ...]:
-    """Probabilities of keeping 1, ..., G groups: 0.2 for the first alone, 0.6 for all, the rest even between.
+    """Probabilities of keeping 1, ..., G groups: 0.2 for one, 0.6 for all, the remaining 0.2 split evenly.
 
-    For G = 4 they are [0.2, 0.1, 0.1, 0.6], the thresholds commented out in MGVQ's released code; the paper states
-    none for other G. With nothing between, the first alone has the rest: [0.4, 0.6] for G = 2, [1] for G = 1.
+    For G = 4 they are [0.2, 0.1, 0.1, 0.6], the thresholds commented out in MGVQ's released code; the paper gives none
+    for other G. For G = 2 they are [0.4, 0.6], for G = 1 [1].
     """
     if num_groups <= 2:
         return ((1.0,), (0.4, 0.6))[num_groups - 1]
     return (0.2, *[0.2 / (num_groups - 2)] * (num_groups - 2), 0.6)
 
 
-def groups_kept(draws: Tensor, keep_probabilities: tuple[float, ...]) -> Tensor:
-    """Uniform draws float[B] in [0, 1) -> how many groups are kept, int64[B] in 1..G: few where the draw is small."""
-    thresholds = torch.tensor(list(accumulate(keep_probabilities))[:-1], dtype=draws.dtype)
-    return 1 + torch.bucketize(draws, thresholds, right=True)
+def num_kept_of(uniform: Tensor, keep_probabilities: tuple[float, ...]) -> Tensor:
+    """Map uniform numbers float[B] in [0, 1) to the number of groups to keep, int64[B] in 1..G, by the inverse CDF."""
+    thresholds = torch.tensor(list(accumulate(keep_probabilities))[:-1], dtype=uniform.dtype)
+    return 1 + torch.bucketize(uniform, thresholds, right=True)

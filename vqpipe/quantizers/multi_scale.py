@@ -1,11 +1,11 @@
-"""`multi_scale`: residual quantization over grids that grow to the latent's own, the quantizer of VAR.
+"""`multi_scale`: residual quantization over grids of increasing resolution, the quantizer of VAR.
 
 Tian et al. 2024, "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction", section 3.2.
 Shapes: B images, C channels, h x w positions of the latent, S scales, K codes.
 
-VAR released networks, weights and the quantizer's forward pass with its losses (models/quant.py), not the program that
-trained them. From that code: the order of the steps, the two losses and their mean over scales, phi, and which phi
-serves which scale. Not in it, and chosen here: how codes and phi start, and the grids of other latents.
+VAR released networks, weights and the quantizer's forward pass with its losses (models/quant.py), but no training code.
+From it: the order of the steps, the two losses and their mean over scales, phi, and the assignment of phis to scales.
+Not released, and our choice: the initialization of codes and phi, and the grids for other latent sizes.
 """
 
 from collections.abc import Iterator
@@ -31,13 +31,13 @@ class MultiScaleConfig(CodebookConfig):
     kind: ClassVar[str] = "multi_scale"
 
     codebook_size: int = 4096
-    """K, codes that every scale shares."""
+    """K, codes shared by all scales."""
     code_dim: int = 32
     """Channels of a code."""
     scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    """Sides of the grids of a latent as large as the last of them; for another latent they shrink or grow with it."""
+    """Sides of the grids for a latent of the last side; scaled in proportion for latents of another size."""
     num_phis: int = 4
-    """Convolutions phi, shared by neighbouring scales."""
+    """Number of convolutions phi, shared by neighboring scales."""
     phi_ratio: float = 0.5
     """r in phi(x) = (1 - r) x + r conv(x), in [0, 1]."""
 
@@ -51,7 +51,7 @@ class MultiScaleConfig(CodebookConfig):
         if self.num_phis < 1 or not 0 <= self.phi_ratio <= 1:
             raise ConfigError(
                 f"num_phis = {self.num_phis} should be at least 1 and phi_ratio = {self.phi_ratio} in [0, 1]",
-                "VAR takes 4 and 0.5",
+                "VAR uses 4 and 0.5",
             )
         if self.normalize:
             raise ConfigError(
@@ -61,14 +61,14 @@ class MultiScaleConfig(CodebookConfig):
 
 
 class MultiScaleQuantizer(VectorQuantizer):
-    """Quantizes the latent coarse to fine, each scale what the coarser ones left over (Algorithms 1 and 2).
+    """Quantizes the latent coarse to fine, at each scale the residual of the coarser ones (Algorithms 1 and 2).
 
-    At each scale the rest, averaged down to the scale's grid, is replaced by its nearest codes; these, brought back
-    to h x w by bicubic interpolation and sharpened by a convolution phi, are added to the sum and taken from the rest.
-    "commitment" and "codebook" are means over the scales of |latent - sum so far|^2, so that the coarse scales learn
-    to carry the most; by the second learn codes and phi, which the decoder's gradient does not reach.
+    At each scale the residual is averaged to the grid of the scale and replaced by its nearest codes. These are
+    upsampled to h x w by bicubic interpolation, passed through a convolution phi, added to the sum, and subtracted from
+    the residual. "commitment" and "codebook" are means over the scales of |latent - partial sum|^2, so that coarse
+    scales learn the most important information. "codebook" trains codes and phi; the decoder's gradient does not.
 
-    The first scales alone decode to a coarser image: a scale whose ids are all negative adds nothing.
+    The first scales alone decode to a coarser image: a scale whose ids are all negative adds zero.
     """
 
     config_class = MultiScaleConfig
@@ -77,14 +77,14 @@ class MultiScaleQuantizer(VectorQuantizer):
         super().__init__(config)
         self.scales, self.phi_ratio = config.scales, config.phi_ratio
         convs = [nn.Conv2d(config.code_dim, config.code_dim, 3) for _ in range(config.num_phis)]
-        # One tensor for all phi: a small latent has too few scales to use them all, yet each weight gets a gradient.
+        # One tensor for all phi: small latents do not use them all, and DistributedDataParallel needs every gradient.
         self.phi_weights = nn.Parameter(torch.stack([conv.weight.detach() for conv in convs]))
         self.phi_biases = nn.Parameter(torch.zeros(config.num_phis, config.code_dim))
 
     def layout(self, height: int, width: int) -> TokenLayout:
-        """The scales in units of the last one, rounded and at least 1, without repetitions; the last is the latent's.
+        """The scales in proportion to the last one, rounded, at least 1, without duplicates; the last is the latent's.
 
-        At 512 pixels VAR's code takes 1, 2, 3, 4, 6, 9, 13, 18, 24, 32 instead, not in proportion to those at 256.
+        VAR's code for 512 pixels has 1, 2, 3, 4, 6, 9, 13, 18, 24, 32 instead, not in proportion to those for 256.
         """
         last = self.scales[-1]
         sides = [(max(1, round(height * side / last)), max(1, round(width * side / last))) for side in self.scales]
@@ -94,18 +94,18 @@ class MultiScaleQuantizer(VectorQuantizer):
         with torch.autocast(latent.device.type, enabled=False):
             latent = latent.float()
             layout = self.layout(*latent.shape[2:])
-            rest, total = latent.detach(), torch.zeros_like(latent)
+            residual, total = latent.detach(), torch.zeros_like(latent)
             ids, terms = [], []
             for scale, grid in enumerate(layout.grids):
-                chosen = nearest(
-                    to_rows(F.interpolate(rest, grid, mode="area")),
+                nearest_ids = nearest(
+                    to_rows(F.interpolate(residual, grid, mode="area")),
                     self.codebook(),
                     self.metric,
                     check=not self.training,
                 )
-                ids.append(chosen.view(len(latent), *grid))
-                codes = self.upsampled(ids[-1], scale, layout)
-                rest, total = rest - codes.detach(), total + codes
+                ids.append(nearest_ids.view(len(latent), *grid))
+                codes = self.upsample(ids[-1], scale, layout)
+                residual, total = residual - codes.detach(), total + codes
                 terms.append(self.losses(latent, total))
             losses = {name: torch.stack([term[name] for term in terms]).mean() for name in self.loss_names}
             return Quantized(straight_through(latent, total), layout.join(ids), losses)
@@ -115,33 +115,33 @@ class MultiScaleQuantizer(VectorQuantizer):
         total = torch.zeros(len(ids), self.latent_dim, *layout.grids[-1], device=ids.device)
         with torch.autocast(ids.device.type, enabled=False):
             for scale, grid in enumerate(layout.split(ids)):
-                total = total + self.upsampled(grid.squeeze(-1), scale, layout)
+                total = total + self.upsample(grid.squeeze(-1), scale, layout)
         return total
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
-        """Match the codes, and make each phi the identity: what leaves the rest is then the code that was nearest."""
+        """Standardize the codes, and make each phi the identity."""
         super().standardize_codebook()
         for weight in self.phi_weights:
             nn.init.dirac_(weight)
         self.phi_biases.zero_()
 
-    def upsampled(self, ids: Tensor, scale: int, layout: TokenLayout) -> Tensor:
-        """Ids of one scale int64[B, h_s, w_s] -> its share of the sum, float32[B, C, h, w]."""
-        given = (ids >= 0).unsqueeze(1)
-        codes = self.embed(ids.clamp(min=0)).permute(0, 3, 1, 2).contiguous() * given
+    def upsample(self, ids: Tensor, scale: int, layout: TokenLayout) -> Tensor:
+        """Return the summand float32[B, C, h, w] of one scale from its ids int64[B, h_s, w_s]."""
+        valid = (ids >= 0).unsqueeze(1)
+        codes = self.embed(ids.clamp(min=0)).permute(0, 3, 1, 2).contiguous() * valid
         if ids.shape[1:] != layout.grids[-1]:
             codes = F.interpolate(codes, layout.grids[-1], mode="bicubic")
-        phi = phi_of(scale, len(layout.grids), len(self.phi_weights))
+        phi = phi_index(scale, len(layout.grids), len(self.phi_weights))
         with full_float32_convolution():
-            sharpened = F.conv2d(codes, self.phi_weights[phi], self.phi_biases[phi], padding=1)
-        return codes.lerp(sharpened, self.phi_ratio) * given.any(dim=(2, 3), keepdim=True)
+            convolved = F.conv2d(codes, self.phi_weights[phi], self.phi_biases[phi], padding=1)
+        return codes.lerp(convolved, self.phi_ratio) * valid.any(dim=(2, 3), keepdim=True)
 
 
-def phi_of(scale: int, num_scales: int, num_phis: int) -> int:
-    """Which phi serves a scale: that whose tick in (0, 1) is nearest to scale / (num_scales - 1), as released.
+def phi_index(scale: int, num_scales: int, num_phis: int) -> int:
+    """The phi of a scale: the one whose tick in (0, 1) is nearest to scale / (num_scales - 1), as released.
 
-    NumPy's arithmetic is part of it: with VAR's ten scales two lie midway between two ticks, and rounding decides.
+    It must be computed by NumPy: with VAR's ten scales there are two ties, which its rounding breaks.
     """
     margin = (1 / 3 if num_phis == 4 else 1 / 2) / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
@@ -150,8 +150,8 @@ def phi_of(scale: int, num_scales: int, num_phis: int) -> int:
 
 @contextmanager
 def full_float32_convolution() -> Iterator[None]:
-    """No TF32 inside, which would leave every sum of codes with errors in its third digit."""
-    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # there, but not in torch's annotations
+    """Disable TF32, which would give sums of codes relative errors of 1e-3."""
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # missing in torch's stubs
     before = convolution.fp32_precision
     convolution.fp32_precision = "ieee"
     try:

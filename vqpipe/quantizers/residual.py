@@ -1,4 +1,4 @@
-"""`residual`: codes that add up, each the nearest to what those before it left over, the quantizer of RQ-VAE.
+"""`residual`: a sum of codes, each the nearest to the residual of those before, the quantizer of RQ-VAE.
 
 Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization", section 3.1.
 Shapes: B images, C channels, D depths, h x w positions, N latent vectors, K codes.
@@ -26,30 +26,30 @@ from vqpipe.quantizers.ema import EmaConfig, EmaQuantizer
 from vqpipe.search import nearest
 
 COPY_NOISE = 0.01
-"""Of copies of a residual: uniform noise in [0, 0.01 / sqrt(C)) on every channel, as released, sets them apart."""
+"""Scale of the noise added to copies of a residual: uniform in [0, 0.01 / sqrt(C)) on every channel, as released."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualConfig(CodebookConfig):
-    """D ids per position, whose codes are summed; the first k of them are a coarser code of the same latent."""
+    """D ids per position, whose codes are summed; the first k are a coarser quantization of the same latent."""
 
     kind: ClassVar[str] = "residual"
 
     depth: int = 4
     """D, ids per position."""
     shared: bool = True
-    """One codebook for every depth, as in the paper's experiments; else one for each."""
+    """One codebook for all depths, as in the paper's experiments; else one per depth."""
     decay: float = 0.99
-    """Share of the moving averages that one step keeps."""
+    """Decay of the moving averages, per step."""
     epsilon: float = 1e-5
-    """Added to each code's count before dividing by it (Laplace smoothing)."""
+    """Added to the count of each code before the division (Laplace smoothing)."""
     restart: bool = True
-    """Move codes used less than once a step, on (decayed) average, to residuals of the batch."""
+    """Restart codes used less than once per step, on (decayed) average, at residuals of the batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth < 1:
-            raise ConfigError(f"depth = {self.depth} should be at least 1", "The paper takes model.quantizer.depth = 4")
+            raise ConfigError(f"depth = {self.depth} should be at least 1", "The paper uses model.quantizer.depth = 4")
         if self.normalize:
             raise ConfigError(
                 "the residual quantizer sums its codes, so they cannot be unit vectors",
@@ -58,14 +58,14 @@ class ResidualConfig(CodebookConfig):
 
 
 class ResidualQuantizer(Quantizer):
-    """Quantizes the latent, then D - 1 times what is left of it.
+    """Quantizes the latent, then D - 1 times the residual.
 
-    "commitment" is the mean over depths of |latent - sg(sum of the codes so far)|^2, itself a mean over elements. The
-    paper adds the depths up, the released code averages them: we follow the code.
+    "commitment" is the mean over depths of |latent - sg(partial sum of codes)|^2, itself a mean over elements. The
+    paper sums over depths, the released code averages: we follow the code.
 
-    The codebook follows moving averages of the residuals, without gradient; dead codes restart. The released code moves
-    a shared one D times within a forward pass, after each depth's search; here `update` moves it once a step, by the
-    residuals of all depths together.
+    The codebook is a moving average of the residuals, without gradient; unused codes restart. The released code updates
+    a shared codebook D times within a forward pass, after the search of each depth; here `update` updates it once per
+    step, from the residuals of all depths.
     """
 
     config_class = ResidualConfig
@@ -76,26 +76,25 @@ class ResidualQuantizer(Quantizer):
             config, codebook_size=config.codebook_size, latent_dim=config.code_dim, num_groups=config.depth
         )
         self.depth, self.shared, self.restart = config.depth, config.shared, config.restart
-        table = EmaConfig(
+        ema = EmaConfig(
             codebook_size=config.codebook_size,
             code_dim=config.code_dim,
             metric=config.metric,
             decay=config.decay,
             epsilon=config.epsilon,
         )
-        self.tables = nn.ModuleList(EmaQuantizer(table) for _ in range(1 if config.shared else config.depth))
+        self.codebooks = nn.ModuleList(EmaQuantizer(ema) for _ in range(1 if config.shared else config.depth))
 
     def forward(self, latent: Tensor) -> Quantized:
         with torch.autocast(latent.device.type, enabled=False):
             latent = latent.float()
             vectors = to_rows(latent)
-            rest, total = vectors.detach(), torch.zeros_like(vectors)
+            residual, total = vectors.detach(), torch.zeros_like(vectors)
             ids, losses = [], []
-            for table in self.by_depth():
-                chosen = nearest(rest, table.codebook(), table.metric, check=not self.training)
-                codes = codes_of(table, chosen)
-                rest, total = rest - codes, total + codes
-                ids.append(chosen)
+            for quantizer in self.per_depth():
+                ids.append(nearest(residual, quantizer.codebook(), quantizer.metric, check=not self.training))
+                codes = embed_valid(quantizer, ids[-1])
+                residual, total = residual - codes, total + codes
                 losses.append(F.mse_loss(vectors, total))
             codes = total.unflatten(0, (len(latent), -1)).transpose(1, 2).reshape_as(latent)
             return Quantized(
@@ -108,61 +107,61 @@ class ResidualQuantizer(Quantizer):
         check_ids(ids, self.codebook_size)
         (grid,) = layout.split(ids)
         total = torch.zeros(*grid.shape[:3], self.latent_dim, device=ids.device)
-        for table, chosen in zip(self.by_depth(), grid.unbind(-1), strict=True):
-            total = total + codes_of(table, chosen)
+        for quantizer, depth_ids in zip(self.per_depth(), grid.unbind(-1), strict=True):
+            total = total + embed_valid(quantizer, depth_ids)
         return total.permute(0, 3, 1, 2).contiguous()
 
     @torch.no_grad()
     def update(self, latent: Tensor, ids: Tensor) -> None:
-        """Move the codebook by every depth's residuals; a negative id has no part in it."""
-        rest, seen = to_rows(latent).float(), []
-        for table, chosen in zip(self.by_depth(), ids.view(-1, self.depth).unbind(1), strict=True):
-            kept = chosen >= 0
-            seen.append((rest[kept], chosen[kept]))
-            rest = rest - codes_of(table, chosen)
+        """Update the codebook with the residuals of all depths; negative ids are ignored."""
+        residual, assigned = to_rows(latent).float(), []
+        for quantizer, depth_ids in zip(self.per_depth(), ids.view(-1, self.depth).unbind(1), strict=True):
+            valid = depth_ids >= 0
+            assigned.append((residual[valid], depth_ids[valid]))
+            residual = residual - embed_valid(quantizer, depth_ids)
         if self.shared:
-            residuals, all_ids = zip(*seen, strict=True)
-            seen = [(torch.cat(residuals), torch.cat(all_ids))]
-        for table, (vectors, chosen) in zip(self.own_tables(), seen, strict=True):
-            table.update(vectors[:, :, None, None], chosen)  # as images of one position each
+            residuals, all_ids = zip(*assigned, strict=True)
+            assigned = [(torch.cat(residuals), torch.cat(all_ids))]
+        for quantizer, (vectors, vector_ids) in zip(self.quantizers(), assigned, strict=True):
+            quantizer.update(vectors[:, :, None, None], vector_ids)  # as images of one position each
             if self.restart:
-                restart_dead_codes(table, vectors)
+                restart_unused_codes(quantizer, vectors)
 
     def codebook(self) -> Tensor:
-        return torch.stack([table.codebook() for table in self.by_depth()])
+        return torch.stack([quantizer.codebook() for quantizer in self.per_depth()])
 
     def standardize_codebook(self) -> None:
-        for table in self.own_tables():
-            table.standardize_codebook()
+        for quantizer in self.quantizers():
+            quantizer.standardize_codebook()
 
-    def own_tables(self) -> list[EmaQuantizer]:
-        """The one shared table, or D of them."""
-        return list(self.tables)  # type: ignore[arg-type]  # a ModuleList forgets what it holds
+    def quantizers(self) -> list[EmaQuantizer]:
+        """One quantizer per codebook: 1 if shared, else D."""
+        return list(self.codebooks)  # type: ignore[arg-type]  # a ModuleList is not generic
 
-    def by_depth(self) -> list[EmaQuantizer]:
-        """The table that each depth searches."""
-        return self.own_tables() * (self.depth if self.shared else 1)
-
-
-def codes_of(table: EmaQuantizer, ids: Tensor) -> Tensor:
-    """int64[...] -> codes float32[..., C]; a negative id is the zero vector."""
-    return table.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
+    def per_depth(self) -> list[EmaQuantizer]:
+        """The quantizer of each depth."""
+        return self.quantizers() * (self.depth if self.shared else 1)
 
 
-def restart_dead_codes(table: EmaQuantizer, vectors: Tensor) -> None:
-    """Put codes whose decayed count is below 1 on vectors drawn from all ranks' float32[N, C], alike on every rank."""
-    dead = (table.counts < 1).nonzero().flatten()
+def embed_valid(quantizer: EmaQuantizer, ids: Tensor) -> Tensor:
+    """Return the codes float32[..., C] of int64[...]; a negative id gives the zero vector."""
+    return quantizer.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
+
+
+def restart_unused_codes(quantizer: EmaQuantizer, vectors: Tensor) -> None:
+    """Replace codes with a decayed count below 1 by vectors sampled from float32[N, C] of all ranks."""
+    unused = (quantizer.counts < 1).nonzero().flatten()
     vectors = gather_rows(vectors)
-    if len(dead) == 0 or len(vectors) == 0:
+    if len(unused) == 0 or len(vectors) == 0:
         return
-    drawn = broadcast(draw(vectors, len(dead)))
-    table.counts[dead] = 1.0
-    table.sums[dead] = drawn
-    table.codes[dead] = drawn
+    sampled = broadcast(sample_vectors(vectors, len(unused)))
+    quantizer.counts[unused] = 1.0
+    quantizer.sums[unused] = sampled
+    quantizer.codes[unused] = sampled
 
 
-def draw(vectors: Tensor, count: int) -> Tensor:
-    """`count` of the vectors float32[N, C] at random, once each; where they are too few, of noisy copies of them."""
+def sample_vectors(vectors: Tensor, count: int) -> Tensor:
+    """Sample `count` of the vectors float32[N, C] without replacement; if too few, from noisy copies of them."""
     copies = -(-count // len(vectors))
     if copies > 1:
         vectors = vectors.repeat(copies, 1)

@@ -1,4 +1,4 @@
-"""`simvq`: a frozen random codebook behind one learned linear layer.
+"""`simvq`: a frozen random codebook behind one trained linear layer.
 
 Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer".
 Shapes: K codes, C channels.
@@ -15,7 +15,7 @@ from vqpipe.quantizers.lc import FrozenCodebookQuantizer, LcConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SimVqConfig(CodebookConfig):
-    """SimVQ. The released code weighs "codebook" 1 and "commitment" 0.25, with 128 channels."""
+    """SimVQ. The released code has the loss weights "codebook" 1 and "commitment" 0.25, and 128 channels."""
 
     kind: ClassVar[str] = "simvq"
 
@@ -23,12 +23,12 @@ class SimVqConfig(CodebookConfig):
 class SimVqQuantizer(FrozenCodebookQuantizer):
     """The codebook is C W + bias, with C frozen and drawn from N(0, 1 / C): `lc` without the image features.
 
-    Each step moves the whole codebook through W, so no code is left behind. As released: W is a square nn.Linear with
-    a bias and PyTorch's own initialisation (the paper writes W alone), learned from the two losses and not from the
-    decoder; search by squared L2 distance, nothing normalised.
+    Each step changes the whole codebook through W, so no code stays unused. As released: W is a square nn.Linear with
+    bias and PyTorch's initialization (the paper has no bias), trained by the two losses and not by the decoder; the
+    search is by squared L2 distance, without normalization.
     """
 
-    config_class = SimVqConfig  # type: ignore[assignment]  # `lc` is configured by the LcConfig made below
+    config_class = SimVqConfig  # type: ignore[assignment]  # the base class gets the LcConfig below
 
     def __init__(self, config: SimVqConfig) -> None:
         super().__init__(
@@ -46,4 +46,4 @@ class SimVqQuantizer(FrozenCodebookQuantizer):
         self.projector = nn.Sequential(nn.Linear(config.code_dim, config.code_dim))
 
     def load_codebook(self, codebook: Tensor) -> None:
-        raise self.unsupported("draws its codes at random", "Leave --codebook out, or choose kind = lc")
+        raise self.unsupported("samples its codes at random", "Leave --codebook out, or choose kind = lc")

@@ -1,4 +1,4 @@
-"""`vq`: a codebook learned by gradient descent, the quantizer of VQ-VAE and VQGAN.
+"""`vq`: a codebook trained by gradient descent, the quantizer of VQ-VAE and VQGAN.
 
 Shapes: K codes, C channels.
 """
@@ -16,17 +16,17 @@ from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer
 class VqConfig(CodebookConfig):
     """A learned codebook. With code_dim 8 it is VQGAN-FC of the VQGAN-LC paper, with 256 its VQGAN.
 
-    "FC" there is the low-dimensional half of ViT-VQGAN's factorised codes (Yu et al. 2022); the other half, codes
-    on the unit sphere, the released code leaves out: metric = "cosine" compares as if it were there.
+    "FC" refers to the factorized codes of ViT-VQGAN (Yu et al. 2022), which are low-dimensional and of unit length. The
+    released code of VQGAN-LC omits the normalization; metric = "cosine" searches as if it were there.
     """
 
     kind: ClassVar[str] = "vq"
 
 
 class VectorQuantizer(CodebookQuantizer):
-    """Codes start uniform in (-1/K, 1/K) and follow the "codebook" loss (van den Oord et al. 2017, eq. 3).
+    """Codes are initialized uniformly in (-1/K, 1/K) and trained by the "codebook" loss (van den Oord et al., eq. 3).
 
-    Under `normalize` they start as unit vectors, as in LlamaGen and MGVQ.
+    With `normalize` they are initialized as unit vectors, as in LlamaGen and MGVQ.
     """
 
     config_class: ClassVar[type[CodebookConfig]] = VqConfig
@@ -35,7 +35,7 @@ class VectorQuantizer(CodebookQuantizer):
         super().__init__(config)
         bound = 1 / config.codebook_size
         codes = torch.empty(config.codebook_size, config.code_dim).uniform_(-bound, bound)
-        self.codes = nn.Parameter(self.on_sphere(codes))
+        self.codes = nn.Parameter(self.maybe_normalize(codes))
 
     def raw_codebook(self) -> Tensor:
         return self.codes.float()
@@ -45,10 +45,10 @@ class VectorQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
-        self.codes.copy_(self.on_sphere(standardized(self.codes)))
+        self.codes.copy_(self.maybe_normalize(standardized(self.codes)))
 
 
 def standardized(codes: Tensor) -> Tensor:
-    """float[K, C] centred on zero and scaled so that the variance, meant over channels, is 1."""
-    centred = codes - codes.mean(0)
-    return centred / centred.square().mean().sqrt()
+    """Center float[K, C] on zero and scale it to unit variance, averaged over channels."""
+    centered = codes - codes.mean(0)
+    return centered / centered.square().mean().sqrt()
