@@ -230,9 +230,9 @@ def measure(
 
 def training_log(artifact: "Artifact | None") -> list[dict[str, Any]]:
     """The rows that `train` logged, where the tokenizer carries them."""
-    from vqpipe.training.history import read_history
+    from vqpipe.training.callbacks import read_metrics
 
-    return read_history(artifact.file("metrics.jsonl")) if artifact and artifact.names("metrics.jsonl") else []
+    return read_metrics(artifact.file("metrics.jsonl")) if artifact and artifact.names("metrics.jsonl") else []
 
 
 def versions(*others: str) -> dict[str, str]:

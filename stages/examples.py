@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import console
-from stages.watching import Watcher, train_watched
+from stages import console, signals
 
 if TYPE_CHECKING:
     import torch
@@ -15,22 +14,10 @@ if TYPE_CHECKING:
 
     from vqpipe.artifacts import Artifact, Draft
     from vqpipe.data.examples import Examples, ExamplesConfig
-    from vqpipe.reports.page import ReportPage
     from vqpipe.tokenizer import Tokenizer
+    from vqpipe.training.checkpoint import TrainState
     from vqpipe.training.config import TrainConfig
-    from vqpipe.training.state import TrainState
 
-FREE_KEYS = (
-    "log_every",
-    "save_every",
-    "keep_every",
-    "sample_every",
-    "max_nonfinite_steps",
-    "activation_checkpointing",
-    "compile",
-    "parallel",
-)
-"""Settings of [train] that do not change what comes out but for the rounding of sums."""
 Given = Annotated[
     Path, typer.Option("--tokenizer", help="The tokenizer that made the tokens, or will make them.", metavar="DIR")
 ]
@@ -99,77 +86,28 @@ def check_schedule(config: "TrainConfig", validates: bool) -> None:
         )
 
 
-class ExampleWatcher(Watcher):
-    """With validations, samples, and the run's page. Rank 0 writes; validating, all ranks measure.
-
-    Args:
-        what: one line about the network.
-        validate: network -> numbers, on every rank; None where there is nothing to validate on.
-        sample: network -> a PNG file of samples; None where it draws none. Sharded, every rank calls it.
-    """
-
-    def __init__(
-        self,
-        draft: "Draft",
-        *,
-        what: str,
-        validate: "Callable[[nn.Module], Mapping[str, float]] | None",
-        sample: "Callable[[nn.Module], bytes] | None" = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(draft, **options)
-        self.what, self.validation, self.sampler = what, validate, sample
-        self.sharded = self.settings["train"]["parallel"] == "fsdp"
-        self.sheet: bytes | None = None
-        self.sheet_note = ""
-
-    def look(self, step: int, network: "nn.Module") -> None:
-        """A sheet of samples, `pictures/step-*.png`."""
-        from vqpipe import distributed
-
-        self.page_is_old = True
-        if self.sampler is None or not (distributed.is_main() or self.sharded):
-            return
-        self.sheet = self.sampler(network)
-        self.sheet_note = "The same seeds and classes each time."
-        if distributed.is_main():
-            with self.draft.write(f"pictures/step-{step:08d}.png") as path:
-                path.write_bytes(self.sheet)
-            for logger in self.loggers:
-                logger.show(step, "samples", self.sheet)
-
-    def validate(self, step: int, network: "nn.Module") -> None:
-        """Measure on held-out examples."""
-        if self.validation is None:
-            return
-        measured = {f"valid/{name.rpartition('/')[2]}": value for name, value in self.validation(network).items()}
-        self.keep({"step": step, "images_seen": step * self.batch_size, **measured})
-        numbers = ", ".join(f"{name.removeprefix('valid/')} {value:.4g}" for name, value in measured.items())
-        console.say(f"step {step:,}: held-out {numbers}")
-        self.page_is_old = True
-
-    def page(self, known: dict[str, Any], footer: str) -> "ReportPage":
-        """Numbers, samples, curves."""
-        from vqpipe.reports.learning import LearningRun, learning_page
-
-        return learning_page(LearningRun(**known, what=self.what, sheet=self.sheet, sheet_note=self.sheet_note), footer)
-
-
 def learn(
     draft: "Draft",
     network: "nn.Module",
     examples: "Examples",
     config: "TrainConfig",
     *,
+    what: str,
+    validate: "Callable[[nn.Module], Mapping[str, float]] | None",
+    sample: "Callable[[nn.Module], bytes] | None" = None,
+    settings: dict[str, Any],
+    loggers: list[str],
     mirror: bool,
     seed: int,
     device: "torch.device",
-    watcher: "Callable[[Any], ExampleWatcher]",
 ) -> "TrainState":
     """Train the network in `draft`, to the end; a signal saves the state and ends the process."""
     from vqpipe import distributed
     from vqpipe.data.examples import ExampleStream
+    from vqpipe.training.callbacks import HeldOutMetrics, MetricsLog, ProgressCallback, RunReport, SampleSheet
     from vqpipe.training.generator_task import GeneratorTask
+    from vqpipe.training.loggers import LOGGERS
+    from vqpipe.training.loop import train
 
     stream = ExampleStream(
         examples,
@@ -179,15 +117,35 @@ def learn(
         world_size=distributed.world_size(),
         mirror=mirror,
     )
-    task = GeneratorTask(network)
-    return train_watched(draft, task, config, stream, seed=seed, device=device, watcher=watcher)[0]
+    with signals.StopAfterStep() as stop, console.ProgressBar() as progress:
+        metrics = MetricsLog(draft.path / "metrics.jsonl")
+        sheet = None if sample is None else SampleSheet(draft, sample, all_ranks=config.parallel == "fsdp")
+        held_out = None if validate is None else HeldOutMetrics(validate, progress)
+        sources = [each for each in (sheet, held_out) if each is not None]
+        callbacks = [
+            metrics,
+            *sources,
+            *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in loggers),
+            ProgressCallback(progress, config.steps),
+            RunReport(draft, metrics, description=what, settings=settings, sources=sources, progress=progress),
+        ]
+        state = train(
+            GeneratorTask(network),
+            config,
+            stream,
+            draft.path,
+            seed=seed,
+            device=device,
+            callbacks=callbacks,
+            stop_requested=stop.requested,
+        )
+        if state.step < config.steps:
+            stop.exit()
+    return state
 
 
 def asked(sections: "Mapping[str, Any]", seed: int) -> dict[str, Any]:
     """What goes into the request: the sections, without settings that change nothing, and the seed."""
-    from vqpipe.config import to_table
+    from vqpipe.config import to_request
 
-    tables = {name: to_table(section) for name, section in sections.items()}
-    for key in FREE_KEYS:
-        del tables["train"][key]
-    return {**tables, "seed": seed}
+    return {**{name: to_request(section) for name, section in sections.items()}, "seed": seed}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vqpipe.data.examples import Examples
     from vqpipe.generation.classifier import Classifier
     from vqpipe.tokenizer import Tokenizer
-    from vqpipe.training.state import TrainState
+    from vqpipe.training.checkpoint import TrainState
 
 SECTIONS = ("classifier", "examples", "train")
 """What of a preset this stage reads."""
@@ -78,9 +78,7 @@ def train_classifier(
 
 def request_of(recipe: "ClassifierRecipe", seed: int) -> dict[str, Any]:
     """What is asked; pretrained weights count by content, as an input."""
-    request = shared.asked({name: getattr(recipe, name) for name in SECTIONS}, seed)
-    request["classifier"].pop("weights", None)
-    return request
+    return shared.asked({name: getattr(recipe, name) for name in SECTIONS}, seed)
 
 
 def inputs_of(
@@ -143,14 +141,6 @@ def run(
         classifier.load_codebook(quantizer.all_codes())
     parameters = sum(parameter.numel() for parameter in classifier.parameters())
     console.say(f"{recipe.classifier.kind}: {parameters:,} parameters, {len(examples):,} images, {num_classes} classes")
-    watcher = partial(
-        shared.ExampleWatcher,
-        draft,
-        what=f"{recipe.classifier.kind} on tokens, {parameters / 1e6:,.1f} M parameters, {num_classes} classes.",
-        validate=None if held_out is None else partial(validated, held_out, recipe, device),
-        settings={name: to_table(getattr(recipe, name)) for name in SECTIONS},
-        loggers=loggers,
-    )
     state = shared.learn(
         draft,
         classifier,
@@ -159,7 +149,10 @@ def run(
         mirror=recipe.examples.mirror,
         seed=seed,
         device=device,
-        watcher=lambda shown: watcher(display=shown),
+        what=f"{recipe.classifier.kind} on tokens, {parameters / 1e6:,.1f} M parameters, {num_classes} classes.",
+        validate=None if held_out is None else partial(validated, held_out, recipe, device),
+        settings={name: to_table(getattr(recipe, name)) for name in SECTIONS},
+        loggers=loggers,
     )
     metrics = report(recipe, classifier, state, named or held_out, device, seen=len(np.unique(everything.labels)))
     weights = state.published()

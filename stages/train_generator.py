@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vqpipe.data.latents import LatentStatistics
     from vqpipe.generation.base import Space
     from vqpipe.tokenizer import Tokenizer
-    from vqpipe.training.state import TrainState
+    from vqpipe.training.checkpoint import TrainState
 
 SECTIONS = ("generator", "examples", "train", "generate")
 """What of a preset this stage reads."""
@@ -252,15 +252,6 @@ def run(
     )  # can it be sampled so?
     parameters = sum(parameter.numel() for parameter in generator.parameters())
     console.say(f"{recipe.generator.kind}: {parameters:,} parameters, {len(examples):,} images")
-    watcher = partial(
-        shared.ExampleWatcher,
-        draft,
-        what=f"{recipe.generator.kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters.",
-        validate=None if held_out is None else partial(validated, held_out, recipe, device),
-        sample=partial(sheet, published, seed),
-        settings={name: to_table(getattr(recipe, name)) for name in SECTIONS},
-        loggers=loggers,
-    )
     state = shared.learn(
         draft,
         generator.requires_grad_(True),
@@ -269,7 +260,11 @@ def run(
         mirror=recipe.examples.mirror,
         seed=seed,
         device=device,
-        watcher=lambda shown: watcher(display=shown),
+        what=f"{recipe.generator.kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters.",
+        validate=None if held_out is None else partial(validated, held_out, recipe, device),
+        sample=partial(sheet, published, seed),
+        settings={name: to_table(getattr(recipe, name)) for name in SECTIONS},
+        loggers=loggers,
     )
     weights = state.published()
     if distributed.is_main():
@@ -313,11 +308,11 @@ def facts_of(
     recipe: "GeneratorRecipe", space: "Space", state: "TrainState", parameters: int, draft: "Draft"
 ) -> dict[str, Any]:
     """What the manifest says of a generator."""
-    from vqpipe.reports.training import latest
-    from vqpipe.training.history import read_history
+    from vqpipe.training.callbacks import MetricsLog, read_metrics
 
-    rows = read_history(draft.path / "metrics.jsonl")
-    measured = {"training_loss": latest(rows, "loss/total"), "valid_loss": latest(rows, "valid/total")}
+    log = MetricsLog(draft.path / "metrics.jsonl")
+    log.rows = read_metrics(log.path)
+    measured = {"training_loss": log.latest("loss/total"), "valid_loss": log.latest("valid/total")}
     return {
         "kind": recipe.generator.kind,
         "num_parameters": parameters,

@@ -11,9 +11,9 @@ from PIL import Image
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import LcConfig, QuantizerConfig, VqConfig
+from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TokenizerTrainConfig
-from vqpipe.training.loop import begin
-from vqpipe.training.state import TrainState
+from vqpipe.training.loop import initial_state
 from vqpipe.training.tokenizer_task import TokenizerTask
 
 
@@ -38,7 +38,7 @@ def tiny_config() -> Callable[..., VqganConfig]:
 
 @pytest.fixture(scope="session")
 def make_state() -> Callable[..., TrainState]:
-    """`make_state(quantizer, seed=0, decay=0.9, adversarial=True, width=8, frozen=False)`: a run at step 0."""
+    """`make_state(quantizer, seed=0, decay=0.9, adversarial=True, width=8, frozen=False)`: a state at step 0."""
 
     def make(
         quantizer: QuantizerConfig | None = None,
@@ -55,7 +55,7 @@ def make_state() -> Callable[..., TrainState]:
         discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=4))
         objective = Objective(ObjectiveConfig(l1=1.0, perceptual="none", adversarial=0.1 if adversarial else 0.0))
         config = TokenizerTrainConfig(weight_ema=decay, freeze=("encoder",) if frozen else ())
-        return begin(TokenizerTask(model, discriminator, objective), config, torch.device("cpu"))
+        return initial_state(TokenizerTask(model, discriminator, objective), config, torch.device("cpu"))
 
     return make
 
@@ -66,9 +66,9 @@ def draw() -> Callable[..., Path]:
 
     def pictures(folder: Path, count: int) -> Path:
         folder.mkdir()
-        draws = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         for number in range(count):
-            small = draws.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
             Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
         return folder
 

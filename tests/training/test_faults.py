@@ -1,4 +1,4 @@
-"""What is promised when something goes wrong: a full disk, a signal in the middle of a save, a rank that dies."""
+"""Training under faults: a full disk, a signal during a save, a rank that dies."""
 
 import errno
 import os
@@ -15,10 +15,10 @@ import pytest
 from safetensors import SafetensorError
 
 from vqpipe.artifacts import open_artifact
+from vqpipe.artifacts import states as disk
 from vqpipe.errors import ArtifactError
 from vqpipe.quantizers import LcConfig
-from vqpipe.training import checkpoints as disk
-from vqpipe.training.state import TrainState, checkpoints
+from vqpipe.training.checkpoint import TrainState, checkpoints
 
 SETTINGS = [
     *("data.image_size=16", "model.quantizer.kind=ema", "model.quantizer.codebook_size=40", "model.base_channels=8"),
@@ -31,21 +31,21 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 SLOW_SAVES = """
 import sys, time
 from pathlib import Path
-from vqpipe.training import checkpoints
+from vqpipe.artifacts import states
 
-written = checkpoints.save_file
+save_file = states.save_file
 
 def slowly(tensors, file):
-    written(tensors, file)
+    save_file(tensors, file)
     if not Path("saving").exists():
         Path("saving").touch()
         time.sleep(2)
 
-checkpoints.save_file = slowly
+states.save_file = slowly
 from stages.cli import main
 main()
 """
-"""The console script, where the first file of the first checkpoint says that it is there, and takes two seconds."""
+"""The console script; writing the first file of the first checkpoint creates the file `saving` and takes 2 s more."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def folder(tmp_path: Path, pictures: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(pictures: Path) -> dict[str, dict[str, object]]:
-    """The files of a run that nothing happened to."""
+    """The files of an undisturbed run."""
     done = vqpipe(pictures.parent, "straight")
     assert done.returncode == 0, done.stderr
     return open_artifact(pictures.parent / "straight").manifest.files
@@ -79,7 +79,7 @@ def same_weights(folder: Path, out: str, straight: dict[str, dict[str, object]])
     return all(files[name] == straight[name] for name in ("model.safetensors", "discriminator.safetensors"))
 
 
-# A disk that is full.
+# A full disk.
 
 
 def full_after(calls: int, error: Exception, original: Callable[..., object]) -> Callable[..., object]:
@@ -106,7 +106,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("name", "calls", "error"), MOMENTS)
-def test_a_save_that_fails_leaves_what_was_there(
+def test_failed_save_leaves_the_earlier_checkpoints_as_they_were(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     make_state: Callable[..., TrainState],
@@ -120,7 +120,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     for state.step in (3, 6):
         state.save(tmp_path)
     state.step = 9
-    state.networks["model"].quantizer.codes.add_(1)  # so that there is another shared tensor to write
+    state.networks["model"].quantizer.codes.add_(1)  # so that another shared tensor is written
     before = sorted((tmp_path / "checkpoints").rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(disk, name, full_after(calls, error, getattr(disk, name)))
@@ -130,9 +130,9 @@ def test_a_save_that_fails_leaves_what_was_there(
     assert sorted((tmp_path / "checkpoints").rglob("*")) == before
     other = make_state(codebook)
     assert other.resume(tmp_path)
-    assert (other.step, other.passed_over) == (6, [])
+    assert (other.step, other.damaged) == (6, [])
     state.save(tmp_path)
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000006", "step-00000009"]
+    assert [folder.name for folder in checkpoints(tmp_path).paths()] == ["step-00000006", "step-00000009"]
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
-def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
+def test_full_disk_is_a_one_line_error_and_the_run_resumes_once_there_is_room(
     folder: Path, small_disk: Path, straight: dict[str, dict[str, object]]
 ) -> None:
     filler = small_disk / "filler"
@@ -164,7 +164,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
     assert "no space left on device" in lines[0].lower()
     assert "MB are needed" in lines[0]
     assert "Traceback" not in stopped.stderr
-    kept = checkpoints(small_disk / "out.partial")
+    kept = checkpoints(small_disk / "out.partial").paths()
     assert all(disk.damage(each) is None for each in kept)
     assert not list((small_disk / "out.partial" / "checkpoints").glob(".*"))
     filler.unlink()
@@ -173,15 +173,13 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
     assert same_weights(small_disk, "out", straight)
 
 
-# Signals in the middle of a save.
+# Signals during a save.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_signal_during_a_save_loses_nothing(
-    folder: Path, straight: dict[str, dict[str, object]], signals: int
-) -> None:
-    """One: the save ends, then the run. Two: the process leaves at once, and what was half written is never read."""
+def test_signal_during_a_save_loses_nothing(folder: Path, straight: dict[str, dict[str, object]], signals: int) -> None:
+    """One signal: the save ends, then the run. Two: the process exits at once, and half-written files are not read."""
     command = [sys.executable, "-c", SLOW_SAVES, *TRAIN, "--out", "out"]
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (folder / "saving").exists():
@@ -192,7 +190,7 @@ def test_a_signal_during_a_save_loses_nothing(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
-    kept = checkpoints(folder / "out.partial")
+    kept = checkpoints(folder / "out.partial").paths()
     assert bool(kept) == (signals == 1)
     assert all(disk.damage(each) is None for each in kept)
     done = vqpipe(folder, "out")
@@ -201,7 +199,7 @@ def test_a_signal_during_a_save_loses_nothing(
     assert same_weights(folder, "out", straight)
 
 
-# A rank that dies, and runs of two ranks on one machine or on two.
+# A rank that dies; two ranks on one machine and on two.
 
 TWO = ["--nproc-per-node", "2"]
 LONG = ["--set", "train.steps=40"]
@@ -214,15 +212,15 @@ def torchrun(folder: Path, options: list[str], out: str, *words: str) -> subproc
 
 
 def kill_rank_1(process: subprocess.Popen[str], run_dir: Path) -> None:
-    """As soon as there is a checkpoint."""
-    while process.poll() is None and not checkpoints(run_dir):
+    """SIGKILL rank 1 as soon as there is a checkpoint."""
+    while process.poll() is None and not checkpoints(run_dir).paths():
         time.sleep(0.05)
     os.kill(rank_of(process.pid, 1), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def straight_two(pictures: Path) -> dict[str, dict[str, object]]:
-    """The files of a longer run of two ranks that nothing happened to."""
+    """The files of a longer, undisturbed run of two ranks."""
     process = torchrun(pictures.parent, ["--standalone", *TWO], "straight-two", *LONG)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -230,7 +228,7 @@ def straight_two(pictures: Path) -> dict[str, dict[str, object]]:
 
 
 @pytest.mark.slow
-def test_where_a_rank_is_killed_the_others_end_in_one_line(folder: Path) -> None:
+def test_killed_rank_ends_the_others_with_a_one_line_error(folder: Path) -> None:
     endless = ["--set", "train.steps=100000", "--set", "train.save_every=20"]
     process = torchrun(folder, ["--standalone", *TWO], "out", *endless)
     kill_rank_1(process, folder / "out.partial")
@@ -239,11 +237,11 @@ def test_where_a_rank_is_killed_the_others_end_in_one_line(folder: Path) -> None
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, errors
     assert "rank 0: " in said[0]
-    assert disk.newest(folder / "out.partial")[0] is not None
+    assert checkpoints(folder / "out.partial").newest()[0] is not None
 
 
 @pytest.mark.slow
-def test_torchrun_starts_ranks_again_and_the_run_is_the_same(
+def test_run_restarted_by_torchrun_gives_the_same_weights(
     folder: Path, straight_two: dict[str, dict[str, object]]
 ) -> None:
     process = torchrun(folder, ["--standalone", "--max-restarts", "2", *TWO], "out", *LONG)
@@ -255,8 +253,10 @@ def test_torchrun_starts_ranks_again_and_the_run_is_the_same(
 
 
 @pytest.mark.slow
-def test_two_nodes_are_as_two_ranks_of_one(folder: Path, straight_two: dict[str, dict[str, object]]) -> None:
-    """Two launchers that find each other by an address, as on two machines that see one disk."""
+def test_two_nodes_give_the_weights_of_two_ranks_on_one_node(
+    folder: Path, straight_two: dict[str, dict[str, object]]
+) -> None:
+    """Two launchers with one rendezvous address, as on two machines with a shared disk."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -269,7 +269,7 @@ def test_two_nodes_are_as_two_ranks_of_one(folder: Path, straight_two: dict[str,
 
 
 def rank_of(launcher: int, rank: int) -> int:
-    """The process of `rank` that torchrun has started."""
+    """The process id of a rank that torchrun started."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if f"LOCAL_RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from vqpipe.errors import ConfigError
-from vqpipe.training.history import Row
 from vqpipe.training.loggers import TensorBoard, Wandb, check_loggers, numbers
+from vqpipe.training.running_metrics import Row
 
 
 def run(folder: Path, resumed_at: int = 0, earlier: tuple[Row, ...] = ()) -> Any:

@@ -1,7 +1,7 @@
-"""The loop on a network small enough for seconds: it learns, resumes bit for bit, and never steps on a bad gradient."""
+"""The training loop on a tiny tokenizer: it learns, resumes bit for bit, and skips steps without a finite gradient."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,11 @@ from vqpipe.errors import ConfigError, NumericError
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
+from vqpipe.training.callbacks import Callback
+from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
-from vqpipe.training.history import Row
-from vqpipe.training.listener import Silence
 from vqpipe.training.loop import train
-from vqpipe.training.state import TrainState, checkpoints
+from vqpipe.training.running_metrics import Row
 from vqpipe.training.tokenizer_task import TokenizerTask
 
 STEPS, BATCH = 12, 4
@@ -29,7 +29,7 @@ QUANTIZERS: dict[str, QuantizerConfig] = {
 
 
 class Photographs:
-    """Smooth random pictures; picture p of the run is a function of p."""
+    """Smooth random images; image p of the run is a function of p."""
 
     def __init__(self, batch: int = BATCH) -> None:
         self.batch = batch
@@ -64,10 +64,9 @@ def run(
     kind: str = "lc",
     stop_at: int | None = None,
     disc_start: int = 4,
-    on_bad: Callable[[int, list[str]], None] = lambda step, keys: None,
     on_step: Callable[[TrainState], None] = lambda state: None,
     **settings: object,
-) -> tuple[TrainState, list[Row]]:
+) -> "tuple[TrainState, Recorder]":
     model, discriminator = networks(kind)
     weights = {"l1": 1.0, "commitment": 0.1, "codebook": 0.033, "adversarial": 0.1}
     objective = Objective(
@@ -86,7 +85,7 @@ def run(
             **settings,
         }
     )
-    heard = Heard(on_bad, on_step)
+    recorder = Recorder(on_step)
     state = train(
         TokenizerTask(model, discriminator, objective),
         config,
@@ -94,35 +93,42 @@ def run(
         folder,
         seed=3,
         device=torch.device("cpu"),
-        listener=heard,
-        stop_asked=lambda: stop_at is not None and heard.step >= stop_at,
+        callbacks=[recorder],
+        stop_requested=lambda: stop_at is not None and recorder.step >= stop_at,
     )
-    return state, heard.rows
+    return state, recorder
 
 
-class Heard(Silence):
-    """What a run said."""
+class Recorder(Callback):
+    """Records the hooks of a run."""
 
-    def __init__(self, on_bad: Callable[[int, list[str]], None], on_step: Callable[[TrainState], None]) -> None:
+    def __init__(self, on_step: Callable[[TrainState], None]) -> None:
         self.rows: list[Row] = []
-        self.step = 0
-        self.bad, self.on_step = on_bad, on_step  # type: ignore[method-assign]
+        self.skipped: list[int] = []
+        self.step = self.ended = 0
+        self.on_step = on_step
 
-    def log(self, row: Row) -> None:
+    def on_log(self, row: Row) -> None:
         self.rows.append(row)
 
-    def advance(self, state: TrainState) -> None:
+    def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
+        self.skipped.append(step)
+
+    def on_step_end(self, state: TrainState) -> None:
         self.step = state.step
         self.on_step(state)
 
+    def on_end(self) -> None:
+        self.ended += 1
 
-def everything(state: TrainState) -> dict[str, Tensor]:
+
+def state_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part, tensors in state.tensors().items() for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize("kind", sorted(QUANTIZERS))
-def test_a_run_cut_anywhere_and_resumed_is_the_same_run(tmp_path: Path, kind: str) -> None:
-    straight, rows = run(tmp_path / "straight", kind)
+def test_resume_is_bit_exact_with_any_quantizer(tmp_path: Path, kind: str) -> None:
+    straight, recorder = run(tmp_path / "straight", kind)
     assert straight.step == STEPS
     for stop_at in (2, 7):  # before and after the discriminator starts
         state, _ = run(tmp_path / f"cut-{stop_at}", kind, stop_at=stop_at)
@@ -130,16 +136,16 @@ def test_a_run_cut_anywhere_and_resumed_is_the_same_run(tmp_path: Path, kind: st
     state, _ = run(tmp_path / "cut-2", kind, stop_at=9)
     for folder in ("cut-2", "cut-7"):
         resumed, rest = run(tmp_path / folder, kind)
-        expected = everything(straight)
-        assert set(everything(resumed)) == set(expected)
-        for name, value in everything(resumed).items():
+        expected = state_tensors(straight)
+        assert set(state_tensors(resumed)) == set(expected)
+        for name, value in state_tensors(resumed).items():
             assert torch.equal(value, expected[name]), f"{folder}: {name}"
-        assert rest[-1]["loss/total"] == pytest.approx(rows[-1]["loss/total"], abs=1e-6)
+        assert rest.rows[-1]["loss/total"] == pytest.approx(recorder.rows[-1]["loss/total"], abs=1e-6)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path) -> None:
     run(tmp_path, stop_at=11)
-    newest = checkpoints(tmp_path)
+    newest = checkpoints(tmp_path).paths()
     assert [folder.name for folder in newest] == ["step-00000010", "step-00000011"]
     file = newest[-1] / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -147,11 +153,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
     file.write_bytes(bytes(data))
     straight, _ = run(tmp_path / "straight")
     resumed, _ = run(tmp_path)
-    assert all(torch.equal(value, everything(straight)[name]) for name, value in everything(resumed).items())
+    assert all(torch.equal(value, state_tensors(straight)[name]) for name, value in state_tensors(resumed).items())
 
 
-def test_the_loss_falls_and_the_log_says_how(tmp_path: Path) -> None:
-    _, rows = run(tmp_path, "vq", steps=60, log_every=10)
+def test_loss_falls_and_rows_have_losses_quality_and_speed(tmp_path: Path) -> None:
+    rows = run(tmp_path, "vq", steps=60, log_every=10)[1].rows
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
     assert rows[-1]["loss/l1"] < 0.8 * rows[0]["loss/l1"]
     assert rows[-1]["psnr"] > rows[0]["psnr"]
@@ -171,9 +177,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> Non
     monkeypatch.setattr(Objective, "generator_loss", poisoned)
 
 
-def test_a_run_without_finite_gradients_ends_before_the_weights_move(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_skipped_steps_end_the_run_and_move_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, stop_at=5)
     poison(monkeypatch, lambda call: True)
     with pytest.raises(NumericError, match=r"3 steps in a row .* the last was step 7, images p28, p29, p30 and 1 more"):
@@ -181,18 +185,18 @@ def test_a_run_without_finite_gradients_ends_before_the_weights_move(
     monkeypatch.undo()
     straight, _ = run(tmp_path / "straight")
     resumed, _ = run(tmp_path)
-    assert all(torch.equal(value, everything(straight)[name]) for name, value in everything(resumed).items())
+    assert all(torch.equal(value, state_tensors(straight)[name]) for name, value in state_tensors(resumed).items())
 
 
 @pytest.mark.parametrize("kind", ["lc", "ema"])
-def test_a_bad_step_moves_nothing_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_skipped_step_moves_nothing_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     poison(monkeypatch, lambda call: call in (2, 3, 9))
-    heard: list[int] = []
-    state, rows = run(tmp_path, kind, disc_start=100, on_bad=lambda step, keys: heard.append(step))
-    assert heard == [2, 3, 9]
+    state, recorder = run(tmp_path, kind, disc_start=100)
+    rows = recorder.rows
+    assert recorder.skipped == [2, 3, 9]
     assert state.nonfinite_steps == rows[-1]["nonfinite_steps"] == 3
     assert rows[0]["nonfinite_steps"] == 1
-    assert all(torch.isfinite(value).all() for value in everything(state).values() if value.is_floating_point())
+    assert all(torch.isfinite(value).all() for value in state_tensors(state).values() if value.is_floating_point())
     assert all(math.isfinite(value) for row in rows for value in row.values())
     before: list[dict[str, Tensor]] = []
     monkeypatch.undo()
@@ -210,16 +214,16 @@ def test_a_bad_step_moves_nothing_and_is_counted(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", ["lc", "ema", "vq"])
-def test_a_batch_in_parts_is_the_same_step(tmp_path: Path, kind: str) -> None:
-    """Four parts of 8 images against one of 32, without a discriminator, whose batch norm sees the parts.
+def test_accumulation_is_the_same_step(tmp_path: Path, kind: str) -> None:
+    """Four parts of 8 images against one of 32, without a discriminator, whose batch norm depends on the parts.
 
-    Gradients are compared (Adam's first moment is half of them), since Adam makes steps of one size of the smallest.
+    Gradients are compared (Adam's first moment is half of them): Adam turns tiny differences into whole steps.
     """
     states = []
     for accumulate in (1, 4):
         settings = {"accumulate": accumulate, "steps": 1, "log_every": 1, "warmup_steps": 0, "global_batch_size": 32}
         states.append(run(tmp_path / str(accumulate), kind, disc_start=100, **settings))
-    (whole, rows), (parts, part_rows) = states
+    (whole, one), (parts, several) = states
     moments = [name for name in whole.tensors()["optimizer"] if name.endswith("exp_avg")]
     assert len(moments) > 10
     for name in moments:
@@ -229,10 +233,10 @@ def test_a_batch_in_parts_is_the_same_step(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(
             dict(parts.networks["model"].quantizer.named_buffers())[name], value, rtol=0, atol=1e-6
         )
-    assert part_rows[0]["loss/l1"] == pytest.approx(rows[0]["loss/l1"], abs=1e-6)
+    assert several.rows[0]["loss/l1"] == pytest.approx(one.rows[0]["loss/l1"], abs=1e-6)
 
 
-def test_what_is_frozen_stays_and_the_rest_learns(tmp_path: Path) -> None:
+def test_frozen_parts_stay_and_the_others_train(tmp_path: Path) -> None:
     fresh = dict(networks("ema")[0].state_dict())
     trained = run(tmp_path, "ema", freeze=("encoder", "codebook"))[0].networks["model"].state_dict()
     for name, value in fresh.items():
@@ -240,24 +244,37 @@ def test_what_is_frozen_stays_and_the_rest_learns(tmp_path: Path) -> None:
         assert torch.equal(value, trained[name]) == still, name
 
 
-def test_recomputing_gives_the_same_run(tmp_path: Path) -> None:
+def test_activation_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
     plain, recomputed = (
-        everything(run(tmp_path / str(flag), activation_checkpointing=flag)[0]) for flag in (False, True)
+        state_tensors(run(tmp_path / str(flag), activation_checkpointing=flag)[0]) for flag in (False, True)
     )
     assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile looks at it
-def test_compiled_networks_are_one_graph_each_and_learn_the_same(tmp_path: Path) -> None:
+def test_compiled_networks_are_one_graph_each_and_train_the_same(tmp_path: Path) -> None:
     from vqpipe.training.networks import compiled_graphs
 
     before = compiled_graphs()
-    plain, compiled = (run(tmp_path / str(flag), steps=6, compile=flag)[1] for flag in (False, True))
+    plain, compiled = (run(tmp_path / str(flag), steps=6, compile=flag)[1].rows for flag in (False, True))
     assert compiled_graphs() - before <= 5  # encoder, decoder, and the discriminator with and without gradients
     assert compiled[-1]["loss/l1"] == pytest.approx(plain[-1]["loss/l1"], rel=1e-3)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="4 does not divide by 1 ranks x 3 parts"):
         run(tmp_path, accumulate=3)
+
+
+def test_on_end_is_called_also_when_the_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tmp_path / "whole")[1].ended == 1
+    ended: list[bool] = []
+    monkeypatch.setattr(Recorder, "on_end", lambda self: ended.append(True))
+
+    def fail(state: TrainState) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "failing", on_step=fail)
+    assert ended == [True]

@@ -1,4 +1,4 @@
-"""How ranks share gradients: what a gradient's memory looks like to DDP."""
+"""Strides of gradients, as DDP sees them."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from vqpipe.training.networks import align_gradients
 
 
 def contiguous(gradient: Tensor) -> Tensor:
-    """As a kernel that takes a 1x1 convolution for a matrix product leaves it."""
+    """A gradient as from a kernel that computes a 1x1 convolution as a matrix product."""
     inner = gradient.shape[1]
     return gradient.clone().as_strided(gradient.shape, (inner, 1, 1, 1)) if gradient.shape[2] == 1 else gradient
 

@@ -1,4 +1,4 @@
-"""What a skipped step leaves as it was beside weights, and when too many of them end a run."""
+"""Skipped steps: running statistics are restored, and too many in a row end the run."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from vqpipe.errors import NumericError
-from vqpipe.training.nonfinite import NonfiniteSteps, RunningStatistics
+from vqpipe.training.nonfinite import BatchNormStatistics, NonfiniteSteps
 
 
-def test_running_statistics_of_a_skipped_step_are_put_back() -> None:
+def test_running_statistics_of_a_skipped_step_are_restored() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))
-    statistics = RunningStatistics(network)
+    statistics = BatchNormStatistics(network)
     statistics.remember()
     network(torch.randn(4, 3, 5, 5))
     statistics.restore(torch.tensor(False))
@@ -26,13 +26,13 @@ def test_running_statistics_of_a_skipped_step_are_put_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(statistics.tensors(), moved, strict=True))
 
 
-def test_only_steps_in_a_row_end_a_run() -> None:
+def test_only_skipped_steps_in_a_row_end_a_run() -> None:
     state: Any = type("State", (), {"nonfinite_steps": 0, "nonfinite_in_a_row": 0})()
-    heard: list[int] = []
-    nonfinite_steps = NonfiniteSteps(state, 2, lambda step, keys: heard.append(step))
-    for step, bad in enumerate([True, False, True, False, False, True]):
-        nonfinite_steps.note(step, torch.tensor(bad), ["a"])
-    assert heard == [0, 2, 5]
+    skipped_steps: list[int] = []
+    nonfinite = NonfiniteSteps(state, 2, lambda step, keys: skipped_steps.append(step))
+    for step, skipped in enumerate([True, False, True, False, False, True]):
+        nonfinite.add(step, torch.tensor(skipped), ["a"])
+    assert skipped_steps == [0, 2, 5]
     assert state.nonfinite_steps == 3
     with pytest.raises(NumericError, match=r"2 steps in a row .* step 6, images b, c"):
-        nonfinite_steps.note(6, torch.tensor(True), ["b", "c"])
+        nonfinite.add(6, torch.tensor(True), ["b", "c"])

@@ -1,4 +1,4 @@
-"""A run that was cut is the run: whatever a checkpoint holds is needed, and nothing that is needed is left out.
+"""Resume is bit-exact: a checkpoint holds every tensor that a run depends on, and no other.
 
 Run as a script, alone or under torchrun, this file is one run: `test_resume.py PICTURES FOLDER KIND STEPS [STOP_AT]`.
 """
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqpipe import distributed
+from vqpipe.artifacts import states as disk
 from vqpipe.data.batches import Batch, TrainingStream
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import DataConfig
@@ -36,12 +37,11 @@ from vqpipe.models import (
     build_autoencoder,
 )
 from vqpipe.quantizers import CvqConfig, EmaConfig, LcConfig, MultiGroupConfig, QuantizerConfig
-from vqpipe.training import checkpoints as disk
+from vqpipe.training.callbacks import Callback
+from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
-from vqpipe.training.history import Row
-from vqpipe.training.listener import Silence
 from vqpipe.training.loop import train
-from vqpipe.training.state import TrainState, checkpoints
+from vqpipe.training.running_metrics import Row
 from vqpipe.training.tokenizer_task import TokenizerTask
 
 STEPS, BATCH, PICTURES = 12, 4, 22
@@ -79,15 +79,15 @@ SHARED_BYTES = 1024
 
 
 class Finished(NamedTuple):
-    """A run that has ended."""
+    """A finished run."""
 
     state: TrainState
     row: Row
-    """The last of its log."""
+    """The last row of its log."""
 
 
-class Noted:
-    """A stream that notes which image went where: one line a batch, `[step, indices]`."""
+class RecordedStream:
+    """A stream that writes one line a batch to `log`: `[step, indices]`."""
 
     def __init__(self, stream: TrainingStream, log: Path) -> None:
         self.stream, self.log = stream, log
@@ -110,7 +110,7 @@ def run(
     copies: Path | None = None,
     save_every: int = 1000,
 ) -> Finished:
-    """One run of a tiny tokenizer; `copies` takes a run folder `cut-K` for each step K that a run could be cut at."""
+    """One run of a tiny tokenizer. With `copies`, each step K also saves a checkpoint in the run folder `copies/cut-K`."""
     torch.manual_seed(7)
     model = build_autoencoder(BATCH_NORMS if kind == "dcae" else MODELS[kind])
     names = model.quantizer.loss_names
@@ -124,7 +124,7 @@ def run(
         world_size=distributed.world_size(),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    noting = Noting(copies)
+    recorder = Recorder(copies)
     state = train(
         TokenizerTask(
             model,
@@ -141,27 +141,27 @@ def run(
             save_every=save_every,
             sample_every=1000,
         ),
-        Noted(stream, folder / f"seen-{distributed.rank()}.jsonl"),
+        RecordedStream(stream, folder / f"seen-{distributed.rank()}.jsonl"),
         folder,
         seed=3,
         device=torch.device("cpu"),
-        listener=noting,
-        stop_asked=lambda: stop_at is not None and noting.step >= stop_at,
+        callbacks=[recorder],
+        stop_requested=lambda: stop_at is not None and recorder.step >= stop_at,
     )
-    return Finished(state, noting.row)
+    return Finished(state, recorder.row)
 
 
-class Noting(Silence):
-    """Notes the last row of the log; saves a checkpoint of each step where there are to be copies."""
+class Recorder(Callback):
+    """Keeps the last row of the log; saves a checkpoint of each step to `copies`."""
 
     def __init__(self, copies: Path | None) -> None:
         self.copies, self.step = copies, 0
         self.row: Row = {}
 
-    def log(self, row: Row) -> None:
+    def on_log(self, row: Row) -> None:
         self.row = row
 
-    def advance(self, state: TrainState) -> None:
+    def on_step_end(self, state: TrainState) -> None:
         self.step = state.step
         if self.copies is not None:
             state.save(self.copies / f"cut-{state.step}")
@@ -170,8 +170,8 @@ class Noting(Silence):
 TIMES = ("images_per_second", "seconds_per_step", "data_wait")
 
 
-def everything(finished: Finished) -> dict[str, Tensor]:
-    """All that moves in a run, its average's buffers included, and the last row of its log but for times."""
+def run_tensors(finished: Finished) -> dict[str, Tensor]:
+    """Every tensor of a run, with the buffers of its average, and the last row of its log without times."""
     state = finished.state
     parts = {**state.tensors(), "ema": state.weight_ema.network.state_dict()}
     row = {name: torch.tensor(value).float() for name, value in finished.row.items() if name not in TIMES}
@@ -180,7 +180,7 @@ def everything(finished: Finished) -> dict[str, Tensor]:
     }
 
 
-def unlike(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     """The names under which two states differ."""
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])]
@@ -200,32 +200,32 @@ def _small_tensors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
-    """Drawn pictures, in a number that no batch divides."""
+    """Drawn pictures; the batch size does not divide their number."""
     return draw(tmp_path_factory.mktemp("resume") / "pictures", PICTURES)
 
 
 @pytest.mark.parametrize("kind", [*sorted(MODELS), "dcae"])
-def test_a_run_cut_at_any_step_is_the_same_run(pictures: Path, tmp_path: Path, kind: str) -> None:
-    straight = everything(run(pictures, tmp_path / "straight", kind))
-    assert unlike(straight, everything(run(pictures, tmp_path / "copied", kind, copies=tmp_path))) == []
+def test_resume_at_any_step_is_bit_exact(pictures: Path, tmp_path: Path, kind: str) -> None:
+    straight = run_tensors(run(pictures, tmp_path / "straight", kind))
+    assert differing(straight, run_tensors(run(pictures, tmp_path / "copied", kind, copies=tmp_path))) == []
     order = seen(tmp_path / "straight", 1)
     for cut in range(1, STEPS):
         folder = tmp_path / f"cut-{cut}"
         finished = run(pictures, folder, kind)
         state = finished.state
-        assert unlike(straight, everything(finished)) == [], f"cut at {cut}"
+        assert differing(straight, run_tensors(finished)) == [], f"cut at {cut}"
         assert seen(folder, 1) == {step: order[step] for step in range(cut, STEPS)}, f"cut at {cut}"
         assert (state.step, state.images_seen, state.nonfinite_steps) == (STEPS, STEPS * BATCH, 0)
 
 
-# Every leaf of a checkpoint is needed.
+# Every tensor of a checkpoint is needed.
 
 CUT, END = 6, 8
 PUBLISHED = ("running_mean", "running_var", "num_batches_tracked")
-"""What no step reads: the discriminator's statistics are published with its weights, for those who fine-tune."""
+"""Tensors that no step reads: the discriminator's statistics are published with its weights, for fine-tuning."""
 STILL = 1e-7
-"""Adam's eps: below it a moment moves nothing, whatever stands beside it. Here that is biases with no gradient but
-rounding errors: their channel is normalized by itself right after, or the hinge loss is flat in them."""
+"""Adam's eps: a smaller moment moves nothing. Here those of biases whose gradient is only rounding errors: a norm
+follows that removes them, or the hinge loss is flat in them."""
 LEAVES = {
     "lc": [
         "model/encoder.conv_in.weight",
@@ -243,9 +243,9 @@ LEAVES = {
         "discriminator_optimizer/0.step",
         "discriminator_optimizer/0.exp_avg",
         "discriminator_optimizer/0.exp_avg_sq",
-        "window/counts",
+        "metrics/counts",
     ],
-    "ema": ["model/quantizer.codes", "model/quantizer.counts", "model/quantizer.sums", "window/loss/l1"],
+    "ema": ["model/quantizer.codes", "model/quantizer.counts", "model/quantizer.sums", "metrics/loss/l1"],
     "multi_group": ["model/quantizer.groups.1.codes", "model/quantizer.groups.1.frequencies"],
 }
 CASES = [(kind, leaf) for kind, leaves in LEAVES.items() for leaf in leaves]
@@ -253,7 +253,7 @@ CASES = [(kind, leaf) for kind, leaves in LEAVES.items() for leaf in leaves]
 
 @pytest.fixture(scope="module")
 def cut(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
-    """For each quantizer: a run folder with one checkpoint, and how a run goes on from it."""
+    """For each quantizer: a run folder with one checkpoint, and the tensors of the run resumed from it."""
     made = {}
     for kind in MODELS:
         folder = tmp_path_factory.mktemp(kind)
@@ -261,14 +261,14 @@ def cut(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
             patch.setattr(disk, "SHARED_BYTES", SHARED_BYTES)
             run(pictures, folder / "run", kind, steps=END, copies=folder)
             begun = folder / f"cut-{CUT}"
-            shutil.copytree(begun, folder / "goes-on")
-            made[kind] = begun, everything(run(pictures, folder / "goes-on", kind, steps=END))
+            shutil.copytree(begun, folder / "resumed")
+            made[kind] = begun, run_tensors(run(pictures, folder / "resumed", kind, steps=END))
     return made
 
 
 def forge(run_dir: Path, leaf: str, change: object) -> None:
-    """Rewrite one tensor of the only checkpoint, or take it out, and sign the result, so that it passes for whole."""
-    (folder,) = checkpoints(run_dir)
+    """Change or drop one tensor of the only checkpoint, with new checksums, so that the checkpoint counts as whole."""
+    (folder,) = checkpoints(run_dir).paths()
     table = disk.read_table(folder)
     part, _, name = leaf.partition("/")
     file = folder / f"{part}.safetensors"
@@ -276,7 +276,7 @@ def forge(run_dir: Path, leaf: str, change: object) -> None:
     key = table["shared"].get(part, {}).pop(name, None)
     value = tensors.pop(name, None) if key is None else load_file(disk.shared_file(folder.parent, key))["tensor"]
     assert value is not None
-    if change == "perturb" and leaf == "window/counts":
+    if change == "perturb" and leaf == "metrics/counts":
         tensors[name] = value + torch.tensor([0, 0, 1])
     elif change == "perturb":
         far = 3.0 if part == "discriminator" else 0.1  # past the hinge loss's margin: before it, a bias has no gradient
@@ -297,24 +297,24 @@ def sign(folder: Path, table: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "leaf"), CASES)
-def test_a_leaf_that_is_otherwise_makes_another_run(
+def test_changing_a_tensor_of_a_checkpoint_changes_the_run(
     pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], kind: str, leaf: str
 ) -> None:
     begun, expected = cut[kind]
     shutil.copytree(begun, tmp_path / "run")
     forge(tmp_path / "run", leaf, "perturb")
-    moved = unlike(expected, everything(run(pictures, tmp_path / "run", kind, steps=END)))
+    moved = differing(expected, run_tensors(run(pictures, tmp_path / "run", kind, steps=END)))
     own = leaf.startswith("ema/") or leaf.endswith(PUBLISHED)
     assert moved == [leaf] if own else set(moved) - {leaf}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_no_leaf_at_all_is_dead(
+def test_no_tensor_of_a_checkpoint_is_unused(
     pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], kind: str
 ) -> None:
     begun, expected = cut[kind]
-    saved = disk.read(checkpoints(begun)[0]).parts
+    saved = disk.read(checkpoints(begun).paths()[0]).parts
     dead = []
     for leaf in [f"{part}/{name}" for part, tensors in saved.items() for name in tensors]:
         part, _, name = leaf.partition("/")
@@ -324,7 +324,7 @@ def test_no_leaf_at_all_is_dead(
         folder = tmp_path / leaf.replace("/", "-")
         shutil.copytree(begun, folder)
         forge(folder, leaf, "perturb")
-        moved = unlike(expected, everything(run(pictures, folder, kind, steps=END)))
+        moved = differing(expected, run_tensors(run(pictures, folder, kind, steps=END)))
         own = leaf.startswith("ema/") or leaf.endswith(PUBLISHED)
         dead += [] if (moved == [leaf] if own else set(moved) - {leaf}) else [leaf]
         shutil.rmtree(folder)
@@ -333,7 +333,7 @@ def test_no_leaf_at_all_is_dead(
 
 @pytest.mark.parametrize("leaf", LEAVES["lc"])
 @pytest.mark.parametrize("change", ["drop", "reshape", "retype", "add"])
-def test_a_leaf_that_is_missing_or_of_another_form_is_refused(
+def test_missing_or_reshaped_tensor_is_refused(
     pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], leaf: str, change: str
 ) -> None:
     shutil.copytree(cut["lc"][0], tmp_path / "run")
@@ -346,11 +346,11 @@ def test_a_leaf_that_is_missing_or_of_another_form_is_refused(
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer", "discriminator", "discriminator_optimizer"])
-def test_a_file_that_is_missing_is_refused(
+def test_missing_file_is_refused(
     pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], part: str
 ) -> None:
     shutil.copytree(cut["lc"][0], tmp_path / "run")
-    (folder,) = checkpoints(tmp_path / "run")
+    (folder,) = checkpoints(tmp_path / "run").paths()
     (folder / f"{part}.safetensors").unlink()
     with pytest.raises(ArtifactError, match=rf"every checkpoint in .* is damaged.*{part}.safetensors"):
         run(pictures, tmp_path / "run", steps=END)
@@ -369,29 +369,30 @@ def test_every_counter_is_needed(
     begun, expected = cut["lc"]
     for change in ("perturb", "drop"):
         shutil.copytree(begun, tmp_path / change)
-        (folder,) = checkpoints(tmp_path / change)
+        (folder,) = checkpoints(tmp_path / change).paths()
         table = disk.read_table(folder)
-        table[counter] += 1
+        counters = table if counter == "step" else table["values"]
+        counters[counter] += 1
         if change == "drop":
-            del table[counter]
+            table["values"].pop(counter if counter != "step" else "images_seen")
         sign(folder, table)
-    with pytest.raises(ArtifactError, match=r"state\.json counts"):
+    with pytest.raises(ArtifactError, match=r"state\.json has the counters"):
         run(pictures, tmp_path / "drop", steps=END)
     finished = run(pictures, tmp_path / "perturb", steps=END)
     state = finished.state
     if counter == "nonfinite_steps":
-        assert state.nonfinite_steps == 1  # only counted: in the log, and in what is published
+        assert state.nonfinite_steps == 1  # a count for the log alone
     else:
-        assert "model/encoder.conv_in.weight" in unlike(expected, everything(finished))
+        assert "model/encoder.conv_in.weight" in differing(expected, run_tensors(finished))
 
 
-def test_bad_steps_in_a_row_are_counted_over_a_cut(
+def test_skipped_steps_in_a_row_are_counted_through_a_resume(
     pictures: Path,
     tmp_path: Path,
     cut: dict[str, tuple[Path, dict[str, Tensor]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One bad step more ends a run that was cut after 19 of them, and no other."""
+    """A run that was interrupted after 19 skipped steps ends with the next one."""
     original, calls = Objective.generator_loss, iter(range(100))
 
     def first_is_nan(self: Objective, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -401,10 +402,11 @@ def test_bad_steps_in_a_row_are_counted_over_a_cut(
     for in_a_row in (18, 19):
         calls = iter(range(100))
         shutil.copytree(cut["lc"][0], tmp_path / str(in_a_row))
-        (folder,) = checkpoints(tmp_path / str(in_a_row))
+        (folder,) = checkpoints(tmp_path / str(in_a_row)).paths()
         table = disk.read_table(folder)
-        assert table["nonfinite_in_a_row"] == 0
-        sign(folder, {**table, "nonfinite_in_a_row": in_a_row})
+        assert table["values"]["nonfinite_in_a_row"] == 0
+        table["values"]["nonfinite_in_a_row"] = in_a_row
+        sign(folder, table)
         monkeypatch.setattr(Objective, "generator_loss", first_is_nan)
         if in_a_row == 18:
             assert run(pictures, tmp_path / "18", steps=END).state.nonfinite_in_a_row == 0
@@ -428,7 +430,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a process and what it has started."""
+    """SIGKILL a process and its children."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     for child in children:
@@ -437,9 +439,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def kill_at_random(folder: Path, pictures: Path, kind: str, steps: int, kills: int, seconds: float, ranks: int) -> int:
-    """Start the run again and again and kill it, up to `seconds` after its first batch; then let it end.
-
-    Returns how many kills found it at work.
+    """Start the run and SIGKILL it at a random moment up to `seconds` after its first batch, `kills` times; then let it
+    end. Returns how many kills came before its end.
     """
     moments, log, struck = random.Random(kind), folder / "seen-0.jsonl", 0
     for _ in range(kills):
@@ -457,40 +458,40 @@ def kill_at_random(folder: Path, pictures: Path, kind: str, steps: int, kills: i
     return struck
 
 
-def test_a_killed_run_is_the_same_run(pictures: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_exact_after_sigkill(pictures: Path, tmp_path: Path) -> None:
     assert kill_at_random(tmp_path / "killed", pictures, "lc", 16, kills=1, seconds=0.2, ranks=1) == 1
-    straight = everything(run(pictures, tmp_path / "straight", "lc", steps=16))
-    assert unlike(straight, load_file(tmp_path / "killed" / "final.safetensors")) == []
+    straight = run_tensors(run(pictures, tmp_path / "straight", "lc", steps=16))
+    assert differing(straight, load_file(tmp_path / "killed" / "final.safetensors")) == []
     assert seen(tmp_path / "killed", 1) == seen(tmp_path / "straight", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_a_run_killed_again_and_again_is_the_same_run(pictures: Path, tmp_path: Path, kind: str, ranks: int) -> None:
+def test_resume_is_bit_exact_after_repeated_sigkill(pictures: Path, tmp_path: Path, kind: str, ranks: int) -> None:
     finish(start(tmp_path / "straight", pictures, kind, 60, ranks=ranks))
     struck = kill_at_random(tmp_path / "killed", pictures, kind, 60, kills=4, seconds=1.0, ranks=ranks)
     assert struck >= 2
     first, second = (load_file(tmp_path / name / "final.safetensors") for name in ("straight", "killed"))
-    assert unlike(first, second) == []
+    assert differing(first, second) == []
     assert seen(tmp_path / "killed", ranks) == seen(tmp_path / "straight", ranks)
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_goes_on_with_one_on_the_same_images(pictures: Path, tmp_path: Path) -> None:
+def test_run_of_two_ranks_resumes_on_one_with_the_same_images(pictures: Path, tmp_path: Path) -> None:
     finish(start(tmp_path / "run", pictures, "ema", STEPS, 5, ranks=2))
     begun = seen(tmp_path / "run", 2)
     (tmp_path / "run" / "seen-0.jsonl").unlink()
     assert run(pictures, tmp_path / "run", "ema").state.step == STEPS
-    goes_on = seen(tmp_path / "run", 1)
+    resumed = seen(tmp_path / "run", 1)
     run(pictures, tmp_path / "straight", "ema")
-    at = min(goes_on)
+    at = min(resumed)
     assert 5 <= at < STEPS
-    assert {step: images for step, images in begun.items() if step < at} | goes_on == seen(tmp_path / "straight", 1)
+    assert {step: images for step, images in begun.items() if step < at} | resumed == seen(tmp_path / "straight", 1)
 
 
 def main(pictures: str, folder: str, kind: str, steps: str, stop_at: str | None = None) -> None:
-    """One rank of one run, saved after every second step; rank 0 writes down what came out."""
+    """One rank of one run with a checkpoint every second step; rank 0 saves the final tensors."""
     torch.set_num_threads(1)
     disk.SHARED_BYTES = SHARED_BYTES
     with distributed.connect(torch.device("cpu")):
@@ -498,7 +499,7 @@ def main(pictures: str, folder: str, kind: str, steps: str, stop_at: str | None 
         finished = run(Path(pictures), Path(folder), kind, steps=int(steps), stop_at=limit, save_every=2)
         if distributed.is_main():
             save_file(
-                {name: value.contiguous() for name, value in everything(finished).items()},
+                {name: value.contiguous() for name, value in run_tensors(finished).items()},
                 f"{folder}/final.safetensors",
             )
 

@@ -1,20 +1,20 @@
-"""How fast steps are, by a clock that the test sets."""
+"""Speed of steps, by a fake clock."""
 
 import pytest
 import torch
 
-from vqpipe.training import window
+from vqpipe.training import running_metrics
 from vqpipe.training.running_metrics import RunningMetrics, StepOutput
 
 
-def test_what_is_no_step_is_left_out_of_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paused_time_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(window.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(running_metrics.time, "perf_counter", lambda: now[0])
     measured: RunningMetrics[None] = RunningMetrics(torch.device("cpu"))
-    for seconds, apart in ((1.0, True), (2.0, False)):
+    for seconds, paused in ((1.0, True), (2.0, False)):
         now[0] += 3.0
-        measured.add(StepOutput({"loss": torch.ones(())}, torch.zeros((), dtype=torch.bool), None))
-        with measured.apart(apart):
+        measured.update(StepOutput({"loss": torch.ones(())}, torch.zeros((), dtype=torch.bool), None))
+        with measured.paused(paused):
             now[0] += seconds
         with measured.waiting():
             now[0] += 1.0

@@ -1,4 +1,4 @@
-"""The arithmetic of a step, against a count by hand."""
+"""FLOPs of a step, against a count by hand."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.training.config import TokenizerTrainConfig
-from vqpipe.training.throughput import Throughput, Work, bf16_peak, count_work
+from vqpipe.training.throughput import FlopsPerImage, Throughput, bf16_peak, count_flops
 
 SIZE = 32
 
@@ -24,7 +24,7 @@ def networks(tiny_config: Callable[[], VqganConfig]) -> Networks:
 
 
 def convolutions(network: nn.Module, run: object) -> list[float]:
-    """FLOPs of each convolution while `run()` runs, in order, by the textbook's formula."""
+    """FLOPs of each convolution during `run()`, in order, by the textbook formula."""
     found: list[float] = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -40,25 +40,25 @@ def convolutions(network: nn.Module, run: object) -> list[float]:
     return found
 
 
-def test_the_count_is_that_by_hand(networks: Networks) -> None:
+def test_flops_equal_a_count_by_hand(networks: Networks) -> None:
     model, discriminator, objective = networks
     images = torch.zeros(1, 3, SIZE, SIZE)
-    work = count_work(TokenizerTrainConfig(), model, discriminator, objective, SIZE)
+    flops = count_flops(TokenizerTrainConfig(), model, discriminator, objective, SIZE)
     parts = convolutions(model, lambda: model.decode(model.latent(images)))
     tokens, channels = (SIZE // 2) ** 2, 16
     attention = 2 * 2 * (2 * tokens**2 * channels)  # two blocks, each queries x keys and shares x values
     # Forward, the gradient of the weights and that of the inputs, which the first layer does not need.
-    assert work.autoencoder == 3 * (sum(parts) + attention) - parts[0]
+    assert flops.autoencoder == 3 * (sum(parts) + attention) - parts[0]
     parts = convolutions(discriminator, lambda: discriminator(images))
-    assert work.discriminator == 8 * sum(parts) - 2 * parts[0]
+    assert flops.discriminator == 8 * sum(parts) - 2 * parts[0]
 
 
-def test_counting_leaves_the_networks_alone(networks: Networks) -> None:
+def test_counting_does_not_change_the_networks(networks: Networks) -> None:
     model, discriminator, objective = networks
     before = torch.get_rng_state()
     state = {name: value.clone() for name, value in discriminator.state_dict().items()}
-    frozen = count_work(TokenizerTrainConfig(freeze=("encoder",)), model, discriminator, objective, SIZE)
-    whole = count_work(TokenizerTrainConfig(), model, discriminator, objective, SIZE)
+    frozen = count_flops(TokenizerTrainConfig(freeze=("encoder",)), model, discriminator, objective, SIZE)
+    whole = count_flops(TokenizerTrainConfig(), model, discriminator, objective, SIZE)
     assert frozen.autoencoder < whole.autoencoder
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in discriminator.state_dict().items())
@@ -66,11 +66,24 @@ def test_counting_leaves_the_networks_alone(networks: Networks) -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters)
 
 
-def test_arithmetic_a_second() -> None:
-    speed = Throughput(Work(autoencoder=3e12, discriminator=1e12), peak=100.0)
-    assert speed.of({"images_per_second": 10.0}) == {"tflops": 30.0, "mfu": 0.3}
-    assert speed.of({"images_per_second": 10.0, "loss/discriminator": 1.0}) == {"tflops": 40.0, "mfu": 0.4}
-    assert Throughput(speed.work).of({"images_per_second": 10.0}) == {"tflops": 30.0}
+@pytest.mark.parametrize(
+    ("row", "added"),
+    [
+        ({"images_per_second": 10.0}, {"tflops": 30.0, "mfu": 0.3}),
+        ({"images_per_second": 10.0, "loss/discriminator": 1.0}, {"tflops": 40.0, "mfu": 0.4}),
+        ({"valid/psnr": 20.0}, {}),
+    ],
+)
+def test_tflops_and_mfu_are_added_to_rows_of_training(row: dict[str, float], added: dict[str, float]) -> None:
+    found = dict(row)
+    Throughput(FlopsPerImage(autoencoder=3e12, discriminator=1e12), peak=100.0).on_log(found)
+    assert found == row | added
+
+
+def test_there_is_no_mfu_without_a_known_peak() -> None:
+    row = {"images_per_second": 10.0}
+    Throughput(FlopsPerImage(autoencoder=3e12, discriminator=1e12)).on_log(row)
+    assert row == {"images_per_second": 10.0, "tflops": 30.0}
 
 
 @pytest.mark.parametrize(
@@ -87,5 +100,5 @@ def test_arithmetic_a_second() -> None:
         ("Tesla T4", None),
     ],
 )
-def test_no_peak_is_made_up(name: str, peak: float | None) -> None:
+def test_unknown_devices_have_no_peak(name: str, peak: float | None) -> None:
     assert bf16_peak(name) == peak

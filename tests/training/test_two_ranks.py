@@ -1,4 +1,4 @@
-"""Two ranks train one model: every quantizer that moves its codebook itself, with a discriminator, R1 and LeCam.
+"""Two ranks hold the same bits: each quantizer that updates its codebook, with a discriminator, R1 and LeCam.
 
 Run as a script under torchrun, this file is what one rank does.
 """
@@ -38,20 +38,20 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Pictures:
-    """Picture p of the run is a function of p; a rank sees its share of each batch."""
+    """Image p of the run is a function of p; a rank gets its share of each batch."""
 
     def from_sample(self, images_seen: int) -> Iterator[Batch]:
         share = BATCH // world_size()
         while True:
             places = range(images_seen + rank() * share, images_seen + (rank() + 1) * share)
-            draws = (torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(place)) for place in places)
-            images = torch.stack([(draw * 255).to(torch.uint8) for draw in draws])
+            noise = (torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(place)) for place in places)
+            images = torch.stack([(image * 255).to(torch.uint8) for image in noise])
             yield Batch(images, torch.full((share,), -1), [str(place) for place in places], list(places))
             images_seen += BATCH
 
 
 def trained(kind: str, steps: int, folder: Path) -> dict[str, torch.Tensor]:
-    """Everything of the state after so many steps that all ranks should hold alike."""
+    """The tensors of the state after `steps` steps that all ranks should hold alike."""
     torch.manual_seed(0)
     model = build_autoencoder(
         VqganConfig(

@@ -1,4 +1,4 @@
-"""Held-out images: the numbers are those of an independent formula, and the best weights survive anything."""
+"""Validation: numbers against an independent formula, and the best weights through resumes and kills."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.errors import DataError
 from vqpipe.models import Autoencoder, VqganConfig, build_autoencoder
-from vqpipe.training.validation import Best, Validation
+from vqpipe.training.validation import BestWeights, Validation
 
 SIZE = 16
 
@@ -48,41 +48,41 @@ def validation(images: ImageSet, batch_size: int = 3, limit: int = 100) -> Valid
 
 
 class MeanDifference(torch.nn.Module):
-    """Stands for LPIPS."""
+    """In place of LPIPS."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
-def test_the_numbers_are_those_of_the_images_by_an_independent_formula(network: Autoencoder, images: ImageSet) -> None:
-    measured = validation(images, limit=5).measure(network.train())
+def test_numbers_equal_an_independent_formula(network: Autoencoder, images: ImageSet) -> None:
+    row, code_counts = validation(images, limit=5).measure(network.train())
     network.eval()
     decibels, distances, chosen = [], [], []
     for place in range(5):
         pixels = np.array(Image.open(io.BytesIO(images.read(place))))
         batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
-            again = network(batch)
-        rounded = np.clip(np.round((again.images[0].permute(1, 2, 0).double().numpy() + 1) * 127.5), 0, 255)
+            output = network(batch)
+        rounded = np.clip(np.round((output.images[0].permute(1, 2, 0).double().numpy() + 1) * 127.5), 0, 255)
         difference = pixels.astype(float) - rounded
         decibels.append(10 * np.log10(255**2 / np.mean(difference**2)))
         distances.append(np.mean(np.abs(difference)) / 127.5)
-        chosen += again.quantized.ids.flatten().tolist()
+        chosen += output.quantized.ids.flatten().tolist()
     counts = np.bincount(chosen, minlength=32)
     shares = counts[counts > 0] / counts.sum()
-    assert measured.row["valid/images"] == 5
-    assert measured.row["valid/psnr"] == pytest.approx(np.mean(decibels), abs=1e-3)
-    assert measured.row["valid/lpips_vgg"] == pytest.approx(np.mean(distances), abs=1e-4)
-    assert measured.row["valid/utilization"] == (counts > 0).mean()
-    assert measured.row["valid/perplexity"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
-    assert measured.counts.tolist() == [counts.tolist()]
+    assert row["valid/images"] == 5
+    assert row["valid/psnr"] == pytest.approx(np.mean(decibels), abs=1e-3)
+    assert row["valid/lpips_vgg"] == pytest.approx(np.mean(distances), abs=1e-4)
+    assert row["valid/utilization"] == (counts > 0).mean()
+    assert row["valid/perplexity"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
+    assert code_counts.tolist() == [counts.tolist()]
 
 
-def test_batches_do_not_change_the_numbers_and_the_network_stays_as_it_was(
+def test_batch_size_does_not_change_the_numbers_and_validation_does_not_change_the_network(
     network: Autoencoder, images: ImageSet
 ) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    rows = [validation(images, batch_size).measure(network).row for batch_size in (1, 3, 7)]
+    rows = [validation(images, batch_size).measure(network)[0] for batch_size in (1, 3, 7)]
     assert rows[0]["valid/images"] == 7
     for row in rows[1:]:
         assert row == pytest.approx(rows[0], rel=1e-3)
@@ -90,71 +90,69 @@ def test_batches_do_not_change_the_numbers_and_the_network_stays_as_it_was(
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_unreadable_images_are_left_out_and_none_at_all_is_an_error(network: Autoencoder, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_and_no_readable_image_is_an_error(network: Autoencoder, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of the validation images can be read"):
         validation(open_images([str(folder)])).measure(network)
     Image.new("RGB", (SIZE, SIZE), (200, 10, 10)).save(folder / "b.png")
-    assert validation(open_images([str(folder)])).measure(network).row["valid/images"] == 1
+    assert validation(open_images([str(folder)])).measure(network)[0]["valid/images"] == 1
 
 
 class Numbered(torch.nn.Module):
-    """Weights that say which step they are of."""
+    """A network whose weights hold its step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
         self.register_buffer("step", torch.tensor(step))
 
 
-def offered(best: Best, values: dict[int, float]) -> list[int]:
-    """The steps whose weights were taken."""
+def offered(best: BestWeights, values: dict[int, float]) -> list[int]:
+    """The steps whose weights were kept."""
     return [step for step, value in values.items() if best.offer(Numbered(step), step, {best.measure: value})]
 
 
-def kept(path: Path) -> int:
+def kept_step(path: Path) -> int:
     return int(load_file(path)["step"])
 
 
 @pytest.mark.parametrize(("higher", "expected"), [(True, [1, 2, 5]), (False, [1, 3, 4])])
-def test_the_best_weights_are_kept_also_by_a_run_that_was_resumed(
-    tmp_path: Path, higher: bool, expected: list[int]
-) -> None:
+def test_best_weights_are_kept_through_a_resume(tmp_path: Path, higher: bool, expected: list[int]) -> None:
     path = tmp_path / "best.safetensors"
-    best = Best(path, "valid/psnr", higher=higher)
+    best = BestWeights(path, "valid/psnr", higher_is_better=higher)
     first, second = {1: 20.0, 2: 21.5, 3: 19.0}, {4: 18.0, 5: 22.0}
     taken = offered(best, first)
-    again = Best(path, "valid/psnr", higher=higher)
-    assert (again.step, again.value) == (best.step, best.value) == (taken[-1], first[taken[-1]])
-    assert offered(again, first) == []  # a resumed run computes them once more: no better than itself
-    taken += offered(again, second)
+    resumed = BestWeights(path, "valid/psnr", higher_is_better=higher)
+    assert (resumed.step, resumed.value) == (best.step, best.value) == (taken[-1], first[taken[-1]])
+    assert offered(resumed, first) == []  # a resumed run computes them again
+    taken += offered(resumed, second)
     assert taken == expected
-    assert kept(path) == again.step == expected[-1]
+    assert kept_step(path) == resumed.step == expected[-1]
 
 
-def test_a_number_that_is_none_is_never_the_best(tmp_path: Path) -> None:
-    best = Best(tmp_path / "best.safetensors", "valid/psnr", higher=True)
+def test_nan_is_never_the_best_and_infinite_psnr_is(tmp_path: Path) -> None:
+    best = BestWeights(tmp_path / "best.safetensors", "valid/psnr", higher_is_better=True)
     assert offered(best, {1: float("nan"), 2: 10.0, 3: float("nan")}) == [2]
     assert best.offer(Numbered(4), 4, {})  # not a pixel differs, so there is no PSNR
-    assert kept(best.path) == 4
+    assert kept_step(best.path) == 4
 
 
 @pytest.mark.parametrize(
     ("higher", "best_value", "worse", "far_worse"), [(True, 22.0, 19.1, 18.9), (False, 0.2, 0.29, 0.31)]
 )
-def test_a_fall_is_told_from_a_bad_day(
+def test_collapse_is_a_far_worse_validation(
     tmp_path: Path, higher: bool, best_value: float, worse: float, far_worse: float
 ) -> None:
-    best = Best(tmp_path / "best.safetensors", "valid/measure", higher=higher)
-    assert not best.fallen({best.measure: far_worse})  # there is nothing to fall from
+    best = BestWeights(tmp_path / "best.safetensors", "valid/measure", higher_is_better=higher)
+    assert not best.collapsed({best.measure: far_worse})  # there is no best yet
     offered(best, {1: best_value, 2: worse, 3: far_worse})
-    assert [best.fallen({best.measure: value}) for value in (best_value, worse, far_worse)] == [False, False, True]
-    assert kept(best.path) == 1  # the best and the last stay, and the run goes on
+    assert [best.collapsed({best.measure: value}) for value in (best_value, worse, far_worse)] == [False, False, True]
+    assert kept_step(best.path) == 1
 
 
-def test_a_run_killed_while_it_keeps_new_weights_has_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = Best(tmp_path / "best.safetensors", "valid/psnr", higher=True)
+def test_kill_while_keeping_new_weights_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = BestWeights(tmp_path / "best.safetensors", "valid/psnr", higher_is_better=True)
     offered(best, {1: 20.0})
 
     def killed(*_: object) -> None:
@@ -163,4 +161,4 @@ def test_a_run_killed_while_it_keeps_new_weights_has_the_old(tmp_path: Path, mon
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         offered(best, {2: 30.0})
-    assert Best(best.path, "valid/psnr", higher=True).step == 1 == kept(best.path)
+    assert BestWeights(best.path, "valid/psnr", higher_is_better=True).step == 1 == kept_step(best.path)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from vqpipe.config import resumable
 from vqpipe.errors import ConfigError, DataError
 
 try:
@@ -61,10 +62,10 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Images with more pixels than this are refused from their header alone."""
 
-    num_workers: int = -1
+    num_workers: int = resumable(-1)
     """Processes that decode, per rank; 0: none, decode between the steps; -1: one per available core, at most 16."""
 
-    worker_timeout: float = 300.0
+    worker_timeout: float = resumable(300.0)
     """Seconds to wait for a batch before the run stops with an error; 0: for ever."""
 
     def __post_init__(self) -> None:

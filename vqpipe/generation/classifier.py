@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import resumable
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.generation.base import Space
 
@@ -68,8 +69,9 @@ class VitConfig(ClassifierConfig):
     """Attention heads."""
     drop_path: float = 0.1
     """Probability that a block is skipped for an image, in the last block; it rises linearly to there."""
-    weights: Path | None = None
-    """A checkpoint of MAE, as its authors or timm publish it, to start from; none: random weights."""
+    weights: Path | None = resumable(None)
+    """A checkpoint of MAE, as its authors or timm publish it, to start from; none: random weights. The file counts by
+    its content."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

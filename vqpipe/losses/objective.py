@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe import distributed
+from vqpipe.config import resumable
 from vqpipe.errors import ConfigError
 from vqpipe.losses.adversarial import (
     adaptive_sum,
@@ -57,8 +58,8 @@ class ObjectiveConfig:
     """LPIPS distance; needs `perceptual`."""
     perceptual: Literal["vgg", "alex", "none"]
     """Backbone of LPIPS. "none", written down, trains without it."""
-    lpips_weights: str = ""
-    """torchvision's file of the backbone, or the folder that holds it."""
+    lpips_weights: str = resumable("")
+    """torchvision's file of the backbone, or the folder that holds it. The file counts by its content."""
     commitment: float = 0.0
     """Draws latents to their codes."""
     codebook: float = 0.0

@@ -1,4 +1,4 @@
-"""The page of one training run: the same page while it goes on and when it has ended.
+"""The page of a training run of a tokenizer, a generator or a classifier, during the run and after it.
 
 Letters: G groups, K codes a group.
 """
@@ -12,18 +12,20 @@ from torch import Tensor
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import Evaluated, codes
-from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
+from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, data_uri, error_pictures
 
 Row = Mapping[str, Any]
-MOST_OPEN = 12
-"""Validations up to which their table stands open."""
+OPEN_ROWS = 12
+"""Validations up to which their table is not folded."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What is known of any run at one moment."""
+class TrainingRun:
+    """A run at one moment."""
 
     name: str
+    description: str
+    """One line on what is trained."""
     step: int
     steps: int
     rows: Sequence[Row]
@@ -32,29 +34,24 @@ class Run:
     """The sections of its preset."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun(Run):
-    """A tokenizer's run."""
-
-    tokenizer: Mapping[str, Any]
-    """`quantizer` (its kind), `codebook_size`, `num_groups`, `downsample_factor`."""
     shown: Sequence[ImagePair] = ()
-    """The newest pictures."""
+    """The newest reconstructions."""
     shown_note: str = ""
     """Which images they are, and of which step."""
+    samples: bytes | None = None
+    """The newest samples, a PNG file."""
+    samples_note: str = ""
     counts: Tensor | None = None
-    """int64[G, K]: how often each code was chosen, newest."""
+    """int64[G, K]: how often each code was chosen."""
     counts_note: str = ""
-    """On which images."""
+    """On which images, at which step."""
     best_step: int | None = None
-    """At which the validation went best."""
+    """The step of the best validation."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A logged number as people read it."""
+    """A logged number and its format."""
 
     key: str
     label: str
@@ -62,18 +59,22 @@ class Column:
     unit: str = ""
     scale: float = 1.0
 
-    def written(self, value: float | None) -> str:
-        """The number as text, without its unit; a dash where there is none."""
+    def text(self, value: float | None) -> str:
+        """The number without its unit; a dash for None."""
         return "–" if value is None else format(self.scale * value, self.format)
 
 
 NUMBERS = (
     Column("loss/total", "loss", ".4g"),
+    Column("valid/total", "validation loss", ".4g"),
     Column("psnr", "PSNR", ".2f", "dB"),
     Column("valid/psnr", "validation PSNR", ".2f", "dB"),
     Column("valid/ssim", "validation SSIM", ".3f"),
     Column("valid/lpips_vgg", "validation LPIPS (VGG)", ".3f"),
     Column("valid/lpips_alex", "validation LPIPS (AlexNet)", ".3f"),
+    Column("train/top1", "training top-1", ".1f", "%", 100),
+    Column("valid/top1", "validation top-1", ".1f", "%", 100),
+    Column("valid/top5", "validation top-5", ".1f", "%", 100),
     Column("utilization", "codes in use", ".1f", "%", 100),
     Column("perplexity", "perplexity", ",.1f"),
     Column("images_per_second", "speed", ",.3g", "images/s"),
@@ -92,17 +93,25 @@ VALIDATION = (
 )
 
 
+def describe_tokenizer(facts: Mapping[str, Any]) -> str:
+    """The description of a tokenizer's run."""
+    return f"{facts['quantizer']} quantizer, {codes(facts)}, downsample factor {facts['downsample_factor']}."
+
+
 def training_page(run: TrainingRun, footer: str = "") -> page.ReportPage:
-    """Numbers, pictures, curves, codes, validations, settings, where it came from."""
-    return page.ReportPage(run.name, subtitle(run), list(sections(run)), footer)
+    """Numbers, reconstructions or samples, curves, codes in use, validations, settings, lineage."""
+    subtitle = f"{run.description} Step {run.step:,} of {run.steps:,}."
+    return page.ReportPage(run.name, subtitle, list(sections(run)), footer)
 
 
 def sections(run: TrainingRun) -> Iterator[page.Section]:
-    """The parts of the page that there is something to say in."""
-    yield from headline(run, NUMBERS, notes_of(run))
+    """The sections of the page for which there is data."""
+    yield from newest_numbers(run)
     if run.shown:
         caption = f"{run.shown_note} {ERROR_CAPTION}".strip()
         yield page.Pictures("Originals and reconstructions", error_pictures(run.shown), caption)
+    if run.samples is not None:
+        yield page.Maps("Samples", [page.Map(run.samples_note, data_uri(run.samples), f"Step {run.step:,}", "samples")])
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
     if run.counts is not None and run.counts.sum():
@@ -111,50 +120,34 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
         yield page.Maps("Which codes are in use", maps, caption, [plots.code_frequency(run.counts)])
     if any("valid/images" in row for row in run.rows):
         yield validation_table(run)
-    yield from origin(run)
-
-
-def subtitle(run: TrainingRun) -> str:
-    tokenizer = run.tokenizer
-    what = f"{tokenizer['quantizer']} quantizer, {codes(tokenizer)}, downsample factor {tokenizer['downsample_factor']}"
-    return f"{what}. Step {run.step:,} of {run.steps:,}."
-
-
-def notes_of(run: TrainingRun) -> dict[str, str]:
-    """What stands below a number."""
-    return {
-        "psnr": "training images, since the row before",
-        "utilization": "training images, since the row before",
-        "valid/psnr": "" if run.best_step is None else f"best at step {run.best_step:,}",
-        "mfu": "estimate; bf16, dense",
-        "tflops": "estimate; each device",
-    }
-
-
-def headline(run: Run, columns: Sequence[Column], notes: Mapping[str, str] | None = None) -> Iterator[page.Section]:
-    """The newest of each number that is logged; `notes` by key."""
-    share = latest(run.rows, "data_wait")
-    waiting = {} if share is None else {"images_per_second": f"{share:.0%} of the time waiting for images"}
-    notes = waiting | dict(notes or {})
-    values = {column: latest(run.rows, column.key) for column in columns}
-    numbers = [
-        page.Number(column.label, column.written(value), column.unit, notes.get(column.key, ""))
-        for column, value in values.items()
-        if value is not None and not (column.key == "nonfinite_steps" and value == 0)
-    ]
-    if numbers:
-        yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
-
-
-def origin(run: Run) -> Iterator[page.Section]:
-    """Its settings, what it was made from, and the command."""
     if run.settings:
         rows = [[name, text] for name, text in flat(run.settings)]
         yield page.Table("Settings", ["setting", "value"], rows, folded=True)
     if run.lineage:
         yield page.Lineage("Made from", [run.lineage])
     if run.command:
-        yield page.Commands("Go on, or make it again", [run.command])
+        yield page.Commands("Command, also to resume the run", [run.command])
+
+
+def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
+    """The newest finite value of each number that was logged."""
+    waiting = newest(run.rows, "data_wait")
+    notes = {
+        "psnr": "training images, since the row before",
+        "utilization": "training images, since the row before",
+        "valid/psnr": "" if run.best_step is None else f"best at step {run.best_step:,}",
+        "mfu": "estimate; bf16, dense",
+        "tflops": "estimate; each device",
+        "images_per_second": "" if waiting is None else f"{waiting:.0%} of the time waiting for images",
+    }
+    values = {column: newest(run.rows, column.key) for column in NUMBERS}
+    numbers = [
+        page.Number(column.label, column.text(value), column.unit, notes.get(column.key, ""))
+        for column, value in values.items()
+        if value is not None and not (column.key == "nonfinite_steps" and value == 0)
+    ]
+    if numbers:
+        yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
 
 
 def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
@@ -167,9 +160,14 @@ def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
     window = max((row["window_tokens"] for row in rows if "window_tokens" in row), default=0)
     held_out = f" Validation: {validations[-1]['valid/images']:,} images." if validations else ""
     drawn = (
-        plots.curves("Loss", {term: plots.series(rows, f"loss/{term}") for term in plots.LOSS_TERMS}, "log"),
+        *loss_curves(rows),
         plots.curves("PSNR, dB", lines(training="psnr", validation="valid/psnr"), "linear", held_out.strip()),
         plots.curves("LPIPS", lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex"), "linear", held_out.strip()),
+        plots.curves(
+            "Accuracy",
+            lines(**{"training top-1": "train/top1", "validation top-1": "valid/top1", "top-5": "valid/top5"}),
+            "share",
+        ),
         plots.curves(
             "Codes in use",
             lines(training="utilization", validation="valid/utilization"),
@@ -179,35 +177,46 @@ def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
         plots.curves("Perplexity of the codes", lines(training="perplexity", validation="valid/perplexity"), "linear"),
         plots.curves("Learning rate", lines(rate="learning_rate"), "linear"),
         plots.curves(
-            "Gradient norm", lines(tokenizer="gradient_norm", discriminator="discriminator_gradient_norm"), "log"
+            "Gradient norm", lines(network="gradient_norm", discriminator="discriminator_gradient_norm"), "log"
         ),
         plots.curves("Images a second", lines(speed="images_per_second"), "linear"),
     )
     return [plot for plot in drawn if plot is not None]
 
 
+def loss_curves(rows: Sequence[Row]) -> tuple[plots.Plot | None, ...]:
+    """The terms of a tokenizer's objective on a logarithmic axis; else the total with that of the validation, and its
+    parts."""
+    if any("psnr" in row for row in rows):
+        return (plots.curves("Loss", {term: plots.series(rows, f"loss/{term}") for term in plots.LOSS_TERMS}, "log"),)
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/") and name != "loss/total")
+    parts = {name.removeprefix("loss/"): plots.series(rows, name) for name in names}
+    total = {"training": plots.series(rows, "loss/total"), "validation": plots.series(rows, "valid/total")}
+    return plots.curves("Loss", total, "linear"), plots.curves("Parts of the loss", parts, "linear")
+
+
 def validation_table(run: TrainingRun) -> page.Table:
-    """A row for each validation, the best set off."""
+    """A row for each validation, the best marked."""
     rows = [row for row in run.rows if "valid/images" in row]
     columns = [column for column in VALIDATION if any(column.key in row for row in rows)]
     cells = [
         [f"{row['step']:,}"]
-        + [page.Cell(column.written(row.get(column.key)), best=row["step"] == run.best_step) for column in columns]
+        + [page.Cell(column.text(row.get(column.key)), best=row["step"] == run.best_step) for column in columns]
         for row in rows
     ]
     header = ["step", *(column.label for column in columns)]
     caption = f"{rows[-1]['valid/images']:,} held-out images, centre crops; measured as vqpipe eval does."
-    return page.Table("Validation", header, cells, caption, folded=len(rows) > MOST_OPEN)
+    return page.Table("Validation", header, cells, caption, folded=len(rows) > OPEN_ROWS)
 
 
-def latest(rows: Sequence[Row], key: str) -> float | None:
+def newest(rows: Sequence[Row], key: str) -> float | None:
     """The newest finite number logged under `key`, or None."""
     values = plots.series(rows, key)[1]
     return float(values[-1]) if len(values) else None
 
 
 def flat(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as `section.key` and text."""
+    """Nested settings as (`section.key`, text)."""
     for key, value in table.items():
         name = f"{where}.{key}" if where else key
         if isinstance(value, Mapping):

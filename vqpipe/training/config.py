@@ -1,34 +1,33 @@
-"""What a preset says about training; section [train].
-
-`TrainConfig` is for whatever is trained; `TokenizerTrainConfig` adds what only tokenizers have.
-"""
+"""Section [train] of a preset: `TrainConfig`, and `TokenizerTrainConfig` with what only tokenizers have."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from vqpipe.config import resumable
 from vqpipe.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Section [train]: how long, how fast, in which precision."""
+    """Section [train]."""
 
     steps: int = 100_000
     """Optimizer steps; one step is one global batch."""
     global_batch_size: int = 256
     """Images a step, over all ranks."""
     accumulate: int = 1
-    """Parts that a rank's share of the batch passes the networks in, one after another, for less memory. The same step
-    but for what is no mean over images: the adaptive weight, a discriminator's batch norm, entropies of a batch."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What several ranks do with the weights: each holds all of them (DistributedDataParallel), or its share (FSDP2),
-    for generators that are too large for one GPU. Checkpoints are the same, so a run may be resumed with the other."""
+    """Gradient accumulation: a rank's share of the batch is processed in so many parts, for less memory. The step is
+    the same except for terms that are not means over images: the adaptive weight, a discriminator's batch norm,
+    entropies of a batch."""
+    parallel: Literal["ddp", "fsdp"] = resumable("ddp")
+    """On several ranks: replicate the weights (DistributedDataParallel), or shard them (FSDP2), for generators that are
+    too large for one GPU. Checkpoints are the same, so a run may be resumed with the other."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """For all networks."""
     learning_rate: float = 5e-4
     """Peak, for all networks."""
     min_learning_rate: float = 0.0
-    """Where the cosine ends."""
+    """At the end of the cosine."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     betas: tuple[float, float] = (0.5, 0.9)
@@ -40,29 +39,28 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Largest gradient norm of each network; 0: no clipping."""
     weight_ema: float = 0.0
-    """Decay of the weight average that is published; 0: the weights themselves are."""
+    """Decay of the weight average, which is published; 0: no average, the weights themselves are published."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: convolutions and matrix products under autocast; quantizing and losses stay in float32."""
-    compile: bool = False
+    compile: bool = resumable(False)
     """torch.compile the networks: of a tokenizer the encoder, the decoder, the discriminator and LPIPS, each as one
     graph; of a generator its blocks."""
-    activation_checkpointing: bool = False
-    """Gradient checkpointing: keep no activations inside a residual or attention block, compute them again in the
-    backward pass."""
-    max_nonfinite_steps: int = 20
-    """Steps without a finite gradient, one after another, that end the run; each is skipped before a weight moves."""
-    log_every: int = 50
+    activation_checkpointing: bool = resumable(False)
+    """Keep no activations inside a residual or attention block, and compute them again in the backward pass."""
+    max_nonfinite_steps: int = resumable(20)
+    """Skipped steps in a row that end the run. A step whose gradient is not finite is skipped: no weight moves."""
+    log_every: int = resumable(50)
     """Steps between two rows of metrics.jsonl."""
-    save_every: int = 1000
+    save_every: int = resumable(1000)
     """Steps between two checkpoints; the last two are kept."""
-    keep_every: int = 0
-    """Steps between two checkpoints that are kept for good; 0: none is."""
-    sample_every: int = 500
-    """Steps between two looks at pictures: of a tokenizer, a reconstruction grid."""
+    keep_every: int = resumable(0)
+    """Steps between two checkpoints that are kept until the run is published; 0: none."""
+    sample_every: int = resumable(500)
+    """Steps between two samples: a tokenizer's reconstruction grid, or a generator's sample sheet."""
     validate_every: int = 0
-    """Steps between two looks at the held-out images; 0: none."""
+    """Steps between two validations on held-out images; 0: none."""
     validation_images: int = 256
-    """How many of them are looked at."""
+    """Held-out images per validation."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "accumulate", "max_nonfinite_steps", "log_every", "save_every"):
@@ -81,7 +79,7 @@ class TrainConfig:
         if self.keep_every % self.save_every:
             raise ConfigError(
                 f"train.keep_every = {self.keep_every} is no multiple of train.save_every = {self.save_every}",
-                "Only what is saved can be kept",
+                "Only saved checkpoints can be kept",
             )
 
     def share(self, world_size: int) -> int:
@@ -105,23 +103,24 @@ class TokenizerTrainConfig(TrainConfig):
     """Section [train] of a tokenizer."""
 
     quantizer_rate: float = 1.0
-    """Learning rate of the quantizer's own weights, in units of the others'. 1 as in the papers; 10 lets the projector
-    of a frozen codebook keep up with latents that are young and move fast."""
+    """Learning rate of the quantizer's own weights, relative to `learning_rate`. 1 as in the papers; with 10 the
+    projector of a frozen codebook follows latents that still change fast."""
     freeze: tuple[Literal["encoder", "codebook"], ...] = ()
-    """What does not learn, in fine-tuning: the encoder with its quant_conv, the whole quantizer, or both."""
+    """Parts that are not trained, in fine-tuning: the encoder with its quant_conv, the whole quantizer, or both."""
     sync_batch_norm: bool = False
-    """Batch norm of the discriminator over all ranks' images, on GPUs."""
+    """Compute batch norm in the discriminator over the images of all ranks, on GPUs."""
     whiten_init: bool = False
-    """Whiten the latent on real images and scale the codebook to it before the first step (see `whiten_init`)."""
+    """Before the first step, whiten the latent on real images and scale the codebook to it
+    (`Autoencoder.whiten_init`)."""
     whiten_images: int = 128
-    """How many images the matched start looks at."""
+    """Images for `whiten_init`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parallel != "ddp":
             raise ConfigError(
-                f"train.parallel = {self.parallel!r} is for generators: a tokenizer's step goes through parts of it",
-                "Leave it at ddp; tokenizers fit one GPU, with train.activation_checkpointing large ones too",
+                f"train.parallel = {self.parallel!r} is for generators: a tokenizer's step uses parts of the network",
+                "Leave it at ddp. Large tokenizers fit one GPU with train.activation_checkpointing=true",
             )
         for part in self.freeze:
             if part not in ("encoder", "codebook"):

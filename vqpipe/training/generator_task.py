@@ -1,4 +1,4 @@
-"""The step of whatever is one network with a `loss`: generators and classifiers, on ids or latents with labels.
+"""The step of one network with a `loss`: generators and classifiers, on ids or latents with labels.
 
 Letters: B examples of this rank's share of a global batch.
 """
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from vqpipe import distributed
 from vqpipe.errors import ConfigError
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.networks import recompute, replicated, summed_later
-from vqpipe.training.optimizers import finite_step, make_optimizer
+from vqpipe.training.networks import accumulate_gradients, checkpoint_activations, replicate, shard
+from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import StepOutput
-from vqpipe.training.sharding import shard
-from vqpipe.training.task import Task, autocast, mean
+from vqpipe.training.task import Task, autocast, mean_over_parts
 
 
 class ExampleBatch(Protocol):
-    """What generators and classifiers learn from."""
+    """A batch that generators and classifiers train on."""
 
     examples: Tensor
     """int64[B, N] ids, or float[B, C, h, w] latents."""
@@ -31,18 +30,18 @@ class ExampleBatch(Protocol):
 
 @runtime_checkable
 class InBlocks(Protocol):
-    """A network that says of which repeated blocks it is made."""
+    """A network of repeated blocks."""
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The units of recomputing, compiling and sharding."""
+        """The units of activation checkpointing, compiling and sharding."""
 
 
 class GeneratorTask(Task[ExampleBatch, None]):
     """One network, one optimizer.
 
     `network(examples, labels)` returns scalars by name, of which "total" is minimised; all are logged as `loss/<name>`,
-    but one that has a slash in its name under that name (`train/accuracy`). Each is a mean over examples. What it draws
-    comes from torch's global generators, which the loop seeds from (seed, step, rank).
+    but one that has a slash in its name under that name (`train/accuracy`). Each is a mean over examples. Its random
+    numbers come from torch's global generators, which the loop seeds from (seed, step, rank).
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -58,7 +57,7 @@ class GeneratorTask(Task[ExampleBatch, None]):
                     f"train.activation_checkpointing: {type(self.model).__name__} names no blocks", "Set it to false"
                 )
             for block in blocks:
-                recompute(block)
+                checkpoint_activations(block)
         if config.compile:
             for part in blocks or [self.model]:
                 part.compile(dynamic=False)
@@ -70,8 +69,8 @@ class GeneratorTask(Task[ExampleBatch, None]):
         self.optimizers["optimizer"] = make_optimizer(config, list(self.model.parameters()))
 
     def connect(self) -> None:
-        static = self.config.accumulate == 1  # DDP's first step with a static graph cannot put off summing gradients
-        self.network = self.model if self.sharded else replicated(self.model, self.device, static=static)
+        static = self.config.accumulate == 1  # DDP's first step with a static graph cannot accumulate gradients
+        self.network = self.model if self.sharded else replicate(self.model, self.device, static=static)
 
     def step(self, batch: ExampleBatch, step: int) -> StepOutput[None]:
         optimizer = self.optimizers["optimizer"]
@@ -81,20 +80,20 @@ class GeneratorTask(Task[ExampleBatch, None]):
         parts = list(zip(*(each.chunk(self.config.accumulate) for each in (examples, labels)), strict=True))
         logged: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts, start=1):
-            with summed_later(self.network, last=number == len(parts)):
+            with accumulate_gradients(self.network, last=number == len(parts)):
                 with autocast(self.device, self.config):
                     losses: dict[str, Tensor] = self.network(*part)
                 (losses["total"] / len(parts)).backward()
-            logged.append({logged_as(name): value.detach() for name, value in losses.items()})
-        norm, bad = finite_step(optimizer, self.config)
-        return StepOutput(mean(logged) | {"gradient_norm": norm}, bad, None)
+            logged.append({log_name(name): value.detach() for name, value in losses.items()})
+        norm, skipped = finite_step(optimizer, self.config)
+        return StepOutput(mean_over_parts(logged) | {"gradient_norm": norm}, skipped, None)
 
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
-    """The blocks that a network names; none where it names none."""
+    """The blocks of a network; empty where it names none."""
     return list(network.blocks()) if isinstance(network, InBlocks) else []
 
 
-def logged_as(name: str) -> str:
-    """A scalar's name in the log."""
+def log_name(name: str) -> str:
+    """The name of a scalar in the log."""
     return name if "/" in name else f"loss/{name}"

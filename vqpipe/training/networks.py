@@ -1,6 +1,11 @@
-"""Networks made ready for a run: what is computed again, what is compiled, and how ranks share gradients."""
+"""Networks prepared for training: activation checkpointing, and weights replicated (DDP) or sharded (FSDP2) over ranks.
+
+Of sharded weights, checkpoints hold the whole tensors, so they are the same for any number of ranks.
+torch.distributed.tensor takes seconds to import: only a run that shards imports it.
+"""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import signature
@@ -12,31 +17,39 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vqpipe import distributed
+from vqpipe.artifacts.states import Parts
 
-LEAVE_BUFFERS: dict[str, Any] = (
+NO_BUFFER_BROADCAST: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     else {"broadcast_buffers": False}
 )
-"""To DistributedDataParallel, in its newer and its older words."""
+"""The argument of DistributedDataParallel that torch renamed."""
 
 
-def recompute(block: nn.Module) -> None:
-    """Let the block forget its activations, and compute them again in the backward pass (gradient checkpointing)."""
+def checkpoint_activations(block: nn.Module) -> None:
+    """Keep no activations inside the block, and compute them again in the backward pass (gradient checkpointing)."""
     forward = block.forward
 
-    def forgetting(*args: Any, **kwargs: Any) -> Any:
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    block.forward = forgetting
+    block.forward = recomputing
 
 
-def replicated(network: nn.Module, device: torch.device, *, static: bool = False) -> nn.Module:
-    """`network` over all ranks, each with a whole copy, or itself on one process, or where nothing of it learns.
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process. More than there are networks: one was compiled again,
+    for another shape."""
+    statistics: Counter[str] = torch._dynamo.utils.counters["stats"]
+    return int(statistics["unique_graphs"])
 
-    Buffers are not broadcast in each forward: a codebook of 300 MB is one, and `update` keeps it alike on all ranks.
+
+def replicate(network: nn.Module, device: torch.device, *, static: bool = False) -> nn.Module:
+    """`network` under DistributedDataParallel; the network itself on one process, or where nothing of it trains.
+
+    Buffers are not broadcast in each forward: a codebook of 300 MB is one, and `update` keeps it equal on all ranks.
     `static` promises that every step goes back through the same parameters, once in one `backward`.
     """
     if distributed.world_size() == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
@@ -45,7 +58,7 @@ def replicated(network: nn.Module, device: torch.device, *, static: bool = False
     return DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
-        **LEAVE_BUFFERS,
+        **NO_BUFFER_BROADCAST,
         gradient_as_bucket_view=True,
         static_graph=static,
     )
@@ -63,21 +76,79 @@ def align_gradients(network: nn.Module) -> None:
 
 
 def with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
-    """The same gradient, unless it lies otherwise in memory also along sides that are longer than 1."""
+    """The gradient with these strides, if they differ only along sides of length 1; else the gradient as it is."""
     sides = zip(gradient.shape, gradient.stride(), strides, strict=True)
     return gradient if any(n > 1 and a != b for n, a, b in sides) else gradient.as_strided(gradient.shape, strides)
 
 
-def summed_later(network: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around all parts of a batch but the last: ranks add up their gradients once a step.
+def accumulate_gradients(network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Around each part of a batch: ranks sum their gradients with the last part only.
 
     Not where weights are sharded: there a rank would have to keep the gradients of all of them until the last part.
     """
     return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
 
 
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process: more than there are networks where it had to compile
-    one again, for another shape."""
-    statistics: Counter[str] = torch._dynamo.utils.counters["stats"]
-    return int(statistics["unique_graphs"])
+def shard(network: nn.Module, blocks: Iterable[nn.Module], *, trains: bool = True) -> None:
+    """Shard the network's weights over all ranks, in place; the weights of a block are gathered while it computes.
+
+    Weights outside the blocks are gathered for `forward`, and for the methods that the network names in `entrances`.
+    Where the network trains they stay gathered until its backward pass; a weight average has no backward pass.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(network, reshard_after_forward=None if trains else True)
+    for name in getattr(network, "entrances", ()):
+        register_fsdp_forward_method(network, name)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds only its shard."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of the tensor that this rank holds, in the same memory."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every rank. Every rank calls it."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def gathered(parts: Parts) -> Parts:
+    """Parts with whole tensors: those that are sharded are gathered on rank 0's CPU, and absent elsewhere.
+
+    One tensor after another, so that no GPU holds more than one whole. Every rank calls it.
+    """
+    result: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if not is_sharded(tensor):
+                result[part][name] = tensor
+                continue
+            full = whole(tensor)
+            if distributed.is_main():
+                result[part][name] = full.cpu()
+    return result
+
+
+def sharded_like(value: Tensor, own: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor where `own` is sharded, else the tensor itself."""
+    if not is_sharded(own):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(own, DTensor)
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def load_network(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors, also where the network is sharded."""
+    own = network.state_dict()
+    network.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors.items()})

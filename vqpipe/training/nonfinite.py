@@ -1,16 +1,16 @@
-"""Steps that are skipped: a loss or gradient is not finite, so no weight may move by it."""
+"""Skipped steps: a loss or gradient was not finite, so no weight moved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vqpipe.errors import NumericError
-from vqpipe.training.state import TrainState
+from vqpipe.training.checkpoint import TrainState
 
-NAMED = 3
-"""Images of a bad batch that an error names."""
+NAMED_IMAGES = 3
+"""Images of a skipped batch that an error names."""
 
 
 @dataclass
@@ -18,13 +18,13 @@ class Pending:
     """A step whose flag may still be on its way from the GPU."""
 
     step: int
-    keys: list[str]
+    keys: Sequence[str]
     flag: Tensor
     arrived: torch.cuda.Event | None
 
 
-class RunningStatistics:
-    """Those of batch norms, which a forward pass changes: put back where the step turns out to be skipped."""
+class BatchNormStatistics:
+    """Running statistics of batch norms, which a forward pass changes: restored where the step is skipped."""
 
     def __init__(self, *networks: nn.Module) -> None:
         self.norms = [
@@ -36,47 +36,47 @@ class RunningStatistics:
         self.before: list[Tensor] = []
 
     def tensors(self) -> list[Tensor]:
-        """As they are: a mean and a variance of each."""
+        """Mean and variance of each batch norm."""
         both = ((norm.running_mean, norm.running_var) for norm in self.norms)
         return [tensor for pair in both for tensor in pair if tensor is not None]
 
     def remember(self) -> None:
-        """Before the step."""
+        """Copy them before a step."""
         self.before = [tensor.clone() for tensor in self.tensors()]
 
-    def restore(self, bad: Tensor) -> None:
-        """After it, where `bad`, a bool scalar on the device."""
+    def restore(self, skipped: Tensor) -> None:
+        """Put the copies back after the step where `skipped`, a bool scalar on the device."""
         for tensor, before in zip(self.tensors(), self.before, strict=True):
-            tensor.copy_(torch.where(bad, before, tensor))
+            tensor.copy_(torch.where(skipped, before, tensor))
 
 
 class NonfiniteSteps:
-    """Counts skipped steps in the state, tells of each, and ends a run in which too many follow one another.
+    """Counts skipped steps in the state, and ends a run in which too many follow one another.
 
     On a GPU a step's flag is read while the next step runs, so that no step waits for it.
     """
 
-    def __init__(self, state: TrainState, most: int, on_bad: Callable[[int, list[str]], None]) -> None:
-        self.state, self.most, self.on_bad = state, most, on_bad
+    def __init__(self, state: TrainState, limit: int, on_skipped: Callable[[int, Sequence[str]], None]) -> None:
+        self.state, self.limit, self.on_skipped = state, limit, on_skipped
         self.pending: Pending | None = None
 
-    def note(self, step: int, bad: Tensor, keys: list[str]) -> None:
-        """Take in the flag of `step`, a bool scalar that is the same on all ranks, and its images' keys on this rank.
+    def add(self, step: int, skipped: Tensor, keys: Sequence[str]) -> None:
+        """Add the flag of `step`, a bool scalar equal on all ranks, and the keys of its images on this rank.
 
         Raises:
-            NumericError: `most` steps in a row were bad.
+            NumericError: `limit` steps in a row were skipped.
         """
-        self.settle()
-        flag, arrived = bad.to("cpu", non_blocking=True), None
-        if bad.is_cuda:
+        self.flush()
+        flag, arrived = skipped.to("cpu", non_blocking=True), None
+        if skipped.is_cuda:
             arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(bad.device))
+            arrived.record(torch.cuda.current_stream(skipped.device))
         self.pending = Pending(step, keys, flag, arrived)
         if arrived is None:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
-        """Count the last step noted. Before the state is saved, so that it holds all of them."""
+    def flush(self) -> None:
+        """Count the last step added; called before the state is saved."""
         last, self.pending = self.pending, None
         if last is None:
             return
@@ -88,13 +88,13 @@ class NonfiniteSteps:
         state = self.state
         state.nonfinite_in_a_row += 1
         state.nonfinite_steps += 1
-        self.on_bad(last.step, last.keys)
-        if state.nonfinite_in_a_row >= self.most:
-            more = len(last.keys) - NAMED
-            some = ", ".join(last.keys[:NAMED]) + (f" and {more} more" if more > 0 else "")
+        self.on_skipped(last.step, last.keys)
+        if state.nonfinite_in_a_row >= self.limit:
+            more = len(last.keys) - NAMED_IMAGES
+            names = ", ".join(last.keys[:NAMED_IMAGES]) + (f" and {more} more" if more > 0 else "")
             raise NumericError(
                 f"{state.nonfinite_in_a_row} steps in a row gave no finite gradient; the last was step {last.step},"
-                f" images {some}",
+                f" images {names}",
                 "No weight moved in them. Lower train.learning_rate, set train.clip_norm, or use"
                 " train.precision=fp32, and run again",
             )

@@ -1,7 +1,7 @@
-"""What is trained, as the loop sees it: a tokenizer and its discriminator, a generator, a classifier.
+"""Interface between the training loop and what it trains: a tokenizer and discriminator, a generator, a classifier.
 
-The loop does what every run needs (resume, schedule, batches, skipped steps, averaging, log, save, stop); a task says
-which networks there are and how one step of them goes.
+The loop does what every run needs (resume, schedule, batches, skipped steps, averaging, log, checkpoints, stop); a task
+defines the networks and one step of them.
 """
 
 from abc import ABC, abstractmethod
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.running_metrics import MadeT, RunningMetrics, StepOutput
+from vqpipe.training.running_metrics import OutputT, RunningMetrics, StepOutput
 
 
-class Keyed(Protocol):
-    """A batch: whatever its task reads, and a name for each of its examples."""
+class KeyedBatch(Protocol):
+    """A batch with a name for each of its examples; the rest is between a task and its stream."""
 
     keys: list[str]
 
 
-BatchT = TypeVar("BatchT", bound=Keyed)
+BatchT = TypeVar("BatchT", bound=KeyedBatch)
 Yielded = TypeVar("Yielded", covariant=True)
 
 
@@ -30,58 +30,58 @@ class Stream(Protocol[Yielded]):
     """Endless training batches of this rank, from any position of the run."""
 
     def from_sample(self, images_seen: int) -> Iterator[Yielded]:
-        """Batches from global position `images_seen` on; what stands at a position never depends on where it began."""
+        """Batches from global position `images_seen` on. The example at a position does not depend on where the
+        iteration started."""
 
 
-class Task(ABC, Generic[BatchT, MadeT]):
+class Task(ABC, Generic[BatchT, OutputT]):
     """One or more networks that train together.
 
     Args:
-        networks: part of a checkpoint -> network; the first, "model", is what is averaged and published.
-        remembered: part of a checkpoint -> what else is to be remembered, as buffers.
+        networks: part of a checkpoint -> network; the first, "model", is averaged and published.
+        auxiliary: part of a checkpoint -> module that does not train, whose buffers are saved.
     """
 
     config: TrainConfig
     device: torch.device
 
-    def __init__(self, networks: Mapping[str, nn.Module], remembered: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module], auxiliary: Mapping[str, nn.Module] | None = None) -> None:
         self.networks = dict(networks)
-        self.remembered = dict(remembered or {})
+        self.auxiliary = dict(auxiliary or {})
         self.optimizers: dict[str, Optimizer] = {}
-        """Part of a checkpoint -> optimizer; `prepare` makes them."""
+        """Part of a checkpoint -> optimizer; made by `prepare`."""
 
     @abstractmethod
     def prepare(self, config: TrainConfig, device: torch.device, average: nn.Module) -> None:
-        """Make the networks, which are on `device`, ready: freeze, recompute, compile, shard; make the optimizers.
+        """Freeze, compile and shard the networks, which are on `device`; make the optimizers.
 
-        `average` is the weight average, a copy of "model" as it was, or "model" itself: where a network is sharded
-        among ranks, so is its average.
+        `average` is the weight average: a copy of "model", or "model" itself. It is sharded where the network is.
 
         Raises:
-            ConfigError: `config` asks for what this task or machine does not offer.
+            ConfigError: this task or machine does not offer what `config` sets.
         """
 
     def connect(self) -> None:
-        """Let ranks share gradients; called once the networks hold what they start from. Default: nothing."""
+        """Let ranks share gradients; called once the networks hold their initial weights. Default: nothing."""
 
     @abstractmethod
-    def step(self, batch: BatchT, step: int) -> StepOutput[MadeT]:
+    def step(self, batch: BatchT, step: int) -> StepOutput[OutputT]:
         """One optimizer step of every network on this rank's share of a global batch. A step whose gradient is not
         finite moves no weight."""
 
-    def after_step(self, stepped: StepOutput[MadeT]) -> None:
-        """What follows a step beside gradients; nothing may move where `stepped.bad`. Default: nothing."""
+    def after_step(self, output: StepOutput[OutputT]) -> None:
+        """What follows a step beside gradients; nothing may move where `output.skipped`. Default: nothing."""
 
-    def window(self) -> RunningMetrics[MadeT]:
-        """What collects the numbers of a row of the log. Default: the means of `StepOutput.values`."""
+    def running_metrics(self) -> RunningMetrics[OutputT]:
+        """The metrics of the log. Default: the means of `StepOutput.values`."""
         return RunningMetrics(self.device)
 
 
-def mean(logged: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Each scalar's mean over the parts of a batch."""
-    return {name: torch.stack([part[name].float() for part in logged]).mean() for name in logged[0]}
+def mean_over_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each scalar over the parts of a batch."""
+    return {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """bf16 autocast where the preset asks for it."""
+    """bf16 autocast if `train.precision` is bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")

@@ -1,9 +1,10 @@
-"""Held-out images during training: measured as `vqpipe eval` does, and the weights that did best on them."""
+"""Validation of a tokenizer during training, and the weights that did best."""
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,39 +16,72 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import DataError
 from vqpipe.files import flush_to_disk
-from vqpipe.metrics import EvalConfig
-from vqpipe.metrics.evaluation import Evaluation
-from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.distortion import Distortion
+from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.models.autoencoder import Autoencoder
+from vqpipe.progress import SILENT, Progress
 from vqpipe.tokenizer import save_weights
-from vqpipe.training.history import Row
+from vqpipe.training.callbacks import Callback
+from vqpipe.training.running_metrics import Row
 
-PSNR_LOST = 3.0
-"""dB below the best, from which on a run is said to have fallen: twice the squared error."""
-LPIPS_GROWN = 1.5
-"""times the best, likewise."""
-
-
-@dataclass(frozen=True)
-class Validated:
-    """One look at the held-out images."""
-
-    row: Row
-    """`valid/images`, `valid/psnr` (dB), `valid/ssim`, `valid/utilization`, `valid/perplexity` (mean over groups), and
-    `valid/lpips_*` where a run is trained with LPIPS; the conventions are those of `metrics.json`."""
-    counts: Tensor
-    """int64[G, K]: how often each code was chosen, over all ranks."""
+PSNR_DROP = 3.0
+"""dB below the best at which a run may have collapsed: twice the squared error."""
+LPIPS_RISE = 1.5
+"""Times the best, likewise."""
 
 
-class Validation:
-    """Measures an autoencoder on the first `limit` of the held-out images, centre crops, each rank its own share.
+class BestWeights:
+    """`best.safetensors` of a run: the weights of the best validation so far, with its step and value in the header.
+
+    The file is replaced in one rename: a killed run has the old best or the new one, whole. A resumed run that computes
+    the best step again does not replace it.
 
     Args:
-        images: the held-out set.
+        measure: the number that decides, a key of the validation's row.
+    """
+
+    def __init__(self, path: Path, measure: str, *, higher_is_better: bool) -> None:
+        self.path, self.measure, self.higher_is_better = path, measure, higher_is_better
+        self.step: int | None = None
+        self.value = math.nan
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                notes = file.metadata()
+            self.step, self.value = int(notes["step"]), float(notes[measure])
+
+    def collapsed(self, row: Row) -> bool:
+        """Whether `row` is so much worse than the best that the run may have collapsed."""
+        value = row.get(self.measure, math.nan)
+        return value < self.value - PSNR_DROP if self.higher_is_better else value > self.value * LPIPS_RISE
+
+    def offer(self, network: nn.Module, step: int, row: Row) -> bool:
+        """Keep the weights (rank 0 writes) if they are the best so far; returns on all ranks whether they are."""
+        # There is no PSNR where every reconstruction equals its original.
+        value = row.get(self.measure, math.inf if self.higher_is_better else math.nan)
+        better = value > self.value if self.higher_is_better else value < self.value
+        if math.isnan(value) or not (better or self.step is None):
+            return False
+        self.step, self.value = step, value
+        if distributed.is_main():
+            temporary = self.path.with_name(f".writing-{self.path.name}")
+            save_weights(network, temporary, {"step": str(step), self.measure: repr(value)})
+            flush_to_disk(temporary)
+            os.replace(temporary, self.path)
+            flush_to_disk(self.path.parent)
+        return True
+
+
+class Validation(Callback):
+    """Measures an autoencoder on the first `limit` held-out images, centre crops, each rank its own share.
+
+    The conventions are those of `metrics.json`.
+
+    Args:
         image_size: side of the crops, pixels.
-        batch_size: images reconstructed together; what a training step passes at once fits, and is compiled for.
-        limit: how many images, over all ranks.
+        batch_size: images at a time; that of a training step fits, and networks are compiled for it.
+        limit: number of images, over all ranks.
         perceptual: LPIPS networks by key, as in `Distortion`.
+        best: keeps the best weights.
     """
 
     def __init__(
@@ -60,87 +94,75 @@ class Validation:
         perceptual: dict[str, nn.Module],
         num_workers: int,
         device: torch.device,
+        best: BestWeights | None = None,
+        progress: Progress = SILENT,
     ) -> None:
-        self.networks = FeatureNetworks(perceptual, None, {}, {})
-        self.config = EvalConfig(image_size=image_size, batch_size=batch_size, prefixes=False)
-        self.device = device
+        self.perceptual, self.device, self.best, self.progress = perceptual, device, best, progress
         rank, ranks, stop = distributed.rank(), distributed.world_size(), min(limit, len(images))
         self.batches = OrderedBatches(
             images,
             image_size=image_size,
-            batch_size=self.config.batch_size,
+            batch_size=batch_size,
             start=stop * rank // ranks,
             stop=stop * (rank + 1) // ranks,
             num_workers=num_workers,
         )
+        self.fields: dict[str, Any] = {}
+
+    def on_validate(self, step: int, network: Autoencoder) -> Row:
+        row, counts = self.measure(network)
+        note = f"On {row['valid/images']:,} held-out images, at step {step:,}."
+        self.fields = {"counts": counts, "counts_note": note}
+        if self.best is not None:
+            self.update_best(self.best, network, step, row)
+        return row
+
+    def update_best(self, best: BestWeights, network: Autoencoder, step: int, row: Row) -> None:
+        """Keep the weights if they are the best, and warn where the run may have collapsed."""
+        is_best = best.offer(network, step, row)
+        value = f"{row[best.measure]:.4g}" if best.measure in row else "infinite"
+        self.progress.message(f"step {step:,}: {best.measure} {value}" + (", the best so far" if is_best else ""))
+        if best.collapsed(row):
+            self.progress.message(
+                f"far worse than the {best.value:.4g} of step {best.step:,}: the run may have collapsed. Check the"
+                f" curves in {best.path.with_name('report.html')}; `--publish best` publishes the weights of that step"
+            )
 
     @torch.no_grad()
-    def measure(self, network: Autoencoder) -> Validated:
-        """All ranks call it. Images that cannot be read are left out, and `valid/images` says how many were not.
+    def measure(self, network: Autoencoder) -> tuple[Row, Tensor]:
+        """The numbers of a row, and how often each code was chosen, int64[G, K]; both over all ranks.
+
+        The row has `valid/images` (those that could be read), `valid/psnr` (dB), `valid/ssim`, `valid/utilization`,
+        `valid/perplexity` (mean over groups), and `valid/lpips_*` for each perceptual network. Every rank calls it.
 
         Raises:
-            DataError: none can be read.
+            DataError: no image can be read.
         """
         quantizer = network.quantizer
-        evaluation = Evaluation(self.config, self.networks, quantizer.codebook_size, quantizer.num_groups, self.device)
+        distortion = Distortion(self.perceptual, ("psnr", "ssim"))
+        usage = CodeUsage(quantizer.codebook_size, quantizer.num_groups, self.device)
         network.eval()
         for batch in self.batches:
             originals = batch.images.to(self.device)
             ids = network.encode(to_float(originals)).ids
             size = originals.shape[-1] // network.downsample_factor
-            codes = quantizer.lookup(ids, quantizer.layout(size, size))  # by way of the ids, as a tokenizer is used
-            evaluation.update(originals, to_uint8(network.decode(codes)), ids)
-        if not evaluation.sizes_of_all().num_images:
+            codes = quantizer.lookup(ids, quantizer.layout(size, size))  # through the ids, as a tokenizer is used
+            distortion.update(originals, to_uint8(network.decode(codes)))
+            usage.update(ids)
+        whole = distortion.merged()
+        if not whole.num_images:
             raise DataError("none of the validation images can be read", "Check --validation")
-        result = evaluation.result()
-        groups = result["perplexity_per_group"]
-        names = ("psnr", "ssim", *self.networks.perceptual)
+        counts, means = usage.merged(), whole.result()
+        codes_in_use = usage_of(counts)
+        perplexity = codes_in_use["perplexity_per_group"]
+        assert isinstance(perplexity, list)
         row: Row = {
-            "valid/images": result["num_images"],
-            **{f"valid/{name}": result[name] for name in names if name in result},
-            "valid/utilization": result["utilization"],
-            "valid/perplexity": sum(groups) / len(groups),
+            "valid/images": whole.num_images,
+            **{f"valid/{name}": means[name] for name in ("psnr", "ssim", *self.perceptual) if name in means},
+            "valid/utilization": codes_in_use["utilization"],
+            "valid/perplexity": sum(perplexity) / len(perplexity),
         }
-        return Validated(row, evaluation.counts.cpu())
+        return row, counts.cpu()
 
-
-class Best:
-    """`best.safetensors` of a run: the weights that did best so far, and in the same file at which step and how well.
-
-    One file, replaced in one rename: a run killed anywhere has the old best or the new one, whole. A resumed run that
-    computes the best step again finds it no better than itself.
-
-    Args:
-        path: the file.
-        measure: what decides, a key of `Validated.row`.
-        higher: whether more of it is better.
-    """
-
-    def __init__(self, path: Path, measure: str, *, higher: bool) -> None:
-        self.path, self.measure, self.higher = path, measure, higher
-        self.step: int | None = None
-        self.value = math.nan
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                notes = file.metadata()
-            self.step, self.value = int(notes["step"]), float(notes[measure])
-
-    def fallen(self, row: Row) -> bool:
-        """Whether `row` is so much worse than the best that the run may have collapsed."""
-        value = row.get(self.measure, math.nan)
-        return value < self.value - PSNR_LOST if self.higher else value > self.value * LPIPS_GROWN
-
-    def offer(self, network: nn.Module, step: int, row: Row) -> bool:
-        """Keep the weights (rank 0 writes) where they did better than any before; whether they did, on all ranks."""
-        value = row.get(self.measure, math.inf if self.higher else math.nan)  # no PSNR: not a pixel was wrong
-        better = value > self.value if self.higher else value < self.value
-        if math.isnan(value) or not (better or self.step is None):
-            return False
-        self.step, self.value = step, value
-        if distributed.is_main():
-            temporary = self.path.with_name(f".writing-{self.path.name}")
-            save_weights(network, temporary, {"step": str(step), self.measure: repr(value)})
-            flush_to_disk(temporary)
-            os.replace(temporary, self.path)
-            flush_to_disk(self.path.parent)
-        return True
+    def report_fields(self) -> Mapping[str, Any]:
+        return self.fields | {"best_step": self.best.step if self.best else None}

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.optimizers import WeightEma, learning_rate, make_optimizer
+from vqpipe.training.optim import WeightEma, learning_rate, make_optimizer
 
 
-def test_warm_up_then_half_a_cosine() -> None:
+def test_schedule_is_linear_warmup_then_half_a_cosine() -> None:
     config = TrainConfig(steps=110, warmup_steps=10, learning_rate=2.0, min_learning_rate=0.5)
     assert learning_rate(0, config) == 0
     assert learning_rate(5, config) == pytest.approx(1.0)
@@ -18,7 +18,7 @@ def test_warm_up_then_half_a_cosine() -> None:
     assert learning_rate(110, config) == pytest.approx(0.5)
 
 
-def test_the_average_follows_the_weights_and_copies_the_buffers() -> None:
+def test_weight_ema_averages_weights_and_copies_buffers() -> None:
     network = nn.BatchNorm1d(2)
     average = WeightEma(network, 0.75)
     with torch.no_grad():
@@ -35,12 +35,12 @@ def test_the_average_follows_the_weights_and_copies_the_buffers() -> None:
     assert torch.allclose(early.network.weight, before + 9.0)
 
 
-def test_without_decay_the_average_is_the_network() -> None:
+def test_weight_ema_without_decay_is_the_network() -> None:
     network = nn.Linear(1, 1)
     assert WeightEma(network, 0.0).network is network
 
 
-def test_biases_and_norms_do_not_decay_and_the_quantizer_has_its_own_rate() -> None:
+def test_biases_and_norms_do_not_decay_and_the_quantizer_has_its_own_learning_rate() -> None:
     network, codes = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), nn.Parameter(torch.ones(5, 2))
     config = TrainConfig(optimizer="adamw", weight_decay=0.05)
     groups = make_optimizer(config, list(network.parameters()), [codes], 20.0).param_groups
@@ -48,7 +48,7 @@ def test_biases_and_norms_do_not_decay_and_the_quantizer_has_its_own_rate() -> N
     assert found == {(1.0, 0.05): [(4, 3, 1, 1)], (1.0, 0.0): [(4,), (4,), (4,)], (20.0, 0.05): [(5, 2)]}
 
 
-def test_running_statistics_are_copied_in_every_step() -> None:
+def test_weight_ema_copies_running_statistics_in_every_step() -> None:
     network = nn.BatchNorm2d(3)
     average = WeightEma(network, 0.9)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, verified, kept as promised, and large frozen tensors stored once."""
+"""Checkpoints on disk: whole or absent, verified, last two and every n-th kept, large frozen tensors stored once."""
 
 import json
 import shutil
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from vqpipe.artifacts import states as disk
 from vqpipe.errors import ArtifactError
 from vqpipe.quantizers import EmaConfig, LcConfig, MultiGroupConfig
-from vqpipe.training import checkpoints as disk
+from vqpipe.training.checkpoint import COUNTERS, TrainState, checkpoints
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.optimizers import make_optimizer
-from vqpipe.training.state import COUNTERS, TrainState, checkpoints
+from vqpipe.training.optim import make_optimizer
 
 LC = LcConfig(codebook_size=64, feature_dim=16, code_dim=4, codebook_init="uniform")
 PARTS = ["discriminator", "discriminator_optimizer", "ema", "model", "optimizer"]
@@ -29,7 +29,7 @@ Make = Callable[..., TrainState]
 
 
 def advance(state: TrainState, step: int) -> TrainState:
-    """What training does to a state, without the training: everything moves, and the run is at `step`."""
+    """Change every tensor of a state as training does, and set it to `step`."""
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -48,13 +48,13 @@ def saved(state: TrainState, run_dir: Path, *steps: int, keep_every: int = 0) ->
     return state
 
 
-def everything(state: TrainState) -> dict[str, Tensor]:
+def state_tensors(state: TrainState) -> dict[str, Tensor]:
     parts = {**state.tensors(), "ema": state.weight_ema.network.state_dict()}
     return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
 def same(first: TrainState, second: TrainState) -> bool:
-    here, there = everything(first), everything(second)
+    here, there = state_tensors(first), state_tensors(second)
     counters = [[getattr(state, name) for name in COUNTERS] for state in (first, second)]
     return (
         here.keys() == there.keys()
@@ -64,27 +64,27 @@ def same(first: TrainState, second: TrainState) -> bool:
 
 
 def steps_of(run_dir: Path) -> list[int]:
-    return [disk.step_of(folder) for folder in checkpoints(run_dir)]
+    return [disk.step_of(folder) for folder in checkpoints(run_dir).paths()]
 
 
 def flip(file: Path) -> None:
-    """Damage one bit near the end."""
+    """Flip one bit near the end."""
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(bytes(data))
 
 
-def test_what_is_saved_comes_back(tmp_path: Path, make_state: Make) -> None:
+def test_saved_state_is_restored(tmp_path: Path, make_state: Make) -> None:
     state = saved(make_state(), tmp_path, 7)
     other = make_state(seed=1)
     assert not same(state, other)
     assert other.resume(tmp_path)
     assert same(state, other)
-    assert other.passed_over == []
+    assert other.damaged == []
     assert not make_state().resume(tmp_path / "nothing here")
 
 
-def test_an_optimizer_that_has_not_stepped_starts_as_it_would_have(tmp_path: Path, make_state: Make) -> None:
+def test_optimizer_saved_before_its_first_step_starts_the_same(tmp_path: Path, make_state: Make) -> None:
     state = make_state()
     state.save(tmp_path)
     other = make_state(seed=1)
@@ -95,9 +95,9 @@ def test_an_optimizer_that_has_not_stepped_starts_as_it_would_have(tmp_path: Pat
     assert same(state, other)
 
 
-def test_the_manifest_names_size_and_hash_of_every_file(tmp_path: Path, make_state: Make) -> None:
+def test_state_json_has_size_and_hash_of_every_file(tmp_path: Path, make_state: Make) -> None:
     saved(make_state(), tmp_path, 3)
-    (folder,) = checkpoints(tmp_path)
+    (folder,) = checkpoints(tmp_path).paths()
     table = json.loads((folder / "state.json").read_text())
     assert {name: entry["bytes"] for name, entry in table["files"].items()} == {
         f"{part}.safetensors": (folder / f"{part}.safetensors").stat().st_size for part in PARTS
@@ -107,7 +107,7 @@ def test_the_manifest_names_size_and_hash_of_every_file(tmp_path: Path, make_sta
     assert table["shared"]["model"] == {"quantizer.codes": shared.name.removeprefix("shared-").split(".")[0]}
 
 
-def test_a_frozen_codebook_is_stored_once_whatever_looks_at_it(tmp_path: Path, make_state: Make) -> None:
+def test_frozen_codebook_shared_by_groups_is_stored_once(tmp_path: Path, make_state: Make) -> None:
     groups = make_state(MultiGroupConfig(num_groups=2, group=LC))
     groups.networks["model"].quantizer.load_codebook(torch.rand(64, 16))
     saved(groups, tmp_path, 1, 2, 3, keep_every=1)
@@ -122,27 +122,23 @@ def test_a_frozen_codebook_is_stored_once_whatever_looks_at_it(tmp_path: Path, m
     assert same(groups, other)
 
 
-def test_frozen_weights_are_stored_once_and_a_moving_codebook_goes_with_its_checkpoint(
-    tmp_path: Path, make_state: Make
-) -> None:
+def test_frozen_weights_are_stored_once_and_old_codebooks_are_deleted(tmp_path: Path, make_state: Make) -> None:
     state = make_state(EmaConfig(codebook_size=64, code_dim=8))
     state.networks["model"].encoder.requires_grad_(False)
     state.optimizers["optimizer"] = make_optimizer(TrainConfig(), list(state.networks["model"].parameters()))
     for step in (1, 2, 3, 4):
         state.networks["model"].quantizer.codes.normal_()
         saved(state, tmp_path, step)
-    tables = [disk.read_table(folder)["shared"]["model"] for folder in checkpoints(tmp_path)]
+    tables = [disk.read_table(folder)["shared"]["model"] for folder in checkpoints(tmp_path).paths()]
     assert len({table["quantizer.codes"] for table in tables}) == len(tables) == 2
     assert len({table["encoder.conv_out.weight"] for table in tables}) == 1
     named = {f"shared-{key}.safetensors" for table in tables for key in table.values()}
     named |= {
         f"shared-{key}.safetensors"
-        for folder in checkpoints(tmp_path)
+        for folder in checkpoints(tmp_path).paths()
         for key in disk.shared_of(disk.read_table(folder))
     }
-    assert {
-        file.name for file in (tmp_path / "checkpoints").glob("shared-*")
-    } == named  # of steps 1 and 2, none is left
+    assert {file.name for file in (tmp_path / "checkpoints").glob("shared-*")} == named
     other = make_state(EmaConfig(codebook_size=64, code_dim=8), seed=1)
     other.networks["model"].encoder.requires_grad_(False)
     other.optimizers["optimizer"] = make_optimizer(TrainConfig(), list(other.networks["model"].parameters()))
@@ -150,7 +146,7 @@ def test_frozen_weights_are_stored_once_and_a_moving_codebook_goes_with_its_chec
     assert same(state, other)
 
 
-def test_the_last_two_are_kept_and_every_nth(tmp_path: Path, make_state: Make) -> None:
+def test_last_two_and_every_nth_are_kept(tmp_path: Path, make_state: Make) -> None:
     saved(make_state(), tmp_path / "two", *range(1, 10))
     assert steps_of(tmp_path / "two") == [8, 9]
     saved(make_state(), tmp_path / "nth", *range(1, 10), keep_every=3)
@@ -158,16 +154,16 @@ def test_the_last_two_are_kept_and_every_nth(tmp_path: Path, make_state: Make) -
     assert not list((tmp_path / "nth" / "checkpoints").glob(".*"))
 
 
-def test_steps_of_nine_digits_are_newer_than_those_of_eight(tmp_path: Path, make_state: Make) -> None:
+def test_steps_of_nine_digits_sort_after_those_of_eight(tmp_path: Path, make_state: Make) -> None:
     saved(make_state(), tmp_path, 99_999_999, 100_000_001)
     other = make_state()
     other.resume(tmp_path)
     assert other.step == 100_000_001
 
 
-def test_saving_again_at_once_writes_nothing(tmp_path: Path, make_state: Make) -> None:
+def test_second_save_of_a_step_writes_nothing(tmp_path: Path, make_state: Make) -> None:
     state = saved(make_state(), tmp_path, 5)
-    (folder,) = checkpoints(tmp_path)
+    (folder,) = checkpoints(tmp_path).paths()
     before = folder.stat().st_ino
     state.save(tmp_path)
     assert folder.stat().st_ino == before
@@ -179,12 +175,12 @@ def test_saving_again_at_once_writes_nothing(tmp_path: Path, make_state: Make) -
 
 @pytest.mark.parametrize("name", ["state.json", *(f"{part}.safetensors" for part in PARTS)])
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
-def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, make_state: Make, name: str, damage: str) -> None:
+def test_damaged_checkpoint_is_skipped_and_reported(tmp_path: Path, make_state: Make, name: str, damage: str) -> None:
     state = make_state()
     saved(state, tmp_path, 5)
-    before = {key: value.clone() for key, value in everything(state).items()}
+    before = {key: value.clone() for key, value in state_tensors(state).items()}
     saved(state, tmp_path, 10)
-    file = checkpoints(tmp_path)[-1] / name
+    file = checkpoints(tmp_path).paths()[-1] / name
     if damage == "flip":
         flip(file)
     elif damage == "cut":
@@ -194,27 +190,27 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, make_state
     other = make_state(seed=1)
     assert other.resume(tmp_path)
     assert other.step == 5
-    assert all(torch.equal(value, before[key]) for key, value in everything(other).items())
-    (line,) = other.passed_over
+    assert all(torch.equal(value, before[key]) for key, value in state_tensors(other).items())
+    (line,) = other.damaged
     assert line.startswith("step-00000010: ")
     assert name in line
-    saved(other, tmp_path, 8)  # a new whole one takes the place of the damaged one
+    saved(other, tmp_path, 8)  # the damaged one is deleted
     assert steps_of(tmp_path) == [5, 8]
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, make_state: Make) -> None:
+def test_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, make_state: Make) -> None:
     saved(make_state(), tmp_path, 5, 10)
-    flip(checkpoints(tmp_path)[-1] / "model.safetensors")
+    flip(checkpoints(tmp_path).paths()[-1] / "model.safetensors")
     other = make_state(seed=1)
     other.resume(tmp_path)
     saved(other, tmp_path, 10)
     third = make_state(seed=2)
     third.resume(tmp_path)
-    assert third.passed_over == []
+    assert third.damaged == []
     assert same(third, other)
 
 
-def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_again(tmp_path: Path, make_state: Make) -> None:
+def test_all_checkpoints_damaged_is_an_error_and_not_a_new_start(tmp_path: Path, make_state: Make) -> None:
     saved(make_state(), tmp_path, 5, 10)
     (shared,) = (tmp_path / "checkpoints").glob("shared-*")
     flip(shared)
@@ -224,11 +220,11 @@ def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_again(tmp_path
     assert shared.exists()
 
 
-def test_what_killed_saves_left_is_swept_and_never_read(tmp_path: Path, make_state: Make) -> None:
+def test_leftovers_of_killed_saves_are_deleted_and_never_read(tmp_path: Path, make_state: Make) -> None:
     state = saved(make_state(), tmp_path, 5)
     folder = tmp_path / "checkpoints"
     for name in (".saving-step-00000010", ".deleting-step-00000001"):
-        shutil.copytree(checkpoints(tmp_path)[0], folder / name)
+        shutil.copytree(checkpoints(tmp_path).paths()[0], folder / name)
     (folder / ".saving-shared-00.safetensors").write_bytes(b"torn")
     (folder / "shared-00.safetensors").write_bytes(b"of a checkpoint that was never finished")
     other = make_state(seed=1)
@@ -243,12 +239,12 @@ def test_what_killed_saves_left_is_swept_and_never_read(tmp_path: Path, make_sta
     ("other", "message"),
     [
         ({"width": 16}, "model has encoder.conv_in.weight as float32 [8, 3, 3, 3], this run as float32 [16, 3, 3, 3]"),
-        ({"decay": 0.0}, "it has a part ema, which this run has not"),
-        ({"adversarial": False}, "it has a part discriminator, which this run has not"),
+        ({"decay": 0.0}, "it has a part ema, which this run does not have"),
+        ({"adversarial": False}, "it has a part discriminator, which this run does not have"),
         ({"quantizer": EmaConfig(codebook_size=64, code_dim=16)}, "model has no tensor quantizer.counts"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(
+def test_checkpoint_of_another_run_is_refused(
     tmp_path: Path, make_state: Make, other: dict[str, object], message: str
 ) -> None:
     saved(make_state(), tmp_path, 5)
@@ -258,7 +254,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert "\n" not in str(refusal.value)
 
 
-def test_moments_of_another_set_of_parameters_are_refused(tmp_path: Path, make_state: Make) -> None:
+def test_moments_of_other_parameters_are_refused(tmp_path: Path, make_state: Make) -> None:
     saved(make_state(), tmp_path, 5)
     state = make_state()
     state.optimizers["optimizer"] = make_optimizer(TrainConfig(), list(state.networks["model"].parameters())[1:])
@@ -266,9 +262,9 @@ def test_moments_of_another_set_of_parameters_are_refused(tmp_path: Path, make_s
         state.resume(tmp_path)
 
 
-def test_a_discriminator_that_takes_no_part_is_not_saved(tmp_path: Path, make_state: Make) -> None:
+def test_unused_discriminator_is_not_saved(tmp_path: Path, make_state: Make) -> None:
     state = saved(make_state(adversarial=False), tmp_path, 5)
-    assert not list(checkpoints(tmp_path)[0].glob("discriminator*"))
+    assert not list(checkpoints(tmp_path).paths()[0].glob("discriminator*"))
     other = make_state(adversarial=False, seed=1)
     other.resume(tmp_path)
     assert same(state, other)

@@ -1,0 +1,193 @@
+"""Callbacks: the log on disk, the texts of the progress display, and what passes from one callback to the others."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqpipe.training.callbacks import (
+    Callback,
+    CallbackList,
+    MetricsLog,
+    ProgressCallback,
+    details,
+    read_metrics,
+    summary,
+)
+from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.running_metrics import Row
+
+
+def state_at(step: int, damaged: Sequence[str] = ()) -> TrainState:
+    """The part of a state that callbacks read."""
+    state = TrainState.__new__(TrainState)
+    state.step, state.images_seen, state.damaged = step, 4 * step, list(damaged)
+    return state
+
+
+def started(path: Path, step: int = 0) -> MetricsLog:
+    log = MetricsLog(path)
+    log.on_start(state_at(step))
+    return log
+
+
+def steps(path: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def test_logged_rows_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = started(path)
+    rows = [{"step": step, "psnr": 20.0 + step} for step in (5, 10)]
+    for row in rows:
+        log.on_log(row)
+    assert read_metrics(path) == rows == log.rows
+    assert path.read_text().count("\n") == 2
+    assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_resumed_run_drops_rows_that_it_will_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 5}, {"step": 10}, {"step": 10, "valid/psnr": 21.0}, {"step": 15}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "ps')  # killed while writing
+    assert steps(path) == [5, 10, 10, 15]
+    log = started(path, 12)
+    assert steps(path) == [5, 10, 10]
+    log.on_log({"step": 15})
+    assert steps(path) == [5, 10, 10, 15]
+
+
+def test_kill_while_dropping_rows_leaves_the_old_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n{"step": 10}\n')
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        started(path, 5)
+    assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
+
+
+def test_latest_is_the_last_finite_number(tmp_path: Path) -> None:
+    log = started(tmp_path / "metrics.jsonl")
+    log.rows = [{"step": 1, "psnr": 10.0}, {"step": 2, "psnr": 12.5}, {"step": 3, "psnr": float("nan")}]
+    assert log.latest("psnr") == 12.5
+    assert log.latest("psnr", step=1) == 10.0
+    assert log.latest("valid/psnr") is None
+
+
+class Producer(Callback):
+    """Returns an image and a validation."""
+
+    def on_sample(self, step: int, network: Any) -> Mapping[str, bytes]:
+        return {"grid": b"png"}
+
+    def on_validate(self, step: int, network: Any) -> Row:
+        return {"valid/psnr": 20.0}
+
+
+class Consumer(Callback):
+    """Records rows and images."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.images: list[tuple[int, Mapping[str, bytes]]] = []
+
+    def on_log(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def on_images(self, step: int, images: Mapping[str, bytes]) -> None:
+        self.images.append((step, images))
+
+
+def test_samples_and_validations_reach_every_callback() -> None:
+    first, last = Consumer(), Consumer()
+    hooks = CallbackList([first, Producer(), last])
+    hooks.on_start(state_at(8))
+    hooks.on_sample(8, None)
+    hooks.on_validate(8, None)
+    for consumer in (first, last):
+        assert consumer.rows == [{"step": 8, "images_seen": 32, "valid/psnr": 20.0}]
+        assert consumer.images == [(8, {"grid": b"png"})]
+    CallbackList([last]).on_sample(9, None)
+    assert len(last.images) == 1  # no images, no call
+
+
+ROW = {
+    "step": 1200,
+    "loss/total": 0.51234,
+    "loss/l1": 0.1,
+    "psnr": 22.126,
+    "utilization": 0.991,
+    "perplexity": 812.34,
+    "gradient_norm": 0.823,
+    "discriminator_gradient_norm": 0.31,
+    "nonfinite_steps": 3,
+    "learning_rate": 5e-4,
+    "images_per_second": 412.3,
+    "seconds_per_step": 0.31,
+    "data_wait": 0.031,
+    "mfu": 0.382,
+    "tflops": 377.8,
+    "memory_gb": 41.23,
+}
+
+
+class RecordedProgress:
+    """Records the calls of a job to its progress display."""
+
+    def __init__(self) -> None:
+        self.phase: tuple[Any, ...] = ()
+        self.count = 0
+        self.text = ""
+        self.details: Sequence[tuple[str, str]] = ()
+        self.messages: list[str] = []
+
+    def start(self, title: str, total: int | None, unit: str = "images", done: int = 0) -> None:
+        self.phase, self.count = (title, total, unit), done
+
+    def advance(self, count: int = 1) -> None:
+        self.count += count
+
+    def note(self, text: str, details: Sequence[tuple[str, str]] = ()) -> None:
+        self.text, self.details = text, details
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validation() -> None:
+    progress = RecordedProgress()
+    callback = ProgressCallback(progress, 10_000)
+    callback.on_start(state_at(1199, ["step-00001200: model.safetensors is not as written"]))
+    callback.on_step_end(state_at(1200))
+    callback.on_log({"step": 1000, "images_seen": 8000, "valid/psnr": 21.987, "valid/images": 64})
+    callback.on_log(ROW)
+    callback.on_skipped_step(1200, ["a", "b", "c", "d"])
+    assert (progress.phase, progress.count) == (("train", 10_000, "steps"), 1200)
+    assert progress.text == "psnr 22.13 dB, codes in use 99.1%, 412 images/s, 3 skipped steps"
+    assert dict(progress.details) == {
+        "loss": "total 0.5123   l1 0.1",
+        "quality": "PSNR 22.13 dB",
+        "validation": "PSNR 21.99 dB   step 1,000",
+        "codes": "in use 99.1%   perplexity 812.3",
+        "gradients": "norm 0.823   discriminator 0.31   skipped steps 3   learning rate 0.0005",
+        "speed": "412 images/s   0.31 s a step   waiting for images 3%   MFU 38.2%   378 TFLOP/s   memory 41.2 GB",
+    }
+    assert progress.messages == [
+        "resuming at step 1,199",
+        "skipped a damaged checkpoint: step-00001200: model.safetensors is not as written",
+        "step 1,200 was skipped: its gradient is not finite (images a, b, c, ...)",
+    ]
+
+
+def test_unknown_numbers_are_left_out_of_the_progress() -> None:
+    few = {"step": 3, "psnr": 20.0, "utilization": 0.5, "images_per_second": 10.0}
+    assert dict(details(few)) == {"quality": "PSNR 20.00 dB", "codes": "in use 50.0%", "speed": "10 images/s"}
+    assert summary(few) == "psnr 20.00 dB, codes in use 50.0%, 10 images/s"
+    assert summary({"loss/total": 1.5}) == "loss 1.5"

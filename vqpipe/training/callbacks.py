@@ -1,0 +1,410 @@
+"""Callbacks of the training loop: the log, the progress bar, samples, and the page of a run.
+
+A callback overrides the hooks it needs. Every rank calls every hook; what writes files does so on rank 0 alone.
+`loggers` and `validation` have more of them.
+"""
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqpipe import distributed
+from vqpipe.artifacts import Draft
+from vqpipe.data.batches import OrderedBatches
+from vqpipe.data.images import ImageSet
+from vqpipe.data.transforms import to_float, to_uint8
+from vqpipe.files import flush_to_disk
+from vqpipe.metrics.distortion import mean_squared_error, psnr_of
+from vqpipe.metrics.usage import CodeUsage
+from vqpipe.models import Autoencoder
+from vqpipe.progress import Progress
+from vqpipe.provenance import now
+from vqpipe.reports import page
+from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
+from vqpipe.reports.training import TrainingRun, training_page
+from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.running_metrics import Row
+
+GRID_IMAGES = 8
+"""Images in a reconstruction grid."""
+NAMED_IMAGES = 3
+"""Images of a skipped step that its message names."""
+
+
+class Callback:
+    """Base class: every hook does nothing. `network` is the weight average, which is what will be published."""
+
+    def on_start(self, state: TrainState) -> None:
+        """The run starts, or resumes from a checkpoint."""
+
+    def on_log(self, row: Row) -> None:
+        """A row of the log: of training every `log_every` steps and at the end, or what `on_validate` returned.
+
+        A callback may add numbers to `row` for those after it.
+        """
+
+    def on_sample(self, step: int, network: Any) -> Mapping[str, bytes]:
+        """Every `sample_every` steps and at the end. Returns images by name, as PNG files, for `on_images`."""
+        return {}
+
+    def on_images(self, step: int, images: Mapping[str, bytes]) -> None:
+        """What `on_sample` of all callbacks returned."""
+
+    def on_validate(self, step: int, network: Any) -> Row:
+        """Every `validate_every` steps and at the end. Returns numbers by name for `on_log`."""
+        return {}
+
+    def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
+        """The gradient of `step` was not finite and no weight moved; `keys` are this rank's images in it."""
+
+    def on_step_end(self, state: TrainState) -> None:
+        """After a step with its rows and samples, before its checkpoint."""
+
+    def on_end(self) -> None:
+        """The run ends, also by an error."""
+
+    def report_fields(self) -> Mapping[str, Any]:
+        """Fields of `vqpipe.reports.training.TrainingRun` for the page of the run."""
+        return {}
+
+
+class CallbackList(Callback):
+    """Several callbacks as one; each hook calls theirs in order."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = tuple(callbacks)
+
+    def on_start(self, state: TrainState) -> None:
+        self.state = state
+        for callback in self.callbacks:
+            callback.on_start(state)
+
+    def on_log(self, row: Row) -> None:
+        for callback in self.callbacks:
+            callback.on_log(row)
+
+    def on_sample(self, step: int, network: Any) -> Mapping[str, bytes]:
+        images = {name: png for each in self.callbacks for name, png in each.on_sample(step, network).items()}
+        if images:
+            self.on_images(step, images)
+        return images
+
+    def on_images(self, step: int, images: Mapping[str, bytes]) -> None:
+        for callback in self.callbacks:
+            callback.on_images(step, images)
+
+    def on_validate(self, step: int, network: Any) -> Row:
+        row = {name: value for each in self.callbacks for name, value in each.on_validate(step, network).items()}
+        if row:
+            self.on_log({"step": step, "images_seen": self.state.images_seen, **row})
+        return row
+
+    def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
+        for callback in self.callbacks:
+            callback.on_skipped_step(step, keys)
+
+    def on_step_end(self, state: TrainState) -> None:
+        for callback in self.callbacks:
+            callback.on_step_end(state)
+
+    def on_end(self) -> None:
+        for callback in self.callbacks:
+            callback.on_end()
+
+
+class MetricsLog(Callback):
+    """`metrics.jsonl`: the log as one JSON object a line. A resumed run first drops the rows it will write again.
+
+    `rows` is the content of the file, on rank 0; elsewhere it is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+
+    def on_start(self, state: TrainState) -> None:
+        if not distributed.is_main():
+            return
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= state.step]
+        temporary = self.path.with_name(f".writing-{self.path.name}")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        flush_to_disk(temporary)
+        os.replace(temporary, self.path)  # a run killed here has the old log or the shortened one, never half of it
+
+    def on_log(self, row: Row) -> None:
+        """Append the row and flush it to disk: a checkpoint never outlives the rows before it."""
+        if not distributed.is_main():
+            return
+        self.rows.append(dict(row))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def latest(self, name: str, step: int | None = None) -> float | None:
+        """The newest finite number logged under `name`, or None; with `step` of that step alone."""
+        rows = [row for row in self.rows if step in (None, row["step"])]
+        values = [row[name] for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])]
+        return float(values[-1]) if values else None
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`, without a last line that was cut short; none where there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class ProgressCallback(Callback):
+    """Displays the run: steps done, the main numbers beside them, and a table of the newest numbers."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps = progress, steps
+        self.row: Row = {}
+        self.text = ""
+
+    def on_start(self, state: TrainState) -> None:
+        self.progress.start("train", self.steps, "steps", state.step)
+        if state.step:
+            self.progress.message(f"resuming at step {state.step:,}")
+        for problem in state.damaged:
+            self.progress.message(f"skipped a damaged checkpoint: {problem}")
+
+    def on_log(self, row: Row) -> None:
+        """Numbers stay in the table until newer ones replace them; those of a validation carry their step."""
+        if "learning_rate" in row:
+            self.text = summary(row)
+        else:
+            row = {name: value for name, value in row.items() if name.startswith("valid/")} | {
+                "valid/step": row["step"]
+            }
+        self.row = self.row | row
+        self.progress.note(self.text, details(self.row))
+
+    def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
+        names = ", ".join(keys[:NAMED_IMAGES]) + (", ..." if len(keys) > NAMED_IMAGES else "")
+        self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {names})")
+
+    def on_step_end(self, state: TrainState) -> None:
+        self.progress.advance()
+
+
+def summary(row: Row) -> str:
+    """The main numbers of a row, in one line."""
+    formats = {"psnr": "psnr {:.2f} dB", "utilization": "codes in use {:.1%}"}
+    formats = formats if "psnr" in row else {"loss/total": "loss {:.4g}"}
+    formats |= {"images_per_second": "{:.3g} images/s"}
+    parts = [text.format(row[name]) for name, text in formats.items() if name in row]
+    if row.get("nonfinite_steps"):
+        parts.append(f"{row['nonfinite_steps']:,} skipped steps")
+    return ", ".join(parts)
+
+
+def details(row: Row) -> list[tuple[str, str]]:
+    """Every known number of a row: (label, text), a label for each kind of number."""
+    losses = [name.removeprefix("loss/") for name in row if name.startswith("loss/")]
+    losses.sort(key=lambda term: (term != "total", term))
+    groups = {
+        "loss": [(term, "{:.4g}", f"loss/{term}") for term in losses],
+        "training": [(name.removeprefix("train/"), "{:.4g}", name) for name in row if name.startswith("train/")],
+        "quality": [("PSNR", "{:.2f} dB", "psnr")],
+        "validation": [
+            ("PSNR", "{:.2f} dB", "valid/psnr"),
+            ("SSIM", "{:.3f}", "valid/ssim"),
+            ("LPIPS", "{:.3f}", "valid/lpips_vgg"),
+            ("LPIPS", "{:.3f}", "valid/lpips_alex"),
+            ("codes in use", "{:.1%}", "valid/utilization"),
+            ("step", "{:,}", "valid/step"),
+        ],
+        "codes": [("in use", "{:.1%}", "utilization"), ("perplexity", "{:,.1f}", "perplexity")],
+        "gradients": [
+            ("norm", "{:.3g}", "gradient_norm"),
+            ("discriminator", "{:.3g}", "discriminator_gradient_norm"),
+            ("skipped steps", "{:,}", "nonfinite_steps"),
+            ("learning rate", "{:.3g}", "learning_rate"),
+        ],
+        "speed": [
+            ("", "{:,.3g} images/s", "images_per_second"),
+            ("", "{:.3g} s a step", "seconds_per_step"),
+            ("waiting for images", "{:.0%}", "data_wait"),
+            ("MFU", "{:.1%}", "mfu"),
+            ("", "{:.3g} TFLOP/s", "tflops"),
+            ("memory", "{:.1f} GB", "memory_gb"),
+            ("compiled graphs", "{:,}", "compiled_graphs"),
+        ],
+    }
+    lines = []
+    for label, numbers in groups.items():
+        known = [f"{name} {text.format(row[key])}".strip() for name, text, key in numbers if key in row]
+        if known:
+            lines.append((label, "   ".join(known)))
+    return lines
+
+
+class ReconstructionGrid(Callback):
+    """Originals and reconstructions of the same few images, spread over a set: `pictures/step-*.png` in the draft.
+
+    Args:
+        held_out: the images are not trained on. Then `Validation` counts codes, else they are counted on these images.
+    """
+
+    def __init__(
+        self, draft: Draft, images: ImageSet, image_size: int, device: torch.device, *, held_out: bool
+    ) -> None:
+        self.draft, self.device, self.held_out = draft, device, held_out
+        starts = range(0, len(images), max(1, len(images) // GRID_IMAGES))[:GRID_IMAGES]
+        spans = [range(start, start + 1) for start in starts]
+        batches = list(OrderedBatches(images, image_size=image_size, batch_size=1, spans=spans))
+        self.originals = torch.cat([batch.images for batch in batches]) if batches else None
+        self.names = [key for batch in batches for key in batch.keys]
+        self.fields: dict[str, Any] = {}
+
+    def on_sample(self, step: int, network: Autoencoder) -> Mapping[str, bytes]:
+        if self.originals is None or not distributed.is_main():
+            return {}
+        reconstructions, counts = self.reconstruct(network, self.originals)
+        grid = reconstruction_grid(self.originals, reconstructions, columns=len(self.originals))
+        write_picture(self.draft, step, grid)
+        psnr = psnr_of(mean_squared_error(self.originals, reconstructions), peak=255.0).tolist()
+        pairs = zip(self.names, self.originals, reconstructions, psnr, strict=True)
+        self.fields = {
+            "shown": [ImagePair(name, to_png(a), to_png(b), db if db < math.inf else None) for name, a, b, db in pairs],
+            "shown_note": f"{'Held-out' if self.held_out else 'Training'} images, reconstructed at step {step:,}.",
+        }
+        if not self.held_out:
+            note = f"On the {len(self.names)} images above alone, at step {step:,}: more with --validation."
+            self.fields |= {"counts": counts, "counts_note": note}
+        return {"reconstructions": grid}
+
+    @torch.no_grad()
+    def reconstruct(self, network: Autoencoder, originals: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8[N, 3, S, S], and how often each code was chosen for it, int64[G, K]; both on the CPU."""
+        network.eval()
+        images, _, quantized = network(to_float(originals.to(self.device)))
+        usage = CodeUsage(network.quantizer.codebook_size, network.quantizer.num_groups)
+        usage.update(quantized.ids)
+        return to_uint8(images).cpu(), usage.counts
+
+    def report_fields(self) -> Mapping[str, Any]:
+        return self.fields
+
+
+class SampleSheet(Callback):
+    """Samples of a generator: `pictures/step-*.png` in the draft.
+
+    Args:
+        draw: network -> a PNG file; with the same seeds and classes each time, so that sheets can be compared.
+        all_ranks: every rank draws, as a network whose weights are sharded requires.
+    """
+
+    def __init__(self, draft: Draft, draw: Callable[[nn.Module], bytes], *, all_ranks: bool = False) -> None:
+        self.draft, self.draw, self.all_ranks = draft, draw, all_ranks
+        self.fields: dict[str, Any] = {}
+
+    def on_sample(self, step: int, network: nn.Module) -> Mapping[str, bytes]:
+        if not (self.all_ranks or distributed.is_main()):
+            return {}
+        sheet = self.draw(network)
+        if not distributed.is_main():
+            return {}
+        write_picture(self.draft, step, sheet)
+        self.fields = {"samples": sheet, "samples_note": "The same seeds and classes each time."}
+        return {"samples": sheet}
+
+    def report_fields(self) -> Mapping[str, Any]:
+        return self.fields
+
+
+def write_picture(draft: Draft, step: int, png: bytes) -> None:
+    with draft.write(f"pictures/step-{step:08d}.png") as path:
+        path.write_bytes(png)
+
+
+class HeldOutMetrics(Callback):
+    """Measures held-out examples.
+
+    Args:
+        measure: network -> numbers by name, logged as `valid/<name>`; every rank calls it.
+    """
+
+    def __init__(self, measure: Callable[[nn.Module], Mapping[str, float]], progress: Progress) -> None:
+        self.measure, self.progress = measure, progress
+
+    def on_validate(self, step: int, network: nn.Module) -> Row:
+        measured = {name.rpartition("/")[2]: value for name, value in self.measure(network).items()}
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        self.progress.message(f"step {step:,}: held-out {numbers}")
+        return {f"valid/{name}": value for name, value in measured.items()}
+
+
+class RunReport(Callback):
+    """`report.html` of a run, in its draft: written at the start, after samples and validations, and at the end.
+
+    Args:
+        description: one line on what is trained.
+        settings: the sections of its preset.
+        sources: callbacks that contribute `report_fields`.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        metrics: MetricsLog,
+        *,
+        description: str,
+        settings: Mapping[str, Any],
+        sources: Sequence[Callback],
+        progress: Progress,
+    ) -> None:
+        self.draft, self.metrics, self.description = draft, metrics, description
+        self.settings, self.sources, self.progress = settings, sources, progress
+        self.outdated = False
+
+    def on_start(self, state: TrainState) -> None:
+        self.write(state.step)
+        self.progress.message(f"to watch the run, open {self.draft.path / 'report.html'} (written again as it goes)")
+
+    def on_sample(self, step: int, network: Any) -> Mapping[str, bytes]:
+        self.outdated = True
+        return {}
+
+    def on_validate(self, step: int, network: Any) -> Row:
+        self.outdated = True
+        return {}
+
+    def on_step_end(self, state: TrainState) -> None:
+        if self.outdated:
+            self.write(state.step)
+
+    def write(self, step: int) -> None:
+        """Write the page as of `step`."""
+        self.outdated = False
+        if not distributed.is_main():
+            return
+        name, steps = self.draft.out.name, self.settings["train"]["steps"]
+        run = TrainingRun(
+            name=name,
+            description=self.description,
+            step=step,
+            steps=steps,
+            rows=self.metrics.rows,
+            settings=self.settings,
+            lineage={"kind": self.draft.asked["kind"], "name": name, "content": "", "inputs": self.draft.lineage},
+            command=shlex.join(["vqpipe", *sys.argv[1:]]),
+            **{name: value for source in self.sources for name, value in source.report_fields().items()},
+        )
+        footer = "Written again as the run goes on; reload to update. " if step < steps else ""
+        with self.draft.write("report.html") as path:
+            path.write_text(page.render(training_page(run, f"{footer}{now()}")), encoding="utf-8")

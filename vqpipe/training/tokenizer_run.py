@@ -1,0 +1,283 @@
+"""The job behind `vqpipe train`: train a tokenizer in a draft, and publish it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vqpipe import artifacts, distributed
+from vqpipe.artifacts import Artifact, Draft
+from vqpipe.config import difference, to_request, to_table
+from vqpipe.data.batches import TrainingStream
+from vqpipe.data.images import ImageSet
+from vqpipe.data.transforms import DataConfig, to_float
+from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.files import hash_file
+from vqpipe.losses.objective import Objective, ObjectiveConfig
+from vqpipe.losses.perceptual import backbone_file
+from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
+from vqpipe.progress import SILENT, Progress
+from vqpipe.reports.training import describe_tokenizer
+from vqpipe.tokenizer import Tokenizer, load_weights, read_config, write_files
+from vqpipe.training.callbacks import MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
+from vqpipe.training.checkpoint import TrainState, checkpoints
+from vqpipe.training.config import TokenizerTrainConfig
+from vqpipe.training.loggers import LOGGERS
+from vqpipe.training.loop import train
+from vqpipe.training.throughput import Throughput, count_flops, peak_of
+from vqpipe.training.tokenizer_task import TokenizerTask
+from vqpipe.training.validation import BestWeights, Validation
+from vqpipe.weights import load_tensors
+
+Publish = Literal["last", "best"]
+"""Which weights to publish: those of the last step, or of the best validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRunConfig:
+    """The sections of a preset that a tokenizer is trained with."""
+
+    model: AutoencoderConfig
+    objective: ObjectiveConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What a run reads."""
+
+    images: ImageSet
+    held_out: ImageSet | None = None
+    """Images for validation."""
+    codebook: Tensor | None = None
+    """float[K, dim] for a quantizer that starts from a given codebook."""
+    source: Path | None = None
+    """A tokenizer to fine-tune."""
+
+
+def check_run(
+    config: TokenizerRunConfig, *, validates: bool, source: Path | None, publish: Publish
+) -> TokenizerRunConfig:
+    """Check the settings against the inputs. Returns them with `validate_every` set: by default, that of samples.
+
+    Raises:
+        ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning.
+    """
+    train = config.train
+    if publish == "best" and not validates:
+        raise ConfigError("--publish best needs held-out images", "Name them with --validation")
+    if train.validate_every and not validates:
+        raise ConfigError(
+            f"train.validate_every = {train.validate_every} needs held-out images", "Name them with --validation"
+        )
+    if source is not None and train.whiten_init:
+        raise ConfigError(
+            f"train.whiten_init would change the latents and the codebook of --from {source}, which belong together",
+            "Add --set train.whiten_init=false",
+        )
+    every = train.validate_every or (train.sample_every if validates else 0)
+    return replace(config, train=replace(train, validate_every=every))
+
+
+def start_run(
+    out: Path,
+    config: TokenizerRunConfig,
+    inputs: dict[str, Any],
+    *,
+    source: Path | None,
+    seed: int,
+    publish: Publish,
+) -> Draft | Artifact:
+    """Start, resume, or find published the tokenizer `out`.
+
+    `inputs` maps a role ("images", "validation", "codebook") to what is read; the weights of LPIPS and the tokenizer to
+    fine-tune are added.
+    """
+    inputs = dict(inputs)
+    if config.objective.perceptual != "none":
+        inputs["lpips"] = hash_file(backbone_file(config.objective.perceptual, config.objective.lpips_weights))
+    if source is not None:
+        read_config(source / "config.json")  # first: its error says what a folder holds that is not our tokenizer
+        inputs["from"] = artifacts.open_artifact(source, "tokenizer")
+    return artifacts.start(out, "tokenizer", {**to_request(config), "seed": seed, "publish": publish}, inputs)
+
+
+def train_tokenizer(
+    draft: Draft,
+    config: TokenizerRunConfig,
+    inputs: RunInputs,
+    *,
+    seed: int,
+    device: torch.device,
+    publish: Publish = "last",
+    loggers: Sequence[str] = (),
+    progress: Progress = SILENT,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Artifact | None:
+    """Train a tokenizer in the draft and publish it. Every rank calls it.
+
+    Returns None where `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
+    """
+    model, discriminator = build_networks(config, inputs, device)
+    objective = Objective(config.objective, model.quantizer.loss_names).to(device)
+    task = TokenizerTask(model, discriminator, objective)
+    if config.train.whiten_init and not checkpoints(draft.path).paths():
+        # On the first images of the run; the same images on every rank.
+        first = next(iter(training_stream(config, inputs, seed, config.train.whiten_images).from_sample(0)))
+        model.whiten_init(to_float(first.images.to(device)))
+    rank, ranks = distributed.rank(), distributed.world_size()
+    stream = training_stream(config, inputs, seed, config.train.global_batch_size, rank, ranks)
+    side, settings = config.data.image_size, to_table(config)
+    metrics = MetricsLog(draft.path / "metrics.jsonl")
+    grid = ReconstructionGrid(
+        draft, inputs.held_out or inputs.images, side, device, held_out=inputs.held_out is not None
+    )
+    validation = validation_of(draft, config, inputs, objective, device, progress)
+    sources = [grid] if validation is None else [grid, validation]
+    flops = count_flops(config.train, model, discriminator, objective, side)
+    callbacks = [
+        Throughput(flops, peak_of(device, config.train)),
+        metrics,
+        *sources,
+        *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in loggers),
+        ProgressCallback(progress, config.train.steps),
+        RunReport(
+            draft,
+            metrics,
+            description=describe_tokenizer(facts_of(model)),
+            settings=settings,
+            sources=sources,
+            progress=progress,
+        ),
+    ]
+    state = train(
+        task,
+        config.train,
+        stream,
+        draft.path,
+        seed=seed,
+        device=device,
+        callbacks=callbacks,
+        stop_requested=stop_requested,
+    )
+    if state.step < config.train.steps:
+        return None
+    best = validation.best if validation is not None and publish == "best" else None
+    return publish_tokenizer(draft, config, task, state, metrics, best)
+
+
+def build_networks(
+    config: TokenizerRunConfig, inputs: RunInputs, device: torch.device
+) -> tuple[Autoencoder, PatchDiscriminator]:
+    """The autoencoder and the discriminator, fresh or from the tokenizer to fine-tune, with the codebook loaded.
+
+    Raises:
+        ConfigError: the tokenizer to fine-tune is another model than the preset's.
+    """
+    source = inputs.source
+    model = build_autoencoder(config.model)
+    discriminator = PatchDiscriminator(config.discriminator)
+    if source is not None:
+        tokenizer = Tokenizer.from_pretrained(source)
+        try:
+            load_weights(model, tokenizer.autoencoder.state_dict(), source)
+        except WeightsError:
+            where = difference(to_table(tokenizer.config), to_table(config.model), "model")
+            hint = "Choose the preset of that tokenizer, or --set what differs"
+            raise ConfigError(f"{source} is another model than the preset's: {where}", hint) from None
+        file = source / "discriminator.safetensors"
+        if config.objective.adversarial > 0 and file.is_file():
+            try:
+                load_weights(discriminator, load_tensors(file), file)
+            except WeightsError as error:
+                raise ConfigError(
+                    f"{error.what}, which is the preset's",
+                    "Set discriminator.num_layers and discriminator.base_channels",
+                ) from None
+    if inputs.codebook is not None:
+        model.quantizer.load_codebook(inputs.codebook)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+        discriminator.to(memory_format=torch.channels_last)
+    return model.to(device), discriminator.to(device)
+
+
+def training_stream(
+    config: TokenizerRunConfig, inputs: RunInputs, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> TrainingStream:
+    """The training images in batches of `batch_size` over all ranks; by default, all of them on this one."""
+    return TrainingStream(
+        inputs.images, config.data, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size
+    )
+
+
+def validation_of(
+    draft: Draft,
+    config: TokenizerRunConfig,
+    inputs: RunInputs,
+    objective: Objective,
+    device: torch.device,
+    progress: Progress,
+) -> Validation | None:
+    """The validation of a run, None without held-out images. LPIPS decides what is best if it is trained with."""
+    if inputs.held_out is None:
+        return None
+    lpips = f"lpips_{config.objective.perceptual}"
+    perceptual = {} if objective.perceptual is None else {lpips: objective.perceptual.lpips}
+    measure = f"valid/{lpips}" if perceptual else "valid/psnr"
+    return Validation(
+        inputs.held_out,
+        image_size=config.data.image_size,
+        batch_size=config.train.share(distributed.world_size()) // config.train.accumulate,
+        limit=config.train.validation_images,
+        perceptual=perceptual,
+        num_workers=config.data.num_workers,
+        device=device,
+        best=BestWeights(draft.path / "best.safetensors", measure, higher_is_better=not perceptual),
+        progress=progress,
+    )
+
+
+def facts_of(model: Autoencoder) -> dict[str, Any]:
+    """The facts of a tokenizer's manifest that describe its model."""
+    return {
+        "quantizer": model.quantizer.config.kind,
+        "codebook_size": model.quantizer.codebook_size,
+        "num_groups": model.quantizer.num_groups,
+        "downsample_factor": model.downsample_factor,
+    }
+
+
+def publish_tokenizer(
+    draft: Draft,
+    config: TokenizerRunConfig,
+    task: TokenizerTask,
+    state: TrainState,
+    metrics: MetricsLog,
+    best: BestWeights | None,
+) -> Artifact:
+    """Publish the weights of the last step, or those that `best` kept, with the numbers measured during training."""
+    step = state.step if best is None or best.step is None else best.step
+    images_seen = step * config.train.global_batch_size
+    if distributed.is_main():
+        network = state.weight_ema.network
+        assert isinstance(network, Autoencoder)
+        if best is not None and step != state.step:
+            load_weights(network, load_tensors(best.path), best.path)
+        tokenizer = Tokenizer(network, image_size=config.data.image_size, device="cpu")
+        discriminator = task.discriminator if task.adversarial else None
+        write_files(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
+        draft.adopt("metrics.jsonl")
+    measured = {
+        "training_psnr": metrics.latest("psnr"),
+        "training_utilization": metrics.latest("utilization"),
+        "valid_psnr": metrics.latest("valid/psnr", step),
+    }
+    seen = {"images_seen": images_seen, "steps": state.step, "published_step": step}
+    known = {name: value for name, value in measured.items() if value is not None}
+    return draft.publish(facts_of(task.model) | seen | known)
