@@ -298,7 +298,7 @@ def test_a_run_and_a_benchmark_keep_to_the_same_rules(open_page: Open) -> None:
     image = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8)
     run = TrainingRun(
         name="run",
-        tokenizer={"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2},
+        description="vq quantizer, 64 codes, downsample factor 2.",
         step=3,
         steps=9,
         rows=rows,

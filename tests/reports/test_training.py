@@ -1,4 +1,4 @@
-"""The page of a run: what it says, when, and that it loads nothing."""
+"""The page of a training run."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, to_png
-from vqpipe.reports.training import TrainingRun, latest, training_page
+from vqpipe.reports.training import TrainingRun, describe_tokenizer, newest, training_page
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2}
 
@@ -44,18 +44,20 @@ def valid(step: int, psnr: float) -> dict[str, Any]:
 
 
 def html(**given: Any) -> str:
-    run = TrainingRun(**{"name": "lc", "tokenizer": TOKENIZER, "step": 20, "steps": 40, "rows": [], **given})
+    run = TrainingRun(
+        **{"name": "lc", "description": describe_tokenizer(TOKENIZER), "step": 20, "steps": 40, "rows": [], **given}
+    )
     return page.render(training_page(run, "footer"))
 
 
-def test_a_run_that_has_logged_nothing_has_a_page() -> None:
+def test_run_without_rows_has_a_page() -> None:
     text = html(step=0)
-    assert "Step 0 of 40" in text
+    assert "vq quantizer, 64 codes, downsample factor 2. Step 0 of 40" in text
     assert "<svg" not in text
     assert "<table" not in text
 
 
-def test_the_newest_numbers_and_the_best_validation_are_told() -> None:
+def test_newest_numbers_and_best_validation_are_shown() -> None:
     rows = [row(10), valid(10, 22.5), row(20, psnr=31.25), valid(20, 21.75)]
     text = html(rows=rows, best_step=10)
     words = re.sub(r"<[^>]+>|\s+", " ", text)
@@ -68,7 +70,7 @@ def test_the_newest_numbers_and_the_best_validation_are_told() -> None:
     assert "skipped steps" in html(rows=[*rows, row(21, nonfinite_steps=2)])
 
 
-def test_every_curve_that_was_logged_is_drawn_and_no_other() -> None:
+def test_only_logged_numbers_have_curves() -> None:
     drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[row(10), row(20), valid(20, 21.0)])))
     assert drawn == {
         *("Loss", "PSNR, dB", "Codes in use", "Perplexity of the codes", "Learning rate", "Gradient norm"),
@@ -78,7 +80,7 @@ def test_every_curve_that_was_logged_is_drawn_and_no_other() -> None:
     assert drawn == {"PSNR, dB"}
 
 
-def test_pictures_codes_and_settings_are_in_the_page_which_loads_nothing() -> None:
+def test_page_has_reconstructions_codes_and_settings_and_loads_nothing() -> None:
     pixels = torch.full((3, 16, 16), 90, dtype=torch.uint8)
     text = html(
         name="<lc>",
@@ -100,11 +102,24 @@ def test_pictures_codes_and_settings_are_in_the_page_which_loads_nothing() -> No
     assert not re.search(r'(src|href)="(?!data:|#)', text)
 
 
-def test_codes_that_were_never_chosen_have_no_drawing() -> None:
+def test_counts_of_zero_have_no_map() -> None:
     assert "Which codes are in use" not in html(counts=torch.zeros(1, 4, dtype=torch.int64))
 
 
-def test_the_latest_is_the_last_finite_number() -> None:
+def test_newest_is_the_last_finite_number() -> None:
     rows = [row(1), row(2, psnr=12.5), row(3, psnr=float("nan"))]
-    assert latest(rows, "psnr") == 12.5
-    assert latest(rows, "valid/psnr") is None
+    assert newest(rows, "psnr") == 12.5
+    assert newest(rows, "valid/psnr") is None
+
+
+def test_page_of_a_generator_has_samples_losses_and_accuracies() -> None:
+    png = to_png(torch.full((3, 16, 16), 90, dtype=torch.uint8))
+    rows = [
+        {"step": 1, "images_seen": 8, "loss/total": 2.0, "loss/head": 1.0, "valid/total": 2.5, "valid/top1": 0.25},
+        {"step": 2, "images_seen": 16, "loss/total": 1.0, "loss/head": 0.5, "train/top1": 0.5},
+    ]
+    text = html(description="gpt on tokens.", rows=rows, samples=png, samples_note="The same seeds.")
+    assert "gpt on tokens. Step 20 of 40." in text
+    assert "The same seeds." in text
+    assert set(re.findall(r"<h3>([^<]+)</h3>", text)) >= {"Loss", "Parts of the loss", "Accuracy"}
+    assert "validation top-1" in text

@@ -1,6 +1,5 @@
-"""`vqpipe train` seen by the one who waits for it: what it logs, shows, keeps and publishes."""
+"""`vqpipe train`: log, samples, validation, best weights, and what is published."""
 
-import io
 import json
 import shutil
 import sys
@@ -9,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from PIL import Image
 from safetensors.torch import load_file
 
-from stages import watching
+from stages import recipe
 from stages.evaluate import evaluate
-from stages.live import Board, headline, lines_of
 from stages.train import train
-from vqpipe.artifacts import Artifact, open_artifact
+from vqpipe.artifacts import Artifact, Draft, open_artifact
+from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
-from vqpipe.training.history import read_history
-from vqpipe.training.validation import Validated, Validation
+from vqpipe.training.callbacks import RunReport, read_metrics
+from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.loggers import LOGGERS, Logger
+from vqpipe.training.tokenizer_run import RunInputs, TokenizerRunConfig, check_run, start_run, train_tokenizer
+from vqpipe.training.validation import Validation
 
 SETTINGS = [
     *("data.image_size=32", "model.quantizer.kind=vq", "model.quantizer.codebook_size=40", "model.base_channels=8"),
@@ -48,47 +50,45 @@ def held_out(picture_folder: Path) -> dict[str, Any]:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, psnr: dict[int, float]) -> dict[int, dict[str, torch.Tensor]]:
-    """Let validations find these PSNRs, one after another; returns the weights that each saw, by step.
+    """Make validations return these PSNRs by step; returns the weights that each measured, by step.
 
-    Only the last page is drawn, since a page takes a second.
+    Only the last page is written, since a page takes a second.
     """
-    seen: dict[int, dict[str, torch.Tensor]] = {}
-    look, draw = watching.TokenizerWatcher.validate, watching.TokenizerWatcher.write_page
+    measured: dict[int, dict[str, torch.Tensor]] = {}
+    on_validate, write = Validation.on_validate, RunReport.write
 
-    def validate(self: watching.TokenizerWatcher, step: int, network: torch.nn.Module) -> None:
-        seen[step] = {name: value.clone() for name, value in network.state_dict().items()}
-        counts = torch.ones(1, 40, dtype=torch.int64)
-        monkeypatch.setattr(
-            Validation, "measure", lambda *_: Validated({"valid/images": 4, "valid/psnr": psnr[step]}, counts)
-        )
-        look(self, step, network)
+    def scripted_validate(self: Validation, step: int, network: torch.nn.Module) -> dict[str, Any]:
+        measured[step] = {name: value.clone() for name, value in network.state_dict().items()}
+        result = {"valid/images": 4, "valid/psnr": psnr[step]}, torch.ones(1, 40, dtype=torch.int64)
+        monkeypatch.setattr(self, "measure", lambda network: result)
+        return on_validate(self, step, network)
 
-    def write_page(self: watching.TokenizerWatcher) -> None:
-        if self.step == self.steps:
-            draw(self)
+    def write_last(self: RunReport, step: int) -> None:
+        if step == self.settings["train"]["steps"]:
+            write(self, step)
 
-    monkeypatch.setattr(watching.TokenizerWatcher, "validate", validate)
-    monkeypatch.setattr(watching.TokenizerWatcher, "write_page", write_page)
-    return seen
+    monkeypatch.setattr(Validation, "on_validate", scripted_validate)
+    monkeypatch.setattr(RunReport, "write", write_last)
+    return measured
 
 
-def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the process die after `step`, whatever was saved until then."""
-    advance = watching.TokenizerWatcher.advance
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Raise KeyboardInterrupt after `step`, before its checkpoint."""
+    on_step_end = RunReport.on_step_end
 
-    def die(self: watching.TokenizerWatcher, state: Any) -> None:
-        advance(self, state)
+    def interrupted(self: RunReport, state: TrainState) -> None:
+        on_step_end(self, state)
         if state.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(watching.TokenizerWatcher, "advance", die)
+    monkeypatch.setattr(RunReport, "on_step_end", interrupted)
 
 
-def test_validation_is_what_eval_measures(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
+def test_validation_numbers_equal_those_of_eval(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
     tokenizer = go("lc", set=["train.sample_every=4"], **held_out)
-    rows = read_history(tokenizer.file("metrics.jsonl"))
+    rows = read_metrics(tokenizer.file("metrics.jsonl"))
     (last,) = [row for row in rows if row["step"] == 8 and "valid/psnr" in row]
-    assert [row["step"] for row in rows if "valid/psnr" in row] == [4, 8]  # with each picture, unless said otherwise
+    assert [row["step"] for row in rows if "valid/psnr" in row] == [4, 8]  # with each sample, by default
     report = tokenizer.path.parent / "report"
     evaluate([str(picture_folder)], tokenizer.path, report, batch_size=4, device="cpu")
     metrics = json.loads((report / "metrics.json").read_text())
@@ -99,52 +99,52 @@ def test_validation_is_what_eval_measures(go: Any, held_out: dict[str, Any], pic
     assert tokenizer.facts["published_step"] == 8
 
 
-def test_the_best_weights_are_published_where_asked(
+def test_publish_best_publishes_the_weights_of_the_best_validation(
     go: Any, held_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = scripted(monkeypatch, {2: 20.0, 4: 22.0, 6: 21.0, 8: 19.0})
+    measured = scripted(monkeypatch, {2: 20.0, 4: 22.0, 6: 21.0, 8: 19.0})
     best = go("best", set=["train.validate_every=2"], publish="best", **held_out)
     weights = load_file(best.file("model.safetensors"))
-    assert weights.keys() == seen[4].keys()
-    assert all(torch.equal(value, seen[4][name]) for name, value in weights.items())
+    assert weights.keys() == measured[4].keys()
+    assert all(torch.equal(value, measured[4][name]) for name, value in weights.items())
     facts = {"published_step": 4, "images_seen": 16, "steps": 8, "valid_psnr": 22.0}
     assert facts.items() <= best.facts.items()
     assert not best.names("best.safetensors")
     last = go("last", set=["train.validate_every=2"], **held_out)
     weights = load_file(last.file("model.safetensors"))
-    assert all(torch.equal(value, seen[8][name]) for name, value in weights.items())
+    assert all(torch.equal(value, measured[8][name]) for name, value in weights.items())
     assert last.facts["published_step"] == 8
 
 
 @pytest.mark.parametrize("cut", [5, 7])
-def test_a_run_that_dies_and_is_resumed_has_the_same_best_and_the_same_log(
+def test_resumed_run_has_the_same_best_weights_and_log(
     go: Any, held_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
-    asked = {"set": ["train.validate_every=2", "train.save_every=4"], "publish": "best", **held_out}
-    found = {2: 20.0, 4: 19.0, 6: 22.0, 8: 21.0}  # the best is made after the checkpoint, before the cut or after it
+    options = {"set": ["train.validate_every=2", "train.save_every=4"], "publish": "best", **held_out}
+    found = {2: 20.0, 4: 19.0, 6: 22.0, 8: 21.0}  # the best is after the checkpoint, and before or after the cut
     with monkeypatch.context() as patch:
         scripted(patch, found)
-        straight = go("straight", **asked)
+        straight = go("straight", **options)
     with monkeypatch.context() as patch:
         scripted(patch, found)
-        with patch.context() as dying:
-            cut_after(dying, cut)
+        with patch.context() as inner:
+            interrupt_after(inner, cut)
             with pytest.raises(KeyboardInterrupt):
-                go("cut", **asked)
-        resumed = go("cut", **asked)
+                go("cut", **options)
+        resumed = go("cut", **options)
     assert resumed.manifest.files["model.safetensors"] == straight.manifest.files["model.safetensors"]
     assert resumed.facts == straight.facts
     assert resumed.facts["published_step"] == 6
-    logs = [read_history(artifact.file("metrics.jsonl")) for artifact in (straight, resumed)]
+    logs = [read_metrics(artifact.file("metrics.jsonl")) for artifact in (straight, resumed)]
     kept = [[(row["step"], row.get("loss/total"), row.get("valid/psnr")) for row in log] for log in logs]
     assert kept[0] == kept[1]
 
 
-def test_the_page_is_there_from_the_start_and_published_at_the_end(
+def test_report_is_written_at_the_start_and_published_at_the_end(
     go: Any, held_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with monkeypatch.context() as dying:
-        cut_after(dying, 3)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             go("lc", **held_out)
     page = tmp_path / "lc.partial" / "report.html"
@@ -157,7 +157,7 @@ def test_the_page_is_there_from_the_start_and_published_at_the_end(
     assert "Held-out images, reconstructed at step 8." in text
 
 
-def test_other_held_out_images_are_another_run(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
+def test_other_held_out_images_are_another_request(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
     go("lc", steps=2, **held_out)
     with pytest.raises(ArtifactError, match=r"made otherwise: config\.train\.validate_every was 8, now 0"):
         go("lc", steps=2)
@@ -170,14 +170,13 @@ def test_other_held_out_images_are_another_run(go: Any, held_out: dict[str, Any]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"publish": "best"}, "--publish best needs images to judge by"),
-        ({"publish": "bets"}, "--publish bets is unknown. Did you mean best"),
+        ({"publish": "best"}, "--publish best needs held-out images"),
         ({"set": ["train.validate_every=2"]}, "validate_every = 2 needs held-out images"),
         ({"log": ["wandb"]}, r"package wandb is not installed.*pip install 'vqpipe\[wandb\]'"),
         ({"log": ["tensorbord"]}, "Did you mean tensorboard"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is_written(
+def test_options_are_refused_before_anything_is_written(
     go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     def absent(name: str) -> None:
@@ -189,54 +188,95 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert not list(tmp_path.glob("x*"))
 
 
-def test_a_tokenizer_to_go_on_from_is_not_whitened_again(go: Any, tmp_path: Path) -> None:
+def test_whiten_init_with_from_is_refused(go: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.whiten_init would change .* Add --set train\.whiten_init=false"):
         go("tuned", set=["train.whiten_init=true"], source=tmp_path / "first")
     assert not list(tmp_path.glob("tuned*"))
 
 
-class FakeLogger:
-    """Stands for TensorBoard."""
+class FakeLogger(Logger):
+    """In place of TensorBoard."""
 
     opened: list["FakeLogger"]
 
-    def __init__(self, run: Any) -> None:
-        self.run, self.rows, self.pictures, self.closed = run, [], [], False
+    def connect(self, step: int) -> None:
+        self.step, self.earlier = step, list(self.metrics.rows)
+        self.rows: list[dict[str, Any]] = []
+        self.images: list[int] = []
+        self.closed = False
         self.opened.append(self)
 
     def log(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+        self.rows.append(dict(row))
 
-    def show(self, step: int, name: str, png: bytes) -> None:
-        self.pictures.append(step)
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        self.images.append(step)
 
     def close(self) -> None:
         self.closed = True
 
 
-def test_loggers_get_every_row_and_picture_and_are_closed_also_when_the_run_dies(
+def test_loggers_get_every_row_and_image_and_are_closed_also_when_the_run_fails(
     go: Any, held_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     FakeLogger.opened = []
-    monkeypatch.setattr("vqpipe.training.loggers.LOGGERS", {"tensorboard": FakeLogger})
+    monkeypatch.setitem(LOGGERS, "tensorboard", FakeLogger)
     monkeypatch.setitem(sys.modules, "tensorboard", sys)
     logged = {"log": ["tensorboard"], "set": ["train.sample_every=4"], **held_out}
-    with monkeypatch.context() as dying:
-        cut_after(dying, 5)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             go("lc", **logged)
     tokenizer = go("lc", **logged)
     first, second = FakeLogger.opened
     assert first.closed
     assert second.closed
-    assert second.run.resumed_at == 3
-    assert second.run.folder == tmp_path / "lc.logs"
-    assert [row["step"] for row in second.run.earlier] == [2]
-    assert [*second.run.earlier, *second.rows] == read_history(tokenizer.file("metrics.jsonl"))
-    assert second.pictures == [4, 8]
+    assert second.step == 3
+    assert second.folder == tmp_path / "lc.logs"
+    assert [row["step"] for row in second.earlier] == [2]
+    assert [*second.earlier, *second.rows] == read_metrics(tokenizer.file("metrics.jsonl"))
+    assert second.images == [4, 8]
 
 
-def test_the_second_stage_of_mgvq_starts_from_the_first_with_masking_off(go: Any) -> None:
+def test_job_is_callable_from_python_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
+    loaded = recipe.load("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
+    sections = {name: getattr(loaded, name) for name in TokenizerRunConfig.__dataclass_fields__}
+    config = check_run(TokenizerRunConfig(**sections), validates=False, source=None, publish="last")
+    images = open_images([str(picture_folder)])
+
+    def job(stop: bool) -> Artifact | None:
+        draft = start_run(tmp_path / "lc", config, {"images": images}, source=None, seed=0, publish="last")
+        assert isinstance(draft, Draft)
+        with draft:
+            inputs, cpu = RunInputs(images=images), torch.device("cpu")
+            return train_tokenizer(draft, config, inputs, seed=0, device=cpu, stop_requested=lambda: stop)
+
+    assert job(stop=True) is None
+    assert not (tmp_path / "lc").exists()
+    tokenizer = job(stop=False)
+    assert tokenizer is not None
+    assert tokenizer.facts["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.save_every=7",
+        "train.log_every=1",
+        "train.max_nonfinite_steps=3",
+        "data.num_workers=0",
+        "train.keep_every=3",
+    ],
+)
+def test_resumable_setting_may_differ_on_resume(go: Any, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            go("lc")
+    assert go("lc", set=[setting]).facts["steps"] == 8
+
+
+def test_from_starts_with_the_weights_of_another_tokenizer_and_masking_may_differ(go: Any) -> None:
     groups = ["model.quantizer.kind=multi_group", "model.quantizer.num_groups=2", "model.quantizer.group.kind=vq"]
     groups += ["model.quantizer.group.codebook_size=16", "model.quantizer.group.code_dim=4"]
     settings = [setting for setting in SETTINGS if "quantizer" not in setting]
@@ -249,46 +289,3 @@ def test_the_second_stage_of_mgvq_starts_from_the_first_with_masking_off(go: Any
     assert all(torch.equal(value, before[name]) for name, value in after.items())  # the learning rate is 0
     masking = [each.manifest.config["model"]["quantizer"]["masking"] for each in (first, second)]
     assert masking[0] != masking[1] == "off"
-
-
-ROW = {
-    "step": 1200,
-    "loss/total": 0.51234,
-    "loss/l1": 0.1,
-    "psnr": 22.126,
-    "utilization": 0.991,
-    "perplexity": 812.34,
-    "gradient_norm": 0.823,
-    "discriminator_gradient_norm": 0.31,
-    "nonfinite_steps": 3,
-    "learning_rate": 5e-4,
-    "images_per_second": 412.3,
-    "seconds_per_step": 0.31,
-    "data_wait": 0.031,
-    "mfu": 0.382,
-    "tflops": 377.8,
-    "memory_gb": 41.23,
-}
-
-
-def test_the_table_on_a_terminal_says_every_number_that_is_known() -> None:
-    screen = io.StringIO()
-    board = Board(10_000, Console(file=screen, force_terminal=True, width=110, color_system=None))
-    with board.live:
-        board.resume(1199)
-        board.advance()
-        board.show(ROW)
-        board.show({"step": 1000, "images_seen": 8000, "valid/psnr": 21.987, "valid/images": 64})
-    shown = screen.getvalue()
-    expected = ["1,200/10,000 steps", "total 0.5123   l1 0.1", "PSNR 22.13 dB", "PSNR 21.99 dB   step 1,000"]
-    expected += ["in use 99.1%   perplexity 812.3", "norm 0.823   discriminator 0.31   skipped steps 3"]
-    expected += ["412 images/s", "waiting for images 3%", "MFU 38.2%", "378 TFLOP/s", "memory 41.2 GB"]
-    for text in expected:
-        assert text in shown, text
-
-
-def test_numbers_that_are_not_known_are_left_out() -> None:
-    few = {"step": 3, "psnr": 20.0, "utilization": 0.5, "images_per_second": 10.0}
-    assert dict(lines_of(few)) == {"quality": "PSNR 20.00 dB", "codes": "in use 50.0%", "speed": "10 images/s"}
-    assert headline(few) == "psnr 20.00 dB, codes in use 50.0%, 10 images/s"
-    assert headline(ROW).endswith("412 images/s, 3 skipped steps")

@@ -19,7 +19,7 @@ from vqpipe.data.examples import TokenSet
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.generation.published import open_generator
 from vqpipe.reports.pictures import from_png
-from vqpipe.training.history import read_history
+from vqpipe.training.callbacks import read_metrics
 
 LATENT = {
     "ldm": ["generator.base_channels=32", "generator.channel_multipliers=[1]", "generator.attention_factors=[]"],
@@ -40,7 +40,7 @@ def test_what_is_published(drawn: Any) -> None:
     assert facts["num_parameters"] == sum(p.numel() for p in opened.generator.parameters())
     assert (opened.image_size, opened.classes, opened.statistics) == (8, (0, 1, 2), None)
     assert (opened.sampling.cfg_scale, opened.sampling.top_p) == (1.5, 0.95)  # as llamagen-tiny has them
-    rows = read_history(artifact.file("metrics.jsonl"))
+    rows = read_metrics(artifact.file("metrics.jsonl"))
     assert [row["step"] for row in rows if "valid/total" in row] == [2, 4]
     assert facts["valid_loss"] == [row["valid/total"] for row in rows if "valid/total" in row][-1]
     sheet = from_png(artifact.file("pictures/step-00000004.png").read_bytes())
@@ -238,7 +238,7 @@ def test_two_ranks_learn_what_one_learns(
     one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
-    rows = [read_history(tmp_path / ranks / "metrics.jsonl") for ranks in "12"]
+    rows = [read_metrics(tmp_path / ranks / "metrics.jsonl") for ranks in "12"]
     for name in ("loss/total", "valid/total"):
         assert [row[name] for row in rows[0] if name in row] == pytest.approx(
             [row[name] for row in rows[1] if name in row], rel=1e-4

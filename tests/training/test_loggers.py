@@ -1,6 +1,7 @@
-"""TensorBoard and wandb: what a run logs arrives once, also when the run is cut and resumed."""
+"""TensorBoard and wandb: every row and image is logged once, also by a run that is resumed."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,19 +9,21 @@ from typing import Any
 import pytest
 
 from vqpipe.errors import ConfigError
-from vqpipe.training.loggers import TensorBoard, Wandb, check_loggers, numbers
+from vqpipe.training.loggers import TensorBoard, Wandb, check_loggers
 from vqpipe.training.running_metrics import Row
 
 
-def run(folder: Path, resumed_at: int = 0, earlier: tuple[Row, ...] = ()) -> Any:
-    from vqpipe.training.loggers import Run
-
-    notes = folder / "run.partial"
-    notes.mkdir(exist_ok=True)
-    settings = {"train": {"steps": 10}}
-    return Run(
-        name="run", folder=folder / "run.logs", notes=notes, settings=settings, resumed_at=resumed_at, earlier=earlier
-    )
+def start(kind: type[Logger], folder: Path, resumed_at: int = 0, earlier: Sequence[Row] = ()) -> Logger:
+    """A logger of the run `run`, which starts or resumes at a step with these rows."""
+    run_dir = folder / "run.partial"
+    run_dir.mkdir(exist_ok=True)
+    metrics = MetricsLog(run_dir / "metrics.jsonl")
+    metrics.rows = list(earlier)
+    logger = kind(folder / "run", run_dir, {"train": {"steps": 10}}, metrics)
+    state = TrainState.__new__(TrainState)
+    state.step = resumed_at
+    logger.on_start(state)
+    return logger
 
 
 def row(step: int) -> Row:
@@ -35,10 +38,10 @@ PNG = (
 
 
 class FakeWandb(ModuleType):
-    """Takes in what is logged, by run."""
+    """Records what is logged, by run."""
 
     class Error(Exception):
-        """As wandb's own."""
+        """In place of wandb.Error."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -76,19 +79,19 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return fake
 
 
-def test_wandb_goes_on_in_the_same_run_and_sends_nothing_twice(tmp_path: Path, wandb: FakeWandb) -> None:
-    logger = Wandb(run(tmp_path))
+def test_wandb_continues_the_same_run_and_sends_nothing_twice(tmp_path: Path, wandb: FakeWandb) -> None:
+    logger = start(Wandb, tmp_path)
     for step in (2, 4, 6):
-        logger.log(row(step))
-    logger.log({"step": 6, "valid/psnr": 21.0})
-    logger.show(6, "reconstructions", PNG)
-    # Killed, and resumed at step 4: row 6, its validation and its picture come again, then new ones.
-    resumed = Wandb(run(tmp_path, resumed_at=4, earlier=(row(2), row(4))))
+        logger.on_log(row(step))
+    logger.on_log({"step": 6, "valid/psnr": 21.0})
+    logger.on_images(6, {"reconstructions": PNG})
+    # Killed, and resumed at step 4: row 6, its validation and its image are logged again, then new ones.
+    resumed = start(Wandb, tmp_path, 4, [row(2), row(4)])
     for step in (6, 8):
-        resumed.log(row(step))
-        resumed.log({"step": step, "valid/psnr": 21.0})
-        resumed.show(step, "reconstructions", PNG)
-    resumed.close()
+        resumed.on_log(row(step))
+        resumed.on_log({"step": step, "valid/psnr": 21.0})
+        resumed.on_images(step, {"reconstructions": PNG})
+    resumed.on_end()
     assert [entry["step"] for entry in wandb.logged if "psnr" in entry] == [2, 4, 6, 8]
     assert [entry["step"] for entry in wandb.logged if "valid/psnr" in entry] == [6, 8]
     assert [entry for entry in wandb.logged if "reconstructions" in entry] == [
@@ -100,18 +103,18 @@ def test_wandb_goes_on_in_the_same_run_and_sends_nothing_twice(tmp_path: Path, w
     assert wandb.finished == 1
 
 
-def test_wandb_added_to_a_run_gets_what_was_logged_before(tmp_path: Path, wandb: FakeWandb) -> None:
-    Wandb(run(tmp_path, resumed_at=4, earlier=(row(2), row(4)))).log(row(6))
+def test_wandb_added_to_a_resumed_run_gets_the_earlier_rows(tmp_path: Path, wandb: FakeWandb) -> None:
+    start(Wandb, tmp_path, 4, [row(2), row(4)]).on_log(row(6))
     assert [entry["psnr"] for entry in wandb.logged] == [22.0, 24.0, 26.0]
 
 
-def test_wandb_that_does_not_start_is_one_clear_line(tmp_path: Path, wandb: FakeWandb) -> None:
+def test_wandb_that_does_not_start_is_a_config_error(tmp_path: Path, wandb: FakeWandb) -> None:
     wandb.refuses = True
     with pytest.raises(ConfigError, match=r"wandb did not start: No API key configured.*WANDB_MODE=offline"):
-        Wandb(run(tmp_path))
+        start(Wandb, tmp_path)
 
 
-def test_a_package_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_package_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ConfigError, match=rf"--log {package}.*pip install 'vqpipe\[{package}\]'"):
@@ -120,23 +123,23 @@ def test_a_package_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyP
         check_loggers(["tensorbord"])
 
 
-def test_only_finite_numbers_are_drawn() -> None:
+def test_only_finite_numbers_are_logged() -> None:
     mixed = {"step": 3, "psnr": 20.0, "loss/total": float("nan"), "note": "text", "nonfinite_steps": 0}
-    assert dict(numbers(mixed)) == {"psnr": 20.0, "nonfinite_steps": 0}
+    assert dict(finite_numbers(mixed)) == {"psnr": 20.0, "nonfinite_steps": 0}
 
 
-def test_tensorboard_shows_each_step_once_when_a_run_is_resumed(tmp_path: Path) -> None:
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = TensorBoard(run(tmp_path, resumed_at=4, earlier=(row(2), row(4))))
+    logger = start(TensorBoard, tmp_path, 4, [row(2), row(4)])
     for step in (6, 8):
-        logger.log(row(step))
-        logger.show(step, "reconstructions", PNG)
+        logger.on_log(row(step))
+        logger.on_images(step, {"reconstructions": PNG})
     # Killed: nothing is closed. Resumed at step 6.
-    resumed = TensorBoard(run(tmp_path, resumed_at=6, earlier=(row(2), row(4), row(6))))
-    resumed.log(row(8) | {"psnr": 99.0})
-    resumed.close()
+    resumed = start(TensorBoard, tmp_path, 6, [row(2), row(4), row(6)])
+    resumed.on_log(row(8) | {"psnr": 99.0})
+    resumed.on_end()
     events = EventAccumulator(str(tmp_path / "run.logs" / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("psnr")] == [(2, 22), (4, 24), (6, 26), (8, 99)]

@@ -110,7 +110,7 @@ def run(
     copies: Path | None = None,
     save_every: int = 1000,
 ) -> Finished:
-    """One run of a tiny tokenizer. With `copies`, each step K also saves a checkpoint in the run folder `copies/cut-K`."""
+    """One run of a tiny tokenizer. With `copies`, each step K saves a checkpoint in the run folder `copies/cut-K`."""
     torch.manual_seed(7)
     model = build_autoencoder(BATCH_NORMS if kind == "dcae" else MODELS[kind])
     names = model.quantizer.loss_names
