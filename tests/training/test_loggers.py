@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from vqpipe.errors import ConfigError
-from vqpipe.training.loggers import TensorBoard, Wandb, check_loggers
+from vqpipe.training.callbacks import MetricsLog
+from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.loggers import Logger, TensorBoard, Wandb, check_loggers, finite_numbers
 from vqpipe.training.running_metrics import Row
 
 
