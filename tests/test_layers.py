@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("stages",),
     ("benchmarks", "analysis"),
-    ("training", "codebooks", "generation", "reports"),
+    ("generation",),
+    ("training", "codebooks"),
+    ("reports",),
     ("continuous",),
     ("tokenizer", "tiling"),
     ("models",),

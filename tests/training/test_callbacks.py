@@ -164,7 +164,7 @@ class RecordedProgress:
 def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validation() -> None:
     progress = RecordedProgress()
     callback = ProgressCallback(progress, 10_000)
-    callback.on_start(state_at(1199, ["step-00001200: model.safetensors is not as written"]))
+    callback.on_start(state_at(1199, ["step-00001200: model.safetensors is damaged"]))
     callback.on_step_end(state_at(1200))
     callback.on_log({"step": 1000, "images_seen": 8000, "valid/psnr": 21.987, "valid/images": 64})
     callback.on_log(ROW)
@@ -181,7 +181,7 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
     }
     assert progress.messages == [
         "resuming at step 1,199",
-        "skipped a damaged checkpoint: step-00001200: model.safetensors is not as written",
+        "skipped a damaged checkpoint: step-00001200: model.safetensors is damaged",
         "step 1,200 was skipped: its gradient is not finite (images a, b, c, ...)",
     ]
 
