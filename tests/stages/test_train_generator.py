@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import console, live
+from stages import console
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.examples import TokenSet
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.generation.published import open_generator
 from vqpipe.reports.pictures import from_png
-from vqpipe.training.callbacks import read_metrics
+from vqpipe.training.callbacks import ProgressCallback, read_metrics
 
 LATENT = {
     "ldm": ["generator.base_channels=32", "generator.channel_multipliers=[1]", "generator.attention_factors=[]"],
@@ -86,15 +86,15 @@ def test_again_and_with_other_settings(drawn: Any, llamagen_options: dict[str, A
 def test_a_run_that_is_cut_and_resumed_is_the_same_run(
     drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, steps = live.Lines.advance, []
+    on_step_end, steps = ProgressCallback.on_step_end, []
 
-    def cut(self: live.Lines) -> None:
-        real(self)
+    def cut(self: ProgressCallback, state: Any) -> None:
+        on_step_end(self, state)
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(live.Lines, "advance", cut)
+    monkeypatch.setattr(ProgressCallback, "on_step_end", cut)
     for expected in (console.Interrupted, None):
         options = {"tokens": drawn.tokens, "device": "cpu", **llamagen_options}
         if expected is None:

@@ -401,7 +401,7 @@ class RunReport(Callback):
             steps=steps,
             rows=self.metrics.rows,
             settings=self.settings,
-            lineage={"kind": self.draft.asked["kind"], "name": name, "content": "", "inputs": self.draft.lineage},
+            lineage={"kind": self.draft.requested["kind"], "name": name, "content": "", "inputs": self.draft.lineage},
             command=shlex.join(["vqpipe", *sys.argv[1:]]),
             **{name: value for source in self.sources for name, value in source.report_fields().items()},
         )
