@@ -54,7 +54,7 @@ def run(images: ImageSet, start: int, steps: int, world: int = 1, workers: int =
     return [print_ for _ in range(steps) for rank in ranks for print_ in prints(next(rank))]
 
 
-def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_where_one_resumes(images: ImageSet) -> None:
+def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_resuming(images: ImageSet) -> None:
     whole = run(images, 0, 11)  # three epochs and a bit
     assert [sorted(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)] == [list(range(NUM))] * 3
     assert len({tuple(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)}) == 3
@@ -66,12 +66,12 @@ def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_where_one_resu
     assert run(images, 0, 11, seed=6) != whole
 
 
-def test_the_order_never_changes_between_versions() -> None:
+def test_the_order_is_stable_between_versions() -> None:
     assert permutation(0, 0, 8).tolist() == [7, 6, 3, 2, 4, 1, 5, 0]
     assert permutation(7, 3, 8).tolist() == [2, 1, 7, 6, 5, 4, 3, 0]
 
 
-def test_resuming_reads_nothing_that_came_before(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_reads_no_earlier_image(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     real = ImageSet.read
     monkeypatch.setattr(ImageSet, "read", lambda self, i: (read.append(i), real(self, i))[1])
@@ -79,13 +79,13 @@ def test_resuming_reads_nothing_that_came_before(images: ImageSet, monkeypatch: 
     assert read == batch.indices
 
 
-def test_a_set_smaller_than_the_batch(images: ImageSet) -> None:
+def test_a_set_may_be_smaller_than_the_batch(images: ImageSet) -> None:
     stream = TrainingStream(images, config(), seed=0, batch_size=3 * NUM + 1)
     batch = next(stream.from_sample(0))
     assert [sorted(batch.indices[e * NUM : (e + 1) * NUM]) for e in range(3)] == [list(range(NUM))] * 3
 
 
-def test_the_global_batch_divides() -> None:
+def test_a_global_batch_that_does_not_divide_is_an_error() -> None:
     with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
         Shuffle(20, seed=0, batch_size=10, rank=0, world_size=4)
 
@@ -111,13 +111,13 @@ def test_bad_training_images_are_replaced_and_counted(with_bad: ImageSet, worker
     assert [prints(batch) for batch in itertools.islice(halves.from_sample(0), 5)] == [batch[4:] for batch in found]
 
 
-def test_too_many_bad_training_images(with_bad: ImageSet) -> None:
+def test_too_many_bad_training_images_are_an_error(with_bad: ImageSet) -> None:
     stream = TrainingStream(with_bad, config(max_skipped=0.01), seed=1, batch_size=20)
     with pytest.raises(DataError, match=r"of 100 images cannot be used \(. empty, . truncated\), more than the 1.00%"):
         list(itertools.islice(stream.from_sample(0), 10))
 
 
-def test_no_usable_image_at_all(tmp_path: Path) -> None:
+def test_no_usable_training_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"not a jpeg")
     stream = TrainingStream(open_images([tmp_path]), config(), seed=0, batch_size=1)
     with pytest.raises(DataError, match="16 images drawn one after another"):
@@ -125,7 +125,7 @@ def test_no_usable_image_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ordered_batches(with_bad: ImageSet, workers: int) -> None:
+def test_ordered_batches_skip_and_count_bad_images(with_bad: ImageSet, workers: int) -> None:
     batches = OrderedBatches(with_bad, image_size=16, batch_size=6, start=5, stop=24, num_workers=workers)
     found = list(batches)
     assert [batch.indices for batch in found] == [[5, 6, 8, 9, 10], [*range(11, 17)], [17, 18, 19, 21, 22], [23]]
@@ -138,14 +138,14 @@ def test_ordered_batches(with_bad: ImageSet, workers: int) -> None:
         check_skipped(batches.skipped, 19, 0.1)
 
 
-def test_ordered_batches_flipped_and_transformed(with_bad: ImageSet) -> None:
+def test_ordered_batches_apply_flip_and_transform(with_bad: ImageSet) -> None:
     plain, flipped = (next(iter(OrderedBatches(with_bad, image_size=16, batch_size=3, flip=f))) for f in (False, True))
     assert torch.equal(plain.images.flip(-1), flipped.images)
     own = OrderedBatches(with_bad, image_size=0, batch_size=3, transform=lambda image: torch.tensor(image.size))
     assert next(iter(own)).images.tolist() == [[48, 40]] * 3
 
 
-def test_errors_of_workers_arrive_as_they_are(with_bad: ImageSet, tmp_path: Path) -> None:
+def test_errors_of_workers_are_raised_unchanged(with_bad: ImageSet, tmp_path: Path) -> None:
     (tmp_path / "03.jpg").unlink()
     with pytest.raises(DataError, match=r"^cannot read .*03\.jpg: No such file or directory\. Check the folder"):
         list(OrderedBatches(with_bad, image_size=16, batch_size=2, num_workers=1))
@@ -165,7 +165,7 @@ class Trouble(torch.utils.data.Dataset):
         return work
 
 
-def test_a_worker_that_dies_or_hangs_is_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_or_hanging_worker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # its patience at shutdown: 5 s
     for work, message in (("die", "exited unexpectedly|killed by signal"), ("hang", "timed out")):
         began = time.monotonic()

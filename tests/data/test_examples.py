@@ -63,7 +63,7 @@ def run(tokens: TokenSet, start: int, steps: int, world: int = 1, seed: int = 5)
     return [print_ for _ in range(steps) for rank in ranks for print_ in prints(next(rank))]
 
 
-def test_the_order_does_not_depend_on_ranks_or_where_one_resumes(make: Make) -> None:
+def test_the_order_does_not_depend_on_ranks_or_resuming(make: Make) -> None:
     tokens = TokenSet(make("tokens"))
     whole = run(tokens, 0, 11)
     epochs = [whole[e * NUM : (e + 1) * NUM] for e in range(3)]
@@ -74,7 +74,7 @@ def test_the_order_does_not_depend_on_ranks_or_where_one_resumes(make: Make) -> 
     assert run(tokens, 0, 11, seed=6) != whole
 
 
-def test_ids_labels_and_keys_belong_together_and_mirrors_come_by_chance(make: Make) -> None:
+def test_batches_match_the_stored_rows_and_half_are_mirrored(make: Make) -> None:
     tokens = TokenSet(make("tokens"))
     found = run(tokens, 0, 100)
     for key, label, first in found:
@@ -90,7 +90,7 @@ def test_ids_labels_and_keys_belong_together_and_mirrors_come_by_chance(make: Ma
 
 
 @pytest.mark.parametrize(("codebook_size", "dtype"), [(100_000, np.uint32), (4096, np.uint16)])
-def test_ids_stay_narrow_in_memory_and_mapped(
+def test_ids_keep_their_stored_type_in_memory_and_mapped(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codebook_size: int, dtype: type
 ) -> None:
     artifact = make("tokens", codebook_size=codebook_size)
@@ -108,7 +108,7 @@ def test_ids_stay_narrow_in_memory_and_mapped(
         TokenSet(artifact)
 
 
-def test_in_order_every_image_comes_once(make: Make) -> None:
+def test_ordered_examples_are_every_image_once(make: Make) -> None:
     tokens = TokenSet(make("tokens"))
     batches = list(ordered(tokens, 4))
     assert [key for batch in batches for key in batch.keys] == [f"key-{i:02d}" for i in range(NUM)]
@@ -119,7 +119,7 @@ def test_in_order_every_image_comes_once(make: Make) -> None:
     ]
 
 
-def test_held_out_images_are_of_every_class_and_never_trained_on(make: Make) -> None:
+def test_held_out_images_cover_every_class_and_are_not_trained_on(make: Make) -> None:
     tokens = TokenSet(make("tokens"))
     rest, held_out = held_out_part(tokens, 6)
     assert held_out is not None
@@ -135,7 +135,7 @@ def test_held_out_images_are_of_every_class_and_never_trained_on(make: Make) -> 
         held_out_part(tokens, 8)
 
 
-def test_the_number_of_classes(make: Make) -> None:
+def test_num_classes_follows_the_labels(make: Make) -> None:
     labels, unknown = TokenSet(make("known")).labels, TokenSet(make("unknown", classes=None)).labels
     assert ExamplesConfig().classes_of(labels) == 3
     assert ExamplesConfig(num_classes=1000).classes_of(labels) == 1000
@@ -146,13 +146,13 @@ def test_the_number_of_classes(make: Make) -> None:
         ExamplesConfig(num_classes=2).classes_of(labels)
 
 
-def test_what_cannot_be_streamed_is_told(make: Make, tmp_path: Path) -> None:
+def test_inconsistent_tokens_are_an_error(make: Make, tmp_path: Path) -> None:
     artifact = make("tokens")
     with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
         ExampleStream(TokenSet(artifact), seed=0, batch_size=10, world_size=4)
     artifact.facts["num_images"] = NUM + 1
-    with pytest.raises(ArtifactError, match="holds 28 rows, its manifest says 30"):
+    with pytest.raises(ArtifactError, match="holds 28 rows, its manifest 30"):
         TokenSet(artifact)
     artifact.facts["num_images"] = NUM - 1
-    with pytest.raises(ArtifactError, match="other rows than its manifest says"):
+    with pytest.raises(ArtifactError, match="does not hold the rows of its manifest"):
         TokenSet(artifact)

@@ -22,7 +22,7 @@ def test_the_splits_share_no_photograph() -> None:
     assert (counts["/train"].total(), counts["/heldout"].total()) == (673, 180)  # as the docstring says
 
 
-def test_a_crop_is_the_part_of_the_photograph_that_its_key_names() -> None:
+def test_a_crop_matches_its_key() -> None:
     images = open_images("builtin:photos/heldout")
     number = next(i for i in range(len(images)) if images.key(i).startswith("coffee-128-x") and i % 7 == 3)
     _, side, x, y = images.key(number).split("-")

@@ -3,12 +3,14 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import webdataset
 
 from vqpipe.data import tars
 from vqpipe.data.images import open_images
 from vqpipe.data.sources import NO_LABEL
-from vqpipe.data.tars import TarIndex, index_tar
+from vqpipe.data.tars import TarIndex, index_tar, tar_keys, write_tar
 from vqpipe.errors import DataError
 
 Pack = Callable[..., bytes]
@@ -32,30 +34,30 @@ def test_the_index_finds_every_byte(pack: Pack, format: int) -> None:
     assert found.size == len(data)
 
 
-def test_every_cut_is_noticed(pack: Pack) -> None:
+def test_every_truncation_is_an_error(pack: Pack) -> None:
     data = pack(MEMBERS)
     end = len(data.rstrip(b"\0"))
     end += -end % 512
     for cut in range(0, end + 1024, 128):
         for options in ({}, {"sha256": "known"}):
-            with pytest.raises(DataError, match=r"shard\.tar (is cut short|is empty)"):
+            with pytest.raises(DataError, match=r"shard\.tar (is truncated|is empty)"):
                 index(data[:cut], **options)
     assert index(data[: end + 1024]).keys == ["a", "b", "c"]  # the padding to 10,240 bytes is not required
 
 
-def test_a_damaged_header_is_not_the_end(pack: Pack) -> None:
+def test_a_damaged_header_is_an_error(pack: Pack) -> None:
     data = bytearray(pack(MEMBERS))
     data[data.index(b"b.png")] ^= 1
     with pytest.raises(DataError, match="no tar header at byte 2560"):
         index(bytes(data))
 
 
-def test_two_tars_in_one_file(pack: Pack) -> None:
-    with pytest.raises(DataError, match="goes on after its end mark"):
+def test_two_joined_tars_are_an_error(pack: Pack) -> None:
+    with pytest.raises(DataError, match="has data after its end mark"):
         index(pack(MEMBERS) + pack({"z.png": b"Z"}))
 
 
-def test_an_empty_tar_holds_nothing(pack: Pack) -> None:
+def test_an_empty_tar_has_no_images(pack: Pack) -> None:
     assert index(pack({})).keys == []
 
 
@@ -65,16 +67,16 @@ def test_an_empty_tar_holds_nothing(pack: Pack) -> None:
         ({"a.png": b"1", "b.png": b"2", "a.jpg": b"3"}, r"two images of the key 'a': a.png at byte 512, a.jpg at 2560"),
         ({"../evil.png": b"1"}, "outside its own folder"),
         ({"/etc/evil.png": b"1"}, "outside its own folder"),
-        ({"a.png": b"1", "a.cls": b"cat"}, "no class number: b'cat'"),
-        ({"a.png": b"1", "a.cls": b"-1"}, "no class number"),
+        ({"a.png": b"1", "a.cls": b"cat"}, "not a class number: b'cat'"),
+        ({"a.png": b"1", "a.cls": b"-1"}, "not a class number"),
     ],
 )
-def test_what_a_shard_may_not_hold(pack: Pack, members: dict[str, bytes], message: str) -> None:
+def test_invalid_members_are_an_error(pack: Pack, members: dict[str, bytes], message: str) -> None:
     with pytest.raises(DataError, match=message):
         index(pack(members))
 
 
-def test_compressed_shards_are_named(pack: Pack) -> None:
+def test_compressed_shards_are_an_error(pack: Pack) -> None:
     import gzip
 
     with pytest.raises(DataError, match="compressed with gzip"):
@@ -107,12 +109,12 @@ def test_other_members_are_counted_and_never_followed(pack: Pack) -> None:
     }
 
 
-def test_interleaved_members_belong_together(pack: Pack) -> None:
+def test_interleaved_members_of_a_key_form_a_sample(pack: Pack) -> None:
     found = index(pack({"a.png": b"1", "b.png": b"2", "a.cls": b"0", "b.cls": b"1"}))
     assert (found.keys, found.labels) == (["a", "b"], [0, 1])
 
 
-def test_the_cache_is_used_believed_only_while_it_fits_and_survives_damage(
+def test_the_cache_is_used_only_while_the_file_is_unchanged(
     pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked: list[str] = []
@@ -139,14 +141,14 @@ def test_the_cache_is_used_believed_only_while_it_fits_and_survives_damage(
     assert open_images([path]).key(0) == "z"
 
 
-def test_no_home_is_no_cache(pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_without_a_home_directory(pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     (tmp_path / "s.tar").write_bytes(pack(MEMBERS))
     assert len(open_images([tmp_path / "s.tar"])) == 3
 
 
-def test_a_shard_that_changes_under_a_running_job(pack: Pack, tmp_path: Path) -> None:
+def test_a_shard_that_changes_during_a_job_is_an_error(pack: Pack, tmp_path: Path) -> None:
     path = tmp_path / "s.tar"
     path.write_bytes(pack(MEMBERS))
     images = open_images([path])
@@ -157,3 +159,26 @@ def test_a_shard_that_changes_under_a_running_job(pack: Pack, tmp_path: Path) ->
     os.utime(path, (1e9, 1e9))
     with pytest.raises(DataError, match="changed after it was indexed"):
         images.read(1)
+
+
+def test_written_bytes_equal_those_of_webdataset(tmp_path: Path) -> None:
+    """Tars published before TarWriter replaced webdataset's have the same bytes."""
+    random = np.random.default_rng(0)
+    keys = ["a", "a/b", "\u00fc", "k" * 99, "k" * 120, "folder/" * 40 + "x"]
+    samples = [
+        (f"{key}{i}", random.bytes(size), extension, label)
+        for i, (key, size) in enumerate(zip(keys, (0, 1, 511, 512, 513, 20_000), strict=True))
+        for extension, label in (("bmp", 7), ("png", None), ("jpg", 999))
+    ]
+    with write_tar(tmp_path / "ours.tar") as tar:
+        for key, data, extension, label in samples:
+            tar.write(f"{key}-{extension}", data, extension, label)
+    theirs = webdataset.TarWriter(str(tmp_path / "theirs.tar"), user="vqpipe", group="vqpipe", mtime=0)
+    for key, data, extension, label in samples:
+        theirs.write({"__key__": f"{key}-{extension}", extension: data} | ({} if label is None else {"cls": label}))
+    theirs.close()
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_tar_keys_are_unique_and_without_dots() -> None:
+    assert tar_keys(["a.b", "a_b", "x.y/c.d", "a.b"]) == ["a_b", "a_b_1", "x.y/c_d", "a_b_3"]

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from vqpipe.data import transforms
@@ -13,8 +14,11 @@ from vqpipe.data.transforms import (
     TURNS,
     BadImage,
     DataConfig,
+    Framing,
     center_crop,
     decode,
+    parse_size,
+    pixels,
     random_crop,
     to_float,
     to_uint8,
@@ -83,7 +87,7 @@ def png(width: int, height: int, bit_depth: int, colour_type: int, pixels: bytes
         pytest.param(encode(solid("RGB", (40, 90, 200)), "BMP"), (40, 90, 200), id="bmp"),
     ],
 )
-def test_every_mode_has_a_rule(data: bytes, expected: tuple[int, int, int]) -> None:
+def test_every_pillow_mode_is_converted(data: bytes, expected: tuple[int, int, int]) -> None:
     image = decode(data)
     assert (image.mode, image.size) == ("RGB", (8, 6))
     assert set(image.getdata() if not hasattr(image, "get_flattened_data") else image.get_flattened_data()) == {
@@ -91,7 +95,7 @@ def test_every_mode_has_a_rule(data: bytes, expected: tuple[int, int, int]) -> N
     }
 
 
-def test_inverted_cmyk_jpeg_is_not_a_negative() -> None:
+def test_inverted_cmyk_jpeg_is_decoded() -> None:
     red = np.asarray(decode(encode(solid("CMYK", (0, 255, 255, 0)), "JPEG", quality=100)))
     assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
 
@@ -109,7 +113,7 @@ def test_inverted_cmyk_jpeg_is_not_a_negative() -> None:
         pytest.param(png(20000, 20000, 1, 0, b"\0" * 20000), "too-large", id="bomb"),
     ],
 )
-def test_bad_images_are_refused_with_a_reason(data: bytes, reason: str) -> None:
+def test_bad_images_have_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage) as caught:
         decode(data)
     assert caught.value.reason == reason
@@ -117,7 +121,7 @@ def test_bad_images_are_refused_with_a_reason(data: bytes, reason: str) -> None:
     assert (again.reason, str(again)) == (reason, str(caught.value))
 
 
-def test_pixel_limit_is_judged_from_the_header() -> None:
+def test_the_pixel_limit_is_checked_in_the_header() -> None:
     data = encode(solid("RGB", "red", (100, 100)))
     assert decode(data, max_pixels=10_000).size == (100, 100)
     with pytest.raises(BadImage, match="100 x 100"):
@@ -140,7 +144,7 @@ def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
 
 @pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
 @pytest.mark.parametrize("subsampling", ["444", "422", "420", "411", "440", "progressive"])
-def test_fast_jpeg_gives_pillows_pixels(subsampling: str) -> None:
+def test_simplejpeg_decodes_pillows_pixels(subsampling: str) -> None:
     noise = Image.effect_noise((83, 61), 80)
     image = Image.merge("RGB", (noise, noise.rotate(90), noise.rotate(180)))
     if subsampling == "progressive":
@@ -191,7 +195,7 @@ def test_decoding_does_not_depend_on_simplejpeg(
 
 @pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
 @pytest.mark.parametrize("progressive", [False, True])
-def test_damaged_jpegs_are_judged_alike(progressive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_jpegs_have_the_same_result_with_simplejpeg(progressive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = Image.effect_noise((64, 48), 80)
     data = encode(Image.merge("RGB", (noise, noise, noise)), "JPEG", progressive=progressive)
     random = np.random.default_rng(0)
@@ -211,7 +215,7 @@ def test_damaged_jpegs_are_judged_alike(progressive: bool, monkeypatch: pytest.M
     assert fast == [judge(case) for case in cases]
 
 
-def test_pixels_are_the_images_planes() -> None:
+def test_pixels_are_planes_of_the_image() -> None:
     image = Image.merge("RGB", [Image.effect_noise((7, 5), 80) for _ in range(3)])
     assert np.array_equal(transforms.pixels(image).numpy(), np.asarray(image).transpose(2, 0, 1))
 
@@ -233,7 +237,7 @@ def adm_reference(image: Image.Image, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 64), (333, 500), (63, 200), (127, 129), (40, 50), (1024, 700)])
-def test_center_crop_is_adms(size: tuple[int, int]) -> None:
+def test_center_crop_equals_adms(size: tuple[int, int]) -> None:
     noise = Image.effect_noise(size, 90)
     image = Image.merge("RGB", (noise, noise.rotate(180), noise))
     crop = center_crop(image, 64)
@@ -241,7 +245,7 @@ def test_center_crop_is_adms(size: tuple[int, int]) -> None:
     assert np.array_equal(crop.permute(1, 2, 0).numpy(), adm_reference(image, 64))
 
 
-def test_a_strip_is_cropped_without_being_blown_up() -> None:
+def test_a_strip_is_cropped_without_resizing_all_of_it() -> None:
     strip = Image.effect_noise((2000, 1), 90).convert("RGB")
     crop = center_crop(strip, 64)  # in full: 64 x 128,000
     assert (crop.permute(1, 2, 0).numpy().astype(int) - adm_reference(strip, 64)).__abs__().max() <= 1
@@ -275,7 +279,7 @@ def test_training_crop_follows_its_config() -> None:
     assert all(torch.equal(a, b) for a, b in zip(crops(max_scale=1.5), crops(max_scale=1.5), strict=True))
 
 
-def test_floats_and_back() -> None:
+def test_uint8_survives_floats() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     floats = to_float(levels)
     assert (floats.dtype, floats.min().item(), floats.max().item()) == (torch.float32, -1.0, 1.0)
@@ -288,6 +292,99 @@ def test_floats_and_back() -> None:
 @pytest.mark.parametrize(
     "settings", [{"image_size": 0}, {"crop": "left"}, {"max_scale": 0.5}, {"max_skipped": 2.0}, {"max_pixels": 10**10}]
 )
-def test_config_is_checked(settings: dict) -> None:
+def test_invalid_data_configs_are_an_error(settings: dict) -> None:
     with pytest.raises(ConfigError):
         DataConfig(**settings)
+
+
+SIZES = [(97, 64), (64, 97), (33, 20), (32, 32), (31, 40), (150, 301), (64, 48)]
+
+
+def drawn(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("target", [(32, 32), (24, 40)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_linear_equals_torch_interpolate_without_antialiasing(size: tuple[int, int], target: tuple[int, int]) -> None:
+    image = drawn(*size)
+    scale = max(target[0] / image.height, target[1] / image.width)
+    resized = (max(target[0], round(image.height * scale)), max(target[1], round(image.width * scale)))
+    whole = F.interpolate(pixels(image).double()[None], resized, mode="bilinear", align_corners=False, antialias=False)[
+        0
+    ]
+    upper, left = (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
+    expected = whole[:, upper : upper + target[0], left : left + target[1]]
+    framed = Framing(rule="linear", size=target)(image)
+    assert framed.shape == (3, *target)
+    assert (framed - expected).abs().max() < 0.501  # the nearest level
+
+
+def test_linear_aliases_and_cover_does_not() -> None:
+    stripes = Image.fromarray(np.tile(np.array([[0], [255]], np.uint8), (100, 200))).convert("RGB")
+    kept = Framing(rule="linear", size=(40, 40))(stripes)  # the middle row of every five
+    assert kept[0, :, 0].tolist() == [0, 255] * 20
+    averaged = Framing(rule="cover", size=(40, 40))(stripes).float()
+    assert (averaged - 127.5).abs().max() < 30
+
+
+@pytest.mark.parametrize(("size", "target"), [((97, 64), (32, 32)), ((64, 97), (24, 40)), ((301, 150), (144, 256))])
+def test_cover_equals_one_bicubic_resize_and_centre_crop(size: tuple[int, int], target: tuple[int, int]) -> None:
+    image = drawn(*size)
+    if image.width / image.height > target[1] / target[0]:
+        whole = image.resize((round(image.width * target[0] / image.height), target[0]), Image.Resampling.BICUBIC)
+    else:
+        whole = image.resize((target[1], round(image.height * target[1] / image.width)), Image.Resampling.BICUBIC)
+    upper, left = int(whole.height / 2 - target[0] / 2), int(whole.width / 2 - target[1] / 2)
+    expected = np.asarray(whole)[upper : upper + target[0], left : left + target[1]]
+    assert np.array_equal(array(Framing(rule="cover", size=target)(image)), expected)
+
+
+def test_a_long_strip_is_resized_only_where_it_is_kept() -> None:
+    strip = drawn(400, 2)
+    whole = strip.resize((6400, 32), Image.Resampling.BICUBIC).crop((3184, 0, 3216, 32))
+    framed = array(Framing(rule="cover", size=(32, 32))(strip)).astype(int)
+    assert np.abs(framed - np.asarray(whole)).max() <= 1
+    assert Framing(rule="linear", size=(32, 32))(drawn(5000, 1)).shape == (3, 32, 32)
+
+
+def test_an_image_of_the_target_size_is_unchanged() -> None:
+    image = drawn(32, 32)
+    for rule in ("adm", "linear", "cover"):
+        assert torch.equal(Framing(rule=rule, size=(32, 32))(image), pixels(image))  # type: ignore[arg-type]
+    odd = drawn(33, 20)
+    assert torch.equal(Framing(rule="native")(odd), pixels(odd))
+    assert torch.equal(Framing(rule="adm", size=(16, 16))(odd), center_crop(odd, 16))
+
+
+def test_framings_can_be_pickled() -> None:
+    frame = Framing(rule="cover", size=(24, 40))
+    assert pickle.loads(pickle.dumps(frame)) == frame
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "said"),
+    [
+        ("adm", (24, 40), "ADM's crop is square, 40x24 is not. Use the rule cover"),
+        ("adm", None, "needs a size"),
+        ("native", (24, 40), "native. keeps every image's own size"),
+        ("cover", (0, 40), "40x0 is not a size"),
+        ("nearest", (24, 40), "'nearest' is not a choice. Use adm, linear, cover, native"),
+    ],
+)
+def test_invalid_framings_are_an_error(rule: str, size: tuple[int, int] | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Framing(rule=rule, size=size)  # type: ignore[arg-type]
+
+
+def test_sizes_are_parsed_as_width_x_height() -> None:
+    assert parse_size("256") == (256, 256)
+    assert parse_size("2560x1440") == (1440, 2560)
+    assert parse_size("native") is None
+    for text in ("", "x", "256x", "0", "-1", "1e3", "2560x1440x3", "2560 x 1440", "Native", "²", "9999999"):
+        with pytest.raises(ConfigError, match="is not an image size"):
+            parse_size(text)

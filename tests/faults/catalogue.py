@@ -37,55 +37,63 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
         "stages/test_pipeline.py::test_a_terminated_run_saves_and_resumes_to_the_same_weights",
     ),
     16: ("training/test_faults.py::test_a_signal_during_a_save_loses_nothing",),
-    21: ("data/test_batches.py::test_a_worker_that_dies_or_hangs_is_an_error_soon",),
-    22: ("data/test_batches.py::test_a_worker_that_dies_or_hangs_is_an_error_soon",),
+    21: ("data/test_batches.py::test_a_killed_or_hanging_worker_is_an_error",),
+    22: ("data/test_batches.py::test_a_killed_or_hanging_worker_is_an_error",),
     23: ("training/test_faults.py::test_where_a_rank_is_killed_the_others_end_in_one_line",),
     # B: disks
     29: (
         "training/test_faults.py::test_a_save_that_fails_leaves_what_was_there",
         "training/test_faults.py::test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room",
     ),
-    42: ("data/test_tars.py::test_a_shard_that_changes_under_a_running_job",),
+    42: ("data/test_tars.py::test_a_shard_that_changes_during_a_job_is_an_error",),
     # C: shards
-    43: ("data/test_tars.py::test_every_cut_is_noticed",),
-    44: ("data/test_tars.py::test_every_cut_is_noticed",),
-    45: ("data/test_tars.py::test_a_damaged_header_is_not_the_end", "data/test_tars.py::test_two_tars_in_one_file"),
-    48: ("data/test_tars.py::test_an_empty_tar_holds_nothing", "data/test_shards.py::test_nothing_to_read"),
-    49: ("data/test_shards.py::test_patterns",),
-    50: ("data/test_batches.py::test_ordered_batches",),  # workers share out images, whatever shards they lie in
-    51: ("data/test_tars.py::test_what_a_shard_may_not_hold",),
-    53: ("data/test_tars.py::test_interleaved_members_belong_together",),
-    55: (
-        "data/test_tars.py::test_what_a_shard_may_not_hold",
-        "data/test_token_stream.py::test_the_number_of_classes",
+    43: ("data/test_tars.py::test_every_truncation_is_an_error",),
+    44: ("data/test_tars.py::test_every_truncation_is_an_error",),
+    45: (
+        "data/test_tars.py::test_a_damaged_header_is_an_error",
+        "data/test_tars.py::test_two_joined_tars_are_an_error",
     ),
-    56: ("data/test_tars.py::test_what_a_shard_may_not_hold",),
+    48: (
+        "data/test_tars.py::test_an_empty_tar_has_no_images",
+        "data/test_images.py::test_names_without_images_are_an_error",
+    ),
+    49: ("data/test_images.py::test_globs_and_brace_patterns",),
+    50: (
+        "data/test_batches.py::test_ordered_batches_skip_and_count_bad_images",
+    ),  # workers share out images, whatever shards they lie in
+    51: ("data/test_tars.py::test_invalid_members_are_an_error",),
+    53: ("data/test_tars.py::test_interleaved_members_of_a_key_form_a_sample",),
+    55: (
+        "data/test_tars.py::test_invalid_members_are_an_error",
+        "data/test_examples.py::test_num_classes_follows_the_labels",
+    ),
+    56: ("data/test_tars.py::test_invalid_members_are_an_error",),
     57: ("data/test_tars.py::test_other_members_are_counted_and_never_followed",),
-    58: ("data/test_shards.py::test_a_pipe_is_never_run", "data/test_shards.py::test_urls"),
+    58: ("data/test_images.py::test_shell_pipes_are_an_error", "data/test_images.py::test_fsspec_urls_are_opened"),
     59: ("data/test_tars.py::test_other_members_are_counted_and_never_followed",),
     60: ("data/test_tars.py::test_the_index_finds_every_byte",),  # long names
     # D: images
-    61: ("data/test_transforms.py::test_bad_images_are_refused_with_a_reason",),
-    62: ("data/test_transforms.py::test_bad_images_are_refused_with_a_reason",),
+    61: ("data/test_transforms.py::test_bad_images_have_a_reason",),
+    62: ("data/test_transforms.py::test_bad_images_have_a_reason",),
     63: (
-        "data/test_transforms.py::test_every_mode_has_a_rule",
-        "data/test_transforms.py::test_inverted_cmyk_jpeg_is_not_a_negative",
+        "data/test_transforms.py::test_every_pillow_mode_is_converted",
+        "data/test_transforms.py::test_inverted_cmyk_jpeg_is_decoded",
     ),
-    64: ("data/test_transforms.py::test_every_mode_has_a_rule",),
-    65: ("data/test_transforms.py::test_bad_images_are_refused_with_a_reason",),
-    66: ("data/test_transforms.py::test_every_mode_has_a_rule",),
-    67: ("data/test_transforms.py::test_every_mode_has_a_rule",),
+    64: ("data/test_transforms.py::test_every_pillow_mode_is_converted",),
+    65: ("data/test_transforms.py::test_bad_images_have_a_reason",),
+    66: ("data/test_transforms.py::test_every_pillow_mode_is_converted",),
+    67: ("data/test_transforms.py::test_every_pillow_mode_is_converted",),
     68: ("data/test_transforms.py::test_exif_orientation_is_applied_once",),
     69: (
-        "data/test_transforms.py::test_bad_images_are_refused_with_a_reason",
-        "data/test_transforms.py::test_pixel_limit_is_judged_from_the_header",
+        "data/test_transforms.py::test_bad_images_have_a_reason",
+        "data/test_transforms.py::test_the_pixel_limit_is_checked_in_the_header",
     ),
     71: (
-        "data/test_transforms.py::test_a_strip_is_cropped_without_being_blown_up",
-        "data/test_framing.py::test_a_long_strip_is_resized_only_where_it_is_kept",
+        "data/test_transforms.py::test_a_strip_is_cropped_without_resizing_all_of_it",
+        "data/test_transforms.py::test_a_long_strip_is_resized_only_where_it_is_kept",
     ),
     73: (
-        "data/test_batches.py::test_too_many_bad_training_images",
+        "data/test_batches.py::test_too_many_bad_training_images_are_an_error",
         "stages/test_evaluate.py::test_an_unreadable_image_is_refused_unless_allowed_and_then_counted",
     ),
     # E: numbers
@@ -105,7 +113,7 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     78: ("codebooks/test_kmeans.py::test_refuses_features_that_cannot_be_clustered",),
     79: ("codebooks/test_kmeans.py::test_refuses_features_that_cannot_be_clustered",),
     81: ("codebooks/test_kmeans.py::test_empty_clusters_are_filled",),
-    82: ("data/test_shard_writing.py::test_tokens_there_and_back",),
+    82: ("data/test_encode.py::test_tokens_are_stored_narrow_and_read_back",),
     83: ("search/test_nearest.py::test_the_lowest_id_wins_exact_ties",),
     84: (
         "training/test_validation.py::test_the_best_weights_are_kept_also_by_a_run_that_was_resumed",
@@ -142,11 +150,11 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     101: ("test_artifacts.py::test_two_writers_cannot_both_write",),
     109: (
         "codebooks/test_pretrained.py::test_offline_the_error_names_the_file_at_once",
-        "data/test_tars.py::test_no_home_is_no_cache",
+        "data/test_tars.py::test_no_cache_without_a_home_directory",
     ),
     111: (  # loader processes ignore the signals of their group; what was begun is written whole
-        "data/test_batches.py::test_a_worker_that_dies_or_hangs_is_an_error_soon",
-        "data/test_shard_writing.py::test_an_interruption_waits_for_the_shard_that_is_being_written",
+        "data/test_batches.py::test_a_killed_or_hanging_worker_is_an_error",
+        "data/test_encode.py::test_an_interruption_waits_for_the_shard_being_written",
     ),
 }
 """Row -> tests, as paths below tests/."""

@@ -520,7 +520,7 @@ def test_loader_processes_exit_with_their_parent(tmp_path: Path, in_child: InChi
 def test_loader_processes_exit_if_their_parent_dies_as_they_start(
     tmp_path: Path, in_child: InChild, gone: Gone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calm, file = batches.keep_calm, tmp_path / "worker"
+    init, file = batches.set_worker_signals, tmp_path / "worker"
 
     def orphaned(worker: int) -> None:
         file.write_text(str(os.getpid()), encoding="utf-8")
@@ -528,9 +528,9 @@ def test_loader_processes_exit_if_their_parent_dies_as_they_start(
         os.kill(parent, signal.SIGKILL)
         while os.getppid() == parent:
             time.sleep(0.01)
-        calm(worker)
+        init(worker)
 
-    monkeypatch.setattr(batches, "keep_calm", orphaned)
+    monkeypatch.setattr(batches, "set_worker_signals", orphaned)
     work = [str(tmp_path / "done")]
     assert in_child(lambda: list(through_workers(WritesPid(), work, 1)) and None) == -signal.SIGKILL
     worker = int(file.read_text(encoding="utf-8"))

@@ -98,7 +98,7 @@ def test_full_disk_is_one_line_with_the_free_space_and_leaves_no_torn_file(kind:
 
 
 def test_memory_mapped_file_is_allocated_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = TokenSet.mapped(tmp_path / "ids.npy", (1000, 500), np.dtype(np.uint16))
+    rows = TokenSet.map_file(tmp_path / "ids.npy", (1000, 500), np.dtype(np.uint16))
     assert (tmp_path / ".writing-ids.npy").stat().st_blocks * 512 >= rows.nbytes
 
     def full(handle: int, offset: int, length: int) -> None:
@@ -106,7 +106,7 @@ def test_memory_mapped_file_is_allocated_before_it_is_filled(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ArtifactError, match=r"cannot unpack 1 MB of ids into .*No space left on device. Make room"):
-        TokenSet.mapped(tmp_path / "more.npy", (1000, 500), np.dtype(np.uint16))
+        TokenSet.map_file(tmp_path / "more.npy", (1000, 500), np.dtype(np.uint16))
     assert not (tmp_path / ".writing-more.npy").exists()
 
 
@@ -165,7 +165,7 @@ def flaky(times: int, original: Callable[..., bytes]) -> Callable[..., bytes]:
 def test_read_errors_are_retried_and_then_name_the_file(
     tmp_path: Path, pack: Pack, png: Png, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(sources, "RETRY_DELAYS", (0.0, 0.0))
     (tmp_path / "s.tar").write_bytes(pack({"a.png": png(0)}))
     images, read = open_images([tmp_path / "s.tar"]), os.pread
     monkeypatch.setattr(os, "pread", flaky(2, read))
@@ -292,7 +292,7 @@ def test_image_that_changes_during_a_run_is_an_error(tmp_path: Path, png: Png) -
     assert images.digest
     assert images.read(1) == png(1)
     (tmp_path / "1.png").write_bytes(png(1)[:-1])
-    with pytest.raises(DataError, match=r"1\.png changed after this run began. Run the command again"):
+    with pytest.raises(DataError, match=r"1\.png changed during this run. Run the command again"):
         images.read(1)
     (tmp_path / "2.png").unlink()
     with pytest.raises(DataError, match=r"cannot read .*2\.png: No such file") as failure:

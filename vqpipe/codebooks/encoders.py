@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqpipe.data.batches import OrderedImages, through_workers, worth_starting
+from vqpipe.data.batches import OrderedImages, through_workers, worker_count
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import MAX_PIXELS, center_crop, to_float
 from vqpipe.errors import ConfigError, DataError
@@ -135,7 +135,7 @@ class PatchPca(PatchEncoder):
         """uint8[b, 3, S, S]: the readable ones of `chosen`, in order, FIT_BATCH at a time."""
         dataset = OrderedImages(images, partial(center_crop, size=self.image_size), flip=False, max_pixels=MAX_PIXELS)
         work = [chosen[first : first + FIT_BATCH].tolist() for first in range(0, len(chosen), FIT_BATCH)]
-        workers = worth_starting(num_workers, len(work), 3 * self.image_size**2 * FIT_BATCH)
+        workers = worker_count(num_workers, len(work), 3 * self.image_size**2 * FIT_BATCH)
         for batch, _ in through_workers(dataset, work, workers):
             if batch is not None:
                 yield batch.images

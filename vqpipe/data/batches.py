@@ -1,7 +1,7 @@
 """Batches of images: in order (`OrderedBatches`), or endless and shuffled for training (`TrainingStream`).
 
-Neither has a state to save. What stands at a position is a function of the seed and the position, never of the number
-of ranks or worker processes, so the number of images seen is all that a resumed run needs to know.
+Neither has a state to save. The sample at a position is a function of the seed and the position, not of the number of
+ranks or worker processes, so a resumed run needs only the number of images seen.
 
 B images of a batch, S their side.
 """
@@ -31,19 +31,19 @@ from vqpipe.errors import ConfigError, DataError, VqpipeError
 
 __all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_skipped"]
 
-ORDER, SAMPLE = 0, 1  # what a generator is for: the order of an epoch, the draws of one sample
+ORDER, SAMPLE = 0, 1  # keys of random generators: the order of an epoch, the crop of a sample
 TRIES = 16
-"""Replacements tried for one undecodable training image."""
-FEW = 100
-"""Images seen before their undecodable share is judged."""
+"""Attempts to replace one undecodable training image."""
+MIN_IMAGES_SEEN = 100
+"""Images before the share of undecodable ones is checked."""
 
 
 @dataclass
 class Batch:
-    """Images with what is known about them, all in the same order."""
+    """Images with their labels, keys and positions, in the same order."""
 
     images: Tensor
-    """uint8[B, 3, S, S], or what the transform gave."""
+    """uint8[B, 3, S, S], or the output of the transform."""
 
     labels: Tensor
     """int64[B]; -1 where an image has no class."""
@@ -53,32 +53,32 @@ class Batch:
     """Positions in the image set."""
 
     def pin_memory(self) -> "Batch":
-        """Called by the data loader, so that copies to the GPU overlap with computing."""
+        """Called by the data loader, so that copies to the GPU overlap with computation."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.keys, self.indices)
 
 
 class Piece(NamedTuple):
-    """One batch's worth of an ordered stream."""
+    """The images at consecutive positions: a batch, and those skipped."""
 
     positions: range
-    """Of all its images in the image set, those left out included."""
+    """Positions in the image set, skipped images included."""
 
     batch: Batch | None
-    """The images that can be used; none where there are none."""
+    """The usable images; None where there are none."""
 
     skipped: dict[str, int]
-    """reason -> count of those left out."""
+    """reason -> count."""
 
 
 Loaded = tuple[Batch | None, dict[str, int]] | VqpipeError
-"""What a worker sends back: a batch and its skipped images by reason, or the error to raise in the main process."""
+"""The result of a worker: a batch and the skipped images, reason -> count; or an error to raise in the main process."""
 
 
 def check_skipped(skipped: dict[str, int], total: int, max_skipped: float) -> None:
-    """Judge the share of images left out.
+    """Check the share of skipped images.
 
     Raises:
-        DataError: more than `max_skipped` of `total`, with the count of every reason.
+        DataError: more than `max_skipped` of `total`, with the counts.
     """
     count = sum(skipped.values())
     if count > max_skipped * total:
@@ -92,11 +92,11 @@ def check_skipped(skipped: dict[str, int], total: int, max_skipped: float) -> No
 class OrderedBatches:
     """Images [start, stop) in order, for tokenizing, features and evaluation: the centre crop, or another transform.
 
-    With `spans` those stretches of the set, one after another; a batch never reaches from one into the next. The same
-    processes decode all of them (`num_workers` 0: none, this one; -1: one per core, where there is work for them).
+    `spans` replaces [start, stop) by several ranges; a batch never crosses from one into the next. The same processes
+    decode all of them (`num_workers` 0: the main process; -1: one per core, if there is enough work).
 
-    Undecodable images are left out of their batch and counted in `skipped`; batches are cut by position, so what else
-    is in a batch never depends on that. Judge the counts with `check_skipped` at the end.
+    Undecodable images are left out of their batch and counted in `skipped`. Batches are cut by position, so the other
+    images of a batch do not depend on it. Check the counts with `check_skipped` at the end.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class OrderedBatches:
         self.images, self.batch_size = images, batch_size
         self.spans = [range(start, min(len(images), len(images) if stop is None else stop))] if spans is None else spans
         self.worker_timeout = worker_timeout
-        self.num_workers = worth_starting(num_workers, len(self) // batch_size, 3 * image_size**2 * batch_size)
+        self.num_workers = worker_count(num_workers, len(self) // batch_size, 3 * image_size**2 * batch_size)
         self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size), flip, max_pixels)
         self.skipped: dict[str, int] = {}
-        """reason -> count, filled while iterating; starts over with each iteration."""
+        """reason -> count of the current iteration."""
 
     def __len__(self) -> int:
-        """How many images there are to go through."""
+        """The number of images."""
         return sum(len(span) for span in self.spans)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -132,7 +132,7 @@ class OrderedBatches:
                 yield piece.batch
 
     def pieces(self) -> Iterator[Piece]:
-        """Every batch with the positions it stands for, those of which no image can be used included."""
+        """Yield every batch with its positions, also where no image of them is usable."""
         counts = Counter[str]()
         self.skipped = counts
         loaded = through_workers(self.dataset, self.work(), self.num_workers, self.worker_timeout)
@@ -147,11 +147,11 @@ class OrderedBatches:
 
 
 class Shuffle:
-    """Endless samples of a set, shuffled; what stands at position p of a run is a function of (seed, p) alone.
+    """An endless shuffled order of a set; the sample at position p of a run is a function of (seed, p) alone.
 
-    Epoch e goes through the set in an order drawn from (seed, e); batches run over the edge between epochs. Rank r gets
-    the r-th of `world_size` equal parts of each global batch: the ranks' batches, joined in rank order, are the global
-    batch, whatever the number of ranks.
+    The order of epoch e is drawn from (seed, e); batches cross the boundary of epochs. Rank r gets the r-th of
+    `world_size` equal parts of each global batch, so the ranks' batches, joined in rank order, are the global batch for
+    any number of ranks.
 
     Raises:
         ConfigError: the global batch does not divide by the number of ranks.
@@ -177,7 +177,7 @@ class Shuffle:
         return epoch, int(permutation(self.seed, epoch, self.length)[offset])
 
     def batches(self, images_seen: int) -> Iterator[list[tuple[int, int]]]:
-        """(epoch, sample) of each of this rank's images, batch by batch from global position `images_seen` on."""
+        """Yield (epoch, sample) of each image of this rank's batches, from global position `images_seen` on."""
         share = self.batch_size // self.world_size
         first = images_seen + self.rank * share
         while True:
@@ -186,7 +186,7 @@ class Shuffle:
 
 
 class TrainingStream:
-    """Endless shuffled training images, as `Shuffle` orders them; crop and flip of a sample are drawn from (seed,
+    """Endless shuffled training images in the order of `Shuffle`; the crop and flip of a sample are drawn from (seed,
     epoch, sample).
 
     An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and counted in `skipped`.
@@ -202,13 +202,13 @@ class TrainingStream:
         self.images, self.config, self.seed = images, config, seed
         self.shuffle = Shuffle(len(images), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
         self.skipped: dict[str, int] = {}
-        """reason -> count of the images this rank replaced since `from_sample`."""
+        """reason -> count of the images that this rank has replaced since `from_sample`."""
 
     def from_sample(self, images_seen: int) -> Iterator[Batch]:
-        """This rank's batches from global position `images_seen` on, without reading what came before.
+        """Yield this rank's batches from global position `images_seen` on, without reading the images before.
 
         Raises:
-            DataError: too many undecodable images, or a dead or silent worker process.
+            DataError: too many undecodable images; a worker process was killed or timed out.
         """
         seen, counts = 0, Counter[str]()
         self.skipped = counts
@@ -217,24 +217,25 @@ class TrainingStream:
         for batch, skipped in through_workers(dataset, work, self.config.num_workers, self.config.worker_timeout):
             counts.update(skipped)
             seen += len(batch.indices)
-            if seen >= FEW:
+            if seen >= MIN_IMAGES_SEEN:
                 check_skipped(counts, seen, self.config.max_skipped)
             yield with_keys(batch, self.images)
 
 
-def generator(seed: int, *place: int) -> np.random.Philox:
-    """A counter-based bit generator keyed by what it is for: the same numbers in any process, in any order of use."""
-    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))
+def generator(seed: int, *key: int) -> np.random.Philox:
+    """A counter-based bit generator for a key: the same numbers in any process, in any order of use."""
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key))
 
 
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """int64[length]: an epoch's order. Sorted raw draws, because numpy fixes those for ever and its shuffles not."""
+    """int64[length]: the order of an epoch, by sorting raw numbers: NumPy guarantees them across versions, but not its
+    shuffles."""
     return np.argsort(generator(seed, ORDER, epoch).random_raw(length), kind="stable")
 
 
 class OrderedImages(Dataset[Loaded]):
-    """Work for a loader process: a list of positions -> those images, the undecodable ones left out."""
+    """Task of a loader process: positions -> a batch without the undecodable images."""
 
     def __init__(
         self, images: ImageSet, transform: Callable[[Image.Image], Tensor], flip: bool, max_pixels: int
@@ -259,7 +260,7 @@ class OrderedImages(Dataset[Loaded]):
 
 
 class TrainingImages(Dataset[Loaded]):
-    """Work for a loader process: a list of (epoch, sample) -> those images, cropped and flipped by chance."""
+    """Task of a loader process: a list of (epoch, sample) -> a batch of random crops."""
 
     def __init__(self, images: ImageSet, config: DataConfig, seed: int) -> None:
         self.images, self.config, self.seed = images, config, seed
@@ -276,7 +277,7 @@ class TrainingImages(Dataset[Loaded]):
         return assemble(self.images, indices, tensors), dict(skipped)
 
     def sample(self, epoch: int, sample: int, skipped: Counter[str]) -> tuple[int, Tensor]:
-        """The sample, or the first of the replacements drawn for it that decodes."""
+        """The sample, or the first replacement drawn for it that can be decoded."""
         index = sample
         for attempt in range(TRIES):
             rng = np.random.Generator(generator(self.seed, SAMPLE, epoch, sample, attempt))
@@ -297,31 +298,31 @@ def assemble(images: ImageSet, indices: list[int], tensors: list[Tensor]) -> Bat
 
 
 def with_keys(batch: Batch, images: ImageSet) -> Batch:
-    """Done in the main process: looking keys up is cheaper than sending them there."""
+    """Add the keys; in the main process, because a lookup is cheaper than sending them."""
     batch.keys = [images.key(i) for i in batch.indices]
     return batch
 
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-GRACE = 60
-"""Seconds a worker outlives a SIGTERM: more than a parent needs to save its state."""
+GRACE_SECONDS = 60
+"""Lifetime of a worker after SIGTERM: longer than its parent needs to save its state."""
 
 BATCHES_A_WORKER = 4
-"""A process is started for no less work than this: starting it takes as long as decoding a batch or two."""
+"""The least work to start a process for: starting it takes as long as decoding one or two batches."""
 BATCHES_AHEAD = 4
-"""Batches of one worker that are in shared memory at a time, at most: two ahead, one in the making, one in use."""
+"""Batches of one worker in shared memory, at most: two prefetched, one being decoded, one in use."""
 
 
 def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, timeout: float = 300.0) -> Iterator[Any]:
-    """`dataset[piece]` for each piece of work, in order, computed by loader processes.
+    """Yield `dataset[task]` for each task in `work`, in order, computed by loader processes.
 
-    `num_workers` 0 computes here, -1 takes `available_workers`. A VqpipeError that comes back as a result is raised.
+    `num_workers` 0 computes in this process, -1 uses `available_workers`. A VqpipeError among the results is raised.
 
     Raises:
-        DataError: a worker that died, or gave no answer for `timeout` seconds.
+        DataError: a worker was killed, or timed out after `timeout` seconds.
     """
     num_workers = available_workers() if num_workers < 0 else num_workers
-    with warnings.catch_warnings():  # Python 3.12+: our workers only decode, and touch no thread pool of the parent
+    with warnings.catch_warnings():  # Python 3.12+: workers only decode, and use no thread pool of the parent
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the number is the user's choice
         loader: DataLoader = DataLoader(
@@ -329,8 +330,8 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
             sampler=work,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=unchanged,
-            worker_init_fn=keep_calm,
+            collate_fn=identity,
+            worker_init_fn=set_worker_signals,
             pin_memory=torch.cuda.is_available(),
             timeout=timeout if num_workers else 0,
         )
@@ -350,38 +351,38 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
         yield result
 
 
-def keep_calm(worker: int) -> None:
-    """Signals to the whole process group are the parent's to answer: it may yet save its state. So a worker ignores
-    them, but for SIGTERM, after which it has GRACE seconds left; a second one ends it at once. Where the parent is
-    killed it ends with it: it holds a copy of all the parent's open files, the lock on what is being written too."""
+def set_worker_signals(worker: int) -> None:
+    """Ignore the signals of the process group, which the parent handles: it may have to save its state first. After
+    SIGTERM a worker exits in GRACE_SECONDS, after a second one at once. It exits when its parent is killed, because it
+    holds copies of the parent's open files, among them the lock of the draft."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid != os.getppid():
-        os._exit(1)  # it was killed before we could ask for that signal
+        os._exit(1)  # it was killed before the call to prctl
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, wind_down)
+    signal.signal(signal.SIGTERM, exit_after_grace)
 
 
-def wind_down(number: int, frame: object) -> None:
+def exit_after_grace(number: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.alarm(GRACE)
+    signal.alarm(GRACE_SECONDS)
 
 
-def unchanged(loaded: Any) -> Any:
+def identity(loaded: Any) -> Any:
     return loaded
 
 
 def available_workers() -> int:
-    """One loader process per core that this rank may count as its own, at most 16."""
+    """One loader process per core of this rank's share of the machine, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def worth_starting(num_workers: int, batches: int, batch_bytes: int) -> int:
-    """How many processes to start for so many batches: `num_workers`; for -1 one per core, as far as there is work for
-    them, and room in shared memory for what they decode ahead (a container may have as little as 64 MB)."""
+def worker_count(num_workers: int, batches: int, batch_bytes: int) -> int:
+    """The number of processes to start: `num_workers`; for -1 one per core, limited by the number of batches and by the
+    shared memory for prefetched ones (a container may have as little as 64 MB)."""
     if num_workers >= 0:
         return num_workers
     room = shared_memory() // (BATCHES_AHEAD * max(batch_bytes, 1))
@@ -389,7 +390,7 @@ def worth_starting(num_workers: int, batches: int, batch_bytes: int) -> int:
 
 
 def shared_memory() -> int:
-    """Bytes that the processes of this rank may still pass to each other."""
+    """Free bytes of shared memory for the processes of this rank."""
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:

@@ -3,7 +3,7 @@
     loader processes --batches in order--> device: encode --rows, one batch behind--> a shard in memory --thread--> disk
 
 The loader processes start once for all shards. A shard holds a fixed number of consecutive images, and rank r of w
-writes every w-th shard. So files have the same bytes whatever the number of ranks and processes, and a resumed run
+writes every w-th shard. So files have the same bytes for any number of ranks and processes, and a resumed run
 continues with the first missing shard.
 
 B images of a batch.

@@ -1,9 +1,9 @@
-"""A tokens or latents artifact as training data: all of it at hand, and an endless shuffled stream of it.
+"""Tokens or latents as training data: random access, and an endless shuffled stream.
 
-Like `batches.TrainingStream` the stream has no state to save: what stands at a position of the run is a function of the
-seed and the position, never of the number of ranks.
+Like `batches.TrainingStream` the stream has no state to save: the example at a position of the run is a function of the
+seed and the position, not of the number of ranks.
 
-B images of a batch, N ids an image, R rows (one an image, or two where mirror images are stored).
+B images of a batch, N ids per image, R rows (one per image, or two where mirror images are stored).
 """
 
 import os
@@ -25,22 +25,10 @@ from vqpipe.data.latents import LatentSet
 from vqpipe.data.tokens import id_dtype, read_tokens
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
-__all__ = [
-    "ExampleStream",
-    "Examples",
-    "ExamplesConfig",
-    "LatentExamples",
-    "Part",
-    "TokenBatch",
-    "TokenSet",
-    "held_out_part",
-    "ordered",
-]
-
-HELD_OUT = 2  # what a generator is for, beside those of `batches`
+HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
 IN_MEMORY = 1 << 30
-"""Bytes of ids up to which a rank holds them itself. Beyond, they are unpacked once into a file that the ranks of a
-machine map, and share through its page cache: ImageNet with mirror images at 4 x 576 ids is 12 GB."""
+"""Bytes of ids up to which every rank keeps them in memory. More are unpacked once into a file that the ranks map, and
+share through the page cache: ImageNet with mirror images at 4 x 576 ids is 12 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +36,25 @@ class ExamplesConfig:
     """Section [examples]: which tokens or latents are trained on."""
 
     conditional: bool = True
-    """Whether labels are used. Then every image needs one."""
+    """Train with class labels. Every image needs one."""
     num_classes: int = 0
-    """Labels are in [0, num_classes); 0: as many as the highest label asks for."""
+    """Labels are in [0, num_classes); 0: the highest label plus one."""
     mirror: bool = True
-    """Take the mirror image by chance, one time in two, where the artifact holds it (tokenize --flip)."""
+    """Use the mirror image with probability 1/2, where the artifact holds it (tokenize --flip)."""
     raw: bool = False
-    """Latents: as they are, as released with VQGAN-LC, and not normalised by their measured mean and deviation."""
+    """Latents: do not normalise them by their measured mean and standard deviation, as in VQGAN-LC's released code."""
     held_out: int = 0
-    """Images that are not trained on, to validate with: the same ones in every run on an artifact."""
+    """Images held out for validation: the same ones in every run on an artifact."""
 
     def __post_init__(self) -> None:
         if min(self.num_classes, self.held_out) < 0:
-            raise ConfigError("examples.num_classes and examples.held_out start at 0")
+            raise ConfigError("examples.num_classes and examples.held_out are at least 0")
 
     def classes_of(self, labels: np.ndarray) -> int | None:
-        """How many classes a network for these labels, int[images] with -1 where unknown, needs; None: no classes.
+        """The number of classes for labels int[images], -1 where unknown; None: unconditional.
 
         Raises:
-            DataError: an image has no label, or one that `num_classes` leaves out.
+            DataError: an image has no label, or one of `num_classes` or more.
         """
         if not self.conditional:
             return None
@@ -74,7 +62,7 @@ class ExamplesConfig:
         if unknown:
             raise DataError(
                 f"{unknown:,} of {len(labels):,} images have no label",
-                "Give labelled images, or train without classes: --set examples.conditional=false",
+                "Use labelled images, or train without classes: --set examples.conditional=false",
             )
         if self.num_classes and highest >= self.num_classes:
             raise DataError(f"label {highest} is out of range", f"examples.num_classes = {self.num_classes}")
@@ -83,7 +71,7 @@ class ExamplesConfig:
 
 @dataclass
 class TokenBatch:
-    """Some examples with what is known about them, all in the same order."""
+    """Examples with their labels and keys, in the same order."""
 
     examples: Tensor
     """int64[B, N] ids, or float32[B, C, h, w] latents."""
@@ -96,33 +84,33 @@ class TokenBatch:
 
 
 class Examples(Protocol):
-    """Images as what a generator learns from, with random access."""
+    """Training data of a generator or classifier, with random access."""
 
     labels: np.ndarray
     """int64[images], -1 where unknown."""
     mirrored: bool
-    """Whether each image's mirror image is there too."""
+    """Whether each image's mirror image is stored too."""
 
     def __len__(self) -> int:
-        """How many images there are, each counted once."""
+        """The number of images, without mirror images."""
 
     def key(self, image: int) -> str:
-        """The image's key."""
+        """The key of an image."""
 
     def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
-        """These images, or their mirror images where `mirror` says so: int64[B, N], or float32[B, C, h, w]."""
+        """The images, or their mirror images where `mirror` is true: int64[B, N], or float32[B, C, h, w]."""
 
 
 class TokenSet:
-    """All ids of a tokens artifact, as narrow as they are stored: in memory up to IN_MEMORY bytes, else in a file.
+    """All ids of a tokens artifact, in their stored type: in memory up to IN_MEMORY bytes, else in a mapped file.
 
     Args:
         tokens: the artifact.
-        cache: a folder for that file, on a disk that all ranks see; rank 0 writes it. Every rank makes the set at the
-            same time.
+        cache: a folder for that file, on a disk shared by all ranks; rank 0 writes it. Every rank constructs the set at
+            the same time.
 
     Raises:
-        ArtifactError: the set is large and no `cache` was named, or the shards hold other rows than the manifest says.
+        ArtifactError: the set is large and there is no `cache`, or the shards do not match the manifest.
         DataError: a shard is damaged.
     """
 
@@ -136,14 +124,14 @@ class TokenSet:
         file = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:
-                raise ArtifactError(f"{tokens.path} holds too many ids for memory", "Name a folder to unpack them into")
+                raise ArtifactError(f"{tokens.path} holds too many ids for memory", "Give a folder to unpack them into")
             file = cache / f"ids-{tokens.content[:16]}.npy"
-        rows = np.empty(shape, dtype) if file is None else self.mapped(file, shape, dtype)
+        rows = np.empty(shape, dtype) if file is None else self.map_file(file, shape, dtype)
         labels, keys, first = list[np.ndarray](), list[pa.Array](), 0
         for name in tokens.names("tokens-*.parquet"):
             part = read_tokens(tokens.whole(name), self.codebook_size)
             if part.ids.shape[1:] != shape[1:] or first + len(part.keys) > shape[0]:
-                raise ArtifactError(f"{tokens.path} holds other rows than its manifest says", "Tokenize again")
+                raise ArtifactError(f"{tokens.path} does not hold the rows of its manifest", "Tokenize again")
             if self.mirrored and part.flipped.tolist() != [False, True] * (len(part.keys) // 2):
                 raise ArtifactError(f"{tokens.path / name} lacks mirror images", "Tokenize again")
             if rows.flags.writeable:
@@ -152,32 +140,32 @@ class TokenSet:
             labels.append(part.labels[:: self.views].numpy())
             keys.append(pa.array(part.keys[:: self.views], pa.string()))
         if first != shape[0]:
-            raise ArtifactError(f"{tokens.path} holds {first} rows, its manifest says {shape[0]}", "Tokenize again")
+            raise ArtifactError(f"{tokens.path} holds {first} rows, its manifest {shape[0]}", "Tokenize again")
         if file is not None:
-            rows = self.whole(rows, file)
+            rows = self.publish(rows, file)
         self.rows = rows
         """uint16 or uint32 [R, N]; the mirror image's row follows the image's."""
         self.labels = np.concatenate(labels) if labels else np.empty(0, np.int64)
         self.keys: pa.ChunkedArray = pa.chunked_array(keys, pa.string())
 
     @staticmethod
-    def mapped(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """What is there already, mapped; else on rank 0 a new file to fill, and elsewhere nothing that takes memory."""
+    def map_file(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """Map the existing file; else, on rank 0, a new one to fill, and on other ranks a placeholder."""
         distributed.barrier()
         if file.is_file():
             return np.load(file, mmap_mode="r")
         rows = np.broadcast_to(np.zeros((), dtype), shape)
         with distributed.sharing_errors():
             if distributed.is_main():
-                rows = TokenSet.allocated(file, shape, dtype)
+                rows = TokenSet.allocate(file, shape, dtype)
         return rows
 
     @staticmethod
-    def allocated(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """A new file beside `file`, mapped, with its place on the disk taken: else it would end in a SIGBUS.
+    def allocate(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """Map a new temporary file, its space allocated: a write to a full disk would raise SIGBUS.
 
         Raises:
-            ArtifactError: there is no room.
+            ArtifactError: the disk is full.
         """
         temporary = file.with_name(f".writing-{file.name}")
         try:
@@ -190,13 +178,13 @@ class TokenSet:
             raise ArtifactError(
                 f"cannot unpack {shape[0] * shape[1] * dtype.itemsize / 1e6:,.0f} MB of ids into {file.parent}: "
                 f"{error.strerror or error}",
-                "Make room there",
+                "Free space there",
             ) from None
         return rows
 
     @staticmethod
-    def whole(rows: np.ndarray, file: Path) -> np.ndarray:
-        """The file, finished by rank 0, mapped by every rank."""
+    def publish(rows: np.ndarray, file: Path) -> np.ndarray:
+        """Rename rank 0's finished file, and map it on every rank."""
         if rows.flags.writeable and isinstance(rows, np.memmap):
             rows.flush()
             file.with_name(f".writing-{file.name}").rename(file)
@@ -216,14 +204,14 @@ class TokenSet:
 
 
 class LatentExamples:
-    """A latents artifact as examples: normalised, read from its mapped shards."""
+    """The latents of an artifact as examples, read from its mapped shards."""
 
     def __init__(self, latents: LatentSet) -> None:
         assert latents.artifact is not None
         self.latents, self.mirrored = latents, bool(latents.artifact.config.get("flip", False))
         self.views = 1 + self.mirrored
         self.labels = latents.labels[:: self.views].astype(np.int64)
-        names = latents.artifact.names("samples-*.parquet")  # `open_latents` has hashed them
+        names = latents.artifact.names("samples-*.parquet")  # verified by `open_latents`
         columns = [pq.read_table(latents.artifact.file(name), columns=["key"])["key"] for name in names]
         self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
 
@@ -239,7 +227,7 @@ class LatentExamples:
 
 
 class Part:
-    """Some images of a set, as a set of their own."""
+    """Some images of a set."""
 
     def __init__(self, whole: Examples, images: np.ndarray) -> None:
         self.whole, self.images = whole, images
@@ -252,17 +240,15 @@ class Part:
         return self.whole.key(int(self.images[image]))
 
     def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
-        """As the whole set gives them."""
+        """As `Examples.read`."""
         return self.whole.read([int(self.images[image]) for image in images], mirror)
 
 
 def held_out_part(examples: Examples, count: int) -> tuple[Examples, Part | None]:
-    """(the images to train on, `count` others to validate with or None where that is 0).
-
-    Drawn alike in every run, from each class its share.
+    """Split into training images and `count` held-out ones (None for 0): the same in every run, and of every class.
 
     Raises:
-        DataError: fewer images than that are left to train on.
+        DataError: more than half of the images would be held out.
     """
     if count == 0:
         return examples, None
@@ -276,8 +262,7 @@ def held_out_part(examples: Examples, count: int) -> tuple[Examples, Part | None
 
 
 class ExampleStream:
-    """Endless shuffled training examples, as `Shuffle` orders them; whether an image comes mirrored is drawn from
-    (seed, epoch, image).
+    """Endless shuffled training examples in the order of `Shuffle`; an image is mirrored by (seed, epoch, image).
 
     Raises:
         ConfigError: the global batch does not divide by the number of ranks.
@@ -298,25 +283,24 @@ class ExampleStream:
         self.shuffle = Shuffle(len(examples), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def from_sample(self, images_seen: int) -> Iterator[TokenBatch]:
-        """This rank's batches from global position `images_seen` on, without reading what came before."""
-        for drawn in self.shuffle.batches(images_seen):
-            yield self.batch([(image, self.mirrors(epoch, image)) for epoch, image in drawn])
+        """Yield this rank's batches from global position `images_seen` on, without reading the examples before."""
+        for samples in self.shuffle.batches(images_seen):
+            images = [image for _, image in samples]
+            yield read_batch(self.examples, images, [self.mirrors(epoch, image) for epoch, image in samples])
 
     def mirrors(self, epoch: int, image: int) -> bool:
-        """Whether the image comes mirrored in that epoch."""
+        """Whether the image is mirrored in this epoch."""
         return self.mirror and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
-
-    def batch(self, drawn: Sequence[tuple[int, bool]]) -> TokenBatch:
-        images, mirror = [image for image, _ in drawn], [flip for _, flip in drawn]
-        labels = torch.from_numpy(self.examples.labels[images].astype(np.int64))
-        return TokenBatch(self.examples.read(images, mirror), labels, [self.examples.key(i) for i in images])
 
 
 def ordered(examples: Examples, batch_size: int, first: int = 0, step: int = 1) -> Iterator[TokenBatch]:
-    """Every image once, unmirrored, in order: the batches `first`, `first + step`, ... of them."""
+    """Yield every image once, unmirrored, in order: the batches `first`, `first + step`, ... of `batch_size` images."""
     starts = range(0, len(examples), batch_size)[first::step]
     for start in starts:
         images = range(start, min(start + batch_size, len(examples)))
-        labels = torch.from_numpy(examples.labels[images.start : images.stop].astype(np.int64))
-        ids = examples.read(images, [False] * len(images))
-        yield TokenBatch(ids, labels, [examples.key(i) for i in images])
+        yield read_batch(examples, images, [False] * len(images))
+
+
+def read_batch(examples: Examples, images: Sequence[int], mirror: Sequence[bool]) -> TokenBatch:
+    labels = torch.from_numpy(examples.labels[list(images)].astype(np.int64))
+    return TokenBatch(examples.read(images, mirror), labels, [examples.key(i) for i in images])

@@ -1,10 +1,9 @@
-"""Every form of `--images` as one ordered set, indexed once, with random access: see `open_images`."""
+"""`open_images`: every form of `--images` as one ordered set with random access; folders of image files."""
 
 import glob
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -21,51 +20,48 @@ from vqpipe.data.photos import open_photos
 from vqpipe.data.sources import (
     IMAGE_EXTENSIONS,
     NO_LABEL,
+    ImageSource,
     Sample,
-    Source,
     count_classes,
-    patiently,
     read_cache,
-    unreadable,
+    read_error,
+    read_with_retries,
     write_cache,
 )
 from vqpipe.data.tars import TarIndex, Tars, local_path, open_index
 from vqpipe.errors import ArtifactError, DataError
 
-__all__ = ["ImageSet", "Sample", "open_images"]
+__all__ = ["Folder", "ImageSet", "Sample", "open_folder", "open_images"]
+
+CHECK = "Check the folder and the disk"
 
 
 class ImageSet(Sequence[Sample]):
-    """Ordered images of one or several sources. Knows every key and label; reads an image when it is asked for.
+    """Ordered images of one or several sources. Keys and labels are in memory; an image is read when it is accessed.
 
-    Class folders of several sources are numbered together, over the sorted union of their names, so a name means one
-    label throughout. Where class folders meet tars with numbers of their own, the two cannot be matched: then no image
-    has a label, and `no_labels` says so.
+    Class folders of several sources are numbered together, over the sorted union of their names, so a name has one
+    label throughout. Class folders and tars with class numbers of their own cannot be matched: given together, no image
+    has a label.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
         self.sources = tuple(sources)
         self.name = " + ".join(source.name for source in sources)
         self.starts = np.cumsum([0, *(len(source) for source in sources)])
-        self.no_labels = ""
-        self.ignored: dict[str, int] = dict(sum((Counter(source.ignored) for source in sources), Counter()))
         self.class_names: tuple[str, ...] = tuple(sorted({name for source in sources for name in source.class_names}))
         labels = [source.labels for source in sources]
         counts = [source.num_classes for source in sources if source.num_classes is not None]
         self.num_classes = len(self.class_names) or max(counts, default=None)
-        if any(source.class_names for source in sources):
-            if any(source.num_classes and not source.class_names for source in sources):
-                self.no_labels = "class folders and shards with class numbers of their own were given together"
-                self.class_names, self.num_classes = (), None
-                labels = [np.full_like(part, NO_LABEL) for part in labels]
-            else:
-                labels = [self.renumber(source) for source in sources]
-        elif self.num_classes is None:
-            self.no_labels = "neither class folders nor .cls members were given"
+        if self.class_names and any(source.num_classes and not source.class_names for source in sources):
+            self.class_names, self.num_classes = (), None
+            labels = [np.full_like(part, NO_LABEL) for part in labels]
+        elif self.class_names:
+            labels = [self.renumber(source) for source in sources]
         self.labels = np.concatenate(labels)
         """int32[N]; -1 where an image has no class."""
 
-    def renumber(self, source: Source) -> np.ndarray:
+    def renumber(self, source: ImageSource) -> np.ndarray:
+        """The labels of a source, numbered by `self.class_names`."""
         table = np.array([*(self.class_names.index(name) for name in source.class_names), NO_LABEL], np.int32)
         return table[source.labels]
 
@@ -89,12 +85,12 @@ class ImageSet(Sequence[Sample]):
         return Sample(self.key(i), self.read(i), self.label(i))
 
     def key(self, i: int) -> str:
-        """The key of image `i`, without reading it."""
+        """The key of image `i`, without reading the image."""
         source, local = self.locate(i)
         return source.key(local)
 
     def label(self, i: int) -> int | None:
-        """The class of image `i`, without reading it."""
+        """The class of image `i`, without reading the image."""
         label = int(self.labels[i])
         return None if label == NO_LABEL else label
 
@@ -102,12 +98,13 @@ class ImageSet(Sequence[Sample]):
         """The encoded bytes of image `i`.
 
         Raises:
-            DataError: its file is gone or changed.
+            DataError: its file is absent, unreadable or changed.
         """
         source, local = self.locate(i)
         return source.read(local)
 
-    def locate(self, i: int) -> tuple[Source, int]:
+    def locate(self, i: int) -> tuple[ImageSource, int]:
+        """The source of image `i`, and its position there."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         i %= len(self)
@@ -123,33 +120,33 @@ def open_images(specs: Sequence[str | Path] | str | Path) -> ImageSet:
     - WebDataset tars: a path, a glob, a brace pattern (`shards/{000000..000099}.tar`), or an fsspec URL of these;
     - `builtin:photos`, `builtin:photos/train`, `builtin:photos/heldout`: see photos.py.
 
-    A name that exists as it stands is taken as it stands, whatever braces or stars are in it. Shell pipes are refused.
+    An existing path is used as it is, even if it contains braces or stars. Shell pipes are an error.
 
     Raises:
-        DataError: nothing there, a missing shard, a damaged shard, no images.
+        DataError: nothing of that name, a missing or damaged shard, no images.
         ArtifactError: an artifact of another kind, or unfinished.
     """
     names = [specs] if isinstance(specs, (str, Path)) else list(specs)
     if not names:
-        raise DataError("no images were given", "Say where they are with --images")
+        raise DataError("no images were given", "Name them with --images")
     images = ImageSet([open_source(str(spec)) for spec in names])
     if not len(images):
         raise DataError(f"no images in {images.name}", "Its shards are empty")
     return images
 
 
-def open_source(spec: str) -> Source:
-    """One `--images` value as a source; a DataError where it names nothing that can be read."""
+def open_source(spec: str) -> ImageSource:
+    """Open one value of `--images`."""
     if spec.startswith("builtin:"):
         return open_photos(spec)
     if spec.startswith("pipe:"):
-        raise DataError(f"{spec} would run a shell command", "Give paths, or URLs that fsspec knows")
+        raise DataError(f"{spec} would run a shell command", "Give paths, or URLs of fsspec")
     spec = local_path(spec)
     path = Path(spec)
     if "://" not in spec and path.is_dir():
         return open_dataset(path) if is_artifact(path) else open_folder(path)
     if "://" not in spec and not path.exists() and path.with_name(path.name + ".partial").is_dir():
-        return open_dataset(path)  # its error says how far it is
+        return open_dataset(path)  # raises: unfinished
     urls = expand(spec)
     for url in urls:
         if os.path.splitext(url)[1][1:].lower() in IMAGE_EXTENSIONS:
@@ -158,7 +155,7 @@ def open_source(spec: str) -> Source:
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether the folder's manifest.json is one of ours: any folder may hold a file of that name."""
+    """Whether the folder's manifest.json is an artifact's: any folder may hold a file of that name."""
     try:
         table = json.loads((path / "manifest.json").read_bytes())
     except (OSError, ValueError):
@@ -167,6 +164,7 @@ def is_artifact(path: Path) -> bool:
 
 
 def open_dataset(path: Path) -> Tars:
+    """Open a `dataset` or `images` artifact."""
     artifact = open_artifact(path)
     if artifact.kind not in ("dataset", "images"):
         raise ArtifactError(f"{path} is a {artifact.kind} artifact, not images", "Give a dataset artifact or a folder")
@@ -177,26 +175,26 @@ def open_dataset(path: Path) -> Tars:
 
 
 def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[TarIndex]:
-    """The index of each shard, a few at a time."""
+    """Open the index of each shard, eight at a time."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(open_index, urls, hashes or [None] * len(urls)))
 
 
 def expand(spec: str) -> list[str]:
-    """The shards a pattern stands for: sorted where a glob found them, in the pattern's order where braces did.
+    """Expand a pattern to paths or URLs of shards: globs in sorted order, braces in the order of the pattern.
 
     Raises:
-        DataError: a scheme fsspec does not know, nothing found, or a gap in a brace pattern.
+        DataError: a scheme unknown to fsspec, or no file for a pattern or for a part of a brace pattern.
     """
     if "://" in spec:
         unknown = {part.split("://")[0] for part in spec.split("::")} - set(fsspec.available_protocols())
         if unknown:
-            raise DataError(f"{spec}: no file system for {', '.join(sorted(unknown))}", "fsspec lists what it knows")
+            raise DataError(f"{spec}: no file system for {', '.join(sorted(unknown))}", "Use one of fsspec's")
     elif os.path.exists(spec):
         return [spec]
     try:
         patterns = list(braceexpand(spec))
-    except ValueError:  # braces that do not pair: a name like any other
+    except ValueError:  # unbalanced braces: an ordinary name
         patterns = [spec]
     found, missing = list[str](), list[str]()
     for pattern in patterns:
@@ -210,11 +208,11 @@ def expand(spec: str) -> list[str]:
 
 
 def matching(pattern: str) -> list[str]:
-    """The paths or URLs that a pattern stands for, sorted; one without a wildcard stands for itself."""
+    """The paths or URLs that match a glob, sorted. A URL without a wildcard is returned unchecked."""
     if "://" not in pattern:
         return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not glob.has_magic(pattern):
-        return [pattern]  # opening it finds out
+        return [pattern]
     try:
         system, path = fsspec.core.url_to_fs(pattern)
         return [system.unstrip_protocol(match) for match in sorted(system.glob(path))]
@@ -235,23 +233,22 @@ class Folder:
     ) -> None:
         self.root = root
         self.name = root.name or str(root)
-        # Arrow's arrays hold a million names in one buffer: workers get them at once. Names are bytes, as on disk.
+        # An Arrow array is one buffer: cheap to send to workers. Names are bytes, as on disk.
         self.files = pa.array([os.fsencode(file) for file in files], pa.large_binary())
         self.labels = np.full(len(files), NO_LABEL, np.int32) if labels is None else np.array(labels, np.int32)
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
-        self.ignored: dict[str, int] = {}
         stems = [os.path.splitext(file)[0] for file in files]
-        twice = {stem for stem, after in zip(sorted(stems), sorted(stems)[1:], strict=False) if stem == after}
-        self.seen: np.ndarray | None = None
-        """int64[N, 2]: size and modification time of each file when `digest` was taken."""
-        self.keep_extension = frozenset(i for i, stem in enumerate(stems) if stem in twice)
+        duplicates = {stem for stem, after in zip(sorted(stems), sorted(stems)[1:], strict=False) if stem == after}
+        self.keep_extension = frozenset(i for i, stem in enumerate(stems) if stem in duplicates)
+        self.stats: np.ndarray | None = None
+        """int64[N, 2]: size and modification time of each file when `digest` was computed."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def key(self, i: int) -> str:
-        """The relative path without its ending, which stays where two files differ only in it."""
+        """The relative path without its extension, which is kept where two files differ only in it."""
         path = self.files[i].as_py().decode("utf-8", "backslashreplace")
         return path if i in self.keep_extension else os.path.splitext(path)[0]
 
@@ -264,33 +261,33 @@ class Folder:
         def read() -> bytes:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
-                if self.seen is not None and (status.st_size, status.st_mtime_ns) != tuple(self.seen[i].tolist()):
-                    raise DataError(f"{path} changed after this run began", "Run the command again")
+                if self.stats is not None and (status.st_size, status.st_mtime_ns) != tuple(self.stats[i].tolist()):
+                    raise DataError(f"{path} changed during this run", "Run the command again")
                 return file.read()
 
         try:
-            return patiently(read)
+            return read_with_retries(read)
         except OSError as error:
-            raise unreadable(path, error, CHECK) from error
+            raise read_error(path, error, CHECK) from error
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over keys, labels, sizes and each file's own sha256. Reads every file once, then cached by listing."""
+        """sha256 over keys, labels, sizes and each file's own sha256. Reads every file once; cached by listing."""
         listing, newest = hashlib.sha256(str(self.root.resolve()).encode("utf-8", "surrogateescape")), 0
-        seen = np.empty((len(self), 2), np.int64)
+        stats = np.empty((len(self), 2), np.int64)
         for i in range(len(self)):
             try:
                 status = os.stat(self.path(i))
             except OSError as error:
-                raise unreadable(self.path(i), error, CHECK) from error
-            seen[i] = status.st_size, status.st_mtime_ns
+                raise read_error(self.path(i), error, CHECK) from error
+            stats[i] = status.st_size, status.st_mtime_ns
             listing.update(f"{self.key(i)} {self.labels[i]} {status.st_size} {status.st_mtime_ns}\n".encode())
             newest = max(newest, status.st_mtime_ns)
-        self.seen = seen
+        self.stats = stats
         identity = f"folder {listing.hexdigest()}"
-        known = read_cache(identity)
-        if known is not None:
-            return str(known["digest"])
+        cached = read_cache(identity)
+        if cached is not None:
+            return str(cached["digest"])
         total = hashlib.sha256()
         with ThreadPoolExecutor(8) as pool:
             for start in range(0, len(self), 4096):
@@ -306,18 +303,18 @@ class Folder:
 
 
 def open_folder(root: Path) -> Folder:
-    """Class subfolders sorted by name give the labels, an empty one included. A folder with images of its own has none.
+    """Open a folder. Its subfolders, sorted by name and empty ones included, are classes, unless it has images itself.
 
-    Hidden files and folders are passed over; links to folders are followed, once.
+    Hidden files and folders are ignored; links to folders are followed once.
 
     Raises:
-        DataError: no image anywhere in it.
+        DataError: it holds no image.
     """
     files = sorted(walk(root))
     flat = any("/" not in file for file in files)
     if not files:
         tars = next(root.glob("*.tar"), None)
-        hint = f"Give its tars: '{root}/*.tar'" if tars else f"Endings read: {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        hint = f"Give its tars: '{root}/*.tar'" if tars else f"Image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
         raise DataError(f"{root} holds no images", hint)
     if flat:
         return Folder(root, files)
@@ -334,7 +331,7 @@ def walk(root: Path) -> Iterator[str]:
         folder, above = pending.pop()
         status = os.stat(root / folder)
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link back to a folder we came through
+        if here in above:  # a link to an enclosing folder
             continue
         with os.scandir(root / folder) as entries:
             for entry in entries:

@@ -1,17 +1,16 @@
-"""Latents of images before quantization, computed once and stored: what LDM, DiT and SiT train on.
+"""Stored latents of images before quantization, the training data of LDM, DiT and SiT.
 
-A shard holds a fixed number of consecutive images, so its bytes do not depend on the number of ranks or workers, and it
-is the unit of resuming:
+A shard holds a fixed number of consecutive images:
 
-    latents-00000.npy        float16[rows, C, h, w], memory-mapped when read; a mirror image's row follows its image's
-    samples-00000.parquet    key, label (null: none), flipped: one row a latent
+    latents-00000.npy        float16[rows, C, h, w]; a mirror image's row follows its image's
+    samples-00000.parquet    key, label (null: none), flipped: one row per latent
 
-Why float16 and .npy: it keeps 11 significant bits, a rounding of at most 1/2048 of a value, where the smallest noise
-that diffusion adds is 1/100 of a standard deviation; bfloat16 would round by 1/256. A latent beyond its 65504 is
-refused. A plain array is mapped, so that training holds no latent in memory but those of its batch.
+float16 keeps 11 significant bits: it rounds by at most 1/2048 of a value, where the smallest noise of diffusion is
+1/100 of a standard deviation; bfloat16 would round by 1/256. A latent beyond float16's 65504 is an error. A .npy file
+is memory-mapped, so training has only the latents of its batch in memory.
 
-The released generators run the encoder in every step, and do not normalise. Here the mean and the standard deviation of
-each channel are measured, and latents are read normalised, unless `raw` asks for them as they are.
+The released generators run the encoder in every step, without normalisation. Here the mean and standard deviation of
+each channel are measured, and latents are normalised when read, unless `raw` is set.
 
 Shapes: B images, R rows, C latent channels, h x w positions.
 """
@@ -51,7 +50,7 @@ class LatentStatistics:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """Of a channel that never changes it is 0; such a channel is only shifted."""
+    """0 for a constant channel, which is only shifted."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean or min(self.std) < 0:
@@ -61,7 +60,7 @@ class LatentStatistics:
 
     @classmethod
     def identity(cls, channels: int) -> "LatentStatistics":
-        """Those under which normalising changes nothing: for raw latents."""
+        """Mean 0 and standard deviation 1, for raw latents."""
         return cls((0.0,) * channels, (1.0,) * channels)
 
     def normalize(self, latents: Tensor) -> Tensor:
@@ -70,12 +69,12 @@ class LatentStatistics:
         return (latents.float() - mean) / scale
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """float[B, C, h, w] -> float32[B, C, h, w]; undoes `normalize`."""
+        """float[B, C, h, w] -> float32[B, C, h, w]; the inverse of `normalize`."""
         mean, scale = self.tensors(latents)
         return latents.float() * scale + mean
 
     def tensors(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale, float32[C, 1, 1], where `latents` lie."""
+        """Mean and scale, float32[C, 1, 1], on the device of `latents`."""
         if latents.shape[1] != len(self.mean):
             raise DataError(f"latents of {latents.shape[1]} channels, the statistics are of {len(self.mean)}")
         mean, scale = (
@@ -85,24 +84,24 @@ class LatentStatistics:
         return mean, scale
 
     def to_table(self) -> dict[str, list[float]]:
-        """The statistics as JSON can hold them, exactly."""
+        """The statistics for JSON, exactly."""
         return {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Sequence[float]]) -> "LatentStatistics":
-        """Undoes `to_table`."""
+        """The inverse of `to_table`."""
         return cls(tuple(map(float, table["mean"])), tuple(map(float, table["std"])))
 
 
 class LatentSet:
-    """Stored latents, read row by row from memory-mapped shards. In memory: the labels, 4 bytes a row.
+    """Stored latents, read row by row from memory-mapped shards. Only the labels are in memory, 4 bytes per row.
 
     Attributes:
         shape: (C, h, w).
         labels: int32[R]; -1 where an image has no class.
         num_classes: labels are below it; None where no image has one.
-        statistics: what `take` normalises with.
-        artifact: what it was opened from, if it was.
+        statistics: the normalisation of `take`.
+        artifact: the artifact of the files, if there is one.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class LatentSet:
         self.files, self.labels, self.statistics = list(files), labels, statistics
         self.num_classes, self.artifact = num_classes, artifact
         self.shards: list[np.ndarray] | None = None
-        shards = self.opened()
+        shards = self.open_shards()
         self.first_rows = np.cumsum([0, *(len(shard) for shard in shards)])
         self.shape = tuple(int(side) for side in shards[0].shape[1:])
         for file, shard in zip(self.files, shards, strict=True):
@@ -129,10 +128,10 @@ class LatentSet:
         return int(self.first_rows[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shards": None}  # a mapped file would go to a worker process with all of its content
+        return {**self.__dict__, "shards": None}  # pickling would copy the mapped files
 
-    def opened(self) -> list[np.ndarray]:
-        """The shards, mapped in this process."""
+    def open_shards(self) -> list[np.ndarray]:
+        """The shards, mapped by this process."""
         if self.shards is None:
             self.shards = [open_shard(file) for file in self.files]
         return self.shards
@@ -142,7 +141,7 @@ class LatentSet:
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise DataError(f"rows {rows.min()} to {rows.max()} of {len(self)} latents")
-        shards, taken = self.opened(), np.empty((len(rows), *self.shape), np.float16)
+        shards, taken = self.open_shards(), np.empty((len(rows), *self.shape), np.float16)
         places = np.searchsorted(self.first_rows, rows, side="right") - 1
         for number in np.unique(places):
             here = places == number
@@ -228,9 +227,9 @@ def write_shard(draft: Draft, shard: EncodedShard) -> None:
 
 
 def moments(rows: np.ndarray) -> dict[str, Any]:
-    """Of float16[R, C, h, w], per channel in float64: how many values, their mean, their squared deviations' sum."""
+    """Per channel of float16[R, C, h, w], in float64: the number of values, mean, and sum of squared deviations."""
     mean, squares = [], []
-    for channel in np.moveaxis(rows, 1, 0):  # one at a time: a shard in float64 is four times its size
+    for channel in np.moveaxis(rows, 1, 0):  # one at a time, because float64 takes four times the memory
         values = channel.astype(np.float64)
         mean.append(float(values.mean()) if values.size else 0.0)
         squares.append(float(((values - mean[-1]) ** 2).sum()))
@@ -238,24 +237,24 @@ def moments(rows: np.ndarray) -> dict[str, Any]:
 
 
 def pooled(records: Sequence[Mapping[str, Any]]) -> LatentStatistics:
-    """Shards' moments as one, in shard order, so that the result is the same numbers for any number of ranks.
+    """The statistics of all shards, in shard order: equal for any number of ranks.
 
-    Chan, Golub & LeVeque 1983, eq. 2.1: no difference of large sums is taken.
+    Chan, Golub & LeVeque 1983, eq. 2.1: without differences of large sums.
     """
     count, mean, squares = 0, np.zeros(1), np.zeros(1)
     for record in records:
         if record["values"] == 0:
             continue
-        apart = np.array(record["mean"]) - mean
+        delta = np.array(record["mean"]) - mean
         total = count + record["values"]
-        squares = squares + np.array(record["squares"]) + apart**2 * (count * record["values"] / total)
-        mean = mean + apart * (record["values"] / total)
+        squares = squares + np.array(record["squares"]) + delta**2 * (count * record["values"] / total)
+        mean = mean + delta * (record["values"] / total)
         count = total
     return LatentStatistics(tuple(mean.tolist()), tuple(np.sqrt(squares / count).tolist()))
 
 
 def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
-    """Open a `latents` artifact; with `raw` its latents are read as they are, not normalised.
+    """Open a `latents` artifact; with `raw` its latents are not normalised.
 
     Raises:
         ArtifactError: it is absent, unfinished or damaged.
@@ -264,7 +263,7 @@ def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
     artifact = open_artifact(Path(path), "latents")
     files = [artifact.file(name) for name in artifact.names("latents-*.npy")]
     if not files:
-        raise DataError(f"{path} holds no latents", "Write latents of at least one image")
+        raise DataError(f"{path} holds no latents", "Encode at least one image")
     columns = [
         parquet.read_table(artifact.whole(name), columns=["label"])["label"].fill_null(-1).to_numpy()
         for name in artifact.names("samples-*.parquet")
@@ -273,7 +272,7 @@ def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
         measured = LatentStatistics.from_table(artifact.facts)
         num_classes = artifact.facts["num_classes"]
     except KeyError as error:
-        raise ArtifactError(f"{path} does not say its {error}", "Make the latents again") from None
+        raise ArtifactError(f"{path} lacks the fact {error}", "Encode the latents again") from None
     statistics = LatentStatistics.identity(len(measured.mean)) if raw else measured
     return LatentSet(files, np.concatenate(columns).astype(np.int32), statistics, num_classes, artifact)
 
@@ -283,4 +282,4 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a latent shard ({type(error).__name__})", "Make the latents again") from None
+        raise DataError(f"{path} is not a latent shard ({type(error).__name__})", "Encode the latents again") from None

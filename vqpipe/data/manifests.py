@@ -1,4 +1,4 @@
-"""What a file in data_manifests/ means: one data set, its splits, and what a whole copy of each split holds."""
+"""The files of data_manifests/: a data set, its splits, how a copy lies on disk, and the counts of a complete copy."""
 
 import hashlib
 import json
@@ -29,93 +29,93 @@ class Archive:
 
 @dataclass(frozen=True, kw_only=True)
 class NameList:
-    """A file of the data set's own that says what a split holds."""
+    """A file of the data set that lists the images of a split."""
 
     file: str
-    """Its path below the folder that users give, or below the split's."""
+    """Its path below the source folder, or below the split's."""
 
     second: str = ""
-    """In a text file, whose lines begin with a name: only those lines whose second word is this."""
+    """In a text file with a name at the start of each line: only the lines with this second word."""
 
     key: str = ""
-    """In a JSON file: the entry that holds the names, as a list or as the keys of a table; empty: all of its lists."""
+    """In a JSON file: the entry with the names, a list or the keys of a table; empty: all lists of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split: what a whole copy holds, and where it lies below the folder that users give.
+    """One split: the counts of a complete copy, and where it lies below the source folder.
 
-    With none of `tars`, `files`, `numbers` and `names` the folder's subfolders are classes, and a folder with images of
-    its own has none. With one of these a split has no classes but what tars themselves say.
+    Without `tars`, `files`, `numbers` and `names` the subfolders are classes, and a folder with images of its own has
+    none. With one of them a split has only the classes of its tars.
     """
 
     num_images: int | None = None
     num_classes: int | None = None
-    """Counts of a whole copy; left out where unknown."""
+    """Counts of a complete copy; None where unknown."""
 
     num_kept: int | None = None
-    """Of them, how many are left after `min_size`; left out where unknown."""
+    """The number of images left after `min_size`; None where unknown."""
 
     stems_sha256: str = ""
-    """sha256 of all file names without folder and ending, sorted, one a line; left out where unknown."""
+    """sha256 of all file names without folder and extension, sorted, one per line; empty where unknown."""
 
     folders: tuple[str, ...] = ()
-    """Where to look; the first that exists is taken, and else the given folder itself."""
+    """Candidate folders: the first that exists is used, else the source folder itself."""
 
     tars: tuple[str, ...] = ()
-    """Patterns of WebDataset tars: "*" stands for part of a name, "**/" for any folders."""
+    """Patterns of WebDataset tars: "*" matches part of a name, "**/" any folders."""
 
     files: tuple[str, ...] = ()
-    """Patterns of image files, the same; "{name}" stands for a name of `names`."""
+    """Patterns of image files; "{name}" matches a name of `names`."""
 
     names: NameList | None = None
-    """Which of the files are this split's; at least one pattern then has "{name}"."""
+    """The list of this split's files; at least one pattern then contains "{name}"."""
 
     numbers: tuple[int, int] | None = None
-    """For files named by number: the first and last number of this split."""
+    """For files with numbers as names: the first and last number of this split."""
 
     stride: int = 1
-    """For frames of videos: every how many of each folder's files, by name, counted from the first."""
+    """For frames of videos: use the first and every `stride`-th file after it, in each folder, by name."""
 
     min_size: tuple[int, int] | None = None
-    """(width, height) in pixels: images that are narrower or lower are left out, and counted as excluded."""
+    """(width, height) in pixels: smaller images are left out, and counted as excluded."""
 
     class_lists: tuple[str, ...] = ()
-    """For a flat split with classes: a file of class names, one a line, in the order of the image files' names."""
+    """For a flat split with classes: a file of class names, one per line, in the order of the image file names."""
 
     devkit: str = ""
-    """For a flat split with classes: the unpacked development kit of ILSVRC 2012, which knows them by number."""
+    """For a flat split with classes: the unpacked development kit of ILSVRC 2012, which lists them by number."""
 
     def __post_init__(self) -> None:
         chosen = [key for key in ("tars", "files", "numbers") if getattr(self, key)]
         if len(chosen) > 1:
-            raise ConfigError(f"a split is given by {' and by '.join(chosen)}", "Give one of them")
+            raise ConfigError(f"a split has {' and '.join(chosen)}", "Give one of them")
         if (self.names is not None) != any("{name}" in pattern for pattern in self.files):
-            raise ConfigError("names go with {name} in files, each needs the other")
+            raise ConfigError("a split needs both names and {name} in files, or neither")
         if self.stride < 1 or (self.min_size is not None and min(self.min_size) < 1):
-            raise ConfigError("stride and min_size start at 1")
+            raise ConfigError("stride and min_size are at least 1")
         own = [*self.folders, *self.tars, *self.files, *([self.names.file] if self.names else [])]
         for path in own:
             if PurePosixPath(path).is_absolute() or ".." in path.split("/") or "\\" in path:
-                raise ConfigError(f"{path!r} leaves the data set's folder", "Write paths below it, with /")
+                raise ConfigError(f"{path!r} is outside the data set's folder", "Use paths below it, with /")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One way a paper (or its code) cut this set to measure tokenizers."""
+    """A crop of this set that a paper (or its code) evaluated tokenizers with."""
 
     table: str
     """Paper and table."""
 
     split: str
     rule: Rule
-    """See framing.py; our choice where `unstated` says that the paper is silent."""
+    """See transforms.py; our choice where `unstated` says so."""
 
     size: str
-    """As for parse_size."""
+    """See `parse_size`."""
 
     def __post_init__(self) -> None:
-        _ = self.framing  # a rule and a size that do not go together are an error here
+        _ = self.framing  # validates rule and size
 
     @property
     def framing(self) -> Framing:
@@ -133,23 +133,23 @@ class DatasetManifest:
     homepage: str
     how_to_obtain: str
     paper_split: str
-    """How the papers split it, and where they do not say."""
+    """The split of the papers."""
 
     unstated: tuple[str, ...] = ()
-    """What the papers leave open, and what is done here in its place."""
+    """What the papers do not state, and what is done here instead."""
 
     unverified: tuple[str, ...] = ()
-    """What is stated in this file from memory or hearsay: no source for it was at hand when it was written."""
+    """Statements of this file without a source."""
 
     archives: tuple[Archive, ...] = ()
     measured: tuple[Measured, ...] = ()
     splits: Mapping[str, Split] = field(default_factory=dict)
 
     def split(self, name: str | None) -> tuple[str, Split]:
-        """A split by name; the first for None.
+        """Return (name, split); the first split for None.
 
         Raises:
-            ConfigError: no split of that name.
+            ConfigError: unknown name.
         """
         if name is None:
             return next(iter(self.splits.items()))
@@ -159,31 +159,31 @@ class DatasetManifest:
 
 
 def manifest_names() -> list[str]:
-    """What data_manifests/ holds, sorted."""
+    """The names of data_manifests/, sorted."""
     return sorted(file.stem for file in Path(str(resources.files("data_manifests"))).glob("*.toml"))
 
 
 def load_manifest(name: str) -> DatasetManifest:
-    """A manifest of data_manifests/ by name, or any TOML file of that form.
+    """Load a manifest of data_manifests/ by name, or a TOML file by path.
 
     Raises:
-        ConfigError: no such manifest, or a mistake in the file.
+        ConfigError: unknown name, or an error in the file.
     """
     if name.endswith(".toml"):
         path = Path(name)
     else:
         known = manifest_names()
         if name not in known:
-            raise ConfigError(f"no data set is named {name!r}", nearest_name(name, known))
+            raise ConfigError(f"unknown data set {name!r}", nearest_name(name, known))
         path = Path(str(resources.files("data_manifests"))) / f"{name}.toml"
     table = read_toml(path)
     splits = table.pop("splits", {})
     if not isinstance(splits, dict) or not splits:
-        raise ConfigError(f"{path} has no splits", "Add at least [splits.all]")
+        raise ConfigError(f"{path} has no splits", "Add [splits.all]")
     manifest = from_table(DatasetManifest, table, path.name)
     for measured in manifest.measured:
         if measured.split not in splits:
-            raise ConfigError(f"{path}: {measured.table} measures a split {measured.split!r} that is not there")
+            raise ConfigError(f"{path}: {measured.table} is measured on the unknown split {measured.split!r}")
     return replace(manifest, splits={key: from_table(Split, split, f"splits.{key}") for key, split in splits.items()})
 
 
@@ -219,12 +219,12 @@ def check_counts(manifest: DatasetManifest, name: str, images: ImageSet) -> None
         if expected is not None and found != expected:
             raise DataError(
                 f"{manifest.name}/{name} should hold {expected:,} {what}, found {found:,}",
-                "Complete the copy, or take it as it is with --allow-partial",
+                "Complete the copy, or accept it with --allow-partial",
             )
     if split.stems_sha256 and stems_digest(images) != split.stems_sha256:
         raise DataError(
-            f"{manifest.name}/{name} has as many images as it should, but other names",
-            "Check that it is this split, or take it as it is with --allow-partial",
+            f"{manifest.name}/{name} holds the right number of images, but other names",
+            "Check that it is this split, or accept it with --allow-partial",
         )
 
 
@@ -245,18 +245,18 @@ def check_kept(manifest: DatasetManifest, name: str, num_images: int, allow_part
 
 
 def stems_digest(images: ImageSet) -> str:
-    """sha256 of the last part of every key, sorted, one a line."""
+    """sha256 of the last part of every key, sorted, one per line."""
     stems = sorted(images.key(i).rpartition("/")[2] for i in range(len(images)))
     return hashlib.sha256("".join(f"{stem}\n" for stem in stems).encode()).hexdigest()
 
 
 def check_archives(manifest: DatasetManifest, source: Path) -> list[str]:
-    """Hash the archives of the manifest that lie in `source`; the names of those that are as they should be.
+    """Check the MD5 of the manifest's archives found in `source`; return their names.
 
     Raises:
-        DataError: one is not.
+        DataError: another MD5.
     """
-    whole = []
+    checked = []
     for archive in manifest.archives:
         file = source / archive.file
         if not archive.md5 or not file.is_file():
@@ -264,23 +264,23 @@ def check_archives(manifest: DatasetManifest, source: Path) -> list[str]:
         with file.open("rb") as opened:
             found = hashlib.file_digest(opened, "md5").hexdigest()
         if found != archive.md5:
-            raise DataError(f"{file} has the MD5 {found}, {archive.md5} is expected", "Fetch it again")
-        whole.append(archive.file)
-    return whole
+            raise DataError(f"{file} has the MD5 {found}, {archive.md5} is expected", "Download it again")
+        checked.append(archive.file)
+    return checked
 
 
 def open_split(manifest: DatasetManifest, split: Split, source: Path) -> ImageSet:
-    """The images of a split in the user's copy `source`.
+    """Open the images of a split in the user's copy `source`.
 
-    Files chosen by pattern, number or list come in the order of their paths (by number: of their numbers) and have no
-    classes. No path is made from what a list says: names are looked for among the files that are there.
+    Files selected by pattern or list are in the order of their paths, by number in the order of their numbers, and have
+    no classes. Names of a list are only compared with existing files; no path is built from them.
 
     Raises:
-        DataError: no such folder, no images, a list that is not there or names what is not, or a flat split of a data
-            set with classes without its class list.
+        DataError: no such folder, no images, a missing list or a listed file that is missing, or a flat split with
+            classes without its class list.
     """
     if not source.is_dir():
-        raise DataError(f"{source} is no folder", f"To get {manifest.name}: {one_line(manifest.how_to_obtain)}")
+        raise DataError(f"{source} is not a folder", f"To get {manifest.name}: {one_line(manifest.how_to_obtain)}")
     root = next((source / folder for folder in split.folders if (source / folder).is_dir()), source)
     if split.tars:
         return open_images(find_tars(root, split.tars))
@@ -293,7 +293,7 @@ def open_split(manifest: DatasetManifest, split: Split, source: Path) -> ImageSe
 
 
 def find_tars(root: Path, patterns: Sequence[str]) -> list[str]:
-    """Paths of the tars below `root` that match, sorted; a DataError where none does."""
+    """Paths of the tars below `root` that match, sorted; a DataError if there are none."""
     found = sorted({str(path) for pattern in patterns for path in root.glob(pattern) if path.is_file()})
     if not found:
         raise DataError(f"{root} holds no {' or '.join(patterns)}", "Check --source")
@@ -320,20 +320,20 @@ def find_files(root: Path, split: Split, source: Path) -> list[str]:
     missing = [name for name, found in (names or {}).items() if not found]
     if split.names is not None and missing:
         raise DataError(
-            f"{split.names.file} names {len(missing)} of {len(names or {})} that are not in {root}, as {missing[0]!r}",
+            f"{root} lacks {len(missing)} of the {len(names or {})} files in {split.names.file}, as {missing[0]!r}",
             "Complete the copy",
         )
     return kept
 
 
 def as_expression(pattern: str) -> str:
-    """The regular expression of a pattern over relative paths: "*", "?", "**/" and "{name}", else as it stands."""
+    """The regular expression for a pattern of relative paths with "*", "?", "**/" and "{name}"."""
     parts = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]", "{name}": "(?P<name>.+)"}
     return re.sub(r"\*\*/|\*|\?|\{name\}|[^*?{]+|.", lambda part: parts.get(part[0], re.escape(part[0])), pattern)
 
 
 def every(stride: int, files: Sequence[str]) -> list[str]:
-    """Of each folder's files, which are in order, the first and every `stride`-th after it."""
+    """Of each folder's sorted files, the first and every `stride`-th after it."""
     seen: dict[str, int] = defaultdict(int)
     kept = []
     for file in files:
@@ -351,26 +351,26 @@ def file_number(file: str) -> int:
 
 
 def read_names(names: NameList, source: Path, root: Path) -> list[str]:
-    """What a split's list says, in the list's order.
+    """The names in a split's list, in its order.
 
     Raises:
-        DataError: it is not there, cannot be read, or names nothing.
+        DataError: it is missing, unreadable or empty.
     """
     file = next((place / names.file for place in (source, root, root.parent) if (place / names.file).is_file()), None)
     if file is None:
-        raise DataError(f"{source} has no {names.file}, which says what this split holds", "Put it there")
+        raise DataError(f"{source} has no {names.file}, the list of this split", "Put it there")
     try:
         text = file.read_text(encoding="utf-8")
-        found = names_of(json.loads(text), names.key) if file.suffix == ".json" else words_of(text, names.second)
+        found = names_of(json.loads(text), names.key) if file.suffix == ".json" else first_words(text, names.second)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not a list of names: {error!r}", "Fetch it again") from None
+        raise DataError(f"{file} is not a list of names: {error!r}", "Download it again") from None
     if not found:
-        raise DataError(f"{file} names nothing for this split", "Fetch it again")
+        raise DataError(f"{file} lists nothing for this split", "Download it again")
     return [name.removeprefix("./") for name in found]
 
 
 def names_of(table: Any, key: str) -> list[str]:
-    """The names in a JSON value: a list, the keys of the table under `key`, or all lists of a table, one by one."""
+    """The names in a JSON value: a list, the keys of the table under `key`, or all lists of a table."""
     chosen = table[key] if key else table
     if isinstance(chosen, dict):
         parts = [list(chosen)] if key else list(chosen.values())
@@ -380,8 +380,8 @@ def names_of(table: Any, key: str) -> list[str]:
     return chosen
 
 
-def words_of(text: str, second: str) -> list[str]:
-    """The first word of each line, or of those lines whose second word is `second`."""
+def first_words(text: str, second: str) -> list[str]:
+    """The first word of each line, or only of lines with the second word `second`."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     return [words[0] for words in lines if not second or words[1:2] == [second]]
 
@@ -397,14 +397,14 @@ def read_class_list(split: Split, source: Path, root: Path, num_images: int) -> 
     else:
         places = [*split.class_lists, *([f"{split.devkit}/"] if split.devkit else [])]
         hint = f"Sort the images into class folders{', or put there ' + ' or '.join(places) if places else ''}"
-        raise DataError(f"{root} is flat, and nothing in {source} says its classes", hint)
+        raise DataError(f"{root} is flat, and {source} has no list of its classes", hint)
     if len(names) != num_images:
         raise DataError(f"{found[0]} lists {len(names):,} images, {root} holds {num_images:,}", "Complete the copy")
     return names
 
 
 def read_devkit(kit: Path) -> list[str]:
-    """WordNet id of each ILSVRC 2012 validation image: its ground-truth number, looked up in the kit's meta.mat."""
+    """The WordNet id of each ILSVRC 2012 validation image: its ground-truth number, looked up in the kit's meta.mat."""
     from scipy.io import loadmat
 
     try:
@@ -417,7 +417,7 @@ def read_devkit(kit: Path) -> list[str]:
 
 
 def with_classes(folder: Folder, names: list[str]) -> Folder:
-    """The same files with a class each, classes numbered in the order of their names."""
+    """The same files with classes, numbered in the order of their names."""
     classes = sorted(set(names))
     number = {name: label for label, name in enumerate(classes)}
     files = [os.fsdecode(file.as_py()) for file in folder.files]

@@ -1,14 +1,15 @@
-"""`builtin:photos`: real photographs that ship inside the scikit-image and scikit-learn wheels, cut into crops.
+"""`builtin:photos`: crops of photographs that ship inside the scikit-image and scikit-learn wheels.
 
-They need no network and no data set: enough to see every command work. Ten photographs, all in colour; greyscale,
-drawn and transparent pictures of those packages are left out, and one of a stereo pair. A grid of square crops of 256,
-192 and 128 pixels covers each, half a side apart: neighbouring crops share pixels, the two splits no photograph:
+They need no network and no data set, and are enough to try every command. Ten colour photographs; greyscale, drawn and
+transparent pictures of these packages are left out, and one picture of a stereo pair. Each is covered by grids of
+square crops of 256, 192 and 128 pixels, at most half a side apart. Neighbouring crops overlap; the splits share no
+photograph:
 
     builtin:photos/train     673 crops of 8 photographs
     builtin:photos/heldout   180 crops of 2 photographs
     builtin:photos           both, train first: 853 crops
 
-A crop's key names its photograph, its side and its upper left corner: `coffee-128-x064-y128`. Crops have no class.
+A crop's key is its photograph, side and upper left corner: `coffee-128-x064-y128`. Crops have no class.
 """
 
 import hashlib
@@ -29,12 +30,13 @@ SIDES = (256, 192, 128)
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph in a wheel. `box` is the part used (left, upper, right, lower); `shrink` averages n x n pixels."""
+    """A photograph in a wheel, cropped to `box` (left, upper, right, lower), then reduced by averages of `shrink`^2
+    pixels."""
 
     package: str
     file: str
     size: tuple[int, int]
-    """Width and height of what is used, after `box` and `shrink`."""
+    """Width and height after `box` and `shrink`."""
     box: tuple[int, int, int, int] | None = None
     shrink: int = 1
 
@@ -44,12 +46,12 @@ class Photo:
 
     @property
     def path(self) -> Path:
-        """Where the photograph lies in its installed package; a DataError where that lacks it."""
+        """Its path in the installed package; a DataError where it is missing."""
         spec = importlib.util.find_spec(self.package)
         path = Path(spec.origin).parent / self.file if spec and spec.origin else None
         if path is None or not path.is_file():
             raise DataError(
-                f"{self.package} does not hold {self.file}, a photograph of builtin:photos",
+                f"{self.package} lacks {self.file}, a photograph of builtin:photos",
                 f"Install the wheel again: pip install --force-reinstall --no-deps {INSTALL_NAMES[self.package]}",
             )
         return path
@@ -62,7 +64,7 @@ TRAIN = (
     Photo("skimage", "data/hubble_deep_field.jpg", (500, 436), shrink=2),
     Photo("skimage", "data/ihc.png", (512, 512)),
     Photo("skimage", "data/motorcycle_left.png", (741, 500)),
-    Photo("skimage", "data/retina.jpg", (498, 498), box=(207, 207, 1203, 1203), shrink=2),  # inside the round field
+    Photo("skimage", "data/retina.jpg", (498, 498), box=(207, 207, 1203, 1203), shrink=2),  # of a round image
     Photo("skimage", "data/rocket.jpg", (640, 427)),
     Photo("sklearn", "datasets/images/flower.jpg", (640, 427)),
 )
@@ -82,7 +84,7 @@ class Crop:
 
 
 class Photos:
-    """The crops of some photographs, one photograph after another, large crops first."""
+    """The crops of some photographs, one photograph after another, large crops first. An ImageSource."""
 
     def __init__(self, photos: tuple[Photo, ...], name: str) -> None:
         self.name = name
@@ -90,7 +92,6 @@ class Photos:
         self.labels = np.full(len(self.crops), NO_LABEL, np.int32)
         self.class_names: tuple[str, ...] = ()
         self.num_classes: int | None = None
-        self.ignored: dict[str, int] = {}
         files = {photo: hashlib.sha256(photo.path.read_bytes()).hexdigest() for photo in photos}
         keys = "".join(f"{self.key(i)} {files[crop.photo]}\n" for i, crop in enumerate(self.crops))
         self.digest = hashlib.sha256(keys.encode()).hexdigest()
@@ -114,7 +115,7 @@ def open_photos(spec: str) -> Photos:
     """`builtin:photos`, `builtin:photos/train` or `builtin:photos/heldout`.
 
     Raises:
-        DataError: another name, or a wheel without its pictures.
+        DataError: another name, or a photograph is missing.
     """
     split = spec.removeprefix("builtin:photos")
     if split not in SPLITS:
@@ -123,7 +124,7 @@ def open_photos(spec: str) -> Photos:
 
 
 def cut(photo: Photo) -> list[Crop]:
-    """Square windows of each side, evenly spread, at most half a side apart, the borders included."""
+    """Square crops of each side, evenly spaced, at most half a side apart, up to the borders."""
     crops = []
     for side in SIDES:
         xs, ys = (spread(length, side) for length in photo.size)
@@ -132,6 +133,7 @@ def cut(photo: Photo) -> list[Crop]:
 
 
 def spread(length: int, side: int) -> list[int]:
+    """Evenly spaced offsets of crops of `side` along `length` pixels."""
     steps = -(-(length - side) // (side // 2))
     return [(length - side) * step // max(steps, 1) for step in range(steps + 1)]
 

@@ -1,7 +1,7 @@
 """Pack a data set into tar shards: every image decoded once, and stored as it is or as an ADM centre crop.
 
 A shard holds a fixed number of consecutive images, less those left out, and rank r of w writes every w-th shard. So
-files have the same bytes whatever the number of ranks and processes.
+files have the same bytes for any number of ranks and processes.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.data.batches import check_skipped, through_workers, worth_starting
+from vqpipe.data.batches import check_skipped, through_workers, worker_count
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import BadImage, center_crop, decode, encode_jpeg, image_extension
@@ -93,7 +93,7 @@ def pack_images(
     tasks = {number: tasks_of(shards[number]) for number in missing}
     work = [task for number in missing for task in tasks[number]]
     keys = tar_keys(images.key(i) for i in range(len(images)))
-    workers = worth_starting(num_workers, len(work), 1)  # encoded images come through a pipe, not through shared memory
+    workers = worker_count(num_workers, len(work), 1)  # encoded images come through a pipe, not through shared memory
     stored = through_workers(StoredImages(images, image_size, min_size), work, workers)
     total = sum(len(shards[number]) for number in mine)
     progress.start("prepare-data", total, done=total - sum(len(shards[number]) for number in missing))

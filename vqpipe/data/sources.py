@@ -1,4 +1,4 @@
-"""What every source of images offers: tars, folders and the built-in photographs each in a file of its own."""
+"""The interface of a source of images (tars, folders, built-in photographs), and the cache of what was indexed."""
 
 import errno
 import hashlib
@@ -17,59 +17,42 @@ import numpy as np
 from vqpipe.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
-"""File endings taken for images, compared in lower case. Anything else in a folder or a tar is left alone."""
-
+"""File extensions of images, compared in lower case. Other files of a folder or a tar are ignored."""
 NO_LABEL = -1
-
-PAUSES = (0.2, 2.0)
-"""Seconds before each new try to read what could not be read: network disks have hiccups."""
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
-
-
-def patiently(read: Callable[[], bytes]) -> bytes:
-    """What `read` returns, tried again after PAUSES where the disk fails in a way that may pass; else its OSError."""
-    for pause in PAUSES:
-        try:
-            return read()
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
-            time.sleep(pause)
-    return read()
-
-
-def unreadable(path: str, error: OSError, hint: str = "Check the path and the disk") -> DataError:
-    """What to say of a file that the disk does not give."""
-    failure = DataError(f"cannot read {path}: {error.strerror or error}", hint)
-    failure.cause = 66 if isinstance(error, FileNotFoundError) else 74
-    return failure
+"""The label of an image without a class."""
+RETRY_DELAYS = (0.2, 2.0)
+"""Seconds before each retry of a failed read."""
+TRANSIENT_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
+"""Errors of network disks that a retry may solve."""
+RACY_NS = 2_000_000_000
+"""A file modified within this time is not cached: its modification time may be too coarse to show the next change."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it is stored: its key, its encoded bytes, its class if it has one."""
+    """One stored image: its key, its encoded bytes, its class if it has one."""
 
     key: str
     image: bytes
     label: int | None
 
 
-class Source(Protocol):
-    """An ordered, indexed set of encoded images with random access; cheap to pickle to a worker process."""
+class ImageSource(Protocol):
+    """An ordered set of encoded images with random access. Cheap to pickle to a worker process."""
 
     name: str
-    """A short name, for people."""
+    """A short name for messages."""
 
     labels: np.ndarray
     """int32[N]; NO_LABEL where an image has no class."""
 
     class_names: tuple[str, ...]
-    """One name per label; empty where the source knows only numbers."""
+    """One name per label; empty where classes have only numbers."""
 
     num_classes: int | None
 
     ignored: dict[str, int]
-    """What was found and not used: reason -> count."""
+    """Files that are not images: reason -> count."""
 
     @property
     def digest(self) -> str:
@@ -87,15 +70,31 @@ def count_classes(labels: np.ndarray) -> int | None:
     return int(labels.max()) + 1 if labels.size and labels.max() > NO_LABEL else None
 
 
-# ------------------------------------------------------------------------------------------- the index cache
-# Hashing a data set takes as long as reading it. What was found is kept per file (or folder listing) under the
-# user's cache directory, and believed as long as path, size and modification time stand. Losing it costs only time.
+def read_with_retries(read: Callable[[], bytes]) -> bytes:
+    """Return `read()`; after a transient error of the disk try again, once for each of RETRY_DELAYS."""
+    for delay in RETRY_DELAYS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in TRANSIENT_ERRORS:
+                raise
+            time.sleep(delay)
+    return read()
 
-RACY_NS = 2_000_000_000
+
+def read_error(path: str, error: OSError, hint: str = "Check the path and the disk") -> DataError:
+    """The DataError for a file that cannot be read."""
+    failure = DataError(f"cannot read {path}: {error.strerror or error}", hint)
+    failure.cause = 66 if isinstance(error, FileNotFoundError) else 74
+    return failure
+
+
+# Hashing a data set takes as long as reading it. The result is cached per file (or per listing of a folder) in the
+# user's cache directory, and is valid while path, size and modification time are unchanged. Deleting it is harmless.
 
 
 def cache_path(identity: str) -> Path | None:
-    """Where facts about `identity` are kept; None on a system without a home directory."""
+    """The cache file of `identity`; None on a system without a home directory."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         root = Path(base) if base else Path.home() / ".cache"
@@ -105,23 +104,23 @@ def cache_path(identity: str) -> Path | None:
 
 
 def read_cache(identity: str) -> dict[str, Any] | None:
-    """The facts kept about `identity`; None where there are none, or none that can be read."""
+    """The cached facts of `identity`; None where there are none, or they are damaged."""
     path = cache_path(identity)
     try:
         table = json.loads(path.read_bytes()) if path else {}
         facts = table["facts"]
-        whole = table["identity"] == identity and table["check"] == checksum(facts)
+        valid = table["identity"] == identity and table["check"] == checksum(facts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return facts if whole else None
+    return facts if valid else None
 
 
 def write_cache(identity: str, facts: Mapping[str, Any], mtime_ns: int = 0) -> None:
-    """Keep `facts`, unless the file changed within two seconds: its clock may be too coarse to show a next change."""
+    """Cache the facts of `identity`, unless the file was modified at `mtime_ns`, within RACY_NS."""
     path = cache_path(identity)
     if path is None or time.time_ns() - mtime_ns < RACY_NS:
         return
-    with suppress(OSError, UnicodeEncodeError):  # a read-only or full disk: then there is no cache
+    with suppress(OSError, UnicodeEncodeError):  # a read-only or full disk: nothing is cached
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
         try:

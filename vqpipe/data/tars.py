@@ -1,4 +1,8 @@
-"""Tar shards in WebDataset's layout (key.jpg, key.cls), each indexed once and then read by offset."""
+"""Tar shards in WebDataset's layout (key.jpg, key.cls): indexed once and read by offset; written reproducibly.
+
+The headers are read here, not by `tarfile`: that module ends silently at a damaged or missing header, so a shard cut at
+the boundary of a member would read as a shorter shard. Here every byte is checked, up to the end mark.
+"""
 
 import hashlib
 import io
@@ -19,9 +23,9 @@ from vqpipe.data.sources import (
     IMAGE_EXTENSIONS,
     NO_LABEL,
     count_classes,
-    patiently,
     read_cache,
-    unreadable,
+    read_error,
+    read_with_retries,
     write_cache,
 )
 from vqpipe.errors import DataError
@@ -29,7 +33,7 @@ from vqpipe.errors import DataError
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Where the images of one shard lie. Lists run in parallel, one entry per image, in the order of the shard."""
+    """The offsets of the images of one shard. The lists have one entry per image, in the order of the shard."""
 
     url: str
     size: int
@@ -39,12 +43,13 @@ class TarIndex:
     sizes: list[int]
     labels: list[int]
     ignored: dict[str, int] = field(default_factory=dict)
+    """Other members: reason or extension -> count."""
     mtime_ns: int | None = None
-    """Modification time of a local file: a shard that changes under a running job is an error."""
+    """Modification time of a local file: a shard that changes during a job is an error."""
 
 
 class Tars:
-    """The images of several shards, one after another, in the order given."""
+    """The images of several shards, in the order given. An ImageSource."""
 
     def __init__(self, shards: Sequence[TarIndex], name: str, num_classes: int | None = None) -> None:
         self.name = name
@@ -58,7 +63,6 @@ class Tars:
         self.num_classes = count_classes(self.labels)
         if num_classes is not None and self.num_classes is not None:
             self.num_classes = max(num_classes, self.num_classes)
-        self.ignored: dict[str, int] = dict(sum((Counter(shard.ignored) for shard in shards), Counter()))
         self.digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -74,7 +78,7 @@ class Tars:
 
 
 def read_range(url: str, offset: int, size: int, file_size: int, mtime_ns: int | None) -> bytes:
-    """Bytes [offset, offset + size) of a local file or an fsspec URL. Holds nothing open, so forks and pickles well.
+    """Bytes [offset, offset + size) of a local file or an fsspec URL. No file stays open, for fork and pickle.
 
     Raises:
         DataError: the file is gone, unreadable, or not the one that was indexed.
@@ -92,21 +96,21 @@ def read_range(url: str, offset: int, size: int, file_size: int, mtime_ns: int |
             return os.pread(file.fileno(), size, offset)
 
     try:
-        data = patiently(read)
+        data = read_with_retries(read)
     except OSError as error:
-        raise unreadable(url, error) from error
+        raise read_error(url, error) from error
     if len(data) != size:
         raise DataError(f"{url} ends inside the image at byte {offset}", COPY_AGAIN)
     return data
 
 
 def open_index(url: str, sha256: str | None = None) -> TarIndex:
-    """The index of one shard, from the cache where the shard is unchanged.
+    """Index one shard, or read the cached index where the shard is unchanged.
 
-    With `sha256` (a published artifact knows it) the images' own bytes are not read.
+    With a known `sha256` (that of an artifact's file) the bytes of the images are not read.
 
     Raises:
-        DataError: the shard cannot be read, or is not a whole, plain tar.
+        DataError: the shard cannot be read, or is not a complete, uncompressed tar.
     """
     try:
         if "://" in url:
@@ -117,8 +121,8 @@ def open_index(url: str, sha256: str | None = None) -> TarIndex:
             status = os.stat(url)
             size, mtime_ns = status.st_size, status.st_mtime_ns
             identity = f"{url} {size} {mtime_ns}"
-        if (known := read_cache(f"tar {identity}")) is not None:
-            return TarIndex(**known)
+        if (cached := read_cache(f"tar {identity}")) is not None:
+            return TarIndex(**cached)
         with system.open(path, "rb") if mtime_ns is None else open(url, "rb") as file:
             index = index_tar(file, url, sha256, mtime_ns)
     except ImportError as error:
@@ -126,21 +130,21 @@ def open_index(url: str, sha256: str | None = None) -> TarIndex:
     except OSError as error:
         raise DataError(f"cannot open {url}: {error.strerror or error}", "Check the path and the network") from error
     if size is not None and index.size != size:
-        raise DataError(f"{url} has {index.size} bytes where {size} were announced", COPY_AGAIN)
+        raise DataError(f"{url} has {index.size} bytes, its file system says {size}", COPY_AGAIN)
     write_cache(f"tar {identity}", asdict(index), mtime_ns or 0)
     return index
 
 
 def index_tar(file: BinaryIO, name: str, sha256: str | None = None, mtime_ns: int | None = None) -> TarIndex:
-    """Walk a tar from its first byte to its last and note where its images lie.
+    """Read a tar from its first byte to its last and index its images.
 
-    One sample is all members that share a key: the path up to the first dot of the file's name. `key.jpg` (or another
-    of IMAGE_EXTENSIONS, in any case) is its image, `key.cls` its label, wherever in the shard they stand. Links and
-    devices are never followed; they, other fields, and keys without an image are counted in `ignored`.
+    The members of one key form a sample; the key is the path up to the first dot of the file name. `key.jpg` (or
+    another of IMAGE_EXTENSIONS, in any case) is its image, `key.cls` its label, anywhere in the shard. Links and
+    devices are never followed; they, other members, and keys without an image are counted in `ignored`.
 
     Raises:
-        DataError: compressed, cut short, damaged, joined from two, a key twice, a key that leaves its directory, or a
-            label that is no number.
+        DataError: compressed, truncated, damaged, two joined tars, a duplicate key, a path outside the tar's folder, or
+            a label that is not a number.
     """
     walk = Walk(file, name, hashed=sha256 is None)
     images: dict[str, tuple[str, int, int]] = {}  # key -> member, offset, size
@@ -197,17 +201,18 @@ def split_member(name: str, path: str) -> tuple[str, str]:
 
 
 def parse_label(name: str, path: str, body: bytes) -> int:
+    """The class number in a `.cls` member."""
     try:
         label = int(body.decode("ascii"))
     except ValueError:
         label = NO_LABEL
     if not 0 <= label < 2**31:
-        raise DataError(f"{name}: {path} is no class number: {body[:20]!r}", "A .cls member holds one integer >= 0")
+        raise DataError(f"{name}: {path} is not a class number: {body[:20]!r}", "A .cls member holds one integer >= 0")
     return label
 
 
 def local_path(url: str) -> str:
-    """`file://` URLs are paths; other URLs stay."""
+    """The path of a `file://` URL; other URLs unchanged."""
     return str(Path(url.removeprefix("file://"))) if url.startswith("file://") else url
 
 
@@ -216,9 +221,9 @@ CHUNK = 1 << 20
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COPY_AGAIN = "Copy or download it again"
 LONGEST_TEXT = 1 << 20
-"""Bytes of a long name, a pax header or a label: what is read into memory whole."""
+"""Bytes of a long name, a pax header or a label, which are read into memory."""
 LARGEST_MEMBER = 1 << 43
-"""8 TiB; the format's numbers go to 2**88, and below zero."""
+"""8 TiB; the format allows up to 2**88, and negative sizes."""
 
 
 @dataclass(frozen=True)
@@ -227,20 +232,20 @@ class Member:
     offset: int
     size: int
     refused: str = ""
-    """Why it is not looked into: "link", "device"."""
+    """Why it is not read: "link" or "device"."""
 
 
 class Walk:
-    """Reads a tar strictly forward, hashing on its way, and yields its members."""
+    """Reads a tar strictly forward, and hashes it, member by member."""
 
     def __init__(self, file: BinaryIO, name: str, hashed: bool) -> None:
         self.file, self.name, self.hashed = file, name, hashed
         self.hash = hashlib.sha256()
         self.position = 0
-        self.pending = 0  # bytes of the current member's data not yet passed
+        self.pending = 0  # bytes left of the current member
 
     def members(self) -> Iterator[Member]:
-        """Every member in order, its long name resolved; a DataError at the first byte that is not a tar's."""
+        """Yield every member in order, long names resolved; a DataError at the first byte that is not a tar's."""
         long_path, pax = "", dict[str, str]()
         while (header := self.header()) is not None:
             if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
@@ -265,51 +270,49 @@ class Walk:
             long_path, pax = "", {}
 
     def text(self, header: tarfile.TarInfo) -> bytes:
-        """The data of a header that is itself a text."""
+        """The data of a header that holds a text."""
         size = self.size_of(header)
         if size > LONGEST_TEXT:
             raise DataError(f"{self.name} has a header of {size:,} bytes before byte {self.position}", COPY_AGAIN)
         return self.read(-(-size // BLOCK) * BLOCK)[:size]
 
-    def size_of(self, header: tarfile.TarInfo, said: str | None = None) -> int:
-        """How many bytes follow a header; `said` by the pax header before it, if by any."""
-        size = header.size if said is None else int(said) if said.isascii() and said.isdigit() else -1
+    def size_of(self, header: tarfile.TarInfo, pax: str | None = None) -> int:
+        """The number of bytes after a header; `pax` is the size in the pax header before it, if there is one."""
+        size = header.size if pax is None else int(pax) if pax.isascii() and pax.isdigit() else -1
         if not 0 <= size <= LARGEST_MEMBER:
             raise DataError(f"{self.name} has a member of impossible size before byte {self.position}", COPY_AGAIN)
         return size
 
     def body(self, member: Member) -> bytes:
-        """The data of the member just yielded, which holds a text."""
+        """The data of the member just yielded, a text."""
         if member.size > LONGEST_TEXT:
-            raise DataError(f"{self.name}: {member.path} has {member.size:,} bytes and is to be a text", COPY_AGAIN)
+            raise DataError(f"{self.name}: {member.path} has {member.size:,} bytes, too many for a text", COPY_AGAIN)
         data = self.read(self.pending)[: member.size]
         self.pending = 0
         return data
 
     def header(self) -> tarfile.TarInfo | None:
-        """The next header; None at the archive's end mark, after which only padding may follow."""
+        """The next header; None at the end mark, after which only padding may follow."""
         start = self.position
         block = self.file.read(BLOCK)
         if start == 0:
             for magic, kind in COMPRESSED.items():
                 if block.startswith(magic):
                     raise DataError(
-                        f"{self.name} is compressed with {kind}", "Uncompress it: images do not shrink again"
+                        f"{self.name} is compressed with {kind}", "Uncompress it: images are compressed already"
                     )
         self.advance(block)
         if not block:
-            what = "is empty" if start == 0 else f"is cut short: no end mark at byte {start}"
+            what = "is empty" if start == 0 else f"is truncated: no end mark at byte {start}"
             raise DataError(f"{self.name} {what}", COPY_AGAIN)
         if len(block) < BLOCK:
-            raise DataError(f"{self.name} is cut short inside the header at byte {start}", COPY_AGAIN)
+            raise DataError(f"{self.name} is truncated inside the header at byte {start}", COPY_AGAIN)
         if not any(block):
             if any(self.read(BLOCK)):
                 raise DataError(f"{self.name} is damaged: half an end mark at byte {start}", COPY_AGAIN)
             while rest := self.file.read(CHUNK):
                 if rest.count(0) != len(rest):
-                    raise DataError(
-                        f"{self.name} goes on after its end mark at byte {start}", "Two tars joined? Give them apart"
-                    )
+                    raise DataError(f"{self.name} has data after its end mark at byte {start}", "Split two joined tars")
                 self.advance(rest)
             return None
         try:
@@ -321,7 +324,7 @@ class Walk:
         data = self.file.read(size)
         self.advance(data)
         if len(data) < size:
-            raise DataError(f"{self.name} is cut short at byte {self.position}", COPY_AGAIN)
+            raise DataError(f"{self.name} is truncated at byte {self.position}", COPY_AGAIN)
         return data
 
     def skip(self, size: int) -> None:
@@ -381,7 +384,7 @@ def write_tar(path: Path) -> Iterator[TarWriter]:
 
 
 def tar_keys(keys: Iterable[str]) -> list[str]:
-    """Keys fit for a tar, whose keys end at their first dot: dots replaced, and numbered where two would then meet."""
+    """Keys for a tar, where a key ends at its first dot: dots become underscores, duplicates get a number."""
     fit = dict[str, None]()
     for number, key in enumerate(keys):
         folder, slash, stem = key.rpartition("/")

@@ -1,8 +1,17 @@
-"""From encoded bytes to pixels and back: the only place where images are decoded, cropped, and change their type.
+"""Decoding, cropping, and the only conversions between encoded bytes, uint8 pixels and floats.
 
     encoded bytes --decode--> RGB image --center_crop | random_crop--> uint8[3, S, S] <--to_uint8 | to_float--> [-1, 1]
 
 B images, H x W pixels, S the side of a square crop. Every crop is a pure function of the image and a generator.
+
+Crops of evaluation protocols (`Framing`):
+
+| rule | crop | used by |
+|---|---|---|
+| adm | `center_crop`: box halving, then antialiased bicubic; squares only | ADM, LlamaGen |
+| linear | resize until both sides cover, bilinear without antialiasing; centre crop | VQGAN-LC (albumentations) |
+| cover | resize until both sides cover, antialiased bicubic in one step; centre crop | MGVQ (`eval_aug.py`, Pillow) |
+| native | the image at its own size | |
 """
 
 import io
@@ -21,11 +30,14 @@ from vqpipe.errors import ConfigError, DataError
 
 try:
     import simplejpeg
-except ImportError:  # the extra `fast`; PIL decodes to the same pixels, slower
+except ImportError:  # the extra `fast`; Pillow decodes the same pixels, more slowly
     simplejpeg = None
 
 MAX_PIXELS = 178_956_970
-"""Pillow itself refuses anything larger."""
+"""The limit of Pillow itself."""
+
+STRIP = 16
+"""Where a resized side would exceed the crop's this many times, only the kept part is resized."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -48,29 +60,29 @@ class DataConfig:
     """Side of the square crops, in pixels."""
 
     crop: Literal["random", "center"] = "random"
-    """Where the crop lies: anywhere along the image, or ADM's centre crop (for training without augmentation)."""
+    """A random square, or ADM's centre crop (for training without augmentation)."""
 
     max_scale: float = 1.0
     """The short side is resized to image_size times a factor drawn from [1, max_scale] before a random crop."""
 
     flip: bool = True
-    """Mirror every second crop, by chance. (VQGAN-LC's released code crops at random and does not flip.)"""
+    """Mirror a crop with probability 1/2. (VQGAN-LC's released code crops at random and does not flip.)"""
 
     max_skipped: float = 0.01
-    """Share of images that may be undecodable, 0..1, before the run stops; each is replaced by another and counted."""
+    """Share of undecodable images, 0..1, above which the run stops; each one is replaced by another and counted."""
 
     max_pixels: int = MAX_PIXELS
-    """Images with more pixels than this are refused from their header alone."""
+    """Images with more pixels are rejected by their header, without decoding."""
 
     num_workers: int = resumable(-1)
-    """Processes that decode, per rank; 0: none, decode between the steps; -1: one per available core, at most 16."""
+    """Processes that decode, per rank; 0: decode in the main process; -1: one per available core, at most 16."""
 
     worker_timeout: float = resumable(300.0)
-    """Seconds to wait for a batch before the run stops with an error; 0: for ever."""
+    """Seconds to wait for a batch before the run stops with an error; 0: no limit."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
-            raise ConfigError(f"data.image_size = {self.image_size} is no size in pixels")
+            raise ConfigError(f"data.image_size = {self.image_size} is not a size in pixels")
         if self.crop not in ("random", "center"):
             raise ConfigError(f"data.crop = {self.crop!r} is not a choice", "Use random or center")
         if not 1.0 <= self.max_scale < math.inf:
@@ -78,7 +90,7 @@ class DataConfig:
                 f"data.max_scale = {self.max_scale} is below 1", "1 makes a crop as wide as the short side"
             )
         if not 0.0 <= self.max_skipped <= 1.0:
-            raise ConfigError(f"data.max_skipped = {self.max_skipped} is no share", "Give a number from 0 to 1")
+            raise ConfigError(f"data.max_skipped = {self.max_skipped} is not a share", "Give a number from 0 to 1")
         if not 1 <= self.max_pixels <= MAX_PIXELS:
             raise ConfigError(f"data.max_pixels = {self.max_pixels} is outside 1..{MAX_PIXELS}", "Pillow's own limit")
         if self.num_workers < -1 or self.worker_timeout < 0:
@@ -86,16 +98,16 @@ class DataConfig:
 
 
 class BadImage(DataError):
-    """An image that is left out, and why: `reason` is a short word to count by."""
+    """An image that cannot be used; `reason` is a short word for counts."""
 
     def __init__(self, reason: str, what: str = "") -> None:
         super().__init__(what or f"unusable image ({reason})")
         self.reason = reason
-        self.args = (reason, what)  # what unpickling calls it with
+        self.args = (reason, what)  # the arguments of unpickling
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image as 8-bit RGB, turned upright by its EXIF orientation.
+    """Decode an image to 8-bit RGB, upright by its EXIF orientation.
 
     | stored as | becomes |
     |---|---|
@@ -106,13 +118,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     | animation, several pages | the first |
 
     Raises:
-        BadImage: empty; not-an-image; truncated; damaged; too-large (more than `max_pixels`, seen in the header, before
-            anything is decoded); float (32-bit float or HDR: no stated range); mode (32-bit integers, CIELAB).
+        BadImage: empty; not-an-image; truncated; damaged; too-large (more than `max_pixels` by its header); float
+            (32-bit float or HDR: no defined range); mode (32-bit integers, CIELAB).
     """
     if not data:
         raise BadImage("empty", "an image of zero bytes")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns where a rule above already decides
+        warnings.simplefilter("ignore")  # the table above covers what Pillow warns of
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
@@ -124,13 +136,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise BadImage("not-an-image", f"no {', '.join(FORMATS)} image") from None
         except Image.DecompressionBombError as error:
             raise BadImage("too-large", str(error)) from None
-        except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
+        except Exception as error:  # Pillow's decoders raise nearly anything on invalid bytes
             reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
             raise BadImage(reason, f"{reason} image: {error}") from error
 
 
 def image_extension(data: bytes) -> str:
-    """The usual file ending of these encoded bytes: "jpg", "png", "webp", "bmp", "gif" or "tif"."""
+    """The file extension for encoded bytes: "jpg", "png", "webp", "bmp", "gif" or "tif"."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(image.format or "", (image.format or "").lower())
 
@@ -150,23 +162,23 @@ def encode_png(image: Tensor) -> bytes:
 
 
 def fast_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
-    """A plain colour JPEG by simplejpeg, to the pixels PIL gives; None where that is PIL's to do, or to refuse."""
+    """Decode a YCbCr JPEG with simplejpeg, to the same pixels as Pillow; None for other images and damaged ones."""
     if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB":
         return None
     try:
         if simplejpeg.decode_jpeg_header(data)[2] != "YCbCr":
             return None
         return Image.fromarray(simplejpeg.decode_jpeg(data))
-    except ValueError:  # a damaged stream: what can be made of it, if anything, is PIL's decision
+    except ValueError:  # damaged: Pillow decodes it, or raises
         return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow as RGB, by the table in `decode`. Loads the pixels."""
+    """Convert any mode of Pillow to RGB by the table in `decode`."""
     image.load()
     mode, transparent = image.mode, image.info.get("transparency")
     if mode == "F":
-        raise BadImage("float", "floating-point pixels have no stated range")
+        raise BadImage("float", "floating-point pixels have no defined range")
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # older Pillow: a 16-bit PNG is "I"
         values = np.asarray(image).astype(np.int64)
         grey = ((values + 128) // 257).astype(np.uint8)
@@ -174,7 +186,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             grey[values == transparent] = 255
         return Image.fromarray(grey).convert("RGB")
     if mode in ("I", "LAB"):
-        raise BadImage("mode", f"pixels of mode {mode} have no rule")
+        raise BadImage("mode", f"pixels of mode {mode} are not supported")
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent is not None:
         straight = image.convert({"RGBa": "RGBA", "La": "LA"}.get(mode, mode)).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -183,10 +195,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
-    """`rgb` turned as the EXIF orientation of `source` says. An unreadable EXIF block says nothing."""
+    """Apply the EXIF orientation of `source` to `rgb`. An unreadable EXIF block is ignored."""
     try:
         orientation = source.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken EXIF raises what its parser happened to hit
+    except Exception:  # the parser raises nearly anything on broken EXIF
         return rgb
     return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
 
@@ -203,14 +215,14 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
     """uint8[3, size, size]: ADM's centre crop, which ImageNet evaluation uses (guided-diffusion, `center_crop_arr`).
 
     Halves by box averaging while the short side is at least twice `size`, resizes the short side to `size` by bicubic
-    interpolation with antialiasing, and cuts the centre. Smaller images are enlarged.
+    interpolation with antialiasing, and crops the centre. Smaller images are enlarged.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     left, upper = (width - size) // 2, (height - size) // 2
-    if max(width, height) > 16 * size:  # a 1 x 5000 strip would become gigabytes; only its middle is needed
+    if max(width, height) > STRIP * size:  # a 1 x 5000 strip would be resized to gigabytes
         return pixels(resize_part(image, (width, height), (left, upper), size))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -230,7 +242,7 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_sca
 
 
 def resize_part(image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
-    """The square at `corner` of the image resized to `target`, without making the rest of it."""
+    """The square at `corner` of the image resized to `target`, without computing the rest."""
     (width, height), (left, upper) = target, corner
     across, down = image.width / width, image.height / height
     right, lower = min((left + size) * across, image.width), min((upper + size) * down, image.height)
@@ -238,7 +250,7 @@ def resize_part(image: Image.Image, target: tuple[int, int], corner: tuple[int, 
 
 
 def training_crop(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """uint8[3, S, S]: the crop and flip of section [data], drawn from `rng`."""
+    """uint8[3, S, S]: the random crop and flip of section [data]."""
     flipped = config.flip and bool(rng.random() < 0.5)
     if config.crop == "center":
         crop = center_crop(image, config.image_size)
@@ -258,19 +270,17 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 Rule = Literal["adm", "linear", "cover", "native"]
-STRIP = 16
-"""An image whose resized side would be longer than this many times the crop's is resized only where it is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """One rule at one size: an RGB image -> uint8[3, H, W]. A plain value, so it pickles to loader processes.
+    """A crop of an evaluation protocol: an RGB image -> uint8[3, H, W]. It pickles to loader processes.
 
-    "adm" is defined for squares alone, so a rectangle is refused; "cover" is its nearest kin. Smaller images are
-    enlarged by every rule but "native".
+    "adm" is defined for squares only; "cover" is the closest rule for rectangles. Every rule but "native" enlarges
+    smaller images.
 
     Raises:
-        ConfigError: no such rule; a size missing, not above 0, given with "native", or not square with "adm".
+        ConfigError: unknown rule; a size missing, below 1, given with "native", or not square with "adm".
     """
 
     rule: Rule
@@ -282,15 +292,13 @@ class Framing:
             raise ConfigError(f"framing rule {self.rule!r} is not a choice", f"Use {', '.join(get_args(Rule))}")
         if (self.size is None) != (self.rule == "native"):
             if self.size is None:
-                raise ConfigError(f"framing {self.rule!r} needs a size", "Give one, or take the rule native")
-            raise ConfigError(
-                "framing 'native' keeps every image's own size", "Leave the size out, or say native there"
-            )
+                raise ConfigError(f"framing {self.rule!r} needs a size", "Give one, or use the rule native")
+            raise ConfigError("framing 'native' keeps every image's own size", "Omit the size, or give native")
         if self.size is not None and min(self.size) < 1:
-            raise ConfigError(f"{self.size[1]}x{self.size[0]} is no size in pixels")
+            raise ConfigError(f"{self.size[1]}x{self.size[0]} is not a size in pixels")
         if self.rule == "adm" and self.size is not None and self.size[0] != self.size[1]:
             raise ConfigError(
-                f"ADM's crop is square, {self.size[1]}x{self.size[0]} is not", "Take the rule cover for rectangles"
+                f"ADM's crop is square, {self.size[1]}x{self.size[0]} is not", "Use the rule cover for rectangles"
             )
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -311,15 +319,15 @@ def parse_size(text: str) -> tuple[int, int] | None:
         return None
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 0 < int(side) < 10**6 for side in sides):
-        raise ConfigError(f"{text!r} is no image size", "Write 256, 2560x1440 (width x height), or native")
+        raise ConfigError(f"{text!r} is not an image size", "Write 256, 2560x1440 (width x height), or native")
     return int(sides[-1]), int(sides[0])
 
 
 def covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(height, width, upper, left): the size at which the image just covers H x W, and where the centre crop lies.
+    """(height, width, upper, left): the smallest size at which the image covers H x W, and the corner of the crop.
 
-    A half pixel of the longer side goes to the even number (Python's `round`, in both released codes), an odd margin
-    has its smaller half above and to the left.
+    Half pixels are rounded to even (Python's `round`, as in both released codes); of an odd margin the smaller half is
+    above and to the left.
     """
     scale = max(size[0] / image.height, size[1] / image.width)
     height, width = max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale))
@@ -327,9 +335,9 @@ def covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, 
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """uint8[3, H, W]: MGVQ's evaluation crop. One antialiased bicubic resize by Pillow, and the centre."""
+    """uint8[3, H, W]: MGVQ's evaluation crop. One antialiased bicubic resize by Pillow, then the centre."""
     height, width, upper, left = covering(image, size)
-    if height > STRIP * size[0] or width > STRIP * size[1]:  # a 1 x 5000 strip would become gigabytes
+    if height > STRIP * size[0] or width > STRIP * size[1]:  # a 1 x 5000 strip would be resized to gigabytes
         across, down = image.width / width, image.height / height
         box = (left * across, upper * down, (left + size[1]) * across, (upper + size[0]) * down)
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
@@ -340,10 +348,10 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def linear(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """uint8[3, H, W]: VQGAN-LC's evaluation crop. Two neighbours a side are mixed however far the image is reduced, so
-    it aliases: torch's `interpolate(mode="bilinear", align_corners=False, antialias=False)`, rounded, and the centre.
+    """uint8[3, H, W]: VQGAN-LC's evaluation crop, bilinear without antialiasing: equal to torch's `interpolate(
+    mode="bilinear", align_corners=False, antialias=False)`, rounded, then the centre.
 
-    OpenCV, which albumentations calls, mixes bytes with weights of 11 bits and may so differ by one level.
+    OpenCV, which albumentations calls, interpolates with weights of 11 bits and may differ by one level.
     """
     height, width, upper, left = covering(image, size)
     array = np.asarray(image)
@@ -355,14 +363,14 @@ def linear(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def neighbours(length: int, resized: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For the pixels [start, start + count) of a side of `length` resized to `resized`: the two source pixels of each,
-    int64[count], and how much of the second, float32[count] in [0, 1)."""
+    """For the pixels [start, start + count) of a side resized from `length` to `resized`: the two source pixels
+    of each, int64[count], and the weight of the second, float32[count] in [0, 1)."""
     place = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (length / resized) - 0.5
     place = np.clip(place, 0, length - 1)
     first = place.astype(np.int64)
     return first, np.minimum(first + 1, length - 1), (place - first).astype(np.float32)
 
 
-def mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """float32: (1 - share) x first + share x second."""
-    return first * (np.float32(1.0) - share) + second * share
+def mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """float32: (1 - weight) x first + weight x second."""
+    return first * (np.float32(1.0) - weight) + second * weight
