@@ -145,12 +145,12 @@ def test_errors_in_manifests_name_the_key(tmp_path: Path) -> None:
         "name='own'\ntitle='t'\nlicence='l'\nhomepage='h'\nhow_to_obtain='o'\npaper_split='p'\n"
         "[[measured]]\ntable='T'\nsplit='val'\nrule='adm'\nsize='256'\n[splits.all]\n"
     )
-    with pytest.raises(ConfigError, match="T measures a split 'val' that is not there"):
+    with pytest.raises(ConfigError, match="T is measured on the unknown split 'val'"):
         load_manifest(str(tmp_path / "own.toml"))
     (tmp_path / "own.toml").write_text((tmp_path / "own.toml").read_text().replace("256", "256x512"))
     with pytest.raises(ConfigError, match="ADM's crop is square"):
         load_manifest(str(tmp_path / "own.toml"))
-    with pytest.raises(DataError, match=r"is no folder. To get ffhq: Run the download script"):
+    with pytest.raises(DataError, match=r"is not a folder. To get ffhq: Run the download script"):
         open_split(load_manifest("ffhq"), Split(), tmp_path / "absent")
 
 
