@@ -1,7 +1,7 @@
 """`vqpipe train`: images (and a codebook) -> tokenizer."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -71,13 +71,14 @@ def train(
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         loaded = recipe.load(preset, overrides, train=flags)
         sections = {name: getattr(loaded, name) for name in TokenizerRunConfig.__dataclass_fields__}
-        config = check_run(TokenizerRunConfig(**sections), validates=bool(validation), source=source, publish=publish)
-        inputs: dict[str, Any] = {"images": open_images(images)}
-        if validation:
-            inputs["validation"] = open_images(validation)
-        if codebook is not None:
-            inputs["codebook"] = codebook_input(codebook)
-        draft = start_run(out, config, inputs, source=source, seed=seed, publish=publish)
+        inputs = RunInputs(
+            images=open_images(images),
+            held_out=open_images(validation) if validation else None,
+            codebook=None if codebook is None else codebook_input(codebook),
+            source=source,
+        )
+        config = check_run(TokenizerRunConfig(**sections), inputs, publish)
+        draft = start_run(out, config, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             console.finished(draft, again=True)
             return
@@ -85,12 +86,8 @@ def train(
             artifact = train_tokenizer(
                 draft,
                 config,
-                RunInputs(
-                    images=inputs["images"],
-                    held_out=inputs.get("validation"),
-                    codebook=None if codebook is None else load_codebook(codebook),
-                    source=source,
-                ),
+                inputs,
+                codebook=None if codebook is None else load_codebook(codebook),
                 seed=seed,
                 device=where,
                 publish=publish,

@@ -241,14 +241,14 @@ def test_loggers_get_every_row_and_image_and_are_closed_also_when_the_run_fails(
 def test_job_is_callable_from_python_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
     loaded = recipe.load("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
     sections = {name: getattr(loaded, name) for name in TokenizerRunConfig.__dataclass_fields__}
-    config = check_run(TokenizerRunConfig(**sections), validates=False, source=None, publish="last")
-    images = open_images([str(picture_folder)])
+    inputs = RunInputs(images=open_images([str(picture_folder)]))
+    config = check_run(TokenizerRunConfig(**sections), inputs, "last")
 
     def job(stop: bool) -> Artifact | None:
-        draft = start_run(tmp_path / "lc", config, {"images": images}, source=None, seed=0, publish="last")
+        draft = start_run(tmp_path / "lc", config, inputs, seed=0)
         assert isinstance(draft, Draft)
         with draft:
-            inputs, cpu = RunInputs(images=images), torch.device("cpu")
+            cpu = torch.device("cpu")
             return train_tokenizer(draft, config, inputs, seed=0, device=cpu, stop_requested=lambda: stop)
 
     assert job(stop=True) is None

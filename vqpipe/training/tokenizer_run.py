@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqpipe import artifacts, distributed
-from vqpipe.artifacts import Artifact, Draft
+from vqpipe.artifacts import Artifact, Draft, Input
 from vqpipe.config import difference, to_request, to_table
 from vqpipe.data.batches import TrainingStream
 from vqpipe.data.images import ImageSet
@@ -54,30 +54,29 @@ class RunInputs:
     images: ImageSet
     held_out: ImageSet | None = None
     """Images for validation."""
-    codebook: Tensor | None = None
-    """float[K, dim] for a quantizer that starts from a given codebook."""
+    codebook: Input | str | None = None
+    """A codebook artifact, or the sha256 of a codebook file."""
     source: Path | None = None
     """A tokenizer to fine-tune."""
 
 
-def check_run(
-    config: TokenizerRunConfig, *, validates: bool, source: Path | None, publish: Publish
-) -> TokenizerRunConfig:
+def check_run(config: TokenizerRunConfig, inputs: RunInputs, publish: Publish) -> TokenizerRunConfig:
     """Check the settings against the inputs. Returns them with `validate_every` set: by default, that of samples.
 
     Raises:
         ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning.
     """
-    train = config.train
+    train, validates = config.train, inputs.held_out is not None
     if publish == "best" and not validates:
         raise ConfigError("--publish best needs held-out images", "Name them with --validation")
     if train.validate_every and not validates:
         raise ConfigError(
             f"train.validate_every = {train.validate_every} needs held-out images", "Name them with --validation"
         )
-    if source is not None and train.whiten_init:
+    if inputs.source is not None and train.whiten_init:
         raise ConfigError(
-            f"train.whiten_init would change the latents and the codebook of --from {source}, which belong together",
+            f"train.whiten_init would change the latents and the codebook of --from {inputs.source}, which belong"
+            " together",
             "Add --set train.whiten_init=false",
         )
     every = train.validate_every or (train.sample_every if validates else 0)
@@ -85,26 +84,20 @@ def check_run(
 
 
 def start_run(
-    out: Path,
-    config: TokenizerRunConfig,
-    inputs: dict[str, Any],
-    *,
-    source: Path | None,
-    seed: int,
-    publish: Publish,
+    out: Path, config: TokenizerRunConfig, inputs: RunInputs, *, seed: int, publish: Publish = "last"
 ) -> Draft | Artifact:
-    """Start, resume, or find published the tokenizer `out`.
-
-    `inputs` maps a role ("images", "validation", "codebook") to what is read; the weights of LPIPS and the tokenizer to
-    fine-tune are added.
-    """
-    inputs = dict(inputs)
+    """Start, resume, or find published the tokenizer `out`."""
+    roles: dict[str, Input | str] = {"images": inputs.images}
+    if inputs.held_out is not None:
+        roles["validation"] = inputs.held_out
+    if inputs.codebook is not None:
+        roles["codebook"] = inputs.codebook
     if config.objective.perceptual != "none":
-        inputs["lpips"] = hash_file(backbone_file(config.objective.perceptual, config.objective.lpips_weights))
-    if source is not None:
-        read_config(source / "config.json")  # first: its error says what a folder holds that is not our tokenizer
-        inputs["from"] = artifacts.open_artifact(source, "tokenizer")
-    return artifacts.start(out, "tokenizer", {**to_request(config), "seed": seed, "publish": publish}, inputs)
+        roles["lpips"] = hash_file(backbone_file(config.objective.perceptual, config.objective.lpips_weights))
+    if inputs.source is not None:
+        read_config(inputs.source / "config.json")  # first: its error names what the folder holds instead
+        roles["from"] = artifacts.open_artifact(inputs.source, "tokenizer")
+    return artifacts.start(out, "tokenizer", {**to_request(config), "seed": seed, "publish": publish}, roles)
 
 
 def train_tokenizer(
@@ -112,6 +105,7 @@ def train_tokenizer(
     config: TokenizerRunConfig,
     inputs: RunInputs,
     *,
+    codebook: Tensor | None = None,
     seed: int,
     device: torch.device,
     publish: Publish = "last",
@@ -122,8 +116,17 @@ def train_tokenizer(
     """Train a tokenizer in the draft and publish it. Every rank calls it.
 
     Returns None where `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
+
+    Args:
+        codebook: float[K, dim], the content of `inputs.codebook`.
+        loggers: names of LOGGERS.
     """
-    model, discriminator = build_networks(config, inputs, device)
+    model, discriminator = build_networks(config, inputs.source, codebook)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+        discriminator.to(memory_format=torch.channels_last)
+    model.to(device)
+    discriminator.to(device)
     objective = Objective(config.objective, model.quantizer.loss_names).to(device)
     task = TokenizerTask(model, discriminator, objective)
     if config.train.whiten_init and not checkpoints(draft.path).paths():
@@ -172,14 +175,13 @@ def train_tokenizer(
 
 
 def build_networks(
-    config: TokenizerRunConfig, inputs: RunInputs, device: torch.device
+    config: TokenizerRunConfig, source: Path | None, codebook: Tensor | None
 ) -> tuple[Autoencoder, PatchDiscriminator]:
     """The autoencoder and the discriminator, fresh or from the tokenizer to fine-tune, with the codebook loaded.
 
     Raises:
         ConfigError: the tokenizer to fine-tune is another model than the preset's.
     """
-    source = inputs.source
     model = build_autoencoder(config.model)
     discriminator = PatchDiscriminator(config.discriminator)
     if source is not None:
@@ -199,12 +201,9 @@ def build_networks(
                     f"{error.what}, which is the preset's",
                     "Set discriminator.num_layers and discriminator.base_channels",
                 ) from None
-    if inputs.codebook is not None:
-        model.quantizer.load_codebook(inputs.codebook)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
-        discriminator.to(memory_format=torch.channels_last)
-    return model.to(device), discriminator.to(device)
+    if codebook is not None:
+        model.quantizer.load_codebook(codebook)
+    return model, discriminator
 
 
 def training_stream(
