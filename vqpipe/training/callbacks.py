@@ -374,7 +374,7 @@ class RunReport(Callback):
 
     def on_start(self, state: TrainState) -> None:
         self.write(state.step)
-        self.progress.message(f"to watch the run, open {self.draft.path / 'report.html'} (written again as it goes)")
+        self.progress.message(f"to watch the run, open {self.draft.path / 'report.html'} (updated during the run)")
 
     def on_sample(self, step: int, network: Any) -> Mapping[str, bytes]:
         self.outdated = True
@@ -405,6 +405,6 @@ class RunReport(Callback):
             command=shlex.join(["vqpipe", *sys.argv[1:]]),
             **{name: value for source in self.sources for name, value in source.report_fields().items()},
         )
-        footer = "Written again as the run goes on; reload to update. " if step < steps else ""
+        footer = "Updated during the run; reload to refresh. " if step < steps else ""
         with self.draft.write("report.html") as path:
             path.write_text(page.render(training_page(run, f"{footer}{now()}")), encoding="utf-8")

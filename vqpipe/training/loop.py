@@ -133,7 +133,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def stop_on_any_rank(step: int, stop_requested: Callable[[], bool], device: torch.device) -> bool:
-    """Whether any rank was asked to stop; several ranks compare in every STOP_EVERY-th step."""
+    """Whether a stop was requested on any rank; several ranks compare in every STOP_EVERY-th step."""
     if distributed.world_size() == 1:
         return stop_requested()
     return step % STOP_EVERY == 0 and distributed.any_rank(stop_requested(), device)
