@@ -93,6 +93,13 @@ Log = Annotated[
     list[LoggerName] | None,
     typer.Option("--log", help="Log there too, in OUT.logs; repeatable."),
 ]
+ExamplesTokenizer = Annotated[
+    Path,
+    typer.Option("--tokenizer", help="The tokenizer that made the tokens, or encodes the images.", metavar="DIR"),
+]
+HeldOutExamples = Annotated[
+    Path | None, typer.Option("--validation", help="Tokens or latents of held-out images; see above.", metavar="DIR")
+]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")]
 Extractor = Annotated[
     str | None,

@@ -11,16 +11,14 @@ from typing import Any, TypeVar
 from vqpipe import config, presets
 from vqpipe.codebooks.features import FeaturesConfig
 from vqpipe.codebooks.kmeans import KmeansConfig
-from vqpipe.data.examples import ExamplesConfig
 from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ConfigError
-from vqpipe.generation import GeneratorConfig, SamplingConfig
-from vqpipe.generation.classifier import ClassifierConfig
+from vqpipe.generation.train import ClassifierRecipe, GeneratorRecipe
 from vqpipe.losses.objective import ObjectiveConfig
 from vqpipe.metrics import EvalConfig
 from vqpipe.models.autoencoder import AutoencoderConfig
 from vqpipe.models.discriminator import DiscriminatorConfig
-from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
+from vqpipe.training.config import TokenizerTrainConfig
 
 PAPER = "vqgan-lc-f16-100k"
 """Gives [model] and [objective], which have no defaults, to a stage that is run without a preset and reads neither."""
@@ -38,25 +36,6 @@ class Recipe:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorRecipe:
-    """Every setting of a generator, and how it is sampled."""
-
-    generator: GeneratorConfig
-    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    generate: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierRecipe:
-    """Every setting of a classifier."""
-
-    classifier: ClassifierConfig
-    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 R = TypeVar("R", Recipe, GeneratorRecipe, ClassifierRecipe)

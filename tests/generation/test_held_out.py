@@ -1,4 +1,4 @@
-"""Held-out examples over ranks: each once, and on every rank as many batches."""
+"""Held-out examples over ranks."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.generation.held_out import held_out_losses, mine
+from vqpipe.generation.held_out import held_out_losses, rank_batches
 
 
 class Numbers:
@@ -30,12 +30,14 @@ class Numbers:
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 7, 8, 12])
-def test_ranks_take_each_once_and_make_as_many_calls(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_example_is_counted_once_and_ranks_have_equal_numbers_of_batches(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     counted, calls = list[int](), list[int]()
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        batches = list(mine(Numbers(count), 2))
+        batches = list(rank_batches(Numbers(count), 2))
         counted += [int(each) for _, batch, counts in batches if counts for each in batch.examples]
         calls.append(len(batches))
     assert sorted(counted) == list(range(count))
@@ -49,7 +51,7 @@ class Mean(nn.Module):
         return {"total": examples.float().mean()}
 
 
-def test_a_rank_whose_batch_does_not_count_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_count_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     shares = list[dict[str, float]]()
 

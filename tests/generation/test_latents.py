@@ -1,4 +1,4 @@
-"""From images to latents with a tokenizer's encoder, and from latents back to images by way of ids."""
+"""Encoding of images to latents and decoding back, and guidance of networks on latents."""
 
 from pathlib import Path
 
@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
-from vqpipe.data.latents import LatentStatistics, open_latents, write_latents
+from vqpipe.data.latents import LatentStatistics, open_latents
 from vqpipe.errors import DataError, NumericError
-from vqpipe.generation.latents import to_images
+from vqpipe.generation import SamplingConfig
+from vqpipe.generation.latents import GuidedNetwork, decode_latents, encode_latents
 from vqpipe.models import AutoencoderConfig, build_autoencoder
 from vqpipe.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ def tokenizer(quantizer: dict[str, object] | None = None) -> Tokenizer:
         {"kind": "multi_group", "num_groups": 2, "group": {"kind": "vq", "codebook_size": 16, "code_dim": 2}},
     ],
 )
-def test_stored_latents_decode_to_the_tokenizers_own_images(
+def test_stored_latents_decode_to_the_tokenizer_s_reconstructions(
     quantizer: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -49,42 +50,79 @@ def test_stored_latents_decode_to_the_tokenizers_own_images(
         noise = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / "images" / f"{number}.png")
     images, opened = open_images([str(tmp_path / "images")]), tokenizer(quantizer)
-    draft = artifacts.start(tmp_path / "latents", "latents", {}, {"images": images})
-    assert isinstance(draft, artifacts.Draft)
-    with draft:
-        facts = write_latents(draft, images, opened, image_size=16, flip=True)
-        draft.publish(facts)
+    artifact = encode_latents(tmp_path / "latents", images, opened, image_size=16, flip=True)
+    assert encode_latents(tmp_path / "latents", images, opened, image_size=16, flip=True).content == artifact.content
     pixels = next(iter(OrderedBatches(images, image_size=16, batch_size=3))).images
     latents = open_latents(tmp_path / "latents")
     assert latents.shape == (opened.autoencoder.quantizer.latent_dim, 8, 8)
     assert latents.num_classes is None
     for rows, view in (([0, 2, 4], pixels), ([1, 3, 5], pixels.flip(-1))):
-        made, ids = to_images(latents.take(rows), latents.statistics, opened)
+        decoded, ids = decode_latents(latents.take(rows), latents.statistics, opened)
         truth = opened.encode(view)
-        assert (ids == truth).float().mean() > 0.98  # float16 moves a latent across a border now and then
-        assert torch.equal(made, opened.decode(ids, (16, 16)))
+        assert (ids == truth).float().mean() > 0.98  # rounding to float16 changes a few ids
+        assert torch.equal(decoded, opened.decode(ids, (16, 16)))
     with pytest.raises(DataError, match="does not divide into cells of 2"):
-        write_latents(draft, images, opened, image_size=15)
+        encode_latents(tmp_path / "other", images, opened, image_size=15, flip=True)
 
 
-def test_the_ids_are_those_of_the_denormalised_latents_at_any_size() -> None:
+def test_latents_of_any_size_are_denormalised_and_quantized() -> None:
     opened = tokenizer()
     statistics = LatentStatistics((0.5, -1.0, 0.0, 2.0), (0.1, 0.2, 0.3, 0.4))
     normal = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0))
-    made, ids = to_images(normal, statistics, opened)
+    images, ids = decode_latents(normal, statistics, opened)
     mean, std = (torch.tensor(values)[:, None, None] for values in (statistics.mean, statistics.std))
     codes = opened.autoencoder.quantizer.lookup(torch.arange(64)[None], opened.layout(16, 16))
     table = codes.flatten(2)[0].T
     vectors = (normal * std + mean).movedim(1, -1).reshape(-1, 4)
     nearest = torch.cdist(vectors.double(), table.double()).argmin(dim=1).view(2, 35)
     assert torch.equal(ids, nearest)
-    assert made.shape == (2, 3, 10, 14)
-    assert made.dtype == torch.uint8
+    assert images.shape == (2, 3, 10, 14)
+    assert images.dtype == torch.uint8
 
 
-def test_refuses_what_a_generator_should_not_give() -> None:
+def test_invalid_latents_are_refused() -> None:
     opened, statistics = tokenizer(), LatentStatistics.identity(4)
-    with pytest.raises(NumericError, match="the generator drew NaN or infinity"):
-        to_images(torch.full((1, 4, 2, 2), float("inf")), statistics, opened)
+    with pytest.raises(NumericError, match="the generator sampled NaN or infinity"):
+        decode_latents(torch.full((1, 4, 2, 2), float("inf")), statistics, opened)
     with pytest.raises(DataError, match="latents of 3 channels, the tokenizer has 4"):
-        to_images(torch.zeros(1, 3, 2, 2), LatentStatistics.identity(3), opened)
+        decode_latents(torch.zeros(1, 3, 2, 2), LatentStatistics.identity(3), opened)
+
+
+class CountingNetwork:
+    """Predicts 3, for the null class 1, and the class as its variance channels; records its batch sizes."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, x: Tensor, times: Tensor, classes: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        value = torch.where(classes == 10, 1.0, 3.0)[:, None, None, None]
+        return torch.cat([value.expand_as(x), classes[:, None, None, None].expand_as(x).float()], dim=1)
+
+
+def guided(network: CountingNetwork, **sampling: object) -> GuidedNetwork:
+    classes = torch.tensor([4, 5])
+    return GuidedNetwork(network, classes, torch.full_like(classes, 10), SamplingConfig(**sampling))  # type: ignore[arg-type]
+
+
+def test_guidance_acts_on_every_channel_in_one_batch_of_both() -> None:
+    network, x = CountingNetwork(), torch.zeros(2, 8, 2, 2)
+    output = guided(network, cfg_scale=4.0)(x, 0.5, 0.5)
+    assert network.sizes == [4]
+    assert torch.equal(output[:, :8], torch.full_like(x, 1 + 4 * (3 - 1)))  # released: the first 3 channels only
+    assert output[:, 8:].amax(dim=(1, 2, 3)).tolist() == [4, 5]  # the conditional variance
+
+    network = CountingNetwork()
+    plain = guided(network, cfg_scale=1.0)(x, 0.5, 0.5)
+    assert network.sizes == [2]
+    assert torch.equal(plain[:, :8], torch.full_like(x, 3))
+
+
+def test_guidance_is_limited_to_its_interval_and_follows_its_schedule() -> None:
+    network, x = CountingNetwork(), torch.zeros(2, 1, 1, 1)
+    predict = guided(network, cfg_scale=3.0, cfg_interval=(0.25, 0.75))
+    values = [float(predict(x, 0.0, progress)[0, 0]) for progress in (0.0, 0.2, 0.3, 0.7, 0.8, 1.0)]
+    assert values == [3, 3, 7, 7, 3, 3]
+    assert network.sizes == [2, 2, 4, 4, 2, 2]
+    rising = guided(network, cfg_scale=3.0, cfg_schedule="linear")
+    assert [float(rising(x, 0.0, progress)[0, 0]) for progress in (0.0, 0.5, 1.0)] == [3, 5, 7]

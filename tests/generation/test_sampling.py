@@ -1,4 +1,4 @@
-"""From logits to ids: probabilities are the promised ones, and each image has its own numbers."""
+"""Sampling of ids: probabilities, top-k, top-p, guidance, and the settings."""
 
 import math
 from typing import Any
@@ -11,95 +11,95 @@ from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError
 from vqpipe.generation import SamplingConfig, guidance_scale
 from vqpipe.generation.sampling import (
-    draw_ids,
-    for_each_run,
-    guided,
-    keep_most_probable,
-    top_count,
-    uniforms,
-    with_null,
+    append_null_classes,
+    filter_logits,
+    guide_logits,
+    repeat_for_guidance,
+    sample_ids,
+    top_k_count,
+    uniform_noise,
 )
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
 ROWS = 1000
 
 
-def shares(sampling: SamplingConfig, logits: Tensor = LOGITS) -> Tensor:
-    """How often each id is drawn over numbers that are spread evenly over [0, 1)."""
-    chances = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS
-    ids = draw_ids(logits.expand(ROWS, -1), chances, sampling)
+def frequencies(sampling: SamplingConfig, logits: Tensor = LOGITS) -> Tensor:
+    """The relative frequency of each id for uniform numbers spread evenly over [0, 1)."""
+    uniform = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS
+    ids = sample_ids(logits.expand(ROWS, -1), uniform, sampling)
     return torch.bincount(ids, minlength=len(logits)) / ROWS
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_ids_are_drawn_with_the_probabilities_of_the_softmax(temperature: float) -> None:
-    drawn = shares(SamplingConfig(temperature=temperature))
-    torch.testing.assert_close(drawn, (LOGITS / temperature).softmax(0), rtol=0, atol=1.5 / ROWS)
+def test_ids_are_sampled_with_the_probabilities_of_the_softmax(temperature: float) -> None:
+    found = frequencies(SamplingConfig(temperature=temperature))
+    torch.testing.assert_close(found, (LOGITS / temperature).softmax(0), rtol=0, atol=1.5 / ROWS)
 
 
 def test_temperature_zero_is_greedy() -> None:
-    assert shares(SamplingConfig(temperature=0.0)).tolist() == [0, 1, 0, 0, 0]
+    assert frequencies(SamplingConfig(temperature=0.0)).tolist() == [0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("top_k", [2, 0.4])
-def test_top_k_draws_from_the_most_probable(top_k: int | float) -> None:
-    drawn = shares(SamplingConfig(top_k=top_k))
+def test_top_k_samples_from_the_most_probable_ids(top_k: int | float) -> None:
+    found = frequencies(SamplingConfig(top_k=top_k))
     two = torch.tensor([0.0, math.e**2, 0.0, math.e, 0.0])
-    torch.testing.assert_close(drawn, two / two.sum(), rtol=0, atol=1.5 / ROWS)
+    torch.testing.assert_close(found, two / two.sum(), rtol=0, atol=1.5 / ROWS)
 
 
-def test_top_k_keeps_so_many_where_logits_are_equal() -> None:
-    kept = keep_most_probable(torch.zeros(1, 6), SamplingConfig(top_k=4))
+def test_top_k_keeps_k_ids_of_equal_logits() -> None:
+    kept = filter_logits(torch.zeros(1, 6), SamplingConfig(top_k=4))
     assert int(kept.isfinite().sum()) == 4
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_the_probability() -> None:
     logits = torch.tensor([[0.2, 0.5, 0.2, 0.1]]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.85, 3), (1.0, 4)):
-        assert int(keep_most_probable(logits, SamplingConfig(top_p=top_p)).isfinite().sum()) == kept
-    assert int(keep_most_probable(logits, SamplingConfig(top_p=1e-9)).isfinite().sum()) == 1
+        assert int(filter_logits(logits, SamplingConfig(top_p=top_p)).isfinite().sum()) == kept
+    assert int(filter_logits(logits, SamplingConfig(top_p=1e-9)).isfinite().sum()) == 1
 
 
-@pytest.mark.parametrize("chance", [0.0, math.nextafter(1.0, 0.0)])
-def test_what_is_left_out_is_never_drawn(chance: float) -> None:
+@pytest.mark.parametrize("number", [0.0, math.nextafter(1.0, 0.0)])
+def test_excluded_ids_are_never_sampled(number: float) -> None:
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf]])
     for sampling in (SamplingConfig(), SamplingConfig(top_k=1), SamplingConfig(top_p=0.5)):
-        assert draw_ids(logits, torch.tensor([chance], dtype=torch.float64), sampling).item() in (1, 2)
+        assert sample_ids(logits, torch.tensor([number], dtype=torch.float64), sampling).item() in (1, 2)
 
 
-def test_a_share_of_the_codebook_is_no_exponent() -> None:
-    assert [top_count(k, 100_000) for k in (0, 0.0, 1, 12, 0.1, 1.0, 10**6)] == [100_000] * 2 + [1, 12, 10_000] + [
+def test_top_k_is_a_count_or_a_share_of_the_codebook() -> None:
+    assert [top_k_count(k, 100_000) for k in (0, 0.0, 1, 12, 0.1, 1.0, 10**6)] == [100_000] * 2 + [1, 12, 10_000] + [
         100_000
     ] * 2
-    assert top_count(1e-9, 100) == 1
+    assert top_k_count(1e-9, 100) == 1
 
 
-def test_an_image_has_the_same_numbers_in_any_batch() -> None:
+def test_an_image_has_the_same_random_numbers_in_any_batch() -> None:
     seeds = (3, 5, 8)
-    together = uniforms([torch.Generator().manual_seed(seed) for seed in seeds], 7, torch.device("cpu"))
+    together = uniform_noise([torch.Generator().manual_seed(seed) for seed in seeds], 7, torch.device("cpu"))
     assert together.shape == (3, 7)
     for row, seed in zip(together, seeds, strict=True):
-        alone = uniforms([torch.Generator().manual_seed(seed)], 7, torch.device("cpu"))
+        alone = uniform_noise([torch.Generator().manual_seed(seed)], 7, torch.device("cpu"))
         assert torch.equal(alone[0], row)
-    assert uniforms([], 7, torch.device("cpu")).shape == (0, 7)
+    assert uniform_noise([], 7, torch.device("cpu")).shape == (0, 7)
 
 
-def test_guidance_goes_from_null_through_the_conditional() -> None:
+def test_guidance_extrapolates_from_null_through_conditional_logits() -> None:
     conditional, null = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     for scale in (0.0, 1.5, 4.0):
-        mixed = guided(torch.cat([conditional, null]), SamplingConfig(cfg_scale=scale), 0, 10)
+        mixed = guide_logits(torch.cat([conditional, null]), SamplingConfig(cfg_scale=scale), 0, 10)
         torch.testing.assert_close(mixed, null + scale * (conditional - null))
-    assert torch.equal(guided(conditional, SamplingConfig(), 0, 10), conditional)
+    assert torch.equal(guide_logits(conditional, SamplingConfig(), 0, 10), conditional)
 
 
-def test_guidance_doubles_what_runs() -> None:
+def test_guidance_doubles_the_batch() -> None:
     labels, sampling = torch.tensor([4, 2]), SamplingConfig(cfg_scale=2.0)
-    assert with_null(labels, 9, sampling).tolist() == [4, 2, 9, 9]
-    assert for_each_run(labels, sampling).tolist() == [4, 2, 4, 2]
-    assert with_null(labels, 9, SamplingConfig()) is for_each_run(labels, SamplingConfig())
+    assert append_null_classes(labels, 9, sampling).tolist() == [4, 2, 9, 9]
+    assert repeat_for_guidance(labels, sampling).tolist() == [4, 2, 4, 2]
+    assert append_null_classes(labels, 9, SamplingConfig()) is repeat_for_guidance(labels, SamplingConfig())
 
 
-def test_schedules_rise_to_the_scale() -> None:
+def test_the_guidance_scale_follows_schedule_and_interval() -> None:
     def at(**options: Any) -> list[float]:
         sampling = SamplingConfig(cfg_scale=5.0, **options)
         return [round(guidance_scale(sampling, step / 4), 6) for step in range(5)]
@@ -124,14 +124,14 @@ def test_schedules_rise_to_the_scale() -> None:
         {"eta": 2.0},
     ],
 )
-def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigError, match=rf"generate\.{name} = .* should be"):
         SamplingConfig(**wrong)
 
 
 @pytest.mark.parametrize("top_k", [1, 1.0, 0.1])
-def test_a_count_and_a_share_come_back_as_what_they_were(top_k: int | float) -> None:
+def test_a_count_and_a_share_round_trip_through_tables(top_k: int | float) -> None:
     config = SamplingConfig(top_k=top_k)
     again = from_table(SamplingConfig, to_table(config))
     assert again == config

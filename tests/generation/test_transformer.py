@@ -68,7 +68,7 @@ def test_a_cached_step_equals_the_whole_sequence(rotated: bool) -> None:
     torch.testing.assert_close(torch.cat(steps, dim=1), block(vectors, rotary))
 
 
-def test_gpt2_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_in_training_only() -> None:
     block = random_weights(gpt2_block(WIDTH, HEADS, dropout=0.5))
     vectors = torch.randn(1, LENGTH, WIDTH)
     assert not torch.equal(block(vectors), block(vectors))
@@ -76,7 +76,7 @@ def test_gpt2_dropout_acts_in_training_alone() -> None:
     assert torch.equal(block(vectors), block(vectors))
 
 
-def test_gpt_weights_are_drawn_as_gpt2_s() -> None:
+def test_gpt_weights_are_initialised_as_gpt2_s() -> None:
     layout = TokenLayout(((4, 4),), 1)
     space = Space(layout=layout, codebook_size=50, latent_dim=4, code_dim=4, num_classes=3)
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_gpt_weights_are_drawn_as_gpt2_s() -> None:
     assert all(not weight.any() for name, weight in weights.items() if name.endswith(("wo.bias", "w2.bias")))
 
 
-def test_rotary_positions_separate_rows_from_columns_and_depend_on_differences() -> None:
+def test_rotary_attention_depends_on_differences_of_rows_and_columns() -> None:
     rotary = rotary_2d(4, 5, head_dim=8)
     assert rotary.shape == (21, 4, 2)
     assert rotary[0].eq(0).all()

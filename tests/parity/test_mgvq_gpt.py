@@ -1,6 +1,6 @@
-"""Equal to MGVQ's released GPT-B with its head over four groups, on weights that are a function of their names.
+"""Parity with MGVQ's released GPT-B with its head over four groups, on weights that are a function of their names.
 
-The reference says nothing of labels and codes: they are the classes 207 and 980, and the tokenizer's table as stored.
+The labels of the reference are the classes 207 and 980, its codebook is the tokenizer's as stored.
 """
 
 import json
@@ -22,7 +22,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 class Case(NamedTuple):
-    """The released model and what it computed."""
+    """Our model and the outputs of the released one."""
 
     model: LlamaGen
     want: dict[str, Tensor]

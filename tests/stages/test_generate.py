@@ -1,4 +1,4 @@
-"""`vqpipe generate` as a function: an image depends on its seed and number, not on how the drawing went."""
+"""`vqpipe generate` as a function: an image is a function of seed and number; resuming; settings; errors."""
 
 import io
 import os
@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages import generate as stage
-from stages.generate import generate
+from stages.generate import generate, parse_top_k
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
+from vqpipe.generation import generate as job
 from vqpipe.reports.pictures import from_png
 
 
 def pixels(folder: Path) -> list[np.ndarray]:
-    """Of every sample, in order."""
+    """The pixels of every sample, in order."""
     found = []
     for shard in open_artifact(folder, "images").names("*.tar"):
         with tarfile.open(folder / shard) as tar:
@@ -32,7 +32,7 @@ def pixels(folder: Path) -> list[np.ndarray]:
     return found
 
 
-def test_samples_their_classes_and_the_sheet(drawn: Any, tmp_path: Path) -> None:
+def test_images_have_classes_in_turn_and_a_contact_sheet(drawn: Any, tmp_path: Path) -> None:
     generate(drawn.generator, tmp_path / "made", num_images=7, device="cpu")
     images = open_images(tmp_path / "made")
     assert images.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]  # in turn
@@ -48,7 +48,7 @@ def test_samples_their_classes_and_the_sheet(drawn: Any, tmp_path: Path) -> None
 def test_an_image_is_a_function_of_seed_and_number(drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"classes": "1", "device": "cpu", "batch_size": 4}
     generate(drawn.generator, tmp_path / "few", num_images=6, **options)
-    monkeypatch.setattr(stage, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(job, "IMAGES_PER_SHARD", 4)
     generate(drawn.generator, tmp_path / "many", num_images=10, **options)
     generate(drawn.generator, tmp_path / "other", num_images=6, **options, seed=1)
     few, many, other = (pixels(tmp_path / name) for name in ("few", "many", "other"))
@@ -56,29 +56,31 @@ def test_an_image_is_a_function_of_seed_and_number(drawn: Any, tmp_path: Path, m
     assert not any((a == b).all() for a, b in zip(few, other, strict=True))
 
 
-def test_a_cut_run_goes_on_to_the_same_bytes(drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "IMAGES_PER_SHARD", 2)
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "IMAGES_PER_SHARD", 2)
     options: dict[str, Any] = {"num_images": 6, "device": "cpu"}
     generate(drawn.generator, tmp_path / "whole", **options)
-    real, drawn_shards = stage.draw, []
+    sample_shard, sampled = job.sample_shard, list[int]()
 
-    def cut(published: Any, order: Any, images: range) -> Any:
-        drawn_shards.append(images.start)
-        if len(drawn_shards) == 2:
+    def interrupted(generator: Any, plan: Any, images: range) -> Any:
+        sampled.append(images.start)
+        if len(sampled) == 2:
             raise KeyboardInterrupt
-        return real(published, order, images)
+        return sample_shard(generator, plan, images)
 
-    monkeypatch.setattr(stage, "draw", cut)
+    monkeypatch.setattr(job, "sample_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(drawn.generator, tmp_path / "cut", **options)
     generate(drawn.generator, tmp_path / "cut", **options)
-    assert drawn_shards == [0, 2, 2, 4]  # the first shard was kept
+    assert sampled == [0, 2, 2, 4]  # the first shard was kept
     assert open_artifact(tmp_path / "cut").content == open_artifact(tmp_path / "whole").content
     with pytest.raises(ArtifactError, match=r"num_images was 6, now 7"):
         generate(drawn.generator, tmp_path / "cut", **options | {"num_images": 7})
 
 
-def test_sampling_is_as_trained_then_set_then_flags(drawn: Any, tmp_path: Path) -> None:
+def test_flags_override_set_and_set_overrides_the_preset(drawn: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_images": 1, "device": "cpu"}
     generate(drawn.generator, tmp_path / "a", **options)
     generate(
@@ -94,12 +96,12 @@ def test_sampling_is_as_trained_then_set_then_flags(drawn: Any, tmp_path: Path) 
     assert (b["cfg_scale"], b["top_p"], b["cfg_schedule"], b["top_k"]) == (3.0, 0.95, "linear", 0.25)
 
 
-def test_counts_and_shares() -> None:
-    assert [stage.count_or_share(text) for text in ("0", "4096", "10%", "0.5")] == [0, 4096, 0.1, 0.5]
-    assert [type(stage.count_or_share(text)) for text in ("1", "100%")] == [int, float]
+def test_top_k_is_parsed_as_a_count_or_a_share() -> None:
+    assert [parse_top_k(text) for text in ("0", "4096", "10%", "0.5")] == [0, 4096, 0.1, 0.5]
+    assert [type(parse_top_k(text)) for text in ("1", "100%")] == [int, float]
 
 
-def test_what_cannot_be_drawn_is_told(drawn: Any, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
     def refused(match: str, error: type[Exception] = ConfigError, **changes: Any) -> None:
         options = {"num_images": 2, "device": "cpu", **changes}
         generator = options.pop("generator", drawn.generator)
@@ -107,19 +109,18 @@ def test_what_cannot_be_drawn_is_told(drawn: Any, tmp_path: Path) -> None:
             generate(generator, tmp_path / "out", **options)
         assert not list(tmp_path.glob("out*"))
 
-    refused("there is no class 3. This generator knows the classes 0 to 2", classes="0,3")
-    refused("'x' is no class", classes="1,x")
-    refused("'5-3' is no class", classes="5-3")
-    refused("--top-k many is no number", top_k="many")
+    refused("there is no class 3. This generator has the classes 0 to 2", classes="0,3")
+    refused("'x' is not a class or range", classes="1,x")
+    refused("'5-3' is not a class or range", classes="5-3")
+    refused("--top-k many is not a number", top_k="many")
     refused(r"generate\.top_p = 1\.5 should be in", top_p=1.5)
     refused(r"only \[generate\] can be set here", overrides=["train.steps=3"])
     refused("unknown key generate.cfg_scal", overrides=["generate.cfg_scal=3"])
-    refused("--precision fp16 is not a choice", precision="fp16")
     refused("is of kind tokens, generator is needed", ArtifactError, generator=drawn.tokens)
 
 
 @pytest.mark.slow
-def test_one_and_two_ranks_draw_the_same_samples(drawn: Any, tmp_path: Path) -> None:
+def test_one_and_two_ranks_sample_the_same_images(drawn: Any, tmp_path: Path) -> None:
     words = ["-m", "stages", "generate", "--generator", str(drawn.generator), "--num-images", "520", "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     for ranks in ("1", "2"):

@@ -1,4 +1,4 @@
-"""`vqpipe train-classifier` as a function: it learns, its report is what its weights give, and it can be resumed."""
+"""`vqpipe train-classifier` as a function: the artifact, its report, errors, two ranks."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = ["classifier.width=16", "classifier.depth=1", "classifier.num_heads=2", 
 OVERRIDES = [*SMALL, "train.warmup_steps=1", "train.learning_rate=0.01", "examples.held_out=6", "train.log_every=20"]
 
 
-def test_what_is_published_is_what_was_measured(drawn: Any, tmp_path: Path) -> None:
+def test_metrics_are_those_of_the_published_weights(drawn: Any, tmp_path: Path) -> None:
     train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "vit", overrides=OVERRIDES, **OPTIONS)
     artifact = open_artifact(tmp_path / "vit", "classifier")
     artifact.verify()
@@ -49,7 +49,7 @@ def test_what_is_published_is_what_was_measured(drawn: Any, tmp_path: Path) -> N
     assert np.mean(seen == rest.labels) > 0.6  # it learned those it saw; chance is a third
 
 
-def test_on_named_tokens_or_on_none(drawn: Any, tmp_path: Path) -> None:
+def test_accuracy_is_of_named_tokens_or_missing_without_held_out_images(drawn: Any, tmp_path: Path) -> None:
     short = OPTIONS | {"steps": 2}
     overrides = [*OVERRIDES, "examples.held_out=0", "train.validate_every=0"]
     train_classifier(
@@ -63,7 +63,7 @@ def test_on_named_tokens_or_on_none(drawn: Any, tmp_path: Path) -> None:
     assert "no images were held out" in none["not_computed"]["top1"]
 
 
-def test_the_linear_probe(drawn: Any, tmp_path: Path) -> None:
+def test_a_linear_probe_is_trained(drawn: Any, tmp_path: Path) -> None:
     options = OPTIONS | {"preset": "linear-probe", "steps": 2}
     overrides = ["train.warmup_steps=1", "examples.held_out=6", "examples.num_classes=7"]
     train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "probe", overrides=overrides, **options)
@@ -74,16 +74,16 @@ def test_the_linear_probe(drawn: Any, tmp_path: Path) -> None:
 
 
 class Fixed(nn.Module):
-    """Logits that stand in the examples."""
+    """A classifier whose examples are its logits."""
 
     num_classes = 7
 
-    def predict(self, examples: torch.Tensor) -> torch.Tensor:
+    def logits(self, examples: torch.Tensor) -> torch.Tensor:
         return examples.float()
 
 
 class Few:
-    """Three examples that are their own logits."""
+    """Three examples."""
 
     labels = np.array([0, 1, 6])
     mirrored = False
@@ -99,12 +99,12 @@ class Few:
         return rows[list(images)]
 
 
-def test_top1_and_top5_count_ties_against_the_right_class() -> None:
+def test_ties_count_against_the_correct_class() -> None:
     found = accuracy(Fixed(), Few(), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
     assert found == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
 
 
-def test_what_cannot_be_trained_is_told(drawn: Any, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
     def refused(error: type[Exception], match: str, *more: str, **changes: Any) -> None:
         with pytest.raises(error, match=match):
             train_classifier(
@@ -119,8 +119,8 @@ def test_what_cannot_be_trained_is_told(drawn: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_the_weights_learn_what_one_learns(drawn: Any, tmp_path: Path) -> None:
-    """Five held-out images in batches of two: one rank has a batch more."""
+def test_two_ranks_with_sharded_weights_train_to_the_weights_of_one(drawn: Any, tmp_path: Path) -> None:
+    """Five held-out images in batches of two: one rank has one more batch."""
     settings = [*SMALL, "train.warmup_steps=1", "examples.held_out=5", "train.validate_every=1"]
     settings += ["train.parallel=fsdp", "train.weight_ema=0.5"]
     words = ["-m", "stages", "train-classifier", "--preset", "vit-tiny", "--steps", "3", "--global-batch-size", "4"]

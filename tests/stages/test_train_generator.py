@@ -1,4 +1,4 @@
-"""`vqpipe train-generator` as a function: what is published, what is refused, and a run that is cut and resumed."""
+"""`vqpipe train-generator` as a function: the artifact, resuming, latents, errors, two ranks."""
 
 import json
 import os
@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import console
+from stages import signals
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.examples import TokenSet
+from vqpipe.data.examples import TokenSet, held_out_part
 from vqpipe.errors import ArtifactError, ConfigError, DataError
-from vqpipe.generation.published import open_generator
+from vqpipe.generation.held_out import SEED
+from vqpipe.generation.image_generator import open_generator
 from vqpipe.reports.pictures import from_png
 from vqpipe.training.callbacks import ProgressCallback, read_metrics
 
@@ -28,7 +29,7 @@ LATENT = {
 }
 
 
-def test_what_is_published(drawn: Any) -> None:
+def test_the_artifact_has_weights_tokenizer_log_samples_and_facts(drawn: Any) -> None:
     artifact = open_artifact(drawn.generator, "generator")
     artifact.verify()
     wanted = {"model.safetensors", "config.json", "metrics.jsonl", "report.html", "tokenizer/model.safetensors"}
@@ -47,18 +48,15 @@ def test_what_is_published(drawn: Any) -> None:
     assert sheet.shape == (3, 4 * (8 + 4) + 4, 4 * (8 + 4) + 4)
 
 
-def test_its_codes_are_the_tokenizers(drawn: Any) -> None:
+def test_its_codebook_is_the_tokenizer_s(drawn: Any) -> None:
     opened = open_generator(drawn.generator)
     codes = opened.generator.state_dict()["img_projector.codes"]
     torch.testing.assert_close(codes[0], opened.tokenizer.autoencoder.quantizer.codebook())
 
 
-def test_the_loss_held_out_is_that_of_the_published_weights(drawn: Any) -> None:
-    """Counted again by hand: the images that were held out, in evaluation mode, without dropped classes."""
+def test_the_validation_loss_is_that_of_the_published_weights(drawn: Any) -> None:
+    """Recomputed on the held-out images, in evaluation mode, with the random numbers of the validation."""
     artifact, opened = open_artifact(drawn.generator), open_generator(drawn.generator)
-    from vqpipe.data.examples import held_out_part
-    from vqpipe.generation.held_out import SEED
-
     _, held_out = held_out_part(TokenSet(open_artifact(drawn.tokens)), 6)
     assert held_out is not None
     total = 0.0
@@ -72,7 +70,9 @@ def test_the_loss_held_out_is_that_of_the_published_weights(drawn: Any) -> None:
     assert artifact.facts["valid_loss"] == pytest.approx(total / 6, rel=1e-5)
 
 
-def test_again_and_with_other_settings(drawn: Any, llamagen_options: dict[str, Any], capsys: Any) -> None:
+def test_the_same_run_is_not_repeated_and_another_is_refused(
+    drawn: Any, llamagen_options: dict[str, Any], capsys: Any
+) -> None:
     train_generator(drawn.tokenizer, drawn.generator, tokens=drawn.tokens, device="cpu", **llamagen_options)
     assert "already published" in capsys.readouterr().err
     llamagen_options["overrides"].append("train.log_every=2")
@@ -83,7 +83,7 @@ def test_again_and_with_other_settings(drawn: Any, llamagen_options: dict[str, A
         )
 
 
-def test_a_run_that_is_cut_and_resumed_is_the_same_run(
+def test_an_interrupted_run_resumes_to_the_same_weights_and_samples(
     drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_step_end, steps = ProgressCallback.on_step_end, []
@@ -95,7 +95,7 @@ def test_a_run_that_is_cut_and_resumed_is_the_same_run(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(ProgressCallback, "on_step_end", cut)
-    for expected in (console.Interrupted, None):
+    for expected in (signals.Interrupted, None):
         options = {"tokens": drawn.tokens, "device": "cpu", **llamagen_options}
         if expected is None:
             train_generator(drawn.tokenizer, tmp_path / "cut", **options)
@@ -113,7 +113,9 @@ def test_a_run_that_is_cut_and_resumed_is_the_same_run(
 @pytest.mark.parametrize(
     "kind", ["sit", pytest.param("dit", marks=pytest.mark.slow), pytest.param("ldm", marks=pytest.mark.slow)]
 )
-def test_latents_are_made_once(drawn: Any, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_latents_are_encoded_once_and_read_by_other_runs(
+    drawn: Any, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     options: dict[str, Any] = {"preset": f"{kind}-tiny", "steps": 2, "global_batch_size": 4, "device": "cpu"}
     options["overrides"] = [*LATENT[kind], "train.warmup_steps=1", "generate.steps=2", "examples.num_classes=5"]
     latents = tmp_path / "latents"
@@ -123,7 +125,7 @@ def test_latents_are_made_once(drawn: Any, tmp_path: Path, kind: str, capsys: py
     stored = open_artifact(latents, "latents")
     assert stored.facts["num_latents"] == 48  # each image and its mirror image
     capsys.readouterr()
-    options["overrides"] += ["train.validate_every=1"]  # which changes nothing
+    options["overrides"] += ["train.validate_every=1"]  # does not change the weights
     train_generator(drawn.tokenizer, tmp_path / "b", latents=latents, validation=latents, **options)
     assert "images/s: " not in capsys.readouterr().err
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
@@ -150,7 +152,7 @@ def test_held_out_latents_of_another_size_are_refused(drawn: Any, tmp_path: Path
         )
 
 
-def test_a_flipped_bit_in_latents_is_found_before_the_training(drawn: Any, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_latents_is_found_before_training(drawn: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "device": "cpu"}
     options["overrides"] = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=2"]
     train_generator(drawn.tokenizer, tmp_path / "a", images=[str(drawn.pictures)], num_workers=0, **options)
@@ -173,7 +175,7 @@ def test_raw_latents_are_not_normalised(drawn: Any, tmp_path: Path) -> None:
     assert set(opened.statistics.std) == {1.0}
 
 
-def test_what_cannot_be_trained_is_told(
+def test_invalid_options_are_refused(
     drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     def refused(error: type[Exception], match: str, tokenizer: Path = drawn.tokenizer, **changes: Any) -> None:
@@ -182,11 +184,11 @@ def test_what_cannot_be_trained_is_told(
             train_generator(tokenizer, tmp_path / "out", **options)
         assert not list(tmp_path.glob("out*"))
 
-    refused(ConfigError, "learns tokens: no tokens were named", tokens=None)
-    refused(ConfigError, "learns tokens: --images and --latents are for", images=["x"])
+    refused(ConfigError, "trained on tokens: no tokens were named", tokens=None)
+    refused(ConfigError, "trained on tokens: --images and --latents are for", images=["x"])
     latent = {"preset": "sit-tiny", "overrides": ["train.warmup_steps=1"]}
-    refused(ConfigError, "learns latents: it cannot learn tokens", **latent)
-    refused(ConfigError, "learns latents: no images were named", **latent, tokens=None)
+    refused(ConfigError, "trained on latents: --tokens is for gpt and llamagen", **latent)
+    refused(ConfigError, "trained on latents: no images were named", **latent, tokens=None)
     refused(ConfigError, "for vqpipe train", preset="smoke")
     refused(ConfigError, "no preset was named", preset=None)
     early = ["train.warmup_steps=1", "generate.sampler=ddpm", "generate.steps=2", *LATENT["sit"]]
@@ -201,19 +203,19 @@ def test_what_cannot_be_trained_is_told(
         ConfigError, "trained with class dropout", overrides=["train.warmup_steps=1", "generator.class_dropout=0.0"]
     )
     held = {"validation": drawn.tokens}
-    refused(ConfigError, "and --validation names images", **held)
+    refused(ConfigError, "and --validation both name held-out images", **held)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "parallel", "average"), [("gpt", "ddp", "0.0"), ("llamagen", "fsdp", "0.0"), ("llamagen", "fsdp", "0.5")]
 )
-def test_two_ranks_learn_what_one_learns(
+def test_two_ranks_train_to_the_weights_of_one(
     drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, kind: str, parallel: str, average: str
 ) -> None:
-    """Without anything that is drawn by rank: dropout, dropped classes. Sums over ranks round otherwise.
+    """Without random numbers by rank (dropout, dropped classes); sums over ranks round differently.
 
-    Between steps the network validates and draws, which gathers its weights when they are split.
+    Between steps the network is validated and sampled, which gathers its weights if they are sharded.
     """
     own = [each for each in llamagen_options["overrides"] if kind == "llamagen" or "head_layers" not in each]
     overrides = [*own, "generator.dropout=0.0", "generator.class_dropout=0.0"]
@@ -244,5 +246,5 @@ def test_two_ranks_learn_what_one_learns(
             [row[name] for row in rows[1] if name in row], rel=1e-4
         )
     sheets = [from_png((tmp_path / ranks / "pictures" / "step-00000004.png").read_bytes()) for ranks in "12"]
-    assert (sheets[0] != sheets[1]).float().mean() < 0.05  # rounding may draw another id, for an image or two
+    assert (sheets[0] != sheets[1]).float().mean() < 0.05  # rounding may change an id of an image or two
     assert json.loads((tmp_path / "2" / "manifest.json").read_text())["provenance"]["world_size"] == 2

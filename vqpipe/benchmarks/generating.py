@@ -16,7 +16,7 @@ from vqpipe.benchmarks.measure import Case, Method, Plan, Samples, Settings, Sto
 from vqpipe.generation.base import SamplingConfig, Space
 from vqpipe.generation.cross_entropy import CHUNK_LOGITS, chunked_cross_entropy
 from vqpipe.generation.gpt import SIZES, Gpt, GptConfig
-from vqpipe.generation.sampling import draw_ids, uniforms
+from vqpipe.generation.sampling import sample_ids, uniform_noise
 from vqpipe.quantizers import TokenLayout
 
 ENTRIES, QUICK_ENTRIES = 101_000, 2000
@@ -123,7 +123,7 @@ def compare_sampling(settings: Settings, tokens: int, images: int, stopwatch: St
         ),
         Method(
             name=WHOLE,
-            call=lambda: whole_sequence(model, labels, uniforms(draws(), tokens, settings.device)),
+            call=lambda: whole_sequence(model, labels, uniform_noise(draws(), tokens, settings.device)),
             version=version_of("torch"),
         ),
     ]
@@ -141,5 +141,5 @@ def whole_sequence(model: Gpt, labels: Tensor, chances: Tensor) -> Tensor:
     ids = labels.new_empty(len(labels), 0)
     for number in range(model.space.num_tokens):
         logits = model.logits(model.hidden(labels, ids)[:, -1])
-        ids = torch.cat([ids, draw_ids(logits, chances[:, number], SAMPLING).unsqueeze(1)], dim=1)
+        ids = torch.cat([ids, sample_ids(logits, chances[:, number], SAMPLING).unsqueeze(1)], dim=1)
     return ids

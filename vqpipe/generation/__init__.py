@@ -1,6 +1,6 @@
-"""Generators: what is trained on a tokenizer's ids or latents, and draws new ones. Importing the room defines them all.
+"""Generators: networks trained on a tokenizer's ids or latents that sample new images. Importing the room defines all.
 
-What takes seconds to import (diffusers, timm) is imported by whoever builds a network of it.
+diffusers and timm, which take seconds to import, are imported when a network that needs them is built.
 """
 
 from vqpipe.generation.base import (
@@ -9,14 +9,13 @@ from vqpipe.generation.base import (
     SamplingConfig,
     Space,
     build_generator,
-    generator_classes,
     guidance_scale,
 )
 from vqpipe.generation.dit import Dit, DitConfig
 from vqpipe.generation.gpt import Gpt, GptConfig
+from vqpipe.generation.ldm import Ldm, LdmConfig
 from vqpipe.generation.llamagen import LlamaGen, LlamaGenConfig
 from vqpipe.generation.sit import Sit, SitConfig
-from vqpipe.generation.unet import Ldm, LdmConfig
 
 __all__ = [
     "Dit",
@@ -34,6 +33,5 @@ __all__ = [
     "SitConfig",
     "Space",
     "build_generator",
-    "generator_classes",
     "guidance_scale",
 ]

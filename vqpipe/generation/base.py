@@ -1,10 +1,9 @@
-"""The one interface of every generator: what is trained on a tokenizer's ids or latents, and draws new ones.
+"""The interface of every generator: a network that is trained on a tokenizer's ids or latents and samples new ones.
 
-Shapes: B images, N ids an image, G groups (ids per position), K codes an id ranges over, C latent channels, h x w
-positions.
+Shapes: B images, N ids per image, G groups (ids per position), K codes per group, C latent channels, h x w positions.
 
 A generator is one file: a frozen `XConfig(GeneratorConfig)` with its `kind`, above `class X(Generator)` whose
-`config_class` is XConfig. Defining the subclass is all the registration there is.
+`config_class` is XConfig. Defining the subclass registers it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vqpipe.config import class_for
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.quantizers import Quantizer, TokenLayout
 
@@ -27,22 +27,24 @@ Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What a tokenizer makes of images of one size: the sizes a generator is built for."""
+    """Sizes of the ids and latents of images of one size, and the number of classes: what a generator is built for."""
 
     layout: TokenLayout
-    """The order of an image's ids."""
+    """Order of an image's ids."""
     codebook_size: int
-    """K, codes one id ranges over."""
+    """K, codes per group."""
     latent_dim: int
     """C, channels of the latent before quantization."""
     code_dim: int
     """Channels of one code: those of the latent, or of one of its groups."""
     num_classes: int | None
-    """Labels are in [0, num_classes); None: images have none."""
+    """Labels are in [0, num_classes); None: images have no labels."""
 
     def __post_init__(self) -> None:
         if self.num_classes is not None and self.num_classes < 1:
-            raise ConfigError(f"num_classes = {self.num_classes} should be at least 1", "Without labels it is None")
+            raise ConfigError(
+                f"num_classes = {self.num_classes} should be at least 1", "Use None for images without labels"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -56,17 +58,17 @@ class Space:
 
     @property
     def height(self) -> int:
-        """Rows of the latent, which are those of the finest grid."""
+        """h, rows of the latent and of the finest grid."""
         return self.layout.grids[-1][0]
 
     @property
     def width(self) -> int:
-        """Columns of the latent."""
+        """w, columns of the latent and of the finest grid."""
         return self.layout.grids[-1][1]
 
     @classmethod
     def of(cls, quantizer: Quantizer, height: int, width: int, num_classes: int | None) -> Space:
-        """The space of `quantizer` for latents of `height` x `width` positions."""
+        """Return the space of `quantizer` for latents of `height` x `width` positions."""
         return cls(
             layout=quantizer.layout(height, width),
             codebook_size=quantizer.codebook_size,
@@ -76,7 +78,7 @@ class Space:
         )
 
     def to_table(self) -> dict[str, Any]:
-        """The space as JSON can hold it."""
+        """Return the space as a table for JSON."""
         return {
             "layout": self.layout.to_table(),
             "codebook_size": self.codebook_size,
@@ -87,36 +89,36 @@ class Space:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Space:
-        """Undoes `to_table`."""
+        """Build the space from `to_table`."""
         return cls(**{**table, "layout": TokenLayout.from_table(table["layout"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Section [generate]: how samples are drawn. Of each field is said whom it concerns; others ignore it."""
+    """Section [generate]: settings of sampling. Each field says which generators use it; the others ignore it."""
 
     temperature: float = 1.0
-    """Tokens: logits are divided by it; 0 takes the most probable id (greedy)."""
+    """Tokens: divides the logits; 0: greedy."""
     top_k: int | float = 0
-    """Tokens: only the most probable ids are drawn: a number of them, or, as a float in (0, 1], a share of the
+    """Tokens: sample only from the most probable ids: a number of them, or, as a float in (0, 1], a share of the
     codebook. 0: all."""
     top_p: float = 1.0
-    """Tokens: only the smallest set of most probable ids whose probabilities reach this sum, in (0, 1]; after
-    `top_k`."""
+    """Tokens: sample only from the smallest set of most probable ids whose probabilities sum to at least this, in
+    (0, 1] (nucleus sampling); applied after `top_k`."""
     cfg_scale: float = 1.0
-    """All: strength s of classifier-free guidance, null + s (conditional - null); 1: no guidance, and half the work.
-    Diffusion acts on noise or velocity, tokens on logits."""
+    """All: scale s of classifier-free guidance, null + s (conditional - null); 1: no guidance, at half the cost.
+    Applied to noise or velocity in diffusion, to logits in token models."""
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """All: how the scale goes along the way, the tokens or the steps, from 1 at the start (linear and cosine) to
-    `cfg_scale` at the end."""
+    """All: how the scale changes over the tokens or steps: constant, or rising from 1 at the start to `cfg_scale` at
+    the end."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """All: the part of the way, as shares of it, on which there is guidance (Kynkaanniemi et al. 2024)."""
+    """All: the interval of sampling, as fractions of it, in which guidance is applied (Kynkaanniemi et al. 2024)."""
     steps: int = 250
-    """Latents: evaluations of the network along the way."""
+    """Latents: network evaluations per image."""
     sampler: Sampler | None = None
-    """Latents: the solver; None: the one that the generator was published with."""
+    """Latents: the solver; None: the default of the generator."""
     eta: float | None = None
-    """Latents, ddim alone: share of fresh noise, 0 (deterministic) to 1; None: as published."""
+    """Latents, ddim only: share of fresh noise, 0 (deterministic) to 1; None: the default of the generator."""
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval
@@ -126,13 +128,13 @@ class SamplingConfig:
             "top_k": (0 <= self.top_k <= 1 if share else self.top_k >= 0, "a count, or as a float a share in [0, 1]"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "cfg_scale": (self.cfg_scale >= 0, "at least 0"),
-            "cfg_interval": (0 <= low < high <= 1, "two rising shares in [0, 1]"),
+            "cfg_interval": (0 <= low < high <= 1, "two rising fractions in [0, 1]"),
             "steps": (self.steps >= 1, "at least 1"),
             "eta": (self.eta is None or 0 <= self.eta <= 1, "in [0, 1]"),
         }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ConfigError(f"generate.{name} = {getattr(self, name)} should be {wanted}")
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise ConfigError(f"generate.{name} = {getattr(self, name)} should be {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,8 @@ class GeneratorConfig:
     kind: ClassVar[str]
 
     class_dropout: float = 0.1
-    """Probability that a label is replaced by the null class in training, 0..1. Guidance needs it above 0; without
-    classes it does nothing."""
+    """Probability that training replaces a label by the null class, 0..1. Guidance needs a value above 0; without
+    classes it has no effect."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.class_dropout <= 1:
@@ -151,121 +153,120 @@ class GeneratorConfig:
 
 
 class Generator(nn.Module, ABC):
-    """Learns the distribution of a tokenizer's ids or latents, given labels or not, and draws from it."""
+    """Models the distribution of a tokenizer's ids or latents, with or without class labels."""
 
     config_class: ClassVar[type[GeneratorConfig]]
     trained_on: ClassVar[Literal["tokens", "latents"]]
-    """What `loss` takes and `sample` gives."""
-    entrances: ClassVar[tuple[str, ...]] = ("sample",)
-    """Methods beside `forward` that others call: weights that are split among ranks are gathered for them too."""
+    """The examples: input of `loss`, output of `sample`."""
+    forward_methods: ClassVar[tuple[str, ...]] = ("sample",)
+    """Methods besides `forward` that run the network: FSDP gathers sharded weights for them too."""
 
     def __init__(self, config: GeneratorConfig, space: Space) -> None:
         super().__init__()
         self.config = config
         self.space = space
         self.num_classes = space.num_classes
-        """Labels are in [0, num_classes); None: unconditional. A null class is added inside, where guidance needs it:
-        it is the label `num_classes`."""
+        """Labels are in [0, num_classes); None: unconditional. The null class of guidance is the label
+        `num_classes`."""
 
     @abstractmethod
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Scalars by name, of which "total" is minimised; the others are for the log.
+        """Return named scalars: "total" is minimised, the others are logged.
+
+        Randomness comes from torch's global generators, which the training loop seeds from (seed, step, rank).
 
         Args:
             examples: int64[B, N] ids ("tokens"), or float32[B, C, h, w] normalised latents ("latents").
-            labels: int64[B] in [0, num_classes); ignored where unconditional.
-
-        Randomness is that of torch's global generators, which the loop seeds from (seed, step, rank).
+            labels: int64[B] in [0, num_classes); ignored by unconditional generators.
         """
 
     @abstractmethod
-    def sample(self, labels: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]) -> Tensor:
-        """New examples, int64[B, N] ids or float32[B, C, h, w] normalised latents, for labels int64[B].
+    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        """Return new examples, int64[B, N] ids or float32[B, C, h, w] normalised latents, for labels int64[B].
 
-        Image i takes its randomness from `draws[i]`, a generator on the CPU, and from nothing else: it is a function
-        of its seed, whatever the batch or the rank it is drawn in. Where unconditional, labels only say how many.
+        Image i uses only the random numbers of `rngs[i]`, a generator on the CPU: it does not depend on its batch or
+        rank. Unconditional generators use only the number of labels.
 
         Raises:
-            DataError: a label is out of range, or labels and draws differ in number.
-            ConfigError: guidance of a generator that knows no null class.
+            DataError: a label is out of range, or the numbers of labels and rngs differ.
+            ConfigError: guidance of a generator that was trained without a null class.
         """
 
     @abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
-        """The repeated blocks: units of recomputing (gradient checkpointing) and of sharding (FSDP)."""
+        """Return the repeated blocks: the units of activation checkpointing, compilation and sharding."""
 
     def forward(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`loss`, as one call for DistributedDataParallel."""
+        """`loss`, as the call that DistributedDataParallel wraps."""
         return self.loss(examples, labels)
 
     def load_codebook(self, codebook: Tensor) -> None:
-        """Take the tokenizer's codes, float[K, D] or with groups [G, K, D], where ids are embedded by them.
+        """Load the tokenizer's codes, float[K, C] or float[G, K, C / G], into a generator that embeds ids by them.
 
         Raises:
-            ConfigError: this generator takes none, or one of another shape.
+            ConfigError: this generator uses no codebook, or one of another shape.
         """
-        raise ConfigError(f"the {self.config.kind} generator takes no codebook")
+        raise ConfigError(f"the {self.config.kind} generator uses no codebook")
 
     @property
     def needs_codebook(self) -> bool:
-        """Whether `load_codebook` has to be called before training."""
+        """Whether `load_codebook` must be called before training or sampling."""
         return False
 
     @property
-    def has_null(self) -> bool:
-        """Whether the null class was trained, so that guidance means something."""
+    def has_null_class(self) -> bool:
+        """Whether the null class is trained, so that guidance is possible."""
         return self.num_classes is not None and self.config.class_dropout > 0
 
+    @property
+    def num_class_embeddings(self) -> int:
+        """The classes, and the null class where it is trained; 1 for an unconditional generator."""
+        return 1 if self.num_classes is None else self.num_classes + self.has_null_class
+
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside, the generator is in evaluation mode: no dropout."""
-        before = self.training
+    def eval_mode(self) -> Iterator[None]:
+        """A context in which the generator is in evaluation mode."""
+        training = self.training
         self.eval()
         try:
             yield
         finally:
-            self.train(before)
+            self.train(training)
 
-    def dropped(self, labels: Tensor) -> Tensor:
-        """Labels of a training batch, some replaced by the null class."""
+    def class_ids(self, labels: Tensor) -> Tensor:
+        """Return the labels; for an unconditional generator, zeros."""
+        return torch.zeros_like(labels) if self.num_classes is None else labels
+
+    def drop_labels(self, labels: Tensor) -> Tensor:
+        """Replace labels of a training batch by the null class with probability `class_dropout`."""
         if self.num_classes is None or self.config.class_dropout == 0:
             return labels
         drop = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
         return labels.masked_fill(drop, self.num_classes)
 
-    def check_sampling(self, labels: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]) -> None:
-        """What `sample` raises; every subclass calls it first."""
-        if labels.ndim != 1 or len(labels) != len(draws):
-            raise DataError(f"labels of shape {list(labels.shape)} for {len(draws)} images")
+    def check_sampling(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> None:
+        """Raise the errors of `sample`; every subclass calls it first."""
+        if labels.ndim != 1 or len(labels) != len(rngs):
+            raise DataError(f"labels of shape {list(labels.shape)} for {len(rngs)} images")
         if self.num_classes is not None and len(labels) and int(labels.min()) < 0:
             raise DataError(f"label {int(labels.min())} is negative", "A generator with classes needs one per image")
         if self.num_classes is not None and len(labels) and int(labels.max()) >= self.num_classes:
-            hint = f"This generator knows the classes 0 to {self.num_classes - 1}"
+            hint = f"This generator has the classes 0 to {self.num_classes - 1}"
             raise DataError(f"label {int(labels.max())} is out of range", hint)
-        if sampling.cfg_scale != 1 and not self.has_null:
+        if sampling.cfg_scale != 1 and not self.has_null_class:
             raise ConfigError(
                 f"cfg_scale = {sampling.cfg_scale:g} needs a generator trained with class dropout",
-                "Take --cfg-scale 1, or train with generator.class_dropout above 0 on labelled images",
+                "Use --cfg-scale 1, or train with generator.class_dropout above 0 on labelled images",
             )
 
 
 def build_generator(config: GeneratorConfig, space: Space) -> Generator:
-    """The generator that `config` describes for the tokens or latents of `space`, freshly initialised."""
-    for generator in generator_classes():
-        if getattr(generator, "config_class", None) is type(config):
-            return generator(config, space)
-    raise ConfigError(f"no generator is made from a {type(config).__name__}")
-
-
-def generator_classes(base: type[Generator] = Generator) -> Iterator[type[Generator]]:
-    """Every subclass of Generator defined so far, the abstract ones too."""
-    for sub in base.__subclasses__():
-        yield sub
-        yield from generator_classes(sub)
+    """Return the generator of `config` for the tokens or latents of `space`, with initial weights."""
+    return class_for(Generator, config)(config, space)  # type: ignore[type-abstract]
 
 
 def guidance_scale(sampling: SamplingConfig, progress: float) -> float:
-    """Strength of guidance at `progress` of the way, 0 at the start of sampling to 1 at its end."""
+    """Return the guidance scale at `progress`, 0 at the start of sampling to 1 at its end."""
     low, high = sampling.cfg_interval
     if not low <= progress <= high:
         return 1.0

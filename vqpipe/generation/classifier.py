@@ -1,23 +1,22 @@
-"""Classifiers of token maps: a ViT, and a linear probe. How much of what an image shows is left in its tokens?
+"""Classifiers of token maps, a ViT and a linear probe: how much class information do an image's tokens hold?
 
-VQGAN-LC (Zhu et al. 2024, Figure 1b) trains a ViT-B, pre-trained with MAE (He et al. 2022), on all token maps and gives
-its top-1 accuracy. Neither the paper nor its code says how tokens enter the ViT, what of it is frozen, or for how long
-it is trained, so the published number cannot be met exactly. What is here is a recipe of ours, RECIPE by name:
+VQGAN-LC (Zhu et al. 2024, Figure 1b) trains a ViT-B, pre-trained with MAE (He et al. 2022), on the token maps of its
+tokenizers and reports top-1 accuracy. Neither the paper nor its code says how tokens enter the ViT, which weights are
+frozen, or how long it is trained, so that the published number cannot be reproduced exactly. Ours is the recipe RECIPE:
 
-- A position's codes, those of its groups side by side, standardised channel by channel over the codebook, go through
-  one linear layer to the ViT's width; it stands where the ViT cuts an image into patches. Or ids are embedded by a
-  learned table (`embedding = "table"`).
-- Position embeddings are learned; MAE's are resampled to the grid. Mean pooling, a LayerNorm, a linear layer, as MAE is
-  fine-tuned. All weights are trained, in one rate: there is no decay of it by layer.
-- Cross-entropy with label smoothing, drop path, and each image or its mirror image by chance. There is no mixup, CutMix
-  or random crop: a blend of two ids is no id, and tokens are of one crop.
+- The codes of a position, concatenated over its groups and standardised per channel over the codebook, pass one linear
+  layer that replaces the ViT's patch embedding. Or ids are embedded by a learned table (`embedding = "table"`).
+- Position embeddings are learned; MAE's are resampled to the grid. Mean pooling, LayerNorm and a linear layer, as in
+  MAE's fine-tuning. All weights are trained, with one learning rate: there is no layer-wise decay.
+- Cross-entropy with label smoothing, drop path, and random mirroring. There is no mixup, CutMix or random crop: ids
+  cannot be interpolated, and the tokens are of one crop.
 
-Shapes: B images, N ids an image, G groups (ids per position), P = N / G positions over all grids, K codes of C
-channels, D the ViT's width.
+Shapes: B images, N ids per image, G groups (ids per position), P = N / G positions over all grids, K codes of C
+channels, D channels of the ViT.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.config import resumable
+from vqpipe.config import class_for, resumable
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.generation.base import Space
+from vqpipe.weights import load_tensors
 
 RECIPE = "vqpipe-classify-1"
 UNUSED = ("patch_embed.", "norm.", "fc_norm.", "head.", "mask_token", "decoder_")
-"""What of a pretrained ViT has no place here: its patches, what reconstructed pixels, and the norm and the head that
-fine-tuning begins afresh."""
+"""Tensors of a pretrained ViT that are not used: the patch embedding, the decoder, and the norm and head that
+fine-tuning initialises anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class ClassifierConfig:
     kind: ClassVar[str]
 
     embedding: Literal["codes", "table"] = "codes"
-    """How an id becomes a vector: by the tokenizer's own code (projected, where it projects), or by a learned one."""
+    """Embedding of ids: the tokenizer's codes (after its projector, if it has one), or a learned table."""
     table_dim: int = 32
-    """Channels of a learned vector."""
+    """Channels of the learned table."""
     label_smoothing: float = 0.1
     """Probability that is spread over all classes, 0..1."""
 
@@ -57,21 +57,21 @@ class ClassifierConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig(ClassifierConfig):
-    """A vision transformer (Dosovitskiy et al. 2021) as timm has it; the defaults are ViT-B's sizes."""
+    """timm's vision transformer (Dosovitskiy et al. 2021); defaults: ViT-B."""
 
     kind = "vit"
 
     width: int = 768
-    """D."""
+    """D, channels."""
     depth: int = 12
     """Blocks."""
     num_heads: int = 12
     """Attention heads."""
     drop_path: float = 0.1
-    """Probability that a block is skipped for an image, in the last block; it rises linearly to there."""
+    """Probability that the last block is skipped for an image; it rises linearly from 0 in the first."""
     weights: Path | None = resumable(None)
-    """A checkpoint of MAE, as its authors or timm publish it, to start from; none: random weights. The file counts by
-    its content."""
+    """Pretrained weights of MAE, as published by its authors or by timm; None: random initialisation. Two runs are the
+    same if the content of the file is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,39 +85,39 @@ class VitConfig(ClassifierConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeConfig(ClassifierConfig):
-    """One linear layer on the mean of the codes: what of a class can be read off without learning to look."""
+    """One linear layer on the mean of an image's codes."""
 
     kind = "linear"
 
     pool: int = 1
-    """Means are taken in `pool` x `pool` equal parts of the grid; 1: over all of it."""
+    """Codes are averaged in `pool` x `pool` equal cells of the grid; 1: over the whole grid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pool < 1:
             raise ConfigError(f"classifier.pool = {self.pool} should be at least 1")
         if self.embedding != "codes":
-            raise ConfigError("a linear probe reads the tokenizer's own codes", "Set classifier.embedding = codes")
+            raise ConfigError("a linear probe needs the tokenizer's codes", "Set classifier.embedding = codes")
 
 
 class Classifier(nn.Module, ABC):
     """int64[B, N] -> logits float[B, num_classes].
 
-    `load_codebook` comes before the first use where ids are embedded by the tokenizer's codes; the codes are a part of
-    the state, so a classifier that is read from disk has them.
+    If ids are embedded by the tokenizer's codes, call `load_codebook` before training. The codes are part of the state
+    dict, so that a classifier loaded from disk has them.
 
     Raises:
-        ConfigError: images without classes.
+        ConfigError: the images have no classes.
     """
 
     config_class: ClassVar[type[ClassifierConfig]]
-    entrances: ClassVar[tuple[str, ...]] = ("predict",)
-    """Methods beside `forward` that others call: weights that are split among ranks are gathered for them too."""
+    forward_methods: ClassVar[tuple[str, ...]] = ("logits",)
+    """Methods besides `forward` that run the network: FSDP gathers sharded weights for them too."""
 
     def __init__(self, config: ClassifierConfig, space: Space) -> None:
         super().__init__()
         if space.num_classes is None:
-            raise ConfigError("a classifier needs classes", "Set examples.conditional = true, and give labelled images")
+            raise ConfigError("a classifier needs classes", "Use labelled images and examples.conditional = true")
         self.config, self.space, self.num_classes = config, space, space.num_classes
         if config.embedding == "codes":
             self.dim = space.code_dim
@@ -130,64 +130,63 @@ class Classifier(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, embedded: Tensor) -> Tensor:
-        """The codes of every position, float[B, P, G * C] -> logits float[B, num_classes]."""
+        """Embedded positions, float[B, P, G * C] -> logits float[B, num_classes]."""
 
     @abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
-        """The repeated blocks: units of recomputing and of sharding."""
+        """Return the repeated blocks: the units of activation checkpointing, compilation and sharding."""
 
     @property
     def needs_codebook(self) -> bool:
-        """Whether `load_codebook` has to be called before training."""
+        """Whether `load_codebook` must be called before training."""
         return self.config.embedding == "codes"
 
     def load_codebook(self, codebook: Tensor) -> None:
-        """Take the tokenizer's codes, float[K, C] or [G, K, C], standardised channel by channel.
+        """Load the tokenizer's codes, float[K, C] or float[G, K, C], standardised per channel.
 
         Raises:
-            ConfigError: ids have a learned table here, or the codes have another shape.
+            ConfigError: this classifier learns its embeddings, or the codebook has another shape.
         """
         if not self.needs_codebook:
-            raise ConfigError("this classifier learns its own table of codes", "Set classifier.embedding = codes")
-        table = codebook.detach().float().reshape(-1, *codebook.shape[-2:])
-        if table.shape != self.codes.shape:
-            raise ConfigError(f"a codebook of shape {list(table.shape)}, {list(self.codes.shape)} is needed")
-        spread, mean = torch.std_mean(table, dim=1, keepdim=True)
-        self.codes.data.copy_((table - mean) / spread.clamp(min=1e-6))
+            raise ConfigError("this classifier learns its embeddings", "Set classifier.embedding = codes")
+        codes = codebook.detach().float().reshape(-1, *codebook.shape[-2:])
+        if codes.shape != self.codes.shape:
+            raise ConfigError(
+                f"a codebook of shape {list(codes.shape)} does not fit a classifier for {list(self.codes.shape)}",
+                "Use the codebook of the tokenizer that made the tokens",
+            )
+        std, mean = torch.std_mean(codes, dim=1, keepdim=True)
+        self.codes.data.copy_((codes - mean) / std.clamp(min=1e-6))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """int64[B, N] -> float[B, P, G * C], the codes of a position side by side."""
-        grouped = ids.view(len(ids), self.positions, self.space.num_groups)
-        pairs = zip(grouped.unbind(-1), self.codes.unbind(0), strict=True)
-        return torch.cat([F.embedding(part, table) for part, table in pairs], dim=-1)
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """int64[B, N] -> float[B, num_classes].
+        """int64[B, N] -> float[B, P, G * C], the codes of each position concatenated.
 
         Raises:
-            DataError: the ids are of another number an image.
+            DataError: another number of ids per image.
         """
         if ids.ndim != 2 or ids.shape[1] != self.space.num_tokens:
-            raise DataError(f"ids of shape {list(ids.shape)}, [images, {self.space.num_tokens}] is expected")
+            raise DataError(f"ids of shape {list(ids.shape)}, expected [images, {self.space.num_tokens}]")
+        grouped = ids.view(len(ids), self.positions, self.space.num_groups)
+        pairs = zip(grouped.unbind(-1), self.codes.unbind(0), strict=True)
+        return torch.cat([F.embedding(group_ids, codes) for group_ids, codes in pairs], dim=-1)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """int64[B, N] -> float[B, num_classes]."""
         return self.classify(self.embed(ids))
 
-    def predict(self, ids: Tensor) -> Tensor:
-        """`logits`, for others to call."""
-        return self.logits(ids)
-
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Scalars by name: "total", the smoothed cross-entropy; "train/top1", the share of right answers."""
-        logits = self.logits(examples).float()
+        """Return "total", the smoothed cross-entropy, and "train/top1", the share of correct predictions."""
+        logits = self.classify(self.embed(examples)).float()
         total = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         return {"total": total, "train/top1": (logits.argmax(1) == labels).float().mean().detach()}
 
     def forward(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`loss`, as one call for DistributedDataParallel."""
+        """`loss`, as the call that DistributedDataParallel wraps."""
         return self.loss(examples, labels)
 
 
 class TokenViT(Classifier):
-    """timm's VisionTransformer behind a linear layer from codes, in place of its patches."""
+    """timm's VisionTransformer, with a linear layer on codes instead of the patch embedding."""
 
     config_class = VitConfig
 
@@ -203,10 +202,10 @@ class TokenViT(Classifier):
             drop_path_rate=config.drop_path,
             num_classes=self.num_classes,
             global_pool="avg",
-            embed_layer=partial(Embedded, self.positions),
+            embed_layer=partial(NoPatchEmbedding, self.positions),
         )
         if config.weights is not None and self.embedding.weight.device.type != "meta":
-            self.start_from(config.weights)
+            self.load_pretrained(config.weights)
 
     def classify(self, embedded: Tensor) -> Tensor:
         return self.vit(self.embedding(embedded))
@@ -214,36 +213,30 @@ class TokenViT(Classifier):
     def blocks(self) -> Iterable[nn.Module]:
         return self.vit.blocks
 
-    def start_from(self, file: Path) -> None:
-        """Take the class token, the position embeddings and the blocks of a pretrained ViT; see UNUSED for the rest.
+    def load_pretrained(self, file: Path) -> None:
+        """Load the class token, position embeddings and blocks of a pretrained ViT; the tensors of UNUSED are skipped.
 
         Raises:
-            WeightsError: the file is absent or damaged, a block is missing or of another size, or it holds what no ViT
-                of MAE holds.
+            WeightsError: the file is absent or damaged, a tensor is missing, unknown or of another size.
         """
-        from vqpipe.weights import load_tensors
-
         tensors = load_tensors(file)
         tensors = tensors.get("model", tensors)
         if not isinstance(tensors, Mapping) or "pos_embed" not in tensors:
-            raise WeightsError(f"{file} holds no vision transformer", "Fetch mae_pretrain_vit_base.pth")
-        wanted = {name for name in self.vit.state_dict() if not name.startswith(UNUSED)}
-        given = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
-        for name in sorted(wanted ^ set(given)):
-            what = "lacks" if name in wanted else "has an unknown tensor"
-            raise WeightsError(f"{file} {what} {name}", "Set classifier.width, depth and num_heads to its sizes")
-        given["pos_embed"] = self.resampled(given["pos_embed"], file)
+            raise WeightsError(f"{file} is not a vision transformer", "Fetch mae_pretrain_vit_base.pth")
         own = self.vit.state_dict()
-        for name, value in given.items():
+        expected = {name for name in own if not name.startswith(UNUSED)}
+        loaded = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
+        hint = "Set classifier.width, depth and num_heads to its sizes"
+        for name in sorted(expected ^ set(loaded)):
+            raise WeightsError(f"{file} {'lacks' if name in expected else 'has an unknown tensor'} {name}", hint)
+        loaded["pos_embed"] = self.resample_positions(loaded["pos_embed"], file)
+        for name, value in loaded.items():
             if value.shape != own[name].shape:
-                raise WeightsError(
-                    f"{file} has {name} as {list(value.shape)}, {list(own[name].shape)} is needed",
-                    "Set classifier.width, depth and num_heads to its sizes",
-                )
-        self.vit.load_state_dict(given, strict=False)
+                raise WeightsError(f"{file}: {name} is {list(value.shape)}, expected {list(own[name].shape)}", hint)
+        self.vit.load_state_dict(loaded, strict=False)
 
-    def resampled(self, pos_embed: Tensor, file: Path) -> Tensor:
-        """Position embeddings of a square grid, [1, 1 + S * S, D], for ours; our own where grids are several."""
+    def resample_positions(self, pos_embed: Tensor, file: Path) -> Tensor:
+        """Resample position embeddings of a square grid, [1, 1 + S^2, D], to ours; with several grids return ours."""
         from timm.layers.pos_embed import resample_abs_pos_embed
 
         grids = self.space.layout.grids
@@ -251,12 +244,12 @@ class TokenViT(Classifier):
             return self.vit.state_dict()["pos_embed"]
         side = round((pos_embed.shape[1] - 1) ** 0.5)
         if side * side + 1 != pos_embed.shape[1]:
-            raise WeightsError(f"{file} has position embeddings of no square grid, {list(pos_embed.shape)}")
+            raise WeightsError(f"{file}: the position embeddings {list(pos_embed.shape)} are not of a square grid")
         return resample_abs_pos_embed(pos_embed, new_size=list(grids[0]), old_size=[side, side])
 
 
 class LinearProbe(Classifier):
-    """A linear layer on mean codes."""
+    """A linear layer on the mean of an image's codes, over the grid or in each of its cells."""
 
     config_class = LinearProbeConfig
 
@@ -277,8 +270,8 @@ class LinearProbe(Classifier):
         return ()
 
 
-class Embedded(nn.Module):
-    """Stands where timm's ViT cuts an image into patches: what comes is embedded already, float[B, P, D]."""
+class NoPatchEmbedding(nn.Module):
+    """The identity in place of timm's patch embedding, for inputs that are embedded already, float[B, P, D]."""
 
     def __init__(self, positions: int, **_: Any) -> None:
         super().__init__()
@@ -289,15 +282,5 @@ class Embedded(nn.Module):
 
 
 def build_classifier(config: ClassifierConfig, space: Space) -> Classifier:
-    """The classifier that `config` describes for the tokens of `space`, freshly initialised."""
-    for classifier in classifier_classes():
-        if getattr(classifier, "config_class", None) is type(config):
-            return classifier(config, space)
-    raise ConfigError(f"no classifier is made from a {type(config).__name__}")
-
-
-def classifier_classes(base: type[Classifier] = Classifier) -> Iterator[type[Classifier]]:
-    """Every subclass of Classifier defined so far."""
-    for sub in base.__subclasses__():
-        yield sub
-        yield from classifier_classes(sub)
+    """Return the classifier of `config` for the tokens of `space`, with initial weights."""
+    return class_for(Classifier, config)(config, space)  # type: ignore[type-abstract]

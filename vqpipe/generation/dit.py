@@ -1,19 +1,19 @@
-"""`dit`: a transformer on patches of a noisy latent, which predicts the noise and how sure of it it is.
+"""`dit`: a transformer on patches of a noisy latent that predicts noise and log-variance.
 
 Peebles & Xie 2023, "Scalable Diffusion Models with Transformers" (DiT), with the adaLN-Zero block; attention and MLP
-are timm's, as there. Module names are the released ones. DiT-XL/2 has the paper's 675 M parameters: the times and
-classes are embedded once for all blocks. (diffusers' DiTTransformer2DModel embeds them in each block anew: 750 M, and
-in training each of its blocks would drop classes by a draw of its own.)
+are timm's, as in the released code, and modules have its names. DiT-XL/2 has the paper's 675 M parameters: times and
+classes are embedded once for all blocks. (diffusers' DiTTransformer2DModel has embeddings in each block: 750 M, and
+each block would drop classes independently in training.)
 
-Where VQGAN-LC's released code and paper differ from this, `latents.py` says; the variational bound, `diffusion.py`.
+Differences from VQGAN-LC's released code: see `latents.py`, and `diffusion.py` for the variational bound.
 
-Shapes: B images, C latent channels, h x w positions, p the patch's side, T = h w / p^2 tokens, D the width.
+Shapes: B images, C latent channels, h x w positions, p side of a patch, T = h w / p^2 tokens, D channels.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,47 +22,41 @@ from torch import Tensor, nn
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import GeneratorConfig, Space
 from vqpipe.generation.diffusion import DiffusionConfig, DiffusionGenerator
+from vqpipe.generation.transformer import Size
 
 FREQUENCIES = 256
-"""Sines and cosines that a time is embedded by, before its MLP."""
-
-
-class Size(NamedTuple):
-    """One of the named sizes."""
-
-    depth: int
-    width: int
-    num_heads: int
+"""Sines and cosines of the time embedding, before its MLP."""
 
 
 SIZES = {
-    "tiny": Size(4, 128, 4),  # ours, for tests and demos
-    "S": Size(12, 384, 6),
-    "B": Size(12, 768, 12),
-    "L": Size(24, 1024, 16),
-    "XL": Size(28, 1152, 16),
-}
-"""DiT, Table 1, and one that trains on a CPU."""
+    #             layers heads width
+    "tiny": Size(     4,    4,  128),
+    "S":    Size(    12,    6,  384),
+    "B":    Size(    12,   12,  768),
+    "L":    Size(    24,   16, 1024),
+    "XL":   Size(    28,   16, 1152),
+}  # fmt: skip
+"""DiT, Table 1, and a size that trains on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(GeneratorConfig):
-    """The transformer that DiT and SiT share; defaults: XL/2."""
+    """The transformer of DiT and SiT; defaults: XL/2."""
 
     size: Literal["tiny", "S", "B", "L", "XL"] = "XL"
-    """Depth, width and heads; see `SIZES`."""
+    """Layers, heads and width; see `SIZES`."""
     patch_size: Literal[1, 2, 4, 8] = 2
-    """p: positions on a side of a patch, which is one token."""
+    """p, side of a patch in positions; a patch is one token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DitConfig(TransformerConfig, DiffusionConfig):
-    """DiT: 1000 times, betas rising evenly from 1e-4 to 0.02, the variance learned; sampled by DDPM."""
+    """DiT: 1000 times, betas evenly spaced from 1e-4 to 0.02, learned variance; sampled by DDPM."""
 
     kind: ClassVar[str] = "dit"
 
     learn_variance: bool = True
-    """The network also gives the variance of each step back, learned by the variational bound (IDDPM)."""
+    """The network also predicts the variance of each reverse step, trained by the variational bound (IDDPM)."""
 
 
 class Dit(DiffusionGenerator):
@@ -73,7 +67,7 @@ class Dit(DiffusionGenerator):
 
     def __init__(self, config: DitConfig, space: Space) -> None:
         super().__init__(config, space)
-        self.network = Transformer(config, self.latent_shape, self.output_channels, self.class_rows)
+        self.network = Transformer(config, self.latent_shape, self.output_channels, self.num_class_embeddings)
 
     def blocks(self) -> Iterable[nn.Module]:
         return self.network.blocks
@@ -83,13 +77,17 @@ class Transformer(nn.Module):
     """(float[B, C, h, w], times float32[B], classes int64[B]) -> float[B, out_channels, h, w].
 
     Raises:
-        ConfigError: the patches do not divide the latent.
+        ConfigError: `patch_size` does not divide the latent.
     """
 
     pos_embed: Tensor
 
     def __init__(
-        self, config: TransformerConfig, latent_shape: tuple[int, int, int], out_channels: int, class_rows: int
+        self,
+        config: TransformerConfig,
+        latent_shape: tuple[int, int, int],
+        out_channels: int,
+        num_class_embeddings: int,
     ) -> None:
         super().__init__()
         channels, height, width = latent_shape
@@ -97,19 +95,19 @@ class Transformer(nn.Module):
         if height % patch or width % patch:
             raise ConfigError(
                 f"a latent of {height} x {width} does not divide into patches of {patch}",
-                "Choose another generator.patch_size",
+                "Use another generator.patch_size",
             )
         self.patch_size, self.grid = patch, (height // patch, width // patch)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, size.width, patch, patch)})
         self.t_embedder = TimeEmbedding(size.width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(class_rows, size.width)})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_class_embeddings, size.width)})
         self.register_buffer("pos_embed", position_embedding(size.width, *self.grid)[None])
-        self.blocks = nn.ModuleList(Block(size.width, size.num_heads) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(DitBlock(size.width, size.heads) for _ in range(size.layers))
         self.final_layer = FinalLayer(size.width, patch * patch * out_channels)
         self.initialize()
 
     def initialize(self) -> None:
-        """As DiT: Xavier for linear layers, N(0, 0.02) for embeddings; blocks start as identities, output as 0."""
+        """As DiT: Xavier for linear layers, N(0, 0.02) for embeddings; blocks start as identities, the output as 0."""
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -134,8 +132,8 @@ class Transformer(nn.Module):
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-class Block(nn.Module):
-    """Attention and MLP, each scaled, shifted and gated by the condition; float[B, T, D], float[B, D] -> [B, T, D]."""
+class DitBlock(nn.Module):
+    """Attention and MLP, scaled, shifted and gated by the condition: float[B, T, D], float[B, D] -> float[B, T, D]."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         from timm.layers.activations import GELUTanh  # seconds
@@ -157,7 +155,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """float[B, T, D], float[B, D] -> float[B, T, numbers of a patch]."""
+    """float[B, T, D], float[B, D] -> float[B, T, p^2 out_channels]."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -171,7 +169,7 @@ class FinalLayer(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Times float32[B] -> float[B, D]: sinusoids of 128 frequencies from 1 down to about 1/10000, and an MLP."""
+    """Times float32[B] -> float[B, D]: sinusoids of 128 frequencies from 1 to about 1/10000, then an MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -185,7 +183,7 @@ class TimeEmbedding(nn.Module):
 
 
 def position_embedding(width: int, rows: int, columns: int) -> Tensor:
-    """Fixed sinusoids, float32[rows * columns, width]: the first half of the channels for columns, as in MAE's code."""
+    """Return fixed sinusoids, float32[rows * columns, width]; the first half of the channels is for columns (MAE)."""
     quarter = width // 4
     rates = 1 / 10_000 ** (np.arange(quarter) / quarter)
     row, column = np.mgrid[:rows, :columns].reshape(2, -1, 1) * rates

@@ -39,7 +39,7 @@ class CodeEmbedding(nn.Module):
         if groups.shape != self.codes.shape:
             raise ConfigError(
                 f"a codebook of shape {list(codebook.shape)} does not fit a generator for {list(self.codes.shape)}",
-                "Hand in the codebook of the tokenizer that made the tokens",
+                "Use the codebook of the tokenizer that made the tokens",
             )
         self.codes.copy_(groups)
         self.loaded.fill_(True)

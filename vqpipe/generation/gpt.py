@@ -1,18 +1,19 @@
-"""`gpt`: the GPT of VQGAN-LC, one sequence of a class and the ids of an image.
+"""`gpt`: the GPT of VQGAN-LC, on one sequence of a class token and the ids of an image.
 
 Zhu et al. 2024, "Scaling the Codebook Size of VQGAN to 100,000 with a Utilization Rate of 99%"; Radford et al. 2019.
-Shapes: B images, N ids an image, K codes, V entries of the vocabulary, D channels.
+Shapes: B images, N ids per image, K codes, V entries of the vocabulary, D channels.
 
 What is unusual:
-- The vocabulary is the codes and behind them the starts: a class c is entry K + c, and the null class, where guidance
-  is trained, K + num_classes. Without classes there is one start, K: the released code starts from 0, which is a code.
-- Noise (`keep`) replaces input ids by random codes; the released code also draws class entries.
-- Ids of any layout are one sequence: groups and scales are told apart by their learned positions alone.
-- Sampling keeps keys and values; the released code runs the whole sequence again for every id.
+- The vocabulary is the K codes, followed by the class tokens: class c is entry K + c, and the null class, if guidance
+  is trained, K + num_classes. Without classes there is one start token, K; the released code starts from the code 0.
+- In training, input ids are replaced by random codes with probability 1 - `keep`; the released code also samples class
+  tokens there.
+- Ids of any layout are one sequence: only the learned positions distinguish groups and scales.
+- Sampling caches keys and values; the released code runs the whole sequence again for every id.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,7 +24,13 @@ from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
 from vqpipe.generation.cross_entropy import chunked_cross_entropy
 from vqpipe.generation.embedding import CodeEmbedding
-from vqpipe.generation.sampling import draw_ids, for_each_run, guided, uniforms, with_null
+from vqpipe.generation.sampling import (
+    append_null_classes,
+    guide_logits,
+    repeat_for_guidance,
+    sample_ids,
+    uniform_noise,
+)
 from vqpipe.generation.transformer import INIT_STD, Size, empty_caches, gpt2_block, init_weights
 
 SIZES = {
@@ -31,13 +38,13 @@ SIZES = {
     "tiny":  Size(     4,    4,  128),
     "404m":  Size(    24,   16, 1024),
 }  # fmt: skip
-"""The paper's, and one that learns on a CPU. With 100,000 codes, 1000 classes and 256 ids the paper's has 509.4 million
-parameters, of which each of the two vocabulary matrices is 103.4: its 404 leaves one of them out."""
+"""The paper's model, and one that trains on a CPU. With 100,000 codes, 1000 classes and 256 ids the paper's has 509.4
+million parameters, 103.4 million in each of the two vocabulary matrices; its "404M" counts one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GptConfig(GeneratorConfig):
-    """The defaults are VQGAN-LC's GPT with a null class for guidance, which its own lacks (class_dropout = 0)."""
+    """Defaults: VQGAN-LC's GPT, plus a null class for guidance (the released model has none: class_dropout = 0)."""
 
     kind: ClassVar[str] = "gpt"
 
@@ -46,13 +53,13 @@ class GptConfig(GeneratorConfig):
     width: int = 1024
     """D, channels."""
     dropout: float = 0.0
-    """Of inputs, attention and both halves of every block, 0..1."""
+    """Dropout of inputs, attention weights and both halves of every block, 0..1."""
     keep: float = 1.0
-    """Share of input ids that stay as they are in training; the others become random codes, 0..1. VQGAN-LC: 0.8."""
+    """Probability that an input id is kept in training; the others become random codes, 0..1. VQGAN-LC: 0.8."""
     label_smoothing: float = 0.0
-    """Share of each target that is spread over the vocabulary, 0..1. VQGAN-LC knows 0.1, and leaves it off."""
+    """Probability that is spread over the vocabulary, 0..1. VQGAN-LC's code has 0.1 as an option, off by default."""
     embedding: Literal["learned", "codebook"] = "learned"
-    """Inputs: a fresh table, as the released code, or the tokenizer's codes through a small network."""
+    """Input embeddings: a learned table, as the released code, or the tokenizer's codes through a small network."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,8 +77,9 @@ class GptConfig(GeneratorConfig):
 class Gpt(Generator):
     """Next-id prediction by GPT-2's blocks with learned positions.
 
-    Weights start from N(0, 0.02), the last layer of each half of a block smaller by sqrt(2 layers) as GPT-2; the
-    released code has 0.02 there too. Input and output matrices are two, and the output has no bias.
+    Weights are initialised from N(0, 0.02), the last layer of each half of a block with a standard deviation smaller by
+    sqrt(2 layers), as GPT-2; the released code has 0.02 there too. Input and output matrices are not tied, and the
+    output has no bias.
     """
 
     config_class = GptConfig
@@ -80,9 +88,10 @@ class Gpt(Generator):
 
     def __init__(self, config: GptConfig, space: Space) -> None:
         super().__init__(config, space)
-        starts = 1 if space.num_classes is None else space.num_classes + self.has_null
+        starts = self.num_class_embeddings
         learned = config.embedding == "learned"
         self.first_start = space.codebook_size if learned else 0
+        """Row of `tokens` of the first class."""
         self.tokens = nn.Embedding(starts + self.first_start, config.width)
         groups = space.num_groups
         self.code_embedding = (
@@ -115,37 +124,36 @@ class Gpt(Generator):
         else:
             self.code_embedding.load(codebook)
 
-    def start(self, labels: Tensor) -> Tensor:
-        """What stands before the first id: int64[B] -> float[B, 1, D]."""
-        labels = torch.zeros_like(labels) if self.num_classes is None else labels
-        return self.tokens(self.first_start + labels).unsqueeze(1)
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """The first input: int64[B] -> float[B, 1, D]."""
+        return self.tokens(self.first_start + self.class_ids(labels)).unsqueeze(1)
 
-    def embedded(self, ids: Tensor, first: int = 0) -> Tensor:
-        """int64[B, n], the first of them id number `first` of its image -> float[B, n, D]."""
+    def embed(self, ids: Tensor, first: int = 0) -> Tensor:
+        """int64[B, n] ids, the first of which has index `first` in its image -> float[B, n, D]."""
         return self.tokens(ids) if self.code_embedding is None else self.code_embedding(ids, first)
 
     def hidden(self, labels: Tensor, ids: Tensor) -> Tensor:
-        """What predicts ids 0 to n: labels int64[B], ids int64[B, n] -> float[B, n + 1, D]."""
-        start = self.start(labels)
-        inputs = torch.cat([start, self.embedded(ids).to(start.dtype)], dim=1) if ids.shape[1] else start
+        """The hidden states that predict ids 0 to n: labels int64[B], ids int64[B, n] -> float[B, n + 1, D]."""
+        start = self.embed_labels(labels)
+        inputs = torch.cat([start, self.embed(ids).to(start.dtype)], dim=1) if ids.shape[1] else start
         vectors = self.dropout(inputs + self.positions[: inputs.shape[1]])
         for layer in self.layers:
             vectors = layer(vectors)
         return self.norm(vectors)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float[..., D] -> float[..., K] over the codes alone: the starts are cut off."""
+        """float[..., D] -> float[..., K]: logits of the codes, without the class tokens."""
         return self.head(hidden)[..., : self.space.codebook_size]
 
-    def noisy(self, ids: Tensor) -> Tensor:
-        """Input ids of a training batch, some replaced by random codes."""
+    def corrupt(self, ids: Tensor) -> Tensor:
+        """Replace input ids of a training batch by random codes with probability 1 - `keep`."""
         if self.config.keep == 1:
             return ids
-        noise = torch.randint_like(ids, self.space.codebook_size)
-        return torch.where(torch.rand(ids.shape, device=ids.device) < self.config.keep, ids, noise)
+        random_ids = torch.randint_like(ids, self.space.codebook_size)
+        return torch.where(torch.rand(ids.shape, device=ids.device) < self.config.keep, ids, random_ids)
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = self.hidden(self.dropped(labels), self.noisy(examples[:, :-1]))
+        hidden = self.hidden(self.drop_labels(labels), self.corrupt(examples[:, :-1]))
         total = chunked_cross_entropy(
             hidden.flatten(0, 1),
             self.head.weight,
@@ -155,25 +163,22 @@ class Gpt(Generator):
         return {"total": total}
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]) -> Tensor:
-        self.check_sampling(labels, sampling, draws)
-        labels = labels.to(self.head.weight.device)
+    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        self.check_sampling(labels, sampling, rngs)
         if self.needs_codebook:
-            raise WeightsError("the gpt generator has no codes to read its ids with", "Load its codebook first")
-        chances = uniforms(draws, self.space.num_tokens, labels.device)
-        with self.evaluating():
-            return torch.cat(list(self.drawn(labels, sampling, chances)), dim=1)
-
-    def drawn(self, labels: Tensor, sampling: SamplingConfig, chances: Tensor) -> Iterator[Tensor]:
-        """The ids one by one, int64[B, 1]; keys and values of those before are kept."""
-        count = self.space.num_tokens
-        vector = self.start(with_null(labels, self.num_classes or 0, sampling))
-        caches = empty_caches(len(self.layers), vector, self.config.heads, count)
-        for number in range(count):
-            hidden = vector + self.positions[number]
-            for layer, cache in zip(self.layers, caches, strict=True):
-                hidden = layer(hidden, cache=cache, start=number)
-            logits = guided(self.logits(self.norm(hidden)[:, -1]), sampling, number, count)
-            ids = draw_ids(logits, chances[:, number], sampling)
-            yield ids.unsqueeze(1)
-            vector = self.embedded(for_each_run(ids, sampling).unsqueeze(1), number).to(vector.dtype)
+            raise WeightsError("the gpt generator embeds ids by the tokenizer's codebook", "Call load_codebook first")
+        labels, count = labels.to(self.head.weight.device), self.space.num_tokens
+        uniform = uniform_noise(rngs, count, labels.device)
+        samples = []
+        with self.eval_mode():
+            vector = self.embed_labels(append_null_classes(labels, self.num_classes or 0, sampling))
+            caches = empty_caches(len(self.layers), vector, self.config.heads, count)
+            for number in range(count):
+                hidden = vector + self.positions[number]
+                for layer, cache in zip(self.layers, caches, strict=True):
+                    hidden = layer(hidden, cache=cache, start=number)
+                logits = guide_logits(self.logits(self.norm(hidden)[:, -1]), sampling, number, count)
+                ids = sample_ids(logits, uniform[:, number], sampling)
+                samples.append(ids)
+                vector = self.embed(repeat_for_guidance(ids, sampling).unsqueeze(1), number).to(vector.dtype)
+        return torch.stack(samples, dim=1)

@@ -1,36 +1,45 @@
-"""What LDM, DiT and SiT have in common: they learn normalised latents, and a tokenizer makes images of theirs.
+"""What LDM, DiT and SiT share: networks on noisy latents, classifier-free guidance, encoding and decoding of latents.
 
 A latent is the encoder's output after quant_conv, before quantization, as in VQGAN-LC (Zhu et al. 2024, section 4).
-What a generator draws is denormalised, quantized, and decoded by way of its ids, like any other tokens.
+Sampled latents are denormalised, quantized, and decoded from their ids, like any other tokens.
 
-Where the code released with VQGAN-LC and this differ: latents are computed once, not in every step; they are normalised
-by measured statistics (released: as they are; `raw` does so); images enter the encoder in [-1, 1] (released DiT: in
-[-3, 1], normalised twice); guidance acts on all channels (released DiT and SiT: on the first 3 of 8, left over from a
-latent of 4); the null class is trained in all three (released LDM: never, though it samples with it).
+Differences from the code released with VQGAN-LC: latents are computed once, not in every step; they are normalised by
+measured statistics (released: not normalised; the setting `raw` does that); images enter the encoder in [-1, 1]
+(released DiT: in [-3, 1], normalised twice); guidance acts on all channels (released DiT and SiT: on the first 3 of 8);
+the null class is trained for all three (released LDM: never, although it is sampled with).
 
-Shapes: B images of H x W pixels, N ids an image, C latent channels, h x w positions.
+Image i takes its random numbers from `rngs[i]`, a generator on the CPU, so that it does not depend on its batch.
+
+Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w positions.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vqpipe.data.latents import LatentSet, LatentStatistics, open_latents
+from vqpipe import artifacts
+from vqpipe.artifacts import Artifact
+from vqpipe.data.images import ImageSet
+from vqpipe.data.latents import LatentStatistics, write_latents
 from vqpipe.errors import DataError, NumericError
-from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
-from vqpipe.generation.samplers import Guided, noise
+from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, guidance_scale
+from vqpipe.progress import SILENT, Progress
 from vqpipe.tokenizer import Tokenizer
 
-__all__ = ["LatentGenerator", "LatentSet", "LatentStatistics", "open_latents", "to_images"]
+Denoiser = Callable[[Tensor, float, float], Tensor]
+"""(x, time, progress) -> prediction of the network; see `GuidedNetwork`."""
 
 
 class LatentGenerator(Generator):
-    """A network on noisy latents: (float[B, C, h, w], times float32[B], classes int64[B]) -> [B, C or more, h, w].
+    """A generator with a network on noisy latents: (float[B, C, h, w], times float32[B], classes int64[B]) ->
+    float[B, C or more, h, w].
 
-    A subclass makes `network`, and says how to learn (`loss`) and how to get from noise to a latent (`solve`).
+    A subclass builds `network` and implements `loss` and `solve`.
     """
 
     trained_on: ClassVar[Literal["tokens", "latents"]] = "latents"
@@ -40,55 +49,103 @@ class LatentGenerator(Generator):
         super().__init__(config, space)
         self.latent_shape = (space.latent_dim, space.height, space.width)
 
-    @property
-    def class_rows(self) -> int:
-        """Rows of a class embedding: the classes, and the null class where there is one; 1 where unconditional."""
-        return 1 if self.num_classes is None else self.num_classes + self.has_null
-
-    def classes(self, labels: Tensor) -> Tensor:
-        """int64[B] rows of the class embedding for these labels, which may hold the null class."""
-        return torch.zeros_like(labels) if self.num_classes is None else labels
-
     def check_latents(self, latents: Tensor) -> None:
-        """Raise a DataError unless these are latents of this generator's space."""
+        """Raise a DataError unless the latents have the shape of this generator's space."""
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise DataError(
-                f"latents of shape {list(latents.shape)}, the generator is for {list(self.latent_shape)}",
-                "Use latents of the tokenizer and image size it was made for",
+                f"latents of shape {list(latents.shape)}, the generator needs {list(self.latent_shape)}",
+                "Use latents of the tokenizer and image size it was built for",
             )
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]) -> Tensor:
-        """float32[B, C, h, w] normalised latents; see `Generator.sample`. Dropout and the like are off meanwhile."""
-        self.check_sampling(labels, sampling, draws)
+    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        self.check_sampling(labels, sampling, rngs)
         device = next(self.parameters()).device
-        classes = self.classes(labels.to(device))
-        null = torch.full_like(classes, self.class_rows - 1)
-        learning = self.training
-        self.eval()
-        try:
-            predict = Guided(self.network, classes, null, sampling)
-            return self.solve(predict, noise(draws, self.latent_shape, device), sampling, draws)
-        finally:
-            self.train(learning)
+        classes = self.class_ids(labels.to(device))
+        null = torch.full_like(classes, self.num_class_embeddings - 1)
+        with self.eval_mode():
+            predict = GuidedNetwork(self.network, classes, null, sampling)
+            return self.solve(predict, gaussian_noise(rngs, self.latent_shape, device), sampling, rngs)
 
     @abstractmethod
     def solve(
-        self, predict: Guided, start: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]
+        self, predict: Denoiser, start: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
     ) -> Tensor:
-        """From noise, float32[B, C, h, w], to latents."""
+        """Transform noise, float32[B, C, h, w], into latents."""
+
+
+@dataclass(frozen=True)
+class GuidedNetwork:
+    """A network with classifier-free guidance (Ho & Salimans 2022), for one batch of classes.
+
+    Guidance acts on the C channels of the prediction; further channels (a variance) are the conditional ones.
+    """
+
+    network: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(float[B, C, h, w], times float32[B], classes int64[B]) -> float[B, C or more, h, w]."""
+    classes: Tensor
+    """int64[B]."""
+    null: Tensor
+    """int64[B], the null class."""
+    sampling: SamplingConfig
+
+    def __call__(self, x: Tensor, time: float, progress: float) -> Tensor:
+        """Return the prediction for `x`, float32[B, C, h, w], at `time`, in the network's unit, and at `progress` of
+        sampling, 0 to 1."""
+        scale = guidance_scale(self.sampling, progress)
+        times = torch.full((len(x),), time, device=x.device)
+        if scale == 1:
+            return self.network(x, times, self.classes).float()
+        both = self.network(torch.cat([x, x]), torch.cat([times, times]), torch.cat([self.classes, self.null])).float()
+        conditional, null = both.chunk(2)
+        channels = x.shape[1]
+        guided = null[:, :channels] + scale * (conditional[:, :channels] - null[:, :channels])
+        return torch.cat([guided, conditional[:, channels:]], dim=1)
+
+
+def gaussian_noise(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return standard normal numbers float32[B, *shape], image i's from `rngs[i]`; the same on every device."""
+    return torch.stack([torch.randn(tuple(shape), generator=rng) for rng in rngs]).to(device)
+
+
+def encode_latents(
+    out: Path,
+    images: ImageSet,
+    tokenizer: Tokenizer,
+    *,
+    image_size: int,
+    flip: bool,
+    num_workers: int = 0,
+    progress: Progress = SILENT,
+) -> Artifact:
+    """Encode images into the `latents` artifact `out`, or open it if it was made by the same request.
+
+    Raises:
+        DataError: the downsample factor does not divide the size, or too many images cannot be read.
+        NumericError: a latent is NaN or too large for float16.
+        ArtifactError: `out` is of another request.
+    """
+    settings: dict[str, Any] = {"image_size": image_size, "flip": flip, "precision": "fp32", "max_skipped": 0.01}
+    draft = artifacts.start(out, "latents", settings, {"images": images, "tokenizer": tokenizer.source})
+    if isinstance(draft, Artifact):
+        return draft
+    with draft:
+        facts = write_latents(draft, images, tokenizer, num_workers=num_workers, progress=progress, **settings)
+        made = draft.publish(facts)
+    progress.message(f"latents: {made.path}")
+    return made
 
 
 @torch.no_grad()
-def to_images(latents: Tensor, statistics: LatentStatistics, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Normalised latents float[B, C, h, w] -> images uint8[B, 3, H, W] and their ids int64[B, N].
+def decode_latents(latents: Tensor, statistics: LatentStatistics, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Decode normalised latents float[B, C, h, w] into images uint8[B, 3, H, W]; returns also their ids int64[B, N].
 
     Raises:
         NumericError: a latent is NaN or infinite.
-        DataError: its channels are not the tokenizer's.
+        DataError: the tokenizer has another number of latent channels.
     """
     if not bool(torch.isfinite(latents).all()):
-        raise NumericError("the generator drew NaN or infinity", "Lower the guidance, or train it further")
+        raise NumericError("the generator sampled NaN or infinity", "Lower the guidance scale, or train it longer")
     if latents.shape[1] != tokenizer.autoencoder.quantizer.latent_dim:
         raise DataError(
             f"latents of {latents.shape[1]} channels, the tokenizer has {tokenizer.autoencoder.quantizer.latent_dim}"

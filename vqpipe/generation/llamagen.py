@@ -1,33 +1,43 @@
 """`llamagen`: LlamaGen's transformer over the positions of an image, with MGVQ's head over the ids of a position.
 
-Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation"; Jia et al. 2025, "MGVQ".
-Shapes: B images, P = h x w positions, G groups, N = P * G ids, K codes of a group, D channels, A heads.
+Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation"; Jia et al. 2025, "MGVQ:
+Could VQ-VAE Beat VAE?".
+Shapes: B images, P = h x w positions, M positions of a batch, G groups, N = P * G ids, K codes per group, D channels,
+A heads.
 
 What is unusual:
-- No table of input embeddings: a position's G codes, as the tokenizer has them, are joined and go through a small
-  network. MGVQ hands in the rows of its table as they are stored, not the unit vectors that its decoder sees.
-- The positions turn in two dimensions: half of a head's channels with the row, half with the column.
-- The class stands before the first position, and its turn is all zeros rather than none: its queries and keys vanish,
-  so that whoever looks at it sees its values at weight exp(0). This is LlamaGen's; weights depend on it.
-- The head of MGVQ takes the place of LlamaGen's output layer for any G, G = 1 too.
+- There is no table of input embeddings: the G codes of a position are concatenated and pass a small network. MGVQ's
+  input is the codebook as stored, not the unit vectors that its decoder receives.
+- Rotary positions have two dimensions: half of a head's channels rotate with the row, half with the column.
+- The class token precedes the first position. Its rotary factors are zeros, so that its queries and keys vanish, and
+  every position attends to it with weight exp(0). This is LlamaGen's code; its weights depend on it.
+- MGVQ's head replaces LlamaGen's output layer for any G, also for G = 1.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
 from vqpipe.generation.cross_entropy import chunked_cross_entropy
 from vqpipe.generation.embedding import CodeEmbedding, LabelEmbedding
-from vqpipe.generation.head import GroupHead
-from vqpipe.generation.sampling import draw_ids, for_each_run, guided, uniforms, with_null
+from vqpipe.generation.sampling import (
+    append_null_classes,
+    guide_logits,
+    repeat_for_guidance,
+    sample_ids,
+    uniform_noise,
+)
 from vqpipe.generation.transformer import (
     INIT_STD,
     Size,
+    SwiGlu,
     empty_caches,
     init_weights,
     llama_block,
@@ -43,14 +53,14 @@ SIZES = {
     "xl":   Size(    36,   20, 1280),
     "xxl":  Size(    48,   24, 1536),
 }  # fmt: skip
-"""LlamaGen's, and one that learns on a CPU. With G = 4 groups of 8192 codes and 24 x 24 positions MGVQ's released
-models have 139,170,816 / 398,577,664 / 866,728,960 / 1,548,343,296 parameters; without the adaLN layers and the
-positions that they never use, ours have 117,498,624 / 360,244,224 / 807,015,680 / 1,462,531,584."""
+"""LlamaGen's, and one that trains on a CPU. With G = 4 groups of 8192 codes and 24 x 24 positions, MGVQ's released
+models have 139,170,816 / 398,577,664 / 866,728,960 / 1,548,343,296 parameters; ours, without the adaLN layers and
+positions that these never use, 117,498,624 / 360,244,224 / 807,015,680 / 1,462,531,584."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaGenConfig(GeneratorConfig):
-    """The defaults are GPT-B with LlamaGen's training recipe."""
+    """Defaults: GPT-B with LlamaGen's training recipe."""
 
     kind: ClassVar[str] = "llamagen"
 
@@ -59,11 +69,11 @@ class LlamaGenConfig(GeneratorConfig):
     width: int = 768
     """D, channels."""
     head_layers: int = 2
-    """Blocks of the head over groups."""
+    """Blocks of the head over the groups."""
     dropout: float = 0.1
-    """Of inputs, and of both halves of every block of the trunk, 0..1."""
+    """Dropout of inputs and of both halves of every block of the trunk, 0..1."""
     label_smoothing: float = 0.0
-    """Share of each target that is spread over the codebook, 0..1."""
+    """Probability that is spread over the codebook, 0..1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,14 +82,102 @@ class LlamaGenConfig(GeneratorConfig):
         if self.width % (4 * self.heads):
             raise ConfigError(
                 f"generator.width = {self.width} does not give {self.heads} heads a multiple of 4 channels",
-                "Rows and columns turn pairs of channels of a head",
+                "Rotary positions of rows and columns each need pairs of channels",
             )
         if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
             raise ConfigError("generator.dropout and label_smoothing should be in [0, 1)")
 
 
+class HeadAttention(nn.Module):
+    """Causal attention over the G + 1 vectors of a position, with normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.key = nn.Linear(width, width, bias=False)
+        self.query = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.q_norm = rms_norm(width // heads)
+        self.k_norm = rms_norm(width // heads)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """float[M, L, D] -> float[M, L, D]."""
+        query, key, value = (
+            layer(vectors).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class HeadBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = rms_norm(width)
+        self.attention = HeadAttention(width, heads)
+        self.ffn_norm = rms_norm(width)
+        self.feed_forward = SwiGlu(width, 4 * width)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """float[M, L, D] -> float[M, L, D]."""
+        vectors = vectors + self.attention(self.attention_norm(vectors))
+        return vectors + self.feed_forward(self.ffn_norm(vectors))
+
+
+class GroupHead(nn.Module):
+    """MGVQ's autoregressive head: p(i_1, ..., i_G | trunk) as a product over the groups of one position, for any G.
+
+    Sizes and order are those of the released `ar_head.py`. What is unusual:
+    - A sequence is one position: [output of the trunk, learned start, embedding of each id so far].
+    - One table of K embeddings and one output matrix serve all groups; only the learned positions distinguish them.
+    - Each block of the released head also has an adaLN layer of 18 D^2 weights that nothing uses; ours has none.
+    - The released head has as many positions as the trunk and uses G + 1 of them; ours has G + 1.
+    """
+
+    def __init__(self, *, codebook_size: int, num_groups: int, width: int, layers: int = 2) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        heads = math.gcd(num_groups, width)  # G heads, as released, if G divides the width
+        self.pos_emb = nn.Parameter(torch.zeros(1, num_groups + 1, width))
+        self.sos_emb_for_image = nn.Parameter(torch.zeros(1, 1, width))
+        # The id of the last group is never an input: with one group there is nothing to embed.
+        self.tok_emb = nn.Embedding(codebook_size, width) if num_groups > 1 else None
+        self.causal_space_blocks = nn.ModuleList(HeadBlock(width, heads) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width)
+        self.head = nn.Linear(width, codebook_size, bias=False)
+
+    def forward(self, trunk: Tensor, ids: Tensor) -> Tensor:
+        """Return the hidden states that predict the ids of groups 0 to n, float[M, n + 1, D].
+
+        Args:
+            trunk: float[M, D], output of the trunk at each position.
+            ids: int64[M, n], ids of the first n groups, 0 <= n < G.
+        """
+        start = self.sos_emb_for_image.expand(len(trunk), -1, -1)
+        parts = [trunk.unsqueeze(1), start.to(trunk.dtype)]
+        if self.tok_emb is not None and ids.shape[1]:
+            parts.append(self.tok_emb(ids).to(trunk.dtype))
+        vectors = torch.cat(parts, dim=1)
+        vectors = vectors + self.pos_emb[:, : vectors.shape[1]]
+        for block in self.causal_space_blocks:
+            vectors = block(vectors)
+        return self.ln_f(vectors[:, 1:])  # the output at the trunk's own vector predicts nothing
+
+    def logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
+        """float[M, D] and int64[M, n] -> logits of groups 0 to n, float[M, n + 1, K]."""
+        return self.head(self.forward(trunk, ids))
+
+    def next_logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
+        """float[M, D] and int64[M, n] -> logits of group n, float[M, K]."""
+        return self.head(self.forward(trunk, ids)[:, -1])
+
+
 class LlamaGen(Generator):
-    """The trunk tells of each position from the class and the positions before; the head draws its G ids.
+    """The trunk encodes the class and all previous positions; the head predicts the G ids of the next position.
 
     Weights have the names of MGVQ's released model. Its training loss is not released: ours is the mean cross-entropy
     over positions and groups.
@@ -94,10 +192,12 @@ class LlamaGen(Generator):
         super().__init__(config, space)
         if len(space.layout.grids) != 1:
             raise ConfigError(
-                f"the llamagen generator reads one grid, not the {len(space.layout.grids)} of this tokenizer",
-                "Choose generator.kind = gpt",
+                f"the llamagen generator needs ids of one grid, this tokenizer has {len(space.layout.grids)}",
+                "Use generator.kind = gpt",
             )
-        self.cls_embedding = LabelEmbedding((space.num_classes or 0) + 1, config.width)  # unconditional: null alone
+        self.cls_embedding = LabelEmbedding(
+            (space.num_classes or 0) + 1, config.width
+        )  # unconditional: only the null class
         groups = space.num_groups
         self.img_projector = CodeEmbedding(groups, space.codebook_size, space.code_dim, groups, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -126,8 +226,8 @@ class LlamaGen(Generator):
         self.img_projector.load(codebook)
 
     def trunk(self, labels: Tensor, ids: Tensor) -> Tensor:
-        """What the trunk says of positions 0 to n: labels int64[B], ids int64[B, n G] -> float[B, n + 1, D]."""
-        inputs = self.cls_embedding(self.known(labels))
+        """Outputs at positions 0 to n: labels int64[B], ids int64[B, n G] before position n -> float[B, n + 1, D]."""
+        inputs = self.cls_embedding(self.class_ids(labels))
         if ids.shape[1]:
             inputs = torch.cat([inputs, self.img_projector(ids).to(inputs.dtype)], dim=1)
         vectors, rotary = self.dropout(inputs), self.rotary[: inputs.shape[1]]
@@ -135,13 +235,9 @@ class LlamaGen(Generator):
             vectors = layer(vectors, rotary)
         return self.norm(vectors)
 
-    def known(self, labels: Tensor) -> Tensor:
-        """The labels, or, where there are no classes, the null class for each."""
-        return torch.zeros_like(labels) if self.num_classes is None else labels
-
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
         groups = self.space.num_groups
-        trunk = self.trunk(self.dropped(labels), examples[:, :-groups]).flatten(0, 1)
+        trunk = self.trunk(self.drop_labels(labels), examples[:, :-groups]).flatten(0, 1)
         targets = examples.reshape(-1, groups)
         hidden = self.ar_head(trunk, targets[:, :-1])
         total = chunked_cross_entropy(
@@ -153,30 +249,32 @@ class LlamaGen(Generator):
         return {"total": total}
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]) -> Tensor:
-        self.check_sampling(labels, sampling, draws)
-        labels = labels.to(self.rotary.device)
+    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        self.check_sampling(labels, sampling, rngs)
         if self.needs_codebook:
-            raise WeightsError("the llamagen generator has no codes to read its ids with", "Load its codebook first")
+            raise WeightsError(
+                "the llamagen generator embeds ids by the tokenizer's codebook", "Call load_codebook first"
+            )
+        labels = self.class_ids(labels).to(self.rotary.device)
         positions, groups = self.space.height * self.space.width, self.space.num_groups
-        chances = uniforms(draws, positions * groups, labels.device).view(-1, positions, groups)
-        drawn = []
-        with self.evaluating():
-            vector = self.cls_embedding(with_null(self.known(labels), self.num_classes or 0, sampling))
+        uniform = uniform_noise(rngs, positions * groups, labels.device).view(-1, positions, groups)
+        samples = []
+        with self.eval_mode():
+            vector = self.cls_embedding(append_null_classes(labels, self.num_classes or 0, sampling))
             caches = empty_caches(len(self.layers), vector, self.config.heads, positions)
             for position in range(positions):
-                ids = self.ar_head.draw(
-                    self.step(vector, caches, position),
-                    lambda logits, group, at=position: for_each_run(  # type: ignore[misc]  # `at` is bound early
-                        draw_ids(guided(logits, sampling, at, positions), chances[:, at, group], sampling), sampling
-                    ),
-                )
-                drawn.append(ids[: len(labels)])
+                trunk = self.step(vector, caches, position)
+                ids = torch.empty(len(trunk), 0, dtype=torch.long, device=trunk.device)
+                for group in range(groups):
+                    logits = guide_logits(self.ar_head.next_logits(trunk, ids), sampling, position, positions)
+                    next_ids = repeat_for_guidance(sample_ids(logits, uniform[:, position, group], sampling), sampling)
+                    ids = torch.cat([ids, next_ids.unsqueeze(1)], dim=1)
+                samples.append(ids[: len(labels)])
                 vector = self.img_projector(ids)
-        return torch.cat(drawn, dim=1)
+        return torch.cat(samples, dim=1)
 
     def step(self, vector: Tensor, caches: Sequence[Tensor], position: int) -> Tensor:
-        """What the trunk says of `position`, float[B, D], from its input float[B, 1, D] and those cached before."""
+        """The trunk's output at `position`, float[B, D], for its input float[B, 1, D] and the cached ones before."""
         rotary = self.rotary[position : position + 1]
         for layer, cache in zip(self.layers, caches, strict=True):
             vector = layer(vector, rotary, cache, position)

@@ -1,6 +1,6 @@
-"""From logits to ids: temperature, top-k, top-p, guidance; and draws that belong to one image each.
+"""Sampling of token ids from logits: temperature, top-k, top-p and classifier-free guidance.
 
-Shapes: B images, V entries of the vocabulary, N ids an image.
+Shapes: B images, K codes, N ids per image.
 """
 
 from collections.abc import Sequence
@@ -11,51 +11,50 @@ from torch import Tensor
 from vqpipe.generation.base import SamplingConfig, guidance_scale
 
 
-def uniforms(draws: Sequence[torch.Generator], count: int, device: torch.device) -> Tensor:
-    """`count` numbers in [0, 1) from each image's own generator, float64[B, count] on `device`.
+def uniform_noise(rngs: Sequence[torch.Generator], count: int, device: torch.device) -> Tensor:
+    """Return `count` numbers in [0, 1) from each image's own generator, float64[B, count] on `device`.
 
-    Drawn before the first token, in one call an image: a token then costs no call of a generator, and image i gets the
-    same numbers in any batch.
+    All numbers of an image are drawn in one call before its first token, so that they do not depend on the batch.
     """
-    numbers = [torch.rand(count, dtype=torch.float64, generator=draw) for draw in draws]
+    numbers = [torch.rand(count, dtype=torch.float64, generator=rng) for rng in rngs]
     return torch.stack(numbers).to(device) if numbers else torch.empty(0, count, dtype=torch.float64, device=device)
 
 
-def draw_ids(logits: Tensor, chances: Tensor, sampling: SamplingConfig) -> Tensor:
-    """One id per row: float[B, V] logits and float64[B] numbers in [0, 1) -> int64[B].
+def sample_ids(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Sample one id per row: logits float[B, K] and uniform numbers float64[B] in [0, 1) -> int64[B].
 
-    The id is where the cumulated probabilities, in the order of the ids and in float64, pass the number. That order
-    does not change where rounding changes the logits a little, as sorted probabilities would.
+    The id is where the cumulative probabilities, in the order of the ids and in float64, exceed the number. Unlike
+    sorted probabilities, this order does not change when logits change by rounding.
     """
     if sampling.temperature == 0:
         return logits.argmax(1)
-    kept = keep_most_probable(logits.double() / sampling.temperature, sampling)
-    cumulated = kept.softmax(1).cumsum(1)
-    total = cumulated[:, -1:]
-    wanted = torch.minimum(chances.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+    filtered = filter_logits(logits.double() / sampling.temperature, sampling)
+    cumulative = filtered.softmax(1).cumsum(1)
+    total = cumulative[:, -1:]
+    threshold = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
-def keep_most_probable(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """float[B, V] logits with -infinity where `top_k` and then `top_p` (Holtzman et al. 2020) leave an id out."""
-    count = top_count(sampling.top_k, logits.shape[1])
+def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Set logits float[B, K] to -infinity where `top_k` and then `top_p` (Holtzman et al. 2020) exclude an id."""
+    count = top_k_count(sampling.top_k, logits.shape[1])
     if count < logits.shape[1]:
         best, ids = logits.topk(count, dim=1)
         logits = torch.full_like(logits, -torch.inf).scatter(1, ids, best)
     if sampling.top_p < 1:
         ordered, ids = logits.sort(dim=1, descending=True)
         probabilities = ordered.softmax(1)
-        before = probabilities.cumsum(1) - probabilities  # of the ids that are more probable: 0 for the first
+        before = probabilities.cumsum(1) - probabilities  # sum over all more probable ids; 0 for the first
         ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(1, ids, ordered)
     return logits
 
 
-def top_count(top_k: int | float, codebook_size: int) -> int:
-    """How many ids `top_k` keeps: a count, or as a float a share of the codebook; 0 keeps all, and at least one stays.
+def top_k_count(top_k: int | float, codebook_size: int) -> int:
+    """Return how many ids `top_k` keeps, at least 1: a count, as a float a share of the codebook, 0 for all.
 
-    MGVQ's released sampler takes an exponent of two instead, so that its 12 is our 4096; VQGAN-LC's paper keeps 10 %
-    of the vocabulary, our 0.1.
+    MGVQ's released sampler uses an exponent of two instead: its 12 is our 4096. VQGAN-LC's paper keeps 10 % of the
+    vocabulary, our 0.1.
     """
     if top_k == 0:
         return codebook_size
@@ -63,17 +62,17 @@ def top_count(top_k: int | float, codebook_size: int) -> int:
     return min(codebook_size, max(1, count))
 
 
-def with_null(labels: Tensor, null: int, sampling: SamplingConfig) -> Tensor:
-    """The labels to run: int64[B], or with guidance int64[2 B], the null class for each image behind them."""
+def append_null_classes(labels: Tensor, null: int, sampling: SamplingConfig) -> Tensor:
+    """Return the labels of the network's batch: int64[B], with guidance int64[2 B], the second half null classes."""
     if sampling.cfg_scale == 1:
         return labels
     return torch.cat([labels, torch.full_like(labels, null)])
 
 
-def guided(logits: Tensor, sampling: SamplingConfig, step: int, steps: int) -> Tensor:
-    """The logits that ids are drawn from at `step` of `steps`: float[2 B, V] with guidance -> float[B, V].
+def guide_logits(logits: Tensor, sampling: SamplingConfig, step: int, steps: int) -> Tensor:
+    """Combine conditional and null logits at `step` of `steps`: with guidance float[2 B, K] -> float[B, K].
 
-    null + s (conditional - null) on logits, as LlamaGen and MGVQ (Ho & Salimans 2022 have it on noise).
+    null + s (conditional - null) on logits, as LlamaGen and MGVQ (Ho & Salimans 2022 guide noise).
     """
     if sampling.cfg_scale == 1:
         return logits
@@ -81,6 +80,6 @@ def guided(logits: Tensor, sampling: SamplingConfig, step: int, steps: int) -> T
     return torch.lerp(null, conditional, guidance_scale(sampling, step / max(1, steps - 1)))
 
 
-def for_each_run(ids: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The ids drawn, int64[B], for all that runs: with guidance int64[2 B], both halves alike."""
+def repeat_for_guidance(ids: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return the sampled ids int64[B] for the network's batch: with guidance int64[2 B], both halves equal."""
     return ids if sampling.cfg_scale == 1 else torch.cat([ids, ids])

@@ -92,7 +92,7 @@ def accumulate_gradients(network: nn.Module, last: bool) -> AbstractContextManag
 def shard(network: nn.Module, blocks: Iterable[nn.Module], *, trains: bool = True) -> None:
     """Shard the network's weights over all ranks, in place; the weights of a block are gathered while it computes.
 
-    Weights outside the blocks are gathered for `forward`, and for the methods that the network names in `entrances`.
+    Weights outside the blocks are gathered for `forward` and for the methods named in `forward_methods` of the network.
     Where the network trains they stay gathered until its backward pass; a weight average has no backward pass.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -100,7 +100,7 @@ def shard(network: nn.Module, blocks: Iterable[nn.Module], *, trains: bool = Tru
     for block in blocks:
         fully_shard(block)
     fully_shard(network, reshard_after_forward=None if trains else True)
-    for name in getattr(network, "entrances", ()):
+    for name in getattr(network, "forward_methods", ()):
         register_fsdp_forward_method(network, name)
 
 

@@ -1,13 +1,13 @@
-"""`ldm`: a UNet on a noisy latent, which predicts the noise and attends to the embedded class.
+"""`ldm`: a UNet on a noisy latent that predicts noise and attends to the embedded class.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (LDM), with diffusers' UNet. The
 defaults are VQGAN-LC's f16; f8: channel_multipliers (1, 2, 4), num_res_blocks 2, attention_factors (1, 2, 4).
 
-The sizes are those of VQGAN-LC's released code, whose f16 has two levels (its paper says four) and lists attention at
-factor 4, which no level of it reaches. Otherwise than there, the null class is trained (`class_dropout`): released, it
-is sampled with though nothing ever trained it. `latents.py` says what else differs.
+The sizes are those of VQGAN-LC's released code, whose f16 model has two levels (its paper says four) and lists
+attention at factor 4, which none of its levels has. Unlike there, the null class is trained (`class_dropout`); the
+released code samples with an untrained one. `latents.py` lists the other differences.
 
-Shapes: B images, C latent channels, h x w positions, L levels.
+Shapes: B images, C latent channels, h x w positions.
 """
 
 from collections.abc import Iterable
@@ -21,35 +21,35 @@ from vqpipe.generation.base import Space
 from vqpipe.generation.diffusion import DiffusionConfig, DiffusionGenerator
 
 GROUPS = 32
-"""Groups of the UNet's group norms."""
+"""Groups of the group norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LdmConfig(DiffusionConfig):
-    """LDM: 1000 times, the roots of the betas rising evenly; sampled by DDIM, as released with fresh noise (eta 1)."""
+    """LDM: 1000 times, square roots of betas evenly spaced; sampled by DDIM, as released with fresh noise (eta 1)."""
 
     kind: ClassVar[str] = "ldm"
 
     base_channels: int = 256
     """Channels of the first level."""
     channel_multipliers: tuple[int, ...] = (1, 4)
-    """Channels of each level in units of `base_channels`; each level but the last halves the sides."""
+    """Channels of each level in units of `base_channels`; every level except the last halves the sides."""
     num_res_blocks: int = 3
-    """Residual blocks at a level on the way down; on the way up there is one more."""
+    """Residual blocks per level of the down path; the up path has one more."""
     attention_factors: tuple[int, ...] = (1,)
-    """Levels that attend, by how much smaller than the latent they are; the middle always does."""
+    """Levels with attention, as downsampling factors of the latent; the middle block always has attention."""
     head_channels: int = 32
     """Channels of an attention head."""
     class_channels: int = 512
-    """Channels of an embedded class."""
+    """Channels of the class embedding."""
     schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
-    """Betas rise evenly, or their square roots do (LDM)."""
+    """Betas are evenly spaced, or their square roots are (LDM)."""
     beta_start: float = 0.0015
-    """Variance added at the first time."""
+    """Variance of the noise added at the first time."""
     beta_end: float = 0.0195
-    """Variance added at the last."""
+    """Variance of the noise added at the last time."""
     sampler: Literal["ddpm", "ddim"] = "ddim"
-    """What the generator samples with."""
+    """Default solver of `sample`."""
     eta: float = 1.0
     """ddim: share of fresh noise, 0 (deterministic) to 1."""
 
@@ -66,8 +66,8 @@ class LdmConfig(DiffusionConfig):
         unknown = set(self.attention_factors) - {2**level for level in range(len(self.channel_multipliers))}
         if unknown:
             raise ConfigError(
-                f"generator.attention_factors names {min(unknown)}, and no level is that much smaller",
-                f"There are {len(self.channel_multipliers)} levels, of factors 1, 2, 4 and on",
+                f"generator.attention_factors: no level has the factor {min(unknown)}",
+                f"There are {len(self.channel_multipliers)} levels, with factors 1, 2, 4 and so on",
             )
 
 
@@ -79,7 +79,7 @@ class Ldm(DiffusionGenerator):
 
     def __init__(self, config: LdmConfig, space: Space) -> None:
         super().__init__(config, space)
-        self.network = Unet(config, self.latent_shape, self.output_channels, self.class_rows)
+        self.network = Unet(config, self.latent_shape, self.output_channels, self.num_class_embeddings)
 
     def blocks(self) -> Iterable[nn.Module]:
         """Every residual and every attention block of the UNet."""
@@ -90,11 +90,11 @@ class Unet(nn.Module):
     """(float[B, C, h, w], times float32[B], classes int64[B]) -> float[B, out_channels, h, w].
 
     Raises:
-        ConfigError: a side of the latent does not halve at every level.
+        ConfigError: a side of the latent cannot be halved at every level.
     """
 
     def __init__(
-        self, config: LdmConfig, latent_shape: tuple[int, int, int], out_channels: int, class_rows: int
+        self, config: LdmConfig, latent_shape: tuple[int, int, int], out_channels: int, num_class_embeddings: int
     ) -> None:
         from diffusers import UNet2DConditionModel  # seconds
 
@@ -107,23 +107,25 @@ class Unet(nn.Module):
                 "Use fewer generator.channel_multipliers",
             )
         channels = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
-        attends = [2**level in config.attention_factors for level in range(len(channels))]
-        self.class_embedding = nn.Embedding(class_rows, config.class_channels)
+        attention = [2**level in config.attention_factors for level in range(len(channels))]
+        self.class_embedding = nn.Embedding(num_class_embeddings, config.class_channels)
         self.unet: Any = UNet2DConditionModel(
             in_channels=in_channels,
             out_channels=out_channels,
             block_out_channels=tuple(channels),
             layers_per_block=config.num_res_blocks,
-            down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
+            down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)),
             cross_attention_dim=config.class_channels,
-            attention_head_dim=tuple(count // config.head_channels for count in channels),  # it means their number
+            attention_head_dim=tuple(
+                count // config.head_channels for count in channels
+            ),  # the parameter is the number of heads
             norm_num_groups=GROUPS,
         )
         self.initialize()
 
     def initialize(self) -> None:
-        """As LDM's code: each block adds 0 at first, and the output is 0. (diffusers leaves PyTorch's own start.)"""
+        """As LDM's code: the last layer of each block and of the network starts at 0 (diffusers: PyTorch's)."""
         last = [block.conv2 for block in self.residual_blocks()] + [block.proj_out for block in self.attention_blocks()]
         for layer in (*last, self.unet.conv_out):
             nn.init.zeros_(layer.weight)

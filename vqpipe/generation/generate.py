@@ -1,0 +1,119 @@
+"""The job of `vqpipe generate`: sample images from a generator into tar shards, and a contact sheet of the first ones.
+
+Image i is a function of (seed, i): of neither its shard nor its rank.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqpipe import distributed
+from vqpipe.artifacts import Draft
+from vqpipe.config import to_table
+from vqpipe.data.tars import write_tar
+from vqpipe.data.transforms import encode_png
+from vqpipe.generation.base import SamplingConfig
+from vqpipe.generation.image_generator import ImageGenerator, image_rngs
+from vqpipe.progress import SILENT, Progress
+from vqpipe.reports.pictures import contact_sheet, from_png
+
+IMAGES_PER_SHARD = 256
+"""Fixed: a shard is the unit of resuming, and has the same bytes for any number of ranks."""
+SHEET_IMAGES, SHEET_COLUMNS = 64, 8
+"""The first images, in the contact sheet."""
+SHEET = "contact-sheet.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlan:
+    """Which images to sample, and how."""
+
+    num_images: int
+    classes: tuple[int, ...]
+    """Image i has class i modulo their number; empty: no classes."""
+    sampling: SamplingConfig
+    seed: int = 0
+    batch_size: int = 64
+    precision: str = "fp32"
+
+    def label(self, image: int) -> int:
+        """Return the image's class, or -1 without classes."""
+        return self.classes[image % len(self.classes)] if self.classes else -1
+
+    def labels(self, images: range) -> Tensor:
+        """Return the labels of images for `Generator.sample`, int64[B]; zeros without classes."""
+        return torch.tensor([max(self.label(image), 0) for image in images])
+
+    def shards(self) -> list[range]:
+        """Return the images of each shard."""
+        starts = range(0, self.num_images, IMAGES_PER_SHARD)
+        return [range(start, min(start + IMAGES_PER_SHARD, self.num_images)) for start in starts]
+
+    def check(self, generator: ImageGenerator) -> None:
+        """Raise at once the errors of sampling: a class out of range, or guidance without a null class."""
+        images = range(max(1, len(self.classes)))
+        generator.generator.check_sampling(self.labels(images), self.sampling, image_rngs(0, images))
+
+    def to_request(self) -> dict[str, Any]:
+        """Return the settings that the images depend on; another batch size rounds sums differently."""
+        return {
+            "num_images": self.num_images,
+            "classes": list(self.classes),
+            "generate": to_table(self.sampling),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+        }
+
+
+def generate_images(
+    draft: Draft, generator: ImageGenerator, plan: SamplePlan, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Sample this rank's missing shards of an `images` artifact, and the contact sheet; returns its facts."""
+    shards = plan.shards()
+    own = range(distributed.rank(), len(shards), distributed.world_size())
+    missing = [number for number in own if draft.record(shard_name(number)) is None]
+    total, left = (sum(len(shards[number]) for number in numbers) for numbers in (own, missing))
+    progress.start("generate", total, done=total - left)
+    for number in missing:
+        with draft.write(shard_name(number), images=len(shards[number])) as path, write_tar(path) as tar:
+            for image, pixels in sample_shard(generator, plan, shards[number]):
+                tar.write(f"{image:08d}", encode_png(pixels), "png", plan.label(image))
+                progress.advance()
+    if distributed.is_main():
+        write_sheet(draft)
+    facts: dict[str, Any] = {"num_images": plan.num_images, "image_size": generator.image_size}
+    if generator.generator.num_classes is not None:
+        facts["num_classes"] = generator.generator.num_classes
+    return facts
+
+
+def sample_shard(generator: ImageGenerator, plan: SamplePlan, images: range) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number and pixels, uint8[3, H, W] on the CPU, of each image of a shard."""
+    device = generator.tokenizer.device
+    for first in images[:: plan.batch_size]:
+        batch = range(first, min(first + plan.batch_size, images.stop))
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            pixels = generator.sample(plan.labels(batch), plan.sampling, image_rngs(plan.seed, batch))
+        yield from zip(batch, pixels.cpu(), strict=True)
+
+
+def write_sheet(draft: Draft) -> None:
+    """Write the contact sheet of the first shard's first images."""
+    pngs: list[bytes] = []
+    with tarfile.open(draft.path / shard_name(0)) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if member.name.endswith(".png") and file is not None and len(pngs) < SHEET_IMAGES:
+                pngs.append(file.read())
+    with draft.write(SHEET) as path:
+        path.write_bytes(contact_sheet(torch.stack([from_png(png) for png in pngs]), SHEET_COLUMNS))
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:06d}.tar"

@@ -1,0 +1,415 @@
+"""The jobs of `vqpipe train-generator` and `vqpipe train-classifier`: train a network on stored tokens or latents.
+
+Both have the same steps: check and open the inputs, start the draft, read the examples, build the network, train it
+(`train_on_examples`), publish it. `RunContext` is what they have in common.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vqpipe import artifacts, distributed
+from vqpipe.artifacts import Artifact, Draft
+from vqpipe.config import to_request, to_table
+from vqpipe.data.examples import (
+    Examples,
+    ExamplesConfig,
+    ExampleStream,
+    LatentExamples,
+    Part,
+    TokenSet,
+    held_out_part,
+)
+from vqpipe.data.latents import LatentStatistics, open_latents
+from vqpipe.errors import ArtifactError, ConfigError, WeightsError
+from vqpipe.files import hash_file
+from vqpipe.generation.base import GeneratorConfig, SamplingConfig, Space, build_generator
+from vqpipe.generation.classifier import RECIPE, ClassifierConfig, build_classifier
+from vqpipe.generation.held_out import accuracy, held_out_losses
+from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator
+from vqpipe.progress import SILENT, Progress
+from vqpipe.reports.pictures import contact_sheet
+from vqpipe.tokenizer import Tokenizer, latent_size
+from vqpipe.training.callbacks import Callback, HeldOutMetrics, MetricsLog, ProgressCallback, RunReport, SampleSheet
+from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.config import TrainConfig
+from vqpipe.training.generator_task import GeneratorTask
+from vqpipe.training.loggers import LOGGERS
+from vqpipe.training.loop import train
+
+SHEET_IMAGES, SHEET_COLUMNS = 16, 4
+"""Samples drawn during training."""
+NOTHING_HELD_OUT = "no images were held out. Name their tokens with --validation, or set examples.held_out."
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorRecipe:
+    """The preset of a generator."""
+
+    generator: GeneratorConfig
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRecipe:
+    """The preset of a classifier."""
+
+    classifier: ClassifierConfig
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+Recipe = GeneratorRecipe | ClassifierRecipe
+
+
+@dataclass(frozen=True)
+class StoredExamples:
+    """The artifacts that a run reads.
+
+    Raises:
+        ArtifactError: another tokenizer made them, or those of the held-out images have another shape.
+    """
+
+    tokenizer: Tokenizer
+    artifact: Artifact
+    """Tokens or latents."""
+    validation: Artifact | None = None
+    """The same of held-out images."""
+
+    def __post_init__(self) -> None:
+        self.tokenizer.check_made(self.artifact)
+        if self.validation is None:
+            return
+        self.tokenizer.check_made(self.validation)
+        latents = self.artifact.kind == "latents"
+        fact, name = ("latent_shape", "shape of latents") if latents else ("layout", "layout of ids")
+        if self.validation.facts[fact] != self.artifact.facts[fact]:
+            raise ArtifactError(
+                f"{self.validation.path} has another {name} than {self.artifact.path}",
+                "Encode both at the same image size",
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the encoded images, pixels."""
+        return int(self.artifact.facts["image_size"])
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the inputs of the artifact to publish, by role."""
+        inputs = {self.artifact.kind: self.artifact, "tokenizer": self.tokenizer.source}
+        return inputs if self.validation is None else inputs | {"validation": self.validation}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Where a run writes, what it reads, and how it reports."""
+
+    draft: Draft
+    stored: StoredExamples
+    seed: int
+    device: torch.device
+    loggers: Sequence[str] = ()
+    progress: Progress = SILENT
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleData:
+    """The examples of a run."""
+
+    space: Space
+    train: Examples
+    held_out: Examples | None
+    """Examples measured during training, if any."""
+    validation: Examples | None
+    """All held-out examples, if any."""
+    classes: tuple[int, ...]
+    """Labels of all stored examples, rising."""
+    statistics: LatentStatistics | None
+    """Normalisation of latents."""
+
+
+def check_validation(recipe: Recipe, validation: Path | None) -> None:
+    """Raise a ConfigError if validation is scheduled without held-out images, or these are named twice."""
+    if recipe.train.validate_every and validation is None and not recipe.examples.held_out:
+        raise ConfigError(
+            f"train.validate_every = {recipe.train.validate_every} needs held-out images",
+            "Name their tokens with --validation, or set examples.held_out",
+        )
+    if validation is not None and recipe.examples.held_out:
+        raise ConfigError(
+            f"examples.held_out = {recipe.examples.held_out} and --validation both name held-out images",
+            "Set examples.held_out=0",
+        )
+
+
+def start_run(out: Path, recipe: Recipe, stored: StoredExamples, seed: int) -> Draft | Artifact:
+    """Start or resume the `generator` or `classifier` artifact `out`, or return it if it is published.
+
+    Pretrained weights of a classifier are an input, by their content.
+
+    Raises:
+        WeightsError: the file of pretrained weights does not exist.
+    """
+    kind, inputs = "generator" if isinstance(recipe, GeneratorRecipe) else "classifier", stored.inputs()
+    weights = getattr(getattr(recipe, "classifier", None), "weights", None)
+    if weights is not None:
+        if not weights.is_file():
+            raise WeightsError(
+                f"{weights} does not exist", "Fetch mae_pretrain_vit_base.pth, published by MAE's authors"
+            )
+        inputs["weights"] = hash_file(weights)
+    return artifacts.start(out, kind, {**to_request(recipe), "seed": seed}, inputs)
+
+
+def read_data(context: RunContext, recipe: Recipe) -> ExampleData:
+    """Read the stored examples, split them, and derive the space of the network.
+
+    Raises:
+        DataError: labels are missing or out of range, or too many examples are held out.
+        ArtifactError: a file is damaged.
+    """
+    config, stored = recipe.examples, context.stored
+    everything, statistics = read_examples(context, stored.artifact, config.raw)
+    if stored.validation is None:
+        examples, held_out = held_out_part(everything, config.held_out)
+        validation: Examples | None = held_out
+    else:
+        examples, (validation, _) = everything, read_examples(context, stored.validation, config.raw)
+        count = min(recipe.train.validation_images, len(validation))
+        held_out = Part(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
+        config.classes_of(validation.labels)
+    side = latent_size(stored.image_size, stored.image_size, stored.tokenizer.downsample_factor)
+    quantizer = stored.tokenizer.autoencoder.quantizer
+    return ExampleData(
+        space=Space.of(quantizer, *side, config.classes_of(everything.labels)),
+        train=examples,
+        held_out=held_out,
+        validation=validation,
+        classes=tuple(np.unique(everything.labels).tolist()),
+        statistics=statistics,
+    )
+
+
+def read_examples(context: RunContext, artifact: Artifact, raw: bool) -> tuple[Examples, LatentStatistics | None]:
+    """Read tokens or latents, and the statistics by which latents are normalised."""
+    if artifact.kind == "tokens":
+        return TokenSet(artifact, context.draft.path), None
+    latents = open_latents(artifact.path, raw=raw)
+    shards = artifact.names("latents-*.npy")  # memory-mapped later, so hashed now: a flipped bit would be trained on
+    artifact.check(shards, context.progress)
+    return LatentExamples(latents), latents.statistics
+
+
+def train_on_examples(
+    context: RunContext,
+    network: nn.Module,
+    data: ExampleData,
+    recipe: Recipe,
+    *,
+    description: str,
+    measure: Callable[[nn.Module], Mapping[str, float]],
+    sample_sheet: Callable[[nn.Module], bytes] | None = None,
+) -> tuple[TrainState, MetricsLog]:
+    """Train a network on examples in the draft, with its log, page and validations. Every rank calls it.
+
+    `network(examples, labels)` returns losses by name; see `GeneratorTask`.
+
+    Args:
+        description: one line for the page of the run.
+        measure: weight average -> numbers on the held-out examples, on every rank.
+        sample_sheet: weight average -> samples as a PNG file.
+    """
+    draft, config, progress = context.draft, recipe.train, context.progress
+    settings = to_table(recipe)
+    metrics = MetricsLog(draft.path / "metrics.jsonl")
+    sheets: list[Callback] = []
+    if sample_sheet is not None:
+        sheets.append(SampleSheet(draft, sample_sheet, all_ranks=config.parallel == "fsdp"))
+    callbacks = [
+        metrics,
+        *sheets,
+        *([] if data.held_out is None else [HeldOutMetrics(measure, progress)]),
+        *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in context.loggers),
+        ProgressCallback(progress, config.steps),
+        RunReport(draft, metrics, description=description, settings=settings, sources=sheets, progress=progress),
+    ]
+    stream = ExampleStream(
+        data.train,
+        seed=context.seed,
+        batch_size=config.global_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        mirror=recipe.examples.mirror,
+    )
+    state = train(
+        GeneratorTask(network),
+        config,
+        stream,
+        draft.path,
+        seed=context.seed,
+        device=context.device,
+        callbacks=callbacks,
+        stop_requested=context.stop_requested,
+    )
+    return state, metrics
+
+
+def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | None:
+    """Train a generator and publish it. Every rank calls it.
+
+    Returns None if `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
+    """
+    data, tokenizer = read_data(context, recipe), context.stored.tokenizer
+    torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
+    generator = build_generator(recipe.generator, data.space).to(context.device)
+    if generator.needs_codebook:
+        generator.load_codebook(tokenizer.autoencoder.quantizer.all_codes())
+    images = ImageGenerator(
+        generator=generator,
+        tokenizer=tokenizer,
+        image_size=context.stored.image_size,
+        classes=() if data.space.num_classes is None else tuple(np.unique(data.train.labels).tolist()),
+        sampling=recipe.generate,
+        statistics=data.statistics,
+    )
+    first = torch.zeros(1, dtype=torch.int64)
+    images.sample(first, recipe.generate, image_rngs(context.seed, range(1)))  # invalid sampling settings fail here
+    kind, parameters = recipe.generator.kind, count_parameters(generator)
+    context.progress.message(f"{kind}: {parameters:,} parameters, {len(data.train):,} images")
+
+    def sample_sheet(network: Any) -> bytes:
+        """The same seeds and classes each time."""
+        classes = images.classes or (0,)
+        spread = [i * max(1, len(classes) // SHEET_IMAGES) % len(classes) for i in range(SHEET_IMAGES)]
+        labels = torch.tensor([classes[i] for i in spread])
+        averaged = replace(images, generator=network.eval())
+        samples = averaged.sample(labels, images.sampling, image_rngs(context.seed, range(SHEET_IMAGES)))
+        return contact_sheet(samples, SHEET_COLUMNS)
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        assert data.held_out is not None
+        return held_out_losses(network, data.held_out, **measuring(context, recipe))
+
+    state, metrics = train_on_examples(
+        context,
+        generator.requires_grad_(True),
+        data,
+        recipe,
+        description=f"{kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters.",
+        measure=measure,
+        sample_sheet=sample_sheet,
+    )
+    if state.step < recipe.train.steps:
+        return None
+    weights = state.published()
+    if distributed.is_main():
+        write_generator(context.draft, images, weights)
+        context.draft.adopt("metrics.jsonl")
+    measured = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total")}
+    return context.draft.publish(
+        {
+            "kind": kind,
+            "num_parameters": parameters,
+            "num_classes": data.space.num_classes,
+            "images_seen": state.images_seen,
+            "steps": state.step,
+            **{name: value for name, value in measured.items() if value is not None},
+        }
+    )
+
+
+def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact | None:
+    """Train a classifier, measure it on all held-out examples, and publish it. Every rank calls it.
+
+    Returns None if `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
+    """
+    data, tokenizer = read_data(context, recipe), context.stored.tokenizer
+    torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
+    classifier = build_classifier(recipe.classifier, data.space).to(context.device)
+    if classifier.needs_codebook:
+        classifier.load_codebook(tokenizer.autoencoder.quantizer.all_codes())
+    kind, parameters, num_classes = recipe.classifier.kind, count_parameters(classifier), classifier.num_classes
+    context.progress.message(f"{kind}: {parameters:,} parameters, {len(data.train):,} images, {num_classes} classes")
+    options = measuring(context, recipe)
+
+    def measure(network: Any) -> dict[str, float]:
+        assert data.held_out is not None
+        losses = held_out_losses(network, data.held_out, **options)
+        return {"total": losses["total"]} | accuracy(network, data.held_out, **options)
+
+    state, _ = train_on_examples(
+        context,
+        classifier,
+        data,
+        recipe,
+        description=f"{kind} on tokens, {parameters / 1e6:,.1f} M parameters, {num_classes} classes.",
+        measure=measure,
+    )
+    if state.step < recipe.train.steps:
+        return None
+    average: Any = state.weight_ema.network
+    measured = {} if data.validation is None else accuracy(average, data.validation, **options)
+    weights = state.published()
+    if distributed.is_main():
+        table = {"classifier": to_table(classifier.config), "space": classifier.space.to_table()}
+        files = {
+            "config.json": {**table, "image_size": context.stored.image_size},
+            "metrics.json": classifier_metrics(data, measured, num_classes),
+        }
+        with context.draft.write("model.safetensors") as path:
+            save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
+        for name, content in files.items():
+            with context.draft.write(name) as path:
+                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        context.draft.adopt("metrics.jsonl")
+    return context.draft.publish(
+        {
+            "kind": kind,
+            "num_parameters": parameters,
+            "num_classes": num_classes,
+            **measured,
+            "images_seen": state.images_seen,
+            "steps": state.step,
+        }
+    )
+
+
+def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_classes: int) -> dict[str, Any]:
+    """Return the content of metrics.json: accuracies of the weight average on all held-out examples.
+
+    `chance` is the accuracy of a guess among the classes that occur, which may be a few of `num_classes`.
+    """
+    missing = {}
+    if data.validation is None:
+        missing = dict.fromkeys(("top1", "top5"), NOTHING_HELD_OUT)
+    elif "top5" not in measured:
+        missing = {"top5": f"there are {num_classes} classes"}
+    return {
+        "recipe": RECIPE,
+        "num_classes": num_classes,
+        "num_classes_seen": len(data.classes),
+        "chance": 1 / len(data.classes),
+        "num_images": 0 if data.validation is None else len(data.validation),
+        "not_computed": missing,
+        **measured,
+    }
+
+
+def measuring(context: RunContext, recipe: Recipe) -> dict[str, Any]:
+    """Return the options of `held_out_losses` and `accuracy`: batches have the size of training."""
+    size = recipe.train.share(distributed.world_size()) // recipe.train.accumulate
+    return {"batch_size": size, "device": context.device, "precision": recipe.train.precision}
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
