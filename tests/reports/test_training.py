@@ -7,7 +7,7 @@ import torch
 
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, to_png
-from vqpipe.reports.training import TrainingRun, describe_tokenizer, newest, training_page
+from vqpipe.reports.training import TrainingRun, describe_tokenizer, newest_number, training_page
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2}
 
@@ -108,8 +108,8 @@ def test_counts_of_zero_have_no_map() -> None:
 
 def test_newest_is_the_last_finite_number() -> None:
     rows = [row(1), row(2, psnr=12.5), row(3, psnr=float("nan"))]
-    assert newest(rows, "psnr") == 12.5
-    assert newest(rows, "valid/psnr") is None
+    assert newest_number(rows, "psnr") == 12.5
+    assert newest_number(rows, "valid/psnr") is None
 
 
 def test_page_of_a_generator_has_samples_losses_and_accuracies() -> None:

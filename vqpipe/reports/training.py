@@ -131,7 +131,7 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
 
 def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
     """The newest finite value of each number that was logged."""
-    waiting = newest(run.rows, "data_wait")
+    waiting = newest_number(run.rows, "data_wait")
     notes = {
         "psnr": "training images, since the row before",
         "utilization": "training images, since the row before",
@@ -140,7 +140,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         "tflops": "estimate; each device",
         "images_per_second": "" if waiting is None else f"{waiting:.0%} of the time waiting for images",
     }
-    values = {column: newest(run.rows, column.key) for column in NUMBERS}
+    values = {column: newest_number(run.rows, column.key) for column in NUMBERS}
     numbers = [
         page.Number(column.label, column.text(value), column.unit, notes.get(column.key, ""))
         for column, value in values.items()
@@ -209,7 +209,7 @@ def validation_table(run: TrainingRun) -> page.Table:
     return page.Table("Validation", header, cells, caption, folded=len(rows) > OPEN_ROWS)
 
 
-def newest(rows: Sequence[Row], key: str) -> float | None:
+def newest_number(rows: Sequence[Row], key: str) -> float | None:
     """The newest finite number logged under `key`, or None."""
     values = plots.series(rows, key)[1]
     return float(values[-1]) if len(values) else None

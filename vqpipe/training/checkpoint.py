@@ -95,7 +95,7 @@ class TrainState:
         parts, expected = dict(found.parts), dict(self.tensors())
         if METRICS in parts:
             expected[METRICS] = self.metrics.state_like(parts[METRICS].keys())
-        problem = difference(parts, expected, free_length=METRICS)
+        problem = mismatch(parts, expected, free_length=METRICS)
         if problem is None and set(found.values) != set(COUNTERS):
             problem = f"state.json has the counters {', '.join(sorted(found.values))}"
         if problem is not None:
@@ -137,7 +137,7 @@ class TrainState:
         return dict(gathered({"model": self.weight_ema.network.state_dict()})["model"])
 
 
-def difference(found: Parts, expected: Parts, free_length: str = "") -> str | None:
+def mismatch(found: Parts, expected: Parts, free_length: str = "") -> str | None:
     """The first tensor in which a checkpoint and a run differ by name, type or shape, in words.
 
     Tensors of the part `free_length` may be longer or shorter if they have two dimensions.

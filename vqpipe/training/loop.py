@@ -17,7 +17,7 @@ from vqpipe.training.config import TrainConfig
 from vqpipe.training.networks import compiled_graphs
 from vqpipe.training.nonfinite import BatchNormStatistics, NonfiniteSteps
 from vqpipe.training.optim import WeightEma, learning_rate, set_learning_rate
-from vqpipe.training.running_metrics import OutputT, Row
+from vqpipe.training.running_metrics import ResultT, Row
 from vqpipe.training.task import BatchT, Stream, Task
 
 STOP_EVERY = 5
@@ -25,7 +25,7 @@ STOP_EVERY = 5
 
 
 def train(
-    task: Task[BatchT, OutputT],
+    task: Task[BatchT, ResultT],
     config: TrainConfig,
     stream: Stream[BatchT],
     run_dir: Path,
@@ -58,7 +58,7 @@ def train(
 
 
 def run_steps(
-    task: Task[BatchT, OutputT],
+    task: Task[BatchT, ResultT],
     config: TrainConfig,
     stream: Stream[BatchT],
     run_dir: Path,
@@ -107,7 +107,7 @@ def run_steps(
             break
 
 
-def initial_state(task: Task[BatchT, OutputT], config: TrainConfig, device: torch.device) -> TrainState:
+def initial_state(task: Task[BatchT, ResultT], config: TrainConfig, device: torch.device) -> TrainState:
     """The state of a run at step 0, its networks prepared for training."""
     config.share(distributed.world_size())
     average = WeightEma(task.networks["model"], config.weight_ema)  # copied before the network is prepared

@@ -13,22 +13,22 @@ from vqpipe import distributed
 
 Row = dict[str, Any]
 """A row of the log: step, images seen, and numbers by name."""
-OutputT = TypeVar("OutputT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass
-class StepOutput(Generic[OutputT]):
+class StepOutput(Generic[ResultT]):
     """What one step of a task returns."""
 
     values: dict[str, Tensor]
     """Scalars for the log, on the device."""
     skipped: Tensor
     """Whether the step was skipped because its gradient was not finite: bool on the device, the same on all ranks."""
-    output: OutputT
+    result: ResultT
     """What the task needs after the step and for its metrics, such as a reconstruction."""
 
 
-class RunningMetrics(Generic[OutputT]):
+class RunningMetrics(Generic[ResultT]):
     """Means over the steps since the last row of the log. No step waits for them; skipped steps count for time alone.
 
     A checkpoint holds the sums (`state`), so that the first row after a resume equals that of an uninterrupted run;
@@ -66,7 +66,7 @@ class RunningMetrics(Generic[OutputT]):
         yield
         self.began += time.perf_counter() - began if really else 0.0
 
-    def update(self, output: StepOutput[OutputT]) -> None:
+    def update(self, output: StepOutput[ResultT]) -> None:
         """Add one step of this rank."""
         counted = (~output.skipped).double()
         for name, value in output.values.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.running_metrics import OutputT, RunningMetrics, StepOutput
+from vqpipe.training.running_metrics import ResultT, RunningMetrics, StepOutput
 
 
 class KeyedBatch(Protocol):
@@ -34,7 +34,7 @@ class Stream(Protocol[Yielded]):
         iteration started."""
 
 
-class Task(ABC, Generic[BatchT, OutputT]):
+class Task(ABC, Generic[BatchT, ResultT]):
     """One or more networks that train together.
 
     Args:
@@ -65,14 +65,14 @@ class Task(ABC, Generic[BatchT, OutputT]):
         """Let ranks share gradients; called once the networks hold their initial weights. Default: nothing."""
 
     @abstractmethod
-    def step(self, batch: BatchT, step: int) -> StepOutput[OutputT]:
+    def step(self, batch: BatchT, step: int) -> StepOutput[ResultT]:
         """One optimizer step of every network on this rank's share of a global batch. A step whose gradient is not
         finite moves no weight."""
 
-    def after_step(self, output: StepOutput[OutputT]) -> None:
+    def after_step(self, output: StepOutput[ResultT]) -> None:
         """What follows a step beside gradients; nothing may move where `output.skipped`. Default: nothing."""
 
-    def running_metrics(self) -> RunningMetrics[OutputT]:
+    def running_metrics(self) -> RunningMetrics[ResultT]:
         """The metrics of the log. Default: the means of `StepOutput.values`."""
         return RunningMetrics(self.device)
 

@@ -102,7 +102,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
     def after_step(self, output: StepOutput[Reconstruction]) -> None:
         """Update a codebook that is not trained by gradient."""
         if self.moves_codebook and not output.skipped:
-            self.model.quantizer.update(output.output.latent, output.output.quantized.ids)
+            self.model.quantizer.update(output.result.latent, output.result.quantized.ids)
 
     def running_metrics(self) -> "TokenizerMetrics":
         return TokenizerMetrics(self.model.quantizer, self.device)
@@ -172,7 +172,7 @@ class TokenizerMetrics(RunningMetrics[Reconstruction]):
 
     def update(self, output: StepOutput[Reconstruction]) -> None:
         super().update(output)
-        self.usage.update(torch.where(output.skipped, -1, output.output.quantized.ids), trusted=True)
+        self.usage.update(torch.where(output.skipped, -1, output.result.quantized.ids), trusted=True)
 
     def compute(self) -> Row:
         """`psnr`, in dB, is that of the mean squared error since the last row; `utilization` and `perplexity` (of the
