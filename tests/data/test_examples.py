@@ -1,4 +1,4 @@
-"""Tokens as training data: what is read is what was written, and the stream is a function of (seed, position)."""
+"""Tokens as training data: rows are read as written; the stream is a function of (seed, position)."""
 
 import itertools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from vqpipe.data.examples import (
 from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
-NUM, TOKENS, BATCH = 14, 6, 4  # 14 images in global batches of 4: the epoch edge falls inside a batch
+NUM, TOKENS, BATCH = 14, 6, 4  # 14 images in global batches of 4: epochs end inside a batch
 Make = Callable[..., Artifact]
 
 
@@ -50,12 +50,12 @@ def make(tmp_path: Path) -> Make:
 
 
 def prints(batch: TokenBatch) -> list[tuple[str, int, int]]:
-    """Of each example its key, label and first id, which says of which image and view it is."""
+    """(key, label, first id) of each example; the id identifies image and view."""
     return list(zip(batch.keys, batch.labels.tolist(), batch.examples[:, 0].tolist(), strict=True))
 
 
 def run(tokens: TokenSet, start: int, steps: int, world: int = 1, seed: int = 5) -> list[tuple[str, int, int]]:
-    """The examples of `steps` global batches, in order, as `world` ranks get them."""
+    """The examples of `steps` global batches, in order, read by `world` ranks."""
     ranks = [
         ExampleStream(tokens, seed=seed, batch_size=BATCH, rank=r, world_size=world).from_sample(start)
         for r in range(world)
@@ -69,7 +69,7 @@ def test_the_order_does_not_depend_on_ranks_or_resuming(make: Make) -> None:
     epochs = [whole[e * NUM : (e + 1) * NUM] for e in range(3)]
     assert [sorted(key for key, *_ in epoch) for epoch in epochs] == [[f"key-{i:02d}" for i in range(NUM)]] * 3
     assert len({tuple(key for key, *_ in epoch) for epoch in epochs}) == 3
-    for world, step in itertools.product((1, 2, 4), (0, 1, 3, 10)):  # 3: across the epoch's edge
+    for world, step in itertools.product((1, 2, 4), (0, 1, 3, 10)):  # 3: across the end of an epoch
         assert run(tokens, step * BATCH, min(2, 11 - step), world) == whole[step * BATCH : (step + 2) * BATCH]
     assert run(tokens, 0, 11, seed=6) != whole
 
@@ -82,7 +82,7 @@ def test_batches_match_the_stored_rows_and_half_are_mirrored(make: Make) -> None
         assert label == number % 3
         assert first in (number * 10, number * 10 + 1000)
     share = sum(first >= 1000 for *_, first in found) / len(found)
-    assert 0.4 < share < 0.6  # three standard deviations of 400 throws are 0.075
+    assert 0.4 < share < 0.6  # three standard deviations of 400 samples are 0.075
     plain = ExampleStream(tokens, seed=0, batch_size=BATCH, mirror=False).from_sample(0)
     assert max(int(next(plain).examples.max()) for _ in range(10)) < 1000
     unflipped = ExampleStream(TokenSet(make("unflipped", flip=False)), seed=0, batch_size=BATCH).from_sample(0)
