@@ -95,7 +95,7 @@ def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
     assert "already published" in capsys.readouterr().err
     assert tree(prepare(tiny, "workers", num_workers=2)) == expected
 
-    real, written = packing.write_shard, list[int]()
+    real, written = packing.write_image_shard, list[int]()
 
     def stop_at_third(draft: object, number: int, *rest: object) -> None:
         if number == 2 and len(written) < 3:
@@ -104,7 +104,7 @@ def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
         written.append(number)
         real(draft, number, *rest)
 
-    monkeypatch.setattr(packing, "write_shard", stop_at_third)
+    monkeypatch.setattr(packing, "write_image_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         prepare(tiny, "resumed")
     assert not (tiny / "resumed").exists()
