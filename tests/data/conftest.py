@@ -1,4 +1,4 @@
-"""Drawn images and tars, and an index cache of each test's own."""
+"""Fixtures: drawn images, tars, and an index cache per test."""
 
 import io
 import tarfile

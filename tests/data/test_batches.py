@@ -23,7 +23,7 @@ from vqpipe.data.transforms import DataConfig, center_crop, decode
 from vqpipe.errors import ConfigError, DataError
 
 Draw = Callable[..., bytes]
-NUM, BATCH = 14, 4  # 14 images in global batches of 4: the epoch edge falls inside a batch
+NUM, BATCH = 14, 4  # 14 images in global batches of 4: epochs end inside a batch
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def config(workers: int = 0, **settings: object) -> DataConfig:
 
 
 def prints(batch: Batch) -> list[tuple[int, str, int, str]]:
-    """Of each image in order: its index, key, label, and a hash of its pixels, crop and flip included."""
+    """(index, key, label, hash of the cropped pixels) of each image, in order."""
     pixels = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:12] for image in batch.images]
     return list(zip(batch.indices, batch.keys, batch.labels.tolist(), pixels, strict=True))
 
 
 def run(images: ImageSet, start: int, steps: int, world: int = 1, workers: int = 0, seed: int = 5) -> list:
-    """The images of `steps` global batches, in order, as `world` ranks get them."""
+    """The images of `steps` global batches, in order, read by `world` ranks."""
     ranks = [
         TrainingStream(images, config(workers), seed=seed, batch_size=BATCH, rank=r, world_size=world).from_sample(
             start
@@ -55,11 +55,11 @@ def run(images: ImageSet, start: int, steps: int, world: int = 1, workers: int =
 
 
 def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_resuming(images: ImageSet) -> None:
-    whole = run(images, 0, 11)  # three epochs and a bit
+    whole = run(images, 0, 11)  # more than three epochs
     assert [sorted(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)] == [list(range(NUM))] * 3
     assert len({tuple(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)}) == 3
     assert len({pixels for *_, pixels in whole[: 3 * NUM]}) > 2 * NUM  # crops and flips differ between epochs
-    for world, workers, step in itertools.product((1, 2, 4), (0, 2), (0, 1, 3, 10)):  # 3: across the epoch's edge
+    for world, workers, step in itertools.product((1, 2, 4), (0, 2), (0, 1, 3, 10)):  # 3: across the end of an epoch
         if workers and step not in (0, 3):
             continue
         assert run(images, step * BATCH, min(2, 11 - step), world, workers) == whole[step * BATCH : (step + 2) * BATCH]
@@ -92,7 +92,7 @@ def test_a_global_batch_that_does_not_divide_is_an_error() -> None:
 
 @pytest.fixture
 def with_bad(tmp_path: Path, draw: Draw) -> ImageSet:
-    """40 images, of which number 7 is cut short and number 20 empty."""
+    """40 images, number 7 truncated and number 20 empty."""
     for i in range(40):
         data = draw(i, kind="JPEG")
         (tmp_path / f"{i:02d}.jpg").write_bytes(data[:-20] if i == 7 else b"" if i == 20 else data)
@@ -152,7 +152,7 @@ def test_errors_of_workers_are_raised_unchanged(with_bad: ImageSet, tmp_path: Pa
 
 
 class Trouble(torch.utils.data.Dataset):
-    """Work that kills its worker, or never ends, or notes that it ignores the group's signals."""
+    """Tasks that kill their worker, never end, or check that the signals of the process group are ignored."""
 
     def __getitem__(self, work: str) -> str:
         if work == "die":
@@ -166,7 +166,7 @@ class Trouble(torch.utils.data.Dataset):
 
 
 def test_a_killed_or_hanging_worker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # its patience at shutdown: 5 s
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # the default is 5 s
     for work, message in (("die", "exited unexpectedly|killed by signal"), ("hang", "timed out")):
         began = time.monotonic()
         with pytest.raises(DataError, match=f"the image loader stopped: .*({message})"):

@@ -26,7 +26,7 @@ from vqpipe.progress import SILENT, Progress, Silent
 from vqpipe.quantizers import TokenLayout
 
 NUM = 23
-BAD = {4, 10, 11, 12, 13}  # with shards of 10 and batches of 4 one batch holds nothing that can be used
+BAD = {4, 10, 11, 12, 13}  # with shards of 10 and batches of 4 one batch has no usable image
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def die(image: Image.Image, size: int) -> Tensor:
 
 
 def test_a_killed_loader_process_is_an_error(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # its patience at shutdown: 5 s
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # the default is 5 s
     monkeypatch.setattr("vqpipe.data.batches.center_crop", die)
     with pytest.raises(DataError, match=r"the image loader stopped: .*Try fewer workers"):
         run(tmp_path / "out", images, num_workers=1)
@@ -234,7 +234,7 @@ def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
 
 
 class Pixels:
-    """Stands for a tokenizer: the ids of an image are its first two red values, moved to the end of the codebook."""
+    """A fake tokenizer: the ids of an image are its first two red values, moved to the end of the codebook."""
 
     device = torch.device("cpu")
 

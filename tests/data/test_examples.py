@@ -1,4 +1,4 @@
-"""Tokens as training data: what is read is what was written, and the stream is a function of (seed, position)."""
+"""Tokens as training data: rows are read as written; the stream is a function of (seed, position)."""
 
 import itertools
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from vqpipe import artifacts
 from vqpipe.artifacts import Artifact
 from vqpipe.data import examples
 from vqpipe.data.examples import (
+    ExampleBatch,
     ExamplesConfig,
     ExampleStream,
-    TokenBatch,
     TokenSet,
-    held_out_part,
-    ordered,
+    ordered_batches,
+    split_held_out,
 )
 from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
-NUM, TOKENS, BATCH = 14, 6, 4  # 14 images in global batches of 4: the epoch edge falls inside a batch
+NUM, TOKENS, BATCH = 14, 6, 4  # 14 images in global batches of 4: epochs end inside a batch
 Make = Callable[..., Artifact]
 
 
@@ -49,13 +49,13 @@ def make(tmp_path: Path) -> Make:
     return make
 
 
-def prints(batch: TokenBatch) -> list[tuple[str, int, int]]:
-    """Of each example its key, label and first id, which says of which image and view it is."""
+def prints(batch: ExampleBatch) -> list[tuple[str, int, int]]:
+    """(key, label, first id) of each example; the id identifies image and view."""
     return list(zip(batch.keys, batch.labels.tolist(), batch.examples[:, 0].tolist(), strict=True))
 
 
 def run(tokens: TokenSet, start: int, steps: int, world: int = 1, seed: int = 5) -> list[tuple[str, int, int]]:
-    """The examples of `steps` global batches, in order, as `world` ranks get them."""
+    """The examples of `steps` global batches, in order, read by `world` ranks."""
     ranks = [
         ExampleStream(tokens, seed=seed, batch_size=BATCH, rank=r, world_size=world).from_sample(start)
         for r in range(world)
@@ -69,7 +69,7 @@ def test_the_order_does_not_depend_on_ranks_or_resuming(make: Make) -> None:
     epochs = [whole[e * NUM : (e + 1) * NUM] for e in range(3)]
     assert [sorted(key for key, *_ in epoch) for epoch in epochs] == [[f"key-{i:02d}" for i in range(NUM)]] * 3
     assert len({tuple(key for key, *_ in epoch) for epoch in epochs}) == 3
-    for world, step in itertools.product((1, 2, 4), (0, 1, 3, 10)):  # 3: across the epoch's edge
+    for world, step in itertools.product((1, 2, 4), (0, 1, 3, 10)):  # 3: across the end of an epoch
         assert run(tokens, step * BATCH, min(2, 11 - step), world) == whole[step * BATCH : (step + 2) * BATCH]
     assert run(tokens, 0, 11, seed=6) != whole
 
@@ -82,7 +82,7 @@ def test_batches_match_the_stored_rows_and_half_are_mirrored(make: Make) -> None
         assert label == number % 3
         assert first in (number * 10, number * 10 + 1000)
     share = sum(first >= 1000 for *_, first in found) / len(found)
-    assert 0.4 < share < 0.6  # three standard deviations of 400 throws are 0.075
+    assert 0.4 < share < 0.6  # three standard deviations of 400 samples are 0.075
     plain = ExampleStream(tokens, seed=0, batch_size=BATCH, mirror=False).from_sample(0)
     assert max(int(next(plain).examples.max()) for _ in range(10)) < 1000
     unflipped = ExampleStream(TokenSet(make("unflipped", flip=False)), seed=0, batch_size=BATCH).from_sample(0)
@@ -110,10 +110,10 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
 
 def test_ordered_examples_are_every_image_once(make: Make) -> None:
     tokens = TokenSet(make("tokens"))
-    batches = list(ordered(tokens, 4))
+    batches = list(ordered_batches(tokens, 4))
     assert [key for batch in batches for key in batch.keys] == [f"key-{i:02d}" for i in range(NUM)]
     assert torch.cat([batch.examples for batch in batches])[:, 0].tolist() == [i * 10 for i in range(NUM)]
-    shares = [list(ordered(tokens, 4, rank, 2)) for rank in range(2)]
+    shares = [list(ordered_batches(tokens, 4, rank, 2)) for rank in range(2)]
     assert sorted(key for share in shares for batch in share for key in batch.keys) == [
         f"key-{i:02d}" for i in range(NUM)
     ]
@@ -121,7 +121,7 @@ def test_ordered_examples_are_every_image_once(make: Make) -> None:
 
 def test_held_out_images_cover_every_class_and_are_not_trained_on(make: Make) -> None:
     tokens = TokenSet(make("tokens"))
-    rest, held_out = held_out_part(tokens, 6)
+    rest, held_out = split_held_out(tokens, 6)
     assert held_out is not None
     assert sorted(held_out.labels.tolist()) == [0, 0, 1, 1, 2, 2]
     keys = [{part.key(i) for i in range(len(part))} for part in (rest, held_out)]
@@ -132,18 +132,18 @@ def test_held_out_images_cover_every_class_and_are_not_trained_on(make: Make) ->
     assert {key for key, *_ in seen} == keys[0]
     assert all(first % 1000 == int(key.removeprefix("key-")) * 10 for key, _, first in seen)
     with pytest.raises(DataError, match="8 of 14 images cannot be held out"):
-        held_out_part(tokens, 8)
+        split_held_out(tokens, 8)
 
 
 def test_num_classes_follows_the_labels(make: Make) -> None:
     labels, unknown = TokenSet(make("known")).labels, TokenSet(make("unknown", classes=None)).labels
-    assert ExamplesConfig().classes_of(labels) == 3
-    assert ExamplesConfig(num_classes=1000).classes_of(labels) == 1000
-    assert ExamplesConfig(conditional=False).classes_of(unknown) is None
+    assert ExamplesConfig().num_classes_of(labels) == 3
+    assert ExamplesConfig(num_classes=1000).num_classes_of(labels) == 1000
+    assert ExamplesConfig(conditional=False).num_classes_of(unknown) is None
     with pytest.raises(DataError, match="14 of 14 images have no label"):
-        ExamplesConfig().classes_of(unknown)
+        ExamplesConfig().num_classes_of(unknown)
     with pytest.raises(DataError, match="label 2 is out of range"):
-        ExamplesConfig(num_classes=2).classes_of(labels)
+        ExamplesConfig(num_classes=2).num_classes_of(labels)
 
 
 def test_inconsistent_tokens_are_an_error(make: Make, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def keys(*specs: str | Path) -> list[str]:
 
 def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
     write(tmp_path, "n2/b.png", "n1/deep/er/a.JPEG", "n1/z.jpg", "n10/c.webp", "n10/notes.txt", ".git/x.png")
-    (tmp_path / "n11").mkdir()  # empty, and still a class: a missing download must not move the others
+    (tmp_path / "n11").mkdir()  # an empty folder is a class: a missing download must not renumber the others
     images = open_images([tmp_path])
     assert [(images.key(i), images.label(i)) for i in range(4)] == [
         ("n1/deep/er/a", 0),
@@ -46,7 +46,7 @@ def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     write(tmp_path, "b.png", "a.png", "sub/c.png", "._a.png", "a.jpg")
     images = open_images([tmp_path])
-    assert [sample.key for sample in images] == ["a.jpg", "a.png", "b", "sub/c"]  # a.* would share a key
+    assert [sample.key for sample in images] == ["a.jpg", "a.png", "b", "sub/c"]  # a.* keep their extensions
     assert images.num_classes is None
     assert images.label(0) is None
 
@@ -80,7 +80,7 @@ def test_globs_and_brace_patterns(tmp_path: Path, pack: Pack, monkeypatch: pytes
     assert keys(f"{tmp_path}/s-{{000000..000011}}.tar") == all_keys
     assert keys(f"{tmp_path}/s-0000{{11,00}}.tar") == ["k11", "k0"]  # braces keep their order
     assert keys(f"file://{tmp_path}/s-000003.tar") == ["k3"]
-    assert keys(tmp_path / "odd{1,2}*.tar") == ["odd"]  # a name that exists is a name
+    assert keys(tmp_path / "odd{1,2}*.tar") == ["odd"]  # an existing path is used as it is
     monkeypatch.chdir(tmp_path)
     assert keys("s-000001.tar") == ["k1"]
     with pytest.raises(DataError, match=r"no such images: s-000012\.tar, s-000013\.tar"):
@@ -129,7 +129,7 @@ def test_dataset_artifacts_are_opened(tmp_path: Path, pack: Pack) -> None:
     with pytest.raises(ArtifactError, match="not finished"):
         open_images([tmp_path / "begun"])
     write(tmp_path / "photos", "a.png")
-    (tmp_path / "photos" / "manifest.json").write_text("{}")  # anybody's
+    (tmp_path / "photos" / "manifest.json").write_text("{}")  # not an artifact's
     assert keys(tmp_path / "photos") == ["a"]
 
 

@@ -1,4 +1,4 @@
-"""Latents on disk: the same bytes and the same moments however they are computed, and read row by row."""
+"""Stored latents: bytes and moments do not depend on how they are computed; rows are read back."""
 
 import pickle
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def encode(images: Tensor) -> Tensor:
 
 
 class Encoder:
-    """Stands for a tokenizer."""
+    """A fake tokenizer."""
 
     device = torch.device("cpu")
 
@@ -151,7 +151,7 @@ def test_pooled_moments_are_exact_for_any_split_and_far_from_zero() -> None:
         assert statistics.std == pytest.approx(truth.std(1), rel=1e-9)
     assert statistics.std[1] == 0
     normal = statistics.normalize(torch.from_numpy(rows))
-    assert not normal[:, 1].any()  # a channel that never changes is only shifted
+    assert not normal[:, 1].any()  # a constant channel is only shifted
     assert torch.allclose(statistics.denormalize(normal), torch.from_numpy(rows).float(), atol=1e-3)
 
 

@@ -66,7 +66,7 @@ def test_every_manifest_loads_and_is_consistent(name: str) -> None:
         assert measured.table.startswith(("VQGAN-LC, ", "MGVQ, "))
         assert measured.framing.size is not None
     for split in manifest.splits.values():
-        # what nobody counted here must be said to be unknown, where a paper measures with it
+        # a split that a paper evaluates on has a count, or is listed as unverified
         measures = any(manifest.splits[measured.split] is split for measured in manifest.measured)
         assert split.num_images is not None or not measures or manifest.unverified or manifest.unstated
         if manifest.measured and manifest.measured[0].table.startswith("MGVQ, Table 3") and name != "davis-2017":
@@ -312,7 +312,7 @@ def test_a_stride_counts_per_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[1, 2]", "is not a list of names: TypeError"),
         ('{"a": {"b": 1}}', "is not a list of names"),
@@ -323,11 +323,11 @@ def test_a_stride_counts_per_folder() -> None:
         ('["/etc/hostname.png"]', r"lacks 1 of the 1 files in"),
     ],
 )
-def test_damaged_lists_and_missing_files_are_an_error(text: str, said: str, tmp_path: Path) -> None:
+def test_damaged_lists_and_missing_files_are_an_error(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"not of this set")
     copy = copy_of(tmp_path / "copy", ["UHDBench/LIU4k/a.png"], {"UHDBench/UHDBench.json": text})
     manifest = load_manifest("uhdbench")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_split(manifest, manifest.splits["all"], copy)
 
 
@@ -339,7 +339,7 @@ def test_a_missing_list_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"files": ("../*.png",)}, "is outside the data set's folder"),
         ({"tars": ("/data/*.tar",)}, "is outside the data set's folder"),
@@ -351,6 +351,6 @@ def test_a_missing_list_is_an_error(tmp_path: Path) -> None:
         ({"min_size": (0, 5)}, "stride and min_size are at least 1"),
     ],
 )
-def test_invalid_splits_are_an_error(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_splits_are_an_error(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Split(**settings)

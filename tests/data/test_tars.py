@@ -123,7 +123,7 @@ def test_the_cache_is_used_only_while_the_file_is_unchanged(
     path = tmp_path / "s.tar"
     path.write_bytes(pack(MEMBERS))
     open_images([path])
-    assert not list(tmp_path.glob("cache/vqpipe/index/*"))  # too young: its clock may not show the next change
+    assert not list(tmp_path.glob("cache/vqpipe/index/*"))  # modified too recently to be cached
     import os
 
     os.utime(path, (1e9, 1e9))

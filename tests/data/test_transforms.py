@@ -48,7 +48,7 @@ def grey16(value: int) -> Image.Image:
 
 
 def png(width: int, height: int, bit_depth: int, colour_type: int, pixels: bytes) -> bytes:
-    """A PNG from its parts: what Pillow itself cannot write."""
+    """A PNG built from chunks, for modes that Pillow does not write."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -125,21 +125,21 @@ def test_the_pixel_limit_is_checked_in_the_header() -> None:
     data = encode(solid("RGB", "red", (100, 100)))
     assert decode(data, max_pixels=10_000).size == (100, 100)
     with pytest.raises(BadImage, match="100 x 100"):
-        decode(data[:60], max_pixels=9_999)  # nothing but the header is there
+        decode(data[:60], max_pixels=9_999)  # only the header
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
     corners = Image.new("RGB", (32, 16), "black")
-    corners.paste((255, 255, 255), (0, 0, 8, 8))  # white where the picture's upper left belongs
+    corners.paste((255, 255, 255), (0, 0, 8, 8))  # white in the upright image's upper left
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
     stored = corners.transpose(TURNS[inverse]) if inverse in TURNS else corners
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = decode(encode(stored, kind, exif=exif))
     assert image.size == (32, 16)
-    assert np.abs(np.asarray(image).astype(int) - np.asarray(corners)).mean() < 8  # JPEG and WebP lose a little
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(corners)).mean() < 8  # JPEG and WebP are lossy
 
 
 @pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
@@ -221,7 +221,7 @@ def test_pixels_are_planes_of_the_image() -> None:
 
 
 def adm_reference(image: Image.Image, size: int) -> np.ndarray:
-    """guided-diffusion's rule written out: how many halvings, then one scale, then the middle."""
+    """guided-diffusion's rule: the number of halvings, then one scale, then the centre."""
     short = min(image.size)
     halvings = 0
     while short >= 2 * size:
@@ -247,7 +247,7 @@ def test_center_crop_equals_adms(size: tuple[int, int]) -> None:
 
 def test_a_strip_is_cropped_without_resizing_all_of_it() -> None:
     strip = Image.effect_noise((2000, 1), 90).convert("RGB")
-    crop = center_crop(strip, 64)  # in full: 64 x 128,000
+    crop = center_crop(strip, 64)  # resized as a whole: 64 x 128,000
     assert (crop.permute(1, 2, 0).numpy().astype(int) - adm_reference(strip, 64)).__abs__().max() <= 1
     assert random_crop(strip, 64, np.random.default_rng(0), max_scale=2.0).shape == (3, 64, 64)
 
@@ -285,7 +285,7 @@ def test_uint8_survives_floats() -> None:
     assert (floats.dtype, floats.min().item(), floats.max().item()) == (torch.float32, -1.0, 1.0)
     assert torch.equal(to_uint8(floats), levels)
     assert torch.equal(to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8))
-    almost = to_float(levels)[1:] - 0.2 / 127.5  # truncating would lose a level here
+    almost = to_float(levels)[1:] - 0.2 / 127.5  # truncating would lose a level
     assert torch.equal(to_uint8(almost), levels[1:])
 
 
@@ -367,7 +367,7 @@ def test_framings_can_be_pickled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "size", "said"),
+    ("rule", "size", "message"),
     [
         ("adm", (24, 40), "ADM's crop is square, 40x24 is not. Use the rule cover"),
         ("adm", None, "needs a size"),
@@ -376,8 +376,8 @@ def test_framings_can_be_pickled() -> None:
         ("nearest", (24, 40), "'nearest' is not a choice. Use adm, linear, cover, native"),
     ],
 )
-def test_invalid_framings_are_an_error(rule: str, size: tuple[int, int] | None, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_framings_are_an_error(rule: str, size: tuple[int, int] | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Framing(rule=rule, size=size)  # type: ignore[arg-type]
 
 

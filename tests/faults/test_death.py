@@ -101,7 +101,7 @@ def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
     operation: str, folder: Path, crash: ModuleType, in_child: InChild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(tokenize_images, "IMAGES_PER_SHARD", 7)
+    monkeypatch.setattr("vqpipe.data.tokens.IMAGES_PER_SHARD", 7)
     small_tokenizer(folder / "tokenizer")
 
     def run(out: str) -> None:

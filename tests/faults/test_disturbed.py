@@ -36,9 +36,10 @@ AGAIN = 0.5
 """How likely a run that goes on after a kill is killed too."""
 PROGRAM = """
 import gc, importlib, json, os, pkgutil, sys, traceback
-from stages import cli, generate, tokenize_images
+from stages import cli, generate
+from vqpipe.data import tokens
 
-tokenize_images.IMAGES_PER_SHARD = generate.IMAGES_PER_SHARD = 6
+tokens.IMAGES_PER_SHARD = generate.IMAGES_PER_SHARD = 6
 os.fsync = lambda handle: None
 
 def serve():

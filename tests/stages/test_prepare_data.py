@@ -34,7 +34,7 @@ folders = ["train"]
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A manifest and its ten images, one of them cut short, in two class folders."""
+    """A manifest and its ten images, one of them truncated, in two class folders."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "tiny.toml").write_text(MANIFEST)
     for i in range(10):
@@ -77,7 +77,7 @@ def test_a_folder_is_packed_into_tars(tiny: Path, capsys: pytest.CaptureFixture[
     assert [row["source"] for row in rows] == [source.key(i) for i in kept]
     assert [row["shard"] for row in rows] == [shards[0]] * 4 + [shards[1]] * 3 + [shards[2]] * 2
     assert [row["label"] for row in rows] == [image.label for image in images]
-    assert len({row["key"] for row in rows}) == 9  # v1.2 and v1_2 did not become one
+    assert len({row["key"] for row in rows}) == 9  # v1.2 and v1_2 stay different keys
 
     with open(out / shards[0], "rb") as file:
         theirs = list(group_by_keys(tar_file_expander([{"url": shards[0], "stream": file}])))
@@ -95,7 +95,7 @@ def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
     assert "already published" in capsys.readouterr().err
     assert tree(prepare(tiny, "workers", num_workers=2)) == expected
 
-    real, written = packing.write_shard, list[int]()
+    real, written = packing.write_image_shard, list[int]()
 
     def stop_at_third(draft: object, number: int, *rest: object) -> None:
         if number == 2 and len(written) < 3:
@@ -104,7 +104,7 @@ def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
         written.append(number)
         real(draft, number, *rest)
 
-    monkeypatch.setattr(packing, "write_shard", stop_at_third)
+    monkeypatch.setattr(packing, "write_image_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         prepare(tiny, "resumed")
     assert not (tiny / "resumed").exists()
@@ -208,7 +208,7 @@ def test_loader_processes_start_once_for_all_shards(tiny: Path, monkeypatch: pyt
     monkeypatch.setattr(packing, "through_workers", counted)
     monkeypatch.setattr(packing, "IMAGES_PER_TASK", 2)
     expected = tree(prepare(tiny))
-    assert began == [5]  # three shards of 4, 4 and 2 images, in pieces of 2
+    assert began == [5]  # three shards of 4, 4 and 2 images, in tasks of 2
     monkeypatch.setattr(packing, "IMAGES_PER_TASK", 3)
     assert tree(prepare(tiny, "other")) == expected
     assert began == [5, 5]
@@ -227,7 +227,7 @@ def test_verify_archives_checks_their_md5(tiny: Path, capsys: pytest.CaptureFixt
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """[rank, world size] that the stage sees: ranks run one after the other here."""
+    """[rank, world size] of the command; ranks run one after another."""
     from vqpipe import distributed
 
     state = [0, 2]

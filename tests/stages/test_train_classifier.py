@@ -16,7 +16,7 @@ from torch import nn
 from stages.train_classifier import train_classifier
 from vqpipe.artifacts import open_artifact
 from vqpipe.config import from_table
-from vqpipe.data.examples import TokenSet, held_out_part
+from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.generation.base import Space
 from vqpipe.generation.classifier import ClassifierConfig, build_classifier
@@ -40,7 +40,7 @@ def test_metrics_are_those_of_the_published_weights(drawn: Any, tmp_path: Path) 
     space = Space.from_table(table["space"])
     model = build_classifier(from_table(ClassifierConfig, table["classifier"]), space)
     model.load_state_dict(load_file(artifact.file("model.safetensors")))
-    rest, held_out = held_out_part(TokenSet(open_artifact(drawn.tokens)), 6)
+    rest, held_out = split_held_out(TokenSet(open_artifact(drawn.tokens)), 6)
     assert held_out is not None
     with torch.no_grad():
         guesses = model.eval().logits(held_out.read(range(6), [False] * 6)).argmax(1).numpy()

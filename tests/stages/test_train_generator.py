@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stages import signals
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.examples import TokenSet, held_out_part
+from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.generation.held_out import SEED
 from vqpipe.generation.image_generator import open_generator
@@ -57,7 +57,7 @@ def test_its_codebook_is_the_tokenizer_s(drawn: Any) -> None:
 def test_the_validation_loss_is_that_of_the_published_weights(drawn: Any) -> None:
     """Recomputed on the held-out images, in evaluation mode, with the random numbers of the validation."""
     artifact, opened = open_artifact(drawn.generator), open_generator(drawn.generator)
-    _, held_out = held_out_part(TokenSet(open_artifact(drawn.tokens)), 6)
+    _, held_out = split_held_out(TokenSet(open_artifact(drawn.tokens)), 6)
     assert held_out is not None
     total = 0.0
     for number, first in enumerate((0, 4)):

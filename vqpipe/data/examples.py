@@ -50,7 +50,7 @@ class ExamplesConfig:
         if min(self.num_classes, self.held_out) < 0:
             raise ConfigError("examples.num_classes and examples.held_out are at least 0")
 
-    def classes_of(self, labels: np.ndarray) -> int | None:
+    def num_classes_of(self, labels: np.ndarray) -> int | None:
         """The number of classes for labels int[images], -1 where unknown; None: unconditional.
 
         Raises:
@@ -70,7 +70,7 @@ class ExamplesConfig:
 
 
 @dataclass
-class TokenBatch:
+class ExampleBatch:
     """Examples with their labels and keys, in the same order."""
 
     examples: Tensor
@@ -226,7 +226,7 @@ class LatentExamples:
         return self.latents.take([i * self.views + bool(flip) for i, flip in zip(images, mirror, strict=True)])
 
 
-class Part:
+class Subset:
     """Some images of a set."""
 
     def __init__(self, whole: Examples, images: np.ndarray) -> None:
@@ -244,7 +244,7 @@ class Part:
         return self.whole.read([int(self.images[image]) for image in images], mirror)
 
 
-def held_out_part(examples: Examples, count: int) -> tuple[Examples, Part | None]:
+def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:
     """Split into training images and `count` held-out ones (None for 0): the same in every run, and of every class.
 
     Raises:
@@ -258,7 +258,7 @@ def held_out_part(examples: Examples, count: int) -> tuple[Examples, Part | None
     order = np.argsort(examples.labels[shuffled], kind="stable")
     spread = shuffled[order][np.linspace(0, len(examples) - 1, count).round().astype(np.int64)]
     rest = np.setdiff1d(np.arange(len(examples)), spread)
-    return Part(examples, rest), Part(examples, np.sort(spread))
+    return Subset(examples, rest), Subset(examples, np.sort(spread))
 
 
 class ExampleStream:
@@ -282,7 +282,7 @@ class ExampleStream:
         self.examples, self.seed, self.mirror = examples, seed, mirror and examples.mirrored
         self.shuffle = Shuffle(len(examples), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
 
-    def from_sample(self, images_seen: int) -> Iterator[TokenBatch]:
+    def from_sample(self, images_seen: int) -> Iterator[ExampleBatch]:
         """Yield this rank's batches from global position `images_seen` on, without reading the examples before."""
         for samples in self.shuffle.batches(images_seen):
             images = [image for _, image in samples]
@@ -293,7 +293,7 @@ class ExampleStream:
         return self.mirror and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
 
 
-def ordered(examples: Examples, batch_size: int, first: int = 0, step: int = 1) -> Iterator[TokenBatch]:
+def ordered_batches(examples: Examples, batch_size: int, first: int = 0, step: int = 1) -> Iterator[ExampleBatch]:
     """Yield every image once, unmirrored, in order: the batches `first`, `first + step`, ... of `batch_size` images."""
     starts = range(0, len(examples), batch_size)[first::step]
     for start in starts:
@@ -301,6 +301,6 @@ def ordered(examples: Examples, batch_size: int, first: int = 0, step: int = 1) 
         yield read_batch(examples, images, [False] * len(images))
 
 
-def read_batch(examples: Examples, images: Sequence[int], mirror: Sequence[bool]) -> TokenBatch:
+def read_batch(examples: Examples, images: Sequence[int], mirror: Sequence[bool]) -> ExampleBatch:
     labels = torch.from_numpy(examples.labels[list(images)].astype(np.int64))
-    return TokenBatch(examples.read(images, mirror), labels, [examples.key(i) for i in images])
+    return ExampleBatch(examples.read(images, mirror), labels, [examples.key(i) for i in images])

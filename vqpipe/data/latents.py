@@ -202,7 +202,7 @@ def write_latents(
             batch_size=batch_size,
             num_workers=num_workers,
         ):
-            job.write(write_shard, draft, shard)
+            job.write(write_latent_shard, draft, shard)
     records, skipped = job.finish(max_skipped)
     return {
         "num_images": sum(record["images"] for record in records),
@@ -215,7 +215,7 @@ def write_latents(
     }
 
 
-def write_shard(draft: Draft, shard: EncodedShard) -> None:
+def write_latent_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write a shard's two files; the array last, so that its record marks both as complete."""
     columns = sample_columns(shard.keys, shard.labels, views=shard.rows.shape[1])
     with draft.write(f"samples-{shard.number:05d}.parquet") as path:

@@ -98,7 +98,7 @@ def pack_images(
     total = sum(len(shards[number]) for number in mine)
     progress.start("prepare-data", total, done=total - sum(len(shards[number]) for number in missing))
     for number in missing:
-        write_shard(draft, number, images, keys, islice(stored, len(tasks[number])), progress)
+        write_image_shard(draft, number, images, keys, islice(stored, len(tasks[number])), progress)
     distributed.barrier()
     records = [draft.record(SHARD.format(number)) or {} for number in range(len(shards))]
     left_out = {
@@ -119,7 +119,7 @@ def tasks_of(shard: range) -> list[range]:
     return [range(first, min(first + IMAGES_PER_TASK, shard.stop)) for first in shard[::IMAGES_PER_TASK]]
 
 
-def write_shard(
+def write_image_shard(
     draft: Draft,
     number: int,
     images: ImageSet,

@@ -51,9 +51,6 @@ class ImageSource(Protocol):
 
     num_classes: int | None
 
-    ignored: dict[str, int]
-    """Files that are not images: reason -> count."""
-
     @property
     def digest(self) -> str:
         """sha256 over keys, labels and bytes, in order."""

@@ -90,7 +90,7 @@ def write_tokens(
             batch_size=batch_size,
             num_workers=num_workers,
         ):
-            job.write(write_shard, draft, shard)
+            job.write(write_token_shard, draft, shard)
     records, skipped = job.finish(max_skipped)
     return {
         "num_images": sum(record["images"] for record in records),
@@ -114,7 +114,7 @@ def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
         raise DataError(f"ids from {low} to {high} are outside a codebook of {codebook_size} codes")
 
 
-def write_shard(draft: Draft, shard: EncodedShard) -> None:
+def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
     name = f"tokens-{shard.number:05d}.parquet"
     with draft.write(name, images=len(shard.keys), skipped=dict(shard.skipped)) as path:
         write_token_file(path, shard.keys, shard.labels, shard.rows)

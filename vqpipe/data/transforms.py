@@ -223,7 +223,7 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
     width, height = round(image.width * scale), round(image.height * scale)
     left, upper = (width - size) // 2, (height - size) // 2
     if max(width, height) > STRIP * size:  # a 1 x 5000 strip would be resized to gigabytes
-        return pixels(resize_part(image, (width, height), (left, upper), size))
+        return pixels(resize_part(image, (width, height), (left, upper), (size, size)))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if (width, height) != (size, size):
@@ -238,15 +238,17 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_sca
     factor = short / min(image.size)
     width, height = max(short, round(image.width * factor)), max(short, round(image.height * factor))
     left, upper = int(across * (width - size + 1)), int(down * (height - size + 1))
-    return pixels(resize_part(image, (width, height), (left, upper), size))
+    return pixels(resize_part(image, (width, height), (left, upper), (size, size)))
 
 
-def resize_part(image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
-    """The square at `corner` of the image resized to `target`, without computing the rest."""
+def resize_part(
+    image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> Image.Image:
+    """The part of `size` at `corner` of the image resized to `target`, without computing the rest. All are (x, y)."""
     (width, height), (left, upper) = target, corner
     across, down = image.width / width, image.height / height
-    right, lower = min((left + size) * across, image.width), min((upper + size) * down, image.height)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left * across, upper * down, right, lower))
+    right, lower = min((left + size[0]) * across, image.width), min((upper + size[1]) * down, image.height)
+    return image.resize(size, Image.Resampling.BICUBIC, box=(left * across, upper * down, right, lower))
 
 
 def training_crop(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Tensor:
@@ -338,10 +340,7 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """uint8[3, H, W]: MGVQ's evaluation crop. One antialiased bicubic resize by Pillow, then the centre."""
     height, width, upper, left = covering(image, size)
     if height > STRIP * size[0] or width > STRIP * size[1]:  # a 1 x 5000 strip would be resized to gigabytes
-        across, down = image.width / width, image.height / height
-        box = (left * across, upper * down, (left + size[1]) * across, (upper + size[0]) * down)
-        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
-        return pixels(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box))
+        return pixels(resize_part(image, (width, height), (left, upper), size[::-1]))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return pixels(image.crop((left, upper, left + size[1], upper + size[0])))

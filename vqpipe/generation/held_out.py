@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.data.examples import Examples, TokenBatch, ordered
+from vqpipe.data.examples import ExampleBatch, Examples, ordered_batches
 from vqpipe.generation.classifier import Classifier
 
 SEED = 20_240
@@ -51,7 +51,7 @@ def accuracy(
     return {"top1": top1, "top5": top5} if classifier.num_classes > 5 else {"top1": top1}
 
 
-def rank_batches(examples: Examples, batch_size: int) -> Iterator[tuple[int, TokenBatch, bool]]:
+def rank_batches(examples: Examples, batch_size: int) -> Iterator[tuple[int, ExampleBatch, bool]]:
     """Yield this rank's batches: (number, batch, whether it counts).
 
     Every rank gets the same number of batches: a rank with fewer gets the first batch again, which does not count. A
@@ -60,7 +60,7 @@ def rank_batches(examples: Examples, batch_size: int) -> Iterator[tuple[int, Tok
     rank, ranks = distributed.rank(), distributed.world_size()
     rounds = -(-len(examples) // (batch_size * ranks))
     number = -1
-    for number, batch in enumerate(ordered(examples, batch_size, rank, ranks)):
+    for number, batch in enumerate(ordered_batches(examples, batch_size, rank, ranks)):
         yield number, batch, True
     for extra in range(number + 1, rounds):
-        yield extra, next(ordered(examples, batch_size)), False
+        yield extra, next(ordered_batches(examples, batch_size)), False

@@ -23,9 +23,9 @@ from vqpipe.data.examples import (
     ExamplesConfig,
     ExampleStream,
     LatentExamples,
-    Part,
+    Subset,
     TokenSet,
-    held_out_part,
+    split_held_out,
 )
 from vqpipe.data.latents import LatentStatistics, open_latents
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
@@ -181,17 +181,17 @@ def read_data(context: RunContext, recipe: Recipe) -> ExampleData:
     config, stored = recipe.examples, context.stored
     everything, statistics = read_examples(context, stored.artifact, config.raw)
     if stored.validation is None:
-        examples, held_out = held_out_part(everything, config.held_out)
+        examples, held_out = split_held_out(everything, config.held_out)
         validation: Examples | None = held_out
     else:
         examples, (validation, _) = everything, read_examples(context, stored.validation, config.raw)
         count = min(recipe.train.validation_images, len(validation))
-        held_out = Part(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
-        config.classes_of(validation.labels)
+        held_out = Subset(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
+        config.num_classes_of(validation.labels)
     side = latent_size(stored.image_size, stored.image_size, stored.tokenizer.downsample_factor)
     quantizer = stored.tokenizer.autoencoder.quantizer
     return ExampleData(
-        space=Space.of(quantizer, *side, config.classes_of(everything.labels)),
+        space=Space.of(quantizer, *side, config.num_classes_of(everything.labels)),
         train=examples,
         held_out=held_out,
         validation=validation,
