@@ -21,7 +21,7 @@ from vqpipe.losses.perceptual import backbone_file
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.training import describe_tokenizer
-from vqpipe.tokenizer import Tokenizer, load_weights, read_config, write_files
+from vqpipe.tokenizer import Tokenizer, load_weights, read_config, write_tokenizer
 from vqpipe.training.callbacks import MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
 from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
@@ -270,7 +270,7 @@ def publish_tokenizer(
             load_weights(network, load_tensors(best.path), best.path)
         tokenizer = Tokenizer(network, image_size=config.data.image_size, device="cpu")
         discriminator = task.discriminator if task.adversarial else None
-        write_files(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
+        write_tokenizer(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
         draft.adopt("metrics.jsonl")
     measured = {
         "training_psnr": metrics.latest("psnr"),

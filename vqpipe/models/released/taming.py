@@ -36,8 +36,8 @@ class Taming(Family):
             )
         if weights.under(AVERAGES):
             raise WeightsError(
-                f"{weights.source} has the names of a VQGAN and moving averages, as files of IBQ, which selects codes by "
-                "inner products",
+                f"{weights.source} has the names of a VQGAN and moving averages, as files of IBQ, which selects codes "
+                "by inner products",
                 "Pass --family ibq; if it is your own VQGAN, save its state_dict without model_ema",
             )
         codebook_size, code_dim = weights.shape("quantize.embedding.weight", 2)

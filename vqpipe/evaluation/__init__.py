@@ -1,0 +1,1 @@
+"""Jobs that measure a tokenizer or generated images in one pass over images."""
