@@ -12,7 +12,7 @@ from vqpipe.codebooks.kmeans import codebook_input, load_codebook
 from vqpipe.errors import WeightsError
 from vqpipe.files import hash_file
 from vqpipe.models.released import read_released
-from vqpipe.tokenizer import Tokenizer, write_tokenizer
+from vqpipe.tokenizer import Tokenizer, model_facts, write_tokenizer
 
 File = Annotated[Path, typer.Argument(help="Released weights, PyTorch or safetensors.", metavar="FILE")]
 FamilyName = Annotated[
@@ -56,11 +56,11 @@ def import_checkpoint(
             released = read_released(file, family, None if codebook is None else load_codebook(codebook))
             for note in released.notes:
                 console.say(note)
-            tokenizer = Tokenizer(released.autoencoder, image_size=released.image_size)
             if distributed.is_main():
                 rows = {"family": released.family, "imported from": file.name, "sha256": digest}
                 if released.notes:
                     rows["notes"] = "; ".join(released.notes)
+                tokenizer = Tokenizer(released.autoencoder, image_size=released.image_size)
                 write_tokenizer(draft, tokenizer, released.discriminator, **rows)
-            published = draft.publish({"family": released.family, **tokenizer.facts()})
+            published = draft.publish({"family": released.family, **model_facts(released.autoencoder)})
         return console.finished(published)

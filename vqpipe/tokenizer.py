@@ -195,18 +195,9 @@ class Tokenizer:
             ids = keep_groups(ids, layout, groups)
         return self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout))
 
-    def facts(self) -> dict[str, Any]:
-        """Facts of its artifact."""
-        return {
-            "quantizer": self.config.quantizer.kind,
-            "codebook_size": self.codebook_size,
-            "num_groups": self.num_groups,
-            "downsample_factor": self.downsample_factor,
-        }
-
     def describe(self, image_size: int) -> dict[str, Any]:
         """Facts for a report on images of side `image_size`."""
-        return self.facts() | {
+        return model_facts(self.autoencoder) | {
             "latent_shape": list(self.latent_shape(image_size, image_size)),
             "num_parameters": sum(parameter.numel() for parameter in self.autoencoder.parameters()),
         }
@@ -229,6 +220,16 @@ def write_tokenizer(
     if discriminator is not None:
         with draft.write("discriminator.safetensors") as path:
             save_weights(discriminator, path)
+
+
+def model_facts(autoencoder: Autoencoder) -> dict[str, Any]:
+    """The facts of a tokenizer artifact that describe its model."""
+    return {
+        "quantizer": autoencoder.quantizer.config.kind,
+        "codebook_size": autoencoder.quantizer.codebook_size,
+        "num_groups": autoencoder.quantizer.num_groups,
+        "downsample_factor": autoencoder.downsample_factor,
+    }
 
 
 def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Jobs that measure a tokenizer or generated images in one pass over images."""
+"""Evaluation: measures a tokenizer, or generated images, in one pass over images, and reports the numbers."""

@@ -177,4 +177,4 @@ class Autoencoder(nn.Module, ABC):
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """Build the autoencoder of `config`, with initial weights."""
-    return class_for(Autoencoder, config)(config)  # type: ignore[call-arg]  # a subclass takes its config alone
+    return class_for(Autoencoder, config)(config)  # type: ignore[type-abstract, call-arg]  # a subclass takes its config alone
