@@ -7,40 +7,44 @@ import typer
 
 from stages import console
 from stages.console import Device, Out, Seed
+from vqpipe import artifacts, distributed
+from vqpipe.codebooks.kmeans import codebook_input, load_codebook
+from vqpipe.errors import WeightsError
+from vqpipe.files import hash_file
+from vqpipe.models.released import read_released
+from vqpipe.tokenizer import Tokenizer, model_facts, write_tokenizer
+
+File = Annotated[Path, typer.Argument(help="Released weights, PyTorch or safetensors.", metavar="FILE")]
+FamilyName = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        help="vqgan-lc, mgvq, llamagen, var, taming, ibq or open-magvit2, instead of detecting it (ibq is never"
+        " detected: its files look like taming's).",
+        metavar="NAME",
+    ),
+]
+Codebook = Annotated[
+    Path | None,
+    typer.Option("--codebook", help="The codebook, if the file does not contain it.", metavar="DIR|FILE"),
+]
 
 
 def import_checkpoint(
-    file: Annotated[
-        Path, typer.Argument(help="Weights as their authors publish them: PyTorch or safetensors.", metavar="FILE")
-    ],
+    file: File,
     out: Out,
-    family: Annotated[
-        str | None,
-        typer.Option(
-            "--family",
-            help="Insist on vqgan-lc, mgvq, llamagen, var, taming, ibq or open-magvit2 instead of finding it out (ibq"
-            " cannot be found out: its names are taming's).",
-            metavar="NAME",
-        ),
-    ] = None,
-    codebook: Annotated[
-        Path | None,
-        typer.Option("--codebook", help="The codebook, where the file comes without it.", metavar="DIR|FILE"),
-    ] = None,
+    family: FamilyName = None,
+    codebook: Codebook = None,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Turn released weights into a tokenizer. Nothing in the file is run; every weight in it is accounted for."""
-    with console.session(device, seed):
-        from vqpipe import artifacts, distributed
-        from vqpipe.codebooks.kmeans import codebook_input, load_codebook
-        from vqpipe.errors import WeightsError
-        from vqpipe.files import hash_file
-        from vqpipe.models.released import read_released
-        from vqpipe.tokenizer import Tokenizer, write_files
+    """Convert released weights to a tokenizer.
 
+    No code in the file is executed. Every weight in it must have a place in the model.
+    """
+    with console.session(device, seed):
         if not file.is_file():
-            raise WeightsError(f"{file} is not a file", "Name the released file of weights")
+            raise WeightsError(f"{file} is not a file", "Pass the released file of weights")
         digest = hash_file(file)
         inputs: dict[str, artifacts.Input | str] = {"checkpoint": digest}
         if codebook is not None:
@@ -53,17 +57,10 @@ def import_checkpoint(
             for note in released.notes:
                 console.say(note)
             if distributed.is_main():
-                card = {"family": released.family, "imported from": file.name, "sha256": digest}
+                rows = {"family": released.family, "imported from": file.name, "sha256": digest}
                 if released.notes:
-                    card["notes"] = "; ".join(released.notes)
+                    rows["notes"] = "; ".join(released.notes)
                 tokenizer = Tokenizer(released.autoencoder, image_size=released.image_size)
-                write_files(draft, tokenizer, released.discriminator, **card)
-            quantizer = released.autoencoder.quantizer
-            facts = {
-                "family": released.family,
-                "quantizer": quantizer.config.kind,
-                "codebook_size": quantizer.codebook_size,
-                "num_groups": quantizer.num_groups,
-                "downsample_factor": released.autoencoder.downsample_factor,
-            }
-            return console.finished(draft.publish(facts))
+                write_tokenizer(draft, tokenizer, released.discriminator, **rows)
+            published = draft.publish({"family": released.family, **model_facts(released.autoencoder)})
+        return console.finished(published)

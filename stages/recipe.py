@@ -1,4 +1,4 @@
-"""A preset as one dataclass, a section per stage: of a tokenizer, of a generator, or of a classifier.
+"""Presets as dataclasses, with one section per stage: of a tokenizer, a generator or a classifier.
 
 A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a field's default, then the preset, then
 `--set`, then a named flag. A stage reads its own sections only, so changing `[train]` leaves features valid.

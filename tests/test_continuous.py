@@ -1,4 +1,4 @@
-"""A continuous autoencoder beside diffusers' own way to open and run it, and folders that cannot be opened."""
+"""Continuous autoencoders match diffusers; invalid folders are rejected."""
 
 import json
 from collections.abc import Callable
@@ -37,23 +37,23 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, 32, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_latents_and_images_are_those_of_diffusers(network: Any, folder: Path, images: torch.Tensor) -> None:
+def test_latents_and_images_match_diffusers(network: Any, folder: Path, images: torch.Tensor) -> None:
     opened = open_autoencoder(folder)
     assert isinstance(opened, ContinuousAutoencoder)
     latents = opened.encode(images)
     with torch.no_grad():
         expected = network.encode(to_float(images)).latent_dist.mean
-        again = network.decode(expected).sample
-    # Weights read from a file lie otherwise in memory, and some CPUs then take another convolution.
+        reconstruction = network.decode(expected).sample
+    # Weights read from a file may have another memory alignment, for which some CPUs use another convolution.
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-    difference = opened.decode(latents, (32, 24)).int() - to_uint8(again).int()
+    difference = opened.decode(latents, (32, 24)).int() - to_uint8(reconstruction).int()
     assert difference.abs().max() <= 1
     assert difference.ne(0).float().mean() < 0.01
     assert (opened.downsample_factor, opened.latent_shape(32, 24)) == (4, (4, 8, 6))
     assert opened.name == "vae"
 
 
-def test_the_attention_names_of_2022_and_half_precision_are_read(folder: Path, images: torch.Tensor) -> None:
+def test_old_attention_names_and_half_precision_are_read(folder: Path, images: torch.Tensor) -> None:
     before = open_autoencoder(folder).encode(images)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = load_file(folder / WEIGHTS)
@@ -66,7 +66,7 @@ def test_the_attention_names_of_2022_and_half_precision_are_read(folder: Path, i
     assert torch.allclose(open_autoencoder(folder).encode(images), before, atol=1e-2)
 
 
-def test_its_digest_follows_weights_and_config(folder: Path) -> None:
+def test_digest_depends_on_weights_and_config(folder: Path) -> None:
     first = ContinuousAutoencoder.from_pretrained(folder).digest
     tensors = load_file(folder / WEIGHTS)
     save_file({key: value * 2 for key, value in tensors.items()}, folder / WEIGHTS)
@@ -75,17 +75,17 @@ def test_its_digest_follows_weights_and_config(folder: Path) -> None:
     assert len({first, second, ContinuousAutoencoder.from_pretrained(folder).digest}) == 3
 
 
-def cut_short(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
 
 
-def lose_a_key(folder: Path) -> None:
+def delete_a_key(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     del tensors["decoder.conv_in.bias"]
     save_file(tensors, folder / WEIGHTS)
 
 
-def leave_only_a_pickle(folder: Path) -> None:
+def rename_to_a_pickle(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
 
 
@@ -95,29 +95,35 @@ def change_config(folder: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("damage", "message"),
     [
-        (cut_short, "cannot be read as weights"),
-        (lose_a_key, r"do not fit their config: .*decoder\.conv_in\.bias"),
-        (leave_only_a_pickle, "its pickle is not opened. Fetch config.json and diffusion_pytorch_model.safetensors of"),
-        (lambda folder: (folder / WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors. Fetch"),
+        (truncate, "cannot be read as weights"),
+        (delete_a_key, r"do not match their config: .*decoder\.conv_in\.bias"),
+        (rename_to_a_pickle, "pickles are not read. Download config.json and diffusion_pytorch_model.safetensors of"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors. Download"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json of diffusers"),
-        (lambda folder: change_config(folder, _class_name="AutoencoderDC"), "AutoencoderDC; what can be evaluated is"),
-        (lambda folder: change_config(folder, _class_name="AutoencoderTiny"), "does not describe an AutoencoderTiny"),
-        (lambda folder: change_config(folder, norm_num_groups=3), "does not describe an AutoencoderKL"),
-        (lambda folder: change_config(folder, depth=3), "does not describe an AutoencoderKL: .*'depth'"),
-        (lambda folder: change_config(folder, latent_channels=5), "do not fit their config"),
+        (
+            lambda folder: change_config(folder, _class_name="AutoencoderDC"),
+            "AutoencoderDC of diffusers; supported are",
+        ),
+        (
+            lambda folder: change_config(folder, _class_name="AutoencoderTiny"),
+            "is not a valid config of AutoencoderTiny",
+        ),
+        (lambda folder: change_config(folder, norm_num_groups=3), "is not a valid config of AutoencoderKL"),
+        (lambda folder: change_config(folder, depth=3), "is not a valid config of AutoencoderKL: .*'depth'"),
+        (lambda folder: change_config(folder, latent_channels=5), "do not match their config"),
         (lambda folder: change_config(folder, in_channels=4), "not for images of three channels"),
     ],
 )
-def test_a_folder_that_cannot_be_used_says_why(folder: Path, harm: Callable[[Path], None], said: str) -> None:
-    harm(folder)
-    with pytest.raises(WeightsError, match=said) as told:
+def test_invalid_folders_are_rejected(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(folder)
+    with pytest.raises(WeightsError, match=message) as error:
         open_autoencoder(folder)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_tiny_autoencoder_in_diffusers_layout(tmp_path: Path, images: torch.Tensor) -> None:
+def test_tiny_autoencoder_in_the_layout_of_diffusers(tmp_path: Path, images: torch.Tensor) -> None:
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -135,8 +141,8 @@ ENCODER_LAYERS = ["in", "b", *["down", "b", "b", "b"] * 2, "down", "p", "p", "p"
 DECODER_LAYERS = [CLAMP, "in", RELU, "p", "p", "p", UP, "mid", *["b", "b", "b", UP, "mid"] * 2, "b", "out"]
 
 
-def drawn_weights(layers: list[str], inputs: int, outputs: int, pooled: bool) -> dict[str, torch.Tensor]:
-    """The tensors of one side of a tiny autoencoder by their published names, small and random, in half precision."""
+def random_weights(layers: list[str], inputs: int, outputs: int, pooled: bool) -> dict[str, torch.Tensor]:
+    """Random half-precision weights of one network of a tiny autoencoder, by their published names."""
     generator = torch.Generator().manual_seed(len(layers))
     shapes: dict[str, tuple[int, ...]] = {}
     for i, kind in enumerate(layers):
@@ -157,7 +163,7 @@ def drawn_weights(layers: list[str], inputs: int, outputs: int, pooled: bool) ->
 
 
 def run_layers(layers: list[str], tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """One side of a tiny autoencoder from its tensors alone: float[B, C, H, W] -> the same of other sizes."""
+    """Run one network of a tiny autoencoder on float[B, C, H, W], from its weights."""
     weights = {name: value.float() for name, value in tensors.items()}
     for i, kind in enumerate(layers):
         if kind == CLAMP:
@@ -171,8 +177,8 @@ def run_layers(layers: list[str], tensors: dict[str, torch.Tensor], x: torch.Ten
                 wide = F.conv2d(x, weights[f"{i}.pool.0.weight"])
                 groups = wide.unflatten(1, (4, 64))
                 mean = groups.mean((2, 3, 4), keepdim=True)
-                spread = groups.var((2, 3, 4), correction=0, keepdim=True)
-                wide = ((groups - mean) / (spread + 1e-5).sqrt()).flatten(1, 2)
+                variance = groups.var((2, 3, 4), correction=0, keepdim=True)
+                wide = ((groups - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
                 wide = wide * weights[f"{i}.pool.1.weight"][:, None, None] + weights[f"{i}.pool.1.bias"][:, None, None]
                 x = x + F.conv2d(wide.relu(), weights[f"{i}.pool.3.weight"])
             y = x
@@ -188,31 +194,31 @@ def run_layers(layers: list[str], tensors: dict[str, torch.Tensor], x: torch.Ten
 
 @pytest.fixture
 def pair(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A folder with the two files of a tiny autoencoder; with pooled blocks and 32 channels as TAEF2 unless told."""
+    """A folder with the two files of a tiny autoencoder; by default as TAEF2, with pooled blocks and 32 channels."""
     channels, pooled = getattr(request, "param", (32, True))
     folder = tmp_path / "tiny"
     folder.mkdir()
-    torch.save(drawn_weights(ENCODER_LAYERS, 3, channels, pooled), folder / "taef9_encoder.pth")
-    torch.save(drawn_weights(DECODER_LAYERS, channels, 3, pooled), folder / "taef9_decoder.pth")
+    torch.save(random_weights(ENCODER_LAYERS, 3, channels, pooled), folder / "taef9_encoder.pth")
+    torch.save(random_weights(DECODER_LAYERS, channels, 3, pooled), folder / "taef9_decoder.pth")
     return folder
 
 
 @pytest.mark.parametrize("pair", [(32, True), (4, False)], indirect=True, ids=["as-taef2", "as-taesd"])
-def test_the_two_files_of_a_tiny_autoencoder(pair: Path, images: torch.Tensor) -> None:
+def test_tiny_autoencoder_in_two_files(pair: Path, images: torch.Tensor) -> None:
     opened = open_autoencoder(pair)
     assert isinstance(opened, ContinuousAutoencoder)
     encoder, decoder = (torch.load(pair / f"taef9_{side}.pth", weights_only=True) for side in ("encoder", "decoder"))
     latents = run_layers(ENCODER_LAYERS, encoder, images.float() / 255)
     torch.testing.assert_close(opened.encode(images), latents, rtol=1e-4, atol=1e-5)
-    again = run_layers(DECODER_LAYERS, decoder, latents)
-    assert again.std() > 0.01
-    difference = opened.decode(latents, (32, 24)).int() - to_uint8(again * 2 - 1).int()
+    reconstruction = run_layers(DECODER_LAYERS, decoder, latents)
+    assert reconstruction.std() > 0.01
+    difference = opened.decode(latents, (32, 24)).int() - to_uint8(reconstruction * 2 - 1).int()
     assert difference.abs().max() <= 1
     assert (opened.name, opened.downsample_factor) == ("taef9", 8)
     assert opened.describe(32)["latent_shape"] == [len(encoder["14.weight"]), 4, 4]
 
 
-def spoil(folder: Path, side: str, **changes: torch.Tensor | None) -> None:
+def change_tensors(folder: Path, side: str, **changes: torch.Tensor | None) -> None:
     tensors = torch.load(folder / f"taef9_{side}.pth", weights_only=True)
     for name, value in changes.items():
         tensors.pop(name) if value is None else tensors.update({name: value})
@@ -220,32 +226,35 @@ def spoil(folder: Path, side: str, **changes: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "taef9_decoder.pth").unlink(), r"has taef9_encoder\.pth without taef9_decoder\.pth"),
         (lambda folder: torch.save({}, folder / "other_encoder.pth"), "several tiny autoencoders: other, taef9"),
-        (lambda folder: spoil(folder, "encoder", **{"11.pool.0.weight": None}), "do not fit their config"),
-        (lambda folder: spoil(folder, "decoder", **{"6.pool.0.weight": torch.zeros(1)}), "do not fit their config"),
-        (lambda folder: spoil(folder, "decoder", extra=torch.zeros(1)), "do not fit their config"),
-        (lambda folder: torch.save({}, folder / "taef9_encoder.pth"), "taef9_encoder.pth does not describe"),
+        (lambda folder: change_tensors(folder, "encoder", **{"11.pool.0.weight": None}), "do not match their config"),
+        (
+            lambda folder: change_tensors(folder, "decoder", **{"6.pool.0.weight": torch.zeros(1)}),
+            "do not match their config",
+        ),
+        (lambda folder: change_tensors(folder, "decoder", extra=torch.zeros(1)), "do not match their config"),
+        (lambda folder: torch.save({}, folder / "taef9_encoder.pth"), "taef9_encoder.pth is not a valid config"),
         (
             lambda folder: (folder / "taef9_encoder.pth").write_bytes(b"no weights"),
             "cannot be read as weights|more than",
         ),
-        (lambda folder: torch.save({"0.weight": print}, folder / "taef9_encoder.pth"), "holds more than tensors"),
-        (lambda folder: torch.save([1], folder / "taef9_encoder.pth"), "is not a table of tensors"),
+        (lambda folder: torch.save({"0.weight": print}, folder / "taef9_encoder.pth"), "contains more than tensors"),
+        (lambda folder: torch.save([1], folder / "taef9_encoder.pth"), "is not a state dict"),
     ],
 )
-def test_a_pair_that_cannot_be_used_says_why(pair: Path, harm: Callable[[Path], None], said: str) -> None:
-    harm(pair)
-    with pytest.raises(WeightsError, match=said) as told:
+def test_invalid_pairs_are_rejected(pair: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(pair)
+    with pytest.raises(WeightsError, match=message) as error:
         open_autoencoder(pair)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_its_digest_is_of_both_files(pair: Path) -> None:
+def test_digest_depends_on_both_files(pair: Path) -> None:
     first = ContinuousAutoencoder.from_pretrained(pair).digest
-    spoil(pair, "decoder", **{"19.bias": torch.ones(3)})
+    change_tensors(pair, "decoder", **{"19.bias": torch.ones(3)})
     assert ContinuousAutoencoder.from_pretrained(pair).digest != first
 
 
@@ -256,31 +265,35 @@ def test_taef2_reconstructs_real_photographs(shared: Path) -> None:
     psnr = []
     for i in range(0, len(photos), 10):
         photo = pixels(decode(photos.read(i)))[None]
-        again = opened.decode(opened.encode(photo), (photo.shape[2], photo.shape[3]))
-        psnr.append(10 * torch.log10(255**2 / (photo.double() - again.double()).square().mean()).item())
+        reconstruction = opened.decode(opened.encode(photo), (photo.shape[2], photo.shape[3]))
+        psnr.append(10 * torch.log10(255**2 / (photo.double() - reconstruction.double()).square().mean()).item())
     assert (opened.name, opened.latent_shape(256, 256)) == ("taef2", (32, 32, 32))
     assert sum(psnr) / len(psnr) > 28
 
 
-def test_released_ones_are_not_downloaded_but_asked_for() -> None:
-    with pytest.raises(WeightsError, match=r"not downloaded\. Fetch .* of stabilityai/sd-vae-ft-mse \(SD-VAE\) or"):
+def test_nothing_is_downloaded() -> None:
+    with pytest.raises(
+        WeightsError, match=r"not downloaded automatically\. Download .* of stabilityai/sd-vae-ft-mse \(SD-VAE\) or"
+    ):
         open_autoencoder("stabilityai/sd-vae-ft-mse")
     with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
         open_autoencoder("/absent")
 
 
-def test_it_has_no_tokens_and_says_so(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"continuous autoencoder \(diffusers' AutoencoderKL\), which has no tokens"):
+def test_opening_it_as_a_tokenizer_is_an_error(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is a continuous autoencoder \(diffusers' AutoencoderKL\), which has no tokens"
+    ):
         Tokenizer.from_pretrained(folder)
 
 
-def test_wrong_images_and_latents_are_refused(folder: Path, images: torch.Tensor) -> None:
+def test_invalid_images_and_latents_are_rejected(folder: Path, images: torch.Tensor) -> None:
     opened = open_autoencoder(folder)
     with pytest.raises(DataError, match="does not divide into cells of 4"):
         opened.encode(images[:, :, :30])
-    with pytest.raises(DataError, match="not those of"):
+    with pytest.raises(DataError, match="do not match images of"):
         opened.decode(torch.zeros(1, 4, 8, 6), (32, 32))
-    with pytest.raises(DataError, match="Leave --groups out"):
+    with pytest.raises(DataError, match="Omit --groups"):
         opened.decode(torch.zeros(1, 4, 8, 8), (32, 32), groups=1)
     with pytest.raises(NumericError, match="NaN"):
         opened.decode(torch.full((1, 4, 8, 8), float("nan")), (32, 32))

@@ -1,4 +1,4 @@
-"""Images of any size come back at that size, whole or in tiles."""
+"""Images of any size are reconstructed at that size, whole or in tiles."""
 
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from vqpipe.tiling import mirrored, ramp, reconstruct_any_size, spans
 
 
 class Identity:
-    """Stands in for a tokenizer that loses nothing, and notes which sizes went through it."""
+    """A lossless autoencoder that records the sizes of its inputs."""
 
     downsample_factor = 8
     codebook_size: int | None = None
@@ -32,7 +32,7 @@ class Identity:
 
 
 class Numbered(Identity):
-    """Its k-th tile comes back all k, and its ids are k: what blending does with tiles that differ shows."""
+    """Decodes its k-th tile to a constant image proportional to k, with ids k."""
 
     codebook_size = 1024
 
@@ -48,17 +48,17 @@ class Numbered(Identity):
 
 
 def blended(tiles: list[tuple[int, int, int, int, int]], height: int, width: int, overlap: int) -> Tensor:
-    """All tiles (top, bottom, left, right, value) in one picture-sized sum, as an independent way to the blend."""
-    total, weight = torch.zeros(height, width, dtype=torch.float64), torch.zeros(height, width, dtype=torch.float64)
+    """Blend tiles (top, bottom, left, right, value) in one sum of the size of the image."""
+    total, weights = torch.zeros(height, width, dtype=torch.float64), torch.zeros(height, width, dtype=torch.float64)
     for top, bottom, left, right, value in tiles:
-        share = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap)).double()
-        total[top:bottom, left:right] += value * share
-        weight[top:bottom, left:right] += share
-    return total / weight
+        weight = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap)).double()
+        total[top:bottom, left:right] += value * weight
+        weights[top:bottom, left:right] += weight
+    return total / weights
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 121), (3, 200), (40, 16), (170, 131), (9, 9), (1, 1)])
-def test_padding_tiling_and_blending_undo_themselves(height: int, width: int) -> None:
+def test_lossless_autoencoder_gives_the_image_back(height: int, width: int) -> None:
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     lossless = Identity()
     result = reconstruct_any_size(lossless, image, tile=64, overlap=16)
@@ -68,7 +68,7 @@ def test_padding_tiling_and_blending_undo_themselves(height: int, width: int) ->
 
 
 @pytest.mark.parametrize(("height", "width"), [(160, 64), (168, 72), (72, 200)])
-def test_tiles_that_differ_are_blended_by_their_ramps(height: int, width: int) -> None:
+def test_tiles_are_blended_by_their_weights(height: int, width: int) -> None:
     numbered = Numbered()
     result = reconstruct_any_size(numbered, torch.zeros(3, height, width, dtype=torch.uint8), tile=64, overlap=16)
     places = [(a, b, c, d) for a, b in spans(height, 64, 16) for c, d in spans(width, 64, 16)]
@@ -80,7 +80,7 @@ def test_tiles_that_differ_are_blended_by_their_ramps(height: int, width: int) -
 
 
 @pytest.mark.parametrize(("length", "factor"), [(13, 8), (16, 8), (5, 8), (3, 8), (1, 8), (8, 16), (9, 16)])
-def test_padding_mirrors_as_torch_does_and_repeats_where_it_cannot(length: int, factor: int) -> None:
+def test_padding_reflects_or_else_replicates(length: int, factor: int) -> None:
     padding = -length % factor
     line = torch.arange(length).float()[None, None]
     expected = F.pad(line, (0, padding), mode="reflect" if padding < length else "replicate")[0, 0]
@@ -88,42 +88,42 @@ def test_padding_mirrors_as_torch_does_and_repeats_where_it_cannot(length: int, 
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(64, 64, 16), (72, 64, 16), (520, 64, 16), (8, 64, 63)])
-def test_tiles_cover_everything_and_share_the_overlap(length: int, tile: int, overlap: int) -> None:
-    pieces = list(spans(length, tile, overlap))
-    assert pieces[0][0] == 0
-    assert pieces[-1][1] == length
-    for (_, stop), (start, _) in pairwise(pieces):
+def test_tiles_cover_the_image_and_overlap(length: int, tile: int, overlap: int) -> None:
+    intervals = list(spans(length, tile, overlap))
+    assert intervals[0][0] == 0
+    assert intervals[-1][1] == length
+    for (_, stop), (start, _) in pairwise(intervals):
         assert stop - start >= overlap
-    assert all(stop - start == min(tile, length) for start, stop in pieces)
+    assert all(stop - start == min(tile, length) for start, stop in intervals)
 
 
-def test_a_seam_fades_linearly() -> None:
+def test_blend_weights_are_linear() -> None:
     assert torch.allclose(ramp(8, overlap=3), torch.tensor([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]))
 
 
-def test_a_tile_is_rounded_down_to_what_the_network_takes() -> None:
+def test_tile_is_rounded_down_to_a_multiple_of_the_downsample_factor() -> None:
     numbered = Numbered()
     reconstruct_any_size(numbered, torch.zeros(3, 100, 30, dtype=torch.uint8), tile=63, overlap=0)
     assert set(numbered.seen) == {(56, 32)}
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"tile": 7}, "tiles of 7 pixels are smaller than the downsample factor 8"),
         ({"tile": 64, "overlap": 64}, "an overlap of 64 pixels does not fit tiles of 64"),
         ({"tile": 64, "overlap": -1}, "an overlap of -1 pixels"),
     ],
 )
-def test_tiles_that_cannot_be(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_tiles_are_rejected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         reconstruct_any_size(Identity(), torch.zeros(3, 8, 8, dtype=torch.uint8), **options)
 
 
-def test_tiles_that_are_not_rounded_are_blended_as_the_network_leaves_them() -> None:
+def test_unrounded_tiles_are_blended_in_floating_point() -> None:
     image = torch.zeros(3, 16, 40, dtype=torch.uint8)
-    found = reconstruct_any_size(Numbered(), image, tile=16, overlap=4, rounded=False).image
+    blended_image = reconstruct_any_size(Numbered(), image, tile=16, overlap=4, rounded=False).image
     tiles = [(0, 16, left, right, 0.125 * k - 0.3) for k, (left, right) in enumerate(spans(40, 16, 4))]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found[0], blended(tiles, 16, 40, 4).float())  # type: ignore[arg-type]
+    assert blended_image.dtype == torch.float32
+    torch.testing.assert_close(blended_image[0], blended(tiles, 16, 40, 4).float())  # type: ignore[arg-type]
     assert len(tiles) == 3

@@ -5,6 +5,7 @@ import torch
 
 import vqpipe
 from vqpipe import Tokenizer, VqpipeError
+from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import ArtifactError, DataError, NumericError, WeightsError
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import LcConfig, TokenLayout
@@ -33,43 +34,42 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, 32, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_public_names_are_these_and_light() -> None:
+def test_public_names() -> None:
     assert vqpipe.__all__ == ["TokenLayout", "Tokenizer", "VqpipeError"]
     assert all(hasattr(vqpipe, name) for name in vqpipe.__all__)
     assert issubclass(DataError, VqpipeError)
 
 
-def test_images_to_ids_and_back(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+def test_encode_and_decode(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     ids = tokenizer.encode(images)
     assert (ids.dtype, tuple(ids.shape)) == (torch.int64, (3, 8 * 6))
     assert tokenizer.layout(32, 24).num_tokens == 48
     assert (tokenizer.codebook_size, tokenizer.num_groups, tokenizer.downsample_factor) == (50, 1, 4)
-    again = tokenizer.decode(ids, image_size=(32, 24))
-    assert (again.dtype, again.shape) == (torch.uint8, images.shape)
+    decoded = tokenizer.decode(ids, image_size=(32, 24))
+    assert (decoded.dtype, decoded.shape) == (torch.uint8, images.shape)
     assert torch.equal(tokenizer.encode(images.float() / 127.5 - 1), ids)
 
 
-def test_decoding_ids_is_the_whole_pass_bit_for_bit(tokenizer: Tokenizer, images: torch.Tensor) -> None:
-    from vqpipe.data.transforms import to_float, to_uint8
-
+def test_decode_of_ids_equals_the_forward_pass_exactly(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     with torch.no_grad():
-        whole = tokenizer.autoencoder(to_float(images))
-    assert torch.equal(tokenizer.decode(whole.quantized.ids, (32, 24)), to_uint8(whole.images))
+        reconstruction = tokenizer.autoencoder(to_float(images))
+    decoded = tokenizer.decode(reconstruction.quantized.ids, (32, 24))
+    assert torch.equal(decoded, to_uint8(reconstruction.images))
 
 
-def test_one_by_one_is_the_same_as_together(tokenizer: Tokenizer, images: torch.Tensor) -> None:
-    together = tokenizer.encode(images)
-    assert torch.equal(torch.cat([tokenizer.encode(image[None]) for image in images]), together)
+def test_ids_do_not_depend_on_the_batch(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    ids = tokenizer.encode(images)
+    assert torch.equal(torch.cat([tokenizer.encode(image[None]) for image in images]), ids)
 
 
-def test_of_no_image_there_are_no_ids(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+def test_empty_batch(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     ids = tokenizer.encode(images[:0])
     assert (ids.dtype, ids.shape) == (torch.int64, (0, 48))
-    again = tokenizer.decode(ids, (32, 24))
-    assert (again.dtype, again.shape) == (torch.uint8, (0, 3, 32, 24))
+    decoded = tokenizer.decode(ids, (32, 24))
+    assert (decoded.dtype, decoded.shape) == (torch.uint8, (0, 3, 32, 24))
 
 
-def test_saved_and_opened_it_is_the_same(tokenizer: Tokenizer, images: torch.Tensor, tmp_path: Path) -> None:
+def test_save_and_open_round_trip(tokenizer: Tokenizer, images: torch.Tensor, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     readers = tmp_path.stat().st_mode & 0o444
     assert (tmp_path / "model.safetensors").stat().st_mode & readers == readers
@@ -80,7 +80,7 @@ def test_saved_and_opened_it_is_the_same(tokenizer: Tokenizer, images: torch.Ten
     assert torch.equal(opened.encode(images), tokenizer.encode(images))
 
 
-def test_wrong_images_are_refused(tokenizer: Tokenizer) -> None:
+def test_invalid_images_are_rejected(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="does not divide into cells of 4"):
         tokenizer.encode(torch.zeros(1, 3, 30, 32, dtype=torch.uint8))
     with pytest.raises(DataError, match=r"float images in \[0, 255\]"):
@@ -93,7 +93,7 @@ def test_wrong_images_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode(torch.full((1, 3, 32, 32), float("nan")))
 
 
-def test_wrong_ids_are_refused(tokenizer: Tokenizer) -> None:
+def test_invalid_ids_are_rejected(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="outside a codebook of 50"):
         tokenizer.decode(torch.full((1, 64), 50), (32, 32))
     with pytest.raises(DataError, match="ids of shape"):
@@ -104,16 +104,16 @@ def test_wrong_ids_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.decode(torch.zeros(1, 64, dtype=torch.int64), (32, 32), groups=2)
 
 
-def test_keeping_groups_masks_the_last_ones() -> None:
+def test_keep_groups_masks_the_last_groups() -> None:
     layout = TokenLayout(((1, 2),), num_groups=3)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
     assert keep_groups(ids, layout, 2).tolist() == [[1, 2, -1, 4, 5, -1]]
 
 
-def test_a_folder_that_is_no_tokenizer_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_invalid_folders_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
         Tokenizer.from_pretrained(tmp_path / "absent")
-    with pytest.raises(ArtifactError, match="is absent or is not a tokenizer's config"):
+    with pytest.raises(ArtifactError, match="is absent or is not the config of a tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -123,5 +123,5 @@ def test_a_folder_that_is_no_tokenizer_is_named(tokenizer: Tokenizer, tmp_path: 
     tokenizer.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"codebook_size": 50', '"codebook_size": 51'))
-    with pytest.raises(WeightsError, match="do not fit their config"):
+    with pytest.raises(WeightsError, match="do not match their config"):
         Tokenizer.from_pretrained(tmp_path)

@@ -12,7 +12,7 @@ __all__ = ["TokenLayout", "Tokenizer", "VqpipeError"]
 
 
 def __getattr__(name: str) -> Any:
-    """The names that need torch, imported on first use."""
+    """Import the names that need torch on first use."""
     if name == "Tokenizer":
         from vqpipe.tokenizer import Tokenizer
 

@@ -1,14 +1,14 @@
-"""Autoencoders with continuous latents, beside which tokenizers are measured: images -> latents -> images, no ids.
+"""Autoencoders with continuous latents, as baselines for tokenizers: images -> latents -> images.
 
-SD-VAE (Rombach et al. 2022) and SDXL-VAE (Podell et al. 2023), read from a folder in diffusers' layout. The latent is
-the mode of the encoder's Gaussian posterior, its mean; a sample of it, as latent diffusion trains on, reconstructs
-somewhat worse. The latents' scaling factor, which only generators need, cancels and is left out.
+SD-VAE (Rombach et al. 2022) and SDXL-VAE (Podell et al. 2023) are read from a folder in the layout of diffusers. The
+latent is the mean of the encoder's Gaussian posterior; a sample of it, as used to train latent diffusion, reconstructs
+slightly worse. The scaling factor of the latents, which only generators need, is omitted.
 
-And the tiny autoencoders distilled from such (Bohan 2023: TAESD, TAESDXL, TAESD3, TAEF1, TAEF2), in diffusers' layout
-or as the two .pth files of their repository, NAME_encoder.pth and NAME_decoder.pth. TAEF2 has blocks that diffusers'
-AutoencoderTiny lacks (PooledBlock); they are put where the weights have them.
+The tiny autoencoders distilled from them (Bohan 2023: TAESD, TAESDXL, TAESD3, TAEF1, TAEF2) are read in the layout of
+diffusers or as the two .pth files of their repository, NAME_encoder.pth and NAME_decoder.pth. TAEF2 has blocks that
+AutoencoderTiny of diffusers lacks (PooledBlock).
 
-Letters: B images of H x W pixels, C latent channels, h x w positions, f the downsample factor.
+Shapes: B images of H x W pixels, C latent channels, h x w positions, f the downsample factor.
 """
 
 import json
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.data.transforms import to_uint8
+from vqpipe.device import reduced_precision
 from vqpipe.errors import DataError, NumericError, WeightsError
 from vqpipe.files import digest_json, hash_file
 from vqpipe.tokenizer import Tokenizer, diffusers_class, latent_size, load_weights, network_input
@@ -27,35 +28,35 @@ from vqpipe.weights import load_tensors
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 RELEASED = {"SD-VAE": "stabilityai/sd-vae-ft-mse", "SDXL-VAE": "stabilityai/sdxl-vae"}
-"""Who publishes them on huggingface.co."""
-FETCH = (
-    f"Fetch {CONFIG} and {WEIGHTS} of "
+"""Their repositories on huggingface.co."""
+DOWNLOAD = (
+    f"Download {CONFIG} and {WEIGHTS} of "
     + " or ".join(f"{repository} ({name})" for name, repository in RELEASED.items())
-    + " from huggingface.co into one folder, and name that folder with --tokenizer"
+    + " from huggingface.co into one folder, and pass that folder with --tokenizer"
 )
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
-"""The networks of diffusers that can be opened."""
+"""The supported classes of diffusers."""
 ENCODER, DECODER = "_encoder.pth", "_decoder.pth"
-"""Endings of the two files of a tiny autoencoder."""
+"""Suffixes of the two files of a tiny autoencoder."""
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""How the attention of sd-vae-ft-mse's file is named, and today's diffusers names it."""
+"""Names of the attention in the file of sd-vae-ft-mse -> names in current diffusers."""
 
 
 class ContinuousAutoencoder:
-    """A published autoencoder without a codebook, with the verbs of a Tokenizer: `encode` to latents, and `decode`.
+    """A published autoencoder without a codebook, with methods as of Tokenizer: `encode` to latents, and `decode`.
 
-    It never changes: evaluation mode, no gradient, float32.
+    Always in evaluation mode, without gradients, with float32 weights.
 
     Args:
-        network: diffusers' AutoencoderKL or AutoencoderTiny.
-        name: for people.
-        digest: sha256 of what it was read from.
+        network: AutoencoderKL or AutoencoderTiny of diffusers.
+        name: for display.
+        digest: sha256 of its files.
     """
 
     codebook_size = None
     num_groups = 0
     image_size = None
-    """Convolutional and trained at several sizes: none is its own."""
+    """None: trained at several sizes."""
     artifact = None
 
     def __init__(self, network: Any, *, name: str, digest: str = "", device: str | torch.device = "cpu") -> None:
@@ -68,11 +69,10 @@ class ContinuousAutoencoder:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "ContinuousAutoencoder":
-        """Open a folder as diffusers writes it, config.json and safetensors, or one with the two .pth files of a tiny
-        autoencoder. Never downloads.
+        """Open a folder in the layout of diffusers, or with the two .pth files of a tiny autoencoder.
 
         Raises:
-            WeightsError: a file is absent or damaged, only a pickle is there, or the weights do not fit the config.
+            WeightsError: a file is absent or damaged or a pickle, or the weights do not match the config.
         """
         folder = Path(folder)
         pair = None if diffusers_class(folder) else find_pair(folder)
@@ -84,11 +84,11 @@ class ContinuousAutoencoder:
 
     @property
     def source(self) -> "ContinuousAutoencoder":
-        """What a stage that reads it names as its input: itself, by name and digest."""
+        """The input of a stage that reads it: itself, by name and digest."""
         return self
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of an image of `height` x `width` pixels; a DataError where they do not divide."""
+        """(C, h, w) of the latent of an image of `height` x `width` pixels; a DataError if they do not divide."""
         return (self.config.latent_channels, *latent_size(height, width, self.downsample_factor))
 
     def check_size(self, height: int, width: int) -> None:
@@ -96,45 +96,49 @@ class ContinuousAutoencoder:
         self.latent_shape(height, width)
 
     def check_groups(self, groups: int | None) -> None:
-        """Raise a DataError for any number of groups: a continuous latent has none."""
+        """Raise a DataError unless `groups` is None: a continuous latent has no groups."""
         if groups is not None:
-            raise DataError(f"groups = {groups}, but {self.name} has continuous latents", "Leave --groups out")
+            raise DataError(f"groups = {groups}, but {self.name} has continuous latents", "Omit --groups")
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8[B, 3, H, W], or float in [-1, 1] -> float32[B, C, h, w], the mode of the posterior
-        (a tiny autoencoder has but one latent).
+    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        """Encode images to latents float[B, C, h, w], the mean of the posterior if there is one.
+
+        Args:
+            images: uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1].
+            precision: "fp32", or "bf16" for convolutions and matrix products.
 
         Raises:
-            DataError: another shape, dtype or range; sides that are not multiples of the downsample factor.
+            DataError: a wrong shape, dtype or range; sides that are not multiples of the downsample factor.
         """
         images = network_input(images, self.downsample_factor, self.device)
-        encoded = self.network.encode(images)
-        return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        with reduced_precision(self.network, self.device, precision):
+            encoded = self.network.encode(images)
+            return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
-        """float[B, C, h, w] -> uint8[B, 3, H, W], `image_size` being (H, W); `groups` stays None.
+        """Decode latents float[B, C, h, w] to images uint8[B, 3, H, W], with `image_size` (H, W) and `groups` None.
 
         Raises:
-            DataError: latents that do not fit the size.
+            DataError: the shape of the latents does not match the size.
             NumericError: the images are not finite.
         """
         return to_uint8(self.decode_float(latents, image_size, groups))
 
     @torch.no_grad()
     def decode_float(self, latents: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
-        """As `decode`, before rounding: float[B, 3, H, W] of about [-1, 1], not clamped."""
+        """As `decode`, without rounding and clamping: float[B, 3, H, W], about [-1, 1]."""
         self.check_groups(groups)
         if tuple(latents.shape[1:]) != self.latent_shape(*image_size):
-            raise DataError(f"latents of shape {list(latents.shape)} are not those of {image_size} pixels")
+            raise DataError(f"latents of shape {list(latents.shape)} do not match images of {image_size} pixels")
         images = self.network.decode(latents.to(self.device)).sample
         if not bool(torch.isfinite(images).all()):
             raise NumericError(f"{self.name} reconstructs NaN or infinity", "Check its weights and the images")
         return images
 
     def describe(self, image_size: int) -> dict[str, Any]:
-        """What it is, for a report on images of that side; what only a tokenizer has is None."""
+        """Facts for a report on images of side `image_size`, as `Tokenizer.describe`."""
         return {
             "quantizer": None,
             "codebook_size": None,
@@ -146,14 +150,14 @@ class ContinuousAutoencoder:
 
 
 def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | ContinuousAutoencoder:
-    """Open what reconstructs images: a tokenizer, or a continuous autoencoder in one of the layouts above.
+    """Open a tokenizer, or a continuous autoencoder in one of the layouts above.
 
     Raises:
-        ArtifactError, WeightsError: it is absent, damaged, or its weights do not fit its config.
+        ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
     """
     folder = Path(path)
     if not folder.is_dir() and str(path) in RELEASED.values():
-        raise WeightsError(f"{path} is not a folder here, and is not downloaded", FETCH)
+        raise WeightsError(f"{path} is not a folder, and is not downloaded automatically", DOWNLOAD)
     if diffusers_class(folder) is not None or any(folder.glob("diffusion_pytorch_model*")):
         return ContinuousAutoencoder.from_pretrained(folder, device)
     if not (folder / CONFIG).is_file() and find_pair(folder) is not None:
@@ -162,67 +166,67 @@ def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> To
 
 
 def load_network(folder: Path) -> Any:
-    """diffusers' network with the weights of `folder`, every tensor accounted for."""
-    found = diffusers_class(folder)
-    if found is None:
-        raise WeightsError(f"{folder} has no {CONFIG} of diffusers", FETCH)
-    if found not in KINDS:
-        raise WeightsError(f"{folder} holds diffusers' {found}; what can be evaluated is {' or '.join(KINDS)}", FETCH)
+    """The diffusers model in `folder`; every tensor must match."""
+    kind = diffusers_class(folder)
+    if kind is None:
+        raise WeightsError(f"{folder} has no {CONFIG} of diffusers", DOWNLOAD)
+    if kind not in KINDS:
+        raise WeightsError(f"{folder} is a {kind} of diffusers; supported are {' and '.join(KINDS)}", DOWNLOAD)
     if not (folder / WEIGHTS).is_file():
         pickled = any(folder.glob("*.bin"))
-        raise WeightsError(f"{folder} has no {WEIGHTS}" + (", and its pickle is not opened" if pickled else ""), FETCH)
+        raise WeightsError(f"{folder} has no {WEIGHTS}" + (", and pickles are not read" if pickled else ""), DOWNLOAD)
     tensors = {new_name(name): value.float() for name, value in load_tensors(folder / WEIGHTS).items()}
     table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    added = {"block_out_channels"} if found == "AutoencoderTiny" else set()  # diffusers writes it, and cannot read it
-    settings = {key: value for key, value in table.items() if not key.startswith("_") and key not in added}
-    network = build_network(found, settings, folder / CONFIG)
+    derived = {"block_out_channels"} if kind == "AutoencoderTiny" else set()  # saved, but not an argument
+    settings = {key: value for key, value in table.items() if not key.startswith("_") and key not in derived}
+    network = build_network(kind, settings, folder / CONFIG)
     add_pooled_blocks(network, tensors)
     load_weights(network, tensors, folder)
     return network
 
 
 def build_network(kind: str, settings: dict[str, Any], source: Path) -> Any:
-    """diffusers' network of these settings, which `source` gave, on the meta device."""
-    import diffusers  # seconds: the package imports all of its autoencoders
+    """A diffusers model of these settings, from the file `source`, on the meta device."""
+    import diffusers  # takes seconds
 
     try:
         with torch.device("meta"):
             network: Any = getattr(diffusers, kind)(**settings)
-    except Exception as error:  # settings reach the library's arithmetic unchecked
-        raise WeightsError(f"{source} does not describe an {kind}: {error}", FETCH) from None
+    except Exception as error:  # diffusers does not check the settings
+        raise WeightsError(f"{source} is not a valid config of {kind}: {error}", DOWNLOAD) from None
     if (network.config.in_channels, network.config.out_channels) != (3, 3):
-        raise WeightsError(f"{source} is not for images of three channels", FETCH)
+        raise WeightsError(f"{source} is not for images of three channels", DOWNLOAD)
     return network
 
 
 def find_pair(folder: Path) -> tuple[Path, Path] | None:
-    """NAME_encoder.pth and NAME_decoder.pth of a folder; None where it has no encoder.
+    """Find NAME_encoder.pth and NAME_decoder.pth in a folder; None if there is no encoder.
 
     Raises:
-        WeightsError: several, or an encoder without its decoder.
+        WeightsError: there are several encoders, or no decoder.
     """
     encoders = sorted(folder.glob(f"*{ENCODER}"))
     if not encoders:
         return None
     if len(encoders) > 1:
         names = ", ".join(file.name.removesuffix(ENCODER) for file in encoders)
-        raise WeightsError(f"{folder} holds several tiny autoencoders: {names}", "Put the one you mean into a folder")
+        raise WeightsError(f"{folder} contains several tiny autoencoders: {names}", "Move one into a folder of its own")
     decoder = encoders[0].with_name(encoders[0].name.removesuffix(ENCODER) + DECODER)
     if not decoder.is_file():
-        raise WeightsError(f"{folder} has {encoders[0].name} without {decoder.name}", "Fetch both")
+        raise WeightsError(f"{folder} has {encoders[0].name} without {decoder.name}", "Download both")
     return encoders[0], decoder
 
 
 def load_pair(encoder: Path, decoder: Path) -> Any:
-    """diffusers' AutoencoderTiny with the weights of a tiny autoencoder's two files, every tensor accounted for."""
-    tables = [load_tensors(file) for file in (encoder, decoder)]
-    for file, table in zip((encoder, decoder), tables, strict=True):
-        if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):
-            raise WeightsError(f"{file} is not a table of tensors", "Fetch it again")
-    tensors = {f"encoder.layers.{name}": value.float() for name, value in tables[0].items()}
-    for name, value in tables[1].items():  # its layer 0 clamps, which diffusers does outside the layers
-        number, _, rest = name.partition(".")
-        tensors[f"decoder.layers.{int(number) - 1 if number.isdigit() else number}.{rest}"] = value.float()
+    """An AutoencoderTiny with the weights of the two files of a tiny autoencoder; every tensor must match."""
+    states = [load_tensors(file) for file in (encoder, decoder)]
+    for file, state in zip((encoder, decoder), states, strict=True):
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise WeightsError(f"{file} is not a state dict", "Download it again")
+    tensors = {f"encoder.layers.{name}": value.float() for name, value in states[0].items()}
+    for name, value in states[1].items():  # layer 0 clamps; in diffusers that is not a layer
+        number, _, parameter = name.partition(".")
+        tensors[f"decoder.layers.{int(number) - 1 if number.isdigit() else number}.{parameter}"] = value.float()
     last = [value for name, value in tensors.items() if name.startswith("encoder.")][-1:]
     network = build_network("AutoencoderTiny", {"latent_channels": len(last[0]) if last else 0}, encoder)
     add_pooled_blocks(network, tensors)
@@ -231,7 +235,7 @@ def load_pair(encoder: Path, decoder: Path) -> Any:
 
 
 def add_pooled_blocks(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Replace the blocks of an AutoencoderTiny that have a pooled part in `tensors`, on the meta device."""
+    """Replace the blocks of an AutoencoderTiny for which `tensors` has pooled parts by PooledBlocks."""
     names = sorted({name.partition(".pool.")[0] for name in tensors if ".pool." in name})
     known = dict(network.named_modules())
     for name in names:
@@ -242,10 +246,10 @@ def add_pooled_blocks(network: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 class PooledBlock(nn.Module):
-    """A block of an AutoencoderTiny after a part that sees the whole latent: float[B, C, h, w] -> the same shape.
+    """A block of an AutoencoderTiny after a residual branch with a global norm, for float[B, C, h, w].
 
-    x + conv(relu(norm(conv(x)))), the convolutions 1x1 to 4 C channels and back, the norm over 4 groups of them and all
-    positions; then the block. TAEF2 has three at the lowest resolution of either side (its code: `use_midblock_gn`).
+    x + conv(relu(norm(conv(x)))) with 1x1 convolutions to 4 C channels and back and a group norm of 4 groups; then the
+    block. TAEF2 has three at the lowest resolution of encoder and decoder (`use_midblock_gn` in its code).
     """
 
     def __init__(self, block: Any, channels: int) -> None:
@@ -265,5 +269,5 @@ class PooledBlock(nn.Module):
 
 
 def new_name(name: str) -> str:
-    """A tensor's name in today's diffusers."""
+    """The name of a tensor in current diffusers."""
     return re.sub(r"\.(query|key|value|proj_attn)\.(weight|bias)$", lambda old: f".{OLD_NAMES[old[1]]}.{old[2]}", name)

@@ -1,9 +1,9 @@
-"""Images of any size through a network made for small ones: padded, cut into overlapping tiles, blended.
+"""Reconstruction of images of any size: pad to multiples of the downsample factor, and blend overlapping tiles.
 
-Memory beside the network's own is that of the image twice (8 bits: what goes in, what comes out) and one row of tiles
-in float32, 16 bytes a pixel of it. The network sees one tile at a time.
+Beside the network, memory is that of the 8-bit image and its reconstruction, and of one row of tiles in float32 (16
+bytes per pixel). The network processes one tile at a time.
 
-H x W pixels, f the downsample factor, T the side of a tile, N ids of a tile.
+Shapes: H x W pixels, f the downsample factor, T the side of a tile, N ids of a tile.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from torch import Tensor
 from vqpipe.errors import ConfigError
 
 TILE = 512
-"""Largest side, pixels, that goes through the network at once."""
+"""Default side of tiles, in pixels."""
 OVERLAP = 64
-"""Pixels that neighbouring tiles share and blend over."""
+"""Default overlap of neighboring tiles, in pixels."""
 
 
-class AnyAutoencoder(Protocol):
-    """What a Tokenizer and a ContinuousAutoencoder have in common here."""
+class ImageAutoencoder(Protocol):
+    """The common interface of Tokenizer and ContinuousAutoencoder."""
 
     @property
     def codebook_size(self) -> int | None: ...
@@ -38,34 +38,37 @@ class AnyAutoencoder(Protocol):
 
 
 @dataclass(frozen=True)
-class AnySize:
-    """An image that went through, and its tokens."""
+class TiledReconstruction:
+    """The reconstruction of an image, and its tokens."""
 
     image: Tensor
-    """uint8[3, H, W], or float32 of about [-1, 1] where that was asked, on the CPU."""
+    """uint8[3, H, W], or float32, about [-1, 1], if not `rounded`; on the CPU."""
     ids: list[Tensor] | None
-    """int64[N] of each tile on the CPU, tiles row by row; None where latents are continuous. Where there are several
-    tiles, their overlaps are encoded more than once."""
+    """int64[N] of each tile, row by row, on the CPU; None for continuous latents. Tiles overlap."""
 
 
 def reconstruct_any_size(
-    autoencoder: AnyAutoencoder,
+    autoencoder: ImageAutoencoder,
     image: Tensor,
     *,
     groups: int | None = None,
     tile: int = TILE,
     overlap: int = OVERLAP,
     rounded: bool = True,
-) -> AnySize:
-    """uint8[3, H, W] -> its reconstruction at the same size.
+) -> TiledReconstruction:
+    """Reconstruct uint8[3, H, W] at the same size.
 
-    Not `rounded`, tiles are blended as the network leaves them, and whoever measures rounds once, in their own way; for
-    that the whole image is held in float32, 12 bytes a pixel.
+    The image is padded to multiples of f by reflection (by replication if it is too small) and cropped afterwards. If a
+    side exceeds T, it is processed in tiles that are blended linearly over `overlap` pixels. With attention or norms
+    over the whole latent, the result then differs from that of the whole image.
 
-    The image is padded to multiples of f by mirroring (by repeating the edge where it is too small to mirror) and cut
-    back. Beyond T pixels a side (T rounded down to a multiple of f) it goes through in tiles, blended linearly over
-    `overlap` pixels. A network with attention or normalisation over the whole latent then sees each tile alone: that is
-    another reconstruction than in one piece.
+    Args:
+        autoencoder: a Tokenizer or ContinuousAutoencoder.
+        image: uint8[3, H, W].
+        groups: decode the first `groups` groups only.
+        tile: T, rounded down to a multiple of f.
+        overlap: pixels shared by neighboring tiles.
+        rounded: return uint8; else float32 before rounding, which takes 12 bytes per pixel.
 
     Raises:
         ConfigError: a tile smaller than f, or an overlap that is not smaller than the tile.
@@ -78,27 +81,31 @@ def reconstruct_any_size(
     decode = autoencoder.decode if rounded else autoencoder.decode_float
     ids: list[Tensor] | None = None if autoencoder.codebook_size is None else []
     bands = list(spans(len(rows), tile, overlap))
-    band = torch.zeros(4, bands[0][1], len(columns))  # three colours times weight, and the weight
+    band = torch.zeros(4, bands[0][1], len(columns))  # weighted RGB, and the weight
     for (top, bottom), after in zip(bands, [start for start, _ in bands[1:]] + [len(rows)], strict=True):
         for left, right in spans(len(columns), tile, overlap):
             piece = image[:, rows[top:bottom, None], columns[None, left:right]]
             code = autoencoder.encode(piece[None])
-            again = decode(code, (bottom - top, right - left), groups=groups)[0].cpu()
-            share = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap))
-            band[:3, :, left:right] += again * share
-            band[3, :, left:right] += share
+            reconstruction = decode(code, (bottom - top, right - left), groups=groups)[0].cpu()
+            weight = torch.outer(ramp(bottom - top, overlap), ramp(right - left, overlap))
+            band[:3, :, left:right] += reconstruction * weight
+            band[3, :, left:right] += weight
             if ids is not None:
                 ids.append(code[0].cpu())
-        whole = band[:3, : after - top] / band[3, : after - top]
-        whole = whole.round().clamp(0, 255) if rounded else whole
-        result[:, top:after] = whole[:, : height - top, :width].to(result.dtype)
-        band[:, : bottom - after] = band[:, after - top :].clone()  # rows that the next tiles share
+        blended = band[:3, : after - top] / band[3, : after - top]
+        blended = blended.round().clamp(0, 255) if rounded else blended
+        result[:, top:after] = blended[:, : height - top, :width].to(result.dtype)
+        band[:, : bottom - after] = band[:, after - top :].clone()  # rows shared with the next tiles
         band[:, bottom - after :] = 0
-    return AnySize(result, ids)
+    return TiledReconstruction(result, ids)
 
 
 def check_tile(tile: int, overlap: int, factor: int) -> int:
-    """`tile` rounded down to a multiple of the downsample factor; a ConfigError where it cannot be."""
+    """Round `tile` down to a multiple of the downsample factor.
+
+    Raises:
+        ConfigError: the tile or the overlap is out of range.
+    """
     if tile < factor:
         raise ConfigError(f"tiles of {tile} pixels are smaller than the downsample factor {factor}", "Use larger ones")
     tile = tile // factor * factor
@@ -108,7 +115,7 @@ def check_tile(tile: int, overlap: int, factor: int) -> int:
 
 
 def mirrored(length: int, factor: int) -> Tensor:
-    """int64[n]: which row (or column) stands at each place of a side of `length` padded to a multiple of `factor`."""
+    """Indices int64[n] that pad a side of `length` to a multiple of `factor` by reflection, else by replication."""
     padding = -length % factor
     extra = torch.arange(padding)
     extra = length - 2 - extra if padding < length else torch.full_like(extra, length - 1)
@@ -116,7 +123,7 @@ def mirrored(length: int, factor: int) -> Tensor:
 
 
 def spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
-    """Pieces [start, stop) of at most `tile` that cover `length`, neighbours sharing at least `overlap`."""
+    """Intervals [start, stop) of at most `tile` that cover `length`, where neighbors share at least `overlap`."""
     start = 0
     while start + tile < length:
         yield start, start + tile
@@ -125,6 +132,6 @@ def spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
 
 
 def ramp(length: int, overlap: int) -> Tensor:
-    """Weight of each row of a tile: 1 inside, falling towards both ends over `overlap` pixels, never 0."""
+    """Blend weight of each row of a tile: 1 inside, decreasing linearly over `overlap` pixels at both ends, never 0."""
     distance = torch.arange(1, length + 1, dtype=torch.float32)
     return torch.minimum(distance, distance.flip(0)).clamp(max=overlap + 1) / (overlap + 1)

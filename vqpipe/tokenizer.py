@@ -1,11 +1,13 @@
-"""The tokenizer as users hold it: images -> ids -> images.
+"""The tokenizer: images -> ids -> images, and its files.
 
-Letters: B images of H x W pixels, N ids an image, G groups.
+Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w positions, G groups.
 """
 
 import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,18 +23,17 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
 from vqpipe.weights import load_tensors
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-RANGE_SLACK = 1e-3
-"""How far outside [-1, 1] float images may be before we call it the wrong range."""
+RANGE_TOLERANCE = 1e-3
+"""How far outside [-1, 1] float images may be."""
 
 
 class Tokenizer:
-    """A trained autoencoder with its pixel conversions. It never changes: evaluation mode, no gradient.
+    """A trained autoencoder with conversions of pixels, in evaluation mode and without gradients.
 
-    `name` is its directory's; `artifact`, what it was opened from, if a stage published it; `source`, what a stage that
-    reads it names as its input: the artifact, or else the sha256 of the weights.
+    Attributes:
+        name: of its directory.
+        artifact: the artifact it was opened from, if any.
+        source: the input of a stage that reads it: the artifact, or the sha256 of the weights.
     """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
@@ -45,15 +46,18 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
-        """Open a tokenizer: the directory of an artifact or of `save_pretrained`, or a repository id on the hub.
+        """Open a tokenizer: the directory of an artifact or of `save_pretrained`, or a repository id of the hub.
 
         Raises:
-            ArtifactError, WeightsError: it is absent, damaged, or its weights do not fit its config.
+            ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
             ConfigError: it is an autoencoder with continuous latents, which has no tokens.
         """
         folder = Path(path)
         if not folder.is_dir():
-            folder = fetch(str(path)) if "/" in str(path) and not folder.is_absolute() else absent(folder)
+            if "/" not in str(path) or folder.is_absolute():
+                artifacts.open_artifact(folder, "tokenizer")  # raises
+                raise ArtifactError(f"{folder} does not exist", "Check the path")
+            folder = download(str(path))
         artifact = artifacts.open_artifact(folder, "tokenizer") if (folder / "manifest.json").is_file() else None
         table = read_config(folder / "config.json")
         with torch.device("meta"):
@@ -67,7 +71,7 @@ class Tokenizer:
         return tokenizer
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
-        """Write config.json, model.safetensors and README.md into `folder`, which is made where absent."""
+        """Write config.json, model.safetensors and README.md into `folder`, which is created if absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "model.safetensors") as temporary:
@@ -76,9 +80,7 @@ class Tokenizer:
         (folder / "README.md").write_text(card or model_card(self), encoding="utf-8")
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
-        """Upload to the hub under `repository` ("name/of-it"); returns its address. Needs `hf auth login` before."""
-        import tempfile
-
+        """Upload to the hub as `repository` ("user/name") and return its URL. Run `hf auth login` first."""
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -89,7 +91,7 @@ class Tokenizer:
 
     @property
     def config(self) -> AutoencoderConfig:
-        """Section [model] of the preset it was trained with."""
+        """Section [model] of the training preset."""
         return self.autoencoder.config
 
     @property
@@ -108,7 +110,7 @@ class Tokenizer:
         return self.autoencoder.downsample_factor
 
     def layout(self, height: int, width: int) -> TokenLayout:
-        """The order of the ids of an image of `height` x `width` pixels.
+        """The layout of the ids of an image of `height` x `width` pixels.
 
         Raises:
             DataError: a side is not a multiple of the downsample factor.
@@ -120,30 +122,32 @@ class Tokenizer:
         self.layout(height, width)
 
     def check_made(self, artifact: artifacts.Artifact) -> None:
-        """Raise an ArtifactError unless this tokenizer made these tokens or latents."""
+        """Raise an ArtifactError unless this tokenizer encoded these tokens or latents."""
         made_by = artifact.inputs["tokenizer"]
         own = self.source if isinstance(self.source, str) else self.source.content
         if made_by != own:
             raise ArtifactError(
                 f"{artifact.path} was made by tokenizer {made_by[:12]}, {self.name} is {own[:12]}",
-                "Name the tokenizer that made it (vqpipe inspect prints it)",
+                "Pass the tokenizer that made it (vqpipe inspect prints it)",
             )
 
     def check_groups(self, groups: int | None) -> None:
-        """Raise a DataError unless the first `groups` groups can be decoded alone; None stands for all."""
+        """Raise a DataError unless the first `groups` groups can be decoded; None means all."""
         if groups is not None and not 1 <= groups <= self.num_groups:
-            raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Ask for 1 up to that many")
+            raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Set 1 up to that number")
 
     @torch.no_grad()
     def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
-        """uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1] -> int64[B, N].
+        """Encode images to ids int64[B, N].
 
-        With `precision` "bf16" the convolutions and matrix products of the encoder are computed in bfloat16, which
-        changes some ids in a hundred; the search of the codes stays in float32.
+        Args:
+            images: uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1].
+            precision: "fp32", or "bf16" for the convolutions and matrix products of the encoder, which changes a few
+                percent of the ids; the search is always in float32.
 
         Raises:
-            DataError: another shape, dtype or range; sides that are not multiples of the downsample factor.
-            NumericError: NaN or infinity among the pixels.
+            DataError: a wrong shape, dtype or range; sides that are not multiples of the downsample factor.
+            NumericError: pixels are NaN or infinite.
         """
         images = network_input(images, self.downsample_factor, self.device)
         if len(images) == 0:
@@ -154,7 +158,7 @@ class Tokenizer:
 
     @torch.no_grad()
     def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
-        """Images as for `encode` -> float[B, C, h, w]: the encoder's output before quantization."""
+        """Encode images to latents before quantization, float[B, C, h, w]; arguments and errors as `encode`."""
         images = network_input(images, self.downsample_factor, self.device)
         with reduced_precision(self.autoencoder, self.device, precision):
             return self.autoencoder.latent(images)
@@ -165,20 +169,25 @@ class Tokenizer:
 
     @torch.no_grad()
     def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
-        """int64[B, N] -> uint8[B, 3, H, W], `image_size` being (H, W); `groups=k` keeps the first k groups.
+        """Decode ids int64[B, N] to images uint8[B, 3, H, W].
+
+        Args:
+            ids: of the layout of `image_size`.
+            image_size: (H, W).
+            groups: decode the first `groups` groups only.
 
         Raises:
-            DataError: ids that are not whole, or do not fit the size or the codebook; more groups than there are.
+            DataError: ids of a wrong dtype or shape, ids outside the codebook, or too many groups.
         """
         return to_uint8(self.decode_float(ids, image_size, groups))
 
     @torch.no_grad()
     def decode_float(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
-        """As `decode`, before rounding: float[B, 3, H, W] of about [-1, 1], not clamped."""
+        """As `decode`, without rounding and clamping: float[B, 3, H, W], about [-1, 1]."""
         self.check_groups(groups)
         layout = self.layout(*image_size)
         if ids.is_floating_point() or ids.is_complex():
-            raise DataError(f"ids of type {ids.dtype}", "Give whole numbers, as `encode` does")
+            raise DataError(f"ids of type {ids.dtype}", "Pass integers, as `encode` returns them")
         if len(ids) == 0:
             return torch.empty(0, 3, *image_size, device=self.device)
         ids = ids.to(self.device, torch.int64)
@@ -187,16 +196,9 @@ class Tokenizer:
         return self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout))
 
     def describe(self, image_size: int) -> dict[str, Any]:
-        """What it is, for a report on images of that side."""
-        return {
-            "quantizer": self.config.quantizer.kind,
-            "codebook_size": self.codebook_size,
-            "num_groups": self.num_groups,
-            "downsample_factor": self.downsample_factor,
-            "latent_shape": [
-                self.autoencoder.quantizer.latent_dim,
-                *latent_size(image_size, image_size, self.downsample_factor),
-            ],
+        """Facts for a report on images of side `image_size`."""
+        return model_facts(self.autoencoder) | {
+            "latent_shape": list(self.latent_shape(image_size, image_size)),
             "num_parameters": sum(parameter.numel() for parameter in self.autoencoder.parameters()),
         }
 
@@ -205,23 +207,33 @@ class Tokenizer:
         return {"model": to_table(self.config), "image_size": self.image_size}
 
 
-def write_files(
-    draft: artifacts.Draft, tokenizer: Tokenizer, discriminator: torch.nn.Module | None = None, **facts: Any
+def write_tokenizer(
+    draft: artifacts.Draft, tokenizer: Tokenizer, discriminator: torch.nn.Module | None = None, **rows: Any
 ) -> None:
-    """Write a tokenizer artifact's files: weights, config, model card with `facts`, and the discriminator's weights."""
+    """Write the files of a tokenizer artifact: weights, config, model card with `rows`, and discriminator weights."""
     with draft.write("model.safetensors") as path:
         save_weights(tokenizer.autoencoder, path)
     with draft.write("config.json") as path:
         path.write_text(json.dumps(tokenizer.to_table(), indent=2) + "\n", encoding="utf-8")
     with draft.write("README.md") as path:
-        path.write_text(model_card(tokenizer, **facts), encoding="utf-8")
+        path.write_text(model_card(tokenizer, **rows), encoding="utf-8")
     if discriminator is not None:
         with draft.write("discriminator.safetensors") as path:
             save_weights(discriminator, path)
 
 
+def model_facts(autoencoder: Autoencoder) -> dict[str, Any]:
+    """The facts of a tokenizer artifact that describe its model."""
+    return {
+        "quantizer": autoencoder.quantizer.config.kind,
+        "codebook_size": autoencoder.quantizer.codebook_size,
+        "num_groups": autoencoder.quantizer.num_groups,
+        "downsample_factor": autoencoder.downsample_factor,
+    }
+
+
 def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
-    """int64[B, N] with the ids of all but the first `groups` groups set to -1, which decodes as the zero vector."""
+    """Set the ids of all but the first `groups` groups to -1, which decodes to the zero vector."""
     grids = [grid.clone() for grid in layout.split(ids)]
     for grid in grids:
         grid[..., groups:] = -1
@@ -229,7 +241,11 @@ def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
 
 
 def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, int]:
-    """(h, w) of the latent of an image of `height` x `width` pixels; a DataError where they do not divide."""
+    """(h, w) of the latent of an image of `height` x `width` pixels.
+
+    Raises:
+        DataError: a side is not a multiple of the downsample factor.
+    """
     factor = downsample_factor
     if height % factor or width % factor or min(height, width) < factor:
         raise DataError(
@@ -240,7 +256,11 @@ def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, i
 
 
 def network_input(images: Tensor, downsample_factor: int, device: torch.device) -> Tensor:
-    """uint8[B, 3, H, W] in [0, 255] or float in [-1, 1] -> float32 in [-1, 1] on the device; else a DataError."""
+    """Convert uint8[B, 3, H, W], or float in [-1, 1], to float32 in [-1, 1] on the device.
+
+    Raises:
+        DataError: a wrong shape, dtype or range.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
     height, width = images.shape[-2:]
@@ -249,38 +269,38 @@ def network_input(images: Tensor, downsample_factor: int, device: torch.device) 
     if images.dtype == torch.uint8:
         return to_float(images)
     if not images.is_floating_point():
-        raise DataError(f"images of dtype {images.dtype}", "Give uint8 in [0, 255] or float in [-1, 1]")
-    if images.numel() and images.abs().amax() > 1 + RANGE_SLACK:
+        raise DataError(f"images of dtype {images.dtype}", "Pass uint8 in [0, 255] or float in [-1, 1]")
+    if images.numel() and images.abs().amax() > 1 + RANGE_TOLERANCE:
         low, high = images.aminmax()
-        raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Give float in [-1, 1], or uint8 in [0, 255]")
+        raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Pass float in [-1, 1], or uint8 in [0, 255]")
     return images.float()
 
 
-def save_weights(network: torch.nn.Module, path: Path, notes: dict[str, str] | None = None) -> None:
-    """A network's state as safetensors, contiguous, on the CPU; `notes` go into the file's header."""
+def save_weights(network: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Save the state dict of a network as safetensors, with `metadata` in the header of the file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, path, notes)
+    save_file(tensors, path, metadata)
 
 
-def load_weights(network: torch.nn.Module, tensors: "Mapping[str, Tensor]", source: Path) -> None:
-    """Give a network (which may be on the meta device) exactly these tensors, names and shapes checked.
+def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load exactly these tensors into a network, which may be on the meta device.
 
     Raises:
-        WeightsError: a name is missing, unknown, or has another shape.
+        WeightsError: a name is missing or unexpected, or a shape differs. The message names `source`.
     """
     try:
         network.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise WeightsError(f"the weights in {source} do not fit their config: {first[:160]}") from None
+        raise WeightsError(f"the weights in {source} do not match their config: {first[:160]}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a tokenizer's config.json.
+    """Read the config.json of a tokenizer.
 
     Raises:
-        ArtifactError: it is absent or no tokenizer's.
-        ConfigError: its folder holds an autoencoder with continuous latents.
+        ArtifactError: it is absent or not that of a tokenizer.
+        ConfigError: its folder contains an autoencoder with continuous latents.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -290,14 +310,14 @@ def read_config(path: Path) -> dict[str, Any]:
         pass
     if (name := diffusers_class(path.parent)) is not None:
         raise ConfigError(
-            f"{path.parent} holds a continuous autoencoder (diffusers' {name}), which has no tokens",
-            "Name a tokenizer; vqpipe eval and vqpipe reconstruct take this folder as well",
+            f"{path.parent} is a continuous autoencoder (diffusers' {name}), which has no tokens",
+            "Pass a tokenizer; only vqpipe eval and vqpipe reconstruct accept this folder",
         )
-    raise ArtifactError(f"{path} is absent or is not a tokenizer's config", "Name the directory of a tokenizer")
+    raise ArtifactError(f"{path} is absent or is not the config of a tokenizer", "Pass the directory of a tokenizer")
 
 
 def diffusers_class(folder: Path) -> str | None:
-    """Which of diffusers' networks `folder` holds, in diffusers' layout; None where it holds none."""
+    """The diffusers class of the model in `folder`; None if it is not in the layout of diffusers."""
     try:
         table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str(table["_class_name"])
@@ -305,36 +325,31 @@ def diffusers_class(folder: Path) -> str | None:
         return None
 
 
-def fetch(repository: str) -> Path:
-    """Download a tokenizer from the hub, or find it in the hub's cache."""
+def download(repository: str) -> Path:
+    """Download a tokenizer from the hub, or find it in the cache of the hub."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
+    except Exception as error:  # the hub client raises many types
         raise WeightsError(
-            f"{repository!r} is no directory here, and the hub did not give it ({type(error).__name__})",
-            "Check the path, or fetch model.safetensors and config.json into a folder and name that folder",
+            f"{repository!r} is not a directory, and downloading it from the hub failed ({type(error).__name__})",
+            "Check the path, or download model.safetensors and config.json into a folder and pass that folder",
         ) from None
 
 
-def absent(folder: Path) -> Path:
-    artifacts.open_artifact(folder, "tokenizer")  # says why: unfinished, or not an artifact
-    raise ArtifactError(f"{folder} does not exist", "Check the path")
-
-
-def model_card(tokenizer: Tokenizer, **facts: Any) -> str:
-    """README.md of a tokenizer: what it is, and the three lines that use it."""
+def model_card(tokenizer: Tokenizer, **rows: Any) -> str:
+    """The README.md of a tokenizer: a table of its properties with additional `rows`, and an example."""
     quantizer = tokenizer.autoencoder.quantizer
     groups = f"{tokenizer.num_groups} x " if tokenizer.num_groups > 1 else ""
-    rows = {
+    properties = {
         "quantizer": f"{quantizer.config.kind}, {groups}{quantizer.codebook_size:,} codes",
         "latent channels": quantizer.latent_dim,
         "downsample factor": tokenizer.downsample_factor,
         "trained at": f"{tokenizer.image_size} px" if tokenizer.image_size else "unknown size",
-        **facts,
+        **rows,
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    table = "\n".join(f"| {key} | {value} |" for key, value in properties.items())
     return f"""---
 library_name: vqpipe
 tags: [image-tokenizer, vector-quantization]
@@ -350,6 +365,6 @@ from vqpipe import Tokenizer
 
 tokenizer = Tokenizer.from_pretrained("this directory")
 ids = tokenizer.encode(images)                        # uint8[B, 3, H, W] -> int64[B, N]
-again = tokenizer.decode(ids, image_size=(256, 256))  # -> uint8[B, 3, 256, 256]
+images = tokenizer.decode(ids, image_size=(256, 256)) # -> uint8[B, 3, 256, 256]
 ```
 """

@@ -1,6 +1,6 @@
-"""Pretrained weights that users bring: found by name in a folder they name, loaded without running code from them.
+"""Local files of pretrained weights: found by name in a folder, loaded without executing code from them.
 
-Nothing here downloads. An absent file is a WeightsError that says its name, who publishes it, and where to put it.
+Nothing is downloaded. The WeightsError of an absent file has its name, its publisher, and where to put it.
 """
 
 import pickle
@@ -21,87 +21,88 @@ LPIPS_BACKBONES = {
     "alex": ("alexnet-owt-7be5be79.pth", "torchvision's AlexNet, ImageNet weights"),
     "vgg": ("vgg16-397923af.pth", "torchvision's VGG16, ImageNet weights"),
 }
-"""Backbone -> file name as torchvision publishes it, and what it is. The linear heads come with the lpips package."""
+"""Backbone of LPIPS -> torchvision's file name, and a description. The linear heads are in the lpips package."""
 
 
-def find_weights(name: str, folder: Path | None, what: str, option: str = "--weights DIR") -> Path:
-    """Path of the file `name` in `folder`.
+def find_weights(name: str, folder: Path | None, need: str, option: str = "--weights DIR") -> Path:
+    """The path of the file `name` in `folder`.
 
     Raises:
-        WeightsError: no folder was named, or the file is not in it.
+        WeightsError: there is no folder, or no such file in it. The message starts with `need`.
     """
     if folder is not None and (folder / name).is_file():
         return folder / name
-    where = "no folder of weights was named" if folder is None else f"{folder} has no {name}"
-    raise WeightsError(f"{what}: {where}", f"Fetch {name}, put it into a folder and name that folder with {option}")
+    where = "no folder of weights was given" if folder is None else f"{folder} has no {name}"
+    raise WeightsError(f"{need}: {where}", f"Download {name} into a folder and pass that folder with {option}")
 
 
-def load_tensors(path: Path, *, harmless: Mapping[str, type] | None = None, mmap: bool = False) -> dict[str, Any]:
-    """Read a `.safetensors` file or a PyTorch pickle of tensors (`weights_only`, so no code of the file runs).
+def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, mmap: bool = False) -> dict[str, Any]:
+    """Read the tensors of a `.safetensors` file or of a PyTorch pickle, the latter with `weights_only=True`.
 
     Args:
         path: the file.
-        harmless: full name of a class that the pickle may mention -> the class of ours that is made in its place.
-        mmap: leave the tensors of a pickle on disk until they are read; changes to them stay in memory.
+        placeholders: full name of a class that the pickle may contain -> the class to use in its place.
+        mmap: memory-map the tensors of a pickle.
 
     Raises:
-        WeightsError: the file is absent, cut short, or holds anything but tensors in plain containers.
+        WeightsError: the file is absent or damaged, or contains anything but tensors in plain containers.
     """
-    stand_ins: list[Any] = [(stand_in, name) for name, stand_in in (harmless or {}).items()]
+    allowed: list[Any] = [(placeholder, name) for name, placeholder in (placeholders or {}).items()]
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on an unusual protocol of the pickle, which is no matter or an error
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist", "Check the path") from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise WeightsError(
-            f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and nothing in it was run",
-            "Ask for a safetensors file, or, where you trust it, save its tensors alone",
+            f"{path} contains more than tensors{f' ({found[1]})' if found else ''}; no code in it was executed",
+            "Use a safetensors file, or, if you trust it, save its tensors alone",
         ) from None
-    except Exception as error:  # a damaged file makes the readers raise nearly anything
+    except Exception as error:  # readers raise many types on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Fetch it again") from None
+        raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Download it again") from None
 
 
 def load_lpips(net: Literal["alex", "vgg"], weights: Path) -> nn.Module:
-    """LPIPS v0.1 (Zhang et al. 2018) with the backbone read from `weights`; frozen, in evaluation mode for good.
+    """LPIPS v0.1 (Zhang et al. 2018), frozen; maps two float[B, 3, H, W] in [-1, 1] to float[B, 1, 1, 1].
 
-    Call it with two float[B, 3, H, W] in [-1, 1]; it returns float[B, 1, 1, 1]. `weights` is torchvision's file, or its
-    folder.
+    Args:
+        net: the backbone.
+        weights: torchvision's file of the backbone, or its folder.
 
     Raises:
         WeightsError: the file is absent or is not that backbone.
     """
-    name, what = LPIPS_BACKBONES[net]
-    file = find_weights(name, weights, f"LPIPS needs {what}") if weights.is_dir() else weights
+    name, description = LPIPS_BACKBONES[net]
+    file = find_weights(name, weights, f"LPIPS needs {description}") if weights.is_dir() else weights
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's remarks on the arguments that lpips still passes
+        warnings.simplefilter("ignore")  # about deprecated arguments that lpips passes to torchvision
         import lpips
 
         module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    return freeze(fill_backbone(module, load_tensors(file), file))
+    return Frozen(fill_backbone(module, load_tensors(file), file))
 
 
 def fill_backbone(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
-    """Copy torchvision's `features.N.*` into the slices lpips cut the backbone into, which keep the numbers N."""
+    """Copy torchvision's `features.N.*` into the backbone of lpips, whose slices keep the numbers N."""
     backbone: Any = module.net
     for name, parameter in backbone.named_parameters():
         number, leaf = name.split(".")[-2:]
         value = tensors.get(f"features.{number}.{leaf}")
         if value is None or value.shape != parameter.shape:
             raise WeightsError(
-                f"{source} is not the backbone LPIPS needs: features.{number}.{leaf} is absent or differs"
+                f"{source} is not the backbone of LPIPS: features.{number}.{leaf} is absent or has another shape"
             )
         parameter.data.copy_(value)
     return module
 
 
 class Frozen(nn.Module):
-    """Wraps a network that never trains: no gradient for its weights, and `train()` leaves it in evaluation mode."""
+    """A network without gradients for its weights and always in evaluation mode; `train()` has no effect."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -112,8 +113,3 @@ class Frozen(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.network(*inputs)
-
-
-def freeze(network: nn.Module) -> Frozen:
-    """`network`, in evaluation mode for good (VQGAN-LC's loop turns LPIPS's dropout back on; ours cannot)."""
-    return Frozen(network)

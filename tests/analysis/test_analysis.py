@@ -326,7 +326,7 @@ def test_what_says_nothing_is_left_out_with_its_reason(tokenizers: dict[str, Tok
     for analysis in build(list(ANALYSES), fsq):
         assert isinstance(analysis, LeftOut)
         result = analysis.result()
-        assert result == {"not_computed": "the fsq quantizer has no table of codes"}
+        assert result == {"not_computed": "the fsq quantizer has no codebook"}
         (section,) = analysis.sections(result)
         assert isinstance(section, page.Reasons)
         assert section.reasons == {analysis.name: result["not_computed"]}

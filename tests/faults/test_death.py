@@ -35,7 +35,7 @@ from vqpipe.data.batches import Shuffle, through_workers
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import VqConfig
-from vqpipe.tokenizer import Tokenizer, write_files
+from vqpipe.tokenizer import Tokenizer, write_tokenizer
 from vqpipe.training import loop
 from vqpipe.training.config import TrainConfig
 
@@ -91,7 +91,7 @@ def small_tokenizer(out: Path) -> Tokenizer:
     draft = start(out, "tokenizer", {}, {})
     assert isinstance(draft, Draft)
     with draft:
-        write_files(draft, Tokenizer(build_autoencoder(model), image_size=8))
+        write_tokenizer(draft, Tokenizer(build_autoencoder(model), image_size=8))
         draft.publish({})
     return Tokenizer.from_pretrained(out)
 

@@ -6,7 +6,7 @@ from torch.func import functional_call, grad
 from vqpipe.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss, r1_penalty
 
 
-def test_hinge_by_hand() -> None:
+def test_hinge_losses() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
     assert hinge_discriminator_loss(real, fake).item() == 0.5 * (0.25 + 0.75)
     assert hinge_generator_loss(fake).item() == 1.25
@@ -27,16 +27,16 @@ def test_adaptive_weight_is_the_clamped_ratio_of_gradients(
     assert layer.grad is None
 
 
-def critic() -> nn.Module:
-    """A patch discriminator with BatchNorm, several logits an image."""
+def make_discriminator() -> nn.Module:
+    """A patch discriminator with BatchNorm and several logits per image."""
     torch.manual_seed(0)
     first = [nn.Conv2d(3, 6, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(6, 8, 4, 1, 1, bias=False), nn.BatchNorm2d(8)]
     return nn.Sequential(*first, nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4, 1, 1))
 
 
-def test_r1_against_its_formula_and_finite_differences() -> None:
-    """The value against torch.func's gradient in float64, the derivative for a weight against differences of it."""
-    network, images = critic(), torch.rand(3, 3, 16, 16)
+def test_r1_matches_the_formula_and_finite_differences() -> None:
+    """The value against torch.func in float64, the gradient against finite differences."""
+    network, images = make_discriminator(), torch.rand(3, 3, 16, 16)
     wide = {name: value.double() for name, value in network.state_dict().items()}
 
     def penalty(state: dict[str, Tensor]) -> Tensor:
@@ -50,7 +50,7 @@ def test_r1_against_its_formula_and_finite_differences() -> None:
     torch.testing.assert_close(found.double(), penalty(wide), rtol=1e-4, atol=0)
     found.backward()
     for name, parameter in list(network.named_parameters())[::2]:
-        if name == "5.bias":  # moves all logits alike
+        if name == "5.bias":  # shifts all logits
             continue
         assert parameter.grad is not None
         step = 1e-6 * torch.randn(parameter.shape, dtype=torch.float64)
@@ -59,8 +59,8 @@ def test_r1_against_its_formula_and_finite_differences() -> None:
         torch.testing.assert_close(expected, change, rtol=1e-3, atol=1e-12)
 
 
-def test_r1_stays_in_float32_and_off_the_images() -> None:
-    network, images = critic(), torch.rand(3, 3, 16, 16)
+def test_r1_is_float32_under_autocast_and_does_not_change_the_images() -> None:
+    network, images = make_discriminator(), torch.rand(3, 3, 16, 16)
     expected = r1_penalty(network, images)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         found = r1_penalty(network, images)

@@ -58,27 +58,27 @@ def test_discriminator_starts_at_its_step_and_only_with_a_weight() -> None:
 
 
 def networks() -> tuple[nn.Module, nn.Conv2d, nn.Module]:
-    """The body and the last layer of a small decoder, and a discriminator with BatchNorm."""
+    """A small decoder without its last layer, its last layer, and a discriminator with BatchNorm."""
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4))
     return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.SiLU()), nn.Conv2d(6, 3, 3, padding=1), critic
 
 
-def test_the_adaptive_term_gives_the_gradient_of_the_written_formula() -> None:
-    """The objective differentiates each loss once; here the textbook's order: the weight first, then the sum."""
+def test_adaptive_weight_gives_the_gradient_of_the_formula() -> None:
+    """Compare with the direct computation, which differentiates each loss twice: for the weight, and for the sum."""
     body, last, critic = networks()
     critic.requires_grad_(False)
     objective = Objective(config(l1=0.7, l2=1.3, adversarial=0.4, codebook=0.5), ["codebook"])
     images = torch.rand(2, 3, 16, 16)
     gradients, totals = [], []
-    for plain in (True, False):
+    for direct in (True, False):
         features = body(images)
         reconstruction, learned = last(features), features.square().mean()
         logits = critic(reconstruction)
-        if plain:
-            compared = 0.7 * (images - reconstruction).abs().mean() + 1.3 * (images - reconstruction).square().mean()
-            weight = 0.4 * adaptive_weight(compared, -logits.mean(), last.weight)
-            total = compared + 0.5 * learned - weight * logits.mean()
+        if direct:
+            pixels = 0.7 * (images - reconstruction).abs().mean() + 1.3 * (images - reconstruction).square().mean()
+            weight = 0.4 * adaptive_weight(pixels, -logits.mean(), last.weight)
+            total = pixels + 0.5 * learned - weight * logits.mean()
         else:
             total, terms = objective.generator_loss(images, reconstruction, {"codebook": learned}, logits, last.weight)
             torch.testing.assert_close(terms["adversarial_weight"], weight)
@@ -90,18 +90,18 @@ def test_the_adaptive_term_gives_the_gradient_of_the_written_formula() -> None:
     assert weight > 0
 
 
-def test_the_graph_behind_the_losses_is_walked_once() -> None:
+def test_discriminator_graph_is_differentiated_once() -> None:
     body, last, critic = networks()
     critic.requires_grad_(False)
-    walks = []
+    backward_passes = []
     reconstruction = last(body(torch.rand(2, 3, 16, 16)))
     logits = critic(reconstruction)
-    logits.register_hook(lambda gradient: walks.append(1))
+    logits.register_hook(lambda gradient: backward_passes.append(1))
     total, _ = Objective(config(adversarial=0.4)).generator_loss(
         torch.rand(2, 3, 16, 16), reconstruction, {}, logits, last.weight
     )
     total.backward()
-    assert len(walks) == 1
+    assert len(backward_passes) == 1
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_large_logits_stay_finite() -> None:
     assert objective.generator_loss(*pair(), {}, logits)[1]["adversarial"].item() == 250
 
 
-def test_the_adversarial_weight_warms_up_on_a_line() -> None:
+def test_adversarial_weight_warms_up_linearly() -> None:
     settings = {"adversarial": 0.4, "adaptive_weight": False, "disc_start": 10, "adversarial_warmup": 4}
     objective, logits = Objective(config(**settings)), torch.tensor([2.0])
     weights = []
@@ -153,7 +153,7 @@ def test_the_adversarial_weight_warms_up_on_a_line() -> None:
         objective.generator_loss(*pair(), {}, logits)
 
 
-def test_at_weight_zero_no_adaptive_weight_is_computed() -> None:
+def test_adaptive_weight_is_not_computed_at_weight_zero() -> None:
     objective = Objective(config(adversarial=0.4, adversarial_warmup=4))
     _, terms = objective.generator_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=0)
     assert terms["adversarial_weight"].item() == 0
@@ -161,8 +161,8 @@ def test_at_weight_zero_no_adaptive_weight_is_computed() -> None:
         objective.generator_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=1)
 
 
-def test_r1_counts_for_the_steps_it_leaves_out() -> None:
-    """A linear discriminator: its gradient is its weight w, at every image, so gamma/2 |w|^2 is the penalty."""
+def test_r1_is_multiplied_by_its_interval() -> None:
+    """The gradient of a linear discriminator is its weight w, so the penalty is gamma/2 |w|^2."""
     objective = Objective(config(adversarial=1.0, disc_start=3, r1=10.0, r1_every=4))
     critic = nn.Linear(12, 1, bias=False)
     images = torch.rand(5, 3, 2, 2)
@@ -182,7 +182,7 @@ def test_r1_counts_for_the_steps_it_leaves_out() -> None:
         objective.discriminator_loss(logits, logits, step=0)
 
 
-def test_lecam_by_hand_and_its_averages_move_in_update_alone() -> None:
+def test_lecam_penalty_and_averages() -> None:
     objective = Objective(config(adversarial=1.0, lecam=2.0, lecam_decay=0.75))
     real, fake = torch.tensor([[3.0], [-1.0]]), torch.tensor([[1.0], [-3.0]])
     plain = hinge(real, fake)
@@ -197,7 +197,7 @@ def test_lecam_by_hand_and_its_averages_move_in_update_alone() -> None:
         objective.update(terms["real_logit"], terms["fake_logit"])  # 1 and -1
 
 
-def test_lecam_micro_batches_add_up_to_their_batch() -> None:
+def test_lecam_of_micro_batches_averages_to_that_of_the_batch() -> None:
     objective = Objective(config(adversarial=1.0, lecam=0.3))
     objective.update(torch.tensor(0.8), torch.tensor(-0.2))
     real, fake = torch.randn(8, 1, 3, 3), torch.randn(8, 1, 3, 3)
@@ -207,7 +207,7 @@ def test_lecam_micro_batches_add_up_to_their_batch() -> None:
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
-def test_what_a_checkpoint_holds_of_an_objective() -> None:
+def test_state_dict_has_the_averages_of_lecam_only() -> None:
     assert Objective(config(adversarial=1.0, r1=1.0)).state_dict() == {}
     objective = Objective(config(adversarial=1.0, lecam=0.3))
     objective.update(torch.tensor(0.8), torch.tensor(-0.2))
@@ -217,22 +217,22 @@ def test_what_a_checkpoint_holds_of_an_objective() -> None:
     torch.testing.assert_close(other.logit_means, torch.tensor([0.8e-3, -0.2e-3]))
 
 
-def test_without_lecam_nothing_moves_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_without_lecam_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "all_reduce_sum", None)
     objective = Objective(config(adversarial=1.0))
     objective.update(torch.tensor(0.8), torch.tensor(-0.2))
     assert objective.state_dict() == {}
 
 
-def test_a_skipped_step_leaves_no_trace_in_the_averages() -> None:
+def test_skipped_step_does_not_change_the_averages() -> None:
     objective = Objective(config(adversarial=1.0, lecam=0.3, lecam_decay=0.5))
     objective.update(torch.tensor(1.0), torch.tensor(-2.0), skipped=torch.tensor(False))
     objective.update(torch.tensor(float("nan")), torch.tensor(5.0), skipped=torch.tensor(True))
     assert objective.logit_means.tolist() == [0.5, -1.0]
 
 
-def test_ranks_average_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This rank saw mean logits 1 and -1, the other 3 and 0."""
+def test_logits_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean logits are 1 and -1 on this rank, 3 and 0 on the other."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda means: means.add_(torch.tensor([3.0, 0.0])))
     objective = Objective(config(adversarial=1.0, lecam=0.3, lecam_decay=0.5))
@@ -240,7 +240,7 @@ def test_ranks_average_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(objective.logit_means, torch.tensor([1.0, -0.25]))
 
 
-def test_a_quantizer_term_without_a_weight_is_an_error() -> None:
+def test_quantizer_loss_without_a_weight_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"'codebook'.*objective\.codebook"):
         Objective(config(commitment=0.1), ("commitment", "codebook"))
     with pytest.raises(ConfigError, match="'surprise'"):
@@ -250,25 +250,25 @@ def test_a_quantizer_term_without_a_weight_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"l1": 0.0}, "no objective compares images"),
+        ({"l1": 0.0}, "the objective has no reconstruction term"),
         ({"l2": -1.0}, "objective.l2 = -1.0 is negative"),
-        ({"lpips": 1.0}, "does not go with objective.perceptual = 'none'"),
-        ({"perceptual": "vgg"}, "does not go with objective.perceptual = 'vgg'"),
+        ({"lpips": 1.0}, "does not fit objective.perceptual = 'none'"),
+        ({"perceptual": "vgg"}, "does not fit objective.perceptual = 'vgg'"),
         ({"charbonnier_eps": 0.0}, "charbonnier_eps"),
         ({"adversarial_warmup": -1}, "adversarial_warmup"),
         ({"adversarial": 1.0, "r1": -1.0}, "objective.r1 = -1.0 is negative"),
-        ({"r1": 10.0}, "objective.r1 regularises a discriminator, and there is none"),
-        ({"lecam": 0.05}, "objective.lecam regularises a discriminator, and there is none"),
+        ({"r1": 10.0}, "objective.r1 needs a discriminator, and objective.adversarial is 0"),
+        ({"lecam": 0.05}, "objective.lecam needs a discriminator, and objective.adversarial is 0"),
         ({"adversarial": 1.0, "r1": 1.0, "r1_every": 0}, "r1_every"),
         ({"adversarial": 1.0, "lecam": 1.0, "lecam_decay": 1.0}, "lecam_decay"),
     ],
 )
-def test_weights_that_cannot_be_meant(weights: dict, message: str) -> None:
+def test_invalid_weights_are_rejected(weights: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**weights)
 
 
-def test_bf16_images_are_compared_in_float32() -> None:
+def test_losses_of_bf16_images_are_float32() -> None:
     images, _ = pair()
     _, terms = Objective(config()).generator_loss(images, torch.full_like(images, 0.3, dtype=torch.bfloat16), {})
     assert terms["l1"].dtype == torch.float32

@@ -13,7 +13,7 @@ FILE = "alexnet-owt-7be5be79.pth"
 
 @pytest.fixture(scope="module")
 def backbone() -> dict[str, Tensor]:
-    """torchvision's AlexNet convolutions, by its names, with random weights."""
+    """Random weights of torchvision's AlexNet convolutions, by its names."""
     import torchvision
 
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def images(seed: int) -> Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_zero_for_the_same_image_and_gradient_for_another(perceptual: Perceptual) -> None:
+def test_zero_for_equal_images_and_gradient_for_different_ones(perceptual: Perceptual) -> None:
     assert perceptual(images(0), images(0)).item() == 0
     other = images(1).requires_grad_()
     perceptual(images(0), other).backward()
@@ -40,8 +40,8 @@ def test_zero_for_the_same_image_and_gradient_for_another(perceptual: Perceptual
     assert other.grad.abs().sum() > 0
 
 
-def test_against_the_written_formula(perceptual: Perceptual, backbone: dict[str, Tensor]) -> None:
-    """LPIPS from its paper: unit-normalised features, squared differences, the heads' 1x1 weights, means."""
+def test_lpips_matches_the_formula(perceptual: Perceptual, backbone: dict[str, Tensor]) -> None:
+    """LPIPS by its paper: normalized features, squared differences, 1x1 heads, means."""
     import lpips
 
     heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", weights_only=True, map_location="cpu")
@@ -61,32 +61,32 @@ def test_against_the_written_formula(perceptual: Perceptual, backbone: dict[str,
     torch.testing.assert_close(perceptual(images(0), images(1)), total.mean(), rtol=1e-4, atol=1e-7)
 
 
-def test_frozen_and_without_dropout_even_in_training(perceptual: Perceptual) -> None:
+def test_train_mode_enables_neither_gradients_nor_dropout(perceptual: Perceptual) -> None:
     perceptual.train()
     assert perceptual(images(0), images(1)) == perceptual(images(0), images(1))
     assert not any(parameter.requires_grad for parameter in perceptual.parameters())
 
 
-def test_the_target_has_no_gradient_and_keeps_nothing_for_one(perceptual: Perceptual) -> None:
-    """Against LPIPS differentiated on both sides: the same gradient, for half of what it keeps."""
+def test_target_has_no_gradient_and_saves_no_activations(perceptual: Perceptual) -> None:
+    """Compare with LPIPS differentiated with respect to both images: the same gradient with half the saved memory."""
     target, reconstruction = images(0).requires_grad_(), images(1).requires_grad_()
-    kept, found = [], []
+    saved, gradients = [], []
     for loss in (perceptual, lambda *pair: perceptual.lpips(*pair).mean()):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: (to.append(x.nbytes), x)[1], lambda x: x):
             value = loss(target, reconstruction)
         (gradient,) = torch.autograd.grad(value, reconstruction, retain_graph=loss is not perceptual)
-        found.append(gradient)
-        kept.append(sum(sizes))
+        gradients.append(gradient)
+        saved.append(sum(sizes))
         if loss is perceptual:
             assert torch.autograd.grad(loss(target, reconstruction), target, allow_unused=True) == (None,)
         else:
             assert torch.autograd.grad(value, target)[0].abs().sum() > 0
-    torch.testing.assert_close(found[0], found[1])
-    assert kept[0] < 0.6 * kept[1]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert saved[0] < 0.6 * saved[1]
 
 
-def test_frozen_for_good_inside_an_objective_and_absent_from_its_state(
+def test_lpips_is_frozen_in_an_objective_and_not_in_its_state_dict(
     perceptual: Perceptual, backbone: dict[str, Tensor], tmp_path: Path
 ) -> None:
     save_file(backbone, tmp_path / "alexnet.safetensors")
@@ -112,12 +112,12 @@ def test_frozen_for_good_inside_an_objective_and_absent_from_its_state(
 
 
 @pytest.mark.parametrize("folder", ["", "somewhere"])
-def test_an_absent_backbone_is_named_with_the_option(tmp_path: Path, folder: str) -> None:
+def test_absent_backbone_is_reported_with_the_setting(tmp_path: Path, folder: str) -> None:
     with pytest.raises(WeightsError, match=f"{FILE}.*objective.lpips_weights"):
         Perceptual("alex", str(tmp_path / folder) if folder else "")
 
 
-def test_another_file_is_refused(tmp_path: Path, backbone: dict[str, Tensor]) -> None:
+def test_wrong_backbone_file_is_rejected(tmp_path: Path, backbone: dict[str, Tensor]) -> None:
     wrong = {name: tensor[:1].clone() for name, tensor in backbone.items()}
     save_file(wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(WeightsError, match=r"features\.0\.weight"):

@@ -25,44 +25,44 @@ def make(kind: str = "lc") -> Autoencoder:
     return model
 
 
-def pictures(count: int = 20, size: int = 32) -> Tensor:
-    """Smooth random images: neighbouring pixels agree, as in photographs."""
+def smooth_images(count: int = 20, size: int = 32) -> Tensor:
+    """Random images with correlated neighboring pixels."""
     coarse = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(7))
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1)
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_forward_is_encode_then_decode(kind: str) -> None:
-    model, images = make(kind).eval().requires_grad_(False), pictures(2)
-    whole, quantized = model(images), model.encode(images)
-    assert whole.images.shape == images.shape
-    assert torch.equal(whole.latent, model.latent(images))
-    assert torch.equal(whole.quantized.ids, quantized.ids)
-    assert torch.equal(whole.images, model.decode(quantized.codes))
+    model, images = make(kind).eval().requires_grad_(False), smooth_images(2)
+    reconstruction, quantized = model(images), model.encode(images)
+    assert reconstruction.images.shape == images.shape
+    assert torch.equal(reconstruction.latent, model.latent(images))
+    assert torch.equal(reconstruction.quantized.ids, quantized.ids)
+    assert torch.equal(reconstruction.images, model.decode(quantized.codes))
 
 
 def test_every_weight_gets_a_gradient() -> None:
     model = make()
-    whole = model(pictures(2))
-    (whole.images.abs().mean() + sum(whole.quantized.losses.values())).backward()
+    reconstruction = model(smooth_images(2))
+    (reconstruction.images.abs().mean() + sum(reconstruction.quantized.losses.values())).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert model.last_layer.grad is not None
     assert model.last_layer.shape == (3, 16, 3, 3)
 
 
-def test_sides_that_do_not_divide_are_refused() -> None:
+def test_indivisible_sides_are_rejected() -> None:
     with pytest.raises(DataError, match="30 x 32 pixels do not divide into cells of 4"):
         make().latent(torch.zeros(1, 3, 30, 32))
 
 
-def test_a_config_without_an_autoencoder() -> None:
+def test_abstract_config_is_rejected() -> None:
     with pytest.raises(ConfigError, match="AutoencoderConfig"):
         build_autoencoder(autoencoder.AutoencoderConfig(quantizer=QUANTIZERS["vq"]))
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
-def test_matched_start_whitens_latents_and_codes(kind: str) -> None:
-    model, images = make(kind), pictures()
+def test_whiten_init_whitens_latents_and_codes(kind: str) -> None:
+    model, images = make(kind), smooth_images()
     before = model.latent(images)
     model.whiten_init(images)
     rows = to_rows(model.latent(images).detach()).double()
@@ -70,13 +70,13 @@ def test_matched_start_whitens_latents_and_codes(kind: str) -> None:
     torch.testing.assert_close(rows.T.cov(correction=0), torch.eye(8).double(), rtol=0, atol=1e-3)
     codes = model.quantizer.codebook()
     torch.testing.assert_close(codes.var(0, unbiased=False).mean(), torch.ones(()), rtol=0, atol=1e-4)
-    # ZCA, of all whitenings, is the one that turns latents least: each channel still goes along with its old self.
+    # ZCA rotates least of all whitenings: each channel stays correlated with its old values.
     old = to_rows(before.detach()).double()
     assert (((old - old.mean(0)) * rows).sum(0) > 0).all()
 
 
-def test_matched_start_raises_the_number_of_codes_in_use() -> None:
-    model, images = make(), pictures()
+def test_whiten_init_increases_utilization() -> None:
+    model, images = make(), smooth_images()
     used_before = len(model.encode(images).ids.unique())
     model.whiten_init(images)
     used = len(model.encode(images).ids.unique())
@@ -84,12 +84,12 @@ def test_matched_start_raises_the_number_of_codes_in_use() -> None:
     assert used > 3 * used_before
 
 
-def test_matched_start_is_deterministic_and_leaves_the_rest_alone() -> None:
+def test_whiten_init_is_deterministic_and_changes_no_other_weights() -> None:
     start = make()
     models = [copy.deepcopy(start) for _ in range(2)]
     for model in models:
         torch.manual_seed(5)
-        model.whiten_init(pictures())
+        model.whiten_init(smooth_images())
     first, second = (model.state_dict() for model in models)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, first[name])}
@@ -103,21 +103,21 @@ def test_matched_start_is_deterministic_and_leaves_the_rest_alone() -> None:
     }
 
 
-def test_matched_start_adds_up_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pictures()
-    whole = make()
-    mean, covariance = whole.latent_moments(images)
+def test_whiten_init_uses_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = smooth_images()
+    model = make()
+    mean, covariance = model.latent_moments(images)
     shares: list[Tensor] = []
     monkeypatch.setattr(autoencoder, "all_reduce_sum", lambda tensor: shares.append(tensor.clone()))
     for rank in range(2):
-        whole.latent_moments(images[rank::2])
+        model.latent_moments(images[rank::2])
     monkeypatch.setattr(autoencoder, "all_reduce_sum", lambda tensor: tensor.copy_(sum(shares)))
     for rank in range(2):
-        rank_mean, rank_covariance = whole.latent_moments(images[rank::2])
+        rank_mean, rank_covariance = model.latent_moments(images[rank::2])
         torch.testing.assert_close(rank_mean, mean)
         torch.testing.assert_close(rank_covariance, covariance, rtol=1e-4, atol=1e-9)
 
 
-def test_matched_start_wants_enough_latent_vectors() -> None:
+def test_whiten_init_needs_enough_latent_vectors() -> None:
     with pytest.raises(DataError, match="4 latent vectors are too few to whiten 8 channels"):
-        make().whiten_init(pictures(1, size=8))
+        make().whiten_init(smooth_images(1, size=8))

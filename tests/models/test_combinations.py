@@ -1,4 +1,4 @@
-"""Any quantizer on any backbone, by a preset's two tables alone."""
+"""Every quantizer works with every backbone."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_training_step_moves_every_network(backbone: str, quantizer: str, images: Tensor) -> None:
+def test_training_step_gives_every_weight_a_gradient(backbone: str, quantizer: str, images: Tensor) -> None:
     torch.manual_seed(0)
     table = {**BACKBONES[backbone], "quantizer": QUANTIZERS[quantizer]}
     model = build_autoencoder(from_table(AutoencoderConfig, table))
@@ -55,15 +55,15 @@ def test_a_training_step_moves_every_network(backbone: str, quantizer: str, imag
         model.quantizer.load_codebook(torch.randn(32, 12))
     if backbone != "magvit":
         model.whiten_init(images)
-    made = model.train()(images)
-    (made.images.abs().mean() + sum(made.quantized.losses.values())).backward()
+    output = model.train()(images)
+    (output.images.abs().mean() + sum(output.quantized.losses.values())).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
-    model.quantizer.update(made.latent.detach(), made.quantized.ids)
+    model.quantizer.update(output.latent.detach(), output.quantized.ids)
     model.eval()
     with torch.no_grad():
         quantized = model.encode(images)
         layout = model.quantizer.layout(8, 8)
-        again = model.decode(model.quantizer.lookup(quantized.ids, layout))
+        reconstruction = model.decode(model.quantizer.lookup(quantized.ids, layout))
     assert quantized.ids.shape == (3, layout.num_tokens)
-    assert again.shape == images.shape
-    assert again.isfinite().all()
+    assert reconstruction.shape == images.shape
+    assert reconstruction.isfinite().all()

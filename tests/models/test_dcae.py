@@ -45,7 +45,7 @@ def size_of(module: nn.Module) -> int:
         ("f32", 8, 123_172_384, 200_184_076, 323_422_316),
     ],
 )
-def test_sizes_are_the_published_ones(size: str, groups: int, encoder: int, decoder: int, total: int) -> None:
+def test_number_of_parameters_is_as_published(size: str, groups: int, encoder: int, decoder: int, total: int) -> None:
     with torch.device("meta"):
         model = build_autoencoder(DcaeConfig(quantizer=G4 if groups == 4 else G8, **SIZES[size]))
     assert (size_of(model.encoder), size_of(model.decoder), size_of(model)) == (encoder, decoder, total)
@@ -67,7 +67,9 @@ def test_sizes_are_the_published_ones(size: str, groups: int, encoder: int, deco
         ),
     ],
 )
-def test_sizes_of_the_stages(size: str, encoder: tuple[int, ...], decoder: tuple[int, ...]) -> None:
+def test_number_of_parameters_per_stage_is_as_published(
+    size: str, encoder: tuple[int, ...], decoder: tuple[int, ...]
+) -> None:
     with torch.device("meta"):
         model = build_autoencoder(DcaeConfig(quantizer=G4, **SIZES[size]))
     for network, counts in ((model.encoder, encoder), (model.decoder, decoder)):
@@ -76,7 +78,7 @@ def test_sizes_of_the_stages(size: str, encoder: tuple[int, ...], decoder: tuple
         assert size_of(network.stages[0]) == 0
 
 
-def test_which_stages_attend_and_which_batch_normalise() -> None:
+def test_stages_with_attention_and_batch_norm() -> None:
     with torch.device("meta"):
         model = build_autoencoder(DcaeConfig(quantizer=G4))
 
@@ -86,18 +88,18 @@ def test_which_stages_attend_and_which_batch_normalise() -> None:
 
     assert stages_with(EfficientVitBlock) == {"encoder.3", "encoder.4", "decoder.3", "decoder.4"}
     assert stages_with(nn.BatchNorm2d) == {"decoder.1", "decoder.2"}
-    assert stages_with(nn.ReLU) == {"decoder.1", "decoder.2", "decoder.op_list"}  # the last: of project_out
+    assert stages_with(nn.ReLU) == {"decoder.1", "decoder.2", "decoder.op_list"}  # the last is project_out
 
 
-def test_sides_shrink_and_grow_by_the_downsample_factor() -> None:
+def test_resolution_changes_by_the_downsample_factor() -> None:
     model = build_autoencoder(narrow())
     z = model.encoder(torch.zeros(2, 3, 8, 20))
     assert z.shape == (2, 8, 2, 5)
     assert model.decoder(z).shape == (2, 3, 8, 20)
 
 
-@pytest.mark.parametrize("side", [5, 9], ids=["fewer positions than channels of a head", "more"])
-def test_attention_against_the_written_formula(side: int) -> None:
+@pytest.mark.parametrize("side", [5, 9], ids=["T < D", "T > D"])
+def test_attention_matches_the_formula(side: int) -> None:
     torch.manual_seed(0)
     attention, x = LinearAttention(64), torch.randn(2, 64, side, side)
     heads = attention.qkv(x).flatten(2).view(2, 2, 3, 32, side * side).double()  # image, head, q k v, channel, position
@@ -122,7 +124,7 @@ def test_attention_is_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [torch.float32, torch.float32, False]
 
 
-def test_norm_against_its_formula() -> None:
+def test_norm_matches_the_formula() -> None:
     torch.manual_seed(0)
     norm, x = RmsNorm(6), torch.randn(2, 6, 3, 4)
     nn.init.normal_(norm.weight)
@@ -134,20 +136,20 @@ def test_norm_against_its_formula() -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_shortcuts_average_and_repeat_neighbouring_channels(factor: int) -> None:
+def test_shortcuts_average_and_repeat_neighboring_channels(factor: int) -> None:
     x = torch.randn(1, 8, 4, 6)
     down = AverageChannels(4, factor)(x)
     assert down.shape == (1, 4, 4 // factor, 6 // factor)
     for channel in range(4):
-        # two channels of x, each with the positions of one cell
-        together = x[0, 2 * channel : 2 * channel + 2].unfold(1, factor, factor).unfold(2, factor, factor)
-        torch.testing.assert_close(down[0, channel], together.mean((0, 3, 4)))
+        # two channels of x, with the positions of one cell
+        cells = x[0, 2 * channel : 2 * channel + 2].unfold(1, factor, factor).unfold(2, factor, factor)
+        torch.testing.assert_close(down[0, channel], cells.mean((0, 3, 4)))
     up = RepeatChannels(8, factor)(down)
     assert up.shape == x.shape
     torch.testing.assert_close(AverageChannels(4, factor)(up), down)
 
 
-def test_every_weight_learns_and_the_last_layer_makes_the_image() -> None:
+def test_every_weight_gets_a_gradient_and_last_layer_outputs_the_image() -> None:
     torch.manual_seed(0)
     model = build_autoencoder(narrow()).train()
     reconstruction = model(torch.randn(2, 3, 16, 16))
@@ -156,10 +158,10 @@ def test_every_weight_learns_and_the_last_layer_makes_the_image() -> None:
     with torch.no_grad():
         model.last_layer.zero_()
         flat = model(torch.randn(1, 3, 16, 16)).images
-    assert len(flat[0, 0].unique()) == 4  # the bias alone: one value for each of the 2 x 2 pixels it makes
+    assert len(flat[0, 0].unique()) == 4  # the bias only: one value for each of 2 x 2 pixels
 
 
-def test_channels_last_is_the_same_function() -> None:
+def test_channels_last_gives_the_same_output() -> None:
     torch.manual_seed(0)
     model, images = build_autoencoder(narrow()).eval(), torch.randn(1, 3, 16, 16)
     plain = model(images)
@@ -182,12 +184,12 @@ def test_config_round_trip() -> None:
         {"decoder_depths": (0, 1, 0)},
         {"widths": (1, 16, 48)},  # not a multiple of a head
         {"widths": (1, 18, 32)},  # not a quarter
-        {"widths": (1, 16, 128)},  # eightfold
+        {"widths": (1, 16, 128)},  # 8 times wider
         {"latent_channels": 12},
         {"latent_channels": 0},
         {"attention_from": 0},
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
+def test_inconsistent_sizes_are_rejected(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         narrow(**changes)

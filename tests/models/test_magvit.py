@@ -31,7 +31,7 @@ def size_of(module: nn.Module) -> int:
     [(F16, 49_751_442, 65_376_387, 159 + 180), (F8, 48_422_162, 63_599_491, 133 + 150)],
     ids=["f16", "f8"],
 )
-def test_sizes_are_those_of_the_released_code(
+def test_number_of_parameters_is_as_released(
     multipliers: tuple[int, ...], encoder: int, decoder: int, tensors: int
 ) -> None:
     with torch.device("meta"):
@@ -57,33 +57,33 @@ def test_sizes_are_those_of_the_released_code(
     }
 
 
-def test_depth_to_space_pixel_by_pixel() -> None:
+def test_depth_to_space_of_each_pixel() -> None:
     x = torch.arange(2 * 12 * 2 * 5).float().view(2, 12, 2, 5)
     y = depth_to_space(x)
     assert y.shape == (2, 3, 4, 10)
     for row in range(4):
         for column in range(10):
             for channel in range(3):
-                place = 2 * (row % 2) + column % 2
-                expected = x[:, 3 * place + channel, row // 2, column // 2]
+                offset = 2 * (row % 2) + column % 2
+                expected = x[:, 3 * offset + channel, row // 2, column // 2]
                 assert torch.equal(y[:, channel, row, column], expected)
 
 
-def test_adaptive_norm_against_the_written_formula() -> None:
+def test_adaptive_norm_matches_the_formula() -> None:
     torch.manual_seed(0)
     norm, x, codes = AdaptiveGroupNorm(3, 8), torch.randn(2, 8, 4, 5), torch.randn(2, 3, 2, 3)
     groups = x.view(2, norm.gn.num_groups, -1)
     mean, variance = groups.mean(-1, keepdim=True), groups.var(-1, unbiased=False, keepdim=True)
-    normalised = ((groups - mean) / (variance + 1e-6).sqrt()).view_as(x)
-    centred = codes - codes.mean((2, 3), keepdim=True)
-    spread = (centred.square().sum((2, 3)) / (2 * 3 - 1) + 1e-6).sqrt()
-    scale = spread @ norm.gamma.weight.T + norm.gamma.bias
+    normalized = ((groups - mean) / (variance + 1e-6).sqrt()).view_as(x)
+    centered = codes - codes.mean((2, 3), keepdim=True)
+    deviation = (centered.square().sum((2, 3)) / (2 * 3 - 1) + 1e-6).sqrt()
+    scale = deviation @ norm.gamma.weight.T + norm.gamma.bias
     shift = codes.mean((2, 3)) @ norm.beta.weight.T + norm.beta.bias
-    expected = scale.view(2, 8, 1, 1) * normalised + shift.view(2, 8, 1, 1)
+    expected = scale.view(2, 8, 1, 1) * normalized + shift.view(2, 8, 1, 1)
     torch.testing.assert_close(norm(x, codes), expected)
 
 
-def test_residual_block_against_the_written_formula() -> None:
+def test_residual_block_matches_the_formula() -> None:
     torch.manual_seed(0)
     block, x = residual_blocks([8, 16])[0], torch.randn(2, 8, 5, 7)
 
@@ -98,16 +98,16 @@ def test_residual_block_against_the_written_formula() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (12, 20), (28, 8)])
-def test_odd_sides_of_the_latent(height: int, width: int) -> None:
+def test_latents_of_any_size(height: int, width: int) -> None:
     model = make()
     with torch.no_grad():
         images, latent, _ = model(torch.randn(2, 3, height, width))
     assert latent.shape == (2, 6, height // 4, width // 4)
     assert images.shape == (2, 3, height, width)
-    assert images.isfinite().all()  # with one position, too, whose codes have no spread
+    assert images.isfinite().all()  # also for one position, whose variance is 0
 
 
-def test_gradient_reaches_every_weight() -> None:
+def test_every_weight_gets_a_gradient() -> None:
     model = make()
     images, _, quantized = model(torch.randn(2, 3, 16, 24))
     (images.square().mean() + sum(quantized.losses.values())).backward()
@@ -116,7 +116,7 @@ def test_gradient_reaches_every_weight() -> None:
 
 
 @pytest.mark.parametrize("quantizer", [VQ, LfqConfig(code_dim=5), ResidualConfig(codebook_size=16, code_dim=7)])
-def test_the_latent_has_the_quantizers_channels(quantizer: QuantizerConfig) -> None:
+def test_encoder_outputs_the_channels_of_the_quantizer(quantizer: QuantizerConfig) -> None:
     model = make(quantizer)
     assert isinstance(model.quant_conv, nn.Identity)
     assert model.encoder.conv_out.out_channels == model.quantizer.latent_dim
@@ -127,20 +127,20 @@ def test_the_latent_has_the_quantizers_channels(quantizer: QuantizerConfig) -> N
         make(quantizer, z_channels=10)
 
 
-def test_sizing_the_latent_draws_no_random_numbers() -> None:
-    again = make(z_channels=6)
-    assert torch.equal(make().encoder.conv_in.weight, again.encoder.conv_in.weight)
-    assert torch.equal(make().quantizer.codebook(), again.quantizer.codebook())
+def test_latent_dim_of_uses_no_random_numbers() -> None:
+    explicit = make(z_channels=6)
+    assert torch.equal(make().encoder.conv_in.weight, explicit.encoder.conv_in.weight)
+    assert torch.equal(make().quantizer.codebook(), explicit.quantizer.codebook())
 
 
-def test_channels_last_is_the_same_function() -> None:
+def test_channels_last_gives_the_same_output() -> None:
     model, images = make().eval(), torch.randn(1, 3, 16, 16)
     plain = model(images)
     last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(last.images, plain.images, rtol=1e-4, atol=1e-5)
 
 
-def test_config_round_trip_and_refusal() -> None:
+def test_config_round_trip_and_invalid_sizes() -> None:
     config = MagvitConfig(quantizer=VQ)
     assert config.quant_conv == "none"
     assert from_table(AutoencoderConfig, to_table(config)) == config

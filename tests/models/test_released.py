@@ -1,6 +1,6 @@
-"""Released weights come in as they went out: narrow networks of ours, put into every family's layout by hand.
+"""Conversion of released weights, on small networks of ours written in the layout of every family.
 
-The layouts here are written down a second time, as tables of names, so that they check those of the library.
+The layouts are written independently of the library, as tables of names.
 """
 
 import argparse
@@ -88,8 +88,8 @@ CONFIGS: dict[str, AutoencoderConfig] = {
         quantizer=LfqConfig(code_dim=6), base_channels=8, channel_multipliers=(1, 2), num_res_blocks=2
     ),
 }
-"""A family, and after a space the variant -> our config of it."""
-SPELLINGS: dict[str, dict[str, str]] = {
+"""Family and variant -> our config."""
+RELEASED_NAMES: dict[str, dict[str, str]] = {
     "vqgan-lc": {
         "quantizer.codes": "tok_embeddings.weight",
         "quantizer.projector.0": "codebook_projection",
@@ -112,15 +112,15 @@ SPELLINGS: dict[str, dict[str, str]] = {
     "taming": {"quantizer.codes": "quantize.embedding.weight"},
     "ibq": {"quantizer.codes": "quantize.embedding.weight"},
 }
-"""How parts of our names are spelled in the family's files (or in the variant's)."""
+"""Our names -> names in the files of the family or variant."""
 DISCRIMINATORS = {
     "vqgan-lc": "discriminator.",
     **dict.fromkeys(("taming", "ibq", "open-magvit2"), "loss.discriminator."),
 }
-"""Families that keep the discriminator among the weights."""
+"""Families with the discriminator among the weights -> prefix of its names."""
 
 
-def randomised(network: nn.Module) -> Tensors:
+def random_state(network: nn.Module) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     state = network.state_dict()
     return {
@@ -130,7 +130,7 @@ def randomised(network: nn.Module) -> Tensors:
 
 
 def as_var(weights: Tensors) -> Tensors:
-    """One convolution for queries, keys and values, each phi a module, and how often codes were chosen."""
+    """Our weights in the layout of VAR: one convolution for q, k and v, a module per phi, and code usage."""
     out = {"quantize.ema_vocab_hit_SV": torch.zeros(10, 9)}
     for name, value in weights.items():
         if ".q." in name:
@@ -146,29 +146,29 @@ def as_var(weights: Tensors) -> Tensors:
 
 
 class Case:
-    """A narrow network of ours, and the same weights as its family publishes them."""
+    """A small network of ours, and its weights in the layout of its family."""
 
     def __init__(self, name: str) -> None:
         self.family = name.split()[0]
-        self.insisted = "ibq" if self.family == "ibq" else None  # nothing in a file tells it from taming's
+        self.option = "ibq" if self.family == "ibq" else None  # not distinguishable from taming
         self.config = CONFIGS[name]
-        self.spelling = SPELLINGS.get(name, SPELLINGS.get(self.family, {}))
-        self.state = randomised(build_autoencoder(self.config))
+        self.released_names = RELEASED_NAMES.get(name, RELEASED_NAMES.get(self.family, {}))
+        self.state = random_state(build_autoencoder(self.config))
         if "quantizer.shift" in self.state:
             self.state["quantizer.shift"] = torch.zeros(self.state["quantizer.shift"].shape)
             self.state["quantizer.scale"] = torch.ones(())
-        self.discriminator = randomised(PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=3)))
+        self.discriminator = random_state(PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=3)))
         self.weights = self.published()
 
     def published(self) -> Tensors:
         ours = [name for name in self.state if not re.search(r"\.groups\.|\.shift$|\.scale$", name)]
-        weights = {self.spelled(name): self.state[name] for name in ours}
+        weights = {self.released_name(name): self.state[name] for name in ours}
         if self.family == "mgvq":
-            entries, frequencies = (
+            codes, frequencies = (
                 [value for name, value in self.state.items() if name.endswith(end)]
                 for end in (".codes", ".frequencies")
             )
-            weights["quantize.embedding.weight"] = torch.cat(entries)
+            weights["quantize.embedding.weight"] = torch.cat(codes)
             weights["quantize.embed_prob"] = torch.stack(frequencies)
         if self.family in ("mgvq", "llamagen"):
             weights["quantize.codebook_used"] = nn.Parameter(torch.zeros(16))
@@ -181,13 +181,13 @@ class Case:
             weights |= {prefix.replace("discriminator", "perceptual_loss") + name: torch.zeros(2) for name in LPIPS}
         return weights
 
-    def spelled(self, name: str) -> str:
-        for ours, theirs in self.spelling.items():
+    def released_name(self, name: str) -> str:
+        for ours, theirs in self.released_names.items():
             name = name.replace(ours, theirs)
         return name
 
     def averaged(self) -> Tensors:
-        """The weights beside their moving averages, as a Lightning module keeps them: the averages are the truth."""
+        """Zeros as the weights, and the weights as moving averages, in the layout of a Lightning module."""
         weights = dict(self.weights)
         for name, value in self.weights.items():
             trained = not name.startswith("loss.perceptual") and "running" not in name and name != "quantize.mask"
@@ -216,9 +216,9 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_weight_comes_back_and_every_size_is_found(write: Write, name: str) -> None:
+def test_config_and_weights_are_restored(write: Write, name: str) -> None:
     case = Case(name)
-    released = read_released(write({"state_dict": case.weights}), case.insisted)
+    released = read_released(write({"state_dict": case.weights}), case.option)
     assert released.family == case.family
     assert released.autoencoder.config == case.config
     assert_same(released.autoencoder.state_dict(), case.state)
@@ -240,24 +240,24 @@ def test_every_weight_comes_back_and_every_size_is_found(write: Write, name: str
         (["_orig_mod.module."], lambda weights: weights),
     ],
 )
-def test_in_any_container_and_under_any_prefix(write: Write, name: str, prefixes: list[str], layout: Any) -> None:
+def test_any_container_and_prefix(write: Write, name: str, prefixes: list[str], layout: Any) -> None:
     case = Case(name)
     wrapped = {prefixes[i % len(prefixes)] + key: value for i, (key, value) in enumerate(case.weights.items())}
-    released = read_released(write(layout(wrapped)), case.insisted)
+    released = read_released(write(layout(wrapped)), case.option)
     assert_same(released.autoencoder.state_dict(), case.state)
 
 
-def test_safetensors_of_half_precision_come_in_as_float32(tmp_path: Path) -> None:
+def test_half_precision_safetensors_are_read_as_float32(tmp_path: Path) -> None:
     case = Case("llamagen")
     save_file({name: value.detach().half() for name, value in case.weights.items()}, tmp_path / "vq.safetensors")
     released = read_released(tmp_path / "vq.safetensors")
     assert_same(released.autoencoder.state_dict(), {name: value.half().float() for name, value in case.state.items()})
 
 
-def test_averages_are_taken_where_their_authors_evaluate_them(write: Write) -> None:
+def test_moving_averages_are_used_if_the_authors_evaluate_them(write: Write) -> None:
     for name in ("open-magvit2", "ibq"):
         case = Case(name)
-        released = read_released(write({"state_dict": case.averaged()}), case.insisted)
+        released = read_released(write({"state_dict": case.averaged()}), case.option)
         assert_same(released.autoencoder.state_dict(), case.state)
         assert released.discriminator is not None
         assert_same(released.discriminator.state_dict(), case.discriminator)
@@ -274,29 +274,29 @@ def test_averages_are_taken_where_their_authors_evaluate_them(write: Write) -> N
     assert any("model, steps, args" in note for note in released.notes)
 
 
-def test_ids_of_ibq_are_those_of_inner_products_and_a_vqgan_says_which_it_is_taken_for(write: Write) -> None:
+def test_ibq_selects_by_inner_product_and_needs_the_family_option(write: Write) -> None:
     path = write({"state_dict": Case("ibq").weights})
-    taken = read_released(path)
-    assert taken.family == "taming"
-    assert any("--family ibq" in note for note in taken.notes)
+    as_taming = read_released(path)
+    assert as_taming.family == "taming"
+    assert any("--family ibq" in note for note in as_taming.notes)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     network = read_released(path, "ibq").autoencoder.eval()
     with torch.no_grad():
         latents = network.latent(images)
         products = latents.flatten(2).transpose(1, 2) @ network.quantizer.codebook().T
-        ids, nearest = network.encode(images).ids, taken.autoencoder.eval().encode(images).ids
+        ids, nearest = network.encode(images).ids, as_taming.autoencoder.eval().encode(images).ids
     assert torch.equal(ids, products.argmax(dim=2))
     assert not torch.equal(ids, nearest)
 
 
-def test_an_average_that_is_missing_is_told(write: Write) -> None:
+def test_missing_average_is_reported(write: Write) -> None:
     weights = Case("open-magvit2").averaged()
     del weights["model_ema.decoderconv_outbias"]
     with pytest.raises(WeightsError, match=r"lacks model_ema\.decoderconv_outbias"):
         read_released(write({"state_dict": weights}))
 
 
-def test_another_kind_of_discriminator_is_left_out_and_said(write: Write) -> None:
+def test_other_discriminators_are_ignored_with_a_note(write: Write) -> None:
     case = Case("taming")
     weights = {name: value for name, value in case.weights.items() if "discriminator" not in name}
     weights |= {"loss.discriminator.blocks.0.0.weight": torch.zeros(2, 2, 3, 3)}
@@ -305,31 +305,31 @@ def test_another_kind_of_discriminator_is_left_out_and_said(write: Write) -> Non
     assert any("not a patch discriminator" in note for note in released.notes)
 
 
-def test_a_codebook_from_elsewhere(write: Write) -> None:
+def test_separate_codebook(write: Write) -> None:
     case = Case("vqgan-lc")
     codebook = case.weights.pop("tok_embeddings.weight")
     path = write({"model": case.weights})
     assert_same(read_released(path, codebook=codebook).autoencoder.state_dict(), case.state)
-    with pytest.raises(WeightsError, match=r"lacks tok_embeddings\.weight\. Give its codebook with --codebook"):
+    with pytest.raises(WeightsError, match=r"lacks tok_embeddings\.weight\. Pass its codebook with --codebook"):
         read_released(path)
     with pytest.raises(WeightsError, match=r"codebook_projection\.weight has shape \[4, 10\], not \[4, 3\]"):
         read_released(path, codebook=torch.zeros(9, 3))
-    with pytest.raises(ConfigError, match="needs no codebook"):
+    with pytest.raises(ConfigError, match="contains a codebook or needs none"):
         read_released(write({"model": Case("vqgan-lc").weights}), codebook=codebook)
-    with pytest.raises(ConfigError, match="needs no codebook"):
+    with pytest.raises(ConfigError, match="contains a codebook or needs none"):
         read_released(write({"model": Case("mgvq").weights}), codebook=codebook)
 
 
-def test_mgvq_without_its_frequencies_starts_with_all_codes_in_use(write: Write) -> None:
+def test_mgvq_without_frequencies_has_equal_frequencies(write: Write) -> None:
     case = Case("mgvq")
     del case.weights["quantize.embed_prob"]
     released = read_released(write({"model": case.weights}))
     state = released.autoencoder.state_dict()
     assert torch.equal(state["quantizer.groups.3.frequencies"], torch.full((6,), 1 / 6))
-    assert any("how often codes were used" in note for note in released.notes)
+    assert any("no frequencies of codes" in note for note in released.notes)
 
 
-def test_weights_that_share_memory_in_the_file_are_parted(write: Write) -> None:
+def test_weights_that_share_memory_are_copied(write: Write) -> None:
     case = Case("vqgan-lc ema")
     case.weights["embed_avg"] = case.weights["tok_embeddings.weight"]
     state = read_released(write({"model": case.weights})).autoencoder.state_dict()
@@ -338,29 +338,31 @@ def test_weights_that_share_memory_in_the_file_are_parted(write: Write) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_key_is_needed_and_none_else_is_passed_over(write: Write, name: str) -> None:
+def test_missing_misshapen_and_unexpected_weights_are_errors(write: Write, name: str) -> None:
     case = Case(name)
-    needless = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "ema_vocab_hit")
-    needed = [key for key in case.weights if not any(part in key for part in needless)]
-    for key in (needed[0], needed[len(needed) // 2], needed[-1]):
-        rest = {other: value for other, value in case.weights.items() if other != key}
+    optional = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "ema_vocab_hit")
+    required = [key for key in case.weights if not any(part in key for part in optional)]
+    for key in (required[0], required[len(required) // 2], required[-1]):
+        others = {other: value for other, value in case.weights.items() if other != key}
         with pytest.raises(WeightsError, match=re.escape(key)):
-            read_released(write({"model": rest}))
+            read_released(write({"model": others}))
         wrong = {**case.weights, key: torch.zeros(*case.weights[key].shape, 2)}
         with pytest.raises(WeightsError, match=re.escape(key)):
             read_released(write({"model": wrong}))
     extra = {f"surprise.{number}": torch.zeros(1) for number in range(5)}
-    with pytest.raises(WeightsError, match=r"no place for: surprise\.0, surprise\.1, surprise\.2, \.\.\. \(5 in all\)"):
+    with pytest.raises(
+        WeightsError, match=r"unexpected weights: surprise\.0, surprise\.1, surprise\.2, \.\.\. \(5 in all\)"
+    ):
         read_released(write({"model": {**case.weights, **extra}}))
 
 
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
-        ("taming", "decoder.conv_out.bias", torch.full((3,), torch.nan), "decoder.conv_out.bias holds NaN"),
-        ("taming", "quant_conv.bias", torch.zeros(5, dtype=torch.int64), "quant_conv.bias holds int64"),
-        ("taming", "quant_conv.bias", torch.zeros(1).expand(5), "not stored as a plain tensor"),
-        ("taming", "quant_conv.bias", torch.zeros(5).to_sparse(), "not stored as a plain tensor"),
+        ("taming", "decoder.conv_out.bias", torch.full((3,), torch.nan), "decoder.conv_out.bias contains NaN"),
+        ("taming", "quant_conv.bias", torch.zeros(5, dtype=torch.int64), "quant_conv.bias has dtype int64"),
+        ("taming", "quant_conv.bias", torch.zeros(1).expand(5), "not a dense tensor"),
+        ("taming", "quant_conv.bias", torch.zeros(5).to_sparse(), "not a dense tensor"),
         ("taming", "module.quant_conv.bias", torch.zeros(5), "the same weight twice"),
         ("taming", "encoder.down.7.block.0.conv1.weight", torch.zeros(1), "lacks encoder.down.3"),
         ("taming", "quantize.embed.weight", torch.zeros(9, 5), "Gumbel-softmax"),
@@ -374,9 +376,7 @@ def test_every_key_is_needed_and_none_else_is_passed_over(write: Write, name: st
         ("mgvq", "quantize.embed_prob", torch.zeros(1), "quantize.embed_prob has shape"),
     ],
 )
-def test_one_weight_that_does_not_fit_is_one_line(
-    write: Write, name: str, key: str, value: Tensor, message: str
-) -> None:
+def test_error_for_one_wrong_weight_is_one_line(write: Write, name: str, key: str, value: Tensor, message: str) -> None:
     with pytest.raises(VqpipeError) as caught:
         read_released(write({"model": {**Case(name).weights, key: value}}))
     assert message in str(caught.value)
@@ -390,19 +390,19 @@ def test_one_weight_that_does_not_fit_is_one_line(
             {"model": {"vit.weight": torch.zeros(2)}},
             "Known are vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2.",
         ),
-        ({"model": {"vit\n.weight": torch.zeros(2)}}, r"holds 'vit\n.weight': the names of no known family"),
-        ({"epoch": 3, "optimizer": {}}, "keeps no weights under model, state_dict, ema"),
-        (torch.zeros(9, 10), "holds no weights by name"),
-        ({}, "keeps no weights"),
+        ({"model": {"vit\n.weight": torch.zeros(2)}}, r"contains 'vit\n.weight', which matches no known family"),
+        ({"epoch": 3, "optimizer": {}}, "is not a state dict and has none under model, state_dict, ema"),
+        (torch.zeros(9, 10), "is not a state dict or a training state"),
+        ({}, "is not a state dict"),
     ],
 )
-def test_a_file_of_no_family_is_told(write: Write, content: Any, message: str) -> None:
+def test_file_of_no_family_is_rejected(write: Write, content: Any, message: str) -> None:
     with pytest.raises(WeightsError) as caught:
         read_released(write(content))
     assert message in str(caught.value)
 
 
-def test_a_family_insisted_on_has_to_fit(write: Write) -> None:
+def test_explicit_family_must_match(write: Write) -> None:
     path = write({"model": Case("taming").weights})
     assert read_released(path, "taming").family == "taming"
     with pytest.raises(WeightsError, match=r"lacks encoder\.stages\.1\. It is damaged, or of another family"):
@@ -413,7 +413,7 @@ def test_a_family_insisted_on_has_to_fit(write: Write) -> None:
         read_released(path, "taiming")
 
 
-def test_nan_is_a_numeric_error_and_in_what_is_dropped_no_matter(write: Write) -> None:
+def test_nan_is_a_numeric_error_except_in_ignored_weights(write: Write) -> None:
     weights = Case("vqgan-lc").weights
     weights["perceptual_loss.scaling_layer.shift"] = torch.tensor(torch.nan)
     read_released(write({"model": weights}))
@@ -423,7 +423,7 @@ def test_nan_is_a_numeric_error_and_in_what_is_dropped_no_matter(write: Write) -
 
 
 class Attack:
-    """Unpickled with trust, makes a folder."""
+    """Creates a folder when unpickled without `weights_only`."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -432,10 +432,12 @@ class Attack:
         return os.makedirs, (str(self.marker),)
 
 
-def test_nothing_in_a_pickle_is_run(write: Write, tmp_path: Path) -> None:
+def test_no_code_in_a_pickle_is_executed(write: Write, tmp_path: Path) -> None:
     weights, attack = Case("taming").weights, Attack(tmp_path / "ran")
     for content in ({"state_dict": weights, "callbacks": attack}, {"state_dict": {**weights, "a": attack}}):
-        with pytest.raises(WeightsError, match=r"holds more than tensors \(os\.makedirs\), and nothing in it was run"):
+        with pytest.raises(
+            WeightsError, match=r"contains more than tensors \(os\.makedirs\); no code in it was executed"
+        ):
             read_released(write(content))
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(attack))
     with pytest.raises(WeightsError):
@@ -443,11 +445,11 @@ def test_nothing_in_a_pickle_is_run(write: Write, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_torn_file_is_told(write: Write, tmp_path: Path) -> None:
-    whole = write({"state_dict": Case("taming").weights}).read_bytes()
-    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+def test_truncated_file_is_rejected(write: Write, tmp_path: Path) -> None:
+    content = write({"state_dict": Case("taming").weights}).read_bytes()
+    for size in (0, 1, 100, len(content) // 2, len(content) - 1):
         for name in ("torn.ckpt", "torn.safetensors"):
-            (tmp_path / name).write_bytes(whole[:size])
+            (tmp_path / name).write_bytes(content[:size])
             with pytest.raises(WeightsError) as caught:
                 read_released(tmp_path / name)
             assert "\n" not in str(caught.value)
@@ -455,7 +457,7 @@ def test_a_torn_file_is_told(write: Write, tmp_path: Path) -> None:
         read_released(tmp_path)
 
 
-def test_callbacks_by_whose_classes_lightning_keyed_its_states_are_inert(write: Write) -> None:
+def test_lightning_callbacks_in_a_training_state_are_replaced_by_placeholders(write: Write) -> None:
     package = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": package, "__qualname__": "ModelCheckpoint"})
     case, instance, allowed = Case("taming"), callback(), torch.serialization.get_safe_globals()
@@ -471,6 +473,6 @@ def test_callbacks_by_whose_classes_lightning_keyed_its_states_are_inert(write: 
     assert set(torch.serialization.get_safe_globals()) == set(allowed)
 
 
-def test_the_families_are_those_that_were_published() -> None:
+def test_every_family_has_a_config_here() -> None:
     assert list(FAMILIES) == ["vqgan-lc", "mgvq", "llamagen", "var", "taming", "ibq", "open-magvit2"]
     assert {name.split()[0] for name in CONFIGS} == set(FAMILIES)

@@ -27,7 +27,7 @@ def size_of(module: torch.nn.Module) -> int:
     ],
     ids=["f16", "f8", "f8-dim4"],
 )
-def test_sizes_are_the_published_ones(
+def test_number_of_parameters_is_as_published(
     config: VqganConfig, encoder: int, decoder: int, trainable: int, tensors: int
 ) -> None:
     with torch.device("meta"):
@@ -38,7 +38,7 @@ def test_sizes_are_the_published_ones(
     assert len(model.state_dict().keys() - {"quantizer.shift", "quantizer.scale"}) == tensors
 
 
-def test_f8_attends_in_the_middle_only_whatever_the_image_size() -> None:
+def test_f8_has_attention_in_the_middle_only() -> None:
     with torch.device("meta"):
         f8, f16 = build_autoencoder(paper(F8)), build_autoencoder(paper(F16))
     assert [name for name, module in f8.named_modules() if isinstance(module, Attention)] == [
@@ -50,7 +50,7 @@ def test_f8_attends_in_the_middle_only_whatever_the_image_size() -> None:
 
 
 @pytest.mark.parametrize(("multipliers", "patch_size", "factor"), [(F16, 1, 16), (F8, 1, 8), ((1, 2), 4, 8)])
-def test_sides_shrink_and_grow_by_the_downsample_factor(
+def test_resolution_changes_by_the_downsample_factor(
     multipliers: tuple[int, ...], patch_size: int, factor: int
 ) -> None:
     quantizer = VqConfig(codebook_size=4, code_dim=2)
@@ -62,7 +62,7 @@ def test_sides_shrink_and_grow_by_the_downsample_factor(
         assert Decoder(config)(z).shape == (1, 3, 64, 32)
 
 
-def test_attention_against_the_written_formula() -> None:
+def test_attention_matches_the_formula() -> None:
     torch.manual_seed(0)
     attention, x = Attention(32), torch.randn(2, 32, 3, 5)
     q, k, v = (conv(attention.norm(x)).flatten(2) for conv in (attention.q, attention.k, attention.v))
@@ -71,7 +71,7 @@ def test_attention_against_the_written_formula() -> None:
     torch.testing.assert_close(attention(x), x + attention.proj_out(mixed))
 
 
-def test_channels_last_is_the_same_function() -> None:
+def test_channels_last_gives_the_same_output() -> None:
     torch.manual_seed(0)
     config = VqganConfig(base_channels=16, channel_multipliers=(1, 2), quantizer=VqConfig(codebook_size=4, code_dim=2))
     model, images = build_autoencoder(config).eval(), torch.randn(1, 3, 16, 16)
@@ -80,18 +80,18 @@ def test_channels_last_is_the_same_function() -> None:
     torch.testing.assert_close(last.images, plain.images, rtol=1e-4, atol=1e-5)
 
 
-def test_narrow_networks_normalise_in_as_many_groups_as_divide_them() -> None:
+def test_group_norm_of_narrow_networks() -> None:
     assert [group_norm(channels).num_groups for channels in (512, 128, 32, 48, 24, 8)] == [32, 32, 32, 16, 8, 8]
 
 
-def test_config_round_trip_and_refusal() -> None:
+def test_config_round_trip_and_invalid_sizes() -> None:
     config = paper(F8)
     assert from_table(AutoencoderConfig, to_table(config)) == config
     with pytest.raises(ConfigError):
         VqganConfig(base_channels=0, quantizer=config.quantizer)
 
 
-def test_without_gradients_activations_are_written_over_and_the_bits_stay() -> None:
+def test_in_place_activations_without_gradients_give_the_same_bits() -> None:
     torch.manual_seed(0)
     config = VqganConfig(
         quantizer=VqConfig(codebook_size=8, code_dim=4), base_channels=8, z_channels=4, attention_resolutions=(64,)
@@ -107,4 +107,4 @@ def test_without_gradients_activations_are_written_over_and_the_bits_stay() -> N
     before = latent.clone()
     with torch.no_grad():
         block(latent)
-    assert torch.equal(latent, before)  # a block's own input is not its to write on
+    assert torch.equal(latent, before)  # a block must not change its input

@@ -1,4 +1,4 @@
-"""What every family's reference outputs share: weights that are a function of their released names, one input image."""
+"""Shared by the parity tests: weights that are a function of their released names, and one input image."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ NONE: Mapping[str, str] = {}
 
 
 def filled_weight(name: str, shape: Sequence[int], embedding_scale: float = 0.02) -> Tensor:
-    """The weight called `name` in the reference; a table of codes takes the `embedding_scale`."""
+    """The weight called `name` in the reference; codebooks are scaled by `embedding_scale`."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) & 0x7FFFFFFF)
     noise = torch.randn(tuple(shape), generator=generator)
     if name.endswith(("embedding.weight", "embeddings.weight")):
@@ -28,7 +28,7 @@ def filled_weight(name: str, shape: Sequence[int], embedding_scale: float = 0.02
 def fill_network(
     network: nn.Module, prefix: str = "", *, names: Mapping[str, str] = NONE, embedding_scale: float = 0.02
 ) -> None:
-    """Give every weight (and a frozen codebook) its value by its released name: `names` of ours, else prefix + ours."""
+    """Fill every weight, and a frozen codebook, by its released name: `names[ours]`, else prefix + ours."""
     for ours, tensor in network.state_dict(keep_vars=True).items():
         if isinstance(tensor, nn.Parameter) or ours.endswith("codes"):
             tensor.copy_(filled_weight(names.get(ours, prefix + ours), tensor.shape, embedding_scale))
@@ -36,25 +36,25 @@ def fill_network(
 
 @pytest.fixture(scope="session")
 def filled() -> Callable[..., Tensor]:
-    """filled(name, shape) -> the weight of that name."""
+    """filled(name, shape): the weight of that name."""
     return filled_weight
 
 
 @pytest.fixture(scope="session")
 def fill() -> Callable[..., None]:
-    """fill(network, prefix, names=..., embedding_scale=...) fills a network in place."""
+    """fill(network, prefix, names=..., embedding_scale=...): fill a network in place."""
     return fill_network
 
 
 @pytest.fixture(scope="session")
 def image() -> Callable[[int], Tensor]:
-    """image(side) -> the reference's input, float[1, 3, side, side]."""
+    """image(side): the input of the reference, float[1, 3, side, side]."""
     return lambda side: torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="session")
 def expected(shared: Path) -> Callable[[str], dict[str, Tensor]]:
-    """expected("family/file") -> the reference's outputs by name."""
+    """expected("family/file"): the outputs of the reference by name."""
 
     def read(name: str) -> dict[str, Tensor]:
         with np.load(shared / "parity" / f"{name}.npz") as arrays:
@@ -65,7 +65,7 @@ def expected(shared: Path) -> Callable[[str], dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def assert_tokens(image: Callable[[int], Tensor]) -> Callable[[Autoencoder, dict[str, Tensor], int], None]:
-    """assert_tokens(model, want, side): the input becomes the latents, ids and codes of MGVQ's or LlamaGen's file."""
+    """assert_tokens(model, want, side): compare latents, ids and codes with the reference of MGVQ or LlamaGen."""
 
     def assert_tokens(model: Autoencoder, want: dict[str, Tensor], side: int) -> None:
         encoded = model.encoder(image(side))
@@ -75,7 +75,7 @@ def assert_tokens(image: Callable[[int], Tensor]) -> Callable[[Autoencoder, dict
         quantized = model.quantizer(latent)
         released = want[f"idx{side}"].long()
         ids = quantized.ids.view_as(released)
-        clear = want[f"margin{side}"] > 1e-3  # of the two nearest codes' distances: further apart than rounding
+        clear = want[f"margin{side}"] > 1e-3  # the two nearest codes differ by more than rounding
         assert clear.float().mean() > 0.9
         assert torch.equal(ids[clear], released[clear])
         assert (ids != released).float().mean() <= 1e-3
@@ -87,7 +87,7 @@ def assert_tokens(image: Callable[[int], Tensor]) -> Callable[[Autoencoder, dict
 
 @pytest.fixture(scope="session")
 def assert_image() -> Callable[[Tensor, dict[str, Tensor], str], None]:
-    """assert_image(image, want, name): all of an image of 64 px; of a larger one 8 x 8 means and its middle."""
+    """assert_image(image, want, name): compare all pixels at 64 px, else 8 x 8 means and a centre crop."""
 
     def assert_image(image: Tensor, want: dict[str, Tensor], name: str) -> None:
         close = {"rtol": 0, "atol": 1e-4}

@@ -1,7 +1,4 @@
-"""Equal to LlamaGen's released tokenizer and discriminator, on weights that are a function of their names.
-
-Its networks are those of kind `vqgan` under other names; its codes and latents lie on the unit sphere.
-"""
+"""Parity with LlamaGen's released tokenizer and discriminator, on weights that are a function of their names."""
 
 import json
 import re
@@ -23,7 +20,7 @@ SIDES = [64, pytest.param(256, marks=pytest.mark.slow)]
 
 
 def our_name(released: str, levels: int) -> str:
-    """Our name of LlamaGen's parameter `released`, in networks of that many levels."""
+    """Our name of LlamaGen's parameter `released`, in networks with `levels` levels."""
     name = released.replace("quantize.embedding.weight", "quantizer.codes").replace(".res.", ".block.")
     name = re.sub(r"^encoder\.conv_blocks\.(\d+)", r"encoder.down.\1", name)
     name = re.sub(r"^decoder\.conv_blocks\.(\d+)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", name)
@@ -58,13 +55,13 @@ def want(expected: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
     [(VQ16, 29_298_176, 42_449_795, 71_883_403), (VQ8, 28_559_232, 41_415_171, 70_109_835)],
     ids=["vq16", "vq8"],
 )
-def test_sizes_are_the_published_ones(config: VqganConfig, encoder: int, decoder: int, total: int) -> None:
+def test_number_of_parameters_is_as_published(config: VqganConfig, encoder: int, decoder: int, total: int) -> None:
     with torch.device("meta"):
         model = build_autoencoder(config)
     assert (size_of(model.encoder), size_of(model.decoder), size_of(model)) == (encoder, decoder, total)
 
 
-def test_the_discriminator_is_the_released_one(shared: Path) -> None:
+def test_discriminator_has_the_released_shapes(shared: Path) -> None:
     keys = released_keys(shared, "patchgan")
     discriminator = PatchDiscriminator(DiscriminatorConfig(num_layers=3)).eval()
     shapes = {name: list(tensor.shape) for name, tensor in discriminator.state_dict().items()}

@@ -1,7 +1,4 @@
-"""Equal to MGVQ's released code, on weights that are a function of their names: image to tokens, and back from them.
-
-Its one table of codes holds the groups one after the other; every other weight has the same name here.
-"""
+"""Parity with MGVQ's released code from image to tokens and back, on weights that are a function of their names."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +25,7 @@ SIDES = [64, pytest.param(256, marks=pytest.mark.slow)]
 
 
 class Case(NamedTuple):
-    """A released model and what it computed."""
+    """A released model and its outputs."""
 
     model: Autoencoder
     want: dict[str, Tensor]
@@ -48,14 +45,14 @@ def case(
     for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         fill(model.get_submodule(part), f"{part}.")
     name = "quantize.embedding.weight"
-    table = filled(name, keys["params"][name], embedding_scale=1.0)
-    for group, entries in zip(model.quantizer.groups, table.chunk(model.quantizer.num_groups), strict=True):
-        group.codes.copy_(entries)
+    codes = filled(name, keys["params"][name], embedding_scale=1.0)
+    for group, part in zip(model.quantizer.groups, codes.chunk(model.quantizer.num_groups), strict=True):
+        group.codes.copy_(part)
     return Case(model, expected(f"mgvq/parity_{request.param}"), keys)
 
 
 def codes_of(case: Case, side: int, groups: int = 4) -> Tensor:
-    """The codes of the released ids; the groups after the first `groups` are masked out."""
+    """The codes of the released ids; all but the first `groups` groups are masked."""
     ids = case.want[f"idx{side}"].long().clone()
     ids[:, groups:] = -1
     cells = side // case.model.downsample_factor
@@ -88,6 +85,6 @@ def test_tokens_to_image(case: Case, assert_image: Callable[..., None], side: in
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_the_first_groups_alone_to_image(case: Case, assert_image: Callable[..., None], groups: int, side: int) -> None:
+def test_first_groups_to_image(case: Case, assert_image: Callable[..., None], groups: int, side: int) -> None:
     decoded = case.model.decode(codes_of(case, side, groups))[0]
     assert_image(decoded, case.want, f"deck{groups}_")

@@ -1,7 +1,6 @@
-"""Equal to VQGAN-LC's released code: its outputs on weights that are a function of their names.
+"""Parity with VQGAN-LC's released code, on weights that are a function of their names in the reference.
 
-Weights are filled by the reference's names, so each test maps our few own names to those first. The cases are narrow
-in codes (1000) and whole in everything else.
+All sizes are those of the paper, except codebooks of 1000 codes.
 """
 
 import json
@@ -40,7 +39,7 @@ LOSS = {"rtol": 1e-5, "atol": 0}
 
 @pytest.fixture(scope="module")
 def autoencoder(fill: Callable[..., None]) -> Autoencoders:
-    """autoencoder(variant) -> the model with the reference's weights, made once."""
+    """autoencoder(variant): the model with the weights of the reference, cached."""
 
     @cache
     def autoencoder(variant: str) -> Autoencoder:
@@ -62,12 +61,12 @@ def discriminator(fill: Callable[..., None]) -> PatchDiscriminator:
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory: pytest.TempPathFactory, filled: Callable[..., Tensor]) -> Path:
-    """A backbone filled by the rule, as torchvision would name its tensors."""
+    """A file of VGG16 filled by names of the reference, with torchvision's tensor names."""
     import torchvision
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in torchvision.models.vgg16().features.named_parameters()}
-    slices = [(1, 0), (2, 5), (3, 10), (4, 17), (5, 24)]  # a slice's number in the reference, and its first layer
+    slices = [(1, 0), (2, 5), (3, 10), (4, 17), (5, 24)]  # slice of the reference, its first layer
     tensors = {}
     for name, shape in shapes.items():
         number = max(slice_ for slice_, first in slices if int(name.split(".")[0]) >= first)
@@ -79,38 +78,38 @@ def vgg_file(tmp_path_factory: pytest.TempPathFactory, filled: Callable[..., Ten
 
 @pytest.fixture(scope="module")
 def objective(vgg_file: Path, filled: Callable[..., Tensor]) -> Objective:
-    """The published weights, with LPIPS filled by the rule, its heads included."""
+    """The published loss weights, with LPIPS and its heads filled by name."""
     weights = {"l1": 1.0, "lpips": 1.0, "commitment": 0.1, "codebook": 0.033, "adversarial": 0.1}
     config = ObjectiveConfig(**weights, perceptual="vgg", lpips_weights=str(vgg_file))
-    made = Objective(config, ("commitment", "codebook"))
-    assert isinstance(made.perceptual, Perceptual)
+    objective = Objective(config, ("commitment", "codebook"))
+    assert isinstance(objective.perceptual, Perceptual)
     with torch.no_grad():
-        for name, tensor in made.perceptual.named_parameters():
+        for name, tensor in objective.perceptual.named_parameters():
             if name.endswith("model.1.weight") and ".lins." not in name:
                 tensor.copy_(filled("perceptual_loss." + name.split(".", 2)[2], tensor.shape))
-    return made
+    return objective
 
 
 def assert_ids(ids: Tensor, want: Tensor, gap: Tensor, smallest_gap: float) -> None:
-    """Equal wherever the two nearest codes are further apart than rounding."""
+    """Compare ids where the two nearest codes differ by more than rounding."""
     clear = gap.flatten() > smallest_gap
     assert clear.float().mean() > 0.9
     assert torch.equal(ids.flatten()[clear], want.flatten().long()[clear])
 
 
 def assert_gradient(gradient: Tensor | None, want: Tensor) -> None:
-    """Equal to 2e-3; elements that cancel to nearly nothing are measured against the largest."""
+    """Compare to a relative 2e-3, and an absolute 1e-5 of the largest element."""
     assert gradient is not None
     torch.testing.assert_close(gradient, want, rtol=2e-3, atol=1e-5 * float(want.abs().max()))
 
 
 def quantizer_loss(losses: dict[str, Tensor]) -> Tensor:
-    """The released qloss: commitment + 0.33 codebook, or the commitment alone under EMA."""
+    """The released qloss: commitment + 0.33 codebook; under EMA the commitment only."""
     return losses["commitment"] + 0.33 * losses.get("codebook", torch.zeros(()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_weight_has_the_released_name_shape_and_filling(
+def test_every_weight_has_the_released_name_shape_and_values(
     shared: Path, autoencoder: Autoencoders, discriminator: PatchDiscriminator, variant: str
 ) -> None:
     keys = json.loads((shared / "parity" / "vqgan_lc" / "keys.json").read_text())[variant]
@@ -209,8 +208,8 @@ def test_losses_and_gradients_of_one_step(
         terms["adversarial_weight"].double(), want["adaptive_d_weight_times_rate_d"], rtol=1e-2, atol=0
     )
     torch.testing.assert_close(total.detach().double(), want["loss_train_after_disc_start_rulefilledVGG"], **LOSS)
-    critic_loss, _ = objective.discriminator_loss(real, fake)
-    torch.testing.assert_close(critic_loss.detach().double(), want["d_loss_hinge_eval"], **LOSS)
+    discriminator_loss, _ = objective.discriminator_loss(real, fake)
+    torch.testing.assert_close(discriminator_loss.detach().double(), want["d_loss_hinge_eval"], **LOSS)
 
 
 @pytest.mark.parametrize("size", [64, 256])
@@ -228,7 +227,7 @@ def test_ema_after_one_update(expected: Expected, autoencoder: Autoencoders, ima
 
 
 def as_latent(rows: Tensor, batch: int = 4) -> Tensor:
-    """Rows in the order b, h, w -> float[B, C, h, w]."""
+    """Reshape rows in the order b, h, w to float[B, C, h, w]."""
     side = int((len(rows) // batch) ** 0.5)
     return rows.view(batch, side, side, -1).permute(0, 3, 1, 2).contiguous()
 

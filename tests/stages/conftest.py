@@ -14,7 +14,7 @@ from PIL import Image
 from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
-from vqpipe.tokenizer import Tokenizer, write_files
+from vqpipe.tokenizer import Tokenizer, write_tokenizer
 
 TINY: dict[str, Any] = {
     "kind": "vqgan",
@@ -102,7 +102,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     draft = artifacts.start(made.tokenizer, "tokenizer", {"seed": 0}, {"images": "0" * 64})
     assert isinstance(draft, artifacts.Draft)
     with draft:
-        write_files(draft, Tokenizer(autoencoder, image_size=8))
+        write_tokenizer(draft, Tokenizer(autoencoder, image_size=8))
         draft.publish({"quantizer": "vq"})
     tokenize([str(made.pictures)], made.tokenizer, made.tokens, flip=True, num_workers=0, device="cpu")
     train_generator(made.tokenizer, made.generator, tokens=made.tokens, device="cpu", **LLAMAGEN)

@@ -1,6 +1,6 @@
-"""`vqpipe import-checkpoint`: published weights give the published ids and pixels, and serve in the other commands.
+"""`vqpipe import-checkpoint`: imported weights give the published ids and pixels and work in the other commands.
 
-Where the reference outputs are at hand, checkpoints are written as their authors lay them out, filled by name.
+For the reference outputs, checkpoints are written in the released layout, filled by name.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages import cli, console
+from stages import cli, signals
 from stages.evaluate import evaluate
 from stages.import_checkpoint import import_checkpoint
 from stages.tokenize_images import tokenize
@@ -43,7 +43,7 @@ SAME_SIZES = [f"model.{key}={value}" for key, value in SIZES.items()] + [
 
 @pytest.fixture
 def taming() -> dict[str, Any]:
-    """A narrow VQGAN of f = 2 with its discriminator, as taming-transformers would have saved it."""
+    """A small VQGAN of f = 2 with its discriminator, in the layout of taming-transformers."""
     torch.manual_seed(0)
     sizes = {**SIZES, "channel_multipliers": tuple(SIZES["channel_multipliers"])}
     quantizer = VqConfig(codebook_size=20, code_dim=5)
@@ -52,19 +52,19 @@ def taming() -> dict[str, Any]:
         name.replace("quantizer.codes", "quantize.embedding.weight"): value
         for name, value in model.state_dict().items()
     }
-    critic = PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=3)).state_dict()
-    weights |= {f"loss.discriminator.{name}": value for name, value in critic.items()}
+    discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=3)).state_dict()
+    weights |= {f"loss.discriminator.{name}": value for name, value in discriminator.items()}
     weights["loss.perceptual_loss.lin0.model.1.weight"] = torch.zeros(1, 64, 1, 1)
     return {"state_dict": weights, "epoch": 7, "optimizer_states": [{"state": {}}]}
 
 
-def test_imported_it_tokenizes_evaluates_and_is_fine_tuned(
+def test_imported_tokenizer_works_in_tokenize_eval_and_fine_tuning(
     taming: dict[str, Any], picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "last.ckpt", tmp_path / "imported"
     torch.save(taming, file)
     import_checkpoint(file, out, device="cpu")
-    assert "left out of its training state: epoch, optimizer_states" in capsys.readouterr().err
+    assert "ignored in the training state: epoch, optimizer_states" in capsys.readouterr().err
     artifact = open_artifact(out, "tokenizer")
     artifact.verify()
     facts = {"quantizer": "vq", "codebook_size": 20, "num_groups": 1, "downsample_factor": 2, "family": "taming"}
@@ -85,11 +85,11 @@ def test_imported_it_tokenizes_evaluates_and_is_fine_tuned(
     train(images, tmp_path / "tuned", None, "smoke", steps=2, source=out, overrides=settings, device="cpu")
     for name in ("model.safetensors", "discriminator.safetensors"):
         before, after = load_file(out / name), load_file(tmp_path / "tuned" / name)
-        moved = [key for key, value in before.items() if not torch.equal(after[key], value)]
-        assert all("running" in key or "batches" in key for key in moved)  # the learning rate is 0
+        changed = [key for key, value in before.items() if not torch.equal(after[key], value)]
+        assert all("running" in key or "batches" in key for key in changed)  # the learning rate is 0
 
 
-def test_a_codebook_that_is_released_beside_the_weights(tmp_path: Path) -> None:
+def test_codebook_released_in_a_separate_file(tmp_path: Path) -> None:
     quantizer = LcConfig(codebook_size=20, code_dim=4, feature_dim=6)
     model = build_autoencoder(
         VqganConfig(quantizer=quantizer, base_channels=8, channel_multipliers=(1, 2), z_channels=6)
@@ -112,8 +112,8 @@ def test_a_codebook_that_is_released_beside_the_weights(tmp_path: Path) -> None:
 
 @pytest.fixture
 def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """`refuse(words)` runs the command, which has to fail and leave nothing behind, and returns its one error line."""
-    before = {number: signal.getsignal(number) for number in console.SIGNALS}
+    """refuse(words): run the command, check that it fails and leaves no files, and return its one error line."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
 
     def refuse(*words: str) -> str:
         monkeypatch.chdir(tmp_path)
@@ -140,29 +140,29 @@ class Attack:
         return os.makedirs, (str(self.marker),)
 
 
-def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
+def test_errors_are_one_line_and_leave_no_files(
     taming: dict[str, Any], tmp_path: Path, refuse: Callable[..., str]
 ) -> None:
     torch.save(taming, tmp_path / "last.ckpt")
-    whole = (tmp_path / "last.ckpt").read_bytes()
-    (tmp_path / "torn.ckpt").write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read as weights" in refuse("torn.ckpt")
+    content = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "truncated.ckpt").write_bytes(content[: len(content) // 2])
+    assert "cannot be read as weights" in refuse("truncated.ckpt")
     assert "absent.ckpt is not a file" in refuse("absent.ckpt")
     assert "Known are vqgan-lc" not in refuse("last.ckpt", "--family", "mgvq")
     assert "Did you mean taming" in refuse("last.ckpt", "--family", "tamming")
     torch.save(torch.zeros(20, 6), tmp_path / "codes.pth")
-    assert "needs no codebook" in refuse("last.ckpt", "--codebook", "codes.pth")
+    assert "contains a codebook or needs none" in refuse("last.ckpt", "--codebook", "codes.pth")
 
     weights, key = taming["state_dict"], "decoder.norm_out.bias"
     broken = {
-        "has no place for: extra.weight": {**weights, "extra.weight": torch.zeros(1)},
+        "has unexpected weights: extra.weight": {**weights, "extra.weight": torch.zeros(1)},
         "lacks decoder.norm_out.bias": {
             name: value for name, value in weights.items() if name != "decoder.norm_out.bias"
         },
         "has shape [3], not [8]": {**weights, key: torch.zeros(3)},
-        "holds NaN": {**weights, key: torch.full((8,), torch.nan)},
+        "contains NaN": {**weights, key: torch.full((8,), torch.nan)},
         "Known are vqgan-lc, mgvq": {"vision.patch_embedding.weight": torch.zeros(1)},
-        "nothing in it was run": {**weights, "a": Attack(tmp_path / "ran")},
+        "no code in it was executed": {**weights, "a": Attack(tmp_path / "ran")},
     }
     for message, state in broken.items():
         torch.save({"state_dict": state}, tmp_path / "broken.ckpt")
@@ -171,7 +171,7 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
 
 
 def filled(name: str, shape: list[int], embedding_scale: float) -> Tensor:
-    """The weight called `name` of the reference outputs; a buffer's default where the name says so."""
+    """The weight called `name` in the reference; buffers have their defaults."""
     if name.endswith("num_batches_tracked"):
         return torch.zeros((), dtype=torch.int64)
     if name.endswith(("running_mean", "codebook_used", "embed_prob", "cluster_size")):
@@ -186,7 +186,7 @@ def filled(name: str, shape: list[int], embedding_scale: float) -> Tensor:
 
 @pytest.fixture
 def imported(tmp_path: Path) -> Iterator[Callable[..., Autoencoder]]:
-    """`imported(state, family)` writes a training state, imports it, and opens what was published."""
+    """imported(state, family): write a training state, import it, and open the tokenizer."""
 
     def imported(state: dict[str, Any], family: str) -> Autoencoder:
         torch.save(state, tmp_path / "released.pt")
@@ -203,7 +203,7 @@ def image() -> Tensor:
 
 
 def assert_ids(found: Tensor, expected: Any, gap: Any, smallest: float) -> None:
-    """Equal wherever the two nearest codes are further apart than rounding."""
+    """Compare ids where the two nearest codes differ by more than rounding."""
     clear = torch.from_numpy(gap).flatten() > smallest
     assert clear.float().mean() > 0.9
     assert torch.equal(found.flatten()[clear], torch.from_numpy(expected).flatten().long()[clear])
@@ -212,7 +212,9 @@ def assert_ids(found: Tensor, expected: Any, gap: Any, smallest: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lc_f16_cb1", "fc_f16", "ema_f16", "vqgan_f16"])
 @torch.no_grad()
-def test_vqgan_lc_is_the_published_tokenizer(shared: Path, imported: Callable[..., Autoencoder], variant: str) -> None:
+def test_vqgan_lc_matches_the_published_tokenizer(
+    shared: Path, imported: Callable[..., Autoencoder], variant: str
+) -> None:
     keys = json.loads((shared / "parity" / "vqgan_lc" / "keys.json").read_text())[variant]
     scale = 1.0 if variant.endswith("_cb1") else 0.02
     weights = {name: filled(name, shape, scale) for name, shape in keys.items()}
@@ -238,7 +240,7 @@ def test_vqgan_lc_is_the_published_tokenizer(shared: Path, imported: Callable[..
     ],
 )
 @torch.no_grad()
-def test_llamagen_and_mgvq_are_the_published_tokenizers(
+def test_llamagen_and_mgvq_match_the_published_tokenizers(
     shared: Path, imported: Callable[..., Autoencoder], family: str, keys: str, arrays: str
 ) -> None:
     table = json.loads((shared / "parity" / "mgvq" / f"{keys}.json").read_text())

@@ -1,4 +1,4 @@
-"""`vqpipe reconstruct`: images of any size come back at that size, whole or in tiles."""
+"""`vqpipe reconstruct`: images of any size are reconstructed at that size, whole or in tiles."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.reconstruct import png_names, reconstruct
+from stages.reconstruct import reconstruct
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError, DataError
+from vqpipe.evaluation.image_files import png_names
 from vqpipe.tokenizer import Tokenizer
 
 MULTI_GROUP = {"kind": "multi_group", "num_groups": 3, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
 RESIDUAL = {"kind": "residual", "depth": 3, "codebook_size": 64, "code_dim": 4}
 
 
-def test_files_of_any_size_are_published_beside_their_reconstruction(
+def test_files_of_any_size_are_published_beside_their_reconstructions(
     tiny_tokenizer: Callable[..., Path], tmp_path: Path
 ) -> None:
     files, pixels = [], []
@@ -37,14 +38,14 @@ def test_files_of_any_size_are_published_beside_their_reconstruction(
     assert np.array_equal(first[:, :50], pixels[0])
     tokenizer = Tokenizer.from_pretrained(path)
     square = torch.from_numpy(pixels[1]).permute(2, 0, 1)[None]
-    again = tokenizer.decode(tokenizer.encode(square), (32, 32))[0].permute(1, 2, 0).numpy()
-    assert np.array_equal(second[:, 36:], again)
-    error = np.mean((pixels[1].astype(float) - again) ** 2)
+    reconstruction = tokenizer.decode(tokenizer.encode(square), (32, 32))[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(second[:, 36:], reconstruction)
+    error = np.mean((pixels[1].astype(float) - reconstruction) ** 2)
     assert published.facts["psnr"]["photo-2.png"] == pytest.approx(10 * np.log10(255**2 / error))
 
 
 @pytest.mark.parametrize("quantizer", [MULTI_GROUP, RESIDUAL], ids=["multi_group", "residual"])
-def test_the_first_groups_alone_give_a_coarser_picture(
+def test_groups_decodes_the_first_groups_only(
     tiny_tokenizer: Callable[..., Path], tmp_path: Path, quantizer: dict[str, Any]
 ) -> None:
     path, file = tiny_tokenizer("tokenizer", quantizer=quantizer), tmp_path / "photo.png"
@@ -54,14 +55,14 @@ def test_the_first_groups_alone_give_a_coarser_picture(
     for groups in (1, 2, 3):
         reconstruct([file], tokenizer=path, out=tmp_path / f"first-{groups}", groups=groups, device="cpu")
         shown = np.asarray(Image.open(tmp_path / f"first-{groups}" / "photo.png"))[:, 36:]
-        again = tokenizer.decode(tokenizer.encode(square), (32, 32), groups=groups)
-        assert np.array_equal(shown, again[0].permute(1, 2, 0).numpy())
+        reconstruction = tokenizer.decode(tokenizer.encode(square), (32, 32), groups=groups)
+        assert np.array_equal(shown, reconstruction[0].permute(1, 2, 0).numpy())
     with pytest.raises(DataError, match="groups = 4, the tokenizer has 3"):
         reconstruct([file], tokenizer=path, out=tmp_path / "out", groups=4, device="cpu")
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_continuous_autoencoder_reconstructs_too_but_has_no_groups(tiny_vae: Path, tmp_path: Path) -> None:
+def test_continuous_autoencoder_is_accepted_without_groups(tiny_vae: Path, tmp_path: Path) -> None:
     file = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)).save(file)
     reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "out", device="cpu")
@@ -70,7 +71,7 @@ def test_a_continuous_autoencoder_reconstructs_too_but_has_no_groups(tiny_vae: P
         reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "other", groups=1, device="cpu")
 
 
-def test_tiles_are_chosen_by_the_user(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+def test_tile_and_overlap_options(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
@@ -79,25 +80,29 @@ def test_tiles_are_chosen_by_the_user(tiny_tokenizer: Callable[..., Path], tmp_p
     assert (published.manifest.config["tile"], published.manifest.config["overlap"]) == (32, 0)
     shown = np.asarray(Image.open(published.file("photo.png")))[:, 68:]
     tokenizer, corner = Tokenizer.from_pretrained(path), torch.from_numpy(pixels[:32, :32].copy()).permute(2, 0, 1)
-    again = tokenizer.decode(tokenizer.encode(corner[None]), (32, 32))[0].permute(1, 2, 0).numpy()
-    assert np.array_equal(shown[:8, :32], again[:8])  # below, the second row of tiles has its say
+    reconstruction = tokenizer.decode(tokenizer.encode(corner[None]), (32, 32))[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(shown[:8, :32], reconstruction[:8])  # rows below are blended with the second row of tiles
     with pytest.raises(ConfigError, match="an overlap of 64 pixels does not fit tiles of 32"):
         reconstruct([file], tokenizer=path, out=tmp_path / "other", tile=32, device="cpu", overlap=64)
     assert not (tmp_path / "other.partial").exists()
 
 
-def test_what_is_no_picture_or_no_file_is_named(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+def test_unreadable_and_absent_files_are_reported(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny_tokenizer("tokenizer")
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"broken\.jpg"):
         reconstruct([broken], tokenizer=path, out=tmp_path / "out", device="cpu")
     with pytest.raises(DataError, match="is not a file"):
         reconstruct([tmp_path / "absent.png"], tokenizer=path, out=tmp_path / "other", device="cpu")
 
 
-def test_names_stay_apart() -> None:
-    names = png_names([Path(text) for text in ("a/x.jpg", "b/x.png", "x-2.jpg", "c/x.webp", ".hidden.png")])
-    assert len(set(names)) == 5
+def test_names_are_unique(tmp_path: Path) -> None:
+    files = [tmp_path / text for text in ("a/x.jpg", "b/x.png", "x-2.jpg", "c/x.webp", ".hidden.png")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    names = list(png_names(files))
+    assert len(names) == 5
     assert names[0] == "x.png"
     assert not any(name.startswith(".") for name in names)

@@ -28,7 +28,7 @@ def codebooks(quantizer: Quantizer) -> list[Tensor]:
     """Each group's codes as its search compares them, float32[K, C]: projected, and of unit length under cosine.
 
     Raises:
-        ConfigError: there is no table of codes.
+        ConfigError: there is no codebook.
     """
     table = quantizer.codebook().detach()
     tables = list(table) if table.ndim == 3 else [table]
@@ -98,7 +98,7 @@ def check_single_grid(quantizer: Quantizer) -> None:
     kinds = (CodebookQuantizer, ResidualQuantizer)
     inner = quantizer.quantizers()[0] if isinstance(quantizer, MultiGroupQuantizer) else quantizer
     if not isinstance(inner, kinds):
-        raise quantizer.unsupported("has no table of codes")
+        raise quantizer.unsupported("has no codebook")
     if len(quantizer.layout(2, 2).grids) != 1:
         raise ConfigError("codes stand for cells of several sizes, so they have no patch of one size")
 

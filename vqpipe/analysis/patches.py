@@ -15,7 +15,6 @@ from torch import Tensor
 from vqpipe.analysis import codes
 from vqpipe.analysis.base import Analysis, Subject, left_out, lot
 from vqpipe.analysis.embedding import drawn
-from vqpipe.data.transforms import to_float
 from vqpipe.distributed import gather_objects
 from vqpipe.metrics.state import Accumulator
 from vqpipe.metrics.usage import CodeUsage
@@ -75,7 +74,7 @@ class Patches(Analysis):
         grid = grid[..., : self.groups]
         self.usage.update(grid.flatten(1))
         with torch.no_grad():
-            latent = tokenizer.autoencoder.latent(to_float(originals.to(tokenizer.device)))
+            latent = tokenizer.latent(originals)
             far = codes.distances(tokenizer.autoencoder.quantizer, latent, ids.to(tokenizer.device), layout)
         self._take(originals.cpu(), grid.cpu(), far.cpu(), [int(lot(key)[:15], 16) for key in keys])
 

@@ -1,4 +1,4 @@
-"""Losses on tensors: adversarial, perceptual, and the objective that weighs all terms."""
+"""Losses on tensors: adversarial, perceptual, and the objective as their weighted sum."""
 
 from vqpipe.losses.adversarial import (
     adaptive_weight,

@@ -1,4 +1,4 @@
-"""The training objective as a sum of named terms, each with its weight in the preset.
+"""The training objective: a weighted sum of named terms, with the weights in the preset.
 
 Shapes: B images of H x W pixels.
 """
@@ -35,15 +35,15 @@ GAN_LOSSES = {
     "non_saturating": (non_saturating_generator_loss, non_saturating_discriminator_loss),
     "non_saturating_hinge": (imagewise_generator_loss, hinge_discriminator_loss),
 }
-"""`gan_loss` -> what the autoencoder minimises, and what the discriminator does."""
+"""`gan_loss` -> the loss of the autoencoder and the loss of the discriminator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Section [objective]: the weight of each term, 0 for a term that is absent.
+    """Section [objective]: the weight of each term; 0 omits the term.
 
     VQGAN-LC as released: l1 1, lpips 1, commitment 0.1, codebook 0.033, adversarial 0.1 (adaptive, from step 50,000).
-    The paper's equation 1 states the quantizer's weights 1.0 and 0.33; its code multiplies both by 0.1.
+    Equation 1 of the paper has quantizer weights 1.0 and 0.33; its code multiplies both by 0.1.
     """
 
     l1: float = 0.0
@@ -53,53 +53,53 @@ class ObjectiveConfig:
     charbonnier: float = 0.0
     """mean sqrt((x - x')^2 + eps^2), a smooth L1 (MGVQ)."""
     charbonnier_eps: float = 1e-3
-    """eps above, in units of pixels in [-1, 1]."""
+    """eps of the charbonnier term, for pixels in [-1, 1]."""
     lpips: float = 0.0
-    """LPIPS distance; needs `perceptual`."""
+    """LPIPS; needs `perceptual`."""
     perceptual: Literal["vgg", "alex", "none"]
-    """Backbone of LPIPS. "none", written down, trains without it."""
+    """Backbone of LPIPS; "none" trains without it. Required, so that it is not omitted by accident."""
     lpips_weights: str = resumable("")
-    """torchvision's file of the backbone, or the folder that holds it. The file counts by its content."""
+    """torchvision's file of the backbone, or the folder that contains it. Identified by content, not by path."""
     commitment: float = 0.0
-    """Draws latents to their codes."""
+    """Moves latents towards their codes."""
     codebook: float = 0.0
-    """Draws codes to their latents."""
+    """Moves codes towards their latents."""
     entropy: float = 0.0
-    """Spreads the use of codes, for the quantizers that have such a term."""
+    """Entropy regularization, for quantizers with that term."""
     adversarial: float = 0.0
     """GAN loss of the autoencoder."""
     gan_loss: Literal["hinge", "non_saturating", "non_saturating_hinge"] = "hinge"
-    """Of both networks. "hinge": Lim & Ye 2017, as VQGAN has it. "non_saturating": Goodfellow et al. 2014, the option
-    "vanilla" of VQGAN's and LlamaGen's code. "non_saturating_hinge": the autoencoder's is non-saturating, of each
-    image's mean logit, the discriminator's is hinge, as in the code of Open-MAGVIT2 and IBQ."""
+    """GAN loss of both networks. "hinge": Lim & Ye 2017, as in VQGAN. "non_saturating": Goodfellow et al. 2014, the
+    option "vanilla" in the code of VQGAN and LlamaGen. "non_saturating_hinge": non-saturating on the mean logit of each
+    image for the autoencoder, hinge for the discriminator, as in the code of Open-MAGVIT2 and IBQ."""
     adaptive_weight: bool = True
-    """Scale the adversarial term by the ratio of gradients at the last layer, as VQGAN does."""
+    """Scale the adversarial term by the ratio of gradient norms at the last layer, as in VQGAN."""
     disc_start: int = 0
-    """Optimizer step from which the discriminator trains and the adversarial term counts."""
+    """Optimizer step at which the discriminator and the adversarial term start."""
     adversarial_warmup: int = 0
-    """Steps after `disc_start` in which the adversarial weight rises from 0, on a line; the discriminator trains in
-    full from `disc_start` on, so that it has learned something by the time it is listened to."""
+    """Steps after `disc_start` over which the adversarial weight increases linearly from 0. The discriminator itself
+    trains from `disc_start` on."""
     r1: float = 0.0
     """gamma of the R1 penalty: gamma/2 mean |grad D(x)|^2 over real images (Mescheder et al. 2018)."""
     r1_every: int = 16
-    """Steps between two R1 penalties, each of which then counts so many times (lazy regularisation, Karras et al.
-    2020, StyleGAN2, appendix B; Adam's settings, which they adapt to it, stay as they are)."""
+    """Steps between two R1 penalties, each of which is multiplied by this number (lazy regularization, Karras et al.
+    2020, StyleGAN2, appendix B; their adjustment of Adam's settings is omitted)."""
     lecam: float = 0.0
-    """LeCam regularisation of the discriminator (Tseng et al. 2021)."""
+    """LeCam regularization of the discriminator (Tseng et al. 2021)."""
     lecam_decay: float = 0.999
-    """Of LeCam's moving averages of the logits, per step; they start at 0. The paper's released code has 0.99, that of
-    Open-MAGVIT2 and IBQ 0.999."""
+    """Decay of LeCam's moving averages of the logits, per step; they start at 0. The paper's released code has 0.99,
+    that of Open-MAGVIT2 and IBQ 0.999."""
 
     def __post_init__(self) -> None:
         for name, weight in (self.weights() | self.weights(*PENALTIES)).items():
             if weight < 0:
-                raise ConfigError(f"objective.{name} = {weight} is negative", "Use 0 to leave the term out")
+                raise ConfigError(f"objective.{name} = {weight} is negative", "Use 0 to omit the term")
         if not any(self.weights(*RECONSTRUCTION_TERMS).values()):
-            raise ConfigError("no objective compares images", "Give a weight to l1, l2, charbonnier or lpips")
+            raise ConfigError("the objective has no reconstruction term", "Set objective.l1, l2, charbonnier or lpips")
         if (self.lpips > 0) != (self.perceptual != "none"):
             raise ConfigError(
-                f"objective.lpips = {self.lpips} does not go with objective.perceptual = {self.perceptual!r}",
-                'Give lpips a weight and perceptual = "vgg", or lpips = 0 and perceptual = "none"',
+                f"objective.lpips = {self.lpips} does not fit objective.perceptual = {self.perceptual!r}",
+                'Set a weight lpips and perceptual = "vgg", or lpips = 0 and perceptual = "none"',
             )
         if self.charbonnier_eps <= 0 or min(self.disc_start, self.adversarial_warmup) < 0:
             raise ConfigError(
@@ -110,38 +110,38 @@ class ObjectiveConfig:
         for name in PENALTIES:
             if getattr(self, name) and not self.adversarial:
                 raise ConfigError(
-                    f"objective.{name} regularises a discriminator, and there is none", "Give adversarial a weight"
+                    f"objective.{name} needs a discriminator, and objective.adversarial is 0",
+                    "Set objective.adversarial",
                 )
 
     def weights(self, *names: str) -> dict[str, float]:
-        """The weights of these terms, or of all that the autoencoder minimises."""
+        """The weights of these terms, or of all terms of the autoencoder."""
         return {name: getattr(self, name) for name in names or (*RECONSTRUCTION_TERMS, *QUANTIZER_TERMS, "adversarial")}
 
 
 class Objective(nn.Module):
-    """total = sum over terms of weight * term, with every term the quantizer makes accounted for.
+    """The weighted sum of the terms; every loss of the quantizer must have a weight.
 
-    Its `state_dict` is what a checkpoint must hold of it: LeCam's moving averages, nothing without LeCam. They move in
-    `update` alone; both losses leave them as they are.
+    Its `state_dict` has LeCam's moving averages, and is empty without LeCam. They change in `update` only.
 
     Args:
         config: the weights.
         quantizer_terms: the quantizer's `loss_names`.
 
     Raises:
-        ConfigError: the quantizer makes a term that has no weight.
-        WeightsError: LPIPS is asked for and its backbone is absent.
+        ConfigError: a loss of the quantizer has no weight.
+        WeightsError: the backbone of LPIPS is absent.
     """
 
     logit_means: Tensor
-    """float32[2], with LeCam: averages of the logits on images and on reconstructions."""
+    """float32[2], with LeCam: moving averages of the logits on images and on reconstructions."""
 
     def __init__(self, config: ObjectiveConfig, quantizer_terms: Collection[str] = ()) -> None:
         super().__init__()
         for name in quantizer_terms:
             if not getattr(config, name, 0.0):
                 raise ConfigError(
-                    f"the quantizer makes the term {name!r}, which has no weight", f"Set objective.{name} to a number"
+                    f"the quantizer has the loss {name!r}, which has no weight", f"Set objective.{name} to a number"
                 )
         self.config = config
         self.perceptual = None if config.perceptual == "none" else Perceptual(config.perceptual, config.lpips_weights)
@@ -150,20 +150,20 @@ class Objective(nn.Module):
             self.register_buffer("logit_means", torch.zeros(2))
 
     def adversarial_at(self, step: int) -> bool:
-        """Whether the discriminator takes part in optimizer step `step` (the first is 0)."""
+        """Whether the discriminator is used in optimizer step `step` (from 0)."""
         return self.config.adversarial > 0 and step >= self.config.disc_start
 
     def adversarial_weight_at(self, step: int | None) -> float:
-        """The weight of the adversarial term in step `step`, before any adaptive factor."""
+        """The weight of the adversarial term in step `step`, without the adaptive factor."""
         config = self.config
         if not config.adversarial_warmup:
             return config.adversarial
         if step is None:
-            raise TypeError("a warm-up of the adversarial weight needs step")
+            raise TypeError("the warmup of the adversarial weight needs step")
         return config.adversarial * min(1.0, max(0, step - config.disc_start) / config.adversarial_warmup)
 
     def r1_at(self, step: int) -> bool:
-        """Whether the discriminator's loss holds the R1 penalty in step `step`."""
+        """Whether the loss of the discriminator has the R1 penalty in step `step`."""
         return self.config.r1 > 0 and self.adversarial_at(step) and step % self.config.r1_every == 0
 
     def generator_loss(
@@ -175,18 +175,18 @@ class Objective(nn.Module):
         last_layer: Tensor | None = None,
         step: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the autoencoder minimises in one step.
+        """The loss of the autoencoder.
 
         Args:
             images, reconstruction: float[B, 3, H, W] in [-1, 1], the second with gradient and not clamped.
             quantizer_losses: unweighted scalars.
-            fake_logits: of the discriminator on this `reconstruction`; None before `disc_start`.
-            last_layer: the decoder's last weight; needed with `fake_logits` where the weight is adaptive.
-            step: the optimizer step; needed with `fake_logits` where the weight warms up.
+            fake_logits: of the discriminator on `reconstruction`; None before `disc_start`.
+            last_layer: the last weight of the decoder; needed with `fake_logits` if the weight is adaptive.
+            step: the optimizer step; needed with `fake_logits` if there is a warmup.
 
         Returns:
-            The total, and every term as it is before its weight, detached, with the total and, under a
-            discriminator, `adversarial_weight`, the factor that multiplied its term.
+            The total, and a dict to log: the total, each unweighted term, and, with `fake_logits`,
+            `adversarial_weight`, the factor of the adversarial term; all detached.
         """
         terms = self.reconstruction_terms(images.float(), reconstruction.float())
         total = torch.stack([self.config.weights()[name] * term for name, term in terms.items()]).sum()
@@ -214,17 +214,17 @@ class Objective(nn.Module):
         images: Tensor | None = None,
         discriminator: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the discriminator minimises, given its logits on images and on detached reconstructions.
+        """The loss of the discriminator.
 
         Args:
-            real_logits, fake_logits: float[B, ...].
-            step, images, discriminator: for the R1 penalty, which runs the discriminator on the images once more: the
-                optimizer step, float[B, 3, H, W] in [-1, 1], and the network's own `forward`, neither compiled nor
-                wrapped.
+            real_logits, fake_logits: float[B, ...], on images and on detached reconstructions.
+            step: the optimizer step; needed with R1.
+            images: float[B, 3, H, W] in [-1, 1]; needed with R1.
+            discriminator: the network, not compiled and without a DDP or FSDP wrapper; needed with R1.
 
         Returns:
-            The loss, and to log: it and the mean logits, whose distance says how easily it tells the two apart; with
-            LeCam its penalty, and in the steps that have one that of R1, both before their weights.
+            The loss, and a dict to log: the loss, the mean logits, and the unweighted penalties of LeCam and, in the
+            steps that have it, of R1; all detached.
         """
         config, terms = self.config, {}
         loss = self.gan_losses[1](real_logits, fake_logits)
@@ -246,12 +246,14 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def update(self, real_logit: Tensor, fake_logit: Tensor, skipped: Tensor | None = None) -> None:
-        """Move LeCam's averages towards the mean logits of a step (scalars, as `discriminator_loss` returns them).
+        """Update LeCam's moving averages with the mean logits of a step, the same on every rank.
 
-        Once after each step of the discriminator, with the means over its micro-batches, on every rank: the averages
-        move alike on all. Where `skipped`, a bool on the device, is true they stay. Released codes move them before
-        the loss, which then differs by `1 - lecam_decay` of a batch's mean; moved after it, a skipped step leaves no
-        trace, and micro-batches add up to their batch.
+        Call it once after each step of the discriminator. The released codes update before the loss, which then differs
+        by `1 - lecam_decay` of the mean of a batch; updating after it makes skipped steps and micro-batches exact.
+
+        Args:
+            real_logit, fake_logit: scalars of `discriminator_loss`, averaged over micro-batches.
+            skipped: a bool on the device; where true, the averages stay.
         """
         if not self.config.lecam:
             return
@@ -261,7 +263,7 @@ class Objective(nn.Module):
         self.logit_means.copy_(moved if skipped is None else torch.where(skipped, self.logit_means, moved))
 
     def reconstruction_terms(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """The terms that compare images and have a weight, unweighted."""
+        """The reconstruction terms with a weight, unweighted."""
         config, difference = self.config, images - reconstruction
         terms: dict[str, Tensor] = {}
         if config.l1:

@@ -1,7 +1,7 @@
-"""LPIPS as a training loss, its backbone read from a file that the user names.
+"""LPIPS as a training loss, with the backbone read from a local file.
 
 Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", through the `lpips`
-package: its v0.1 linear heads ship with it, the backbone is torchvision's ImageNet network and does not.
+package, which contains the v0.1 linear heads, but not the backbone, torchvision's ImageNet network.
 """
 
 from pathlib import Path
@@ -13,14 +13,17 @@ from vqpipe.weights import LPIPS_BACKBONES, find_weights, load_lpips
 
 
 class Perceptual(nn.Module):
-    """Mean LPIPS distance of a reconstruction, its network frozen and in evaluation mode for good.
+    """Mean LPIPS of a batch; the network is frozen and always in evaluation mode.
 
-    The released VQGAN-LC loop puts the network back into training mode, where the dropout before its heads makes the
-    loss random; here `train()` does not reach it. Its weights come from a file, and are in no `state_dict`.
+    The released VQGAN-LC loop sets the network to training mode, where the dropout before its heads makes the loss
+    random; here `train()` has no effect on it. Its weights are not part of the `state_dict`.
     """
 
     def __init__(self, net: Literal["vgg", "alex"], weights: str = "") -> None:
-        """`weights`: torchvision's file, or the folder that holds it. "vgg" is what VQGAN trains with.
+        """
+        Args:
+            net: "vgg" as in VQGAN, or "alex".
+            weights: torchvision's file, or the folder that contains it.
 
         Raises:
             WeightsError: the file is absent, or is not that backbone.
@@ -31,21 +34,18 @@ class Perceptual(nn.Module):
         self.register_load_state_dict_post_hook(without_missing)
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """float[B, 3, H, W] twice, in [-1, 1] -> a scalar, with gradient for the reconstruction alone.
-
-        The images are the target: with frozen weights and nothing to differentiate, their features keep no graph.
-        """
+        """The mean LPIPS of float[B, 3, H, W] in [-1, 1], a scalar, with gradient for the reconstruction only."""
         return self.lpips(images.detach(), reconstruction).mean()
 
 
 def without_weights(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Leave the weights out of a state that is saved."""
+    """A hook of `state_dict` that removes the weights."""
     for name in [name for name in state if name.startswith(prefix)]:
         del state[name]
 
 
 def without_missing(module: nn.Module, keys: Any) -> None:
-    """Do not miss them in one that is loaded."""
+    """A hook of `load_state_dict` that ignores the missing weights."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if "lpips.network." not in name]
 
 
@@ -53,10 +53,10 @@ def backbone_file(net: Literal["vgg", "alex"], weights: str) -> Path:
     """The file of LPIPS's backbone: `weights` itself, or in the folder `weights`.
 
     Raises:
-        WeightsError: it is absent; names the file and the setting.
+        WeightsError: it is absent.
     """
-    place = Path(weights).expanduser() if weights else None
-    if place is not None and place.is_file():
-        return place
-    name, what = LPIPS_BACKBONES[net]
-    return find_weights(name, place, f"LPIPS needs {what}", "--set objective.lpips_weights=DIR")
+    path = Path(weights).expanduser() if weights else None
+    if path is not None and path.is_file():
+        return path
+    name, description = LPIPS_BACKBONES[net]
+    return find_weights(name, path, f"LPIPS needs {description}", "--set objective.lpips_weights=DIR")

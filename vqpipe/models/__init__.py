@@ -1,4 +1,4 @@
-"""Networks with parameters: autoencoders around a quantizer, and the discriminator that trains them."""
+"""Autoencoders with a quantizer, and the discriminator of the adversarial loss."""
 
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig, Reconstruction, build_autoencoder
 from vqpipe.models.dcae import Dcae, DcaeConfig

@@ -1,4 +1,4 @@
-"""The autoencoder around a quantizer: image -> latent -> codes -> image.
+"""The autoencoder with a quantizer: image -> latent -> codes -> image.
 
 Shapes: B images of H x W pixels, Z encoder channels, C latent channels, h x w positions, f the downsample factor.
 """
@@ -17,41 +17,41 @@ from vqpipe.distributed import all_reduce_sum
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.quantizers import Quantized, QuantizerConfig, build_quantizer
 
-IMAGES_AT_ONCE = 16
-"""Images encoded together by the matched start, so that a whole batch of large ones fits."""
-SMALLEST_VARIANCE = 1e-8
-"""Of the largest variance along a direction: below it a latent direction is taken as constant."""
+IMAGES_PER_CHUNK = 16
+"""Images encoded at a time by `whiten_init`, to bound its memory."""
+MIN_VARIANCE = 1e-8
+"""Smallest variance of a latent direction, relative to the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """Section [model]; `kind` chooses the backbone."""
+    """Section [model]; `kind` selects the backbone."""
 
     kind: ClassVar[str]
 
     quantizer: QuantizerConfig
     """Section [model.quantizer]."""
     quant_conv: Literal["full", "grouped", "none"] = "full"
-    """The convolutions between the networks and the quantizer: over all channels (VQGAN), within each of the
-    quantizer's runs of channels (MGVQ), or absent, the encoder's channels being the latent's (Open-MAGVIT2)."""
+    """The convolutions between the networks and the quantizer: "full" over all channels (VQGAN), "grouped" by the
+    groups of the quantizer (MGVQ), "none" if the encoder outputs the latent (Open-MAGVIT2)."""
     quant_conv_kernel: Literal[1, 3] = 1
-    """Side of their kernels: 3 in VAR's released tokenizer, 1 in all others."""
+    """Kernel size of these convolutions: 3 in VAR's released tokenizer, 1 in all others."""
 
 
 class Reconstruction(NamedTuple):
-    """One whole pass, with what a training step needs from its middle."""
+    """The output of `Autoencoder.forward`."""
 
     images: Tensor
-    """float[B, 3, H, W], about [-1, 1] but not clamped."""
+    """float[B, 3, H, W], about [-1, 1], not clamped."""
     latent: Tensor
     """float[B, C, h, w], before quantization."""
     quantized: Quantized
 
 
 class Autoencoder(nn.Module, ABC):
-    """Encoder, convolution to the quantizer's channels, quantizer, and the way back.
+    """Encoder, quant_conv, quantizer, post_quant_conv, decoder.
 
-    A subclass names its `config_class`, which registers it, and makes the two networks.
+    A subclass sets `config_class`, which registers it, and builds the encoder and the decoder.
     """
 
     config_class: ClassVar[type[AutoencoderConfig]]
@@ -71,15 +71,15 @@ class Autoencoder(nn.Module, ABC):
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = build_quantizer(config.quantizer)
-        self.quant_conv = self.around_quantizer(encoder_channels, self.quantizer.latent_dim)
-        self.post_quant_conv = self.around_quantizer(self.quantizer.latent_dim, encoder_channels)
+        self.quant_conv = self.make_quant_conv(encoder_channels, self.quantizer.latent_dim)
+        self.post_quant_conv = self.make_quant_conv(self.quantizer.latent_dim, encoder_channels)
 
-    def around_quantizer(self, before: int, after: int) -> nn.Module:
-        """One of the two convolutions around the quantizer, as `config.quant_conv` says."""
+    def make_quant_conv(self, before: int, after: int) -> nn.Module:
+        """One of the two convolutions around the quantizer, by `config.quant_conv`."""
         if self.config.quant_conv == "none":
             if before != after:
                 raise ConfigError(
-                    f"without a quant_conv the encoder's {before} channels meet a quantizer of {after}",
+                    f"without a quant_conv, the {before} and {after} channels of encoder and quantizer must be equal",
                     "Make the two equal, or set model.quant_conv = full",
                 )
             return nn.Identity()
@@ -94,10 +94,10 @@ class Autoencoder(nn.Module, ABC):
     @property
     @abstractmethod
     def last_layer(self) -> Tensor:
-        """The weight of the decoder's last convolution, where the adaptive GAN weight compares gradients."""
+        """The weight of the decoder's last convolution, used by the adaptive GAN weight."""
 
     def latent(self, images: Tensor) -> Tensor:
-        """float[B, 3, H, W] in [-1, 1] -> float[B, C, H/f, W/f], what the quantizer sees.
+        """Encode float[B, 3, H, W] in [-1, 1] to the input of the quantizer, float[B, C, H/f, W/f].
 
         Raises:
             DataError: an image side is not a multiple of the downsample factor.
@@ -111,27 +111,26 @@ class Autoencoder(nn.Module, ABC):
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Quantized:
-        """float[B, 3, H, W] in [-1, 1] -> codes, ids and the quantizer's losses."""
+        """Encode float[B, 3, H, W] in [-1, 1] to codes, ids and quantizer losses."""
         return self.quantizer(self.latent(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """float[B, C, h, w] -> images float[B, 3, H, W], about [-1, 1], not clamped."""
+        """Decode codes float[B, C, h, w] to images float[B, 3, H, W], about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(codes))
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """The whole way, as one call for DistributedDataParallel: float[B, 3, H, W] in [-1, 1]."""
+        """Encode, quantize and decode float[B, 3, H, W] in [-1, 1]; one call for DistributedDataParallel."""
         latent = self.latent(images)
         quantized = self.quantizer(latent)
         return Reconstruction(self.decode(quantized.codes), latent, quantized)
 
     @torch.no_grad()
     def whiten_init(self, images: Tensor) -> None:
-        """Whiten the latents of real images, and match the codebook to them: once, before the first training step.
+        """Whiten the latents of real images and standardize the codebook, once before the first training step.
 
         The mean and the ZCA whitening of the latents are folded into `quant_conv`, so that their covariance over
-        `images` (of all ranks together) becomes the identity; where `quant_conv` is grouped, so is the whitening. The
-        codebook is centred and scaled to unit variance. Nothing of it stays in the graph. Not in the papers: off in
-        their presets.
+        `images` (of all ranks) becomes the identity; a grouped `quant_conv` is whitened per group. The codebook is
+        centered and scaled to unit variance. Not in the papers, and off in their presets.
 
         Args:
             images: float[B, 3, H, W] in [-1, 1], a hundred or more.
@@ -142,14 +141,14 @@ class Autoencoder(nn.Module, ABC):
         """
         conv = self.quant_conv
         if not isinstance(conv, nn.Conv2d):
-            raise ConfigError("the matched start needs a quant_conv to whiten", "Set train.whiten_init = false")
+            raise ConfigError("train.whiten_init needs a quant_conv", "Set train.whiten_init = false")
         assert conv.bias is not None
         mean, covariance = self.latent_moments(images)
         rows = len(mean) // conv.groups
         for group in range(0, len(mean), rows):
             block = slice(group, group + rows)
             variances, directions = torch.linalg.eigh(covariance[block, block])
-            variances = variances.clamp(min=SMALLEST_VARIANCE * float(variances[-1]))
+            variances = variances.clamp(min=MIN_VARIANCE * float(variances[-1]))
             whitening = directions @ torch.diag(variances.rsqrt()) @ directions.T
             weight, bias = conv.weight[block], conv.bias[block]
             weight.copy_((whitening @ weight.double().view(rows, -1)).view_as(weight))
@@ -160,16 +159,16 @@ class Autoencoder(nn.Module, ABC):
         """Mean float64[C] and covariance float64[C, C] of the latent vectors of `images`, over all ranks."""
         total = torch.zeros(1 + self.quantizer.latent_dim, 1 + self.quantizer.latent_dim, dtype=torch.float64)
         total = total.to(images.device)
-        for part in images.split(IMAGES_AT_ONCE):
+        for part in images.split(IMAGES_PER_CHUNK):
             vectors = self.latent(part).double().transpose(0, 1).flatten(1).T
             vectors = torch.cat([torch.ones_like(vectors[:, :1]), vectors], dim=1)
-            total += vectors.T @ vectors  # the count, the sums and the products at once
+            total += vectors.T @ vectors  # count, sums and products
         all_reduce_sum(total)
         count = int(total[0, 0])
         if count < 2 * len(total):
             raise DataError(
                 f"{count} latent vectors are too few to whiten {len(total) - 1} channels",
-                "Start from more images, or from larger ones",
+                "Set train.whiten_images to more images, or use larger ones",
             )
         total /= count
         mean = total[0, 1:]
@@ -177,5 +176,5 @@ class Autoencoder(nn.Module, ABC):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder that `config` describes, freshly initialised."""
-    return class_for(Autoencoder, config)(config)  # type: ignore[call-arg]  # a subclass builds the two networks itself
+    """Build the autoencoder of `config`, with initial weights."""
+    return class_for(Autoencoder, config)(config)  # type: ignore[type-abstract, call-arg]  # a subclass takes its config alone

@@ -1,20 +1,20 @@
-"""The encoder and decoder of MGVQ: residual convolutions at high resolution, linear attention at low.
+"""The encoder and decoder of MGVQ: residual convolutions at high resolution, linear attention at low resolution.
 
-Jia et al. 2025, "MGVQ: Could VQ-VAE Beat VAE?". The paper speaks of a convolutional backbone following VQGAN; its
-released code has that of DC-AE (Chen et al. 2024, "Deep Compression Autoencoder for Efficient High-Resolution
-Diffusion Models") made of EfficientViT's blocks (Cai et al. 2023), and we follow the code. Names of modules are the
-released ones, so that its weights load as they are. A long file, because the two networks share all their blocks.
+Jia et al. 2025, "MGVQ: Could VQ-VAE Beat VAE?". The paper describes a convolutional backbone following VQGAN; its
+released code uses that of DC-AE (Chen et al. 2024, "Deep Compression Autoencoder for Efficient High-Resolution
+Diffusion Models") with the blocks of EfficientViT (Cai et al. 2023). We follow the code. Modules have the released
+names, so the released weights load unchanged.
 
 Shapes: B images of H x W pixels, N channels, h x w positions, T = h * w, heads of D = 32 channels.
 
-Worth knowing:
-- stage i works at H / 2^i; stage 0 is empty, and `project_in` and `project_out` do its halving and doubling;
-- a change of resolution or of channels has a shortcut without weights: channels repeated, or averaged in runs;
+Notes:
+- stage i has resolution H / 2^i; stage 0 is empty, `project_in` and `project_out` change its resolution;
+- a change of resolution or channels has a shortcut without weights: repeated or averaged channels;
 - no block starts with a norm, and no norm sits between a residual block's two convolutions;
-- norms are RMS norms with a bias and activations SiLU; but BatchNorm and ReLU in the decoder's residual blocks, and
-  ReLU before its last convolution;
-- attention sums over every position, so that it is float32, and an image cut in tiles is coded otherwise than whole;
-- no tanh at the end: images leave the decoder unclamped.
+- norms are RMS norms with bias and activations SiLU, except BatchNorm and ReLU in the residual blocks of the decoder,
+  and ReLU before its last convolution;
+- attention covers all positions, so it is computed in float32, and the ids of a tile depend on its extent;
+- no tanh at the end: the output of the decoder is not clamped.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,28 +30,28 @@ from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 
 HEAD_CHANNELS = 32
-"""D, of every head of the linear attention."""
+"""D, channels per head of the linear attention."""
 NORM_EPS = 1e-5
-"""Added to the mean square under the root of the RMS norm."""
+"""Added to the mean square in the RMS norm."""
 ATTENTION_EPS = 1e-15
-"""Added to a position's sum of weights, which is 0 where no key fits its query."""
+"""Added to the sum of attention weights of a position, which can be 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DcaeConfig(AutoencoderConfig):
-    """The DC-AE backbone; the defaults are MGVQ's f16. f8 has one stage fewer, f32 one of (1024, 2, 2) more."""
+    """The DC-AE backbone; the defaults are MGVQ's f16. f8 has one stage less, f32 an additional one of (1024, 2, 2)."""
 
     kind: ClassVar[str] = "dcae"
 
     quant_conv: Literal["full", "grouped", "none"] = "grouped"
     widths: tuple[int, ...] = (128, 256, 512, 512, 1024)
-    """Channels of each stage. That of stage 0, which is empty, is in the released sizes and never used."""
+    """Channels of each stage. The first, of the empty stage 0, is unused."""
     encoder_depths: tuple[int, ...] = (0, 4, 8, 2, 2)
     """Blocks of each stage of the encoder; 0 in stage 0."""
     decoder_depths: tuple[int, ...] = (0, 5, 10, 2, 2)
     """Blocks of each stage of the decoder; 0 in stage 0."""
     attention_from: int = 3
-    """The first stage of EfficientViT blocks; those before have residual blocks. The number of stages: no attention."""
+    """The first stage with EfficientViT blocks; earlier ones have residual blocks. `len(widths)`: no attention."""
     latent_channels: int = 32
     """Channels between the two networks and their 1x1 convolutions."""
 
@@ -80,12 +80,12 @@ class DcaeConfig(AutoencoderConfig):
         for width, deeper in pairwise(self.widths[1:]):
             if 4 * width % deeper:
                 raise ConfigError(
-                    f"four times {width} channels do not average to the {deeper} of the next stage",
+                    f"four times {width} channels are not a multiple of the {deeper} of the next stage",
                     "Double the width from stage to stage, or keep it",
                 )
         if self.widths[-1] % self.latent_channels:
             raise ConfigError(
-                f"the last stage's {self.widths[-1]} channels do not average to {self.latent_channels}",
+                f"the last stage's {self.widths[-1]} channels are not a multiple of {self.latent_channels}",
                 "Set model.latent_channels to a divisor of the last of model.widths",
             )
 
@@ -99,7 +99,7 @@ class DcaeConfig(AutoencoderConfig):
 
 
 class Dcae(Autoencoder):
-    """DC-AE with any quantizer; MGVQ with that of kind `multi_group`."""
+    """DC-AE with any quantizer; with `multi_group`, MGVQ."""
 
     config_class = DcaeConfig
     decoder: "Decoder"
@@ -119,7 +119,7 @@ class Dcae(Autoencoder):
 
 
 class Encoder(nn.Module):
-    """Images float[B, 3, H, W] -> float[B, latent_channels, H/f, W/f]."""
+    """Encodes images float[B, 3, H, W] to float[B, latent_channels, H/f, W/f]."""
 
     def __init__(self, config: DcaeConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """float[B, latent_channels, h, w] -> images float[B, 3, h*f, w*f]. `stages.1`, the largest, runs last."""
+    """Decodes float[B, latent_channels, h, w] to images float[B, 3, h*f, w*f]. `stages.1`, the largest, runs last."""
 
     def __init__(self, config: DcaeConfig) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def blocks(
     norm: Callable[[int], nn.Module],
     activation: Callable[[], nn.Module],
 ) -> list[nn.Module]:
-    """The blocks of a stage: EfficientViT's where it attends, else residual ones with this norm and activation."""
+    """The blocks of a stage: EfficientViT blocks if it attends, else residual blocks with this norm and activation."""
     width = config.widths[stage]
     if config.attends(stage):
         return [EfficientVitBlock(width) for _ in range(depth)]
@@ -178,17 +178,17 @@ def blocks(
 
 
 def downsample(before: int, after: int) -> nn.Module:
-    """float[B, before, h, w] -> float[B, after, h/2, w/2]."""
+    """Map float[B, before, h, w] to float[B, after, h/2, w/2]."""
     return Residual(ConvUnshuffle(before, after), AverageChannels(after, factor=2))
 
 
 def upsample(before: int, after: int) -> nn.Module:
-    """float[B, before, h, w] -> float[B, after, 2h, 2w]."""
+    """Map float[B, before, h, w] to float[B, after, 2h, 2w]."""
     return Residual(ConvShuffle(before, after), RepeatChannels(after, factor=2))
 
 
 class Chain(nn.Module):
-    """Operations one after the other; none at all in stage 0."""
+    """A sequence of operations, named as released; empty in stage 0."""
 
     def __init__(self, ops: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class Residual(nn.Module):
 
 
 class AverageChannels(nn.Module):
-    """Cells of factor x factor positions folded into the channels, then runs of neighbouring channels averaged."""
+    """Folds cells of factor x factor positions into channels, then averages groups of consecutive channels."""
 
     def __init__(self, channels: int, factor: int = 1) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class AverageChannels(nn.Module):
 
 
 class RepeatChannels(nn.Module):
-    """Every channel repeated in place, then channels unfolded to cells of factor x factor positions."""
+    """Repeats every channel, then unfolds channels to cells of factor x factor positions."""
 
     def __init__(self, channels: int, factor: int = 1) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class RepeatChannels(nn.Module):
 
 
 class ConvUnshuffle(nn.Module):
-    """A convolution to a quarter of the channels; each 2 x 2 positions then become one. Sides halve."""
+    """A convolution to a quarter of the channels, then pixel_unshuffle: halves the resolution."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class ConvUnshuffle(nn.Module):
 
 
 class ConvShuffle(nn.Module):
-    """A convolution to four times the channels; each position then becomes 2 x 2. Sides double."""
+    """A convolution to four times the channels, then pixel_shuffle: doubles the resolution."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class ConvShuffle(nn.Module):
 
 
 class ConvPair(nn.Module):
-    """Convolution, activation, convolution, norm: what a residual block adds."""
+    """Convolution, activation, convolution, norm: the main branch of a residual block."""
 
     def __init__(self, width: int, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class EfficientVitBlock(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Multi-head attention with ReLU in the place of the softmax, in float32 under any autocast."""
+    """Multi-head attention with ReLU instead of softmax, in float32 under any autocast."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -301,10 +301,13 @@ class LinearAttention(nn.Module):
 
 
 def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position's values, averaged with the weights q . k, which are not negative: float[B, heads, D, T] all.
+    """Average the values with the weights q . k, normalized over positions.
 
-    By associativity one of two orders: over more positions than D the D x D products of keys and values first, over
-    fewer the T x T weights. They differ by rounding alone.
+    For T > D it computes the D x D products of keys and values first, otherwise the T x T weights; the two orders
+    differ by rounding only.
+
+    Args:
+        q, k, v: float[B, heads, D, T]; q and k are not negative.
     """
     if q.shape[-1] > HEAD_CHANNELS:
         values_and_one = F.pad(v, (0, 0, 0, 1), value=1.0)
@@ -315,7 +318,7 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GatedConv(nn.Module):
-    """Pointwise to 8 times the width, depthwise 3x3, one half gating the other, pointwise back."""
+    """Pointwise convolution to 8 times the width, depthwise 3x3, gating of one half by the other, pointwise back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -329,7 +332,7 @@ class GatedConv(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution that keeps the sides, then the norm, then the activation, where given."""
+    """A convolution with same padding, then the norm and the activation, if any."""
 
     def __init__(
         self,
@@ -355,7 +358,7 @@ class Conv(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """Every position's channels divided by the root of their mean square, in float32; with a weight and a bias."""
+    """RMS normalization over the channels of each position, in float32, with weight and bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

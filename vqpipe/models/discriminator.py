@@ -1,7 +1,7 @@
 """The patch discriminator of the adversarial loss.
 
-Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", section 3.2.2, as VQGAN-LC's
-released code makes it: with 2 layers, where taming-transformers has 3.
+Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", section 3.2.2, as in
+VQGAN-LC's released code: with 2 layers, where taming-transformers has 3.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class DiscriminatorConfig:
     """The size of the discriminator; the defaults are VQGAN-LC's (taming-transformers and LlamaGen: 3 layers)."""
 
     base_channels: int = 64
-    """Channels after the first convolution; each layer doubles them, up to eightfold."""
+    """Channels after the first convolution; each layer doubles them, up to 8 times."""
     num_layers: int = 2
     """Convolutions of stride 2."""
 
@@ -26,9 +26,9 @@ class DiscriminatorConfig:
 
 
 class PatchDiscriminator(nn.Module):
-    """Images float[B, 3, H, W] in [-1, 1] -> one logit per overlapping patch, float[B, 1, h', w'].
+    """Maps images float[B, 3, H, W] in [-1, 1] to one logit per overlapping patch, float[B, 1, h', w'].
 
-    Convolutions start N(0, 0.02), the scales of their BatchNorms N(1, 0.02).
+    Convolutions are initialized from N(0, std 0.02), BatchNorm weights from N(1, std 0.02).
     """
 
     def __init__(self, config: DiscriminatorConfig | None = None) -> None:

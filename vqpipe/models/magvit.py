@@ -1,18 +1,17 @@
 """The convolutional encoder and decoder of Open-MAGVIT2, an open MAGVIT-v2 for images.
 
 Luo et al. 2024, "Open-MAGVIT2: An Open-Source Project Toward Democratizing Auto-Regressive Visual Generation", after
-Yu et al. 2023, "Language Model Beats Diffusion". Names of modules are the released ones, so that its weights load as
-they are; sizes are its code's.
+Yu et al. 2023, "Language Model Beats Diffusion". Sizes and module names are those of the released code, so the released
+weights load unchanged.
 
 Shapes: B images of H x W pixels, N channels, Z channels between networks and quantizer, h x w positions.
 
-Worth knowing:
-- no attention anywhere; as many residual blocks in the middle as at a level, and as many in the decoder as in the
-  encoder;
-- 3x3 convolutions of residual blocks have no bias, and a block that changes channels has a 1x1 convolution beside it;
-- the decoder reads the codes twice: as its input, and at the head of each level as the style of an adaptive norm;
-- the decoder's sides double by depth-to-space in TensorFlow's channel order, which `F.pixel_shuffle` does not follow;
-- there is no quant_conv: the encoder's last convolution makes the latent.
+Notes:
+- no attention; the same number of residual blocks in the middle and at each level, in encoder and decoder;
+- convolutions of residual blocks have no bias, and a block that changes channels has a 1x1 convolution as shortcut;
+- the decoder uses the codes twice: as input, and as the style of an adaptive norm at the start of each level;
+- the decoder upsamples by depth-to-space in the channel order of TensorFlow, not of `F.pixel_shuffle`;
+- there is no quant_conv: the last convolution of the encoder outputs the latent.
 """
 
 from dataclasses import dataclass
@@ -29,25 +28,25 @@ from vqpipe.models.vqgan import ResidualBlock, conv3x3, group_norm
 from vqpipe.quantizers import QuantizerConfig, build_quantizer
 
 STYLE_EPS = 1e-6
-"""Added to the codes' variance under its root, as released."""
+"""Added to the variance of the codes before the square root, as released."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MagvitConfig(AutoencoderConfig):
-    """The Open-MAGVIT2 backbone; the defaults are its f16. Its f8, of 128 pixels: channel_multipliers (1, 2, 2, 4)."""
+    """The Open-MAGVIT2 backbone; the defaults are its f16. Its f8, for 128 pixels: channel_multipliers (1, 2, 2, 4)."""
 
     kind: ClassVar[str] = "magvit"
 
     quant_conv: Literal["full", "grouped", "none"] = "none"
-    """Absent as released; the matched start needs one."""
+    """"none" as released; `train.whiten_init` needs one."""
     base_channels: int = 128
     """Channels of the highest resolution."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each level in units of `base_channels`; each level but the last halves the sides."""
+    """Channels of each level relative to `base_channels`; each level but the last halves the resolution."""
     num_res_blocks: int = 4
-    """Residual blocks at a level and in the middle, of the encoder and of the decoder."""
+    """Residual blocks per level and in the middle, in encoder and decoder."""
     z_channels: int = 0
-    """Channels between the two networks and the quantizer; 0: the quantizer's, the only ones without a quant_conv."""
+    """Channels between the networks and the quantizer; 0: those of the quantizer, required without a quant_conv."""
 
     def __post_init__(self) -> None:
         sizes = [self.base_channels, self.num_res_blocks]
@@ -64,7 +63,7 @@ class MagvitConfig(AutoencoderConfig):
 
 
 class Magvit(Autoencoder):
-    """Open-MAGVIT2's networks with any quantizer; its own is `lfq` with 18 bits."""
+    """The networks of Open-MAGVIT2 with any quantizer; released with `lfq` of 18 bits."""
 
     config_class = MagvitConfig
     decoder: "Decoder"
@@ -85,13 +84,13 @@ class Magvit(Autoencoder):
 
 
 def latent_dim_of(config: QuantizerConfig) -> int:
-    """Channels of the latent that a quantizer takes, from a copy of it without memory."""
+    """The `latent_dim` of a quantizer, from an instance on the meta device."""
     with torch.device("meta"):
         return build_quantizer(config).latent_dim
 
 
 class Encoder(nn.Module):
-    """Images float[B, 3, H, W] -> float[B, Z, H/f, W/f]."""
+    """Encodes images float[B, 3, H, W] to float[B, Z, H/f, W/f]."""
 
     def __init__(self, config: MagvitConfig, z_channels: int) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """float[B, Z, h, w] -> images float[B, 3, h*f, w*f]. `up.0` is the highest resolution, run last."""
+    """Decodes float[B, Z, h, w] to images float[B, 3, h*f, w*f]. `up.0`, the highest resolution, runs last."""
 
     def __init__(self, config: MagvitConfig, z_channels: int) -> None:
         super().__init__()
@@ -160,7 +159,7 @@ class Level(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Normalised x, scaled and shifted per image by the spread and the mean of its codes.
+    """Group norm of x with a scale and a shift per image from the standard deviation and the mean of its codes.
 
     gamma(sqrt(var(codes) + eps)) * norm(x) + beta(mean(codes)), with variance and mean over the positions of each
     channel; the variance divides by h * w - 1, as released.
@@ -175,7 +174,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         positions = codes.flatten(2)
-        # A single position has no spread: 0 there, where dividing by 1 - 1 would give NaN.
+        # The variance of a single position is 0; the division by 1 - 1 would give NaN.
         variance = positions.var(dim=2, correction=min(1, positions.shape[2] - 1))
         scale = self.gamma((variance + STYLE_EPS).sqrt())
         shift = self.beta(positions.mean(dim=2))
@@ -183,7 +182,7 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class Upsample(nn.Module):
-    """A convolution to four times the channels, then depth-to-space: sides double."""
+    """A convolution to four times the channels, then depth-to-space: doubles the resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -194,13 +193,13 @@ class Upsample(nn.Module):
 
 
 def depth_to_space(x: Tensor) -> Tensor:
-    """float[B, 4 * N, h, w] -> float[B, N, 2h, 2w], channel (2 * row + column) * N + n going to pixel (row, column).
+    """Map float[B, 4 * N, h, w] to float[B, N, 2h, 2w], with channel (2 * row + column) * N + n at pixel (row, column).
 
-    That is TensorFlow's order, ONNX's "DCR"; `F.pixel_shuffle` wants the four places of a channel side by side.
+    This is the order of TensorFlow ("DCR" in ONNX); `F.pixel_shuffle` has n * 4 + 2 * row + column ("CRD").
     """
     return F.pixel_shuffle(x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
 
 
 def residual_blocks(channels: list[int]) -> nn.Sequential:
-    """A block from each width to the next, its convolutions without biases."""
+    """A residual block from each width to the next, without biases in its convolutions."""
     return nn.Sequential(*(ResidualBlock(before, after, bias=False) for before, after in pairwise(channels)))

@@ -1,16 +1,16 @@
-"""The convolutional encoder and decoder of VQGAN, as VQGAN-LC trains them.
+"""The convolutional encoder and decoder of VQGAN, as used by VQGAN-LC.
 
 Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis", with the sizes of VQGAN-LC's released
-code. Names of modules are the released ones, so that its weights load as they are.
+code. Modules have the released names, so the released weights load unchanged.
 
 Shapes: B images of H x W pixels, N channels, h x w positions.
 
-Worth knowing:
-- attention sits at the levels whose side is in `attention_resolutions`, counted down from the configured
-  `resolution` and not from the image at hand: f16 has it at its last level, f8 nowhere but in the middle;
-- the decoder has one residual block more at each level than the encoder;
-- a stride-2 convolution pads right and bottom only;
-- no tanh at the end: images leave the decoder unclamped.
+Notes:
+- levels have attention if their side for images of `resolution` pixels is in `attention_resolutions`, whatever the
+  actual image size: f16 at its last level, f8 at none; the middle always has attention;
+- the decoder has one residual block more per level than the encoder;
+- stride-2 convolutions pad right and bottom only;
+- no tanh at the end: the output of the decoder is not clamped.
 """
 
 import math
@@ -36,18 +36,18 @@ class VqganConfig(AutoencoderConfig):
     base_channels: int = 128
     """Channels of the highest resolution."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each level in units of `base_channels`; each level but the last halves the sides."""
+    """Channels of each level relative to `base_channels`; each level but the last halves the resolution."""
     num_res_blocks: int = 2
-    """Residual blocks at a level of the encoder; the decoder has one more."""
+    """Residual blocks per level of the encoder; the decoder has one more."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Sides, in cells at `resolution`, of the levels that attend."""
+    """Sides, in positions at `resolution`, of the levels with attention."""
     z_channels: int = 256
     """Channels between the two networks and their 1x1 convolutions."""
     resolution: int = 256
-    """Image side in pixels that the levels' sides are counted from; images of any size pass."""
+    """Image side in pixels to which `attention_resolutions` refers; images of any size are accepted."""
     patch_size: int = 1
-    """Pixels on a side folded into the channels of the first and last convolution. 1 as in the papers; with 4 a network
-    trains on a CPU, where levels at full resolution would take nine tenths of the time."""
+    """Side of the patches that are folded into the channels of the first and last convolution. 1 as in the papers; 4 is
+    fast enough to train on a CPU, where levels at full resolution would take 90 % of the time."""
 
     def __post_init__(self) -> None:
         sizes = [self.base_channels, self.num_res_blocks, self.z_channels, self.resolution, self.patch_size]
@@ -87,7 +87,7 @@ class Vqgan(Autoencoder):
 
 
 class Encoder(nn.Module):
-    """Images float[B, 3, H, W] -> float[B, z_channels, H/f, W/f]."""
+    """Encodes images float[B, 3, H, W] to float[B, z_channels, H/f, W/f]."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """float[B, z_channels, h, w] -> images float[B, 3, h*f, w*f]. `up.0` is the highest resolution, run last."""
+    """Decodes float[B, z_channels, h, w] to images float[B, 3, h*f, w*f]. `up.0`, the highest resolution, runs last."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each with attention where the level attends, then a change of resolution."""
+    """Residual blocks of one resolution, each followed by attention if `attends`, then a change of resolution."""
 
     def __init__(
         self,
@@ -190,16 +190,16 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.conv1(silu(self.norm1(x)))
-        residual = silu(self.norm2(residual))  # a name of its own would keep what went into the norm
+        residual = silu(self.norm2(residual))  # reuse the name, to free the input of the norm
         residual = self.conv2(residual)
         shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
-        if torch.is_grad_enabled() or residual.dtype != shortcut.dtype:  # under autocast the sum takes the wider type
+        if torch.is_grad_enabled() or residual.dtype != shortcut.dtype:  # under autocast the sum has the wider type
             return residual + shortcut
         return residual.add_(shortcut)
 
 
 class Attention(nn.Module):
-    """x + single-head self-attention over the h*w positions, scale N^-0.5."""
+    """x + single-head self-attention over the h*w positions, with scale N^-0.5."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution, zeros padded right and bottom: sides halve."""
+    """Stride-2 convolution with zero padding right and bottom: halves the resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution: sides double."""
+    """Nearest-neighbor upsampling, then a convolution: doubles the resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -238,10 +238,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def silu(fresh: Tensor) -> Tensor:
-    """SiLU of a tensor that nobody else needs. Without gradients it is written over: the same bits, and one
-    activation less at the peak, which is a fifth of it in a tile at full resolution."""
-    return F.silu(fresh, inplace=not torch.is_grad_enabled())
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that is not used afterwards: in place without gradients, which gives the same values and saves a
+    fifth of the peak memory of a tile at full resolution."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def conv3x3(before: int, after: int, bias: bool = True) -> nn.Conv2d:
@@ -249,5 +249,5 @@ def conv3x3(before: int, after: int, bias: bool = True) -> nn.Conv2d:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """The papers' 32 groups; in a network too narrow for them, as many as divide both 32 and its channels."""
+    """Group norm with 32 groups, as in the papers, or the largest divisor of 32 that divides the channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)

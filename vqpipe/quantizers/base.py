@@ -272,7 +272,7 @@ def check_finite(latent: Tensor) -> None:
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
     """Build the quantizer of `config`, with initial weights."""
-    return class_for(Quantizer, config)(config)  # type: ignore[call-arg]  # a subclass takes its config alone
+    return class_for(Quantizer, config)(config)  # type: ignore[type-abstract, call-arg]  # a subclass takes its config alone
 
 
 def to_rows(latent: Tensor) -> Tensor:

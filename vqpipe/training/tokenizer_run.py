@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from vqpipe.losses.perceptual import backbone_file
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.training import describe_tokenizer
-from vqpipe.tokenizer import Tokenizer, load_weights, read_config, write_files
+from vqpipe.tokenizer import Tokenizer, load_weights, model_facts, read_config, write_tokenizer
 from vqpipe.training.callbacks import MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
 from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
@@ -152,7 +152,7 @@ def train_tokenizer(
         RunReport(
             draft,
             metrics,
-            description=describe_tokenizer(facts_of(model)),
+            description=describe_tokenizer(model_facts(model)),
             settings=settings,
             sources=sources,
             progress=progress,
@@ -242,16 +242,6 @@ def validation_of(
     )
 
 
-def facts_of(model: Autoencoder) -> dict[str, Any]:
-    """The facts of a tokenizer's manifest that describe its model."""
-    return {
-        "quantizer": model.quantizer.config.kind,
-        "codebook_size": model.quantizer.codebook_size,
-        "num_groups": model.quantizer.num_groups,
-        "downsample_factor": model.downsample_factor,
-    }
-
-
 def publish_tokenizer(
     draft: Draft,
     config: TokenizerRunConfig,
@@ -270,7 +260,7 @@ def publish_tokenizer(
             load_weights(network, load_tensors(best.path), best.path)
         tokenizer = Tokenizer(network, image_size=config.data.image_size, device="cpu")
         discriminator = task.discriminator if task.adversarial else None
-        write_files(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
+        write_tokenizer(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
         draft.adopt("metrics.jsonl")
     measured = {
         "training_psnr": metrics.latest("psnr"),
@@ -279,4 +269,4 @@ def publish_tokenizer(
     }
     seen = {"images_seen": images_seen, "steps": state.step, "published_step": step}
     known = {name: value for name, value in measured.items() if value is not None}
-    return draft.publish(facts_of(task.model) | seen | known)
+    return draft.publish(model_facts(task.model) | seen | known)

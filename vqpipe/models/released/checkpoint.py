@@ -1,7 +1,7 @@
-"""A released file as tensors by name, with a record of which of them found a place.
+"""The tensors of a released file by name, and which of them have been used.
 
-Files come from other people: nothing in them runs. A pickle is read with `weights_only`, and the few classes that
-training states mention beside their tensors are read as inert objects.
+Files are not trusted: pickles are read with `weights_only=True`, and the few other classes that training states contain
+are replaced by placeholders.
 """
 
 from collections.abc import Sequence
@@ -15,175 +15,175 @@ from vqpipe.errors import NumericError, WeightsError
 from vqpipe.weights import load_tensors
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before a name."""
+"""Prefixes added by DistributedDataParallel and torch.compile."""
 CONTAINERS = ("model", "state_dict", "ema")
-"""Where a training state keeps its weights."""
+"""Keys of the weights in a training state."""
 BARE = ""
-"""The container of a file that is its weights and nothing else."""
+"""The container of a plain state dict."""
 DISCRIMINATOR = "discriminator"
-"""Where LlamaGen's training state keeps the other network."""
+"""Key of the discriminator in LlamaGen's training state."""
 AVERAGES = "model_ema."
-"""Where Lightning modules keep moving averages: each under its parameter's name, the dots left out."""
-AVERAGES_ASIDE = tuple(
-    f"{AVERAGES}{rest}" for rest in ("decay", "num_updates", "lossdiscriminator", "lossperceptual_loss")
+"""Prefix of moving averages in Lightning modules: of each parameter under its name without dots."""
+UNUSED_AVERAGES = tuple(
+    f"{AVERAGES}{name}" for name in ("decay", "num_updates", "lossdiscriminator", "lossperceptual_loss")
 )
-"""What lies there beside the networks' averages, and is not needed."""
-NOT_WHOLE = "It is damaged, or of another family"
-"""What to think of a file whose tensors are not those of its family."""
-SHOWN = 3
-"""Names that an error lists; the rest it counts."""
+"""Prefixes of tensors among the averages that are ignored."""
+DAMAGED = "It is damaged, or of another family"
+"""Hint of the errors about tensors that do not match the family."""
+MAX_NAMES = 3
+"""Names listed in an error."""
 
 
-class Inert:
-    """Stands for a class that a training state mentions: takes what the file says, and does nothing with it."""
+class Placeholder:
+    """Replaces a class in a pickle; ignores its arguments."""
 
     def __init__(self, *args: Any) -> None:
         pass
 
 
-HARMLESS = {
-    "argparse.Namespace": Inert,
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": Inert,
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping": Inert,
+PLACEHOLDERS = {
+    "argparse.Namespace": Placeholder,
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": Placeholder,
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping": Placeholder,
 }
-"""The command line that VQGAN-LC and LlamaGen keep; the callbacks whose classes Lightning, up to 1.4, has as keys."""
+"""The command line saved by VQGAN-LC and LlamaGen; callbacks, whose classes Lightning up to 1.4 saved as keys."""
 
 
 class Checkpoint:
-    """The containers of tensors in one released file, with prefixes stripped from their names.
+    """The state dicts in a released file, with `PREFIXES` removed from their names.
 
     Raises:
-        WeightsError: the file is absent, cannot be read, or keeps no weights where training states keep them.
+        WeightsError: the file is absent, cannot be read, or contains no state dict under a known key.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise WeightsError(f"{path} is not a file", "Name the released file of weights")
-        content: Any = load_tensors(path, harmless=HARMLESS, mmap=True)
+        content: Any = load_tensors(path, placeholders=PLACEHOLDERS, mmap=True)
         self.path = path
         self.containers: dict[str, dict[str, Tensor]] = {}
         if not isinstance(content, dict):
-            raise WeightsError(f"{path} holds no weights by name", "A codebook alone is given with --codebook")
+            raise WeightsError(f"{path} is not a state dict or a training state", "To pass a codebook, use --codebook")
         for key in (*CONTAINERS, DISCRIMINATOR):
             if is_weights(content.get(key)):
-                self.containers[key] = self.stripped(content[key])
+                self.containers[key] = self.strip_prefixes(content[key])
         if not self.containers and is_weights(content):
-            self.containers[BARE] = self.stripped(content)
+            self.containers[BARE] = self.strip_prefixes(content)
         self.keys = [str(key) for key in content]
         if not self.containers.keys() & {*CONTAINERS, BARE}:
             raise WeightsError(
-                f"{path} keeps no weights under {', '.join(CONTAINERS)}, nor is it weights alone",
-                "Save its state_dict by itself",
+                f"{path} is not a state dict and has none under {', '.join(CONTAINERS)}",
+                "Save its state_dict alone",
             )
 
-    def stripped(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors under the names that the networks' authors gave them."""
-        renamed = {strip(name): tensor for name, tensor in tensors.items()}
+    def strip_prefixes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Remove `PREFIXES` from the names."""
+        renamed = {strip_prefix(name): tensor for name, tensor in tensors.items()}
         if len(renamed) < len(tensors):
-            raise WeightsError(f"{self.path} holds the same weight twice, under different prefixes")
+            raise WeightsError(f"{self.path} contains the same weight twice, with different prefixes")
         return renamed
 
-    def left_out(self, container: str) -> list[str]:
-        """What the file holds beside the container in use and the discriminator."""
+    def unused(self, container: str) -> list[str]:
+        """Keys of the file other than the used container and the discriminator."""
         return [] if container == BARE else [key for key in self.keys if key not in (container, DISCRIMINATOR)]
 
     def weights(self, preferred: tuple[str, ...]) -> tuple[str, "Weights"]:
-        """The first container there is, with its name, and with the discriminator's where that has its own."""
+        """The first existing container and its key; the tensors of a separate discriminator are added."""
         key = next(key for key in (*preferred, *CONTAINERS, BARE) if key in self.containers)
-        beside = self.containers.get(DISCRIMINATOR, {})
-        discriminator = {f"{DISCRIMINATOR}.{name}": tensor for name, tensor in beside.items()}
+        separate = self.containers.get(DISCRIMINATOR, {})
+        discriminator = {f"{DISCRIMINATOR}.{name}": tensor for name, tensor in separate.items()}
         return key, Weights(self.path, {**self.containers[key], **discriminator})
 
 
 class Weights:
-    """Tensors by released name, and which of them are still without a place.
+    """Tensors by released name, with a record of those not used yet (`unused`) and those absent (`missing`).
 
-    `take` and `drop` give a place; what then stands in `rest` or `missing` says that the file does not fit.
+    `take` and `ignore` remove names from `unused`.
     """
 
     def __init__(self, source: Path, tensors: dict[str, Tensor]) -> None:
         self.source = source
         self.tensors = tensors
-        self.rest = dict.fromkeys(tensors)
+        self.unused = dict.fromkeys(tensors)
         self.missing: list[str] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
     def shape(self, name: str, ndim: int) -> torch.Size:
-        """The shape of a tensor that sizes are read from.
+        """The shape of a tensor.
 
         Raises:
-            WeightsError: it is absent, or has not `ndim` dimensions.
+            WeightsError: it is absent, empty, or does not have `ndim` dimensions.
         """
         if name not in self.tensors:
-            raise WeightsError(f"{self.source} lacks {name}", NOT_WHOLE)
+            raise WeightsError(f"{self.source} lacks {name}", DAMAGED)
         shape = self.tensors[name].shape
         if len(shape) != ndim or not all(shape):
             raise WeightsError(
-                f"{self.source}: {name} has shape {list(shape)}, {ndim} dimensions are expected", NOT_WHOLE
+                f"{self.source}: {name} has shape {list(shape)}, {ndim} dimensions are expected", DAMAGED
             )
         return shape
 
     def under(self, prefix: str) -> list[str]:
-        """The names that begin so."""
+        """The names with this prefix."""
         return [name for name in self.tensors if name.startswith(prefix)]
 
     def count(self, prefix: str, first: int = 0) -> int:
-        """How many children, numbered from `first`, the module `prefix` has.
+        """The number of children of the module `prefix`, numbered from `first`.
 
         Raises:
-            WeightsError: none, or a number is left out.
+            WeightsError: there are none, or a number is missing.
         """
         numbers = {name[len(prefix) :].split(".")[0] for name in self.under(prefix)}
         expected = [str(number) for number in range(first, first + max(1, len(numbers)))]
         absent = [number for number in expected if number not in numbers]
         if absent:
-            raise WeightsError(f"{self.source} lacks {prefix}{absent[0]}", NOT_WHOLE)
+            raise WeightsError(f"{self.source} lacks {prefix}{absent[0]}", DAMAGED)
         return len(expected)
 
     def take(self, name: str) -> Tensor | None:
-        """One tensor, floating point as float32; None, and noted, where it is absent.
+        """Return a tensor, as float32 if it is floating point; None, recorded in `missing`, if it is absent.
 
         Raises:
-            NumericError: it holds NaN or infinity.
-            WeightsError: it is sparse, or its shape promises more elements than the file holds.
+            NumericError: it contains NaN or infinity.
+            WeightsError: it is sparse, or larger than its storage.
         """
         if name not in self.tensors:
             self.missing.append(name)
             return None
-        self.rest.pop(name, None)
+        self.unused.pop(name, None)
         tensor = self.tensors[name].detach()
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or is_inflated(tensor):
-            raise WeightsError(f"{self.source}: {name} is not stored as a plain tensor", "Save it again, densely")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or is_expanded(tensor):
+            raise WeightsError(f"{self.source}: {name} is not a dense tensor", "Save it again as a dense tensor")
         if not tensor.is_floating_point():
             return tensor
         tensor = tensor.float()
         if not bool(torch.isfinite(tensor).all()):
-            raise NumericError(f"{self.source}: {name} holds NaN or infinity", "Ask for another checkpoint")
+            raise NumericError(f"{self.source}: {name} contains NaN or infinity", "Use another checkpoint")
         return tensor
 
-    def drop(self, *prefixes: str) -> None:
-        """Give a place to names that are known and not needed."""
-        for name in [name for name in self.rest if name.startswith(prefixes)]:
-            del self.rest[name]
+    def ignore(self, *prefixes: str) -> None:
+        """Mark names with these prefixes as used."""
+        for name in [name for name in self.unused if name.startswith(prefixes)]:
+            del self.unused[name]
 
     def use_averages(self, prefixes: tuple[str, ...]) -> bool:
-        """Put the moving averages, where the file keeps some, in the place of all weights under `prefixes`."""
+        """Replace the weights under `prefixes` by their moving averages, and return True, if the file has any."""
         if not self.under(AVERAGES):
             return False
         for name in [name for name in self.tensors if name.startswith(prefixes)]:
             average = AVERAGES + name.replace(".", "")
             if average in self.tensors:
                 self.tensors[name] = self.tensors[average]
-                self.drop(average)
+                self.ignore(average)
             else:
                 self.missing.append(average)
         return True
 
 
 def is_weights(value: Any) -> bool:
-    """Whether this is what `state_dict()` gives: tensors by name, and at least one."""
+    """Whether this is a non-empty state dict."""
     return (
         isinstance(value, dict)
         and len(value) > 0
@@ -191,19 +191,19 @@ def is_weights(value: Any) -> bool:
     )
 
 
-def is_inflated(tensor: Tensor) -> bool:
-    """Whether elements share memory, so that a small file could ask for any amount of it."""
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory (stride 0), so that a small file could allocate any amount of memory."""
     return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
-def strip(name: str) -> str:
-    """A name without any mixture of `PREFIXES` at its front."""
+def strip_prefix(name: str) -> str:
+    """Remove all `PREFIXES` from the start of a name."""
     while name.startswith(PREFIXES):
         name = name[len(next(prefix for prefix in PREFIXES if name.startswith(prefix))) :]
     return name
 
 
-def listed(names: Sequence[str]) -> str:
-    """`a, b, c, ... (7 in all)`; a name that is not for printing as Python writes it."""
-    shown = [name if name.isprintable() else ascii(name) for name in names[:SHOWN]]
-    return ", ".join(shown) + (f", ... ({len(names):,} in all)" if len(names) > SHOWN else "")
+def join_names(names: Sequence[str]) -> str:
+    """`a, b, c, ... (7 in all)`; unprintable names are escaped."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:MAX_NAMES]]
+    return ", ".join(shown) + (f", ... ({len(names):,} in all)" if len(names) > MAX_NAMES else "")

@@ -1,10 +1,10 @@
-"""What a family of released weights has to say about itself, and how one of its files becomes our networks."""
+"""The base class of families of released weights, and the conversion of one of their files."""
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,101 +12,105 @@ from torch import Tensor, nn
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from vqpipe.models.released.checkpoint import NOT_WHOLE, Weights, listed
+from vqpipe.models.released.checkpoint import DAMAGED, Weights, join_names
+from vqpipe.models.vqgan import VqganConfig
+from vqpipe.quantizers import QuantizerConfig
 
 PATCH_LAYER = re.compile(r"main\.(?P<layer>\d\d?)\.(weight|bias|running_mean|running_var|num_batches_tracked)")
-"""A name in a patch discriminator, whose convolutions and BatchNorms are numbered through."""
+"""A name in a patch discriminator."""
+RESOLUTION = 256
+"""`VqganConfig.resolution` of every released VQGAN."""
 
 
 @dataclass(frozen=True)
 class Released:
-    """A released tokenizer as our networks, on the CPU."""
+    """A released tokenizer, converted, on the CPU."""
 
     family: str
     autoencoder: Autoencoder
     discriminator: PatchDiscriminator | None
-    """The network it was trained against, to go on with in fine-tuning; None where the file has none of our kind."""
+    """Its discriminator, for fine-tuning; None if the file has none, or one of another architecture."""
     image_size: int
-    """Image side in pixels that it was trained at."""
+    """Image side in pixels of its training."""
     notes: tuple[str, ...]
-    """What was chosen, or left out, that its user may want to know."""
+    """Choices made during conversion, for the user."""
 
 
 class Family(ABC):
-    """One family of released weights, and one file of it.
+    """A file of one family of released weights.
 
-    A subclass tells the sizes from the tensors' shapes (`config`) and where each of our weights comes from
-    (`released`). All else, the strictness too, is the same for every family.
+    A subclass derives the config from tensor shapes (`config`) and maps our weight names to released ones
+    (`released_name`).
     """
 
     name: ClassVar[str]
     containers: ClassVar[tuple[str, ...]] = ()
-    """Where in a training state the weights are that its authors evaluate, if that is not the usual place."""
+    """Preferred keys in a training state, of the weights that its authors evaluate."""
     discriminator: ClassVar[str] = "discriminator."
-    """What the discriminator's names begin with."""
-    dropped: ClassVar[tuple[str, ...]] = ()
-    """What names begin with that are known and not needed."""
+    """Prefix of the names of the discriminator."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of known tensors that are not needed."""
 
     def __init__(self, weights: Weights, codebook: Tensor | None = None) -> None:
         self.weights = weights
         self.notes: list[str] = []
         if codebook is not None and not self.lacks_codebook():
-            raise ConfigError(f"{weights.source} needs no codebook beside its weights", "Leave --codebook out")
+            raise ConfigError(f"{weights.source} contains a codebook or needs none", "Omit --codebook")
         self.codebook = codebook
 
     @classmethod
     @abstractmethod
-    def recognises(cls, names: Collection[str]) -> bool:
-        """Whether a file with these names is of this family."""
+    def matches(cls, names: Collection[str]) -> bool:
+        """Whether a file with these tensor names is of this family."""
 
     @abstractmethod
     def config(self) -> AutoencoderConfig:
-        """The model, its sizes read off the shapes.
+        """The config of the model, with sizes from tensor shapes.
 
         Raises:
-            WeightsError: a tensor that tells a size is absent or misshapen.
+            WeightsError: a tensor that defines a size is absent or has a wrong number of dimensions.
         """
 
     @abstractmethod
-    def released(self, name: str) -> str:
+    def released_name(self, name: str) -> str:
         """The released name of our weight `name`."""
 
     def value(self, name: str) -> Tensor | None:
-        """The value of our weight `name`; None where the file lacks it, which `weights.missing` then says."""
-        return self.weights.take(self.released(name))
+        """The value of our weight `name`; None, recorded in `weights.missing`, if the file lacks it."""
+        return self.weights.take(self.released_name(name))
 
     def use_averages(self, prefixes: tuple[str, ...]) -> None:
-        """Take the moving averages of what is under `prefixes`, where the file keeps some."""
+        """Use the moving averages of the weights under `prefixes`, if the file has any."""
         if self.weights.use_averages(prefixes):
-            self.notes.append("its weights are the moving averages under model_ema, the ones its authors evaluate")
+            self.notes.append("used the moving averages under model_ema, which its authors evaluate")
 
     def image_size(self) -> int:
-        """Image side in pixels that the weights were trained at, as their authors say."""
+        """Image side in pixels of the training."""
         return 256
 
     def lacks_codebook(self) -> bool:
-        """Whether the file is released without its codebook, which has to be given."""
+        """Whether the file was released without its codebook."""
         return False
 
 
 def load(family: Family) -> Released:
-    """Our networks with the file's weights, each name and shape accounted for.
+    """Build our networks with the weights of a file; every name and shape must match.
 
     Raises:
-        WeightsError: a weight is missing, has another shape, or has no place in the networks of its family.
-        NumericError: a weight holds NaN or infinity.
+        WeightsError: a weight is missing, unexpected, or has another shape.
+        NumericError: a weight contains NaN or infinity.
     """
     weights = family.weights
     with torch.device("meta"):
         autoencoder = build_autoencoder(family.config())
-    fill(autoencoder, family.value, family.released, weights)
+    fill(autoencoder, family.value, family.released_name, weights)
     discriminator = load_discriminator(family)
-    weights.drop(*family.dropped)
+    weights.ignore(*family.ignored)
     if weights.missing:
-        raise WeightsError(f"{weights.source}, as a {family.name} file, lacks {listed(weights.missing)}", NOT_WHOLE)
-    if weights.rest:
+        raise WeightsError(f"{weights.source}, as a {family.name} file, lacks {join_names(weights.missing)}", DAMAGED)
+    if weights.unused:
         raise WeightsError(
-            f"{weights.source} holds what the family {family.name} has no place for: {listed(list(weights.rest))}",
+            f"{weights.source}, as a {family.name} file, has unexpected weights: {join_names(list(weights.unused))}",
             "It is a variant that cannot be imported",
         )
     return Released(family.name, autoencoder, discriminator, family.image_size(), tuple(family.notes))
@@ -115,37 +119,37 @@ def load(family: Family) -> Released:
 def fill(
     network: nn.Module,
     value: Callable[[str], Tensor | None],
-    released: Callable[[str], str],
+    released_name: Callable[[str], str],
     weights: Weights,
 ) -> None:
-    """Give a network on the meta device its values; those that are missing are passed over, to be told together.
+    """Assign values to a network on the meta device. Missing values are skipped, to be reported together.
 
     Raises:
-        WeightsError: a value has another shape; its `released` name is told.
+        WeightsError: a value has another shape or dtype.
     """
-    given: dict[str, Tensor] = {}
-    places: set[int] = set()
+    state: dict[str, Tensor] = {}
+    storages: set[int] = set()
     wrong = []
     for name, expected in network.state_dict().items():
         tensor = value(name)
         if tensor is None:
             continue
         if tensor.shape != expected.shape:
-            wrong.append(f"{released(name)} has shape {list(tensor.shape)}, not {list(expected.shape)}")
+            wrong.append(f"{released_name(name)} has shape {list(tensor.shape)}, not {list(expected.shape)}")
         if not expected.is_floating_point():  # BatchNorm's count of batches
             tensor = tensor.to(expected.dtype)
         elif not tensor.is_floating_point():
-            wrong.append(f"{released(name)} holds {str(tensor.dtype).removeprefix('torch.')}, not numbers of a network")
-        place = tensor.untyped_storage().data_ptr()
-        given[name] = tensor.clone() if place in places else tensor  # two weights must not move together
-        places.add(place)
+            wrong.append(f"{released_name(name)} has dtype {str(tensor.dtype).removeprefix('torch.')}")
+        storage = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.clone() if storage in storages else tensor  # weights must not share memory
+        storages.add(storage)
     if wrong:
-        raise WeightsError(f"{weights.source} does not fit: {listed(wrong)}", NOT_WHOLE)
-    network.load_state_dict(given, strict=False, assign=True)
+        raise WeightsError(f"{weights.source} does not match: {join_names(wrong)}", DAMAGED)
+    network.load_state_dict(state, strict=False, assign=True)
 
 
 def load_discriminator(family: Family) -> PatchDiscriminator | None:
-    """The file's discriminator where it is a patch discriminator; one of another kind is left out, with a note."""
+    """The discriminator of the file if it is a patch discriminator; others are ignored, with a note."""
     weights, prefix = family.weights, family.discriminator
     names = weights.under(prefix)
     if not names:
@@ -153,8 +157,8 @@ def load_discriminator(family: Family) -> PatchDiscriminator | None:
     parts = [PATCH_LAYER.fullmatch(name.removeprefix(prefix)) for name in names]
     last = max(int(part["layer"]) if part else 0 for part in parts)
     if None in parts or last < 5 or last % 3 != 2:  # 2 modules, 3 for each layer after the first, 1
-        weights.drop(prefix)
-        family.notes.append("its discriminator is not a patch discriminator, and is left out")
+        weights.ignore(prefix)
+        family.notes.append("ignored its discriminator, which is not a patch discriminator")
         return None
     base_channels = weights.shape(f"{prefix}main.0.weight", 4)[0]
     config = DiscriminatorConfig(base_channels=base_channels, num_layers=(last - 2) // 3)
@@ -162,7 +166,55 @@ def load_discriminator(family: Family) -> PatchDiscriminator | None:
         network = PatchDiscriminator(config)
     fill(network, lambda name: weights.take(prefix + name), lambda name: prefix + name, weights)
     family.notes.append(
-        f"its discriminator is kept; to fine-tune with it, set discriminator.num_layers = {config.num_layers}"
+        f"kept its discriminator; to fine-tune with it, set discriminator.num_layers = {config.num_layers}"
         + (f" and discriminator.base_channels = {base_channels}" if base_channels != 64 else "")
     )
     return network
+
+
+class LevelSizes(NamedTuple):
+    """The sizes of an encoder, as fields of our configs."""
+
+    base_channels: int
+    channel_multipliers: tuple[int, ...]
+    num_res_blocks: int
+
+
+def same_name(name: str) -> str:
+    """The released name of a weight whose name did not change."""
+    return name
+
+
+def level_sizes(weights: Weights, released_name: Callable[[str], str] = same_name) -> LevelSizes:
+    """The sizes of an encoder with the levels of VQGAN, from the shapes of its weights.
+
+    Raises:
+        WeightsError: a weight that defines a size is absent, or widths are not multiples of the first.
+    """
+    levels = range(weights.count(released_name("encoder.down.")))
+    base = weights.shape(released_name("encoder.conv_in.weight"), 4)[0]
+    widths = [weights.shape(released_name(f"encoder.down.{level}.block.0.conv1.weight"), 4)[0] for level in levels]
+    if any(width % base for width in widths):
+        raise WeightsError(f"{weights.source}: levels of {widths} channels are not multiples of {base}")
+    blocks = weights.count(released_name("encoder.down.0.block."))
+    return LevelSizes(base, tuple(width // base for width in widths), blocks)
+
+
+def vqgan_config(
+    weights: Weights, quantizer: QuantizerConfig, released_name: Callable[[str], str] = same_name
+) -> VqganConfig:
+    """The config of a VQGAN, with sizes from the shapes of its weights.
+
+    Raises:
+        WeightsError: as `level_sizes`.
+    """
+    sizes = level_sizes(weights, released_name)
+    levels = range(len(sizes.channel_multipliers))
+    attending = [level for level in levels if weights.under(released_name(f"encoder.down.{level}.attn."))]
+    return VqganConfig(
+        quantizer=quantizer,
+        **sizes._asdict(),
+        attention_resolutions=tuple(RESOLUTION // 2**level for level in attending),
+        z_channels=weights.shape("quant_conv.weight", 4)[1],
+        resolution=RESOLUTION,
+    )

@@ -1,4 +1,4 @@
-"""MGVQ (Jia et al. 2025): f8, f16 and f32, with groups of which each owns a run of rows of one stored table."""
+"""MGVQ (Jia et al. 2025): f8, f16 and f32. The codebooks of its groups are stored as one tensor."""
 
 from collections.abc import Collection
 
@@ -10,29 +10,29 @@ from vqpipe.models.dcae import DcaeConfig
 from vqpipe.models.released.family import Family
 from vqpipe.quantizers import CvqConfig, MultiGroupConfig
 
-TABLE = "quantize.embedding.weight"
-"""float[G * K, C / G]: the groups' codebooks, one below the other. The size given to its code is this total."""
+CODES = "quantize.embedding.weight"
+"""float[G * K, C / G]: the concatenated codebooks of the groups. The codebook size in its code is G * K."""
 FREQUENCIES = "quantize.embed_prob"
-"""float[G, K]: how often each code was used, on moving average, from which dead codes are told."""
+"""float[G, K]: moving averages of the frequency of each code."""
 OUR_GROUPS = "quantizer.groups."
-"""What our names of the groups' tensors begin with."""
+"""Prefix of our names of the tensors of groups."""
 ATTENTION = "op_list.0.context_module.main.qkv.conv.weight"
 RESIDUAL = "op_list.0.main.conv1.conv.weight"
-"""The first convolution of a stage of EfficientViT blocks, and of one of residual blocks: both see its full width."""
+"""The first convolution of a stage of EfficientViT or residual blocks; its input has the width of the stage."""
 
 
 class Mgvq(Family):
-    """G4 and G8, told by `quant_conv`, which is grouped.
+    """G4 and G8; the number of groups is that of the grouped `quant_conv`.
 
-    Nested masking is off in the imported config, as in the phase that the released weights come from, fine-tuning;
-    it has no part in encoding or decoding.
+    Nested masking is off in the imported config, as in the final fine-tuning phase of the released weights; it does not
+    affect encoding or decoding.
     """
 
     name = "mgvq"
-    dropped = ("quantize.codebook_used",)
+    ignored = ("quantize.codebook_used",)
 
     @classmethod
-    def recognises(cls, names: Collection[str]) -> bool:
+    def matches(cls, names: Collection[str]) -> bool:
         return any(name.startswith("encoder.stages.") for name in names)
 
     def config(self) -> DcaeConfig:
@@ -46,7 +46,7 @@ class Mgvq(Family):
         ]
         return DcaeConfig(
             quantizer=self.quantizer(),
-            widths=(max(1, widths[0] // 2), *widths),  # nothing is stored of the empty stage; so wide it is released
+            widths=(max(1, widths[0] // 2), *widths),  # stage 0 has no weights; the released value
             encoder_depths=(0, *self.depths("encoder", stages)),
             decoder_depths=(0, *self.depths("decoder", stages)),
             attention_from=1 + (attends.index(True) if True in attends else len(attends)),
@@ -54,43 +54,43 @@ class Mgvq(Family):
         )
 
     def depths(self, network: str, stages: range) -> list[int]:
-        """Blocks of each stage; every stage but the last holds a change of resolution as well."""
+        """Blocks of each stage; all stages but the last also contain a change of resolution."""
         counts = [self.weights.count(f"{network}.stages.{stage}.op_list.") for stage in stages]
         return [count - (stage != stages[-1]) for stage, count in zip(stages, counts, strict=True)]
 
     def quantizer(self) -> MultiGroupConfig:
         num_groups = self.num_groups()
-        size, code_dim = self.weights.shape(TABLE, 2)
+        size, code_dim = self.weights.shape(CODES, 2)
         if size % num_groups:
             raise WeightsError(f"{self.weights.source}: {size:,} codes do not divide into {num_groups} groups")
         if FREQUENCIES not in self.weights:
-            self.notes.append("it does not say how often codes were used: fine-tuning starts with all of them in use")
+            self.notes.append("it has no frequencies of codes; fine-tuning starts with all codes equally frequent")
         group = CvqConfig(codebook_size=size // num_groups, code_dim=code_dim, normalize=True)
         return MultiGroupConfig(num_groups=num_groups, group=group, masking="off")
 
     def num_groups(self) -> int:
-        """G: by how much fewer channels each output of the grouped `quant_conv` sees."""
-        channels, seen = self.latent_channels(), self.weights.shape("quant_conv.weight", 4)[1]
-        if channels % seen:
-            raise WeightsError(f"{self.weights.source}: {channels} channels do not divide into groups of {seen}")
-        return channels // seen
+        """G, from the input channels per group of `quant_conv`."""
+        channels, per_group = self.latent_channels(), self.weights.shape("quant_conv.weight", 4)[1]
+        if channels % per_group:
+            raise WeightsError(f"{self.weights.source}: {channels} channels do not divide into groups of {per_group}")
+        return channels // per_group
 
     def latent_channels(self) -> int:
         return self.weights.shape("encoder.project_out.main.op_list.0.conv.weight", 4)[0]
 
-    def released(self, name: str) -> str:
+    def released_name(self, name: str) -> str:
         if name.startswith(OUR_GROUPS):
-            return TABLE if name.endswith(".codes") else FREQUENCIES
+            return CODES if name.endswith(".codes") else FREQUENCIES
         return name
 
     def value(self, name: str) -> Tensor | None:
         if not name.startswith(OUR_GROUPS):
             return super().value(name)
-        size = self.weights.shape(TABLE, 2)[0] // self.num_groups()
-        if self.released(name) == FREQUENCIES and FREQUENCIES not in self.weights:
+        size = self.weights.shape(CODES, 2)[0] // self.num_groups()
+        if self.released_name(name) == FREQUENCIES and FREQUENCIES not in self.weights:
             return torch.full((size,), 1 / size)
         stored = super().value(name)
         assert stored is not None
         group = int(name.removeprefix(OUR_GROUPS).split(".")[0])
-        rows = stored.flatten(0, stored.ndim - 2) if self.released(name) == TABLE else stored.flatten()
+        rows = stored.flatten(0, stored.ndim - 2) if self.released_name(name) == CODES else stored.flatten()
         return rows[group * size : (group + 1) * size].clone()

@@ -1,17 +1,18 @@
-"""taming-transformers' VQGAN (Esser et al. 2021), and latent diffusion's VQ autoencoders, which have its names.
+"""VQGAN of taming-transformers (Esser et al. 2021), VQ autoencoders of latent diffusion, IBQ (Shi et al. 2024).
 
-Our networks have these names too.
+All have the same tensor names, which are also ours.
 """
 
 from collections.abc import Collection
 from typing import ClassVar
 
+from torch import Tensor
+
 from vqpipe.errors import WeightsError
-from vqpipe.models.released.checkpoint import AVERAGES
-from vqpipe.models.released.family import Family
-from vqpipe.models.released.sizes import vqgan_config
+from vqpipe.models.released.checkpoint import AVERAGES, UNUSED_AVERAGES, Weights
+from vqpipe.models.released.family import Family, vqgan_config
 from vqpipe.models.vqgan import VqganConfig
-from vqpipe.quantizers import VqConfig
+from vqpipe.quantizers import IbqConfig, VqConfig
 
 
 class Taming(Family):
@@ -19,10 +20,10 @@ class Taming(Family):
 
     name = "taming"
     discriminator = "loss.discriminator."
-    dropped: ClassVar[tuple[str, ...]] = ("loss.perceptual_loss.",)
+    ignored: ClassVar[tuple[str, ...]] = ("loss.perceptual_loss.",)
 
     @classmethod
-    def recognises(cls, names: Collection[str]) -> bool:
+    def matches(cls, names: Collection[str]) -> bool:
         networks = any(name.startswith("encoder.mid.") for name in names)
         return networks and any(name.startswith(("quantize.", "loss.")) for name in names)
 
@@ -30,18 +31,41 @@ class Taming(Family):
         weights = self.weights
         if "quantize.embed.weight" in weights:
             raise WeightsError(
-                f"{weights.source} is a Gumbel-softmax VQGAN, whose ids are not those of the nearest codes",
-                "Take a VQGAN that was trained with a searched codebook",
+                f"{weights.source} is a Gumbel-softmax VQGAN, which does not select the nearest code",
+                "Use a VQGAN with vector quantization",
             )
         if weights.under(AVERAGES):
             raise WeightsError(
-                f"{weights.source} has the names of a VQGAN, but moving averages as IBQ's files do, whose ids are "
-                "chosen by inner products",
-                "Say --family ibq; where it is a VQGAN of your own, save its state_dict without model_ema",
+                f"{weights.source} has the names of a VQGAN and moving averages, as files of IBQ, which selects codes "
+                "by inner products",
+                "Pass --family ibq; if it is your own VQGAN, save its state_dict without model_ema",
             )
         codebook_size, code_dim = weights.shape("quantize.embedding.weight", 2)
-        self.notes.append("its ids are those of the nearest codes; where it is IBQ's, say --family ibq")
+        self.notes.append("read as a VQGAN, with ids of the nearest codes; if it is an IBQ, pass --family ibq")
         return vqgan_config(weights, VqConfig(codebook_size=codebook_size, code_dim=code_dim))
 
-    def released(self, name: str) -> str:
+    def released_name(self, name: str) -> str:
         return name.replace("quantizer.codes", "quantize.embedding.weight")
+
+
+class Ibq(Taming):
+    """f16 with up to 262,144 codes of 256 channels. Its ids are those of the largest inner products.
+
+    Its files cannot be distinguished from those of a VQGAN, so the family is never detected. Its Lightning module has
+    moving averages of all parameters and evaluates with them; they are used if the file has them.
+    """
+
+    name = "ibq"
+    ignored = (*Taming.ignored, *UNUSED_AVERAGES)
+
+    def __init__(self, weights: Weights, codebook: Tensor | None = None) -> None:
+        super().__init__(weights, codebook)
+        self.use_averages(("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."))
+
+    @classmethod
+    def matches(cls, names: Collection[str]) -> bool:
+        return False
+
+    def config(self) -> VqganConfig:
+        codebook_size, code_dim = self.weights.shape("quantize.embedding.weight", 2)
+        return vqgan_config(self.weights, IbqConfig(codebook_size=codebook_size, code_dim=code_dim))

@@ -7,38 +7,37 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import WeightsError
-from vqpipe.models.released.checkpoint import NOT_WHOLE, Weights
-from vqpipe.models.released.family import Family
-from vqpipe.models.released.sizes import vqgan_config
+from vqpipe.models.released.checkpoint import DAMAGED, Weights
+from vqpipe.models.released.family import Family, vqgan_config
 from vqpipe.models.vqgan import VqganConfig
 from vqpipe.quantizers import MultiScaleConfig
 
 PHIS = "quantize.quant_resi.qresi_ls."
 USAGE = "quantize.ema_vocab_hit_SV"
-"""How often each scale met each code: [S, K]."""
+"""Usage of each code by each scale, [S, K]."""
 
 
 class Var(Family):
-    """Networks by our own names but for their attention, whose queries, keys and values come from one convolution.
+    """Tensor names are ours, except that attention has one convolution for queries, keys and values.
 
-    The grids of the scales are not in the file: they are those of 256 pixels, and grow in proportion with an image.
+    The grids of the scales are not in the file; they are those for 256 pixels, scaled for other image sizes.
     """
 
     name = "var"
-    dropped = (USAGE,)
+    ignored = (USAGE,)
 
     def __init__(self, weights: Weights, codebook: Tensor | None = None) -> None:
         super().__init__(weights, codebook)
         for name in [name for name in weights.tensors if ".qkv." in name]:
             joined = weights.tensors[name]
             if joined.layout != torch.strided or joined.ndim == 0 or len(joined) % 3:
-                continue  # then its parts are missing, which is told
+                continue  # reported as missing q, k and v
             for part, tensor in zip("qkv", joined.chunk(3), strict=True):
                 weights.tensors[name.replace(".qkv.", f".{part}.")] = tensor
-            weights.drop(name)
+            weights.ignore(name)
 
     @classmethod
-    def recognises(cls, names: Collection[str]) -> bool:
+    def matches(cls, names: Collection[str]) -> bool:
         return any(name.startswith("quantize.quant_resi.") for name in names)
 
     def config(self) -> VqganConfig:
@@ -62,8 +61,8 @@ class Var(Family):
         parts = [self.weights.take(f"{PHIS}{number}.{kind}") for number in range(self.weights.count(PHIS))]
         present = [part for part in parts if part is not None]
         if len({part.shape for part in present}) > 1:
-            raise WeightsError(f"{self.weights.source}: the tensors {PHIS}*.{kind} differ in shape", NOT_WHOLE)
+            raise WeightsError(f"{self.weights.source}: the tensors {PHIS}*.{kind} differ in shape", DAMAGED)
         return torch.stack(present) if len(present) == len(parts) else None
 
-    def released(self, name: str) -> str:
+    def released_name(self, name: str) -> str:
         return name.replace("quantizer.codes", "quantize.embedding.weight").replace("quantizer.phi_", f"{PHIS}*.")

@@ -1,4 +1,4 @@
-"""VQGAN-LC (Zhu et al. 2024) and the baselines trained by its code: VQGAN, VQGAN-FC, VQGAN-EMA."""
+"""VQGAN-LC (Zhu et al. 2024) and the baselines of its code: VQGAN, VQGAN-FC, VQGAN-EMA."""
 
 from collections.abc import Collection
 from typing import Literal
@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import WeightsError
-from vqpipe.models.released.family import Family
-from vqpipe.models.released.sizes import vqgan_config
+from vqpipe.models.released.family import Family, vqgan_config
 from vqpipe.models.vqgan import VqganConfig
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
 
 CLIP_WIDTH = 768
-"""Channels of a CLIP ViT-L/14 feature. Codes this wide are frozen features, and meet latents on the unit sphere."""
+"""Channels of a CLIP ViT-L/14 feature. Codes of this width are frozen features, and latents are normalized."""
 OUR_PROJECTOR = "quantizer.projector."
 OUR_NAMES = {
     "quantizer.codes": "tok_embeddings.weight",
@@ -23,17 +22,17 @@ OUR_NAMES = {
 
 
 class VqganLc(Family):
-    """f8 and f16; which quantizer, the tensors tell.
+    """f8 and f16; the quantizer is detected from its tensors.
 
-    A codebook that was tuned looks like a frozen one, and is imported as frozen. Codes of 768 channels without a
-    projector are taken for features (Table 9, "w/o projector"): a plain VQGAN of that width would look the same.
+    A tuned codebook is imported as frozen, since the files do not differ. Codes of 768 channels without a projector are
+    imported as features (Table 9, "w/o projector"); the files of a VQGAN of that width would not differ.
     """
 
     name = "vqgan-lc"
-    dropped = ("perceptual_loss.",)
+    ignored = ("perceptual_loss.",)
 
     @classmethod
-    def recognises(cls, names: Collection[str]) -> bool:
+    def matches(cls, names: Collection[str]) -> bool:
         own = ("tok_embeddings.", "codebook_projection.", "discriminator.", "perceptual_loss.")
         networks = any(name.startswith("encoder.mid.") for name in names)
         another = any(name.startswith("quantize.") for name in names)
@@ -46,7 +45,7 @@ class VqganLc(Family):
         return vqgan_config(self.weights, self.quantizer())
 
     def quantizer(self) -> QuantizerConfig:
-        """The quantizer, from which of its tensors are there."""
+        """The config of the quantizer, from its tensors."""
         weights = self.weights
         size, width = self.codebook_shape()
         code_dim = weights.shape("quant_conv.weight", 4)[0]
@@ -55,7 +54,7 @@ class VqganLc(Family):
         if not weights.under("codebook_projection.") and code_dim != CLIP_WIDTH:
             return VqConfig(codebook_size=size, code_dim=code_dim)
         if self.projector() == "none":
-            self.notes.append(f"its codes of {code_dim} channels are taken for frozen features without a projector")
+            self.notes.append(f"read its codes of {code_dim} channels as frozen features without a projector")
         return LcConfig(
             codebook_size=size,
             code_dim=code_dim,
@@ -70,7 +69,7 @@ class VqganLc(Family):
             return self.codebook.shape
         if self.lacks_codebook():
             raise WeightsError(
-                f"{self.weights.source} lacks tok_embeddings.weight", "Give its codebook with --codebook"
+                f"{self.weights.source} lacks tok_embeddings.weight", "Pass its codebook with --codebook"
             )
         return self.weights.shape("tok_embeddings.weight", 2)
 
@@ -79,14 +78,14 @@ class VqganLc(Family):
             return "none"
         return "mlp" if self.weights.under("codebook_projection.0.") else "linear"
 
-    def released(self, name: str) -> str:
+    def released_name(self, name: str) -> str:
         if name.startswith(OUR_PROJECTOR):
             layer = name.removeprefix(OUR_PROJECTOR)
             return "codebook_projection." + (layer if self.projector() == "mlp" else layer.removeprefix("0."))
         return OUR_NAMES.get(name, name)
 
     def value(self, name: str) -> Tensor | None:
-        if name == "quantizer.shift":  # of the matched start, which no released weights had
+        if name == "quantizer.shift":  # set by standardize_codebook, which is not in the released code
             return torch.zeros(self.codebook_shape()[1])
         if name == "quantizer.scale":
             return torch.ones(())
