@@ -33,7 +33,7 @@ def import_checkpoint(
     """Turn released weights into a tokenizer. Nothing in the file is run; every weight in it is accounted for."""
     with console.session(device, seed):
         from vqpipe import artifacts, distributed
-        from vqpipe.codebooks.kmeans import codebook_input, load_codebook
+        from vqpipe.codebooks.codebook import codebook_input, load_codebook
         from vqpipe.errors import WeightsError
         from vqpipe.files import hash_file
         from vqpipe.models.released import read_released

@@ -12,7 +12,7 @@ from torch import Tensor
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
-from vqpipe.codebooks.feature_set import open_features
+
 from vqpipe.codebooks.features import FeaturesConfig, find_weights, fit_encoder, open_encoder, write_features
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
 from vqpipe.data.images import ImageSet, open_images

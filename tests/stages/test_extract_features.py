@@ -13,7 +13,7 @@ import pytest
 
 from stages.extract_features import extract_features
 from vqpipe.artifacts import open_artifact
-from vqpipe.codebooks.feature_set import open_features
+from vqpipe.codebooks.features import open_features
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 
 SETTINGS = ["features.image_size=32", "features.patch_size=4", "features.components=8", "features.images_per_shard=4"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from stages.kmeans import kmeans
 from vqpipe.artifacts import open_artifact
-from vqpipe.codebooks.kmeans import load_codebook
+from vqpipe.codebooks.codebook import load_codebook
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
 
