@@ -60,7 +60,7 @@ def test_prints_a_report_on_stderr(vectors: Path, tmp_path: Path, capsys: pytest
     assert {file.name for file in (tmp_path / "codebook").iterdir()} == {"manifest.json", "codebook.safetensors"}
 
 
-def test_resume_is_bit_exact_after_sigkill_and_a_damaged_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_is_bit_exact_after_sigkill_and_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vectors = tmp_path / "vectors.npy"
     np.save(vectors, np.random.default_rng(0).standard_normal((20_000, 8)).astype(np.float16))
     settings = {"k": 300, "iterations": 60, "overrides": ["kmeans.tolerance=0"]}

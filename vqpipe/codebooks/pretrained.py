@@ -200,9 +200,7 @@ def load_into(spec: str, build: Callable[[], nn.Module], weights: Path | None) -
         if weights is None:
             raise
         reason = " ".join(str(error).split())[:160]
-        raise WeightsError(
-            f"{weights} does not fit {spec}: {reason}", "Use the weights of this model"
-        ) from None
+        raise WeightsError(f"{weights} does not fit {spec}: {reason}", "Use the weights of this model") from None
 
 
 def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
