@@ -82,11 +82,11 @@ def test_precision_is_part_of_the_request(tmp_path: Path) -> None:
     assert np.isfinite(values[1]).all()
 
 
-def test_says_how_fast_and_where_the_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_images_per_second_and_time_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "features", num_workers=0)
-    told = capsys.readouterr().err
-    assert re.search(r"10 images in \d:\d\d, [\d.e+]+/s: .*\d+%", told), told
-    shares = [int(share) for share in re.findall(r"(?:waiting for images|encoding|copying|writing) (\d+)%", told)]
+    printed = capsys.readouterr().err
+    assert re.search(r"10 images in \d:\d\d:\d\d, [\d.e+]+/s: .*\d+%", printed), printed
+    shares = [int(share) for share in re.findall(r"(?:waiting for images|encoding|copying|writing) (\d+)%", printed)]
     assert 0 < sum(shares) <= 102
 
 
