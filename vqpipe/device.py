@@ -19,7 +19,7 @@ def reduced_precision(module: nn.Module, device: torch.device, precision: str) -
     if precision == "bf16" and device.type == "cuda":
         kernel = next((weight for weight in module.parameters() if weight.ndim == 4), None)
         if kernel is not None and not kernel.is_contiguous(memory_format=torch.channels_last):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+            module.to(memory_format=torch.channels_last)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
