@@ -4,8 +4,13 @@ from typing import Annotated
 
 import typer
 
-from stages import console
+from stages import console, recipe
 from stages.console import BatchSize, Device, Images, Limit, Out, Preset, Seed, Set
+from vqpipe import artifacts
+from vqpipe.codebooks import features
+from vqpipe.config import to_request
+from vqpipe.data.images import open_images
+from vqpipe.files import hash_file
 
 
 def extract_features(
@@ -13,14 +18,14 @@ def extract_features(
     out: Out,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", help="What sees the patches.", metavar="patch-pca|open_clip:NAME/TAG|timm:NAME"),
+        typer.Option("--encoder", help="The patch encoder.", metavar="patch-pca|open_clip:NAME/TAG|timm:NAME"),
     ] = None,
     pool: Annotated[
         int | None, typer.Option("--pool", help="Side of the grid of features per image.", metavar="N", min=1)
     ] = None,
     batch_size: BatchSize = None,
     limit: Limit = None,
-    precision: console.Precision = None,
+    precision: console.TrainPrecision = None,
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     preset: Preset = None,
@@ -28,14 +33,8 @@ def extract_features(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Encode image patches, the raw material of a codebook."""
+    """Encode image patches as features, from which `vqpipe kmeans` makes a codebook."""
     with console.session(device, seed) as where:
-        from stages import recipe
-        from vqpipe import artifacts
-        from vqpipe.codebooks import features
-        from vqpipe.data.images import open_images
-        from vqpipe.files import hash_file
-
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
         config = recipe.load(preset, overrides, features=flags).features
         image_set = open_images(images)
@@ -44,17 +43,16 @@ def extract_features(
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:
             inputs["weights"] = hash_file(weights)
-        request = {**config.request(), "max_skipped": max_skipped, "seed": seed}
+        request = {**to_request(config), "max_skipped": max_skipped, "seed": seed}
         draft = artifacts.start(out, "features", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
-        with draft:
-            with console.progress("fit patch-pca", None) as bar:
-                features.fit_encoder(
-                    opened, draft, image_set, config, seed=seed, on_images=bar.advance, num_workers=num_workers
-                )
-            with console.ProgressBar() as bar:
-                facts = features.write_features(
-                    draft, image_set, opened, config, num_workers=num_workers, max_skipped=max_skipped, progress=bar
-                )
-            return console.finished(draft.publish(facts))
+        with draft, console.ProgressBar() as progress:
+            features.fit_encoder(
+                opened, draft, image_set, config, seed=seed, num_workers=num_workers, progress=progress
+            )
+            facts = features.write_features(
+                draft, image_set, opened, config, num_workers=num_workers, max_skipped=max_skipped, progress=progress
+            )
+            artifact = draft.publish(facts)
+        return console.finished(artifact)

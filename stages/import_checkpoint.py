@@ -8,7 +8,7 @@ import typer
 from stages import console
 from stages.console import Device, Out, Seed
 from vqpipe import artifacts, distributed
-from vqpipe.codebooks.kmeans import codebook_input, load_codebook
+from vqpipe.codebooks.codebook import codebook_input, load_codebook
 from vqpipe.errors import WeightsError
 from vqpipe.files import hash_file
 from vqpipe.models.released import read_released

@@ -1,18 +1,18 @@
 """`vqpipe kmeans`: features -> codebook."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from stages import console
+from stages import console, recipe
 from stages.console import Device, Out, Preset, Seed, Set
-
-if TYPE_CHECKING:
-    from vqpipe.codebooks.clustering import Clustering
-    from vqpipe.codebooks.watch import Watch
+from vqpipe import artifacts
+from vqpipe.codebooks import kmeans as clustering
+from vqpipe.codebooks.codebook import CODEBOOK_FILE, Clustering
+from vqpipe.codebooks.features import open_features
+from vqpipe.config import to_request
 
 
 def kmeans(
@@ -23,33 +23,27 @@ def kmeans(
         ),
     ],
     out: Out,
-    k: Annotated[int | None, typer.Option("--k", help="Codes.", metavar="CODES", min=1)] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Number of codes.", metavar="CODES", min=1)] = None,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", help="Lloyd iterations, or epochs, at most.", metavar="N", min=0)
+        int | None, typer.Option("--iterations", help="Maximum Lloyd iterations, or epochs.", metavar="N", min=0)
     ] = None,
     mini_batch: Annotated[
         int | None, typer.Option("--mini-batch", help="Vectors per step; 0: full Lloyd.", metavar="VECTORS", min=0)
     ] = None,
-    init: Annotated[str | None, typer.Option("--init", help="First centres.", metavar="k-means++|random")] = None,
+    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initial centres.")] = None,
     per_class: Annotated[
-        bool | None, typer.Option("--per-class/--all-classes", help="Cluster each class by itself.")
+        bool | None, typer.Option("--per-class/--all-classes", help="Cluster each class separately.")
     ] = None,
     select: Annotated[
-        str | None, typer.Option("--select", help="random: codes are vectors drawn.", metavar="kmeans|random")
+        clustering.Select | None, typer.Option("--select", help="random: codes are random vectors.")
     ] = None,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Cluster features into a codebook; every vector counts, every code is in use."""
+    """Cluster features into a codebook. All vectors are used, and every code is the nearest of some vector."""
     with console.session(device, seed) as where:
-        from stages import recipe
-        from vqpipe import artifacts
-        from vqpipe.codebooks import kmeans as clustering
-        from vqpipe.codebooks.feature_set import open_features
-        from vqpipe.config import to_table
-
         flags = {
             "k": k,
             "iterations": iterations,
@@ -60,66 +54,34 @@ def kmeans(
         }
         config = recipe.load(preset, overrides, kmeans=flags).kmeans
         vectors = open_features(features)
-        request = {**to_table(config), "seed": seed}
-        del request["gpu_share"]  # the same codebook comes out, so a run may go on with another
-        draft = artifacts.start(out, "codebook", request, {"features": vectors})
+        draft = artifacts.start(out, "codebook", {**to_request(config), "seed": seed}, {"features": vectors})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:
-            with bars() as watch:
+            checkpoints = draft.path / "checkpoints"
+            with console.ProgressBar() as progress:
                 result = clustering.kmeans(
-                    vectors,
-                    config,
-                    seed=seed,
-                    device=where,
-                    checkpoints=draft.path / "checkpoints",
-                    watch=watch,
-                    on_note=console.say,
+                    vectors, config, seed=seed, device=where, checkpoints=checkpoints, progress=progress
                 )
             if console.is_main():
-                with draft.write(clustering.CODEBOOK_FILE) as path:
+                with draft.write(CODEBOOK_FILE) as path:
                     result.save(path)
             artifact = draft.publish(result.facts())
-            show_report(result)
-            return console.finished(artifact)
+        console.show(report(result))
+        return console.finished(artifact)
 
 
-@contextmanager
-def bars() -> Iterator["Watch"]:
-    """A bar for each phase of a clustering, one after another."""
-    from vqpipe.codebooks.watch import Watch
-
-    class Bars(Watch):
-        def __init__(self, stack: ExitStack) -> None:
-            self.stack = stack
-
-        def phase(self, title: str, total: int) -> None:
-            self.stack.close()
-            self.bar = self.stack.enter_context(console.progress(title, total, "vectors"))
-
-        def advance(self, vectors: int) -> None:
-            self.bar.advance(vectors)
-
-        def note(self, text: str) -> None:
-            self.bar.note(text)
-
-    with ExitStack() as stack:
-        yield Bars(stack)
-
-
-def show_report(result: "Clustering") -> None:
-    """A table of what came out: inertia along the way, cluster sizes, codes that differ."""
-    from rich.table import Table
-
+def report(result: Clustering) -> Table:
+    """Inertia, cluster sizes, and distinct codes."""
     table = Table(box=None, show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
-    sizes = result.sizes()
-    ended = "converged" if result.converged else "as many as asked for"
+    sizes = result.cluster_sizes()
+    ended = "converged" if result.converged else "the maximum"
     table.add_row("inertia, first and last", f"{result.history[0]:.6g}, {result.inertia:.6g}")
     table.add_row("iterations", f"{result.iterations} ({ended})")
-    table.add_row("codes, all different", f"{len(result.codes):,}, {result.distinct():,}")
+    table.add_row("codes, distinct codes", f"{len(result.codebook):,}, {result.distinct_codes():,}")
     table.add_row("vectors per code", "{smallest:,} to {largest:,}, median {median:,}".format(**sizes))
     table.add_row("in the largest 1 % of clusters", f"{sizes['share_in_largest_percent']:.1%} of the vectors")
     table.add_row("empty clusters re-seeded", f"{result.reseeded:,}")
-    console.show(table)
+    return table

@@ -1,5 +1,8 @@
-"""`vqpipe presets`: which experiments come with vqpipe, and what each should give."""
+"""`vqpipe presets`: list the presets, or print one."""
 
+from typing import Annotated
+
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -7,14 +10,21 @@ from rich.table import Table
 from vqpipe.presets import heads
 
 
-def presets() -> None:
-    """List the presets by paper: table row, expected numbers."""
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this preset as TOML.", metavar="NAME|FILE.toml")] = None,
+) -> None:
+    """List the presets by paper, with the table row and its numbers; or print one, with what it extends, as TOML."""
+    if name is not None:
+        from stages.recipe import resolved_toml  # imports PyTorch, which the list does not need
+
+        print(resolved_toml(name), end="")
+        return
     papers: dict[str, Table] = {}
-    for name, head in heads():
-        paper = head.get("paper", "For a look, and for a CPU")
+    for preset, head in heads():
+        paper = head.get("paper", "Small, for a CPU")
         table = papers.setdefault(paper, Table("preset", "what", "row", "expected", box=box.SIMPLE, pad_edge=False))
         table.columns[0].no_wrap = True
-        table.add_row(name, head.get("what", ""), head.get("row", ""), head.get("expected", ""))
+        table.add_row(preset, head.get("what", ""), head.get("row", ""), head.get("expected", ""))
     console = Console(highlight=False)
     for paper, table in sorted(papers.items(), key=lambda item: -item[1].row_count):
         console.print(paper, style="bold")

@@ -1,11 +1,14 @@
 """Presets as dataclasses, with one section per stage: of a tokenizer, a generator or a classifier.
 
-A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a field's default, then the preset, then
-`--set`, then a named flag. A stage reads its own sections only, so changing `[train]` leaves features valid.
+A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a field's default, then the presets that
+it extends, the preset, `--set`, and named flags. A stage reads only its own sections, so changing `[train]` leaves
+features valid.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial, reduce
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from vqpipe import config, presets
@@ -21,12 +24,12 @@ from vqpipe.models.discriminator import DiscriminatorConfig
 from vqpipe.training.config import TokenizerTrainConfig
 
 PAPER = "vqgan-lc-f16-100k"
-"""Gives [model] and [objective], which have no defaults, to a stage that is run without a preset and reads neither."""
+"""The preset whose [model] and [objective], which have no defaults, a stage without --preset gets and does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting of a tokenizer."""
+    """The settings of a tokenizer."""
 
     model: AutoencoderConfig
     objective: ObjectiveConfig
@@ -44,37 +47,52 @@ SUBJECTS: dict[str, tuple[type, str]] = {
     "generator": (GeneratorRecipe, "vqpipe train-generator"),
     "classifier": (ClassifierRecipe, "vqpipe train-classifier"),
 }
-"""The section that says what a preset is of -> its recipe, and the command that trains by it."""
+"""A preset's main section -> its recipe, and the command that trains it."""
 
 
 def load(preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> Recipe:
-    """Read a preset by name or path (none: every section's defaults), apply `--set` assignments, then named flags.
+    """Read a preset by name or path (None: the defaults of every section), apply `--set` assignments, then named flags.
 
-    `flags` gives a section the values of its flags, `train={"steps": steps}`; None is a flag that was not given.
+    `flags` gives the values of a section's flags, `train={"steps": steps}`; None is a flag that was not given.
 
     Raises:
         ConfigError: no such preset, an unknown key, or a value of the wrong type.
     """
-    table = config.read_toml(presets.find(preset or PAPER))
+    table = resolve(Recipe, preset or PAPER)
     if preset is None:
         table = {name: table[name] for name in ("model", "objective")}
     return read(Recipe, preset or PAPER, table, overrides or [], flags)
 
 
 def load_generator(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> GeneratorRecipe:
-    """The same for a generator's preset."""
-    return read(GeneratorRecipe, preset, config.read_toml(presets.find(preset)), overrides or [], flags)
+    """`load` for a generator's preset."""
+    return read(GeneratorRecipe, preset, resolve(GeneratorRecipe, preset), overrides or [], flags)
 
 
 def load_classifier(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> ClassifierRecipe:
-    """The same for a classifier's preset."""
-    return read(ClassifierRecipe, preset, config.read_toml(presets.find(preset)), overrides or [], flags)
+    """`load` for a classifier's preset."""
+    return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags)
+
+
+def resolve(cls: type, preset: str) -> dict[str, Any]:
+    """The tables of a preset of the recipe `cls`, merged with those that it extends."""
+    return reduce(partial(config.merge, cls), presets.chain(preset))
+
+
+def resolved_toml(preset: str) -> str:
+    """A preset as TOML: its head comment, and its settings merged with those that it extends."""
+    sections = {section for table in presets.chain(preset) for section in table}
+    cls = next((recipe for section, (recipe, _) in SUBJECTS.items() if section in sections), Recipe)
+    table = resolve(cls, preset)
+    config.from_table(cls, table)
+    lines = presets.find(preset).read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join([*takewhile(lambda line: line.startswith("#"), lines), "\n", config.to_toml(table)])
 
 
 def read(
     cls: type[R], preset: str, table: dict[str, Any], overrides: list[str], flags: Mapping[str, Mapping[str, Any]]
 ) -> R:
-    """A preset's tables as a `cls`; one of another subject is told by its section."""
+    """The tables of a preset as a `cls`; a preset of another subject is an error, recognized by its main section."""
     for section, (other, command) in SUBJECTS.items():
         if section in table and other is not cls:
             raise ConfigError(f"preset {preset} has a section [{section}]: it is for {command}", "See vqpipe presets")

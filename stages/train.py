@@ -8,7 +8,7 @@ import typer
 from stages import console, recipe, signals
 from stages.console import Device, Images, Out, Preset, Seed, Set
 from vqpipe.artifacts import Artifact
-from vqpipe.codebooks.kmeans import codebook_input, load_codebook
+from vqpipe.codebooks.codebook import codebook_input, load_codebook
 from vqpipe.data.images import open_images
 from vqpipe.errors import ConfigError
 from vqpipe.training.loggers import check_loggers

@@ -1,3 +1,6 @@
+"""TOML tables become dataclasses and return; overrides; errors name the key."""
+
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -5,7 +8,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from stages.recipe import Recipe
-from vqpipe.config import from_table, override, read_toml, to_table
+from vqpipe.config import from_table, override, read_toml, to_table, to_toml
 from vqpipe.errors import ConfigError
 
 
@@ -42,7 +45,7 @@ class Outer:
     flip: bool = False
 
 
-def test_a_table_becomes_the_dataclass_and_returns() -> None:
+def test_a_table_round_trips_through_its_dataclass() -> None:
     table = {"shape": {"kind": "grid", "sides": [4, 5]}, "inner": {"learning_rate": 1, "where": "x/y"}}
     config = from_table(Outer, table)
     assert config == Outer(shape=Grid(sides=(4, 5)), inner=Inner(learning_rate=1.0, where=Path("x/y")))
@@ -70,14 +73,14 @@ def test_a_table_becomes_the_dataclass_and_returns() -> None:
         ({"shape": 3}, "shape = 3 should be a table"),
     ],
 )
-def test_a_wrong_table_is_named(table: dict[str, object], message: str) -> None:
+def test_an_invalid_table_is_an_error_that_names_the_key(table: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_table(Outer, table)
     assert message in str(caught.value)
     assert "?." not in str(caught.value)
 
 
-def test_override_reads_values_as_toml_and_leaves_the_original() -> None:
+def test_override_reads_values_as_toml_and_does_not_change_the_table() -> None:
     table = {"inner": {"learning_rate": 1e-3}, "shape": {"kind": "grid"}}
     changed = override(Outer, table, ["inner.learning_rate=5e-4", "inner.mode=b", "shape.sides=[3, 4]"])
     expected = {"inner": {"learning_rate": 5e-4, "mode": "b"}, "shape": {"kind": "grid", "sides": [3, 4]}}
@@ -85,7 +88,7 @@ def test_override_reads_values_as_toml_and_leaves_the_original() -> None:
     assert table == {"inner": {"learning_rate": 1e-3}, "shape": {"kind": "grid"}}
 
 
-def test_another_kind_drops_the_keys_it_does_not_know() -> None:
+def test_another_kind_drops_the_keys_that_it_lacks() -> None:
     table = {"quantizer": {"kind": "lc", "codebook_size": 7, "code_dim": 8, "projector": "mlp"}, "kind": "vqgan"}
     model = {"model": table, "objective": {}}
     changed = override(Recipe, model, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"])["model"]["quantizer"]
@@ -109,3 +112,13 @@ def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path) -> None:
         read_toml(tmp_path / "x.toml")
     with pytest.raises(ConfigError, match="cannot read"):
         read_toml(tmp_path / "absent.toml")
+
+
+def test_toml_round_trips() -> None:
+    table = {
+        "name": 'a "quoted" \\ text, \n and \u00e9',
+        "values": {"rate": 5e-05, "whole": 1.0, "steps": 3, "flip": True, "sides": [1, [2, 3.5]], "none": []},
+        "model": {"quantizer": {"kind": "lc", "group": {"k": 2}}, "kind": "vqgan"},
+        "empty": {"inner": {"x": 1}},
+    }
+    assert tomllib.loads(to_toml(table)) == table

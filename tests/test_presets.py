@@ -1,9 +1,13 @@
+"""Every preset is parsed and built on the meta device; presets extend each other."""
+
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from stages.list_presets import presets as presets_command
 from stages.recipe import ClassifierRecipe, GeneratorRecipe, Recipe, load, load_classifier, load_generator
 from vqpipe import presets
 from vqpipe.config import from_table, to_table
@@ -19,8 +23,8 @@ PARAMETERS = {
     "dit-xl-2": 674_890_048,
     "llamagen-xxl": 1_462_531_584,
 }
-"""Of generators on what the papers train them on, 1,000 classes. GPT: two matrices of 100,000 codes, the classes and a
-null; 256 positions; per block 12 matrices of width x width with biases and norms; the last norm."""
+"""Parameters of generators for 1,000 classes. GPT: two matrices of 100,000 codes, the classes and a null; 256 positions;
+per block 12 matrices of width x width with biases and norms; the last norm."""
 
 
 def space_of(name: str, num_classes: int | None) -> Space:
@@ -31,7 +35,7 @@ def space_of(name: str, num_classes: int | None) -> Space:
 
 
 @pytest.mark.parametrize("name", presets.names("generator"))
-def test_every_preset_of_a_generator_is_parsed_and_built(name: str) -> None:
+def test_every_generator_preset_is_parsed_and_built(name: str) -> None:
     recipe = load_generator(name)
     space = space_of(name, (recipe.examples.num_classes or 10) if recipe.examples.conditional else None)
     with torch.device("meta"):
@@ -43,14 +47,14 @@ def test_every_preset_of_a_generator_is_parsed_and_built(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", presets.names("classifier"))
-def test_every_preset_of_a_classifier_is_parsed_and_built(name: str) -> None:
+def test_every_classifier_preset_is_parsed_and_built(name: str) -> None:
     recipe = load_classifier(name)
     with torch.device("meta"):
         build_classifier(recipe.classifier, space_of(name, recipe.examples.num_classes or 10))
     assert from_table(ClassifierRecipe, to_table(recipe)) == recipe
 
 
-def test_a_preset_of_another_subject_is_told_by_its_section() -> None:
+def test_a_preset_of_another_subject_is_an_error_that_names_its_section() -> None:
     with pytest.raises(ConfigError, match=r"gpt-tiny has a section \[generator\]: it is for vqpipe train-generator"):
         load("gpt-tiny")
     with pytest.raises(ConfigError, match=r"smoke has a section \[model\]: it is for vqpipe train\."):
@@ -59,13 +63,13 @@ def test_a_preset_of_another_subject_is_told_by_its_section() -> None:
         load_classifier("gpt-tiny")
 
 
-def test_every_preset_is_of_one_subject() -> None:
+def test_every_preset_has_one_subject() -> None:
     subjects = [presets.names(section) for section in ("model", "generator", "classifier")]
     assert sorted(name for names in subjects for name in names) == presets.names()
 
 
 @pytest.mark.parametrize("name", presets.names("model"))
-def test_every_preset_is_parsed_and_built(name: str) -> None:
+def test_every_tokenizer_preset_is_parsed_and_built(name: str) -> None:
     recipe = load(name)
     with torch.device("meta"):
         model = build_autoencoder(recipe.model)
@@ -77,14 +81,14 @@ def test_every_preset_is_parsed_and_built(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_every_preset_says_what_it_is(name: str) -> None:
+def test_every_preset_has_a_head(name: str) -> None:
     head = dict(presets.heads())[name]
     assert {"what", "command", "expected"} <= set(head)
     if not name.startswith(("smoke", "demo", "small", "linear-probe")) and not name.endswith("-tiny"):
         assert {"paper", "row", "protocol"} <= set(head)
 
 
-def test_the_presets_of_the_papers_do_without_the_matched_start() -> None:
+def test_presets_of_the_papers_do_not_use_whiten_init() -> None:
     ours = {"demo", "small", "smoke", "vqgan-lc-f16-100k-matched", "mgvq-lc-f16-g4"}
     assert {name for name in presets.names("model") if load(name).train.whiten_init} == ours
 
@@ -96,7 +100,7 @@ def test_without_a_preset_every_section_has_its_defaults() -> None:
             assert getattr(recipe, field.name) == type(getattr(recipe, field.name))()
 
 
-def test_set_wins_over_the_preset_and_unknown_names_are_told(tmp_path: Path) -> None:
+def test_set_overrides_the_preset_and_unknown_names_are_errors(tmp_path: Path) -> None:
     assert load("smoke", ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
     switched = load("smoke", ["model.quantizer.kind=vq"]).model.quantizer
     assert (switched.kind, switched.codebook_size) == ("vq", 1000)
@@ -107,3 +111,56 @@ def test_set_wins_over_the_preset_and_unknown_names_are_told(tmp_path: Path) -> 
     file = tmp_path / "mine.toml"
     file.write_text(presets.find("smoke").read_text())
     assert load(str(file)) == load("smoke")
+
+
+def test_a_file_extends_packaged_presets_and_other_files(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('extends = "vqgan-lc-f8-100k"\n[train]\nsteps = 7\n')
+    (tmp_path / "mine.toml").write_text(
+        'extends = "base.toml"\ntrain.warmup_steps = 3\nmodel.quantizer = { kind = "vq", normalize = true }\n'
+    )
+    recipe, parent = load(str(tmp_path / "mine.toml"), ["train.log_every=2"]), load("vqgan-lc-f8-100k")
+    assert (recipe.train.steps, recipe.train.warmup_steps, recipe.train.log_every) == (7, 3, 2)
+    assert recipe.objective == parent.objective
+    quantizer = to_table(recipe.model.quantizer)
+    assert (quantizer["kind"], quantizer["codebook_size"], quantizer["normalize"]) == ("vq", 100_000, True)
+    assert "projector" not in quantizer
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ('"mine.toml"', "extends itself through mine"),
+        ('"other.toml"', "extends itself through mine"),
+        ('"smok"', "no preset is called 'smok'. Did you mean smoke"),
+        ('"absent.toml"', "cannot read"),
+        ("3", "extends = 3 should be text"),
+        ('"smoke"\ntrain = 3', "train = 3 should be a table"),
+        ('"smoke"\ntrain.steps = {}', "train.steps is a value, not a section"),
+        ('"smoke"\nmodel.quantizer.kind = "lcc"', "model.quantizer.kind = 'lcc' is unknown. Did you mean lc"),
+    ],
+)
+def test_an_unusable_extends_is_an_error(extends: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f"extends = {extends}\n")
+    (tmp_path / "other.toml").write_text('extends = "mine.toml"\n')
+    with pytest.raises(ConfigError) as caught:
+        load(str(tmp_path / "mine.toml"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mgvq-f8-g8", "gpt-404m", "vit-tiny"])
+def test_presets_prints_one_preset_as_toml_without_extends(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    presets_command(name)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"# what: {dict(presets.heads())[name]['what']}")
+    assert "extends" not in tomllib.loads(printed)
+    (tmp_path / "copy.toml").write_text(printed)
+    read = {"mgvq-f8-g8": load, "gpt-404m": load_generator, "vit-tiny": load_classifier}[name]
+    assert read(str(tmp_path / "copy.toml")) == read(name)
+
+
+def test_presets_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    presets_command()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in presets.names())

@@ -111,41 +111,56 @@ def class_for(base: type[T], config: Any) -> type[T]:
     raise ConfigError(f"no {base.__name__.lower()} is built from a {type(config).__name__}")
 
 
-def override(cls: type, table: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of `table`, which describes a `cls`, with each `section.key=value` set; values are read as TOML, else
-    as strings.
+def merge(cls: type, base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A copy of `base`, a table of the dataclass `cls`, with `changes` merged into it table by table.
 
-    Setting a `kind` to another one drops the sibling keys that the new kind does not know.
+    Changing a `kind` drops the keys of `base` that the new kind lacks.
+
+    Raises:
+        ConfigError: an unknown kind, or a table in the place of a value.
+    """
+    merged = copy_table(base)
+    if "kind" in changes and changes["kind"] != base.get("kind") and dataclasses.is_dataclass(cls):
+        known = {field.name for field in dataclasses.fields(choose_kind(cls, changes, where))}
+        merged = {key: value for key, value in merged.items() if key in known}
+    if "kind" in changes:
+        merged["kind"] = changes["kind"]
+    for key, value in changes.items():
+        if not isinstance(value, Mapping):
+            merged[key] = value
+            continue
+        before = merged.get(key, {})
+        if not isinstance(before, Mapping):
+            raise ConfigError(f"{dotted(where, key)} is a value, not a section")
+        merged[key] = merge(class_of(cls, merged, key, where), before, value, dotted(where, key))
+    return merged
+
+
+def override(cls: type, table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `table`, which describes a `cls`, with each `section.key=value` merged into it; values are read as
+    TOML, otherwise as strings.
 
     Raises:
         ConfigError: an assignment without "=", or into an unknown section.
     """
     sections = [field.name for field in dataclasses.fields(cls)]
-    result = copy_table(table)
     assigned = [split_assignment(text) for text in assignments]
     assigned.sort(key=lambda item: (item[0][-1] != "kind", len(item[0])))  # a kind decides which other keys exist
+    result = copy_table(table)
     for path, value in assigned:
         if path[0] not in sections or len(path) < 2:
             raise ConfigError(f"--set {'.'.join(path)}: no such section", nearest_name(path[0], sections))
-        node, owner = result, cls
-        for part in path[:-1]:
-            owner = class_of(owner, node, path, part)
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"--set {'.'.join(path)}: {part} is a value, not a section")
-        node[path[-1]] = value
-        if path[-1] == "kind" and dataclasses.is_dataclass(owner):
-            known = {field.name for field in dataclasses.fields(choose_kind(owner, node, ".".join(path[:-1])))}
-            for key in node.keys() - known - {"kind"}:
-                del node[key]
+        for key in reversed(path):
+            value = {key: value}
+        result = merge(cls, result, value)
     return result
 
 
-def class_of(cls: type, table: Mapping[str, Any], path: list[str], key: str) -> type:
-    """The dataclass that `key` holds in a `cls` described by `table`, on the way along `path`; else `object`."""
+def class_of(cls: type, table: Mapping[str, Any], key: str, where: str) -> type:
+    """The dataclass of the section `key` in a `cls` described by `table`; `object` if there is none."""
     if not dataclasses.is_dataclass(cls):
         return object
-    hint = typing.get_type_hints(choose_kind(cls, table, ".".join(path[: path.index(key)]))).get(key)
+    hint = typing.get_type_hints(choose_kind(cls, table, where)).get(key)
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else object
 
 
@@ -250,6 +265,20 @@ def split_assignment(text: str) -> tuple[list[str], Any]:
         return path.strip().split("."), tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
         return path.strip().split("."), value.strip()
+
+
+def to_toml(table: Mapping[str, Any], where: str = "") -> str:
+    """A table of numbers, texts, lists and tables as TOML, its sections after its values."""
+    values = [f"{key} = {toml_value(value)}\n" for key, value in table.items() if not isinstance(value, Mapping)]
+    heading = f"[{where}]\n" if where and values else ""
+    sections = [to_toml(value, dotted(where, key)) for key, value in table.items() if isinstance(value, Mapping)]
+    return "\n".join(filter(None, [heading + "".join(values), *sections]))
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def is_required(field: dataclasses.Field) -> bool:

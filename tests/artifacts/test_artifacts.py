@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact, start
 from vqpipe.artifacts import draft as draft_module
-from vqpipe.codebooks.kmeans import load_codebook
+from vqpipe.codebooks.codebook import load_codebook
 from vqpipe.data.examples import TokenSet
 from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError

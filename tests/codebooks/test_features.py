@@ -1,4 +1,4 @@
-"""patch-pca against numpy, pooling, and the shards that features are stored in."""
+"""patch-pca against NumPy, pooling, shards of features, and feature files read as one matrix."""
 
 from pathlib import Path
 
@@ -12,9 +12,17 @@ from torch import Tensor
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
-from vqpipe.codebooks.feature_set import open_features
-from vqpipe.codebooks.features import FeaturesConfig, find_weights, fit_encoder, open_encoder, write_features
+from vqpipe.codebooks.features import (
+    FeaturesConfig,
+    FeatureSet,
+    find_weights,
+    fit_encoder,
+    open_encoder,
+    open_features,
+    write_features,
+)
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
+from vqpipe.config import to_request
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError
@@ -23,7 +31,7 @@ from vqpipe.progress import Silent
 CONFIG = FeaturesConfig(image_size=32, patch_size=4, components=10, images_per_shard=3, batch_size=2)
 
 
-class Heard(Silent):
+class Record(Silent):
     """Records the progress."""
 
     def __init__(self) -> None:
@@ -38,7 +46,7 @@ class Heard(Silent):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """Eight small pictures in two classes, and one file that is none."""
+    """Eight small images in two classes, and one unreadable file."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for index in range(8):
@@ -55,7 +63,7 @@ def write(draft: Draft, images: ImageSet, encoder: PatchEncoder, config: Feature
 
 
 def extract(images: ImageSet, out: Path, config: FeaturesConfig = CONFIG, **options) -> Artifact:
-    draft = artifacts.start(out, "features", config.request(), {"images": images})
+    draft = artifacts.start(out, "features", to_request(config), {"images": images})
     assert isinstance(draft, Draft)
     with draft:
         encoder = open_encoder(config, None)
@@ -63,7 +71,7 @@ def extract(images: ImageSet, out: Path, config: FeaturesConfig = CONFIG, **opti
         return draft.publish(write(draft, images, encoder, config, **options))
 
 
-def test_patch_pca_whitens_the_patches_it_was_fitted_on(images: ImageSet) -> None:
+def test_patch_pca_whitens_the_patches_of_its_fit(images: ImageSet) -> None:
     encoder = PatchPca(32, 4, 10)
     encoder.fit(images, None, 10**6, seed=0)
     batch = torch.stack([center_crop(decode(images.read(i)), 32) for i in range(9) if "broken" not in images.key(i)])
@@ -98,9 +106,9 @@ def test_pooling_averages_squares_in_row_major_order() -> None:
         check_pool(PatchPca(32, 4, 10), 3)
 
 
-def test_shards_hold_what_the_encoder_says(images: ImageSet, tmp_path: Path) -> None:
-    heard = Heard()
-    artifact = extract(images, tmp_path / "features", progress=heard)
+def test_shards_hold_the_features_of_the_encoder(images: ImageSet, tmp_path: Path) -> None:
+    record = Record()
+    artifact = extract(images, tmp_path / "features", progress=record)
     assert artifact.names() == [
         "encoder.safetensors",
         *(f"features-0000{i}.npy" for i in range(3)),
@@ -108,7 +116,7 @@ def test_shards_hold_what_the_encoder_says(images: ImageSet, tmp_path: Path) -> 
     ]
     facts = {"num_images": 8, "num_vectors": 512, "dim": 10, "encoder": "patch-pca", "skipped": {"not-an-image": 1}}
     assert artifact.facts == facts
-    assert (heard.resumed, sum(heard.done)) == ([0], 9)
+    assert (record.resumed, sum(record.done)) == ([0], 9)
     rows = [row for name in artifact.names("samples-*") for row in parquet.read_table(artifact.file(name)).to_pylist()]
     kept = [i for i in range(9) if "broken" not in images.key(i)]
     assert [row["key"] for row in rows] == [images.key(i) for i in kept]
@@ -125,7 +133,7 @@ def test_shards_hold_what_the_encoder_says(images: ImageSet, tmp_path: Path) -> 
     assert np.load(artifact.file("features-00000.npy"), mmap_mode="r").dtype == np.float16
 
 
-def test_a_flipped_bit_is_found_before_vectors_are_clustered(images: ImageSet, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_before_clustering(images: ImageSet, tmp_path: Path) -> None:
     path = extract(images, tmp_path / "features").path
     shard = path / "features-00001.npy"
     damaged = bytearray(shard.read_bytes())
@@ -135,13 +143,13 @@ def test_a_flipped_bit_is_found_before_vectors_are_clustered(images: ImageSet, t
         kmeans(open_features([path]), KmeansConfig(k=4, iterations=1), seed=0, device=torch.device("cpu"))
 
 
-def test_a_resumed_run_writes_only_what_is_missing(images: ImageSet, tmp_path: Path) -> None:
+def test_resume_writes_only_missing_shards(images: ImageSet, tmp_path: Path) -> None:
     whole = extract(images, tmp_path / "whole")
 
     class Stop(Exception):
         pass
 
-    class StopInSecondShard(Heard):
+    class StopInSecondShard(Record):
         def advance(self, count: int = 1) -> None:
             super().advance(count)
             if sum(self.done) > 4:
@@ -151,11 +159,11 @@ def test_a_resumed_run_writes_only_what_is_missing(images: ImageSet, tmp_path: P
         extract(images, tmp_path / "cut", progress=StopInSecondShard())
     first = tmp_path / "cut.partial" / "features-00000.npy"
     before = first.stat().st_mtime_ns, (tmp_path / "cut.partial" / "encoder.safetensors").stat().st_mtime_ns
-    heard = Heard()
-    resumed = extract(images, tmp_path / "cut", progress=heard)
+    record = Record()
+    resumed = extract(images, tmp_path / "cut", progress=record)
     after = (resumed.path / first.name).stat().st_mtime_ns, resumed.file("encoder.safetensors").stat().st_mtime_ns
     assert before == after
-    assert (heard.resumed, sum(heard.done)) == ([3], 6)
+    assert (record.resumed, sum(record.done)) == ([3], 6)
     assert resumed.content == whole.content
 
 
@@ -164,7 +172,7 @@ def test_two_ranks_and_two_workers_write_the_bytes_of_one(
 ) -> None:
     alone = extract(images, tmp_path / "alone")
     out = tmp_path / "together"
-    draft = artifacts.start(out, "features", CONFIG.request(), {"images": images})
+    draft = artifacts.start(out, "features", to_request(CONFIG), {"images": images})
     assert isinstance(draft, Draft)
     with draft:
         encoder = open_encoder(CONFIG, None)
@@ -177,7 +185,7 @@ def test_two_ranks_and_two_workers_write_the_bytes_of_one(
 
 
 class Overflowing(PatchEncoder):
-    """An encoder whose features leave float16 on bright images."""
+    """An encoder whose features exceed float16 on bright images."""
 
     image_size, grid_size, dim, default_pool = 32, 1, 2, 1
 
@@ -199,7 +207,7 @@ def test_features_beyond_float16_name_their_image(tmp_path: Path) -> None:
         write(draft, images, Overflowing())
 
 
-def test_too_many_unreadable_images_stop_the_run(images: ImageSet, tmp_path: Path) -> None:
+def test_too_many_unreadable_images_are_an_error(images: ImageSet, tmp_path: Path) -> None:
     draft = artifacts.start(tmp_path / "out", "features", {}, {})
     assert isinstance(draft, Draft)
     with draft, pytest.raises(DataError, match="1 of 9 images cannot be used"):
@@ -215,12 +223,12 @@ def test_too_many_unreadable_images_stop_the_run(images: ImageSet, tmp_path: Pat
         ({"precision": "fp16"}, "'fp16' is not a choice"),
     ],
 )
-def test_refuses_settings_that_cannot_be(settings: dict, message: str) -> None:
+def test_invalid_settings_are_errors(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FeaturesConfig(**settings)
 
 
-def test_refuses_patches_that_do_not_fit() -> None:
+def test_unusable_patches_and_weights_are_errors() -> None:
     with pytest.raises(ConfigError, match="patches of 5 pixels do not tile an image of 32"):
         open_encoder(FeaturesConfig(image_size=32, patch_size=5), None)
     with pytest.raises(ConfigError, match="64 components of patches with 48 values"):
@@ -228,3 +236,78 @@ def test_refuses_patches_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="patch-pca has no weights"):
         find_weights(FeaturesConfig(weights=Path("x.pt")))
     assert find_weights(FeaturesConfig()) is None
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    data = np.arange(60, dtype=np.float16).reshape(20, 3)
+    for name, part in (("b", data[:7]), ("a", data[7:])):
+        np.save(tmp_path / f"{name}.npy", part)
+    return [tmp_path / "b.npy", tmp_path / "a.npy"]
+
+
+def test_rows_run_through_files_in_the_given_order(files: list[Path]) -> None:
+    features = open_features(files)
+    data = np.arange(60, dtype=np.float32).reshape(20, 3)
+    assert (features.num_vectors, features.dim, features.labels) == (20, 3, None)
+    for start, stop in ((0, 20), (5, 9), (0, 7), (7, 8)):
+        assert np.array_equal(features.read(start, stop), data[start:stop])
+    rows = np.array([19, 0, 7, 6, 0])
+    assert np.array_equal(features.take(rows), data[rows])
+    assert (features.place(6), features.place(7)) == ("b.npy, row 6", "a.npy, row 0")
+
+
+def test_digest_is_of_content_and_order(files: list[Path], tmp_path: Path) -> None:
+    digest = open_features(files).digest
+    renamed = [path.rename(path.with_name(f"other-{path.name}")) for path in files]
+    assert open_features(renamed).digest == digest
+    assert open_features(renamed[::-1]).digest != digest
+
+
+def test_rows_are_float16_if_every_shard_is() -> None:
+    parts = [np.arange(8, dtype=kind).reshape(4, 2) for kind in (np.float16, np.float16, np.float32, np.float64)]
+    half, mixed = FeatureSet(parts[:2], ["a", "b"]), FeatureSet(parts, list("abcd"))
+    assert (half.dtype, mixed.dtype) == (np.float16, np.float32)
+    for features in (half, mixed):
+        rows = features.stored(2, 7)
+        assert rows.numpy().dtype == features.dtype
+        assert np.array_equal(rows.float(), np.concatenate([parts[0][2:], parts[0][:3]]))
+        assert features.read(7, 8).tolist() == [[6, 7]]
+    assert np.shares_memory(half.stored(4, 6).numpy(), parts[1])
+    assert not np.shares_memory(mixed.stored(4, 6).numpy(), parts[1])
+
+
+def test_blocks_cover_all_rows_once() -> None:
+    features = FeatureSet([np.zeros((70_000, 1), np.float16)], ["x"])
+    blocks = [(start, features.block_stop(start)) for start in features.block_starts()]
+    assert blocks == [(0, 65_536), (65_536, 70_000)]
+
+
+def test_files_without_a_matrix_of_floats_are_errors(files: list[Path], tmp_path: Path) -> None:
+    def save(array: np.ndarray) -> Path:
+        np.save(tmp_path / "bad.npy", array)
+        return tmp_path / "bad.npy"
+
+    with pytest.raises(DataError, match=r"float32 of shape \[3\]"):
+        open_features([save(np.zeros(3, np.float32))])
+    with pytest.raises(DataError, match=r"int64 of shape \[3, 2\]"):
+        open_features([save(np.zeros((3, 2), np.int64))])
+    with pytest.raises(DataError, match="holds no vectors"):
+        open_features([save(np.zeros((0, 2), np.float32))])
+    with pytest.raises(DataError, match=r"bad.npy has dimension 5, b.npy has 3"):
+        open_features([files[0], save(np.zeros((4, 5), np.float32))])
+    with pytest.raises(DataError, match=r"is not a \.npy array"):
+        open_features([save(np.array([{}], dtype=object))])
+    (tmp_path / "bad.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"is not a \.npy array"):
+        open_features([tmp_path / "bad.npy"])
+    whole = save(np.zeros((100, 3), np.float16)).read_bytes()
+    (tmp_path / "bad.npy").write_bytes(whole[:-50])
+    with pytest.raises(DataError, match=r"bad.npy is cut short: it ends after 678 bytes"):
+        open_features([files[0], tmp_path / "bad.npy"])
+    with pytest.raises(DataError, match="No such file"):
+        open_features([tmp_path / "absent.npy"])
+    with pytest.raises(ArtifactError, match="not a vqpipe artifact"):
+        open_features([tmp_path])
+    with pytest.raises(DataError, match="no features were named"):
+        open_features([])

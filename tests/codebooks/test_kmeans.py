@@ -1,7 +1,7 @@
-"""k-means against scikit-learn, its promises about clusters, and what it refuses."""
+"""k-means against scikit-learn, its guarantees about clusters and ranks, and its errors; codebook files."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 
 from vqpipe import distributed
-from vqpipe.codebooks import feature_set, memory, seeding
-from vqpipe.codebooks.feature_set import FeatureSet
-from vqpipe.codebooks.kmeans import Clustering, KmeansConfig, kmeans, lloyd, load_codebook
-from vqpipe.codebooks.points import Points
-from vqpipe.codebooks.seeding import weighted_draw
+from vqpipe.codebooks import features as features_module
+from vqpipe.codebooks import kmeans as module
+from vqpipe.codebooks import seeding
+from vqpipe.codebooks.codebook import Clustering, load_codebook
+from vqpipe.codebooks.features import FeatureSet
+from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
 from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.progress import Silent
 
 CPU = torch.device("cpu")
 
@@ -31,61 +33,51 @@ def blobs(rows: int, dim: int, centres: int, seed: int = 0) -> np.ndarray:
 
 
 def run(data: np.ndarray, labels: np.ndarray | None = None, seed: int = 0, **settings) -> Clustering:
-    rest = {name: settings.pop(name) for name in ("checkpoints", "on_step") if name in settings}
+    rest = {name: settings.pop(name) for name in ("checkpoints", "progress") if name in settings}
     return kmeans(FeatureSet([data], ["x"], labels), KmeansConfig(**settings), seed=seed, device=CPU, **rest)
 
 
 @pytest.mark.parametrize("k", [8, 60, 700])
-def test_inertia_is_that_of_scikit_learn(k: int) -> None:
+def test_inertia_is_as_low_as_scikit_learns(k: int) -> None:
     data = blobs(6000, 12, 50)
     ours = [run(data, k=k, iterations=20, tolerance=0.0, seed=seed).inertia for seed in range(3)]
     theirs = [KMeans(k, n_init=1, max_iter=20, tol=0, random_state=seed).fit(data).inertia_ for seed in range(3)]
     assert np.mean(ours) < 1.02 * np.mean(theirs) / len(data)
 
 
-def test_lloyd_takes_the_same_steps_as_scikit_learn() -> None:
-    data = blobs(3000, 6, 20)
-    first = data[np.random.default_rng(0).choice(3000, 25, replace=False)]
-    points = Points(FeatureSet([data], ["x"]), CPU, shared=False)
-    ours = lloyd(points, torch.from_numpy(first), 8, 0.0, lambda inertia: None)
-    theirs = KMeans(25, init=first, n_init=1, max_iter=8, tol=0, algorithm="lloyd").fit(data)
-    assert ours.counts.tolist() == np.bincount(theirs.labels_, minlength=25).tolist()
-    np.testing.assert_allclose(ours.codes.numpy(), theirs.cluster_centers_, atol=1e-5)
-
-
-def test_the_result_is_a_fixed_point_with_every_cluster_in_use() -> None:
+def test_converged_result_is_a_fixed_point_with_every_cluster_in_use() -> None:
     data = blobs(3000, 6, 20)
     result = run(data, k=40, iterations=300, tolerance=0.0)
     assert result.converged
-    squared = (data[:, None].astype(np.float64) - result.codes.double().numpy()[None]) ** 2
+    squared = (data[:, None].astype(np.float64) - result.codebook.double().numpy()[None]) ** 2
     ids = squared.sum(axis=2).argmin(axis=1)
     assert np.array_equal(np.bincount(ids, minlength=40), result.counts.numpy())
     means = np.stack([data[ids == code].astype(np.float64).mean(axis=0) for code in range(40)])
-    np.testing.assert_allclose(result.codes.numpy(), means, atol=1e-6)
+    np.testing.assert_allclose(result.codebook.numpy(), means, atol=1e-6)
     assert result.inertia == pytest.approx(squared.sum(axis=2).min(axis=1).mean(), rel=1e-6)
     assert all(after <= before for before, after in zip(result.history, result.history[1:], strict=False))
 
 
 def test_empty_clusters_are_filled() -> None:
-    """All first centres lie among copies of one point and one far blob: most start empty."""
+    """The vectors are copies of one point and one far blob, so most clusters start empty."""
     random = np.random.default_rng(0)
     data = np.concatenate([np.zeros((5000, 3)), 100 + random.standard_normal((60, 3))]).astype(np.float32)
     for init in ("random", "k-means++"):
         result = run(data, k=50, iterations=2, init=init)
         assert result.counts.min() >= 1
         assert result.counts.sum() == 5060
-        assert len(result.codes.unique(dim=0)) == 50
+        assert len(result.codebook.unique(dim=0)) == 50
 
 
-def test_as_many_codes_as_distinct_vectors() -> None:
+def test_k_may_equal_the_number_of_distinct_vectors() -> None:
     distinct = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
     result = run(np.repeat(distinct, 7, axis=0), k=30)
     assert result.inertia == 0
     assert result.counts.tolist() == [7] * 30
-    assert np.array_equal(np.unique(result.codes.numpy(), axis=0), np.unique(distinct, axis=0))
+    assert np.array_equal(np.unique(result.codebook.numpy(), axis=0), np.unique(distinct, axis=0))
 
 
-def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     data = blobs(2000, 5, 30)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(data, k=64, seed=seed).save(tmp_path / name)
@@ -98,16 +90,16 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> 
     }
 
 
-def test_shards_and_precision_on_disk_do_not_show() -> None:
+def test_result_does_not_depend_on_sharding_or_stored_precision() -> None:
     data = blobs(1000, 4, 10).astype(np.float16)
     config = KmeansConfig(k=20)
     whole = kmeans(FeatureSet([data.astype(np.float32)], ["x"]), config, seed=0, device=CPU)
     parts = FeatureSet([data[:10], data[10:700], data[700:700], data[700:]], list("abcd"))
-    assert torch.equal(kmeans(parts, config, seed=0, device=CPU).codes, whole.codes)
+    assert torch.equal(kmeans(parts, config, seed=0, device=CPU).codebook, whole.codebook)
 
 
 class Ranks:
-    """Two threads that talk as two ranks would: sums of tensors, and what rank 0 hands round."""
+    """Two threads that stand for two ranks, with their collectives."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.here, self.meet, self.sent = threading.local(), threading.Barrier(2, timeout=60), {}
@@ -156,38 +148,40 @@ MODES = ({}, {"per_class": True}, {"batch": 400, "iterations": 3}, {"init": "ran
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
-def test_two_ranks_make_the_codebook_of_one(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(feature_set, "BLOCK_ROWS", 256)
+def test_two_ranks_give_the_codebook_of_one(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(features_module, "BLOCK_ROWS", 256)
     monkeypatch.setattr(seeding, "ROWS", 300)
     data, labels = blobs(2000, 5, 30), np.arange(2000, dtype=np.int32) % 3
     alone = run(data, labels, k=33, **settings)
     for result in Ranks(monkeypatch).run(lambda: run(data, labels, k=33, **settings, checkpoints=tmp_path)):
-        assert torch.equal(result.codes, alone.codes)
+        assert torch.equal(result.codebook, alone.codebook)
         assert torch.equal(result.counts, alone.counts)
         assert result.facts() == alone.facts()
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
-def test_two_ranks_go_on_where_one_was_stopped(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(feature_set, "BLOCK_ROWS", 256)
+def test_two_ranks_resume_the_run_of_one(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(features_module, "BLOCK_ROWS", 256)
     data, labels = blobs(2000, 5, 30), np.arange(2000, dtype=np.int32) % 3
     alone = run(data, labels, k=33, **settings)
-    heard = []
 
-    def stop_at_second(inertia: float) -> None:
-        heard.append(inertia)
-        if len(heard) == 2:
-            raise KeyboardInterrupt
+    class StopAtSecondNote(Silent):
+        notes = 0
+
+        def note(self, text: str, details: Sequence[tuple[str, str]] = ()) -> None:
+            self.notes += 1
+            if self.notes == 2:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(data, labels, k=33, **settings, checkpoints=tmp_path, on_step=stop_at_second)
+        run(data, labels, k=33, **settings, checkpoints=tmp_path, progress=StopAtSecondNote())
     for result in Ranks(monkeypatch).run(lambda: run(data, labels, k=33, **settings, checkpoints=tmp_path)):
-        assert torch.equal(result.codes, alone.codes)
+        assert torch.equal(result.codebook, alone.codebook)
         assert result.facts() == alone.facts()
 
 
 @pytest.mark.parametrize("batch", [0, 500])
-def test_threads_do_not_show(batch: int) -> None:
+def test_result_does_not_depend_on_the_number_of_threads(batch: int) -> None:
     data, before = blobs(3000, 9, 30), torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
@@ -195,20 +189,20 @@ def test_threads_do_not_show(batch: int) -> None:
         results.append(run(data, k=50, batch=batch, iterations=3))
     torch.set_num_threads(before)
     for result in results[1:]:
-        assert torch.equal(result.codes, results[0].codes)
+        assert torch.equal(result.codebook, results[0].codebook)
         assert result.facts() == results[0].facts()
 
 
-def test_digits_survive_a_large_common_mean() -> None:
-    """As in CLIP's features: the same points far from the origin give the same clusters and inertia."""
+def test_large_common_mean_costs_no_precision() -> None:
+    """CLIP features have one: the same points far from the origin give the same clusters and inertia."""
     data = np.round(blobs(2000, 8, 20) * 64) / 64
     near, far = (run(data + np.float32(shift), k=30, iterations=5, tolerance=0.0) for shift in (0, 1024))
     assert near.counts.tolist() == far.counts.tolist()
-    np.testing.assert_allclose(far.codes - 1024, near.codes, atol=1e-4)
+    np.testing.assert_allclose(far.codebook - 1024, near.codebook, atol=1e-4)
     np.testing.assert_allclose(far.history, near.history, rtol=1e-5)
 
 
-def test_facts_say_how_vectors_spread() -> None:
+def test_facts_report_cluster_sizes() -> None:
     counts = torch.tensor([*range(1, 200), 1000])
     facts = Clustering(torch.randn(200, 3), counts, (2.0, 1.5), True, 1, 4).facts()
     assert facts["cluster_sizes"] == {
@@ -218,47 +212,40 @@ def test_facts_say_how_vectors_spread() -> None:
         "share_in_largest_percent": 1199 / counts.sum().item(),
     }
     assert (facts["distinct_codes"], facts["reseeded"], facts["inertia"]) == (200, 4, 1.5)
-    assert Clustering(torch.ones(3, 2), torch.ones(3), (1.0,), True, 1).distinct() == 1
+    assert Clustering(torch.ones(3, 2), torch.ones(3), (1.0,), True, 1).distinct_codes() == 1
 
 
-def test_refuses_a_k_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_k_beyond_the_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 million centres of 768 numbers, 24 bytes for each, are 184 GB; 200 million vectors, 36 bytes each, are 7."""
     features = FeatureSet([np.broadcast_to(np.float16(0), (200_000_000, 768))], ["x"])
-    monkeypatch.setattr(memory, "available_bytes", lambda: 64_000_000_000)
+    monkeypatch.setattr(module, "available_bytes", lambda: 64_000_000_000)
     with pytest.raises(
         ConfigError,
         match=r"k = 10,000,000 .* 768 need about 19\d\.\d\d GB, this machine has 64\.00 GB",
     ):
         kmeans(features, KmeansConfig(k=10_000_000), seed=0, device=CPU)
-    memory.check_memory(features, 1_000_000, CPU)
+    module.check_memory(features, 1_000_000, CPU)
 
 
-def test_per_class_clusters_each_class_by_itself() -> None:
+def test_per_class_clusters_each_class_separately() -> None:
     data, labels = blobs(900, 4, 12), np.repeat([7, 2, 5], 300).astype(np.int32)
     result = run(data, labels, k=30, per_class=True)
     assert result.counts.view(3, 10).sum(dim=1).tolist() == [300, 300, 300]
     for part, label in enumerate([2, 5, 7]):
         alone = run(data[labels == label], np.full(300, label, np.int32), k=10, per_class=True)
-        assert torch.equal(result.codes[10 * part : 10 * part + 10], alone.codes)
+        assert torch.equal(result.codebook[10 * part : 10 * part + 10], alone.codebook)
 
 
-def test_random_selection_takes_distinct_vectors_as_they_are() -> None:
+def test_random_selection_takes_distinct_vectors_unchanged() -> None:
     data = np.repeat(blobs(400, 3, 10), 2, axis=0)
     result = run(data, k=100, select="random")
     rows = {row.tobytes() for row in data}
-    assert len({code.tobytes() for code in result.codes.numpy()} & rows) == 100
+    assert len({code.tobytes() for code in result.codebook.numpy()} & rows) == 100
     assert result.iterations == 0
     assert result.counts.sum() == 800
 
 
-def test_the_weighted_draw_is_proportional_and_without_replacement() -> None:
-    random, weights = np.random.default_rng(0), torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0], dtype=torch.float64)
-    firsts = torch.cat([weighted_draw(weights, 1, random) for _ in range(4000)])
-    np.testing.assert_allclose(torch.bincount(firsts, minlength=5) / 4000, weights / 8, atol=0.03)
-    assert sorted(weighted_draw(weights, 5, random).tolist()) == [1, 2, 4]
-
-
-def test_refuses_features_that_cannot_be_clustered() -> None:
+def test_too_few_or_nonfinite_features_are_errors() -> None:
     data = blobs(100, 4, 5)
     with pytest.raises(DataError, match="100 vectors, fewer than k = 101"):
         run(data, k=101)
@@ -273,7 +260,7 @@ def test_refuses_features_that_cannot_be_clustered() -> None:
             kmeans(FeatureSet([data, second], ["a.npy", "b.npy"]), KmeansConfig(k=5), seed=0, device=CPU)
 
 
-def test_refuses_classes_that_cannot_be_clustered() -> None:
+def test_unusable_classes_are_errors() -> None:
     data, labels = blobs(100, 4, 5), np.zeros(100, np.int32)
     labels[95:] = 3
     with pytest.raises(DataError, match="100 of 100 vectors have none"):
@@ -285,11 +272,16 @@ def test_refuses_classes_that_cannot_be_clustered() -> None:
     labels[0] = -1
     with pytest.raises(DataError, match="1 of 100 vectors have none"):
         run(data, labels, k=10, per_class=True)
-    with pytest.raises(ConfigError, match=r"kmeans\.init"):
-        KmeansConfig(init="farthest")  # type: ignore[arg-type]
 
 
-def test_load_codebook_reads_what_others_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["k=0", "batch=-1", "gpu_share=2", "iterations=-1", "init=farthest", "select=best"])
+def test_invalid_settings_are_errors(setting: str) -> None:
+    name, _, value = setting.partition("=")
+    with pytest.raises(ConfigError, match=rf"{name} = '?{value}"):
+        KmeansConfig(**{name: value if value.isalpha() else int(value)})
+
+
+def test_load_codebook_reads_safetensors_npy_and_released_files(tmp_path: Path) -> None:
     codes = torch.randn(6, 3)
     save_file({"codebook": codes, "counts": torch.ones(6, dtype=torch.int64)}, tmp_path / "codebook.safetensors")
     np.save(tmp_path / "codes.npy", codes.numpy())

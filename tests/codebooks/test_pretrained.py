@@ -1,4 +1,4 @@
-"""Pretrained encoders with small networks whose weights the tests write: an independent forward pass must agree."""
+"""Pretrained encoders against an independent forward pass, with small networks of random weights."""
 
 import json
 import time
@@ -30,7 +30,7 @@ TINY_CLIP = {
 
 @pytest.fixture
 def tiny_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A CLIP of two layers, known to open_clip as `tiny` with OpenAI's tag, and its weights."""
+    """Weights of a CLIP of two layers, registered in open_clip as `tiny` with OpenAI's tag."""
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
     paths, configs = list(factory._MODEL_CONFIG_PATHS), dict(factory._MODEL_CONFIGS)
     open_clip.add_model_config(tmp_path / "tiny.json")
@@ -38,7 +38,7 @@ def tiny_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"openai": tag})
     torch.manual_seed(0)
     model = open_clip.create_model("tiny", force_quick_gelu=True)
-    for parameter in model.parameters():  # far from the start values, so that every norm and bias counts
+    for parameter in model.parameters():  # far from the initial values, so that every norm and bias matters
         nn.init.normal_(parameter, std=0.2)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "tiny.safetensors")
     yield tmp_path / "tiny.safetensors"
@@ -48,7 +48,7 @@ def tiny_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def clip_patches(weights: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Projected patch tokens of a CLIP ViT with QuickGELU, written out: float[B, 3, 32, 32] -> float[B, 64, 24]."""
+    """Projected patch tokens of a CLIP ViT with QuickGELU, step by step: float[B, 3, 32, 32] -> float[B, 64, 24]."""
     w = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
     patches = F.conv2d(images, w["conv1.weight"], stride=4).flatten(2).transpose(1, 2)
     x = torch.cat([w["class_embedding"].expand(len(images), 1, -1), patches], dim=1) + w["positional_embedding"]
@@ -68,7 +68,7 @@ def clip_patches(weights: dict[str, Tensor], images: Tensor) -> Tensor:
     return norm("ln_post", x)[:, 1:] @ w["proj"]
 
 
-def test_clip_patches_are_normed_projected_and_without_the_class_token(tiny_clip: Path) -> None:
+def test_clip_features_are_projected_patch_tokens(tiny_clip: Path) -> None:
     encoder = open_encoder(FeaturesConfig(encoder="open_clip:tiny/openai"), tiny_clip)
     assert (encoder.image_size, encoder.grid_size, encoder.dim, check_pool(encoder, None)) == (32, 8, 24, 4)
     torch.manual_seed(1)
@@ -84,7 +84,7 @@ def test_clip_patches_are_normed_projected_and_without_the_class_token(tiny_clip
     torch.testing.assert_close(pool_features(found, 4), pooled, atol=1e-4, rtol=1e-4)
 
 
-def test_clip_preprocessing_is_its_own(tiny_clip: Path) -> None:
+def test_clip_preprocessing_is_that_of_open_clip(tiny_clip: Path) -> None:
     encoder = open_encoder(FeaturesConfig(encoder="open_clip:tiny/openai"), tiny_clip)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
     assert encoder.transform is not None
@@ -92,7 +92,7 @@ def test_clip_preprocessing_is_its_own(tiny_clip: Path) -> None:
     assert torch.equal(encoder.transform(picture) / 255, expected)
 
 
-def test_timm_patches_are_the_normed_tokens(tmp_path: Path) -> None:
+def test_timm_features_are_normalized_patch_tokens(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_vit").eval()
     for parameter in model.parameters():
@@ -107,13 +107,13 @@ def test_timm_patches_are_the_normed_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_convolutional_backbones_give_their_last_stage() -> None:
+def test_features_of_convolutional_backbones_are_their_last_stage() -> None:
     encoder = open_encoder(FeaturesConfig(encoder="timm:test_resnet", allow_random_weights=True, pool=5), None)
     images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
     assert encoder(images).shape == (2, encoder.dim, 5, 5)
 
 
-def test_weights_of_another_model_are_refused(tiny_clip: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_an_error(tiny_clip: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     for encoder in ("open_clip:tiny/openai", "timm:test_vit"):
         with pytest.raises(WeightsError, match=r"other.safetensors does not fit"):
@@ -129,14 +129,14 @@ def test_weights_of_another_model_are_refused(tiny_clip: Path, tmp_path: Path) -
         ("timm:vit_small_patch14_dinov2", "model.safetensors", "timm/vit_small_patch14_dinov2.lvd142m"),
     ],
 )
-def test_offline_the_error_names_the_file_at_once(
+def test_offline_error_names_the_file_without_delay(
     encoder: str, file: str, repository: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrained.huggingface_hub, "try_to_load_from_cache", lambda *names: None)
     monkeypatch.setattr(pretrained, "reachable", lambda url: False)
     began = time.monotonic()
     with pytest.raises(
-        WeightsError, match=f"Fetch {file} from https://huggingface.co/{repository} .*features.weights="
+        WeightsError, match=f"Download {file} from https://huggingface.co/{repository} .*features.weights="
     ):
         find_weights(FeaturesConfig(encoder=encoder))
     assert time.monotonic() - began < 1
@@ -160,10 +160,10 @@ def test_weights_in_the_cache_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("open_clip:ViT-L14/openai", "Did you mean ViT-L-14"),
         ("open_clip:ViT-L-14/opnai", "Did you mean openai"),
-        ("open_clip:ViT-L-14", "does not say which weights"),
+        ("open_clip:ViT-L-14", "does not name its weights"),
         ("timm:resnet5", "Did you mean resnet50"),
     ],
 )
-def test_mistyped_models_are_pointed_out(encoder: str, message: str) -> None:
+def test_mistyped_model_names_are_corrected(encoder: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_weights(FeaturesConfig(encoder=encoder))

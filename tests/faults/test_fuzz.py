@@ -25,7 +25,7 @@ from safetensors.torch import save, save_file
 
 from vqpipe import config as configs
 from vqpipe.artifacts import Draft, open_artifact, start
-from vqpipe.codebooks.feature_set import open_matrix
+from vqpipe.codebooks.features import open_matrix
 from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.data.tars import index_tar
 from vqpipe.data.tokens import read_tokens, write_token_file

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqpipe.codebooks.feature_set import FeatureSet
+from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
 from vqpipe.data.tokens import check_ids, id_dtype, read_tokens, write_token_file
 from vqpipe.errors import DataError

@@ -1,4 +1,4 @@
-"""`vqpipe extract-features` as a function: what it publishes, and that a second run finds it published."""
+"""`vqpipe extract-features` as a function: what it publishes, and that a repeated run finds it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 
 from stages.extract_features import extract_features
 from vqpipe.artifacts import open_artifact
-from vqpipe.codebooks.feature_set import open_features
+from vqpipe.codebooks.features import open_features
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 
 SETTINGS = ["features.image_size=32", "features.patch_size=4", "features.components=8", "features.images_per_shard=4"]
@@ -37,14 +37,14 @@ def test_publishes_features_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert np.load(artifact.file("features-00002.npy"), mmap_mode="r").shape == (32, 8)
 
     before = (out / "manifest.json").stat().st_mtime_ns
-    run(out, pool=4, batch_size=3)  # the batch size does not change what is asked for
+    run(out, pool=4, batch_size=3)  # the batch size does not change the request
     assert "already published" in capsys.readouterr().err
     assert (out / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(ArtifactError, match=r"config.pool was 4, now 2"):
         run(out, pool=2)
 
 
-def test_a_wrong_request_leaves_no_trace(tmp_path: Path) -> None:
+def test_an_invalid_request_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="8 x 8 patches cannot be averaged to 3 x 3"):
         run(tmp_path / "features", pool=3)
     with pytest.raises(WeightsError, match=r"nowhere\.pt"):
@@ -52,7 +52,7 @@ def test_a_wrong_request_leaves_no_trace(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_random_weights_only_where_asked_for(tmp_path: Path) -> None:
+def test_random_weights_need_a_setting(tmp_path: Path) -> None:
     random = ["features.allow_random_weights=true"]
     extract_features(
         ["builtin:photos/heldout"], tmp_path / "a", encoder="timm:test_vit", pool=5, limit=2, overrides=random
@@ -62,7 +62,7 @@ def test_random_weights_only_where_asked_for(tmp_path: Path) -> None:
     assert (artifact.facts["num_vectors"], artifact.facts["dim"]) == (50, 64)
 
 
-def test_precision_is_asked_for_and_changes_the_request(tmp_path: Path) -> None:
+def test_precision_is_part_of_the_request(tmp_path: Path) -> None:
     random = ["features.allow_random_weights=true"]
     for name, precision in (("plain", None), ("fp32", "fp32"), ("bf16", "bf16")):
         extract_features(
@@ -82,15 +82,15 @@ def test_precision_is_asked_for_and_changes_the_request(tmp_path: Path) -> None:
     assert np.isfinite(values[1]).all()
 
 
-def test_says_how_fast_and_where_the_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_images_per_second_and_time_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "features", num_workers=0)
-    told = capsys.readouterr().err
-    assert re.search(r"10 images in \d:\d\d, [\d.e+]+/s: .*\d+%", told), told
-    shares = [int(share) for share in re.findall(r"(?:waiting for images|encoding|copying|writing) (\d+)%", told)]
+    printed = capsys.readouterr().err
+    assert re.search(r"10 images in \d:\d\d:\d\d, [\d.e+]+/s: .*\d+%", printed), printed
+    shares = [int(share) for share in re.findall(r"(?:waiting for images|encoding|copying|writing) (\d+)%", printed)]
     assert 0 < sum(shares) <= 102
 
 
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_resume_is_bit_exact_after_sigkill(tmp_path: Path) -> None:
     words = ["extract-features", "--images", "builtin:photos/heldout", "--limit", "60", "--num-workers", "1"]
     words += [part for setting in SETTINGS for part in ("--set", setting)] + ["--out", str(tmp_path / "killed")]
     process = subprocess.Popen(
@@ -106,7 +106,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path
     assert process.wait(timeout=60) == -signal.SIGKILL
     before = {path.name: path.stat().st_mtime_ns for path in (partial / ".records").glob("*.json")}
     options = {"overrides": SETTINGS, "limit": 60, "device": "cpu"}
-    time.sleep(0.5)  # its loader process, which holds the lock as well, is killed with it: at once, not in that instant
+    time.sleep(0.5)  # until its loader process, which also holds the lock, has ended
     extract_features(["builtin:photos/heldout"], tmp_path / "killed", num_workers=0, **options)
     extract_features(["builtin:photos/heldout"], tmp_path / "straight", num_workers=3, **options)
     killed, straight = (open_artifact(tmp_path / name) for name in ("killed", "straight"))

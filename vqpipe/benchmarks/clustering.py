@@ -27,10 +27,9 @@ from vqpipe.benchmarks.measure import (
     version_of,
 )
 from vqpipe.benchmarks.search import faiss_defaults, faiss_settings
-from vqpipe.codebooks.feature_set import FeatureSet
+from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
-from vqpipe.codebooks.lloyd import lloyd
-from vqpipe.codebooks.points import Points
+from vqpipe.codebooks.lloyd import Points, lloyd
 from vqpipe.search import engine_name, nearest
 
 ITERATIONS = 5
@@ -162,7 +161,7 @@ def ours(problem: Problem, fit: Fit, note: str = "") -> Method:
 def our_lloyd(problem: Problem) -> Method:
     """Our Lloyd loop, on points that were looked at (hashed, checked) before."""
     points = Points(features_of(problem), problem.settings.device, shared=False)
-    return ours(problem, lambda n: lloyd(points, problem.centres, n, 0.0, lambda inertia: None).codes)
+    return ours(problem, lambda n: lloyd(points, problem.centres, n, 0.0).codebook)
 
 
 def our_kmeans(problem: Problem) -> Method:
@@ -171,7 +170,7 @@ def our_kmeans(problem: Problem) -> Method:
 
     def fit(iterations: int) -> Tensor:
         config = KmeansConfig(k=len(problem.centres), iterations=iterations, tolerance=0.0)
-        return kmeans(features, config, seed=settings.seed, device=settings.device).codes
+        return kmeans(features, config, seed=settings.seed, device=settings.device).codebook
 
     return ours(problem, fit, note="seeded by k-means||")
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vqpipe.benchmarks.measure import Case, Method, Plan, Row, Settings, Stopwatch, need, offered, version_of
-from vqpipe.codebooks.feature_set import FeatureSet, open_matrix
+from vqpipe.codebooks.features import FeatureSet, open_matrix
 from vqpipe.data import transforms
 from vqpipe.data.photos import HELDOUT, TRAIN, load
 from vqpipe.data.tars import TarIndex, Tars, index_tar, write_tar
@@ -260,4 +260,4 @@ def feature_reading(settings: Settings, rows: int, dim: int, stopwatch: Stopwatc
 def read_blocks(path: Path) -> int:
     """Rows read, as k-means reads them."""
     features = FeatureSet([open_matrix(path)], [path.name])
-    return sum(len(features.block(start)) for start in features.block_starts())
+    return sum(len(features.read(start, features.block_stop(start))) for start in features.block_starts())

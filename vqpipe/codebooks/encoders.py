@@ -1,4 +1,4 @@
-"""What turns an image into a grid of patch features: the interface, pooling, and the encoder that needs no weights.
+"""Patch encoders: the interface, average pooling, and patch-pca, which needs no pretrained weights.
 
 B images, S their side, g the side of the grid of patches, D the dimension of a feature, p the side of a patch.
 """
@@ -18,10 +18,14 @@ from torch.nn import functional as F
 from vqpipe.data.batches import OrderedImages, through_workers, worker_count
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import MAX_PIXELS, center_crop, to_float
+from vqpipe.device import reduced_precision
 from vqpipe.errors import ConfigError, DataError
+from vqpipe.progress import SILENT, Progress
 
-FIT_IMAGES = 1000  # at most so many images are decoded to fit the PCA,
-FIT_BATCH = 16  # so many at a time
+FIT_IMAGES = 1000
+"""Maximum number of images that the PCA is fitted on."""
+FIT_BATCH = 16
+"""Images decoded at a time to fit the PCA."""
 
 
 class PatchEncoder(nn.Module, ABC):
@@ -31,8 +35,8 @@ class PatchEncoder(nn.Module, ABC):
         image_size: S.
         grid_size: g.
         dim: D.
-        default_pool: side of the grid that features are averaged to where nothing else is asked.
-        transform: how a decoded image becomes uint8[3, S, S]; None: ADM's centre crop.
+        default_pool: side of the grid after average pooling, unless another is given.
+        transform: preprocessing of a decoded image to uint8[3, S, S]; None: ADM's centre crop.
     """
 
     image_size: int
@@ -45,9 +49,17 @@ class PatchEncoder(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """uint8[B, 3, S, S] -> float32[B, D, g, g]."""
 
+    def encode(self, images: Tensor, pool: int, precision: str = "fp32") -> Tensor:
+        """uint8[B, 3, S, S] -> float16[B, pool * pool, D], computed in "fp32" or "bf16" and averaged in float32."""
+        precision_context = reduced_precision(self, images.device, precision)
+        with torch.inference_mode():
+            with precision_context:
+                features = self(images)
+            return pool_features(features.float(), pool).half()
+
 
 def check_pool(encoder: PatchEncoder, pool: int | None) -> int:
-    """The side of the grid to average to: `pool`, or the encoder's default.
+    """Side of the grid after pooling: `pool`, or the encoder's default.
 
     Raises:
         ConfigError: it does not divide the encoder's grid.
@@ -63,7 +75,7 @@ def check_pool(encoder: PatchEncoder, pool: int | None) -> int:
 
 
 def pool_features(features: Tensor, pool: int) -> Tensor:
-    """Average float32[B, D, g, g] over squares: float32[B, pool * pool, D], row-major.
+    """Average pooling of float32[B, D, g, g] to float32[B, pool * pool, D], row-major.
 
     Kernel equals stride, in float32, as in VQGAN-LC's released code (16 x 16 CLIP tokens to 4 x 4).
     """
@@ -72,14 +84,15 @@ def pool_features(features: Tensor, pool: int) -> Tensor:
 
 
 class PatchPca(PatchEncoder):
-    """Whitened principal components of pixel patches, in the manner of Coates & Ng 2012 ("Learning feature
-    representations with k-means"): no weights to download, so codebooks can be made offline.
+    """Whitened principal components of pixel patches, after Coates & Ng 2012 ("Learning feature representations with
+    k-means"). It needs no download, so codebooks can be made offline.
 
-    Patches are those of the grid, p x p x 3 pixels in [-1, 1]. Unlike there, a patch keeps its brightness and contrast:
-    a tokenizer's codes have to tell them apart. Being linear, it is one convolution.
+    Patches are the p x p x 3 pixels of the grid, in [-1, 1]. Unlike in the paper, their brightness and contrast are not
+    normalized, because the codes of a tokenizer must represent them. The projection is one convolution.
     """
 
-    RIDGE = 1e-6  # of the largest variance, added to each: directions without variance stay near 0
+    RIDGE = 1e-6
+    """Added to each variance, in units of the largest: directions without variance stay near 0."""
 
     def __init__(self, image_size: int = 256, patch_size: int = 8, components: int = 64) -> None:
         super().__init__()
@@ -103,18 +116,20 @@ class PatchPca(PatchEncoder):
         limit: int | None,
         count: int,
         seed: int,
-        on_images: Callable[[int], None] = lambda count: None,
+        *,
         num_workers: int = 0,
+        progress: Progress = SILENT,
     ) -> None:
-        """Find the components on about `count` patches of images chosen by `seed` among the first `limit`.
+        """Fit the components on about `count` patches of images drawn with `seed` from the first `limit`.
 
-        Unreadable images are passed over.
+        Unreadable images are skipped.
 
         Raises:
             DataError: no image can be read, or all patches are equal.
         """
         random = np.random.default_rng(seed)
         chosen = np.sort(random.permutation(min(len(images), limit or len(images)))[:FIT_IMAGES])
+        progress.start("fitting patch-pca", len(chosen))
         each = -(-count // len(chosen))
         size = 3 * self.project.kernel_size[0] ** 2
         number, total, products = 0, np.zeros(size), np.zeros((size, size))
@@ -124,15 +139,15 @@ class PatchPca(PatchEncoder):
                 torch.cat([image[row] for image, row in zip(self.patches(batch), rows, strict=True)])
             ).double()
             number, total = number + len(some), total + some.sum(dim=0).numpy()
-            products += (some.T @ some).numpy()  # by torch: two libraries' threads in turn would wait for each other
-            on_images(len(batch))
+            products += (some.T @ some).numpy()  # not NumPy: its threads and PyTorch's would wait for each other
+            progress.advance(len(batch))
         if number == 0:
             raise DataError(f"none of {len(chosen)} images of {images.name} can be read", "Check the images")
         mean = total / number
         self.set_components(mean, products / number - np.outer(mean, mean))
 
     def crops(self, images: ImageSet, chosen: np.ndarray, num_workers: int) -> Iterator[Tensor]:
-        """uint8[b, 3, S, S]: the readable ones of `chosen`, in order, FIT_BATCH at a time."""
+        """Batches uint8[<= FIT_BATCH, 3, S, S] of the readable images of `chosen`, in order."""
         dataset = OrderedImages(images, partial(center_crop, size=self.image_size), flip=False, max_pixels=MAX_PIXELS)
         work = [chosen[first : first + FIT_BATCH].tolist() for first in range(0, len(chosen), FIT_BATCH)]
         workers = worker_count(num_workers, len(work), 3 * self.image_size**2 * FIT_BATCH)
@@ -156,7 +171,7 @@ class PatchPca(PatchEncoder):
         vectors *= np.sign(vectors[largest, np.arange(self.dim)])
         whiten = (vectors / np.sqrt(np.maximum(variances, 0) + self.RIDGE * variances[0])).T
         self.project.weight.copy_(torch.from_numpy(whiten).view_as(self.project.weight))
-        bias: Tensor = self.project.bias  # type: ignore[assignment]  # nn.Conv2d makes one
+        bias: Tensor = self.project.bias  # type: ignore[assignment]  # nn.Conv2d has one by default
         bias.copy_(torch.from_numpy(-whiten @ mean))
 
     def save(self, path: Path) -> None:
@@ -164,5 +179,5 @@ class PatchPca(PatchEncoder):
         save_file({name: tensor.contiguous() for name, tensor in self.project.state_dict().items()}, path)
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote."""
+        """Load a projection written by `save`."""
         self.project.load_state_dict(load_file(path))

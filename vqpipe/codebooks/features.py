@@ -1,14 +1,19 @@
-"""Patch features of images, stored as float16 shards: what a codebook is clustered from.
+"""Patch features of images: written as float16 shards, read as one matrix.
 
 A shard holds the features of a fixed number of consecutive images, so its bytes do not depend on the number of ranks or
-workers, and it is the unit of resuming:
+workers, and a resumed run continues with the first missing shard:
 
     features-00000.npy       float16[rows, D]: per image pool * pool vectors, row-major
     samples-00000.parquet    key, label (null: none), first_row (in this shard), num_rows
     encoder.safetensors      patch-pca only: the fitted projection
+
+`FeatureSet` reads such an artifact, or any `.npy` files of shape [n, D], memory-mapped.
+
+B images, S their side, N vectors of dimension D.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,16 +25,18 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from vqpipe import config as configs
 from vqpipe import distributed
-from vqpipe.artifacts import Draft
-from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_features
+from vqpipe.artifacts import Artifact, Draft, open_artifact
+from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool
+from vqpipe.config import resumable
 from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16
 from vqpipe.data.images import ImageSet
-from vqpipe.device import reduced_precision
-from vqpipe.errors import ConfigError
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.files import hash_file
 from vqpipe.progress import SILENT, Progress
 
+BLOCK_ROWS = 65_536
+"""Rows that are read at a time."""
 ENCODER_FILE = "encoder.safetensors"
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -43,33 +50,34 @@ SAMPLES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """Which features codebooks are made of; section [features]."""
+    """Settings of the features that a codebook is made from; section [features]."""
 
     encoder: str = "patch-pca"
     """`patch-pca` (no weights needed), `open_clip:NAME/TAG` or `timm:NAME`."""
     pool: int | None = None
-    """Side of the grid of features per image after averaging; none: 4 for open_clip and timm, all for patch-pca."""
+    """Side of the grid of features per image after average pooling; none: 4 for open_clip and timm, the whole grid for
+    patch-pca."""
     image_size: int | None = None
-    """Side of the square images in pixels; none: the size the encoder was trained at, 256 for patch-pca."""
-    batch_size: int = 32
-    """Images at a time; changes speed only."""
+    """Side of the square images in pixels; none: the size the encoder was trained on, 256 for patch-pca."""
+    batch_size: int = resumable(32)
+    """Images per batch; changes only the speed."""
     patch_size: int = 8
     """Side of a patch in pixels, patch-pca only."""
     components: int = 64
     """Dimension of a feature, patch-pca only."""
     fit_patches: int = 200_000
-    """Patches that the principal components are found on, about, patch-pca only."""
-    weights: Path | None = None
-    """File with the encoder's weights; none: the Hugging Face cache, or its hub."""
+    """Approximate number of patches for the principal components, patch-pca only."""
+    weights: Path | None = resumable(None)  # noqa: RUF009
+    """File with the encoder's weights (its hash is an input of the artifact); none: the Hugging Face cache or hub."""
     allow_random_weights: bool = False
-    """Without `weights`, use an untrained network instead of fetching them: a control, not a codebook."""
+    """Without `weights`, use an untrained network instead of downloading them: for controls."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """In which the encoder computes; the same on every device, so that it never depends on where one runs. bf16 is
-    several times as fast on a GPU and leaves a feature 8 significant bits. Averages are taken in float32."""
+    """Precision of the encoder, the same on every device. bf16 is several times faster on a GPU; a feature then has 8
+    significant bits. Features are averaged in float32."""
     images_per_shard: int = 1024
-    """Images whose features make one file."""
+    """Images per shard."""
     limit: int | None = None
-    """Use only the first so many images."""
+    """Use only the first `limit` images."""
 
     def __post_init__(self) -> None:
         for name in ("pool", "image_size", "batch_size", "patch_size", "fit_patches", "images_per_shard", "limit"):
@@ -84,18 +92,12 @@ class FeaturesConfig:
                 f"features.encoder = {self.encoder!r} is unknown", "Use patch-pca, open_clip:NAME/TAG or timm:NAME"
             )
 
-    def request(self) -> dict[str, Any]:
-        """The settings that decide the features: without batch size, and without where weights lie (their hash is an
-        input of its own)."""
-        table = configs.to_table(self)
-        return {key: value for key, value in table.items() if key not in ("batch_size", "weights")}
-
 
 def find_weights(config: FeaturesConfig) -> Path | None:
-    """The file with the encoder's weights; None where there is none to load (patch-pca, or random by choice).
+    """The file with the encoder's weights; None for patch-pca and for random weights.
 
     Raises:
-        WeightsError: they are not on this machine and cannot be fetched.
+        WeightsError: they are not on this machine and cannot be downloaded.
         ConfigError: no such model, or weights for patch-pca.
     """
     family, _, name = config.encoder.partition(":")
@@ -109,11 +111,11 @@ def find_weights(config: FeaturesConfig) -> Path | None:
 
 
 def open_encoder(config: FeaturesConfig, weights: Path | None) -> PatchEncoder:
-    """Build the encoder; patch-pca comes unfitted. Checks that `pool` divides its grid.
+    """Build the encoder (patch-pca unfitted), and check that `pool` divides its grid.
 
     Raises:
         ConfigError: no such model, or a pool that does not divide its grid.
-        WeightsError: the weights are absent or of another model.
+        WeightsError: the weights are missing or belong to another model.
     """
     family, _, name = config.encoder.partition(":")
     encoder: PatchEncoder
@@ -135,14 +137,14 @@ def fit_encoder(
     config: FeaturesConfig,
     *,
     seed: int,
-    on_images: Callable[[int], None] = lambda count: None,
     num_workers: int = 0,
+    progress: Progress = SILENT,
 ) -> None:
-    """Fit patch-pca on `images` and keep it in the draft, or read what an earlier run kept. Others need no fitting."""
+    """Fit patch-pca on `images` and write it to the draft, or load it if an earlier run wrote it."""
     if not isinstance(encoder, PatchPca):
         return
     if distributed.is_main() and draft.record(ENCODER_FILE) is None:
-        encoder.fit(images, config.limit, config.fit_patches, seed, on_images, num_workers)
+        encoder.fit(images, config.limit, config.fit_patches, seed, num_workers=num_workers, progress=progress)
         with draft.write(ENCODER_FILE) as path:
             encoder.save(path)
     distributed.barrier()
@@ -159,23 +161,13 @@ def write_features(
     max_skipped: float = 0.01,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Write this rank's shards that are not written yet; returns the facts over all ranks.
+    """Encode images: write this rank's missing shards of a `features` artifact. Returns its facts, over all ranks.
 
     Raises:
-        NumericError: a feature is NaN or outside float16, with the image's key.
-        DataError: more images than `max_skipped` cannot be read, or none can.
+        NumericError: a feature is NaN or exceeds float16; the message names the image.
+        DataError: a larger share of images than `max_skipped` is unreadable, or all are.
     """
     pool = check_pool(encoder, config.pool)
-    device = next(encoder.parameters()).device
-
-    @torch.inference_mode()
-    def encode(batch: Tensor) -> Tensor:
-        """uint8[B, 3, S, S] -> float16[B, pool * pool, D]."""
-        with reduced:
-            features = encoder(batch)
-        return pool_features(features.float(), pool).half()
-
-    reduced = reduced_precision(encoder, device, config.precision)
     with EncodingJob(
         draft,
         images,
@@ -186,9 +178,9 @@ def write_features(
         progress=progress,
     ) as job:
         for shard in job.encode(
-            encode,
+            partial(encoder.encode, pool=pool, precision=config.precision),
             check=partial(check_float16, what="features"),
-            device=device,
+            device=next(encoder.parameters()).device,
             row_shape=(pool * pool, encoder.dim),
             dtype=np.float16,
             image_size=encoder.image_size,
@@ -208,7 +200,7 @@ def write_features(
 
 
 def write_shard(draft: Draft, shard: EncodedShard) -> None:
-    """Write one shard's two files; the array last, so that its record means both are."""
+    """Write a shard's two files; the array last, so that its record marks both as complete."""
     keys, rows = shard.keys, shard.rows
     vectors_per_image = rows.shape[1]
     columns = {
@@ -222,3 +214,174 @@ def write_shard(draft: Draft, shard: EncodedShard) -> None:
     record = {"images": len(keys), "rows": vectors_per_image * len(keys), "skipped": dict(shard.skipped)}
     with draft.write(f"features-{shard.number:05d}.npy", **record) as path, path.open("wb") as file:
         np.save(file, rows.reshape(-1, rows.shape[2]), allow_pickle=False)
+
+
+class FeatureSet:
+    """Vectors in shards, with row numbers that run through all shards.
+
+    Attributes:
+        num_vectors: N.
+        dim: D.
+        dtype: of `stored`: float16 if every shard has it, otherwise float32.
+        labels: int32[N], the class of each vector's image (-1: none), or None without labels.
+        digest, name, lineage: the input that an artifact made from these features records.
+        artifact: the artifact it was opened from, if any.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[np.ndarray],
+        names: Sequence[str],
+        labels: np.ndarray | None = None,
+        digest: str = "",
+        artifact: Artifact | None = None,
+    ) -> None:
+        self.shards, self.names = list(shards), list(names)
+        self.labels, self.artifact = labels, artifact
+        self.digest = artifact.content if artifact else digest
+        self.name = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
+        self.lineage = (
+            artifact.lineage if artifact else {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
+        )
+        self.first_rows = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.num_vectors = int(self.first_rows[-1])
+        self.dim = int(self.shards[0].shape[1])
+        self.dtype = np.float16 if all(shard.dtype == np.float16 for shard in self.shards) else np.float32
+
+    @property
+    def num_classes(self) -> int:
+        """Number of different labels."""
+        return 0 if self.labels is None else len(np.unique(self.labels))
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop as float32[stop - start, D], from as many shards as needed."""
+        return self.stored(start, stop).float()
+
+    def stored(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop in `dtype`; read-only.
+
+        Rows of one writable array in memory are a view of it. (PyTorch cannot view a read-only memory map.)
+        """
+        shard = int(np.searchsorted(self.first_rows, start, side="right")) - 1
+        first, last = (int(row) for row in self.first_rows[shard : shard + 2])
+        view = self.shards[shard][start - first : stop - first]
+        if stop <= last and view.dtype == self.dtype and view.flags.writeable and view.flags.c_contiguous:
+            return torch.from_numpy(view)
+        rows = np.empty((stop - start, self.dim), dtype=self.dtype)
+        done = start
+        while done < stop:
+            first, last = (int(row) for row in self.first_rows[shard : shard + 2])
+            upto = min(stop, last)
+            rows[done - start : upto - start] = self.shards[shard][done - first : upto - first]
+            done, shard = upto, shard + 1
+        return torch.from_numpy(rows)
+
+    def block_starts(self) -> range:
+        """First rows of the blocks of BLOCK_ROWS rows; together they cover all rows."""
+        return range(0, self.num_vectors, BLOCK_ROWS)
+
+    def block_stop(self, start: int) -> int:
+        """The row after the last of the block at `start`."""
+        return min(start + BLOCK_ROWS, self.num_vectors)
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """The vectors at `rows`, int64[R], in that order: float32[R, D]."""
+        result = np.empty((len(rows), self.dim), dtype=np.float32)
+        shard_of = np.searchsorted(self.first_rows, rows, side="right") - 1
+        for index in np.unique(shard_of):
+            here = shard_of == index
+            result[here] = self.shards[index][rows[here] - self.first_rows[index]]
+        return torch.from_numpy(result)
+
+    def subset(self, rows: np.ndarray, name: str) -> "FeatureSet":
+        """The vectors at `rows` as another feature set, in memory."""
+        return FeatureSet([self.take(rows).numpy()], [name])
+
+    def check(self, progress: Progress) -> None:
+        """Compare the hashes of an artifact's shards with its manifest, each rank some of them.
+
+        (Other files are hashed when they are opened: that is their digest.)
+
+        Raises:
+            ArtifactError: a shard is not as published.
+        """
+        if self.artifact is not None:
+            progress.start("verifying features", self.num_vectors, "vectors")
+            self.artifact.check(self.names)
+            progress.advance(self.num_vectors)
+
+    def place(self, row: int) -> str:
+        """The shard and the row within it, for messages."""
+        shard = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        return f"{self.names[shard]}, row {row - int(self.first_rows[shard])}"
+
+
+def open_features(sources: Sequence[Path | str]) -> FeatureSet:
+    """Open one `features` artifact, or any number of `.npy` files of shape [n, dim], in the given order.
+
+    Raises:
+        DataError: no file, a file that is not a matrix of floating-point numbers, different dimensions, no rows.
+        ArtifactError: a directory that is not a published features artifact.
+    """
+    paths = [Path(source) for source in sources]
+    if not paths:
+        raise DataError("no features were named", "Give --features a features artifact or .npy files")
+    if len(paths) == 1 and paths[0].suffix != ".npy":
+        return open_features_artifact(paths[0])
+    shards = [open_matrix(path) for path in paths]
+    digest = hashlib.sha256("".join(hash_file(path) for path in paths).encode()).hexdigest()
+    return checked(FeatureSet(shards, [path.name for path in paths], digest=digest))
+
+
+def open_features_artifact(path: Path) -> FeatureSet:
+    """Open a features artifact with its labels (None if no image has one)."""
+    artifact = open_artifact(path, "features")
+    names = artifact.names("features-*.npy")
+    if not names:
+        raise DataError(f"{path} holds no feature shards", "Extract features from at least one image")
+    columns = [
+        parquet.read_table(artifact.whole(name), columns=["label", "num_rows"])
+        for name in artifact.names("samples-*.parquet")
+    ]
+    labels = np.concatenate([column["label"].fill_null(-1).to_numpy() for column in columns]).astype(np.int32)
+    rows = np.concatenate([column["num_rows"].to_numpy() for column in columns])
+    features = FeatureSet(
+        [open_matrix(artifact.file(name)) for name in names],
+        names,
+        np.repeat(labels, rows) if (labels >= 0).any() else None,
+        artifact=artifact,
+    )
+    return checked(features)
+
+
+def open_matrix(path: Path) -> np.ndarray:
+    """Memory-map one `.npy` file of floating-point numbers [n, D]."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load also opens other formats
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", "Check the path") from None
+    except Exception as error:  # the header is Python source, and parsing malformed source raises nearly any exception
+        if "mmap length" in str(error):
+            raise DataError(
+                f"{path} is cut short: it ends after {path.stat().st_size:,} bytes, in the middle of its rows",
+                "Copy or extract it again",
+            ) from None
+        raise DataError(f"{path} is not a .npy array of numbers", "Save it with numpy.save, [n, dim] floats") from None
+    if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
+        raise DataError(
+            f"{path} holds {array.dtype} of shape {list(array.shape)}", "Features are floats of shape [n, dim]"
+        )
+    return array
+
+
+def checked(features: FeatureSet) -> FeatureSet:
+    """Return `features`, or raise a DataError if its shards differ in dimension or hold no vectors."""
+    for shard, name in zip(features.shards, features.names, strict=True):
+        if shard.shape[1] != features.dim:
+            raise DataError(
+                f"{name} has dimension {shard.shape[1]}, {features.names[0]} has {features.dim}",
+                "Cluster features of one encoder at a time",
+            )
+    if features.num_vectors == 0:
+        raise DataError(f"{features.name} holds no vectors", "Extract features from at least one image")
+    return features

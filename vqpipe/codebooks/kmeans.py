@@ -1,66 +1,67 @@
 """k-means over stored features: Lloyd's algorithm on every vector, streamed block by block, or mini-batches.
 
-Each iteration passes over all N vectors (nothing is subsampled in silence), finds nearest centres exactly, and sums in
-64-bit fixed point, where order does not matter: the centres are the same for any number of ranks. VQGAN-LC clusters
-1,300 images x 16 vectors of each class into 100 centres (`per_class`); its paper reads as one global clustering, which
-is the default here.
+Each iteration passes over all N vectors (none are subsampled), finds nearest centres exactly, and sums in 64-bit fixed
+point: the centres are the same for any number of ranks. VQGAN-LC clusters 1,300 images x 16 vectors of each class into
+100 centres (`per_class`); its paper reads as one global clustering, which is the default here.
 
-Memory is that of the centres and their sums (about 24 bytes per number), a few blocks of 65,536 vectors, the sample for
-the first centres (1 GB at most) and 36 bytes per vector, whatever the size of the features on disk.
+Memory holds the centres and their sums (about 24 bytes per number), a few blocks of 65,536 vectors, the sample for the
+initial centres (1 GB at most) and 36 bytes per vector, whatever the size of the features on disk.
 
 N vectors, K centres, D dimensions.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vqpipe import distributed
-from vqpipe.artifacts import Artifact, open_artifact
-from vqpipe.artifacts.saved import Checkpoints, Saved
-from vqpipe.codebooks.clustering import Clustering
-from vqpipe.codebooks.feature_set import FeatureSet, open_matrix
-from vqpipe.codebooks.lloyd import lloyd
-from vqpipe.codebooks.memory import check_memory, room_for_features
-from vqpipe.codebooks.mini_batch import mini_batch
-from vqpipe.codebooks.points import Points
-from vqpipe.codebooks.seeding import plusplus_rows
-from vqpipe.codebooks.watch import Watch
-from vqpipe.errors import ConfigError, DataError, NumericError
-from vqpipe.files import digest_json, hash_file
-from vqpipe.weights import load_tensors
+from vqpipe.artifacts.states import States, read
+from vqpipe.codebooks.codebook import Clustering
+from vqpipe.codebooks.features import FeatureSet
+from vqpipe.codebooks.lloyd import PART, UNSAVED, Points, SharedStates, lloyd, mini_batch
+from vqpipe.codebooks.seeding import num_candidates, plusplus_rows, sample_rows
+from vqpipe.config import resumable, to_request
+from vqpipe.device import available_bytes
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.files import digest_json
+from vqpipe.progress import SILENT, Progress
 
-__all__ = ["Clustering", "KmeansConfig", "codebook_input", "kmeans", "lloyd", "load_codebook"]
+CENTRE_BYTES = 24
+"""Per number of the centres: float32 centres, their copy for the search, int64 sums, and a copy being saved."""
+BLOCK_COPIES = 4
+"""float32 blocks in memory: one being read, one in use, its differences, and the temporaries of the search."""
+VECTOR_BYTES = 36
+"""Per vector: its hash, the order of hashes, the distinct rows, its distance."""
 
-CODEBOOK_FILE = "codebook.safetensors"
+Init = Literal["k-means++", "random"]
+Select = Literal["kmeans", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KmeansConfig:
-    """How features become a codebook; section [kmeans]."""
+    """Settings of the clustering; section [kmeans]."""
 
     k: int = 100_000
     """Codes in the codebook."""
     iterations: int = 20
-    """Lloyd iterations at most; in mini-batch mode, epochs: passes over all vectors."""
-    init: Literal["k-means++", "random"] = "k-means++"
-    """How the first centres are chosen from the vectors."""
+    """Maximum number of Lloyd iterations; in mini-batch mode of epochs, passes over all vectors."""
+    init: Init = "k-means++"
+    """How the initial centres are chosen from the vectors."""
     per_class: bool = False
-    """Cluster each class of images by itself into k / classes centres, concatenated in class order."""
-    select: Literal["kmeans", "random"] = "kmeans"
-    """"random": the codes are k distinct vectors drawn at random, and nothing is clustered (the paper's ablation)."""
+    """Cluster the vectors of each class separately into k / classes centres, concatenated in class order."""
+    select: Select = "kmeans"
+    """"random": the codes are k distinct vectors drawn at random, without clustering (the paper's ablation)."""
     tolerance: float = 1e-4
     """Stop when an iteration lowers the inertia by less than this share of it; 0 runs all iterations."""
     batch: int = 0
-    """Vectors per step of mini-batch k-means; 0: every iteration of Lloyd's takes all vectors."""
-    gpu_share: float = 0.5
-    """Share (0..1) of a GPU's free memory up to which features stay there, in the precision they are stored in; larger
-    ones are copied there in every pass. The codebook is the same."""
+    """Vectors per step of mini-batch k-means; 0: Lloyd's algorithm on all vectors."""
+    gpu_share: float = resumable(0.5)
+    """Share (0..1) of a GPU's free memory in which features are kept, in the precision they are stored in; larger ones
+    are copied to the GPU in every pass. The codebook is the same."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -73,11 +74,16 @@ class KmeansConfig:
             raise ConfigError(
                 f"kmeans.iterations = {self.iterations}, tolerance = {self.tolerance}", "Neither is below 0"
             )
-        for name, choices in (("init", ("k-means++", "random")), ("select", ("kmeans", "random"))):
+        for name, choices in (("init", get_args(Init)), ("select", get_args(Select))):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"kmeans.{name} = {getattr(self, name)!r} is not a choice", f"Use {' or '.join(choices)}"
                 )
+
+    @property
+    def visits(self) -> int:
+        """How often one sum may include a vector: once, in mini-batch mode once per epoch."""
+        return max(1, self.iterations) if self.batch else 1
 
 
 def kmeans(
@@ -86,40 +92,32 @@ def kmeans(
     *,
     seed: int,
     device: torch.device,
-    on_step: Callable[[float], None] = lambda inertia: None,
     checkpoints: Path | None = None,
-    watch: Watch | None = None,
-    on_note: Callable[[str], None] = lambda text: None,
+    progress: Progress = SILENT,
 ) -> Clustering:
-    """Cluster `features`. Every rank calls it, and every rank gets the same result.
+    """Cluster `features`. Every rank calls it and gets the same result.
 
     Args:
-        on_step: hears the inertia after each pass over the features; per class, after each class.
-        checkpoints: a directory for the state after the first centres and after each iteration (per class: each
-            class's result). A call with the same arguments goes on from there, on any number of ranks, to the same
-            bytes. None: an interrupted run starts again.
-        watch: hears how far it is, block by block.
-        on_note: hears, in words, of a saved state that is damaged.
+        checkpoints: folder for the state after the initial centres and after each iteration (per class: the result of
+            each class). A call with the same arguments resumes from it, on any number of ranks, and ends in the same
+            bytes. None: nothing is saved.
 
     Raises:
         DataError: fewer vectors or fewer distinct vectors than centres; labels missing for `per_class`.
-        ConfigError: `per_class` with a k that the number of classes does not divide; a k beyond the memory.
+        ConfigError: `per_class` with a k that the number of classes does not divide; a k that exceeds the memory.
         NumericError: NaN or infinity in the features.
-        ArtifactError: the features are not what was published; `checkpoints` holds another clustering, or cannot be
-            written.
+        ArtifactError: the features are not as published; `checkpoints` holds another clustering, or cannot be written.
     """
-    watch = watch or Watch()
-    features.check(watch)
-    asked = {**asdict(config), "gpu_share": None, "seed": seed, "features": features.digest}
-    request = digest_json({**asked, "num_vectors": features.num_vectors, "dim": features.dim})
-    states = Checkpoints(checkpoints, request, on_note, shared=not config.per_class)
+    features.check(progress)
+    request = {**to_request(config), "seed": seed, "features": features.digest}
+    digest = digest_json({**request, "num_vectors": features.num_vectors, "dim": features.dim})
     if config.per_class:
-        return kmeans_per_class(features, config, seed, device, on_step, states, watch)
+        return kmeans_per_class(features, config, seed, device, checkpoints, digest, progress)
     check_enough(features.num_vectors, config.k, features.name, "vectors")
     check_memory(features, config.k, device)
     room = room_for_features(features, config.k, device, config.gpu_share)
-    points = Points(features, device, shared=True, visits=visits(config), room=room, watch=watch)
-    return cluster(points, config, config.k, (seed,), on_step, states)
+    points = Points(features, device, shared=True, visits=config.visits, room=room, progress=progress)
+    return cluster(points, config, config.k, (seed,), SharedStates(checkpoints, digest, progress))
 
 
 def kmeans_per_class(
@@ -127,11 +125,12 @@ def kmeans_per_class(
     config: KmeansConfig,
     seed: int,
     device: torch.device,
-    on_step: Callable[[float], None],
-    checkpoints: Checkpoints,
-    watch: Watch,
+    checkpoints: Path | None,
+    digest: str,
+    progress: Progress,
 ) -> Clustering:
-    """k / classes centres of each class by itself, in class order (VQGAN-LC's released code). Ranks take turns."""
+    """k / classes centres for each class, in class order (VQGAN-LC's released code). Rank r of w takes the classes r,
+    r + w, ... and saves the result of each in a folder of its own."""
     if features.labels is None or (features.labels < 0).any():
         missing = features.num_vectors if features.labels is None else int((features.labels < 0).sum())
         raise DataError(
@@ -139,97 +138,71 @@ def kmeans_per_class(
             "Extract features from labelled images (class folders, tars with .cls), or leave out --per-class",
         )
     classes, sizes = np.unique(features.labels, return_counts=True)
-    each, rest = divmod(config.k, len(classes))
-    if rest or each == 0:
+    k, remainder = divmod(config.k, len(classes))
+    if remainder or k == 0:
         raise ConfigError(
             f"k = {config.k} is not a multiple of the {len(classes)} classes", f"Use a multiple of {len(classes)}"
         )
     for label, size in zip(classes, sizes, strict=True):
-        check_enough(int(size), each, f"class {label}", "vectors")
-    codes, counts = torch.zeros(config.k, features.dim), torch.zeros(config.k, dtype=torch.int64)
+        check_enough(int(size), k, f"class {label}", "vectors")
+    codebook, counts = torch.zeros(config.k, features.dim), torch.zeros(config.k, dtype=torch.int64)
     summary = torch.zeros(len(classes), 4, dtype=torch.float64)  # inertia, iterations, converged, reseeded
-    watch.phase("k-means per class", features.num_vectors)
-    for index, label in enumerate(classes):
-        if index % distributed.world_size() != distributed.rank():
-            continue
-        result = checkpoints.newest(f"class-{index}")
-        if result is None:
+    progress.start("k-means per class", features.num_vectors, "vectors")
+    for index in range(distributed.rank(), len(classes), distributed.world_size()):
+        label = int(classes[index])
+        states = States(checkpoints and checkpoints / f"class-{index:05d}", digest)
+        path, problems = states.newest()
+        for problem in problems:
+            progress.message(f"class {label}, {problem}; this class is clustered again")
+        if path is None:
             rows = np.flatnonzero(features.labels == label)
-            result = of_class(features.subset(rows, f"class {label}"), config, each, (seed, int(label)), device)
-            checkpoints.save(f"class-{index}", result)
-        here = slice(index * each, (index + 1) * each)
-        codes[here], counts[here], summary[index] = (result.tensors[name] for name in ("codes", "counts", "summary"))
-        on_step(float(summary[index, 0]))
-        watch.note(f"class {index + 1} of {len(classes)}")
-        watch.advance(int(sizes[index : index + distributed.world_size()].sum()))
-    for tensor in (codes, counts, summary):
+            result = cluster_class(features.subset(rows, f"class {label}"), config, k, (seed, label), device)
+            states.save(0, {PART: result})
+        else:
+            result = dict(read(path).parts[PART])
+        here = slice(index * k, (index + 1) * k)
+        codebook[here], counts[here], summary[index] = (result[name] for name in ("codebook", "counts", "summary"))
+        progress.note(f"class {index + 1} of {len(classes)}")
+        progress.advance(int(sizes[index : index + distributed.world_size()].sum()))
+    for tensor in (codebook, counts, summary):
         tensor.copy_(distributed.all_reduce_sum(tensor.to(device)))
     inertia, iterations, converged, reseeded = summary.T
     mean = float((inertia * torch.from_numpy(sizes)).sum()) / features.num_vectors
-    return Clustering(codes, counts, (mean,), bool(converged.all()), int(iterations.max()), int(reseeded.sum()))
+    return Clustering(codebook, counts, (mean,), bool(converged.all()), int(iterations.max()), int(reseeded.sum()))
 
 
-def of_class(features: FeatureSet, config: KmeansConfig, k: int, key: tuple[int, ...], device: torch.device) -> Saved:
-    """One class's centres, as a state to save."""
+def cluster_class(
+    features: FeatureSet, config: KmeansConfig, k: int, key: tuple[int, ...], device: torch.device
+) -> dict[str, Tensor]:
+    """Cluster the vectors of one class on this rank alone: `codebook`, `counts` and a `summary` of the result."""
     room = room_for_features(features, k, device, config.gpu_share)
-    points = Points(features, device, shared=False, visits=visits(config), room=room)
-    result = cluster(points, config, k, key, lambda inertia: None, Checkpoints(None))
+    points = Points(features, device, shared=False, visits=config.visits, room=room)
+    result = cluster(points, config, k, key, UNSAVED)
     numbers = (result.inertia, result.iterations, result.converged, result.reseeded)
     summary = torch.tensor(numbers, dtype=torch.float64)
-    return Saved(0, {"codes": result.codes, "counts": result.counts, "summary": summary})
+    return {"codebook": result.codebook, "counts": result.counts, "summary": summary}
 
 
-def cluster(
-    points: Points,
-    config: KmeansConfig,
-    k: int,
-    key: tuple[int, ...],
-    on_step: Callable[[float], None],
-    checkpoints: Checkpoints,
-) -> Clustering:
-    """Choose k centres among the points, then move them; `key` is what random choices are a function of."""
+def cluster(points: Points, config: KmeansConfig, k: int, key: tuple[int, ...], states: SharedStates) -> Clustering:
+    """Choose k initial centres among the points, then iterate; `key` seeds the random choices."""
     check_enough(len(points.distinct), k, points.features.name, "distinct vectors", points.features.num_vectors)
     iterations = 0 if config.select == "random" else config.iterations
-    saved = checkpoints.newest("iterations", points.device)
-    if saved is None:
+    saved = states.newest("iterations")
+    if saved is not None:
+        centres = saved.parts[PART]["centres"].to(points.device)
+    else:
         if config.select == "random" or config.init == "random":
             rows = np.sort(np.random.default_rng(key).choice(points.distinct, k, replace=False))
         else:
-            rows = plusplus_rows(points, k, key, checkpoints)
+            rows = plusplus_rows(points, k, key, states)
         centres = points.features.take(rows).to(points.device)
         if points.shared:
             distributed.broadcast(centres)
-        saved = Saved(0, {"centres": centres})
-        checkpoints.save("iterations", saved)
-        checkpoints.discard("candidates", "choice")
-    centres = saved.tensors["centres"].to(points.device)
+        states.save("iterations", 0, {"centres": centres})
+        states.discard("candidates", "choice")
     if config.batch and iterations:
-        return mini_batch(
-            points,
-            centres,
-            iterations,
-            config.tolerance,
-            config.batch,
-            key,
-            on_step,
-            saved=saved,
-            checkpoints=checkpoints,
-        )
-    return lloyd(
-        points,
-        centres,
-        iterations,
-        config.tolerance,
-        on_step,
-        history=tuple(saved.state.get("history", ())),
-        reseeded=saved.state.get("reseeded", 0),
-        checkpoints=checkpoints,
-    )
-
-
-def visits(config: KmeansConfig) -> int:
-    """How often one sum may meet a vector: once, or in mini-batch mode once in each epoch."""
-    return max(1, config.iterations) if config.batch else 1
+        return mini_batch(points, centres, iterations, config.tolerance, config.batch, key, saved=saved, states=states)
+    return lloyd(points, centres, iterations, config.tolerance, saved=saved, states=states)
 
 
 def check_enough(found: int, k: int, name: str, what: str, of: int | None = None) -> None:
@@ -238,30 +211,42 @@ def check_enough(found: int, k: int, name: str, what: str, of: int | None = None
         raise DataError(f"{name} has {found:,} {what}{among}, fewer than k = {k:,}", "Use more images, or a smaller k")
 
 
-def codebook_input(path: Path) -> Artifact | str:
-    """What a stage that reads the codebook at `path` names as its input: the artifact, or a file's sha256."""
-    return open_artifact(path, "codebook") if path.is_dir() else hash_file(path)
-
-
-def load_codebook(source: Artifact | Path | str) -> Tensor:
-    """A codebook as float32[K, D]: a codebook artifact, its file, a `.npy`, or a released `.pth` (one bare tensor).
+def check_memory(features: FeatureSet, k: int, device: torch.device) -> None:
+    """Compare an estimate of the peak memory of a clustering with the free memory.
 
     Raises:
-        ArtifactError: a directory that is not a finished codebook.
-        WeightsError: a file that cannot be read as tensors.
-        DataError: something other than one matrix of numbers.
-        NumericError: NaN or infinity in it.
+        ConfigError: it does not fit; the message names both.
     """
-    if not isinstance(source, Artifact) and Path(source).is_dir():
-        source = open_artifact(source, "codebook")
-    path = source.whole(CODEBOOK_FILE) if isinstance(source, Artifact) else Path(source)
-    if path.suffix == ".npy":
-        codes = torch.from_numpy(np.array(open_matrix(path), dtype=np.float32))
-    else:
-        tensors: Any = load_tensors(path)
-        codes = tensors["codebook"] if isinstance(tensors, dict) and "codebook" in tensors else tensors
-    if not isinstance(codes, Tensor) or codes.ndim != 2 or not codes.is_floating_point():
-        raise DataError(f"{path} does not hold one codebook of shape [K, dim]", "Give what vqpipe kmeans publishes")
-    if not bool(torch.isfinite(codes).all()):
-        raise NumericError(f"the codebook {path} holds NaN or infinity", "Make it again")
-    return codes.float().contiguous()
+    working = working_bytes(features, k)
+    if device.type == "cuda":
+        check_fits(working, torch.cuda.mem_get_info(device)[0], k, features.dim, "the GPU")
+        working = 8 * k * features.dim + block_bytes(features)
+    check_fits(working + VECTOR_BYTES * features.num_vectors, available_bytes(), k, features.dim, "this machine")
+
+
+def check_fits(needed: int, free: int, k: int, dim: int, where: str) -> None:
+    if needed > free:
+        raise ConfigError(
+            f"out of memory: k = {k:,} centres of dimension {dim} need about {needed / 1e9:,.2f} GB, {where} has"
+            f" {free / 1e9:,.2f} GB free",
+            "Use a smaller k, or a machine with more memory",
+        )
+
+
+def room_for_features(features: FeatureSet, k: int, device: torch.device, share: float) -> int:
+    """Bytes of a GPU for features: `share` of what is free, less what the iterations need; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free = torch.cuda.mem_get_info(device)[0]
+    return max(0, min(int(share * free), free - working_bytes(features, k)))
+
+
+def working_bytes(features: FeatureSet, k: int) -> int:
+    """Memory of the iterations or of the seeding, whichever is larger, and of the blocks."""
+    sampled = sample_rows(features.num_vectors, features.dim, k)
+    seeding = (4 * features.dim + 64) * sampled + 8 * num_candidates(k) * features.dim
+    return max(CENTRE_BYTES * k * features.dim, seeding) + block_bytes(features)
+
+
+def block_bytes(features: FeatureSet) -> int:
+    return BLOCK_COPIES * 4 * features.block_stop(0) * features.dim

@@ -1,31 +1,216 @@
-"""Lloyd's iterations on every vector (Lloyd 1982), and the exact sums they share with mini-batches.
+"""k-means iterations: Lloyd's algorithm (Lloyd 1982) and mini-batches (Sculley 2010, "Web-scale k-means clustering").
 
-Sums are 64-bit integers in units of 1 / scale, where order does not matter: the centres are the same for any number of
-ranks, blocks and threads, and for features kept on a GPU or streamed to it.
+Sums of vectors are 64-bit integers in units of 1 / scale, which do not depend on the order of addition: the centres are
+the same for any number of ranks, blocks and threads, and for features kept on a GPU or streamed to it.
 
-N vectors, K centres, D dimensions.
+No offset is subtracted from the features, although those of CLIP have a large common mean. The search subtracts the
+mean of the codes where it is far from zero (`vqpipe.search.nearest`), the distance to a centre is a sum of squared
+differences, and sums of vectors are exact integers.
+
+N vectors, K centres, D dimensions, R rows of a block.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.artifacts.saved import Checkpoints, Saved
-from vqpipe.codebooks.clustering import Clustering
-from vqpipe.codebooks.points import Points
+from vqpipe import distributed
+from vqpipe.artifacts.states import State, States, read
+from vqpipe.codebooks.codebook import Clustering
+from vqpipe.codebooks.features import FeatureSet
 from vqpipe.errors import NumericError
-from vqpipe.search import nearest
+from vqpipe.progress import SILENT, Progress
+from vqpipe.search import nearest, row_hashes
 
-RESCUES = 100  # passes that may follow the last iteration to fill empty clusters; one or two are usual
-# Fewer than 2**15 numbers at a time, torch works on in the calling thread and in its cache. Sums take a tenth of the
-# time of the search; sharing them out among threads saves less than the threads waste on waiting for each other.
+LARGEST_EXPONENT = 120
+"""Of the scale: 2**120 times the smallest unit is still a float32."""
+MAX_RESEEDS = 100
+"""Passes after the last iteration that may fill empty clusters; one or two are usual."""
 CHUNK_ELEMENTS = 2**15 - 1
-NOWHERE = Checkpoints(None)
+"""Numbers added at a time on the CPU: below 2**15, torch computes in the calling thread and in its cache. The sums take
+a tenth of the time of the search, and distributing them over threads costs more than it saves."""
+RUN = 128
+"""Consecutive rows that a mini-batch takes together."""
+PART = "clustering"
+"""The part of a saved state that holds its tensors."""
+
+
+class Points:
+    """Features on a device, divided among the ranks, and statistics of one pass over all of them.
+
+    Every pass reads the same blocks in the same order; a thread reads the next block while the caller works on one. On
+    a CPU that takes the memory of two blocks: the shards are memory-mapped, and the operating system caches them. On a
+    GPU this rank's features stay on the device in the precision they are stored in, if they fit into `room`; otherwise
+    every pass copies them from pinned memory. All three give the same float32 numbers.
+
+    Args:
+        shared: rank r of w reads blocks r, r + w, ...; otherwise every rank reads all blocks.
+        visits: how often one sum may include each vector; `scale` leaves room for it.
+        room: bytes of the device for this rank's features; None: on a GPU half of the free memory.
+        progress: advances by the vectors of every block, over all ranks.
+
+    Attributes:
+        distinct: int64[M], the first row of each distinct vector, ascending.
+        scale: the fixed-point unit is 1 / scale: sums of all N vectors stay below 2**62.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        device: torch.device,
+        shared: bool,
+        *,
+        visits: int = 1,
+        room: int | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.features, self.device, self.shared, self.progress = features, device, shared, progress
+        self.kept: dict[int, Tensor] | None = {} if self.fits(room) else None
+        hashes = torch.zeros(features.num_vectors, dtype=torch.int64)
+        largest = torch.zeros(self.ranks)
+        progress.start("reading features", features.num_vectors, "vectors")
+        for start, block in self.blocks():
+            hashes[start : start + len(block)] = row_hashes(block).cpu()
+            largest[self.rank] = max(float(largest[self.rank]), self.largest_value(start, block))
+        _, first = np.unique(self.all_reduce(hashes).numpy(), return_index=True)
+        self.distinct: np.ndarray = np.sort(first)
+        magnitude = np.frexp(float(self.all_reduce(largest).amax()))[1] + np.frexp(features.num_vectors * visits)[1]
+        self.scale = 2.0 ** float(min(62 - magnitude, LARGEST_EXPONENT))
+
+    @property
+    def rank(self) -> int:
+        return distributed.rank() if self.shared else 0
+
+    @property
+    def ranks(self) -> int:
+        return distributed.world_size() if self.shared else 1
+
+    def fits(self, room: int | None) -> bool:
+        """Whether this rank's features, in their stored precision, take at most `room` bytes."""
+        if room is None:
+            room = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
+        rows = sum(self.features.block_stop(start) - start for start in self.block_starts())
+        return rows * self.features.dim * np.dtype(self.features.dtype).itemsize <= room
+
+    def block_starts(self) -> list[int]:
+        """First rows of this rank's blocks."""
+        return list(self.features.block_starts())[self.rank :: self.ranks]
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """This rank's blocks: (first row, float32[R, D] on the device)."""
+        starts = self.block_starts()
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.load, start) for start in starts[:1]]
+            for index, start in enumerate(starts):
+                block = ahead.pop().result().to(self.device, non_blocking=True)
+                ahead += [reader.submit(self.load, following) for following in starts[index + 1 : index + 2]]
+                if self.kept is not None:
+                    self.kept[start] = block
+                yield start, block.float()
+                group = min(start + self.ranks * (self.features.block_stop(start) - start), self.features.num_vectors)
+                self.progress.advance(group - start)
+
+    def load(self, start: int) -> Tensor:
+        """The block at `start` in its stored precision: the kept one, or a copy in memory (pinned for a GPU)."""
+        if self.kept is not None and start in self.kept:
+            return self.kept[start]
+        block = self.features.stored(start, self.features.block_stop(start))
+        if self.device.type != "cuda":
+            return block
+        with torch.cuda.device(self.device):  # the current device of a new thread is the first GPU
+            return block.pin_memory()
+
+    def rows(self, starts: np.ndarray, length: int) -> Tensor:
+        """Runs of `length` rows (fewer at the end of the features) from each of `starts`: float32[R, D].
+
+        Every run lies within one block, and that block belongs to this rank.
+        """
+        parts = []
+        size = self.features.block_stop(0)
+        for start in starts.tolist():
+            stop = min(start + length, self.features.num_vectors)
+            first = start // size * size
+            if self.kept is not None and first in self.kept:
+                parts.append(self.kept[first][start - first : stop - first])
+            else:
+                parts.append(self.features.stored(start, stop))
+        joined = torch.cat(parts) if parts else torch.empty(0, self.features.dim)
+        return joined.to(self.device).float()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that share these points."""
+        if not self.shared:
+            return tensor
+        return distributed.all_reduce_sum(tensor.to(self.device)).to(tensor.device)
+
+    def largest_value(self, start: int, block: Tensor) -> float:
+        """The largest absolute value of a block.
+
+        Raises:
+            NumericError: a NaN or an infinity; the message names its shard and row.
+        """
+        low, high = torch.aminmax(block)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            bad = (~torch.isfinite(block)).any(dim=1).nonzero()[:, 0]
+            raise NumericError(
+                f"features hold NaN or infinity: {self.features.place(start + int(bad[0]))}"
+                f" ({len(bad)} such vectors in rows {start} to {start + len(block) - 1})",
+                "Extract the features again; look at the images of those rows",
+            )
+        return float(max(-low, high))
+
+
+class SharedStates:
+    """Saved states of a clustering that all ranks compute together: rank 0 writes, every rank reads.
+
+    Every rank makes each call. Of each series of states the newest two are kept. With `folder` None nothing is saved.
+
+    Raises (all methods):
+        ArtifactError: on every rank, if a state cannot be written or belongs to another `request`.
+    """
+
+    def __init__(self, folder: Path | None, request: str = "", progress: Progress = SILENT) -> None:
+        self.folder, self.request, self.progress = folder, request, progress
+        self.last: tuple[str, int] | None = None
+        self.saved_at = time.monotonic()
+
+    def newest(self, series: str) -> State | None:
+        """The newest state that is not damaged."""
+        if self.folder is None:
+            return None
+        path, problems = distributed.on_main(States(self.folder, self.request, prefix=series).newest)
+        for problem in problems:
+            self.progress.message(f"{problem}; the state before it is used, if there is one")
+        state = None if path is None else read(path)
+        self.last, self.saved_at = None if state is None else (series, state.step), time.monotonic()
+        return state
+
+    def save(self, series: str, step: int, tensors: dict[str, Tensor], *, seconds: float = 0.0, **values: Any) -> None:
+        """Save the state of `step`, unless the last one was saved less than `seconds` ago or is of the same step."""
+        if self.folder is not None:
+            distributed.on_main(lambda: self.write(series, step, tensors, seconds, values))
+
+    def write(self, series: str, step: int, tensors: dict[str, Tensor], seconds: float, values: dict[str, Any]) -> None:
+        if self.last == (series, step) or time.monotonic() - self.saved_at < seconds:
+            return
+        States(self.folder, self.request, prefix=series).save(step, {PART: tensors}, values)
+        self.last, self.saved_at = (series, step), time.monotonic()
+
+    def discard(self, *names: str) -> None:
+        """Delete the states of series that are no longer needed."""
+        for series in names if self.folder is not None else ():
+            distributed.on_main(States(self.folder, self.request, prefix=series).discard)
+
+
+UNSAVED = SharedStates(None)
 
 
 def lloyd(
@@ -33,107 +218,214 @@ def lloyd(
     centres: Tensor,
     iterations: int,
     tolerance: float,
-    on_step: Callable[[float], None] = lambda inertia: None,
     *,
-    history: tuple[float, ...] = (),
-    reseeded: int = 0,
-    checkpoints: Checkpoints = NOWHERE,
+    saved: State | None = None,
+    states: SharedStates = UNSAVED,
 ) -> Clustering:
-    """Lloyd's iterations from float32[K, D] `centres`, ending with every cluster in use.
+    """Lloyd's iterations from float32[K, D] `centres`, until every cluster has a vector.
 
-    Clusters without a vector take the vectors farthest from their centres, one each; among equals the lowest row goes
-    first, and of equal vectors only one is taken. Each such step lowers the inertia, so that it ends; it may go on for
-    some passes after the last iteration.
+    Empty clusters take the vectors farthest from their centres, one each; of equal distances the lowest row goes first,
+    and of equal vectors only one is taken. Each such step lowers the inertia, so it terminates; it may take some passes
+    after the last iteration.
 
     Args:
         tolerance: stop when an iteration lowers the inertia by less than this share of it.
-        on_step: hears the inertia after each pass over the features.
-        history, reseeded: of the iterations that led to `centres`, where a saved run goes on.
-        checkpoints: where the state after each iteration goes, as series "iterations".
+        saved: the state of `states` to resume from, whose centres `centres` are.
+        states: where each iteration is saved, as series "iterations".
 
     Raises:
-        NumericError: clusters stay empty, because float32 cannot tell enough vectors apart.
+        NumericError: clusters stay empty, because too few vectors differ in float32.
     """
     centres = centres.clone()
+    values = saved.values if saved is not None else {}
+    history: tuple[float, ...] = tuple(values.get("history", ()))
+    reseeded: int = values.get("reseeded", 0)
     passes = iterations + 1 - len(history)
     if passes > 0:
-        points.watch.phase("k-means", passes * points.features.num_vectors)
+        points.progress.start("k-means", passes * points.features.num_vectors, "vectors")
     while True:
         if len(history) > iterations:
-            points.watch.phase("filling empty clusters", points.features.num_vectors)
+            points.progress.start("filling empty clusters", points.features.num_vectors, "vectors")
         found = assign(points, centres)
         history = (*history, found.inertia)
         done = len(history) - 1
-        points.watch.note(f"iteration {done}, inertia {found.inertia:.6g}")
-        on_step(found.inertia)
-        converged = settled(history[: iterations + 1], tolerance)
+        points.progress.note(f"iteration {done}, inertia {found.inertia:.6g}")
+        converged = has_converged(history[: iterations + 1], tolerance)
         empty = (found.counts == 0).nonzero()[:, 0]
         if len(empty) == 0 and (converged or done >= iterations):
             return Clustering(centres.cpu(), found.counts.cpu(), history, converged, min(done, iterations), reseeded)
-        if done >= iterations + RESCUES:
+        if done >= iterations + MAX_RESEEDS:
             raise NumericError(
-                f"{len(empty)} of {len(centres)} clusters stay empty", "The features differ by less than float32 shows"
+                f"{len(empty)} of {len(centres)} clusters stay empty", "Too few features differ in float32: reduce k"
             )
         if done < iterations:
             move(centres, found.sums, found.counts, points.scale)
         if len(empty):
             reseeded += reseed(points, centres, empty, found.distances)
-        checkpoints.save(
-            "iterations", Saved(len(history), {"centres": centres}, {"history": history, "reseeded": reseeded})
-        )
+        states.save("iterations", len(history), {"centres": centres}, history=history, reseeded=reseeded)
 
 
-def settled(history: tuple[float, ...], tolerance: float) -> bool:
+def mini_batch(
+    points: Points,
+    centres: Tensor,
+    epochs: int,
+    tolerance: float,
+    batch: int,
+    key: tuple[int, ...],
+    *,
+    saved: State | None = None,
+    states: SharedStates = UNSAVED,
+) -> Clustering:
+    """Epochs of mini-batches from float32[K, D] `centres`, then one pass over all vectors for exact counts.
+
+    The learning rate of a centre is 1 / (vectors assigned to it so far), so a centre is the mean of all vectors that
+    have been assigned to it: an exact integer sum and a count. An epoch visits every vector once. Vectors are stored in
+    the order of their images, so an epoch visits runs of RUN rows in a random order; a batch is as many runs as make up
+    its size, rounded up.
+
+    A centre without a vector in an epoch is moved at its end as in `lloyd`, and its sum and count restart. The last
+    pass is `lloyd` without iterations, so every cluster has a vector.
+
+    Args:
+        tolerance: stop when an epoch lowers the inertia, measured while the centres move, by less than this share.
+        batch: vectors per step, over all ranks.
+        key: seed of the random orders, together with the epoch.
+        saved: the state of `states` to resume from, whose centres `centres` are.
+        states: where each epoch is saved, as series "iterations".
+    """
+    features = points.features
+    k = len(centres)
+    before, values = (saved.parts[PART], saved.values) if saved is not None else ({}, {})
+    centres = centres.clone()
+    sums = before.get("sums", torch.zeros(centres.shape, dtype=torch.int64)).to(points.device)
+    counts = before.get("counts", torch.zeros(k, dtype=torch.int64)).to(points.device)
+    history: tuple[float, ...] = tuple(values.get("history", ()))
+    reseeded: int = values.get("reseeded", 0)
+    points.progress.start("mini-batches", (epochs - len(history)) * features.num_vectors, "vectors")
+    while len(history) < epochs and not has_converged(history, tolerance):
+        epoch = len(history)
+        epoch_counts = torch.zeros_like(counts)
+        distances = torch.zeros(features.num_vectors)
+        inertia = 0.0
+        for starts in batches(features.num_vectors, batch, (*key, epoch)):
+            inertia += step(points, starts, centres, sums, counts, epoch_counts, distances)
+            points.progress.advance(int(np.minimum(features.num_vectors - starts, RUN).sum()))
+        history = (*history, inertia / features.num_vectors)
+        points.progress.note(f"epoch {epoch + 1}, inertia {history[-1]:.6g}")
+        empty = (epoch_counts == 0).nonzero()[:, 0]
+        if len(empty):
+            moved = empty[: reseed(points, centres, empty, distances)]
+            sums[moved], counts[moved] = 0, 0
+            reseeded += len(moved)
+        tensors = {"centres": centres, "sums": sums, "counts": counts}
+        states.save("iterations", len(history), tensors, history=history, reseeded=reseeded)
+    result = lloyd(points, centres, 0, 0.0)
+    return Clustering(
+        result.codebook,
+        result.counts,
+        (*history, *result.history),
+        has_converged(history, tolerance),
+        len(history),
+        reseeded + result.reseeded,
+    )
+
+
+def batches(num_vectors: int, batch: int, key: tuple[int, ...]) -> list[np.ndarray]:
+    """First rows of the runs of each batch of an epoch: int64[<= ceil(batch / RUN)] each."""
+    order = np.random.default_rng(key).permutation(-(-num_vectors // RUN)) * RUN
+    runs = -(-batch // RUN)
+    return [np.sort(order[begin : begin + runs]) for begin in range(0, len(order), runs)]
+
+
+def step(
+    points: Points,
+    starts: np.ndarray,
+    centres: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    epoch_counts: Tensor,
+    distances: Tensor,
+) -> float:
+    """One step on the runs at `starts`; updates all later arguments in place. Returns the sum of squared distances.
+
+    Each rank takes the runs of its own blocks. Only the sums of centres with vectors in the batch are all-reduced.
+    """
+    own = starts[starts // points.features.block_stop(0) % points.ranks == points.rank]
+    vectors = points.rows(own, RUN)
+    ids = nearest(vectors, centres)
+    batch_counts = points.all_reduce(torch.bincount(ids, minlength=len(centres)))
+    used = batch_counts.nonzero()[:, 0]
+    places = (batch_counts > 0).cumsum(0) - 1
+    batch_sums = torch.zeros(len(used), centres.shape[1], dtype=torch.int64, device=points.device)
+    squared, _ = add_vectors(batch_sums, places[ids], vectors, centres, ids, points.scale)
+    rows = np.concatenate([np.arange(start, min(start + RUN, len(distances))) for start in own] or [own])
+    distances[torch.from_numpy(rows)] = squared
+    parts = torch.zeros(len(starts), dtype=torch.float64)
+    parts[torch.from_numpy(np.isin(starts, own))] = torch.tensor(
+        [float(run.double().sum()) for run in squared.split(RUN)], dtype=torch.float64
+    )
+    sums[used] += points.all_reduce(batch_sums)
+    counts += batch_counts
+    epoch_counts += batch_counts
+    means = centres[used]
+    move(means, sums[used], counts[used], points.scale)
+    centres[used] = means
+    return math.fsum(points.all_reduce(parts).tolist())
+
+
+def has_converged(history: tuple[float, ...], tolerance: float) -> bool:
     """Whether the last iteration lowered the inertia by no more than `tolerance` of it."""
     return len(history) > 1 and history[-2] - history[-1] <= tolerance * history[-2]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Every vector with its nearest centre."""
+    """The assignment of every vector to its nearest centre."""
 
     sums: Tensor
-    """int64[K, D]: of each centre's vectors, all ranks', in units of 1 / scale."""
+    """int64[K, D]: sum of each centre's vectors over all ranks, in units of 1 / scale."""
     counts: Tensor
-    """int64[K]: each centre's vectors, all ranks'."""
+    """int64[K]: number of each centre's vectors over all ranks."""
     distances: Tensor
-    """float32[N] on the CPU: squared, of this rank's vectors; 0 for the others."""
+    """float32[N] on the CPU: squared distances of this rank's vectors; 0 for the others."""
     inertia: float
-    """Mean squared distance, over all ranks."""
+    """Mean squared distance over all ranks."""
 
 
 def assign(points: Points, centres: Tensor) -> Assignment:
-    """Every vector to its nearest centre, over all ranks."""
+    """Assign every vector to its nearest centre, over all ranks."""
     sums = torch.zeros(centres.shape, dtype=torch.int64, device=points.device)
     counts = torch.zeros(len(centres), dtype=torch.int64, device=points.device)
     distances = torch.zeros(points.features.num_vectors)
     parts = torch.zeros(len(points.features.block_starts()), dtype=torch.float64)
 
-    def take(start: int, block: Tensor, ids: Tensor) -> None:
-        squared, parts[start // points.features.block_stop(0)] = add_up(sums, ids, block, centres, ids, points.scale)
+    def add(start: int, block: Tensor, ids: Tensor) -> None:
+        squared, parts[start // points.features.block_stop(0)] = add_vectors(
+            sums, ids, block, centres, ids, points.scale
+        )
         distances[start : start + len(block)] = squared
         counts.add_(torch.bincount(ids, minlength=len(centres)))
 
-    with ThreadPoolExecutor(1) as adder:  # adding up takes one core, and the search of the next block all that are left
+    with ThreadPoolExecutor(1) as adder:  # the sums take one core while the next block's search takes the others
         before: Future[None] | None = None
         for start, block in points.blocks():
-            ids = nearest(block, centres, check=False)  # `points` has looked at the numbers
+            ids = nearest(block, centres, check=False)  # `Points` has checked the numbers
             if before is not None:
                 before.result()
-            before = adder.submit(take, start, block, ids)
+            before = adder.submit(add, start, block, ids)
         if before is not None:
             before.result()
-    inertia = math.fsum(points.total(parts).tolist()) / points.features.num_vectors
-    return Assignment(points.total(sums), points.total(counts), distances, inertia)
+    inertia = math.fsum(points.all_reduce(parts).tolist()) / points.features.num_vectors
+    return Assignment(points.all_reduce(sums), points.all_reduce(counts), distances, inertia)
 
 
-def add_up(
+def add_vectors(
     sums: Tensor, places: Tensor, vectors: Tensor, centres: Tensor, ids: Tensor, scale: float
 ) -> tuple[Tensor, float]:
-    """Add float32[R, D] `vectors` to the rows `places` of `sums`, and measure them from `centres[ids]`.
+    """Add float32[R, D] `vectors` to the rows `places` of `sums`, and measure their distances to `centres[ids]`.
 
     Returns:
-        float32[R] squared distances on the CPU, and their sum, which no number of threads changes.
+        float32[R] squared distances on the CPU, and their sum, which does not depend on the number of threads.
     """
     squared = torch.empty(len(vectors), device=vectors.device)
     rows = max(1, CHUNK_ELEMENTS // vectors.shape[1]) if vectors.device.type == "cpu" else max(1, len(vectors))
@@ -141,13 +433,13 @@ def add_up(
         here = slice(begin, begin + rows)
         part = vectors[here]
         squared[here] = centres.index_select(0, ids[here]).sub_(part).square_().sum(dim=1)
-        sums.index_add_(0, places[here], (part * scale).long())  # digits below 1 / scale fall away
+        sums.index_add_(0, places[here], (part * scale).long())  # truncates digits below 1 / scale
     squared = squared.cpu()
     return squared, float(squared.numpy().sum(dtype=np.float64))
 
 
 def move(centres: Tensor, sums: Tensor, counts: Tensor, scale: float) -> None:
-    """Put each centre that has vectors at their mean, in place."""
+    """Set each centre that has vectors to their mean, in place."""
     rows = max(1, CHUNK_ELEMENTS // centres.shape[1])
     for begin in range(0, len(centres), rows):
         here = slice(begin, begin + rows)
@@ -157,8 +449,8 @@ def move(centres: Tensor, sums: Tensor, counts: Tensor, scale: float) -> None:
 
 
 def reseed(points: Points, centres: Tensor, empty: Tensor, distances: Tensor) -> int:
-    """Move the centres `empty` to the vectors farthest from theirs, in place; how many there were vectors for."""
-    rows = farthest(points.total(distances).numpy(), points.distinct, len(empty))
+    """Move the centres `empty` to the vectors farthest from their centres, in place; returns how many were moved."""
+    rows = farthest(points.all_reduce(distances).numpy(), points.distinct, len(empty))
     centres[empty[: len(rows)]] = points.features.take(rows).to(centres)
     return len(rows)
 

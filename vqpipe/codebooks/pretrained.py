@@ -1,7 +1,7 @@
-"""Pretrained encoders: CLIP through open_clip, everything else through timm.
+"""Pretrained encoders: CLIP from open_clip, other backbones from timm.
 
-Weights come from a file the user names, from the Hugging Face cache, or, with a network, from the hub into that cache.
-Without any of them an error names the file to fetch; random weights are used only where asked for.
+Weights are loaded from the user's file, from the Hugging Face cache, or, with a network, from the hub. Otherwise an
+error names the file to download; random weights are used only with `allow_random_weights`.
 """
 
 import math
@@ -34,7 +34,8 @@ from vqpipe.weights import load_tensors
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 LOADING_ERRORS = (RuntimeError, KeyError, ValueError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
-SECONDS = 3.0  # to wait for the hub's first answer before the machine is taken to be offline
+SECONDS = 3.0
+"""Timeout of the first request to the hub, after which the machine counts as offline."""
 
 
 class Normalized(PatchEncoder):
@@ -50,7 +51,7 @@ class Normalized(PatchEncoder):
         self.register_buffer("std", torch.tensor(preprocessing["std"]).view(3, 1, 1))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8[B, 3, S, S] -> float32 as the network was trained to see it."""
+        """uint8[B, 3, S, S] -> float32 with the network's mean and standard deviation."""
         return (images / 255 - self.mean) / self.std
 
     @torch.inference_mode()
@@ -62,10 +63,10 @@ class Normalized(PatchEncoder):
 
 
 class OpenClipPatches(Normalized):
-    """Patch tokens of a CLIP vision transformer, as VQGAN-LC's released code takes them (clip_encoder/model.py).
+    """Patch tokens of a CLIP vision transformer, as in VQGAN-LC's released code (clip_encoder/model.py).
 
-    The last block's output goes through the final norm and the visual projection; the class token is dropped, and
-    nothing is normalised. (CLIP itself projects the class token only.)
+    The last block's output passes the final norm and the visual projection; the class token is dropped, and features
+    are not normalized. (CLIP itself projects only the class token.)
     """
 
     def __init__(self, visual: VisionTransformer, preprocessing: dict[str, Any]) -> None:
@@ -86,8 +87,8 @@ class OpenClipPatches(Normalized):
 
 
 class TimmPatches(Normalized):
-    """The last feature map of a timm backbone after its final norm: patch tokens of transformers without their class
-    and register tokens, the last stage of convolutional networks."""
+    """The last feature map of a timm backbone after its final norm: the patch tokens of a transformer, without class
+    and register tokens, or the last stage of a convolutional network."""
 
     def __init__(self, backbone: nn.Module, image_size: int, preprocessing: dict[str, Any]) -> None:
         super().__init__(image_size, preprocessing)
@@ -107,13 +108,13 @@ def open_clip_weights(spec: str) -> Path:
 
     Raises:
         ConfigError: no such model or tag.
-        WeightsError: not here, and not to be had.
+        WeightsError: neither has it.
     """
     name, tag = check_open_clip(spec)
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ConfigError(
-            f"open_clip:{name} does not say which weights", f"Write open_clip:{name}/TAG: {', '.join(tags)}"
+            f"open_clip:{name} does not name its weights", f"Write open_clip:{name}/TAG: {', '.join(tags)}"
         )
     repository, _, file = open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rpartition("/")
     return fetch(f"open_clip:{spec}", repository, [file] if file else OPEN_CLIP_FILES)
@@ -122,8 +123,8 @@ def open_clip_weights(spec: str) -> Path:
 def open_clip_encoder(spec: str, weights: Path | None, image_size: int | None) -> OpenClipPatches:
     """Build `NAME/TAG` (or `NAME`) with `weights`; None: random.
 
-    The tag also decides preprocessing and activation: OpenAI's weights were trained with QuickGELU, which the plain
-    architecture of the same name lacks.
+    The tag also sets preprocessing and activation: OpenAI's weights were trained with QuickGELU, which the architecture
+    of the same name lacks.
 
     Raises:
         ConfigError: no such model or tag, or one without projected patch tokens.
@@ -172,11 +173,11 @@ def timm_encoder(name: str, weights: Path | None, image_size: int | None) -> Tim
     """Build timm's model `name` with `weights`; None: random. Raises as `open_clip_encoder`."""
     preprocessing = check_timm(name)
     overlay = None if weights is None else {"state_dict": load_tensors(weights)}
-    # With the classifier, which stays unused: without it timm loads whatever keys happen to fit.
+    # With the classifier, which is unused: without it timm ignores missing and unexpected keys.
     build = partial(timm.create_model, name, pretrained=weights is not None, pretrained_cfg_overlay=overlay)
     backbone = load_into(f"timm:{name}", build, weights)
     if not hasattr(backbone, "forward_intermediates"):
-        raise ConfigError(f"timm:{name} does not give its feature maps", "Choose another backbone")
+        raise ConfigError(f"timm:{name} has no feature maps", "Choose another backbone")
     if image_size is not None and hasattr(backbone, "set_input_size"):
         backbone.set_input_size(img_size=image_size)
     return TimmPatches(backbone, image_size or preprocessing["input_size"][-1], preprocessing)
@@ -199,11 +200,11 @@ def load_into(spec: str, build: Callable[[], nn.Module], weights: Path | None) -
         if weights is None:
             raise
         reason = " ".join(str(error).split())[:160]
-        raise WeightsError(f"{weights} does not fit {spec}: {reason}", "Fetch the weights of that very model") from None
+        raise WeightsError(f"{weights} does not fit {spec}: {reason}", "Use the weights of this model") from None
 
 
 def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """The network's own preprocessing up to uint8[3, size, size]: PIL's antialiased resize, then the centre."""
+    """The network's own preprocessing to uint8[3, size, size]: PIL's antialiased resize, then a centre crop."""
     interpolation = transforms.InterpolationMode(preprocessing.get("interpolation", "bicubic"))
     short_side = math.floor(size / (preprocessing.get("crop_pct") or 1.0))
     squash = "squash" in (preprocessing.get("resize_mode"), preprocessing.get("crop_mode"))
@@ -212,10 +213,10 @@ def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.
 
 
 def fetch(spec: str, repository: str, names: Iterable[str]) -> Path:
-    """The first of the files `names` of a hub repository that can be had: from the cache, then from the hub.
+    """The first of the files `names` of a hub repository that is found, in the cache, then on the hub.
 
     Raises:
-        WeightsError: neither has one; it names the file and how to bring it here.
+        WeightsError: neither has one; the message names the file and how to download it.
     """
     names = list(names)
     for name in names if repository else []:
@@ -232,21 +233,21 @@ def fetch(spec: str, repository: str, names: Iterable[str]) -> Path:
             except OSError as error:
                 reason = str(error).splitlines()[0][:120]
     if not repository:
-        raise WeightsError(f"nobody publishes weights of {spec} that could be fetched", "Choose another model")
+        raise WeightsError(f"no weights of {spec} are published", "Choose another model")
     raise WeightsError(
         f"the weights of {spec} are not in the cache ({reason})",
-        f"Fetch {names[0]} from https://huggingface.co/{repository} and add --set features.weights=FILE, "
+        f"Download {names[0]} from https://huggingface.co/{repository} and add --set features.weights=FILE, "
         f"or run `hf download {repository} {names[0]}` where there is a network; "
-        "--set features.allow_random_weights=true goes without",
+        "--set features.allow_random_weights=true uses random weights",
     )
 
 
 def reachable(url: str) -> bool:
-    """Whether the hub answers at all. The hub's own client would retry for half a minute before it says no."""
+    """Whether the hub responds. (The hub's own client retries for half a minute.)"""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # it answered
+        return True
     except (OSError, ValueError):
         return False
     return True

@@ -1,48 +1,50 @@
-"""The first centres of k-means, chosen far apart.
+"""Initial centres of k-means, chosen far apart.
 
 k-means++ (Arthur & Vassilvitskii 2007) draws centres one by one, each with probability proportional to its squared
-distance from the centres so far: K passes over the data. k-means|| (Bahmani et al. 2012) draws many in each of a few
-rounds, more than K in all, then clusters these candidates, each weighing as many vectors as it is nearest to. Here two
-to four times K are drawn from a sample, and K of them are drawn again, keeping the best of some tries as in greedy
-k-means++. For K = 100,000 that costs as much as one Lloyd iteration on two million vectors.
+distance to the centres so far: K passes over the data. k-means|| (Bahmani et al. 2012) draws many in each of a few
+rounds, more than K in total, then clusters these candidates, each weighted by the number of vectors nearest to it. Here
+2 K to 4 K candidates are drawn from a sample, then K of the candidates, keeping the best of several trials as in greedy
+k-means++. For K = 100,000 that takes as long as one Lloyd iteration on two million vectors.
 
-Ranks share the work, block by block. A random choice is a function of (seed, stage, round), so a saved round is all
+Ranks share the work, block by block. A random choice is a function of (seed, series, round), so a saved round is all
 that a resumed run needs.
 """
-
-import time
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.artifacts.saved import Checkpoints, Saved
-from vqpipe.codebooks.points import Points
+from vqpipe.codebooks.lloyd import PART, UNSAVED, Points, SharedStates
 from vqpipe.errors import NumericError
 from vqpipe.search import first_copies, nearest
 
-SAMPLE = 8  # times K distinct vectors are looked at for seeding, but
-SAMPLE_ROWS, SAMPLE_BYTES = 65_536, 2**30  # at least so many, and at most so many bytes of float32
-ROWS = 65_536  # of the sample that a rank takes at a time
-SAVE_SECONDS = 30.0  # a round is saved where so much work would be lost without
-SEARCH, CHOOSE = (32, 1), (64, 4)  # rounds, and tries in each, that find candidates and that choose among them
+SAMPLE = 8
+"""Distinct vectors in the sample, in units of K, but"""
+SAMPLE_ROWS, SAMPLE_BYTES = 65_536, 2**30
+"""at least so many vectors, and at most so many bytes of float32."""
+ROWS = 65_536
+"""Rows of the sample that a rank takes at a time."""
+SAVE_SECONDS = 30.0
+"""Between saved rounds."""
+CANDIDATES, CHOICE = (32, 1), (64, 4)
+"""(rounds, trials per round) to draw the candidates, and to choose among them."""
 
 
 def num_candidates(k: int) -> int:
-    """How many vectors are drawn to choose K centres from: four times K where that is cheap, else twice."""
+    """How many candidates are drawn for K centres: 4 K up to K = 4,096, then 2 K + 8,192."""
     return 2 * k + min(2 * k, 8192)
 
 
 def sample_rows(num_vectors: int, dim: int, k: int) -> int:
-    """How many vectors seeding looks at."""
+    """Size of the sample that candidates are drawn from."""
     room = min(max(SAMPLE * k, SAMPLE_ROWS), SAMPLE_BYTES // (4 * dim))
     return min(num_vectors, max(num_candidates(k), room))
 
 
-def plusplus_rows(points: Points, k: int, key: tuple[int, ...], checkpoints: Checkpoints) -> np.ndarray:
-    """int64[K]: rows of the features, all different in value, spread over them. There are at least K such rows.
+def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: SharedStates = UNSAVED) -> np.ndarray:
+    """int64[K]: rows of the features, distinct in value and far apart. There are at least K distinct vectors.
 
-    `key` is what random choices are a function of. Rounds are saved as series "candidates" and "choice".
+    `key` seeds the random choices. Rounds are saved as series "candidates" and "choice".
     """
     features = points.features
     room = sample_rows(features.num_vectors, features.dim, k)
@@ -52,29 +54,27 @@ def plusplus_rows(points: Points, k: int, key: tuple[int, ...], checkpoints: Che
         random = np.random.default_rng((*key, 0))
         rows = np.sort(random.choice(points.distinct, min(room, len(points.distinct)), replace=False))
     sample = features.take(rows).to(points.device)
-    search = Spread(points, sample, torch.ones(len(rows), dtype=torch.int64), (*key, 1), checkpoints, "candidates")
-    search.draw(num_candidates(k), *SEARCH)
-    weights = torch.bincount(search.owner, minlength=len(search.chosen))
-    some = sample[search.chosen.to(points.device)]
+    candidates = Draw(points, sample, torch.ones(len(rows), dtype=torch.int64), (*key, 1), states, "candidates")
+    candidates.run(num_candidates(k), *CANDIDATES)
+    weights = torch.bincount(candidates.owner, minlength=len(candidates.chosen))
+    vectors = sample[candidates.chosen.to(points.device)]
     del sample
-    choice = Spread(points, some, weights.clamp(min=1), (*key, 2), checkpoints, "choice")
-    choice.draw(k, *CHOOSE)
+    choice = Draw(points, vectors, weights.clamp(min=1), (*key, 2), states, "choice")
+    choice.run(k, *CHOICE)
     if len(choice.chosen) < k:
-        raise NumericError(
-            f"only {len(choice.chosen)} of k = {k} first centres differ by more than float32 shows", "Use a smaller k"
-        )
-    return rows[search.chosen[choice.chosen].numpy()]
+        raise NumericError(f"only {len(choice.chosen)} of k = {k} initial centres differ in float32", "Use a smaller k")
+    return rows[candidates.chosen[choice.chosen].numpy()]
 
 
-class Spread:
-    """Vectors drawn one round after another, each by its weight times its squared distance to those drawn before.
+class Draw:
+    """Vectors drawn in rounds, each by its weight times its squared distance to those drawn before.
 
-    It begins where `checkpoints` left off; the first vector of all is drawn by weight alone.
+    It resumes from the newest saved round. The first vector is drawn by weight alone.
 
     Attributes:
-        chosen: int64[C], indices into the vectors, all different in value.
-        squared: float64[R] on the CPU: each vector's squared distance to the nearest that is chosen.
-        owner: int64[R] on the CPU: which of the chosen that is.
+        chosen: int64[C], indices into the vectors, all distinct in value.
+        squared: float64[R] on the CPU: squared distance of each vector to the nearest chosen one.
+        owner: int64[R] on the CPU: index in `chosen` of that one.
     """
 
     def __init__(
@@ -83,40 +83,40 @@ class Spread:
         vectors: Tensor,
         weights: Tensor,
         key: tuple[int, ...],
-        checkpoints: Checkpoints,
-        series: str,
+        states: SharedStates = UNSAVED,
+        series: str = "",
     ) -> None:
         self.points, self.vectors, self.weights, self.key = points, vectors, weights, key
-        self.checkpoints, self.series = checkpoints, series
-        nothing = torch.zeros(0, dtype=torch.int64)
-        saved = checkpoints.newest(series, points.device) or Saved(0, {"chosen": nothing})
-        self.round, self.chosen = saved.step, saved.tensors["chosen"]
-        self.squared = saved.tensors.get("squared", torch.ones(len(vectors), dtype=torch.float64))
-        self.owner = saved.tensors.get("owner", nothing)
+        self.states, self.series = states, series
+        none = torch.zeros(0, dtype=torch.int64)
+        saved = states.newest(series)
+        tensors = {} if saved is None else saved.parts[PART]
+        self.round = 0 if saved is None else saved.step
+        self.chosen = tensors.get("chosen", none)
+        self.squared = tensors.get("squared", torch.ones(len(vectors), dtype=torch.float64))
+        self.owner = tensors.get("owner", none)
 
-    def draw(self, count: int, rounds: int, tries: int) -> None:
-        """Go on until `count` are chosen (fewer where fewer differ), in `rounds` rounds at least.
+    def run(self, count: int, rounds: int, trials: int) -> None:
+        """Draw until `count` vectors are chosen (fewer if fewer are distinct), in at least `rounds` rounds.
 
-        In each, the best of `tries` draws is kept: the one that leaves the smallest sum.
+        Each round keeps the best of `trials` draws: the one with the smallest sum of weighted distances.
         """
         batch = max(1, count // rounds)
         left = -(-(count - len(self.chosen)) // batch)
-        self.points.watch.phase(f"first centres: {self.series}", left * tries * len(self.vectors))
+        title = f"initial centres: {self.series}"
+        self.points.progress.start(title, left * trials * len(self.vectors), "vectors")
         if self.round == 0:
-            self.take(1, 1)
-        saved_at = time.monotonic()
+            self.draw(1, 1)
         while len(self.chosen) < count and bool(self.squared.any()):
-            self.take(min(batch, count - len(self.chosen)), tries)
-            if time.monotonic() - saved_at >= SAVE_SECONDS:
-                self.save()
-                saved_at = time.monotonic()
+            self.draw(min(batch, count - len(self.chosen)), trials)
+            self.save(SAVE_SECONDS)
         self.save()
 
-    def take(self, count: int, tries: int) -> None:
-        """One round: `count` more, less those that are copies of each other."""
+    def draw(self, count: int, trials: int) -> None:
+        """One round: `count` more vectors, less those that are copies of each other."""
         random = np.random.default_rng((*self.key, self.round))
         best = float("inf")
-        for _ in range(tries):
+        for _ in range(trials):
             drawn = weighted_draw(self.squared * self.weights, count, random)
             drawn = without_copies(self.vectors, drawn)
             squared, owner = self.measure(drawn)
@@ -131,13 +131,13 @@ class Spread:
         self.chosen = torch.cat([self.chosen, drawn])
         self.round += 1
 
-    def save(self) -> None:
-        """Save this round."""
+    def save(self, seconds: float = 0.0) -> None:
+        """Save this round, unless one was saved less than `seconds` ago."""
         tensors = {"chosen": self.chosen, "squared": self.squared, "owner": self.owner}
-        self.checkpoints.save(self.series, Saved(self.round, tensors))
+        self.states.save(self.series, self.round, tensors, seconds=seconds)
 
     def measure(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distance of each vector to the nearest of those at `indices`, and which of them that is."""
+        """Squared distance of each vector to the nearest of those at `indices`, and the position of that one."""
         points = self.points
         codes = self.vectors[indices.to(points.device)]
         squared = torch.zeros(len(self.vectors), dtype=torch.float64)
@@ -148,20 +148,21 @@ class Spread:
             ids = nearest(self.vectors[here], codes)
             squared[here] = codes[ids].sub_(self.vectors[here]).square_().sum(dim=1).cpu().double()
             owner[here] = ids.cpu()
-            points.watch.advance(min(points.ranks * ROWS, len(self.vectors) - start))
-        return points.total(squared), points.total(owner)
+            points.progress.advance(min(points.ranks * ROWS, len(self.vectors) - start))
+        return points.all_reduce(squared), points.all_reduce(owner)
 
 
-def without_copies(points: Tensor, indices: Tensor) -> Tensor:
-    first = first_copies(points[indices.to(points.device)])
+def without_copies(vectors: Tensor, indices: Tensor) -> Tensor:
+    """`indices` without those of vectors equal to an earlier one."""
+    first = first_copies(vectors[indices.to(vectors.device)])
     return indices if first is None else indices[first.unique().cpu()]
 
 
 def weighted_draw(weights: Tensor, count: int, random: np.random.Generator) -> Tensor:
     """`count` different indices (fewer if fewer have weight), each draw proportional to `weights`, float64[R] >= 0.
 
-    An exponential clock per index, ticking at the rate of its weight: the first to ring are a weighted sample without
-    replacement (Efraimidis & Spirakis 2006).
+    Weighted sampling without replacement by exponential clocks, one per index with its weight as rate: the first to
+    ring are the sample (Efraimidis & Spirakis 2006).
     """
     clocks = torch.from_numpy(random.exponential(size=len(weights))) / weights
     times, indices = clocks.topk(min(count, len(clocks)), largest=False)

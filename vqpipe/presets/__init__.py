@@ -1,10 +1,12 @@
-"""The experiments that come with vqpipe: one TOML file each, here beside this file.
+"""The experiments that come with vqpipe: one TOML file each, in this folder.
 
-A preset's head comment gives `what`, `paper`, `row`, `command` and `expected`, one `# key: value` line each.
+The head comment of a preset gives `what`, `paper`, `row`, `command` and `expected`, one `# key: value` line each.
+With `extends = "NAME"` at its top, a preset holds only what differs from another one.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vqpipe.config import nearest_name, read_toml
 from vqpipe.errors import ConfigError
@@ -14,31 +16,55 @@ FOLDER = Path(__file__).parent
 
 def names(section: str = "") -> list[str]:
     """The names of all presets, sorted; or of those with a section: "model", "generator" or "classifier"."""
-    paths = sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)
-    return [path.stem for path in paths if not section or section in read_toml(path)]
+    found = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return [name for name in found if not section or any(section in table for table in chain(name))]
 
 
-def find(preset: str) -> Path:
-    """The file of a preset's name; a path that ends in `.toml` stands for itself.
+def find(preset: str, folder: Path | None = None) -> Path:
+    """The file of a preset's name; a name that ends in `.toml` is a path, relative to `folder`.
 
     Raises:
         ConfigError: no preset has that name.
     """
     if preset.endswith(".toml"):
-        return Path(preset)
-    if preset not in names():
-        raise ConfigError(f"no preset is called {preset!r}", nearest_name(preset, names()))
-    return FOLDER / f"{preset}.toml"
+        return (folder or Path()) / preset
+    path = FOLDER / f"{preset}.toml"
+    if preset not in (known := names()):
+        raise ConfigError(f"no preset is called {preset!r}", nearest_name(preset, known))
+    return path
+
+
+def chain(preset: str) -> list[dict[str, Any]]:
+    """The tables of a preset and of those that it extends, the last of these first: each changes the ones before.
+
+    Raises:
+        ConfigError: no such preset or file, a file that is not TOML, or presets that extend each other.
+    """
+    tables: list[dict[str, Any]] = []
+    seen: list[Path] = []
+    name: Any = preset
+    folder = None
+    while name is not None:
+        if not isinstance(name, str):
+            raise ConfigError(f"{seen[-1]}: extends = {name!r} should be text", "Give the name of one preset")
+        path = find(name, folder)
+        table = read_toml(path)
+        if path.resolve() in seen:
+            raise ConfigError(f"preset {preset} extends itself through {path.stem}", "Remove one `extends`")
+        seen.append(path.resolve())
+        tables.insert(0, table)
+        name, folder = table.pop("extends", None), path.parent
+    return tables
 
 
 def heads() -> Iterator[tuple[str, dict[str, str]]]:
-    """Each preset's name and its head comment."""
+    """The name and the head comment of each preset."""
     for name in names():
         yield name, read_head(FOLDER / f"{name}.toml")
 
 
 def read_head(path: Path) -> dict[str, str]:
-    """The `# key: value` lines at the head of a preset; a line without a key goes on with the one before."""
+    """The `# key: value` lines at the head of a preset; a line without a key continues the one before."""
     head: dict[str, str] = {}
     key = ""
     for line in path.read_text(encoding="utf-8").splitlines():
