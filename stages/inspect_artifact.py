@@ -1,4 +1,4 @@
-"""`vqpipe inspect`: what an artifact is, what it holds, and what it was made from."""
+"""`vqpipe inspect`: print the manifest, facts and lineage of an artifact."""
 
 import json
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from stages import console
+from vqpipe.artifacts import open_artifact
 
 
 def inspect(
@@ -20,8 +21,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Print an artifact's manifest, facts and lineage."""
-    from vqpipe.artifacts import open_artifact
-
     opened = open_artifact(artifact)
     if verify:
         opened.verify()
@@ -47,7 +46,7 @@ def inspect(
 
 
 def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree:
-    """The lineage as a tree: this artifact, and under it what it was made from."""
+    """The lineage as a tree: an artifact, and under it its inputs."""
     name = f" {node['name']}" if node.get("name") else ""
     label = escape(f"{role + ': ' if role else ''}{node['kind']}{name}  {node['content'][:12]}")
     branch = Tree(label) if tree is None else tree.add(label)
@@ -57,5 +56,6 @@ def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree
 
 
 def short(value: Any) -> str:
+    """As text of at most 300 characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 300 else text[:297] + "..."

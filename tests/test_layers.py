@@ -1,12 +1,14 @@
-"""The rooms of the library, top to bottom; a module imports only its own room and rows below it.
+"""The layers of the library, top to bottom: a module imports only its own room and rooms in rows below it.
 
-One exception is drawn: whole jobs may use `tokenizer`. typer and rich occur only in `stages`.
+No files import each other in a circle. typer and rich are imported only in `stages`.
+Imports inside functions count too.
 """
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,20 +24,34 @@ ROWS = (
     ("models",),
     ("quantizers", "losses", "metrics", "data"),
     ("search", "artifacts", "weights", "presets"),
-    ("config", "device", "distributed", "files", "progress", "provenance"),
+    ("config", "device", "distributed", "provenance", "progress"),
+    ("files",),
     ("errors",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, at any depth, as a dotted name."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def name_of(path: Path) -> str:
+    """`vqpipe/models/vqgan.py` -> `vqpipe.models.vqgan`; a package by its own name."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for folder in ("vqpipe", "stages") for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Every module that a module imports, at any depth: our own by file, others by dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= submodules
+            if len(submodules) < len(node.names):
+                found.add(node.module)
+    return frozenset(found)
 
 
 def room(dotted: str) -> str | None:
@@ -46,34 +62,39 @@ def room(dotted: str) -> str | None:
     return parts[1] if parts[0] == "vqpipe" and len(parts) > 1 and parts[1] in ROW else None
 
 
-def files() -> list[Path]:
-    return [path for folder in ("vqpipe", "stages") for path in sorted((ROOT / folder).rglob("*.py"))]
+def test_every_module_imports_only_rooms_below() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module in MODULES
+        for target in imports(module)
+        if (own := room(module)) and (other := room(target)) and own != other and ROW[other] <= ROW[own]
+    ]
+    assert sorted(wrong) == []
 
 
-def own_room(path: Path) -> str | None:
-    return room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+def test_every_room_has_a_row() -> None:
+    rooms = {
+        path.stem for path in (ROOT / "vqpipe").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - {"__init__"} <= set(ROW)
 
 
-def test_every_module_imports_downward() -> None:
-    wrong = []
-    for path in files():
-        own = own_room(path)
-        if own is None:
-            continue
-        for target in {room(name) for name in imports(path)} - {None, own}:
-            if ROW[target] <= ROW[own]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {target}")
-    assert wrong == []
+def test_no_modules_import_each_other() -> None:
+    """A package's __init__ may re-export its modules, which import it nowhere."""
+    graph = {module: imports(module) & MODULES.keys() - {module} for module in MODULES}
+    circle: list[str] = []
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle = error.args[1]
+    assert circle == []
 
 
-def test_every_room_is_drawn() -> None:
-    rooms = {path.stem for path in (ROOT / "vqpipe").iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert rooms - {"__init__", "__pycache__"} <= set(ROW)
-
-
-def test_command_line_libraries_occur_only_in_stages() -> None:
-    heads = {path: {name.split(".")[0] for name in imports(path)} for path in files() if own_room(path) != "stages"}
-    assert [path for path, names in heads.items() if names & {"typer", "rich", "click"}] == []
+def test_command_line_libraries_are_imported_only_in_stages() -> None:
+    users = {
+        module for module in MODULES for name in imports(module) if name.split(".")[0] in ("typer", "rich", "click")
+    }
+    assert {room(module) for module in users} == {"stages"}
 
 
 def test_help_imports_neither_torch_nor_numpy() -> None:

@@ -1,6 +1,6 @@
-"""Rank, world size and four collectives over torch.distributed; on one process each is the identity.
+"""Rank, world size and collectives over torch.distributed. In a single process each collective is the identity.
 
-Nothing here starts processes: `torchrun` does, and `connect` joins the group it describes in the environment.
+torchrun starts the processes; `connect` joins the group that it describes in the environment.
 """
 
 import datetime
@@ -16,29 +16,29 @@ from torch.distributed.rendezvous import rendezvous
 
 from vqpipe.errors import ConfigError, VqpipeError
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a rank waits for another before it gives up with an error, instead of hanging for ever."""
+"""How long a rank waits for the others before it raises an error."""
 
 
 def rank() -> int:
-    """This process's place among all, 0-based."""
+    """The index of this process, 0-based."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which alone publishes and talks."""
+    """Whether this is rank 0, the only one that publishes and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for every rank."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -51,7 +51,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Every rank's float[n, D] (n may differ between ranks), one below the other in rank order, on every rank."""
+    """Concatenate every rank's float[n, D] in rank order, on every rank; n may differ between ranks."""
     if not dist.is_initialized():
         return rows
     counts = gather_objects(len(rows))
@@ -62,22 +62,22 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def any_rank(asked: bool, device: torch.device) -> bool:
-    """Whether `asked` is true on any rank; the same answer on all of them."""
+def any_rank(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` is true on any rank; the same on all of them."""
     if not dist.is_initialized():
-        return asked
-    return bool(all_reduce_sum(torch.tensor(int(asked), device=device)) > 0)
+        return condition
+    return bool(all_reduce_sum(torch.tensor(int(condition), device=device)) > 0)
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Give every rank rank 0's `tensor`, in place, and return it."""
+    """Replace `tensor` by that of rank 0, in place, and return it."""
     if dist.is_initialized():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` (anything JSON-like), on every rank."""
+    """Return rank 0's `value` (JSON-like) on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -87,7 +87,7 @@ def broadcast_object(value: Any) -> Any:
 
 @contextmanager
 def sharing_errors() -> Iterator[None]:
-    """A VqpipeError that rank 0 raises in here is raised on every rank, so that none waits for one that has ended."""
+    """Raise a VqpipeError of rank 0 in this context on every rank, so that no rank waits for one that has ended."""
     error: VqpipeError | None = None
     try:
         yield
@@ -98,18 +98,18 @@ def sharing_errors() -> Iterator[None]:
         raise error
 
 
-def on_main(action: Callable[[], Answer]) -> Answer:
-    """What `action` returns on rank 0 (anything JSON-like), or the VqpipeError that it raises there, on every rank."""
-    answer: Answer | None = None
+def on_main(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0; return its result (JSON-like), or raise its VqpipeError, on every rank."""
+    result: Result | None = None
     with sharing_errors():
         if is_main():
-            answer = action()
-    shared: Answer = broadcast_object(answer)
+            result = action()
+    shared: Result = broadcast_object(result)
     return shared
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank."""
+    """Return every rank's `value`, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     box: list[Any] = [None] * world_size()
@@ -118,10 +118,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`"auto"`, `"cpu"` or `"cuda"` -> this rank's device. "auto" takes a GPU where there is one.
+    """`"auto"`, `"cpu"` or `"cuda"` -> this rank's device. "auto" is a GPU if there is one.
 
     Raises:
-        ConfigError: CUDA was asked for and is absent, or has fewer devices than this machine has ranks.
+        ConfigError: "cuda" without CUDA, or with fewer GPUs than this machine has ranks.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"unknown device {name!r}", "Use auto, cpu or cuda")
@@ -140,7 +140,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def connect(device: torch.device) -> Iterator[None]:
-    """Join the process group that torchrun describes in the environment; without one, do nothing."""
+    """Join the process group that torchrun describes in the environment, if any."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
@@ -148,7 +148,7 @@ def connect(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     store, number, ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     store.set_timeout(COLLECTIVE_TIMEOUT)
-    # torchrun keeps its store when it starts ranks again: without a prefix they would find the addresses of dead ones.
+    # torchrun keeps its store when it restarts ranks: without a prefix they would read the addresses of dead ones.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)

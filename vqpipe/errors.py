@@ -1,28 +1,28 @@
-"""What can go wrong for a user, as one small tree.
+"""The errors that a user can cause or meet, as one small tree.
 
     VqpipeError
     |-- ConfigError      a preset, a flag, or a combination of settings cannot be used
-    |-- DataError        images, features or tokens given to us cannot be used
+    |-- DataError        images, features or tokens cannot be used
     |-- ArtifactError    an artifact is missing, damaged, in use, or was made with other settings
     |-- WeightsError     pretrained weights are absent or do not fit
-    `-- NumericError     NaN or infinity where numbers were promised
+    `-- NumericError     NaN or infinity
 
-Everything else is a bug of ours and keeps its traceback.
+Any other exception is a bug and keeps its traceback.
 
-Each kind has a `cause`, a number of BSD's sysexits.h that says whose fault it is: for machines, in status.json. The
-commands end with 1 for all of them.
+Each class has a `cause`, a number of BSD's sysexits.h, which status.json holds for scripts. The exit code of a command
+is 1 for all of them.
 """
 
 
 class VqpipeError(Exception):
-    """An error we explain: what happened, and what to try next.
+    """An error with an explanation: what happened, and what to try next.
 
     `str(error)` is one line, "WHAT. TRY.", which the commands print after `error:`.
     """
 
     cause: int = 70
-    """65 data, 66 absent, 70 software, 74 input or output, 75 try again, 76 artifact, 77 rights, 78 settings,
-    79 numbers (beyond sysexits). An instance may know better than its class."""
+    """65 data, 66 absent, 70 software, 74 input or output, 75 try again, 76 artifact, 77 permissions, 78 settings,
+    79 numbers (not in sysexits.h). An instance may override that of its class."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         self.what = what.rstrip(". ")
@@ -41,7 +41,7 @@ class ConfigError(VqpipeError):
 
 
 class DataError(VqpipeError):
-    """Images, features or tokens given to us cannot be used."""
+    """Images, features or tokens cannot be used."""
 
     cause = 65
 
@@ -53,12 +53,12 @@ class ArtifactError(VqpipeError):
 
 
 class WeightsError(VqpipeError):
-    """Pretrained weights are absent or do not fit the network they were given to."""
+    """Pretrained weights are absent or do not fit the network."""
 
     cause = 66
 
 
 class NumericError(VqpipeError):
-    """NaN or infinity where numbers were promised."""
+    """NaN or infinity."""
 
     cause = 79

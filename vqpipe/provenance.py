@@ -1,4 +1,4 @@
-"""How, where and when something was made: for people, and outside every digest."""
+"""How, where and when an artifact was made. Not part of any digest."""
 
 import datetime
 import os
@@ -12,13 +12,13 @@ from typing import Any
 
 
 def provenance(world_size: int) -> dict[str, Any]:
-    """How and where this process runs: versions, git commit, hardware, world size, command."""
+    """Versions, git commit, hardware, world size and command of this process."""
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     return {**environment(world_size), "git": git_commit(), "command": command}
 
 
 def command_again() -> str:
-    """The command of this process, to be copied and run again. That writes elsewhere, so `--out` is left open."""
+    """The command line of this process, to copy and run again, with `--out DIR` as a placeholder."""
     words = ["vqpipe", *sys.argv[1:]]
     for place, word in enumerate(words):
         if word.startswith("--out="):
@@ -29,7 +29,7 @@ def command_again() -> str:
 
 
 def environment(world_size: int) -> dict[str, Any]:
-    """What may change the bits of a result that is begun here and finished elsewhere."""
+    """What may change the bits of a result: versions, hardware, number of threads and of ranks."""
     packages = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "open_clip_torch", "timm", "pillow")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -47,7 +47,7 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this runs from, marked where it was changed since; None outside a checkout."""
+    """The commit of this checkout, marked `-dirty` if files were changed; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -61,4 +61,5 @@ def git_commit() -> str | None:
 
 
 def now() -> str:
+    """The time, UTC, to seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

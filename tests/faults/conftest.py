@@ -1,4 +1,4 @@
-"""Small files for the catalogue of faults, and an index cache of each test's own."""
+"""Small files, forked processes, and an index cache for each test."""
 
 import io
 import os
@@ -49,11 +49,11 @@ def png() -> Callable[[int], bytes]:
 
 @pytest.fixture(scope="session")
 def fork() -> Callable[[Callable[[], None]], int]:
-    """fork(action) runs it in a forked process, whose number it returns."""
+    """fork(action) runs `action` in a forked process and returns the process id."""
 
     def fork(action: Callable[[], None]) -> int:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside other threads: the child has none
+            warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads: the child has none
             child = os.fork()
         if child == 0:
             code = 1
@@ -73,7 +73,7 @@ def fork() -> Callable[[Callable[[], None]], int]:
 
 @pytest.fixture(scope="session")
 def in_child(fork: Callable[[Callable[[], None]], int]) -> Callable[[Callable[[], None]], int]:
-    """in_child(action) waits for a forked process: its exit code, or minus the signal that ended it."""
+    """in_child(action) runs `action` in a forked process; returns its exit code, or minus the signal that ended it."""
 
     def in_child(action: Callable[[], None]) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
@@ -83,20 +83,20 @@ def in_child(fork: Callable[[Callable[[], None]], int]) -> Callable[[Callable[[]
 
 @pytest.fixture(scope="session")
 def gone() -> Callable[[Callable[[int, int], bool]], None]:
-    """gone(test) waits ten seconds at most until there is no process for which test(number, group) is true, but for
-    dead ones that nobody has asked after."""
+    """gone(test) waits up to ten seconds until test(process, group) is false for all running processes (zombies
+    excluded)."""
 
     def gone(test: Callable[[int, int], bool]) -> None:
         deadline = time.monotonic() + 10
         while left := [number for number, group in running() if test(number, group)]:
-            assert time.monotonic() < deadline, f"processes {left} live on"
+            assert time.monotonic() < deadline, f"processes {left} are still running"
             time.sleep(0.02)
 
     return gone
 
 
 def running() -> Iterator[tuple[int, int]]:
-    """The number and the group of every process that runs."""
+    """The id and the group of every running process."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, group = status.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]

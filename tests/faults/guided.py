@@ -1,10 +1,10 @@
-"""Fuzzing of our own parsers that is guided by coverage, for as long as one likes. It is no test, and needs atheris:
+"""Coverage-guided fuzzing of the parsers. Not a test; needs atheris:
 
     pip install atheris
     python tests/faults/guided.py tar -max_total_time=600
 
-The first word is a parser of test_fuzz.py; the others go to libFuzzer. It ends with a traceback at the first input that
-is neither a result nor one of our errors in one line; that input becomes a plain case in test_fuzz.py.
+The first word is a parser of test_fuzz.py; the others are options of libFuzzer. It stops with a traceback at the first
+input that gives neither a result nor a VqpipeError in one line; add that input to test_fuzz.py as a plain case.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["vqpipe"]):
-    from test_fuzz import PARSERS, furnished
+    from test_fuzz import PARSERS, with_artifact
 
     from vqpipe.errors import VqpipeError
 
@@ -22,10 +22,10 @@ LIMITS = ["-timeout=20", "-rss_limit_mb=6000", "-max_len=20000"]
 
 
 def main(name: str, *options: str) -> None:
-    """Feed the parser `name` until something else than an answer comes out, or the time is up."""
+    """Fuzz the parser `name` until it fails or the time is up."""
     parser = PARSERS[name]
     with tempfile.TemporaryDirectory() as place:
-        folder = furnished(Path(place))
+        folder = with_artifact(Path(place))
         corpus = Path(place) / "corpus"
         corpus.mkdir()
         for number, seed in enumerate(parser.seeds(folder)):

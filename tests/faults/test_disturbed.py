@@ -1,13 +1,13 @@
-"""Disturbed at any moment and given again: a command ends with the files of a run nobody disturbed.
+"""Stages that are killed at random moments, or run out of disk space, end with the files of an undisturbed run.
 
-Killed: every round starts a stage into a fresh folder and kills its whole process group at a moment drawn at random,
-then runs the same command, which may be killed too, until it ends by itself. Stages are forks of one process that has
-imported all they need and computed nothing; the last round is a process of its own, which may die while it imports.
+Random kills: every round starts a stage in a new folder and kills its process group at a random moment, then runs the
+same command, which may be killed too, until it ends by itself. Stages are forks of one process that has imported all
+modules and computed nothing; the last round is a new process, which may die during its imports.
 
-Out of room: a stage writes to a disk (in memory, which needs root) that is smaller than its files, and says so in one
-line; then the disk grows, and the same command ends.
+Full disk: a stage writes to a disk (a tmpfs, which needs root) that is smaller than its files, and ends with one line;
+then the disk grows, and the same command ends.
 
-VQPIPE_KILLER_ROUNDS says how many rounds a stage has, 20 unless said.
+VQPIPE_KILLER_ROUNDS is the number of rounds per stage, 20 by default.
 """
 
 import json
@@ -33,7 +33,7 @@ Gone = Callable[[Callable[[int, int], bool]], None]
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = int(os.environ.get("VQPIPE_KILLER_ROUNDS", "20"))
 AGAIN = 0.5
-"""How likely a run that goes on after a kill is killed too."""
+"""Probability that a resumed run is killed too."""
 PROGRAM = """
 import gc, importlib, json, os, pkgutil, sys, traceback
 from stages import cli, generate
@@ -77,9 +77,9 @@ if sys.argv[1:]:
 else:
     serve()
 """
-"""The console script, or without arguments a server that forks one for each line it is given, which leaves without
-the long tidying up of a process that has imported so much. In both, shards are small and nothing waits for the disk: a
-process that dies loses nothing that it wrote (for power loss see row 39)."""
+"""The console script; without arguments a server that forks one for each line of its stdin and exits with `os._exit`.
+In both, shards are small and nothing is flushed: a process that dies loses nothing that it wrote. (test_disk.py checks
+the order of flushes, which matters for power loss.)"""
 
 TINY = [
     *("data.image_size=16", "model.quantizer.codebook_size=40", "model.base_channels=8", "model.z_channels=8"),
@@ -119,14 +119,14 @@ STAGES: dict[str, list[str]] = {
     ],
     "eval": ["--images={prepare-data}", "--tokenizer={train}", "--num-workers=1", *with_preset("smoke", TINY)],
 }
-"""Stage -> its arguments; {name} is where the artifact of another stage lies. Each comes after what it reads."""
+"""Stage -> its arguments; {name} is the path of another stage's artifact. Each comes after the stages it reads."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TIMES = ("images_per_second", "seconds_per_step", "data_wait", "tflops")
-"""What of a row of a training log a clock said."""
+"""Keys of a training log that are measured times."""
 
 
 class Launcher:
-    """Starts stages in process groups of their own, and kills these."""
+    """Starts stages in process groups of their own, and kills the groups."""
 
     def __init__(self, folder: Path, gone: Gone) -> None:
         self.gone = gone
@@ -152,7 +152,7 @@ class Launcher:
         return self.server.stdout.readline().strip()
 
     def forked(self, words: list[str], folder: Path, seconds: float | None) -> int:
-        """Run a stage in `folder`, killed after so many seconds; its exit code, negative: the signal that ended it."""
+        """Run a stage in `folder`, killed after `seconds`; returns its exit code, or minus the signal that ended it."""
         assert self.server.stdin is not None
         log = folder.with_name(f"{folder.name}.log")
         self.server.stdin.write(json.dumps({"words": words, "folder": str(folder), "log": str(log)}) + "\n")
@@ -164,7 +164,7 @@ class Launcher:
         return code
 
     def alone(self, words: list[str], folder: Path, seconds: float | None) -> int:
-        """The same in a process of its own, which has to import first."""
+        """The same in a new process, which has to import first."""
         with folder.with_name(f"{folder.name}.log").open("a") as log:
             process = subprocess.Popen(
                 [*self.command, *words], cwd=folder, env=self.environment, stdout=log, stderr=log, process_group=0
@@ -179,20 +179,20 @@ class Launcher:
 
 
 class Line:
-    """Every stage on a few drawn pictures, run when it is first asked for, and nothing happens to it."""
+    """Undisturbed runs of the stages on a few drawn pictures; each runs when its artifact is first needed."""
 
     def __init__(self, folder: Path, gone: Gone) -> None:
         self.folder, self.launcher = folder, Launcher(folder, gone)
         self.seconds: dict[str, float] = {}
-        draws = np.random.default_rng(0)
+        random = np.random.default_rng(0)
         for number in range(30):
-            small = Image.fromarray(draws.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
             picture = folder / "pictures" / str(number % 3) / f"{number}.png"
             picture.parent.mkdir(parents=True, exist_ok=True)
             small.resize((32, 32), Image.Resampling.BICUBIC).save(picture)
 
     def words(self, stage: str) -> list[str]:
-        """The command, its inputs made."""
+        """The command, after running the stages that it reads."""
         words = [stage]
         for word in STAGES[stage]:
             for name in re.findall(r"{([\w-]+)}", word):
@@ -222,7 +222,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, gone: Gone) -> Iterator[Line]
 
 
 def outcome(folder: Path) -> tuple[Any, ...]:
-    """What a run has left: all files of its folder, what the manifest promises, what a clock had no part in."""
+    """The result of a run: the files of its folder, its manifest, and contents, without measured times."""
     artifact = open_artifact(folder / "out")
     artifact.verify()
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
@@ -232,7 +232,7 @@ def outcome(folder: Path) -> tuple[Any, ...]:
 
 
 def contents(artifact: Artifact, name: str) -> Any:
-    """The hash of a file; of a training log all but its times, of a training run's page nothing: it shows them."""
+    """The hash of a file; of a training log the rows without times; of a run's page nothing, since it shows times."""
     if "metrics.jsonl" not in artifact.names() or name not in ("metrics.jsonl", "report.html"):
         return artifact.manifest.files[name]
     rows = [json.loads(row) for row in artifact.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -244,29 +244,29 @@ def kill_until_it_ends(
     words: list[str],
     folder: Path,
     longest: float,
-    draws: np.random.Generator,
+    random: np.random.Generator,
 ) -> int:
-    """Kill a stage at least once, then let it go on, perhaps kill that too, ...; how often it was killed."""
+    """Kill a stage at least once, and run it again until it ends by itself; returns the number of kills."""
     kills = 0
     while True:
-        seconds = draws.uniform(0, longest) if not kills or draws.random() < AGAIN else None
+        seconds = random.uniform(0, longest) if not kills or random.random() < AGAIN else None
         code = run(words, folder, seconds)
         if code == -signal.SIGKILL:
             kills += 1
         elif kills:
             assert code == 0, folder.with_name(f"{folder.name}.log").read_text(encoding="utf-8")
             return kills
-        else:  # it was faster than expected
+        else:  # faster than expected
             longest /= 2
             shutil.rmtree(folder)
             folder.mkdir()
 
 
 def killed(line: Line, stage: str, rounds: int, folder: Path) -> int:
-    """So many rounds of a stage; how often it was killed in all."""
+    """Run `rounds` rounds of a stage; returns the number of kills."""
     words, launcher = line.words(stage), line.launcher
     expected = outcome(line.made(stage).parent)
-    draws = np.random.default_rng([rounds, list(STAGES).index(stage)])
+    random = np.random.default_rng([rounds, list(STAGES).index(stage)])
     kills = []
     for number in range(rounds):
         own = folder / f"{number}"
@@ -274,24 +274,22 @@ def killed(line: Line, stage: str, rounds: int, folder: Path) -> int:
         run, longest = launcher.forked, line.seconds[stage]
         if number == rounds - 1:
             run, longest = launcher.alone, longest + launcher.seconds_to_import / 2
-        kills.append(kill_until_it_ends(run, words, own, longest, draws))
+        kills.append(kill_until_it_ends(run, words, own, longest, random))
         assert outcome(own) == expected, f"round {number} of {rounds}, after {kills[-1]} kills"
         shutil.rmtree(own)
-    print(
-        f"{stage}: {rounds} rounds of {line.seconds[stage]:.2f} s, killed {sum(kills)} times, all files as undisturbed"
-    )
+    print(f"{stage}: {rounds} rounds of {line.seconds[stage]:.2f} s, killed {sum(kills)} times, same files")
     return sum(kills)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_random_moments_a_stage_ends_with_the_same_files(stage: str, line: Line, tmp_path: Path) -> None:
+def test_stage_killed_at_random_moments_ends_with_the_same_files(stage: str, line: Line, tmp_path: Path) -> None:
     assert killed(line, stage, ROUNDS, tmp_path) >= ROUNDS
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """disk(size) is a disk of so many bytes, in memory; of another size when it is asked for again."""
+    """disk(size) mounts a tmpfs of `size` bytes, or resizes it."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -301,7 +299,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
             ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True
         )
         if mounted.returncode != 0:
-            pytest.skip(f"a disk of its own needs root: {mounted.stderr.strip()}")
+            pytest.skip(f"mounting a disk needs root: {mounted.stderr.strip()}")
         return place
 
     yield of_size
@@ -312,7 +310,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.97])
 @pytest.mark.parametrize("stage", STAGES)
-def test_row_28_on_a_disk_that_grows_after_it_was_full_a_stage_ends_with_the_same_files(
+def test_stage_resumes_on_a_full_disk_that_grew_with_the_same_files(
     stage: str, share: float, line: Line, disk: Callable[[int], Path]
 ) -> None:
     words, made = line.words(stage), line.made(stage).parent

@@ -1,6 +1,6 @@
-"""Hostile bytes for our own parsers: each answers with a result or with an error that we explain, and soon.
+"""Fuzzing of the parsers: any bytes give a result or a VqpipeError in one line, within seconds.
 
-Nothing else may come out: no other exception, no second line, no hang. What was found so stands below as plain cases.
+Any other exception, a second line or a hang is a failure. Past findings are plain cases at the end.
 """
 
 import io
@@ -35,12 +35,12 @@ from vqpipe.models import AutoencoderConfig
 from vqpipe.models.released import read_released
 
 PATIENCE = 20.0
-"""Seconds after which an answer counts as a hang."""
+"""Seconds after which a call counts as a hang."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A preset with a section of each sort: numbers, choices, and a tagged choice."""
+    """A preset with numbers, choices, and a tagged choice."""
 
     kmeans: KmeansConfig = field(default_factory=KmeansConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -68,7 +68,7 @@ NAMES = (
     *("decoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.bias", "module._orig_mod.encoder.mid", "x"),
     *("quantize.quant_resi.qresi_ls.0.weight", "quantize.quant_resi.qresi_ls.1.bias", "encoder.mid.attn_1.qkv.weight"),
 )
-"""Of weights as the released families name them."""
+"""Names of weights in released checkpoints."""
 
 
 def tar_bytes(kind: int) -> bytes:
@@ -95,12 +95,12 @@ def torch_bytes(value: object) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place for files, with a published artifact in it."""
-    return furnished(tmp_path_factory.mktemp("fuzz"))
+    """A folder with a published artifact in it."""
+    return with_artifact(tmp_path_factory.mktemp("fuzz"))
 
 
-def furnished(place: Path) -> Path:
-    """An empty folder with what the parsers need."""
+def with_artifact(place: Path) -> Path:
+    """The empty folder `place`, filled with the files that the parsers need."""
     draft = start(place / "out", "codebook", {"k": 3}, {"images": "0" * 64})
     assert isinstance(draft, Draft)
     with draft:
@@ -114,7 +114,7 @@ def furnished(place: Path) -> Path:
 
 @dataclass
 class Parser:
-    """One of ours: what it is fed at best, and how it is called."""
+    """A parser, and valid inputs as seeds."""
 
     seeds: Callable[[Path], list[bytes]]
     parse: Callable[[Path, bytes], object]
@@ -140,7 +140,7 @@ def tar(folder: Path, data: bytes) -> None:
 
 
 def resealed(data: bytes) -> bytes:
-    """Every block that was a header has its checksum put right, so that what it says is believed."""
+    """Correct the checksum of every header block, so that its other fields are parsed."""
     blocks = [data[at : at + 512] for at in range(0, len(data), 512)]
     for number, block in enumerate(blocks):
         if len(block) == 512 and block[257:262] == b"ustar":
@@ -249,7 +249,7 @@ def answers_soon() -> Iterator[None]:
 
 
 def fuzz(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], object], examples: int) -> None:
-    """`attempt` with so many examples: the same ones in every fast run, others in every long one."""
+    """Run `attempt` on `examples` examples: the same in every fast run, new ones in every long run."""
 
     @settings(
         max_examples=examples,
@@ -271,7 +271,7 @@ COUNTS = pytest.mark.parametrize("examples", [12, pytest.param(3000, marks=pytes
 
 @COUNTS
 @pytest.mark.parametrize("name", PARSERS)
-def test_any_bytes_are_a_result_or_one_line(name: str, examples: int, folder: Path) -> None:
+def test_any_bytes_give_a_result_or_a_one_line_error(name: str, examples: int, folder: Path) -> None:
     parser = PARSERS[name]
     seeds = parser.seeds(folder)
     parser.parse(folder, seeds[0]) if name != "weights" else None
@@ -279,7 +279,7 @@ def test_any_bytes_are_a_result_or_one_line(name: str, examples: int, folder: Pa
 
 
 @COUNTS
-def test_any_names_and_shapes_of_weights_are_a_result_or_one_line(examples: int, folder: Path) -> None:
+def test_any_names_and_shapes_of_weights_give_a_result_or_a_one_line_error(examples: int, folder: Path) -> None:
     def attempt(shapes: dict[str, list[int]]) -> None:
         save_file({name: torch.ones(shape) for name, shape in shapes.items()}, folder / "x.safetensors")
         read_released(folder / "x.safetensors")
@@ -289,7 +289,7 @@ def test_any_names_and_shapes_of_weights_are_a_result_or_one_line(examples: int,
 
 
 @COUNTS
-def test_any_assignment_is_a_result_or_one_line(examples: int) -> None:
+def test_any_assignment_gives_a_result_or_a_one_line_error(examples: int) -> None:
     def attempt(text: str) -> None:
         configs.from_table(Preset, configs.override(Preset, {"model": {"kind": "vqgan"}}, [text]))
 
@@ -300,7 +300,7 @@ def test_any_assignment_is_a_result_or_one_line(examples: int) -> None:
     fuzz(st.text(max_size=30) | st.builds("{}={}".format, keys, values), attempt, examples)
 
 
-# Found by the above, or on the way to it.
+# Past findings.
 
 
 def header(size: bytes, kind: bytes = b"0", name: bytes = b"a.png") -> bytes:
@@ -316,7 +316,7 @@ def header(size: bytes, kind: bytes = b"0", name: bytes = b"a.png") -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        pytest.param(header(b"\xff" * 10 + b"\xfc\x00"), "impossible size", id="below zero: it went back for ever"),
+        pytest.param(header(b"\xff" * 10 + b"\xfc\x00"), "impossible size", id="negative size: an endless loop"),
         pytest.param(header(b"\x80" + b"\x7f" * 11), "impossible size", id="a size beyond 64 bits"),
         pytest.param(header(b"00017777777\0", b"L"), "header of 4,194,303 bytes", id="a name of 4 MB"),
         pytest.param(header(b"00017777777\0", name=b"a.cls"), "too many for a text", id="a label of 4 MB"),
@@ -330,7 +330,7 @@ def header(size: bytes, kind: bytes = b"0", name: bytes = b"a.png") -> bytes:
         ),
     ],
 )
-def test_tars_that_lie_about_sizes(data: bytes, message: str, known: str | None) -> None:
+def test_wrong_sizes_in_tar_headers_are_an_error(data: bytes, message: str, known: str | None) -> None:
     with pytest.raises(DataError, match=message):
         index_tar(io.BytesIO(data + bytes(2048)), "s.tar", known)
 
@@ -338,13 +338,13 @@ def test_tars_that_lie_about_sizes(data: bytes, message: str, known: str | None)
 @pytest.mark.parametrize(
     "data",
     [
-        pytest.param(b"[" * 100_000, id="nested deeper than Python goes"),
+        pytest.param(b"[" * 100_000, id="nested beyond the recursion limit"),
         pytest.param(b"[]", id="a list"),
         pytest.param(b'{"schema": 1e999}', id="an infinite schema"),
         pytest.param(b"\xff", id="not UTF-8"),
     ],
 )
-def test_manifests_that_are_none(data: bytes, folder: Path) -> None:
+def test_bytes_that_are_not_a_manifest_are_an_error(data: bytes, folder: Path) -> None:
     with pytest.raises(VqpipeError, match=r"is damaged|has schema"):
         manifest(folder, data)
 
@@ -353,7 +353,7 @@ def test_manifests_that_are_none(data: bytes, folder: Path) -> None:
     ("key", "value"),
     [("config", []), ("provenance", "x"), ("inputs", 3), ("facts", None), ("content", {}), ("files", {"n" * 300: {}})],
 )
-def test_manifests_of_other_types(key: str, value: object, folder: Path) -> None:
+def test_manifest_values_of_wrong_types_are_an_error(key: str, value: object, folder: Path) -> None:
     table = {**json.loads((folder / "manifest.seed").read_bytes()), key: value}
     with pytest.raises(VqpipeError, match="is damaged"):
         manifest(folder, json.dumps(table).encode())
@@ -363,13 +363,13 @@ def test_manifests_of_other_types(key: str, value: object, folder: Path) -> None
     "text",
     [
         pytest.param("[kmeans]\nk = " + "9" * 5000, id="a number of 5,000 digits"),
-        pytest.param("x = " + "[" * 5000, id="lists nested deeper than Python goes"),
+        pytest.param("x = " + "[" * 5000, id="lists nested beyond the recursion limit"),
         pytest.param("[kmeans]\ntolerance = nan", id="not a number"),
-        pytest.param("[kmeans]\ntolerance = inf", id="infinity, which JSON cannot hold"),
-        pytest.param("[kmeans]\ntolerance = " + "9" * 400, id="a whole number beyond floats"),
+        pytest.param("[kmeans]\ntolerance = inf", id="infinity"),
+        pytest.param("[kmeans]\ntolerance = " + "9" * 400, id="an integer beyond floats"),
     ],
 )
-def test_presets_that_are_none(text: str, folder: Path) -> None:
+def test_invalid_preset_values_are_an_error(text: str, folder: Path) -> None:
     with pytest.raises(ConfigError):
         toml(folder, text.encode())
 
@@ -391,7 +391,7 @@ SHARDS: dict[str, dict[str, pa.Array]] = {
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_token_shards_with_other_columns(name: str, tmp_path: Path) -> None:
+def test_token_shards_with_wrong_columns_are_an_error(name: str, tmp_path: Path) -> None:
     columns = {"key": KEY, "label": LABEL, "ids": IDS}
     parquet.write_table(pa.table(columns), tmp_path / "good.parquet")
     assert read_tokens(tmp_path / "good.parquet", 3).ids.tolist() == [[1, 2]]
@@ -400,7 +400,7 @@ def test_token_shards_with_other_columns(name: str, tmp_path: Path) -> None:
         read_tokens(tmp_path / "bad.parquet", 3)
 
 
-def test_a_zip_called_npy_is_no_matrix(tmp_path: Path) -> None:
+def test_zip_file_named_npy_is_an_error(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.ones(3))
     (tmp_path / "x.npz").rename(tmp_path / "x.npy")
     with pytest.raises(DataError, match=r"is not a \.npy array"):

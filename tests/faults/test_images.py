@@ -1,4 +1,4 @@
-"""Group D: pictures that are odd, as far as tests/data/test_transforms.py does not ask already."""
+"""Images of unusual sizes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vqpipe.data.transforms import Framing, Rule, center_crop
 
 @pytest.mark.parametrize("rule", ["adm", "linear", "cover"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 2)])
-def test_rows_70_72_a_picture_smaller_than_the_crop_is_enlarged(size: tuple[int, int], rule: Rule) -> None:
+def test_image_smaller_than_the_crop_is_enlarged(size: tuple[int, int], rule: Rule) -> None:
     image = Image.new("RGB", size, (10, 200, 30))
     expected = torch.tensor([10, 200, 30], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     assert torch.equal(Framing(rule=rule, size=(8, 8))(image), expected)
@@ -18,11 +18,11 @@ def test_rows_70_72_a_picture_smaller_than_the_crop_is_enlarged(size: tuple[int,
 
 @pytest.mark.parametrize("rule", ["adm", "cover"])
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
-def test_row_71_a_strip_is_cut_before_it_is_blown_up(size: tuple[int, int], rule: Rule) -> None:
+def test_strip_is_cropped_before_it_is_enlarged(size: tuple[int, int], rule: Rule) -> None:
     resized: list[tuple[int, int]] = []
 
     class Watched(Image.Image):
-        """Notes to which size it is made."""
+        """Records the sizes it is resized to."""
 
         def resize(self, size: tuple[int, int], *args: object, **options: object) -> Image.Image:  # type: ignore[override]
             resized.append(tuple(size))

@@ -1,4 +1,4 @@
-"""Group E: numbers, as far as the tests of k-means, search, training and metrics do not ask already."""
+"""Numbers that other tools change silently: subsampled vectors, ids that overflow their type."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from vqpipe.errors import DataError
 CPU = torch.device("cpu")
 
 
-def test_row_80_every_vector_is_counted_however_many_there_are_of_a_centre() -> None:
+def test_kmeans_uses_every_vector() -> None:
     data = np.random.default_rng(0).standard_normal((1500, 2)).astype(np.float32)
     result = kmeans(FeatureSet([data], ["x"]), KmeansConfig(k=2, iterations=2), seed=0, device=CPU)
-    assert int(result.counts.sum()) == 1500  # faiss would take 256 vectors a centre, and not say so
+    assert int(result.counts.sum()) == 1500  # faiss samples 256 vectors per centre by default
 
 
 @pytest.mark.parametrize(
     ("codebook_size", "expected"),
     [(2, np.uint16), (65_536, np.uint16), (65_537, np.uint32), (100_000, np.uint32)],
 )
-def test_row_82_ids_are_as_wide_as_the_codebook_needs(codebook_size: int, expected: type, tmp_path: Path) -> None:
+def test_ids_are_as_wide_as_the_codebook_needs(codebook_size: int, expected: type, tmp_path: Path) -> None:
     assert id_dtype(codebook_size) == expected
     highest = codebook_size - 1
     ids = torch.tensor([[[0]], [[highest]]])

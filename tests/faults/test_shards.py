@@ -1,4 +1,4 @@
-"""Group C: tars and shard lists, as far as tests/data does not ask already."""
+"""Damaged, empty and unusual tars."""
 
 import io
 import tarfile
@@ -19,14 +19,14 @@ Pack = Callable[..., bytes]
 Png = Callable[[int], bytes]
 
 
-def test_row_46_a_bit_that_flipped_in_an_image_is_in_the_hash(tmp_path: Path, pack: Pack, png: Png) -> None:
+def test_flipped_bit_in_an_image_changes_the_digest(tmp_path: Path, pack: Pack, png: Png) -> None:
     data = pack({f"{number}.png": png(number) for number in range(3)})
     rotten = bytearray(data)
     rotten[data.index(png(1)) + 20] ^= 1
     (tmp_path / "good.tar").write_bytes(data)
     (tmp_path / "bad.tar").write_bytes(rotten)
     good, bad = (open_images([tmp_path / name]) for name in ("good.tar", "bad.tar"))
-    assert len(good) == len(bad) == 3  # nothing else shows it
+    assert len(good) == len(bad) == 3  # only the hash shows it
     assert good.digest != bad.digest
     draft = start(tmp_path / "out", "dataset", {}, {"images": good})
     assert isinstance(draft, Draft)
@@ -42,18 +42,18 @@ def test_row_46_a_bit_that_flipped_in_an_image_is_in_the_hash(tmp_path: Path, pa
 
 
 @pytest.mark.parametrize("data", [b"", np.random.default_rng(0).bytes(4096), b"\0" * 512, b"<html>" * 200])
-def test_row_47_bytes_that_are_no_tar(data: bytes) -> None:
+def test_bytes_that_are_not_a_tar_are_an_error(data: bytes) -> None:
     with pytest.raises(DataError, match=r"s\.tar (is empty|has no tar header at byte 0|is truncated)"):
         index_tar(io.BytesIO(data), "s.tar")
 
 
-def test_row_48_an_empty_shard_among_others_is_nothing(tmp_path: Path, pack: Pack, png: Png) -> None:
+def test_empty_shard_among_others_has_no_samples(tmp_path: Path, pack: Pack, png: Png) -> None:
     (tmp_path / "0.tar").write_bytes(pack({}))
     (tmp_path / "1.tar").write_bytes(pack({"a.png": png(0)}))
     assert [sample.key for sample in open_images(f"{tmp_path}/*.tar")] == ["a"]
 
 
-def test_row_52_one_key_in_two_shards_is_two_images(tmp_path: Path, pack: Pack, png: Png) -> None:
+def test_same_key_in_two_shards_is_two_images(tmp_path: Path, pack: Pack, png: Png) -> None:
     for number in range(2):
         (tmp_path / f"{number}.tar").write_bytes(pack({"a.png": png(number), "a.cls": b"%d" % number}))
     images = open_images(f"{tmp_path}/*.tar")
@@ -63,7 +63,7 @@ def test_row_52_one_key_in_two_shards_is_two_images(tmp_path: Path, pack: Pack, 
         assert len(set(written)) == len(keys)
 
 
-def test_row_54_no_label_is_no_label_and_never_class_0(tmp_path: Path, pack: Pack, png: Png) -> None:
+def test_missing_label_is_stored_as_missing(tmp_path: Path, pack: Pack, png: Png) -> None:
     (tmp_path / "s.tar").write_bytes(pack({"a.png": png(0), "b.png": png(1), "b.cls": b"0"}))
     images = open_images([tmp_path / "s.tar"])
     assert [sample.label for sample in images] == [None, 0]
@@ -72,7 +72,7 @@ def test_row_54_no_label_is_no_label_and_never_class_0(tmp_path: Path, pack: Pac
 
 
 def sparse(pax: bool) -> bytes:
-    """A tar with a member that says it is sparse, as GNU tar writes it: in a header of its own, or by its type."""
+    """A tar with a sparse member as GNU tar writes it: marked in a pax header, or by its type."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("a.png")
@@ -95,7 +95,7 @@ def sparse(pax: bool) -> bytes:
         (sparse(pax=False), "a.png is a sparse member"),
     ],
 )
-def test_row_60_compressed_and_sparse_shards_are_refused_by_name(data: bytes, message: str) -> None:
+def test_compressed_and_sparse_shards_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(DataError) as failure:
         index_tar(io.BytesIO(data), "s.tar")
     assert message in str(failure.value)
