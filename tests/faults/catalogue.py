@@ -26,7 +26,7 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     10: ("faults/test_disturbed.py::test_killed_at_random_moments_a_stage_ends_with_the_same_files",),
     12: (
         "stages/test_evaluate_resume.py::test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_files",
-        "stages/test_evaluate_resume.py::test_killed_twice_amid_its_saves_the_numbers_are_the_same",
+        "stages/test_evaluate_resume.py::test_report_is_the_same_after_two_kills_while_saving",
     ),
     13: (
         "stages/test_generate.py::test_a_cut_run_goes_on_to_the_same_bytes",
