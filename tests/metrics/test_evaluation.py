@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError, DataError, NumericError, WeightsError
 from vqpipe.evaluation.extractors import PooledMaps
-from vqpipe.evaluation.measurement import TokenizerMetrics
+from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.metrics import EvalConfig, set_metrics
 from vqpipe.metrics.distortion import COMMON, Distortion
 from vqpipe.metrics.frechet import Moments, frechet_distance
@@ -55,17 +55,17 @@ def batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return originals, reconstructions, torch.randint(0, 32, (n, 2 * 2 * 2), generator=random)
 
 
-def tokenizer_metrics(
+def evaluation_metrics(
     inception: nn.Module | None = None, config: EvalConfig = CONFIG, extractors: dict[str, nn.Module] | None = None
-) -> TokenizerMetrics:
+) -> EvaluationMetrics:
     absent = {} if inception else {"rfid": "no weights"}
     networks = FeatureNetworks({}, inception, {}, absent, extractors or {})
-    return TokenizerMetrics(config, networks, codebook_size=32, num_groups=2, device=CPU)
+    return EvaluationMetrics(config, networks, codebook_size=32, num_groups=2, device=CPU)
 
 
 def test_every_number_of_the_contract_is_present_or_has_a_reason() -> None:
     networks = find_networks(None)
-    measured = TokenizerMetrics(CONFIG, networks, codebook_size=32, num_groups=2, device=CPU)
+    measured = EvaluationMetrics(CONFIG, networks, codebook_size=32, num_groups=2, device=CPU)
     measured.update(*batch(3), positions=range(3))
     metrics = measured.compute()[0]
     assert set(metrics["not_computed"]) == {"lpips_alex", "lpips_vgg", "rfid"}
@@ -78,7 +78,7 @@ def test_every_number_of_the_contract_is_present_or_has_a_reason() -> None:
 
 def test_rfid_is_zero_for_the_same_images_and_absent_for_too_few() -> None:
     originals, reconstructions, ids = batch(6)
-    same, other, few = tokenizer_metrics(Pooled()), tokenizer_metrics(Pooled()), tokenizer_metrics(Pooled())
+    same, other, few = evaluation_metrics(Pooled()), evaluation_metrics(Pooled()), evaluation_metrics(Pooled())
     same.update(originals, originals, ids)
     other.update(originals, reconstructions, ids)
     few.update(originals[:3], reconstructions[:3], ids[:3])
@@ -89,7 +89,7 @@ def test_rfid_is_zero_for_the_same_images_and_absent_for_too_few() -> None:
 
 def test_psnr_of_equal_images_is_missing_with_a_reason() -> None:
     originals, _, ids = batch(3)
-    measured = tokenizer_metrics()
+    measured = evaluation_metrics()
     measured.update(originals, originals, ids)
     metrics = measured.compute()[0]
     assert metrics["ssim"] == 1.0
@@ -103,11 +103,11 @@ def test_each_protocol_has_its_own_rounding_formulas_and_resize() -> None:
     floats = (reconstructions.float() + 0.7).clamp(0, 255) / 127.5 - 1
     raw = torch.rand(6, 3, 299, 299, generator=torch.Generator().manual_seed(9)) * 255
     network = Pooled()
-    measured = tokenizer_metrics(network, ALL)
+    measured = evaluation_metrics(network, ALL)
     assert measured.needs_raw
     with pytest.raises(DataError, match="cleanfid-rawval compares with raw images"):
         measured.update(originals, floats, ids)
-    measured = tokenizer_metrics(network, ALL)
+    measured = evaluation_metrics(network, ALL)
     network.seen.clear()
     measured.update(originals, floats, ids, raw=raw)
     levels = ((floats + 1) * 127.5).clamp(0, 255)
@@ -135,9 +135,9 @@ def test_each_protocol_has_its_own_rounding_formulas_and_resize() -> None:
 def test_protocol_with_another_crop_is_measured_on_that_crop() -> None:
     originals, reconstructions, ids = batch(6)
     others = batch(6, seed=1)[:2]
-    both = tokenizer_metrics(Pooled(), replace(CONFIG, protocol=("adm", "cleanfid-matched")))
+    both = evaluation_metrics(Pooled(), replace(CONFIG, protocol=("adm", "cleanfid-matched")))
     both.update(originals, reconstructions, ids, others={"cleanfid-matched": others})
-    alone = tokenizer_metrics(Pooled(), replace(CONFIG, protocol="cleanfid-matched"))
+    alone = evaluation_metrics(Pooled(), replace(CONFIG, protocol="cleanfid-matched"))
     alone.update(*others, ids)
     metrics = both.compute()[0]
     assert metrics["protocols"]["cleanfid-matched"] == alone.compute()[0]["protocols"]["cleanfid-matched"]
@@ -148,7 +148,7 @@ def test_further_metrics_of_inception_have_a_number_or_a_reason(monkeypatch: pyt
     monkeypatch.setattr(set_metrics, "KID_SUBSET_SIZE", 5)
     originals, reconstructions, ids = batch(12)
     config = replace(CONFIG, metrics=("kid", "prc", "sfid", "is"))
-    measured = tokenizer_metrics(Pooled(), config)
+    measured = evaluation_metrics(Pooled(), config)
     measured.update(originals[:7], reconstructions[:7], ids[:7])
     measured.update(originals[7:], reconstructions[7:], ids[7:])
     own = measured.compute()[0]["protocols"]["adm"]
@@ -157,14 +157,14 @@ def test_further_metrics_of_inception_have_a_number_or_a_reason(monkeypatch: pyt
     assert own["sfid"] == pytest.approx(own["rfid"], rel=1e-6)  # the stand-in has one output
     assert own["inception_score"]["mean"] > 1
 
-    cramped = tokenizer_metrics(Pooled(), replace(config, feature_memory=1e-6))
+    cramped = evaluation_metrics(Pooled(), replace(config, feature_memory=1e-6))
     cramped.update(originals, reconstructions, ids)
     metrics = cramped.compute()[0]
     assert set(metrics["not_computed"]) >= {"kid", "prc", "is"}
     assert "eval.feature_memory" in metrics["not_computed"]["kid"]
     assert "sfid" in metrics["protocols"]["adm"]
 
-    without = tokenizer_metrics(None, config)
+    without = evaluation_metrics(None, config)
     without.update(originals, reconstructions, ids)
     assert {name: without.compute()[0]["not_computed"][name] for name in config.metrics} == dict.fromkeys(
         config.metrics, "no weights"
@@ -178,7 +178,7 @@ def test_distance_over_another_network_has_its_name() -> None:
 
     originals, reconstructions, ids = batch(8)
     config = replace(CONFIG, fid_min_images=2049)
-    measured = tokenizer_metrics(None, config, {"mine": Means()})
+    measured = evaluation_metrics(None, config, {"mine": Means()})
     measured.update(originals[:3], reconstructions[:3], ids[:3])
     measured.update(originals[3:], reconstructions[3:], ids[3:])
     sides = [Moments(3), Moments(3)]
@@ -188,11 +188,11 @@ def test_distance_over_another_network_has_its_name() -> None:
     assert metrics["frechet"] == {"mine": pytest.approx(frechet_distance(*sides), rel=1e-9)}
     assert metrics["rfid"] == {}
 
-    few = tokenizer_metrics(None, config, {"mine": Means()})
+    few = evaluation_metrics(None, config, {"mine": Means()})
     few.update(originals[:3], reconstructions[:3], ids[:3])
     assert few.compute()[0]["not_computed"]["frechet mine"].startswith("3 images are fewer than the 4")
     with pytest.raises(ConfigError, match="one vector an image"):
-        tokenizer_metrics(None, config, {"maps": nn.Identity()})
+        evaluation_metrics(None, config, {"maps": nn.Identity()})
 
 
 def test_feature_maps_are_pooled_after_the_networks_own_preprocessing() -> None:
@@ -212,10 +212,10 @@ def test_feature_maps_are_pooled_after_the_networks_own_preprocessing() -> None:
 def test_k_curve_starts_at_the_first_group_and_ends_at_the_main_numbers() -> None:
     originals, reconstructions, ids = batch(6)
     first = (originals.int() // 2 + reconstructions.int() // 2).to(torch.uint8)
-    both = tokenizer_metrics(Pooled(), replace(CONFIG, prefixes=True))
+    both = evaluation_metrics(Pooled(), replace(CONFIG, prefixes=True))
     both.update(originals[:2], reconstructions[:2], ids[:2], {1: first[:2]})
     both.update(originals[2:], reconstructions[2:], ids[2:], {1: first[2:]})
-    alone = tokenizer_metrics(Pooled())
+    alone = evaluation_metrics(Pooled())
     alone.update(originals, first, ids)
     metrics, single = both.compute()[0], alone.compute()[0]
     start, end = metrics["prefixes"]
@@ -230,7 +230,7 @@ def test_k_curve_starts_at_the_first_group_and_ends_at_the_main_numbers() -> Non
 def test_continuous_latents_have_reasons_instead_of_codes_and_bits() -> None:
     originals, reconstructions, _ = batch(3)
     networks = FeatureNetworks({}, None, {}, {})
-    measured = TokenizerMetrics(EvalConfig(image_size=16), networks, None, num_groups=0, device=CPU)
+    measured = EvaluationMetrics(EvalConfig(image_size=16), networks, None, num_groups=0, device=CPU)
     measured.update(originals, reconstructions, None)
     metrics, counts = measured.compute()
     missing = {"utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel"}
@@ -242,7 +242,7 @@ def test_continuous_latents_have_reasons_instead_of_codes_and_bits() -> None:
 
 def test_reports_are_comparable_if_the_pixels_are_equal_in_any_batches() -> None:
     originals, reconstructions, ids = batch(5)
-    whole, parts, fewer = tokenizer_metrics(), tokenizer_metrics(), tokenizer_metrics()
+    whole, parts, fewer = evaluation_metrics(), evaluation_metrics(), evaluation_metrics()
     whole.update(originals, reconstructions, ids)
     parts.update(originals[3:], originals[3:], ids[3:])
     parts.update(originals[:3], originals[:3], ids[:3])
@@ -252,7 +252,7 @@ def test_reports_are_comparable_if_the_pixels_are_equal_in_any_batches() -> None
 
 
 def test_sizes_add_up_and_mixed_sizes_are_noted() -> None:
-    measured = tokenizer_metrics()
+    measured = evaluation_metrics()
     originals, reconstructions, ids = batch(2)
     measured.update(originals, reconstructions, ids)
     measured.update(originals[..., :12], reconstructions[..., :12], ids[:, :6])
@@ -266,11 +266,11 @@ def test_nan_wrong_shapes_and_no_images_raise() -> None:
     originals, _, ids = batch(2)
     floats = originals / 127.5 - 1
     with pytest.raises(NumericError, match="NaN"):
-        tokenizer_metrics().update(originals, floats.masked_fill(floats > 0.9, float("nan")), ids)
+        evaluation_metrics().update(originals, floats.masked_fill(floats > 0.9, float("nan")), ids)
     with pytest.raises(DataError, match="should both be"):
-        tokenizer_metrics().update(originals, floats[..., :8], ids)
+        evaluation_metrics().update(originals, floats[..., :8], ids)
     with pytest.raises(DataError, match="no images"):
-        tokenizer_metrics().compute()[0]
+        evaluation_metrics().compute()[0]
     with pytest.raises(ConfigError, match="names one twice"):
         replace(CONFIG, protocol=("adm", "adm"))
 

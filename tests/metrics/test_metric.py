@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vqpipe.analysis import ANALYSES, Analysis, build
-from vqpipe.evaluation.measurement import TokenizerMetrics
+from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.metrics import EvalConfig, set_metrics, usage
 from vqpipe.metrics.distortion import Distortion
@@ -150,13 +150,13 @@ def test_resumed_tokenizer_metrics_are_the_same(metrics: tuple[Any, ...], monkey
     config = EvalConfig(image_size=SIDE, protocol=protocols, metrics=metrics, fid_min_images=4)
     networks = FeatureNetworks({}, Pooled(), {}, {}, {"mean": Mean()})
 
-    def take(metrics: TokenizerMetrics, number: int) -> None:
+    def take(metrics: EvaluationMetrics, number: int) -> None:
         originals, images = images_of(number)
         raw = nn.functional.interpolate(originals.float(), 299)
         positions = range(PER_BATCH * number, PER_BATCH * (number + 1))
         metrics.update(originals, images, ids_of(number, 32), {1: images // 2}, raw=raw, positions=positions)
 
-    case = (lambda: TokenizerMetrics(config, networks, 32, 2, CPU), take, lambda metrics: metrics.compute()[0])
+    case = (lambda: EvaluationMetrics(config, networks, 32, 2, CPU), take, lambda metrics: metrics.compute()[0])
     whole, resumed = finish(case), finish(case, 1, 4)
     assert whole[0]["rfid"].keys() == set(protocols)
     assert whole[0]["prefixes"][0]["rfid"]

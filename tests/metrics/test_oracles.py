@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import decode, pixels
-from vqpipe.evaluation.measurement import TokenizerMetrics
+from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.metrics import EvalConfig
 from vqpipe.metrics.inception import INCEPTION_FILE
 from vqpipe.metrics.networks import FeatureNetworks, find_networks
@@ -41,7 +41,7 @@ def test_fid_equals_torch_fidelity_on_the_same_images_and_random_weights(incepti
     noise = torch.randint(-30, 31, originals.shape, generator=torch.Generator().manual_seed(1))
     again = (originals.int() + noise).clamp(0, 255).to(torch.uint8)
     config = EvalConfig(image_size=96, fid_min_images=2, metrics=("prc",), prefixes=False)
-    measured = TokenizerMetrics(config, find_networks(inception_folder), None, 0, CPU)
+    measured = EvaluationMetrics(config, find_networks(inception_folder), None, 0, CPU)
     for part in (slice(0, 5), slice(5, 24)):
         measured.update(originals[part], again[part], None)
     expected = calculate_metrics(
@@ -109,7 +109,7 @@ def test_distance_over_a_real_network_falls_with_jpeg_quality_and_is_zero_for_eq
     distances = []
     for quality in (8, 20, 50, None):
         again = originals if quality is None else torch.stack([as_jpeg(image, quality) for image in originals])
-        measured = TokenizerMetrics(config, networks, None, 0, CPU)
+        measured = EvaluationMetrics(config, networks, None, 0, CPU)
         for part, its_part in zip(originals.split(16), again.split(16), strict=True):
             measured.update(part, its_part, None)
         metrics = measured.compute()[0]

@@ -29,7 +29,7 @@ from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches, check_skipped
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import parse_size, to_uint8
-from vqpipe.evaluation.measurement import TokenizerMetrics
+from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, Reconstructor, Views, rank_share
 from vqpipe.metrics.config import EvalConfig
@@ -131,7 +131,7 @@ class EvaluationPass(Metric):
         self.device = autoencoder.device
         self.size = parse_size(str(config.image_size))
         self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(config.image_size) for name in config.protocols}
-        self.metrics = TokenizerMetrics(
+        self.metrics = EvaluationMetrics(
             config, networks, autoencoder.codebook_size, autoencoder.num_groups, self.device
         )
         self.reconstructor = Reconstructor(autoencoder, config.tile)

@@ -133,7 +133,7 @@ class ProtocolMetrics(Metric):
         return {**numbers, **distances, **protocol.to_table(image_size), "reference_digest": f"{digest:064x}"}
 
 
-class TokenizerMetrics(Metric):
+class EvaluationMetrics(Metric):
     """Everything that is measured of one autoencoder on one set of images.
 
     Memory does not grow with the set, except for the features of the metrics that keep them, which have a limit.
