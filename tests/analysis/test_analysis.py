@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,8 +193,8 @@ def test_patches_of_ranks_together_are_those_of_all_images(
     shares = [look(one("patches", tokenizer), tokenizer, images, part) for part in (singles[::2][::-1], singles[1::2])]
     whole = once.result()
     assert all(isinstance(share, patches.Patches) for share in shares)
-    counts = sum(share.usage.merged() for share in shares)  # type: ignore[attr-defined]
-    monkeypatch.setattr(shares[0].usage, "merged", lambda: counts)  # type: ignore[attr-defined]
+    counts = sum(share.usage.counts for share in shares)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shares[0].usage, "merged", lambda: SimpleNamespace(counts=counts))  # type: ignore[attr-defined]
     together: list[Any] = []
 
     def gather(value: Any) -> list[Any]:

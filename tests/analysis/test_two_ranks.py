@@ -39,7 +39,7 @@ def look() -> dict[str, Any]:
         usage.update(ids, start=place)
         for analysis in analyses:
             analysis.update(own, tokenizer.decode(ids, (16, 16)), ids, [f"image-{place}"])
-    found: dict[str, Any] = {"usage": usage.report(usage.merged(), images[:, 0].numel())}
+    found: dict[str, Any] = {"usage": usage.compute(images[:, 0].numel())[1:]}
     found |= {analysis.name: analysis.result() for analysis in analyses}
     if rank() == 0:
         parts = {analysis.name: analysis.sections(found[analysis.name]) for analysis in analyses}

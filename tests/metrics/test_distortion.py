@@ -1,4 +1,4 @@
-"""PSNR and SSIM beside scikit-image and beside their formulas."""
+"""PSNR and SSIM against scikit-image and their formulas."""
 
 import warnings
 from pathlib import Path
@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from vqpipe.errors import DataError, NumericError
-from vqpipe.metrics import distortion
+from vqpipe.metrics import metric
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.weights import load_lpips
 
@@ -34,7 +34,7 @@ def channels_last(image: Tensor) -> np.ndarray:
 def measured(a: Tensor, b: Tensor) -> dict[str, float]:
     meter = Distortion()
     meter.update(a, b)
-    return meter.result()
+    return meter.compute()
 
 
 def test_psnr_and_both_ssims_agree_with_scikit_image() -> None:
@@ -64,7 +64,7 @@ def test_psnr_y_is_the_formula_on_studio_luma_with_a_peak_of_one() -> None:
     assert measured(a, b)["psnr_y"] == pytest.approx(np.mean([-10 * np.log10(error) for error in errors]), abs=1e-6)
 
 
-def test_keys_that_end_in_float_are_of_values_before_rounding() -> None:
+def test_keys_that_end_in_float_use_values_before_rounding() -> None:
     a, b = pair()
     levels = (b + 0.49 * torch.rand(b.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 255)
     keys = ("psnr_of_mean_mse_float", "psnr_y_float", "ssim_float")
@@ -83,13 +83,13 @@ def test_keys_that_end_in_float_are_of_values_before_rounding() -> None:
             [structural_similarity(x, y, channel_axis=-1, data_range=255, **gaussian) for x, y in images]
         ),
     }
-    assert meter.result() == pytest.approx(expected, abs=1e-5)
+    assert meter.compute() == pytest.approx(expected, abs=1e-5)
     rounded = Distortion(keys=keys)
     rounded.update(a, b)
-    assert abs(rounded.result()["psnr_y_float"] - expected["psnr_y_float"]) > 1e-3
+    assert abs(rounded.compute()["psnr_y_float"] - expected["psnr_y_float"]) > 1e-3
 
 
-def test_psnr_of_mean_mse_weighs_errors_not_decibels() -> None:
+def test_psnr_of_mean_mse_averages_errors_not_decibels() -> None:
     a, b = pair()
     mse = np.mean((a.numpy().astype(np.float64) - b.numpy()) ** 2)
     result = measured(a, b)
@@ -97,14 +97,14 @@ def test_psnr_of_mean_mse_weighs_errors_not_decibels() -> None:
     assert result["psnr_of_mean_mse"] < result["psnr"]
 
 
-def test_equal_images_are_counted_and_leave_no_infinity() -> None:
+def test_equal_images_are_counted_and_excluded_from_psnr() -> None:
     a, b = pair(n=4)
     b[1] = a[1]
     meter = Distortion()
     meter.update(a, b)
     others = torch.tensor([0, 2, 3])
     assert meter.num_identical == 1
-    assert meter.result()["psnr"] == pytest.approx(measured(a[others], b[others])["psnr"], abs=1e-8)
+    assert meter.compute()["psnr"] == pytest.approx(measured(a[others], b[others])["psnr"], abs=1e-8)
     assert measured(a, a) == {"ssim": 1.0, "ssim_y": 1.0, "ssim_uniform7": 1.0, "ssim_range2": 1.0}
 
 
@@ -113,21 +113,24 @@ def test_the_means_do_not_depend_on_batches() -> None:
     meter = Distortion()
     for part in ([4, 0], [6], [1, 2, 3, 5]):
         meter.update(a[part], b[part])
-    assert meter.result() == measured(a, b)
+    assert meter.compute() == measured(a, b)
 
 
-def test_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair(n=6)
     mine, theirs = Distortion(), Distortion()
     mine.update(a[:1], b[:1])
     theirs.update(a[1:], b[1:])
-    gathered = [(meter.sums, meter.counts, meter.num_images, meter.num_identical) for meter in (mine, theirs)]
-    monkeypatch.setattr(distortion, "gather_objects", lambda _: gathered)
-    assert mine.merged().result() == measured(a, b)
-    assert mine.merged().num_images == 6
+    expected = measured(a, b)
+    parts = {name: getattr(theirs, name) for name in theirs.state_names}
+    names = iter(mine.state_names)
+    monkeypatch.setattr(metric, "gather_objects", lambda own: [own, parts[next(names)]])
+    merged = mine.merged()
+    assert merged.means() == expected
+    assert merged.num_images == 6
 
 
-def test_perceptual_networks_see_minus_one_to_one_and_may_not_return_nan() -> None:
+def test_perceptual_networks_get_minus_one_to_one_and_nan_raises() -> None:
     class MeanDifference(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             assert -1 <= float(a.min()) < -0.5
@@ -138,7 +141,7 @@ def test_perceptual_networks_see_minus_one_to_one_and_may_not_return_nan() -> No
     meter = Distortion({"lpips_alex": MeanDifference()})
     meter.update(a, b)
     difference = np.abs(a.numpy().astype(np.float64) - b.numpy()).mean() / 127.5
-    assert meter.result()["lpips_alex"] == pytest.approx(difference, rel=1e-5)
+    assert meter.compute()["lpips_alex"] == pytest.approx(difference, rel=1e-5)
 
     class Broken(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -156,12 +159,12 @@ def test_perceptual_networks_see_minus_one_to_one_and_may_not_return_nan() -> No
         (torch.zeros(1, 3, 8, 16, dtype=torch.uint8), torch.zeros(1, 3, 8, 16, dtype=torch.uint8), "at least 11"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(a: Tensor, b: Tensor, words: str) -> None:
+def test_wrong_type_shape_or_size_raises(a: Tensor, b: Tensor, words: str) -> None:
     with pytest.raises(DataError, match=words):
         Distortion().update(a, b)
 
 
-def test_lpips_is_the_packages_on_the_same_random_backbone(tmp_path: Path) -> None:
+def test_lpips_equals_the_package_on_the_same_random_backbone(tmp_path: Path) -> None:
     from torchvision.models import alexnet
 
     torch.manual_seed(0)
@@ -181,5 +184,5 @@ def test_lpips_is_the_packages_on_the_same_random_backbone(tmp_path: Path) -> No
         parameter.data.copy_(features[f"features.{number}.{leaf}"])
     with torch.no_grad():
         expected = package(a / 255, b / 255, normalize=True).mean()
-    assert meter.result() == {"lpips_alex": pytest.approx(float(expected), rel=1e-4)}
+    assert meter.compute() == {"lpips_alex": pytest.approx(float(expected), rel=1e-4)}
     assert float(expected) > 1e-4

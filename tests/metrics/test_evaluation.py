@@ -1,4 +1,4 @@
-"""The whole of metrics.json: the contract's keys, each protocol's own numbers, a reason for each that is absent."""
+"""The content of metrics.json: the contract's keys, each protocol's own numbers, a reason for each missing one."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError, DataError, NumericError, WeightsError
-from vqpipe.metrics import EvalConfig, populations, set_metrics
+from vqpipe.evaluation.extractors import PooledMaps
+from vqpipe.evaluation.measurement import EvaluationMetrics
+from vqpipe.metrics import EvalConfig, set_metrics
 from vqpipe.metrics.distortion import COMMON, Distortion
-from vqpipe.metrics.evaluation import Evaluation, comparable
-from vqpipe.metrics.fid import FrechetStatistics, frechet_distance
-from vqpipe.metrics.networks import FeatureNetworks, PooledMaps, find_networks
+from vqpipe.metrics.frechet import Moments, frechet_distance
+from vqpipe.metrics.inception import clean_resize_all
+from vqpipe.metrics.networks import FeatureNetworks, find_networks
 from vqpipe.metrics.protocols import PROTOCOLS
-from vqpipe.metrics.resizing import clean_resize_all
+from vqpipe.reports.evaluation import comparable
 
 CONTRACT_NUMBERS = {
     *("num_images", "image_size", "psnr", "psnr_of_mean_mse", "psnr_y", "ssim", "ssim_uniform7"),
@@ -31,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _few_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 2,048 features a distance takes seconds."""
-    monkeypatch.setattr(populations, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
+    monkeypatch.setattr(set_metrics, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
 
 
 class Pooled(nn.Module):
@@ -53,19 +55,19 @@ def batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return originals, reconstructions, torch.randint(0, 32, (n, 2 * 2 * 2), generator=random)
 
 
-def evaluation(
+def evaluation_metrics(
     inception: nn.Module | None = None, config: EvalConfig = CONFIG, extractors: dict[str, nn.Module] | None = None
-) -> Evaluation:
+) -> EvaluationMetrics:
     absent = {} if inception else {"rfid": "no weights"}
     networks = FeatureNetworks({}, inception, {}, absent, extractors or {})
-    return Evaluation(config, networks, codebook_size=32, num_groups=2, device=CPU)
+    return EvaluationMetrics(config, networks, codebook_size=32, num_groups=2, device=CPU)
 
 
-def test_every_number_of_the_contract_is_there_or_has_its_reason() -> None:
+def test_every_number_of_the_contract_is_present_or_has_a_reason() -> None:
     networks = find_networks(None)
-    measured = Evaluation(CONFIG, networks, codebook_size=32, num_groups=2, device=CPU)
-    measured.update(*batch(3), places=range(3))
-    metrics = measured.result()
+    measured = EvaluationMetrics(CONFIG, networks, codebook_size=32, num_groups=2, device=CPU)
+    measured.update(*batch(3), positions=range(3))
+    metrics = measured.compute()[0]
     assert set(metrics["not_computed"]) == {"lpips_alex", "lpips_vgg", "rfid"}
     assert CONTRACT_NUMBERS - set(metrics) == {"lpips_alex", "lpips_vgg"}
     assert set(COMMON) <= set(metrics)
@@ -76,20 +78,20 @@ def test_every_number_of_the_contract_is_there_or_has_its_reason() -> None:
 
 def test_rfid_is_zero_for_the_same_images_and_absent_for_too_few() -> None:
     originals, reconstructions, ids = batch(6)
-    same, other, few = evaluation(Pooled()), evaluation(Pooled()), evaluation(Pooled())
+    same, other, few = evaluation_metrics(Pooled()), evaluation_metrics(Pooled()), evaluation_metrics(Pooled())
     same.update(originals, originals, ids)
     other.update(originals, reconstructions, ids)
     few.update(originals[:3], reconstructions[:3], ids[:3])
-    assert same.result()["rfid"]["adm"] < 1e-3 < other.result()["rfid"]["adm"]
-    assert few.result()["rfid"] == {}
-    assert few.result()["not_computed"]["rfid"].startswith("3 images are fewer than the 4")
+    assert same.compute()[0]["rfid"]["adm"] < 1e-3 < other.compute()[0]["rfid"]["adm"]
+    assert few.compute()[0]["rfid"] == {}
+    assert few.compute()[0]["not_computed"]["rfid"].startswith("3 images are fewer than the 4")
 
 
-def test_identity_leaves_psnr_out_with_its_reason() -> None:
+def test_psnr_of_equal_images_is_missing_with_a_reason() -> None:
     originals, _, ids = batch(3)
-    measured = evaluation()
+    measured = evaluation_metrics()
     measured.update(originals, originals, ids)
-    metrics = measured.result()
+    metrics = measured.compute()[0]
     assert metrics["ssim"] == 1.0
     assert metrics["num_identical"] == 3
     assert "infinite" in metrics["not_computed"]["psnr"]
@@ -101,11 +103,11 @@ def test_each_protocol_has_its_own_rounding_formulas_and_resize() -> None:
     floats = (reconstructions.float() + 0.7).clamp(0, 255) / 127.5 - 1
     raw = torch.rand(6, 3, 299, 299, generator=torch.Generator().manual_seed(9)) * 255
     network = Pooled()
-    measured = evaluation(network, ALL)
+    measured = evaluation_metrics(network, ALL)
     assert measured.needs_raw
     with pytest.raises(DataError, match="cleanfid-rawval compares with raw images"):
         measured.update(originals, floats, ids)
-    measured = evaluation(network, ALL)
+    measured = evaluation_metrics(network, ALL)
     network.seen.clear()
     measured.update(originals, floats, ids, raw=raw)
     levels = ((floats + 1) * 127.5).clamp(0, 255)
@@ -115,14 +117,14 @@ def test_each_protocol_has_its_own_rounding_formulas_and_resize() -> None:
     for seen, images, resized in zip(network.seen, expected, clean, strict=True):
         assert torch.equal(seen, clean_resize_all(images) if resized else images)
 
-    metrics = measured.result()
+    metrics = measured.compute()[0]
     keys = {"adm": ("psnr", "ssim"), "cleanfid-matched": ("psnr_of_mean_mse_float", "ssim_uniform7")}
     keys["cleanfid-rawval"] = ("psnr_y_float", "ssim_float")
     for name, (psnr, ssim) in keys.items():
         alone = Distortion(keys=(psnr, ssim))
         alone.update(originals, rounded if name == "adm" else truncated, levels)
         own = metrics["protocols"][name]
-        assert {psnr: own["psnr"], ssim: own["ssim"]} == alone.result()
+        assert {psnr: own["psnr"], ssim: own["ssim"]} == alone.compute()
         assert own["conventions"]["psnr"].startswith(f"{psnr}: ")
     assert metrics["protocol"] == "adm"
     assert metrics["psnr"] == metrics["protocols"]["adm"]["psnr"]
@@ -130,70 +132,70 @@ def test_each_protocol_has_its_own_rounding_formulas_and_resize() -> None:
     assert len(set(metrics["rfid"].values())) == 3
 
 
-def test_a_protocol_with_its_own_crop_is_measured_on_that_alone() -> None:
+def test_protocol_with_another_crop_is_measured_on_that_crop() -> None:
     originals, reconstructions, ids = batch(6)
     others = batch(6, seed=1)[:2]
-    both = evaluation(Pooled(), replace(CONFIG, protocol=("adm", "cleanfid-matched")))
+    both = evaluation_metrics(Pooled(), replace(CONFIG, protocol=("adm", "cleanfid-matched")))
     both.update(originals, reconstructions, ids, others={"cleanfid-matched": others})
-    alone = evaluation(Pooled(), replace(CONFIG, protocol="cleanfid-matched"))
+    alone = evaluation_metrics(Pooled(), replace(CONFIG, protocol="cleanfid-matched"))
     alone.update(*others, ids)
-    metrics = both.result()
-    assert metrics["protocols"]["cleanfid-matched"] == alone.result()["protocols"]["cleanfid-matched"]
+    metrics = both.compute()[0]
+    assert metrics["protocols"]["cleanfid-matched"] == alone.compute()[0]["protocols"]["cleanfid-matched"]
     assert metrics["reference"] != metrics["protocols"]["cleanfid-matched"]["reference_digest"]
 
 
-def test_more_metrics_of_inception_each_with_its_number_or_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_further_metrics_of_inception_have_a_number_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(set_metrics, "KID_SUBSET_SIZE", 5)
     originals, reconstructions, ids = batch(12)
     config = replace(CONFIG, metrics=("kid", "prc", "sfid", "is"))
-    measured = evaluation(Pooled(), config)
+    measured = evaluation_metrics(Pooled(), config)
     measured.update(originals[:7], reconstructions[:7], ids[:7])
     measured.update(originals[7:], reconstructions[7:], ids[7:])
-    own = measured.result()["protocols"]["adm"]
+    own = measured.compute()[0]["protocols"]["adm"]
     assert own["kid"]["mean"] != 0
     assert 0 <= own["prc"]["precision"] <= 1
     assert own["sfid"] == pytest.approx(own["rfid"], rel=1e-6)  # the stand-in has one output
     assert own["inception_score"]["mean"] > 1
 
-    cramped = evaluation(Pooled(), replace(config, feature_memory=1e-6))
+    cramped = evaluation_metrics(Pooled(), replace(config, feature_memory=1e-6))
     cramped.update(originals, reconstructions, ids)
-    metrics = cramped.result()
+    metrics = cramped.compute()[0]
     assert set(metrics["not_computed"]) >= {"kid", "prc", "is"}
     assert "eval.feature_memory" in metrics["not_computed"]["kid"]
     assert "sfid" in metrics["protocols"]["adm"]
 
-    without = evaluation(None, config)
+    without = evaluation_metrics(None, config)
     without.update(originals, reconstructions, ids)
-    assert {name: without.result()["not_computed"][name] for name in config.metrics} == dict.fromkeys(
+    assert {name: without.compute()[0]["not_computed"][name] for name in config.metrics} == dict.fromkeys(
         config.metrics, "no weights"
     )
 
 
-def test_a_distance_over_another_network_carries_its_name() -> None:
+def test_distance_over_another_network_has_its_name() -> None:
     class Means(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.float().mean((2, 3))
 
     originals, reconstructions, ids = batch(8)
     config = replace(CONFIG, fid_min_images=2049)
-    measured = evaluation(None, config, {"mine": Means()})
+    measured = evaluation_metrics(None, config, {"mine": Means()})
     measured.update(originals[:3], reconstructions[:3], ids[:3])
     measured.update(originals[3:], reconstructions[3:], ids[3:])
-    sides = [FrechetStatistics(3), FrechetStatistics(3)]
+    sides = [Moments(3), Moments(3)]
     for side, images in zip(sides, (originals, reconstructions), strict=True):
         side.update(images.float().mean((2, 3)))
-    metrics = measured.result()
+    metrics = measured.compute()[0]
     assert metrics["frechet"] == {"mine": pytest.approx(frechet_distance(*sides), rel=1e-9)}
     assert metrics["rfid"] == {}
 
-    few = evaluation(None, config, {"mine": Means()})
+    few = evaluation_metrics(None, config, {"mine": Means()})
     few.update(originals[:3], reconstructions[:3], ids[:3])
-    assert few.result()["not_computed"]["frechet mine"].startswith("3 images are fewer than the 4")
+    assert few.compute()[0]["not_computed"]["frechet mine"].startswith("3 images are fewer than the 4")
     with pytest.raises(ConfigError, match="one vector an image"):
-        evaluation(None, config, {"maps": nn.Identity()})
+        evaluation_metrics(None, config, {"maps": nn.Identity()})
 
 
-def test_feature_maps_are_pooled_after_the_networks_own_preparation() -> None:
+def test_feature_maps_are_pooled_after_the_networks_own_preprocessing() -> None:
     seen: list[Any] = []
 
     def prepare(image: Any) -> Tensor:
@@ -207,15 +209,15 @@ def test_feature_maps_are_pooled_after_the_networks_own_preparation() -> None:
     assert torch.equal(features, torch.tensor([[0.0] * 3, [200.0] * 3]))
 
 
-def test_the_k_curve_ends_at_the_main_numbers_and_starts_at_those_of_the_first_group_alone() -> None:
+def test_k_curve_starts_at_the_first_group_and_ends_at_the_main_numbers() -> None:
     originals, reconstructions, ids = batch(6)
     first = (originals.int() // 2 + reconstructions.int() // 2).to(torch.uint8)
-    both = evaluation(Pooled(), replace(CONFIG, prefixes=True))
+    both = evaluation_metrics(Pooled(), replace(CONFIG, prefixes=True))
     both.update(originals[:2], reconstructions[:2], ids[:2], {1: first[:2]})
     both.update(originals[2:], reconstructions[2:], ids[2:], {1: first[2:]})
-    alone = evaluation(Pooled())
+    alone = evaluation_metrics(Pooled())
     alone.update(originals, first, ids)
-    metrics, single = both.result(), alone.result()
+    metrics, single = both.compute()[0], alone.compute()[0]
     start, end = metrics["prefixes"]
     assert (start.pop("groups"), end.pop("groups")) == (1, 2)
     assert start.pop("bits_per_pixel") == metrics["bits_per_pixel"] / 2
@@ -228,52 +230,52 @@ def test_the_k_curve_ends_at_the_main_numbers_and_starts_at_those_of_the_first_g
 def test_continuous_latents_have_reasons_instead_of_codes_and_bits() -> None:
     originals, reconstructions, _ = batch(3)
     networks = FeatureNetworks({}, None, {}, {})
-    measured = Evaluation(EvalConfig(image_size=16), networks, None, num_groups=0, device=CPU)
+    measured = EvaluationMetrics(EvalConfig(image_size=16), networks, None, num_groups=0, device=CPU)
     measured.update(originals, reconstructions, None)
-    metrics = measured.result()
+    metrics, counts = measured.compute()
     missing = {"utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel"}
     reasons = {name: metrics["not_computed"][name] for name in missing}
     assert reasons == dict.fromkeys(missing, "continuous latents: no ids")
     assert CONTRACT_NUMBERS - set(metrics) == missing | {"lpips_alex", "lpips_vgg"}
-    assert measured.counts.shape == (0, 0)
+    assert counts.shape == (0, 0)
 
 
-def test_reports_compare_when_they_saw_the_same_pixels_in_whatever_batches() -> None:
+def test_reports_are_comparable_if_the_pixels_are_equal_in_any_batches() -> None:
     originals, reconstructions, ids = batch(5)
-    whole, parts, fewer = evaluation(), evaluation(), evaluation()
+    whole, parts, fewer = evaluation_metrics(), evaluation_metrics(), evaluation_metrics()
     whole.update(originals, reconstructions, ids)
     parts.update(originals[3:], originals[3:], ids[3:])
     parts.update(originals[:3], originals[:3], ids[:3])
     fewer.update(originals.flip(-1), reconstructions, ids)
-    assert comparable(whole.result(), parts.result()) is None
-    assert comparable(whole.result(), fewer.result()) == "reference"
+    assert comparable(whole.compute()[0], parts.compute()[0]) is None
+    assert comparable(whole.compute()[0], fewer.compute()[0]) == "reference"
 
 
-def test_sizes_add_up_and_say_when_they_are_mixed() -> None:
-    measured = evaluation()
+def test_sizes_add_up_and_mixed_sizes_are_noted() -> None:
+    measured = evaluation_metrics()
     originals, reconstructions, ids = batch(2)
     measured.update(originals, reconstructions, ids)
     measured.update(originals[..., :12], reconstructions[..., :12], ids[:, :6])
-    metrics = measured.result()
+    metrics = measured.compute()[0]
     assert metrics["bits_per_pixel"] == pytest.approx(5 * (2 * 8 + 2 * 6) / (2 * 256 + 2 * 192))
     assert metrics["num_tokens_per_image"] == 7
     assert "mixed_sizes" in metrics
 
 
-def test_what_cannot_be_measured_is_an_error_and_not_a_number() -> None:
+def test_nan_wrong_shapes_and_no_images_raise() -> None:
     originals, _, ids = batch(2)
     floats = originals / 127.5 - 1
     with pytest.raises(NumericError, match="NaN"):
-        evaluation().update(originals, floats.masked_fill(floats > 0.9, float("nan")), ids)
+        evaluation_metrics().update(originals, floats.masked_fill(floats > 0.9, float("nan")), ids)
     with pytest.raises(DataError, match="should both be"):
-        evaluation().update(originals, floats[..., :8], ids)
+        evaluation_metrics().update(originals, floats[..., :8], ids)
     with pytest.raises(DataError, match="no images"):
-        evaluation().result()
+        evaluation_metrics().compute()[0]
     with pytest.raises(ConfigError, match="names one twice"):
         replace(CONFIG, protocol=("adm", "adm"))
 
 
-def test_weights_that_are_there_but_damaged_are_an_error_not_a_reason(tmp_path: Path) -> None:
+def test_damaged_weights_raise_instead_of_giving_a_reason(tmp_path: Path) -> None:
     assert "rfid" in find_networks(tmp_path).absent
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"half a file")
     with pytest.raises(WeightsError, match="alexnet"):

@@ -1,4 +1,4 @@
-"""Inception beside torch-fidelity's own forward, its weights read from a file the test writes."""
+"""Inception against torch-fidelity's own forward, with weights from a file of the test."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from vqpipe.errors import WeightsError
 from vqpipe.metrics.inception import INCEPTION_FILE, SIZES, Inception, resize_tf1
 
 
-def test_its_outputs_are_those_of_the_library(inception_folder: Path) -> None:
+def test_outputs_equal_torch_fidelity(inception_folder: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     file = inception_folder / INCEPTION_FILE
@@ -29,7 +29,7 @@ def test_its_outputs_are_those_of_the_library(inception_folder: Path) -> None:
     torch.testing.assert_close(network(resize_tf1(images))["pool"], pool)
 
 
-def test_a_file_that_is_no_inception_is_named(tmp_path: Path) -> None:
+def test_a_file_of_other_weights_raises(tmp_path: Path) -> None:
     other = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(3)}, other)
     with pytest.raises(WeightsError, match="does not fit FID's Inception"):

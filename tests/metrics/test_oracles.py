@@ -1,4 +1,4 @@
-"""The whole way beside torch-fidelity on random weights, and a distance over a real network that has to rank JPEGs."""
+"""All metrics against torch-fidelity on random weights, and a distance over a real network that must rank JPEGs."""
 
 import io
 from pathlib import Path
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import decode, pixels
+from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.metrics import EvalConfig
-from vqpipe.metrics.evaluation import Evaluation
 from vqpipe.metrics.inception import INCEPTION_FILE
 from vqpipe.metrics.networks import FeatureNetworks, find_networks
 
@@ -29,7 +29,7 @@ def photographs(n: int, size: int) -> Tensor:
 
 
 @pytest.mark.slow
-def test_fid_is_torch_fidelitys_own_on_the_same_images_and_random_weights(inception_folder: Path) -> None:
+def test_fid_equals_torch_fidelity_on_the_same_images_and_random_weights(inception_folder: Path) -> None:
     from torch.utils.data import TensorDataset
     from torch_fidelity import calculate_metrics
 
@@ -41,7 +41,7 @@ def test_fid_is_torch_fidelitys_own_on_the_same_images_and_random_weights(incept
     noise = torch.randint(-30, 31, originals.shape, generator=torch.Generator().manual_seed(1))
     again = (originals.int() + noise).clamp(0, 255).to(torch.uint8)
     config = EvalConfig(image_size=96, fid_min_images=2, metrics=("prc",), prefixes=False)
-    measured = Evaluation(config, find_networks(inception_folder), None, 0, CPU)
+    measured = EvaluationMetrics(config, find_networks(inception_folder), None, 0, CPU)
     for part in (slice(0, 5), slice(5, 24)):
         measured.update(originals[part], again[part], None)
     expected = calculate_metrics(
@@ -57,7 +57,7 @@ def test_fid_is_torch_fidelitys_own_on_the_same_images_and_random_weights(incept
         save_cpu_ram=True,  # no loader processes
         verbose=False,
     )
-    own = measured.result()["protocols"]["adm"]
+    own = measured.compute()[0]["protocols"]["adm"]
     assert own["rfid"] == pytest.approx(expected["frechet_inception_distance"], abs=1e-3)
     assert own["rfid"] > 0.01
     assert own["prc"]["precision"] == pytest.approx(expected["precision"])
@@ -98,7 +98,7 @@ def as_jpeg(image: Tensor, quality: int) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.weights
-def test_a_distance_over_a_real_network_falls_with_better_jpegs_and_is_zero_for_the_same(shared: Path) -> None:
+def test_distance_over_a_real_network_falls_with_jpeg_quality_and_is_zero_for_equal_images(shared: Path) -> None:
     weights = shared / "weights" / "mobilenet_v2_tflite_dequant_fp16.pth"
     tars = sorted((shared / "data" / "eval").glob("*.tar"))
     if not weights.is_file() or not tars:
@@ -109,10 +109,10 @@ def test_a_distance_over_a_real_network_falls_with_better_jpegs_and_is_zero_for_
     distances = []
     for quality in (8, 20, 50, None):
         again = originals if quality is None else torch.stack([as_jpeg(image, quality) for image in originals])
-        measured = Evaluation(config, networks, None, 0, CPU)
+        measured = EvaluationMetrics(config, networks, None, 0, CPU)
         for part, its_part in zip(originals.split(16), again.split(16), strict=True):
             measured.update(part, its_part, None)
-        metrics = measured.result()
+        metrics = measured.compute()[0]
         assert metrics["rfid"] == {}
         assert metrics["frechet"].keys() == {"mobilenet_v2"}
         distances.append(metrics["frechet"]["mobilenet_v2"])

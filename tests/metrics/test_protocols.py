@@ -1,4 +1,4 @@
-"""What protocols fix, and how reconstructions become the pixels that they look at."""
+"""What protocols fix, and how reconstructions become 8-bit pixels."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vqpipe.metrics.distortion import CONVENTIONS
 from vqpipe.metrics.protocols import PROTOCOLS, grey_levels, stored
 
 
-def test_every_protocol_names_conventions_and_says_all_it_fixes() -> None:
+def test_every_protocol_lists_its_conventions_and_choices() -> None:
     for name, protocol in PROTOCOLS.items():
         table = protocol.to_table(256)
         assert protocol.name == name
@@ -18,7 +18,7 @@ def test_every_protocol_names_conventions_and_says_all_it_fixes() -> None:
         assert table["conventions"].keys() == {"psnr", "ssim", "lpips"}
 
 
-def test_crops_by_size() -> None:
+def test_crop_rule_depends_on_the_image_size() -> None:
     rules = {name: protocol.crop_rule(256) for name, protocol in PROTOCOLS.items()}
     assert rules == {"adm": "adm", "cleanfid-matched": "cover", "cleanfid-rawval": "linear"}
     assert {protocol.crop_rule("2560x1440") for protocol in PROTOCOLS.values()} == {"cover"}
@@ -26,7 +26,7 @@ def test_crops_by_size() -> None:
     assert PROTOCOLS["cleanfid-rawval"].to_table("native")["reference"] == "the same crops"
 
 
-def test_rounding_is_that_of_stored_images_and_truncating_never_above_it() -> None:
+def test_round_equals_to_uint8_and_truncate_is_never_above_it() -> None:
     images = torch.linspace(-1.2, 1.2, 3 * 64).view(1, 3, 8, 8)
     levels = grey_levels(images)
     rounded, truncated = stored(levels, "round"), stored(levels, "truncate")
@@ -35,13 +35,13 @@ def test_rounding_is_that_of_stored_images_and_truncating_never_above_it() -> No
     assert set((rounded.int() - truncated.int()).unique().tolist()) == {0, 1}
 
 
-def test_eight_bits_stay_as_they_are_in_every_protocol() -> None:
+def test_uint8_images_are_unchanged_by_every_rounding() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(stored(grey_levels(images), "truncate"), images)
     assert torch.equal(stored(grey_levels(images), "round"), images)
 
 
-def test_nan_and_integers_are_refused() -> None:
+def test_nan_and_integers_raise() -> None:
     with pytest.raises(NumericError, match="NaN"):
         grey_levels(torch.tensor([0.0, float("nan")]))
     with pytest.raises(DataError, match="int64"):

@@ -1,4 +1,4 @@
-"""The clean resize beside clean-fid's own, and beside Pillow's 8-bit one."""
+"""The clean resize against clean-fid's own and Pillow's 8-bit one."""
 
 import warnings
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqpipe.metrics.resizing import clean_resize, clean_resize_all
+from vqpipe.metrics.inception import clean_resize, clean_resize_all
 
 
 def noise(height: int, width: int) -> Tensor:
@@ -16,17 +16,17 @@ def noise(height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(256, 256), (500, 375), (64, 400), (299, 299)])
-def test_it_is_clean_fids_resizer(size: tuple[int, int]) -> None:
+def test_resize_equals_clean_fid(size: tuple[int, int]) -> None:
     cleanfid = pytest.importorskip("cleanfid.resize", reason="clean-fid is not installed")
     image = noise(*size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on an argument that clean-fid passes
+        warnings.simplefilter("ignore")  # Pillow warns about an argument of clean-fid
         expected = cleanfid.build_resizer("clean")(image.permute(1, 2, 0).numpy())
     assert np.array_equal(clean_resize(image).permute(1, 2, 0).numpy(), expected)
 
 
-def test_it_is_pillows_bicubic_without_the_last_rounding() -> None:
-    image = 64 + noise(90, 120) // 2  # in 8 bits Pillow clips between its two passes, where values swing over
+def test_resize_is_pillows_bicubic_without_the_last_rounding() -> None:
+    image = 64 + noise(90, 120) // 2  # in 8 bits Pillow clips between its two passes, where values overshoot
     eight_bits = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize(
         (299, 299), Image.Resampling.BICUBIC
     )

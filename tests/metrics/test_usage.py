@@ -1,4 +1,4 @@
-"""Code usage beside numpy."""
+"""Code usage against numpy."""
 
 import threading
 from collections import Counter
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import DataError
-from vqpipe.metrics import joint as joint_module
 from vqpipe.metrics import usage as usage_module
 from vqpipe.metrics.usage import (
     CodeUsage,
@@ -33,9 +32,9 @@ def test_counts_and_shares_agree_with_numpy() -> None:
     for batch in np.array_split(ids, 2):
         meter.update(torch.from_numpy(batch).reshape(len(batch), -1))
     expected = np.stack([np.bincount(ids[..., group].ravel(), minlength=64) for group in range(3)])
-    assert np.array_equal(meter.merged().numpy(), expected)
+    assert np.array_equal(meter.merged().counts.numpy(), expected)
 
-    usage = usage_of(meter.merged())
+    usage = usage_of(meter.merged().counts)
     shares = expected / expected.sum(1, keepdims=True)
     entropy = [-sum(p * np.log(p) for p in row if p > 0) for row in shares]
     assert usage["utilization"] == pytest.approx(np.mean(expected > 0))
@@ -43,7 +42,7 @@ def test_counts_and_shares_agree_with_numpy() -> None:
     assert usage["perplexity_per_group"] == pytest.approx(np.exp(entropy))
 
 
-def test_the_two_ends_of_perplexity() -> None:
+def test_perplexity_of_uniform_and_constant_codes() -> None:
     even, single = torch.full((1, 100_000), 7), torch.zeros(1, 100_000, dtype=torch.int64)
     single[0, 5] = 12
     assert usage_of(even)["perplexity_per_group"] == pytest.approx([100_000])
@@ -54,7 +53,7 @@ def test_the_two_ends_of_perplexity() -> None:
     }
 
 
-def test_ids_left_out_are_not_counted_and_ids_beyond_the_codebook_are_refused() -> None:
+def test_negative_ids_are_not_counted_and_ids_beyond_the_codebook_raise() -> None:
     meter = CodeUsage(codebook_size=4, num_groups=2)
     meter.update(torch.tensor([[1, -1, 3, -1]]))
     assert meter.counts.tolist() == [[0, 1, 0, 1], [0, 0, 0, 0]]
@@ -69,11 +68,11 @@ def test_a_codebook_too_large_for_counters_is_counted_exactly(monkeypatch: pytes
     few = random.integers(0, large, (2, 40))
     ids = np.stack([random.choice(few[group], (9, 16)) for group in range(2)], axis=-1)  # images, positions, groups
     ids[0, 0] = -1
-    monkeypatch.setattr(usage_module, "MOST_WAITING", 50)
+    monkeypatch.setattr(usage_module, "MIN_SORTED", 50)
     meter = CodeUsage(large, num_groups=2)
     for batch in np.array_split(ids, 5):
         meter.update(torch.from_numpy(batch).flatten(1))
-    counts = meter.merged()
+    counts = meter.merged().counts
     expected = [np.unique(ids[..., group][ids[..., group] >= 0], return_counts=True) for group in range(2)]
     assert [counts[group].coalesce().indices()[0].tolist() for group in range(2)] == [e[0].tolist() for e in expected]
     assert [counts[group].coalesce().values().tolist() for group in range(2)] == [e[1].tolist() for e in expected]
@@ -83,13 +82,13 @@ def test_a_codebook_too_large_for_counters_is_counted_exactly(monkeypatch: pytes
     _, small = np.unique(ids, return_inverse=True)
     dense = CodeUsage(81, num_groups=2)
     dense.update(torch.from_numpy(small.reshape(ids.shape) - 1).flatten(1))
-    big, little = usage_of(counts), usage_of(dense.merged())
+    big, little = usage_of(counts), usage_of(dense.merged().counts)
     assert big["perplexity_per_group"] == pytest.approx(little["perplexity_per_group"])
     assert big["utilization"] == pytest.approx(little["utilization"] * 81 / large)
 
 
-def test_nothing_seen_of_a_large_codebook_is_nothing_used() -> None:
-    assert usage_of(CodeUsage(2**36).merged())["perplexity_per_group"] == [1.0]
+def test_perplexity_of_no_tokens_is_one() -> None:
+    assert usage_of(CodeUsage(2**36).merged().counts)["perplexity_per_group"] == [1.0]
 
 
 def test_bits_per_pixel_of_a_16_by_16_grid_of_16384_codes() -> None:
@@ -101,10 +100,8 @@ class Ranks:
 
     def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size, self.barrier, self.box, self.own = size, threading.Barrier(size), [None] * size, threading.local()
-        for module in (usage_module, joint_module):
-            for name in ("gather_objects", "gather_rows", "all_reduce_sum", "world_size"):
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, getattr(self, name))
+        for name in ("gather_objects", "gather_rows", "all_reduce_sum", "world_size"):
+            monkeypatch.setattr(usage_module, name, getattr(self, name))
 
     def gather_objects(self, value: Any) -> list[Any]:
         self.box[self.own.rank] = value
@@ -132,7 +129,8 @@ class Ranks:
 
 
 def report(meter: CodeUsage, num_pixels: int = 1) -> tuple[dict[str, Any], dict[str, str]]:
-    return meter.report(meter.merged(), num_pixels)
+    _, numbers, not_computed = meter.compute(num_pixels)
+    return numbers, not_computed
 
 
 def some_ids(images: int = 40, positions: int = 6, groups: int = 2, size: int = 200) -> np.ndarray:
@@ -143,7 +141,7 @@ def some_ids(images: int = 40, positions: int = 6, groups: int = 2, size: int = 
 def test_utilization_at_a_budget_is_that_of_the_first_tokens(scale: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, size = some_ids() * scale, 200 * scale
     monkeypatch.setattr(usage_module, "BUDGETS", (20, 100, 10_000))
-    monkeypatch.setattr(usage_module, "MOST_WAITING", 30)
+    monkeypatch.setattr(usage_module, "MIN_SORTED", 30)
     meter = CodeUsage(size, num_groups=2)
     for start in (24, 0, 7, 31):  # in any order
         part = ids[start : {0: 7, 7: 24, 24: 31, 31: 40}[start]]
@@ -164,10 +162,10 @@ def test_utilization_at_a_budget_is_that_of_the_first_tokens(scale: int, monkeyp
 
 
 @pytest.mark.parametrize("scale", [1, 2**35], ids=["dense", "sparse"])
-def test_nothing_depends_on_how_images_are_dealt_to_ranks(scale: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_division_into_ranks(scale: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, size = torch.from_numpy(some_ids() * scale).flatten(1), 200 * scale
     monkeypatch.setattr(usage_module, "BUDGETS", (20, 100))
-    monkeypatch.setattr(usage_module, "PLACES_AT_ONCE", 64)
+    monkeypatch.setattr(usage_module, "POSITIONS_AT_ONCE", 64)
     alone = CodeUsage(size, num_groups=2)
     alone.update(ids, start=0)
     expected = report(alone, 999)
@@ -188,7 +186,7 @@ def test_nothing_depends_on_how_images_are_dealt_to_ranks(scale: int, monkeypatc
         assert value == (pytest.approx(expected[0][name]) if name.startswith("joint") else expected[0][name])
 
 
-def test_a_uniform_coder_meets_its_ceiling() -> None:
+def test_uniform_coder_reaches_uniform_utilization() -> None:
     assert uniform_utilization(32_768, 65_536) == pytest.approx(0.865, abs=5e-4)  # both from the literature's window
     assert uniform_utilization(16_384, 65_536) == pytest.approx(0.982, abs=5e-4)
     assert uniform_utilization(10**9, 10) == pytest.approx(1e-8, rel=1e-6)
@@ -199,7 +197,7 @@ def test_a_uniform_coder_meets_its_ceiling() -> None:
     assert row["utilization"] == pytest.approx(row["uniform_utilization"], abs=0.02)
 
 
-def test_gini_dead_codes_and_extremes_beside_their_definitions() -> None:
+def test_gini_dead_codes_and_extreme_counts_against_their_definitions() -> None:
     counts = torch.tensor([[5, 0, 2, 9], [4, 4, 4, 4], [0, 0, 7, 0], [0, 0, 0, 0]])
     spread = spread_of(counts)
     for row, found in zip(counts.double().numpy(), spread["gini_per_group"], strict=True):
@@ -216,7 +214,7 @@ def test_gini_dead_codes_and_extremes_beside_their_definitions() -> None:
         dead_codes(large)
 
 
-def test_bits_coded_are_those_of_the_entropy() -> None:
+def test_coded_bits_follow_the_entropy() -> None:
     meter = CodeUsage(4, num_groups=2)
     meter.update(torch.tensor([[0, 3, 1, 3], [2, 3, 3, 3]]), start=0)  # the first group even, the second constant
     numbers, _ = report(meter, num_pixels=32)
@@ -224,8 +222,8 @@ def test_bits_coded_are_those_of_the_entropy() -> None:
     assert numbers["bits_per_pixel_entropy"] == pytest.approx(4 * 2 / 32)
 
 
-def test_joint_entropy_beside_a_dictionary_of_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_module, "MOST_WAITING", 10)
+def test_joint_entropy_against_counted_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage_module, "MIN_SORTED_TUPLES", 10)
     for groups, size in ((2, 200), (5, 2**40), (8, 16_384)):  # in one word, in five, and in two
         ids = some_ids(groups=groups, size=6) * (size // 6)
         ids[3, 2, 1] = -1
@@ -245,8 +243,10 @@ def test_joint_entropy_beside_a_dictionary_of_tuples(monkeypatch: pytest.MonkeyP
         assert numbers["joint_entropy"] < singles
 
 
-def test_too_many_tuples_leave_joint_entropy_out_however_they_are_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_module, "MOST_TUPLES", 50)
+def test_joint_entropy_of_too_many_tuples_is_not_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(usage_module, "MAX_TUPLES", 50)
     ids = torch.arange(60).repeat(2, 1).T.reshape(20, 6)
 
     def on_rank(rank: int) -> Any:
@@ -263,7 +263,7 @@ def test_too_many_tuples_leave_joint_entropy_out_however_they_are_dealt(monkeypa
         assert "more than 50 different tuples" in absent["joint_entropy"]
 
 
-def test_without_places_or_with_images_of_several_sizes_only_the_whole_set_is_told() -> None:
+def test_without_positions_or_with_several_sizes_only_the_whole_set_is_reported() -> None:
     blind, mixed = CodeUsage(8, num_groups=2), CodeUsage(8, num_groups=2)
     blind.update(torch.tensor([[1, 2, 3, 4]]))
     mixed.update(torch.tensor([[1, 2, 3, 4]]), start=0)
@@ -273,11 +273,11 @@ def test_without_places_or_with_images_of_several_sizes_only_the_whole_set_is_to
         assert reason in absent["utilization_curve"]
         assert [row["utilization"] for row in numbers["utilization_at"]] == [numbers["utilization"]] == [0.25]
     assert set(report(blind)[1]) == {"utilization_curve", "joint_entropy"}
-    with pytest.raises(DataError, match="2 places for 1 images"):
+    with pytest.raises(DataError, match="2 positions for 1 images"):
         mixed.update(torch.tensor([[1, 2]]), start=[4, 5])
 
 
-def test_one_code_one_image_and_nothing_at_all() -> None:
+def test_one_code_and_no_images() -> None:
     single = CodeUsage(1)
     single.update(torch.zeros(1, 1, dtype=torch.int64), start=0)
     numbers, _ = report(single)
@@ -290,7 +290,7 @@ def test_one_code_one_image_and_nothing_at_all() -> None:
     assert "no position" in absent["joint_entropy"]
 
 
-def test_skipped_images_leave_a_gap_that_budgets_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_count_the_tokens_without_skipped_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage_module, "BUDGETS", (4,))
     meter = CodeUsage(9)
     meter.update(torch.tensor([[1, 2], [3, 4], [5, 6]]), start=[0, 2, 3])  # image 1 could not be read

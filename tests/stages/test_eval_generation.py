@@ -1,4 +1,4 @@
-"""`vqpipe eval-generation` as a function, with a stand-in for Inception: the published weights are not here."""
+"""`vqpipe eval-generation` as a function, with a small network in place of Inception."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stages import evaluate
 from stages.compare import compare
 from stages.eval_generation import eval_generation
 from vqpipe.artifacts import open_artifact
+from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ArtifactError, ConfigError, DataError
-from vqpipe.metrics import networks, populations
-from vqpipe.metrics.fid import FrechetStatistics, frechet_distance
-from vqpipe.metrics.generation import Reference, of_gaussian, read_adm_file
+from vqpipe.evaluation.generation import gaussian_moments, read_adm_file
+from vqpipe.metrics import set_metrics
+from vqpipe.metrics.frechet import Moments, frechet_distance
 from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.set_metrics import SetStatistics
 
 SIZES = {"pool": 16, "logits": 20, "spatial": 12}
 """Of the stand-in's outputs: Inception's own take a minute to compare."""
@@ -67,23 +68,23 @@ def measure(folder: Path, out: str, **options: Any) -> dict[str, Any]:
 def with_network(monkeypatch: pytest.MonkeyPatch, inception: nn.Module | None, extractor: bool = False) -> None:
     named = {"mean": Mean()} if extractor else {}
     found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, {"rfid": "rFID needs its weights."}, named)
-    monkeypatch.setattr(populations, "SIZES", SIZES)
-    monkeypatch.setattr(networks, "find_networks", lambda folder, device: found)
-    monkeypatch.setattr(evaluate, "add_extractor", lambda *_: {"mean": "1" * 64} if extractor else {})
+    monkeypatch.setattr(set_metrics, "SIZES", SIZES)
+    monkeypatch.setattr("stages.eval_generation.find_networks", lambda folder, device: found)
+    monkeypatch.setattr("stages.eval_generation.add_extractor", lambda *_: {"mean": "1" * 64} if extractor else {})
 
 
-def test_without_weights_every_number_is_left_out_with_its_reason(pictures: Path) -> None:
+def test_without_weights_every_number_is_missing_with_a_reason(pictures: Path) -> None:
     metrics = measure(pictures, "report")
     assert set(metrics["not_computed"]) == {"fid", "sfid", "inception_score", "kid", "prc"}
     assert "Fetch weights-inception" in metrics["not_computed"]["fid"]
     assert not {"fid", "prc"} & set(metrics)
-    assert not (pictures / "report.reference").exists()  # nothing could be known of them
+    assert not (pictures / "report.reference").exists()  # there is nothing to compute
     page = (pictures / "report" / "report.html").read_text()
     assert "Fetch weights-inception" in page
     assert open_artifact(pictures / "report").names("contact-sheet.png")
 
 
-def test_reports_of_samples_share_a_table(
+def test_reports_of_samples_are_compared_in_one_table(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_network(monkeypatch, None, extractor=True)
@@ -106,17 +107,15 @@ def test_reports_of_samples_share_a_table(
     assert not list(pictures.glob("unlike*"))
 
 
-def test_the_distance_is_that_of_the_formula_and_references_are_looked_at_once(
+def test_distance_is_that_of_the_formula_and_references_are_measured_once(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_network(monkeypatch, None, extractor=True)
     metrics = measure(pictures, "report", batch_size=7)
     sides = []
     for name in ("samples", "photos"):
-        statistics = FrechetStatistics(6)
+        statistics = Moments(6)
         for file in sorted((pictures / name).iterdir()):
-            from vqpipe.data.transforms import center_crop
-
             statistics.update(Mean()(center_crop(Image.open(file), 8)[None]))
         sides.append(statistics)
     assert metrics["frechet"] == {"mean": pytest.approx(frechet_distance(*sides), rel=1e-6)}
@@ -126,15 +125,15 @@ def test_the_distance_is_that_of_the_formula_and_references_are_looked_at_once(
         {"statistics": pictures / "report.reference"},
         {"reference": [str(pictures / "report.reference")]},
     ):
-        again = measure(pictures, f"again-{len(options)}-{next(iter(options))}", **options)
-        assert again["frechet"] == metrics["frechet"]
+        repeated = measure(pictures, f"repeated-{next(iter(options))}", **options)
+        assert repeated["frechet"] == metrics["frechet"]
     assert "references:" not in capsys.readouterr().err
     with pytest.raises(ConfigError, match="image_size was 8, now 16"):
         measure(pictures, "other", reference=[str(pictures / "report.reference")], image_size=16)
 
 
 @pytest.mark.parametrize("protocol", ["adm", "cleanfid-raw"])
-def test_with_inception_every_number_is_there(pictures: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+def test_with_inception_every_number_is_present(pictures: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
     with_network(monkeypatch, Stand())
     metrics = measure(pictures, "report", protocol=protocol, fid_min_images=2)
     assert set(metrics["not_computed"]) == {"kid"}  # it draws a thousand
@@ -159,19 +158,20 @@ def test_with_inception_every_number_is_there(pictures: Path, monkeypatch: pytes
         assert own["fid"] < 0.2 * metrics["fid"]
 
 
-def test_statistics_survive_the_disk_and_adms_file_is_read(tmp_path: Path) -> None:
+def test_statistics_are_restored_from_a_file_and_from_adms_file(tmp_path: Path) -> None:
     draws = torch.randn(40, 5, dtype=torch.float64)
-    statistics = FrechetStatistics(5)
+    statistics = Moments(5)
     statistics.update(draws)
-    other = FrechetStatistics(5)
+    other = Moments(5)
     other.update(draws + 1)
-    Reference(40, {"pool": statistics}, {"timm:a/b": other}, draws.float()).save(tmp_path / "s.safetensors")
-    again = Reference.load(tmp_path / "s.safetensors", torch.device("cpu"))
-    assert frechet_distance(again.moments["pool"], statistics) < 1e-9
-    assert torch.equal(again.named["timm:a/b"].outer, other.outer)
-    assert (again.num_images, again.kept is not None) == (40, True)
+    stored = SetStatistics(40, {"pool": statistics}, {"timm:a/b": other}, {"pool": draws.float()})
+    stored.save(tmp_path / "s.safetensors")
+    loaded = SetStatistics.load(tmp_path / "s.safetensors", torch.device("cpu"))
+    assert frechet_distance(loaded.moments["pool"], statistics) < 1e-9
+    assert torch.equal(loaded.extractors["timm:a/b"].outer, other.outer)
+    assert (loaded.num_images, loaded.features.keys()) == (40, {"pool"})
     mean, covariance = (each.numpy() for each in statistics.mean_and_covariance())
-    assert frechet_distance(of_gaussian(mean, covariance, torch.device("cpu")), statistics) < 1e-9
+    assert frechet_distance(gaussian_moments(mean, covariance, torch.device("cpu")), statistics) < 1e-9
 
     pairs = {"mu": 2048, "mu_s": 2023}
     arrays = {name: np.full(size, 0.5) for name, size in pairs.items()}
@@ -188,9 +188,7 @@ def test_statistics_survive_the_disk_and_adms_file_is_read(tmp_path: Path) -> No
         read_adm_file(tmp_path / "bad.npz", torch.device("cpu"))
 
 
-def test_what_cannot_be_measured_is_told(pictures: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--protocol adn is unknown\. Choose adm or cleanfid-raw"):
-        measure(pictures, "report", protocol="adn")
+def test_unreadable_samples_raise(pictures: Path) -> None:
     (pictures / "samples" / "03.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="1 of 40 images cannot be used"):
         measure(pictures, "report")

@@ -77,7 +77,7 @@ def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
     assert report.lineage["inputs"]["tokenizer"]["name"] == "tokenizer"
     html = report.file("report.html").read_text(encoding="utf-8")
     assert f"{metrics['psnr']:.2f}" in html
-    assert "Codes in use while training" in html
+    assert "Utilization in training" in html
     assert open_artifact(path).content[:12] in html
 
 

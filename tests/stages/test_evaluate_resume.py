@@ -1,5 +1,6 @@
-"""A killed `vqpipe eval`: the same command goes on inside its pass, and its report is the same file by file."""
+"""A killed `vqpipe eval`: the same command resumes inside its pass, and its report is the same, file by file."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from stages import console
+from stages.console import ProgressBar
 from stages.evaluate import evaluate
-from stages.resuming import Saving
-from vqpipe.artifacts.saved import Checkpoints, Saved
+from vqpipe.artifacts import states as saved_states
 from vqpipe.data.images import ImageSet
-from vqpipe.metrics import populations
+from vqpipe.evaluation.evaluate import Checkpoints
+from vqpipe.metrics import set_metrics
 from vqpipe.metrics.networks import FeatureNetworks
 
 MakeTokenizer = Callable[..., Path]
@@ -60,14 +61,16 @@ def run(
 ) -> Callable[..., Path]:
     """`run(folder, cut=images)` -> the report, or as it was when so many images were measured: with two groups, two
     protocols, the features of all images, and two pictures that cannot be read."""
-    monkeypatch.setattr(populations, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
-    monkeypatch.setattr("vqpipe.metrics.networks.find_networks", lambda *_: FeatureNetworks({}, Pooled(), {}, {}))
+    monkeypatch.setattr(set_metrics, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
+    monkeypatch.setattr(set_metrics, "CHUNK_BYTES", 700)  # a chunk of two batches
+    monkeypatch.setattr(saved_states, "SHARED_BYTES", 700)
+    monkeypatch.setattr("stages.evaluate.find_networks", lambda *_: FeatureNetworks({}, Pooled(), {}, {}))
     for number in (4, 5):
         (picture_folder / f"drawn-{number}.png").write_bytes(b"no picture")
-    tokenizer, advance = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), console.Bar.advance
+    tokenizer, advance = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), ProgressBar.advance
 
     def run(name: str, cut: int | None = None, **options: Any) -> Path:
-        def stop(bar: console.Bar, count: int = 1) -> None:
+        def stop(bar: ProgressBar, count: int = 1) -> None:
             advance(bar, count)
             if bar.done == cut:
                 raise Cut
@@ -75,7 +78,7 @@ def run(
         out = tmp_path / name / "report"
         out.parent.mkdir(exist_ok=True)
         with monkeypatch.context() as patch:
-            patch.setattr(console.Bar, "advance", stop)
+            patch.setattr(ProgressBar, "advance", stop)
             try:
                 evaluate([str(picture_folder)], tokenizer, out, device="cpu", **OPTIONS | options)
             except Cut:
@@ -86,13 +89,24 @@ def run(
 
 
 def files_of(report: Path) -> dict[str, bytes]:
-    """All but the manifest, in which times stand."""
+    """All but the manifest, which holds times."""
     files = (file for file in report.rglob("*") if file.is_file() and file.name != "manifest.json")
     return {str(file.relative_to(report)): file.read_bytes() for file in files}
 
 
-def states(partial: Path, series: str = "rank-0") -> list[Path]:
-    return sorted(partial.glob(f"states/{series}-????????.safetensors"))
+def states(partial: Path) -> list[Path]:
+    return sorted(partial.glob("states/rank-0/images-*"))
+
+
+def shared(partial: Path) -> set[str]:
+    """The files of features and pictures that states share."""
+    return {file.name for file in partial.glob("states/rank-0/shared-*")}
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_files(
@@ -105,23 +119,31 @@ def test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_files(
     capsys.readouterr()
     assert files_of(run("cut")) == whole
     assert read == list(range(6, 10))
-    assert "going on after 6 images" in capsys.readouterr().err
-    run("again", 2)
-    run("again", 4)
-    partial = run("again", 8)
-    assert [file.name[7:15] for file in states(partial)] == ["00000003", "00000004"]
-    assert len(states(partial, "rank-0-rows")) == 3  # the third batch brings nothing
-    assert files_of(run("again")) == whole
+    assert "resuming after 6 images" in capsys.readouterr().err
+    run("repeated", 2)
+    run("repeated", 4)
+    partial = run("repeated", 8)
+    assert [path.name for path in states(partial)] == ["images-00000006", "images-00000008"]
+    assert files_of(run("repeated")) == whole
 
 
-def test_what_is_cut_after_the_pass_reads_no_image_again(
+def test_kept_features_and_pictures_are_written_once(run: Callable[..., Path]) -> None:
+    first = shared(run("cut", 6))
+    assert first
+    partial = run("cut", 8)
+    assert first < shared(partial)
+    content = [json.loads((path / "state.json").read_text()) for path in states(partial)]
+    assert all(set(table["shared"]) == {"once"} for table in content)
+
+
+def test_evaluation_killed_after_its_pass_reads_no_image_again(
     run: Callable[..., Path], read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr("stages.eval_report.publish", stop)
+        patch.setattr("stages.evaluate.publish_evaluation", stop)
         assert run("cut").name == "report.partial"
     read.clear()
     resumed = files_of(run("cut"))
@@ -129,63 +151,43 @@ def test_what_is_cut_after_the_pass_reads_no_image_again(
     assert resumed == files_of(run("whole"))
 
 
-def test_rows_whose_state_was_not_written_any_more_are_written_again(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = Checkpoints.save
-
-    def stop(self: Checkpoints, series: str, saved: Saved, keep: int | None = 2) -> None:
-        if series == "rank-0" and saved.step == 2:
-            raise Cut
-        save(self, series, saved, keep)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", stop)
-        partial = run("cut", **PLAIN)
-    assert (len(states(partial)), len(states(partial, "rank-0-rows"))) == (1, 2)
-    assert files_of(run("cut", **PLAIN)) == files_of(run("whole", **PLAIN))
-
-
-def test_a_damaged_state_is_passed_over_for_the_one_before_and_else_the_pass_begins_anew(
+def test_damaged_state_is_skipped_for_the_one_before_and_without_any_the_pass_restarts(
     run: Callable[..., Path], read: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = files_of(run("whole", **PLAIN))
     newest = states(run("newest", 8, **PLAIN))[-1]
-    newest.write_bytes(newest.read_bytes()[:-3])
+    damage(newest / "state.safetensors")
     read.clear()
     assert files_of(run("newest", **PLAIN)) == whole
     assert read == list(range(6, 10))
-    assert f"{newest.name} is damaged" in capsys.readouterr().err
-    for name in ("rank-0", "rank-0-rows"):
-        for file in states(run(name, 8, **PLAIN), name):
-            content = bytearray(file.read_bytes())
-            content[-1] ^= 1
-            file.write_bytes(content)
+    assert f"{newest.name}: state.safetensors is damaged" in capsys.readouterr().err
+    for name in ("state.safetensors", "state.json"):
+        for state in states(run(name, 8, **PLAIN)):
+            damage(state / name)
         read.clear()
         capsys.readouterr()
         assert files_of(run(name, **PLAIN)) == whole
         assert read == list(range(10))
-        lines = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
-        assert lines == ["what was saved of this pass is damaged: it begins anew"]
+        assert "the pass starts from the beginning" in capsys.readouterr().err
 
 
-def test_a_state_of_other_ranks_or_versions_is_not_taken_up(
+def test_state_of_other_ranks_or_versions_is_not_resumed(
     run: Callable[..., Path], read: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, made_by = files_of(run("whole", **PLAIN)), Saving.made_by
+    whole, made_by = files_of(run("whole", **PLAIN)), Checkpoints.made_by
     for what, was in {"ranks": 2, "torch": "1.0", "format": 0}.items():
         other = {what: was}
         with monkeypatch.context() as patch:
-            patch.setattr(Saving, "made_by", lambda self, other=other: made_by(self) | other)
+            patch.setattr(Checkpoints, "made_by", lambda self, other=other: made_by(self) | other)
             run(what, 6, **PLAIN)
         read.clear()
         capsys.readouterr()
         assert files_of(run(what, **PLAIN)) == whole
-        assert f"is of another run ({what} was " in capsys.readouterr().err
+        assert f"saved by another run ({what} was " in capsys.readouterr().err
         assert read == list(range(10))
 
 
-def test_a_quick_run_writes_no_state_and_whole_images_in_tiles_go_on(run: Callable[..., Path]) -> None:
+def test_quick_run_writes_no_state_and_tiled_evaluation_is_resumed(run: Callable[..., Path]) -> None:
     quick = run("quick", 10, overrides=[each for each in OPTIONS["overrides"] if each != EACH_BATCH])
     assert not (quick / "states").exists()
     native = {"image_size": "native", "tile": 32, "analyze": [], "protocol": ["adm"], "batch_size": None}
@@ -210,22 +212,22 @@ def start(ranks: int, tokenizer: Path, pictures: Path, out: Path, crash: tuple[i
 
 
 @pytest.mark.slow
-def test_killed_twice_amid_its_saves_the_numbers_are_the_same(
+def test_report_is_the_same_after_two_kills_while_saving(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     given = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), picture_folder
     assert start(1, *given, tmp_path / "whole") == 0
     whole = files_of(tmp_path / "whole" / "report")
-    for point in (21, 47):  # amid the first save of five, amid the fourth
-        out = tmp_path / f"{point}"
-        assert start(1, *given, out, (point, "* *")) == -signal.SIGKILL
-        assert start(1, *given, out, (5, "* *")) == -signal.SIGKILL
+    for number in (1, 4):  # of five states
+        out = tmp_path / f"{number}"
+        assert start(1, *given, out, (number, "fsync */state.safetensors")) == -signal.SIGKILL
+        assert start(1, *given, out, (1, "rename */.saving-images-*")) == -signal.SIGKILL
         assert start(1, *given, out) == 0
         assert files_of(out / "report") == whole
 
 
 @pytest.mark.slow
-def test_two_ranks_that_are_killed_go_on_and_other_ranks_begin_anew(
+def test_two_killed_ranks_resume_and_another_number_of_ranks_restarts(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     given = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), picture_folder
@@ -233,7 +235,7 @@ def test_two_ranks_that_are_killed_go_on_and_other_ranks_begin_anew(
     whole = files_of(tmp_path / "whole" / "report")
     for name, ranks in (("two", 2), ("one", 1)):
         out = tmp_path / name
-        assert start(2, *given, out, (4, "rename *")) != 0
-        assert states(out / "report.partial")
+        assert start(2, *given, out, (2, "rename */.saving-images-*")) != 0
+        assert list(out.glob("report.partial/states/rank-*/images-*"))
         assert start(ranks, *given, out) == 0
         assert files_of(out / "report") == whole

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vqpipe.metrics.state import Accumulator
+from vqpipe.metrics.metric import Metric
 from vqpipe.quantizers import TokenLayout
 from vqpipe.reports import page
 from vqpipe.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class Subject:
         return layout if layout.num_tokens == ids.shape[1] else None
 
 
-class Analysis(Accumulator, ABC):
+class Analysis(Metric, ABC):
     """Call `update` batch by batch on each rank's share, then `result` once on every rank, then `sections` where the
     page is made: pictures are kept in the object, since the result is only numbers. Memory does not grow with the set.
 

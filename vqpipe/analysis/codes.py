@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.metrics.state import Accumulator
+from vqpipe.metrics.metric import Metric
 from vqpipe.quantizers import (
     CodebookQuantizer,
     FrozenCodebookQuantizer,
@@ -71,10 +71,10 @@ def kth_nearest(ids: Tensor, codebook: Tensor, ranks: list[int]) -> Tensor:
     return found
 
 
-class Neighbours(Accumulator):
+class Neighbours(Metric):
     """`kth_nearest` of the codes that occur, each looked for once: int32[K, R] a group is what it keeps."""
 
-    accumulates: ClassVar[tuple[str, ...]] = ("known",)
+    state_names: ClassVar[tuple[str, ...]] = ("known",)
 
     def __init__(self, quantizer: Quantizer, ranks: list[int]) -> None:
         self.codebooks = codebooks(quantizer)

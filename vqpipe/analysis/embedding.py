@@ -35,7 +35,7 @@ class Embedding(Analysis):
     not, so the shares in the picture are those of the codebook. The main rank computes, the others wait for it."""
 
     name: ClassVar[str] = "embedding"
-    accumulates: ClassVar[tuple[str, ...]] = ("usage",)
+    state_names: ClassVar[tuple[str, ...]] = ("usage",)
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -50,7 +50,7 @@ class Embedding(Analysis):
         self.usage.update(ids)
 
     def result(self) -> dict[str, Any]:
-        active = self.usage.merged().cpu() > 0  # bool[G, K]
+        active = self.usage.merged().counts.cpu() > 0  # bool[G, K]
         reasons: dict[str, str] = {}
         if distributed.is_main():
             for space, tables in self.tables.items():

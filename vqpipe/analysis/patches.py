@@ -16,7 +16,7 @@ from vqpipe.analysis import codes
 from vqpipe.analysis.base import Analysis, Subject, left_out, lot
 from vqpipe.analysis.embedding import drawn
 from vqpipe.distributed import gather_objects
-from vqpipe.metrics.state import Accumulator
+from vqpipe.metrics.metric import Metric
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.reports import page, pictures
 
@@ -42,7 +42,7 @@ class Patches(Analysis):
     """
 
     name: ClassVar[str] = "patches"
-    accumulates: ClassVar[tuple[str, ...]] = ("usage", "worst", "kept", "without_layout")
+    state_names: ClassVar[tuple[str, ...]] = ("usage", "worst", "kept", "without_layout")
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -101,7 +101,7 @@ class Patches(Analysis):
         self.worst[slots[counts == NEAREST]] = self.kept.distance[full]
 
     def result(self) -> dict[str, Any]:
-        counts = self.usage.merged().cpu()
+        counts = self.usage.merged().counts.cpu()
         without = sum(gather_objects(self.without_layout))
         if not int(counts.sum()):
             return {"not_computed": "no image whose tokens lie on a grid of its own size (padded, or in tiles)"}
@@ -148,11 +148,11 @@ class Patches(Analysis):
         return [page.Maps("What codes look like", maps, caption)]
 
 
-class Pieces(Accumulator):
+class Pieces(Metric):
     """Pieces of images: slot int64[n] (group and watched code), distance float32[n], lot int64[n] and place int64[n]
     of the cell in its image, which settle ties, and pixels uint8[n, 3, S, S]."""
 
-    accumulates: ClassVar[tuple[str, ...]] = ("slot", "distance", "lots", "place", "pixels")
+    state_names: ClassVar[tuple[str, ...]] = ("slot", "distance", "lots", "place", "pixels")
 
     def __init__(
         self, slot: np.ndarray, distance: np.ndarray, lots: np.ndarray, place: np.ndarray, pixels: np.ndarray

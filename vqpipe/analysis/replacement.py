@@ -36,7 +36,7 @@ class Replacement(Analysis):
     """
 
     name: ClassVar[str] = "replacement"
-    accumulates: ClassVar[tuple[str, ...]] = ("neighbours", "distortion", "examples", "without_layout")
+    state_names: ClassVar[tuple[str, ...]] = ("neighbours", "distortion", "examples", "without_layout")
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -65,8 +65,8 @@ class Replacement(Analysis):
             self.distortion[k].update(originals, versions[-1])
         self._keep_examples(keys, originals, versions)
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        super().load(state)
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
         self.examples = [(drawn, name, files, psnr) for drawn, name, files, psnr in state["examples"]]
 
     def result(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Replacement(Analysis):
         num_images, without = merged[0].num_images, sum(gather_objects(self.without_layout))
         if num_images == 0:
             return {"not_computed": "no image whose tokens lie on a grid of its own size (padded, or in tiles)"}
-        rows = [{"k": k, **distortion.result()} for k, distortion in merged.items()]
+        rows = [{"k": k, **distortion.means()} for k, distortion in merged.items()]
         return {"rows": rows, "num_images": num_images, "num_without_layout": without, "itself_counts": False}
 
     def sections(self, result: Mapping[str, Any]) -> list[page.Section]:

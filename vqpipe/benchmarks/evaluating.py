@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vqpipe.benchmarks import networks
 from vqpipe.benchmarks.measure import Case, Method, Plan, Samples, Settings, Stopwatch, version_of
+from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.metrics import EvalConfig
-from vqpipe.metrics.evaluation import Evaluation
 from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.models import AutoencoderConfig
 from vqpipe.tokenizer import Tokenizer
@@ -73,9 +73,11 @@ def made(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
 def measured(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     """One batch through everything an evaluation without pretrained networks does; each image's PSNR, float64[B]."""
     absent = FeatureNetworks(perceptual={}, inception=None, sha256={}, absent={})
-    evaluation = Evaluation(EvalConfig(), absent, tokenizer.codebook_size, tokenizer.num_groups, tokenizer.device)
+    evaluation = EvaluationMetrics(
+        EvalConfig(), absent, tokenizer.codebook_size, tokenizer.num_groups, tokenizer.device
+    )
     again, ids = made(tokenizer, images)
-    return evaluation.update(images, again, ids, places=range(len(images)))
+    return evaluation.update(images, again, ids, positions=range(len(images)))
 
 
 def over_plain(ours: Samples, plain: Samples) -> tuple[float, float]:

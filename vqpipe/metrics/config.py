@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vqpipe.config import resumable
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.protocols import Name
 
@@ -14,33 +15,33 @@ class EvalConfig:
     """Section [eval]: how a tokenizer is measured."""
 
     protocol: tuple[Name, ...] | Name = "adm"
-    """Which conventions fix crop, reference, rounding, resize and formulas (see `protocols`); one, or several at once.
-    The first gives the headline numbers."""
+    """The protocols of the evaluation (see `protocols`): one, or several at once. The first gives the headline
+    numbers."""
     image_size: int | str = 256
     """Side of the square centre crops, pixels; "2560x1440" (width x height) for rectangles; "native": whole images."""
     tile: int | None = None
-    """Images with a longer side go through in overlapping tiles of this side, pixels: bounds memory, and is another
-    reconstruction than in one piece. None: always in one piece."""
-    batch_size: int = 32
-    """Images a rank reconstructs at once; 1 with native sizes and with tiles."""
+    """Images with a longer side are reconstructed in overlapping tiles of this side, pixels. That bounds memory, and
+    differs from the reconstruction in one piece. None: always in one piece."""
+    batch_size: int = resumable(32)
+    """Images reconstructed at once by a rank; 1 with native sizes and with tiles."""
     max_skipped: float = 0.0
     """Largest share of unreadable images before the evaluation is refused, 0..1."""
     fid_min_images: int = 2049
-    """Fewer images than this leave rfid out: below the 2,048 feature dimensions the covariance has no full rank."""
+    """With fewer images rfid is not computed: below the 2,048 feature dimensions the covariance has no full rank."""
     metrics: tuple[SetMetric, ...] = ()
-    """More of what Inception's features tell: kid, prc (precision and recall), sfid, is (Inception Score)."""
+    """Further metrics of Inception's features: kid, prc (precision and recall), sfid, is (Inception Score)."""
     feature_memory: float = 4.0
-    """GB of features that kid, prc and is may hold over all ranks, for each protocol; more leaves them out."""
-    save_seconds: float = 60.0
-    """How often a rank writes down what it has taken in, for the same command to go on from after a kill; longer where
-    writing takes long."""
+    """Memory for the features of kid, prc and is, GB over all ranks, for each protocol; beyond it they are not
+    computed."""
+    save_seconds: float = resumable(60.0)
+    """Seconds between two saved states of a rank, from which the same command resumes; more if saving takes long."""
     num_pictures: int = 12
-    """How many images the report shows, spread evenly over the set."""
+    """Images that the report shows, spread evenly over the set."""
     num_extremes: int = 3
-    """How many of the worst, and as many of the best by PSNR, it shows beside them: a row each on a desktop."""
+    """Images of the lowest, and as many of the highest PSNR, that it shows beside them."""
     prefixes: bool = True
-    """Decode also with the first k groups alone, k = 1..G, where a tokenizer has G > 1 groups or depths: one encoding
-    and G decodings an image (the k-curve of MGVQ, Table 6)."""
+    """Measure also the reconstructions from the first k groups alone, k = 1..G, of a tokenizer with G > 1 groups or
+    depths: one encoding and G decodings an image (the k-curve of MGVQ, Table 6)."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.tile or 1) < 1 or (isinstance(self.image_size, int) and self.image_size < 1):

@@ -1,7 +1,7 @@
-"""PSNR and SSIM in the conventions that published tokenizers use, and LPIPS, streamed over batches of images.
+"""PSNR and SSIM in the conventions of published tokenizers, and LPIPS.
 
-The same reconstructions score several dB apart by convention alone, so every convention is a key of its own: see
-`CONVENTIONS`. Unless a key says float, reconstructions are 8-bit, as a stored file would be.
+The conventions differ by several dB on the same reconstructions, so each has a key of its own in `CONVENTIONS`. Unless
+its key ends in float, a convention is measured on 8-bit reconstructions.
 
 Letters: B images, C = 3 channels, H x W pixels.
 """
@@ -13,9 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vqpipe.distributed import gather_objects
 from vqpipe.errors import DataError, NumericError
-from vqpipe.metrics.state import Accumulator
+from vqpipe.metrics.metric import Metric
 
 CONVENTIONS = {
     "psnr": "RGB, uint8, mean over images",
@@ -32,32 +31,33 @@ CONVENTIONS = {
     "lpips_alex": "lpips v0.1, AlexNet, on [-1, 1]",
     "lpips_vgg": "lpips v0.1, VGG16, on [-1, 1]",
 }
-"""Key -> what it is. LPIPS is there only where its weights are given."""
+"""Key -> definition. LPIPS is measured only where its weights are given."""
 COMMON = (
     *("psnr", "psnr_of_mean_mse", "psnr_y", "psnr_y_full"),
     *("ssim", "ssim_y", "ssim_uniform7", "ssim_range2"),
 )
-"""What is measured of 8-bit pixels where nothing else is asked."""
+"""The conventions on 8-bit pixels, the default."""
 STUDIO = (65.481 / 255, 128.553 / 255, 24.966 / 255)
-"""BT.601 studio-range luma of RGB in [0, 255], without its offset of 16, which differences cancel."""
+"""BT.601 studio-range luma of RGB in [0, 255], without its offset of 16, which cancels in differences."""
 FULL = (0.299, 0.587, 0.114)
 """BT.601 luma over the full range."""
 SSIM_SMALLEST_SIDE = 11
 FIXED_POINT = 2**32
+"""Values are summed as integers of this fraction."""
 
 
-class Distortion(Accumulator):
-    """Distortion between originals and reconstructions; memory does not grow with the number of images.
+class Distortion(Metric):
+    """Distortion between originals and reconstructions, as means over images.
 
-    Per-image values are summed as fixed-point integers (steps of 2^-32), so the means do not depend on how the images
-    were dealt to batches and ranks.
+    Per-image values are summed as fixed-point integers (steps of 2^-32), so the means do not depend on the division
+    into batches and ranks.
 
     Args:
         perceptual: LPIPS networks by key ("lpips_alex", "lpips_vgg"); each takes two float[B, 3, H, W] in [-1, 1].
-        keys: which of CONVENTIONS are computed.
+        keys: the conventions to measure, keys of `CONVENTIONS`.
     """
 
-    accumulates: ClassVar[tuple[str, ...]] = ("sums", "counts", "num_images", "num_identical")
+    state_names: ClassVar[tuple[str, ...]] = ("sums", "counts", "num_images", "num_identical")
 
     def __init__(self, perceptual: Mapping[str, nn.Module] | None = None, keys: Collection[str] = COMMON) -> None:
         self.perceptual = dict(perceptual or {})
@@ -68,10 +68,9 @@ class Distortion(Accumulator):
         self.num_identical = 0
 
     def update(self, originals: Tensor, reconstructions: Tensor, levels: Tensor | None = None) -> Tensor:
-        """Take in uint8[B, 3, H, W] twice, image by image the same; returns each PSNR, float64[B] (inf if equal).
+        """Accumulate uint8[B, 3, H, W] twice; return the PSNR of each image, float64[B] (inf for equal images).
 
-        `levels` are the reconstructions before rounding, float[B, 3, H, W] in [0, 255], for keys that end in float;
-        without them the rounded ones are taken.
+        `levels` are the reconstructions before rounding, float[B, 3, H, W] in [0, 255], for keys that end in float.
 
         Raises:
             DataError: not uint8, shapes differ, or sides under 11 pixels.
@@ -118,20 +117,13 @@ class Distortion(Accumulator):
                 if name in self.keys:
                     self._add(name, values)
 
-    def merged(self) -> "Distortion":
-        """The sum over all ranks (a new object; on one process a copy)."""
-        whole = Distortion(self.perceptual, self.keys)
-        for part in gather_objects((self.sums, self.counts, self.num_images, self.num_identical)):
-            sums, counts, num_images, num_identical = part
-            for name in sums:
-                whole.sums[name] = whole.sums.get(name, 0) + sums[name]
-                whole.counts[name] = whole.counts.get(name, 0) + counts[name]
-            whole.num_images += num_images
-            whole.num_identical += num_identical
-        return whole
+    def compute(self) -> dict[str, float]:
+        """The means over all ranks, by key."""
+        return self.merged().means()
 
-    def result(self) -> dict[str, float]:
-        """The means, by key. A PSNR is the mean over the images it is finite for, and absent where there is none."""
+    def means(self) -> dict[str, float]:
+        """The means of this rank, by key. A PSNR is the mean over the images for which it is finite; a key without any
+        such image is absent."""
         means = {name: self.sums[name] / FIXED_POINT / count for name, count in self.counts.items() if count}
         for error, name in (("mse", "psnr_of_mean_mse"), ("mse_float", "psnr_of_mean_mse_float")):
             mse = means.pop(error, 0.0)
@@ -184,7 +176,7 @@ def ssim(
     if a.device.type == "cpu" and len(a) > 1:  # one image's maps stay in the cache: twice as fast as all at once
         pairs = zip(a.split(1), b.split(1), strict=True)
         return torch.cat([ssim(one, other, window, covariance_factor, data_ranges) for one, other in pairs], dim=1)
-    x, y = a.float() - 127.5, b.float() - 127.5  # (co)variances do not move, and float32 cancels fewer digits
+    x, y = a.float() - 127.5, b.float() - 127.5  # the same (co)variances, with less cancellation in float32
     mean_x, mean_y = smooth(x, window), smooth(y, window)
     covariance = covariance_factor * (smooth(x * y, window) - mean_x * mean_y)
     squares = mean_x.square() + mean_y.square()
@@ -220,7 +212,7 @@ def gaussian_window(width: int, sigma: float) -> list[float]:
 
 
 def check_images(originals: Tensor, reconstructions: Tensor) -> None:
-    """Both uint8[B, 3, H, W] of one shape, or a DataError."""
+    """Raise a DataError unless both are uint8[B, 3, H, W] of one shape, large enough for SSIM."""
     if originals.dtype != torch.uint8 or reconstructions.dtype != torch.uint8:
         raise DataError(
             f"distortion is measured on uint8 images, got {originals.dtype} and {reconstructions.dtype}",

@@ -1,17 +1,16 @@
-"""Protocols: everything around a network that moves its numbers, fixed under one name.
+"""Evaluation protocols: named choices of everything that moves the numbers of a given network.
 
-The same reconstructions score decibels apart by crop, rounding, resize and formula, so a number is told with the name
-of its protocol, and numbers of two protocols never share a column. What a protocol fixes:
+Crop, rounding, resize and formula move numbers by decibels, so each number is reported with the name of its protocol,
+and numbers of two protocols never share a column. A protocol fixes:
 
-    crop        how an image becomes the network's input
-    reference   what the Frechet distance compares with: those very crops, or the raw images
-    rounding    how a reconstruction becomes 8-bit pixels
-    resize      how 8-bit pixels become the 299 x 299 that Inception sees
-    conventions which PSNR, SSIM and LPIPS is the one its authors print (keys of `distortion.CONVENTIONS`)
+    crop        from an image to the network's input
+    reference   the other set of the Frechet distance: the same crops, or the raw images
+    rounding    from a reconstruction to 8-bit pixels
+    resize      from 8-bit pixels to Inception's 299 x 299
+    conventions the PSNR, SSIM and LPIPS that its authors report (keys of `distortion.CONVENTIONS`)
 
-Nothing is stored as JPEG in between, in any protocol: pixels stay in memory, which equals PNG files. That is
-why no protocol has a guard against JPEG storage: a reconstruction cannot have passed through a file. Originals may be
-JPEG files, as ImageNet's are; what is compared with is what they decode to.
+Pixels stay in memory in every protocol, which equals PNG files; no reconstruction is stored as JPEG. Originals may be
+JPEG files, as ImageNet's are: they are compared as decoded.
 """
 
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ CROPS = {
     "linear": "short side to the size by bilinear interpolation without antialiasing, centre",
     "native": "whole images at their own size",
 }
-"""Crop rule -> what it does."""
+"""Crop rule -> description."""
 REFERENCES = {"crops": "the same crops", "raw": "the raw images, uncropped, squeezed to 299 x 299"}
 ROUNDINGS = {"round": "clamped and rounded to uint8", "truncate": "clamped and truncated to uint8"}
 RESIZES = {
@@ -46,7 +45,7 @@ EXTRACTOR = "Inception-v3 of 2015, last pooling, 2,048 features (torch-fidelity'
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One way of measuring, under a name."""
+    """One evaluation protocol."""
 
     name: Name
     crop: Literal["adm", "cover", "linear"]
@@ -69,7 +68,7 @@ class Protocol:
         return self.crop if sides[0] == sides[-1] else "cover"
 
     def to_table(self, image_size: int | str) -> dict[str, Any]:
-        """What it fixes, in words, for `metrics.json`."""
+        """Its choices in words, for `metrics.json`."""
         rule = self.crop_rule(image_size)
         return {
             "crop": f"{rule}: {CROPS[rule]}",

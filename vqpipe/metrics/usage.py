@@ -1,92 +1,109 @@
-"""How much of the codebook a set of images uses: utilization at stated numbers of tokens, perplexity, bits per pixel.
+"""Use of the codebook by a set of images: utilization at stated numbers of tokens, perplexity, bits per pixel, and the
+joint entropy of groups.
 
-A utilization says little without the number of tokens it was counted over: a coder that draws its codes evenly reaches
-86.5 % of 32,768 codes with 65,536 tokens, and all of them with a million. So every utilization stands beside that of
-such a coder (`uniform_utilization`), at the budgets of BUDGETS and over the whole set.
+A utilization depends on the number of tokens it was counted over: a coder that draws its codes uniformly reaches
+86.5 % of 32,768 codes with 65,536 tokens, and all of them with a million. So each utilization is reported beside that
+of such a coder (`uniform_utilization`), at the numbers of tokens in BUDGETS and over the whole set.
 
-Letters: B images, N tokens an image, G groups, K codes a group.
+Letters: B images, N tokens an image, G groups, K codes a group, n positions, W words that hold a tuple of G ids.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.distributed import all_reduce_sum, gather_objects, gather_rows
+from vqpipe.distributed import all_reduce_sum, gather_objects, gather_rows, world_size
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.metrics.joint import JointCounts
-from vqpipe.metrics.state import Accumulator, State
+from vqpipe.metrics.metric import Metric, State
 
-MOST_COUNTERS = 2**24
-"""G x K up to which every code has a counter (128 MiB in all, twice that where places are kept). Beyond, as with grids
-of fixed codes that may have 2^36, only the codes that occur have one: 24 bytes each, three times that while merging."""
-MOST_WAITING = 2**20
-"""Ids of a huge codebook that are gathered before they are merged into the sorted counts, at the least."""
+MAX_COUNTERS = 2**24
+"""G x K up to which every code has a counter (128 MiB, twice that with positions). Of larger codebooks, such as grids
+with up to 2^36 codes, only the codes that occur are counted: 24 bytes each, three times that while sorting."""
+MIN_SORTED = 2**20
+"""Ids of such a codebook that are gathered before they are sorted into the counts, at least."""
 BUDGETS = (65_536, 1_048_576)
-"""Numbers of tokens of one group, from the set's beginning, after which codes in use are counted. The first is the
-window that LlamaGen's and MGVQ's released training code counts over."""
+"""Numbers of tokens of one group, from the start of the set, after which codes in use are counted. The first is the
+window of LlamaGen's and MGVQ's released training code."""
 CURVE_POINTS = 64
-"""Points of the curve of codes in use against tokens, at the most."""
+"""Points of the curve of codes in use against tokens, at most."""
 NEVER = 2**63 - 1
-"""Place of a code that was not chosen."""
-PLACES_AT_ONCE = 2**20
-"""Codes whose places are compared over the ranks together."""
+"""First position of a code that was not chosen."""
+POSITIONS_AT_ONCE = 2**20
+"""Codes whose first positions are exchanged between ranks at once."""
+MAX_TUPLES = 2**24
+"""Distinct tuples of G ids over all ranks up to which they are counted. A tuple takes 16 bytes if it fits 63 bits, 8
+more for every further 63 bits, and three times that while sorting. All positions of 50,000 images of 256 tokens fit."""
+MIN_SORTED_TUPLES = 2**18
+"""Tuples that are gathered before they are sorted into the counts, at least."""
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""An odd number of random bits: products with it distribute tuples uniformly over the ranks."""
 
 
-class CodeUsage(Accumulator):
-    """How often each code of each group was chosen, over any number of images; exact for codebooks of any size.
+class UsageResult(NamedTuple):
+    """The use of the codebook over all ranks."""
 
-    `counts` is int64[G, K] on `device`: dense up to MOST_COUNTERS codes, else sparse (COO, coalesced), its memory
-    growing with the number of distinct ids. Where `update` is told which images it sees, three more things are kept:
-    the place in the set of each code's first token, how many tokens lie within each budget, and, with groups, how
-    often they occur together (`JointCounts`). Training tells nothing, and pays for the counts alone.
+    counts: Tensor
+    """int64[G, K], as in `CodeUsage`."""
+    numbers: dict[str, Any]
+    not_computed: dict[str, str]
+    """Name -> reason."""
+
+
+class CodeUsage(Metric):
+    """Counts how often each code of each group was chosen; exact for codebooks of any size.
+
+    `counts` is int64[G, K] on `device`: dense up to MAX_COUNTERS codes, else sparse (COO, coalesced), its memory
+    growing with the number of distinct ids. With the positions of images in the set, three more things are counted:
+    the first position of each code, the tokens within each budget, and the joint occurrence of groups (`JointCounts`).
     """
 
     def __init__(self, codebook_size: int, num_groups: int = 1, device: torch.device | str = "cpu") -> None:
         self.codebook_size = codebook_size
         self.num_groups = num_groups
         self._counts = no_counts(num_groups, codebook_size, device)
-        self._waiting: list[Tensor] = []  # int64[4, n] each: group, id, how often, first place; not merged yet
-        self._first: Tensor | None = None  # int64[G, K], or int64[n] beside the values of sparse counts
+        self._unsorted: list[Tensor] = []  # int64[4, n] each: group, id, how often, first position
+        self._first: Tensor | None = None  # positions: int64[G, K], or int64[n] beside the values of sparse counts
         self._joint = JointCounts(num_groups, codebook_size)
-        self._lengths: set[int] = set()  # tokens of one group an image has, of images whose place is known
-        self._within = [0] * len(BUDGETS)  # tokens of one group whose place is below each budget
-        self._lost = False  # the place of some image is not known
+        self._lengths: set[int] = set()  # tokens of one group an image has, of images whose position is known
+        self._within = [0] * len(BUDGETS)  # tokens of one group whose position is below each budget
+        self._unknown = False  # the position of some image is not known
 
     @property
     def counts(self) -> Tensor:
-        """int64[G, K] so far."""
-        self._merge_waiting()
+        """int64[G, K] of this rank."""
+        self._sort()
         return self._counts
 
     def update(self, ids: Tensor, *, start: int | Sequence[int] | None = None, trusted: bool = False) -> None:
-        """Take in int64[B, N], groups last as in every token layout. A negative id (a group left out) is not counted.
+        """Count int64[B, N], groups last as in every token layout. Negative ids (groups left out) are not counted.
 
         Args:
-            start: the place of the first of these images in the whole set, 0 for its first image, the others following
-                it; or the place of each. None: places are not kept, and nothing is said at budgets or of joint ids.
-            trusted: the ids come straight from a quantizer and are not looked at first, so that no GPU is waited for.
+            start: position of the first of these images in the set, 0-based, the others following it; or the position
+                of each. None: positions are unknown, and `compute` reports neither budgets nor joint entropy.
+            trusted: skip the check of ids that come straight from a quantizer, so that no GPU is waited for.
 
         Raises:
-            DataError: an id of K or more, N is not a multiple of G, or there are not as many places as images.
+            DataError: an id of K or more, N is not a multiple of G, or there are not as many positions as images.
         """
         if ids.shape[-1] % self.num_groups:
             raise DataError(f"{ids.shape[-1]} tokens an image do not divide into {self.num_groups} groups")
         grouped = ids.to(self._counts.device).reshape(-1, self.num_groups).T  # int64[G, B * N / G]
-        careless = trusted and not self._counts.is_sparse and grouped.is_cuda
-        if not careless and grouped.numel() and int(grouped.max()) >= self.codebook_size:
+        unchecked = trusted and not self._counts.is_sparse and grouped.is_cuda
+        if not unchecked and grouped.numel() and int(grouped.max()) >= self.codebook_size:
             raise DataError(f"token id {int(grouped.max())} is outside a codebook of {self.codebook_size}")
-        self._lost = self._lost or start is None
-        places = None if start is None else self._place(ids, start)
+        self._unknown = self._unknown or start is None
+        positions = None if start is None else self._positions(ids, start)
         if self._counts.is_sparse:
-            return self._wait(grouped, places)
-        if places is not None:
+            return self._count_sparse(grouped, positions)
+        if positions is not None:
             self._first = torch.full_like(self._counts, NEVER) if self._first is None else self._first
-            seen = torch.where(grouped >= 0, places, NEVER)
-            self._first.scatter_reduce_(1, grouped.clamp(min=0), seen, "amin")
-        if careless:
+            chosen_at = torch.where(grouped >= 0, positions, NEVER)
+            self._first.scatter_reduce_(1, grouped.clamp(min=0), chosen_at, "amin")
+        if unchecked:
             self._counts.scatter_add_(1, grouped.clamp(min=0), (grouped >= 0).long())
             return None
         for counts, row in zip(self._counts, grouped, strict=True):
@@ -101,64 +118,69 @@ class CodeUsage(Accumulator):
             "joint": self._joint.state(),
             "lengths": sorted(self._lengths),
             "within": self._within,
-            "lost": self._lost,
+            "unknown": self._unknown,
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         device, counts, first = self._counts.device, state["counts"], state["first"]
         if self._counts.is_sparse:
             self._counts = from_rows(counts.to(device), self.num_groups, self.codebook_size)
         else:
             self._counts = counts.to(device)
         self._first = None if first is None else first.to(device)
-        self._waiting = []
-        self._joint.load(state["joint"])
-        self._lengths, self._within, self._lost = set(state["lengths"]), state["within"], state["lost"]
+        self._unsorted = []
+        self._joint.load_state(state["joint"])
+        self._lengths, self._within, self._unknown = set(state["lengths"]), state["within"], state["unknown"]
 
-    def merged(self) -> Tensor:
-        """The counts of all ranks together: int64[G, K], on every rank."""
+    def merged(self) -> "CodeUsage":
+        """The counts of all ranks, on every rank. (First positions and joint counts are reduced by `compute`.)"""
+        whole = CodeUsage(self.codebook_size, self.num_groups, self._counts.device)
         if self._counts.is_sparse:
-            return from_rows(gather_rows(as_rows(self.counts)), self.num_groups, self.codebook_size)
-        return all_reduce_sum(self._counts.clone())
+            whole._counts = from_rows(gather_rows(as_rows(self.counts)), self.num_groups, self.codebook_size)
+        else:
+            whole._counts = all_reduce_sum(self._counts.clone())
+        whole._unknown = True
+        return whole
 
-    def report(self, counts: Tensor, num_pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
-        """Every number about codes, over all ranks, and the reason of each that is left out. Call it on every rank.
+    def compute(self, num_pixels: int) -> UsageResult:
+        """Every number about codes over all ranks, and the reason of each that is not computed.
 
-        Beside what `usage_of`, `spread_of` and `JointCounts.report` give:
-        `bits_per_pixel`: log2(K) bits a token; `bits_per_pixel_entropy`: what an ideal coder of order 0 would need that
-        knows each group's frequencies, H bits a token, H being the entropy of these very counts (so a little too low).
-        `utilization_at`: a row for each budget the set reaches, and one for the whole set: `tokens` (those counted, of
-        one group), `utilization`, `utilization_per_group`, and `uniform_utilization`, the ceiling.
-        `utilization_curve`: (tokens, utilization, uniform_utilization) at growing numbers of tokens, for a plot. Where
-        it is left out, so are the rows of the budgets. An image that was skipped leaves a gap in the set's order: a
-        budget ends where it would have ended with it, and says how many tokens were counted.
+        Beside the numbers of `usage_of`, `spread_of` and `JointCounts.compute`:
+        `bits_per_pixel`: log2(K) bits a token; `bits_per_pixel_entropy`: the cost under an ideal coder of order 0 with
+        each group's frequencies, H bits a token, H being the entropy of these counts (so slightly too low).
+        `utilization_at`: a row for each budget that the set reaches, and one for the whole set: `tokens` (those
+        counted, of one group), `utilization`, `utilization_per_group`, and `uniform_utilization`, the ceiling.
+        `utilization_curve`: (tokens, utilization, uniform_utilization) at growing numbers of tokens, for a plot; where
+        it is not computed, neither are the rows of the budgets. A skipped image leaves a gap in the order of the set:
+        a budget ends where it would have ended with it, and `tokens` counts the others.
 
         Args:
-            counts: `merged()`.
             num_pixels: H x W, summed over all images on all ranks.
         """
-        shared = gather_objects((self._lost, self._lengths, self._within))
+        counts = self.merged().counts
+        ranks = gather_objects((self._unknown, self._lengths, self._within))
         numbers = usage_of(counts) | spread_of(counts) | bits_of(counts, num_pixels)
-        whole = max(tokens_per_group(counts))
-        everything = self._row(whole, [len(times) for times in times_chosen(counts)])
-        if any(share[0] for share in shared):
-            unknown = "the places of the images in the set are not known"
+        total = max(tokens_per_group(counts))
+        everything = self._row(total, [len(times) for times in times_chosen(counts)])
+        if any(unknown for unknown, _, _ in ranks):
+            reason = "the positions of the images in the set are not known"
             names = ("utilization_curve", "joint_entropy") if self.num_groups > 1 else ("utilization_curve",)
-            return numbers | {"utilization_at": [everything]}, dict.fromkeys(names, unknown)
-        joint, absent = self._joint.report(counts.device)
-        if len(set().union(*(share[1] for share in shared))) > 1:
-            absent["utilization_curve"] = "images of several sizes: how many tokens lie before one is not known"
-            return numbers | joint | {"utilization_at": [everything]}, absent
-        within = [sum(share[2][number] for share in shared) for number in range(len(BUDGETS))]
-        firsts = self._firsts_of_all()
+            return UsageResult(counts, numbers | {"utilization_at": [everything]}, dict.fromkeys(names, reason))
+        joint, absent = self._joint.compute(counts.device)
+        if len(set().union(*(lengths for _, lengths, _ in ranks))) > 1:
+            absent["utilization_curve"] = "images of several sizes: the number of tokens before each is not known"
+            return UsageResult(counts, numbers | joint | {"utilization_at": [everything]}, absent)
+        within = [sum(tokens) for tokens in zip(*(tokens for _, _, tokens in ranks), strict=True)]
+        firsts = self._first_positions()
         rows = [
-            self._row(min(tokens, whole), [int((first < budget).sum()) for first in firsts])
+            self._row(min(tokens, total), [int((first < budget).sum()) for first in firsts])
             for budget, tokens in zip(BUDGETS, within, strict=True)
-            if whole >= budget
+            if total >= budget
         ]
-        points = [self._row(n, [int((first < n).sum()) for first in firsts]) for n in curve_places(whole)[:-1]]
+        points = [self._row(n, [int((first < n).sum()) for first in firsts]) for n in curve_tokens(total)[:-1]]
         curve = [(row["tokens"], row["utilization"], row["uniform_utilization"]) for row in [*points, everything]]
-        return numbers | joint | {"utilization_at": [*rows, everything], "utilization_curve": curve}, absent
+        numbers |= {**joint, "utilization_at": [*rows, everything], "utilization_curve": curve}
+        return UsageResult(counts, numbers, absent)
 
     def _row(self, tokens: int, used: list[int]) -> dict[str, Any]:
         shares = [number / self.codebook_size for number in used]
@@ -169,65 +191,172 @@ class CodeUsage(Accumulator):
             "uniform_utilization": uniform_utilization(self.codebook_size, tokens),
         }
 
-    def _place(self, ids: Tensor, start: int | Sequence[int]) -> Tensor:
-        """int64[B * N / G]: the place of each position among those of the whole set, all images being of one size."""
+    def _positions(self, ids: Tensor, start: int | Sequence[int]) -> Tensor:
+        """int64[B * N / G]: the position of each token of a group in the set, all images being of one size."""
         per_image = ids.shape[-1] // self.num_groups
         images = torch.arange(start, start + len(ids)) if isinstance(start, int) else torch.tensor([*start])
         if len(images) != len(ids):
-            raise DataError(f"{len(images)} places for {len(ids)} images")
+            raise DataError(f"{len(images)} positions for {len(ids)} images")
         if len(ids):
             self._lengths.add(per_image)
             self._joint.update(ids.reshape(-1, self.num_groups))
-        places = (images.long()[:, None] * per_image + torch.arange(per_image)).flatten()
-        self._within = [n + int((places < budget).sum()) for n, budget in zip(self._within, BUDGETS, strict=True)]
-        return places.to(self._counts.device, non_blocking=True)
+        positions = (images.long()[:, None] * per_image + torch.arange(per_image)).flatten()
+        self._within = [n + int((positions < budget).sum()) for n, budget in zip(self._within, BUDGETS, strict=True)]
+        return positions.to(self._counts.device, non_blocking=True)
 
-    def _wait(self, grouped: Tensor, places: Tensor | None) -> None:
-        """Put ids of a huge codebook aside; as many wait as are sorted, so that each is sorted rarely."""
+    def _count_sparse(self, grouped: Tensor, positions: Tensor | None) -> None:
+        """Gather ids of a huge codebook; they are sorted once there are as many as counted ones."""
         group, place = (grouped >= 0).nonzero(as_tuple=True)
-        first = torch.full_like(place, NEVER) if places is None else places[place]
-        self._waiting.append(torch.stack([group, grouped[group, place], torch.ones_like(group), first]))
-        if sum(part.shape[1] for part in self._waiting) > max(MOST_WAITING, len(self._counts.values())):
-            self._merge_waiting()
+        first = torch.full_like(place, NEVER) if positions is None else positions[place]
+        self._unsorted.append(torch.stack([group, grouped[group, place], torch.ones_like(group), first]))
+        if sum(part.shape[1] for part in self._unsorted) > max(MIN_SORTED, len(self._counts.values())):
+            self._sort()
 
-    def _merge_waiting(self) -> None:
-        if self._waiting:
-            known = torch.full_like(self._counts.values(), NEVER) if self._first is None else self._first
-            old = torch.stack([*self._counts.indices(), self._counts.values(), known])
-            rows, self._waiting = torch.cat([old, *self._waiting], dim=1), []
+    def _sort(self) -> None:
+        if self._unsorted:
+            rows, self._unsorted = torch.cat([self._sparse_rows(), *self._unsorted], dim=1), []
             self._counts = sparse(rows[:2], rows[2], self._counts.shape)
             self._first = earliest(rows, self.codebook_size)
 
-    def _firsts_of_all(self) -> list[Tensor]:
-        """For each group int64[n]: the first places over all ranks, those of its codes in use at the least."""
+    def _sparse_rows(self) -> Tensor:
+        """int64[4, n] of the sparse counts: group, id, how often, first position."""
+        values = self._counts.values()
+        first = torch.full_like(values, NEVER) if self._first is None else self._first
+        return torch.stack([*self._counts.indices(), values, first])
+
+    def _first_positions(self) -> list[Tensor]:
+        """For each group int64[n]: the first positions over all ranks of at least its codes in use."""
         if self._counts.is_sparse:
-            counts = self.counts
-            known = torch.full_like(counts.values(), NEVER) if self._first is None else self._first
-            rows = gather_rows(torch.stack([*counts.indices(), counts.values(), known]).T.contiguous()).T
-            groups = sparse(rows[:2], rows[2], counts.shape).indices()[0]
+            self._sort()
+            rows = gather_rows(self._sparse_rows().T.contiguous()).T
+            groups = sparse(rows[:2], rows[2], self._counts.shape).indices()[0]
             first = earliest(rows, self.codebook_size)
             return [first[groups == group] for group in range(self.num_groups)]
         own = torch.full_like(self._counts, NEVER) if self._first is None else self._first
-        parts = [gather_rows(part[None].contiguous()).amin(0) for part in own.flatten().split(PLACES_AT_ONCE)]
+        parts = [gather_rows(part[None].contiguous()).amin(0) for part in own.flatten().split(POSITIONS_AT_ONCE)]
         return list(torch.cat(parts).view_as(own))
 
 
+class JointCounts(Metric):
+    """Exact counts of the tuples of G ids at one position, for G > 1, up to MAX_TUPLES; beyond, they are given up.
+
+    The sum of the groups' entropies is their joint entropy only if the groups are independent.
+    """
+
+    state_names: ClassVar[tuple[str, ...]] = ("rows", "given_up")
+
+    def __init__(self, num_groups: int, codebook_size: int) -> None:
+        self.num_groups = num_groups
+        self.bits = max(1, (codebook_size - 1).bit_length())
+        self.per_word = 63 // self.bits
+        self.rows = np.zeros((0, -(-num_groups // self.per_word) + 1), dtype=np.int64)
+        """int64[n, W + 1]: the words of each distinct tuple, sorted, and its count."""
+        self.unsorted: list[np.ndarray] = []
+        self.given_up = False
+
+    def update(self, ids: Tensor) -> None:
+        """Count int64[n, G]. A position with a negative id (a group left out) is not counted."""
+        if self.num_groups == 1 or self.given_up:
+            return
+        ids = ids[(ids >= 0).all(1)].cpu()
+        words = [self._word(part) for part in ids.split(self.per_word, dim=1)]
+        self.unsorted.append(torch.stack([*words, torch.ones_like(words[0])], dim=1).numpy())
+        if sum(map(len, self.unsorted)) > max(MIN_SORTED_TUPLES, len(self.rows)):
+            self._sort()
+
+    def state(self) -> State:
+        self._sort()
+        return super().state()
+
+    def compute(self, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+        """Numbers over all ranks, and the reason where they are not computed; nothing for one group.
+
+        `joint_entropy`: bits a position, of the counted frequencies. It is too low, most so where tuples occur about
+        once: n positions cannot show more than `joint_entropy_limit` = log2(n) bits. `joint_entropy_bias` is the first
+        term of what is missing, (distinct - 1) / 2n nats (Miller 1955), valid only while `joint_coverage` is near 1:
+        the probability that the next position has a tuple that occurred before, 1 - singletons / n (Good 1953).
+        `joint_distinct`: the number of different tuples.
+
+        Args:
+            device: of the tensors that are exchanged with other ranks.
+        """
+        if self.num_groups == 1:
+            return {}, {}
+        self._sort()
+        if any(gather_objects(self.given_up)):
+            return {}, {"joint_entropy": too_many_tuples()}
+        owner = hashed(self.rows[:, :-1]) % np.uint64(world_size())
+        positions, distinct, once, weighted = 0, 0, 0, 0.0
+        for part in range(world_size()):  # all ranks' counts of one share of the tuples at a time
+            own = torch.from_numpy(self.rows[owner == part]).to(device)
+            times = summed_rows(gather_rows(own).cpu().numpy())[:, -1]
+            positions += int(times.sum())
+            distinct += len(times)
+            once += int((times == 1).sum())
+            weighted += float((times * np.log2(times)).sum())
+        if distinct > MAX_TUPLES:  # the same decision as on one rank
+            return {}, {"joint_entropy": too_many_tuples()}
+        if positions == 0:
+            return {}, {"joint_entropy": "no position has an id of every group"}
+        return {
+            "joint_entropy": math.log2(positions) - weighted / positions,
+            "joint_entropy_limit": math.log2(positions),
+            "joint_entropy_bias": (distinct - 1) / (2 * positions * math.log(2)),
+            "joint_coverage": 1 - once / positions,
+            "joint_distinct": distinct,
+        }, {}
+
+    def _word(self, ids: Tensor) -> Tensor:
+        """int64[n, at most 63 / bits] -> int64[n]."""
+        word = torch.zeros(len(ids), dtype=torch.int64)
+        for column in ids.unbind(1):
+            word = (word << self.bits) | column
+        return word
+
+    def _sort(self) -> None:
+        if self.unsorted:
+            self.rows, self.unsorted = summed_rows(np.concatenate([self.rows, *self.unsorted])), []
+        if len(self.rows) > MAX_TUPLES:
+            self.rows, self.given_up = self.rows[:0].copy(), True
+
+
+def summed_rows(rows: np.ndarray) -> np.ndarray:
+    """int64[n, W + 1] of words and counts -> the distinct words, sorted, with the sums of their counts."""
+    if not len(rows):
+        return rows
+    rows = rows[np.lexsort(rows[:, :-1].T)]
+    begins = np.flatnonzero(np.append(True, (rows[1:, :-1] != rows[:-1, :-1]).any(1)))
+    return np.column_stack([rows[begins, :-1], np.add.reduceat(rows[:, -1], begins)])
+
+
+def hashed(words: np.ndarray) -> np.ndarray:
+    """int64[n, W] -> uint64[n], the same for equal rows and spread uniformly."""
+    total = np.zeros(len(words), dtype=np.uint64)
+    for column in words.T:
+        total = (total ^ column.astype(np.uint64)) * HASH_FACTOR
+    return total >> np.uint64(32)
+
+
+def too_many_tuples() -> str:
+    return f"more than {MAX_TUPLES:,} different tuples of ids: their counts exceed the memory set aside for them"
+
+
 def no_counts(num_groups: int, codebook_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """int64[G, K] of zeros; sparse above MOST_COUNTERS codes. 2^63 codes are a ConfigError: no int64 numbers them."""
+    """int64[G, K] of zeros; sparse above MAX_COUNTERS codes. 2^63 codes are a ConfigError: no int64 numbers them."""
     if num_groups * codebook_size >= 2**63:
         raise ConfigError(f"{num_groups} x {codebook_size} codes are too many to count", "Use fewer")
-    if num_groups * codebook_size <= MOST_COUNTERS:
+    if num_groups * codebook_size <= MAX_COUNTERS:
         return torch.zeros(num_groups, codebook_size, dtype=torch.int64, device=device)
     return from_rows(torch.zeros(0, 3, dtype=torch.int64, device=device), num_groups, codebook_size)
 
 
 def sparse(indices: Tensor, times: Tensor, shape: torch.Size) -> Tensor:
-    """int64[2, n] of group and id and int64[n] -> sparse int64[G, K], sorted, the times of equal ids added up."""
+    """int64[2, n] of group and id and int64[n] -> sparse int64[G, K], sorted, the counts of equal ids summed."""
     return torch.sparse_coo_tensor(indices, times, shape, check_invariants=True).coalesce()
 
 
 def earliest(rows: Tensor, codebook_size: int) -> Tensor:
-    """int64[4, n] of group, id, how often and first place -> the least place of each code, in the order of `sparse`."""
+    """int64[4, n] of group, id, how often and position -> the first position of each code, in the order of `sparse`."""
     codes, at = (rows[0] * codebook_size + rows[1]).unique(return_inverse=True)
     return torch.full_like(codes, NEVER).scatter_reduce_(0, at, rows[3], "amin")
 
@@ -238,25 +367,25 @@ def as_rows(counts: Tensor) -> Tensor:
 
 
 def from_rows(rows: Tensor, num_groups: int, codebook_size: int) -> Tensor:
-    """Undoes `as_rows`; rows of the same code are added up."""
+    """Undo `as_rows`; rows of the same code are summed."""
     return sparse(rows[:, :2].T, rows[:, 2], torch.Size((num_groups, codebook_size)))
 
 
 def times_chosen(counts: Tensor) -> list[Tensor]:
-    """int64[G, K] -> for each group int64[n], how often each of its n codes in use was chosen, in their order."""
+    """int64[G, K] -> for each group int64[n], how often each of its n codes in use was chosen, in codebook order."""
     if counts.is_sparse:
         return [counts[group].coalesce().values() for group in range(len(counts))]
     return [row[row > 0] for row in counts]
 
 
 def tokens_per_group(counts: Tensor) -> list[int]:
-    """How many tokens of each group are in int64[G, K] counts."""
+    """The number of tokens of each group in int64[G, K] counts."""
     return [int(times.sum()) for times in times_chosen(counts)]
 
 
 def dead_codes(counts: Tensor) -> Tensor:
     """Dense int64[G, K] -> int64[n, 2]: group and id of every code that was never chosen, the content of
-    `dead-codes.npy`. Of sparse counts, all but the n codes in use are dead: a list would not fit, so a DataError."""
+    `dead-codes.npy`. A DataError for sparse counts: nearly all of so many codes are dead."""
     if counts.is_sparse:
         raise DataError("the dead codes of so large a codebook are not listed", "counts.npy holds the codes in use")
     return (counts == 0).nonzero()
@@ -317,15 +446,15 @@ def gini(times: Tensor, size: int) -> float:
 
 
 def uniform_utilization(codebook_size: int, num_tokens: int) -> float:
-    """The share of K codes that a coder is expected to use at least once which draws each of `num_tokens` tokens evenly
-    and by itself: 1 - (1 - 1/K)^n. No coder whose tokens are as good as independent can be expected to use more."""
+    """The expected share of K codes in use after `num_tokens` independent uniform draws: 1 - (1 - 1/K)^n. No coder of
+    independent tokens has a higher expectation."""
     if codebook_size == 1 or num_tokens == 0:
         return float(num_tokens > 0)
     return -math.expm1(num_tokens * math.log1p(-1 / codebook_size))
 
 
-def curve_places(num_tokens: int) -> list[int]:
-    """At most CURVE_POINTS numbers of tokens from 1 to all, even in their logarithm."""
+def curve_tokens(num_tokens: int) -> list[int]:
+    """At most CURVE_POINTS numbers of tokens from 1 to all, at equal steps of their logarithm."""
     steps = torch.logspace(0, math.log10(max(num_tokens, 1)), CURVE_POINTS, dtype=torch.float64)
     return sorted({min(round(step), num_tokens) for step in steps.tolist()} | {num_tokens}) if num_tokens else []
 

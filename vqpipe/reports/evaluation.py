@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
-from vqpipe.metrics.usage import MOST_COUNTERS, as_rows, from_rows
+from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
+from vqpipe.reports.page import Section
 from vqpipe.reports.pictures import ImagePair
 
 Row = Mapping[str, Any]
@@ -65,6 +66,8 @@ MEASURES = (
 )
 NUM_HEADLINES = 8
 """The first measures are the page's headline, the others conventions to compare papers by."""
+COMPARED = ("protocol", "image_size", "num_images", "reference")
+"""Keys of `metrics.json` that are equal where numbers may share a column. `reference` is the digest of the crops."""
 SET_DISTANCES = ("rfid", "sfid", "kid", "prc", "precision", "recall", "inception_score", "inception_score_of_originals")
 FRECHET = "Frechet distance over the extractor named; no FID"
 
@@ -82,6 +85,8 @@ class Evaluated:
     """The log of the tokenizer's training, where there is one."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
+    analyses: Sequence[Section] = ()
+    """The sections of further analyses on the page."""
 
     @property
     def is_discrete(self) -> bool:
@@ -137,7 +142,7 @@ def counts_from_array(array: np.ndarray, tokenizer: Mapping[str, Any]) -> Tensor
     """Undoes `counts_to_array`; `tokenizer` is that of `metrics.json`."""
     counts = torch.from_numpy(array)
     num_groups, codebook_size = tokenizer["num_groups"] or 0, tokenizer["codebook_size"] or 0
-    return from_rows(counts, num_groups, codebook_size) if num_groups * codebook_size > MOST_COUNTERS else counts
+    return from_rows(counts, num_groups, codebook_size) if num_groups * codebook_size > MAX_COUNTERS else counts
 
 
 def by_protocol(metrics: Row) -> list[dict[str, Any]]:
@@ -249,3 +254,8 @@ def codes(tokenizer: Mapping[str, Any]) -> str:
 def command_of(artifact: Artifact) -> str:
     """The command that published `artifact`."""
     return shlex.join(["vqpipe", *artifact.manifest.provenance["command"][1:]])
+
+
+def comparable(a: Row, b: Row) -> str | None:
+    """The first key at which two metrics.json differ so that their numbers may not share a column, or None."""
+    return next((key for key in COMPARED if a.get(key) != b.get(key)), None)

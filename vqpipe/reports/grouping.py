@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vqpipe.errors import ArtifactError
-from vqpipe.metrics.evaluation import comparable
-from vqpipe.reports.evaluation import Evaluated, by_protocol, size_in_words
+from vqpipe.reports.evaluation import Evaluated, by_protocol, comparable, size_in_words
 
 KEYS = ("protocol", "image_size", "num_images", "reference")
 """Of `metrics.json`: where all are equal, numbers may share a column. `reference` is the digest of the crops."""

@@ -191,7 +191,7 @@ class TokenizerMetrics(RunningMetrics[Reconstruction]):
 
     def counts(self) -> Tensor:
         """How often each code was chosen, over all ranks: int64[G, K], dense or sparse. Every rank calls it."""
-        counts = self.usage.merged()
+        counts = self.usage.merged().counts
         if self.resumed is None:
             return counts
         before = from_rows(self.resumed, *counts.shape)

@@ -152,7 +152,7 @@ class Validation(Callback):
         whole = distortion.merged()
         if not whole.num_images:
             raise DataError("none of the validation images can be read", "Check --validation")
-        counts, means = usage.merged(), whole.result()
+        counts, means = usage.merged().counts, whole.means()
         codes_in_use = usage_of(counts)
         perplexity = codes_in_use["perplexity_per_group"]
         assert isinstance(perplexity, list)

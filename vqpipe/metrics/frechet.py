@@ -1,7 +1,7 @@
-"""The Frechet distance between two sets of features, as Heusel et al. 2017, eq. 6, from streaming float64 sums.
+"""The Frechet distance between two sets of features (Heusel et al. 2017, eq. 6), from streaming float64 sums.
 
-With Inception's features (`inception.py`) it is FID, and between reconstructions and originals rFID; with any other
-network's it carries that network's name.
+With Inception's features (`inception.py`) it is FID, and between reconstructions and originals rFID; with another
+network's it carries the name of that network.
 
 Letters: B images, D features.
 """
@@ -11,15 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vqpipe.distributed import all_reduce_sum
 from vqpipe.errors import DataError, NumericError
-from vqpipe.metrics.state import Accumulator
+from vqpipe.metrics.metric import Metric
 
 
-class FrechetStatistics(Accumulator):
-    """Mean and covariance of features, as float64 sums; memory D x D whatever the number of images."""
+class Moments(Metric):
+    """Mean and covariance of features, as float64 sums; memory D x D for any number of images."""
 
-    accumulates: ClassVar[tuple[str, ...]] = ("count", "sum", "outer")
+    state_names: ClassVar[tuple[str, ...]] = ("count", "sum", "outer")
 
     def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
@@ -27,7 +26,7 @@ class FrechetStatistics(Accumulator):
         self.outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor) -> None:
-        """Take in float[B, D].
+        """Accumulate float[B, D].
 
         Raises:
             NumericError: NaN or infinity among the features.
@@ -39,15 +38,12 @@ class FrechetStatistics(Accumulator):
         self.sum += wide.sum(0)
         self.outer += wide.T @ wide
 
-    def merged(self) -> "FrechetStatistics":
-        """The sum over all ranks (a new object)."""
-        whole = FrechetStatistics(len(self.sum), self.sum.device)
-        for total, mine in ((whole.count, self.count), (whole.sum, self.sum), (whole.outer, self.outer)):
-            all_reduce_sum(total.copy_(mine))
-        return whole
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean float64[D] and sample covariance float64[D, D] over all ranks."""
+        return self.merged().mean_and_covariance()
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
-        """float64[D] and the sample covariance float64[D, D].
+        """float64[D] and the sample covariance float64[D, D] of this rank.
 
         Raises:
             DataError: fewer than two images.
@@ -59,11 +55,11 @@ class FrechetStatistics(Accumulator):
         return mean, (self.outer - count * torch.outer(mean, mean)) / (count - 1)
 
 
-def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """|mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^1/2), the squared Wasserstein-2 distance between two Gaussians.
 
-    Tr (A B)^1/2 is the sum of the square roots of the eigenvalues of A^1/2 B A^1/2: symmetric, so a covariance of too
-    few images gives no imaginary parts to drop.
+    Tr (A B)^1/2 is the sum of the square roots of the eigenvalues of A^1/2 B A^1/2. That matrix is symmetric, so a
+    covariance of too few images causes no imaginary parts.
     """
     (mean_a, covariance_a), (mean_b, covariance_b) = a.mean_and_covariance(), b.mean_and_covariance()
     values, vectors = torch.linalg.eigh(covariance_a)

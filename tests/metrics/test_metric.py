@@ -1,4 +1,4 @@
-"""The state of all that takes in images, through a file: whoever goes on from it ends as if never interrupted."""
+"""States of metrics through a file: a resumed metric has the result of one that was never interrupted."""
 
 import json
 from collections.abc import Callable, Collection
@@ -10,38 +10,37 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vqpipe.analysis import ANALYSES, Analysis, build
-from vqpipe.metrics import EvalConfig, populations, usage
+from vqpipe.evaluation.measurement import EvaluationMetrics
+from vqpipe.evaluation.pictures import SelectedPictures
+from vqpipe.metrics import EvalConfig, set_metrics, usage
 from vqpipe.metrics.distortion import Distortion
-from vqpipe.metrics.evaluation import Evaluation, Sizes
-from vqpipe.metrics.fid import FrechetStatistics
+from vqpipe.metrics.frechet import Moments
+from vqpipe.metrics.metric import Metric, Rows, pack, unpack
 from vqpipe.metrics.networks import FeatureNetworks
-from vqpipe.metrics.set_metrics import KeptFeatures
-from vqpipe.metrics.state import Accumulator, pack, unpack
+from vqpipe.metrics.set_metrics import FeatureBank
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import MultiGroupConfig, VqConfig
 from vqpipe.reports import page
-from vqpipe.reports.chosen import ChosenPictures
 from vqpipe.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 NUM_BATCHES, PER_BATCH, SIDE = 6, 2, 16
 
 
-def through_a_file(one: Accumulator, other: Accumulator) -> None:
-    """Give `other` the state of `one`."""
-    text, tensors, rows = pack(one.state())
-    joined = load(save({name: torch.cat(parts) for name, parts in rows.items() if parts}))
-    other.load(unpack(text, load(save(tensors)), {name: [part] for name, part in joined.items()}))
+def through_a_file(one: Metric, other: Metric) -> None:
+    """Restore the state of `one` in `other`."""
+    text, tensors, _ = pack(one.state())
+    other.load_state(unpack(text, load(save(tensors))))
 
 
 def images_of(number: int) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(number)
     shape = (2, PER_BATCH, 3, SIDE, SIDE)
-    originals, again = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+    originals, reconstructions = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
     if number == 3:
-        again[0] = originals[0]
-    return originals, again
+        reconstructions[0] = originals[0]
+    return originals, reconstructions
 
 
 def ids_of(number: int, codebook_size: int) -> Tensor:
@@ -74,25 +73,25 @@ def usage_case(codebook_size: int, placed: bool = True) -> Case:
     return (
         lambda: CodeUsage(codebook_size, 2),
         take,
-        lambda counted: (counted.merged().to_dense().tolist(), counted.report(counted.merged(), 1000)),
+        lambda counted: (counted.merged().counts.to_dense().tolist(), counted.compute(1000)[1:]),
     )
 
 
-def features_case(most_bytes: float) -> Case:
+def features_case(max_bytes: float) -> Case:
     return (
-        lambda: KeptFeatures(most_bytes),
-        lambda kept, number: kept.update(images_of(number)[0].flatten(1)[:, :5].float()),
-        lambda kept: (None if kept.merged() is None else kept.merged().tolist(), kept.bytes),
+        lambda: FeatureBank(max_bytes),
+        lambda bank, number: bank.update(images_of(number)[0].flatten(1)[:, :5].float()),
+        lambda bank: (None if bank.compute() is None else bank.compute().tolist(), bank.num_bytes),
     )
 
 
-def take_pictures(chosen: ChosenPictures, number: int) -> None:
+def take_pictures(chosen: SelectedPictures, number: int) -> None:
     places = [PER_BATCH * number + i for i in range(PER_BATCH)]
     psnr = [float("inf") if place == 5 else float(place * 7 % 5) for place in places]
     chosen.update([f"image {place}" for place in places], places, *images_of(number), psnr)
 
 
-def take_features(statistics: FrechetStatistics, number: int) -> None:
+def take_features(statistics: Moments, number: int) -> None:
     statistics.update(images_of(number)[0].flatten(1)[:, :9].float() / 3)
 
 
@@ -100,10 +99,10 @@ CASES: dict[str, Case] = {
     "distortion": (
         Distortion,
         lambda distortion, number: distortion.update(*images_of(number)),
-        lambda distortion: (distortion.merged().result(), distortion.merged().num_identical),
+        lambda distortion: (distortion.compute(), distortion.merged().num_identical),
     ),
     "moments": (
-        lambda: FrechetStatistics(9),
+        lambda: Moments(9),
         take_features,
         lambda statistics: [part.tolist() for part in statistics.mean_and_covariance()],
     ),
@@ -111,24 +110,19 @@ CASES: dict[str, Case] = {
     "features that become too many": features_case(150),
     "usage": usage_case(30),
     "usage of unknown places": usage_case(30, placed=False),
-    "sizes": (
-        Sizes,
-        lambda sizes, number: sizes.update((2, 3, 8, 8 if number < 5 else 9), 4),
-        vars,
-    ),
-    "pictures": (lambda: ChosenPictures(12, 5, 2), take_pictures, ChosenPictures.result),
+    "pictures": (lambda: SelectedPictures(12, 5, 2), take_pictures, SelectedPictures.compute),
 }
 
 
 def finish(case: Case, *cuts: int) -> tuple[Any, Any]:
-    """The result, and the last state, of a pass that began anew from its state at each cut."""
+    """The result, and the last state, of a pass that is interrupted and resumed at each cut."""
     make, take, result = case
     one = make()
     for number in range(NUM_BATCHES):
         if number in cuts:
             other = make()
             through_a_file(one, other)
-            take(one, number)  # what goes on does not share memory with what stood still
+            take(one, number)  # the resumed metric does not share memory with the interrupted one
             one = other
         take(one, number)
     text, tensors, _ = pack(one.state())
@@ -137,32 +131,32 @@ def finish(case: Case, *cuts: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("cuts", [(0,), (3,), (1, 2, 5)])
-def test_what_goes_on_from_a_state_ends_as_if_never_interrupted(name: str, cuts: tuple[int, ...]) -> None:
+def test_resumed_metric_has_the_same_result_and_state(name: str, cuts: tuple[int, ...]) -> None:
     whole, resumed = finish(CASES[name]), finish(CASES[name], *cuts)
     assert whole[1][0] == resumed[1][0]
     assert whole == resumed
 
 
-def test_the_counts_of_a_codebook_too_large_for_counters_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "MOST_COUNTERS", 10)
-    monkeypatch.setattr(usage, "MOST_WAITING", 20)
+def test_resumed_sparse_counts_have_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "MAX_COUNTERS", 10)
+    monkeypatch.setattr(usage, "MIN_SORTED", 20)
     assert finish(usage_case(30)) == finish(usage_case(30), 0, 2, 3)
 
 
 @pytest.mark.parametrize("metrics", [(), ("kid", "prc", "sfid", "is")])
-def test_a_whole_evaluation_goes_on(metrics: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(populations, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
+def test_resumed_tokenizer_metrics_are_the_same(metrics: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(set_metrics, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
     protocols = ("cleanfid-rawval", "adm")
     config = EvalConfig(image_size=SIDE, protocol=protocols, metrics=metrics, fid_min_images=4)
     networks = FeatureNetworks({}, Pooled(), {}, {}, {"mean": Mean()})
 
-    def take(measured: Evaluation, number: int) -> None:
-        originals, again = images_of(number)
+    def take(metrics: EvaluationMetrics, number: int) -> None:
+        originals, images = images_of(number)
         raw = nn.functional.interpolate(originals.float(), 299)
-        places = range(PER_BATCH * number, PER_BATCH * (number + 1))
-        measured.update(originals, again, ids_of(number, 32), {1: again // 2}, raw=raw, places=places)
+        positions = range(PER_BATCH * number, PER_BATCH * (number + 1))
+        metrics.update(originals, images, ids_of(number, 32), {1: images // 2}, raw=raw, positions=positions)
 
-    case = (lambda: Evaluation(config, networks, 32, 2, CPU), take, Evaluation.result)
+    case = (lambda: EvaluationMetrics(config, networks, 32, 2, CPU), take, lambda metrics: metrics.compute()[0])
     whole, resumed = finish(case), finish(case, 1, 4)
     assert whole[0]["rfid"].keys() == set(protocols)
     assert whole[0]["prefixes"][0]["rfid"]
@@ -170,7 +164,7 @@ def test_a_whole_evaluation_goes_on(metrics: tuple[Any, ...], monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ANALYSES)
-def test_an_analysis_goes_on(name: str) -> None:
+def test_resumed_analysis_has_the_same_result_and_page(name: str) -> None:
     torch.manual_seed(0)
     groups = MultiGroupConfig(num_groups=2, group=VqConfig(codebook_size=60, code_dim=3))
     model = build_autoencoder(
@@ -196,10 +190,15 @@ def test_an_analysis_goes_on(name: str) -> None:
     assert whole == resumed
 
 
-def test_numbers_larger_than_any_tensor_holds_and_infinity_stay_what_they_are() -> None:
+def test_large_numbers_infinity_and_bytes_survive_packing() -> None:
     state = {"digest": 2**256 - 1, "scores": [float("inf"), 0.1], "none": None, "png": b"\x00\xff", "empty": b""}
-    text, tensors, rows = pack(state | {"zero": torch.zeros((), dtype=torch.int64), "no": torch.zeros(0, 3)})
-    back = unpack(text, load(save(tensors)), rows)
+    text, tensors, _ = pack(state | {"zero": torch.zeros((), dtype=torch.int64), "no": torch.zeros(0, 3)})
+    back = unpack(text, load(save(tensors)))
     assert back.pop("zero").shape == ()
     assert back.pop("no").shape == (0, 3)
     assert back == state
+
+
+def test_packing_names_kept_features_and_files_as_unchanging() -> None:
+    _, tensors, unchanging = pack({"sum": torch.zeros(3), "rows": Rows([torch.ones(2, 2)]), "png": b"bytes"})
+    assert [tensors[name].numel() for name in unchanging] == [4, 5]

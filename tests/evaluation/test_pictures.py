@@ -1,0 +1,55 @@
+"""The selection of a report's pictures, against sorting the whole set."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from vqpipe.evaluation import pictures
+from vqpipe.evaluation.pictures import SelectedPictures
+
+PSNR = [3.0, 1.0, float("inf"), 1.0, 2.0, 5.0, float("inf"), 0.5]
+IMAGES = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 2, 2)
+
+
+def selected(order: list[int], k: int = 3, num_spread: int = 0) -> SelectedPictures:
+    selection = SelectedPictures(8, num_spread, k)
+    for i in order:
+        selection.update([f"image {i}"], [i], IMAGES[i : i + 1], IMAGES[i : i + 1], [PSNR[i]])
+    return selection
+
+
+def names(rows: list[Any]) -> list[tuple[int, str]]:
+    return [(position, picture.name) for _, position, picture in rows]
+
+
+@pytest.mark.parametrize("order", [list(range(8)), list(range(7, -1, -1)), [3, 6, 1, 0, 7, 2, 5, 4]])
+def test_extremes_equal_sorting_all_images_in_any_order(order: list[int]) -> None:
+    selection = selected(order)
+    assert names(selection.lowest) == [(7, "image 7"), (1, "image 1"), (3, "image 3")]
+    assert names(selection.highest) == [(2, "image 2"), (6, "image 6"), (5, "image 5")]
+
+
+def test_extremes_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = selected([0, 1, 2, 3]), selected([4, 5, 6, 7])
+    scores = ([row[:2] for row in second.lowest], [row[:2] for row in second.highest])
+    chosen = ([], [row for row in second.lowest if row[1] == 7], [row for row in second.highest if row[1] in (5, 6)])
+    answers: Any = iter([scores, chosen])
+    monkeypatch.setattr(pictures, "gather_objects", lambda own: [own, next(answers)])
+    whole = [("worst", 7), ("worst", 1), ("worst", 3), ("best", 2), ("best", 6), ("best", 5)]
+    assert [(each.why, each.name) for each in first.compute()] == [(why, f"image {i}") for why, i in whole]
+
+
+def test_pictures_are_spread_evenly_and_infinite_psnr_is_left_out() -> None:
+    shown = selected(list(range(8)), k=0, num_spread=4).compute()
+    assert [(each.name, each.psnr) for each in shown] == [
+        ("image 0", 3.0),
+        ("image 2", None),
+        ("image 4", 2.0),
+        ("image 6", None),
+    ]
+
+
+def test_no_extremes_are_kept_if_none_are_wanted() -> None:
+    selection = selected(list(range(8)), k=0)
+    assert selection.lowest == selection.highest == []

@@ -1,0 +1,310 @@
+"""Evaluation of a tokenizer: one pass over images, resumable, to one result.
+
+Each file is decoded once, cropped by every rule of its protocols, and encoded and decoded once a crop. Each rank
+measures a contiguous share of the images and saves its state in a folder of its own, from which a killed evaluation
+continues:
+
+    RUN/states/rank-0/images-00000064/     what rank 0 accumulated over the first 64 images of its share
+
+A state holds 32 MiB for a mean and a covariance of 2,048 features, 16 bytes for each code of a codebook, the pictures
+of the report, and the features of metrics that keep them.
+
+Letters: B images of H x W pixels.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from vqpipe import distributed
+from vqpipe.artifacts import Artifact, states
+from vqpipe.config import difference
+from vqpipe.data.batches import OrderedBatches, check_skipped
+from vqpipe.data.images import ImageSet
+from vqpipe.data.transforms import parse_size, to_uint8
+from vqpipe.evaluation.measurement import EvaluationMetrics
+from vqpipe.evaluation.pictures import SelectedPictures
+from vqpipe.evaluation.reconstruction import Autoencoder, Reconstructor, Views, rank_share
+from vqpipe.metrics.config import EvalConfig
+from vqpipe.metrics.metric import Metric, State, pack, unpack
+from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.protocols import PROTOCOLS
+from vqpipe.progress import SILENT, Progress
+from vqpipe.reports.evaluation import Evaluated, command_of
+from vqpipe.reports.page import Section
+
+FORMAT = 2
+"""Version of the saved states; others are not resumed."""
+MAX_PAUSE = 10
+"""A rank saves at least every `save_seconds` times this, however long saving takes."""
+MAX_SHARE = 0.05
+"""Share of the time that saving may take, up to MAX_PAUSE."""
+NATIVE_SIDE = 2048
+"""Side of whole images in pixels, assumed for the shared memory of loader processes."""
+
+
+class Analysis(Protocol):
+    """A further measurement of the ids and reconstructions, as `vqpipe.analysis`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor, keys: Sequence[str]) -> None: ...
+
+    def state(self) -> State: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+    def result(self) -> dict[str, Any]: ...
+
+    def sections(self, result: Mapping[str, Any]) -> list[Section]: ...
+
+
+def evaluate(
+    images: ImageSet,
+    autoencoder: Autoencoder,
+    config: EvalConfig,
+    networks: FeatureNetworks,
+    *,
+    analyses: Sequence[Analysis] = (),
+    limit: int | None = None,
+    num_workers: int = -1,
+    run_dir: Path | None = None,
+    request: str = "",
+    progress: Progress = SILENT,
+) -> Evaluated:
+    """Measure an autoencoder on the first `limit` images. Every rank calls it.
+
+    Args:
+        run_dir: folder of the saved states; None: nothing is saved.
+        request: digest of the inputs and settings; a state of another request is an error.
+
+    Raises:
+        DataError: more unreadable images than `config.max_skipped`, or no images at all.
+    """
+    run = EvaluationPass(autoencoder, config, networks, analyses, min(limit or len(images), len(images)))
+    run.over(images, num_workers, Checkpoints(run_dir, request, config.save_seconds), progress)
+    metrics, counts = run.metrics.compute()
+    shown = run.pictures.compute()
+    metrics |= run.reconstructor.compute()
+    if analyses:
+        metrics["analyses"] = {analysis.name: analysis.result() for analysis in analyses}
+    metrics |= {
+        "skipped": run.all_skipped,
+        "tokenizer": description(autoencoder, run.size),
+        "pictures": [{"number": i, "name": s.name, "psnr": s.psnr, "why": s.why} for i, s in enumerate(shown)],
+        "versions": versions(*(["diffusers"] if autoencoder.codebook_size is None else [])),
+    }
+    artifact = autoencoder.artifact
+    return Evaluated(
+        name=autoencoder.name,
+        metrics=metrics,
+        counts=counts.cpu(),
+        shown=shown,
+        history=training_log(artifact),
+        commands=[command_of(artifact)] if artifact else [],
+        analyses=[section for each in analyses for section in each.sections(metrics["analyses"][each.name])],
+    )
+
+
+class EvaluationPass(Metric):
+    """Everything that one pass over the images [0, stop) accumulates."""
+
+    state_names: ClassVar[tuple[str, ...]] = ("metrics", "pictures", "reconstructor", "skipped")
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        config: EvalConfig,
+        networks: FeatureNetworks,
+        analyses: Sequence[Analysis],
+        stop: int,
+    ) -> None:
+        self.autoencoder, self.config, self.analyses, self.stop = autoencoder, config, analyses, stop
+        self.device = autoencoder.device
+        self.size = parse_size(str(config.image_size))
+        self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(config.image_size) for name in config.protocols}
+        self.metrics = EvaluationMetrics(
+            config, networks, autoencoder.codebook_size, autoencoder.num_groups, self.device
+        )
+        self.reconstructor = Reconstructor(autoencoder, config.tile)
+        self.pictures = SelectedPictures(stop, config.num_pictures, config.num_extremes)
+        self.skipped: dict[str, int] = {}
+        """Reason -> number of unreadable images of this rank; `all_skipped` of all ranks, after the pass."""
+        self.all_skipped: dict[str, int] = {}
+
+    def state(self) -> State:
+        return super().state() | {"analyses": [analysis.state() for analysis in self.analyses]}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        for analysis, saved in zip(self.analyses, state["analyses"], strict=True):
+            analysis.load_state(saved)
+
+    def over(self, images: ImageSet, num_workers: int, checkpoints: "Checkpoints", progress: Progress) -> None:
+        """Go over this rank's share, from the newest state on."""
+        tiled = self.size is None or (self.config.tile is not None and max(self.size) > self.config.tile)
+        batch_size = 1 if tiled else self.config.batch_size
+        first, stop = rank_share(self.stop, batch_size)
+        done = checkpoints.resume(self, first, progress)
+        views = Views(list(self.rules.values()), self.size, self.metrics.needs_raw)
+        batches = OrderedBatches(
+            images,
+            image_size=max(self.size or (NATIVE_SIDE,)),
+            batch_size=batch_size,
+            start=done,
+            stop=stop,
+            num_workers=num_workers,
+            transform=views,
+        )
+        progress.start("eval", stop - first, done=done - first)
+        with torch.no_grad():
+            for piece in batches.pieces():
+                self.skipped = dict(Counter(self.skipped) + Counter(piece.skipped))
+                if piece.batch is not None:
+                    self.update(*views.split(piece.batch.images), piece.batch.keys, piece.batch.indices)
+                psnr = self.metrics.first.distortion.means().get("psnr", float("inf"))
+                progress.note(f"psnr {psnr:.2f} dB")
+                checkpoints.save_if_due(self, piece.positions.stop)
+                progress.advance(len(piece.positions))
+        checkpoints.save_last(self, stop)
+        parts = distributed.gather_objects(self.skipped)
+        self.all_skipped = dict(sorted(sum((Counter(part) for part in parts), Counter[str]()).items()))
+        check_skipped(self.all_skipped, self.stop, self.config.max_skipped)
+
+    def update(
+        self, crops: Mapping[str, Tensor], raw: Tensor | None, keys: Sequence[str], positions: Sequence[int]
+    ) -> None:
+        """Reconstruct each crop of a batch once, equal crops together, and pass it to all that measures."""
+        first, *others = crops
+        originals = crops[first].to(self.device)
+        reconstruction = self.reconstructor(originals, list(self.metrics.prefixes))
+        pairs = {first: (originals, reconstruction.images)}
+        for rule in others:
+            if torch.equal(crops[rule], crops[first]):  # square images of the right size have equal crops
+                pairs[rule] = pairs[first]
+            else:
+                crop = crops[rule].to(self.device)
+                pairs[rule] = (crop, self.reconstructor(crop, count=False).images)
+        psnr = self.metrics.update(
+            originals,
+            reconstruction.images,
+            reconstruction.ids,
+            reconstruction.prefixes,
+            others={name: pairs[rule] for name, rule in self.rules.items()},
+            raw=None if raw is None else raw.to(self.device),
+            positions=positions,
+        ).tolist()
+        rounded = to_uint8(reconstruction.images)
+        if reconstruction.ids is not None:
+            for analysis in self.analyses:
+                analysis.update(originals, rounded, reconstruction.ids, keys)
+        self.pictures.update(keys, positions, originals, rounded, psnr)
+
+
+class Checkpoints:
+    """Saves and restores the state of a pass, each rank in a folder of its own.
+
+    Args:
+        seconds: between two saves; 0: after each batch.
+    """
+
+    def __init__(self, run_dir: Path | None, request: str, seconds: float) -> None:
+        folder = None if run_dir is None else run_dir / "states" / f"rank-{distributed.rank()}"
+        self.states = states.States(folder, request, prefix="images")
+        self.seconds = self.pause = seconds
+        self.first = self.done = 0
+        """The images [first, done) of the set are in the newest state."""
+        self.any = False
+        self.saved = time.monotonic()
+
+    def resume(self, run: EvaluationPass, first: int, progress: Progress) -> int:
+        """Restore the newest usable state; return the position to continue from. Every rank calls it."""
+        self.first = self.done = first
+        path, problems = self.states.newest()
+        if path is not None:
+            state = states.read(path)
+            if state.values["made_by"] != self.made_by():
+                reason = difference(state.values["made_by"], self.made_by())
+                problems = [f"{path.name}: saved by another run ({reason})"]
+                path = None
+            else:
+                run.load_state(unpack(state.values["content"], {**state.parts["once"], **state.parts["state"]}))
+                self.done, self.any = first + state.step, True
+        if path is None and problems:
+            self.states.discard()
+            problems = [f"{problems[0]}; no other state can be used, the pass starts from the beginning"]
+        ranks = distributed.gather_objects((problems, self.done - first))
+        for problem in dict.fromkeys(problem for found, _ in ranks for problem in found):
+            progress.message(problem)
+        if count := sum(count for _, count in ranks):
+            progress.message(f"resuming after {count:,} images")
+        self.saved = time.monotonic()
+        return self.done
+
+    def save_if_due(self, run: EvaluationPass, done: int) -> None:
+        """The images up to `done` are measured: save the state if it is time."""
+        if time.monotonic() - self.saved >= self.pause:
+            self.save(run, done)
+
+    def save_last(self, run: EvaluationPass, done: int) -> None:
+        """All images are measured: save if there is a state already, so that the pass is not repeated from there."""
+        if self.any and self.done != done:
+            self.save(run, done)
+
+    def save(self, run: EvaluationPass, done: int) -> None:
+        """Write the state.
+
+        Raises:
+            ArtifactError: the disk does not take it.
+        """
+        began = time.monotonic()
+        content, tensors, unchanging = pack(run.state())
+        once = {name: tensors.pop(name) for name in unchanging}
+        values = {"made_by": self.made_by(), "content": content}
+        self.states.save(done - self.first, {"state": tensors, "once": once}, values, unchanging={"once": unchanging})
+        self.any, self.done, self.saved = True, done, time.monotonic()
+        self.pause = max(self.seconds, min((self.saved - began) / MAX_SHARE, self.seconds * MAX_PAUSE))
+
+    def made_by(self) -> dict[str, Any]:
+        """What a state must agree with, beside the request."""
+        versions = {name: metadata.version(name) for name in ("vqpipe", "torch")}
+        return {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first, **versions}
+
+
+def description(autoencoder: Autoencoder, size: tuple[int, int] | None) -> dict[str, Any]:
+    """The autoencoder's facts, for images of (H, W), or of their own sizes."""
+    factor = autoencoder.downsample_factor
+    table = autoencoder.describe(factor)
+    sides = [f"H/{factor}", f"W/{factor}"] if size is None else [-(-side // factor) for side in size]
+    return table | {"latent_shape": [table["latent_shape"][0], *sides]}
+
+
+def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
+    """The rows that `train` logged, if the tokenizer's artifact has them."""
+    if artifact is None or not artifact.names("metrics.jsonl"):
+        return []
+    return [json.loads(line) for line in artifact.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def versions(*others: str) -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    packages = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow", *others)
+    return {name: metadata.version(name) for name in packages}
+
+
+def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:
+    """Raise a DataError if the autoencoder cannot take images of `eval.image_size`. A square must divide into the
+    network's cells; other sizes are padded and cropped back."""
+    size = parse_size(str(config.image_size))
+    if size is not None:
+        factor = autoencoder.downsample_factor
+        height, width = size if size[0] == size[1] else (-(-side // factor) * factor for side in size)
+        autoencoder.check_size(height, width)

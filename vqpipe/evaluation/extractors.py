@@ -1,0 +1,66 @@
+"""Networks of the user's choice, open_clip or timm, whose mean features give a Frechet distance of their name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vqpipe.codebooks import features
+from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.files import hash_file
+from vqpipe.metrics.networks import FeatureNetworks
+
+
+class PooledMaps(nn.Module):
+    """A network of feature maps as an extractor: uint8[B, 3, H, W] -> float32[B, D], the mean over positions.
+
+    Args:
+        network: 8-bit images at its own input size -> float[B, D, h, w].
+        prepare: one RGB image -> uint8[3, S, S], the network's own resize and crop.
+    """
+
+    def __init__(self, network: nn.Module, prepare: Callable[[Image.Image], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.prepare = prepare
+
+    def forward(self, images: Tensor) -> Tensor:
+        pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images.cpu()]
+        prepared = torch.stack([self.prepare(picture) for picture in pictures]).to(images.device)
+        maps: Tensor = self.network(prepared)
+        return maps.float().mean((2, 3))
+
+
+def add_extractor(
+    networks: FeatureNetworks, spec: str | None, weights: Path | None, device: torch.device
+) -> dict[str, str]:
+    """Build the network `spec` ("open_clip:NAME/TAG", "timm:NAME"; None: none) and add it to `networks`.
+
+    Returns:
+        Name -> hash of its weights.
+
+    Raises:
+        ConfigError: no such network, or one without weights or preprocessing of its own.
+        WeightsError: its weights are absent.
+    """
+    if spec is None:
+        if weights is not None:
+            raise ConfigError("--extractor-weights was given without --extractor", "Name the network they belong to")
+        return {}
+    if spec == "patch-pca":
+        raise ConfigError("patch-pca is fitted to images, so it measures no distance", "Name open_clip: or timm:")
+    config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
+    try:
+        file = features.find_weights(config)
+    except WeightsError as error:
+        hint = "Fetch them where there is a network, and name --extractor-weights FILE"
+        raise WeightsError(error.what, hint) from None
+    encoder = features.open_encoder(config, file)
+    if file is None or encoder.transform is None:
+        raise ConfigError(f"{spec} has no weights or no preprocessing of its own", "Name open_clip: or timm:")
+    networks.extractors[spec] = PooledMaps(encoder, encoder.transform).to(device)
+    digest = hash_file(file)
+    networks.sha256[f"{spec}: {file.name}"] = digest
+    return {spec: digest}

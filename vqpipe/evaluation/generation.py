@@ -1,0 +1,274 @@
+"""Evaluation of generated images: FID, sFID, KID, Inception Score, precision and recall against references.
+
+What a protocol fixes, beside 50,000 samples and classes in equal parts:
+
+| | adm | cleanfid-raw |
+|---|---|---|
+| samples | at the evaluated size, else PIL's antialiased bicubic (as MGVQ makes 256 px of 384) | the same |
+| references | ADM's centre crop | whole images, resized to 299 x 299 without their aspect ratio |
+| resize to 299 | bilinear as in TensorFlow 1 | PIL's bicubic of each channel (clean-fid) |
+| used by | LlamaGen, MGVQ (Table 4), DiT, SiT | VQGAN-LC (Tables 4 and 5) |
+
+Both: Inception-v3 of 2015 in torch-fidelity's conversion. IS is of 10 splits after a shuffle: in the order of their
+classes a split would hold a tenth of the classes, and the score would be lower. Precision and recall have k = 3 and
+compare all samples with NUM_KEPT references, as the ADM suite, whose file holds so many; so does KID.
+
+Statistics of the references may come from ADM's own file (VIRTUAL_imagenet256_labeled.npz), whose means and covariances
+were computed by the TensorFlow graph itself.
+
+Letters: B images of S x S pixels, n images, D features.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqpipe import artifacts, distributed
+from vqpipe.artifacts import Artifact
+from vqpipe.config import difference
+from vqpipe.data.batches import OrderedBatches, check_skipped
+from vqpipe.data.images import ImageSet, is_artifact, open_images
+from vqpipe.errors import ConfigError, DataError
+from vqpipe.evaluation.reconstruction import Views, rank_share
+from vqpipe.files import hash_file
+from vqpipe.metrics.frechet import Moments
+from vqpipe.metrics.inception import SIZES
+from vqpipe.metrics.networks import FeatureNetworks, feature_size
+from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
+from vqpipe.progress import SILENT, Progress
+from vqpipe.weights import LPIPS_BACKBONES
+
+NUM_KEPT = 10_000
+"""References whose features are kept, for precision, recall and KID."""
+METRICS = ("fid", "sfid", "is", "kid", "prc")
+SHEET_IMAGES = 64
+"""Samples on the contact sheet."""
+FEATURE_GB = 8.0
+"""Memory for features of the samples over all ranks; 50,000 samples take 0.6."""
+
+ProtocolName = Literal["adm", "cleanfid-raw"]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How both sides are measured."""
+
+    protocol: ProtocolName
+    image_size: int
+    batch_size: int = 32
+    num_workers: int = -1
+    max_skipped: float = 0.01
+    """Largest share of unreadable images, 0..1."""
+    fid_min_images: int = 2049
+    """With fewer images FID and sFID are not computed."""
+
+    @property
+    def resize(self) -> Literal["tf1", "clean"]:
+        return "tf1" if self.protocol == "adm" else "clean"
+
+
+class GenerationEvaluator:
+    """Measures sets of images under one protocol.
+
+    Args:
+        extractors: name -> hash of the weights of `networks.extractors`.
+    """
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        networks: FeatureNetworks,
+        extractors: Mapping[str, str],
+        device: torch.device,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.config, self.networks, self.device, self.progress = config, networks, device, progress
+        self.extractor_sizes = {name: feature_size(name, net, device) for name, net in networks.extractors.items()}
+        perceptual = {name for name, _ in LPIPS_BACKBONES.values()}
+        self.weights = {name: digest for name, digest in networks.sha256.items() if name not in perceptual}
+        self.request: dict[str, Any] = {"protocol": config.protocol, "image_size": config.image_size}
+        self.request |= {"weights": self.weights, "extractor": dict(extractors)}
+        """What statistics of references depend on."""
+
+    def references(self, names: Sequence[str], target: Path) -> tuple[SetStatistics, Artifact | ImageSet | str]:
+        """Statistics of the references, and the source that they were read from.
+
+        Args:
+            names: images, as of `open_images`; an artifact of statistics; or ADM's .npz.
+            target: artifact for the statistics of images, where they are computed once.
+
+        Raises:
+            ConfigError: the statistics are of another protocol, size or network.
+        """
+        first = Path(names[0])
+        if len(names) == 1 and first.suffix == ".npz":
+            if self.extractor_sizes or self.config.protocol != "adm":
+                raise ConfigError(f"{first} is for the protocol adm and Inception alone", "Give the images themselves")
+            return self.adm_statistics(first), hash_file(first)
+        if len(names) == 1 and first.is_dir() and is_artifact(first):
+            artifact = artifacts.open_artifact(first)
+            if artifact.kind == "statistics":
+                if (before := {key: artifact.config[key] for key in self.request}) != self.request:
+                    changed = difference(before, self.request)
+                    raise ConfigError(f"{first} was measured with other settings: {changed}", "Use the same settings")
+                return SetStatistics.load(artifact.whole("statistics.safetensors"), self.device), artifact
+        images = open_images(names)
+        if self.networks.inception is None and not self.extractor_sizes:
+            return SetStatistics(len(images)), images
+        draft = artifacts.start(target, "statistics", self.request, {"images": images})
+        if isinstance(draft, artifacts.Draft):
+            with draft:
+                statistics = self.reference_statistics(images)
+                if distributed.is_main():
+                    with draft.write("statistics.safetensors") as path:
+                        statistics.save(path)
+                draft = draft.publish({"num_images": statistics.num_images})
+                self.progress.message(f"reference statistics: {draft.path}")
+        return SetStatistics.load(draft.whole("statistics.safetensors"), self.device), draft
+
+    def reference_statistics(self, images: ImageSet) -> SetStatistics:
+        """Means and covariances of the references, and the features of some."""
+        statistics = self.statistics(["pool"])
+        num_kept = min(NUM_KEPT, len(images))
+        kept = set(np.linspace(0, len(images) - 1, num_kept).round().astype(int).tolist())
+        raw = self.config.protocol == "cleanfid-raw" and self.networks.inception is not None
+        for positions, crops, whole in self.batches("references", images, len(images), "adm", raw):
+            statistics.update(crops, whole, [i for i, position in enumerate(positions) if position in kept])
+        return statistics.compute()
+
+    def adm_statistics(self, path: Path) -> SetStatistics:
+        """ADM's file, with the features of its images on every rank."""
+        statistics, images = read_adm_file(path, self.device)
+        if self.networks.inception is not None:
+            parts = images.split(self.config.batch_size)
+            features = [self.networks.inception(part.to(self.device))["pool"].cpu() for part in parts]
+            statistics.features = {"pool": torch.cat(features)}
+        return statistics
+
+    def measure(self, images: ImageSet, stop: int, references: SetStatistics) -> tuple[dict[str, Any], Tensor]:
+        """The content of `metrics.json` for the samples [0, stop), and some of them, uint8[n, 3, S, S].
+
+        Raises:
+            DataError: there are no samples.
+        """
+        statistics = self.statistics(["pool", "logits"])
+        sheet = {number * stop // min(SHEET_IMAGES, stop) for number in range(min(SHEET_IMAGES, stop))}
+        shown: list[Tensor] = []
+        for positions, crops, _ in self.batches("samples", images, stop, "cover", raw=False):
+            statistics.update(crops)
+            shown += [crop.cpu() for position, crop in zip(positions, crops, strict=True) if position in sheet]
+        samples = statistics.compute()
+        if samples.num_images == 0:
+            raise DataError("there are no samples to measure", "Check --images and --limit")
+        absent = self.networks.inception is None
+        numbers, reasons = set_distances(
+            samples,
+            references,
+            [] if absent else METRICS,
+            min_images=self.config.fid_min_images,
+            memory=f"{FEATURE_GB:g} GB",
+            nouns=("samples", "references"),
+        )
+        if absent:
+            reasons |= dict.fromkeys(METRICS, self.networks.absent["rfid"].replace("rFID needs", "these need"))
+        for table in (numbers, reasons):
+            if "is" in table:
+                table["inception_score"] = table.pop("is")
+        metrics = {
+            "protocol": self.config.protocol,
+            "num_images": samples.num_images,
+            "num_references": references.num_images,
+            "image_size": self.config.image_size,
+            **numbers,
+            "not_computed": reasons,
+            "weights": self.weights,
+        }
+        return metrics, torch.stack([image for part in distributed.gather_objects(shown) for image in part])
+
+    def statistics(self, features: Sequence[str]) -> FeatureStatistics:
+        """Empty statistics that keep these outputs of Inception."""
+        return FeatureStatistics(
+            self.networks,
+            self.config.resize,
+            self.device,
+            moments=tuple(MOMENTS.values()),
+            features=features,
+            max_bytes=FEATURE_GB * 1e9 / 2 / distributed.world_size(),
+            extractor_sizes=self.extractor_sizes,
+        )
+
+    def batches(
+        self, title: str, images: ImageSet, stop: int, rule: str, raw: bool
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """This rank's images: their positions, uint8[B, 3, S, S], and float32[B, 3, 299, 299] with `raw`.
+
+        Raises:
+            DataError: too many images cannot be read.
+        """
+        config = self.config
+        first, last = rank_share(stop, config.batch_size)
+        views = Views([rule], (config.image_size, config.image_size), raw)
+        batches = OrderedBatches(
+            images,
+            image_size=config.image_size,
+            batch_size=config.batch_size,
+            start=first,
+            stop=last,
+            num_workers=config.num_workers,
+            transform=views,
+        )
+        self.progress.start(title, last - first)
+        for batch in batches:
+            crops, whole = views.split(batch.images)
+            yield batch.indices, crops[rule].to(self.device), None if whole is None else whole.to(self.device)
+            self.progress.advance(len(batch.indices))
+        skipped: Counter[str] = sum((Counter(part) for part in distributed.gather_objects(batches.skipped)), Counter())
+        check_skipped(dict(skipped), stop, config.max_skipped)
+
+
+def generated_size(images: Sequence[str]) -> int:
+    """The image size of artifacts of `generate`, if all have the same; else 256."""
+    folders = [Path(each) for each in images]
+    if not all("://" not in str(folder) and folder.is_dir() and is_artifact(folder) for folder in folders):
+        return 256
+    sizes = {artifacts.open_artifact(folder).facts.get("image_size") for folder in folders}
+    size = sizes.pop()
+    return size if not sizes and isinstance(size, int) else 256
+
+
+def read_adm_file(path: Path, device: torch.device) -> tuple[SetStatistics, Tensor]:
+    """The reference that ADM publishes, and its sample of images, uint8[n, 3, H, W].
+
+    Raises:
+        DataError: another file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+            pairs = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+            moments = {name: gaussian_moments(arrays[a], arrays[b], device) for name, (a, b) in pairs.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} is no reference of the ADM suite ({type(error).__name__})",
+            "Fetch VIRTUAL_imagenet256_labeled.npz, or give images",
+        ) from None
+    for name, each in moments.items():
+        if len(each.sum) != SIZES[name]:
+            raise DataError(f"{path} holds {len(each.sum)} features where {name} has {SIZES[name]}")
+    return SetStatistics(len(images), moments), images
+
+
+def gaussian_moments(mean: np.ndarray, covariance: np.ndarray, device: torch.device) -> Moments:
+    """Moments with this mean and sample covariance, as of two images."""
+    moments = Moments(len(mean), device)
+    centre = torch.from_numpy(mean).double().to(device)
+    moments.count.fill_(2)
+    moments.sum = 2 * centre
+    moments.outer = torch.from_numpy(covariance).double().to(device) + 2 * torch.outer(centre, centre)
+    return moments

@@ -1,0 +1,95 @@
+"""The pictures of a report, selected during the pass: evenly spread over the set, and those of the lowest and highest
+PSNR."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
+from typing import Any
+
+from torch import Tensor
+
+from vqpipe.distributed import gather_objects
+from vqpipe.metrics.metric import Metric, State
+from vqpipe.reports.pictures import ImagePair, to_png
+
+Scored = tuple[float, int, ImagePair]
+"""PSNR, position in the set, and the picture."""
+
+
+class SelectedPictures(Metric):
+    """Selects pictures of a set of `num_images`.
+
+    Args:
+        num_spread: how many are spread evenly over the set.
+        num_extremes: how many of the lowest PSNR, and how many of the highest. Ties go to the earlier position, so the
+            selection does not depend on the sharding.
+    """
+
+    def __init__(self, num_images: int, num_spread: int, num_extremes: int) -> None:
+        self.positions = {number * num_images // num_spread for number in range(num_spread)}
+        self.num_extremes = num_extremes
+        self.spread: list[ImagePair] = []
+        self.lowest: list[Scored] = []
+        """The lowest first."""
+        self.highest: list[Scored] = []
+        """The highest first."""
+
+    def update(
+        self,
+        keys: Sequence[str],
+        positions: Sequence[int],
+        originals: Tensor,
+        reconstructions: Tensor,
+        psnr: Sequence[float],
+    ) -> None:
+        """Consider uint8[B, 3, H, W] twice, with the images' names and their positions in the set."""
+        for i, (position, score) in enumerate(zip(positions, psnr, strict=True)):
+            lowest = sorted([*(row[:2] for row in self.lowest), (score, position)])[: self.num_extremes]
+            highest = sorted([*(row[:2] for row in self.highest), (score, position)], key=falling)[: self.num_extremes]
+            chosen = (score, position)
+            if position not in self.positions and chosen not in lowest and chosen not in highest:
+                continue
+            finite = score if score < float("inf") else None  # infinite for equal images
+            picture = ImagePair(keys[i], to_png(originals[i]), to_png(reconstructions[i]), finite)
+            if position in self.positions:
+                self.spread.append(picture)
+            if chosen in lowest:
+                self.lowest = sorted([*self.lowest, (*chosen, picture)], key=rising)[: self.num_extremes]
+            if chosen in highest:
+                self.highest = sorted([*self.highest, (*chosen, picture)], key=falling)[: self.num_extremes]
+
+    def state(self) -> State:
+        rows = {side: [(*row[:2], *astuple(row[2])) for row in getattr(self, side)] for side in ("lowest", "highest")}
+        return {"spread": [astuple(shown) for shown in self.spread], **rows}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.spread = [ImagePair(*shown) for shown in state["spread"]]
+        for side in ("lowest", "highest"):
+            setattr(self, side, [(score, position, ImagePair(*shown)) for score, position, *shown in state[side]])
+
+    def compute(self) -> list[ImagePair]:
+        """Those of all ranks: the spread ones in the set's order, then the worst and the best, from the first on."""
+        scores = gather_objects(([row[:2] for row in self.lowest], [row[:2] for row in self.highest]))
+        lowest = sorted(row for part in scores for row in part[0])[: self.num_extremes]
+        highest = sorted((row for part in scores for row in part[1]), key=falling)[: self.num_extremes]
+        parts = gather_objects(
+            (
+                self.spread,
+                [row for row in self.lowest if row[:2] in lowest],
+                [row for row in self.highest if row[:2] in highest],
+            )
+        )
+        worst = sorted((row for part in parts for row in part[1]), key=rising)
+        best = sorted((row for part in parts for row in part[2]), key=falling)
+        return [
+            *(shown for part in parts for shown in part[0]),
+            *(replace(row[2], why="worst") for row in worst),
+            *(replace(row[2], why="best") for row in best),
+        ]
+
+
+def rising(row: Sequence[Any]) -> tuple[float, int]:
+    return row[0], row[1]
+
+
+def falling(row: Sequence[Any]) -> tuple[float, int]:
+    return -row[0], row[1]

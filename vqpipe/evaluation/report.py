@@ -1,0 +1,80 @@
+"""The files of a report: `metrics.json`, the page, and what it is drawn from."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vqpipe import distributed
+from vqpipe.artifacts import Artifact, Draft
+from vqpipe.metrics.usage import dead_codes
+from vqpipe.provenance import command_again
+from vqpipe.reports import page
+from vqpipe.reports.evaluation import MEASURES, NUM_HEADLINES, Evaluated, counts_to_array, value_of
+from vqpipe.reports.evaluation_page import evaluation_page
+from vqpipe.reports.generated import Generated, generated_page
+from vqpipe.reports.pictures import contact_sheet
+
+SHEET_COLUMNS = 8
+
+
+def publish_evaluation(draft: Draft, evaluated: Evaluated) -> Artifact:
+    """Write the report of `vqpipe.evaluation.evaluate`, and publish it. Every rank calls it."""
+    evaluated = replace(evaluated, lineage=lineage(draft), commands=[*evaluated.commands, command_again()])
+    if distributed.is_main():
+        write_evaluation(draft, evaluated)
+    metrics = evaluated.metrics
+    headline = {measure.key: value_of(metrics, measure.key) for measure in MEASURES[:NUM_HEADLINES]}
+    facts = {key: metrics[key] for key in ("protocol", "num_images", "image_size")}
+    return draft.publish(facts | {key: value for key, value in headline.items() if value is not None})
+
+
+def write_evaluation(draft: Draft, evaluated: Evaluated) -> None:
+    """`metrics.json`, `counts.npy`, `dead-codes.npy` unless the codebook is too large to list them, the pictures, the
+    log of the tokenizer's training, and the page."""
+    metrics = evaluated.metrics
+    write_json(draft, "metrics.json", {**metrics, "commands": list(evaluated.commands)})
+    with draft.write("counts.npy") as path:
+        np.save(path, counts_to_array(evaluated.counts))
+    if evaluated.is_discrete and not evaluated.counts.is_sparse:
+        with draft.write("dead-codes.npy") as path:
+            np.save(path, dead_codes(evaluated.counts).numpy())
+    for number, shown in enumerate(evaluated.shown):
+        for side, png in (("original", shown.original), ("reconstruction", shown.reconstruction)):
+            with draft.write(f"pictures/{number:02d}-{side}.png") as path:
+                path.write_bytes(png)
+    if evaluated.history:
+        with draft.write("training.jsonl") as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in evaluated.history), encoding="utf-8")
+    footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, protocol {', '.join(metrics['protocols'])}."
+    with draft.write("report.html") as path:
+        content = evaluation_page(evaluated, evaluated.name, footer, evaluated.analyses)
+        path.write_text(page.render(content), encoding="utf-8")
+
+
+def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -> Artifact:
+    """Write the report of generated images, with a contact sheet of uint8[n, 3, S, S], and publish it. Every rank
+    calls it."""
+    if distributed.is_main():
+        command, sheet = command_again(), contact_sheet(samples, SHEET_COLUMNS)
+        write_json(draft, "metrics.json", {**metrics, "commands": [command]})
+        with draft.write("contact-sheet.png") as path:
+            path.write_bytes(sheet)
+        with draft.write("report.html") as path:
+            generated = Generated(draft.lineage["images"]["name"], metrics, sheet, lineage(draft), [command])
+            path.write_text(page.render(generated_page([generated], draft.out.name)), encoding="utf-8")
+    headline = ("protocol", "num_images", "image_size", "fid", "sfid")
+    return draft.publish({name: metrics[name] for name in headline if name in metrics})
+
+
+def lineage(draft: Draft) -> dict[str, Any]:
+    """The lineage of the report, for its page."""
+    return {"kind": "report", "name": "(this page)", "content": "", "inputs": draft.lineage}
+
+
+def write_json(draft: Draft, name: str, content: dict[str, Any]) -> None:
+    with draft.write(name) as path:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
