@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqpipe.reports import plots
+from vqpipe.reports import page, plots
 
 ROWS = [
     {
@@ -24,7 +24,7 @@ GROWTH = [(1, 0.01, 0.01), (10, 0.05, 0.1), (1000, 0.5, 0.99), (2000, 0.6, 1.0)]
 REPLACED = {"replaced": (np.array([1.0, 50.0]), np.array([30.0, 25.0]))}
 
 
-def texts(plot: plots.Plot) -> list[str]:
+def texts(plot: page.Plot) -> list[str]:
     return ["".join(node.itertext()) for node in ET.fromstring(plot.svg).iter() if node.tag.endswith("text")]
 
 

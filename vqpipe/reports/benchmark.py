@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vqpipe.reports import page
-from vqpipe.reports.plots import INK, STYLE, Plot, color, plain_numbers, to_svg, untypeset
+from vqpipe.reports.plots import INK, STYLE, color, plain_numbers, to_svg, untypeset
 
 SUBJECTS = {
     "search": "Nearest code",
@@ -242,7 +242,7 @@ def reasons(metrics: Table) -> dict[str, str]:
     return found
 
 
-def drawing(case: Table) -> Plot:
+def drawing(case: Table) -> page.Plot:
     """Wall time (filled) and CPU time (open) of every method on a logarithmic axis, the FLOP floor as an upright."""
     rows = case["rows"]
     with matplotlib.rc_context(STYLE):
@@ -269,7 +269,7 @@ def drawing(case: Table) -> Plot:
         svg = to_svg(figure, case["title"])
     alt = ", ".join(f"{row['name']} {number(row['wall_ms'])} ms" for row in rows)
     told = "Filled: wall time. Open: CPU time of all threads."
-    return Plot(capitalised(case["title"]), svg, alt, told + (" Dashed: the FLOP floor." if floor else ""))
+    return page.Plot(capitalised(case["title"]), svg, alt, told + (" Dashed: the FLOP floor." if floor else ""))
 
 
 def capitalised(text: str) -> str:

@@ -150,7 +150,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
 
 
-def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
+def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
     """Losses, quality, codes, learning rate and gradients over images seen; what was not logged has no plot."""
 
     def lines(**keys: str) -> dict[str, plots.Line]:
