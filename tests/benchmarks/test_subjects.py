@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages import recipe
 from vqpipe import benchmarks
-from vqpipe.benchmarks import kmeans, networks, run, search, timing
+from vqpipe.benchmarks import job, kmeans, networks, search, timing
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.benchmarks.timing import Case, Samples, Settings, Unavailable
 from vqpipe.data.transforms import to_float
@@ -31,9 +31,9 @@ def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def experiment() -> benchmarks.Experiment:
-    loaded = recipe.load(run.PRESET)
+    loaded = recipe.load(job.PRESET)
     return benchmarks.Experiment(
-        preset=run.PRESET,
+        preset=job.PRESET,
         model=loaded.model,
         objective=loaded.objective,
         discriminator=loaded.discriminator,

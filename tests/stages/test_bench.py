@@ -9,7 +9,7 @@ import pytest
 from stages.bench import bench
 from vqpipe import benchmarks, distributed
 from vqpipe.artifacts import open_artifact
-from vqpipe.benchmarks import run, search, timing
+from vqpipe.benchmarks import job, search, timing
 from vqpipe.benchmarks.timing import Case, Method, Settings, measure, to_rows
 from vqpipe.errors import ArtifactError, ConfigError
 
@@ -80,7 +80,7 @@ def test_another_machine_is_refused_with_the_key_that_differs(
     fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench(**fast["options"])
-    monkeypatch.setattr(run, "cpu_name", lambda: "Another CPU")
+    monkeypatch.setattr(job, "cpu_name", lambda: "Another CPU")
     with pytest.raises(ArtifactError, match=r"made otherwise: config\.machine\.cpu was .* now .Another CPU"):
         bench(**fast["options"])
 
@@ -123,4 +123,4 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_busy_machine_gives_a_warning(load: float, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
-    assert ("busy" in run.busy_warning()) is busy
+    assert ("busy" in job.busy_warning()) is busy

@@ -8,8 +8,8 @@
     subjects   subject -> list of cases: the fields of `timing.Case`, and of `timing.Row` in its `rows`
 """
 
+from vqpipe.benchmarks.job import SUBJECTS, free_memory, parse_subjects, preset_of, request, run
 from vqpipe.benchmarks.networks import Experiment
-from vqpipe.benchmarks.run import SUBJECTS, free_memory, parse_subjects, preset_of, request, run
 from vqpipe.benchmarks.timing import Settings
 
 __all__ = ["SUBJECTS", "Experiment", "Settings", "free_memory", "parse_subjects", "preset_of", "request", "run"]
