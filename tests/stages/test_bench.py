@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages.bench import bench
 from vqpipe import benchmarks, distributed
@@ -65,7 +66,7 @@ def fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def nothing(progress: object) -> Case:
         methods = [Method(name="vqpipe", call=lambda: None, version="1", ours=True)]
-        case, settings = Case(title="nothing", unit="things", settings={}), Settings(device=timing.torch.device("cpu"))
+        case, settings = Case(title="nothing", unit="things", settings={}), Settings(device=torch.device("cpu"))
         case.rows = to_rows(methods, measure(methods, case, settings), settings, 1)
         ran.append("nothing")
         return case

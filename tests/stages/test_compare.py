@@ -64,7 +64,7 @@ def test_groups_and_continuous_latents_are_compared_with_other_tokenizers(
     reports = [make_report("plain", 0)]
     for path in (grouped, huge, tiny_vae):
         reports.append(tmp_path / f"report-{path.name}")
-        evaluate(images=[str(picture_folder)], tokenizer=path, out=reports[-1], image_size=32, device="cpu")
+        evaluate(images=[str(picture_folder)], tokenizer=path, out=reports[-1], image_size="32", device="cpu")
     compare(reports, out=tmp_path / "compared")
     html = (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
     numbers = json.loads((tmp_path / "compared" / "metrics.json").read_text(encoding="utf-8"))["compared"]

@@ -90,7 +90,8 @@ def draw(settings: Settings, num_points: int, dim: int, k: int) -> Problem:
     components = random.choice(2 * k, num_points, p=weights / weights.sum())
     points = means[components] + 0.5 * random.standard_normal((num_points, dim), dtype=np.float32)
     start = points[np.sort(random.choice(num_points, k, replace=False))]
-    return Problem(*(torch.from_numpy(each).to(settings.device) for each in (points, start)), settings)
+    device = settings.device
+    return Problem(torch.from_numpy(points).to(device), torch.from_numpy(start).to(device), settings)
 
 
 def with_iterations(method: Method, iterations: int) -> Method:

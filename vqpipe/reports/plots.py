@@ -31,7 +31,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Line styles, one after the other each time the colors are used up."""
 MARKERS = "os^D"
 """The same for points."""
-DASHED = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
+DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

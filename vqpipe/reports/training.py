@@ -184,7 +184,7 @@ def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-def loss_curves(rows: Sequence[Row]) -> tuple[plots.Plot | None, ...]:
+def loss_curves(rows: Sequence[Row]) -> tuple[page.Plot | None, ...]:
     """The terms of a tokenizer's objective on a logarithmic axis; else the total with that of the validation, and its
     parts."""
     if any("psnr" in row for row in rows):
