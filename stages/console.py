@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +25,7 @@ from rich.text import Text
 from stages import signals
 from vqpipe import distributed, files
 from vqpipe.artifacts import Artifact
+from vqpipe.reports import page
 
 PLAIN_SECONDS = 10.0
 """Off a terminal, progress is a plain line at most this often."""
@@ -138,6 +141,18 @@ def show(renderable: RenderableType) -> None:
     """Print a rich table or tree on stderr, from rank 0."""
     if is_main():
         stderr().print(renderable)
+
+
+def show_table(table: page.Table) -> None:
+    """Print a table of a report, with the best cells highlighted."""
+    shown = Table(*table.header, box=box.SIMPLE, pad_edge=False, title=escape(table.title), title_justify="left")
+    for row in table.rows:
+        cells = [page.Cell(cell) if isinstance(cell, str) else cell for cell in row]
+        shown.add_row(*(f"[bold green]{escape(cell.text)}[/]" if cell.best else escape(cell.text) for cell in cells))
+    shown.columns[0].no_wrap = True
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    show(shown)
 
 
 def finished(artifact: Artifact, again: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""A benchmark's numbers as text: nothing rounded up, whoever is fastest set off, every reason told."""
+"""The page of a benchmark: nothing is rounded up, the fastest method is highlighted, every reason is stated."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import pytest
 from vqpipe.reports import page
 from vqpipe.reports.benchmark import (
     benchmark_page,
-    case_rows,
+    case_table,
     factor,
     headlines,
-    method_rows,
+    method_table,
     number,
     reasons,
     share,
@@ -40,16 +40,20 @@ SEARCH = [
 ]
 
 
-def test_the_fastest_is_set_off_whosever_it_is() -> None:
-    header, rows = case_rows(SEARCH[0], wide=False)
-    assert header == ["method", "wall, ms", "CPU, ms", "over ours"]  # what no row fills has no column
-    assert [[cell for cell in cells if cell[1]] for cells in rows] == [[], [], [("9", True), ("9", True)]]
-    assert [cells[-1][0] for cells in rows] == ["–", "20.0x", "0.90x"]
+def test_the_fastest_method_is_highlighted_whether_ours_or_not() -> None:
+    table = case_table(SEARCH[0], wide=False)
+    assert table.header == ["method", "wall, ms", "CPU, ms", "over ours"]  # without empty columns
+    best = [[cell.text for cell in cells if isinstance(cell, page.Cell) and cell.best] for cells in table.rows]
+    assert best == [[], [], ["9", "9"]]
+    ratios = [cells[-1] for cells in table.rows]
+    assert ratios == [page.Cell("–"), page.Cell("20.0x"), page.Cell("0.90x")]
 
 
-def test_headlines_take_the_worst_shape_and_small_sizes_have_none() -> None:
-    found = headlines(benchmark(search=SEARCH))
-    assert found == {"search_over_naive": 13.0, "search_over_faiss_tuned": 0.9}
+def test_headlines_take_the_worst_shape_and_are_absent_for_quick_sizes() -> None:
+    assert headlines(benchmark(search=SEARCH)) == {"search_over_naive": 13.0, "search_over_faiss_tuned": 0.9}
+    facts = {"cost_of_k": 1.07, "cost_of_k_cpu": 1.1, "over_released": 10.2, "over_released_cpu": 9.0}
+    found = headlines(benchmark(train=[case("step", row("vqpipe", 10), unit="images", facts=facts)]))
+    assert found == {"cost_of_k": 1.07, "step_over_released": 10.2}
     assert headlines(benchmark(quick=True, search=SEARCH)) == {}
 
 
@@ -65,34 +69,30 @@ def test_headlines_take_the_worst_shape_and_small_sizes_have_none() -> None:
         (factor(134.56), "135x"),
     ],
 )
-def test_numbers_are_written_with_three_digits_and_never_up_to_all(written: str, text: str) -> None:
+def test_numbers_have_three_digits_and_shares_are_not_rounded_up_to_all(written: str, text: str) -> None:
     assert written == text
 
 
-def test_a_reason_is_told_once_where_it_is_that_of_all_cases() -> None:
-    absent = {"OpenCV": "cv2 is not installed"}
+def test_a_reason_common_to_all_cases_is_stated_once() -> None:
+    absent = {"faiss": "faiss is not installed"}
     cases = [
         case("a", row("vqpipe", 1), not_run=absent | {"naive": "26 GB"}),
         case("b", row("vqpipe", 1), not_run=absent),
     ]
-    assert reasons(benchmark(search=cases)) == {"OpenCV": "cv2 is not installed", "naive (a)": "26 GB"}
+    assert reasons(benchmark(search=cases)) == {"faiss": "faiss is not installed", "naive (a)": "26 GB"}
 
 
 def test_methods_are_listed_once() -> None:
-    assert [cells[0] for cells in method_rows(SEARCH)] == ["vqpipe", "naive expansion", "faiss tuned"]
+    assert [cells[0] for cells in method_table("search", SEARCH).rows] == ["vqpipe", "naive expansion", "faiss tuned"]
 
 
-def test_the_page_holds_tables_drawings_floor_and_reasons() -> None:
-    facts = {"flop_floor_ms": 5.0, "bytes_floor_ms": 0.1, "matmul_gflops": 100.0, "copy_gb_per_s": 8.0}
-    rows = [row("vqpipe", 10, extra={"over_floor": 2.0}), row("a <peer>", 40, 4.0, extra={"over_floor": 8.0})]
-    cases = [case("nearest code", *rows, facts=facts, not_run={"other": "is <not> here"})]
-    html = page.render(benchmark_page(benchmark(search=cases), "vqpipe bench --out again", "foot"))
-    assert "What this machine does" in html
-    assert "A CPU, 2 threads on 2 CPUs (AVX2)" in html
-    assert "FLOP floor 5 ms" in html
-    assert "Dashed: the FLOP floor." in html
-    assert "a &lt;peer&gt;" in html
-    assert "is &lt;not&gt; here" in html
-    assert "8.00x" in html
-    assert "vqpipe bench --out again" in html
+def test_the_page_holds_tables_plots_and_reasons() -> None:
+    rows = [row("vqpipe", 10), row("a <peer>", 80, 8.0)]
+    cases = [case("nearest code", *rows, not_run={"other": "is <not> here"}, facts={"checked_vectors": 1024})]
+    html = page.render(benchmark_page(benchmark(search=cases), "vqpipe bench --out DIR", "foot"))
+    for text in (
+        *("Benchmark", "A CPU, 2 threads on 2 CPUs (AVX2)", "for the first 1,024 vectors", "a &lt;peer&gt;"),
+        *("is &lt;not&gt; here", "8.00x", "vqpipe bench --out DIR"),
+    ):
+        assert text in html
     assert html.count("<svg") == 1

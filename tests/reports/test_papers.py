@@ -1,4 +1,4 @@
-"""The papers' numbers: which row a command stands for, and when nothing is claimed."""
+"""Which row of a paper a command reproduces, and when there is none."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from vqpipe.reports.papers import paper_row, printed
 LC = "vqpipe train --preset vqgan-lc-f16-100k --images photos --out lc"
 
 
-def test_a_preset_gives_its_papers_row_under_the_papers_protocol() -> None:
+def test_a_preset_gives_the_row_of_its_paper_with_the_protocol_of_the_paper() -> None:
     row = paper_row([LC, "vqpipe eval --images photos --tokenizer lc --out DIR"])
     assert row is not None
     assert row.values == pytest.approx({"rfid": 2.62, "lpips": 0.12, "psnr": 23.8, "ssim": 0.589, "utilization": 0.999})
@@ -18,14 +18,14 @@ def test_a_preset_gives_its_papers_row_under_the_papers_protocol() -> None:
     assert row.changed == []
 
 
-def test_what_the_run_changed_of_the_preset_is_told() -> None:
+def test_settings_that_the_run_changed_are_listed() -> None:
     options = " --steps=300 --set objective.lpips_weights=/w --set 'model.quantizer.codebook_size = 7' --from a/b"
     row = paper_row([LC + options])
     assert row is not None
     assert row.changed == ["model.quantizer.codebook_size = 7", "--steps 300", "--from b"]
 
 
-def test_a_row_copied_from_another_paper_keeps_that_ones_protocol() -> None:
+def test_a_row_quoted_from_another_paper_has_the_protocol_of_that_paper() -> None:
     ours, theirs = (paper_row([f"vqpipe train --preset {name}"]) for name in ("mgvq-f16-g4", "llamagen-f16-16k"))
     assert ours is not None
     assert theirs is not None
@@ -45,19 +45,19 @@ def test_a_row_copied_from_another_paper_keeps_that_ones_protocol() -> None:
         "vqpipe demo",
     ],
 )
-def test_nothing_is_claimed_without_a_preset_a_paper_or_a_number(command: str) -> None:
+def test_there_is_no_row_without_a_preset_a_paper_or_a_number(command: str) -> None:
     assert paper_row([command, "vqpipe eval --preset mgvq-f16-g4 --out DIR"]) is None
 
 
-def test_only_whole_numbers_of_known_names_are_read() -> None:
+def test_only_exact_numbers_of_known_names_are_read() -> None:
     assert printed("about 20 minutes; PSNR 22.9 dB and 95.8 % of the codes in use") == {}
     assert printed("unknown, rFID about 2, usage 97 %, SSIM 0.675") == {"utilization": 0.97, "ssim": 0.675}
 
 
-def test_every_preset_with_a_number_of_a_paper_names_its_protocol() -> None:
+def test_every_preset_with_a_printed_number_states_its_protocol() -> None:
     rows = {name: paper_row([f"vqpipe train --preset {name}"]) for name in presets.names()}
-    told = {name: row for name, row in rows.items() if row is not None}
-    assert len(told) >= 15
-    for name, row in told.items():
-        assert row.protocol != "a protocol it does not tell", name
+    stated = {name: row for name, row in rows.items() if row is not None}
+    assert len(stated) >= 15
+    for name, row in stated.items():
+        assert row.protocol != "an unstated protocol", name
         assert all(0 < value <= 1 for key, value in row.values.items() if key in ("ssim", "utilization")), name

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqpipe.reports import plots
+from vqpipe.reports import page, plots
 
 ROWS = [
     {
@@ -24,7 +24,7 @@ GROWTH = [(1, 0.01, 0.01), (10, 0.05, 0.1), (1000, 0.5, 0.99), (2000, 0.6, 1.0)]
 REPLACED = {"replaced": (np.array([1.0, 50.0]), np.array([30.0, 25.0]))}
 
 
-def texts(plot: plots.Plot) -> list[str]:
+def texts(plot: page.Plot) -> list[str]:
     return ["".join(node.itertext()) for node in ET.fromstring(plot.svg).iter() if node.tag.endswith("text")]
 
 
@@ -78,7 +78,7 @@ def test_series_are_thinned_with_both_ends_and_skip_what_is_not_finite() -> None
     x, _ = plots.series([{"images_seen": i, "psnr": 1.0} for i in range(10_000)], "psnr")
     assert len(x) <= plots.MAX_POINTS
     assert (x[0], x[-1]) == (0, 9_999)
-    rows = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]
+    rows: list[plots.Row] = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]
     assert len(plots.series(rows, "psnr")[0]) == 0
     places = plots.thinned(1_000_000, logarithmic=True)
     assert (places[0], places[-1]) == (0, 999_999)

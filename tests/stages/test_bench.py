@@ -1,15 +1,17 @@
-"""`vqpipe bench` end to end, on small sizes."""
+"""`vqpipe bench` end to end, at quick sizes."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from stages import bench as stage
 from stages.bench import bench
+from vqpipe import benchmarks, distributed
 from vqpipe.artifacts import open_artifact
-from vqpipe.benchmarks import loading, measure
+from vqpipe.benchmarks import job, search, timing
+from vqpipe.benchmarks.timing import Case, Method, Settings, measure, to_rows
 from vqpipe.errors import ArtifactError, ConfigError
 
 ROW_KEYS = {
@@ -18,15 +20,21 @@ ROW_KEYS = {
 }
 
 
-def test_numbers_page_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench(out=tmp_path / "bench", what="data,search", quick=True, rounds=1, as_json=True, device="cpu")
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0.001)
+
+
+def test_numbers_page_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(out=tmp_path / "bench", what="kmeans,search", quick=True, rounds=1, as_json=True, device="cpu")
     said = capsys.readouterr()
     metrics = json.loads(said.out)
     assert metrics == json.loads((tmp_path / "bench" / "metrics.json").read_text(encoding="utf-8"))
     assert list(metrics) == ["settings", "machine", "versions", "subjects"]
-    assert list(metrics["subjects"]) == ["search", "data"]
+    assert list(metrics["subjects"]) == ["search", "kmeans"]
     assert metrics["settings"]["quick"] is True
     assert metrics["machine"]["cpu"]
+    assert metrics["machine"]["cpus"] >= 1
     assert metrics["versions"]["torch"]
     cases = [case for each in metrics["subjects"].values() for case in each]
     html = (tmp_path / "bench" / "report.html").read_text(encoding="utf-8")
@@ -39,14 +47,13 @@ def test_numbers_page_and_json_say_the_same(tmp_path: Path, capsys: pytest.Captu
         for name, reason in case["not_run"].items():
             assert f"not measured: {name}: {reason}" in said.err
             assert reason in html
-        assert case["title"] in said.err
+        assert case["title"][1:] in said.err
     assert html.count("<svg") == len(cases)
     assert "published: " in said.err
     artifact = open_artifact(tmp_path / "bench", "report")
-    assert artifact.facts == {"measured": "search, data", "sizes": "quick", "device": "cpu"}
-    assert "search_over_naive" not in artifact.facts  # small sizes are no numbers to quote
+    assert artifact.facts == {"measured": "search, kmeans", "sizes": "quick", "device": "cpu"}
 
-    bench(out=tmp_path / "bench", what="search,data", quick=True, rounds=1, device="cpu")
+    bench(out=tmp_path / "bench", what="search,kmeans", quick=True, rounds=1, device="cpu")
     again = capsys.readouterr()
     assert "already published" in again.err
     assert "to measure again, choose another --out" in again.err
@@ -54,48 +61,46 @@ def test_numbers_page_and_json_say_the_same(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.fixture
-def quick_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Options of a bench that takes no time: one case of nothing."""
+def fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a benchmark of two empty cases, and the list of those that ran."""
 
-    def nothing(stopwatch: measure.Stopwatch) -> measure.Case:
-        methods = [measure.Method(name="vqpipe", call=lambda: None, ours=True)]
-        case = measure.Case(title="nothing", unit="things", settings={})
-        case.rows = stopwatch.rows(methods, stopwatch.measure(methods, case), 1)
+    def nothing(progress: object) -> Case:
+        methods = [Method(name="vqpipe", call=lambda: None, version="1", ours=True)]
+        case, settings = Case(title="nothing", unit="things", settings={}), Settings(device=torch.device("cpu"))
+        case.rows = to_rows(methods, measure(methods, case, settings), settings, 1)
         ran.append("nothing")
         return case
 
     ran: list[str] = []
-    monkeypatch.setattr(loading, "plans", lambda settings: [measure.Plan("nothing", 1, nothing)] * 2)
-    options = {"out": tmp_path / "bench", "what": "data", "quick": True, "rounds": 1, "device": "cpu"}
-    return {"options": options, "ran": ran}
+    monkeypatch.setattr(search, "cases", lambda settings: {"first": nothing, "second": nothing})
+    options = {"out": tmp_path / "bench", "what": "search", "quick": True, "rounds": 1, "device": "cpu"}
+    return {"options": options, "ran": ran, "case": nothing}
 
 
-def test_another_machine_or_version_is_not_answered_with_these_numbers(
-    quick_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_another_machine_is_refused_with_the_key_that_differs(
+    fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench(**quick_data["options"])
-    monkeypatch.setattr(measure, "cpu_name", lambda: "Another CPU")
+    bench(**fast["options"])
+    monkeypatch.setattr(job, "cpu_name", lambda: "Another CPU")
     with pytest.raises(ArtifactError, match=r"made otherwise: config\.machine\.cpu was .* now .Another CPU"):
-        bench(**quick_data["options"])
+        bench(**fast["options"])
 
 
-def test_a_run_that_was_cut_goes_on_at_the_first_case_that_is_missing(
-    quick_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interrupted_benchmark_continues_at_the_next_case(
+    fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = loading.plans(measure.Settings(device=measure.torch.device("cpu")))[0]
-
-    def cut(stopwatch: measure.Stopwatch) -> measure.Case:
+    def interrupted(progress: object) -> Case:
         raise KeyboardInterrupt
 
-    whole = loading.plans
-    monkeypatch.setattr(loading, "plans", lambda settings: [nothing, measure.Plan("cut", 1, cut)])
+    whole = search.cases
+    monkeypatch.setattr(search, "cases", lambda settings: {"first": fast["case"], "second": interrupted})
     with pytest.raises(KeyboardInterrupt):
-        bench(**quick_data["options"])
-    assert not quick_data["options"]["out"].exists()
-    monkeypatch.setattr(loading, "plans", whole)
-    bench(**quick_data["options"])
-    assert quick_data["ran"] == ["nothing", "nothing"]
-    assert "cases/data-0.json: measured by the run before" in capsys.readouterr().err
+        bench(**fast["options"])
+    assert not fast["options"]["out"].exists()
+    monkeypatch.setattr(search, "cases", whole)
+    bench(**fast["options"])
+    assert fast["ran"] == ["nothing", "nothing"]
+    assert "cases/search-0.json: measured by an earlier run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,22 +109,19 @@ def test_a_run_that_was_cut_goes_on_at_the_first_case_that_is_missing(
 def test_an_unknown_subject_is_one_line_with_the_choices(tmp_path: Path, what: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         bench(out=tmp_path / "bench", what=what, device="cpu")
-    assert all(name in str(caught.value) for name in stage.WHAT)
+    assert all(name in str(caught.value) for name in benchmarks.SUBJECTS)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "bench").exists()
 
 
-def test_under_torchrun_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vqpipe import distributed
-
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="measures one process, not 2"):
         bench(out=tmp_path / "bench", device="cpu")
 
 
-def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("load", "busy"), [(0.1, False), (3.0, True)])
+def test_a_busy_machine_gives_a_warning(load: float, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    for load, busy in ((0.1, False), (3.0, True)):
-        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
-        stage.warn_if_busy()
-        assert ("busy" in capsys.readouterr().err) is busy
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert ("busy" in job.busy_warning()) is busy

@@ -1,4 +1,4 @@
-"""`vqpipe compare`: the same images side by side, other ones refused."""
+"""`vqpipe compare`: reports on the same images side by side, others refused."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def make_report(tiny_tokenizer: Callable[..., Path], picture_folder: Path, tmp_p
     return make
 
 
-def test_one_page_shows_both_with_the_same_pictures_and_marks_the_better(
+def test_the_page_shows_the_same_pictures_for_both_and_marks_the_better_number(
     make_report: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports = [make_report("first", 0), make_report("second", 1)]
@@ -51,7 +51,7 @@ def test_one_page_shows_both_with_the_same_pictures_and_marks_the_better(
     assert "already published" in capsys.readouterr().err
 
 
-def test_groups_and_continuous_latents_stand_beside_the_others(
+def test_groups_and_continuous_latents_are_compared_with_other_tokenizers(
     make_report: Callable[..., Path],
     tiny_tokenizer: Callable[..., Path],
     tiny_vae: Path,
@@ -64,7 +64,7 @@ def test_groups_and_continuous_latents_stand_beside_the_others(
     reports = [make_report("plain", 0)]
     for path in (grouped, huge, tiny_vae):
         reports.append(tmp_path / f"report-{path.name}")
-        evaluate(images=[str(picture_folder)], tokenizer=path, out=reports[-1], image_size=32, device="cpu")
+        evaluate(images=[str(picture_folder)], tokenizer=path, out=reports[-1], image_size="32", device="cpu")
     compare(reports, out=tmp_path / "compared")
     html = (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
     numbers = json.loads((tmp_path / "compared" / "metrics.json").read_text(encoding="utf-8"))["compared"]
@@ -79,7 +79,7 @@ def test_groups_and_continuous_latents_stand_beside_the_others(
 
 
 @pytest.mark.parametrize(("option", "key"), [({"limit": 4}, "num_images"), ({"image_size": 16}, "image_size")])
-def test_reports_on_other_images_are_refused_by_name(
+def test_reports_on_other_images_are_refused_with_the_key_that_differs(
     make_report: Callable[..., Path], tmp_path: Path, option: dict[str, int], key: str
 ) -> None:
     whole, other = make_report("first", 0), make_report("second", 1, **option)
@@ -89,7 +89,7 @@ def test_reports_on_other_images_are_refused_by_name(
 
 
 @pytest.mark.slow
-def test_several_sets_make_a_table_over_the_sets_and_never_one_column(
+def test_several_sets_make_one_table_with_a_column_each(
     make_report: Callable[..., Path], picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports = [make_report(name, seed) for seed, name in enumerate(("first", "second"))]
@@ -109,7 +109,7 @@ def test_several_sets_make_a_table_over_the_sets_and_never_one_column(
         assert [f"{value:.2f}" in row for value in values] == [True, True]
 
 
-def test_the_same_number_of_other_pictures_is_refused_too(
+def test_the_same_number_of_other_images_is_refused(
     make_report: Callable[..., Path], picture_folder: Path, tmp_path: Path
 ) -> None:
     whole = make_report("first", 0)
@@ -118,7 +118,7 @@ def test_the_same_number_of_other_pictures_is_refused_too(
         compare([whole, make_report("second", 1)], out=tmp_path / "compared")
 
 
-def test_a_comparison_of_one_or_of_a_comparison_is_refused(make_report: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_single_report_or_a_comparison_is_refused(make_report: Callable[..., Path], tmp_path: Path) -> None:
     report = make_report("first", 0)
     with pytest.raises(ConfigError, match="at least two"):
         compare([report], out=tmp_path / "compared")

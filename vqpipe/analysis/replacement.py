@@ -109,7 +109,7 @@ class Replacement(Analysis):
             page.Pictures("Tokens replaced, in pictures", examples),
         ]
 
-    def _curve(self, rows: Sequence[Mapping[str, Any]]) -> plots.Plot:
+    def _curve(self, rows: Sequence[Mapping[str, Any]]) -> page.Plot:
         curve = np.array([[row["k"], row["psnr"]] for row in rows[1:]]).T
         plot = plots.line_plot(
             "PSNR with every token replaced, dB",

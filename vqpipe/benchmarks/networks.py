@@ -1,28 +1,197 @@
-"""Networks for the subjects that need one: random weights, a drawn codebook, and another search put in its place."""
+"""Subjects that run a network: the training step and `Tokenizer.encode`, of a preset with a frozen codebook.
 
+A training step is timed at a small and a large codebook size, beside the released step of VQGAN-LC. It is the training
+loop itself, on images in memory, with the discriminator from the first step on, as in most steps of a run, and without
+LPIPS, whose weights are not included.
+"""
+
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from unittest.mock import patch
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vqpipe.benchmarks.search import expanded
+from vqpipe.benchmarks.released_step import ReleasedStep
+from vqpipe.benchmarks.search import CHECKED, MATRICES, expansion, need_matrices, reference_ids, share_equal
+from vqpipe.benchmarks.timing import Case, Method, Row, Settings, available, measure, quotient, to_rows, version_of
+from vqpipe.data.batches import Batch
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
-from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
-from vqpipe.quantizers import base
+from vqpipe.losses.objective import Objective, ObjectiveConfig
+from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
+from vqpipe.models.discriminator import DiscriminatorConfig
+from vqpipe.progress import SILENT, Progress
+from vqpipe.quantizers.base import to_rows as latent_vectors
 from vqpipe.quantizers.lc import LcConfig
+from vqpipe.search import engine_name
+from vqpipe.tokenizer import Tokenizer
+from vqpipe.training.config import TokenizerTrainConfig
+from vqpipe.training.loop import train
+from vqpipe.training.tokenizer_task import TokenizerTask
 
-Search = Callable[..., Tensor]
-"""(float[N, D], float[K, D], metric, check=) -> int64[N], as `vqpipe.search.nearest`."""
-MATCHING = 16
-"""Photographs that the matched start looks at."""
+TRAIN_SIZES, QUICK_TRAIN_SIZES = (1000, 100_000), (100, 2000)
+"""Codebook sizes of the training step, the small one first."""
+TOKENIZE_SIZES, QUICK_TOKENIZE_SIZES = (1000, 16_384, 100_000), (100, 2000)
+STEPS = 2
+"""Training steps a call."""
+WHITEN_IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The settings of a preset that define a step."""
+
+    preset: str
+    model: AutoencoderConfig
+    objective: ObjectiveConfig
+    discriminator: DiscriminatorConfig
+    train: TokenizerTrainConfig
+    image_size: int
+
+
+def train_cases(settings: Settings, experiment: Experiment) -> dict[str, Callable[[Progress], Case]]:
+    """One case, with both codebook sizes in the same rounds."""
+    on_gpu = settings.device.type == "cuda"
+    batch = 2 if settings.quick else 32 if on_gpu else experiment.train.global_batch_size
+    title = f"training step: preset {experiment.preset}, {experiment.image_size} px, batch {batch}"
+    return {title: partial(time_training_step, settings, experiment, title, batch)}
+
+
+def time_training_step(
+    settings: Settings, experiment: Experiment, title: str, batch: int, progress: Progress = SILENT
+) -> Case:
+    """Our training step at both codebook sizes, and the released one."""
+    sizes, steps = (QUICK_TRAIN_SIZES, 1) if settings.quick else (TRAIN_SIZES, STEPS)
+    images = photographs(batch, experiment.image_size)
+    sides = {"image_size": experiment.image_size, "batch": batch, "codebook_sizes": list(sizes), "steps": steps}
+    case = Case(title, "images", sides)
+    runs = [TrainingRun(settings, experiment, k, images, steps) for k in sizes]
+    methods = [run.ours() for run in runs]
+    methods += available({run.released_name: run.released for run in runs}, case)
+    samples = measure(methods, case, settings, progress)
+    case.rows = [per_step(row, steps) for row in to_rows(methods, samples, settings, batch * steps)]
+    rows = {row.name: row for row in case.rows}
+    small, large = (rows[run.name] for run in runs)
+    case.facts = ratio_facts("cost_of_k", large, small)
+    if released := rows.get(runs[-1].released_name):
+        case.facts |= ratio_facts("over_released", released, large)
+    return case
+
+
+def ratio_facts(name: str, row: Row, base: Row) -> dict[str, float | None]:
+    """The ratios of wall time and of CPU time."""
+    return {name: quotient(row.wall_ms, base.wall_ms), f"{name}_cpu": quotient(row.cpu_ms, base.cpu_ms)}
+
+
+def per_step(row: Row, steps: int) -> Row:
+    """The times of a step."""
+    return replace(row, wall_ms=row.wall_ms / steps, wall_min_ms=row.wall_min_ms / steps, cpu_ms=row.cpu_ms / steps)
+
+
+class TrainingRun:
+    """Training with codebook size K, `steps` steps a call, continued from call to call."""
+
+    def __init__(self, settings: Settings, experiment: Experiment, k: int, images: Tensor, steps: int) -> None:
+        self.settings, self.steps, self.k, self.images = settings, steps, k, images
+        self.name, self.released_name = f"vqpipe, K = {k:,}", f"released step, K = {k:,}"
+        self.config = replace(
+            experiment.train,
+            steps=steps,
+            warmup_steps=0,
+            global_batch_size=len(images),
+            log_every=steps,
+            save_every=steps,
+            sample_every=steps,
+        )
+        device = settings.device
+        self.model = build(with_codes(experiment.model, k), experiment.image_size, device, settings.seed)
+        self.discriminator = PatchDiscriminator(experiment.discriminator).to(device)
+        if device.type == "cuda":
+            self.discriminator.to(memory_format=torch.channels_last)
+        objective = replace(experiment.objective, disc_start=0, lpips=0.0, perceptual="none")
+        self.objective = Objective(objective, self.model.quantizer.loss_names).to(device)
+        side = experiment.image_size // self.model.downsample_factor
+        self.num_vectors = len(images) * self.model.quantizer.layout(side, side).num_tokens
+
+    def ours(self) -> Method:
+        version = f"{version_of('vqpipe')}, {engine_name(self.settings.device)}"
+        return Method(name=self.name, call=self.train, version=version, ours=True, baseline=self.name)
+
+    def released(self) -> Method:
+        """The released step, from the same weights on the same images; Unavailable for lack of memory."""
+        need_matrices(MATRICES, self.num_vectors, self.k, self.settings)
+        released = ReleasedStep(self.model, self.discriminator, self.objective.config, self.config)
+        images = to_float(self.images).to(self.settings.device)
+
+        def call() -> None:
+            for _ in range(self.steps):
+                released.step(images)
+
+        note = "VQGAN-LC's, in float32"
+        return Method(name=self.released_name, call=call, version=version_of("torch"), baseline=self.name, note=note)
+
+    def train(self) -> None:
+        """The training loop, with new optimizers, and without a checkpoint."""
+        with tempfile.TemporaryDirectory() as folder:
+            task = TokenizerTask(self.model, self.discriminator, self.objective)
+            seed, device = self.settings.seed, self.settings.device
+            train(task, self.config, Repeated(self.images), Path(folder), seed=seed, device=device)
+
+
+class Repeated:
+    """A stream of the same batch."""
+
+    def __init__(self, images: Tensor) -> None:
+        count = len(images)
+        self.batch = Batch(images, torch.full((count,), -1), [""] * count, list(range(count)))
+
+    def from_sample(self, images_seen: int) -> Iterator[Batch]:
+        while True:
+            yield self.batch
+
+
+def tokenize_cases(settings: Settings, experiment: Experiment) -> dict[str, Callable[[Progress], Case]]:
+    """A case per codebook size."""
+    batch, size = (2, 64) if settings.quick else (64, 256) if settings.device.type == "cuda" else (8, 128)
+    sizes = QUICK_TOKENIZE_SIZES if settings.quick else TOKENIZE_SIZES
+    titles = {k: f"images to ids: K = {k:,}, {batch} images of {size} px" for k in sizes}
+    return {title: partial(time_encoding, settings, experiment, title, k, batch, size) for k, title in titles.items()}
+
+
+def time_encoding(
+    settings: Settings, experiment: Experiment, title: str, k: int, batch: int, size: int, progress: Progress = SILENT
+) -> Case:
+    """`Tokenizer.encode`, and the same network followed by the published search."""
+    case = Case(title, "images", {"codebook_size": k, "batch": batch, "image_size": size})
+    model = build(with_codes(experiment.model, k), size, settings.device, settings.seed)
+    tokenizer = Tokenizer(model, image_size=size, device=settings.device)
+    images = photographs(batch, size).to(settings.device)
+    num_vectors = case.settings["vectors"] = batch * tokenizer.layout(size, size).num_tokens
+
+    @torch.no_grad()
+    def vectors() -> Tensor:
+        return latent_vectors(model.latent(to_float(images)))
+
+    def naive() -> Method:
+        need_matrices(MATRICES, num_vectors, k, settings)
+        codes = model.quantizer.codebook().detach()
+        return Method(name="naive search", call=lambda: expansion(vectors(), codes), version=version_of("torch"))
+
+    version = f"{version_of('vqpipe')}, {engine_name(settings.device)}"
+    ours = Method(name="vqpipe", call=lambda: tokenizer.encode(images).flatten(), version=version, ours=True)
+    methods = [ours, *available({"naive search": naive}, case)]
+    samples = measure(methods, case, settings, progress)
+    truth = reference_ids(vectors()[:CHECKED], model.quantizer.codebook())
+    case.facts = {"checked_vectors": len(truth)}
+    case.rows = to_rows(methods, samples, settings, batch, partial(share_equal, truth))
+    return case
 
 
 def photographs(count: int, size: int) -> Tensor:
-    """uint8[B, 3, S, S]: crops of builtin:photos, spread over them; again from the first where there are too few."""
+    """uint8[B, 3, S, S]: crops of builtin:photos at even intervals, repeated where there are too few."""
     images = open_images("builtin:photos")
     stride = max(1, len(images) // count)
     chosen = [(number * stride) % len(images) for number in range(count)]
@@ -30,16 +199,15 @@ def photographs(count: int, size: int) -> Tensor:
 
 
 def with_codes(config: AutoencoderConfig, codebook_size: int) -> AutoencoderConfig:
-    """The same network in front of a frozen codebook of so many codes."""
-    quantizer = config.quantizer
-    assert isinstance(quantizer, LcConfig)  # of the presets that are measured
-    return replace(config, quantizer=replace(quantizer, codebook_size=codebook_size))
+    """The network with a frozen codebook of another size."""
+    assert isinstance(config.quantizer, LcConfig)
+    return replace(config, quantizer=replace(config.quantizer, codebook_size=codebook_size))
 
 
 def build(config: AutoencoderConfig, image_size: int, device: torch.device, seed: int) -> Autoencoder:
-    """A fresh network whose codebook is drawn from a normal distribution, latents and codes matched on photographs.
+    """A network with random weights and normally distributed codes, its latents whitened on photographs.
 
-    Without the match, all latents of a fresh network would lie beside the codes, and share a few of them.
+    Without `whiten_init` the latents would lie far from the codes and share a few of them.
     """
     torch.manual_seed(seed)
     model = build_autoencoder(config)
@@ -48,19 +216,5 @@ def build(config: AutoencoderConfig, image_size: int, device: torch.device, seed
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     model.to(device)
-    model.whiten_init(to_float(photographs(MATCHING, image_size).to(device)))
+    model.whiten_init(to_float(photographs(WHITEN_IMAGES, image_size).to(device)))
     return model
-
-
-@contextmanager
-def searching_with(search: Search) -> Iterator[None]:
-    """Inside, quantizers find their nearest codes by `search`."""
-    with patch.object(base, "nearest", search):
-        yield
-
-
-def naive(vectors: Tensor, codes: Tensor, metric: str = "l2", *, check: bool = True) -> Tensor:
-    """The published expansion, in place of our search; of l2 alone, which the presets measured here use. It checks
-    nothing, whatever `check` says."""
-    assert metric == "l2"
-    return expanded(vectors, codes)

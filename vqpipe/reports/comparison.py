@@ -1,8 +1,18 @@
-"""Several tokenizers side by side: a table for each protocol and image set, a table over several sets, and one page."""
+"""Several reports side by side: of tokenizers, or of generated images.
 
-from collections.abc import Mapping, Sequence
+Numbers share a column only where protocol, image size and images are equal (KEYS). Tokenizers measured on several sets
+of images get a table over the sets, as in MGVQ's Tables 2 and 3.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
+from vqpipe import distributed
+from vqpipe.artifacts import Artifact, Draft
+from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import (
@@ -11,217 +21,377 @@ from vqpipe.reports.evaluation import (
     Evaluated,
     Measure,
     bits_first,
+    by_protocol,
     codes,
     convention_of,
     measures_of,
+    open_evaluation,
+    size_in_words,
     table_rows,
     value_of,
     with_unit,
     written,
 )
-from vqpipe.reports.grouping import Group, named_groups
-from vqpipe.reports.papers import PaperRow, paper_row
+from vqpipe.reports.generated import check_alike, comparison_rows, generated_page, is_generated, open_generated
+from vqpipe.reports.papers import paper_row
 from vqpipe.reports.pictures import PictureBudget, shared_pictures
 
+KEYS = ("protocol", "image_size", "num_images", "reference")
+"""Of `metrics.json`: equal where numbers may share a column. `reference` is the digest of the crops."""
 HEADLINES = (*MEASURES[:NUM_HEADLINES], *(m for m in MEASURES if m.key == "lpips"))
-ACROSS = tuple(m for key in ("rfid", "psnr") for m in MEASURES if m.key == key)
-"""What stands over several image sets, as in MGVQ's Tables 2 and 3."""
+OVER_SETS = tuple(m for key in ("rfid", "psnr") for m in MEASURES if m.key == key)
+"""Columns of the table over several sets."""
 PRINTED = tuple(m for m in MEASURES if m.key in ("rfid", "psnr", "ssim", "lpips", "utilization"))
+"""Measures of the table of papers."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Reports that may be compared."""
+
+    names: list[str]
+    """Of the reports, in their order, made distinct."""
+    metrics: dict[str, Any]
+    """`metrics.json` of each report by name; by name and images where a tokenizer was measured on several sets."""
+    facts: dict[str, Any]
+    """Of the artifact."""
+    tables: list[page.Table]
+    """The headline numbers, a table per group of comparable reports."""
+    make_page: Callable[[], page.ReportPage]
+    """The page, which reads all pictures."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Evaluations with comparable numbers; their metrics are those of the protocol."""
+
+    protocol: str
+    images: str
+    """Name of the set of images; different for different sets, sizes and numbers of images."""
+    members: Sequence[Evaluated]
+
+    @property
+    def title(self) -> str:
+        """`60 images of kodak at 256 px, protocol adm`."""
+        first = self.members[0].metrics
+        return f"{first['num_images']:,} images of {self.images} at {size_in_words(first)}, protocol {self.protocol}"
+
+
+def compare(reports: Sequence[Artifact]) -> Comparison:
+    """Compare reports of `vqpipe eval`, or of `vqpipe eval-generation`.
+
+    Raises:
+        ArtifactError: a report is of another kind, or cannot be compared with any other: the message names both and
+            the first differing key.
+    """
+    return compare_samples(reports) if any(map(is_generated, reports)) else compare_tokenizers(reports)
+
+
+def publish_comparison(draft: Draft, comparison: Comparison) -> Artifact:
+    """Write `metrics.json` and the page, and publish them."""
+    if distributed.is_main():
+        with draft.write("metrics.json") as path:
+            text = json.dumps({"compared": comparison.metrics}, indent=2, ensure_ascii=False, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
+        with draft.write("report.html") as path:
+            path.write_text(page.render(comparison.make_page()), encoding="utf-8")
+    return draft.publish(comparison.facts)
+
+
+def compare_tokenizers(reports: Sequence[Artifact]) -> Comparison:
+    """Reports of `vqpipe eval`."""
+    evaluations = distinct([open_evaluation(report) for report in reports], [report.name for report in reports])
+    check_comparable(evaluations, [str(report.path) for report in reports])
+    groups = groups_of(evaluations)
+    names = list(dict.fromkeys(each.name for each in evaluations))
+    title = " and ".join(names) if len(names) <= 2 else f"{len(names)} tokenizers"
+    footer = f"Made by vqpipe {metadata.version('vqpipe')}."
+    return Comparison(
+        names=[each.name for each in evaluations],
+        metrics=metrics_by_name(evaluations),
+        facts=facts_of(groups),
+        tables=[measure_table(group, present(group.members, HEADLINES), title=group.title) for group in groups],
+        make_page=lambda: comparison_page(evaluations, title, footer),
+    )
+
+
+def compare_samples(reports: Sequence[Artifact]) -> Comparison:
+    """Reports of `vqpipe eval-generation`."""
+    opened = [open_generated(report) for report in reports]
+    names, report_names = [each.name for each in opened], [report.name for report in reports]
+    if len(set(names)) < len(names):
+        numbered = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
+        names = report_names if len(set(report_names)) == len(names) else numbered
+    opened = [replace(each, name=name) for each, name in zip(opened, names, strict=True)]
+    check_alike(opened)
+    header, rows = comparison_rows(opened)
+    return Comparison(
+        names=names,
+        metrics={each.name: each.metrics for each in opened},
+        facts={key: opened[0].metrics[key] for key in ("protocol", "image_size", "num_references")},
+        tables=[page.Table("", header, [[page.Cell(*cell) for cell in row] for row in rows])],
+        make_page=lambda: generated_page(opened, " and ".join(names)),
+    )
+
+
+def facts_of(groups: Sequence[Group]) -> dict[str, Any]:
+    """The headline of a single group; the members of several."""
+    if len(groups) > 1:
+        return {"groups": {group.title: [each.name for each in group.members] for group in groups}}
+    members = groups[0].members
+    facts = {key: members[0].metrics[key] for key in ("protocol", "num_images", "image_size")}
+    return facts | {key: {e.name: e.metrics.get(key) for e in members} for key in ("psnr", "utilization")}
+
+
+def metrics_by_name(evaluations: Sequence[Evaluated]) -> dict[str, Any]:
+    """The metrics of each report under its name, or `name, on images` where a name occurs more than once."""
+    names = [each.name for each in evaluations]
+    sets = set_names(evaluations)
+    keys = [name if names.count(name) == 1 else f"{name}, on {where}" for name, where in zip(names, sets, strict=True)]
+    if len(set(keys)) < len(keys):  # one tokenizer and one set, by different protocols
+        keys = [f"{number}: {key}" for number, key in enumerate(keys, start=1)]
+    return {key: each.metrics for key, each in zip(keys, evaluations, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------- which numbers may be compared
+
+
+def check_comparable(evaluations: Sequence[Evaluated], paths: Sequence[str]) -> None:
+    """Check that each report shares a group with another, or its tokenizer with a report on other images.
+
+    Raises:
+        ArtifactError: one shares neither.
+    """
+    groups = members_by_key(evaluations)
+    tokenizers = [tokenizer_of(each) for each in evaluations]
+    for number, path in enumerate(paths):
+        shares_group = any(len(group) > 1 and number in {place for place, _ in group} for group in groups)
+        if shares_group or tokenizers.count(tokenizers[number]) > 1:
+            continue
+        first, second = sorted((number, 1 if number == 0 else 0))
+        one, two = evaluations[first].metrics, evaluations[second].metrics
+        key = next((key for key in KEYS if one.get(key) != two.get(key)), "reference")
+        raise ArtifactError(
+            f"{paths[first]} and {paths[second]} cannot be compared: their {key} differs ({short(one.get(key))} and "
+            f"{short(two.get(key))}), and {path} shares neither images nor tokenizer with any other report",
+            "Evaluate both on the same images with the same protocol and image size",
+        )
+
+
+def members_by_key(evaluations: Sequence[Evaluated]) -> list[list[tuple[int, Evaluated]]]:
+    """Groups by KEYS: the index of each report, and its metrics by the protocol of the group."""
+    groups: dict[tuple[object, ...], list[tuple[int, Evaluated]]] = {}
+    for place, evaluated in enumerate(evaluations):
+        for view in by_protocol(evaluated.metrics):
+            key = tuple(view.get(name) for name in KEYS)
+            groups.setdefault(key, []).append((place, replace(evaluated, metrics=view)))
+    return list(groups.values())
+
+
+def groups_of(evaluations: Sequence[Evaluated]) -> list[Group]:
+    """The groups, largest first, with a name for each set of images."""
+    found = sorted(([each for _, each in group] for group in members_by_key(evaluations)), key=len, reverse=True)
+    names = set_names([group[0] for group in found])
+    return [Group(group[0].metrics["protocol"], name, group) for group, name in zip(found, names, strict=True)]
+
+
+def set_names(evaluations: Sequence[Evaluated]) -> list[str]:
+    """A name for the images of each evaluation, with size and number where these tell two sets apart.
+
+    Protocols crop in different ways: sets are equal if they come from the same images, at the same size and number.
+    """
+    sources = [each.lineage.get("inputs", {}).get("images", {}) for each in evaluations]
+    metrics = [each.metrics for each in evaluations]
+    sets = [
+        (source.get("content") or m["reference"], str(m["image_size"]), m["num_images"])
+        for source, m in zip(sources, metrics, strict=True)
+    ]
+    plain = [source.get("name", "images") for source in sources]
+    sized = [f"{name}, {size_in_words(m)}" for name, m in zip(plain, metrics, strict=True)]
+    counted = [f"{name}, {m['num_images']:,} images" for name, m in zip(sized, metrics, strict=True)]
+    for names in (plain, sized, counted):
+        if len(set(names)) == len(set(sets)) == len(set(zip(names, sets, strict=True))):
+            return names
+    order = {each: number for number, each in enumerate(dict.fromkeys(sets), start=1)}
+    return [f"{order[each]}: {name}" for each, name in zip(sets, plain, strict=True)]
+
+
+def distinct(evaluations: Sequence[Evaluated], report_names: Sequence[str]) -> list[Evaluated]:
+    """The evaluations with different names for different tokenizers: the tokenizer's, the report's, or numbered.
+
+    A tokenizer that occurs twice in a group, as with the same report given twice, counts as two.
+    """
+    names = [each.name for each in evaluations]
+    tokenizers = [tokenizer_of(each) for each in evaluations]
+    if any(len({tokenizers[place] for place, _ in group}) < len(group) for group in members_by_key(evaluations)):
+        tokenizers = list(map(str, range(len(tokenizers))))
+    if len(set(names)) < len(set(tokenizers)) and len(set(tokenizers)) == len(set(report_names)) == len(tokenizers):
+        names = list(report_names)
+    if len(set(names)) < len(set(tokenizers)):
+        order = {each: number for number, each in enumerate(dict.fromkeys(tokenizers), start=1)}
+        names = [f"{order[tokenizer]}: {name}" for tokenizer, name in zip(tokenizers, names, strict=True)]
+    return [replace(evaluated, name=name) for evaluated, name in zip(evaluations, names, strict=True)]
+
+
+def tokenizer_of(evaluated: Evaluated) -> str:
+    """The content digest of the tokenizer, else its name."""
+    return evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("content") or evaluated.name
+
+
+def short(value: object) -> str:
+    """At most 16 characters of a value."""
+    text = str(value)
+    return text if len(text) <= 16 else text[:12] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
 
 
 def comparison_page(evaluations: Sequence[Evaluated], title: str, footer: str = "") -> page.ReportPage:
-    """The page of several tokenizers: what they share stands side by side, never numbers of different protocols."""
-    groups = named_groups(evaluations)
-    sections: list[page.Section] = [*across_sets(groups), *(headline(group) for group in groups)]
-    sections += printed_in_papers(evaluations)
-    room = PictureBudget()
-    for sharing in by_images(groups).values():
-        of = f" ({sharing[0].images})" if len(by_images(groups)) > 1 else ""
-        sections += quality_against_bits(sharing[0].members, f"{of}, protocol {sharing[0].protocol}")
-        if together := shared_pictures({e.name: e.shown for e in sharing[0].members}, room):
-            sections.append(page.Pictures(f"The same images, reconstructed by each{of}", together, room.note()))
-        if maps := maps_of(sharing[0].members):
-            sections.append(page.Maps(f"Which codes are in use{of}", maps, MAP_CAPTION))
-    if drawn := codes_and_training(groups[0].members, first_of_each(evaluations)):
-        sections.append(page.Plots("Codes and training", drawn))
-    sections += [others for group in groups for others in other_conventions(group)]
-    if missing := reasons(evaluations):
-        sections.append(page.Reasons("Left out, and why", missing))
-    sections.append(page.Lineage("Made from", [evaluated.lineage for evaluated in evaluations]))
-    commands = list(dict.fromkeys(command for evaluated in evaluations for command in evaluated.commands))
-    sections.append(page.Commands("Make it again", commands))
-    return page.ReportPage(title, subtitle(groups), sections, footer)
-
-
-def subtitle(groups: Sequence[Group]) -> str:
-    """How many images of how many sets, by which protocols."""
-    protocols = ", ".join(dict.fromkeys(group.protocol for group in groups))
-    sets = by_images(groups)
-    if len(sets) == 1:
-        return (
-            f"Measured alike, on the same {groups[0].members[0].metrics['num_images']:,} images. Protocol {protocols}."
-        )
-    return f"Measured on {len(sets)} sets of images. Protocol {protocols}."
-
-
-def by_images(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """The groups of each image set, whatever their protocol."""
-    sets: dict[str, list[Group]] = {}
+    """The page of several tokenizers."""
+    groups = groups_of(evaluations)
+    by_images: dict[str, list[Group]] = {}
     for group in groups:
-        sets.setdefault(group.images, []).append(group)
-    return sets
+        by_images.setdefault(group.images, []).append(group)
+    sections: list[page.Section] = [*tables_over_sets(groups), *map(headline_table, groups)]
+    sections += paper_tables(evaluations)
+    budget = PictureBudget()
+    for images, same_images in by_images.items():
+        members, of = same_images[0].members, f" ({images})" if len(by_images) > 1 else ""
+        sections += quality_plots(members, f"{of}, protocol {same_images[0].protocol}")
+        if pictures := shared_pictures({each.name: each.shown for each in members}, budget):
+            sections.append(page.Pictures(f"Reconstructions of the same images{of}", pictures, budget.note()))
+        if maps := maps_of(members):
+            sections.append(page.Maps(f"Codes in use{of}", maps, MAP_CAPTION))
+    if drawn := usage_and_training_plots(groups[0].members, evaluations):
+        sections.append(page.Plots("Utilization and training", drawn))
+    for group in groups:
+        if others := present(group.members, [m for m in MEASURES if m not in HEADLINES]):
+            conventions = [*present(group.members, HEADLINES[:2]), *others]
+            words = [f"{m.label}: {convention_of(m, group.members[0].metrics)}" for m in conventions]
+            sections.append(measure_table(group, others, f"Other conventions: {group.title}", ". ".join(words) + "."))
+    if missing := reasons(evaluations):
+        sections.append(page.Reasons("Not computed", missing))
+    sections.append(page.Lineage("Lineage", [evaluated.lineage for evaluated in evaluations]))
+    commands = list(dict.fromkeys(command for evaluated in evaluations for command in evaluated.commands))
+    sections.append(page.Commands("Commands", commands))
+    protocols = ", ".join(dict.fromkeys(group.protocol for group in groups))
+    where = f"On {len(by_images)} sets of images"
+    if len(by_images) == 1:
+        where = f"On the same {groups[0].members[0].metrics['num_images']:,} images"
+    return page.ReportPage(title, f"{where}. Protocol {protocols}.", sections, footer)
 
 
-def first_of_each(evaluations: Sequence[Evaluated]) -> list[Evaluated]:
-    """One evaluation for each name."""
-    return list({evaluated.name: evaluated for evaluated in reversed(evaluations)}.values())[::-1]
-
-
-def headline(group: Group) -> page.Table:
+def headline_table(group: Group) -> page.Table:
     """The headline numbers of one group."""
-    caption = f"Protocol {group.protocol}, the same images for all. The best of each column is set off."
+    caption = f"Protocol {group.protocol}, the same images for all. The best of each column is highlighted."
     if len(group.members) == 1:
-        caption = f"Protocol {group.protocol}. No other report is on these images, by this protocol."
+        caption = f"Protocol {group.protocol}. No other report is on these images by this protocol."
     if not all(evaluated.is_discrete for evaluated in group.members):
         caption += " Continuous latents have neither codes nor bits."
     named = measures_of(*(each.metrics for each in group.members))[len(MEASURES) :]
-    return comparison_table(group.title, group.members, measured(group.members, [*HEADLINES, *named]), caption)
+    return measure_table(group, present(group.members, [*HEADLINES, *named]), group.title, caption)
 
 
-def other_conventions(group: Group) -> list[page.Section]:
-    """What else was measured of one group, and by which formulas."""
-    others = measured(group.members, [m for m in MEASURES if m not in HEADLINES])
-    if not others:
-        return []
-    first = group.members[0].metrics
-    told = ". ".join(
-        f"{m.label}: {convention_of(m, first)}" for m in (*measured(group.members, HEADLINES[:2]), *others)
-    )
-    return [comparison_table(f"Other conventions: {group.title}", group.members, others, f"{told}.")]
+def measure_table(group: Group, measures: Sequence[Measure], title: str, caption: str = "") -> page.Table:
+    """A row per tokenizer: name, codes, and each measure, the best of each column highlighted."""
+    labels = [[each.name, code_cell(each.metrics["tokenizer"])] for each in group.members]
+    values = [[value_of(each.metrics, measure.key) for measure in measures] for each in group.members]
+    rows = [[page.Cell(*cell) for cell in row] for row in table_rows(labels, measures, values, unit=False)]
+    return page.Table(title, ["tokenizer", "codes", *map(with_unit, measures)], rows, caption)
 
 
-def across_sets(groups: Sequence[Group]) -> list[page.Section]:
-    """For each protocol with several image sets: a row per tokenizer, and for each set its rFID and PSNR.
-
-    The layout of MGVQ's Tables 2 and 3. Each column is one set's, so the best of it is set off.
-    """
+def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
+    """For each protocol with several sets of images: a row per tokenizer, and rFID and PSNR of each set."""
     sections: list[page.Section] = []
     for protocol in dict.fromkeys(group.protocol for group in groups):
         sets = [group for group in groups if group.protocol == protocol]
         if len(sets) < 2:
             continue
         names = list(dict.fromkeys(each.name for group in sets for each in group.members))
-        columns = [(group, m) for group in sets for m in measured(group.members, ACROSS)]
-        rows = [[page.Cell(name), *(cell(name, group.members, m) for group, m in columns)] for name in names]
+        columns = [(group, m) for group in sets for m in present(group.members, OVER_SETS)]
+        rows = [[page.Cell(name), *(cell_of(name, group.members, m) for group, m in columns)] for name in names]
         spans = [("", 1), *((g.images, n) for g in sets if (n := sum(each is g for each, _ in columns)))]
         header = ["tokenizer", *(with_unit(m) for _, m in columns)]
         titles = [f"{group.title}." for group in sets]
-        caption = "\n".join(["A column belongs to one set of images. The best of each is set off.", *titles])
-        sections.append(page.Table(f"Across sets of images, protocol {protocol}", header, rows, caption, spans=spans))
+        caption = "\n".join(["Each column is of one set of images, its best number highlighted.", *titles])
+        sections.append(page.Table(f"Over sets of images, protocol {protocol}", header, rows, caption, spans=spans))
     return sections
 
 
-def cell(name: str, members: Sequence[Evaluated], measure: Measure) -> page.Cell:
-    """The number of the member of that name, a dash where it was not measured."""
-    values = [value_of(each.metrics, measure.key) for each in members]
-    value = next((value for each, value in zip(members, values, strict=True) if each.name == name), None)
-    return page.Cell(written(measure, value, unit=False), value is not None and value == measure.best(values))
+def cell_of(name: str, members: Sequence[Evaluated], measure: Measure) -> page.Cell:
+    """The number of the member of that name; a dash where it was not measured."""
+    values = {each.name: value_of(each.metrics, measure.key) for each in members}
+    value = values.get(name)
+    return page.Cell(written(measure, value, unit=False), value is not None and value == measure.best(values.values()))
 
 
-def printed_in_papers(evaluations: Sequence[Evaluated]) -> list[page.Section]:
-    """What papers print of the rows that these tokenizers' presets stand for: a table for each of their protocols."""
+def paper_tables(evaluations: Sequence[Evaluated]) -> list[page.Section]:
+    """The numbers that papers print for the presets of these tokenizers: a table per protocol of the papers."""
     found = {each.name: row for each in evaluations if (row := paper_row(each.commands)) is not None}
     sections: list[page.Section] = []
     for protocol in dict.fromkeys(row.protocol for row in found.values()):
         printed = {name: row for name, row in found.items() if row.protocol == protocol}
         measures = [m for m in PRINTED if any(m.key in row.values for row in printed.values())]
-        header = [
-            "tokenizer",
-            "row",
-            *map(with_unit, measures),
-            "changed here",
-        ]
+        header = ["tokenizer", "row", *map(with_unit, measures), "changed in this run"]
         rows = [
             [name, f"{row.short}, {row.row}"]
             + [written(m, row.values.get(m.key), unit=False) for m in measures]
-            + [changes(row)]
+            + [", ".join(row.changed) or "nothing"]
             for name, row in printed.items()
         ]
-        caption = f"Measured by their authors, on their images, by {protocol}: not comparable with the tables above."
-        title = "What the papers print of these rows"
-        sections.append(page.Table(title, header, rows, caption, prose=("row", "changed here")))
+        caption = f"Measured by the authors on their images, {protocol}: not comparable with the tables above."
+        title = "Numbers printed in the papers"
+        sections.append(page.Table(title, header, rows, caption, prose=("row", "changed in this run")))
     return sections
 
 
-def changes(row: PaperRow) -> str:
-    return ", ".join(row.changed) or "nothing"
-
-
-def quality_against_bits(evaluations: Sequence[Evaluated], of: str = "") -> list[page.Section]:
-    """PSNR over bits per pixel, and the k-curves of those with groups; `of` which images, for the headings."""
-    points = {
-        evaluated.name: (evaluated.metrics.get("bits_per_pixel"), evaluated.metrics["psnr"])
-        for evaluated in evaluations
-        if "psnr" in evaluated.metrics
-    }
+def quality_plots(evaluations: Sequence[Evaluated], of: str) -> list[page.Section]:
+    """PSNR over bits per pixel, and the k-curves of tokenizers with groups; `of` ends the headings."""
+    points = {e.name: (e.metrics.get("bits_per_pixel"), e.metrics["psnr"]) for e in evaluations if "psnr" in e.metrics}
     prefixes = {e.name: e.metrics["prefixes"] for e in evaluations if "prefixes" in e.metrics}
     sections: list[page.Section] = []
     if any(bits is not None for bits, _ in points.values()):
         sections.append(page.Plots(f"Quality against bits{of}", [plots.rate_distortion(points)]))
     if curves := plots.k_curves(prefixes):
-        sections.append(page.Plots(f"From the first groups only{of}", curves))
+        sections.append(page.Plots(f"First groups only{of}", curves))
     return sections
 
 
-def codes_and_training(alike: Sequence[Evaluated], all_of_them: Sequence[Evaluated]) -> list[plots.Plot]:
-    """How much of its codebook each uses on the same images, and what the training of all logged."""
-    discrete = [evaluated for evaluated in alike if evaluated.is_discrete]
-    used = {evaluated.name: evaluated.metrics["utilization"] for evaluated in discrete}
-    number = alike[0].metrics["num_images"]
+def usage_and_training_plots(same_images: Sequence[Evaluated], evaluations: Sequence[Evaluated]) -> list[page.Plot]:
+    """Utilization on the same images, and the training curves of all tokenizers."""
+    discrete = [evaluated for evaluated in same_images if evaluated.is_discrete]
+    utilization = {evaluated.name: evaluated.metrics["utilization"] for evaluated in discrete}
+    number = same_images[0].metrics["num_images"]
     drawn = [
-        plots.bars("Codes in use", used, f"Share chosen at least once over all {number:,} images."),
+        plots.bars("Utilization", utilization, f"Share of the codes chosen at least once over {number:,} images."),
         plots.code_frequency({evaluated.name: evaluated.counts for evaluated in discrete}),
     ]
-    logged = {evaluated.name: evaluated.history for evaluated in all_of_them if evaluated.history}
-    return [*(drawn if discrete else []), *plots.training_curves(logged)]
-
-
-def comparison_table(
-    title: str, evaluations: Sequence[Evaluated], measures: Sequence[Measure], caption: str
-) -> page.Table:
-    """A row per tokenizer, a column per measure."""
-    header, rows = comparison_rows(evaluations, measures)
-    cells = [[page.Cell(text, best) for text, best in row] for row in rows]
-    return page.Table(title, header, cells, caption)
-
-
-def comparison_rows(
-    evaluations: Sequence[Evaluated], measures: Sequence[Measure]
-) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """A header, and (text, whether it is its column's best) of every cell: tokenizer, codes, and each measure."""
-    labels = [[evaluated.name, code_cell(evaluated.metrics["tokenizer"])] for evaluated in evaluations]
-    values = [[value_of(evaluated.metrics, measure.key) for measure in measures] for evaluated in evaluations]
-    return ["tokenizer", "codes", *map(with_unit, measures)], table_rows(labels, measures, values, unit=False)
+    logs: dict[str, Sequence[plots.Row]] = {}
+    for evaluated in evaluations:
+        if evaluated.history:
+            logs.setdefault(evaluated.name, evaluated.history)
+    return [*(drawn if discrete else []), *plots.training_curves(logs)]
 
 
 def code_cell(tokenizer: Mapping[str, Any]) -> str:
-    """ "4 x 8,192", K codes in each of G groups; a dash with continuous latents."""
+    """`4 x 8,192`: K codes in each of G groups; a dash for continuous latents."""
     return codes(tokenizer).removesuffix(" codes") if tokenizer["codebook_size"] is not None else "–"
 
 
-def measured(evaluations: Sequence[Evaluated], measures: Sequence[Measure] = MEASURES) -> list[Measure]:
-    """The measures that at least one evaluation has, what they cost in front."""
+def present(evaluations: Sequence[Evaluated], measures: Sequence[Measure]) -> list[Measure]:
+    """The measures that at least one evaluation has, bits per pixel first."""
     return bits_first(m for m in measures if any(value_of(each.metrics, m.key) is not None for each in evaluations))
 
 
 def reasons(evaluations: Sequence[Evaluated]) -> dict[str, str]:
-    """Why numbers are absent: once where it is the same for all, else under each one's name."""
+    """Why numbers are absent: once where it is the same for all, else under the name of each tokenizer."""
     missing = [evaluated.metrics["not_computed"] for evaluated in evaluations]
-    shared = {key: reason for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
-    told = dict(shared)
+    found = {key: reason for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
+    shared = set(found)
     for evaluated, each in zip(evaluations, missing, strict=True):
         own = {key: reason for key, reason in each.items() if key not in shared}
         for reason in dict.fromkeys(own.values()):
-            keys = ", ".join(key for key, its in own.items() if its == reason)
-            told[f"{evaluated.name}: {keys}"] = reason
-    return told
+            keys = ", ".join(key for key, other in own.items() if other == reason)
+            found[f"{evaluated.name}: {keys}"] = reason
+    return found

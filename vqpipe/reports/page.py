@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from vqpipe.reports.plots import Plot
-
 FILE_SIZE = "\0file size\0"
 """Placeholder of the file's own size."""
 MAX_UNLISTED = 4
@@ -84,6 +82,16 @@ class Map:
     uri: str
     headline: str
     alt: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing of `plots`: SVG, with its title, its text for screen readers, and its caption."""
+
+    title: str
+    svg: str
+    alt: str
+    caption: str = ""
 
 
 @dataclass(frozen=True)

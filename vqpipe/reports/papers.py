@@ -1,7 +1,7 @@
-"""The numbers that a paper prints of the row a preset stands for, to be shown beside ours, never among them.
+"""The numbers that a paper prints for the row that a preset reproduces, read from the head of the preset.
 
-They live in the heads of `vqpipe/presets/*.toml`. A paper measured on its own images by its own protocol, so its
-numbers keep a column, or a table, of their own, which names that protocol.
+A paper measures on its own images by its own protocol. So its numbers have a column or a table of their own, which
+states that protocol.
 """
 
 import re
@@ -14,11 +14,17 @@ from vqpipe import presets
 
 LABELS = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips", "usage": "utilization"}
 LABELS["utilization"] = "utilization"
-"""A word of `expected` -> the measure it is."""
-HARMLESS = ("objective.lpips_weights", "data.num_workers", "train.log_every", "train.save_every", "train.sample_every")
-"""Settings that leave a row what it is."""
-TELLING = ("--steps", "--global-batch-size", "--precision", "--from")
-"""Options of `train` that make another row of it, beside `--set`."""
+"""A name in `expected` -> the key of the measure."""
+NEUTRAL_SETTINGS = (
+    "objective.lpips_weights",
+    "data.num_workers",
+    "train.log_every",
+    "train.save_every",
+    "train.sample_every",
+)
+"""Settings that do not change the results of a run."""
+CHANGING_OPTIONS = ("--steps", "--global-batch-size", "--precision", "--from")
+"""Options of `train` that change the results, beside `--set`."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +33,23 @@ class PaperRow:
 
     preset: str
     paper: str
-    """Who, when, what (arXiv number)."""
+    """Authors, year, title (arXiv number)."""
     row: str
     protocol: str
-    """How its authors measured, in the preset's words."""
+    """How its authors measured."""
     values: Mapping[str, float]
-    """Measure -> what is printed; shares in 0..1, SSIM in 0..1."""
+    """Measure -> the printed number; utilization and SSIM in 0..1."""
     changed: Sequence[str] = ()
-    """What the command changed of the preset."""
+    """Settings of the preset that the command changed."""
 
     @property
     def short(self) -> str:
-        """ "Zhu et al. 2024, VQGAN-LC"."""
+        """`Zhu et al. 2024, VQGAN-LC`."""
         return self.paper.partition(" (")[0]
 
 
 def paper_row(commands: Sequence[str]) -> PaperRow | None:
-    """The row of the preset that the first of these commands trained with; None without one, or without a number."""
+    """The row that the first training command reproduces; None without a preset of a paper or without a number."""
     for command in commands:
         words = shlex.split(command)
         if len(words) > 1 and words[1] == "train":
@@ -52,28 +58,28 @@ def paper_row(commands: Sequence[str]) -> PaperRow | None:
 
 
 def row_of(words: Sequence[str]) -> PaperRow | None:
-    """The row that the options of one `vqpipe train` stand for."""
+    """The row for the options of a `vqpipe train` command."""
     options = list(pairs(words))
     named = [value for option, value in options if option == "--preset"]
-    if not named or named[-1] not in presets.names():  # a file of the user's own says nothing of a paper
+    if not named or named[-1] not in presets.names():  # a file of the user
         return None
     head = presets.read_head(presets.find(named[-1]))
     values = printed(head.get("expected", ""))
     if not values or "paper" not in head or head.get("row", "none").startswith("none"):
         return None
-    changed = [value for option, value in options if option == "--set" and not value.startswith(HARMLESS)]
-    changed += [f"{option} {Path(value).name}" for option, value in options if option in TELLING]
-    protocol = own_protocol(head.get("protocol", ""), head["row"])
+    changed = [value for option, value in options if option == "--set" and not value.startswith(NEUTRAL_SETTINGS)]
+    changed += [f"{option} {Path(value).name}" for option, value in options if option in CHANGING_OPTIONS]
+    protocol = protocol_of(head.get("protocol", ""), head["row"])
     return PaperRow(named[-1], head["paper"], head["row"], protocol, values, changed)
 
 
-def own_protocol(told: str, row: str) -> str:
-    """Of "the paper's (A; B); its X rows follow X's (C); ours is D": "A; B", or "C" where the row is one of X."""
-    for name, other in re.findall(r"its (\S+) rows follow [^(]*\(([^)]*)\)", told):
+def protocol_of(head: str, row: str) -> str:
+    """From "the paper's (A; B); its X rows follow X's (C); ours is D": "A; B", or "C" where the row is one of X."""
+    for name, other in re.findall(r"its (\S+) rows follow [^(]*\(([^)]*)\)", head):
         if name in row:
             return str(other)
-    found = re.match(r"the paper's \(([^)]*)\)", told)
-    return found[1] if found else told.partition("; ours")[0] or "a protocol it does not tell"
+    found = re.match(r"the paper's \(([^)]*)\)", head)
+    return found[1] if found else head.partition("; ours")[0] or "an unstated protocol"
 
 
 def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -87,7 +93,7 @@ def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def printed(expected: str) -> dict[str, float]:
-    """ "rFID 2.62, SSIM 58.9, usage 97 %" -> {"rfid": 2.62, "ssim": 0.589, "utilization": 0.97}, the rest left out."""
+    """`rFID 2.62, SSIM 58.9, usage 97 %` -> {"rfid": 2.62, "ssim": 0.589, "utilization": 0.97}; ignores other text."""
     values = {}
     for part in expected.split(", "):
         found = re.fullmatch(rf"({'|'.join(LABELS)}) ([\d.]+)( %)?", part.strip())

@@ -9,7 +9,6 @@ import io
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import matplotlib
@@ -22,6 +21,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter, StrMe
 from torch import Tensor
 
 from vqpipe.metrics.usage import times_chosen
+from vqpipe.reports.page import Plot
 
 INK = "#0a0b0c"
 """Drawn in place of the page's text color; replaced by `currentColor` in the SVG."""
@@ -31,7 +31,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Line styles, one after the other each time the colors are used up."""
 MARKERS = "os^D"
 """The same for points."""
-DASHED = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
+DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -71,16 +71,6 @@ Line = tuple[np.ndarray, np.ndarray]
 """(x, y), both float64[n]."""
 Scale = Literal["linear", "log", "share"]
 """Of an axis; a share is 0..1 and written as percent."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """An SVG drawing with its title, its text for screen readers, and its caption."""
-
-    title: str
-    svg: str
-    alt: str
-    caption: str = ""
 
 
 def line_plot(

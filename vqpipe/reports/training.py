@@ -150,7 +150,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
 
 
-def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
+def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
     """Losses, quality, codes, learning rate and gradients over images seen; what was not logged has no plot."""
 
     def lines(**keys: str) -> dict[str, plots.Line]:
@@ -184,7 +184,7 @@ def run_curves(rows: Sequence[Row]) -> list[plots.Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-def loss_curves(rows: Sequence[Row]) -> tuple[plots.Plot | None, ...]:
+def loss_curves(rows: Sequence[Row]) -> tuple[page.Plot | None, ...]:
     """The terms of a tokenizer's objective on a logarithmic axis; else the total with that of the validation, and its
     parts."""
     if any("psnr" in row for row in rows):

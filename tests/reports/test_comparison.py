@@ -1,4 +1,4 @@
-"""Which numbers may share a table, and under what names."""
+"""Which numbers share a table, and under what names."""
 
 import re
 from typing import Any
@@ -8,10 +8,9 @@ import torch
 
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page
-from vqpipe.reports.comparison import comparison_page
+from vqpipe.reports.comparison import check_comparable, comparison_page, distinct, groups_of
 from vqpipe.reports.evaluation import Evaluated, by_protocol, convention_of, measures_of, size_in_words, value_of
 from vqpipe.reports.evaluation_page import evaluation_page
-from vqpipe.reports.grouping import distinct, named_groups, refuse_unlike
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 4, "num_groups": 1, "downsample_factor": 8}
 RAW = {
@@ -57,7 +56,7 @@ def evaluated(
     return Evaluated(name, metrics, torch.tensor([[5, 3, 0, 0]]), lineage=lineage, commands=["vqpipe eval"])
 
 
-def test_each_protocol_sees_its_own_numbers_alone() -> None:
+def test_a_protocol_has_only_its_own_numbers() -> None:
     both = evaluated(protocols={"adm": {"psnr": 21.0}, "cleanfid-rawval": RAW}, rfid={"adm": 3.0}, lpips_alex=0.2)
     adm, raw = by_protocol(both.metrics)
     assert [value_of(adm, key) for key in ("psnr", "rfid", "psnr_y", "lpips_alex", "kid")] == [
@@ -81,7 +80,7 @@ def test_each_protocol_sees_its_own_numbers_alone() -> None:
     assert value_of(raw, "utilization") == 0.5
 
 
-def test_a_report_without_protocols_of_their_own_is_seen_as_it_is() -> None:
+def test_a_report_of_one_protocol_has_all_numbers() -> None:
     (view,) = by_protocol(evaluated(rfid={"adm": 2.5}).metrics)
     assert (view["protocol"], value_of(view, "rfid"), view["reference"]) == ("adm", 2.5, "photos")
 
@@ -89,7 +88,7 @@ def test_a_report_without_protocols_of_their_own_is_seen_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("size", "words"), [(256, "256 px"), ("2560x1440", "2560 x 1440 px"), ("native", "their own size")]
 )
-def test_sizes_in_words(size: int | str, words: str) -> None:
+def test_image_sizes_as_text(size: int | str, words: str) -> None:
     assert size_in_words({"image_size": size}) == words
 
 
@@ -106,29 +105,29 @@ def test_numbers_of_two_protocols_never_share_a_column() -> None:
     assert beside.index("here, adm") < beside.index("here, cleanfid-rawval")
 
 
-def test_reports_group_by_what_they_share_and_sets_are_told_apart() -> None:
+def test_reports_are_grouped_and_sets_have_distinct_names() -> None:
     several = [evaluated("a"), evaluated("b"), evaluated("a", "faces"), evaluated("b", "faces"), evaluated("c")]
-    refuse_unlike(several, list("abcde"))
-    groups = named_groups(several)
+    check_comparable(several, list("abcde"))
+    groups = groups_of(several)
     assert [(group.images, [each.name for each in group.members]) for group in groups] == [
         ("photos", ["a", "b", "c"]),
         ("faces", ["a", "b"]),
     ]
-    resized = named_groups([evaluated("a"), evaluated("a", image_size=512, reference="larger")])
+    resized = groups_of([evaluated("a"), evaluated("a", image_size=512, reference="larger")])
     assert [group.images for group in resized] == ["photos, 256 px", "photos, 512 px"]
-    fewer = named_groups([evaluated("a"), evaluated("a", num_images=9, reference="few")])
+    fewer = groups_of([evaluated("a"), evaluated("a", num_images=9, reference="few")])
     assert [group.images for group in fewer] == ["photos, 256 px, 50 images", "photos, 256 px, 9 images"]
 
 
-def test_a_report_that_shares_nothing_is_refused_by_name() -> None:
+def test_a_report_comparable_with_none_is_refused_with_the_first_differing_key() -> None:
     with pytest.raises(ArtifactError, match="one and two cannot be compared: their reference differs"):
-        refuse_unlike([evaluated("a"), evaluated("b", "faces")], ["one", "two"])
+        check_comparable([evaluated("a"), evaluated("b", "faces")], ["one", "two"])
     with pytest.raises(ArtifactError, match=r"one and three cannot be compared.*three shares neither"):
-        refuse_unlike([evaluated("a"), evaluated("b"), evaluated("c", "faces")], ["one", "two", "three"])
-    refuse_unlike([evaluated("a"), evaluated("a", "faces")], ["one", "two"])  # the tokenizer is shared
+        check_comparable([evaluated("a"), evaluated("b"), evaluated("c", "faces")], ["one", "two", "three"])
+    check_comparable([evaluated("a"), evaluated("a", "faces")], ["one", "two"])  # the tokenizer is shared
 
 
-def test_tokenizers_on_several_sets_stand_as_in_mgvqs_tables() -> None:
+def test_several_sets_make_one_table_with_the_best_of_each_column_marked() -> None:
     several = [evaluated("a", rfid={"adm": 4.0}), evaluated("b", rfid={"adm": 3.0}, psnr=22.0)]
     several += [evaluated("a", "faces", rfid={"adm": 8.0}, psnr=25.0)]
     html = page.render(comparison_page(several, "a and b"))
@@ -141,7 +140,7 @@ def test_tokenizers_on_several_sets_stand_as_in_mgvqs_tables() -> None:
     assert rows[0].count('class="best"') == 0
 
 
-def test_names_differ_where_tokenizers_do() -> None:
+def test_different_tokenizers_have_distinct_names() -> None:
     same = [evaluated("a"), evaluated("a")]
     assert [each.name for each in distinct(same, ["x", "y"])] == ["x", "y"]
     assert [each.name for each in distinct(same, ["x", "x"])] == ["1: a", "2: a"]
