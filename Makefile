@@ -68,7 +68,7 @@ upgrade: $(VENV)/installed
 
 test-newest:
 	$(call environment,$(VENV)-newest,--upgrade)
-	@$(VENV)-newest/bin/python -m pytest $(FAST) -W error
+	@$(VENV)-newest/bin/python -m pytest $(FAST) -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
 
 test-lowest:
 	$(call environment,$(VENV)-lowest,--resolution lowest-direct)
