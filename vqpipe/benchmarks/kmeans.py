@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqpipe.benchmarks.search import faiss_defaults, faiss_gpu_module, faiss_settings
 from vqpipe.benchmarks.timing import Case, Method, Samples, Settings, available, measure, need, to_rows, version_of
-from vqpipe.codebooks.feature_set import FeatureSet
+from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.lloyd import lloyd
 from vqpipe.codebooks.points import Points
 from vqpipe.progress import SILENT, Progress

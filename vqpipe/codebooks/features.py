@@ -67,7 +67,7 @@ class FeaturesConfig:
     """Dimension of a feature, patch-pca only."""
     fit_patches: int = 200_000
     """Approximate number of patches for the principal components, patch-pca only."""
-    weights: Path | None = resumable(None)  # noqa: RUF009
+    weights: Path | None = resumable(None)
     """File with the encoder's weights (its hash is an input of the artifact); none: the Hugging Face cache or hub."""
     allow_random_weights: bool = False
     """Without `weights`, use an untrained network instead of downloading them: for controls."""
