@@ -23,8 +23,8 @@ PARAMETERS = {
     "dit-xl-2": 674_890_048,
     "llamagen-xxl": 1_462_531_584,
 }
-"""Parameters of generators for 1,000 classes. GPT: two matrices of 100,000 codes, the classes and a null; 256 positions;
-per block 12 matrices of width x width with biases and norms; the last norm."""
+"""Parameters of generators for 1,000 classes. GPT has two matrices of 100,000 codes, the classes and a null; 256
+positions; per block 12 matrices of width x width with biases and norms; the last norm."""
 
 
 def space_of(name: str, num_classes: int | None) -> Space:

@@ -18,7 +18,7 @@ from vqpipe.benchmarks.search import faiss_defaults, faiss_gpu_module, faiss_set
 from vqpipe.benchmarks.timing import Case, Method, Samples, Settings, available, measure, need, to_rows, version_of
 from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.lloyd import lloyd
-from vqpipe.codebooks.points import Points
+from vqpipe.codebooks.lloyd import Points
 from vqpipe.progress import SILENT, Progress
 from vqpipe.search import engine_name, nearest
 
@@ -120,7 +120,7 @@ def ours(problem: Problem) -> Method:
     device = problem.settings.device
     points = Points(FeatureSet([problem.array], ["drawn points"]), device, shared=False)
     version = f"{version_of('vqpipe')}, {engine_name(device)}"
-    fit: Fit = lambda n: lloyd(points, problem.centers, n, 0.0).codes  # noqa: E731
+    fit: Fit = lambda n: lloyd(points, problem.centers, n, 0.0).codebook  # noqa: E731
     return Method(name="vqpipe", call=fit, version=version, ours=True)
 
 

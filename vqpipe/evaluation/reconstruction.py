@@ -114,12 +114,12 @@ class Reconstructor(Metric):
         assert self.tile is not None
         device, overlap = originals.device, min(OVERLAP, self.tile // 8)
         image = originals[0].cpu()
-        whole, *others = (
+        tiled = [
             reconstruct_any_size(self.autoencoder, image, groups=k, tile=self.tile, overlap=overlap, rounded=False)
             for k in (None, *prefixes)
-        )
-        ids = None if whole.ids is None else torch.cat(whole.ids)[None].to(device)
-        images, *others = (part.image[None].to(device) for part in (whole, *others))
+        ]
+        ids = None if tiled[0].ids is None else torch.cat(tiled[0].ids)[None].to(device)
+        images, *others = (part.image[None].to(device) for part in tiled)
         return Reconstruction(images, ids, dict(zip(prefixes, others, strict=True)))
 
     def compute(self) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class CodeUsage(Metric):
         ]
         points = [self._row(n, [int((first < n).sum()) for first in firsts]) for n in curve_tokens(total)[:-1]]
         curve = [(row["tokens"], row["utilization"], row["uniform_utilization"]) for row in [*points, everything]]
-        numbers |= {**joint, "utilization_at": [*rows, everything], "utilization_curve": curve}
+        numbers = {**numbers, **joint, "utilization_at": [*rows, everything], "utilization_curve": curve}
         return UsageResult(counts, numbers, absent)
 
     def _row(self, tokens: int, used: list[int]) -> dict[str, Any]:
