@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum, auto
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -279,22 +279,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-# Until every command passes a ProgressBar to its job: the names that commands used before.
-Interrupted, SIGNALS, INTERRUPTED = signals.Interrupted, signals.SIGNALS, signals.INTERRUPTED
-interrupt, leave_at_once, StopAtStepEnd = signals.interrupt, signals.exit_at_once, signals.StopAfterStep
-Bar = Any
-
-
-@contextmanager
-def progress(title: str, total: int | None, unit: str = "images") -> Iterator[Any]:
-    with ProgressBar() as bar:
-        bar.start(title, total, unit)
-        bar.resume = lambda count: bar.start(title, total, unit, count)  # type: ignore[attr-defined]
-        yield bar
-
-
-def timing(stopwatch: Any) -> None:
-    if stopwatch.images:
-        say(f"{stopwatch.images:,} images in {clock(stopwatch.seconds)}")
