@@ -36,8 +36,9 @@ AGAIN = 0.5
 """Probability that a resumed run is killed too."""
 PROGRAM = """
 import gc, importlib, json, os, pkgutil, sys, traceback
-from stages import cli, generate
+from stages import cli
 from vqpipe.data import tokens
+from vqpipe.generation import generate
 
 tokens.IMAGES_PER_SHARD = generate.IMAGES_PER_SHARD = 6
 os.fsync = lambda handle: None

@@ -17,8 +17,7 @@ from torch import Tensor
 from vqpipe.benchmarks.search import faiss_defaults, faiss_gpu_module, faiss_settings
 from vqpipe.benchmarks.timing import Case, Method, Samples, Settings, available, measure, need, to_rows, version_of
 from vqpipe.codebooks.features import FeatureSet
-from vqpipe.codebooks.lloyd import lloyd
-from vqpipe.codebooks.lloyd import Points
+from vqpipe.codebooks.lloyd import Points, lloyd
 from vqpipe.progress import SILENT, Progress
 from vqpipe.search import engine_name, nearest
 
