@@ -1,4 +1,4 @@
-"""The papers' analyses beside brute force on small sets, however the images are dealt, and on the page."""
+"""Analyses against brute force on small sets, for any sharding, and their sections of the page."""
 
 import io
 import itertools
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vqpipe.analysis import ANALYSES, Analysis, build, codes, embedding, patches, replacement
-from vqpipe.analysis.base import LeftOut, lot
+from vqpipe.analysis import ANALYSES, Analysis, build, embedding, patches, replacement
+from vqpipe.analysis.base import NotComputed, codebooks, sample_ids, sampling_key
 from vqpipe.data.transforms import to_float
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
@@ -88,16 +88,16 @@ def one(name: str, tokenizer: Tokenizer, **options: Any) -> Analysis:
 
 
 @pytest.mark.parametrize("name", ["lc", "groups"])
-def test_each_token_becomes_the_kth_nearest_other_code(
+def test_each_token_is_replaced_by_the_kth_nearest_other_code(
     name: str, tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizers[name]
-    monkeypatch.setattr(codes, "CODES_AT_ONCE", 500)  # a few codes a tile
+    monkeypatch.setattr(replacement, "MAX_DISTANCES", 500)  # a few codes a tile
     analysis = look(one("replacement", tokenizer), tokenizer, images, [range(4), range(4, 10)])
     result = analysis.result()
     json.dumps(result)
     ids = tokenizer.encode(images)
-    tables = [table.double() for table in codes.codebooks(tokenizer.autoencoder.quantizer)]
+    tables = [table.double() for table in codebooks(tokenizer.autoencoder.quantizer)]
     assert [row["k"] for row in result["rows"]] == [0, *(k for k in (1, 50, 100) if k < tokenizer.codebook_size)]
     for row in result["rows"]:
         replaced = ids.clone().view(10, -1, len(tables))
@@ -110,7 +110,7 @@ def test_each_token_becomes_the_kth_nearest_other_code(
     assert result["num_images"] == 10
 
 
-def test_example_pictures_are_the_same_however_images_are_dealt(
+def test_example_pictures_are_the_same_for_any_sharding(
     tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizers["lc"]
@@ -124,12 +124,12 @@ def test_example_pictures_are_the_same_however_images_are_dealt(
     dealt = parts[0].sections(parts[0].result())[-1]
     assert isinstance(shown, page.Pictures)
     assert isinstance(dealt, page.Pictures)
-    assert [picture.name for picture in shown.pictures] == sorted(KEYS, key=lot)[: replacement.NUM_EXAMPLES]
+    assert [picture.name for picture in shown.pictures] == sorted(KEYS, key=sampling_key)[: replacement.NUM_EXAMPLES]
     assert dealt.pictures == shown.pictures
     assert [version.label for version in shown.pictures[0].versions][:2] == ["reconstruction", "1st nearest"]
 
 
-def test_lpips_is_measured_where_a_network_is_given(tokenizers: dict[str, Tokenizer], images: Tensor) -> None:
+def test_lpips_is_measured_with_a_network(tokenizers: dict[str, Tokenizer], images: Tensor) -> None:
     class Difference(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
@@ -144,17 +144,15 @@ def test_lpips_is_measured_where_a_network_is_given(tokenizers: dict[str, Tokeni
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_patches_are_the_nearest_of_all_by_brute_force(
-    name: str, tokenizers: dict[str, Tokenizer], images: Tensor
-) -> None:
+def test_patches_equal_those_of_brute_force(name: str, tokenizers: dict[str, Tokenizer], images: Tensor) -> None:
     tokenizer = tokenizers[name]
     analysis = look(one("patches", tokenizer), tokenizer, images, [range(3), range(3, 10)])
     result = analysis.result()
     json.dumps(result)
     quantizer, factor = tokenizer.autoencoder.quantizer, tokenizer.downsample_factor
-    groups = codes.compared_groups(quantizer)
+    groups = patches.num_compared(quantizer)
     found: dict[tuple[int, int], list[tuple[float, str, int, Tensor]]] = {}
-    tables = codes.codebooks(quantizer)
+    tables = codebooks(quantizer)
     for number, image in enumerate(images):
         ids = tokenizer.encode(image[None]).view(4, 4, -1)
         latent = tokenizer.autoencoder.latent(to_float(image[None]))[0]
@@ -166,14 +164,14 @@ def test_patches_are_the_nearest_of_all_by_brute_force(
             code = int(ids[y, x, group])
             piece = wide[:, factor * y : factor * y + 2 * factor, factor * x : factor * x + 2 * factor]
             distance = float((vector - tables[group][code]).norm())
-            found.setdefault((group, code), []).append((distance, lot(KEYS[number]), 4 * y + x, piece))
+            found.setdefault((group, code), []).append((distance, sampling_key(KEYS[number]), 4 * y + x, piece))
     assert result["sheets"]
     for sheet in result["sheets"]:
         nearest = sorted(found[sheet["group"], sheet["code"]], key=lambda each: each[:3])[: patches.NEAREST]
         assert sheet["times"] == len(found[sheet["group"], sheet["code"]])
         assert sheet["distances"] == pytest.approx([each[0] for each in nearest], abs=1e-4)
         assert isinstance(analysis, patches.Patches)
-        slot = sheet["group"] * len(analysis.watched) + int(analysis.row[sheet["code"]])
+        slot = analysis.slot(sheet["group"], sheet["code"])
         shown = torch.from_numpy(analysis.kept.of(np.array([slot])).pixels)
         if len({round(each[0], 4) for each in nearest}) == len(nearest):  # no near tie that batches may round apart
             assert torch.equal(shown, torch.stack([each[3] for each in nearest]))
@@ -184,7 +182,7 @@ def test_patches_are_the_nearest_of_all_by_brute_force(
         assert first[:common] == times[:common]
 
 
-def test_patches_of_ranks_together_are_those_of_all_images(
+def test_patches_of_two_ranks_are_those_of_all_images(
     tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizers["groups"]
@@ -210,26 +208,26 @@ def test_patches_of_ranks_together_are_those_of_all_images(
     assert shares[0].sections(dealt) == once.sections(whole)
 
 
-def test_memory_of_patches_does_not_grow_and_a_large_codebook_is_sampled(
+def test_memory_of_patches_is_bounded_and_a_large_codebook_is_sampled(
     tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizers["lc"]
     piece = 3 * 8 * 8
-    monkeypatch.setattr(patches, "MOST_BYTES", 30 * patches.NEAREST * piece)
+    monkeypatch.setattr(patches, "MAX_BYTES", 30 * patches.NEAREST * piece)
     analysis = one("patches", tokenizer)
     assert isinstance(analysis, patches.Patches)
-    assert len(analysis.watched) == 30 < tokenizer.codebook_size
+    assert len(analysis.tracked) == 30 < tokenizer.codebook_size
     for _ in range(3):
         look(analysis, tokenizer, images, [range(10)])
-        assert analysis.kept.pixels.nbytes <= patches.MOST_BYTES
+        assert analysis.kept.pixels.nbytes <= patches.MAX_BYTES
     result = analysis.result()
-    assert {sheet["code"] for sheet in result["sheets"]} <= set(analysis.watched.tolist())
+    assert {sheet["code"] for sheet in result["sheets"]} <= set(analysis.tracked.tolist())
     (section,) = analysis.sections(result)
     assert isinstance(section, page.Maps)
-    assert "Of 120 codes 30 were watched" in section.caption
+    assert "Of 120 codes 30 are tracked" in section.caption
 
 
-def test_codes_in_the_plane_are_marked_as_in_use_or_not(
+def test_embedding_marks_active_and_inactive_codes(
     tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     placed: list[tuple[int, ...]] = []
@@ -238,8 +236,8 @@ def test_codes_in_the_plane_are_marked_as_in_use_or_not(
         placed.append(tuple(vectors.shape))
         return vectors[:, :2].numpy()
 
-    monkeypatch.setattr(embedding, "embedded", instead)
-    monkeypatch.setattr(embedding, "MOST_CODES", 100)
+    monkeypatch.setattr(embedding, "tsne", instead)
+    monkeypatch.setattr(embedding, "MAX_CODES", 100)
     for name, shapes in {"lc": [(100, 60), (100, 4)], "groups": [(50, 3), (50, 3)], "cosine": [(60, 4)]}.items():
         placed.clear()
         tokenizer = tokenizers[name]
@@ -251,7 +249,7 @@ def test_codes_in_the_plane_are_marked_as_in_use_or_not(
         ids = tokenizer.encode(images).view(-1, tokenizer.num_groups)
         used = [set(column.tolist()) for column in ids.T]
         assert result["active_per_group"] == [len(each) for each in used]
-        drawn = embedding.drawn(tokenizer.codebook_size, shapes[0][0], 5).tolist()
+        drawn = sample_ids(tokenizer.codebook_size, shapes[0][0], 5).tolist()
         for _, group, _, active in analysis.maps:
             assert active.tolist() == [code in used[group] for code in drawn]
         (section,) = analysis.sections(result)
@@ -264,30 +262,30 @@ def test_codes_in_the_plane_are_marked_as_in_use_or_not(
                 "cosine": "Codes",
             }[name]
         )
-        assert ("drawn (seed 5)" in section.plots[0].caption) == (len(drawn) < tokenizer.codebook_size)
+        assert ("codes are drawn (seed 5)" in section.plots[0].caption) == (len(drawn) < tokenizer.codebook_size)
 
 
 @pytest.mark.slow
-def test_tsne_keeps_clusters_apart_and_is_the_same_each_time() -> None:
+def test_tsne_separates_clusters_and_is_reproducible() -> None:
     random = torch.Generator().manual_seed(0)
     near, far = torch.randn(20, 60, generator=random), torch.randn(20, 60, generator=random) + 30
-    places = embedding.embedded(torch.cat([near, far]), seed=1)
+    places = embedding.tsne(torch.cat([near, far]), seed=1)
     assert isinstance(places, np.ndarray)
     assert places.shape == (40, 2)
-    assert np.array_equal(places, embedding.embedded(torch.cat([near, far]), seed=1))
+    assert np.array_equal(places, embedding.tsne(torch.cat([near, far]), seed=1))
     first, second = places[:20], places[20:]
     radius = max(np.linalg.norm(half - half.mean(0), axis=1).max() for half in (first, second))
     assert np.linalg.norm(first.mean(0) - second.mean(0)) > 2 * radius
 
 
-def test_codes_without_a_map_say_why() -> None:
-    assert embedding.embedded(torch.ones(20, 3), seed=0) == "the codes are all the same, or not finite"
-    assert "too few" in str(embedding.embedded(torch.randn(5, 3), seed=0))
+def test_codes_without_a_map_give_the_reason() -> None:
+    assert embedding.tsne(torch.ones(20, 3), seed=0) == "the codes are all the same, or not finite"
+    assert "too few" in str(embedding.tsne(torch.randn(5, 3), seed=0))
 
 
-def test_the_code_itself_is_not_its_neighbour_even_among_equals() -> None:
+def test_a_code_is_not_its_own_neighbor_even_among_equal_codes() -> None:
     table = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
-    near = codes.kth_nearest(torch.arange(4), table, [1, 2, 3])
+    near = replacement.kth_nearest(torch.arange(4), table, [1, 2, 3])
     assert near[:, 0].tolist()[:2] == [1, 0]
     assert near[2].tolist()[0] == 3
     assert all(code not in row for code, row in enumerate(near.tolist()))
@@ -295,10 +293,10 @@ def test_the_code_itself_is_not_its_neighbour_even_among_equals() -> None:
 
 
 @pytest.mark.parametrize("name", ANALYSES)
-def test_one_image_alone_fills_the_page(
+def test_one_image_is_enough_for_every_analysis(
     name: str, tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "embedded", lambda vectors, seed: vectors[:, :2].numpy())
+    monkeypatch.setattr(embedding, "tsne", lambda vectors, seed: vectors[:, :2].numpy())
     tokenizer = tokenizers["residual"]
     analysis = look(one(name, tokenizer), tokenizer, images, [[4]])
     result = analysis.result()
@@ -307,9 +305,7 @@ def test_one_image_alone_fills_the_page(
     assert text.count("<section") == len(analysis.sections(result))
 
 
-def test_images_whose_tokens_lie_on_no_grid_are_counted_and_left_out(
-    tokenizers: dict[str, Tokenizer], images: Tensor
-) -> None:
+def test_padded_and_tiled_images_are_excluded_and_counted(tokenizers: dict[str, Tokenizer], images: Tensor) -> None:
     tokenizer = tokenizers["lc"]
     for name in ("replacement", "patches"):
         analysis = one(name, tokenizer)
@@ -322,30 +318,30 @@ def test_images_whose_tokens_lie_on_no_grid_are_counted_and_left_out(
         assert analysis.result()["num_without_layout"] == 4
 
 
-def test_what_says_nothing_is_left_out_with_its_reason(tokenizers: dict[str, Tokenizer]) -> None:
+def test_an_analysis_that_does_not_apply_gives_the_reason(tokenizers: dict[str, Tokenizer]) -> None:
     fsq, scales = tokenizer_of(FSQ), tokenizer_of(SCALES)
     for analysis in build(list(ANALYSES), fsq):
-        assert isinstance(analysis, LeftOut)
+        assert isinstance(analysis, NotComputed)
         result = analysis.result()
         assert result == {"not_computed": "the fsq quantizer has no codebook"}
         (section,) = analysis.sections(result)
         assert isinstance(section, page.Reasons)
         assert section.reasons == {analysis.name: result["not_computed"]}
     names = {type(analysis).__name__ for analysis in build(["patches", "replacement"], scales)}
-    assert names == {"LeftOut", "Replacement"}
+    assert names == {"NotComputed", "Replacement"}
     assert build(["patches", "embedding", "patches"], tokenizers["lc"])[0].name == "embedding"  # the page's order
     with pytest.raises(ConfigError, match="no analysis 'tsne'"):
         build(["tsne"], fsq)
 
 
-def test_codes_at_several_scales_are_replaced_at_all_of_them(images: Tensor) -> None:
+def test_codes_of_all_scales_are_replaced(images: Tensor) -> None:
     scales = tokenizer_of(SCALES)
     result = look(one("replacement", scales), scales, images, [range(3)]).result()
     assert [row["k"] for row in result["rows"]] == [0, 1, 50]
 
 
-def test_a_sheet_is_transparent_where_pieces_lack() -> None:
-    sheet = Image.open(io.BytesIO(patches.contact_sheet(np.full((2, 3, 8, 8), 7, np.uint8))))
+def test_a_sheet_with_fewer_patches_is_transparent_there() -> None:
+    sheet = Image.open(io.BytesIO(patches.code_sheet(np.full((2, 3, 8, 8), 7, np.uint8))))
     alpha = np.array(sheet)[..., 3]
     assert sheet.size == (248, 248)
     assert (alpha[:80, :80] == 255).all()

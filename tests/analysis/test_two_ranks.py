@@ -1,6 +1,6 @@
-"""Two ranks that share the images find what one process finds in all of them.
+"""Two ranks give the results of one process.
 
-Run as a script under torchrun, this file is what one rank does.
+Under torchrun this file is the script of each rank.
 """
 
 import json
@@ -23,7 +23,7 @@ from vqpipe.tokenizer import Tokenizer
 
 
 def look() -> dict[str, Any]:
-    """Everything found in twelve images, of which each rank sees its share, one by one; on rank 0 the page too."""
+    """All results for twelve images, one at a time on each rank; on rank 0 the page too."""
     torch.manual_seed(0)
     groups = MultiGroupConfig(num_groups=2, group=VqConfig(codebook_size=60, code_dim=3))
     model = build_autoencoder(
@@ -50,7 +50,7 @@ def look() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+def test_two_ranks_give_the_results_of_one_process(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *torchrun, __file__, str(tmp_path)]

@@ -1,10 +1,10 @@
-"""Looks at a tokenizer that one number does not give, streamed beside an evaluation; each has a name and a picture."""
+"""Analyses of the papers beyond single numbers, updated in the evaluation pass: replacement, embedding, patches."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from vqpipe.analysis.base import Analysis, LeftOut, Subject
+from vqpipe.analysis.base import Analysis, AnalysisInputs, NotComputed
 from vqpipe.analysis.embedding import Embedding
 from vqpipe.analysis.patches import Patches
 from vqpipe.analysis.replacement import Replacement
@@ -27,12 +27,11 @@ def build(
 ) -> list[Analysis]:
     """The analyses of these names, each once, in the order of ANALYSES.
 
-    One that says nothing about this tokenizer (of a quantizer without a codebook, say) is there all the same: it looks
-    at nothing, and its result and its section are the reason.
+    One that does not apply to this tokenizer (of a quantizer without a codebook, say) has the reason as its result.
 
     Args:
-        perceptual: LPIPS networks by key, on the tokenizer's device, for the analyses that measure distortion.
-        seed: of the codes that are drawn where all are too many.
+        perceptual: LPIPS networks by key, on the device of the tokenizer, for analyses that measure distortion.
+        seed: of the codes drawn from a codebook that is too large.
 
     Raises:
         ConfigError: an unknown name.
@@ -47,8 +46,8 @@ def build_one(
     name: str, tokenizer: Tokenizer | ContinuousAutoencoder, perceptual: Mapping[str, nn.Module], seed: int
 ) -> Analysis:
     if isinstance(tokenizer, ContinuousAutoencoder):
-        return LeftOut(name, "continuous latents: there are no codes")
+        return NotComputed(name, "continuous latents: there are no codes")
     try:
-        return ANALYSES[name](Subject(tokenizer, perceptual, seed))
+        return ANALYSES[name](AnalysisInputs(tokenizer, perceptual, seed))
     except ConfigError as error:
-        return LeftOut(name, error.what)
+        return NotComputed(name, error.what)

@@ -1,6 +1,6 @@
-"""What every analysis is: something that looks at batches, and then has a result and its place on a page.
+"""The base class of analyses, and what they share.
 
-Letters: B images of H x W pixels, N ids an image.
+Letters: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
 """
 
 import hashlib
@@ -9,17 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.metrics.metric import Metric
-from vqpipe.quantizers import TokenLayout
+from vqpipe.quantizers import MultiGroupQuantizer, Quantizer, TokenLayout
 from vqpipe.reports import page
 from vqpipe.tokenizer import Tokenizer
 
+NO_GRID = "no image whose tokens lie on a grid of its own size (padded, or in tiles)"
+
 
 @dataclass(frozen=True)
-class Subject:
-    """What is looked at, and with what."""
+class AnalysisInputs:
+    """The tokenizer to analyze, and further inputs."""
 
     tokenizer: Tokenizer
     perceptual: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -27,8 +31,7 @@ class Subject:
     seed: int = 0
 
     def layout(self, images: Tensor, ids: Tensor) -> TokenLayout | None:
-        """The layout of int64[B, N], the ids of [B, 3, H, W]; None where it is no single one, as with images that were
-        padded or went through in tiles."""
+        """The layout of the ids, int64[B, N], of images [B, 3, H, W]; None for images that were padded or tiled."""
         height, width = images.shape[-2:]
         factor = self.tokenizer.downsample_factor
         if height % factor or width % factor:
@@ -38,36 +41,37 @@ class Subject:
 
 
 class Analysis(Metric, ABC):
-    """Call `update` batch by batch on each rank's share, then `result` once on every rank, then `sections` where the
-    page is made: pictures are kept in the object, since the result is only numbers. Memory does not grow with the set.
+    """Updated with each batch of a rank's share; then `result` is called once on every rank, then `sections` on the
+    rank that makes the page. Pictures are attributes, since the result holds only numbers. Memory does not grow with
+    the set.
 
     Raises:
-        ConfigError: when made, where it says nothing about this tokenizer; the error tells why.
+        ConfigError: by the constructor, where the analysis does not apply to this tokenizer.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, inputs: AnalysisInputs) -> None:
+        self.inputs = inputs
 
     @abstractmethod
     def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor, keys: Sequence[str]) -> None:
-        """Take in uint8[B, 3, H, W] twice, their int64[B, N] and their names in the set."""
+        """Accumulate a batch: uint8[B, 3, H, W] twice, int64[B, N], and the names of the images."""
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """What was found over all ranks, as JSON can hold it; `not_computed` holds the reason where nothing was."""
+        """The result over all ranks, for JSON; `not_computed` is the reason where there is none."""
 
     @abstractmethod
     def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
-        """Its part of the page, after `result` was called."""
+        """The sections of the page, after `result`."""
 
 
-class LeftOut(Analysis):
-    """In the place of an analysis that says nothing about this tokenizer."""
+class NotComputed(Analysis):
+    """Stands for an analysis that does not apply to the tokenizer."""
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name = name  # type: ignore[misc]  # of the one it stands for
+        self.name = name  # type: ignore[misc]  # of the analysis it stands for
         self.reason = reason
 
     def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor, keys: Sequence[str]) -> None:
@@ -77,14 +81,39 @@ class LeftOut(Analysis):
         return {"not_computed": self.reason}
 
     def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
-        return left_out(self.name, result)
+        return reason_section(self.name, result)
 
 
-def left_out(name: str, result: Mapping[str, Any]) -> list[page.Section]:
-    """The section that says why there is no other."""
-    return [page.Reasons(f"Left out: {name}", {name: result["not_computed"]})]
+def reason_section(name: str, result: Mapping[str, Any]) -> list[page.Section]:
+    """The section of an analysis that was not computed."""
+    return [page.Reasons(f"Not computed: {name}", {name: result["not_computed"]})]
 
 
-def lot(key: str) -> str:
-    """A number drawn for an image by its name: the lowest are a sample that no sharding changes."""
-    return hashlib.sha256(key.encode()).hexdigest()
+def sampling_key(name: str) -> str:
+    """A pseudorandom key of an image: the images with the lowest keys are the same sample for any sharding."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def sample_ids(codebook_size: int, max_codes: int, seed: int) -> Tensor:
+    """At most `max_codes` ids of a codebook, uniformly at random, ascending: int64[n]."""
+    if codebook_size <= max_codes:
+        return torch.arange(codebook_size)
+    return torch.randperm(codebook_size, generator=torch.Generator().manual_seed(seed))[:max_codes].sort().values
+
+
+def codebooks(quantizer: Quantizer) -> list[Tensor]:
+    """The codes of each group as the search compares them, float32[K, C]: projected, normalized under cosine.
+
+    Raises:
+        ConfigError: the quantizer has no codebook.
+    """
+    stored = quantizer.codebook().detach()
+    groups = list(stored) if stored.ndim == 3 else [stored]
+    return [F.normalize(codes, dim=1) if metric_of(quantizer) == "cosine" else codes for codes in groups]
+
+
+def metric_of(quantizer: Quantizer) -> str:
+    """ "l2" or "cosine". (`ibq` searches by inner product; the distances of its codes are still l2.)"""
+    if isinstance(quantizer, MultiGroupQuantizer):
+        return metric_of(quantizer.quantizers()[0])
+    return str(getattr(quantizer.config, "metric", "l2"))
