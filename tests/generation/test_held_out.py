@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.generation.held_out import held_out_losses, rank_batches
+from vqpipe.generation.held_out import accuracy, held_out_losses, rank_batches
 
 
 class Numbers:
@@ -16,8 +16,8 @@ class Numbers:
 
     mirrored = False
 
-    def __init__(self, count: int) -> None:
-        self.labels = np.zeros(count, np.int64)
+    def __init__(self, count: int, labels: Sequence[int] | None = None) -> None:
+        self.labels = np.zeros(count, np.int64) if labels is None else np.array(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,3 +64,19 @@ def test_a_batch_that_does_not_count_adds_nothing(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         found = held_out_losses(Mean(), Numbers(5), batch_size=2, device=torch.device("cpu"))
     assert found == {"total": pytest.approx((0 + 1 + 2 + 3 + 4) / 5)}
+
+
+class Lookup(nn.Module):
+    """A classifier with fixed logits for the numbers 0 to 2."""
+
+    num_classes = 7
+
+    def logits(self, numbers: Tensor) -> Tensor:
+        rows = [[9, 1, 2, 3, 4, 5, 6], [9, 8, 1, 1, 1, 1, 1], [9, 8, 7, 6, 5, 4, 4]]
+        return torch.tensor(rows)[numbers.flatten()].float()
+
+
+def test_ties_count_against_the_correct_class() -> None:
+    examples = Numbers(3, labels=[0, 1, 6])
+    found = accuracy(Lookup(), examples, batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert found == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}

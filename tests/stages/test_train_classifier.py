@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from stages.train_classifier import train_classifier
 from vqpipe.artifacts import open_artifact
@@ -20,7 +19,6 @@ from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.generation.base import Space
 from vqpipe.generation.classifier import ClassifierConfig, build_classifier
-from vqpipe.generation.held_out import accuracy
 
 OPTIONS: dict[str, Any] = {"preset": "vit-tiny", "steps": 40, "global_batch_size": 9, "device": "cpu"}
 SMALL = ["classifier.width=16", "classifier.depth=1", "classifier.num_heads=2", "classifier.drop_path=0.0"]
@@ -71,37 +69,6 @@ def test_a_linear_probe_is_trained(drawn: Any, tmp_path: Path) -> None:
     assert (artifact.facts["kind"], artifact.facts["num_parameters"]) == ("linear", 4 * 16 * 7 + 7)
     metrics = json.loads(artifact.file("metrics.json").read_text())
     assert (metrics["num_classes"], metrics["num_classes_seen"], metrics["chance"]) == (7, 3, 1 / 3)
-
-
-class Fixed(nn.Module):
-    """A classifier whose examples are its logits."""
-
-    num_classes = 7
-
-    def logits(self, examples: torch.Tensor) -> torch.Tensor:
-        return examples.float()
-
-
-class Few:
-    """Three examples."""
-
-    labels = np.array([0, 1, 6])
-    mirrored = False
-
-    def __len__(self) -> int:
-        return 3
-
-    def key(self, image: int) -> str:
-        return str(image)
-
-    def read(self, images: Any, mirror: Any) -> torch.Tensor:
-        rows = torch.tensor([[9, 1, 2, 3, 4, 5, 6], [9, 8, 1, 1, 1, 1, 1], [9, 8, 7, 6, 5, 4, 4]])
-        return rows[list(images)]
-
-
-def test_ties_count_against_the_correct_class() -> None:
-    found = accuracy(Fixed(), Few(), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
-    assert found == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
 
 
 def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
