@@ -28,7 +28,9 @@ def bench(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Measure the speed of this machine: each subject of --what, beside the other libraries installed here.
+    """Measure the speed of this machine.
+
+    Each subject of --what is measured beside other installed libraries.
 
     All methods of a case run in interleaved rounds in one process. Reported are medians of wall time and CPU time, peak
     memory and exactness. A method that is not installed, or needs too much memory, is listed with the reason. Nothing

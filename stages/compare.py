@@ -20,7 +20,9 @@ def compare(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Compare several reports: one table for each protocol, image size and set of images, never one for two.
+    """Compare reports side by side.
+
+    There is one table for each protocol, image size and set of images.
 
     Tokenizers measured on several sets of images also get a table of rFID and PSNR over the sets, as MGVQ's Tables 2
     and 3. A report that shares neither images and protocol nor its tokenizer with any other is refused.

@@ -22,7 +22,7 @@ def detokenize(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Turn tokens back into images."""
+    """Decode tokens to images."""
     with console.session(device, seed) as chosen, console.ProgressBar() as progress:
         stored = artifacts.open_artifact(tokens, "tokens")
         opened = Tokenizer.from_pretrained(tokenizer, chosen)

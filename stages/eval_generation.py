@@ -44,7 +44,9 @@ def eval_generation(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Measure generated images: gFID, sFID, KID, Inception Score, precision and recall.
+    """Measure generated images.
+
+    The metrics are gFID, sFID, KID, Inception Score, precision and recall.
 
     Papers measure 50,000 samples, classes in equal parts, against the training
     set. The statistics of the references are computed once, into an artifact of

@@ -61,11 +61,12 @@ def evaluate(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Measure a tokenizer: distortion, rFID and LPIPS where weights are given, and the use of its codebook.
+    """Measure a tokenizer's reconstructions.
 
-    With groups or depths, also reconstructions from the first k of them. SD-VAE and SDXL-VAE are measured the same way:
-    put config.json and diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae into a
-    folder, and name it with --tokenizer.
+    Distortion, utilization of the codebook, and, with weights, rFID and LPIPS; with groups or depths, also of
+    reconstructions from the first k of them. SD-VAE and SDXL-VAE are measured in the same way: put config.json and
+    diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae into a folder, and pass
+    that folder with --tokenizer.
 
     Protocols:
     adm (ADM's crop on both sides, rounded, TF1 resize; the usual rFID),

@@ -33,7 +33,10 @@ def extract_features(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Encode image patches as features, from which `vqpipe kmeans` makes a codebook."""
+    """Encode image patches as features.
+
+    `vqpipe kmeans` clusters them into a codebook.
+    """
     with console.session(device, seed) as where:
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
         config = recipe.load(preset, overrides, features=flags).features

@@ -51,7 +51,7 @@ def generate(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Sample new images.
+    """Sample new images from a generator.
 
     Settings that are not given are those of the generator's preset (vqpipe
     inspect shows config.json); --set generate.KEY=VALUE sets the others:

@@ -42,7 +42,10 @@ def kmeans(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Cluster features into a codebook. All vectors are used, and every code is the nearest of some vector."""
+    """Cluster features into a codebook.
+
+    All vectors are used, and every code is the nearest code of at least one vector.
+    """
     with console.session(device, seed) as where:
         flags = {
             "k": k,

@@ -13,7 +13,10 @@ from vqpipe.presets import heads
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this preset as TOML.", metavar="NAME|FILE.toml")] = None,
 ) -> None:
-    """List the presets by paper, with the table row and its numbers; or print one, with what it extends, as TOML."""
+    """List the presets, or print one.
+
+    The list is by paper, with table rows and numbers. A preset is printed as TOML, with the presets that it extends.
+    """
     if name is not None:
         from stages.recipe import resolved_toml  # imports PyTorch, which the list does not need
 

@@ -47,10 +47,10 @@ def prepare_data(
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Pack a data set into WebDataset tars: every image decoded once, counted, and checked against its manifest.
+    """Pack a data set into WebDataset tars.
 
-    The manifest says how to get the data set, how a copy lies on disk, and what a whole copy holds. Images smaller than
-    it asks for are left out, and counted as excluded.
+    Every image is decoded once, counted, and checked against the manifest, which describes how to get the data set, its
+    layout on disk and its contents. Images below the smallest size of the manifest are excluded, and counted.
     """
     with console.session(device, seed), console.ProgressBar() as progress:
         described = load_manifest(manifest)

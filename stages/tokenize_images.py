@@ -29,7 +29,10 @@ def tokenize(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Turn images into tokens, one Parquet row an image."""
+    """Encode images as tokens.
+
+    The tokens are Parquet files with one row per image.
+    """
     with console.session(device, seed) as chosen, console.ProgressBar() as progress:
         image_set = open_images(images)
         opened = Tokenizer.from_pretrained(tokenizer, chosen)

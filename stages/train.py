@@ -47,7 +47,9 @@ def train(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a tokenizer. Run the same command again to resume it.
+    """Train a tokenizer.
+
+    Run the same command again to resume.
 
     To watch a run, open OUT.partial/report.html: curves, reconstructions,
     codes in use. It is written again every train.sample_every steps, and

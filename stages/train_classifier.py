@@ -29,7 +29,9 @@ def train_classifier(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a classifier of token maps: how much class information is left?
+    """Train a classifier of tokens.
+
+    Its accuracy measures the class information in the tokens.
 
     Top-1 and top-5 are measured on tokens that are not trained on: all of
     those named with --validation, else examples.held_out of --tokens. They

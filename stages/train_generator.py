@@ -50,7 +50,9 @@ def train_generator(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a generator. Run the same command again to resume it.
+    """Train a generator on tokens or latents.
+
+    Run the same command again to resume.
 
     gpt and llamagen are trained on tokens: --tokens, from vqpipe tokenize.
     ldm, dit and sit are trained on latents: --images, encoded once into an

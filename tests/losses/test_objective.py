@@ -201,10 +201,10 @@ def test_lecam_of_micro_batches_averages_to_that_of_the_batch() -> None:
     objective = Objective(config(adversarial=1.0, lecam=0.3))
     objective.update(torch.tensor(0.8), torch.tensor(-0.2))
     real, fake = torch.randn(8, 1, 3, 3), torch.randn(8, 1, 3, 3)
-    whole, _ = objective.discriminator_loss(real, fake)
+    batch_loss, _ = objective.discriminator_loss(real, fake)
     pairs = zip(real.split(2), fake.split(2), strict=True)
     parts = [objective.discriminator_loss(*each)[0] for each in pairs]
-    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    torch.testing.assert_close(torch.stack(parts).mean(), batch_loss)
 
 
 def test_state_dict_has_the_averages_of_lecam_only() -> None:

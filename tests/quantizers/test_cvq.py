@@ -83,17 +83,17 @@ def test_random_samples_latents_uniformly() -> None:
 
 
 def test_result_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, blocks = make(50, anchor="closest"), make(50, anchor="closest")
+    one_chunk, chunked = make(50, anchor="closest"), make(50, anchor="closest")
     ids = torch.arange(24).view(3, 8)  # codes 24 to 49 are unused
-    whole.update(latent_of(0), ids)
+    one_chunk.update(latent_of(0), ids)
     monkeypatch.setattr(cvq, "DISTANCES_PER_CHUNK", 24 * 8)
     searched: list[int] = []
-    anchors = blocks.anchors
+    anchors = chunked.anchors
     monkeypatch.setattr(
-        blocks, "anchors", lambda codes, vectors: searched.append(len(codes)) or anchors(codes, vectors)
+        chunked, "anchors", lambda codes, vectors: searched.append(len(codes)) or anchors(codes, vectors)
     )
-    blocks.update(latent_of(0), ids)
-    torch.testing.assert_close(blocks.codes, whole.codes)
+    chunked.update(latent_of(0), ids)
+    torch.testing.assert_close(chunked.codes, one_chunk.codes)
     assert searched == [8, 8, 8, 2]  # the three chunks without unused codes are skipped
 
 

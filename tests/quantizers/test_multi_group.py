@@ -59,11 +59,11 @@ def test_each_group_quantizes_its_own_channels() -> None:
 
 def test_first_groups_decode_to_their_codes_and_zeros() -> None:
     quantizer, latent = make().eval(), latent_of()
-    whole = quantizer(latent)
+    quantized = quantizer(latent)
     for groups in range(4):
-        ids = whole.ids.clone().view(B, -1, 3)
+        ids = quantized.ids.clone().view(B, -1, 3)
         ids[..., groups:] = -1
-        codes = whole.codes.clone()
+        codes = quantized.codes.clone()
         codes[:, 4 * groups :] = 0
         assert torch.equal(quantizer.lookup(ids.flatten(1), TokenLayout(((H, W),), 3)), codes)
 
