@@ -11,7 +11,7 @@ import torch
 
 from vqpipe.reports import page, pictures
 from vqpipe.reports.comparison import comparison_page
-from vqpipe.reports.evaluation import Evaluated
+from vqpipe.reports.evaluation import EvaluationResult
 from vqpipe.reports.evaluation_page import evaluation_page
 from vqpipe.reports.pictures import ImagePair
 
@@ -77,7 +77,7 @@ def drawn(name: str, number: int, why: Literal["spread", "worst", "best"] = "spr
     return ImagePair(name, pictures.to_png(original), pictures.to_png(again), 12.5 + number, why)
 
 
-def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> Evaluated:
+def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> EvaluationResult:
     """What an evaluation by two protocols finds, with every optional number."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 9, (2, 100), generator=generator)
@@ -129,7 +129,7 @@ def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> Evalua
     leaf = {"kind": "data", "name": images, "content": "b" * 64, "inputs": {}}
     tokenizer = {"kind": "tokenizer", "name": name, "content": name, "inputs": {"images": leaf}}
     lineage = {"kind": "report", "name": "r", "content": "c" * 64, "inputs": {"images": leaf, "tokenizer": tokenizer}}
-    return Evaluated(name, metrics, counts, shown, history, lineage, [TRAIN, COMMAND])
+    return EvaluationResult(name, metrics, counts, shown, history, lineage, [TRAIN, COMMAND])
 
 
 @pytest.fixture(scope="session")

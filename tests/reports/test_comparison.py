@@ -9,7 +9,7 @@ import torch
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page
 from vqpipe.reports.comparison import check_comparable, comparison_page, distinct, groups_of
-from vqpipe.reports.evaluation import Evaluated, by_protocol, convention_of, measures_of, size_in_words, value_of
+from vqpipe.reports.evaluation import EvaluationResult, by_protocol, convention_of, measures_of, size_in_words, value_of
 from vqpipe.reports.evaluation_page import evaluation_page
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 4, "num_groups": 1, "downsample_factor": 8}
@@ -27,7 +27,7 @@ RAW = {
 
 def evaluated(
     name: str = "lc", images: str = "photos", protocols: dict[str, Any] | None = None, **more: Any
-) -> Evaluated:
+) -> EvaluationResult:
     metrics = {
         "protocol": "adm",
         "num_images": 50,
@@ -53,7 +53,7 @@ def evaluated(
         "content": "",
         "inputs": {"images": leaf, "tokenizer": {"kind": "tokenizer", "name": name, "content": name, "inputs": {}}},
     }
-    return Evaluated(name, metrics, torch.tensor([[5, 3, 0, 0]]), lineage=lineage, commands=["vqpipe eval"])
+    return EvaluationResult(name, metrics, torch.tensor([[5, 3, 0, 0]]), lineage=lineage, commands=["vqpipe eval"])
 
 
 def test_a_protocol_has_only_its_own_numbers() -> None:

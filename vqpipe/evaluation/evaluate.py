@@ -37,7 +37,7 @@ from vqpipe.metrics.metric import Metric, State, pack, unpack
 from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
 from vqpipe.progress import SILENT, Progress
-from vqpipe.reports.evaluation import Evaluated, command_of
+from vqpipe.reports.evaluation import EvaluationResult, command_of
 from vqpipe.reports.page import Section
 
 FORMAT = 2
@@ -79,7 +79,7 @@ def evaluate(
     run_dir: Path | None = None,
     request: str = "",
     progress: Progress = SILENT,
-) -> Evaluated:
+) -> EvaluationResult:
     """Measure an autoencoder on the first `limit` images. Every rank calls it.
 
     Args:
@@ -103,7 +103,7 @@ def evaluate(
         "versions": versions(*(["diffusers"] if autoencoder.codebook_size is None else [])),
     }
     artifact = autoencoder.artifact
-    return Evaluated(
+    return EvaluationResult(
         name=autoencoder.name,
         metrics=metrics,
         counts=counts.cpu(),

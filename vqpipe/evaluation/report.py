@@ -12,7 +12,7 @@ from vqpipe.artifacts import Artifact, Draft
 from vqpipe.metrics.usage import dead_codes
 from vqpipe.provenance import command_again
 from vqpipe.reports import page
-from vqpipe.reports.evaluation import MEASURES, NUM_HEADLINES, Evaluated, counts_to_array, value_of
+from vqpipe.reports.evaluation import MEASURES, NUM_HEADLINES, EvaluationResult, counts_to_array, value_of
 from vqpipe.reports.evaluation_page import evaluation_page
 from vqpipe.reports.generated import Generated, generated_page
 from vqpipe.reports.pictures import contact_sheet
@@ -20,7 +20,7 @@ from vqpipe.reports.pictures import contact_sheet
 SHEET_COLUMNS = 8
 
 
-def publish_evaluation(draft: Draft, evaluated: Evaluated) -> Artifact:
+def publish_evaluation(draft: Draft, evaluated: EvaluationResult) -> Artifact:
     """Write the report of `vqpipe.evaluation.evaluate`, and publish it. Every rank calls it."""
     evaluated = replace(evaluated, lineage=lineage(draft), commands=[*evaluated.commands, command_again()])
     if distributed.is_main():
@@ -31,7 +31,7 @@ def publish_evaluation(draft: Draft, evaluated: Evaluated) -> Artifact:
     return draft.publish(facts | {key: value for key, value in headline.items() if value is not None})
 
 
-def write_evaluation(draft: Draft, evaluated: Evaluated) -> None:
+def write_evaluation(draft: Draft, evaluated: EvaluationResult) -> None:
     """`metrics.json`, `counts.npy`, `dead-codes.npy` unless the codebook is too large to list them, the pictures, the
     log of the tokenizer's training, and the page."""
     metrics = evaluated.metrics

@@ -1,4 +1,4 @@
-"""How a tokenizer uses its codebook: maps, the share in use beside what an even coder reaches, and a row a group.
+"""How a tokenizer uses its codebook: maps, the share in use beside that of a uniform coder, and a row a group.
 
 Letters: G groups, K codes a group.
 """
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from vqpipe.metrics.usage import BUDGETS, times_chosen
 from vqpipe.reports import page, pictures, plots
-from vqpipe.reports.evaluation import Evaluated
+from vqpipe.reports.evaluation import EvaluationResult
 
 MOST_MAPPED = 2**22
 """Codes, over all groups, up to which the page draws each as a cell."""
 MOST_GROUPS = 16
-"""Groups up to which the table that has a row for each stands open."""
+"""Groups up to which the table with a row for each is open."""
 MAP_CAPTION = (
     "Each cell is one code, in the codebook's order. Dark: never chosen on these images. "
     "The brighter, the more often chosen (logarithmic)."
 )
 CEILING = (
-    "Even coder: the share that would be in use, on average, if every token were drawn evenly from all codes. It is "
-    "the ceiling at that number of tokens: a utilization says little without it."
+    "Uniform coder: the expected share in use if every token were drawn uniformly from all codes. It is the ceiling at "
+    "that number of tokens, with which a utilization has to be compared."
 )
 
 
-def sections_on_codes(evaluated: Evaluated) -> list[page.Section]:
-    """The map and frequencies of the codes, then what is measured of their use."""
+def sections_on_codes(evaluated: EvaluationResult) -> list[page.Section]:
+    """The map and frequencies of the codes, then the numbers of their use."""
     maps, drawings = maps_of([evaluated]), [plots.code_frequency(evaluated.counts)]
     if growth := plots.usage_growth(evaluated.metrics.get("utilization_curve", ()), BUDGETS):
         drawings.append(growth)
@@ -42,19 +42,19 @@ def sections_on_codes(evaluated: Evaluated) -> list[page.Section]:
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
-    """Codes in use after so many tokens, beside an even coder's."""
+    """Utilization at numbers of tokens, beside that of a uniform coder."""
     cells = [
         [f"{row['tokens']:,}", share(row["utilization"]), share(row["uniform_utilization"])]
         + ([span(row["utilization_per_group"])] if len(row["utilization_per_group"]) > 1 else [])
         for row in rows
     ]
-    header = ["tokens of a group", "codes in use", "even coder"]
+    header = ["tokens of a group", "codes in use", "uniform coder"]
     header += ["least and most used group"] if len(cells[0]) > len(header) else []
-    return page.Table("Codes in use, by how many tokens were looked at", header, cells, CEILING)
+    return page.Table("Codes in use by number of tokens", header, cells, CEILING)
 
 
 def group_table(metrics: Mapping[str, Any]) -> page.Table:
-    """A row for each group: how evenly its codes are chosen."""
+    """A row for each group: the distribution of its codes."""
     columns: list[tuple[str, Sequence[Any], str]] = [
         ("codes in use", metrics["utilization_per_group"], ".1%"),
         ("never chosen", metrics.get("num_dead_per_group", ()), ",d"),
@@ -79,29 +79,29 @@ def group_table(metrics: Mapping[str, Any]) -> page.Table:
 
 
 def joint_numbers(metrics: Mapping[str, Any]) -> page.Numbers:
-    """What the groups tell together."""
+    """The joint entropy of the groups, and its limits."""
     numbers = [
-        page.Number("joint entropy", f"{metrics['joint_entropy']:.2f}", "bits", "a position, as counted: too low")
+        page.Number("joint entropy", f"{metrics['joint_entropy']:.2f}", "bits", "a position, of the counts: biased low")
     ]
-    told = {
+    limits = {
         "joint_entropy_limit": ("most it could show", "bits", "log2 of the positions looked at"),
         "joint_entropy_bias": ("missing, at first order", "bits", "Miller 1955; good while the share below is near 1"),
     }
-    for key, (label, unit, note) in told.items():
+    for key, (label, unit, note) in limits.items():
         if key in metrics:
             numbers.append(page.Number(label, f"{metrics[key]:.2f}", unit, note))
     if "joint_coverage" in metrics:
         note = "probability that the next tuple was seen before"
         numbers.append(page.Number("coverage", f"{100 * metrics['joint_coverage']:.1f}", "%", note))
-    return page.Numbers("What the groups tell together", numbers)
+    return page.Numbers("Joint entropy of the groups", numbers)
 
 
-def maps_of(evaluations: Sequence[Evaluated]) -> list[page.Map]:
+def maps_of(evaluations: Sequence[EvaluationResult]) -> list[page.Map]:
     """The codebook of each tokenizer, a cell a code; of those whose codebook is small enough to be drawn."""
     return [map_of(e) for e in evaluations if e.is_discrete and e.counts.numel() <= MOST_MAPPED]
 
 
-def map_of(evaluated: Evaluated) -> page.Map:
+def map_of(evaluated: EvaluationResult) -> page.Map:
     used, total = num_used(evaluated.counts), evaluated.counts.numel()
     headline = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
     alt = f"Codebook of {evaluated.name}, a cell a code: {headline}"
@@ -109,7 +109,7 @@ def map_of(evaluated: Evaluated) -> page.Map:
 
 
 def num_used(counts: Tensor) -> int:
-    """How many codes of all groups were chosen at least once."""
+    """The number of codes of all groups that were chosen at least once."""
     return sum(map(len, times_chosen(counts)))
 
 

@@ -18,7 +18,7 @@ from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import (
     MEASURES,
     NUM_HEADLINES,
-    Evaluated,
+    EvaluationResult,
     Measure,
     bits_first,
     by_protocol,
@@ -68,7 +68,7 @@ class Group:
     protocol: str
     images: str
     """Name of the set of images; different for different sets, sizes and numbers of images."""
-    members: Sequence[Evaluated]
+    members: Sequence[EvaluationResult]
 
     @property
     def title(self) -> str:
@@ -143,7 +143,7 @@ def facts_of(groups: Sequence[Group]) -> dict[str, Any]:
     return facts | {key: {e.name: e.metrics.get(key) for e in members} for key in ("psnr", "utilization")}
 
 
-def metrics_by_name(evaluations: Sequence[Evaluated]) -> dict[str, Any]:
+def metrics_by_name(evaluations: Sequence[EvaluationResult]) -> dict[str, Any]:
     """The metrics of each report under its name, or `name, on images` where a name occurs more than once."""
     names = [each.name for each in evaluations]
     sets = set_names(evaluations)
@@ -156,7 +156,7 @@ def metrics_by_name(evaluations: Sequence[Evaluated]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- which numbers may be compared
 
 
-def check_comparable(evaluations: Sequence[Evaluated], paths: Sequence[str]) -> None:
+def check_comparable(evaluations: Sequence[EvaluationResult], paths: Sequence[str]) -> None:
     """Check that each report shares a group with another, or its tokenizer with a report on other images.
 
     Raises:
@@ -178,9 +178,9 @@ def check_comparable(evaluations: Sequence[Evaluated], paths: Sequence[str]) -> 
         )
 
 
-def members_by_key(evaluations: Sequence[Evaluated]) -> list[list[tuple[int, Evaluated]]]:
+def members_by_key(evaluations: Sequence[EvaluationResult]) -> list[list[tuple[int, EvaluationResult]]]:
     """Groups by KEYS: the index of each report, and its metrics by the protocol of the group."""
-    groups: dict[tuple[object, ...], list[tuple[int, Evaluated]]] = {}
+    groups: dict[tuple[object, ...], list[tuple[int, EvaluationResult]]] = {}
     for place, evaluated in enumerate(evaluations):
         for view in by_protocol(evaluated.metrics):
             key = tuple(view.get(name) for name in KEYS)
@@ -188,14 +188,14 @@ def members_by_key(evaluations: Sequence[Evaluated]) -> list[list[tuple[int, Eva
     return list(groups.values())
 
 
-def groups_of(evaluations: Sequence[Evaluated]) -> list[Group]:
+def groups_of(evaluations: Sequence[EvaluationResult]) -> list[Group]:
     """The groups, largest first, with a name for each set of images."""
     found = sorted(([each for _, each in group] for group in members_by_key(evaluations)), key=len, reverse=True)
     names = set_names([group[0] for group in found])
     return [Group(group[0].metrics["protocol"], name, group) for group, name in zip(found, names, strict=True)]
 
 
-def set_names(evaluations: Sequence[Evaluated]) -> list[str]:
+def set_names(evaluations: Sequence[EvaluationResult]) -> list[str]:
     """A name for the images of each evaluation, with size and number where these tell two sets apart.
 
     Protocols crop in different ways: sets are equal if they come from the same images, at the same size and number.
@@ -216,7 +216,7 @@ def set_names(evaluations: Sequence[Evaluated]) -> list[str]:
     return [f"{order[each]}: {name}" for each, name in zip(sets, plain, strict=True)]
 
 
-def distinct(evaluations: Sequence[Evaluated], report_names: Sequence[str]) -> list[Evaluated]:
+def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str]) -> list[EvaluationResult]:
     """The evaluations with different names for different tokenizers: the tokenizer's, the report's, or numbered.
 
     A tokenizer that occurs twice in a group, as with the same report given twice, counts as two.
@@ -233,7 +233,7 @@ def distinct(evaluations: Sequence[Evaluated], report_names: Sequence[str]) -> l
     return [replace(evaluated, name=name) for evaluated, name in zip(evaluations, names, strict=True)]
 
 
-def tokenizer_of(evaluated: Evaluated) -> str:
+def tokenizer_of(evaluated: EvaluationResult) -> str:
     """The content digest of the tokenizer, else its name."""
     return evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("content") or evaluated.name
 
@@ -247,7 +247,7 @@ def short(value: object) -> str:
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def comparison_page(evaluations: Sequence[Evaluated], title: str, footer: str = "") -> page.ReportPage:
+def comparison_page(evaluations: Sequence[EvaluationResult], title: str, footer: str = "") -> page.ReportPage:
     """The page of several tokenizers."""
     groups = groups_of(evaluations)
     by_images: dict[str, list[Group]] = {}
@@ -319,14 +319,14 @@ def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
     return sections
 
 
-def cell_of(name: str, members: Sequence[Evaluated], measure: Measure) -> page.Cell:
+def cell_of(name: str, members: Sequence[EvaluationResult], measure: Measure) -> page.Cell:
     """The number of the member of that name; a dash where it was not measured."""
     values = {each.name: value_of(each.metrics, measure.key) for each in members}
     value = values.get(name)
     return page.Cell(written(measure, value, unit=False), value is not None and value == measure.best(values.values()))
 
 
-def paper_tables(evaluations: Sequence[Evaluated]) -> list[page.Section]:
+def paper_tables(evaluations: Sequence[EvaluationResult]) -> list[page.Section]:
     """The numbers that papers print for the presets of these tokenizers: a table per protocol of the papers."""
     found = {each.name: row for each in evaluations if (row := paper_row(each.commands)) is not None}
     sections: list[page.Section] = []
@@ -346,7 +346,7 @@ def paper_tables(evaluations: Sequence[Evaluated]) -> list[page.Section]:
     return sections
 
 
-def quality_plots(evaluations: Sequence[Evaluated], of: str) -> list[page.Section]:
+def quality_plots(evaluations: Sequence[EvaluationResult], of: str) -> list[page.Section]:
     """PSNR over bits per pixel, and the k-curves of tokenizers with groups; `of` ends the headings."""
     points = {e.name: (e.metrics.get("bits_per_pixel"), e.metrics["psnr"]) for e in evaluations if "psnr" in e.metrics}
     prefixes = {e.name: e.metrics["prefixes"] for e in evaluations if "prefixes" in e.metrics}
@@ -358,7 +358,9 @@ def quality_plots(evaluations: Sequence[Evaluated], of: str) -> list[page.Sectio
     return sections
 
 
-def usage_and_training_plots(same_images: Sequence[Evaluated], evaluations: Sequence[Evaluated]) -> list[page.Plot]:
+def usage_and_training_plots(
+    same_images: Sequence[EvaluationResult], evaluations: Sequence[EvaluationResult]
+) -> list[page.Plot]:
     """Utilization on the same images, and the training curves of all tokenizers."""
     discrete = [evaluated for evaluated in same_images if evaluated.is_discrete]
     utilization = {evaluated.name: evaluated.metrics["utilization"] for evaluated in discrete}
@@ -379,12 +381,12 @@ def code_cell(tokenizer: Mapping[str, Any]) -> str:
     return codes(tokenizer).removesuffix(" codes") if tokenizer["codebook_size"] is not None else "–"
 
 
-def present(evaluations: Sequence[Evaluated], measures: Sequence[Measure]) -> list[Measure]:
+def present(evaluations: Sequence[EvaluationResult], measures: Sequence[Measure]) -> list[Measure]:
     """The measures that at least one evaluation has, bits per pixel first."""
     return bits_first(m for m in measures if any(value_of(each.metrics, m.key) is not None for each in evaluations))
 
 
-def reasons(evaluations: Sequence[Evaluated]) -> dict[str, str]:
+def reasons(evaluations: Sequence[EvaluationResult]) -> dict[str, str]:
     """Why numbers are absent: once where it is the same for all, else under the name of each tokenizer."""
     missing = [evaluated.metrics["not_computed"] for evaluated in evaluations]
     found = {key: reason for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}

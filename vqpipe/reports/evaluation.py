@@ -65,16 +65,15 @@ MEASURES = (
     Measure("ssim_range2", "SSIM, data range doubled", "as LlamaGen's evaluation; too high", "", True, 3),
 )
 NUM_HEADLINES = 8
-"""The first measures are the page's headline, the others conventions to compare papers by."""
-COMPARED = ("protocol", "image_size", "num_images", "reference")
-"""Keys of `metrics.json` that are equal where numbers may share a column. `reference` is the digest of the crops."""
+"""The first of MEASURES are the page's headline; the others are conventions for comparison with papers."""
 SET_DISTANCES = ("rfid", "sfid", "kid", "prc", "precision", "recall", "inception_score", "inception_score_of_originals")
-FRECHET = "Frechet distance over the extractor named; no FID"
+FRECHET = "Frechet distance over the named extractor; not FID"
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A tokenizer's evaluation: what `metrics.json`, `counts.npy`, `pictures/` and the manifest of its report hold."""
+class EvaluationResult:
+    """The result of a tokenizer's evaluation: the content of `metrics.json`, `counts.npy`, `pictures/` and the manifest
+    of its report."""
 
     name: str
     metrics: Mapping[str, Any]
@@ -82,7 +81,7 @@ class Evaluated:
     """int64[G, K], sparse for very large codebooks; [0, 0] for continuous latents."""
     shown: Sequence[ImagePair] = ()
     history: Sequence[Row] = ()
-    """The log of the tokenizer's training, where there is one."""
+    """The rows of the tokenizer's training log, if it has one."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
     analyses: Sequence[Section] = ()
@@ -90,15 +89,15 @@ class Evaluated:
 
     @property
     def is_discrete(self) -> bool:
-        """Whether there are ids; not with continuous latents."""
+        """Whether the autoencoder has ids; False for continuous latents."""
         return self.counts.shape[0] > 0
 
 
-def open_evaluation(report: Artifact) -> Evaluated:
-    """Read a report artifact back.
+def open_evaluation(report: Artifact) -> EvaluationResult:
+    """Read a report artifact.
 
     Raises:
-        ArtifactError: the report is not one that `eval` made.
+        ArtifactError: it is not a report of `eval`.
     """
     metrics = json.loads(report.file("metrics.json").read_text(encoding="utf-8"))
     if "protocol" not in metrics or "counts.npy" not in report.manifest.files:
@@ -111,15 +110,15 @@ def open_evaluation(report: Artifact) -> Evaluated:
         ImagePair(
             note["name"],
             report.file(f"{stem}-original.png").read_bytes(),
-            again.read_bytes(),
+            reconstruction.read_bytes(),
             note["psnr"],
             note.get("why", "spread"),
         )
         for note in notes
         for stem in [f"pictures/{note['number']:02d}"]
-        for again in [report.file(f"{stem}-reconstruction.png")]
+        for reconstruction in [report.file(f"{stem}-reconstruction.png")]
     ]
-    return Evaluated(
+    return EvaluationResult(
         name=report.lineage["inputs"].get("tokenizer", {}).get("name") or report.name,
         metrics=metrics,
         counts=counts_from_array(np.load(report.file("counts.npy"), allow_pickle=False), metrics["tokenizer"]),
@@ -139,17 +138,17 @@ def counts_to_array(counts: Tensor) -> np.ndarray:
 
 
 def counts_from_array(array: np.ndarray, tokenizer: Mapping[str, Any]) -> Tensor:
-    """Undoes `counts_to_array`; `tokenizer` is that of `metrics.json`."""
+    """Undo `counts_to_array`; `tokenizer` is that of `metrics.json`."""
     counts = torch.from_numpy(array)
     num_groups, codebook_size = tokenizer["num_groups"] or 0, tokenizer["codebook_size"] or 0
     return from_rows(counts, num_groups, codebook_size) if num_groups * codebook_size > MAX_COUNTERS else counts
 
 
 def by_protocol(metrics: Row) -> list[dict[str, Any]]:
-    """`metrics.json` once for each protocol it was measured by: that one's own numbers in the places of the first's.
+    """`metrics.json` once for each of its protocols, with that protocol's own numbers in place of the first one's.
 
     `psnr`, `ssim`, `lpips`, `rfid` and distances between sets are the protocol's own, `reference` is the digest of its
-    crops, `conventions` says which formulas; what is said of codes, tokens and images is the same in all.
+    crops, `conventions` names its formulas; numbers of codes, tokens and images are the same in all.
     """
     views = []
     for name, own in (metrics.get("protocols") or {metrics["protocol"]: {}}).items():
@@ -168,18 +167,18 @@ def by_protocol(metrics: Row) -> list[dict[str, Any]]:
 
 
 def of_pixels(key: str) -> bool:
-    """Whether a key of `metrics.json` depends on how a protocol crops and rounds."""
+    """Whether a key of `metrics.json` depends on a protocol's crop and rounding."""
     return key.startswith(("psnr", "ssim", "lpips")) or key in ("num_identical", "prefixes", "frechet", *SET_DISTANCES)
 
 
 def measures_of(*metrics: Row) -> list[Measure]:
-    """MEASURES, and the Frechet distances over extractors that any of these names."""
+    """MEASURES, and the Frechet distances over extractors in any of these metrics."""
     named = dict.fromkeys(name for each in metrics for name in each.get("frechet", {}))
     return [*MEASURES, *(Measure(f"frechet {name}", f"Frechet, {name}", FRECHET, "", False) for name in named)]
 
 
 def value_of(metrics: Row, key: str) -> float | None:
-    """A measure's number, or None where it was not computed."""
+    """The number of a measure, or None if it was not computed."""
     if key == "rfid":
         return metrics["rfid"].get(metrics["protocol"])
     if key == "perplexity":
@@ -192,10 +191,10 @@ def value_of(metrics: Row, key: str) -> float | None:
 
 
 def convention_of(measure: Measure, metrics: Row) -> str:
-    """By which formula, against what: as the protocol of these numbers fixes it."""
-    told = metrics.get("conventions", {}).get(measure.key)
-    if told is not None:
-        return str(told).partition(": ")[2] or str(told)
+    """The formula and the reference of a measure under the protocol of these numbers."""
+    convention = metrics.get("conventions", {}).get(measure.key)
+    if convention is not None:
+        return str(convention).partition(": ")[2] or str(convention)
     if measure.key == "rfid" and "resize" in metrics:
         return f"against {metrics['reference_kind']}; {metrics['resize']}"
     return measure.convention
@@ -213,12 +212,12 @@ def with_unit(measure: Measure) -> str:
 
 
 def bits_first(measures: Iterable[Measure]) -> list[Measure]:
-    """The measures, what they cost in front."""
+    """The measures, bits per pixel first."""
     return sorted(measures, key=lambda measure: measure.key != "bits_per_pixel")
 
 
 def written(measure: Measure, value: float | None, unit: bool = True) -> str:
-    """A number as text: 22.14 dB, 99.5 %; a dash where there is none."""
+    """A number as text: "22.14 dB", "99.5 %"; a dash for None."""
     if value is None:
         return "–"
     scaled = 100 * value if measure.unit == "%" else value
@@ -254,8 +253,3 @@ def codes(tokenizer: Mapping[str, Any]) -> str:
 def command_of(artifact: Artifact) -> str:
     """The command that published `artifact`."""
     return shlex.join(["vqpipe", *artifact.manifest.provenance["command"][1:]])
-
-
-def comparable(a: Row, b: Row) -> str | None:
-    """The first key at which two metrics.json differ so that their numbers may not share a column, or None."""
-    return next((key for key in COMPARED if a.get(key) != b.get(key)), None)

@@ -8,7 +8,7 @@ from vqpipe.reports.codebook_use import num_used, sections_on_codes
 from vqpipe.reports.evaluation import (
     MEASURES,
     NUM_HEADLINES,
-    Evaluated,
+    EvaluationResult,
     Measure,
     Row,
     bits_first,
@@ -31,15 +31,15 @@ FIXED = {
     "resize": "resize for Inception",
     "extractor": "features",
 }
-"""What a protocol fixes, as its table names it."""
+"""Choice of a protocol -> its name in the table."""
 BESIDE = ("rfid", "psnr", "ssim", "lpips", "utilization")
-"""What papers print, in the order of their tables."""
+"""Measures that papers print, in the order of their tables."""
 
 
 def evaluation_page(
-    evaluated: Evaluated, title: str, footer: str = "", analyses: Sequence[page.Section] = ()
+    evaluated: EvaluationResult, title: str, footer: str = "", analyses: Sequence[page.Section] = ()
 ) -> page.ReportPage:
-    """The page, from what there is: a section with nothing to say is left out. `analyses` stand behind the codes."""
+    """The page, without empty sections. `analyses` follow the codes."""
     metrics = evaluated.metrics
     views = by_protocol(metrics)
     sections: list[page.Section] = [headline(evaluated, views[0])]
@@ -63,7 +63,7 @@ def evaluation_page(
     return page.ReportPage(title, subtitle(metrics), sections, footer)
 
 
-def headline(evaluated: Evaluated, view: Row) -> page.Numbers:
+def headline(evaluated: EvaluationResult, view: Row) -> page.Numbers:
     """The numbers of the first protocol, large, under its name."""
     measures = [*MEASURES[:NUM_HEADLINES], *measures_of(view)[len(MEASURES) :]]
     numbers = [
@@ -78,7 +78,7 @@ def headline(evaluated: Evaluated, view: Row) -> page.Numbers:
     return page.Numbers(title, numbers, caption)
 
 
-def headline_note(measure: Measure, evaluated: Evaluated, view: Row) -> str:
+def headline_note(measure: Measure, evaluated: EvaluationResult, view: Row) -> str:
     """The small line under a headline number: of how many, by which convention."""
     tokenizer = view["tokenizer"]
     match measure.key:
@@ -110,17 +110,17 @@ def beside(views: Sequence[Row], paper: PaperRow | None) -> page.Table:
         if any(values.get(key) is not None for _, values in columns)
     ]
     first = views[0]
-    told = ["Each column has its own way to crop, round and count: read down, not across."]
-    told[0] += f" Here: {first['num_images']:,} images at {size_in_words(first)}."
+    caption = ["Each column has its own crop, rounding and formulas: compare within columns only."]
+    caption[0] += f" Here: {first['num_images']:,} images at {size_in_words(first)}."
     if paper is not None:
-        told.append(f"The paper: {paper.paper}, {paper.row}. Its own images and protocol: {paper.protocol}.")
-        told += [f"This run changes the preset {paper.preset}: {', '.join(paper.changed)}."] if paper.changed else []
+        caption.append(f"The paper: {paper.paper}, {paper.row}. Its own images and protocol: {paper.protocol}.")
+        caption += [f"This run changes the preset {paper.preset}: {', '.join(paper.changed)}."] if paper.changed else []
     title = "Beside the paper" if paper is not None else "The same reconstructions by several protocols"
-    return page.Table(title, ["", *(name for name, _ in columns)], rows, "\n".join(told))
+    return page.Table(title, ["", *(name for name, _ in columns)], rows, "\n".join(caption))
 
 
 def printed_value(view: Row, key: str) -> float | None:
-    """A protocol's own number; its LPIPS is that of the network its authors use."""
+    """The number under a protocol; its LPIPS is that of the network its authors use."""
     if key == "lpips" and "lpips" not in view:
         named = str(view.get("conventions", {}).get("lpips", "lpips_alex")).partition(":")[0]
         return value_of(view, named)
@@ -128,7 +128,7 @@ def printed_value(view: Row, key: str) -> float | None:
 
 
 def every_number(view: Row, metrics: Row) -> page.Table:
-    """A protocol's numbers, each with its convention; then what the protocol fixes."""
+    """A protocol's numbers with their conventions; then its choices."""
     rows = [
         [m.label, written(m, value), convention_of(m, view)]
         for m in measures_of(view)
@@ -164,5 +164,5 @@ def subtitle(metrics: Mapping[str, Any]) -> str:
     if tokenizer["codebook_size"] is None:
         what = f"Continuous latents of {' x '.join(map(str, tokenizer['latent_shape']))}"
     names = list(metrics.get("protocols") or [metrics["protocol"]])
-    told = f"Protocol {names[0]}" if len(names) == 1 else f"Protocols {', '.join(names)}"
-    return f"{what}, downsample factor {tokenizer['downsample_factor']}. {told}."
+    protocols = f"Protocol {names[0]}" if len(names) == 1 else f"Protocols {', '.join(names)}"
+    return f"{what}, downsample factor {tokenizer['downsample_factor']}. {protocols}."

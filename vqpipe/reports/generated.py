@@ -1,4 +1,4 @@
-"""Pages about samples: how near they come to photographs, one set of them or several side by side."""
+"""Pages of generated images: the numbers of one set of samples, or of several side by side."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,39 +19,39 @@ MEASURES = {
     "prc.precision": Measure("precision", "precision", "k = 3", "", True, 3),
     "prc.recall": Measure("recall", "recall", "k = 3", "", True, 3),
 }
-"""By place in `metrics.json`."""
+"""By dotted key of `metrics.json`."""
 KEYS = ("protocol", "image_size", "num_references")
-"""Of `metrics.json`: where these and the references are equal, numbers may share a column."""
+"""Keys of `metrics.json`: if these and the references are equal, numbers may share a column."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What was measured of one set of samples."""
+    """The result of one evaluation of samples."""
 
     name: str
     metrics: Mapping[str, Any]
     sheet: bytes
-    """A PNG file of some samples."""
+    """PNG file of some samples."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
 
     @property
     def shared(self) -> tuple[Any, ...]:
-        """What must be equal where numbers share a column."""
+        """The values that must be equal for numbers to share a column."""
         reference = self.lineage.get("inputs", {}).get("reference", {}).get("content", "")
         return (*(self.metrics[key] for key in KEYS), reference)
 
 
 def is_generated(report: Artifact) -> bool:
-    """Whether a report is one of samples."""
+    """Whether a report is of `eval-generation`."""
     return "contact-sheet.png" in report.manifest.files
 
 
 def open_generated(report: Artifact) -> Generated:
-    """Read a report of `eval-generation` back.
+    """Read a report of `eval-generation`.
 
     Raises:
-        ArtifactError: it is of something else.
+        ArtifactError: it is another report.
     """
     if not is_generated(report):
         raise ArtifactError(f"{report.path} is a report, but not of samples", "Compare reports of one kind at a time")
@@ -62,10 +62,10 @@ def open_generated(report: Artifact) -> Generated:
 
 
 def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
-    """The page of one set of samples, or of several that were measured alike.
+    """The page of one set of samples, or of several with the same protocol, size and references.
 
     Raises:
-        ArtifactError: they were measured by other protocols, at other sizes or against other references.
+        ArtifactError: protocols, sizes or references differ.
     """
     first = several[0]
     check_alike(several)
@@ -91,7 +91,7 @@ def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
 
 
 def check_alike(several: Sequence[Generated]) -> None:
-    """Raise an ArtifactError where numbers may not share a column."""
+    """Raise an ArtifactError if numbers may not share a column."""
     for other in several[1:]:
         for key, one, two in zip((*KEYS, "reference"), several[0].shared, other.shared, strict=True):
             if one != two:
@@ -103,14 +103,14 @@ def check_alike(several: Sequence[Generated]) -> None:
 
 
 def measures_of(several: Sequence[Generated]) -> dict[str, Measure]:
-    """What at least one of them has, by place in `metrics.json`."""
+    """The measures that at least one of them has, by dotted key of `metrics.json`."""
     named = dict.fromkeys(name for each in several for name in each.metrics.get("frechet", {}))
     known = MEASURES | {f"frechet.{name}": Measure(name, f"Frechet, {name}", FRECHET, "", False) for name in named}
     return {where: m for where, m in known.items() if any(found(each.metrics, where) is not None for each in several)}
 
 
 def numbers(generated: Generated) -> list[page.Section]:
-    """The headline of one set, where anything was measured."""
+    """The numbers of one set, if there are any."""
     measured = [
         page.Number(measure.label, written(measure, found(generated.metrics, where)), "", measure.convention)
         for where, measure in measures_of([generated]).items()
@@ -119,7 +119,7 @@ def numbers(generated: Generated) -> list[page.Section]:
 
 
 def comparison(several: Sequence[Generated]) -> page.Table:
-    """A row for each set, the best of each column set off."""
+    """A row for each set, the best of each column marked."""
     header, rows = comparison_rows(several)
     caption = "The same references for all. FID falls with the number of samples: compare equal numbers."
     return page.Table("Numbers", header, [[page.Cell(text, best) for text, best in row] for row in rows], caption)
@@ -140,7 +140,7 @@ def counted(generated: Generated) -> str:
 
 
 def found(metrics: Mapping[str, Any], where: str) -> float | None:
-    """The number at a place such as "kid.mean", or None."""
+    """The number of a dotted key such as "kid.mean", or None."""
     value: Any = metrics
     for key in where.split(".", 1):
         value = value.get(key) if isinstance(value, Mapping) else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
-from vqpipe.reports.evaluation import Evaluated, codes
+from vqpipe.reports.evaluation import EvaluationResult, codes
 from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, data_uri, error_pictures
 
 Row = Mapping[str, Any]
@@ -115,7 +115,7 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
     if run.counts is not None and run.counts.sum():
-        maps = maps_of([Evaluated(run.name, {}, run.counts)])
+        maps = maps_of([EvaluationResult(run.name, {}, run.counts)])
         caption = f"{run.counts_note} {MAP_CAPTION if maps else ''}".strip()
         yield page.Maps("Which codes are in use", maps, caption, [plots.code_frequency(run.counts)])
     if any("valid/images" in row for row in run.rows):
