@@ -76,11 +76,11 @@ def with_network(monkeypatch: pytest.MonkeyPatch, inception: nn.Module | None, e
 def test_without_weights_every_number_is_missing_with_a_reason(pictures: Path) -> None:
     metrics = measure(pictures, "report")
     assert set(metrics["not_computed"]) == {"fid", "sfid", "inception_score", "kid", "prc"}
-    assert "Fetch weights-inception" in metrics["not_computed"]["fid"]
+    assert "Download weights-inception" in metrics["not_computed"]["fid"]
     assert not {"fid", "prc"} & set(metrics)
     assert not (pictures / "report.reference").exists()  # there is nothing to compute
     page = (pictures / "report" / "report.html").read_text()
-    assert "Fetch weights-inception" in page
+    assert "Download weights-inception" in page
     assert open_artifact(pictures / "report").names("contact-sheet.png")
 
 
