@@ -159,7 +159,7 @@ class CodeUsage(Metric):
         """
         counts = self.merged().counts
         ranks = gather_objects((self._unknown, self._lengths, self._within))
-        numbers = usage_of(counts) | spread_of(counts) | bits_of(counts, num_pixels)
+        numbers: dict[str, Any] = {**usage_of(counts), **spread_of(counts), **bits_of(counts, num_pixels)}
         total = max(tokens_per_group(counts))
         everything = self._row(total, [len(times) for times in times_chosen(counts)])
         if any(unknown for unknown, _, _ in ranks):
