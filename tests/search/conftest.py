@@ -11,9 +11,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process of its own, where kernels are run by Triton's interpreter, on CPU tensors.
+    """Calls a function in another process, in which Triton's interpreter runs the kernels on CPU tensors.
 
-    Triton reads that choice when it is imported, and cannot be imported twice.
+    Triton reads the setting when it is imported, and cannot be imported twice.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: torch brings it on Linux alone")

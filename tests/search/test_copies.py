@@ -1,4 +1,4 @@
-"""Equal rows are found by value, and only equal rows."""
+"""Equal rows are found by value."""
 
 import numpy as np
 import torch
@@ -6,25 +6,25 @@ import torch
 from vqpipe.search import copies
 
 
-def test_copies_are_found_by_value_and_only_copies() -> None:
+def test_first_copies_are_found_by_value() -> None:
     rows = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, -0.0], [2.0, 2.0]])
     assert copies.first_copies(rows).tolist() == [0, 0, 2, 0, 2, 5]
     assert copies.first_copies(torch.arange(1000.0)[:, None]) is None
 
 
-def test_ids_become_those_of_the_first_of_equal_rows() -> None:
+def test_ids_are_replaced_by_the_first_of_equal_rows() -> None:
     rows = np.float32([[5, 1, 2], [0, 1, 3], [-0.0, 1, 3], [5, 1, 2], [5, 1, 4]])
     assert copies.lowest_of_equals(np.array([3, 2, 4, 0]), rows).tolist() == [0, 1, 4, 0]
     one = np.float32([[1], [2], [1], [-0.0], [0]])
     assert copies.lowest_of_equals(np.array([2, 1, 4]), one).tolist() == [0, 1, 3]
 
 
-def test_rows_with_one_hash_are_still_told_apart(monkeypatch) -> None:
+def test_hash_collisions_are_resolved_by_value(monkeypatch) -> None:
     monkeypatch.setattr(copies, "row_hashes", lambda rows: torch.zeros(len(rows), dtype=torch.int64))
     assert copies.first_copies(torch.tensor([[3.0], [1.0], [3.0], [2.0], [1.0]])).tolist() == [0, 1, 0, 3, 1]
 
 
-def test_a_hash_depends_on_the_row_alone(monkeypatch) -> None:
+def test_hash_depends_only_on_the_row(monkeypatch) -> None:
     rows = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
     whole = copies.row_hashes(rows)
     monkeypatch.setattr(copies, "BLOCK_ELEMENTS", 50)

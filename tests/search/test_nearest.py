@@ -1,4 +1,4 @@
-"""`nearest` against float64 brute force, its tie rule, and what it refuses."""
+"""`nearest` against float64 brute force, its tie rule, and its errors."""
 
 import sys
 from collections.abc import Iterator
@@ -72,23 +72,23 @@ def test_the_lowest_id_wins_exact_ties(num_codes: int, dim: int) -> None:
     vectors, codes = lattice(77, dim, seed=0), lattice(num_codes, dim, seed=1)
     expected = distances(vectors, codes).argmin(dim=1)
     assert torch.equal(nearest(vectors, codes), expected)
-    assert torch.equal(nearest(vectors + 4096, codes + 4096), expected)  # the far offset is taken away without rounding
+    assert torch.equal(nearest(vectors + 4096, codes + 4096), expected)  # the offset is subtracted without rounding
 
 
 @pytest.mark.parametrize(("num_codes", "dim"), [(1024, 16), (2048, 32), (5000, 8), (641, 1), (640, 24)])
-def test_parts_of_the_codes_are_searched_as_the_whole(
+def test_searching_in_parts_gives_the_ids_of_the_whole(
     num_codes: int, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors, codes = lattice(77, dim, seed=0), lattice(num_codes, dim, seed=1)
     expected = distances(vectors, codes).argmin(dim=1)
-    for size in (exhaustive.FUSED_BYTES, 4096, 1):  # 1: parts are as small as they can be
+    for size in (exhaustive.FUSED_BYTES, 4096, 1):  # 1: the smallest possible parts
         monkeypatch.setattr(exhaustive, "FUSED_BYTES", size)
         assert torch.equal(nearest(vectors, codes), expected)
 
 
 @pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("dim", [1, 4, 8, 12, 33, 128])
-def test_the_lowest_of_equal_codes_wins_whatever_the_rounding(dim: int) -> None:
+def test_the_lowest_of_equal_codes_wins_under_any_rounding(dim: int) -> None:
     torch.manual_seed(dim)
     distinct = torch.randn(211, dim)
     vectors, codes = torch.randn(90, dim), torch.cat([distinct, distinct.flip(0), distinct])
@@ -98,7 +98,7 @@ def test_the_lowest_of_equal_codes_wins_whatever_the_rounding(dim: int) -> None:
 
 
 @pytest.mark.usefixtures("search")
-def test_a_large_common_mean_costs_no_digits() -> None:
+def test_large_common_mean_costs_no_precision() -> None:
     torch.manual_seed(0)
     vectors, codes = torch.randn(200, 64), torch.randn(2000, 64)
     mean = 300 * torch.randn(64)
@@ -118,10 +118,10 @@ def test_cosine_ignores_length() -> None:
 
 
 @pytest.mark.usefixtures("search")
-def test_groups_are_searched_apart() -> None:
+def test_groups_are_searched_separately() -> None:
     torch.manual_seed(0)
     vectors, codes = torch.randn(3, 40, 8), torch.randn(3, 70, 8)
-    codes[1] += 1000  # one group far away: its offset is its own
+    codes[1] += 1000  # one group is far away: offsets are per group
     vectors[1] += 1000
     for metric in ("l2", "cosine"):
         expected = torch.stack([nearest(rows, table, metric) for rows, table in zip(vectors, codes, strict=True)])
@@ -129,12 +129,12 @@ def test_groups_are_searched_apart() -> None:
     assert nearest(vectors[:, :0], codes).shape == (3, 0)
 
 
-def test_the_engine_is_named() -> None:
+def test_engine_depends_on_the_device() -> None:
     assert engine_name(torch.device("cpu")) == "faiss"
     assert engine_name(torch.device("mps")) == "torch tiles"
 
 
-def test_float32_whatever_the_autocast_and_no_gradient() -> None:
+def test_search_is_float32_under_autocast() -> None:
     torch.manual_seed(0)
     vectors, codes = torch.randn(300, 8), torch.randn(5000, 8, requires_grad=True)
     expected = nearest(vectors, codes)
@@ -145,7 +145,7 @@ def test_float32_whatever_the_autocast_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("dim", "most"), [(8, 2), (64, 1)])
-def test_faiss_takes_as_many_threads_as_torch(dim: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faiss_uses_as_many_threads_as_torch(dim: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     knn, taken = faiss.knn, list[int]()
 
     def counted(*args: object) -> object:
@@ -153,20 +153,20 @@ def test_faiss_takes_as_many_threads_as_torch(dim: int, most: int, monkeypatch: 
         return knn(*args)
 
     monkeypatch.setattr(faiss, "knn", counted)
-    for threads in (2, 1):  # 1 is what the other tests have
+    for threads in (2, 1):  # 1 is the setting of the other tests
         torch.set_num_threads(threads)
         nearest(torch.randn(20, dim), torch.randn(100, dim))
         assert taken.pop() == min(threads, most)  # long vectors: each of torch's threads calls it
 
 
 class Searching(IterableDataset):
-    """Searches where it is read."""
+    """Searches in the process that iterates."""
 
     def __iter__(self) -> Iterator[int]:
         yield int(nearest(lattice(2000, 8, seed=0), lattice(3000, 8, seed=1)).sum())
 
 
-def test_a_worker_that_was_forked_after_a_search_can_search() -> None:
+def test_a_worker_forked_after_a_search_can_search() -> None:
     torch.set_num_threads(2)
     try:
         (expected,) = Searching()
@@ -176,7 +176,7 @@ def test_a_worker_that_was_forked_after_a_search_can_search() -> None:
 
 
 def near_ties(dim: int) -> tuple[Tensor, Tensor]:
-    """2,000 vectors and 3,000 codes, two and two of which are equally near but for the last digit."""
+    """2,000 vectors and 3,000 codes, in pairs of nearly equal distance."""
     torch.manual_seed(0)
     vectors, codes = torch.randn(2000, dim), torch.randn(3000, dim)
     codes[1500:] = codes[:1500] * (1 + 2**-23)
@@ -184,7 +184,7 @@ def near_ties(dim: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dim", [8, 32, 64, 300])
-def test_an_id_does_not_depend_on_threads(dim: int) -> None:
+def test_ids_do_not_depend_on_the_number_of_threads(dim: int) -> None:
     vectors, codes = near_ties(dim)
     before = torch.get_num_threads()
     try:
@@ -198,12 +198,12 @@ def test_an_id_does_not_depend_on_threads(dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [8, 16])
-def test_an_id_of_a_short_vector_does_not_depend_on_its_batch(dim: int) -> None:
+def test_id_of_a_short_vector_does_not_depend_on_its_batch(dim: int) -> None:
     vectors, codes = near_ties(dim)
     assert torch.equal(torch.cat([nearest(part, codes) for part in vectors.split(77)]), nearest(vectors, codes))
 
 
-def test_non_contiguous_rows_and_no_rows() -> None:
+def test_non_contiguous_and_empty_input() -> None:
     torch.manual_seed(0)
     latent, codes = torch.randn(2, 8, 5, 5), torch.randn(8, 40).T
     vectors = latent.permute(0, 2, 3, 1).flatten(0, 2)
@@ -212,7 +212,7 @@ def test_non_contiguous_rows_and_no_rows() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_refuses_what_is_not_a_number(bad: float) -> None:
+def test_nonfinite_or_huge_numbers_are_errors(bad: float) -> None:
     good, broken = torch.randn(9, 4), torch.randn(9, 4)
     broken[5, 2] = bad
     with pytest.raises(NumericError, match=r"1 of 9 vectors .*row 5"):
@@ -223,7 +223,7 @@ def test_refuses_what_is_not_a_number(bad: float) -> None:
 
 @pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("dim", [4, 70])
-def test_unchecked_every_id_is_one_of_a_code(dim: int) -> None:
+def test_unchecked_ids_of_nonfinite_vectors_are_in_range(dim: int) -> None:
     vectors, codes = torch.randn(9, dim), torch.randn(20, dim)
     expected = nearest(vectors, codes)
     vectors[5, 2], vectors[6, 0] = float("nan"), float("inf")
@@ -236,7 +236,7 @@ def test_unchecked_every_id_is_one_of_a_code(dim: int) -> None:
     assert ((ids >= 0) & (ids < 20)).all()
 
 
-def test_refuses_shapes_and_metrics() -> None:
+def test_mismatched_shapes_and_unknown_metrics_are_errors() -> None:
     with pytest.raises(DataError, match=r"\[2, 3\] and codes \[5, 4\]"):
         nearest(torch.zeros(2, 3), torch.zeros(5, 4))
     with pytest.raises(DataError, match="groups"):

@@ -1,4 +1,4 @@
-"""The GPU search: its bounds, its two ways of noting, and that its kernels compile. No GPU is needed."""
+"""The GPU search in Triton's interpreter: bounds, both kinds of notes, compilation of the kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def prepared(codes: torch.Tensor, blocking: Blocking) -> tuple[torch.Tensor, ...
 
 
 @pytest.mark.parametrize(("blocking", "dim"), [(BY_TILE, 8), (BY_TILE, 13), (BY_CODE, 100)])
-def test_the_nearest_code_is_among_those_noted(interpreted: Interpreted, blocking: Blocking, dim: int) -> None:
+def test_the_nearest_code_is_among_the_candidates(interpreted: Interpreted, blocking: Blocking, dim: int) -> None:
     torch.manual_seed(dim)
     vectors, codes = torch.randn(2, 70, dim), torch.randn(2, 300, dim)
     num_tiles = -(-300 // blocking.tile)
@@ -50,13 +50,15 @@ def test_the_nearest_code_is_among_those_noted(interpreted: Interpreted, blockin
                 assert lower[group, row, split, number] <= scores.min()
                 noted += members.tolist()
         assert int(exact[group, row].argmin()) in noted
-        assert len(noted) < 300  # it does leave codes out
+        assert len(noted) < 300  # some codes are excluded
 
 
 @pytest.mark.parametrize(("blocking", "dim"), [(BY_TILE, 8), (BY_CODE, 100)])
-def test_more_than_fit_are_all_compared(interpreted: Interpreted, blocking: Blocking, dim: int) -> None:
+def test_a_vector_with_too_many_candidates_is_compared_with_all_codes(
+    interpreted: Interpreted, blocking: Blocking, dim: int
+) -> None:
     torch.manual_seed(0)
-    codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, 3000, dim)  # bfloat16 sees one point
+    codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, 3000, dim)  # all equal in bfloat16
     vectors = torch.randn(1, 5, dim)
     num_tiles = -(-3000 // blocking.tile)
     noted = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
@@ -68,8 +70,8 @@ def test_more_than_fit_are_all_compared(interpreted: Interpreted, blocking: Bloc
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e14])
-def test_numbers_of_any_size(interpreted: Interpreted, scale: float) -> None:
-    """At 1e-30 all squares are 0 in float32: every code is as near, and the first is taken."""
+def test_very_small_and_large_numbers(interpreted: Interpreted, scale: float) -> None:
+    """At 1e-30 all squares underflow in float32, so the first code is taken."""
     torch.manual_seed(0)
     vectors, codes = torch.randn(1, 20, 8), torch.randn(1, 200, 8)
     ids = interpreted(nearest_screened, vectors * scale, codes * scale)
@@ -78,7 +80,7 @@ def test_numbers_of_any_size(interpreted: Interpreted, scale: float) -> None:
 
 
 @pytest.mark.parametrize(("codes", "dim"), [(5000, 4), (1, 3), (128, 64), (129, 65), (2, 1024)])
-def test_splits_tails_and_both_ways(interpreted: Interpreted, codes: int, dim: int) -> None:
+def test_splits_partial_tiles_and_both_kinds_of_notes(interpreted: Interpreted, codes: int, dim: int) -> None:
     torch.manual_seed(dim)
     vectors, table = torch.randn(1, 9, dim), torch.randn(1, codes, dim)
     ids = interpreted(nearest_screened, vectors, table)
@@ -131,6 +133,6 @@ def test_the_kernels_compile_for_a_gpu(capability: int, dim: int) -> None:
         warps = 4 if blocking.rows == 64 else 8
         options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert compiled.metadata.shared <= 166 * 1024  # what an A100 has for a program
+        assert compiled.metadata.shared <= 166 * 1024  # the shared memory of an A100
         if kernel is kernels.screen_kernel:
             assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]

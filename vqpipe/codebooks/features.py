@@ -248,11 +248,6 @@ class FeatureSet:
         self.dim = int(self.shards[0].shape[1])
         self.dtype = np.float16 if all(shard.dtype == np.float16 for shard in self.shards) else np.float32
 
-    @property
-    def num_classes(self) -> int:
-        """Number of different labels."""
-        return 0 if self.labels is None else len(np.unique(self.labels))
-
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start..stop as float32[stop - start, D], from as many shards as needed."""
         return self.stored(start, stop).float()

@@ -1,4 +1,7 @@
-"""Which rows of a matrix are equal, without comparing all pairs."""
+"""Equal rows of a matrix, found by hashing.
+
+R rows, D dimensions.
+"""
 
 from functools import cache
 
@@ -7,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK_ELEMENTS = 2**20  # the copy of a block that is hashed stays at 8 MB
-SPREAD = np.uint32(0x3C6EF362)  # twice 2**32 over the golden ratio (Knuth, volume 3): spreads, and drops the sign
+BLOCK_ELEMENTS = 2**20  # hashed at a time: the copy of a block takes 8 MB
+SPREAD = np.uint32(
+    0x3C6EF362
+)  # twice 2**32 / golden ratio (multiplicative hashing, Knuth, volume 3); the factor 2 drops the sign bit
 TABLE_BITS = 18
 
 
@@ -21,9 +26,9 @@ def row_hashes(rows: Tensor) -> Tensor:
 
 
 def first_copies(rows: Tensor) -> Tensor | None:
-    """For each row of float32[R, D] the lowest index of an equal row, as int64[R]; None when all rows differ.
+    """For each row of float32[R, D] the lowest index of an equal row, int64[R]; None if all rows differ.
 
-    Sorting the hashes finds the suspects; values are compared only among them.
+    Only the values of rows with equal hashes are compared.
     """
     hashes = row_hashes(rows)
     if rows.device.type == "cpu" and not _any_equal(hashes.numpy()):
@@ -41,15 +46,15 @@ def first_copies(rows: Tensor) -> Tensor | None:
 
 
 def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Ids of rows, int64[N], each replaced by the lowest index at which float32[R, D] holds the same row.
+    """Replace each id of a row, int64[N], by the lowest index of an equal row of float32[R, D].
 
-    In numpy, whose one thread is done before torch's have woken up.
+    In NumPy, whose single thread finishes before PyTorch's threads have started.
     """
     few = len(ids) < len(rows)
     suspects = begin_like(ids, rows) if few else np.arange(len(rows))
     some = (rows[suspects] if few else rows) + np.float32(0.0)  # -0 becomes 0
     words = some.view(np.int64 if some.shape[1] % 2 == 0 else np.int32)
-    if not _any_equal(words @ _odd(words.shape[1]).numpy()):  # which is all that `row_hashes` does
+    if not _any_equal(words @ _odd(words.shape[1]).numpy()):  # as `row_hashes`
         return ids
     first = first_copies(torch.from_numpy(some))
     if first is None:
@@ -60,7 +65,7 @@ def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def begin_like(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Which of float32[R, D] begin with a number that has the hash of that of a row with an id: with few ids, few."""
+    """Indices of the rows of float32[R, D] whose first number has the hash of the first number of a row in `ids`."""
     start = rows.view(np.uint32)[:, 0] * SPREAD
     start >>= np.uint32(32 - TABLE_BITS)
     named = np.zeros(2**TABLE_BITS, dtype=bool)
@@ -70,13 +75,13 @@ def begin_like(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 @cache
 def _odd(width: int) -> Tensor:
-    """`width` odd factors, the same ones always: int64[width]."""
+    """`width` fixed odd factors: int64[width]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-(2**62), 2**62, (width,), generator=generator) * 2 + 1
 
 
 def _any_equal(hashes: np.ndarray) -> bool:
-    """Whether two of int64[R] are equal: numpy sorts three times as fast as torch, which sorts the places too."""
+    """Whether any two of int64[R] are equal. (PyTorch, which also returns indices, sorts three times as slowly.)"""
     ordered = np.sort(hashes)
     return bool((ordered[1:] == ordered[:-1]).any())
 

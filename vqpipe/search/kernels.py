@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The two Triton kernels of `screening`, which says what they do and why. (Triton's own types are not Python's.)
+"""The two Triton kernels of `screening`, described there. (mypy cannot check Triton's types.)
 
 G groups, N vectors, K codes, D dimensions, P with padding, T tiles of codes, S splits.
 """
@@ -120,7 +120,7 @@ def settle_kernel(
     SPLITS: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """One program: one vector against the codes noted for it."""
+    """One program: one vector against its candidates."""
     group = tl.program_id(1).to(tl.int64)
     place = group * num_vectors + tl.program_id(0)
     vector_at = vectors + place * DIM
@@ -141,14 +141,14 @@ def settle_kernel(
                 if tl.load(lower + at + number) <= bound:
                     columns = tl.load(notes + at + number) * GRAIN + tl.arange(0, GRAIN)
                     best, best_id = closer(vector_at, code_at, columns, num_codes, best, best_id, DIM, CHUNK, GRAIN)
-    tl.store(ids + place, tl.where(best_id == 2147483647, 0, best_id).to(tl.int64))  # of a vector that is not finite
+    tl.store(ids + place, tl.where(best_id == 2147483647, 0, best_id).to(tl.int64))  # for a vector that is not finite
 
 
 @triton.jit
 def closer(
     vector_at, code_at, columns, num_codes, best, best_id, DIM: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr
 ):
-    """The closer of the best so far and the SIZE codes at `columns`; of equals, the lower id."""
+    """The best of the best so far and the SIZE codes at `columns`; of equal distances, the lower id."""
     real = columns < num_codes
     column_at = code_at + columns[:, None].to(tl.int64) * DIM
     squares = tl.zeros((SIZE,), tl.float32)

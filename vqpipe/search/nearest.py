@@ -1,17 +1,17 @@
 """Exact nearest-code search that never holds an N x K matrix.
 
-Every public VQGAN writes all N x K distances to memory (26 GB for 65,536 latents and 100,000 codes). Here the distances
-of a tile are made, compared and forgotten, so the extra memory is O(N + K) beside small tiles. One interface, three
-engines, chosen by device (`engine_name`):
+The public VQGAN implementations write all N x K distances to memory (26 GB for 65,536 latents and 100,000 codes). Here
+only one tile of distances is in memory at a time, so the extra memory is O(N + K) plus small tiles. There is one
+interface and an engine for each kind of device (`engine_name`):
 
 - CPU: faiss's exhaustive search (`exhaustive.nearest_faiss`);
 - NVIDIA GPUs with bfloat16 tensor cores: a bfloat16 screen and a float32 decision (`screening.nearest_screened`);
 - others: tiles of 1024 x 8192 distances (`exhaustive.nearest_tiles`).
 
-What is done beside the search is done in numpy on the CPU: its one thread is through before torch's have woken up,
-which on a machine with other work takes as long as the search.
+On the CPU, everything but the search uses NumPy: its single thread finishes before PyTorch's threads have started,
+which on a busy machine takes as long as the search.
 
-N vectors, K codes, D dimensions; G groups that are searched apart.
+N vectors, K codes, D dimensions; G groups, each searched in its own codebook.
 """
 
 from importlib.util import find_spec
@@ -28,25 +28,25 @@ from vqpipe.search.exhaustive import nearest_faiss, nearest_tiles
 Metric = Literal["l2", "cosine"]
 Engine = Literal["faiss", "triton", "torch tiles"]
 
-LARGEST = 1e15  # the squares of larger numbers, summed over a whole codebook, may leave float32
-LOOKED_AT = 256  # codes, evenly spread over the codebook, that show where it lies
-FAR_SHARE = 0.99  # of the codes' root mean square: a common mean this large costs float32 digits worth saving
+LARGEST = 1e15  # sums of squares of larger numbers over a codebook may overflow float32
+SAMPLED = 256  # evenly spaced codes, from which the mean of a codebook is estimated
+FAR_SHARE = 0.99  # of the codes' root mean square: a mean above it is subtracted to preserve float32 precision
 
 
 @torch.no_grad()
 def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: bool = True) -> Tensor:
-    """The id of each vector's nearest code, exactly: every code counts, in float32 whatever the autocast.
+    """The id of each vector's nearest code by exhaustive search, in float32 under any autocast.
 
-    Of codes equally near, the lowest id wins. Distances are float32, so codes that differ by less than its rounding of
-    |vector - code|^2 + |vector|^2 may win over each other.
+    Of equally near codes the lowest id wins. Distances are float32: codes whose distances differ by less than the
+    rounding of |vector - code|^2 + |vector|^2 count as equally near, and either may win.
 
     Args:
-        vectors: float[N, D], any floating type; N may be 0. Or float[G, N, D], each group with codes of its own.
+        vectors: float[N, D], any floating type; N may be 0. Or float[G, N, D], with separate codes for each group.
         codes: float[K, D] on the same device, K >= 1. Or float[G, K, D].
-        metric: "l2", or "cosine": l2 between vectors scaled to unit length. A zero vector has no direction: it is
-            equally near to every code, so it gets id 0.
-        check: look at the numbers first. Without, a vector that is not finite gets some id in [0, K), and a GPU is not
-            waited for: for training, whose loss says the same later.
+        metric: "l2", or "cosine": l2 between vectors scaled to unit length. A zero vector is equally near to every
+            code, so it gets id 0.
+        check: raise an error for invalid numbers. Without, a vector that is not finite gets some id in [0, K), and a
+            GPU is not synchronized: for training, where the loss shows it later.
 
     Returns:
         int64[N] (or int64[G, N]) on the vectors' device.
@@ -67,7 +67,7 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: boo
 
 
 def engine_name(device: torch.device) -> Engine:
-    """What searches on `device`: faiss on the CPU; Triton where there are bfloat16 tensor cores; else torch tiles."""
+    """The engine on `device`: faiss on the CPU; Triton with bfloat16 tensor cores; otherwise torch tiles."""
     if device.type == "cpu":
         return "faiss"
     screens = device.type == "cuda" and torch.version.hip is None and find_spec("triton") is not None
@@ -89,7 +89,7 @@ def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric, check: boo
         vectors, codes = vectors - offsets, codes - offsets
     engine = engine_name(vectors.device)
     if engine == "triton":
-        from vqpipe.search.screening import nearest_screened  # imports Triton, which is not everywhere
+        from vqpipe.search.screening import nearest_screened  # needs Triton, which is not available everywhere
 
         ids = nearest_screened(vectors.contiguous(), codes.contiguous())
     else:
@@ -101,13 +101,13 @@ def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric, check: boo
 
 
 def far_offsets(codes: Tensor) -> Tensor | None:
-    """What to subtract from both sides where codes, float32[G, K, D], lie far from the origin for their spread, as
-    float32[G, 1, D] (zero for a group where they do not); on the CPU None where no group's do.
+    """The offset float32[G, 1, D] to subtract from vectors and codes, float32[G, K, D], of groups whose mean is large
+    compared with their spread (zero for other groups); on the CPU None if there is no such group.
 
-    |v|^2 + |c|^2 - 2 v.c loses the digits that |c|^2 fills. The offset is rounded to a power of two of the spread's
-    size, so that subtracting it rounds nothing and exact ties stay ties.
+    |v|^2 + |c|^2 - 2 v.c loses the digits of |c|^2. The offset is rounded to a multiple of a power of two of the
+    spread's size, so subtracting it is exact and ties stay ties.
     """
-    some = codes[:, :: -(-codes.shape[1] // LOOKED_AT)]
+    some = codes[:, :: -(-codes.shape[1] // SAMPLED)]
     if some.device.type == "cpu" and not any(is_far(table) for table in some.numpy()):
         return None
     means = some.mean(dim=1, keepdim=True)
@@ -118,7 +118,7 @@ def far_offsets(codes: Tensor) -> Tensor | None:
 
 
 def is_far(table: np.ndarray) -> bool:
-    """Whether the rows of float32[R, D] lie far from the origin for their spread. (A GPU would have to be asked.)"""
+    """Whether the mean of float32[R, D] is large compared with the spread. (On a GPU it would synchronize.)"""
     mean = table.mean(axis=0)
     return bool((mean * mean).sum() > FAR_SHARE**2 * np.einsum("rd,rd->", table, table) / len(table))
 
@@ -138,17 +138,17 @@ def check_shapes(vectors: Tensor, codes: Tensor) -> None:
 
 
 def surely_finite(values: Tensor) -> bool:
-    """Whether the sum of squares already says that no value on the CPU is too large: one quick pass."""
+    """Whether the sum of squares shows that no value is too large: one fast pass on the CPU."""
     flat = values.numpy().reshape(-1)
     with np.errstate(all="ignore"):
         return bool(np.einsum("i,i->", flat, flat) <= LARGEST**2)
 
 
 def check_finite(vectors: Tensor, codes: Tensor, metric: Metric) -> None:
-    """A NumericError for what has no nearest code. A device is asked once, and says more only in the bad case."""
+    """Raise a NumericError for numbers that have no nearest code. A valid input synchronizes the device once."""
     if metric != "cosine" and codes.device.type == "cpu" and all(map(surely_finite, (vectors, codes))):
         return
-    extremes = torch.stack([*torch.aminmax(vectors), *torch.aminmax(codes)])  # NaN comes through; no mask is made
+    extremes = torch.stack([*torch.aminmax(vectors), *torch.aminmax(codes)])  # propagates NaN, without a mask
     zeros = (~codes.any(dim=2)).sum() if metric == "cosine" else extremes.new_zeros(())
     low, high, code_low, code_high, zero = torch.stack([*extremes, zeros.float()]).tolist()
     for name, values, fine in (
@@ -160,7 +160,7 @@ def check_finite(vectors: Tensor, codes: Tensor, metric: Metric) -> None:
             raise NumericError(
                 f"{int(bad.sum())} of {len(bad)} {name} hold NaN, infinity or numbers beyond {LARGEST:g}"
                 f" (first: row {int(bad.nonzero()[0])})",
-                "Look at what made them: a diverged training run, or float16 overflow",
+                "Check their source: a diverged training run, or float16 overflow",
             )
     if zero:
         bad = ~codes.any(dim=2).flatten()

@@ -1,22 +1,23 @@
-"""Exact search on NVIDIA GPUs: a bfloat16 screen on the tensor cores, then float32 where it could matter.
+"""Exact search on NVIDIA GPUs: bfloat16 screening on the tensor cores, then float32 distances of the candidates.
 
-Two Triton kernels; neither writes distances to memory. `screen` walks the codes tile by tile, its products rounded to
-bfloat16, and notes for each vector the few codes that may be its nearest. `settle` computes the float32 distances of
-those. The answer is that of comparing all float32 distances, lowest id first among equals.
+Two Triton kernels; neither writes distances to memory. `screen` computes products in bfloat16 over tiles of the codes
+and notes for each vector the few candidates for its nearest code. `settle` computes their float32 distances. The result
+is that of comparing all float32 distances, with the lowest id among equals.
 
-Why none is missed. With v^, c^ the bfloat16 values and s = |c|^2 / 2 - v.c, which orders codes as the distance does,
+Proof that no nearest code is missed. With v^, c^ the bfloat16 values and s = |c|^2 / 2 - v.c, which orders codes as the
+distance does,
 
     |s^ - s| <= |v - v^| |c| + |v| |c - c^| + g (|v| + |c|)^2.
 
 The first two terms bound v.c - v^.c^ (Cauchy-Schwarz); the last, with g = (P + 8) 2^-22, bounds every rounding that
 sums P products in any order, and that of the float32 distance. With a tile's largest |c| and |c - c^| this bounds each
-of its s from below and from above, and a code whose lower bound lies above another's upper bound is out.
+of its s from below and from above, and a code whose lower bound exceeds another's upper bound is excluded.
 
-What is noted is a whole tile where vectors are short, since there the time goes into looking at s^, and one code where
-they are long, since there reading a tile again costs more.
+A note is a whole tile for short vectors, where reading s^ dominates the time, and a single code for long vectors, where
+reading a tile again costs more.
 
-G groups that are searched apart in one launch, N vectors, K codes, D dimensions, P of them with padding, T tiles of
-codes, S splits: runs of tiles that are walked side by side where there are too few vectors to fill the GPU.
+G groups with separate codes in one launch, N vectors, K codes, D dimensions, P dimensions with padding, T tiles of
+codes, S splits: runs of tiles that are processed in parallel if there are too few vectors to fill the GPU.
 """
 
 from dataclasses import dataclass
@@ -29,39 +30,39 @@ from torch.nn import functional as F
 from vqpipe.search.kernels import screen_kernel, settle_kernel
 
 ROWS_AT_ONCE = 2**18
-"""Vectors of a launch: what `screen` notes of them takes 64 MB."""
+"""Vectors per launch; their notes take 64 MB."""
 CAPACITY = 32
-"""Notes per vector and split. A vector with more of them is compared with every code of that split."""
+"""Notes per vector and split. A vector with more is compared with every code of that split."""
 SHORT = 64
-"""Dimensions up to which a note stands for a whole tile."""
+"""Dimensions up to which a note is a whole tile."""
 SLACK_PER_TERM = 2.0**-22
-"""Error of one addition, relative to what is added up: four times float32's, since tensor cores may cut digits off."""
+"""Relative error of one addition: four times that of float32, since tensor cores may truncate."""
 NORM_MARGIN = 1 + 2.0**-10
-"""Norms are rounded too: this makes each an upper bound."""
+"""Factor that makes each rounded norm an upper bound."""
 TINY = 2.0**-100
-"""Added to every bound: what underflow can take away."""
+"""Added to every bound: the possible loss by underflow."""
 
 
 @dataclass(frozen=True)
 class Blocking:
-    """How a launch is cut up: a function of the dimension and the number of vectors, never of their values."""
+    """The block sizes of a launch, which depend on the shapes only."""
 
     padded: int
     """P: D rounded up to a multiple of `chunk`."""
     chunk: int
-    """Dimensions multiplied at a time."""
+    """Dimensions per product."""
     rows: int
-    """Vectors of one program."""
+    """Vectors per program."""
     tile: int
-    """Codes looked at together."""
+    """Codes per tile."""
     grain: int
-    """Codes that one note stands for: `tile`, or 1."""
+    """Codes per note: `tile`, or 1."""
     splits: int
     """S."""
 
     @staticmethod
     def of(groups: int, vectors: int, codes: int, dim: int, processors: int) -> "Blocking":
-        """The blocking for G x N vectors of D dimensions on a GPU of so many multiprocessors."""
+        """The blocking for G x N vectors of D dimensions on a GPU with `processors` multiprocessors."""
         chunk = next(size for size in (16, 32, 64) if dim <= size or size == 64)
         short = dim <= SHORT
         rows, tile = 64 if short else 128, 128
@@ -83,7 +84,7 @@ def nearest_screened(vectors: Tensor, codes: Tensor) -> Tensor:
         codes.square().sum(dim=2).div_(2),
         torch.stack([largest_of_tiles(each, blocking.tile) for each in (code_errors, code_norms)], dim=2),
     )
-    with torch.cuda.device_of(vectors):  # where Triton launches
+    with torch.cuda.device_of(vectors):  # Triton launches on the current device
         for rows in range(0, count, ROWS_AT_ONCE):
             part = vectors[:, rows : rows + ROWS_AT_ONCE].contiguous()
             noted = screen(part, screened_codes, num_tiles, blocking)
@@ -92,7 +93,7 @@ def nearest_screened(vectors: Tensor, codes: Tensor) -> Tensor:
 
 
 def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking: Blocking) -> tuple[Tensor, ...]:
-    """Note what may hold each vector's nearest code.
+    """Note the candidates for each vector's nearest code.
 
     Returns:
         An upper bound of the lowest s, float32[G, N, S]; the number of notes, int32[G, N, S]; the notes, numbers of
@@ -138,7 +139,7 @@ def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking:
 
 
 def settle(vectors: Tensor, codes: Tensor, noted: tuple[Tensor, ...], num_tiles: int, blocking: Blocking) -> Tensor:
-    """Compare the float32 distances of the codes noted: int64[G, N]."""
+    """Compare the float32 distances of the candidates: int64[G, N]."""
     groups, count, dim = vectors.shape
     ids = torch.empty(groups, count, dtype=torch.int64, device=vectors.device)
     settle_kernel[(count, groups)](
@@ -168,16 +169,16 @@ def rounded(rows: Tensor, blocking: Blocking) -> tuple[Tensor, Tensor, Tensor]:
     padded[:, :, : rows.shape[2]] = rows
     errors = (rows - padded[:, :, : rows.shape[2]].float()).norm(dim=2)
     norms = torch.maximum(rows.norm(dim=2), padded.float().norm(dim=2))
-    if not rows.is_cuda:  # Triton's interpreter multiplies bfloat16 as if its bits were integers
+    if not rows.is_cuda:  # Triton's interpreter cannot multiply bfloat16
         padded = padded.float()
     return padded, errors * NORM_MARGIN, norms * NORM_MARGIN
 
 
 def largest_of_tiles(values: Tensor, tile: int) -> Tensor:
-    """float32[G, K], none negative -> float32[G, T], the largest of each tile."""
+    """Maximum of each tile of non-negative values: float32[G, K] -> float32[G, T]."""
     return F.pad(values, (0, -values.shape[1] % tile)).unflatten(1, (-1, tile)).amax(dim=2)
 
 
 def processors(device: torch.device) -> int:
-    """How many multiprocessors the GPU has; 1 under Triton's interpreter, which has none."""
+    """Number of multiprocessors of the GPU; 1 under Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
