@@ -1,4 +1,4 @@
-"""A real browser, and pages of drawn pictures made as the stages make them."""
+"""A headless browser, and report pages with synthetic pictures."""
 
 import math
 import shutil
@@ -22,7 +22,7 @@ TRAIN = "vqpipe train --preset mgvq-f16-g4 --images photos --steps 10 --out lc -
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """One headless Chromium for all tests; skips where there is none, or no playwright to drive it."""
+    """A headless Chromium for all tests; skips without Chromium or playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     executable = shutil.which("chromium") or shutil.which("google-chrome")
     if executable is None:
@@ -33,15 +33,15 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-class Watched:
-    """A page that is open, and what it complained of or asked the network for."""
+class OpenPage:
+    """An open page, its console messages and errors, and its network requests."""
 
     def __init__(self, context: Any, file: Path) -> None:
-        self.complaints: list[str] = []
+        self.messages: list[str] = []
         self.requests: list[str] = []
         self.page = context.new_page()
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
         self.page.wait_for_function(FILLED)
@@ -51,17 +51,17 @@ FILLED = "() => [...document.querySelectorAll('.card')].every((card) => card.que
 
 
 @pytest.fixture
-def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Watched]]:
+def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., OpenPage]]:
     """`open(html, **how)` in a fresh offline context: `viewport`, `color_scheme`, `has_touch`, ..."""
     contexts = []
 
-    def open_it(html: str, **how: Any) -> Watched:
+    def open_it(html: str, **how: Any) -> OpenPage:
         file = tmp_path / "report.html"
         file.write_text(html, encoding="utf-8")
         context = browser.new_context(offline=True, **how)
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
-        return Watched(context, file)
+        return OpenPage(context, file)
 
     yield open_it
     for context in contexts:
@@ -69,7 +69,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Watched]]:
 
 
 def drawn(name: str, number: int, why: Literal["spread", "worst", "best"] = "spread", green: int = 90) -> ImagePair:
-    """A reddish picture and its bluish reconstruction, so that pixels tell which is seen."""
+    """A reddish image and its bluish reconstruction, so that pixels show which one is visible."""
     rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
     waves = (40 * torch.sin(rows / (2 + number)) * torch.cos(columns / 5)).to(torch.int64)
     original = torch.stack([200 + waves, 90 + waves, 60 + 0 * waves]).clamp(0, 255).to(torch.uint8)
@@ -78,7 +78,7 @@ def drawn(name: str, number: int, why: Literal["spread", "worst", "best"] = "spr
 
 
 def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> EvaluationResult:
-    """What an evaluation by two protocols finds, with every optional number."""
+    """An evaluation by two protocols with every optional number."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 9, (2, 100), generator=generator)
     green = 90 + 60 * seed

@@ -1,4 +1,4 @@
-"""Report pages in a real browser: what is seen, by mouse, finger and keyboard, phone and desk, dark and light."""
+"""Report pages in a browser: by mouse, touch and keyboard, on phone and desktop, dark and light."""
 
 import io
 import json
@@ -16,10 +16,10 @@ from vqpipe.reports.pictures import ImagePair, error_pictures, to_png
 from vqpipe.reports.training import TrainingRun, training_page
 
 Open = Callable[..., Any]
-DESK = {"viewport": {"width": 1440, "height": 900}}
+DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 375, "height": 812}, "has_touch": True, "is_mobile": True}
 
-# Every text's contrast with what lies under it (WCAG 2, colours blended where they are clear), lowest first.
+# The contrast of every text with its background (WCAG 2, transparent colors blended), lowest first.
 CONTRASTS = """() => {
   const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
   const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
@@ -44,14 +44,14 @@ CONTRASTS = """() => {
 }"""
 
 
-def seen(where: Any) -> np.ndarray:
-    """What is on the screen of an element, without its frame and the words at its foot: int[H, W, 3]."""
+def screenshot(where: Any) -> np.ndarray:
+    """A screenshot of an element without its border and the labels at the bottom: int[H, W, 3]."""
     pixels = np.asarray(Image.open(io.BytesIO(where.screenshot())).convert("RGB")).astype(int)
     return pixels[8 : -pixels.shape[0] // 4, 8:-8]
 
 
 def reddish(pixels: np.ndarray) -> np.ndarray:
-    """Where the original (red over blue) is seen rather than its reconstruction, in one row: bool[W]."""
+    """Where the original (more red than blue) is visible rather than its reconstruction, in one row: bool[W]."""
     row = pixels[pixels.shape[0] // 4]
     return row[:, 0] > row[:, 2]
 
@@ -62,16 +62,16 @@ def all_images_loaded(opened: Any) -> bool:
     return bool(opened.page.evaluate(script))
 
 
-def sideways(opened: Any) -> int:
-    """How many pixels wider than its window the page is."""
+def overflow(opened: Any) -> int:
+    """Pixels by which the page is wider than its window."""
     return int(opened.page.evaluate("() => document.documentElement.scrollWidth - innerWidth"))
 
 
-def test_the_line_moves_by_mouse_and_keys_and_what_is_seen_follows(open_page: Open, evaluation_html: str) -> None:
-    view = open_page(evaluation_html, **DESK).page
+def test_the_slider_moves_by_mouse_and_keys(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESKTOP).page
     slide = view.locator(".slide").first
     slide.scroll_into_view_if_needed()
-    start = reddish(seen(slide))
+    start = reddish(screenshot(slide))
     assert 0.4 < start.mean() < 0.6
     assert start[: len(start) // 3].all()
     assert not start[-len(start) // 4 :].any()
@@ -82,39 +82,39 @@ def test_the_line_moves_by_mouse_and_keys_and_what_is_seen_follows(open_page: Op
     view.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2, steps=4)
     view.mouse.up()
     assert slide.get_attribute("aria-valuenow") == "80"
-    assert 0.75 < reddish(seen(slide)).mean() < 0.85
+    assert 0.75 < reddish(screenshot(slide)).mean() < 0.85
     assert not view.locator("dialog[open]").count()  # a drag is no click
 
     slide.focus()
     for key, value in (("ArrowLeft", "78"), ("Home", "0"), ("ArrowRight", "2"), ("PageUp", "12"), ("End", "100")):
         view.keyboard.press(key)
         assert slide.get_attribute("aria-valuenow") == value
-    assert reddish(seen(slide)).all()
+    assert reddish(screenshot(slide)).all()
     assert "100 % original" in slide.get_attribute("aria-valuetext")
     view.keyboard.press("Home")
-    assert not reddish(seen(slide)).any()
+    assert not reddish(screenshot(slide)).any()
 
 
 @pytest.mark.slow
-def test_the_error_takes_the_place_of_the_reconstruction(open_page: Open, evaluation_html: str) -> None:
-    view = open_page(evaluation_html, **DESK).page
+def test_the_error_map_replaces_the_reconstruction(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESKTOP).page
     slides, gallery = view.locator(".slide"), view.locator(".gallery").first
     slides.first.press("Home")
-    before = seen(slides.first)
+    before = screenshot(slides.first)
     view.locator(".card .version[data-label=error]").nth(1).click()  # of the second card alone
-    assert np.array_equal(seen(slides.first), before)
+    assert np.array_equal(screenshot(slides.first), before)
     gallery.locator(".choices button", has_text="error").click()
-    assert abs(seen(slides.first) - before).mean() > 20
+    assert abs(screenshot(slides.first) - before).mean() > 20
     assert gallery.locator(".version[aria-pressed=true]").count() == 3
     assert {each.get_attribute("data-label") for each in gallery.locator(".version[aria-pressed=true]").all()} == {
         "error"
     }
     gallery.locator(".choices button", has_text="reconstruction").click()
-    assert np.array_equal(seen(slides.first), before)
+    assert np.array_equal(screenshot(slides.first), before)
 
 
-def test_the_large_view_opens_zooms_goes_on_and_closes_by_keys(open_page: Open, evaluation_html: str) -> None:
-    opened = open_page(evaluation_html, **DESK)
+def test_the_large_view_opens_zooms_navigates_and_closes_by_keys(open_page: Open, evaluation_html: str) -> None:
+    opened = open_page(evaluation_html, **DESKTOP)
     view, large = opened.page, opened.page.locator("dialog.large")
     first = view.locator(".slide").first
     first.focus()
@@ -142,31 +142,31 @@ def test_the_large_view_opens_zooms_goes_on_and_closes_by_keys(open_page: Open, 
     assert what.inner_text().startswith("harbour")
     view.keyboard.press("ArrowLeft")
     view.keyboard.press("ArrowLeft")
-    assert what.inner_text().startswith("stairs")  # round the corner, within its section
+    assert what.inner_text().startswith("stairs")  # wraps around within its section
 
     field = large.locator(".field")
     middle = slice(200, 300)
     view.keyboard.press(" ")  # error
     view.keyboard.press(" ")  # the original alone
     assert large.locator(".choices button[aria-pressed=true]").inner_text() == "original"
-    shown = seen(field)[middle]
+    shown = screenshot(field)[middle]
     assert (shown[..., 0] > shown[..., 2])[:, 500:900].all()
     view.keyboard.press(" ")
     handle = large.locator(".handle")
     handle.press("Home")
     assert handle.get_attribute("aria-valuenow") == "0"
-    shown = seen(field)[middle]
+    shown = screenshot(field)[middle]
     assert (shown[..., 0] < shown[..., 2])[:, 500:900].all()
 
     view.keyboard.press("Escape")
     assert large.get_attribute("open") is None
     assert view.evaluate("() => document.activeElement.getAttribute('aria-label')").startswith("stairs")
-    assert opened.complaints == []
+    assert opened.messages == []
 
 
 @pytest.mark.slow
-def test_the_large_view_by_mouse_is_dragged_wheeled_and_divided(open_page: Open, evaluation_html: str) -> None:
-    view = open_page(evaluation_html, **DESK).page
+def test_the_large_view_pans_zooms_and_slides_by_mouse(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESKTOP).page
     view.locator(".slide").nth(1).click()
     sheet, handle = view.locator(".sheet"), view.locator(".handle")
     assert view.locator(".what").inner_text().startswith("harbour")
@@ -189,10 +189,10 @@ def test_the_large_view_by_mouse_is_dragged_wheeled_and_divided(open_page: Open,
     assert not view.locator("dialog[open]").count()
 
 
-def test_a_phone_has_all_of_it_within_its_width(open_page: Open, evaluation_html: str) -> None:
+def test_a_phone_shows_the_page_within_its_width_and_slides_by_touch(open_page: Open, evaluation_html: str) -> None:
     opened = open_page(evaluation_html, **PHONE)
     view = opened.page
-    assert sideways(opened) == 0
+    assert overflow(opened) == 0
     slide = view.locator(".slide").first
     slide.scroll_into_view_if_needed()
     box = slide.bounding_box()
@@ -214,12 +214,12 @@ def test_a_phone_has_all_of_it_within_its_width(open_page: Open, evaluation_html
         place = each.bounding_box()
         assert place["x"] >= 0
         assert place["x"] + place["width"] <= 375
-    assert (opened.complaints, opened.requests[1:]) == ([], [])
+    assert (opened.messages, opened.requests[1:]) == ([], [])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_stands_out(open_page: Open, evaluation_html: str, scheme: str) -> None:
-    opened = open_page(evaluation_html, color_scheme=scheme, **DESK)
+def test_every_text_has_enough_contrast(open_page: Open, evaluation_html: str, scheme: str) -> None:
+    opened = open_page(evaluation_html, color_scheme=scheme, **DESKTOP)
     texts = opened.page.evaluate(CONTRASTS)
     assert len(texts) > 100
     assert texts[0]["contrast"] >= 4.5, texts[:5]
@@ -230,18 +230,18 @@ def test_every_text_stands_out(open_page: Open, evaluation_html: str, scheme: st
     assert dark == (scheme == "dark")
 
 
-def test_nothing_is_asked_of_the_network_and_everything_loads(open_page: Open, evaluation_html: str) -> None:
-    opened = open_page(evaluation_html, **DESK)
+def test_the_page_makes_no_requests_and_all_images_load(open_page: Open, evaluation_html: str) -> None:
+    opened = open_page(evaluation_html, **DESKTOP)
     assert all_images_loaded(opened)
     assert opened.page.locator(".slide .after").count() == 5
     assert [address for address in opened.requests if not address.startswith("data:")] == [opened.page.url]
-    assert opened.complaints == []
+    assert opened.messages == []
     sections = opened.page.locator("h2").all_inner_texts()
     assert sections.index("The worst images") < sections.index("The best images")
 
 
-def test_a_command_is_copied_whole_with_and_without_a_clipboard(open_page: Open, evaluation_html: str) -> None:
-    view = open_page(evaluation_html, **DESK).page
+def test_a_command_is_copied_with_and_without_clipboard_access(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, **DESKTOP).page
     read = "() => navigator.clipboard.readText()"
     buttons = view.locator(".copy")
     buttons.nth(1).click()
@@ -254,8 +254,8 @@ def test_a_command_is_copied_whole_with_and_without_a_clipboard(open_page: Open,
 
 
 @pytest.mark.slow
-def test_light_and_dark_can_be_chosen(open_page: Open, evaluation_html: str) -> None:
-    view = open_page(evaluation_html, color_scheme="light", **DESK).page
+def test_the_color_theme_can_be_chosen(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, color_scheme="light", **DESKTOP).page
     grounds = []
     for _ in range(3):
         grounds.append(view.evaluate("() => getComputedStyle(document.body).backgroundColor"))
@@ -265,8 +265,8 @@ def test_light_and_dark_can_be_chosen(open_page: Open, evaluation_html: str) -> 
 
 
 @pytest.mark.slow
-def test_paper_and_those_who_want_no_motion_are_served(open_page: Open, evaluation_html: str) -> None:
-    view = open_page(evaluation_html, color_scheme="dark", reduced_motion="reduce", **DESK).page
+def test_print_and_reduced_motion(open_page: Open, evaluation_html: str) -> None:
+    view = open_page(evaluation_html, color_scheme="dark", reduced_motion="reduce", **DESKTOP).page
     assert view.evaluate("() => getComputedStyle(document.documentElement).scrollBehavior") == "auto"
     view.emulate_media(media="print")
     assert view.locator(".frame:visible, .copy:visible, nav:visible, .hint:visible").count() == 0
@@ -275,25 +275,27 @@ def test_paper_and_those_who_want_no_motion_are_served(open_page: Open, evaluati
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [DESK, PHONE])
-def test_a_comparison_keeps_to_the_same_rules(open_page: Open, comparison_html: str, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", [DESKTOP, PHONE])
+def test_a_comparison_is_accessible_and_makes_no_requests(
+    open_page: Open, comparison_html: str, how: dict[str, Any]
+) -> None:
     for scheme in ("light", "dark"):
         opened = open_page(comparison_html, color_scheme=scheme, **how)
         assert all_images_loaded(opened)
-        assert sideways(opened) == 0
-        assert (opened.complaints, opened.requests[1:]) == ([], [])
+        assert overflow(opened) == 0
+        assert (opened.messages, opened.requests[1:]) == ([], [])
         assert opened.page.evaluate(CONTRASTS)[0]["contrast"] >= 4.5
     view = opened.page
     slide = view.locator(".slide").first
     slide.press("Home")
-    before = seen(slide)
+    before = screenshot(slide)
     view.locator(".gallery").first.locator(".choices button", has_text="fc").click()
     assert view.locator(".gallery").first.locator(".version[data-label=fc][aria-pressed=true]").count() == 5
-    assert (seen(slide) - before)[..., 1].mean() > 30  # greener
+    assert (screenshot(slide) - before)[..., 1].mean() > 30  # greener
 
 
 @pytest.mark.slow
-def test_a_run_and_a_benchmark_keep_to_the_same_rules(open_page: Open) -> None:
+def test_a_training_run_and_a_benchmark_are_accessible_and_make_no_requests(open_page: Open) -> None:
     rows = [{"step": i, "images_seen": 8 * i, "loss/total": 1 / i, "psnr": 15.0 + i} for i in (1, 2, 3)]
     image = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8)
     run = TrainingRun(
@@ -340,21 +342,21 @@ def test_a_run_and_a_benchmark_keep_to_the_same_rules(open_page: Open) -> None:
         "versions": {"torch": "2"},
     }
     for report in (training_page(run, "footer"), benchmark_page(measured, "vqpipe bench")):
-        for how in (DESK, PHONE):
+        for how in (DESKTOP, PHONE):
             opened = open_page(page.render(report), color_scheme="dark", **how)
             assert all_images_loaded(opened)
-            assert sideways(opened) == 0
-            assert (opened.complaints, opened.requests[1:]) == ([], [])
+            assert overflow(opened) == 0
+            assert (opened.messages, opened.requests[1:]) == ([], [])
             assert opened.page.evaluate(CONTRASTS)[0]["contrast"] >= 4.5
 
 
 @pytest.mark.slow
-def test_sixty_pictures_are_all_there(open_page: Open) -> None:
+def test_sixty_pictures_are_shown(open_page: Open) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 255, (60, 3, 128, 128), dtype=torch.uint8, generator=generator)
     shown = [ImagePair(f"noise {i}", to_png(image), to_png(image.roll(1, 1)), 10.0) for i, image in enumerate(noise)]
     html = page.render(page.ReportPage("many", "", [page.Pictures("Noise", error_pictures(shown))]))
-    opened = open_page(html, **DESK)
+    opened = open_page(html, **DESKTOP)
     assert all_images_loaded(opened)
     assert opened.page.locator(".slide").count() == 60
-    assert json.dumps(opened.complaints) == "[]"
+    assert json.dumps(opened.messages) == "[]"

@@ -301,9 +301,7 @@ class FeatureSet:
             ArtifactError: a shard is not as published.
         """
         if self.artifact is not None:
-            progress.start("verifying features", self.num_vectors, "vectors")
-            self.artifact.check(self.names)
-            progress.advance(self.num_vectors)
+            self.artifact.check(self.names, progress)
 
     def place(self, row: int) -> str:
         """The shard and the row within it, for messages."""

@@ -21,7 +21,7 @@ from vqpipe.artifacts import Draft
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
-from vqpipe.files import flush_to_disk
+from vqpipe.files import atomic_write
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import Autoencoder
@@ -134,10 +134,8 @@ class MetricsLog(Callback):
         if not distributed.is_main():
             return
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= state.step]
-        temporary = self.path.with_name(f".writing-{self.path.name}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        flush_to_disk(temporary)
-        os.replace(temporary, self.path)  # a run killed here has the old log or the shortened one, never half of it
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     def on_log(self, row: Row) -> None:
         """Append the row and flush it to disk: a checkpoint never outlives the rows before it."""

@@ -1,7 +1,6 @@
 """Validation of a tokenizer during training, and the weights that did best."""
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import DataError
-from vqpipe.files import flush_to_disk
+from vqpipe.files import atomic_write
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.models.autoencoder import Autoencoder
@@ -63,11 +62,8 @@ class BestWeights:
             return False
         self.step, self.value = step, value
         if distributed.is_main():
-            temporary = self.path.with_name(f".writing-{self.path.name}")
-            save_weights(network, temporary, {"step": str(step), self.measure: repr(value)})
-            flush_to_disk(temporary)
-            os.replace(temporary, self.path)
-            flush_to_disk(self.path.parent)
+            with atomic_write(self.path) as temporary:
+                save_weights(network, temporary, {"step": str(step), self.measure: repr(value)})
         return True
 
 
