@@ -348,7 +348,9 @@ def tokenizer_jobs() -> list[Job]:
     adversarial = (
         *(*train, *OTHER, *CODES),
         *sets("model.quantizer.kind=vq", "model.quantizer.normalize=true", "objective.disc_start=0"),
-        *sets("train.weight_ema=0.9", "train.accumulate=2", "train.activation_checkpointing=true", "train.clip_norm=1.0"),
+        *sets(
+            "train.weight_ema=0.9", "train.accumulate=2", "train.activation_checkpointing=true", "train.clip_norm=1.0"
+        ),
         *sets("objective.r1=1.0", "objective.r1_every=4", "objective.lecam=0.1", "objective.adversarial_warmup=10"),
         *sets("objective.lpips=0.5", 'objective.perceptual="alex"', "objective.lpips_weights=@weights"),
     )
