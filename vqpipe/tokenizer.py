@@ -213,8 +213,7 @@ def write_tokenizer(
     """Write the files of a tokenizer artifact: weights, config, model card with `rows`, and discriminator weights."""
     with draft.write("model.safetensors") as path:
         save_weights(tokenizer.autoencoder, path)
-    with draft.write("config.json") as path:
-        path.write_text(json.dumps(tokenizer.to_table(), indent=2) + "\n", encoding="utf-8")
+    draft.write_json("config.json", tokenizer.to_table())
     with draft.write("README.md") as path:
         path.write_text(model_card(tokenizer, **rows), encoding="utf-8")
     if discriminator is not None:

@@ -211,6 +211,12 @@ class Draft:
                 yield temporary
             self.write_record(name, record)
 
+    def write_json(self, name: str, content: Any) -> None:
+        """Write `content` as a JSON file, as `write`."""
+        with self.write(name) as path:
+            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
+
     def adopt(self, name: str, **record: Any) -> None:
         """Record a file that is in the draft already (a log that grew during the run)."""
         check_name(name)

@@ -103,7 +103,7 @@ def run(
             if draft.record(name) is not None:
                 progress.message(f"{name}: measured by an earlier run")
             else:
-                write_json(draft, name, measure(progress).to_table())
+                draft.write_json(name, measure(progress).to_table())
             measured[subject].append(json.loads((draft.path / name).read_text(encoding="utf-8")))
             progress.advance()
     metrics = {
@@ -119,7 +119,7 @@ def run(
         "versions": versions(),
         "subjects": measured,
     }
-    write_json(draft, "metrics.json", metrics)
+    draft.write_json("metrics.json", metrics)
     options = ["--quick"] if settings.quick else []
     command = ["vqpipe", "bench", "--what", ",".join(subjects), "--rounds", str(settings.rounds), *options]
     footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, {time.strftime('%Y-%m-%d')}."
@@ -129,12 +129,6 @@ def run(
     sizes = "quick" if settings.quick else "full"
     facts = {"measured": ", ".join(subjects), "sizes": sizes, "device": settings.device.type}
     return draft.publish(facts | headlines(metrics))
-
-
-def write_json(draft: Draft, name: str, content: Any) -> None:
-    with draft.write(name) as path:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
 
 
 def busy_warning() -> str:

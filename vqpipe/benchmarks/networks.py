@@ -68,7 +68,7 @@ def time_training_step(
     images = photographs(batch, experiment.image_size)
     sides = {"image_size": experiment.image_size, "batch": batch, "codebook_sizes": list(sizes), "steps": steps}
     case = Case(title, "images", sides)
-    runs = [TrainingRun(settings, experiment, k, images, steps) for k in sizes]
+    runs = [MeasuredTraining(settings, experiment, k, images, steps) for k in sizes]
     methods = [run.ours() for run in runs]
     methods += available({run.released_name: run.released for run in runs}, case)
     samples = measure(methods, case, settings, progress)
@@ -91,7 +91,7 @@ def per_step(row: Row, steps: int) -> Row:
     return replace(row, wall_ms=row.wall_ms / steps, wall_min_ms=row.wall_min_ms / steps, cpu_ms=row.cpu_ms / steps)
 
 
-class TrainingRun:
+class MeasuredTraining:
     """Training with codebook size K, `steps` steps a call, continued from call to call."""
 
     def __init__(self, settings: Settings, experiment: Experiment, k: int, images: Tensor, steps: int) -> None:

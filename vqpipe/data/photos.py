@@ -107,7 +107,7 @@ class Photos:
         """The crop as a PNG."""
         crop, file = self.crops[i], io.BytesIO()
         window = (crop.x, crop.y, crop.x + crop.side, crop.y + crop.side)
-        load(crop.photo).crop(window).save(file, "PNG", compress_level=1)
+        load(crop.photo).crop(window).save(file, "PNG", compress_level=0)
         return file.getvalue()
 
 

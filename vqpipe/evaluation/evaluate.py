@@ -50,7 +50,7 @@ NATIVE_SIDE = 2048
 """Side of whole images in pixels, assumed for the shared memory of loader processes."""
 
 
-class Analysis(Protocol):
+class AnalysisProtocol(Protocol):
     """A further measurement of the ids and reconstructions, as `vqpipe.analysis`."""
 
     @property
@@ -73,7 +73,7 @@ def evaluate(
     config: EvalConfig,
     networks: FeatureNetworks,
     *,
-    analyses: Sequence[Analysis] = (),
+    analyses: Sequence[AnalysisProtocol] = (),
     limit: int | None = None,
     num_workers: int = -1,
     run_dir: Path | None = None,
@@ -124,7 +124,7 @@ class EvaluationPass(Metric):
         autoencoder: Autoencoder,
         config: EvalConfig,
         networks: FeatureNetworks,
-        analyses: Sequence[Analysis],
+        analyses: Sequence[AnalysisProtocol],
         stop: int,
     ) -> None:
         self.autoencoder, self.config, self.analyses, self.stop = autoencoder, config, analyses, stop

@@ -8,12 +8,13 @@ Letters: B images of H x W pixels, N ids an image, G groups, K codes a group.
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vqpipe.distributed import gather_objects, world_size
+from vqpipe.distributed import gather_objects, on_main, world_size
 from vqpipe.errors import DataError
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.distortion import COMMON, Distortion
@@ -26,7 +27,6 @@ from vqpipe.metrics.set_metrics import (
     FeatureStatistics,
     SetStatistics,
     inception_score,
-    on_main,
     set_distances,
 )
 from vqpipe.metrics.usage import CodeUsage, no_counts
@@ -121,7 +121,7 @@ class ProtocolMetrics(Metric):
         if "is" in found:
             found["inception_score"] = found.pop("is")
             logits = references.features[FEATURES["is"]]
-            found["inception_score_of_originals"] = on_main(inception_score, logits)
+            found["inception_score_of_originals"] = on_main(partial(inception_score, logits))
         return found, references
 
     def table(self, means: Mapping[str, float], distances: Mapping[str, Any], image_size: int | str) -> dict[str, Any]:

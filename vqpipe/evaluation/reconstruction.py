@@ -66,7 +66,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class ReconstructedBatch:
     """A batch of reconstructed images."""
 
     images: Tensor
@@ -90,7 +90,7 @@ class Reconstructor(Metric):
         self.autoencoder, self.tile = autoencoder, tile
         self.num_padded = self.num_tiled = 0
 
-    def __call__(self, originals: Tensor, prefixes: Sequence[int] = (), count: bool = True) -> Reconstruction:
+    def __call__(self, originals: Tensor, prefixes: Sequence[int] = (), count: bool = True) -> ReconstructedBatch:
         """uint8[B, 3, H, W] -> reconstructions, from all groups and from the first k of `prefixes`."""
         height, width = originals.shape[-2:]
         if self.tile is not None and max(height, width) > self.tile:
@@ -107,9 +107,9 @@ class Reconstructor(Metric):
             autoencoder.decode_float(code, size, groups=k)[..., :height, :width] for k in (None, *prefixes)
         )
         ids = None if autoencoder.codebook_size is None else code
-        return Reconstruction(images, ids, dict(zip(prefixes, others, strict=True)))
+        return ReconstructedBatch(images, ids, dict(zip(prefixes, others, strict=True)))
 
-    def in_tiles(self, originals: Tensor, prefixes: Sequence[int]) -> Reconstruction:
+    def in_tiles(self, originals: Tensor, prefixes: Sequence[int]) -> ReconstructedBatch:
         """uint8[1, 3, H, W], tile by tile."""
         assert self.tile is not None
         device, overlap = originals.device, min(OVERLAP, self.tile // 8)
@@ -120,7 +120,7 @@ class Reconstructor(Metric):
         ]
         ids = None if tiled[0].ids is None else torch.cat(tiled[0].ids)[None].to(device)
         images, *others = (part.image[None].to(device) for part in tiled)
-        return Reconstruction(images, ids, dict(zip(prefixes, others, strict=True)))
+        return ReconstructedBatch(images, ids, dict(zip(prefixes, others, strict=True)))
 
     def compute(self) -> dict[str, Any]:
         """For `metrics.json`: how many images were padded or tiled over all ranks, and what that means."""

@@ -35,7 +35,7 @@ def write_evaluation(draft: Draft, evaluated: EvaluationResult) -> None:
     """`metrics.json`, `counts.npy`, `dead-codes.npy` unless the codebook is too large to list them, the pictures, the
     log of the tokenizer's training, and the page."""
     metrics = evaluated.metrics
-    write_json(draft, "metrics.json", {**metrics, "commands": list(evaluated.commands)})
+    draft.write_json("metrics.json", {**metrics, "commands": list(evaluated.commands)})
     with draft.write("counts.npy") as path:
         np.save(path, counts_to_array(evaluated.counts))
     if evaluated.is_discrete and not evaluated.counts.is_sparse:
@@ -59,7 +59,7 @@ def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -
     calls it."""
     if distributed.is_main():
         command, sheet = command_again(), contact_sheet(samples, SHEET_COLUMNS)
-        write_json(draft, "metrics.json", {**metrics, "commands": [command]})
+        draft.write_json("metrics.json", {**metrics, "commands": [command]})
         with draft.write("contact-sheet.png") as path:
             path.write_bytes(sheet)
         with draft.write("report.html") as path:
@@ -72,9 +72,3 @@ def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -
 def lineage(draft: Draft) -> dict[str, Any]:
     """The lineage of the report, for its page."""
     return {"kind": "report", "name": "(this page)", "content": "", "inputs": draft.lineage}
-
-
-def write_json(draft: Draft, name: str, content: dict[str, Any]) -> None:
-    with draft.write(name) as path:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")

@@ -78,12 +78,10 @@ def write_generator(draft: Draft, images: ImageGenerator, weights: Mapping[str, 
     }
     with draft.write("model.safetensors") as path:
         save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
-    with draft.write("config.json") as path:
-        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    draft.write_json("config.json", table)
     with draft.write(f"{TOKENIZER}/model.safetensors") as path:
         save_weights(images.tokenizer.autoencoder, path)
-    with draft.write(f"{TOKENIZER}/config.json") as path:
-        path.write_text(json.dumps(images.tokenizer.to_table(), indent=2) + "\n", encoding="utf-8")
+    draft.write_json(f"{TOKENIZER}/config.json", images.tokenizer.to_table())
 
 
 def open_generator(path: Path | str, device: str | torch.device = "cpu") -> ImageGenerator:

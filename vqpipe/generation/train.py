@@ -4,7 +4,6 @@ Both have the same steps: check and open the inputs, start the draft, read the e
 (`train_on_examples`), publish it. `RunContext` is what they have in common.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -362,15 +361,10 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
     weights = state.published()
     if distributed.is_main():
         table = {"classifier": to_table(classifier.config), "space": classifier.space.to_table()}
-        files = {
-            "config.json": {**table, "image_size": context.stored.image_size},
-            "metrics.json": classifier_metrics(data, measured, num_classes),
-        }
         with context.draft.write("model.safetensors") as path:
             save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
-        for name, content in files.items():
-            with context.draft.write(name) as path:
-                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        context.draft.write_json("config.json", {**table, "image_size": context.stored.image_size})
+        context.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
         context.draft.adopt("metrics.jsonl")
     return context.draft.publish(
         {

@@ -13,6 +13,7 @@ Letters: B images of a batch, H x W pixels, n images, D features.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -246,9 +247,10 @@ def set_distances(
         elif own is None or (others is None and name != "is"):
             reasons[name] = f"the features of {samples.num_images:,} {nouns[0]} need more memory than {memory}"
         elif name == "is":
-            numbers[name] = on_main(inception_score, own)
+            numbers[name] = distributed.on_main(partial(inception_score, own))
         else:
-            numbers[name] = on_main({"kid": kid, "prc": precision_recall}[name], own, others)
+            compute: Any = {"kid": kid, "prc": precision_recall}[name]
+            numbers[name] = distributed.on_main(partial(compute, own, others))
     return numbers, reasons
 
 
@@ -294,8 +296,3 @@ def too_few(metric: str, num_images: int) -> str | None:
     """The reason why so few images are not enough, or None."""
     least = {"kid": KID_SUBSET_SIZE, "prc": NEIGHBOURS + 1, "is": SPLITS}[metric]
     return None if num_images >= least else f"{num_images} images are fewer than the {least} it needs. Use more images."
-
-
-def on_main(compute: Any, *features: Tensor | None) -> Any:
-    """`compute(*features)` on rank 0, its result on every rank."""
-    return distributed.broadcast_object(compute(*features) if distributed.is_main() else None)

@@ -4,7 +4,6 @@ Numbers share a column only where protocol, image size and images are equal (KEY
 of images get a table over the sets, as in MGVQ's Tables 2 and 3.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -90,9 +89,7 @@ def compare(reports: Sequence[Artifact]) -> Comparison:
 def publish_comparison(draft: Draft, comparison: Comparison) -> Artifact:
     """Write `metrics.json` and the page, and publish them."""
     if distributed.is_main():
-        with draft.write("metrics.json") as path:
-            text = json.dumps({"compared": comparison.metrics}, indent=2, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8")
+        draft.write_json("metrics.json", {"compared": comparison.metrics})
         with draft.write("report.html") as path:
             path.write_text(page.render(comparison.make_page()), encoding="utf-8")
     return draft.publish(comparison.facts)

@@ -18,7 +18,7 @@ from vqpipe.training.running_metrics import StepOutput
 from vqpipe.training.task import Task, autocast, mean_over_parts
 
 
-class ExampleBatch(Protocol):
+class LabelledBatch(Protocol):
     """A batch that generators and classifiers train on."""
 
     examples: Tensor
@@ -36,7 +36,7 @@ class InBlocks(Protocol):
         """The units of activation checkpointing, compiling and sharding."""
 
 
-class GeneratorTask(Task[ExampleBatch, None]):
+class GeneratorTask(Task[LabelledBatch, None]):
     """One network, one optimizer.
 
     `network(examples, labels)` returns scalars by name, of which "total" is minimised; all are logged as `loss/<name>`,
@@ -72,7 +72,7 @@ class GeneratorTask(Task[ExampleBatch, None]):
         static = self.config.accumulate == 1  # DDP's first step with a static graph cannot accumulate gradients
         self.network = self.model if self.sharded else replicate(self.model, self.device, static=static)
 
-    def step(self, batch: ExampleBatch, step: int) -> StepOutput[None]:
+    def step(self, batch: LabelledBatch, step: int) -> StepOutput[None]:
         optimizer = self.optimizers["optimizer"]
         self.model.train()
         optimizer.zero_grad(set_to_none=True)
