@@ -120,7 +120,7 @@ class ProtocolMetrics(Metric):
         found = {ours.get(name, name): number for name, number in numbers.items()}
         if "is" in found:
             found["inception_score"] = found.pop("is")
-            logits = references.features[FEATURES["is"]]
+            logits: Any = references.features[FEATURES["is"]]
             found["inception_score_of_originals"] = on_main(partial(inception_score, logits))
         return found, references
 
