@@ -1,7 +1,7 @@
 """`python -m stages`, the form that torchrun starts.
 
-Python then looks for modules in the working directory first: a `random.py` that lies there would be run. So that folder
-goes, unless this package lies in it.
+Removes the working directory from sys.path unless this package lies in it, so that a local `random.py` does not shadow
+the standard library's.
 """
 
 import os

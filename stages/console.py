@@ -37,8 +37,8 @@ Out = Annotated[
     ),
 ]
 DeviceName = Literal["auto", "cpu", "cuda"]
-Device = Annotated[DeviceName, typer.Option("--device", help="Where tensors live.")]
-Seed = Annotated[int, typer.Option("--seed", help="Every random choice is a function of it.", metavar="N")]
+Device = Annotated[DeviceName, typer.Option("--device", help="Device to run on.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N")]
 Preset = Annotated[str | None, typer.Option("--preset", help="See `vqpipe presets`.", metavar="NAME|FILE.toml")]
 Set = Annotated[
     list[str] | None,
@@ -58,8 +58,8 @@ TokenizerPath = Annotated[
         "--tokenizer", help="A tokenizer; eval and reconstruct also take an SD-VAE, SDXL-VAE or TAEF2.", metavar="DIR"
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images at a time.", metavar="IMAGES", min=1)]
-Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N.", metavar="N", min=1)]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Batch size of a rank.", metavar="IMAGES", min=1)]
+Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N images.", metavar="N", min=1)]
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)
 ]
@@ -94,7 +94,7 @@ class LoggerName(StrEnum):
 
 Log = Annotated[
     list[LoggerName] | None,
-    typer.Option("--log", help="Log there too, in OUT.logs; repeatable."),
+    typer.Option("--log", help="Also log to this service, under OUT.logs; repeatable."),
 ]
 ExamplesTokenizer = Annotated[
     Path,

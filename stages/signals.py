@@ -8,7 +8,7 @@ from types import FrameType
 from typing import NoReturn
 
 HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-"""The terminal was closed; empty where nohup has this process ignore it."""
+"""The terminal was closed; empty if SIGHUP is ignored (nohup)."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *HANGUP)
 """Signals that ask a command to stop; batch systems send SIGUSR1 before a job's time ends."""
 INTERRUPTED = "interrupted; run the same command again to resume"

@@ -16,7 +16,6 @@ from vqpipe.metrics import usage as usage_module
 from vqpipe.metrics.usage import (
     CodeUsage,
     as_rows,
-    bits_per_pixel,
     dead_codes,
     from_rows,
     spread_of,
@@ -89,10 +88,6 @@ def test_a_codebook_too_large_for_counters_is_counted_exactly(monkeypatch: pytes
 
 def test_perplexity_of_no_tokens_is_one() -> None:
     assert usage_of(CodeUsage(2**36).merged().counts)["perplexity_per_group"] == [1.0]
-
-
-def test_bits_per_pixel_of_a_16_by_16_grid_of_16384_codes() -> None:
-    assert bits_per_pixel(256, 16_384, 256, 256) == pytest.approx(256 * 14 / 65_536)
 
 
 class Ranks:

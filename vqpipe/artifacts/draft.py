@@ -144,7 +144,7 @@ class Draft:
         return True
 
     def check_published(self) -> bool:
-        """True if `out` answers this request; otherwise raise an ArtifactError."""
+        """True if `out` was made with this request; otherwise raise an ArtifactError."""
         if not (self.out / "manifest.json").is_file():
             raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", "Choose another --out")
         self.check_same(open_artifact(self.out).manifest, self.out)

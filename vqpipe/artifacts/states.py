@@ -87,7 +87,7 @@ class States:
             unchanging: part -> names of tensors that are likely the same in the next state, to be stored once.
 
         Raises:
-            ArtifactError: the disk does not take it; the states before are as they were.
+            ArtifactError: it cannot be written (disk full or read-only); the states before are as they were.
         """
         if self.folder is None:
             return

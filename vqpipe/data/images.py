@@ -222,9 +222,6 @@ def matching(pattern: str) -> list[str]:
         raise DataError(f"cannot list {pattern}: {error.strerror or error}", "Check the network") from error
 
 
-CHECK = "Check the folder and the disk"
-
-
 class Folder:
     """Image files under `root`, in the order given, with their labels."""
 

@@ -27,6 +27,7 @@ from vqpipe.data.transforms import encode_png
 from vqpipe.errors import DataError
 from vqpipe.progress import SILENT, Progress
 
+SHARD_NAME = "tokens-{:05d}.parquet"
 IMAGES_PER_SHARD = 4096
 """Fixed, so that shards have the same bytes for any number of ranks and workers."""
 
@@ -78,7 +79,7 @@ def write_tokens(
         return torch.stack([tokenizer.encode(view, precision=precision) for view in views], dim=1)
 
     with EncodingJob(
-        draft, images, "tokens-{:05d}.parquet", shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress
+        draft, images, SHARD_NAME, shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress
     ) as job:
         for shard in job.encode(
             encode,
@@ -115,7 +116,7 @@ def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
 
 
 def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
-    name = f"tokens-{shard.number:05d}.parquet"
+    name = SHARD_NAME.format(shard.number)
     with draft.write(name, images=len(shard.keys), skipped=dict(shard.skipped)) as path:
         write_token_file(path, shard.keys, shard.labels, shard.rows)
 

@@ -263,7 +263,7 @@ class Checkpoints:
         """Write the state.
 
         Raises:
-            ArtifactError: the disk does not take it.
+            ArtifactError: it cannot be written (disk full or read-only).
         """
         began = time.monotonic()
         content, tensors, unchanging = pack(run.state())

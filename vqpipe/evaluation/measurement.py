@@ -36,7 +36,7 @@ SIDES = 2
 NAMES = {"rfid": "fid", "sfid": "sfid", "kid": "kid", "prc": "prc", "is": "is"}
 """Metric of [eval] -> metric of `set_distances`."""
 CODE_NUMBERS = ("utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel")
-"""The numbers of a contract that need ids."""
+"""Keys of `metrics.json` that need ids."""
 MIXED = (
     "images differ in size: bits_per_pixel is all bits over all pixels, num_tokens_per_image a mean; PSNR, SSIM and "
     "LPIPS are means over images, whatever their size"

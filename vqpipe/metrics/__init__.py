@@ -1,3 +1,3 @@
-"""How good reconstructions are and how the codes are used, told with the convention behind each number."""
+"""Metrics of reconstructions and of codebook use."""
 
 from vqpipe.metrics.config import EvalConfig as EvalConfig

@@ -35,7 +35,8 @@ class Metric:
 
     Every rank calls `merged` and `compute`, in the same order. Subclasses name in `state_names` the attributes that
     `update` changes: numbers, text, tensors, arrays, other metrics, and lists and dicts (by text or number) of these.
-    Ranks are merged by summing them; a subclass with another rule overrides `merged`.
+    By default `merged` sums these attributes over ranks; a subclass whose state is no sum overrides `merged` or
+    gathers in `compute`.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()

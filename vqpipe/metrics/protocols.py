@@ -115,8 +115,8 @@ CLEANFID_MATCHED = Protocol(
 
 Evidence: its released `evaluation/eval_recon.py` and `eval_aug.py`. PSNR is that of the mean error over the set, on
 values that are not rounded; SSIM is scikit-image's default on uint8. Different here:
-- their LPIPS builds VGG16 without its weights, feeds it [0, 1] and leaves dropout on, so nobody can have its values
-  again; here it is LPIPS-VGG as published, on the rounded pixels;
+- their LPIPS builds VGG16 without its weights, feeds it [0, 1] and leaves dropout on, so its values cannot be
+  reproduced; here it is LPIPS-VGG as published, on the rounded pixels;
 - their crops pass through float32 before they are truncated to uint8, which may take a level from some pixels; here the
   reference is the crop itself;
 - Inception's weights are torch-fidelity's conversion, not clean-fid's TorchScript file.

@@ -457,8 +457,3 @@ def curve_tokens(num_tokens: int) -> list[int]:
     """At most CURVE_POINTS numbers of tokens from 1 to all, at equal steps of their logarithm."""
     steps = torch.logspace(0, math.log10(max(num_tokens, 1)), CURVE_POINTS, dtype=torch.float64)
     return sorted({min(round(step), num_tokens) for step in steps.tolist()} | {num_tokens}) if num_tokens else []
-
-
-def bits_per_pixel(num_tokens: int, codebook_size: int, height: int, width: int) -> float:
-    """Raw cost of an image's tokens: N log2(K) bits over H x W pixels."""
-    return num_tokens * math.log2(codebook_size) / (height * width)

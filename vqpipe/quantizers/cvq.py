@@ -20,7 +20,7 @@ from vqpipe.search import nearest
 DISTANCES_PER_CHUNK = 2**24
 """Distances of codes to latents computed at a time: 64 MiB in float32."""
 MIN_ALPHA = 1e-6
-"""Where most codes of a chunk have a smaller a (see `ClusteredQuantizer`), these stay unchanged, to save time."""
+"""If most codes of a chunk have an a (see `ClusteredQuantizer`) below this, only the others are moved, to save time."""
 MIN_PROBABILITY = 1e-10
 """Smallest probability of an anchor under "probrandom", as in MGVQ's released code."""
 

@@ -26,7 +26,7 @@ LOGITS_PER_CHUNK = 2**24
 class IbqConfig(CodebookConfig):
     """IBQ. Released loss weights: "commitment" 1, "codebook" 0.25, "entropy" 0.05.
 
-    The search maximizes the inner product; with `normalize` that is the cosine. `metric` has no effect.
+    The search maximizes the inner product; with `normalize` that is the cosine. `metric` must stay "l2".
     """
 
     kind: ClassVar[str] = "ibq"
@@ -55,8 +55,8 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
     - "commitment": mean (z - sg e_id)^2 + mean (z - P E)^2. The second term, the paper's double quantization, has the
       same value and trains the codes too. The released code weights both by 1, and so does this one.
     - "codebook": mean (e_id - sg z)^2.
-    - "entropy": sample_weight * E[H(q)] - batch_weight * H(E[q]) in nats, q = softmax(<z, e_k> / temperature). E is
-      the mean over the vectors of this rank, and the second entropy has the epsilon of LFQ.
+    - "entropy": sample_weight * mean(H(q)) - batch_weight * H(mean(q)) in nats, q = softmax(<z, e_k> / temperature).
+      The mean is over the vectors of this rank, and the second entropy has the epsilon of LFQ.
 
     The released code allocates several N x K matrices, 17 GB each for 64 images at 2^18 codes. Here vectors are
     processed in chunks, whose probabilities are recomputed in the backward pass.

@@ -21,7 +21,7 @@ class SimVqConfig(CodebookConfig):
 
 
 class SimVqQuantizer(FrozenCodebookQuantizer):
-    """The codebook is C W + bias, with C frozen and drawn from N(0, 1 / C): `lc` without the image features.
+    """The codebook is E W + bias, with E frozen and drawn from N(0, 1 / C): `lc` without the image features.
 
     Each step changes the whole codebook through W, so no code stays unused. As released: W is a square nn.Linear with
     bias and PyTorch's initialization (the paper has no bias), trained by the two losses and not by the decoder; the

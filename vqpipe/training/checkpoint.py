@@ -64,7 +64,8 @@ class TrainState:
         Every rank calls it, and waits for rank 0, which writes. A second call for the same step does nothing.
 
         Raises:
-            ArtifactError: the disk does not take it (on every rank); the checkpoints before are as they were.
+            ArtifactError: it cannot be written (disk full or read-only), raised on every rank; the checkpoints before
+                are as they were.
         """
         disk = checkpoints(run_dir)
         if self.saved == disk.path(self.step):
