@@ -160,7 +160,8 @@ def test_the_large_view_opens_zooms_navigates_and_closes_by_keys(open_page: Open
 
     view.keyboard.press("Escape")
     assert large.get_attribute("open") is None
-    assert view.evaluate("() => document.activeElement.getAttribute('aria-label')").startswith("stairs")
+    focused = "(document.activeElement.getAttribute('aria-label') || '').startsWith('stairs')"
+    view.wait_for_function(f"() => {focused}")  # the page moves the focus after the dialog has closed
     assert opened.messages == []
 
 

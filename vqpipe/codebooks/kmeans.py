@@ -56,7 +56,7 @@ class KmeansConfig:
     select: Select = "kmeans"
     """"random": the codes are k distinct vectors drawn at random, without clustering (the paper's ablation)."""
     tolerance: float = 1e-4
-    """Stop when an iteration lowers the inertia by less than this share of it; 0 runs all iterations."""
+    """Stop when an iteration lowers the inertia by at most this share of it; 0: when it no longer falls."""
     batch: int = 0
     """Vectors per step of mini-batch k-means; 0: Lloyd's algorithm on all vectors."""
     gpu_share: float = resumable(0.5)

@@ -1,4 +1,6 @@
-"""Generators: networks trained on a tokenizer's ids or latents that sample new images. Importing the room defines all.
+"""Generators: networks trained on a tokenizer's ids or latents that sample new images.
+
+Importing this package registers them all.
 
 diffusers and timm, which take seconds to import, are imported when a network that needs them is built.
 """

@@ -51,7 +51,7 @@ class CodeEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """An embedding for each class, and one more for the null class."""
+    """An embedding for each of `classes` labels, the null class included."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()

@@ -94,7 +94,7 @@ VALIDATION = (
 
 
 def describe_tokenizer(facts: Mapping[str, Any]) -> str:
-    """The description of a tokenizer's run."""
+    """One line on quantizer, codes and downsample factor."""
     return f"{facts['quantizer']} quantizer, {codes(facts)}, downsample factor {facts['downsample_factor']}."
 
 

@@ -1,1 +1,1 @@
-"""From a set of images to a trained tokenizer."""
+"""The training loop, tasks, callbacks and checkpoints."""

@@ -116,7 +116,7 @@ def initial_state(task: Task[BatchT, ResultT], config: TrainConfig, device: torc
 
 
 def due(state: TrainState, config: TrainConfig, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never), and after the last, happens now."""
+    """Whether the step is a multiple of `every` or the last step; 0: never."""
     return every > 0 and (state.step % every == 0 or state.step == config.steps)
 
 
