@@ -14,30 +14,21 @@ from typing import Any, TypeVar
 from vqpipe import config, presets
 from vqpipe.codebooks.features import FeaturesConfig
 from vqpipe.codebooks.kmeans import KmeansConfig
-from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ConfigError
 from vqpipe.generation.train import ClassifierRecipe, GeneratorRecipe
-from vqpipe.losses.objective import ObjectiveConfig
 from vqpipe.metrics import EvalConfig
-from vqpipe.models.autoencoder import AutoencoderConfig
-from vqpipe.models.discriminator import DiscriminatorConfig
-from vqpipe.training.config import TokenizerTrainConfig
+from vqpipe.training.tokenizer_run import TokenizerRunConfig
 
 PAPER = "vqgan-lc-f16-100k"
 """The preset whose [model] and [objective], which have no defaults, a stage without --preset gets and does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The settings of a tokenizer."""
+class Recipe(TokenizerRunConfig):
+    """The settings of a tokenizer: those of its training, and of the stages before and after it."""
 
-    model: AutoencoderConfig
-    objective: ObjectiveConfig
-    data: DataConfig = field(default_factory=DataConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     kmeans: KmeansConfig = field(default_factory=KmeansConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 

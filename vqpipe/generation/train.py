@@ -7,7 +7,7 @@ Both have the same steps: check and open the inputs, start the draft, read the e
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ from vqpipe.data.examples import (
 from vqpipe.data.latents import LatentStatistics, open_latents
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 from vqpipe.files import hash_file
-from vqpipe.generation.base import GeneratorConfig, SamplingConfig, Space, build_generator
-from vqpipe.generation.classifier import RECIPE, ClassifierConfig, build_classifier
+from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
+from vqpipe.generation.classifier import RECIPE, Classifier, ClassifierConfig, build_classifier
 from vqpipe.generation.held_out import accuracy, held_out_losses
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator
 from vqpipe.progress import SILENT, Progress
@@ -68,6 +68,7 @@ class ClassifierRecipe:
 
 
 Recipe = GeneratorRecipe | ClassifierRecipe
+NetworkT = TypeVar("NetworkT", Generator, Classifier)
 
 
 @dataclass(frozen=True)
@@ -263,16 +264,22 @@ def train_on_examples(
     return state, metrics
 
 
+def initialize(context: RunContext, build: Callable[[], NetworkT]) -> NetworkT:
+    """The network of `build`, seeded, on the device of the run, with the tokenizer's codebook if it needs one."""
+    torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
+    network = build().to(context.device)
+    if network.needs_codebook:
+        network.load_codebook(context.stored.tokenizer.autoencoder.quantizer.all_codes())
+    return network
+
+
 def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | None:
     """Train a generator and publish it. Every rank calls it.
 
     Returns None if `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
     """
     data, tokenizer = read_data(context, recipe), context.stored.tokenizer
-    torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
-    generator = build_generator(recipe.generator, data.space).to(context.device)
-    if generator.needs_codebook:
-        generator.load_codebook(tokenizer.autoencoder.quantizer.all_codes())
+    generator = initialize(context, lambda: build_generator(recipe.generator, data.space))
     images = ImageGenerator(
         generator=generator,
         tokenizer=tokenizer,
@@ -332,11 +339,8 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
 
     Returns None if `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
     """
-    data, tokenizer = read_data(context, recipe), context.stored.tokenizer
-    torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
-    classifier = build_classifier(recipe.classifier, data.space).to(context.device)
-    if classifier.needs_codebook:
-        classifier.load_codebook(tokenizer.autoencoder.quantizer.all_codes())
+    data = read_data(context, recipe)
+    classifier = initialize(context, lambda: build_classifier(recipe.classifier, data.space))
     kind, parameters, num_classes = recipe.classifier.kind, count_parameters(classifier), classifier.num_classes
     context.progress.message(f"{kind}: {parameters:,} parameters, {len(data.train):,} images, {num_classes} classes")
     options = measuring(context, recipe)
