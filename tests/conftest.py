@@ -40,11 +40,17 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference outputs and photographs that stands beside some checkouts; skips where it is absent."""
+    """The folder of photographs and pretrained weights that stands beside some checkouts; skips where it is absent."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("no folder of reference outputs and photographs beside this checkout")
+        pytest.skip("no folder of photographs and weights beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def parity_outputs() -> Path:
+    """The outputs of the released code; tests/parity/outputs/README.md describes them."""
+    return ROOT / "tests" / "parity" / "outputs"
 
 
 @pytest.fixture(scope="session")

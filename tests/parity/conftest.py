@@ -53,11 +53,11 @@ def image() -> Callable[[int], Tensor]:
 
 
 @pytest.fixture(scope="session")
-def expected(shared: Path) -> Callable[[str], dict[str, Tensor]]:
+def expected(parity_outputs: Path) -> Callable[[str], dict[str, Tensor]]:
     """expected("family/file"): the outputs of the reference by name."""
 
     def read(name: str) -> dict[str, Tensor]:
-        with np.load(shared / "parity" / f"{name}.npz") as arrays:
+        with np.load(parity_outputs / f"{name}.npz") as arrays:
             return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
 
     return read

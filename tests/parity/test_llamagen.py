@@ -31,13 +31,13 @@ def size_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def released_keys(shared: Path, name: str) -> dict[str, dict[str, list[int]]]:
-    return json.loads((shared / "parity" / "mgvq" / f"keys_llamagen_{name}.json").read_text())
+def released_keys(parity_outputs: Path, name: str) -> dict[str, dict[str, list[int]]]:
+    return json.loads((parity_outputs / "mgvq" / f"keys_llamagen_{name}.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def model(shared: Path, filled: Callable[..., Tensor]) -> Autoencoder:
-    shapes = released_keys(shared, "vq16")["params"]
+def model(parity_outputs: Path, filled: Callable[..., Tensor]) -> Autoencoder:
+    shapes = released_keys(parity_outputs, "vq16")["params"]
     levels = len(VQ16.channel_multipliers)
     weights = {our_name(name, levels): filled(name, shape, embedding_scale=1.0) for name, shape in shapes.items()}
     model = build_autoencoder(VQ16).eval().requires_grad_(False)
@@ -61,8 +61,8 @@ def test_number_of_parameters_is_as_published(config: VqganConfig, encoder: int,
     assert (size_of(model.encoder), size_of(model.decoder), size_of(model)) == (encoder, decoder, total)
 
 
-def test_discriminator_has_the_released_shapes(shared: Path) -> None:
-    keys = released_keys(shared, "patchgan")
+def test_discriminator_has_the_released_shapes(parity_outputs: Path) -> None:
+    keys = released_keys(parity_outputs, "patchgan")
     discriminator = PatchDiscriminator(DiscriminatorConfig(num_layers=3)).eval()
     shapes = {name: list(tensor.shape) for name, tensor in discriminator.state_dict().items()}
     assert shapes == keys["params"] | keys["buffers"]

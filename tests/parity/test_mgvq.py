@@ -35,12 +35,12 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(
     request: pytest.FixtureRequest,
-    shared: Path,
+    parity_outputs: Path,
     expected: Callable[[str], dict[str, Tensor]],
     fill: Callable[..., None],
     filled: Callable[..., Tensor],
 ) -> Case:
-    keys = json.loads((shared / "parity" / "mgvq" / f"keys_{request.param}.json").read_text())
+    keys = json.loads((parity_outputs / "mgvq" / f"keys_{request.param}.json").read_text())
     model = build_autoencoder(CONFIGS[request.param]).eval().requires_grad_(False)
     for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         fill(model.get_submodule(part), f"{part}.")

@@ -35,8 +35,8 @@ def released_name(ours: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def case(shared: Path, expected: Callable[[str], dict[str, Tensor]], filled: Callable[..., Tensor]) -> Case:
-    keys = json.loads((shared / "parity" / "mgvq" / "keys_mgvq_gpt_b_g4.json").read_text())
+def case(parity_outputs: Path, expected: Callable[[str], dict[str, Tensor]], filled: Callable[..., Tensor]) -> Case:
+    keys = json.loads((parity_outputs / "mgvq" / "keys_mgvq_gpt_b_g4.json").read_text())
     space = Space(
         layout=TokenLayout(((SIDE, SIDE),), GROUPS),
         codebook_size=CODES,

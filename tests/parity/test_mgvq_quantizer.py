@@ -20,8 +20,8 @@ EXACT = {"rtol": 1e-5, "atol": 0}
 
 
 @pytest.fixture(scope="module")
-def reference(shared: Path) -> dict[str, Tensor]:
-    with np.load(shared / "parity" / "mgvq" / "parity_quantizer_train.npz") as file:
+def reference(parity_outputs: Path) -> dict[str, Tensor]:
+    with np.load(parity_outputs / "mgvq" / "parity_quantizer_train.npz") as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 

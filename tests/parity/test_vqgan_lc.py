@@ -110,10 +110,10 @@ def quantizer_loss(losses: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_weight_has_the_released_name_shape_and_values(
-    shared: Path, autoencoder: Autoencoders, discriminator: PatchDiscriminator, variant: str
+    parity_outputs: Path, autoencoder: Autoencoders, discriminator: PatchDiscriminator, variant: str
 ) -> None:
-    keys = json.loads((shared / "parity" / "vqgan_lc" / "keys.json").read_text())[variant]
-    check = json.loads((shared / "parity" / "vqgan_lc" / "fill_check.json").read_text())[variant]
+    keys = json.loads((parity_outputs / "vqgan_lc" / "keys.json").read_text())[variant]
+    check = json.loads((parity_outputs / "vqgan_lc" / "fill_check.json").read_text())[variant]
     ours = {OUR_NAMES.get(name, name): tensor for name, tensor in autoencoder(variant).state_dict().items()}
     ours |= {f"discriminator.{name}": tensor for name, tensor in discriminator.state_dict().items()}
     released_elsewhere = {"cluster_size": "quantizer.counts", "embed_avg": "quantizer.sums"}
@@ -166,7 +166,7 @@ def test_codes(expected: Expected, autoencoder: Autoencoders, variant: str) -> N
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_of_one_step(
-    shared: Path,
+    parity_outputs: Path,
     expected: Expected,
     autoencoder: Autoencoders,
     discriminator: PatchDiscriminator,
@@ -175,7 +175,7 @@ def test_losses_and_gradients_of_one_step(
     variant: str,
 ) -> None:
     want = {key[4:]: value for key, value in expected(f"vqgan_lc/{variant}").items() if key.startswith("s64_")}
-    norms = json.loads((shared / "parity" / "vqgan_lc" / "fill_check.json").read_text())[variant]
+    norms = json.loads((parity_outputs / "vqgan_lc" / "fill_check.json").read_text())[variant]
     model, images = autoencoder(variant), image(64)
     model.zero_grad()
 

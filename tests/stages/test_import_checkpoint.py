@@ -213,16 +213,16 @@ def assert_ids(found: Tensor, expected: Any, gap: Any, smallest: float) -> None:
 @pytest.mark.parametrize("variant", ["lc_f16_cb1", "fc_f16", "ema_f16", "vqgan_f16"])
 @torch.no_grad()
 def test_vqgan_lc_matches_the_published_tokenizer(
-    shared: Path, imported: Callable[..., Autoencoder], variant: str
+    parity_outputs: Path, imported: Callable[..., Autoencoder], variant: str
 ) -> None:
-    keys = json.loads((shared / "parity" / "vqgan_lc" / "keys.json").read_text())[variant]
+    keys = json.loads((parity_outputs / "vqgan_lc" / "keys.json").read_text())[variant]
     scale = 1.0 if variant.endswith("_cb1") else 0.02
     weights = {name: filled(name, shape, scale) for name, shape in keys.items()}
     if "embed_avg" in weights:
         weights["embed_avg"] = weights["tok_embeddings.weight"]
     state = {"model": {f"module.{name}": value for name, value in weights.items()}, "args": argparse.Namespace(lr=5e-4)}
     model = imported(state, "vqgan-lc")
-    with np.load(shared / "parity" / "vqgan_lc" / f"{variant}.npz") as want:
+    with np.load(parity_outputs / "vqgan_lc" / f"{variant}.npz") as want:
         quantized = model.encode(image())
         gap = 1e-4 if variant == "vqgan_f16" else 1e-5
         assert_ids(quantized.ids, want["s64_tokens"], want["s64_top2_dist_gap"], gap)
@@ -241,12 +241,12 @@ def test_vqgan_lc_matches_the_published_tokenizer(
 )
 @torch.no_grad()
 def test_llamagen_and_mgvq_match_the_published_tokenizers(
-    shared: Path, imported: Callable[..., Autoencoder], family: str, keys: str, arrays: str
+    parity_outputs: Path, imported: Callable[..., Autoencoder], family: str, keys: str, arrays: str
 ) -> None:
-    table = json.loads((shared / "parity" / "mgvq" / f"{keys}.json").read_text())
+    table = json.loads((parity_outputs / "mgvq" / f"{keys}.json").read_text())
     shapes = {**table["params"], **table["buffers"]}
     model = imported({"model": {name: filled(name, shape, 1.0) for name, shape in shapes.items()}}, family)
-    with np.load(shared / "parity" / "mgvq" / f"{arrays}.npz") as want:
+    with np.load(parity_outputs / "mgvq" / f"{arrays}.npz") as want:
         assert_ids(model.encode(image()).ids, want["idx64"], want["margin64"], 1e-3)
         ids = torch.from_numpy(want["idx64"]).long().flatten()[None]
         side = 64 // model.downsample_factor
