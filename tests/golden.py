@@ -173,7 +173,6 @@ def make_weights(folder: Path) -> None:
 
 def make_vae(folder: Path) -> None:
     """An untrained AutoencoderKL in diffusers' layout, with a downsample factor of 2."""
-    import torch
     from diffusers import AutoencoderKL
 
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
