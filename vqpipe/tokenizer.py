@@ -53,12 +53,11 @@ class Tokenizer:
             ConfigError: it is an autoencoder with continuous latents, which has no tokens.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            if "/" not in str(path) or folder.is_absolute():
-                artifacts.open_artifact(folder, "tokenizer")  # raises
-                raise ArtifactError(f"{folder} does not exist", "Check the path")
+        if not folder.is_dir() and "/" in str(path) and not folder.is_absolute():
             folder = download(str(path))
-        artifact = artifacts.open_artifact(folder, "tokenizer") if (folder / "manifest.json").is_file() else None
+        artifact = None
+        if not folder.is_dir() or (folder / "manifest.json").is_file():
+            artifact = artifacts.open_artifact(folder, "tokenizer")  # says what is wrong with an absent one
         table = read_config(folder / "config.json")
         with torch.device("meta"):
             autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))

@@ -114,15 +114,10 @@ class Artifact:
         """
         own = names[distributed.rank() :: distributed.world_size()]
         progress.start(f"checking {self.name}", len(own), "files")
-        error = None
-        try:
+        with distributed.sharing_errors():
             for name in own:
                 self.whole(name)
                 progress.advance()
-        except ArtifactError as raised:
-            error = raised
-        for found in filter(None, distributed.gather_objects(error)):
-            raise found
 
     def verify(self) -> None:
         """Hash every file again.
