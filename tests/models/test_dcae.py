@@ -25,7 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def narrow(**changes: Any) -> DcaeConfig:
     """One residual block, then one EfficientViT block: f4."""
-    sizes = {"widths": (1, 16, 32), "encoder_depths": (0, 1, 1), "decoder_depths": (0, 1, 1), "attention_from": 2}
+    sizes = {"widths": (0, 16, 32), "encoder_depths": (0, 1, 1), "decoder_depths": (0, 1, 1), "attention_from": 2}
     quantizer = VqConfig(codebook_size=16, code_dim=4)
     return DcaeConfig(**{**sizes, "latent_channels": 8, "quantizer": quantizer, **changes})
 
@@ -178,13 +178,13 @@ def test_config_round_trip() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"widths": (1,), "encoder_depths": (0,), "decoder_depths": (0,)},
+        {"widths": (0,), "encoder_depths": (0,), "decoder_depths": (0,)},
         {"encoder_depths": (0, 1)},
         {"decoder_depths": (1, 1, 1)},
         {"decoder_depths": (0, 1, 0)},
-        {"widths": (1, 16, 48)},  # not a multiple of a head
-        {"widths": (1, 18, 32)},  # not a quarter
-        {"widths": (1, 16, 128)},  # 8 times wider
+        {"widths": (0, 16, 48)},  # not a multiple of a head
+        {"widths": (0, 18, 32)},  # not a quarter
+        {"widths": (0, 16, 128)},  # 8 times wider
         {"latent_channels": 12},
         {"latent_channels": 0},
         {"attention_from": 0},

@@ -46,7 +46,7 @@ class Mgvq(Family):
         ]
         return DcaeConfig(
             quantizer=self.quantizer(),
-            widths=(max(1, widths[0] // 2), *widths),  # stage 0 has no weights; the released value
+            widths=(widths[0] // 2, *widths),  # stage 0 has no weights; the released value
             encoder_depths=(0, *self.depths("encoder", stages)),
             decoder_depths=(0, *self.depths("decoder", stages)),
             attention_from=1 + (attends.index(True) if True in attends else len(attends)),
