@@ -82,7 +82,7 @@ def to_table(config: Any) -> dict[str, Any]:
     return table
 
 
-def resumable(default: Any) -> Any:
+def resumable(*, default: Any) -> Any:
     """A dataclass field whose value may differ when a run is resumed."""
     return dataclasses.field(default=default, metadata={RESUMABLE: True})
 

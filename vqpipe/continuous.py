@@ -76,7 +76,7 @@ class ContinuousAutoencoder:
         """
         folder = Path(folder)
         pair = None if diffusers_class(folder) else find_pair(folder)
-        network = load_network(folder) if pair is None else load_pair(*pair)
+        network = load_diffusers(folder) if pair is None else load_pair(*pair)
         files = [folder / CONFIG, folder / WEIGHTS] if pair is None else list(pair)
         digest = digest_json({file.name: hash_file(file) for file in files})
         name = folder.resolve().name if pair is None else pair[0].name.removesuffix(ENCODER)
@@ -165,7 +165,7 @@ def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> To
     return Tokenizer.from_pretrained(path, device)
 
 
-def load_network(folder: Path) -> Any:
+def load_diffusers(folder: Path) -> Any:
     """The diffusers model in `folder`; every tensor must match."""
     kind = diffusers_class(folder)
     if kind is None:

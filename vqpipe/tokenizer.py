@@ -61,7 +61,7 @@ class Tokenizer:
         table = read_config(folder / "config.json")
         with torch.device("meta"):
             autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
-        weights = artifact.whole("model.safetensors") if artifact else folder / "model.safetensors"
+        weights = artifact.verified_file("model.safetensors") if artifact else folder / "model.safetensors"
         load_weights(autoencoder, load_tensors(weights), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.name = Path(path).name or tokenizer.name
@@ -123,7 +123,7 @@ class Tokenizer:
     def check_made(self, artifact: artifacts.Artifact) -> None:
         """Raise an ArtifactError unless this tokenizer encoded these tokens or latents."""
         made_by = artifact.inputs["tokenizer"]
-        own = self.source if isinstance(self.source, str) else self.source.content
+        own = self.source if isinstance(self.source, str) else self.source.digest
         if made_by != own:
             raise ArtifactError(
                 f"{artifact.path} was made by tokenizer {made_by[:12]}, {self.name} is {own[:12]}",

@@ -60,7 +60,7 @@ def test_publish_leaves_one_complete_directory(tmp_path: Path) -> None:
     assert set(tree(tmp_path)) == {"out/a.bin", "out/sub/b.bin", "out/manifest.json"}
     opened = open_artifact(tmp_path / "out", "codebook")
     opened.verify()
-    assert opened.content == artifact.content
+    assert opened.digest == artifact.digest
     assert opened.names("*.bin") == ["a.bin", "sub/b.bin"]
     assert opened.facts == {"k": 3}
     assert opened.lineage["inputs"]["images"]["content"] == "0" * 64
@@ -109,7 +109,7 @@ def test_interrupted_run_resumes_at_its_first_missing_file(tmp_path: Path) -> No
         with draft.write("sub/b.bin", rows=9) as path:
             path.write_bytes(b"sub/b.bin")
         resumed = draft.publish({"k": 3})
-    assert resumed.content == publish(tmp_path / "straight").content
+    assert resumed.digest == publish(tmp_path / "straight").digest
 
 
 def test_run_that_fails_before_its_first_file_leaves_nothing(tmp_path: Path) -> None:
@@ -189,12 +189,12 @@ def test_check_hashes_the_named_files_and_reports_progress(tmp_path: Path) -> No
             counted.append(count)
 
     artifact = publish(tmp_path / "out")
-    artifact.check(["a.bin", "sub/b.bin"], Counter())
+    artifact.verify_files(["a.bin", "sub/b.bin"], Counter())
     assert counted == [1, 1]
     (artifact.path / "sub" / "b.bin").write_bytes(b"sub/B.bin")
-    artifact.check(["a.bin"])
+    artifact.verify_files(["a.bin"])
     with pytest.raises(ArtifactError, match=r"b\.bin is damaged: sha256 \w{12}, published as \w{12}"):
-        artifact.check(["a.bin", "sub/b.bin"])
+        artifact.verify_files(["a.bin", "sub/b.bin"])
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -266,7 +266,7 @@ def test_artifact_as_input_adds_its_lineage(tmp_path: Path) -> None:
     assert isinstance(draft, Draft)
     with draft:
         second = draft.publish({})
-    assert second.inputs == {"codebook": first.content}
+    assert second.inputs == {"codebook": first.digest}
     assert second.lineage["inputs"]["codebook"]["name"] == "first"
     assert second.lineage["inputs"]["codebook"]["inputs"]["images"]["content"] == "0" * 64
 
@@ -377,7 +377,7 @@ def test_resuming_in_another_environment_warns_and_records_both(
     assert artifact is not None
     runs = artifact.manifest.provenance["runs"]
     assert [(run["versions"]["vqpipe"], run["hardware"]["threads"]) for run in runs] == [("1", 2), ("1", 4), ("2", 4)]
-    assert artifact.content == publish_files(tmp_path / "straight", "codebook", codebook, {}).content
+    assert artifact.digest == publish_files(tmp_path / "straight", "codebook", codebook, {}).digest
 
 
 def test_file_behind_a_symbolic_link_is_missing(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class ObjectiveConfig:
     """LPIPS; needs `perceptual`."""
     perceptual: Literal["vgg", "alex", "none"]
     """Backbone of LPIPS; "none" trains without it. Required, so that it is not omitted by accident."""
-    lpips_weights: str = resumable("")
+    lpips_weights: str = resumable(default="")
     """torchvision's file of the backbone, or the folder that contains it. Identified by content, not by path."""
     commitment: float = 0.0
     """Moves latents towards their codes."""
