@@ -69,14 +69,14 @@ class Tokenizer:
         tokenizer.source = artifact or hash_file(folder / "model.safetensors")
         return tokenizer
 
-    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and README.md into `folder`, which is created if absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "model.safetensors") as temporary:
             save_weights(self.autoencoder, temporary)
         write_json(folder / "config.json", self.to_table())
-        (folder / "README.md").write_text(card or model_card(self), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload to the hub as `repository` ("user/name") and return its URL. Run `hf auth login` first."""

@@ -45,8 +45,8 @@ class DcaeConfig(AutoencoderConfig):
 
     quant_conv: Literal["full", "grouped", "none"] = "grouped"
     widths: tuple[int, ...] = (128, 256, 512, 512, 1024)
-    """Channels of each stage. The first has no effect, as stage 0 is empty; it is kept from the released configs, so that
-    an index is the number of a stage here and in both depths."""
+    """Channels of each stage. The first has no effect, as stage 0 is empty; it is there as in the released configs, so
+    that index i is stage i in `widths` and in both depths."""
     encoder_depths: tuple[int, ...] = (0, 4, 8, 2, 2)
     """Blocks of each stage of the encoder; 0 in stage 0."""
     decoder_depths: tuple[int, ...] = (0, 5, 10, 2, 2)
@@ -96,6 +96,7 @@ class DcaeConfig(AutoencoderConfig):
         return 2 ** (len(self.widths) - 1)
 
     def attends(self, stage: int) -> bool:
+        """Whether this stage has EfficientViT blocks."""
         return stage >= self.attention_from
 
 
