@@ -79,4 +79,4 @@ def test_channels_last_gives_the_same_output(backbone: str, images: Tensor) -> N
     model = build_autoencoder(config).eval()
     plain = model(images)
     last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(last.images, plain.images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last.images, plain.images, rtol=1e-3, atol=2e-4)
