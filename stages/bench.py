@@ -39,14 +39,14 @@ def bench(
     Numbers belong to a machine and to versions: with another --what, --quick, machine or version the same --out is
     refused. To measure again, choose another --out.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if distributed.world_size() > 1:
             raise ConfigError(
                 f"vqpipe bench measures one process, not {distributed.world_size()}", "Leave out torchrun"
             )
         subjects = benchmarks.parse_subjects(what)
-        budget = benchmarks.free_memory(where) if memory is None else memory
-        settings = benchmarks.Settings(device=where, rounds=rounds, quick=quick, seed=seed, memory=budget)
+        budget = benchmarks.free_memory(torch_device) if memory is None else memory
+        settings = benchmarks.Settings(device=torch_device, rounds=rounds, quick=quick, seed=seed, memory=budget)
         request = benchmarks.request(subjects, settings) | ({"memory": memory} if memory else {})
         draft = artifacts.start(out, "report", request, {})
         if isinstance(draft, Artifact):

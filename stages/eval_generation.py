@@ -13,7 +13,7 @@ from vqpipe.data.images import open_images
 from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, ProtocolName, generated_size
 from vqpipe.evaluation.report import publish_generation
-from vqpipe.metrics.networks import find_networks
+from vqpipe.metrics.feature_networks import find_networks
 
 
 def eval_generation(
@@ -60,10 +60,10 @@ def eval_generation(
     File in --weights DIR: weights-inception-2015-12-05-6726825d.pth.
     Without it the numbers of Inception are not computed, and the report says why.
     """
-    with console.session(device, seed) as where, console.ProgressBar() as progress:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         samples = open_images(images)
-        networks = find_networks(weights, where)
-        extractors = add_extractor(networks, extractor, extractor_weights, where)
+        networks = find_networks(weights, torch_device)
+        extractors = add_extractor(networks, extractor, extractor_weights, torch_device)
         config = GenerationConfig(
             protocol=protocol,
             image_size=image_size or generated_size(images),
@@ -72,7 +72,7 @@ def eval_generation(
             max_skipped=max_skipped,
             fid_min_images=fid_min_images,
         )
-        evaluator = GenerationEvaluator(config, networks, extractors, where, progress)
+        evaluator = GenerationEvaluator(config, networks, extractors, torch_device, progress)
         target = statistics or out.with_name(f"{out.name}.reference")
         references, source = evaluator.references(reference, target)
         request = evaluator.request | {"limit": limit, "fid_min_images": fid_min_images, "max_skipped": max_skipped}

@@ -17,7 +17,7 @@ from vqpipe.data.transforms import parse_size
 from vqpipe.evaluation import evaluate as job
 from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.report import publish_evaluation
-from vqpipe.metrics.networks import find_networks
+from vqpipe.metrics.feature_networks import find_networks
 from vqpipe.reports.evaluation import MEASURES, value_of, written
 
 
@@ -77,17 +77,17 @@ def evaluate(
     weights-inception-2015-12-05-6726825d.pth (rFID, and --metrics),
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
-    with console.session(device, seed) as where, console.ProgressBar() as progress:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         image_set = open_images(images)
-        autoencoder = open_autoencoder(tokenizer, where)
+        autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
         flags |= {"batch_size": batch_size, "metrics": split_names(metrics), "image_size": in_pixels(image_size)}
         if image_size is None and preset is None and not any("eval.image_size" in each for each in overrides or []):
             flags["image_size"] = autoencoder.image_size
         config = recipe.load(preset, overrides, eval=flags).eval
         job.check_size(autoencoder, config)
-        networks = find_networks(weights, where)
-        extractors = add_extractor(networks, extractor, extractor_weights, where)
+        networks = find_networks(weights, torch_device)
+        extractors = add_extractor(networks, extractor, extractor_weights, torch_device)
         analyses = analysis.build(analyze or [], autoencoder, perceptual=networks.perceptual, seed=seed)
         request = to_request(config) | {"limit": limit, "weights": networks.sha256, "extractor": extractors}
         request |= {"analyze": [each.name for each in analyses], "seed": seed} if analyses else {}

@@ -37,12 +37,12 @@ def extract_features(
 
     `vqpipe kmeans` clusters them into a codebook.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
         config = recipe.load(preset, overrides, features=flags).features
         image_set = open_images(images)
-        weights = features.find_weights(config)
-        opened = features.open_encoder(config, weights).to(where)
+        weights = features.encoder_weights(config)
+        opened = features.open_encoder(config, weights).to(torch_device)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:
             inputs["weights"] = hash_file(weights)

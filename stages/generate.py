@@ -60,8 +60,8 @@ def generate(
     Image i is a function of the seed and i, on any number of ranks. Classes
     come in turn, so that any run of images has equal parts of them.
     """
-    with console.session(device, seed) as where:
-        opened = open_generator(generator, where)
+    with console.session(device, seed) as torch_device:
+        opened = open_generator(generator, torch_device)
         flags = {"cfg_scale": cfg_scale, "top_p": top_p, "temperature": temperature, "steps": steps}
         flags |= {"top_k": None if top_k is None else parse_top_k(top_k)}
         plan = SamplePlan(

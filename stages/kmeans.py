@@ -46,7 +46,7 @@ def kmeans(
 
     All vectors are used, and every code is the nearest code of at least one vector.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         flags = {
             "k": k,
             "iterations": iterations,
@@ -64,7 +64,7 @@ def kmeans(
             checkpoints = draft.path / "checkpoints"
             with console.ProgressBar() as progress:
                 result = clustering.kmeans(
-                    vectors, config, seed=seed, device=where, checkpoints=checkpoints, progress=progress
+                    vectors, config, seed=seed, device=torch_device, checkpoints=checkpoints, progress=progress
                 )
             if console.is_main():
                 with draft.write(CODEBOOK_FILE) as path:

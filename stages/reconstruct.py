@@ -42,8 +42,8 @@ def reconstruct(
 
     Each reconstruction is written beside its original, as one PNG file.
     """
-    with console.session(device, seed) as where:
-        autoencoder = open_autoencoder(tokenizer, where)
+    with console.session(device, seed) as torch_device:
+        autoencoder = open_autoencoder(tokenizer, torch_device)
         autoencoder.check_groups(groups)
         check_tile(tile, overlap, autoencoder.downsample_factor)
         named = png_names(files)

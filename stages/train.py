@@ -66,7 +66,7 @@ def train(
     quantizer; both may be named. The second stage of MGVQ is the preset
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
         check_loggers(log or [])
@@ -91,7 +91,7 @@ def train(
                 inputs,
                 codebook=None if codebook is None else load_codebook(codebook),
                 seed=seed,
-                device=where,
+                device=torch_device,
                 publish=publish,
                 loggers=list(dict.fromkeys(log or [])),
                 progress=progress,

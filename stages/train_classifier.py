@@ -42,14 +42,14 @@ def train_classifier(
     Run the same command again to resume it. To watch a run, open
     OUT.partial/report.html.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset vit-tiny")
         check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         settings = recipe.load_classifier(preset, overrides, train=flags)
         check_validation(settings, validation)
-        opened = Tokenizer.from_pretrained(tokenizer, where)
+        opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         held_out = None if validation is None else open_artifact(validation, "tokens")
         examples = StoredExamples(opened, open_artifact(tokens, "tokens"), held_out)
         draft = start_run(out, settings, examples, seed)
@@ -60,7 +60,7 @@ def train_classifier(
                 draft=draft,
                 stored=examples,
                 seed=seed,
-                device=where,
+                device=torch_device,
                 loggers=list(dict.fromkeys(log or [])),
                 progress=progress,
                 stop_requested=stop.requested,

@@ -64,14 +64,14 @@ def train_generator(
 
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset gpt-tiny")
         check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         settings = recipe.load_generator(preset, overrides, train=flags)
         check_validation(settings, validation)
-        opened = Tokenizer.from_pretrained(tokenizer, where)
+        opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         if class_for(Generator, settings.generator).trained_on == "tokens":  # type: ignore[type-abstract]
             if tokens is None or images or latents:
                 what = "no tokens were named" if tokens is None else "--images and --latents are for ldm, dit and sit"
@@ -102,7 +102,7 @@ def train_generator(
                 draft=draft,
                 stored=examples,
                 seed=seed,
-                device=where,
+                device=torch_device,
                 loggers=list(dict.fromkeys(log or [])),
                 progress=progress,
                 stop_requested=stop.requested,

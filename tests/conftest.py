@@ -3,13 +3,18 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from vqpipe.quantizers import QuantizerConfig
+    from vqpipe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("vqpipe", "stages", "tests"))
@@ -51,6 +56,30 @@ def shared() -> Path:
 def parity_outputs() -> Path:
     """The outputs of the released code; tests/parity/outputs/README.md describes them."""
     return ROOT / "tests" / "parity" / "outputs"
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> "Callable[[QuantizerConfig], Tokenizer]":
+    """small_tokenizer(quantizer): a whitened tokenizer with f = 4 for images of 32 pixels."""
+    from vqpipe.models import VqganConfig, build_autoencoder
+    from vqpipe.tokenizer import Tokenizer
+
+    def make(quantizer: "QuantizerConfig") -> Tokenizer:
+        torch.manual_seed(0)
+        config = VqganConfig(
+            base_channels=8,
+            channel_multipliers=(1, 2),
+            patch_size=2,
+            num_res_blocks=1,
+            attention_resolutions=(),
+            z_channels=8,
+            quantizer=quantizer,
+        )
+        autoencoder = build_autoencoder(config)
+        autoencoder.whiten_init(torch.rand(16, 3, 32, 32) * 2 - 1)
+        return Tokenizer(autoencoder, image_size=32)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def test_shards_hold_every_usable_image_in_order(images: ImageSet, tmp_path: Pat
     assert stopwatch.images == NUM
     assert set(stopwatch.parts) == {"waiting for images", "encoding", "copying", "writing"}
     assert 0 < sum(stopwatch.shares().values()) <= 1
-    assert stopwatch.beside["writing"] > 0
+    assert stopwatch.writer_parts["writing"] > 0
 
 
 @pytest.mark.parametrize("workers", [1, 3, -1])
@@ -109,10 +109,10 @@ def test_shards_hold_every_usable_image_in_order(images: ImageSet, tmp_path: Pat
 def test_bytes_do_not_depend_on_workers_and_jpeg_decoder(
     images: ImageSet, tmp_path: Path, workers: int, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run(tmp_path / "alone", images).content
+    expected = run(tmp_path / "alone", images).digest
     if not fast:
         monkeypatch.setattr(transforms, "simplejpeg", None)
-    assert run(tmp_path / "other", images, num_workers=workers).content == expected
+    assert run(tmp_path / "other", images, num_workers=workers).digest == expected
 
 
 def test_loader_processes_start_once(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_an_error_of_the_writer_thread_is_raised_and_complete_shards_are_kept(im
     resumed: list[int] = []
     again = run(tmp_path / "out", images, before_writing=resumed.append)
     assert 0 not in resumed
-    assert again.content == run(tmp_path / "straight", images).content
+    assert again.digest == run(tmp_path / "straight", images).digest
 
 
 class Stop(BaseException):
@@ -163,7 +163,7 @@ def test_an_interruption_waits_for_the_shard_being_written(images: ImageSet, tmp
         run(tmp_path / "out", images, check=stop, before_writing=slowly)
     names = {path.name for path in (tmp_path / "out.partial").glob("*.npy")}
     assert names == {"0.npy"}
-    assert run(tmp_path / "out", images).content == run(tmp_path / "straight", images).content
+    assert run(tmp_path / "out", images).digest == run(tmp_path / "straight", images).digest
 
 
 def die(image: Image.Image, size: int) -> Tensor:

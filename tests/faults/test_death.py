@@ -112,7 +112,7 @@ def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
     assert not (folder / "out").exists()
     first = (folder / "out.partial" / "tokens-00000.parquet").stat()
     run("out")
-    assert open_artifact("out").content == open_artifact("whole").content
+    assert open_artifact("out").digest == open_artifact("whole").digest
     assert (folder / "out" / "tokens-00000.parquet").stat().st_mtime_ns == first.st_mtime_ns  # not written again
     assert sorted(path.name for path in folder.iterdir()) == ["out", "pictures", "tokenizer", "whole"]
 

@@ -243,8 +243,20 @@ def test_logits_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_quantizer_loss_without_a_weight_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"'codebook'.*objective\.codebook"):
         Objective(config(commitment=0.1), ("commitment", "codebook"))
-    with pytest.raises(ConfigError, match="'surprise'"):
-        Objective(config(), ("surprise",))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("comitment", "Did you mean commitment?"),
+        ("surprise", "Known: codebook, commitment, entropy."),
+        ("l1", "Known: codebook, commitment, entropy."),  # a weight of the objective, but not of a quantizer loss
+    ],
+)
+def test_unknown_quantizer_loss_is_an_error_with_the_known_names(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        Objective(config(), (name,))
+    assert str(failure.value) == f"the quantizer has the unknown loss {name!r}. {hint}"
 
 
 @pytest.mark.parametrize(

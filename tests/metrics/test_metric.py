@@ -14,9 +14,9 @@ from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.metrics import EvalConfig, set_metrics, usage
 from vqpipe.metrics.distortion import Distortion
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.metric import Metric, Rows, pack, unpack
-from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.set_metrics import FeatureBank
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import VqganConfig, build_autoencoder

@@ -78,7 +78,7 @@ def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
     html = report.file("report.html").read_text(encoding="utf-8")
     assert f"{metrics['psnr']:.2f}" in html
     assert "Utilization in training" in html
-    assert open_artifact(path).content[:12] in html
+    assert open_artifact(path).digest[:12] in html
 
 
 def test_batches_change_nothing_and_a_second_run_says_it_is_done(

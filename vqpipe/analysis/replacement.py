@@ -153,7 +153,7 @@ def kth_nearest(ids: Tensor, codebook: Tensor, ranks: list[int]) -> Tensor:
     """The k-th nearest *other* code of each code, for each k of `ranks`: int64[n], float32[K, C] -> int64[n, R].
 
     The code itself is excluded by its id, so that an equal code has distance 0. In float64, tile by tile: O(K) memory
-    beside MAX_DISTANCES, and independent of the tiles except for equal codes.
+    besides MAX_DISTANCES, and independent of the tiles except for equal codes.
     """
     codes = codebook.double()
     norms = codes.square().sum(1)

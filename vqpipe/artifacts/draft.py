@@ -238,6 +238,7 @@ class Draft:
         return None if entry is None else entry["record"]
 
     def entry(self, name: str) -> dict[str, Any] | None:
+        """What `write_record` stored about a finished file; None if it is absent or not as recorded."""
         try:
             entry = json.loads(self.record_file(name).read_text(encoding="utf-8"))
             size = (self.path / name).stat().st_size
@@ -246,6 +247,7 @@ class Draft:
         return entry if entry.get("name") == name and entry.get("bytes") == size else None
 
     def record_file(self, name: str) -> Path:
+        """The path of the record of a file."""
         return self.path / ".records" / (name.replace("/", "__") + ".json")
 
     def publish(self, facts: dict[str, Any]) -> Artifact:

@@ -259,6 +259,7 @@ def remove(path: Path) -> None:
 
 
 def shared_file(folder: Path, key: str) -> Path:
+    """The path of the shared tensor with this digest."""
     return folder / f"shared-{key}.safetensors"
 
 

@@ -7,21 +7,20 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.benchmarks import kmeans, networks, search
-from vqpipe.benchmarks.networks import Experiment
+from vqpipe.benchmarks import kmeans, search, step_and_encode
+from vqpipe.benchmarks.step_and_encode import Experiment
 from vqpipe.benchmarks.timing import Case, Settings
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.progress import SILENT, Progress
-from vqpipe.provenance import git_commit
+from vqpipe.provenance import git_commit, versions
 from vqpipe.reports import page
 from vqpipe.reports.benchmark import benchmark_page, headlines
 
@@ -73,7 +72,7 @@ def request(subjects: Sequence[str], settings: Settings) -> dict[str, Any]:
         "rounds": settings.rounds,
         "seed": settings.seed,
         "machine": machine(settings.device),
-        "versions": versions(),
+        "versions": software(),
     }
 
 
@@ -89,8 +88,8 @@ def run(
     cases_of: dict[str, Callable[[], dict[str, Callable[[Progress], Case]]]] = {
         "search": lambda: search.cases(settings),
         "kmeans": lambda: kmeans.cases(settings),
-        "train": lambda: networks.train_cases(settings, experiment),
-        "tokenize": lambda: networks.tokenize_cases(settings, experiment),
+        "train": lambda: step_and_encode.train_cases(settings, experiment),
+        "tokenize": lambda: step_and_encode.tokenize_cases(settings, experiment),
     }
     cases = {subject: cases_of[subject]() for subject in subjects}
     if warning := busy_warning():
@@ -116,7 +115,7 @@ def run(
             "patience_s": settings.patience,
         },
         "machine": machine(settings.device),
-        "versions": versions(),
+        "versions": software(),
         "subjects": measured,
     }
     draft.write_json("metrics.json", metrics)
@@ -163,11 +162,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
+def software() -> dict[str, str]:
     """The versions of the installed PACKAGES, and the git commit."""
-    found = {}
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
     commit = git_commit()
-    return found | ({"git": commit} if commit else {})
+    return versions(PACKAGES) | ({"git": commit} if commit else {})

@@ -99,7 +99,7 @@ def load_codebook(source: Artifact | Path | str) -> Tensor:
     """
     if not isinstance(source, Artifact) and Path(source).is_dir():
         source = open_artifact(source, "codebook")
-    path = source.whole(CODEBOOK_FILE) if isinstance(source, Artifact) else Path(source)
+    path = source.verified_file(CODEBOOK_FILE) if isinstance(source, Artifact) else Path(source)
     if path.suffix == ".npy":
         codebook = torch.from_numpy(np.array(open_matrix(path), dtype=np.float32))
     else:

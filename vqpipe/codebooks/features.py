@@ -59,7 +59,7 @@ class FeaturesConfig:
     patch-pca."""
     image_size: int | None = None
     """Side of the square images in pixels; none: the size the encoder was trained on, 256 for patch-pca."""
-    batch_size: int = resumable(32)
+    batch_size: int = resumable(default=32)
     """Images per batch; changes only the speed."""
     patch_size: int = 8
     """Side of a patch in pixels, patch-pca only."""
@@ -67,7 +67,7 @@ class FeaturesConfig:
     """Dimension of a feature, patch-pca only."""
     fit_patches: int = 200_000
     """Approximate number of patches for the principal components, patch-pca only."""
-    weights: Path | None = resumable(None)
+    weights: Path | None = resumable(default=None)
     """File with the encoder's weights (its hash is an input of the artifact); none: the Hugging Face cache or hub."""
     allow_random_weights: bool = False
     """Without `weights`, use an untrained network instead of downloading them: for controls."""
@@ -93,7 +93,7 @@ class FeaturesConfig:
             )
 
 
-def find_weights(config: FeaturesConfig) -> Path | None:
+def encoder_weights(config: FeaturesConfig) -> Path | None:
     """The file with the encoder's weights; None for patch-pca and for random weights.
 
     Raises:
@@ -238,7 +238,7 @@ class FeatureSet:
     ) -> None:
         self.shards, self.names = list(shards), list(names)
         self.labels, self.artifact = labels, artifact
-        self.digest = artifact.content if artifact else digest
+        self.digest = artifact.digest if artifact else digest
         self.name = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         self.lineage = (
             artifact.lineage if artifact else {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
@@ -292,7 +292,7 @@ class FeatureSet:
         """The vectors at `rows` as another feature set, in memory."""
         return FeatureSet([self.take(rows).numpy()], [name])
 
-    def check(self, progress: Progress) -> None:
+    def verify(self, progress: Progress) -> None:
         """Compare the hashes of an artifact's shards with its manifest, each rank some of them.
 
         (Other files are hashed when they are opened: that is their digest.)
@@ -301,7 +301,7 @@ class FeatureSet:
             ArtifactError: a shard is not as published.
         """
         if self.artifact is not None:
-            self.artifact.check(self.names, progress)
+            self.artifact.verify_files(self.names, progress)
 
     def place(self, row: int) -> str:
         """The shard and the row within it, for messages."""
@@ -333,7 +333,7 @@ def open_features_artifact(path: Path) -> FeatureSet:
     if not names:
         raise DataError(f"{path} holds no feature shards", "Extract features from at least one image")
     columns = [
-        parquet.read_table(artifact.whole(name), columns=["label", "num_rows"])
+        parquet.read_table(artifact.verified_file(name), columns=["label", "num_rows"])
         for name in artifact.names("samples-*.parquet")
     ]
     labels = np.concatenate([column["label"].fill_null(-1).to_numpy() for column in columns]).astype(np.int32)

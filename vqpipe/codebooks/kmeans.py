@@ -59,7 +59,7 @@ class KmeansConfig:
     """Stop when an iteration lowers the inertia by at most this share of it; 0: when it no longer falls."""
     batch: int = 0
     """Vectors per step of mini-batch k-means; 0: Lloyd's algorithm on all vectors."""
-    gpu_share: float = resumable(0.5)
+    gpu_share: float = resumable(default=0.5)
     """Share (0..1) of a GPU's free memory in which features are kept, in the precision they are stored in; larger ones
     are copied to the GPU in every pass. The codebook is the same."""
 
@@ -108,7 +108,7 @@ def kmeans(
         NumericError: NaN or infinity in the features.
         ArtifactError: the features are not as published; `checkpoints` holds another clustering, or cannot be written.
     """
-    features.check(progress)
+    features.verify(progress)
     request = {**to_request(config), "seed": seed, "features": features.digest}
     digest = digest_json({**request, "num_vectors": features.num_vectors, "dim": features.dim})
     if config.per_class:

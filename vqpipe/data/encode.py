@@ -55,7 +55,7 @@ class Stopwatch:
         """Images encoded, for the rate."""
         self.parts = Counter[str]()
         """part -> seconds of the main thread; their sum is at most `seconds`."""
-        self.beside = Counter[str]()
+        self.writer_parts = Counter[str]()
         """part -> seconds of the writer thread."""
 
     @property
@@ -67,13 +67,14 @@ class Stopwatch:
         self.ended = time.perf_counter()
 
     @contextmanager
-    def part(self, name: str, *, beside: bool = False) -> Iterator[None]:
-        """Add the time of this block to the part `name`; `beside` in the writer thread."""
+    def part(self, name: str, *, in_writer: bool = False) -> Iterator[None]:
+        """Add the time of this block to the part `name`, of the writer thread if `in_writer`."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            (self.beside if beside else self.parts)[name] += time.perf_counter() - began  # type: ignore[assignment]
+            parts = self.writer_parts if in_writer else self.parts
+            parts[name] += time.perf_counter() - began  # type: ignore[assignment]
 
     def waiting(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yield `items`; the time to obtain each is added to the part `name`."""
@@ -94,11 +95,11 @@ class Stopwatch:
         """Images per second, the shares of the main thread's time, and what to change."""
         shares = self.shares()
         parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items() if part >= 0.005)
-        overlapped = sum(self.beside.values()) / self.seconds - shares.get(WRITING, 0.0)
-        beside = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= 0.005 else ""
+        overlapped = sum(self.writer_parts.values()) / self.seconds - shares.get(WRITING, 0.0)
+        writing = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= 0.005 else ""
         seconds = timedelta(seconds=round(self.seconds))
         rate = f"{self.images:,} images in {seconds}, {self.images / self.seconds:.3g}/s"
-        return f"{rate}: {parts}{beside}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
+        return f"{rate}: {parts}{writing}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
 
 
 @dataclass
@@ -238,7 +239,7 @@ class EncodingJob:
         self.writing = self.pool.submit(self.write_timed, write, *args)
 
     def write_timed(self, write: Callable[..., None], *args: Any) -> None:
-        with self.stopwatch.part(WRITING, beside=True):
+        with self.stopwatch.part(WRITING, in_writer=True):
             write(*args)
 
     def wait(self) -> None:

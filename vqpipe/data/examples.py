@@ -125,11 +125,11 @@ class TokenSet:
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:
                 raise ArtifactError(f"{tokens.path} holds too many ids for memory", "Give a folder to unpack them into")
-            file = cache / f"ids-{tokens.content[:16]}.npy"
+            file = cache / f"ids-{tokens.digest[:16]}.npy"
         rows = np.empty(shape, dtype) if file is None else self.map_file(file, shape, dtype)
         labels, keys, first = list[np.ndarray](), list[pa.Array](), 0
         for name in tokens.names("tokens-*.parquet"):
-            part = read_tokens(tokens.whole(name), self.codebook_size)
+            part = read_tokens(tokens.verified_file(name), self.codebook_size)
             if part.ids.shape[1:] != shape[1:] or first + len(part.keys) > shape[0]:
                 raise ArtifactError(f"{tokens.path} does not hold the rows of its manifest", "Tokenize again")
             if self.mirrored and part.flipped.tolist() != [False, True] * (len(part.keys) // 2):

@@ -265,7 +265,7 @@ def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
     if not files:
         raise DataError(f"{path} holds no latents", "Encode at least one image")
     columns = [
-        parquet.read_table(artifact.whole(name), columns=["label"])["label"].fill_null(-1).to_numpy()
+        parquet.read_table(artifact.verified_file(name), columns=["label"])["label"].fill_null(-1).to_numpy()
         for name in artifact.names("samples-*.parquet")
     ]
     try:

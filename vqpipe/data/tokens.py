@@ -204,7 +204,7 @@ def decode_tokens(
     rows = 0
     progress.start("detokenize", left)
     for number, name in enumerate(tokens.names("tokens-*.parquet")):
-        part = read_tokens(tokens.whole(name), tokens.facts["codebook_size"])
+        part = read_tokens(tokens.verified_file(name), tokens.facts["codebook_size"])
         take = min(len(part.keys), left)
         left -= take
         rows += take

@@ -74,10 +74,10 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected by their header, without decoding."""
 
-    num_workers: int = resumable(-1)
+    num_workers: int = resumable(default=-1)
     """Processes that decode, per rank; 0: decode in the main process; -1: one per available core, at most 16."""
 
-    worker_timeout: float = resumable(300.0)
+    worker_timeout: float = resumable(default=300.0)
     """Seconds to wait for a batch before the run stops with an error; 0: no limit."""
 
     def __post_init__(self) -> None:

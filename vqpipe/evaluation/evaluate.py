@@ -16,7 +16,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -33,13 +32,16 @@ from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, Reconstructor, Views, rank_share
 from vqpipe.metrics.config import EvalConfig
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.metric import Metric, State, pack, unpack
-from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
 from vqpipe.progress import SILENT, Progress
+from vqpipe.provenance import versions
 from vqpipe.reports.evaluation import EvaluationResult, command_of
 from vqpipe.reports.page import Section
 
+PACKAGES = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")
+"""Packages whose versions the numbers depend on."""
 FORMAT = 2
 """Version of the saved states; others are not resumed."""
 MAX_PAUSE = 10
@@ -100,7 +102,7 @@ def evaluate(
         "skipped": run.all_skipped,
         "tokenizer": description(autoencoder, run.size),
         "pictures": [{"number": i, "name": s.name, "psnr": s.psnr, "why": s.why} for i, s in enumerate(shown)],
-        "versions": versions(*(["diffusers"] if autoencoder.codebook_size is None else [])),
+        "versions": versions((*PACKAGES, *(["diffusers"] if autoencoder.codebook_size is None else []))),
     }
     artifact = autoencoder.artifact
     return EvaluationResult(
@@ -274,9 +276,9 @@ class Checkpoints:
         self.pause = max(self.seconds, min((self.saved - began) / MAX_SHARE, self.seconds * MAX_PAUSE))
 
     def made_by(self) -> dict[str, Any]:
-        """What a state must agree with, beside the request."""
-        versions = {name: metadata.version(name) for name in ("vqpipe", "torch")}
-        return {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first, **versions}
+        """What a state must agree with, besides the request."""
+        run = {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first}
+        return {**run, **versions(("vqpipe", "torch"))}
 
 
 def description(autoencoder: Autoencoder, size: tuple[int, int] | None) -> dict[str, Any]:
@@ -292,12 +294,6 @@ def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
     if artifact is None or not artifact.names("metrics.jsonl"):
         return []
     return [json.loads(line) for line in artifact.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def versions(*others: str) -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    packages = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow", *others)
-    return {name: metadata.version(name) for name in packages}
 
 
 def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:

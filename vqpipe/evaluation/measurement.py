@@ -18,9 +18,9 @@ from vqpipe.distributed import gather_objects, on_main, world_size
 from vqpipe.errors import DataError
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.distortion import COMMON, Distortion
+from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import frechet_distance
 from vqpipe.metrics.metric import Metric
-from vqpipe.metrics.networks import FeatureNetworks, feature_size
 from vqpipe.metrics.protocols import PROTOCOLS, Protocol, grey_levels, stored
 from vqpipe.metrics.set_metrics import (
     FEATURES,
@@ -48,7 +48,7 @@ class ProtocolMetrics(Metric):
     """Reconstructions against originals under one protocol: distortion, and distances between the two sets.
 
     Args:
-        keys: conventions of distortion to measure, beside the protocol's own.
+        keys: conventions of distortion to measure, besides the protocol's own.
         perceptual: LPIPS networks by key.
         statistics: arguments of `FeatureStatistics`.
         with_references: False for reconstructions that are compared with the references of another series.

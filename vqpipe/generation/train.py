@@ -206,7 +206,7 @@ def read_examples(context: RunContext, artifact: Artifact, raw: bool) -> tuple[E
         return TokenSet(artifact, context.draft.path), None
     latents = open_latents(artifact.path, raw=raw)
     shards = artifact.names("latents-*.npy")  # memory-mapped later, so hashed now: a flipped bit would be trained on
-    artifact.check(shards, context.progress)
+    artifact.verify_files(shards, context.progress)
     return LatentExamples(latents), latents.statistics
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from vqpipe import distributed
 from vqpipe.errors import DataError
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
 from vqpipe.metrics.inception import INCEPTION_SIZE, SIZES, clean_resize_all
 from vqpipe.metrics.metric import Metric, Rows, State
-from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.weights import load_tensors
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

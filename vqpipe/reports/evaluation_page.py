@@ -32,7 +32,7 @@ FIXED = {
     "extractor": "features",
 }
 """Choice of a protocol -> its name in the table."""
-BESIDE = ("rfid", "psnr", "ssim", "lpips", "utilization")
+COMPARED = ("rfid", "psnr", "ssim", "lpips", "utilization")
 """Measures that papers print, in the order of their tables."""
 
 
@@ -45,7 +45,7 @@ def evaluation_page(
     sections: list[page.Section] = [headline(evaluated, views[0])]
     paper = paper_row(evaluated.commands)
     if paper is not None or len(views) > 1:
-        sections.append(beside(views, paper))
+        sections.append(comparison_with_paper(views, paper))
     sections += galleries(evaluated.shown)
     if evaluated.is_discrete:
         sections += sections_on_codes(evaluated)
@@ -95,17 +95,17 @@ def headline_note(measure: Measure, evaluated: EvaluationResult, view: Row) -> s
     return convention_of(measure, view)
 
 
-def beside(views: Sequence[Row], paper: PaperRow | None) -> page.Table:
+def comparison_with_paper(views: Sequence[Row], paper: PaperRow | None) -> page.Table:
     """A row per measure, a column per protocol, and one for what the paper prints."""
     by_key = {measure.key: measure for measure in MEASURES}
     columns: list[tuple[str, Mapping[str, float | None]]] = [
-        (f"here, {view['protocol']}", {key: printed_value(view, key) for key in BESIDE}) for view in views
+        (f"here, {view['protocol']}", {key: printed_value(view, key) for key in COMPARED}) for view in views
     ]
     if paper is not None:
         columns.append(("the paper, its own protocol", paper.values))
     rows = [
         [with_unit(m)] + [written(m, values.get(key), unit=False) for _, values in columns]
-        for key in BESIDE
+        for key in COMPARED
         for m in [by_key[key]]
         if any(values.get(key) is not None for _, values in columns)
     ]

@@ -21,7 +21,7 @@ from vqpipe.training.optim import WeightEma
 from vqpipe.training.running_metrics import RunningMetrics
 
 COUNTERS = ("images_seen", "nonfinite_steps", "nonfinite_in_a_row")
-"""The integers of a state, beside its step."""
+"""The integers of a state, besides its step."""
 METRICS = "metrics"
 """The part of a checkpoint with the running metrics; absent from one that was saved right after a row of the log."""
 

@@ -70,7 +70,7 @@ class Task(ABC, Generic[BatchT, ResultT]):
         finite moves no weight."""
 
     def after_step(self, output: StepOutput[ResultT]) -> None:
-        """What follows a step beside gradients; nothing may move where `output.skipped`. Default: nothing."""
+        """What follows a step besides gradients; nothing may move where `output.skipped`. Default: nothing."""
 
     def running_metrics(self) -> RunningMetrics[ResultT]:
         """The metrics of the log. Default: the means of `StepOutput.values`."""
