@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,16 +84,25 @@ TrainPrecision = Annotated[
 ]
 
 
-class LoggerName(StrEnum):
-    """Where else a training run is logged. (typer takes lists of an enum, and none of a Literal.)"""
+def known_loggers(names: list[str] | None) -> list[str] | None:
+    """The values of --log; another one than a name of LOGGERS is wrong usage."""
+    if names:
+        from vqpipe.training.loggers import LOGGERS
 
-    tensorboard = auto()
-    wandb = auto()
+        for name in names:
+            if name not in LOGGERS:
+                raise typer.BadParameter(f"{name!r} is not one of {', '.join(LOGGERS)}")
+    return names
 
 
 Log = Annotated[
-    list[LoggerName] | None,
-    typer.Option("--log", help="Also log to this service, under OUT.logs; repeatable."),
+    list[str] | None,
+    typer.Option(
+        "--log",
+        help="Also log to this service, under OUT.logs; repeatable.",
+        metavar="tensorboard|wandb",
+        callback=known_loggers,
+    ),
 ]
 ExamplesTokenizer = Annotated[
     Path,

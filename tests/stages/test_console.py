@@ -4,8 +4,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import typer
 
 from stages import signals
+from stages.console import known_loggers
 from vqpipe.files import with_a_name
 
 
@@ -34,3 +36,9 @@ def test_dot_and_dot_dot_are_resolved(tmp_path: Path, monkeypatch: pytest.Monkey
     assert with_a_name(Path(".")) == tmp_path.resolve()
     assert with_a_name(Path("..")) == tmp_path.resolve().parent
     assert with_a_name(Path("out/")) == Path("out")
+
+
+def test_unknown_logger_is_wrong_usage() -> None:
+    assert known_loggers(["tensorboard", "wandb"]) == ["tensorboard", "wandb"]
+    with pytest.raises(typer.BadParameter, match="'tensorbord' is not one of tensorboard, wandb"):
+        known_loggers(["tensorbord"])

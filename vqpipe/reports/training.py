@@ -166,21 +166,22 @@ def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
 
     validations = [row for row in rows if "valid/images" in row]
     window = max((row["window_tokens"] for row in rows if "window_tokens" in row), default=0)
-    held_out = f"On {validations[-1]['valid/images']:,} held-out images." if validations else ""
-    tokens = f"Training: among the {window:,} tokens (at most) between two rows of the log."
+    held_out = f"{validations[-1]['valid/images']:,} held-out images" if validations else ""
+    tokens = f"among the {window:,} tokens (at most) between two rows of the log."
     drawn = (
         *loss_curves(rows),
         plots.curves(
             "PSNR in training, dB",
             lines(training="psnr"),
             "linear",
-            "Of the mean squared error of all images between two rows of the log, which is at most the mean of their PSNRs.",
+            "Of the mean squared error of the images between two rows of the log: at most the mean of their PSNRs.",
         ),
+        plots.curves("PSNR in validation, dB", lines(validation="valid/psnr"), "linear", f"Mean over {held_out}."),
         plots.curves(
-            "PSNR in validation, dB", lines(validation="valid/psnr"), "linear", f"The mean over images. {held_out}"
-        ),
-        plots.curves(
-            "LPIPS in validation", lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex"), "linear", held_out
+            "LPIPS in validation",
+            lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex"),
+            "linear",
+            f"Mean over {held_out}.",
         ),
         plots.curves(
             "Accuracy",
@@ -191,19 +192,19 @@ def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
             "Codes in use",
             lines(training="utilization", validation="valid/utilization"),
             "share",
-            f"{tokens} Validation: {held_out[:1].lower()}{held_out[1:]}" if held_out else tokens,
+            f"Training: {tokens}" + (f" Validation: among the tokens of {held_out}." if held_out else ""),
         ),
         plots.curves(
             "Perplexity of the codes in training",
             lines(training="perplexity"),
             "linear",
-            f"Of the first group. {tokens}",
+            f"Of the first group, {tokens}",
         ),
         plots.curves(
             "Perplexity of the codes in validation",
             lines(validation="valid/perplexity"),
             "linear",
-            f"The mean over groups. {held_out}",
+            f"Mean over groups, among the tokens of {held_out}.",
         ),
         plots.curves("Learning rate", lines(rate="learning_rate"), "linear"),
         plots.curves(
