@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from stages.recipe import Recipe
+from stages.recipe import PipelineRecipe
 from vqpipe.config import from_table, override, read_toml, to_table, to_toml
 from vqpipe.errors import ConfigError
 
@@ -91,10 +91,12 @@ def test_override_reads_values_as_toml_and_does_not_change_the_table() -> None:
 def test_another_kind_drops_the_keys_that_it_lacks() -> None:
     table = {"quantizer": {"kind": "lc", "codebook_size": 7, "code_dim": 8, "projector": "mlp"}, "kind": "vqgan"}
     model = {"model": table, "objective": {}}
-    changed = override(Recipe, model, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"])["model"]["quantizer"]
+    changed = override(PipelineRecipe, model, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"])["model"][
+        "quantizer"
+    ]
     assert changed == {"kind": "ema", "codebook_size": 7, "code_dim": 8, "decay": 0.9}
-    assert override(Recipe, model, ["model.quantizer.kind=lc"]) == model
-    nested = override(Recipe, model, ["model.quantizer.group.kind=ema", "model.quantizer.kind=multi_group"])
+    assert override(PipelineRecipe, model, ["model.quantizer.kind=lc"]) == model
+    nested = override(PipelineRecipe, model, ["model.quantizer.group.kind=ema", "model.quantizer.kind=multi_group"])
     assert nested["model"]["quantizer"] == {"kind": "multi_group", "group": {"kind": "ema"}}
 
 

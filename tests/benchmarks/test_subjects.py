@@ -177,10 +177,10 @@ def released_and_ours() -> tuple[ReleasedStep, Autoencoder, PatchDiscriminator, 
 
 def test_losses_and_gradients_of_the_released_step_equal_ours() -> None:
     released, model, discriminator, objective, images = released_and_ours()
-    loss, ids = released.generator_loss(images)
+    loss, ids = released.autoencoder_loss(images)
     loss.backward()
     reconstruction = model(images)
-    ours, _ = objective.generator_loss(
+    ours, _ = objective.autoencoder_loss(
         images,
         reconstruction.images,
         reconstruction.quantized.losses,

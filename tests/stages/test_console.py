@@ -8,7 +8,7 @@ import typer
 
 from stages import signals
 from stages.console import known_loggers
-from vqpipe.files import with_a_name
+from vqpipe.files import with_final_name
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_first_signal_requests_a_stop_and_the_second_interrupts(number: signal.S
 
 def test_dot_and_dot_dot_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert with_a_name(Path(".")) == tmp_path.resolve()
-    assert with_a_name(Path("..")) == tmp_path.resolve().parent
-    assert with_a_name(Path("out/")) == Path("out")
+    assert with_final_name(Path(".")) == tmp_path.resolve()
+    assert with_final_name(Path("..")) == tmp_path.resolve().parent
+    assert with_final_name(Path("out/")) == Path("out")
 
 
 def test_unknown_logger_is_wrong_usage() -> None:

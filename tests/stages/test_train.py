@@ -20,7 +20,7 @@ from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.training.callbacks import RunReport, read_metrics
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
-from vqpipe.training.tokenizer_run import RunInputs, TokenizerRunConfig, check_run, start_run, train_tokenizer
+from vqpipe.training.tokenizer_run import RunInputs, TokenizerRecipe, check_run, start_tokenizer_run, train_tokenizer
 from vqpipe.training.validation import Validation
 
 SETTINGS = [
@@ -240,12 +240,12 @@ def test_loggers_get_every_row_and_image_and_are_closed_also_when_the_run_fails(
 
 def test_job_is_callable_from_python_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
     loaded = recipe.load("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
-    sections = {name: getattr(loaded, name) for name in TokenizerRunConfig.__dataclass_fields__}
+    sections = {name: getattr(loaded, name) for name in TokenizerRecipe.__dataclass_fields__}
     inputs = RunInputs(images=open_images([str(picture_folder)]))
-    config = check_run(TokenizerRunConfig(**sections), inputs, "last")
+    config = check_run(TokenizerRecipe(**sections), inputs, "last")
 
     def job(stop: bool) -> Artifact | None:
-        draft = start_run(tmp_path / "lc", config, inputs, seed=0)
+        draft = start_tokenizer_run(tmp_path / "lc", config, inputs, seed=0)
         assert isinstance(draft, Draft)
         with draft:
             cpu = torch.device("cpu")

@@ -168,13 +168,13 @@ def test_loss_falls_and_rows_have_losses_quality_and_speed(tmp_path: Path) -> No
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> None:
     """Make the generator's loss NaN in those steps."""
-    original, calls = Objective.generator_loss, iter(range(10**6))
+    original, calls = Objective.autoencoder_loss, iter(range(10**6))
 
     def poisoned(self: Objective, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms = original(self, *args, **kwargs)  # type: ignore[arg-type]
         return total * (float("nan") if steps(next(calls)) else 1.0), terms
 
-    monkeypatch.setattr(Objective, "generator_loss", poisoned)
+    monkeypatch.setattr(Objective, "autoencoder_loss", poisoned)
 
 
 def test_too_many_skipped_steps_end_the_run_and_move_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -393,7 +393,7 @@ def test_skipped_steps_in_a_row_are_counted_through_a_resume(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run that was interrupted after 19 skipped steps ends with the next one."""
-    original, calls = Objective.generator_loss, iter(range(100))
+    original, calls = Objective.autoencoder_loss, iter(range(100))
 
     def first_is_nan(self: Objective, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms = original(self, *args, **kwargs)  # type: ignore[arg-type]
@@ -407,7 +407,7 @@ def test_skipped_steps_in_a_row_are_counted_through_a_resume(
         assert table["values"]["nonfinite_in_a_row"] == 0
         table["values"]["nonfinite_in_a_row"] = in_a_row
         sign(folder, table)
-        monkeypatch.setattr(Objective, "generator_loss", first_is_nan)
+        monkeypatch.setattr(Objective, "autoencoder_loss", first_is_nan)
         if in_a_row == 18:
             assert run(pictures, tmp_path / "18", steps=END).state.nonfinite_in_a_row == 0
     with pytest.raises(NumericError, match="20 steps in a row"):

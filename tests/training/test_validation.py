@@ -110,7 +110,7 @@ class Numbered(torch.nn.Module):
 
 def offered(best: BestWeights, values: dict[int, float]) -> list[int]:
     """The steps whose weights were kept."""
-    return [step for step, value in values.items() if best.offer(Numbered(step), step, {best.measure: value})]
+    return [step for step, value in values.items() if best.keep_if_best(Numbered(step), step, {best.measure: value})]
 
 
 def kept_step(path: Path) -> int:
@@ -134,7 +134,7 @@ def test_best_weights_are_kept_through_a_resume(tmp_path: Path, higher: bool, ex
 def test_nan_is_never_the_best_and_infinite_psnr_is(tmp_path: Path) -> None:
     best = BestWeights(tmp_path / "best.safetensors", "valid/psnr", higher_is_better=True)
     assert offered(best, {1: float("nan"), 2: 10.0, 3: float("nan")}) == [2]
-    assert best.offer(Numbered(4), 4, {})  # not a pixel differs, so there is no PSNR
+    assert best.keep_if_best(Numbered(4), 4, {})  # not a pixel differs, so there is no PSNR
     assert kept_step(best.path) == 4
 
 

@@ -37,7 +37,7 @@ Publish = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerRunConfig:
+class TokenizerRecipe:
     """The sections of a preset that a tokenizer is trained with."""
 
     model: AutoencoderConfig
@@ -60,7 +60,7 @@ class RunInputs:
     """A tokenizer to fine-tune."""
 
 
-def check_run(config: TokenizerRunConfig, inputs: RunInputs, publish: Publish) -> TokenizerRunConfig:
+def check_run(config: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> TokenizerRecipe:
     """Check the settings against the inputs. Returns them with `validate_every` set: by default, that of samples.
 
     Raises:
@@ -83,8 +83,8 @@ def check_run(config: TokenizerRunConfig, inputs: RunInputs, publish: Publish) -
     return replace(config, train=replace(train, validate_every=every))
 
 
-def start_run(
-    out: Path, config: TokenizerRunConfig, inputs: RunInputs, *, seed: int, publish: Publish = "last"
+def start_tokenizer_run(
+    out: Path, config: TokenizerRecipe, inputs: RunInputs, *, seed: int, publish: Publish = "last"
 ) -> Draft | Artifact:
     """Start, resume, or find published the tokenizer `out`."""
     roles: dict[str, Input | str] = {"images": inputs.images}
@@ -102,7 +102,7 @@ def start_run(
 
 def train_tokenizer(
     draft: Draft,
-    config: TokenizerRunConfig,
+    config: TokenizerRecipe,
     inputs: RunInputs,
     *,
     codebook: Tensor | None = None,
@@ -175,7 +175,7 @@ def train_tokenizer(
 
 
 def build_networks(
-    config: TokenizerRunConfig, source: Path | None, codebook: Tensor | None
+    config: TokenizerRecipe, source: Path | None, codebook: Tensor | None
 ) -> tuple[Autoencoder, PatchDiscriminator]:
     """The autoencoder and the discriminator, fresh or from the tokenizer to fine-tune, with the codebook loaded.
 
@@ -207,7 +207,7 @@ def build_networks(
 
 
 def training_stream(
-    config: TokenizerRunConfig, inputs: RunInputs, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
+    config: TokenizerRecipe, inputs: RunInputs, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> TrainingStream:
     """The training images in batches of `batch_size` over all ranks; by default, all of them on this one."""
     return TrainingStream(
@@ -217,7 +217,7 @@ def training_stream(
 
 def validation_of(
     draft: Draft,
-    config: TokenizerRunConfig,
+    config: TokenizerRecipe,
     inputs: RunInputs,
     objective: Objective,
     device: torch.device,
@@ -244,7 +244,7 @@ def validation_of(
 
 def publish_tokenizer(
     draft: Draft,
-    config: TokenizerRunConfig,
+    config: TokenizerRecipe,
     task: TokenizerTask,
     state: TrainState,
     metrics: MetricsLog,
@@ -261,7 +261,7 @@ def publish_tokenizer(
         tokenizer = Tokenizer(network, image_size=config.data.image_size, device="cpu")
         discriminator = task.discriminator if task.adversarial else None
         write_tokenizer(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
-        draft.adopt("metrics.jsonl")
+        draft.record_existing("metrics.jsonl")
     measured = {
         "training_psnr": metrics.latest("psnr"),
         "training_utilization": metrics.latest("utilization"),

@@ -94,7 +94,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
     def step(self, batch: Batch, step: int) -> StepOutput[Reconstruction]:
         """One step of the autoencoder, and from `disc_start` on one of the discriminator."""
         images = on_device(batch, self.device)
-        reconstruction, values, skipped = self.generator_step(images, step)
+        reconstruction, values, skipped = self.autoencoder_step(images, step)
         if self.objective.adversarial_at(step):
             values |= self.discriminator_step(images, reconstruction, step)
         return StepOutput(values, skipped, reconstruction)
@@ -107,7 +107,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
     def running_metrics(self) -> "TokenizerMetrics":
         return TokenizerMetrics(self.model.quantizer, self.device)
 
-    def generator_step(self, images: Tensor, step: int) -> tuple[Reconstruction, dict[str, Tensor], Tensor]:
+    def autoencoder_step(self, images: Tensor, step: int) -> tuple[Reconstruction, dict[str, Tensor], Tensor]:
         """Step the autoencoder, with the discriminator frozen. Returns the detached reconstruction, scalars to log, and
         whether the step was skipped, a bool on the device."""
         optimizer = self.optimizers["optimizer"]
@@ -121,7 +121,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
                 with autocast(self.device, self.config):
                     reconstruction: Reconstruction = self.network(part)
                     logits = self.discriminator(reconstruction.images) if adversarial else None
-                total, terms = self.objective.generator_loss(
+                total, terms = self.objective.autoencoder_loss(
                     part,
                     reconstruction.images,
                     reconstruction.quantized.losses,
@@ -137,7 +137,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         return concatenated(reconstructions), mean_over_parts(logged) | {"gradient_norm": norm}, skipped
 
     def discriminator_step(self, images: Tensor, reconstruction: Reconstruction, step: int) -> dict[str, Tensor]:
-        """Step the discriminator, on the reconstruction of the generator step. Returns scalars to log."""
+        """Step the discriminator, on the reconstruction of the autoencoder step. Returns scalars to log."""
         optimizer = self.optimizers["discriminator_optimizer"]
         self.discriminator.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)

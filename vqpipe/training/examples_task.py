@@ -36,7 +36,7 @@ class InBlocks(Protocol):
         """The units of activation checkpointing, compiling and sharding."""
 
 
-class GeneratorTask(Task[LabelledBatch, None]):
+class ExamplesTask(Task[LabelledBatch, None]):
     """One network, one optimizer.
 
     `network(examples, labels)` returns scalars by name, of which "total" is minimised; all are logged as `loss/<name>`,

@@ -1,6 +1,6 @@
-"""GeneratorTask: training is the same on one process, on two replicated ranks and on two sharded ranks.
+"""ExamplesTask: training is the same on one process, on two replicated ranks and on two sharded ranks.
 
-Run as a script under torchrun, this file is one run: `test_generator_task.py FOLDER STEPS PARALLEL [STOP_AT]`.
+Run as a script under torchrun, this file is one run: `test_examples_task.py FOLDER STEPS PARALLEL [STOP_AT]`.
 """
 
 import os
@@ -23,7 +23,7 @@ from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.training.callbacks import Callback
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.generator_task import GeneratorTask
+from vqpipe.training.examples_task import ExamplesTask
 from vqpipe.training.loop import train
 from vqpipe.training.running_metrics import Row
 
@@ -118,7 +118,7 @@ def run(
     config = TrainConfig(**{"global_batch_size": BATCH, **defaults, **settings})
     recorder = Recorder()
     state = train(
-        GeneratorTask(make()),
+        ExamplesTask(make()),
         config,
         SyntheticTokens(),
         folder,
