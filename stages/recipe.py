@@ -1,12 +1,13 @@
-"""Presets as dataclasses, with one section per stage: of a tokenizer, a generator or a classifier.
+"""Presets -> recipes, of a tokenizer, a generator or a classifier.
 
-A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a field's default, then the presets that
+A preset is a TOML file, one per experiment, in `vqpipe/presets/`. A recipe is a dataclass whose fields are the sections
+of a preset. Precedence: a field's default, then the presets that
 it extends, the preset, `--set`, and named flags. A stage reads only its own sections, so changing `[train]` leaves
 features valid.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -25,11 +26,15 @@ PAPER = "vqgan-lc-f16-100k"
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRecipe(TokenizerRecipe):
-    """The settings of a tokenizer: those of its training, and of the stages before and after it."""
+    """All sections of a tokenizer's preset: those of its training, and of the stages before and after it."""
 
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     kmeans: KmeansConfig = field(default_factory=KmeansConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def of_training(self) -> TokenizerRecipe:
+        """The sections that `vqpipe train` reads."""
+        return TokenizerRecipe(**{each.name: getattr(self, each.name) for each in fields(TokenizerRecipe)})
 
 
 R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import pytest
 
 from stages.recipe import PipelineRecipe
-from vqpipe.config import from_table, override, read_toml, to_table, to_toml
-from vqpipe.errors import ConfigError
+from vqpipe import artifacts
+from vqpipe.config import added, from_table, override, read_toml, resumable, to_request, to_table, to_toml
+from vqpipe.errors import ArtifactError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +125,32 @@ def test_toml_round_trips() -> None:
         "empty": {"inner": {"x": 1}},
     }
     assert tomllib.loads(to_toml(table)) == table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    steps: int = 5
+    workers: int = resumable(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later(Earlier):
+    smoothing: float = added(0.0)
+
+
+def test_request_has_every_setting_but_resumable_ones() -> None:
+    assert to_request(Earlier(workers=3)) == {"steps": 5}
+    assert to_request(Outer(shape=Grid(), steps=5)) == to_table(Outer(shape=Grid(), steps=5))
+
+
+def test_draft_resumes_after_a_field_was_added_unless_it_is_set(tmp_path: Path) -> None:
+    def begin(config: Earlier) -> None:
+        draft = artifacts.start(tmp_path / "out", "codebook", to_request(config), {})
+        assert isinstance(draft, artifacts.Draft)
+        with draft:
+            draft.write_json("part.json", {})
+
+    begin(Earlier())
+    begin(Later())
+    with pytest.raises(ArtifactError, match=r"config\.smoothing was null, now 0\.1"):
+        begin(Later(smoothing=0.1))

@@ -50,7 +50,7 @@ NOTHING_HELD_OUT = "no images were held out. Name their tokens with --validation
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorRecipe:
-    """The preset of a generator."""
+    """The sections of a generator's preset."""
 
     generator: GeneratorConfig
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
@@ -60,7 +60,7 @@ class GeneratorRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe:
-    """The preset of a classifier."""
+    """The sections of a classifier's preset."""
 
     classifier: ClassifierConfig
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
@@ -118,6 +118,8 @@ class RunContext:
     seed: int
     device: torch.device
     loggers: Sequence[str] = ()
+    callbacks: Sequence[Callback] = ()
+    """More callbacks, called before the log: a number that one adds to a row is logged."""
     progress: Progress = SILENT
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -236,6 +238,7 @@ def train_on_examples(
     if sample_sheet is not None:
         sheets.append(SampleSheet(draft, sample_sheet, all_ranks=config.parallel == "fsdp"))
     callbacks = [
+        *context.callbacks,
         metrics,
         *sheets,
         *([] if data.held_out is None else [HeldOutMetrics(measure, progress)]),

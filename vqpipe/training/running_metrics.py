@@ -59,7 +59,7 @@ class RunningMetrics(Generic[ResultT]):
 
     @contextmanager
     def untimed(self, when: bool = True) -> Iterator[None]:
-        """Leave the time inside out, `when`: samples, validation, checkpoints."""
+        """Leave the time inside out, if `when` is true: samples, validation, checkpoints."""
         if when and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         began = time.perf_counter()

@@ -22,7 +22,7 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, P
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer, load_weights, model_facts, read_config, write_tokenizer
-from vqpipe.training.callbacks import MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
+from vqpipe.training.callbacks import Callback, MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
 from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loggers import LOGGERS
@@ -38,7 +38,7 @@ Publish = Literal["last", "best"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe:
-    """The sections of a preset that a tokenizer is trained with."""
+    """The sections of a tokenizer's preset that its training reads."""
 
     model: AutoencoderConfig
     objective: ObjectiveConfig
@@ -110,6 +110,7 @@ def train_tokenizer(
     device: torch.device,
     publish: Publish = "last",
     loggers: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
     progress: Progress = SILENT,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Artifact | None:
@@ -120,6 +121,7 @@ def train_tokenizer(
     Args:
         codebook: float[K, dim], the content of `inputs.codebook`.
         loggers: names of LOGGERS.
+        callbacks: more callbacks, called before the log: a number that one adds to a row is logged.
     """
     model, discriminator = build_networks(config, inputs.source, codebook)
     if device.type == "cuda":
@@ -143,8 +145,9 @@ def train_tokenizer(
     validation = validation_of(draft, config, inputs, objective, device, progress)
     sources = [grid] if validation is None else [grid, validation]
     flops = count_flops(config.train, model, discriminator, objective, side)
-    callbacks = [
+    hooks = [
         Throughput(flops, peak_of(device, config.train)),
+        *callbacks,
         metrics,
         *sources,
         *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in loggers),
@@ -165,7 +168,7 @@ def train_tokenizer(
         draft.path,
         seed=seed,
         device=device,
-        callbacks=callbacks,
+        callbacks=hooks,
         stop_requested=stop_requested,
     )
     if state.step < config.train.steps:

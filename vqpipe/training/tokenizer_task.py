@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqpipe import distributed
 from vqpipe.data.batches import Batch
 from vqpipe.data.transforms import to_float
+from vqpipe.device import autocast
 from vqpipe.errors import ConfigError
 from vqpipe.losses.objective import Objective
 from vqpipe.metrics.usage import CodeUsage, as_rows, from_rows, usage_of
@@ -26,7 +27,7 @@ from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
 from vqpipe.training.networks import accumulate_gradients, checkpoint_activations, replicate
 from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import Row, RunningMetrics, StepOutput
-from vqpipe.training.task import Task, autocast, mean_over_parts
+from vqpipe.training.task import Task, mean_over_parts
 
 BLOCKS = (ResidualBlock, Attention, Residual)
 """The units of activation checkpointing."""
@@ -118,7 +119,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         parts, reconstructions, logged = images.chunk(self.config.accumulate), [], []
         for number, part in enumerate(parts, start=1):
             with accumulate_gradients(self.network, last=number == len(parts)):
-                with autocast(self.device, self.config):
+                with autocast(self.device, self.config.precision):
                     reconstruction: Reconstruction = self.network(part)
                     logits = self.discriminator(reconstruction.images) if adversarial else None
                 total, terms = self.objective.autoencoder_loss(
@@ -145,7 +146,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         fakes = reconstruction.images.chunk(len(parts))
         for number, (real, fake) in enumerate(zip(parts, fakes, strict=True), start=1):
             with accumulate_gradients(self.critic, last=number == len(parts)):
-                with autocast(self.device, self.config):
+                with autocast(self.device, self.config.precision):
                     real_logits, fake_logits = self.critic(real), self.critic(fake)
                 loss, terms = self.objective.discriminator_loss(
                     real_logits, fake_logits, step=step, images=real, discriminator=self.discriminator.forward
