@@ -36,7 +36,7 @@ from vqpipe.training.running_metrics import Row
 GRID_IMAGES = 8
 """Images in a reconstruction grid."""
 NAMED_IMAGES = 3
-"""Images of a skipped step that its message names."""
+"""Images of a skipped step that a message names."""
 
 
 class Callback:
@@ -192,11 +192,16 @@ class ProgressCallback(Callback):
         self.progress.note(self.text, details(self.row))
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
-        names = ", ".join(keys[:NAMED_IMAGES]) + (", ..." if len(keys) > NAMED_IMAGES else "")
-        self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {names})")
+        self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {first_names(keys)})")
 
     def on_step_end(self, state: TrainState) -> None:
         self.progress.advance()
+
+
+def first_names(keys: Sequence[str]) -> str:
+    """The first of these images, and how many more there are."""
+    more = len(keys) - NAMED_IMAGES
+    return ", ".join(keys[:NAMED_IMAGES]) + (f" and {more} more" if more > 0 else "")
 
 
 def summary(row: Row) -> str:
