@@ -52,18 +52,9 @@ def bench(
         if isinstance(draft, Artifact):
             console.say(f"measured {draft.manifest.provenance['finished']}; to measure again, choose another --out")
             return finished(draft, as_json, again=True)
-        preset = benchmarks.preset_of(settings)
-        loaded = recipe.load(preset)
-        experiment = benchmarks.Experiment(
-            preset=preset,
-            model=loaded.model,
-            objective=loaded.objective,
-            discriminator=loaded.discriminator,
-            train=loaded.train,
-            image_size=loaded.data.image_size,
-        )
+        measured = recipe.load(benchmarks.preset_of(settings)).of_training()
         with draft, console.ProgressBar() as progress:
-            artifact = benchmarks.run(draft, subjects, settings, experiment, progress)
+            artifact = benchmarks.run(draft, subjects, settings, measured, progress)
         show_tables(artifact)
         return finished(artifact, as_json)
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +32,7 @@ PLAIN_SECONDS = 10.0
 Out = Annotated[
     Path,
     typer.Option(
-        "--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=files.with_a_name
+        "--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=files.with_final_name
     ),
 ]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -85,16 +84,25 @@ TrainPrecision = Annotated[
 ]
 
 
-class LoggerName(StrEnum):
-    """Where else a training run is logged. (typer takes lists of an enum, and none of a Literal.)"""
+def known_loggers(names: list[str] | None) -> list[str] | None:
+    """The values of --log; another one than a name of LOGGERS is wrong usage."""
+    if names:
+        from vqpipe.training.loggers import LOGGERS
 
-    tensorboard = auto()
-    wandb = auto()
+        for name in names:
+            if name not in LOGGERS:
+                raise typer.BadParameter(f"{name!r} is not one of {', '.join(LOGGERS)}")
+    return names
 
 
 Log = Annotated[
-    list[LoggerName] | None,
-    typer.Option("--log", help="Also log to this service, under OUT.logs; repeatable."),
+    list[str] | None,
+    typer.Option(
+        "--log",
+        help="Also log to this service, under OUT.logs; repeatable.",
+        metavar="tensorboard|wandb",
+        callback=known_loggers,
+    ),
 ]
 ExamplesTokenizer = Annotated[
     Path,
@@ -132,14 +140,14 @@ def session(device: DeviceName, seed: int) -> Iterator[torch.device]:
 
 def say(text: str) -> None:
     """Print a line on stderr, from rank 0. A closed stderr stops no work."""
-    if is_main():
+    if prints():
         with suppress(OSError):
             stderr().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def show(renderable: RenderableType) -> None:
     """Print a rich table or tree on stderr, from rank 0."""
-    if is_main():
+    if prints():
         stderr().print(renderable)
 
 
@@ -157,7 +165,7 @@ def show_table(table: page.Table) -> None:
 
 def finished(artifact: Artifact, again: bool = False) -> None:
     """Print the last lines of a command: what was published, and its path alone on stdout."""
-    if not is_main():
+    if not prints():
         return
     facts = ", ".join(
         f"{key} {format_fact(value)}" for key, value in artifact.facts.items() if isinstance(value, int | float | str)
@@ -177,7 +185,7 @@ class ProgressBar:
     a table of details under it; elsewhere a plain line every ten seconds; on ranks above 0 nothing."""
 
     def __init__(self) -> None:
-        self.visible = is_main()
+        self.visible = prints()
         self.live: Live | None = None
         self.details: Sequence[tuple[str, str]] = ()
         self.title = ""
@@ -265,7 +273,7 @@ class RateColumn(ProgressColumn):
         return Text(f"{task.speed:.3g} {task.fields['unit']}/s" if task.speed else "")
 
 
-def is_main() -> bool:
+def prints() -> bool:
     """Whether this process prints. Known before the process group is."""
     return os.environ.get("RANK", "0") == "0"
 

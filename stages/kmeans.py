@@ -66,7 +66,7 @@ def kmeans(
                 result = clustering.kmeans(
                     vectors, config, seed=seed, device=torch_device, checkpoints=checkpoints, progress=progress
                 )
-            if console.is_main():
+            if console.prints():
                 with draft.write(CODEBOOK_FILE) as path:
                     result.save(path)
             artifact = draft.publish(result.facts())

@@ -15,9 +15,8 @@ from vqpipe.training.loggers import check_loggers
 from vqpipe.training.tokenizer_run import (
     Publish,
     RunInputs,
-    TokenizerRunConfig,
     check_run,
-    start_run,
+    start_tokenizer_run,
     train_tokenizer,
 )
 
@@ -71,16 +70,14 @@ def train(
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
         check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        loaded = recipe.load(preset, overrides, train=flags)
-        sections = {name: getattr(loaded, name) for name in TokenizerRunConfig.__dataclass_fields__}
         inputs = RunInputs(
             images=open_images(images),
             held_out=open_images(validation) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        config = check_run(TokenizerRunConfig(**sections), inputs, publish)
-        draft = start_run(out, config, inputs, seed=seed, publish=publish)
+        config = check_run(recipe.load(preset, overrides, train=flags).of_training(), inputs, publish)
+        draft = start_tokenizer_run(out, config, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             console.finished(draft, again=True)
             return

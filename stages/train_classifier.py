@@ -9,7 +9,7 @@ from stages import console, recipe, signals
 from stages.console import Device, Out, Preset, Seed, Set
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.errors import ConfigError
-from vqpipe.generation.train import RunContext, StoredExamples, check_validation, start_run
+from vqpipe.generation.train import RunContext, StoredExamples, check_validation, start_examples_run
 from vqpipe.generation.train import train_classifier as train
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.loggers import check_loggers
@@ -52,7 +52,7 @@ def train_classifier(
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         held_out = None if validation is None else open_artifact(validation, "tokens")
         examples = StoredExamples(opened, open_artifact(tokens, "tokens"), held_out)
-        draft = start_run(out, settings, examples, seed)
+        draft = start_examples_run(out, settings, examples, seed)
         if isinstance(draft, Artifact):
             return console.finished(draft, again=True)
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:

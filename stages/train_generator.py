@@ -17,7 +17,7 @@ from vqpipe.generation.train import (
     RunContext,
     StoredExamples,
     check_validation,
-    start_run,
+    start_examples_run,
 )
 from vqpipe.generation.train import train_generator as train
 from vqpipe.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def train_generator(
         examples = StoredExamples(
             opened, stored, None if validation is None else open_artifact(validation, stored.kind)
         )
-        draft = start_run(out, settings, examples, seed)
+        draft = start_examples_run(out, settings, examples, seed)
         if isinstance(draft, Artifact):
             return console.finished(draft, again=True)
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:

@@ -6,7 +6,7 @@ key and, for a mistyped one, its nearest neighbour. A field whose class has subc
 the table's `kind` picks the subclass, and `class_for` the class that such a config configures.
 
 A field made by `resumable` does not change what a run computes, but for the rounding of sums: `to_request` leaves it
-out, so that a run may be resumed with another value of it.
+out, so that a run may be resumed with another value of it. A field that is added later is made by `added`.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 from vqpipe.errors import ConfigError
 
 T = TypeVar("T")
-RESUMABLE = "resumable"
-"""Key of a field's metadata."""
+RESUMABLE, ADDED = "resumable", "added"
+"""Keys of a field's metadata."""
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -89,12 +89,26 @@ def resumable(*, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={RESUMABLE: True})
 
 
+def added(default: Any) -> Any:
+    """A dataclass field that earlier versions lacked; with its default, a run computes what it computed before.
+
+    With its default, `to_request` leaves it out, so that what was begun or published without it is the same request
+    still. Never change that default: write the new one into the presets.
+    """
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
+
 def to_request(config: Any) -> dict[str, Any]:
-    """`to_table` without the resumable fields: what two runs must have in common to be the same run."""
+    """What two runs must have in common to be the same run: `to_table` without the resumable fields, and without the
+    fields made by `added` that have their default.
+
+    All other defaults are written out: a default that changes makes another request. So does a new field, unless it is
+    made by `added`. Were every default left out, a changed default would go unnoticed.
+    """
     table = to_table(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.metadata.get(RESUMABLE):
+        if field.metadata.get(RESUMABLE) or (field.metadata.get(ADDED) and value == field.default):
             del table[field.name]
         elif dataclasses.is_dataclass(value):
             table[field.name] = to_request(value)

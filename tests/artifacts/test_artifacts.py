@@ -125,7 +125,7 @@ def test_files_without_a_record_are_not_published(tmp_path: Path) -> None:
         (draft.path / "checkpoints" / "step-1").mkdir(parents=True)
         (draft.path / "checkpoints" / "step-1" / "model").write_bytes(b"x")
         (draft.path / "log.jsonl").write_text("{}\n")
-        draft.adopt("log.jsonl")
+        draft.record_existing("log.jsonl")
         draft.publish({})
     assert set(tree(tmp_path)) == {"out/log.jsonl", "out/manifest.json"}
     assert not (tmp_path / "out" / "checkpoints").exists()
@@ -208,7 +208,7 @@ def test_files_are_readable_by_whoever_may_list_the_directory(tmp_path: Path, um
                 save_file({"a": torch.zeros(1)}, path)  # which lets only its owner read it
             (draft.path / "log").write_text("")
             (draft.path / "log").chmod(0o600)
-            draft.adopt("log")
+            draft.record_existing("log")
             artifact = draft.publish({})
     finally:
         os.umask(before)

@@ -53,7 +53,7 @@ def tiny_tokenizer(tmp_path: Path) -> Callable[..., Path]:
                     and file.name != "request.json"
                     and not file.name.startswith(".")
                 ):
-                    draft.adopt(file.name)
+                    draft.record_existing(file.name)
             return draft.publish({"quantizer": "vq"}).path
 
     return make

@@ -1,12 +1,15 @@
 """Networks, states and pictures small enough for a step in milliseconds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
@@ -73,3 +76,20 @@ def draw() -> Callable[..., Path]:
         return folder
 
     return pictures
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[int]], None]:
+    """`poison(steps)`: from now on, the autoencoder's loss is NaN in these steps, counted from 0."""
+    original = Objective.autoencoder_loss
+
+    def start(steps: Iterable[int]) -> None:
+        calls = count()
+
+        def poisoned(*args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            total, terms = original(*args, **kwargs)
+            return total * (float("nan") if next(calls) in steps else 1.0), terms
+
+        monkeypatch.setattr(Objective, "autoencoder_loss", poisoned)
+
+    return start

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError
-from vqpipe.files import digest_json, hash_file, with_a_name
+from vqpipe.files import digest_json, hash_file, with_final_name
 from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
@@ -130,7 +130,7 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
     Raises:
         ArtifactError: it is absent, unfinished, damaged, of another kind, or of another schema.
     """
-    path = with_a_name(Path(path))
+    path = with_final_name(Path(path))
     partial = partial_path(path)
     if not path.exists() and partial.exists():
         done = len(list((partial / ".records").glob("*.json")))

@@ -14,7 +14,6 @@ import torch
 
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.benchmarks import kmeans, search, step_and_encode
-from vqpipe.benchmarks.step_and_encode import Experiment
 from vqpipe.benchmarks.timing import Case, Settings
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
@@ -23,6 +22,7 @@ from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import git_commit, versions
 from vqpipe.reports import page
 from vqpipe.reports.benchmark import benchmark_page, headlines
+from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 SUBJECTS = ("search", "kmeans", "train", "tokenize")
 PACKAGES = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "triton", "flash-kmeans")
@@ -77,19 +77,19 @@ def request(subjects: Sequence[str], settings: Settings) -> dict[str, Any]:
 
 
 def run(
-    draft: Draft, subjects: Sequence[str], settings: Settings, experiment: Experiment, progress: Progress = SILENT
+    draft: Draft, subjects: Sequence[str], settings: Settings, recipe: TokenizerRecipe, progress: Progress = SILENT
 ) -> Artifact:
     """Measure case by case, and publish `metrics.json` and the page. Finished cases are kept in the draft: a run that
     was interrupted continues at the next case.
 
     Args:
-        experiment: the settings of the preset `preset_of(settings)`.
+        recipe: the preset `preset_of(settings)`.
     """
     cases_of: dict[str, Callable[[], dict[str, Callable[[Progress], Case]]]] = {
         "search": lambda: search.cases(settings),
         "kmeans": lambda: kmeans.cases(settings),
-        "train": lambda: step_and_encode.train_cases(settings, experiment),
-        "tokenize": lambda: step_and_encode.tokenize_cases(settings, experiment),
+        "train": lambda: step_and_encode.train_cases(settings, preset_of(settings), recipe),
+        "tokenize": lambda: step_and_encode.tokenize_cases(settings, recipe),
     }
     cases = {subject: cases_of[subject]() for subject in subjects}
     if warning := busy_warning():

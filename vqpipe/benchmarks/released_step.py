@@ -44,12 +44,12 @@ class ReleasedStep:
 
     def step(self, images: Tensor) -> None:
         """float[B, 3, H, W] in [-1, 1]: a step of the autoencoder, then one of the discriminator."""
-        loss, ids = self.generator_loss(images)
+        loss, ids = self.autoencoder_loss(images)
         self.counts += F.one_hot(ids, len(self.counts)).sum(dim=0)
         descend(self.optimizer, loss)
         descend(self.discriminator_optimizer, self.discriminator_loss(images))
 
-    def generator_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencoder_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the autoencoder, and the ids, int64[N]. The discriminator is not frozen: backward also computes
         the gradient of its weights."""
         reconstruction, quantizer_loss, ids = self.reconstruct(images)

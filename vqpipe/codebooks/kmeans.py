@@ -22,7 +22,7 @@ from vqpipe import distributed
 from vqpipe.artifacts.states import States, read
 from vqpipe.codebooks.codebook import Clustering
 from vqpipe.codebooks.features import FeatureSet
-from vqpipe.codebooks.lloyd import PART, UNSAVED, Points, SharedStates, lloyd, mini_batch
+from vqpipe.codebooks.lloyd import PART, UNSAVED, CollectiveStates, Points, lloyd, mini_batch
 from vqpipe.codebooks.seeding import num_candidates, plusplus_rows, sample_rows
 from vqpipe.config import resumable, to_request
 from vqpipe.device import available_bytes
@@ -117,7 +117,7 @@ def kmeans(
     check_memory(features, config.k, device)
     room = room_for_features(features, config.k, device, config.gpu_share)
     points = Points(features, device, shared=True, visits=config.visits, room=room, progress=progress)
-    return cluster(points, config, config.k, (seed,), SharedStates(checkpoints, digest, progress))
+    return cluster(points, config, config.k, (seed,), CollectiveStates(checkpoints, digest, progress))
 
 
 def kmeans_per_class(
@@ -183,7 +183,7 @@ def cluster_class(
     return {"codebook": result.codebook, "counts": result.counts, "summary": summary}
 
 
-def cluster(points: Points, config: KmeansConfig, k: int, key: tuple[int, ...], states: SharedStates) -> Clustering:
+def cluster(points: Points, config: KmeansConfig, k: int, key: tuple[int, ...], states: CollectiveStates) -> Clustering:
     """Choose k initial centres among the points, then iterate; `key` seeds the random choices."""
     check_enough(len(points.distinct), k, points.features.name, "distinct vectors", points.features.num_vectors)
     iterations = 0 if config.select == "random" else config.iterations

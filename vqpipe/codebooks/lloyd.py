@@ -168,7 +168,7 @@ class Points:
         return float(max(-low, high))
 
 
-class SharedStates:
+class CollectiveStates:
     """Saved states of a clustering that all ranks compute together: rank 0 writes, every rank reads.
 
     Every rank makes each call. Of each series of states the newest two are kept. With `folder` None nothing is saved.
@@ -210,7 +210,7 @@ class SharedStates:
             distributed.on_main(States(self.folder, self.request, prefix=series).discard)
 
 
-UNSAVED = SharedStates(None)
+UNSAVED = CollectiveStates(None)
 
 
 def lloyd(
@@ -220,7 +220,7 @@ def lloyd(
     tolerance: float,
     *,
     saved: State | None = None,
-    states: SharedStates = UNSAVED,
+    states: CollectiveStates = UNSAVED,
 ) -> Clustering:
     """Lloyd's iterations from float32[K, D] `centres`, until every cluster has a vector.
 
@@ -274,7 +274,7 @@ def mini_batch(
     key: tuple[int, ...],
     *,
     saved: State | None = None,
-    states: SharedStates = UNSAVED,
+    states: CollectiveStates = UNSAVED,
 ) -> Clustering:
     """Epochs of mini-batches from float32[K, D] `centres`, then one pass over all vectors for exact counts.
 

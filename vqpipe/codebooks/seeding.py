@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.codebooks.lloyd import PART, UNSAVED, Points, SharedStates
+from vqpipe.codebooks.lloyd import PART, UNSAVED, CollectiveStates, Points
 from vqpipe.errors import NumericError
 from vqpipe.search import first_copies, nearest
 
@@ -41,7 +41,7 @@ def sample_rows(num_vectors: int, dim: int, k: int) -> int:
     return min(num_vectors, max(num_candidates(k), room))
 
 
-def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: SharedStates = UNSAVED) -> np.ndarray:
+def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: CollectiveStates = UNSAVED) -> np.ndarray:
     """int64[K]: rows of the features, distinct in value and far apart. There are at least K distinct vectors.
 
     `key` seeds the random choices. Rounds are saved as series "candidates" and "choice".
@@ -83,7 +83,7 @@ class Draw:
         vectors: Tensor,
         weights: Tensor,
         key: tuple[int, ...],
-        states: SharedStates = UNSAVED,
+        states: CollectiveStates = UNSAVED,
         series: str = "",
     ) -> None:
         self.points, self.vectors, self.weights, self.key = points, vectors, weights, key

@@ -168,7 +168,7 @@ class Objective(nn.Module):
         """Whether the loss of the discriminator has the R1 penalty in step `step`."""
         return self.config.r1 > 0 and self.adversarial_at(step) and step % self.config.r1_every == 0
 
-    def generator_loss(
+    def autoencoder_loss(
         self,
         images: Tensor,
         reconstruction: Tensor,

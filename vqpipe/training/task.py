@@ -80,8 +80,3 @@ class Task(ABC, Generic[BatchT, ResultT]):
 def mean_over_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each scalar over the parts of a batch."""
     return {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}
-
-
-def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """bf16 autocast if `train.precision` is bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
