@@ -16,13 +16,17 @@ from vqpipe.reports.benchmark import case_table, machine_line
 def bench(
     out: Out,
     what: Annotated[
-        str, typer.Option("--what", help="What to measure, with commas between.", metavar=",".join(benchmarks.SUBJECTS))
+        str, typer.Option("--what", help="What to measure, separated by commas.", metavar=",".join(benchmarks.SUBJECTS))
     ] = ",".join(benchmarks.SUBJECTS),
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds of measurement.", metavar="N", min=1)] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in seconds; no numbers to quote.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: takes seconds, and its numbers are not for publication.")
+    ] = False,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", help="Leave out methods that need more; default: half of what is free.", metavar="GB"),
+        typer.Option(
+            "--memory", help="Skip methods that need more memory; default: half of the free memory.", metavar="GB"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     device: Device = "auto",
@@ -32,12 +36,14 @@ def bench(
 
     Each subject of --what is measured beside other installed libraries.
 
-    All methods of a case run in interleaved rounds in one process. Reported are medians of wall time and CPU time, peak
-    memory and exactness. A method that is not installed, or needs too much memory, is listed with the reason. Nothing
-    else should run on the machine.
+    All methods of a case run in interleaved rounds in one process. The report
+    has medians of wall time and CPU time, peak memory and exactness. A method
+    that is not installed, or needs too much memory, is listed with the reason.
+    Nothing else should run on the machine.
 
-    Numbers belong to a machine and to versions: with another --what, --quick, machine or version the same --out is
-    refused. To measure again, choose another --out.
+    Numbers belong to a machine and to versions: with another --what, --quick,
+    machine or version the same --out is refused. To measure again, choose
+    another --out.
     """
     with console.session(device, seed) as torch_device:
         if distributed.world_size() > 1:

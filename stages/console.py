@@ -38,7 +38,9 @@ Out = Annotated[
 DeviceName = Literal["auto", "cpu", "cuda"]
 Device = Annotated[DeviceName, typer.Option("--device", help="Device to run on.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N")]
-Preset = Annotated[str | None, typer.Option("--preset", help="See `vqpipe presets`.", metavar="NAME|FILE.toml")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="Settings to start from: see `vqpipe presets`.", metavar="NAME|FILE.toml")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one setting of the preset; repeatable.", metavar="section.key=value"),
@@ -54,10 +56,14 @@ Images = Annotated[
 TokenizerPath = Annotated[
     Path,
     typer.Option(
-        "--tokenizer", help="A tokenizer; eval and reconstruct also take an SD-VAE, SDXL-VAE or TAEF2.", metavar="DIR"
+        "--tokenizer",
+        help="A tokenizer; for eval and reconstruct also an SD-VAE, SDXL-VAE or TAEF2.",
+        metavar="DIR",
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Batch size of a rank.", metavar="IMAGES", min=1)]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Images per batch, on each rank.", metavar="IMAGES", min=1)
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N images.", metavar="N", min=1)]
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)
@@ -66,7 +72,7 @@ NumWorkers = Annotated[
     int,
     typer.Option(
         "--num-workers",
-        help="Processes that decode images, per rank; 0: this one; -1: one per core.",
+        help="Processes per rank that decode images; 0: none; -1: one per core.",
         metavar="N",
         min=-1,
     ),
@@ -75,12 +81,13 @@ PrecisionName = Literal["fp32", "bf16"]
 Precision = Annotated[
     PrecisionName, typer.Option("--precision", help="Of convolutions and matrix products in the network.")
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", metavar="N", min=1)]
+Steps = Annotated[int | None, typer.Option("--steps", help="Number of optimizer steps.", metavar="N", min=1)]
 GlobalBatchSize = Annotated[
-    int | None, typer.Option("--global-batch-size", help="Images a step, over all ranks.", metavar="N", min=1)
+    int | None, typer.Option("--global-batch-size", help="Images per step, over all ranks.", metavar="N", min=1)
 ]
 TrainPrecision = Annotated[
-    PrecisionName | None, typer.Option("--precision", help="Of convolutions and matrix products.")
+    PrecisionName | None,
+    typer.Option("--precision", help="Precision of convolutions and matrix products; default: the preset's."),
 ]
 
 
@@ -106,7 +113,7 @@ Log = Annotated[
 ]
 ExamplesTokenizer = Annotated[
     Path,
-    typer.Option("--tokenizer", help="The tokenizer that made the tokens, or encodes the images.", metavar="DIR"),
+    typer.Option("--tokenizer", help="The tokenizer that made the tokens, or that encodes the images.", metavar="DIR"),
 ]
 HeldOutExamples = Annotated[
     Path | None, typer.Option("--validation", help="Tokens or latents of held-out images; see above.", metavar="DIR")
@@ -124,7 +131,10 @@ ExtractorWeights = Annotated[
     Path | None, typer.Option("--extractor-weights", help="Its weights; else from the cache.", metavar="FILE")
 ]
 MaxSkipped = Annotated[
-    float, typer.Option("--max-skipped", help="Share of unreadable images to accept.", metavar="0..1", min=0, max=1)
+    float,
+    typer.Option(
+        "--max-skipped", help="Largest share of unreadable images; more are an error.", metavar="0..1", min=0, max=1
+    ),
 ]
 
 

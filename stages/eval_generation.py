@@ -17,11 +17,16 @@ from vqpipe.metrics.feature_networks import find_networks
 
 
 def eval_generation(
-    images: Annotated[list[str], typer.Option("--images", help="The samples: as in vqpipe eval.", metavar="WHERE")],
+    images: Annotated[
+        list[str],
+        typer.Option(
+            "--images", help="Generated images, in any form that vqpipe eval takes; repeatable.", metavar="WHERE"
+        ),
+    ],
     reference: Annotated[
         list[str],
         typer.Option(
-            "--reference", help="Photographs, as --images; their statistics; or ADM's .npz.", metavar="WHERE|DIR|FILE"
+            "--reference", help="Real images, their statistics, or ADM's .npz; repeatable.", metavar="WHERE|DIR|FILE"
         ),
     ],
     out: Out,

@@ -27,27 +27,36 @@ def evaluate(
     out: Out,
     protocol: Annotated[
         list[str] | None,
-        typer.Option("--protocol", help="See above; repeatable, the first gives the headline.", metavar="NAME"),
+        typer.Option("--protocol", help="See above; repeatable; the first one's numbers come first.", metavar="NAME"),
     ] = None,
     image_size: Annotated[
         str | None,
-        typer.Option("--image-size", help="Side of the centre crop, WIDTHxHEIGHT, or native.", metavar="PIXELS"),
+        typer.Option(
+            "--image-size", help="Side of the centre crop, WIDTHxHEIGHT, or native (whole images).", metavar="PIXELS"
+        ),
     ] = None,
     tile: Annotated[
-        int | None, typer.Option("--tile", help="Reconstruct larger images in tiles.", metavar="PIXELS", min=1)
+        int | None,
+        typer.Option("--tile", help="Reconstruct larger images in tiles of this side.", metavar="PIXELS", min=1),
     ] = None,
     weights: console.Weights = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            "--metrics", help="Further metrics of Inception; repeatable, or with commas.", metavar="kid,prc,sfid,is"
+            "--metrics",
+            help="More metrics on Inception features; repeatable, or separated by commas.",
+            metavar="kid,prc,sfid,is",
         ),
     ] = None,
     extractor: console.Extractor = None,
     extractor_weights: console.ExtractorWeights = None,
     analyze: Annotated[
         list[str] | None,
-        typer.Option("--analyze", help="Further analyses; repeatable.", metavar="replacement|embedding|patches"),
+        typer.Option(
+            "--analyze",
+            help="Add an analysis of the codes to the report; repeatable.",
+            metavar="replacement|embedding|patches",
+        ),
     ] = None,
     fid_min_images: Annotated[
         int | None,
@@ -63,15 +72,19 @@ def evaluate(
 ) -> None:
     """Measure a tokenizer's reconstructions.
 
-    Distortion, utilization of the codebook, and, with weights, rFID and LPIPS; with groups or depths, also of
-    reconstructions from the first k of them. SD-VAE and SDXL-VAE are measured in the same way: put config.json and
-    diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae into a folder, and pass
-    that folder with --tokenizer.
+    The metrics are PSNR, SSIM, utilization and perplexity of the codebook, and,
+    with --weights, rFID and LPIPS. Tokenizers with groups or depths are also
+    measured on reconstructions from the first k of them.
+
+    SD-VAE and SDXL-VAE are measured in the same way: put config.json and
+    diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or
+    stabilityai/sdxl-vae into a folder, and pass it as --tokenizer.
 
     Protocols:
-    adm (ADM's crop on both sides, rounded, TF1 resize; the usual rFID),
-    cleanfid-matched (MGVQ: bicubic crop, truncated, clean-fid against the same crops),
-    cleanfid-rawval (VQGAN-LC: bilinear crop, truncated, clean-fid against the raw uncropped images).
+    adm (the usual rFID: ADM's crop on both sides, rounded, TF1 resize),
+    cleanfid-matched (MGVQ: bicubic crop, truncated; clean-fid, same crops),
+    cleanfid-rawval (VQGAN-LC: bilinear crop, truncated; clean-fid, against
+    whole images).
 
     Files in --weights DIR, each optional:
     weights-inception-2015-12-05-6726825d.pth (rFID, and --metrics),

@@ -18,10 +18,15 @@ def extract_features(
     out: Out,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", help="The patch encoder.", metavar="patch-pca|open_clip:NAME/TAG|timm:NAME"),
+        typer.Option(
+            "--encoder",
+            help="Network that encodes the patches; default: the preset's, else patch-pca.",
+            metavar="patch-pca|open_clip:NAME/TAG|timm:NAME",
+        ),
     ] = None,
     pool: Annotated[
-        int | None, typer.Option("--pool", help="Side of the grid of features per image.", metavar="N", min=1)
+        int | None,
+        typer.Option("--pool", help="Average the features to a grid of N x N per image.", metavar="N", min=1),
     ] = None,
     batch_size: BatchSize = None,
     limit: Limit = None,

@@ -33,9 +33,9 @@ def tokenize(
 
     The tokens are Parquet files with one row per image.
     """
-    with console.session(device, seed) as chosen, console.ProgressBar() as progress:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         image_set = open_images(images)
-        opened = Tokenizer.from_pretrained(tokenizer, chosen)
+        opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         size = image_size or opened.image_size
         if size is None:
             raise DataError("this tokenizer's config does not name the image size of its training", "Give --image-size")

@@ -25,23 +25,31 @@ def train(
     images: Images,
     out: Out,
     codebook: Annotated[
-        Path | None, typer.Option("--codebook", help="A codebook artifact, or a .npy of [K, dim].", metavar="DIR|FILE")
+        Path | None,
+        typer.Option(
+            "--codebook",
+            help="A codebook artifact, or a .npy file of shape [K, dim]; for quantizers that need one.",
+            metavar="DIR|FILE",
+        ),
     ] = None,
-    preset: Preset = None,
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Fine-tune this tokenizer; see above.", metavar="TOKENIZER")
+        Path | None,
+        typer.Option(
+            "--from", help="Start from the weights of this tokenizer (fine-tuning); see above.", metavar="TOKENIZER"
+        ),
     ] = None,
     validation: Annotated[
         list[str] | None,
         typer.Option("--validation", help="Held-out images, as in --images; repeatable; see above.", metavar="WHERE"),
     ] = None,
     publish: Annotated[
-        Publish, typer.Option("--publish", help="Which weights: of the last step, or of the best validation.")
+        Publish, typer.Option("--publish", help="Publish the weights of the last step, or of the best validation.")
     ] = "last",
     log: console.Log = None,
+    preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,

@@ -19,12 +19,12 @@ def train_classifier(
     tokens: Annotated[Path, typer.Option("--tokens", help="A tokens artifact, with labels.", metavar="DIR")],
     tokenizer: console.ExamplesTokenizer,
     out: Out,
-    preset: Preset = None,
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
     validation: console.HeldOutExamples = None,
     log: console.Log = None,
+    preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -35,11 +35,11 @@ def train_classifier(
 
     Top-1 and top-5 are measured on tokens that are not trained on: all of
     those named with --validation, else examples.held_out of --tokens. They
-    are in metrics.json, with the name of the recipe, which is ours: the paper
-    gives none. vit-b starts from MAE's weights if they are given:
+    are in metrics.json, with the name of the training recipe, which is ours:
+    the paper gives none. vit-b starts from MAE's weights if they are given:
     --set classifier.weights=mae_pretrain_vit_base.pth
 
-    Run the same command again to resume it. To watch a run, open
+    Run the same command again to resume. To watch a run, open
     OUT.partial/report.html.
     """
     with console.session(device, seed) as torch_device:

@@ -32,13 +32,20 @@ def train_generator(
     ] = None,
     images: Annotated[
         list[str] | None,
-        typer.Option("--images", help="Images, for ldm, dit and sit: as in vqpipe train.", metavar="WHERE"),
+        typer.Option(
+            "--images",
+            help="Images, for ldm, dit and sit, in any form that vqpipe train takes; repeatable.",
+            metavar="WHERE",
+        ),
     ] = None,
     latents: Annotated[
         Path | None,
-        typer.Option("--latents", help="Their latents: read, or written; default OUT.latents.", metavar="DIR"),
+        typer.Option(
+            "--latents",
+            help="Latents of --images: read if they exist, else written; default: OUT.latents.",
+            metavar="DIR",
+        ),
     ] = None,
-    preset: Preset = None,
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
@@ -46,6 +53,7 @@ def train_generator(
     image_size: ImageSize = None,
     num_workers: NumWorkers = -1,
     log: console.Log = None,
+    preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
