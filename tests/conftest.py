@@ -1,16 +1,22 @@
 """What every test may use, and which warnings are errors."""
 
+import contextlib
+import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if TYPE_CHECKING:
     from vqpipe.quantizers import QuantizerConfig
@@ -91,3 +97,51 @@ def crash() -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def draw_folder() -> Callable[..., Path]:
+    """`draw_folder(folder, count, side=20)`: a new folder of smooth drawn pictures, 00.png, 01.png, ..."""
+
+    def draw_folder(folder: Path, count: int, side: int = 20) -> Path:
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+        return folder
+
+    return draw_folder
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def vqpipe() -> Callable[..., Done]:
+    """`vqpipe(folder, *words)` runs the console script in this process, so that torch is imported once."""
+    from stages import cli, signals
+
+    def run(folder: Path, *words: str) -> Done:
+        out, err = io.StringIO(), io.StringIO()
+        code = 0
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["vqpipe", *words])
+            before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return run

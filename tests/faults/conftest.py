@@ -82,17 +82,17 @@ def in_child(fork: Callable[[Callable[[], None]], int]) -> Callable[[Callable[[]
 
 
 @pytest.fixture(scope="session")
-def gone() -> Callable[[Callable[[int, int], bool]], None]:
-    """gone(test) waits up to ten seconds until test(process, group) is false for all running processes (zombies
-    excluded)."""
+def remaining() -> Callable[[Callable[[int, int], bool]], list[int]]:
+    """remaining(test) waits up to ten seconds until test(process, group) is false for all running processes (zombies
+    excluded), and returns the processes for which it is still true."""
 
-    def gone(test: Callable[[int, int], bool]) -> None:
+    def remaining(test: Callable[[int, int], bool]) -> list[int]:
         deadline = time.monotonic() + 10
-        while left := [number for number, group in running() if test(number, group)]:
-            assert time.monotonic() < deadline, f"processes {left} are still running"
+        while (left := [number for number, group in running() if test(number, group)]) and time.monotonic() < deadline:
             time.sleep(0.02)
+        return left
 
-    return gone
+    return remaining
 
 
 def running() -> Iterator[tuple[int, int]]:

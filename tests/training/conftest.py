@@ -1,14 +1,11 @@
-"""Networks, states and pictures small enough for a step in milliseconds."""
+"""Networks and states small enough for a step in milliseconds."""
 
 from collections.abc import Callable, Iterable
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vqpipe.losses import Objective, ObjectiveConfig
@@ -61,21 +58,6 @@ def make_state() -> Callable[..., TrainState]:
         return initial_state(TokenizerTask(model, discriminator, objective), config, torch.device("cpu"))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def draw() -> Callable[..., Path]:
-    """`draw(folder, count)`: a folder of smooth drawn pictures of 20 x 20 pixels."""
-
-    def pictures(folder: Path, count: int) -> Path:
-        folder.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(count):
-            small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-            Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
-        return folder
-
-    return pictures
 
 
 @pytest.fixture

@@ -199,9 +199,9 @@ def _small_tensors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, draw_folder: Callable[..., Path]) -> Path:
     """Drawn pictures; the batch size does not divide their number."""
-    return draw(tmp_path_factory.mktemp("resume") / "pictures", PICTURES)
+    return draw_folder(tmp_path_factory.mktemp("resume") / "pictures", PICTURES)
 
 
 @pytest.mark.parametrize("kind", [*sorted(MODELS), "dcae"])
