@@ -1,4 +1,4 @@
-"""What the commands share: option types, the progress bar, the last line, and the session they run in.
+"""What the commands share: option types, the session they run in, their output, the progress bar.
 
 Results go to stdout, everything else to stderr; ranks above 0 print nothing.
 """
@@ -27,7 +27,7 @@ from vqpipe.artifacts import Artifact
 from vqpipe.reports import page
 
 PLAIN_SECONDS = 10.0
-"""Off a terminal, progress is a plain line at most this often."""
+"""Shortest time between two lines of progress where stderr is not a terminal."""
 
 Out = Annotated[
     Path,
@@ -140,16 +140,16 @@ MaxSkipped = Annotated[
 
 @contextmanager
 def session(device: DeviceName, seed: int) -> Iterator[torch.device]:
-    """The session of a command: this rank's device, seeds, signal handlers, and torchrun's process group."""
+    """Set up a command: signal handlers, seed, process group under torchrun. Yields this rank's device."""
     signals.handle_signals()
-    chosen = distributed.pick_device(device)
+    torch_device = distributed.pick_device(device)
     torch.manual_seed(seed)
-    with distributed.connect(chosen):
-        yield chosen
+    with distributed.connect(torch_device):
+        yield torch_device
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, from rank 0. A closed stderr stops no work."""
+    """Print a line on stderr, from rank 0. A closed stderr is not an error."""
     if prints():
         with suppress(OSError):
             stderr().print(text, highlight=False, markup=False, soft_wrap=True)
@@ -247,7 +247,7 @@ class ProgressBar:
         say(text)
 
     def end_phase(self) -> None:
-        """Off a terminal, print how long the phase took."""
+        """Where stderr is not a terminal, print how long the phase took."""
         if self.title and self.visible and self.live is None and self.done > self.earlier:
             seconds = clock(time.monotonic() - self.began)
             note = f"  {self.text}" if self.text else ""
@@ -255,7 +255,7 @@ class ProgressBar:
         self.title = ""
 
     def count(self) -> str:
-        """How many are done, and of how many."""
+        """`done/total`, or `done` where the total is unknown."""
         return f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")
 
     def line(self) -> str:
