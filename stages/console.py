@@ -53,12 +53,11 @@ Images = Annotated[
         metavar="WHERE",
     ),
 ]
-TokenizerPath = Annotated[
+TokenizerPath = Annotated[Path, typer.Option("--tokenizer", help="A tokenizer artifact.", metavar="DIR")]
+AutoencoderPath = Annotated[
     Path,
     typer.Option(
-        "--tokenizer",
-        help="A tokenizer; for eval and reconstruct also an SD-VAE, SDXL-VAE or TAEF2.",
-        metavar="DIR",
+        "--tokenizer", help="A tokenizer artifact, or a folder with SD-VAE, SDXL-VAE or TAEF2.", metavar="DIR"
     ),
 ]
 BatchSize = Annotated[
@@ -72,7 +71,7 @@ NumWorkers = Annotated[
     int,
     typer.Option(
         "--num-workers",
-        help="Processes per rank that decode images; 0: none; -1: one per core.",
+        help="Processes per rank that decode images; 0: the rank itself; -1: one per core.",
         metavar="N",
         min=-1,
     ),

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from stages import console, recipe
-from stages.console import BatchSize, Device, Images, Limit, Out, Preset, Seed, Set, TokenizerPath
+from stages.console import AutoencoderPath, BatchSize, Device, Images, Limit, Out, Preset, Seed, Set
 from vqpipe import analysis, artifacts
 from vqpipe.config import to_request
 from vqpipe.continuous import open_autoencoder
@@ -23,7 +23,7 @@ from vqpipe.reports.evaluation import MEASURES, value_of, written
 
 def evaluate(
     images: Images,
-    tokenizer: TokenizerPath,
+    tokenizer: AutoencoderPath,
     out: Out,
     protocol: Annotated[
         list[str] | None,

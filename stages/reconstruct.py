@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import Device, Out, Seed, TokenizerPath
+from stages.console import AutoencoderPath, Device, Out, Seed
 from vqpipe import artifacts
 from vqpipe.continuous import open_autoencoder
 from vqpipe.evaluation.image_files import png_names, reconstruct_files
@@ -32,7 +32,7 @@ Overlap = Annotated[
 
 def reconstruct(
     files: Annotated[list[Path], typer.Argument(help="Image files of any size.", metavar="FILE")],
-    tokenizer: TokenizerPath,
+    tokenizer: AutoencoderPath,
     out: Out,
     groups: Groups = None,
     tile: Tile = 512,
