@@ -14,6 +14,7 @@ from PIL import Image
 from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
+from vqpipe.reports import plots
 from vqpipe.tokenizer import Tokenizer, write_tokenizer
 
 TINY: dict[str, Any] = {
@@ -46,6 +47,16 @@ def publish_tokenizer(
             with draft.write("metrics.jsonl") as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
         return draft.publish({"quantizer": "vq"}).path
+
+
+@pytest.fixture(autouse=True)
+def fast_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are set up but not rendered as SVG, which takes half the time of a short run.
+
+    tests/reports renders them, and so do the fixture `folder` of test_pipeline.py and all tests of
+    test_evaluate_resume.py.
+    """
+    monkeypatch.setattr(plots, "to_svg", lambda figure, salt: "<svg></svg>")
 
 
 @pytest.fixture

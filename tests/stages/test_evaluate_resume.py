@@ -35,6 +35,11 @@ OPTIONS: dict[str, Any] = {
 PLAIN: dict[str, Any] = {"protocol": ["adm"], "metrics": ["prc"], "analyze": []}
 
 
+@pytest.fixture(autouse=True)
+def fast_plots() -> None:
+    """Plots are rendered: pages are compared byte by byte."""
+
+
 class Cut(BaseException):
     """In the place of a kill, for tests in one process."""
 
