@@ -31,8 +31,7 @@ from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.data import batches
 from vqpipe.data.batches import Shuffle, through_workers
 from vqpipe.errors import ArtifactError, ConfigError, DataError
-from vqpipe.models import VqganConfig, build_autoencoder
-from vqpipe.quantizers import VqConfig
+from vqpipe.quantizers import QuantizerConfig, VqConfig
 from vqpipe.tokenizer import Tokenizer, write_tokenizer
 from vqpipe.training import loop
 from vqpipe.training.config import TrainConfig
@@ -72,29 +71,22 @@ def folder(tmp_path: Path, pictures: Path) -> Path:
 # Tokens.
 
 
-def write_small_tokenizer(out: Path) -> None:
-    model = VqganConfig(
-        base_channels=8,
-        channel_multipliers=(1, 1),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=4,
-        quantizer=VqConfig(codebook_size=16, code_dim=4),
-    )
-    draft = start(out, "tokenizer", {}, {})
-    assert isinstance(draft, Draft)
-    with draft:
-        write_tokenizer(draft, Tokenizer(build_autoencoder(model), image_size=8))
-        draft.publish({})
-
-
 @pytest.mark.parametrize("operation", ["torn *tokens-00001.parquet", "rename *tokens-00001.parquet.json"])
 def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
-    operation: str, folder: Path, crash: ModuleType, in_child: InChild, monkeypatch: pytest.MonkeyPatch
+    operation: str,
+    folder: Path,
+    small_tokenizer: Callable[[QuantizerConfig], Tokenizer],
+    crash: ModuleType,
+    in_child: InChild,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("vqpipe.data.tokens.IMAGES_PER_SHARD", 7)
-    write_small_tokenizer(folder / "tokenizer")
+    begun = start(folder / "tokenizer", "tokenizer", {}, {})
+    assert isinstance(begun, Draft)
+    with begun:
+        write_tokenizer(begun, small_tokenizer(VqConfig(codebook_size=16, code_dim=4)))
+        begun.publish({})
 
     def run(out: str) -> None:
         tokenize_images.tokenize(["pictures"], Path("tokenizer"), Path(out), num_workers=0, device="cpu")
