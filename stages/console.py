@@ -126,7 +126,7 @@ def session(device: DeviceName, seed: int) -> Iterator[torch.device]:
     signals.handle_signals()
     chosen = distributed.pick_device(device)
     torch.manual_seed(seed)
-    with distributed.connect(chosen):
+    with distributed.process_group(chosen):
         yield chosen
 
 

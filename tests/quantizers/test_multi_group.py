@@ -122,6 +122,7 @@ def test_every_kind_with_one_id_per_position_can_be_masked(
     assert latent.grad is not None
     assert latent.grad.view(B, 3, -1).any(2).sum(1).tolist() == [2, 1, 1, 2, 1, 1]
     torch.testing.assert_close(quantizer.lookup(quantized.ids, quantizer.layout(H, W)), quantized.codes)
+    assert quantizer.all_codes().shape == (3, quantizer.codebook_size, 4)
     quantizer.update(latent.detach(), quantized.ids)
 
 

@@ -1,5 +1,8 @@
 """Patch encoders: the interface, average pooling, and patch-pca, which needs no pretrained weights.
 
+To add an encoder, subclass `PatchEncoder` (`pretrained.Normalized` for a network with weights) and add its kind to
+`features.ENCODERS`.
+
 B images, S their side, g the side of the grid of patches, D the dimension of a feature, p the side of a patch.
 """
 

@@ -1,8 +1,9 @@
 """k-means over stored features: Lloyd's algorithm on every vector, streamed block by block, or mini-batches.
 
 Each iteration passes over all N vectors (none are subsampled), finds nearest centres exactly, and sums in 64-bit fixed
-point: the centres are the same for any number of ranks. VQGAN-LC clusters 1,300 images x 16 vectors of each class into
-100 centres (`per_class`); its paper reads as one global clustering, which is the default here.
+point: the centres are the same bytes for any number of ranks, except those of mini-batches (see `lloyd`). VQGAN-LC
+clusters 1,300 images x 16 vectors of each class into 100 centres (`per_class`); its paper reads as one global
+clustering, which is the default here.
 
 Memory holds the centres and their sums (about 24 bytes per number), a few blocks of 65,536 vectors, the sample for the
 initial centres (1 GB at most) and 36 bytes per vector, whatever the size of the features on disk.
@@ -56,7 +57,7 @@ class KmeansConfig:
     select: Select = "kmeans"
     """"random": the codes are k distinct vectors drawn at random, without clustering (the paper's ablation)."""
     tolerance: float = 1e-4
-    """Stop when an iteration lowers the inertia by at most this share of it; 0: when it no longer falls."""
+    """Stop when an iteration lowers the inertia by at most this share of its value before; 0: when it no longer falls."""
     batch: int = 0
     """Vectors per step of mini-batch k-means; 0: Lloyd's algorithm on all vectors."""
     gpu_share: float = resumable(default=0.5)
@@ -99,8 +100,8 @@ def kmeans(
 
     Args:
         checkpoints: folder for the state after the initial centres and after each iteration (per class: the result of
-            each class). A call with the same arguments resumes from it, on any number of ranks, and ends in the same
-            bytes. None: nothing is saved.
+            each class). A call with the same arguments resumes from it and ends in the same bytes, on any number of ranks
+            (mini-batches: see `lloyd`). None: nothing is saved.
 
     Raises:
         DataError: fewer vectors or fewer distinct vectors than centres; labels missing for `per_class`.

@@ -1,7 +1,9 @@
 """k-means iterations: Lloyd's algorithm (Lloyd 1982) and mini-batches (Sculley 2010, "Web-scale k-means clustering").
 
 Sums of vectors are 64-bit integers in units of 1 / scale, which do not depend on the order of addition: the centres are
-the same for any number of ranks, blocks and threads, and for features kept on a GPU or streamed to it.
+the same for any number of ranks, blocks and threads, and for features kept on a GPU or streamed to it. One exception:
+each rank searches its share of a mini-batch in one call, and on a CPU with D > 32 the rounding of a distance depends on
+the other vectors of the call. If two centres are equally near in float32, another number of ranks may choose the other.
 
 No offset is subtracted from the features, although those of CLIP have a large common mean. The search subtracts the
 mean of the codes where it is far from zero (`vqpipe.search.nearest`), the distance to a centre is a sum of squared
@@ -131,7 +133,7 @@ class Points:
     def rows(self, starts: np.ndarray, length: int) -> Tensor:
         """Runs of `length` rows (fewer at the end of the features) from each of `starts`: float32[R, D].
 
-        Every run lies within one block, and that block belongs to this rank.
+        Each run must be part of one block of this rank.
         """
         parts = []
         size = self.features.block_stop(0)
@@ -229,7 +231,7 @@ def lloyd(
     after the last iteration.
 
     Args:
-        tolerance: stop when an iteration lowers the inertia by less than this share of it.
+        tolerance: stop when an iteration lowers the inertia by at most this share of its value before.
         saved: the state of `states` to resume from, whose centres `centres` are.
         states: where each iteration is saved, as series "iterations".
 
@@ -287,7 +289,7 @@ def mini_batch(
     pass is `lloyd` without iterations, so every cluster has a vector.
 
     Args:
-        tolerance: stop when an epoch lowers the inertia, measured while the centres move, by less than this share.
+        tolerance: as in `lloyd`, for an epoch, whose inertia is measured while the centres move.
         batch: vectors per step, over all ranks.
         key: seed of the random orders, together with the epoch.
         saved: the state of `states` to resume from, whose centres `centres` are.
@@ -374,7 +376,7 @@ def step(
 
 
 def has_converged(history: tuple[float, ...], tolerance: float) -> bool:
-    """Whether the last iteration lowered the inertia by no more than `tolerance` of it."""
+    """Whether the last iteration lowered the inertia by at most `tolerance` times its value before."""
     return len(history) > 1 and history[-2] - history[-1] <= tolerance * history[-2]
 
 
