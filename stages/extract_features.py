@@ -18,7 +18,9 @@ def extract_features(
     out: Out,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", help="The patch encoder.", metavar="|".join(kind.usage for kind in features.ENCODERS.values())),
+        typer.Option(
+            "--encoder", help="The patch encoder.", metavar="|".join(kind.usage for kind in features.ENCODERS.values())
+        ),
     ] = None,
     pool: Annotated[
         int | None, typer.Option("--pool", help="Side of the grid of features per image.", metavar="N", min=1)

@@ -30,7 +30,7 @@ def kmeans(
     mini_batch: Annotated[
         int | None, typer.Option("--mini-batch", help="Vectors per step; 0: full Lloyd.", metavar="VECTORS", min=0)
     ] = None,
-    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initial centres.")] = None,
+    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initial centers.")] = None,
     per_class: Annotated[
         bool | None, typer.Option("--per-class/--all-classes", help="Cluster each class separately.")
     ] = None,

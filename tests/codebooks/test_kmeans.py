@@ -24,12 +24,12 @@ from vqpipe.progress import Silent
 CPU = torch.device("cpu")
 
 
-def blobs(rows: int, dim: int, centres: int, seed: int = 0) -> np.ndarray:
-    """float32[rows, dim] around `centres` points, some with many more rows than others."""
+def blobs(rows: int, dim: int, centers: int, seed: int = 0) -> np.ndarray:
+    """float32[rows, dim] around `centers` points, some with many more rows than others."""
     random = np.random.default_rng(seed)
-    weights = random.pareto(1.5, centres) + 0.2
-    of = random.choice(centres, rows, p=weights / weights.sum())
-    return (random.standard_normal((centres, dim))[of] * 3 + random.standard_normal((rows, dim))).astype(np.float32)
+    weights = random.pareto(1.5, centers) + 0.2
+    of = random.choice(centers, rows, p=weights / weights.sum())
+    return (random.standard_normal((centers, dim))[of] * 3 + random.standard_normal((rows, dim))).astype(np.float32)
 
 
 def run(data: np.ndarray, labels: np.ndarray | None = None, seed: int = 0, **settings) -> Clustering:
@@ -216,7 +216,7 @@ def test_facts_report_cluster_sizes() -> None:
 
 
 def test_k_beyond_the_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 million centres of 768 numbers, 24 bytes for each, are 184 GB; 200 million vectors, 36 bytes each, are 7."""
+    """10 million centers of 768 numbers, 24 bytes for each, are 184 GB; 200 million vectors, 36 bytes each, are 7."""
     features = FeatureSet([np.broadcast_to(np.float16(0), (200_000_000, 768))], ["x"])
     monkeypatch.setattr(module, "available_bytes", lambda: 64_000_000_000)
     with pytest.raises(

@@ -47,9 +47,9 @@ def bicubic(size: int, to: int) -> Tensor:
 
     matrix = torch.zeros(to, size)
     for i in range(to):
-        centre = (i + 0.5) * size / to - 0.5
-        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
-            matrix[i, min(max(j, 0), size - 1)] += kernel(centre - j)
+        center = (i + 0.5) * size / to - 0.5
+        for j in range(math.floor(center) - 1, math.floor(center) + 3):
+            matrix[i, min(max(j, 0), size - 1)] += kernel(center - j)
     return matrix
 
 

@@ -9,7 +9,7 @@ workers, and a resumed run continues with the first missing shard:
 
 `FeatureSet` reads such an artifact, or any `.npy` files of shape [n, D], memory-mapped.
 
-B images, S their side, N vectors of dimension D.
+Shapes: B images, S their side, N vectors of dimension D.
 """
 
 import hashlib

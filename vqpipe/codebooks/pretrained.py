@@ -39,7 +39,7 @@ SECONDS = 3.0
 
 
 class Normalized(PatchEncoder):
-    """An encoder with its own preprocessing: a resize and centre crop by PIL, then mean and standard deviation."""
+    """An encoder with its own preprocessing: a resize and center crop by PIL, then mean and standard deviation."""
 
     def __init__(self, image_size: int, preprocessing: dict[str, Any], default_pool: int = 4) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def load_into(spec: str, build: Callable[[], nn.Module], weights: Path | None) -
 
 
 def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """The network's own preprocessing to uint8[3, size, size]: PIL's antialiased resize, then a centre crop."""
+    """The network's own preprocessing to uint8[3, size, size]: PIL's antialiased resize, then a center crop."""
     interpolation = transforms.InterpolationMode(preprocessing.get("interpolation", "bicubic"))
     short_side = math.floor(size / (preprocessing.get("crop_pct") or 1.0))
     squash = "squash" in (preprocessing.get("resize_mode"), preprocessing.get("crop_mode"))

@@ -1,7 +1,7 @@
-"""Initial centres of k-means, chosen far apart.
+"""Initial centers of k-means, chosen far apart.
 
-k-means++ (Arthur & Vassilvitskii 2007) draws centres one by one, each with probability proportional to its squared
-distance to the centres so far: K passes over the data. k-means|| (Bahmani et al. 2012) draws many in each of a few
+k-means++ (Arthur & Vassilvitskii 2007) draws centers one by one, each with probability proportional to its squared
+distance to the centers so far: K passes over the data. k-means|| (Bahmani et al. 2012) draws many in each of a few
 rounds, more than K in total, then clusters these candidates, each weighted by the number of vectors nearest to it. Here
 2 K to 4 K candidates are drawn from a sample, then K of the candidates, keeping the best of several trials as in greedy
 k-means++. For K = 100,000 that takes as long as one Lloyd iteration on two million vectors.
@@ -31,7 +31,7 @@ CANDIDATES, CHOICE = (32, 1), (64, 4)
 
 
 def num_candidates(k: int) -> int:
-    """How many candidates are drawn for K centres: 4 K up to K = 4,096, then 2 K + 8,192."""
+    """How many candidates are drawn for K centers: 4 K up to K = 4,096, then 2 K + 8,192."""
     return 2 * k + min(2 * k, 8192)
 
 
@@ -62,7 +62,7 @@ def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: SharedSt
     choice = Draw(points, vectors, weights.clamp(min=1), (*key, 2), states, "choice")
     choice.run(k, *CHOICE)
     if len(choice.chosen) < k:
-        raise NumericError(f"only {len(choice.chosen)} of k = {k} initial centres differ in float32", "Use a smaller k")
+        raise NumericError(f"only {len(choice.chosen)} of k = {k} initial centers differ in float32", "Use a smaller k")
     return rows[candidates.chosen[choice.chosen].numpy()]
 
 
@@ -103,7 +103,7 @@ class Draw:
         """
         batch = max(1, count // rounds)
         left = -(-(count - len(self.chosen)) // batch)
-        title = f"initial centres: {self.series}"
+        title = f"initial centers: {self.series}"
         self.points.progress.start(title, left * trials * len(self.vectors), "vectors")
         if self.round == 0:
             self.draw(1, 1)

@@ -1,6 +1,6 @@
 """Equal rows of a matrix, found by hashing.
 
-R rows, D dimensions.
+Shapes: R rows, D dimensions.
 """
 
 from functools import cache

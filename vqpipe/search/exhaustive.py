@@ -1,6 +1,6 @@
 """Exact search over tiles of float32 distances: faiss on the CPU, PyTorch on other devices.
 
-N vectors, K codes, D dimensions.
+Shapes: N vectors, K codes, D dimensions.
 """
 
 from collections.abc import Iterator

@@ -11,7 +11,7 @@ interface and an engine for each kind of device (`engine_name`):
 On the CPU, everything but the search uses NumPy: its single thread finishes before PyTorch's threads have started,
 which on a busy machine takes as long as the search.
 
-N vectors, K codes, D dimensions; G groups, each searched in its own codebook.
+Shapes: N vectors, K codes, D dimensions; G groups, each searched in its own codebook.
 """
 
 from importlib.util import find_spec
