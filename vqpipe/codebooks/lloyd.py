@@ -33,7 +33,7 @@ from vqpipe.progress import SILENT, Progress
 from vqpipe.search import nearest, row_hashes
 
 LARGEST_EXPONENT = 120
-"""Of the scale: 2**120 times the smallest unit is still a float32."""
+"""Maximum exponent of the scale, a power of two, so that it stays inside the range of float32."""
 MAX_RESEEDS = 100
 """Passes after the last iteration that may fill empty clusters; one or two are usual."""
 CHUNK_ELEMENTS = 2**15 - 1

@@ -18,14 +18,12 @@ from vqpipe.codebooks.lloyd import PART, UNSAVED, Points, SharedStates
 from vqpipe.errors import NumericError
 from vqpipe.search import first_copies, nearest
 
-SAMPLE = 8
-"""Distinct vectors in the sample, in units of K, but"""
-SAMPLE_ROWS, SAMPLE_BYTES = 65_536, 2**30
-"""at least so many vectors, and at most so many bytes of float32."""
+SAMPLE, SAMPLE_ROWS, SAMPLE_BYTES = 8, 65_536, 2**30
+"""Size of the sample: so many vectors in units of K, but at least SAMPLE_ROWS, and at most SAMPLE_BYTES of float32."""
 ROWS = 65_536
 """Rows of the sample that a rank takes at a time."""
 SAVE_SECONDS = 30.0
-"""Between saved rounds."""
+"""Seconds between saved rounds."""
 CANDIDATES, CHOICE = (32, 1), (64, 4)
 """(rounds, trials per round) to draw the candidates, and to choose among them."""
 
@@ -161,9 +159,9 @@ def without_copies(vectors: Tensor, indices: Tensor) -> Tensor:
 def weighted_draw(weights: Tensor, count: int, random: np.random.Generator) -> Tensor:
     """`count` different indices (fewer if fewer have weight), each draw proportional to `weights`, float64[R] >= 0.
 
-    Weighted sampling without replacement by exponential clocks, one per index with its weight as rate: the first to
-    ring are the sample (Efraimidis & Spirakis 2006).
+    Weighted sampling without replacement (Efraimidis & Spirakis 2006): each index gets an exponentially distributed
+    number with its weight as rate, and the indices of the smallest numbers are the sample.
     """
-    clocks = torch.from_numpy(random.exponential(size=len(weights))) / weights
-    times, indices = clocks.topk(min(count, len(clocks)), largest=False)
-    return indices[torch.isfinite(times)]
+    numbers = torch.from_numpy(random.exponential(size=len(weights))) / weights
+    smallest, indices = numbers.topk(min(count, len(numbers)), largest=False)
+    return indices[torch.isfinite(smallest)]
