@@ -55,9 +55,9 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "residual": ResidualConfig(codebook_size=40, code_dim=6),
     "residual-not-shared": ResidualConfig(codebook_size=40, code_dim=6, depth=2, shared=False),
 }
-WITHOUT_CODEBOOK: set[str] = {"fsq", "lfq", "lfq-groups"}
+WITHOUT_CODEBOOK = ("fsq", "lfq", "lfq-groups")
 """Examples without a stored codebook."""
-TRAINED_BY_THE_DECODER: set[str] = {"ibq", "ibq-normalize"}
+TRAINED_BY_THE_DECODER = ("ibq", "ibq-normalize")
 """Examples whose weights get the decoder's gradient by design."""
 
 

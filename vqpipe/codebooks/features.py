@@ -54,7 +54,7 @@ class FeaturesConfig:
     """Settings of the features that a codebook is made from; section [features]."""
 
     encoder: str = "patch-pca"
-    """`patch-pca` (no weights needed), `open_clip:NAME/TAG` or `timm:NAME`: a kind of ENCODERS."""
+    """`patch-pca` (no weights needed), `open_clip:NAME/TAG` or `timm:NAME`."""
     pool: int | None = None
     """Side of the grid of features per image after average pooling; none: 4 for open_clip and timm, the whole grid for
     patch-pca."""
@@ -88,7 +88,8 @@ class FeaturesConfig:
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"features.precision = {self.precision!r} is not a choice", "Use fp32 or bf16")
         kind, colon, name = self.encoder.partition(":")
-        if kind not in ENCODERS or bool(name) != (":" in ENCODERS[kind].usage) or (colon and not name):
+        takes_name = kind in ENCODERS and ENCODERS[kind].find_weights is not None
+        if kind not in ENCODERS or (bool(colon), bool(name)) != (takes_name, takes_name):
             *others, last = (each.usage for each in ENCODERS.values())
             raise ConfigError(f"features.encoder = {self.encoder!r} is unknown", f"Use {', '.join(others)} or {last}")
 
@@ -105,7 +106,7 @@ class EncoderKind:
     """How to build the encoders of one kind."""
 
     usage: str
-    """The form of `FeaturesConfig.encoder`: `KIND`, or `KIND:NAME` for a kind with pretrained weights."""
+    """The form of the setting `encoder`: `KIND`, or `KIND:NAME` for a kind with weights."""
     build: Callable[[FeaturesConfig, str, Path | None], PatchEncoder]
     """Build the encoder from (config, NAME, weights file)."""
     find_weights: Callable[[str], Path] | None = None
@@ -128,7 +129,7 @@ ENCODERS: dict[str, EncoderKind] = {
         lambda name: pretrained_encoders().timm_weights(name),
     ),
 }
-"""The kinds of encoders."""
+"""The kinds of encoders, by the KIND of the setting."""
 
 
 def encoder_kind(config: FeaturesConfig) -> tuple[EncoderKind, str]:

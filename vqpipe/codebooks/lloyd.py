@@ -286,11 +286,9 @@ def mini_batch(
     pass is `lloyd` without iterations, so every cluster has a vector.
 
     Args:
-        tolerance: as in `lloyd`, for an epoch, whose inertia is measured while the centers move.
+        tolerance, saved, states: as in `lloyd`, for epochs, whose inertia is measured while the centers move.
         batch: vectors per step, over all ranks.
         key: seed of the random orders, together with the epoch.
-        saved: the state of `states` to resume from, whose centers `centers` are.
-        states: where each epoch is saved, as series "iterations".
     """
     features = points.features
     k = len(centers)
