@@ -150,7 +150,7 @@ MODES = ({}, {"per_class": True}, {"batch": 400, "iterations": 3}, {"init": "ran
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(
     ("dim", "settings"),
-    # not mini-batches with D > 32: the rounding of their distances depends on the share of a rank (see `lloyd`)
+    # not mini-batches with D > 16: the rounding of their distances depends on the share of a rank (see `lloyd`)
     [*((5, mode) for mode in MODES), *((64, mode) for mode in MODES if "batch" not in mode)],
     ids=str,
 )

@@ -2,7 +2,7 @@
 
 Sums of vectors are 64-bit integers in units of 1 / scale, which do not depend on the order of addition: the centers are
 the same for any number of ranks, blocks and threads, and for features kept on a GPU or streamed to it. One exception:
-each rank searches its share of a mini-batch in one call, and on a CPU with D > 32 the rounding of a distance depends on
+each rank searches its share of a mini-batch in one call, and on a CPU with D > 16 the rounding of a distance depends on
 the other vectors of the call. If two centers are equally near in float32, another number of ranks may choose the other.
 
 No offset is subtracted from the features, although those of CLIP have a large common mean. The search subtracts the

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vqpipe.search.copies import first_copies, lowest_of_equals
 
-FUSED_DIMENSIONS = 32
-"""Up to here faiss uses fused kernels, without tiles of distances in memory, on processors with AVX-512."""
+FUSED_DIMENSIONS = 32 if "AVX512" in faiss.get_compile_options() else 16
+"""Up to here faiss uses fused kernels, without tiles of distances in memory: fewer with AVX2 than with AVX-512."""
 FAISS_VECTORS = 384
 """Longer vectors per matrix product; a multiple of the block size of its kernels."""
 FUSED_BYTES = 768 * 1024
