@@ -143,7 +143,7 @@ def session(device: DeviceName, seed: int) -> Iterator[torch.device]:
     signals.handle_signals()
     torch_device = distributed.pick_device(device)
     torch.manual_seed(seed)
-    with distributed.connect(torch_device):
+    with distributed.process_group(torch_device):
         yield torch_device
 
 

@@ -21,7 +21,7 @@ def extract_features(
         typer.Option(
             "--encoder",
             help="Network that encodes the patches; default: the preset's, else patch-pca.",
-            metavar="patch-pca|open_clip:NAME/TAG|timm:NAME",
+            metavar="|".join(kind.usage for kind in features.ENCODERS.values()),
         ),
     ] = None,
     pool: Annotated[

@@ -36,7 +36,7 @@ def kmeans(
             "--mini-batch", help="Vectors per step of mini-batch k-means; 0: all (Lloyd).", metavar="VECTORS", min=0
         ),
     ] = None,
-    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initialization of the centres.")] = None,
+    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initialization of the centers.")] = None,
     per_class: Annotated[
         bool | None, typer.Option("--per-class/--all-classes", help="Cluster each class separately.")
     ] = None,

@@ -141,7 +141,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def connect(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Join the process group that torchrun describes in the environment, if any."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield

@@ -316,7 +316,7 @@ def rank(number: int, ranks: int, port: int, folder: Path, action: Callable[[Dra
     """One of several processes that write an artifact together, as torchrun starts them; its stderr goes to a file."""
 
     def app() -> None:
-        with distributed.connect(CPU):
+        with distributed.process_group(CPU):
             draft = start(folder / "out", "codebook", {}, {})
             assert isinstance(draft, Draft)
             with draft:

@@ -240,7 +240,7 @@ def main(folder: str, steps: str, parallel: str, stop_at: str = "1000000") -> No
     """One rank of one run; rank 0 saves the final state."""
     torch.set_num_threads(1)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with distributed.connect(torch.device("cpu")):
+    with distributed.process_group(torch.device("cpu")):
         state, _ = run(
             Path(folder),
             steps=int(steps),

@@ -478,7 +478,7 @@ def main(pictures: str, folder: str, kind: str, steps: str, stop_at: str | None 
     """One rank of one run with a checkpoint every second step; rank 0 saves the final tensors."""
     torch.set_num_threads(1)
     disk.SHARED_BYTES = SHARED_BYTES
-    with distributed.connect(torch.device("cpu")):
+    with distributed.process_group(torch.device("cpu")):
         limit = None if stop_at is None else int(stop_at)
         finished = run(Path(pictures), Path(folder), kind, steps=int(steps), stop_at=limit, save_every=2)
         if distributed.is_main():

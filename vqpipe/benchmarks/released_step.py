@@ -5,7 +5,7 @@ vqgan-gpt-lc/models/models_vq.py and engine_training_vqgan.py. Float32, default 
 losses and gradients equal those of our step. Left out: LPIPS, which the released code computes a second time for the
 discriminator, and the loss scaler for float16.
 
-Letters: B images, N latent vectors, K codes, C channels of a code.
+Shapes: B images, N latent vectors, K codes, C channels of a code.
 """
 
 import copy

@@ -1,6 +1,9 @@
 """Patch encoders: the interface, average pooling, and patch-pca, which needs no pretrained weights.
 
-B images, S their side, g the side of the grid of patches, D the dimension of a feature, p the side of a patch.
+To add an encoder, subclass `PatchEncoder` (`pretrained.Normalized` for a network with weights) and add its kind to
+`features.ENCODERS`.
+
+Shapes: B images, S their side, g the side of the grid of patches, D the dimension of a feature, p the side of a patch.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +39,7 @@ class PatchEncoder(nn.Module, ABC):
         grid_size: g.
         dim: D.
         default_pool: side of the grid after average pooling, unless another is given.
-        transform: preprocessing of a decoded image to uint8[3, S, S]; None: ADM's centre crop.
+        transform: preprocessing of a decoded image to uint8[3, S, S]; None: ADM's center crop.
     """
 
     image_size: int

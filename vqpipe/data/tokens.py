@@ -83,7 +83,7 @@ def write_tokens(
     ) as job:
         for shard in job.encode(
             encode,
-            check=partial(check_ids, codebook_size=tokenizer.codebook_size),
+            check=partial(check_token_ids, codebook_size=tokenizer.codebook_size),
             device=tokenizer.device,
             row_shape=(1 + flip, layout.num_tokens),
             dtype=id_dtype(tokenizer.codebook_size),
@@ -108,7 +108,7 @@ def id_dtype(codebook_size: int) -> np.dtype:
     return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.uint32)
 
 
-def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
+def check_token_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
     """Raise a DataError for an id outside the codebook: narrowing would wrap it around."""
     low, high = ids.aminmax()
     if low < 0 or high >= codebook_size:

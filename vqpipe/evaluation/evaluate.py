@@ -9,7 +9,7 @@ continues:
 A state holds 32 MiB for a mean and a covariance of 2,048 features, 16 bytes for each code of a codebook, the pictures
 of the report, and the features of metrics that keep them.
 
-Letters: B images of H x W pixels.
+Shapes: B images of H x W pixels.
 """
 
 import json

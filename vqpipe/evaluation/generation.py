@@ -16,7 +16,7 @@ compare all samples with NUM_KEPT references, as the ADM suite, whose file holds
 Statistics of the references may come from ADM's own file (VIRTUAL_imagenet256_labeled.npz), whose means and covariances
 were computed by the TensorFlow graph itself.
 
-Letters: B images of S x S pixels, n images, D features.
+Shapes: B images of S x S pixels, n images, D features.
 """
 
 from collections import Counter

@@ -3,7 +3,7 @@
 The top-level numbers are those of the first protocol, in the conventions that `distortion` lists; `protocols` holds
 each protocol's own.
 
-Letters: B images of H x W pixels, N ids an image, G groups, K codes a group.
+Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group.
 """
 
 import hashlib

@@ -8,7 +8,7 @@ Inception Score of one set.
 KID, precision and recall, and the Inception Score need the features of all images at once: 8 KiB an image for 2,048
 features. They are kept in memory as float32, up to a limit; beyond it these metrics are not computed.
 
-Letters: B images of a batch, H x W pixels, n images, D features.
+Shapes: B images of a batch, H x W pixels, n images, D features.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,6 +1,6 @@
 """What an evaluation found: its measures as people read them, protocol by protocol, and a report read back.
 
-Letters: G groups, K codes a group.
+Shapes: G groups, K codes a group.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The page of a training run of a tokenizer, a generator or a classifier, during the run and after it.
 
-Letters: G groups, K codes a group.
+Shapes: G groups, K codes a group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,6 @@
 """The step of one network with a `loss`: generators and classifiers, on ids or latents with labels.
 
-Letters: B examples of this rank's share of a global batch.
+Shapes: B examples of this rank's share of a global batch.
 """
 
 from collections.abc import Iterable, Sequence

@@ -2,7 +2,7 @@
 
 Nothing in a step waits for the GPU, except with a quantizer whose `update` moves the codebook: whether the step was
 skipped is read first.
-Letters: B images of this rank's share of a global batch.
+Shapes: B images of this rank's share of a global batch.
 """
 
 from collections.abc import Collection, Iterator
