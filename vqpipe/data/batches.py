@@ -74,19 +74,28 @@ Loaded = tuple[Batch | None, dict[str, int]] | VqpipeError
 """The result of a worker: a batch and the skipped images, reason -> count; or an error to raise in the main process."""
 
 
-def check_skipped(skipped: dict[str, int], total: int, max_skipped: float) -> None:
+def check_skipped(
+    skipped: dict[str, int], total: int, max_skipped: float, option: str | None = "--max-skipped"
+) -> None:
     """Check the share of skipped images.
+
+    Args:
+        option: what sets `max_skipped` in the running command, for the message; None: nothing does.
 
     Raises:
         DataError: more than `max_skipped` of `total`, with the counts.
     """
     count = sum(skipped.values())
     if count > max_skipped * total:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
         raise DataError(
-            f"{count} of {total} images cannot be used ({reasons}), more than the {max_skipped:.2%} allowed",
-            "Repair or remove them, or raise data.max_skipped",
+            f"{count} of {total} images cannot be used ({counts_of(skipped)}), more than the {max_skipped:.2%} allowed",
+            f"Repair or remove them, or raise {option}, and choose another --out" if option else "Repair or remove them",
         )
+
+
+def counts_of(skipped: dict[str, int]) -> str:
+    """The counts of skipped images in a message: `2 empty, 1 truncated`."""
+    return ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
 
 
 class OrderedBatches:
@@ -218,7 +227,7 @@ class TrainingStream:
             counts.update(skipped)
             seen += len(batch.indices)
             if seen >= MIN_IMAGES_SEEN:
-                check_skipped(counts, seen, self.config.max_skipped)
+                check_skipped(counts, seen, self.config.max_skipped, "--set data.max_skipped")
             yield with_keys(batch, self.images)
 
 
@@ -288,8 +297,9 @@ class TrainingImages(Dataset[Loaded]):
                 return index, training_crop(image, self.config, rng)
             except BadImage as error:
                 skipped[error.reason] += 1
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
-        raise DataError(f"{TRIES} images drawn one after another cannot be used ({reasons})", "Check the image files")
+        raise DataError(
+            f"{TRIES} images drawn one after another cannot be used ({counts_of(skipped)})", "Check the image files"
+        )
 
 
 def assemble(images: ImageSet, indices: list[int], tensors: list[Tensor]) -> Batch:

@@ -247,8 +247,9 @@ class EncodingJob:
         if writing is not None:
             writing.result()
 
-    def finish(self, max_skipped: float) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count.
+    def finish(self, max_skipped: float, option: str | None = "--max-skipped") -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count. `option` is
+        as in `check_skipped`.
 
         Raises:
             DataError: more images than `max_skipped` are unreadable, or all are.
@@ -259,12 +260,41 @@ class EncodingJob:
         self.stopwatch.images = sum(count for _, count in everyone)
         records = [record for _, record in sorted(pair for part, _ in everyone for pair in part.items())]
         skipped: Counter[str] = sum((Counter(record["skipped"]) for record in records), Counter())
-        check_skipped(skipped, self.num_images, max_skipped)
+        check_skipped(skipped, self.num_images, max_skipped, option)
         if skipped.total() == self.num_images:
             raise DataError(f"none of the {self.num_images} images of {self.images.name} can be read", "Check them")
         if self.stopwatch.images:
             self.progress.message(self.stopwatch.report())
         return records, dict(sorted(skipped.items()))
+
+
+def write_encoded(
+    draft: Draft,
+    images: ImageSet,
+    filename: str,
+    encode: Callable[[Tensor], Tensor],
+    write: Callable[[Draft, EncodedShard], None],
+    *,
+    shard_size: int,
+    title: str,
+    max_skipped: float,
+    max_skipped_option: str | None = "--max-skipped",
+    progress: Progress = SILENT,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Run an `EncodingJob`: encode the images and write this rank's missing shards, each by `write(draft, shard)`.
+
+    `options` are those of `EncodingJob.encode`. Returns the result of `EncodingJob.finish`.
+    """
+    with EncodingJob(draft, images, filename, shard_size=shard_size, title=title, progress=progress) as job:
+        for shard in job.encode(encode, **options):
+            job.write(write, draft, shard)
+    return job.finish(max_skipped, max_skipped_option)
+
+
+def encode_views(images: Tensor, encode: Callable[[Tensor], Tensor], flip: bool) -> Tensor:
+    """Encode images and, with `flip`, their horizontal flips: uint8[B, 3, S, S] -> [B, views, ...]."""
+    return torch.stack([encode(view) for view in ([images, images.flip(-1)] if flip else [images])], dim=1)
 
 
 class AsyncRows:

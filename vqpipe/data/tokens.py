@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.data.encode import EncodedShard, EncodingJob, sample_columns
+from vqpipe.data.encode import EncodedShard, encode_views, sample_columns, write_encoded
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import encode_png
@@ -72,27 +72,24 @@ def write_tokens(
         DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
     """
     layout = tokenizer.layout(image_size, image_size)
-
-    def encode(batch: Tensor) -> Tensor:
-        """uint8[B, 3, S, S] -> int64[B, views, N]."""
-        views = [batch, batch.flip(-1)] if flip else [batch]
-        return torch.stack([tokenizer.encode(view, precision=precision) for view in views], dim=1)
-
-    with EncodingJob(
-        draft, images, SHARD_NAME, shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress
-    ) as job:
-        for shard in job.encode(
-            encode,
-            check=partial(check_ids, codebook_size=tokenizer.codebook_size),
-            device=tokenizer.device,
-            row_shape=(1 + flip, layout.num_tokens),
-            dtype=id_dtype(tokenizer.codebook_size),
-            image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        ):
-            job.write(write_token_shard, draft, shard)
-    records, skipped = job.finish(max_skipped)
+    records, skipped = write_encoded(
+        draft,
+        images,
+        SHARD_NAME,
+        partial(encode_views, encode=partial(tokenizer.encode, precision=precision), flip=flip),
+        write_token_shard,
+        shard_size=IMAGES_PER_SHARD,
+        title="tokenize",
+        max_skipped=max_skipped,
+        progress=progress,
+        check=partial(check_ids, codebook_size=tokenizer.codebook_size),
+        device=tokenizer.device,
+        row_shape=(1 + flip, layout.num_tokens),
+        dtype=id_dtype(tokenizer.codebook_size),
+        image_size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
     return {
         "num_images": sum(record["images"] for record in records),
         "num_tokens": layout.num_tokens,
@@ -177,7 +174,7 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
         labels = torch.from_numpy(table["label"].fill_null(-1).to_numpy().astype(np.int64))
         keys = table["key"].to_pylist()
     except (pa.ArrowException, ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"{path} is not a token shard ({type(error).__name__})", "Tokenize the images again") from None
+        raise not_tokens(path, error) from None
     if ids.numel() and int(ids.max()) >= codebook_size:
         raise DataError(f"{path} holds id {int(ids.max())}, the codebook has {codebook_size} codes")
     flipped = table["flipped"].to_pylist() if "flipped" in table.column_names else [False] * count
@@ -200,17 +197,18 @@ def decode_tokens(
     """
     size = int(tokens.facts["image_size"])
     total = tokens.facts["num_images"] * (1 + tokens.config["flip"])
-    left = total if limit is None else min(total, limit)
-    rows = 0
-    progress.start("detokenize", left)
+    left = num_rows = total if limit is None else min(total, limit)
+    shards = dict[str, tuple[str, int]]()  # tar of this rank -> its token shard, rows to decode
     for number, name in enumerate(tokens.names("tokens-*.parquet")):
-        part = read_tokens(tokens.verified_file(name), tokens.facts["codebook_size"])
-        take = min(len(part.keys), left)
+        take = min(count_rows(tokens.file(name)), left)
         left -= take
-        rows += take
-        target = f"shard-{number:06d}.tar"
-        if take == 0 or number % distributed.world_size() != distributed.rank() or draft.record(target):
-            continue
+        if take and number % distributed.world_size() == distributed.rank():
+            shards[f"shard-{number:06d}.tar"] = name, take
+    missing = {target: shard for target, shard in shards.items() if draft.record(target) is None}
+    mine, pending = (sum(take for _, take in part.values()) for part in (shards, missing))
+    progress.start("detokenize", mine, done=mine - pending)
+    for target, (name, take) in missing.items():
+        part = read_tokens(tokens.verified_file(name), tokens.facts["codebook_size"])
         keys = tar_keys(
             key + ("-flipped" if flipped else "") for key, flipped in zip(part.keys, part.flipped, strict=True)
         )
@@ -221,4 +219,16 @@ def decode_tokens(
                 for index, image in zip(range(start, stop), images, strict=True):
                     tar.write(keys[index], encode_png(image), "png", int(part.labels[index]))
                 progress.advance(stop - start)
-    return {"num_images": rows}
+    return {"num_images": num_rows - left}
+
+
+def count_rows(path: Path) -> int:
+    """The number of rows of a token file, from its footer."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise not_tokens(path, error) from None
+
+
+def not_tokens(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is not a token shard ({type(error).__name__})", "Tokenize the images again")
