@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from vqpipe.data.images import Folder, ImageSet
+from vqpipe.data.folders import Folder
+from vqpipe.data.images import ImageSet
 from vqpipe.data.manifests import (
     Archive,
     DatasetManifest,

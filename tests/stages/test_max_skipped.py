@@ -59,5 +59,8 @@ def test_the_option_that_the_message_names_accepts_the_skipped_images(
     named = re.search(r"or raise (--max-skipped|--set \S+), and choose another --out", refused.value.hint)
     assert named is not None
     setting = named[1].removeprefix("--set ")
-    run("lenient", **{"max_skipped": 0.5} if setting == "--max-skipped" else {"overrides": [*settings, f"{setting}=0.5"]})
+    run(
+        "lenient",
+        **{"max_skipped": 0.5} if setting == "--max-skipped" else {"overrides": [*settings, f"{setting}=0.5"]},
+    )
     assert open_artifact(tmp_path / "lenient").path == tmp_path / "lenient"

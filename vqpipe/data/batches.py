@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqpipe.data.images import ImageSet
-from vqpipe.data.transforms import MAX_PIXELS, BadImage, DataConfig, center_crop, decode, training_crop
+from vqpipe.data.transforms import BadImage, DataConfig, center_crop, decode, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
 __all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_skipped"]
@@ -89,7 +89,9 @@ def check_skipped(
     if count > max_skipped * total:
         raise DataError(
             f"{count} of {total} images cannot be used ({counts_of(skipped)}), more than the {max_skipped:.2%} allowed",
-            f"Repair or remove them, or raise {option}, and choose another --out" if option else "Repair or remove them",
+            f"Repair or remove them, or raise {option}, and choose another --out"
+            if option
+            else "Repair or remove them",
         )
 
 
@@ -118,16 +120,12 @@ class OrderedBatches:
         stop: int | None = None,
         spans: Sequence[range] | None = None,
         num_workers: int = 0,
-        flip: bool = False,
         transform: Callable[[Image.Image], Tensor] | None = None,
-        max_pixels: int = MAX_PIXELS,
-        worker_timeout: float = 300.0,
     ) -> None:
         self.images, self.batch_size = images, batch_size
         self.spans = [range(start, min(len(images), len(images) if stop is None else stop))] if spans is None else spans
-        self.worker_timeout = worker_timeout
         self.num_workers = worker_count(num_workers, len(self) // batch_size, 3 * image_size**2 * batch_size)
-        self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size), flip, max_pixels)
+        self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size))
         self.skipped: dict[str, int] = {}
         """reason -> count of the current iteration."""
 
@@ -144,7 +142,7 @@ class OrderedBatches:
         """Yield every batch with its positions, also where no image of them is usable."""
         counts = Counter[str]()
         self.skipped = counts
-        loaded = through_workers(self.dataset, self.work(), self.num_workers, self.worker_timeout)
+        loaded = through_workers(self.dataset, self.work(), self.num_workers)
         for positions, (batch, skipped) in zip(self.work(), loaded, strict=True):
             counts.update(skipped)
             yield Piece(positions, None if batch is None else with_keys(batch, self.images), skipped)
@@ -246,16 +244,14 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 class OrderedImages(Dataset[Loaded]):
     """Task of a loader process: positions -> a batch without the undecodable images."""
 
-    def __init__(
-        self, images: ImageSet, transform: Callable[[Image.Image], Tensor], flip: bool, max_pixels: int
-    ) -> None:
-        self.images, self.transform, self.flip, self.max_pixels = images, transform, flip, max_pixels
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.transform = images, transform
 
     def __getitem__(self, work: Sequence[int]) -> Loaded:
         kept, tensors, skipped = list[int](), list[Tensor](), Counter[str]()
         for i in work:
             try:
-                tensors.append(self.transform(decode(self.images.read(i), self.max_pixels)))
+                tensors.append(self.transform(decode(self.images.read(i))))
                 kept.append(i)
             except BadImage as error:
                 skipped[error.reason] += 1
@@ -263,9 +259,7 @@ class OrderedImages(Dataset[Loaded]):
                 return error
         if not kept:
             return None, dict(skipped)
-        batch = assemble(self.images, kept, tensors)
-        batch.images = batch.images.flip(-1) if self.flip else batch.images
-        return batch, dict(skipped)
+        return assemble(self.images, kept, tensors), dict(skipped)
 
 
 class TrainingImages(Dataset[Loaded]):
@@ -303,6 +297,7 @@ class TrainingImages(Dataset[Loaded]):
 
 
 def assemble(images: ImageSet, indices: list[int], tensors: list[Tensor]) -> Batch:
+    """A batch with labels and without keys."""
     labels = torch.from_numpy(images.labels[indices].astype(np.int64))
     return Batch(torch.stack(tensors), labels, [], indices)
 
@@ -340,7 +335,7 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
             sampler=work,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=identity,
+            collate_fn=identity,  # else torch converts arrays and numbers to tensors
             worker_init_fn=set_worker_signals,
             pin_memory=torch.cuda.is_available(),
             timeout=timeout if num_workers else 0,
@@ -376,6 +371,7 @@ def set_worker_signals(worker: int) -> None:
 
 
 def exit_after_grace(number: int, frame: object) -> None:
+    """Handle SIGTERM in a worker."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.alarm(GRACE_SECONDS)
 

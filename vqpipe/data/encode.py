@@ -247,7 +247,9 @@ class EncodingJob:
         if writing is not None:
             writing.result()
 
-    def finish(self, max_skipped: float, option: str | None = "--max-skipped") -> tuple[list[dict[str, Any]], dict[str, int]]:
+    def finish(
+        self, max_skipped: float, option: str | None = "--max-skipped"
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count. `option` is
         as in `check_skipped`.
 

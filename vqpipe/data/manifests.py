@@ -1,4 +1,5 @@
-"""The files of data_manifests/: a data set, its splits, how a copy lies on disk, and the counts of a complete copy."""
+"""The files of data_manifests/: a data set, its splits, the layout of a copy on disk, and the counts of a complete
+copy."""
 
 import hashlib
 import json
@@ -12,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqpipe.config import from_table, nearest_name, read_toml
-from vqpipe.data.images import Folder, ImageSet, open_folder, open_images, walk
+from vqpipe.data.folders import Folder, open_folder, walk
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import Framing, Rule, parse_size
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
@@ -43,7 +45,7 @@ class NameList:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split: the counts of a complete copy, and where it lies below the source folder.
+    """One split: the counts of a complete copy, and its place below the source folder.
 
     Without `tars`, `files`, `numbers` and `names` the subfolders are classes, and a folder with images of its own has
     none. With one of them a split has only the classes of its tars.
