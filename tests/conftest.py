@@ -1,9 +1,11 @@
 """What every test may use, and which warnings are errors."""
 
+import io
 import os
 import sys
+import tarfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -91,3 +93,19 @@ def crash() -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[..., bytes]:
+    """pack({"a.png": bytes, ...}) -> the bytes of a tar."""
+
+    def pack(members: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return file.getvalue()
+
+    return pack

@@ -1,8 +1,6 @@
 """Encoding jobs: order, errors, resuming, progress."""
 
-import os
 import re
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vqpipe import artifacts, distributed
@@ -164,18 +161,6 @@ def test_an_interruption_waits_for_the_shard_being_written(images: ImageSet, tmp
     names = {path.name for path in (tmp_path / "out.partial").glob("*.npy")}
     assert names == {"0.npy"}
     assert run(tmp_path / "out", images).digest == run(tmp_path / "straight", images).digest
-
-
-def die(image: Image.Image, size: int) -> Tensor:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
-
-
-def test_a_killed_loader_process_is_an_error(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # the default is 5 s
-    monkeypatch.setattr("vqpipe.data.batches.center_crop", die)
-    with pytest.raises(DataError, match=r"the image loader stopped: .*Try fewer workers"):
-        run(tmp_path / "out", images, num_workers=1)
 
 
 def test_a_batch_is_submitted_before_the_results_of_the_last_are_awaited(images: ImageSet, tmp_path: Path) -> None:

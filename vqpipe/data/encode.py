@@ -64,6 +64,7 @@ class Stopwatch:
         return max((self.ended or time.perf_counter()) - self.began, 1e-9)
 
     def stop(self) -> None:
+        """End the wall time."""
         self.ended = time.perf_counter()
 
     @contextmanager
@@ -229,6 +230,7 @@ class EncodingJob:
             yield self.collect(*behind)
 
     def collect(self, piece: Piece, rows: "AsyncRows | None") -> tuple[Piece, Tensor | None]:
+        """Wait for the rows of a piece."""
         with self.stopwatch.part(ENCODING):
             return piece, None if rows is None else rows.wait()
 
@@ -239,10 +241,12 @@ class EncodingJob:
         self.writing = self.pool.submit(self.write_timed, write, *args)
 
     def write_timed(self, write: Callable[..., None], *args: Any) -> None:
+        """Call `write(*args)` in the writer thread, and measure its time."""
         with self.stopwatch.part(WRITING, in_writer=True):
             write(*args)
 
     def wait(self) -> None:
+        """Wait for the shard being written, and raise its error."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
@@ -294,9 +298,9 @@ def write_encoded(
     return job.finish(max_skipped, max_skipped_option)
 
 
-def encode_views(images: Tensor, encode: Callable[[Tensor], Tensor], flip: bool) -> Tensor:
-    """Encode images and, with `flip`, their horizontal flips: uint8[B, 3, S, S] -> [B, views, ...]."""
-    return torch.stack([encode(view) for view in ([images, images.flip(-1)] if flip else [images])], dim=1)
+def encode_with_flip(images: Tensor, encode: Callable[[Tensor], Tensor], flip: bool) -> Tensor:
+    """Encode images and, with `flip`, their horizontal flips: uint8[B, 3, S, S] -> [B, 1 or 2, ...]."""
+    return torch.stack([encode(images), encode(images.flip(-1))] if flip else [encode(images)], dim=1)
 
 
 class AsyncRows:
@@ -317,12 +321,12 @@ class AsyncRows:
         return self.rows
 
 
-def sample_columns(keys: Sequence[str], labels: Sequence[int], views: int) -> dict[str, list[Any]]:
-    """Columns key, label (None: unknown) and flipped, with `views` rows per image: the second is its mirror image."""
+def sample_columns(keys: Sequence[str], labels: Sequence[int], rows_per_image: int) -> dict[str, list[Any]]:
+    """Columns key, label (None: unknown) and flipped. Of two rows per image the second is its horizontal flip."""
     return {
-        "key": [key for key in keys for _ in range(views)],
-        "label": [None if label < 0 else label for label in labels for _ in range(views)],
-        "flipped": [view > 0 for _ in keys for view in range(views)],
+        "key": [key for key in keys for _ in range(rows_per_image)],
+        "label": [None if label < 0 else label for label in labels for _ in range(rows_per_image)],
+        "flipped": [row > 0 for _ in keys for row in range(rows_per_image)],
     }
 
 

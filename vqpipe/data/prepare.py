@@ -33,7 +33,7 @@ SHARD = "shard-{:06d}.tar"
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The content of one image in a shard, or the reason why it is left out."""
+    """One image as it is stored in a shard, or the reason why it is left out."""
 
     index: int
     """Position in the source."""
@@ -58,6 +58,7 @@ class StoredImages(Dataset["list[StoredImage] | VqpipeError"]):
             return error
 
     def store(self, i: int) -> StoredImage:
+        """Decode image `i`, and return the file to store."""
         data = self.images.read(i)
         try:
             image = decode(data)

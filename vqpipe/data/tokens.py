@@ -1,7 +1,7 @@
 """Token shards: one Parquet row per image, its ids as narrow as the codebook allows; images to tokens and back.
 
-Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where both an
-image and its mirror image were stored, flipped bool. The mirror image's row follows the image's.
+Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where the
+horizontal flip of each image was stored too, flipped bool. The row of a flip follows the row of its image.
 
 B images of a batch, N ids per image.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.data.encode import EncodedShard, encode_views, sample_columns, write_encoded
+from vqpipe.data.encode import EncodedShard, encode_with_flip, sample_columns, write_encoded
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import encode_png
@@ -38,7 +38,8 @@ class ImageTokenizer(Protocol):
     device: torch.device
 
     @property
-    def codebook_size(self) -> int: ...
+    def codebook_size(self) -> int:
+        """Ids are below it."""
 
     def layout(self, height: int, width: int) -> Any:
         """The order of the ids of an image of `height` x `width` pixels (a `TokenLayout`)."""
@@ -65,8 +66,8 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
 
-    With `flip` the tokens of each image's mirror image are stored as well. `precision` "bf16" applies to the network;
-    the codebook search stays in float32, on slightly different latents.
+    With `flip` the tokens of each image's horizontal flip are stored as well. `precision` "bf16" applies to the
+    network; the codebook search stays in float32, on slightly different latents.
 
     Raises:
         DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
@@ -76,7 +77,7 @@ def write_tokens(
         draft,
         images,
         SHARD_NAME,
-        partial(encode_views, encode=partial(tokenizer.encode, precision=precision), flip=flip),
+        partial(encode_with_flip, encode=partial(tokenizer.encode, precision=precision), flip=flip),
         write_token_shard,
         shard_size=IMAGES_PER_SHARD,
         title="tokenize",
@@ -113,21 +114,23 @@ def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
 
 
 def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
+    """Write the file of a shard, with its counts as its record."""
     name = SHARD_NAME.format(shard.number)
     with draft.write(name, images=len(shard.keys), skipped=dict(shard.skipped)) as path:
         write_token_file(path, shard.keys, shard.labels, shard.rows)
 
 
 def write_token_file(path: Path, keys: Sequence[str], labels: Sequence[int], ids: np.ndarray) -> None:
-    """Write one Parquet file: ids uint16 or uint32[images, views, N], one row per view; labels -1 where unknown."""
-    views, num_tokens = ids.shape[1:]
-    table = sample_columns(keys, labels, views)
+    """Write one Parquet file: ids uint16 or uint32[images, 1 or 2, N], of each image and its flip; labels -1 where
+    unknown."""
+    rows_per_image, num_tokens = ids.shape[1:]
+    table = sample_columns(keys, labels, rows_per_image)
     columns = {
         "key": pa.array(table["key"], pa.string()),
         "label": pa.array(table["label"], pa.int32()),
         "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), num_tokens),
     }
-    if views > 1:
+    if rows_per_image > 1:
         columns["flipped"] = pa.array(table["flipped"], pa.bool_())
     pq.write_table(pa.table(columns), path, compression="zstd")
 
@@ -231,4 +234,5 @@ def count_rows(path: Path) -> int:
 
 
 def not_tokens(path: Path, error: Exception) -> DataError:
+    """The DataError for a file that is no token shard."""
     return DataError(f"{path} is not a token shard ({type(error).__name__})", "Tokenize the images again")
