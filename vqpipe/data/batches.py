@@ -149,8 +149,7 @@ class OrderedBatches:
 
     def work(self) -> list[range]:
         """The positions of each batch."""
-        firsts = [(first, span.stop) for span in self.spans for first in span[:: self.batch_size]]
-        return [range(first, min(first + self.batch_size, stop)) for first, stop in firsts]
+        return [part for span in self.spans for part in chunks(span, self.batch_size)]
 
 
 class Shuffle:
@@ -227,6 +226,11 @@ class TrainingStream:
             if seen >= MIN_IMAGES_SEEN:
                 check_skipped(counts, seen, self.config.max_skipped, "--set data.max_skipped")
             yield with_keys(batch, self.images)
+
+
+def chunks(span: range, size: int) -> list[range]:
+    """Cut a range into ranges of `size` numbers; the last one may be shorter."""
+    return [span[first : first + size] for first in range(0, len(span), size)]
 
 
 def generator(seed: int, *key: int) -> np.random.Philox:

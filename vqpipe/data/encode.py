@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.data.batches import Batch, OrderedBatches, Piece, check_skipped
+from vqpipe.data.batches import Batch, OrderedBatches, Piece, check_skipped, chunks
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import DataError, NumericError
 from vqpipe.progress import SILENT, Progress
@@ -132,9 +132,8 @@ class EncodedShard:
 class EncodingJob:
     """Encodes images and writes this rank's shards that an earlier run has not written.
 
-        with EncodingJob(draft, images, "tokens-{:05d}.parquet", shard_size=4096, title="tokenize") as job:
-            for shard in job.encode(encode, ...):
-                job.write(write_shard, draft, shard)
+        job = EncodingJob(draft, images, "tokens-{:05d}.parquet", shard_size=4096, title="tokenize")
+        job.run(encode, write_shard, ...)
         records, skipped = job.finish(max_skipped)
 
     Args:
@@ -156,8 +155,7 @@ class EncodingJob:
     ) -> None:
         self.draft, self.images, self.filename, self.progress = draft, images, filename, progress
         self.num_images = min(len(images), limit or len(images))
-        starts = range(0, self.num_images, shard_size)
-        self.spans = [range(start, min(start + shard_size, self.num_images)) for start in starts]
+        self.spans = chunks(range(self.num_images), shard_size)
         self.mine = range(distributed.rank(), len(self.spans), distributed.world_size())
         self.missing = [number for number in self.mine if draft.record(filename.format(number)) is None]
         self.stopwatch = Stopwatch()
@@ -178,6 +176,14 @@ class EncodingJob:
             self.pool.shutdown(wait=True)
         if kind is None:
             self.wait()
+
+    def run(
+        self, encode: Callable[[Tensor], Tensor], write: Callable[[Draft, EncodedShard], None], **options: Any
+    ) -> None:
+        """Encode the images, and call `write(draft, shard)` for each missing shard. `options` are those of `encode`."""
+        with self:
+            for shard in self.encode(encode, **options):
+                self.write(write, self.draft, shard)
 
     def encode(
         self,
@@ -272,30 +278,6 @@ class EncodingJob:
         if self.stopwatch.images:
             self.progress.message(self.stopwatch.report())
         return records, dict(sorted(skipped.items()))
-
-
-def write_encoded(
-    draft: Draft,
-    images: ImageSet,
-    filename: str,
-    encode: Callable[[Tensor], Tensor],
-    write: Callable[[Draft, EncodedShard], None],
-    *,
-    shard_size: int,
-    title: str,
-    max_skipped: float,
-    max_skipped_option: str | None = "--max-skipped",
-    progress: Progress = SILENT,
-    **options: Any,
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Run an `EncodingJob`: encode the images and write this rank's missing shards, each by `write(draft, shard)`.
-
-    `options` are those of `EncodingJob.encode`. Returns the result of `EncodingJob.finish`.
-    """
-    with EncodingJob(draft, images, filename, shard_size=shard_size, title=title, progress=progress) as job:
-        for shard in job.encode(encode, **options):
-            job.write(write, draft, shard)
-    return job.finish(max_skipped, max_skipped_option)
 
 
 def encode_with_flip(images: Tensor, encode: Callable[[Tensor], Tensor], flip: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact
-from vqpipe.data.batches import SAMPLE, Shuffle, generator
+from vqpipe.data.batches import SAMPLE, Shuffle, chunks, generator
 from vqpipe.data.latents import LatentSet
 from vqpipe.data.tokens import id_dtype, read_tokens
 from vqpipe.errors import ArtifactError, ConfigError, DataError
@@ -298,9 +298,7 @@ class ExampleStream:
 
 def ordered_batches(examples: Examples, batch_size: int, first: int = 0, step: int = 1) -> Iterator[ExampleBatch]:
     """Yield every image once, unflipped, in order: the batches `first`, `first + step`, ... of `batch_size` images."""
-    starts = range(0, len(examples), batch_size)[first::step]
-    for start in starts:
-        images = range(start, min(start + batch_size, len(examples)))
+    for images in chunks(range(len(examples)), batch_size)[first::step]:
         yield read_batch(examples, images, [False] * len(images))
 
 

@@ -1,4 +1,7 @@
-"""`open_images`: every form of `--images` as one ordered set with random access."""
+"""`open_images`: every form of `--images` as one ordered set with random access.
+
+Each form is an `ImageSource` in a file of its own; `open_source` chooses by the name that was given.
+"""
 
 import glob
 import hashlib

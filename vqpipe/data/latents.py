@@ -28,7 +28,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
-from vqpipe.data.encode import EncodedShard, check_float16, encode_with_flip, sample_columns, write_encoded
+from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16, encode_with_flip, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ArtifactError, DataError, NumericError
 from vqpipe.progress import SILENT, Progress
@@ -183,17 +183,12 @@ def write_latents(
         DataError: the size does not divide by the downsample factor; more images than `max_skipped` are unreadable.
     """
     latent_shape = tokenizer.latent_shape(image_size, image_size)
-    records, skipped = write_encoded(
-        draft,
-        images,
-        "latents-{:05d}.npy",
+    job = EncodingJob(
+        draft, images, "latents-{:05d}.npy", shard_size=IMAGES_PER_SHARD, title="latents", progress=progress
+    )
+    job.run(
         partial(encode_with_flip, encode=lambda view: tokenizer.latent(view, precision=precision).half(), flip=flip),
         write_latent_shard,
-        shard_size=IMAGES_PER_SHARD,
-        title="latents",
-        max_skipped=max_skipped,
-        max_skipped_option=None,
-        progress=progress,
         check=partial(check_float16, what="latent"),
         device=tokenizer.device,
         row_shape=(1 + flip, *latent_shape),
@@ -202,6 +197,7 @@ def write_latents(
         batch_size=batch_size,
         num_workers=num_workers,
     )
+    records, skipped = job.finish(max_skipped, option=None)
     return {
         "num_images": sum(record["images"] for record in records),
         "num_latents": sum(record["rows"] for record in records),

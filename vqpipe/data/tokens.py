@@ -20,7 +20,8 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.data.encode import EncodedShard, encode_with_flip, sample_columns, write_encoded
+from vqpipe.data.batches import chunks
+from vqpipe.data.encode import EncodedShard, EncodingJob, encode_with_flip, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import encode_png
@@ -73,16 +74,10 @@ def write_tokens(
         DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
     """
     layout = tokenizer.layout(image_size, image_size)
-    records, skipped = write_encoded(
-        draft,
-        images,
-        SHARD_NAME,
+    job = EncodingJob(draft, images, SHARD_NAME, shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress)
+    job.run(
         partial(encode_with_flip, encode=partial(tokenizer.encode, precision=precision), flip=flip),
         write_token_shard,
-        shard_size=IMAGES_PER_SHARD,
-        title="tokenize",
-        max_skipped=max_skipped,
-        progress=progress,
         check=partial(check_ids, codebook_size=tokenizer.codebook_size),
         device=tokenizer.device,
         row_shape=(1 + flip, layout.num_tokens),
@@ -91,6 +86,7 @@ def write_tokens(
         batch_size=batch_size,
         num_workers=num_workers,
     )
+    records, skipped = job.finish(max_skipped)
     return {
         "num_images": sum(record["images"] for record in records),
         "num_tokens": layout.num_tokens,
@@ -216,12 +212,11 @@ def decode_tokens(
             key + ("-flipped" if flipped else "") for key, flipped in zip(part.keys, part.flipped, strict=True)
         )
         with draft.write(target, images=take) as path, write_tar(path) as tar:
-            for start in range(0, take, batch_size):
-                stop = min(start + batch_size, take)
-                images = tokenizer.decode(part.ids[start:stop], (size, size), groups=groups).cpu()
-                for index, image in zip(range(start, stop), images, strict=True):
+            for rows in chunks(range(take), batch_size):
+                images = tokenizer.decode(part.ids[rows.start : rows.stop], (size, size), groups=groups).cpu()
+                for index, image in zip(rows, images, strict=True):
                     tar.write(keys[index], encode_png(image), "png", int(part.labels[index]))
-                progress.advance(stop - start)
+                progress.advance(len(rows))
     return {"num_images": num_rows - left}
 
 
