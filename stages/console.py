@@ -38,6 +38,12 @@ Out = Annotated[
 DeviceName = Literal["auto", "cpu", "cuda"]
 Device = Annotated[DeviceName, typer.Option("--device", help="Device to run on.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N")]
+UnusedDevice = Annotated[
+    DeviceName, typer.Option("--device", help="No effect in this command; every command accepts it.")
+]
+UnusedSeed = Annotated[
+    int, typer.Option("--seed", help="No effect in this command; every command accepts it.", metavar="N")
+]
 Preset = Annotated[
     str | None, typer.Option("--preset", help="Settings to start from: see `vqpipe presets`.", metavar="NAME|FILE.toml")
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import Device, Out, Seed
+from stages.console import Out, UnusedDevice, UnusedSeed
 from vqpipe import artifacts
 from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
 from vqpipe.data.prepare import pack_images
@@ -47,8 +47,8 @@ def prepare_data(
     ] = False,
     num_workers: console.NumWorkers = 0,
     max_skipped: console.MaxSkipped = 0.01,
-    device: Device = "cpu",
-    seed: Seed = 0,
+    device: UnusedDevice = "cpu",
+    seed: UnusedSeed = 0,
 ) -> None:
     """Pack a data set into WebDataset tars.
 
@@ -56,7 +56,7 @@ def prepare_data(
     contents. Every image is decoded once, counted, and checked against it.
     Images below the manifest's smallest size are excluded, and counted.
     """
-    with console.session(device, seed), console.ProgressBar() as progress:
+    with console.session("cpu", seed), console.ProgressBar() as progress:
         described = load_manifest(manifest)
         name, chosen = described.split(split)
         images = open_split(described, chosen, source)

@@ -21,7 +21,7 @@ def tokenize(
     tokenizer: TokenizerPath,
     out: Out,
     image_size: console.ImageSize = None,
-    flip: Annotated[bool, typer.Option("--flip", help="Store each image's mirror image too.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
     batch_size: BatchSize = 32,
     precision: console.Precision = "fp32",
     num_workers: console.NumWorkers = -1,

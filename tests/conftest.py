@@ -5,8 +5,9 @@ import io
 import os
 import signal
 import sys
+import tarfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -145,3 +146,19 @@ def vqpipe() -> Callable[..., Done]:
         return Done(code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[..., bytes]:
+    """pack({"a.png": bytes, ...}) -> the bytes of a tar."""
+
+    def pack(members: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return file.getvalue()
+
+    return pack

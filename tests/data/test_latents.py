@@ -135,6 +135,11 @@ def test_an_interrupted_run_resumes_at_the_first_missing_shard(
     assert sum(calls) < 20
 
 
+def test_too_many_unreadable_images_are_an_error_that_names_no_option(images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 of 11 images cannot be used .*\. Repair or remove them\.$"):
+        write(tmp_path / "out", images, max_skipped=0.05)
+
+
 def test_latents_beyond_float16_are_an_error(images: ImageSet, tmp_path: Path) -> None:
     for factor in (float("nan"), 1e6):
         with pytest.raises(NumericError, match=r"NaN, or values beyond float16's 65504, in the latent of image a/00"):

@@ -3,10 +3,9 @@
 import io
 import os
 import sys
-import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +16,6 @@ from PIL import Image
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="session")
-def pack() -> Callable[[Mapping[str, bytes]], bytes]:
-    """pack({"a.png": bytes, ...}) -> the bytes of a tar."""
-
-    def pack(members: Mapping[str, bytes]) -> bytes:
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        return file.getvalue()
-
-    return pack
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,7 @@ class EvaluationPass(Metric):
         checkpoints.save_last(self, stop)
         parts = distributed.gather_objects(self.skipped)
         self.all_skipped = dict(sorted(sum((Counter(part) for part in parts), Counter[str]()).items()))
-        check_skipped(self.all_skipped, self.stop, self.config.max_skipped)
+        check_skipped(self.all_skipped, self.stop, self.config.max_skipped, "--set eval.max_skipped")
 
     def update(
         self, crops: Mapping[str, Tensor], raw: Tensor | None, keys: Sequence[str], positions: Sequence[int]

@@ -252,7 +252,7 @@ def train_on_examples(
         batch_size=config.global_batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        mirror=recipe.examples.mirror,
+        flip=recipe.examples.mirror,
     )
     state = train(
         ExamplesTask(network),
