@@ -28,6 +28,8 @@ def compare(
     and 3. A report that shares neither images and protocol nor its tokenizer with any other is refused.
 
     Reports of vqpipe eval-generation share one table: of equal protocol, size and references, or they are refused.
+
+    --device and --seed, which every command has, change nothing here.
     """
     with console.session(device, seed):
         if len(reports) < 2:
