@@ -85,19 +85,18 @@ def run(
     Args:
         recipe: the preset `preset_of(settings)`.
     """
-    cases_of: dict[str, Callable[[], list[Callable[[Progress], Case]]]] = {
-        "search": lambda: search.cases(settings),
-        "kmeans": lambda: kmeans.cases(settings),
-        "train": lambda: step_and_encode.train_cases(settings, preset_of(settings), recipe),
-        "tokenize": lambda: step_and_encode.tokenize_cases(settings, recipe),
+    cases: dict[str, list[Callable[[Progress], Case]]] = {
+        "search": search.cases(settings),
+        "kmeans": kmeans.cases(settings),
+        "train": step_and_encode.train_cases(settings, preset_of(settings), recipe),
+        "tokenize": step_and_encode.tokenize_cases(settings, recipe),
     }
-    cases = {subject: cases_of[subject]() for subject in subjects}
     if warning := busy_warning():
         progress.message(warning)
-    progress.start("bench", sum(map(len, cases.values())), "cases")
+    progress.start("bench", sum(len(cases[subject]) for subject in subjects), "cases")
     measured: dict[str, list[dict[str, Any]]] = {subject: [] for subject in subjects}
-    for subject, of_subject in cases.items():
-        for number, measure in enumerate(of_subject):
+    for subject in subjects:
+        for number, measure in enumerate(cases[subject]):
             name = f"cases/{subject}-{number}.json"
             if draft.record(name) is not None:
                 progress.message(f"{name}: measured by an earlier run")
@@ -122,9 +121,9 @@ def run(
     options = ["--quick"] if settings.quick else []
     command = ["vqpipe", "bench", "--what", ",".join(subjects), "--rounds", str(settings.rounds), *options]
     footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, {time.strftime('%Y-%m-%d')}."
+    report = benchmark_page(metrics, shlex.join([*command, "--out", "DIR"]), footer)
     with draft.write("report.html") as path:
-        html = page.render(benchmark_page(metrics, shlex.join([*command, "--out", "DIR"]), footer))
-        path.write_text(html, encoding="utf-8")
+        path.write_text(page.render(report), encoding="utf-8")
     sizes = "quick" if settings.quick else "full"
     facts = {"measured": ", ".join(subjects), "sizes": sizes, "device": settings.device.type}
     return draft.publish(facts | facts_of(metrics))
