@@ -148,7 +148,7 @@ class Patches(Analysis):
             png = code_sheet(self.kept.of(np.array([slot])).pixels)
             name = f"Code {sheet['code']:,}" + (f" of group {sheet['group'] + 1}" if self.groups > 1 else "")
             note = f"{sheet['times']:,} times ({sheet['share']:.2%} of the tokens)"
-            maps.append(page.Map(note, pictures.data_uri(png), name, f"Patches of {name}, {note}"))
+            maps.append(page.Map(note, png, name, f"Patches of {name}, {note}"))
         some = ""
         if result["num_watched"] < self.codebook_size:
             some = (
