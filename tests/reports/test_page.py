@@ -68,7 +68,9 @@ def test_every_picture_and_slider_has_a_label() -> None:
     drawn = [attributes for tag, attributes in elements.tags if tag == "img" and attributes.get("src")]
     assert len(drawn) == 4
     assert all(attributes.get("alt") for attributes in drawn)
-    assert all(attributes.get("aria-label") for tag, attributes in elements.tags if tag == "input")
+    assert [attributes.get("aria-label") for _, attributes in elements.tags if attributes.get("role") == "slider"] == [
+        "Share of the original"
+    ]
     assert {"lang": "en"} in [attributes for tag, attributes in elements.tags if tag == "html"]
 
 

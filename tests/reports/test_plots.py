@@ -78,7 +78,7 @@ def test_series_are_thinned_with_both_ends_and_skip_what_is_not_finite() -> None
     x, _ = plots.series([{"images_seen": i, "psnr": 1.0} for i in range(10_000)], "psnr")
     assert len(x) <= plots.MAX_POINTS
     assert (x[0], x[-1]) == (0, 9_999)
-    rows: list[plots.Row] = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]
+    rows: list[plots.LogRow] = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]
     assert len(plots.series(rows, "psnr")[0]) == 0
     places = plots.thinned(1_000_000, logarithmic=True)
     assert (places[0], places[-1]) == (0, 999_999)

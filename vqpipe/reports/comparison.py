@@ -169,8 +169,9 @@ def check_comparable(evaluations: Sequence[EvaluationResult], paths: Sequence[st
         one, two = evaluations[first].metrics, evaluations[second].metrics
         key = next((key for key in KEYS if one.get(key) != two.get(key)), "reference")
         raise ArtifactError(
-            f"{paths[first]} and {paths[second]} cannot be compared: their {key} differs ({short(one.get(key))} and "
-            f"{short(two.get(key))}), and {path} shares neither images nor tokenizer with any other report",
+            f"{paths[first]} and {paths[second]} cannot be compared: their {key} differs "
+            f"({str(one.get(key))[:16]} and {str(two.get(key))[:16]}), and {path} shares neither images nor tokenizer "
+            "with any other report",
             "Evaluate both on the same images with the same protocol and image size",
         )
 
@@ -233,12 +234,6 @@ def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str
 def tokenizer_of(evaluated: EvaluationResult) -> str:
     """The content digest of the tokenizer, else its name."""
     return evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("content") or evaluated.name
-
-
-def short(value: object) -> str:
-    """At most 16 characters of a value."""
-    text = str(value)
-    return text if len(text) <= 16 else text[:12] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -359,18 +354,13 @@ def usage_and_training_plots(
     same_images: Sequence[EvaluationResult], evaluations: Sequence[EvaluationResult]
 ) -> list[page.Plot]:
     """Utilization on the same images, and the training curves of all tokenizers."""
-    discrete = [evaluated for evaluated in same_images if evaluated.is_discrete]
-    utilization = {evaluated.name: evaluated.metrics["utilization"] for evaluated in discrete}
-    number = same_images[0].metrics["num_images"]
-    drawn = [
-        plots.bars("Utilization", utilization, f"Share of the codes chosen at least once over {number:,} images."),
-        plots.code_frequency({evaluated.name: evaluated.counts for evaluated in discrete}),
-    ]
-    logs: dict[str, Sequence[plots.Row]] = {}
-    for evaluated in evaluations:
-        if evaluated.history:
-            logs.setdefault(evaluated.name, evaluated.history)
-    return [*(drawn if discrete else []), *plots.training_curves(logs)]
+    drawn = []
+    if discrete := [each for each in same_images if each.is_discrete]:
+        caption = f"Share of the codes chosen at least once over {discrete[0].metrics['num_images']:,} images."
+        drawn.append(plots.bars("Utilization", {each.name: each.metrics["utilization"] for each in discrete}, caption))
+        drawn.append(plots.code_frequency({each.name: each.counts for each in discrete}))
+    logs = {each.name: each.history for each in evaluations if each.history}
+    return [*drawn, *plots.training_curves(logs)]
 
 
 def code_cell(tokenizer: Mapping[str, Any]) -> str:

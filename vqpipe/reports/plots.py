@@ -66,7 +66,8 @@ LOSS_TERMS = (
 )
 """Keys of a log row under `loss/`, in the order of their colors."""
 
-Row = Mapping[str, Any]
+LogRow = Mapping[str, Any]
+"""Of `metrics.jsonl`."""
 Line = tuple[np.ndarray, np.ndarray]
 """(x, y), both float64[n]."""
 Scale = Literal["linear", "log", "share"]
@@ -139,7 +140,7 @@ def curves(title: str, lines: Mapping[str, Line], scale: Scale, caption: str = "
     return line_plot(title, lines, xlabel="images seen", yscale=scale, caption=caption)
 
 
-def training_curves(runs: Mapping[str, Sequence[Row]]) -> list[Plot]:
+def training_curves(runs: Mapping[str, Sequence[LogRow]]) -> list[Plot]:
     """Loss, PSNR and utilization over images seen, from the rows of `metrics.jsonl` of each run by name.
 
     One run: a line per loss term. Several: a line per run, of the total. A quantity that no run logged has no plot.
@@ -224,7 +225,7 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
     )
 
 
-def k_curves(prefixes: Mapping[str, Sequence[Row]]) -> list[Plot]:
+def k_curves(prefixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
     """PSNR and SSIM over bits per pixel when only the first k groups are decoded, a line per tokenizer.
 
     `prefixes` holds by name the rows {groups, bits_per_pixel, psnr, ssim, ...} of `metrics.json`.
@@ -316,7 +317,7 @@ def scatter(title: str, points: Mapping[str, np.ndarray], caption: str = "") -> 
     return Plot(title, svg, ", ".join(labels.values()), caption)
 
 
-def series(rows: Iterable[Row], key: str) -> Line:
+def series(rows: Iterable[LogRow], key: str) -> Line:
     """(images seen, value) of the rows that log a finite `key`, thinned to MAX_POINTS."""
     points = [
         (row.get("images_seen", row.get("step", 0)), row[key])
@@ -350,6 +351,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def color(number: int) -> str:
+    """Of the line, point or bar of that number."""
     return COLORS[number % len(COLORS)]
 
 
