@@ -100,7 +100,7 @@ def test_usage_growth_is_compared_with_uniform_codes() -> None:
 
 def test_a_level_is_drawn_with_its_name() -> None:
     plot = plots.line_plot("PSNR", REPLACED, xlabel="k", level=("reconstruction", 31.5), xscale="log")
-    without = plots.line_plot("PSNR", REPLACED, xlabel="k", level=("reconstruction", None), xscale="log")
+    without = plots.line_plot("PSNR", REPLACED, xlabel="k", xscale="log")
     assert plot is not None
     assert without is not None
     assert plot.alt == "replaced ends at 25, reconstruction 31.5"

@@ -71,10 +71,11 @@ def ours(vectors: Tensor, codes: Tensor) -> Method:
 
 def peers(settings: Settings, vectors: Tensor, codes: Tensor) -> dict[str, Callable[[], Method]]:
     """Name -> constructor of each peer, which raises Unavailable."""
-    both = settings, vectors, codes
     makers: dict[str, Callable[[], Method]] = {
-        "naive expansion": lambda: in_torch("naive expansion", expansion, MATRICES, *both, note=PUBLISHED),
-        "torch.cdist": lambda: in_torch("torch.cdist", cdist, 1, *both),
+        "naive expansion": lambda: in_torch(
+            "naive expansion", expansion, MATRICES, settings, vectors, codes, PUBLISHED
+        ),
+        "torch.cdist": lambda: in_torch("torch.cdist", cdist, 1, settings, vectors, codes),
     }
     if settings.device.type == "cuda":
         makers["faiss GPU"] = lambda: faiss_on_gpu(vectors, codes)

@@ -143,7 +143,7 @@ def facts_of(groups: Sequence[Group]) -> dict[str, Any]:
 def metrics_by_name(evaluations: Sequence[EvaluationResult]) -> dict[str, Any]:
     """The metrics of each report under its name, or `name, on images` where a name occurs more than once."""
     names = [each.name for each in evaluations]
-    sets = set_names(evaluations)
+    sets = names_of_sets(evaluations)
     keys = [name if names.count(name) == 1 else f"{name}, on {where}" for name, where in zip(names, sets, strict=True)]
     if len(set(keys)) < len(keys):  # one tokenizer and one set, by different protocols
         keys = [f"{number}: {key}" for number, key in enumerate(keys, start=1)]
@@ -189,11 +189,11 @@ def members_by_key(evaluations: Sequence[EvaluationResult]) -> list[list[tuple[i
 def groups_of(evaluations: Sequence[EvaluationResult]) -> list[Group]:
     """The groups, largest first, with a name for each set of images."""
     found = sorted(([each for _, each in group] for group in members_by_key(evaluations)), key=len, reverse=True)
-    names = set_names([group[0] for group in found])
+    names = names_of_sets([group[0] for group in found])
     return [Group(group[0].metrics["protocol"], name, group) for group, name in zip(found, names, strict=True)]
 
 
-def set_names(evaluations: Sequence[EvaluationResult]) -> list[str]:
+def names_of_sets(evaluations: Sequence[EvaluationResult]) -> list[str]:
     """A name for the images of each evaluation, with size and number where these tell two sets apart.
 
     Protocols crop in different ways: sets are equal if they come from the same images, at the same size and number.

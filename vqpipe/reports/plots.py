@@ -81,7 +81,7 @@ def line_plot(
     xlabel: str,
     xscale: Scale = "linear",
     yscale: Scale = "linear",
-    level: tuple[str, float | None] = ("", None),
+    level: tuple[str, float] | None = None,
     marks: Sequence[float] = (),
     labels: Sequence[str] = (),
     alt: str = "",
@@ -93,20 +93,19 @@ def line_plot(
         level: name and height of a dashed horizontal line.
         marks: x positions of vertical lines.
         labels: a text under each point of the first line.
-        alt: default: the last value of each line.
+        alt: text for screen readers; by default the last value of each line.
     """
     lines = {name: line for name, line in lines.items() if len(line[0])}
     if not lines:
         return None
-    level_name, height = level
-    names = [*lines, *([level_name] if height is not None else [])]
+    names = [*lines, *([level[0]] if level else [])]
     with matplotlib.rc_context(STYLE):
         figure, axes = one_axes(names)
         for number, (name, (x, y)) in enumerate(lines.items()):
             marker = "o" if len(x) <= MAX_MARKED else ""
             axes.plot(x, y, **line_style(number), marker=marker, label=untypeset(name))
-        if height is not None:
-            axes.axhline(height, **DASHED, label=untypeset(level_name))
+        if level:
+            axes.axhline(level[1], **DASHED, label=untypeset(level[0]))
         for position in marks:
             axes.axvline(position, color=INK, linewidth=0.7)
         for label, point in zip(labels, zip(*next(iter(lines.values())), strict=True), strict=False):
@@ -131,7 +130,7 @@ def line_plot(
         svg = to_svg(figure, f"{title}-{'-'.join(names)}")
     ends = [(name, f"{y[-1]:.1%}" if yscale == "share" else f"{y[-1]:.4g}") for name, (_, y) in lines.items()]
     words = [f"{name or title} ends at {value}" for name, value in ends]
-    words += [f"{level_name} {height:.4g}"] if height is not None else []
+    words += [f"{level[0]} {level[1]:.4g}"] if level else []
     return Plot(title, svg, alt or ", ".join(words), caption)
 
 
@@ -251,7 +250,8 @@ def k_curves(prefixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
             alt="; ".join(words),
             caption="Under each point: k." if single else "",
         )
-        found += [plot] if plot else []
+        if plot is not None:
+            found.append(plot)
     return found
 
 
