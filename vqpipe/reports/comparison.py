@@ -4,7 +4,7 @@ Numbers share a column only where protocol, image size and images are equal (KEY
 of images get a table over the sets, as in MGVQ's Tables 2 and 3.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -117,8 +117,7 @@ def compare_samples(reports: Sequence[Artifact]) -> Comparison:
     opened = [open_generated(report) for report in reports]
     names, report_names = [each.name for each in opened], [report.name for report in reports]
     if len(set(names)) < len(names):
-        numbered = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
-        names = report_names if len(set(report_names)) == len(names) else numbered
+        names = report_names if len(set(report_names)) == len(names) else numbered(names, range(len(names)))
     opened = [replace(each, name=name) for each, name in zip(opened, names, strict=True)]
     check_alike(opened)
     header, rows = comparison_rows(opened)
@@ -146,7 +145,7 @@ def metrics_by_name(evaluations: Sequence[EvaluationResult]) -> dict[str, Any]:
     sets = names_of_sets(evaluations)
     keys = [name if names.count(name) == 1 else f"{name}, on {where}" for name, where in zip(names, sets, strict=True)]
     if len(set(keys)) < len(keys):  # one tokenizer and one set, by different protocols
-        keys = [f"{number}: {key}" for number, key in enumerate(keys, start=1)]
+        keys = numbered(keys, range(len(keys)))
     return {key: each.metrics for key, each in zip(keys, evaluations, strict=True)}
 
 
@@ -210,8 +209,13 @@ def names_of_sets(evaluations: Sequence[EvaluationResult]) -> list[str]:
     for names in (plain, sized, counted):
         if len(set(names)) == len(set(sets)) == len(set(zip(names, sets, strict=True))):
             return names
-    order = {each: number for number, each in enumerate(dict.fromkeys(sets), start=1)}
-    return [f"{order[each]}: {name}" for each, name in zip(sets, plain, strict=True)]
+    return numbered(plain, sets)
+
+
+def numbered(names: Sequence[str], things: Sequence[Hashable]) -> list[str]:
+    """`1: name`, `2: name`, ...: the name of each thing after a number, the same for equal things."""
+    order = {thing: number for number, thing in enumerate(dict.fromkeys(things), start=1)}
+    return [f"{order[thing]}: {name}" for name, thing in zip(names, things, strict=True)]
 
 
 def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str]) -> list[EvaluationResult]:
@@ -226,8 +230,7 @@ def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str
     if len(set(names)) < len(set(tokenizers)) and len(set(tokenizers)) == len(set(report_names)) == len(tokenizers):
         names = list(report_names)
     if len(set(names)) < len(set(tokenizers)):
-        order = {each: number for number, each in enumerate(dict.fromkeys(tokenizers), start=1)}
-        names = [f"{order[tokenizer]}: {name}" for tokenizer, name in zip(tokenizers, names, strict=True)]
+        names = numbered(names, tokenizers)
     return [replace(evaluated, name=name) for evaluated, name in zip(evaluations, names, strict=True)]
 
 

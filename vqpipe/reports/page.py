@@ -207,5 +207,6 @@ def template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": lambda plot: Markup(plot.svg), "data_uri": data_uri}  # matplotlib escapes its text
+    environment.filters["svg"] = lambda plot: Markup(plot.svg)  # matplotlib escapes its text
+    environment.filters["data_uri"] = data_uri
     return environment.get_template("page.html.j2")
