@@ -8,7 +8,8 @@
     subjects   subject -> list of cases: the fields of `timing.Case`, and of `timing.Measurement` in its `rows`
 """
 
-from vqpipe.benchmarks.job import SUBJECTS, free_memory, parse_subjects, preset_of, request, run
+from vqpipe.benchmarks.job import free_memory, parse_subjects, preset_of, request, run
 from vqpipe.benchmarks.timing import Settings
+from vqpipe.reports.benchmark import SUBJECTS
 
 __all__ = ["SUBJECTS", "Settings", "free_memory", "parse_subjects", "preset_of", "request", "run"]
