@@ -71,7 +71,9 @@ def show_tables(artifact: Artifact) -> None:
     console.say(machine_line(metrics))
     for cases in metrics["subjects"].values():
         for case in cases:
-            console.show_table(case_table(case, wide=False))
+            table = case_table(case, wide=False)
+            console.show_table(table)
+            console.say(table.caption)
             for name, reason in case["not_run"].items():
                 console.say(f"not measured: {name}: {reason}")
 

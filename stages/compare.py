@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import Device, Out, Seed
+from stages.console import Out, UnusedDevice, UnusedSeed
 from vqpipe import artifacts
 from vqpipe.errors import ConfigError
 from vqpipe.reports import comparison
@@ -17,8 +17,8 @@ def compare(
         list[Path], typer.Argument(help="Reports of vqpipe eval, or of eval-generation.", metavar="REPORT")
     ],
     out: Out,
-    device: Device = "auto",
-    seed: Seed = 0,
+    device: UnusedDevice = "auto",
+    seed: UnusedSeed = 0,
 ) -> None:
     """Compare reports side by side.
 
@@ -31,7 +31,7 @@ def compare(
     Reports of vqpipe eval-generation share one table; they must have the same
     protocol, image size and references.
     """
-    with console.session(device, seed):
+    with console.session("cpu", seed):
         if len(reports) < 2:
             raise ConfigError("a comparison needs at least two reports", "Name more reports")
         opened = [artifacts.open_artifact(path, "report") for path in reports]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,10 @@ class Script:
 
         return ScriptClock
 
-    def rows(self, methods: list[Method], case: Case, amount: float = 1, **settings: Any) -> list[timing.Row]:
+    def rows(self, methods: list[Method], case: Case, amount: float = 1, **settings: Any) -> list[timing.Measurement]:
         how = Settings(device=CPU, **settings)
         samples = timing.measure(methods, case, how, clock=self.clock())
-        return timing.to_rows(methods, samples, how, amount)
+        return timing.measurements(methods, samples, how, amount)
 
 
 @pytest.fixture
@@ -64,15 +64,15 @@ def case() -> Case:
 
 
 def test_methods_are_interleaved_in_another_order_each_round(script: Script, case: Case) -> None:
-    script.rows([script.method(name, 1.0) for name in "abcd"], case, rounds=8, patience=100.0)
+    script.rows([script.method(name, 1.0) for name in "abcd"], case, rounds=8, method_seconds=100.0)
     assert script.log[:8] == list("aabbccdd")
-    turns = script.log[8::2]  # each turn: a call to warm up, and one that counts
-    rounds = ["".join(turns[first : first + 4]) for first in range(0, len(turns), 4)]
+    calls = script.log[8::2]  # in each round a call that is not counted, and one that is
+    rounds = ["".join(calls[first : first + 4]) for first in range(0, len(calls), 4)]
     assert [sorted(one) for one in rounds] == [list("abcd")] * 8
     assert len({one.index("a") for one in rounds}) > 2
 
 
-def test_a_fast_method_is_repeated_in_its_turn_after_calls_that_are_not_counted(script: Script, case: Case) -> None:
+def test_a_fast_method_is_repeated_in_a_round_after_calls_that_are_not_counted(script: Script, case: Case) -> None:
     one_round = (9.0, 0.25, 0.125, 0.125)  # the first call after another method is slow
     methods = [script.method("fast", 1.0, 0.125, *one_round, *one_round, 0.125, ours=True), script.method("slow", 1.0)]
     samples = timing.measure(methods, case, Settings(device=CPU, rounds=2), clock=script.clock())
@@ -84,7 +84,7 @@ def test_a_fast_method_is_repeated_in_its_turn_after_calls_that_are_not_counted(
 def test_medians_minima_ratios_and_rates_are_those_of_the_rounds(script: Script, case: Case) -> None:
     ours = script.method("ours", 50.0, 0.5, 7.0, 2.0, 7.0, 1.0, 7.0, 9.0, ours=True)  # every other call counts
     peer = script.method("peer", 99.0, 3.5, 7.0, 4.0, 7.0, 4.0, 7.0, 6.0, exact=False, note="a note")
-    first, second = script.rows([ours, peer], case, amount=10, rounds=3, patience=100.0)
+    first, second = script.rows([ours, peer], case, amount=10, rounds=3, method_seconds=100.0)
     assert (first.wall_ms, first.wall_min_ms, first.cpu_ms) == (2000.0, 1000.0, 4000.0)
     assert (first.rate, first.ratio_wall, first.rounds) == (5.0, 1.0, 3)
     assert (second.wall_ms, second.ratio_wall, second.ratio_cpu) == (4000.0, 2.0, 2.0)
@@ -93,7 +93,7 @@ def test_medians_minima_ratios_and_rates_are_those_of_the_rounds(script: Script,
 
 def test_a_slow_method_takes_part_in_fewer_rounds(script: Script, case: Case) -> None:
     methods = [script.method("fast", 1.0, ours=True), script.method("slow", 2.0), script.method("slowest", 30.0)]
-    rows = script.rows(methods, case, rounds=5, patience=10.0)
+    rows = script.rows(methods, case, rounds=5, method_seconds=10.0)
     assert [row.rounds for row in rows] == [5, 2, 1]
     assert [row.note for row in rows] == ["", "slow: fewer rounds", "slow: fewer rounds"]
 
@@ -127,9 +127,9 @@ def test_rows_hold_the_share_of_equal_ids_and_are_json(script: Script, case: Cas
     methods = [script.method("right", 1.0, result=3, ours=True), script.method("wrong", 1.0, result=4)]
     settings = Settings(device=CPU, rounds=1)
     samples = timing.measure(methods, case, settings, clock=script.clock())
-    case.rows = timing.to_rows(methods, samples, settings, 1, lambda result: float(result == 3))
+    case.rows = timing.measurements(methods, samples, settings, 1, lambda result: float(result == 3))
     assert [row.same_ids for row in case.rows] == [1.0, 0.0]
-    assert json.loads(json.dumps(case.to_table(), allow_nan=False))["rows"][1]["name"] == "wrong"
+    assert json.loads(json.dumps(asdict(case), allow_nan=False))["rows"][1]["name"] == "wrong"
 
 
 def test_methods_that_are_unavailable_are_listed_with_the_reason(case: Case) -> None:

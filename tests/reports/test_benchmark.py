@@ -9,7 +9,7 @@ from vqpipe.reports.benchmark import (
     benchmark_page,
     case_table,
     factor,
-    headlines,
+    facts_of,
     method_table,
     number,
     reasons,
@@ -49,12 +49,12 @@ def test_the_fastest_method_is_highlighted_whether_ours_or_not() -> None:
     assert ratios == [page.Cell("–"), page.Cell("20.0x"), page.Cell("0.90x")]
 
 
-def test_headlines_take_the_worst_shape_and_are_absent_for_quick_sizes() -> None:
-    assert headlines(benchmark(search=SEARCH)) == {"search_over_naive": 13.0, "search_over_faiss_tuned": 0.9}
+def test_facts_take_the_worst_shape_and_are_absent_for_quick_sizes() -> None:
+    assert facts_of(benchmark(search=SEARCH)) == {"search_over_naive": 13.0, "search_over_faiss_tuned": 0.9}
     facts = {"cost_of_k": 1.07, "cost_of_k_cpu": 1.1, "over_released": 10.2, "over_released_cpu": 9.0}
-    found = headlines(benchmark(train=[case("step", row("vqpipe", 10), unit="images", facts=facts)]))
+    found = facts_of(benchmark(train=[case("step", row("vqpipe", 10), unit="images", facts=facts)]))
     assert found == {"cost_of_k": 1.07, "step_over_released": 10.2}
-    assert headlines(benchmark(quick=True, search=SEARCH)) == {}
+    assert facts_of(benchmark(quick=True, search=SEARCH)) == {}
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,14 @@ class Elements(HTMLParser):
 
 def every_section(text: str = "plain") -> page.ReportPage:
     original, again = torch.randint(0, 255, (2, 3, 16, 16), dtype=torch.uint8)
-    uri = pictures.data_uri(pictures.to_png(original))
-    error = pictures.data_uri(pictures.error_map(original, again))
+    png, error = pictures.to_png(original), pictures.error_map(original, again)
     counts = torch.tensor([[3, 0, 1, 7]])
-    versions = [page.Version(text, uri, text), page.Version("error", error)]
+    versions = [page.Version(text, png, text), page.Version("error", error)]
     leaf = {"kind": "data", "name": text, "content": "a" * 64, "inputs": {}}
     sections = [
         page.Numbers(text, [page.Number(text, "22.1", "dB", text)]),
-        page.Maps(text, [page.Map(text, pictures.data_uri(pictures.codebook_map(counts)), text, text)], text),
-        page.Pictures(text, [page.Picture(text, uri, versions)], text),
+        page.Maps(text, [page.Map(text, pictures.codebook_map(counts), text, text)], text),
+        page.Pictures(text, [page.Picture(text, png, versions)], text),
         page.Plots(text, [plots.code_frequency(counts), plots.bars(text, {text: 0.5}, text)]),
         page.Table(text, [text], [[text, page.Cell(text, best=True), text]], text, folded=True),
         page.Reasons(text, {text: text}),
@@ -69,7 +68,9 @@ def test_every_picture_and_slider_has_a_label() -> None:
     drawn = [attributes for tag, attributes in elements.tags if tag == "img" and attributes.get("src")]
     assert len(drawn) == 4
     assert all(attributes.get("alt") for attributes in drawn)
-    assert all(attributes.get("aria-label") for tag, attributes in elements.tags if tag == "input")
+    assert [attributes.get("aria-label") for _, attributes in elements.tags if attributes.get("role") == "slider"] == [
+        "Share of the original"
+    ]
     assert {"lang": "en"} in [attributes for tag, attributes in elements.tags if tag == "html"]
 
 
@@ -91,7 +92,7 @@ def test_a_page_states_its_own_size_and_links_its_sections() -> None:
 
 
 def test_pictures_have_a_size_and_tables_a_row_above_the_header() -> None:
-    wide = pictures.data_uri(pictures.to_png(torch.zeros(3, 20, 30, dtype=torch.uint8)))
+    wide = pictures.to_png(torch.zeros(3, 20, 30, dtype=torch.uint8))
     assert page.Picture("wide", wide, []).size == (30, 20)
     table = page.Table("t", ["", "a", "b"], [["row", "1", "2"]], "one\ntwo", spans=[("", 1), ("both", 2)])
     html = page.render(page.ReportPage("x", "", [table]))

@@ -1,6 +1,5 @@
 """PNG files are decoded again to check where each pixel went."""
 
-import base64
 import io
 from typing import Any
 
@@ -10,16 +9,12 @@ import torch
 from PIL import Image
 
 from vqpipe.errors import DataError
-from vqpipe.reports import pictures
+from vqpipe.reports import page, pictures
 from vqpipe.reports.pictures import ImagePair
 
 
 def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
-
-
-def decoded(uri: str) -> bytes:
-    return base64.b64decode(uri.partition(",")[2])
 
 
 def pair(name: str, psnr: float | None, why: Any = "spread", height: int = 8, width: int = 12) -> ImagePair:
@@ -81,7 +76,7 @@ def test_a_codebook_map_shows_each_code_once_in_order() -> None:
 def test_the_center_of_a_large_image_is_cropped_unscaled() -> None:
     image = torch.randint(0, 255, (3, 30, 50), dtype=torch.uint8)
     png = pictures.to_png(image)
-    assert pictures.png_size(png) == (50, 30)
+    assert page.png_size(png) == (50, 30)
     assert torch.equal(pictures.from_png(pictures.crop_center(png, 20)), image[:, 5:25, 15:35])
     assert torch.equal(pictures.from_png(pictures.crop_center(png, 100)), image)
 
@@ -101,8 +96,8 @@ def test_a_gallery_holds_the_exact_pixels_and_their_error() -> None:
     (found,) = pictures.error_pictures([pair("a", 20.0)])
     reconstruction, error = found.versions
     assert (reconstruction.label, error.label) == ("reconstruction", "error")
-    assert (pixels(decoded(reconstruction.uri)).astype(int) - pixels(decoded(found.original)) == 10).all()
-    assert len(np.unique(pixels(decoded(error.uri)))) == 1  # 10 everywhere
+    assert (pixels(reconstruction.png).astype(int) - pixels(found.original) == 10).all()
+    assert len(np.unique(pixels(error.png))) == 1  # 10 everywhere
     assert found.size == (12, 8)
 
 
@@ -111,7 +106,7 @@ def test_pictures_over_the_budget_are_omitted_and_counted() -> None:
     (section,) = pictures.galleries(pairs)
     whole: Any = section
     assert "too large" not in whole.caption
-    size = sum(len(decoded(uri)) for each in whole.pictures for uri in (each.original, *(v.uri for v in each.versions)))
+    size = sum(len(png) for each in whole.pictures for png in (each.original, *(v.png for v in each.versions)))
     budget = pictures.PictureBudget(size * 3 // 4)
     assert [each.name for each in pictures.error_pictures(pairs, budget)] == ["0", "1", "2"]
     assert budget.note().startswith("1 more would make this file too large")
@@ -121,7 +116,7 @@ def test_a_large_picture_is_shown_by_its_center_at_full_resolution() -> None:
     (found,) = pictures.error_pictures([pair("large", 20.0, height=16, width=1500)])
     assert found.size == (1024, 16)
     assert found.note == "20.0 dB, center 1024 x 16 of 1500 x 16 pixels; PSNR of the whole"
-    assert (pixels(decoded(found.original))[8, 512] == 200).all()
+    assert (pixels(found.original)[8, 512] == 200).all()
 
 
 def test_shared_pictures_are_the_originals_that_every_report_shows() -> None:

@@ -78,7 +78,7 @@ def test_series_are_thinned_with_both_ends_and_skip_what_is_not_finite() -> None
     x, _ = plots.series([{"images_seen": i, "psnr": 1.0} for i in range(10_000)], "psnr")
     assert len(x) <= plots.MAX_POINTS
     assert (x[0], x[-1]) == (0, 9_999)
-    rows: list[plots.Row] = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]
+    rows: list[plots.LogRow] = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]
     assert len(plots.series(rows, "psnr")[0]) == 0
     places = plots.thinned(1_000_000, logarithmic=True)
     assert (places[0], places[-1]) == (0, 999_999)
@@ -100,7 +100,7 @@ def test_usage_growth_is_compared_with_uniform_codes() -> None:
 
 def test_a_level_is_drawn_with_its_name() -> None:
     plot = plots.line_plot("PSNR", REPLACED, xlabel="k", level=("reconstruction", 31.5), xscale="log")
-    without = plots.line_plot("PSNR", REPLACED, xlabel="k", level=("reconstruction", None), xscale="log")
+    without = plots.line_plot("PSNR", REPLACED, xlabel="k", xscale="log")
     assert plot is not None
     assert without is not None
     assert plot.alt == "replaced ends at 25, reconstruction 31.5"

@@ -11,7 +11,7 @@ from stages.bench import bench
 from vqpipe import benchmarks, distributed
 from vqpipe.artifacts import open_artifact
 from vqpipe.benchmarks import job, search, timing
-from vqpipe.benchmarks.timing import Case, Method, Settings, measure, to_rows
+from vqpipe.benchmarks.timing import Case, Method, Settings, measure, measurements
 from vqpipe.errors import ArtifactError, ConfigError
 
 ROW_KEYS = {
@@ -21,8 +21,8 @@ ROW_KEYS = {
 
 
 @pytest.fixture(autouse=True)
-def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "TURN_SECONDS", 0.001)
+def _short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.001)
 
 
 def test_numbers_page_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,12 +67,12 @@ def fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def nothing(progress: object) -> Case:
         methods = [Method(name="vqpipe", call=lambda: None, version="1", ours=True)]
         case, settings = Case(title="nothing", unit="things", settings={}), Settings(device=torch.device("cpu"))
-        case.rows = to_rows(methods, measure(methods, case, settings), settings, 1)
+        case.rows = measurements(methods, measure(methods, case, settings), settings, 1)
         ran.append("nothing")
         return case
 
     ran: list[str] = []
-    monkeypatch.setattr(search, "cases", lambda settings: {"first": nothing, "second": nothing})
+    monkeypatch.setattr(search, "cases", lambda settings: [nothing, nothing])
     options = {"out": tmp_path / "bench", "what": "search", "quick": True, "rounds": 1, "device": "cpu"}
     return {"options": options, "ran": ran, "case": nothing}
 
@@ -93,7 +93,7 @@ def test_an_interrupted_benchmark_continues_at_the_next_case(
         raise KeyboardInterrupt
 
     whole = search.cases
-    monkeypatch.setattr(search, "cases", lambda settings: {"first": fast["case"], "second": interrupted})
+    monkeypatch.setattr(search, "cases", lambda settings: [fast["case"], interrupted])
     with pytest.raises(KeyboardInterrupt):
         bench(**fast["options"])
     assert not fast["options"]["out"].exists()

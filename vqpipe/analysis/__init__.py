@@ -45,6 +45,7 @@ def build(
 def build_one(
     name: str, tokenizer: Tokenizer | ContinuousAutoencoder, perceptual: Mapping[str, nn.Module], seed: int
 ) -> Analysis:
+    """The analysis of that name, or the reason why it does not apply."""
     if isinstance(tokenizer, ContinuousAutoencoder):
         return NotComputed(name, "continuous latents: there are no codes")
     try:

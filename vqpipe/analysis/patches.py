@@ -115,7 +115,7 @@ class Patches(Analysis):
 
     def result(self) -> dict[str, Any]:
         counts = self.usage.merged().counts.cpu()
-        without = sum(gather_objects(self.without_layout))
+        without_layout = sum(gather_objects(self.without_layout))
         if not int(counts.sum()):
             return {"not_computed": NO_GRID}
         common, rare = max(1, NUM_COMMON // self.groups), NUM_RARE // self.groups
@@ -135,7 +135,7 @@ class Patches(Analysis):
         return {
             "sheets": sheets,
             "num_watched": len(self.tracked),
-            "num_without_layout": without,
+            "num_without_layout": without_layout,
             "seed": self.inputs.seed,
         }
 
@@ -148,7 +148,7 @@ class Patches(Analysis):
             png = code_sheet(self.kept.of(np.array([slot])).pixels)
             name = f"Code {sheet['code']:,}" + (f" of group {sheet['group'] + 1}" if self.groups > 1 else "")
             note = f"{sheet['times']:,} times ({sheet['share']:.2%} of the tokens)"
-            maps.append(page.Map(note, pictures.data_uri(png), name, f"Patches of {name}, {note}"))
+            maps.append(page.Map(note, png, name, f"Patches of {name}, {note}"))
         some = ""
         if result["num_watched"] < self.codebook_size:
             some = (
@@ -175,14 +175,17 @@ class PatchSet(Metric):
 
     @classmethod
     def empty(cls, side: int) -> "PatchSet":
+        """No patches, of S x S pixels."""
         zero = np.zeros(0, dtype=np.int64)
         return cls(zero, zero.astype(np.float32), zero, zero, np.zeros((0, 3, side, side), dtype=np.uint8))
 
     @classmethod
     def concatenate(cls, parts: Sequence["PatchSet"]) -> "PatchSet":
+        """The patches of all parts."""
         return cls(*(np.concatenate(arrays) for arrays in zip(*(part.arrays() for part in parts), strict=True)))
 
     def arrays(self) -> tuple[np.ndarray, ...]:
+        """In the order of the constructor."""
         return self.slot, self.distance, self.image_key, self.cell, self.pixels
 
     def of(self, slots: np.ndarray) -> "PatchSet":

@@ -121,10 +121,10 @@ class Replacement(Analysis):
     def picture(self, name: str, files: Sequence[bytes], psnr: Sequence[float]) -> page.Picture:
         """An example image with its reconstruction for each k."""
         versions = [
-            page.Version(label(k), pictures.data_uri(file), "" if db == float("inf") else pictures.decibels(db))
+            page.Version(label(k), file, "" if db == float("inf") else pictures.decibels(db))
             for k, file, db in zip((0, *self.ranks), files[1:], psnr, strict=True)
         ]
-        return page.Picture(name, pictures.data_uri(files[0]), versions)
+        return page.Picture(name, files[0], versions)
 
 
 class Neighbors(Metric):

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from vqpipe.errors import ConfigError
 from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import git_commit, versions
 from vqpipe.reports import page
-from vqpipe.reports.benchmark import benchmark_page, headlines
+from vqpipe.reports.benchmark import SUBJECTS, benchmark_page, facts_of
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
-SUBJECTS = ("search", "kmeans", "train", "tokenize")
 PACKAGES = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "triton", "flash-kmeans")
 """Packages whose versions the numbers depend on."""
 PRESET, CUDA_PRESET = "smoke", "vqgan-lc-f16-100k"
@@ -85,24 +85,23 @@ def run(
     Args:
         recipe: the preset `preset_of(settings)`.
     """
-    cases_of: dict[str, Callable[[], dict[str, Callable[[Progress], Case]]]] = {
-        "search": lambda: search.cases(settings),
-        "kmeans": lambda: kmeans.cases(settings),
-        "train": lambda: step_and_encode.train_cases(settings, preset_of(settings), recipe),
-        "tokenize": lambda: step_and_encode.tokenize_cases(settings, recipe),
+    cases: dict[str, list[Callable[[Progress], Case]]] = {
+        "search": search.cases(settings),
+        "kmeans": kmeans.cases(settings),
+        "train": step_and_encode.train_cases(settings, preset_of(settings), recipe),
+        "tokenize": step_and_encode.tokenize_cases(settings, recipe),
     }
-    cases = {subject: cases_of[subject]() for subject in subjects}
     if warning := busy_warning():
         progress.message(warning)
-    progress.start("bench", sum(map(len, cases.values())), "cases")
+    progress.start("bench", sum(len(cases[subject]) for subject in subjects), "cases")
     measured: dict[str, list[dict[str, Any]]] = {subject: [] for subject in subjects}
-    for subject, of_subject in cases.items():
-        for number, measure in enumerate(of_subject.values()):
+    for subject in subjects:
+        for number, measure in enumerate(cases[subject]):
             name = f"cases/{subject}-{number}.json"
             if draft.record(name) is not None:
                 progress.message(f"{name}: measured by an earlier run")
             else:
-                draft.write_json(name, measure(progress).to_table())
+                draft.write_json(name, asdict(measure(progress)))
             measured[subject].append(json.loads((draft.path / name).read_text(encoding="utf-8")))
             progress.advance()
     metrics = {
@@ -112,7 +111,7 @@ def run(
             "seed": settings.seed,
             "device": settings.device.type,
             "memory_gb": settings.memory,
-            "patience_s": settings.patience,
+            "patience_s": settings.method_seconds,
         },
         "machine": machine(settings.device),
         "versions": software(),
@@ -122,12 +121,12 @@ def run(
     options = ["--quick"] if settings.quick else []
     command = ["vqpipe", "bench", "--what", ",".join(subjects), "--rounds", str(settings.rounds), *options]
     footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, {time.strftime('%Y-%m-%d')}."
+    report = benchmark_page(metrics, shlex.join([*command, "--out", "DIR"]), footer)
     with draft.write("report.html") as path:
-        html = page.render(benchmark_page(metrics, shlex.join([*command, "--out", "DIR"]), footer))
-        path.write_text(html, encoding="utf-8")
+        path.write_text(page.render(report), encoding="utf-8")
     sizes = "quick" if settings.quick else "full"
     facts = {"measured": ", ".join(subjects), "sizes": sizes, "device": settings.device.type}
-    return draft.publish(facts | headlines(metrics))
+    return draft.publish(facts | facts_of(metrics))
 
 
 def busy_warning() -> str:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vqpipe.benchmarks.search import faiss_defaults, faiss_gpu_module, faiss_settings
-from vqpipe.benchmarks.timing import Case, Method, Samples, Settings, available, measure, need, to_rows, version_of
+from vqpipe.benchmarks.timing import Case, Method, Samples, Settings, available, measure, measurements, need, version_of
 from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.lloyd import Points, lloyd
-from vqpipe.progress import SILENT, Progress
+from vqpipe.progress import Progress
 from vqpipe.search import engine_name, nearest
 
 SIZE, QUICK_SIZE = (200_000, 64, 2000), (4000, 16, 50)
@@ -47,19 +47,18 @@ class Problem:
 
     @property
     def array(self) -> np.ndarray:
+        """The points on the CPU."""
         return self.points.cpu().numpy()
 
 
-def cases(settings: Settings) -> dict[str, Callable[[Progress], Case]]:
-    num_points, dim, k = QUICK_SIZE if settings.quick else SIZE
-    title = f"k-means, one Lloyd iteration: N = {num_points:,}, D = {dim}, K = {k:,}"
-    return {title: partial(time_iteration, settings, title, num_points, dim, k)}
+def cases(settings: Settings) -> list[Callable[[Progress], Case]]:
+    """The one case."""
+    return [partial(time_iteration, settings, *(QUICK_SIZE if settings.quick else SIZE))]
 
 
-def time_iteration(
-    settings: Settings, title: str, num_points: int, dim: int, k: int, progress: Progress = SILENT
-) -> Case:
+def time_iteration(settings: Settings, num_points: int, dim: int, k: int, progress: Progress) -> Case:
     """An iteration of every available method from the same centers, and the inertia after 1 + ITERATIONS."""
+    title = f"k-means, one Lloyd iteration: N = {num_points:,}, D = {dim}, K = {k:,}"
     problem = draw(settings, num_points, dim, k)
     sizes = {"points": num_points, "dim": dim, "k": k, "iterations": 1 + ITERATIONS}
     case = Case(title, "points", sizes)
@@ -73,7 +72,7 @@ def time_iteration(
         else:
             reasons = [case.not_run.pop(run.name, "") for run in (one, several)]
             case.not_run[method.name] = next(filter(None, reasons))
-    case.rows = to_rows(methods, samples, settings, num_points)
+    case.rows = measurements(methods, samples, settings, num_points)
     reached = {name: inertia(problem.points, its.result) for name, its in samples.items()}
     for row in case.rows:
         row.extra["inertia"] = reached[row.name]
@@ -169,9 +168,9 @@ def in_flash(problem: Problem) -> Method:
     points, start = problem.points[None], problem.centers[None]
 
     def fit(iterations: int) -> Tensor:
-        return package.batch_kmeans_Euclid(points, start.shape[1], max_iters=iterations, tol=0.0, init_centroids=start)[
-            1
-        ][0]
+        k = start.shape[1]
+        fitted = package.batch_kmeans_Euclid(points, k, max_iters=iterations, tol=0.0, init_centroids=start)
+        return fitted[1][0]
 
     version = version_of("flash-kmeans", "flash_kmeans")
     return Method(name="flash-kmeans", call=fit, version=version, exact=False, note="TF32 products")

@@ -22,12 +22,12 @@ from vqpipe.benchmarks.timing import (
     Unavailable,
     available,
     measure,
+    measurements,
     need,
     need_memory,
-    to_rows,
     version_of,
 )
-from vqpipe.progress import SILENT, Progress
+from vqpipe.progress import Progress
 
 SHAPES = ((4096, 100_000, 8), (2048, 100_000, 8), (65_536, 8192, 8), (4096, 100_000, 32))
 """(N, K, D)."""
@@ -37,21 +37,20 @@ CHECKED = 1024
 """Vectors whose ids are compared with those of a float64 search."""
 MATRICES = 3
 """N x K matrices that the published expansion holds at its peak."""
+PUBLISHED = "as in taming-transformers, VQGAN-LC, LlamaGen and MGVQ"
 FAISS_TUNING = {"distance_compute_blas_threshold": 1}
 """Blocked matrix products for any number of queries, in place of a scalar loop that is 20 times slower."""
 
 
-def cases(settings: Settings) -> dict[str, Callable[[Progress], Case]]:
-    """A case per shape, by title."""
+def cases(settings: Settings) -> list[Callable[[Progress], Case]]:
+    """A case per shape."""
     shapes = QUICK_SHAPES if settings.quick else CUDA_SHAPES if settings.device.type == "cuda" else SHAPES
-    titles = [f"nearest code: N = {n:,}, K = {k:,}, D = {d}" for n, k, d in shapes]
-    return {title: partial(time_search, settings, title, *shape) for title, shape in zip(titles, shapes, strict=True)}
+    return [partial(time_search, settings, *shape) for shape in shapes]
 
 
-def time_search(
-    settings: Settings, title: str, num_vectors: int, num_codes: int, dim: int, progress: Progress = SILENT
-) -> Case:
+def time_search(settings: Settings, num_vectors: int, num_codes: int, dim: int, progress: Progress) -> Case:
     """Search N vectors among K codes with every available method."""
+    title = f"nearest code: N = {num_vectors:,}, K = {num_codes:,}, D = {dim}"
     generator = torch.Generator().manual_seed(settings.seed)
     vectors = torch.randn(num_vectors, dim, generator=generator).to(settings.device)
     codes = torch.randn(num_codes, dim, generator=generator).to(settings.device)
@@ -60,21 +59,23 @@ def time_search(
     samples = measure(methods, case, settings, progress)
     truth = reference_ids(vectors[:CHECKED], codes)
     case.facts = {"checked_vectors": len(truth)}
-    case.rows = to_rows(methods, samples, settings, num_vectors, partial(share_equal, truth))
+    case.rows = measurements(methods, samples, settings, num_vectors, partial(share_equal, truth))
     return case
 
 
 def ours(vectors: Tensor, codes: Tensor) -> Method:
+    """`vqpipe.search.nearest`."""
     version = f"{version_of('vqpipe')}, {search.engine_name(vectors.device)}"
     return Method(name="vqpipe", call=lambda: search.nearest(vectors, codes), version=version, ours=True)
 
 
 def peers(settings: Settings, vectors: Tensor, codes: Tensor) -> dict[str, Callable[[], Method]]:
     """Name -> constructor of each peer, which raises Unavailable."""
-    both = settings, vectors, codes
     makers: dict[str, Callable[[], Method]] = {
-        "naive expansion": lambda: in_torch("naive expansion", expansion, MATRICES, *both, note=PUBLISHED),
-        "torch.cdist": lambda: in_torch("torch.cdist", cdist, 1, *both),
+        "naive expansion": lambda: in_torch(
+            "naive expansion", expansion, MATRICES, settings, vectors, codes, PUBLISHED
+        ),
+        "torch.cdist": lambda: in_torch("torch.cdist", cdist, 1, settings, vectors, codes),
     }
     if settings.device.type == "cuda":
         makers["faiss GPU"] = lambda: faiss_on_gpu(vectors, codes)
@@ -87,9 +88,6 @@ def peers(settings: Settings, vectors: Tensor, codes: Tensor) -> dict[str, Calla
     return makers
 
 
-PUBLISHED = "as in taming-transformers, VQGAN-LC, LlamaGen and MGVQ"
-
-
 def expansion(vectors: Tensor, codes: Tensor) -> Tensor:
     """The published search, by |v|^2 + |c|^2 - 2 vc of all N x K pairs."""
     distances = (
@@ -99,6 +97,7 @@ def expansion(vectors: Tensor, codes: Tensor) -> Tensor:
 
 
 def cdist(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The search by `torch.cdist` of all N x K pairs."""
     return torch.cdist(vectors, codes).argmin(dim=1)
 
 
@@ -163,6 +162,7 @@ def faiss_defaults() -> dict[str, int]:
 
 
 def in_sklearn(vectors: Tensor, codes: Tensor) -> Method:
+    """scikit-learn's exhaustive search."""
     metrics: Any = need("sklearn.metrics")
     queries, database = vectors.numpy(), codes.numpy()
     return Method(

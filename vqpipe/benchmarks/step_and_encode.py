@@ -16,14 +16,24 @@ from torch import Tensor
 
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.benchmarks.search import CHECKED, MATRICES, expansion, need_matrices, reference_ids, share_equal
-from vqpipe.benchmarks.timing import Case, Method, Row, Settings, available, measure, quotient, to_rows, version_of
+from vqpipe.benchmarks.timing import (
+    Case,
+    Measurement,
+    Method,
+    Settings,
+    available,
+    measure,
+    measurements,
+    quotient,
+    version_of,
+)
 from vqpipe.data.batches import Batch
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
 from vqpipe.losses.objective import Objective
 from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.progress import SILENT, Progress
-from vqpipe.quantizers.base import to_rows as latent_vectors
+from vqpipe.progress import Progress
+from vqpipe.quantizers.base import to_rows
 from vqpipe.quantizers.lc import LcConfig
 from vqpipe.search import engine_name
 from vqpipe.tokenizer import Tokenizer
@@ -39,18 +49,16 @@ STEPS = 2
 WHITEN_IMAGES = 16
 
 
-def train_cases(settings: Settings, preset: str, recipe: TokenizerRecipe) -> dict[str, Callable[[Progress], Case]]:
+def train_cases(settings: Settings, preset: str, recipe: TokenizerRecipe) -> list[Callable[[Progress], Case]]:
     """One case, with both codebook sizes in the same rounds."""
+    return [partial(time_training_step, settings, preset, recipe)]
+
+
+def time_training_step(settings: Settings, preset: str, recipe: TokenizerRecipe, progress: Progress) -> Case:
+    """Our training step at both codebook sizes, and the released one."""
     on_gpu = settings.device.type == "cuda"
     batch = 2 if settings.quick else 32 if on_gpu else recipe.train.global_batch_size
     title = f"training step: preset {preset}, {recipe.data.image_size} px, batch {batch}"
-    return {title: partial(time_training_step, settings, recipe, title, batch)}
-
-
-def time_training_step(
-    settings: Settings, recipe: TokenizerRecipe, title: str, batch: int, progress: Progress = SILENT
-) -> Case:
-    """Our training step at both codebook sizes, and the released one."""
     sizes, steps = (QUICK_TRAIN_SIZES, 1) if settings.quick else (TRAIN_SIZES, STEPS)
     images = photographs(batch, recipe.data.image_size)
     sides = {"image_size": recipe.data.image_size, "batch": batch, "codebook_sizes": list(sizes), "steps": steps}
@@ -59,7 +67,7 @@ def time_training_step(
     methods = [run.ours() for run in runs]
     methods += available({run.released_name: run.released for run in runs}, case)
     samples = measure(methods, case, settings, progress)
-    case.rows = [per_step(row, steps) for row in to_rows(methods, samples, settings, batch * steps)]
+    case.rows = [per_step(row, steps) for row in measurements(methods, samples, settings, batch * steps)]
     rows = {row.name: row for row in case.rows}
     small, large = (rows[run.name] for run in runs)
     case.facts = ratio_facts("cost_of_k", large, small)
@@ -68,12 +76,12 @@ def time_training_step(
     return case
 
 
-def ratio_facts(name: str, row: Row, base: Row) -> dict[str, float | None]:
+def ratio_facts(name: str, row: Measurement, base: Measurement) -> dict[str, float | None]:
     """The ratios of wall time and of CPU time."""
     return {name: quotient(row.wall_ms, base.wall_ms), f"{name}_cpu": quotient(row.cpu_ms, base.cpu_ms)}
 
 
-def per_step(row: Row, steps: int) -> Row:
+def per_step(row: Measurement, steps: int) -> Measurement:
     """The times of a step."""
     return replace(row, wall_ms=row.wall_ms / steps, wall_min_ms=row.wall_min_ms / steps, cpu_ms=row.cpu_ms / steps)
 
@@ -104,6 +112,7 @@ class MeasuredTraining:
         self.num_vectors = len(images) * self.model.quantizer.layout(side, side).num_tokens
 
     def ours(self) -> Method:
+        """Our step; its own time is the unit of its ratios."""
         version = f"{version_of('vqpipe')}, {engine_name(self.settings.device)}"
         return Method(name=self.name, call=self.train, version=version, ours=True, baseline=self.name)
 
@@ -136,22 +145,23 @@ class Repeated:
         self.batch = Batch(images, torch.full((count,), -1), [""] * count, list(range(count)))
 
     def from_sample(self, images_seen: int) -> Iterator[Batch]:
+        """The batch, without end."""
         while True:
             yield self.batch
 
 
-def tokenize_cases(settings: Settings, recipe: TokenizerRecipe) -> dict[str, Callable[[Progress], Case]]:
+def tokenize_cases(settings: Settings, recipe: TokenizerRecipe) -> list[Callable[[Progress], Case]]:
     """A case per codebook size."""
     batch, size = (2, 64) if settings.quick else (64, 256) if settings.device.type == "cuda" else (8, 128)
     sizes = QUICK_TOKENIZE_SIZES if settings.quick else TOKENIZE_SIZES
-    titles = {k: f"images to ids: K = {k:,}, {batch} images of {size} px" for k in sizes}
-    return {title: partial(time_encoding, settings, recipe, title, k, batch, size) for k, title in titles.items()}
+    return [partial(time_encoding, settings, recipe, k, batch, size) for k in sizes]
 
 
 def time_encoding(
-    settings: Settings, recipe: TokenizerRecipe, title: str, k: int, batch: int, size: int, progress: Progress = SILENT
+    settings: Settings, recipe: TokenizerRecipe, k: int, batch: int, size: int, progress: Progress
 ) -> Case:
     """`Tokenizer.encode`, and the same network followed by the published search."""
+    title = f"images to ids: K = {k:,}, {batch} images of {size} px"
     case = Case(title, "images", {"codebook_size": k, "batch": batch, "image_size": size})
     model = build(with_codes(recipe.model, k), size, settings.device, settings.seed)
     tokenizer = Tokenizer(model, image_size=size, device=settings.device)
@@ -160,7 +170,7 @@ def time_encoding(
 
     @torch.no_grad()
     def vectors() -> Tensor:
-        return latent_vectors(model.latent(to_float(images)))
+        return to_rows(model.latent(to_float(images)))
 
     def naive() -> Method:
         need_matrices(MATRICES, num_vectors, k, settings)
@@ -173,7 +183,7 @@ def time_encoding(
     samples = measure(methods, case, settings, progress)
     truth = reference_ids(vectors()[:CHECKED], model.quantizer.codebook())
     case.facts = {"checked_vectors": len(truth)}
-    case.rows = to_rows(methods, samples, settings, batch, partial(share_equal, truth))
+    case.rows = measurements(methods, samples, settings, batch, partial(share_equal, truth))
     return case
 
 

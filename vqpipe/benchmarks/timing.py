@@ -1,7 +1,7 @@
 """Timing of several methods side by side in one process.
 
 Each method is warmed up, then all are timed in interleaved rounds, in another order each round, so that other load of
-the machine affects all alike. In a round `torch.utils.benchmark.Timer` repeats a method for TURN_SECONDS, after calls
+the machine affects all alike. In a round `torch.utils.benchmark.Timer` repeats a method for ROUND_SECONDS, after calls
 that are not counted: these refill the caches. Reported are the medians over the rounds of wall time and of CPU time
 (user and system, all threads), and the peak of memory above what was allocated before.
 """
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import CDLL
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,7 @@ from vqpipe.errors import ConfigError
 from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import now
 
-TURN_SECONDS = 0.5
+ROUND_SECONDS = 0.5
 """A method is called for this long in each round, at least once."""
 PROCESS = Path("/proc/self")
 """Linux reports, and resets, the peak memory of a process here; on other systems peaks are unknown."""
@@ -45,7 +45,7 @@ class Settings:
 
     device: torch.device
     rounds: int = 5
-    patience: float = 10.0
+    method_seconds: float = 10.0
     """Seconds for all rounds of one method; a slower one takes part in fewer, at least in one."""
     memory: float = 8.0
     """10^9 bytes that a call may need; methods that need more are not measured."""
@@ -79,14 +79,14 @@ class Samples:
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    warm: float = 0.0
+    seconds: float = 0.0
     """Seconds of the call whose memory was measured, after a first one."""
     peak_mb: float | None = None
     result: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """A measured method. Times are in milliseconds a call."""
 
     name: str
@@ -108,7 +108,7 @@ class Row:
     """Its wall time over that of the baseline: above 1, ours is faster. None without a baseline."""
     ratio_cpu: float | None
     same_ids: float | None = None
-    """Share of ids equal to those of a float64 search, 0..1; None where there are no ids."""
+    """Share of the checked ids equal to those of a float64 search, 0..1; None where there are no ids."""
     extra: dict[str, float | None] = field(default_factory=dict)
     """Numbers of this subject alone, by name."""
 
@@ -121,16 +121,13 @@ class Case:
     unit: str
     """Unit of `rate`."""
     settings: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
     """Method -> the reason why it was not measured."""
     facts: dict[str, Any] = field(default_factory=dict)
     load: float | None = None
     """Load average of the machine before."""
     measured: str = field(default_factory=now)
-
-    def to_table(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Clock:
@@ -180,7 +177,7 @@ def measure(
             its = samples[method.name]
             if number < num_rounds(its, settings):
                 progress.note(f"{case.title}: {method.name}")
-                wall, cpu = time_turn(method, clock(settings.device))
+                wall, cpu = time_round(method, clock(settings.device))
                 its.wall.append(wall)
                 its.cpu.append(cpu)
     return samples
@@ -194,14 +191,14 @@ def warm_up(method: Method, clock: Clock) -> Samples:
             start = clock()
             result = method.call()
             seconds = clock() - start
-    return Samples(warm=seconds, peak_mb=peak(), result=result)
+    return Samples(seconds=seconds, peak_mb=peak(), result=result)
 
 
-def time_turn(method: Method, clock: Clock) -> tuple[float, float]:
+def time_round(method: Method, clock: Clock) -> tuple[float, float]:
     """Median seconds of wall time and of CPU time of a call in one round."""
     timer = Timer("call()", globals={"call": method.call}, timer=clock, num_threads=torch.get_num_threads())
     with quiet(method):
-        measured = timer.blocked_autorange(min_run_time=TURN_SECONDS)
+        measured = timer.blocked_autorange(min_run_time=ROUND_SECONDS)
     readings = clock.cpu[-2 * len(measured.raw_times) :]  # before and after each block
     cpu = statistics.median(end - start for start, end in zip(readings[::2], readings[1::2], strict=True))
     return measured.median, cpu / measured.number_per_run
@@ -209,8 +206,8 @@ def time_turn(method: Method, clock: Clock) -> tuple[float, float]:
 
 def num_rounds(samples: Samples, settings: Settings) -> int:
     """The rounds of a method, by the time of its second call."""
-    turn = max(TURN_SECONDS, 2 * samples.warm)
-    return max(1, min(settings.rounds, int(settings.patience / turn)))
+    one_round = max(ROUND_SECONDS, 2 * samples.seconds)
+    return max(1, min(settings.rounds, int(settings.method_seconds / one_round)))
 
 
 @contextmanager
@@ -222,13 +219,13 @@ def quiet(method: Method) -> Iterator[None]:
         yield
 
 
-def to_rows(
+def measurements(
     methods: Sequence[Method],
     samples: Mapping[str, Samples],
     settings: Settings,
     amount: float,
     same_ids: Callable[[Any], float] | None = None,
-) -> list[Row]:
+) -> list[Measurement]:
     """The rows of a case. `amount`: units of the case that a call does."""
     done = [method for method in methods if method.name in samples]
     ours = next((method.name for method in done if method.ours), "")
@@ -238,7 +235,7 @@ def to_rows(
         wall, cpu = statistics.median(its.wall), statistics.median(its.cpu)
         slow = num_rounds(its, settings) < settings.rounds
         rows.append(
-            Row(
+            Measurement(
                 name=method.name,
                 version=method.version,
                 exact=method.exact,

@@ -1,4 +1,7 @@
-"""The page of a benchmark, from its `metrics.json` (see `vqpipe.benchmarks`)."""
+"""The page of a benchmark, from its `metrics.json` (see `vqpipe.benchmarks`).
+
+A measurement, a case and the whole benchmark are dictionaries as in JSON.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +21,15 @@ SUBJECTS = {
 }
 """Name -> heading, in the order of the page."""
 
-Table = Mapping[str, Any]
-"""A case, a row or a whole benchmark as in JSON."""
+Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of a case: the value of a row, and its format."""
+class MeasuredColumn:
+    """A column of the table of a case: the value of a measurement, and its format."""
 
     title: str
-    value: Callable[[Table], Any]
+    value: Callable[[Json], Any]
     written: Callable[[Any], str]
     wide: bool = False
     """On the page only, not on the terminal."""
@@ -51,18 +53,18 @@ def share(value: float) -> str:
 
 
 COLUMNS = (
-    Column("wall, ms", lambda row: row["wall_ms"], number, best=True),
-    Column("minimum", lambda row: row["wall_min_ms"], number, wide=True),
-    Column("CPU, ms", lambda row: row["cpu_ms"], number, best=True),
-    Column("over ours", lambda row: None if row["ours"] else row["ratio_wall"], factor),
-    Column("CPU over ours", lambda row: None if row["ours"] else row["ratio_cpu"], factor, wide=True),
-    Column("peak, MB", lambda row: row["peak_mb"], number),
-    Column("same ids", lambda row: row["same_ids"], share),
-    Column("inertia", lambda row: row["extra"].get("inertia"), lambda value: f"{value:.5g}", wide=True),
-    Column("inertia / faiss", lambda row: row["extra"].get("inertia_ratio"), lambda value: f"{value:.4f}"),
+    MeasuredColumn("wall, ms", lambda row: row["wall_ms"], number, best=True),
+    MeasuredColumn("minimum", lambda row: row["wall_min_ms"], number, wide=True),
+    MeasuredColumn("CPU, ms", lambda row: row["cpu_ms"], number, best=True),
+    MeasuredColumn("over ours", lambda row: None if row["ours"] else row["ratio_wall"], factor),
+    MeasuredColumn("CPU over ours", lambda row: None if row["ours"] else row["ratio_cpu"], factor, wide=True),
+    MeasuredColumn("peak, MB", lambda row: row["peak_mb"], number),
+    MeasuredColumn("same ids", lambda row: row["same_ids"], share),
+    MeasuredColumn("inertia", lambda row: row["extra"].get("inertia"), lambda value: f"{value:.5g}", wide=True),
+    MeasuredColumn("inertia / faiss", lambda row: row["extra"].get("inertia_ratio"), lambda value: f"{value:.4f}"),
 )
 METHOD_HEADER = ("method", "answer", "version", "rounds", "note")
-HEADLINES = {
+FACTS = {
     "search_over_naive": ("search, naive expansion over ours", "x", "smallest of the shapes, wall time"),
     "search_over_faiss_tuned": ("search, faiss tuned over ours", "x", "smallest of the shapes, wall time"),
     "kmeans_over_faiss": ("Lloyd iteration, faiss over ours", "x", "same initial centers, wall time"),
@@ -73,11 +75,11 @@ HEADLINES = {
 """Fact of the artifact -> label, unit and note on the page."""
 
 
-def case_table(case: Table, wide: bool) -> page.Table:
+def case_table(case: Json, wide: bool) -> page.Table:
     """The rows of a case, without columns that are empty. `wide`: for the page, else for the terminal."""
     columns = list(COLUMNS)
     if case["unit"] == "images":
-        columns.insert(3, Column("images/s", lambda row: row["rate"], number))
+        columns.insert(3, MeasuredColumn("images/s", lambda row: row["rate"], number))
     columns = [column for column in columns if wide or not column.wide]
     columns = [column for column in columns if any(column.value(row) is not None for row in case["rows"])]
     rows = []
@@ -92,7 +94,8 @@ def case_table(case: Table, wide: bool) -> page.Table:
     return page.Table(title, ["method", *(column.title for column in columns)], rows, caption(case))
 
 
-def caption(case: Table) -> str:
+def caption(case: Json) -> str:
+    """How to read the table of a case."""
     facts, words = case["facts"], ["Medians over the rounds. Over ours: its time over our time."]
     if "checked_vectors" in facts:
         words.append(f"Same ids: as a float64 search, for the first {facts['checked_vectors']:,} vectors.")
@@ -106,7 +109,7 @@ def caption(case: Table) -> str:
     return " ".join(words)
 
 
-def method_table(subject: str, cases: Sequence[Table]) -> page.Table:
+def method_table(subject: str, cases: Sequence[Json]) -> page.Table:
     """Version and settings of each method of a subject; once where they are equal in several cases."""
     rows = [
         (row["name"], "exact" if row["exact"] else "approximate", row["version"], str(row["rounds"]), row["note"])
@@ -117,13 +120,13 @@ def method_table(subject: str, cases: Sequence[Table]) -> page.Table:
     return page.Table(title, METHOD_HEADER, list(dict.fromkeys(rows)), folded=True, prose=METHOD_HEADER[1:])
 
 
-def benchmark_page(metrics: Table, command: str, footer: str = "") -> page.ReportPage:
-    """Headlines, a table and a plot per case, reasons of what was not measured, and the machine."""
+def benchmark_page(metrics: Json, command: str, footer: str = "") -> page.ReportPage:
+    """The facts, a table and a plot per case, reasons of what was not measured, and the machine."""
     sections: list[page.Section] = []
-    found = headlines(metrics)
+    found = facts_of(metrics)
     numbers = [
         page.Number(label, f"{found[key]:.2f}" if unit == "x" else number(found[key]), unit, note)
-        for key, (label, unit, note) in HEADLINES.items()
+        for key, (label, unit, note) in FACTS.items()
         if key in found
     ]
     if numbers:
@@ -143,14 +146,14 @@ def benchmark_page(metrics: Table, command: str, footer: str = "") -> page.Repor
     return page.ReportPage(title, machine_line(metrics), sections, footer)
 
 
-def machine_line(metrics: Table) -> str:
+def machine_line(metrics: Json) -> str:
     """The machine in one line."""
     machine = metrics["machine"]
     cpus = f"{machine['cpu']}, {machine['threads']} threads on {machine['cpus']} CPUs ({machine['instructions']})"
     return f"{machine['gpu']}; {cpus}" if "gpu" in machine else cpus
 
 
-def headlines(metrics: Table) -> dict[str, float]:
+def facts_of(metrics: Json) -> dict[str, float]:
     """The facts of the artifact; none of quick sizes."""
     subjects = {} if metrics["settings"]["quick"] else metrics["subjects"]
     search, kmeans, train = (subjects.get(name, []) for name in ("search", "kmeans", "train"))
@@ -166,13 +169,13 @@ def headlines(metrics: Table) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def smallest_ratio(cases: Sequence[Table], name: str) -> float | None:
+def smallest_ratio(cases: Sequence[Json], name: str) -> float | None:
     """The smallest time of a method over ours, of the cases that it ran in."""
     ratios = [row["ratio_wall"] for case in cases for row in case["rows"] if row["name"] == name]
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
-def reasons(metrics: Table) -> dict[str, str]:
+def reasons(metrics: Json) -> dict[str, str]:
     """Method -> why it was not measured; with the title of the case where the reason is not that of all cases."""
     found: dict[str, str] = {}
     for cases in metrics["subjects"].values():
@@ -183,7 +186,7 @@ def reasons(metrics: Table) -> dict[str, str]:
     return found
 
 
-def time_plot(case: Table) -> page.Plot:
+def time_plot(case: Json) -> page.Plot:
     """Wall time (filled) and CPU time (open) of each method on a logarithmic axis."""
     rows = case["rows"]
     times = [(max(row["wall_ms"], 1e-6), max(row["cpu_ms"], 1e-6)) for row in rows]

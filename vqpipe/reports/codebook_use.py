@@ -45,8 +45,9 @@ def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
     """Utilization at numbers of tokens, beside that of a uniform coder."""
     cells = [
         [f"{row['tokens']:,}", share(row["utilization"]), share(row["uniform_utilization"])]
-        + ([span(row["utilization_per_group"])] if len(row["utilization_per_group"]) > 1 else [])
+        + ([" to ".join(share(end(groups)) for end in (min, max))] if len(groups) > 1 else [])
         for row in rows
+        for groups in [row["utilization_per_group"]]
     ]
     header = ["tokens of a group", "codes in use", "uniform coder"]
     header += ["least and most used group"] if len(cells[0]) > len(header) else []
@@ -102,10 +103,11 @@ def maps_of(evaluations: Sequence[EvaluationResult]) -> list[page.Map]:
 
 
 def map_of(evaluated: EvaluationResult) -> page.Map:
+    """The codebook of one tokenizer, under the number of its codes in use."""
     used, total = num_used(evaluated.counts), evaluated.counts.numel()
-    headline = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
-    alt = f"Codebook of {evaluated.name}, a cell a code: {headline}"
-    return page.Map(evaluated.name, pictures.data_uri(pictures.codebook_map(evaluated.counts)), headline, alt)
+    heading = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
+    alt = f"Codebook of {evaluated.name}, a cell a code: {heading}"
+    return page.Map(evaluated.name, pictures.codebook_map(evaluated.counts), heading, alt)
 
 
 def num_used(counts: Tensor) -> int:
@@ -116,7 +118,3 @@ def num_used(counts: Tensor) -> int:
 def share(value: float) -> str:
     """Never rounded up to all of them: 99.99 %, 100 %."""
     return "100 %" if value == 1 else f"{min(100 * value, 99.99):.2f} %"
-
-
-def span(values: Sequence[float]) -> str:
-    return f"{share(min(values))} to {share(max(values))}"

@@ -4,7 +4,7 @@ Numbers share a column only where protocol, image size and images are equal (KEY
 of images get a table over the sets, as in MGVQ's Tables 2 and 3.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -117,8 +117,7 @@ def compare_samples(reports: Sequence[Artifact]) -> Comparison:
     opened = [open_generated(report) for report in reports]
     names, report_names = [each.name for each in opened], [report.name for report in reports]
     if len(set(names)) < len(names):
-        numbered = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
-        names = report_names if len(set(report_names)) == len(names) else numbered
+        names = report_names if len(set(report_names)) == len(names) else numbered(names, range(len(names)))
     opened = [replace(each, name=name) for each, name in zip(opened, names, strict=True)]
     check_alike(opened)
     header, rows = comparison_rows(opened)
@@ -143,10 +142,10 @@ def facts_of(groups: Sequence[Group]) -> dict[str, Any]:
 def metrics_by_name(evaluations: Sequence[EvaluationResult]) -> dict[str, Any]:
     """The metrics of each report under its name, or `name, on images` where a name occurs more than once."""
     names = [each.name for each in evaluations]
-    sets = set_names(evaluations)
+    sets = names_of_sets(evaluations)
     keys = [name if names.count(name) == 1 else f"{name}, on {where}" for name, where in zip(names, sets, strict=True)]
     if len(set(keys)) < len(keys):  # one tokenizer and one set, by different protocols
-        keys = [f"{number}: {key}" for number, key in enumerate(keys, start=1)]
+        keys = numbered(keys, range(len(keys)))
     return {key: each.metrics for key, each in zip(keys, evaluations, strict=True)}
 
 
@@ -169,8 +168,9 @@ def check_comparable(evaluations: Sequence[EvaluationResult], paths: Sequence[st
         one, two = evaluations[first].metrics, evaluations[second].metrics
         key = next((key for key in KEYS if one.get(key) != two.get(key)), "reference")
         raise ArtifactError(
-            f"{paths[first]} and {paths[second]} cannot be compared: their {key} differs ({short(one.get(key))} and "
-            f"{short(two.get(key))}), and {path} shares neither images nor tokenizer with any other report",
+            f"{paths[first]} and {paths[second]} cannot be compared: their {key} differs "
+            f"({str(one.get(key))[:16]} and {str(two.get(key))[:16]}), and {path} shares neither images nor tokenizer "
+            "with any other report",
             "Evaluate both on the same images with the same protocol and image size",
         )
 
@@ -188,11 +188,11 @@ def members_by_key(evaluations: Sequence[EvaluationResult]) -> list[list[tuple[i
 def groups_of(evaluations: Sequence[EvaluationResult]) -> list[Group]:
     """The groups, largest first, with a name for each set of images."""
     found = sorted(([each for _, each in group] for group in members_by_key(evaluations)), key=len, reverse=True)
-    names = set_names([group[0] for group in found])
+    names = names_of_sets([group[0] for group in found])
     return [Group(group[0].metrics["protocol"], name, group) for group, name in zip(found, names, strict=True)]
 
 
-def set_names(evaluations: Sequence[EvaluationResult]) -> list[str]:
+def names_of_sets(evaluations: Sequence[EvaluationResult]) -> list[str]:
     """A name for the images of each evaluation, with size and number where these tell two sets apart.
 
     Protocols crop in different ways: sets are equal if they come from the same images, at the same size and number.
@@ -209,8 +209,13 @@ def set_names(evaluations: Sequence[EvaluationResult]) -> list[str]:
     for names in (plain, sized, counted):
         if len(set(names)) == len(set(sets)) == len(set(zip(names, sets, strict=True))):
             return names
-    order = {each: number for number, each in enumerate(dict.fromkeys(sets), start=1)}
-    return [f"{order[each]}: {name}" for each, name in zip(sets, plain, strict=True)]
+    return numbered(plain, sets)
+
+
+def numbered(names: Sequence[str], things: Sequence[Hashable]) -> list[str]:
+    """`1: name`, `2: name`, ...: the name of each thing after a number, the same for equal things."""
+    order = {thing: number for number, thing in enumerate(dict.fromkeys(things), start=1)}
+    return [f"{order[thing]}: {name}" for name, thing in zip(names, things, strict=True)]
 
 
 def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str]) -> list[EvaluationResult]:
@@ -225,20 +230,13 @@ def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str
     if len(set(names)) < len(set(tokenizers)) and len(set(tokenizers)) == len(set(report_names)) == len(tokenizers):
         names = list(report_names)
     if len(set(names)) < len(set(tokenizers)):
-        order = {each: number for number, each in enumerate(dict.fromkeys(tokenizers), start=1)}
-        names = [f"{order[tokenizer]}: {name}" for tokenizer, name in zip(tokenizers, names, strict=True)]
+        names = numbered(names, tokenizers)
     return [replace(evaluated, name=name) for evaluated, name in zip(evaluations, names, strict=True)]
 
 
 def tokenizer_of(evaluated: EvaluationResult) -> str:
     """The content digest of the tokenizer, else its name."""
     return evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("content") or evaluated.name
-
-
-def short(value: object) -> str:
-    """At most 16 characters of a value."""
-    text = str(value)
-    return text if len(text) <= 16 else text[:12] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -359,18 +357,13 @@ def usage_and_training_plots(
     same_images: Sequence[EvaluationResult], evaluations: Sequence[EvaluationResult]
 ) -> list[page.Plot]:
     """Utilization on the same images, and the training curves of all tokenizers."""
-    discrete = [evaluated for evaluated in same_images if evaluated.is_discrete]
-    utilization = {evaluated.name: evaluated.metrics["utilization"] for evaluated in discrete}
-    number = same_images[0].metrics["num_images"]
-    drawn = [
-        plots.bars("Utilization", utilization, f"Share of the codes chosen at least once over {number:,} images."),
-        plots.code_frequency({evaluated.name: evaluated.counts for evaluated in discrete}),
-    ]
-    logs: dict[str, Sequence[plots.Row]] = {}
-    for evaluated in evaluations:
-        if evaluated.history:
-            logs.setdefault(evaluated.name, evaluated.history)
-    return [*(drawn if discrete else []), *plots.training_curves(logs)]
+    drawn = []
+    if discrete := [each for each in same_images if each.is_discrete]:
+        caption = f"Share of the codes chosen at least once over {discrete[0].metrics['num_images']:,} images."
+        drawn.append(plots.bars("Utilization", {each.name: each.metrics["utilization"] for each in discrete}, caption))
+        drawn.append(plots.code_frequency({each.name: each.counts for each in discrete}))
+    logs = {each.name: each.history for each in evaluations if each.history}
+    return [*drawn, *plots.training_curves(logs)]
 
 
 def code_cell(tokenizer: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page
 from vqpipe.reports.evaluation import FRECHET, Measure, table_rows, written
-from vqpipe.reports.pictures import data_uri
 
 MEASURES = {
     "fid": Measure("fid", "FID", "lower is better", "", False),
@@ -74,7 +73,7 @@ def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
         f"{first.metrics['protocol']}."
     )
     sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)])]
-    maps = [page.Map(f"{counted(each)}, some of them", data_uri(each.sheet), each.name, each.name) for each in several]
+    maps = [page.Map(f"{counted(each)}, some of them", each.sheet, each.name, each.name) for each in several]
     sections.append(page.Maps("Samples", maps))
     missing = {
         f"{each.name}: {name}" if len(several) > 1 else name: reason

@@ -11,6 +11,13 @@ const element = (tag, name, text = "") => {
   return made;
 };
 
+const makeButton = (name, text, act) => {
+  const made = element("button", name, text);
+  made.type = "button";
+  made.addEventListener("click", act);
+  return made;
+};
+
 // The percentage of a slider after a key; null for a key that does not move it.
 const percentAfter = (key, percent, shift) => {
   const step = shift ? 10 : 2;
@@ -53,11 +60,9 @@ class Card {
     this.before.alt = this.original.alt;
     this.slide.append(this.after, this.before, element("i", "line"));
     this.tag = element("span", "tag right");
-    const enlarge = element("button", "enlarge", "\u2922");
-    enlarge.type = "button";
+    const enlarge = makeButton("enlarge", "\u2922", () => large.show(this));
     enlarge.tabIndex = -1;  // Enter on the slider does the same
     enlarge.setAttribute("aria-label", `Enlarge ${this.name}`);
-    enlarge.addEventListener("click", () => large.show(this));
     this.frame.append(this.slide, element("span", "tag left", "original"), this.tag, enlarge);
     this.listen();
     this.choose(this.chosen);
@@ -154,12 +159,7 @@ class Large {
     this.card = card;
     this.chosen = card.chosen;
     const labels = ["original", ...card.versions.map((button) => button.dataset.label)];
-    this.choices.replaceChildren(...labels.map((label, number) => {
-      const button = element("button", "", label);
-      button.type = "button";
-      button.addEventListener("click", () => this.choose(number - 1));
-      return button;
-    }));
+    this.choices.replaceChildren(...labels.map((label, number) => makeButton("", label, () => this.choose(number - 1))));
     this.before.src = card.original.src;
     this.before.alt = card.original.alt;
     this.width = card.original.naturalWidth;
@@ -292,12 +292,8 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   const cards = [...gallery.querySelectorAll(".card")].map((node) => new Card(node));
   const bar = gallery.querySelector(".bar"), choices = bar.querySelector(".choices");
   const labels = cards.length ? cards[0].versions.map((button) => button.dataset.label) : [];
-  const buttons = labels.map((label, number) => {
-    const button = element("button", "", label);
-    button.type = "button";
-    button.addEventListener("click", () => { for (const card of cards) card.choose(number); });
-    return button;
-  });
+  const buttons = labels.map((label, number) =>
+    makeButton("", label, () => { for (const card of cards) card.choose(number); }));
   choices.append(...buttons);
   for (const card of cards) card.onchoice = () => buttons.forEach((button, number) =>
     button.setAttribute("aria-pressed", String(cards.every((each) => each.chosen === number))));

@@ -1,32 +1,34 @@
 """The HTML frame of every report: one self-contained file that opens offline, on a phone and in dark mode too.
 
 A page is a title and a list of sections. Each kind of section is a dataclass here and a macro of the same name in
-`page.html.j2`, which includes `page.css` and `page.js`. jinja2 escapes all text; only the SVG of `plots` is marked as
-safe. The page is complete without JavaScript, except for sliders, the large view and copy buttons.
+`page.html.j2`, which includes `page.css` and `page.js`. Pictures are PNG files, which become `data:` addresses. jinja2
+escapes all text; only the SVG of `plots` is marked as safe. The page is complete without JavaScript, except for
+sliders, the large view and copy buttons.
 """
 
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 FILE_SIZE = "\0file size\0"
 """Placeholder of the file's own size."""
-MAX_UNLISTED = 4
-"""Sections up to which a page has no table of contents."""
-MAX_EXPANDED = 18
-"""Sections up to which the table of contents is expanded."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a heading; `block` is the name of its macro in the template."""
+    """A part of a page under a heading."""
 
-    block: ClassVar[str]
+    title: str
+
+    @property
+    def macro(self) -> str:
+        """The name of its macro in the template."""
+        return type(self).__name__.lower()
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,6 @@ class Number:
 class Numbers(Section):
     """Headline numbers in large type."""
 
-    block = "numbers"
-    title: str
     numbers: Sequence[Number]
     caption: str = ""
 
@@ -61,8 +61,6 @@ class Cell:
 class Table(Section):
     """Rows of cells under a header; the first column is the name of the row."""
 
-    block = "table"
-    title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     caption: str = ""
@@ -76,11 +74,12 @@ class Table(Section):
 
 @dataclass(frozen=True)
 class Map:
-    """A picture with a heading, such as a codebook map; `uri` is a data URI."""
+    """A picture with a heading and a line below it, such as a codebook map."""
 
     name: str
-    uri: str
-    headline: str
+    """The line below the heading."""
+    png: bytes
+    heading: str
     alt: str
 
 
@@ -98,8 +97,6 @@ class Plot:
 class Maps(Section):
     """Pictures side by side, followed by plots."""
 
-    block = "maps"
-    title: str
     maps: Sequence[Map]
     caption: str = ""
     plots: Sequence[Plot] = ()
@@ -107,27 +104,26 @@ class Maps(Section):
 
 @dataclass(frozen=True)
 class Version:
-    """A reconstruction of an original, or its error map; `uri` is a data URI."""
+    """A reconstruction of an original, or its error map, as a PNG file."""
 
     label: str
-    uri: str
+    png: bytes
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An original and its versions, PNG files of the same size; `original` is a data URI."""
+    """An original and its versions, PNG files of the same size."""
 
     name: str
-    original: str
+    original: bytes
     versions: Sequence[Version]
     note: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, from the PNG header, so that the layout is fixed before images load."""
-        header = base64.b64decode(self.original.partition(",")[2][:32])
-        return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+        """(width, height) in pixels, so that the layout is fixed before images load."""
+        return png_size(self.original)
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,6 @@ class Pictures(Section):
     All pictures of a section have the same versions, in the same order.
     """
 
-    block = "pictures"
-    title: str
     pictures: Sequence[Picture]
     caption: str = ""
 
@@ -147,8 +141,6 @@ class Pictures(Section):
 class Plots(Section):
     """Plots in a grid."""
 
-    block = "plots"
-    title: str
     plots: Sequence[Plot]
 
 
@@ -156,8 +148,6 @@ class Plots(Section):
 class Reasons(Section):
     """Name -> reason of each thing that was not computed."""
 
-    block = "reasons"
-    title: str
     reasons: Mapping[str, str]
 
 
@@ -165,8 +155,6 @@ class Reasons(Section):
 class Lineage(Section):
     """Trees {kind, name, content, inputs: {role: tree}} of the artifacts that a report was made from."""
 
-    block = "lineage"
-    title: str
     trees: Sequence[Mapping[str, Any]]
 
 
@@ -174,8 +162,6 @@ class Lineage(Section):
 class Commands(Section):
     """Commands that reproduce the numbers of the page, with copy buttons."""
 
-    block = "commands"
-    title: str
     commands: Sequence[str]
     caption: str = ""
 
@@ -196,6 +182,16 @@ def render(report: ReportPage) -> str:
     return html.replace(FILE_SIZE, megabytes(len(html.encode())))
 
 
+def png_size(png: bytes) -> tuple[int, int]:
+    """(width, height) of a PNG file, from its header."""
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG file as a `data:` address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
 def megabytes(num_bytes: int) -> str:
     """A file size as text, at least 0.1 MB."""
     return f"{max(num_bytes / 1e6, 0.1):,.1f} MB"
@@ -211,6 +207,6 @@ def template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"max_unlisted": MAX_UNLISTED, "max_expanded": MAX_EXPANDED}
     environment.filters["svg"] = lambda plot: Markup(plot.svg)  # matplotlib escapes its text
+    environment.filters["data_uri"] = data_uri
     return environment.get_template("page.html.j2")

@@ -3,7 +3,6 @@
 Shapes: N images, H x W pixels, G groups, K codes a group.
 """
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -96,12 +95,9 @@ def error_pictures(pairs: Sequence[ImagePair], budget: PictureBudget | None = No
     for pair, note in map(center, pairs):
         error = error_map(from_png(pair.original), from_png(pair.reconstruction))
         if budget.take(pair.original, pair.reconstruction, error):
-            versions = [
-                page.Version("reconstruction", data_uri(pair.reconstruction)),
-                page.Version("error", data_uri(error)),
-            ]
+            versions = [page.Version("reconstruction", pair.reconstruction), page.Version("error", error)]
             notes = ", ".join(filter(None, (decibels(pair.psnr), note)))
-            found.append(page.Picture(pair.name, data_uri(pair.original), versions, notes))
+            found.append(page.Picture(pair.name, pair.original, versions, notes))
     return found
 
 
@@ -115,20 +111,20 @@ def shared_pictures(reports: Mapping[str, Sequence[ImagePair]], budget: PictureB
         cut, notes = zip(*(center(pairs[original]) for pairs in by_original.values()), strict=True)
         if budget.take(cut[0].original, *(pair.reconstruction for pair in cut)):
             versions = [
-                page.Version(name, data_uri(pair.reconstruction), decibels(pair.psnr))
+                page.Version(name, pair.reconstruction, decibels(pair.psnr))
                 for name, pair in zip(by_original, cut, strict=True)
             ]
-            found.append(page.Picture(cut[0].name, data_uri(cut[0].original), versions, notes[0]))
+            found.append(page.Picture(cut[0].name, cut[0].original, versions, notes[0]))
     return found
 
 
 def center(pair: ImagePair) -> tuple[ImagePair, str]:
     """The center of images with a side over MAX_SIDE, and a note; smaller ones unchanged."""
-    width, height = png_size(pair.original)
+    width, height = page.png_size(pair.original)
     if max(width, height) <= MAX_SIDE:
         return pair, ""
     original, reconstruction = (crop_center(png, MAX_SIDE) for png in (pair.original, pair.reconstruction))
-    size = " x ".join(map(str, png_size(original)))
+    size = " x ".join(map(str, page.png_size(original)))
     note = f"center {size} of {width} x {height} pixels; PSNR of the whole"
     return replace(pair, original=original, reconstruction=reconstruction), note
 
@@ -139,14 +135,9 @@ def decibels(psnr: float | None) -> str:
 
 
 def to_png(image: Tensor) -> bytes:
-    """uint8[3, H, W] (or uint8[4, H, W] with alpha) -> PNG file."""
-    return encode_png(image.permute(1, 2, 0).cpu().numpy())
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8[H, W, 3 or 4] -> PNG file; the same pixels always give the same bytes."""
+    """uint8[3, H, W] (or uint8[4, H, W] with alpha) -> PNG file; the same pixels always give the same bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
+    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -155,22 +146,12 @@ def from_png(png: bytes) -> Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1)
 
 
-def png_size(png: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG file, from its header."""
-    return Image.open(io.BytesIO(png)).size
-
-
 def crop_center(png: bytes, max_side: int) -> bytes:
     """The center of a PNG file, at most `max_side` pixels wide and high, as PNG."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
-    width, height = min(image.width, max_side), min(image.height, max_side)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return encode_png(np.asarray(image.crop((left, top, left + width, top + height))))
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG file as a `data:` address."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    image = from_png(png)
+    height, width = (min(side, max_side) for side in image.shape[1:])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return to_png(image[:, top : top + height, left : left + width])
 
 
 def enlarge(images: Tensor, min_side: int) -> Tensor:

@@ -66,7 +66,8 @@ LOSS_TERMS = (
 )
 """Keys of a log row under `loss/`, in the order of their colors."""
 
-Row = Mapping[str, Any]
+LogRow = Mapping[str, Any]
+"""Of `metrics.jsonl`."""
 Line = tuple[np.ndarray, np.ndarray]
 """(x, y), both float64[n]."""
 Scale = Literal["linear", "log", "share"]
@@ -80,7 +81,7 @@ def line_plot(
     xlabel: str,
     xscale: Scale = "linear",
     yscale: Scale = "linear",
-    level: tuple[str, float | None] = ("", None),
+    level: tuple[str, float] | None = None,
     marks: Sequence[float] = (),
     labels: Sequence[str] = (),
     alt: str = "",
@@ -92,20 +93,19 @@ def line_plot(
         level: name and height of a dashed horizontal line.
         marks: x positions of vertical lines.
         labels: a text under each point of the first line.
-        alt: default: the last value of each line.
+        alt: text for screen readers; by default the last value of each line.
     """
     lines = {name: line for name, line in lines.items() if len(line[0])}
     if not lines:
         return None
-    level_name, height = level
-    names = [*lines, *([level_name] if height is not None else [])]
+    names = [*lines, *([level[0]] if level else [])]
     with matplotlib.rc_context(STYLE):
         figure, axes = one_axes(names)
         for number, (name, (x, y)) in enumerate(lines.items()):
             marker = "o" if len(x) <= MAX_MARKED else ""
             axes.plot(x, y, **line_style(number), marker=marker, label=untypeset(name))
-        if height is not None:
-            axes.axhline(height, **DASHED, label=untypeset(level_name))
+        if level:
+            axes.axhline(level[1], **DASHED, label=untypeset(level[0]))
         for position in marks:
             axes.axvline(position, color=INK, linewidth=0.7)
         for label, point in zip(labels, zip(*next(iter(lines.values())), strict=True), strict=False):
@@ -130,7 +130,7 @@ def line_plot(
         svg = to_svg(figure, f"{title}-{'-'.join(names)}")
     ends = [(name, f"{y[-1]:.1%}" if yscale == "share" else f"{y[-1]:.4g}") for name, (_, y) in lines.items()]
     words = [f"{name or title} ends at {value}" for name, value in ends]
-    words += [f"{level_name} {height:.4g}"] if height is not None else []
+    words += [f"{level[0]} {level[1]:.4g}"] if level else []
     return Plot(title, svg, alt or ", ".join(words), caption)
 
 
@@ -139,7 +139,7 @@ def curves(title: str, lines: Mapping[str, Line], scale: Scale, caption: str = "
     return line_plot(title, lines, xlabel="images seen", yscale=scale, caption=caption)
 
 
-def training_curves(runs: Mapping[str, Sequence[Row]]) -> list[Plot]:
+def training_curves(runs: Mapping[str, Sequence[LogRow]]) -> list[Plot]:
     """Loss, PSNR and utilization over images seen, from the rows of `metrics.jsonl` of each run by name.
 
     One run: a line per loss term. Several: a line per run, of the total. A quantity that no run logged has no plot.
@@ -224,7 +224,7 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
     )
 
 
-def k_curves(prefixes: Mapping[str, Sequence[Row]]) -> list[Plot]:
+def k_curves(prefixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
     """PSNR and SSIM over bits per pixel when only the first k groups are decoded, a line per tokenizer.
 
     `prefixes` holds by name the rows {groups, bits_per_pixel, psnr, ssim, ...} of `metrics.json`.
@@ -250,7 +250,8 @@ def k_curves(prefixes: Mapping[str, Sequence[Row]]) -> list[Plot]:
             alt="; ".join(words),
             caption="Under each point: k." if single else "",
         )
-        found += [plot] if plot else []
+        if plot is not None:
+            found.append(plot)
     return found
 
 
@@ -316,7 +317,7 @@ def scatter(title: str, points: Mapping[str, np.ndarray], caption: str = "") -> 
     return Plot(title, svg, ", ".join(labels.values()), caption)
 
 
-def series(rows: Iterable[Row], key: str) -> Line:
+def series(rows: Iterable[LogRow], key: str) -> Line:
     """(images seen, value) of the rows that log a finite `key`, thinned to MAX_POINTS."""
     points = [
         (row.get("images_seen", row.get("step", 0)), row[key])
@@ -350,6 +351,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def color(number: int) -> str:
+    """Of the line, point or bar of that number."""
     return COLORS[number % len(COLORS)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes
-from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, data_uri, error_pictures
+from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
 
 Row = Mapping[str, Any]
 OPEN_ROWS = 12
@@ -125,7 +125,7 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
         caption = f"{run.shown_note} {ERROR_CAPTION}".strip()
         yield page.Pictures("Originals and reconstructions", error_pictures(run.shown), caption)
     if run.samples is not None:
-        yield page.Maps("Samples", [page.Map(run.samples_note, data_uri(run.samples), f"Step {run.step:,}", "samples")])
+        yield page.Maps("Samples", [page.Map(run.samples_note, run.samples, f"Step {run.step:,}", "samples")])
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
     if run.counts is not None and run.counts.sum():
