@@ -150,7 +150,7 @@ class DiffusionGenerator(LatentGenerator):
         t = torch.randint(len(self.schedule), (len(examples),), device=examples.device)
         noise = torch.randn_like(examples)
         noisy = self.schedule.add_noise(examples, noise, t)
-        output = self.network(noisy, t.float(), self.class_ids(self.drop_labels(labels))).float()
+        output = self.network(noisy, t.float(), self.drop_labels(labels)).float()
         weight = self.config.bound_weight if self.config.learn_variance else None
         return noise_losses(self.schedule, output, examples, noisy, noise, t, weight)
 

@@ -57,15 +57,9 @@ class LatentGenerator(Generator):
                 "Use latents of the tokenizer and image size it was built for",
             )
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
-        self.check_sampling(labels, sampling, rngs)
-        device = next(self.parameters()).device
-        classes = self.class_ids(labels.to(device))
-        null = torch.full_like(classes, self.num_class_embeddings - 1)
-        with self.eval_mode():
-            predict = GuidedNetwork(self.network, classes, null, sampling)
-            return self.solve(predict, gaussian_noise(rngs, self.latent_shape, device), sampling, rngs)
+    def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        predict = GuidedNetwork(self.network, classes, torch.full_like(classes, self.null_class), sampling)
+        return self.solve(predict, gaussian_noise(rngs, self.latent_shape, classes.device), sampling, rngs)
 
     @abstractmethod
     def solve(

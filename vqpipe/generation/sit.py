@@ -56,7 +56,7 @@ class Sit(LatentGenerator):
         times = torch.rand(len(examples), device=examples.device)
         noise = torch.randn_like(examples)
         t = times[:, None, None, None]
-        output = self.network((1 - t) * examples + t * noise, times, self.class_ids(self.drop_labels(labels))).float()
+        output = self.network((1 - t) * examples + t * noise, times, self.drop_labels(labels)).float()
         return {"total": (output - (noise - examples)).square().mean()}
 
     def solve(
