@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages import console, example_run, recipe
+from stages import console, examples_run, recipe
 from stages.console import Device, Out, Preset, Seed, Set
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError
@@ -23,7 +23,7 @@ def train_classifier(
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
-    validation: console.HeldOutExamples = None,
+    validation: console.ValidationExamples = None,
     log: console.Log = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -55,4 +55,4 @@ def train_classifier(
             open_artifact(tokens, "tokens"),
             None if validation is None else open_artifact(validation, "tokens"),
         )
-        example_run.run(train, settings, examples, out, seed=seed, device=where, log=log)
+        examples_run.run(train, settings, examples, out, seed=seed, device=where, log=log)

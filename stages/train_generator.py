@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from stages import console, example_run, recipe
+from stages import console, examples_run, recipe
 from stages.console import Device, ImageSize, NumWorkers, Out, Preset, Seed, Set
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.config import class_for
@@ -37,7 +37,7 @@ def train_generator(
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
-    validation: console.HeldOutExamples = None,
+    validation: console.ValidationExamples = None,
     image_size: ImageSize = None,
     num_workers: NumWorkers = -1,
     log: console.Log = None,
@@ -74,7 +74,7 @@ def train_generator(
         else:
             stored = open_artifact(path, trained_on)
         examples = StoredExamples(opened, stored, None if validation is None else open_artifact(validation, trained_on))
-        example_run.run(train, settings, examples, out, seed=seed, device=where, log=log)
+        examples_run.run(train, settings, examples, out, seed=seed, device=where, log=log)
 
 
 def examples_path(

@@ -17,8 +17,8 @@ from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.errors import ArtifactError, ConfigError, DataError
-from vqpipe.generation.held_out import SEED
 from vqpipe.generation.image_generator import open_generator
+from vqpipe.generation.validation import SEED
 from vqpipe.reports.pictures import from_png
 from vqpipe.training.callbacks import ProgressCallback, read_metrics
 

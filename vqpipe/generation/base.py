@@ -27,7 +27,7 @@ Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """Sizes of the ids and latents of images of one size, and the number of classes: what a generator is built for."""
+    """The space of examples and labels that a network is built for: images of one size, encoded by one tokenizer."""
 
     layout: TokenLayout
     """Order of an image's ids."""

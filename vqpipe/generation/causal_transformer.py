@@ -165,13 +165,13 @@ def init_weights(module: nn.Module) -> None:
 
 
 def empty_caches(layers: int, like: Tensor, heads: int, positions: int) -> list[Tensor]:
-    """A key-value cache for each layer, float[2, B, A, P, D / A], for inputs `like` float[B, 1, D]."""
+    """Return a key-value cache for each layer, float[2, B, A, P, D / A], for inputs `like` float[B, 1, D]."""
     shape = (2, len(like), heads, positions, like.shape[-1] // heads)
     return [like.new_zeros(shape) for _ in range(layers)]
 
 
 def rotary_2d(height: int, width: int, head_dim: int) -> Tensor:
-    """Cosine and sine of the rotation of each position, float32[1 + h w, head_dim / 2, 2]; zeros for the class token.
+    """Return cosine and sine of each position's rotation, float32[1 + h w, head_dim / 2, 2]; zeros for the class token.
 
     Half of the channel pairs rotate with the row, half with the column, at frequencies 10000^(-2 i / (head_dim / 2)).
     """

@@ -51,7 +51,7 @@ class Sit(LatentGenerator):
         self.network = Transformer(config, self.latent_shape, space.latent_dim, self.num_class_embeddings)
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Mean squared error of the velocity, at times uniform in [0, 1)."""
+        """Return "total", the mean squared error of the velocity, at times uniform in [0, 1)."""
         self.check_latents(examples)
         times = torch.rand(len(examples), device=examples.device)
         noise = torch.randn_like(examples)
@@ -62,6 +62,11 @@ class Sit(LatentGenerator):
     def solve(
         self, predict: Denoiser, start: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
     ) -> Tensor:
+        """Sample by `euler`, `heun` or `sde`.
+
+        Raises:
+            ConfigError: another sampler.
+        """
         sampler = sampling.sampler or self.config.sampler
         if sampler == "euler":
             return euler(predict, start, sampling.steps)

@@ -1,6 +1,6 @@
 """What train-generator and train-classifier share: train in the draft, and print what was published."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ def run(
     *,
     seed: int,
     device: torch.device,
-    log: list[console.LoggerName] | None,
+    log: Sequence[str] | None,
 ) -> None:
     """Start or resume the artifact `out`, unless it is published, and train it.
 
