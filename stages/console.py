@@ -120,7 +120,7 @@ ExamplesTokenizer = Annotated[
     Path,
     typer.Option("--tokenizer", help="The tokenizer that made the tokens, or that encodes the images.", metavar="DIR"),
 ]
-HeldOutExamples = Annotated[
+ValidationExamples = Annotated[
     Path | None, typer.Option("--validation", help="Tokens or latents of held-out images; see above.", metavar="DIR")
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Pretrained weights; see above.", metavar="DIR")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import Device, Out, Seed
+from stages.console import Out, UnusedDevice, UnusedSeed
 from vqpipe import artifacts, distributed
 from vqpipe.codebooks.codebook import codebook_input, load_codebook
 from vqpipe.errors import WeightsError
@@ -35,15 +35,14 @@ def import_checkpoint(
     out: Out,
     family: FamilyName = None,
     codebook: Codebook = None,
-    device: Device = "auto",
-    seed: Seed = 0,
+    device: UnusedDevice = "auto",
+    seed: UnusedSeed = 0,
 ) -> None:
     """Convert released weights to a tokenizer.
 
-    No code in the file is executed. Every weight in it must have a place in the model. The conversion runs on the CPU
-    without random numbers: --device and --seed have no effect on its result.
+    No code in the file is executed. Every weight in it must have a place in the model.
     """
-    with console.session(device, seed):
+    with console.session("cpu", seed):
         if not file.is_file():
             raise WeightsError(f"{file} is not a file", "Pass the released file of weights")
         digest = hash_file(file)

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from stages import console, recipe, signals
+from stages import console, examples_run, recipe
 from stages.console import Device, Out, Preset, Seed, Set
-from vqpipe.artifacts import Artifact, open_artifact
+from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError
-from vqpipe.generation.train import RunContext, StoredExamples, check_validation, start_examples_run
+from vqpipe.generation.train import StoredExamples, check_validation
 from vqpipe.generation.train import train_classifier as train
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.loggers import check_loggers
@@ -22,7 +22,7 @@ def train_classifier(
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
-    validation: console.HeldOutExamples = None,
+    validation: console.ValidationExamples = None,
     log: console.Log = None,
     preset: Preset = None,
     overrides: Set = None,
@@ -50,22 +50,9 @@ def train_classifier(
         settings = recipe.load_classifier(preset, overrides, train=flags)
         check_validation(settings, validation)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
-        held_out = None if validation is None else open_artifact(validation, "tokens")
-        examples = StoredExamples(opened, open_artifact(tokens, "tokens"), held_out)
-        draft = start_examples_run(out, settings, examples, seed)
-        if isinstance(draft, Artifact):
-            return console.finished(draft, again=True)
-        with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
-            context = RunContext(
-                draft=draft,
-                stored=examples,
-                seed=seed,
-                device=torch_device,
-                loggers=list(dict.fromkeys(log or [])),
-                progress=progress,
-                stop_requested=stop.requested,
-            )
-            artifact = train(context, settings)
-            if artifact is None:
-                stop.exit()
-        return console.finished(artifact)
+        examples = StoredExamples(
+            opened,
+            open_artifact(tokens, "tokens"),
+            None if validation is None else open_artifact(validation, "tokens"),
+        )
+        examples_run.run(train, settings, examples, out, seed=seed, device=torch_device, log=log)

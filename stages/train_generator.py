@@ -1,24 +1,19 @@
 """`vqpipe train-generator`: tokens, or images that are encoded as latents once, and their tokenizer -> generator."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from stages import console, recipe, signals
+from stages import console, examples_run, recipe
 from stages.console import Device, ImageSize, NumWorkers, Out, Preset, Seed, Set
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.config import class_for
 from vqpipe.data.images import open_images
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.generation import Generator
+from vqpipe.generation.base import Generator, kinds_trained_on
 from vqpipe.generation.latents import encode_latents
-from vqpipe.generation.train import (
-    RunContext,
-    StoredExamples,
-    check_validation,
-    start_examples_run,
-)
+from vqpipe.generation.train import StoredExamples, check_validation
 from vqpipe.generation.train import train_generator as train
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.loggers import check_loggers
@@ -49,7 +44,7 @@ def train_generator(
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
-    validation: console.HeldOutExamples = None,
+    validation: console.ValidationExamples = None,
     image_size: ImageSize = None,
     num_workers: NumWorkers = -1,
     log: console.Log = None,
@@ -79,46 +74,52 @@ def train_generator(
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         settings = recipe.load_generator(preset, overrides, train=flags)
         check_validation(settings, validation)
+        trained_on = class_for(Generator, settings.generator).trained_on  # type: ignore[type-abstract]
+        path = examples_path(trained_on, tokens=tokens, images=images, latents=latents, out=out)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
-        if class_for(Generator, settings.generator).trained_on == "tokens":  # type: ignore[type-abstract]
-            if tokens is None or images or latents:
-                what = "no tokens were named" if tokens is None else "--images and --latents are for ldm, dit and sit"
-                raise ConfigError(
-                    f"this generator is trained on tokens: {what}", "Make them with vqpipe tokenize, and give --tokens"
-                )
-            stored = open_artifact(tokens, "tokens")
+        if images:
+            stored = encode(images, path, opened, image_size, settings.examples.mirror, num_workers)
         else:
-            if tokens is not None or not (images or latents):
-                what = "--tokens is for gpt and llamagen" if tokens is not None else "no images were named"
-                raise ConfigError(
-                    f"this generator is trained on latents: {what}", "Give --images, or the --latents of another run"
-                )
-            if images:
-                target = latents or out.with_name(f"{out.name}.latents")
-                stored = encode(images, target, opened, image_size, settings.examples.mirror, num_workers)
-            else:
-                assert latents is not None
-                stored = open_artifact(latents, "latents")
-        examples = StoredExamples(
-            opened, stored, None if validation is None else open_artifact(validation, stored.kind)
-        )
-        draft = start_examples_run(out, settings, examples, seed)
-        if isinstance(draft, Artifact):
-            return console.finished(draft, again=True)
-        with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
-            context = RunContext(
-                draft=draft,
-                stored=examples,
-                seed=seed,
-                device=torch_device,
-                loggers=list(dict.fromkeys(log or [])),
-                progress=progress,
-                stop_requested=stop.requested,
+            stored = open_artifact(path, trained_on)
+        examples = StoredExamples(opened, stored, None if validation is None else open_artifact(validation, trained_on))
+        examples_run.run(train, settings, examples, out, seed=seed, device=torch_device, log=log)
+
+
+def examples_path(
+    trained_on: Literal["tokens", "latents"],
+    *,
+    tokens: Path | None,
+    images: list[str] | None,
+    latents: Path | None,
+    out: Path,
+) -> Path:
+    """Return the artifact of tokens or latents to train on; with `images` the one to encode them into.
+
+    Raises:
+        ConfigError: the options do not name it, or name examples of the other kind.
+    """
+    others = ", ".join(kinds_trained_on("latents" if trained_on == "tokens" else "tokens"))
+    if trained_on == "tokens":
+        if images or latents:
+            raise ConfigError(
+                f"this generator is trained on tokens: --images and --latents are for {others}", "Give --tokens"
             )
-            artifact = train(context, settings)
-            if artifact is None:
-                stop.exit()
-        return console.finished(artifact)
+        if tokens is None:
+            raise ConfigError(
+                "this generator is trained on tokens: no tokens were named",
+                "Make them with vqpipe tokenize, and give --tokens",
+            )
+        return tokens
+    if tokens is not None:
+        raise ConfigError(
+            f"this generator is trained on latents: --tokens is for {others}", "Give --images or --latents"
+        )
+    if not images and latents is None:
+        raise ConfigError(
+            "this generator is trained on latents: no images were named",
+            "Give --images, or the --latents of another run",
+        )
+    return latents or out.with_name(f"{out.name}.latents")
 
 
 def encode(

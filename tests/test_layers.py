@@ -29,7 +29,7 @@ ROWS = (
     ("errors",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
-SHARED_BY_COMMANDS = {"stages.cli", "stages.console", "stages.recipe", "stages.signals"}
+SHARED_BY_COMMANDS = {"stages.cli", "stages.console", "stages.examples_run", "stages.recipe", "stages.signals"}
 """Modules of `stages` that are no commands."""
 
 

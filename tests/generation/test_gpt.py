@@ -1,22 +1,15 @@
-"""GPT on ids: the paper's size, cached sampling against the whole sequence, and its loss."""
+"""GPT on ids: the paper's size, its vocabulary, and its loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from stages.recipe import load_generator
 from vqpipe.errors import ConfigError
 from vqpipe.generation import Gpt, GptConfig, SamplingConfig, Space, build_generator
-from vqpipe.generation.gpt import SIZES
-from vqpipe.generation.sampling import (
-    append_null_classes,
-    guide_logits,
-    repeat_for_guidance,
-    sample_ids,
-    uniform_noise,
-)
 
 CODES, CLASSES = 13, 5
 
@@ -34,59 +27,20 @@ def make(space: Space, **options: Any) -> Gpt:
     return model
 
 
-@torch.no_grad()
-def sample_without_cache(
-    model: Gpt, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
-) -> Tensor:
-    """The same samples as `Gpt.sample`, with the whole sequence computed again for every id."""
-    count = model.space.num_tokens
-    uniform = uniform_noise(rngs, count, labels.device)
-    classes = append_null_classes(labels, CLASSES, sampling)
-    ids = torch.empty(len(classes), 0, dtype=torch.long)
-    for number in range(count):
-        logits = guide_logits(model.logits(model.hidden(classes, ids)[:, -1]), sampling, number, count)
-        next_ids = sample_ids(logits, uniform[:, number], sampling)
-        ids = torch.cat([ids, repeat_for_guidance(next_ids, sampling).unsqueeze(1)], dim=1)
-    return ids[: len(labels)]
-
-
 def test_the_parameter_count_is_the_paper_s(make_space: Callable[..., Space]) -> None:
-    layers, heads, width = SIZES["404m"]
+    config = load_generator("gpt-404m").generator
+    assert isinstance(config, GptConfig)
+    layers, width = config.layers, config.width
     with torch.device("meta"):
         space = make_space(16, 16, codebook_size=100_000, num_classes=1000)
-        model = build_generator(GptConfig(layers=layers, heads=heads, width=width, class_dropout=0.0), space)
-        with_null_class = build_generator(GptConfig(layers=layers, heads=heads, width=width), space)
+        model = build_generator(replace(config, class_dropout=0.0), space)
+        with_null_class = build_generator(config, space)
     matrix = 101_000 * width
     block = 12 * width**2 + 13 * width
     count = sum(weight.numel() for weight in model.parameters())
     assert count == 2 * matrix + 256 * width + layers * block + 2 * width == 509_421_568
     assert count - matrix == 405_997_568  # the paper's 404M
     assert sum(weight.numel() for weight in with_null_class.parameters()) == count + 2 * width
-
-
-SAMPLING = {
-    "greedy": SamplingConfig(temperature=0.0),
-    "sampled": SamplingConfig(temperature=1.3, top_k=0.7, top_p=0.9),
-    "guided": SamplingConfig(cfg_scale=3.0, cfg_schedule="linear"),
-}
-CASES = [
-    pytest.param(options, SAMPLING[name], id=f"{name}-{'-'.join(options)}")
-    for options in [{}, {"embedding": "codebook"}, {"num_classes": None}, {"groups": 2}]
-    for name in SAMPLING
-    if "num_classes" not in options or name != "guided"
-]
-
-
-@pytest.mark.parametrize(("options", "sampling"), CASES)
-def test_cached_sampling_equals_the_whole_sequence(
-    options: dict[str, Any], sampling: SamplingConfig, make_space: Callable[..., Space], rngs: Callable[..., Any]
-) -> None:
-    sizes = {name: value for name, value in options.items() if name != "embedding"}
-    model = make(make_space(3, 3, **sizes), embedding=options.get("embedding", "learned"), dropout=0.5).eval()
-    labels = torch.tensor([0, 4, 1])
-    ids = model.sample(labels, sampling, rngs(1, 2, 3))
-    assert torch.equal(ids, sample_without_cache(model, labels, sampling, rngs(1, 2, 3)))
-    assert len(ids.unique()) > 2
 
 
 def test_class_tokens_are_never_sampled(make_space: Callable[..., Space], rngs: Callable[..., Any]) -> None:
@@ -102,9 +56,9 @@ def test_class_tokens_are_never_sampled(make_space: Callable[..., Space], rngs: 
 def test_class_tokens_follow_the_codes_in_the_vocabulary(make_space: Callable[..., Space]) -> None:
     unconditional = make(make_space(3, 3, num_classes=None)).eval()
     assert unconditional.tokens.num_embeddings == CODES + 1
-    assert torch.equal(unconditional.embed_labels(torch.tensor([5]))[0, 0], unconditional.tokens.weight[CODES])
+    assert torch.equal(unconditional.embed_classes(torch.tensor([0]))[0, 0], unconditional.tokens.weight[CODES])
     model = make(make_space(3, 3)).eval()
-    assert torch.equal(model.embed_labels(torch.tensor([2]))[0, 0], model.tokens.weight[CODES + 2])
+    assert torch.equal(model.embed_classes(torch.tensor([2]))[0, 0], model.tokens.weight[CODES + 2])
     assert model.tokens.num_embeddings == CODES + CLASSES + 1  # the last is the null class
 
 
@@ -130,7 +84,7 @@ def test_the_loss_is_the_cross_entropy_over_the_vocabulary(
     torch.testing.assert_close(model(ids, labels)["total"], expected)
 
 
-def test_corrupted_ids_are_random_codes(make_space: Callable[..., Space]) -> None:
+def test_corrupted_ids_are_random_ids(make_space: Callable[..., Space]) -> None:
     ids, space = torch.zeros(200, 9, dtype=torch.long), make_space(3, 3)
     assert set(make(space, keep=0.0).corrupt(ids).unique().tolist()) == set(range(CODES))
     changed = (make(space, keep=0.8).corrupt(ids) != ids).float().mean()

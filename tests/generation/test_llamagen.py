@@ -1,22 +1,16 @@
-"""LlamaGen with MGVQ's head: released sizes, cached sampling against the whole sequence, its loss and its attention."""
+"""LlamaGen with MGVQ's head: released sizes, its loss and its attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from stages.recipe import load_generator
 from vqpipe.errors import ConfigError
-from vqpipe.generation import LlamaGen, LlamaGenConfig, SamplingConfig, Space, build_generator
-from vqpipe.generation.llamagen import SIZES, GroupHead
-from vqpipe.generation.sampling import (
-    append_null_classes,
-    guide_logits,
-    repeat_for_guidance,
-    sample_ids,
-    uniform_noise,
-)
+from vqpipe.generation import LlamaGen, LlamaGenConfig, Space, build_generator
+from vqpipe.generation.llamagen import GroupHead
 from vqpipe.quantizers import TokenLayout
 
 CODES = 13
@@ -41,60 +35,18 @@ def make(space: Space, **options: Any) -> LlamaGen:
     return model
 
 
-@torch.no_grad()
-def sample_without_cache(
-    model: LlamaGen, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
-) -> Tensor:
-    """The same samples as `LlamaGen.sample`, with the whole sequence computed again for every id."""
-    groups = model.space.num_groups
-    count = model.space.num_tokens
-    uniform = uniform_noise(rngs, count, labels.device)
-    classes = append_null_classes(model.class_ids(labels), model.num_classes or 0, sampling)
-    ids = torch.empty(len(classes), 0, dtype=torch.long)
-    for number in range(count):
-        position, group = divmod(number, groups)
-        trunk = model.trunk(classes, ids[:, : position * groups])[:, -1]
-        logits = model.ar_head.logits(trunk, ids[:, position * groups :])[:, group]
-        logits = guide_logits(logits, sampling, position, count // groups)
-        next_ids = sample_ids(logits, uniform[:, number], sampling)
-        ids = torch.cat([ids, repeat_for_guidance(next_ids, sampling).unsqueeze(1)], dim=1)
-    return ids[: len(labels)]
-
-
 @pytest.mark.parametrize("size", ["b", "xxl", *(pytest.param(size, marks=pytest.mark.slow) for size in ("l", "xl"))])
 def test_parameter_counts_are_the_released_ones_without_unused_weights(
     size: str, make_space: Callable[..., Space]
 ) -> None:
     released, unused = RELEASED[size]
-    layers, heads, width = SIZES[size]
+    config = load_generator(f"llamagen-{size}").generator
+    assert isinstance(config, LlamaGenConfig)
     space = make_space(24, 24, 4, codebook_size=8192, latent_dim=32, code_dim=8, num_classes=1000)
     with torch.device("meta"):
-        model = build_generator(LlamaGenConfig(layers=layers, heads=heads, width=width), space)
-    unused += (24 * 24 - 5) * width  # positions of the head beyond G + 1
+        model = build_generator(config, space)
+    unused += (24 * 24 - 5) * config.width  # positions of the head beyond G + 1
     assert sum(weight.numel() for weight in model.parameters()) == released - unused
-
-
-SAMPLING = {
-    "greedy": SamplingConfig(temperature=0.0),
-    "sampled": SamplingConfig(temperature=1.3, top_k=0.7, top_p=0.9),
-    "guided": SamplingConfig(cfg_scale=3.0, cfg_schedule="cosine"),
-}
-CASES = [
-    pytest.param(options, SAMPLING[name], id=f"{name}-{'-'.join(options)}")
-    for options in [{"groups": 4}, {"groups": 1}, {"groups": 3}, {"groups": 4, "num_classes": None}]
-    for name in SAMPLING
-    if "num_classes" not in options or name != "guided"
-]
-
-
-@pytest.mark.parametrize(("options", "sampling"), CASES)
-def test_cached_sampling_equals_the_whole_sequence(
-    options: dict[str, Any], sampling: SamplingConfig, make_space: Callable[..., Space], rngs: Callable[..., Any]
-) -> None:
-    model, labels = make(make_space(2, 3, **options), dropout=0.5).eval(), torch.tensor([0, 4, 1])
-    ids = model.sample(labels, sampling, rngs(1, 2, 3))
-    assert torch.equal(ids, sample_without_cache(model, labels, sampling, rngs(1, 2, 3)))
-    assert len(ids.unique()) > 3
 
 
 @pytest.mark.parametrize("groups", [1, 4])

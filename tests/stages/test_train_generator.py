@@ -17,8 +17,8 @@ from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.errors import ArtifactError, ConfigError, DataError
-from vqpipe.generation.held_out import SEED
 from vqpipe.generation.image_generator import open_generator
+from vqpipe.generation.validation import SEED
 from vqpipe.reports.pictures import from_png
 from vqpipe.training.callbacks import ProgressCallback, read_metrics
 
@@ -185,9 +185,9 @@ def test_invalid_options_are_refused(
         assert not list(tmp_path.glob("out*"))
 
     refused(ConfigError, "trained on tokens: no tokens were named", tokens=None)
-    refused(ConfigError, "trained on tokens: --images and --latents are for", images=["x"])
+    refused(ConfigError, "trained on tokens: --images and --latents are for dit, ldm, sit", images=["x"])
     latent = {"preset": "sit-tiny", "overrides": ["train.warmup_steps=1"]}
-    refused(ConfigError, "trained on latents: --tokens is for gpt and llamagen", **latent)
+    refused(ConfigError, "trained on latents: --tokens is for gpt, llamagen", **latent)
     refused(ConfigError, "trained on latents: no images were named", **latent, tokens=None)
     refused(ConfigError, "for vqpipe train", preset="smoke")
     refused(ConfigError, "no preset was named", preset=None)

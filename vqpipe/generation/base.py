@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import isabstract
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vqpipe.config import class_for
-from vqpipe.errors import ConfigError, DataError
+from vqpipe.config import all_subclasses, class_for
+from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.quantizers import Quantizer, TokenLayout
 
 Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
@@ -27,7 +27,7 @@ Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """Sizes of the ids and latents of images of one size, and the number of classes: what a generator is built for."""
+    """The space of examples and labels that a network is built for: images of one size, encoded by one tokenizer."""
 
     layout: TokenLayout
     """Order of an image's ids."""
@@ -180,7 +180,7 @@ class Generator(nn.Module, ABC):
             labels: int64[B] in [0, num_classes); ignored by unconditional generators.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
         """Return new examples, int64[B, N] ids or float32[B, C, h, w] normalised latents, for labels int64[B].
 
@@ -190,7 +190,23 @@ class Generator(nn.Module, ABC):
         Raises:
             DataError: a label is out of range, or the numbers of labels and rngs differ.
             ConfigError: guidance of a generator that was trained without a null class.
+            WeightsError: `load_codebook` was not called.
         """
+        self.check_sampling(labels, sampling, rngs)
+        if self.needs_codebook:
+            raise WeightsError(
+                f"the {self.config.kind} generator embeds ids by the tokenizer's codebook", "Call load_codebook first"
+            )
+        training = self.training
+        self.eval()
+        try:
+            return self.sample_batch(self.class_ids(labels.to(next(self.parameters()).device)), sampling, rngs)
+        finally:
+            self.train(training)
+
+    @abstractmethod
+    def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        """`sample` in evaluation mode, for valid classes int64[B]; zeros for an unconditional generator."""
 
     @abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
@@ -223,36 +239,33 @@ class Generator(nn.Module, ABC):
         """The classes, and the null class where it is trained; 1 for an unconditional generator."""
         return 1 if self.num_classes is None else self.num_classes + self.has_null_class
 
-    @contextmanager
-    def eval_mode(self) -> Iterator[None]:
-        """A context in which the generator is in evaluation mode."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
+    @property
+    def null_class(self) -> int:
+        """The label of guidance without a class."""
+        return self.num_classes or 0
 
     def class_ids(self, labels: Tensor) -> Tensor:
         """Return the labels; for an unconditional generator, zeros."""
         return torch.zeros_like(labels) if self.num_classes is None else labels
 
     def drop_labels(self, labels: Tensor) -> Tensor:
-        """Replace labels of a training batch by the null class with probability `class_dropout`."""
-        if self.num_classes is None or self.config.class_dropout == 0:
-            return labels
+        """Replace labels of a training batch by the null class with probability `class_dropout`, as `class_ids`."""
+        if not self.has_null_class:
+            return self.class_ids(labels)
         drop = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
-        return labels.masked_fill(drop, self.num_classes)
+        return labels.masked_fill(drop, self.null_class)
 
     def check_sampling(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> None:
-        """Raise the errors of `sample`; every subclass calls it first."""
+        """Raise the errors of `sample` about its arguments."""
         if labels.ndim != 1 or len(labels) != len(rngs):
             raise DataError(f"labels of shape {list(labels.shape)} for {len(rngs)} images")
-        if self.num_classes is not None and len(labels) and int(labels.min()) < 0:
-            raise DataError(f"label {int(labels.min())} is negative", "A generator with classes needs one per image")
-        if self.num_classes is not None and len(labels) and int(labels.max()) >= self.num_classes:
-            hint = f"This generator has the classes 0 to {self.num_classes - 1}"
-            raise DataError(f"label {int(labels.max())} is out of range", hint)
+        if self.num_classes is not None and len(labels):
+            lowest, highest = int(labels.min()), int(labels.max())
+            if lowest < 0:
+                raise DataError(f"label {lowest} is negative", "A generator with classes needs one per image")
+            if highest >= self.num_classes:
+                hint = f"This generator has the classes 0 to {self.num_classes - 1}"
+                raise DataError(f"label {highest} is out of range", hint)
         if sampling.cfg_scale != 1 and not self.has_null_class:
             raise ConfigError(
                 f"cfg_scale = {sampling.cfg_scale:g} needs a generator trained with class dropout",
@@ -263,6 +276,12 @@ class Generator(nn.Module, ABC):
 def build_generator(config: GeneratorConfig, space: Space) -> Generator:
     """Return the generator of `config` for the tokens or latents of `space`, with initial weights."""
     return class_for(Generator, config)(config, space)  # type: ignore[type-abstract]
+
+
+def kinds_trained_on(examples: Literal["tokens", "latents"]) -> list[str]:
+    """Return the kinds of generators that are trained on these examples."""
+    classes = [cls for cls in all_subclasses(Generator) if not isabstract(cls)]
+    return sorted(cls.config_class.kind for cls in classes if cls.trained_on == examples)
 
 
 def guidance_scale(sampling: SamplingConfig, progress: float) -> float:

@@ -59,6 +59,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         needs_grad: bool,
     ) -> Tensor:
+        """float[M, D], float[V, D] and int64[M] -> the mean loss; with `needs_grad` both gradients are saved."""
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
@@ -87,6 +88,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the saved gradients float[M, D] and float[V, D], scaled by that of the loss."""
         hidden_grad, weight_grad = ctx.saved_tensors
         scale = upstream / ctx.count
         return hidden_grad * scale, weight_grad * scale, None, None, None, None, None

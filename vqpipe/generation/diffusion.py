@@ -146,17 +146,23 @@ class DiffusionGenerator(LatentGenerator):
         return self.space.latent_dim * (1 + self.config.learn_variance)
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """See `noise_losses`; times are uniform over the schedule."""
         self.check_latents(examples)
         t = torch.randint(len(self.schedule), (len(examples),), device=examples.device)
         noise = torch.randn_like(examples)
         noisy = self.schedule.add_noise(examples, noise, t)
-        output = self.network(noisy, t.float(), self.class_ids(self.drop_labels(labels))).float()
+        output = self.network(noisy, t.float(), self.drop_labels(labels)).float()
         weight = self.config.bound_weight if self.config.learn_variance else None
         return noise_losses(self.schedule, output, examples, noisy, noise, t, weight)
 
     def solve(
         self, predict: Denoiser, start: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
     ) -> Tensor:
+        """Sample by `ddpm` or `ddim`.
+
+        Raises:
+            ConfigError: another sampler, or more steps than times.
+        """
         sampler = sampling.sampler or self.config.sampler
         if sampler == "ddpm":
             return ddpm(predict, self.schedule, start, rngs, sampling.steps)

@@ -13,7 +13,7 @@ Shapes: B images, C latent channels, h x w positions, p side of a patch, T = h w
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,17 @@ from torch import Tensor, nn
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import GeneratorConfig, Space
 from vqpipe.generation.diffusion import DiffusionConfig, DiffusionGenerator
-from vqpipe.generation.transformer import Size
 
 FREQUENCIES = 256
 """Sines and cosines of the time embedding, before its MLP."""
+
+
+class Size(NamedTuple):
+    """A size of DiT."""
+
+    layers: int
+    heads: int
+    width: int
 
 
 SIZES = {

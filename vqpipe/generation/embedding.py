@@ -1,4 +1,4 @@
-"""Input embeddings of the autoregressive generators.
+"""Embedding of ids by the tokenizer's codes, the input of gpt and llamagen.
 
 Shapes: B images, G groups, K codes of a group, D channels.
 """
@@ -48,15 +48,3 @@ class CodeEmbedding(nn.Module):
         """int64[B, n] ids, the first of which has index `first` in its image -> float[B, n / joined, D]."""
         groups = torch.arange(first, first + ids.shape[1], device=ids.device) % len(self.codes)
         return self.layers(self.codes[groups, ids].unflatten(1, (-1, self.joined)).flatten(2))
-
-
-class LabelEmbedding(nn.Module):
-    """An embedding for each of `classes` labels, the null class included."""
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes, width)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """int64[B] -> float[B, 1, D]."""
-        return self.embedding_table(labels).unsqueeze(1)

@@ -6,10 +6,13 @@ Shapes: B images, N ids per image, K codes, V entries of the vocabulary, D chann
 What is unusual:
 - The vocabulary is the K codes, followed by the class tokens: class c is entry K + c, and the null class, if guidance
   is trained, K + num_classes. Without classes there is one start token, K; the released code starts from the code 0.
-- In training, input ids are replaced by random codes with probability 1 - `keep`; the released code also samples class
+- In training, input ids are replaced by random ids with probability 1 - `keep`; the released code also samples class
   tokens there.
 - Ids of any layout are one sequence: only the learned positions distinguish groups and scales.
 - Sampling caches keys and values; the released code runs the whole sequence again for every id.
+
+With 100,000 codes, 1000 classes and 256 ids the paper's model (the preset gpt-404m) has 509.4 million parameters, 103.4
+million in each of the two vocabulary matrices; its "404M" counts one of them.
 """
 
 import math
@@ -20,8 +23,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vqpipe.errors import ConfigError, WeightsError
-from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
+from vqpipe.errors import ConfigError
+from vqpipe.generation.base import Generator, SamplingConfig, Space
+from vqpipe.generation.causal_transformer import (
+    INIT_STD,
+    CausalTransformerConfig,
+    empty_caches,
+    gpt2_block,
+    init_weights,
+)
 from vqpipe.generation.cross_entropy import chunked_cross_entropy
 from vqpipe.generation.embedding import CodeEmbedding
 from vqpipe.generation.sampling import (
@@ -31,19 +41,10 @@ from vqpipe.generation.sampling import (
     sample_ids,
     uniform_noise,
 )
-from vqpipe.generation.transformer import INIT_STD, Size, empty_caches, gpt2_block, init_weights
-
-SIZES = {
-    #              layers heads width
-    "tiny":  Size(     4,    4,  128),
-    "404m":  Size(    24,   16, 1024),
-}  # fmt: skip
-"""The paper's model, and one that trains on a CPU. With 100,000 codes, 1000 classes and 256 ids the paper's has 509.4
-million parameters, 103.4 million in each of the two vocabulary matrices; its "404M" counts one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptConfig(GeneratorConfig):
+class GptConfig(CausalTransformerConfig):
     """Defaults: VQGAN-LC's GPT, plus a null class for guidance (the released model has none: class_dropout = 0)."""
 
     kind: ClassVar[str] = "gpt"
@@ -51,27 +52,16 @@ class GptConfig(GeneratorConfig):
     layers: int = 24
     heads: int = 16
     width: int = 1024
-    """D, channels."""
     dropout: float = 0.0
-    """Dropout of inputs, attention weights and both halves of every block, 0..1."""
     keep: float = 1.0
-    """Probability that an input id is kept in training; the others become random codes, 0..1. VQGAN-LC: 0.8."""
-    label_smoothing: float = 0.0
-    """Probability that is spread over the vocabulary, 0..1. VQGAN-LC's code has 0.1 as an option, off by default."""
+    """Probability that an input id is kept in training; the others become random ids, 0..1. VQGAN-LC: 0.8."""
     embedding: Literal["learned", "codebook"] = "learned"
     """Input embeddings: a learned table, as the released code, or the tokenizer's codes through a small network."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.layers, self.heads, self.width) < 1 or self.width % self.heads:
-            raise ConfigError(
-                f"a gpt of {self.layers} layers, {self.heads} heads and {self.width} channels cannot be built",
-                "Set generator.layers, heads and width; heads divide the width",
-            )
         if not 0 <= self.keep <= 1:
             raise ConfigError(f"generator.keep = {self.keep} should be in [0, 1]")
-        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
-            raise ConfigError("generator.dropout and label_smoothing should be in [0, 1)")
 
 
 class Gpt(Generator):
@@ -124,17 +114,17 @@ class Gpt(Generator):
         else:
             self.code_embedding.load(codebook)
 
-    def embed_labels(self, labels: Tensor) -> Tensor:
+    def embed_classes(self, classes: Tensor) -> Tensor:
         """The first input: int64[B] -> float[B, 1, D]."""
-        return self.tokens(self.first_start + self.class_ids(labels)).unsqueeze(1)
+        return self.tokens(self.first_start + classes).unsqueeze(1)
 
     def embed(self, ids: Tensor, first: int = 0) -> Tensor:
         """int64[B, n] ids, the first of which has index `first` in its image -> float[B, n, D]."""
         return self.tokens(ids) if self.code_embedding is None else self.code_embedding(ids, first)
 
-    def hidden(self, labels: Tensor, ids: Tensor) -> Tensor:
-        """The hidden states that predict ids 0 to n: labels int64[B], ids int64[B, n] -> float[B, n + 1, D]."""
-        start = self.embed_labels(labels)
+    def hidden(self, classes: Tensor, ids: Tensor) -> Tensor:
+        """The hidden states that predict ids 0 to n: classes int64[B], ids int64[B, n] -> float[B, n + 1, D]."""
+        start = self.embed_classes(classes)
         inputs = torch.cat([start, self.embed(ids).to(start.dtype)], dim=1) if ids.shape[1] else start
         vectors = self.dropout(inputs + self.positions[: inputs.shape[1]])
         for layer in self.layers:
@@ -146,13 +136,14 @@ class Gpt(Generator):
         return self.head(hidden)[..., : self.space.codebook_size]
 
     def corrupt(self, ids: Tensor) -> Tensor:
-        """Replace input ids of a training batch by random codes with probability 1 - `keep`."""
+        """Replace input ids of a training batch by random ids with probability 1 - `keep`."""
         if self.config.keep == 1:
             return ids
         random_ids = torch.randint_like(ids, self.space.codebook_size)
         return torch.where(torch.rand(ids.shape, device=ids.device) < self.config.keep, ids, random_ids)
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return "total", the mean cross-entropy of all ids over the vocabulary."""
         hidden = self.hidden(self.drop_labels(labels), self.corrupt(examples[:, :-1]))
         total = chunked_cross_entropy(
             hidden.flatten(0, 1),
@@ -162,23 +153,18 @@ class Gpt(Generator):
         )
         return {"total": total}
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
-        self.check_sampling(labels, sampling, rngs)
-        if self.needs_codebook:
-            raise WeightsError("the gpt generator embeds ids by the tokenizer's codebook", "Call load_codebook first")
-        labels, count = labels.to(self.head.weight.device), self.space.num_tokens
-        uniform = uniform_noise(rngs, count, labels.device)
+    def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        count = self.space.num_tokens
+        uniform = uniform_noise(rngs, count, classes.device)
         samples = []
-        with self.eval_mode():
-            vector = self.embed_labels(append_null_classes(labels, self.num_classes or 0, sampling))
-            caches = empty_caches(len(self.layers), vector, self.config.heads, count)
-            for number in range(count):
-                hidden = vector + self.positions[number]
-                for layer, cache in zip(self.layers, caches, strict=True):
-                    hidden = layer(hidden, cache=cache, start=number)
-                logits = guide_logits(self.logits(self.norm(hidden)[:, -1]), sampling, number, count)
-                ids = sample_ids(logits, uniform[:, number], sampling)
-                samples.append(ids)
-                vector = self.embed(repeat_for_guidance(ids, sampling).unsqueeze(1), number).to(vector.dtype)
+        vector = self.embed_classes(append_null_classes(classes, self.null_class, sampling))
+        caches = empty_caches(len(self.layers), vector, self.config.heads, count)
+        for number in range(count):
+            hidden = vector + self.positions[number]
+            for layer, cache in zip(self.layers, caches, strict=True):
+                hidden = layer(hidden, cache=cache, start=number)
+            logits = guide_logits(self.logits(self.norm(hidden)[:, -1]), sampling, number, count)
+            ids = sample_ids(logits, uniform[:, number], sampling)
+            samples.append(ids)
+            vector = self.embed(repeat_for_guidance(ids, sampling).unsqueeze(1), number).to(vector.dtype)
         return torch.stack(samples, dim=1)

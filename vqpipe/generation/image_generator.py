@@ -21,7 +21,7 @@ from vqpipe.config import from_table, to_table
 from vqpipe.data.latents import LatentStatistics
 from vqpipe.errors import ArtifactError, VqpipeError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
-from vqpipe.generation.latents import decode_latents
+from vqpipe.generation.latents import quantize_latents
 from vqpipe.tokenizer import Tokenizer, load_weights, save_weights
 from vqpipe.weights import load_tensors
 
@@ -54,10 +54,10 @@ class ImageGenerator:
             DataError, ConfigError: see `Generator.sample`.
             NumericError: a sampled latent is not finite.
         """
-        examples = self.generator.sample(labels.to(self.tokenizer.device), sampling, rngs)
+        ids = self.generator.sample(labels, sampling, rngs)
         if self.statistics is not None:
-            return decode_latents(examples, self.statistics, self.tokenizer)[0]
-        return self.tokenizer.decode(examples, (self.image_size, self.image_size))
+            ids = quantize_latents(ids, self.statistics, self.tokenizer)
+        return self.tokenizer.decode(ids, (self.image_size, self.image_size))
 
 
 def image_rngs(seed: int, images: Sequence[int]) -> list[torch.Generator]:
@@ -76,12 +76,17 @@ def write_generator(draft: Draft, images: ImageGenerator, weights: Mapping[str, 
         "generate": to_table(images.sampling),
         "latents": None if images.statistics is None else images.statistics.to_table(),
     }
-    with draft.write("model.safetensors") as path:
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
+    write_weights(draft, weights)
     draft.write_json("config.json", table)
     with draft.write(f"{TOKENIZER}/model.safetensors") as path:
         save_weights(images.tokenizer.autoencoder, path)
     draft.write_json(f"{TOKENIZER}/config.json", images.tokenizer.to_table())
+
+
+def write_weights(draft: Draft, weights: Mapping[str, Tensor]) -> None:
+    """Write a state dict as `model.safetensors`."""
+    with draft.write("model.safetensors") as path:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
 
 
 def open_generator(path: Path | str, device: str | torch.device = "cpu") -> ImageGenerator:

@@ -1,4 +1,4 @@
-"""What LDM, DiT and SiT share: networks on noisy latents, classifier-free guidance, encoding and decoding of latents.
+"""What LDM, DiT and SiT share: networks on noisy latents, classifier-free guidance, images to latents, latents to ids.
 
 A latent is the encoder's output after quant_conv, before quantization, as in VQGAN-LC (Zhu et al. 2024, section 4).
 Sampled latents are denormalised, quantized, and decoded from their ids, like any other tokens.
@@ -57,15 +57,9 @@ class LatentGenerator(Generator):
                 "Use latents of the tokenizer and image size it was built for",
             )
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
-        self.check_sampling(labels, sampling, rngs)
-        device = next(self.parameters()).device
-        classes = self.class_ids(labels.to(device))
-        null = torch.full_like(classes, self.num_class_embeddings - 1)
-        with self.eval_mode():
-            predict = GuidedNetwork(self.network, classes, null, sampling)
-            return self.solve(predict, gaussian_noise(rngs, self.latent_shape, device), sampling, rngs)
+    def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        predict = GuidedNetwork(self.network, classes, torch.full_like(classes, self.null_class), sampling)
+        return self.solve(predict, gaussian_noise(rngs, self.latent_shape, classes.device), sampling, rngs)
 
     @abstractmethod
     def solve(
@@ -120,6 +114,8 @@ def encode_latents(
 ) -> Artifact:
     """Encode images into the `latents` artifact `out`, or open it if it was made by the same request.
 
+    With `flip` the latents of each image's mirror image are stored too, as by `vqpipe tokenize --flip`.
+
     Raises:
         DataError: the downsample factor does not divide the size, or too many images cannot be read.
         NumericError: a latent is NaN or too large for float16.
@@ -137,19 +133,13 @@ def encode_latents(
 
 
 @torch.no_grad()
-def decode_latents(latents: Tensor, statistics: LatentStatistics, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Decode normalised latents float[B, C, h, w] into images uint8[B, 3, H, W]; returns also their ids int64[B, N].
+def quantize_latents(latents: Tensor, statistics: LatentStatistics, tokenizer: Tokenizer) -> Tensor:
+    """Return the ids int64[B, N] of normalised latents float[B, C, h, w].
 
     Raises:
         NumericError: a latent is NaN or infinite.
-        DataError: the tokenizer has another number of latent channels.
+        DataError: the statistics are of another number of channels.
     """
     if not bool(torch.isfinite(latents).all()):
         raise NumericError("the generator sampled NaN or infinity", "Lower the guidance scale, or train it longer")
-    if latents.shape[1] != tokenizer.autoencoder.quantizer.latent_dim:
-        raise DataError(
-            f"latents of {latents.shape[1]} channels, the tokenizer has {tokenizer.autoencoder.quantizer.latent_dim}"
-        )
-    ids = tokenizer.autoencoder.quantizer(statistics.denormalize(latents.to(tokenizer.device))).ids
-    factor = tokenizer.downsample_factor
-    return tokenizer.decode(ids, (latents.shape[2] * factor, latents.shape[3] * factor)), ids
+    return tokenizer.autoencoder.quantizer(statistics.denormalize(latents.to(tokenizer.device))).ids

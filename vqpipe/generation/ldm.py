@@ -57,7 +57,7 @@ class LdmConfig(DiffusionConfig):
         super().__post_init__()
         sizes = (self.base_channels, self.num_res_blocks, self.head_channels, self.class_channels)
         if not self.channel_multipliers or min(*sizes, *self.channel_multipliers) < 1:
-            raise ConfigError("every size in [generator] must be at least 1", "See the preset ldm")
+            raise ConfigError("every size in [generator] must be at least 1", "See the preset ldm-f16")
         if self.base_channels % GROUPS or self.base_channels % self.head_channels:
             raise ConfigError(
                 f"generator.base_channels = {self.base_channels} does not divide by {GROUPS} groups and heads of "

@@ -12,6 +12,10 @@ What is unusual:
 - The class token precedes the first position. Its rotary factors are zeros, so that its queries and keys vanish, and
   every position attends to it with weight exp(0). This is LlamaGen's code; its weights depend on it.
 - MGVQ's head replaces LlamaGen's output layer for any G, also for G = 1.
+
+With G = 4 groups of 8192 codes and 24 x 24 positions, MGVQ's released models (the presets llamagen-b, -l, -xl and -xxl)
+have 139,170,816 / 398,577,664 / 866,728,960 / 1,548,343,296 parameters; ours, without the adaLN layers and positions
+that these never use, 117,498,624 / 360,244,224 / 807,015,680 / 1,462,531,584.
 """
 
 import math
@@ -23,20 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.errors import ConfigError, WeightsError
-from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space
-from vqpipe.generation.cross_entropy import chunked_cross_entropy
-from vqpipe.generation.embedding import CodeEmbedding, LabelEmbedding
-from vqpipe.generation.sampling import (
-    append_null_classes,
-    guide_logits,
-    repeat_for_guidance,
-    sample_ids,
-    uniform_noise,
-)
-from vqpipe.generation.transformer import (
+from vqpipe.errors import ConfigError
+from vqpipe.generation.base import Generator, SamplingConfig, Space
+from vqpipe.generation.causal_transformer import (
     INIT_STD,
-    Size,
+    CausalTransformerConfig,
     SwiGlu,
     empty_caches,
     init_weights,
@@ -44,22 +39,19 @@ from vqpipe.generation.transformer import (
     rms_norm,
     rotary_2d,
 )
-
-SIZES = {
-    #             layers heads width
-    "tiny": Size(     2,    4,  128),
-    "b":    Size(    12,   12,  768),
-    "l":    Size(    24,   16, 1024),
-    "xl":   Size(    36,   20, 1280),
-    "xxl":  Size(    48,   24, 1536),
-}  # fmt: skip
-"""LlamaGen's, and one that trains on a CPU. With G = 4 groups of 8192 codes and 24 x 24 positions, MGVQ's released
-models have 139,170,816 / 398,577,664 / 866,728,960 / 1,548,343,296 parameters; ours, without the adaLN layers and
-positions that these never use, 117,498,624 / 360,244,224 / 807,015,680 / 1,462,531,584."""
+from vqpipe.generation.cross_entropy import chunked_cross_entropy
+from vqpipe.generation.embedding import CodeEmbedding
+from vqpipe.generation.sampling import (
+    append_null_classes,
+    guide_logits,
+    repeat_for_guidance,
+    sample_ids,
+    uniform_noise,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaGenConfig(GeneratorConfig):
+class LlamaGenConfig(CausalTransformerConfig):
     """Defaults: GPT-B with LlamaGen's training recipe."""
 
     kind: ClassVar[str] = "llamagen"
@@ -67,25 +59,19 @@ class LlamaGenConfig(GeneratorConfig):
     layers: int = 12
     heads: int = 12
     width: int = 768
-    """D, channels."""
-    head_layers: int = 2
-    """Blocks of the head over the groups."""
     dropout: float = 0.1
-    """Dropout of inputs and of both halves of every block of the trunk, 0..1."""
-    label_smoothing: float = 0.0
-    """Probability that is spread over the codebook, 0..1."""
+    head_layers: int = 2
+    """Blocks of the head over the groups; it has no dropout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.layers, self.heads, self.width, self.head_layers) < 1:
-            raise ConfigError("generator.layers, heads, width and head_layers should be at least 1")
+        if self.head_layers < 1:
+            raise ConfigError(f"generator.head_layers = {self.head_layers} should be at least 1")
         if self.width % (4 * self.heads):
             raise ConfigError(
                 f"generator.width = {self.width} does not give {self.heads} heads a multiple of 4 channels",
                 "Rotary positions of rows and columns each need pairs of channels",
             )
-        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
-            raise ConfigError("generator.dropout and label_smoothing should be in [0, 1)")
 
 
 class HeadAttention(nn.Module):
@@ -195,9 +181,8 @@ class LlamaGen(Generator):
                 f"the llamagen generator needs ids of one grid, this tokenizer has {len(space.layout.grids)}",
                 "Use generator.kind = gpt",
             )
-        self.cls_embedding = LabelEmbedding(
-            (space.num_classes or 0) + 1, config.width
-        )  # unconditional: only the null class
+        # The null class has an embedding even if it is not trained, as in the released model.
+        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(self.null_class + 1, config.width)})
         groups = space.num_groups
         self.img_projector = CodeEmbedding(groups, space.codebook_size, space.code_dim, groups, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -225,9 +210,13 @@ class LlamaGen(Generator):
     def load_codebook(self, codebook: Tensor) -> None:
         self.img_projector.load(codebook)
 
-    def trunk(self, labels: Tensor, ids: Tensor) -> Tensor:
-        """Outputs at positions 0 to n: labels int64[B], ids int64[B, n G] before position n -> float[B, n + 1, D]."""
-        inputs = self.cls_embedding(self.class_ids(labels))
+    def embed_classes(self, classes: Tensor) -> Tensor:
+        """The first input: int64[B] -> float[B, 1, D]."""
+        return self.cls_embedding["embedding_table"](classes).unsqueeze(1)
+
+    def trunk(self, classes: Tensor, ids: Tensor) -> Tensor:
+        """Outputs at positions 0 to n: classes int64[B], ids int64[B, n G] before position n -> float[B, n + 1, D]."""
+        inputs = self.embed_classes(classes)
         if ids.shape[1]:
             inputs = torch.cat([inputs, self.img_projector(ids).to(inputs.dtype)], dim=1)
         vectors, rotary = self.dropout(inputs), self.rotary[: inputs.shape[1]]
@@ -236,6 +225,7 @@ class LlamaGen(Generator):
         return self.norm(vectors)
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return "total", the mean cross-entropy of all ids over the codebook."""
         groups = self.space.num_groups
         trunk = self.trunk(self.drop_labels(labels), examples[:, :-groups]).flatten(0, 1)
         targets = examples.reshape(-1, groups)
@@ -248,29 +238,21 @@ class LlamaGen(Generator):
         )
         return {"total": total}
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
-        self.check_sampling(labels, sampling, rngs)
-        if self.needs_codebook:
-            raise WeightsError(
-                "the llamagen generator embeds ids by the tokenizer's codebook", "Call load_codebook first"
-            )
-        labels = self.class_ids(labels).to(self.rotary.device)
+    def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
         positions, groups = self.space.height * self.space.width, self.space.num_groups
-        uniform = uniform_noise(rngs, positions * groups, labels.device).view(-1, positions, groups)
+        uniform = uniform_noise(rngs, positions * groups, classes.device).view(-1, positions, groups)
         samples = []
-        with self.eval_mode():
-            vector = self.cls_embedding(append_null_classes(labels, self.num_classes or 0, sampling))
-            caches = empty_caches(len(self.layers), vector, self.config.heads, positions)
-            for position in range(positions):
-                trunk = self.step(vector, caches, position)
-                ids = torch.empty(len(trunk), 0, dtype=torch.long, device=trunk.device)
-                for group in range(groups):
-                    logits = guide_logits(self.ar_head.next_logits(trunk, ids), sampling, position, positions)
-                    next_ids = repeat_for_guidance(sample_ids(logits, uniform[:, position, group], sampling), sampling)
-                    ids = torch.cat([ids, next_ids.unsqueeze(1)], dim=1)
-                samples.append(ids[: len(labels)])
-                vector = self.img_projector(ids)
+        vector = self.embed_classes(append_null_classes(classes, self.null_class, sampling))
+        caches = empty_caches(len(self.layers), vector, self.config.heads, positions)
+        for position in range(positions):
+            trunk = self.step(vector, caches, position)
+            ids = torch.empty(len(trunk), 0, dtype=torch.long, device=trunk.device)
+            for group in range(groups):
+                logits = guide_logits(self.ar_head.next_logits(trunk, ids), sampling, position, positions)
+                next_ids = repeat_for_guidance(sample_ids(logits, uniform[:, position, group], sampling), sampling)
+                ids = torch.cat([ids, next_ids.unsqueeze(1)], dim=1)
+            samples.append(ids[: len(classes)])
+            vector = self.img_projector(ids)
         return torch.cat(samples, dim=1)
 
     def step(self, vector: Tensor, caches: Sequence[Tensor], position: int) -> Tensor:

@@ -51,17 +51,22 @@ class Sit(LatentGenerator):
         self.network = Transformer(config, self.latent_shape, space.latent_dim, self.num_class_embeddings)
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Mean squared error of the velocity, at times uniform in [0, 1)."""
+        """Return "total", the mean squared error of the velocity, at times uniform in [0, 1)."""
         self.check_latents(examples)
         times = torch.rand(len(examples), device=examples.device)
         noise = torch.randn_like(examples)
         t = times[:, None, None, None]
-        output = self.network((1 - t) * examples + t * noise, times, self.class_ids(self.drop_labels(labels))).float()
+        output = self.network((1 - t) * examples + t * noise, times, self.drop_labels(labels)).float()
         return {"total": (output - (noise - examples)).square().mean()}
 
     def solve(
         self, predict: Denoiser, start: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
     ) -> Tensor:
+        """Sample by `euler`, `heun` or `sde`.
+
+        Raises:
+            ConfigError: another sampler.
+        """
         sampler = sampling.sampler or self.config.sampler
         if sampler == "euler":
             return euler(predict, start, sampling.steps)

@@ -6,12 +6,12 @@ Both have the same steps: check and open the inputs, start the draft, read the e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from vqpipe import artifacts, distributed
@@ -31,8 +31,8 @@ from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
 from vqpipe.generation.classifier import RECIPE, Classifier, ClassifierConfig, build_classifier
-from vqpipe.generation.held_out import accuracy, held_out_losses
-from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator
+from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator, write_weights
+from vqpipe.generation.validation import accuracy, loss_and_accuracy, validation_losses
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.pictures import contact_sheet
 from vqpipe.tokenizer import Tokenizer, latent_size
@@ -76,14 +76,14 @@ class StoredExamples:
     """The artifacts that a run reads.
 
     Raises:
-        ArtifactError: another tokenizer made them, or those of the held-out images have another shape.
+        ArtifactError: another tokenizer made them, or those of the validation images have another shape.
     """
 
     tokenizer: Tokenizer
     artifact: Artifact
     """Tokens or latents."""
     validation: Artifact | None = None
-    """The same of held-out images."""
+    """The same of validation images."""
 
     def __post_init__(self) -> None:
         self.tokenizer.check_made(self.artifact)
@@ -130,10 +130,10 @@ class ExampleData:
 
     space: Space
     train: Examples
-    held_out: Examples | None
-    """Examples measured during training, if any."""
     validation: Examples | None
-    """All held-out examples, if any."""
+    """Examples that are not trained on, if any."""
+    validation_subset: Examples | None
+    """Those of them that are measured during training: all of `examples.held_out`, else `train.validation_images`."""
     classes: tuple[int, ...]
     """Labels of all stored examples, rising."""
     statistics: LatentStatistics | None
@@ -141,7 +141,7 @@ class ExampleData:
 
 
 def check_validation(recipe: ExamplesRecipe, validation: Path | None) -> None:
-    """Raise a ConfigError if validation is scheduled without held-out images, or these are named twice."""
+    """Raise a ConfigError if validation is scheduled without images for it, or these are named twice."""
     if recipe.train.validate_every and validation is None and not recipe.examples.held_out:
         raise ConfigError(
             f"train.validate_every = {recipe.train.validate_every} needs held-out images",
@@ -183,20 +183,20 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
     config, stored = recipe.examples, context.stored
     everything, statistics = read_examples(context, stored.artifact, config.raw)
     if stored.validation is None:
-        examples, held_out = split_held_out(everything, config.held_out)
-        validation: Examples | None = held_out
+        examples, subset = split_held_out(everything, config.held_out)
+        validation: Examples | None = subset
     else:
         examples, (validation, _) = everything, read_examples(context, stored.validation, config.raw)
         count = min(recipe.train.validation_images, len(validation))
-        held_out = Subset(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
-        config.num_classes_of(validation.labels)
+        subset = Subset(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
+        config.num_classes_of(validation.labels)  # raises an error for unusable labels
     side = latent_size(stored.image_size, stored.image_size, stored.tokenizer.downsample_factor)
     quantizer = stored.tokenizer.autoencoder.quantizer
     return ExampleData(
         space=Space.of(quantizer, *side, config.num_classes_of(everything.labels)),
         train=examples,
-        held_out=held_out,
         validation=validation,
+        validation_subset=subset,
         classes=tuple(np.unique(everything.labels).tolist()),
         statistics=statistics,
     )
@@ -219,7 +219,7 @@ def train_on_examples(
     recipe: ExamplesRecipe,
     *,
     description: str,
-    measure: Callable[[nn.Module], Mapping[str, float]],
+    measure: Callable[..., dict[str, float]],
     sample_sheet: Callable[[nn.Module], bytes] | None = None,
 ) -> tuple[TrainState, MetricsLog]:
     """Train a network on examples in the draft, with its log, page and validations. Every rank calls it.
@@ -228,7 +228,7 @@ def train_on_examples(
 
     Args:
         description: one line for the page of the run.
-        measure: weight average -> numbers on the held-out examples, on every rank.
+        measure: weight average and validation examples, with the options of `measuring` -> numbers by name.
         sample_sheet: weight average -> samples as a PNG file.
     """
     draft, config, progress = context.draft, recipe.train, context.progress
@@ -237,11 +237,15 @@ def train_on_examples(
     sheets: list[Callback] = []
     if sample_sheet is not None:
         sheets.append(SampleSheet(draft, sample_sheet, all_ranks=config.parallel == "fsdp"))
+    measures: list[Callback] = []
+    if data.validation_subset is not None:
+        on_subset = partial(measure, examples=data.validation_subset, **measuring(context, recipe))
+        measures.append(HeldOutMetrics(on_subset, progress))
     callbacks = [
         *context.callbacks,
         metrics,
         *sheets,
-        *([] if data.held_out is None else [HeldOutMetrics(measure, progress)]),
+        *measures,
         *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in context.loggers),
         ProgressCallback(progress, config.steps),
         RunReport(draft, metrics, description=description, settings=settings, sources=sheets, progress=progress),
@@ -268,7 +272,7 @@ def train_on_examples(
 
 
 def initialize(context: RunContext, build: Callable[[], NetworkT]) -> NetworkT:
-    """The network of `build`, seeded, on the device of the run, with the tokenizer's codebook if it needs one."""
+    """Return the network of `build`, seeded, on the run's device, with the tokenizer's codebook if it needs one."""
     torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
     network = build().to(context.device)
     if network.needs_codebook:
@@ -305,17 +309,13 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
         samples = averaged.sample(labels, images.sampling, image_rngs(context.seed, range(SHEET_IMAGES)))
         return contact_sheet(samples, SHEET_COLUMNS)
 
-    def measure(network: nn.Module) -> dict[str, float]:
-        assert data.held_out is not None
-        return held_out_losses(network, data.held_out, **measuring(context, recipe))
-
     state, metrics = train_on_examples(
         context,
         generator.requires_grad_(True),
         data,
         recipe,
         description=f"{kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters.",
-        measure=measure,
+        measure=validation_losses,
         sample_sheet=sample_sheet,
     )
     if state.step < recipe.train.steps:
@@ -338,7 +338,7 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
 
 
 def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact | None:
-    """Train a classifier, measure it on all held-out examples, and publish it. Every rank calls it.
+    """Train a classifier, measure it on all validation examples, and publish it. Every rank calls it.
 
     Returns None if `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
     """
@@ -346,30 +346,22 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
     classifier = initialize(context, lambda: build_classifier(recipe.classifier, data.space))
     kind, parameters, num_classes = recipe.classifier.kind, count_parameters(classifier), classifier.num_classes
     context.progress.message(f"{kind}: {parameters:,} parameters, {len(data.train):,} images, {num_classes} classes")
-    options = measuring(context, recipe)
-
-    def measure(network: Any) -> dict[str, float]:
-        assert data.held_out is not None
-        losses = held_out_losses(network, data.held_out, **options)
-        return {"total": losses["total"]} | accuracy(network, data.held_out, **options)
-
     state, _ = train_on_examples(
         context,
         classifier,
         data,
         recipe,
         description=f"{kind} on tokens, {parameters / 1e6:,.1f} M parameters, {num_classes} classes.",
-        measure=measure,
+        measure=loss_and_accuracy,
     )
     if state.step < recipe.train.steps:
         return None
     average: Any = state.weight_ema.network
-    measured = {} if data.validation is None else accuracy(average, data.validation, **options)
+    measured = {} if data.validation is None else accuracy(average, data.validation, **measuring(context, recipe))
     weights = state.published()
     if distributed.is_main():
         table = {"classifier": to_table(classifier.config), "space": classifier.space.to_table()}
-        with context.draft.write("model.safetensors") as path:
-            save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
+        write_weights(context.draft, weights)
         context.draft.write_json("config.json", {**table, "image_size": context.stored.image_size})
         context.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
         context.draft.record_existing("metrics.jsonl")
@@ -386,7 +378,7 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
 
 
 def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_classes: int) -> dict[str, Any]:
-    """Return the content of metrics.json: accuracies of the weight average on all held-out examples.
+    """Return the content of metrics.json: accuracies of the weight average on all validation examples.
 
     `chance` is the accuracy of a guess among the classes that occur, which may be a few of `num_classes`.
     """
@@ -407,7 +399,7 @@ def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_cla
 
 
 def measuring(context: RunContext, recipe: ExamplesRecipe) -> dict[str, Any]:
-    """Return the options of `held_out_losses` and `accuracy`: batches have the size of training."""
+    """Return the options of `validation_losses` and `accuracy`: batches have the size of training."""
     size = recipe.train.share(distributed.world_size()) // recipe.train.accumulate
     return {"batch_size": size, "device": context.device, "precision": recipe.train.precision}
 

@@ -1,4 +1,4 @@
-"""The causal transformer of the autoregressive generators: pre-norm blocks in the style of GPT-2 or of Llama.
+"""The causal (decoder-only) transformer of gpt and llamagen: pre-norm blocks in the style of GPT-2 or of Llama.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Touvron et al. 2023, "LLaMA"; rotary
 positions: Su et al. 2021, "RoFormer".
@@ -9,11 +9,14 @@ feed-forward network is GELU (GPT-2) or SwiGLU (Llama). Attribute names are thos
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vqpipe.errors import ConfigError
+from vqpipe.generation.base import GeneratorConfig
 
 INIT_STD = 0.02
 """Standard deviation of initial weights, as GPT-2 and LlamaGen."""
@@ -21,12 +24,30 @@ NORM_EPS = 1e-5
 ROPE_BASE = 10_000.0
 
 
-class Size(NamedTuple):
-    """Layers, heads and channels of a published model."""
+@dataclass(frozen=True, kw_only=True)
+class CausalTransformerConfig(GeneratorConfig):
+    """Sizes of the transformer, and its regularisation."""
 
     layers: int
+    """Blocks."""
     heads: int
+    """A, attention heads; they divide the width."""
     width: int
+    """D, channels."""
+    dropout: float
+    """Dropout of inputs and of both halves of every block, 0..1; of gpt also of attention weights."""
+    label_smoothing: float = 0.0
+    """Probability that is spread over the vocabulary, 0..1. VQGAN-LC's code has 0.1 as an option, off by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.layers, self.heads, self.width) < 1 or self.width % self.heads:
+            raise ConfigError(
+                f"a {self.kind} of {self.layers} layers, {self.heads} heads and {self.width} channels cannot be built",
+                "Set generator.layers, heads and width; heads divide the width",
+            )
+        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
+            raise ConfigError("generator.dropout and label_smoothing should be in [0, 1)")
 
 
 class GeluMlp(nn.Module):
@@ -144,13 +165,13 @@ def init_weights(module: nn.Module) -> None:
 
 
 def empty_caches(layers: int, like: Tensor, heads: int, positions: int) -> list[Tensor]:
-    """A key-value cache for each layer, float[2, B, A, P, D / A], for inputs `like` float[B, 1, D]."""
+    """Return a key-value cache for each layer, float[2, B, A, P, D / A], for inputs `like` float[B, 1, D]."""
     shape = (2, len(like), heads, positions, like.shape[-1] // heads)
     return [like.new_zeros(shape) for _ in range(layers)]
 
 
 def rotary_2d(height: int, width: int, head_dim: int) -> Tensor:
-    """Cosine and sine of the rotation of each position, float32[1 + h w, head_dim / 2, 2]; zeros for the class token.
+    """Return cosine and sine of each position's rotation, float32[1 + h w, head_dim / 2, 2]; zeros for the class token.
 
     Half of the channel pairs rotate with the row, half with the column, at frequencies 10000^(-2 i / (head_dim / 2)).
     """

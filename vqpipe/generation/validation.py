@@ -1,6 +1,7 @@
-"""Loss and accuracy of a network on held-out examples. Every rank measures its share; all return the same numbers."""
+"""Loss and accuracy of a network on validation examples. Every rank measures its share; all return the same numbers."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ SEED = 20_240
 
 
 @torch.no_grad()
-def held_out_losses(
+def validation_losses(
     network: nn.Module, examples: Examples, *, batch_size: int, device: torch.device, precision: str = "fp32"
 ) -> dict[str, float]:
     """Return the mean over the examples of each scalar of the network's loss, in evaluation mode."""
@@ -52,11 +53,17 @@ def accuracy(
     return {"top1": top1, "top5": top5} if classifier.num_classes > 5 else {"top1": top1}
 
 
+def loss_and_accuracy(classifier: Classifier, examples: Examples, **options: Any) -> dict[str, float]:
+    """Return the `total` of `validation_losses`, and `accuracy`."""
+    total = validation_losses(classifier, examples, **options)["total"]
+    return {"total": total} | accuracy(classifier, examples, **options)
+
+
 def rank_batches(examples: Examples, batch_size: int) -> Iterator[tuple[int, ExampleBatch, bool]]:
     """Yield this rank's batches: (number, batch, whether it counts).
 
-    Every rank gets the same number of batches: a rank with fewer gets the first batch again, which does not count. A
-    network whose weights are sharded gathers them in every call, so that all ranks must make as many calls.
+    Every rank gets the same number of batches, since a network with sharded weights gathers them in every call: a rank
+    with fewer gets the first batch again, which does not count.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     rounds = -(-len(examples) // (batch_size * ranks))

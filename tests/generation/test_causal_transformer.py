@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.generation import Gpt, GptConfig, Space
-from vqpipe.generation.transformer import (
+from vqpipe.generation.causal_transformer import (
     INIT_STD,
     Block,
     apply_rotary,

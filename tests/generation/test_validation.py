@@ -1,4 +1,4 @@
-"""Held-out examples over ranks."""
+"""Validation examples over ranks."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.generation.held_out import accuracy, held_out_losses, rank_batches
+from vqpipe.generation.validation import accuracy, rank_batches, validation_losses
 
 
 class Numbers:
@@ -62,7 +62,7 @@ def test_a_batch_that_does_not_count_adds_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(distributed, "gather_objects", gather)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        found = held_out_losses(Mean(), Numbers(5), batch_size=2, device=torch.device("cpu"))
+        found = validation_losses(Mean(), Numbers(5), batch_size=2, device=torch.device("cpu"))
     assert found == {"total": pytest.approx((0 + 1 + 2 + 3 + 4) / 5)}
 
 
