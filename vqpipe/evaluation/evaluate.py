@@ -33,9 +33,9 @@ from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, Reconstructor, Views, rank_share
 from vqpipe.metrics.config import EvalConfig
-from vqpipe.metrics.metric import Metric, State, pack, unpack
 from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
+from vqpipe.metrics.resumable import Resumable, State, pack, unpack
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.evaluation import EvaluationResult, command_of
 from vqpipe.reports.page import Section
@@ -92,8 +92,8 @@ def evaluate(
     run = EvaluationPass(autoencoder, config, networks, analyses, min(limit or len(images), len(images)))
     run.over(images, num_workers, Checkpoints(run_dir, request, config.save_seconds), progress)
     metrics, counts = run.metrics.compute()
-    shown = run.pictures.compute()
-    metrics |= run.reconstructor.compute()
+    shown = run.pictures.selected()
+    metrics |= run.reconstructor.counts()
     if analyses:
         metrics["analyses"] = {analysis.name: analysis.result() for analysis in analyses}
     metrics |= {
@@ -114,7 +114,7 @@ def evaluate(
     )
 
 
-class EvaluationPass(Metric):
+class EvaluationPass(Resumable):
     """Everything that one pass over the images [0, stop) accumulates."""
 
     state_names: ClassVar[tuple[str, ...]] = ("metrics", "pictures", "reconstructor", "skipped")

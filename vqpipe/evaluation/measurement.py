@@ -22,6 +22,7 @@ from vqpipe.metrics.frechet import frechet_distance
 from vqpipe.metrics.metric import Metric
 from vqpipe.metrics.networks import FeatureNetworks, feature_size
 from vqpipe.metrics.protocols import PROTOCOLS, Protocol, grey_levels, stored
+from vqpipe.metrics.resumable import Resumable
 from vqpipe.metrics.set_metrics import (
     FEATURES,
     FeatureStatistics,
@@ -44,7 +45,7 @@ MIXED = (
 INFINITE = "every reconstruction equals its original, so the PSNR is infinite"
 
 
-class ProtocolMetrics(Metric):
+class ProtocolMetrics(Resumable):
     """Reconstructions against originals under one protocol: distortion, and distances between the two sets.
 
     Args:

@@ -15,7 +15,7 @@ from vqpipe import distributed
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.transforms import Framing, pixels
 from vqpipe.metrics.inception import INCEPTION_SIZE, clean_resize
-from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Resumable
 from vqpipe.tiling import OVERLAP, mirrored, reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ class ReconstructedBatch:
     """k -> the images decoded from the first k groups alone."""
 
 
-class Reconstructor(Metric):
+class Reconstructor(Resumable):
     """Reconstructs images, and counts those that are padded or tiled.
 
     Args:
@@ -122,13 +122,13 @@ class Reconstructor(Metric):
         images, *others = (part.image[None].to(device) for part in tiled)
         return ReconstructedBatch(images, ids, dict(zip(prefixes, others, strict=True)))
 
-    def compute(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """For `metrics.json`: how many images were padded or tiled over all ranks, and what that means."""
-        whole, found = self.merged(), dict[str, Any]()
-        if whole.num_padded:
+        merged, found = self.merged(), dict[str, Any]()
+        if merged.num_padded:
             how = f"mirrored to multiples of {self.autoencoder.downsample_factor} pixels, and cropped back"
-            found["padded"] = {"num_images": whole.num_padded, "how": how}
-        if whole.num_tiled:
+            found["padded"] = {"num_images": merged.num_padded, "how": how}
+        if merged.num_tiled:
             how = "overlapping tiles, blended before rounding; tokens of overlaps count each time"
-            found["tiles"] = {"num_images": whole.num_tiled, "side": self.tile, "how": how}
+            found["tiles"] = {"num_images": merged.num_tiled, "side": self.tile, "how": how}
         return found

@@ -25,8 +25,9 @@ from vqpipe import distributed
 from vqpipe.errors import DataError
 from vqpipe.metrics.frechet import Moments, frechet_distance
 from vqpipe.metrics.inception import INCEPTION_SIZE, SIZES, clean_resize_all
-from vqpipe.metrics.metric import Metric, Rows, State
+from vqpipe.metrics.metric import Metric
 from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.resumable import Rows, State
 from vqpipe.weights import load_tensors
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vqpipe.distributed import all_reduce_sum, gather_objects, gather_rows, world_size
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.metrics.metric import Metric, State
+from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import State
 
 MAX_COUNTERS = 2**24
 """G x K up to which every code has a counter (128 MiB, twice that with positions). Of larger codebooks, such as grids
