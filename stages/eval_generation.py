@@ -8,11 +8,10 @@ import typer
 
 from stages import console
 from stages.console import BatchSize, Device, ImageSize, Limit, NumWorkers, Out, Seed
-from vqpipe import artifacts
 from vqpipe.data.images import open_images
 from vqpipe.evaluation.extractors import add_extractor
-from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, ProtocolName, generated_size
-from vqpipe.evaluation.report import publish_generation
+from vqpipe.evaluation.generation import GenerationConfig, ProtocolName, generated_size
+from vqpipe.evaluation.report import evaluate_samples
 from vqpipe.metrics.networks import find_networks
 
 
@@ -63,7 +62,7 @@ def eval_generation(
     with console.session(device, seed) as where, console.ProgressBar() as progress:
         samples = open_images(images)
         networks = find_networks(weights, where)
-        extractors = add_extractor(networks, extractor, extractor_weights, where)
+        add_extractor(networks, extractor, extractor_weights, where)
         config = GenerationConfig(
             protocol=protocol,
             image_size=image_size or generated_size(images),
@@ -72,18 +71,14 @@ def eval_generation(
             max_skipped=max_skipped,
             fid_min_images=fid_min_images,
         )
-        evaluator = GenerationEvaluator(config, networks, extractors, where, progress)
         target = statistics or out.with_name(f"{out.name}.reference")
-        references, source = evaluator.references(reference, target)
-        request = evaluator.request | {"limit": limit, "fid_min_images": fid_min_images, "max_skipped": max_skipped}
-        draft = artifacts.start(out, "report", request, {"images": samples, "reference": source})
-        if isinstance(draft, artifacts.Artifact):
-            return console.finished(draft, again=True)
-        with draft:
-            metrics, shown = evaluator.measure(samples, min(limit or len(samples), len(samples)), references)
+        report, measured = evaluate_samples(
+            out, samples, reference, target, config, networks, where, limit=limit, progress=progress
+        )
+        if measured is not None:
             for name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet"):
-                if name in metrics:
-                    console.say(f"{name}: {json.dumps(metrics[name])}")
-            for name in metrics["not_computed"]:
+                if name in measured:
+                    console.say(f"{name}: {json.dumps(measured[name])}")
+            for name in measured["not_computed"]:
                 console.say(f"{name}: not computed, the report gives the reason")
-            return console.finished(publish_generation(draft, metrics, shown))
+        return console.finished(report, again=measured is None)

@@ -67,10 +67,11 @@ def measure(folder: Path, out: str, **options: Any) -> dict[str, Any]:
 
 def with_network(monkeypatch: pytest.MonkeyPatch, inception: nn.Module | None, extractor: bool = False) -> None:
     named = {"mean": Mean()} if extractor else {}
-    found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, {"rfid": "rFID needs its weights."}, named)
+    digests = dict.fromkeys(named, "1" * 64)
+    absent = {"rfid": "rFID needs its weights."}
+    found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, absent, named, digests)
     monkeypatch.setattr(set_metrics, "SIZES", SIZES)
     monkeypatch.setattr("stages.eval_generation.find_networks", lambda folder, device: found)
-    monkeypatch.setattr("stages.eval_generation.add_extractor", lambda *_: {"mean": "1" * 64} if extractor else {})
 
 
 def test_without_weights_every_number_is_missing_with_a_reason(pictures: Path) -> None:

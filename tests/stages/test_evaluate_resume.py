@@ -143,7 +143,7 @@ def test_evaluation_killed_after_its_pass_reads_no_image_again(
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr("stages.evaluate.publish_evaluation", stop)
+        patch.setattr("vqpipe.evaluation.report.publish_evaluation", stop)
         assert run("cut").name == "report.partial"
     read.clear()
     resumed = files_of(run("cut"))

@@ -130,7 +130,7 @@ class EvaluationPass(Resumable):
         self.autoencoder, self.config, self.analyses, self.stop = autoencoder, config, analyses, stop
         self.device = autoencoder.device
         self.size = parse_size(str(config.image_size))
-        self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(config.image_size) for name in config.protocols}
+        self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(self.size) for name in config.protocols}
         self.metrics = EvaluationMetrics(
             config, networks, autoencoder.codebook_size, autoencoder.num_groups, self.device
         )

@@ -20,7 +20,7 @@ Letters: B images of S x S pixels, n images, D features.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,17 +74,12 @@ class GenerationConfig:
 
 
 class GenerationEvaluator:
-    """Measures sets of images under one protocol.
-
-    Args:
-        extractors: name -> hash of the weights of `networks.extractors`.
-    """
+    """Measures sets of images under one protocol."""
 
     def __init__(
         self,
         config: GenerationConfig,
         networks: FeatureNetworks,
-        extractors: Mapping[str, str],
         device: torch.device,
         progress: Progress = SILENT,
     ) -> None:
@@ -93,7 +88,7 @@ class GenerationEvaluator:
         perceptual = {name for name, _ in LPIPS_BACKBONES.values()}
         self.weights = {name: digest for name, digest in networks.sha256.items() if name not in perceptual}
         self.request: dict[str, Any] = {"protocol": config.protocol, "image_size": config.image_size}
-        self.request |= {"weights": self.weights, "extractor": dict(extractors)}
+        self.request |= {"weights": self.weights, "extractor": networks.extractor_sha256}
         """What statistics of references depend on."""
 
     def references(self, names: Sequence[str], target: Path) -> tuple[SetStatistics, Artifact | ImageSet | str]:

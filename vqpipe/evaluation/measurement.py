@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vqpipe.data.transforms import parse_size
 from vqpipe.distributed import gather_objects, on_main, world_size
 from vqpipe.errors import DataError
 from vqpipe.metrics.config import EvalConfig
@@ -125,13 +126,15 @@ class ProtocolMetrics(Resumable):
             found["inception_score_of_originals"] = on_main(partial(inception_score, logits))
         return found, references
 
-    def table(self, means: Mapping[str, float], distances: Mapping[str, Any], image_size: int | str) -> dict[str, Any]:
+    def table(
+        self, means: Mapping[str, float], distances: Mapping[str, Any], size: tuple[int, int] | None
+    ) -> dict[str, Any]:
         """The protocol's part of `metrics.json`: its own numbers, then what it fixes."""
         protocol = self.protocol
         own = {"psnr": protocol.psnr, "ssim": protocol.ssim, "lpips": protocol.lpips}
         numbers = {name: means[key] for name, key in own.items() if key in means}
         digest = sum(gather_objects(self.digest)) % 2**256
-        return {**numbers, **distances, **protocol.to_table(image_size), "reference_digest": f"{digest:064x}"}
+        return {**numbers, **distances, **protocol.to_table(size), "reference_digest": f"{digest:064x}"}
 
 
 class EvaluationMetrics(Metric):
@@ -155,6 +158,7 @@ class EvaluationMetrics(Metric):
         device: torch.device,
     ) -> None:
         self.config, self.networks = config, networks
+        self.size = parse_size(str(config.image_size))
         self.usage = CodeUsage(codebook_size, num_groups, device) if codebook_size is not None else None
         self.sizes: dict[str, int] = {}
         """ "H x W x N" -> number of images of that size with so many tokens."""
@@ -166,7 +170,7 @@ class EvaluationMetrics(Metric):
         }
         sizes = {name: feature_size(name, network, device) for name, network in networks.extractors.items()}
         first, *others = (PROTOCOLS[name] for name in config.protocols)
-        whole = config.image_size == "native"
+        whole = self.size is None
         self.protocols = {
             first.name: ProtocolMetrics(
                 first,
@@ -267,7 +271,7 @@ class EvaluationMetrics(Metric):
                 originals, named = references.moments, frechet
                 means, identical = distortion.means(), distortion.num_identical
             rfid |= {protocol.protocol.name: distances["rfid"]} if "rfid" in distances else {}
-            tables[protocol.protocol.name] = protocol.table(distortion.means(), distances, config.image_size)
+            tables[protocol.protocol.name] = protocol.table(distortion.means(), distances, self.size)
         fidelity: dict[str, Any] = {
             key: value for key, value in means.items() if key in (*COMMON, *self.networks.perceptual)
         }
