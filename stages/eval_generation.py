@@ -31,10 +31,17 @@ def eval_generation(
     extractor_weights: console.ExtractorWeights = None,
     statistics: Annotated[
         Path | None,
-        typer.Option("--statistics", help="Artifact of the references' statistics: OUT.reference.", metavar="DIR"),
+        typer.Option(
+            "--statistics",
+            help="Where the reference statistics are saved, to be reused; default: OUT.reference.",
+            metavar="DIR",
+        ),
     ] = None,
     fid_min_images: Annotated[
-        int, typer.Option("--fid-min-images", help="No FID and sFID of fewer images.", metavar="N", min=2)
+        int,
+        typer.Option(
+            "--fid-min-images", help="Number of images below which FID and sFID are not computed.", metavar="N", min=2
+        ),
     ] = 2049,
     limit: Limit = None,
     batch_size: BatchSize = 32,

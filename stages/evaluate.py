@@ -49,7 +49,12 @@ def evaluate(
     ] = None,
     fid_min_images: Annotated[
         int | None,
-        typer.Option("--fid-min-images", help="No rFID of fewer images; default 2049.", metavar="N", min=2),
+        typer.Option(
+            "--fid-min-images",
+            help="Number of images below which rFID is not computed; default 2049.",
+            metavar="N",
+            min=2,
+        ),
     ] = None,
     limit: Limit = None,
     batch_size: BatchSize = None,

@@ -44,7 +44,7 @@ def run(tokenizer: Path, images: Path, out: Path, **options: object) -> Path:
     return out
 
 
-def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
+def test_report_equals_metrics_of_decoded_reconstructions(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer", history=HISTORY)
@@ -81,7 +81,7 @@ def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
     assert open_artifact(path).content[:12] in html
 
 
-def test_batches_change_nothing_and_a_second_run_says_it_is_done(
+def test_batch_size_does_not_change_metrics_and_a_second_run_is_skipped(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -97,7 +97,7 @@ def test_batches_change_nothing_and_a_second_run_says_it_is_done(
         run(path, picture_folder, whole, limit=4)
 
 
-def test_an_unreadable_image_is_refused_unless_allowed_and_then_counted(
+def test_unreadable_image_is_an_error_unless_max_skipped_allows_it(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     (picture_folder / "drawn-3.png").write_bytes(b"no picture")
@@ -111,7 +111,7 @@ def test_an_unreadable_image_is_refused_unless_allowed_and_then_counted(
 
 
 @pytest.mark.parametrize("quantizer", [MULTI_GROUP, RESIDUAL], ids=["multi_group", "residual"])
-def test_the_k_curve_is_that_of_decoding_the_first_groups(
+def test_k_curve_equals_decoding_the_first_k_groups(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, quantizer: dict[str, Any]
 ) -> None:
     path = tiny_tokenizer("tokenizer", quantizer=quantizer)
@@ -139,7 +139,7 @@ def test_the_k_curve_is_that_of_decoding_the_first_groups(
 
 
 @pytest.mark.slow
-def test_two_ranks_count_a_codebook_too_large_for_counters_and_measure_its_groups_as_one_does(
+def test_two_ranks_equal_one_rank_with_a_sparsely_counted_codebook(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     group = {"kind": "lfq", "code_dim": 36}
@@ -158,7 +158,7 @@ def test_two_ranks_count_a_codebook_too_large_for_counters_and_measure_its_group
     assert "of 2 x 68,719,476,736 codes" in (one / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_continuous_autoencoder_is_measured_without_ids(tiny_vae: Path, picture_folder: Path, tmp_path: Path) -> None:
+def test_continuous_autoencoder_has_no_code_metrics(tiny_vae: Path, picture_folder: Path, tmp_path: Path) -> None:
     out = run(tiny_vae, picture_folder, tmp_path / "report", image_size=32)
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     autoencoder, samples = ContinuousAutoencoder.from_pretrained(tiny_vae), open_images([picture_folder])
@@ -178,7 +178,7 @@ def test_a_continuous_autoencoder_is_measured_without_ids(tiny_vae: Path, pictur
     assert "codes in use" not in html
 
 
-def test_what_cannot_be_measured_is_said_before_any_work(
+def test_unknown_protocol_or_indivisible_size_is_an_error_before_any_work(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -189,7 +189,7 @@ def test_what_cannot_be_measured_is_said_before_any_work(
     assert not (tmp_path / "report.partial").exists()
 
 
-def test_several_protocols_in_one_pass_are_those_of_one_each(
+def test_several_protocols_in_one_pass_equal_separate_evaluations(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -217,7 +217,7 @@ def test_several_protocols_in_one_pass_are_those_of_one_each(
     )
 
 
-def test_whole_images_of_several_sizes_are_padded_and_count_their_own_bits(
+def test_native_sizes_are_padded_or_tiled_and_bits_count_all_pixels(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -243,7 +243,7 @@ def test_whole_images_of_several_sizes_are_padded_and_count_their_own_bits(
     assert tiled["bits_per_pixel"] > metrics["bits_per_pixel"]
 
 
-def test_a_rectangle_is_cut_alike_by_every_protocol_and_told_as_such(
+def test_rectangular_crop_uses_the_cover_rule_in_every_protocol(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -264,7 +264,7 @@ def test_help_lists_every_protocol_metric_and_weights_file() -> None:
     assert analysis.split("|") == list(ANALYSES)
 
 
-def test_an_analysis_is_in_the_metrics_and_on_the_page(
+def test_analysis_is_in_the_metrics_and_on_the_page(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -275,7 +275,7 @@ def test_an_analysis_is_in_the_metrics_and_on_the_page(
     assert f"<td>{rows[1]['psnr']:.3f}</td>" in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_extractor_without_weights_or_a_network_of_its_own_is_refused(
+def test_extractor_without_weights_or_network_is_an_error(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")

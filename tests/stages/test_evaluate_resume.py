@@ -109,7 +109,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_files(
+def test_resume_after_interruption_gives_identical_files(
     run: Callable[..., Path], read: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = files_of(run("whole"))
@@ -136,7 +136,7 @@ def test_kept_features_and_pictures_are_written_once(run: Callable[..., Path]) -
     assert all(set(table["shared"]) == {"once"} for table in content)
 
 
-def test_evaluation_killed_after_its_pass_reads_no_image_again(
+def test_resume_after_the_last_image_reads_no_image(
     run: Callable[..., Path], read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -151,7 +151,7 @@ def test_evaluation_killed_after_its_pass_reads_no_image_again(
     assert resumed == files_of(run("whole"))
 
 
-def test_damaged_state_is_skipped_for_the_one_before_and_without_any_the_pass_restarts(
+def test_damaged_state_falls_back_to_the_previous_one_or_restarts(
     run: Callable[..., Path], read: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = files_of(run("whole", **PLAIN))
@@ -187,7 +187,7 @@ def test_state_of_other_ranks_or_versions_is_not_resumed(
         assert read == list(range(10))
 
 
-def test_quick_run_writes_no_state_and_tiled_evaluation_is_resumed(run: Callable[..., Path]) -> None:
+def test_short_run_saves_no_state_and_tiled_evaluation_is_resumed(run: Callable[..., Path]) -> None:
     quick = run("quick", 10, overrides=[each for each in OPTIONS["overrides"] if each != EACH_BATCH])
     assert not (quick / "states").exists()
     native = {"image_size": "native", "tile": 32, "analyze": [], "protocol": ["adm"], "batch_size": None}
@@ -212,7 +212,7 @@ def start(ranks: int, tokenizer: Path, pictures: Path, out: Path, crash: tuple[i
 
 
 @pytest.mark.slow
-def test_report_is_the_same_after_two_kills_while_saving(
+def test_report_is_identical_after_two_sigkills_while_saving(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     given = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), picture_folder
@@ -227,7 +227,7 @@ def test_report_is_the_same_after_two_kills_while_saving(
 
 
 @pytest.mark.slow
-def test_two_killed_ranks_resume_and_another_number_of_ranks_restarts(
+def test_killed_ranks_resume_and_a_different_number_of_ranks_restarts(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     given = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), picture_folder

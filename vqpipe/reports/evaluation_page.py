@@ -51,15 +51,15 @@ def evaluation_page(
         sections += sections_on_codes(evaluated)
     if prefixes := metrics.get("prefixes"):
         sections.append(prefix_table(prefixes, metrics))
-        sections.append(page.Plots("Quality against bits", plots.k_curves({evaluated.name: prefixes})))
+        sections.append(page.Plots("Quality by bits per pixel", plots.k_curves({evaluated.name: prefixes})))
     sections += analyses
     if curves := plots.training_curves({"": evaluated.history}):
-        sections.append(page.Plots("How it was trained", curves))
+        sections.append(page.Plots("Training", curves))
     sections += [every_number(view, metrics) for view in views]
     if metrics["not_computed"]:
-        sections.append(page.Reasons("Left out, and why", metrics["not_computed"]))
-    sections.append(page.Lineage("Made from", [evaluated.lineage]))
-    sections.append(page.Commands("Make it again", evaluated.commands))
+        sections.append(page.Reasons("Not computed", metrics["not_computed"]))
+    sections.append(page.Lineage("Lineage", [evaluated.lineage]))
+    sections.append(page.Commands("Reproduce", evaluated.commands))
     return page.ReportPage(title, subtitle(metrics), sections, footer)
 
 
@@ -115,7 +115,7 @@ def beside(views: Sequence[Row], paper: PaperRow | None) -> page.Table:
     if paper is not None:
         caption.append(f"The paper: {paper.paper}, {paper.row}. Its own images and protocol: {paper.protocol}.")
         caption += [f"This run changes the preset {paper.preset}: {', '.join(paper.changed)}."] if paper.changed else []
-    title = "Beside the paper" if paper is not None else "The same reconstructions by several protocols"
+    title = "Comparison with the paper" if paper is not None else "Comparison of protocols"
     return page.Table(title, ["", *(name for name, _ in columns)], rows, "\n".join(caption))
 
 
@@ -142,7 +142,7 @@ def every_number(view: Row, metrics: Row) -> page.Table:
         ]
     rows += [[name, "", str(view[key])] for key, name in FIXED.items() if view.get(key)]
     header = ["measure", "value", "convention"]
-    return page.Table(f"Every number of protocol {view['protocol']}", header, rows, prose=header[2:])
+    return page.Table(f"All metrics, protocol {view['protocol']}", header, rows, prose=header[2:])
 
 
 def prefix_table(prefixes: Sequence[Row], metrics: Row) -> page.Table:
@@ -154,7 +154,7 @@ def prefix_table(prefixes: Sequence[Row], metrics: Row) -> page.Table:
         f"Each image was encoded once, then decoded from the first k of its {len(rows)} groups alone, the codes of the "
         "others being zero, as in MGVQ's Table 6."
     )
-    return page.Table("From the first groups only", ["groups", *(m.label for m in shown)], cells, caption)
+    return page.Table("Reconstruction from the first k groups", ["groups", *(m.label for m in shown)], cells, caption)
 
 
 def subtitle(metrics: Mapping[str, Any]) -> str:
