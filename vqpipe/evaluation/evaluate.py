@@ -31,7 +31,7 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import parse_size, to_uint8
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
-from vqpipe.evaluation.reconstruction import Autoencoder, Reconstructor, Views, rank_share
+from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor, rank_share
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
@@ -154,7 +154,7 @@ class EvaluationPass(Resumable):
         batch_size = 1 if tiled else self.config.batch_size
         first, stop = rank_share(self.stop, batch_size)
         done = checkpoints.resume(self, first, progress)
-        views = Views(list(self.rules.values()), self.size, self.metrics.needs_raw)
+        packed = PackedCrops(list(self.rules.values()), self.size, self.metrics.needs_raw)
         batches = OrderedBatches(
             images,
             image_size=max(self.size or (NATIVE_SIDE,)),
@@ -162,14 +162,14 @@ class EvaluationPass(Resumable):
             start=done,
             stop=stop,
             num_workers=num_workers,
-            transform=views,
+            transform=packed,
         )
         progress.start("eval", stop - first, done=done - first)
         with torch.no_grad():
             for piece in batches.pieces():
                 self.skipped = dict(Counter(self.skipped) + Counter(piece.skipped))
                 if piece.batch is not None:
-                    self.update(*views.split(piece.batch.images), piece.batch.keys, piece.batch.indices)
+                    self.update(*packed.split(piece.batch.images), piece.batch.keys, piece.batch.indices)
                 psnr = self.metrics.first.distortion.means().get("psnr", float("inf"))
                 progress.note(f"psnr {psnr:.2f} dB")
                 checkpoints.save_if_due(self, piece.positions.stop)

@@ -35,7 +35,7 @@ from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches, check_skipped
 from vqpipe.data.images import ImageSet, is_artifact, open_images
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.evaluation.reconstruction import Views, rank_share
+from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
 from vqpipe.files import hash_file
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
@@ -133,8 +133,8 @@ class GenerationEvaluator:
         num_kept = min(NUM_KEPT, len(images))
         kept = set(np.linspace(0, len(images) - 1, num_kept).round().astype(int).tolist())
         raw = self.config.protocol == "cleanfid-raw" and self.networks.inception is not None
-        for positions, crops, whole in self.batches("references", images, len(images), "adm", raw):
-            statistics.update(crops, whole, [i for i, position in enumerate(positions) if position in kept])
+        for positions, crops, uncropped in self.batches("references", images, len(images), "adm", raw):
+            statistics.update(crops, uncropped, [i for i, position in enumerate(positions) if position in kept])
         return statistics.compute()
 
     def adm_statistics(self, path: Path) -> SetStatistics:
@@ -208,7 +208,7 @@ class GenerationEvaluator:
         """
         config = self.config
         first, last = rank_share(stop, config.batch_size)
-        views = Views([rule], (config.image_size, config.image_size), raw)
+        packed = PackedCrops([rule], (config.image_size, config.image_size), raw)
         batches = OrderedBatches(
             images,
             image_size=config.image_size,
@@ -216,12 +216,12 @@ class GenerationEvaluator:
             start=first,
             stop=last,
             num_workers=config.num_workers,
-            transform=views,
+            transform=packed,
         )
         self.progress.start(title, last - first)
         for batch in batches:
-            crops, whole = views.split(batch.images)
-            yield batch.indices, crops[rule].to(self.device), None if whole is None else whole.to(self.device)
+            crops, uncropped = packed.split(batch.images)
+            yield batch.indices, crops[rule].to(self.device), None if uncropped is None else uncropped.to(self.device)
             self.progress.advance(len(batch.indices))
         skipped: Counter[str] = sum((Counter(part) for part in distributed.gather_objects(batches.skipped)), Counter())
         check_skipped(dict(skipped), stop, config.max_skipped)

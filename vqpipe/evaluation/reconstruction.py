@@ -30,8 +30,8 @@ def rank_share(num_images: int, batch_size: int) -> tuple[int, int]:
     return first, stop
 
 
-class Views:
-    """The views of an image that protocols need, as one tensor of bytes, which a loader process can send.
+class PackedCrops:
+    """The crops of an image that protocols need, as one tensor of bytes, which a loader process can send.
 
     Args:
         rules: crop rules; each gives uint8[3, H, W].
@@ -51,7 +51,7 @@ class Views:
         return torch.cat([part.flatten() for part in (*crops, *raw)])
 
     def split(self, packed: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """A batch of views -> uint8[B, 3, H, W] by rule, and the raw images, float32[B, 3, 299, 299]."""
+        """A batch of packed crops -> uint8[B, 3, H, W] by rule, and the raw images, float32[B, 3, 299, 299]."""
         if self.size is None:
             return {next(iter(self.framings)): packed}, None
         length = 3 * self.size[0] * self.size[1]
