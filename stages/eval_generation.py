@@ -1,4 +1,4 @@
-"""`vqpipe eval-generation`: samples and references -> a report of FID and its kin with their protocol, and a page."""
+"""`vqpipe eval-generation`: samples and references -> a report of FID and related metrics, and a page."""
 
 import json
 from pathlib import Path

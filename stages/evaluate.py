@@ -1,4 +1,4 @@
-"""`vqpipe eval`: images and a tokenizer -> a report of numbers with their protocols, and a page."""
+"""`vqpipe eval`: images and a tokenizer -> a report of metrics by protocol, and a page."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

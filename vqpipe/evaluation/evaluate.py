@@ -35,7 +35,7 @@ from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstru
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
-from vqpipe.metrics.resumable import Resumable, State, pack, unpack
+from vqpipe.metrics.resumable import Resumable, State, pack, summed, unpack
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.evaluation import EvaluationResult, command_of
 from vqpipe.reports.page import Section
@@ -90,7 +90,7 @@ def evaluate(
         DataError: more unreadable images than `config.max_skipped`, or no images at all.
     """
     run = EvaluationPass(autoencoder, config, networks, analyses, min(limit or len(images), len(images)))
-    run.over(images, num_workers, Checkpoints(run_dir, request, config.save_seconds), progress)
+    run.measure(images, num_workers, Checkpoints(run_dir, request, config.save_seconds), progress)
     metrics, counts = run.metrics.compute()
     shown = run.pictures.selected()
     metrics |= run.reconstructor.counts()
@@ -115,7 +115,7 @@ def evaluate(
 
 
 class EvaluationPass(Resumable):
-    """Everything that one pass over the images [0, stop) accumulates."""
+    """The state of one pass over the images [0, stop)."""
 
     state_names: ClassVar[tuple[str, ...]] = ("metrics", "pictures", "reconstructor", "skipped")
 
@@ -148,8 +148,8 @@ class EvaluationPass(Resumable):
         for analysis, saved in zip(self.analyses, state["analyses"], strict=True):
             analysis.load_state(saved)
 
-    def over(self, images: ImageSet, num_workers: int, checkpoints: "Checkpoints", progress: Progress) -> None:
-        """Go over this rank's share, from the newest state on."""
+    def measure(self, images: ImageSet, num_workers: int, checkpoints: "Checkpoints", progress: Progress) -> None:
+        """Measure this rank's share of the images, from the newest saved state on."""
         tiled = self.size is None or (self.config.tile is not None and max(self.size) > self.config.tile)
         batch_size = 1 if tiled else self.config.batch_size
         first, stop = rank_share(self.stop, batch_size)
@@ -175,8 +175,7 @@ class EvaluationPass(Resumable):
                 checkpoints.save_if_due(self, piece.positions.stop)
                 progress.advance(len(piece.positions))
         checkpoints.save_last(self, stop)
-        parts = distributed.gather_objects(self.skipped)
-        self.all_skipped = dict(sorted(sum((Counter(part) for part in parts), Counter[str]()).items()))
+        self.all_skipped = dict(sorted(summed(self.skipped).items()))
         check_skipped(self.all_skipped, self.stop, self.config.max_skipped)
 
     def update(
@@ -274,7 +273,7 @@ class Checkpoints:
         self.pause = max(self.seconds, min((self.saved - began) / MAX_SHARE, self.seconds * MAX_PAUSE))
 
     def made_by(self) -> dict[str, Any]:
-        """What a state must agree with, beside the request."""
+        """What must be equal for a state to be resumed, besides the request."""
         versions = {name: metadata.version(name) for name in ("vqpipe", "torch")}
         return {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first, **versions}
 

@@ -1,4 +1,4 @@
-"""Networks of the user's choice, open_clip or timm, whose mean features give a Frechet distance of their name."""
+"""Further feature networks, of open_clip or timm, each for a Frechet distance that is reported under its name."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -19,7 +19,6 @@ were computed by the TensorFlow graph itself.
 Letters: B images of S x S pixels, n images, D features.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from vqpipe.files import hash_file
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
 from vqpipe.metrics.networks import FeatureNetworks, feature_size
+from vqpipe.metrics.resumable import summed
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
 from vqpipe.progress import SILENT, Progress
 from vqpipe.weights import LPIPS_BACKBONES
@@ -223,8 +223,7 @@ class GenerationEvaluator:
             crops, uncropped = packed.split(batch.images)
             yield batch.indices, crops[rule].to(self.device), None if uncropped is None else uncropped.to(self.device)
             self.progress.advance(len(batch.indices))
-        skipped: Counter[str] = sum((Counter(part) for part in distributed.gather_objects(batches.skipped)), Counter())
-        check_skipped(dict(skipped), stop, config.max_skipped)
+        check_skipped(summed(batches.skipped), stop, config.max_skipped)
 
 
 def generated_size(images: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ from vqpipe.metrics.frechet import frechet_distance
 from vqpipe.metrics.metric import Metric
 from vqpipe.metrics.networks import FeatureNetworks, feature_size
 from vqpipe.metrics.protocols import PROTOCOLS, Protocol, grey_levels, stored
-from vqpipe.metrics.resumable import Resumable
+from vqpipe.metrics.resumable import Resumable, summed
 from vqpipe.metrics.set_metrics import (
     FEATURES,
     FeatureStatistics,
@@ -35,8 +35,6 @@ from vqpipe.metrics.usage import CodeUsage, no_counts
 
 SIDES = 2
 """Originals and reconstructions, which share the memory for features."""
-NAMES = {"rfid": "fid", "sfid": "sfid", "kid": "kid", "prc": "prc", "is": "is"}
-"""Metric of [eval] -> metric of `set_distances`."""
 CODE_NUMBERS = ("utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel")
 """Keys of `metrics.json` that need ids."""
 MIXED = (
@@ -50,10 +48,10 @@ class ProtocolMetrics(Resumable):
     """Reconstructions against originals under one protocol: distortion, and distances between the two sets.
 
     Args:
-        keys: conventions of distortion to measure, beside the protocol's own.
+        keys: conventions of distortion to measure, besides the protocol's own.
         perceptual: LPIPS networks by key.
         statistics: arguments of `FeatureStatistics`.
-        with_references: False for reconstructions that are compared with the references of another series.
+        with_references: False for reconstructions whose references are accumulated by other metrics.
         whole_images: images are not cropped, so that each is its own raw image.
     """
 
@@ -105,26 +103,27 @@ class ProtocolMetrics(Resumable):
         """rfid, sfid, kid, prc, inception_score and frechet, as far as they are computed, and the references. The
         reasons of the others are added to `not_computed`."""
         assert self.references is not None
-        wanted = ["rfid", *(name for name in ("sfid", *FEATURES) if name in config.metrics)]
+        further = [name for name in ("sfid", *FEATURES) if name in config.metrics]
         samples, references = self.reconstructions.compute(), self.references.compute()
         absent = self.networks.inception is None
         numbers, reasons = set_distances(
             samples,
             references,
-            [] if absent else [NAMES[name] for name in wanted],
+            [] if absent else ["fid", *further],
             min_images=config.fid_min_images,
             memory=f"the {config.feature_memory:g} GB of eval.feature_memory",
         )
         if absent:
-            not_computed |= dict.fromkeys(wanted, not_computed.get("rfid", "no Inception"))
-        ours = {theirs: name for name, theirs in NAMES.items()}
-        not_computed |= {ours.get(name, name): reason for name, reason in reasons.items()}
-        found = {ours.get(name, name): number for name, number in numbers.items()}
-        if "is" in found:
-            found["inception_score"] = found.pop("is")
+            not_computed |= dict.fromkeys(["rfid", *further], not_computed.get("rfid", "no Inception"))
+        for table in (numbers, reasons):
+            if "fid" in table:
+                table["rfid"] = table.pop("fid")
+        not_computed |= reasons
+        if "is" in numbers:
+            numbers["inception_score"] = numbers.pop("is")
             logits: Any = references.features[FEATURES["is"]]
-            found["inception_score_of_originals"] = on_main(partial(inception_score, logits))
-        return found, references
+            numbers["inception_score_of_originals"] = on_main(partial(inception_score, logits))
+        return numbers, references
 
     def table(
         self, means: Mapping[str, float], distances: Mapping[str, Any], size: tuple[int, int] | None
@@ -252,11 +251,7 @@ class EvaluationMetrics(Metric):
             DataError: there were no images.
         """
         config, name = self.config, self.config.protocols[0]
-        sizes: dict[tuple[int, ...], int] = {}
-        for part in gather_objects(self.sizes):
-            for size, count in part.items():
-                key = tuple(map(int, size.split(" x ")))
-                sizes[key] = sizes.get(key, 0) + count
+        sizes = {tuple(map(int, size.split(" x "))): count for size, count in summed(self.sizes).items()}
         num_images = sum(sizes.values())
         if not num_images:
             raise DataError("there are no images to evaluate", "Check --images and --limit")

@@ -1,4 +1,4 @@
-"""What an evaluation found: its measures as people read them, protocol by protocol, and a report read back.
+"""The result of an evaluation: its measures with labels and units, by protocol, and reading a report.
 
 Letters: G groups, K codes a group.
 """
@@ -25,7 +25,7 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of `metrics.json` as people read it."""
+    """A number of `metrics.json` with its label, convention and unit."""
 
     key: str
     label: str
