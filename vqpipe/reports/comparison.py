@@ -179,9 +179,9 @@ def members_by_key(evaluations: Sequence[EvaluationResult]) -> list[list[tuple[i
     """Groups by KEYS: the index of each report, and its metrics by the protocol of the group."""
     groups: dict[tuple[object, ...], list[tuple[int, EvaluationResult]]] = {}
     for place, evaluated in enumerate(evaluations):
-        for view in by_protocol(evaluated.metrics):
-            key = tuple(view.get(name) for name in KEYS)
-            groups.setdefault(key, []).append((place, replace(evaluated, metrics=view)))
+        for metrics in by_protocol(evaluated.metrics):
+            key = tuple(metrics.get(name) for name in KEYS)
+            groups.setdefault(key, []).append((place, replace(evaluated, metrics=metrics)))
     return list(groups.values())
 
 
