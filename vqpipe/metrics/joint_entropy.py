@@ -1,6 +1,6 @@
 """The joint entropy of the groups of a codebook, from exact counts of the tuples of ids that occur together.
 
-Letters: G groups, K codes a group, n positions, W words that hold a tuple of G ids.
+Shapes: G groups, K codes a group, n positions, W words that hold a tuple of G ids.
 """
 
 import math
