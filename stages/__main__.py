@@ -1,7 +1,7 @@
 """`python -m stages`, the form that torchrun starts.
 
-Removes the working directory from sys.path unless this package lies in it, so that a local `random.py` does not shadow
-the standard library's.
+Removes the working directory from sys.path unless it contains this package, so that a local `random.py` does not
+shadow the standard library's.
 """
 
 import os

@@ -16,13 +16,17 @@ from vqpipe.reports.benchmark import case_table, machine_line
 def bench(
     out: Out,
     what: Annotated[
-        str, typer.Option("--what", help="What to measure, with commas between.", metavar=",".join(benchmarks.SUBJECTS))
+        str, typer.Option("--what", help="What to measure, separated by commas.", metavar=",".join(benchmarks.SUBJECTS))
     ] = ",".join(benchmarks.SUBJECTS),
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds of measurement.", metavar="N", min=1)] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in seconds; no numbers to quote.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: takes seconds, and its numbers are not for publication.")
+    ] = False,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", help="Leave out methods that need more; default: half of what is free.", metavar="GB"),
+        typer.Option(
+            "--memory", help="Skip methods that need more memory; default: half of the free memory.", metavar="GB"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     device: Device = "auto",
@@ -32,38 +36,31 @@ def bench(
 
     Each subject of --what is measured beside other installed libraries.
 
-    All methods of a case run in interleaved rounds in one process. Reported are medians of wall time and CPU time, peak
-    memory and exactness. A method that is not installed, or needs too much memory, is listed with the reason. Nothing
-    else should run on the machine.
+    All methods of a case run in interleaved rounds in one process. The report
+    has medians of wall time and CPU time, peak memory and exactness. A method
+    that is not installed, or needs too much memory, is listed with the reason.
+    Nothing else should run on the machine.
 
-    Numbers belong to a machine and to versions: with another --what, --quick, machine or version the same --out is
-    refused. To measure again, choose another --out.
+    Numbers belong to a machine and to versions: with another --what, --quick,
+    machine or version the same --out is refused. To measure again, choose
+    another --out.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if distributed.world_size() > 1:
             raise ConfigError(
                 f"vqpipe bench measures one process, not {distributed.world_size()}", "Leave out torchrun"
             )
         subjects = benchmarks.parse_subjects(what)
-        budget = benchmarks.free_memory(where) if memory is None else memory
-        settings = benchmarks.Settings(device=where, rounds=rounds, quick=quick, seed=seed, memory=budget)
+        budget = benchmarks.free_memory(torch_device) if memory is None else memory
+        settings = benchmarks.Settings(device=torch_device, rounds=rounds, quick=quick, seed=seed, memory=budget)
         request = benchmarks.request(subjects, settings) | ({"memory": memory} if memory else {})
         draft = artifacts.start(out, "report", request, {})
         if isinstance(draft, Artifact):
             console.say(f"measured {draft.manifest.provenance['finished']}; to measure again, choose another --out")
             return finished(draft, as_json, again=True)
-        preset = benchmarks.preset_of(settings)
-        loaded = recipe.load(preset)
-        experiment = benchmarks.Experiment(
-            preset=preset,
-            model=loaded.model,
-            objective=loaded.objective,
-            discriminator=loaded.discriminator,
-            train=loaded.train,
-            image_size=loaded.data.image_size,
-        )
+        measured = recipe.load(benchmarks.preset_of(settings)).of_training()
         with draft, console.ProgressBar() as progress:
-            artifact = benchmarks.run(draft, subjects, settings, experiment, progress)
+            artifact = benchmarks.run(draft, subjects, settings, measured, progress)
         show_tables(artifact)
         return finished(artifact, as_json)
 

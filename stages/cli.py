@@ -72,7 +72,7 @@ app = typer.Typer(
 
 
 def load(name: str | None) -> Any:
-    """The command of that name, ready to parse its options."""
+    """Return the command of that name, ready to parse its options."""
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name, context_settings={"help_option_names": ["-h", "--help"]})(COMMANDS[name or ""].load())
     return typer.main.get_command(single)
@@ -85,7 +85,11 @@ def show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False) -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Image tokenizers with very large codebooks: images in, discrete tokens out, and back.
 
     Every command reads finished directories and publishes one. Run a command again to resume it.
@@ -93,7 +97,7 @@ def root(version: Annotated[bool, typer.Option("--version", callback=show_versio
 
 
 def placeholder() -> None:
-    """Stands for a command until it is run."""
+    """Takes the place of a command until it is run."""
 
 
 for name, command in COMMANDS.items():
@@ -104,7 +108,7 @@ def main() -> None:
     """Run the command line; errors become one line on stderr and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path with an umlaut in an ASCII terminal
+            stream.reconfigure(errors="backslashreplace")  # a path with an accent in an ASCII terminal
     for number in signals.SIGNALS:
         signal.signal(number, signals.exit_at_once)
     try:
@@ -128,10 +132,10 @@ def main() -> None:
 
 
 def explain(error: RuntimeError) -> str | None:
-    """What a RuntimeError of torch means to the user, in one line; None where it is a bug."""
+    """Return what a RuntimeError of torch means to the user, in one line; None for a bug."""
     if "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
         return (
-            "another rank has ended or hangs; its own error, if it left one, stands above or in "
+            "another rank has ended or hangs; its own error, if it left one, is above or in "
             "OUT.partial/status.json. Run the same command again."
         )
     if type(error).__name__ == "InductorError":

@@ -14,7 +14,7 @@ from vqpipe.reports import comparison
 
 def compare(
     reports: Annotated[
-        list[Path], typer.Argument(help="Reports of vqpipe eval, or of eval-generation.", metavar="REPORT...")
+        list[Path], typer.Argument(help="Reports of vqpipe eval, or of eval-generation.", metavar="REPORT")
     ],
     out: Out,
     device: Device = "auto",
@@ -24,10 +24,12 @@ def compare(
 
     There is one table for each protocol, image size and set of images.
 
-    Tokenizers measured on several sets of images also get a table of rFID and PSNR over the sets, as MGVQ's Tables 2
-    and 3. A report that shares neither images and protocol nor its tokenizer with any other is refused.
+    Tokenizers measured on several sets of images also get a table of rFID and
+    PSNR over the sets, as in MGVQ's Tables 2 and 3. A report that shares neither
+    images and protocol nor its tokenizer with any other is refused.
 
-    Reports of vqpipe eval-generation share one table: of equal protocol, size and references, or they are refused.
+    Reports of vqpipe eval-generation share one table; they must have the same
+    protocol, image size and references.
     """
     with console.session(device, seed):
         if len(reports) < 2:

@@ -1,4 +1,4 @@
-"""What the commands share: option types, the progress bar, the last line, and the session they run in.
+"""What the commands share: option types, the session they run in, their output, the progress bar.
 
 Results go to stdout, everything else to stderr; ranks above 0 print nothing.
 """
@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,18 +27,26 @@ from vqpipe.artifacts import Artifact
 from vqpipe.reports import page
 
 PLAIN_SECONDS = 10.0
-"""Off a terminal, progress is a plain line at most this often."""
+"""Shortest time between two lines of progress where stderr is not a terminal."""
 
 Out = Annotated[
     Path,
     typer.Option(
-        "--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=files.with_a_name
+        "--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=files.with_final_name
     ),
 ]
 DeviceName = Literal["auto", "cpu", "cuda"]
 Device = Annotated[DeviceName, typer.Option("--device", help="Device to run on.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N")]
-Preset = Annotated[str | None, typer.Option("--preset", help="See `vqpipe presets`.", metavar="NAME|FILE.toml")]
+UnusedDevice = Annotated[
+    DeviceName, typer.Option("--device", help="No effect in this command; every command accepts it.")
+]
+UnusedSeed = Annotated[
+    int, typer.Option("--seed", help="No effect in this command; every command accepts it.", metavar="N")
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="Settings to start from: see `vqpipe presets`.", metavar="NAME|FILE.toml")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one setting of the preset; repeatable.", metavar="section.key=value"),
@@ -52,13 +59,16 @@ Images = Annotated[
         metavar="WHERE",
     ),
 ]
-TokenizerPath = Annotated[
+TokenizerPath = Annotated[Path, typer.Option("--tokenizer", help="A tokenizer artifact.", metavar="DIR")]
+AutoencoderPath = Annotated[
     Path,
     typer.Option(
-        "--tokenizer", help="A tokenizer; eval and reconstruct also take an SD-VAE, SDXL-VAE or TAEF2.", metavar="DIR"
+        "--tokenizer", help="A tokenizer artifact, or a folder with SD-VAE, SDXL-VAE or TAEF2.", metavar="DIR"
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Batch size of a rank.", metavar="IMAGES", min=1)]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Images per batch, on each rank.", metavar="IMAGES", min=1)
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N images.", metavar="N", min=1)]
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)
@@ -67,7 +77,7 @@ NumWorkers = Annotated[
     int,
     typer.Option(
         "--num-workers",
-        help="Processes that decode images, per rank; 0: this one; -1: one per core.",
+        help="Processes per rank that decode images; 0: the rank itself; -1: one per core.",
         metavar="N",
         min=-1,
     ),
@@ -76,29 +86,39 @@ PrecisionName = Literal["fp32", "bf16"]
 Precision = Annotated[
     PrecisionName, typer.Option("--precision", help="Precision of the network: bf16 is mixed precision (autocast).")
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", metavar="N", min=1)]
+Steps = Annotated[int | None, typer.Option("--steps", help="Number of optimizer steps.", metavar="N", min=1)]
 GlobalBatchSize = Annotated[
-    int | None, typer.Option("--global-batch-size", help="Images a step, over all ranks.", metavar="N", min=1)
+    int | None, typer.Option("--global-batch-size", help="Images per step, over all ranks.", metavar="N", min=1)
 ]
 TrainPrecision = Annotated[
-    PrecisionName | None, typer.Option("--precision", help="Of convolutions and matrix products.")
+    PrecisionName | None,
+    typer.Option("--precision", help="Precision of convolutions and matrix products; default: the preset's."),
 ]
 
 
-class LoggerName(StrEnum):
-    """Where else a training run is logged. (typer takes lists of an enum, and none of a Literal.)"""
+def known_loggers(names: list[str] | None) -> list[str] | None:
+    """The values of --log; another one than a name of LOGGERS is wrong usage."""
+    if names:
+        from vqpipe.training.loggers import LOGGERS
 
-    tensorboard = auto()
-    wandb = auto()
+        for name in names:
+            if name not in LOGGERS:
+                raise typer.BadParameter(f"{name!r} is not one of {', '.join(LOGGERS)}")
+    return names
 
 
 Log = Annotated[
-    list[LoggerName] | None,
-    typer.Option("--log", help="Also log to this service, under OUT.logs; repeatable."),
+    list[str] | None,
+    typer.Option(
+        "--log",
+        help="Also log to this service, under OUT.logs; repeatable.",
+        metavar="tensorboard|wandb",
+        callback=known_loggers,
+    ),
 ]
 ExamplesTokenizer = Annotated[
     Path,
-    typer.Option("--tokenizer", help="The tokenizer that made the tokens, or encodes the images.", metavar="DIR"),
+    typer.Option("--tokenizer", help="The tokenizer that made the tokens, or that encodes the images.", metavar="DIR"),
 ]
 HeldOutExamples = Annotated[
     Path | None, typer.Option("--validation", help="Tokens or latents of held-out images; see above.", metavar="DIR")
@@ -117,30 +137,33 @@ ExtractorWeights = Annotated[
     typer.Option("--extractor-weights", help="Checkpoint of --extractor; default: the download cache.", metavar="FILE"),
 ]
 MaxSkipped = Annotated[
-    float, typer.Option("--max-skipped", help="Share of unreadable images to accept.", metavar="0..1", min=0, max=1)
+    float,
+    typer.Option(
+        "--max-skipped", help="Largest share of unreadable images; more are an error.", metavar="0..1", min=0, max=1
+    ),
 ]
 
 
 @contextmanager
 def session(device: DeviceName, seed: int) -> Iterator[torch.device]:
-    """The session of a command: this rank's device, seeds, signal handlers, and torchrun's process group."""
+    """Set up a command: signal handlers, seed, process group under torchrun. Yields this rank's device."""
     signals.handle_signals()
-    chosen = distributed.pick_device(device)
+    torch_device = distributed.pick_device(device)
     torch.manual_seed(seed)
-    with distributed.connect(chosen):
-        yield chosen
+    with distributed.process_group(torch_device):
+        yield torch_device
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, from rank 0. A closed stderr stops no work."""
-    if is_main():
+    """Print a line on stderr, from rank 0. A closed stderr is not an error."""
+    if prints():
         with suppress(OSError):
             stderr().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def show(renderable: RenderableType) -> None:
     """Print a rich table or tree on stderr, from rank 0."""
-    if is_main():
+    if prints():
         stderr().print(renderable)
 
 
@@ -158,7 +181,7 @@ def show_table(table: page.Table) -> None:
 
 def finished(artifact: Artifact, again: bool = False) -> None:
     """Print the last lines of a command: what was published, and its path alone on stdout."""
-    if not is_main():
+    if not prints():
         return
     facts = ", ".join(
         f"{key} {format_fact(value)}" for key, value in artifact.facts.items() if isinstance(value, int | float | str)
@@ -178,7 +201,7 @@ class ProgressBar:
     a table of details under it; elsewhere a plain line every ten seconds; on ranks above 0 nothing."""
 
     def __init__(self) -> None:
-        self.visible = is_main()
+        self.visible = prints()
         self.live: Live | None = None
         self.details: Sequence[tuple[str, str]] = ()
         self.title = ""
@@ -230,7 +253,7 @@ class ProgressBar:
         say(text)
 
     def end_phase(self) -> None:
-        """Off a terminal, print how long the phase took."""
+        """Where stderr is not a terminal, print how long the phase took."""
         if self.title and self.visible and self.live is None and self.done > self.earlier:
             seconds = clock(time.monotonic() - self.began)
             note = f"  {self.text}" if self.text else ""
@@ -238,7 +261,7 @@ class ProgressBar:
         self.title = ""
 
     def count(self) -> str:
-        """How many are done, and of how many."""
+        """`done/total`, or `done` where the total is unknown."""
         return f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")
 
     def line(self) -> str:
@@ -266,7 +289,7 @@ class RateColumn(ProgressColumn):
         return Text(f"{task.speed:.3g} {task.fields['unit']}/s" if task.speed else "")
 
 
-def is_main() -> bool:
+def prints() -> bool:
     """Whether this process prints. Known before the process group is."""
     return os.environ.get("RANK", "0") == "0"
 

@@ -16,7 +16,7 @@ from stages.tokenize_images import tokenize
 from stages.train import train
 
 SIZES: dict[str, dict[str, int | None]] = {"tiny": {"steps": 30, "k": 512}, "small": {"steps": None, "k": None}}
-"""Changes of the preset `demo` for each size."""
+"""Changes to the preset `demo` for each size."""
 TRAIN, HELD_OUT = "builtin:photos/train", "builtin:photos/heldout"
 
 
@@ -32,8 +32,9 @@ def demo(
 ) -> None:
     """Run every stage, small, on built-in photographs.
 
-    Trains VQGAN-LC (a frozen codebook) and VQGAN-FC (a learned codebook) with the same budget and compares their
-    utilization and reconstructions. Run it again to resume.
+    Trains VQGAN-LC (a frozen codebook) and VQGAN-FC (a learned codebook) with
+    the same budget, and compares their utilization and reconstructions. Run it
+    again to resume.
     """
     steps, k = SIZES[size]["steps"], SIZES[size]["k"]
     shared: dict[str, Any] = {"device": device, "seed": seed}

@@ -17,15 +17,17 @@ def detokenize(
     tokenizer: TokenizerPath,
     out: Out,
     limit: Limit = None,
-    groups: Annotated[int | None, typer.Option("--groups", help="Keep only the first K groups.", min=1)] = None,
+    groups: Annotated[
+        int | None, typer.Option("--groups", help="Decode only the first K groups of each image.", metavar="K", min=1)
+    ] = None,
     batch_size: BatchSize = 32,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
     """Decode tokens to images."""
-    with console.session(device, seed) as chosen, console.ProgressBar() as progress:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         stored = artifacts.open_artifact(tokens, "tokens")
-        opened = Tokenizer.from_pretrained(tokenizer, chosen)
+        opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         opened.check_made(stored)
         opened.check_groups(groups)
         config = {"limit": limit, "groups": groups}

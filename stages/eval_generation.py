@@ -12,15 +12,20 @@ from vqpipe.data.images import open_images
 from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.generation import GenerationConfig, ProtocolName, generated_size
 from vqpipe.evaluation.report import evaluate_samples
-from vqpipe.metrics.networks import find_networks
+from vqpipe.metrics.feature_networks import find_networks
 
 
 def eval_generation(
-    images: Annotated[list[str], typer.Option("--images", help="The samples: as in vqpipe eval.", metavar="WHERE")],
+    images: Annotated[
+        list[str],
+        typer.Option(
+            "--images", help="Generated images, in any form that vqpipe eval takes; repeatable.", metavar="WHERE"
+        ),
+    ],
     reference: Annotated[
         list[str],
         typer.Option(
-            "--reference", help="Photographs, as --images; their statistics; or ADM's .npz.", metavar="WHERE|DIR|FILE"
+            "--reference", help="Real images, their statistics, or ADM's .npz; repeatable.", metavar="WHERE|DIR|FILE"
         ),
     ],
     out: Out,
@@ -66,10 +71,10 @@ def eval_generation(
     File in --weights DIR: weights-inception-2015-12-05-6726825d.pth.
     Without it the numbers of Inception are not computed, and the report says why.
     """
-    with console.session(device, seed) as where, console.ProgressBar() as progress:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         samples = open_images(images)
-        networks = find_networks(weights, where)
-        add_extractor(networks, extractor, extractor_weights, where)
+        networks = find_networks(weights, torch_device)
+        add_extractor(networks, extractor, extractor_weights, torch_device)
         config = GenerationConfig(
             protocol=protocol,
             image_size=image_size or generated_size(images),
@@ -80,7 +85,7 @@ def eval_generation(
         )
         target = statistics or out.with_name(f"{out.name}.reference")
         report, measured = evaluate_samples(
-            out, samples, reference, target, config, networks, where, limit=limit, progress=progress
+            out, samples, reference, target, config, networks, torch_device, limit=limit, progress=progress
         )
         if measured is not None:
             for name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet"):

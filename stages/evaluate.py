@@ -8,44 +8,53 @@ from rich import box
 from rich.table import Table
 
 from stages import console, recipe
-from stages.console import BatchSize, Device, Images, Limit, Out, Preset, Seed, Set, TokenizerPath
+from stages.console import AutoencoderPath, BatchSize, Device, Images, Limit, Out, Preset, Seed, Set
 from vqpipe import analysis
 from vqpipe.continuous import open_autoencoder
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import parse_size
 from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.report import evaluate_tokenizer
-from vqpipe.metrics.networks import find_networks
+from vqpipe.metrics.feature_networks import find_networks
 from vqpipe.reports.evaluation import MEASURES, value_of, written
 
 
 def evaluate(
     images: Images,
-    tokenizer: TokenizerPath,
+    tokenizer: AutoencoderPath,
     out: Out,
     protocol: Annotated[
         list[str] | None,
-        typer.Option("--protocol", help="See above; repeatable, the first gives the headline.", metavar="NAME"),
+        typer.Option("--protocol", help="See above; repeatable; the first one's numbers come first.", metavar="NAME"),
     ] = None,
     image_size: Annotated[
         str | None,
-        typer.Option("--image-size", help="Side of the centre crop, WIDTHxHEIGHT, or native.", metavar="PIXELS"),
+        typer.Option(
+            "--image-size", help="Side of the centre crop, WIDTHxHEIGHT, or native (whole images).", metavar="PIXELS"
+        ),
     ] = None,
     tile: Annotated[
-        int | None, typer.Option("--tile", help="Reconstruct larger images in tiles.", metavar="PIXELS", min=1)
+        int | None,
+        typer.Option("--tile", help="Reconstruct larger images in tiles of this side.", metavar="PIXELS", min=1),
     ] = None,
     weights: console.Weights = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            "--metrics", help="Further metrics of Inception; repeatable, or with commas.", metavar="kid,prc,sfid,is"
+            "--metrics",
+            help="More metrics on Inception features; repeatable, or separated by commas.",
+            metavar="kid,prc,sfid,is",
         ),
     ] = None,
     extractor: console.Extractor = None,
     extractor_weights: console.ExtractorWeights = None,
     analyze: Annotated[
         list[str] | None,
-        typer.Option("--analyze", help="Further analyses; repeatable.", metavar="replacement|embedding|patches"),
+        typer.Option(
+            "--analyze",
+            help="Add an analysis of the codes to the report; repeatable.",
+            metavar="replacement|embedding|patches",
+        ),
     ] = None,
     fid_min_images: Annotated[
         int | None,
@@ -66,30 +75,34 @@ def evaluate(
 ) -> None:
     """Measure a tokenizer's reconstructions.
 
-    Distortion, utilization of the codebook, and, with weights, rFID and LPIPS; with groups or depths, also of
-    reconstructions from the first k of them. SD-VAE and SDXL-VAE are measured in the same way: put config.json and
-    diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae into a folder, and pass
-    that folder with --tokenizer.
+    The metrics are PSNR, SSIM, utilization and perplexity of the codebook, and,
+    with --weights, rFID and LPIPS. Tokenizers with groups or depths are also
+    measured on reconstructions from the first k of them.
+
+    SD-VAE and SDXL-VAE are measured in the same way: put config.json and
+    diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or
+    stabilityai/sdxl-vae into a folder, and pass it as --tokenizer.
 
     Protocols:
-    adm (ADM's crop on both sides, rounded, TF1 resize; the usual rFID),
-    cleanfid-matched (MGVQ: bicubic crop, truncated, clean-fid against the same crops),
-    cleanfid-rawval (VQGAN-LC: bilinear crop, truncated, clean-fid against the raw uncropped images).
+    adm (the usual rFID: ADM's crop on both sides, rounded, TF1 resize),
+    cleanfid-matched (MGVQ: bicubic crop, truncated; clean-fid, same crops),
+    cleanfid-rawval (VQGAN-LC: bilinear crop, truncated; clean-fid, against
+    whole images).
 
     Files in --weights DIR, each optional:
     weights-inception-2015-12-05-6726825d.pth (rFID, and --metrics),
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
-    with console.session(device, seed) as where, console.ProgressBar() as progress:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         image_set = open_images(images)
-        autoencoder = open_autoencoder(tokenizer, where)
+        autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
         flags |= {"batch_size": batch_size, "metrics": split_names(metrics), "image_size": in_pixels(image_size)}
         if image_size is None and preset is None and not any("eval.image_size" in each for each in overrides or []):
             flags["image_size"] = autoencoder.image_size
         config = recipe.load(preset, overrides, eval=flags).eval
-        networks = find_networks(weights, where)
-        add_extractor(networks, extractor, extractor_weights, where)
+        networks = find_networks(weights, torch_device)
+        add_extractor(networks, extractor, extractor_weights, torch_device)
         report, result = evaluate_tokenizer(
             out,
             image_set,

@@ -18,10 +18,15 @@ def extract_features(
     out: Out,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", help="The patch encoder.", metavar="patch-pca|open_clip:NAME/TAG|timm:NAME"),
+        typer.Option(
+            "--encoder",
+            help="Network that encodes the patches; default: the preset's, else patch-pca.",
+            metavar="|".join(kind.usage for kind in features.ENCODERS.values()),
+        ),
     ] = None,
     pool: Annotated[
-        int | None, typer.Option("--pool", help="Side of the grid of features per image.", metavar="N", min=1)
+        int | None,
+        typer.Option("--pool", help="Average the features to a grid of N x N per image.", metavar="N", min=1),
     ] = None,
     batch_size: BatchSize = None,
     limit: Limit = None,
@@ -37,12 +42,12 @@ def extract_features(
 
     `vqpipe kmeans` clusters them into a codebook.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
         config = recipe.load(preset, overrides, features=flags).features
         image_set = open_images(images)
-        weights = features.find_weights(config)
-        opened = features.open_encoder(config, weights).to(where)
+        weights = features.encoder_weights(config)
+        opened = features.open_encoder(config, weights).to(torch_device)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:
             inputs["weights"] = hash_file(weights)

@@ -19,18 +19,19 @@ def generate(
     generator: Annotated[Path, typer.Option("--generator", help="A generator artifact.", metavar="DIR")],
     out: Out,
     num_images: Annotated[
-        int, typer.Option("--num-images", help="How many; 50,000 for a FID.", metavar="N", min=1)
+        int, typer.Option("--num-images", help="Number of images; a FID needs 50,000.", metavar="N", min=1)
     ] = 64,
     classes: Annotated[
         str,
         typer.Option(
             "--classes",
-            help="In turn: every class of the training set (balanced), or these.",
+            help="Classes, in turn: all of the training set (balanced), or these.",
             metavar="balanced|N,N-N,...",
         ),
     ] = "balanced",
     cfg_scale: Annotated[
-        float | None, typer.Option("--cfg-scale", help="Scale of guidance; 1: none.", metavar="S", min=0)
+        float | None,
+        typer.Option("--cfg-scale", help="Scale of classifier-free guidance; 1: none.", metavar="S", min=0),
     ] = None,
     top_k: Annotated[
         str | None,
@@ -58,10 +59,10 @@ def generate(
     cfg_schedule, cfg_interval, sampler, eta.
 
     Image i is a function of the seed and i, on any number of ranks. Classes
-    come in turn, so that any run of images has equal parts of them.
+    come in turn, so that consecutive images have equal parts of them.
     """
-    with console.session(device, seed) as where:
-        opened = open_generator(generator, where)
+    with console.session(device, seed) as torch_device:
+        opened = open_generator(generator, torch_device)
         flags = {"cfg_scale": cfg_scale, "top_p": top_p, "temperature": temperature, "steps": steps}
         flags |= {"top_k": None if top_k is None else parse_top_k(top_k)}
         plan = SamplePlan(

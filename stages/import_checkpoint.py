@@ -40,7 +40,8 @@ def import_checkpoint(
 ) -> None:
     """Convert released weights to a tokenizer.
 
-    No code in the file is executed. Every weight in it must have a place in the model.
+    No code in the file is executed. Every weight in it must have a place in the model. The conversion runs on the CPU
+    without random numbers: --device and --seed have no effect on its result.
     """
     with console.session(device, seed):
         if not file.is_file():

@@ -32,7 +32,7 @@ def inspect(
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, value in {
         "kind": opened.kind,
-        "content": opened.content[:16],
+        "content": opened.digest[:16],
         "request": opened.manifest.request[:16],
         **{f"fact  {key}": value for key, value in opened.facts.items()},
         **{f"config  {key}": value for key, value in opened.config.items()},

@@ -25,17 +25,24 @@ def kmeans(
     out: Out,
     k: Annotated[int | None, typer.Option("--k", help="Number of codes.", metavar="CODES", min=1)] = None,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", help="Maximum Lloyd iterations, or epochs.", metavar="N", min=0)
+        int | None,
+        typer.Option(
+            "--iterations", help="Maximum number of Lloyd iterations, or of mini-batch epochs.", metavar="N", min=0
+        ),
     ] = None,
     mini_batch: Annotated[
-        int | None, typer.Option("--mini-batch", help="Vectors per step; 0: full Lloyd.", metavar="VECTORS", min=0)
+        int | None,
+        typer.Option(
+            "--mini-batch", help="Vectors per step of mini-batch k-means; 0: all (Lloyd).", metavar="VECTORS", min=0
+        ),
     ] = None,
-    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initial centres.")] = None,
+    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initialization of the centers.")] = None,
     per_class: Annotated[
         bool | None, typer.Option("--per-class/--all-classes", help="Cluster each class separately.")
     ] = None,
     select: Annotated[
-        clustering.Select | None, typer.Option("--select", help="random: codes are random vectors.")
+        clustering.Select | None,
+        typer.Option("--select", help="Codes are cluster centres, or random vectors (a baseline)."),
     ] = None,
     preset: Preset = None,
     overrides: Set = None,
@@ -46,7 +53,7 @@ def kmeans(
 
     All vectors are used, and every code is the nearest code of at least one vector.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         flags = {
             "k": k,
             "iterations": iterations,
@@ -64,9 +71,9 @@ def kmeans(
             checkpoints = draft.path / "checkpoints"
             with console.ProgressBar() as progress:
                 result = clustering.kmeans(
-                    vectors, config, seed=seed, device=where, checkpoints=checkpoints, progress=progress
+                    vectors, config, seed=seed, device=torch_device, checkpoints=checkpoints, progress=progress
                 )
-            if console.is_main():
+            if console.prints():
                 with draft.write(CODEBOOK_FILE) as path:
                     result.save(path)
             artifact = draft.publish(result.facts())

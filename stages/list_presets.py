@@ -15,7 +15,8 @@ def presets(
 ) -> None:
     """List the presets, or print one.
 
-    The list is by paper, with table rows and numbers. A preset is printed as TOML, with the presets that it extends.
+    The list is sorted by paper, with the table rows and their numbers. A preset
+    is printed as TOML, including the settings of the presets that it extends.
     """
     if name is not None:
         from stages.recipe import resolved_toml  # imports PyTorch, which the list does not need

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import Device, Out, Seed
+from stages.console import Out, UnusedDevice, UnusedSeed
 from vqpipe import artifacts
 from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
 from vqpipe.data.prepare import pack_images
@@ -14,18 +14,21 @@ from vqpipe.data.prepare import pack_images
 ManifestName = Annotated[
     str,
     typer.Argument(
-        help="A name of data_manifests/ (imagenet-1k, ffhq, kodak, uhdbench, folder, ...), or a TOML file like those.",
+        help="The name of one of data_manifests/ (imagenet-1k, ffhq, kodak, folder, ...), or a TOML file.",
         metavar="MANIFEST",
     ),
 ]
-SourceFolder = Annotated[Path, typer.Option("--source", help="The folder that holds your copy.", metavar="DIR")]
+SourceFolder = Annotated[Path, typer.Option("--source", help="Folder with your copy of the data set.", metavar="DIR")]
 
 
 def prepare_data(
     manifest: ManifestName,
     source: SourceFolder,
     out: Out,
-    split: Annotated[str | None, typer.Option("--split", help="Default: the manifest's first.", metavar="NAME")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Split of the data set; default: the manifest's first.", metavar="NAME"),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(
@@ -37,22 +40,23 @@ def prepare_data(
     ] = None,
     shard_size: Annotated[int, typer.Option("--shard-size", help="Images per tar.", metavar="IMAGES", min=1)] = 1000,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Accept other counts or names than the manifest's.")
+        bool, typer.Option("--allow-partial", help="Accept counts and names other than the manifest's.")
     ] = False,
     verify_archives: Annotated[
         bool, typer.Option("--verify-archives", help="Check the MD5 of the manifest's archives in --source.")
     ] = False,
-    max_skipped: console.MaxSkipped = 0.01,
     num_workers: console.NumWorkers = 0,
-    device: Device = "cpu",
-    seed: Seed = 0,
+    max_skipped: console.MaxSkipped = 0.01,
+    device: UnusedDevice = "cpu",
+    seed: UnusedSeed = 0,
 ) -> None:
     """Pack a data set into WebDataset tars.
 
-    Every image is decoded once, counted, and checked against the manifest, which describes how to get the data set, its
-    layout on disk and its contents. Images below the smallest size of the manifest are excluded, and counted.
+    The manifest describes how to get the data set, its layout on disk and its
+    contents. Every image is decoded once, counted, and checked against it.
+    Images below the manifest's smallest size are excluded, and counted.
     """
-    with console.session(device, seed), console.ProgressBar() as progress:
+    with console.session("cpu", seed), console.ProgressBar() as progress:
         described = load_manifest(manifest)
         name, chosen = described.split(split)
         images = open_split(described, chosen, source)

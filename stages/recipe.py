@@ -1,12 +1,13 @@
-"""Presets as dataclasses, with one section per stage: of a tokenizer, a generator or a classifier.
+"""Presets -> recipes, of a tokenizer, a generator or a classifier.
 
-A preset is a TOML file, one per experiment, in `vqpipe/presets/`. Precedence: a field's default, then the presets that
+A preset is a TOML file, one per experiment, in `vqpipe/presets/`. A recipe is a dataclass whose fields are the sections
+of a preset. Precedence: a field's default, then the presets that
 it extends, the preset, `--set`, and named flags. A stage reads only its own sections, so changing `[train]` leaves
 features valid.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -17,31 +18,35 @@ from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.errors import ConfigError
 from vqpipe.generation.train import ClassifierRecipe, GeneratorRecipe
 from vqpipe.metrics import EvalConfig
-from vqpipe.training.tokenizer_run import TokenizerRunConfig
+from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 PAPER = "vqgan-lc-f16-100k"
 """The preset whose [model] and [objective], which have no defaults, a stage without --preset gets and does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(TokenizerRunConfig):
-    """The settings of a tokenizer: those of its training, and of the stages before and after it."""
+class PipelineRecipe(TokenizerRecipe):
+    """All sections of a tokenizer's preset: those of its training, and of the stages before and after it."""
 
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     kmeans: KmeansConfig = field(default_factory=KmeansConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def of_training(self) -> TokenizerRecipe:
+        """The sections that `vqpipe train` reads."""
+        return TokenizerRecipe(**{each.name: getattr(self, each.name) for each in fields(TokenizerRecipe)})
 
-R = TypeVar("R", Recipe, GeneratorRecipe, ClassifierRecipe)
+
+R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)
 SUBJECTS: dict[str, tuple[type, str]] = {
-    "model": (Recipe, "vqpipe train"),
+    "model": (PipelineRecipe, "vqpipe train"),
     "generator": (GeneratorRecipe, "vqpipe train-generator"),
     "classifier": (ClassifierRecipe, "vqpipe train-classifier"),
 }
 """A preset's main section -> its recipe, and the command that trains it."""
 
 
-def load(preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> Recipe:
+def load(preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> PipelineRecipe:
     """Read a preset by name or path (None: the defaults of every section), apply `--set` assignments, then named flags.
 
     `flags` gives the values of a section's flags, `train={"steps": steps}`; None is a flag that was not given.
@@ -49,10 +54,10 @@ def load(preset: str | None, overrides: list[str] | None = None, **flags: Mappin
     Raises:
         ConfigError: no such preset, an unknown key, or a value of the wrong type.
     """
-    table = resolve(Recipe, preset or PAPER)
+    table = resolve(PipelineRecipe, preset or PAPER)
     if preset is None:
         table = {name: table[name] for name in ("model", "objective")}
-    return read(Recipe, preset or PAPER, table, overrides or [], flags)
+    return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags)
 
 
 def load_generator(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> GeneratorRecipe:
@@ -73,7 +78,7 @@ def resolve(cls: type, preset: str) -> dict[str, Any]:
 def resolved_toml(preset: str) -> str:
     """A preset as TOML: its head comment, and its settings merged with those that it extends."""
     sections = {section for table in presets.chain(preset) for section in table}
-    cls = next((recipe for section, (recipe, _) in SUBJECTS.items() if section in sections), Recipe)
+    cls = next((recipe for section, (recipe, _) in SUBJECTS.items() if section in sections), PipelineRecipe)
     table = resolve(cls, preset)
     config.from_table(cls, table)
     lines = presets.find(preset).read_text(encoding="utf-8").splitlines(keepends=True)

@@ -6,31 +6,33 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import Device, Out, Seed, TokenizerPath
+from stages.console import AutoencoderPath, Device, Out, Seed
 from vqpipe import artifacts
 from vqpipe.continuous import open_autoencoder
 from vqpipe.evaluation.image_files import png_names, reconstruct_files
 from vqpipe.files import hash_file
 from vqpipe.tiling import check_tile
 
-Groups = Annotated[int | None, typer.Option("--groups", help="Decode the first K groups only.", metavar="K", min=1)]
+Groups = Annotated[
+    int | None, typer.Option("--groups", help="Decode only the first K groups of each image.", metavar="K", min=1)
+]
 Tile = Annotated[
     int,
     typer.Option(
         "--tile",
-        help="Split larger images into tiles of this side: bounds memory, changes the result a little.",
+        help="Reconstruct larger images in tiles of this side: less memory, slightly different pixels.",
         metavar="PIXELS",
         min=1,
     ),
 ]
 Overlap = Annotated[
-    int, typer.Option("--overlap", help="Overlap over which neighboring tiles are blended.", metavar="PIXELS", min=0)
+    int, typer.Option("--overlap", help="Overlap in which neighbouring tiles are blended.", metavar="PIXELS", min=0)
 ]
 
 
 def reconstruct(
-    files: Annotated[list[Path], typer.Argument(help="Image files of any size.", metavar="FILE...")],
-    tokenizer: TokenizerPath,
+    files: Annotated[list[Path], typer.Argument(help="Image files of any size.", metavar="FILE")],
+    tokenizer: AutoencoderPath,
     out: Out,
     groups: Groups = None,
     tile: Tile = 512,
@@ -42,8 +44,8 @@ def reconstruct(
 
     Each reconstruction is written beside its original, as one PNG file.
     """
-    with console.session(device, seed) as where:
-        autoencoder = open_autoencoder(tokenizer, where)
+    with console.session(device, seed) as torch_device:
+        autoencoder = open_autoencoder(tokenizer, torch_device)
         autoencoder.check_groups(groups)
         check_tile(tile, overlap, autoencoder.downsample_factor)
         named = png_names(files)

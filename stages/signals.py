@@ -1,4 +1,4 @@
-"""Signals: stop at once while a command starts, through the finally blocks while it works, after a step in training."""
+"""Signals: exit at once while a command starts, through `finally` blocks while it runs, after the step in training."""
 
 import os
 import signal
@@ -24,14 +24,14 @@ class Interrupted(BaseException):
 
 
 def exit_at_once(number: int, frame: FrameType | None) -> None:
-    """Signal handler while a command starts: nothing is written yet, and imports may catch what is raised."""
+    """Signal handler while a command starts: nothing is written yet, and an import might catch an exception."""
     with suppress(OSError):
         os.write(2, f"{INTERRUPTED}\n".encode())
     os._exit(Interrupted(number).code)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Signal handler of a running command: raise Interrupted, so that finally blocks leave no torn file."""
+    """Signal handler of a running command: raise Interrupted, so that `finally` blocks delete unfinished files."""
     detach_closed_terminal(number)
     raise Interrupted(number)
 
@@ -46,8 +46,8 @@ def handle_signals() -> None:
 class StopAfterStep:
     """Inside this context the first signal only sets `requested`, so that a training step can end and be saved.
 
-    A second signal interrupts at once, except SIGHUP: a closed terminal may send two. A torchrun that was killed with
-    SIGKILL sends none and leaves its ranks behind: its end counts as a signal.
+    A second signal interrupts at once, except SIGHUP: a closed terminal may send two. The end of torchrun counts as a
+    signal: killed with SIGKILL, it sends none to its ranks.
     """
 
     def __init__(self) -> None:
@@ -71,14 +71,14 @@ class StopAfterStep:
             raise Interrupted(number)
 
     def requested(self) -> bool:
-        """Whether a signal has come, or torchrun has ended."""
+        """Whether a signal was received, or torchrun has ended."""
         if not self.number and self.launcher is not None and os.getppid() != self.launcher:
             self.number = signal.SIGTERM
             announce("torchrun has ended: stopping after this step, then saving a checkpoint")
         return self.number != 0
 
     def exit(self) -> NoReturn:
-        """Raise Interrupted for the signal that came (SIGTERM where another rank received it)."""
+        """Raise Interrupted for the signal received (SIGTERM if another rank received it)."""
         raise Interrupted(self.number or signal.SIGTERM)
 
 

@@ -21,7 +21,7 @@ def tokenize(
     tokenizer: TokenizerPath,
     out: Out,
     image_size: console.ImageSize = None,
-    flip: Annotated[bool, typer.Option("--flip", help="Store each image's mirror image too.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
     batch_size: BatchSize = 32,
     precision: console.Precision = "fp32",
     num_workers: console.NumWorkers = -1,
@@ -33,9 +33,9 @@ def tokenize(
 
     The tokens are Parquet files with one row per image.
     """
-    with console.session(device, seed) as chosen, console.ProgressBar() as progress:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         image_set = open_images(images)
-        opened = Tokenizer.from_pretrained(tokenizer, chosen)
+        opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         size = image_size or opened.image_size
         if size is None:
             raise DataError("this tokenizer's config does not name the image size of its training", "Give --image-size")

@@ -15,9 +15,8 @@ from vqpipe.training.loggers import check_loggers
 from vqpipe.training.tokenizer_run import (
     Publish,
     RunInputs,
-    TokenizerRunConfig,
     check_run,
-    start_run,
+    start_tokenizer_run,
     train_tokenizer,
 )
 
@@ -26,23 +25,31 @@ def train(
     images: Images,
     out: Out,
     codebook: Annotated[
-        Path | None, typer.Option("--codebook", help="A codebook artifact, or a .npy of [K, dim].", metavar="DIR|FILE")
+        Path | None,
+        typer.Option(
+            "--codebook",
+            help="A codebook artifact, or a .npy file of shape [K, dim]; for quantizers that need one.",
+            metavar="DIR|FILE",
+        ),
     ] = None,
-    preset: Preset = None,
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Fine-tune this tokenizer; see above.", metavar="TOKENIZER")
+        Path | None,
+        typer.Option(
+            "--from", help="Start from the weights of this tokenizer (fine-tuning); see above.", metavar="TOKENIZER"
+        ),
     ] = None,
     validation: Annotated[
         list[str] | None,
         typer.Option("--validation", help="Held-out images, as in --images; repeatable; see above.", metavar="WHERE"),
     ] = None,
     publish: Annotated[
-        Publish, typer.Option("--publish", help="Which weights: of the last step, or of the best validation.")
+        Publish, typer.Option("--publish", help="Publish the weights of the last step, or of the best validation.")
     ] = "last",
     log: console.Log = None,
+    preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -66,21 +73,19 @@ def train(
     quantizer; both may be named. The second stage of MGVQ is the preset
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
         check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        loaded = recipe.load(preset, overrides, train=flags)
-        sections = {name: getattr(loaded, name) for name in TokenizerRunConfig.__dataclass_fields__}
         inputs = RunInputs(
             images=open_images(images),
             held_out=open_images(validation) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        config = check_run(TokenizerRunConfig(**sections), inputs, publish)
-        draft = start_run(out, config, inputs, seed=seed, publish=publish)
+        config = check_run(recipe.load(preset, overrides, train=flags).of_training(), inputs, publish)
+        draft = start_tokenizer_run(out, config, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             console.finished(draft, again=True)
             return
@@ -91,7 +96,7 @@ def train(
                 inputs,
                 codebook=None if codebook is None else load_codebook(codebook),
                 seed=seed,
-                device=where,
+                device=torch_device,
                 publish=publish,
                 loggers=list(dict.fromkeys(log or [])),
                 progress=progress,

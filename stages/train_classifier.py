@@ -9,7 +9,7 @@ from stages import console, recipe, signals
 from stages.console import Device, Out, Preset, Seed, Set
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.errors import ConfigError
-from vqpipe.generation.train import RunContext, StoredExamples, check_validation, start_run
+from vqpipe.generation.train import RunContext, StoredExamples, check_validation, start_examples_run
 from vqpipe.generation.train import train_classifier as train
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.loggers import check_loggers
@@ -19,12 +19,12 @@ def train_classifier(
     tokens: Annotated[Path, typer.Option("--tokens", help="A tokens artifact, with labels.", metavar="DIR")],
     tokenizer: console.ExamplesTokenizer,
     out: Out,
-    preset: Preset = None,
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
     validation: console.HeldOutExamples = None,
     log: console.Log = None,
+    preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -35,24 +35,24 @@ def train_classifier(
 
     Top-1 and top-5 are measured on tokens that are not trained on: all of
     those named with --validation, else examples.held_out of --tokens. They
-    are in metrics.json, with the name of the recipe, which is ours: the paper
-    gives none. vit-b starts from MAE's weights if they are given:
+    are in metrics.json, with the name of the training recipe, which is ours:
+    the paper gives none. vit-b starts from MAE's weights if they are given:
     --set classifier.weights=mae_pretrain_vit_base.pth
 
-    Run the same command again to resume it. To watch a run, open
+    Run the same command again to resume. To watch a run, open
     OUT.partial/report.html.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset vit-tiny")
         check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         settings = recipe.load_classifier(preset, overrides, train=flags)
         check_validation(settings, validation)
-        opened = Tokenizer.from_pretrained(tokenizer, where)
+        opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         held_out = None if validation is None else open_artifact(validation, "tokens")
         examples = StoredExamples(opened, open_artifact(tokens, "tokens"), held_out)
-        draft = start_run(out, settings, examples, seed)
+        draft = start_examples_run(out, settings, examples, seed)
         if isinstance(draft, Artifact):
             return console.finished(draft, again=True)
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
@@ -60,7 +60,7 @@ def train_classifier(
                 draft=draft,
                 stored=examples,
                 seed=seed,
-                device=where,
+                device=torch_device,
                 loggers=list(dict.fromkeys(log or [])),
                 progress=progress,
                 stop_requested=stop.requested,

@@ -17,7 +17,7 @@ from vqpipe.generation.train import (
     RunContext,
     StoredExamples,
     check_validation,
-    start_run,
+    start_examples_run,
 )
 from vqpipe.generation.train import train_generator as train
 from vqpipe.tokenizer import Tokenizer
@@ -32,13 +32,20 @@ def train_generator(
     ] = None,
     images: Annotated[
         list[str] | None,
-        typer.Option("--images", help="Images, for ldm, dit and sit: as in vqpipe train.", metavar="WHERE"),
+        typer.Option(
+            "--images",
+            help="Images, for ldm, dit and sit, in any form that vqpipe train takes; repeatable.",
+            metavar="WHERE",
+        ),
     ] = None,
     latents: Annotated[
         Path | None,
-        typer.Option("--latents", help="Their latents: read, or written; default OUT.latents.", metavar="DIR"),
+        typer.Option(
+            "--latents",
+            help="Latents of --images: read if they exist, else written; default: OUT.latents.",
+            metavar="DIR",
+        ),
     ] = None,
-    preset: Preset = None,
     steps: console.Steps = None,
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
@@ -46,6 +53,7 @@ def train_generator(
     image_size: ImageSize = None,
     num_workers: NumWorkers = -1,
     log: console.Log = None,
+    preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -64,14 +72,14 @@ def train_generator(
 
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
-    with console.session(device, seed) as where:
+    with console.session(device, seed) as torch_device:
         if preset is None:
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset gpt-tiny")
         check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         settings = recipe.load_generator(preset, overrides, train=flags)
         check_validation(settings, validation)
-        opened = Tokenizer.from_pretrained(tokenizer, where)
+        opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         if class_for(Generator, settings.generator).trained_on == "tokens":  # type: ignore[type-abstract]
             if tokens is None or images or latents:
                 what = "no tokens were named" if tokens is None else "--images and --latents are for ldm, dit and sit"
@@ -94,7 +102,7 @@ def train_generator(
         examples = StoredExamples(
             opened, stored, None if validation is None else open_artifact(validation, stored.kind)
         )
-        draft = start_run(out, settings, examples, seed)
+        draft = start_examples_run(out, settings, examples, seed)
         if isinstance(draft, Artifact):
             return console.finished(draft, again=True)
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
@@ -102,7 +110,7 @@ def train_generator(
                 draft=draft,
                 stored=examples,
                 seed=seed,
-                device=where,
+                device=torch_device,
                 loggers=list(dict.fromkeys(log or [])),
                 progress=progress,
                 stop_requested=stop.requested,

@@ -1,15 +1,27 @@
 """What every test may use, and which warnings are errors."""
 
+import contextlib
+import io
 import os
+import signal
 import sys
+import tarfile
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from vqpipe.quantizers import QuantizerConfig
+    from vqpipe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("vqpipe", "stages", "tests"))
@@ -54,6 +66,30 @@ def parity_outputs() -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer() -> "Callable[[QuantizerConfig], Tokenizer]":
+    """small_tokenizer(quantizer): a whitened tokenizer with f = 4 for images of 32 pixels."""
+    from vqpipe.models import VqganConfig, build_autoencoder
+    from vqpipe.tokenizer import Tokenizer
+
+    def make(quantizer: "QuantizerConfig") -> Tokenizer:
+        torch.manual_seed(0)
+        config = VqganConfig(
+            base_channels=8,
+            channel_multipliers=(1, 2),
+            patch_size=2,
+            num_res_blocks=1,
+            attention_resolutions=(),
+            z_channels=8,
+            quantizer=quantizer,
+        )
+        autoencoder = build_autoencoder(config)
+        autoencoder.whiten_init(torch.rand(16, 3, 32, 32) * 2 - 1)
+        return Tokenizer(autoencoder, image_size=32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def crash() -> ModuleType:
     """The module tests/faults/crash.py, which kills a process at its n-th file operation."""
     spec = spec_from_file_location("crash", ROOT / "tests" / "faults" / "crash.py")
@@ -62,3 +98,67 @@ def crash() -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def draw_folder() -> Callable[..., Path]:
+    """`draw_folder(folder, count, side=20)`: a new folder of smooth drawn pictures, 00.png, 01.png, ..."""
+
+    def draw_folder(folder: Path, count: int, side: int = 20) -> Path:
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+        return folder
+
+    return draw_folder
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def vqpipe() -> Callable[..., Done]:
+    """`vqpipe(folder, *words)` runs the console script in this process, so that torch is imported once."""
+    from stages import cli, signals
+
+    def run(folder: Path, *words: str) -> Done:
+        out, err = io.StringIO(), io.StringIO()
+        code = 0
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["vqpipe", *words])
+            before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[..., bytes]:
+    """pack({"a.png": bytes, ...}) -> the bytes of a tar."""
+
+    def pack(members: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return file.getvalue()
+
+    return pack

@@ -40,6 +40,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,23 @@ def make_pictures(folder: Path) -> None:
             image.save(target.with_suffix(".png"))
 
 
+SEEDED = threading.Lock()
+"""Held while networks draw from torch's global generator: two jobs run at a time."""
+
+
+def seeded(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A function that draws from torch's global generator, from seed 0, while no other does."""
+
+    def run(folder: Path) -> None:
+        import torch
+
+        with SEEDED:
+            torch.manual_seed(0)
+            make(folder)
+
+    return run
+
+
 def make_weights(folder: Path) -> None:
     """Stand-ins for Inception and for the backbones of LPIPS, under the names by which they are published."""
     import torch
@@ -135,7 +153,6 @@ def make_weights(folder: Path) -> None:
     from torchvision.models import alexnet, vgg
 
     folder.mkdir()
-    torch.manual_seed(0)
     network_class = library.FeatureExtractorInceptionV3
     with (
         mock.patch.object(library, "load_state_dict_from_url", return_value={}),
@@ -156,10 +173,8 @@ def make_weights(folder: Path) -> None:
 
 def make_vae(folder: Path) -> None:
     """An untrained AutoencoderKL in diffusers' layout, with a downsample factor of 2."""
-    import torch
     from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     network = AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, **blocks)
     network.save_pretrained(folder)
@@ -305,9 +320,9 @@ def all_jobs() -> list[Job]:
     """Every job, after those that it needs."""
     inputs = [
         Job("pictures", make=make_pictures),
-        Job("weights", make=make_weights),
+        Job("weights", make=seeded(make_weights)),
         Job("checkpoint", make=make_checkpoint),
-        Job("vae", make=make_vae),
+        Job("vae", make=seeded(make_vae)),
     ]
     return [*inputs, *data_jobs(), *tokenizer_jobs(), *token_jobs(), *generator_jobs(), *evaluation_jobs()]
 

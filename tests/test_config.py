@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from stages.recipe import Recipe
-from vqpipe.config import from_table, override, read_toml, to_table, to_toml
-from vqpipe.errors import ConfigError
+from stages.recipe import PipelineRecipe
+from vqpipe import artifacts
+from vqpipe.config import added, from_table, override, read_toml, resumable, to_request, to_table, to_toml
+from vqpipe.errors import ArtifactError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,12 @@ def test_override_reads_values_as_toml_and_does_not_change_the_table() -> None:
 def test_another_kind_drops_the_keys_that_it_lacks() -> None:
     table = {"quantizer": {"kind": "lc", "codebook_size": 7, "code_dim": 8, "projector": "mlp"}, "kind": "vqgan"}
     model = {"model": table, "objective": {}}
-    changed = override(Recipe, model, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"])["model"]["quantizer"]
+    changed = override(PipelineRecipe, model, ["model.quantizer.decay=0.9", "model.quantizer.kind=ema"])["model"][
+        "quantizer"
+    ]
     assert changed == {"kind": "ema", "codebook_size": 7, "code_dim": 8, "decay": 0.9}
-    assert override(Recipe, model, ["model.quantizer.kind=lc"]) == model
-    nested = override(Recipe, model, ["model.quantizer.group.kind=ema", "model.quantizer.kind=multi_group"])
+    assert override(PipelineRecipe, model, ["model.quantizer.kind=lc"]) == model
+    nested = override(PipelineRecipe, model, ["model.quantizer.group.kind=ema", "model.quantizer.kind=multi_group"])
     assert nested["model"]["quantizer"] == {"kind": "multi_group", "group": {"kind": "ema"}}
 
 
@@ -122,3 +125,32 @@ def test_toml_round_trips() -> None:
         "empty": {"inner": {"x": 1}},
     }
     assert tomllib.loads(to_toml(table)) == table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    steps: int = 5
+    workers: int = resumable(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later(Earlier):
+    smoothing: float = added(0.0)
+
+
+def test_request_has_every_setting_but_resumable_ones() -> None:
+    assert to_request(Earlier(workers=3)) == {"steps": 5}
+    assert to_request(Outer(shape=Grid(), steps=5)) == to_table(Outer(shape=Grid(), steps=5))
+
+
+def test_draft_resumes_after_a_field_was_added_unless_it_is_set(tmp_path: Path) -> None:
+    def begin(config: Earlier) -> None:
+        draft = artifacts.start(tmp_path / "out", "codebook", to_request(config), {})
+        assert isinstance(draft, artifacts.Draft)
+        with draft:
+            draft.write_json("part.json", {})
+
+    begin(Earlier())
+    begin(Later())
+    with pytest.raises(ArtifactError, match=r"config\.smoothing was null, now 0\.1"):
+        begin(Later(smoothing=0.1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.list_presets import presets as presets_command
-from stages.recipe import ClassifierRecipe, GeneratorRecipe, Recipe, load, load_classifier, load_generator
+from stages.recipe import ClassifierRecipe, GeneratorRecipe, PipelineRecipe, load, load_classifier, load_generator
 from vqpipe import presets
 from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError
@@ -95,7 +95,7 @@ def test_presets_of_the_papers_do_not_use_whiten_init() -> None:
 
 def test_without_a_preset_every_section_has_its_defaults() -> None:
     recipe = load(None)
-    for field in dataclasses.fields(Recipe):
+    for field in dataclasses.fields(PipelineRecipe):
         if field.name not in ("model", "objective"):
             assert getattr(recipe, field.name) == type(getattr(recipe, field.name))()
 

@@ -33,7 +33,8 @@ def test_readme_names_every_command() -> None:
     assert {name for name in cli.COMMANDS if f"vqpipe {name}" not in README} <= {"demo"}
 
 
-def test_tests_named_in_the_readme_exist() -> None:
-    paths = re.findall(r"`(tests/[\w/.]+)`", README)
-    assert len(paths) > 5
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+def test_files_named_in_the_readme_exist() -> None:
+    """Paths are relative to the repository, or to `vqpipe`."""
+    paths = re.findall(r"`((?:\w+/)+[\w.-]*)`", README)
+    assert len(paths) > 50
+    assert [path for path in paths if not (ROOT / path).exists() and not (ROOT / "vqpipe" / path).exists()] == []

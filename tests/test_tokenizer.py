@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,26 +8,13 @@ import vqpipe
 from vqpipe import Tokenizer, VqpipeError
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import ArtifactError, DataError, NumericError, WeightsError
-from vqpipe.models import VqganConfig, build_autoencoder
-from vqpipe.quantizers import LcConfig, TokenLayout
+from vqpipe.quantizers import LcConfig, QuantizerConfig, TokenLayout
 from vqpipe.tokenizer import keep_groups
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    torch.manual_seed(0)
-    config = VqganConfig(
-        base_channels=8,
-        channel_multipliers=(1, 2),
-        patch_size=2,
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-        quantizer=LcConfig(codebook_size=50, feature_dim=16, code_dim=4, codebook_init="uniform"),
-    )
-    autoencoder = build_autoencoder(config)
-    autoencoder.whiten_init(torch.rand(16, 3, 32, 32) * 2 - 1)
-    return Tokenizer(autoencoder, image_size=32)
+def tokenizer(small_tokenizer: Callable[[QuantizerConfig], Tokenizer]) -> Tokenizer:
+    return small_tokenizer(LcConfig(codebook_size=50, feature_dim=16, code_dim=4, codebook_init="uniform"))
 
 
 @pytest.fixture

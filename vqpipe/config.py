@@ -6,9 +6,10 @@ key and, for a mistyped one, its nearest neighbour. A field whose class has subc
 the table's `kind` picks the subclass, and `class_for` the class that such a config configures.
 
 A field made by `resumable` does not change what a run computes, but for the rounding of sums: `to_request` leaves it
-out, so that a run may be resumed with another value of it.
+out, so that a run may be resumed with another value of it. A field that is added later is made by `added`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -23,8 +24,8 @@ from typing import Any, TypeVar
 from vqpipe.errors import ConfigError
 
 T = TypeVar("T")
-RESUMABLE = "resumable"
-"""Key of a field's metadata."""
+RESUMABLE, ADDED = "resumable", "added"
+"""Keys of a field's metadata."""
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -59,7 +60,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
         if key not in fields:
             raise ConfigError(f"unknown key {dotted(where, key)}", nearest_name(key, fields))
         values[key] = convert(hints[key], value, dotted(where, key))
-    missing = [name for name, field in fields.items() if name not in values and is_required(field)]
+    required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
     if missing:
         key = dotted(where, missing[0])
         raise ConfigError(f"{key} is not set", f"Add it to the preset, or --set {key}=...")
@@ -82,17 +84,31 @@ def to_table(config: Any) -> dict[str, Any]:
     return table
 
 
-def resumable(default: Any) -> Any:
+def resumable(*, default: Any) -> Any:
     """A dataclass field whose value may differ when a run is resumed."""
     return dataclasses.field(default=default, metadata={RESUMABLE: True})
 
 
+def added(default: Any) -> Any:
+    """A dataclass field that earlier versions lacked; with its default, a run computes what it computed before.
+
+    With its default, `to_request` leaves it out, so that what was begun or published without it is the same request
+    still. Never change that default: write the new one into the presets.
+    """
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
+
 def to_request(config: Any) -> dict[str, Any]:
-    """`to_table` without the resumable fields: what two runs must have in common to be the same run."""
+    """What two runs must have in common to be the same run: `to_table` without the resumable fields, and without the
+    fields made by `added` that have their default.
+
+    All other defaults are written out: a default that changes makes another request. So does a new field, unless it is
+    made by `added`. Were every default left out, a changed default would go unnoticed.
+    """
     table = to_table(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.metadata.get(RESUMABLE):
+        if field.metadata.get(RESUMABLE) or (field.metadata.get(ADDED) and value == field.default):
             del table[field.name]
         elif dataclasses.is_dataclass(value):
             table[field.name] = to_request(value)
@@ -175,6 +191,7 @@ def difference(before: Any, after: Any, where: str = "") -> str:
 
 
 def shortened(value: Any) -> str:
+    """A value as JSON, without its middle if it is long."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:18] + "..." + text[-4:]
 
@@ -188,23 +205,21 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
     """`cls` itself, or the subclass that the table's `kind` names; an unknown or absent kind is a ConfigError."""
-    own = getattr(cls, "kind", None)
-    kinds: dict[str, type[T]] = {}
     candidates: list[Any] = [cls, *all_subclasses(cls)]
-    for sub in candidates:
-        if isinstance(kind := getattr(sub, "kind", None), str):
-            kinds[kind] = sub
+    kinds = {sub.kind: sub for sub in candidates if isinstance(getattr(sub, "kind", None), str)}
     if not kinds:
         return cls
-    kind = table.get("kind", own if isinstance(own, str) else None)
+    kind = table.get("kind", getattr(cls, "kind", None))
     if kind is None:
         raise ConfigError(f"{dotted(where, 'kind')} is not set", f"Choose one of {', '.join(sorted(kinds))}")
     if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"{dotted(where, 'kind')} = {kind!r} is unknown", nearest_name(str(kind), kinds))
-    return kinds[kind]
+    chosen: type[T] = kinds[kind]
+    return chosen
 
 
 def all_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    """The subclasses of a class, and theirs."""
     for sub in cls.__subclasses__():
         yield sub
         yield from all_subclasses(sub)
@@ -230,12 +245,12 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise wrong_type(where, value, "a list")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        if arguments[1:] == (Ellipsis,):
+            arguments = arguments[:1] * len(value)
         if len(arguments) != len(value):
             raise wrong_type(where, value, f"a list of {len(arguments)}")
         pairs = zip(arguments, value, strict=True)
-        return tuple(convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
+        return tuple(convert(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(pairs))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise wrong_type(where, value, "a table")
@@ -254,17 +269,19 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def wrong_type(where: str, value: Any, expected: str) -> ConfigError:
+    """The error of a value of another type than `expected`."""
     return ConfigError(f"{where} = {value!r} should be {expected}")
 
 
 def split_assignment(text: str) -> tuple[list[str], Any]:
+    """The path and the value of `section.key=value`; a value that is not TOML is text."""
     path, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text}: no value", "Write --set section.key=value")
-    try:
-        return path.strip().split("."), tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, RecursionError):
-        return path.strip().split("."), value.strip()
+    parsed: Any = value.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    return path.strip().split("."), parsed
 
 
 def to_toml(table: Mapping[str, Any], where: str = "") -> str:
@@ -276,18 +293,17 @@ def to_toml(table: Mapping[str, Any], where: str = "") -> str:
 
 
 def toml_value(value: Any) -> str:
+    """A number, text or list as TOML."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_value, value))}]"
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-def is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def dotted(where: str, key: str) -> str:
+    """The dotted place of `key` in the table at `where`; "" is the place of the outermost table."""
     return f"{where}.{key}" if where else key
 
 
 def copy_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a table and of the tables in it."""
     return {key: copy_table(value) if isinstance(value, Mapping) else value for key, value in table.items()}

@@ -76,10 +76,11 @@ class ContinuousAutoencoder:
         """
         folder = Path(folder)
         pair = None if diffusers_class(folder) else find_pair(folder)
-        network = load_network(folder) if pair is None else load_pair(*pair)
-        files = [folder / CONFIG, folder / WEIGHTS] if pair is None else list(pair)
+        if pair is None:
+            network, files, name = load_diffusers(folder), (folder / CONFIG, folder / WEIGHTS), folder.resolve().name
+        else:
+            network, files, name = load_pair(*pair), pair, pair[0].name.removesuffix(ENCODER)
         digest = digest_json({file.name: hash_file(file) for file in files})
-        name = folder.resolve().name if pair is None else pair[0].name.removesuffix(ENCODER)
         return cls(network, name=name, digest=digest, device=device)
 
     @property
@@ -158,14 +159,13 @@ def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> To
     folder = Path(path)
     if not folder.is_dir() and str(path) in RELEASED.values():
         raise WeightsError(f"{path} is not a folder, and is not downloaded automatically", DOWNLOAD)
-    if diffusers_class(folder) is not None or any(folder.glob("diffusion_pytorch_model*")):
-        return ContinuousAutoencoder.from_pretrained(folder, device)
-    if not (folder / CONFIG).is_file() and find_pair(folder) is not None:
+    in_diffusers_layout = diffusers_class(folder) is not None or any(folder.glob("diffusion_pytorch_model*"))
+    if in_diffusers_layout or (not (folder / CONFIG).is_file() and find_pair(folder) is not None):
         return ContinuousAutoencoder.from_pretrained(folder, device)
     return Tokenizer.from_pretrained(path, device)
 
 
-def load_network(folder: Path) -> Any:
+def load_diffusers(folder: Path) -> Any:
     """The diffusers model in `folder`; every tensor must match."""
     kind = diffusers_class(folder)
     if kind is None:

@@ -9,9 +9,13 @@ from torch import nn
 MEMINFO = Path("/proc/meminfo")
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Compute convolutions and matrix products in bfloat16 with "bf16"; with "fp32" nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def reduced_precision(module: nn.Module, device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context for a forward pass of `module`: with "bf16" its convolutions and matrix products are
-    computed in bfloat16, with "fp32" nothing changes.
+    """`autocast` for a forward pass of `module`.
 
     With "bf16" on CUDA, the weights of `module` are stored channels last from then on, the layout of cuDNN's bfloat16
     convolutions; inputs are converted by the first of them. Call it outside of `torch.inference_mode`.
@@ -20,7 +24,7 @@ def reduced_precision(module: nn.Module, device: torch.device, precision: str) -
         kernel = next((weight for weight in module.parameters() if weight.ndim == 4), None)
         if kernel is not None and not kernel.is_contiguous(memory_format=torch.channels_last):
             module.to(memory_format=torch.channels_last)
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return autocast(device, precision)
 
 
 def available_bytes() -> int:

@@ -87,15 +87,17 @@ def broadcast_object(value: Any) -> Any:
 
 @contextmanager
 def sharing_errors() -> Iterator[None]:
-    """Raise a VqpipeError of rank 0 in this context on every rank, so that no rank waits for one that has ended."""
+    """Raise a VqpipeError of any rank in this context on every rank, so that no rank waits for one that has ended.
+
+    If several ranks fail, the error of the lowest of them is raised.
+    """
     error: VqpipeError | None = None
     try:
         yield
     except VqpipeError as raised:
         error = raised
-    error = broadcast_object(error)
-    if error is not None:
-        raise error
+    for shared in filter(None, gather_objects(error)):
+        raise shared
 
 
 def on_main(action: Callable[[], Result]) -> Result:
@@ -139,7 +141,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def connect(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Join the process group that torchrun describes in the environment, if any."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield

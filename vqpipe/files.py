@@ -37,7 +37,7 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def with_a_name(path: Path) -> Path:
+def with_final_name(path: Path) -> Path:
     """The path; "." and "..", which have no name to append ".partial" to, are resolved."""
     return path.resolve() if path.name in ("", "..") else path
 

@@ -6,6 +6,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,19 +33,23 @@ def command_again() -> str:
 def environment(world_size: int) -> dict[str, Any]:
     """What may change the bits of a result: versions, hardware, number of threads and of ranks."""
     packages = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "open_clip_torch", "timm", "pillow")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     hardware: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
     torch = sys.modules.get("torch")
     if torch is not None:
         hardware["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
             hardware["gpu"] = torch.cuda.get_device_name()
-    return {"versions": versions, "hardware": hardware, "world_size": world_size}
+    software = {"python": platform.python_version(), **versions(packages)}
+    return {"versions": software, "hardware": hardware, "world_size": world_size}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The version of each of these packages that is installed."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def git_commit() -> str | None:

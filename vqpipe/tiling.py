@@ -1,6 +1,6 @@
 """Reconstruction of images of any size: pad to multiples of the downsample factor, and blend overlapping tiles.
 
-Beside the network, memory is that of the 8-bit image and its reconstruction, and of one row of tiles in float32 (16
+Besides the network, memory holds the 8-bit image and its reconstruction, and one row of tiles in float32 (16
 bytes per pixel). The network processes one tile at a time.
 
 Shapes: H x W pixels, f the downsample factor, T the side of a tile, N ids of a tile.

@@ -53,16 +53,15 @@ class Tokenizer:
             ConfigError: it is an autoencoder with continuous latents, which has no tokens.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            if "/" not in str(path) or folder.is_absolute():
-                artifacts.open_artifact(folder, "tokenizer")  # raises
-                raise ArtifactError(f"{folder} does not exist", "Check the path")
+        if not folder.is_dir() and "/" in str(path) and not folder.is_absolute():
             folder = download(str(path))
-        artifact = artifacts.open_artifact(folder, "tokenizer") if (folder / "manifest.json").is_file() else None
+        artifact = None
+        if not folder.is_dir() or (folder / "manifest.json").is_file():
+            artifact = artifacts.open_artifact(folder, "tokenizer")  # says what is wrong with an absent one
         table = read_config(folder / "config.json")
         with torch.device("meta"):
             autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
-        weights = artifact.whole("model.safetensors") if artifact else folder / "model.safetensors"
+        weights = artifact.verified_file("model.safetensors") if artifact else folder / "model.safetensors"
         load_weights(autoencoder, load_tensors(weights), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.name = Path(path).name or tokenizer.name
@@ -70,14 +69,14 @@ class Tokenizer:
         tokenizer.source = artifact or hash_file(folder / "model.safetensors")
         return tokenizer
 
-    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and README.md into `folder`, which is created if absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "model.safetensors") as temporary:
             save_weights(self.autoencoder, temporary)
         write_json(folder / "config.json", self.to_table())
-        (folder / "README.md").write_text(card or model_card(self), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload to the hub as `repository` ("user/name") and return its URL. Run `hf auth login` first."""
@@ -124,7 +123,7 @@ class Tokenizer:
     def check_made(self, artifact: artifacts.Artifact) -> None:
         """Raise an ArtifactError unless this tokenizer encoded these tokens or latents."""
         made_by = artifact.inputs["tokenizer"]
-        own = self.source if isinstance(self.source, str) else self.source.content
+        own = self.source if isinstance(self.source, str) else self.source.digest
         if made_by != own:
             raise ArtifactError(
                 f"{artifact.path} was made by tokenizer {made_by[:12]}, {self.name} is {own[:12]}",

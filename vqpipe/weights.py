@@ -32,8 +32,8 @@ def find_weights(name: str, folder: Path | None, need: str, option: str = "--wei
     """
     if folder is not None and (folder / name).is_file():
         return folder / name
-    where = "no folder of weights was given" if folder is None else f"{folder} has no {name}"
-    raise WeightsError(f"{need}: {where}", f"Download {name} into a folder and pass that folder with {option}")
+    reason = "no folder of weights was given" if folder is None else f"{folder} has no {name}"
+    raise WeightsError(f"{need}: {reason}", f"Download {name} into a folder and pass that folder with {option}")
 
 
 def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, mmap: bool = False) -> dict[str, Any]:
@@ -67,18 +67,16 @@ def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, 
         raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Download it again") from None
 
 
-def load_lpips(net: Literal["alex", "vgg"], weights: Path) -> nn.Module:
+def load_lpips(net: Literal["alex", "vgg"], file: Path) -> nn.Module:
     """LPIPS v0.1 (Zhang et al. 2018), frozen; maps two float[B, 3, H, W] in [-1, 1] to float[B, 1, 1, 1].
 
     Args:
         net: the backbone.
-        weights: torchvision's file of the backbone, or its folder.
+        file: torchvision's file of the backbone.
 
     Raises:
         WeightsError: the file is absent or is not that backbone.
     """
-    name, description = LPIPS_BACKBONES[net]
-    file = find_weights(name, weights, f"LPIPS needs {description}") if weights.is_dir() else weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about deprecated arguments that lpips passes to torchvision
         import lpips
@@ -109,6 +107,7 @@ class Frozen(nn.Module):
         self.network = network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Frozen":
+        """Return the network unchanged."""
         return self
 
     def forward(self, *inputs: Tensor) -> Tensor:

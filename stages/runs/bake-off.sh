@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every quantizer on one small network with one budget, on a CPU: who uses its codes, and what do the bits buy?
+# Every quantizer on one small network with one budget, on a CPU: utilization, and quality for the bits.
 # 128 px, f8, 256 positions, no GAN, no LPIPS. IMAGES and EVAL are any photographs; STEPS steps of 16 images each.
-# 12 bits a position for the kinds with one id, 40 for groups and depths. Learned codebooks have the weights they were
-# published with, frozen ones those of the preset `small`; all but `fc` start matched (grids of fixed codes: whitened).
+# 12 bits per position for quantizers with one id, 40 for groups and depths. Learned codebooks have the loss weights of
+# their papers, frozen ones those of the preset `small`; all but `fc` use whiten_init.
 WEIGHTS=${WEIGHTS:-none} # neither LPIPS nor rFID is computed
 . "$(dirname "$0")/row.sh"
 STEPS=${STEPS:-1000}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MGVQ, Table 1 (ImageNet, f16 and f8): discrete tokenizers trained here, and the two continuous ones where their folders
-# are given: SD_VAE, SDXL_VAE, in diffusers' layout. Fine-tuning without masking is MGVQ's second phase.
+# MGVQ, Table 1 (ImageNet, f16 and f8): the discrete tokenizers, trained here, and the two continuous ones if their folders
+# in diffusers' layout are given as SD_VAE and SDXL_VAE. Fine-tuning without masking is MGVQ's second stage.
 . "$(dirname "$0")/row.sh"
 row taming-f16-1k taming-f16-16k --set model.quantizer.codebook_size=1024
 row taming-f16-16k taming-f16-16k
@@ -22,7 +22,7 @@ for f in 16 8; do
 done
 for name in sd sdxl; do
     folder=$(eval echo "\${${name^^}_VAE:-}")
-    [ -n "$folder" ] || { echo "left out: $name-vae (set ${name^^}_VAE to its folder)" >&2; continue; }
+    [ -n "$folder" ] || { echo "skipped: $name-vae (set ${name^^}_VAE to its folder)" >&2; continue; }
     $RUN eval --images "$EVAL" --tokenizer "$folder" --out "$OUT/report-$name-vae" --weights "$WEIGHTS" --image-size 256
     REPORTS+=("$OUT/report-$name-vae")
 done

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # MGVQ, Table 2 (zero-shot sets at 512p) and Table 3 (UHDBench and DAVIS at 2560 x 1440): rFID and PSNR of tokenizers on
-# images they never saw. The tokenizers are those of Table 1 at f16, found where mgvq-table-1.sh left them or made here;
-# the paper trained its own on more than ImageNet, in a mixture it does not state, so IMAGES may well name more.
+# data sets they were not trained on. The tokenizers are those of Table 1 at f16, reused if mgvq-table-1.sh published them.
+# The paper trained on more than ImageNet, in a mixture it does not state: IMAGES may name other images too.
 #
-#   DATA     folder of your copies, DATA/celeba, DATA/uhdbench ...: data_manifests/ says how to get each and how it lies
+#   DATA     folder of your copies, DATA/celeba, DATA/uhdbench ...: data_manifests/ describes how to get each, and its layout
 #   SETS     those of Table 2 that you have (default: all six)      SETS_2K  of Table 3 (default: uhdbench davis-2017)
-#   PARTIAL  set to 1 to take incomplete copies as they are
-#   TILE     pixels; set where 2560 x 1440 does not fit: another reconstruction than the paper's, which is in one piece
+#   PARTIAL  1: accept incomplete copies
+#   TILE     side of tiles in pixels, if 2560 x 1440 does not fit in memory; the paper's reconstructions are not tiled
 #
-# What 512p means, and which images of each set, the paper does not say: see `unstated` in the manifests. Several sets
-# are small, so rFID is asked for from 100 images on: compare it on equal sets only.
+# The paper does not define 512p or the images of each set: see `unstated` in the manifests. Several sets are small, so
+# rFID is computed from 100 images on: compare it on equal sets only.
 . "$(dirname "$0")/row.sh"
 : "${DATA:?set DATA to the folder of your copies of the data sets}"
 row taming-f16-16k taming-f16-16k
@@ -17,8 +17,7 @@ row llamagen-f16-16k llamagen-f16-16k
 row open-magvit2-f16 open-magvit2-f16
 row var-f16 var-f16
 row mgvq-f16-g4-masked mgvq-f16-g4
-row mgvq-f16-g4 mgvq-f16-g4 --from "$OUT/mgvq-f16-g4-masked" --steps 100090 \
-    --set model.quantizer.masking=off --set objective.disc_start=0
+row mgvq-f16-g4 mgvq-f16-g4-finetune --from "$OUT/mgvq-f16-g4-masked"
 TOKENIZERS=(taming-f16-16k llamagen-f16-16k open-magvit2-f16 var-f16 mgvq-f16-g4)
 PROTOCOL=(--protocol cleanfid-matched --fid-min-images 100 --weights "$WEIGHTS")
 

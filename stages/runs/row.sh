@@ -1,11 +1,11 @@
 # What the scripts of this folder share: one row of a table = one tokenizer, trained and measured.
 #
 #   IMAGES   training images (any form of --images)          EVAL      images to measure on
-#   WEIGHTS  folder of the weights that LPIPS and rFID need   OUT       where artifacts go (default: artifacts)
-#   RUN      how a stage is started; on 8 GPUs: RUN="torchrun --nproc-per-node 8 -m stages"; under SLURM: slurm.sbatch
+#   WEIGHTS  folder with the weights of LPIPS and rFID        OUT       folder for the artifacts (default: artifacts)
+#   RUN      how a command is started; on 8 GPUs: RUN="torchrun --nproc-per-node 8 -m stages"; under SLURM: slurm.sbatch
 #   VALIDATION  held-out images to measure during training, if any
 #
-# Run a script again and it goes on where it was: what is published is not made again.
+# Run a script again to resume it: artifacts that are published are not made again.
 set -euo pipefail
 : "${IMAGES:?set IMAGES to the training images}" "${EVAL:?set EVAL to the images to measure on}"
 : "${WEIGHTS:?set WEIGHTS to the folder with the weights of LPIPS and Inception}"
@@ -36,7 +36,7 @@ row() {
     REPORTS+=("$OUT/report-$name")
 }
 
-# table NAME: every row so far on one page.
+# table NAME: compare all rows so far on one page.
 table() {
     vqpipe compare "${REPORTS[@]}" --out "$OUT/$1"
 }

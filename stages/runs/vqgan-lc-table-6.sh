@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# VQGAN-LC, Table 6: where the 100,000 frozen codes come from.
+# VQGAN-LC, Table 6: the source of the 100,000 frozen codes.
 . "$(dirname "$0")/row.sh"
 row init-random vqgan-lc-f16-100k --set model.quantizer.codebook_init=uniform --set model.quantizer.feature_dim=8
 codebook selected 100000 -- --select random

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VQGAN-LC, Tables 4 (ImageNet, classes) and 5 (FFHQ, none): GPT, SiT, DiT and LDM on FC, EMA and LC; and Figure 1b, a
-# ViT-B on their tokens. Tokenizers are those of Tables 1 to 3: run again, nothing of them is made anew.
-# Also: FFHQ, its training images, and FFHQ_EVAL. SAMPLES, 50,000 unless set; MAE, a checkpoint for the ViT.
+# ViT-B on their tokens. The tokenizers are those of Tables 1 to 3, and are reused if they are published.
+# Also: FFHQ and FFHQ_EVAL, its training and validation images; SAMPLES, 50,000 unless set; MAE, a checkpoint for the ViT.
 . "$(dirname "$0")/row.sh"
 SAMPLES=${SAMPLES:-50000}
 
@@ -10,7 +10,7 @@ tokens() {
     $RUN tokenize --images "$2" --tokenizer "$OUT/$1" --out "$OUT/tokens-$1" --image-size 256
 }
 
-# samples NAME REFERENCE [option of generate ...]: draw, then measure by the paper's protocol.
+# samples NAME REFERENCE [option of generate ...]: generate, then measure with the paper's protocol.
 samples() {
     local name=$1 reference=$2
     shift 2

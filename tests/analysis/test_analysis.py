@@ -3,7 +3,7 @@
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,6 @@ from vqpipe.analysis.base import NotComputed, codebooks, sample_ids, sampling_ke
 from vqpipe.data.transforms import to_float
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
-from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import (
     CvqConfig,
     FsqConfig,
@@ -42,25 +41,9 @@ KINDS: dict[str, QuantizerConfig] = {"lc": LC, "groups": GROUPS, "residual": RES
 SIDE = 16
 
 
-def tokenizer_of(quantizer: QuantizerConfig) -> Tokenizer:
-    torch.manual_seed(0)
-    config = VqganConfig(
-        base_channels=8,
-        channel_multipliers=(1, 2),
-        patch_size=2,
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-        quantizer=quantizer,
-    )
-    autoencoder = build_autoencoder(config)
-    autoencoder.whiten_init(torch.rand(16, 3, 32, 32) * 2 - 1)
-    return Tokenizer(autoencoder)
-
-
 @pytest.fixture(scope="module")
-def tokenizers() -> dict[str, Tokenizer]:
-    return {name: tokenizer_of(config) for name, config in KINDS.items()}
+def tokenizers(small_tokenizer: Callable[[QuantizerConfig], Tokenizer]) -> dict[str, Tokenizer]:
+    return {name: small_tokenizer(config) for name, config in KINDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +301,10 @@ def test_padded_and_tiled_images_are_excluded_and_counted(tokenizers: dict[str, 
         assert analysis.result()["num_without_layout"] == 4
 
 
-def test_an_analysis_that_does_not_apply_gives_the_reason(tokenizers: dict[str, Tokenizer]) -> None:
-    fsq, scales = tokenizer_of(FSQ), tokenizer_of(SCALES)
+def test_an_analysis_that_does_not_apply_gives_the_reason(
+    tokenizers: dict[str, Tokenizer], small_tokenizer: Callable[[QuantizerConfig], Tokenizer]
+) -> None:
+    fsq, scales = small_tokenizer(FSQ), small_tokenizer(SCALES)
     for analysis in build(list(ANALYSES), fsq):
         assert isinstance(analysis, NotComputed)
         result = analysis.result()
@@ -334,8 +319,10 @@ def test_an_analysis_that_does_not_apply_gives_the_reason(tokenizers: dict[str, 
         build(["tsne"], fsq)
 
 
-def test_codes_of_all_scales_are_replaced(images: Tensor) -> None:
-    scales = tokenizer_of(SCALES)
+def test_codes_of_all_scales_are_replaced(
+    images: Tensor, small_tokenizer: Callable[[QuantizerConfig], Tokenizer]
+) -> None:
+    scales = small_tokenizer(SCALES)
     result = look(one("replacement", scales), scales, images, [range(3)]).result()
     assert [row["k"] for row in result["rows"]] == [0, 1, 50]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vqpipe.analysis import ANALYSES, build
-from vqpipe.distributed import connect, rank, world_size
+from vqpipe.distributed import process_group, rank, world_size
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import MultiGroupConfig, VqConfig
@@ -69,5 +69,5 @@ def test_two_ranks_give_the_results_of_one_process(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with connect(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         Path(f"{sys.argv[1]}/rank-{rank()}.json").write_text(json.dumps(look()))

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from stages import recipe
-from vqpipe import benchmarks
-from vqpipe.benchmarks import job, kmeans, networks, search, timing
+from vqpipe.benchmarks import job, kmeans, search, step_and_encode, timing
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.benchmarks.timing import Case, Samples, Settings, Unavailable
 from vqpipe.data.transforms import to_float
@@ -20,6 +19,7 @@ from vqpipe.losses import Objective
 from vqpipe.models import Autoencoder, PatchDiscriminator
 from vqpipe.progress import SILENT, Progress
 from vqpipe.tokenizer import Tokenizer
+from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(device=CPU, rounds=2, quick=True)
@@ -30,16 +30,8 @@ def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "TURN_SECONDS", 0.001)
 
 
-def experiment() -> benchmarks.Experiment:
-    loaded = recipe.load(job.PRESET)
-    return benchmarks.Experiment(
-        preset=job.PRESET,
-        model=loaded.model,
-        objective=loaded.objective,
-        discriminator=loaded.discriminator,
-        train=loaded.train,
-        image_size=loaded.data.image_size,
-    )
+def training() -> TokenizerRecipe:
+    return recipe.load(job.PRESET).of_training()
 
 
 def measured(cases: dict[str, Callable[[Progress], Case]]) -> list[Case]:
@@ -145,7 +137,7 @@ def test_inertia_is_the_mean_squared_distance_to_the_nearest_center() -> None:
 @pytest.mark.slow
 def test_the_training_step_is_measured_at_both_codebook_sizes_beside_the_released_step() -> None:
     settings = Settings(device=CPU, rounds=1, quick=True)
-    (case,) = measured(networks.train_cases(settings, experiment()))
+    (case,) = measured(step_and_encode.train_cases(settings, job.PRESET, training()))
     names = ["vqpipe, K = 100", "vqpipe, K = 2,000", "released step, K = 100", "released step, K = 2,000"]
     assert [row.name for row in case.rows] == names
     small, large, _, released = (row.wall_ms for row in case.rows)
@@ -157,7 +149,7 @@ def test_the_training_step_is_measured_at_both_codebook_sizes_beside_the_release
 @pytest.mark.slow
 def test_without_memory_for_its_matrices_the_released_step_is_left_out() -> None:
     settings = Settings(device=CPU, rounds=1, quick=True, memory=0.001)
-    (case,) = measured(networks.train_cases(settings, experiment()))
+    (case,) = measured(step_and_encode.train_cases(settings, job.PRESET, training()))
     reason = "3 matrices of 128 x 2,000 take 0.00307 GB, the budget is 0.001 GB"
     assert case.not_run == {"released step, K = 2,000": reason}
     assert "released step, K = 100" in {row.name for row in case.rows}
@@ -166,21 +158,21 @@ def test_without_memory_for_its_matrices_the_released_step_is_left_out() -> None
 
 def released_and_ours() -> tuple[ReleasedStep, Autoencoder, PatchDiscriminator, Objective, Tensor]:
     """The released step, and copies of its networks under our objective, in float32."""
-    given = experiment()
-    model = networks.build(networks.with_codes(given.model, 300), 32, CPU, seed=0).train()
+    given = training()
+    model = step_and_encode.build(step_and_encode.with_codes(given.model, 300), 32, CPU, seed=0).train()
     discriminator = PatchDiscriminator(given.discriminator).train()
     config = replace(given.objective, disc_start=0)
     released = ReleasedStep(model, discriminator, config, given.train)
     objective = Objective(config, model.quantizer.loss_names)
-    return released, model, discriminator, objective, to_float(networks.photographs(3, 32))
+    return released, model, discriminator, objective, to_float(step_and_encode.photographs(3, 32))
 
 
 def test_losses_and_gradients_of_the_released_step_equal_ours() -> None:
     released, model, discriminator, objective, images = released_and_ours()
-    loss, ids = released.generator_loss(images)
+    loss, ids = released.autoencoder_loss(images)
     loss.backward()
     reconstruction = model(images)
-    ours, _ = objective.generator_loss(
+    ours, _ = objective.autoencoder_loss(
         images,
         reconstruction.images,
         reconstruction.quantized.losses,
@@ -217,13 +209,13 @@ def test_the_released_step_decodes_twice_and_counts_its_codes() -> None:
 
 
 def test_encoding_gives_the_ids_of_a_float64_search() -> None:
-    for case in measured(networks.tokenize_cases(SETTINGS, experiment())):
+    for case in measured(step_and_encode.tokenize_cases(SETTINGS, training())):
         assert [(row.name, row.same_ids) for row in case.rows] == [("vqpipe", 1.0), ("naive search", 1.0)]
         assert case.facts["checked_vectors"] == case.settings["vectors"]
 
 
 def test_a_network_with_random_weights_uses_its_codebook() -> None:
-    config = networks.with_codes(experiment().model, 2000)
-    tokenizer = Tokenizer(networks.build(config, 64, CPU, seed=0))
-    ids = tokenizer.encode(networks.photographs(8, 64))
+    config = step_and_encode.with_codes(training().model, 2000)
+    tokenizer = Tokenizer(step_and_encode.build(config, 64, CPU, seed=0))
+    ids = tokenizer.encode(step_and_encode.photographs(8, 64))
     assert len(ids.unique()) > 100

@@ -15,7 +15,7 @@ from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool, pool_f
 from vqpipe.codebooks.features import (
     FeaturesConfig,
     FeatureSet,
-    find_weights,
+    encoder_weights,
     fit_encoder,
     open_encoder,
     open_features,
@@ -164,7 +164,7 @@ def test_resume_writes_only_missing_shards(images: ImageSet, tmp_path: Path) -> 
     after = (resumed.path / first.name).stat().st_mtime_ns, resumed.file("encoder.safetensors").stat().st_mtime_ns
     assert before == after
     assert (record.resumed, sum(record.done)) == ([3], 6)
-    assert resumed.content == whole.content
+    assert resumed.digest == whole.digest
 
 
 def test_two_ranks_and_two_workers_write_the_bytes_of_one(
@@ -181,7 +181,7 @@ def test_two_ranks_and_two_workers_write_the_bytes_of_one(
         for rank in (1, 0):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             write(draft, images, encoder, num_workers=2 * rank, max_skipped=1.0)
-        assert draft.publish({}).content == alone.content
+        assert draft.publish({}).digest == alone.digest
 
 
 class Overflowing(PatchEncoder):
@@ -234,8 +234,8 @@ def test_unusable_patches_and_weights_are_errors() -> None:
     with pytest.raises(ConfigError, match="64 components of patches with 48 values"):
         open_encoder(FeaturesConfig(image_size=32, patch_size=4), None)
     with pytest.raises(ConfigError, match="patch-pca has no weights"):
-        find_weights(FeaturesConfig(weights=Path("x.pt")))
-    assert find_weights(FeaturesConfig()) is None
+        encoder_weights(FeaturesConfig(weights=Path("x.pt")))
+    assert encoder_weights(FeaturesConfig()) is None
 
 
 @pytest.fixture

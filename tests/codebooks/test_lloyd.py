@@ -24,15 +24,15 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "BLOCK_ROWS", 256)
 
 
-def mixture(rows: int, dim: int = 4, centres: int = 20) -> np.ndarray:
+def mixture(rows: int, dim: int = 4, centers: int = 20) -> np.ndarray:
     """float32[rows, dim] from a mixture of Gaussians."""
     random = np.random.default_rng(0)
-    of = random.integers(centres, size=rows)
-    return (4 * random.standard_normal((centres, dim))[of] + random.standard_normal((rows, dim))).astype(np.float32)
+    of = random.integers(centers, size=rows)
+    return (4 * random.standard_normal((centers, dim))[of] + random.standard_normal((rows, dim))).astype(np.float32)
 
 
-def nearest_ids(data: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    return ((data[:, None].astype(np.float64) - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
+def nearest_ids(data: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    return ((data[:, None].astype(np.float64) - centers[None]) ** 2).sum(axis=2).argmin(axis=1)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -97,7 +97,7 @@ def test_progress_of_each_phase_adds_up_to_its_total(settings: dict) -> None:
     assert progress.notes
     for title, total, done in progress.phases:
         # the number of rounds of the seeding is an estimate
-        assert done == pytest.approx(total, rel=0.1 if title.startswith("initial centres") else 0), title
+        assert done == pytest.approx(total, rel=0.1 if title.startswith("initial centers") else 0), title
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -128,21 +128,21 @@ def test_an_epoch_visits_every_vector_once_in_its_own_random_order() -> None:
     assert [len(starts) for starts in batches(1000, 1, (0,))] == [1] * 8
 
 
-def test_mini_batch_centres_are_means_of_all_vectors_assigned_to_them() -> None:
+def test_mini_batch_centers_are_means_of_all_vectors_assigned_to_them() -> None:
     """Two epochs in float64, one vector's update after another's (Sculley's algorithm 1)."""
     data, key = mixture(1500), (3,)
     start = data[np.random.default_rng(1).choice(1500, 12, replace=False)]
-    centres, counts = start.astype(np.float64), np.zeros(12)
+    centers, counts = start.astype(np.float64), np.zeros(12)
     for epoch in range(2):
         for starts in batches(1500, 256, (*key, epoch)):
             rows = np.concatenate([np.arange(first, min(first + RUN, 1500)) for first in starts])
-            ids = nearest_ids(data[rows], centres.astype(np.float32))
-            for vector, centre in zip(data[rows], ids, strict=True):
-                counts[centre] += 1
-                centres[centre] += (vector - centres[centre]) / counts[centre]
+            ids = nearest_ids(data[rows], centers.astype(np.float32))
+            for vector, center in zip(data[rows], ids, strict=True):
+                counts[center] += 1
+                centers[center] += (vector - centers[center]) / counts[center]
     points = Points(FeatureSet([data], ["x"]), CPU, shared=False, visits=2)
     result = mini_batch(points, torch.from_numpy(start), 2, 0.0, 256, key)
-    np.testing.assert_allclose(result.codebook, centres, atol=1e-5)
+    np.testing.assert_allclose(result.codebook, centers, atol=1e-5)
     ids = nearest_ids(data, result.codebook.numpy())
     assert result.counts.tolist() == np.bincount(ids, minlength=12).tolist()
     exact = ((data - result.codebook.numpy()[ids]) ** 2).sum(axis=1).mean()
@@ -162,7 +162,7 @@ def test_mini_batches_come_close_to_lloyd_with_every_cluster_in_use() -> None:
     assert early.iterations < 50
 
 
-def test_mini_batch_moves_centres_without_vectors_to_far_vectors() -> None:
+def test_mini_batch_moves_centers_without_vectors_to_far_vectors() -> None:
     data = mixture(2000)
     start = np.concatenate([data[:5], np.full((3, 4), 1e3, np.float32) + np.arange(3, dtype=np.float32)[:, None]])
     points = Points(FeatureSet([data], ["x"]), CPU, shared=False, visits=3)

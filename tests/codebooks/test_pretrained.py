@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vqpipe.codebooks import pretrained
 from vqpipe.codebooks.encoders import check_pool, pool_features
-from vqpipe.codebooks.features import FeaturesConfig, find_weights, open_encoder
+from vqpipe.codebooks.features import FeaturesConfig, encoder_weights, open_encoder
 from vqpipe.errors import ConfigError, WeightsError
 
 TINY_CLIP = {
@@ -138,10 +138,10 @@ def test_offline_error_names_the_file_without_delay(
     with pytest.raises(
         WeightsError, match=f"Download {file} from https://huggingface.co/{repository} .*features.weights="
     ):
-        find_weights(FeaturesConfig(encoder=encoder))
+        encoder_weights(FeaturesConfig(encoder=encoder))
     assert time.monotonic() - began < 1
-    assert find_weights(FeaturesConfig(encoder=encoder, weights=Path("w.pt"))) == Path("w.pt")
-    assert find_weights(FeaturesConfig(encoder=encoder, allow_random_weights=True)) is None
+    assert encoder_weights(FeaturesConfig(encoder=encoder, weights=Path("w.pt"))) == Path("w.pt")
+    assert encoder_weights(FeaturesConfig(encoder=encoder, allow_random_weights=True)) is None
 
 
 def test_weights_in_the_cache_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_weights_in_the_cache_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         "try_to_load_from_cache",
         lambda repository, name: f"/cache/{name}" if name.endswith(".bin") else None,
     )
-    assert find_weights(FeaturesConfig(encoder="open_clip:ViT-L-14/openai")) == Path(
+    assert encoder_weights(FeaturesConfig(encoder="open_clip:ViT-L-14/openai")) == Path(
         "/cache/open_clip_pytorch_model.bin"
     )
 
@@ -166,4 +166,4 @@ def test_weights_in_the_cache_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_mistyped_model_names_are_corrected(encoder: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        find_weights(FeaturesConfig(encoder=encoder))
+        encoder_weights(FeaturesConfig(encoder=encoder))

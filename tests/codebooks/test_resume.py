@@ -89,7 +89,7 @@ def test_resume_does_not_repeat_finished_iterations(tmp_path: Path, monkeypatch:
     settings = MODES["lloyd"]
     with pytest.raises(Stopped):
         run(tmp_path, progress=Record(stop_note=4), **settings)
-    monkeypatch.setattr(module, "plusplus_rows", None)  # initial centres are not chosen again
+    monkeypatch.setattr(module, "plusplus_rows", None)  # initial centers are not chosen again
     resumed = Record()
     result = run(tmp_path, progress=resumed, **settings)
     assert resumed.notes == [f"iteration {i}, inertia {result.history[i]:.6g}" for i in (3, 4)]

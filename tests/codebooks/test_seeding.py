@@ -1,4 +1,4 @@
-"""Initial centres: the state of a round is correct, and the centres are better than random ones."""
+"""Initial centers: the state of a round is correct, and the centers are better than random ones."""
 
 import numpy as np
 import pytest

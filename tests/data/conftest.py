@@ -1,8 +1,7 @@
-"""Fixtures: drawn images, tars, and an index cache per test."""
+"""Fixtures: drawn images, and an index cache per test."""
 
 import io
-import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +25,3 @@ def draw() -> Callable[..., bytes]:
         return file.getvalue()
 
     return draw
-
-
-@pytest.fixture(scope="session")
-def pack() -> Callable[[Mapping[str, bytes]], bytes]:
-    """pack({"a.png": bytes, ...}) -> the bytes of a tar."""
-
-    def pack(members: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w", format=format) as tar:
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        return file.getvalue()
-
-    return pack

@@ -74,7 +74,7 @@ def test_the_order_does_not_depend_on_ranks_or_resuming(make: Make) -> None:
     assert run(tokens, 0, 11, seed=6) != whole
 
 
-def test_batches_match_the_stored_rows_and_half_are_mirrored(make: Make) -> None:
+def test_batches_match_the_stored_rows_and_half_are_flipped(make: Make) -> None:
     tokens = TokenSet(make("tokens"))
     found = run(tokens, 0, 100)
     for key, label, first in found:
@@ -83,7 +83,7 @@ def test_batches_match_the_stored_rows_and_half_are_mirrored(make: Make) -> None
         assert first in (number * 10, number * 10 + 1000)
     share = sum(first >= 1000 for *_, first in found) / len(found)
     assert 0.4 < share < 0.6  # three standard deviations of 400 samples are 0.075
-    plain = ExampleStream(tokens, seed=0, batch_size=BATCH, mirror=False).from_sample(0)
+    plain = ExampleStream(tokens, seed=0, batch_size=BATCH, flip=False).from_sample(0)
     assert max(int(next(plain).examples.max()) for _ in range(10)) < 1000
     unflipped = ExampleStream(TokenSet(make("unflipped", flip=False)), seed=0, batch_size=BATCH).from_sample(0)
     assert max(int(next(unflipped).examples.max()) for _ in range(10)) < 1000

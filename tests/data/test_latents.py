@@ -102,7 +102,7 @@ def test_bytes_and_moments_do_not_depend_on_batch_size_and_workers(
         write(tmp_path / f"{workers}", images, num_workers=workers, batch_size=size)
         for workers, size in ((0, 1), (2, 3))
     ]
-    assert made[0].content == made[1].content
+    assert made[0].digest == made[1].digest
     assert made[0].facts == made[1].facts
     records = [moments(np.load(made[0].file(name))) for name in made[0].names("latents-*")]
     assert pooled(records).to_table() == {key: made[0].facts[key] for key in ("mean", "std")}
@@ -130,9 +130,14 @@ def test_an_interrupted_run_resumes_at_the_first_missing_shard(
         return encode(batch)
 
     again = write(tmp_path / "out", images, encode=counts, batch_size=4)
-    assert again.content == whole.content
+    assert again.digest == whole.digest
     assert again.facts == whole.facts
     assert sum(calls) < 20
+
+
+def test_too_many_unreadable_images_are_an_error_that_names_no_option(images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 of 11 images cannot be used .*\. Repair or remove them\.$"):
+        write(tmp_path / "out", images, max_skipped=0.05)
 
 
 def test_latents_beyond_float16_are_an_error(images: ImageSet, tmp_path: Path) -> None:

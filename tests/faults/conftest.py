@@ -3,10 +3,9 @@
 import io
 import os
 import sys
-import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +16,6 @@ from PIL import Image
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="session")
-def pack() -> Callable[[Mapping[str, bytes]], bytes]:
-    """pack({"a.png": bytes, ...}) -> the bytes of a tar."""
-
-    def pack(members: Mapping[str, bytes]) -> bytes:
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        return file.getvalue()
-
-    return pack
 
 
 @pytest.fixture(scope="session")
@@ -82,17 +65,17 @@ def in_child(fork: Callable[[Callable[[], None]], int]) -> Callable[[Callable[[]
 
 
 @pytest.fixture(scope="session")
-def gone() -> Callable[[Callable[[int, int], bool]], None]:
-    """gone(test) waits up to ten seconds until test(process, group) is false for all running processes (zombies
-    excluded)."""
+def remaining() -> Callable[[Callable[[int, int], bool]], list[int]]:
+    """remaining(test) waits up to ten seconds until test(process, group) is false for all running processes (zombies
+    excluded), and returns the processes for which it is still true."""
 
-    def gone(test: Callable[[int, int], bool]) -> None:
+    def remaining(test: Callable[[int, int], bool]) -> list[int]:
         deadline = time.monotonic() + 10
-        while left := [number for number, group in running() if test(number, group)]:
-            assert time.monotonic() < deadline, f"processes {left} are still running"
+        while (left := [number for number, group in running() if test(number, group)]) and time.monotonic() < deadline:
             time.sleep(0.02)
+        return left
 
-    return gone
+    return remaining
 
 
 def running() -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ LIMITS = ["-timeout=20", "-rss_limit_mb=6000", "-max_len=20000"]
 
 
 def main(name: str, *options: str) -> None:
-    """Fuzz the parser `name` until it fails or the time is up."""
+    """Fuzz the parser `name` until it fails or its time has passed."""
     parser = PARSERS[name]
     with tempfile.TemporaryDirectory() as place:
         folder = with_artifact(Path(place))

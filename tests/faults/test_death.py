@@ -21,10 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from stages import cli, signals, tokenize_images
@@ -32,17 +30,17 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.data import batches
 from vqpipe.data.batches import Shuffle, through_workers
-from vqpipe.errors import ConfigError, DataError
-from vqpipe.models import VqganConfig, build_autoencoder
-from vqpipe.quantizers import VqConfig
+from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.quantizers import QuantizerConfig, VqConfig
 from vqpipe.tokenizer import Tokenizer, write_tokenizer
 from vqpipe.training import loop
 from vqpipe.training.config import TrainConfig
 
 Fork = Callable[[Callable[[], None]], int]
 Files = dict[str, dict[str, object]]
-Gone = Callable[[Callable[[int, int], bool]], None]
 InChild = Callable[[Callable[[], None]], int]
+Remaining = Callable[[Callable[[int, int], bool]], list[int]]
+Vqpipe = Callable[..., Any]
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
@@ -57,15 +55,9 @@ TRAIN += [f"--set={setting}" for setting in SETTINGS]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, draw_folder: Callable[..., Path]) -> Path:
     """A folder of 20 drawn pictures."""
-    folder = tmp_path_factory.mktemp("death") / "pictures"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(20):
-        small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        small.resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
-    return folder
+    return draw_folder(tmp_path_factory.mktemp("death") / "pictures", 20)
 
 
 @pytest.fixture
@@ -79,30 +71,22 @@ def folder(tmp_path: Path, pictures: Path) -> Path:
 # Tokens.
 
 
-def small_tokenizer(out: Path) -> Tokenizer:
-    model = VqganConfig(
-        base_channels=8,
-        channel_multipliers=(1, 1),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=4,
-        quantizer=VqConfig(codebook_size=16, code_dim=4),
-    )
-    draft = start(out, "tokenizer", {}, {})
-    assert isinstance(draft, Draft)
-    with draft:
-        write_tokenizer(draft, Tokenizer(build_autoencoder(model), image_size=8))
-        draft.publish({})
-    return Tokenizer.from_pretrained(out)
-
-
 @pytest.mark.parametrize("operation", ["torn *tokens-00001.parquet", "rename *tokens-00001.parquet.json"])
 def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
-    operation: str, folder: Path, crash: ModuleType, in_child: InChild, monkeypatch: pytest.MonkeyPatch
+    operation: str,
+    folder: Path,
+    small_tokenizer: Callable[[QuantizerConfig], Tokenizer],
+    crash: ModuleType,
+    in_child: InChild,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("vqpipe.data.tokens.IMAGES_PER_SHARD", 7)
-    small_tokenizer(folder / "tokenizer")
+    begun = start(folder / "tokenizer", "tokenizer", {}, {})
+    assert isinstance(begun, Draft)
+    with begun:
+        write_tokenizer(begun, small_tokenizer(VqConfig(codebook_size=16, code_dim=4)))
+        begun.publish({})
 
     def run(out: str) -> None:
         tokenize_images.tokenize(["pictures"], Path("tokenizer"), Path(out), num_workers=0, device="cpu")
@@ -112,7 +96,7 @@ def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
     assert not (folder / "out").exists()
     first = (folder / "out.partial" / "tokens-00000.parquet").stat()
     run("out")
-    assert open_artifact("out").content == open_artifact("whole").content
+    assert open_artifact("out").digest == open_artifact("whole").digest
     assert (folder / "out" / "tokens-00000.parquet").stat().st_mtime_ns == first.st_mtime_ns  # not written again
     assert sorted(path.name for path in folder.iterdir()) == ["out", "pictures", "tokenizer", "whole"]
 
@@ -164,54 +148,46 @@ save creates the file `save` and takes half a minute."""
 
 
 @pytest.fixture(scope="module")
-def straight(pictures: Path) -> Files:
+def straight(pictures: Path, vqpipe: Vqpipe) -> Files:
     """The files of an undisturbed run."""
-    assert vqpipe(pictures.parent) == 0
+    done = vqpipe(pictures.parent, *TRAIN)
+    assert done.returncode == 0, done.stderr
     return open_artifact(pictures.parent / "out").manifest.files
 
 
-def vqpipe(folder: Path) -> int:
-    """Run the console script in this process, which has imported torch; its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["vqpipe", *TRAIN])
-        before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-        try:
-            cli.main()
-        except SystemExit as ended:
-            return int(ended.code or 0)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return 0
+@pytest.fixture
+def resumes(folder: Path, straight: Files, vqpipe: Vqpipe) -> Callable[[int], None]:
+    """`resumes(step)`: the same command resumes at `step`, and ends with the weights of the undisturbed run."""
+
+    def resumes(step: int) -> None:
+        done = vqpipe(folder, *TRAIN)
+        assert done.returncode == 0, done.stderr
+        assert f"resuming at step {step}" in done.stderr
+        files = open_artifact(folder / "out").manifest.files
+        assert files.keys() == straight.keys()
+        for name in ("model.safetensors", "discriminator.safetensors", "pictures/step-00000012.png"):
+            assert files[name] == straight[name], name
+
+    return resumes
 
 
-def ends_as(straight: Files, folder: Path, capsys: pytest.CaptureFixture[str], step: int) -> None:
-    """The same command resumes at `step`, and ends with the weights of the undisturbed run."""
-    capsys.readouterr()
-    assert vqpipe(folder) == 0
-    assert f"resuming at step {step}" in capsys.readouterr().err
-    files = open_artifact(folder / "out").manifest.files
-    assert files.keys() == straight.keys()
-    for name in ("model.safetensors", "discriminator.safetensors"):
-        assert files[name] == straight[name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)],
-    ids=["SIGINT", "SIGTERM", "SIGUSR1"],
+    ("number", "code", "times"),
+    [
+        pytest.param(number, code, times, id=f"{number.name}-{times}", marks=[] if fast else [pytest.mark.slow])
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143))
+        for times in (1, 2)
+        for fast in ((number, times) == (signal.SIGTERM, 1),)
+    ],
 )
 def test_first_signal_stops_after_the_step_and_the_second_at_once(
     number: signal.Signals,
     code: int,
     times: int,
     folder: Path,
-    straight: Files,
+    vqpipe: Vqpipe,
+    resumes: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
         seeded = loop.seed_step
@@ -222,10 +198,12 @@ def test_first_signal_stops_after_the_step_and_the_second_at_once(
                 signal.raise_signal(number)
 
         patch.setattr(loop, "seed_step", seed_step)
-        assert vqpipe(folder) == code
-    assert "interrupted; run the same command again" in capsys.readouterr().err
-    assert not (folder / "out").exists()
-    ends_as(straight, folder, capsys, {1: 5, 2: 3}[times])
+        done = vqpipe(folder, *TRAIN)
+    assert done.returncode == code
+    assert "interrupted; run the same command again" in done.stderr
+    with pytest.raises(ArtifactError, match="is not finished"):
+        open_artifact(folder / "out")
+    resumes({1: 5, 2: 3}[times])
 
 
 def started(
@@ -242,7 +220,7 @@ def started(
 
 @pytest.mark.slow
 def test_sigkill_during_a_slow_save_after_sigterm_keeps_the_checkpoint_before(
-    folder: Path, straight: Files, capsys: pytest.CaptureFixture[str]
+    folder: Path, resumes: Callable[[int], None]
 ) -> None:
     process = started(folder, "save", "slow-save")
     process.terminate()
@@ -255,17 +233,18 @@ def test_sigkill_during_a_slow_save_after_sigterm_keeps_the_checkpoint_before(
     assert "step-00000003" in names
     assert "step-00000006" not in names
     assert len(names) > 1  # the torn one
-    ends_as(straight, folder, capsys, 3)
+    resumes(3)
 
 
 @pytest.mark.slow
 def test_sigstop_and_sigcont_change_nothing_and_the_lock_stays_held(
-    folder: Path, straight: Files, capsys: pytest.CaptureFixture[str]
+    folder: Path, straight: Files, vqpipe: Vqpipe
 ) -> None:
     process = started(folder, "step", "--set=data.num_workers=1")
     os.killpg(process.pid, signal.SIGSTOP)
-    assert vqpipe(folder) == 1
-    assert f"out is being written by process {process.pid} on " in capsys.readouterr().err
+    second = vqpipe(folder, *TRAIN)
+    assert second.returncode == 1
+    assert f"out is being written by process {process.pid} on " in second.stderr
     time.sleep(3)
     os.killpg(process.pid, signal.SIGCONT)
     _, errors = process.communicate(timeout=120)
@@ -276,7 +255,7 @@ def test_sigstop_and_sigcont_change_nothing_and_the_lock_stays_held(
 
 @pytest.mark.slow
 def test_closed_terminal_saves_a_checkpoint_and_exits_with_129(
-    folder: Path, straight: Files, capsys: pytest.CaptureFixture[str], gone: Gone
+    folder: Path, resumes: Callable[[int], None], remaining: Remaining
 ) -> None:
     """As from a shell: the kernel signals the session leader, which signals its process group."""
     terminal, end = os.openpty()
@@ -298,8 +277,8 @@ def test_closed_terminal_saves_a_checkpoint_and_exits_with_129(
     os.close(terminal)
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(timeout=60) == 129
-    gone(lambda _, group: group == process.pid)
-    ends_as(straight, folder, capsys, 5)
+    assert remaining(lambda _, group: group == process.pid) == []
+    resumes(5)
 
 
 def drain(terminal: int, until: Path) -> None:
@@ -337,7 +316,7 @@ def rank(number: int, ranks: int, port: int, folder: Path, action: Callable[[Dra
     """One of several processes that write an artifact together, as torchrun starts them; its stderr goes to a file."""
 
     def app() -> None:
-        with distributed.connect(CPU):
+        with distributed.process_group(CPU):
             draft = start(folder / "out", "codebook", {}, {})
             assert isinstance(draft, Draft)
             with draft:
@@ -468,7 +447,7 @@ def test_error_of_one_rank_is_reported_under_torchrun(folder: Path, straight: Fi
 
 @pytest.mark.slow
 def test_ranks_save_a_checkpoint_and_exit_after_torchrun_is_killed(
-    folder: Path, gone: Gone, capsys: pytest.CaptureFixture[str]
+    folder: Path, remaining: Remaining, vqpipe: Vqpipe
 ) -> None:
     with (folder.parent / "stderr").open("w") as errors:
         process = started(folder, "step", command=launcher(folder, MARKED), stderr=errors)
@@ -476,10 +455,11 @@ def test_ranks_save_a_checkpoint_and_exit_after_torchrun_is_killed(
         process.kill()
         process.wait(timeout=60)
     assert len(ranks) == 2
-    gone(lambda number, _: str(number) in ranks)
+    assert remaining(lambda number, _: str(number) in ranks) == []
     assert "torchrun has ended: stopping after this step" in (folder.parent / "stderr").read_text(encoding="utf-8")
-    assert vqpipe(folder) == 0
-    assert "resuming at step 5" in capsys.readouterr().err
+    resumed = vqpipe(folder, *TRAIN)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step 5" in resumed.stderr
 
 
 @pytest.mark.slow
@@ -505,7 +485,7 @@ class WritesPid(Dataset[str]):
         return work
 
 
-def test_loader_processes_exit_with_their_parent(tmp_path: Path, in_child: InChild, gone: Gone) -> None:
+def test_loader_processes_exit_with_their_parent(tmp_path: Path, in_child: InChild, remaining: Remaining) -> None:
     def die() -> None:
         results = through_workers(WritesPid(), [str(tmp_path / str(number)) for number in range(4)], 2)
         assert [next(results) for _ in range(4)]
@@ -514,11 +494,11 @@ def test_loader_processes_exit_with_their_parent(tmp_path: Path, in_child: InChi
     assert in_child(die) == -signal.SIGKILL
     found = {int(file.read_text(encoding="utf-8")) for file in tmp_path.iterdir() if file.name.isdecimal()}
     assert len(found) == 2
-    gone(lambda number, _: number in found)
+    assert remaining(lambda number, _: number in found) == []
 
 
 def test_loader_processes_exit_if_their_parent_dies_as_they_start(
-    tmp_path: Path, in_child: InChild, gone: Gone, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_child: InChild, remaining: Remaining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init, file = batches.set_worker_signals, tmp_path / "worker"
 
@@ -534,15 +514,15 @@ def test_loader_processes_exit_if_their_parent_dies_as_they_start(
     work = [str(tmp_path / "done")]
     assert in_child(lambda: list(through_workers(WritesPid(), work, 1)) and None) == -signal.SIGKILL
     worker = int(file.read_text(encoding="utf-8"))
-    gone(lambda number, _: number == worker)
+    assert remaining(lambda number, _: number == worker) == []
 
 
 @pytest.mark.slow
 def test_loader_processes_of_a_killed_run_exit(
-    folder: Path, straight: Files, gone: Gone, capsys: pytest.CaptureFixture[str]
+    folder: Path, resumes: Callable[[int], None], remaining: Remaining
 ) -> None:
     process = started(folder, "step", "--set=data.num_workers=2")
     process.kill()
     process.communicate(timeout=60)
-    gone(lambda _, group: group == process.pid)
-    ends_as(straight, folder, capsys, 3)
+    assert remaining(lambda _, group: group == process.pid) == []
+    resumes(3)

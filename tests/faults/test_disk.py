@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,20 +55,15 @@ def tar(path: Path) -> None:
         writer.write("a", b"x" * 9000, "png")
 
 
-def npy(path: Path) -> None:
+def npy(path: Path, count: int = 10_000) -> None:
     with path.open("wb") as file:
-        np.save(file, np.zeros(10_000, np.float32))
-
-
-def small_npy(path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, np.zeros(10, np.float32))
+        np.save(file, np.zeros(count, np.float32))
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "tar": tar,
     "npy": npy,
-    "small npy": small_npy,
+    "small npy": partial(npy, count=10),
     "safetensors": lambda path: save_file({"a": torch.zeros(10_000)}, path),
     "parquet": lambda path: parquet.write_table(pa.table({"a": np.random.default_rng(0).random(9000)}), path),
     "json": lambda path: path.write_text("x" * 100_000, encoding="utf-8"),

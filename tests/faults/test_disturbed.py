@@ -29,7 +29,7 @@ from PIL import Image
 
 from vqpipe.artifacts import Artifact, open_artifact
 
-Gone = Callable[[Callable[[int, int], bool]], None]
+Remaining = Callable[[Callable[[int, int], bool]], list[int]]
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = int(os.environ.get("VQPIPE_KILLER_ROUNDS", "20"))
 AGAIN = 0.5
@@ -129,8 +129,8 @@ TIMES = ("images_per_second", "seconds_per_step", "data_wait", "tflops")
 class Launcher:
     """Starts stages in process groups of their own, and kills the groups."""
 
-    def __init__(self, folder: Path, gone: Gone) -> None:
-        self.gone = gone
+    def __init__(self, folder: Path, remaining: Remaining) -> None:
+        self.remaining = remaining
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         self.environment |= {"XDG_CACHE_HOME": str(folder / "cache")}
         self.command = [sys.executable, "-c", PROGRAM]
@@ -161,7 +161,7 @@ class Launcher:
         if not select.select([self.server.stdout], [], [], seconds)[0]:
             os.killpg(group, signal.SIGKILL)
         code = int(self.answer())
-        self.gone(lambda _, its_group: its_group == group)
+        assert self.remaining(lambda _, its_group: its_group == group) == []
         return code
 
     def alone(self, words: list[str], folder: Path, seconds: float | None) -> int:
@@ -175,15 +175,15 @@ class Launcher:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 code = process.wait(timeout=60)
-        self.gone(lambda _, its_group: its_group == process.pid)
+        assert self.remaining(lambda _, its_group: its_group == process.pid) == []
         return code
 
 
 class Line:
     """Undisturbed runs of the stages on a few drawn pictures; each runs when its artifact is first needed."""
 
-    def __init__(self, folder: Path, gone: Gone) -> None:
-        self.folder, self.launcher = folder, Launcher(folder, gone)
+    def __init__(self, folder: Path, remaining: Remaining) -> None:
+        self.folder, self.launcher = folder, Launcher(folder, remaining)
         self.seconds: dict[str, float] = {}
         random = np.random.default_rng(0)
         for number in range(30):
@@ -216,8 +216,8 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory, gone: Gone) -> Iterator[Line]:
-    line = Line(tmp_path_factory.mktemp("killed"), gone)
+def line(tmp_path_factory: pytest.TempPathFactory, remaining: Remaining) -> Iterator[Line]:
+    line = Line(tmp_path_factory.mktemp("killed"), remaining)
     yield line
     line.launcher.close()
 

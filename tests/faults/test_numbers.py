@@ -8,7 +8,7 @@ import torch
 
 from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
-from vqpipe.data.tokens import check_ids, id_dtype, read_tokens, write_token_file
+from vqpipe.data.tokens import check_token_ids, id_dtype, read_tokens, write_token_file
 from vqpipe.errors import DataError
 
 CPU = torch.device("cpu")
@@ -28,11 +28,11 @@ def test_ids_are_as_wide_as_the_codebook_needs(codebook_size: int, expected: typ
     assert id_dtype(codebook_size) == expected
     highest = codebook_size - 1
     ids = torch.tensor([[[0]], [[highest]]])
-    check_ids(ids, ["a", "b"], codebook_size)
+    check_token_ids(ids, ["a", "b"], codebook_size)
     write_token_file(tmp_path / "t.parquet", ["a", "b"], [0, 0], ids.numpy().astype(id_dtype(codebook_size)))
     assert read_tokens(tmp_path / "t.parquet", codebook_size).ids.tolist() == [[0], [highest]]
     with pytest.raises(DataError, match=f"holds id {highest}, the codebook has {highest} codes"):
         read_tokens(tmp_path / "t.parquet", highest)
     for wrong in (codebook_size, -1):
         with pytest.raises(DataError, match="outside a codebook"):
-            check_ids(torch.tensor([[[wrong]]]), ["a"], codebook_size)
+            check_token_ids(torch.tensor([[[wrong]]]), ["a"], codebook_size)

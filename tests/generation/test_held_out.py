@@ -14,7 +14,7 @@ from vqpipe.generation.held_out import accuracy, held_out_losses, rank_batches
 class Numbers:
     """Image i is the number i."""
 
-    mirrored = False
+    has_flips = False
 
     def __init__(self, count: int, labels: Sequence[int] | None = None) -> None:
         self.labels = np.zeros(count, np.int64) if labels is None else np.array(labels)
@@ -25,7 +25,7 @@ class Numbers:
     def key(self, image: int) -> str:
         return str(image)
 
-    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
         return torch.tensor(list(images))[:, None]
 
 

@@ -23,7 +23,7 @@ def pair() -> tuple[Tensor, Tensor]:
 def test_total_is_the_weighted_sum_of_the_terms() -> None:
     objective = Objective(config(l1=2.0, l2=3.0, charbonnier=5.0, commitment=0.1, codebook=0.033), LOSSES)
     images, reconstruction = pair()
-    total, terms = objective.generator_loss(images, reconstruction, LOSSES)
+    total, terms = objective.autoencoder_loss(images, reconstruction, LOSSES)
     charbonnier = (0.25 + 1e-6) ** 0.5
     assert terms.keys() == {"l1", "l2", "charbonnier", "commitment", "codebook", "total"}
     assert terms["charbonnier"].item() == pytest.approx(charbonnier)
@@ -42,7 +42,9 @@ def test_adversarial_term(adaptive: bool) -> None:
     reconstruction = reconstruction.detach() * layer
     logits = 3 * reconstruction.mean()
     ratio = adaptive_weight(reconstruction.abs().mean(), -logits, layer).item() if adaptive else 1.0
-    total, terms = objective.generator_loss(images, reconstruction, {"commitment": LOSSES["commitment"]}, logits, layer)
+    total, terms = objective.autoencoder_loss(
+        images, reconstruction, {"commitment": LOSSES["commitment"]}, logits, layer
+    )
     assert terms["adversarial"].item() == pytest.approx(-3.0)
     assert terms["adversarial_weight"].item() == pytest.approx(0.1 * ratio)
     assert total.item() == pytest.approx(1.0 + 0.5 - 0.1 * ratio * 3.0)
@@ -80,7 +82,9 @@ def test_adaptive_weight_gives_the_gradient_of_the_formula() -> None:
             weight = 0.4 * adaptive_weight(pixels, -logits.mean(), last.weight)
             total = pixels + 0.5 * learned - weight * logits.mean()
         else:
-            total, terms = objective.generator_loss(images, reconstruction, {"codebook": learned}, logits, last.weight)
+            total, terms = objective.autoencoder_loss(
+                images, reconstruction, {"codebook": learned}, logits, last.weight
+            )
             torch.testing.assert_close(terms["adversarial_weight"], weight)
         parameters = [*body.parameters(), *last.parameters()]
         gradients.append(torch.autograd.grad(total, parameters))
@@ -97,7 +101,7 @@ def test_discriminator_graph_is_differentiated_once() -> None:
     reconstruction = last(body(torch.rand(2, 3, 16, 16)))
     logits = critic(reconstruction)
     logits.register_hook(lambda gradient: backward_passes.append(1))
-    total, _ = Objective(config(adversarial=0.4)).generator_loss(
+    total, _ = Objective(config(adversarial=0.4)).autoencoder_loss(
         torch.rand(2, 3, 16, 16), reconstruction, {}, logits, last.weight
     )
     total.backward()
@@ -124,7 +128,7 @@ def test_gan_losses(name: str, generator: Callable, discriminator: Callable) -> 
     objective = Objective(config(adversarial=1.0, adaptive_weight=False, gan_loss=name))
     fake = torch.tensor([[0.7, -1.2], [0.3, 2.0]]).view(2, 1, 1, 2)
     real = torch.tensor([[1.7, 0.2], [-0.3, 0.0]]).view(2, 1, 1, 2)
-    _, terms = objective.generator_loss(*pair(), {}, fake)
+    _, terms = objective.autoencoder_loss(*pair(), {}, fake)
     torch.testing.assert_close(terms["adversarial"], generator(fake))
     torch.testing.assert_close(objective.discriminator_loss(real, fake)[0], discriminator(real, fake))
 
@@ -137,7 +141,7 @@ def test_large_logits_stay_finite() -> None:
     objective = Objective(config(adversarial=1.0, adaptive_weight=False, gan_loss="non_saturating"))
     logits = torch.tensor([[-500.0], [500.0]])
     assert objective.discriminator_loss(logits, logits)[0].item() == 250
-    assert objective.generator_loss(*pair(), {}, logits)[1]["adversarial"].item() == 250
+    assert objective.autoencoder_loss(*pair(), {}, logits)[1]["adversarial"].item() == 250
 
 
 def test_adversarial_weight_warms_up_linearly() -> None:
@@ -145,20 +149,20 @@ def test_adversarial_weight_warms_up_linearly() -> None:
     objective, logits = Objective(config(**settings)), torch.tensor([2.0])
     weights = []
     for step in (10, 11, 13, 14, 1000):
-        total, terms = objective.generator_loss(*pair(), {}, logits, step=step)
+        total, terms = objective.autoencoder_loss(*pair(), {}, logits, step=step)
         weights.append(terms["adversarial_weight"].item())
         assert total.item() == pytest.approx(0.5 - 2 * weights[-1])
     assert weights == pytest.approx([0.0, 0.1, 0.3, 0.4, 0.4])
     with pytest.raises(TypeError, match="step"):
-        objective.generator_loss(*pair(), {}, logits)
+        objective.autoencoder_loss(*pair(), {}, logits)
 
 
 def test_adaptive_weight_is_not_computed_at_weight_zero() -> None:
     objective = Objective(config(adversarial=0.4, adversarial_warmup=4))
-    _, terms = objective.generator_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=0)
+    _, terms = objective.autoencoder_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=0)
     assert terms["adversarial_weight"].item() == 0
     with pytest.raises(TypeError, match="last_layer"):
-        objective.generator_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=1)
+        objective.autoencoder_loss(*pair(), {}, torch.tensor([2.0]), last_layer=None, step=1)
 
 
 def test_r1_is_multiplied_by_its_interval() -> None:
@@ -243,8 +247,20 @@ def test_logits_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_quantizer_loss_without_a_weight_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"'codebook'.*objective\.codebook"):
         Objective(config(commitment=0.1), ("commitment", "codebook"))
-    with pytest.raises(ConfigError, match="'surprise'"):
-        Objective(config(), ("surprise",))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("comitment", "Did you mean commitment?"),
+        ("surprise", "Known: codebook, commitment, entropy."),
+        ("l1", "Known: codebook, commitment, entropy."),  # a weight of the objective, but not of a quantizer loss
+    ],
+)
+def test_unknown_quantizer_loss_is_an_error_with_the_known_names(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        Objective(config(), (name,))
+    assert str(failure.value) == f"the quantizer has the unknown loss {name!r}. {hint}"
 
 
 @pytest.mark.parametrize(
@@ -270,5 +286,5 @@ def test_invalid_weights_are_rejected(weights: dict, message: str) -> None:
 
 def test_losses_of_bf16_images_are_float32() -> None:
     images, _ = pair()
-    _, terms = Objective(config()).generator_loss(images, torch.full_like(images, 0.3, dtype=torch.bfloat16), {})
+    _, terms = Objective(config()).autoencoder_loss(images, torch.full_like(images, 0.3, dtype=torch.bfloat16), {})
     assert terms["l1"].dtype == torch.float32

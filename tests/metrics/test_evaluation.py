@@ -14,9 +14,9 @@ from vqpipe.evaluation.extractors import PooledMaps
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.metrics import EvalConfig, set_metrics
 from vqpipe.metrics.distortion import COMMON, Distortion
+from vqpipe.metrics.feature_networks import FeatureNetworks, find_networks
 from vqpipe.metrics.frechet import Moments, frechet_distance
 from vqpipe.metrics.inception import clean_resize_all
-from vqpipe.metrics.networks import FeatureNetworks, find_networks
 from vqpipe.metrics.protocols import PROTOCOLS
 
 CONTRACT_NUMBERS = {

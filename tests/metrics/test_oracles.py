@@ -14,8 +14,8 @@ from vqpipe.data.images import open_images
 from vqpipe.data.transforms import decode, pixels
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.metrics import EvalConfig
+from vqpipe.metrics.feature_networks import FeatureNetworks, find_networks
 from vqpipe.metrics.inception import INCEPTION_FILE
-from vqpipe.metrics.networks import FeatureNetworks, find_networks
 
 CPU = torch.device("cpu")
 STAGES = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]

@@ -14,8 +14,8 @@ from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.metrics import EvalConfig, set_metrics, usage
 from vqpipe.metrics.distortion import Distortion
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments
-from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.resumable import Resumable, Rows, pack, unpack
 from vqpipe.metrics.set_metrics import FeatureBank
 from vqpipe.metrics.usage import CodeUsage

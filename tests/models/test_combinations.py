@@ -1,10 +1,10 @@
-"""Every quantizer works with every backbone."""
+"""Every quantizer works with every backbone; what holds for every backbone."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from vqpipe.config import from_table
+from vqpipe.config import from_table, to_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
 
 QUANTIZERS = {
@@ -58,6 +58,7 @@ def test_training_step_gives_every_weight_a_gradient(backbone: str, quantizer: s
     output = model.train()(images)
     (output.images.abs().mean() + sum(output.quantized.losses.values())).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    assert any(model.last_layer is weight for weight in model.decoder.parameters())
     model.quantizer.update(output.latent.detach(), output.quantized.ids)
     model.eval()
     with torch.no_grad():
@@ -67,3 +68,15 @@ def test_training_step_gives_every_weight_a_gradient(backbone: str, quantizer: s
     assert quantized.ids.shape == (3, layout.num_tokens)
     assert reconstruction.shape == images.shape
     assert reconstruction.isfinite().all()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_channels_last_gives_the_same_output(backbone: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    table = {**BACKBONES[backbone], "quantizer": QUANTIZERS["vq"]}
+    config = from_table(AutoencoderConfig, table)
+    assert from_table(AutoencoderConfig, to_table(config)) == config
+    model = build_autoencoder(config).eval()
+    plain = model(images)
+    last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last.images, plain.images, rtol=1e-3, atol=2e-4)

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError
-from vqpipe.models import AutoencoderConfig, PatchDiscriminator, VqganConfig, build_autoencoder
+from vqpipe.models import PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.models.vqgan import Attention, Decoder, Encoder, ResidualBlock, group_norm
 from vqpipe.quantizers import LcConfig, VqConfig
 
@@ -71,24 +70,13 @@ def test_attention_matches_the_formula() -> None:
     torch.testing.assert_close(attention(x), x + attention.proj_out(mixed))
 
 
-def test_channels_last_gives_the_same_output() -> None:
-    torch.manual_seed(0)
-    config = VqganConfig(base_channels=16, channel_multipliers=(1, 2), quantizer=VqConfig(codebook_size=4, code_dim=2))
-    model, images = build_autoencoder(config).eval(), torch.randn(1, 3, 16, 16)
-    plain = model(images)
-    last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(last.images, plain.images, rtol=1e-4, atol=1e-5)
-
-
 def test_group_norm_of_narrow_networks() -> None:
     assert [group_norm(channels).num_groups for channels in (512, 128, 32, 48, 24, 8)] == [32, 32, 32, 16, 8, 8]
 
 
-def test_config_round_trip_and_invalid_sizes() -> None:
-    config = paper(F8)
-    assert from_table(AutoencoderConfig, to_table(config)) == config
+def test_invalid_sizes_are_rejected() -> None:
     with pytest.raises(ConfigError):
-        VqganConfig(base_channels=0, quantizer=config.quantizer)
+        VqganConfig(base_channels=0, quantizer=VqConfig(codebook_size=4, code_dim=2))
 
 
 def test_in_place_activations_without_gradients_give_the_same_bits() -> None:

@@ -66,8 +66,7 @@ def test_discriminator_has_the_released_shapes(parity_outputs: Path) -> None:
     discriminator = PatchDiscriminator(DiscriminatorConfig(num_layers=3)).eval()
     shapes = {name: list(tensor.shape) for name, tensor in discriminator.state_dict().items()}
     assert shapes == keys["params"] | keys["buffers"]
-    assert size_of(discriminator) == keys["param_count"] == 2_765_633
-    assert discriminator(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+    assert size_of(discriminator) == keys["param_count"]
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -188,7 +188,7 @@ def test_losses_and_gradients_of_one_step(
     model.zero_grad()
 
     decoded, _, quantized = model(images)
-    total, terms = objective.generator_loss(images, decoded, quantized.losses)
+    total, terms = objective.autoencoder_loss(images, decoded, quantized.losses)
     torch.testing.assert_close(terms["l1"].double(), want["rec_l1"], **LOSS)
     torch.testing.assert_close(terms["lpips"].double(), want["p_loss_rulefilledVGG"], **LOSS)
     torch.testing.assert_close(total.detach().double(), want["loss_val_rulefilledVGG"], **LOSS)
@@ -202,7 +202,7 @@ def test_losses_and_gradients_of_one_step(
     fake, real = discriminator(decoded), discriminator(images)
     torch.testing.assert_close(fake.detach(), want["disc_logits_fake_eval"], **CLOSE)
     torch.testing.assert_close(real.detach(), want["disc_logits_real_eval"], **CLOSE)
-    total, terms = objective.generator_loss(images, decoded, quantized.losses, fake, model.last_layer)
+    total, terms = objective.autoencoder_loss(images, decoded, quantized.losses, fake, model.last_layer)
     torch.testing.assert_close(terms["adversarial"].double(), want["g_loss"], **LOSS)
     torch.testing.assert_close(
         terms["adversarial_weight"].double(), want["adaptive_d_weight_times_rate_d"], rtol=1e-2, atol=0

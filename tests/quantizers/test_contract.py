@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.config import all_subclasses, from_table, to_table
-from vqpipe.errors import DataError, NumericError
+from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.quantizers import (
     CodebookConfig,
     CvqConfig,
@@ -55,9 +55,9 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "residual": ResidualConfig(codebook_size=40, code_dim=6),
     "residual-not-shared": ResidualConfig(codebook_size=40, code_dim=6, depth=2, shared=False),
 }
-WITHOUT_CODEBOOK: set[str] = {"fsq", "lfq", "lfq-groups"}
+WITHOUT_CODEBOOK = ("fsq", "lfq", "lfq-groups")
 """Examples without a stored codebook."""
-TRAINED_BY_THE_DECODER: set[str] = {"ibq", "ibq-normalize"}
+TRAINED_BY_THE_DECODER = ("ibq", "ibq-normalize")
 """Examples whose weights get the decoder's gradient by design."""
 
 
@@ -231,6 +231,20 @@ def test_state_and_config_restore_the_quantizer(name: str) -> None:
     assert torch.equal(restored(latent).ids, quantizer(latent).ids)
 
 
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not isinstance(one_group(EXAMPLES[name]), LcConfig)])
+def test_only_lc_loads_a_codebook(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"the {one_group(EXAMPLES[name]).kind} quantizer"):
+        make(name).load_codebook(torch.zeros(40, 6))
+
+
+@pytest.mark.parametrize("name", WITHOUT_CODEBOOK)
+def test_all_codes_are_those_of_all_ids(name: str) -> None:
+    quantizer = make(name)
+    side = quantizer.codebook_size
+    codes = quantizer.lookup(torch.arange(side)[None], quantizer.layout(1, side)).flatten(2).transpose(1, 2)
+    assert torch.equal(quantizer.all_codes(), codes)
+
+
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in WITHOUT_CODEBOOK])
 def test_standardized_codes_have_zero_mean_and_unit_variance(name: str) -> None:
     quantizer = make(name)
@@ -246,3 +260,36 @@ def test_standardized_codes_have_zero_mean_and_unit_variance(name: str) -> None:
     second = make(name)
     second.standardize_codebook()
     assert_same_state(second, state_of(quantizer))
+
+
+SIZES = {"codebook_size": 20, "code_dim": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (VqConfig, {"codebook_size": 1, "code_dim": 8}, "codebook of 1 codes"),
+        (CvqConfig, SIZES | {"decay": 1.0}, "decay"),
+        (IbqConfig, SIZES | {"metric": "cosine"}, "normalize = true"),
+        *((FsqConfig, {"levels": levels}, "levels") for levels in ((), (8, 1), (2,) * 63)),
+        (LfqConfig, {"code_dim": 0}, "code_dim"),
+        (LfqConfig, {"code_dim": 63}, "code_dim"),
+        (LfqConfig, {"entropy_bits": 30}, "entropy_bits"),
+        (LfqConfig, {"entropy_temperature": 0.0}, "entropy_temperature"),
+        (ResidualConfig, SIZES | {"depth": 0}, "depth = 0"),
+        (ResidualConfig, SIZES | {"normalize": True}, "unit vectors"),
+        *((MultiScaleConfig, {"scales": scales}, "should grow") for scales in ((), (2, 1), (0, 4), (1, 2, 2))),
+        (MultiScaleConfig, {"num_phis": 0}, "phi_ratio"),
+        (MultiScaleConfig, {"phi_ratio": 1.5}, "phi_ratio"),
+        (MultiScaleConfig, {"normalize": True}, "unit vectors"),
+        (MultiGroupConfig, {"num_groups": 0}, "num_groups = 0"),
+        *(
+            (MultiGroupConfig, {"num_groups": 3, "keep_probabilities": shares}, "keep_probabilities")
+            for shares in [(0.5, 0.5), (0.5, 0.5, 0.5), (1.5, -0.5, 0.0)]
+        ),
+    ],
+    ids=str,
+)
+def test_invalid_settings_are_rejected(config: type[QuantizerConfig], settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**settings)

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqpipe.errors import ConfigError
 from vqpipe.quantizers import ClusteredQuantizer, CvqConfig, build_quantizer, cvq
 
 
@@ -154,8 +153,3 @@ def test_ranks_get_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyP
     for quantizer in (first, second):
         assert torch.equal(quantizer.codes, alone.codes)
         assert torch.equal(quantizer.frequencies, alone.frequencies)
-
-
-def test_decay_of_one_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="decay"):
-        CvqConfig(codebook_size=6, code_dim=2, decay=1.0)

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vqpipe.errors import ConfigError
 from vqpipe.quantizers import IbqConfig, IndexBackpropagationQuantizer, Quantized, build_quantizer, ibq
 from vqpipe.quantizers.base import to_rows
 
@@ -130,8 +129,3 @@ def test_no_n_by_k_matrix_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_codes_are_initialized_from_the_normal_distribution() -> None:
     codes = make(codebook_size=4000).codes.detach()
     torch.testing.assert_close(codes.std(0), torch.ones(C), rtol=0, atol=0.05)
-
-
-def test_cosine_metric_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="normalize = true"):
-        IbqConfig(codebook_size=K, code_dim=C, metric="cosine")

@@ -122,6 +122,7 @@ def test_every_kind_with_one_id_per_position_can_be_masked(
     assert latent.grad is not None
     assert latent.grad.view(B, 3, -1).any(2).sum(1).tolist() == [2, 1, 1, 2, 1, 1]
     torch.testing.assert_close(quantizer.lookup(quantized.ids, quantizer.layout(H, W)), quantized.codes)
+    assert quantizer.all_codes().shape == (3, quantizer.codebook_size, 4)
     quantizer.update(latent.detach(), quantized.ids)
 
 
@@ -184,8 +185,6 @@ def test_codebook_is_loaded_into_every_group_or_split() -> None:
     assert torch.equal(torch.cat([group.codes for group in quantizer.groups]), codes)
     with pytest.raises(ConfigError, match="holds 50 codes"):
         quantizer.load_codebook(codes[:50])
-    with pytest.raises(ConfigError, match="cvq quantizer does not start from a codebook"):
-        make().load_codebook(codes[:40])
 
 
 def test_groups_with_one_frozen_codebook_learn_separate_projectors() -> None:
@@ -207,12 +206,7 @@ def test_groups_with_one_frozen_codebook_learn_separate_projectors() -> None:
     assert not torch.equal(quantizer.codebook()[0], quantizer.codebook()[1])
 
 
-def test_invalid_settings_are_rejected() -> None:
-    with pytest.raises(ConfigError, match="num_groups = 0"):
-        MultiGroupConfig(num_groups=0)
-    for probabilities in [(0.5, 0.5), (0.5, 0.5, 0.5), (1.5, -0.5, 0.0)]:
-        with pytest.raises(ConfigError, match="keep_probabilities"):
-            MultiGroupConfig(num_groups=3, keep_probabilities=probabilities)
+def test_quantizers_with_several_ids_per_position_are_rejected() -> None:
     groups = MultiGroupConfig(group=VqConfig(codebook_size=4, code_dim=2))
     for group in (groups, ResidualConfig(codebook_size=4, code_dim=2), MultiScaleConfig(codebook_size=4, code_dim=2)):
         with pytest.raises(ConfigError, match="more than one id per position"):

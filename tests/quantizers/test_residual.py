@@ -3,7 +3,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vqpipe.errors import ConfigError
 from vqpipe.quantizers import EmaConfig, ResidualConfig, ResidualQuantizer, build_quantizer, residual
 
 K, C, D = 20, 3, 4
@@ -153,10 +152,3 @@ def test_depth_one_equals_ema() -> None:
         torch.testing.assert_close(found.losses, expected.losses)
         ema.update(latent, expected.ids)
         quantizer.update(latent, found.ids)
-
-
-def test_invalid_settings_are_rejected() -> None:
-    with pytest.raises(ConfigError, match="depth = 0"):
-        ResidualConfig(codebook_size=K, code_dim=C, depth=0)
-    with pytest.raises(ConfigError, match="unit vectors"):
-        ResidualConfig(codebook_size=K, code_dim=C, normalize=True)

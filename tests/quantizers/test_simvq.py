@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqpipe.errors import ConfigError
 from vqpipe.quantizers import SimVqConfig, SimVqQuantizer, build_quantizer
 
 LATENT = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
@@ -43,8 +42,3 @@ def test_codes_are_initialized_with_unit_mean_square_length() -> None:
     codes = make(codebook_size=2000, code_dim=64).codes
     assert codes.std().item() == pytest.approx(64**-0.5, rel=0.02)
     assert codes.square().sum(1).mean().item() == pytest.approx(1, rel=0.02)
-
-
-def test_simvq_cannot_load_a_codebook() -> None:
-    with pytest.raises(ConfigError, match="the simvq quantizer samples its codes at random"):
-        make().load_codebook(torch.zeros(30, 4))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vqpipe.config import all_subclasses, from_table
-from vqpipe.distributed import connect, rank
+from vqpipe.distributed import process_group, rank
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import Quantizer, QuantizerConfig
 
@@ -65,7 +65,7 @@ def test_two_ranks_have_the_same_bits(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with connect(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         states = {kind: start_and_update(table) for kind, table in examples().items()}
         tensors = {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()}
         save_file(tensors, f"{sys.argv[1]}/rank-{rank()}.safetensors")

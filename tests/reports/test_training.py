@@ -60,10 +60,9 @@ def test_run_without_rows_has_a_page() -> None:
 def test_newest_numbers_and_best_validation_are_shown() -> None:
     rows = [row(10), valid(10, 22.5), row(20, psnr=31.25), valid(20, 21.75)]
     text = html(rows=rows, best_step=10)
-    words = re.sub(r"<[^>]+>|\s+", " ", text)
-    words = re.sub(r"\s+", " ", words)
-    assert "PSNR 31.25 dB training images" in words
-    assert "validation PSNR 21.75 dB best at step 10" in words
+    words = " ".join(re.sub(r"<[^>]+>", " ", text).split())
+    assert "training PSNR 31.25 dB of the mean squared error since the row before" in words
+    assert "validation PSNR 21.75 dB mean over images; best at step 10" in words
     assert '<td class="best">22.50</td>' in text
     assert '<td class="best">21.75</td>' not in text
     assert "skipped steps" not in text
@@ -73,11 +72,12 @@ def test_newest_numbers_and_best_validation_are_shown() -> None:
 def test_only_logged_numbers_have_curves() -> None:
     drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[row(10), row(20), valid(20, 21.0)])))
     assert drawn == {
-        *("Loss", "PSNR, dB", "Codes in use", "Perplexity of the codes", "Learning rate", "Gradient norm"),
-        "Images a second",
+        *("Loss", "PSNR in training, dB", "PSNR in validation, dB", "Codes in use"),
+        *("Perplexity of the codes in training", "Perplexity of the codes in validation"),
+        *("Learning rate", "Gradient norm", "Images a second"),
     }
     drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[{"step": 1, "images_seen": 8, "psnr": 20.0}])))
-    assert drawn == {"PSNR, dB"}
+    assert drawn == {"PSNR in training, dB"}
 
 
 def test_page_has_reconstructions_codes_and_settings_and_loads_nothing() -> None:

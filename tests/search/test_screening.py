@@ -1,4 +1,4 @@
-"""The GPU search in Triton's interpreter: bounds, both kinds of notes, compilation of the kernels."""
+"""The GPU search in Triton's interpreter: bounds, both kinds of candidates, compilation of the kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: torch brings it on Linux alone")
 
 from vqpipe.search import kernels, screening
-from vqpipe.search.screening import CAPACITY, Blocking, nearest_screened, screen, settle
+from vqpipe.search.screening import CAPACITY, Blocking, nearest_screened, rescore, screen
 
 Interpreted = Callable[..., Any]
 BY_TILE, BY_CODE = (
-    Blocking(padded=16, chunk=16, rows=64, tile=32, grain=32, splits=2),
-    Blocking(padded=128, chunk=64, rows=32, tile=32, grain=1, splits=2),
+    Blocking(padded=16, chunk=16, rows=64, tile=32, candidate_size=32, splits=2),
+    Blocking(padded=128, chunk=64, rows=32, tile=32, candidate_size=1, splits=2),
 )
 
 
@@ -34,23 +34,23 @@ def test_the_nearest_code_is_among_the_candidates(interpreted: Interpreted, bloc
     torch.manual_seed(dim)
     vectors, codes = torch.randn(2, 70, dim), torch.randn(2, 300, dim)
     num_tiles = -(-300 // blocking.tile)
-    upper, counts, notes, lower = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
+    upper, counts, candidates, lower = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
     assert counts.sum(dim=2).min() > 0
     assert counts.max() <= CAPACITY
     exact = distances(vectors, codes)
     lowest = (exact.amin(dim=2) - vectors.double().square().sum(dim=2)) / 2
     assert (upper.amin(dim=2) >= lowest).all()
     for group, row in [(0, 0), (0, 69), (1, 33)]:
-        noted = []
+        listed = []
         for split in range(blocking.splits):
             for number in range(counts[group, row, split]):
-                first = int(notes[group, row, split, number]) * blocking.grain
-                members = torch.arange(first, min(first + blocking.grain, 300))
+                first = int(candidates[group, row, split, number]) * blocking.candidate_size
+                members = torch.arange(first, min(first + blocking.candidate_size, 300))
                 scores = (exact[group, row, members] - vectors[group, row].double().square().sum()) / 2
                 assert lower[group, row, split, number] <= scores.min()
-                noted += members.tolist()
-        assert int(exact[group, row].argmin()) in noted
-        assert len(noted) < 300  # some codes are excluded
+                listed += members.tolist()
+        assert int(exact[group, row].argmin()) in listed
+        assert len(listed) < 300  # some codes are excluded
 
 
 @pytest.mark.parametrize(("blocking", "dim"), [(BY_TILE, 8), (BY_CODE, 100)])
@@ -61,9 +61,9 @@ def test_a_vector_with_too_many_candidates_is_compared_with_all_codes(
     codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, 3000, dim)  # all equal in bfloat16
     vectors = torch.randn(1, 5, dim)
     num_tiles = -(-3000 // blocking.tile)
-    noted = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
-    assert noted[1].amin() > CAPACITY
-    ids = interpreted(settle, vectors, codes, noted, num_tiles, blocking)
+    listed = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
+    assert listed[1].amin() > CAPACITY
+    ids = interpreted(rescore, vectors, codes, listed, num_tiles, blocking)
     exact = distances(vectors, codes)
     excess = exact.gather(2, ids[:, :, None])[:, :, 0] - exact.amin(dim=2)
     assert (excess <= 2**-22 * exact.amax()).all()
@@ -80,7 +80,7 @@ def test_very_small_and_large_numbers(interpreted: Interpreted, scale: float) ->
 
 
 @pytest.mark.parametrize(("codes", "dim"), [(5000, 4), (1, 3), (128, 64), (129, 65), (2, 1024)])
-def test_splits_partial_tiles_and_both_kinds_of_notes(interpreted: Interpreted, codes: int, dim: int) -> None:
+def test_splits_partial_tiles_and_both_kinds_of_candidates(interpreted: Interpreted, codes: int, dim: int) -> None:
     torch.manual_seed(dim)
     vectors, table = torch.randn(1, 9, dim), torch.randn(1, codes, dim)
     ids = interpreted(nearest_screened, vectors, table)
@@ -105,9 +105,14 @@ def test_the_kernels_compile_for_a_gpu(capability: int, dim: int) -> None:
 
     blocking = Blocking.of(1, 65_536, 100_000, dim, processors=132)
     sizes = dict.fromkeys(("num_vectors", "num_codes", "num_tiles", "tiles_per_split"), "i32")
-    outputs = {"upper": "*fp32", "counts": "*i32", "notes": "*i32", "lower": "*fp32"}
+    outputs = {"upper": "*fp32", "counts": "*i32", "candidates": "*i32", "lower": "*fp32"}
     rows = {"halves": "*fp32", "row_bounds": "*fp32", "tile_bounds": "*fp32", "slack": "fp32"}
-    shared = {"CHUNK": blocking.chunk, "TILE": blocking.tile, "GRAIN": blocking.grain, "SPLITS": blocking.splits}
+    shared = {
+        "CHUNK": blocking.chunk,
+        "TILE": blocking.tile,
+        "SIZE": blocking.candidate_size,
+        "SPLITS": blocking.splits,
+    }
     shared["CAPACITY"] = CAPACITY
     for kernel, types, constants in (
         (
@@ -116,7 +121,7 @@ def test_the_kernels_compile_for_a_gpu(capability: int, dim: int) -> None:
             {**shared, "PADDED": blocking.padded, "ROWS": blocking.rows, "TINY": screening.TINY},
         ),
         (
-            kernels.settle_kernel,
+            kernels.rescore_kernel,
             {"vectors": "*fp32", "codes": "*fp32", "ids": "*i64", **outputs, **sizes},
             {**shared, "DIM": dim},
         ),

@@ -14,6 +14,7 @@ from PIL import Image
 from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
+from vqpipe.reports import plots
 from vqpipe.tokenizer import Tokenizer, write_tokenizer
 
 TINY: dict[str, Any] = {
@@ -27,36 +28,41 @@ TINY: dict[str, Any] = {
 }
 
 
+def publish_tokenizer(
+    out: Path,
+    seed: int = 0,
+    history: list[dict[str, float]] | None = None,
+    quantizer: dict[str, Any] | None = None,
+    image_size: int = 32,
+) -> Path:
+    """Publish an untrained tokenizer: f = 2, 64 codes unless `quantizer` has others. `history`: its training log."""
+    torch.manual_seed(seed)
+    table = TINY | {"quantizer": quantizer or TINY["quantizer"]}
+    autoencoder = build_autoencoder(from_table(AutoencoderConfig, table, "model"))
+    draft = artifacts.start(out, "tokenizer", {"seed": seed}, {"images": "0" * 64})
+    assert isinstance(draft, artifacts.Draft)
+    with draft:
+        write_tokenizer(draft, Tokenizer(autoencoder, image_size=image_size))
+        if history is not None:
+            with draft.write("metrics.jsonl") as path:
+                path.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        return draft.publish({"quantizer": "vq"}).path
+
+
+@pytest.fixture(autouse=True)
+def fast_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are set up but not rendered as SVG, which takes half the time of a short run.
+
+    tests/reports renders them, and so do the fixture `folder` of test_pipeline.py and all tests of
+    test_evaluate_resume.py.
+    """
+    monkeypatch.setattr(plots, "to_svg", lambda figure, salt: "<svg></svg>")
+
+
 @pytest.fixture
 def tiny_tokenizer(tmp_path: Path) -> Callable[..., Path]:
-    """`make(name, seed, history=rows, quantizer=table)` -> an untrained tokenizer artifact: f = 2, 64 codes, 32 px."""
-
-    def make(
-        name: str,
-        seed: int = 0,
-        history: list[dict[str, float]] | None = None,
-        quantizer: dict[str, Any] | None = None,
-    ) -> Path:
-        torch.manual_seed(seed)
-        table = TINY | {"quantizer": quantizer or TINY["quantizer"]}
-        autoencoder = build_autoencoder(from_table(AutoencoderConfig, table, "model"))
-        draft = artifacts.start(tmp_path / name, "tokenizer", {"seed": seed}, {"images": "0" * 64})
-        assert isinstance(draft, artifacts.Draft)
-        with draft:
-            Tokenizer(autoencoder, image_size=32).save_pretrained(draft.path)
-            if history is not None:
-                text = "".join(json.dumps(row) + "\n" for row in history)
-                (draft.path / "metrics.jsonl").write_text(text, encoding="utf-8")
-            for file in sorted(draft.path.iterdir()):
-                if (
-                    file.suffix in (".json", ".jsonl", ".md", ".safetensors")
-                    and file.name != "request.json"
-                    and not file.name.startswith(".")
-                ):
-                    draft.adopt(file.name)
-            return draft.publish({"quantizer": "vq"}).path
-
-    return make
+    """`tiny_tokenizer(name, seed, history=rows, quantizer=table)` -> an untrained tokenizer artifact, as above."""
+    return lambda name, *args, **options: publish_tokenizer(tmp_path / name, *args, **options)
 
 
 @pytest.fixture
@@ -73,14 +79,14 @@ def tiny_vae(tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Drawn pictures of three classes with everything that generators are made of."""
+    """Drawn pictures of three classes with their tokenizer, tokens and generator."""
 
     folder: Path
     pictures: Path
     tokenizer: Path
     tokens: Path
     generator: Path
-    """A llamagen of one layer, trained for 4 steps. (What gpt needs to be built takes ten seconds to import.)"""
+    """A llamagen of one layer, trained for 4 steps. (Building gpt imports a package that takes ten seconds.)"""
 
 
 @pytest.fixture(scope="session")
@@ -97,13 +103,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
         waves = [np.sin(rows / (2 + number % 3) + s + number) + np.cos(columns / 2 + number) for s in range(3)]
         pixels = (np.stack(waves, -1) * 60 + 127).astype(np.uint8)
         Image.fromarray(pixels).save(made.pictures / str(number % 3) / f"{number}.png")
-    torch.manual_seed(0)
-    autoencoder = build_autoencoder(from_table(AutoencoderConfig, TINY, "model"))
-    draft = artifacts.start(made.tokenizer, "tokenizer", {"seed": 0}, {"images": "0" * 64})
-    assert isinstance(draft, artifacts.Draft)
-    with draft:
-        write_tokenizer(draft, Tokenizer(autoencoder, image_size=8))
-        draft.publish({"quantizer": "vq"})
+    publish_tokenizer(made.tokenizer, image_size=8)
     tokenize([str(made.pictures)], made.tokenizer, made.tokens, flip=True, num_workers=0, device="cpu")
     train_generator(made.tokenizer, made.generator, tokens=made.tokens, device="cpu", **LLAMAGEN)
     return made
@@ -120,7 +120,7 @@ LLAMAGEN: dict[str, Any] = {
         "train.log_every=1",
     ],
 }
-"""Options of train-generator for the smallest of runs."""
+"""Options of train-generator for a very short run."""
 
 
 @pytest.fixture

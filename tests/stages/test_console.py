@@ -4,9 +4,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import typer
 
 from stages import signals
-from vqpipe.files import with_a_name
+from stages.console import known_loggers
+from vqpipe.files import with_final_name
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,12 @@ def test_first_signal_requests_a_stop_and_the_second_interrupts(number: signal.S
 
 def test_dot_and_dot_dot_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert with_a_name(Path(".")) == tmp_path.resolve()
-    assert with_a_name(Path("..")) == tmp_path.resolve().parent
-    assert with_a_name(Path("out/")) == Path("out")
+    assert with_final_name(Path(".")) == tmp_path.resolve()
+    assert with_final_name(Path("..")) == tmp_path.resolve().parent
+    assert with_final_name(Path("out/")) == Path("out")
+
+
+def test_unknown_logger_is_wrong_usage() -> None:
+    assert known_loggers(["tensorboard", "wandb"]) == ["tensorboard", "wandb"]
+    with pytest.raises(typer.BadParameter, match="'tensorbord' is not one of tensorboard, wandb"):
+        known_loggers(["tensorbord"])

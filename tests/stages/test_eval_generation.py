@@ -17,8 +17,8 @@ from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.evaluation.generation import gaussian_moments, read_adm_file
 from vqpipe.metrics import set_metrics
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
-from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.set_metrics import SetStatistics
 
 SIZES = {"pool": 16, "logits": 20, "spatial": 12}

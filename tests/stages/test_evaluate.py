@@ -92,7 +92,7 @@ def test_report_equals_metrics_of_decoded_reconstructions(
     html = report.file("report.html").read_text(encoding="utf-8")
     assert f"{metrics['psnr']:.2f}" in html
     assert "Utilization in training" in html
-    assert open_artifact(path).content[:12] in html
+    assert open_artifact(path).digest[:12] in html
 
 
 def test_batch_size_does_not_change_metrics_and_a_second_run_is_skipped(

@@ -18,7 +18,7 @@ from vqpipe.artifacts import states as saved_states
 from vqpipe.data.images import ImageSet
 from vqpipe.evaluation.evaluate import Checkpoints
 from vqpipe.metrics import set_metrics
-from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.feature_networks import FeatureNetworks
 
 MakeTokenizer = Callable[..., Path]
 MULTI_GROUP = {"kind": "multi_group", "num_groups": 2, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
@@ -33,6 +33,11 @@ OPTIONS: dict[str, Any] = {
     "overrides": [EACH_BATCH, "eval.max_skipped=0.2", "eval.num_pictures=4", "eval.num_extremes=2"],
 }
 PLAIN: dict[str, Any] = {"protocol": ["adm"], "metrics": ["prc"], "analyze": []}
+
+
+@pytest.fixture(autouse=True)
+def fast_plots() -> None:
+    """Plots are rendered: pages are compared byte by byte."""
 
 
 class Cut(BaseException):

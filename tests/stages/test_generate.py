@@ -75,7 +75,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         generate(drawn.generator, tmp_path / "cut", **options)
     generate(drawn.generator, tmp_path / "cut", **options)
     assert sampled == [0, 2, 2, 4]  # the first shard was kept
-    assert open_artifact(tmp_path / "cut").content == open_artifact(tmp_path / "whole").content
+    assert open_artifact(tmp_path / "cut").digest == open_artifact(tmp_path / "whole").digest
     with pytest.raises(ArtifactError, match=r"num_images was 6, now 7"):
         generate(drawn.generator, tmp_path / "cut", **options | {"num_images": 7})
 
@@ -127,4 +127,4 @@ def test_one_and_two_ranks_sample_the_same_images(drawn: Any, tmp_path: Path) ->
         command = [*launch, ranks, *words, "--out", str(tmp_path / ranks)]
         subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert len(open_artifact(tmp_path / "1").names("*.tar")) == 3
-    assert open_artifact(tmp_path / "1").content == open_artifact(tmp_path / "2").content
+    assert open_artifact(tmp_path / "1").digest == open_artifact(tmp_path / "2").digest

@@ -82,7 +82,7 @@ def test_imported_tokenizer_works_in_tokenize_eval_and_fine_tuning(
 
     settings = [*SAME_SIZES, "data.image_size=32", "train.whiten_init=false", "objective.disc_start=0"]
     settings += ["train.learning_rate=0.0", "train.warmup_steps=0", "train.global_batch_size=2"]
-    train(images, tmp_path / "tuned", None, "smoke", steps=2, source=out, overrides=settings, device="cpu")
+    train(images, tmp_path / "tuned", preset="smoke", steps=2, source=out, overrides=settings, device="cpu")
     for name in ("model.safetensors", "discriminator.safetensors"):
         before, after = load_file(out / name), load_file(tmp_path / "tuned" / name)
         changed = [key for key, value in before.items() if not torch.equal(after[key], value)]

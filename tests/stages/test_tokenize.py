@@ -38,7 +38,7 @@ def test_bytes_do_not_depend_on_batch_size_and_workers(
             device="cpu",
         )
     made = [open_artifact(tmp_path / f"{workers}", "tokens") for workers in (0, 1, 3)]
-    assert len({artifact.content for artifact in made}) == 1
+    assert len({artifact.digest for artifact in made}) == 1
     assert made[0].facts["skipped"] == {"not-an-image": 1}
     assert made[0].facts["num_images"] == 9
     assert [name for name in made[0].names() if name.startswith("tokens")] == [

@@ -17,10 +17,10 @@ from stages.train import train
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
-from vqpipe.training.callbacks import RunReport, read_metrics
+from vqpipe.training.callbacks import Callback, RunReport, read_metrics
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
-from vqpipe.training.tokenizer_run import RunInputs, TokenizerRunConfig, check_run, start_run, train_tokenizer
+from vqpipe.training.tokenizer_run import RunInputs, check_run, start_tokenizer_run, train_tokenizer
 from vqpipe.training.validation import Validation
 
 SETTINGS = [
@@ -238,24 +238,29 @@ def test_loggers_get_every_row_and_image_and_are_closed_also_when_the_run_fails(
     assert second.images == [4, 8]
 
 
-def test_job_is_callable_from_python_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
+def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
     loaded = recipe.load("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
-    sections = {name: getattr(loaded, name) for name in TokenizerRunConfig.__dataclass_fields__}
     inputs = RunInputs(images=open_images([str(picture_folder)]))
-    config = check_run(TokenizerRunConfig(**sections), inputs, "last")
+    config = check_run(loaded.of_training(), inputs, "last")
+
+    class AddsNumber(Callback):
+        def on_log(self, row: dict[str, Any]) -> None:
+            row["own"] = 2.0
 
     def job(stop: bool) -> Artifact | None:
-        draft = start_run(tmp_path / "lc", config, inputs, seed=0)
+        draft = start_tokenizer_run(tmp_path / "lc", config, inputs, seed=0)
         assert isinstance(draft, Draft)
         with draft:
             cpu = torch.device("cpu")
-            return train_tokenizer(draft, config, inputs, seed=0, device=cpu, stop_requested=lambda: stop)
+            options = {"seed": 0, "device": cpu, "callbacks": [AddsNumber()], "stop_requested": lambda: stop}
+            return train_tokenizer(draft, config, inputs, **options)
 
     assert job(stop=True) is None
     assert not (tmp_path / "lc").exists()
     tokenizer = job(stop=False)
     assert tokenizer is not None
     assert tokenizer.facts["steps"] == 2
+    assert [row["own"] for row in read_metrics(tokenizer.file("metrics.jsonl"))] == [2.0]
 
 
 @pytest.mark.parametrize(

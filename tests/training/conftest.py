@@ -1,12 +1,12 @@
-"""Networks, states and pictures small enough for a step in milliseconds."""
+"""Networks and states small enough for a step in milliseconds."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch import Tensor
 
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
@@ -60,16 +60,18 @@ def make_state() -> Callable[..., TrainState]:
     return make
 
 
-@pytest.fixture(scope="session")
-def draw() -> Callable[..., Path]:
-    """`draw(folder, count)`: a folder of smooth drawn pictures of 20 x 20 pixels."""
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[int]], None]:
+    """`poison(steps)`: from now on, the autoencoder's loss is NaN in these steps, counted from 0."""
+    original = Objective.autoencoder_loss
 
-    def pictures(folder: Path, count: int) -> Path:
-        folder.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(count):
-            small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-            Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
-        return folder
+    def start(steps: Iterable[int]) -> None:
+        calls = count()
 
-    return pictures
+        def poisoned(*args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            total, terms = original(*args, **kwargs)
+            return total * (float("nan") if next(calls) in steps else 1.0), terms
+
+        monkeypatch.setattr(Objective, "autoencoder_loss", poisoned)
+
+    return start

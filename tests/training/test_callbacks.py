@@ -173,21 +173,31 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
     assert progress.text == "psnr 22.13 dB, codes in use 99.1%, 412 images/s, 3 skipped steps"
     assert dict(progress.details) == {
         "loss": "total 0.5123   l1 0.1",
-        "quality": "PSNR 22.13 dB",
-        "validation": "PSNR 21.99 dB   step 1,000",
-        "codes": "in use 99.1%   perplexity 812.3",
-        "gradients": "norm 0.823   discriminator 0.31   skipped steps 3   learning rate 0.0005",
-        "speed": "412 images/s   0.31 s a step   waiting for images 3%   MFU 38.2%   378 TFLOP/s   memory 41.2 GB",
+        "training": "PSNR 22.13 dB",
+        "validation": "step 1,000   PSNR 21.99 dB",
+        "codes": "in use 99.1%   training perplexity 812.3",
+        "gradients": "gradient norm 0.823   discriminator gradient norm 0.31   skipped steps 3   learning rate 0.0005",
+        "speed": "throughput 412 images/s   time a step 0.31 s   waiting for images 3%   MFU 38.2%"
+        "   arithmetic 378 TFLOP/s   memory 41.2 GB",
     }
     assert progress.messages == [
         "resuming at step 1,199",
         "skipped a damaged checkpoint: step-00001200: model.safetensors is damaged",
-        "step 1,200 was skipped: its gradient is not finite (images a, b, c, ...)",
+        "step 1,200 was skipped: its gradient is not finite (images a, b, c and 1 more)",
     ]
 
 
 def test_unknown_numbers_are_left_out_of_the_progress() -> None:
     few = {"step": 3, "psnr": 20.0, "utilization": 0.5, "images_per_second": 10.0}
-    assert dict(details(few)) == {"quality": "PSNR 20.00 dB", "codes": "in use 50.0%", "speed": "10 images/s"}
+    assert dict(details(few)) == {
+        "training": "PSNR 20.00 dB",
+        "codes": "in use 50.0%",
+        "speed": "throughput 10 images/s",
+    }
     assert summary(few) == "psnr 20.00 dB, codes in use 50.0%, 10 images/s"
     assert summary({"loss/total": 1.5}) == "loss 1.5"
+
+
+def test_progress_shows_the_validation_of_generators_and_classifiers() -> None:
+    row = {"valid/total": 2.5, "valid/top1": 0.25, "valid/top5": 0.5, "valid/perplexity": 12.0}
+    assert details(row) == [("validation", "loss 2.5   top-1 25.0%   top-5 50.0%   perplexity 12.0")]

@@ -49,9 +49,9 @@ main()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, draw_folder: Callable[..., Path]) -> Path:
     """A folder of drawn pictures."""
-    return draw(tmp_path_factory.mktemp("faults") / "pictures", 20)
+    return draw_folder(tmp_path_factory.mktemp("faults") / "pictures", 20)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The training loop on a tiny tokenizer: it learns, resumes bit for bit, and skips steps without a finite gradient."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,14 @@ from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
 from vqpipe.training.callbacks import Callback
-from vqpipe.training.checkpoint import TrainState, checkpoints
+from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loop import train
 from vqpipe.training.running_metrics import Row
 from vqpipe.training.tokenizer_task import TokenizerTask
 
 STEPS, BATCH = 12, 4
+Poison = Callable[[Iterable[int]], None]
 QUANTIZERS: dict[str, QuantizerConfig] = {
     "lc": LcConfig(codebook_size=64, feature_dim=16, code_dim=4, codebook_init="uniform"),
     "ema": EmaConfig(codebook_size=64, code_dim=4),
@@ -126,34 +127,21 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part, tensors in state.tensors().items() for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
-def test_resume_is_bit_exact_with_any_quantizer(tmp_path: Path, kind: str) -> None:
-    straight, recorder = run(tmp_path / "straight", kind)
-    assert straight.step == STEPS
-    for stop_at in (2, 7):  # before and after the discriminator starts
-        state, _ = run(tmp_path / f"cut-{stop_at}", kind, stop_at=stop_at)
-        assert state.step == stop_at
-    state, _ = run(tmp_path / "cut-2", kind, stop_at=9)
-    for folder in ("cut-2", "cut-7"):
-        resumed, rest = run(tmp_path / folder, kind)
-        expected = state_tensors(straight)
-        assert set(state_tensors(resumed)) == set(expected)
-        for name, value in state_tensors(resumed).items():
-            assert torch.equal(value, expected[name]), f"{folder}: {name}"
-        assert rest.rows[-1]["loss/total"] == pytest.approx(recorder.rows[-1]["loss/total"], abs=1e-6)
+def differing(first: TrainState, second: TrainState) -> list[str]:
+    """The names under which two states differ."""
+    here, there = state_tensors(first), state_tensors(second)
+    assert here.keys() == there.keys()
+    return [name for name in here if not torch.equal(here[name], there[name])]
 
 
-def test_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path) -> None:
-    run(tmp_path, stop_at=11)
-    newest = checkpoints(tmp_path).paths()
-    assert [folder.name for folder in newest] == ["step-00000010", "step-00000011"]
-    file = newest[-1] / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-5] ^= 1
-    file.write_bytes(bytes(data))
-    straight, _ = run(tmp_path / "straight")
-    resumed, _ = run(tmp_path)
-    assert all(torch.equal(value, state_tensors(straight)[name]) for name, value in state_tensors(resumed).items())
+def test_run_that_is_stopped_twice_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    straight, recorder = run(tmp_path / "straight", "vq")
+    for stop_at in (2, 9):  # before and after the discriminator starts
+        assert run(tmp_path / "cut", "vq", stop_at=stop_at)[0].step == stop_at
+    resumed, rest = run(tmp_path / "cut", "vq")
+    assert straight.step == resumed.step == STEPS
+    assert differing(straight, resumed) == []
+    assert rest.rows[-1]["loss/total"] == pytest.approx(recorder.rows[-1]["loss/total"], abs=1e-6)
 
 
 def test_loss_falls_and_rows_have_losses_quality_and_speed(tmp_path: Path) -> None:
@@ -166,31 +154,20 @@ def test_loss_falls_and_rows_have_losses_quality_and_speed(tmp_path: Path) -> No
     assert {"loss/adversarial", "loss/discriminator", "loss/commitment", "learning_rate", "data_wait"} <= set(rows[-1])
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> None:
-    """Make the generator's loss NaN in those steps."""
-    original, calls = Objective.generator_loss, iter(range(10**6))
-
-    def poisoned(self: Objective, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total, terms = original(self, *args, **kwargs)  # type: ignore[arg-type]
-        return total * (float("nan") if steps(next(calls)) else 1.0), terms
-
-    monkeypatch.setattr(Objective, "generator_loss", poisoned)
-
-
-def test_too_many_skipped_steps_end_the_run_and_move_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_end_the_run_and_move_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison
+) -> None:
     run(tmp_path, stop_at=5)
-    poison(monkeypatch, lambda call: True)
+    poison(range(100))
     with pytest.raises(NumericError, match=r"3 steps in a row .* the last was step 7, images p28, p29, p30 and 1 more"):
         run(tmp_path, max_nonfinite_steps=3)
     monkeypatch.undo()
-    straight, _ = run(tmp_path / "straight")
-    resumed, _ = run(tmp_path)
-    assert all(torch.equal(value, state_tensors(straight)[name]) for name, value in state_tensors(resumed).items())
+    assert differing(run(tmp_path / "straight")[0], run(tmp_path)[0]) == []
 
 
 @pytest.mark.parametrize("kind", ["lc", "ema"])
-def test_skipped_step_moves_nothing_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    poison(monkeypatch, lambda call: call in (2, 3, 9))
+def test_skipped_step_moves_nothing_and_is_counted(tmp_path: Path, poison: Poison, kind: str) -> None:
+    poison([2, 3, 9])
     state, recorder = run(tmp_path, kind, disc_start=100)
     rows = recorder.rows
     assert recorder.skipped == [2, 3, 9]
@@ -199,8 +176,7 @@ def test_skipped_step_moves_nothing_and_is_counted(tmp_path: Path, monkeypatch: 
     assert all(torch.isfinite(value).all() for value in state_tensors(state).values() if value.is_floating_point())
     assert all(math.isfinite(value) for row in rows for value in row.values())
     before: list[dict[str, Tensor]] = []
-    monkeypatch.undo()
-    poison(monkeypatch, lambda call: call == 4)
+    poison([4])
 
     def remember(state: TrainState) -> None:
         parts = state.tensors()
@@ -245,10 +221,8 @@ def test_frozen_parts_stay_and_the_others_train(tmp_path: Path) -> None:
 
 
 def test_activation_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
-    plain, recomputed = (
-        state_tensors(run(tmp_path / str(flag), activation_checkpointing=flag)[0]) for flag in (False, True)
-    )
-    assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
+    plain, recomputed = (run(tmp_path / str(flag), activation_checkpointing=flag)[0] for flag in (False, True))
+    assert differing(plain, recomputed) == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,9 +199,9 @@ def _small_tensors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, draw_folder: Callable[..., Path]) -> Path:
     """Drawn pictures; the batch size does not divide their number."""
-    return draw(tmp_path_factory.mktemp("resume") / "pictures", PICTURES)
+    return draw_folder(tmp_path_factory.mktemp("resume") / "pictures", PICTURES)
 
 
 @pytest.mark.parametrize("kind", [*sorted(MODELS), "dcae"])
@@ -221,6 +221,7 @@ def test_resume_at_any_step_is_bit_exact(pictures: Path, tmp_path: Path, kind: s
 # Every tensor of a checkpoint is needed.
 
 CUT, END = 6, 8
+Cut = dict[str, tuple[Path, dict[str, Tensor]]]
 PUBLISHED = ("running_mean", "running_var", "num_batches_tracked")
 """Tensors that no step reads: the discriminator's statistics are published with its weights, for fine-tuning."""
 STILL = 1e-7
@@ -252,7 +253,7 @@ CASES = [(kind, leaf) for kind, leaves in LEAVES.items() for leaf in leaves]
 
 
 @pytest.fixture(scope="module")
-def cut(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+def cut(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Cut:
     """For each quantizer: a run folder with one checkpoint, and the tensors of the run resumed from it."""
     made = {}
     for kind in MODELS:
@@ -296,25 +297,29 @@ def sign(folder: Path, table: dict[str, object]) -> None:
     (folder / "state.json").write_text(json.dumps({**table, "sha256": digest_json(table)}))
 
 
+def changes_the_run(pictures: Path, folder: Path, cut: Cut, kind: str, leaf: str) -> bool:
+    """Whether a changed tensor of the checkpoint changes the end of the run: another tensor of it, unless no step reads
+    this one."""
+    begun, expected = cut[kind]
+    shutil.copytree(begun, folder)
+    forge(folder, leaf, "perturb")
+    moved = differing(expected, run_tensors(run(pictures, folder, kind, steps=END)))
+    if leaf.startswith("ema/") or leaf.endswith(PUBLISHED):
+        return moved == [leaf]
+    return bool(set(moved) - {leaf})
+
+
 @pytest.mark.parametrize(("kind", "leaf"), CASES)
 def test_changing_a_tensor_of_a_checkpoint_changes_the_run(
-    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], kind: str, leaf: str
+    pictures: Path, tmp_path: Path, cut: Cut, kind: str, leaf: str
 ) -> None:
-    begun, expected = cut[kind]
-    shutil.copytree(begun, tmp_path / "run")
-    forge(tmp_path / "run", leaf, "perturb")
-    moved = differing(expected, run_tensors(run(pictures, tmp_path / "run", kind, steps=END)))
-    own = leaf.startswith("ema/") or leaf.endswith(PUBLISHED)
-    assert moved == [leaf] if own else set(moved) - {leaf}
+    assert changes_the_run(pictures, tmp_path / "run", cut, kind, leaf)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_no_tensor_of_a_checkpoint_is_unused(
-    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], kind: str
-) -> None:
-    begun, expected = cut[kind]
-    saved = disk.read(checkpoints(begun).paths()[0]).parts
+def test_no_tensor_of_a_checkpoint_is_unused(pictures: Path, tmp_path: Path, cut: Cut, kind: str) -> None:
+    saved = disk.read(checkpoints(cut[kind][0]).paths()[0]).parts
     dead = []
     for leaf in [f"{part}/{name}" for part, tensors in saved.items() for name in tensors]:
         part, _, name = leaf.partition("/")
@@ -322,11 +327,7 @@ def test_no_tensor_of_a_checkpoint_is_unused(
         if kept in ("step", "exp_avg_sq") and saved[part][f"{number}.exp_avg"].abs().max() < STILL:
             continue
         folder = tmp_path / leaf.replace("/", "-")
-        shutil.copytree(begun, folder)
-        forge(folder, leaf, "perturb")
-        moved = differing(expected, run_tensors(run(pictures, folder, kind, steps=END)))
-        own = leaf.startswith("ema/") or leaf.endswith(PUBLISHED)
-        dead += [] if (moved == [leaf] if own else set(moved) - {leaf}) else [leaf]
+        dead += [] if changes_the_run(pictures, folder, cut, kind, leaf) else [leaf]
         shutil.rmtree(folder)
     assert dead == []
 
@@ -334,7 +335,7 @@ def test_no_tensor_of_a_checkpoint_is_unused(
 @pytest.mark.parametrize("leaf", LEAVES["lc"])
 @pytest.mark.parametrize("change", ["drop", "reshape", "retype", "add"])
 def test_missing_or_reshaped_tensor_is_refused(
-    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], leaf: str, change: str
+    pictures: Path, tmp_path: Path, cut: Cut, leaf: str, change: str
 ) -> None:
     shutil.copytree(cut["lc"][0], tmp_path / "run")
     forge(tmp_path / "run", leaf, change)
@@ -346,14 +347,9 @@ def test_missing_or_reshaped_tensor_is_refused(
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer", "discriminator", "discriminator_optimizer"])
-def test_missing_file_is_refused(
-    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], part: str
-) -> None:
+def test_checkpoint_without_a_part_is_refused(pictures: Path, tmp_path: Path, cut: Cut, part: str) -> None:
     shutil.copytree(cut["lc"][0], tmp_path / "run")
     (folder,) = checkpoints(tmp_path / "run").paths()
-    (folder / f"{part}.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=rf"every checkpoint in .* is damaged.*{part}.safetensors"):
-        run(pictures, tmp_path / "run", steps=END)
     table = disk.read_table(folder)
     del table["files"][f"{part}.safetensors"]
     table["shared"].pop(part, None)
@@ -363,9 +359,7 @@ def test_missing_file_is_refused(
 
 
 @pytest.mark.parametrize("counter", ["step", "images_seen", "nonfinite_steps"])
-def test_every_counter_is_needed(
-    pictures: Path, tmp_path: Path, cut: dict[str, tuple[Path, dict[str, Tensor]]], counter: str
-) -> None:
+def test_every_counter_is_needed(pictures: Path, tmp_path: Path, cut: Cut, counter: str) -> None:
     begun, expected = cut["lc"]
     for change in ("perturb", "drop"):
         shutil.copytree(begun, tmp_path / change)
@@ -387,29 +381,19 @@ def test_every_counter_is_needed(
 
 
 def test_skipped_steps_in_a_row_are_counted_through_a_resume(
-    pictures: Path,
-    tmp_path: Path,
-    cut: dict[str, tuple[Path, dict[str, Tensor]]],
-    monkeypatch: pytest.MonkeyPatch,
+    pictures: Path, tmp_path: Path, cut: Cut, poison: Callable[[Iterable[int]], None]
 ) -> None:
     """A run that was interrupted after 19 skipped steps ends with the next one."""
-    original, calls = Objective.generator_loss, iter(range(100))
-
-    def first_is_nan(self: Objective, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total, terms = original(self, *args, **kwargs)  # type: ignore[arg-type]
-        return total * (float("nan") if next(calls) == 0 else 1.0), terms
-
     for in_a_row in (18, 19):
-        calls = iter(range(100))
         shutil.copytree(cut["lc"][0], tmp_path / str(in_a_row))
         (folder,) = checkpoints(tmp_path / str(in_a_row)).paths()
         table = disk.read_table(folder)
         assert table["values"]["nonfinite_in_a_row"] == 0
         table["values"]["nonfinite_in_a_row"] = in_a_row
         sign(folder, table)
-        monkeypatch.setattr(Objective, "generator_loss", first_is_nan)
-        if in_a_row == 18:
-            assert run(pictures, tmp_path / "18", steps=END).state.nonfinite_in_a_row == 0
+    poison([0])
+    assert run(pictures, tmp_path / "18", steps=END).state.nonfinite_in_a_row == 0
+    poison([0])
     with pytest.raises(NumericError, match="20 steps in a row"):
         run(pictures, tmp_path / "19", steps=END)
 
@@ -494,7 +478,7 @@ def main(pictures: str, folder: str, kind: str, steps: str, stop_at: str | None 
     """One rank of one run with a checkpoint every second step; rank 0 saves the final tensors."""
     torch.set_num_threads(1)
     disk.SHARED_BYTES = SHARED_BYTES
-    with distributed.connect(torch.device("cpu")):
+    with distributed.process_group(torch.device("cpu")):
         limit = None if stop_at is None else int(stop_at)
         finished = run(Path(pictures), Path(folder), kind, steps=int(steps), stop_at=limit, save_every=2)
         if distributed.is_main():

@@ -14,7 +14,7 @@ def test_paused_time_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, paused in ((1.0, True), (2.0, False)):
         now[0] += 3.0
         measured.update(StepOutput({"loss": torch.ones(())}, torch.zeros((), dtype=torch.bool), None))
-        with measured.paused(paused):
+        with measured.untimed(paused):
             now[0] += seconds
         with measured.waiting():
             now[0] += 1.0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vqpipe.config import from_table
 from vqpipe.data.batches import Batch
-from vqpipe.distributed import connect, rank, world_size
+from vqpipe.distributed import process_group, rank, world_size
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import QuantizerConfig
@@ -99,7 +99,7 @@ def test_two_ranks_hold_the_same_bits_after_training(tmp_path: Path, steps: int)
 
 if __name__ == "__main__":
     place, number_of_steps = Path(sys.argv[1]), int(sys.argv[2])
-    with connect(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         alike = {
             f"{kind}/{name}": value
             for kind in KINDS

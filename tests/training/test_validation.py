@@ -108,9 +108,9 @@ class Numbered(torch.nn.Module):
         self.register_buffer("step", torch.tensor(step))
 
 
-def offered(best: BestWeights, values: dict[int, float]) -> list[int]:
+def kept_steps(best: BestWeights, values: dict[int, float]) -> list[int]:
     """The steps whose weights were kept."""
-    return [step for step, value in values.items() if best.offer(Numbered(step), step, {best.measure: value})]
+    return [step for step, value in values.items() if best.keep_if_best(Numbered(step), step, {best.measure: value})]
 
 
 def kept_step(path: Path) -> int:
@@ -122,19 +122,19 @@ def test_best_weights_are_kept_through_a_resume(tmp_path: Path, higher: bool, ex
     path = tmp_path / "best.safetensors"
     best = BestWeights(path, "valid/psnr", higher_is_better=higher)
     first, second = {1: 20.0, 2: 21.5, 3: 19.0}, {4: 18.0, 5: 22.0}
-    taken = offered(best, first)
+    taken = kept_steps(best, first)
     resumed = BestWeights(path, "valid/psnr", higher_is_better=higher)
     assert (resumed.step, resumed.value) == (best.step, best.value) == (taken[-1], first[taken[-1]])
-    assert offered(resumed, first) == []  # a resumed run computes them again
-    taken += offered(resumed, second)
+    assert kept_steps(resumed, first) == []  # a resumed run computes them again
+    taken += kept_steps(resumed, second)
     assert taken == expected
     assert kept_step(path) == resumed.step == expected[-1]
 
 
 def test_nan_is_never_the_best_and_infinite_psnr_is(tmp_path: Path) -> None:
     best = BestWeights(tmp_path / "best.safetensors", "valid/psnr", higher_is_better=True)
-    assert offered(best, {1: float("nan"), 2: 10.0, 3: float("nan")}) == [2]
-    assert best.offer(Numbered(4), 4, {})  # not a pixel differs, so there is no PSNR
+    assert kept_steps(best, {1: float("nan"), 2: 10.0, 3: float("nan")}) == [2]
+    assert best.keep_if_best(Numbered(4), 4, {})  # not a pixel differs, so there is no PSNR
     assert kept_step(best.path) == 4
 
 
@@ -146,19 +146,19 @@ def test_collapse_is_a_far_worse_validation(
 ) -> None:
     best = BestWeights(tmp_path / "best.safetensors", "valid/measure", higher_is_better=higher)
     assert not best.collapsed({best.measure: far_worse})  # there is no best yet
-    offered(best, {1: best_value, 2: worse, 3: far_worse})
+    kept_steps(best, {1: best_value, 2: worse, 3: far_worse})
     assert [best.collapsed({best.measure: value}) for value in (best_value, worse, far_worse)] == [False, False, True]
     assert kept_step(best.path) == 1
 
 
 def test_kill_while_keeping_new_weights_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = BestWeights(tmp_path / "best.safetensors", "valid/psnr", higher_is_better=True)
-    offered(best, {1: 20.0})
+    kept_steps(best, {1: 20.0})
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        offered(best, {2: 30.0})
+        kept_steps(best, {2: 30.0})
     assert BestWeights(best.path, "valid/psnr", higher_is_better=True).step == 1 == kept_step(best.path)

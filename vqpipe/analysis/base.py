@@ -1,6 +1,6 @@
 """The base class of analyses, and what they share.
 
-Letters: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
+Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """`patches`: the image patches nearest to a code among those that chose it, on a sheet per code.
 
-Letters: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels, f the downsample factor,
+Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels, f the downsample factor,
 S = 2 f the side of a patch (f even), M patches a code, T codes a group that are tracked.
 """
 

@@ -5,7 +5,7 @@ Little is lost where neighboring codes are similar, much where codes are few or 
 nearest *other* code, and k = 0 the plain reconstruction. The paper's images are those of 100 ImageNet classes drawn at
 random; ours are those of the evaluation.
 
-Letters: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
+Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -153,7 +153,7 @@ def kth_nearest(ids: Tensor, codebook: Tensor, ranks: list[int]) -> Tensor:
     """The k-th nearest *other* code of each code, for each k of `ranks`: int64[n], float32[K, C] -> int64[n, R].
 
     The code itself is excluded by its id, so that an equal code has distance 0. In float64, tile by tile: O(K) memory
-    beside MAX_DISTANCES, and independent of the tiles except for equal codes.
+    besides MAX_DISTANCES, and independent of the tiles except for equal codes.
     """
     codes = codebook.double()
     norms = codes.square().sum(1)

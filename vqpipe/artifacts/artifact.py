@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError
-from vqpipe.files import digest_json, hash_file, with_a_name
+from vqpipe.files import digest_json, hash_file, with_final_name
 from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
@@ -46,26 +46,17 @@ class Manifest:
 
 
 class Artifact:
-    """A published directory."""
+    """A published directory. It is an `Input` of other stages, with the content digest of its manifest as `digest`."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
+        self.name = path.name
         self.manifest = manifest
         self.kind = manifest.kind
         self.config = manifest.config
         self.facts = manifest.facts
         self.inputs = manifest.inputs
-        self.content = manifest.content
-
-    @property
-    def digest(self) -> str:
-        """The content digest. (An artifact is an `Input`.)"""
-        return self.content
-
-    @property
-    def name(self) -> str:
-        """The directory's name."""
-        return self.path.name
+        self.digest = manifest.content
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -73,7 +64,7 @@ class Artifact:
         return {
             "kind": self.kind,
             "name": self.name,
-            "content": self.content,
+            "content": self.digest,
             "inputs": self.manifest.provenance.get("lineage", {}),
         }
 
@@ -91,8 +82,8 @@ class Artifact:
         """File names that match the glob `pattern`, sorted."""
         return sorted(name for name in self.manifest.files if PurePosixPath(name).match(pattern))
 
-    def whole(self, name: str) -> Path:
-        """Path of the file `name`, after hashing it again: weights and ids with a flipped bit load without an error.
+    def verified_file(self, name: str) -> Path:
+        """Path of the file `name`, once its hash is as published: weights and ids with a flipped bit load silently.
 
         Raises:
             ArtifactError: the manifest does not list it, or its hash differs from the published one.
@@ -106,23 +97,18 @@ class Artifact:
             )
         return path
 
-    def check(self, names: Sequence[str], progress: Progress = SILENT) -> None:
-        """`whole` for many large files, before long work on them. Each rank hashes its share.
+    def verify_files(self, names: Sequence[str], progress: Progress = SILENT) -> None:
+        """`verified_file` for many large files, before long work on them. Each rank hashes its share.
 
         Raises:
-            ArtifactError: as `whole`, on every rank.
+            ArtifactError: as `verified_file`, on every rank.
         """
         own = names[distributed.rank() :: distributed.world_size()]
         progress.start(f"checking {self.name}", len(own), "files")
-        error = None
-        try:
+        with distributed.sharing_errors():
             for name in own:
-                self.whole(name)
+                self.verified_file(name)
                 progress.advance()
-        except ArtifactError as raised:
-            error = raised
-        for found in filter(None, distributed.gather_objects(error)):
-            raise found
 
     def verify(self) -> None:
         """Hash every file again.
@@ -131,8 +117,8 @@ class Artifact:
             ArtifactError: a file's hash, or the manifest's own digest, differs from the published one.
         """
         for name in self.manifest.files:
-            self.whole(name)
-        if content_digest(self.manifest.files) != self.content:
+            self.verified_file(name)
+        if content_digest(self.manifest.files) != self.digest:
             raise ArtifactError(
                 f"{self.path / 'manifest.json'} was edited: its content digest does not match its files"
             )
@@ -144,7 +130,7 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
     Raises:
         ArtifactError: it is absent, unfinished, damaged, of another kind, or of another schema.
     """
-    path = with_a_name(Path(path))
+    path = with_final_name(Path(path))
     partial = partial_path(path)
     if not path.exists() and partial.exists():
         done = len(list((partial / ".records").glob("*.json")))

@@ -95,11 +95,11 @@ class Draft:
     ) -> None:
         if isinstance(error, Exception):
             write_status(self.path, error)
-        if self.lock.held and not self.has_work():
+        if self.lock.held and not self.has_files():
             shutil.rmtree(self.path, ignore_errors=True)
         self.lock.release()
 
-    def has_work(self) -> bool:
+    def has_files(self) -> bool:
         """Whether anything was written from which a run could resume."""
         own = ("request.json", lock.NAME, RUNS, STATUS)
         files = (path for path in self.path.rglob("*") if path.is_file())
@@ -217,7 +217,7 @@ class Draft:
             text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
             path.write_text(text + "\n", encoding="utf-8")
 
-    def adopt(self, name: str, **record: Any) -> None:
+    def record_existing(self, name: str, **record: Any) -> None:
         """Record a file that is in the draft already (a log that grew during the run)."""
         check_name(name)
         target = self.path / name
@@ -238,6 +238,7 @@ class Draft:
         return None if entry is None else entry["record"]
 
     def entry(self, name: str) -> dict[str, Any] | None:
+        """What `write_record` stored about a finished file; None if it is absent or not as recorded."""
         try:
             entry = json.loads(self.record_file(name).read_text(encoding="utf-8"))
             size = (self.path / name).stat().st_size
@@ -246,6 +247,7 @@ class Draft:
         return entry if entry.get("name") == name and entry.get("bytes") == size else None
 
     def record_file(self, name: str) -> Path:
+        """The path of the record of a file."""
         return self.path / ".records" / (name.replace("/", "__") + ".json")
 
     def publish(self, facts: dict[str, Any]) -> Artifact:

@@ -149,7 +149,13 @@ class States:
         for path in reversed(self.paths()):
             problem = damage(path)
             if problem is None:
-                if read_table(path)["request"] != self.request:
+                request = read_table(path).get("request")
+                if request is None:
+                    raise ArtifactError(
+                        f"{path} was saved by an older vqpipe, without the digest of its request",
+                        f"Delete {self.folder} to start again at step 0, or finish with the vqpipe that saved it",
+                    )
+                if request != self.request:
                     raise ArtifactError(
                         f"{path} was saved by a run with other inputs or settings", "Name another folder, or delete it"
                     )
@@ -259,6 +265,7 @@ def remove(path: Path) -> None:
 
 
 def shared_file(folder: Path, key: str) -> Path:
+    """The path of the shared tensor with this digest."""
     return folder / f"shared-{key}.safetensors"
 
 

@@ -9,7 +9,6 @@
 """
 
 from vqpipe.benchmarks.job import SUBJECTS, free_memory, parse_subjects, preset_of, request, run
-from vqpipe.benchmarks.networks import Experiment
 from vqpipe.benchmarks.timing import Settings
 
-__all__ = ["SUBJECTS", "Experiment", "Settings", "free_memory", "parse_subjects", "preset_of", "request", "run"]
+__all__ = ["SUBJECTS", "Settings", "free_memory", "parse_subjects", "preset_of", "request", "run"]

@@ -7,23 +7,22 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.benchmarks import kmeans, networks, search
-from vqpipe.benchmarks.networks import Experiment
+from vqpipe.benchmarks import kmeans, search, step_and_encode
 from vqpipe.benchmarks.timing import Case, Settings
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.progress import SILENT, Progress
-from vqpipe.provenance import git_commit
+from vqpipe.provenance import git_commit, versions
 from vqpipe.reports import page
 from vqpipe.reports.benchmark import benchmark_page, headlines
+from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 SUBJECTS = ("search", "kmeans", "train", "tokenize")
 PACKAGES = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "triton", "flash-kmeans")
@@ -73,24 +72,24 @@ def request(subjects: Sequence[str], settings: Settings) -> dict[str, Any]:
         "rounds": settings.rounds,
         "seed": settings.seed,
         "machine": machine(settings.device),
-        "versions": versions(),
+        "versions": software(),
     }
 
 
 def run(
-    draft: Draft, subjects: Sequence[str], settings: Settings, experiment: Experiment, progress: Progress = SILENT
+    draft: Draft, subjects: Sequence[str], settings: Settings, recipe: TokenizerRecipe, progress: Progress = SILENT
 ) -> Artifact:
     """Measure case by case, and publish `metrics.json` and the page. Finished cases are kept in the draft: a run that
     was interrupted continues at the next case.
 
     Args:
-        experiment: the settings of the preset `preset_of(settings)`.
+        recipe: the preset `preset_of(settings)`.
     """
     cases_of: dict[str, Callable[[], dict[str, Callable[[Progress], Case]]]] = {
         "search": lambda: search.cases(settings),
         "kmeans": lambda: kmeans.cases(settings),
-        "train": lambda: networks.train_cases(settings, experiment),
-        "tokenize": lambda: networks.tokenize_cases(settings, experiment),
+        "train": lambda: step_and_encode.train_cases(settings, preset_of(settings), recipe),
+        "tokenize": lambda: step_and_encode.tokenize_cases(settings, recipe),
     }
     cases = {subject: cases_of[subject]() for subject in subjects}
     if warning := busy_warning():
@@ -116,7 +115,7 @@ def run(
             "patience_s": settings.patience,
         },
         "machine": machine(settings.device),
-        "versions": versions(),
+        "versions": software(),
         "subjects": measured,
     }
     draft.write_json("metrics.json", metrics)
@@ -163,11 +162,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
+def software() -> dict[str, str]:
     """The versions of the installed PACKAGES, and the git commit."""
-    found = {}
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
     commit = git_commit()
-    return found | ({"git": commit} if commit else {})
+    return versions(PACKAGES) | ({"git": commit} if commit else {})

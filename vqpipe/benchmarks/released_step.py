@@ -5,7 +5,7 @@ vqgan-gpt-lc/models/models_vq.py and engine_training_vqgan.py. Float32, default 
 losses and gradients equal those of our step. Left out: LPIPS, which the released code computes a second time for the
 discriminator, and the loss scaler for float16.
 
-Letters: B images, N latent vectors, K codes, C channels of a code.
+Shapes: B images, N latent vectors, K codes, C channels of a code.
 """
 
 import copy
@@ -44,12 +44,12 @@ class ReleasedStep:
 
     def step(self, images: Tensor) -> None:
         """float[B, 3, H, W] in [-1, 1]: a step of the autoencoder, then one of the discriminator."""
-        loss, ids = self.generator_loss(images)
+        loss, ids = self.autoencoder_loss(images)
         self.counts += F.one_hot(ids, len(self.counts)).sum(dim=0)
         descend(self.optimizer, loss)
         descend(self.discriminator_optimizer, self.discriminator_loss(images))
 
-    def generator_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencoder_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the autoencoder, and the ids, int64[N]. The discriminator is not frozen: backward also computes
         the gradient of its weights."""
         reconstruction, quantizer_loss, ids = self.reconstruct(images)

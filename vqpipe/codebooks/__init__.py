@@ -1,1 +1,1 @@
-"""Frozen codebooks: patch features of pretrained encoders, and their k-means centres."""
+"""Frozen codebooks: patch features of pretrained encoders, and their k-means centers."""

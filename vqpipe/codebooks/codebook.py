@@ -1,6 +1,6 @@
 """A codebook of k-means: the result of a clustering, and codebook files.
 
-K codes, D dimensions.
+Shapes: K codes, D dimensions.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ CODEBOOK_FILE = "codebook.safetensors"
 
 @dataclass(frozen=True)
 class Clustering:
-    """The result of k-means: centres of features, each of them in use."""
+    """The result of k-means: centers of features, each of them in use."""
 
     codebook: Tensor
     """float32[K, D], all rows different."""
@@ -32,14 +32,14 @@ class Clustering:
     """int64[K]: vectors nearest to each code; at least 1."""
     history: tuple[float, ...]
     """Inertia (mean squared distance of a vector to its code) before the first iteration and after each, then after
-    each pass that filled empty clusters. In mini-batch mode that of each epoch, measured while the centres move, then
+    each pass that filled empty clusters. In mini-batch mode that of each epoch, measured while the centers move, then
     the exact one."""
     converged: bool
     """Whether `tolerance` ended the run, not the maximum number of iterations."""
     iterations: int
     """Lloyd iterations; in mini-batch mode, epochs."""
     reseeded: int = 0
-    """How many times an empty cluster's centre was moved to a vector far from its own centre."""
+    """How many times an empty cluster's center was moved to a vector far from its own center."""
 
     @property
     def inertia(self) -> float:
@@ -99,7 +99,7 @@ def load_codebook(source: Artifact | Path | str) -> Tensor:
     """
     if not isinstance(source, Artifact) and Path(source).is_dir():
         source = open_artifact(source, "codebook")
-    path = source.whole(CODEBOOK_FILE) if isinstance(source, Artifact) else Path(source)
+    path = source.verified_file(CODEBOOK_FILE) if isinstance(source, Artifact) else Path(source)
     if path.suffix == ".npy":
         codebook = torch.from_numpy(np.array(open_matrix(path), dtype=np.float32))
     else:

@@ -1,6 +1,9 @@
 """Patch encoders: the interface, average pooling, and patch-pca, which needs no pretrained weights.
 
-B images, S their side, g the side of the grid of patches, D the dimension of a feature, p the side of a patch.
+To add an encoder, subclass `PatchEncoder` (`pretrained.Normalized` for a network with weights) and add its kind to
+`features.ENCODERS`.
+
+Shapes: B images, S their side, g the side of the grid of patches, D the dimension of a feature, p the side of a patch.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 
 from vqpipe.data.batches import OrderedImages, through_workers, worker_count
 from vqpipe.data.images import ImageSet
-from vqpipe.data.transforms import MAX_PIXELS, center_crop, to_float
+from vqpipe.data.transforms import center_crop, to_float
 from vqpipe.device import reduced_precision
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
@@ -36,7 +39,7 @@ class PatchEncoder(nn.Module, ABC):
         grid_size: g.
         dim: D.
         default_pool: side of the grid after average pooling, unless another is given.
-        transform: preprocessing of a decoded image to uint8[3, S, S]; None: ADM's centre crop.
+        transform: preprocessing of a decoded image to uint8[3, S, S]; None: ADM's center crop.
     """
 
     image_size: int
@@ -148,7 +151,7 @@ class PatchPca(PatchEncoder):
 
     def crops(self, images: ImageSet, chosen: np.ndarray, num_workers: int) -> Iterator[Tensor]:
         """Batches uint8[<= FIT_BATCH, 3, S, S] of the readable images of `chosen`, in order."""
-        dataset = OrderedImages(images, partial(center_crop, size=self.image_size), flip=False, max_pixels=MAX_PIXELS)
+        dataset = OrderedImages(images, partial(center_crop, size=self.image_size))
         work = [chosen[first : first + FIT_BATCH].tolist() for first in range(0, len(chosen), FIT_BATCH)]
         workers = worker_count(num_workers, len(work), 3 * self.image_size**2 * FIT_BATCH)
         for batch, _ in through_workers(dataset, work, workers):

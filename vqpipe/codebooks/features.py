@@ -9,14 +9,15 @@ workers, and a resumed run continues with the first missing shard:
 
 `FeatureSet` reads such an artifact, or any `.npy` files of shape [n, D], memory-mapped.
 
-B images, S their side, N vectors of dimension D.
+Shapes: B images, S their side, N vectors of dimension D.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -59,7 +60,7 @@ class FeaturesConfig:
     patch-pca."""
     image_size: int | None = None
     """Side of the square images in pixels; none: the size the encoder was trained on, 256 for patch-pca."""
-    batch_size: int = resumable(32)
+    batch_size: int = resumable(default=32)
     """Images per batch; changes only the speed."""
     patch_size: int = 8
     """Side of a patch in pixels, patch-pca only."""
@@ -67,7 +68,7 @@ class FeaturesConfig:
     """Dimension of a feature, patch-pca only."""
     fit_patches: int = 200_000
     """Approximate number of patches for the principal components, patch-pca only."""
-    weights: Path | None = resumable(None)
+    weights: Path | None = resumable(default=None)
     """File with the encoder's weights (its hash is an input of the artifact); none: the Hugging Face cache or hub."""
     allow_random_weights: bool = False
     """Without `weights`, use an untrained network instead of downloading them: for controls."""
@@ -86,28 +87,72 @@ class FeaturesConfig:
                 raise ConfigError(f"features.{name} = {value}", "It is at least 1")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"features.precision = {self.precision!r} is not a choice", "Use fp32 or bf16")
-        family, colon, name = self.encoder.partition(":")
-        if self.encoder != "patch-pca" and (family not in ("open_clip", "timm") or not colon or not name):
-            raise ConfigError(
-                f"features.encoder = {self.encoder!r} is unknown", "Use patch-pca, open_clip:NAME/TAG or timm:NAME"
-            )
+        kind, colon, name = self.encoder.partition(":")
+        takes_name = kind in ENCODERS and ENCODERS[kind].find_weights is not None
+        if kind not in ENCODERS or (bool(colon), bool(name)) != (takes_name, takes_name):
+            *others, last = (each.usage for each in ENCODERS.values())
+            raise ConfigError(f"features.encoder = {self.encoder!r} is unknown", f"Use {', '.join(others)} or {last}")
 
 
-def find_weights(config: FeaturesConfig) -> Path | None:
-    """The file with the encoder's weights; None for patch-pca and for random weights.
+def pretrained_encoders() -> ModuleType:
+    """The module of pretrained encoders; open_clip and timm take seconds to import."""
+    from vqpipe.codebooks import pretrained
+
+    return pretrained
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """How to build the encoders of one kind."""
+
+    usage: str
+    """The form of the setting `encoder`: `KIND`, or `KIND:NAME` for a kind with weights."""
+    build: Callable[[FeaturesConfig, str, Path | None], PatchEncoder]
+    """Build the encoder from (config, NAME, weights file)."""
+    find_weights: Callable[[str], Path] | None = None
+    """Find the weights file of NAME, in the cache or on the hub; None: the kind has no weights."""
+
+
+ENCODERS: dict[str, EncoderKind] = {
+    "patch-pca": EncoderKind(
+        "patch-pca",
+        lambda config, name, weights: PatchPca(config.image_size or 256, config.patch_size, config.components),
+    ),
+    "open_clip": EncoderKind(
+        "open_clip:NAME/TAG",
+        lambda config, name, weights: pretrained_encoders().open_clip_encoder(name, weights, config.image_size),
+        lambda name: pretrained_encoders().open_clip_weights(name),
+    ),
+    "timm": EncoderKind(
+        "timm:NAME",
+        lambda config, name, weights: pretrained_encoders().timm_encoder(name, weights, config.image_size),
+        lambda name: pretrained_encoders().timm_weights(name),
+    ),
+}
+"""The kinds of encoders, by the KIND of the setting."""
+
+
+def encoder_kind(config: FeaturesConfig) -> tuple[EncoderKind, str]:
+    """The kind of the config's encoder, and its NAME."""
+    kind, _, name = config.encoder.partition(":")
+    return ENCODERS[kind], name
+
+
+def encoder_weights(config: FeaturesConfig) -> Path | None:
+    """The file with the encoder's weights; None for a kind without weights and for random weights.
 
     Raises:
         WeightsError: they are not on this machine and cannot be downloaded.
-        ConfigError: no such model, or weights for patch-pca.
+        ConfigError: no such model, or weights for a kind that has none.
     """
-    family, _, name = config.encoder.partition(":")
-    if family == "patch-pca" and config.weights is not None:
-        raise ConfigError("features.weights is set, and patch-pca has no weights", "Leave it out, or name an --encoder")
-    if config.weights is not None or family == "patch-pca" or config.allow_random_weights:
+    kind, name = encoder_kind(config)
+    if kind.find_weights is None and config.weights is not None:
+        raise ConfigError(
+            f"features.weights is set, and {config.encoder} has no weights", "Leave it out, or name an --encoder"
+        )
+    if kind.find_weights is None or config.weights is not None or config.allow_random_weights:
         return config.weights
-    from vqpipe.codebooks import pretrained  # open_clip and timm take seconds to import
-
-    return pretrained.open_clip_weights(name) if family == "open_clip" else pretrained.timm_weights(name)
+    return kind.find_weights(name)
 
 
 def open_encoder(config: FeaturesConfig, weights: Path | None) -> PatchEncoder:
@@ -117,15 +162,8 @@ def open_encoder(config: FeaturesConfig, weights: Path | None) -> PatchEncoder:
         ConfigError: no such model, or a pool that does not divide its grid.
         WeightsError: the weights are missing or belong to another model.
     """
-    family, _, name = config.encoder.partition(":")
-    encoder: PatchEncoder
-    if family == "patch-pca":
-        encoder = PatchPca(config.image_size or 256, config.patch_size, config.components)
-    else:
-        from vqpipe.codebooks import pretrained
-
-        build = pretrained.open_clip_encoder if family == "open_clip" else pretrained.timm_encoder
-        encoder = build(name, weights, config.image_size)
+    kind, name = encoder_kind(config)
+    encoder = kind.build(config, name, weights)
     check_pool(encoder, config.pool)
     return encoder
 
@@ -238,7 +276,7 @@ class FeatureSet:
     ) -> None:
         self.shards, self.names = list(shards), list(names)
         self.labels, self.artifact = labels, artifact
-        self.digest = artifact.content if artifact else digest
+        self.digest = artifact.digest if artifact else digest
         self.name = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         self.lineage = (
             artifact.lineage if artifact else {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
@@ -292,7 +330,7 @@ class FeatureSet:
         """The vectors at `rows` as another feature set, in memory."""
         return FeatureSet([self.take(rows).numpy()], [name])
 
-    def check(self, progress: Progress) -> None:
+    def verify(self, progress: Progress) -> None:
         """Compare the hashes of an artifact's shards with its manifest, each rank some of them.
 
         (Other files are hashed when they are opened: that is their digest.)
@@ -301,7 +339,7 @@ class FeatureSet:
             ArtifactError: a shard is not as published.
         """
         if self.artifact is not None:
-            self.artifact.check(self.names, progress)
+            self.artifact.verify_files(self.names, progress)
 
     def place(self, row: int) -> str:
         """The shard and the row within it, for messages."""
@@ -333,7 +371,7 @@ def open_features_artifact(path: Path) -> FeatureSet:
     if not names:
         raise DataError(f"{path} holds no feature shards", "Extract features from at least one image")
     columns = [
-        parquet.read_table(artifact.whole(name), columns=["label", "num_rows"])
+        parquet.read_table(artifact.verified_file(name), columns=["label", "num_rows"])
         for name in artifact.names("samples-*.parquet")
     ]
     labels = np.concatenate([column["label"].fill_null(-1).to_numpy() for column in columns]).astype(np.int32)

@@ -1,13 +1,14 @@
 """k-means over stored features: Lloyd's algorithm on every vector, streamed block by block, or mini-batches.
 
-Each iteration passes over all N vectors (none are subsampled), finds nearest centres exactly, and sums in 64-bit fixed
-point: the centres are the same for any number of ranks. VQGAN-LC clusters 1,300 images x 16 vectors of each class into
-100 centres (`per_class`); its paper reads as one global clustering, which is the default here.
+Each iteration passes over all N vectors (none are subsampled), finds nearest centers exactly, and sums in 64-bit fixed
+point: the centers are the same bytes for any number of ranks, except those of mini-batches (see `lloyd`). VQGAN-LC
+clusters 1,300 images x 16 vectors of each class into 100 centers (`per_class`); its paper reads as one global
+clustering, which is the default here.
 
-Memory holds the centres and their sums (about 24 bytes per number), a few blocks of 65,536 vectors, the sample for the
-initial centres (1 GB at most) and 36 bytes per vector, whatever the size of the features on disk.
+Memory holds the centers and their sums (about 24 bytes per number), a few blocks of 65,536 vectors, the sample for the
+initial centers (1 GB at most) and 36 bytes per vector, whatever the size of the features on disk.
 
-N vectors, K centres, D dimensions.
+Shapes: N vectors, K centers, D dimensions.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from vqpipe import distributed
 from vqpipe.artifacts.states import States, read
 from vqpipe.codebooks.codebook import Clustering
 from vqpipe.codebooks.features import FeatureSet
-from vqpipe.codebooks.lloyd import PART, UNSAVED, Points, SharedStates, lloyd, mini_batch
+from vqpipe.codebooks.lloyd import PART, UNSAVED, CollectiveStates, Points, lloyd, mini_batch
 from vqpipe.codebooks.seeding import num_candidates, plusplus_rows, sample_rows
 from vqpipe.config import resumable, to_request
 from vqpipe.device import available_bytes
@@ -30,8 +31,8 @@ from vqpipe.errors import ConfigError, DataError
 from vqpipe.files import digest_json
 from vqpipe.progress import SILENT, Progress
 
-CENTRE_BYTES = 24
-"""Per number of the centres: float32 centres, their copy for the search, int64 sums, and a copy being saved."""
+CENTER_BYTES = 24
+"""Per number of the centers: float32 centers, their copy for the search, int64 sums, and a copy being saved."""
 BLOCK_COPIES = 4
 """float32 blocks in memory: one being read, one in use, its differences, and the temporaries of the search."""
 VECTOR_BYTES = 36
@@ -50,16 +51,17 @@ class KmeansConfig:
     iterations: int = 20
     """Maximum number of Lloyd iterations; in mini-batch mode of epochs, passes over all vectors."""
     init: Init = "k-means++"
-    """How the initial centres are chosen from the vectors."""
+    """How the initial centers are chosen from the vectors."""
     per_class: bool = False
-    """Cluster the vectors of each class separately into k / classes centres, concatenated in class order."""
+    """Cluster the vectors of each class separately into k / classes centers, concatenated in class order."""
     select: Select = "kmeans"
     """"random": the codes are k distinct vectors drawn at random, without clustering (the paper's ablation)."""
     tolerance: float = 1e-4
-    """Stop when an iteration lowers the inertia by at most this share of it; 0: when it no longer falls."""
+    """Stop when an iteration lowers the inertia by at most this share of the value before; 0: when it no
+    longer falls."""
     batch: int = 0
     """Vectors per step of mini-batch k-means; 0: Lloyd's algorithm on all vectors."""
-    gpu_share: float = resumable(0.5)
+    gpu_share: float = resumable(default=0.5)
     """Share (0..1) of a GPU's free memory in which features are kept, in the precision they are stored in; larger ones
     are copied to the GPU in every pass. The codebook is the same."""
 
@@ -98,17 +100,17 @@ def kmeans(
     """Cluster `features`. Every rank calls it and gets the same result.
 
     Args:
-        checkpoints: folder for the state after the initial centres and after each iteration (per class: the result of
-            each class). A call with the same arguments resumes from it, on any number of ranks, and ends in the same
-            bytes. None: nothing is saved.
+        checkpoints: folder for the state after the initial centers and after each iteration (per class: the result of
+            each class). A call with the same arguments resumes from it and ends in the same bytes, on any number of
+            ranks (mini-batches: see `lloyd`). None: nothing is saved.
 
     Raises:
-        DataError: fewer vectors or fewer distinct vectors than centres; labels missing for `per_class`.
+        DataError: fewer vectors or fewer distinct vectors than centers; labels missing for `per_class`.
         ConfigError: `per_class` with a k that the number of classes does not divide; a k that exceeds the memory.
         NumericError: NaN or infinity in the features.
         ArtifactError: the features are not as published; `checkpoints` holds another clustering, or cannot be written.
     """
-    features.check(progress)
+    features.verify(progress)
     request = {**to_request(config), "seed": seed, "features": features.digest}
     digest = digest_json({**request, "num_vectors": features.num_vectors, "dim": features.dim})
     if config.per_class:
@@ -117,7 +119,7 @@ def kmeans(
     check_memory(features, config.k, device)
     room = room_for_features(features, config.k, device, config.gpu_share)
     points = Points(features, device, shared=True, visits=config.visits, room=room, progress=progress)
-    return cluster(points, config, config.k, (seed,), SharedStates(checkpoints, digest, progress))
+    return cluster(points, config, config.k, (seed,), CollectiveStates(checkpoints, digest, progress))
 
 
 def kmeans_per_class(
@@ -129,7 +131,7 @@ def kmeans_per_class(
     digest: str,
     progress: Progress,
 ) -> Clustering:
-    """k / classes centres for each class, in class order (VQGAN-LC's released code). Rank r of w takes the classes r,
+    """k / classes centers for each class, in class order (VQGAN-LC's released code). Rank r of w takes the classes r,
     r + w, ... and saves the result of each in a folder of its own."""
     if features.labels is None or (features.labels < 0).any():
         missing = features.num_vectors if features.labels is None else int((features.labels < 0).sum())
@@ -183,26 +185,26 @@ def cluster_class(
     return {"codebook": result.codebook, "counts": result.counts, "summary": summary}
 
 
-def cluster(points: Points, config: KmeansConfig, k: int, key: tuple[int, ...], states: SharedStates) -> Clustering:
-    """Choose k initial centres among the points, then iterate; `key` seeds the random choices."""
+def cluster(points: Points, config: KmeansConfig, k: int, key: tuple[int, ...], states: CollectiveStates) -> Clustering:
+    """Choose k initial centers among the points, then iterate; `key` seeds the random choices."""
     check_enough(len(points.distinct), k, points.features.name, "distinct vectors", points.features.num_vectors)
     iterations = 0 if config.select == "random" else config.iterations
     saved = states.newest("iterations")
     if saved is not None:
-        centres = saved.parts[PART]["centres"].to(points.device)
+        centers = saved.parts[PART]["centers"].to(points.device)
     else:
         if config.select == "random" or config.init == "random":
             rows = np.sort(np.random.default_rng(key).choice(points.distinct, k, replace=False))
         else:
             rows = plusplus_rows(points, k, key, states)
-        centres = points.features.take(rows).to(points.device)
+        centers = points.features.take(rows).to(points.device)
         if points.shared:
-            distributed.broadcast(centres)
-        states.save("iterations", 0, {"centres": centres})
+            distributed.broadcast(centers)
+        states.save("iterations", 0, {"centers": centers})
         states.discard("candidates", "choice")
     if config.batch and iterations:
-        return mini_batch(points, centres, iterations, config.tolerance, config.batch, key, saved=saved, states=states)
-    return lloyd(points, centres, iterations, config.tolerance, saved=saved, states=states)
+        return mini_batch(points, centers, iterations, config.tolerance, config.batch, key, saved=saved, states=states)
+    return lloyd(points, centers, iterations, config.tolerance, saved=saved, states=states)
 
 
 def check_enough(found: int, k: int, name: str, what: str, of: int | None = None) -> None:
@@ -227,7 +229,7 @@ def check_memory(features: FeatureSet, k: int, device: torch.device) -> None:
 def check_fits(needed: int, free: int, k: int, dim: int, where: str) -> None:
     if needed > free:
         raise ConfigError(
-            f"out of memory: k = {k:,} centres of dimension {dim} need about {needed / 1e9:,.2f} GB, {where} has"
+            f"out of memory: k = {k:,} centers of dimension {dim} need about {needed / 1e9:,.2f} GB, {where} has"
             f" {free / 1e9:,.2f} GB free",
             "Use a smaller k, or a machine with more memory",
         )
@@ -245,7 +247,7 @@ def working_bytes(features: FeatureSet, k: int) -> int:
     """Memory of the iterations or of the seeding, whichever is larger, and of the blocks."""
     sampled = sample_rows(features.num_vectors, features.dim, k)
     seeding = (4 * features.dim + 64) * sampled + 8 * num_candidates(k) * features.dim
-    return max(CENTRE_BYTES * k * features.dim, seeding) + block_bytes(features)
+    return max(CENTER_BYTES * k * features.dim, seeding) + block_bytes(features)
 
 
 def block_bytes(features: FeatureSet) -> int:

@@ -1,19 +1,21 @@
 """k-means iterations: Lloyd's algorithm (Lloyd 1982) and mini-batches (Sculley 2010, "Web-scale k-means clustering").
 
-Sums of vectors are 64-bit integers in units of 1 / scale, which do not depend on the order of addition: the centres are
-the same for any number of ranks, blocks and threads, and for features kept on a GPU or streamed to it.
+Sums of vectors are 64-bit integers in units of 1 / scale, which do not depend on the order of addition: the centers are
+the same for any number of ranks, blocks and threads, and for features kept on a GPU or streamed to it. One exception:
+each rank searches its share of a mini-batch in one call, and on a CPU with D > 16 the rounding of a distance depends on
+the other vectors of the call. If two centers are equally near in float32, another number of ranks may choose the other.
 
 No offset is subtracted from the features, although those of CLIP have a large common mean. The search subtracts the
-mean of the codes where it is far from zero (`vqpipe.search.nearest`), the distance to a centre is a sum of squared
+mean of the codes where it is far from zero (`vqpipe.search.nearest`), the distance to a center is a sum of squared
 differences, and sums of vectors are exact integers.
 
-N vectors, K centres, D dimensions, R rows of a block.
+Shapes: N vectors, K centers, D dimensions, R rows of a block.
 """
 
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from vqpipe.progress import SILENT, Progress
 from vqpipe.search import nearest, row_hashes
 
 LARGEST_EXPONENT = 120
-"""Of the scale: 2**120 times the smallest unit is still a float32."""
+"""Maximum exponent of the scale, a power of two, so that it stays inside the range of float32."""
 MAX_RESEEDS = 100
 """Passes after the last iteration that may fill empty clusters; one or two are usual."""
 CHUNK_ELEMENTS = 2**15 - 1
@@ -131,7 +133,7 @@ class Points:
     def rows(self, starts: np.ndarray, length: int) -> Tensor:
         """Runs of `length` rows (fewer at the end of the features) from each of `starts`: float32[R, D].
 
-        Every run lies within one block, and that block belongs to this rank.
+        Each run must be part of one block of this rank.
         """
         parts = []
         size = self.features.block_stop(0)
@@ -168,7 +170,7 @@ class Points:
         return float(max(-low, high))
 
 
-class SharedStates:
+class CollectiveStates:
     """Saved states of a clustering that all ranks compute together: rank 0 writes, every rank reads.
 
     Every rank makes each call. Of each series of states the newest two are kept. With `folder` None nothing is saved.
@@ -195,14 +197,14 @@ class SharedStates:
 
     def save(self, series: str, step: int, tensors: dict[str, Tensor], *, seconds: float = 0.0, **values: Any) -> None:
         """Save the state of `step`, unless the last one was saved less than `seconds` ago or is of the same step."""
-        if self.folder is not None:
-            distributed.on_main(lambda: self.write(series, step, tensors, seconds, values))
 
-    def write(self, series: str, step: int, tensors: dict[str, Tensor], seconds: float, values: dict[str, Any]) -> None:
-        if self.last == (series, step) or time.monotonic() - self.saved_at < seconds:
-            return
-        States(self.folder, self.request, prefix=series).save(step, {PART: tensors}, values)
-        self.last, self.saved_at = (series, step), time.monotonic()
+        def write() -> None:
+            if self.last != (series, step) and time.monotonic() - self.saved_at >= seconds:
+                States(self.folder, self.request, prefix=series).save(step, {PART: tensors}, values)
+                self.last, self.saved_at = (series, step), time.monotonic()
+
+        if self.folder is not None:
+            distributed.on_main(write)
 
     def discard(self, *names: str) -> None:
         """Delete the states of series that are no longer needed."""
@@ -210,97 +212,91 @@ class SharedStates:
             distributed.on_main(States(self.folder, self.request, prefix=series).discard)
 
 
-UNSAVED = SharedStates(None)
+UNSAVED = CollectiveStates(None)
 
 
 def lloyd(
     points: Points,
-    centres: Tensor,
+    centers: Tensor,
     iterations: int,
     tolerance: float,
     *,
     saved: State | None = None,
-    states: SharedStates = UNSAVED,
+    states: CollectiveStates = UNSAVED,
 ) -> Clustering:
-    """Lloyd's iterations from float32[K, D] `centres`, until every cluster has a vector.
+    """Lloyd's iterations from float32[K, D] `centers`, until every cluster has a vector.
 
-    Empty clusters take the vectors farthest from their centres, one each; of equal distances the lowest row goes first,
-    and of equal vectors only one is taken. Each such step lowers the inertia, so it terminates; it may take some passes
-    after the last iteration.
+    Empty clusters take the vectors farthest from their centers (`reseed`). Each such step lowers the inertia, so it
+    terminates; it may take some passes after the last iteration.
 
     Args:
-        tolerance: stop when an iteration lowers the inertia by less than this share of it.
-        saved: the state of `states` to resume from, whose centres `centres` are.
+        tolerance: stop when an iteration lowers the inertia by at most this share of its value before.
+        saved: the state of `states` to resume from, whose centers `centers` are.
         states: where each iteration is saved, as series "iterations".
 
     Raises:
         NumericError: clusters stay empty, because too few vectors differ in float32.
     """
-    centres = centres.clone()
-    values = saved.values if saved is not None else {}
-    history: tuple[float, ...] = tuple(values.get("history", ()))
-    reseeded: int = values.get("reseeded", 0)
+    centers = centers.clone()
+    history, reseeded = progress_of(saved)
     passes = iterations + 1 - len(history)
     if passes > 0:
         points.progress.start("k-means", passes * points.features.num_vectors, "vectors")
     while True:
         if len(history) > iterations:
             points.progress.start("filling empty clusters", points.features.num_vectors, "vectors")
-        found = assign(points, centres)
+        found = assign(points, centers)
         history = (*history, found.inertia)
         done = len(history) - 1
         points.progress.note(f"iteration {done}, inertia {found.inertia:.6g}")
         converged = has_converged(history[: iterations + 1], tolerance)
         empty = (found.counts == 0).nonzero()[:, 0]
         if len(empty) == 0 and (converged or done >= iterations):
-            return Clustering(centres.cpu(), found.counts.cpu(), history, converged, min(done, iterations), reseeded)
+            return Clustering(centers.cpu(), found.counts.cpu(), history, converged, min(done, iterations), reseeded)
         if done >= iterations + MAX_RESEEDS:
             raise NumericError(
-                f"{len(empty)} of {len(centres)} clusters stay empty", "Too few features differ in float32: reduce k"
+                f"{len(empty)} of {len(centers)} clusters stay empty", "Too few features differ in float32: reduce k"
             )
         if done < iterations:
-            move(centres, found.sums, found.counts, points.scale)
+            move(centers, found.sums, found.counts, points.scale)
         if len(empty):
-            reseeded += reseed(points, centres, empty, found.distances)
-        states.save("iterations", len(history), {"centres": centres}, history=history, reseeded=reseeded)
+            reseeded += reseed(points, centers, empty, found.distances)
+        states.save("iterations", len(history), {"centers": centers}, history=history, reseeded=reseeded)
 
 
 def mini_batch(
     points: Points,
-    centres: Tensor,
+    centers: Tensor,
     epochs: int,
     tolerance: float,
     batch: int,
     key: tuple[int, ...],
     *,
     saved: State | None = None,
-    states: SharedStates = UNSAVED,
+    states: CollectiveStates = UNSAVED,
 ) -> Clustering:
-    """Epochs of mini-batches from float32[K, D] `centres`, then one pass over all vectors for exact counts.
+    """Epochs of mini-batches from float32[K, D] `centers`, then one pass over all vectors for exact counts.
 
-    The learning rate of a centre is 1 / (vectors assigned to it so far), so a centre is the mean of all vectors that
+    The learning rate of a center is 1 / (vectors assigned to it so far), so a center is the mean of all vectors that
     have been assigned to it: an exact integer sum and a count. An epoch visits every vector once. Vectors are stored in
     the order of their images, so an epoch visits runs of RUN rows in a random order; a batch is as many runs as make up
     its size, rounded up.
 
-    A centre without a vector in an epoch is moved at its end as in `lloyd`, and its sum and count restart. The last
+    A center without a vector in an epoch is moved at its end as in `lloyd`, and its sum and count restart. The last
     pass is `lloyd` without iterations, so every cluster has a vector.
 
     Args:
-        tolerance: stop when an epoch lowers the inertia, measured while the centres move, by less than this share.
+        tolerance, saved, states: as in `lloyd`, for epochs, whose inertia is measured while the centers move.
         batch: vectors per step, over all ranks.
         key: seed of the random orders, together with the epoch.
-        saved: the state of `states` to resume from, whose centres `centres` are.
-        states: where each epoch is saved, as series "iterations".
     """
     features = points.features
-    k = len(centres)
-    before, values = (saved.parts[PART], saved.values) if saved is not None else ({}, {})
-    centres = centres.clone()
-    sums = before.get("sums", torch.zeros(centres.shape, dtype=torch.int64)).to(points.device)
+    k = len(centers)
+    before = {} if saved is None else saved.parts[PART]
+    centers = centers.clone()
+    sums = before.get("sums", torch.zeros(centers.shape, dtype=torch.int64)).to(points.device)
     counts = before.get("counts", torch.zeros(k, dtype=torch.int64)).to(points.device)
-    history: tuple[float, ...] = tuple(values.get("history", ()))
-    reseeded: int = values.get("reseeded", 0)
+    history, reseeded = progress_of(saved)
     points.progress.start("mini-batches", (epochs - len(history)) * features.num_vectors, "vectors")
     while len(history) < epochs and not has_converged(history, tolerance):
         epoch = len(history)
@@ -308,18 +304,18 @@ def mini_batch(
         distances = torch.zeros(features.num_vectors)
         inertia = 0.0
         for starts in batches(features.num_vectors, batch, (*key, epoch)):
-            inertia += step(points, starts, centres, sums, counts, epoch_counts, distances)
+            inertia += step(points, starts, centers, sums, counts, epoch_counts, distances)
             points.progress.advance(int(np.minimum(features.num_vectors - starts, RUN).sum()))
         history = (*history, inertia / features.num_vectors)
         points.progress.note(f"epoch {epoch + 1}, inertia {history[-1]:.6g}")
         empty = (epoch_counts == 0).nonzero()[:, 0]
         if len(empty):
-            moved = empty[: reseed(points, centres, empty, distances)]
+            moved = empty[: reseed(points, centers, empty, distances)]
             sums[moved], counts[moved] = 0, 0
             reseeded += len(moved)
-        tensors = {"centres": centres, "sums": sums, "counts": counts}
+        tensors = {"centers": centers, "sums": sums, "counts": counts}
         states.save("iterations", len(history), tensors, history=history, reseeded=reseeded)
-    result = lloyd(points, centres, 0, 0.0)
+    result = lloyd(points, centers, 0, 0.0)
     return Clustering(
         result.codebook,
         result.counts,
@@ -340,7 +336,7 @@ def batches(num_vectors: int, batch: int, key: tuple[int, ...]) -> list[np.ndarr
 def step(
     points: Points,
     starts: np.ndarray,
-    centres: Tensor,
+    centers: Tensor,
     sums: Tensor,
     counts: Tensor,
     epoch_counts: Tensor,
@@ -348,16 +344,16 @@ def step(
 ) -> float:
     """One step on the runs at `starts`; updates all later arguments in place. Returns the sum of squared distances.
 
-    Each rank takes the runs of its own blocks. Only the sums of centres with vectors in the batch are all-reduced.
+    Each rank takes the runs of its own blocks. Only the sums of centers with vectors in the batch are all-reduced.
     """
     own = starts[starts // points.features.block_stop(0) % points.ranks == points.rank]
     vectors = points.rows(own, RUN)
-    ids = nearest(vectors, centres)
-    batch_counts = points.all_reduce(torch.bincount(ids, minlength=len(centres)))
+    ids = nearest(vectors, centers)
+    batch_counts = points.all_reduce(torch.bincount(ids, minlength=len(centers)))
     used = batch_counts.nonzero()[:, 0]
     places = (batch_counts > 0).cumsum(0) - 1
-    batch_sums = torch.zeros(len(used), centres.shape[1], dtype=torch.int64, device=points.device)
-    squared, _ = add_vectors(batch_sums, places[ids], vectors, centres, ids, points.scale)
+    batch_sums = torch.zeros(len(used), centers.shape[1], dtype=torch.int64, device=points.device)
+    squared, _ = add_vectors(batch_sums, places[ids], vectors, centers, ids, points.scale)
     rows = np.concatenate([np.arange(start, min(start + RUN, len(distances))) for start in own] or [own])
     distances[torch.from_numpy(rows)] = squared
     parts = torch.zeros(len(starts), dtype=torch.float64)
@@ -367,62 +363,66 @@ def step(
     sums[used] += points.all_reduce(batch_sums)
     counts += batch_counts
     epoch_counts += batch_counts
-    means = centres[used]
+    means = centers[used]
     move(means, sums[used], counts[used], points.scale)
-    centres[used] = means
+    centers[used] = means
     return math.fsum(points.all_reduce(parts).tolist())
 
 
+def progress_of(saved: State | None) -> tuple[tuple[float, ...], int]:
+    """The history of the inertia, and the number of moved empty clusters; empty and 0 where nothing is saved."""
+    values = {} if saved is None else saved.values
+    return tuple(values.get("history", ())), values.get("reseeded", 0)
+
+
 def has_converged(history: tuple[float, ...], tolerance: float) -> bool:
-    """Whether the last iteration lowered the inertia by no more than `tolerance` of it."""
+    """Whether the last iteration lowered the inertia by at most `tolerance` times its value before."""
     return len(history) > 1 and history[-2] - history[-1] <= tolerance * history[-2]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The assignment of every vector to its nearest centre."""
+    """The assignment of every vector to its nearest center."""
 
     sums: Tensor
-    """int64[K, D]: sum of each centre's vectors over all ranks, in units of 1 / scale."""
+    """int64[K, D]: sum of each center's vectors over all ranks, in units of 1 / scale."""
     counts: Tensor
-    """int64[K]: number of each centre's vectors over all ranks."""
+    """int64[K]: number of each center's vectors over all ranks."""
     distances: Tensor
     """float32[N] on the CPU: squared distances of this rank's vectors; 0 for the others."""
     inertia: float
     """Mean squared distance over all ranks."""
 
 
-def assign(points: Points, centres: Tensor) -> Assignment:
-    """Assign every vector to its nearest centre, over all ranks."""
-    sums = torch.zeros(centres.shape, dtype=torch.int64, device=points.device)
-    counts = torch.zeros(len(centres), dtype=torch.int64, device=points.device)
+def assign(points: Points, centers: Tensor) -> Assignment:
+    """Assign every vector to its nearest center, over all ranks."""
+    sums = torch.zeros(centers.shape, dtype=torch.int64, device=points.device)
+    counts = torch.zeros(len(centers), dtype=torch.int64, device=points.device)
     distances = torch.zeros(points.features.num_vectors)
     parts = torch.zeros(len(points.features.block_starts()), dtype=torch.float64)
 
     def add(start: int, block: Tensor, ids: Tensor) -> None:
         squared, parts[start // points.features.block_stop(0)] = add_vectors(
-            sums, ids, block, centres, ids, points.scale
+            sums, ids, block, centers, ids, points.scale
         )
         distances[start : start + len(block)] = squared
-        counts.add_(torch.bincount(ids, minlength=len(centres)))
+        counts.add_(torch.bincount(ids, minlength=len(centers)))
 
     with ThreadPoolExecutor(1) as adder:  # the sums take one core while the next block's search takes the others
-        before: Future[None] | None = None
+        before = adder.submit(lambda: None)
         for start, block in points.blocks():
-            ids = nearest(block, centres, check=False)  # `Points` has checked the numbers
-            if before is not None:
-                before.result()
-            before = adder.submit(add, start, block, ids)
-        if before is not None:
+            ids = nearest(block, centers, check=False)  # `Points` has checked the numbers
             before.result()
+            before = adder.submit(add, start, block, ids)
+        before.result()
     inertia = math.fsum(points.all_reduce(parts).tolist()) / points.features.num_vectors
     return Assignment(points.all_reduce(sums), points.all_reduce(counts), distances, inertia)
 
 
 def add_vectors(
-    sums: Tensor, places: Tensor, vectors: Tensor, centres: Tensor, ids: Tensor, scale: float
+    sums: Tensor, places: Tensor, vectors: Tensor, centers: Tensor, ids: Tensor, scale: float
 ) -> tuple[Tensor, float]:
-    """Add float32[R, D] `vectors` to the rows `places` of `sums`, and measure their distances to `centres[ids]`.
+    """Add float32[R, D] `vectors` to the rows `places` of `sums`, and measure their distances to `centers[ids]`.
 
     Returns:
         float32[R] squared distances on the CPU, and their sum, which does not depend on the number of threads.
@@ -432,30 +432,27 @@ def add_vectors(
     for begin in range(0, len(vectors), rows):
         here = slice(begin, begin + rows)
         part = vectors[here]
-        squared[here] = centres.index_select(0, ids[here]).sub_(part).square_().sum(dim=1)
+        squared[here] = centers.index_select(0, ids[here]).sub_(part).square_().sum(dim=1)
         sums.index_add_(0, places[here], (part * scale).long())  # truncates digits below 1 / scale
     squared = squared.cpu()
     return squared, float(squared.numpy().sum(dtype=np.float64))
 
 
-def move(centres: Tensor, sums: Tensor, counts: Tensor, scale: float) -> None:
-    """Set each centre that has vectors to their mean, in place."""
-    rows = max(1, CHUNK_ELEMENTS // centres.shape[1])
-    for begin in range(0, len(centres), rows):
+def move(centers: Tensor, sums: Tensor, counts: Tensor, scale: float) -> None:
+    """Set each center that has vectors to their mean, in place."""
+    rows = max(1, CHUNK_ELEMENTS // centers.shape[1])
+    for begin in range(0, len(centers), rows):
         here = slice(begin, begin + rows)
         number = counts[here, None]
         means = (sums[here].double() / (scale * number.clamp(min=1).double())).float()
-        centres[here] = torch.where(number > 0, means, centres[here])
+        centers[here] = torch.where(number > 0, means, centers[here])
 
 
-def reseed(points: Points, centres: Tensor, empty: Tensor, distances: Tensor) -> int:
-    """Move the centres `empty` to the vectors farthest from their centres, in place; returns how many were moved."""
-    rows = farthest(points.all_reduce(distances).numpy(), points.distinct, len(empty))
-    centres[empty[: len(rows)]] = points.features.take(rows).to(centres)
+def reseed(points: Points, centers: Tensor, empty: Tensor, distances: Tensor) -> int:
+    """Move the centers `empty` to the distinct vectors farthest from their centers, in place; the lower row first where
+    distances are equal. Returns how many were moved: fewer where fewer distances are above 0."""
+    squared, distinct = points.all_reduce(distances).numpy(), points.distinct
+    rows = distinct[np.argsort(-squared[distinct], kind="stable")[: len(empty)]]
+    rows = rows[squared[rows] > 0]
+    centers[empty[: len(rows)]] = points.features.take(rows).to(centers)
     return len(rows)
-
-
-def farthest(distances: np.ndarray, distinct: np.ndarray, count: int) -> np.ndarray:
-    """The `count` distinct rows with the largest distances above 0 (or fewer), farthest first, then lowest row."""
-    rows = distinct[np.argsort(-distances[distinct], kind="stable")[:count]]
-    return rows[distances[rows] > 0]

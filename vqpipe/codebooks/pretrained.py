@@ -39,7 +39,7 @@ SECONDS = 3.0
 
 
 class Normalized(PatchEncoder):
-    """An encoder with its own preprocessing: a resize and centre crop by PIL, then mean and standard deviation."""
+    """An encoder with its own preprocessing: a resize and center crop by PIL, then mean and standard deviation."""
 
     def __init__(self, image_size: int, preprocessing: dict[str, Any], default_pool: int = 4) -> None:
         super().__init__()
@@ -76,6 +76,7 @@ class OpenClipPatches(Normalized):
         self.measure()
 
     def forward(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> float32[B, D, g, g]: the patch tokens after the visual projection."""
         result = self.visual.forward_intermediates(
             self.normalize(images), indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
         )
@@ -96,6 +97,7 @@ class TimmPatches(Normalized):
         self.measure()
 
     def forward(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] -> float32[B, D, g, g]: the last feature map."""
         backbone: Any = self.backbone
         maps = backbone.forward_intermediates(
             self.normalize(images), indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
@@ -152,6 +154,7 @@ def open_clip_encoder(spec: str, weights: Path | None, image_size: int | None) -
 
 
 def check_open_clip(spec: str) -> tuple[str, str]:
+    """Split `NAME/TAG` (or `NAME`, whose tag is ""), and raise a ConfigError for an unknown name or tag."""
     name, _, tag = spec.partition("/")
     if name not in open_clip.list_models():
         raise ConfigError(f"open_clip has no model {name!r}", nearest_name(name, open_clip.list_models()))
@@ -194,6 +197,7 @@ def check_timm(name: str) -> dict[str, Any]:
 
 
 def load_into(spec: str, build: Callable[[], nn.Module], weights: Path | None) -> Any:
+    """Return `build()`, which loads `weights`; a failure to load them is a WeightsError."""
     try:
         return build()
     except LOADING_ERRORS as error:
@@ -204,7 +208,7 @@ def load_into(spec: str, build: Callable[[], nn.Module], weights: Path | None) -
 
 
 def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """The network's own preprocessing to uint8[3, size, size]: PIL's antialiased resize, then a centre crop."""
+    """The network's own preprocessing to uint8[3, size, size]: PIL's antialiased resize, then a center crop."""
     interpolation = transforms.InterpolationMode(preprocessing.get("interpolation", "bicubic"))
     short_side = math.floor(size / (preprocessing.get("crop_pct") or 1.0))
     squash = "squash" in (preprocessing.get("resize_mode"), preprocessing.get("crop_mode"))

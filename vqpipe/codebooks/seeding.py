@@ -1,7 +1,7 @@
-"""Initial centres of k-means, chosen far apart.
+"""Initial centers of k-means, chosen far apart.
 
-k-means++ (Arthur & Vassilvitskii 2007) draws centres one by one, each with probability proportional to its squared
-distance to the centres so far: K passes over the data. k-means|| (Bahmani et al. 2012) draws many in each of a few
+k-means++ (Arthur & Vassilvitskii 2007) draws centers one by one, each with probability proportional to its squared
+distance to the centers so far: K passes over the data. k-means|| (Bahmani et al. 2012) draws many in each of a few
 rounds, more than K in total, then clusters these candidates, each weighted by the number of vectors nearest to it. Here
 2 K to 4 K candidates are drawn from a sample, then K of the candidates, keeping the best of several trials as in greedy
 k-means++. For K = 100,000 that takes as long as one Lloyd iteration on two million vectors.
@@ -14,24 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.codebooks.lloyd import PART, UNSAVED, Points, SharedStates
+from vqpipe.codebooks.lloyd import PART, UNSAVED, CollectiveStates, Points
 from vqpipe.errors import NumericError
 from vqpipe.search import first_copies, nearest
 
-SAMPLE = 8
-"""Distinct vectors in the sample, in units of K, but"""
-SAMPLE_ROWS, SAMPLE_BYTES = 65_536, 2**30
-"""at least so many vectors, and at most so many bytes of float32."""
+SAMPLE, SAMPLE_ROWS, SAMPLE_BYTES = 8, 65_536, 2**30
+"""Size of the sample: so many vectors in units of K, but at least SAMPLE_ROWS, and at most SAMPLE_BYTES of float32."""
 ROWS = 65_536
 """Rows of the sample that a rank takes at a time."""
 SAVE_SECONDS = 30.0
-"""Between saved rounds."""
+"""Seconds between saved rounds."""
 CANDIDATES, CHOICE = (32, 1), (64, 4)
 """(rounds, trials per round) to draw the candidates, and to choose among them."""
 
 
 def num_candidates(k: int) -> int:
-    """How many candidates are drawn for K centres: 4 K up to K = 4,096, then 2 K + 8,192."""
+    """How many candidates are drawn for K centers: 4 K up to K = 4,096, then 2 K + 8,192."""
     return 2 * k + min(2 * k, 8192)
 
 
@@ -41,7 +39,7 @@ def sample_rows(num_vectors: int, dim: int, k: int) -> int:
     return min(num_vectors, max(num_candidates(k), room))
 
 
-def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: SharedStates = UNSAVED) -> np.ndarray:
+def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: CollectiveStates = UNSAVED) -> np.ndarray:
     """int64[K]: rows of the features, distinct in value and far apart. There are at least K distinct vectors.
 
     `key` seeds the random choices. Rounds are saved as series "candidates" and "choice".
@@ -62,7 +60,7 @@ def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: SharedSt
     choice = Draw(points, vectors, weights.clamp(min=1), (*key, 2), states, "choice")
     choice.run(k, *CHOICE)
     if len(choice.chosen) < k:
-        raise NumericError(f"only {len(choice.chosen)} of k = {k} initial centres differ in float32", "Use a smaller k")
+        raise NumericError(f"only {len(choice.chosen)} of k = {k} initial centers differ in float32", "Use a smaller k")
     return rows[candidates.chosen[choice.chosen].numpy()]
 
 
@@ -83,7 +81,7 @@ class Draw:
         vectors: Tensor,
         weights: Tensor,
         key: tuple[int, ...],
-        states: SharedStates = UNSAVED,
+        states: CollectiveStates = UNSAVED,
         series: str = "",
     ) -> None:
         self.points, self.vectors, self.weights, self.key = points, vectors, weights, key
@@ -103,7 +101,7 @@ class Draw:
         """
         batch = max(1, count // rounds)
         left = -(-(count - len(self.chosen)) // batch)
-        title = f"initial centres: {self.series}"
+        title = f"initial centers: {self.series}"
         self.points.progress.start(title, left * trials * len(self.vectors), "vectors")
         if self.round == 0:
             self.draw(1, 1)
@@ -161,9 +159,9 @@ def without_copies(vectors: Tensor, indices: Tensor) -> Tensor:
 def weighted_draw(weights: Tensor, count: int, random: np.random.Generator) -> Tensor:
     """`count` different indices (fewer if fewer have weight), each draw proportional to `weights`, float64[R] >= 0.
 
-    Weighted sampling without replacement by exponential clocks, one per index with its weight as rate: the first to
-    ring are the sample (Efraimidis & Spirakis 2006).
+    Weighted sampling without replacement (Efraimidis & Spirakis 2006): each index gets an exponentially distributed
+    number with its weight as rate, and the indices of the smallest numbers are the sample.
     """
-    clocks = torch.from_numpy(random.exponential(size=len(weights))) / weights
-    times, indices = clocks.topk(min(count, len(clocks)), largest=False)
-    return indices[torch.isfinite(times)]
+    numbers = torch.from_numpy(random.exponential(size=len(weights))) / weights
+    smallest, indices = numbers.topk(min(count, len(numbers)), largest=False)
+    return indices[torch.isfinite(smallest)]

@@ -1,9 +1,10 @@
 """From files to batches: where images come from, how they are decoded and cropped, and in which order they arrive.
 
-sources     the interface of a source of images, and the cache of what was indexed
-images      `open_images`: every form of `--images` as one ordered ImageSet; folders of image files
-photos      the built-in photographs
-tars        tar shards in WebDataset's layout, read and written
+images      `open_images`: every form of `--images` as one ordered ImageSet of several sources
+sources     the interface of a source of images, and what the sources share
+folders     a source: folders of image files
+tars        a source: tar shards in WebDataset's layout, read and written
+photos      a source: the built-in photographs
 transforms  the only conversions between bytes, uint8 pixels and floats; the crops of evaluation protocols
 batches     OrderedBatches (in order) and TrainingStream (endless, shuffled); the loader processes
 encode      images to shards of numbers: decoding, encoding and writing at the same time

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqpipe.data.images import ImageSet
-from vqpipe.data.transforms import MAX_PIXELS, BadImage, DataConfig, center_crop, decode, training_crop
+from vqpipe.data.transforms import BadImage, DataConfig, center_crop, decode, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
 __all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_skipped"]
@@ -74,19 +74,30 @@ Loaded = tuple[Batch | None, dict[str, int]] | VqpipeError
 """The result of a worker: a batch and the skipped images, reason -> count; or an error to raise in the main process."""
 
 
-def check_skipped(skipped: dict[str, int], total: int, max_skipped: float) -> None:
+def check_skipped(
+    skipped: dict[str, int], total: int, max_skipped: float, option: str | None = "--max-skipped"
+) -> None:
     """Check the share of skipped images.
+
+    Args:
+        option: what sets `max_skipped` in the running command, for the message; None: nothing does.
 
     Raises:
         DataError: more than `max_skipped` of `total`, with the counts.
     """
     count = sum(skipped.values())
     if count > max_skipped * total:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
         raise DataError(
-            f"{count} of {total} images cannot be used ({reasons}), more than the {max_skipped:.2%} allowed",
-            "Repair or remove them, or raise data.max_skipped",
+            f"{count} of {total} images cannot be used ({counts_of(skipped)}), more than the {max_skipped:.2%} allowed",
+            f"Repair or remove them, or raise {option}, and choose another --out"
+            if option
+            else "Repair or remove them",
         )
+
+
+def counts_of(skipped: dict[str, int]) -> str:
+    """The counts of skipped images in a message: `2 empty, 1 truncated`."""
+    return ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
 
 
 class OrderedBatches:
@@ -109,16 +120,12 @@ class OrderedBatches:
         stop: int | None = None,
         spans: Sequence[range] | None = None,
         num_workers: int = 0,
-        flip: bool = False,
         transform: Callable[[Image.Image], Tensor] | None = None,
-        max_pixels: int = MAX_PIXELS,
-        worker_timeout: float = 300.0,
     ) -> None:
         self.images, self.batch_size = images, batch_size
         self.spans = [range(start, min(len(images), len(images) if stop is None else stop))] if spans is None else spans
-        self.worker_timeout = worker_timeout
         self.num_workers = worker_count(num_workers, len(self) // batch_size, 3 * image_size**2 * batch_size)
-        self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size), flip, max_pixels)
+        self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size))
         self.skipped: dict[str, int] = {}
         """reason -> count of the current iteration."""
 
@@ -135,15 +142,14 @@ class OrderedBatches:
         """Yield every batch with its positions, also where no image of them is usable."""
         counts = Counter[str]()
         self.skipped = counts
-        loaded = through_workers(self.dataset, self.work(), self.num_workers, self.worker_timeout)
+        loaded = through_workers(self.dataset, self.work(), self.num_workers)
         for positions, (batch, skipped) in zip(self.work(), loaded, strict=True):
             counts.update(skipped)
             yield Piece(positions, None if batch is None else with_keys(batch, self.images), skipped)
 
     def work(self) -> list[range]:
         """The positions of each batch."""
-        firsts = [(first, span.stop) for span in self.spans for first in span[:: self.batch_size]]
-        return [range(first, min(first + self.batch_size, stop)) for first, stop in firsts]
+        return [part for span in self.spans for part in chunks(span, self.batch_size)]
 
 
 class Shuffle:
@@ -218,8 +224,13 @@ class TrainingStream:
             counts.update(skipped)
             seen += len(batch.indices)
             if seen >= MIN_IMAGES_SEEN:
-                check_skipped(counts, seen, self.config.max_skipped)
+                check_skipped(counts, seen, self.config.max_skipped, "--set data.max_skipped")
             yield with_keys(batch, self.images)
+
+
+def chunks(span: range, size: int) -> list[range]:
+    """Cut a range into ranges of `size` numbers; the last one may be shorter."""
+    return [span[first : first + size] for first in range(0, len(span), size)]
 
 
 def generator(seed: int, *key: int) -> np.random.Philox:
@@ -237,16 +248,14 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 class OrderedImages(Dataset[Loaded]):
     """Task of a loader process: positions -> a batch without the undecodable images."""
 
-    def __init__(
-        self, images: ImageSet, transform: Callable[[Image.Image], Tensor], flip: bool, max_pixels: int
-    ) -> None:
-        self.images, self.transform, self.flip, self.max_pixels = images, transform, flip, max_pixels
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.transform = images, transform
 
     def __getitem__(self, work: Sequence[int]) -> Loaded:
         kept, tensors, skipped = list[int](), list[Tensor](), Counter[str]()
         for i in work:
             try:
-                tensors.append(self.transform(decode(self.images.read(i), self.max_pixels)))
+                tensors.append(self.transform(decode(self.images.read(i))))
                 kept.append(i)
             except BadImage as error:
                 skipped[error.reason] += 1
@@ -254,9 +263,7 @@ class OrderedImages(Dataset[Loaded]):
                 return error
         if not kept:
             return None, dict(skipped)
-        batch = assemble(self.images, kept, tensors)
-        batch.images = batch.images.flip(-1) if self.flip else batch.images
-        return batch, dict(skipped)
+        return assemble(self.images, kept, tensors), dict(skipped)
 
 
 class TrainingImages(Dataset[Loaded]):
@@ -288,11 +295,13 @@ class TrainingImages(Dataset[Loaded]):
                 return index, training_crop(image, self.config, rng)
             except BadImage as error:
                 skipped[error.reason] += 1
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
-        raise DataError(f"{TRIES} images drawn one after another cannot be used ({reasons})", "Check the image files")
+        raise DataError(
+            f"{TRIES} images drawn one after another cannot be used ({counts_of(skipped)})", "Check the image files"
+        )
 
 
 def assemble(images: ImageSet, indices: list[int], tensors: list[Tensor]) -> Batch:
+    """A batch with labels and without keys."""
     labels = torch.from_numpy(images.labels[indices].astype(np.int64))
     return Batch(torch.stack(tensors), labels, [], indices)
 
@@ -330,7 +339,7 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
             sampler=work,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=identity,
+            collate_fn=identity,  # else torch converts arrays and numbers to tensors
             worker_init_fn=set_worker_signals,
             pin_memory=torch.cuda.is_available(),
             timeout=timeout if num_workers else 0,
@@ -366,6 +375,7 @@ def set_worker_signals(worker: int) -> None:
 
 
 def exit_after_grace(number: int, frame: object) -> None:
+    """Handle SIGTERM in a worker."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.alarm(GRACE_SECONDS)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.data.batches import Batch, OrderedBatches, Piece, check_skipped
+from vqpipe.data.batches import Batch, OrderedBatches, Piece, check_skipped, chunks
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import DataError, NumericError
 from vqpipe.progress import SILENT, Progress
@@ -55,7 +55,7 @@ class Stopwatch:
         """Images encoded, for the rate."""
         self.parts = Counter[str]()
         """part -> seconds of the main thread; their sum is at most `seconds`."""
-        self.beside = Counter[str]()
+        self.writer_parts = Counter[str]()
         """part -> seconds of the writer thread."""
 
     @property
@@ -64,16 +64,18 @@ class Stopwatch:
         return max((self.ended or time.perf_counter()) - self.began, 1e-9)
 
     def stop(self) -> None:
+        """End the wall time."""
         self.ended = time.perf_counter()
 
     @contextmanager
-    def part(self, name: str, *, beside: bool = False) -> Iterator[None]:
-        """Add the time of this block to the part `name`; `beside` in the writer thread."""
+    def part(self, name: str, *, in_writer: bool = False) -> Iterator[None]:
+        """Add the time of this block to the part `name`, of the writer thread if `in_writer`."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            (self.beside if beside else self.parts)[name] += time.perf_counter() - began  # type: ignore[assignment]
+            parts = self.writer_parts if in_writer else self.parts
+            parts[name] += time.perf_counter() - began  # type: ignore[assignment]
 
     def waiting(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yield `items`; the time to obtain each is added to the part `name`."""
@@ -94,11 +96,11 @@ class Stopwatch:
         """Images per second, the shares of the main thread's time, and what to change."""
         shares = self.shares()
         parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items() if part >= 0.005)
-        overlapped = sum(self.beside.values()) / self.seconds - shares.get(WRITING, 0.0)
-        beside = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= 0.005 else ""
+        overlapped = sum(self.writer_parts.values()) / self.seconds - shares.get(WRITING, 0.0)
+        writing = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= 0.005 else ""
         seconds = timedelta(seconds=round(self.seconds))
         rate = f"{self.images:,} images in {seconds}, {self.images / self.seconds:.3g}/s"
-        return f"{rate}: {parts}{beside}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
+        return f"{rate}: {parts}{writing}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
 
 
 @dataclass
@@ -130,9 +132,8 @@ class EncodedShard:
 class EncodingJob:
     """Encodes images and writes this rank's shards that an earlier run has not written.
 
-        with EncodingJob(draft, images, "tokens-{:05d}.parquet", shard_size=4096, title="tokenize") as job:
-            for shard in job.encode(encode, ...):
-                job.write(write_shard, draft, shard)
+        job = EncodingJob(draft, images, "tokens-{:05d}.parquet", shard_size=4096, title="tokenize")
+        job.run(encode, write_shard, ...)
         records, skipped = job.finish(max_skipped)
 
     Args:
@@ -154,8 +155,7 @@ class EncodingJob:
     ) -> None:
         self.draft, self.images, self.filename, self.progress = draft, images, filename, progress
         self.num_images = min(len(images), limit or len(images))
-        starts = range(0, self.num_images, shard_size)
-        self.spans = [range(start, min(start + shard_size, self.num_images)) for start in starts]
+        self.spans = chunks(range(self.num_images), shard_size)
         self.mine = range(distributed.rank(), len(self.spans), distributed.world_size())
         self.missing = [number for number in self.mine if draft.record(filename.format(number)) is None]
         self.stopwatch = Stopwatch()
@@ -176,6 +176,14 @@ class EncodingJob:
             self.pool.shutdown(wait=True)
         if kind is None:
             self.wait()
+
+    def run(
+        self, encode: Callable[[Tensor], Tensor], write: Callable[[Draft, EncodedShard], None], **options: Any
+    ) -> None:
+        """Encode the images, and call `write(draft, shard)` for each missing shard. `options` are those of `encode`."""
+        with self:
+            for shard in self.encode(encode, **options):
+                self.write(write, self.draft, shard)
 
     def encode(
         self,
@@ -228,6 +236,7 @@ class EncodingJob:
             yield self.collect(*behind)
 
     def collect(self, piece: Piece, rows: "AsyncRows | None") -> tuple[Piece, Tensor | None]:
+        """Wait for the rows of a piece."""
         with self.stopwatch.part(ENCODING):
             return piece, None if rows is None else rows.wait()
 
@@ -238,16 +247,21 @@ class EncodingJob:
         self.writing = self.pool.submit(self.write_timed, write, *args)
 
     def write_timed(self, write: Callable[..., None], *args: Any) -> None:
-        with self.stopwatch.part(WRITING, beside=True):
+        """Call `write(*args)` in the writer thread, and measure its time."""
+        with self.stopwatch.part(WRITING, in_writer=True):
             write(*args)
 
     def wait(self) -> None:
+        """Wait for the shard being written, and raise its error."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
 
-    def finish(self, max_skipped: float) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count.
+    def finish(
+        self, max_skipped: float, option: str | None = "--max-skipped"
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count. `option` is
+        as in `check_skipped`.
 
         Raises:
             DataError: more images than `max_skipped` are unreadable, or all are.
@@ -258,12 +272,17 @@ class EncodingJob:
         self.stopwatch.images = sum(count for _, count in everyone)
         records = [record for _, record in sorted(pair for part, _ in everyone for pair in part.items())]
         skipped: Counter[str] = sum((Counter(record["skipped"]) for record in records), Counter())
-        check_skipped(skipped, self.num_images, max_skipped)
+        check_skipped(skipped, self.num_images, max_skipped, option)
         if skipped.total() == self.num_images:
             raise DataError(f"none of the {self.num_images} images of {self.images.name} can be read", "Check them")
         if self.stopwatch.images:
             self.progress.message(self.stopwatch.report())
         return records, dict(sorted(skipped.items()))
+
+
+def encode_with_flip(images: Tensor, encode: Callable[[Tensor], Tensor], flip: bool) -> Tensor:
+    """Encode images and, with `flip`, their horizontal flips: uint8[B, 3, S, S] -> [B, 1 or 2, ...]."""
+    return torch.stack([encode(images), encode(images.flip(-1))] if flip else [encode(images)], dim=1)
 
 
 class AsyncRows:
@@ -284,12 +303,12 @@ class AsyncRows:
         return self.rows
 
 
-def sample_columns(keys: Sequence[str], labels: Sequence[int], views: int) -> dict[str, list[Any]]:
-    """Columns key, label (None: unknown) and flipped, with `views` rows per image: the second is its mirror image."""
+def sample_columns(keys: Sequence[str], labels: Sequence[int], rows_per_image: int) -> dict[str, list[Any]]:
+    """Columns key, label (None: unknown) and flipped. Of two rows per image the second is its horizontal flip."""
     return {
-        "key": [key for key in keys for _ in range(views)],
-        "label": [None if label < 0 else label for label in labels for _ in range(views)],
-        "flipped": [view > 0 for _ in keys for view in range(views)],
+        "key": [key for key in keys for _ in range(rows_per_image)],
+        "label": [None if label < 0 else label for label in labels for _ in range(rows_per_image)],
+        "flipped": [row > 0 for _ in keys for row in range(rows_per_image)],
     }
 
 

@@ -3,7 +3,7 @@
 Like `batches.TrainingStream` the stream has no state to save: the example at a position of the run is a function of the
 seed and the position, not of the number of ranks.
 
-B images of a batch, N ids per image, R rows (one per image, or two where mirror images are stored).
+B images of a batch, N ids per image, R rows (one per image, or two where horizontal flips are stored).
 """
 
 import os
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact
-from vqpipe.data.batches import SAMPLE, Shuffle, generator
+from vqpipe.data.batches import SAMPLE, Shuffle, chunks, generator
 from vqpipe.data.latents import LatentSet
 from vqpipe.data.tokens import id_dtype, read_tokens
 from vqpipe.errors import ArtifactError, ConfigError, DataError
@@ -28,7 +28,7 @@ from vqpipe.errors import ArtifactError, ConfigError, DataError
 HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
 IN_MEMORY = 1 << 30
 """Bytes of ids up to which every rank keeps them in memory. More are unpacked once into a file that the ranks map, and
-share through the page cache: ImageNet with mirror images at 4 x 576 ids is 12 GB."""
+share through the page cache: ImageNet with flips at 4 x 576 ids is 12 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ExamplesConfig:
     num_classes: int = 0
     """Labels are in [0, num_classes); 0: the highest label plus one."""
     mirror: bool = True
-    """Use the mirror image with probability 1/2, where the artifact holds it (tokenize --flip)."""
+    """Flip an image horizontally with probability 1/2, where the artifact holds its flip (tokenize --flip)."""
     raw: bool = False
     """Latents: do not normalise them by their measured mean and standard deviation, as in VQGAN-LC's released code."""
     held_out: int = 0
@@ -88,17 +88,17 @@ class Examples(Protocol):
 
     labels: np.ndarray
     """int64[images], -1 where unknown."""
-    mirrored: bool
-    """Whether each image's mirror image is stored too."""
+    has_flips: bool
+    """Whether the horizontal flip of each image is stored too."""
 
     def __len__(self) -> int:
-        """The number of images, without mirror images."""
+        """The number of images, without their flips."""
 
     def key(self, image: int) -> str:
         """The key of an image."""
 
-    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
-        """The images, or their mirror images where `mirror` is true: int64[B, N], or float32[B, C, h, w]."""
+    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
+        """The images, or their flips where `flip` is true: int64[B, N], or float32[B, C, h, w]."""
 
 
 class TokenSet:
@@ -116,35 +116,35 @@ class TokenSet:
 
     def __init__(self, tokens: Artifact, cache: Path | None = None) -> None:
         self.artifact = tokens
-        self.mirrored = bool(tokens.config.get("flip", False))
+        self.has_flips = bool(tokens.config.get("flip", False))
         self.codebook_size = int(tokens.facts["codebook_size"])
-        self.views = 1 + self.mirrored
-        shape = (int(tokens.facts["num_images"]) * self.views, int(tokens.facts["num_tokens"]))
+        self.rows_per_image = 1 + self.has_flips
+        shape = (int(tokens.facts["num_images"]) * self.rows_per_image, int(tokens.facts["num_tokens"]))
         dtype = id_dtype(self.codebook_size)
         file = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:
                 raise ArtifactError(f"{tokens.path} holds too many ids for memory", "Give a folder to unpack them into")
-            file = cache / f"ids-{tokens.content[:16]}.npy"
+            file = cache / f"ids-{tokens.digest[:16]}.npy"
         rows = np.empty(shape, dtype) if file is None else self.map_file(file, shape, dtype)
         labels, keys, first = list[np.ndarray](), list[pa.Array](), 0
         for name in tokens.names("tokens-*.parquet"):
-            part = read_tokens(tokens.whole(name), self.codebook_size)
+            part = read_tokens(tokens.verified_file(name), self.codebook_size)
             if part.ids.shape[1:] != shape[1:] or first + len(part.keys) > shape[0]:
                 raise ArtifactError(f"{tokens.path} does not hold the rows of its manifest", "Tokenize again")
-            if self.mirrored and part.flipped.tolist() != [False, True] * (len(part.keys) // 2):
-                raise ArtifactError(f"{tokens.path / name} lacks mirror images", "Tokenize again")
+            if self.has_flips and part.flipped.tolist() != [False, True] * (len(part.keys) // 2):
+                raise ArtifactError(f"{tokens.path / name} lacks flipped images", "Tokenize again")
             if rows.flags.writeable:
                 rows[first : first + len(part.keys)] = part.ids.numpy()
             first += len(part.keys)
-            labels.append(part.labels[:: self.views].numpy())
-            keys.append(pa.array(part.keys[:: self.views], pa.string()))
+            labels.append(part.labels[:: self.rows_per_image].numpy())
+            keys.append(pa.array(part.keys[:: self.rows_per_image], pa.string()))
         if first != shape[0]:
             raise ArtifactError(f"{tokens.path} holds {first} rows, its manifest {shape[0]}", "Tokenize again")
         if file is not None:
             rows = self.publish(rows, file)
         self.rows = rows
-        """uint16 or uint32 [R, N]; the mirror image's row follows the image's."""
+        """uint16 or uint32 [R, N]; the row of an image's flip follows the row of the image."""
         self.labels = np.concatenate(labels) if labels else np.empty(0, np.int64)
         self.keys: pa.ChunkedArray = pa.chunked_array(keys, pa.string())
 
@@ -195,11 +195,12 @@ class TokenSet:
         return len(self.labels)
 
     def key(self, image: int) -> str:
+        """The key of an image."""
         return str(self.keys[image])
 
-    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
         """int64[B, N]."""
-        rows = [image * self.views + bool(flip) for image, flip in zip(images, mirror, strict=True)]
+        rows = np.asarray(images) * self.rows_per_image + np.asarray(flip, bool)
         return torch.from_numpy(self.rows[rows].astype(np.int64))
 
 
@@ -208,9 +209,9 @@ class LatentExamples:
 
     def __init__(self, latents: LatentSet) -> None:
         assert latents.artifact is not None
-        self.latents, self.mirrored = latents, bool(latents.artifact.config.get("flip", False))
-        self.views = 1 + self.mirrored
-        self.labels = latents.labels[:: self.views].astype(np.int64)
+        self.latents, self.has_flips = latents, bool(latents.artifact.config.get("flip", False))
+        self.rows_per_image = 1 + self.has_flips
+        self.labels = latents.labels[:: self.rows_per_image].astype(np.int64)
         names = latents.artifact.names("samples-*.parquet")  # verified by `open_latents`
         columns = [pq.read_table(latents.artifact.file(name), columns=["key"])["key"] for name in names]
         self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
@@ -219,29 +220,31 @@ class LatentExamples:
         return len(self.labels)
 
     def key(self, image: int) -> str:
-        return str(self.keys[image * self.views])
+        """The key of an image."""
+        return str(self.keys[image * self.rows_per_image])
 
-    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
         """float32[B, C, h, w]."""
-        return self.latents.take([i * self.views + bool(flip) for i, flip in zip(images, mirror, strict=True)])
+        return self.latents.take(np.asarray(images) * self.rows_per_image + np.asarray(flip, bool))
 
 
 class Subset:
     """Some images of a set."""
 
-    def __init__(self, whole: Examples, images: np.ndarray) -> None:
-        self.whole, self.images = whole, images
-        self.labels, self.mirrored = whole.labels[images], whole.mirrored
+    def __init__(self, examples: Examples, images: np.ndarray) -> None:
+        self.examples, self.images = examples, images
+        self.labels, self.has_flips = examples.labels[images], examples.has_flips
 
     def __len__(self) -> int:
         return len(self.images)
 
     def key(self, image: int) -> str:
-        return self.whole.key(int(self.images[image]))
+        """The key of an image."""
+        return self.examples.key(int(self.images[image]))
 
-    def read(self, images: Sequence[int], mirror: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
         """As `Examples.read`."""
-        return self.whole.read([int(self.images[image]) for image in images], mirror)
+        return self.examples.read([int(self.images[image]) for image in images], flip)
 
 
 def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:
@@ -262,7 +265,7 @@ def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | N
 
 
 class ExampleStream:
-    """Endless shuffled training examples in the order of `Shuffle`; an image is mirrored by (seed, epoch, image).
+    """Endless shuffled training examples in the order of `Shuffle`; an image is flipped by (seed, epoch, image).
 
     Raises:
         ConfigError: the global batch does not divide by the number of ranks.
@@ -277,30 +280,29 @@ class ExampleStream:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        mirror: bool = True,
+        flip: bool = True,
     ) -> None:
-        self.examples, self.seed, self.mirror = examples, seed, mirror and examples.mirrored
+        self.examples, self.seed, self.flip = examples, seed, flip and examples.has_flips
         self.shuffle = Shuffle(len(examples), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def from_sample(self, images_seen: int) -> Iterator[ExampleBatch]:
         """Yield this rank's batches from global position `images_seen` on, without reading the examples before."""
         for samples in self.shuffle.batches(images_seen):
             images = [image for _, image in samples]
-            yield read_batch(self.examples, images, [self.mirrors(epoch, image) for epoch, image in samples])
+            yield read_batch(self.examples, images, [self.flips(epoch, image) for epoch, image in samples])
 
-    def mirrors(self, epoch: int, image: int) -> bool:
-        """Whether the image is mirrored in this epoch."""
-        return self.mirror and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
+    def flips(self, epoch: int, image: int) -> bool:
+        """Whether the image is flipped in this epoch."""
+        return self.flip and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
 
 
 def ordered_batches(examples: Examples, batch_size: int, first: int = 0, step: int = 1) -> Iterator[ExampleBatch]:
-    """Yield every image once, unmirrored, in order: the batches `first`, `first + step`, ... of `batch_size` images."""
-    starts = range(0, len(examples), batch_size)[first::step]
-    for start in starts:
-        images = range(start, min(start + batch_size, len(examples)))
+    """Yield every image once, unflipped, in order: the batches `first`, `first + step`, ... of `batch_size` images."""
+    for images in chunks(range(len(examples)), batch_size)[first::step]:
         yield read_batch(examples, images, [False] * len(images))
 
 
-def read_batch(examples: Examples, images: Sequence[int], mirror: Sequence[bool]) -> ExampleBatch:
+def read_batch(examples: Examples, images: Sequence[int], flip: Sequence[bool]) -> ExampleBatch:
+    """The batch of these images, flipped where `flip` is true."""
     labels = torch.from_numpy(examples.labels[list(images)].astype(np.int64))
-    return ExampleBatch(examples.read(images, mirror), labels, [examples.key(i) for i in images])
+    return ExampleBatch(examples.read(images, flip), labels, [examples.key(i) for i in images])

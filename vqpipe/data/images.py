@@ -1,10 +1,13 @@
-"""`open_images`: every form of `--images` as one ordered set with random access; folders of image files."""
+"""`open_images`: every form of `--images` as one ordered set with random access.
+
+Each form is an `ImageSource` in a file of its own; `open_source` chooses by the name that was given.
+"""
 
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -12,28 +15,16 @@ from typing import overload
 
 import fsspec
 import numpy as np
-import pyarrow as pa
 from braceexpand import braceexpand
 
 from vqpipe.artifacts import open_artifact
+from vqpipe.data.folders import open_folder
 from vqpipe.data.photos import open_photos
-from vqpipe.data.sources import (
-    IMAGE_EXTENSIONS,
-    NO_LABEL,
-    ImageSource,
-    Sample,
-    count_classes,
-    read_cache,
-    read_error,
-    read_with_retries,
-    write_cache,
-)
-from vqpipe.data.tars import TarIndex, Tars, local_path, open_index
+from vqpipe.data.sources import NO_LABEL, ImageSource, Sample, access_error, has_image_extension
+from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.errors import ArtifactError, DataError
 
-__all__ = ["Folder", "ImageSet", "Sample", "open_folder", "open_images"]
-
-CHECK = "Check the folder and the disk"
+__all__ = ["ImageSet", "Sample", "open_images"]
 
 
 class ImageSet(Sequence[Sample]):
@@ -141,7 +132,8 @@ def open_source(spec: str) -> ImageSource:
         return open_photos(spec)
     if spec.startswith("pipe:"):
         raise DataError(f"{spec} would run a shell command", "Give paths, or URLs of fsspec")
-    spec = local_path(spec)
+    if spec.startswith("file://"):
+        spec = str(Path(spec.removeprefix("file://")))
     path = Path(spec)
     if "://" not in spec and path.is_dir():
         return open_dataset(path) if is_artifact(path) else open_folder(path)
@@ -149,7 +141,7 @@ def open_source(spec: str) -> ImageSource:
         return open_dataset(path)  # raises: unfinished
     urls = expand(spec)
     for url in urls:
-        if os.path.splitext(url)[1][1:].lower() in IMAGE_EXTENSIONS:
+        if has_image_extension(url):
             raise DataError(f"{url} is one image", f"Name the folder that holds it: {os.path.dirname(url) or '.'}")
     return Tars(open_all(urls), name=spec.rpartition("/")[2] or spec)
 
@@ -216,126 +208,5 @@ def matching(pattern: str) -> list[str]:
     try:
         system, path = fsspec.core.url_to_fs(pattern)
         return [system.unstrip_protocol(match) for match in sorted(system.glob(path))]
-    except ImportError as error:
-        raise DataError(f"cannot list {pattern}: {error}", "Install the extra: pip install 'vqpipe[remote]'") from error
-    except OSError as error:
-        raise DataError(f"cannot list {pattern}: {error.strerror or error}", "Check the network") from error
-
-
-class Folder:
-    """Image files under `root`, in the order given, with their labels."""
-
-    def __init__(
-        self, root: Path, files: Sequence[str], labels: Sequence[int] | None = None, class_names: Sequence[str] = ()
-    ) -> None:
-        self.root = root
-        self.name = root.name or str(root)
-        # An Arrow array is one buffer: cheap to send to workers. Names are bytes, as on disk.
-        self.files = pa.array([os.fsencode(file) for file in files], pa.large_binary())
-        self.labels = np.full(len(files), NO_LABEL, np.int32) if labels is None else np.array(labels, np.int32)
-        self.class_names = tuple(class_names)
-        self.num_classes = len(self.class_names) or count_classes(self.labels)
-        stems = [os.path.splitext(file)[0] for file in files]
-        duplicates = {stem for stem, after in zip(sorted(stems), sorted(stems)[1:], strict=False) if stem == after}
-        self.keep_extension = frozenset(i for i, stem in enumerate(stems) if stem in duplicates)
-        self.stats: np.ndarray | None = None
-        """int64[N, 2]: size and modification time of each file when `digest` was computed."""
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def key(self, i: int) -> str:
-        """The relative path without its extension, which is kept where two files differ only in it."""
-        path = self.files[i].as_py().decode("utf-8", "backslashreplace")
-        return path if i in self.keep_extension else os.path.splitext(path)[0]
-
-    def path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.files[i].as_py()))
-
-    def read(self, i: int) -> bytes:
-        path = self.path(i)
-
-        def read() -> bytes:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if self.stats is not None and (status.st_size, status.st_mtime_ns) != tuple(self.stats[i].tolist()):
-                    raise DataError(f"{path} changed during this run", "Run the command again")
-                return file.read()
-
-        try:
-            return read_with_retries(read)
-        except OSError as error:
-            raise read_error(path, error, CHECK) from error
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over keys, labels, sizes and each file's own sha256. Reads every file once; cached by listing."""
-        listing, newest = hashlib.sha256(str(self.root.resolve()).encode("utf-8", "surrogateescape")), 0
-        stats = np.empty((len(self), 2), np.int64)
-        for i in range(len(self)):
-            try:
-                status = os.stat(self.path(i))
-            except OSError as error:
-                raise read_error(self.path(i), error, CHECK) from error
-            stats[i] = status.st_size, status.st_mtime_ns
-            listing.update(f"{self.key(i)} {self.labels[i]} {status.st_size} {status.st_mtime_ns}\n".encode())
-            newest = max(newest, status.st_mtime_ns)
-        self.stats = stats
-        identity = f"folder {listing.hexdigest()}"
-        cached = read_cache(identity)
-        if cached is not None:
-            return str(cached["digest"])
-        total = hashlib.sha256()
-        with ThreadPoolExecutor(8) as pool:
-            for start in range(0, len(self), 4096):
-                indices = range(start, min(start + 4096, len(self)))
-                for i, (size, digest) in zip(indices, pool.map(self.hash_file, indices), strict=True):
-                    total.update(f"{self.key(i)} {self.labels[i]} {size} {digest}\n".encode())
-        write_cache(identity, {"digest": total.hexdigest()}, newest)
-        return total.hexdigest()
-
-    def hash_file(self, i: int) -> tuple[int, str]:
-        data = self.read(i)
-        return len(data), hashlib.sha256(data).hexdigest()
-
-
-def open_folder(root: Path) -> Folder:
-    """Open a folder. Its subfolders, sorted by name and empty ones included, are classes, unless it has images itself.
-
-    Hidden files and folders are ignored; links to folders are followed once.
-
-    Raises:
-        DataError: it holds no image.
-    """
-    files = sorted(walk(root))
-    flat = any("/" not in file for file in files)
-    if not files:
-        tars = next(root.glob("*.tar"), None)
-        hint = f"Give its tars: '{root}/*.tar'" if tars else f"Image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
-        raise DataError(f"{root} holds no images", hint)
-    if flat:
-        return Folder(root, files)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    number = {name: label for label, name in enumerate(classes)}
-    files.sort(key=lambda file: (number[file.split("/", 1)[0]], file))
-    return Folder(root, files, [number[file.split("/", 1)[0]] for file in files], classes)
-
-
-def walk(root: Path) -> Iterator[str]:
-    """Relative paths of the image files under `root`, with "/" between their parts."""
-    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    while pending:
-        folder, above = pending.pop()
-        status = os.stat(root / folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to an enclosing folder
-            continue
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append((path, above | {here}))
-                elif os.path.splitext(entry.name)[1][1:].lower() in IMAGE_EXTENSIONS and entry.is_file():
-                    yield path
+    except (ImportError, OSError) as error:
+        raise access_error("list", pattern, error, "Check the network") from error

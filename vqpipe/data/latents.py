@@ -2,7 +2,7 @@
 
 A shard holds a fixed number of consecutive images:
 
-    latents-00000.npy        float16[rows, C, h, w]; a mirror image's row follows its image's
+    latents-00000.npy        float16[rows, C, h, w]; the row of an image's flip follows the row of the image
     samples-00000.parquet    key, label (null: none), flipped: one row per latent
 
 float16 keeps 11 significant bits: it rounds by at most 1/2048 of a value, where the smallest noise of diffusion is
@@ -28,7 +28,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
-from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16, sample_columns
+from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16, encode_with_flip, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ArtifactError, DataError, NumericError
 from vqpipe.progress import SILENT, Progress
@@ -176,34 +176,28 @@ def write_latents(
 ) -> dict[str, Any]:
     """Encode images: write this rank's missing shards of a `latents` artifact. Returns its facts, over all ranks.
 
-    With `flip` the latents of each image's mirror image are stored as well.
+    With `flip` the latents of each image's horizontal flip are stored as well.
 
     Raises:
         NumericError: a latent is NaN or outside float16, with the image's key.
         DataError: the size does not divide by the downsample factor; more images than `max_skipped` are unreadable.
     """
     latent_shape = tokenizer.latent_shape(image_size, image_size)
-
-    def encode(batch: Tensor) -> Tensor:
-        """uint8[B, 3, S, S] -> float16[B, views, C, h, w]."""
-        views = [batch, batch.flip(-1)] if flip else [batch]
-        return torch.stack([tokenizer.latent(view, precision=precision) for view in views], dim=1).half()
-
-    with EncodingJob(
+    job = EncodingJob(
         draft, images, "latents-{:05d}.npy", shard_size=IMAGES_PER_SHARD, title="latents", progress=progress
-    ) as job:
-        for shard in job.encode(
-            encode,
-            check=partial(check_float16, what="latent"),
-            device=tokenizer.device,
-            row_shape=(1 + flip, *latent_shape),
-            dtype=np.float16,
-            image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        ):
-            job.write(write_latent_shard, draft, shard)
-    records, skipped = job.finish(max_skipped)
+    )
+    job.run(
+        partial(encode_with_flip, encode=lambda view: tokenizer.latent(view, precision=precision).half(), flip=flip),
+        write_latent_shard,
+        check=partial(check_float16, what="latent"),
+        device=tokenizer.device,
+        row_shape=(1 + flip, *latent_shape),
+        dtype=np.float16,
+        image_size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    records, skipped = job.finish(max_skipped, option=None)
     return {
         "num_images": sum(record["images"] for record in records),
         "num_latents": sum(record["rows"] for record in records),
@@ -217,7 +211,7 @@ def write_latents(
 
 def write_latent_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write a shard's two files; the array last, so that its record marks both as complete."""
-    columns = sample_columns(shard.keys, shard.labels, views=shard.rows.shape[1])
+    columns = sample_columns(shard.keys, shard.labels, shard.rows.shape[1])
     with draft.write(f"samples-{shard.number:05d}.parquet") as path:
         parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path, compression="zstd")
     rows = shard.rows.reshape(-1, *shard.rows.shape[2:])
@@ -265,7 +259,7 @@ def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
     if not files:
         raise DataError(f"{path} holds no latents", "Encode at least one image")
     columns = [
-        parquet.read_table(artifact.whole(name), columns=["label"])["label"].fill_null(-1).to_numpy()
+        parquet.read_table(artifact.verified_file(name), columns=["label"])["label"].fill_null(-1).to_numpy()
         for name in artifact.names("samples-*.parquet")
     ]
     try:

@@ -1,4 +1,5 @@
-"""The files of data_manifests/: a data set, its splits, how a copy lies on disk, and the counts of a complete copy."""
+"""The files of data_manifests/: a data set, its splits, the layout of a copy on disk, and the counts of a complete
+copy."""
 
 import hashlib
 import json
@@ -12,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqpipe.config import from_table, nearest_name, read_toml
-from vqpipe.data.images import Folder, ImageSet, open_folder, open_images, walk
+from vqpipe.data.folders import Folder, open_folder, walk
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import Framing, Rule, parse_size
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
@@ -43,7 +45,7 @@ class NameList:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split: the counts of a complete copy, and where it lies below the source folder.
+    """One split: the counts of a complete copy, and its place below the source folder.
 
     Without `tars`, `files`, `numbers` and `names` the subfolders are classes, and a folder with images of its own has
     none. With one of them a split has only the classes of its tars.
@@ -190,7 +192,7 @@ def load_manifest(name: str) -> DatasetManifest:
 def check_copy(
     manifest: DatasetManifest, name: str, images: ImageSet, allow_partial: bool = False, progress: Progress = SILENT
 ) -> None:
-    """Check the images found in a copy of split `name`; with `allow_partial` only print in what they differ.
+    """Check the images found in a copy of split `name`; with `allow_partial` only print how they differ.
 
     Raises:
         DataError: no images, another number of images or classes, or other names.
@@ -206,7 +208,7 @@ def check_copy(
 
 
 def check_counts(manifest: DatasetManifest, name: str, images: ImageSet) -> None:
-    """Compare images with a whole copy of split `name`: their counts, and their names where the digest is known.
+    """Compare images with a complete copy of split `name`: their counts, and their names where their sha256 is known.
 
     Raises:
         DataError: another number of images or classes, or other names.
@@ -221,7 +223,7 @@ def check_counts(manifest: DatasetManifest, name: str, images: ImageSet) -> None
                 f"{manifest.name}/{name} should hold {expected:,} {what}, found {found:,}",
                 "Complete the copy, or accept it with --allow-partial",
             )
-    if split.stems_sha256 and stems_digest(images) != split.stems_sha256:
+    if split.stems_sha256 and hash_stems(images) != split.stems_sha256:
         raise DataError(
             f"{manifest.name}/{name} holds the right number of images, but other names",
             "Check that it is this split, or accept it with --allow-partial",
@@ -244,7 +246,7 @@ def check_kept(manifest: DatasetManifest, name: str, num_images: int, allow_part
         )
 
 
-def stems_digest(images: ImageSet) -> str:
+def hash_stems(images: ImageSet) -> str:
     """sha256 of the last part of every key, sorted, one per line."""
     stems = sorted(images.key(i).rpartition("/")[2] for i in range(len(images)))
     return hashlib.sha256("".join(f"{stem}\n" for stem in stems).encode()).hexdigest()
@@ -280,7 +282,7 @@ def open_split(manifest: DatasetManifest, split: Split, source: Path) -> ImageSe
             classes without its class list.
     """
     if not source.is_dir():
-        raise DataError(f"{source} is not a folder", f"To get {manifest.name}: {one_line(manifest.how_to_obtain)}")
+        raise DataError(f"{source} is not a folder", f"To get {manifest.name}: {manifest.how_to_obtain.strip()}")
     root = next((source / folder for folder in split.folders if (source / folder).is_dir()), source)
     if split.tars:
         return open_images(find_tars(root, split.tars))
@@ -422,7 +424,3 @@ def with_classes(folder: Folder, names: list[str]) -> Folder:
     number = {name: label for label, name in enumerate(classes)}
     files = [os.fsdecode(file.as_py()) for file in folder.files]
     return Folder(folder.root, files, [number[name] for name in names], classes)
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())

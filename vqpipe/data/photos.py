@@ -42,6 +42,7 @@ class Photo:
 
     @property
     def name(self) -> str:
+        """The first part of its crops' keys."""
         return Path(self.file).stem.replace("_", "-")
 
     @property
@@ -77,6 +78,8 @@ SPLITS = {"": TRAIN + HELDOUT, "/train": TRAIN, "/heldout": HELDOUT}
 
 @dataclass(frozen=True)
 class Crop:
+    """A square of `side` pixels of a photograph; x and y are those of its upper left corner."""
+
     photo: Photo
     side: int
     x: int
@@ -100,6 +103,7 @@ class Photos:
         return len(self.crops)
 
     def key(self, i: int) -> str:
+        """`coffee-128-x064-y128`."""
         crop = self.crops[i]
         return f"{crop.photo.name}-{crop.side}-x{crop.x:03d}-y{crop.y:03d}"
 
@@ -140,6 +144,7 @@ def spread(length: int, side: int) -> list[int]:
 
 @lru_cache(maxsize=len(TRAIN + HELDOUT))
 def load(photo: Photo) -> Image.Image:
+    """The pixels of a photograph, as RGB, cropped and reduced."""
     with Image.open(photo.path) as image:
         pixels = image.convert("RGB").crop(photo.box)
     pixels = pixels.reduce(photo.shrink)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.data.batches import check_skipped, through_workers, worker_count
+from vqpipe.data.batches import check_skipped, chunks, through_workers, worker_count
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import BadImage, center_crop, decode, encode_jpeg, image_extension
@@ -33,7 +33,7 @@ SHARD = "shard-{:06d}.tar"
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The content of one image in a shard, or the reason why it is left out."""
+    """One image as it is stored in a shard, or the reason why it is left out."""
 
     index: int
     """Position in the source."""
@@ -58,6 +58,7 @@ class StoredImages(Dataset["list[StoredImage] | VqpipeError"]):
             return error
 
     def store(self, i: int) -> StoredImage:
+        """Decode image `i`, and return the file to store."""
         data = self.images.read(i)
         try:
             image = decode(data)
@@ -87,10 +88,10 @@ def pack_images(
     Raises:
         DataError: more images than `max_skipped` are unreadable.
     """
-    shards = [range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)]
+    shards = chunks(range(len(images)), shard_size)
     mine = range(distributed.rank(), len(shards), distributed.world_size())
     missing = [number for number in mine if draft.record(SHARD.format(number)) is None]
-    tasks = {number: tasks_of(shards[number]) for number in missing}
+    tasks = {number: chunks(shards[number], IMAGES_PER_TASK) for number in missing}
     work = [task for number in missing for task in tasks[number]]
     keys = tar_keys(images.key(i) for i in range(len(images)))
     workers = worker_count(num_workers, len(work), 1)  # encoded images come through a pipe, not through shared memory
@@ -112,11 +113,6 @@ def pack_images(
     facts: dict[str, Any] = {"num_images": len(images) - sum(map(len, omitted)), "num_classes": images.num_classes}
     facts |= {kind: dict(sorted(counts.items())) for kind, counts in left_out.items() if counts or kind == "skipped"}
     return facts
-
-
-def tasks_of(shard: range) -> list[range]:
-    """The positions of a shard, IMAGES_PER_TASK at a time."""
-    return [range(first, min(first + IMAGES_PER_TASK, shard.stop)) for first in shard[::IMAGES_PER_TASK]]
 
 
 def write_image_shard(

@@ -1,4 +1,4 @@
-"""The interface of a source of images (tars, folders, built-in photographs), and the cache of what was indexed."""
+"""The interface of a source of images (tars, folders, built-in photographs), and what the sources share."""
 
 import errno
 import hashlib
@@ -50,6 +50,7 @@ class ImageSource(Protocol):
     """One name per label; empty where classes have only numbers."""
 
     num_classes: int | None
+    """Labels are below it; None where no image has one."""
 
     @property
     def digest(self) -> str:
@@ -57,9 +58,20 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def key(self, i: int) -> str: ...
+    def key(self, i: int) -> str:
+        """The key of image `i`, without reading the image."""
 
-    def read(self, i: int) -> bytes: ...
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image `i`.
+
+        Raises:
+            DataError: its file is absent, unreadable or changed.
+        """
+
+
+def has_image_extension(name: str) -> bool:
+    """Whether the file name ends in one of IMAGE_EXTENSIONS."""
+    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
 def count_classes(labels: np.ndarray) -> int | None:
@@ -79,9 +91,12 @@ def read_with_retries(read: Callable[[], bytes]) -> bytes:
     return read()
 
 
-def read_error(path: str, error: OSError, hint: str = "Check the path and the disk") -> DataError:
-    """The DataError for a file that cannot be read."""
-    failure = DataError(f"cannot read {path}: {error.strerror or error}", hint)
+def access_error(action: str, path: str, error: OSError | ImportError, hint: str) -> DataError:
+    """The DataError for a file or URL that cannot be listed, opened or read; an ImportError is that of a missing
+    fsspec file system."""
+    if isinstance(error, ImportError):
+        return DataError(f"cannot {action} {path}: {error}", "Install the extra: pip install 'vqpipe[remote]'")
+    failure = DataError(f"cannot {action} {path}: {error.strerror or error}", hint)
     failure.cause = 66 if isinstance(error, FileNotFoundError) else 74
     return failure
 
@@ -131,4 +146,5 @@ def write_cache(identity: str, facts: Mapping[str, Any], mtime_ns: int = 0) -> N
 
 
 def checksum(facts: Any) -> str:
+    """sha256 of the facts as JSON, against damaged cache files."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -22,9 +22,9 @@ import pyarrow as pa
 from vqpipe.data.sources import (
     IMAGE_EXTENSIONS,
     NO_LABEL,
+    access_error,
     count_classes,
     read_cache,
-    read_error,
     read_with_retries,
     write_cache,
 )
@@ -69,9 +69,11 @@ class Tars:
         return len(self.offsets)
 
     def key(self, i: int) -> str:
+        """The key of image `i`."""
         return self.keys[i].as_py()
 
     def read(self, i: int) -> bytes:
+        """The bytes of image `i`; a DataError if its shard changed after it was indexed."""
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         url, size, mtime_ns = self.shards[shard]
         return read_range(url, int(self.offsets[i]), int(self.sizes[i]), size, mtime_ns)
@@ -98,7 +100,7 @@ def read_range(url: str, offset: int, size: int, file_size: int, mtime_ns: int |
     try:
         data = read_with_retries(read)
     except OSError as error:
-        raise read_error(url, error) from error
+        raise access_error("read", url, error, "Check the path and the disk") from error
     if len(data) != size:
         raise DataError(f"{url} ends inside the image at byte {offset}", COPY_AGAIN)
     return data
@@ -125,10 +127,8 @@ def open_index(url: str, sha256: str | None = None) -> TarIndex:
             return TarIndex(**cached)
         with system.open(path, "rb") if mtime_ns is None else open(url, "rb") as file:
             index = index_tar(file, url, sha256, mtime_ns)
-    except ImportError as error:
-        raise DataError(f"cannot open {url}: {error}", "Install the extra: pip install 'vqpipe[remote]'") from error
-    except OSError as error:
-        raise DataError(f"cannot open {url}: {error.strerror or error}", "Check the path and the network") from error
+    except (ImportError, OSError) as error:
+        raise access_error("open", url, error, "Check the path and the network") from error
     if size is not None and index.size != size:
         raise DataError(f"{url} has {index.size} bytes, its file system says {size}", COPY_AGAIN)
     write_cache(f"tar {identity}", asdict(index), mtime_ns or 0)
@@ -211,11 +211,6 @@ def parse_label(name: str, path: str, body: bytes) -> int:
     return label
 
 
-def local_path(url: str) -> str:
-    """The path of a `file://` URL; other URLs unchanged."""
-    return str(Path(url.removeprefix("file://"))) if url.startswith("file://") else url
-
-
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -228,6 +223,8 @@ LARGEST_MEMBER = 1 << 43
 
 @dataclass(frozen=True)
 class Member:
+    """One member of a tar: its path, and where its data is."""
+
     path: str
     offset: int
     size: int
@@ -321,6 +318,7 @@ class Walk:
             raise DataError(f"{self.name} has no tar header at byte {start}: {error}", COPY_AGAIN) from None
 
     def read(self, size: int) -> bytes:
+        """The next `size` bytes; a DataError where the file ends before."""
         data = self.file.read(size)
         self.advance(data)
         if len(data) < size:
@@ -328,6 +326,7 @@ class Walk:
         return data
 
     def skip(self, size: int) -> None:
+        """Pass over `size` bytes, which are read only to hash them."""
         if self.hashed:
             for start in range(0, size, CHUNK):
                 self.read(min(CHUNK, size - start))
@@ -337,6 +336,7 @@ class Walk:
             self.read(1)
 
     def advance(self, data: bytes) -> None:
+        """Count and hash bytes that were read."""
         self.position += len(data)
         if self.hashed:
             self.hash.update(data)

@@ -1,7 +1,7 @@
 """Token shards: one Parquet row per image, its ids as narrow as the codebook allows; images to tokens and back.
 
-Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where both an
-image and its mirror image were stored, flipped bool. The mirror image's row follows the image's.
+Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where the
+horizontal flip of each image was stored too, flipped bool. The row of a flip follows the row of its image.
 
 B images of a batch, N ids per image.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.data.encode import EncodedShard, EncodingJob, sample_columns
+from vqpipe.data.batches import chunks
+from vqpipe.data.encode import EncodedShard, EncodingJob, encode_with_flip, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import encode_png
@@ -38,7 +39,8 @@ class ImageTokenizer(Protocol):
     device: torch.device
 
     @property
-    def codebook_size(self) -> int: ...
+    def codebook_size(self) -> int:
+        """Ids are below it."""
 
     def layout(self, height: int, width: int) -> Any:
         """The order of the ids of an image of `height` x `width` pixels (a `TokenLayout`)."""
@@ -65,33 +67,25 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
 
-    With `flip` the tokens of each image's mirror image are stored as well. `precision` "bf16" applies to the network;
-    the codebook search stays in float32, on slightly different latents.
+    With `flip` the tokens of each image's horizontal flip are stored as well. `precision` "bf16" applies to the
+    network; the codebook search stays in float32, on slightly different latents.
 
     Raises:
         DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
     """
     layout = tokenizer.layout(image_size, image_size)
-
-    def encode(batch: Tensor) -> Tensor:
-        """uint8[B, 3, S, S] -> int64[B, views, N]."""
-        views = [batch, batch.flip(-1)] if flip else [batch]
-        return torch.stack([tokenizer.encode(view, precision=precision) for view in views], dim=1)
-
-    with EncodingJob(
-        draft, images, SHARD_NAME, shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress
-    ) as job:
-        for shard in job.encode(
-            encode,
-            check=partial(check_ids, codebook_size=tokenizer.codebook_size),
-            device=tokenizer.device,
-            row_shape=(1 + flip, layout.num_tokens),
-            dtype=id_dtype(tokenizer.codebook_size),
-            image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        ):
-            job.write(write_token_shard, draft, shard)
+    job = EncodingJob(draft, images, SHARD_NAME, shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress)
+    job.run(
+        partial(encode_with_flip, encode=partial(tokenizer.encode, precision=precision), flip=flip),
+        write_token_shard,
+        check=partial(check_token_ids, codebook_size=tokenizer.codebook_size),
+        device=tokenizer.device,
+        row_shape=(1 + flip, layout.num_tokens),
+        dtype=id_dtype(tokenizer.codebook_size),
+        image_size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
     records, skipped = job.finish(max_skipped)
     return {
         "num_images": sum(record["images"] for record in records),
@@ -108,7 +102,7 @@ def id_dtype(codebook_size: int) -> np.dtype:
     return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.uint32)
 
 
-def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
+def check_token_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
     """Raise a DataError for an id outside the codebook: narrowing would wrap it around."""
     low, high = ids.aminmax()
     if low < 0 or high >= codebook_size:
@@ -116,21 +110,23 @@ def check_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
 
 
 def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
+    """Write the file of a shard, with its counts as its record."""
     name = SHARD_NAME.format(shard.number)
     with draft.write(name, images=len(shard.keys), skipped=dict(shard.skipped)) as path:
         write_token_file(path, shard.keys, shard.labels, shard.rows)
 
 
 def write_token_file(path: Path, keys: Sequence[str], labels: Sequence[int], ids: np.ndarray) -> None:
-    """Write one Parquet file: ids uint16 or uint32[images, views, N], one row per view; labels -1 where unknown."""
-    views, num_tokens = ids.shape[1:]
-    table = sample_columns(keys, labels, views)
+    """Write one Parquet file: ids uint16 or uint32[images, 1 or 2, N], of each image and its flip; labels -1 where
+    unknown."""
+    rows_per_image, num_tokens = ids.shape[1:]
+    table = sample_columns(keys, labels, rows_per_image)
     columns = {
         "key": pa.array(table["key"], pa.string()),
         "label": pa.array(table["label"], pa.int32()),
         "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), num_tokens),
     }
-    if views > 1:
+    if rows_per_image > 1:
         columns["flipped"] = pa.array(table["flipped"], pa.bool_())
     pq.write_table(pa.table(columns), path, compression="zstd")
 
@@ -177,7 +173,7 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
         labels = torch.from_numpy(table["label"].fill_null(-1).to_numpy().astype(np.int64))
         keys = table["key"].to_pylist()
     except (pa.ArrowException, ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"{path} is not a token shard ({type(error).__name__})", "Tokenize the images again") from None
+        raise not_tokens(path, error) from None
     if ids.numel() and int(ids.max()) >= codebook_size:
         raise DataError(f"{path} holds id {int(ids.max())}, the codebook has {codebook_size} codes")
     flipped = table["flipped"].to_pylist() if "flipped" in table.column_names else [False] * count
@@ -200,25 +196,38 @@ def decode_tokens(
     """
     size = int(tokens.facts["image_size"])
     total = tokens.facts["num_images"] * (1 + tokens.config["flip"])
-    left = total if limit is None else min(total, limit)
-    rows = 0
-    progress.start("detokenize", left)
+    left = num_rows = total if limit is None else min(total, limit)
+    shards = dict[str, tuple[str, int]]()  # tar of this rank -> its token shard, rows to decode
     for number, name in enumerate(tokens.names("tokens-*.parquet")):
-        part = read_tokens(tokens.whole(name), tokens.facts["codebook_size"])
-        take = min(len(part.keys), left)
+        take = min(count_rows(tokens.file(name)), left)
         left -= take
-        rows += take
-        target = f"shard-{number:06d}.tar"
-        if take == 0 or number % distributed.world_size() != distributed.rank() or draft.record(target):
-            continue
+        if take and number % distributed.world_size() == distributed.rank():
+            shards[f"shard-{number:06d}.tar"] = name, take
+    missing = {target: shard for target, shard in shards.items() if draft.record(target) is None}
+    mine, pending = (sum(take for _, take in part.values()) for part in (shards, missing))
+    progress.start("detokenize", mine, done=mine - pending)
+    for target, (name, take) in missing.items():
+        part = read_tokens(tokens.verified_file(name), tokens.facts["codebook_size"])
         keys = tar_keys(
             key + ("-flipped" if flipped else "") for key, flipped in zip(part.keys, part.flipped, strict=True)
         )
         with draft.write(target, images=take) as path, write_tar(path) as tar:
-            for start in range(0, take, batch_size):
-                stop = min(start + batch_size, take)
-                images = tokenizer.decode(part.ids[start:stop], (size, size), groups=groups).cpu()
-                for index, image in zip(range(start, stop), images, strict=True):
+            for rows in chunks(range(take), batch_size):
+                images = tokenizer.decode(part.ids[rows.start : rows.stop], (size, size), groups=groups).cpu()
+                for index, image in zip(rows, images, strict=True):
                     tar.write(keys[index], encode_png(image), "png", int(part.labels[index]))
-                progress.advance(stop - start)
-    return {"num_images": rows}
+                progress.advance(len(rows))
+    return {"num_images": num_rows - left}
+
+
+def count_rows(path: Path) -> int:
+    """The number of rows of a token file, from its footer."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise not_tokens(path, error) from None
+
+
+def not_tokens(path: Path, error: Exception) -> DataError:
+    """The DataError for a file that is no token shard."""
+    return DataError(f"{path} is not a token shard ({type(error).__name__})", "Tokenize the images again")

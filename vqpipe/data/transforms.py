@@ -66,7 +66,7 @@ class DataConfig:
     """The short side is resized to image_size times a factor drawn from [1, max_scale] before a random crop."""
 
     flip: bool = True
-    """Mirror a crop with probability 1/2. (VQGAN-LC's released code crops at random and does not flip.)"""
+    """Flip a crop horizontally with probability 1/2. (VQGAN-LC's released code crops at random and does not flip.)"""
 
     max_skipped: float = 0.01
     """Share of undecodable images, 0..1, above which the run stops; each one is replaced by another and counted."""
@@ -74,10 +74,10 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected by their header, without decoding."""
 
-    num_workers: int = resumable(-1)
+    num_workers: int = resumable(default=-1)
     """Processes that decode, per rank; 0: decode in the main process; -1: one per available core, at most 16."""
 
-    worker_timeout: float = resumable(300.0)
+    worker_timeout: float = resumable(default=300.0)
     """Seconds to wait for a batch before the run stops with an error; 0: no limit."""
 
     def __post_init__(self) -> None:
@@ -221,14 +221,7 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    left, upper = (width - size) // 2, (height - size) // 2
-    if max(width, height) > STRIP * size:  # a 1 x 5000 strip would be resized to gigabytes
-        return pixels(resize_part(image, (width, height), (left, upper), (size, size)))
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if (width, height) != (size, size):
-        image = image.crop((left, upper, left + size, upper + size))
-    return pixels(image)
+    return resize_and_crop(image, (width, height), ((width - size) // 2, (height - size) // 2), (size, size))
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.0) -> Tensor:
@@ -241,10 +234,24 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_sca
     return pixels(resize_part(image, (width, height), (left, upper), (size, size)))
 
 
+def resize_and_crop(
+    image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """uint8[3, H, W]: the image resized to `target` by antialiased bicubic interpolation, and cropped to `size` at
+    `corner`. All are (x, y)."""
+    if target[0] > STRIP * size[0] or target[1] > STRIP * size[1]:  # a 1 x 5000 strip would be resized to gigabytes
+        return pixels(resize_part(image, target, corner, size))
+    if target != image.size:
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    if target != size:
+        image = image.crop((*corner, corner[0] + size[0], corner[1] + size[1]))
+    return pixels(image)
+
+
 def resize_part(
     image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
 ) -> Image.Image:
-    """The part of `size` at `corner` of the image resized to `target`, without computing the rest. All are (x, y)."""
+    """`resize_and_crop` without computing the rest of the resized image; equal to it within one level."""
     (width, height), (left, upper) = target, corner
     across, down = image.width / width, image.height / height
     right, lower = min((left + size[0]) * across, image.width), min((upper + size[1]) * down, image.height)
@@ -292,9 +299,9 @@ class Framing:
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
             raise ConfigError(f"framing rule {self.rule!r} is not a choice", f"Use {', '.join(get_args(Rule))}")
-        if (self.size is None) != (self.rule == "native"):
-            if self.size is None:
-                raise ConfigError(f"framing {self.rule!r} needs a size", "Give one, or use the rule native")
+        if self.size is None and self.rule != "native":
+            raise ConfigError(f"framing {self.rule!r} needs a size", "Give one, or use the rule native")
+        if self.size is not None and self.rule == "native":
             raise ConfigError("framing 'native' keeps every image's own size", "Omit the size, or give native")
         if self.size is not None and min(self.size) < 1:
             raise ConfigError(f"{self.size[1]}x{self.size[0]} is not a size in pixels")
@@ -304,6 +311,7 @@ class Framing:
             )
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """uint8[3, H, W]: the crop of an image."""
         if self.size is None:
             return pixels(image)
         if self.rule == "adm":
@@ -339,11 +347,7 @@ def covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, 
 def cover(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """uint8[3, H, W]: MGVQ's evaluation crop. One antialiased bicubic resize by Pillow, then the centre."""
     height, width, upper, left = covering(image, size)
-    if height > STRIP * size[0] or width > STRIP * size[1]:  # a 1 x 5000 strip would be resized to gigabytes
-        return pixels(resize_part(image, (width, height), (left, upper), size[::-1]))
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return pixels(image.crop((left, upper, left + size[1], upper + size[0])))
+    return resize_and_crop(image, (width, height), (left, upper), size[::-1])
 
 
 def linear(image: Image.Image, size: tuple[int, int]) -> Tensor:

@@ -9,14 +9,13 @@ continues:
 A state holds 32 MiB for a mean and a covariance of 2,048 features, 16 bytes for each code of a codebook, the pictures
 of the report, and the features of metrics that keep them.
 
-Letters: B images of H x W pixels.
+Shapes: B images of H x W pixels.
 """
 
 import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -33,13 +32,16 @@ from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor, rank_share
 from vqpipe.metrics.config import EvalConfig
-from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
 from vqpipe.metrics.resumable import Resumable, State, pack, summed, unpack
 from vqpipe.progress import SILENT, Progress
+from vqpipe.provenance import versions
 from vqpipe.reports.evaluation import EvaluationResult, command_of
 from vqpipe.reports.page import Section
 
+PACKAGES = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")
+"""Packages whose versions the numbers depend on."""
 FORMAT = 2
 """Version of the saved states; others are not resumed."""
 MAX_PAUSE = 10
@@ -100,7 +102,7 @@ def evaluate(
         "skipped": run.all_skipped,
         "tokenizer": description(autoencoder, run.size),
         "pictures": [{"number": i, "name": s.name, "psnr": s.psnr, "why": s.why} for i, s in enumerate(shown)],
-        "versions": versions(*(["diffusers"] if autoencoder.codebook_size is None else [])),
+        "versions": versions((*PACKAGES, *(["diffusers"] if autoencoder.codebook_size is None else []))),
     }
     artifact = autoencoder.artifact
     return EvaluationResult(
@@ -176,7 +178,7 @@ class EvaluationPass(Resumable):
                 progress.advance(len(piece.positions))
         checkpoints.save_last(self, stop)
         self.all_skipped = dict(sorted(summed(self.skipped).items()))
-        check_skipped(self.all_skipped, self.stop, self.config.max_skipped)
+        check_skipped(self.all_skipped, self.stop, self.config.max_skipped, "--set eval.max_skipped")
 
     def update(
         self, crops: Mapping[str, Tensor], raw: Tensor | None, keys: Sequence[str], positions: Sequence[int]
@@ -274,8 +276,8 @@ class Checkpoints:
 
     def made_by(self) -> dict[str, Any]:
         """What must be equal for a state to be resumed, besides the request."""
-        versions = {name: metadata.version(name) for name in ("vqpipe", "torch")}
-        return {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first, **versions}
+        run = {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first}
+        return {**run, **versions(("vqpipe", "torch"))}
 
 
 def description(autoencoder: Autoencoder, size: tuple[int, int] | None) -> dict[str, Any]:
@@ -291,12 +293,6 @@ def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
     if artifact is None or not artifact.names("metrics.jsonl"):
         return []
     return [json.loads(line) for line in artifact.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def versions(*others: str) -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    packages = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow", *others)
-    return {name: metadata.version(name) for name in packages}
 
 
 def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqpipe.codebooks import features
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.files import hash_file
-from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.feature_networks import FeatureNetworks
 
 
 class PooledMaps(nn.Module):
@@ -48,7 +48,7 @@ def add_extractor(networks: FeatureNetworks, spec: str | None, weights: Path | N
         raise ConfigError("patch-pca is fitted to images, so it measures no distance", "Name open_clip: or timm:")
     config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
     try:
-        file = features.find_weights(config)
+        file = features.encoder_weights(config)
     except WeightsError as error:
         hint = "Fetch them where there is a network, and name --extractor-weights FILE"
         raise WeightsError(error.what, hint) from None

@@ -1,6 +1,6 @@
 """Evaluation of generated images: FID, sFID, KID, Inception Score, precision and recall against references.
 
-What a protocol fixes, beside 50,000 samples and classes in equal parts:
+What a protocol fixes, besides 50,000 samples and classes in equal parts:
 
 | | adm | cleanfid-raw |
 |---|---|---|
@@ -16,7 +16,7 @@ compare all samples with NUM_KEPT references, as the ADM suite, whose file holds
 Statistics of the references may come from ADM's own file (VIRTUAL_imagenet256_labeled.npz), whose means and covariances
 were computed by the TensorFlow graph itself.
 
-Letters: B images of S x S pixels, n images, D features.
+Shapes: B images of S x S pixels, n images, D features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,9 +36,9 @@ from vqpipe.data.images import ImageSet, is_artifact, open_images
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
 from vqpipe.files import hash_file
+from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
-from vqpipe.metrics.networks import FeatureNetworks, feature_size
 from vqpipe.metrics.resumable import summed
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
 from vqpipe.progress import SILENT, Progress
@@ -112,7 +112,7 @@ class GenerationEvaluator:
                 if (before := {key: artifact.config[key] for key in self.request}) != self.request:
                     changed = difference(before, self.request)
                     raise ConfigError(f"{first} was measured with other settings: {changed}", "Use the same settings")
-                return SetStatistics.load(artifact.whole("statistics.safetensors"), self.device), artifact
+                return SetStatistics.load(artifact.verified_file("statistics.safetensors"), self.device), artifact
         images = open_images(names)
         if self.networks.inception is None and not self.extractor_sizes:
             return SetStatistics(len(images)), images
@@ -125,7 +125,7 @@ class GenerationEvaluator:
                         statistics.save(path)
                 draft = draft.publish({"num_images": statistics.num_images})
                 self.progress.message(f"reference statistics: {draft.path}")
-        return SetStatistics.load(draft.whole("statistics.safetensors"), self.device), draft
+        return SetStatistics.load(draft.verified_file("statistics.safetensors"), self.device), draft
 
     def reference_statistics(self, images: ImageSet) -> SetStatistics:
         """Means and covariances of the references, and the features of some."""

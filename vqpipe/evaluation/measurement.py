@@ -3,7 +3,7 @@
 The top-level numbers are those of the first protocol, in the conventions that `distortion` lists; `protocols` holds
 each protocol's own.
 
-Letters: B images of H x W pixels, N ids an image, G groups, K codes a group.
+Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from vqpipe.distributed import gather_objects, on_main, world_size
 from vqpipe.errors import DataError
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.distortion import COMMON, Distortion
+from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import frechet_distance
 from vqpipe.metrics.metric import Metric
-from vqpipe.metrics.networks import FeatureNetworks, feature_size
 from vqpipe.metrics.protocols import PROTOCOLS, Protocol, grey_levels, stored
 from vqpipe.metrics.resumable import Resumable, summed
 from vqpipe.metrics.set_metrics import (

@@ -1,6 +1,6 @@
 """From an image file to what protocols measure: its crops, and their reconstructions, whole or in tiles.
 
-Letters: B images of H x W pixels, N ids of an image.
+Shapes: B images of H x W pixels, N ids of an image.
 """
 
 from collections.abc import Sequence

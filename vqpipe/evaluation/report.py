@@ -18,7 +18,7 @@ from vqpipe.evaluation.evaluate import AnalysisProtocol, check_size, evaluate
 from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator
 from vqpipe.evaluation.reconstruction import Autoencoder
 from vqpipe.metrics.config import EvalConfig
-from vqpipe.metrics.networks import FeatureNetworks
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.usage import dead_codes
 from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import command_again

@@ -69,7 +69,7 @@ class VitConfig(ClassifierConfig):
     """Attention heads."""
     drop_path: float = 0.1
     """Probability that the last block is skipped for an image; it rises linearly from 0 in the first."""
-    weights: Path | None = resumable(None)
+    weights: Path | None = resumable(default=None)
     """Pretrained weights of MAE, as published by its authors or by timm; None: random initialisation. Two runs are the
     same if the content of the file is."""
 

@@ -16,6 +16,7 @@ from vqpipe.artifacts import Draft
 from vqpipe.config import to_table
 from vqpipe.data.tars import write_tar
 from vqpipe.data.transforms import encode_png
+from vqpipe.device import autocast
 from vqpipe.generation.base import SamplingConfig
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs
 from vqpipe.progress import SILENT, Progress
@@ -97,7 +98,7 @@ def sample_shard(generator: ImageGenerator, plan: SamplePlan, images: range) -> 
     device = generator.tokenizer.device
     for first in images[:: plan.batch_size]:
         batch = range(first, min(first + plan.batch_size, images.stop))
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+        with autocast(device, plan.precision):
             pixels = generator.sample(plan.labels(batch), plan.sampling, image_rngs(plan.seed, batch))
         yield from zip(batch, pixels.cpu(), strict=True)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vqpipe import distributed
 from vqpipe.data.examples import ExampleBatch, Examples, ordered_batches
+from vqpipe.device import autocast
 from vqpipe.generation.classifier import Classifier
 
 SEED = 20_240
@@ -22,7 +23,7 @@ def held_out_losses(
     sums: dict[str, Tensor] = {}
     for number, batch, counts in rank_batches(examples, batch_size):
         torch.manual_seed(SEED + distributed.rank() + distributed.world_size() * number)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             losses = network(batch.examples.to(device), batch.labels.to(device))
         for name, value in losses.items() if counts else ():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu() * len(batch)
@@ -43,7 +44,7 @@ def accuracy(
     correct = torch.zeros(2, dtype=torch.int64, device=device)
     for _, batch, counts in rank_batches(examples, batch_size):
         labels = batch.labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             logits = classifier.logits(batch.examples.to(device)).float()
         better = (logits >= logits.gather(1, labels[:, None])).sum(1) - 1
         correct += torch.stack([(better < 1).sum(), (better < 5).sum()]) * counts

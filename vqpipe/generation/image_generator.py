@@ -103,7 +103,7 @@ def open_generator(path: Path | str, device: str | torch.device = "cpu") -> Imag
     except (ValueError, KeyError, TypeError, VqpipeError) as error:
         raise ArtifactError(f"{path}/config.json is damaged ({error})", "Make or copy the artifact again") from None
     generator = build_generator(config, space)  # not on the meta device: non-persistent buffers are computed
-    load_weights(generator, load_tensors(artifact.whole("model.safetensors")), artifact.path)
+    load_weights(generator, load_tensors(artifact.verified_file("model.safetensors")), artifact.path)
     tokenizer = Tokenizer.from_pretrained(artifact.path / TOKENIZER, device)
     generator.eval().requires_grad_(False).to(tokenizer.device)
     return ImageGenerator(generator, tokenizer, image_size, classes, sampling, statistics, artifact)

@@ -39,7 +39,7 @@ from vqpipe.tokenizer import Tokenizer, latent_size
 from vqpipe.training.callbacks import Callback, HeldOutMetrics, MetricsLog, ProgressCallback, RunReport, SampleSheet
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.generator_task import GeneratorTask
+from vqpipe.training.examples_task import ExamplesTask
 from vqpipe.training.loggers import LOGGERS
 from vqpipe.training.loop import train
 
@@ -50,7 +50,7 @@ NOTHING_HELD_OUT = "no images were held out. Name their tokens with --validation
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorRecipe:
-    """The preset of a generator."""
+    """The sections of a generator's preset."""
 
     generator: GeneratorConfig
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
@@ -60,14 +60,14 @@ class GeneratorRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe:
-    """The preset of a classifier."""
+    """The sections of a classifier's preset."""
 
     classifier: ClassifierConfig
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-Recipe = GeneratorRecipe | ClassifierRecipe
+ExamplesRecipe = GeneratorRecipe | ClassifierRecipe
 NetworkT = TypeVar("NetworkT", Generator, Classifier)
 
 
@@ -118,6 +118,8 @@ class RunContext:
     seed: int
     device: torch.device
     loggers: Sequence[str] = ()
+    callbacks: Sequence[Callback] = ()
+    """More callbacks, called before the log: a number that one adds to a row is logged."""
     progress: Progress = SILENT
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -138,7 +140,7 @@ class ExampleData:
     """Normalisation of latents."""
 
 
-def check_validation(recipe: Recipe, validation: Path | None) -> None:
+def check_validation(recipe: ExamplesRecipe, validation: Path | None) -> None:
     """Raise a ConfigError if validation is scheduled without held-out images, or these are named twice."""
     if recipe.train.validate_every and validation is None and not recipe.examples.held_out:
         raise ConfigError(
@@ -152,7 +154,7 @@ def check_validation(recipe: Recipe, validation: Path | None) -> None:
         )
 
 
-def start_run(out: Path, recipe: Recipe, stored: StoredExamples, seed: int) -> Draft | Artifact:
+def start_examples_run(out: Path, recipe: ExamplesRecipe, stored: StoredExamples, seed: int) -> Draft | Artifact:
     """Start or resume the `generator` or `classifier` artifact `out`, or return it if it is published.
 
     Pretrained weights of a classifier are an input, by their content.
@@ -171,7 +173,7 @@ def start_run(out: Path, recipe: Recipe, stored: StoredExamples, seed: int) -> D
     return artifacts.start(out, kind, {**to_request(recipe), "seed": seed}, inputs)
 
 
-def read_data(context: RunContext, recipe: Recipe) -> ExampleData:
+def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
     """Read the stored examples, split them, and derive the space of the network.
 
     Raises:
@@ -206,7 +208,7 @@ def read_examples(context: RunContext, artifact: Artifact, raw: bool) -> tuple[E
         return TokenSet(artifact, context.draft.path), None
     latents = open_latents(artifact.path, raw=raw)
     shards = artifact.names("latents-*.npy")  # memory-mapped later, so hashed now: a flipped bit would be trained on
-    artifact.check(shards, context.progress)
+    artifact.verify_files(shards, context.progress)
     return LatentExamples(latents), latents.statistics
 
 
@@ -214,7 +216,7 @@ def train_on_examples(
     context: RunContext,
     network: nn.Module,
     data: ExampleData,
-    recipe: Recipe,
+    recipe: ExamplesRecipe,
     *,
     description: str,
     measure: Callable[[nn.Module], Mapping[str, float]],
@@ -222,7 +224,7 @@ def train_on_examples(
 ) -> tuple[TrainState, MetricsLog]:
     """Train a network on examples in the draft, with its log, page and validations. Every rank calls it.
 
-    `network(examples, labels)` returns losses by name; see `GeneratorTask`.
+    `network(examples, labels)` returns losses by name; see `ExamplesTask`.
 
     Args:
         description: one line for the page of the run.
@@ -236,6 +238,7 @@ def train_on_examples(
     if sample_sheet is not None:
         sheets.append(SampleSheet(draft, sample_sheet, all_ranks=config.parallel == "fsdp"))
     callbacks = [
+        *context.callbacks,
         metrics,
         *sheets,
         *([] if data.held_out is None else [HeldOutMetrics(measure, progress)]),
@@ -249,10 +252,10 @@ def train_on_examples(
         batch_size=config.global_batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        mirror=recipe.examples.mirror,
+        flip=recipe.examples.mirror,
     )
     state = train(
-        GeneratorTask(network),
+        ExamplesTask(network),
         config,
         stream,
         draft.path,
@@ -320,7 +323,7 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
     weights = state.published()
     if distributed.is_main():
         write_generator(context.draft, images, weights)
-        context.draft.adopt("metrics.jsonl")
+        context.draft.record_existing("metrics.jsonl")
     measured = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total")}
     return context.draft.publish(
         {
@@ -369,7 +372,7 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
             save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
         context.draft.write_json("config.json", {**table, "image_size": context.stored.image_size})
         context.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
-        context.draft.adopt("metrics.jsonl")
+        context.draft.record_existing("metrics.jsonl")
     return context.draft.publish(
         {
             "kind": kind,
@@ -403,7 +406,7 @@ def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_cla
     }
 
 
-def measuring(context: RunContext, recipe: Recipe) -> dict[str, Any]:
+def measuring(context: RunContext, recipe: ExamplesRecipe) -> dict[str, Any]:
     """Return the options of `held_out_losses` and `accuracy`: batches have the size of training."""
     size = recipe.train.share(distributed.world_size()) // recipe.train.accumulate
     return {"batch_size": size, "device": context.device, "precision": recipe.train.precision}

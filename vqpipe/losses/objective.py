@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.config import resumable
+from vqpipe.config import nearest_name, resumable
 from vqpipe.errors import ConfigError
 from vqpipe.losses.adversarial import (
     adaptive_sum,
@@ -58,7 +58,7 @@ class ObjectiveConfig:
     """LPIPS; needs `perceptual`."""
     perceptual: Literal["vgg", "alex", "none"]
     """Backbone of LPIPS; "none" trains without it. Required, so that it is not omitted by accident."""
-    lpips_weights: str = resumable("")
+    lpips_weights: str = resumable(default="")
     """torchvision's file of the backbone, or the folder that contains it. Identified by content, not by path."""
     commitment: float = 0.0
     """Moves latents towards their codes."""
@@ -129,7 +129,7 @@ class Objective(nn.Module):
         quantizer_terms: the quantizer's `loss_names`.
 
     Raises:
-        ConfigError: a loss of the quantizer has no weight.
+        ConfigError: a loss of the quantizer has no weight, or is not one of `QUANTIZER_TERMS`.
         WeightsError: the backbone of LPIPS is absent.
     """
 
@@ -139,7 +139,9 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig, quantizer_terms: Collection[str] = ()) -> None:
         super().__init__()
         for name in quantizer_terms:
-            if not getattr(config, name, 0.0):
+            if name not in QUANTIZER_TERMS:
+                raise ConfigError(f"the quantizer has the unknown loss {name!r}", nearest_name(name, QUANTIZER_TERMS))
+            if not getattr(config, name):
                 raise ConfigError(
                     f"the quantizer has the loss {name!r}, which has no weight", f"Set objective.{name} to a number"
                 )
@@ -166,7 +168,7 @@ class Objective(nn.Module):
         """Whether the loss of the discriminator has the R1 penalty in step `step`."""
         return self.config.r1 > 0 and self.adversarial_at(step) and step % self.config.r1_every == 0
 
-    def generator_loss(
+    def autoencoder_loss(
         self,
         images: Tensor,
         reconstruction: Tensor,

@@ -22,7 +22,7 @@ class EvalConfig:
     tile: int | None = None
     """Images with a longer side are reconstructed in overlapping tiles of this side, pixels. That bounds memory, and
     differs from the reconstruction in one piece. None: always in one piece."""
-    batch_size: int = resumable(32)
+    batch_size: int = resumable(default=32)
     """Images reconstructed at once by a rank; 1 with native sizes and with tiles."""
     max_skipped: float = 0.0
     """Largest share of unreadable images before the evaluation is refused, 0..1."""
@@ -33,7 +33,7 @@ class EvalConfig:
     feature_memory: float = 4.0
     """Memory for the features of kid, prc and is, GB over all ranks, for each protocol; beyond it they are not
     computed."""
-    save_seconds: float = resumable(60.0)
+    save_seconds: float = resumable(default=60.0)
     """Seconds between two saved states of a rank, from which the same command resumes; more if saving takes long."""
     num_pictures: int = 12
     """Images that the report shows, spread evenly over the set."""

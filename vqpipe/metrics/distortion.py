@@ -3,7 +3,7 @@
 The conventions differ by several dB on the same reconstructions, so each has a key of its own in `CONVENTIONS`. Unless
 its key ends in float, a convention is measured on 8-bit reconstructions.
 
-Letters: B images, C = 3 channels, H x W pixels.
+Shapes: B images, C = 3 channels, H x W pixels.
 """
 
 import math

@@ -3,7 +3,7 @@
 With Inception's features (`inception.py`) it is FID, and between reconstructions and originals rFID; with another
 network's it carries the name of that network.
 
-Letters: B images, D features.
+Shapes: B images, D features.
 """
 
 from typing import ClassVar

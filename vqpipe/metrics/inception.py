@@ -1,7 +1,7 @@
 """The Inception-v3 of 2015 that defines FID, through torch-fidelity, and the two resizes to its 299 pixels: that of
 TensorFlow 1, and clean-fid's (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation").
 
-Letters: B images of H x W pixels.
+Shapes: B images of H x W pixels.
 """
 
 from collections.abc import Collection

@@ -8,7 +8,7 @@ Inception Score of one set.
 KID, precision and recall, and the Inception Score need the features of all images at once: 8 KiB an image for 2,048
 features. They are kept in memory as float32, up to a limit; beyond it these metrics are not computed.
 
-Letters: B images of a batch, H x W pixels, n images, D features.
+Shapes: B images of a batch, H x W pixels, n images, D features.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from vqpipe import distributed
 from vqpipe.errors import DataError
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
 from vqpipe.metrics.inception import INCEPTION_SIZE, SIZES, clean_resize_all
 from vqpipe.metrics.metric import Metric
-from vqpipe.metrics.networks import FeatureNetworks
 from vqpipe.metrics.resumable import Rows, State, summed
 from vqpipe.weights import load_tensors
 

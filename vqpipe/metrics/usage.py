@@ -4,7 +4,7 @@ A utilization depends on the number of tokens it was counted over: a coder that 
 86.5 % of 32,768 codes with 65,536 tokens, and all of them with a million. So each utilization is reported beside that
 of such a coder (`uniform_utilization`), at the numbers of tokens in BUDGETS and over the whole set.
 
-Letters: B images, N tokens an image, G groups, K codes a group.
+Shapes: B images, N tokens an image, G groups, K codes a group.
 """
 
 import math

@@ -45,7 +45,8 @@ class DcaeConfig(AutoencoderConfig):
 
     quant_conv: Literal["full", "grouped", "none"] = "grouped"
     widths: tuple[int, ...] = (128, 256, 512, 512, 1024)
-    """Channels of each stage. The first, of the empty stage 0, is unused."""
+    """Channels of each stage. The first has no effect, as stage 0 is empty; it is there as in the released configs, so
+    that index i is stage i in `widths` and in both depths."""
     encoder_depths: tuple[int, ...] = (0, 4, 8, 2, 2)
     """Blocks of each stage of the encoder; 0 in stage 0."""
     decoder_depths: tuple[int, ...] = (0, 5, 10, 2, 2)
@@ -68,7 +69,7 @@ class DcaeConfig(AutoencoderConfig):
                     f"depths {list(depths)} should be 0 in stage 0 and at least 1 in every other",
                     "See the preset mgvq-f16-g4",
                 )
-        if min(*self.widths, self.attention_from, self.latent_channels) < 1:
+        if min(*self.widths[1:], self.attention_from, self.latent_channels) < 1:
             raise ConfigError("model.widths, attention_from and latent_channels should be at least 1")
         for stage in stages:
             unit = HEAD_CHANNELS if self.attends(stage) else 4
@@ -95,6 +96,7 @@ class DcaeConfig(AutoencoderConfig):
         return 2 ** (len(self.widths) - 1)
 
     def attends(self, stage: int) -> bool:
+        """Whether this stage has EfficientViT blocks."""
         return stage >= self.attention_from
 
 

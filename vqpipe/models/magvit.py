@@ -59,6 +59,7 @@ class MagvitConfig(AutoencoderConfig):
         return 2 ** (len(self.channel_multipliers) - 1)
 
     def channels(self, level: int) -> int:
+        """Channels of this level; level 0 has the highest resolution."""
         return self.base_channels * self.channel_multipliers[level]
 
 

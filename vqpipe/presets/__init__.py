@@ -1,6 +1,8 @@
 """The experiments that come with vqpipe: one TOML file each, in this folder.
 
-The head comment of a preset gives `what`, `paper`, `row`, `command` and `expected`, one `# key: value` line each.
+The head comment of a preset has one `# key: value` line each for `what` it trains, the `paper` and the `row` of its
+table, the `command`, the numbers `expected` and the `protocol` that measures them, and `notes` on what differs from the
+paper or is not in it. Presets without a paper lack `paper`, `row` and `protocol`; `notes` are optional.
 With `extends = "NAME"` at its top, a preset holds only what differs from another one.
 """
 

@@ -138,12 +138,7 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def all_codes(self) -> Tensor:
         """All codes, float32[G, K, C], also of quantizers without a stored codebook (lfq, fsq)."""
-        try:
-            codebook = self.codebook()
-        except ConfigError:
-            device = next(iter(self.buffers()), torch.zeros(())).device
-            ids = torch.arange(self.codebook_size, device=device)
-            codebook = self.lookup(ids[:, None], self.layout(1, 1)).flatten(1)
+        codebook = self.codebook()
         return codebook.reshape(-1, *codebook.shape[-2:])
 
     def load_codebook(self, codebook: Tensor) -> None:
@@ -250,6 +245,32 @@ class CodebookQuantizer(Quantizer):
         with torch.autocast(ids.device.type, enabled=False):
             codes = self.embed(grid.clamp(min=0)) * (grid >= 0).unsqueeze(-1)
         return codes.squeeze(3).permute(0, 3, 1, 2).contiguous()
+
+
+class GridQuantizer(Quantizer):
+    """Quantizes each channel by itself. The codes are a grid around zero, which is computed and not stored."""
+
+    @abstractmethod
+    def quantize(self, latent: Tensor) -> Quantized:
+        """`forward` for float32[B, C, h, w] without autocast."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """The codes float32[..., C] of ids int64[..., 1]; any value for a negative id."""
+
+    def forward(self, latent: Tensor) -> Quantized:
+        if not self.training:
+            check_finite(latent)
+        with torch.autocast(latent.device.type, enabled=False):
+            return self.quantize(latent.float())
+
+    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
+        check_ids(ids, self.codebook_size)
+        (grid,) = layout.split(ids)
+        return self.embed(grid).masked_fill(grid < 0, 0.0).permute(0, 3, 1, 2).contiguous()
+
+    def all_codes(self) -> Tensor:
+        return self.embed(torch.arange(self.codebook_size)[:, None])[None]
 
 
 def check_ids(ids: Tensor, codebook_size: int) -> None:

@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import (
-    Quantized,
-    Quantizer,
-    QuantizerConfig,
-    TokenLayout,
-    check_finite,
-    check_ids,
-    straight_through,
-)
+from vqpipe.quantizers.base import GridQuantizer, Quantized, QuantizerConfig, straight_through
 
 EPSILON = 1e-3
 """Relative margin at the outermost levels, as in the paper's code, so that rounding never exceeds them."""
@@ -48,7 +40,7 @@ class FsqConfig(QuantizerConfig):
         return math.prod(self.levels)
 
 
-class FiniteScalarQuantizer(Quantizer):
+class FiniteScalarQuantizer(GridQuantizer):
     """Channel i becomes round(bound(z_i)) / floor(L_i / 2), in [-1, 1]; the rounded value is one of L_i integers.
 
     An id is a mixed-radix number with one digit of base L_i per channel, the first channel lowest. There are no weights
@@ -62,26 +54,19 @@ class FiniteScalarQuantizer(Quantizer):
         super().__init__(config, codebook_size=config.codebook_size, latent_dim=len(config.levels))
         self.levels = config.levels
 
-    def forward(self, latent: Tensor) -> Quantized:
-        if not self.training:
-            check_finite(latent)
-        with torch.autocast(latent.device.type, enabled=False):
-            levels = self.levels_tensor(latent.device)
-            half = levels // 2
-            bounded = bound(latent.float().permute(0, 2, 3, 1), levels)
-            rounded = bounded.round()
-            ids = ((rounded.long() + half) * radix(levels)).sum(-1).flatten(1)
-            codes = straight_through(bounded / half, rounded / half)
-            return Quantized(codes.permute(0, 3, 1, 2).contiguous(), ids, {})
+    def quantize(self, latent: Tensor) -> Quantized:
+        levels = self.levels_tensor(latent.device)
+        half = levels // 2
+        bounded = bound(latent.permute(0, 2, 3, 1), levels)
+        rounded = bounded.round()
+        ids = ((rounded.long() + half) * radix(levels)).sum(-1).flatten(1)
+        codes = straight_through(bounded / half, rounded / half)
+        return Quantized(codes.permute(0, 3, 1, 2).contiguous(), ids, {})
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
-        check_ids(ids, self.codebook_size)
-        (grid,) = layout.split(ids)
+    def embed(self, ids: Tensor) -> Tensor:
         levels = self.levels_tensor(ids.device)
         half = levels // 2
-        digits = grid // radix(levels) % levels  # [B, h, w, 1] against [C]
-        codes = ((digits - half) / half).masked_fill(grid < 0, 0.0)
-        return codes.permute(0, 3, 1, 2).contiguous()
+        return (ids // radix(levels) % levels - half) / half
 
     def levels_tensor(self, device: torch.device) -> Tensor:
         """The levels as int64[C]; not a buffer, so they are not saved with the weights."""

@@ -19,7 +19,7 @@ from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer
 MLP_WIDTH = 256
 """Hidden channels of the "mlp" projector, as released."""
 CODES_PER_CHUNK = 65_536
-"""Codes projected at a time, so that the activations of the projector stay small beside the codebook."""
+"""Codes projected at a time, so that the activations of the projector take little memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import (
-    Quantized,
-    Quantizer,
-    QuantizerConfig,
-    TokenLayout,
-    check_finite,
-    check_ids,
-    straight_through,
-    to_rows,
-)
+from vqpipe.quantizers.base import GridQuantizer, Quantized, QuantizerConfig, straight_through, to_rows
 
 EPSILON = 1e-5
 """Added to each mean probability inside the logarithm, as released. Keeps gradients finite for codes far from every
@@ -62,7 +53,7 @@ class LfqConfig(QuantizerConfig):
         return 2**self.code_dim
 
 
-class LookupFreeQuantizer(Quantizer):
+class LookupFreeQuantizer(GridQuantizer):
     """Each channel becomes +1 where it is positive, else -1; channel i is bit i of the id.
 
     "commitment" is the mean of (latent - code)^2. "entropy" is sample_weight * E[H(p)] - batch_weight * H(E[p])
@@ -84,22 +75,15 @@ class LookupFreeQuantizer(Quantizer):
         self.sample_weight, self.batch_weight = config.sample_weight, config.batch_weight
         self.entropy_bits = config.entropy_bits
 
-    def forward(self, latent: Tensor) -> Quantized:
-        if not self.training:
-            check_finite(latent)
-        with torch.autocast(latent.device.type, enabled=False):
-            latent = latent.float()
-            bits = latent > 0
-            codes = 2.0 * bits - 1
-            ids = (bits.long() << self.bit_positions(latent.device).view(-1, 1, 1)).sum(1).flatten(1)
-            losses = {"commitment": F.mse_loss(latent, codes), "entropy": self.entropy(to_rows(latent))}
-            return Quantized(straight_through(latent, codes), ids, losses)
+    def quantize(self, latent: Tensor) -> Quantized:
+        bits = latent > 0
+        codes = 2.0 * bits - 1
+        ids = (bits.long() << self.bit_positions(latent.device).view(-1, 1, 1)).sum(1).flatten(1)
+        losses = {"commitment": F.mse_loss(latent, codes), "entropy": self.entropy(to_rows(latent))}
+        return Quantized(straight_through(latent, codes), ids, losses)
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
-        check_ids(ids, self.codebook_size)
-        (grid,) = layout.split(ids)
-        codes = 2.0 * (grid >> self.bit_positions(ids.device) & 1) - 1  # [B, h, w, 1] against [D]
-        return codes.masked_fill(grid < 0, 0.0).permute(0, 3, 1, 2).contiguous()
+    def embed(self, ids: Tensor) -> Tensor:
+        return 2.0 * (ids >> self.bit_positions(ids.device) & 1) - 1
 
     def bit_positions(self, device: torch.device) -> Tensor:
         """The bit of each channel in an id, int64[D]."""

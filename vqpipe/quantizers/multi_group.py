@@ -136,6 +136,9 @@ class MultiGroupQuantizer(Quantizer):
     def codebook(self) -> Tensor:
         return torch.stack([group.codebook() for group in self.quantizers()])
 
+    def all_codes(self) -> Tensor:
+        return torch.cat([group.all_codes() for group in self.quantizers()])
+
     def load_codebook(self, codebook: Tensor) -> None:
         """Load float[K, F] into every group, or float[G * K, F], the concatenated codebooks of the groups."""
         concatenated = len(codebook) == self.num_groups * self.codebook_size

@@ -1,6 +1,6 @@
 """How a tokenizer uses its codebook: maps, the share in use beside that of a uniform coder, and a row a group.
 
-Letters: G groups, K codes a group.
+Shapes: G groups, K codes a group.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """The result of an evaluation: its measures with labels and units, by protocol, and reading a report.
 
-Letters: G groups, K codes a group.
+Shapes: G groups, K codes a group.
 """
 
 import json

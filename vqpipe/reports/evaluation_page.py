@@ -32,7 +32,7 @@ FIXED = {
     "extractor": "features",
 }
 """Choice of a protocol -> its name in the table."""
-PRINTED = ("rfid", "psnr", "ssim", "lpips", "utilization")
+COMPARED = ("rfid", "psnr", "ssim", "lpips", "utilization")
 """Measures that papers print, in the order of their tables."""
 
 
@@ -45,7 +45,7 @@ def evaluation_page(
     sections: list[page.Section] = [headline(evaluated, protocols[0])]
     paper = paper_row(evaluated.commands)
     if paper is not None or len(protocols) > 1:
-        sections.append(comparison(protocols, paper))
+        sections.append(comparison_with_paper(protocols, paper))
     sections += galleries(evaluated.shown)
     if evaluated.is_discrete:
         sections += sections_on_codes(evaluated)
@@ -95,17 +95,17 @@ def headline_note(measure: Measure, evaluated: EvaluationResult, own: Metrics) -
     return convention_of(measure, own)
 
 
-def comparison(protocols: Sequence[Metrics], paper: PaperRow | None) -> page.Table:
+def comparison_with_paper(protocols: Sequence[Metrics], paper: PaperRow | None) -> page.Table:
     """A row per measure, a column per protocol, and one for what the paper prints."""
     by_key = {measure.key: measure for measure in MEASURES}
     columns: list[tuple[str, Mapping[str, float | None]]] = [
-        (f"here, {own['protocol']}", {key: printed_value(own, key) for key in PRINTED}) for own in protocols
+        (f"here, {own['protocol']}", {key: printed_value(own, key) for key in COMPARED}) for own in protocols
     ]
     if paper is not None:
         columns.append(("the paper, its own protocol", paper.values))
     rows = [
         [with_unit(m)] + [written(m, values.get(key), unit=False) for _, values in columns]
-        for key in PRINTED
+        for key in COMPARED
         for m in [by_key[key]]
         if any(values.get(key) is not None for _, values in columns)
     ]

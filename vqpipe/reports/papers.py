@@ -24,7 +24,7 @@ NEUTRAL_SETTINGS = (
 )
 """Settings that do not change the results of a run."""
 CHANGING_OPTIONS = ("--steps", "--global-batch-size", "--precision", "--from")
-"""Options of `train` that change the results, beside `--set`."""
+"""Options of `train` that change the results, besides `--set`."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Images as PNG: reconstructions beside originals, error maps, codebook maps, and galleries for a page.
 
-Letters: N images, H x W pixels, G groups, K codes a group.
+Shapes: N images, H x W pixels, G groups, K codes a group.
 """
 
 import base64

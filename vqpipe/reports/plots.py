@@ -2,7 +2,7 @@
 
 Drawn on matplotlib Figures without pyplot: no display, no global state, and the same bytes each time.
 
-Letters: G groups, K codes a group.
+Shapes: G groups, K codes a group.
 """
 
 import io

@@ -1,6 +1,6 @@
 """The page of a training run of a tokenizer, a generator or a classifier, during the run and after it.
 
-Letters: G groups, K codes a group.
+Shapes: G groups, K codes a group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,46 +51,60 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Column:
-    """A logged number and its format."""
+    """A logged number: its format, and the line of the progress display that it is in."""
 
     key: str
+    group: str
     label: str
     format: str
     unit: str = ""
     scale: float = 1.0
+    note: str = ""
+    """How it is measured, where that is not plain from its label."""
+
+    @property
+    def short_label(self) -> str:
+        """The label beside the name of the group."""
+        return self.label.removeprefix(f"{self.group} ")
 
     def text(self, value: float | None) -> str:
         """The number without its unit; a dash for None."""
         return "–" if value is None else format(self.scale * value, self.format)
 
+    def text_with_unit(self, value: float) -> str:
+        """The number with its unit."""
+        return f"{self.text(value)}{'' if self.unit == '%' else ' '}{self.unit}".strip()
+
 
 NUMBERS = (
-    Column("loss/total", "loss", ".4g"),
-    Column("valid/total", "validation loss", ".4g"),
-    Column("psnr", "PSNR", ".2f", "dB"),
-    Column("valid/psnr", "validation PSNR", ".2f", "dB"),
-    Column("valid/ssim", "validation SSIM", ".3f"),
-    Column("valid/lpips_vgg", "validation LPIPS (VGG)", ".3f"),
-    Column("valid/lpips_alex", "validation LPIPS (AlexNet)", ".3f"),
-    Column("train/top1", "training top-1", ".1f", "%", 100),
-    Column("valid/top1", "validation top-1", ".1f", "%", 100),
-    Column("valid/top5", "validation top-5", ".1f", "%", 100),
-    Column("utilization", "codes in use", ".1f", "%", 100),
-    Column("perplexity", "perplexity", ",.1f"),
-    Column("images_per_second", "speed", ",.3g", "images/s"),
-    Column("mfu", "of the device's peak", ".1f", "%", 100),
-    Column("tflops", "arithmetic", ",.3g", "TFLOP/s"),
-    Column("memory_gb", "memory", ".1f", "GB"),
-    Column("nonfinite_steps", "skipped steps", ",.0f"),
+    Column("loss/total", "loss", "loss", ".4g"),
+    Column("psnr", "training", "training PSNR", ".2f", "dB", note="of the mean squared error since the row before"),
+    Column("train/top1", "training", "training top-1", ".1f", "%", 100),
+    Column("valid/step", "validation", "validation step", ",.0f"),
+    Column("valid/total", "validation", "validation loss", ".4g"),
+    Column("valid/psnr", "validation", "validation PSNR", ".2f", "dB", note="mean over images"),
+    Column("valid/ssim", "validation", "validation SSIM", ".3f"),
+    Column("valid/lpips_vgg", "validation", "validation LPIPS (VGG)", ".3f"),
+    Column("valid/lpips_alex", "validation", "validation LPIPS (AlexNet)", ".3f"),
+    Column("valid/top1", "validation", "validation top-1", ".1f", "%", 100),
+    Column("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
+    Column("valid/utilization", "validation", "validation codes in use", ".1f", "%", 100),
+    Column("valid/perplexity", "validation", "validation perplexity", ",.1f", note="mean over groups"),
+    Column("utilization", "codes", "codes in use", ".1f", "%", 100, "training images, since the row before"),
+    Column("perplexity", "codes", "training perplexity", ",.1f", note="of the first group, since the row before"),
+    Column("gradient_norm", "gradients", "gradient norm", ".3g"),
+    Column("discriminator_gradient_norm", "gradients", "discriminator gradient norm", ".3g"),
+    Column("nonfinite_steps", "gradients", "skipped steps", ",.0f"),
+    Column("learning_rate", "gradients", "learning rate", ".3g"),
+    Column("images_per_second", "speed", "throughput", ",.3g", "images/s"),
+    Column("seconds_per_step", "speed", "time a step", ".3g", "s"),
+    Column("data_wait", "speed", "waiting for images", ".0f", "%", 100),
+    Column("mfu", "speed", "MFU", ".1f", "%", 100, "share of the device's peak; estimate; bf16, dense"),
+    Column("tflops", "speed", "arithmetic", ",.3g", "TFLOP/s", note="estimate; each device"),
+    Column("memory_gb", "speed", "memory", ".1f", "GB"),
+    Column("compiled_graphs", "speed", "compiled graphs", ",.0f"),
 )
-VALIDATION = (
-    Column("valid/psnr", "PSNR, dB", ".2f"),
-    Column("valid/ssim", "SSIM", ".3f"),
-    Column("valid/lpips_vgg", "LPIPS (VGG)", ".3f"),
-    Column("valid/lpips_alex", "LPIPS (AlexNet)", ".3f"),
-    Column("valid/utilization", "codes in use, %", ".1f", scale=100),
-    Column("valid/perplexity", "perplexity", ",.1f"),
-)
+"""Every number of the log but the terms of the loss: for the page, and for the progress display."""
 
 
 def describe_tokenizer(facts: Mapping[str, Any]) -> str:
@@ -131,18 +145,12 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
 
 def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
     """The newest finite value of each number that was logged."""
-    waiting = newest_number(run.rows, "data_wait")
-    notes = {
-        "psnr": "training images, since the row before",
-        "utilization": "training images, since the row before",
-        "valid/psnr": "" if run.best_step is None else f"best at step {run.best_step:,}",
-        "mfu": "estimate; bf16, dense",
-        "tflops": "estimate; each device",
-        "images_per_second": "" if waiting is None else f"{waiting:.0%} of the time waiting for images",
-    }
     values = {column: newest_number(run.rows, column.key) for column in NUMBERS}
+    best = "" if run.best_step is None else f"; best at step {run.best_step:,}"
     numbers = [
-        page.Number(column.label, column.text(value), column.unit, notes.get(column.key, ""))
+        page.Number(
+            column.label, column.text(value), column.unit, column.note + (best if column.key == "valid/psnr" else "")
+        )
         for column, value in values.items()
         if value is not None and not (column.key == "nonfinite_steps" and value == 0)
     ]
@@ -158,11 +166,23 @@ def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
 
     validations = [row for row in rows if "valid/images" in row]
     window = max((row["window_tokens"] for row in rows if "window_tokens" in row), default=0)
-    held_out = f" Validation: {validations[-1]['valid/images']:,} images." if validations else ""
+    held_out = f"{validations[-1]['valid/images']:,} held-out images" if validations else ""
+    tokens = f"among the {window:,} tokens (at most) between two rows of the log."
     drawn = (
         *loss_curves(rows),
-        plots.curves("PSNR, dB", lines(training="psnr", validation="valid/psnr"), "linear", held_out.strip()),
-        plots.curves("LPIPS", lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex"), "linear", held_out.strip()),
+        plots.curves(
+            "PSNR in training, dB",
+            lines(training="psnr"),
+            "linear",
+            "Of the mean squared error of the images between two rows of the log: at most the mean of their PSNRs.",
+        ),
+        plots.curves("PSNR in validation, dB", lines(validation="valid/psnr"), "linear", f"Mean over {held_out}."),
+        plots.curves(
+            "LPIPS in validation",
+            lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex"),
+            "linear",
+            f"Mean over {held_out}.",
+        ),
         plots.curves(
             "Accuracy",
             lines(**{"training top-1": "train/top1", "validation top-1": "valid/top1", "top-5": "valid/top5"}),
@@ -172,9 +192,20 @@ def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
             "Codes in use",
             lines(training="utilization", validation="valid/utilization"),
             "share",
-            f"Training: among the {window:,} tokens (at most) between two rows of the log.{held_out}",
+            f"Training: {tokens}" + (f" Validation: among the tokens of {held_out}." if held_out else ""),
         ),
-        plots.curves("Perplexity of the codes", lines(training="perplexity", validation="valid/perplexity"), "linear"),
+        plots.curves(
+            "Perplexity of the codes in training",
+            lines(training="perplexity"),
+            "linear",
+            f"Of the first group, {tokens}",
+        ),
+        plots.curves(
+            "Perplexity of the codes in validation",
+            lines(validation="valid/perplexity"),
+            "linear",
+            f"Mean over groups, among the tokens of {held_out}.",
+        ),
         plots.curves("Learning rate", lines(rate="learning_rate"), "linear"),
         plots.curves(
             "Gradient norm", lines(network="gradient_norm", discriminator="discriminator_gradient_norm"), "log"
@@ -198,13 +229,13 @@ def loss_curves(rows: Sequence[Row]) -> tuple[page.Plot | None, ...]:
 def validation_table(run: TrainingRun) -> page.Table:
     """A row for each validation, the best marked."""
     rows = [row for row in run.rows if "valid/images" in row]
-    columns = [column for column in VALIDATION if any(column.key in row for row in rows)]
+    columns = [column for column in NUMBERS if column.group == "validation" and any(column.key in row for row in rows)]
     cells = [
         [f"{row['step']:,}"]
         + [page.Cell(column.text(row.get(column.key)), best=row["step"] == run.best_step) for column in columns]
         for row in rows
     ]
-    header = ["step", *(column.label for column in columns)]
+    header = ["step", *(f"{column.short_label}, {column.unit}".removesuffix(", ") for column in columns)]
     caption = f"{rows[-1]['valid/images']:,} held-out images, centre crops; measured as vqpipe eval does."
     return page.Table("Validation", header, cells, caption, folded=len(rows) > OPEN_ROWS)
 

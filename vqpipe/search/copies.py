@@ -1,6 +1,6 @@
 """Equal rows of a matrix, found by hashing.
 
-R rows, D dimensions.
+Shapes: R rows, D dimensions.
 """
 
 from functools import cache
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK_ELEMENTS = 2**20  # hashed at a time: the copy of a block takes 8 MB
-SPREAD = np.uint32(
-    0x3C6EF362
-)  # twice 2**32 / golden ratio (multiplicative hashing, Knuth, volume 3); the factor 2 drops the sign bit
+BLOCK_ELEMENTS = 2**20
+"""Numbers hashed at a time: the copy of a block takes 8 MB."""
+SPREAD = np.uint32(0x3C6EF362)
+"""Twice 2**32 / golden ratio (multiplicative hashing, Knuth, volume 3); the factor 2 drops the sign bit."""
 TABLE_BITS = 18
+"""Bits of the hash of a row's first number."""
 
 
 def row_hashes(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Exact search over tiles of float32 distances: faiss on the CPU, PyTorch on other devices.
 
-N vectors, K codes, D dimensions.
+Shapes: N vectors, K codes, D dimensions.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from vqpipe.search.copies import first_copies, lowest_of_equals
 
-FUSED_DIMENSIONS = (
-    32  # up to here faiss uses fused kernels, without tiles of distances in memory, on processors with AVX-512
-)
-FAISS_VECTORS = 384  # longer vectors per matrix product; a multiple of the block size of its kernels
-FUSED_BYTES = 768 * 1024  # of codes at a time: they stay in the L2 cache of a core for the next vectors
-FUSED_CODES = 64  # a part is an odd multiple of it; a multiple of the block size of every fused kernel
-SHARE = 3  # products per task: if one thread is delayed, others take the remaining tasks
+FUSED_DIMENSIONS = 32 if "AVX512" in faiss.get_compile_options() else 16
+"""Up to here faiss uses fused kernels, without tiles of distances in memory: fewer with AVX2 than with AVX-512."""
+FAISS_VECTORS = 384
+"""Longer vectors per matrix product; a multiple of the block size of its kernels."""
+FUSED_BYTES = 768 * 1024
+"""Bytes of codes searched at a time: they stay in the L2 cache of a core for the next vectors."""
+FUSED_CODES = 64
+"""A part is an odd multiple of it; a multiple of the block size of every fused kernel."""
+SHARE = 3
+"""Products per task: if one thread is delayed, others take the remaining tasks."""
 TILE_VECTORS, TILE_CODES = 1024, 8192
+"""Sides of a tile of distances of `nearest_tiles`."""
 
 
 def nearest_faiss(vectors: Tensor, codes: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The two Triton kernels of `screening`, described there. (mypy cannot check Triton's types.)
 
-G groups, N vectors, K codes, D dimensions, P with padding, T tiles of codes, S splits.
+Shapes: G groups, N vectors, K codes, D dimensions, P with padding, T tiles of codes, S splits.
 """
 
 import triton
@@ -17,7 +17,7 @@ def screen_kernel(
     tile_bounds,  # float32[G, T, 2]: the largest |c - c^|, |c| of a tile
     upper,
     counts,
-    notes,
+    candidates,
     lower,
     num_vectors,
     num_codes,
@@ -28,7 +28,7 @@ def screen_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    GRAIN: tl.constexpr,
+    SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     CAPACITY: tl.constexpr,
     TINY: tl.constexpr,
@@ -44,7 +44,7 @@ def screen_kernel(
     row_bounds += place * 2
     upper += place * SPLITS
     counts += place * SPLITS
-    notes += place * SPLITS * CAPACITY
+    candidates += place * SPLITS * CAPACITY
     lower += place * SPLITS * CAPACITY
     codes += group * num_codes * PADDED
     halves += group * num_codes
@@ -79,34 +79,34 @@ def screen_kernel(
         both = vector_norm + code_norm
         error = vector_error * code_norm + vector_norm * code_error + slack * both * both + TINY
         best = tl.minimum(best, lowest + error)
-        candidate = inside & (lowest - error <= best)
-        if GRAIN == 1:
-            if tl.max(candidate.to(tl.int32), axis=0) > 0:
-                hits = candidate[:, None] & real[None, :] & (scores - error[:, None] <= best[:, None])
+        possible = inside & (lowest - error <= best)
+        if SIZE == 1:
+            if tl.max(possible.to(tl.int32), axis=0) > 0:
+                hits = possible[:, None] & real[None, :] & (scores - error[:, None] <= best[:, None])
                 ones = hits.to(tl.int32)
                 slots = count[:, None] + tl.cumsum(ones, axis=1) - ones
                 fits = hits & (slots < CAPACITY)
                 at = lists[:, None] * CAPACITY + slots
-                tl.store(notes + at, tl.zeros((ROWS, TILE), tl.int32) + columns[None, :], mask=fits)
+                tl.store(candidates + at, tl.zeros((ROWS, TILE), tl.int32) + columns[None, :], mask=fits)
                 tl.store(lower + at, scores - error[:, None], mask=fits)
                 count += tl.sum(ones, axis=1)
         else:
-            fits = candidate & (count < CAPACITY)
+            fits = possible & (count < CAPACITY)
             at = lists * CAPACITY + count
-            tl.store(notes + at, tl.zeros((ROWS,), tl.int32) + tile, mask=fits)
+            tl.store(candidates + at, tl.zeros((ROWS,), tl.int32) + tile, mask=fits)
             tl.store(lower + at, lowest - error, mask=fits)
-            count += candidate.to(tl.int32)
+            count += possible.to(tl.int32)
     tl.store(upper + lists, best, mask=inside)
     tl.store(counts + lists, count, mask=inside)
 
 
 @triton.jit
-def settle_kernel(
+def rescore_kernel(
     vectors,  # float32[G, N, D]
     codes,  # float32[G, K, D]
     upper,
     counts,
-    notes,
+    candidates,
     lower,
     ids,
     num_vectors,
@@ -116,7 +116,7 @@ def settle_kernel(
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    GRAIN: tl.constexpr,
+    SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
@@ -139,8 +139,8 @@ def settle_kernel(
             at = (place * SPLITS + split) * CAPACITY
             for number in range(count):
                 if tl.load(lower + at + number) <= bound:
-                    columns = tl.load(notes + at + number) * GRAIN + tl.arange(0, GRAIN)
-                    best, best_id = closer(vector_at, code_at, columns, num_codes, best, best_id, DIM, CHUNK, GRAIN)
+                    columns = tl.load(candidates + at + number) * SIZE + tl.arange(0, SIZE)
+                    best, best_id = closer(vector_at, code_at, columns, num_codes, best, best_id, DIM, CHUNK, SIZE)
     tl.store(ids + place, tl.where(best_id == 2147483647, 0, best_id).to(tl.int64))  # for a vector that is not finite
 
 

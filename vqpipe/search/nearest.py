@@ -11,7 +11,7 @@ interface and an engine for each kind of device (`engine_name`):
 On the CPU, everything but the search uses NumPy: its single thread finishes before PyTorch's threads have started,
 which on a busy machine takes as long as the search.
 
-N vectors, K codes, D dimensions; G groups, each searched in its own codebook.
+Shapes: N vectors, K codes, D dimensions; G groups, each searched in its own codebook.
 """
 
 from importlib.util import find_spec
@@ -28,9 +28,12 @@ from vqpipe.search.exhaustive import nearest_faiss, nearest_tiles
 Metric = Literal["l2", "cosine"]
 Engine = Literal["faiss", "triton", "torch tiles"]
 
-LARGEST = 1e15  # sums of squares of larger numbers over a codebook may overflow float32
-SAMPLED = 256  # evenly spaced codes, from which the mean of a codebook is estimated
-FAR_SHARE = 0.99  # of the codes' root mean square: a mean above it is subtracted to preserve float32 precision
+LARGEST = 1e15
+"""Sums of squares of larger numbers over a codebook may overflow float32."""
+SAMPLED = 256
+"""Number of evenly spaced codes, from which the mean of a codebook is estimated."""
+FAR_SHARE = 0.99
+"""Share of the codes' root mean square: a mean above it is subtracted to preserve float32 precision."""
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric, check: boo
     else:
         search = nearest_faiss if engine == "faiss" else nearest_tiles
         pairs = zip(vectors, codes, strict=True)
-        found = [search(rows.contiguous(), table.contiguous()) for rows, table in pairs]
+        found = [search(rows.contiguous(), group_codes.contiguous()) for rows, group_codes in pairs]
         ids = found[0][None] if len(found) == 1 else torch.stack(found)
     return ids if without_direction is None else ids.masked_fill_(without_direction, 0)
 
@@ -108,7 +111,7 @@ def far_offsets(codes: Tensor) -> Tensor | None:
     spread's size, so subtracting it is exact and ties stay ties.
     """
     some = codes[:, :: -(-codes.shape[1] // SAMPLED)]
-    if some.device.type == "cpu" and not any(is_far(table) for table in some.numpy()):
+    if some.device.type == "cpu" and not any(map(is_far, some.numpy())):
         return None
     means = some.mean(dim=1, keepdim=True)
     far = means.square().sum(dim=(1, 2)) > FAR_SHARE**2 * some.square().sum(dim=(1, 2)) / some.shape[1]
@@ -117,10 +120,10 @@ def far_offsets(codes: Tensor) -> Tensor | None:
     return torch.where((far & (spreads > 0))[:, None, None], torch.round(means / steps) * steps, 0.0)
 
 
-def is_far(table: np.ndarray) -> bool:
+def is_far(codes: np.ndarray) -> bool:
     """Whether the mean of float32[R, D] is large compared with the spread. (On a GPU it would synchronize.)"""
-    mean = table.mean(axis=0)
-    return bool((mean * mean).sum() > FAR_SHARE**2 * np.einsum("rd,rd->", table, table) / len(table))
+    mean = codes.mean(axis=0)
+    return bool((mean * mean).sum() > FAR_SHARE**2 * np.einsum("rd,rd->", codes, codes) / len(codes))
 
 
 def check_shapes(vectors: Tensor, codes: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Exact search on NVIDIA GPUs: bfloat16 screening on the tensor cores, then float32 distances of the candidates.
 
 Two Triton kernels; neither writes distances to memory. `screen` computes products in bfloat16 over tiles of the codes
-and notes for each vector the few candidates for its nearest code. `settle` computes their float32 distances. The result
-is that of comparing all float32 distances, with the lowest id among equals.
+and lists for each vector the few candidates for its nearest code. `rescore` computes their float32 distances. The
+result is that of comparing all float32 distances, with the lowest id among equals.
 
 Proof that no nearest code is missed. With v^, c^ the bfloat16 values and s = |c|^2 / 2 - v.c, which orders codes as the
 distance does,
@@ -13,11 +13,11 @@ The first two terms bound v.c - v^.c^ (Cauchy-Schwarz); the last, with g = (P + 
 sums P products in any order, and that of the float32 distance. With a tile's largest |c| and |c - c^| this bounds each
 of its s from below and from above, and a code whose lower bound exceeds another's upper bound is excluded.
 
-A note is a whole tile for short vectors, where reading s^ dominates the time, and a single code for long vectors, where
-reading a tile again costs more.
+A candidate is a whole tile for short vectors, where reading s^ dominates the time, and a single code for long vectors,
+where reading a tile again costs more.
 
-G groups with separate codes in one launch, N vectors, K codes, D dimensions, P dimensions with padding, T tiles of
-codes, S splits: runs of tiles that are processed in parallel if there are too few vectors to fill the GPU.
+Shapes: G groups with separate codes in one launch, N vectors, K codes, D dimensions, P dimensions with padding, T tiles
+of codes, S splits: runs of tiles that are processed in parallel if there are too few vectors to fill the GPU.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqpipe.search.kernels import screen_kernel, settle_kernel
+from vqpipe.search.kernels import rescore_kernel, screen_kernel
 
 ROWS_AT_ONCE = 2**18
-"""Vectors per launch; their notes take 64 MB."""
+"""Vectors per launch; their candidates take 64 MB."""
 CAPACITY = 32
-"""Notes per vector and split. A vector with more is compared with every code of that split."""
+"""Candidates per vector and split. A vector with more is compared with every code of that split."""
 SHORT = 64
-"""Dimensions up to which a note is a whole tile."""
+"""Dimensions up to which a candidate is a whole tile."""
 SLACK_PER_TERM = 2.0**-22
 """Relative error of one addition: four times that of float32, since tensor cores may truncate."""
 NORM_MARGIN = 1 + 2.0**-10
@@ -55,8 +55,8 @@ class Blocking:
     """Vectors per program."""
     tile: int
     """Codes per tile."""
-    grain: int
-    """Codes per note: `tile`, or 1."""
+    candidate_size: int
+    """Codes per candidate: `tile`, or 1."""
     splits: int
     """S."""
 
@@ -87,17 +87,18 @@ def nearest_screened(vectors: Tensor, codes: Tensor) -> Tensor:
     with torch.cuda.device_of(vectors):  # Triton launches on the current device
         for rows in range(0, count, ROWS_AT_ONCE):
             part = vectors[:, rows : rows + ROWS_AT_ONCE].contiguous()
-            noted = screen(part, screened_codes, num_tiles, blocking)
-            ids[:, rows : rows + ROWS_AT_ONCE] = settle(part, codes, noted, num_tiles, blocking)
+            screened = screen(part, screened_codes, num_tiles, blocking)
+            ids[:, rows : rows + ROWS_AT_ONCE] = rescore(part, codes, screened, num_tiles, blocking)
     return ids
 
 
 def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking: Blocking) -> tuple[Tensor, ...]:
-    """Note the candidates for each vector's nearest code.
+    """List the candidates for each vector's nearest code.
 
     Returns:
-        An upper bound of the lowest s, float32[G, N, S]; the number of notes, int32[G, N, S]; the notes, numbers of
-        runs of `grain` codes, int32[G, N, S, CAPACITY]; lower bounds of s in them, float32 likewise.
+        An upper bound of the lowest s, float32[G, N, S]; the number of candidates, int32[G, N, S]; the candidates,
+        int32[G, N, S, CAPACITY], each the number of a run of `candidate_size` codes; lower bounds of s in them, float32
+        likewise.
     """
     rounded_codes, halves, tile_bounds = codes
     groups, count, _ = vectors.shape
@@ -105,7 +106,7 @@ def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking:
     shape = (groups, count, blocking.splits)
     upper = torch.empty(shape, device=vectors.device)
     counts = torch.empty(shape, dtype=torch.int32, device=vectors.device)
-    notes = torch.empty((*shape, CAPACITY), dtype=torch.int32, device=vectors.device)
+    candidates = torch.empty((*shape, CAPACITY), dtype=torch.int32, device=vectors.device)
     lower = torch.empty((*shape, CAPACITY), device=vectors.device)
     grid = (triton.cdiv(count, blocking.rows), blocking.splits, groups)
     screen_kernel[grid](
@@ -116,7 +117,7 @@ def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking:
         tile_bounds,
         upper,
         counts,
-        notes,
+        candidates,
         lower,
         count,
         halves.shape[1],
@@ -127,7 +128,7 @@ def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking:
         CHUNK=blocking.chunk,
         ROWS=blocking.rows,
         TILE=blocking.tile,
-        GRAIN=blocking.grain,
+        SIZE=blocking.candidate_size,
         SPLITS=blocking.splits,
         CAPACITY=CAPACITY,
         TINY=TINY,
@@ -135,17 +136,17 @@ def screen(vectors: Tensor, codes: tuple[Tensor, ...], num_tiles: int, blocking:
         num_stages=3,
         enable_fp_fusion=True,
     )
-    return upper, counts, notes, lower
+    return upper, counts, candidates, lower
 
 
-def settle(vectors: Tensor, codes: Tensor, noted: tuple[Tensor, ...], num_tiles: int, blocking: Blocking) -> Tensor:
+def rescore(vectors: Tensor, codes: Tensor, screened: tuple[Tensor, ...], num_tiles: int, blocking: Blocking) -> Tensor:
     """Compare the float32 distances of the candidates: int64[G, N]."""
     groups, count, dim = vectors.shape
     ids = torch.empty(groups, count, dtype=torch.int64, device=vectors.device)
-    settle_kernel[(count, groups)](
+    rescore_kernel[(count, groups)](
         vectors,
         codes,
-        *noted,
+        *screened,
         ids,
         count,
         codes.shape[1],
@@ -154,7 +155,7 @@ def settle(vectors: Tensor, codes: Tensor, noted: tuple[Tensor, ...], num_tiles:
         DIM=dim,
         CHUNK=blocking.chunk,
         TILE=blocking.tile,
-        GRAIN=blocking.grain,
+        SIZE=blocking.candidate_size,
         SPLITS=blocking.splits,
         CAPACITY=CAPACITY,
         num_warps=1 if dim <= 16 else 4,

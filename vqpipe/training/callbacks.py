@@ -29,14 +29,14 @@ from vqpipe.progress import Progress
 from vqpipe.provenance import now
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
-from vqpipe.reports.training import TrainingRun, training_page
+from vqpipe.reports.training import NUMBERS, TrainingRun, training_page
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.running_metrics import Row
 
 GRID_IMAGES = 8
 """Images in a reconstruction grid."""
 NAMED_IMAGES = 3
-"""Images of a skipped step that its message names."""
+"""Images of a skipped step that a message names."""
 
 
 class Callback:
@@ -192,11 +192,16 @@ class ProgressCallback(Callback):
         self.progress.note(self.text, details(self.row))
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
-        names = ", ".join(keys[:NAMED_IMAGES]) + (", ..." if len(keys) > NAMED_IMAGES else "")
-        self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {names})")
+        self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {first_names(keys)})")
 
     def on_step_end(self, state: TrainState) -> None:
         self.progress.advance()
+
+
+def first_names(keys: Sequence[str]) -> str:
+    """The first of these images, and how many more there are."""
+    more = len(keys) - NAMED_IMAGES
+    return ", ".join(keys[:NAMED_IMAGES]) + (f" and {more} more" if more > 0 else "")
 
 
 def summary(row: Row) -> str:
@@ -211,44 +216,15 @@ def summary(row: Row) -> str:
 
 
 def details(row: Row) -> list[tuple[str, str]]:
-    """Every known number of a row: (label, text), a label for each kind of number."""
-    losses = [name.removeprefix("loss/") for name in row if name.startswith("loss/")]
-    losses.sort(key=lambda term: (term != "total", term))
-    groups = {
-        "loss": [(term, "{:.4g}", f"loss/{term}") for term in losses],
-        "training": [(name.removeprefix("train/"), "{:.4g}", name) for name in row if name.startswith("train/")],
-        "quality": [("PSNR", "{:.2f} dB", "psnr")],
-        "validation": [
-            ("PSNR", "{:.2f} dB", "valid/psnr"),
-            ("SSIM", "{:.3f}", "valid/ssim"),
-            ("LPIPS", "{:.3f}", "valid/lpips_vgg"),
-            ("LPIPS", "{:.3f}", "valid/lpips_alex"),
-            ("codes in use", "{:.1%}", "valid/utilization"),
-            ("step", "{:,}", "valid/step"),
-        ],
-        "codes": [("in use", "{:.1%}", "utilization"), ("perplexity", "{:,.1f}", "perplexity")],
-        "gradients": [
-            ("norm", "{:.3g}", "gradient_norm"),
-            ("discriminator", "{:.3g}", "discriminator_gradient_norm"),
-            ("skipped steps", "{:,}", "nonfinite_steps"),
-            ("learning rate", "{:.3g}", "learning_rate"),
-        ],
-        "speed": [
-            ("", "{:,.3g} images/s", "images_per_second"),
-            ("", "{:.3g} s a step", "seconds_per_step"),
-            ("waiting for images", "{:.0%}", "data_wait"),
-            ("MFU", "{:.1%}", "mfu"),
-            ("", "{:.3g} TFLOP/s", "tflops"),
-            ("memory", "{:.1f} GB", "memory_gb"),
-            ("compiled graphs", "{:,}", "compiled_graphs"),
-        ],
-    }
-    lines = []
-    for label, numbers in groups.items():
-        known = [f"{name} {text.format(row[key])}".strip() for name, text, key in numbers if key in row]
-        if known:
-            lines.append((label, "   ".join(known)))
-    return lines
+    """Every known number of a row: (label, text), a label for each group of `reports.training.NUMBERS`."""
+    lines: dict[str, list[str]] = {"loss": []}
+    losses = (name for name in row if name.startswith("loss/"))
+    for name in sorted(losses, key=lambda name: (name != "loss/total", name)):
+        lines["loss"].append(f"{name.removeprefix('loss/')} {row[name]:.4g}")
+    for column in NUMBERS:
+        if column.key in row and column.group != "loss":
+            lines.setdefault(column.group, []).append(f"{column.short_label} {column.text_with_unit(row[column.key])}")
+    return [(group, "   ".join(numbers)) for group, numbers in lines.items() if numbers]
 
 
 class ReconstructionGrid(Callback):

@@ -16,12 +16,12 @@ from vqpipe import distributed
 from vqpipe.artifacts import states
 from vqpipe.artifacts.states import Parts, States
 from vqpipe.errors import ArtifactError
-from vqpipe.training.networks import gathered, load_network, sharded_like
+from vqpipe.training.networks import gathered, load_whole, sharded_like
 from vqpipe.training.optim import WeightEma
 from vqpipe.training.running_metrics import RunningMetrics
 
 COUNTERS = ("images_seen", "nonfinite_steps", "nonfinite_in_a_row")
-"""The integers of a state, beside its step."""
+"""The integers of a state, besides its step."""
 METRICS = "metrics"
 """The part of a checkpoint with the running metrics; absent from one that was saved right after a row of the log."""
 
@@ -112,11 +112,11 @@ class TrainState:
     def load(self, parts: Parts) -> None:
         """Load the tensors of a checkpoint whose names and shapes were checked."""
         for part, network in {**self.networks, **self.auxiliary}.items():
-            load_network(network, parts.get(part, {}))
+            load_whole(network, parts.get(part, {}))
         for part, optimizer in self.optimizers.items():
             load_optimizer(optimizer, parts[part])
         if self.weight_ema.decay > 0:
-            load_network(self.weight_ema.network, {**parts["model"], **parts["ema"]})
+            load_whole(self.weight_ema.network, {**parts["model"], **parts["ema"]})
 
     def tensors(self) -> Parts:
         """Every tensor of the state, by part. The average's buffers are the model's, so its parameters are enough."""

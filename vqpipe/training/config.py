@@ -19,7 +19,7 @@ class TrainConfig:
     """Gradient accumulation: a rank's share of the batch is processed in so many parts, for less memory. The step is
     the same except for terms that are not means over images: the adaptive weight, a discriminator's batch norm,
     entropies of a batch."""
-    parallel: Literal["ddp", "fsdp"] = resumable("ddp")
+    parallel: Literal["ddp", "fsdp"] = resumable(default="ddp")
     """On several ranks: replicate the weights (DistributedDataParallel), or shard them (FSDP2), for generators that are
     too large for one GPU. Checkpoints are the same, so a run may be resumed with the other."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -42,23 +42,24 @@ class TrainConfig:
     """Decay of the weight average, which is published; 0: no average, the weights themselves are published."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: convolutions and matrix products under autocast; quantizing and losses stay in float32."""
-    compile: bool = resumable(False)
+    compile: bool = resumable(default=False)
     """torch.compile the networks: of a tokenizer the encoder, the decoder, the discriminator and LPIPS, each as one
     graph; of a generator its blocks."""
-    activation_checkpointing: bool = resumable(False)
+    activation_checkpointing: bool = resumable(default=False)
     """Keep no activations inside a residual or attention block, and compute them again in the backward pass."""
-    max_nonfinite_steps: int = resumable(20)
+    max_nonfinite_steps: int = resumable(default=20)
     """Skipped steps in a row that end the run. A step whose gradient is not finite is skipped: no weight moves."""
-    log_every: int = resumable(50)
+    log_every: int = resumable(default=50)
     """Steps between two rows of metrics.jsonl."""
-    save_every: int = resumable(1000)
+    save_every: int = resumable(default=1000)
     """Steps between two checkpoints; the last two are kept."""
-    keep_every: int = resumable(0)
+    keep_every: int = resumable(default=0)
     """Steps between two checkpoints that are kept until the run is published; 0: none."""
-    sample_every: int = resumable(500)
+    sample_every: int = resumable(default=500)
     """Steps between two samples: a tokenizer's reconstruction grid, or a generator's sample sheet."""
     validate_every: int = 0
-    """Steps between two validations on held-out images; 0: none."""
+    """Steps between two validations on held-out images. 0: for a tokenizer as `sample_every`, if there are held-out
+    images; for generators and classifiers none."""
     validation_images: int = 256
     """Held-out images per validation."""
 

@@ -92,7 +92,7 @@ def run_steps(
             hooks.on_log(log_row(state, config, rate))
             metrics.reset()
         sample, validate = (due(state, config, every) for every in (config.sample_every, config.validate_every))
-        with metrics.paused(sample or validate):
+        with metrics.untimed(sample or validate):
             if sample:
                 hooks.on_sample(state.step, state.weight_ema.network)
             if validate:
@@ -101,7 +101,7 @@ def run_steps(
         stop = stop_on_any_rank(state.step, stop_requested, task.device)
         if stop or (state.step % config.save_every == 0 and state.step < config.steps):
             nonfinite.flush()
-            with metrics.paused():
+            with metrics.untimed():
                 state.save(run_dir, keep_every=config.keep_every)
         if stop:
             break

@@ -148,7 +148,7 @@ def sharded_like(value: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def load_network(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_whole(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """`load_state_dict` of whole tensors, also where the network is sharded."""
     own = network.state_dict()
     network.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors.items()})

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.errors import NumericError
+from vqpipe.training.callbacks import first_names
 from vqpipe.training.checkpoint import TrainState
-
-NAMED_IMAGES = 3
-"""Images of a skipped batch that an error names."""
 
 
 @dataclass
@@ -90,11 +88,9 @@ class NonfiniteSteps:
         state.nonfinite_steps += 1
         self.on_skipped(last.step, last.keys)
         if state.nonfinite_in_a_row >= self.limit:
-            more = len(last.keys) - NAMED_IMAGES
-            names = ", ".join(last.keys[:NAMED_IMAGES]) + (f" and {more} more" if more > 0 else "")
             raise NumericError(
                 f"{state.nonfinite_in_a_row} steps in a row gave no finite gradient; the last was step {last.step},"
-                f" images {names}",
+                f" images {first_names(last.keys)}",
                 "No weight moved in them. Lower train.learning_rate, set train.clip_norm, or use"
                 " train.precision=fp32, and run again",
             )

@@ -58,13 +58,13 @@ class RunningMetrics(Generic[ResultT]):
         self.waited += time.perf_counter() - began
 
     @contextmanager
-    def paused(self, really: bool = True) -> Iterator[None]:
-        """Leave the time inside out, if `really`: samples, validation, checkpoints."""
-        if really and self.device.type == "cuda":
+    def untimed(self, when: bool = True) -> Iterator[None]:
+        """Leave the time inside out, if `when` is true: samples, validation, checkpoints."""
+        if when and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         yield
-        self.began += time.perf_counter() - began if really else 0.0
+        self.began += time.perf_counter() - began if when else 0.0
 
     def update(self, output: StepOutput[ResultT]) -> None:
         """Add one step of this rank."""

@@ -70,7 +70,7 @@ class Task(ABC, Generic[BatchT, ResultT]):
         finite moves no weight."""
 
     def after_step(self, output: StepOutput[ResultT]) -> None:
-        """What follows a step beside gradients; nothing may move where `output.skipped`. Default: nothing."""
+        """What follows a step besides gradients; nothing may move where `output.skipped`. Default: nothing."""
 
     def running_metrics(self) -> RunningMetrics[ResultT]:
         """The metrics of the log. Default: the means of `StepOutput.values`."""
@@ -80,8 +80,3 @@ class Task(ABC, Generic[BatchT, ResultT]):
 def mean_over_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each scalar over the parts of a batch."""
     return {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}
-
-
-def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """bf16 autocast if `train.precision` is bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")

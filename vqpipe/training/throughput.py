@@ -63,19 +63,19 @@ def count_flops(
         for part in frozen_parts(config, network):
             part.requires_grad_(False)
         images = torch.zeros(1, 3, image_size, image_size)
-        with FlopCounterMode(display=False) as generator:
+        with FlopCounterMode(display=False) as reconstruction_flops:
             reconstruction = network.decode(network.latent(images))
             loss = reconstruction.sum()
             if objective.perceptual is not None:
                 loss = loss + objective.perceptual(images, reconstruction)
             loss.backward()
-        with FlopCounterMode(display=False) as adversarial:
+        with FlopCounterMode(display=False) as adversarial_flops:
             fake = reconstruction.detach().requires_grad_()
             critic.requires_grad_(False)
             critic(fake).sum().backward()
             critic.requires_grad_(True)
             (critic(images) + critic(fake.detach())).sum().backward()
-    return FlopsPerImage(float(generator.get_total_flops()), float(adversarial.get_total_flops()))
+    return FlopsPerImage(float(reconstruction_flops.get_total_flops()), float(adversarial_flops.get_total_flops()))
 
 
 def bf16_peak(device_name: str) -> float | None:

@@ -22,7 +22,7 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, P
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer, load_weights, model_facts, read_config, write_tokenizer
-from vqpipe.training.callbacks import MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
+from vqpipe.training.callbacks import Callback, MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
 from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loggers import LOGGERS
@@ -37,8 +37,8 @@ Publish = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerRunConfig:
-    """The sections of a preset that a tokenizer is trained with."""
+class TokenizerRecipe:
+    """The sections of a tokenizer's preset that its training reads."""
 
     model: AutoencoderConfig
     objective: ObjectiveConfig
@@ -60,13 +60,13 @@ class RunInputs:
     """A tokenizer to fine-tune."""
 
 
-def check_run(config: TokenizerRunConfig, inputs: RunInputs, publish: Publish) -> TokenizerRunConfig:
+def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> TokenizerRecipe:
     """Check the settings against the inputs. Returns them with `validate_every` set: by default, that of samples.
 
     Raises:
         ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning.
     """
-    train, validates = config.train, inputs.held_out is not None
+    train, validates = recipe.train, inputs.held_out is not None
     if publish == "best" and not validates:
         raise ConfigError("--publish best needs held-out images", "Name them with --validation")
     if train.validate_every and not validates:
@@ -80,11 +80,11 @@ def check_run(config: TokenizerRunConfig, inputs: RunInputs, publish: Publish) -
             "Add --set train.whiten_init=false",
         )
     every = train.validate_every or (train.sample_every if validates else 0)
-    return replace(config, train=replace(train, validate_every=every))
+    return replace(recipe, train=replace(train, validate_every=every))
 
 
-def start_run(
-    out: Path, config: TokenizerRunConfig, inputs: RunInputs, *, seed: int, publish: Publish = "last"
+def start_tokenizer_run(
+    out: Path, recipe: TokenizerRecipe, inputs: RunInputs, *, seed: int, publish: Publish = "last"
 ) -> Draft | Artifact:
     """Start, resume, or find published the tokenizer `out`."""
     roles: dict[str, Input | str] = {"images": inputs.images}
@@ -92,17 +92,17 @@ def start_run(
         roles["validation"] = inputs.held_out
     if inputs.codebook is not None:
         roles["codebook"] = inputs.codebook
-    if config.objective.perceptual != "none":
-        roles["lpips"] = hash_file(backbone_file(config.objective.perceptual, config.objective.lpips_weights))
+    if recipe.objective.perceptual != "none":
+        roles["lpips"] = hash_file(backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights))
     if inputs.source is not None:
         read_config(inputs.source / "config.json")  # first: its error names what the folder holds instead
         roles["from"] = artifacts.open_artifact(inputs.source, "tokenizer")
-    return artifacts.start(out, "tokenizer", {**to_request(config), "seed": seed, "publish": publish}, roles)
+    return artifacts.start(out, "tokenizer", {**to_request(recipe), "seed": seed, "publish": publish}, roles)
 
 
 def train_tokenizer(
     draft: Draft,
-    config: TokenizerRunConfig,
+    recipe: TokenizerRecipe,
     inputs: RunInputs,
     *,
     codebook: Tensor | None = None,
@@ -110,6 +110,7 @@ def train_tokenizer(
     device: torch.device,
     publish: Publish = "last",
     loggers: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
     progress: Progress = SILENT,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Artifact | None:
@@ -120,35 +121,37 @@ def train_tokenizer(
     Args:
         codebook: float[K, dim], the content of `inputs.codebook`.
         loggers: names of LOGGERS.
+        callbacks: more callbacks, called before the log: a number that one adds to a row is logged.
     """
-    model, discriminator = build_networks(config, inputs.source, codebook)
+    model, discriminator = build_networks(recipe, inputs.source, codebook)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
         discriminator.to(memory_format=torch.channels_last)
     model.to(device)
     discriminator.to(device)
-    objective = Objective(config.objective, model.quantizer.loss_names).to(device)
+    objective = Objective(recipe.objective, model.quantizer.loss_names).to(device)
     task = TokenizerTask(model, discriminator, objective)
-    if config.train.whiten_init and not checkpoints(draft.path).paths():
+    if recipe.train.whiten_init and not checkpoints(draft.path).paths():
         # On the first images of the run; the same images on every rank.
-        first = next(iter(training_stream(config, inputs, seed, config.train.whiten_images).from_sample(0)))
+        first = next(iter(training_stream(recipe, inputs, seed, recipe.train.whiten_images).from_sample(0)))
         model.whiten_init(to_float(first.images.to(device)))
     rank, ranks = distributed.rank(), distributed.world_size()
-    stream = training_stream(config, inputs, seed, config.train.global_batch_size, rank, ranks)
-    side, settings = config.data.image_size, to_table(config)
+    stream = training_stream(recipe, inputs, seed, recipe.train.global_batch_size, rank, ranks)
+    side, settings = recipe.data.image_size, to_table(recipe)
     metrics = MetricsLog(draft.path / "metrics.jsonl")
     grid = ReconstructionGrid(
         draft, inputs.held_out or inputs.images, side, device, held_out=inputs.held_out is not None
     )
-    validation = validation_of(draft, config, inputs, objective, device, progress)
+    validation = validation_of(draft, recipe, inputs, objective, device, progress)
     sources = [grid] if validation is None else [grid, validation]
-    flops = count_flops(config.train, model, discriminator, objective, side)
-    callbacks = [
-        Throughput(flops, peak_of(device, config.train)),
+    flops = count_flops(recipe.train, model, discriminator, objective, side)
+    hooks = [
+        Throughput(flops, peak_of(device, recipe.train)),
+        *callbacks,
         metrics,
         *sources,
         *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in loggers),
-        ProgressCallback(progress, config.train.steps),
+        ProgressCallback(progress, recipe.train.steps),
         RunReport(
             draft,
             metrics,
@@ -160,40 +163,40 @@ def train_tokenizer(
     ]
     state = train(
         task,
-        config.train,
+        recipe.train,
         stream,
         draft.path,
         seed=seed,
         device=device,
-        callbacks=callbacks,
+        callbacks=hooks,
         stop_requested=stop_requested,
     )
-    if state.step < config.train.steps:
+    if state.step < recipe.train.steps:
         return None
     best = validation.best if validation is not None and publish == "best" else None
-    return publish_tokenizer(draft, config, task, state, metrics, best)
+    return publish_tokenizer(draft, recipe, task, state, metrics, best)
 
 
 def build_networks(
-    config: TokenizerRunConfig, source: Path | None, codebook: Tensor | None
+    recipe: TokenizerRecipe, source: Path | None, codebook: Tensor | None
 ) -> tuple[Autoencoder, PatchDiscriminator]:
     """The autoencoder and the discriminator, fresh or from the tokenizer to fine-tune, with the codebook loaded.
 
     Raises:
         ConfigError: the tokenizer to fine-tune is another model than the preset's.
     """
-    model = build_autoencoder(config.model)
-    discriminator = PatchDiscriminator(config.discriminator)
+    model = build_autoencoder(recipe.model)
+    discriminator = PatchDiscriminator(recipe.discriminator)
     if source is not None:
         tokenizer = Tokenizer.from_pretrained(source)
         try:
             load_weights(model, tokenizer.autoencoder.state_dict(), source)
         except WeightsError:
-            where = difference(to_table(tokenizer.config), to_table(config.model), "model")
+            where = difference(to_table(tokenizer.config), to_table(recipe.model), "model")
             hint = "Choose the preset of that tokenizer, or --set what differs"
             raise ConfigError(f"{source} is another model than the preset's: {where}", hint) from None
         file = source / "discriminator.safetensors"
-        if config.objective.adversarial > 0 and file.is_file():
+        if recipe.objective.adversarial > 0 and file.is_file():
             try:
                 load_weights(discriminator, load_tensors(file), file)
             except WeightsError as error:
@@ -207,17 +210,17 @@ def build_networks(
 
 
 def training_stream(
-    config: TokenizerRunConfig, inputs: RunInputs, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
+    recipe: TokenizerRecipe, inputs: RunInputs, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> TrainingStream:
     """The training images in batches of `batch_size` over all ranks; by default, all of them on this one."""
     return TrainingStream(
-        inputs.images, config.data, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size
+        inputs.images, recipe.data, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size
     )
 
 
 def validation_of(
     draft: Draft,
-    config: TokenizerRunConfig,
+    recipe: TokenizerRecipe,
     inputs: RunInputs,
     objective: Objective,
     device: torch.device,
@@ -226,16 +229,16 @@ def validation_of(
     """The validation of a run, None without held-out images. LPIPS decides what is best if it is trained with."""
     if inputs.held_out is None:
         return None
-    lpips = f"lpips_{config.objective.perceptual}"
+    lpips = f"lpips_{recipe.objective.perceptual}"
     perceptual = {} if objective.perceptual is None else {lpips: objective.perceptual.lpips}
     measure = f"valid/{lpips}" if perceptual else "valid/psnr"
     return Validation(
         inputs.held_out,
-        image_size=config.data.image_size,
-        batch_size=config.train.share(distributed.world_size()) // config.train.accumulate,
-        limit=config.train.validation_images,
+        image_size=recipe.data.image_size,
+        batch_size=recipe.train.share(distributed.world_size()) // recipe.train.accumulate,
+        limit=recipe.train.validation_images,
         perceptual=perceptual,
-        num_workers=config.data.num_workers,
+        num_workers=recipe.data.num_workers,
         device=device,
         best=BestWeights(draft.path / "best.safetensors", measure, higher_is_better=not perceptual),
         progress=progress,
@@ -244,7 +247,7 @@ def validation_of(
 
 def publish_tokenizer(
     draft: Draft,
-    config: TokenizerRunConfig,
+    recipe: TokenizerRecipe,
     task: TokenizerTask,
     state: TrainState,
     metrics: MetricsLog,
@@ -252,16 +255,16 @@ def publish_tokenizer(
 ) -> Artifact:
     """Publish the weights of the last step, or those that `best` kept, with the numbers measured during training."""
     step = state.step if best is None or best.step is None else best.step
-    images_seen = step * config.train.global_batch_size
+    images_seen = step * recipe.train.global_batch_size
     if distributed.is_main():
         network = state.weight_ema.network
         assert isinstance(network, Autoencoder)
         if best is not None and step != state.step:
             load_weights(network, load_tensors(best.path), best.path)
-        tokenizer = Tokenizer(network, image_size=config.data.image_size, device="cpu")
+        tokenizer = Tokenizer(network, image_size=recipe.data.image_size, device="cpu")
         discriminator = task.discriminator if task.adversarial else None
         write_tokenizer(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
-        draft.adopt("metrics.jsonl")
+        draft.record_existing("metrics.jsonl")
     measured = {
         "training_psnr": metrics.latest("psnr"),
         "training_utilization": metrics.latest("utilization"),

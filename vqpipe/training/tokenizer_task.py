@@ -2,7 +2,7 @@
 
 Nothing in a step waits for the GPU, except with a quantizer whose `update` moves the codebook: whether the step was
 skipped is read first.
-Letters: B images of this rank's share of a global batch.
+Shapes: B images of this rank's share of a global batch.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqpipe import distributed
 from vqpipe.data.batches import Batch
 from vqpipe.data.transforms import to_float
+from vqpipe.device import autocast
 from vqpipe.errors import ConfigError
 from vqpipe.losses.objective import Objective
 from vqpipe.metrics.usage import CodeUsage, as_rows, from_rows, usage_of
@@ -26,7 +27,7 @@ from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
 from vqpipe.training.networks import accumulate_gradients, checkpoint_activations, replicate
 from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import Row, RunningMetrics, StepOutput
-from vqpipe.training.task import Task, autocast, mean_over_parts
+from vqpipe.training.task import Task, mean_over_parts
 
 BLOCKS = (ResidualBlock, Attention, Residual)
 """The units of activation checkpointing."""
@@ -94,7 +95,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
     def step(self, batch: Batch, step: int) -> StepOutput[Reconstruction]:
         """One step of the autoencoder, and from `disc_start` on one of the discriminator."""
         images = on_device(batch, self.device)
-        reconstruction, values, skipped = self.generator_step(images, step)
+        reconstruction, values, skipped = self.autoencoder_step(images, step)
         if self.objective.adversarial_at(step):
             values |= self.discriminator_step(images, reconstruction, step)
         return StepOutput(values, skipped, reconstruction)
@@ -107,7 +108,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
     def running_metrics(self) -> "TokenizerMetrics":
         return TokenizerMetrics(self.model.quantizer, self.device)
 
-    def generator_step(self, images: Tensor, step: int) -> tuple[Reconstruction, dict[str, Tensor], Tensor]:
+    def autoencoder_step(self, images: Tensor, step: int) -> tuple[Reconstruction, dict[str, Tensor], Tensor]:
         """Step the autoencoder, with the discriminator frozen. Returns the detached reconstruction, scalars to log, and
         whether the step was skipped, a bool on the device."""
         optimizer = self.optimizers["optimizer"]
@@ -118,10 +119,10 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         parts, reconstructions, logged = images.chunk(self.config.accumulate), [], []
         for number, part in enumerate(parts, start=1):
             with accumulate_gradients(self.network, last=number == len(parts)):
-                with autocast(self.device, self.config):
+                with autocast(self.device, self.config.precision):
                     reconstruction: Reconstruction = self.network(part)
                     logits = self.discriminator(reconstruction.images) if adversarial else None
-                total, terms = self.objective.generator_loss(
+                total, terms = self.objective.autoencoder_loss(
                     part,
                     reconstruction.images,
                     reconstruction.quantized.losses,
@@ -137,7 +138,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         return concatenated(reconstructions), mean_over_parts(logged) | {"gradient_norm": norm}, skipped
 
     def discriminator_step(self, images: Tensor, reconstruction: Reconstruction, step: int) -> dict[str, Tensor]:
-        """Step the discriminator, on the reconstruction of the generator step. Returns scalars to log."""
+        """Step the discriminator, on the reconstruction of the autoencoder step. Returns scalars to log."""
         optimizer = self.optimizers["discriminator_optimizer"]
         self.discriminator.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
@@ -145,7 +146,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         fakes = reconstruction.images.chunk(len(parts))
         for number, (real, fake) in enumerate(zip(parts, fakes, strict=True), start=1):
             with accumulate_gradients(self.critic, last=number == len(parts)):
-                with autocast(self.device, self.config):
+                with autocast(self.device, self.config.precision):
                     real_logits, fake_logits = self.critic(real), self.critic(fake)
                 loss, terms = self.objective.discriminator_loss(
                     real_logits, fake_logits, step=step, images=real, discriminator=self.discriminator.forward

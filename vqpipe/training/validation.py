@@ -53,7 +53,7 @@ class BestWeights:
         value = row.get(self.measure, math.nan)
         return value < self.value - PSNR_DROP if self.higher_is_better else value > self.value * LPIPS_RISE
 
-    def offer(self, network: nn.Module, step: int, row: Row) -> bool:
+    def keep_if_best(self, network: nn.Module, step: int, row: Row) -> bool:
         """Keep the weights (rank 0 writes) if they are the best so far; returns on all ranks whether they are."""
         # There is no PSNR where every reconstruction equals its original.
         value = row.get(self.measure, math.inf if self.higher_is_better else math.nan)
@@ -115,7 +115,7 @@ class Validation(Callback):
 
     def update_best(self, best: BestWeights, network: Autoencoder, step: int, row: Row) -> None:
         """Keep the weights if they are the best, and warn where the run may have collapsed."""
-        is_best = best.offer(network, step, row)
+        is_best = best.keep_if_best(network, step, row)
         value = f"{row[best.measure]:.4g}" if best.measure in row else "infinite"
         self.progress.message(f"step {step:,}: {best.measure} {value}" + (", the best so far" if is_best else ""))
         if best.collapsed(row):

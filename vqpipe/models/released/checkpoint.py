@@ -199,7 +199,7 @@ def is_expanded(tensor: Tensor) -> bool:
 def strip_prefix(name: str) -> str:
     """Remove all `PREFIXES` from the start of a name."""
     while name.startswith(PREFIXES):
-        name = name[len(next(prefix for prefix in PREFIXES if name.startswith(prefix))) :]
+        name = name.partition(".")[2]
     return name
 
 

@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ class Released:
 class Family(ABC):
     """A file of one family of released weights.
 
-    A subclass derives the config from tensor shapes (`config`) and maps our weight names to released ones
-    (`released_name`).
+    A subclass derives the config from tensor shapes (`config`) and maps our weight names to released ones where they
+    differ (`released_name`).
     """
 
     name: ClassVar[str]
@@ -71,9 +71,9 @@ class Family(ABC):
             WeightsError: a tensor that defines a size is absent or has a wrong number of dimensions.
         """
 
-    @abstractmethod
     def released_name(self, name: str) -> str:
-        """The released name of our weight `name`."""
+        """The released name of our weight `name`; the same by default."""
+        return name
 
     def value(self, name: str) -> Tensor | None:
         """The value of our weight `name`; None, recorded in `weights.missing`, if the file lacks it."""
@@ -91,6 +91,41 @@ class Family(ABC):
     def lacks_codebook(self) -> bool:
         """Whether the file was released without its codebook."""
         return False
+
+    def level_sizes(self) -> dict[str, Any]:
+        """The sizes of an encoder with the levels of VQGAN, as fields of our configs, from the shapes of its weights.
+
+        Raises:
+            WeightsError: a weight that defines a size is absent, or widths are not multiples of the first.
+        """
+        weights, released_name = self.weights, self.released_name
+        levels = range(weights.count(released_name("encoder.down.")))
+        base = weights.shape(released_name("encoder.conv_in.weight"), 4)[0]
+        widths = [weights.shape(released_name(f"encoder.down.{level}.block.0.conv1.weight"), 4)[0] for level in levels]
+        if any(width % base for width in widths):
+            raise WeightsError(f"{weights.source}: levels of {widths} channels are not multiples of {base}")
+        return {
+            "base_channels": base,
+            "channel_multipliers": tuple(width // base for width in widths),
+            "num_res_blocks": weights.count(released_name("encoder.down.0.block.")),
+        }
+
+    def vqgan_config(self, quantizer: QuantizerConfig) -> VqganConfig:
+        """The config of a VQGAN, with sizes from the shapes of its weights.
+
+        Raises:
+            WeightsError: as `level_sizes`.
+        """
+        sizes = self.level_sizes()
+        levels = range(len(sizes["channel_multipliers"]))
+        attending = [level for level in levels if self.weights.under(self.released_name(f"encoder.down.{level}.attn."))]
+        return VqganConfig(
+            quantizer=quantizer,
+            **sizes,
+            attention_resolutions=tuple(RESOLUTION // 2**level for level in attending),
+            z_channels=self.weights.shape("quant_conv.weight", 4)[1],
+            resolution=RESOLUTION,
+        )
 
 
 def load(family: Family) -> Released:
@@ -170,51 +205,3 @@ def load_discriminator(family: Family) -> PatchDiscriminator | None:
         + (f" and discriminator.base_channels = {base_channels}" if base_channels != 64 else "")
     )
     return network
-
-
-class LevelSizes(NamedTuple):
-    """The sizes of an encoder, as fields of our configs."""
-
-    base_channels: int
-    channel_multipliers: tuple[int, ...]
-    num_res_blocks: int
-
-
-def same_name(name: str) -> str:
-    """The released name of a weight whose name did not change."""
-    return name
-
-
-def level_sizes(weights: Weights, released_name: Callable[[str], str] = same_name) -> LevelSizes:
-    """The sizes of an encoder with the levels of VQGAN, from the shapes of its weights.
-
-    Raises:
-        WeightsError: a weight that defines a size is absent, or widths are not multiples of the first.
-    """
-    levels = range(weights.count(released_name("encoder.down.")))
-    base = weights.shape(released_name("encoder.conv_in.weight"), 4)[0]
-    widths = [weights.shape(released_name(f"encoder.down.{level}.block.0.conv1.weight"), 4)[0] for level in levels]
-    if any(width % base for width in widths):
-        raise WeightsError(f"{weights.source}: levels of {widths} channels are not multiples of {base}")
-    blocks = weights.count(released_name("encoder.down.0.block."))
-    return LevelSizes(base, tuple(width // base for width in widths), blocks)
-
-
-def vqgan_config(
-    weights: Weights, quantizer: QuantizerConfig, released_name: Callable[[str], str] = same_name
-) -> VqganConfig:
-    """The config of a VQGAN, with sizes from the shapes of its weights.
-
-    Raises:
-        WeightsError: as `level_sizes`.
-    """
-    sizes = level_sizes(weights, released_name)
-    levels = range(len(sizes.channel_multipliers))
-    attending = [level for level in levels if weights.under(released_name(f"encoder.down.{level}.attn."))]
-    return VqganConfig(
-        quantizer=quantizer,
-        **sizes._asdict(),
-        attention_resolutions=tuple(RESOLUTION // 2**level for level in attending),
-        z_channels=weights.shape("quant_conv.weight", 4)[1],
-        resolution=RESOLUTION,
-    )

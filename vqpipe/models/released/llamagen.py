@@ -5,7 +5,7 @@ Codes and latents are normalized for the search; the stored codes are not.
 
 from collections.abc import Collection
 
-from vqpipe.models.released.family import Family, vqgan_config
+from vqpipe.models.released.family import Family
 from vqpipe.models.vqgan import VqganConfig
 from vqpipe.quantizers import VqConfig
 
@@ -26,9 +26,7 @@ class LlamaGen(Family):
 
     def config(self) -> VqganConfig:
         size, code_dim = self.weights.shape("quantize.embedding.weight", 2)
-        return vqgan_config(
-            self.weights, VqConfig(codebook_size=size, code_dim=code_dim, normalize=True), self.released_name
-        )
+        return self.vqgan_config(VqConfig(codebook_size=size, code_dim=code_dim, normalize=True))
 
     def released_name(self, name: str) -> str:
         """LlamaGen numbers the decoder's levels from the lowest resolution, we from the highest."""

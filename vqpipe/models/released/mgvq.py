@@ -46,7 +46,7 @@ class Mgvq(Family):
         ]
         return DcaeConfig(
             quantizer=self.quantizer(),
-            widths=(max(1, widths[0] // 2), *widths),  # stage 0 has no weights; the released value
+            widths=(widths[0] // 2, *widths),  # stage 0 has no weights; the released value
             encoder_depths=(0, *self.depths("encoder", stages)),
             decoder_depths=(0, *self.depths("decoder", stages)),
             attention_from=1 + (attends.index(True) if True in attends else len(attends)),
@@ -59,6 +59,7 @@ class Mgvq(Family):
         return [count - (stage != stages[-1]) for stage, count in zip(stages, counts, strict=True)]
 
     def quantizer(self) -> MultiGroupConfig:
+        """The config of the quantizer, from its tensors."""
         num_groups = self.num_groups()
         size, code_dim = self.weights.shape(CODES, 2)
         if size % num_groups:
@@ -76,6 +77,7 @@ class Mgvq(Family):
         return channels // per_group
 
     def latent_channels(self) -> int:
+        """Channels of the encoder's output."""
         return self.weights.shape("encoder.project_out.main.op_list.0.conv.weight", 4)[0]
 
     def released_name(self, name: str) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vqpipe.models.magvit import MagvitConfig
 from vqpipe.models.released.checkpoint import UNUSED_AVERAGES, Weights
-from vqpipe.models.released.family import Family, level_sizes
+from vqpipe.models.released.family import Family
 from vqpipe.quantizers import LfqConfig
 
 
@@ -35,10 +35,7 @@ class OpenMagvit2(Family):
 
     def config(self) -> MagvitConfig:
         code_dim = self.weights.shape("encoder.conv_out.weight", 4)[0]
-        return MagvitConfig(quantizer=LfqConfig(code_dim=code_dim), **level_sizes(self.weights)._asdict())
-
-    def released_name(self, name: str) -> str:
-        return name
+        return MagvitConfig(quantizer=LfqConfig(code_dim=code_dim), **self.level_sizes())
 
     def image_size(self) -> int:
         return 128 if self.weights.count("encoder.down.") == 4 else 256

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqpipe.errors import WeightsError
 from vqpipe.models.released.checkpoint import AVERAGES, UNUSED_AVERAGES, Weights
-from vqpipe.models.released.family import Family, vqgan_config
+from vqpipe.models.released.family import Family
 from vqpipe.models.vqgan import VqganConfig
 from vqpipe.quantizers import IbqConfig, VqConfig
 
@@ -42,7 +42,7 @@ class Taming(Family):
             )
         codebook_size, code_dim = weights.shape("quantize.embedding.weight", 2)
         self.notes.append("read as a VQGAN, with ids of the nearest codes; if it is an IBQ, pass --family ibq")
-        return vqgan_config(weights, VqConfig(codebook_size=codebook_size, code_dim=code_dim))
+        return self.vqgan_config(VqConfig(codebook_size=codebook_size, code_dim=code_dim))
 
     def released_name(self, name: str) -> str:
         return name.replace("quantizer.codes", "quantize.embedding.weight")
@@ -68,4 +68,4 @@ class Ibq(Taming):
 
     def config(self) -> VqganConfig:
         codebook_size, code_dim = self.weights.shape("quantize.embedding.weight", 2)
-        return vqgan_config(self.weights, IbqConfig(codebook_size=codebook_size, code_dim=code_dim))
+        return self.vqgan_config(IbqConfig(codebook_size=codebook_size, code_dim=code_dim))

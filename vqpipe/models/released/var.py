@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqpipe.errors import WeightsError
 from vqpipe.models.released.checkpoint import DAMAGED, Weights
-from vqpipe.models.released.family import Family, vqgan_config
+from vqpipe.models.released.family import Family
 from vqpipe.models.vqgan import VqganConfig
 from vqpipe.quantizers import MultiScaleConfig
 
@@ -52,7 +52,7 @@ class Var(Family):
                 "Their grids are not in the file, so it cannot be imported",
             )
         kernel = weights.shape("quant_conv.weight", 4)[-1]
-        return replace(vqgan_config(weights, quantizer), quant_conv_kernel=3 if kernel == 3 else 1)
+        return replace(self.vqgan_config(quantizer), quant_conv_kernel=3 if kernel == 3 else 1)
 
     def value(self, name: str) -> Tensor | None:
         kind = {"quantizer.phi_weights": "weight", "quantizer.phi_biases": "bias"}.get(name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import WeightsError
-from vqpipe.models.released.family import Family, vqgan_config
+from vqpipe.models.released.family import Family
 from vqpipe.models.vqgan import VqganConfig
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
 
@@ -42,7 +42,7 @@ class VqganLc(Family):
         return "tok_embeddings.weight" not in self.weights
 
     def config(self) -> VqganConfig:
-        return vqgan_config(self.weights, self.quantizer())
+        return self.vqgan_config(self.quantizer())
 
     def quantizer(self) -> QuantizerConfig:
         """The config of the quantizer, from its tensors."""
@@ -74,6 +74,7 @@ class VqganLc(Family):
         return self.weights.shape("tok_embeddings.weight", 2)
 
     def projector(self) -> Literal["linear", "mlp", "none"]:
+        """The kind of projector in the file."""
         if not self.weights.under("codebook_projection."):
             return "none"
         return "mlp" if self.weights.under("codebook_projection.0.") else "linear"

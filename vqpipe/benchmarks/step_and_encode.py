@@ -7,7 +7,7 @@ LPIPS, whose weights are not included.
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +20,15 @@ from vqpipe.benchmarks.timing import Case, Method, Row, Settings, available, mea
 from vqpipe.data.batches import Batch
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import center_crop, decode, to_float
-from vqpipe.losses.objective import Objective, ObjectiveConfig
+from vqpipe.losses.objective import Objective
 from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.models.discriminator import DiscriminatorConfig
 from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers.base import to_rows as latent_vectors
 from vqpipe.quantizers.lc import LcConfig
 from vqpipe.search import engine_name
 from vqpipe.tokenizer import Tokenizer
-from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loop import train
+from vqpipe.training.tokenizer_run import TokenizerRecipe
 from vqpipe.training.tokenizer_task import TokenizerTask
 
 TRAIN_SIZES, QUICK_TRAIN_SIZES = (1000, 100_000), (100, 2000)
@@ -40,35 +39,23 @@ STEPS = 2
 WHITEN_IMAGES = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """The settings of a preset that define a step."""
-
-    preset: str
-    model: AutoencoderConfig
-    objective: ObjectiveConfig
-    discriminator: DiscriminatorConfig
-    train: TokenizerTrainConfig
-    image_size: int
-
-
-def train_cases(settings: Settings, experiment: Experiment) -> dict[str, Callable[[Progress], Case]]:
+def train_cases(settings: Settings, preset: str, recipe: TokenizerRecipe) -> dict[str, Callable[[Progress], Case]]:
     """One case, with both codebook sizes in the same rounds."""
     on_gpu = settings.device.type == "cuda"
-    batch = 2 if settings.quick else 32 if on_gpu else experiment.train.global_batch_size
-    title = f"training step: preset {experiment.preset}, {experiment.image_size} px, batch {batch}"
-    return {title: partial(time_training_step, settings, experiment, title, batch)}
+    batch = 2 if settings.quick else 32 if on_gpu else recipe.train.global_batch_size
+    title = f"training step: preset {preset}, {recipe.data.image_size} px, batch {batch}"
+    return {title: partial(time_training_step, settings, recipe, title, batch)}
 
 
 def time_training_step(
-    settings: Settings, experiment: Experiment, title: str, batch: int, progress: Progress = SILENT
+    settings: Settings, recipe: TokenizerRecipe, title: str, batch: int, progress: Progress = SILENT
 ) -> Case:
     """Our training step at both codebook sizes, and the released one."""
     sizes, steps = (QUICK_TRAIN_SIZES, 1) if settings.quick else (TRAIN_SIZES, STEPS)
-    images = photographs(batch, experiment.image_size)
-    sides = {"image_size": experiment.image_size, "batch": batch, "codebook_sizes": list(sizes), "steps": steps}
+    images = photographs(batch, recipe.data.image_size)
+    sides = {"image_size": recipe.data.image_size, "batch": batch, "codebook_sizes": list(sizes), "steps": steps}
     case = Case(title, "images", sides)
-    runs = [MeasuredTraining(settings, experiment, k, images, steps) for k in sizes]
+    runs = [MeasuredTraining(settings, recipe, k, images, steps) for k in sizes]
     methods = [run.ours() for run in runs]
     methods += available({run.released_name: run.released for run in runs}, case)
     samples = measure(methods, case, settings, progress)
@@ -94,11 +81,11 @@ def per_step(row: Row, steps: int) -> Row:
 class MeasuredTraining:
     """Training with codebook size K, `steps` steps a call, continued from call to call."""
 
-    def __init__(self, settings: Settings, experiment: Experiment, k: int, images: Tensor, steps: int) -> None:
+    def __init__(self, settings: Settings, recipe: TokenizerRecipe, k: int, images: Tensor, steps: int) -> None:
         self.settings, self.steps, self.k, self.images = settings, steps, k, images
         self.name, self.released_name = f"vqpipe, K = {k:,}", f"released step, K = {k:,}"
         self.config = replace(
-            experiment.train,
+            recipe.train,
             steps=steps,
             warmup_steps=0,
             global_batch_size=len(images),
@@ -107,13 +94,13 @@ class MeasuredTraining:
             sample_every=steps,
         )
         device = settings.device
-        self.model = build(with_codes(experiment.model, k), experiment.image_size, device, settings.seed)
-        self.discriminator = PatchDiscriminator(experiment.discriminator).to(device)
+        self.model = build(with_codes(recipe.model, k), recipe.data.image_size, device, settings.seed)
+        self.discriminator = PatchDiscriminator(recipe.discriminator).to(device)
         if device.type == "cuda":
             self.discriminator.to(memory_format=torch.channels_last)
-        objective = replace(experiment.objective, disc_start=0, lpips=0.0, perceptual="none")
+        objective = replace(recipe.objective, disc_start=0, lpips=0.0, perceptual="none")
         self.objective = Objective(objective, self.model.quantizer.loss_names).to(device)
-        side = experiment.image_size // self.model.downsample_factor
+        side = recipe.data.image_size // self.model.downsample_factor
         self.num_vectors = len(images) * self.model.quantizer.layout(side, side).num_tokens
 
     def ours(self) -> Method:
@@ -153,20 +140,20 @@ class Repeated:
             yield self.batch
 
 
-def tokenize_cases(settings: Settings, experiment: Experiment) -> dict[str, Callable[[Progress], Case]]:
+def tokenize_cases(settings: Settings, recipe: TokenizerRecipe) -> dict[str, Callable[[Progress], Case]]:
     """A case per codebook size."""
     batch, size = (2, 64) if settings.quick else (64, 256) if settings.device.type == "cuda" else (8, 128)
     sizes = QUICK_TOKENIZE_SIZES if settings.quick else TOKENIZE_SIZES
     titles = {k: f"images to ids: K = {k:,}, {batch} images of {size} px" for k in sizes}
-    return {title: partial(time_encoding, settings, experiment, title, k, batch, size) for k, title in titles.items()}
+    return {title: partial(time_encoding, settings, recipe, title, k, batch, size) for k, title in titles.items()}
 
 
 def time_encoding(
-    settings: Settings, experiment: Experiment, title: str, k: int, batch: int, size: int, progress: Progress = SILENT
+    settings: Settings, recipe: TokenizerRecipe, title: str, k: int, batch: int, size: int, progress: Progress = SILENT
 ) -> Case:
     """`Tokenizer.encode`, and the same network followed by the published search."""
     case = Case(title, "images", {"codebook_size": k, "batch": batch, "image_size": size})
-    model = build(with_codes(experiment.model, k), size, settings.device, settings.seed)
+    model = build(with_codes(recipe.model, k), size, settings.device, settings.seed)
     tokenizer = Tokenizer(model, image_size=size, device=settings.device)
     images = photographs(batch, size).to(settings.device)
     num_vectors = case.settings["vectors"] = batch * tokenizer.layout(size, size).num_tokens

@@ -1,6 +1,6 @@
 """The step of one network with a `loss`: generators and classifiers, on ids or latents with labels.
 
-Letters: B examples of this rank's share of a global batch.
+Shapes: B examples of this rank's share of a global batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
+from vqpipe.device import autocast
 from vqpipe.errors import ConfigError
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.networks import accumulate_gradients, checkpoint_activations, replicate, shard
 from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import StepOutput
-from vqpipe.training.task import Task, autocast, mean_over_parts
+from vqpipe.training.task import Task, mean_over_parts
 
 
 class LabelledBatch(Protocol):
@@ -36,7 +37,7 @@ class InBlocks(Protocol):
         """The units of activation checkpointing, compiling and sharding."""
 
 
-class GeneratorTask(Task[LabelledBatch, None]):
+class ExamplesTask(Task[LabelledBatch, None]):
     """One network, one optimizer.
 
     `network(examples, labels)` returns scalars by name, of which "total" is minimised; all are logged as `loss/<name>`,
@@ -81,7 +82,7 @@ class GeneratorTask(Task[LabelledBatch, None]):
         logged: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts, start=1):
             with accumulate_gradients(self.network, last=number == len(parts)):
-                with autocast(self.device, self.config):
+                with autocast(self.device, self.config.precision):
                     losses: dict[str, Tensor] = self.network(*part)
                 (losses["total"] / len(parts)).backward()
             logged.append({log_name(name): value.detach() for name, value in losses.items()})
