@@ -84,7 +84,7 @@ NumWorkers = Annotated[
 ]
 PrecisionName = Literal["fp32", "bf16"]
 Precision = Annotated[
-    PrecisionName, typer.Option("--precision", help="Of convolutions and matrix products in the network.")
+    PrecisionName, typer.Option("--precision", help="Precision of the network: bf16 is mixed precision (autocast).")
 ]
 Steps = Annotated[int | None, typer.Option("--steps", help="Number of optimizer steps.", metavar="N", min=1)]
 GlobalBatchSize = Annotated[
@@ -128,12 +128,13 @@ Extractor = Annotated[
     str | None,
     typer.Option(
         "--extractor",
-        help="A Frechet distance over another network's mean feature, under its name.",
+        help="Also compute the Frechet distance on features of this network, such as CLIP or DINOv2.",
         metavar="open_clip:NAME/TAG|timm:NAME",
     ),
 ]
 ExtractorWeights = Annotated[
-    Path | None, typer.Option("--extractor-weights", help="Its weights; else from the cache.", metavar="FILE")
+    Path | None,
+    typer.Option("--extractor-weights", help="Checkpoint of --extractor; default: the download cache.", metavar="FILE"),
 ]
 MaxSkipped = Annotated[
     float,

@@ -1,4 +1,4 @@
-"""`vqpipe eval-generation`: samples and references -> a report of FID and its kin with their protocol, and a page."""
+"""`vqpipe eval-generation`: samples and references -> a report of FID and related metrics, and a page."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,10 @@ import typer
 
 from stages import console
 from stages.console import BatchSize, Device, ImageSize, Limit, NumWorkers, Out, Seed
-from vqpipe import artifacts
 from vqpipe.data.images import open_images
 from vqpipe.evaluation.extractors import add_extractor
-from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, ProtocolName, generated_size
-from vqpipe.evaluation.report import publish_generation
+from vqpipe.evaluation.generation import GenerationConfig, ProtocolName, generated_size
+from vqpipe.evaluation.report import evaluate_samples
 from vqpipe.metrics.feature_networks import find_networks
 
 
@@ -37,10 +36,17 @@ def eval_generation(
     extractor_weights: console.ExtractorWeights = None,
     statistics: Annotated[
         Path | None,
-        typer.Option("--statistics", help="Artifact of the references' statistics: OUT.reference.", metavar="DIR"),
+        typer.Option(
+            "--statistics",
+            help="Where the reference statistics are saved, to be reused; default: OUT.reference.",
+            metavar="DIR",
+        ),
     ] = None,
     fid_min_images: Annotated[
-        int, typer.Option("--fid-min-images", help="No FID and sFID of fewer images.", metavar="N", min=2)
+        int,
+        typer.Option(
+            "--fid-min-images", help="Number of images below which FID and sFID are not computed.", metavar="N", min=2
+        ),
     ] = 2049,
     limit: Limit = None,
     batch_size: BatchSize = 32,
@@ -68,7 +74,7 @@ def eval_generation(
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         samples = open_images(images)
         networks = find_networks(weights, torch_device)
-        extractors = add_extractor(networks, extractor, extractor_weights, torch_device)
+        add_extractor(networks, extractor, extractor_weights, torch_device)
         config = GenerationConfig(
             protocol=protocol,
             image_size=image_size or generated_size(images),
@@ -77,18 +83,14 @@ def eval_generation(
             max_skipped=max_skipped,
             fid_min_images=fid_min_images,
         )
-        evaluator = GenerationEvaluator(config, networks, extractors, torch_device, progress)
         target = statistics or out.with_name(f"{out.name}.reference")
-        references, source = evaluator.references(reference, target)
-        request = evaluator.request | {"limit": limit, "fid_min_images": fid_min_images, "max_skipped": max_skipped}
-        draft = artifacts.start(out, "report", request, {"images": samples, "reference": source})
-        if isinstance(draft, artifacts.Artifact):
-            return console.finished(draft, again=True)
-        with draft:
-            metrics, shown = evaluator.measure(samples, min(limit or len(samples), len(samples)), references)
+        report, measured = evaluate_samples(
+            out, samples, reference, target, config, networks, torch_device, limit=limit, progress=progress
+        )
+        if measured is not None:
             for name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet"):
-                if name in metrics:
-                    console.say(f"{name}: {json.dumps(metrics[name])}")
-            for name in metrics["not_computed"]:
+                if name in measured:
+                    console.say(f"{name}: {json.dumps(measured[name])}")
+            for name in measured["not_computed"]:
                 console.say(f"{name}: not computed, the report gives the reason")
-            return console.finished(publish_generation(draft, metrics, shown))
+        return console.finished(report, again=measured is None)

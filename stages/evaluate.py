@@ -1,4 +1,4 @@
-"""`vqpipe eval`: images and a tokenizer -> a report of numbers with their protocols, and a page."""
+"""`vqpipe eval`: images and a tokenizer -> a report of metrics by protocol, and a page."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -9,14 +9,12 @@ from rich.table import Table
 
 from stages import console, recipe
 from stages.console import AutoencoderPath, BatchSize, Device, Images, Limit, Out, Preset, Seed, Set
-from vqpipe import analysis, artifacts
-from vqpipe.config import to_request
+from vqpipe import analysis
 from vqpipe.continuous import open_autoencoder
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import parse_size
-from vqpipe.evaluation import evaluate as job
 from vqpipe.evaluation.extractors import add_extractor
-from vqpipe.evaluation.report import publish_evaluation
+from vqpipe.evaluation.report import evaluate_tokenizer
 from vqpipe.metrics.feature_networks import find_networks
 from vqpipe.reports.evaluation import MEASURES, value_of, written
 
@@ -60,7 +58,12 @@ def evaluate(
     ] = None,
     fid_min_images: Annotated[
         int | None,
-        typer.Option("--fid-min-images", help="No rFID of fewer images; default 2049.", metavar="N", min=2),
+        typer.Option(
+            "--fid-min-images",
+            help="Number of images below which rFID is not computed; default 2049.",
+            metavar="N",
+            min=2,
+        ),
     ] = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
@@ -98,32 +101,25 @@ def evaluate(
         if image_size is None and preset is None and not any("eval.image_size" in each for each in overrides or []):
             flags["image_size"] = autoencoder.image_size
         config = recipe.load(preset, overrides, eval=flags).eval
-        job.check_size(autoencoder, config)
         networks = find_networks(weights, torch_device)
-        extractors = add_extractor(networks, extractor, extractor_weights, torch_device)
-        analyses = analysis.build(analyze or [], autoencoder, perceptual=networks.perceptual, seed=seed)
-        request = to_request(config) | {"limit": limit, "weights": networks.sha256, "extractor": extractors}
-        request |= {"analyze": [each.name for each in analyses], "seed": seed} if analyses else {}
-        draft = artifacts.start(out, "report", request, {"images": image_set, "tokenizer": autoencoder.source})
-        if isinstance(draft, artifacts.Artifact):
-            return console.finished(draft, again=True)
-        with draft:
-            result = job.evaluate(
-                image_set,
-                autoencoder,
-                config,
-                networks,
-                analyses=analyses,
-                limit=limit,
-                num_workers=num_workers,
-                run_dir=draft.path,
-                request=draft.request,
-                progress=progress,
-            )
+        add_extractor(networks, extractor, extractor_weights, torch_device)
+        report, result = evaluate_tokenizer(
+            out,
+            image_set,
+            autoencoder,
+            config,
+            networks,
+            analyses=analysis.build(analyze or [], autoencoder, perceptual=networks.perceptual, seed=seed),
+            limit=limit,
+            num_workers=num_workers,
+            seed=seed,
+            progress=progress,
+        )
+        if result is not None:
             console.show(number_table(result.metrics))
             if len(result.metrics["protocols"]) > 1:
                 console.show(protocol_table(result.metrics["protocols"]))
-            return console.finished(publish_evaluation(draft, result))
+        return console.finished(report, again=result is None)
 
 
 def split_names(values: list[str] | None) -> list[str] | None:

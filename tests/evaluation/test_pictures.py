@@ -37,11 +37,11 @@ def test_extremes_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     answers: Any = iter([scores, chosen])
     monkeypatch.setattr(pictures, "gather_objects", lambda own: [own, next(answers)])
     whole = [("worst", 7), ("worst", 1), ("worst", 3), ("best", 2), ("best", 6), ("best", 5)]
-    assert [(each.why, each.name) for each in first.compute()] == [(why, f"image {i}") for why, i in whole]
+    assert [(each.why, each.name) for each in first.selected()] == [(why, f"image {i}") for why, i in whole]
 
 
 def test_pictures_are_spread_evenly_and_infinite_psnr_is_left_out() -> None:
-    shown = selected(list(range(8)), k=0, num_spread=4).compute()
+    shown = selected(list(range(8)), k=0, num_spread=4).selected()
     assert [(each.name, each.psnr) for each in shown] == [
         ("image 0", 3.0),
         ("image 2", None),

@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from vqpipe.errors import DataError, NumericError
-from vqpipe.metrics import metric
+from vqpipe.metrics import resumable
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.weights import load_lpips
 
@@ -124,7 +124,7 @@ def test_merged_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = measured(a, b)
     parts = {name: getattr(theirs, name) for name in theirs.state_names}
     names = iter(mine.state_names)
-    monkeypatch.setattr(metric, "gather_objects", lambda own: [own, parts[next(names)]])
+    monkeypatch.setattr(resumable, "gather_objects", lambda own: [own, parts[next(names)]])
     merged = mine.merged()
     assert merged.means() == expected
     assert merged.num_images == 6

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vqpipe.errors import DataError, NumericError
-from vqpipe.metrics import metric
+from vqpipe.metrics import resumable
 from vqpipe.metrics.frechet import Moments, frechet_distance
 
 
@@ -72,7 +72,7 @@ def test_compute_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     mine, theirs = statistics(features[:11]), statistics(features[11:])
     others = iter([theirs.count, theirs.sum, theirs.outer])
-    monkeypatch.setattr(metric, "all_reduce_sum", lambda tensor: tensor.add_(next(others)))
+    monkeypatch.setattr(resumable, "all_reduce_sum", lambda tensor: tensor.add_(next(others)))
     mean, covariance = mine.compute()
     torch.testing.assert_close(mean, features.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(covariance, torch.cov(features.T), rtol=1e-12, atol=1e-12)

@@ -11,7 +11,7 @@ from vqpipe.metrics.protocols import PROTOCOLS, grey_levels, stored
 
 def test_every_protocol_lists_its_conventions_and_choices() -> None:
     for name, protocol in PROTOCOLS.items():
-        table = protocol.to_table(256)
+        table = protocol.to_table((256, 256))
         assert protocol.name == name
         assert {protocol.psnr, protocol.ssim, protocol.lpips} <= CONVENTIONS.keys()
         assert table.keys() == {"crop", "reference", "rounding", "resize", "extractor", "conventions"}
@@ -19,11 +19,11 @@ def test_every_protocol_lists_its_conventions_and_choices() -> None:
 
 
 def test_crop_rule_depends_on_the_image_size() -> None:
-    rules = {name: protocol.crop_rule(256) for name, protocol in PROTOCOLS.items()}
+    rules = {name: protocol.crop_rule((256, 256)) for name, protocol in PROTOCOLS.items()}
     assert rules == {"adm": "adm", "cleanfid-matched": "cover", "cleanfid-rawval": "linear"}
-    assert {protocol.crop_rule("2560x1440") for protocol in PROTOCOLS.values()} == {"cover"}
-    assert {protocol.crop_rule("native") for protocol in PROTOCOLS.values()} == {"native"}
-    assert PROTOCOLS["cleanfid-rawval"].to_table("native")["reference"] == "the same crops"
+    assert {protocol.crop_rule((1440, 2560)) for protocol in PROTOCOLS.values()} == {"cover"}
+    assert {protocol.crop_rule(None) for protocol in PROTOCOLS.values()} == {"native"}
+    assert PROTOCOLS["cleanfid-rawval"].to_table(None)["reference"] == "the same crops"
 
 
 def test_round_equals_to_uint8_and_truncate_is_never_above_it() -> None:

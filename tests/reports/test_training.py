@@ -103,7 +103,7 @@ def test_page_has_reconstructions_codes_and_settings_and_loads_nothing() -> None
 
 
 def test_counts_of_zero_have_no_map() -> None:
-    assert "Which codes are in use" not in html(counts=torch.zeros(1, 4, dtype=torch.int64))
+    assert "Codebook utilization" not in html(counts=torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_newest_is_the_last_finite_number() -> None:

@@ -58,19 +58,20 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def measure(folder: Path, out: str, **options: Any) -> dict[str, Any]:
+def measure(folder: Path, out: str, samples: str = "samples", **options: Any) -> dict[str, Any]:
     reference = options.pop("reference", [str(folder / "photos")])
     settings: dict[str, Any] = {"image_size": 8, "num_workers": 0, "device": "cpu", **options}
-    eval_generation([str(folder / "samples")], reference, folder / out, **settings)
+    eval_generation([str(folder / samples)], reference, folder / out, **settings)
     return json.loads((folder / out / "metrics.json").read_text())
 
 
 def with_network(monkeypatch: pytest.MonkeyPatch, inception: nn.Module | None, extractor: bool = False) -> None:
     named = {"mean": Mean()} if extractor else {}
-    found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, {"rfid": "rFID needs its weights."}, named)
+    digests = dict.fromkeys(named, "1" * 64)
+    absent = {"rfid": "rFID needs its weights."}
+    found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, absent, named, digests)
     monkeypatch.setattr(set_metrics, "SIZES", SIZES)
     monkeypatch.setattr("stages.eval_generation.find_networks", lambda folder, device: found)
-    monkeypatch.setattr("stages.eval_generation.add_extractor", lambda *_: {"mean": "1" * 64} if extractor else {})
 
 
 def test_without_weights_every_number_is_missing_with_a_reason(pictures: Path) -> None:
@@ -143,17 +144,8 @@ def test_with_inception_every_number_is_present(pictures: Path, monkeypatch: pyt
     few = measure(pictures, "few", protocol=protocol, statistics=pictures / "report.reference")
     assert "40 samples are fewer than the 2,049" in few["not_computed"]["fid"]
     assert "fid" not in few
-    eval_generation(
-        [str(pictures / "photos")],
-        [str(pictures / "report.reference")],
-        pictures / "same",
-        protocol=protocol,
-        image_size=8,
-        fid_min_images=2,
-        num_workers=0,
-        device="cpu",
-    )
-    own = json.loads((pictures / "same" / "metrics.json").read_text())
+    options = {"reference": [str(pictures / "report.reference")], "protocol": protocol, "fid_min_images": 2}
+    own = measure(pictures, "same", samples="photos", **options)
     if protocol == "adm":  # both sides cropped alike, but for the resize: much nearer than noise of another range
         assert own["fid"] < 0.2 * metrics["fid"]
 

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
+from torch import Tensor
 
 from stages.evaluate import evaluate
 from vqpipe.analysis import ANALYSES
@@ -44,18 +45,31 @@ def run(tokenizer: Path, images: Path, out: Path, **options: object) -> Path:
     return out
 
 
-def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
+def metrics_of(report: Path) -> dict[str, Any]:
+    return json.loads((report / "metrics.json").read_text(encoding="utf-8"))
+
+
+def crops_of(pictures: Path) -> Tensor:
+    """ADM's crops of the pictures: uint8[n, 3, 32, 32]."""
+    return torch.stack([center_crop(decode(sample.image), 32) for sample in open_images([pictures])])
+
+
+def psnr_of(originals: Iterable[Tensor], reconstructions: Iterable[Tensor]) -> list[float]:
+    pairs = zip(originals, reconstructions, strict=True)
+    return [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in pairs]
+
+
+def test_report_equals_metrics_of_decoded_reconstructions(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer", history=HISTORY)
     out = run(path, picture_folder, tmp_path / "report", overrides=["eval.num_pictures=2", "eval.num_extremes=1"])
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    metrics = metrics_of(out)
 
-    tokenizer, samples = Tokenizer.from_pretrained(path), open_images([picture_folder])
-    originals = torch.stack([center_crop(decode(sample.image), 32) for sample in samples])
+    tokenizer, originals = Tokenizer.from_pretrained(path), crops_of(picture_folder)
     ids = tokenizer.encode(originals)
-    again = tokenizer.decode(ids, (32, 32))
-    psnr = [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in zip(originals, again, strict=True)]
+    decoded = tokenizer.decode(ids, (32, 32))
+    psnr = psnr_of(originals, decoded)
     counts = np.bincount(ids.flatten(), minlength=64)
     assert metrics["psnr"] == pytest.approx(np.mean(psnr), abs=1e-6)
     assert metrics["utilization"] == np.mean(counts > 0)
@@ -81,23 +95,23 @@ def test_the_report_holds_the_numbers_of_the_tokenizers_own_reconstructions(
     assert open_artifact(path).digest[:12] in html
 
 
-def test_batches_change_nothing_and_a_second_run_says_it_is_done(
+def test_batch_size_does_not_change_metrics_and_a_second_run_is_skipped(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tiny_tokenizer("tokenizer")
-    whole = run(path, picture_folder, tmp_path / "whole")
+    single = run(path, picture_folder, tmp_path / "single")
     parts = run(path, picture_folder, tmp_path / "parts", batch_size=3)
-    assert (whole / "metrics.json").read_bytes() == (parts / "metrics.json").read_bytes()
+    assert (single / "metrics.json").read_bytes() == (parts / "metrics.json").read_bytes()
     capsys.readouterr()
-    run(path, picture_folder, whole, batch_size=4)
+    run(path, picture_folder, single, batch_size=4)
     said = capsys.readouterr()
-    assert said.out.strip() == str(whole)
+    assert said.out.strip() == str(single)
     assert "already published" in said.err
     with pytest.raises(ArtifactError, match="limit was null, now 4"):
-        run(path, picture_folder, whole, limit=4)
+        run(path, picture_folder, single, limit=4)
 
 
-def test_an_unreadable_image_is_refused_unless_allowed_and_then_counted(
+def test_unreadable_image_is_an_error_unless_max_skipped_allows_it(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     (picture_folder / "drawn-3.png").write_bytes(b"no picture")
@@ -105,41 +119,39 @@ def test_an_unreadable_image_is_refused_unless_allowed_and_then_counted(
     with pytest.raises(DataError, match="1 of 10 images cannot be used"):
         run(path, picture_folder, tmp_path / "strict")
     out = run(path, picture_folder, tmp_path / "lenient", overrides=["eval.max_skipped=0.1"])
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    metrics = metrics_of(out)
     assert metrics["num_images"] == 9
     assert sum(metrics["skipped"].values()) == 1
 
 
 @pytest.mark.parametrize("quantizer", [MULTI_GROUP, RESIDUAL], ids=["multi_group", "residual"])
-def test_the_k_curve_is_that_of_decoding_the_first_groups(
+def test_k_curve_equals_decoding_the_first_k_groups(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, quantizer: dict[str, Any]
 ) -> None:
     path = tiny_tokenizer("tokenizer", quantizer=quantizer)
     out = run(path, picture_folder, tmp_path / "report", batch_size=4)
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    metrics = metrics_of(out)
     curve = metrics["prefixes"]
     assert [row["groups"] for row in curve] == [1, 2, 3]
     assert curve[-1] == {"groups": 3, **{key: metrics[key] for key in curve[-1] if key != "groups"}}
-    tokenizer, samples = Tokenizer.from_pretrained(path), open_images([picture_folder])
-    originals = torch.stack([center_crop(decode(sample.image), 32) for sample in samples])
+    tokenizer, originals = Tokenizer.from_pretrained(path), crops_of(picture_folder)
     ids = tokenizer.encode(originals)
     for row in curve:
-        again = tokenizer.decode(ids, (32, 32), groups=row["groups"])
-        psnr = [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in zip(originals, again, strict=True)]
-        assert row["psnr"] == pytest.approx(np.mean(psnr), abs=1e-6)
+        decoded = tokenizer.decode(ids, (32, 32), groups=row["groups"])
+        assert row["psnr"] == pytest.approx(np.mean(psnr_of(originals, decoded)), abs=1e-6)
         assert row["bits_per_pixel"] == row["groups"] * 6 / 4
     html = (out / "report.html").read_text(encoding="utf-8")
     assert "PSNR from the first k groups, dB" in html
     assert f"<td>{curve[0]['psnr']:.2f} dB</td>" in html
 
     plain = run(path, picture_folder, tmp_path / "plain", overrides=["eval.prefixes=false"])
-    without = json.loads((plain / "metrics.json").read_text(encoding="utf-8"))
+    without = metrics_of(plain)
     other = ("prefixes", "commands")
     assert {**without, "commands": 0} == {**{k: v for k, v in metrics.items() if k not in other}, "commands": 0}
 
 
 @pytest.mark.slow
-def test_two_ranks_count_a_codebook_too_large_for_counters_and_measure_its_groups_as_one_does(
+def test_two_ranks_equal_one_rank_with_a_sparsely_counted_codebook(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     group = {"kind": "lfq", "code_dim": 36}
@@ -158,14 +170,12 @@ def test_two_ranks_count_a_codebook_too_large_for_counters_and_measure_its_group
     assert "of 2 x 68,719,476,736 codes" in (one / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_continuous_autoencoder_is_measured_without_ids(tiny_vae: Path, picture_folder: Path, tmp_path: Path) -> None:
+def test_continuous_autoencoder_has_no_code_metrics(tiny_vae: Path, picture_folder: Path, tmp_path: Path) -> None:
     out = run(tiny_vae, picture_folder, tmp_path / "report", image_size=32)
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    autoencoder, samples = ContinuousAutoencoder.from_pretrained(tiny_vae), open_images([picture_folder])
-    originals = torch.stack([center_crop(decode(sample.image), 32) for sample in samples])
-    again = autoencoder.decode(autoencoder.encode(originals), (32, 32))
-    psnr = [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in zip(originals, again, strict=True)]
-    assert metrics["psnr"] == pytest.approx(np.mean(psnr), abs=0.01)
+    metrics = metrics_of(out)
+    autoencoder, originals = ContinuousAutoencoder.from_pretrained(tiny_vae), crops_of(picture_folder)
+    decoded = autoencoder.decode(autoencoder.encode(originals), (32, 32))
+    assert metrics["psnr"] == pytest.approx(np.mean(psnr_of(originals, decoded)), abs=0.01)
     assert metrics["tokenizer"]["latent_shape"] == [4, 16, 16]
     assert metrics["not_computed"]["utilization"] == "continuous latents: no ids"
     assert "utilization" not in metrics
@@ -178,7 +188,7 @@ def test_a_continuous_autoencoder_is_measured_without_ids(tiny_vae: Path, pictur
     assert "codes in use" not in html
 
 
-def test_what_cannot_be_measured_is_said_before_any_work(
+def test_unknown_protocol_or_indivisible_size_is_an_error_before_any_work(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -189,7 +199,7 @@ def test_what_cannot_be_measured_is_said_before_any_work(
     assert not (tmp_path / "report.partial").exists()
 
 
-def test_several_protocols_in_one_pass_are_those_of_one_each(
+def test_several_protocols_in_one_pass_equal_separate_evaluations(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -210,14 +220,14 @@ def test_several_protocols_in_one_pass_are_those_of_one_each(
 
     tokenizer, samples = Tokenizer.from_pretrained(path), open_images([picture_folder])
     originals = torch.stack([Framing(rule="cover", size=(32, 32))(decode(sample.image)) for sample in samples])
-    again = tokenizer.decode_float(tokenizer.encode(originals), (32, 32)).double()
-    error = (((again + 1) * 127.5).clamp(0, 255) - originals).square().mean()
+    decoded = tokenizer.decode_float(tokenizer.encode(originals), (32, 32)).double()
+    error = (((decoded + 1) * 127.5).clamp(0, 255) - originals).square().mean()
     assert together["protocols"]["cleanfid-matched"]["psnr"] == pytest.approx(
         float(10 * torch.log10(255**2 / error)), abs=1e-4
     )
 
 
-def test_whole_images_of_several_sizes_are_padded_and_count_their_own_bits(
+def test_native_sizes_are_padded_or_tiled_and_bits_count_all_pixels(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -230,20 +240,18 @@ def test_whole_images_of_several_sizes_are_padded_and_count_their_own_bits(
     assert metrics["image_size"] == "native"
     tokenizer = Tokenizer.from_pretrained(path)
     samples = [pixels_of(decode(sample.image)) for sample in open_images([picture_folder])]
-    again = [reconstruct_any_size(tokenizer, image).image for image in samples]
-    psnr = [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in zip(samples, again, strict=True)]
-    assert metrics["psnr"] == pytest.approx(np.mean(psnr), abs=1e-6)
+    decoded = [reconstruct_any_size(tokenizer, image).image for image in samples]
+    assert metrics["psnr"] == pytest.approx(np.mean(psnr_of(samples, decoded)), abs=1e-6)
 
     tiled = metrics_of(run(path, picture_folder, tmp_path / "tiled", image_size="native", tile=32))
-    again = [reconstruct_any_size(tokenizer, image, tile=32, overlap=4, rounded=False).image for image in samples]
-    again = [to_uint8(image) for image in again]  # once, behind the blending
-    psnr = [peak_signal_noise_ratio(a.numpy(), b.numpy()) for a, b in zip(samples, again, strict=True)]
-    assert tiled["psnr"] == pytest.approx(np.mean(psnr), abs=1e-6)
+    decoded = [reconstruct_any_size(tokenizer, image, tile=32, overlap=4, rounded=False).image for image in samples]
+    decoded = [to_uint8(image) for image in decoded]  # once, behind the blending
+    assert tiled["psnr"] == pytest.approx(np.mean(psnr_of(samples, decoded)), abs=1e-6)
     assert tiled["tiles"]["num_images"] == 9
     assert tiled["bits_per_pixel"] > metrics["bits_per_pixel"]
 
 
-def test_a_rectangle_is_cut_alike_by_every_protocol_and_told_as_such(
+def test_rectangular_crop_uses_the_cover_rule_in_every_protocol(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -264,7 +272,7 @@ def test_help_lists_every_protocol_metric_and_weights_file() -> None:
     assert analysis.split("|") == list(ANALYSES)
 
 
-def test_an_analysis_is_in_the_metrics_and_on_the_page(
+def test_analysis_is_in_the_metrics_and_on_the_page(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -275,7 +283,7 @@ def test_an_analysis_is_in_the_metrics_and_on_the_page(
     assert f"<td>{rows[1]['psnr']:.3f}</td>" in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_extractor_without_weights_or_a_network_of_its_own_is_refused(
+def test_extractor_without_weights_or_network_is_an_error(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
@@ -285,7 +293,3 @@ def test_an_extractor_without_weights_or_a_network_of_its_own_is_refused(
         run(path, picture_folder, tmp_path / "report", extractor_weights=tmp_path / "file")
     with pytest.raises(WeightsError, match="does not exist"):
         run(path, picture_folder, tmp_path / "report", extractor="timm:resnet18", extractor_weights=tmp_path / "file")
-
-
-def metrics_of(report: Path) -> dict[str, Any]:
-    return json.loads((report / "metrics.json").read_text(encoding="utf-8"))

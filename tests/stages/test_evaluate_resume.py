@@ -53,11 +53,11 @@ class Pooled(nn.Module):
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The places of the images that are read, one after another."""
-    places = list[int]()
-    whole = ImageSet.read
-    monkeypatch.setattr(ImageSet, "read", lambda self, i: (places.append(i), whole(self, i))[1])
-    return places
+    """The positions of the images that are read, one after another."""
+    positions = list[int]()
+    original = ImageSet.read
+    monkeypatch.setattr(ImageSet, "read", lambda self, i: (positions.append(i), original(self, i))[1])
+    return positions
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_files(
+def test_resume_after_interruption_gives_identical_files(
     run: Callable[..., Path], read: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = files_of(run("whole"))
@@ -141,14 +141,14 @@ def test_kept_features_and_pictures_are_written_once(run: Callable[..., Path]) -
     assert all(set(table["shared"]) == {"once"} for table in content)
 
 
-def test_evaluation_killed_after_its_pass_reads_no_image_again(
+def test_resume_after_the_last_image_reads_no_image(
     run: Callable[..., Path], read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr("stages.evaluate.publish_evaluation", stop)
+        patch.setattr("vqpipe.evaluation.report.publish_evaluation", stop)
         assert run("cut").name == "report.partial"
     read.clear()
     resumed = files_of(run("cut"))
@@ -156,7 +156,7 @@ def test_evaluation_killed_after_its_pass_reads_no_image_again(
     assert resumed == files_of(run("whole"))
 
 
-def test_damaged_state_is_skipped_for_the_one_before_and_without_any_the_pass_restarts(
+def test_damaged_state_falls_back_to_the_previous_one_or_restarts(
     run: Callable[..., Path], read: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = files_of(run("whole", **PLAIN))
@@ -192,7 +192,7 @@ def test_state_of_other_ranks_or_versions_is_not_resumed(
         assert read == list(range(10))
 
 
-def test_quick_run_writes_no_state_and_tiled_evaluation_is_resumed(run: Callable[..., Path]) -> None:
+def test_short_run_saves_no_state_and_tiled_evaluation_is_resumed(run: Callable[..., Path]) -> None:
     quick = run("quick", 10, overrides=[each for each in OPTIONS["overrides"] if each != EACH_BATCH])
     assert not (quick / "states").exists()
     native = {"image_size": "native", "tile": 32, "analyze": [], "protocol": ["adm"], "batch_size": None}
@@ -203,44 +203,47 @@ def test_quick_run_writes_no_state_and_tiled_evaluation_is_resumed(run: Callable
     assert resumed == files_of(run("whole", **native))
 
 
-def start(ranks: int, tokenizer: Path, pictures: Path, out: Path, crash: tuple[int, str] | None = None) -> int:
-    """`vqpipe eval` as people start it, killed at file operation `(number, which)`; the exit code."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    words = ["eval", "--images", str(pictures), "--tokenizer", str(tokenizer), "--out", "report", "--device", "cpu"]
-    words += ["--batch-size", "2", "--num-workers", "0", "--set", EACH_BATCH, "--set", "eval.num_pictures=3"]
-    words += ["--analyze", "replacement"]
+@pytest.fixture
+def start(tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path) -> Callable[..., int]:
+    """`start(name, ranks, crash)` runs `vqpipe eval` in the folder `name`, killed at file operation `crash`, (number,
+    which); the exit code."""
+    tokenizer = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP)
+    words = ["eval", "--images", str(picture_folder), "--tokenizer", str(tokenizer), "--out", "report"]
+    words += ["--device", "cpu", "--batch-size", "2", "--num-workers", "0", "--analyze", "replacement"]
+    words += ["--set", EACH_BATCH, "--set", "eval.num_pictures=3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    out.mkdir(exist_ok=True)
-    program = [str(Path(__file__).parents[1] / "faults" / "crash.py"), str(crash[0]), ".", crash[1]] if crash else []
-    command = [sys.executable, *torchrun, *(program or ["-m", "stages"]), *words]
-    return subprocess.run(command, cwd=out, env=environment, timeout=120, capture_output=True).returncode
+    killer = str(Path(__file__).parents[1] / "faults" / "crash.py")
+
+    def start(name: str, ranks: int = 1, crash: tuple[int, str] | None = None) -> int:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        program = [killer, str(crash[0]), ".", crash[1]] if crash else ["-m", "stages"]
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, *torchrun, *program, *words]
+        return subprocess.run(
+            command, cwd=tmp_path / name, env=environment, timeout=120, capture_output=True
+        ).returncode
+
+    return start
 
 
 @pytest.mark.slow
-def test_report_is_the_same_after_two_kills_while_saving(
-    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
-) -> None:
-    given = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), picture_folder
-    assert start(1, *given, tmp_path / "whole") == 0
-    whole = files_of(tmp_path / "whole" / "report")
+def test_report_is_identical_after_two_sigkills_while_saving(start: Callable[..., int], tmp_path: Path) -> None:
+    assert start("uninterrupted") == 0
     for number in (1, 4):  # of five states
-        out = tmp_path / f"{number}"
-        assert start(1, *given, out, (number, "fsync */state.safetensors")) == -signal.SIGKILL
-        assert start(1, *given, out, (1, "rename */.saving-images-????????")) == -signal.SIGKILL
-        assert start(1, *given, out) == 0
-        assert files_of(out / "report") == whole
+        name = f"{number}"
+        assert start(name, crash=(number, "fsync */state.safetensors")) == -signal.SIGKILL
+        assert start(name, crash=(1, "rename */.saving-images-????????")) == -signal.SIGKILL
+        assert start(name) == 0
+        assert files_of(tmp_path / name / "report") == files_of(tmp_path / "uninterrupted" / "report")
 
 
 @pytest.mark.slow
-def test_two_killed_ranks_resume_and_another_number_of_ranks_restarts(
-    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+def test_killed_ranks_resume_and_a_different_number_of_ranks_restarts(
+    start: Callable[..., int], tmp_path: Path
 ) -> None:
-    given = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), picture_folder
-    assert start(2, *given, tmp_path / "whole") == 0
-    whole = files_of(tmp_path / "whole" / "report")
+    assert start("uninterrupted", ranks=2) == 0
     for name, ranks in (("two", 2), ("one", 1)):
-        out = tmp_path / name
-        assert start(2, *given, out, (2, "rename */.saving-images-????????")) != 0
-        assert list(out.glob("report.partial/states/rank-*/images-*"))
-        assert start(ranks, *given, out) == 0
-        assert files_of(out / "report") == whole
+        assert start(name, ranks=2, crash=(2, "rename */.saving-images-????????")) != 0
+        assert list((tmp_path / name).glob("report.partial/states/rank-*/images-*"))
+        assert start(name, ranks) == 0
+        assert files_of(tmp_path / name / "report") == files_of(tmp_path / "uninterrupted" / "report")

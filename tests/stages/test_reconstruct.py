@@ -19,6 +19,13 @@ MULTI_GROUP = {"kind": "multi_group", "num_groups": 3, "group": {"kind": "vq", "
 RESIDUAL = {"kind": "residual", "depth": 3, "codebook_size": 64, "code_dim": 4}
 
 
+def draw(file: Path, height: int = 32, width: int = 32) -> np.ndarray:
+    """Write an image of noise; return its pixels, uint8[H, W, 3]."""
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return pixels
+
+
 def test_files_of_any_size_are_published_beside_their_reconstructions(
     tiny_tokenizer: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -26,8 +33,7 @@ def test_files_of_any_size_are_published_beside_their_reconstructions(
     for folder, (height, width) in (("a", (33, 50)), ("b", (32, 32))):
         (tmp_path / folder).mkdir()
         files.append(tmp_path / folder / "photo.png")
-        pixels.append(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
-        Image.fromarray(pixels[-1]).save(files[-1])
+        pixels.append(draw(files[-1], height, width))
     path = tiny_tokenizer("tokenizer")
     reconstruct(files, tokenizer=path, out=tmp_path / "out", device="cpu")
 
@@ -49,8 +55,7 @@ def test_groups_decodes_the_first_groups_only(
     tiny_tokenizer: Callable[..., Path], tmp_path: Path, quantizer: dict[str, Any]
 ) -> None:
     path, file = tiny_tokenizer("tokenizer", quantizer=quantizer), tmp_path / "photo.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file)
+    pixels = draw(file)
     tokenizer, square = Tokenizer.from_pretrained(path), torch.from_numpy(pixels).permute(2, 0, 1)[None]
     for groups in (1, 2, 3):
         reconstruct([file], tokenizer=path, out=tmp_path / f"first-{groups}", groups=groups, device="cpu")
@@ -64,7 +69,7 @@ def test_groups_decodes_the_first_groups_only(
 
 def test_continuous_autoencoder_is_accepted_without_groups(tiny_vae: Path, tmp_path: Path) -> None:
     file = tmp_path / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)).save(file)
+    draw(file, 33, 50)
     reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "out", device="cpu")
     assert np.asarray(Image.open(tmp_path / "out" / "photo.png")).shape == (33, 50 + 4 + 50, 3)
     with pytest.raises(DataError, match="tiny-vae has continuous latents"):
@@ -73,8 +78,7 @@ def test_continuous_autoencoder_is_accepted_without_groups(tiny_vae: Path, tmp_p
 
 def test_tile_and_overlap_options(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file)
+    pixels = draw(file, 40, 64)
     reconstruct([file], tokenizer=path, out=tmp_path / "out", tile=32, overlap=0, device="cpu")
     published = open_artifact(tmp_path / "out", "images")
     assert (published.manifest.config["tile"], published.manifest.config["overlap"]) == (32, 0)

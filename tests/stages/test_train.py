@@ -152,7 +152,7 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
     assert str(page) in " ".join(capsys.readouterr().err.split())
     text = go("lc", **held_out).file("report.html").read_text()
     assert "Step 8 of 8" in text
-    for part in ("Originals and reconstructions", "Learning rate", "Which codes are in use", "best at step"):
+    for part in ("Originals and reconstructions", "Learning rate", "Codebook utilization", "best at step"):
         assert part in text
     assert "Held-out images, reconstructed at step 8." in text
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Resumable
 from vqpipe.quantizers import MultiGroupQuantizer, Quantizer, TokenLayout
 from vqpipe.reports import page
 from vqpipe.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class AnalysisInputs:
         return layout if layout.num_tokens == ids.shape[1] else None
 
 
-class Analysis(Metric, ABC):
+class Analysis(Resumable, ABC):
     """Updated with each batch of a rank's share; then `result` is called once on every rank, then `sections` on the
     rank that makes the page. Pictures are attributes, since the result holds only numbers. Memory does not grow with
     the set.

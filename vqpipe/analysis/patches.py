@@ -24,7 +24,7 @@ from vqpipe.analysis.base import (
 )
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import ConfigError
-from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Resumable
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.quantizers import CodebookQuantizer, MultiGroupQuantizer, Quantizer, ResidualQuantizer, TokenLayout
 from vqpipe.reports import page, pictures
@@ -162,7 +162,7 @@ class Patches(Analysis):
         return [page.Maps("Patches of the codes", maps, caption)]
 
 
-class PatchSet(Metric):
+class PatchSet(Resumable):
     """Patches: slot int64[n] (group and tracked code), distance float32[n], image_key int64[n] and cell int64[n] (in
     the image), which decide ties, and pixels uint8[n, 3, S, S]."""
 

@@ -19,7 +19,7 @@ from vqpipe.analysis.base import NO_GRID, Analysis, AnalysisInputs, codebooks, r
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.distortion import Distortion, mean_squared_error, psnr_of
-from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Resumable
 from vqpipe.quantizers import Quantizer
 from vqpipe.reports import page, pictures, plots
 
@@ -127,7 +127,7 @@ class Replacement(Analysis):
         return page.Picture(name, files[0], versions)
 
 
-class Neighbors(Metric):
+class Neighbors(Resumable):
     """`kth_nearest` of the codes that occur, each searched once: int32[K, R] a group."""
 
     state_names: ClassVar[tuple[str, ...]] = ("known",)

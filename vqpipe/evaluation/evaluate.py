@@ -30,11 +30,11 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import parse_size, to_uint8
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
-from vqpipe.evaluation.reconstruction import Autoencoder, Reconstructor, Views, rank_share
+from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor, rank_share
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
-from vqpipe.metrics.metric import Metric, State, pack, unpack
 from vqpipe.metrics.protocols import PROTOCOLS
+from vqpipe.metrics.resumable import Resumable, State, pack, summed, unpack
 from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import versions
 from vqpipe.reports.evaluation import EvaluationResult, command_of
@@ -92,10 +92,10 @@ def evaluate(
         DataError: more unreadable images than `config.max_skipped`, or no images at all.
     """
     run = EvaluationPass(autoencoder, config, networks, analyses, min(limit or len(images), len(images)))
-    run.over(images, num_workers, Checkpoints(run_dir, request, config.save_seconds), progress)
+    run.measure(images, num_workers, Checkpoints(run_dir, request, config.save_seconds), progress)
     metrics, counts = run.metrics.compute()
-    shown = run.pictures.compute()
-    metrics |= run.reconstructor.compute()
+    shown = run.pictures.selected()
+    metrics |= run.reconstructor.counts()
     if analyses:
         metrics["analyses"] = {analysis.name: analysis.result() for analysis in analyses}
     metrics |= {
@@ -116,8 +116,8 @@ def evaluate(
     )
 
 
-class EvaluationPass(Metric):
-    """Everything that one pass over the images [0, stop) accumulates."""
+class EvaluationPass(Resumable):
+    """The state of one pass over the images [0, stop)."""
 
     state_names: ClassVar[tuple[str, ...]] = ("metrics", "pictures", "reconstructor", "skipped")
 
@@ -132,7 +132,7 @@ class EvaluationPass(Metric):
         self.autoencoder, self.config, self.analyses, self.stop = autoencoder, config, analyses, stop
         self.device = autoencoder.device
         self.size = parse_size(str(config.image_size))
-        self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(config.image_size) for name in config.protocols}
+        self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(self.size) for name in config.protocols}
         self.metrics = EvaluationMetrics(
             config, networks, autoencoder.codebook_size, autoencoder.num_groups, self.device
         )
@@ -150,13 +150,13 @@ class EvaluationPass(Metric):
         for analysis, saved in zip(self.analyses, state["analyses"], strict=True):
             analysis.load_state(saved)
 
-    def over(self, images: ImageSet, num_workers: int, checkpoints: "Checkpoints", progress: Progress) -> None:
-        """Go over this rank's share, from the newest state on."""
+    def measure(self, images: ImageSet, num_workers: int, checkpoints: "Checkpoints", progress: Progress) -> None:
+        """Measure this rank's share of the images, from the newest saved state on."""
         tiled = self.size is None or (self.config.tile is not None and max(self.size) > self.config.tile)
         batch_size = 1 if tiled else self.config.batch_size
         first, stop = rank_share(self.stop, batch_size)
         done = checkpoints.resume(self, first, progress)
-        views = Views(list(self.rules.values()), self.size, self.metrics.needs_raw)
+        packed = PackedCrops(list(self.rules.values()), self.size, self.metrics.needs_raw)
         batches = OrderedBatches(
             images,
             image_size=max(self.size or (NATIVE_SIDE,)),
@@ -164,21 +164,20 @@ class EvaluationPass(Metric):
             start=done,
             stop=stop,
             num_workers=num_workers,
-            transform=views,
+            transform=packed,
         )
         progress.start("eval", stop - first, done=done - first)
         with torch.no_grad():
             for piece in batches.pieces():
                 self.skipped = dict(Counter(self.skipped) + Counter(piece.skipped))
                 if piece.batch is not None:
-                    self.update(*views.split(piece.batch.images), piece.batch.keys, piece.batch.indices)
+                    self.update(*packed.split(piece.batch.images), piece.batch.keys, piece.batch.indices)
                 psnr = self.metrics.first.distortion.means().get("psnr", float("inf"))
                 progress.note(f"psnr {psnr:.2f} dB")
                 checkpoints.save_if_due(self, piece.positions.stop)
                 progress.advance(len(piece.positions))
         checkpoints.save_last(self, stop)
-        parts = distributed.gather_objects(self.skipped)
-        self.all_skipped = dict(sorted(sum((Counter(part) for part in parts), Counter[str]()).items()))
+        self.all_skipped = dict(sorted(summed(self.skipped).items()))
         check_skipped(self.all_skipped, self.stop, self.config.max_skipped, "--set eval.max_skipped")
 
     def update(
@@ -276,7 +275,7 @@ class Checkpoints:
         self.pause = max(self.seconds, min((self.saved - began) / MAX_SHARE, self.seconds * MAX_PAUSE))
 
     def made_by(self) -> dict[str, Any]:
-        """What a state must agree with, besides the request."""
+        """What must be equal for a state to be resumed, besides the request."""
         run = {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first}
         return {**run, **versions(("vqpipe", "torch"))}
 

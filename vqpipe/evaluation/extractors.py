@@ -1,4 +1,4 @@
-"""Networks of the user's choice, open_clip or timm, whose mean features give a Frechet distance of their name."""
+"""Further feature networks, of open_clip or timm, each for a Frechet distance that is reported under its name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +33,8 @@ class PooledMaps(nn.Module):
         return maps.float().mean((2, 3))
 
 
-def add_extractor(
-    networks: FeatureNetworks, spec: str | None, weights: Path | None, device: torch.device
-) -> dict[str, str]:
+def add_extractor(networks: FeatureNetworks, spec: str | None, weights: Path | None, device: torch.device) -> None:
     """Build the network `spec` ("open_clip:NAME/TAG", "timm:NAME"; None: none) and add it to `networks`.
-
-    Returns:
-        Name -> hash of its weights.
 
     Raises:
         ConfigError: no such network, or one without weights or preprocessing of its own.
@@ -48,7 +43,7 @@ def add_extractor(
     if spec is None:
         if weights is not None:
             raise ConfigError("--extractor-weights was given without --extractor", "Name the network they belong to")
-        return {}
+        return
     if spec == "patch-pca":
         raise ConfigError("patch-pca is fitted to images, so it measures no distance", "Name open_clip: or timm:")
     config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
@@ -61,6 +56,4 @@ def add_extractor(
     if file is None or encoder.transform is None:
         raise ConfigError(f"{spec} has no weights or no preprocessing of its own", "Name open_clip: or timm:")
     networks.extractors[spec] = PooledMaps(encoder, encoder.transform).to(device)
-    digest = hash_file(file)
-    networks.sha256[f"{spec}: {file.name}"] = digest
-    return {spec: digest}
+    networks.sha256[f"{spec}: {file.name}"] = networks.extractor_sha256[spec] = hash_file(file)

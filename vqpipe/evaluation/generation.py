@@ -19,8 +19,7 @@ were computed by the TensorFlow graph itself.
 Shapes: B images of S x S pixels, n images, D features.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,11 +34,12 @@ from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches, check_skipped
 from vqpipe.data.images import ImageSet, is_artifact, open_images
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.evaluation.reconstruction import Views, rank_share
+from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
+from vqpipe.metrics.resumable import summed
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
 from vqpipe.progress import SILENT, Progress
 from vqpipe.weights import LPIPS_BACKBONES
@@ -74,17 +74,12 @@ class GenerationConfig:
 
 
 class GenerationEvaluator:
-    """Measures sets of images under one protocol.
-
-    Args:
-        extractors: name -> hash of the weights of `networks.extractors`.
-    """
+    """Measures sets of images under one protocol."""
 
     def __init__(
         self,
         config: GenerationConfig,
         networks: FeatureNetworks,
-        extractors: Mapping[str, str],
         device: torch.device,
         progress: Progress = SILENT,
     ) -> None:
@@ -93,7 +88,7 @@ class GenerationEvaluator:
         perceptual = {name for name, _ in LPIPS_BACKBONES.values()}
         self.weights = {name: digest for name, digest in networks.sha256.items() if name not in perceptual}
         self.request: dict[str, Any] = {"protocol": config.protocol, "image_size": config.image_size}
-        self.request |= {"weights": self.weights, "extractor": dict(extractors)}
+        self.request |= {"weights": self.weights, "extractor": networks.extractor_sha256}
         """What statistics of references depend on."""
 
     def references(self, names: Sequence[str], target: Path) -> tuple[SetStatistics, Artifact | ImageSet | str]:
@@ -138,8 +133,8 @@ class GenerationEvaluator:
         num_kept = min(NUM_KEPT, len(images))
         kept = set(np.linspace(0, len(images) - 1, num_kept).round().astype(int).tolist())
         raw = self.config.protocol == "cleanfid-raw" and self.networks.inception is not None
-        for positions, crops, whole in self.batches("references", images, len(images), "adm", raw):
-            statistics.update(crops, whole, [i for i, position in enumerate(positions) if position in kept])
+        for positions, crops, uncropped in self.batches("references", images, len(images), "adm", raw):
+            statistics.update(crops, uncropped, [i for i, position in enumerate(positions) if position in kept])
         return statistics.compute()
 
     def adm_statistics(self, path: Path) -> SetStatistics:
@@ -213,7 +208,7 @@ class GenerationEvaluator:
         """
         config = self.config
         first, last = rank_share(stop, config.batch_size)
-        views = Views([rule], (config.image_size, config.image_size), raw)
+        packed = PackedCrops([rule], (config.image_size, config.image_size), raw)
         batches = OrderedBatches(
             images,
             image_size=config.image_size,
@@ -221,15 +216,14 @@ class GenerationEvaluator:
             start=first,
             stop=last,
             num_workers=config.num_workers,
-            transform=views,
+            transform=packed,
         )
         self.progress.start(title, last - first)
         for batch in batches:
-            crops, whole = views.split(batch.images)
-            yield batch.indices, crops[rule].to(self.device), None if whole is None else whole.to(self.device)
+            crops, uncropped = packed.split(batch.images)
+            yield batch.indices, crops[rule].to(self.device), None if uncropped is None else uncropped.to(self.device)
             self.progress.advance(len(batch.indices))
-        skipped: Counter[str] = sum((Counter(part) for part in distributed.gather_objects(batches.skipped)), Counter())
-        check_skipped(dict(skipped), stop, config.max_skipped)
+        check_skipped(summed(batches.skipped), stop, config.max_skipped)
 
 
 def generated_size(images: Sequence[str]) -> int:

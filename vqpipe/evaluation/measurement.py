@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vqpipe.data.transforms import parse_size
 from vqpipe.distributed import gather_objects, on_main, world_size
 from vqpipe.errors import DataError
 from vqpipe.metrics.config import EvalConfig
@@ -22,6 +23,7 @@ from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import frechet_distance
 from vqpipe.metrics.metric import Metric
 from vqpipe.metrics.protocols import PROTOCOLS, Protocol, grey_levels, stored
+from vqpipe.metrics.resumable import Resumable, summed
 from vqpipe.metrics.set_metrics import (
     FEATURES,
     FeatureStatistics,
@@ -33,8 +35,6 @@ from vqpipe.metrics.usage import CodeUsage, no_counts
 
 SIDES = 2
 """Originals and reconstructions, which share the memory for features."""
-NAMES = {"rfid": "fid", "sfid": "sfid", "kid": "kid", "prc": "prc", "is": "is"}
-"""Metric of [eval] -> metric of `set_distances`."""
 CODE_NUMBERS = ("utilization", "utilization_per_group", "perplexity_per_group", "bits_per_pixel")
 """Keys of `metrics.json` that need ids."""
 MIXED = (
@@ -44,14 +44,14 @@ MIXED = (
 INFINITE = "every reconstruction equals its original, so the PSNR is infinite"
 
 
-class ProtocolMetrics(Metric):
+class ProtocolMetrics(Resumable):
     """Reconstructions against originals under one protocol: distortion, and distances between the two sets.
 
     Args:
         keys: conventions of distortion to measure, besides the protocol's own.
         perceptual: LPIPS networks by key.
         statistics: arguments of `FeatureStatistics`.
-        with_references: False for reconstructions that are compared with the references of another series.
+        with_references: False for reconstructions whose references are accumulated by other metrics.
         whole_images: images are not cropped, so that each is its own raw image.
     """
 
@@ -103,34 +103,37 @@ class ProtocolMetrics(Metric):
         """rfid, sfid, kid, prc, inception_score and frechet, as far as they are computed, and the references. The
         reasons of the others are added to `not_computed`."""
         assert self.references is not None
-        wanted = ["rfid", *(name for name in ("sfid", *FEATURES) if name in config.metrics)]
+        further = [name for name in ("sfid", *FEATURES) if name in config.metrics]
         samples, references = self.reconstructions.compute(), self.references.compute()
         absent = self.networks.inception is None
         numbers, reasons = set_distances(
             samples,
             references,
-            [] if absent else [NAMES[name] for name in wanted],
+            [] if absent else ["fid", *further],
             min_images=config.fid_min_images,
             memory=f"the {config.feature_memory:g} GB of eval.feature_memory",
         )
         if absent:
-            not_computed |= dict.fromkeys(wanted, not_computed.get("rfid", "no Inception"))
-        ours = {theirs: name for name, theirs in NAMES.items()}
-        not_computed |= {ours.get(name, name): reason for name, reason in reasons.items()}
-        found = {ours.get(name, name): number for name, number in numbers.items()}
-        if "is" in found:
-            found["inception_score"] = found.pop("is")
+            not_computed |= dict.fromkeys(["rfid", *further], not_computed.get("rfid", "no Inception"))
+        for table in (numbers, reasons):
+            if "fid" in table:
+                table["rfid"] = table.pop("fid")
+        not_computed |= reasons
+        if "is" in numbers:
+            numbers["inception_score"] = numbers.pop("is")
             logits: Any = references.features[FEATURES["is"]]
-            found["inception_score_of_originals"] = on_main(partial(inception_score, logits))
-        return found, references
+            numbers["inception_score_of_originals"] = on_main(partial(inception_score, logits))
+        return numbers, references
 
-    def table(self, means: Mapping[str, float], distances: Mapping[str, Any], image_size: int | str) -> dict[str, Any]:
+    def table(
+        self, means: Mapping[str, float], distances: Mapping[str, Any], size: tuple[int, int] | None
+    ) -> dict[str, Any]:
         """The protocol's part of `metrics.json`: its own numbers, then what it fixes."""
         protocol = self.protocol
         own = {"psnr": protocol.psnr, "ssim": protocol.ssim, "lpips": protocol.lpips}
         numbers = {name: means[key] for name, key in own.items() if key in means}
         digest = sum(gather_objects(self.digest)) % 2**256
-        return {**numbers, **distances, **protocol.to_table(image_size), "reference_digest": f"{digest:064x}"}
+        return {**numbers, **distances, **protocol.to_table(size), "reference_digest": f"{digest:064x}"}
 
 
 class EvaluationMetrics(Metric):
@@ -154,6 +157,7 @@ class EvaluationMetrics(Metric):
         device: torch.device,
     ) -> None:
         self.config, self.networks = config, networks
+        self.size = parse_size(str(config.image_size))
         self.usage = CodeUsage(codebook_size, num_groups, device) if codebook_size is not None else None
         self.sizes: dict[str, int] = {}
         """ "H x W x N" -> number of images of that size with so many tokens."""
@@ -165,7 +169,7 @@ class EvaluationMetrics(Metric):
         }
         sizes = {name: feature_size(name, network, device) for name, network in networks.extractors.items()}
         first, *others = (PROTOCOLS[name] for name in config.protocols)
-        whole = config.image_size == "native"
+        whole = self.size is None
         self.protocols = {
             first.name: ProtocolMetrics(
                 first,
@@ -247,11 +251,7 @@ class EvaluationMetrics(Metric):
             DataError: there were no images.
         """
         config, name = self.config, self.config.protocols[0]
-        sizes: dict[tuple[int, ...], int] = {}
-        for part in gather_objects(self.sizes):
-            for size, count in part.items():
-                key = tuple(map(int, size.split(" x ")))
-                sizes[key] = sizes.get(key, 0) + count
+        sizes = {tuple(map(int, size.split(" x "))): count for size, count in summed(self.sizes).items()}
         num_images = sum(sizes.values())
         if not num_images:
             raise DataError("there are no images to evaluate", "Check --images and --limit")
@@ -266,7 +266,7 @@ class EvaluationMetrics(Metric):
                 originals, named = references.moments, frechet
                 means, identical = distortion.means(), distortion.num_identical
             rfid |= {protocol.protocol.name: distances["rfid"]} if "rfid" in distances else {}
-            tables[protocol.protocol.name] = protocol.table(distortion.means(), distances, config.image_size)
+            tables[protocol.protocol.name] = protocol.table(distortion.means(), distances, self.size)
         fidelity: dict[str, Any] = {
             key: value for key, value in means.items() if key in (*COMMON, *self.networks.perceptual)
         }

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from vqpipe.distributed import gather_objects
-from vqpipe.metrics.metric import Metric, State
+from vqpipe.metrics.resumable import Resumable, State
 from vqpipe.reports.pictures import ImagePair, to_png
 
 Scored = tuple[float, int, ImagePair]
 """PSNR, position in the set, and the picture."""
 
 
-class SelectedPictures(Metric):
+class SelectedPictures(Resumable):
     """Selects pictures of a set of `num_images`.
 
     Args:
@@ -66,7 +66,7 @@ class SelectedPictures(Metric):
         for side in ("lowest", "highest"):
             setattr(self, side, [(score, position, ImagePair(*shown)) for score, position, *shown in state[side]])
 
-    def compute(self) -> list[ImagePair]:
+    def selected(self) -> list[ImagePair]:
         """Those of all ranks: the spread ones in the set's order, then the worst and the best, from the first on."""
         scores = gather_objects(([row[:2] for row in self.lowest], [row[:2] for row in self.highest]))
         lowest = sorted(row for part in scores for row in part[0])[: self.num_extremes]

@@ -15,7 +15,7 @@ from vqpipe import distributed
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.transforms import Framing, pixels
 from vqpipe.metrics.inception import INCEPTION_SIZE, clean_resize
-from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Resumable
 from vqpipe.tiling import OVERLAP, mirrored, reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
 
@@ -30,8 +30,8 @@ def rank_share(num_images: int, batch_size: int) -> tuple[int, int]:
     return first, stop
 
 
-class Views:
-    """The views of an image that protocols need, as one tensor of bytes, which a loader process can send.
+class PackedCrops:
+    """The crops of an image that protocols need, as one tensor of bytes, which a loader process can send.
 
     Args:
         rules: crop rules; each gives uint8[3, H, W].
@@ -51,7 +51,7 @@ class Views:
         return torch.cat([part.flatten() for part in (*crops, *raw)])
 
     def split(self, packed: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """A batch of views -> uint8[B, 3, H, W] by rule, and the raw images, float32[B, 3, 299, 299]."""
+        """A batch of packed crops -> uint8[B, 3, H, W] by rule, and the raw images, float32[B, 3, 299, 299]."""
         if self.size is None:
             return {next(iter(self.framings)): packed}, None
         length = 3 * self.size[0] * self.size[1]
@@ -77,7 +77,7 @@ class ReconstructedBatch:
     """k -> the images decoded from the first k groups alone."""
 
 
-class Reconstructor(Metric):
+class Reconstructor(Resumable):
     """Reconstructs images, and counts those that are padded or tiled.
 
     Args:
@@ -122,13 +122,13 @@ class Reconstructor(Metric):
         images, *others = (part.image[None].to(device) for part in tiled)
         return ReconstructedBatch(images, ids, dict(zip(prefixes, others, strict=True)))
 
-    def compute(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """For `metrics.json`: how many images were padded or tiled over all ranks, and what that means."""
-        whole, found = self.merged(), dict[str, Any]()
-        if whole.num_padded:
+        merged, found = self.merged(), dict[str, Any]()
+        if merged.num_padded:
             how = f"mirrored to multiples of {self.autoencoder.downsample_factor} pixels, and cropped back"
-            found["padded"] = {"num_images": whole.num_padded, "how": how}
-        if whole.num_tiled:
+            found["padded"] = {"num_images": merged.num_padded, "how": how}
+        if merged.num_tiled:
             how = "overlapping tiles, blended before rounding; tokens of overlaps count each time"
-            found["tiles"] = {"num_images": whole.num_tiled, "side": self.tile, "how": how}
+            found["tiles"] = {"num_images": merged.num_tiled, "side": self.tile, "how": how}
         return found

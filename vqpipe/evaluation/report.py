@@ -1,15 +1,26 @@
-"""The files of a report: `metrics.json`, the page, and what it is drawn from."""
+"""Evaluations from images to a published report: `metrics.json`, the page, and what it is drawn from."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from vqpipe import distributed
+from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
+from vqpipe.config import to_request
+from vqpipe.data.images import ImageSet
+from vqpipe.evaluation.evaluate import AnalysisProtocol, check_size, evaluate
+from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator
+from vqpipe.evaluation.reconstruction import Autoencoder
+from vqpipe.metrics.config import EvalConfig
+from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.usage import dead_codes
+from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import command_again
 from vqpipe.reports import page
 from vqpipe.reports.evaluation import MEASURES, NUM_HEADLINES, EvaluationResult, counts_to_array, value_of
@@ -20,8 +31,89 @@ from vqpipe.reports.pictures import contact_sheet
 SHEET_COLUMNS = 8
 
 
+def evaluate_tokenizer(
+    out: Path,
+    images: ImageSet,
+    autoencoder: Autoencoder,
+    config: EvalConfig,
+    networks: FeatureNetworks,
+    *,
+    analyses: Sequence[AnalysisProtocol] = (),
+    limit: int | None = None,
+    num_workers: int = -1,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> tuple[Artifact, EvaluationResult | None]:
+    """Measure an autoencoder on the first `limit` images and publish the report at `out`. Every rank calls it.
+
+    Args:
+        seed: that of the analyses.
+
+    Returns:
+        The report, and the result of the evaluation; None if the report was published before.
+
+    Raises:
+        DataError: images of this size do not fit the autoencoder, or as of `evaluate`.
+    """
+    check_size(autoencoder, config)
+    request = to_request(config) | {"limit": limit, "weights": networks.sha256, "extractor": networks.extractor_sha256}
+    request |= {"analyze": [each.name for each in analyses], "seed": seed} if analyses else {}
+    draft = artifacts.start(out, "report", request, {"images": images, "tokenizer": autoencoder.source})
+    if isinstance(draft, Artifact):
+        return draft, None
+    with draft:
+        result = evaluate(
+            images,
+            autoencoder,
+            config,
+            networks,
+            analyses=analyses,
+            limit=limit,
+            num_workers=num_workers,
+            run_dir=draft.path,
+            request=draft.request,
+            progress=progress,
+        )
+        return publish_evaluation(draft, result), result
+
+
+def evaluate_samples(
+    out: Path,
+    samples: ImageSet,
+    references: Sequence[str],
+    statistics: Path,
+    config: GenerationConfig,
+    networks: FeatureNetworks,
+    device: torch.device,
+    *,
+    limit: int | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Artifact, dict[str, Any] | None]:
+    """Measure the first `limit` samples against references and publish the report at `out`. Every rank calls it.
+
+    Args:
+        references, statistics: names and target of `GenerationEvaluator.references`.
+
+    Returns:
+        The report, and its metrics; None if the report was published before.
+    """
+    evaluator = GenerationEvaluator(config, networks, device, progress)
+    measured, source = evaluator.references(references, statistics)
+    request = evaluator.request | {
+        "limit": limit,
+        "fid_min_images": config.fid_min_images,
+        "max_skipped": config.max_skipped,
+    }
+    draft = artifacts.start(out, "report", request, {"images": samples, "reference": source})
+    if isinstance(draft, Artifact):
+        return draft, None
+    with draft:
+        metrics, shown = evaluator.measure(samples, min(limit or len(samples), len(samples)), measured)
+        return publish_generation(draft, metrics, shown), metrics
+
+
 def publish_evaluation(draft: Draft, evaluated: EvaluationResult) -> Artifact:
-    """Write the report of `vqpipe.evaluation.evaluate`, and publish it. Every rank calls it."""
+    """Write the report of `evaluate`, and publish it. Every rank calls it."""
     evaluated = replace(evaluated, lineage=lineage(draft), commands=[*evaluated.commands, command_again()])
     if distributed.is_main():
         write_evaluation(draft, evaluated)

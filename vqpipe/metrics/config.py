@@ -38,7 +38,7 @@ class EvalConfig:
     num_pictures: int = 12
     """Images that the report shows, spread evenly over the set."""
     num_extremes: int = 3
-    """Images of the lowest, and as many of the highest PSNR, that it shows beside them."""
+    """Images with the lowest PSNR that the report shows, and as many with the highest."""
     prefixes: bool = True
     """Measure also the reconstructions from the first k groups alone, k = 1..G, of a tokenizer with G > 1 groups or
     depths: one encoding and G decodings an image (the k-curve of MGVQ, Table 6)."""

@@ -31,6 +31,8 @@ class FeatureNetworks:
     """Metric -> reason."""
     extractors: dict[str, nn.Module] = field(default_factory=dict)
     """Name -> a further network, uint8[B, 3, H, W] -> float[B, D], for a Frechet distance of that name."""
+    extractor_sha256: dict[str, str] = field(default_factory=dict)
+    """Name of an extractor -> hash of its weights file."""
 
 
 def find_networks(folder: Path | None, device: torch.device | str = "cpu") -> FeatureNetworks:

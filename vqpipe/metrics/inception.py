@@ -31,7 +31,7 @@ LAYERS = (
 
 
 class Inception(nn.Module):
-    """The outputs that metrics use.
+    """Inception-v3 with the outputs that metrics use.
 
     - pool: float32[B, 2048], the last pooling; FID, KID, precision and recall.
     - logits: float32[B, 1008], without their bias; Inception Score, as torch-fidelity takes it.

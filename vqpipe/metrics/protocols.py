@@ -57,19 +57,18 @@ class Protocol:
     ssim: str
     lpips: str
 
-    def crop_rule(self, image_size: int | str) -> Literal["adm", "cover", "linear", "native"]:
-        """The crop at `eval.image_size`: a side, "2560x1440" or "native".
+    def crop_rule(self, size: tuple[int, int] | None) -> Literal["adm", "cover", "linear", "native"]:
+        """The crop to (H, W); None: images keep their own sizes.
 
-        ADM's and VQGAN-LC's rules are for squares. Other sizes are cut as MGVQ cuts its 2560 x 1440 images.
+        ADM's and VQGAN-LC's rules are for squares. Other sizes are cropped as MGVQ crops its 2560 x 1440 images.
         """
-        if image_size == "native":
+        if size is None:
             return "native"
-        sides = str(image_size).split("x")
-        return self.crop if sides[0] == sides[-1] else "cover"
+        return self.crop if size[0] == size[1] else "cover"
 
-    def to_table(self, image_size: int | str) -> dict[str, Any]:
+    def to_table(self, size: tuple[int, int] | None) -> dict[str, Any]:
         """Its choices in words, for `metrics.json`."""
-        rule = self.crop_rule(image_size)
+        rule = self.crop_rule(size)
         return {
             "crop": f"{rule}: {CROPS[rule]}",
             "reference": REFERENCES["crops" if rule == "native" else self.reference],

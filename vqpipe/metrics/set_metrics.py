@@ -26,7 +26,8 @@ from vqpipe.errors import DataError
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
 from vqpipe.metrics.inception import INCEPTION_SIZE, SIZES, clean_resize_all
-from vqpipe.metrics.metric import Metric, Rows, State
+from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Rows, State, summed
 from vqpipe.weights import load_tensors
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -191,14 +192,10 @@ class FeatureStatistics(Metric):
         """The statistics over all ranks."""
         return SetStatistics(
             num_images=sum(distributed.gather_objects(self.num_images)),
-            moments=summed_moments(self.moments),
-            extractors=summed_moments(self.extractors),
+            moments=summed(self.moments),
+            extractors=summed(self.extractors),
             features={name: bank.compute() for name, bank in self.banks.items()},
         )
-
-
-def summed_moments(moments: Mapping[str, Moments]) -> dict[str, Moments]:
-    return {name: each.merged() for name, each in moments.items()}
 
 
 def set_distances(
@@ -259,12 +256,7 @@ def kid(samples: Tensor, references: Tensor) -> dict[str, float]:
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     found = kid_features_to_metric(
-        samples,
-        references,
-        kid_subsets=KID_SUBSETS,
-        kid_subset_size=KID_SUBSET_SIZE,
-        rng_seed=SEED,
-        verbose=False,
+        samples, references, kid_subsets=KID_SUBSETS, kid_subset_size=KID_SUBSET_SIZE, rng_seed=SEED, verbose=False
     )
     return {"mean": found[KEY_METRIC_KID_MEAN], "std": found[KEY_METRIC_KID_STD], "subset_size": KID_SUBSET_SIZE}
 
@@ -274,12 +266,7 @@ def precision_recall(samples: Tensor, references: Tensor) -> dict[str, float]:
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     found = prc_features_to_metric(
-        samples,
-        references,
-        prc_neighborhood=NEIGHBOURS,
-        prc_batch_size=PRC_BATCH,
-        save_cpu_ram=True,
-        verbose=False,
+        samples, references, prc_neighborhood=NEIGHBOURS, prc_batch_size=PRC_BATCH, save_cpu_ram=True, verbose=False
     )
     return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL], "k": NEIGHBOURS}
 

@@ -1,24 +1,24 @@
-"""Use of the codebook by a set of images: utilization at stated numbers of tokens, perplexity, bits per pixel, and the
-joint entropy of groups.
+"""Use of the codebook by a set of images: utilization at stated numbers of tokens, perplexity, bits per pixel.
 
 A utilization depends on the number of tokens it was counted over: a coder that draws its codes uniformly reaches
 86.5 % of 32,768 codes with 65,536 tokens, and all of them with a million. So each utilization is reported beside that
 of such a coder (`uniform_utilization`), at the numbers of tokens in BUDGETS and over the whole set.
 
-Shapes: B images, N tokens an image, G groups, K codes a group, n positions, W words that hold a tuple of G ids.
+Shapes: B images, N tokens an image, G groups, K codes a group.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.distributed import all_reduce_sum, gather_objects, gather_rows, world_size
+from vqpipe.distributed import all_reduce_sum, gather_objects, gather_rows
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.metrics.metric import Metric, State
+from vqpipe.metrics.joint_entropy import JointEntropy
+from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import State
 
 MAX_COUNTERS = 2**24
 """G x K up to which every code has a counter (128 MiB, twice that with positions). Of larger codebooks, such as grids
@@ -34,13 +34,6 @@ NEVER = 2**63 - 1
 """First position of a code that was not chosen."""
 POSITIONS_AT_ONCE = 2**20
 """Codes whose first positions are exchanged between ranks at once."""
-MAX_TUPLES = 2**24
-"""Distinct tuples of G ids over all ranks up to which they are counted. A tuple takes 16 bytes if it fits 63 bits, 8
-more for every further 63 bits, and three times that while sorting. All positions of 50,000 images of 256 tokens fit."""
-MIN_SORTED_TUPLES = 2**18
-"""Tuples that are gathered before they are sorted into the counts, at least."""
-HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-"""An odd number of random bits: products with it distribute tuples uniformly over the ranks."""
 
 
 class UsageResult(NamedTuple):
@@ -58,7 +51,7 @@ class CodeUsage(Metric):
 
     `counts` is int64[G, K] on `device`: dense up to MAX_COUNTERS codes, else sparse (COO, coalesced), its memory
     growing with the number of distinct ids. With the positions of images in the set, three more things are counted:
-    the first position of each code, the tokens within each budget, and the joint occurrence of groups (`JointCounts`).
+    the first position of each code, the tokens within each budget, and the joint occurrence of groups (`JointEntropy`).
     """
 
     def __init__(self, codebook_size: int, num_groups: int = 1, device: torch.device | str = "cpu") -> None:
@@ -67,7 +60,7 @@ class CodeUsage(Metric):
         self._counts = no_counts(num_groups, codebook_size, device)
         self._unsorted: list[Tensor] = []  # int64[4, n] each: group, id, how often, first position
         self._first: Tensor | None = None  # positions: int64[G, K], or int64[n] beside the values of sparse counts
-        self._joint = JointCounts(num_groups, codebook_size)
+        self._joint = JointEntropy(num_groups, codebook_size)
         self._lengths: set[int] = set()  # tokens of one group an image has, of images whose position is known
         self._within = [0] * len(BUDGETS)  # tokens of one group whose position is below each budget
         self._unknown = False  # the position of some image is not known
@@ -98,17 +91,17 @@ class CodeUsage(Metric):
         self._unknown = self._unknown or start is None
         positions = None if start is None else self._positions(ids, start)
         if self._counts.is_sparse:
-            return self._count_sparse(grouped, positions)
+            self._count_sparse(grouped, positions)
+            return
         if positions is not None:
             self._first = torch.full_like(self._counts, NEVER) if self._first is None else self._first
             chosen_at = torch.where(grouped >= 0, positions, NEVER)
             self._first.scatter_reduce_(1, grouped.clamp(min=0), chosen_at, "amin")
         if unchecked:
             self._counts.scatter_add_(1, grouped.clamp(min=0), (grouped >= 0).long())
-            return None
-        for counts, row in zip(self._counts, grouped, strict=True):
-            counts += torch.bincount(row[row >= 0], minlength=self.codebook_size)
-        return None
+        else:
+            for counts, row in zip(self._counts, grouped, strict=True):
+                counts += torch.bincount(row[row >= 0], minlength=self.codebook_size)
 
     def state(self) -> State:
         counts = self.counts
@@ -134,18 +127,18 @@ class CodeUsage(Metric):
 
     def merged(self) -> "CodeUsage":
         """The counts of all ranks, on every rank. (First positions and joint counts are reduced by `compute`.)"""
-        whole = CodeUsage(self.codebook_size, self.num_groups, self._counts.device)
+        merged = CodeUsage(self.codebook_size, self.num_groups, self._counts.device)
         if self._counts.is_sparse:
-            whole._counts = from_rows(gather_rows(as_rows(self.counts)), self.num_groups, self.codebook_size)
+            merged._counts = from_rows(gather_rows(as_rows(self.counts)), self.num_groups, self.codebook_size)
         else:
-            whole._counts = all_reduce_sum(self._counts.clone())
-        whole._unknown = True
-        return whole
+            merged._counts = all_reduce_sum(self._counts.clone())
+        merged._unknown = True
+        return merged
 
     def compute(self, num_pixels: int) -> UsageResult:
         """Every number about codes over all ranks, and the reason of each that is not computed.
 
-        Beside the numbers of `usage_of`, `spread_of` and `JointCounts.compute`:
+        Beside the numbers of `usage_of`, `spread_of` and `JointEntropy.compute`:
         `bits_per_pixel`: log2(K) bits a token; `bits_per_pixel_entropy`: the cost under an ideal coder of order 0 with
         each group's frequencies, H bits a token, H being the entropy of these counts (so slightly too low).
         `utilization_at`: a row for each budget that the set reaches, and one for the whole set: `tokens` (those
@@ -158,28 +151,32 @@ class CodeUsage(Metric):
             num_pixels: H x W, summed over all images on all ranks.
         """
         counts = self.merged().counts
-        ranks = gather_objects((self._unknown, self._lengths, self._within))
-        numbers: dict[str, Any] = {**usage_of(counts), **spread_of(counts), **bits_of(counts, num_pixels)}
+        unknown, lengths, within = zip(*gather_objects((self._unknown, self._lengths, self._within)), strict=True)
         total = max(tokens_per_group(counts))
         everything = self._row(total, [len(times) for times in times_chosen(counts)])
-        if any(unknown for unknown, _, _ in ranks):
-            reason = "the positions of the images in the set are not known"
+        numbers: dict[str, Any] = {**usage_of(counts), **spread_of(counts), **bits_of(counts, num_pixels)}
+        numbers["utilization_at"] = [everything]
+        if any(unknown):
             names = ("utilization_curve", "joint_entropy") if self.num_groups > 1 else ("utilization_curve",)
-            return UsageResult(counts, numbers | {"utilization_at": [everything]}, dict.fromkeys(names, reason))
+            reason = "the positions of the images in the set are not known"
+            return UsageResult(counts, numbers, dict.fromkeys(names, reason))
         joint, absent = self._joint.compute(counts.device)
-        if len(set().union(*(lengths for _, lengths, _ in ranks))) > 1:
+        numbers |= joint
+        if len(set().union(*lengths)) > 1:
             absent["utilization_curve"] = "images of several sizes: the number of tokens before each is not known"
-            return UsageResult(counts, numbers | joint | {"utilization_at": [everything]}, absent)
-        within = [sum(tokens) for tokens in zip(*(tokens for _, _, tokens in ranks), strict=True)]
+            return UsageResult(counts, numbers, absent)
         firsts = self._first_positions()
-        rows = [
-            self._row(min(tokens, total), [int((first < budget).sum()) for first in firsts])
-            for budget, tokens in zip(BUDGETS, within, strict=True)
-            if total >= budget
+
+        def row_at(budget: int, tokens: int) -> dict[str, Any]:
+            return self._row(tokens, [int((first < budget).sum()) for first in firsts])
+
+        counted = [sum(tokens) for tokens in zip(*within, strict=True)]
+        budgets = [(budget, tokens) for budget, tokens in zip(BUDGETS, counted, strict=True) if total >= budget]
+        numbers["utilization_at"] = [*(row_at(budget, min(tokens, total)) for budget, tokens in budgets), everything]
+        numbers["utilization_curve"] = [
+            (row["tokens"], row["utilization"], row["uniform_utilization"])
+            for row in [*(row_at(n, n) for n in curve_tokens(total)[:-1]), everything]
         ]
-        points = [self._row(n, [int((first < n).sum()) for first in firsts]) for n in curve_tokens(total)[:-1]]
-        curve = [(row["tokens"], row["utilization"], row["uniform_utilization"]) for row in [*points, everything]]
-        numbers = {**numbers, **joint, "utilization_at": [*rows, everything], "utilization_curve": curve}
         return UsageResult(counts, numbers, absent)
 
     def _row(self, tokens: int, used: list[int]) -> dict[str, Any]:
@@ -192,7 +189,8 @@ class CodeUsage(Metric):
         }
 
     def _positions(self, ids: Tensor, start: int | Sequence[int]) -> Tensor:
-        """int64[B * N / G]: the position of each token of a group in the set, all images being of one size."""
+        """The position of each token of a group in the set, int64[B * N / G], for images of one size. Also counts what
+        needs positions: tokens within the budgets, and tuples of ids."""
         per_image = ids.shape[-1] // self.num_groups
         images = torch.arange(start, start + len(ids)) if isinstance(start, int) else torch.tensor([*start])
         if len(images) != len(ids):
@@ -235,110 +233,6 @@ class CodeUsage(Metric):
         own = torch.full_like(self._counts, NEVER) if self._first is None else self._first
         parts = [gather_rows(part[None].contiguous()).amin(0) for part in own.flatten().split(POSITIONS_AT_ONCE)]
         return list(torch.cat(parts).view_as(own))
-
-
-class JointCounts(Metric):
-    """Exact counts of the tuples of G ids at one position, for G > 1, up to MAX_TUPLES; beyond, they are given up.
-
-    The sum of the groups' entropies is their joint entropy only if the groups are independent.
-    """
-
-    state_names: ClassVar[tuple[str, ...]] = ("rows", "given_up")
-
-    def __init__(self, num_groups: int, codebook_size: int) -> None:
-        self.num_groups = num_groups
-        self.bits = max(1, (codebook_size - 1).bit_length())
-        self.per_word = 63 // self.bits
-        self.rows = np.zeros((0, -(-num_groups // self.per_word) + 1), dtype=np.int64)
-        """int64[n, W + 1]: the words of each distinct tuple, sorted, and its count."""
-        self.unsorted: list[np.ndarray] = []
-        self.given_up = False
-
-    def update(self, ids: Tensor) -> None:
-        """Count int64[n, G]. A position with a negative id (a group left out) is not counted."""
-        if self.num_groups == 1 or self.given_up:
-            return
-        ids = ids[(ids >= 0).all(1)].cpu()
-        words = [self._word(part) for part in ids.split(self.per_word, dim=1)]
-        self.unsorted.append(torch.stack([*words, torch.ones_like(words[0])], dim=1).numpy())
-        if sum(map(len, self.unsorted)) > max(MIN_SORTED_TUPLES, len(self.rows)):
-            self._sort()
-
-    def state(self) -> State:
-        self._sort()
-        return super().state()
-
-    def compute(self, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
-        """Numbers over all ranks, and the reason where they are not computed; nothing for one group.
-
-        `joint_entropy`: bits a position, of the counted frequencies. It is too low, most so where tuples occur about
-        once: n positions cannot show more than `joint_entropy_limit` = log2(n) bits. `joint_entropy_bias` is the first
-        term of what is missing, (distinct - 1) / 2n nats (Miller 1955), valid only while `joint_coverage` is near 1:
-        the probability that the next position has a tuple that occurred before, 1 - singletons / n (Good 1953).
-        `joint_distinct`: the number of different tuples.
-
-        Args:
-            device: of the tensors that are exchanged with other ranks.
-        """
-        if self.num_groups == 1:
-            return {}, {}
-        self._sort()
-        if any(gather_objects(self.given_up)):
-            return {}, {"joint_entropy": too_many_tuples()}
-        owner = hashed(self.rows[:, :-1]) % np.uint64(world_size())
-        positions, distinct, once, weighted = 0, 0, 0, 0.0
-        for part in range(world_size()):  # all ranks' counts of one share of the tuples at a time
-            own = torch.from_numpy(self.rows[owner == part]).to(device)
-            times = summed_rows(gather_rows(own).cpu().numpy())[:, -1]
-            positions += int(times.sum())
-            distinct += len(times)
-            once += int((times == 1).sum())
-            weighted += float((times * np.log2(times)).sum())
-        if distinct > MAX_TUPLES:  # the same decision as on one rank
-            return {}, {"joint_entropy": too_many_tuples()}
-        if positions == 0:
-            return {}, {"joint_entropy": "no position has an id of every group"}
-        return {
-            "joint_entropy": math.log2(positions) - weighted / positions,
-            "joint_entropy_limit": math.log2(positions),
-            "joint_entropy_bias": (distinct - 1) / (2 * positions * math.log(2)),
-            "joint_coverage": 1 - once / positions,
-            "joint_distinct": distinct,
-        }, {}
-
-    def _word(self, ids: Tensor) -> Tensor:
-        """int64[n, at most 63 / bits] -> int64[n]."""
-        word = torch.zeros(len(ids), dtype=torch.int64)
-        for column in ids.unbind(1):
-            word = (word << self.bits) | column
-        return word
-
-    def _sort(self) -> None:
-        if self.unsorted:
-            self.rows, self.unsorted = summed_rows(np.concatenate([self.rows, *self.unsorted])), []
-        if len(self.rows) > MAX_TUPLES:
-            self.rows, self.given_up = self.rows[:0].copy(), True
-
-
-def summed_rows(rows: np.ndarray) -> np.ndarray:
-    """int64[n, W + 1] of words and counts -> the distinct words, sorted, with the sums of their counts."""
-    if not len(rows):
-        return rows
-    rows = rows[np.lexsort(rows[:, :-1].T)]
-    begins = np.flatnonzero(np.append(True, (rows[1:, :-1] != rows[:-1, :-1]).any(1)))
-    return np.column_stack([rows[begins, :-1], np.add.reduceat(rows[:, -1], begins)])
-
-
-def hashed(words: np.ndarray) -> np.ndarray:
-    """int64[n, W] -> uint64[n], the same for equal rows and spread uniformly."""
-    total = np.zeros(len(words), dtype=np.uint64)
-    for column in words.T:
-        total = (total ^ column.astype(np.uint64)) * HASH_FACTOR
-    return total >> np.uint64(32)
-
-
-def too_many_tuples() -> str:
-    return f"more than {MAX_TUPLES:,} different tuples of ids: their counts exceed the memory set aside for them"
 
 
 def no_counts(num_groups: int, codebook_size: int, device: torch.device | str = "cpu") -> Tensor:

@@ -31,7 +31,7 @@ def sections_on_codes(evaluated: EvaluationResult) -> list[page.Section]:
     maps, drawings = maps_of([evaluated]), [plots.code_frequency(evaluated.counts)]
     if growth := plots.usage_growth(evaluated.metrics.get("utilization_curve", ()), BUDGETS):
         drawings.append(growth)
-    sections: list[page.Section] = [page.Maps("Which codes are in use", maps, MAP_CAPTION if maps else "", drawings)]
+    sections: list[page.Section] = [page.Maps("Codebook utilization", maps, MAP_CAPTION if maps else "", drawings)]
     if rows := evaluated.metrics.get("utilization_at"):
         sections.append(budget_table(rows))
     if "gini_per_group" in evaluated.metrics:
@@ -51,7 +51,7 @@ def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
     ]
     header = ["tokens of a group", "codes in use", "uniform coder"]
     header += ["least and most used group"] if len(cells[0]) > len(header) else []
-    return page.Table("Codes in use by number of tokens", header, cells, CEILING)
+    return page.Table("Utilization by number of tokens", header, cells, CEILING)
 
 
 def group_table(metrics: Mapping[str, Any]) -> page.Table:
@@ -75,7 +75,7 @@ def group_table(metrics: Mapping[str, Any]) -> page.Table:
         for group in range(num_groups)
     ]
     caption = "Gini: 0 if all codes are chosen alike, towards 1 if one alone is. Codes never chosen are counted in."
-    title = "How evenly the codes are chosen"
+    title = "Code frequencies"
     return page.Table(title, ["", *(name for name, _, _ in columns)], rows, caption, folded=num_groups > MOST_GROUPS)
 
 

@@ -179,9 +179,9 @@ def members_by_key(evaluations: Sequence[EvaluationResult]) -> list[list[tuple[i
     """Groups by KEYS: the index of each report, and its metrics by the protocol of the group."""
     groups: dict[tuple[object, ...], list[tuple[int, EvaluationResult]]] = {}
     for place, evaluated in enumerate(evaluations):
-        for view in by_protocol(evaluated.metrics):
-            key = tuple(view.get(name) for name in KEYS)
-            groups.setdefault(key, []).append((place, replace(evaluated, metrics=view)))
+        for metrics in by_protocol(evaluated.metrics):
+            key = tuple(metrics.get(name) for name in KEYS)
+            groups.setdefault(key, []).append((place, replace(evaluated, metrics=metrics)))
     return list(groups.values())
 
 
@@ -269,7 +269,7 @@ def comparison_page(evaluations: Sequence[EvaluationResult], title: str, footer:
         sections.append(page.Reasons("Not computed", missing))
     sections.append(page.Lineage("Lineage", [evaluated.lineage for evaluated in evaluations]))
     commands = list(dict.fromkeys(command for evaluated in evaluations for command in evaluated.commands))
-    sections.append(page.Commands("Commands", commands))
+    sections.append(page.Commands("Reproduce", commands))
     protocols = ", ".join(dict.fromkeys(group.protocol for group in groups))
     where = f"On {len(by_images)} sets of images"
     if len(by_images) == 1:
@@ -310,7 +310,7 @@ def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
         header = ["tokenizer", *(with_unit(m) for _, m in columns)]
         titles = [f"{group.title}." for group in sets]
         caption = "\n".join(["Each column is of one set of images, its best number highlighted.", *titles])
-        sections.append(page.Table(f"Over sets of images, protocol {protocol}", header, rows, caption, spans=spans))
+        sections.append(page.Table(f"Several sets of images, protocol {protocol}", header, rows, caption, spans=spans))
     return sections
 
 
@@ -347,9 +347,9 @@ def quality_plots(evaluations: Sequence[EvaluationResult], of: str) -> list[page
     prefixes = {e.name: e.metrics["prefixes"] for e in evaluations if "prefixes" in e.metrics}
     sections: list[page.Section] = []
     if any(bits is not None for bits, _ in points.values()):
-        sections.append(page.Plots(f"Quality against bits{of}", [plots.rate_distortion(points)]))
+        sections.append(page.Plots(f"Quality by bits per pixel{of}", [plots.rate_distortion(points)]))
     if curves := plots.k_curves(prefixes):
-        sections.append(page.Plots(f"First groups only{of}", curves))
+        sections.append(page.Plots(f"Reconstruction from the first k groups{of}", curves))
     return sections
 
 

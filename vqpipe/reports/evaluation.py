@@ -1,4 +1,4 @@
-"""What an evaluation found: its measures as people read them, protocol by protocol, and a report read back.
+"""The result of an evaluation: its measures with labels and units, by protocol, and reading a report.
 
 Shapes: G groups, K codes a group.
 """
@@ -19,12 +19,13 @@ from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
 from vqpipe.reports.page import Section
 from vqpipe.reports.pictures import ImagePair
 
-Row = Mapping[str, Any]
+Metrics = Mapping[str, Any]
+"""The content of `metrics.json`."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of `metrics.json` as people read it."""
+    """A number of `metrics.json` with its label, convention and unit."""
 
     key: str
     label: str
@@ -66,7 +67,13 @@ MEASURES = (
 )
 NUM_HEADLINES = 8
 """The first of MEASURES are the page's headline; the others are conventions for comparison with papers."""
-SET_DISTANCES = ("rfid", "sfid", "kid", "prc", "precision", "recall", "inception_score", "inception_score_of_originals")
+CODE_MEASURES = ("utilization", "perplexity", "bits_per_pixel", "bits_per_pixel_entropy")
+"""Measures that are the same in all protocols."""
+PROTOCOL_KEYS = {
+    *(measure.key for measure in MEASURES if measure.key not in CODE_MEASURES),
+    *("prc", "inception_score_of_originals", "frechet", "prefixes", "num_identical"),
+}
+"""Keys of `metrics.json` whose values depend on a protocol's crop and rounding."""
 FRECHET = "Frechet distance over the named extractor; not FID"
 
 
@@ -80,7 +87,7 @@ class EvaluationResult:
     counts: Tensor
     """int64[G, K], sparse for very large codebooks; [0, 0] for continuous latents."""
     shown: Sequence[ImagePair] = ()
-    history: Sequence[Row] = ()
+    history: Sequence[Mapping[str, Any]] = ()
     """The rows of the tokenizer's training log, if it has one."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
@@ -144,40 +151,33 @@ def counts_from_array(array: np.ndarray, tokenizer: Mapping[str, Any]) -> Tensor
     return from_rows(counts, num_groups, codebook_size) if num_groups * codebook_size > MAX_COUNTERS else counts
 
 
-def by_protocol(metrics: Row) -> list[dict[str, Any]]:
+def by_protocol(metrics: Metrics) -> list[dict[str, Any]]:
     """`metrics.json` once for each of its protocols, with that protocol's own numbers in place of the first one's.
 
     `psnr`, `ssim`, `lpips`, `rfid` and distances between sets are the protocol's own, `reference` is the digest of its
     crops, `conventions` names its formulas; numbers of codes, tokens and images are the same in all.
     """
-    views = []
+    tables = []
     for name, own in (metrics.get("protocols") or {metrics["protocol"]: {}}).items():
         first = name == metrics["protocol"]
-        shared = metrics if first else {key: value for key, value in metrics.items() if not of_pixels(key)}
-        view = {**shared, **own, **own.get("prc", {}), "protocol": name}
-        view |= {
-            "reference": own.get("reference_digest", metrics["reference"]),
-            "reference_kind": own.get("reference", ""),
-        }
-        view["rfid"] = {name: own["rfid"]} if "rfid" in own else metrics["rfid"] if first else {}
+        shared = metrics if first else {key: value for key, value in metrics.items() if key not in PROTOCOL_KEYS}
+        table = {**shared, **own, **own.get("prc", {}), "protocol": name}
+        table["reference"] = own.get("reference_digest", metrics["reference"])
+        table["reference_kind"] = own.get("reference", "")
+        table["rfid"] = {name: own["rfid"]} if "rfid" in own else metrics["rfid"] if first else {}
         if first and not metrics.keys().isdisjoint(("lpips_alex", "lpips_vgg")):
-            view.pop("lpips", None)  # is one of them
-        views.append(view)
-    return views
+            table.pop("lpips", None)  # is one of them
+        tables.append(table)
+    return tables
 
 
-def of_pixels(key: str) -> bool:
-    """Whether a key of `metrics.json` depends on a protocol's crop and rounding."""
-    return key.startswith(("psnr", "ssim", "lpips")) or key in ("num_identical", "prefixes", "frechet", *SET_DISTANCES)
-
-
-def measures_of(*metrics: Row) -> list[Measure]:
+def measures_of(*metrics: Metrics) -> list[Measure]:
     """MEASURES, and the Frechet distances over extractors in any of these metrics."""
     named = dict.fromkeys(name for each in metrics for name in each.get("frechet", {}))
     return [*MEASURES, *(Measure(f"frechet {name}", f"Frechet, {name}", FRECHET, "", False) for name in named)]
 
 
-def value_of(metrics: Row, key: str) -> float | None:
+def value_of(metrics: Metrics, key: str) -> float | None:
     """The number of a measure, or None if it was not computed."""
     if key == "rfid":
         return metrics["rfid"].get(metrics["protocol"])
@@ -190,7 +190,7 @@ def value_of(metrics: Row, key: str) -> float | None:
     return value.get("mean") if isinstance(value, Mapping) else value
 
 
-def convention_of(measure: Measure, metrics: Row) -> str:
+def convention_of(measure: Measure, metrics: Metrics) -> str:
     """The formula and the reference of a measure under the protocol of these numbers."""
     convention = metrics.get("conventions", {}).get(measure.key)
     if convention is not None:
@@ -200,7 +200,7 @@ def convention_of(measure: Measure, metrics: Row) -> str:
     return measure.convention
 
 
-def size_in_words(metrics: Row) -> str:
+def size_in_words(metrics: Metrics) -> str:
     """ "256 px", "2560 x 1440 px", or "their own size"."""
     size = str(metrics["image_size"])
     return "their own size" if size == "native" else f"{size.replace('x', ' x ')} px"

@@ -1,4 +1,4 @@
-"""The page of one tokenizer: numbers by protocol, the paper's beside them, pictures, codes, and where it came from."""
+"""The page of one tokenizer: metrics by protocol and those of the paper, pictures, codes, and lineage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from vqpipe.reports.evaluation import (
     NUM_HEADLINES,
     EvaluationResult,
     Measure,
-    Row,
+    Metrics,
     bits_first,
     by_protocol,
     codes,
@@ -41,46 +41,46 @@ def evaluation_page(
 ) -> page.ReportPage:
     """The page, without empty sections. `analyses` follow the codes."""
     metrics = evaluated.metrics
-    views = by_protocol(metrics)
-    sections: list[page.Section] = [headline(evaluated, views[0])]
+    protocols = by_protocol(metrics)
+    sections: list[page.Section] = [headline(evaluated, protocols[0])]
     paper = paper_row(evaluated.commands)
-    if paper is not None or len(views) > 1:
-        sections.append(comparison_with_paper(views, paper))
+    if paper is not None or len(protocols) > 1:
+        sections.append(comparison_with_paper(protocols, paper))
     sections += galleries(evaluated.shown)
     if evaluated.is_discrete:
         sections += sections_on_codes(evaluated)
     if prefixes := metrics.get("prefixes"):
         sections.append(prefix_table(prefixes, metrics))
-        sections.append(page.Plots("Quality against bits", plots.k_curves({evaluated.name: prefixes})))
+        sections.append(page.Plots("Quality by bits per pixel", plots.k_curves({evaluated.name: prefixes})))
     sections += analyses
     if curves := plots.training_curves({"": evaluated.history}):
-        sections.append(page.Plots("How it was trained", curves))
-    sections += [every_number(view, metrics) for view in views]
+        sections.append(page.Plots("Training", curves))
+    sections += [all_metrics(own, metrics) for own in protocols]
     if metrics["not_computed"]:
-        sections.append(page.Reasons("Left out, and why", metrics["not_computed"]))
-    sections.append(page.Lineage("Made from", [evaluated.lineage]))
-    sections.append(page.Commands("Make it again", evaluated.commands))
+        sections.append(page.Reasons("Not computed", metrics["not_computed"]))
+    sections.append(page.Lineage("Lineage", [evaluated.lineage]))
+    sections.append(page.Commands("Reproduce", evaluated.commands))
     return page.ReportPage(title, subtitle(metrics), sections, footer)
 
 
-def headline(evaluated: EvaluationResult, view: Row) -> page.Numbers:
+def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
     """The numbers of the first protocol, large, under its name."""
-    measures = [*MEASURES[:NUM_HEADLINES], *measures_of(view)[len(MEASURES) :]]
+    measures = [*MEASURES[:NUM_HEADLINES], *measures_of(own)[len(MEASURES) :]]
     numbers = [
-        page.Number(m.label, written(m, value, unit=False), m.unit, headline_note(m, evaluated, view))
+        page.Number(m.label, written(m, value, unit=False), m.unit, headline_note(m, evaluated, own))
         for m in measures
-        if (value := value_of(view, m.key)) is not None
+        if (value := value_of(own, m.key)) is not None
     ]
-    title = f"{view['num_images']:,} images at {size_in_words(view)}, protocol {view['protocol']}"
+    title = f"{own['num_images']:,} images at {size_in_words(own)}, protocol {own['protocol']}"
     caption = "Numbers of other protocols, sizes or images are not comparable with these."
-    if "mixed_sizes" in view:
-        caption += f" {view['mixed_sizes'][0].upper()}{view['mixed_sizes'][1:]}."
+    if "mixed_sizes" in own:
+        caption += f" {own['mixed_sizes'][0].upper()}{own['mixed_sizes'][1:]}."
     return page.Numbers(title, numbers, caption)
 
 
-def headline_note(measure: Measure, evaluated: EvaluationResult, view: Row) -> str:
+def headline_note(measure: Measure, evaluated: EvaluationResult, own: Metrics) -> str:
     """The small line under a headline number: of how many, by which convention."""
-    tokenizer = view["tokenizer"]
+    tokenizer = own["tokenizer"]
     match measure.key:
         case "utilization":
             return f"{num_used(evaluated.counts):,} of {codes(tokenizer)}, over all images"
@@ -88,18 +88,18 @@ def headline_note(measure: Measure, evaluated: EvaluationResult, view: Row) -> s
             several = tokenizer["num_groups"] > 1
             return f"of at most {tokenizer['codebook_size']:,}" + (", mean over groups" if several else "")
         case "bits_per_pixel":
-            mean = "on average " if "mixed_sizes" in view else ""
-            return f"{mean}{view['num_tokens_per_image']:,} tokens an image"
+            mean = "on average " if "mixed_sizes" in own else ""
+            return f"{mean}{own['num_tokens_per_image']:,} tokens an image"
         case "rfid":
-            return f"against {view.get('reference_kind') or 'the same crops'}"
-    return convention_of(measure, view)
+            return f"against {own.get('reference_kind') or 'the same crops'}"
+    return convention_of(measure, own)
 
 
-def comparison_with_paper(views: Sequence[Row], paper: PaperRow | None) -> page.Table:
+def comparison_with_paper(protocols: Sequence[Metrics], paper: PaperRow | None) -> page.Table:
     """A row per measure, a column per protocol, and one for what the paper prints."""
     by_key = {measure.key: measure for measure in MEASURES}
     columns: list[tuple[str, Mapping[str, float | None]]] = [
-        (f"here, {view['protocol']}", {key: printed_value(view, key) for key in COMPARED}) for view in views
+        (f"here, {own['protocol']}", {key: printed_value(own, key) for key in COMPARED}) for own in protocols
     ]
     if paper is not None:
         columns.append(("the paper, its own protocol", paper.values))
@@ -109,43 +109,43 @@ def comparison_with_paper(views: Sequence[Row], paper: PaperRow | None) -> page.
         for m in [by_key[key]]
         if any(values.get(key) is not None for _, values in columns)
     ]
-    first = views[0]
+    first = protocols[0]
     caption = ["Each column has its own crop, rounding and formulas: compare within columns only."]
     caption[0] += f" Here: {first['num_images']:,} images at {size_in_words(first)}."
     if paper is not None:
         caption.append(f"The paper: {paper.paper}, {paper.row}. Its own images and protocol: {paper.protocol}.")
         caption += [f"This run changes the preset {paper.preset}: {', '.join(paper.changed)}."] if paper.changed else []
-    title = "Beside the paper" if paper is not None else "The same reconstructions by several protocols"
+    title = "Comparison with the paper" if paper is not None else "Comparison of protocols"
     return page.Table(title, ["", *(name for name, _ in columns)], rows, "\n".join(caption))
 
 
-def printed_value(view: Row, key: str) -> float | None:
+def printed_value(own: Metrics, key: str) -> float | None:
     """The number under a protocol; its LPIPS is that of the network its authors use."""
-    if key == "lpips" and "lpips" not in view:
-        named = str(view.get("conventions", {}).get("lpips", "lpips_alex")).partition(":")[0]
-        return value_of(view, named)
-    return value_of(view, key)
+    if key == "lpips" and "lpips" not in own:
+        named = str(own.get("conventions", {}).get("lpips", "lpips_alex")).partition(":")[0]
+        return value_of(own, named)
+    return value_of(own, key)
 
 
-def every_number(view: Row, metrics: Row) -> page.Table:
+def all_metrics(own: Metrics, metrics: Metrics) -> page.Table:
     """A protocol's numbers with their conventions; then its choices."""
     rows = [
-        [m.label, written(m, value), convention_of(m, view)]
-        for m in measures_of(view)
-        if (value := value_of(view, m.key)) is not None
+        [m.label, written(m, value), convention_of(m, own)]
+        for m in measures_of(own)
+        if (value := value_of(own, m.key)) is not None
     ]
-    if view["protocol"] == metrics["protocol"]:  # its authors' formula, and the common one of the same name
+    if own["protocol"] == metrics["protocol"]:  # its authors' formula, and the common one of the same name
         rows += [
             [m.label, written(m, value_of(metrics, m.key)), m.convention]
             for m in MEASURES
-            if value_of(metrics, m.key) not in (None, value_of(view, m.key))
+            if value_of(metrics, m.key) not in (None, value_of(own, m.key))
         ]
-    rows += [[name, "", str(view[key])] for key, name in FIXED.items() if view.get(key)]
+    rows += [[name, "", str(own[key])] for key, name in FIXED.items() if own.get(key)]
     header = ["measure", "value", "convention"]
-    return page.Table(f"Every number of protocol {view['protocol']}", header, rows, prose=header[2:])
+    return page.Table(f"All metrics, protocol {own['protocol']}", header, rows, prose=header[2:])
 
 
-def prefix_table(prefixes: Sequence[Row], metrics: Row) -> page.Table:
+def prefix_table(prefixes: Sequence[Mapping[str, Any]], metrics: Metrics) -> page.Table:
     """The k-curve in numbers: a row for each k."""
     rows = [{"protocol": metrics["protocol"], "rfid": {}, **row} for row in prefixes]
     shown = bits_first([measure for measure in MEASURES if measure.key in prefixes[-1]])
@@ -154,7 +154,7 @@ def prefix_table(prefixes: Sequence[Row], metrics: Row) -> page.Table:
         f"Each image was encoded once, then decoded from the first k of its {len(rows)} groups alone, the codes of the "
         "others being zero, as in MGVQ's Table 6."
     )
-    return page.Table("From the first groups only", ["groups", *(m.label for m in shown)], cells, caption)
+    return page.Table("Reconstruction from the first k groups", ["groups", *(m.label for m in shown)], cells, caption)
 
 
 def subtitle(metrics: Mapping[str, Any]) -> str:

@@ -81,11 +81,11 @@ def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
         for name, reason in each.metrics["not_computed"].items()
     }
     if missing:
-        sections.append(page.Reasons("Left out", missing))
-    sections.append(page.Lineage("Made from", [each.lineage for each in several]))
+        sections.append(page.Reasons("Not computed", missing))
+    sections.append(page.Lineage("Lineage", [each.lineage for each in several]))
     commands = list(dict.fromkeys(command for each in several for command in each.commands))
     if commands:
-        sections.append(page.Commands("Make it again", commands))
+        sections.append(page.Commands("Reproduce", commands))
     return page.ReportPage(title, subtitle, sections)
 
 

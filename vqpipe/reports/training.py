@@ -131,14 +131,14 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
     if run.counts is not None and run.counts.sum():
         maps = maps_of([EvaluationResult(run.name, {}, run.counts)])
         caption = f"{run.counts_note} {MAP_CAPTION if maps else ''}".strip()
-        yield page.Maps("Which codes are in use", maps, caption, [plots.code_frequency(run.counts)])
+        yield page.Maps("Codebook utilization", maps, caption, [plots.code_frequency(run.counts)])
     if any("valid/images" in row for row in run.rows):
         yield validation_table(run)
     if run.settings:
         rows = [[name, text] for name, text in flat(run.settings)]
         yield page.Table("Settings", ["setting", "value"], rows, folded=True)
     if run.lineage:
-        yield page.Lineage("Made from", [run.lineage])
+        yield page.Lineage("Lineage", [run.lineage])
     if run.command:
         yield page.Commands("Command, also to resume the run", [run.command])
 
@@ -155,7 +155,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         if value is not None and not (column.key == "nonfinite_steps" and value == 0)
     ]
     if numbers:
-        yield page.Numbers("Now" if run.step < run.steps else "At the end", numbers)
+        yield page.Numbers("Current metrics" if run.step < run.steps else "Final metrics", numbers)
 
 
 def run_curves(rows: Sequence[Row]) -> list[page.Plot]:

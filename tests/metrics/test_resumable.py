@@ -1,4 +1,4 @@
-"""States of metrics through a file: a resumed metric has the result of one that was never interrupted."""
+"""States through a file: a resumed metric has the result of one that was never interrupted."""
 
 import json
 from collections.abc import Callable, Collection
@@ -16,7 +16,7 @@ from vqpipe.metrics import EvalConfig, set_metrics, usage
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments
-from vqpipe.metrics.metric import Metric, Rows, pack, unpack
+from vqpipe.metrics.resumable import Resumable, Rows, pack, unpack
 from vqpipe.metrics.set_metrics import FeatureBank
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import VqganConfig, build_autoencoder
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 NUM_BATCHES, PER_BATCH, SIDE = 6, 2, 16
 
 
-def through_a_file(one: Metric, other: Metric) -> None:
+def through_a_file(one: Resumable, other: Resumable) -> None:
     """Restore the state of `one` in `other`."""
     text, tensors, _ = pack(one.state())
     other.load_state(unpack(text, load(save(tensors))))
@@ -110,7 +110,7 @@ CASES: dict[str, Case] = {
     "features that become too many": features_case(150),
     "usage": usage_case(30),
     "usage of unknown places": usage_case(30, placed=False),
-    "pictures": (lambda: SelectedPictures(12, 5, 2), take_pictures, SelectedPictures.compute),
+    "pictures": (lambda: SelectedPictures(12, 5, 2), take_pictures, SelectedPictures.selected),
 }
 
 
