@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vqpipe.distributed import connect, rank, sharing_errors
+from vqpipe.distributed import process_group, rank, sharing_errors
 from vqpipe.errors import DataError, VqpipeError
 
 FAILING: list[list[int]] = [[], [0], [1], [0, 1]]
@@ -42,6 +42,6 @@ def test_error_of_the_lowest_failing_rank_is_raised_on_every_rank(tmp_path: Path
 
 
 if __name__ == "__main__":
-    with connect(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         found = [raised(failing) for failing in FAILING]
         (Path(sys.argv[1]) / f"rank-{rank()}.json").write_text(json.dumps(found), encoding="utf-8")
