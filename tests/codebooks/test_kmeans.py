@@ -151,7 +151,10 @@ MODES = ({}, {"per_class": True}, {"batch": 400, "iterations": 3}, {"init": "ran
 @pytest.mark.parametrize(
     ("dim", "settings"),
     # not mini-batches with D > 16: the rounding of their distances depends on the share of a rank (see `lloyd`)
-    [*((5, mode) for mode in MODES), *((64, mode) for mode in MODES if "batch" not in mode)],
+    [
+        *((5, mode) for mode in MODES),
+        *(pytest.param(64, mode, marks=pytest.mark.slow) for mode in MODES if "batch" not in mode),
+    ],
     ids=str,
 )
 def test_ranks_give_the_codebook_of_one(
