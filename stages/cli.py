@@ -1,4 +1,4 @@
-"""`vqpipe`: the commands as a table, in the order in which their artifacts flow.
+"""`vqpipe`: the commands as a table, in pipeline order.
 
 A command is a plain typed function in a file of its own, imported when it is run, so that `vqpipe --help` loads neither
 torch nor any command. This file maps errors to exit codes:

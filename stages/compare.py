@@ -25,8 +25,8 @@ def compare(
     There is one table for each protocol, image size and set of images.
 
     Tokenizers measured on several sets of images also get a table of rFID and
-    PSNR over the sets, as in MGVQ's Tables 2 and 3. A report that shares neither
-    images and protocol nor its tokenizer with any other is refused.
+    PSNR over the sets, as in MGVQ's Tables 2 and 3. Each report must share images
+    and protocol, or its tokenizer, with another one.
 
     Reports of vqpipe eval-generation share one table; they must have the same
     protocol, image size and references.

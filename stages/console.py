@@ -97,7 +97,7 @@ TrainPrecision = Annotated[
 
 
 def known_loggers(names: list[str] | None) -> list[str] | None:
-    """The values of --log; another one than a name of LOGGERS is wrong usage."""
+    """The values of --log. Raises BadParameter for a name that is not in LOGGERS."""
     if names:
         from vqpipe.training.loggers import LOGGERS
 
@@ -290,7 +290,7 @@ class RateColumn(ProgressColumn):
 
 
 def prints() -> bool:
-    """Whether this process prints. Known before the process group is."""
+    """Whether this process prints. Reads RANK from the environment: it works before the process group exists too."""
     return os.environ.get("RANK", "0") == "0"
 
 

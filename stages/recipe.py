@@ -21,7 +21,8 @@ from vqpipe.metrics import EvalConfig
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 PAPER = "vqgan-lc-f16-100k"
-"""The preset whose [model] and [objective], which have no defaults, a stage without --preset gets and does not use."""
+"""Preset that fills the required sections [model] and [objective] for commands that run without --preset and do not
+read them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class PipelineRecipe(TokenizerRecipe):
 
 
 R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)
-SUBJECTS: dict[str, tuple[type, str]] = {
+MAIN_SECTIONS: dict[str, tuple[type, str]] = {
     "model": (PipelineRecipe, "vqpipe train"),
     "generator": (GeneratorRecipe, "vqpipe train-generator"),
     "classifier": (ClassifierRecipe, "vqpipe train-classifier"),
@@ -78,7 +79,7 @@ def resolve(cls: type, preset: str) -> dict[str, Any]:
 def resolved_toml(preset: str) -> str:
     """A preset as TOML: its head comment, and its settings merged with those that it extends."""
     sections = {section for table in presets.chain(preset) for section in table}
-    cls = next((recipe for section, (recipe, _) in SUBJECTS.items() if section in sections), PipelineRecipe)
+    cls = next((recipe for section, (recipe, _) in MAIN_SECTIONS.items() if section in sections), PipelineRecipe)
     table = resolve(cls, preset)
     config.from_table(cls, table)
     lines = presets.find(preset).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -88,8 +89,8 @@ def resolved_toml(preset: str) -> str:
 def read(
     cls: type[R], preset: str, table: dict[str, Any], overrides: list[str], flags: Mapping[str, Mapping[str, Any]]
 ) -> R:
-    """The tables of a preset as a `cls`; a preset of another subject is an error, recognized by its main section."""
-    for section, (other, command) in SUBJECTS.items():
+    """The tables of a preset as a `cls`; a preset for another command is an error, recognized by its main section."""
+    for section, (other, command) in MAIN_SECTIONS.items():
         if section in table and other is not cls:
             raise ConfigError(f"preset {preset} has a section [{section}]: it is for {command}", "See vqpipe presets")
     table = config.override(cls, table, overrides)

@@ -1,4 +1,4 @@
-"""Signals: exit at once while a command starts, through `finally` blocks while it runs, after the step in training."""
+"""Signal handling. Start-up: exit immediately. Running: raise Interrupted. Training: stop after the current step."""
 
 import os
 import signal
@@ -46,8 +46,8 @@ def handle_signals() -> None:
 class StopAfterStep:
     """Inside this context the first signal only sets `requested`, so that a training step can end and be saved.
 
-    A second signal interrupts at once, except SIGHUP: a closed terminal may send two. The end of torchrun counts as a
-    signal: killed with SIGKILL, it sends none to its ranks.
+    A second signal interrupts at once, except SIGHUP: a closed terminal may send two. The exit of torchrun is treated
+    as a signal too: if it is killed with SIGKILL, its ranks receive none.
     """
 
     def __init__(self) -> None:

@@ -80,19 +80,19 @@ def train(
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         inputs = RunInputs(
             images=open_images(images),
-            held_out=open_images(validation) if validation else None,
+            validation=open_images(validation) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        config = check_run(recipe.load(preset, overrides, train=flags).of_training(), inputs, publish)
-        draft = start_tokenizer_run(out, config, inputs, seed=seed, publish=publish)
+        settings = check_run(recipe.load(preset, overrides, train=flags).of_training(), inputs, publish)
+        draft = start_tokenizer_run(out, settings, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             console.finished(draft, again=True)
             return
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
             artifact = train_tokenizer(
                 draft,
-                config,
+                settings,
                 inputs,
                 codebook=None if codebook is None else load_codebook(codebook),
                 seed=seed,

@@ -112,7 +112,7 @@ def test_same_command_again_changes_nothing_and_other_settings_are_refused(
     assert other.returncode == 1
     assert other.stdout == ""
     key = OTHERWISE[kind][0].lstrip("-").replace("-", "_")
-    assert f"error: {kind} exists and was made otherwise" in other.stderr
+    assert f"error: {kind} exists and was made with other settings" in other.stderr
     assert key in other.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / kind).rglob("*")} == before
 

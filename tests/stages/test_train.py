@@ -159,11 +159,11 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
 
 def test_other_held_out_images_are_another_request(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
     go("lc", steps=2, **held_out)
-    with pytest.raises(ArtifactError, match=r"made otherwise: config\.train\.validate_every was 8, now 0"):
+    with pytest.raises(ArtifactError, match=r"made with other settings: config\.train\.validate_every was 8, now 0"):
         go("lc", steps=2)
     (picture_folder.parent / "others").mkdir()
     shutil.copy(next(picture_folder.iterdir()), picture_folder.parent / "others")
-    with pytest.raises(ArtifactError, match=r"made otherwise: inputs\.validation"):
+    with pytest.raises(ArtifactError, match=r"made with other settings: inputs\.validation"):
         go("lc", steps=2, validation=[str(picture_folder.parent / "others")])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vqpipe.errors import ArtifactError
 from vqpipe.training.callbacks import (
     Callback,
     CallbackList,
@@ -71,6 +72,13 @@ def test_kill_while_dropping_rows_leaves_the_old_log(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         started(path, 5)
     assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
+
+
+def test_full_disk_is_an_error_that_names_the_log(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(ArtifactError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        log.on_log({"step": 1})
 
 
 def test_latest_is_the_last_finite_number(tmp_path: Path) -> None:

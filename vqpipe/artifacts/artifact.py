@@ -83,7 +83,7 @@ class Artifact:
         return sorted(name for name in self.manifest.files if PurePosixPath(name).match(pattern))
 
     def verified_file(self, name: str) -> Path:
-        """Path of the file `name`, once its hash is as published: weights and ids with a flipped bit load silently.
+        """Path of the file `name`, after its sha256 was checked: corrupted weights or ids would load without an error.
 
         Raises:
             ArtifactError: the manifest does not list it, or its hash differs from the published one.

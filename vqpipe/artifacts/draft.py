@@ -53,7 +53,7 @@ STATUS = "status.json"
 
 
 def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input | str]) -> "Draft | Artifact":
-    """Begin, resume, or find published the artifact `out` for this request. Every rank calls it.
+    """Start or resume the artifact `out`, or return it if it is already published. Every rank calls it.
 
     `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
     provenance. Returns the Artifact if the same request was published already, else a locked Draft.
@@ -153,11 +153,12 @@ class Draft:
         return True
 
     def check_same(self, manifest: Manifest, path: Path) -> None:
-        """Raise an ArtifactError if the artifact at `path` answers another request."""
+        """Raise an ArtifactError if the artifact at `path` was made by a different request."""
         if manifest.request != self.request:
             before = {"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs}
             raise ArtifactError(
-                f"{path} exists and was made otherwise: {difference(before, self.requested)}", "Choose another --out"
+                f"{path} exists and was made with other settings: {difference(before, self.requested)}",
+                "Choose another --out",
             )
 
     def check_request(self) -> None:

@@ -251,17 +251,17 @@ def prune_shared(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it exists. It is renamed first, so that its name never holds only a part of it."""
+    """Delete a file or folder, if it exists. It is renamed first, so that a partly deleted folder is never read."""
     if not path.exists():
         return
-    doomed = path if path.name.startswith(".") else path.with_name(f".deleting-{path.name}")
-    if doomed != path:
-        remove(doomed)
-        os.replace(path, doomed)
-    if doomed.is_dir():
-        shutil.rmtree(doomed, ignore_errors=True)  # the next start removes the rest
+    renamed = path if path.name.startswith(".") else path.with_name(f".deleting-{path.name}")
+    if renamed != path:
+        remove(renamed)
+        os.replace(path, renamed)
+    if renamed.is_dir():
+        shutil.rmtree(renamed, ignore_errors=True)  # the next start removes the rest
     else:
-        doomed.unlink(missing_ok=True)
+        renamed.unlink(missing_ok=True)
 
 
 def shared_file(folder: Path, key: str) -> Path:

@@ -60,11 +60,8 @@ MAX_MARKED = 12
 """Points of a line up to which each has a marker."""
 MAX_SIZES = 4
 """Different codebook sizes up to which each is marked by a vertical line."""
-LOSS_TERMS = (
-    *("total", "l1", "l2", "charbonnier", "lpips", "codebook", "commitment", "entropy"),
-    *("adversarial", "discriminator"),
-)
-"""Keys of a log row under `loss/`, in the order of their colors."""
+NOT_LOSSES = ("adversarial_weight", "real_logit", "fake_logit")
+"""Keys of a log row under `loss/` that are no loss terms."""
 
 LogRow = Mapping[str, Any]
 """Of `metrics.jsonl`."""
@@ -139,13 +136,19 @@ def curves(title: str, lines: Mapping[str, Line], scale: Scale, caption: str = "
     return line_plot(title, lines, xlabel="images seen", yscale=scale, caption=caption)
 
 
+def loss_terms(rows: Sequence[LogRow]) -> list[str]:
+    """Names of the loss terms that were logged as `loss/<name>`, the total first."""
+    names = [name.removeprefix("loss/") for row in rows for name in row if name.startswith("loss/")]
+    return [name for name in dict.fromkeys(["total", *names]) if name not in NOT_LOSSES]
+
+
 def training_curves(runs: Mapping[str, Sequence[LogRow]]) -> list[Plot]:
     """Loss, PSNR and utilization over images seen, from the rows of `metrics.jsonl` of each run by name.
 
     One run: a line per loss term. Several: a line per run, of the total. A quantity that no run logged has no plot.
     """
     if len(runs) == 1:
-        losses = {term: series(rows, f"loss/{term}") for rows in runs.values() for term in LOSS_TERMS}
+        losses = {term: series(rows, f"loss/{term}") for rows in runs.values() for term in loss_terms(rows)}
     else:
         losses = {name: series(rows, "loss/total") for name, rows in runs.items()}
     psnr = {name: series(rows, "psnr") for name, rows in runs.items()}

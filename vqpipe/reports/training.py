@@ -1,6 +1,6 @@
 """The page of a training run of a tokenizer, a generator or a classifier, during the run and after it.
 
-Shapes: G groups, K codes a group.
+Shapes: G groups, K codes per group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class TrainingRun:
 
 
 @dataclass(frozen=True)
-class Column:
+class LoggedNumber:
     """A logged number: its format, and the line of the progress display that it is in."""
 
     key: str
@@ -77,32 +77,34 @@ class Column:
 
 
 NUMBERS = (
-    Column("loss/total", "loss", "loss", ".4g"),
-    Column("psnr", "training", "training PSNR", ".2f", "dB", note="of the mean squared error since the row before"),
-    Column("train/top1", "training", "training top-1", ".1f", "%", 100),
-    Column("valid/step", "validation", "validation step", ",.0f"),
-    Column("valid/total", "validation", "validation loss", ".4g"),
-    Column("valid/psnr", "validation", "validation PSNR", ".2f", "dB", note="mean over images"),
-    Column("valid/ssim", "validation", "validation SSIM", ".3f"),
-    Column("valid/lpips_vgg", "validation", "validation LPIPS (VGG)", ".3f"),
-    Column("valid/lpips_alex", "validation", "validation LPIPS (AlexNet)", ".3f"),
-    Column("valid/top1", "validation", "validation top-1", ".1f", "%", 100),
-    Column("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
-    Column("valid/utilization", "validation", "validation codes in use", ".1f", "%", 100),
-    Column("valid/perplexity", "validation", "validation perplexity", ",.1f", note="mean over groups"),
-    Column("utilization", "codes", "codes in use", ".1f", "%", 100, "training images, since the row before"),
-    Column("perplexity", "codes", "training perplexity", ",.1f", note="of the first group, since the row before"),
-    Column("gradient_norm", "gradients", "gradient norm", ".3g"),
-    Column("discriminator_gradient_norm", "gradients", "discriminator gradient norm", ".3g"),
-    Column("nonfinite_steps", "gradients", "skipped steps", ",.0f"),
-    Column("learning_rate", "gradients", "learning rate", ".3g"),
-    Column("images_per_second", "speed", "throughput", ",.3g", "images/s"),
-    Column("seconds_per_step", "speed", "time a step", ".3g", "s"),
-    Column("data_wait", "speed", "waiting for images", ".0f", "%", 100),
-    Column("mfu", "speed", "MFU", ".1f", "%", 100, "share of the device's peak; estimate; bf16, dense"),
-    Column("tflops", "speed", "arithmetic", ",.3g", "TFLOP/s", note="estimate; each device"),
-    Column("memory_gb", "speed", "memory", ".1f", "GB"),
-    Column("compiled_graphs", "speed", "compiled graphs", ",.0f"),
+    LoggedNumber("loss/total", "loss", "loss", ".4g"),
+    LoggedNumber(
+        "psnr", "training", "training PSNR", ".2f", "dB", note="of the mean error since the row before"
+    ),
+    LoggedNumber("train/top1", "training", "training top-1", ".1f", "%", 100),
+    LoggedNumber("valid/step", "validation", "validation step", ",.0f"),
+    LoggedNumber("valid/total", "validation", "validation loss", ".4g"),
+    LoggedNumber("valid/psnr", "validation", "validation PSNR", ".2f", "dB", note="mean over images"),
+    LoggedNumber("valid/ssim", "validation", "validation SSIM", ".3f"),
+    LoggedNumber("valid/lpips_vgg", "validation", "validation LPIPS (VGG)", ".3f"),
+    LoggedNumber("valid/lpips_alex", "validation", "validation LPIPS (AlexNet)", ".3f"),
+    LoggedNumber("valid/top1", "validation", "validation top-1", ".1f", "%", 100),
+    LoggedNumber("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
+    LoggedNumber("valid/utilization", "validation", "validation codes in use", ".1f", "%", 100),
+    LoggedNumber("valid/perplexity", "validation", "validation perplexity", ",.1f", note="mean over groups"),
+    LoggedNumber("utilization", "codes", "codes in use", ".1f", "%", 100, "training images, since the row before"),
+    LoggedNumber("perplexity", "codes", "training perplexity", ",.1f", note="of the first group, since the row before"),
+    LoggedNumber("gradient_norm", "gradients", "gradient norm", ".3g"),
+    LoggedNumber("discriminator_gradient_norm", "gradients", "discriminator gradient norm", ".3g"),
+    LoggedNumber("nonfinite_steps", "gradients", "skipped steps", ",.0f"),
+    LoggedNumber("learning_rate", "gradients", "learning rate", ".3g"),
+    LoggedNumber("images_per_second", "speed", "throughput", ",.3g", "images/s"),
+    LoggedNumber("seconds_per_step", "speed", "time a step", ".3g", "s"),
+    LoggedNumber("data_wait", "speed", "waiting for images", ".0f", "%", 100),
+    LoggedNumber("mfu", "speed", "MFU", ".1f", "%", 100, "share of the device's peak; estimate; bf16, dense"),
+    LoggedNumber("tflops", "speed", "arithmetic", ",.3g", "TFLOP/s", note="estimate; each device"),
+    LoggedNumber("memory_gb", "speed", "memory", ".1f", "GB"),
+    LoggedNumber("compiled_graphs", "speed", "compiled graphs", ",.0f"),
 )
 """Every number of the log but the terms of the loss: for the page, and for the progress display."""
 
@@ -219,7 +221,9 @@ def loss_curves(rows: Sequence[Row]) -> tuple[page.Plot | None, ...]:
     """The terms of a tokenizer's objective on a logarithmic axis; else the total with that of the validation, and its
     parts."""
     if any("psnr" in row for row in rows):
-        return (plots.curves("Loss", {term: plots.series(rows, f"loss/{term}") for term in plots.LOSS_TERMS}, "log"),)
+        return (
+            plots.curves("Loss", {term: plots.series(rows, f"loss/{term}") for term in plots.loss_terms(rows)}, "log"),
+        )
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/") and name != "loss/total")
     parts = {name.removeprefix("loss/"): plots.series(rows, name) for name in names}
     total = {"training": plots.series(rows, "loss/total"), "validation": plots.series(rows, "valid/total")}

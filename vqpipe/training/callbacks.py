@@ -1,7 +1,7 @@
 """Callbacks of the training loop: the log, the progress bar, samples, and the page of a run.
 
-A callback overrides the hooks it needs. Every rank calls every hook; what writes files does so on rank 0 alone.
-`loggers` and `validation` have more of them.
+A callback overrides the hooks it needs. Every rank calls every hook; files are written on rank 0 only.
+More callbacks are in loggers.py, validation.py and throughput.py.
 """
 
 import json
@@ -21,7 +21,7 @@ from vqpipe.artifacts import Draft
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
-from vqpipe.files import atomic_write
+from vqpipe.files import atomic_write, disk_errors
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import Autoencoder
@@ -121,7 +121,7 @@ class CallbackList(Callback):
 
 
 class MetricsLog(Callback):
-    """`metrics.jsonl`: the log as one JSON object a line. A resumed run first drops the rows it will write again.
+    """`metrics.jsonl`: the log, one JSON object per line. A resumed run first drops the rows it will write again.
 
     `rows` is the content of the file, on rank 0; elsewhere it is empty.
     """
@@ -131,18 +131,22 @@ class MetricsLog(Callback):
         self.rows: list[Row] = []
 
     def on_start(self, state: TrainState) -> None:
-        if not distributed.is_main():
-            return
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= state.step]
-        with atomic_write(self.path) as temporary:
+        distributed.on_main(lambda: self.truncate(state.step))
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows after `step`."""
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        with disk_errors(self.path), atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     def on_log(self, row: Row) -> None:
-        """Append the row and flush it to disk: a checkpoint never outlives the rows before it."""
-        if not distributed.is_main():
-            return
-        self.rows.append(dict(row))
-        with self.path.open("a", encoding="utf-8") as file:
+        """Append the row and flush it: rows are on disk before the checkpoint that follows them."""
+        distributed.on_main(lambda: self.append(dict(row)))
+
+    def append(self, row: Row) -> None:
+        """Write one row."""
+        self.rows.append(row)
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -155,7 +159,7 @@ class MetricsLog(Callback):
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`, without a last line that was cut short; none where there is no file."""
+    """The rows of a `metrics.jsonl`; lines that are not valid JSON are skipped. None if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

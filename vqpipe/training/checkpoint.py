@@ -35,9 +35,8 @@ def checkpoints(run_dir: Path) -> States:
 class TrainState:
     """Networks and optimizers by part, the weight average, running metrics, and counters.
 
-    A checkpoint holds rank 0's state, and of sharded weights the whole. Ranks differ in one thing alone, the running
-    statistics of batch norms that see a rank's own images: no step reads them, since networks train in training mode.
-    They are published, and rank 0's are those of an uninterrupted run too.
+    Checkpoints store rank 0's state and full (unsharded) weights. Only running statistics of batch norms may differ
+    between ranks; training does not read them, and rank 0's are published.
     """
 
     networks: Mapping[str, nn.Module]
@@ -73,8 +72,8 @@ class TrainState:
         counters = {name: getattr(self, name) for name in COUNTERS}
         metrics = self.metrics.state()
         parts = gathered({**self.tensors(), METRICS: metrics} if metrics else self.tensors())
-        frozen = self.frozen()
-        distributed.on_main(lambda: disk.save(self.step, parts, counters, unchanging=frozen, keep_every=keep_every))
+        unchanging = self.not_optimized()
+        distributed.on_main(lambda: disk.save(self.step, parts, counters, unchanging=unchanging, keep_every=keep_every))
         self.saved = disk.path(self.step)
 
     def resume(self, run_dir: Path) -> bool:
@@ -96,7 +95,7 @@ class TrainState:
         parts, expected = dict(found.parts), dict(self.tensors())
         if METRICS in parts:
             expected[METRICS] = self.metrics.state_like(parts[METRICS].keys())
-        problem = mismatch(parts, expected, free_length=METRICS)
+        problem = mismatch(parts, expected, variable_rows_part=METRICS)
         if problem is None and set(found.values) != set(COUNTERS):
             problem = f"state.json has the counters {', '.join(sorted(found.values))}"
         if problem is not None:
@@ -127,7 +126,7 @@ class TrainState:
             parts["ema"] = dict(self.weight_ema.network.named_parameters())
         return parts
 
-    def frozen(self) -> dict[str, list[str]]:
+    def not_optimized(self) -> dict[str, list[str]]:
         """The names of tensors of the model and its average that no optimizer moves: buffers, and frozen weights."""
         trained = {name for name, parameter in self.networks["model"].named_parameters() if parameter.requires_grad}
         parts = {part: tensors for part, tensors in self.tensors().items() if part in ("model", "ema")}
@@ -138,10 +137,10 @@ class TrainState:
         return dict(gathered({"model": self.weight_ema.network.state_dict()})["model"])
 
 
-def mismatch(found: Parts, expected: Parts, free_length: str = "") -> str | None:
+def mismatch(found: Parts, expected: Parts, variable_rows_part: str = "") -> str | None:
     """The first tensor in which a checkpoint and a run differ by name, type or shape, in words.
 
-    Tensors of the part `free_length` may be longer or shorter if they have two dimensions.
+    The first dimension of 2-D tensors in the part `variable_rows_part` is not compared.
     """
     for part in (*expected, *found):
         if part not in found:
@@ -153,7 +152,7 @@ def mismatch(found: Parts, expected: Parts, free_length: str = "") -> str | None
                 return f"{part} has no tensor {name}"
             if name not in expected[part]:
                 return f"{part} has a tensor {name}, which this run does not have"
-            free = part == free_length and expected[part][name].ndim == 2
+            free = part == variable_rows_part and expected[part][name].ndim == 2
             saved, own = (f"{t[part][name].dtype} {list(t[part][name].shape[free:])}" for t in (found, expected))
             if saved != own:
                 return f"{part} has {name} as {saved}, this run as {own}".replace("torch.", "")

@@ -16,8 +16,8 @@ class TrainConfig:
     global_batch_size: int = 256
     """Images a step, over all ranks."""
     accumulate: int = 1
-    """Gradient accumulation: a rank's share of the batch is processed in so many parts, for less memory. The step is
-    the same except for terms that are not means over images: the adaptive weight, a discriminator's batch norm,
+    """Gradient accumulation: a rank's share of the batch is split into this many micro-batches to save memory. The
+    step is the same except for terms that are not means over images: the adaptive weight, a discriminator's batch norm,
     entropies of a batch."""
     parallel: Literal["ddp", "fsdp"] = resumable(default="ddp")
     """On several ranks: replicate the weights (DistributedDataParallel), or shard them (FSDP2), for generators that are
@@ -69,7 +69,7 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}", "It is at least 1")
         for name in ("keep_every", "validate_every", "warmup_steps"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} = {getattr(self, name)} is negative", "Use 0 for never")
+                raise ConfigError(f"train.{name} = {getattr(self, name)} is negative", "It must be at least 0")
         if self.sample_every < 1 or self.validation_images < 1:
             raise ConfigError("train.sample_every and train.validation_images should be at least 1")
         if self.warmup_steps > self.steps:

@@ -30,7 +30,7 @@ class LabelledBatch(Protocol):
 
 
 @runtime_checkable
-class InBlocks(Protocol):
+class HasBlocks(Protocol):
     """A network of repeated blocks."""
 
     def blocks(self) -> Iterable[nn.Module]:
@@ -40,8 +40,8 @@ class InBlocks(Protocol):
 class ExamplesTask(Task[LabelledBatch, None]):
     """One network, one optimizer.
 
-    `network(examples, labels)` returns scalars by name, of which "total" is minimised; all are logged as `loss/<name>`,
-    but one that has a slash in its name under that name (`train/accuracy`). Each is a mean over examples. Its random
+    `network(examples, labels)` returns scalars by name, of which "total" is minimized; they are logged as
+    `loss/<name>`, or unchanged if the name contains a slash (`train/accuracy`). Each is a mean over examples. Random
     numbers come from torch's global generators, which the loop seeds from (seed, step, rank).
     """
 
@@ -92,7 +92,7 @@ class ExamplesTask(Task[LabelledBatch, None]):
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
     """The blocks of a network; empty where it names none."""
-    return list(network.blocks()) if isinstance(network, InBlocks) else []
+    return list(network.blocks()) if isinstance(network, HasBlocks) else []
 
 
 def log_name(name: str) -> str:

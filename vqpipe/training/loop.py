@@ -1,8 +1,8 @@
 """The training loop: one function for every task.
 
 Plain torch.distributed: under torchrun it runs on every rank, else on one process. Batches and random numbers are a
-function of (seed, step, position), independent of interruptions. Between two rows of the log nothing waits for the GPU:
-losses are summed there, and whether a step was skipped is read during the next.
+function of (seed, step, position), independent of interruptions. Losses are accumulated on the GPU, and the skipped
+flag of a step is read while the next one runs, so there is no synchronization between two rows of the log.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from vqpipe.training.running_metrics import ResultT, Row
 from vqpipe.training.task import BatchT, Stream, Task
 
 STOP_EVERY = 5
-"""Steps after which ranks share whether a signal came: each time all wait for their GPUs."""
+"""Steps between two checks of `stop_requested` on several ranks: each check waits for the GPUs."""
 
 
 def train(
@@ -37,13 +37,14 @@ def train(
 ) -> TrainState:
     """Train to `config.steps` steps, resuming from the newest checkpoint in `run_dir`. Every rank calls it.
 
-    Returns the state: `state.weight_ema.network` is to be published (`state.published()` are its weights). Where
-    `stop_requested()` is true on any rank after a step, a checkpoint is saved and the state returned early.
+    Returns the state: `state.weight_ema.network` is to be published (`state.published()` are its weights). If
+    `stop_requested()` is true on any rank after a step, a checkpoint is saved and the state returned early; on several
+    ranks this is checked every STOP_EVERY steps.
 
     Raises:
         NumericError: too many steps in a row without a finite gradient; no weight moved in them.
         ConfigError: the batch does not divide, or the task or this machine does not offer a setting.
-        ArtifactError: the checkpoints are damaged or another run's, or the disk takes no more of them.
+        ArtifactError: the checkpoints are damaged or another run's, or cannot be written.
     """
     state = initial_state(task, config, device)
     state.resume(run_dir)

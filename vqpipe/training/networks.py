@@ -49,8 +49,11 @@ def compiled_graphs() -> int:
 def replicate(network: nn.Module, device: torch.device, *, static: bool = False) -> nn.Module:
     """`network` under DistributedDataParallel; the network itself on one process, or where nothing of it trains.
 
-    Buffers are not broadcast in each forward: a codebook of 300 MB is one, and `update` keeps it equal on all ranks.
-    `static` promises that every step goes back through the same parameters, once in one `backward`.
+    Buffers are not broadcast in each forward: a codebook is a buffer (up to 300 MB), and `Quantizer.update` already
+    keeps it identical on all ranks.
+
+    Args:
+        static: every step uses the same parameters, in a single backward pass (DDP's `static_graph`).
     """
     if distributed.world_size() == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
         return network
@@ -67,8 +70,8 @@ def replicate(network: nn.Module, device: torch.device, *, static: bool = False)
 def align_gradients(network: nn.Module) -> None:
     """Give gradients the strides of their weights.
 
-    Along a side of length 1, such as both of a 1x1 convolution's, a stride means nothing, and convolutions in
-    channels_last choose another one than the weight has. DDP's buckets have the weight's: it would warn, and copy.
+    For sides of length 1 the stride is arbitrary, and convolutions in channels_last return gradients with other strides
+    than the weight. DDP would then warn and copy.
     """
     for parameter in network.parameters():
         if parameter.requires_grad and parameter.ndim == 4 and 1 in parameter.shape:
@@ -84,7 +87,7 @@ def with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
 def accumulate_gradients(network: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Around each part of a batch: ranks sum their gradients with the last part only.
 
-    Not where weights are sharded: there a rank would have to keep the gradients of all of them until the last part.
+    Not where weights are sharded: there each rank would have to keep full unsharded gradients until the last part.
     """
     return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
 

@@ -13,7 +13,7 @@ from vqpipe.training.checkpoint import TrainState
 
 @dataclass
 class Pending:
-    """A step whose flag may still be on its way from the GPU."""
+    """A step whose flag is being copied from the GPU asynchronously."""
 
     step: int
     keys: Sequence[str]

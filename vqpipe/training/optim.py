@@ -79,7 +79,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class WeightEma(Generic[Network]):
-    """Exponential moving average of a network's weights. Buffers are copied: they already are averages.
+    """Exponential moving average of a network's weights.
+
+    Buffers (running statistics, codebooks) are copied, not averaged.
 
     With `decay` 0 the average is the network itself.
     """

@@ -104,7 +104,7 @@ class RunningMetrics(Generic[ResultT]):
         return self.totals()
 
     def state_like(self, names: Collection[str]) -> dict[str, Tensor]:
-        """A state with these names, of which types and shapes count and values do not."""
+        """A template state, for checking names, types and shapes; its values are unused."""
         return dict.fromkeys(names, torch.zeros(2, dtype=torch.float64))
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from vqpipe.training.running_metrics import ResultT, RunningMetrics, StepOutput
 
 
 class KeyedBatch(Protocol):
-    """A batch with a name for each of its examples; the rest is between a task and its stream."""
+    """A batch with a name for each of its examples; all other fields are defined by the task and its stream."""
 
     keys: list[str]
 
@@ -70,7 +70,7 @@ class Task(ABC, Generic[BatchT, ResultT]):
         finite moves no weight."""
 
     def after_step(self, output: StepOutput[ResultT]) -> None:
-        """What follows a step besides gradients; nothing may move where `output.skipped`. Default: nothing."""
+        """Called after each step, e.g. to update a codebook. Must not change any state if `output.skipped`."""
 
     def running_metrics(self) -> RunningMetrics[ResultT]:
         """The metrics of the log. Default: the means of `StepOutput.values`."""

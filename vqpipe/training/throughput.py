@@ -21,7 +21,7 @@ from vqpipe.training.running_metrics import Row
 from vqpipe.training.tokenizer_task import frozen_parts
 
 # bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheet of each product (half of the number with
-# sparsity). By words of torch.cuda.get_device_name; the first that fits counts.
+# sparsity). Keys are matched as words in torch.cuda.get_device_name(); the first match is used.
 BF16_PEAKS = {
     "B200": 2250.0,
     "GB200": 2500.0,

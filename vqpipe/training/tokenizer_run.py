@@ -52,7 +52,7 @@ class RunInputs:
     """What a run reads."""
 
     images: ImageSet
-    held_out: ImageSet | None = None
+    validation: ImageSet | None = None
     """Images for validation."""
     codebook: Input | str | None = None
     """A codebook artifact, or the sha256 of a codebook file."""
@@ -61,12 +61,12 @@ class RunInputs:
 
 
 def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> TokenizerRecipe:
-    """Check the settings against the inputs. Returns them with `validate_every` set: by default, that of samples.
+    """Check the settings against the inputs. Returns them with `validate_every` resolved (default: `sample_every`).
 
     Raises:
         ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning.
     """
-    train, validates = recipe.train, inputs.held_out is not None
+    train, validates = recipe.train, inputs.validation is not None
     if publish == "best" and not validates:
         raise ConfigError("--publish best needs held-out images", "Name them with --validation")
     if train.validate_every and not validates:
@@ -86,10 +86,10 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> T
 def start_tokenizer_run(
     out: Path, recipe: TokenizerRecipe, inputs: RunInputs, *, seed: int, publish: Publish = "last"
 ) -> Draft | Artifact:
-    """Start, resume, or find published the tokenizer `out`."""
+    """Start or resume the tokenizer `out`, or return it if it is already published."""
     roles: dict[str, Input | str] = {"images": inputs.images}
-    if inputs.held_out is not None:
-        roles["validation"] = inputs.held_out
+    if inputs.validation is not None:
+        roles["validation"] = inputs.validation
     if inputs.codebook is not None:
         roles["codebook"] = inputs.codebook
     if recipe.objective.perceptual != "none":
@@ -140,12 +140,12 @@ def train_tokenizer(
     side, settings = recipe.data.image_size, to_table(recipe)
     metrics = MetricsLog(draft.path / "metrics.jsonl")
     grid = ReconstructionGrid(
-        draft, inputs.held_out or inputs.images, side, device, held_out=inputs.held_out is not None
+        draft, inputs.validation or inputs.images, side, device, held_out=inputs.validation is not None
     )
     validation = validation_of(draft, recipe, inputs, objective, device, progress)
     sources = [grid] if validation is None else [grid, validation]
     flops = count_flops(recipe.train, model, discriminator, objective, side)
-    hooks = [
+    callbacks = [
         Throughput(flops, peak_of(device, recipe.train)),
         *callbacks,
         metrics,
@@ -168,7 +168,7 @@ def train_tokenizer(
         draft.path,
         seed=seed,
         device=device,
-        callbacks=hooks,
+        callbacks=callbacks,
         stop_requested=stop_requested,
     )
     if state.step < recipe.train.steps:
@@ -226,14 +226,15 @@ def validation_of(
     device: torch.device,
     progress: Progress,
 ) -> Validation | None:
-    """The validation of a run, None without held-out images. LPIPS decides what is best if it is trained with."""
-    if inputs.held_out is None:
+    """The validation of a run, None without held-out images. The best
+    weights are chosen by LPIPS if it is part of the objective, otherwise by PSNR."""
+    if inputs.validation is None:
         return None
     lpips = f"lpips_{recipe.objective.perceptual}"
     perceptual = {} if objective.perceptual is None else {lpips: objective.perceptual.lpips}
     measure = f"valid/{lpips}" if perceptual else "valid/psnr"
     return Validation(
-        inputs.held_out,
+        inputs.validation,
         image_size=recipe.data.image_size,
         batch_size=recipe.train.share(distributed.world_size()) // recipe.train.accumulate,
         limit=recipe.train.validation_images,

@@ -84,13 +84,12 @@ class TokenizerTask(Task[Batch, Reconstruction]):
     def connect(self) -> None:
         """Share gradients among ranks.
 
-        DDP's graph is static only without a discriminator: the adaptive weight goes back through the autoencoder before
-        `backward` does, the discriminator's R1 penalty bypasses DDP, and both may start in the middle of a run. Nor can
-        DDP's first step with a static graph accumulate gradients over the parts of a batch.
+        DDP's `static_graph` is not possible with the adaptive weight (an extra `autograd.grad`), with the R1 penalty
+        (it bypasses DDP), or with gradient accumulation in the first step.
         """
         static = not self.adversarial and self.config.accumulate == 1
-        self.network = replicate(self.model, self.device, static=static)
-        self.critic = replicate(self.discriminator, self.device) if self.adversarial else self.discriminator
+        self.ddp_model = replicate(self.model, self.device, static=static)
+        self.ddp_discriminator = replicate(self.discriminator, self.device) if self.adversarial else self.discriminator
 
     def step(self, batch: Batch, step: int) -> StepOutput[Reconstruction]:
         """One step of the autoencoder, and from `disc_start` on one of the discriminator."""
@@ -118,9 +117,9 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         adversarial = self.objective.adversarial_at(step)
         parts, reconstructions, logged = images.chunk(self.config.accumulate), [], []
         for number, part in enumerate(parts, start=1):
-            with accumulate_gradients(self.network, last=number == len(parts)):
+            with accumulate_gradients(self.ddp_model, last=number == len(parts)):
                 with autocast(self.device, self.config.precision):
-                    reconstruction: Reconstruction = self.network(part)
+                    reconstruction: Reconstruction = self.ddp_model(part)
                     logits = self.discriminator(reconstruction.images) if adversarial else None
                 total, terms = self.objective.autoencoder_loss(
                     part,
@@ -145,9 +144,9 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         parts, logged = images.chunk(self.config.accumulate), []
         fakes = reconstruction.images.chunk(len(parts))
         for number, (real, fake) in enumerate(zip(parts, fakes, strict=True), start=1):
-            with accumulate_gradients(self.critic, last=number == len(parts)):
+            with accumulate_gradients(self.ddp_discriminator, last=number == len(parts)):
                 with autocast(self.device, self.config.precision):
-                    real_logits, fake_logits = self.critic(real), self.critic(fake)
+                    real_logits, fake_logits = self.ddp_discriminator(real), self.ddp_discriminator(fake)
                 loss, terms = self.objective.discriminator_loss(
                     real_logits, fake_logits, step=step, images=real, discriminator=self.discriminator.forward
                 )

@@ -14,7 +14,7 @@ from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.errors import DataError
-from vqpipe.files import atomic_write
+from vqpipe.files import atomic_write, disk_errors
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.models.autoencoder import Autoencoder
@@ -24,9 +24,9 @@ from vqpipe.training.callbacks import Callback
 from vqpipe.training.running_metrics import Row
 
 PSNR_DROP = 3.0
-"""dB below the best at which a run may have collapsed: twice the squared error."""
+"""A run may have collapsed if its PSNR is this many dB below the best (3 dB: twice the squared error)."""
 LPIPS_RISE = 1.5
-"""Times the best, likewise."""
+"""A run may have collapsed if its LPIPS exceeds the best by this factor."""
 
 
 class BestWeights:
@@ -61,10 +61,13 @@ class BestWeights:
         if math.isnan(value) or not (better or self.step is None):
             return False
         self.step, self.value = step, value
-        if distributed.is_main():
-            with atomic_write(self.path) as temporary:
-                save_weights(network, temporary, {"step": str(step), self.measure: repr(value)})
+        distributed.on_main(lambda: self.save(network))
         return True
+
+    def save(self, network: nn.Module) -> None:
+        """Write the weights with their step and value."""
+        with disk_errors(self.path), atomic_write(self.path) as temporary:
+            save_weights(network, temporary, {"step": str(self.step), self.measure: repr(self.value)})
 
 
 class Validation(Callback):
@@ -74,7 +77,7 @@ class Validation(Callback):
 
     Args:
         image_size: side of the crops, pixels.
-        batch_size: images at a time; that of a training step fits, and networks are compiled for it.
+        batch_size: images per batch; use that of training, which fits in memory and is already compiled.
         limit: number of images, over all ranks.
         perceptual: LPIPS networks by key, as in `Distortion`.
         best: keeps the best weights.
