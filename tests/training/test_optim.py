@@ -1,21 +1,44 @@
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from vqpipe.config import to_request
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.optim import WeightEma, learning_rate, make_optimizer
 
 
-def test_schedule_is_linear_warmup_then_half_a_cosine() -> None:
-    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=2.0, min_learning_rate=0.5)
-    assert learning_rate(0, config) == 0
-    assert learning_rate(5, config) == pytest.approx(1.0)
-    assert learning_rate(10, config) == pytest.approx(2.0)
-    assert learning_rate(60, config) == pytest.approx(1.25)
-    assert learning_rate(85, config) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(0.75 * math.pi)))
-    assert learning_rate(110, config) == pytest.approx(0.5)
+@pytest.mark.parametrize(
+    ("schedule", "quarter", "half", "end"),
+    [
+        ("constant", 2.0, 2.0, 2.0),
+        ("linear", 0.5 + 1.5 * 0.75, 1.25, 0.5),
+        ("cosine", 0.5 + 1.5 * 0.5 * (1 + math.cos(0.25 * math.pi)), 1.25, 0.5),
+    ],
+)
+def test_learning_rate_warms_up_then_follows_its_schedule(
+    schedule: Any, quarter: float, half: float, end: float
+) -> None:
+    config = TrainConfig(
+        schedule=schedule, steps=110, warmup_steps=10, learning_rate=2.0, min_learning_rate=0.5
+    )
+    rates = [learning_rate(step, config) for step in (0, 5, 10, 35, 60, 110, 200)]
+    assert rates == pytest.approx([0, 1, 2, quarter, half, end, end])
+
+
+def test_a_constant_schedule_equals_a_cosine_between_equal_rates() -> None:
+    """Presets wrote it that way before `schedule` was a setting."""
+    constant = TrainConfig(schedule="constant", steps=97, warmup_steps=13, learning_rate=5.76e-4)
+    cosine = dataclasses.replace(constant, schedule="cosine", min_learning_rate=5.76e-4)
+    assert [learning_rate(step, constant) for step in range(98)] == [learning_rate(step, cosine) for step in range(98)]
+
+
+def test_the_default_schedule_is_not_part_of_a_request() -> None:
+    assert "schedule" not in to_request(TrainConfig())
+    assert to_request(TrainConfig(schedule="linear"))["schedule"] == "linear"
 
 
 def test_weight_ema_averages_weights_and_copies_buffers() -> None:

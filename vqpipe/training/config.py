@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vqpipe.config import resumable
+from vqpipe.config import added, resumable
 from vqpipe.errors import ConfigError
 
 
@@ -26,8 +26,10 @@ class TrainConfig:
     """For all networks."""
     learning_rate: float = 5e-4
     """Peak, for all networks."""
+    schedule: Literal["constant", "linear", "cosine"] = added("cosine")
+    """Learning-rate schedule after the warm-up: constant, linear decay, or half a cosine."""
     min_learning_rate: float = 0.0
-    """At the end of the cosine."""
+    """Learning rate at the end of a linear or cosine schedule; a constant one does not use it."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     betas: tuple[float, float] = (0.5, 0.9)

@@ -54,15 +54,20 @@ def finite_step(optimizer: Optimizer, config: TrainConfig) -> tuple[Tensor, Tens
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of `step` (0-based): linear warm-up from 0, then half a cosine down to `min_learning_rate`.
+    """Learning rate of `step` (0-based): linear warm-up from 0, then `schedule`, which reaches `min_learning_rate` after
+    the last step.
 
-    As in VQGAN-LC's code (util/lr_sched.py), with steps instead of fractions of an epoch.
+    Warm-up and cosine are those of VQGAN-LC's code (util/lr_sched.py), with steps instead of fractions of an epoch.
     """
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
     span = max(1, config.steps - config.warmup_steps)
     share = min(1.0, (step - config.warmup_steps) / span)
     drop = config.learning_rate - config.min_learning_rate
+    if config.schedule == "linear":
+        return config.min_learning_rate + drop * (1 - share)
     return config.min_learning_rate + drop * 0.5 * (1 + math.cos(math.pi * share))
 
 
