@@ -58,6 +58,7 @@ EXAMPLES: dict[str, GeneratorConfig] = {
     "gpt-groups": GptConfig(**SMALL, embedding="codebook"),
     "llamagen": LlamaGenConfig(**SMALL),
     "llamagen-groups": LlamaGenConfig(**SMALL),
+    "llamagen-linear": LlamaGenConfig(**SMALL, head="linear"),
     "dit": DitConfig(size="tiny"),
     "dit-ddim": DitConfig(size="tiny", patch_size=1, learn_variance=False, sampler="ddim", eta=0.5),
     "sit": SitConfig(size="tiny"),
@@ -65,7 +66,7 @@ EXAMPLES: dict[str, GeneratorConfig] = {
     "ldm": LdmConfig(**TINY_LDM),
 }
 GROUPS = {"gpt-groups": 2, "llamagen-groups": 4}
-CODEBOOK = {"gpt-codebook", "gpt-groups", "llamagen", "llamagen-groups"}
+CODEBOOK = {"gpt-codebook", "gpt-groups", "llamagen", "llamagen-groups", "llamagen-linear"}
 """Examples that embed ids by the tokenizer's codebook."""
 WITHOUT_GRADIENT = {"ldm": ("attn2.to_q", "attn2.to_k", "norm2")}
 """Weights that cannot matter: attention to one class token is 1, whatever the queries and keys are."""

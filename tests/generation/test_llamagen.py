@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stages.recipe import load_generator
 from vqpipe.errors import ConfigError
-from vqpipe.generation import LlamaGen, LlamaGenConfig, Space, build_generator
+from vqpipe.generation import LlamaGen, LlamaGenConfig, SamplingConfig, Space, build_generator
 from vqpipe.generation.llamagen import GroupHead
 from vqpipe.quantizers import TokenLayout
 
@@ -79,12 +79,39 @@ def test_the_codes_of_a_position_are_concatenated(make_space: Callable[..., Spac
     torch.testing.assert_close(model.img_projector(ids)[0], model.img_projector.layers(joined))
 
 
+@torch.no_grad()
+def test_the_linear_head_is_one_layer_over_the_codebook(
+    make_space: Callable[..., Space], rngs: Callable[..., Any]
+) -> None:
+    model = make(make_space(2, 3), head="linear", class_dropout=0.0).eval()
+    weight = model.state_dict()["ar_head.head.weight"]
+    assert [name for name in model.state_dict() if name.startswith("ar_head")] == ["ar_head.head.weight"]
+    assert weight.shape == (CODES, 16)
+
+    def logits(labels: Tensor, ids: Tensor) -> Tensor:
+        vectors = torch.cat([model.embed_classes(labels), model.img_projector(ids[:, :-1])], dim=1)
+        for layer in model.layers:
+            vectors = layer(vectors, model.rotary[:6])
+        return model.norm(vectors) @ weight.T
+
+    labels, ids = torch.tensor([0, 4, 1]), torch.randint(CODES, (3, 6))
+    expected = torch.nn.functional.cross_entropy(logits(labels, ids).flatten(0, 1), ids.flatten())
+    torch.testing.assert_close(model(ids, labels)["total"], expected)
+    greedy = model.sample(labels, SamplingConfig(temperature=0.0), rngs(1, 2, 3))
+    assert torch.equal(logits(labels, greedy).argmax(2), greedy)
+    assert len(greedy.unique()) > 2
+    untrained = LlamaGen(model.config, model.space)
+    assert not untrained.ar_head.head.weight.any()  # as LlamaGen
+
+
 def test_invalid_settings_are_refused(make_space: Callable[..., Space]) -> None:
     with pytest.raises(ConfigError, match="multiple of 4 channels"):
         LlamaGenConfig(width=12, heads=2)
     space = Space(**{**vars(make_space()), "layout": TokenLayout(((1, 1), (2, 3)))})
     with pytest.raises(ConfigError, match="needs ids of one grid"):
         LlamaGen(LlamaGenConfig(layers=1, heads=1, width=8), space)
+    with pytest.raises(ConfigError, match="predicts one id a position, this tokenizer has 4 groups"):
+        LlamaGen(LlamaGenConfig(layers=1, heads=1, width=8, head="linear"), make_space(groups=4))
 
 
 def make_head(groups: int) -> tuple[GroupHead, Tensor, Tensor]:

@@ -11,7 +11,7 @@ What is unusual:
 - Rotary positions have two dimensions: half of a head's channels rotate with the row, half with the column.
 - The class token precedes the first position. Its rotary factors are zeros, so that its queries and keys vanish, and
   every position attends to it with weight exp(0). This is LlamaGen's code; its weights depend on it.
-- MGVQ's head replaces LlamaGen's output layer for any G, also for G = 1.
+- MGVQ's head replaces LlamaGen's output layer for any G, also for G = 1, unless `head = "linear"`.
 
 With G = 4 groups of 8192 codes and 24 x 24 positions, MGVQ's released models (the presets llamagen-b, -l, -xl and -xxl)
 have 139,170,816 / 398,577,664 / 866,728,960 / 1,548,343,296 parameters; ours, without the adaLN layers and positions
@@ -21,12 +21,13 @@ that these never use, 117,498,624 / 360,244,224 / 807,015,680 / 1,462,531,584.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import added
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import Generator, SamplingConfig, Space
 from vqpipe.generation.causal_transformer import (
@@ -60,6 +61,9 @@ class LlamaGenConfig(CausalTransformerConfig):
     heads: int = 12
     width: int = 768
     dropout: float = 0.1
+    head: Literal["groups", "linear"] = added("groups")
+    """Output: MGVQ's autoregressive head over the groups of a position, or LlamaGen's single linear layer over the
+    codebook, for tokenizers with one group."""
     head_layers: int = 2
     """Blocks of the head over the groups; it has no dropout."""
 
@@ -162,6 +166,26 @@ class GroupHead(nn.Module):
         return self.head(self.forward(trunk, ids)[:, -1])
 
 
+class LinearHead(nn.Module):
+    """LlamaGen's output layer: the logits of a position's one id are linear in the output of the trunk.
+
+    It has the interface of `GroupHead` with one group, and starts at 0 as in LlamaGen's code.
+    """
+
+    def __init__(self, *, codebook_size: int, width: int) -> None:
+        super().__init__()
+        self.causal_space_blocks = nn.ModuleList()
+        self.head = nn.Linear(width, codebook_size, bias=False)
+
+    def forward(self, trunk: Tensor, ids: Tensor) -> Tensor:
+        """float[M, D], int64[M, 0] -> float[M, 1, D]."""
+        return trunk.unsqueeze(1)
+
+    def next_logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
+        """float[M, D], int64[M, 0] -> float[M, K]."""
+        return self.head(trunk)
+
+
 class LlamaGen(Generator):
     """The trunk encodes the class and all previous positions; the head predicts the G ids of the next position.
 
@@ -181,6 +205,11 @@ class LlamaGen(Generator):
                 f"the llamagen generator needs ids of one grid, this tokenizer has {len(space.layout.grids)}",
                 "Use generator.kind = gpt",
             )
+        if config.head == "linear" and space.num_groups > 1:
+            raise ConfigError(
+                f"generator.head = 'linear' predicts one id a position, this tokenizer has {space.num_groups} groups",
+                "Use generator.head = groups",
+            )
         # The null class has an embedding even if it is not trained, as in the released model.
         self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(self.null_class + 1, config.width)})
         groups = space.num_groups
@@ -190,15 +219,22 @@ class LlamaGen(Generator):
             llama_block(config.width, config.heads, config.dropout) for _ in range(config.layers)
         )
         self.norm = rms_norm(config.width)
-        self.ar_head = GroupHead(
-            codebook_size=space.codebook_size, num_groups=groups, width=config.width, layers=config.head_layers
-        )
+        self.ar_head: GroupHead | LinearHead
+        if config.head == "linear":
+            self.ar_head = LinearHead(codebook_size=space.codebook_size, width=config.width)
+        else:
+            self.ar_head = GroupHead(
+                codebook_size=space.codebook_size, num_groups=groups, width=config.width, layers=config.head_layers
+            )
         self.register_buffer(
             "rotary", rotary_2d(space.height, space.width, config.width // config.heads), persistent=False
         )
         self.apply(init_weights)
-        for learned in (self.ar_head.pos_emb, self.ar_head.sos_emb_for_image):
-            nn.init.normal_(learned, std=INIT_STD)
+        if isinstance(self.ar_head, GroupHead):
+            for learned in (self.ar_head.pos_emb, self.ar_head.sos_emb_for_image):
+                nn.init.normal_(learned, std=INIT_STD)
+        else:
+            nn.init.zeros_(self.ar_head.head.weight)
 
     def blocks(self) -> Iterable[nn.Module]:
         return [*self.layers, *self.ar_head.causal_space_blocks]
