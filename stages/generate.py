@@ -56,7 +56,8 @@ def generate(
 
     Settings that are not given are those of the generator's preset (vqpipe
     inspect shows config.json); --set generate.KEY=VALUE sets the others:
-    cfg_schedule, cfg_interval, sampler, eta.
+    cfg_schedule, cfg_interval, cfg_channels (guide the first n channels of a
+    latent only), sampler, eta.
 
     Image i is a function of the seed and i, on any number of ranks. Classes
     come in turn, so that consecutive images have equal parts of them.

@@ -12,10 +12,12 @@ from vqpipe.config import from_table
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
 from vqpipe.data.latents import LatentStatistics, open_latents
-from vqpipe.errors import DataError, NumericError
-from vqpipe.generation import SamplingConfig
+from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.generation import SamplingConfig, SitConfig, Space, build_generator
+from vqpipe.generation.generate import SamplePlan
 from vqpipe.generation.latents import GuidedNetwork, encode_latents, quantize_latents
 from vqpipe.models import AutoencoderConfig, build_autoencoder
+from vqpipe.quantizers import TokenLayout
 from vqpipe.tokenizer import Tokenizer
 
 TINY = {
@@ -101,17 +103,42 @@ def guided(network: CountingNetwork, **sampling: object) -> GuidedNetwork:
     return GuidedNetwork(network, classes, torch.full_like(classes, 10), SamplingConfig(**sampling))  # type: ignore[arg-type]
 
 
-def test_guidance_acts_on_every_channel_in_one_batch_of_both() -> None:
+def test_guidance_acts_on_all_or_the_first_channels_in_one_batch_of_both() -> None:
     network, x = CountingNetwork(), torch.zeros(2, 8, 2, 2)
     output = guided(network, cfg_scale=4.0)(x, 0.5, 0.5)
     assert network.sizes == [4]
-    assert torch.equal(output[:, :8], torch.full_like(x, 1 + 4 * (3 - 1)))  # released: the first 3 channels only
+    assert torch.equal(output[:, :8], torch.full_like(x, 1 + 4 * (3 - 1)))
     assert output[:, 8:].amax(dim=(1, 2, 3)).tolist() == [4, 5]  # the conditional variance
+
+    first = guided(CountingNetwork(), cfg_scale=4.0, cfg_channels=3)(x, 0.5, 0.5)
+    assert torch.equal(first[:, :3], torch.full_like(x[:, :3], 1 + 4 * (3 - 1)))
+    assert torch.equal(first[:, 3:8], torch.full_like(x[:, 3:], 3))  # the conditional prediction
+    assert torch.equal(first[:, 8:], output[:, 8:])
 
     network = CountingNetwork()
     plain = guided(network, cfg_scale=1.0)(x, 0.5, 0.5)
     assert network.sizes == [2]
     assert torch.equal(plain[:, :8], torch.full_like(x, 3))
+
+
+def test_guidance_of_more_channels_than_the_latent_has_is_refused() -> None:
+    space = Space(layout=TokenLayout(((4, 4),), 1), codebook_size=8, latent_dim=2, code_dim=2, num_classes=3)
+    sit = build_generator(SitConfig(size="tiny"), space)
+    label, rng = torch.zeros(1, dtype=torch.int64), [torch.Generator()]
+    sit.check_sampling(label, SamplingConfig(cfg_scale=8.0, cfg_channels=2), rng)
+    with pytest.raises(ConfigError, match=r"cfg_channels = 3, the latent has 2 channels"):
+        sit.check_sampling(label, SamplingConfig(cfg_scale=8.0, cfg_channels=3), rng)
+    with pytest.raises(ConfigError, match=r"generate\.cfg_channels = -1 should be"):
+        SamplingConfig(cfg_channels=-1)
+
+
+def test_guided_channels_are_part_of_a_request_unless_they_are_all() -> None:
+    requests = [
+        SamplePlan(num_images=1, classes=(), sampling=SamplingConfig(cfg_channels=count)).to_request()["generate"]
+        for count in (0, 3)
+    ]
+    assert "cfg_channels" not in requests[0]
+    assert requests[1] == {**requests[0], "cfg_channels": 3}
 
 
 def test_guidance_is_limited_to_its_interval_and_follows_its_schedule() -> None:

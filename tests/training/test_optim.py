@@ -22,9 +22,7 @@ from vqpipe.training.optim import WeightEma, learning_rate, make_optimizer
 def test_learning_rate_warms_up_then_follows_its_schedule(
     schedule: Any, quarter: float, half: float, end: float
 ) -> None:
-    config = TrainConfig(
-        schedule=schedule, steps=110, warmup_steps=10, learning_rate=2.0, min_learning_rate=0.5
-    )
+    config = TrainConfig(schedule=schedule, steps=110, warmup_steps=10, learning_rate=2.0, min_learning_rate=0.5)
     rates = [learning_rate(step, config) for step in (0, 5, 10, 35, 60, 110, 200)]
     assert rates == pytest.approx([0, 1, 2, quarter, half, end, end])
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vqpipe.config import all_subclasses, class_for
+from vqpipe.config import added, all_subclasses, class_for
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.quantizers import Quantizer, TokenLayout
 
@@ -108,6 +108,9 @@ class SamplingConfig:
     cfg_scale: float = 1.0
     """All: scale s of classifier-free guidance, null + s (conditional - null); 1: no guidance, at half the cost.
     Applied to noise or velocity in diffusion, to logits in token models."""
+    cfg_channels: int = added(0)
+    """Latents: guidance acts on the first n channels only, the others keep the conditional prediction; 0: on all. The
+    released DiT and SiT code of VQGAN-LC guides the first 3 of 8, which its guidance scale of 8 belongs to."""
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """All: how the scale changes over the tokens or steps: constant, or rising from 1 at the start to `cfg_scale` at
     the end."""
@@ -128,6 +131,7 @@ class SamplingConfig:
             "top_k": (0 <= self.top_k <= 1 if share else self.top_k >= 0, "a count, or as a float a share in [0, 1]"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "cfg_scale": (self.cfg_scale >= 0, "at least 0"),
+            "cfg_channels": (self.cfg_channels >= 0, "a number of channels, or 0 for all"),
             "cfg_interval": (0 <= low < high <= 1, "two rising fractions in [0, 1]"),
             "steps": (self.steps >= 1, "at least 1"),
             "eta": (self.eta is None or 0 <= self.eta <= 1, "in [0, 1]"),

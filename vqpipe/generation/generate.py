@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.config import to_table
+from vqpipe.config import to_request
 from vqpipe.data.tars import write_tar
 from vqpipe.data.transforms import encode_png
 from vqpipe.device import autocast
@@ -64,7 +64,7 @@ class SamplePlan:
         return {
             "num_images": self.num_images,
             "classes": list(self.classes),
-            "generate": to_table(self.sampling),
+            "generate": to_request(self.sampling),
             "seed": self.seed,
             "batch_size": self.batch_size,
             "precision": self.precision,

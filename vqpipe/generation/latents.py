@@ -5,8 +5,9 @@ Sampled latents are denormalised, quantized, and decoded from their ids, like an
 
 Differences from the code released with VQGAN-LC: latents are computed once, not in every step; they are normalised by
 measured statistics (released: not normalised; the setting `raw` does that); images enter the encoder in [-1, 1]
-(released DiT: in [-3, 1], normalised twice); guidance acts on all channels (released DiT and SiT: on the first 3 of 8);
-the null class is trained for all three (released LDM: never, although it is sampled with).
+(released DiT: in [-3, 1], normalised twice); guidance acts on all channels by default (released DiT and SiT: on the
+first 3 of 8; the setting `cfg_channels` does that); the null class is trained for all three (released LDM: never,
+although it is sampled with).
 
 Image i takes its random numbers from `rngs[i]`, a generator on the CPU, so that it does not depend on its batch.
 
@@ -26,7 +27,7 @@ from vqpipe import artifacts
 from vqpipe.artifacts import Artifact
 from vqpipe.data.images import ImageSet
 from vqpipe.data.latents import LatentStatistics, write_latents
-from vqpipe.errors import DataError, NumericError
+from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, guidance_scale
 from vqpipe.progress import SILENT, Progress
 from vqpipe.tokenizer import Tokenizer
@@ -57,6 +58,14 @@ class LatentGenerator(Generator):
                 "Use latents of the tokenizer and image size it was built for",
             )
 
+    def check_sampling(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> None:
+        super().check_sampling(labels, sampling, rngs)
+        if sampling.cfg_channels > self.space.latent_dim:
+            raise ConfigError(
+                f"generate.cfg_channels = {sampling.cfg_channels}, the latent has {self.space.latent_dim} channels",
+                "Use 0 to guide all of them",
+            )
+
     def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
         predict = GuidedNetwork(self.network, classes, torch.full_like(classes, self.null_class), sampling)
         return self.solve(predict, gaussian_noise(rngs, self.latent_shape, classes.device), sampling, rngs)
@@ -72,7 +81,8 @@ class LatentGenerator(Generator):
 class GuidedNetwork:
     """A network with classifier-free guidance (Ho & Salimans 2022), for one batch of classes.
 
-    Guidance acts on the C channels of the prediction; further channels (a variance) are the conditional ones.
+    Guidance acts on the C channels of the prediction, or on the first `cfg_channels` of them; further channels (the
+    rest, a variance) are the conditional ones.
     """
 
     network: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -92,7 +102,7 @@ class GuidedNetwork:
             return self.network(x, times, self.classes).float()
         both = self.network(torch.cat([x, x]), torch.cat([times, times]), torch.cat([self.classes, self.null])).float()
         conditional, null = both.chunk(2)
-        channels = x.shape[1]
+        channels = self.sampling.cfg_channels or x.shape[1]
         guided = null[:, :channels] + scale * (conditional[:, :channels] - null[:, :channels])
         return torch.cat([guided, conditional[:, channels:]], dim=1)
 
