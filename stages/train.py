@@ -62,6 +62,9 @@ def train(
     codes in use. It is written again every train.sample_every steps, and
     published with the tokenizer; all numbers are in metrics.jsonl beside it.
 
+    --set train.schedule=constant|linear|cosine chooses the learning-rate
+    schedule after the warm-up of train.warmup_steps.
+
     With --validation, train.validation_images held-out images are measured
     every train.validate_every steps (by default, with each reconstruction
     grid). The best weights are kept: by LPIPS if the objective has it, else

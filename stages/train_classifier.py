@@ -36,8 +36,9 @@ def train_classifier(
     Top-1 and top-5 are measured on tokens that are not trained on: all of
     those named with --validation, else examples.held_out of --tokens. They
     are in metrics.json, with the name of the training recipe, which is ours:
-    the paper gives none. vit-b starts from MAE's weights if they are given:
+    the paper gives none. vit-b fine-tunes MAE's weights, which it needs:
     --set classifier.weights=mae_pretrain_vit_base.pth
+    To train it from scratch: --set classifier.pretrained=false
 
     Run the same command again to resume. To watch a run, open
     OUT.partial/report.html.

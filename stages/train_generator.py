@@ -61,6 +61,10 @@ def train_generator(
     ldm, dit and sit are trained on latents: --images, encoded once into an
     artifact of their own, which other runs can read with --latents alone.
 
+    --set train.schedule=constant|linear|cosine chooses the learning-rate
+    schedule after the warm-up; --set generator.head=linear, for llamagen and
+    tokenizers with one group, LlamaGen's own output layer.
+
     To watch a run, open OUT.partial/report.html. For a validation loss, name
     tokens (or latents) of other images with --validation, or hold some out:
     --set examples.held_out=1000; train.validate_every sets how often.

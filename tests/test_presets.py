@@ -19,11 +19,11 @@ from vqpipe.quantizers import TokenLayout
 
 SIZES = {"vqgan-lc-f16-100k": (16, 100_000), "vqgan-lc-f8-100k": (8, 100_000), "vqgan-fc-f16-16k": (16, 16_384)}
 PARAMETERS = {
-    "gpt-404m": 101_001 * 1024 * 2 + 256 * 1024 + 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024,
+    "gpt-404m": 101_000 * 1024 * 2 + 256 * 1024 + 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024,
     "dit-xl-2": 674_890_048,
     "llamagen-xxl": 1_462_531_584,
 }
-"""Parameters of generators for 1,000 classes. GPT has two matrices of 100,000 codes, the classes and a null; 256
+"""Parameters of generators for 1,000 classes. GPT has two matrices of 100,000 codes and the classes; 256
 positions; per block 12 matrices of width x width with biases and norms; the last norm."""
 
 
@@ -44,6 +44,51 @@ def test_every_generator_preset_is_parsed_and_built(name: str) -> None:
         assert sum(parameter.numel() for parameter in generator.parameters()) == PARAMETERS[name]
     generator.check_sampling(torch.zeros(1, dtype=torch.int64), recipe.generate, [torch.Generator()])
     assert from_table(GeneratorRecipe, to_table(recipe)) == recipe
+
+
+def test_presets_of_dit_and_sit_have_the_learning_rates_of_the_paper_and_of_its_code() -> None:
+    for kind in ("dit", "sit"):
+        paper, code = load_generator(f"{kind}-xl-2"), load_generator(f"{kind}-xl-2-code")
+        assert (paper.train.learning_rate, paper.train.schedule) == (4.5e-4, "constant")
+        assert (paper.generate.cfg_scale, paper.generate.cfg_channels) == (8.0, 3)
+        assert code == dataclasses.replace(paper, train=dataclasses.replace(paper.train, learning_rate=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "warmup_epochs"),
+    [
+        ("gpt-404m", 1_281_167, 5),
+        ("gpt-unconditional", 60_000, 5),
+        ("ldm-f16", 1_281_167, 0),
+        ("ldm-ffhq-f16", 60_000, 0),
+    ],
+)
+def test_gpt_and_ldm_train_for_the_100_epochs_of_the_paper(name: str, images: int, warmup_epochs: int) -> None:
+    recipe = load_generator(name)
+    train, epoch = recipe.train, images / recipe.train.global_batch_size
+    assert train.steps == pytest.approx(100 * epoch, abs=100)  # an epoch without its last, smaller batch
+    assert train.warmup_steps == pytest.approx(warmup_epochs * epoch, abs=5)
+    assert recipe.generate.cfg_scale == (1.4 if name == "ldm-f16" else 1.0)
+    if name.startswith("gpt"):
+        assert train.schedule == "linear"
+        assert not recipe.examples.conditional or recipe.generator.class_dropout == 0
+
+
+def test_a_preset_of_the_paper_s_text_differs_from_that_of_its_code_in_search_and_loss_weights() -> None:
+    code, paper = load("vqgan-lc-f16-100k"), load("vqgan-lc-f16-100k-paper")
+    quantizer = dataclasses.replace(code.model.quantizer, metric="cosine")  # type: ignore[call-arg]
+    objective = dataclasses.replace(code.objective, commitment=1.0, codebook=0.33)
+    model = dataclasses.replace(code.model, quantizer=quantizer)
+    assert paper == dataclasses.replace(code, model=model, objective=objective)
+
+
+def test_the_mixture_of_mgvq_names_seven_sets_with_manifests() -> None:
+    words = dict(presets.heads())["mgvq-f16-g4-mixture"]["command"].split()
+    sets = [words[place + 1] for place, word in enumerate(words) if word == "--images"]
+    manifests = {path.stem for path in (Path(__file__).parents[1] / "data_manifests").glob("*.toml")}
+    assert len(set(sets)) == 7
+    assert set(sets) <= manifests
+    assert load("mgvq-f16-g4-mixture") == load("mgvq-f16-g4")
 
 
 @pytest.mark.parametrize("name", presets.names("classifier"))

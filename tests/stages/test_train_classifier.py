@@ -82,6 +82,7 @@ def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
     refused(ConfigError, "needs classes", "examples.conditional=false")
     refused(ConfigError, "for vqpipe train-generator", preset="gpt-tiny")
     refused(ConfigError, "needs held-out images", "examples.held_out=0")
+    refused(ConfigError, r"classifier\.weights is not set.*classifier\.pretrained=false", "classifier.pretrained=true")
     refused(WeightsError, r"mae\.pth does not exist", f"classifier.weights={tmp_path / 'mae.pth'}")
 
 

@@ -69,6 +69,8 @@ class VitConfig(ClassifierConfig):
     """Attention heads."""
     drop_path: float = 0.1
     """Probability that the last block is skipped for an image; it rises linearly from 0 in the first."""
+    pretrained: bool = resumable(default=False)
+    """Require `weights`: an experiment that fine-tunes pretrained weights is not trained without them by mistake."""
     weights: Path | None = resumable(default=None)
     """Pretrained weights of MAE, as published by its authors or by timm; None: random initialisation. Two runs are the
     same if the content of the file is."""

@@ -3,9 +3,9 @@
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (LDM), with diffusers' UNet. The
 defaults are VQGAN-LC's f16; f8: channel_multipliers (1, 2, 4), num_res_blocks 2, attention_factors (1, 2, 4).
 
-The sizes are those of VQGAN-LC's released code, whose f16 model has two levels (its paper says four) and lists
-attention at factor 4, which none of its levels has. Unlike there, the null class is trained (`class_dropout`); the
-released code samples with an untrained one. `latents.py` lists the other differences.
+The sizes are those of VQGAN-LC's released code, whose f16 model has two levels and lists attention at factor 4, which
+none of its levels has. Its paper says four levels: the preset ldm-f16-paper. Unlike there, the null class is trained
+(`class_dropout`); the released code samples with an untrained one. `latents.py` lists the other differences.
 
 Shapes: B images, C latent channels, h x w positions.
 """

@@ -160,10 +160,18 @@ def start_examples_run(out: Path, recipe: ExamplesRecipe, stored: StoredExamples
     Pretrained weights of a classifier are an input, by their content.
 
     Raises:
+        ConfigError: the classifier fine-tunes pretrained weights, and none are given.
         WeightsError: the file of pretrained weights does not exist.
     """
     kind, inputs = "generator" if isinstance(recipe, GeneratorRecipe) else "classifier", stored.inputs()
-    weights = getattr(getattr(recipe, "classifier", None), "weights", None)
+    classifier = getattr(recipe, "classifier", None)
+    weights = getattr(classifier, "weights", None)
+    if weights is None and getattr(classifier, "pretrained", False):
+        raise ConfigError(
+            "this preset fine-tunes pretrained weights, and classifier.weights is not set",
+            "Set classifier.weights=mae_pretrain_vit_base.pth, published by MAE's authors, or train from scratch with "
+            "classifier.pretrained=false",
+        )
     if weights is not None:
         if not weights.is_file():
             raise WeightsError(

@@ -54,9 +54,9 @@ def finite_step(optimizer: Optimizer, config: TrainConfig) -> tuple[Tensor, Tens
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of `step` (0-based): linear warm-up from 0, then `schedule`, which reaches `min_learning_rate` after
-    the last step.
+    """Learning rate of `step` (0-based): linear warm-up from 0, then `schedule`.
 
+    A linear or cosine schedule reaches `min_learning_rate` at `steps`, which is one after the last step.
     Warm-up and cosine are those of VQGAN-LC's code (util/lr_sched.py), with steps instead of fractions of an epoch.
     """
     if step < config.warmup_steps:
