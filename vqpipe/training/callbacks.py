@@ -124,6 +124,9 @@ class MetricsLog(Callback):
     """`metrics.jsonl`: the log, one JSON object per line. A resumed run first drops the rows it will write again.
 
     `rows` is the content of the file, on rank 0; elsewhere it is empty.
+
+    Raises:
+        ArtifactError: the file cannot be written (disk full or read-only), raised on every rank.
     """
 
     def __init__(self, path: Path) -> None:
