@@ -56,10 +56,10 @@ def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[st
     """Start or resume the artifact `out`, or return it if it is already published. Every rank calls it.
 
     `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
-    provenance. Returns the Artifact if the same request was published already, else a locked Draft.
+    provenance. Returns the Artifact if it was published with the same request, else a locked Draft.
 
     Raises:
-        ArtifactError: `out` was made or begun with another request (the message names the first differing key), or
+        ArtifactError: `out` was made or started with another request (the message names the first differing key), or
             another process is writing it.
     """
     out = Path(out)
@@ -173,7 +173,7 @@ class Draft:
             raise ArtifactError(f"{file} is damaged", f"Delete {self.path} and run again") from None
         if digest_json(before) != self.request:
             raise ArtifactError(
-                f"{self.path} was begun with other settings: {difference(before, self.requested)}",
+                f"{self.path} was started with other settings: {difference(before, self.requested)}",
                 "Finish it with those settings, delete it, or choose another --out",
             )
 

@@ -83,7 +83,7 @@ class WeightEma(Generic[Network]):
 
     Buffers (running statistics, codebooks) are copied, not averaged.
 
-    With `decay` 0 the average is the network itself.
+    Buffers (running statistics, codebooks) are copied, not averaged. With `decay` 0 the average is the network itself.
     """
 
     def __init__(self, network: Network, decay: float) -> None:
