@@ -82,15 +82,15 @@ def train(
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        settings = check_run(recipe.load(preset, overrides, train=flags).of_training(), inputs, publish)
-        draft = start_tokenizer_run(out, settings, inputs, seed=seed, publish=publish)
+        recipe = check_run(recipe, inputs, publish)
+        draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             console.finished(draft, again=True)
             return
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
             artifact = train_tokenizer(
                 draft,
-                settings,
+                recipe,
                 inputs,
                 codebook=None if codebook is None else load_codebook(codebook),
                 seed=seed,

@@ -2,7 +2,7 @@
 
 A failed run leaves `<out>.partial/status.json`:
 
-    {"error": the line the user saw, "cause": `VqpipeError.cause`, "rank": the rank that failed first}
+    {"error": the line the user saw, "cause": `VqpipeError.sysexit_code`, "rank": the rank that failed first}
 
 Under torchrun the exit code is 1 whatever happened, and the other ranks only report that one has ended. The next run
 of the command deletes the file.
@@ -327,7 +327,7 @@ def write_status(folder: Path, error: Exception) -> None:
     """Write `error` to the folder's status.json, unless another rank was first. Never raises."""
     line = str(error) if isinstance(error, VqpipeError) else f"{type(error).__name__}: {error}"
     rank = distributed.rank()
-    table = {"error": " ".join(line.split()), "cause": cause_of(error), "rank": rank}
+    table = {"error": " ".join(line.split()), "cause": sysexit_code_of(error), "rank": rank}
     temporary = folder / f".writing-{rank}-{STATUS}"
     with suppress(OSError, ValueError):
         try:
@@ -337,10 +337,10 @@ def write_status(folder: Path, error: Exception) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def cause_of(error: BaseException) -> int:
-    """The cause of an error, as `VqpipeError.cause` numbers it."""
+def sysexit_code_of(error: BaseException) -> int:
+    """The number of an error, as in `VqpipeError.sysexit_code`."""
     if isinstance(error, VqpipeError):
-        return error.cause
+        return error.sysexit_code
     if isinstance(error, OSError):
         return 77 if error.errno in FORBIDDEN else 66 if error.errno == errno.ENOENT else 74
     if isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__.startswith("Dist")):

@@ -27,7 +27,7 @@ from vqpipe.losses.adversarial import (
 from vqpipe.losses.perceptual import Perceptual
 
 RECONSTRUCTION_TERMS = ("l1", "l2", "charbonnier", "lpips")
-QUANTIZER_TERMS = ("codebook", "commitment", "entropy")
+QUANTIZER_TERMS = ("commitment", "codebook", "entropy")
 PENALTIES = ("r1", "lecam")
 """Terms of the discriminator."""
 GAN_LOSSES = {

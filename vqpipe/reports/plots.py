@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
-from vqpipe.losses.objective import QUANTIZER_TERMS, RECONSTRUCTION_TERMS
 from vqpipe.metrics.usage import times_chosen
 from vqpipe.reports.page import Plot
 
