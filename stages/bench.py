@@ -58,7 +58,7 @@ def bench(
         if isinstance(draft, Artifact):
             console.say(f"measured {draft.manifest.provenance['finished']}; to measure again, choose another --out")
             return finished(draft, as_json, again=True)
-        measured = recipe.load(benchmarks.preset_of(settings)).of_training()
+        measured = recipe.load_tokenizer(benchmarks.preset_of(settings))
         with draft, console.ProgressBar() as progress:
             artifact = benchmarks.run(draft, subjects, settings, measured, progress)
         show_tables(artifact)

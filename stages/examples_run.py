@@ -21,7 +21,7 @@ def run(
     *,
     seed: int,
     device: torch.device,
-    log: Sequence[str] | None,
+    loggers: Sequence[str],
 ) -> None:
     """Start or resume the artifact `out`, unless it is published, and train it.
 
@@ -37,7 +37,7 @@ def run(
             stored=examples,
             seed=seed,
             device=device,
-            loggers=list(dict.fromkeys(log or [])),
+            loggers=loggers,
             progress=progress,
             stop_requested=stop.requested,
         )

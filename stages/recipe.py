@@ -1,9 +1,8 @@
 """Presets -> recipes, of a tokenizer, a generator or a classifier.
 
 A preset is a TOML file, one per experiment, in `vqpipe/presets/`. A recipe is a dataclass whose fields are the sections
-of a preset. Precedence: a field's default, then the presets that
-it extends, the preset, `--set`, and named flags. A stage reads only its own sections, so changing `[train]` leaves
-features valid.
+of a preset. Precedence, lowest first: a field's default, the presets that the preset extends, the preset, `--set`,
+named flags. A stage reads only its own sections, so changing `[train]` leaves features valid.
 """
 
 from collections.abc import Mapping
@@ -33,10 +32,6 @@ class PipelineRecipe(TokenizerRecipe):
     kmeans: KmeansConfig = field(default_factory=KmeansConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def of_training(self) -> TokenizerRecipe:
-        """The sections that `vqpipe train` reads."""
-        return TokenizerRecipe(**{each.name: getattr(self, each.name) for each in fields(TokenizerRecipe)})
-
 
 R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)
 MAIN_SECTIONS: dict[str, tuple[type, str]] = {
@@ -61,14 +56,35 @@ def load(preset: str | None, overrides: list[str] | None = None, **flags: Mappin
     return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags)
 
 
-def load_generator(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> GeneratorRecipe:
-    """`load` for a generator's preset."""
+def load_tokenizer(
+    preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
+) -> TokenizerRecipe:
+    """`load` for the sections that `vqpipe train` reads; the preset is required."""
+    recipe = load(required(preset, "small"), overrides, **flags)
+    return TokenizerRecipe(**{each.name: getattr(recipe, each.name) for each in fields(TokenizerRecipe)})
+
+
+def load_generator(
+    preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
+) -> GeneratorRecipe:
+    """`load` for a generator's preset, which is required."""
+    preset = required(preset, "gpt-tiny")
     return read(GeneratorRecipe, preset, resolve(GeneratorRecipe, preset), overrides or [], flags)
 
 
-def load_classifier(preset: str, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> ClassifierRecipe:
-    """`load` for a classifier's preset."""
+def load_classifier(
+    preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
+) -> ClassifierRecipe:
+    """`load` for a classifier's preset, which is required."""
+    preset = required(preset, "vit-tiny")
     return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags)
+
+
+def required(preset: str | None, example: str) -> str:
+    """Return the preset, or raise a ConfigError if none is named."""
+    if preset is None:
+        raise ConfigError("no preset was named", f"Choose one from `vqpipe presets`, such as --preset {example}")
+    return preset
 
 
 def resolve(cls: type, preset: str) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from stages import console, recipe, signals
+from stages import console, signals
 from stages.console import Device, Images, Out, Preset, Seed, Set
+from stages.recipe import load_tokenizer
 from vqpipe.artifacts import Artifact
 from vqpipe.codebooks.codebook import codebook_input, load_codebook
 from vqpipe.data.images import open_images
-from vqpipe.errors import ConfigError
-from vqpipe.training.loggers import check_loggers
+from vqpipe.training.loggers import installed_loggers
 from vqpipe.training.tokenizer_run import (
     Publish,
     RunInputs,
@@ -77,31 +77,29 @@ def train(
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
     with console.session(device, seed) as torch_device:
-        if preset is None:
-            raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
-        check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
+        recipe, loggers = load_tokenizer(preset, overrides, train=flags), installed_loggers(log)
         inputs = RunInputs(
             images=open_images(images),
             validation=open_images(validation) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        settings = check_run(recipe.load(preset, overrides, train=flags).of_training(), inputs, publish)
-        draft = start_tokenizer_run(out, settings, inputs, seed=seed, publish=publish)
+        recipe = check_run(recipe, inputs, publish)
+        draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             console.finished(draft, again=True)
             return
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
             artifact = train_tokenizer(
                 draft,
-                settings,
+                recipe,
                 inputs,
                 codebook=None if codebook is None else load_codebook(codebook),
                 seed=seed,
                 device=torch_device,
                 publish=publish,
-                loggers=list(dict.fromkeys(log or [])),
+                loggers=loggers,
                 progress=progress,
                 stop_requested=stop.requested,
             )

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from stages import console, examples_run, recipe
+from stages import console, examples_run
 from stages.console import Device, Out, Preset, Seed, Set
+from stages.recipe import load_classifier
 from vqpipe.artifacts import open_artifact
-from vqpipe.errors import ConfigError
 from vqpipe.generation.train import StoredExamples, check_validation
 from vqpipe.generation.train import train_classifier as train
 from vqpipe.tokenizer import Tokenizer
-from vqpipe.training.loggers import check_loggers
+from vqpipe.training.loggers import installed_loggers
 
 
 def train_classifier(
@@ -44,16 +44,13 @@ def train_classifier(
     OUT.partial/report.html.
     """
     with console.session(device, seed) as torch_device:
-        if preset is None:
-            raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset vit-tiny")
-        check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        settings = recipe.load_classifier(preset, overrides, train=flags)
-        check_validation(settings, validation)
+        recipe, loggers = load_classifier(preset, overrides, train=flags), installed_loggers(log)
+        check_validation(recipe, validation)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         examples = StoredExamples(
             opened,
             open_artifact(tokens, "tokens"),
             None if validation is None else open_artifact(validation, "tokens"),
         )
-        examples_run.run(train, settings, examples, out, seed=seed, device=torch_device, log=log)
+        examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from stages import console, examples_run, recipe
+from stages import console, examples_run
 from stages.console import Device, ImageSize, NumWorkers, Out, Preset, Seed, Set
+from stages.recipe import load_generator
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.config import class_for
 from vqpipe.data.images import open_images
@@ -16,7 +17,7 @@ from vqpipe.generation.latents import encode_latents
 from vqpipe.generation.train import StoredExamples, check_validation
 from vqpipe.generation.train import train_generator as train
 from vqpipe.tokenizer import Tokenizer
-from vqpipe.training.loggers import check_loggers
+from vqpipe.training.loggers import installed_loggers
 
 
 def train_generator(
@@ -72,21 +73,18 @@ def train_generator(
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
     with console.session(device, seed) as torch_device:
-        if preset is None:
-            raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset gpt-tiny")
-        check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        settings = recipe.load_generator(preset, overrides, train=flags)
-        check_validation(settings, validation)
-        trained_on = class_for(Generator, settings.generator).trained_on  # type: ignore[type-abstract]
+        recipe, loggers = load_generator(preset, overrides, train=flags), installed_loggers(log)
+        check_validation(recipe, validation)
+        trained_on = class_for(Generator, recipe.generator).trained_on  # type: ignore[type-abstract]
         path = examples_path(trained_on, tokens=tokens, images=images, latents=latents, out=out)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         if images:
-            stored = encode(images, path, opened, image_size, settings.examples.mirror, num_workers)
+            stored = encode(images, path, opened, image_size, recipe.examples.mirror, num_workers)
         else:
             stored = open_artifact(path, trained_on)
         examples = StoredExamples(opened, stored, None if validation is None else open_artifact(validation, trained_on))
-        examples_run.run(train, settings, examples, out, seed=seed, device=torch_device, log=log)
+        examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
 
 
 def examples_path(

@@ -21,10 +21,10 @@ def raised(failing: list[int]) -> list[object] | None:
         with sharing_errors():
             if rank() in failing:
                 error = DataError(f"rank {rank()} cannot read its images", "Check them")
-                error.cause = 90 + rank()
+                error.sysexit_code = 90 + rank()
                 raise error
     except VqpipeError as error:
-        return [type(error).__name__, str(error), error.cause]
+        return [type(error).__name__, str(error), error.sysexit_code]
     return None
 
 

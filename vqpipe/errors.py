@@ -9,8 +9,8 @@
 
 Any other exception is a bug and keeps its traceback.
 
-Each class has a `cause`, a number of BSD's sysexits.h, which status.json holds for scripts. The exit code of a command
-is 1 for all of them.
+Each class has a `sysexit_code`, a number of BSD's sysexits.h, which status.json stores as `cause` for scripts. The exit
+code of a command is 1 for all of them.
 """
 
 
@@ -20,7 +20,7 @@ class VqpipeError(Exception):
     `str(error)` is one line, "WHAT. TRY.", which the commands print after `error:`.
     """
 
-    cause: int = 70
+    sysexit_code: int = 70
     """65 data, 66 absent, 70 software, 74 input or output, 75 try again, 76 artifact, 77 permissions, 78 settings,
     79 numbers (not in sysexits.h). An instance may override that of its class."""
 
@@ -37,28 +37,28 @@ class VqpipeError(Exception):
 class ConfigError(VqpipeError):
     """A preset, a flag, or a combination of settings cannot be used."""
 
-    cause = 78
+    sysexit_code = 78
 
 
 class DataError(VqpipeError):
     """Images, features or tokens cannot be used."""
 
-    cause = 65
+    sysexit_code = 65
 
 
 class ArtifactError(VqpipeError):
     """An artifact is missing, damaged, in use, or was made with other settings."""
 
-    cause = 76
+    sysexit_code = 76
 
 
 class WeightsError(VqpipeError):
     """Pretrained weights are absent or do not fit the network."""
 
-    cause = 66
+    sysexit_code = 66
 
 
 class NumericError(VqpipeError):
     """NaN or infinity."""
 
-    cause = 79
+    sysexit_code = 79

@@ -103,7 +103,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             f"cannot write {target}: {reason(error)}{free}",
             "Choose another --out" if elsewhere else HINTS.get(number or 0, MAKE_ROOM),
         )
-        failure.cause = 77 if number in FORBIDDEN else 74
+        failure.sysexit_code = 77 if number in FORBIDDEN else 74
         raise failure from None
 
 

@@ -92,7 +92,7 @@ def test_another_request_is_refused_with_the_first_difference(tmp_path: Path) ->
         start(tmp_path / "out", "codebook", CONFIG, {"images": "1" * 64})
     with begin(tmp_path / "two") as draft, draft.write("a.bin") as path:
         path.write_bytes(b"a")
-    with pytest.raises(ArtifactError, match=r"was begun with other settings: config\.k was 3, now 4"):
+    with pytest.raises(ArtifactError, match=r"was started with other settings: config\.k was 3, now 4"):
         start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
 
 

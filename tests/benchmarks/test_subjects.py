@@ -32,7 +32,7 @@ def _short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def training() -> TokenizerRecipe:
-    return recipe.load(job.PRESET).of_training()
+    return recipe.load_tokenizer(job.PRESET)
 
 
 def measured(cases: list[Callable[[Progress], Case]]) -> list[Case]:
@@ -178,8 +178,9 @@ def test_losses_and_gradients_of_the_released_step_equal_ours() -> None:
         images,
         reconstruction.images,
         reconstruction.quantized.losses,
-        discriminator(reconstruction.images),
-        model.last_layer,
+        fake_logits=discriminator(reconstruction.images),
+        last_layer=model.last_layer,
+        step=0,
     )
     ours.backward()
     assert torch.equal(ids, reconstruction.quantized.ids.flatten())
@@ -193,7 +194,10 @@ def test_losses_and_gradients_of_the_released_step_equal_ours() -> None:
     discriminator.zero_grad()
     released.discriminator_loss(images).backward()
     fake = discriminator(reconstruction.images.detach())
-    objective.discriminator_loss(discriminator(images), fake)[0].backward()
+    loss, _ = objective.discriminator_loss(
+        discriminator(images), fake, step=0, images=images, discriminator=discriminator
+    )
+    loss.backward()
     for parameter, its in zip(discriminator.parameters(), released.discriminator.parameters(), strict=True):
         torch.testing.assert_close(its.grad, parameter.grad, rtol=1e-3, atol=1e-6)
 

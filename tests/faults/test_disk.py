@@ -85,7 +85,7 @@ def test_full_disk_is_one_line_with_the_free_space_and_leaves_no_torn_file(kind:
     assert said.startswith(f"cannot write {tmp_path / 'out.partial' / 'second'}: ")
     assert "MB are free" in said
     assert "run the same command again" in said
-    assert failure.value.cause == 74
+    assert failure.value.sysexit_code == 74
     assert {path.name for path in (tmp_path / "out.partial").iterdir()} >= {"first", "request.json", "status.json"}
     assert not list(tmp_path.rglob(".writing-*"))
     with begin(tmp_path / "out") as again:
@@ -142,7 +142,7 @@ def test_file_size_limit_is_named(kind: str, hint: str, tmp_path: Path) -> None:
 
     with pytest.raises(ArtifactError, match=rf"cannot write .*big: .* MB are free.*{hint}") as failure:
         run()
-    assert failure.value.cause == 74
+    assert failure.value.sysexit_code == 74
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,14 +169,14 @@ def test_read_errors_are_retried_and_then_name_the_file(
     monkeypatch.setattr(os, "pread", flaky(3, read))
     with pytest.raises(DataError, match=r"cannot read .*s\.tar: Input/output error") as failure:
         images.read(0)
-    assert failure.value.cause == 74
+    assert failure.value.sysexit_code == 74
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that even root may not write to")
 def test_unwritable_output_directory_is_refused_before_any_work() -> None:
     with pytest.raises(ArtifactError, match=r"cannot write /sys/vqpipe\.partial: .*Choose another --out") as failure:
         begin(Path("/sys/vqpipe"))
-    assert failure.value.cause == 77
+    assert failure.value.sysexit_code == 77
 
 
 class Events:
@@ -234,7 +234,7 @@ def test_shards_are_not_kept_open_and_the_limit_on_open_files_is_named(tmp_path:
         pytest.raises(DataError, match=r"s00\.tar: Too many open files") as failure,
     ):
         images.read(0)
-    assert failure.value.cause == 74
+    assert failure.value.sysexit_code == 74
 
 
 @pytest.mark.parametrize("name", ["sp ace/é{1}", "-dash/a{b,c}[x]*?", "new\nline", "%s {key} $HOME ~"])
@@ -293,7 +293,7 @@ def test_image_that_changes_during_a_run_is_an_error(tmp_path: Path, png: Png) -
     (tmp_path / "2.png").unlink()
     with pytest.raises(DataError, match=r"cannot read .*2\.png: No such file") as failure:
         images.read(2)
-    assert failure.value.cause == 66
+    assert failure.value.sysexit_code == 66
 
 
 CAUSES: list[tuple[Exception, int]] = [

@@ -188,7 +188,9 @@ def test_losses_and_gradients_of_one_step(
     model.zero_grad()
 
     decoded, _, quantized = model(images)
-    total, terms = objective.autoencoder_loss(images, decoded, quantized.losses)
+    total, terms = objective.autoencoder_loss(
+        images, decoded, quantized.losses, fake_logits=None, last_layer=model.last_layer, step=0
+    )
     torch.testing.assert_close(terms["l1"].double(), want["rec_l1"], **LOSS)
     torch.testing.assert_close(terms["lpips"].double(), want["p_loss_rulefilledVGG"], **LOSS)
     torch.testing.assert_close(total.detach().double(), want["loss_val_rulefilledVGG"], **LOSS)
@@ -202,13 +204,15 @@ def test_losses_and_gradients_of_one_step(
     fake, real = discriminator(decoded), discriminator(images)
     torch.testing.assert_close(fake.detach(), want["disc_logits_fake_eval"], **CLOSE)
     torch.testing.assert_close(real.detach(), want["disc_logits_real_eval"], **CLOSE)
-    total, terms = objective.autoencoder_loss(images, decoded, quantized.losses, fake, model.last_layer)
+    total, terms = objective.autoencoder_loss(
+        images, decoded, quantized.losses, fake_logits=fake, last_layer=model.last_layer, step=0
+    )
     torch.testing.assert_close(terms["adversarial"].double(), want["g_loss"], **LOSS)
     torch.testing.assert_close(
         terms["adversarial_weight"].double(), want["adaptive_d_weight_times_rate_d"], rtol=1e-2, atol=0
     )
     torch.testing.assert_close(total.detach().double(), want["loss_train_after_disc_start_rulefilledVGG"], **LOSS)
-    discriminator_loss, _ = objective.discriminator_loss(real, fake)
+    discriminator_loss, _ = objective.discriminator_loss(real, fake, step=0, images=images, discriminator=discriminator)
     torch.testing.assert_close(discriminator_loss.detach().double(), want["d_loss_hinge_eval"], **LOSS)
 
 

@@ -67,7 +67,7 @@ def test_every_command_parses_and_every_model_builds(script: str, tmp_path: Path
             overrides = list(given["overrides"] or [])
             settings = recipe.load(given["preset"], overrides)
             terms = loss_names_of(shlex.join([given["preset"], *[o for o in overrides if o.startswith("model.")]]))
-            weights = settings.objective.weights(*QUANTIZER_TERMS)
+            weights = settings.objective.weights(QUANTIZER_TERMS)
             assert {term for term in terms if not weights[term]} == set()
             quantizer = str(settings.model.quantizer)
             needs_codebook = "LcConfig(" in quantizer and "codebook_init='artifact'" in quantizer

@@ -239,9 +239,9 @@ def test_loggers_get_every_row_and_image_and_are_closed_also_when_the_run_fails(
 
 
 def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
-    loaded = recipe.load("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
+    loaded = recipe.load_tokenizer("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
     inputs = RunInputs(images=open_images([str(picture_folder)]))
-    config = check_run(loaded.of_training(), inputs, "last")
+    config = check_run(loaded, inputs, "last")
 
     class AddsNumber(Callback):
         def on_log(self, row: dict[str, Any]) -> None:

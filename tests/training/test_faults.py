@@ -173,6 +173,53 @@ def test_full_disk_is_a_one_line_error_and_the_run_resumes_once_there_is_room(
     assert same_weights(small_disk, "out", straight)
 
 
+FULL_DISK = f"""
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from vqpipe.errors import ArtifactError
+from vqpipe.training import validation
+from vqpipe.training.callbacks import MetricsLog
+
+def unwritten(*_):
+    raise SafetensorError({str(UNWRITTEN)!r})
+
+rank, name, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
+validation.save_weights = unwritten
+path = folder / name
+if rank == 0 and name == "metrics.jsonl":
+    path.symlink_to("/dev/full")
+try:
+    if name == "metrics.jsonl":
+        MetricsLog(path).on_log({{"step": 1}})
+    else:
+        best = validation.BestWeights(path, "valid/psnr", higher_is_better=True)
+        best.keep_if_best(torch.nn.Linear(1, 1), 1, {{"valid/psnr": 20.0}})
+except ArtifactError as error:
+    print(error)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["metrics.jsonl", "best.safetensors"])
+def test_full_disk_while_a_file_of_the_run_is_written_is_one_error_on_every_rank(tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-c", FULL_DISK]
+    both = [
+        subprocess.Popen([*command, str(rank), name, str(tmp_path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    lines = [process.communicate(timeout=100)[0].splitlines() for process in both]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 1
+    assert lines[0][0].startswith(f"cannot write {tmp_path / name}: ")
+    assert "no space left on device" in lines[0][0].lower()
+    assert "MB are free" in lines[0][0]
+
+
 # Signals during a save.
 
 

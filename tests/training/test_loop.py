@@ -237,7 +237,7 @@ def test_compiled_networks_are_one_graph_each_and_train_the_same(tmp_path: Path)
 
 
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="4 does not divide by 1 ranks x 3 parts"):
+    with pytest.raises(ConfigError, match="4 is not divisible by 1 ranks x 3 parts"):
         run(tmp_path, accumulate=3)
 
 

@@ -2,7 +2,7 @@
 
 A failed run leaves `<out>.partial/status.json`:
 
-    {"error": the line the user saw, "cause": `VqpipeError.cause`, "rank": the rank that failed first}
+    {"error": the line the user saw, "cause": `VqpipeError.sysexit_code`, "rank": the rank that failed first}
 
 Under torchrun the exit code is 1 whatever happened, and the other ranks only report that one has ended. The next run
 of the command deletes the file.
@@ -56,10 +56,10 @@ def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[st
     """Start or resume the artifact `out`, or return it if it is already published. Every rank calls it.
 
     `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
-    provenance. Returns the Artifact if the same request was published already, else a locked Draft.
+    provenance. Returns the Artifact if it was published with the same request, else a locked Draft.
 
     Raises:
-        ArtifactError: `out` was made or begun with another request (the message names the first differing key), or
+        ArtifactError: `out` was made or started with another request (the message names the first differing key), or
             another process is writing it.
     """
     out = Path(out)
@@ -173,7 +173,7 @@ class Draft:
             raise ArtifactError(f"{file} is damaged", f"Delete {self.path} and run again") from None
         if digest_json(before) != self.request:
             raise ArtifactError(
-                f"{self.path} was begun with other settings: {difference(before, self.requested)}",
+                f"{self.path} was started with other settings: {difference(before, self.requested)}",
                 "Finish it with those settings, delete it, or choose another --out",
             )
 
@@ -327,7 +327,7 @@ def write_status(folder: Path, error: Exception) -> None:
     """Write `error` to the folder's status.json, unless another rank was first. Never raises."""
     line = str(error) if isinstance(error, VqpipeError) else f"{type(error).__name__}: {error}"
     rank = distributed.rank()
-    table = {"error": " ".join(line.split()), "cause": cause_of(error), "rank": rank}
+    table = {"error": " ".join(line.split()), "cause": sysexit_code_of(error), "rank": rank}
     temporary = folder / f".writing-{rank}-{STATUS}"
     with suppress(OSError, ValueError):
         try:
@@ -337,10 +337,10 @@ def write_status(folder: Path, error: Exception) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def cause_of(error: BaseException) -> int:
-    """The cause of an error, as `VqpipeError.cause` numbers it."""
+def sysexit_code_of(error: BaseException) -> int:
+    """The number of an error, as in `VqpipeError.sysexit_code`."""
     if isinstance(error, VqpipeError):
-        return error.cause
+        return error.sysexit_code
     if isinstance(error, OSError):
         return 77 if error.errno in FORBIDDEN else 66 if error.errno == errno.ENOENT else 74
     if isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__.startswith("Dist")):

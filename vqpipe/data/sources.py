@@ -97,7 +97,7 @@ def access_error(action: str, path: str, error: OSError | ImportError, hint: str
     if isinstance(error, ImportError):
         return DataError(f"cannot {action} {path}: {error}", "Install the extra: pip install 'vqpipe[remote]'")
     failure = DataError(f"cannot {action} {path}: {error.strerror or error}", hint)
-    failure.cause = 66 if isinstance(error, FileNotFoundError) else 74
+    failure.sysexit_code = 66 if isinstance(error, FileNotFoundError) else 74
     return failure
 
 

@@ -3,7 +3,7 @@
 Shapes: B images of H x W pixels.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,10 +91,11 @@ class ObjectiveConfig:
     that of Open-MAGVIT2 and IBQ 0.999."""
 
     def __post_init__(self) -> None:
-        for name, weight in (self.weights() | self.weights(*PENALTIES)).items():
+        terms = (*RECONSTRUCTION_TERMS, *QUANTIZER_TERMS, "adversarial", *PENALTIES)
+        for name, weight in self.weights(terms).items():
             if weight < 0:
                 raise ConfigError(f"objective.{name} = {weight} is negative", "Use 0 to omit the term")
-        if not any(self.weights(*RECONSTRUCTION_TERMS).values()):
+        if not any(self.weights(RECONSTRUCTION_TERMS).values()):
             raise ConfigError("the objective has no reconstruction term", "Set objective.l1, l2, charbonnier or lpips")
         if (self.lpips > 0) != (self.perceptual != "none"):
             raise ConfigError(
@@ -114,9 +115,9 @@ class ObjectiveConfig:
                     "Set objective.adversarial",
                 )
 
-    def weights(self, *names: str) -> dict[str, float]:
-        """The weights of these terms, or of all terms of the autoencoder."""
-        return {name: getattr(self, name) for name in names or (*RECONSTRUCTION_TERMS, *QUANTIZER_TERMS, "adversarial")}
+    def weights(self, terms: Iterable[str]) -> dict[str, float]:
+        """The weights of these terms."""
+        return {name: getattr(self, name) for name in terms}
 
 
 class Objective(nn.Module):
@@ -155,13 +156,11 @@ class Objective(nn.Module):
         """Whether the discriminator is used in optimizer step `step` (from 0)."""
         return self.config.adversarial > 0 and step >= self.config.disc_start
 
-    def adversarial_weight_at(self, step: int | None) -> float:
+    def adversarial_weight_at(self, step: int) -> float:
         """The weight of the adversarial term in step `step`, without the adaptive factor."""
         config = self.config
         if not config.adversarial_warmup:
             return config.adversarial
-        if step is None:
-            raise TypeError("the warmup of the adversarial weight needs step")
         return config.adversarial * min(1.0, max(0, step - config.disc_start) / config.adversarial_warmup)
 
     def r1_at(self, step: int) -> bool:
@@ -173,9 +172,10 @@ class Objective(nn.Module):
         images: Tensor,
         reconstruction: Tensor,
         quantizer_losses: Mapping[str, Tensor],
-        fake_logits: Tensor | None = None,
-        last_layer: Tensor | None = None,
-        step: int | None = None,
+        *,
+        fake_logits: Tensor | None,
+        last_layer: Tensor,
+        step: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the autoencoder.
 
@@ -183,22 +183,20 @@ class Objective(nn.Module):
             images, reconstruction: float[B, 3, H, W] in [-1, 1], the second with gradient and not clamped.
             quantizer_losses: unweighted scalars.
             fake_logits: of the discriminator on `reconstruction`; None before `disc_start`.
-            last_layer: the last weight of the decoder; needed with `fake_logits` if the weight is adaptive.
-            step: the optimizer step; needed with `fake_logits` if there is a warmup.
+            last_layer: the last weight of the decoder, for the adaptive weight.
+            step: the optimizer step, for the warmup of the adversarial weight.
 
         Returns:
             The total, and a dict to log: the total, each unweighted term, and, with `fake_logits`,
             `adversarial_weight`, the factor of the adversarial term; all detached.
         """
         terms = self.reconstruction_terms(images.float(), reconstruction.float())
-        total = torch.stack([self.config.weights()[name] * term for name, term in terms.items()]).sum()
+        total = torch.stack([getattr(self.config, name) * term for name, term in terms.items()]).sum()
         if fake_logits is not None:
             terms["adversarial"] = self.gan_losses[0](fake_logits)
             weight = self.adversarial_weight_at(step)
             factor = torch.full_like(total.detach(), weight)
             if self.config.adaptive_weight and weight > 0:
-                if last_layer is None:
-                    raise TypeError("an adaptive weight needs last_layer")
                 total, factor = adaptive_sum(total, terms["adversarial"], reconstruction, last_layer, weight)
             else:
                 total = total + factor * terms["adversarial"]
@@ -212,17 +210,17 @@ class Objective(nn.Module):
         self,
         real_logits: Tensor,
         fake_logits: Tensor,
-        step: int | None = None,
-        images: Tensor | None = None,
-        discriminator: Callable[[Tensor], Tensor] | None = None,
+        *,
+        step: int,
+        images: Tensor,
+        discriminator: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the discriminator.
 
         Args:
             real_logits, fake_logits: float[B, ...], on images and on detached reconstructions.
-            step: the optimizer step; needed with R1.
-            images: float[B, 3, H, W] in [-1, 1]; needed with R1.
-            discriminator: the network, not compiled and without a DDP or FSDP wrapper; needed with R1.
+            step, images, discriminator: for R1: the optimizer step, float[B, 3, H, W] in [-1, 1], and the network, not
+                compiled and without a DDP or FSDP wrapper.
 
         Returns:
             The loss, and a dict to log: the loss, the mean logits, and the unweighted penalties of LeCam and, in the
@@ -233,12 +231,9 @@ class Objective(nn.Module):
         if config.lecam:
             terms["lecam"] = lecam_penalty(real_logits, fake_logits, self.logit_means)
             loss = loss + config.lecam * terms["lecam"]
-        if config.r1:
-            if step is None or images is None or discriminator is None:
-                raise TypeError("the R1 penalty needs step, images and discriminator")
-            if self.r1_at(step):
-                terms["r1"] = r1_penalty(discriminator, images)
-                loss = loss + config.r1 * config.r1_every * terms["r1"]
+        if self.r1_at(step):
+            terms["r1"] = r1_penalty(discriminator, images)
+            loss = loss + config.r1 * config.r1_every * terms["r1"]
         terms |= {
             "discriminator": loss,
             "real_logit": real_logits.float().mean(),

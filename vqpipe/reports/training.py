@@ -14,7 +14,6 @@ from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes
 from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
 
-Row = Mapping[str, Any]
 OPEN_ROWS = 12
 """Validations up to which their table is not folded."""
 
@@ -28,7 +27,7 @@ class TrainingRun:
     """One line on what is trained."""
     step: int
     steps: int
-    rows: Sequence[Row]
+    rows: Sequence[plots.LogRow]
     """Of `metrics.jsonl`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The sections of its preset."""
@@ -78,9 +77,7 @@ class LoggedNumber:
 
 NUMBERS = (
     LoggedNumber("loss/total", "loss", "loss", ".4g"),
-    LoggedNumber(
-        "psnr", "training", "training PSNR", ".2f", "dB", note="of the mean error since the row before"
-    ),
+    LoggedNumber("psnr", "training", "training PSNR", ".2f", "dB", note="of the mean error since the row before"),
     LoggedNumber("train/top1", "training", "training top-1", ".1f", "%", 100),
     LoggedNumber("valid/step", "validation", "validation step", ",.0f"),
     LoggedNumber("valid/total", "validation", "validation loss", ".4g"),
@@ -160,7 +157,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         yield page.Numbers("Current metrics" if run.step < run.steps else "Final metrics", numbers)
 
 
-def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
+def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
     """Losses, quality, codes, learning rate and gradients over images seen; what was not logged has no plot."""
 
     def lines(**keys: str) -> dict[str, plots.Line]:
@@ -217,7 +214,7 @@ def run_curves(rows: Sequence[Row]) -> list[page.Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-def loss_curves(rows: Sequence[Row]) -> tuple[page.Plot | None, ...]:
+def loss_curves(rows: Sequence[plots.LogRow]) -> tuple[page.Plot | None, ...]:
     """The terms of a tokenizer's objective on a logarithmic axis; else the total with that of the validation, and its
     parts."""
     if any("psnr" in row for row in rows):
@@ -244,7 +241,7 @@ def validation_table(run: TrainingRun) -> page.Table:
     return page.Table("Validation", header, cells, caption, folded=len(rows) > OPEN_ROWS)
 
 
-def newest_number(rows: Sequence[Row], key: str) -> float | None:
+def newest_number(rows: Sequence[plots.LogRow], key: str) -> float | None:
     """The newest finite number logged under `key`, or None."""
     values = plots.series(rows, key)[1]
     return float(values[-1]) if len(values) else None

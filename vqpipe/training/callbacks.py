@@ -29,7 +29,7 @@ from vqpipe.progress import Progress
 from vqpipe.provenance import now
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
-from vqpipe.reports.training import NUMBERS, TrainingRun, training_page
+from vqpipe.reports.training import NUMBERS, TrainingRun, newest_number, training_page
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.running_metrics import Row
 
@@ -124,6 +124,9 @@ class MetricsLog(Callback):
     """`metrics.jsonl`: the log, one JSON object per line. A resumed run first drops the rows it will write again.
 
     `rows` is the content of the file, on rank 0; elsewhere it is empty.
+
+    Raises:
+        ArtifactError: the file cannot be written (disk full or read-only), raised on every rank.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,9 +156,7 @@ class MetricsLog(Callback):
 
     def latest(self, name: str, step: int | None = None) -> float | None:
         """The newest finite number logged under `name`, or None; with `step` of that step alone."""
-        rows = [row for row in self.rows if step in (None, row["step"])]
-        values = [row[name] for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])]
-        return float(values[-1]) if values else None
+        return newest_number([row for row in self.rows if step in (None, row["step"])], name)
 
 
 def read_metrics(path: Path) -> list[Row]:

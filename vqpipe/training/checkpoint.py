@@ -55,7 +55,7 @@ class TrainState:
     damaged: list[str] = field(default_factory=list)
     """After `resume`: for each newer checkpoint that is damaged, what is wrong with it."""
     saved: Path | None = None
-    """The checkpoint of this very state, once there is one."""
+    """The checkpoint of this state, once it is saved."""
 
     def save(self, run_dir: Path, *, keep_every: int = 0) -> None:
         """Write a checkpoint, whole or not at all; keep the last two and every step that `keep_every` divides.

@@ -14,7 +14,7 @@ class TrainConfig:
     steps: int = 100_000
     """Optimizer steps; one step is one global batch."""
     global_batch_size: int = 256
-    """Images a step, over all ranks."""
+    """Images per step, over all ranks."""
     accumulate: int = 1
     """Gradient accumulation: a rank's share of the batch is split into this many micro-batches to save memory. The
     step is the same except for terms that are not means over images: the adaptive weight, a discriminator's batch norm,
@@ -68,7 +68,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "accumulate", "max_nonfinite_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}", "It is at least 1")
+                raise ConfigError(f"train.{name} = {getattr(self, name)}", "It must be at least 1")
         for name in ("keep_every", "validate_every", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} = {getattr(self, name)} is negative", "It must be at least 0")
@@ -89,12 +89,12 @@ class TrainConfig:
         """Images of one of `world_size` ranks in a step.
 
         Raises:
-            ConfigError: the global batch does not divide by ranks and parts.
+            ConfigError: the global batch is not divisible by ranks and micro-batches.
         """
         share, rest = divmod(self.global_batch_size, world_size)
         if rest or share % self.accumulate:
             raise ConfigError(
-                f"train.global_batch_size = {self.global_batch_size} does not divide by {world_size} ranks"
+                f"train.global_batch_size = {self.global_batch_size} is not divisible by {world_size} ranks"
                 + (f" x {self.accumulate} parts" if self.accumulate > 1 else ""),
                 "Change it, train.accumulate or the number of processes",
             )

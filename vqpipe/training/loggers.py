@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from vqpipe import distributed
-from vqpipe.config import nearest_name
 from vqpipe.errors import ConfigError
 from vqpipe.files import write_json
 from vqpipe.training.callbacks import Callback, MetricsLog
@@ -169,12 +168,12 @@ class Wandb(Logger):
 LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
-def check_loggers(names: Sequence[str]) -> None:
-    """Raise a ConfigError unless each of `names` is a logger whose package is installed."""
-    for name in names:
-        if name not in LOGGERS:
-            raise ConfigError(f"there is no logger {name!r}", nearest_name(name, LOGGERS))
+def installed_loggers(names: Sequence[str] | None) -> list[str]:
+    """Return each of these names of LOGGERS once, or raise a ConfigError if the package of one is not installed."""
+    unique = list(dict.fromkeys(names or ()))
+    for name in unique:
         import_extra(name)
+    return unique
 
 
 def import_extra(package: str) -> ModuleType:

@@ -52,60 +52,46 @@ def train(
     try:
         hooks.on_start(state)
         task.connect()
-        run_steps(task, config, stream, run_dir, state, hooks, seed, stop_requested)
+        metrics, nonfinite = state.metrics, NonfiniteSteps(state, config.max_nonfinite_steps, hooks.on_skipped_step)
+        statistics, batches = BatchNormStatistics(*task.networks.values()), stream.from_sample(state.images_seen)
+        metrics.start_clock()
+        while state.step < config.steps:
+            with metrics.waiting():
+                batch = next(batches)
+            seed_step(seed, state.step)
+            statistics.remember()
+            rate = learning_rate(state.step, config)
+            for optimizer in task.optimizers.values():
+                set_learning_rate(optimizer, rate)
+            output = task.step(batch, state.step)
+            statistics.restore(output.skipped)
+            task.after_step(output)
+            state.weight_ema.update(state.step)
+            metrics.update(output)
+            nonfinite.add(state.step, output.skipped, batch.keys)
+            state.step += 1
+            state.images_seen += config.global_batch_size
+            if due(state, config, config.log_every):
+                nonfinite.flush()
+                hooks.on_log(log_row(state, config, rate))
+                metrics.reset()
+            sample, validate = (due(state, config, every) for every in (config.sample_every, config.validate_every))
+            with metrics.untimed(sample or validate):
+                if sample:
+                    hooks.on_sample(state.step, state.weight_ema.network)
+                if validate:
+                    hooks.on_validate(state.step, state.weight_ema.network)
+                hooks.on_step_end(state)
+            stop = stop_on_any_rank(state.step, stop_requested, task.device)
+            if stop or (state.step % config.save_every == 0 and state.step < config.steps):
+                nonfinite.flush()
+                with metrics.untimed():
+                    state.save(run_dir, keep_every=config.keep_every)
+            if stop:
+                break
     finally:
         hooks.on_end()
     return state
-
-
-def run_steps(
-    task: Task[BatchT, ResultT],
-    config: TrainConfig,
-    stream: Stream[BatchT],
-    run_dir: Path,
-    state: TrainState,
-    hooks: Callback,
-    seed: int,
-    stop_requested: Callable[[], bool],
-) -> None:
-    """The loop over steps, from `state` to the last step or to a stop."""
-    metrics, nonfinite = state.metrics, NonfiniteSteps(state, config.max_nonfinite_steps, hooks.on_skipped_step)
-    statistics, batches = BatchNormStatistics(*task.networks.values()), stream.from_sample(state.images_seen)
-    metrics.start_clock()
-    while state.step < config.steps:
-        with metrics.waiting():
-            batch = next(batches)
-        seed_step(seed, state.step)
-        statistics.remember()
-        rate = learning_rate(state.step, config)
-        for optimizer in task.optimizers.values():
-            set_learning_rate(optimizer, rate)
-        output = task.step(batch, state.step)
-        statistics.restore(output.skipped)
-        task.after_step(output)
-        state.weight_ema.update(state.step)
-        metrics.update(output)
-        nonfinite.add(state.step, output.skipped, batch.keys)
-        state.step += 1
-        state.images_seen += config.global_batch_size
-        if due(state, config, config.log_every):
-            nonfinite.flush()
-            hooks.on_log(log_row(state, config, rate))
-            metrics.reset()
-        sample, validate = (due(state, config, every) for every in (config.sample_every, config.validate_every))
-        with metrics.untimed(sample or validate):
-            if sample:
-                hooks.on_sample(state.step, state.weight_ema.network)
-            if validate:
-                hooks.on_validate(state.step, state.weight_ema.network)
-            hooks.on_step_end(state)
-        stop = stop_on_any_rank(state.step, stop_requested, task.device)
-        if stop or (state.step % config.save_every == 0 and state.step < config.steps):
-            nonfinite.flush()
-            with metrics.untimed():
-                state.save(run_dir, keep_every=config.keep_every)
-        if stop:
-            break
 
 
 def initial_state(task: Task[BatchT, ResultT], config: TrainConfig, device: torch.device) -> TrainState:
@@ -134,7 +120,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def stop_on_any_rank(step: int, stop_requested: Callable[[], bool], device: torch.device) -> bool:
-    """Whether a stop was requested on any rank; several ranks compare in every STOP_EVERY-th step."""
+    """Whether a stop was requested on any rank; with several ranks, checked every STOP_EVERY steps."""
     if distributed.world_size() == 1:
         return stop_requested()
     return step % STOP_EVERY == 0 and distributed.any_rank(stop_requested(), device)

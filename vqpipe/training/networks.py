@@ -40,8 +40,8 @@ def checkpoint_activations(block: nn.Module) -> None:
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process. More than there are networks: one was compiled again,
-    for another shape."""
+    """How many graphs torch.compile has made in this process. More than the networks: one was compiled again for
+    another shape."""
     statistics: Counter[str] = torch._dynamo.utils.counters["stats"]
     return int(statistics["unique_graphs"])
 
@@ -79,9 +79,9 @@ def align_gradients(network: nn.Module) -> None:
 
 
 def with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
-    """The gradient with these strides, if they differ only along sides of length 1; else the gradient as it is."""
-    sides = zip(gradient.shape, gradient.stride(), strides, strict=True)
-    return gradient if any(n > 1 and a != b for n, a, b in sides) else gradient.as_strided(gradient.shape, strides)
+    """The gradient with these strides, if they differ only in size-1 dimensions; else the gradient as it is."""
+    dimensions = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    return gradient if any(n > 1 and a != b for n, a, b in dimensions) else gradient.as_strided(gradient.shape, strides)
 
 
 def accumulate_gradients(network: nn.Module, last: bool) -> AbstractContextManager[None]:

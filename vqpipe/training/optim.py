@@ -86,9 +86,7 @@ Network = TypeVar("Network", bound=nn.Module)
 class WeightEma(Generic[Network]):
     """Exponential moving average of a network's weights.
 
-    Buffers (running statistics, codebooks) are copied, not averaged.
-
-    With `decay` 0 the average is the network itself.
+    Buffers (running statistics, codebooks) are copied, not averaged. With `decay` 0 the average is the network itself.
     """
 
     def __init__(self, network: Network, decay: float) -> None:

@@ -54,7 +54,11 @@ class BestWeights:
         return value < self.value - PSNR_DROP if self.higher_is_better else value > self.value * LPIPS_RISE
 
     def keep_if_best(self, network: nn.Module, step: int, row: Row) -> bool:
-        """Keep the weights (rank 0 writes) if they are the best so far; returns on all ranks whether they are."""
+        """Keep the weights (rank 0 writes) if they are the best so far. Returns whether they are, on every rank.
+
+        Raises:
+            ArtifactError: they cannot be written (disk full or read-only), raised on every rank.
+        """
         # There is no PSNR where every reconstruction equals its original.
         value = row.get(self.measure, math.inf if self.higher_is_better else math.nan)
         better = value > self.value if self.higher_is_better else value < self.value
