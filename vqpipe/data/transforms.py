@@ -235,6 +235,21 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
     return resize_and_crop(image, (width, height), ((width - size) // 2, (height - size) // 2), (size, size))
 
 
+def ten_crops(images: Tensor, size: int) -> list[Tensor]:
+    """Ten crops uint8[B, 3, size, size] of uint8[B, 3, H, W]: the centre, the corners (top left, top right, bottom
+    left, bottom right), and the same five of the horizontal flips.
+
+    They are those of torchvision's `TenCrop`, which has the centre after the corners.
+    """
+    height, width = images.shape[-2] - size, images.shape[-1] - size
+    corners = [(round(height / 2), round(width / 2)), (0, 0), (0, width), (height, 0), (height, width)]
+    return [
+        view[..., upper : upper + size, left : left + size]
+        for view in (images, images.flip(-1))
+        for upper, left in corners
+    ]
+
+
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.0) -> Tensor:
     """uint8[3, size, size]: a random square, after resizing the short side to size x [1, max_scale], antialiased."""
     scale, across, down = rng.random(3)
