@@ -35,14 +35,14 @@ def tokenize(
 ) -> None:
     """Encode images as tokens.
 
-    The tokens are Parquet files with one row per image.
+    The tokens are Parquet files with one row per image or view.
 
     For data augmentation of a generator's training, store several views of
     each image: train-generator draws one of them in each epoch, at random.
     --flip stores two rows per image, the centre crop and its horizontal flip.
-    --crops ten stores ten, as LlamaGen does: the short side is resized to 1.1
-    times --image-size, and the centre, the four corners, and the same of the
-    horizontal flip are cropped (torchvision's TenCrop).
+    --crops ten stores ten, as LlamaGen does: torchvision's TenCrop (centre, four
+    corners, and the same of the horizontal flip) of a centre crop 1.1 times as
+    wide as --image-size. Validation uses the centre, not flipped.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         check_crops(crops, flip)

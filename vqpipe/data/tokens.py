@@ -8,7 +8,7 @@ has several rows, flipped bool. The rows of an image follow each other:
 |---|---|
 | --crops center | the centre crop |
 | --flip | the centre crop, and its horizontal flip |
-| --crops ten | centre, top left, top right, bottom left, bottom right of a larger centre crop, and the same of its flip |
+| --crops ten | centre, top left, top right, bottom left, bottom right of a larger centre crop; the same of its flip |
 
 B images of a batch, N ids per image.
 """
@@ -41,7 +41,8 @@ IMAGES_PER_SHARD = 4096
 
 Crops = Literal["center", "ten"]
 TEN_CROP_RANGE = 1.1
-"""Side of the centre crop that ten crops are cut from, over theirs: the default of LlamaGen's `extract_codes_c2i.py`."""
+"""Side of the centre crop that ten crops are cut from, over their side: the default of LlamaGen's
+`extract_codes_c2i.py`."""
 TEN_CROP_KEYS = ("", "-top-left", "-top-right", "-bottom-left", "-bottom-right")
 """Added to the keys of decoded images."""
 
@@ -82,8 +83,8 @@ def write_tokens(
     """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
 
     With `flip` the tokens of each image's horizontal flip are stored as well. `crops` "ten" stores ten views of each
-    image, as LlamaGen: ADM's centre crop of side int(1.1 x `image_size`), its centre and its corners, and those of its
-    flip. `precision` "bf16" applies to the network; the codebook search stays in float32, on slightly different latents.
+    image, as LlamaGen: the `ten_crops` of ADM's centre crop of side int(1.1 x `image_size`). `precision` "bf16" applies
+    to the network; the codebook search stays in float32, on slightly different latents.
 
     Raises:
         ConfigError: `flip` with ten crops, which include flips.
