@@ -11,7 +11,7 @@ from stages import console
 from stages.console import BatchSize, Device, Images, Out, Seed, TokenizerPath
 from vqpipe import artifacts
 from vqpipe.data.images import open_images
-from vqpipe.data.tokens import write_tokens
+from vqpipe.data.tokens import Crops, check_crops, write_tokens
 from vqpipe.errors import DataError
 from vqpipe.tokenizer import Tokenizer
 
@@ -22,6 +22,10 @@ def tokenize(
     out: Out,
     image_size: console.ImageSize = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
+    crops: Annotated[
+        Crops,
+        typer.Option("--crops", help="Store the centre crop of each image, or ten crops (flips included); see above."),
+    ] = "center",
     batch_size: BatchSize = 32,
     precision: console.Precision = "fp32",
     num_workers: console.NumWorkers = -1,
@@ -31,9 +35,17 @@ def tokenize(
 ) -> None:
     """Encode images as tokens.
 
-    The tokens are Parquet files with one row per image.
+    The tokens are Parquet files with one row per image or view.
+
+    For data augmentation of a generator's training, store several views of
+    each image: train-generator draws one of them in each epoch, at random.
+    --flip stores two rows per image, the centre crop and its horizontal flip.
+    --crops ten stores ten, as LlamaGen does: torchvision's TenCrop (centre, four
+    corners, and the same of the horizontal flip) of a centre crop 1.1 times as
+    wide as --image-size. Validation uses the centre, not flipped.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+        check_crops(crops, flip)
         image_set = open_images(images)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         size = image_size or opened.image_size
@@ -42,6 +54,8 @@ def tokenize(
         opened.check_size(size, size)
         # The default is fp32 on every device: bf16 changes a few percent of the ids.
         config: dict[str, Any] = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
+        if crops != "center":  # left out, as in the requests of earlier versions
+            config["crops"] = crops
         draft = artifacts.start(out, "tokens", config, {"images": image_set, "tokenizer": opened.source})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)

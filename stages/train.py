@@ -58,6 +58,11 @@ def train(
 
     Run the same command again to resume.
 
+    Of several --images, each set is drawn from in proportion to its number of
+    images. To mix data sets in other shares, give each a weight, in order:
+    --images imagenet --images faces --set 'data.set_weights=[3, 1]' draws
+    3 of 4 images from the first.
+
     To watch a run, open OUT.partial/report.html: curves, reconstructions,
     codes in use. It is written again every train.sample_every steps, and
     published with the tokenizer; all numbers are in metrics.jsonl beside it.

@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import math
 import os
 import signal
 import time
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from vqpipe.data.batches import (
+    BLOCK,
     Batch,
     OrderedBatches,
     Shuffle,
     TrainingStream,
+    WeightedShuffle,
     check_skipped,
     permutation,
     through_workers,
@@ -43,12 +46,13 @@ def prints(batch: Batch) -> list[tuple[int, str, int, str]]:
     return list(zip(batch.indices, batch.keys, batch.labels.tolist(), pixels, strict=True))
 
 
-def run(images: ImageSet, start: int, steps: int, world: int = 1, workers: int = 0, seed: int = 5) -> list:
+def run(
+    images: ImageSet, start: int, steps: int, world: int = 1, workers: int = 0, seed: int = 5, **settings: object
+) -> list:
     """The images of `steps` global batches, in order, read by `world` ranks."""
+    data = config(workers, **settings)
     ranks = [
-        TrainingStream(images, config(workers), seed=seed, batch_size=BATCH, rank=r, world_size=world).from_sample(
-            start
-        )
+        TrainingStream(images, data, seed=seed, batch_size=BATCH, rank=r, world_size=world).from_sample(start)
         for r in range(world)
     ]
     return [print_ for _ in range(steps) for rank in ranks for print_ in prints(next(rank))]
@@ -88,6 +92,106 @@ def test_a_set_may_be_smaller_than_the_batch(images: ImageSet) -> None:
 def test_a_global_batch_that_does_not_divide_is_an_error() -> None:
     with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
         Shuffle(20, seed=0, batch_size=10, rank=0, world_size=4)
+
+
+SETS = [range(7), range(7, 107), range(107, 110)]
+
+
+def weighted(start: int, count: int, weights: tuple[float, ...] = (1, 3, 0.5), seed: int = 0) -> list[tuple[int, int]]:
+    """(epoch, sample) at `count` positions from `start` on."""
+    shuffle = WeightedShuffle(SETS, weights, seed=seed, batch_size=count, rank=0, world_size=1)
+    return next(shuffle.batches(start))
+
+
+def test_image_sets_are_drawn_in_the_shares_of_their_weights() -> None:
+    draws = 45_000
+    samples = [sample for _, sample in weighted(0, draws)]
+    for samples_of_set, share in zip(SETS, (1 / 4.5, 3 / 4.5, 0.5 / 4.5), strict=True):
+        drawn = sum(sample in samples_of_set for sample in samples)
+        assert abs(drawn - share * draws) < 4 * (draws * share * (1 - share)) ** 0.5  # standard deviations
+    runs = [sample in SETS[1] for sample in samples]
+    repeats = sum(a == b for a, b in itertools.pairwise(runs)) / draws
+    assert repeats == pytest.approx((3 / 4.5) ** 2 + (1.5 / 4.5) ** 2, abs=0.01)  # positions are independent
+
+
+@pytest.mark.parametrize("weights", [(0, 3, 1), (1, 0, 3), (1, 1, 0), (0, 1, 0)])
+def test_a_set_of_weight_zero_is_never_drawn(weights: tuple[float, ...]) -> None:
+    samples = {sample for _, sample in weighted(0, 5_000, weights)}
+    drawn = [bool(samples & set(part)) for part in SETS]
+    assert drawn == [weight > 0 for weight in weights]
+
+
+def test_every_pass_over_a_set_draws_each_of_its_images_once() -> None:
+    draws = weighted(0, 10_000)
+    for part in SETS:
+        mine = [draw for draw in draws if draw[1] in part]
+        passes = [mine[first : first + len(part)] for first in range(0, len(mine), len(part))]
+        assert [epoch for epoch, _ in mine] == sorted(epoch for epoch, _ in mine)
+        assert all(sorted(each) == [(epoch, i) for i in part] for epoch, each in enumerate(passes[:-1]))
+        assert len({tuple(i for _, i in each) for each in passes}) > 1
+
+
+def test_a_weighted_position_does_not_depend_on_where_the_stream_starts() -> None:
+    whole = weighted(0, 3 * BLOCK)
+    for start in (1, BLOCK - 3, 2 * BLOCK, 2 * BLOCK + 17):
+        assert weighted(start, 50) == whole[start : start + 50]
+    shuffle = WeightedShuffle(SETS, (1, 3, 0.5), seed=0, batch_size=1, rank=0, world_size=1)
+    for position in (2 * BLOCK + 5, 3, BLOCK, 3 * BLOCK - 1, BLOCK + 1):  # any order
+        assert shuffle.draw(position) == whole[position]
+    assert weighted(0, 100, seed=1) != whole[:100]
+
+
+def test_weighted_order_is_stable_between_versions() -> None:
+    assert weighted(BLOCK, 6) == [(437, 21), (2076, 5), (437, 41), (437, 77), (437, 104), (2076, 0)]
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path, draw: Draw) -> ImageSet:
+    """Folders of 3 and of 11 images."""
+    for name, count in (("few", 3), ("many", 11)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i:02d}.png").write_bytes(draw(i))
+    return open_images([tmp_path / "few", tmp_path / "many"])
+
+
+def test_a_weighted_stream_does_not_depend_on_ranks_workers_or_resuming(two_sets: ImageSet) -> None:
+    weights = {"set_weights": (2.0, 1.0)}
+    whole = run(two_sets, 0, 9, **weights)
+    for world, workers, step in itertools.product((1, 2, 4), (0, 2), (0, 3, 7)):
+        if workers and step != 3:
+            continue
+        found = run(two_sets, step * BATCH, 2, world, workers, **weights)
+        assert found == whole[step * BATCH : (step + 2) * BATCH]
+    crops = {(index, pixels) for index, _, _, pixels in whole}
+    assert len(crops) > 14  # crops of an image differ between the passes over its set
+    joined = run(two_sets, 0, 9)
+    assert joined != whole
+    assert joined == run(two_sets, 0, 9, set_weights=())
+
+
+def test_a_bad_image_is_replaced_by_one_of_its_set(two_sets: ImageSet, tmp_path: Path) -> None:
+    (tmp_path / "few" / "01.png").write_bytes(b"")
+    images = open_images([tmp_path / "few", tmp_path / "many"])
+    stream = TrainingStream(images, config(max_skipped=0.9, set_weights=(1, 0)), seed=0, batch_size=30)
+    assert set(next(stream.from_sample(0)).indices) == {0, 2}
+    assert stream.skipped["empty"] >= 10
+
+
+def test_weights_that_do_not_fit_the_sets_are_an_error(two_sets: ImageSet, tmp_path: Path, pack: Draw) -> None:
+    with pytest.raises(ConfigError, match=r"data\.set_weights has 3 weights, and --images names 2 sets"):
+        TrainingStream(two_sets, config(set_weights=(1, 2, 3)), seed=0, batch_size=4)
+    (tmp_path / "empty.tar").write_bytes(pack({}))
+    with_empty = open_images([tmp_path / "few", tmp_path / "empty.tar"])
+    TrainingStream(with_empty, config(set_weights=(1, 0)), seed=0, batch_size=4)
+    with pytest.raises(ConfigError, match=r"gives weight to empty\.tar of --images, which has no images"):
+        TrainingStream(with_empty, config(set_weights=(1, 1)), seed=0, batch_size=4)
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 2.0), (0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (1e308, 1e308)])
+def test_weights_without_a_share_are_an_error(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.set_weights = .* Give each --images a number"):
+        config(set_weights=weights)
 
 
 @pytest.fixture

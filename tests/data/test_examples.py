@@ -30,11 +30,14 @@ Make = Callable[..., Artifact]
 def make(tmp_path: Path) -> Make:
     """make("name", flip=True) -> 14 images in shards of 5; image i, view v holds the ids i * 10 + v * 1000 + (0..5)."""
 
-    def make(name: str, *, flip: bool = True, classes: int | None = 3, codebook_size: int = 100_000) -> Artifact:
+    def make(
+        name: str, *, flip: bool = True, ten: bool = False, classes: int | None = 3, codebook_size: int = 100_000
+    ) -> Artifact:
         images = np.arange(NUM)
-        views = np.arange(1 + flip)
+        views = np.arange(10 if ten else 1 + flip)
         ids = images[:, None, None] * 10 + views[:, None] * 1000 + np.arange(TOKENS)
-        draft = artifacts.start(tmp_path / name, "tokens", {"flip": flip}, {"images": "0" * 64})
+        config = {"flip": False, "crops": "ten"} if ten else {"flip": flip}
+        draft = artifacts.start(tmp_path / name, "tokens", config, {"images": "0" * 64})
         assert isinstance(draft, artifacts.Draft)
         with draft:
             for number, first in enumerate(range(0, NUM, 5)):
@@ -87,6 +90,27 @@ def test_batches_match_the_stored_rows_and_half_are_flipped(make: Make) -> None:
     assert max(int(next(plain).examples.max()) for _ in range(10)) < 1000
     unflipped = ExampleStream(TokenSet(make("unflipped", flip=False)), seed=0, batch_size=BATCH).from_sample(0)
     assert max(int(next(unflipped).examples.max()) for _ in range(10)) < 1000
+
+
+def test_one_of_ten_crops_is_drawn_in_each_epoch(make: Make) -> None:
+    tokens = TokenSet(make("tokens", ten=True))
+    found = run(tokens, 0, 1000)
+    assert all(first % 1000 == int(key.removeprefix("key-")) * 10 for key, _, first in found)
+    drawn = np.bincount([first // 1000 for *_, first in found], minlength=10)
+    assert len(drawn) == 10
+    assert abs(drawn - 400).max() < 4 * 360**0.5  # 4 standard deviations
+    assert len({first for key, _, first in found if key == "key-05"}) == 10
+    assert run(tokens, 40 * BATCH, 5, 2) == found[40 * BATCH : 45 * BATCH]
+    unflipped = ExampleStream(tokens, seed=0, batch_size=BATCH, flip=False).from_sample(0)
+    assert {int(first) // 1000 for _ in range(50) for first in next(unflipped).examples[:, 0]} == set(range(5))
+    assert torch.cat([batch.examples for batch in ordered_batches(tokens, 4)])[:, 0].tolist() == [
+        i * 10 for i in range(NUM)
+    ]
+
+
+def test_the_drawn_flips_are_stable_between_versions(make: Make) -> None:
+    found = run(TokenSet(make("tokens")), 0, 3)
+    assert [int(first >= 1000) for *_, first in found] == [1, 0, 1, 1, 1, 1, 0, 1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(("codebook_size", "dtype"), [(100_000, np.uint32), (4096, np.uint16)])

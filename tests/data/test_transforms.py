@@ -20,6 +20,7 @@ from vqpipe.data.transforms import (
     parse_size,
     pixels,
     random_crop,
+    ten_crops,
     to_float,
     to_uint8,
     training_crop,
@@ -388,3 +389,15 @@ def test_sizes_are_parsed_as_width_x_height() -> None:
     for text in ("", "x", "256x", "0", "-1", "1e3", "2560x1440x3", "2560 x 1440", "Native", "²", "9999999"):
         with pytest.raises(ConfigError, match="is not an image size"):
             parse_size(text)
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(35, 35, 32), (281, 281, 256), (422, 422, 384), (41, 37, 30)])
+def test_ten_crops_equal_those_of_torchvision(width: int, height: int, size: int) -> None:
+    from torchvision.transforms import TenCrop
+
+    pixel_values = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    images = torch.from_numpy(pixel_values).permute(2, 0, 1)[None]
+    expected = [np.asarray(crop) for crop in TenCrop(size)(Image.fromarray(pixel_values))]
+    found = ten_crops(images, size)
+    for crop, place in zip(found, (4, 0, 1, 2, 3, 9, 5, 6, 7, 8), strict=True):
+        np.testing.assert_array_equal(crop[0].permute(1, 2, 0).numpy(), expected[place])

@@ -14,7 +14,7 @@ from vqpipe.generation.validation import accuracy, rank_batches, validation_loss
 class Numbers:
     """Image i is the number i."""
 
-    has_flips = False
+    views = 1
 
     def __init__(self, count: int, labels: Sequence[int] | None = None) -> None:
         self.labels = np.zeros(count, np.int64) if labels is None else np.array(labels)
@@ -25,7 +25,7 @@ class Numbers:
     def key(self, image: int) -> str:
         return str(image)
 
-    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
         return torch.tensor(list(images))[:, None]
 
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.detokenize import detokenize
 from stages.tokenize_images import tokenize
 from vqpipe.artifacts import open_artifact
+from vqpipe.data.images import open_images
 from vqpipe.data.tokens import read_tokens
-from vqpipe.data.transforms import center_crop
+from vqpipe.data.transforms import center_crop, decode, pixels
+from vqpipe.errors import ConfigError
 from vqpipe.tokenizer import Tokenizer
 
 
@@ -55,6 +58,42 @@ def test_bytes_do_not_depend_on_batch_size_and_workers(
         assert keys[place + 1] == keys[place]
         assert torch.equal(ids[place + 1], opened.encode(crop.flip(-1))[0])
         assert torch.cat([part.flipped for part in parts]).tolist() == [False, True] * 9
+
+
+def test_ten_crops_are_those_of_torchvision(
+    tiny_tokenizer: Callable[..., Path], picture_folder: Path, tmp_path: Path
+) -> None:
+    from torchvision.transforms import TenCrop
+
+    tokenizer = tiny_tokenizer("tokenizer")
+    tokenize([str(picture_folder)], tokenizer, tmp_path / "tokens", crops="ten", batch_size=4, device="cpu")
+    made = open_artifact(tmp_path / "tokens", "tokens")
+    assert made.facts["num_images"] == 10
+    assert made.facts["image_size"] == 32
+    assert made.config["crops"] == "ten"
+    tokens = read_tokens(made.file("tokens-00000.parquet"), 64)
+    assert tokens.flipped.tolist() == ([False] * 5 + [True] * 5) * 10
+    opened = Tokenizer.from_pretrained(tokenizer)
+    with Image.open(picture_folder / "drawn-7.png") as picture:
+        whole = picture.convert("RGB")
+    crops = [pixels(crop) for crop in TenCrop(32)(Image.fromarray(center_crop(whole, 35).permute(1, 2, 0).numpy()))]
+    crops = [crops[place] for place in (4, 0, 1, 2, 3, 9, 5, 6, 7, 8)]  # ours have the centre first
+    place = next(i for i, key in enumerate(tokens.keys) if "drawn-7" in key)
+    assert len(set(tokens.keys[place : place + 10])) == 1
+    assert len({crop.numpy().tobytes() for crop in crops}) == 10
+    assert torch.equal(tokens.ids[place : place + 10], torch.cat([opened.encode(crop[None]) for crop in crops]))
+
+    detokenize(made.path, tokenizer, tmp_path / "images", device="cpu")
+    decoded = {sample.key: sample.image for sample in open_images([tmp_path / "images"])}
+    assert len(decoded) == 100
+    stem = tokens.keys[place].replace(".", "_").removesuffix("_png")
+    for view, name in ((0, ""), (4, "-bottom-right"), (5, "-flipped"), (6, "-top-left-flipped")):
+        expected = opened.decode(tokens.ids[place + view][None], (32, 32))[0]
+        assert torch.equal(pixels(decode(decoded[stem + name])), expected)
+
+    with pytest.raises(ConfigError, match="--crops ten includes the flip of each image"):
+        tokenize([str(picture_folder)], tokenizer, tmp_path / "both", crops="ten", flip=True, device="cpu")
+    assert not list(tmp_path.glob("both*"))
 
 
 def test_bf16_is_used_only_on_request(

@@ -263,6 +263,32 @@ def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_f
     assert [row["own"] for row in read_metrics(tokenizer.file("metrics.jsonl"))] == [2.0]
 
 
+def test_manifest_records_the_weights_of_image_sets(go: Any, picture_folder: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    shutil.copy(picture_folder / "drawn-0.png", others)
+    sets = [str(picture_folder), str(others)]
+
+    def mixed(out: str, weights: str) -> None:
+        overrides = [*SETTINGS, f"data.set_weights={weights}"]
+        train(sets, tmp_path / out, steps=2, overrides=overrides, preset="smoke", global_batch_size=4, device="cpu")
+
+    mixed("mixed", "[3, 1]")
+    tokenizer = open_artifact(tmp_path / "mixed", "tokenizer")
+    assert tokenizer.config["data"]["set_weights"] == [3.0, 1.0]
+    assert tokenizer.facts["image_sets"] == [
+        {"name": "pictures", "num_images": 10, "weight": 3.0},
+        {"name": "others", "num_images": 1, "weight": 1.0},
+    ]
+    for weights in ("[3]", "[3, 1, 1]", "[-1, 2]", "[0, 0]"):
+        with pytest.raises(ConfigError, match=r"data\.set_weights.*--images"):
+            mixed("refused", weights)
+    assert not list(tmp_path.glob("refused*"))
+    plain = go("plain", steps=2)
+    assert "set_weights" not in plain.config["data"]
+    assert "image_sets" not in plain.facts
+
+
 @pytest.mark.parametrize(
     "setting",
     [

@@ -29,9 +29,12 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import BadImage, DataConfig, center_crop, decode, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
-__all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_skipped"]
+__all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_set_weights", "check_skipped"]
 
-ORDER, SAMPLE = 0, 1  # keys of random generators: the order of an epoch, the crop of a sample
+# Keys of random generators: the order of an epoch, the crop of a sample, the sets of positions (2: examples.HELD_OUT).
+ORDER, SAMPLE, SET = 0, 1, 3
+BLOCK = 1 << 16
+"""Positions whose sets are drawn from one generator."""
 TRIES = 16
 """Attempts to replace one undecodable training image."""
 MIN_IMAGES_SEEN = 100
@@ -191,14 +194,101 @@ class Shuffle:
             first += self.batch_size
 
 
-class TrainingStream:
-    """Endless shuffled training images in the order of `Shuffle`; the crop and flip of a sample are drawn from (seed,
-    epoch, sample).
+class WeightedShuffle(Shuffle):
+    """An endless order over several sets. The set at position p is drawn by its weight from (seed, p); its sample is
+    the next one in the shuffled order of that set, so each pass over a set draws every image of it once.
 
-    An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and counted in `skipped`.
+    The epoch of a sample is the number of the pass over its own set.
+
+    To start at position p, the sets at all earlier positions are drawn and counted: a few seconds for 10^8 images.
+
+    Args:
+        sets: the samples of each set.
+        weights: one for each set, not negative, with a positive sum.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[range],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        length = sum(len(samples) for samples in sets)
+        super().__init__(length, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
+        self.sets = sets
+        sums = np.cumsum(weights)
+        self.edges = sums[:-1] / sums[-1]
+        """The shares in [0, 1) are cut here. A set of weight 0 has an empty part."""
+        self.orders = dict[int, tuple[int, np.ndarray]]()
+        """set -> the epoch of its latest sample, and the order of that epoch."""
+        self.block, self.before = -1, np.zeros(len(sets), np.int64)
+        """The block in use, and the draws of each set before it."""
+        self.drawn = self.earlier = np.empty(0, np.int64)
+        """For each position of the block: its set, and the number of earlier positions with the same set."""
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """(epoch, sample) at a global position."""
+        block, offset = divmod(position, BLOCK)
+        if block != self.block:
+            self.use_block(block)
+        number = int(self.drawn[offset])
+        samples = self.sets[number]
+        epoch, place = divmod(int(self.earlier[offset]), len(samples))
+        if number not in self.orders or self.orders[number][0] != epoch:
+            self.orders[number] = epoch, shuffled(len(samples), self.seed, ORDER, epoch, number)
+        return epoch, samples[int(self.orders[number][1][place])]
+
+    def use_block(self, block: int) -> None:
+        """Draw the sets of a block. The draws before it are counted, from the block in use on if that is an earlier
+        one."""
+        first, before = (self.block, self.before) if 0 <= self.block < block else (0, np.zeros_like(self.before))
+        for number in range(first, block):
+            before = before + np.bincount(self.sets_of(number), minlength=len(self.sets))
+        self.block, self.before, self.drawn = block, before, self.sets_of(block)
+        self.earlier = np.empty(BLOCK, np.int64)
+        for number, count in enumerate(before):
+            places = np.flatnonzero(self.drawn == number)
+            self.earlier[places] = count + np.arange(len(places))
+
+    def sets_of(self, block: int) -> np.ndarray:
+        """int64[BLOCK]: the set of each position of a block."""
+        shares = (generator(self.seed, SET, block).random_raw(BLOCK) >> np.uint64(11)) * 2.0**-53
+        return np.searchsorted(self.edges, shares, side="right")
+
+
+def check_set_weights(images: ImageSet, weights: Sequence[float]) -> None:
+    """Check data.set_weights against the image sets.
 
     Raises:
-        ConfigError: the global batch does not divide by the number of ranks.
+        ConfigError: another number of weights than sets, or a weight for a set without images.
+    """
+    if weights and len(weights) != len(images.sources):
+        raise ConfigError(
+            f"data.set_weights has {len(weights)} weights, and --images names {len(images.sources)} sets",
+            "Give one weight for each --images, in the same order",
+        )
+    for source, weight in zip(images.sources, weights, strict=False):
+        if weight and not len(source):
+            raise ConfigError(
+                f"data.set_weights gives weight to {source.name} of --images, which has no images",
+                "Set its weight to 0",
+            )
+
+
+class TrainingStream:
+    """Endless shuffled training images; the crop and flip of a sample are drawn from (seed, epoch, sample).
+
+    The order is that of `Shuffle`; with `set_weights` in the config it is that of `WeightedShuffle`.
+
+    An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and counted in `skipped`.
+    With weights, the other image is of the same set.
+
+    Raises:
+        ConfigError: the global batch does not divide by the number of ranks, or the weights do not fit the sets.
         DataError: there are no images.
     """
 
@@ -206,7 +296,13 @@ class TrainingStream:
         self, images: ImageSet, config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> None:
         self.images, self.config, self.seed = images, config, seed
-        self.shuffle = Shuffle(len(images), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
+        check_set_weights(images, config.set_weights)
+        options = {"seed": seed, "batch_size": batch_size, "rank": rank, "world_size": world_size}
+        self.shuffle = (
+            WeightedShuffle(images.sets, config.set_weights, **options)
+            if config.set_weights
+            else Shuffle(len(images), **options)
+        )
         self.skipped: dict[str, int] = {}
         """reason -> count of the images that this rank has replaced since `from_sample`."""
 
@@ -240,9 +336,14 @@ def generator(seed: int, *key: int) -> np.random.Philox:
 
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """int64[length]: the order of an epoch, by sorting raw numbers: NumPy guarantees them across versions, but not its
-    shuffles."""
-    return np.argsort(generator(seed, ORDER, epoch).random_raw(length), kind="stable")
+    """int64[length]: the order of an epoch."""
+    return shuffled(length, seed, ORDER, epoch)
+
+
+def shuffled(length: int, seed: int, *key: int) -> np.ndarray:
+    """int64[length]: a random order for a key, by sorting raw numbers: NumPy guarantees them across versions, but not
+    its shuffles."""
+    return np.argsort(generator(seed, *key).random_raw(length), kind="stable")
 
 
 class OrderedImages(Dataset[Loaded]):
@@ -285,11 +386,11 @@ class TrainingImages(Dataset[Loaded]):
 
     def sample(self, epoch: int, sample: int, skipped: Counter[str]) -> tuple[int, Tensor]:
         """The sample, or the first replacement drawn for it that can be decoded."""
-        index = sample
+        index, pool = sample, self.replacements(sample)
         for attempt in range(TRIES):
             rng = np.random.Generator(generator(self.seed, SAMPLE, epoch, sample, attempt))
             if attempt:
-                index = int(rng.random() * len(self.images))
+                index = pool[int(rng.random() * len(pool))]
             try:
                 image = decode(self.images.read(index), self.config.max_pixels)
                 return index, training_crop(image, self.config, rng)
@@ -298,6 +399,12 @@ class TrainingImages(Dataset[Loaded]):
         raise DataError(
             f"{TRIES} images drawn one after another cannot be used ({counts_of(skipped)})", "Check the image files"
         )
+
+    def replacements(self, sample: int) -> range:
+        """The images that may replace a sample: all; with weights, those of its set, so that the shares stay."""
+        if not self.config.set_weights:
+            return range(len(self.images))
+        return next(samples for samples in self.images.sets if sample in samples)
 
 
 def assemble(images: ImageSet, indices: list[int], tensors: list[Tensor]) -> Batch:

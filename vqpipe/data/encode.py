@@ -280,9 +280,16 @@ class EncodingJob:
         return records, dict(sorted(skipped.items()))
 
 
-def encode_with_flip(images: Tensor, encode: Callable[[Tensor], Tensor], flip: bool) -> Tensor:
-    """Encode images and, with `flip`, their horizontal flips: uint8[B, 3, S, S] -> [B, 1 or 2, ...]."""
-    return torch.stack([encode(images), encode(images.flip(-1))] if flip else [encode(images)], dim=1)
+def with_flip(images: Tensor, flip: bool) -> list[Tensor]:
+    """The views of images: they and, with `flip`, their horizontal flips."""
+    return [images, images.flip(-1)] if flip else [images]
+
+
+def encode_views(
+    images: Tensor, views: Callable[[Tensor], Sequence[Tensor]], encode: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Encode several views of each image: uint8[B, 3, S, S] -> [B, V, ...]."""
+    return torch.stack([encode(view) for view in views(images)], dim=1)
 
 
 class AsyncRows:
@@ -304,11 +311,11 @@ class AsyncRows:
 
 
 def sample_columns(keys: Sequence[str], labels: Sequence[int], rows_per_image: int) -> dict[str, list[Any]]:
-    """Columns key, label (None: unknown) and flipped. Of two rows per image the second is its horizontal flip."""
+    """Columns key, label (None: unknown) and flipped. Of several rows per image the second half are flips."""
     return {
         "key": [key for key in keys for _ in range(rows_per_image)],
         "label": [None if label < 0 else label for label in labels for _ in range(rows_per_image)],
-        "flipped": [row > 0 for _ in keys for row in range(rows_per_image)],
+        "flipped": [2 * row >= rows_per_image for _ in keys for row in range(rows_per_image)],
     }
 
 

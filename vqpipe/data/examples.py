@@ -3,7 +3,7 @@
 Like `batches.TrainingStream` the stream has no state to save: the example at a position of the run is a function of the
 seed and the position, not of the number of ranks.
 
-B images of a batch, N ids per image, R rows (one per image, or two where horizontal flips are stored).
+B images of a batch, N ids per image, R rows (one per image, two where horizontal flips are stored, or ten crops).
 """
 
 import os
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact
-from vqpipe.data.batches import SAMPLE, Shuffle, chunks, generator
+from vqpipe.data.batches import SAMPLE, Shuffle, chunks, generator, shuffled
 from vqpipe.data.latents import LatentSet
-from vqpipe.data.tokens import id_dtype, read_tokens
+from vqpipe.data.tokens import id_dtype, read_tokens, views_per_image
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
 HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
 IN_MEMORY = 1 << 30
 """Bytes of ids up to which every rank keeps them in memory. More are unpacked once into a file that the ranks map, and
-share through the page cache: ImageNet with flips at 4 x 576 ids is 12 GB."""
+share through the page cache: ImageNet with flips at 4 x 576 ids is 12 GB, in ten crops 59 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ class ExamplesConfig:
     num_classes: int = 0
     """Labels are in [0, num_classes); 0: the highest label plus one."""
     mirror: bool = True
-    """Flip an image horizontally with probability 1/2, where the artifact holds its flip (tokenize --flip)."""
+    """Flip an image horizontally with probability 1/2, where the artifact holds its flip (tokenize --flip, or --crops
+    ten: one of the ten crops is drawn, else one of the five that are not flipped)."""
     raw: bool = False
     """Latents: do not normalise them by their measured mean and standard deviation, as in VQGAN-LC's released code."""
     held_out: int = 0
@@ -88,17 +89,18 @@ class Examples(Protocol):
 
     labels: np.ndarray
     """int64[images], -1 where unknown."""
-    has_flips: bool
-    """Whether the horizontal flip of each image is stored too."""
+    views: int
+    """Stored views of each image: 1, 2 with its horizontal flip, or 10 crops. View 0 is the centre crop, which is
+    validated on; the second half are flips."""
 
     def __len__(self) -> int:
-        """The number of images, without their flips."""
+        """The number of images, each counted once."""
 
     def key(self, image: int) -> str:
         """The key of an image."""
 
-    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
-        """The images, or their flips where `flip` is true: int64[B, N], or float32[B, C, h, w]."""
+    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
+        """A view of each of the images: int64[B, N], or float32[B, C, h, w]."""
 
 
 class TokenSet:
@@ -116,10 +118,10 @@ class TokenSet:
 
     def __init__(self, tokens: Artifact, cache: Path | None = None) -> None:
         self.artifact = tokens
-        self.has_flips = bool(tokens.config.get("flip", False))
+        self.views = views_per_image(tokens.config)
         self.codebook_size = int(tokens.facts["codebook_size"])
-        self.rows_per_image = 1 + self.has_flips
-        shape = (int(tokens.facts["num_images"]) * self.rows_per_image, int(tokens.facts["num_tokens"]))
+        flipped = [2 * view >= self.views for view in range(self.views)]
+        shape = (int(tokens.facts["num_images"]) * self.views, int(tokens.facts["num_tokens"]))
         dtype = id_dtype(self.codebook_size)
         file = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
@@ -132,19 +134,19 @@ class TokenSet:
             part = read_tokens(tokens.verified_file(name), self.codebook_size)
             if part.ids.shape[1:] != shape[1:] or first + len(part.keys) > shape[0]:
                 raise ArtifactError(f"{tokens.path} does not hold the rows of its manifest", "Tokenize again")
-            if self.has_flips and part.flipped.tolist() != [False, True] * (len(part.keys) // 2):
+            if part.flipped.tolist() != flipped * (len(part.keys) // self.views):
                 raise ArtifactError(f"{tokens.path / name} lacks flipped images", "Tokenize again")
             if rows.flags.writeable:
                 rows[first : first + len(part.keys)] = part.ids.numpy()
             first += len(part.keys)
-            labels.append(part.labels[:: self.rows_per_image].numpy())
-            keys.append(pa.array(part.keys[:: self.rows_per_image], pa.string()))
+            labels.append(part.labels[:: self.views].numpy())
+            keys.append(pa.array(part.keys[:: self.views], pa.string()))
         if first != shape[0]:
             raise ArtifactError(f"{tokens.path} holds {first} rows, its manifest {shape[0]}", "Tokenize again")
         if file is not None:
             rows = self.publish(rows, file)
         self.rows = rows
-        """uint16 or uint32 [R, N]; the row of an image's flip follows the row of the image."""
+        """uint16 or uint32 [R, N]; the rows of an image follow each other."""
         self.labels = np.concatenate(labels) if labels else np.empty(0, np.int64)
         self.keys: pa.ChunkedArray = pa.chunked_array(keys, pa.string())
 
@@ -198,9 +200,9 @@ class TokenSet:
         """The key of an image."""
         return str(self.keys[image])
 
-    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
         """int64[B, N]."""
-        rows = np.asarray(images) * self.rows_per_image + np.asarray(flip, bool)
+        rows = np.asarray(images) * self.views + np.asarray(views)
         return torch.from_numpy(self.rows[rows].astype(np.int64))
 
 
@@ -209,9 +211,8 @@ class LatentExamples:
 
     def __init__(self, latents: LatentSet) -> None:
         assert latents.artifact is not None
-        self.latents, self.has_flips = latents, bool(latents.artifact.config.get("flip", False))
-        self.rows_per_image = 1 + self.has_flips
-        self.labels = latents.labels[:: self.rows_per_image].astype(np.int64)
+        self.latents, self.views = latents, views_per_image(latents.artifact.config)
+        self.labels = latents.labels[:: self.views].astype(np.int64)
         names = latents.artifact.names("samples-*.parquet")  # verified by `open_latents`
         columns = [pq.read_table(latents.artifact.file(name), columns=["key"])["key"] for name in names]
         self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
@@ -221,11 +222,11 @@ class LatentExamples:
 
     def key(self, image: int) -> str:
         """The key of an image."""
-        return str(self.keys[image * self.rows_per_image])
+        return str(self.keys[image * self.views])
 
-    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
         """float32[B, C, h, w]."""
-        return self.latents.take(np.asarray(images) * self.rows_per_image + np.asarray(flip, bool))
+        return self.latents.take(np.asarray(images) * self.views + np.asarray(views))
 
 
 class Subset:
@@ -233,7 +234,7 @@ class Subset:
 
     def __init__(self, examples: Examples, images: np.ndarray) -> None:
         self.examples, self.images = examples, images
-        self.labels, self.has_flips = examples.labels[images], examples.has_flips
+        self.labels, self.views = examples.labels[images], examples.views
 
     def __len__(self) -> int:
         return len(self.images)
@@ -242,9 +243,9 @@ class Subset:
         """The key of an image."""
         return self.examples.key(int(self.images[image]))
 
-    def read(self, images: Sequence[int], flip: Sequence[bool]) -> Tensor:
+    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
         """As `Examples.read`."""
-        return self.examples.read([int(self.images[image]) for image in images], flip)
+        return self.examples.read([int(self.images[image]) for image in images], views)
 
 
 def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:
@@ -257,15 +258,16 @@ def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | N
         return examples, None
     if 2 * count > len(examples):
         raise DataError(f"{count:,} of {len(examples):,} images cannot be held out", "Hold out at most half of them")
-    shuffled = np.argsort(generator(0, HELD_OUT).random_raw(len(examples)), kind="stable")
-    order = np.argsort(examples.labels[shuffled], kind="stable")
-    spread = shuffled[order][np.linspace(0, len(examples) - 1, count).round().astype(np.int64)]
+    mixed = shuffled(len(examples), 0, HELD_OUT)
+    order = np.argsort(examples.labels[mixed], kind="stable")
+    spread = mixed[order][np.linspace(0, len(examples) - 1, count).round().astype(np.int64)]
     rest = np.setdiff1d(np.arange(len(examples)), spread)
     return Subset(examples, rest), Subset(examples, np.sort(spread))
 
 
 class ExampleStream:
-    """Endless shuffled training examples in the order of `Shuffle`; an image is flipped by (seed, epoch, image).
+    """Endless shuffled training examples in the order of `Shuffle`; the view of an image is drawn from (seed, epoch,
+    image): without `flip`, one that is not flipped.
 
     Raises:
         ConfigError: the global batch does not divide by the number of ranks.
@@ -282,27 +284,31 @@ class ExampleStream:
         world_size: int = 1,
         flip: bool = True,
     ) -> None:
-        self.examples, self.seed, self.flip = examples, seed, flip and examples.has_flips
+        self.examples, self.seed = examples, seed
+        self.views = examples.views if flip else max(1, examples.views // 2)
+        """The first so many views are drawn from."""
         self.shuffle = Shuffle(len(examples), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def from_sample(self, images_seen: int) -> Iterator[ExampleBatch]:
         """Yield this rank's batches from global position `images_seen` on, without reading the examples before."""
         for samples in self.shuffle.batches(images_seen):
             images = [image for _, image in samples]
-            yield read_batch(self.examples, images, [self.flips(epoch, image) for epoch, image in samples])
+            yield read_batch(self.examples, images, [self.view(epoch, image) for epoch, image in samples])
 
-    def flips(self, epoch: int, image: int) -> bool:
-        """Whether the image is flipped in this epoch."""
-        return self.flip and bool(generator(self.seed, SAMPLE, epoch, image).random_raw() >> 63)
+    def view(self, epoch: int, image: int) -> int:
+        """The view of the image in this epoch."""
+        if self.views == 1:
+            return 0
+        return int(generator(self.seed, SAMPLE, epoch, image).random_raw()) * self.views >> 64
 
 
 def ordered_batches(examples: Examples, batch_size: int, first: int = 0, step: int = 1) -> Iterator[ExampleBatch]:
-    """Yield every image once, unflipped, in order: the batches `first`, `first + step`, ... of `batch_size` images."""
+    """Yield view 0 of every image, in order: the batches `first`, `first + step`, ... of `batch_size` images."""
     for images in chunks(range(len(examples)), batch_size)[first::step]:
-        yield read_batch(examples, images, [False] * len(images))
+        yield read_batch(examples, images, [0] * len(images))
 
 
-def read_batch(examples: Examples, images: Sequence[int], flip: Sequence[bool]) -> ExampleBatch:
-    """The batch of these images, flipped where `flip` is true."""
+def read_batch(examples: Examples, images: Sequence[int], views: Sequence[int]) -> ExampleBatch:
+    """The batch of a view of each of these images."""
     labels = torch.from_numpy(examples.labels[list(images)].astype(np.int64))
-    return ExampleBatch(examples.read(images, flip), labels, [examples.key(i) for i in images])
+    return ExampleBatch(examples.read(images, views), labels, [examples.key(i) for i in images])

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
@@ -55,6 +56,11 @@ class ImageSet(Sequence[Sample]):
         """The labels of a source, numbered by `self.class_names`."""
         table = np.array([*(self.class_names.index(name) for name in source.class_names), NO_LABEL], np.int32)
         return table[source.labels]
+
+    @property
+    def sets(self) -> list[range]:
+        """The positions of the images of each source."""
+        return [range(first, stop) for first, stop in pairwise(self.starts.tolist())]
 
     @cached_property
     def digest(self) -> str:

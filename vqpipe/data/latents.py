@@ -28,7 +28,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
-from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16, encode_with_flip, sample_columns
+from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16, encode_views, sample_columns, with_flip
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ArtifactError, DataError, NumericError
 from vqpipe.progress import SILENT, Progress
@@ -187,7 +187,11 @@ def write_latents(
         draft, images, "latents-{:05d}.npy", shard_size=IMAGES_PER_SHARD, title="latents", progress=progress
     )
     job.run(
-        partial(encode_with_flip, encode=lambda view: tokenizer.latent(view, precision=precision).half(), flip=flip),
+        partial(
+            encode_views,
+            views=partial(with_flip, flip=flip),
+            encode=lambda view: tokenizer.latent(view, precision=precision).half(),
+        ),
         write_latent_shard,
         check=partial(check_float16, what="latent"),
         device=tokenizer.device,

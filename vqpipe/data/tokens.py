@@ -1,16 +1,23 @@
-"""Token shards: one Parquet row per image, its ids as narrow as the codebook allows; images to tokens and back.
+"""Token shards: one Parquet row per view of an image, its ids as narrow as the codebook allows; images to tokens and
+back.
 
-Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where the
-horizontal flip of each image was stored too, flipped bool. The row of a flip follows the row of its image.
+Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where an image
+has several rows, flipped bool. The rows of an image follow each other:
+
+| tokenize | rows of an image |
+|---|---|
+| --crops center | the centre crop |
+| --flip | the centre crop, and its horizontal flip |
+| --crops ten | centre, top left, top right, bottom left, bottom right of a larger centre crop; the same of its flip |
 
 B images of a batch, N ids per image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +28,23 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data.batches import chunks
-from vqpipe.data.encode import EncodedShard, EncodingJob, encode_with_flip, sample_columns
+from vqpipe.data.encode import EncodedShard, EncodingJob, encode_views, sample_columns, with_flip
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
-from vqpipe.data.transforms import encode_png
-from vqpipe.errors import DataError
+from vqpipe.data.transforms import encode_png, ten_crops
+from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
 
 SHARD_NAME = "tokens-{:05d}.parquet"
 IMAGES_PER_SHARD = 4096
 """Fixed, so that shards have the same bytes for any number of ranks and workers."""
+
+Crops = Literal["center", "ten"]
+TEN_CROP_RANGE = 1.1
+"""Side of the centre crop that ten crops are cut from, over their side: the default of LlamaGen's
+`extract_codes_c2i.py`."""
+TEN_CROP_KEYS = ("", "-top-left", "-top-right", "-bottom-left", "-bottom-right")
+"""Added to the keys of decoded images."""
 
 
 class ImageTokenizer(Protocol):
@@ -59,6 +73,7 @@ def write_tokens(
     *,
     image_size: int,
     flip: bool = False,
+    crops: Crops = "center",
     precision: str = "fp32",
     batch_size: int = 32,
     num_workers: int = 0,
@@ -67,22 +82,26 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
 
-    With `flip` the tokens of each image's horizontal flip are stored as well. `precision` "bf16" applies to the
-    network; the codebook search stays in float32, on slightly different latents.
+    With `flip` the tokens of each image's horizontal flip are stored as well. `crops` "ten" stores ten views of each
+    image, as LlamaGen: the `ten_crops` of ADM's centre crop of side int(1.1 x `image_size`). `precision` "bf16" applies
+    to the network; the codebook search stays in float32, on slightly different latents.
 
     Raises:
+        ConfigError: `flip` with ten crops, which include flips.
         DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
     """
+    check_crops(crops, flip)
+    views = partial(ten_crops, size=image_size) if crops == "ten" else partial(with_flip, flip=flip)
     layout = tokenizer.layout(image_size, image_size)
     job = EncodingJob(draft, images, SHARD_NAME, shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress)
     job.run(
-        partial(encode_with_flip, encode=partial(tokenizer.encode, precision=precision), flip=flip),
+        partial(encode_views, views=views, encode=partial(tokenizer.encode, precision=precision)),
         write_token_shard,
         check=partial(check_token_ids, codebook_size=tokenizer.codebook_size),
         device=tokenizer.device,
-        row_shape=(1 + flip, layout.num_tokens),
+        row_shape=(views_per_image({"flip": flip, "crops": crops}), layout.num_tokens),
         dtype=id_dtype(tokenizer.codebook_size),
-        image_size=image_size,
+        image_size=int(image_size * TEN_CROP_RANGE) if crops == "ten" else image_size,
         batch_size=batch_size,
         num_workers=num_workers,
     )
@@ -95,6 +114,17 @@ def write_tokens(
         "layout": layout.to_table(),
         "skipped": skipped,
     }
+
+
+def check_crops(crops: Crops, flip: bool) -> None:
+    """Raise a ConfigError for `flip` with ten crops."""
+    if crops == "ten" and flip:
+        raise ConfigError("--crops ten includes the flip of each image", "Omit --flip")
+
+
+def views_per_image(config: Mapping[str, Any]) -> int:
+    """The rows of each image in an artifact of tokens or latents: 10, 2 or 1. Of several, the second half are flips."""
+    return 10 if config.get("crops") == "ten" else 1 + bool(config.get("flip", False))
 
 
 def id_dtype(codebook_size: int) -> np.dtype:
@@ -117,8 +147,7 @@ def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
 
 
 def write_token_file(path: Path, keys: Sequence[str], labels: Sequence[int], ids: np.ndarray) -> None:
-    """Write one Parquet file: ids uint16 or uint32[images, 1 or 2, N], of each image and its flip; labels -1 where
-    unknown."""
+    """Write one Parquet file: ids uint16 or uint32[images, V, N], of V views of each image; labels -1 where unknown."""
     rows_per_image, num_tokens = ids.shape[1:]
     table = sample_columns(keys, labels, rows_per_image)
     columns = {
@@ -195,7 +224,9 @@ def decode_tokens(
     Only the first `limit` rows and the first `groups` groups of ids are decoded. Returns the facts, over all ranks.
     """
     size = int(tokens.facts["image_size"])
-    total = tokens.facts["num_images"] * (1 + tokens.config["flip"])
+    views = views_per_image(tokens.config)
+    crops = TEN_CROP_KEYS if views == 10 else ("",)
+    total = tokens.facts["num_images"] * views
     left = num_rows = total if limit is None else min(total, limit)
     shards = dict[str, tuple[str, int]]()  # tar of this rank -> its token shard, rows to decode
     for number, name in enumerate(tokens.names("tokens-*.parquet")):
@@ -209,7 +240,8 @@ def decode_tokens(
     for target, (name, take) in missing.items():
         part = read_tokens(tokens.verified_file(name), tokens.facts["codebook_size"])
         keys = tar_keys(
-            key + ("-flipped" if flipped else "") for key, flipped in zip(part.keys, part.flipped, strict=True)
+            key + crops[row % len(crops)] + ("-flipped" if flipped else "")
+            for row, (key, flipped) in enumerate(zip(part.keys, part.flipped, strict=True))
         )
         with draft.write(target, images=take) as path, write_tar(path) as tar:
             for rows in chunks(range(take), batch_size):

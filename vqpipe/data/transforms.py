@@ -25,7 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vqpipe.config import resumable
+from vqpipe.config import added, resumable
 from vqpipe.errors import ConfigError, DataError
 
 try:
@@ -74,6 +74,10 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected by their header, without decoding."""
 
+    set_weights: tuple[float, ...] = added(())
+    """With several --images: one weight for each, in order. A training image is of a set with probability weight / sum;
+    0 leaves a set out. Empty: sets are joined, so each is drawn from in proportion to its number of images."""
+
     num_workers: int = resumable(default=-1)
     """Processes that decode, per rank; 0: decode in the main process; -1: one per available core, at most 16."""
 
@@ -93,6 +97,13 @@ class DataConfig:
             raise ConfigError(f"data.max_skipped = {self.max_skipped} is not a share", "Give a number from 0 to 1")
         if not 1 <= self.max_pixels <= MAX_PIXELS:
             raise ConfigError(f"data.max_pixels = {self.max_pixels} is outside 1..{MAX_PIXELS}", "Pillow's own limit")
+        if self.set_weights and not (
+            all(0 <= weight < math.inf for weight in self.set_weights) and 0 < sum(self.set_weights) < math.inf
+        ):
+            raise ConfigError(
+                f"data.set_weights = {list(self.set_weights)} are not weights of image sets",
+                "Give each --images a number of at least 0, with a positive sum",
+            )
         if self.num_workers < -1 or self.worker_timeout < 0:
             raise ConfigError("data.num_workers is at least -1 and data.worker_timeout at least 0")
 
@@ -222,6 +233,21 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     return resize_and_crop(image, (width, height), ((width - size) // 2, (height - size) // 2), (size, size))
+
+
+def ten_crops(images: Tensor, size: int) -> list[Tensor]:
+    """Ten crops uint8[B, 3, size, size] of uint8[B, 3, H, W]: the centre, the corners (top left, top right, bottom
+    left, bottom right), and the same five of the horizontal flips.
+
+    They are those of torchvision's `TenCrop`, which has the centre after the corners.
+    """
+    height, width = images.shape[-2] - size, images.shape[-1] - size
+    corners = [(round(height / 2), round(width / 2)), (0, 0), (0, width), (height, 0), (height, width)]
+    return [
+        view[..., upper : upper + size, left : left + size]
+        for view in (images, images.flip(-1))
+        for upper, left in corners
+    ]
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft, Input
 from vqpipe.config import difference, to_request, to_table
-from vqpipe.data.batches import TrainingStream
+from vqpipe.data.batches import TrainingStream, check_set_weights
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import DataConfig, to_float
 from vqpipe.errors import ConfigError, WeightsError
@@ -64,8 +64,10 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> T
     """Check the settings against the inputs. Returns them with `validate_every` resolved (default: `sample_every`).
 
     Raises:
-        ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning.
+        ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning or with the
+            image sets.
     """
+    check_set_weights(inputs.images, recipe.data.set_weights)
     train, validates = recipe.train, inputs.validation is not None
     if publish == "best" and not validates:
         raise ConfigError("--publish best needs held-out images", "Name them with --validation")
@@ -174,7 +176,7 @@ def train_tokenizer(
     if state.step < recipe.train.steps:
         return None
     best = validation.best if validation is not None and publish == "best" else None
-    return publish_tokenizer(draft, recipe, task, state, metrics, best)
+    return publish_tokenizer(draft, recipe, inputs, task, state, metrics, best)
 
 
 def build_networks(
@@ -249,6 +251,7 @@ def validation_of(
 def publish_tokenizer(
     draft: Draft,
     recipe: TokenizerRecipe,
+    inputs: RunInputs,
     task: TokenizerTask,
     state: TrainState,
     metrics: MetricsLog,
@@ -273,4 +276,9 @@ def publish_tokenizer(
     }
     seen = {"images_seen": images_seen, "steps": state.step, "published_step": step}
     known = {name: value for name, value in measured.items() if value is not None}
-    return draft.publish(model_facts(task.model) | seen | known)
+    weights = recipe.data.set_weights
+    sets = [
+        {"name": source.name, "num_images": len(source), "weight": weight}
+        for source, weight in zip(inputs.images.sources, weights, strict=bool(weights))
+    ]
+    return draft.publish(model_facts(task.model) | seen | known | ({"image_sets": sets} if sets else {}))
