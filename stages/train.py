@@ -15,6 +15,7 @@ from vqpipe.training.loggers import check_loggers
 from vqpipe.training.tokenizer_run import (
     Publish,
     RunInputs,
+    check_codebook,
     check_run,
     start_tokenizer_run,
     train_tokenizer,
@@ -78,13 +79,17 @@ def train(
             raise ConfigError("no preset was named", "Choose one from `vqpipe presets`, such as --preset small")
         check_loggers(log or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
+        config = recipe.load(preset, overrides, train=flags).of_training()
+        codes = None if codebook is None else load_codebook(codebook)
+        if codes is not None:
+            check_codebook(config, codes)  # before the images, which may take minutes to index and hash
         inputs = RunInputs(
             images=open_images(images),
             held_out=open_images(validation) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        config = check_run(recipe.load(preset, overrides, train=flags).of_training(), inputs, publish)
+        config = check_run(config, inputs, publish)
         draft = start_tokenizer_run(out, config, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             console.finished(draft, again=True)
@@ -94,7 +99,7 @@ def train(
                 draft,
                 config,
                 inputs,
-                codebook=None if codebook is None else load_codebook(codebook),
+                codebook=codes,
                 seed=seed,
                 device=torch_device,
                 publish=publish,
