@@ -59,11 +59,15 @@ Images = Annotated[
         metavar="WHERE",
     ),
 ]
-TokenizerPath = Annotated[Path, typer.Option("--tokenizer", help="A tokenizer artifact.", metavar="DIR")]
+TokenizerPath = Annotated[
+    Path, typer.Option("--tokenizer", help="A tokenizer artifact, or hf:USER/NAME on the model hub.", metavar="DIR")
+]
 AutoencoderPath = Annotated[
     Path,
     typer.Option(
-        "--tokenizer", help="A tokenizer artifact, or a folder with SD-VAE, SDXL-VAE or TAEF2.", metavar="DIR"
+        "--tokenizer",
+        help="A tokenizer artifact, hf:USER/NAME on the model hub, or a folder with SD-VAE, SDXL-VAE or TAEF2.",
+        metavar="DIR",
     ),
 ]
 BatchSize = Annotated[
@@ -134,7 +138,15 @@ Extractor = Annotated[
 ]
 ExtractorWeights = Annotated[
     Path | None,
-    typer.Option("--extractor-weights", help="Checkpoint of --extractor; default: the download cache.", metavar="FILE"),
+    typer.Option(
+        "--extractor-weights", help="Checkpoint of --extractor; default: the Hugging Face cache.", metavar="FILE"
+    ),
+]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download", help="Download pretrained weights that are not in the Hugging Face cache; else nothing is."
+    ),
 ]
 MaxSkipped = Annotated[
     float,

@@ -34,6 +34,7 @@ def eval_generation(
     weights: console.Weights = None,
     extractor: console.Extractor = None,
     extractor_weights: console.ExtractorWeights = None,
+    download: console.Download = False,
     statistics: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +75,7 @@ def eval_generation(
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         samples = open_images(images)
         networks = find_networks(weights, torch_device)
-        add_extractor(networks, extractor, extractor_weights, torch_device)
+        add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         config = GenerationConfig(
             protocol=protocol,
             image_size=image_size or generated_size(images),

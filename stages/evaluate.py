@@ -48,6 +48,7 @@ def evaluate(
     ] = None,
     extractor: console.Extractor = None,
     extractor_weights: console.ExtractorWeights = None,
+    download: console.Download = False,
     analyze: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,7 +103,7 @@ def evaluate(
             flags["image_size"] = autoencoder.image_size
         config = recipe.load(preset, overrides, eval=flags).eval
         networks = find_networks(weights, torch_device)
-        add_extractor(networks, extractor, extractor_weights, torch_device)
+        add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         report, result = evaluate_tokenizer(
             out,
             image_set,

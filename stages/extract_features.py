@@ -26,8 +26,14 @@ def extract_features(
     ] = None,
     pool: Annotated[
         int | None,
-        typer.Option("--pool", help="Average the features to a grid of N x N per image.", metavar="N", min=1),
+        typer.Option(
+            "--pool",
+            help="Average the features to N x N per image (adaptive average pooling); N is at most the encoder's grid.",
+            metavar="N",
+            min=1,
+        ),
     ] = None,
+    download: console.Download = False,
     batch_size: BatchSize = None,
     limit: Limit = None,
     precision: console.TrainPrecision = None,
@@ -45,9 +51,9 @@ def extract_features(
     with console.session(device, seed) as torch_device:
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
         config = recipe.load(preset, overrides, features=flags).features
+        weights = features.encoder_weights(config, download=download)
+        opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
         image_set = open_images(images)
-        weights = features.encoder_weights(config)
-        opened = features.open_encoder(config, weights).to(torch_device)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:
             inputs["weights"] = hash_file(weights)

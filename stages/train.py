@@ -15,6 +15,7 @@ from vqpipe.training.loggers import installed_loggers
 from vqpipe.training.tokenizer_run import (
     Publish,
     RunInputs,
+    check_codebook,
     check_run,
     start_tokenizer_run,
     train_tokenizer,
@@ -84,6 +85,9 @@ def train(
     with console.session(device, seed) as torch_device:
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         recipe, loggers = load_tokenizer(preset, overrides, train=flags), installed_loggers(log)
+        codes = None if codebook is None else load_codebook(codebook)
+        if codes is not None:
+            check_codebook(recipe, codes)  # before the images, which may take minutes to index and hash
         inputs = RunInputs(
             images=open_images(images),
             validation=open_images(validation) if validation else None,
@@ -100,7 +104,7 @@ def train(
                 draft,
                 recipe,
                 inputs,
-                codebook=None if codebook is None else load_codebook(codebook),
+                codebook=codes,
                 seed=seed,
                 device=torch_device,
                 publish=publish,

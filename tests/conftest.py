@@ -8,7 +8,7 @@ import sys
 import tarfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +87,52 @@ def small_tokenizer() -> "Callable[[QuantizerConfig], Tokenizer]":
         return Tokenizer(autoencoder, image_size=32)
 
     return make
+
+
+@dataclass
+class Hub:
+    """A model hub in place of Hugging Face's, with an empty cache. Its files are those of `files`, by name."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    """What was asked of it: "USER/NAME" for a whole repository, "USER/NAME/FILE" for a file."""
+    online: bool = True
+
+    def reachable(self, url: str) -> bool:
+        self.requests.append(url)
+        return self.online
+
+    def hf_hub_download(self, repository: str, name: str) -> str:
+        self.requests.append(f"{repository}/{name}")
+        if name not in self.files:
+            raise FileNotFoundError(f"no {name} here")
+        return str(self.files[name])
+
+    def snapshot_download(self, repository: str, **options: Any) -> str:
+        self.requests.append(repository)
+        return str(self.files[repository])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub that encoders and tokenizers are fetched from; nothing else has a network."""
+    import socket
+
+    import huggingface_hub
+
+    from vqpipe.codebooks import pretrained
+
+    def look_up(host: Any, *port: Any, **options: Any) -> None:
+        raise AssertionError(f"a connection to {host!r}")
+
+    fake = Hub()
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(pretrained, "reachable", fake.reachable)
+    monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", False)
+    return fake
 
 
 @pytest.fixture(scope="session")

@@ -271,11 +271,12 @@ def test_taef2_reconstructs_real_photographs(shared: Path) -> None:
     assert sum(psnr) / len(psnr) > 28
 
 
-def test_nothing_is_downloaded() -> None:
+@pytest.mark.parametrize("name", ["stabilityai/sd-vae-ft-mse", "hf:stabilityai/sd-vae-ft-mse"])
+def test_nothing_is_downloaded(name: str) -> None:
     with pytest.raises(
         WeightsError, match=r"not downloaded automatically\. Download .* of stabilityai/sd-vae-ft-mse \(SD-VAE\) or"
     ):
-        open_autoencoder("stabilityai/sd-vae-ft-mse")
+        open_autoencoder(name)
     with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
         open_autoencoder("/absent")
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,17 @@ def test_keep_groups_masks_the_last_groups() -> None:
     layout = TokenLayout(((1, 2),), num_groups=3)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
     assert keep_groups(ids, layout, 2).tolist() == [[1, 2, -1, 4, 5, -1]]
+
+
+def test_repository_of_the_hub_is_opened_only_by_name(tokenizer: Tokenizer, tmp_path: Path, hub: Any) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    hub.files["user/name"] = tmp_path
+    with pytest.raises(ArtifactError, match="user/name is not a vqpipe artifact"):
+        Tokenizer.from_pretrained(Path("user/name"))  # a mistyped --tokenizer
+    assert hub.requests == []
+    for source in ("user/name", "hf:user/name", Path("hf:user/name")):
+        assert Tokenizer.from_pretrained(source).name == "name"
+    assert hub.requests == ["user/name"] * 3
 
 
 def test_invalid_folders_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> To
         ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
     """
     folder = Path(path)
-    if not folder.is_dir() and str(path) in RELEASED.values():
+    if not folder.is_dir() and str(path).removeprefix("hf:") in RELEASED.values():
         raise WeightsError(f"{path} is not a folder, and is not downloaded automatically", DOWNLOAD)
     in_diffusers_layout = diffusers_class(folder) is not None or any(folder.glob("diffusion_pytorch_model*"))
     if in_diffusers_layout or (not (folder / CONFIG).is_file() and find_pair(folder) is not None):

@@ -46,15 +46,20 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
-        """Open a tokenizer: the directory of an artifact or of `save_pretrained`, or a repository id of the hub.
+        """Open a tokenizer: the directory of an artifact or of `save_pretrained`, or a repository of the hub.
+
+        A repository is downloaded if it is named by "hf:user/name", or by the string "user/name" where there is no such
+        directory. A `Path`, such as those of the commands, is never looked up on the hub without "hf:".
 
         Raises:
             ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
             ConfigError: it is an autoencoder with continuous latents, which has no tokens.
         """
         folder = Path(path)
-        if not folder.is_dir() and "/" in str(path) and not folder.is_absolute():
-            folder = download(str(path))
+        repository = str(path).removeprefix("hf:")
+        named = repository != str(path) or (isinstance(path, str) and "/" in path and not folder.is_absolute())
+        if named and not folder.is_dir():
+            folder = download(repository)
         artifact = None
         if not folder.is_dir() or (folder / "manifest.json").is_file():
             artifact = artifacts.open_artifact(folder, "tokenizer")  # says what is wrong with an absent one

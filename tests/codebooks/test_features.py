@@ -102,8 +102,25 @@ def test_pooling_averages_squares_in_row_major_order() -> None:
     pooled = pool_features(grid, 2)
     assert pooled.shape == (1, 4, 2)
     assert pooled[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
-    with pytest.raises(ConfigError, match=r"8 x 8 patches cannot be averaged to 3 x 3. Use --pool 1, 2, 4, 8"):
-        check_pool(PatchPca(32, 4, 10), 3)
+    with pytest.raises(ConfigError, match=r"8 x 8 patches cannot be averaged to 9 x 9. Use --pool 8 or less"):
+        check_pool(PatchPca(32, 4, 10), 9)
+
+
+@pytest.mark.parametrize(("side", "pool"), [(7, 4), (14, 4), (8, 3)])
+def test_pooling_to_a_grid_that_does_not_divide_is_adaptive(side: int, pool: int) -> None:
+    grid = torch.rand(2, 5, side, side)
+    found = pool_features(grid, pool).transpose(1, 2).unflatten(2, (pool, pool))
+    assert torch.equal(found, torch.nn.functional.adaptive_avg_pool2d(grid, pool))
+    edges = [(i * side // pool, -(-(i + 1) * side // pool)) for i in range(pool)]
+    cells = [[grid[:, :, a:b, c:d].mean((2, 3)) for c, d in edges] for a, b in edges]
+    torch.testing.assert_close(found, torch.stack([torch.stack(row, 2) for row in cells], 2))
+
+
+@pytest.mark.parametrize(("side", "pool"), [(16, 4), (7, 1), (32, 32)])
+def test_pooling_to_a_grid_that_divides_has_the_bits_of_plain_average_pooling(side: int, pool: int) -> None:
+    grid = torch.rand(2, 5, side, side)
+    found = pool_features(grid, pool).transpose(1, 2).unflatten(2, (pool, pool))
+    assert torch.equal(found, torch.nn.functional.avg_pool2d(grid, side // pool))
 
 
 def test_shards_hold_the_features_of_the_encoder(images: ImageSet, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -129,30 +130,57 @@ def test_weights_of_another_model_are_an_error(tiny_clip: Path, tmp_path: Path) 
         ("timm:vit_small_patch14_dinov2", "model.safetensors", "timm/vit_small_patch14_dinov2.lvd142m"),
     ],
 )
-def test_offline_error_names_the_file_without_delay(
-    encoder: str, file: str, repository: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretrained.huggingface_hub, "try_to_load_from_cache", lambda *names: None)
-    monkeypatch.setattr(pretrained, "reachable", lambda url: False)
+def test_weights_are_downloaded_only_on_request(encoder: str, file: str, repository: str, hub: Any) -> None:
+    hub.files[file] = Path("/downloaded")
+    config = FeaturesConfig(encoder=encoder)
+    with pytest.raises(WeightsError) as error:
+        encoder_weights(config)
+    assert hub.requests == []
+    assert error.value.what == f"the weights of {encoder} are not in the cache"
+    assert f"Add --download to fetch {file} from https://huggingface.co/{repository}" in error.value.hint
+    assert "--set features.weights=FILE" in error.value.hint
+    assert encoder_weights(config, download=True) == Path("/downloaded")
+    assert hub.requests[1:] == [f"{repository}/{file}"]
+
+    hub.online = False
+    message = (
+        f"not in the cache .no network.. Download {file} from https://huggingface.co/{repository} .*features.weights="
+    )
+    with pytest.raises(WeightsError, match=message):
+        encoder_weights(config, download=True)
+    assert len(hub.requests) == 3
+
+
+def test_weights_in_a_file_or_in_the_cache_are_not_downloaded(monkeypatch: pytest.MonkeyPatch, hub: Any) -> None:
+    encoder = "open_clip:ViT-L-14/openai"
+    cache = {"open_clip_pytorch_model.bin": "/cache/file"}
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained.huggingface_hub, "try_to_load_from_cache", lambda repository, name: cache.get(name))
+        assert encoder_weights(FeaturesConfig(encoder=encoder), download=True) == Path("/cache/file")
+    assert encoder_weights(FeaturesConfig(encoder=encoder, weights=Path("w.pt")), download=True) == Path("w.pt")
+    assert encoder_weights(FeaturesConfig(encoder=encoder, allow_random_weights=True), download=True) is None
+    assert hub.requests == []
+
+
+def test_unreachable_hub_is_detected_without_delay() -> None:
     began = time.monotonic()
-    with pytest.raises(
-        WeightsError, match=f"Download {file} from https://huggingface.co/{repository} .*features.weights="
-    ):
-        encoder_weights(FeaturesConfig(encoder=encoder))
+    assert not pretrained.reachable("http://127.0.0.1:9")
     assert time.monotonic() - began < 1
-    assert encoder_weights(FeaturesConfig(encoder=encoder, weights=Path("w.pt"))) == Path("w.pt")
-    assert encoder_weights(FeaturesConfig(encoder=encoder, allow_random_weights=True)) is None
 
 
-def test_weights_in_the_cache_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        pretrained.huggingface_hub,
-        "try_to_load_from_cache",
-        lambda repository, name: f"/cache/{name}" if name.endswith(".bin") else None,
-    )
-    assert encoder_weights(FeaturesConfig(encoder="open_clip:ViT-L-14/openai")) == Path(
-        "/cache/open_clip_pytorch_model.bin"
-    )
+def test_libraries_download_nothing_in_place_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.zeros(3)}, "openai")  # also the name of a tag
+    save_file({}, "empty.safetensors")
+    with pytest.raises(WeightsError, match="openai does not fit open_clip:ViT-B-32"):
+        open_encoder(FeaturesConfig(encoder="open_clip:ViT-B-32/openai"), Path("openai"))
+    with pytest.raises(WeightsError, match=r"empty\.safetensors has no tensors by name"):
+        open_encoder(FeaturesConfig(encoder="timm:test_vit"), Path("empty.safetensors"))
+    with pytest.raises(ConfigError, match="has a text encoder of transformers"):
+        encoder_weights(FeaturesConfig(encoder="open_clip:roberta-ViT-B-32/laion2b_s12b_b32k"), download=True)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,10 @@ def test_missing_codebook_raises_with_the_option_to_pass() -> None:
 
 
 def test_codebook_of_another_shape_is_rejected_with_both_shapes() -> None:
-    with pytest.raises(ConfigError, match="50 codes of 8 channels, the model expects 60 of 12"):
+    with pytest.raises(ConfigError, match="50 codes of 8 channels, the model expects 60 of 12") as error:
         make().load_codebook(torch.zeros(50, 8))
+    both = "model.quantizer.codebook_size=50 and model.quantizer.feature_dim=8"
+    assert error.value.hint == f"Set {both}, or pass another codebook"
 
 
 def test_without_projector_codes_are_features() -> None:

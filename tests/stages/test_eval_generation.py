@@ -14,7 +14,7 @@ from stages.compare import compare
 from stages.eval_generation import eval_generation
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.transforms import center_crop
-from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.evaluation.generation import gaussian_moments, read_adm_file
 from vqpipe.metrics import set_metrics
 from vqpipe.metrics.feature_networks import FeatureNetworks
@@ -72,6 +72,15 @@ def with_network(monkeypatch: pytest.MonkeyPatch, inception: nn.Module | None, e
     found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, absent, named, digests)
     monkeypatch.setattr(set_metrics, "SIZES", SIZES)
     monkeypatch.setattr("stages.eval_generation.find_networks", lambda folder, device: found)
+
+
+def test_weights_of_the_extractor_are_downloaded_only_with_the_option(pictures: Path, hub: Any) -> None:
+    with pytest.raises(WeightsError, match="Add --download"):
+        measure(pictures, "report", extractor="timm:test_vit")
+    assert hub.requests == []
+    with pytest.raises(WeightsError, match=r"\(no pytorch_model.bin here\)"):
+        measure(pictures, "report", extractor="timm:test_vit", download=True)
+    assert "timm/test_vit.r160_in1k/model.safetensors" in hub.requests
 
 
 def test_without_weights_every_number_is_missing_with_a_reason(pictures: Path) -> None:

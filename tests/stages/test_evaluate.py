@@ -293,3 +293,15 @@ def test_extractor_without_weights_or_network_is_an_error(
         run(path, picture_folder, tmp_path / "report", extractor_weights=tmp_path / "file")
     with pytest.raises(WeightsError, match="does not exist"):
         run(path, picture_folder, tmp_path / "report", extractor="timm:resnet18", extractor_weights=tmp_path / "file")
+
+
+def test_weights_of_the_extractor_are_downloaded_only_with_the_option(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, hub: Any
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    with pytest.raises(WeightsError, match=r"Add --download to fetch model.safetensors .* --extractor-weights FILE"):
+        run(path, picture_folder, tmp_path / "report", extractor="timm:test_vit")
+    assert hub.requests == []
+    with pytest.raises(WeightsError, match=r"\(no pytorch_model.bin here\)"):
+        run(path, picture_folder, tmp_path / "report", extractor="timm:test_vit", download=True)
+    assert "timm/test_vit.r160_in1k/model.safetensors" in hub.requests

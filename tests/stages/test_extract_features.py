@@ -7,9 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 from stages.extract_features import extract_features
 from vqpipe.artifacts import open_artifact
@@ -44,9 +48,30 @@ def test_publishes_features_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
         run(out, pool=2)
 
 
+def test_pool_need_not_divide_the_grid(tmp_path: Path) -> None:
+    run(tmp_path / "features", pool=3)
+    assert open_artifact(tmp_path / "features").facts["num_vectors"] == 10 * 9
+
+
+def test_pool_larger_than_the_grid_is_refused_before_images_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="8 x 8 patches cannot be averaged to 9 x 9"):
+        extract_features(["nowhere"], tmp_path / "features", pool=9, overrides=SETTINGS)
+
+
+def test_weights_are_downloaded_only_with_the_option(tmp_path: Path, hub: Any) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "model.safetensors")
+    hub.files["model.safetensors"] = tmp_path / "model.safetensors"
+    options = {"encoder": "timm:test_vit", "pool": 5, "limit": 2, "device": "cpu"}
+    with pytest.raises(WeightsError, match="Add --download"):
+        extract_features(["builtin:photos/heldout"], tmp_path / "features", **options)
+    assert hub.requests == []
+    extract_features(["builtin:photos/heldout"], tmp_path / "features", download=True, **options)
+    assert hub.requests[1:] == ["timm/test_vit.r160_in1k/model.safetensors"]
+    assert open_artifact(tmp_path / "features").inputs.keys() == {"images", "weights"}
+
+
 def test_an_invalid_request_leaves_no_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="8 x 8 patches cannot be averaged to 3 x 3"):
-        run(tmp_path / "features", pool=3)
     with pytest.raises(WeightsError, match=r"nowhere\.pt"):
         run(tmp_path / "features", "features.weights=nowhere.pt", encoder="timm:test_vit")
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -236,6 +237,23 @@ def test_loggers_get_every_row_and_image_and_are_closed_also_when_the_run_fails(
     assert [row["step"] for row in second.earlier] == [2]
     assert [*second.earlier, *second.rows] == read_metrics(tokenizer.file("metrics.jsonl"))
     assert second.images == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((40, 7), "holds 40 codes of 7 channels, .* Set model.quantizer.feature_dim=7, or"),
+        ((39, 6), "holds 39 codes of 6 channels, .* Set model.quantizer.codebook_size=39, or"),
+    ],
+)
+def test_codebook_of_another_shape_is_refused_before_images_are_read(
+    shape: tuple[int, int], message: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "codebook.npy", np.zeros(shape, np.float32))
+    overrides = [*SETTINGS, "model.quantizer.kind=lc", "model.quantizer.feature_dim=6"]
+    with pytest.raises(ConfigError, match=message):
+        train(["nowhere"], tmp_path / "lc", tmp_path / "codebook.npy", preset="smoke", overrides=overrides)
+    assert [path.name for path in tmp_path.iterdir()] == ["codebook.npy"]
 
 
 def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:

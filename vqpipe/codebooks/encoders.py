@@ -65,14 +65,13 @@ def check_pool(encoder: PatchEncoder, pool: int | None) -> int:
     """Side of the grid after pooling: `pool`, or the encoder's default.
 
     Raises:
-        ConfigError: it does not divide the encoder's grid.
+        ConfigError: it is larger than the encoder's grid.
     """
     pool = pool or encoder.default_pool
-    if encoder.grid_size % pool:
-        sides = [side for side in range(1, encoder.grid_size + 1) if encoder.grid_size % side == 0]
+    if pool > encoder.grid_size:
         raise ConfigError(
             f"a grid of {encoder.grid_size} x {encoder.grid_size} patches cannot be averaged to {pool} x {pool}",
-            f"Use --pool {', '.join(map(str, sides))}",
+            f"Use --pool {encoder.grid_size} or less",
         )
     return pool
 
@@ -80,10 +79,15 @@ def check_pool(encoder: PatchEncoder, pool: int | None) -> int:
 def pool_features(features: Tensor, pool: int) -> Tensor:
     """Average pooling of float32[B, D, g, g] to float32[B, pool * pool, D], row-major.
 
-    Kernel equals stride, in float32, as in VQGAN-LC's released code (16 x 16 CLIP tokens to 4 x 4).
+    This is the "additional average pooling layer" of VQGAN-LC's paper, as `torch.nn.functional.adaptive_avg_pool2d`:
+    cell i covers the rows from floor(i * g / pool) to ceil((i + 1) * g / pool), excluded. Where `pool` divides g, the
+    cells are squares, as in the released code (16 x 16 CLIP tokens to 4 x 4). Otherwise (7 x 7 or 14 x 14 to 4 x 4)
+    neighbouring cells overlap.
     """
-    kernel = features.shape[-1] // pool
-    return F.avg_pool2d(features, kernel).flatten(2).transpose(1, 2)
+    side = features.shape[-1]
+    # Where the pool divides the grid, both functions give the same averages, but not the same last bits.
+    pooled = F.adaptive_avg_pool2d(features, pool) if side % pool else F.avg_pool2d(features, side // pool)
+    return pooled.flatten(2).transpose(1, 2)
 
 
 class PatchPca(PatchEncoder):

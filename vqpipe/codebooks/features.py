@@ -39,6 +39,7 @@ from vqpipe.progress import SILENT, Progress
 BLOCK_ROWS = 65_536
 """Rows that are read at a time."""
 ENCODER_FILE = "encoder.safetensors"
+WEIGHTS_OPTION = "--set features.weights=FILE; --set features.allow_random_weights=true uses random weights"
 SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -56,8 +57,8 @@ class FeaturesConfig:
     encoder: str = "patch-pca"
     """`patch-pca` (no weights needed), `open_clip:NAME/TAG` or `timm:NAME`."""
     pool: int | None = None
-    """Side of the grid of features per image after average pooling; none: 4 for open_clip and timm, the whole grid for
-    patch-pca."""
+    """Side of the grid of features per image after adaptive average pooling, at most that of the encoder's grid; none:
+    4 for open_clip and timm, the whole grid for patch-pca."""
     image_size: int | None = None
     """Side of the square images in pixels; none: the size the encoder was trained on, 256 for patch-pca."""
     batch_size: int = resumable(default=32)
@@ -69,7 +70,8 @@ class FeaturesConfig:
     fit_patches: int = 200_000
     """Approximate number of patches for the principal components, patch-pca only."""
     weights: Path | None = resumable(default=None)
-    """File with the encoder's weights (its hash is an input of the artifact); none: the Hugging Face cache or hub."""
+    """File with the encoder's weights (its hash is an input of the artifact); none: the Hugging Face cache, and with
+    `--download` the hub."""
     allow_random_weights: bool = False
     """Without `weights`, use an untrained network instead of downloading them: for controls."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -88,7 +90,7 @@ class FeaturesConfig:
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"features.precision = {self.precision!r} is not a choice", "Use fp32 or bf16")
         kind, colon, name = self.encoder.partition(":")
-        takes_name = kind in ENCODERS and ENCODERS[kind].find_weights is not None
+        takes_name = kind in ENCODERS and ENCODERS[kind].hub_files is not None
         if kind not in ENCODERS or (bool(colon), bool(name)) != (takes_name, takes_name):
             *others, last = (each.usage for each in ENCODERS.values())
             raise ConfigError(f"features.encoder = {self.encoder!r} is unknown", f"Use {', '.join(others)} or {last}")
@@ -109,8 +111,8 @@ class EncoderKind:
     """The form of the setting `encoder`: `KIND`, or `KIND:NAME` for a kind with weights."""
     build: Callable[[FeaturesConfig, str, Path | None], PatchEncoder]
     """Build the encoder from (config, NAME, weights file)."""
-    find_weights: Callable[[str], Path] | None = None
-    """Find the weights file of NAME, in the cache or on the hub; None: the kind has no weights."""
+    hub_files: Callable[[str], tuple[str, Sequence[str]]] | None = None
+    """The hub repository of NAME, and the names that its weight file may have; None: the kind has no weights."""
 
 
 ENCODERS: dict[str, EncoderKind] = {
@@ -121,12 +123,12 @@ ENCODERS: dict[str, EncoderKind] = {
     "open_clip": EncoderKind(
         "open_clip:NAME/TAG",
         lambda config, name, weights: pretrained_encoders().open_clip_encoder(name, weights, config.image_size),
-        lambda name: pretrained_encoders().open_clip_weights(name),
+        lambda name: pretrained_encoders().open_clip_files(name),
     ),
     "timm": EncoderKind(
         "timm:NAME",
         lambda config, name, weights: pretrained_encoders().timm_encoder(name, weights, config.image_size),
-        lambda name: pretrained_encoders().timm_weights(name),
+        lambda name: pretrained_encoders().timm_files(name),
     ),
 }
 """The kinds of encoders, by the KIND of the setting."""
@@ -138,28 +140,36 @@ def encoder_kind(config: FeaturesConfig) -> tuple[EncoderKind, str]:
     return ENCODERS[kind], name
 
 
-def encoder_weights(config: FeaturesConfig) -> Path | None:
+def encoder_weights(config: FeaturesConfig, *, download: bool = False, option: str = WEIGHTS_OPTION) -> Path | None:
     """The file with the encoder's weights; None for a kind without weights and for random weights.
 
+    Args:
+        config: the encoder.
+        download: fetch the file from the hub if it is not in the cache. Otherwise nothing is downloaded.
+        option: how to name a file instead, for the message of an absent one.
+
     Raises:
-        WeightsError: they are not on this machine and cannot be downloaded.
+        WeightsError: they are not on this machine, and are not to be downloaded or cannot be.
         ConfigError: no such model, or weights for a kind that has none.
     """
     kind, name = encoder_kind(config)
-    if kind.find_weights is None and config.weights is not None:
+    if kind.hub_files is None and config.weights is not None:
         raise ConfigError(
             f"features.weights is set, and {config.encoder} has no weights", "Leave it out, or name an --encoder"
         )
-    if kind.find_weights is None or config.weights is not None or config.allow_random_weights:
+    if kind.hub_files is None or config.weights is not None or config.allow_random_weights:
         return config.weights
-    return kind.find_weights(name)
+    found: Path = pretrained_encoders().find_file(
+        config.encoder, *kind.hub_files(name), download=download, option=option
+    )
+    return found
 
 
 def open_encoder(config: FeaturesConfig, weights: Path | None) -> PatchEncoder:
-    """Build the encoder (patch-pca unfitted), and check that `pool` divides its grid.
+    """Build the encoder (patch-pca unfitted), and check that `pool` is not larger than its grid.
 
     Raises:
-        ConfigError: no such model, or a pool that does not divide its grid.
+        ConfigError: no such model, or a pool larger than its grid.
         WeightsError: the weights are missing or belong to another model.
     """
     kind, name = encoder_kind(config)

@@ -1,14 +1,14 @@
 """Pretrained encoders: CLIP from open_clip, other backbones from timm.
 
-Weights are loaded from the user's file, from the Hugging Face cache, or, with a network, from the hub. Otherwise an
-error names the file to download; random weights are used only with `allow_random_weights`.
+Weights are loaded from the user's file or from the Hugging Face cache. Only `--download` fetches them from the hub.
+Otherwise an error names the missing file; random weights are used only with `allow_random_weights`.
 """
 
 import math
 import pickle
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,11 @@ class TimmPatches(Normalized):
         return maps[0].float()
 
 
-def open_clip_weights(spec: str) -> Path:
-    """The weight file of `NAME/TAG`, from the cache or the hub.
+def open_clip_files(spec: str) -> tuple[str, Sequence[str]]:
+    """The hub repository of `NAME/TAG`, "" if there is none, and the names that its weight file may have.
 
     Raises:
         ConfigError: no such model or tag.
-        WeightsError: neither has it.
     """
     name, tag = check_open_clip(spec)
     if not tag:
@@ -119,7 +118,7 @@ def open_clip_weights(spec: str) -> Path:
             f"open_clip:{name} does not name its weights", f"Write open_clip:{name}/TAG: {', '.join(tags)}"
         )
     repository, _, file = open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rpartition("/")
-    return fetch(f"open_clip:{spec}", repository, [file] if file else OPEN_CLIP_FILES)
+    return repository, [file] if file else OPEN_CLIP_FILES
 
 
 def open_clip_encoder(spec: str, weights: Path | None, image_size: int | None) -> OpenClipPatches:
@@ -138,7 +137,7 @@ def open_clip_encoder(spec: str, weights: Path | None, image_size: int | None) -
     build = partial(
         open_clip.create_model,
         name,
-        pretrained=None if weights is None else str(weights),
+        pretrained=None if weights is None else str(weights.absolute()),  # "openai" would be a tag, which is fetched
         pretrained_text=False,
         force_quick_gelu=bool(trained.get("quick_gelu")),
         force_image_size=image_size,
@@ -154,28 +153,33 @@ def open_clip_encoder(spec: str, weights: Path | None, image_size: int | None) -
 
 
 def check_open_clip(spec: str) -> tuple[str, str]:
-    """Split `NAME/TAG` (or `NAME`, whose tag is ""), and raise a ConfigError for an unknown name or tag."""
+    """Split `NAME/TAG` (or `NAME`, whose tag is ""), and raise a ConfigError for an unknown or unsupported one."""
     name, _, tag = spec.partition("/")
     if name not in open_clip.list_models():
         raise ConfigError(f"open_clip has no model {name!r}", nearest_name(name, open_clip.list_models()))
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
         raise ConfigError(f"open_clip:{name} has no weights {tag!r}", nearest_name(tag, tags) if tags else "")
+    if "hf_model_name" in (open_clip.get_model_config(name) or {}).get("text_cfg", {}):
+        raise ConfigError(
+            f"open_clip:{name} has a text encoder of transformers, which is fetched from the hub",
+            "Choose another model",
+        )
     return name, tag
 
 
-def timm_weights(name: str) -> Path:
-    """The weight file of timm's model `name`, from the cache or the hub. Raises as `open_clip_weights`."""
+def timm_files(name: str) -> tuple[str, Sequence[str]]:
+    """The hub repository of timm's model `name` and its weight file, as `open_clip_files`."""
     config = check_timm(name)
     repository = (config.get("hf_hub_id") or "").partition("@")[0]
     file = config.get("hf_hub_filename")
-    return fetch(f"timm:{name}", repository, [file] if file else TIMM_FILES)
+    return repository, [file] if file else TIMM_FILES
 
 
 def timm_encoder(name: str, weights: Path | None, image_size: int | None) -> TimmPatches:
     """Build timm's model `name` with `weights`; None: random. Raises as `open_clip_encoder`."""
     preprocessing = check_timm(name)
-    overlay = None if weights is None else {"state_dict": load_tensors(weights)}
+    overlay = None if weights is None else {"state_dict": state_dict(weights)}
     # With the classifier, which is unused: without it timm ignores missing and unexpected keys.
     build = partial(timm.create_model, name, pretrained=weights is not None, pretrained_cfg_overlay=overlay)
     backbone = load_into(f"timm:{name}", build, weights)
@@ -194,6 +198,14 @@ def check_timm(name: str) -> dict[str, Any]:
     if config is None:
         raise ConfigError(f"timm:{name} has no pretrained configuration", "Choose a backbone with weights")
     return config.to_dict()
+
+
+def state_dict(file: Path) -> dict[str, Any]:
+    """The tensors of a file by name; a WeightsError where there are none: timm would download the published ones."""
+    tensors: Any = load_tensors(file)
+    if not isinstance(tensors, dict) or not tensors:
+        raise WeightsError(f"{file} has no tensors by name", "Use the weights of this model")
+    return tensors
 
 
 def load_into(spec: str, build: Callable[[], nn.Module], weights: Path | None) -> Any:
@@ -216,19 +228,31 @@ def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.
     return transforms.Compose([transforms.Resize(target, interpolation), transforms.CenterCrop(size), pixels])
 
 
-def fetch(spec: str, repository: str, names: Iterable[str]) -> Path:
-    """The first of the files `names` of a hub repository that is found, in the cache, then on the hub.
+def find_file(spec: str, repository: str, names: Sequence[str], *, download: bool, option: str) -> Path:
+    """The first of the files `names` of a hub repository that is in the cache, or, with `download`, on the hub.
+
+    Args:
+        spec: the encoder, for messages.
+        repository: USER/NAME.
+        names: the names that the file may have.
+        download: fetch it from the hub if it is not in the cache.
+        option: the option that takes a file in its place, for messages.
 
     Raises:
-        WeightsError: neither has one; the message names the file and how to download it.
+        WeightsError: there is no such file; the message names it, and how to download it.
     """
-    names = list(names)
-    for name in names if repository else []:
+    if not repository:
+        raise WeightsError(f"no weights of {spec} are published", "Choose another model")
+    for name in names:
         cached = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(cached, str):
             return Path(cached)
+    missing = f"the weights of {spec} are not in the cache"
+    where = f"{names[0]} from https://huggingface.co/{repository}"
+    if not download:
+        raise WeightsError(missing, f"Add --download to fetch {where}, or name a file with {option}")
     reason = "no network"
-    if repository and not hub.HF_HUB_OFFLINE and reachable(hub.ENDPOINT):
+    if not hub.HF_HUB_OFFLINE and reachable(hub.ENDPOINT):
         for name in names:
             try:
                 return Path(huggingface_hub.hf_hub_download(repository, name))
@@ -236,13 +260,9 @@ def fetch(spec: str, repository: str, names: Iterable[str]) -> Path:
                 reason = "no such file on the hub"
             except OSError as error:
                 reason = str(error).splitlines()[0][:120]
-    if not repository:
-        raise WeightsError(f"no weights of {spec} are published", "Choose another model")
     raise WeightsError(
-        f"the weights of {spec} are not in the cache ({reason})",
-        f"Download {names[0]} from https://huggingface.co/{repository} and add --set features.weights=FILE, "
-        f"or run `hf download {repository} {names[0]}` where there is a network; "
-        "--set features.allow_random_weights=true uses random weights",
+        f"{missing} ({reason})",
+        f"Download {where} (or run `hf download {repository} {names[0]}` where there is a network) and add {option}",
     )
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqpipe.codebooks import features
-from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.errors import ConfigError
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks
 
@@ -33,8 +33,12 @@ class PooledMaps(nn.Module):
         return maps.float().mean((2, 3))
 
 
-def add_extractor(networks: FeatureNetworks, spec: str | None, weights: Path | None, device: torch.device) -> None:
+def add_extractor(
+    networks: FeatureNetworks, spec: str | None, weights: Path | None, device: torch.device, *, download: bool = False
+) -> None:
     """Build the network `spec` ("open_clip:NAME/TAG", "timm:NAME"; None: none) and add it to `networks`.
+
+    With `download`, weights that are not in the cache are fetched from the hub.
 
     Raises:
         ConfigError: no such network, or one without weights or preprocessing of its own.
@@ -47,11 +51,7 @@ def add_extractor(networks: FeatureNetworks, spec: str | None, weights: Path | N
     if spec == "patch-pca":
         raise ConfigError("patch-pca is fitted to images, so it measures no distance", "Name open_clip: or timm:")
     config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
-    try:
-        file = features.encoder_weights(config)
-    except WeightsError as error:
-        hint = "Fetch them where there is a network, and name --extractor-weights FILE"
-        raise WeightsError(error.what, hint) from None
+    file = features.encoder_weights(config, download=download, option="--extractor-weights FILE")
     encoder = features.open_encoder(config, file)
     if file is None or encoder.transform is None:
         raise ConfigError(f"{spec} has no weights or no preprocessing of its own", "Name open_clip: or timm:")

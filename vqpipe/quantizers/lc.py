@@ -134,9 +134,11 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
     def load_codebook(self, codebook: Tensor) -> None:
         if codebook.shape != self.codes.shape:
             (k, dim), (size, feature_dim) = codebook.shape, self.codes.shape
+            needed = [f"model.quantizer.codebook_size={k}"] * (k != size)
+            needed += [f"model.quantizer.feature_dim={dim}"] * (dim != feature_dim)
             raise ConfigError(
                 f"the codebook holds {k} codes of {dim} channels, the model expects {size} of {feature_dim}",
-                f"Set model.quantizer.codebook_size={k} and model.quantizer.feature_dim={dim}, or pass another one",
+                f"Set {' and '.join(needed)}, or pass another codebook",
             )
         self.codes.copy_(codebook)
 

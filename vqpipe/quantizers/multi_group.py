@@ -144,7 +144,11 @@ class MultiGroupQuantizer(Quantizer):
         concatenated = len(codebook) == self.num_groups * self.codebook_size
         codebooks = codebook.chunk(self.num_groups) if concatenated else [codebook] * self.num_groups
         for group, part in zip(self.quantizers(), codebooks, strict=True):
-            group.load_codebook(part)
+            try:
+                group.load_codebook(part)
+            except ConfigError as error:  # its hint names the settings of a group
+                hint = error.hint.replace("model.quantizer.", "model.quantizer.group.")
+                raise ConfigError(error.what, hint) from None
 
     def standardize_codebook(self) -> None:
         for group in self.quantizers():

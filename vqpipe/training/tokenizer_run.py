@@ -20,6 +20,7 @@ from vqpipe.losses.objective import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import backbone_file
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.progress import SILENT, Progress
+from vqpipe.quantizers import build_quantizer
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer, load_weights, model_facts, read_config, write_tokenizer
 from vqpipe.training.callbacks import Callback, MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
@@ -83,6 +84,16 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> T
         )
     every = train.validate_every or (train.sample_every if validates else 0)
     return replace(recipe, train=replace(train, validate_every=every))
+
+
+def check_codebook(recipe: TokenizerRecipe, codebook: Tensor) -> None:
+    """Check that the codebook float[K, dim] fits the quantizer, without building it.
+
+    Raises:
+        ConfigError: K or dim is not that of the settings, or the quantizer takes no codebook.
+    """
+    with torch.device("meta"):
+        build_quantizer(recipe.model.quantizer).load_codebook(codebook)
 
 
 def start_tokenizer_run(
