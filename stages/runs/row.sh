@@ -115,13 +115,15 @@ samples() {
 published() {
     PUBLISHED=()
     local file
-    for file in "$RUNS/published/$1"*.toml; do PUBLISHED+=(--published "$file"); done
+    for file in "$RUNS/published/$1"*.toml; do
+        [ ! -e "$file" ] || PUBLISHED+=(--published "$file")
+    done
 }
 
 # table NAME: every row so far on one page, beside the paper's numbers.
 table() {
     published "$1"
-    vqpipe compare "${REPORTS[@]}" --out "$OUT/$1" "${PUBLISHED[@]}"
+    vqpipe compare "${REPORTS[@]}" --out "$OUT/$1" ${PUBLISHED[@]+"${PUBLISHED[@]}"}
 }
 
 # sample_table NAME: the same for generated images, one page a protocol.
@@ -129,6 +131,6 @@ sample_table() {
     local protocol
     published "$1"
     for protocol in $PROTOCOLS; do
-        vqpipe compare "${SAMPLE_REPORTS[@]/%/-$protocol}" --out "$OUT/$1-$protocol" "${PUBLISHED[@]}"
+        vqpipe compare "${SAMPLE_REPORTS[@]/%/-$protocol}" --out "$OUT/$1-$protocol" ${PUBLISHED[@]+"${PUBLISHED[@]}"}
     done
 }
