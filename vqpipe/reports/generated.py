@@ -60,8 +60,11 @@ def open_generated(report: Artifact) -> Generated:
     return Generated(name, metrics, sheet, report.lineage, metrics.pop("commands", ()))
 
 
-def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
+def generated_page(several: Sequence[Generated], title: str, published: Sequence[page.Table] = ()) -> page.ReportPage:
     """The page of one set of samples, or of several with the same protocol, size and references.
+
+    Args:
+        published: tables of papers beside these numbers.
 
     Raises:
         ArtifactError: protocols, sizes or references differ.
@@ -72,7 +75,7 @@ def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
         f"Samples of {first.metrics['image_size']} px against {first.metrics['num_references']:,} references, protocol "
         f"{first.metrics['protocol']}."
     )
-    sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)])]
+    sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)]), *published]
     maps = [page.Map(f"{counted(each)}, some of them", each.sheet, each.name, each.name) for each in several]
     sections.append(page.Maps("Samples", maps))
     missing = {

@@ -12,7 +12,7 @@ A table is a TOML file; those of the two papers are in stages/runs/published:
 """
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,25 @@ class PublishedTable:
     rows: Sequence[PublishedRow]
 
 
-Measured = Callable[[str, str, str], float | None]
-"""(name of a row, key of a measure, name of a set of images or "") -> our number, if it was measured by the protocol."""
+class OurNumbers:
+    """The numbers of reports, found by the names that published tables give to their rows."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[str, str, tuple[str, ...], Mapping[str, float | None]]] = []
+
+    def add(self, protocol: str, images: str, names: tuple[str, ...], values: Mapping[str, float | None]) -> None:
+        """Add a report: its protocol, set of images, names, and numbers by the key of the measure."""
+        self.reports.append((protocol, images, names, values))
+
+    def find(self, protocol: str, images: str, name: str, key: str) -> float | None:
+        """A number of the report with this name, or with a name that ends with it: `report-celeba-sd-vae` is `sd-vae`.
+
+        `images` is the name of a set, or empty: any.
+        """
+        fitting = [(names, v) for p, i, names, v in self.reports if p == protocol and images in ("", i)]
+        exact = [values for names, values in fitting if name in names]
+        ending = [values for names, values in fitting if any(each.endswith(f"-{name}") for each in names)]
+        return next((values.get(key) for values in (*exact, *ending)), None)
 
 
 def read_table(path: Path) -> PublishedTable:
@@ -82,12 +99,11 @@ def parse_row(row: Sequence[object], columns: Sequence[str]) -> PublishedRow:
     return PublishedRow(str(name), str(label), {column: float(value) for column, value in printed.items()})  # type: ignore[arg-type]
 
 
-def published_table(table: PublishedTable, measures: Mapping[str, Measure], measured: Measured) -> page.Table:
+def published_table(table: PublishedTable, measures: Mapping[str, Measure], ours: OurNumbers) -> page.Table:
     """The table with two columns for each number: the paper's and ours.
 
     Args:
-        measures: by key of `metrics.json`.
-        measured: our numbers by the protocol of the table.
+        measures: by their keys.
 
     Raises:
         ConfigError: a column is no known measure.
@@ -100,8 +116,8 @@ def published_table(table: PublishedTable, measures: Mapping[str, Measure], meas
     for row in table.rows:
         cells = [row.label if row.name else f"{row.label} (quoted)"]
         for column, (key, images) in zip(table.columns, split, strict=True):
-            ours = measured(row.name, key, images) if row.name else None
-            cells += [written(measures[key], value, unit=False) for value in (row.values.get(column), ours)]
+            number = ours.find(table.protocol, images, row.name, key) if row.name else None
+            cells += [written(measures[key], value, unit=False) for value in (row.values.get(column), number)]
         rows.append(cells)
     labels = [measures[key].label + (f", {images}" if images else "") for key, images in split]
     caption = (
