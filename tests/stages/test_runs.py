@@ -32,6 +32,7 @@ GIVEN = {
     "VAES": "sd=sd-vae",
     "MAE": "none",
     "GENERATOR": "generator",
+    "FILES": "eval/class-0/00.png eval/class-1/01.png",
 }
 """What the scripts need of their environment."""
 
@@ -190,7 +191,7 @@ def toy_command(name: str, words: Sequence[str], encoders: bool, weights: bool) 
             options.put("--fid-min-images", "2")
             options.put("--batch-size", "4")
             options.put("--num-workers", "0")
-        case "reconstruct" | "tokenize":
+        case "tokenize":
             options.put("--image-size", TOY_SIDE)
         case "train-generator" | "train-classifier":
             toy_examples(name, options)
