@@ -346,7 +346,7 @@ def test_job_that_finishes_or_fails_is_not_requeued(slurm: Callable[..., tuple[i
 
 
 def test_scripts_parse_and_the_batch_file_requests_a_signal_and_a_requeue() -> None:
-    for script in sorted(RUNS.iterdir()):
+    for script in sorted(path for path in RUNS.iterdir() if path.is_file()):
         subprocess.run(["bash", "-n", script], check=True)
     directives = [line for line in (RUNS / "slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"#SBATCH --signal=USR1@600", "#SBATCH --requeue"} <= set(directives)
