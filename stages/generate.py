@@ -46,6 +46,9 @@ def generate(
         float | None, typer.Option("--temperature", help="Tokens: divides the logits; 0: greedy.", metavar="T", min=0)
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Latents: steps of the solver.", metavar="N")] = None,
+    keep_ids: Annotated[
+        bool, typer.Option("--keep-ids", help="Write the images' token ids too, as Parquet files.")
+    ] = False,
     batch_size: BatchSize = 64,
     precision: Precision = "fp32",
     overrides: Set = None,
@@ -57,6 +60,9 @@ def generate(
     Settings that are not given are those of the generator's preset (vqpipe
     inspect shows config.json); --set generate.KEY=VALUE sets the others:
     cfg_schedule, cfg_interval, sampler, eta.
+
+    With --keep-ids, eval-generation also reports how many of the tokenizer's
+    codes the images use.
 
     Image i is a function of the seed and i, on any number of ranks. Classes
     come in turn, so that consecutive images have equal parts of them.
@@ -72,6 +78,7 @@ def generate(
             seed=seed,
             batch_size=batch_size or 64,
             precision=precision,
+            keep_ids=keep_ids,
         )
         plan.check(opened)
         assert opened.artifact is not None
