@@ -10,6 +10,7 @@ from stages.console import Out, UnusedDevice, UnusedSeed
 from vqpipe import artifacts
 from vqpipe.errors import ConfigError
 from vqpipe.reports import comparison
+from vqpipe.reports.published import read_table
 
 
 def compare(
@@ -17,6 +18,14 @@ def compare(
         list[Path], typer.Argument(help="Reports of vqpipe eval, or of eval-generation.", metavar="REPORT")
     ],
     out: Out,
+    published: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--published",
+            help="A paper's table, shown beside these numbers; repeatable; see stages/runs/published.",
+            metavar="FILE.toml",
+        ),
+    ] = None,
     device: UnusedDevice = "auto",
     seed: UnusedSeed = 0,
 ) -> None:
@@ -35,9 +44,12 @@ def compare(
         if len(reports) < 2:
             raise ConfigError("a comparison needs at least two reports", "Name more reports")
         opened = [artifacts.open_artifact(path, "report") for path in reports]
-        compared = comparison.compare(opened)
+        tables = [read_table(path) for path in published or []]
+        compared = comparison.compare(opened, tables)
         inputs = {f"report-{number}": report for number, report in enumerate(opened, start=1)}
-        draft = artifacts.start(out, "report", {"compare": compared.names}, inputs)
+        request: dict[str, object] = {"compare": compared.names}
+        request |= {"published": [table.title for table in tables]} if tables else {}
+        draft = artifacts.start(out, "report", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:

@@ -8,7 +8,6 @@ import typer
 
 from stages import console
 from stages.console import BatchSize, Device, ImageSize, Limit, NumWorkers, Out, Seed
-from vqpipe.data.images import open_images
 from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.generation import GenerationConfig, ProtocolName, generated_size
 from vqpipe.evaluation.report import evaluate_samples
@@ -63,7 +62,8 @@ def eval_generation(
     Papers measure 50,000 samples, classes in equal parts, against the training
     set. The statistics of the references are computed once, into an artifact of
     their own, which --reference takes too, as it takes ADM's
-    VIRTUAL_imagenet256_labeled.npz.
+    VIRTUAL_imagenet256_labeled.npz. For samples of vqpipe generate --keep-ids,
+    also the utilization of the codes by their ids.
 
     Protocols:
     adm (references in ADM's crop, TF1 resize: LlamaGen, MGVQ, DiT, SiT),
@@ -73,7 +73,6 @@ def eval_generation(
     Without it the numbers of Inception are not computed, and the report says why.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
-        samples = open_images(images)
         networks = find_networks(weights, torch_device)
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         config = GenerationConfig(
@@ -86,10 +85,10 @@ def eval_generation(
         )
         target = statistics or out.with_name(f"{out.name}.reference")
         report, measured = evaluate_samples(
-            out, samples, reference, target, config, networks, torch_device, limit=limit, progress=progress
+            out, images, reference, target, config, networks, torch_device, limit=limit, progress=progress
         )
         if measured is not None:
-            for name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet"):
+            for name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet", "utilization"):
                 if name in measured:
                     console.say(f"{name}: {json.dumps(measured[name])}")
             for name in measured["not_computed"]:

@@ -46,6 +46,9 @@ def generate(
         float | None, typer.Option("--temperature", help="Tokens: divides the logits; 0: greedy.", metavar="T", min=0)
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Latents: steps of the solver.", metavar="N")] = None,
+    keep_ids: Annotated[
+        bool, typer.Option("--keep-ids", help="Write the images' token ids too, as Parquet files.")
+    ] = False,
     batch_size: BatchSize = 64,
     precision: Precision = "fp32",
     overrides: Set = None,
@@ -58,6 +61,9 @@ def generate(
     inspect shows config.json); --set generate.KEY=VALUE sets the others:
     cfg_schedule, cfg_interval, cfg_channels (guide the first n channels of a
     latent only), sampler, eta.
+
+    With --keep-ids, eval-generation also reports how many of the tokenizer's
+    codes the images use.
 
     Image i is a function of the seed and i, on any number of ranks. Classes
     come in turn, so that consecutive images have equal parts of them.
@@ -73,6 +79,7 @@ def generate(
             seed=seed,
             batch_size=batch_size or 64,
             precision=precision,
+            keep_ids=keep_ids,
         )
         plan.check(opened)
         assert opened.artifact is not None

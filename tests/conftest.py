@@ -135,15 +135,27 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return fake
 
 
-@pytest.fixture(scope="session")
-def crash() -> ModuleType:
-    """The module tests/faults/crash.py, which kills a process at its n-th file operation."""
-    spec = spec_from_file_location("crash", ROOT / "tests" / "faults" / "crash.py")
+def load_module(path: Path) -> ModuleType:
+    """A file of tests as a module."""
+    spec = spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look up the module of their annotations
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def crash() -> ModuleType:
+    """The module tests/faults/crash.py, which kills a process at its n-th file operation."""
+    return load_module(ROOT / "tests" / "faults" / "crash.py")
+
+
+@pytest.fixture(scope="session")
+def golden() -> ModuleType:
+    """The module tests/golden.py, which makes pictures, and random weights in the formats of their publishers."""
+    return load_module(ROOT / "tests" / "golden.py")
 
 
 @pytest.fixture(scope="session")

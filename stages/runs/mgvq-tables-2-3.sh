@@ -1,47 +1,42 @@
 #!/usr/bin/env bash
 # MGVQ, Table 2 (zero-shot sets at 512p) and Table 3 (UHDBench and DAVIS at 2560 x 1440): rFID and PSNR of tokenizers on
-# data sets they were not trained on. The tokenizers are those of Table 1 at f16, reused if mgvq-table-1.sh published them.
-# The paper trained on more than ImageNet, in a mixture it does not state: IMAGES may name other images too.
+# images they never saw. The baselines are those of Table 1 at f16, found where mgvq-table-1.sh left them or made here.
 #
-#   DATA     folder of your copies, DATA/celeba, DATA/uhdbench ...: data_manifests/ describes how to get each, and its layout
+#   MIXTURE  training sets of MGVQ, separated by ";". The paper adds FFHQ, OpenImages, SA-1B, Argoverse 2, Mapillary Vistas
+#            and LAION-HQ to ImageNet; in which shares it does not say, here in those of their sizes (data.set_weights)
+#   DATA     folder of your copies, DATA/celeba, DATA/uhdbench ...: data_manifests/ says how to get each set
 #   SETS     those of Table 2 that you have (default: all six)      SETS_2K  of Table 3 (default: uhdbench davis-2017)
-#   PARTIAL  1: accept incomplete copies
-#   TILE     side of tiles in pixels, if 2560 x 1440 does not fit in memory; the paper's reconstructions are not tiled
+#   PARTIAL  set to 1 to take incomplete copies as they are
+#   TILE     pixels; set where 2560 x 1440 does not fit: another reconstruction than the paper's, which is in one piece
 #
-# The paper does not define 512p or the images of each set: see `unstated` in the manifests. Several sets are small, so
-# rFID is computed from 100 images on: compare it on equal sets only.
+# What 512p means, and which images of each set, the paper does not say: see `unstated` in the manifests. Several sets
+# are small, so rFID is asked for from 100 images on: compare it on equal sets only.
+PROTOCOL=cleanfid-matched
 . "$(dirname "$0")/row.sh"
 : "${DATA:?set DATA to the folder of your copies of the data sets}"
-row taming-f16-16k taming-f16-16k
-row llamagen-f16-16k llamagen-f16-16k
-row open-magvit2-f16 open-magvit2-f16
-row var-f16 var-f16
-row mgvq-f16-g4-masked mgvq-f16-g4
-row mgvq-f16-g4 mgvq-f16-g4-finetune --from "$OUT/mgvq-f16-g4-masked"
-TOKENIZERS=(taming-f16-16k llamagen-f16-16k open-magvit2-f16 var-f16 mgvq-f16-g4)
-PROTOCOL=(--protocol cleanfid-matched --fid-min-images 100 --weights "$WEIGHTS")
+: "${MIXTURE:?set MIXTURE to the training sets of MGVQ, separated by ;}"
+tokenizer taming-f16-16k taming-f16-16k
+tokenizer llamagen-f16-16k llamagen-f16-16k
+tokenizer open-magvit2-f16 open-magvit2-f16
+[ -z "${OPENIMAGES:-}" ] || IMAGES=$OPENIMAGES tokenizer var-f16 var-f16
+IMAGES=$MIXTURE tokenizer mgvq-f16-g4-mixture-masked mgvq-f16-g4-mixture
+IMAGES=$MIXTURE tokenizer mgvq-f16-g4-mixture mgvq-f16-g4-mixture --from "$OUT/mgvq-f16-g4-mixture-masked" \
+    --steps 100090 --set model.quantizer.masking=off --set objective.disc_start=0
+TOKENIZERS=(taming-f16-16k llamagen-f16-16k open-magvit2-f16 ${OPENIMAGES:+var-f16} mgvq-f16-g4-mixture)
 
 # zero_shot SET SIZE [option of eval ...]: one set, prepared once, measured with every tokenizer.
 zero_shot() {
-    local set=$1 size=$2 name
+    local set=$1 size=$2 name given EVAL=$OUT/set-$1
     shift 2
-    vqpipe prepare-data "$set" --source "$DATA/$set" --out "$OUT/set-$set" --num-workers -1 ${PARTIAL:+--allow-partial}
+    vqpipe prepare-data "$set" --source "$DATA/$set" --out "$EVAL" --num-workers -1 ${PARTIAL:+--allow-partial}
     for name in "${TOKENIZERS[@]}"; do
-        measure "$set" "$size" "$name" "$OUT/$name" "$@"
+        measure "$set-$size-$name" "$OUT/$name" --image-size "$size" --fid-min-images 100 "$@"
     done
-    if [ -n "${SD_VAE:-}" ]; then
-        measure "$set" "$size" sd-vae "$SD_VAE" "$@"
-    fi
+    for given in ${VAES:-}; do
+        measure "$set-$size-${given%%=*}-vae" "${given#*=}" --image-size "$size" --fid-min-images 100 "$@"
+    done
 }
 
-# measure SET SIZE NAME TOKENIZER [option of eval ...]
-measure() {
-    local report="$OUT/report-$1-$2-$3"
-    $RUN eval --images "$OUT/set-$1" --tokenizer "$4" --image-size "$2" --out "$report" "${PROTOCOL[@]}" "${@:5}"
-    REPORTS+=("$report")
-}
-
-REPORTS=()
 for set in ${SETS:-celeba davis-2017 textocr vfhq spring enerf-outdoor}; do
     zero_shot "$set" 512
 done

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # VQGAN-LC, Table 7: 1,000 to 200,000 frozen codes, and one size beyond the paper.
+PROTOCOL=cleanfid-rawval
 . "$(dirname "$0")/row.sh"
 for k in 1000 10000 50000 100000 200000; do
     codebook "$k" "$k"

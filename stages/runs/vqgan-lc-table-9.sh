@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# VQGAN-LC, Table 9: without the projector, with a learned codebook, and with both as published.
+# VQGAN-LC, Table 9: without the projector, with a codebook that learns, and both as they should be.
+PROTOCOL=cleanfid-rawval
 . "$(dirname "$0")/row.sh"
 codebook 100000 100000
 lc=(vqgan-lc-f16-100k --codebook "$OUT/codebook-100000")

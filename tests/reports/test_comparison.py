@@ -8,8 +8,16 @@ import torch
 
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page
-from vqpipe.reports.comparison import check_comparable, comparison_page, distinct, groups_of
-from vqpipe.reports.evaluation import EvaluationResult, by_protocol, convention_of, measures_of, size_in_words, value_of
+from vqpipe.reports.comparison import check_comparable, comparison_page, distinct, groups_of, measure_table
+from vqpipe.reports.evaluation import (
+    MEASURES,
+    EvaluationResult,
+    by_protocol,
+    convention_of,
+    measures_of,
+    size_in_words,
+    value_of,
+)
 from vqpipe.reports.evaluation_page import evaluation_page
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 4, "num_groups": 1, "downsample_factor": 8}
@@ -125,7 +133,8 @@ def test_several_sets_make_one_table_with_the_best_of_each_column_marked() -> No
     assert '<th scope="colgroup" colspan="2">photos</th><th scope="colgroup" colspan="2">faces</th>' in table
     rows = [row.partition("</tr>")[0] for row in table.partition("<tbody>")[2].split("<tr>")[1:]]
     cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in rows]
-    assert cells == [["4.00", "21.00", "8.00", "25.00"], ["3.00", "22.00", "–", "–"]]
+    assert cells == [["4.00", "21.00", "8.00", "25.00", "1.5", "1.5"], ["3.00", "22.00", "–", "–", "–", "–"]]
+    assert '<th scope="colgroup" colspan="2">mean rank</th>' in table
     assert rows[1].count('class="best"') == 2
     assert rows[0].count('class="best"') == 0
 
@@ -136,3 +145,13 @@ def test_different_tokenizers_have_distinct_names() -> None:
     assert [each.name for each in distinct(same, ["x", "x"])] == ["1: a", "2: a"]
     two_sets = [evaluated("a"), evaluated("b"), evaluated("a", "faces")]
     assert [each.name for each in distinct(two_sets, ["x", "y", "z"])] == ["a", "b", "a"]
+
+
+def test_capacity_is_given_where_a_tokenizer_has_groups() -> None:
+    groups = {"num_groups": 4, "codebook_size": 8192}
+    of_one = measure_table(groups_of([evaluated("a"), evaluated("b")])[0], MEASURES[:1], "")
+    assert of_one.header == ["tokenizer", "codes", "PSNR, dB"]
+    several = [evaluated("a"), evaluated("b", tokenizer=TOKENIZER | groups)]
+    table = measure_table(groups_of(several)[0], MEASURES[:1], "")
+    assert table.header == ["tokenizer", "codes", "capacity, bits", "PSNR, dB"]
+    assert [row[2].text for row in table.rows if isinstance(row[2], page.Cell)] == ["2.0", "52.0"]

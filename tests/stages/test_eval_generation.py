@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from stages.compare import compare
 from stages.eval_generation import eval_generation
-from vqpipe.artifacts import open_artifact
+from vqpipe.artifacts import Draft, open_artifact, start
+from vqpipe.data.tokens import write_token_file
 from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
-from vqpipe.evaluation.generation import gaussian_moments, read_adm_file
+from vqpipe.evaluation.generation import code_usage, gaussian_moments, read_adm_file
 from vqpipe.metrics import set_metrics
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
@@ -85,7 +86,8 @@ def test_weights_of_the_extractor_are_downloaded_only_with_the_option(pictures: 
 
 def test_without_weights_every_number_is_missing_with_a_reason(pictures: Path) -> None:
     metrics = measure(pictures, "report")
-    assert set(metrics["not_computed"]) == {"fid", "sfid", "inception_score", "kid", "prc"}
+    assert set(metrics["not_computed"]) == {"fid", "sfid", "inception_score", "kid", "prc", "utilization"}
+    assert "generate --keep-ids" in metrics["not_computed"]["utilization"]
     assert "Download weights-inception" in metrics["not_computed"]["fid"]
     assert not {"fid", "prc"} & set(metrics)
     assert not (pictures / "report.reference").exists()  # there is nothing to compute
@@ -146,7 +148,7 @@ def test_distance_is_that_of_the_formula_and_references_are_measured_once(
 def test_with_inception_every_number_is_present(pictures: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
     with_network(monkeypatch, Stand())
     metrics = measure(pictures, "report", protocol=protocol, fid_min_images=2)
-    assert set(metrics["not_computed"]) == {"kid"}  # it draws a thousand
+    assert set(metrics["not_computed"]) == {"kid", "utilization"}  # it draws a thousand
     assert min(metrics["fid"], metrics["sfid"]) > 0
     assert metrics["inception_score"]["splits"] == 10
     assert {"precision", "recall", "k"} <= set(metrics["prc"])
@@ -193,3 +195,21 @@ def test_unreadable_samples_raise(pictures: Path) -> None:
     (pictures / "samples" / "03.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="1 of 40 images cannot be used"):
         measure(pictures, "report")
+
+
+def test_utilization_is_that_of_the_kept_ids_of_the_measured_samples(tmp_path: Path) -> None:
+    ids = torch.tensor([[0, 5], [1, 5], [0, 6], [2, 7]])  # two groups of 8 codes, one position
+    draft = start(tmp_path / "samples", "images", {"generate": {"cfg_scale": 1.5}}, {})
+    assert isinstance(draft, Draft)
+    with draft:
+        for number, part in enumerate(ids.split(2)):
+            with draft.write(f"ids-{number:06d}.parquet") as path:
+                write_token_file(path, ["a", "b"], [-1, -1], part[:, None].numpy().astype(np.uint16))
+        draft.publish({"codebook_size": 8, "num_groups": 2})
+    usage, reasons = code_usage([str(tmp_path / "samples")], 3)
+    assert usage["utilization_per_group"] == [2 / 8, 2 / 8]  # 0 and 1; 5 and 6
+    assert usage["utilization"] == 2 / 8
+    assert usage["num_ids"] == 6
+    assert usage["sampling"] == {"cfg_scale": 1.5}
+    assert reasons == {}
+    assert list(code_usage([str(tmp_path)], 3)[1]) == ["utilization"]

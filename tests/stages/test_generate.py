@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from stages.generate import generate, parse_top_k
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.images import open_images
+from vqpipe.data.tokens import read_tokens
 from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.generation import generate as job
+from vqpipe.generation.image_generator import open_generator
 from vqpipe.reports.pictures import from_png
 
 
@@ -56,11 +59,33 @@ def test_an_image_is_a_function_of_seed_and_number(drawn: Any, tmp_path: Path, m
     assert not any((a == b).all() for a, b in zip(few, other, strict=True))
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(
+def test_kept_ids_decode_to_the_images_and_change_nothing_else(
     drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(job, "IMAGES_PER_SHARD", 4)
+    generate(drawn.generator, tmp_path / "plain", num_images=6, device="cpu")
+    generate(drawn.generator, tmp_path / "kept", num_images=6, device="cpu", keep_ids=True)
+    plain, kept = (open_artifact(tmp_path / name) for name in ("plain", "kept"))
+    assert set(kept.manifest.files) - set(plain.manifest.files) == {"ids-000000.parquet", "ids-000001.parquet"}
+    assert {name: file for name, file in kept.manifest.files.items() if name in plain.manifest.files} == dict(
+        plain.manifest.files
+    )
+    tokenizer = open_generator(drawn.generator).tokenizer
+    files = [read_tokens(kept.file(name), tokenizer.codebook_size) for name in kept.names("*.parquet")]
+    images = open_images(tmp_path / "kept")
+    assert [key for tokens in files for key in tokens.keys] == [images.key(i) for i in range(6)]
+    assert torch.cat([tokens.labels for tokens in files]).tolist() == images.labels.tolist()
+    decoded = tokenizer.decode(torch.cat([tokens.ids for tokens in files]), (8, 8))
+    made = torch.from_numpy(np.stack(pixels(tmp_path / "kept"))).permute(0, 3, 1, 2)
+    assert torch.equal(decoded, made)
+
+
+@pytest.mark.parametrize("keep_ids", [False, True])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_ids: bool
+) -> None:
     monkeypatch.setattr(job, "IMAGES_PER_SHARD", 2)
-    options: dict[str, Any] = {"num_images": 6, "device": "cpu"}
+    options: dict[str, Any] = {"num_images": 6, "device": "cpu", "keep_ids": keep_ids}
     generate(drawn.generator, tmp_path / "whole", **options)
     sample_shard, sampled = job.sample_shard, list[int]()
 

@@ -33,6 +33,7 @@ from vqpipe.artifacts import Artifact
 from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches, check_skipped
 from vqpipe.data.images import ImageSet, is_artifact, open_images
+from vqpipe.data.tokens import read_tokens
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
 from vqpipe.files import hash_file
@@ -41,6 +42,7 @@ from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
 from vqpipe.metrics.resumable import summed
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
+from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.progress import SILENT, Progress
 from vqpipe.weights import LPIPS_BACKBONES
 
@@ -226,12 +228,35 @@ class GenerationEvaluator:
         check_skipped(summed(batches.skipped), stop, config.max_skipped)
 
 
+def code_usage(images: Sequence[str], num_images: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The use of codes by the first images of an artifact of `generate --keep-ids`, and how they were sampled.
+
+    Returns:
+        `usage_of` their ids, their number `num_ids`, and the settings `sampling`; and the reason if there are no ids.
+    """
+    artifact = opened_artifact(images[0]) if len(images) == 1 else None
+    sampling = {} if artifact is None else {"sampling": artifact.config.get("generate", {})}
+    if artifact is None or "codebook_size" not in artifact.facts:
+        return sampling, {"utilization": "the ids of the samples are unknown (vqpipe generate --keep-ids writes them)"}
+    codebook_size = artifact.facts["codebook_size"]
+    usage, left, num_ids = CodeUsage(codebook_size, artifact.facts["num_groups"]), num_images, 0
+    for name in sorted(name for name in artifact.manifest.files if name.endswith(".parquet")):
+        ids = read_tokens(artifact.verified_file(name), codebook_size).ids[:left]
+        usage.update(ids)
+        left, num_ids = left - len(ids), num_ids + ids.numel()
+    return {**usage_of(usage.counts), "num_ids": num_ids, **sampling}, {}
+
+
+def opened_artifact(path: str) -> Artifact | None:
+    """The artifact at `path`, if it is one."""
+    folder = Path(path)
+    return artifacts.open_artifact(folder) if "://" not in path and folder.is_dir() and is_artifact(folder) else None
+
+
 def generated_size(images: Sequence[str]) -> int:
     """The image size of artifacts of `generate`, if all have the same; else 256."""
-    folders = [Path(each) for each in images]
-    if not all("://" not in str(folder) and folder.is_dir() and is_artifact(folder) for folder in folders):
-        return 256
-    sizes = {artifacts.open_artifact(folder).facts.get("image_size") for folder in folders}
+    opened = [opened_artifact(each) for each in images]
+    sizes = {None if artifact is None else artifact.facts.get("image_size") for artifact in opened}
     size = sizes.pop()
     return size if not sizes and isinstance(size, int) else 256
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import to_request
-from vqpipe.data.images import ImageSet
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.evaluation.evaluate import AnalysisProtocol, check_size, evaluate
-from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator
+from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, code_usage
 from vqpipe.evaluation.reconstruction import Autoencoder
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
@@ -79,7 +79,7 @@ def evaluate_tokenizer(
 
 def evaluate_samples(
     out: Path,
-    samples: ImageSet,
+    images: Sequence[str],
     references: Sequence[str],
     statistics: Path,
     config: GenerationConfig,
@@ -92,11 +92,13 @@ def evaluate_samples(
     """Measure the first `limit` samples against references and publish the report at `out`. Every rank calls it.
 
     Args:
+        images: the samples, as of `open_images`.
         references, statistics: names and target of `GenerationEvaluator.references`.
 
     Returns:
         The report, and its metrics; None if the report was published before.
     """
+    samples = open_images(images)
     evaluator = GenerationEvaluator(config, networks, device, progress)
     measured, source = evaluator.references(references, statistics)
     request = evaluator.request | {
@@ -108,7 +110,10 @@ def evaluate_samples(
     if isinstance(draft, Artifact):
         return draft, None
     with draft:
-        metrics, shown = evaluator.measure(samples, min(limit or len(samples), len(samples)), measured)
+        num_samples = min(limit or len(samples), len(samples))
+        metrics, shown = evaluator.measure(samples, num_samples, measured)
+        usage, reasons = distributed.on_main(lambda: code_usage(images, num_samples))
+        metrics |= {**usage, "not_computed": metrics["not_computed"] | reasons}
         return publish_generation(draft, metrics, shown), metrics
 
 

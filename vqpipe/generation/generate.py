@@ -15,6 +15,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.config import to_request
 from vqpipe.data.tars import write_tar
+from vqpipe.data.tokens import id_dtype, write_token_file
 from vqpipe.data.transforms import encode_png
 from vqpipe.device import autocast
 from vqpipe.generation.base import SamplingConfig
@@ -27,6 +28,8 @@ IMAGES_PER_SHARD = 256
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
 """The first images, in the contact sheet."""
 SHEET = "contact-sheet.png"
+IDS_NAME = "ids-{:06d}.parquet"
+"""The ids of the images of a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class SamplePlan:
     seed: int = 0
     batch_size: int = 64
     precision: str = "fp32"
+    keep_ids: bool = False
+    """Write the ids of the images too, as Parquet files beside the tars."""
 
     def label(self, image: int) -> int:
         """Return the image's class, or -1 without classes."""
@@ -68,6 +73,7 @@ class SamplePlan:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "precision": self.precision,
+            **({"keep_ids": True} if self.keep_ids else {}),
         }
 
 
@@ -81,26 +87,47 @@ def generate_images(
     total, left = (sum(len(shards[number]) for number in numbers) for numbers in (own, missing))
     progress.start("generate", total, done=total - left)
     for number in missing:
-        with draft.write(shard_name(number), images=len(shards[number])) as path, write_tar(path) as tar:
-            for image, pixels in sample_shard(generator, plan, shards[number]):
-                tar.write(f"{image:08d}", encode_png(pixels), "png", plan.label(image))
-                progress.advance()
+        with draft.write(shard_name(number), images=len(shards[number])) as path:  # recorded last: then both are whole
+            ids: list[Tensor] = []
+            with write_tar(path) as tar:
+                for image, pixels, tokens in sample_shard(generator, plan, shards[number]):
+                    tar.write(key_of(image), encode_png(pixels), "png", plan.label(image))
+                    ids.append(tokens)
+                    progress.advance()
+            if plan.keep_ids:
+                write_ids(draft, number, shards[number], plan, torch.stack(ids), generator.tokenizer.codebook_size)
     if distributed.is_main():
         write_sheet(draft)
     facts: dict[str, Any] = {"num_images": plan.num_images, "image_size": generator.image_size}
     if generator.generator.num_classes is not None:
         facts["num_classes"] = generator.generator.num_classes
+    if plan.keep_ids:
+        tokenizer = generator.tokenizer
+        facts |= {"codebook_size": tokenizer.codebook_size, "num_groups": tokenizer.num_groups}
     return facts
 
 
-def sample_shard(generator: ImageGenerator, plan: SamplePlan, images: range) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number and pixels, uint8[3, H, W] on the CPU, of each image of a shard."""
+def sample_shard(generator: ImageGenerator, plan: SamplePlan, images: range) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield the number, the pixels uint8[3, H, W] and the ids int64[N], on the CPU, of each image of a shard."""
     device = generator.tokenizer.device
     for first in images[:: plan.batch_size]:
         batch = range(first, min(first + plan.batch_size, images.stop))
         with autocast(device, plan.precision):
-            pixels = generator.sample(plan.labels(batch), plan.sampling, image_rngs(plan.seed, batch))
-        yield from zip(batch, pixels.cpu(), strict=True)
+            ids = generator.sample_ids(plan.labels(batch), plan.sampling, image_rngs(plan.seed, batch))
+            pixels = generator.decode(ids)
+        yield from zip(batch, pixels.cpu(), ids.cpu(), strict=True)
+
+
+def key_of(image: int) -> str:
+    """Return the key of an image in its tar and its file of ids."""
+    return f"{image:08d}"
+
+
+def write_ids(draft: Draft, number: int, images: range, plan: SamplePlan, ids: Tensor, codebook_size: int) -> None:
+    """Write the ids int64[n, N] of a shard as the Parquet file of `vqpipe tokenize`."""
+    rows = ids[:, None].numpy().astype(id_dtype(codebook_size))
+    with draft.write(IDS_NAME.format(number)) as path:
+        write_token_file(path, [key_of(image) for image in images], [plan.label(image) for image in images], rows)
 
 
 def write_sheet(draft: Draft) -> None:

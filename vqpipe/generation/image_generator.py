@@ -47,17 +47,26 @@ class ImageGenerator:
     """The artifact it was opened from."""
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
-        """Return new images uint8[B, 3, H, W] of classes int64[B]; image i's random numbers are those of `rngs[i]`.
+    def sample_ids(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        """Return ids int64[B, N] of new images of classes int64[B]; image i's random numbers are those of `rngs[i]`.
+
+        Sampled latents are quantized by the tokenizer.
 
         Raises:
             DataError, ConfigError: see `Generator.sample`.
             NumericError: a sampled latent is not finite.
         """
         ids = self.generator.sample(labels, sampling, rngs)
-        if self.statistics is not None:
-            ids = quantize_latents(ids, self.statistics, self.tokenizer)
+        return ids if self.statistics is None else quantize_latents(ids, self.statistics, self.tokenizer)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Return the images uint8[B, 3, H, W] of ids int64[B, N]."""
         return self.tokenizer.decode(ids, (self.image_size, self.image_size))
+
+    def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        """Return new images uint8[B, 3, H, W]; arguments and errors are those of `sample_ids`."""
+        return self.decode(self.sample_ids(labels, sampling, rngs))
 
 
 def image_rngs(seed: int, images: Sequence[int]) -> list[torch.Generator]:

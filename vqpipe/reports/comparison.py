@@ -4,6 +4,7 @@ Numbers share a column only where protocol, image size and images are equal (KEY
 of images get a table over the sets, as in MGVQ's Tables 2 and 3.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -12,7 +13,7 @@ from typing import Any
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.errors import ArtifactError
-from vqpipe.reports import page, plots
+from vqpipe.reports import generated, page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import (
     MEASURES,
@@ -34,6 +35,7 @@ from vqpipe.reports.evaluation import (
 from vqpipe.reports.generated import check_alike, comparison_rows, generated_page, is_generated, open_generated
 from vqpipe.reports.papers import paper_row
 from vqpipe.reports.pictures import PictureBudget, shared_pictures
+from vqpipe.reports.published import OurNumbers, PublishedTable, published_table
 
 KEYS = ("protocol", "image_size", "num_images", "reference")
 """Of `metrics.json`: equal where numbers may share a column. `reference` is the digest of the crops."""
@@ -76,14 +78,19 @@ class Group:
         return f"{first['num_images']:,} images of {self.images} at {size_in_words(first)}, protocol {self.protocol}"
 
 
-def compare(reports: Sequence[Artifact]) -> Comparison:
+def compare(reports: Sequence[Artifact], published: Sequence[PublishedTable] = ()) -> Comparison:
     """Compare reports of `vqpipe eval`, or of `vqpipe eval-generation`.
+
+    Args:
+        published: tables of papers, whose numbers are shown beside those of the reports.
 
     Raises:
         ArtifactError: a report is of another kind, or cannot be compared with any other: the message names both and
             the first differing key.
+        ConfigError: a published table has a column that is no measure of these reports.
     """
-    return compare_samples(reports) if any(map(is_generated, reports)) else compare_tokenizers(reports)
+    kind = compare_samples if any(map(is_generated, reports)) else compare_tokenizers
+    return kind(reports, published)
 
 
 def publish_comparison(draft: Draft, comparison: Comparison) -> Artifact:
@@ -95,7 +102,7 @@ def publish_comparison(draft: Draft, comparison: Comparison) -> Artifact:
     return draft.publish(comparison.facts)
 
 
-def compare_tokenizers(reports: Sequence[Artifact]) -> Comparison:
+def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[PublishedTable] = ()) -> Comparison:
     """Reports of `vqpipe eval`."""
     evaluations = distinct([open_evaluation(report) for report in reports], [report.name for report in reports])
     check_comparable(evaluations, [str(report.path) for report in reports])
@@ -103,16 +110,27 @@ def compare_tokenizers(reports: Sequence[Artifact]) -> Comparison:
     names = list(dict.fromkeys(each.name for each in evaluations))
     title = " and ".join(names) if len(names) <= 2 else f"{len(names)} tokenizers"
     footer = f"Made by vqpipe {metadata.version('vqpipe')}."
+    measures = {measure.key: measure for measure in MEASURES}
+    ours = OurNumbers()
+    for report, evaluated in zip(reports, evaluations, strict=True):
+        images = str(evaluated.lineage.get("inputs", {}).get("images", {}).get("name", "")).removeprefix("set-")
+        for view in by_protocol(evaluated.metrics):
+            values = {key: value_of(view, key) for key in measures}
+            ours.add(view["protocol"], images, (evaluated.name, report.name.removeprefix("report-")), values)
+    as_published = [published_table(table, measures, ours) for table in published]
     return Comparison(
         names=[each.name for each in evaluations],
         metrics=metrics_by_name(evaluations),
         facts=facts_of(groups),
-        tables=[measure_table(group, present(group.members, HEADLINES), title=group.title) for group in groups],
-        make_page=lambda: comparison_page(evaluations, title, footer),
+        tables=[
+            *(measure_table(group, present(group.members, HEADLINES), title=group.title) for group in groups),
+            *as_published,
+        ],
+        make_page=lambda: comparison_page(evaluations, title, footer, as_published),
     )
 
 
-def compare_samples(reports: Sequence[Artifact]) -> Comparison:
+def compare_samples(reports: Sequence[Artifact], published: Sequence[PublishedTable] = ()) -> Comparison:
     """Reports of `vqpipe eval-generation`."""
     opened = [open_generated(report) for report in reports]
     names, report_names = [each.name for each in opened], [report.name for report in reports]
@@ -121,12 +139,19 @@ def compare_samples(reports: Sequence[Artifact]) -> Comparison:
     opened = [replace(each, name=name) for each, name in zip(opened, names, strict=True)]
     check_alike(opened)
     header, rows = comparison_rows(opened)
+    measures = {measure.key: (where, measure) for where, measure in generated.MEASURES.items()}
+    ours = OurNumbers()
+    for each in opened:
+        values = {key: generated.found(each.metrics, where) for key, (where, _) in measures.items()}
+        ours.add(each.metrics["protocol"], "", (each.name.removeprefix("samples-"),), values)
+    known = {key: measure for key, (_, measure) in measures.items()}
+    as_published = [published_table(table, known, ours) for table in published]
     return Comparison(
         names=names,
         metrics={each.name: each.metrics for each in opened},
         facts={key: opened[0].metrics[key] for key in ("protocol", "image_size", "num_references")},
-        tables=[page.Table("", header, [[page.Cell(*cell) for cell in row] for row in rows])],
-        make_page=lambda: generated_page(opened, " and ".join(names)),
+        tables=[page.Table("", header, [[page.Cell(*cell) for cell in row] for row in rows]), *as_published],
+        make_page=lambda: generated_page(opened, " and ".join(names), as_published),
     )
 
 
@@ -242,14 +267,16 @@ def tokenizer_of(evaluated: EvaluationResult) -> str:
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def comparison_page(evaluations: Sequence[EvaluationResult], title: str, footer: str = "") -> page.ReportPage:
+def comparison_page(
+    evaluations: Sequence[EvaluationResult], title: str, footer: str = "", published: Sequence[page.Table] = ()
+) -> page.ReportPage:
     """The page of several tokenizers."""
     groups = groups_of(evaluations)
     by_images: dict[str, list[Group]] = {}
     for group in groups:
         by_images.setdefault(group.images, []).append(group)
     sections: list[page.Section] = [*tables_over_sets(groups), *map(headline_table, groups)]
-    sections += paper_tables(evaluations)
+    sections += published or paper_tables(evaluations)
     budget = PictureBudget()
     for images, same_images in by_images.items():
         members, of = same_images[0].members, f" ({images})" if len(by_images) > 1 else ""
@@ -289,11 +316,17 @@ def headline_table(group: Group) -> page.Table:
 
 
 def measure_table(group: Group, measures: Sequence[Measure], title: str, caption: str = "") -> page.Table:
-    """A row per tokenizer: name, codes, and each measure, the best of each column highlighted."""
+    """A row per tokenizer: name, codes, capacity where there are groups, and each measure, the best highlighted."""
+    header = ["tokenizer", "codes"]
     labels = [[each.name, code_cell(each.metrics["tokenizer"])] for each in group.members]
+    if any((each.metrics["tokenizer"].get("num_groups") or 1) > 1 for each in group.members):
+        header.append("capacity, bits")
+        caption += " Capacity: log2 of the number of different tokens at a position, codes ^ groups."
+        for label, each in zip(labels, group.members, strict=True):
+            label.append(capacity_cell(each.metrics["tokenizer"]))
     values = [[value_of(each.metrics, measure.key) for measure in measures] for each in group.members]
     rows = [[page.Cell(*cell) for cell in row] for row in table_rows(labels, measures, values, unit=False)]
-    return page.Table(title, ["tokenizer", "codes", *map(with_unit, measures)], rows, caption)
+    return page.Table(title, [*header, *map(with_unit, measures)], rows, caption.strip())
 
 
 def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
@@ -305,11 +338,23 @@ def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
             continue
         names = list(dict.fromkeys(each.name for group in sets for each in group.members))
         columns = [(group, m) for group in sets for m in present(group.members, OVER_SETS)]
-        rows = [[page.Cell(name), *(cell_of(name, group.members, m) for group, m in columns)] for name in names]
+        ranked = [m for m in OVER_SETS if any(m is column for _, column in columns)]
+        rows = [
+            [
+                page.Cell(name),
+                *(cell_of(name, group.members, m) for group, m in columns),
+                *(page.Cell(rank_cell(name, sets, m)) for m in ranked),
+            ]
+            for name in names
+        ]
         spans = [("", 1), *((g.images, n) for g in sets if (n := sum(each is g for each, _ in columns)))]
-        header = ["tokenizer", *(with_unit(m) for _, m in columns)]
+        spans.append(("mean rank", len(ranked)))
+        header = ["tokenizer", *(with_unit(m) for _, m in columns), *(m.label for m in ranked)]
         titles = [f"{group.title}." for group in sets]
-        caption = "\n".join(["Each column is of one set of images, its best number highlighted.", *titles])
+        first = (
+            "Each column is of one set of images, its best number highlighted. Mean rank over the sets; 1 is the best."
+        )
+        caption = "\n".join([first, *titles])
         sections.append(page.Table(f"Several sets of images, protocol {protocol}", header, rows, caption, spans=spans))
     return sections
 
@@ -319,6 +364,19 @@ def cell_of(name: str, members: Sequence[EvaluationResult], measure: Measure) ->
     values = {each.name: value_of(each.metrics, measure.key) for each in members}
     value = values.get(name)
     return page.Cell(written(measure, value, unit=False), value is not None and value == measure.best(values.values()))
+
+
+def rank_cell(name: str, sets: Sequence[Group], measure: Measure) -> str:
+    """The mean over the sets of a tokenizer's rank, equal numbers sharing the best; a dash where one lacks a number."""
+    ranks = []
+    for group in sets:
+        values = {each.name: value_of(each.metrics, measure.key) for each in group.members}
+        own = values.get(name)
+        if own is None:
+            return "–"
+        better = [v for v in values.values() if v is not None and v != own and measure.best([v, own]) == v]
+        ranks.append(1 + len(better))
+    return f"{sum(ranks) / len(ranks):.1f}"
 
 
 def paper_tables(evaluations: Sequence[EvaluationResult]) -> list[page.Section]:
@@ -369,6 +427,12 @@ def usage_and_training_plots(
 def code_cell(tokenizer: Mapping[str, Any]) -> str:
     """`4 x 8,192`: K codes in each of G groups; a dash for continuous latents."""
     return codes(tokenizer).removesuffix(" codes") if tokenizer["codebook_size"] is not None else "–"
+
+
+def capacity_cell(tokenizer: Mapping[str, Any]) -> str:
+    """Bits of a position over its groups, G log2(K); a dash for continuous latents."""
+    size, groups = tokenizer["codebook_size"], tokenizer.get("num_groups") or 1
+    return "–" if size is None else f"{groups * math.log2(size):.1f}"
 
 
 def present(evaluations: Sequence[EvaluationResult], measures: Sequence[Measure]) -> list[Measure]:

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
-from vqpipe.reports import page
+from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import FRECHET, Measure, table_rows, written
 
 MEASURES = {
@@ -17,6 +19,7 @@ MEASURES = {
     "kid.mean": Measure("kid", "KID", "lower is better", "", False, 5),
     "prc.precision": Measure("precision", "precision", "k = 3", "", True, 3),
     "prc.recall": Measure("recall", "recall", "k = 3", "", True, 3),
+    "utilization": Measure("utilization", "codes in use", "share chosen at least once over all samples", "%", True, 1),
 }
 """By dotted key of `metrics.json`."""
 KEYS = ("protocol", "image_size", "num_references")
@@ -33,6 +36,18 @@ class Generated:
     """PNG file of some samples."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
+
+    @property
+    def cfg_scale(self) -> float | None:
+        """The scale of guidance that `vqpipe generate` used; None for other images."""
+        scale = self.metrics.get("sampling", {}).get("cfg_scale")
+        return None if scale is None else float(scale)
+
+    @property
+    def generator(self) -> str:
+        """Name of the generator that made the samples; empty for other images."""
+        samples = self.lineage.get("inputs", {}).get("images", {})
+        return str(samples.get("inputs", {}).get("generator", {}).get("name", ""))
 
     @property
     def shared(self) -> tuple[Any, ...]:
@@ -60,8 +75,11 @@ def open_generated(report: Artifact) -> Generated:
     return Generated(name, metrics, sheet, report.lineage, metrics.pop("commands", ()))
 
 
-def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
+def generated_page(several: Sequence[Generated], title: str, published: Sequence[page.Table] = ()) -> page.ReportPage:
     """The page of one set of samples, or of several with the same protocol, size and references.
+
+    Args:
+        published: tables of papers beside these numbers.
 
     Raises:
         ArtifactError: protocols, sizes or references differ.
@@ -72,8 +90,10 @@ def generated_page(several: Sequence[Generated], title: str) -> page.ReportPage:
         f"Samples of {first.metrics['image_size']} px against {first.metrics['num_references']:,} references, protocol "
         f"{first.metrics['protocol']}."
     )
-    sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)])]
+    sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)]), *published]
     maps = [page.Map(f"{counted(each)}, some of them", each.sheet, each.name, each.name) for each in several]
+    if curve := guidance_curves(several):
+        sections.append(page.Plots("Scale of guidance", curve))
     sections.append(page.Maps("Samples", maps))
     missing = {
         f"{each.name}: {name}" if len(several) > 1 else name: reason
@@ -128,9 +148,33 @@ def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[
     """A header, and (text, whether it is its column's best) of every cell."""
     measures = measures_of(several)
     labels = [[each.name, counted(each)] for each in several]
+    header = ["samples", "number"]
+    if len({each.cfg_scale for each in several} - {None}) > 1:
+        header.append("guidance")
+        for label, each in zip(labels, several, strict=True):
+            label.append("–" if each.cfg_scale is None else f"{each.cfg_scale:g}")
     values = [[found(each.metrics, where) for where in measures] for each in several]
-    header = ["samples", "number", *(measure.label for measure in measures.values())]
+    header += [measure.label for measure in measures.values()]
     return header, table_rows(labels, list(measures.values()), values)
+
+
+def guidance_curves(several: Sequence[Generated]) -> list[page.Plot]:
+    """FID and Inception Score over the scale of guidance, a line per generator sampled with several scales."""
+    drawn = []
+    for where in ("fid", "inception_score.mean"):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for each in several:
+            value = found(each.metrics, where)
+            if each.cfg_scale is not None and value is not None:
+                points.setdefault(each.generator, []).append((each.cfg_scale, value))
+        lines = {
+            name: (np.array([x for x, _ in rows]), np.array([y for _, y in rows]))
+            for name, rows in ((name, sorted(rows)) for name, rows in points.items())
+            if len({x for x, _ in rows}) > 1
+        }
+        plot = plots.line_plot(MEASURES[where].label, lines, xlabel="scale of classifier-free guidance")
+        drawn += [] if plot is None else [plot]
+    return drawn
 
 
 def counted(generated: Generated) -> str:

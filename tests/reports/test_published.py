@@ -1,0 +1,78 @@
+"""Numbers of papers beside ours."""
+
+from pathlib import Path
+
+import pytest
+
+from vqpipe.errors import ConfigError
+from vqpipe.reports import generated
+from vqpipe.reports.evaluation import MEASURES
+from vqpipe.reports.published import OurNumbers, published_table, read_table
+
+BY_KEY = {measure.key: measure for measure in MEASURES}
+TABLE = """
+title = "A paper, Table 1"
+protocol = "adm"
+columns = ["rfid", "psnr", "rfid@faces"]
+rows = [
+    ["", "another paper's", 5.0, "-", "-"],
+    ["lc", "VQGAN-LC", 2.62, 23.8, 4.0],
+]
+"""
+RUNS = Path(__file__).resolve().parents[2] / "stages" / "runs" / "published"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "table.toml"
+    path.write_text(text)
+    return path
+
+
+def test_each_printed_number_has_ours_beside_it_by_the_protocol_of_the_paper(tmp_path: Path) -> None:
+    ours = OurNumbers()
+    ours.add("cleanfid-matched", "photos", ("lc",), {"rfid": 1.0})  # another protocol: not shown
+    ours.add("adm", "photos", ("lc",), {"rfid": 2.5, "psnr": 24.0})
+    ours.add("adm", "faces", ("x", "faces-512-lc"), {"rfid": 3.0})
+    table = published_table(read_table(written(tmp_path, TABLE)), BY_KEY, ours)
+    assert table.header == ["row", "paper", "ours", "paper", "ours", "paper", "ours"]
+    assert list(table.spans) == [("", 1), ("rFID", 2), ("PSNR", 2), ("rFID, faces", 2)]
+    assert table.rows[0] == ["another paper's (quoted)", "5.00", "–", "–", "–", "–", "–"]
+    assert table.rows[1] == ["VQGAN-LC", "2.62", "2.50", "23.80", "24.00", "4.00", "3.00"]
+
+
+def test_an_equal_name_is_preferred_to_one_that_ends_with_it() -> None:
+    ours = OurNumbers()
+    ours.add("adm", "", ("figure-lc",), {"rfid": 1.0})
+    ours.add("adm", "", ("lc",), {"rfid": 2.0})
+    assert ours.find("adm", "", "lc", "rfid") == 2.0
+    assert ours.find("adm", "", "c", "rfid") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = 3", "no table of published numbers"),
+        (TABLE.replace("2.62, ", ""), "2 numbers for 3 columns: VQGAN-LC"),
+        (TABLE.replace("2.62", '"2.62"'), "rfid of VQGAN-LC is '2.62'"),
+        ("][", "no table of published numbers"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_table(written(tmp_path, text))
+
+
+def test_a_column_that_is_no_measure_is_refused(tmp_path: Path) -> None:
+    table = read_table(written(tmp_path, TABLE.replace('"psnr"', '"psnrr"')))
+    with pytest.raises(ConfigError, match="unknown column 'psnrr'"):
+        published_table(table, BY_KEY, OurNumbers())
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_table_of_the_papers_reads_and_has_known_columns(path: Path) -> None:
+    of_samples = {measure.key: measure for measure in generated.MEASURES.values()} | {
+        "utilization": BY_KEY["utilization"]
+    }
+    table = read_table(path)
+    known = of_samples if "fid" in table.columns else BY_KEY
+    assert len(published_table(table, known, OurNumbers()).rows) == len(table.rows)
