@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vqpipe.errors import DataError
+from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.reports import page
 
 ERROR_PEAK = 64
@@ -26,6 +27,8 @@ GAP = 4
 """Pixels between images on a sheet."""
 MIN_FONT, MAX_FONT = 10, 48
 """Size of labels on a sheet, pixels: what fits into a column, between these."""
+MAX_PREFIX_SIDE = 512
+"""The same for reconstructions from the first k groups, of which there are many."""
 MAX_SIDE = 1024
 """Pixels. Of larger images a page shows the center at full resolution: scaling down would hide the errors."""
 MAX_BYTES = 24 * 2**20
@@ -49,6 +52,8 @@ class ImagePair:
     psnr: float | None = None
     why: Literal["spread", "worst", "best"] = "spread"
     """Chosen at an even interval over the set, or for its PSNR."""
+    prefixes: Sequence[tuple[int, bytes]] = ()
+    """(k, reconstruction from the first k groups) for some k < G; a report does not keep them, its page shows them."""
 
 
 class PictureBudget:
@@ -100,6 +105,21 @@ def error_pictures(pairs: Sequence[ImagePair], budget: PictureBudget | None = No
             versions = [page.Version("reconstruction", pair.reconstruction), page.Version("error", error)]
             notes = ", ".join(filter(None, (decibels(pair.psnr), note)))
             found.append(page.Picture(pair.name, pair.original, versions, notes))
+    return found
+
+
+def prefix_pictures(pairs: Sequence[ImagePair]) -> list[page.Picture]:
+    """Each original with its reconstructions from the first k groups, and the one from all."""
+    found = []
+    for pair in pairs:
+        if not pair.prefixes:
+            continue
+        original, versions = from_png(pair.original)[None], []
+        for label, png in (*((first_groups(k), png) for k, png in pair.prefixes), ("all groups", pair.reconstruction)):
+            psnr = float(psnr_of(mean_squared_error(original, from_png(png)[None])))
+            note = decibels(psnr if psnr < float("inf") else None)
+            versions.append(page.Version(label, crop_center(png, MAX_PREFIX_SIDE), note))
+        found.append(page.Picture(pair.name, crop_center(pair.original, MAX_PREFIX_SIDE), versions))
     return found
 
 
