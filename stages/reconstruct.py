@@ -14,7 +14,12 @@ from vqpipe.files import hash_file
 from vqpipe.tiling import check_tile
 
 Groups = Annotated[
-    int | None, typer.Option("--groups", help="Decode only the first K groups of each image.", metavar="K", min=1)
+    str | None,
+    typer.Option(
+        "--groups",
+        help="Decode only the first K groups of each image; of several K, a labelled column for each.",
+        metavar="K[,K,...]",
+    ),
 ]
 Tile = Annotated[
     int,
@@ -42,21 +47,36 @@ def reconstruct(
 ) -> None:
     """Reconstruct image files of any size.
 
-    Each reconstruction is written beside its original, as one PNG file.
+    Each reconstruction is written beside its original, as one PNG file. With
+    several numbers, as in --groups 1,2,3,4, the file is a contact sheet: the
+    original and the reconstruction from the first K groups for each K.
     """
+    prefixes = parse_groups(groups)
     with console.session(device, seed) as torch_device:
         autoencoder = open_autoencoder(tokenizer, torch_device)
-        autoencoder.check_groups(groups)
+        for k in prefixes:
+            autoencoder.check_groups(k)
         check_tile(tile, overlap, autoencoder.downsample_factor)
         named = png_names(files)
-        config = {"files": list(named), "groups": groups, "tile": tile, "overlap": overlap}
+        recorded = prefixes if len(prefixes) > 1 else prefixes[0]
+        config = {"files": list(named), "groups": recorded, "tile": tile, "overlap": overlap}
         inputs = {name: hash_file(file) for name, file in named.items()}
         draft = artifacts.start(out, "images", config, {"tokenizer": autoencoder.source, **inputs})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft, console.ProgressBar() as progress:
             facts = reconstruct_files(
-                draft, autoencoder, named, groups=groups, tile=tile, overlap=overlap, progress=progress
+                draft, autoencoder, named, groups=prefixes, tile=tile, overlap=overlap, progress=progress
             )
             published = draft.publish(facts)
         return console.finished(published)
+
+
+def parse_groups(groups: str | None) -> list[int] | list[None]:
+    """`--groups` as numbers, each once; [None], for all groups, without it."""
+    if groups is None:
+        return [None]
+    words = [word.strip() for word in str(groups).split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{groups!r} is not a number of groups, or several separated by commas")
+    return list(dict.fromkeys(map(int, words)))

@@ -7,6 +7,8 @@ import torch
 
 from vqpipe.evaluation import pictures
 from vqpipe.evaluation.pictures import SelectedPictures
+from vqpipe.metrics.resumable import pack, unpack
+from vqpipe.reports.pictures import from_png, prefix_pictures
 
 PSNR = [3.0, 1.0, float("inf"), 1.0, 2.0, 5.0, float("inf"), 0.5]
 IMAGES = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 2, 2)
@@ -48,6 +50,22 @@ def test_pictures_are_spread_evenly_and_infinite_psnr_is_left_out() -> None:
         ("image 4", 2.0),
         ("image 6", None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "shown"), [(1, []), (2, [1]), (6, [1, 2, 3, 4, 5]), (8, [1, 2, 3, 5, 6]), (64, [1, 13, 26, 38, 51])]
+)
+def test_pictures_of_the_first_groups_are_few_and_resumed(groups: int, shown: list[int]) -> None:
+    selection = SelectedPictures(8, 8, 0)
+    prefixes = {k: torch.full((8, 3, 2, 2), k / 64) for k in range(1, groups)}
+    selection.update([f"image {i}" for i in range(8)], range(8), IMAGES, IMAGES, PSNR, prefixes)
+    found = [[k for k, _ in each.prefixes] for each in selection.selected()]
+    assert found == [shown, [], [], shown, [], [], shown, []]
+    pixels = [int(from_png(png).unique()) for _, png in selection.spread[0].prefixes]
+    assert pixels == [round((k / 64 + 1) * 127.5) for k in shown]
+    resumed = SelectedPictures(8, 8, 0)
+    resumed.load_state(unpack(*pack(selection.state())[:2]))
+    assert prefix_pictures(resumed.selected()) == prefix_pictures(selection.selected())
 
 
 def test_no_extremes_are_kept_if_none_are_wanted() -> None:

@@ -24,10 +24,13 @@ from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import Framing, center_crop, decode, to_uint8
 from vqpipe.data.transforms import pixels as pixels_of
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
+from vqpipe.evaluation.pictures import NUM_WITH_PREFIXES
 from vqpipe.metrics.config import SetMetric
 from vqpipe.metrics.inception import INCEPTION_FILE
 from vqpipe.metrics.protocols import PROTOCOLS
 from vqpipe.reports.evaluation import open_evaluation
+from vqpipe.reports.page import data_uri
+from vqpipe.reports.pictures import to_png
 from vqpipe.tiling import reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.weights import LPIPS_BACKBONES
@@ -143,9 +146,14 @@ def test_k_curve_equals_decoding_the_first_k_groups(
     html = (out / "report.html").read_text(encoding="utf-8")
     assert "PSNR from the first k groups, dB" in html
     assert f"<td>{curve[0]['psnr']:.2f} dB</td>" in html
+    for k in (1, 2, 3):  # the pictures of the section: the first of the set among them
+        assert data_uri(to_png(tokenizer.decode(ids[:1], (32, 32), groups=k)[0])) in html
+    assert html.count('data-label="first 2 groups"') == NUM_WITH_PREFIXES
+    assert not open_artifact(out, "report").names("pictures/*group*")
 
     plain = run(path, picture_folder, tmp_path / "plain", overrides=["eval.prefixes=false"])
     without = metrics_of(plain)
+    assert "first 2 groups" not in (plain / "report.html").read_text(encoding="utf-8")
     other = ("prefixes", "commands")
     assert {**without, "commands": 0} == {**{k: v for k, v in metrics.items() if k not in other}, "commands": 0}
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from stages.reconstruct import reconstruct
@@ -58,13 +59,43 @@ def test_groups_decodes_the_first_groups_only(
     pixels = draw(file)
     tokenizer, square = Tokenizer.from_pretrained(path), torch.from_numpy(pixels).permute(2, 0, 1)[None]
     for groups in (1, 2, 3):
-        reconstruct([file], tokenizer=path, out=tmp_path / f"first-{groups}", groups=groups, device="cpu")
+        reconstruct([file], tokenizer=path, out=tmp_path / f"first-{groups}", groups=str(groups), device="cpu")
         shown = np.asarray(Image.open(tmp_path / f"first-{groups}" / "photo.png"))[:, 36:]
         reconstruction = tokenizer.decode(tokenizer.encode(square), (32, 32), groups=groups)
         assert np.array_equal(shown, reconstruction[0].permute(1, 2, 0).numpy())
     with pytest.raises(DataError, match="groups = 4, the tokenizer has 3"):
-        reconstruct([file], tokenizer=path, out=tmp_path / "out", groups=4, device="cpu")
+        reconstruct([file], tokenizer=path, out=tmp_path / "out", groups="1,4", device="cpu")
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("quantizer", [MULTI_GROUP, RESIDUAL], ids=["multi_group", "residual"])
+def test_several_numbers_of_groups_give_a_labelled_contact_sheet(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path, quantizer: dict[str, Any]
+) -> None:
+    path, file = tiny_tokenizer("tokenizer", quantizer=quantizer), tmp_path / "photo.png"
+    pixels = draw(file, 48, 160)
+    reconstruct([file], tokenizer=path, out=tmp_path / "out", groups="1, 2,3", device="cpu")
+    published = open_artifact(tmp_path / "out", "images")
+    assert published.manifest.config["groups"] == [1, 2, 3]
+    sheet = np.asarray(Image.open(published.file("photo.png")))
+    labels, columns = sheet[:-48], [sheet[-48:, start : start + 160] for start in range(0, 4 * 164, 164)]
+    assert sheet.shape[1] == 4 * 164 - 4
+    assert np.array_equal(columns[0], pixels)
+    tokenizer, square = Tokenizer.from_pretrained(path), torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    for k in (1, 2, 3):
+        reconstruction = tokenizer.decode(tokenizer.encode(square), (48, 160), groups=k)
+        assert np.array_equal(columns[k], reconstruction[0].permute(1, 2, 0).numpy())
+        error = np.mean((pixels.astype(float) - columns[k]) ** 2)
+        assert published.facts["psnr"]["photo.png"][k - 1] == pytest.approx(10 * np.log10(255**2 / error))
+    texts = [labels[:, start : start + 160] for start in range(0, 4 * 164, 164)]
+    assert all(text.min() < 100 for text in texts)  # each column has one
+    assert len({text.tobytes() for text in texts}) == 4
+
+
+@pytest.mark.parametrize("groups", ["0", "1,", "two", "1,-2"])
+def test_invalid_numbers_of_groups_are_wrong_usage(groups: str, tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a number of groups, or several separated by commas"):
+        reconstruct([], tokenizer=tmp_path, out=tmp_path / "out", groups=groups, device="cpu")
 
 
 def test_continuous_autoencoder_is_accepted_without_groups(tiny_vae: Path, tmp_path: Path) -> None:
@@ -73,7 +104,7 @@ def test_continuous_autoencoder_is_accepted_without_groups(tiny_vae: Path, tmp_p
     reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "out", device="cpu")
     assert np.asarray(Image.open(tmp_path / "out" / "photo.png")).shape == (33, 50 + 4 + 50, 3)
     with pytest.raises(DataError, match="tiny-vae has continuous latents"):
-        reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "other", groups=1, device="cpu")
+        reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "other", groups="1", device="cpu")
 
 
 def test_tile_and_overlap_options(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from vqpipe.reports.page import Section
 
 PACKAGES = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")
 """Packages whose versions the numbers depend on."""
-FORMAT = 2
+FORMAT = 3
 """Version of the saved states; others are not resumed."""
 MAX_PAUSE = 10
 """A rank saves at least every `save_seconds` times this, however long saving takes."""
@@ -207,7 +207,7 @@ class EvaluationPass(Resumable):
         if reconstruction.ids is not None:
             for analysis in self.analyses:
                 analysis.update(originals, rounded, reconstruction.ids, keys)
-        self.pictures.update(keys, positions, originals, rounded, psnr)
+        self.pictures.update(keys, positions, originals, rounded, psnr, reconstruction.prefixes)
 
 
 class Checkpoints:

@@ -14,7 +14,7 @@ from vqpipe.data.transforms import BadImage, decode, pixels
 from vqpipe.errors import DataError
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.progress import SILENT, Progress
-from vqpipe.reports.pictures import side_by_side, to_png
+from vqpipe.reports.pictures import decibels, first_groups, side_by_side, to_png, with_labels
 from vqpipe.tiling import reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def reconstruct_files(
     autoencoder: Tokenizer | ContinuousAutoencoder,
     files: Mapping[str, Path],
     *,
-    groups: int | None,
+    groups: Sequence[int | None],
     tile: int,
     overlap: int,
     progress: Progress = SILENT,
@@ -36,7 +36,9 @@ def reconstruct_files(
 
     Args:
         files: name of each PNG -> the image file, as `png_names` returns them.
-        groups, tile, overlap: as for `reconstruct_any_size`.
+        groups: for each reconstruction of an image, the number of groups to decode; None: all of them. Several
+            reconstructions are labelled, and their PSNR is a list.
+        tile, overlap: as for `reconstruct_any_size`.
 
     Raises:
         DataError: a file cannot be read as an image.
@@ -46,11 +48,16 @@ def reconstruct_files(
     for name in names:
         if draft.record(name) is None:
             original = read_image(files[name])
-            reconstruction = reconstruct_any_size(
-                autoencoder, original, groups=groups, tile=tile, overlap=overlap
-            ).image
-            with draft.write(name, psnr=psnr_between(original, reconstruction)) as path:
-                path.write_bytes(to_png(side_by_side(original, reconstruction)))
+            reconstructions = [
+                reconstruct_any_size(autoencoder, original, groups=k, tile=tile, overlap=overlap).image for k in groups
+            ]
+            psnr = [psnr_between(original, each) for each in reconstructions]
+            sheet = side_by_side(original, *reconstructions)
+            if len(groups) > 1:
+                labels = [first_groups(k, decibels(db)) for k, db in zip(groups, psnr, strict=True)]
+                sheet = with_labels(sheet, ["original", *labels])
+            with draft.write(name, psnr=psnr if len(groups) > 1 else psnr[0]) as path:
+                path.write_bytes(to_png(sheet))
         progress.advance()
     distributed.barrier()
     return {"num_images": len(files), "psnr": {name: (draft.record(name) or {}).get("psnr") for name in files}}

@@ -7,10 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from vqpipe.data.transforms import to_uint8
 from vqpipe.distributed import gather_objects
 from vqpipe.metrics.resumable import Resumable, State
 from vqpipe.reports.pictures import ImagePair, to_png
 
+NUM_WITH_PREFIXES, NUM_PREFIXES = 3, 6
+"""How many of the pictures spread over the set have reconstructions from the first k groups, and of how many k at most,
+all groups included."""
 Scored = tuple[float, int, ImagePair]
 """PSNR, position in the set, and the picture."""
 
@@ -26,6 +30,7 @@ class SelectedPictures(Resumable):
 
     def __init__(self, num_images: int, num_spread: int, num_extremes: int) -> None:
         self.positions = {number * num_images // num_spread for number in range(num_spread)}
+        self.with_prefixes = set(sorted(self.positions)[:: -(-len(self.positions) // NUM_WITH_PREFIXES) or 1])
         self.num_extremes = num_extremes
         self.spread: list[ImagePair] = []
         self.lowest: list[Scored] = []
@@ -40,8 +45,14 @@ class SelectedPictures(Resumable):
         originals: Tensor,
         reconstructions: Tensor,
         psnr: Sequence[float],
+        prefixes: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Consider uint8[B, 3, H, W] twice, with the images' names and their positions in the set."""
+        """Consider uint8[B, 3, H, W] twice, with the images' names and their positions in the set.
+
+        Args:
+            prefixes: for each k < G the reconstructions from the first k groups, as those from all groups.
+        """
+        shown = spread_prefixes(list(prefixes or {}))
         for i, (position, score) in enumerate(zip(positions, psnr, strict=True)):
             lowest = sorted([*(row[:2] for row in self.lowest), (score, position)])[: self.num_extremes]
             highest = sorted([*(row[:2] for row in self.highest), (score, position)], key=falling)[: self.num_extremes]
@@ -51,7 +62,9 @@ class SelectedPictures(Resumable):
             finite = score if score < float("inf") else None  # infinite for equal images
             picture = ImagePair(keys[i], to_png(originals[i]), to_png(reconstructions[i]), finite)
             if position in self.positions:
-                self.spread.append(picture)
+                some = shown if position in self.with_prefixes else []
+                pngs = [(k, to_png(to_uint8((prefixes or {})[k][i]))) for k in some]
+                self.spread.append(replace(picture, prefixes=pngs))
             if chosen in lowest:
                 self.lowest = sorted([*self.lowest, (*chosen, picture)], key=rising)[: self.num_extremes]
             if chosen in highest:
@@ -85,6 +98,13 @@ class SelectedPictures(Resumable):
             *(replace(row[2], why="worst") for row in worst),
             *(replace(row[2], why="best") for row in best),
         ]
+
+
+def spread_prefixes(prefixes: Sequence[int]) -> list[int]:
+    """Of k = 1..G - 1 those to show beside G: all, or NUM_PREFIXES - 1 at even intervals from 1 on."""
+    if len(prefixes) < NUM_PREFIXES:
+        return list(prefixes)
+    return [prefixes[number * len(prefixes) // (NUM_PREFIXES - 1)] for number in range(NUM_PREFIXES - 1)]
 
 
 def rising(row: Sequence[Any]) -> tuple[float, int]:

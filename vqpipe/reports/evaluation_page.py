@@ -22,7 +22,7 @@ from vqpipe.reports.evaluation import (
     written,
 )
 from vqpipe.reports.papers import PaperRow, paper_row
-from vqpipe.reports.pictures import galleries
+from vqpipe.reports.pictures import MAX_PREFIX_SIDE, galleries, prefix_pictures
 
 FIXED = {
     "crop": "crop",
@@ -32,6 +32,11 @@ FIXED = {
     "extractor": "features",
 }
 """Choice of a protocol -> its name in the table."""
+PREFIX_TITLE = "Reconstruction from the first k groups"
+PREFIX_CAPTION = (
+    "As in MGVQ's Figure 5: the codes of the other groups are zero. PSNR is that of the whole image; of large ones the "
+    f"center is shown, at most {MAX_PREFIX_SIDE} pixels wide and high."
+)
 COMPARED = ("rfid", "psnr", "ssim", "lpips", "utilization")
 """Measures that papers print, in the order of their tables."""
 
@@ -50,6 +55,8 @@ def evaluation_page(
     if evaluated.is_discrete:
         sections += sections_on_codes(evaluated)
     if prefixes := metrics.get("prefixes"):
+        if pictures := prefix_pictures(evaluated.shown):
+            sections.append(page.Pictures(PREFIX_TITLE, pictures, PREFIX_CAPTION))
         sections.append(prefix_table(prefixes, metrics))
         sections.append(page.Plots("Quality by bits per pixel", plots.k_curves({evaluated.name: prefixes})))
     sections += analyses
@@ -154,7 +161,7 @@ def prefix_table(prefixes: Sequence[Mapping[str, Any]], metrics: Metrics) -> pag
         f"Each image was encoded once, then decoded from the first k of its {len(rows)} groups alone, the codes of the "
         "others being zero, as in MGVQ's Table 6."
     )
-    return page.Table("Reconstruction from the first k groups", ["groups", *(m.label for m in shown)], cells, caption)
+    return page.Table(f"{PREFIX_TITLE}: numbers", ["groups", *(m.label for m in shown)], cells, caption)
 
 
 def subtitle(metrics: Mapping[str, Any]) -> str:

@@ -12,10 +12,11 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vqpipe.errors import DataError
+from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.reports import page
 
 ERROR_PEAK = 64
@@ -24,6 +25,10 @@ UNUSED = (22, 26, 34)
 """Color of a code that was never chosen."""
 GAP = 4
 """Pixels between images on a sheet."""
+MIN_FONT, MAX_FONT = 10, 48
+"""Size of labels on a sheet, pixels: what fits into a column, between these."""
+MAX_PREFIX_SIDE = 512
+"""The same for reconstructions from the first k groups, of which there are many."""
 MAX_SIDE = 1024
 """Pixels. Of larger images a page shows the center at full resolution: scaling down would hide the errors."""
 MAX_BYTES = 24 * 2**20
@@ -47,6 +52,8 @@ class ImagePair:
     psnr: float | None = None
     why: Literal["spread", "worst", "best"] = "spread"
     """Chosen at an even interval over the set, or for its PSNR."""
+    prefixes: Sequence[tuple[int, bytes]] = ()
+    """(k, reconstruction from the first k groups) for some k < G; a report does not keep them, its page shows them."""
 
 
 class PictureBudget:
@@ -98,6 +105,21 @@ def error_pictures(pairs: Sequence[ImagePair], budget: PictureBudget | None = No
             versions = [page.Version("reconstruction", pair.reconstruction), page.Version("error", error)]
             notes = ", ".join(filter(None, (decibels(pair.psnr), note)))
             found.append(page.Picture(pair.name, pair.original, versions, notes))
+    return found
+
+
+def prefix_pictures(pairs: Sequence[ImagePair]) -> list[page.Picture]:
+    """Each original with its reconstructions from the first k groups, and the one from all."""
+    found = []
+    for pair in pairs:
+        if not pair.prefixes:
+            continue
+        original, versions = from_png(pair.original)[None], []
+        for label, png in (*((first_groups(k), png) for k, png in pair.prefixes), ("all groups", pair.reconstruction)):
+            psnr = float(psnr_of(mean_squared_error(original, from_png(png)[None])))
+            note = decibels(psnr if psnr < float("inf") else None)
+            versions.append(page.Version(label, crop_center(png, MAX_PREFIX_SIDE), note))
+        found.append(page.Picture(pair.name, crop_center(pair.original, MAX_PREFIX_SIDE), versions))
     return found
 
 
@@ -160,10 +182,30 @@ def enlarge(images: Tensor, min_side: int) -> Tensor:
     return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
-def side_by_side(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """uint8[3, H, W] twice -> uint8[3, H, 2 W + gap]: original left, a white line, reconstruction right."""
+def side_by_side(original: Tensor, *reconstructions: Tensor) -> Tensor:
+    """The original and n reconstructions, uint8[3, H, W], from left to right with a white line between two of them ->
+    uint8[3, H, (n + 1) W + n gap]."""
     line = torch.full((3, original.shape[1], GAP), 255, dtype=torch.uint8)
-    return torch.cat([original.cpu(), line, reconstruction.cpu()], dim=2)
+    return torch.cat([original.cpu(), *(part for each in reconstructions for part in (line, each.cpu()))], dim=2)
+
+
+def with_labels(sheet: Tensor, labels: Sequence[str]) -> Tensor:
+    """Write a label above each column of a sheet of `side_by_side`, on white: uint8[3, H, W] -> uint8[3, h + H, W]."""
+    width = (sheet.shape[2] + GAP) // len(labels) - GAP
+    longest = max(ImageFont.load_default(100).getlength(label) for label in labels) / 100
+    size = int(min(max(width / longest, MIN_FONT), MAX_FONT))
+    strip = Image.new("RGB", (sheet.shape[2], size + 2 * GAP), "white")
+    for column, label in enumerate(labels):
+        cell = Image.new("RGB", (width, strip.height), "white")  # cuts off what is longer than its column
+        ImageDraw.Draw(cell).text((0, GAP), label, fill="black", font=ImageFont.load_default(size))
+        strip.paste(cell, (column * (width + GAP), 0))
+    return torch.cat([torch.from_numpy(np.array(strip)).permute(2, 0, 1), sheet], dim=1)
+
+
+def first_groups(k: int | None, note: str = "") -> str:
+    """`first 2 groups`, `first 2 groups, 22.1 dB`; `reconstruction` for k = None."""
+    name = "reconstruction" if k is None else "first group" if k == 1 else f"first {k} groups"
+    return ", ".join(filter(None, (name, note)))
 
 
 def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int = 4) -> bytes:
