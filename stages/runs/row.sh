@@ -6,6 +6,7 @@
 #   OUT         where artifacts go (default: artifacts)
 #   RUN         how a stage is started; on 8 GPUs: RUN="torchrun --nproc-per-node 8 -m stages"; under SLURM: slurm.sbatch
 #   VALIDATION  held-out images to measure during training, if any
+#   DOWNLOAD    set to 1 to fetch CLIP's weights where they are not on this machine
 #   SAMPLES     generated images per generator (default: 50,000)
 #
 # Every row is measured by the protocol `adm` and by that of its paper, PROTOCOL, which each script sets: they have
@@ -40,7 +41,8 @@ codebook() {
     [ $# -eq 0 ] || shift
     local features="$OUT/features-${FEATURES:-clip-vit-l}"
     each --images "${FEATURE_IMAGES:-$IMAGES}"
-    $RUN extract-features "${EACH[@]}" --preset vqgan-lc-f16-100k --out "$features" ${extract[@]+"${extract[@]}"}
+    $RUN extract-features "${EACH[@]}" --preset vqgan-lc-f16-100k --out "$features" \
+        ${DOWNLOAD:+--download} ${extract[@]+"${extract[@]}"}
     $RUN kmeans --features "$features" --preset vqgan-lc-f16-100k --k "$k" --out "$OUT/codebook-$name" \
         --set kmeans.per_class="${PER_CLASS:-false}" "$@"
 }
