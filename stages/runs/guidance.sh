@@ -6,7 +6,7 @@
 : "${GENERATOR:?set GENERATOR to a generator artifact}"
 EVAL=none SAMPLES=${SAMPLES:-10000} PROTOCOLS=${PROTOCOLS:-adm}
 . "$(dirname "$0")/row.sh"
-name=$(basename "$GENERATOR")
+name=$(basename "$GENERATOR") SAMPLE_FROM=$GENERATOR
 for scale in ${SCALES:-1 1.25 1.5 2 3 4 6 8}; do
     samples "$name-cfg-$scale" references "$IMAGES" --cfg-scale "$scale" --set generate.cfg_channels="${CHANNELS:-0}"
 done

@@ -99,12 +99,12 @@ tokens() {
     $RUN tokenize "${EACH[@]}" --tokenizer "$OUT/$name" --out "$OUT/tokens-$name" "$@"
 }
 
-# samples NAME SET REFERENCE [option of generate ...]: draw images from the generator NAME (or from GENERATOR) and measure
+# samples NAME SET REFERENCE [option of generate ...]: draw images from the generator NAME (or from SAMPLE_FROM) and measure
 # them against the references of a set, by PROTOCOLS; the use of codes by their ids is measured too.
 samples() {
     local name=$1 set=$2 reference=$3 protocol
     shift 3
-    $RUN generate --generator "${GENERATOR:-$OUT/$name}" --num-images "$SAMPLES" --keep-ids --out "$OUT/samples-$name" "$@"
+    $RUN generate --generator "${SAMPLE_FROM:-$OUT/$name}" --num-images "$SAMPLES" --keep-ids --out "$OUT/samples-$name" "$@"
     each --reference "$reference"
     for protocol in $PROTOCOLS; do
         $RUN eval-generation --images "$OUT/samples-$name" "${EACH[@]}" --protocol "$protocol" --image-size 256 \
