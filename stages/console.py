@@ -66,7 +66,8 @@ AutoencoderPath = Annotated[
     Path,
     typer.Option(
         "--tokenizer",
-        help="A tokenizer artifact, hf:USER/NAME on the model hub, or a folder with SD-VAE, SDXL-VAE or TAEF2.",
+        help="A tokenizer artifact, hf:USER/NAME on the model hub, or a folder with a VAE: AutoencoderKL of diffusers "
+        "(SD-VAE, SDXL-VAE, SD3, FLUX), TAESD to TAEF2.",
         metavar="DIR",
     ),
 ]

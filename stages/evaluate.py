@@ -13,6 +13,7 @@ from vqpipe import analysis
 from vqpipe.continuous import open_autoencoder
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import parse_size
+from vqpipe.errors import ConfigError
 from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.report import evaluate_tokenizer
 from vqpipe.metrics.feature_networks import find_networks
@@ -57,6 +58,26 @@ def evaluate(
             metavar="replacement|embedding|patches",
         ),
     ] = None,
+    embedding_codes: Annotated[
+        int | None,
+        typer.Option(
+            "--embedding-codes",
+            help="Codes in the t-SNE map of --analyze embedding, over all groups, sampled with --seed; default 2000. "
+            "More than 5000 of a group need the package openTSNE (the extra `embedding`).",
+            metavar="N",
+            min=1,
+        ),
+    ] = None,
+    random_classes: Annotated[
+        int | None,
+        typer.Option(
+            "--random-classes",
+            help="Use only the images of N classes, drawn at random with --seed (VQGAN-LC, Figure 5: 100 of ImageNet). "
+            "--limit applies after that.",
+            metavar="N",
+            min=1,
+        ),
+    ] = None,
     fid_min_images: Annotated[
         int | None,
         typer.Option(
@@ -80,9 +101,12 @@ def evaluate(
     with --weights, rFID and LPIPS. Tokenizers with groups or depths are also
     measured on reconstructions from the first k of them.
 
-    SD-VAE and SDXL-VAE are measured in the same way: put config.json and
-    diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse or
-    stabilityai/sdxl-vae into a folder, and pass it as --tokenizer.
+    Continuous tokenizers are measured in the same way: SD-VAE, SDXL-VAE, the
+    VAEs of SD3 and FLUX, and every other AutoencoderKL of diffusers, with any
+    number of latent channels. Put its config.json and
+    diffusion_pytorch_model.safetensors (such as those of
+    stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae) into a folder, and pass
+    it as --tokenizer; the report shows the name of the folder.
 
     Protocols:
     adm (the usual rFID: ADM's crop on both sides, rounded, TF1 resize),
@@ -95,6 +119,8 @@ def evaluate(
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+        if embedding_codes is not None and "embedding" not in (analyze or []):
+            raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
         image_set = open_images(images)
         autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
@@ -110,7 +136,15 @@ def evaluate(
             autoencoder,
             config,
             networks,
-            analyses=analysis.build(analyze or [], autoencoder, perceptual=networks.perceptual, seed=seed),
+            analyses=analysis.build(
+                analyze or [],
+                autoencoder,
+                perceptual=networks.perceptual,
+                seed=seed,
+                embedding_codes=embedding_codes or analysis.EMBEDDING_CODES,
+            ),
+            embedding_codes=embedding_codes,
+            random_classes=random_classes,
             limit=limit,
             num_workers=num_workers,
             seed=seed,

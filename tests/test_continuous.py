@@ -53,6 +53,37 @@ def test_latents_and_images_match_diffusers(network: Any, folder: Path, images: 
     assert opened.name == "vae"
 
 
+@pytest.mark.parametrize(
+    ("factor", "settings"),
+    [
+        (8, {"latent_channels": 4}),
+        (8, {"latent_channels": 16, "shift_factor": 0.06, "scaling_factor": 1.5, "use_quant_conv": False}),
+        (16, {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}),
+        (16, {"latent_channels": 32, "use_post_quant_conv": False, "mid_block_add_attention": False}),
+    ],
+    ids=["as-sd", "as-sd3", "f16", "f16-32-channels"],
+)
+def test_every_autoencoder_kl_of_diffusers_opens(factor: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    depth = factor.bit_length()
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * depth, "up_block_types": ["UpDecoderBlock2D"] * depth}
+    torch.manual_seed(0)
+    network = AutoencoderKL(block_out_channels=[8] * depth, norm_num_groups=4, **blocks, **settings).eval()
+    network.save_pretrained(tmp_path / "some-vae")
+    opened = open_autoencoder(tmp_path / "some-vae")
+    assert isinstance(opened, ContinuousAutoencoder)
+    assert (opened.name, opened.downsample_factor) == ("some-vae", factor)
+    assert opened.describe(64)["latent_shape"] == [settings["latent_channels"], 64 // factor, 64 // factor]
+    images = torch.randint(0, 256, (1, 3, 64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    latents = opened.encode(images)
+    with torch.no_grad():
+        expected = network.encode(to_float(images)).latent_dist.mean
+        reconstruction = to_uint8(network.decode(expected).sample)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    assert (opened.decode(latents, (64, 32)).int() - reconstruction.int()).abs().max() <= 1
+
+
 def test_old_attention_names_and_half_precision_are_read(folder: Path, images: torch.Tensor) -> None:
     before = open_autoencoder(folder).encode(images)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

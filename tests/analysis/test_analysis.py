@@ -220,11 +220,11 @@ def test_embedding_marks_active_and_inactive_codes(
         return vectors[:, :2].numpy()
 
     monkeypatch.setattr(embedding, "tsne", instead)
-    monkeypatch.setattr(embedding, "MAX_CODES", 100)
     for name, shapes in {"lc": [(100, 60), (100, 4)], "groups": [(50, 3), (50, 3)], "cosine": [(60, 4)]}.items():
         placed.clear()
         tokenizer = tokenizers[name]
-        analysis = look(one("embedding", tokenizer, seed=5), tokenizer, images, [range(5), range(5, 10)])
+        analysis = one("embedding", tokenizer, seed=5, embedding_codes=100)
+        look(analysis, tokenizer, images, [range(5), range(5, 10)])
         assert isinstance(analysis, embedding.Embedding)
         result = analysis.result()
         json.dumps(result)
@@ -245,11 +245,29 @@ def test_embedding_marks_active_and_inactive_codes(
                 "cosine": "Codes",
             }[name]
         )
-        assert ("codes are drawn (seed 5)" in section.plots[0].caption) == (len(drawn) < tokenizer.codebook_size)
+        caption, size = section.plots[0].caption, tokenizer.codebook_size
+        assert f"{len(drawn)} of {size} are shown" in caption
+        assert ("sampled uniformly (seed 5)" in caption) == (len(drawn) < size)
+
+
+def test_more_codes_than_sklearn_is_used_for_need_another_package(
+    tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "MAX_SKLEARN", 59)
+    monkeypatch.setattr(embedding, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"t-SNE of 60 codes needs .* openTSNE.*pip install 'vqpipe\[embedding\]'"):
+        one("embedding", tokenizers["groups"], embedding_codes=1000)
+    assert not isinstance(one("embedding", tokenizers["groups"], embedding_codes=118), NotComputed)  # 59 a group
+    monkeypatch.setattr(embedding, "find_spec", lambda name: object())
+    assert not isinstance(one("embedding", tokenizers["groups"], embedding_codes=1000), NotComputed)
 
 
 @pytest.mark.slow
-def test_tsne_separates_clusters_and_is_reproducible() -> None:
+@pytest.mark.parametrize("library", ["sklearn", "openTSNE"])
+def test_tsne_separates_clusters_and_is_reproducible(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library == "openTSNE":
+        pytest.importorskip("openTSNE")
+        monkeypatch.setattr(embedding, "MAX_SKLEARN", 39)
     random = torch.Generator().manual_seed(0)
     near, far = torch.randn(20, 60, generator=random), torch.randn(20, 60, generator=random) + 30
     places = embedding.tsne(torch.cat([near, far]), seed=1)

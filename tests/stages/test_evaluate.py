@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
 from stages.evaluate import evaluate
-from vqpipe.analysis import ANALYSES
+from vqpipe.analysis import ANALYSES, embedding
 from vqpipe.artifacts import open_artifact
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.images import ImageSet, open_images
@@ -289,6 +290,75 @@ def test_analysis_is_in_the_metrics_and_on_the_page(
     rows = metrics["analyses"]["replacement"]["rows"]
     assert rows[0]["psnr"] == pytest.approx(metrics["psnr"], abs=1e-9)
     assert f"<td>{rows[1]['psnr']:.3f}</td>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def sorted_into_classes(pictures: Path, count: int) -> Path:
+    """Move the pictures into subfolders class-0, class-1, ..., one after another."""
+    for number, file in enumerate(sorted(pictures.iterdir())):
+        folder = pictures / f"class-{number % count}"
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+    return pictures
+
+
+def test_random_classes_measures_their_images_only(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    path, pictures = tiny_tokenizer("tokenizer"), sorted_into_classes(picture_folder, 4)
+    options: dict[str, Any] = {"random_classes": 2, "seed": 3, "analyze": ["replacement"]}
+    out = run(path, pictures, tmp_path / "report", **options, num_workers=2)
+    metrics = metrics_of(out)
+    drawn = metrics["random_classes"]
+    assert (len(drawn["classes"]), drawn["num_classes"], drawn["seed"]) == (2, 4, 3)
+    assert "Only images of 2 of 4 classes were used, drawn at random (seed 3)." in (out / "report.html").read_text()
+    config = open_artifact(out, "report").manifest.config
+    assert (config["random_classes"], config["seed"]) == (2, 3)
+
+    for folder in list(pictures.iterdir()):
+        if folder.name not in drawn["classes"]:
+            shutil.rmtree(folder)
+    alone = metrics_of(run(path, pictures, tmp_path / "alone", analyze=["replacement"]))
+    other = ("commands", "random_classes")
+    assert {k: v for k, v in metrics.items() if k not in other} == {k: v for k, v in alone.items() if k not in other}
+    assert metrics["analyses"]["replacement"]["num_images"] == metrics["num_images"] < 10
+
+
+def test_limit_applies_after_random_classes_and_the_seed_draws_them(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    path, pictures = tiny_tokenizer("tokenizer"), sorted_into_classes(picture_folder, 5)
+    reports = [run(path, pictures, tmp_path / str(seed), random_classes=2, seed=seed, limit=3) for seed in range(4)]
+    metrics = [metrics_of(report) for report in reports]
+    for each in metrics:
+        assert each["num_images"] == 3
+        assert {picture["name"].split("/")[0] for picture in each["pictures"]} == set(each["random_classes"]["classes"])
+    assert len({tuple(each["random_classes"]["classes"]) for each in metrics}) > 1
+    with pytest.raises(ArtifactError, match="random_classes was 2, now 3"):
+        run(path, pictures, reports[0], random_classes=3, seed=0, limit=3)
+
+
+def test_random_classes_need_labels_and_enough_classes(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    with pytest.raises(DataError, match=r"--random-classes 2: the images of pictures have no classes\. Give a folder"):
+        run(path, picture_folder, tmp_path / "report", random_classes=2)
+    with pytest.raises(DataError, match="--random-classes 6: pictures has 5 classes"):
+        run(path, sorted_into_classes(picture_folder, 5), tmp_path / "report", random_classes=6)
+    assert not (tmp_path / "report.partial").exists()
+
+
+def test_embedding_codes_are_on_the_page_and_need_the_analysis(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "tsne", lambda vectors, seed: vectors[:, :2].numpy())
+    path = tiny_tokenizer("tokenizer")
+    out = run(path, picture_folder, tmp_path / "report", analyze=["embedding"], embedding_codes=20)
+    assert metrics_of(out)["analyses"]["embedding"]["maps"][0]["codes"] == 20
+    assert "20 of 64 are shown, sampled uniformly (seed 0)" in (out / "report.html").read_text(encoding="utf-8")
+    assert open_artifact(out, "report").manifest.config["embedding_codes"] == 20
+    with pytest.raises(ConfigError, match=r"--embedding-codes without --analyze embedding"):
+        run(path, picture_folder, tmp_path / "other", embedding_codes=20)
 
 
 def test_extractor_without_weights_or_network_is_an_error(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from vqpipe.analysis.base import Analysis, AnalysisInputs, NotComputed
+from vqpipe.analysis.base import EMBEDDING_CODES, Analysis, AnalysisInputs, MissingPackage, NotComputed
 from vqpipe.analysis.embedding import Embedding
 from vqpipe.analysis.patches import Patches
 from vqpipe.analysis.replacement import Replacement
@@ -15,7 +15,7 @@ from vqpipe.tokenizer import Tokenizer
 ANALYSES: dict[str, type[Analysis]] = {each.name: each for each in (Replacement, Embedding, Patches)}
 """By name, in the order of the page."""
 
-__all__ = ["ANALYSES", "Analysis", "build"]
+__all__ = ["ANALYSES", "EMBEDDING_CODES", "Analysis", "build"]
 
 
 def build(
@@ -24,6 +24,7 @@ def build(
     *,
     perceptual: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
+    embedding_codes: int = EMBEDDING_CODES,
 ) -> list[Analysis]:
     """The analyses of these names, each once, in the order of ANALYSES.
 
@@ -32,23 +33,26 @@ def build(
     Args:
         perceptual: LPIPS networks by key, on the device of the tokenizer, for analyses that measure distortion.
         seed: of the codes drawn from a codebook that is too large.
+        embedding_codes: codes that `embedding` shows at most, over all groups.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a package is not installed.
     """
     for name in names:
         if name not in ANALYSES:
             raise ConfigError(f"there is no analysis {name!r}", f"Choose from {', '.join(ANALYSES)}")
-    return [build_one(name, tokenizer, perceptual or {}, seed) for name in ANALYSES if name in names]
-
-
-def build_one(
-    name: str, tokenizer: Tokenizer | ContinuousAutoencoder, perceptual: Mapping[str, nn.Module], seed: int
-) -> Analysis:
-    """The analysis of that name, or the reason why it does not apply."""
+    chosen = [name for name in ANALYSES if name in names]
     if isinstance(tokenizer, ContinuousAutoencoder):
-        return NotComputed(name, "continuous latents: there are no codes")
+        return [NotComputed(name, "continuous latents: there are no codes") for name in chosen]
+    inputs = AnalysisInputs(tokenizer, perceptual or {}, seed, embedding_codes)
+    return [build_one(name, inputs) for name in chosen]
+
+
+def build_one(name: str, inputs: AnalysisInputs) -> Analysis:
+    """The analysis of that name, or the reason why it does not apply."""
     try:
-        return ANALYSES[name](AnalysisInputs(tokenizer, perceptual, seed))
+        return ANALYSES[name](inputs)
+    except MissingPackage:
+        raise
     except ConfigError as error:
         return NotComputed(name, error.what)

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.errors import ConfigError
 from vqpipe.metrics.resumable import Resumable
 from vqpipe.quantizers import MultiGroupQuantizer, Quantizer, TokenLayout
 from vqpipe.reports import page
 from vqpipe.tokenizer import Tokenizer
 
+EMBEDDING_CODES = 2000
 NO_GRID = "no image whose tokens lie on a grid of its own size (padded, or in tiles)"
 
 
@@ -29,6 +31,8 @@ class AnalysisInputs:
     perceptual: Mapping[str, nn.Module] = field(default_factory=dict)
     """LPIPS networks by key."""
     seed: int = 0
+    embedding_codes: int = EMBEDDING_CODES
+    """Codes that `embedding` shows at most."""
 
     def layout(self, images: Tensor, ids: Tensor) -> TokenLayout | None:
         """The layout of the ids, int64[B, N], of images [B, 3, H, W]; None for images that were padded or tiled."""
@@ -38,6 +42,10 @@ class AnalysisInputs:
             return None
         layout = self.tokenizer.layout(height, width)
         return layout if layout.num_tokens == ids.shape[1] else None
+
+
+class MissingPackage(ConfigError):
+    """An optional package that an analysis needs is not installed: an error, not a reason to omit the analysis."""
 
 
 class Analysis(Resumable, ABC):

@@ -3,24 +3,27 @@
 Inactive codes apart from the active ones lie where no latents are. For a projected codebook (`lc`, `simvq`) there are
 two maps: of the stored features, which are frozen, and of the codes that latents are compared with.
 
+t-SNE is scikit-learn's for up to MAX_SKLEARN points of a map, and openTSNE's beyond.
+
 Shapes: N ids an image, G groups, K codes a group, F channels.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from vqpipe import distributed
-from vqpipe.analysis.base import Analysis, AnalysisInputs, codebooks, reason_section, sample_ids
+from vqpipe.analysis.base import Analysis, AnalysisInputs, MissingPackage, codebooks, reason_section, sample_ids
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.quantizers import FrozenCodebookQuantizer, MultiGroupQuantizer, Quantizer
 from vqpipe.reports import page, plots
 
-MAX_CODES = 2000
-"""Codes drawn over all groups of one kind of map: t-SNE takes seconds for a thousand."""
 MIN_CODES = 8
+MAX_SKLEARN = 5000
+"""Points of a map above which openTSNE is used: the time of scikit-learn's t-SNE grows faster."""
 PERPLEXITY = 30.0
 """Neighbors of a code (van der Maaten & Hinton 2008); fewer for few codes."""
 MAX_CHANNELS = 50
@@ -29,8 +32,9 @@ SPACES = {"features": "Stored codes, before the projector", "codes": "Codes that
 
 
 class Embedding(Analysis):
-    """A code is active if it is chosen at least once over the set. For a large K the codes are drawn uniformly, active
-    or not, so that the shares on the map are those of the codebook. The main rank computes the maps."""
+    """A code is active if it is chosen at least once over the set. At most `inputs.embedding_codes` codes, over all
+    groups of one kind of map, are sampled uniformly, active or not, so that the shares on the map are those of the
+    codebook. The main rank computes the maps."""
 
     name: ClassVar[str] = "embedding"
     state_names: ClassVar[tuple[str, ...]] = ("usage",)
@@ -40,9 +44,19 @@ class Embedding(Analysis):
         quantizer = inputs.tokenizer.autoencoder.quantizer
         spaces = {"features": stored_features(quantizer), "codes": codebooks(quantizer)}
         self.spaces = {space: groups for space, groups in spaces.items() if groups}
+        largest = max(self.num_codes(groups) for groups in self.spaces.values())
+        if largest > MAX_SKLEARN and find_spec("openTSNE") is None:
+            raise MissingPackage(
+                f"t-SNE of {largest:,} codes needs the package openTSNE, which is not installed",
+                "Install the extra: pip install 'vqpipe[embedding]', or lower --embedding-codes",
+            )
         self.usage = CodeUsage(quantizer.codebook_size, quantizer.num_groups, inputs.tokenizer.device)
         self.maps: list[tuple[str, int, np.ndarray, np.ndarray]] = []
         """(space, group, points float32[n, 2], active bool[n]), on the main rank after `result`."""
+
+    def num_codes(self, groups: Sequence[Tensor]) -> int:
+        """How many codes of each group, float[K, F], are on its map."""
+        return min(len(groups[0]), self.inputs.embedding_codes // len(groups))
 
     def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor, keys: Sequence[str]) -> None:
         self.usage.update(ids)
@@ -54,7 +68,7 @@ class Embedding(Analysis):
         if distributed.is_main():
             for space, groups in self.spaces.items():
                 for group, codes in enumerate(groups):
-                    chosen = sample_ids(len(codes), MAX_CODES // len(groups), seed)
+                    chosen = sample_ids(len(codes), self.num_codes(groups), seed)
                     points = tsne(codes[chosen.to(codes.device)].cpu(), seed)
                     if isinstance(points, str):
                         reasons[f"{space}, group {group + 1}"] = points
@@ -77,8 +91,11 @@ class Embedding(Analysis):
         for space, group, points, active in self.maps:
             title = SPACES[space] if len(self.spaces) > 1 else "Codes"
             share = f"{result['active_per_group'][group]:,} of {size:,} codes are active"
-            some = f"; {len(active):,} codes are drawn (seed {result['seed']})" if len(active) < size else ""
-            caption = f"t-SNE. {share}{some}. Distances between far clusters have little meaning."
+            some = f", sampled uniformly (seed {result['seed']})" if len(active) < size else ""
+            caption = (
+                f"t-SNE. {share}. {len(active):,} of {size:,} are shown{some}. "
+                "Distances between far clusters have little meaning."
+            )
             classes = {"active": points[active], "inactive": points[~active]}
             drawn.append(plots.scatter(f"{title}, group {group + 1}" if several else title, classes, caption))
         return [page.Plots("Active and inactive codes", drawn)]
@@ -109,9 +126,15 @@ def tsne(vectors: Tensor, seed: int) -> np.ndarray | str:
     from sklearn.manifold import TSNE
 
     points /= spread
+    large = len(points) > MAX_SKLEARN
     if points.shape[1] > MAX_CHANNELS:
-        points = PCA(min(MAX_CHANNELS, len(points)), svd_solver="full").fit_transform(points)
-    start = points[:, :1].repeat(2, 1) * [1, 0] if points.shape[1] == 1 else None
+        solver = "covariance_eigh" if large else "full"
+        points = PCA(min(MAX_CHANNELS, len(points)), svd_solver=solver).fit_transform(points)
+    start: Any = points[:, :1].repeat(2, 1) * [1, 0] if points.shape[1] == 1 else "pca"
     perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
-    model = TSNE(perplexity=perplexity, init="pca" if start is None else start, random_state=seed)
-    return model.fit_transform(points.astype(np.float32)).astype(np.float32)
+    if large:
+        import openTSNE
+
+        model = openTSNE.TSNE(perplexity=perplexity, initialization=start, neighbors="exact", random_state=seed)
+        return np.asarray(model.fit(points), dtype=np.float32)
+    return TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(points.astype(np.float32))

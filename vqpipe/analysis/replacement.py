@@ -3,7 +3,7 @@
 Little is lost where neighboring codes are similar, much where codes are few or far apart. The paper sets k to 1, 50,
 100 and 1000, and does not say whether a code is its own nearest; then k = 1 would change nothing. Here k = 1 is the
 nearest *other* code, and k = 0 the plain reconstruction. The paper's images are those of 100 ImageNet classes drawn at
-random; ours are those of the evaluation.
+random: `eval --random-classes 100`. Otherwise all images of the evaluation are used.
 
 Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
 """

@@ -16,6 +16,7 @@ from vqpipe.config import to_request
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.evaluation.evaluate import AnalysisProtocol, check_size, evaluate
 from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, code_usage
+from vqpipe.evaluation.random_classes import RandomClasses, draw_classes
 from vqpipe.evaluation.reconstruction import Autoencoder
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
@@ -39,6 +40,8 @@ def evaluate_tokenizer(
     networks: FeatureNetworks,
     *,
     analyses: Sequence[AnalysisProtocol] = (),
+    embedding_codes: int | None = None,
+    random_classes: int | None = None,
     limit: int | None = None,
     num_workers: int = -1,
     seed: int = 0,
@@ -47,7 +50,9 @@ def evaluate_tokenizer(
     """Measure an autoencoder on the first `limit` images and publish the report at `out`. Every rank calls it.
 
     Args:
-        seed: that of the analyses.
+        embedding_codes: that of the analyses, where it is set.
+        random_classes: measure only the images of so many classes, drawn at random; `limit` applies to these.
+        seed: that of the analyses and of the random classes.
 
     Returns:
         The report, and the result of the evaluation; None if the report was published before.
@@ -57,13 +62,17 @@ def evaluate_tokenizer(
     """
     check_size(autoencoder, config)
     request = to_request(config) | {"limit": limit, "weights": networks.sha256, "extractor": networks.extractor_sha256}
-    request |= {"analyze": [each.name for each in analyses], "seed": seed} if analyses else {}
+    request |= {"analyze": [each.name for each in analyses]} if analyses else {}
+    optional = {"embedding_codes": embedding_codes, "random_classes": random_classes}
+    request |= {name: value for name, value in optional.items() if value is not None}
+    request |= {"seed": seed} if analyses or random_classes is not None else {}
+    chosen = images if random_classes is None else draw_classes(images, random_classes, seed)
     draft = artifacts.start(out, "report", request, {"images": images, "tokenizer": autoencoder.source})
     if isinstance(draft, Artifact):
         return draft, None
     with draft:
         result = evaluate(
-            images,
+            chosen,
             autoencoder,
             config,
             networks,
@@ -74,6 +83,8 @@ def evaluate_tokenizer(
             request=draft.request,
             progress=progress,
         )
+        if isinstance(chosen, RandomClasses):
+            result = replace(result, metrics={**result.metrics, "random_classes": chosen.describe()})
         return publish_evaluation(draft, result), result
 
 

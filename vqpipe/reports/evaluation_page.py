@@ -82,6 +82,11 @@ def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
     caption = "Numbers of other protocols, sizes or images are not comparable with these."
     if "mixed_sizes" in own:
         caption += f" {own['mixed_sizes'][0].upper()}{own['mixed_sizes'][1:]}."
+    if drawn := evaluated.metrics.get("random_classes"):
+        caption += (
+            f" Only images of {len(drawn['classes']):,} of {drawn['num_classes']:,} classes were used, drawn at random "
+            f"(seed {drawn['seed']})."
+        )
     return page.Numbers(title, numbers, caption)
 
 

@@ -56,6 +56,8 @@ STYLE: dict[Any, Any] = {
 }
 MAX_POINTS = 600
 """Points of a line; longer series are thinned."""
+MAX_VECTOR_POINTS, RASTER_DPI = 5000, 300
+"""Points in the plane that are drawn as vectors, about 80 bytes each; more are one raster image."""
 MAX_MARKED = 12
 """Points of a line up to which each has a marker."""
 MAX_SIZES = 4
@@ -302,16 +304,19 @@ def bars(title: str, values: Mapping[str, float], caption: str = "") -> Plot:
 
 
 def scatter(title: str, points: Mapping[str, np.ndarray], caption: str = "") -> Plot:
-    """Classes of points float[n, 2] in the plane, on axes without meaning; the smallest class is drawn on top."""
+    """Classes of points float[n, 2] in the plane, on axes without meaning; the smallest class is drawn on top. More
+    than MAX_VECTOR_POINTS are rasterized, which bounds the size of the file."""
     labels = {name: f"{name} ({len(places):,})" for name, places in points.items()}
     total = 1 + sum(map(len, points.values()))
-    size = min(4.5, max(1.8, 100 / total**0.5))
+    rasterized = total > MAX_VECTOR_POINTS
+    size = min(4.5, max(0.5 if rasterized else 1.8, 100 / total**0.5))
+    caption = f"{caption} The points are a raster image of {RASTER_DPI} dpi.".strip() if rasterized else caption
     with matplotlib.rc_context(STYLE):
         figure, axes = one_axes(labels.values())
         figure.set_size_inches(4.2, 4.2)
         for number, (name, places) in enumerate(points.items()):
             style: dict[str, Any] = {"color": color(number), "markeredgewidth": 0}
-            axes.plot(*places.T, "o", markersize=size, zorder=3 - len(places) / total, **style)
+            axes.plot(*places.T, "o", markersize=size, zorder=3 - len(places) / total, rasterized=rasterized, **style)
             axes.plot([], [], "o", markersize=5, label=untypeset(labels[name]), **style)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_axis_off()
@@ -386,7 +391,7 @@ def columns_of(names: Collection[str]) -> int:
 def to_svg(figure: Figure, salt: str) -> str:
     """The figure as an `<svg>` element that scales; `salt` keeps the ids of two figures on one page apart."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": salt, "savefig.dpi": RASTER_DPI}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
