@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vqpipe import distributed
+from vqpipe.config import nearest_name
 from vqpipe.errors import ConfigError
 from vqpipe.files import write_json
 from vqpipe.training.callbacks import Callback, MetricsLog
@@ -169,9 +170,11 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def installed_loggers(names: Sequence[str] | None) -> list[str]:
-    """Return each of these names of LOGGERS once, or raise a ConfigError if the package of one is not installed."""
+    """Return each name once, or raise a ConfigError for one that is not in LOGGERS or whose package is not installed."""
     unique = list(dict.fromkeys(names or ()))
     for name in unique:
+        if name not in LOGGERS:
+            raise ConfigError(f"there is no logger {name!r}", nearest_name(name, LOGGERS))
         import_extra(name)
     return unique
 
