@@ -170,7 +170,7 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def installed_loggers(names: Sequence[str] | None) -> list[str]:
-    """Return each name once, or raise a ConfigError for one that is not in LOGGERS or whose package is not installed."""
+    """Return each name once, or raise a ConfigError for one that is unknown or whose package is not installed."""
     unique = list(dict.fromkeys(names or ()))
     for name in unique:
         if name not in LOGGERS:
