@@ -181,6 +181,10 @@ class LinearHead(nn.Module):
         """float[M, D], int64[M, 0] -> float[M, 1, D]."""
         return trunk.unsqueeze(1)
 
+    def logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
+        """float[M, D], int64[M, 0] -> float[M, 1, K]."""
+        return self.head(self.forward(trunk, ids))
+
     def next_logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
         """float[M, D], int64[M, 0] -> float[M, K]."""
         return self.head(trunk)
