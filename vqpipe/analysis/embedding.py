@@ -3,7 +3,7 @@
 Inactive codes apart from the active ones lie where no latents are. For a projected codebook (`lc`, `simvq`) there are
 two maps: of the stored features, which are frozen, and of the codes that latents are compared with.
 
-Shapes: N ids an image, G groups, K codes a group, F channels.
+Shapes: N ids per image, G groups, K codes per group, F channels.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ Little is lost where neighboring codes are similar, much where codes are few or 
 nearest *other* code, and k = 0 the plain reconstruction. The paper's images are those of 100 ImageNet classes drawn at
 random; ours are those of the evaluation.
 
-Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
+Shapes: B images of H x W pixels, N ids per image, G groups, K codes per group, C channels of a code.
 """
 
 from collections.abc import Mapping, Sequence

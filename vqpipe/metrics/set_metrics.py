@@ -5,7 +5,7 @@ Inception Score of one set.
     SetStatistics       its result over all ranks, which can be stored in a file
     set_distances       two of those -> numbers, and reasons for those that are not computed
 
-KID, precision and recall, and the Inception Score need the features of all images at once: 8 KiB an image for 2,048
+KID, precision and recall, and the Inception Score need the features of all images at once: 8 KiB per image for 2,048
 features. They are kept in memory as float32, up to a limit; beyond it these metrics are not computed.
 
 Shapes: B images of a batch, H x W pixels, n images, D features.
