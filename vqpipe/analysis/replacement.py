@@ -128,7 +128,7 @@ class Replacement(Analysis):
 
 
 class Neighbors(Resumable):
-    """`kth_nearest` of the codes that occur, each searched once: int32[K, R] a group."""
+    """`kth_nearest` of the codes that occur, each searched once: int32[K, R] per group."""
 
     state_names: ClassVar[tuple[str, ...]] = ("known",)
 

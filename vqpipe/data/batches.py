@@ -222,7 +222,7 @@ class WeightedShuffle(Shuffle):
         self.sets = sets
         sums = np.cumsum(weights)
         self.edges = sums[:-1] / sums[-1]
-        """The shares in [0, 1) are cut here. A set of weight 0 has an empty part."""
+        """[0, 1) is cut here into a part for each set. A set of weight 0 has an empty part."""
         self.orders = dict[int, tuple[int, np.ndarray]]()
         """set -> the epoch of its latest sample, and the order of that epoch."""
         self.block, self.before = -1, np.zeros(len(sets), np.int64)
@@ -243,8 +243,8 @@ class WeightedShuffle(Shuffle):
         return epoch, samples[int(self.orders[number][1][place])]
 
     def use_block(self, block: int) -> None:
-        """Draw the sets of a block. The draws before it are counted, from the block in use on if that is an earlier
-        one."""
+        """Draw the sets of a block, and count the draws before it, starting from the block in use if that is
+        earlier."""
         first, before = (self.block, self.before) if 0 <= self.block < block else (0, np.zeros_like(self.before))
         for number in range(first, block):
             before = before + np.bincount(self.sets_of(number), minlength=len(self.sets))
@@ -288,7 +288,7 @@ class TrainingStream:
     With weights, the other image is of the same set.
 
     Raises:
-        ConfigError: the global batch does not divide by the number of ranks, or the weights do not fit the sets.
+        ConfigError: the global batch is not divisible by the number of ranks, or the weights do not fit the sets.
         DataError: there are no images.
     """
 

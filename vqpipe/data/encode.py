@@ -273,7 +273,7 @@ class EncodingJob:
 
 
 def with_flip(images: Tensor, flip: bool) -> list[Tensor]:
-    """The views of images: they and, with `flip`, their horizontal flips."""
+    """The images and, with `flip`, their horizontal flips."""
     return [images, images.flip(-1)] if flip else [images]
 
 

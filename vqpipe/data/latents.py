@@ -28,7 +28,15 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
-from vqpipe.data.encode import IMAGES_PER_SHARD, EncodedShard, EncodingJob, check_float16, encode_views, sample_columns, with_flip
+from vqpipe.data.encode import (
+    IMAGES_PER_SHARD,
+    EncodedShard,
+    EncodingJob,
+    check_float16,
+    encode_views,
+    sample_columns,
+    with_flip,
+)
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ArtifactError, DataError, NumericError
 from vqpipe.progress import SILENT, Progress

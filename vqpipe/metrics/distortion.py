@@ -43,7 +43,7 @@ FULL = (0.299, 0.587, 0.114)
 """BT.601 luma over the full range."""
 SSIM_SMALLEST_SIDE = 11
 FIXED_POINT = 2**32
-"""Values are summed as integers of this fraction."""
+"""Values are summed as integers, in units of 1 / FIXED_POINT."""
 
 
 class Distortion(Metric):
