@@ -1,7 +1,7 @@
 """`embedding`: active and inactive codes in two dimensions, by t-SNE (VQGAN-LC, Fig. 4).
 
-Inactive codes far from the active ones lie where there are no latents. For a projected codebook (`lc`, `simvq`) there are
-two maps: of the stored features, which are frozen, and of the codes that latents are compared with.
+Inactive codes far from the active ones lie where there are no latents. For a projected codebook (`lc`, `simvq`) there
+are two maps: of the stored features, which are frozen, and of the codes that latents are compared with.
 
 Shapes: N ids per image, G groups, K codes per group, F channels.
 """
