@@ -71,9 +71,9 @@ AutoencoderPath = Annotated[
         metavar="DIR",
     ),
 ]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", help="Images per batch, on each rank.", metavar="IMAGES", min=1)
-]
+BATCH_SIZE = typer.Option("--batch-size", help="Images per batch, on each rank.", metavar="IMAGES", min=1)
+BatchSize = Annotated[int, BATCH_SIZE]
+OptionalBatchSize = Annotated[int | None, BATCH_SIZE]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N images.", metavar="N", min=1)]
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)

@@ -36,6 +36,6 @@ def detokenize(
             return console.finished(draft, again=True)
         with draft:
             facts = decode_tokens(
-                draft, stored, opened, limit=limit, groups=groups, batch_size=batch_size or 32, progress=progress
+                draft, stored, opened, limit=limit, groups=groups, batch_size=batch_size, progress=progress
             )
             return console.finished(draft.publish(facts))

@@ -44,9 +44,7 @@ def eval_generation(
     ] = None,
     fid_min_images: Annotated[
         int,
-        typer.Option(
-            "--fid-min-images", help="Number of images below which FID and sFID are not computed.", metavar="N", min=2
-        ),
+        typer.Option("--fid-min-images", help="Minimum number of images for FID and sFID.", metavar="N", min=2),
     ] = 2049,
     limit: Limit = None,
     batch_size: BatchSize = 32,
@@ -78,7 +76,7 @@ def eval_generation(
         config = GenerationConfig(
             protocol=protocol,
             image_size=image_size or generated_size(images),
-            batch_size=batch_size or 32,
+            batch_size=batch_size,
             num_workers=num_workers,
             max_skipped=max_skipped,
             fid_min_images=fid_min_images,

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from stages import console, recipe
-from stages.console import AutoencoderPath, BatchSize, Device, Images, Limit, Out, Preset, Seed, Set
+from stages.console import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
 from vqpipe import analysis
 from vqpipe.continuous import open_autoencoder
 from vqpipe.data.images import open_images
@@ -82,13 +82,13 @@ def evaluate(
         int | None,
         typer.Option(
             "--fid-min-images",
-            help="Number of images below which rFID is not computed; default 2049.",
+            help="Minimum number of images for rFID; default 2049.",
             metavar="N",
             min=2,
         ),
     ] = None,
     limit: Limit = None,
-    batch_size: BatchSize = None,
+    batch_size: OptionalBatchSize = None,
     num_workers: console.NumWorkers = -1,
     preset: Preset = None,
     overrides: Set = None,

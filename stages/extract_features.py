@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from stages import console, recipe
-from stages.console import BatchSize, Device, Images, Limit, Out, Preset, Seed, Set
+from stages.console import Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
 from vqpipe import artifacts
 from vqpipe.codebooks import features
 from vqpipe.config import to_request
@@ -34,7 +34,7 @@ def extract_features(
         ),
     ] = None,
     download: console.Download = False,
-    batch_size: BatchSize = None,
+    batch_size: OptionalBatchSize = None,
     limit: Limit = None,
     precision: console.TrainPrecision = None,
     num_workers: console.NumWorkers = -1,

@@ -77,7 +77,7 @@ def generate(
             classes=parse_classes(classes, opened),
             sampling=override_sampling(opened.sampling, overrides or [], flags),
             seed=seed,
-            batch_size=batch_size or 64,
+            batch_size=batch_size,
             precision=precision,
             keep_ids=keep_ids,
         )

@@ -64,7 +64,7 @@ def tokenize(
                 draft,
                 image_set,
                 opened,
-                batch_size=batch_size or 32,
+                batch_size=batch_size,
                 num_workers=num_workers,
                 progress=progress,
                 **config,

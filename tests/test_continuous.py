@@ -321,7 +321,7 @@ def test_opening_it_as_a_tokenizer_is_an_error(folder: Path) -> None:
 
 def test_invalid_images_and_latents_are_rejected(folder: Path, images: torch.Tensor) -> None:
     opened = open_autoencoder(folder)
-    with pytest.raises(DataError, match="does not divide into cells of 4"):
+    with pytest.raises(DataError, match="is not divisible into cells of 4"):
         opened.encode(images[:, :, :30])
     with pytest.raises(DataError, match="do not match images of"):
         opened.decode(torch.zeros(1, 4, 8, 6), (32, 32))

@@ -70,7 +70,7 @@ def test_save_and_open_round_trip(tokenizer: Tokenizer, images: torch.Tensor, tm
 
 
 def test_invalid_images_are_rejected(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="does not divide into cells of 4"):
+    with pytest.raises(DataError, match="is not divisible into cells of 4"):
         tokenizer.encode(torch.zeros(1, 3, 30, 32, dtype=torch.uint8))
     with pytest.raises(DataError, match=r"float images in \[0, 255\]"):
         tokenizer.encode(torch.tensor([0.0, 255.0]).repeat(1, 3, 32, 16))

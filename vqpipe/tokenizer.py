@@ -252,7 +252,7 @@ def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, i
     factor = downsample_factor
     if height % factor or width % factor or min(height, width) < factor:
         raise DataError(
-            f"an image of {height} x {width} pixels does not divide into cells of {factor}",
+            f"an image of {height} x {width} pixels is not divisible into cells of {factor}",
             f"Use sides that are multiples of {factor}",
         )
     return height // factor, width // factor

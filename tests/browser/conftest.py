@@ -135,7 +135,7 @@ def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> Evalua
 @pytest.fixture(scope="session")
 def evaluation_html() -> str:
     """The page of one tokenizer."""
-    return page.render(evaluation_page(evaluated(), "lc", "Made here."))
+    return page.render(evaluation_page(evaluated(), "Made here."))
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_a_set_may_be_smaller_than_the_batch(images: ImageSet) -> None:
 
 
 def test_a_global_batch_that_does_not_divide_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
+    with pytest.raises(ConfigError, match="10 images is not divisible by 4 ranks"):
         Shuffle(20, seed=0, batch_size=10, rank=0, world_size=4)
 
 

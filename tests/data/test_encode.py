@@ -61,25 +61,25 @@ def encode_images(
     draft = artifacts.start(out, "features", {}, {"images": images})
     assert isinstance(draft, Draft)
 
-    def write(shard: EncodedShard) -> None:
+    def write(draft: Draft, shard: EncodedShard) -> None:
         before_writing(shard.number)
         record = {"keys": shard.keys, "skipped": dict(shard.skipped)}
         with draft.write(f"{shard.number}.npy", **record) as path, path.open("wb") as file:
             np.save(file, shard.rows)
 
     with draft:
-        with EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", progress=progress) as job:
-            for shard in job.encode(
-                encode,
-                check=check,
-                device=torch.device("cpu"),
-                row_shape=(3,),
-                dtype=np.uint32,
-                image_size=16,
-                batch_size=4,
-                num_workers=num_workers,
-            ):
-                job.write(write, shard)
+        job = EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", progress=progress)
+        job.run(
+            encode,
+            write,
+            check=check,
+            device=torch.device("cpu"),
+            row_shape=(3,),
+            dtype=np.uint32,
+            image_size=16,
+            batch_size=4,
+            num_workers=num_workers,
+        )
         job.finish(max_skipped=0.5)
         return draft.publish({}), job.stopwatch
 

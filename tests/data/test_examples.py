@@ -172,7 +172,7 @@ def test_num_classes_follows_the_labels(make: Make) -> None:
 
 def test_inconsistent_tokens_are_an_error(make: Make, tmp_path: Path) -> None:
     artifact = make("tokens")
-    with pytest.raises(ConfigError, match="10 images does not divide by 4 ranks"):
+    with pytest.raises(ConfigError, match="10 images is not divisible by 4 ranks"):
         ExampleStream(TokenSet(artifact), seed=0, batch_size=10, world_size=4)
     artifact.facts["num_images"] = NUM + 1
     with pytest.raises(ArtifactError, match="holds 28 rows, its manifest 30"):

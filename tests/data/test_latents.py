@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,16 +179,17 @@ def test_statistics_survive_json_and_are_validated() -> None:
 def test_damaged_or_inconsistent_latents_are_an_error(images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a vqpipe artifact"):
         open_latents(tmp_path)
-    statistics = LatentStatistics.identity(3)
+    no_artifact: Any = None  # not read here
+    rest = (LatentStatistics.identity(3), None, no_artifact)
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 4), np.float32))
     with pytest.raises(DataError, match=r"holds float32 of shape \[2, 3, 4, 4\], not latents"):
-        LatentSet([tmp_path / "a.npy"], np.zeros(2, np.int32), statistics)
+        LatentSet([tmp_path / "a.npy"], np.zeros(2, np.int32), *rest)
     np.save(tmp_path / "b.npy", np.zeros((2, 3, 4, 4), np.float16))
     with pytest.raises(DataError, match="2 latents with 3 labels"):
-        LatentSet([tmp_path / "b.npy"], np.zeros(3, np.int32), statistics)
+        LatentSet([tmp_path / "b.npy"], np.zeros(3, np.int32), *rest)
     (tmp_path / "c.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match="is not a latent shard"):
-        LatentSet([tmp_path / "c.npy"], np.zeros(2, np.int32), statistics)
+        LatentSet([tmp_path / "c.npy"], np.zeros(2, np.int32), *rest)
     np.save(tmp_path / "d.npy", np.zeros((0, 3, 4, 4), np.float16))
-    both = LatentSet([tmp_path / "d.npy", tmp_path / "b.npy"], np.zeros(2, np.int32), statistics)
+    both = LatentSet([tmp_path / "d.npy", tmp_path / "b.npy"], np.zeros(2, np.int32), *rest)
     assert both.take([1]).shape == (1, 3, 4, 4)

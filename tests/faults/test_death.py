@@ -396,7 +396,7 @@ def test_every_rank_takes_the_same_number_of_steps(length: int, ranks: int) -> N
 
 
 def test_batch_size_that_does_not_divide_by_the_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="does not divide by 4 ranks"):
+    with pytest.raises(ConfigError, match="is not divisible by 4 ranks"):
         Shuffle(7, seed=0, batch_size=6, rank=0, world_size=4)
     with pytest.raises(ConfigError, match="is not divisible by 4 ranks"):
         TrainConfig(global_batch_size=6).share(4)

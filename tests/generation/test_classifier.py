@@ -136,7 +136,7 @@ def test_mae_weights_are_loaded_and_every_tensor_is_accounted_for(mae: dict[str,
 
 
 def test_invalid_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="does not divide by"):
+    with pytest.raises(ConfigError, match="is not divisible by"):
         make(TINY | {"num_heads": 3})
     with pytest.raises(ConfigError, match="pool = 5 does not fit"):
         make({"kind": "linear", "pool": 5})

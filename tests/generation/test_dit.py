@@ -83,5 +83,5 @@ def test_patches_keep_their_places(make_space: Callable[..., Space]) -> None:
 
 
 def test_patches_that_do_not_divide_the_latent_are_refused(make_space: Callable[..., Space]) -> None:
-    with pytest.raises(ConfigError, match="a latent of 4 x 6 does not divide into patches of 4"):
+    with pytest.raises(ConfigError, match="a latent of 4 x 6 is not divisible into patches of 4"):
         build_generator(DitConfig(size="tiny", patch_size=4), make_space(4, 6))

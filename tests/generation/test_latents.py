@@ -61,7 +61,7 @@ def test_stored_latents_have_the_ids_of_their_images(
     for rows, encoded in (([0, 2, 4], pixels), ([1, 3, 5], pixels.flip(-1))):
         ids = quantize_latents(latents.take(rows), latents.statistics, opened)
         assert (ids == opened.encode(encoded)).float().mean() > 0.98  # rounding to float16 changes a few ids
-    with pytest.raises(DataError, match="does not divide into cells of 2"):
+    with pytest.raises(DataError, match="is not divisible into cells of 2"):
         encode_latents(tmp_path / "other", images, opened, image_size=15, flip=True)
 
 

@@ -52,7 +52,7 @@ def test_invalid_sizes_are_refused(make_space: Callable[..., Space]) -> None:
     with pytest.raises(ConfigError, match="a latent of 6 x 6 cannot be halved 2 times"):
         build_generator(F8, make_space(6, 6))
     for wrong, message in (
-        ({"base_channels": 48}, "does not divide by 32 groups"),
+        ({"base_channels": 48}, "is not divisible by 32 groups"),
         ({"attention_factors": [1, 4]}, "attention_factors: no level has the factor 4"),
         ({"channel_multipliers": []}, "must be at least 1"),
     ):

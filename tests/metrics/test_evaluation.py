@@ -190,7 +190,7 @@ def test_distance_over_another_network_has_its_name() -> None:
     few = evaluation_metrics(None, config, {"mine": Means()})
     few.update(originals[:3], reconstructions[:3], ids[:3])
     assert few.compute()[0]["not_computed"]["frechet mine"].startswith("3 images are fewer than the 4")
-    with pytest.raises(ConfigError, match="one vector an image"):
+    with pytest.raises(ConfigError, match="one vector per image"):
         evaluation_metrics(None, config, {"maps": nn.Identity()})
 
 

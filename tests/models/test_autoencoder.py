@@ -42,7 +42,7 @@ def test_forward_is_encode_then_decode(kind: str) -> None:
 
 
 def test_indivisible_sides_are_rejected() -> None:
-    with pytest.raises(DataError, match="30 x 32 pixels do not divide into cells of 4"):
+    with pytest.raises(DataError, match="30 x 32 pixels are not divisible into cells of 4"):
         make().latent(torch.zeros(1, 3, 30, 32))
 
 

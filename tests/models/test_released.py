@@ -372,7 +372,7 @@ def test_missing_misshapen_and_unexpected_weights_are_errors(write: Write, name:
         ("var", "encoder.mid.attn_1.qkv.bias", torch.zeros(()), "lacks encoder.mid.attn_1.q.bias"),
         ("var", "quant_conv.weight", torch.zeros(6, 6, 2, 2), "quant_conv.weight has shape [6, 6, 2, 2]"),
         ("taming", "model_ema.decay", torch.zeros(()), "inner products"),
-        ("mgvq", "quantize.embedding.weight", torch.zeros(25, 4), "25 codes do not divide into 4 groups"),
+        ("mgvq", "quantize.embedding.weight", torch.zeros(25, 4), "25 codes are not divisible into 4 groups"),
         ("mgvq", "quantize.embed_prob", torch.zeros(1), "quantize.embed_prob has shape"),
     ],
 )

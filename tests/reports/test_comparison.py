@@ -96,7 +96,7 @@ def test_numbers_of_two_protocols_never_share_a_column() -> None:
     tables = [part.partition("</table>")[0] for part in html.split("<table>")[1:]]
     assert [("21.00" in table, "27.50" in table) for table in tables[:2]] == [(True, False), (False, True)]
     assert not [table for table in tables if "21.00" in table and "27.50" in table]
-    single = page.render(evaluation_page(evaluated("a", protocols=both), "a"))
+    single = page.render(evaluation_page(evaluated("a", protocols=both)))
     beside = next(part for part in single.split("<table>") if "here, adm" in part).partition("</table>")[0]
     row = beside.partition("PSNR, dB</th>")[2].partition("</tr>")[0]
     assert row.index("21.00") < row.index("27.50")  # in the columns of their protocols

@@ -74,7 +74,7 @@ def test_only_logged_numbers_have_curves() -> None:
     assert drawn == {
         *("Loss", "PSNR in training, dB", "PSNR in validation, dB", "Codes in use"),
         *("Perplexity of the codes in training", "Perplexity of the codes in validation"),
-        *("Learning rate", "Gradient norm", "Images a second"),
+        *("Learning rate", "Gradient norm", "Images per second"),
     }
     drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[{"step": 1, "images_seen": 8, "psnr": 20.0}])))
     assert drawn == {"PSNR in training, dB"}

@@ -185,7 +185,7 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
         "validation": "step 1,000   PSNR 21.99 dB",
         "codes": "in use 99.1%   training perplexity 812.3",
         "gradients": "gradient norm 0.823   discriminator gradient norm 0.31   skipped steps 3   learning rate 0.0005",
-        "speed": "throughput 412 images/s   time a step 0.31 s   waiting for images 3%   MFU 38.2%"
+        "speed": "throughput 412 images/s   time per step 0.31 s   waiting for images 3%   MFU 38.2%"
         "   arithmetic 378 TFLOP/s   memory 41.2 GB",
     }
     assert progress.messages == [

@@ -1,6 +1,6 @@
 """The base class of analyses, and what they share.
 
-Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
+Shapes: B images of H x W pixels, N ids per image, G groups, K codes per group, C channels of a code.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class Analysis(Resumable, ABC):
 
     @abstractmethod
     def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor, keys: Sequence[str]) -> None:
-        """Accumulate a batch: uint8[B, 3, H, W] twice, int64[B, N], and the names of the images."""
+        """Accumulate a batch: two uint8[B, 3, H, W] tensors, int64[B, N], and the names of the images."""
 
     @abstractmethod
     def result(self) -> dict[str, Any]:

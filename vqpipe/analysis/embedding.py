@@ -1,11 +1,11 @@
 """`embedding`: active and inactive codes in two dimensions, by t-SNE (VQGAN-LC, Fig. 4).
 
-Inactive codes apart from the active ones lie where no latents are. For a projected codebook (`lc`, `simvq`) there are
-two maps: of the stored features, which are frozen, and of the codes that latents are compared with.
+Inactive codes far from the active ones lie where there are no latents. For a projected codebook (`lc`, `simvq`) there
+are two maps: of the stored features, which are frozen, and of the codes that latents are compared with.
 
 t-SNE is scikit-learn's for up to MAX_SKLEARN points of a map, and openTSNE's beyond.
 
-Shapes: N ids an image, G groups, K codes a group, F channels.
+Shapes: N ids per image, G groups, K codes per group, F channels.
 """
 
 from collections.abc import Mapping, Sequence

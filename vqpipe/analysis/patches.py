@@ -1,7 +1,7 @@
 """`patches`: the image patches nearest to a code among those that chose it, on a sheet per code.
 
-Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels, f the downsample factor,
-S = 2 f the side of a patch (f even), M patches a code, T codes a group that are tracked.
+Shapes: B images of H x W pixels, N ids per image, G groups, K codes per group, C channels, f the downsample factor,
+S = 2 f the side of a patch (f even), M patches per code, T tracked codes per group.
 """
 
 from collections.abc import Mapping, Sequence

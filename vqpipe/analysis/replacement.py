@@ -5,7 +5,7 @@ Little is lost where neighboring codes are similar, much where codes are few or 
 nearest *other* code, and k = 0 the plain reconstruction. The paper's images are those of 100 ImageNet classes drawn at
 random: `eval --random-classes 100`. Otherwise all images of the evaluation are used.
 
-Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group, C channels of a code.
+Shapes: B images of H x W pixels, N ids per image, G groups, K codes per group, C channels of a code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -128,7 +128,7 @@ class Replacement(Analysis):
 
 
 class Neighbors(Resumable):
-    """`kth_nearest` of the codes that occur, each searched once: int32[K, R] a group."""
+    """`kth_nearest` of the codes that occur, each searched once: int32[K, R] per group."""
 
     state_names: ClassVar[tuple[str, ...]] = ("known",)
 

@@ -216,7 +216,7 @@ def write_features(
         DataError: a larger share of images than `max_skipped` is unreadable, or all are.
     """
     pool = check_pool(encoder, config.pool)
-    with EncodingJob(
+    job = EncodingJob(
         draft,
         images,
         "features-{:05d}.npy",
@@ -224,19 +224,19 @@ def write_features(
         title="extract features",
         limit=config.limit,
         progress=progress,
-    ) as job:
-        for shard in job.encode(
-            partial(encoder.encode, pool=pool, precision=config.precision),
-            check=partial(check_float16, what="features"),
-            device=next(encoder.parameters()).device,
-            row_shape=(pool * pool, encoder.dim),
-            dtype=np.float16,
-            image_size=encoder.image_size,
-            batch_size=config.batch_size,
-            num_workers=num_workers,
-            transform=encoder.transform,
-        ):
-            job.write(write_shard, draft, shard)
+    )
+    job.run(
+        partial(encoder.encode, pool=pool, precision=config.precision),
+        write_shard,
+        check=partial(check_float16, what="features"),
+        device=next(encoder.parameters()).device,
+        row_shape=(pool * pool, encoder.dim),
+        dtype=np.float16,
+        image_size=encoder.image_size,
+        batch_size=config.batch_size,
+        num_workers=num_workers,
+        transform=encoder.transform,
+    )
     records, skipped = job.finish(max_skipped)
     return {
         "num_images": sum(record["images"] for record in records),

@@ -7,7 +7,7 @@ tars        a source: tar shards in WebDataset's layout, read and written
 photos      a source: the built-in photographs
 transforms  the only conversions between bytes, uint8 pixels and floats; the crops of evaluation protocols
 batches     OrderedBatches (in order) and TrainingStream (endless, shuffled); the loader processes
-encode      images to shards of numbers: decoding, encoding and writing at the same time
+encode      images to shards of arrays (tokens, latents, features): decoding, encoding and writing at the same time
 tokens, latents  the shards of tokens and of latents
 examples    tokens and latents as training data of a generator
 manifests   the files of data_manifests/, and a local copy of a data set as they describe it

@@ -61,7 +61,7 @@ class Batch:
 
 
 class Piece(NamedTuple):
-    """The images at consecutive positions: a batch, and those skipped."""
+    """The result for one range of positions: a batch of its usable images, and the counts of the skipped ones."""
 
     positions: range
     """Positions in the image set, skipped images included."""
@@ -83,10 +83,10 @@ def check_skipped(
     """Check the share of skipped images.
 
     Args:
-        option: what sets `max_skipped` in the running command, for the message; None: nothing does.
+        option: the option that sets `max_skipped`, named in the message; None: there is none.
 
     Raises:
-        DataError: more than `max_skipped` of `total`, with the counts.
+        DataError: more than a share of `max_skipped` of `total` was skipped; the message has the counts.
     """
     count = sum(skipped.values())
     if count > max_skipped * total:
@@ -109,8 +109,8 @@ class OrderedBatches:
     `spans` replaces [start, stop) by several ranges; a batch never crosses from one into the next. The same processes
     decode all of them (`num_workers` 0: the main process; -1: one per core, if there is enough work).
 
-    Undecodable images are left out of their batch and counted in `skipped`. Batches are cut by position, so the other
-    images of a batch do not depend on it. Check the counts with `check_skipped` at the end.
+    Undecodable images are left out of their batch and counted in `skipped`. Batches are cut by position, so they do not
+    move the other images to other batches. Check the counts with `check_skipped` at the end.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class OrderedBatches:
                 yield piece.batch
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield every batch with its positions, also where no image of them is usable."""
+        """Yield every batch with its positions, also where none of its images is usable."""
         counts = Counter[str]()
         self.skipped = counts
         loaded = through_workers(self.dataset, self.work(), self.num_workers)
@@ -163,14 +163,14 @@ class Shuffle:
     any number of ranks.
 
     Raises:
-        ConfigError: the global batch does not divide by the number of ranks.
+        ConfigError: the global batch is not divisible by the number of ranks.
         DataError: the set is empty.
     """
 
     def __init__(self, length: int, *, seed: int, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ConfigError(
-                f"the global batch of {batch_size} images does not divide by {world_size} ranks",
+                f"the global batch of {batch_size} images is not divisible by {world_size} ranks",
                 "Change train.global_batch_size or the number of processes",
             )
         if seed < 0:
@@ -222,7 +222,7 @@ class WeightedShuffle(Shuffle):
         self.sets = sets
         sums = np.cumsum(weights)
         self.edges = sums[:-1] / sums[-1]
-        """The shares in [0, 1) are cut here. A set of weight 0 has an empty part."""
+        """[0, 1) is cut here into a part for each set. A set of weight 0 has an empty part."""
         self.orders = dict[int, tuple[int, np.ndarray]]()
         """set -> the epoch of its latest sample, and the order of that epoch."""
         self.block, self.before = -1, np.zeros(len(sets), np.int64)
@@ -243,8 +243,8 @@ class WeightedShuffle(Shuffle):
         return epoch, samples[int(self.orders[number][1][place])]
 
     def use_block(self, block: int) -> None:
-        """Draw the sets of a block. The draws before it are counted, from the block in use on if that is an earlier
-        one."""
+        """Draw the sets of a block, and count the draws before it, starting from the block in use if that is
+        earlier."""
         first, before = (self.block, self.before) if 0 <= self.block < block else (0, np.zeros_like(self.before))
         for number in range(first, block):
             before = before + np.bincount(self.sets_of(number), minlength=len(self.sets))
@@ -288,7 +288,7 @@ class TrainingStream:
     With weights, the other image is of the same set.
 
     Raises:
-        ConfigError: the global batch does not divide by the number of ranks, or the weights do not fit the sets.
+        ConfigError: the global batch is not divisible by the number of ranks, or the weights do not fit the sets.
         DataError: there are no images.
     """
 
@@ -347,7 +347,7 @@ def shuffled(length: int, seed: int, *key: int) -> np.ndarray:
 
 
 class OrderedImages(Dataset[Loaded]):
-    """Task of a loader process: positions -> a batch without the undecodable images."""
+    """Dataset for loader processes: positions -> a batch without the undecodable images."""
 
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -368,7 +368,7 @@ class OrderedImages(Dataset[Loaded]):
 
 
 class TrainingImages(Dataset[Loaded]):
-    """Task of a loader process: a list of (epoch, sample) -> a batch of random crops."""
+    """Dataset for loader processes: a list of (epoch, sample) -> a batch of random crops."""
 
     def __init__(self, images: ImageSet, config: DataConfig, seed: int) -> None:
         self.images, self.config, self.seed = images, config, seed
@@ -423,10 +423,10 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 GRACE_SECONDS = 60
 """Lifetime of a worker after SIGTERM: longer than its parent needs to save its state."""
 
-BATCHES_A_WORKER = 4
-"""The least work to start a process for: starting it takes as long as decoding one or two batches."""
+MIN_BATCHES_PER_WORKER = 4
+"""Fewer batches do not pay for a process: starting it takes as long as decoding one or two."""
 BATCHES_AHEAD = 4
-"""Batches of one worker in shared memory, at most: two prefetched, one being decoded, one in use."""
+"""Largest number of batches of one worker in shared memory: two prefetched, one being decoded, one in use."""
 
 
 def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, timeout: float = 300.0) -> Iterator[Any]:
@@ -469,8 +469,8 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
 
 def set_worker_signals(worker: int) -> None:
     """Ignore the signals of the process group, which the parent handles: it may have to save its state first. After
-    SIGTERM a worker exits in GRACE_SECONDS, after a second one at once. It exits when its parent is killed, because it
-    holds copies of the parent's open files, among them the lock of the draft."""
+    SIGTERM a worker exits in GRACE_SECONDS, after a second one at once. It must not outlive a killed parent: it
+    inherits the parent's open files, including the lock of the draft."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
@@ -502,8 +502,8 @@ def worker_count(num_workers: int, batches: int, batch_bytes: int) -> int:
     shared memory for prefetched ones (a container may have as little as 64 MB)."""
     if num_workers >= 0:
         return num_workers
-    room = shared_memory() // (BATCHES_AHEAD * max(batch_bytes, 1))
-    return min(available_workers(), batches // BATCHES_A_WORKER, room)
+    fitting = shared_memory() // (BATCHES_AHEAD * max(batch_bytes, 1))
+    return min(available_workers(), batches // MIN_BATCHES_PER_WORKER, fitting)
 
 
 def shared_memory() -> int:

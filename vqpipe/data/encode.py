@@ -1,4 +1,4 @@
-"""Encode images into shards of numbers: decoding, encoding and writing run at the same time.
+"""Encode images into shards of arrays (tokens, latents, features): decoding, encoding and writing run at the same time.
 
     loader processes --batches in order--> device: encode --rows, one batch behind--> a shard in memory --thread--> disk
 
@@ -16,11 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqpipe import distributed
@@ -34,6 +34,8 @@ Item = TypeVar("Item")
 
 WAITING, ENCODING, COPYING, WRITING = "waiting for images", "encoding", "copying", "writing"
 """The parts of a job that the stopwatch measures."""
+IMAGES_PER_SHARD = 4096
+"""Of tokens and latents. Fixed, so that shards have the same bytes for any number of ranks and workers."""
 ADVICE = {
     WAITING: "Images arrive too slowly: use more --num-workers, the extra `fast` (simplejpeg), or a faster disk",
     ENCODING: "The network takes most of the time: use a GPU, more GPUs (torchrun), or --precision bf16",
@@ -108,8 +110,8 @@ class EncodedShard:
     """The encoded images of one shard."""
 
     number: int
-    space: np.ndarray
-    """[images, *row_shape]; its end stays unused where images were skipped."""
+    buffer: np.ndarray
+    """[images, *row_shape], with room for every image of the shard; the end stays unused if images were skipped."""
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     """-1 where an image has no class."""
@@ -119,12 +121,12 @@ class EncodedShard:
     @property
     def rows(self) -> np.ndarray:
         """[len(keys), *row_shape]."""
-        return self.space[: len(self.keys)]
+        return self.buffer[: len(self.keys)]
 
     def add(self, batch: Batch, rows: Tensor) -> None:
         """Append the rows of a batch."""
         first = len(self.keys)
-        self.space[first : first + len(rows)] = rows.numpy()
+        self.buffer[first : first + len(rows)] = rows.numpy()
         self.keys += batch.keys
         self.labels += batch.labels.tolist()
 
@@ -137,7 +139,7 @@ class EncodingJob:
         records, skipped = job.finish(max_skipped)
 
     Args:
-        filename: a format string; the file of this name is a shard's last, so its record marks the shard as complete.
+        filename: name of the file written last for each shard, a format string; its record marks the shard complete.
         shard_size: images per shard.
         limit: encode only the first so many images.
     """
@@ -159,66 +161,62 @@ class EncodingJob:
         self.mine = range(distributed.rank(), len(self.spans), distributed.world_size())
         self.missing = [number for number in self.mine if draft.record(filename.format(number)) is None]
         self.stopwatch = Stopwatch()
-        self.pool = ThreadPoolExecutor(1, "shard-writer")  # its thread starts with the first shard, after the loaders
-        self.writing: Future[None] | None = None
         total = sum(len(self.spans[number]) for number in self.mine)
         done = total - sum(len(self.spans[number]) for number in self.missing)
         progress.start(title, total, done=done)
 
-    def __enter__(self) -> "EncodingJob":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Wait for the shard being written, also after an error or an interruption."""
-        with self.stopwatch.part(WRITING):
-            self.pool.shutdown(wait=True)
-        if kind is None:
-            self.wait()
-
     def run(
-        self, encode: Callable[[Tensor], Tensor], write: Callable[[Draft, EncodedShard], None], **options: Any
-    ) -> None:
-        """Encode the images, and call `write(draft, shard)` for each missing shard. `options` are those of `encode`."""
-        with self:
-            for shard in self.encode(encode, **options):
-                self.write(write, self.draft, shard)
-
-    def encode(
         self,
         encode: Callable[[Tensor], Tensor],
+        write: Callable[[Draft, EncodedShard], None],
         *,
         check: Callable[[Tensor, list[str]], None],
         device: torch.device,
         row_shape: tuple[int, ...],
         dtype: type[np.generic] | np.dtype,
-        **options: Any,
-    ) -> Iterator[EncodedShard]:
-        """Yield each missing shard, encoded. Two shards are in memory at a time: the caller's and the next.
+        image_size: int,
+        batch_size: int,
+        num_workers: int,
+        transform: Callable[[Image.Image], Tensor] | None = None,
+    ) -> None:
+        """Encode the missing shards, and write each in a second thread while the next one is encoded.
 
         Args:
             encode: uint8[B, 3, S, S] on `device` -> [B, *row_shape] there, without synchronizing.
+            write: writes one shard, called in order.
             check: called with rows [B, *row_shape] on the CPU and their keys; raises if they must not be stored.
             dtype: the stored type.
-            options: for OrderedBatches.
+            image_size, batch_size, num_workers, transform: see `OrderedBatches`.
         """
         spans = [self.spans[number] for number in self.missing]
-        batches = OrderedBatches(self.images, spans=spans, **options)
+        batches = OrderedBatches(
+            self.images,
+            spans=spans,
+            image_size=image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            transform=transform,
+        )
         encoded = self.encode_batches(batches, encode, device)
-        for number, span in zip(self.missing, spans, strict=True):
-            shard = EncodedShard(number, np.empty((len(span), *row_shape), dtype))
-            for piece, rows in encoded:
-                with self.stopwatch.part(COPYING):
-                    if piece.batch is not None and rows is not None:
-                        check(rows, piece.batch.keys)
-                        shard.add(piece.batch, rows)
-                    shard.skipped.update(piece.skipped)
-                self.stopwatch.images += len(piece.positions)
-                self.progress.advance(len(piece.positions))
-                if piece.positions.stop == span.stop:
-                    break
-            yield shard
+        writing: Future[None] | None = None
+        # The thread starts with the first shard, after the loader processes. Leaving the block waits for it, also after
+        # an error or an interruption.
+        with ThreadPoolExecutor(1, "shard-writer") as pool:
+            for number, span in zip(self.missing, spans, strict=True):
+                shard = EncodedShard(number, np.empty((len(span), *row_shape), dtype))
+                for piece, rows in encoded:
+                    with self.stopwatch.part(COPYING):
+                        if piece.batch is not None and rows is not None:
+                            check(rows, piece.batch.keys)
+                            shard.add(piece.batch, rows)
+                        shard.skipped.update(piece.skipped)
+                    self.stopwatch.images += len(piece.positions)
+                    self.progress.advance(len(piece.positions))
+                    if piece.positions.stop == span.stop:
+                        break
+                self.wait(writing)
+                writing = pool.submit(self.write_timed, write, shard)
+            self.wait(writing)
 
     def encode_batches(
         self, batches: OrderedBatches, encode: Callable[[Tensor], Tensor], device: torch.device
@@ -240,22 +238,16 @@ class EncodingJob:
         with self.stopwatch.part(ENCODING):
             return piece, None if rows is None else rows.wait()
 
-    def write(self, write: Callable[..., None], *args: Any) -> None:
-        """Call `write(*args)` in a second thread, after the call before; an error of that one is raised here."""
-        with self.stopwatch.part(WRITING):
-            self.wait()
-        self.writing = self.pool.submit(self.write_timed, write, *args)
-
-    def write_timed(self, write: Callable[..., None], *args: Any) -> None:
-        """Call `write(*args)` in the writer thread, and measure its time."""
+    def write_timed(self, write: Callable[[Draft, EncodedShard], None], shard: EncodedShard) -> None:
+        """Write a shard in the writer thread, and measure its time."""
         with self.stopwatch.part(WRITING, in_writer=True):
-            write(*args)
+            write(self.draft, shard)
 
-    def wait(self) -> None:
-        """Wait for the shard being written, and raise its error."""
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+    def wait(self, writing: Future[None] | None) -> None:
+        """Wait for the shard being written, if there is one, and raise its error."""
+        with self.stopwatch.part(WRITING):
+            if writing is not None:
+                writing.result()
 
     def finish(
         self, max_skipped: float, option: str | None = "--max-skipped"
@@ -281,7 +273,7 @@ class EncodingJob:
 
 
 def with_flip(images: Tensor, flip: bool) -> list[Tensor]:
-    """The views of images: they and, with `flip`, their horizontal flips."""
+    """The images and, with `flip`, their horizontal flips."""
     return [images, images.flip(-1)] if flip else [images]
 
 

@@ -152,7 +152,7 @@ class TokenSet:
 
     @staticmethod
     def map_file(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """Map the existing file; else, on rank 0, a new one to fill, and on other ranks a placeholder."""
+        """Map the file if it exists; otherwise a new writable one on rank 0, and a read-only placeholder on others."""
         distributed.barrier()
         if file.is_file():
             return np.load(file, mmap_mode="r")
@@ -164,7 +164,7 @@ class TokenSet:
 
     @staticmethod
     def allocate(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """Map a new temporary file, its space allocated: a write to a full disk would raise SIGBUS.
+        """Map a new temporary file. Its space is allocated first: a write to a mapped file on a full disk is a SIGBUS.
 
         Raises:
             ArtifactError: the disk is full.
@@ -210,7 +210,6 @@ class LatentExamples:
     """The latents of an artifact as examples, read from its mapped shards."""
 
     def __init__(self, latents: LatentSet) -> None:
-        assert latents.artifact is not None
         self.latents, self.views = latents, views_per_image(latents.artifact.config)
         self.labels = latents.labels[:: self.views].astype(np.int64)
         names = latents.artifact.names("samples-*.parquet")  # verified by `open_latents`
@@ -249,7 +248,8 @@ class Subset:
 
 
 def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:
-    """Split into training images and `count` held-out ones (None for 0): the same in every run, and of every class.
+    """Split into training images and `count` held-out ones (None for 0): the same in every run, spread evenly
+    over the classes.
 
     Raises:
         DataError: more than half of the images would be held out.
@@ -270,7 +270,7 @@ class ExampleStream:
     image): without `flip`, one that is not flipped.
 
     Raises:
-        ConfigError: the global batch does not divide by the number of ranks.
+        ConfigError: the global batch is not divisible by the number of ranks.
         DataError: there are no images.
     """
 

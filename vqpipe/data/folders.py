@@ -106,8 +106,8 @@ class Folder:
 
 
 def open_folder(root: Path) -> Folder:
-    """Open a folder. Its subfolders, in the order of their names and empty ones included, are classes, unless it has
-    images itself.
+    """Open a folder. If it has no images itself, its subfolders are the classes, numbered in the order of their names;
+    empty ones count.
 
     Hidden files and folders are ignored; links to folders are followed once.
 

@@ -32,7 +32,7 @@ class ImageSet(Sequence[Sample]):
     """Ordered images of one or several sources. Keys and labels are in memory; an image is read when it is accessed.
 
     Class folders of several sources are numbered together, over the sorted union of their names, so a name has one
-    label throughout. Class folders and tars with class numbers of their own cannot be matched: given together, no image
+    label throughout. Class folders cannot be matched with tars, whose classes are numbers: if both are given, no image
     has a label.
     """
 
@@ -153,7 +153,7 @@ def open_source(spec: str) -> ImageSource:
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether the folder's manifest.json is an artifact's: any folder may hold a file of that name."""
+    """Whether the folder has an artifact's manifest.json, not just any file of that name."""
     try:
         table = json.loads((path / "manifest.json").read_bytes())
     except (OSError, ValueError):

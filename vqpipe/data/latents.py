@@ -5,9 +5,9 @@ A shard holds a fixed number of consecutive images:
     latents-00000.npy        float16[rows, C, h, w]; the row of an image's flip follows the row of the image
     samples-00000.parquet    key, label (null: none), flipped: one row per latent
 
-float16 keeps 11 significant bits: it rounds by at most 1/2048 of a value, where the smallest noise of diffusion is
-1/100 of a standard deviation; bfloat16 would round by 1/256. A latent beyond float16's 65504 is an error. A .npy file
-is memory-mapped, so training has only the latents of its batch in memory.
+float16 has 11 significant bits: its rounding error is at most 1/2048 of a value (bfloat16: 1/256), and the smallest
+noise of diffusion is 1/100 of a standard deviation. A latent beyond float16's 65504 is an error. A .npy file is
+memory-mapped, so training has only the latents of its batch in memory.
 
 The released generators run the encoder in every step, without normalisation. Here the mean and standard deviation of
 each channel are measured, and latents are normalised when read, unless `raw` is set.
@@ -28,13 +28,19 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
-from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16, encode_views, sample_columns, with_flip
+from vqpipe.data.encode import (
+    IMAGES_PER_SHARD,
+    EncodedShard,
+    EncodingJob,
+    check_float16,
+    encode_views,
+    sample_columns,
+    with_flip,
+)
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ArtifactError, DataError, NumericError
 from vqpipe.progress import SILENT, Progress
 
-IMAGES_PER_SHARD = 4096
-"""Fixed, so that shards are the same bytes whatever the number of ranks and workers."""
 SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -99,9 +105,9 @@ class LatentSet:
     Attributes:
         shape: (C, h, w).
         labels: int32[R]; -1 where an image has no class.
-        num_classes: labels are below it; None where no image has one.
+        num_classes: labels are in [0, num_classes); None if no image has a label.
         statistics: the normalisation of `take`.
-        artifact: the artifact of the files, if there is one.
+        artifact: the artifact of the files.
     """
 
     def __init__(
@@ -109,8 +115,8 @@ class LatentSet:
         files: Sequence[Path],
         labels: np.ndarray,
         statistics: LatentStatistics,
-        num_classes: int | None = None,
-        artifact: Artifact | None = None,
+        num_classes: int | None,
+        artifact: Artifact,
     ) -> None:
         self.files, self.labels, self.statistics = list(files), labels, statistics
         self.num_classes, self.artifact = num_classes, artifact
@@ -180,7 +186,7 @@ def write_latents(
 
     Raises:
         NumericError: a latent is NaN or outside float16, with the image's key.
-        DataError: the size does not divide by the downsample factor; more images than `max_skipped` are unreadable.
+        DataError: the size is not divisible by the downsample factor; more images than `max_skipped` are unreadable.
     """
     latent_shape = tokenizer.latent_shape(image_size, image_size)
     job = EncodingJob(
@@ -237,7 +243,7 @@ def moments(rows: np.ndarray) -> dict[str, Any]:
 def pooled(records: Sequence[Mapping[str, Any]]) -> LatentStatistics:
     """The statistics of all shards, in shard order: equal for any number of ranks.
 
-    Chan, Golub & LeVeque 1983, eq. 2.1: without differences of large sums.
+    The formula (Chan, Golub & LeVeque 1983, eq. 2.1) does not subtract large sums.
     """
     count, mean, squares = 0, np.zeros(1), np.zeros(1)
     for record in records:

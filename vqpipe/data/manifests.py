@@ -40,7 +40,7 @@ class NameList:
     """In a text file with a name at the start of each line: only the lines with this second word."""
 
     key: str = ""
-    """In a JSON file: the entry with the names, a list or the keys of a table; empty: all lists of the file."""
+    """In a JSON file: the key of the names, which are a list or the keys of an object; empty: all lists of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Split:
     """One split: the counts of a complete copy, and its place below the source folder.
 
     Without `tars`, `files`, `numbers` and `names` the subfolders are classes, and a folder with images of its own has
-    none. With one of them a split has only the classes of its tars.
+    none. With one of them a split has no classes, except those stored in tars.
     """
 
     num_images: int | None = None
@@ -96,8 +96,7 @@ class Split:
             raise ConfigError("a split needs both names and {name} in files, or neither")
         if self.stride < 1 or (self.min_size is not None and min(self.min_size) < 1):
             raise ConfigError("stride and min_size are at least 1")
-        own = [*self.folders, *self.tars, *self.files, *([self.names.file] if self.names else [])]
-        for path in own:
+        for path in (*self.folders, *self.tars, *self.files, *([self.names.file] if self.names else [])):
             if PurePosixPath(path).is_absolute() or ".." in path.split("/") or "\\" in path:
                 raise ConfigError(f"{path!r} is outside the data set's folder", "Use paths below it, with /")
 
@@ -274,8 +273,8 @@ def check_archives(manifest: DatasetManifest, source: Path) -> list[str]:
 def open_split(manifest: DatasetManifest, split: Split, source: Path) -> ImageSet:
     """Open the images of a split in the user's copy `source`.
 
-    Files selected by pattern or list are in the order of their paths, by number in the order of their numbers, and have
-    no classes. Names of a list are only compared with existing files; no path is built from them.
+    Files selected by pattern or list are ordered by path, files selected by number by that number; they have no
+    classes. Names of a list are only compared with existing files; no path is built from them.
 
     Raises:
         DataError: no such folder, no images, a missing list or a listed file that is missing, or a flat split with

@@ -65,7 +65,7 @@ TRAIN = (
     Photo("skimage", "data/hubble_deep_field.jpg", (500, 436), shrink=2),
     Photo("skimage", "data/ihc.png", (512, 512)),
     Photo("skimage", "data/motorcycle_left.png", (741, 500)),
-    Photo("skimage", "data/retina.jpg", (498, 498), box=(207, 207, 1203, 1203), shrink=2),  # of a round image
+    Photo("skimage", "data/retina.jpg", (498, 498), box=(207, 207, 1203, 1203), shrink=2),  # inside a round image
     Photo("skimage", "data/rocket.jpg", (640, 427)),
     Photo("sklearn", "datasets/images/flower.jpg", (640, 427)),
 )

@@ -45,7 +45,7 @@ class StoredImage:
 
 
 class StoredImages(Dataset["list[StoredImage] | VqpipeError"]):
-    """Task of a loader process: positions -> the files as they are, each decoded once to check it; or, with
+    """Dataset for loader processes: positions -> the files as they are, each decoded once to check it; or, with
     `image_size`, their ADM centre crops as JPEG. Images below `min_size`, (width, height), are excluded."""
 
     def __init__(self, images: ImageSet, image_size: int | None, min_size: tuple[int, int] | None) -> None:

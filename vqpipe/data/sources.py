@@ -25,7 +25,7 @@ RETRY_DELAYS = (0.2, 2.0)
 TRANSIENT_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
 """Errors of network disks that a retry may solve."""
 RACY_NS = 2_000_000_000
-"""A file modified within this time is not cached: its modification time may be too coarse to show the next change."""
+"""A file modified less than this ago is not cached: its modification time may be too coarse to show the next change."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ImageSource(Protocol):
     """One name per label; empty where classes have only numbers."""
 
     num_classes: int | None
-    """Labels are below it; None where no image has one."""
+    """Labels are in [0, num_classes); None where no image has one."""
 
     @property
     def digest(self) -> str:
@@ -128,7 +128,7 @@ def read_cache(identity: str) -> dict[str, Any] | None:
 
 
 def write_cache(identity: str, facts: Mapping[str, Any], mtime_ns: int = 0) -> None:
-    """Cache the facts of `identity`, unless the file was modified at `mtime_ns`, within RACY_NS."""
+    """Cache the facts of `identity`, unless the file was modified (at `mtime_ns`) less than RACY_NS ago."""
     path = cache_path(identity)
     if path is None or time.time_ns() - mtime_ns < RACY_NS:
         return

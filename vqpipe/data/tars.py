@@ -216,7 +216,7 @@ CHUNK = 1 << 20
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COPY_AGAIN = "Copy or download it again"
 LONGEST_TEXT = 1 << 20
-"""Bytes of a long name, a pax header or a label, which are read into memory."""
+"""Largest long name, pax header or label, in bytes: they are read into memory."""
 LARGEST_MEMBER = 1 << 43
 """8 TiB; the format allows up to 2**88, and negative sizes."""
 
@@ -281,7 +281,7 @@ class Walk:
         return size
 
     def body(self, member: Member) -> bytes:
-        """The data of the member just yielded, a text."""
+        """The data of the member just yielded, which is a text."""
         if member.size > LONGEST_TEXT:
             raise DataError(f"{self.name}: {member.path} has {member.size:,} bytes, too many for a text", COPY_AGAIN)
         data = self.read(self.pending)[: member.size]

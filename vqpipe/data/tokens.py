@@ -28,7 +28,7 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data.batches import chunks
-from vqpipe.data.encode import EncodedShard, EncodingJob, encode_views, sample_columns, with_flip
+from vqpipe.data.encode import IMAGES_PER_SHARD, EncodedShard, EncodingJob, encode_views, sample_columns, with_flip
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import encode_png, ten_crops
@@ -36,8 +36,6 @@ from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
 
 SHARD_NAME = "tokens-{:05d}.parquet"
-IMAGES_PER_SHARD = 4096
-"""Fixed, so that shards have the same bytes for any number of ranks and workers."""
 
 Crops = Literal["center", "ten"]
 TEN_CROP_RANGE = 1.1

@@ -37,7 +37,7 @@ MAX_PIXELS = 178_956_970
 """The limit of Pillow itself."""
 
 STRIP = 16
-"""Where a resized side would exceed the crop's this many times, only the kept part is resized."""
+"""If a resized side is more than this many times the crop size, only the kept part is resized."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -91,7 +91,8 @@ class DataConfig:
             raise ConfigError(f"data.crop = {self.crop!r} is not a choice", "Use random or center")
         if not 1.0 <= self.max_scale < math.inf:
             raise ConfigError(
-                f"data.max_scale = {self.max_scale} is below 1", "1 makes a crop as wide as the short side"
+                f"data.max_scale = {self.max_scale} should be a finite number of at least 1",
+                "1 makes a crop as wide as the short side",
             )
         if not 0.0 <= self.max_skipped <= 1.0:
             raise ConfigError(f"data.max_skipped = {self.max_skipped} is not a share", "Give a number from 0 to 1")
@@ -309,7 +310,7 @@ Rule = Literal["adm", "linear", "cover", "native"]
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """A crop of an evaluation protocol: an RGB image -> uint8[3, H, W]. It pickles to loader processes.
+    """A crop of an evaluation protocol: an RGB image -> uint8[3, H, W]. Picklable, for loader processes.
 
     "adm" is defined for squares only; "cover" is the closest rule for rectangles. Every rule but "native" enlarges
     smaller images.
@@ -346,7 +347,8 @@ class Framing:
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
-    """ "256" -> (256, 256); "2560x1440", width x height as screens are named, -> (1440, 2560); "native" -> None.
+    """(height, width) of an image size: "256" -> (256, 256); "2560x1440" (width x height) -> (1440, 2560);
+    "native" -> None.
 
     Raises:
         ConfigError: anything else.

@@ -1,6 +1,6 @@
 """Evaluation of a tokenizer: one pass over images, resumable, to one result.
 
-Each file is decoded once, cropped by every rule of its protocols, and encoded and decoded once a crop. Each rank
+Each file is decoded once, cropped by every rule of its protocols, and encoded and decoded once per crop. Each rank
 measures a contiguous share of the images and saves its state in a folder of its own, from which a killed evaluation
 continues:
 
@@ -45,9 +45,9 @@ PACKAGES = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")
 FORMAT = 3
 """Version of the saved states; others are not resumed."""
 MAX_PAUSE = 10
-"""A rank saves at least every `save_seconds` times this, however long saving takes."""
+"""Largest interval between saves, as a multiple of `save_seconds`."""
 MAX_SHARE = 0.05
-"""Share of the time that saving may take, up to MAX_PAUSE."""
+"""Saves are less frequent if they take more than this share of the time."""
 NATIVE_SIDE = 2048
 """Side of whole images in pixels, assumed for the shared memory of loader processes."""
 
@@ -183,9 +183,10 @@ class EvaluationPass(Resumable):
     def update(
         self, crops: Mapping[str, Tensor], raw: Tensor | None, keys: Sequence[str], positions: Sequence[int]
     ) -> None:
-        """Reconstruct each crop of a batch once, equal crops together, and pass it to all that measures."""
+        """Reconstruct each crop of a batch, equal crops only once, and pass it to all metrics and analyses."""
         first, *others = crops
         originals = crops[first].to(self.device)
+        self.reconstructor.count(originals)
         reconstruction = self.reconstructor(originals, list(self.metrics.prefixes))
         pairs = {first: (originals, reconstruction.images)}
         for rule in others:
@@ -193,7 +194,7 @@ class EvaluationPass(Resumable):
                 pairs[rule] = pairs[first]
             else:
                 crop = crops[rule].to(self.device)
-                pairs[rule] = (crop, self.reconstructor(crop, count=False).images)
+                pairs[rule] = (crop, self.reconstructor(crop).images)
         psnr = self.metrics.update(
             originals,
             reconstruction.images,
@@ -214,7 +215,7 @@ class Checkpoints:
     """Saves and restores the state of a pass, each rank in a folder of its own.
 
     Args:
-        seconds: between two saves; 0: after each batch.
+        seconds: interval between saves; 0: after each batch.
     """
 
     def __init__(self, run_dir: Path | None, request: str, seconds: float) -> None:
@@ -223,7 +224,7 @@ class Checkpoints:
         self.seconds = self.pause = seconds
         self.first = self.done = 0
         """The images [first, done) of the set are in the newest state."""
-        self.any = False
+        self.has_state = False
         self.saved = time.monotonic()
 
     def resume(self, run: EvaluationPass, first: int, progress: Progress) -> int:
@@ -238,7 +239,7 @@ class Checkpoints:
                 path = None
             else:
                 run.load_state(unpack(state.values["content"], {**state.parts["once"], **state.parts["state"]}))
-                self.done, self.any = first + state.step, True
+                self.done, self.has_state = first + state.step, True
         if path is None and problems:
             self.states.discard()
             problems = [f"{problems[0]}; no other state can be used, the pass starts from the beginning"]
@@ -251,13 +252,13 @@ class Checkpoints:
         return self.done
 
     def save_if_due(self, run: EvaluationPass, done: int) -> None:
-        """The images up to `done` are measured: save the state if it is time."""
+        """Save the state after the images up to `done`, if it is time."""
         if time.monotonic() - self.saved >= self.pause:
             self.save(run, done)
 
     def save_last(self, run: EvaluationPass, done: int) -> None:
-        """All images are measured: save if there is a state already, so that the pass is not repeated from there."""
-        if self.any and self.done != done:
+        """Save the final state if any state was saved before, so that a resume does not repeat the last images."""
+        if self.has_state and self.done != done:
             self.save(run, done)
 
     def save(self, run: EvaluationPass, done: int) -> None:
@@ -271,7 +272,7 @@ class Checkpoints:
         once = {name: tensors.pop(name) for name in unchanging}
         values = {"made_by": self.made_by(), "content": content}
         self.states.save(done - self.first, {"state": tensors, "once": once}, values, unchanging={"once": unchanging})
-        self.any, self.done, self.saved = True, done, time.monotonic()
+        self.has_state, self.done, self.saved = True, done, time.monotonic()
         self.pause = max(self.seconds, min((self.saved - began) / MAX_SHARE, self.seconds * MAX_PAUSE))
 
     def made_by(self) -> dict[str, Any]:
@@ -296,8 +297,8 @@ def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
 
 
 def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:
-    """Raise a DataError if the autoencoder cannot take images of `eval.image_size`. A square must divide into the
-    network's cells; other sizes are padded and cropped back."""
+    """Raise a DataError if the autoencoder cannot take images of `eval.image_size`. Square sizes must be multiples of
+    the downsample factor; other sizes are padded and cropped back."""
     size = parse_size(str(config.image_size))
     if size is not None:
         factor = autoencoder.downsample_factor

@@ -9,9 +9,10 @@ What a protocol fixes, besides 50,000 samples and classes in equal parts:
 | resize to 299 | bilinear as in TensorFlow 1 | PIL's bicubic of each channel (clean-fid) |
 | used by | LlamaGen, MGVQ (Table 4), DiT, SiT | VQGAN-LC (Tables 4 and 5) |
 
-Both: Inception-v3 of 2015 in torch-fidelity's conversion. IS is of 10 splits after a shuffle: in the order of their
-classes a split would hold a tenth of the classes, and the score would be lower. Precision and recall have k = 3 and
-compare all samples with NUM_KEPT references, as the ADM suite, whose file holds so many; so does KID.
+Both: Inception-v3 of 2015 in torch-fidelity's conversion. IS is of 10 splits after a shuffle. Without the shuffle each
+split would contain only a tenth of the classes, which lowers the score. Precision and recall have k = 3 and compare all
+samples with NUM_KEPT references, as in the ADM suite, whose reference file has 10,000 images. KID uses the same
+references.
 
 Statistics of the references may come from ADM's own file (VIRTUAL_imagenet256_labeled.npz), whose means and covariances
 were computed by the TensorFlow graph itself.

@@ -3,7 +3,7 @@
 The top-level numbers are those of the first protocol, in the conventions that `distortion` lists; `protocols` holds
 each protocol's own.
 
-Shapes: B images of H x W pixels, N ids an image, G groups, K codes a group.
+Shapes: B images of H x W pixels, N ids per image, G groups, K codes per group.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ INFINITE = "every reconstruction equals its original, so the PSNR is infinite"
 
 
 class ProtocolMetrics(Resumable):
-    """Reconstructions against originals under one protocol: distortion, and distances between the two sets.
+    """Metrics of reconstructions against originals under one protocol: distortion, and distances between the sets.
 
     Args:
         keys: conventions of distortion to measure, besides the protocol's own.
@@ -160,7 +160,7 @@ class EvaluationMetrics(Metric):
         self.size = parse_size(str(config.image_size))
         self.usage = CodeUsage(codebook_size, num_groups, device) if codebook_size is not None else None
         self.sizes: dict[str, int] = {}
-        """ "H x W x N" -> number of images of that size with so many tokens."""
+        """ "H x W x N" -> number of images of that size with N tokens. Text, because a saved state is JSON."""
         features = list(dict.fromkeys(FEATURES[name] for name in config.metrics if name in FEATURES))
         statistics: dict[str, Any] = {
             "moments": ("pool", "spatial") if "sfid" in config.metrics else ("pool",),

@@ -47,16 +47,16 @@ class SelectedPictures(Resumable):
         psnr: Sequence[float],
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Consider uint8[B, 3, H, W] twice, with the images' names and their positions in the set.
+        """Consider two uint8[B, 3, H, W] tensors, with the images' names and their positions in the set.
 
         Args:
             prefixes: for each k < G the reconstructions from the first k groups, as those from all groups.
         """
         shown = spread_prefixes(list(prefixes or {}))
         for i, (position, score) in enumerate(zip(positions, psnr, strict=True)):
-            lowest = sorted([*(row[:2] for row in self.lowest), (score, position)])[: self.num_extremes]
-            highest = sorted([*(row[:2] for row in self.highest), (score, position)], key=falling)[: self.num_extremes]
             chosen = (score, position)
+            lowest = sorted([*(row[:2] for row in self.lowest), chosen])[: self.num_extremes]
+            highest = sorted([*(row[:2] for row in self.highest), chosen], key=descending_key)[: self.num_extremes]
             if position not in self.positions and chosen not in lowest and chosen not in highest:
                 continue
             finite = score if score < float("inf") else None  # infinite for equal images
@@ -66,9 +66,9 @@ class SelectedPictures(Resumable):
                 pngs = [(k, to_png(to_uint8((prefixes or {})[k][i]))) for k in some]
                 self.spread.append(replace(picture, prefixes=pngs))
             if chosen in lowest:
-                self.lowest = sorted([*self.lowest, (*chosen, picture)], key=rising)[: self.num_extremes]
+                self.lowest = sorted([*self.lowest, (*chosen, picture)], key=ascending_key)[: self.num_extremes]
             if chosen in highest:
-                self.highest = sorted([*self.highest, (*chosen, picture)], key=falling)[: self.num_extremes]
+                self.highest = sorted([*self.highest, (*chosen, picture)], key=descending_key)[: self.num_extremes]
 
     def state(self) -> State:
         rows = {side: [(*row[:2], *astuple(row[2])) for row in getattr(self, side)] for side in ("lowest", "highest")}
@@ -83,7 +83,7 @@ class SelectedPictures(Resumable):
         """Those of all ranks: the spread ones in the set's order, then the worst and the best, from the first on."""
         scores = gather_objects(([row[:2] for row in self.lowest], [row[:2] for row in self.highest]))
         lowest = sorted(row for part in scores for row in part[0])[: self.num_extremes]
-        highest = sorted((row for part in scores for row in part[1]), key=falling)[: self.num_extremes]
+        highest = sorted((row for part in scores for row in part[1]), key=descending_key)[: self.num_extremes]
         parts = gather_objects(
             (
                 self.spread,
@@ -91,8 +91,8 @@ class SelectedPictures(Resumable):
                 [row for row in self.highest if row[:2] in highest],
             )
         )
-        worst = sorted((row for part in parts for row in part[1]), key=rising)
-        best = sorted((row for part in parts for row in part[2]), key=falling)
+        worst = sorted((row for part in parts for row in part[1]), key=ascending_key)
+        best = sorted((row for part in parts for row in part[2]), key=descending_key)
         return [
             *(shown for part in parts for shown in part[0]),
             *(replace(row[2], why="worst") for row in worst),
@@ -107,9 +107,9 @@ def spread_prefixes(prefixes: Sequence[int]) -> list[int]:
     return [prefixes[number * len(prefixes) // (NUM_PREFIXES - 1)] for number in range(NUM_PREFIXES - 1)]
 
 
-def rising(row: Sequence[Any]) -> tuple[float, int]:
+def ascending_key(row: Sequence[Any]) -> tuple[float, int]:
     return row[0], row[1]
 
 
-def falling(row: Sequence[Any]) -> tuple[float, int]:
+def descending_key(row: Sequence[Any]) -> tuple[float, int]:
     return -row[0], row[1]

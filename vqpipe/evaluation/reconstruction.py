@@ -90,16 +90,24 @@ class Reconstructor(Resumable):
         self.autoencoder, self.tile = autoencoder, tile
         self.num_padded = self.num_tiled = 0
 
-    def __call__(self, originals: Tensor, prefixes: Sequence[int] = (), count: bool = True) -> ReconstructedBatch:
+    def count(self, originals: Tensor) -> None:
+        """Count images that are tiled or padded, [B, 3, H, W]."""
+        if self.needs_tiles(originals):
+            self.num_tiled += len(originals)
+        elif any(side % self.autoencoder.downsample_factor for side in originals.shape[-2:]):
+            self.num_padded += len(originals)
+
+    def needs_tiles(self, originals: Tensor) -> bool:
+        return self.tile is not None and max(originals.shape[-2:]) > self.tile
+
+    def __call__(self, originals: Tensor, prefixes: Sequence[int] = ()) -> ReconstructedBatch:
         """uint8[B, 3, H, W] -> reconstructions, from all groups and from the first k of `prefixes`."""
-        height, width = originals.shape[-2:]
-        if self.tile is not None and max(height, width) > self.tile:
-            self.num_tiled += len(originals) * count
+        if self.needs_tiles(originals):
             return self.in_tiles(originals, prefixes)
+        height, width = originals.shape[-2:]
         factor, autoencoder = self.autoencoder.downsample_factor, self.autoencoder
         padded, size = originals, (height, width)
         if height % factor or width % factor:
-            self.num_padded += len(originals) * count
             rows, columns = mirrored(height, factor), mirrored(width, factor)
             padded, size = originals[..., rows[:, None], columns], (len(rows), len(columns))
         code = autoencoder.encode(padded)

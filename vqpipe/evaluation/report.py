@@ -58,7 +58,7 @@ def evaluate_tokenizer(
         The report, and the result of the evaluation; None if the report was published before.
 
     Raises:
-        DataError: images of this size do not fit the autoencoder, or as of `evaluate`.
+        DataError: images of this size do not fit the autoencoder; and the errors of `evaluate`.
     """
     check_size(autoencoder, config)
     request = to_request(config) | {"limit": limit, "weights": networks.sha256, "extractor": networks.extractor_sha256}
@@ -158,8 +158,7 @@ def write_evaluation(draft: Draft, evaluated: EvaluationResult) -> None:
             path.write_text("".join(json.dumps(row) + "\n" for row in evaluated.history), encoding="utf-8")
     footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, protocol {', '.join(metrics['protocols'])}."
     with draft.write("report.html") as path:
-        content = evaluation_page(evaluated, evaluated.name, footer, evaluated.analyses)
-        path.write_text(page.render(content), encoding="utf-8")
+        path.write_text(page.render(evaluation_page(evaluated, footer)), encoding="utf-8")
 
 
 def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -> Artifact:

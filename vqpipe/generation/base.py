@@ -112,8 +112,8 @@ class SamplingConfig:
     """Latents: guidance acts on the first n channels only, the others keep the conditional prediction; 0: on all. The
     released DiT and SiT code of VQGAN-LC guides the first 3 of 8, which its guidance scale of 8 belongs to."""
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """All: how the scale changes over the tokens or steps: constant, or rising from 1 at the start to `cfg_scale` at
-    the end."""
+    """All: how the scale changes over the tokens or steps: constant, or increasing from 1 at the start to `cfg_scale`
+    at the end."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """All: the interval of sampling, as fractions of it, in which guidance is applied (Kynkaanniemi et al. 2024)."""
     steps: int = 250
@@ -132,7 +132,7 @@ class SamplingConfig:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "cfg_scale": (self.cfg_scale >= 0, "at least 0"),
             "cfg_channels": (self.cfg_channels >= 0, "a number of channels, or 0 for all"),
-            "cfg_interval": (0 <= low < high <= 1, "two rising fractions in [0, 1]"),
+            "cfg_interval": (0 <= low < high <= 1, "two fractions in [0, 1], in ascending order"),
             "steps": (self.steps >= 1, "at least 1"),
             "eta": (self.eta is None or 0 <= self.eta <= 1, "in [0, 1]"),
         }
@@ -210,7 +210,7 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
-        """`sample` in evaluation mode, for valid classes int64[B]; zeros for an unconditional generator."""
+        """As `sample`, in evaluation mode and with valid arguments; `classes` int64[B], zeros without classes."""
 
     @abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
@@ -245,7 +245,7 @@ class Generator(nn.Module, ABC):
 
     @property
     def null_class(self) -> int:
-        """The label of guidance without a class."""
+        """The label of the null class; 0 for an unconditional generator."""
         return self.num_classes or 0
 
     def class_ids(self, labels: Tensor) -> Tensor:
@@ -253,7 +253,8 @@ class Generator(nn.Module, ABC):
         return torch.zeros_like(labels) if self.num_classes is None else labels
 
     def drop_labels(self, labels: Tensor) -> Tensor:
-        """Replace labels of a training batch by the null class with probability `class_dropout`, as `class_ids`."""
+        """Replace labels of a training batch by the null class with probability `class_dropout`; zeros without
+        classes."""
         if not self.has_null_class:
             return self.class_ids(labels)
         drop = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout

@@ -35,7 +35,7 @@ class CausalTransformerConfig(GeneratorConfig):
     width: int
     """D, channels."""
     dropout: float
-    """Dropout of inputs and of both halves of every block, 0..1; of gpt also of attention weights."""
+    """Dropout of inputs and of both halves of every block, 0..1; in gpt also of attention weights."""
     label_smoothing: float = 0.0
     """Probability that is spread over the vocabulary, 0..1. VQGAN-LC's code has 0.1 as an option, off by default."""
 

@@ -1,14 +1,14 @@
-"""Classifiers of token maps, a ViT and a linear probe: how much class information do an image's tokens hold?
+"""Classifiers of token maps, a ViT and a linear probe. They measure the class information in an image's tokens.
 
 VQGAN-LC (Zhu et al. 2024, Figure 1b) trains a ViT-B, pre-trained with MAE (He et al. 2022), on the token maps of its
 tokenizers and reports top-1 accuracy. Neither the paper nor its code says how tokens enter the ViT, which weights are
-frozen, or how long it is trained, so that the published number cannot be reproduced exactly. Ours is the recipe RECIPE:
+frozen, or how long it is trained, so the published number cannot be reproduced exactly. Our recipe is named RECIPE:
 
 - The codes of a position, concatenated over its groups and standardised per channel over the codebook, pass one linear
   layer that replaces the ViT's patch embedding. Or ids are embedded by a learned table (`embedding = "table"`).
 - Position embeddings are learned; MAE's are resampled to the grid. Mean pooling, LayerNorm and a linear layer, as in
   MAE's fine-tuning. All weights are trained, with one learning rate: there is no layer-wise decay.
-- Cross-entropy with label smoothing, drop path, and random mirroring. There is no mixup, CutMix or random crop: ids
+- Cross-entropy with label smoothing, drop path, and random flips. There is no mixup, CutMix or random crop: ids
   cannot be interpolated, and the tokens are of one crop.
 
 Shapes: B images, N ids per image, G groups (ids per position), P = N / G positions over all grids, K codes of C
@@ -68,7 +68,7 @@ class VitConfig(ClassifierConfig):
     num_heads: int = 12
     """Attention heads."""
     drop_path: float = 0.1
-    """Probability that the last block is skipped for an image; it rises linearly from 0 in the first."""
+    """Probability that the last block is skipped for an image; it increases linearly from 0 in the first."""
     pretrained: bool = resumable(default=False)
     """Require `weights`: an experiment that fine-tunes pretrained weights is not trained without them by mistake."""
     weights: Path | None = resumable(default=None)
@@ -79,7 +79,7 @@ class VitConfig(ClassifierConfig):
         super().__post_init__()
         if min(self.width, self.depth, self.num_heads) < 1 or self.width % self.num_heads:
             raise ConfigError(
-                f"classifier.width = {self.width} does not divide by classifier.num_heads = {self.num_heads}"
+                f"classifier.width = {self.width} is not divisible by classifier.num_heads = {self.num_heads}"
             )
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"classifier.drop_path = {self.drop_path} should be in [0, 1)")

@@ -35,7 +35,7 @@ def chunked_cross_entropy(
         weight: float[V, D], the output matrix.
         targets: int64[M] in [0, V).
         label_smoothing: probability that is spread over the whole vocabulary, 0..1 (Szegedy et al. 2016).
-        chunk_logits: largest number of logits in memory at once; those of one position always are.
+        chunk_logits: largest number of logits in memory at once, at least those of one position.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

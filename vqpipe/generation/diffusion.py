@@ -68,12 +68,13 @@ class NoiseSchedule:
         return len(self.betas)
 
     def respaced(self, places: np.ndarray) -> "NoiseSchedule":
-        """The schedule at the rising indices `places` only: the same marginals, longer steps (IDDPM, eq. 19)."""
+        """The schedule at the indices `places` only, in ascending order: the same marginals, longer steps (IDDPM, eq.
+        19)."""
         levels = self.alphas_cumprod[places]
         return NoiseSchedule(1 - levels / np.append(1.0, levels[:-1]), self.times[places])
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Return one of `values` at t, int64[B], as [B, 1, 1, 1] in the type of `like`; it was computed in float64."""
+        """Return one of `values`, computed in float64, at t, int64[B], as [B, 1, 1, 1] in the type of `like`."""
         key = name, t.device, like.dtype
         if key not in self.tables:
             self.tables[key] = torch.from_numpy(self.values[name]).to(t.device, like.dtype)
@@ -123,7 +124,7 @@ class DiffusionConfig(GeneratorConfig):
         if not 0 < self.beta_start <= self.beta_end < 1 or self.num_times < 2:
             raise ConfigError(
                 f"generator.beta_start = {self.beta_start}, beta_end = {self.beta_end}, num_times = {self.num_times}",
-                "Betas rise between 0 and 1, over 2 times or more",
+                "Use 0 < beta_start <= beta_end < 1, and 2 times or more",
             )
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"generator.eta = {self.eta} should be in [0, 1]")

@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         patch, size = config.patch_size, SIZES[config.size]
         if height % patch or width % patch:
             raise ConfigError(
-                f"a latent of {height} x {width} does not divide into patches of {patch}",
+                f"a latent of {height} x {width} is not divisible into patches of {patch}",
                 "Use another generator.patch_size",
             )
         self.patch_size, self.grid = patch, (height // patch, width // patch)

@@ -18,7 +18,7 @@ class CodeEmbedding(nn.Module):
     def __init__(self, groups: int, codebook_size: int, code_dim: int, joined: int, width: int) -> None:
         super().__init__()
         self.joined = joined
-        """Ids whose codes make one input: all groups of a position, or 1."""
+        """Number of ids whose codes form one input: all groups of a position, or 1."""
         self.register_buffer("codes", torch.zeros(groups, codebook_size, code_dim))
         self.register_buffer("loaded", torch.zeros((), dtype=torch.bool))
         self.layers = nn.Sequential(

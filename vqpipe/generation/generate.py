@@ -1,6 +1,6 @@
 """The job of `vqpipe generate`: sample images from a generator into tar shards, and a contact sheet of the first ones.
 
-Image i is a function of (seed, i): of neither its shard nor its rank.
+Image i is a function of (seed, i) alone, not of its shard or rank.
 """
 
 import tarfile
@@ -26,7 +26,7 @@ from vqpipe.reports.pictures import contact_sheet, from_png
 IMAGES_PER_SHARD = 256
 """Fixed: a shard is the unit of resuming, and has the same bytes for any number of ranks."""
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
-"""The first images, in the contact sheet."""
+"""The contact sheet: so many of the first images, and columns."""
 SHEET = "contact-sheet.png"
 IDS_NAME = "ids-{:06d}.parquet"
 """The ids of the images of a shard."""
@@ -38,7 +38,7 @@ class SamplePlan:
 
     num_images: int
     classes: tuple[int, ...]
-    """Image i has class i modulo their number; empty: no classes."""
+    """Image i has the class `classes[i % len(classes)]`; empty: no classes."""
     sampling: SamplingConfig
     seed: int = 0
     batch_size: int = 64
@@ -65,7 +65,7 @@ class SamplePlan:
         generator.generator.check_sampling(self.labels(images), self.sampling, image_rngs(0, images))
 
     def to_request(self) -> dict[str, Any]:
-        """Return the settings that the images depend on; another batch size rounds sums differently."""
+        """Return the settings that the images depend on, including the batch size: it changes how sums are rounded."""
         return {
             "num_images": self.num_images,
             "classes": list(self.classes),

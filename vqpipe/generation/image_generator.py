@@ -38,7 +38,7 @@ class ImageGenerator:
     image_size: int
     """Side of its images, pixels."""
     classes: tuple[int, ...]
-    """Labels of the training set, rising; empty for an unconditional generator."""
+    """Labels of the training set, in ascending order; empty for an unconditional generator."""
     sampling: SamplingConfig
     """Default sampling settings."""
     statistics: LatentStatistics | None = None

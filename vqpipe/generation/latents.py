@@ -4,10 +4,9 @@ A latent is the encoder's output after quant_conv, before quantization, as in VQ
 Sampled latents are denormalised, quantized, and decoded from their ids, like any other tokens.
 
 Differences from the code released with VQGAN-LC: latents are computed once, not in every step; they are normalised by
-measured statistics (released: not normalised; the setting `raw` does that); images enter the encoder in [-1, 1]
-(released DiT: in [-3, 1], normalised twice); guidance acts on all channels by default (released DiT and SiT: on the
-first 3 of 8; the setting `cfg_channels` does that); the null class is trained for all three (released LDM: never,
-although it is sampled with).
+measured statistics (released: not normalised, as here with `raw`); images enter the encoder in [-1, 1] (released DiT:
+in [-3, 1], normalised twice); guidance acts on all channels by default (released DiT and SiT: on the first 3 of 8, as
+here with `cfg_channels`); the null class is trained for all three (released LDM: never, although it is sampled with).
 
 Image i takes its random numbers from `rngs[i]`, a generator on the CPU, so that it does not depend on its batch.
 
@@ -124,12 +123,12 @@ def encode_latents(
 ) -> Artifact:
     """Encode images into the `latents` artifact `out`, or open it if it was made by the same request.
 
-    With `flip` the latents of each image's mirror image are stored too, as by `vqpipe tokenize --flip`.
+    With `flip` the latents of each image's horizontal flip are stored too, as by `vqpipe tokenize --flip`.
 
     Raises:
         DataError: the downsample factor does not divide the size, or too many images cannot be read.
         NumericError: a latent is NaN or too large for float16.
-        ArtifactError: `out` is of another request.
+        ArtifactError: `out` was made by a different request.
     """
     settings: dict[str, Any] = {"image_size": image_size, "flip": flip, "precision": "fp32", "max_skipped": 0.01}
     draft = artifacts.start(out, "latents", settings, {"images": images, "tokenizer": tokenizer.source})

@@ -60,7 +60,7 @@ class LdmConfig(DiffusionConfig):
             raise ConfigError("every size in [generator] must be at least 1", "See the preset ldm-f16")
         if self.base_channels % GROUPS or self.base_channels % self.head_channels:
             raise ConfigError(
-                f"generator.base_channels = {self.base_channels} does not divide by {GROUPS} groups and heads of "
+                f"generator.base_channels = {self.base_channels} is not divisible by {GROUPS} groups and heads of "
                 f"{self.head_channels} channels"
             )
         unknown = set(self.attention_factors) - {2**level for level in range(len(self.channel_multipliers))}

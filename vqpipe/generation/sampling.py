@@ -23,8 +23,8 @@ def uniform_noise(rngs: Sequence[torch.Generator], count: int, device: torch.dev
 def sample_ids(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:
     """Sample one id per row: logits float[B, K] and uniform numbers float64[B] in [0, 1) -> int64[B].
 
-    The id is where the cumulative probabilities, in the order of the ids and in float64, exceed the number. Unlike
-    sorted probabilities, this order does not change when logits change by rounding.
+    The id is the first at which the cumulative probability, in the order of the ids and in float64, exceeds the number.
+    Unlike the order of the probabilities, the order of the ids does not change when logits change by rounding.
     """
     if sampling.temperature == 0:
         return logits.argmax(1)

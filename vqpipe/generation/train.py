@@ -119,7 +119,7 @@ class RunContext:
     device: torch.device
     loggers: Sequence[str] = ()
     callbacks: Sequence[Callback] = ()
-    """More callbacks, called before the log: a number that one adds to a row is logged."""
+    """More callbacks. They are called before the row is logged, so they may add numbers to it."""
     progress: Progress = SILENT
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -133,15 +133,16 @@ class ExampleData:
     validation: Examples | None
     """Examples that are not trained on, if any."""
     validation_subset: Examples | None
-    """Those of them that are measured during training: all of `examples.held_out`, else `train.validation_images`."""
+    """The validation examples measured during training: all that `examples.held_out` holds out, or
+    `train.validation_images` of those that --validation names."""
     classes: tuple[int, ...]
-    """Labels of all stored examples, rising."""
+    """Labels of all stored examples, in ascending order."""
     statistics: LatentStatistics | None
     """Normalisation of latents."""
 
 
 def check_validation(recipe: ExamplesRecipe, validation: Path | None) -> None:
-    """Raise a ConfigError if validation is scheduled without images for it, or these are named twice."""
+    """Raise a ConfigError if validation is scheduled without images, or if two settings name images for it."""
     if recipe.train.validate_every and validation is None and not recipe.examples.held_out:
         raise ConfigError(
             f"train.validate_every = {recipe.train.validate_every} needs held-out images",
@@ -407,7 +408,7 @@ def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_cla
 
 
 def measuring(context: RunContext, recipe: ExamplesRecipe) -> dict[str, Any]:
-    """Return the options of `validation_losses` and `accuracy`: batches have the size of training."""
+    """Return the options of `validation_losses` and `accuracy`. Batches are as large as those of training."""
     size = recipe.train.share(distributed.world_size()) // recipe.train.accumulate
     return {"batch_size": size, "device": context.device, "precision": recipe.train.precision}
 

@@ -63,7 +63,7 @@ def rank_batches(examples: Examples, batch_size: int) -> Iterator[tuple[int, Exa
     """Yield this rank's batches: (number, batch, whether it counts).
 
     Every rank gets the same number of batches, since a network with sharded weights gathers them in every call: a rank
-    with fewer gets the first batch again, which does not count.
+    with fewer repeats the first batch, which is excluded from the sums.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     rounds = -(-len(examples) // (batch_size * ranks))

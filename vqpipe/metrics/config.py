@@ -41,7 +41,7 @@ class EvalConfig:
     """Images with the lowest PSNR that the report shows, and as many with the highest."""
     prefixes: bool = True
     """Measure also the reconstructions from the first k groups alone, k = 1..G, of a tokenizer with G > 1 groups or
-    depths: one encoding and G decodings an image (the k-curve of MGVQ, Table 6)."""
+    depths: one encoding and G decodings per image (the k-curve of MGVQ, Table 6)."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.tile or 1) < 1 or (isinstance(self.image_size, int) and self.image_size < 1):

@@ -43,7 +43,7 @@ FULL = (0.299, 0.587, 0.114)
 """BT.601 luma over the full range."""
 SSIM_SMALLEST_SIDE = 11
 FIXED_POINT = 2**32
-"""Values are summed as integers of this fraction."""
+"""Values are summed as integers, in units of 1 / FIXED_POINT."""
 
 
 class Distortion(Metric):
@@ -68,7 +68,7 @@ class Distortion(Metric):
         self.num_identical = 0
 
     def update(self, originals: Tensor, reconstructions: Tensor, levels: Tensor | None = None) -> Tensor:
-        """Accumulate uint8[B, 3, H, W] twice; return the PSNR of each image, float64[B] (inf for equal images).
+        """Accumulate two uint8[B, 3, H, W] tensors; return the PSNR of each image, float64[B] (inf for equal images).
 
         `levels` are the reconstructions before rounding, float[B, 3, H, W] in [0, 255], for keys that end in float.
 
@@ -140,7 +140,7 @@ class Distortion(Metric):
 
 
 def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Per image: [B, ...] twice -> float64[B], in squared units of the input."""
+    """Per image: two [B, ...] tensors -> float64[B], in squared units of the input."""
     return (a.float() - b.float()).square().flatten(1).mean(1, dtype=torch.float64)
 
 
@@ -156,7 +156,7 @@ def luma(images: Tensor, weights: tuple[float, float, float] = STUDIO) -> Tensor
 
 
 def ssim_gaussian(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM with an 11-wide Gaussian window (sigma 1.5), no downsampling: [B, C, H, W] twice -> float64[B].
+    """SSIM with an 11-wide Gaussian window (sigma 1.5), no downsampling: two [B, C, H, W] tensors -> float64[B].
 
     Wang et al. 2004, eq. 13, with population covariance and only windows that lie inside the image.
     """

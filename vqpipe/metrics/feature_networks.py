@@ -77,5 +77,5 @@ def feature_size(name: str, network: nn.Module, device: torch.device | str) -> i
     """
     features = network(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE, dtype=torch.uint8, device=device))
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-        raise ConfigError(f"the extractor {name} does not return one vector an image", "Pool its features")
+        raise ConfigError(f"the extractor {name} does not return one vector per image", "Pool its features")
     return features.shape[1]

@@ -1,7 +1,7 @@
 """The Frechet distance between two sets of features (Heusel et al. 2017, eq. 6), from streaming float64 sums.
 
-With Inception's features (`inception.py`) it is FID, and between reconstructions and originals rFID; with another
-network's it carries the name of that network.
+With Inception's features (`inception.py`) it is FID, and between reconstructions and originals rFID. With the features
+of another network it is named after that network.
 
 Shapes: B images, D features.
 """

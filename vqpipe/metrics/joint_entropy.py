@@ -1,6 +1,6 @@
 """The joint entropy of the groups of a codebook, from exact counts of the tuples of ids that occur together.
 
-Shapes: G groups, K codes a group, n positions, W words that hold a tuple of G ids.
+Shapes: G groups, K codes per group, n positions, W words that hold a tuple of G ids.
 """
 
 import math
@@ -18,7 +18,7 @@ MAX_TUPLES = 2**24
 """Distinct tuples of G ids over all ranks up to which they are counted. A tuple takes 16 bytes if it fits 63 bits, 8
 more for every further 63 bits, and three times that while sorting. All positions of 50,000 images of 256 tokens fit."""
 MIN_SORTED_TUPLES = 2**18
-"""Tuples that are gathered before they are sorted into the counts, at least."""
+"""Smallest number of tuples that are sorted into the counts at once."""
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """An odd number of random bits: products with it distribute tuples uniformly over the ranks."""
 
@@ -58,10 +58,10 @@ class JointEntropy(Metric):
     def compute(self, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
         """Numbers over all ranks, and the reason where they are not computed; nothing for one group.
 
-        `joint_entropy`: bits a position, of the counted frequencies. It is too low, most so where tuples occur about
-        once: n positions cannot show more than `joint_entropy_limit` = log2(n) bits. `joint_entropy_bias` is the first
-        term of what is missing, (distinct - 1) / 2n nats (Miller 1955), valid only while `joint_coverage` is near 1:
-        the probability that the next position has a tuple that occurred before, 1 - singletons / n (Good 1953).
+        `joint_entropy`: bits per position, of the counted frequencies. It is biased low, most so if most tuples occur
+        once: with n positions it is at most `joint_entropy_limit` = log2(n) bits. `joint_entropy_bias` is the first
+        term of the bias, (distinct - 1) / 2n nats (Miller 1955), valid only if `joint_coverage` is near 1: the
+        probability that the next position has a tuple that occurred before, 1 - singletons / n (Good 1953).
         `joint_distinct`: the number of different tuples.
 
         Args:

@@ -139,7 +139,7 @@ the aspect ratio lost, and the distance holds that difference too. PSNR is of BT
 - their LPIPS (pyiqa's, which maps [0, 1] to [-1, 1]) is fed [-1, 1] that is not clamped, so the network sees [-3, 1];
   here it is LPIPS-Alex as published, on the rounded pixels;
 - pyiqa adds 1e-8 to the error under the logarithm; here nothing;
-- piq averages pixels down above about 256 pixels a side; here never;
+- piq downsamples images with sides above about 256 pixels by averaging; here never;
 - Inception's weights as above.
 """
 

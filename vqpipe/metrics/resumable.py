@@ -14,7 +14,7 @@ from vqpipe.distributed import all_reduce_sum, gather_objects
 
 State = dict[str, Any]
 TENSOR, BYTES, ROWS = "<tensor>", "<bytes>", "<rows>"
-"""Keys that stand in the JSON text for what is stored as tensors."""
+"""Keys of the JSON objects that refer to tensors."""
 
 
 @dataclass(frozen=True)

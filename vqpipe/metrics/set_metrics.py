@@ -5,7 +5,7 @@ Inception Score of one set.
     SetStatistics       its result over all ranks, which can be stored in a file
     set_distances       two of those -> numbers, and reasons for those that are not computed
 
-KID, precision and recall, and the Inception Score need the features of all images at once: 8 KiB an image for 2,048
+KID, precision and recall, and the Inception Score need the features of all images at once: 8 KiB per image for 2,048
 features. They are kept in memory as float32, up to a limit; beyond it these metrics are not computed.
 
 Shapes: B images of a batch, H x W pixels, n images, D features.
@@ -76,7 +76,7 @@ class FeatureBank(Metric):
         return super().state()
 
     def compute(self) -> Tensor | None:
-        """float32[n, D] of all ranks in rank order, on rank 0 (elsewhere nothing); None where any rank overflowed."""
+        """float32[n, D] of all ranks in rank order, on rank 0 (elsewhere empty); None if any rank has overflown."""
         if any(distributed.gather_objects(self.overflown)):
             return None
         own = [*self.chunks.parts, *self.recent]
@@ -166,7 +166,7 @@ class FeatureStatistics(Metric):
 
         Args:
             resized: float[B, 3, 299, 299], Inception's input where that is not `images`.
-            keep: of which images of the batch features are kept; None: of all.
+            keep: indices of the images whose features are kept; None: all.
 
         Raises:
             DataError: `resized` has another shape.
@@ -262,7 +262,8 @@ def kid(samples: Tensor, references: Tensor) -> dict[str, float]:
 
 
 def precision_recall(samples: Tensor, references: Tensor) -> dict[str, float]:
-    """Shares of each set within the balls to the third neighbour of the other: two float32[n, D]."""
+    """Share of each set inside the other's balls, which reach from each image to its third neighbour: two float32[n, D]
+    tensors."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     found = prc_features_to_metric(
@@ -280,6 +281,6 @@ def inception_score(logits: Tensor) -> dict[str, float]:
 
 
 def too_few(metric: str, num_images: int) -> str | None:
-    """The reason why so few images are not enough, or None."""
+    """The reason if the metric needs more images, else None."""
     least = {"kid": KID_SUBSET_SIZE, "prc": NEIGHBOURS + 1, "is": SPLITS}[metric]
     return None if num_images >= least else f"{num_images} images are fewer than the {least} it needs. Use more images."

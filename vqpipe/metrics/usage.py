@@ -4,7 +4,7 @@ A utilization depends on the number of tokens it was counted over: a coder that 
 86.5 % of 32,768 codes with 65,536 tokens, and all of them with a million. So each utilization is reported beside that
 of such a coder (`uniform_utilization`), at the numbers of tokens in BUDGETS and over the whole set.
 
-Shapes: B images, N tokens an image, G groups, K codes a group.
+Shapes: B images, N tokens per image, G groups, K codes per group.
 """
 
 import math
@@ -24,12 +24,12 @@ MAX_COUNTERS = 2**24
 """G x K up to which every code has a counter (128 MiB, twice that with positions). Of larger codebooks, such as grids
 with up to 2^36 codes, only the codes that occur are counted: 24 bytes each, three times that while sorting."""
 MIN_SORTED = 2**20
-"""Ids of such a codebook that are gathered before they are sorted into the counts, at least."""
+"""Smallest number of ids of such a codebook that are sorted into the counts at once."""
 BUDGETS = (65_536, 1_048_576)
 """Numbers of tokens of one group, from the start of the set, after which codes in use are counted. The first is the
 window of LlamaGen's and MGVQ's released training code."""
 CURVE_POINTS = 64
-"""Points of the curve of codes in use against tokens, at most."""
+"""Largest number of points of the curve of codes in use against tokens."""
 NEVER = 2**63 - 1
 """First position of a code that was not chosen."""
 POSITIONS_AT_ONCE = 2**20
@@ -83,7 +83,7 @@ class CodeUsage(Metric):
             DataError: an id of K or more, N is not a multiple of G, or there are not as many positions as images.
         """
         if ids.shape[-1] % self.num_groups:
-            raise DataError(f"{ids.shape[-1]} tokens an image do not divide into {self.num_groups} groups")
+            raise DataError(f"{ids.shape[-1]} tokens per image are not divisible into {self.num_groups} groups")
         grouped = ids.to(self._counts.device).reshape(-1, self.num_groups).T  # int64[G, B * N / G]
         unchecked = trusted and not self._counts.is_sparse and grouped.is_cuda
         if not unchecked and grouped.numel() and int(grouped.max()) >= self.codebook_size:
@@ -139,13 +139,13 @@ class CodeUsage(Metric):
         """Every number about codes over all ranks, and the reason of each that is not computed.
 
         Beside the numbers of `usage_of`, `spread_of` and `JointEntropy.compute`:
-        `bits_per_pixel`: log2(K) bits a token; `bits_per_pixel_entropy`: the cost under an ideal coder of order 0 with
-        each group's frequencies, H bits a token, H being the entropy of these counts (so slightly too low).
+        `bits_per_pixel`: log2(K) bits per token; `bits_per_pixel_entropy`: the cost under an ideal coder of order 0
+        with each group's frequencies, H bits per token, H being the entropy of these counts (so slightly too low).
         `utilization_at`: a row for each budget that the set reaches, and one for the whole set: `tokens` (those
         counted, of one group), `utilization`, `utilization_per_group`, and `uniform_utilization`, the ceiling.
         `utilization_curve`: (tokens, utilization, uniform_utilization) at growing numbers of tokens, for a plot; where
-        it is not computed, neither are the rows of the budgets. A skipped image leaves a gap in the order of the set:
-        a budget ends where it would have ended with it, and `tokens` counts the others.
+        it is not computed, neither are the rows of the budgets. Budgets count the tokens of skipped images, `tokens`
+        does not.
 
         Args:
             num_pixels: H x W, summed over all images on all ranks.
@@ -326,7 +326,7 @@ def bits_of(counts: Tensor, num_pixels: int) -> dict[str, float]:
 
 
 def entropy(times: Tensor) -> float:
-    """Entropy of counts int64[n], in nats: of these very frequencies, which is biased towards 0."""
+    """Entropy of the frequencies of counts int64[n], in nats; as an estimate of the true entropy it is biased low."""
     return float(torch.special.entr(times.double() / times.sum()).sum()) if len(times) else 0.0
 
 
@@ -334,9 +334,9 @@ def gini(times: Tensor, size: int) -> float:
     """Gini coefficient of `size` counts, of which int64[n] are not zero; 0 where nothing was counted."""
     if not len(times):
         return 0.0
-    rising = times.double().sort().values
+    ascending = times.double().sort().values
     ranks = torch.arange(size - len(times) + 1, size + 1, device=times.device, dtype=torch.float64)
-    return max(0.0, float(2 * (ranks * (rising / rising.sum())).sum() / size - (size + 1) / size))
+    return max(0.0, float(2 * (ranks * (ascending / ascending.sum())).sum() / size - (size + 1) / size))
 
 
 def uniform_utilization(codebook_size: int, num_tokens: int) -> float:

@@ -86,7 +86,8 @@ class Autoencoder(nn.Module, ABC):
         groups = self.quantizer.channel_groups if self.config.quant_conv == "grouped" else 1
         if before % groups or after % groups:
             raise ConfigError(
-                f"{before} channels of the networks do not divide into {groups} groups", "Set model.quant_conv = full"
+                f"{before} channels of the networks are not divisible into {groups} groups",
+                "Set model.quant_conv = full",
             )
         kernel = self.config.quant_conv_kernel
         return nn.Conv2d(before, after, kernel, padding=kernel // 2, groups=groups)
@@ -105,7 +106,7 @@ class Autoencoder(nn.Module, ABC):
         height, width = images.shape[-2:]
         if height % self.downsample_factor or width % self.downsample_factor:
             raise DataError(
-                f"images of {height} x {width} pixels do not divide into cells of {self.downsample_factor}",
+                f"images of {height} x {width} pixels are not divisible into cells of {self.downsample_factor}",
                 "Crop or resize them so that both sides do",
             )
         return self.quant_conv(self.encoder(images))

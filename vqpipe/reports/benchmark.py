@@ -96,9 +96,9 @@ def case_table(case: Json, wide: bool) -> page.Table:
 
 def caption(case: Json) -> str:
     """How to read the table of a case."""
-    facts, words = case["facts"], ["Medians over the rounds. Over ours: its time over our time."]
+    facts, words = case["facts"], ["Medians over the rounds. Over ours: time of the method divided by our time."]
     if "checked_vectors" in facts:
-        words.append(f"Same ids: as a float64 search, for the first {facts['checked_vectors']:,} vectors.")
+        words.append(f"Same ids: share equal to a float64 search, of the first {facts['checked_vectors']:,} vectors.")
     if facts.get("cost_of_k"):
         wall, cpu = facts["cost_of_k"], facts["cost_of_k_cpu"]
         words.append(f"Large over small codebook: {wall:.2f} in wall time, {cpu:.2f} in CPU time.")
@@ -154,7 +154,7 @@ def machine_line(metrics: Json) -> str:
 
 
 def facts_of(metrics: Json) -> dict[str, float]:
-    """The facts of the artifact; none of quick sizes."""
+    """The facts of the artifact; none for a quick benchmark."""
     subjects = {} if metrics["settings"]["quick"] else metrics["subjects"]
     search, kmeans, train = (subjects.get(name, []) for name in ("search", "kmeans", "train"))
     rates = [row["rate"] for case in subjects.get("tokenize", [])[-1:] for row in case["rows"] if row["ours"]]
@@ -170,13 +170,13 @@ def facts_of(metrics: Json) -> dict[str, float]:
 
 
 def smallest_ratio(cases: Sequence[Json], name: str) -> float | None:
-    """The smallest time of a method over ours, of the cases that it ran in."""
+    """The smallest time of a method divided by ours, over the cases in which it ran."""
     ratios = [row["ratio_wall"] for case in cases for row in case["rows"] if row["name"] == name]
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
 def reasons(metrics: Json) -> dict[str, str]:
-    """Method -> why it was not measured; with the title of the case where the reason is not that of all cases."""
+    """Method -> why it was not measured. The title of the case is added unless the reason is the same in all cases."""
     found: dict[str, str] = {}
     for cases in metrics["subjects"].values():
         for case in cases:

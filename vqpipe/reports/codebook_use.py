@@ -1,6 +1,6 @@
-"""How a tokenizer uses its codebook: maps, the share in use beside that of a uniform coder, and a row a group.
+"""How a tokenizer uses its codebook: maps, the share in use beside that of a uniform coder, and a row per group.
 
-Shapes: G groups, K codes a group.
+Shapes: G groups, K codes per group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ MAP_CAPTION = (
     "The brighter, the more often chosen (logarithmic)."
 )
 CEILING = (
-    "Uniform coder: the expected share in use if every token were drawn uniformly from all codes. It is the ceiling at "
-    "that number of tokens, with which a utilization has to be compared."
+    "Uniform coder: the expected share in use if every token were drawn uniformly from all codes. It is an upper bound "
+    "at that number of tokens; compare the utilization with it."
 )
 
 
@@ -42,7 +42,7 @@ def sections_on_codes(evaluated: EvaluationResult) -> list[page.Section]:
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
-    """Utilization at numbers of tokens, beside that of a uniform coder."""
+    """Utilization after several numbers of tokens, beside that of a uniform coder."""
     cells = [
         [f"{row['tokens']:,}", share(row["utilization"]), share(row["uniform_utilization"])]
         + ([" to ".join(share(end(groups)) for end in (min, max))] if len(groups) > 1 else [])
@@ -74,19 +74,17 @@ def group_table(metrics: Mapping[str, Any]) -> page.Table:
         ]
         for group in range(num_groups)
     ]
-    caption = "Gini: 0 if all codes are chosen alike, towards 1 if one alone is. Codes never chosen are counted in."
+    caption = "Gini: 0: all codes are equally frequent; 1: a single code is used. Unused codes are included."
     title = "Code frequencies"
     return page.Table(title, ["", *(name for name, _, _ in columns)], rows, caption, folded=num_groups > MOST_GROUPS)
 
 
 def joint_numbers(metrics: Mapping[str, Any]) -> page.Numbers:
     """The joint entropy of the groups, and its limits."""
-    numbers = [
-        page.Number("joint entropy", f"{metrics['joint_entropy']:.2f}", "bits", "a position, of the counts: biased low")
-    ]
+    numbers = [page.Number("joint entropy", f"{metrics['joint_entropy']:.2f}", "bits", "per position; biased low")]
     limits = {
-        "joint_entropy_limit": ("most it could show", "bits", "log2 of the positions looked at"),
-        "joint_entropy_bias": ("missing, at first order", "bits", "Miller 1955; good while the share below is near 1"),
+        "joint_entropy_limit": ("upper bound", "bits", "log2 of the number of positions"),
+        "joint_entropy_bias": ("estimated bias (Miller 1955)", "bits", "valid only if the coverage is near 1"),
     }
     for key, (label, unit, note) in limits.items():
         if key in metrics:
@@ -98,7 +96,7 @@ def joint_numbers(metrics: Mapping[str, Any]) -> page.Numbers:
 
 
 def maps_of(evaluations: Sequence[EvaluationResult]) -> list[page.Map]:
-    """The codebook of each tokenizer, a cell a code; of those whose codebook is small enough to be drawn."""
+    """The codebook of each tokenizer, one cell per code, if it is small enough to be drawn."""
     return [map_of(e) for e in evaluations if e.is_discrete and e.counts.numel() <= MOST_MAPPED]
 
 
@@ -106,7 +104,7 @@ def map_of(evaluated: EvaluationResult) -> page.Map:
     """The codebook of one tokenizer, under the number of its codes in use."""
     used, total = num_used(evaluated.counts), evaluated.counts.numel()
     heading = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
-    alt = f"Codebook of {evaluated.name}, a cell a code: {heading}"
+    alt = f"Codebook of {evaluated.name}, one cell per code: {heading}"
     return page.Map(evaluated.name, pictures.codebook_map(evaluated.counts), heading, alt)
 
 
@@ -116,5 +114,5 @@ def num_used(counts: Tensor) -> int:
 
 
 def share(value: float) -> str:
-    """Never rounded up to all of them: 99.99 %, 100 %."""
+    """Percent, never rounded up to 100 %."""
     return "100 %" if value == 1 else f"{min(100 * value, 99.99):.2f} %"

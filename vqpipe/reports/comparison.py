@@ -38,7 +38,7 @@ from vqpipe.reports.pictures import PictureBudget, shared_pictures
 from vqpipe.reports.published import OurNumbers, PublishedTable, published_table
 
 KEYS = ("protocol", "image_size", "num_images", "reference")
-"""Of `metrics.json`: equal where numbers may share a column. `reference` is the digest of the crops."""
+"""Keys of `metrics.json` that must be equal for numbers to share a column. `reference` is the digest of the crops."""
 HEADLINES = (*MEASURES[:NUM_HEADLINES], *(m for m in MEASURES if m.key == "lpips"))
 OVER_SETS = tuple(m for key in ("rfid", "psnr") for m in MEASURES if m.key == key)
 """Columns of the table over several sets."""
@@ -51,11 +51,11 @@ class Comparison:
     """Reports that may be compared."""
 
     names: list[str]
-    """Of the reports, in their order, made distinct."""
+    """Distinct names of the reports, in their order."""
     metrics: dict[str, Any]
     """`metrics.json` of each report by name; by name and images where a tokenizer was measured on several sets."""
     facts: dict[str, Any]
-    """Of the artifact."""
+    """Facts of the artifact."""
     tables: list[page.Table]
     """The headline numbers, a table per group of comparable reports."""
     make_page: Callable[[], page.ReportPage]
@@ -103,7 +103,7 @@ def publish_comparison(draft: Draft, comparison: Comparison) -> Artifact:
 
 
 def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[PublishedTable] = ()) -> Comparison:
-    """Reports of `vqpipe eval`."""
+    """Compare reports of `vqpipe eval`."""
     evaluations = distinct([open_evaluation(report) for report in reports], [report.name for report in reports])
     check_comparable(evaluations, [str(report.path) for report in reports])
     groups = groups_of(evaluations)
@@ -131,7 +131,7 @@ def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[Publishe
 
 
 def compare_samples(reports: Sequence[Artifact], published: Sequence[PublishedTable] = ()) -> Comparison:
-    """Reports of `vqpipe eval-generation`."""
+    """Compare reports of `vqpipe eval-generation`."""
     opened = [open_generated(report) for report in reports]
     names, report_names = [each.name for each in opened], [report.name for report in reports]
     if len(set(names)) < len(names):
@@ -156,7 +156,7 @@ def compare_samples(reports: Sequence[Artifact], published: Sequence[PublishedTa
 
 
 def facts_of(groups: Sequence[Group]) -> dict[str, Any]:
-    """The headline of a single group; the members of several."""
+    """The headline numbers of a single group, or the members of several."""
     if len(groups) > 1:
         return {"groups": {group.title: [each.name for each in group.members] for group in groups}}
     members = groups[0].members
@@ -244,7 +244,7 @@ def numbered(names: Sequence[str], things: Sequence[Hashable]) -> list[str]:
 
 
 def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str]) -> list[EvaluationResult]:
-    """The evaluations with different names for different tokenizers: the tokenizer's, the report's, or numbered.
+    """Name different tokenizers differently: by the tokenizer, else by the report, else by a number before the name.
 
     A tokenizer that occurs twice in a group, as with the same report given twice, counts as two.
     """
@@ -360,7 +360,7 @@ def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
 
 
 def cell_of(name: str, members: Sequence[EvaluationResult], measure: Measure) -> page.Cell:
-    """The number of the member of that name; a dash where it was not measured."""
+    """The number of the member `name`; a dash where it was not measured."""
     values = {each.name: value_of(each.metrics, measure.key) for each in members}
     value = values.get(name)
     return page.Cell(written(measure, value, unit=False), value is not None and value == measure.best(values.values()))
@@ -441,7 +441,7 @@ def present(evaluations: Sequence[EvaluationResult], measures: Sequence[Measure]
 
 
 def reasons(evaluations: Sequence[EvaluationResult]) -> dict[str, str]:
-    """Why numbers are absent: once where it is the same for all, else under the name of each tokenizer."""
+    """Key -> why its number is absent. A reason that does not hold for all tokenizers is under the name of its own."""
     missing = [evaluated.metrics["not_computed"] for evaluated in evaluations]
     found = {key: reason for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
     shared = set(found)

@@ -1,6 +1,6 @@
 """The result of an evaluation: its measures with labels and units, by protocol, and reading a report.
 
-Shapes: G groups, K codes a group.
+Shapes: G groups, K codes per group.
 """
 
 import json
@@ -35,7 +35,7 @@ class Measure:
     digits: int = 2
 
     def best(self, values: Iterable[float | None]) -> float | None:
-        """The best of the numbers that are there, where several differ and one can be called best."""
+        """The best value, or None if fewer than two differ or the measure has no direction."""
         present = {value for value in values if value is not None}
         if self.higher_is_better is None or len(present) < 2:
             return None
@@ -152,7 +152,7 @@ def counts_from_array(array: np.ndarray, tokenizer: Mapping[str, Any]) -> Tensor
 
 
 def by_protocol(metrics: Metrics) -> list[dict[str, Any]]:
-    """`metrics.json` once for each of its protocols, with that protocol's own numbers in place of the first one's.
+    """A copy of `metrics.json` for each of its protocols, with that protocol's numbers in place of the first one's.
 
     `psnr`, `ssim`, `lpips`, `rfid` and distances between sets are the protocol's own, `reference` is the digest of its
     crops, `conventions` names its formulas; numbers of codes, tokens and images are the same in all.
@@ -166,13 +166,13 @@ def by_protocol(metrics: Metrics) -> list[dict[str, Any]]:
         table["reference_kind"] = own.get("reference", "")
         table["rfid"] = {name: own["rfid"]} if "rfid" in own else metrics["rfid"] if first else {}
         if first and not metrics.keys().isdisjoint(("lpips_alex", "lpips_vgg")):
-            table.pop("lpips", None)  # is one of them
+            table.pop("lpips", None)  # a copy of one of these
         tables.append(table)
     return tables
 
 
 def measures_of(*metrics: Metrics) -> list[Measure]:
-    """MEASURES, and the Frechet distances over extractors in any of these metrics."""
+    """MEASURES, and a measure for each extractor with a Frechet distance in any of these metrics."""
     named = dict.fromkeys(name for each in metrics for name in each.get("frechet", {}))
     return [*MEASURES, *(Measure(f"frechet {name}", f"Frechet, {name}", FRECHET, "", False) for name in named)]
 

@@ -41,10 +41,8 @@ COMPARED = ("rfid", "psnr", "ssim", "lpips", "utilization")
 """Measures that papers print, in the order of their tables."""
 
 
-def evaluation_page(
-    evaluated: EvaluationResult, title: str, footer: str = "", analyses: Sequence[page.Section] = ()
-) -> page.ReportPage:
-    """The page, without empty sections. `analyses` follow the codes."""
+def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.ReportPage:
+    """The page, without empty sections."""
     metrics = evaluated.metrics
     protocols = by_protocol(metrics)
     sections: list[page.Section] = [headline(evaluated, protocols[0])]
@@ -59,7 +57,7 @@ def evaluation_page(
             sections.append(page.Pictures(PREFIX_TITLE, pictures, PREFIX_CAPTION))
         sections.append(prefix_table(prefixes, metrics))
         sections.append(page.Plots("Quality by bits per pixel", plots.k_curves({evaluated.name: prefixes})))
-    sections += analyses
+    sections += evaluated.analyses
     if curves := plots.training_curves({"": evaluated.history}):
         sections.append(page.Plots("Training", curves))
     sections += [all_metrics(own, metrics) for own in protocols]
@@ -67,7 +65,7 @@ def evaluation_page(
         sections.append(page.Reasons("Not computed", metrics["not_computed"]))
     sections.append(page.Lineage("Lineage", [evaluated.lineage]))
     sections.append(page.Commands("Reproduce", evaluated.commands))
-    return page.ReportPage(title, subtitle(metrics), sections, footer)
+    return page.ReportPage(evaluated.name, subtitle(metrics), sections, footer)
 
 
 def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
@@ -91,7 +89,7 @@ def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
 
 
 def headline_note(measure: Measure, evaluated: EvaluationResult, own: Metrics) -> str:
-    """The small line under a headline number: of how many, by which convention."""
+    """The small line under a headline number: its reference or its convention."""
     tokenizer = own["tokenizer"]
     match measure.key:
         case "utilization":
@@ -101,7 +99,7 @@ def headline_note(measure: Measure, evaluated: EvaluationResult, own: Metrics) -
             return f"of at most {tokenizer['codebook_size']:,}" + (", mean over groups" if several else "")
         case "bits_per_pixel":
             mean = "on average " if "mixed_sizes" in own else ""
-            return f"{mean}{own['num_tokens_per_image']:,} tokens an image"
+            return f"{mean}{own['num_tokens_per_image']:,} tokens per image"
         case "rfid":
             return f"against {own.get('reference_kind') or 'the same crops'}"
     return convention_of(measure, own)
@@ -132,7 +130,7 @@ def comparison_with_paper(protocols: Sequence[Metrics], paper: PaperRow | None) 
 
 
 def printed_value(own: Metrics, key: str) -> float | None:
-    """The number under a protocol; its LPIPS is that of the network its authors use."""
+    """The number of a protocol; for LPIPS, that of the network which the protocol's authors use."""
     if key == "lpips" and "lpips" not in own:
         named = str(own.get("conventions", {}).get("lpips", "lpips_alex")).partition(":")[0]
         return value_of(own, named)

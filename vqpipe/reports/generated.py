@@ -21,7 +21,7 @@ MEASURES = {
     "prc.recall": Measure("recall", "recall", "k = 3", "", True, 3),
     "utilization": Measure("utilization", "codes in use", "share chosen at least once over all samples", "%", True, 1),
 }
-"""By dotted key of `metrics.json`."""
+"""Dotted key of `metrics.json` -> measure."""
 KEYS = ("protocol", "image_size", "num_references")
 """Keys of `metrics.json`: if these and the references are equal, numbers may share a column."""
 
@@ -65,7 +65,7 @@ def open_generated(report: Artifact) -> Generated:
     """Read a report of `eval-generation`.
 
     Raises:
-        ArtifactError: it is another report.
+        ArtifactError: it is a report of another command.
     """
     if not is_generated(report):
         raise ArtifactError(f"{report.path} is a report, but not of samples", "Compare reports of one kind at a time")

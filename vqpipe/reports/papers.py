@@ -74,7 +74,8 @@ def row_of(words: Sequence[str]) -> PaperRow | None:
 
 
 def protocol_of(head: str, row: str) -> str:
-    """From "the paper's (A; B); its X rows follow X's (C); ours is D": "A; B", or "C" where the row is one of X."""
+    """The protocol of a row by the head "the paper's (A; B); its X rows follow X's (C); ours is D": "C" if the row is
+    one of X, else "A; B"."""
     for name, other in re.findall(r"its (\S+) rows follow [^(]*\(([^)]*)\)", head):
         if name in row:
             return str(other)

@@ -1,6 +1,6 @@
 """Images as PNG: reconstructions beside originals, error maps, codebook maps, and galleries for a page.
 
-Shapes: N images, H x W pixels, G groups, K codes a group.
+Shapes: N images, H x W pixels, G groups, K codes per group.
 """
 
 import io
@@ -20,7 +20,7 @@ from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.reports import page
 
 ERROR_PEAK = 64
-"""Mean absolute error over R, G and B, of 255, that an error map shows in its brightest color."""
+"""The error, a mean absolute difference of R, G and B in 0..255, that an error map shows in its brightest color."""
 UNUSED = (22, 26, 34)
 """Color of a code that was never chosen."""
 GAP = 4
@@ -209,7 +209,7 @@ def first_groups(k: int | None, note: str = "") -> str:
 
 
 def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int = 4) -> bytes:
-    """Pairs, original left and reconstruction right, `columns` pairs a row: uint8[N, 3, H, W] twice -> PNG.
+    """Pairs, original left and reconstruction right, `columns` pairs per row: two uint8[N, 3, H, W] tensors -> PNG.
 
     Raises:
         DataError: no images, or their shapes differ.
@@ -229,7 +229,7 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
 
 
 def contact_sheet(images: Tensor, columns: int = 8) -> bytes:
-    """uint8[N, 3, H, W], `columns` a row with a white line between -> PNG.
+    """uint8[N, 3, H, W], `columns` per row, with white lines between -> PNG.
 
     Raises:
         DataError: no images.
@@ -245,9 +245,9 @@ def contact_sheet(images: Tensor, columns: int = 8) -> bytes:
 
 
 def error_map(original: Tensor, reconstruction: Tensor) -> bytes:
-    """Mean absolute error of R, G and B at each pixel, 0 black to ERROR_PEAK bright: uint8[3, H, W] twice -> PNG.
+    """Mean absolute error of R, G and B at each pixel, 0 black to ERROR_PEAK bright: two uint8[3, H, W] tensors -> PNG.
 
-    The PNG has a palette of the 256 colors, one byte a pixel: a third of the size.
+    The PNG has a palette of the 256 colors, one byte per pixel: a third of the size.
     """
     error = (original.float() - reconstruction.float()).abs().mean(0).cpu().numpy()
     drawn = Image.fromarray(color_indices(error / ERROR_PEAK))
@@ -258,7 +258,7 @@ def error_map(original: Tensor, reconstruction: Tensor) -> bytes:
 
 
 def codebook_map(counts: Tensor) -> bytes:
-    """A pixel per code, row by row in the order of the codebook: int64[G, K] -> PNG, one square a group.
+    """A pixel per code, row by row in the order of the codebook: int64[G, K] -> PNG, one square per group.
 
     Dark: never chosen. Brighter: chosen more often (logarithmic). Small codebooks are enlarged.
     """

@@ -2,7 +2,7 @@
 
 Drawn on matplotlib Figures without pyplot: no display, no global state, and the same bytes each time.
 
-Shapes: G groups, K codes a group.
+Shapes: G groups, K codes per group.
 """
 
 import io
@@ -30,7 +30,7 @@ COLORS = ("#e0772f", "#2f8fd6", "#2ca58d", "#c14f8d", "#8a7bd8", "#b59a1d", "#d1
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Line styles, one after the other each time the colors are used up."""
 MARKERS = "os^D"
-"""The same for points."""
+"""Markers of points, in the same way."""
 DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -66,11 +66,11 @@ NOT_LOSSES = ("adversarial_weight", "real_logit", "fake_logit")
 """Keys of a log row under `loss/` that are no loss terms."""
 
 LogRow = Mapping[str, Any]
-"""Of `metrics.jsonl`."""
+"""A row of `metrics.jsonl`."""
 Line = tuple[np.ndarray, np.ndarray]
 """(x, y), both float64[n]."""
 Scale = Literal["linear", "log", "share"]
-"""Of an axis; a share is 0..1 and written as percent."""
+"""Scale of an axis; a share is 0..1 and written as percent."""
 
 
 def line_plot(
@@ -359,7 +359,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def color(number: int) -> str:
-    """Of the line, point or bar of that number."""
+    """The color of the line, point or bar of that number."""
     return COLORS[number % len(COLORS)]
 
 

@@ -28,7 +28,7 @@ class TrainingRun:
     step: int
     steps: int
     rows: Sequence[plots.LogRow]
-    """Of `metrics.jsonl`."""
+    """The rows of `metrics.jsonl`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The sections of its preset."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
@@ -96,14 +96,14 @@ NUMBERS = (
     LoggedNumber("nonfinite_steps", "gradients", "skipped steps", ",.0f"),
     LoggedNumber("learning_rate", "gradients", "learning rate", ".3g"),
     LoggedNumber("images_per_second", "speed", "throughput", ",.3g", "images/s"),
-    LoggedNumber("seconds_per_step", "speed", "time a step", ".3g", "s"),
+    LoggedNumber("seconds_per_step", "speed", "time per step", ".3g", "s"),
     LoggedNumber("data_wait", "speed", "waiting for images", ".0f", "%", 100),
     LoggedNumber("mfu", "speed", "MFU", ".1f", "%", 100, "share of the device's peak; estimate; bf16, dense"),
     LoggedNumber("tflops", "speed", "arithmetic", ",.3g", "TFLOP/s", note="estimate; each device"),
     LoggedNumber("memory_gb", "speed", "memory", ".1f", "GB"),
     LoggedNumber("compiled_graphs", "speed", "compiled graphs", ",.0f"),
 )
-"""Every number of the log but the terms of the loss: for the page, and for the progress display."""
+"""Every logged number except the loss terms, for the page and for the progress display."""
 
 
 def describe_tokenizer(facts: Mapping[str, Any]) -> str:
@@ -144,14 +144,14 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
 
 def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
     """The newest finite value of each number that was logged."""
-    values = {column: newest_number(run.rows, column.key) for column in NUMBERS}
+    values = {number: newest_number(run.rows, number.key) for number in NUMBERS}
     best = "" if run.best_step is None else f"; best at step {run.best_step:,}"
     numbers = [
         page.Number(
-            column.label, column.text(value), column.unit, column.note + (best if column.key == "valid/psnr" else "")
+            number.label, number.text(value), number.unit, number.note + (best if number.key == "valid/psnr" else "")
         )
-        for column, value in values.items()
-        if value is not None and not (column.key == "nonfinite_steps" and value == 0)
+        for number, value in values.items()
+        if value is not None and not (number.key == "nonfinite_steps" and value == 0)
     ]
     if numbers:
         yield page.Numbers("Current metrics" if run.step < run.steps else "Final metrics", numbers)
@@ -209,7 +209,7 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
         plots.curves(
             "Gradient norm", lines(network="gradient_norm", discriminator="discriminator_gradient_norm"), "log"
         ),
-        plots.curves("Images a second", lines(speed="images_per_second"), "linear"),
+        plots.curves("Images per second", lines(speed="images_per_second"), "linear"),
     )
     return [plot for plot in drawn if plot is not None]
 

@@ -63,7 +63,7 @@ class Mgvq(Family):
         num_groups = self.num_groups()
         size, code_dim = self.weights.shape(CODES, 2)
         if size % num_groups:
-            raise WeightsError(f"{self.weights.source}: {size:,} codes do not divide into {num_groups} groups")
+            raise WeightsError(f"{self.weights.source}: {size:,} codes are not divisible into {num_groups} groups")
         if FREQUENCIES not in self.weights:
             self.notes.append("it has no frequencies of codes; fine-tuning starts with all codes equally frequent")
         group = CvqConfig(codebook_size=size // num_groups, code_dim=code_dim, normalize=True)
@@ -73,7 +73,9 @@ class Mgvq(Family):
         """G, from the input channels per group of `quant_conv`."""
         channels, per_group = self.latent_channels(), self.weights.shape("quant_conv.weight", 4)[1]
         if channels % per_group:
-            raise WeightsError(f"{self.weights.source}: {channels} channels do not divide into groups of {per_group}")
+            raise WeightsError(
+                f"{self.weights.source}: {channels} channels are not divisible into groups of {per_group}"
+            )
         return channels // per_group
 
     def latent_channels(self) -> int:
