@@ -76,7 +76,7 @@ BatchSize = Annotated[int, BATCH_SIZE]
 OptionalBatchSize = Annotated[int | None, BATCH_SIZE]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N images.", metavar="N", min=1)]
 ImageSize = Annotated[
-    int | None, typer.Option("--image-size", help="Side of the centre crop.", metavar="PIXELS", min=1)
+    int | None, typer.Option("--image-size", help="Side of the center crop.", metavar="PIXELS", min=1)
 ]
 NumWorkers = Annotated[
     int,

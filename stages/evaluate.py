@@ -31,7 +31,7 @@ def evaluate(
     image_size: Annotated[
         str | None,
         typer.Option(
-            "--image-size", help="Side of the centre crop, WIDTHxHEIGHT, or native (whole images).", metavar="PIXELS"
+            "--image-size", help="Side of the center crop, WIDTHxHEIGHT, or native (whole images).", metavar="PIXELS"
         ),
     ] = None,
     tile: Annotated[

@@ -42,7 +42,7 @@ def kmeans(
     ] = None,
     select: Annotated[
         clustering.Select | None,
-        typer.Option("--select", help="Codes are cluster centres, or random vectors (a baseline)."),
+        typer.Option("--select", help="Codes are cluster centers, or random vectors (a baseline)."),
     ] = None,
     preset: Preset = None,
     overrides: Set = None,

@@ -33,7 +33,7 @@ def prepare_data(
         int | None,
         typer.Option(
             "--image-size",
-            help="Store ADM centre crops of this side as JPEG (quality 95, 4:4:4) instead of the original files.",
+            help="Store ADM center crops of this side as JPEG (quality 95, 4:4:4) instead of the original files.",
             metavar="PIXELS",
             min=1,
         ),

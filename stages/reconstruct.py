@@ -31,7 +31,7 @@ Tile = Annotated[
     ),
 ]
 Overlap = Annotated[
-    int, typer.Option("--overlap", help="Overlap in which neighbouring tiles are blended.", metavar="PIXELS", min=0)
+    int, typer.Option("--overlap", help="Overlap in which neighboring tiles are blended.", metavar="PIXELS", min=0)
 ]
 
 

@@ -24,7 +24,7 @@ def tokenize(
     flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
     crops: Annotated[
         Crops,
-        typer.Option("--crops", help="Store the centre crop of each image, or ten crops (flips included); see above."),
+        typer.Option("--crops", help="Store the center crop of each image, or ten crops (flips included); see above."),
     ] = "center",
     batch_size: BatchSize = 32,
     precision: console.Precision = "fp32",
@@ -39,10 +39,10 @@ def tokenize(
 
     For data augmentation of a generator's training, store several views of
     each image: train-generator draws one of them in each epoch, at random.
-    --flip stores two rows per image, the centre crop and its horizontal flip.
-    --crops ten stores ten, as LlamaGen does: torchvision's TenCrop (centre, four
-    corners, and the same of the horizontal flip) of a centre crop 1.1 times as
-    wide as --image-size. Validation uses the centre, not flipped.
+    --flip stores two rows per image, the center crop and its horizontal flip.
+    --crops ten stores ten, as LlamaGen does: torchvision's TenCrop (center, four
+    corners, and the same of the horizontal flip) of a center crop 1.1 times as
+    wide as --image-size. Validation uses the center, not flipped.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         check_crops(crops, flip)

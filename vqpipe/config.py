@@ -2,7 +2,7 @@
 
 A section of a preset is a frozen, keyword-only dataclass defined above the code it configures. Types are exact: a key
 the dataclass lacks, a string where a number belongs, or a value outside its `Literal` is a ConfigError that names the
-key and, for a mistyped one, its nearest neighbour. A field whose class has subclasses with a `kind` is a tagged choice:
+key and, for a mistyped one, its nearest neighbor. A field whose class has subclasses with a `kind` is a tagged choice:
 the table's `kind` picks the subclass, and `class_for` the class that such a config configures.
 
 A field made by `resumable` does not change what a run computes, but for the rounding of sums: `to_request` leaves it
@@ -197,7 +197,7 @@ def shortened(value: Any) -> str:
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
-    """The hint of a mistyped name: its nearest neighbour, or all there are."""
+    """The hint of a mistyped name: its nearest neighbor, or all there are."""
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}"

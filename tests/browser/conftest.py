@@ -84,7 +84,7 @@ def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> Evalua
     green = 90 + 60 * seed
     shown = [drawn(each, number, green=green) for number, each in enumerate(("meadow", "harbour", "stairs"))]
     shown += [drawn("night", 3, "worst", green), drawn("sky", 9, "best", green)]
-    words = {"crop": "cover: centre", "reference": "the same crops", "rounding": "truncated", "resize": "PIL bicubic"}
+    words = {"crop": "cover: center", "reference": "the same crops", "rounding": "truncated", "resize": "PIL bicubic"}
     metrics: dict[str, Any] = {
         "protocol": "adm",
         "num_images": 60,

@@ -35,7 +35,7 @@ def test_a_crop_matches_its_key() -> None:
 @pytest.mark.parametrize("photo", [*TRAIN, *HELDOUT], ids=lambda photo: photo.name)
 def test_every_photograph_is_in_colour_and_covered(photo) -> None:
     pixels = np.asarray(load(photo)).astype(int)
-    assert np.ptp(pixels, axis=2).mean() > 3  # not grey
+    assert np.ptp(pixels, axis=2).mean() > 3  # not gray
     crops = [crop for crop in open_photos("builtin:photos").crops if crop.photo == photo]
     covered = np.zeros(photo.size[::-1], bool)
     for crop in crops:

@@ -34,8 +34,8 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def solid(mode: str, colour: object, size: tuple[int, int] = (8, 6)) -> Image.Image:
-    return Image.new(mode, size, colour)
+def solid(mode: str, color: object, size: tuple[int, int] = (8, 6)) -> Image.Image:
+    return Image.new(mode, size, color)
 
 
 def palette(transparent: int | None = None) -> bytes:
@@ -64,21 +64,21 @@ def png(width: int, height: int, bit_depth: int, colour_type: int, pixels: bytes
     ("data", "expected"),
     [
         pytest.param(encode(solid("RGB", (1, 2, 3))), (1, 2, 3), id="rgb"),
-        pytest.param(encode(solid("L", 77)), (77, 77, 77), id="grey"),
+        pytest.param(encode(solid("L", 77)), (77, 77, 77), id="gray"),
         pytest.param(encode(solid("1", 1)), (255, 255, 255), id="one bit"),
         pytest.param(encode(solid("RGBA", (255, 0, 0, 0))), (255, 255, 255), id="transparent red is white"),
         pytest.param(encode(solid("RGBA", (255, 0, 0, 128))), (255, 127, 127), id="half red over white"),
-        pytest.param(encode(solid("LA", (0, 51))), (204, 204, 204), id="grey with alpha"),
+        pytest.param(encode(solid("LA", (0, 51))), (204, 204, 204), id="gray with alpha"),
         pytest.param(palette(), (200, 100, 50), id="palette"),
         pytest.param(palette(transparent=1), (255, 255, 255), id="transparent palette entry"),
-        pytest.param(encode(solid("RGB", (9, 9, 9)), transparency=(9, 9, 9)), (255, 255, 255), id="transparent colour"),
+        pytest.param(encode(solid("RGB", (9, 9, 9)), transparency=(9, 9, 9)), (255, 255, 255), id="transparent color"),
         pytest.param(encode(solid("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0), id="cmyk"),
         pytest.param(encode(grey16(32768)), (128, 128, 128), id="16 bit: half is half"),
         pytest.param(encode(grey16(65535)), (255, 255, 255), id="16 bit: full is full"),
         pytest.param(encode(grey16(257 * 9 + 128)), (9, 9, 9), id="16 bit: rounded down"),
         pytest.param(encode(grey16(257 * 9 + 129)), (10, 10, 10), id="16 bit: rounded up"),
         pytest.param(encode(grey16(1000), "TIFF"), (4, 4, 4), id="16 bit tiff"),
-        pytest.param(png(8, 6, 16, 2, b"\x80\x00\x40\x00\xff\xff" * 48), (128, 64, 255), id="16 bit colour"),
+        pytest.param(png(8, 6, 16, 2, b"\x80\x00\x40\x00\xff\xff" * 48), (128, 64, 255), id="16 bit color"),
         pytest.param(
             encode(solid("RGB", (9, 8, 7)), "GIF", save_all=True, append_images=[solid("RGB", "blue")]),
             (9, 8, 7),
@@ -175,8 +175,8 @@ def exif(orientation: int) -> Image.Exif:
         pytest.param("RGB", {"keep_rgb": True}, id="stored as RGB"),
         pytest.param("RGB", {"exif": exif(6)}, id="turned"),
         pytest.param("RGB", {"exif": exif(2), "progressive": True}, id="mirrored"),
-        pytest.param("L", {}, id="grey"),
-        pytest.param("L", {"progressive": True, "exif": exif(8)}, id="grey, turned"),
+        pytest.param("L", {}, id="gray"),
+        pytest.param("L", {"progressive": True, "exif": exif(8)}, id="gray, turned"),
         pytest.param("CMYK", {}, id="CMYK"),
     ],
 )
@@ -222,7 +222,7 @@ def test_pixels_are_planes_of_the_image() -> None:
 
 
 def adm_reference(image: Image.Image, size: int) -> np.ndarray:
-    """guided-diffusion's rule: the number of halvings, then one scale, then the centre."""
+    """guided-diffusion's rule: the number of halvings, then one scale, then the center."""
     short = min(image.size)
     halvings = 0
     while short >= 2 * size:
@@ -273,9 +273,9 @@ def test_training_crop_follows_its_config() -> None:
         config = DataConfig(image_size=32, **settings)
         return [training_crop(image, config, np.random.default_rng(seed)) for seed in range(20)]
 
-    centre = center_crop(image, 32)
-    assert all(torch.equal(crop, centre) for crop in crops(crop="center", flip=False))
-    mirrored = [torch.equal(crop, centre.flip(-1)) for crop in crops(crop="center", flip=True)]
+    center = center_crop(image, 32)
+    assert all(torch.equal(crop, center) for crop in crops(crop="center", flip=False))
+    mirrored = [torch.equal(crop, center.flip(-1)) for crop in crops(crop="center", flip=True)]
     assert 3 < sum(mirrored) < 17
     assert all(torch.equal(a, b) for a, b in zip(crops(max_scale=1.5), crops(max_scale=1.5), strict=True))
 
@@ -334,7 +334,7 @@ def test_linear_aliases_and_cover_does_not() -> None:
 
 
 @pytest.mark.parametrize(("size", "target"), [((97, 64), (32, 32)), ((64, 97), (24, 40)), ((301, 150), (144, 256))])
-def test_cover_equals_one_bicubic_resize_and_centre_crop(size: tuple[int, int], target: tuple[int, int]) -> None:
+def test_cover_equals_one_bicubic_resize_and_center_crop(size: tuple[int, int], target: tuple[int, int]) -> None:
     image = drawn(*size)
     if image.width / image.height > target[1] / target[0]:
         whole = image.resize((round(image.width * target[0] / image.height), target[0]), Image.Resampling.BICUBIC)

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def test_kmeans_uses_every_vector() -> None:
     data = np.random.default_rng(0).standard_normal((1500, 2)).astype(np.float32)
     result = kmeans(FeatureSet([data], ["x"]), KmeansConfig(k=2, iterations=2), seed=0, device=CPU)
-    assert int(result.counts.sum()) == 1500  # faiss samples 256 vectors per centre by default
+    assert int(result.counts.sum()) == 1500  # faiss samples 256 vectors per center by default
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def codebook_of(space: Space) -> Tensor:
 
 
 def make(name: str, num_classes: int | None = CLASSES, **changes: Any) -> Generator:
-    """A generator with random weights: at initialisation, some networks ignore their input."""
+    """A generator with random weights: at initialization, some networks ignore their input."""
     torch.manual_seed(0)
     config = from_table(GeneratorConfig, {**to_table(EXAMPLES[name]), **changes})
     generator = build_generator(config, space_of(name, num_classes))

@@ -60,7 +60,7 @@ def test_times_are_embedded_by_cosines_and_sines() -> None:
 
 
 def test_patches_keep_their_places(make_space: Callable[..., Space]) -> None:
-    """Blocks are identities at initialisation: a patch of the output depends on the same patch of the input alone."""
+    """Blocks are identities at initialization: a patch of the output depends on the same patch of the input alone."""
     generator = build_generator(DitConfig(size="tiny", patch_size=2), make_space(4, 6))
     assert isinstance(generator, Dit)
     network = generator.network

@@ -1,4 +1,4 @@
-"""LDM's UNet: the published sizes, where it attends, its initialisation."""
+"""LDM's UNet: the published sizes, where it attends, its initialization."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def test_vqgan_lc_s_f16_model_attends_at_its_first_level_and_in_the_middle(make_
     assert generator.network.class_embedding.weight.shape == (1001, 512)
 
 
-def test_the_output_is_zero_at_initialisation(make_space: Callable[..., Space]) -> None:
+def test_the_output_is_zero_at_initialization(make_space: Callable[..., Space]) -> None:
     generator = build_generator(TINY, make_space())
     assert not generator.network(torch.randn(2, 4, 4, 4), torch.tensor([3.0, 900.0]), torch.tensor([1, 2])).any()
 

@@ -6,7 +6,7 @@ import torch
 from vqpipe.data.transforms import to_uint8
 from vqpipe.errors import DataError, NumericError
 from vqpipe.metrics.distortion import CONVENTIONS
-from vqpipe.metrics.protocols import PROTOCOLS, grey_levels, stored
+from vqpipe.metrics.protocols import PROTOCOLS, gray_levels, stored
 
 
 def test_every_protocol_lists_its_conventions_and_choices() -> None:
@@ -28,7 +28,7 @@ def test_crop_rule_depends_on_the_image_size() -> None:
 
 def test_round_equals_to_uint8_and_truncate_is_never_above_it() -> None:
     images = torch.linspace(-1.2, 1.2, 3 * 64).view(1, 3, 8, 8)
-    levels = grey_levels(images)
+    levels = gray_levels(images)
     rounded, truncated = stored(levels, "round"), stored(levels, "truncate")
     assert torch.equal(rounded, to_uint8(images))
     assert torch.equal(truncated, ((images + 1) * 127.5).clamp(0, 255).floor().to(torch.uint8))
@@ -37,12 +37,12 @@ def test_round_equals_to_uint8_and_truncate_is_never_above_it() -> None:
 
 def test_uint8_images_are_unchanged_by_every_rounding() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(stored(grey_levels(images), "truncate"), images)
-    assert torch.equal(stored(grey_levels(images), "round"), images)
+    assert torch.equal(stored(gray_levels(images), "truncate"), images)
+    assert torch.equal(stored(gray_levels(images), "round"), images)
 
 
 def test_nan_and_integers_raise() -> None:
     with pytest.raises(NumericError, match="NaN"):
-        grey_levels(torch.tensor([0.0, float("nan")]))
+        gray_levels(torch.tensor([0.0, float("nan")]))
     with pytest.raises(DataError, match="int64"):
-        grey_levels(torch.zeros(2, dtype=torch.int64))
+        gray_levels(torch.zeros(2, dtype=torch.int64))

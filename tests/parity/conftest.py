@@ -87,7 +87,7 @@ def assert_tokens(image: Callable[[int], Tensor]) -> Callable[[Autoencoder, dict
 
 @pytest.fixture(scope="session")
 def assert_image() -> Callable[[Tensor, dict[str, Tensor], str], None]:
-    """assert_image(image, want, name): compare all pixels at 64 px, else 8 x 8 means and a centre crop."""
+    """assert_image(image, want, name): compare all pixels at 64 px, else 8 x 8 means and a center crop."""
 
     def assert_image(image: Tensor, want: dict[str, Tensor], name: str) -> None:
         close = {"rtol": 0, "atol": 1e-4}

@@ -115,7 +115,7 @@ def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
         prepare(tiny, shard_size=5)
 
 
-def test_image_size_stores_centre_crops_as_jpeg(tiny: Path) -> None:
+def test_image_size_stores_center_crops_as_jpeg(tiny: Path) -> None:
     images, source = open_images(prepare(tiny, image_size=16)), open_images(tiny / "copy" / "train")
     stored = Image.open(io.BytesIO(images[1].image))
     assert (stored.format, stored.size, [part[1:3] for part in stored.layer]) == ("JPEG", (16, 16), [(1, 1)] * 3)

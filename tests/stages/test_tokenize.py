@@ -77,7 +77,7 @@ def test_ten_crops_are_those_of_torchvision(
     with Image.open(picture_folder / "drawn-7.png") as picture:
         whole = picture.convert("RGB")
     crops = [pixels(crop) for crop in TenCrop(32)(Image.fromarray(center_crop(whole, 35).permute(1, 2, 0).numpy()))]
-    crops = [crops[place] for place in (4, 0, 1, 2, 3, 9, 5, 6, 7, 8)]  # ours have the centre first
+    crops = [crops[place] for place in (4, 0, 1, 2, 3, 9, 5, 6, 7, 8)]  # ours have the center first
     place = next(i for i, key in enumerate(tokens.keys) if "drawn-7" in key)
     assert len(set(tokens.keys[place : place + 10])) == 1
     assert len({crop.numpy().tobytes() for crop in crops}) == 10

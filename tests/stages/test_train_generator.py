@@ -164,7 +164,7 @@ def test_a_flipped_bit_in_latents_is_found_before_training(drawn: Any, tmp_path:
         train_generator(drawn.tokenizer, tmp_path / "b", latents=tmp_path / "a.latents", **options)
 
 
-def test_raw_latents_are_not_normalised(drawn: Any, tmp_path: Path) -> None:
+def test_raw_latents_are_not_normalized(drawn: Any, tmp_path: Path) -> None:
     overrides = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=2", "examples.raw=true"]
     options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "overrides": overrides}
     images = [str(drawn.pictures)]

@@ -82,7 +82,7 @@ def pool_features(features: Tensor, pool: int) -> Tensor:
     This is the "additional average pooling layer" of VQGAN-LC's paper, as `torch.nn.functional.adaptive_avg_pool2d`:
     cell i covers the rows from floor(i * g / pool) to ceil((i + 1) * g / pool), excluded. Where `pool` divides g, the
     cells are squares, as in the released code (16 x 16 CLIP tokens to 4 x 4). Otherwise (7 x 7 or 14 x 14 to 4 x 4)
-    neighbouring cells overlap.
+    neighboring cells overlap.
     """
     side = features.shape[-1]
     # Where the pool divides the grid, both functions give the same averages, but not the same last bits.

@@ -104,7 +104,7 @@ def counts_of(skipped: dict[str, int]) -> str:
 
 
 class OrderedBatches:
-    """Images [start, stop) in order, for tokenizing, features and evaluation: the centre crop, or another transform.
+    """Images [start, stop) in order, for tokenizing, features and evaluation: the center crop, or another transform.
 
     `spans` replaces [start, stop) by several ranges; a batch never crosses from one into the next. The same processes
     decode all of them (`num_workers` 0: the main process; -1: one per core, if there is enough work).

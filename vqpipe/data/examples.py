@@ -43,7 +43,7 @@ class ExamplesConfig:
     """Flip an image horizontally with probability 1/2, where the artifact holds its flip (tokenize --flip, or --crops
     ten: one of the ten crops is drawn, else one of the five that are not flipped)."""
     raw: bool = False
-    """Latents: do not normalise them by their measured mean and standard deviation, as in VQGAN-LC's released code."""
+    """Latents: do not normalize them by their measured mean and standard deviation, as in VQGAN-LC's released code."""
     held_out: int = 0
     """Images held out for validation: the same ones in every run on an artifact."""
 
@@ -90,7 +90,7 @@ class Examples(Protocol):
     labels: np.ndarray
     """int64[images], -1 where unknown."""
     views: int
-    """Stored views of each image: 1, 2 with its horizontal flip, or 10 crops. View 0 is the centre crop, which is
+    """Stored views of each image: 1, 2 with its horizontal flip, or 10 crops. View 0 is the center crop, which is
     validated on; the second half are flips."""
 
     def __len__(self) -> int:

@@ -9,8 +9,8 @@ float16 has 11 significant bits: its rounding error is at most 1/2048 of a value
 noise of diffusion is 1/100 of a standard deviation. A latent beyond float16's 65504 is an error. A .npy file is
 memory-mapped, so training has only the latents of its batch in memory.
 
-The released generators run the encoder in every step, without normalisation. Here the mean and standard deviation of
-each channel are measured, and latents are normalised when read, unless `raw` is set.
+The released generators run the encoder in every step, without normalization. Here the mean and standard deviation of
+each channel are measured, and latents are normalized when read, unless `raw` is set.
 
 Shapes: B images, R rows, C latent channels, h x w positions.
 """
@@ -106,7 +106,7 @@ class LatentSet:
         shape: (C, h, w).
         labels: int32[R]; -1 where an image has no class.
         num_classes: labels are in [0, num_classes); None if no image has a label.
-        statistics: the normalisation of `take`.
+        statistics: the normalization of `take`.
         artifact: the artifact of the files.
     """
 
@@ -143,7 +143,7 @@ class LatentSet:
         return self.shards
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Tensor:
-        """The latents at `rows`, in that order, normalised: float32[len(rows), C, h, w]."""
+        """The latents at `rows`, in that order, normalized: float32[len(rows), C, h, w]."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise DataError(f"rows {rows.min()} to {rows.max()} of {len(self)} latents")
@@ -258,7 +258,7 @@ def pooled(records: Sequence[Mapping[str, Any]]) -> LatentStatistics:
 
 
 def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
-    """Open a `latents` artifact; with `raw` its latents are not normalised.
+    """Open a `latents` artifact; with `raw` its latents are not normalized.
 
     Raises:
         ArtifactError: it is absent, unfinished or damaged.

@@ -1,8 +1,8 @@
 """`builtin:photos`: crops of photographs that ship inside the scikit-image and scikit-learn wheels.
 
-They need no network and no data set, and are enough to try every command. Ten colour photographs; greyscale, drawn and
+They need no network and no data set, and are enough to try every command. Ten color photographs; grayscale, drawn and
 transparent pictures of these packages are left out, and one picture of a stereo pair. Each is covered by grids of
-square crops of 256, 192 and 128 pixels, at most half a side apart. Neighbouring crops overlap; the splits share no
+square crops of 256, 192 and 128 pixels, at most half a side apart. Neighboring crops overlap; the splits share no
 photograph:
 
     builtin:photos/train     673 crops of 8 photographs

@@ -1,4 +1,4 @@
-"""Pack a data set into tar shards: every image decoded once, and stored as it is or as an ADM centre crop.
+"""Pack a data set into tar shards: every image decoded once, and stored as it is or as an ADM center crop.
 
 A shard holds a fixed number of consecutive images, less those left out, and rank r of w writes every w-th shard. So
 files have the same bytes for any number of ranks and processes.
@@ -46,7 +46,7 @@ class StoredImage:
 
 class StoredImages(Dataset["list[StoredImage] | VqpipeError"]):
     """Dataset for loader processes: positions -> the files as they are, each decoded once to check it; or, with
-    `image_size`, their ADM centre crops as JPEG. Images below `min_size`, (width, height), are excluded."""
+    `image_size`, their ADM center crops as JPEG. Images below `min_size`, (width, height), are excluded."""
 
     def __init__(self, images: ImageSet, image_size: int | None, min_size: tuple[int, int] | None) -> None:
         self.images, self.image_size, self.min_size = images, image_size, min_size

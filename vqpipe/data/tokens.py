@@ -6,9 +6,9 @@ has several rows, flipped bool. The rows of an image follow each other:
 
 | tokenize | rows of an image |
 |---|---|
-| --crops center | the centre crop |
-| --flip | the centre crop, and its horizontal flip |
-| --crops ten | centre, top left, top right, bottom left, bottom right of a larger centre crop; the same of its flip |
+| --crops center | the center crop |
+| --flip | the center crop, and its horizontal flip |
+| --crops ten | center, top left, top right, bottom left, bottom right of a larger center crop; the same of its flip |
 
 B images of a batch, N ids per image.
 """
@@ -39,7 +39,7 @@ SHARD_NAME = "tokens-{:05d}.parquet"
 
 Crops = Literal["center", "ten"]
 TEN_CROP_RANGE = 1.1
-"""Side of the centre crop that ten crops are cut from, over their side: the default of LlamaGen's
+"""Side of the center crop that ten crops are cut from, over their side: the default of LlamaGen's
 `extract_codes_c2i.py`."""
 TEN_CROP_KEYS = ("", "-top-left", "-top-right", "-bottom-left", "-bottom-right")
 """Added to the keys of decoded images."""
@@ -81,7 +81,7 @@ def write_tokens(
     """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
 
     With `flip` the tokens of each image's horizontal flip are stored as well. `crops` "ten" stores ten views of each
-    image, as LlamaGen: the `ten_crops` of ADM's centre crop of side int(1.1 x `image_size`). `precision` "bf16" applies
+    image, as LlamaGen: the `ten_crops` of ADM's center crop of side int(1.1 x `image_size`). `precision` "bf16" applies
     to the network; the codebook search stays in float32, on slightly different latents.
 
     Raises:

@@ -9,8 +9,8 @@ Crops of evaluation protocols (`Framing`):
 | rule | crop | used by |
 |---|---|---|
 | adm | `center_crop`: box halving, then antialiased bicubic; squares only | ADM, LlamaGen |
-| linear | resize until both sides cover, bilinear without antialiasing; centre crop | VQGAN-LC (albumentations) |
-| cover | resize until both sides cover, antialiased bicubic in one step; centre crop | MGVQ (`eval_aug.py`, Pillow) |
+| linear | resize until both sides cover, bilinear without antialiasing; center crop | VQGAN-LC (albumentations) |
+| cover | resize until both sides cover, antialiased bicubic in one step; center crop | MGVQ (`eval_aug.py`, Pillow) |
 | native | the image at its own size | |
 """
 
@@ -60,7 +60,7 @@ class DataConfig:
     """Side of the square crops, in pixels."""
 
     crop: Literal["random", "center"] = "random"
-    """A random square, or ADM's centre crop (for training without augmentation)."""
+    """A random square, or ADM's center crop (for training without augmentation)."""
 
     max_scale: float = 1.0
     """The short side is resized to image_size times a factor drawn from [1, max_scale] before a random crop."""
@@ -123,10 +123,10 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     | stored as | becomes |
     |---|---|
-    | grey, 1 bit, YCbCr, HSV, CMYK, YCCK | RGB by Pillow's formulas; ICC profiles are not applied |
-    | alpha, or a transparent palette entry or colour | composited on white |
-    | 16 bits grey | round(value / 257), so 65535 is 255 |
-    | 16 bits per channel of a colour image | the high byte, which is within one level of value / 257 |
+    | gray, 1 bit, YCbCr, HSV, CMYK, YCCK | RGB by Pillow's formulas; ICC profiles are not applied |
+    | alpha, or a transparent palette entry or color | composited on white |
+    | 16 bits gray | round(value / 257), so 65535 is 255 |
+    | 16 bits per channel of a color image | the high byte, which is within one level of value / 257 |
     | animation, several pages | the first |
 
     Raises:
@@ -193,10 +193,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise BadImage("float", "floating-point pixels have no defined range")
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # older Pillow: a 16-bit PNG is "I"
         values = np.asarray(image).astype(np.int64)
-        grey = ((values + 128) // 257).astype(np.uint8)
+        gray = ((values + 128) // 257).astype(np.uint8)
         if isinstance(transparent, int):
-            grey[values == transparent] = 255
-        return Image.fromarray(grey).convert("RGB")
+            gray[values == transparent] = 255
+        return Image.fromarray(gray).convert("RGB")
     if mode in ("I", "LAB"):
         raise BadImage("mode", f"pixels of mode {mode} are not supported")
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent is not None:
@@ -224,10 +224,10 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def center_crop(image: Image.Image, size: int) -> Tensor:
-    """uint8[3, size, size]: ADM's centre crop, which ImageNet evaluation uses (guided-diffusion, `center_crop_arr`).
+    """uint8[3, size, size]: ADM's center crop, which ImageNet evaluation uses (guided-diffusion, `center_crop_arr`).
 
     Halves by box averaging while the short side is at least twice `size`, resizes the short side to `size` by bicubic
-    interpolation with antialiasing, and crops the centre. Smaller images are enlarged.
+    interpolation with antialiasing, and crops the center. Smaller images are enlarged.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -237,10 +237,10 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
 
 
 def ten_crops(images: Tensor, size: int) -> list[Tensor]:
-    """Ten crops uint8[B, 3, size, size] of uint8[B, 3, H, W]: the centre, the corners (top left, top right, bottom
+    """Ten crops uint8[B, 3, size, size] of uint8[B, 3, H, W]: the center, the corners (top left, top right, bottom
     left, bottom right), and the same five of the horizontal flips.
 
-    They are those of torchvision's `TenCrop`, which has the centre after the corners.
+    They are those of torchvision's `TenCrop`, which has the center after the corners.
     """
     height, width = images.shape[-2] - size, images.shape[-1] - size
     corners = [(round(height / 2), round(width / 2)), (0, 0), (0, width), (height, 0), (height, width)]
@@ -373,27 +373,27 @@ def covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, 
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """uint8[3, H, W]: MGVQ's evaluation crop. One antialiased bicubic resize by Pillow, then the centre."""
+    """uint8[3, H, W]: MGVQ's evaluation crop. One antialiased bicubic resize by Pillow, then the center."""
     height, width, upper, left = covering(image, size)
     return resize_and_crop(image, (width, height), (left, upper), size[::-1])
 
 
 def linear(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """uint8[3, H, W]: VQGAN-LC's evaluation crop, bilinear without antialiasing: equal to torch's `interpolate(
-    mode="bilinear", align_corners=False, antialias=False)`, rounded, then the centre.
+    mode="bilinear", align_corners=False, antialias=False)`, rounded, then the center.
 
     OpenCV, which albumentations calls, interpolates with weights of 11 bits and may differ by one level.
     """
     height, width, upper, left = covering(image, size)
     array = np.asarray(image)
-    top, bottom, down = neighbours(image.height, height, upper, size[0])
-    first, second, across = neighbours(image.width, width, left, size[1])
+    top, bottom, down = neighbors(image.height, height, upper, size[0])
+    first, second, across = neighbors(image.width, width, left, size[1])
     above, below = (mix(array[i][:, first], array[i][:, second], across[:, None]) for i in (top, bottom))
     mixed = mix(above, below, down[:, None, None])
     return torch.from_numpy(np.floor(mixed + 0.5).astype(np.uint8)).permute(2, 0, 1).contiguous()
 
 
-def neighbours(length: int, resized: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def neighbors(length: int, resized: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For the pixels [start, start + count) of a side resized from `length` to `resized`: the two source pixels
     of each, int64[count], and the weight of the second, float32[count] in [0, 1)."""
     place = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (length / resized) - 0.5

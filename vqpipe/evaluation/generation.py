@@ -5,7 +5,7 @@ What a protocol fixes, besides 50,000 samples and classes in equal parts:
 | | adm | cleanfid-raw |
 |---|---|---|
 | samples | at the evaluated size, else PIL's antialiased bicubic (as MGVQ makes 256 px of 384) | the same |
-| references | ADM's centre crop | whole images, resized to 299 x 299 without their aspect ratio |
+| references | ADM's center crop | whole images, resized to 299 x 299 without their aspect ratio |
 | resize to 299 | bilinear as in TensorFlow 1 | PIL's bicubic of each channel (clean-fid) |
 | used by | LlamaGen, MGVQ (Table 4), DiT, SiT | VQGAN-LC (Tables 4 and 5) |
 
@@ -287,8 +287,8 @@ def read_adm_file(path: Path, device: torch.device) -> tuple[SetStatistics, Tens
 def gaussian_moments(mean: np.ndarray, covariance: np.ndarray, device: torch.device) -> Moments:
     """Moments with this mean and sample covariance, as of two images."""
     moments = Moments(len(mean), device)
-    centre = torch.from_numpy(mean).double().to(device)
+    center = torch.from_numpy(mean).double().to(device)
     moments.count.fill_(2)
-    moments.sum = 2 * centre
-    moments.outer = torch.from_numpy(covariance).double().to(device) + 2 * torch.outer(centre, centre)
+    moments.sum = 2 * center
+    moments.outer = torch.from_numpy(covariance).double().to(device) + 2 * torch.outer(center, center)
     return moments

@@ -22,7 +22,7 @@ from vqpipe.metrics.distortion import COMMON, Distortion
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import frechet_distance
 from vqpipe.metrics.metric import Metric
-from vqpipe.metrics.protocols import PROTOCOLS, Protocol, grey_levels, stored
+from vqpipe.metrics.protocols import PROTOCOLS, Protocol, gray_levels, stored
 from vqpipe.metrics.resumable import Resumable, summed
 from vqpipe.metrics.set_metrics import (
     FEATURES,
@@ -88,7 +88,7 @@ class ProtocolMetrics(Resumable):
         Raises:
             DataError: `raw` is needed and absent.
         """
-        levels = grey_levels(reconstructions)
+        levels = gray_levels(reconstructions)
         pixels = stored(levels, self.protocol.rounding)
         self.reconstructions.update(pixels)
         psnr = self.distortion.update(originals, pixels, levels)

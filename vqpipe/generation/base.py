@@ -175,18 +175,18 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return named scalars: "total" is minimised, the others are logged.
+        """Return named scalars: "total" is minimized, the others are logged.
 
         Randomness comes from torch's global generators, which the training loop seeds from (seed, step, rank).
 
         Args:
-            examples: int64[B, N] ids ("tokens"), or float32[B, C, h, w] normalised latents ("latents").
+            examples: int64[B, N] ids ("tokens"), or float32[B, C, h, w] normalized latents ("latents").
             labels: int64[B] in [0, num_classes); ignored by unconditional generators.
         """
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
-        """Return new examples, int64[B, N] ids or float32[B, C, h, w] normalised latents, for labels int64[B].
+        """Return new examples, int64[B, N] ids or float32[B, C, h, w] normalized latents, for labels int64[B].
 
         Image i uses only the random numbers of `rngs[i]`, a generator on the CPU: it does not depend on its batch or
         rank. Unconditional generators use only the number of labels.

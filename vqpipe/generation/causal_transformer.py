@@ -185,7 +185,7 @@ def rotary_2d(height: int, width: int, head_dim: int) -> Tensor:
 
 
 def apply_rotary(vectors: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs: float[B, A, L, head_dim] by float32[L, head_dim / 2, 2]."""
+    """Rotate neighboring channel pairs: float[B, A, L, head_dim] by float32[L, head_dim / 2, 2]."""
     first, second = vectors.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = rotary.unbind(-1)
     pairs = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

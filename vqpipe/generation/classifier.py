@@ -4,7 +4,7 @@ VQGAN-LC (Zhu et al. 2024, Figure 1b) trains a ViT-B, pre-trained with MAE (He e
 tokenizers and reports top-1 accuracy. Neither the paper nor its code says how tokens enter the ViT, which weights are
 frozen, or how long it is trained, so the published number cannot be reproduced exactly. Our recipe is named RECIPE:
 
-- The codes of a position, concatenated over its groups and standardised per channel over the codebook, pass one linear
+- The codes of a position, concatenated over its groups and standardized per channel over the codebook, pass one linear
   layer that replaces the ViT's patch embedding. Or ids are embedded by a learned table (`embedding = "table"`).
 - Position embeddings are learned; MAE's are resampled to the grid. Mean pooling, LayerNorm and a linear layer, as in
   MAE's fine-tuning. All weights are trained, with one learning rate: there is no layer-wise decay.
@@ -34,7 +34,7 @@ from vqpipe.weights import load_tensors
 RECIPE = "vqpipe-classify-1"
 UNUSED = ("patch_embed.", "norm.", "fc_norm.", "head.", "mask_token", "decoder_")
 """Tensors of a pretrained ViT that are not used: the patch embedding, the decoder, and the norm and head that
-fine-tuning initialises anew."""
+fine-tuning initializes anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class VitConfig(ClassifierConfig):
     pretrained: bool = resumable(default=False)
     """Require `weights`: an experiment that fine-tunes pretrained weights is not trained without them by mistake."""
     weights: Path | None = resumable(default=None)
-    """Pretrained weights of MAE, as published by its authors or by timm; None: random initialisation. Two runs are the
+    """Pretrained weights of MAE, as published by its authors or by timm; None: random initialization. Two runs are the
     same if the content of the file is."""
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class Classifier(nn.Module, ABC):
         return self.config.embedding == "codes"
 
     def load_codebook(self, codebook: Tensor) -> None:
-        """Load the tokenizer's codes, float[K, C] or float[G, K, C], standardised per channel.
+        """Load the tokenizer's codes, float[K, C] or float[G, K, C], standardized per channel.
 
         Raises:
             ConfigError: this classifier learns its embeddings, or the codebook has another shape.

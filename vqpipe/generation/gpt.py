@@ -67,7 +67,7 @@ class GptConfig(CausalTransformerConfig):
 class Gpt(Generator):
     """Next-id prediction by GPT-2's blocks with learned positions.
 
-    Weights are initialised from N(0, 0.02), the last layer of each half of a block with a standard deviation smaller by
+    Weights are initialized from N(0, 0.02), the last layer of each half of a block with a standard deviation smaller by
     sqrt(2 layers), as GPT-2; the released code has 0.02 there too. Input and output matrices are not tied, and the
     output has no bias.
     """

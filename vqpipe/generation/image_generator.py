@@ -1,7 +1,7 @@
 """A generator with its tokenizer, labels -> images, and the `generator` artifact that holds both.
 
 The artifact contains the generator's weights and sizes, the tokenizer that decodes its samples, the default sampling
-settings, the classes of its training set, and the statistics by which latents were normalised.
+settings, the classes of its training set, and the statistics by which latents were normalized.
 
 Shapes: B images of H x W pixels.
 """
@@ -42,7 +42,7 @@ class ImageGenerator:
     sampling: SamplingConfig
     """Default sampling settings."""
     statistics: LatentStatistics | None = None
-    """Normalisation of latents; None for a generator of ids."""
+    """Normalization of latents; None for a generator of ids."""
     artifact: Artifact | None = None
     """The artifact it was opened from."""
 

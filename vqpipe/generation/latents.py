@@ -1,11 +1,11 @@
 """What LDM, DiT and SiT share: networks on noisy latents, classifier-free guidance, images to latents, latents to ids.
 
 A latent is the encoder's output after quant_conv, before quantization, as in VQGAN-LC (Zhu et al. 2024, section 4).
-Sampled latents are denormalised, quantized, and decoded from their ids, like any other tokens.
+Sampled latents are denormalized, quantized, and decoded from their ids, like any other tokens.
 
-Differences from the code released with VQGAN-LC: latents are computed once, not in every step; they are normalised by
-measured statistics (released: not normalised, as here with `raw`); images enter the encoder in [-1, 1] (released DiT:
-in [-3, 1], normalised twice); guidance acts on all channels by default (released DiT and SiT: on the first 3 of 8, as
+Differences from the code released with VQGAN-LC: latents are computed once, not in every step; they are normalized by
+measured statistics (released: not normalized, as here with `raw`); images enter the encoder in [-1, 1] (released DiT:
+in [-3, 1], normalized twice); guidance acts on all channels by default (released DiT and SiT: on the first 3 of 8, as
 here with `cfg_channels`); the null class is trained for all three (released LDM: never, although it is sampled with).
 
 Image i takes its random numbers from `rngs[i]`, a generator on the CPU, so that it does not depend on its batch.
@@ -143,7 +143,7 @@ def encode_latents(
 
 @torch.no_grad()
 def quantize_latents(latents: Tensor, statistics: LatentStatistics, tokenizer: Tokenizer) -> Tensor:
-    """Return the ids int64[B, N] of normalised latents float[B, C, h, w].
+    """Return the ids int64[B, N] of normalized latents float[B, C, h, w].
 
     Raises:
         NumericError: a latent is NaN or infinite.

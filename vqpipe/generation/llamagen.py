@@ -79,7 +79,7 @@ class LlamaGenConfig(CausalTransformerConfig):
 
 
 class HeadAttention(nn.Module):
-    """Causal attention over the G + 1 vectors of a position, with normalised queries and keys."""
+    """Causal attention over the G + 1 vectors of a position, with normalized queries and keys."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ class ExampleData:
     classes: tuple[int, ...]
     """Labels of all stored examples, in ascending order."""
     statistics: LatentStatistics | None
-    """Normalisation of latents."""
+    """Normalization of latents."""
 
 
 def check_validation(recipe: ExamplesRecipe, validation: Path | None) -> None:
@@ -212,7 +212,7 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
 
 
 def read_examples(context: RunContext, artifact: Artifact, raw: bool) -> tuple[Examples, LatentStatistics | None]:
-    """Read tokens or latents, and the statistics by which latents are normalised."""
+    """Read tokens or latents, and the statistics by which latents are normalized."""
     if artifact.kind == "tokens":
         return TokenSet(artifact, context.draft.path), None
     latents = open_latents(artifact.path, raw=raw)

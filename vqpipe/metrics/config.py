@@ -18,7 +18,7 @@ class EvalConfig:
     """The protocols of the evaluation (see `protocols`): one, or several at once. The first gives the headline
     numbers."""
     image_size: int | str = 256
-    """Side of the square centre crops, pixels; "2560x1440" (width x height) for rectangles; "native": whole images."""
+    """Side of the square center crops, pixels; "2560x1440" (width x height) for rectangles; "native": whole images."""
     tile: int | None = None
     """Images with a longer side are reconstructed in overlapping tiles of this side, pixels. That bounds memory, and
     differs from the reconstruction in one piece. None: always in one piece."""

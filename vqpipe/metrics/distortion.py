@@ -22,7 +22,7 @@ CONVENTIONS = {
     "psnr_of_mean_mse_float": "RGB, not rounded, of the mean error over all images (MGVQ's evaluation)",
     "psnr_y": "BT.601 studio luma, of 219 levels, against a peak of 255 (pyiqa, ycbcr); higher",
     "psnr_y_float": "BT.601 studio luma of values not rounded, against a peak of 255 (VQGAN-LC's evaluation)",
-    "psnr_y_full": "full-range luma (pyiqa's default colour space, yiq)",
+    "psnr_y_full": "full-range luma (pyiqa's default color space, yiq)",
     "ssim": "Gaussian window 11, sigma 1.5, population covariance, RGB, uint8 (Wang et al. 2004)",
     "ssim_float": "Gaussian window 11, sigma 1.5, RGB, not rounded (piq, as VQGAN-LC's evaluation)",
     "ssim_y": "Gaussian window 11, sigma 1.5, full-range luma (pyiqa's default)",
@@ -206,7 +206,7 @@ def smooth(images: Tensor, window: list[float]) -> Tensor:
 
 
 def gaussian_window(width: int, sigma: float) -> list[float]:
-    """A Gaussian sampled at whole steps around its centre, normalised to sum 1."""
+    """A Gaussian sampled at whole steps around its center, normalized to sum 1."""
     heights = [math.exp(-((i - (width - 1) / 2) ** 2) / (2 * sigma**2)) for i in range(width)]
     return [height / sum(heights) for height in heights]
 

@@ -28,9 +28,9 @@ Name = Literal["adm", "cleanfid-matched", "cleanfid-rawval"]
 Rounding = Literal["round", "truncate"]
 
 CROPS = {
-    "adm": "halved by box averaging while the short side is at least twice the size, then PIL bicubic, centre",
-    "cover": "PIL bicubic until both sides cover the size, centre",
-    "linear": "short side to the size by bilinear interpolation without antialiasing, centre",
+    "adm": "halved by box averaging while the short side is at least twice the size, then PIL bicubic, center",
+    "cover": "PIL bicubic until both sides cover the size, center",
+    "linear": "short side to the size by bilinear interpolation without antialiasing, center",
     "native": "whole images at their own size",
 }
 """Crop rule -> description."""
@@ -146,7 +146,7 @@ the aspect ratio lost, and the distance holds that difference too. PSNR is of BT
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({p.name: p for p in (ADM, CLEANFID_MATCHED, CLEANFID_RAWVAL)})
 
 
-def grey_levels(images: Tensor) -> Tensor:
+def gray_levels(images: Tensor) -> Tensor:
     """float[B, 3, H, W] in [-1, 1], or uint8 -> float32 in [0, 255], clamped, not rounded.
 
     Raises:

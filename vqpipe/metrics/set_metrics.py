@@ -262,7 +262,7 @@ def kid(samples: Tensor, references: Tensor) -> dict[str, float]:
 
 
 def precision_recall(samples: Tensor, references: Tensor) -> dict[str, float]:
-    """Share of each set inside the other's balls, which reach from each image to its third neighbour: two float32[n, D]
+    """Share of each set inside the other's balls, which reach from each image to its third neighbor: two float32[n, D]
     tensors."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 

@@ -237,7 +237,7 @@ def validation_table(run: TrainingRun) -> page.Table:
         for row in rows
     ]
     header = ["step", *(f"{column.short_label}, {column.unit}".removesuffix(", ") for column in columns)]
-    caption = f"{rows[-1]['valid/images']:,} held-out images, centre crops; measured as vqpipe eval does."
+    caption = f"{rows[-1]['valid/images']:,} held-out images, center crops; measured as vqpipe eval does."
     return page.Table("Validation", header, cells, caption, folded=len(rows) > OPEN_ROWS)
 
 

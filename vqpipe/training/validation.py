@@ -75,7 +75,7 @@ class BestWeights:
 
 
 class Validation(Callback):
-    """Measures an autoencoder on the first `limit` held-out images, centre crops, each rank its own share.
+    """Measures an autoencoder on the first `limit` held-out images, center crops, each rank its own share.
 
     The conventions are those of `metrics.json`.
 
