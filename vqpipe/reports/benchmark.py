@@ -98,7 +98,7 @@ def caption(case: Json) -> str:
     """How to read the table of a case."""
     facts, words = case["facts"], ["Medians over the rounds. Over ours: time of the method divided by our time."]
     if "checked_vectors" in facts:
-        words.append(f"Same ids: share equal to a float64 search, of the first {facts['checked_vectors']:,} vectors.")
+        words.append(f"Same ids: share equal to a float64 search, for the first {facts['checked_vectors']:,} vectors.")
     if facts.get("cost_of_k"):
         wall, cpu = facts["cost_of_k"], facts["cost_of_k_cpu"]
         words.append(f"Large over small codebook: {wall:.2f} in wall time, {cpu:.2f} in CPU time.")
