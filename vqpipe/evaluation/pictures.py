@@ -63,7 +63,7 @@ class SelectedPictures(Resumable):
             picture = ImagePair(keys[i], to_png(originals[i]), to_png(reconstructions[i]), finite)
             if position in self.positions:
                 some = shown if position in self.with_prefixes else []
-                pngs = [(k, to_png(to_uint8((prefixes or {})[k][i]))) for k in some]
+                pngs = tuple((k, to_png(to_uint8((prefixes or {})[k][i]))) for k in some)
                 self.spread.append(replace(picture, prefixes=pngs))
             if chosen in lowest:
                 self.lowest = sorted([*self.lowest, (*chosen, picture)], key=ascending_key)[: self.num_extremes]
@@ -75,9 +75,9 @@ class SelectedPictures(Resumable):
         return {"spread": [astuple(shown) for shown in self.spread], **rows}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.spread = [ImagePair(*shown) for shown in state["spread"]]
+        self.spread = [from_row(shown) for shown in state["spread"]]
         for side in ("lowest", "highest"):
-            setattr(self, side, [(score, position, ImagePair(*shown)) for score, position, *shown in state[side]])
+            setattr(self, side, [(score, position, from_row(shown)) for score, position, *shown in state[side]])
 
     def selected(self) -> list[ImagePair]:
         """Those of all ranks: the spread ones in the set's order, then the worst and the best, from the first on."""
@@ -105,6 +105,12 @@ def spread_prefixes(prefixes: Sequence[int]) -> list[int]:
     if len(prefixes) < NUM_PREFIXES:
         return list(prefixes)
     return [prefixes[number * len(prefixes) // (NUM_PREFIXES - 1)] for number in range(NUM_PREFIXES - 1)]
+
+
+def from_row(row: Sequence[Any]) -> ImagePair:
+    """A picture from a saved state, whose tuples have become lists."""
+    *values, prefixes = row
+    return ImagePair(*values, prefixes=tuple((k, png) for k, png in prefixes))
 
 
 def ascending_key(row: Sequence[Any]) -> tuple[float, int]:

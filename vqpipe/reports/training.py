@@ -77,7 +77,9 @@ class LoggedNumber:
 
 NUMBERS = (
     LoggedNumber("loss/total", "loss", "loss", ".4g"),
-    LoggedNumber("psnr", "training", "training PSNR", ".2f", "dB", note="of the mean error since the row before"),
+    LoggedNumber(
+        "psnr", "training", "training PSNR", ".2f", "dB", note="of the mean squared error since the row before"
+    ),
     LoggedNumber("train/top1", "training", "training top-1", ".1f", "%", 100),
     LoggedNumber("valid/step", "validation", "validation step", ",.0f"),
     LoggedNumber("valid/total", "validation", "validation loss", ".4g"),
