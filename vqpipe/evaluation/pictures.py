@@ -109,8 +109,8 @@ def spread_prefixes(prefixes: Sequence[int]) -> list[int]:
 
 def from_row(row: Sequence[Any]) -> ImagePair:
     """A picture from a saved state, whose tuples have become lists."""
-    *values, prefixes = row
-    return ImagePair(*values, prefixes=tuple((k, png) for k, png in prefixes))
+    pair = ImagePair(*row)
+    return replace(pair, prefixes=tuple((k, png) for k, png in pair.prefixes))
 
 
 def ascending_key(row: Sequence[Any]) -> tuple[float, int]:
