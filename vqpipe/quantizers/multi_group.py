@@ -1,7 +1,7 @@
 """`multi_group`: the channels of the latent in groups, each with its own codebook, the quantizer of MGVQ.
 
 Jia et al. 2025, "MGVQ: Could VQ-VAE Beat VAE? A Generalizable Tokenizer with Multi-group Quantization", section 3.
-Shapes: B images, C channels, G groups, K codes of one group, h x w positions, N = h * w * G ids an image.
+Shapes: B images, C channels, G groups, K codes of one group, h x w positions, N = h * w * G ids per image.
 """
 
 from dataclasses import dataclass, field
