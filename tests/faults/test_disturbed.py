@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,10 @@ class Launcher:
         log = folder.with_name(f"{folder.name}.log")
         self.server.stdin.write(json.dumps({"words": words, "folder": str(folder), "log": str(log)}) + "\n")
         group = int(self.answer())
-        if not select.select([self.server.stdout], [], [], seconds)[0]:
-            os.killpg(group, signal.SIGKILL)
+        while not select.select([self.server.stdout], [], [], seconds)[0]:
+            with suppress(ProcessLookupError):  # the process has not made its group yet
+                os.killpg(group, signal.SIGKILL)
+            seconds = 0.01
         code = int(self.answer())
         assert self.remaining(lambda _, its_group: its_group == group) == []
         return code
