@@ -130,7 +130,7 @@ def test_toml_round_trips() -> None:
 @dataclass(frozen=True, kw_only=True)
 class Earlier:
     steps: int = 5
-    workers: int = resumable(2)
+    workers: int = resumable(default=2)
 
 
 @dataclass(frozen=True, kw_only=True)
