@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # FID over the scale of guidance, for a trained generator: GENERATOR, its folder. IMAGES are the references, SCALES the
-# scales, SAMPLES the images drawn for each (10,000: FIDs of equal numbers of samples compare with each other alone). The
+# scales, SAMPLES the images drawn for each (default 10,000; compare these FIDs only with FIDs of as many samples). The
 # page has the curve. All channels of latents are guided (CHANNELS: only the first few). The scale 8 that VQGAN-LC gives for
 # DiT and SiT guides 3 of 8 channels, so the best scale for all is another.
 : "${GENERATOR:?set GENERATOR to a generator artifact}"

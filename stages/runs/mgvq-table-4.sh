@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# MGVQ, Table 4 (ImageNet): LlamaGen's GPT-XXL with a head over groups, on MGVQ-G4 at 384 px, samples made 256 px; beside
-# it LlamaGen's own, with its output layer and its sampling, on its tokenizer. SIZE=b, l or xl for a smaller one. REFERENCE,
-# ADM's VIRTUAL_imagenet256_labeled.npz, else the training images. Images are stored in ten crops, as LlamaGen's.
+# MGVQ, Table 4 (ImageNet): LlamaGen's GPT-XXL with a head over groups, on MGVQ-G4 at 384 px, samples resized to 256 px, and
+# LlamaGen's own GPT, with its output layer and its sampling, on its tokenizer. SIZE=b, l or xl for a smaller one. REFERENCE,
+# ADM's VIRTUAL_imagenet256_labeled.npz, else the training images. Images are stored in ten crops, as in LlamaGen.
 PROTOCOL=cleanfid-matched PROTOCOLS=adm
 . "$(dirname "$0")/row.sh"
 SIZE=${SIZE:-xxl}

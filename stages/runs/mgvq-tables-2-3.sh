@@ -3,7 +3,7 @@
 # images they never saw. The baselines are those of Table 1 at f16, found where mgvq-table-1.sh left them or made here.
 #
 #   MIXTURE  training sets of MGVQ, separated by ";". The paper adds FFHQ, OpenImages, SA-1B, Argoverse 2, Mapillary Vistas
-#            and LAION-HQ to ImageNet; in which shares it does not say, here in those of their sizes (data.set_weights)
+#            and LAION-HQ to ImageNet; it gives no shares, here sets are weighted by size (data.set_weights)
 #   DATA     folder of your copies, DATA/celeba, DATA/uhdbench ...: data_manifests/ says how to get each set
 #   SETS     those of Table 2 that you have (default: all six)      SETS_2K  of Table 3 (default: uhdbench davis-2017)
 #   PARTIAL  set to 1 to take incomplete copies as they are

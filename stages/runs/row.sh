@@ -4,14 +4,15 @@
 #   EVAL        images to measure on
 #   WEIGHTS     folder of the weights that LPIPS and rFID need
 #   OUT         where artifacts go (default: artifacts)
-#   RUN         how a stage is started; on 8 GPUs: RUN="torchrun --nproc-per-node 8 -m stages"; under SLURM: slurm.sbatch
+#   RUN         how a command is started; on 8 GPUs, in the repository's folder: RUN="torchrun --nproc-per-node 8 -m stages";
+#               under SLURM: slurm.sbatch
 #   VALIDATION  held-out images to measure during training, if any
 #   DOWNLOAD    set to 1 to fetch CLIP's weights where they are not on this machine
 #   SAMPLES     generated images per generator (default: 50,000)
 #
-# Every row is measured by the protocol `adm` and by that of its paper, PROTOCOL, which each script sets: they have
-# columns of their own. The paper's numbers stand beside ours, from published/. Run a script again and it continues: what
-# is published is not made again.
+# Reconstructions are measured by the protocol `adm` and by that of the paper, PROTOCOL, in columns of their own; generated
+# images by PROTOCOLS. Each script sets these. The paper's numbers stand beside ours, from published/. Run a script again
+# and it continues: what is published is not made again.
 set -euo pipefail
 : "${IMAGES:?set IMAGES to the training images}" "${EVAL:?set EVAL to the images to measure on}"
 : "${WEIGHTS:?set WEIGHTS to the folder with the weights of LPIPS and Inception}"
@@ -72,7 +73,8 @@ row() {
     measure "$1" "$OUT/$1"
 }
 
-# two_phases NAME PRESET [option of train ...]: a row of MGVQ: 40 epochs as the preset says, then 10 without masking.
+# two_phases NAME PRESET [option of train ...]: a row of MGVQ: 40 epochs as the preset says, then 10 (100,090 steps of 128
+# images of ImageNet) without masking.
 two_phases() {
     local name=$1 preset=$2
     shift 2

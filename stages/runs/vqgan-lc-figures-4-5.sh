@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # VQGAN-LC, Figure 4 (active and inactive codes in the plane) for FC and EMA at three sizes and LC at 100,000, and Figure 5
-# (every token replaced by a near code) on the images of 100 random classes of EVAL. CODES: codes in the plane at most.
+# (every token replaced by a near code) on the images of 100 random classes of EVAL. CODES: the maximum number of codes to
+# plot.
 PROTOCOL=cleanfid-rawval
 . "$(dirname "$0")/row.sh"
 codebook 100000 100000

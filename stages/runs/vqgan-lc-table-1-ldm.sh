@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VQGAN-LC, Table 1, right half: FID of an LDM on FC, EMA and LC from 1,024 to 100,000 codes. Tokenizers are those of
-# vqgan-lc-tables-1-2.sh, found or made.
-PROTOCOL=cleanfid-rawval PROTOCOLS="cleanfid-raw adm"
+# vqgan-lc-tables-1-2.sh, reused if they are in OUT, otherwise trained.
+PROTOCOLS="cleanfid-raw adm"
 . "$(dirname "$0")/row.sh"
 for k in 1024 16384 50000 100000; do
     codebook "$k" "$k"

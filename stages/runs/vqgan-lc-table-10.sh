@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# VQGAN-LC, Table 10: the dimension that the projector maps codes to. Beyond the paper: its MLP projector, 8-d, and the
-# losses and the distance of its text instead of those of its code.
+# VQGAN-LC, Table 10: the dimension that the projector maps codes to. Beyond the paper's table, at 8 dimensions: the MLP
+# projector, and the losses and the distance of the paper's text instead of those of its code.
 PROTOCOL=cleanfid-rawval
 . "$(dirname "$0")/row.sh"
 codebook 100000 100000

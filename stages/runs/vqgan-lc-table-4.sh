@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VQGAN-LC, Table 4 (ImageNet, classes): GPT, SiT, DiT and LDM on FC, EMA and LC, and LDM on LC at f8. Tokenizers are
-# those of Tables 1 and 2, found or made. The guidance scale of DiT and SiT: see guidance.sh.
-PROTOCOL=cleanfid-rawval PROTOCOLS="cleanfid-raw adm"
+# those of Tables 1 and 2, reused if they are in OUT, otherwise trained. The guidance scale of DiT and SiT: see guidance.sh.
+PROTOCOLS="cleanfid-raw adm"
 . "$(dirname "$0")/row.sh"
 codebook 100000 100000
 tokenizer fc-16384 vqgan-fc-f16-16k

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # VQGAN-LC, Table 5 (FFHQ, no classes): LDM and GPT on FC, EMA and LC. IMAGES and EVAL are the training and validation
-# faces; the references are both together, as in the paper. Tokenizers are those of Table 3, found or made.
-PROTOCOL=cleanfid-rawval PROTOCOLS="cleanfid-raw adm"
+# faces; the references are both together, as in the paper. Tokenizers are those of Table 3, reused if
+# they are in OUT, otherwise trained.
+PROTOCOLS="cleanfid-raw adm"
 . "$(dirname "$0")/row.sh"
 FEATURES=ffhq codebook ffhq-100k 100000
 schedule=(--steps 187500 --set train.warmup_steps=1172)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# VQGAN-LC, Table 9: without the projector, with a codebook that learns, and both as they should be.
+# VQGAN-LC, Table 9: without the projector, with a codebook that learns, and VQGAN-LC as published: a projector and a
+# frozen codebook.
 PROTOCOL=cleanfid-rawval
 . "$(dirname "$0")/row.sh"
 codebook 100000 100000

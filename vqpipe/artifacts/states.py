@@ -54,7 +54,7 @@ class States:
     own. Any process may read.
 
     Args:
-        request: digest of what the job works on and how; states of another request are an error.
+        request: digest of the job's inputs and settings; states of another request are an error.
         prefix: the name of a state is `<prefix>-<step>`.
     """
 

@@ -27,7 +27,7 @@ METRICS = "metrics"
 
 
 def checkpoints(run_dir: Path) -> States:
-    """The checkpoints of a run. The artifact it belongs to checks the settings, so they carry no request."""
+    """The checkpoints of a run. Settings are checked by the run's artifact, so checkpoints store no digest of them."""
     return States(run_dir / "checkpoints")
 
 
