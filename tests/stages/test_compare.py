@@ -71,7 +71,7 @@ def test_groups_and_continuous_latents_are_compared_with_other_tokenizers(
     bits = {name: metrics.get("bits_per_pixel") for name, metrics in numbers.items()}
     assert bits == {"plain": 1.5, "grouped": 3.0, "huge": 9.0, "tiny-vae": None}
     row = html.partition('<th scope="row">tiny-vae</th>')[2].partition("</tr>")[0]
-    assert row.count("<td>–</td>") == 4
+    assert row.count("<td>–</td>") == 5
     assert "<td>2 x 64</td>" in html
     assert "<td>68,719,476,736</td>" in html
     assert f"tiny-vae {numbers['tiny-vae']['psnr']:.2f} dB with continuous latents" in html
