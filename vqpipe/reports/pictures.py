@@ -193,7 +193,7 @@ def with_labels(sheet: Tensor, labels: Sequence[str]) -> Tensor:
     """Write a label above each column of a sheet of `side_by_side`, on white: uint8[3, H, W] -> uint8[3, h + H, W]."""
     width = (sheet.shape[2] + GAP) // len(labels) - GAP
     longest = max(ImageFont.load_default(100).getlength(label) for label in labels) / 100
-    size = int(min(max(width / longest, MIN_FONT), MAX_FONT))
+    size = int(min(max((width - 4 * GAP) / longest, MIN_FONT), MAX_FONT))
     strip = Image.new("RGB", (sheet.shape[2], size + 2 * GAP), "white")
     for column, label in enumerate(labels):
         cell = Image.new("RGB", (width, strip.height), "white")  # cuts off what is longer than its column
