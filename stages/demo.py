@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 
 from stages import console
@@ -46,10 +47,11 @@ def demo(
     extract_features([TRAIN], out / "features", preset="demo", **shared)
     step(2, "cluster the features into a codebook")
     kmeans([out / "features"], out / "codebook", k=k, preset="demo", **shared)
+    training: dict[str, Any] = {"preset": "demo", "steps": steps, "precision": train_precision(device), **shared}
     step(3, "train VQGAN-LC: this codebook, frozen, with a learned projector")
-    train([TRAIN], out / "lc", out / "codebook", preset="demo", steps=steps, overrides=settings, **shared)
+    train([TRAIN], out / "lc", out / "codebook", overrides=settings, **training)
     step(4, "train VQGAN-FC: the same network and budget, with a learned codebook")
-    train([TRAIN], out / "fc", preset="demo", steps=steps, overrides=learned_codebook, **shared)
+    train([TRAIN], out / "fc", overrides=learned_codebook, **training)
     step(5, "encode held-out photographs as tokens, and decode them")
     tokenize([HELD_OUT], out / "lc", out / "tokens", **shared)
     detokenize(out / "tokens", out / "lc", out / "images", **shared)
@@ -59,6 +61,12 @@ def demo(
     step(7, "compare the two reports")
     compare([out / "report-lc", out / "report-fc"], out / "report", **shared)
     console.say(f"\nOpen this in a browser: {(out / 'report' / 'report.html').resolve()}")
+
+
+def train_precision(device: str) -> Literal["fp32"] | None:
+    """fp32 on a CPU without AVX-512, which emulates bf16 many times slower; None: that of the preset."""
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    return "fp32" if on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
 
 
 def step(number: int, text: str) -> None:
