@@ -82,7 +82,7 @@ def test_latents_of_any_size_are_denormalised_and_quantized() -> None:
 
 
 def test_ids_of_a_latent_generator_are_those_that_its_samples_are_decoded_from() -> None:
-    opened, statistics = tokenizer(), LatentStatistics((0.5, -1.0, 0.0, 2.0), (0.1, 0.2, 0.3, 0.4))
+    opened, statistics = tokenizer(), LatentStatistics((0.0,) * 4, (0.01,) * 4)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sampled: Any = SimpleNamespace(sample=lambda labels, sampling, rngs: latents)
     images = ImageGenerator(sampled, opened, 16, (), SamplingConfig(), statistics)
