@@ -6,7 +6,7 @@ Results go to stdout, everything else to stderr; ranks above 0 print nothing.
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +28,8 @@ from vqpipe.reports import page
 
 PLAIN_SECONDS = 10.0
 """Shortest time between two lines of progress where stderr is not a terminal."""
+LOG_WIDTH = 200
+"""Columns of a table where stderr is not a terminal."""
 
 Out = Annotated[
     Path,
@@ -175,9 +177,12 @@ def say(text: str) -> None:
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a rich table or tree on stderr, from rank 0."""
+    """Print a rich table or tree on stderr, from rank 0. In a log file it is not limited to a terminal's width."""
     if prints():
-        stderr().print(renderable)
+        console = stderr()
+        if not console.is_terminal:
+            console.width = LOG_WIDTH
+        console.print(renderable)
 
 
 def show_table(table: page.Table) -> None:
@@ -189,7 +194,19 @@ def show_table(table: page.Table) -> None:
     shown.columns[0].no_wrap = True
     for column in shown.columns[1:]:
         column.justify = "right"
+        column.overflow = "fold"  # a number is never cut
     show(shown)
+
+
+def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Iterable[str]) -> None:
+    """Print the label, value and convention of each measure, and the names of those that were not computed."""
+    table = Table("measure", "value", "convention", box=box.SIMPLE, pad_edge=False)
+    table.columns[1].justify = "right"
+    for row in numbers:
+        table.add_row(*map(escape, row))
+    for name in not_computed:
+        table.add_row(escape(name), "–", "not computed: the report gives the reason")
+    show(table)
 
 
 def finished(artifact: Artifact, again: bool = False) -> None:

@@ -1,6 +1,5 @@
 """`vqpipe eval-generation`: samples and references -> a report of FID and related metrics, and a page."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.generation import GenerationConfig, ProtocolName, generated_size
 from vqpipe.evaluation.report import evaluate_samples
 from vqpipe.metrics.feature_networks import find_networks
+from vqpipe.reports.generated import groups_table, number_rows
 
 
 def eval_generation(
@@ -61,7 +61,10 @@ def eval_generation(
     set. The statistics of the references are computed once, into an artifact of
     their own, which --reference takes too, as it takes ADM's
     VIRTUAL_imagenet256_labeled.npz. For samples of vqpipe generate --keep-ids,
-    also the utilization of the codes by their ids.
+    also the utilization and perplexity of the codebook by their ids.
+
+    vqpipe compare plots FID and Inception Score over the guidance scale, for
+    reports of one generator's samples at several --cfg-scale.
 
     Protocols:
     adm (references in ADM's crop, TF1 resize: LlamaGen, MGVQ, DiT, SiT),
@@ -86,9 +89,7 @@ def eval_generation(
             out, images, reference, target, config, networks, torch_device, limit=limit, progress=progress
         )
         if measured is not None:
-            for name in ("fid", "sfid", "inception_score", "kid", "prc", "frechet", "utilization"):
-                if name in measured:
-                    console.say(f"{name}: {json.dumps(measured[name])}")
-            for name in measured["not_computed"]:
-                console.say(f"{name}: not computed, the report gives the reason")
+            console.show_numbers(number_rows(measured), measured["not_computed"])
+            if groups := groups_table(measured):
+                console.show_table(groups)
         return console.finished(report, again=measured is None)

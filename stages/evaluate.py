@@ -151,7 +151,9 @@ def evaluate(
             progress=progress,
         )
         if result is not None:
-            console.show(number_table(result.metrics))
+            values = [(each, value_of(result.metrics, each.key)) for each in MEASURES]
+            numbers = [(each.label, written(each, v), each.convention) for each, v in values if v is not None]
+            console.show_numbers(numbers, result.metrics["not_computed"])
             if len(result.metrics["protocols"]) > 1:
                 console.show(protocol_table(result.metrics["protocols"]))
         return console.finished(report, again=result is None)
@@ -168,19 +170,6 @@ def in_pixels(image_size: str | None) -> int | str | None:
     if size is None:
         return image_size
     return size[0] if size[0] == size[1] else f"{size[1]}x{size[0]}"
-
-
-def number_table(metrics: Mapping[str, Any]) -> Table:
-    """The numbers for the terminal."""
-    table = Table("measure", "value", "convention", box=box.SIMPLE, pad_edge=False)
-    table.columns[1].justify = "right"
-    for each in MEASURES:
-        value = value_of(metrics, each.key)
-        if value is not None:
-            table.add_row(each.label, written(each, value), each.convention)
-    for name in metrics["not_computed"]:
-        table.add_row(name, "–", "not computed: the report gives the reason")
-    return table
 
 
 def protocol_table(protocols: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -62,8 +62,9 @@ def generate(
     cfg_schedule, cfg_interval, cfg_channels (guide the first n channels of a
     latent only), sampler, eta.
 
-    With --keep-ids, eval-generation also reports how many of the tokenizer's
-    codes the images use.
+    With --keep-ids, the ids are written as by vqpipe tokenize (those of latent
+    generators are the ids that their latents are quantized to), and
+    eval-generation reports the utilization of the codebook by the images.
 
     Image i is a function of the seed and i, on any number of ranks. Classes
     come in turn, so that consecutive images have equal parts of them.

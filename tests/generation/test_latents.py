@@ -1,6 +1,8 @@
 """Encoding of images to latents, their ids, and guidance of networks on latents."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from vqpipe.data.latents import LatentStatistics, open_latents
 from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.generation import SamplingConfig, SitConfig, Space, build_generator
 from vqpipe.generation.generate import SamplePlan
+from vqpipe.generation.image_generator import ImageGenerator
 from vqpipe.generation.latents import GuidedNetwork, encode_latents, quantize_latents
 from vqpipe.models import AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
@@ -76,6 +79,18 @@ def test_latents_of_any_size_are_denormalised_and_quantized() -> None:
     vectors = (normal * std + mean).movedim(1, -1).reshape(-1, 4)
     nearest = torch.cdist(vectors.double(), table.double()).argmin(dim=1).view(2, 35)
     assert torch.equal(ids, nearest)
+
+
+def test_ids_of_a_latent_generator_are_those_that_its_samples_are_decoded_from() -> None:
+    opened, statistics = tokenizer(), LatentStatistics((0.0,) * 4, (0.01,) * 4)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampled: Any = SimpleNamespace(sample=lambda labels, sampling, rngs: latents)
+    images = ImageGenerator(sampled, opened, 16, (), SamplingConfig(), statistics)
+    labels = torch.zeros(2, dtype=torch.int64)
+    ids = images.sample_ids(labels, images.sampling, [])
+    assert torch.equal(ids, quantize_latents(latents, statistics, opened))
+    assert len(ids.unique()) > 10
+    assert torch.equal(images.sample(labels, images.sampling, []), opened.decode(ids, (16, 16)))
 
 
 def test_invalid_latents_are_refused() -> None:

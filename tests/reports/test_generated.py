@@ -3,17 +3,16 @@
 from typing import Any
 
 from vqpipe.reports import page
-from vqpipe.reports.generated import Generated, comparison_rows, generated_page, guidance_curves
+from vqpipe.reports.generated import Generated, comparison_rows, generated_page, groups_table, guidance_curves
 
 
-def samples(name: str, fid: float, scale: float | None = None, generator: str = "dit") -> Generated:
+def samples(name: str, fid: float, scale: float | None = None, generator: str = "dit", **more: Any) -> Generated:
     metrics: dict[str, Any] = {"protocol": "adm", "image_size": 8, "num_references": 9, "num_images": 5, "fid": fid}
     metrics |= {"not_computed": {}, "utilization": 0.25}
     if scale is not None:
-        metrics["sampling"] = {"cfg_scale": scale}
-    made_by = {"generator": {"kind": "generator", "name": generator, "content": "", "inputs": {}}}
-    images = {"kind": "images", "name": name, "content": name, "inputs": made_by}
-    return Generated(name, metrics, b"", {"kind": "report", "name": "r", "content": "", "inputs": {"images": images}})
+        metrics["generator"] = {"name": generator, "content": more.pop("content", f"{generator}-content")}
+        metrics["sampling"] = {"cfg_scale": scale, "steps": 250}
+    return Generated(name, metrics | more, b"", {"kind": "report", "name": "r", "content": "", "inputs": {}})
 
 
 def test_scales_of_guidance_have_a_column_and_a_curve() -> None:
@@ -31,6 +30,42 @@ def test_scales_of_guidance_have_a_column_and_a_curve() -> None:
     assert "dit ends at 9" in curve.alt
     assert "sit" not in curve.alt  # one scale is no curve
     assert "Scale of guidance" in page.render(generated_page(several, "sweep"))
+
+
+def test_other_settings_and_other_generators_of_the_same_name_have_curves_of_their_own() -> None:
+    first_channels = {"steps": 250, "cfg_channels": 3}
+    several = [
+        *(samples(f"all-{scale}", scale + 1, scale) for scale in (1.0, 2.0)),
+        *(samples(f"three-{s}", s, s, sampling={"cfg_scale": s, **first_channels}) for s in (1.0, 3.0)),
+        *(samples(f"few-{scale}", 30 + scale, scale, num_images=2) for scale in (1.0, 2.0)),
+        *(samples(f"again-{scale}", 40 + scale, scale, content="other") for scale in (1.0, 2.0)),
+    ]
+    (curve,) = guidance_curves(several)
+    assert "dit, generator dit-content, num_images 5 ends at 3" in curve.alt
+    assert "dit, generator dit-content, num_images 5, cfg_channels 3 ends at 3" in curve.alt
+    assert "dit, generator dit-content, num_images 2 ends at 32" in curve.alt
+    assert "dit, generator other, num_images 5 ends at 42" in curve.alt
+    (curve,) = guidance_curves(several[:4])
+    assert "dit, cfg_channels 3 ends at 3" in curve.alt
+
+
+def test_inception_score_has_a_curve_of_its_own() -> None:
+    several = [samples(f"{scale}", 5.0, scale, inception_score={"mean": 10 * scale}) for scale in (1.0, 2.0)]
+    assert [curve.title for curve in guidance_curves(several)] == ["FID", "Inception Score"]
+    assert "dit ends at 20" in guidance_curves(several)[1].alt
+
+
+def test_the_use_of_codes_is_stated_with_the_number_of_ids_and_by_group() -> None:
+    usage = {"utilization": 0.375, "utilization_per_group": [0.5, 0.25], "perplexity_per_group": [4.0, 2.0]}
+    one = samples("one", 8.0, **usage, num_ids=40, codebook_size=8, num_groups=2)
+    html = page.render(generated_page([one], "one"))
+    assert "of 2 x 8 codes, over 40 ids" in html
+    assert "Codes in use by group" in html
+    header, (row,) = comparison_rows([one])
+    assert (header[3:], [text for text, _ in row[3:]]) == (["codes in use", "perplexity"], ["37.5 %", "3.0"])
+    table = groups_table(one.metrics)
+    assert table is not None
+    assert table.rows == [["0", "50.0 %", "4.0"], ["1", "25.0 %", "2.0"]]
 
 
 def test_without_several_scales_there_is_neither() -> None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from stages.compare import compare
 from stages.eval_generation import eval_generation
+from stages.generate import generate
 from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.data.tokens import write_token_file
 from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
-from vqpipe.evaluation.generation import code_usage, gaussian_moments, read_adm_file
+from vqpipe.evaluation.generation import code_usage, gaussian_moments, read_adm_file, samples_artifact
 from vqpipe.metrics import set_metrics
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
@@ -199,17 +200,52 @@ def test_unreadable_samples_raise(pictures: Path) -> None:
 
 def test_utilization_is_that_of_the_kept_ids_of_the_measured_samples(tmp_path: Path) -> None:
     ids = torch.tensor([[0, 5], [1, 5], [0, 6], [2, 7]])  # two groups of 8 codes, one position
-    draft = start(tmp_path / "samples", "images", {"generate": {"cfg_scale": 1.5}}, {})
+    draft = start(tmp_path / "samples", "images", {}, {})
     assert isinstance(draft, Draft)
     with draft:
         for number, part in enumerate(ids.split(2)):
             with draft.write(f"ids-{number:06d}.parquet") as path:
                 write_token_file(path, ["a", "b"], [-1, -1], part[:, None].numpy().astype(np.uint16))
         draft.publish({"codebook_size": 8, "num_groups": 2})
-    usage, reasons = code_usage([str(tmp_path / "samples")], 3)
+    usage, reasons = code_usage(samples_artifact([str(tmp_path / "samples")]), 3)
     assert usage["utilization_per_group"] == [2 / 8, 2 / 8]  # 0 and 1; 5 and 6
     assert usage["utilization"] == 2 / 8
-    assert usage["num_ids"] == 6
-    assert usage["sampling"] == {"cfg_scale": 1.5}
+    assert usage["perplexity_per_group"] == [pytest.approx(1.8899, abs=1e-4)] * 2  # exp of the entropy of 2/3 and 1/3
+    assert (usage["num_ids"], usage["codebook_size"], usage["num_groups"]) == (6, 8, 2)
     assert reasons == {}
-    assert list(code_usage([str(tmp_path)], 3)[1]) == ["utilization"]
+    assert list(code_usage(samples_artifact([str(tmp_path)]), 3)[1]) == ["utilization"]
+
+
+def test_samples_of_one_generator_at_several_scales_are_measured_and_compared(
+    drawn: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(monkeypatch, Stand())
+    options = {"statistics": pictures / "reference", "fid_min_images": 2}
+    for scale in (1.0, 2.0):
+        generate(drawn.generator, pictures / f"s-{scale}", num_images=4, device="cpu", cfg_scale=scale, keep_ids=True)
+        capsys.readouterr()
+        metrics = measure(pictures, f"report-{scale}", samples=f"s-{scale}", **options)
+        told = " ".join(capsys.readouterr().err.split())
+        assert metrics["sampling"]["cfg_scale"] == scale
+        assert metrics["generator"] == {"name": "generator", "content": open_artifact(drawn.generator).digest}
+        assert f"FID {metrics['fid']:,.2f}" in told
+        assert f"codes in use {100 * metrics['utilization']:.1f} % of 64 codes, over 64 ids" in told
+        assert f"perplexity {metrics['perplexity_per_group'][0]:.1f}" in told
+        assert "kid – not computed" in told
+    compare([pictures / "report-1.0", pictures / "report-2.0"], pictures / "both", device="cpu")
+    told = capsys.readouterr().err
+    assert "guidance" in told
+    assert "codes in use" in told
+    assert "Scale of guidance" in (pictures / "both" / "report.html").read_text()
+
+
+def test_statistics_of_other_references_are_refused_with_the_option_to_change(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_network(monkeypatch, None, extractor=True)
+    measure(pictures, "report", statistics=pictures / "reference")
+    match = (
+        r"reference exists and was made with other settings: inputs.images was .*, now .*\. Choose another --statistics"
+    )
+    with pytest.raises(ArtifactError, match=match):
+        measure(pictures, "other", reference=[str(pictures / "samples")], statistics=pictures / "reference")

@@ -146,10 +146,11 @@ def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_and_two_ranks_sample_the_same_images(drawn: Any, tmp_path: Path) -> None:
-    words = ["-m", "stages", "generate", "--generator", str(drawn.generator), "--num-images", "520", "--device", "cpu"]
+    words = ["-m", "stages", "generate", "--generator", str(drawn.generator)]
+    words += ["--num-images", "520", "--device", "cpu", "--keep-ids"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     for ranks in ("1", "2"):
         command = [*launch, ranks, *words, "--out", str(tmp_path / ranks)]
         subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert len(open_artifact(tmp_path / "1").names("*.tar")) == 3
+    assert [len(open_artifact(tmp_path / "1").names(pattern)) for pattern in ("*.tar", "ids-*.parquet")] == [3, 3]
     assert open_artifact(tmp_path / "1").digest == open_artifact(tmp_path / "2").digest

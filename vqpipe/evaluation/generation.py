@@ -35,7 +35,7 @@ from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches, check_skipped
 from vqpipe.data.images import ImageSet, is_artifact, open_images
 from vqpipe.data.tokens import read_tokens
-from vqpipe.errors import ConfigError, DataError
+from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
@@ -103,6 +103,7 @@ class GenerationEvaluator:
 
         Raises:
             ConfigError: the statistics are of another protocol, size or network.
+            ArtifactError: `target` holds the statistics of other images or settings.
         """
         first = Path(names[0])
         if len(names) == 1 and first.suffix == ".npz":
@@ -119,7 +120,11 @@ class GenerationEvaluator:
         images = open_images(names)
         if self.networks.inception is None and not self.extractor_sizes:
             return SetStatistics(len(images)), images
-        draft = artifacts.start(target, "statistics", self.request, {"images": images})
+        try:
+            draft = artifacts.start(target, "statistics", self.request, {"images": images})
+        except ArtifactError as error:
+            error.hint = error.hint.replace("--out", "--statistics")
+            raise
         if isinstance(draft, artifacts.Draft):
             with draft:
                 statistics = self.reference_statistics(images)
@@ -229,23 +234,37 @@ class GenerationEvaluator:
         check_skipped(summed(batches.skipped), stop, config.max_skipped)
 
 
-def code_usage(images: Sequence[str], num_images: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The use of codes by the first images of an artifact of `generate --keep-ids`, and how they were sampled.
+def samples_artifact(images: Sequence[str]) -> Artifact | None:
+    """The artifact of samples, if `images` is a single artifact."""
+    return opened_artifact(images[0]) if len(images) == 1 else None
+
+
+def origin_of(samples: Artifact | None) -> dict[str, Any]:
+    """The `generator` (name and content) and the settings `sampling` of samples of `vqpipe generate`; else empty."""
+    if samples is None or "generate" not in samples.config:
+        return {}
+    generator = samples.lineage["inputs"]["generator"]
+    return {
+        "generator": {key: generator[key] for key in ("name", "content")},
+        "sampling": samples.config["generate"],
+    }
+
+
+def code_usage(samples: Artifact | None, num_images: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The use of codes by the first images of an artifact of `vqpipe generate --keep-ids`.
 
     Returns:
-        `usage_of` their ids, their number `num_ids`, and the settings `sampling`; and the reason if there are no ids.
+        `usage_of` their ids, with `num_ids`, `codebook_size` and `num_groups`; and the reason if there are no ids.
     """
-    artifact = opened_artifact(images[0]) if len(images) == 1 else None
-    sampling = {} if artifact is None else {"sampling": artifact.config.get("generate", {})}
-    if artifact is None or "codebook_size" not in artifact.facts:
-        return sampling, {"utilization": "the ids of the samples are unknown (vqpipe generate --keep-ids writes them)"}
-    codebook_size = artifact.facts["codebook_size"]
-    usage, left, num_ids = CodeUsage(codebook_size, artifact.facts["num_groups"]), num_images, 0
-    for name in sorted(name for name in artifact.manifest.files if name.endswith(".parquet")):
-        ids = read_tokens(artifact.verified_file(name), codebook_size).ids[:left]
+    if samples is None or "codebook_size" not in samples.facts:
+        return {}, {"utilization": "the ids of the samples are unknown (vqpipe generate --keep-ids writes them)"}
+    sizes = {key: samples.facts[key] for key in ("codebook_size", "num_groups")}
+    usage, left, num_ids = CodeUsage(**sizes), num_images, 0
+    for name in samples.names("ids-*.parquet"):
+        ids = read_tokens(samples.verified_file(name), sizes["codebook_size"]).ids[:left]
         usage.update(ids)
         left, num_ids = left - len(ids), num_ids + ids.numel()
-    return {**usage_of(usage.counts), "num_ids": num_ids, **sampling}, {}
+    return {**usage_of(usage.counts), "num_ids": num_ids, **sizes}, {}
 
 
 def opened_artifact(path: str) -> Artifact | None:

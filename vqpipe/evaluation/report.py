@@ -15,7 +15,7 @@ from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import to_request
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.evaluation.evaluate import AnalysisProtocol, check_size, evaluate
-from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, code_usage
+from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, code_usage, origin_of, samples_artifact
 from vqpipe.evaluation.random_classes import RandomClasses, draw_classes
 from vqpipe.evaluation.reconstruction import Autoencoder
 from vqpipe.metrics.config import EvalConfig
@@ -123,8 +123,9 @@ def evaluate_samples(
     with draft:
         num_samples = min(limit or len(samples), len(samples))
         metrics, shown = evaluator.measure(samples, num_samples, measured)
-        usage, reasons = distributed.on_main(lambda: code_usage(images, num_samples))
-        metrics |= {**usage, "not_computed": metrics["not_computed"] | reasons}
+        artifact = samples_artifact(images)
+        usage, reasons = distributed.on_main(lambda: code_usage(artifact, num_samples))
+        metrics |= {**usage, **origin_of(artifact), "not_computed": metrics["not_computed"] | reasons}
         return publish_generation(draft, metrics, shown), metrics
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
-from vqpipe.reports.evaluation import FRECHET, Measure, table_rows, written
+from vqpipe.reports.evaluation import FRECHET, Measure, codes, table_rows, value_of, written
 
 MEASURES = {
     "fid": Measure("fid", "FID", "lower is better", "", False),
@@ -20,6 +20,7 @@ MEASURES = {
     "prc.precision": Measure("precision", "precision", "k = 3", "", True, 3),
     "prc.recall": Measure("recall", "recall", "k = 3", "", True, 3),
     "utilization": Measure("utilization", "codes in use", "share chosen at least once over all samples", "%", True, 1),
+    "perplexity": Measure("perplexity", "perplexity", "exp of the entropy of the codes, mean over groups", "", True, 1),
 }
 """Dotted key of `metrics.json` -> measure."""
 KEYS = ("protocol", "image_size", "num_references")
@@ -44,10 +45,11 @@ class Generated:
         return None if scale is None else float(scale)
 
     @property
-    def generator(self) -> str:
-        """Name of the generator that made the samples; empty for other images."""
-        samples = self.lineage.get("inputs", {}).get("images", {})
-        return str(samples.get("inputs", {}).get("generator", {}).get("name", ""))
+    def other_settings(self) -> dict[str, Any]:
+        """What the samples depend on beside `cfg_scale`: the content of the generator, their number, the settings."""
+        sampling = {key: value for key, value in self.metrics["sampling"].items() if key != "cfg_scale"}
+        generator = self.metrics["generator"]["content"]
+        return {"generator": generator, "num_images": self.metrics["num_images"], **sampling}
 
     @property
     def shared(self) -> tuple[Any, ...]:
@@ -91,6 +93,8 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
         f"{first.metrics['protocol']}."
     )
     sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)]), *published]
+    if len(several) == 1 and (groups := groups_table(first.metrics)):
+        sections.append(groups)
     maps = [page.Map(f"{counted(each)}, some of them", each.sheet, each.name, each.name) for each in several]
     if curve := guidance_curves(several):
         sections.append(page.Plots("Scale of guidance", curve))
@@ -121,20 +125,40 @@ def check_alike(several: Sequence[Generated]) -> None:
                 )
 
 
-def measures_of(several: Sequence[Generated]) -> dict[str, Measure]:
-    """The measures that at least one of them has, by dotted key of `metrics.json`."""
-    named = dict.fromkeys(name for each in several for name in each.metrics.get("frechet", {}))
+def measures_of(several: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
+    """The measures that at least one `metrics.json` has, by dotted key."""
+    named = dict.fromkeys(name for metrics in several for name in metrics.get("frechet", {}))
     known = MEASURES | {f"frechet.{name}": Measure(name, f"Frechet, {name}", FRECHET, "", False) for name in named}
-    return {where: m for where, m in known.items() if any(found(each.metrics, where) is not None for each in several)}
+    return {where: m for where, m in known.items() if any(found(metrics, where) is not None for metrics in several)}
 
 
 def numbers(generated: Generated) -> list[page.Section]:
     """The numbers of one set, if there are any."""
-    measured = [
-        page.Number(measure.label, written(measure, found(generated.metrics, where)), "", measure.convention)
-        for where, measure in measures_of([generated]).items()
-    ]
+    measured = [page.Number(label, value, "", note) for label, value, note in number_rows(generated.metrics)]
     return [page.Numbers("Numbers", measured)] if measured else []
+
+
+def number_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, value and convention of every number of `metrics.json`."""
+    rows = []
+    for where, measure in measures_of([metrics]).items():
+        note = measure.convention
+        if where == "utilization":
+            note = f"of {codes(metrics)}, over {metrics['num_ids']:,} ids"
+        rows.append((measure.label, written(measure, found(metrics, where)), note))
+    return rows
+
+
+def groups_table(metrics: Mapping[str, Any]) -> page.Table | None:
+    """The use of the codes of each group; None without several groups."""
+    if metrics.get("num_groups", 1) == 1:
+        return None
+    columns = [("utilization", metrics["utilization_per_group"]), ("perplexity", metrics["perplexity_per_group"])]
+    rows = [
+        [str(group), *(written(MEASURES[name], values[group]) for name, values in columns)]
+        for group in range(metrics["num_groups"])
+    ]
+    return page.Table("Codes in use by group", ["group", *(MEASURES[name].label for name, _ in columns)], rows)
 
 
 def comparison(several: Sequence[Generated]) -> page.Table:
@@ -146,7 +170,7 @@ def comparison(several: Sequence[Generated]) -> page.Table:
 
 def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """A header, and (text, whether it is its column's best) of every cell."""
-    measures = measures_of(several)
+    measures = measures_of([each.metrics for each in several])
     labels = [[each.name, counted(each)] for each in several]
     header = ["samples", "number"]
     if len({each.cfg_scale for each in several} - {None}) > 1:
@@ -159,22 +183,39 @@ def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[
 
 
 def guidance_curves(several: Sequence[Generated]) -> list[page.Plot]:
-    """FID and Inception Score over the scale of guidance, a line per generator sampled with several scales."""
+    """FID and Inception Score over the scale of guidance.
+
+    A line is a generator with several scales and otherwise the same settings and number of samples.
+    """
+    grouped: dict[str, list[Generated]] = {}
+    for each in several:
+        if each.cfg_scale is not None:
+            grouped.setdefault(json.dumps(each.other_settings, sort_keys=True), []).append(each)
+    lines = [line for line in grouped.values() if len({each.cfg_scale for each in line}) > 1]
     drawn = []
     for where in ("fid", "inception_score.mean"):
-        points: dict[str, list[tuple[float, float]]] = {}
-        for each in several:
-            value = found(each.metrics, where)
-            if each.cfg_scale is not None and value is not None:
-                points.setdefault(each.generator, []).append((each.cfg_scale, value))
-        lines = {
-            name: (np.array([x for x, _ in rows]), np.array([y for _, y in rows]))
-            for name, rows in ((name, sorted(rows)) for name, rows in points.items())
-            if len({x for x, _ in rows}) > 1
-        }
-        plot = plots.line_plot(MEASURES[where].label, lines, xlabel="scale of classifier-free guidance")
+        curves = {}
+        for name, line in zip(line_names([line[0] for line in lines]), lines, strict=True):
+            measured = [(each.cfg_scale, found(each.metrics, where)) for each in line]
+            points = sorted((scale, value) for scale, value in measured if scale is not None and value is not None)
+            curves[name] = (np.array([x for x, _ in points]), np.array([y for _, y in points]))
+        plot = plots.line_plot(MEASURES[where].label, curves, xlabel="scale of classifier-free guidance")
         drawn += [] if plot is None else [plot]
     return drawn
+
+
+def line_names(several: Sequence[Generated]) -> list[str]:
+    """The name of each one's generator, with the settings that differ between them."""
+    settings = [each.other_settings for each in several]
+    keys = dict.fromkeys(key for table in settings for key in table)
+    differing = [key for key in keys if any(table.get(key) != settings[0].get(key) for table in settings)]
+    names = [each.metrics["generator"]["name"] for each in several]
+    if len(set(names)) == len({table["generator"] for table in settings}):
+        differing = [key for key in differing if key != "generator"]
+    return [
+        ", ".join([name, *(f"{key} {str(table[key])[:12]}" for key in differing if key in table)])
+        for name, table in zip(names, settings, strict=True)
+    ]
 
 
 def counted(generated: Generated) -> str:
@@ -184,6 +225,8 @@ def counted(generated: Generated) -> str:
 
 def found(metrics: Mapping[str, Any], where: str) -> float | None:
     """The number of a dotted key such as "kid.mean", or None."""
+    if where == "perplexity":
+        return value_of(metrics, where)
     value: Any = metrics
     for key in where.split(".", 1):
         value = value.get(key) if isinstance(value, Mapping) else None
