@@ -1,4 +1,4 @@
-"""Progress of a long job: the one protocol between jobs of the library and whoever displays them.
+"""Progress of a long job: the one protocol between jobs of the library and their display.
 
 The commands pass a progress bar (`stages.console`); `SILENT`, the default everywhere, displays nothing.
 """

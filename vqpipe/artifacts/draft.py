@@ -52,11 +52,14 @@ RUNS = ".runs.json"
 STATUS = "status.json"
 
 
-def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input | str]) -> "Draft | Artifact":
+def start(
+    out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input | str], *, option: str = "--out"
+) -> "Draft | Artifact":
     """Start or resume the artifact `out`, or return it if it is already published. Every rank calls it.
 
     `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
-    provenance. Returns the Artifact if it was published with the same request, else a locked Draft.
+    provenance. `option` is the command-line option that names `out`, for messages. Returns the Artifact if it was
+    published with the same request, else a locked Draft.
 
     Raises:
         ArtifactError: `out` was made or started with another request (the message names the first differing key), or
@@ -65,7 +68,7 @@ def start(out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[st
     out = Path(out)
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
-    draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()})
+    draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()}, option)
     published = distributed.on_main(draft.prepare)
     return open_artifact(out, kind) if published else draft
 
@@ -77,8 +80,8 @@ class Draft:
     error of all ranks is kept in `status.json`.
     """
 
-    def __init__(self, out: Path, requested: dict[str, Any], lineage: dict[str, Any]) -> None:
-        self.out = out
+    def __init__(self, out: Path, requested: dict[str, Any], lineage: dict[str, Any], option: str) -> None:
+        self.out, self.option = out, option
         self.path = partial_path(out)
         self.requested = requested
         self.kind: str = requested["kind"]
@@ -146,7 +149,7 @@ class Draft:
     def check_published(self) -> bool:
         """True if `out` was made with this request; otherwise raise an ArtifactError."""
         if not (self.out / "manifest.json").is_file():
-            raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", "Choose another --out")
+            raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", f"Choose another {self.option}")
         self.check_same(open_artifact(self.out).manifest, self.out)
         with suppress(OSError):  # of a run that was killed right after it published
             (self.out / lock.NAME).unlink(missing_ok=True)
@@ -158,7 +161,7 @@ class Draft:
             before = {"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs}
             raise ArtifactError(
                 f"{path} exists and was made with other settings: {difference(before, self.requested)}",
-                "Choose another --out",
+                f"Choose another {self.option}",
             )
 
     def check_request(self) -> None:
@@ -174,7 +177,7 @@ class Draft:
         if digest_json(before) != self.request:
             raise ArtifactError(
                 f"{self.path} was started with other settings: {difference(before, self.requested)}",
-                "Finish it with those settings, delete it, or choose another --out",
+                f"Finish it with those settings, delete it, or choose another {self.option}",
             )
 
     def record_environment(self) -> None:

@@ -35,7 +35,7 @@ from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches, check_skipped
 from vqpipe.data.images import ImageSet, is_artifact, open_images
 from vqpipe.data.tokens import read_tokens
-from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.errors import ConfigError, DataError
 from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
@@ -120,11 +120,7 @@ class GenerationEvaluator:
         images = open_images(names)
         if self.networks.inception is None and not self.extractor_sizes:
             return SetStatistics(len(images)), images
-        try:
-            draft = artifacts.start(target, "statistics", self.request, {"images": images})
-        except ArtifactError as error:
-            error.hint = error.hint.replace("--out", "--statistics")
-            raise
+        draft = artifacts.start(target, "statistics", self.request, {"images": images}, option="--statistics")
         if isinstance(draft, artifacts.Draft):
             with draft:
                 statistics = self.reference_statistics(images)

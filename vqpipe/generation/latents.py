@@ -131,7 +131,8 @@ def encode_latents(
         ArtifactError: `out` was made by a different request.
     """
     settings: dict[str, Any] = {"image_size": image_size, "flip": flip, "precision": "fp32", "max_skipped": 0.01}
-    draft = artifacts.start(out, "latents", settings, {"images": images, "tokenizer": tokenizer.source})
+    inputs: dict[str, Any] = {"images": images, "tokenizer": tokenizer.source}
+    draft = artifacts.start(out, "latents", settings, inputs, option="--latents")
     if isinstance(draft, Artifact):
         return draft
     with draft:
