@@ -41,6 +41,8 @@ class Folder:
         stems = [os.path.splitext(file)[0] for file in files]
         duplicates = {stem for stem, after in zip(sorted(stems), sorted(stems)[1:], strict=False) if stem == after}
         self.keep_extension = frozenset(i for i, stem in enumerate(stems) if stem in duplicates)
+        self.left_out: dict[str, int] = {}
+        self.unlabeled = ""
         self.stats: np.ndarray | None = None
         """int64[N, 2]: size and modification time of each file when `digest` was computed."""
 
@@ -51,6 +53,10 @@ class Folder:
         """The relative path without its extension, which is kept where two files differ only in it."""
         path = self.files[i].as_py().decode("utf-8", "backslashreplace")
         return path if i in self.keep_extension else os.path.splitext(path)[0]
+
+    def origin(self, i: int) -> tuple[str, int]:
+        """The name of the folder, and `i`."""
+        return self.name, i
 
     def path(self, i: int) -> str:
         """The path of file `i`."""

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -51,6 +52,10 @@ class ImageSet(Sequence[Sample]):
             labels = [self.renumber(source) for source in sources]
         self.labels = np.concatenate(labels)
         """int32[N]; -1 where an image has no class."""
+        self.left_out: dict[str, int] = dict(sum((Counter(source.left_out) for source in sources), Counter()))
+        """What was found beside the images and is not read: reason or extension -> count."""
+        self.unlabeled = "; ".join(filter(None, (source.unlabeled for source in sources)))
+        """Why images that could have labels have none; empty otherwise."""
 
     def renumber(self, source: ImageSource) -> np.ndarray:
         """The labels of a source, numbered by `self.class_names`."""
@@ -85,6 +90,11 @@ class ImageSet(Sequence[Sample]):
         """The key of image `i`, without reading the image."""
         source, local = self.locate(i)
         return source.key(local)
+
+    def origin(self, i: int) -> tuple[str, int]:
+        """The name of the shard or folder that holds image `i`, and the position of the image in it."""
+        source, local = self.locate(i)
+        return source.origin(local)
 
     def label(self, i: int) -> int | None:
         """The class of image `i`, without reading the image."""

@@ -95,6 +95,8 @@ class Photos:
         self.labels = np.full(len(self.crops), NO_LABEL, np.int32)
         self.class_names: tuple[str, ...] = ()
         self.num_classes: int | None = None
+        self.left_out: dict[str, int] = {}
+        self.unlabeled = ""
         files = {photo: hashlib.sha256(photo.path.read_bytes()).hexdigest() for photo in photos}
         keys = "".join(f"{self.key(i)} {files[crop.photo]}\n" for i, crop in enumerate(self.crops))
         self.digest = hashlib.sha256(keys.encode()).hexdigest()
@@ -106,6 +108,10 @@ class Photos:
         """`coffee-128-x064-y128`."""
         crop = self.crops[i]
         return f"{crop.photo.name}-{crop.side}-x{crop.x:03d}-y{crop.y:03d}"
+
+    def origin(self, i: int) -> tuple[str, int]:
+        """The name of the set, and `i`."""
+        return self.name, i
 
     def read(self, i: int) -> bytes:
         """The crop as a PNG."""

@@ -52,6 +52,12 @@ class ImageSource(Protocol):
     num_classes: int | None
     """Labels are in [0, num_classes); None where no image has one."""
 
+    left_out: dict[str, int]
+    """What was found beside the images and is not read: reason or extension -> count."""
+
+    unlabeled: str
+    """Why images that could have labels have none, naming the file; empty otherwise."""
+
     @property
     def digest(self) -> str:
         """sha256 over keys, labels and bytes, in order."""
@@ -60,6 +66,10 @@ class ImageSource(Protocol):
 
     def key(self, i: int) -> str:
         """The key of image `i`, without reading the image."""
+
+    def origin(self, i: int) -> tuple[str, int]:
+        """The name of the shard that holds image `i` (of a folder: its own name), and the position of the image in
+        it."""
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of image `i`.

@@ -60,6 +60,8 @@ class Tars:
         self.sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
         self.labels = np.array([label for shard in shards for label in shard.labels], np.int32)
         self.class_names: tuple[str, ...] = ()
+        self.left_out: dict[str, int] = dict(sum((Counter(shard.ignored) for shard in shards), Counter()))
+        self.unlabeled = ""
         self.num_classes = count_classes(self.labels)
         if num_classes is not None and self.num_classes is not None:
             self.num_classes = max(num_classes, self.num_classes)
@@ -72,9 +74,18 @@ class Tars:
         """The key of image `i`."""
         return self.keys[i].as_py()
 
+    def origin(self, i: int) -> tuple[str, int]:
+        """The file name of the shard, and the position of image `i` in it."""
+        shard = self.shard_of(i)
+        return self.shards[shard][0].rpartition("/")[2], i - int(self.starts[shard])
+
+    def shard_of(self, i: int) -> int:
+        """The number of the shard that holds image `i`."""
+        return int(np.searchsorted(self.starts, i, side="right")) - 1
+
     def read(self, i: int) -> bytes:
         """The bytes of image `i`; a DataError if its shard changed after it was indexed."""
-        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
+        shard = self.shard_of(i)
         url, size, mtime_ns = self.shards[shard]
         return read_range(url, int(self.offsets[i]), int(self.sizes[i]), size, mtime_ns)
 
