@@ -9,19 +9,27 @@ from torch import Tensor
 from vqpipe.config import all_subclasses, from_table, to_table
 from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.quantizers import (
+    BridgedQuantizer,
+    BsqConfig,
     CodebookConfig,
     CvqConfig,
+    DiveqConfig,
     EmaConfig,
     FsqConfig,
+    GqConfig,
     IbqConfig,
     LcConfig,
+    LeechConfig,
     LfqConfig,
     MultiGroupConfig,
     MultiScaleConfig,
     Quantizer,
     QuantizerConfig,
+    RegVqConfig,
     ResidualConfig,
     SimVqConfig,
+    SqvaeConfig,
+    VqBridgeConfig,
     VqConfig,
     build_quantizer,
 )
@@ -29,6 +37,7 @@ from vqpipe.quantizers import (
 EXAMPLES: dict[str, QuantizerConfig] = {
     "vq": VqConfig(codebook_size=40, code_dim=6),
     "vq-cosine": VqConfig(codebook_size=40, code_dim=6, metric="cosine"),
+    "vq-decorrelate": VqConfig(codebook_size=40, code_dim=6, decorrelate=True),
     "cvq": CvqConfig(codebook_size=40, code_dim=6),
     "cvq-normalize": CvqConfig(codebook_size=40, code_dim=6, normalize=True),
     "ema": EmaConfig(codebook_size=40, code_dim=6),
@@ -47,6 +56,16 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "lfq": LfqConfig(code_dim=6),
     "lfq-groups": LfqConfig(code_dim=6, entropy_bits=4),
     "fsq": FsqConfig(levels=(8, 5, 4)),
+    "ifsq": FsqConfig(levels=(7, 5, 3), bound="sigmoid"),
+    "bsq": BsqConfig(code_dim=6),
+    "bsq-groups": BsqConfig(code_dim=12, bits_per_id=4, normalize=False, commitment=True, entropy_bits=4),
+    "leech": LeechConfig(),
+    "diveq": DiveqConfig(codebook_size=40, code_dim=6),
+    "gq": GqConfig(codebook_size=40, code_dim=3),
+    "sqvae": SqvaeConfig(codebook_size=40, code_dim=6),
+    "regvq": RegVqConfig(codebook_size=40, code_dim=6),
+    "vqbridge": VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2),
+    "vqbridge-features": VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2, feature_dim=12),
     "simvq": SimVqConfig(codebook_size=40, code_dim=6),
     "ibq": IbqConfig(codebook_size=40, code_dim=6),
     "ibq-normalize": IbqConfig(codebook_size=40, code_dim=6, normalize=True),
@@ -55,10 +74,14 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "residual": ResidualConfig(codebook_size=40, code_dim=6),
     "residual-not-shared": ResidualConfig(codebook_size=40, code_dim=6, depth=2, shared=False),
 }
-WITHOUT_CODEBOOK = ("fsq", "lfq", "lfq-groups")
+WITHOUT_CODEBOOK = ("fsq", "ifsq", "lfq", "lfq-groups", "bsq", "bsq-groups")
 """Examples without a stored codebook."""
-TRAINED_BY_THE_DECODER = ("ibq", "ibq-normalize")
+TRAINED_BY_THE_DECODER = ("ibq", "ibq-normalize", "diveq", "sqvae")
 """Examples whose weights get the decoder's gradient by design."""
+SAMPLED_IN_TRAINING = ("gq", "sqvae")
+"""Examples whose codes in training are samples, not codes of the codebook."""
+FIXED_CODES = ("leech", "gq", "vqbridge", "vqbridge-features")
+"""Examples whose codes are computed, so that they cannot be standardized."""
 
 
 def make(name: str) -> Quantizer:
@@ -66,6 +89,10 @@ def make(name: str) -> Quantizer:
     quantizer = build_quantizer(EXAMPLES[name])
     if isinstance(config := one_group(EXAMPLES[name]), LcConfig) and config.codebook_init == "artifact":
         quantizer.load_codebook(torch.randn(config.codebook_size, config.feature_dim))
+    if isinstance(quantizer, BridgedQuantizer):
+        if quantizer.config_features:
+            quantizer.load_codebook(torch.randn(48, quantizer.config_features))
+        torch.nn.init.normal_(quantizer.bridge.head.weight)  # all codes start at 0
     return quantizer
 
 
@@ -77,6 +104,11 @@ def is_normalized(config: QuantizerConfig) -> bool:
 
 def one_group(config: QuantizerConfig) -> QuantizerConfig:
     return config.group if isinstance(config, MultiGroupConfig) else config
+
+
+def takes_codebook(config: QuantizerConfig) -> bool:
+    """Whether the codes come from a codebook artifact."""
+    return isinstance(config, LcConfig) or (isinstance(config, VqBridgeConfig) and config.feature_dim > 0)
 
 
 def latent_of(quantizer: Quantizer, height: int = 3, width: int = 5) -> Tensor:
@@ -126,7 +158,7 @@ def test_lookup_equals_forward_exactly_in_evaluation(name: str) -> None:
     assert torch.equal(quantizer.lookup(quantized.ids, quantizer.layout(3, 5)), quantized.codes)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in SAMPLED_IN_TRAINING])
 def test_lookup_agrees_with_forward_in_training(name: str) -> None:
     quantizer = make(name).train()
     quantized = quantizer(latent_of(quantizer))
@@ -166,10 +198,10 @@ def test_gradient_of_codes_reaches_the_latent(name: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_losses_are_finite_scalars_that_train_every_weight(name: str) -> None:
     quantizer = make(name).train()
-    losses = quantizer(latent_of(quantizer)).losses
+    codes, _, losses = quantizer(latent_of(quantizer))
     assert set(losses) == set(quantizer.loss_names)
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
-    total = sum(losses.values(), torch.zeros(()))
+    total = sum(losses.values(), codes.sum() if name in TRAINED_BY_THE_DECODER else torch.zeros(()))
     if total.requires_grad:
         total.backward()
     assert all(parameter.grad is not None for parameter in quantizer.parameters())
@@ -215,7 +247,7 @@ def test_nonfinite_latent_raises_or_in_training_gives_nonfinite_output(name: str
     latent[0, 0, 0, 0] = bad
     with pytest.raises(NumericError):
         quantizer.eval()(latent)
-    if name == "fsq" and bad == torch.inf:
+    if name in ("fsq", "ifsq") and bad == torch.inf:
         return  # tanh maps infinity to the outermost level
     quantized = quantizer.train()(latent)
     assert not torch.isfinite(quantized.codes.sum() + sum(quantized.losses.values()))
@@ -231,8 +263,8 @@ def test_state_and_config_restore_the_quantizer(name: str) -> None:
     assert torch.equal(restored(latent).ids, quantizer(latent).ids)
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if not isinstance(one_group(EXAMPLES[name]), LcConfig)])
-def test_only_lc_loads_a_codebook(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not takes_codebook(one_group(EXAMPLES[name]))])
+def test_other_quantizers_do_not_load_a_codebook(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"the {one_group(EXAMPLES[name]).kind} quantizer"):
         make(name).load_codebook(torch.zeros(40, 6))
 
@@ -241,11 +273,12 @@ def test_only_lc_loads_a_codebook(name: str) -> None:
 def test_all_codes_are_those_of_all_ids(name: str) -> None:
     quantizer = make(name)
     side = quantizer.codebook_size
-    codes = quantizer.lookup(torch.arange(side)[None], quantizer.layout(1, side)).flatten(2).transpose(1, 2)
+    ids = torch.arange(side).repeat_interleave(quantizer.num_groups)[None]
+    codes = quantizer.lookup(ids, quantizer.layout(1, side)).view(quantizer.num_groups, -1, side).transpose(1, 2)
     assert torch.equal(quantizer.all_codes(), codes)
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in WITHOUT_CODEBOOK])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in (*WITHOUT_CODEBOOK, *FIXED_CODES)])
 def test_standardized_codes_have_zero_mean_and_unit_variance(name: str) -> None:
     quantizer = make(name)
     quantizer.standardize_codebook()

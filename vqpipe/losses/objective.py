@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.config import nearest_name, resumable
+from vqpipe.config import added, nearest_name, resumable
 from vqpipe.errors import ConfigError
 from vqpipe.losses.adversarial import (
     adaptive_sum,
@@ -26,8 +26,8 @@ from vqpipe.losses.adversarial import (
 )
 from vqpipe.losses.perceptual import Perceptual
 
-RECONSTRUCTION_TERMS = ("l1", "l2", "charbonnier", "lpips")
-QUANTIZER_TERMS = ("commitment", "codebook", "entropy")
+RECONSTRUCTION_TERMS = ("l1", "l2", "log_l2", "charbonnier", "lpips")
+QUANTIZER_TERMS = ("commitment", "codebook", "entropy", "decorrelation", "prior", "rate")
 PENALTIES = ("r1", "lecam")
 """Terms of the discriminator."""
 GAN_LOSSES = {
@@ -50,6 +50,8 @@ class ObjectiveConfig:
     """mean |x - x'| of pixels in [-1, 1]."""
     l2: float = 0.0
     """mean (x - x')^2."""
+    log_l2: float = added(0.0)
+    """log(mean (x - x')^2), the reconstruction term of an evidence bound with a learned variance (SQ-VAE)."""
     charbonnier: float = 0.0
     """mean sqrt((x - x')^2 + eps^2), a smooth L1 (MGVQ)."""
     charbonnier_eps: float = 1e-3
@@ -66,6 +68,12 @@ class ObjectiveConfig:
     """Moves codes towards their latents."""
     entropy: float = 0.0
     """Entropy regularization, for quantizers with that term."""
+    decorrelation: float = added(0.0)
+    """Keeps the channels of the codes from being correlated (`vq` with decorrelate)."""
+    prior: float = added(0.0)
+    """Draws the use of the codes to a uniform prior (`regvq`)."""
+    rate: float = added(0.0)
+    """Draws the rate of each vector to log2 K bits (`gq`)."""
     adversarial: float = 0.0
     """GAN loss of the autoencoder."""
     gan_loss: Literal["hinge", "non_saturating", "non_saturating_hinge"] = "hinge"
@@ -96,7 +104,7 @@ class ObjectiveConfig:
             if weight < 0:
                 raise ConfigError(f"objective.{name} = {weight} is negative", "Use 0 to omit the term")
         if not any(self.weights(RECONSTRUCTION_TERMS).values()):
-            raise ConfigError("the objective has no reconstruction term", "Set objective.l1, l2, charbonnier or lpips")
+            raise ConfigError("the objective has no reconstruction term", "Set objective.l1, l2, log_l2, charbonnier or lpips")
         if (self.lpips > 0) != (self.perceptual != "none"):
             raise ConfigError(
                 f"objective.lpips = {self.lpips} does not fit objective.perceptual = {self.perceptual!r}",
@@ -267,6 +275,8 @@ class Objective(nn.Module):
             terms["l1"] = difference.abs().mean()
         if config.l2:
             terms["l2"] = F.mse_loss(reconstruction, images)
+        if config.log_l2:
+            terms["log_l2"] = F.mse_loss(reconstruction, images).clamp(min=1e-10).log()
         if config.charbonnier:
             terms["charbonnier"] = (difference.square() + config.charbonnier_eps**2).sqrt().mean()
         if self.perceptual is not None:

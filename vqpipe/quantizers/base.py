@@ -256,7 +256,7 @@ class GridQuantizer(Quantizer):
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """The codes float32[..., C] of ids int64[..., 1]; any value for a negative id."""
+        """The codes float32[..., C] of ids int64[..., G]; any value for a negative id."""
 
     def forward(self, latent: Tensor) -> Quantized:
         if not self.training:
@@ -267,7 +267,8 @@ class GridQuantizer(Quantizer):
     def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
         check_ids(ids, self.codebook_size)
         (grid,) = layout.split(ids)
-        return self.embed(grid).masked_fill(grid < 0, 0.0).permute(0, 3, 1, 2).contiguous()
+        missing = (grid < 0).repeat_interleave(self.latent_dim // self.num_groups, dim=-1)
+        return self.embed(grid).masked_fill(missing, 0.0).permute(0, 3, 1, 2).contiguous()
 
     def all_codes(self) -> Tensor:
         return self.embed(torch.arange(self.codebook_size)[:, None])[None]

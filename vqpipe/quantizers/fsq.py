@@ -1,16 +1,18 @@
 """`fsq`: finite scalar quantization, every channel bounded and rounded to one of a few levels.
 
-Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3.1 and the code of appendix A.1.
+Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3.1 and the code of appendix A.1;
+iFSQ (arXiv 2601.17124): another bound.
 Shapes: B images, C channels of L_1, ..., L_C levels, h x w positions.
 """
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from vqpipe.config import added
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import GridQuantizer, Quantized, QuantizerConfig, straight_through
 
@@ -28,9 +30,16 @@ class FsqConfig(QuantizerConfig):
     """Number of values of each channel. The paper recommends 5 or more: (8, 5, 5, 5) for 2^10 codes,
     (8, 8, 8, 5, 5, 5) for 2^16. With 2 levels the intervals are unequal: a latent above -1.56 takes the upper one."""
 
+    bound: Literal["tanh", "sigmoid"] = added("tanh")
+    """How a channel is bounded: "tanh" as in FSQ, or "sigmoid", (2 sigmoid(1.6 z) - 1) (L - 1) / 2, as in iFSQ, which
+    spreads normally distributed latents evenly over the levels; it needs odd levels. Its authors find about 4 bits per
+    channel best: (17, 17, 17, 17) at f16."""
+
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 2:
             raise ConfigError(f"levels = {list(self.levels)} should be one or more numbers of at least 2")
+        if self.bound == "sigmoid" and not all(level % 2 for level in self.levels):
+            raise ConfigError(f"levels = {list(self.levels)} with bound = sigmoid should be odd")
         if self.codebook_size >= 2**63:
             raise ConfigError(f"levels = {list(self.levels)} make more codes than int64 ids can number")
 
@@ -52,12 +61,12 @@ class FiniteScalarQuantizer(GridQuantizer):
 
     def __init__(self, config: FsqConfig) -> None:
         super().__init__(config, codebook_size=config.codebook_size, latent_dim=len(config.levels))
-        self.levels = config.levels
+        self.levels, self.bound = config.levels, {"tanh": tanh_bound, "sigmoid": sigmoid_bound}[config.bound]
 
     def quantize(self, latent: Tensor) -> Quantized:
         levels = self.levels_tensor(latent.device)
         half = levels // 2
-        bounded = bound(latent.permute(0, 2, 3, 1), levels)
+        bounded = self.bound(latent.permute(0, 2, 3, 1), levels)
         rounded = bounded.round()
         ids = ((rounded.long() + half) * radix(levels)).sum(-1).flatten(1)
         codes = straight_through(bounded / half, rounded / half)
@@ -73,7 +82,7 @@ class FiniteScalarQuantizer(GridQuantizer):
         return torch.tensor(self.levels, device=device)
 
 
-def bound(latent: Tensor, levels: Tensor) -> Tensor:
+def tanh_bound(latent: Tensor, levels: Tensor) -> Tensor:
     """Bound float[..., C] by tanh to about -L/2 to L/2, so that rounding gives `levels` (int64[C]) values.
 
     An odd L has the values -(L-1)/2 to (L-1)/2. An even L has one more value below 0 than above, so its interval is
@@ -83,6 +92,11 @@ def bound(latent: Tensor, levels: Tensor) -> Tensor:
     radius = (levels - 1) * (1 - EPSILON) / 2
     offset = torch.where(levels % 2 == 0, 0.5, 0.0)
     return torch.tanh(latent + torch.tan(offset / radius)) * radius - offset
+
+
+def sigmoid_bound(latent: Tensor, levels: Tensor) -> Tensor:
+    """Bound float[..., C] by a sigmoid to (-(L - 1) / 2, (L - 1) / 2), for odd L: iFSQ."""
+    return torch.tanh(0.8 * latent) * ((levels - 1) / 2)  # 2 sigmoid(1.6 z) - 1 = tanh(0.8 z)
 
 
 def radix(levels: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""`bsq`: binary spherical quantization, and grouped sign bits: the quantizers of BSQ-ViT, WeTok and BitDance.
+
+Zhao et al. 2024, "Image and Video Tokenization with Binary Spherical Quantization" (arXiv 2406.07548), sections 3, 4;
+Zhuang et al. 2025, "WeTok" (arXiv 2508.05599), group-wise quantization.
+Shapes: B images, D channels of a position, G groups of b = D / G channels, h x w positions, N = B * h * w vectors.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers.base import GridQuantizer, Quantized, QuantizerConfig, straight_through, to_rows
+from vqpipe.quantizers.lfq import binary_entropy, joint_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class BsqConfig(QuantizerConfig):
+    """2^b implicit codes in each of D / b groups. The defaults are BSQ's, at 18 bits.
+
+    WeTok: bits_per_id 8, normalize false, commitment true, entropy_temperature 0.01, entropy_bits 8.
+    """
+
+    kind: ClassVar[str] = "bsq"
+
+    code_dim: int = 18
+    """D, channels of the latent and bits of a position."""
+    bits_per_id: int = 0
+    """b, bits of one id, a divisor of D: a position has D / b ids. 0: one id of all D bits, at most 62."""
+    normalize: bool = True
+    """Scale the latent of a position to unit length; codes are then (+-1, ..., +-1) / sqrt(D). Otherwise the codes are
+    corners of a cube, as in LFQ."""
+    commitment: bool = False
+    """Add the loss "commitment", mean (latent - code)^2. BSQ has none, WeTok weights it by 0.25."""
+    entropy_temperature: float = 1.0
+    """Temperature of the softmax over codes in the entropy term: 1 in BSQ, 0.01 in WeTok."""
+    sample_weight: float = 1.0
+    """Weight of the mean entropy of each vector's distribution, which is minimized, in the entropy term."""
+    batch_weight: float = 1.0
+    """Weight of the entropy of the mean distribution, which is maximized, in the entropy term."""
+    entropy_bits: int = 9
+    """Channels per joint distribution in the batch entropy; the entropies of consecutive groups of channels are summed.
+    BSQ's experiments have 9 or 1."""
+
+    def __post_init__(self) -> None:
+        if self.code_dim < 1 or self.bits_per_id < 0 or self.code_dim % (self.bits_per_id or self.code_dim):
+            raise ConfigError(
+                f"bits_per_id = {self.bits_per_id} does not divide code_dim = {self.code_dim}",
+                "Use a divisor, or 0 for one id of all bits",
+            )
+        if self.bits > 62:
+            raise ConfigError(f"an id of {self.bits} bits does not fit int64", "Set model.quantizer.bits_per_id")
+        if not 1 <= self.entropy_bits <= 24:
+            raise ConfigError(f"entropy_bits = {self.entropy_bits} should be 1 to 24: it takes 2^entropy_bits numbers")
+        if self.entropy_temperature <= 0:
+            raise ConfigError(f"entropy_temperature = {self.entropy_temperature} should be positive")
+
+    @property
+    def bits(self) -> int:
+        """b, bits of one id."""
+        return self.bits_per_id or self.code_dim
+
+
+class BinarySphericalQuantizer(GridQuantizer):
+    """Each channel becomes +s where it is positive, else -s; s = 1 / sqrt(D) with `normalize`, else 1.
+
+    Channel g b + i is bit i of id g. "entropy" is sample_weight * E[H(p)] - batch_weight * H(E[p]) in nats, with
+    p = softmax(2 <z, c> / temperature) over the codes c. It is computed as in `lfq`: the sum of the channels' binary
+    entropies, exactly, minus the sum of the entropies of groups of channels. The mean is over the vectors of this rank.
+
+    The released code of BSQ triples the weight of the entropy term at the start of a run, for 2,000 steps; here
+    weights are constant. That of WeTok averages E[p] over its groups as well; here every group has a mean of its own.
+    """
+
+    config_class = BsqConfig
+
+    def __init__(self, config: BsqConfig) -> None:
+        groups = config.code_dim // config.bits
+        super().__init__(config, codebook_size=2**config.bits, latent_dim=config.code_dim, num_groups=groups)
+        self.loss_names = ("commitment", "entropy") if config.commitment else ("entropy",)  # type: ignore[misc]
+        self.bits, self.normalize = config.bits, config.normalize
+        self.scale = config.code_dim**-0.5 if config.normalize else 1.0
+        self.temperature, self.entropy_bits = config.entropy_temperature, config.entropy_bits
+        self.sample_weight, self.batch_weight = config.sample_weight, config.batch_weight
+
+    def quantize(self, latent: Tensor) -> Quantized:
+        latent = F.normalize(latent, dim=1) if self.normalize else latent
+        bits = latent > 0
+        codes = (2.0 * bits - 1) * self.scale
+        by_group = bits.unflatten(1, (self.num_groups, self.bits)).permute(0, 3, 4, 1, 2)  # [B, h, w, G, b]
+        ids = (by_group.long() << self.bit_positions(latent.device)).sum(-1).flatten(1)
+        losses = {"entropy": self.entropy(to_rows(latent))}
+        if "commitment" in self.loss_names:
+            losses["commitment"] = F.mse_loss(latent, codes)
+        return Quantized(straight_through(latent, codes), ids, losses)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        bits = ids.unsqueeze(-1) >> self.bit_positions(ids.device) & 1
+        return ((2.0 * bits - 1) * self.scale).flatten(-2)
+
+    def all_codes(self) -> Tensor:
+        one_group = self.embed(torch.arange(self.codebook_size)[:, None])
+        return one_group.expand(self.num_groups, -1, -1)
+
+    def bit_positions(self, device: torch.device) -> Tensor:
+        """The bit of each channel of a group in its id, int64[b]."""
+        return torch.arange(self.bits, device=device)
+
+    def entropy(self, vectors: Tensor) -> Tensor:
+        """The entropy term of float32[N, D], a scalar; low where ids are certain and diverse."""
+        logits = 4 * self.scale * vectors / self.temperature  # log p(+) - log p(-) of each channel
+        sample = binary_entropy(logits).sum(1).mean()
+        batch = sum(joint_entropy(group) for group in logits.split(self.entropy_bits, dim=1))
+        return self.sample_weight * sample - self.batch_weight * batch

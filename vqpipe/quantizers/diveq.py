@@ -1,0 +1,94 @@
+"""`diveq`: a learned codebook without auxiliary losses.
+
+Vali et al. 2025, "DiVeQ: Differentiable Vector Quantization Using the Reparameterization Trick" (arXiv 2509.26469).
+Shapes: B images, C channels, h x w positions, K codes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqpipe.distributed import all_reduce_sum, broadcast, is_main
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers.base import CodebookConfig, Quantized
+from vqpipe.quantizers.vq import VectorQuantizer
+
+REPLACEMENT_NOISE = 1e-9
+"""Standard deviation of the noise on a code that replaces an unused one, as in the paper's code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiveqConfig(CodebookConfig):
+    """A codebook that the reconstruction loss trains through the length of the quantization error."""
+
+    kind: ClassVar[str] = "diveq"
+
+    noise: float = 1e-3
+    """Standard deviation of the noise on the direction of the error."""
+    replace_every: int = 100
+    """Steps between two replacements of unused codes; 0: codes are never replaced."""
+    min_hit_rate: float = 0.01
+    """Codes used in a smaller share of the steps since the last replacement are replaced."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise < 0 or self.replace_every < 0 or not 0 <= self.min_hit_rate <= 1:
+            raise ConfigError("noise and replace_every are at least 0, and min_hit_rate is a share, 0..1")
+
+
+class DiveqQuantizer(VectorQuantizer):
+    """The code c nearest to the latent z, with the gradient of z + |c - z| sg(d / |d|), d = c - z + noise.
+
+    The decoder's gradient so reaches the latent, and the codes along the direction of the error. The paper uses this
+    sum as the value in training too; here the value is exactly c, as in evaluation, from which it differs by about the
+    noise. There are no losses. Every `replace_every` steps, rank 0 replaces rarely used codes by copies of used ones,
+    drawn in proportion to their use. SF-DiVeQ, which quantizes to points between codes, has no ids and is left out.
+    """
+
+    config_class = DiveqConfig
+    loss_names = ()
+    hits: Tensor
+    steps: Tensor
+
+    def __init__(self, config: DiveqConfig) -> None:
+        super().__init__(config)
+        self.noise, self.replace_every, self.min_hit_rate = config.noise, config.replace_every, config.min_hit_rate
+        self.register_buffer("hits", torch.zeros(config.codebook_size))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.counted: int | None = None  # `steps`, once it was read: reading it in each step would wait for the GPU
+
+    def quantized(self, latent: Tensor, ids: Tensor) -> Quantized:
+        codes = self.embed(ids).transpose(1, 2).reshape_as(latent)
+        error = codes - latent
+        direction = (error + self.noise * torch.randn_like(error)).detach() if self.training else error.detach()
+        moved = latent + error.norm(dim=1, keepdim=True) * F.normalize(direction, dim=1)
+        return Quantized(codes.detach() + (moved - moved.detach()), ids, {})
+
+    @torch.no_grad()
+    def update(self, latent: Tensor, ids: Tensor) -> None:
+        """Count in how many steps each code was used; replace unused codes when it is time."""
+        if not self.replace_every:
+            return
+        used = torch.bincount(ids[ids >= 0].flatten(), minlength=self.codebook_size).float()
+        self.hits.add_((all_reduce_sum(used) > 0).float())
+        self.steps.add_(1)
+        self.counted = int(self.steps) if self.counted is None else self.counted + 1
+        if self.counted < self.replace_every:
+            return
+        self.replace_unused()
+        self.hits.zero_()
+        self.steps.zero_()
+        self.counted = 0
+
+    def replace_unused(self) -> None:
+        """Replace the codes with a low hit rate, identically on every rank."""
+        unused = self.hits < self.min_hit_rate * self.steps
+        if bool(unused.any()) and not bool(unused.all()):
+            if is_main():
+                sources = torch.where(unused, 0.0, self.hits).multinomial(int(unused.sum()), replacement=True)
+                copies = self.codes[sources]
+                self.codes[unused] = copies + REPLACEMENT_NOISE * torch.randn_like(copies)
+            broadcast(self.codes)

@@ -1,0 +1,174 @@
+"""`vqbridge`: a small transformer over the whole codebook moves every code in each step, the quantizer of FVQ.
+
+Chang et al. 2025, "Scalable Training for Vector-Quantized Networks with 100% Codebook Utilization" (arXiv 2509.10140).
+Shapes: K codes as an image of H x W codes, C channels of a code, F of a stored code, P = (H / p) (W / p) patches.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, Quantized, to_rows
+from vqpipe.search import nearest
+
+WIDTH, HEADS, BLOCKS, MLP_RATIO = 256, 4, 2, 2
+"""Of the bridge, as released."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqBridgeConfig(CodebookConfig):
+    """A codebook behind a bridge: learned from scratch, or frozen features of a codebook artifact."""
+
+    kind: ClassVar[str] = "vqbridge"
+
+    code_dim: int = 256
+    """Channels of a code."""
+    patch_size: int = 4
+    """p, side of the patches of codes: 4 for 16,384 codes and 8 for 65,536 and 262,144, as released."""
+    feature_dim: int = 0
+    """Channels of the codes of a frozen codebook artifact, which takes the place of the learned codes; 0: learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size < 1 or self.feature_dim < 0:
+            raise ConfigError("patch_size is at least 1 and feature_dim at least 0")
+        grid_of(self.codebook_size, self.patch_size)
+
+
+class BridgedQuantizer(CodebookQuantizer):
+    """The codes are bridge(E), with E learned codes from U(-1/K, 1/K), seen as an image of H x W codes.
+
+    The bridge: a convolution over patches of p x p codes, two transformer blocks over the patches, and a linear layer
+    back to the codes, whose weights and bias are 0 at the start. There is no path around it and no position embedding,
+    so all codes start at 0, and each step moves all of them. Search by squared distances, losses as `vq`; the
+    authors weight "codebook" by 1 and "commitment" by 0.25. In evaluation the codes are computed once.
+
+    With `feature_dim`, E is a frozen codebook of image features: the bridge in the place of `lc`'s linear projector.
+    """
+
+    config_class = VqBridgeConfig
+    codes: Tensor
+
+    def __init__(self, config: VqBridgeConfig) -> None:
+        super().__init__(config)
+        size, width = config.codebook_size, config.feature_dim or config.code_dim
+        if config.feature_dim:
+            self.register_buffer("codes", torch.full((size, width), math.nan))
+        else:
+            self.codes = nn.Parameter(torch.empty(size, width).uniform_(-1 / size, 1 / size))
+        self.bridge = Bridge(grid_of(size, config.patch_size), config.patch_size, width, config.code_dim)
+        self.bridged: tuple[tuple[int, ...], Tensor] | None = None  # weights_state(), the codes
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """As of the base class; the bridge runs once, with gradient."""
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = self.search_input(latent)
+            codebook = self.codebook()
+            ids = nearest(to_rows(latent), codebook, self.metric, check=not self.training).view(len(latent), -1)
+            codes = codebook[ids].transpose(1, 2).reshape_as(latent)
+            return Quantized((latent - latent.detach()) + codes.detach(), ids, self.losses(latent, codes))
+
+    def raw_codebook(self) -> Tensor:
+        """bridge(E), float32[K, C]; cached while the weights are frozen.
+
+        Raises:
+            ConfigError: no codebook has been loaded.
+        """
+        if self.config_features and bool(self.codes[0, 0].isnan()):
+            raise self.unsupported("has no codebook yet", "Pass --codebook DIR (vqpipe kmeans makes one)")
+        if self.training or any(parameter.requires_grad for parameter in self.parameters()):
+            return self.bridge(self.codes.float())
+        state = self.weights_state()
+        if self.bridged is None or self.bridged[0] != state:
+            with torch.no_grad():
+                self.bridged = state, self.bridge(self.codes.float())
+        return self.bridged[1]
+
+    def raw_embed(self, ids: Tensor) -> Tensor:
+        return self.raw_codebook()[ids]
+
+    @property
+    def config_features(self) -> int:
+        """Channels of the frozen features; 0: the codes are learned."""
+        assert isinstance(self.config, VqBridgeConfig)
+        return self.config.feature_dim
+
+    @torch.no_grad()
+    def load_codebook(self, codebook: Tensor) -> None:
+        if not self.config_features:
+            raise self.unsupported("learns its codes", "Set model.quantizer.feature_dim, or leave --codebook out")
+        if codebook.shape != self.codes.shape:
+            raise ConfigError(
+                f"the codebook holds {len(codebook)} codes of {codebook.shape[1]} channels, the model expects "
+                f"{len(self.codes)} of {self.codes.shape[1]}",
+                "Set model.quantizer.codebook_size and feature_dim, or pass another codebook",
+            )
+        self.codes.copy_(codebook)
+
+    def weights_state(self) -> tuple[int, ...]:
+        """Numbers that change whenever a weight is changed in place or replaced."""
+        tensors = (self.codes, *self.bridge.parameters())
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return (*versions, *(tensor.data_ptr() for tensor in tensors))
+
+
+class Bridge(nn.Module):
+    """float32[K, F] -> float32[K, C]; see `BridgedQuantizer`."""
+
+    def __init__(self, grid: tuple[int, int], patch_size: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.grid, self.patch_size, self.out_dim = grid, patch_size, out_dim
+        self.patches = nn.Conv2d(in_dim, WIDTH, patch_size, stride=patch_size)
+        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.norm = nn.LayerNorm(WIDTH, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(WIDTH, patch_size * patch_size * out_dim)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        (height, width), p = self.grid, self.patch_size
+        image = codes.view(1, height, width, -1).permute(0, 3, 1, 2)
+        patches = self.patches(image).flatten(2).transpose(1, 2)  # [1, P, WIDTH]
+        moved = self.head(self.norm(self.blocks(patches)))
+        moved = moved.view(height // p, width // p, p, p, self.out_dim).transpose(1, 2)
+        return moved.reshape(height * width, self.out_dim)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block without dropout: attention with 4 heads, an MLP with tanh-GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(WIDTH, eps=1e-6, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp_norm = nn.LayerNorm(WIDTH, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, MLP_RATIO * WIDTH), nn.GELU("tanh"), nn.Linear(MLP_RATIO * WIDTH, WIDTH)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, HEADS, WIDTH // HEADS))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def grid_of(size: int, patch_size: int) -> tuple[int, int]:
+    """(H, W) with H x W = `size`, both multiples of `patch_size`, as square as possible, H <= W.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for height in range(math.isqrt(size), 0, -1):
+        if size % height == 0 and height % patch_size == 0 and size // height % patch_size == 0:
+            return height, size // height
+    raise ConfigError(
+        f"{size} codes cannot be laid out in patches of {patch_size} x {patch_size}",
+        "Set model.quantizer.patch_size or codebook_size",
+    )
