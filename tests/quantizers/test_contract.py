@@ -230,8 +230,10 @@ def test_update_is_deterministic(name: str) -> None:
 def test_autocast_changes_nothing(name: str) -> None:
     quantizer = make(name)
     latent = latent_of(quantizer)
+    torch.manual_seed(2)
     with torch.autocast("cpu", torch.bfloat16):
         inside = quantizer(latent)
+    torch.manual_seed(2)
     outside = quantizer(latent)
     assert inside.codes.dtype == torch.float32
     assert torch.equal(inside.ids, outside.ids)
@@ -309,6 +311,15 @@ SIZES = {"codebook_size": 20, "code_dim": 3}
         (LfqConfig, {"code_dim": 63}, "code_dim"),
         (LfqConfig, {"entropy_bits": 30}, "entropy_bits"),
         (LfqConfig, {"entropy_temperature": 0.0}, "entropy_temperature"),
+        (FsqConfig, {"levels": (8, 5), "bound": "sigmoid"}, "odd"),
+        (BsqConfig, {"code_dim": 18, "bits_per_id": 4}, "divide"),
+        (BsqConfig, {"code_dim": 64}, "64 bits"),
+        (LeechConfig, {"codebook_size": 1000}, "196560 codes"),
+        (DiveqConfig, SIZES | {"min_hit_rate": 2.0}, "share"),
+        (GqConfig, {"code_dim": 0}, "code_dim = 0"),
+        (SqvaeConfig, SIZES | {"normalize": True}, "squared distances"),
+        (RegVqConfig, SIZES | {"mask_ratio": 1.5}, "mask_ratio"),
+        (VqBridgeConfig, {"codebook_size": 1009}, "patches of 4 x 4"),
         (ResidualConfig, SIZES | {"depth": 0}, "depth = 0"),
         (ResidualConfig, SIZES | {"normalize": True}, "unit vectors"),
         *((MultiScaleConfig, {"scales": scales}, "should grow") for scales in ((), (2, 1), (0, 4), (1, 2, 2))),

@@ -59,3 +59,11 @@ def test_codebook_of_a_quintillion_codes() -> None:
 
 def test_ids_may_have_62_bits() -> None:
     assert FsqConfig(levels=(2,) * 62).codebook_size == 2**62
+
+
+def test_sigmoid_bound_is_that_of_ifsq() -> None:
+    quantizer = build_quantizer(FsqConfig(levels=(7, 5, 3), bound="sigmoid")).eval()
+    latent = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    half = torch.tensor([3.0, 2.0, 1.0]).view(3, 1, 1)
+    expected = ((2 * torch.sigmoid(1.6 * latent) - 1) * half).round() / half
+    assert torch.equal(quantizer(latent).codes, expected)

@@ -37,3 +37,14 @@ def test_cosine_metric_ignores_length() -> None:
     quantizer = build_quantizer(VqConfig(codebook_size=2, code_dim=2, metric="cosine"))
     quantizer.codes.data.copy_(torch.tensor([[1.0, 0.1], [0.0, 100.0]]))
     assert quantizer(torch.tensor([0.1, 9.0]).view(1, 2, 1, 1)).ids.item() == 1
+
+
+def test_decorrelation_is_the_mean_square_off_the_diagonal_of_the_gram_matrix() -> None:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(VqConfig(codebook_size=20, code_dim=4, decorrelate=True))
+    unit = torch.nn.functional.normalize(quantizer.codebook().detach(), dim=1)
+    gram = unit.T @ unit
+    expected = gram[~torch.eye(4, dtype=torch.bool)].square().mean()
+    losses = quantizer(torch.randn(1, 4, 2, 2)).losses
+    assert set(losses) == {"commitment", "codebook", "decorrelation"}
+    torch.testing.assert_close(losses["decorrelation"], expected)

@@ -99,12 +99,14 @@ class ObjectiveConfig:
     that of Open-MAGVIT2 and IBQ 0.999."""
 
     def __post_init__(self) -> None:
-        terms = (*RECONSTRUCTION_TERMS, *QUANTIZER_TERMS, "adversarial", *PENALTIES)
-        for name, weight in self.weights(terms).items():
+        weighted = (*RECONSTRUCTION_TERMS, *QUANTIZER_TERMS, "adversarial", *PENALTIES)
+        for name, weight in self.weights(weighted).items():
             if weight < 0:
                 raise ConfigError(f"objective.{name} = {weight} is negative", "Use 0 to omit the term")
         if not any(self.weights(RECONSTRUCTION_TERMS).values()):
-            raise ConfigError("the objective has no reconstruction term", "Set objective.l1, l2, log_l2, charbonnier or lpips")
+            raise ConfigError(
+                "the objective has no reconstruction term", "Set objective.l1, l2, log_l2, charbonnier or lpips"
+            )
         if (self.lpips > 0) != (self.perceptual != "none"):
             raise ConfigError(
                 f"objective.lpips = {self.lpips} does not fit objective.perceptual = {self.perceptual!r}",

@@ -32,8 +32,8 @@ class FsqConfig(QuantizerConfig):
 
     bound: Literal["tanh", "sigmoid"] = added("tanh")
     """How a channel is bounded: "tanh" as in FSQ, or "sigmoid", (2 sigmoid(1.6 z) - 1) (L - 1) / 2, as in iFSQ, which
-    spreads normally distributed latents evenly over the levels; it needs odd levels. Its authors find about 4 bits per
-    channel best: (17, 17, 17, 17) at f16."""
+    makes a normal latent nearly uniform; it needs odd levels. Its authors find about 4 bits per channel best:
+    (17, 17, 17, 17) at f16."""
 
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 2:

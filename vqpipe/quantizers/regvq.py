@@ -1,6 +1,6 @@
 """`regvq`: a learned codebook whose use is drawn to a uniform prior, with partly random ids in training.
 
-Zhang et al. 2023, "Regularized Vector Quantization for Tokenized Image Synthesis" (arXiv 2303.06424), sections 3.1, 3.2.
+Zhang et al. 2023, "Regularized Vector Quantization for Tokenized Image Synthesis" (arXiv 2303.06424).
 Shapes: B images, C channels, h x w positions, N = B * h * w vectors, K codes.
 """
 

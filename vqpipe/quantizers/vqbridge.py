@@ -44,9 +44,10 @@ class BridgedQuantizer(CodebookQuantizer):
     """The codes are bridge(E), with E learned codes from U(-1/K, 1/K), seen as an image of H x W codes.
 
     The bridge: a convolution over patches of p x p codes, two transformer blocks over the patches, and a linear layer
-    back to the codes, whose weights and bias are 0 at the start. There is no path around it and no position embedding,
-    so all codes start at 0, and each step moves all of them. Search by squared distances, losses as `vq`; the
-    authors weight "codebook" by 1 and "commitment" by 0.25. In evaluation the codes are computed once.
+    back to the codes, whose weights and bias are 0 at the start. There is no path around it and no position embedding:
+    all codes start at 0, and a step that trains one code moves the codes at its place in all patches. The search is by
+    squared distances, and the losses are those of `vq`; the authors weight "codebook" by 1 and "commitment" by 0.25.
+    In evaluation the codes are computed once.
 
     With `feature_dim`, E is a frozen codebook of image features: the bridge in the place of `lc`'s linear projector.
     """

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from vqpipe.errors import ConfigError
+from vqpipe.quantizers import BridgedQuantizer, VqBridgeConfig, build_quantizer
+from vqpipe.quantizers.vqbridge import grid_of
+
+LATENT = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+def make(**settings: int) -> BridgedQuantizer:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2, **settings))
+    assert isinstance(quantizer, BridgedQuantizer)
+    return quantizer
+
+
+def test_all_codes_start_at_zero_and_a_step_moves_codes_of_every_patch() -> None:
+    quantizer = make()
+    assert not quantizer.codebook().any()
+    optimizer = torch.optim.Adam(quantizer.parameters(), 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(quantizer(LATENT[:, :, :1, :1]).losses.values()).backward()
+        optimizer.step()
+    codes = quantizer.codebook().detach().view(6, 8, 6)
+    first_of_each_patch = codes[::2, ::2].reshape(12, 6)
+    assert (first_of_each_patch != 0).any(1).all()
+    assert len(first_of_each_patch.unique(dim=0)) == 12
+
+
+def test_codes_keep_their_place_in_the_image_of_codes() -> None:
+    quantizer = make()
+    with torch.no_grad():  # a bridge whose output is the number of the patch, in each of its codes
+        quantizer.bridge.blocks = torch.nn.Identity()
+        quantizer.bridge.norm = torch.nn.Identity()
+        quantizer.bridge.patches.forward = lambda image: torch.arange(12.0).view(1, 1, 3, 4).expand(1, 256, 3, 4)
+        quantizer.bridge.head.weight[:, 0] = 1.0
+    codes = quantizer.codebook()[:, 0].view(6, 8)
+    expected = torch.arange(12.0).view(3, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(codes, expected)
+
+
+def test_codes_are_computed_once_in_evaluation_and_again_after_a_change() -> None:
+    quantizer = make().eval().requires_grad_(False)
+    first = quantizer.raw_codebook()
+    assert quantizer.raw_codebook() is first
+    quantizer.bridge.head.bias.add_(1.0)
+    assert not torch.equal(quantizer.raw_codebook(), first)
+
+
+def test_frozen_features_take_the_place_of_the_learned_codes() -> None:
+    quantizer = make(feature_dim=12)
+    with pytest.raises(ConfigError, match="no codebook yet"):
+        quantizer(LATENT)
+    features = torch.randn(48, 12)
+    quantizer.load_codebook(features)
+    sum(quantizer(LATENT).losses.values()).backward()
+    assert torch.equal(quantizer.codes, features)
+    assert "codes" not in dict(quantizer.named_parameters())
+    with pytest.raises(ConfigError, match="expects 48 of 12"):
+        quantizer.load_codebook(torch.zeros(40, 12))
+
+
+def test_grid_is_as_square_as_the_patches_allow() -> None:
+    assert grid_of(16_384, 4) == (128, 128)
+    assert grid_of(100_000, 5) == (250, 400)
+    with pytest.raises(ConfigError, match="patches of 4 x 4"):
+        grid_of(100_001, 4)
