@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Part A: the size of the codebook, Table 1 of VQGAN-LC on photographs. Rivals have their published start and, as
+# NAME-tuned, whitened latents and a faster codebook.
+. "$(dirname "$0")/study.sh"
+tuned=(--set train.whiten_init=true --set train.quantizer_rate=20.0 --set objective.commitment=0.25 --set objective.codebook=1.0)
+
+features pca
+for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
+    runs=try patch=4
+    case $K in 4096 | 100000) runs=twice ;; esac
+    case $K in 65536) patch=8 ;; 100000 | 1000000) patch=10 ;; esac
+    if [ "$K" -lt 65536 ]; then codebook "$K" pca "$K"; else codebook "$K" pca "$K" --set kmeans.select=random; fi
+    $runs "lc-$K" --codebook "$OUT/codebook-$K" --set $Q.codebook_size="$K"
+    $runs "fc-$K" --set $Q.kind=vq --set $Q.codebook_size="$K" "${learned[@]}" "${published[@]}"
+    $runs "fc-$K-tuned" --set $Q.kind=vq --set $Q.codebook_size="$K" "${tuned[@]}"
+    $runs "ema-$K" --set $Q.kind=ema --set $Q.codebook_size="$K" --set train.quantizer_rate=1.0 \
+        --set objective.commitment=0.25 "${published[@]}"
+    $runs "ema-$K-tuned" --set $Q.kind=ema --set $Q.codebook_size="$K" --set $Q.decay=0.9 --set train.quantizer_rate=1.0 \
+        --set objective.commitment=0.25
+    $runs "simvq-$K" --set $Q.kind=simvq --set $Q.codebook_size="$K" "${learned[@]}"
+    $runs "vqbridge-$K" --set $Q.kind=vqbridge --set $Q.codebook_size="$K" --set $Q.patch_size=$patch "${learned[@]}"
+done
+table a-size

@@ -1,0 +1,79 @@
+# What the scripts of the study share: do frozen codes win? Small networks, photographs, two cores.
+#
+#   TRAIN     training photographs, any form of --images; several sets, separated by ";"
+#   EVAL      photographs to measure on; MORE, "NAME=IMAGES NAME=IMAGES", further sets for the parts that ask for them
+#   MOBILENET the weights of networks.py: codebooks of image features (part B), a Frechet distance under its own name
+#   OUT       where artifacts go (default: study)
+#   STEPS     optimizer steps of a run (default: 3,000)
+#   JOBS      runs at the same time, one thread each (default: 2)
+#   PRECISION default: fp32, which every processor computes at full speed; bf16 needs AVX-512 or AMX
+#
+# Every run is the preset `small` (f8, 128 px, 256 positions, 16 images a step, no GAN, no LPIPS) with another quantizer.
+# Run a script again and it continues; finished runs are not made again.
+set -euo pipefail
+: "${TRAIN:?set TRAIN to the training images}" "${EVAL:?set EVAL to the images to measure on}"
+STUDY=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+OUT=${OUT:-study} STEPS=${STEPS:-3000} JOBS=${JOBS:-2} PRECISION=${PRECISION:-fp32}
+export OMP_NUM_THREADS=1
+mkdir -p "$OUT"
+Q=model.quantizer
+REPORTS=()
+# Learned codebooks have the loss weights of their papers, at the scale of the preset's objective.
+learned=(--set train.quantizer_rate=1.0 --set objective.commitment=0.25 --set objective.codebook=1.0)
+published=(--set train.whiten_init=false) # the start of the published codes
+
+vqpipe() { python "$STUDY/networks.py" vqpipe "$@"; }
+
+each() { # each OPTION LIST: the option before each set of the list, in EACH
+    local sets set
+    IFS=';' read -ra sets <<< "$2"
+    EACH=()
+    for set in "${sets[@]}"; do EACH+=("$1" "$set"); done
+}
+
+features() { # features NAME [option of extract-features ...]
+    local name=$1
+    shift
+    each --images "$TRAIN"
+    vqpipe extract-features "${EACH[@]}" --preset small --out "$OUT/features-$name" --num-workers 0 "$@"
+}
+
+codebook() { # codebook NAME FEATURES K [option of kmeans ...]
+    local name=$1 made_from=$2 k=$3
+    shift 3
+    vqpipe kmeans --features "$OUT/features-$made_from" --preset small --k "$k" --out "$OUT/codebook-$name" "$@"
+}
+
+one() { # one NAME SEED [option of train ...]: train and measure
+    local name=$1 seed=$2 set
+    shift 2
+    each --images "$TRAIN"
+    vqpipe train --preset small "${EACH[@]}" --out "$OUT/$name" --steps "$STEPS" --seed "$seed" --precision "$PRECISION" \
+        "$@" > "$OUT/$name.log" 2>&1
+    for set in "eval=$EVAL" ${MORE:-}; do
+        each --images "${set#*=}"
+        vqpipe eval "${EACH[@]}" --tokenizer "$OUT/$name" --out "$OUT/report-$name-${set%%=*}" --num-workers 0 \
+            ${MOBILENET:+--extractor mobilenet:pooled --extractor-weights "$MOBILENET"} >> "$OUT/$name.log" 2>&1
+    done
+    echo "done: $name" >&2
+}
+
+try() { # try NAME [option of train ...]: a run of seed 0, beside the others
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || echo "a run has failed: see the logs in $OUT" >&2; done
+    REPORTS+=("$OUT/report-$1-eval")
+    one "$1" "${SEED:-0}" "${@:2}" &
+}
+
+twice() { # twice NAME [option of train ...]: seeds 0 and 1
+    try "$@"
+    SEED=1 try "$1-seed1" "${@:2}"
+}
+
+table() { # table NAME: wait for the runs, then compare those that finished
+    local report done=()
+    wait || true
+    for report in "${REPORTS[@]}"; do
+        if [ -d "$report" ]; then done+=("$report"); else echo "not finished: $report" >&2; fi
+    done
+    vqpipe compare "${done[@]}" --out "$OUT/$1"
+}
