@@ -115,6 +115,37 @@ def test_validation_images_are_passed_on_if_set(tmp_path: Path) -> None:
         assert passed == ["held out/*.tar"] * (len(commands) if given.get("VALIDATION") else 0)
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in (RUNS / "study").glob("?-*.sh")))
+def test_every_command_of_the_study_parses_and_every_model_builds(script: str, tmp_path: Path) -> None:
+    """`python networks.py vqpipe ...` is recorded, and publishes an empty directory."""
+    lines = ("#!/usr/bin/env bash", "shift", '[ "$1" = vqpipe ] || exit 0', "shift")
+    record_alone = f'(flock 9\n{RECORD.partition(chr(10))[2]}) 9>"$RECORD.lock"'  # two runs write at the same time
+    publish = 'while [ $# -gt 0 ]; do [ "$1" != --out ] || mkdir -p "$2"; shift; done'
+    python = "\n".join([*lines, record_alone, publish, ""])
+    bin_folder, record = programs(tmp_path, python=python), tmp_path / "record"
+    paths = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "RECORD": str(record)}
+    given = {"TRAIN": "a;b", "EVAL": "c", "MOBILENET": "mobilenet.pth", "SIZES": "1024 100000"}
+    subprocess.run(["bash", RUNS / "study" / script], check=True, env={**given, **paths}, cwd=tmp_path, timeout=60)
+    commands = [shlex.split(line) for line in record.read_text().splitlines()]
+    trained, compared = set(), set()
+    for name, *words in commands:
+        given_options = cli.load(name).make_context(name, list(words)).params
+        if name == "train":
+            overrides = list(given_options["overrides"] or [])
+            settings = recipe.load(given_options["preset"], overrides)
+            with torch.device("meta"):
+                terms = set(build_autoencoder(settings.model).quantizer.loss_names)
+            weights = settings.objective.weights(QUANTIZER_TERMS)
+            assert {term for term in terms if not weights[term]} == set()
+            trained.add(given_options["out"].name)
+        if name == "compare":
+            compared |= {
+                report.name.removeprefix("report-").removesuffix("-eval") for report in given_options["reports"]
+            }
+    assert trained
+    assert trained == compared
+
+
 # At toy size.
 
 TOY_CODES, TOY_SIDE = "64", "64"

@@ -6,7 +6,7 @@
 The encoder `mobilenet:maps` gives the 96-channel maps of the middle of MobileNetV2, 14 x 14 at 224 px, for codebooks;
 `mobilenet:pooled` its last 1,280-channel maps, whose mean is the feature of a Frechet distance (`eval --extractor`).
 The weights are TensorFlow Lite's, dequantized, with folded batch norms, in a layout of their own: `stem.weight`,
-`b0_dw.weight`, ..., `head.bias`. The distance carries this network's name, and is no FID.
+`b0.dw.weight`, ..., `head.bias`. The distance carries this network's name, and is no FID.
 """
 
 import sys
@@ -64,9 +64,9 @@ class MobileNetV2(Normalized):
             for index in range(count):
                 before = x
                 if expansion > 1:
-                    x = F.relu6(self.convolve(x, f"b{block}_exp"))
-                x = F.relu6(self.convolve(x, f"b{block}_dw", 1 if index else stride, depthwise=True))
-                x = self.convolve(x, f"b{block}_proj")
+                    x = F.relu6(self.convolve(x, f"b{block}.exp"))
+                x = F.relu6(self.convolve(x, f"b{block}.dw", 1 if index else stride, depthwise=True))
+                x = self.convolve(x, f"b{block}.proj")
                 x = x + before if index else x
                 block += 1
             if number == MAPS_AFTER and self.output == "maps":
