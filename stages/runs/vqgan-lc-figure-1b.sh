@@ -2,7 +2,6 @@
 # VQGAN-LC, Figure 1b: top-1 accuracy of a ViT-B, pre-trained with MAE, on the tokens of FC, EMA and LC. MAE: its
 # checkpoint, mae_pretrain_vit_base.pth; MAE=none trains from scratch. The paper gives no recipe: see the preset vit-b.
 : "${MAE:?set MAE to mae_pretrain_vit_base.pth (or to none: from scratch)}"
-PROTOCOL=cleanfid-rawval
 . "$(dirname "$0")/row.sh"
 codebook 100000 100000
 tokenizer fc-16384 vqgan-fc-f16-16k

@@ -93,6 +93,13 @@ def test_clip_preprocessing_is_that_of_open_clip(tiny_clip: Path) -> None:
     assert torch.equal(encoder.transform(picture) / 255, expected)
 
 
+@pytest.mark.parametrize("name", ["resnet50_clip.openai", "vit_base_patch16_clip_224.openai"])
+def test_clip_weights_in_timm_are_cropped_as_clip_does(name: str) -> None:
+    assert timm.get_pretrained_cfg(name).crop_pct < 1
+    assert pretrained.check_timm(name)["crop_pct"] == 1.0
+    assert pretrained.check_timm("resnet50.a1_in1k")["crop_pct"] == timm.get_pretrained_cfg("resnet50.a1_in1k").crop_pct
+
+
 def test_timm_features_are_normalized_patch_tokens(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_vit").eval()

@@ -191,13 +191,17 @@ def timm_encoder(name: str, weights: Path | None, image_size: int | None) -> Tim
 
 
 def check_timm(name: str) -> dict[str, Any]:
-    """timm's pretrained configuration of `name`, which may carry a tag (`resnet50.a1_in1k`)."""
+    """timm's pretrained configuration of `name`, which may carry a tag (`resnet50.a1_in1k`).
+
+    OpenAI's CLIP crops the whole short side; timm's configurations of its weights say 0.9 of it.
+    """
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}", nearest_name(name, timm.list_models()))
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if config is None:
         raise ConfigError(f"timm:{name} has no pretrained configuration", "Choose a backbone with weights")
-    return config.to_dict()
+    own_crop = {"crop_pct": 1.0} if "_clip" in name and name.endswith(".openai") else {}
+    return config.to_dict() | own_crop
 
 
 def state_dict(file: Path) -> dict[str, Any]:
