@@ -1,7 +1,8 @@
 """`vqpipe eval`: images and a tokenizer -> a report of metrics by protocol, and a page."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich import box
@@ -18,6 +19,7 @@ from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.report import evaluate_tokenizer
 from vqpipe.metrics.feature_networks import find_networks
 from vqpipe.reports.evaluation import MEASURES, value_of, written
+from vqpipe.weights import LpipsNet
 
 
 def evaluate(
@@ -39,6 +41,15 @@ def evaluate(
         typer.Option("--tile", help="Reconstruct larger images in tiles of this side.", metavar="PIXELS", min=1),
     ] = None,
     weights: console.Weights = None,
+    perceptual: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--perceptual",
+            help="Also compute LPIPS's formula on these weights, in torchvision's layout; repeatable. The distance is "
+            "named perceptual_NET: with other weights than torchvision's it is not LPIPS.",
+            metavar="alex|vgg|squeeze=FILE",
+        ),
+    ] = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,7 +139,7 @@ def evaluate(
         if image_size is None and preset is None and not any("eval.image_size" in each for each in overrides or []):
             flags["image_size"] = autoencoder.image_size
         config = recipe.load(preset, overrides, eval=flags).eval
-        networks = find_networks(weights, torch_device)
+        networks = find_networks(weights, torch_device, perceptual_files(perceptual or []))
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         report, result = evaluate_tokenizer(
             out,
@@ -157,6 +168,17 @@ def evaluate(
             if len(result.metrics["protocols"]) > 1:
                 console.show(protocol_table(result.metrics["protocols"]))
         return console.finished(report, again=result is None)
+
+
+def perceptual_files(values: list[str]) -> dict[LpipsNet, Path]:
+    """The values of --perceptual: backbone -> file."""
+    files: dict[LpipsNet, Path] = {}
+    for value in values:
+        net, equals, file = value.partition("=")
+        if net not in get_args(LpipsNet) or not (equals and file):
+            raise ConfigError(f"--perceptual {value} is not NET=FILE", f"NET is {', '.join(get_args(LpipsNet))}")
+        files[cast(LpipsNet, net)] = Path(file)
+    return files
 
 
 def split_names(values: list[str] | None) -> list[str] | None:

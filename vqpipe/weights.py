@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from vqpipe.errors import WeightsError
 
-LPIPS_BACKBONES = {
+LpipsNet = Literal["alex", "vgg", "squeeze"]
+LPIPS_BACKBONES: dict[LpipsNet, tuple[str, str]] = {
     "alex": ("alexnet-owt-7be5be79.pth", "torchvision's AlexNet, ImageNet weights"),
     "vgg": ("vgg16-397923af.pth", "torchvision's VGG16, ImageNet weights"),
+    "squeeze": ("squeezenet1_1-b8a52dc0.pth", "torchvision's SqueezeNet 1.1, ImageNet weights"),
 }
 """Backbone of LPIPS -> torchvision's file name, and a description. The linear heads are in the lpips package."""
 
@@ -67,12 +69,13 @@ def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, 
         raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Download it again") from None
 
 
-def load_lpips(net: Literal["alex", "vgg"], file: Path) -> nn.Module:
+def load_lpips(net: LpipsNet, file: Path) -> nn.Module:
     """LPIPS v0.1 (Zhang et al. 2018), frozen; maps two float[B, 3, H, W] in [-1, 1] to float[B, 1, 1, 1].
 
     Args:
         net: the backbone.
-        file: torchvision's file of the backbone.
+        file: torchvision's file of the backbone, or another one in its layout: a distance with other weights is not
+            the published LPIPS.
 
     Raises:
         WeightsError: the file is absent or is not that backbone.
@@ -86,15 +89,13 @@ def load_lpips(net: Literal["alex", "vgg"], file: Path) -> nn.Module:
 
 
 def fill_backbone(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
-    """Copy torchvision's `features.N.*` into the backbone of lpips, whose slices keep the numbers N."""
+    """Copy torchvision's `features.N...` into the backbone of lpips, `sliceM.N...`, which keeps the numbers N."""
     backbone: Any = module.net
     for name, parameter in backbone.named_parameters():
-        number, leaf = name.split(".")[-2:]
-        value = tensors.get(f"features.{number}.{leaf}")
+        source_name = f"features.{name.partition('.')[2]}"
+        value = tensors.get(source_name)
         if value is None or value.shape != parameter.shape:
-            raise WeightsError(
-                f"{source} is not the backbone of LPIPS: features.{number}.{leaf} is absent or has another shape"
-            )
+            raise WeightsError(f"{source} is not the backbone of LPIPS: {source_name} is absent or has another shape")
         parameter.data.copy_(value)
     return module
 

@@ -272,7 +272,10 @@ def test_quantizer_loss_without_a_weight_is_an_error() -> None:
     [
         ("comitment", "Did you mean commitment?"),
         ("surprise", "Known: codebook, commitment, decorrelation, entropy, prior, rate."),
-        ("l1", "Known: codebook, commitment, decorrelation, entropy, prior, rate."),  # a weight of the objective, but not of a quantizer loss
+        (
+            "l1",
+            "Known: codebook, commitment, decorrelation, entropy, prior, rate.",
+        ),  # a weight of the objective, but not of a quantizer loss
     ],
 )
 def test_unknown_quantizer_loss_is_an_error_with_the_known_names(name: str, hint: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vqpipe.errors import DataError, NumericError
 from vqpipe.metrics import resumable
 from vqpipe.metrics.distortion import Distortion
-from vqpipe.weights import load_lpips
+from vqpipe.weights import LpipsNet, load_lpips
 
 FULL = np.array([0.299, 0.587, 0.114])
 
@@ -164,25 +164,25 @@ def test_wrong_type_shape_or_size_raises(a: Tensor, b: Tensor, words: str) -> No
         Distortion().update(a, b)
 
 
-def test_lpips_equals_the_package_on_the_same_random_backbone(tmp_path: Path) -> None:
-    from torchvision.models import alexnet
+@pytest.mark.parametrize(("net", "model"), [("alex", "alexnet"), ("squeeze", "squeezenet1_1")])
+def test_lpips_equals_the_package_on_the_same_random_backbone(net: LpipsNet, model: str, tmp_path: Path) -> None:
+    import torchvision
 
     torch.manual_seed(0)
-    file = tmp_path / "alexnet-owt-7be5be79.pth"
-    torch.save(alexnet(weights=None).state_dict(), file)
+    file = tmp_path / "backbone.pth"
+    torch.save(getattr(torchvision.models, model)(weights=None).state_dict(), file)
     a, b = pair(n=2, height=64, width=72)
-    meter = Distortion({"lpips_alex": load_lpips("alex", file)}, keys=())
+    meter = Distortion({net: load_lpips(net, file)}, keys=())
     meter.update(a, b)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's remarks on the arguments that lpips still passes
         import lpips
 
-        package = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+        package = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
     features = torch.load(file, weights_only=True)
     for name, parameter in package.net.named_parameters():
-        number, leaf = name.split(".")[-2:]
-        parameter.data.copy_(features[f"features.{number}.{leaf}"])
+        parameter.data.copy_(features[f"features.{name.split('.', 1)[1]}"])
     with torch.no_grad():
         expected = package(a / 255, b / 255, normalize=True).mean()
-    assert meter.compute() == {"lpips_alex": pytest.approx(float(expected), rel=1e-4)}
+    assert meter.compute() == {net: pytest.approx(float(expected), rel=1e-4)}
     assert float(expected) > 1e-4

@@ -99,6 +99,25 @@ def test_report_equals_metrics_of_decoded_reconstructions(
     assert open_artifact(path).digest[:12] in html
 
 
+def test_perceptual_distance_of_own_weights_has_its_own_name(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "own.pth")
+    out = run(
+        tiny_tokenizer("tokenizer"), picture_folder, tmp_path / "r", perceptual=[f"squeeze={tmp_path / 'own.pth'}"]
+    )
+    metrics = metrics_of(out)
+    assert metrics["perceptual_squeeze"] > 0
+    assert list(open_artifact(out).config["weights"]) == ["perceptual_squeeze: own.pth"]
+    assert "lpips" not in metrics["protocols"]["adm"]
+    assert "perceptual (SqueezeNet)" in (out / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="NET is alex, vgg, squeeze"):
+        run(tmp_path, picture_folder, tmp_path / "other", perceptual=["resnet=own.pth"])
+
+
 def test_batch_size_does_not_change_metrics_and_a_second_run_is_skipped(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

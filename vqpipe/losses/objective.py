@@ -58,10 +58,11 @@ class ObjectiveConfig:
     """eps of the charbonnier term, for pixels in [-1, 1]."""
     lpips: float = 0.0
     """LPIPS; needs `perceptual`."""
-    perceptual: Literal["vgg", "alex", "none"]
+    perceptual: Literal["vgg", "alex", "squeeze", "none"]
     """Backbone of LPIPS; "none" trains without it. Required, so that it is not omitted by accident."""
     lpips_weights: str = resumable(default="")
-    """torchvision's file of the backbone, or the folder that contains it. Identified by content, not by path."""
+    """torchvision's file of the backbone, or the folder that contains it. Identified by content, not by path. Another
+    file in its layout works as well; the term is then LPIPS's formula with those weights."""
     commitment: float = 0.0
     """Moves latents towards their codes."""
     codebook: float = 0.0
@@ -110,7 +111,7 @@ class ObjectiveConfig:
         if (self.lpips > 0) != (self.perceptual != "none"):
             raise ConfigError(
                 f"objective.lpips = {self.lpips} does not fit objective.perceptual = {self.perceptual!r}",
-                'Set a weight lpips and perceptual = "vgg", or lpips = 0 and perceptual = "none"',
+                'Set a weight lpips and perceptual = "vgg", "alex" or "squeeze", or lpips = 0 and perceptual = "none"',
             )
         if self.charbonnier_eps <= 0 or min(self.disc_start, self.adversarial_warmup) < 0:
             raise ConfigError(

@@ -5,11 +5,11 @@ package, which contains the v0.1 linear heads, but not the backbone, torchvision
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
-from vqpipe.weights import LPIPS_BACKBONES, find_weights, load_lpips
+from vqpipe.weights import LPIPS_BACKBONES, LpipsNet, find_weights, load_lpips
 
 
 class Perceptual(nn.Module):
@@ -19,11 +19,11 @@ class Perceptual(nn.Module):
     random; here `train()` has no effect on it. Its weights are not part of the `state_dict`.
     """
 
-    def __init__(self, net: Literal["vgg", "alex"], weights: str = "") -> None:
+    def __init__(self, net: LpipsNet, weights: str = "") -> None:
         """
         Args:
-            net: "vgg" as in VQGAN, or "alex".
-            weights: torchvision's file, or the folder that contains it.
+            net: "vgg" as in VQGAN, "alex" or "squeeze".
+            weights: torchvision's file, another one in its layout, or the folder that contains torchvision's.
 
         Raises:
             WeightsError: the file is absent, or is not that backbone.
@@ -49,7 +49,7 @@ def without_missing(module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if "lpips.network." not in name]
 
 
-def backbone_file(net: Literal["vgg", "alex"], weights: str) -> Path:
+def backbone_file(net: LpipsNet, weights: str) -> Path:
     """The file of LPIPS's backbone: `weights` itself, or in the folder `weights`.
 
     Raises:

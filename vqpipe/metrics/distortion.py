@@ -30,8 +30,11 @@ CONVENTIONS = {
     "ssim_range2": "as ssim_uniform7 with twice the true data range (LlamaGen's evaluation); higher",
     "lpips_alex": "lpips v0.1, AlexNet, on [-1, 1]",
     "lpips_vgg": "lpips v0.1, VGG16, on [-1, 1]",
+    "perceptual_alex": "LPIPS v0.1's formula and heads on an AlexNet with the weights given: not the published LPIPS",
+    "perceptual_vgg": "LPIPS v0.1's formula and heads on a VGG16 with the weights given: not the published LPIPS",
+    "perceptual_squeeze": "LPIPS v0.1's formula and heads on a SqueezeNet with the weights given: not published LPIPS",
 }
-"""Key -> definition. LPIPS is measured only where its weights are given."""
+"""Key -> definition. LPIPS and perceptual distances are measured only where weights are given."""
 COMMON = (
     *("psnr", "psnr_of_mean_mse", "psnr_y", "psnr_y_full"),
     *("ssim", "ssim_y", "ssim_uniform7", "ssim_range2"),
@@ -53,7 +56,7 @@ class Distortion(Metric):
     into batches and ranks.
 
     Args:
-        perceptual: LPIPS networks by key ("lpips_alex", "lpips_vgg"); each takes two float[B, 3, H, W] in [-1, 1].
+        perceptual: LPIPS networks by key ("lpips_alex", "perceptual_squeeze"), from two float[B, 3, H, W] in [-1, 1].
         keys: the conventions to measure, keys of `CONVENTIONS`.
     """
 

@@ -1,8 +1,8 @@
 """The pretrained networks of the metrics, found in a folder by file name."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.metrics.inception import INCEPTION_FILE, Inception
-from vqpipe.weights import LPIPS_BACKBONES, find_weights, load_lpips
+from vqpipe.weights import LPIPS_BACKBONES, LpipsNet, find_weights, load_lpips
 
-LPIPS_NETS: tuple[Literal["alex", "vgg"], ...] = ("alex", "vgg")
+LPIPS_NETS: tuple[LpipsNet, ...] = ("alex", "vgg")
+"""The backbones whose LPIPS is reported where their published weights are found."""
 PROBE_SIDE = 64
 """Side in pixels of the black image that shows an extractor's number of features."""
 
@@ -35,10 +36,17 @@ class FeatureNetworks:
     """Name of an extractor -> hash of its weights file."""
 
 
-def find_networks(folder: Path | None, device: torch.device | str = "cpu") -> FeatureNetworks:
+def find_networks(
+    folder: Path | None, device: torch.device | str = "cpu", perceptual_weights: Mapping[LpipsNet, Path] | None = None
+) -> FeatureNetworks:
     """Load the LPIPS backbones (as torchvision names them) and torch-fidelity's Inception that are in `folder`.
 
     A missing file is a reason in `absent`, not an error.
+
+    Args:
+        folder: where the published weights are.
+        device: where the networks go.
+        perceptual_weights: backbone -> a file in torchvision's layout, for a perceptual distance of its own name.
 
     Raises:
         WeightsError: `folder` is not a directory, or a file in it is damaged.
@@ -58,6 +66,9 @@ def find_networks(folder: Path | None, device: torch.device | str = "cpu") -> Fe
             continue
         perceptual[f"lpips_{net}"] = load_lpips(net, file).to(device)
         sha256[file.name] = hash_file(file)
+    for net, file in (perceptual_weights or {}).items():
+        perceptual[f"perceptual_{net}"] = load_lpips(net, file).to(device)
+        sha256[f"perceptual_{net}: {file.name}"] = hash_file(file)
     try:
         file = find_weights(INCEPTION_FILE, folder, "rFID needs torch-fidelity's Inception")
     except WeightsError as error:

@@ -86,6 +86,7 @@ NUMBERS = (
     LoggedNumber("valid/psnr", "validation", "validation PSNR", ".2f", "dB", note="mean over images"),
     LoggedNumber("valid/ssim", "validation", "validation SSIM", ".3f"),
     LoggedNumber("valid/lpips_vgg", "validation", "validation LPIPS (VGG)", ".3f"),
+    LoggedNumber("valid/lpips_squeeze", "validation", "validation LPIPS (SqueezeNet)", ".3f"),
     LoggedNumber("valid/lpips_alex", "validation", "validation LPIPS (AlexNet)", ".3f"),
     LoggedNumber("valid/top1", "validation", "validation top-1", ".1f", "%", 100),
     LoggedNumber("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
@@ -180,7 +181,7 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
         plots.curves("PSNR in validation, dB", lines(validation="valid/psnr"), "linear", f"Mean over {held_out}."),
         plots.curves(
             "LPIPS in validation",
-            lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex"),
+            lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex", SqueezeNet="valid/lpips_squeeze"),
             "linear",
             f"Mean over {held_out}.",
         ),

@@ -3,6 +3,7 @@
 #   TRAIN     training photographs, any form of --images; several sets, separated by ";"
 #   EVAL      photographs to measure on; MORE, "NAME=IMAGES NAME=IMAGES", further sets for the parts that ask for them
 #   MOBILENET the weights of networks.py: codebooks of image features (part B), a Frechet distance under its own name
+#   SQUEEZE   the weights of a SqueezeNet 1.1, for a perceptual distance under its own name
 #   OUT       where artifacts go (default: study)
 #   STEPS     optimizer steps of a run (default: 3,000)
 #   JOBS      runs at the same time, one thread each (default: 2)
@@ -53,7 +54,8 @@ one() { # one NAME SEED [option of train ...]: train and measure
     for set in "eval=$EVAL" ${MORE:-}; do
         each --images "${set#*=}"
         vqpipe eval "${EACH[@]}" --tokenizer "$OUT/$name" --out "$OUT/report-$name-${set%%=*}" --num-workers 0 \
-            ${MOBILENET:+--extractor mobilenet:pooled --extractor-weights "$MOBILENET"} >> "$OUT/$name.log" 2>&1
+            ${MOBILENET:+--extractor mobilenet:pooled --extractor-weights "$MOBILENET"} \
+            ${SQUEEZE:+--perceptual squeeze="$SQUEEZE"} >> "$OUT/$name.log" 2>&1
     done
     echo "done: $name" >&2
 }
