@@ -132,6 +132,7 @@ def evaluate(
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
+        perceptual_weights = perceptual_files(perceptual or [])
         image_set = open_images(images)
         autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
@@ -139,7 +140,7 @@ def evaluate(
         if image_size is None and preset is None and not any("eval.image_size" in each for each in overrides or []):
             flags["image_size"] = autoencoder.image_size
         config = recipe.load(preset, overrides, eval=flags).eval
-        networks = find_networks(weights, torch_device, perceptual_files(perceptual or []))
+        networks = find_networks(weights, torch_device, perceptual_weights)
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         report, result = evaluate_tokenizer(
             out,
