@@ -1,6 +1,7 @@
 """The scripts in stages/runs: every command parses, every model builds, and every script finishes at toy size."""
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
@@ -137,6 +138,9 @@ def test_every_command_of_the_study_parses_and_every_model_builds(script: str, t
                 terms = set(build_autoencoder(settings.model).quantizer.loss_names)
             weights = settings.objective.weights(QUANTIZER_TERMS)
             assert {term for term in terms if not weights[term]} == set()
+            quantizer = str(settings.model.quantizer)
+            needs_codebook = "codebook_init='artifact'" in quantizer or re.search(r"feature_dim=[1-9]", quantizer)
+            assert bool(given_options["codebook"]) == bool(needs_codebook)
             trained.add(given_options["out"].name)
         if name == "compare":
             compared |= {

@@ -6,8 +6,10 @@ Shapes: B images, D channels of a code, h x w positions, N = B * h * w vectors, 
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
@@ -98,7 +100,7 @@ class GaussianQuantizer(Quantizer):
         self.code_dim, self.tolerance = config.code_dim, config.tolerance
         self.bits = math.log2(config.codebook_size)
         codes = gaussian_codes(config.codebook_size, config.code_dim, config.codebook_seed)
-        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("codes", torch.tensor(codes), persistent=False)
         self.register_buffer("weights", torch.ones(3))
 
     def forward(self, latent: Tensor) -> Quantized:
@@ -170,7 +172,10 @@ def rate(posterior: Posterior) -> Tensor:
     return BITS_PER_NAT * nats.sum(1)
 
 
-def gaussian_codes(size: int, dim: int, seed: int) -> Tensor:
+@cache
+def gaussian_codes(size: int, dim: int, seed: int) -> np.ndarray:
     """float32[size, dim] normal numbers: the quantiles of a scrambled Sobol sequence."""
-    uniform = SobolEngine(dim, scramble=True, seed=seed).draw(size, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(2.0**-32, 1 - 2.0**-32)).float()
+    with torch.device("cpu"):  # where the sequence is defined
+        uniform = SobolEngine(dim, scramble=True, seed=seed).draw(size, dtype=torch.float64)
+        codes: np.ndarray = torch.special.ndtri(uniform.clamp(2.0**-32, 1 - 2.0**-32)).float().numpy()
+    return codes

@@ -53,8 +53,8 @@ class LeechQuantizer(CodebookQuantizer):
 
     def __init__(self, config: LeechConfig) -> None:
         super().__init__(config)
-        codes = torch.from_numpy(leech_vectors()).float()
-        self.register_buffer("codes", codes / codes[0].norm(), persistent=False)
+        codes = torch.tensor(leech_vectors(), dtype=torch.float32)
+        self.register_buffer("codes", codes / 32**0.5, persistent=False)
 
     def raw_codebook(self) -> Tensor:
         return self.codes
