@@ -78,7 +78,8 @@ def details(entries: list[Entry]) -> Table:
     shown.add_column(overflow="fold")
     for entry in entries:
         names = " and ".join(file.name for file in entry.files)
-        lines = [f"{names} at {entry.page}" if entry.source == entry.page and names else entry.source]
+        lines = [file.source for file in entry.files if file.source]
+        lines = lines or [f"{names} at {entry.page}" if names else entry.page]
         lines += [f"{each.numbers()} ({each.protocol}; {each.source})" for each in entry.published]
         lines += [entry.notes] if entry.notes else []
         shown.add_row(escape(entry.name), escape("\n".join(lines)), style="dim")

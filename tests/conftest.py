@@ -7,7 +7,7 @@ import signal
 import sys
 import tarfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -156,6 +156,29 @@ def crash() -> ModuleType:
 def golden() -> ModuleType:
     """The module tests/golden.py, which makes pictures, and random weights in the formats of their publishers."""
     return load_module(ROOT / "tests" / "golden.py")
+
+
+@pytest.fixture
+def hub_server() -> Iterator[Any]:
+    """A running `Server` of tests/hub_server.py."""
+    module = sys.modules.get("hub_server") or load_module(ROOT / "tests" / "hub_server.py")
+    with module.running() as server:
+        yield server
+
+
+@pytest.fixture
+def hub_environment(hub_server: Any, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process whose hub is `hub_server`, with empty caches."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "XDG_CACHE"))}
+    return kept | {
+        "HF_ENDPOINT": hub_server.address,
+        "HF_HOME": str(tmp_path / "hf-home"),
+        "HF_HUB_DISABLE_XET": "1",  # the other protocol of large files needs a server of its own
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 @pytest.fixture(scope="session")

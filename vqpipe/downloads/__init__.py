@@ -29,6 +29,7 @@ __all__ = [
     "hub_errors",
     "parse",
     "reachable",
+    "server",
     "split_repository",
     "url_folder",
 ]
@@ -46,6 +47,15 @@ def cached(address: Address) -> Path | None:
     except ValueError:  # not the name of a repository
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def server(address: Address) -> str:
+    """The server that a file is downloaded from; for the hub, it may be a mirror."""
+    if isinstance(address, Url):
+        return str(address).removesuffix(address.path)
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
 
 
 def fetch(address: Address, by_hand: str, *, sha256: str = "", progress: Progress = SILENT) -> Path:

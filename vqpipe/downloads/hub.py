@@ -100,9 +100,9 @@ def hub_errors(name: str, repository: str, by_hand: str) -> Iterator[None]:
 
 def bar_class(progress: Progress, title: str) -> type:
     """A class in place of tqdm's, with which huggingface_hub reports bytes to `progress`."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})
             self.bytes = Megabytes(progress, title, options.get("total"), options.get("initial") or 0)

@@ -139,8 +139,7 @@ class Download:
             response = urllib.request.urlopen(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             if error.code == 416 and start:  # nothing after `start`: the partial file is whole, or of another version
-                total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-                if total == str(start):
+                if (error.headers.get("Content-Range") or "").rpartition("/")[2] == str(start):
                     return 0
                 self.partial.unlink()
                 return 1

@@ -69,10 +69,11 @@ def check_own_files(entry: Entry, given: Sequence[Path]) -> list[Path]:
 
 
 def by_hand(entry: Entry, out: Path | None) -> str:
-    """Where to get the files in a browser, their hashes, and the command that takes them."""
+    """The command that takes files that were downloaded by hand, their hashes, and where to get them."""
     files = [file.name + (f" (sha256 {file.sha256})" if file.sha256 else "") for file in entry.files]
     return (
-        f"Download {' and '.join(files) or 'its checkpoint'} from {entry.page}, and run: {command_by_hand(entry, out)}"
+        f"Run `{command_by_hand(entry, out)}` after downloading {' and '.join(files) or 'its checkpoint as FILE'} from "
+        f"{entry.page} in a browser"
     )
 
 
