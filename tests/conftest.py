@@ -120,6 +120,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
     import huggingface_hub
 
+    from vqpipe import downloads
     from vqpipe.codebooks import pretrained
 
     def look_up(host: Any, *port: Any, **options: Any) -> None:
@@ -131,6 +132,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
     monkeypatch.setattr(pretrained, "reachable", fake.reachable)
+    monkeypatch.setattr(downloads.hub, "reachable", lambda url: fake.online)
     monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", False)
     return fake
 
@@ -164,6 +166,24 @@ def hub_server() -> Iterator[Any]:
     module = sys.modules.get("hub_server") or load_module(ROOT / "tests" / "hub_server.py")
     with module.running() as server:
         yield server
+
+
+@pytest.fixture
+def hub_in_process(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`hub_server` as the hub of this process, with an empty cache and a token."""
+    from huggingface_hub import constants
+
+    template = hub_server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_URL_HOSTS", frozenset({"127.0.0.1"}), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", sys.modules["hub_server"].TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return hub_server
 
 
 @pytest.fixture

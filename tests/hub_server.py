@@ -171,7 +171,7 @@ def running() -> Iterator[Server]:
         name = f"{asked['organization']}/{asked['name']}"
         state.created.append(asked)
         if name in state.repositories:
-            return request.json({"error": "You already created this model repo"}, 409)
+            return request.json({"error": "You already created this", "url": f"{state.address}/{name}"}, 409)
         state.repositories[name] = {}
         return request.json({"url": f"{state.address}/{name}"})
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from vqpipe.downloads.addresses import Address, HubFile, Url, parse, split_repository
-from vqpipe.downloads.hub import commit_of, fetch_from_hub, fetch_repository, hub_errors, reachable
+from vqpipe.downloads.hub import commit_of, fetch_from_hub, fetch_repository, reachable, upload_folder
 from vqpipe.downloads.web import fetch_url, url_folder
 from vqpipe.errors import WeightsError
 from vqpipe.files import hash_file
@@ -26,11 +26,11 @@ __all__ = [
     "commit_of",
     "fetch",
     "fetch_repository",
-    "hub_errors",
     "parse",
     "reachable",
     "server",
     "split_repository",
+    "upload_folder",
     "url_folder",
 ]
 

@@ -32,7 +32,7 @@ def fetch_from_hub(file: HubFile, found: Path | None, by_hand: str, progress: Pr
     options: dict[str, Any] = {}
     if "tqdm_class" in signature(huggingface_hub.hf_hub_download).parameters:  # not in the first versions 1.x
         options["tqdm_class"] = bar_class(progress, file.path)
-    with hub_errors(str(file), file.repository, by_hand):
+    with hub_errors(f"{file} cannot be downloaded", file.repository, by_hand):
         return Path(huggingface_hub.hf_hub_download(file.repository, file.path, revision=file.revision, **options))
 
 
@@ -46,7 +46,8 @@ def fetch_repository(repository: str, revision: str | None, patterns: list[str],
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)
-    with hub_errors(f"{HUB}{repository}" + (f"@{revision}" if revision else ""), repository, by_hand):
+    name = f"{HUB}{repository}" + (f"@{revision}" if revision else "")
+    with hub_errors(f"{name} cannot be downloaded", repository, by_hand):
         return Path(
             huggingface_hub.snapshot_download(
                 repository, revision=revision, allow_patterns=patterns, local_files_only=offline
@@ -54,12 +55,35 @@ def fetch_repository(repository: str, revision: str | None, patterns: list[str],
         )
 
 
+def upload_folder(repository: str, folder: Path, *, private: bool) -> str:
+    """Upload the files of a folder to a repository, which is made if it is absent; return the URL of the commit.
+
+    Raises:
+        WeightsError: there is no token, no permission or no connection.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    failed = f"cannot upload to {HUB}{repository}"
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(f"{failed}: HF_HUB_OFFLINE is set", "Unset it where there is a network")
+    if get_token() is None:
+        raise WeightsError(f"{failed}: no token of the hub was found", f"To log in, {LOGIN}")
+    if not reachable(constants.ENDPOINT):
+        raise WeightsError(
+            f"{failed}: no connection to {constants.ENDPOINT}", "Run the command where there is a network"
+        )
+    with hub_errors(failed, repository, "Run the command again"):
+        api = HfApi()
+        api.create_repo(repository, private=True if private else None, exist_ok=True)
+        message = "Upload a tokenizer with vqpipe"
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+
+
 @contextmanager
-def hub_errors(name: str, repository: str, by_hand: str) -> Iterator[None]:
-    """Raise the errors of huggingface_hub about `name` as a WeightsError of one line."""
+def hub_errors(failed: str, repository: str, by_hand: str) -> Iterator[None]:
+    """Raise the errors of huggingface_hub as a WeightsError of one line that begins with `failed`."""
     from huggingface_hub import constants, errors
 
-    failed = f"{name} cannot be downloaded"
     try:
         yield
     except errors.GatedRepoError:
