@@ -192,6 +192,13 @@ def test_web_pages_and_failures_of_a_url_are_one_line(hub_server: Any, fetch: Ca
     assert done.error == f"error: {hub_server.address}/files/weights.pt is a web page, not a file of weights. BY HAND."
     assert "HTTP status 404. BY HAND" in fetch(f"{hub_server.address}/files/absent.pt").error
     assert "Connection refused. BY HAND" in fetch("http://127.0.0.1:9/weights.pt").error
+    error = fetch("http://user:secret@127.0.0.1/a.pt").error
+    assert error == "error: http://127.0.0.1/a.pt was given with a password. Download the file, and pass its path."
+
+
+def test_spaces_and_accents_in_a_url(hub_server: Any, fetch: Callable[..., Fetched]) -> None:
+    hub_server.files["ü b.pt"] = CONTENT
+    assert fetch(f"{hub_server.address}/files/ü b.pt").path.name == "ü_b.pt"
 
 
 def test_addresses() -> None:
@@ -200,7 +207,7 @@ def test_addresses() -> None:
     page = "https://huggingface.co/a/b/resolve/main/c%20d.pt?download=true"
     assert downloads.parse(page) == downloads.HubFile("a/b", "c d.pt")
     assert downloads.parse("https://huggingface.co/a/b/blob/v1/c.pt") == downloads.HubFile("a/b", "c.pt", "v1")
-    url = downloads.parse("https://user:word@host/a/..%2F.b%20c?token=1")
+    url = downloads.parse("https://host/a/..%2F.b%20c?token=1")
     assert isinstance(url, downloads.Url)
     assert (str(url), url.path) == ("https://host/a/..%2F.b%20c", "b_c")
     for wrong in ("hf:", "hf:a/b", "hf:a//c", "hf:a/b/../c", "https:///a"):

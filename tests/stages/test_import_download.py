@@ -134,6 +134,7 @@ def test_url_is_imported_with_its_hash_and_address(
     assert done.returncode == 0, done.stderr
     assert f"sha256 {sha256(checkpoint)}, not checked: none is known for it" in done.stderr
     assert open_artifact(tmp_path / "imported").facts["source"] == url
+    assert "secret" not in done.stderr + (tmp_path / "imported" / "manifest.json").read_text(encoding="utf-8")
 
 
 def test_file_of_the_hub_is_imported_through_the_environment_of_huggingface_hub(

@@ -36,7 +36,7 @@ class Url:
     address: str
 
     def __str__(self) -> str:
-        """The address without passwords and queries, which may be secret."""
+        """The address without password and query, which may be secret."""
         parts = urllib.parse.urlsplit(self.address)
         return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -67,6 +67,8 @@ def parse(text: str) -> Address | None:
     if text.startswith(("http://", "https://")):
         if not urllib.parse.urlsplit(text).hostname:
             raise ConfigError(f"{text} has no host", "Write https://HOST/PATH")
+        if "@" in urllib.parse.urlsplit(text).netloc:
+            raise ConfigError(f"{Url(text)} was given with a password", "Download the file, and pass its path")
         return Url(text)
     if not text.startswith(HUB):
         return None

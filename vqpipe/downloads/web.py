@@ -5,9 +5,12 @@ import hashlib
 import json
 import os
 import shutil
+import string
 import urllib.error
+import urllib.parse
 import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +58,8 @@ def fetch_url(url: Url, by_hand: str, progress: Progress) -> Path:
                 Download(url, partial, progress).run(by_hand)
                 os.replace(partial, target)
                 version_file(partial).unlink(missing_ok=True)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise connection_error(url, error, by_hand) from None
+    except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException, ValueError) as error:
+        raise connection_error(url, error, by_hand) from None  # ValueError: it is no URL
     except OSError as error:
         raise WeightsError(
             f"cannot write {partial}: {reason(error)} ({free_space(partial)} are free)",
@@ -108,7 +111,7 @@ class Download:
             before = self.size()
             try:
                 missing = self.continue_download(by_hand)
-            except (TimeoutError, ConnectionError):
+            except (TimeoutError, ConnectionError, HTTPException):
                 missing = 1
                 if self.size() == before and failures + 1 >= ATTEMPTS:
                     raise
@@ -129,9 +132,8 @@ class Download:
         """Open one connection and append what it sends; return how many bytes are still missing."""
         version = self.version()
         start = self.size() if version else 0
-        request = urllib.request.Request(
-            self.url.address, headers={"User-Agent": "vqpipe", "Accept-Encoding": "identity"}
-        )
+        address = urllib.parse.quote(self.url.address, safe=string.punctuation)
+        request = urllib.request.Request(address, headers={"User-Agent": "vqpipe", "Accept-Encoding": "identity"})
         if start:
             request.add_header("Range", f"bytes={start}-")
             request.add_header("If-Range", version)
