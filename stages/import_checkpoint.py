@@ -94,6 +94,8 @@ def import_checkpoint(
     if out is None:
         raise typer.BadParameter("it is required without --dry-run", param_hint="--out")
     with console.session("cpu", seed):
+        if (done := published_before(wanted, out, family, codebook)) is not None:
+            return console.finished(done, again=True)
         with console.ProgressBar() as progress:
             checkpoint = obtain(wanted, own_files or [], out, family, progress)
         for line in checkpoint.lines:
@@ -159,6 +161,26 @@ def recognize(source: str, own_files: Sequence[Path]) -> Path | Address | Entry:
         hint = nearest_name(source, [known.name for known in zoo.entries()])
         hint = hint if hint.endswith("?") else "Pass a file of weights, or a name that vqpipe zoo lists"
     raise WeightsError(f"{source} is not a file", hint)
+
+
+def published_before(
+    wanted: Path | Address | Entry, out: Path, family: str | None, codebook: Path | None
+) -> Artifact | None:
+    """The artifact `out`, if it was imported from this entry, whose hash is known: the file is not needed again.
+
+    Raises:
+        ArtifactError: `out` is there, and is something else.
+    """
+    if not isinstance(wanted, Entry) or wanted.family in KINDS or not out.exists():
+        return None
+    hashes = [file.sha256 for file in wanted.files]
+    if len(hashes) != 1 or not hashes[0]:
+        return None
+    inputs: dict[str, artifacts.Input | str] = {"checkpoint": hashes[0]}
+    if codebook is not None:
+        inputs["codebook"] = codebook_input(codebook)
+    found = artifacts.start(out, "tokenizer", {"family": family or wanted.family, "zoo": wanted.name}, inputs)
+    return found if isinstance(found, Artifact) else None
 
 
 def obtain(

@@ -2,6 +2,7 @@
 
 import hashlib
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,9 +73,12 @@ def test_entry_of_the_zoo_is_downloaded_checked_and_imported(
     assert Tokenizer.from_pretrained(tmp_path / "imported").codebook_size > 0
     assert hub_server.log == ["GET /files/last.ckpt"]
 
+    shutil.rmtree(tmp_path / "cache")
     again = vqpipe(tmp_path, "import-checkpoint", "small-vqgan", "--out", "imported")
     assert "already published" in again.stderr
-    assert len(hub_server.log) == 1
+    other = vqpipe(tmp_path, "import-checkpoint", "small-vqgan", "--family", "ibq", "--out", "imported")
+    assert "imported exists and was made with other settings" in other.stderr
+    assert len(hub_server.log) == 1  # neither needed the file
 
 
 def test_without_a_network_the_error_has_the_page_the_hash_and_a_command_that_works(
