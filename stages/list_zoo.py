@@ -40,7 +40,8 @@ def zoo(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
-    for paper in dict.fromkeys(entry.paper for entry in entries):
+    importable_first = sorted(entries, key=lambda entry: bool(entry.refused))
+    for paper in dict.fromkeys(entry.paper for entry in importable_first):
         own = [entry for entry in entries if entry.paper == paper]
         console.print(paper, style="bold", markup=False)
         console.print(sizes(own, imported))
