@@ -50,6 +50,8 @@ COMMANDS = {
     "train-classifier": Command("train_classifier", "train_classifier", "Train a classifier of tokens."),
     "compare": Command("compare", "compare", "Compare reports side by side."),
     "inspect": Command("inspect_artifact", "inspect", "Print an artifact's manifest, facts and lineage."),
+    "push": Command("push", "push", "Upload a tokenizer to the model hub."),
+    "zoo": Command("list_zoo", "zoo", "List the published tokenizers."),
     "presets": Command("list_presets", "presets", "List the presets, or print one."),
     "bench": Command("bench", "bench", "Measure the speed of this machine."),
 }

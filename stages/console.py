@@ -62,14 +62,17 @@ Images = Annotated[
     ),
 ]
 TokenizerPath = Annotated[
-    Path, typer.Option("--tokenizer", help="A tokenizer artifact, or hf:USER/NAME on the model hub.", metavar="DIR")
+    Path,
+    typer.Option(
+        "--tokenizer", help="A tokenizer artifact, or hf:USER/NAME[@REVISION] on the model hub.", metavar="DIR"
+    ),
 ]
 AutoencoderPath = Annotated[
     Path,
     typer.Option(
         "--tokenizer",
-        help="A tokenizer artifact, hf:USER/NAME on the model hub, or a folder with a VAE: AutoencoderKL of diffusers "
-        "(SD-VAE, SDXL-VAE, SD3, FLUX), TAESD to TAEF2.",
+        help="A tokenizer artifact, hf:USER/NAME[@REVISION] on the model hub, or a folder with a VAE: "
+        "AutoencoderKL of diffusers (SD-VAE, SDXL-VAE, SD3, FLUX), TAESD to TAEF2.",
         metavar="DIR",
     ),
 ]

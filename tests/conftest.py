@@ -7,7 +7,7 @@ import signal
 import sys
 import tarfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -120,6 +120,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
     import huggingface_hub
 
+    from vqpipe import downloads
     from vqpipe.codebooks import pretrained
 
     def look_up(host: Any, *port: Any, **options: Any) -> None:
@@ -131,6 +132,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
     monkeypatch.setattr(pretrained, "reachable", fake.reachable)
+    monkeypatch.setattr(downloads.hub, "reachable", lambda url: fake.online)
     monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", False)
     return fake
 
@@ -156,6 +158,47 @@ def crash() -> ModuleType:
 def golden() -> ModuleType:
     """The module tests/golden.py, which makes pictures, and random weights in the formats of their publishers."""
     return load_module(ROOT / "tests" / "golden.py")
+
+
+@pytest.fixture
+def hub_server() -> Iterator[Any]:
+    """A running `Server` of tests/hub_server.py."""
+    module = sys.modules.get("hub_server") or load_module(ROOT / "tests" / "hub_server.py")
+    with module.running() as server:
+        yield server
+
+
+@pytest.fixture
+def hub_in_process(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`hub_server` as the hub of this process, with an empty cache and a token."""
+    from huggingface_hub import constants
+
+    template = hub_server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_URL_HOSTS", frozenset({"127.0.0.1"}), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", sys.modules["hub_server"].TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return hub_server
+
+
+@pytest.fixture
+def hub_environment(hub_server: Any, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process whose hub is `hub_server`, with empty caches."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "XDG_CACHE"))}
+    return kept | {
+        "HF_ENDPOINT": hub_server.address,
+        "HF_HOME": str(tmp_path / "hf-home"),
+        "HF_HUB_DISABLE_XET": "1",  # the other protocol of large files needs a server of its own
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from vqpipe import Tokenizer
-from vqpipe.continuous import WEIGHTS, ContinuousAutoencoder, open_autoencoder
+from vqpipe import Tokenizer, artifacts
+from vqpipe.continuous import CONFIG, WEIGHTS, ContinuousAutoencoder, open_autoencoder, write_continuous
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import decode, pixels, to_float, to_uint8
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
@@ -247,6 +247,29 @@ def test_tiny_autoencoder_in_two_files(pair: Path, images: torch.Tensor) -> None
     assert difference.abs().max() <= 1
     assert (opened.name, opened.downsample_factor) == ("taef9", 8)
     assert opened.describe(32)["latent_shape"] == [len(encoder["14.weight"]), 4, 4]
+
+
+@pytest.mark.parametrize("pair", [(32, True), (4, False)], indirect=True, ids=["as-taef2", "as-taesd"])
+def test_artifact_of_a_tiny_autoencoder_is_the_same_without_pickles(
+    pair: Path, images: torch.Tensor, tmp_path: Path
+) -> None:
+    published = ContinuousAutoencoder.from_pretrained(pair)
+    draft = artifacts.start(tmp_path / "published", "autoencoder", {}, {})
+    assert isinstance(draft, artifacts.Draft)
+    with draft:
+        write_continuous(draft, published, {"licence": "MIT"})
+        artifact = draft.publish({})
+    assert artifact.names() == ["README.md", CONFIG, WEIGHTS]
+    opened = open_autoencoder(artifact.path)
+    latents = opened.encode(images)
+    assert torch.equal(latents, published.encode(images))
+    size = (images.shape[2], images.shape[3])
+    assert torch.equal(opened.decode(latents, size), published.decode(latents, size))
+    content = bytearray((artifact.path / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (artifact.path / WEIGHTS).write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        open_autoencoder(artifact.path)
 
 
 def change_tensors(folder: Path, side: str, **changes: torch.Tensor | None) -> None:

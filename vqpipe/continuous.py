@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqpipe import artifacts
 from vqpipe.data.transforms import to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.errors import DataError, NumericError, WeightsError
 from vqpipe.files import digest_json, hash_file
-from vqpipe.tokenizer import Tokenizer, diffusers_class, latent_size, load_weights, network_input
+from vqpipe.tokenizer import Tokenizer, diffusers_class, latent_size, load_weights, network_input, save_weights
 from vqpipe.weights import load_tensors
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -32,7 +33,8 @@ RELEASED = {"SD-VAE": "stabilityai/sd-vae-ft-mse", "SDXL-VAE": "stabilityai/sdxl
 DOWNLOAD = (
     f"Download {CONFIG} and {WEIGHTS} of "
     + " or ".join(f"{repository} ({name})" for name, repository in RELEASED.items())
-    + " from huggingface.co into one folder, and pass that folder with --tokenizer"
+    + " from huggingface.co into one folder, and pass that folder with --tokenizer; or run vqpipe import-checkpoint "
+    "with sd-vae or sdxl-vae"
 )
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 """The supported classes of diffusers."""
@@ -73,8 +75,11 @@ class ContinuousAutoencoder:
 
         Raises:
             WeightsError: a file is absent or damaged or a pickle, or the weights do not match the config.
+            ArtifactError: the folder is a damaged artifact, or one of another kind.
         """
         folder = Path(folder)
+        if (folder / "manifest.json").is_file():
+            artifacts.open_artifact(folder, "autoencoder").verified_file(WEIGHTS)
         pair = None if diffusers_class(folder) else find_pair(folder)
         if pair is None:
             network, files, name = load_diffusers(folder), (folder / CONFIG, folder / WEIGHTS), folder.resolve().name
@@ -163,6 +168,18 @@ def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> To
     if in_diffusers_layout or (not (folder / CONFIG).is_file() and find_pair(folder) is not None):
         return ContinuousAutoencoder.from_pretrained(folder, device)
     return Tokenizer.from_pretrained(path, device)
+
+
+def write_continuous(draft: artifacts.Draft, autoencoder: ContinuousAutoencoder, rows: dict[str, Any]) -> None:
+    """Write the files of an autoencoder artifact: weights and config in the layout of diffusers, and a card."""
+    network = autoencoder.network
+    settings = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    draft.write_json(CONFIG, {"_class_name": type(network).__name__, **settings})
+    with draft.write(WEIGHTS) as path:
+        save_weights(network, path)
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    with draft.write("README.md") as path:
+        path.write_text(f"# Autoencoder with continuous latents\n\n| | |\n|---|---|\n{table}\n", encoding="utf-8")
 
 
 def load_diffusers(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,13 @@ from typing import Any
 
 def provenance(world_size: int) -> dict[str, Any]:
     """Versions, git commit, hardware, world size and command of this process."""
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    command = [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])]
     return {**environment(world_size), "git": git_commit(), "command": command}
+
+
+def without_secrets(word: str) -> str:
+    """A word of a command line; a URL of a web server without password and query, which may hold a token."""
+    return re.sub(r"(https?://)(?:[^/@\s]*@)?([^?#\s]*)(\?\S*)?", r"\1\2", word)
 
 
 def command_again() -> str:

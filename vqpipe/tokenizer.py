@@ -5,7 +5,7 @@ Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w posi
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.device import reduced_precision
+from vqpipe.downloads import fetch_repository, split_repository, upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import atomic_write, hash_file, write_json
+from vqpipe.model_card import ModelCard
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
 from vqpipe.weights import load_tensors
@@ -45,21 +47,30 @@ class Tokenizer:
         self.source: artifacts.Artifact | str = ""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", *, revision: str | None = None
+    ) -> "Tokenizer":
         """Open a tokenizer: the directory of an artifact or of `save_pretrained`, or a repository of the hub.
 
         A repository is downloaded if it is named by "hf:user/name", or by the string "user/name" where there is no such
         directory. A `Path`, such as those of the commands, is never looked up on the hub without "hf:".
 
+        Args:
+            path: a directory, or "hf:user/name", or "hf:user/name@revision".
+            device: to run on.
+            revision: a branch, tag or commit of the repository.
+
         Raises:
             ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
-            ConfigError: it is an autoencoder with continuous latents, which has no tokens.
+            ConfigError: it has continuous latents and so no tokens, or is a directory although a revision was given.
         """
         folder = Path(path)
-        repository = str(path).removeprefix("hf:")
-        named = repository != str(path) or (isinstance(path, str) and "/" in path and not folder.is_absolute())
+        name = folder.name
+        named = str(path).startswith("hf:") or (isinstance(path, str) and "/" in path and not folder.is_absolute())
         if named and not folder.is_dir():
-            folder = download(repository)
+            folder, name = download(str(path), revision)
+        elif revision is not None:
+            raise ConfigError(f"revision = {revision!r}, but {path} is a directory", "Omit it, or name hf:user/name")
         artifact = None
         if not folder.is_dir() or (folder / "manifest.json").is_file():
             artifact = artifacts.open_artifact(folder, "tokenizer")  # says what is wrong with an absent one
@@ -69,7 +80,7 @@ class Tokenizer:
         weights = artifact.verified_file("model.safetensors") if artifact else folder / "model.safetensors"
         load_weights(autoencoder, load_tensors(weights), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
-        tokenizer.name = Path(path).name or tokenizer.name
+        tokenizer.name = name or tokenizer.name
         tokenizer.artifact = artifact
         tokenizer.source = artifact or hash_file(folder / "model.safetensors")
         return tokenizer
@@ -83,15 +94,61 @@ class Tokenizer:
         write_json(folder / "config.json", self.to_table())
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
 
-    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
-        """Upload to the hub as `repository` ("user/name") and return its URL. Run `hf auth login` first."""
-        from huggingface_hub import HfApi
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        licence: str = "",
+        metrics: str = "",
+        datasets: Sequence[str] = (),
+        card: str | None = None,
+    ) -> str:
+        """Upload to the hub as `repository` ("user/name") and return the URL of the commit.
 
-        api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
+        Args:
+            repository: is made if it is absent.
+            private: whether a new repository is private.
+            licence, metrics, datasets: of the model card, as `hub_card`.
+            card: the whole model card, in their place.
+
+        Raises:
+            WeightsError: no token (run `hf auth login` first), no permission, or no connection.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repository, folder_path=folder))
+            text = card or self.hub_card(repository, licence=licence, metrics=metrics, datasets=datasets)
+            (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+            return upload_folder(repository.removeprefix("hf:"), Path(folder), private=private)
+
+    def hub_card(self, repository: str, *, licence: str = "", metrics: str = "", datasets: Sequence[str] = ()) -> str:
+        """The model card of `push_to_hub`.
+
+        Args:
+            repository: "user/name".
+            licence: of the weights, such as "apache-2.0".
+            metrics: Markdown, such as that of `vqpipe.reports.model_card.metrics_section`.
+            datasets: the data sets of the training, as the hub calls them.
+        """
+        facts = {} if self.artifact is None else self.artifact.facts
+        origin = {key: facts[key] for key in ("family", "zoo", "source") if key in facts}
+        return ModelCard(
+            repository=repository.removeprefix("hf:"),
+            properties=properties(self) | origin,
+            downsample_factor=self.downsample_factor,
+            image_size=self.image_size,
+            licence=licence,
+            datasets=datasets,
+            metrics=metrics,
+            lineage=None if self.artifact is None else self.artifact.lineage,
+        ).text()
+
+    def hub_files(self, card: str) -> dict[str, int]:
+        """The files that `push_to_hub` uploads with this card, and their sizes in bytes."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
+        return sizes | {"README.md": len(card.encode())}
 
     @property
     def config(self) -> AutoencoderConfig:
@@ -328,31 +385,36 @@ def diffusers_class(folder: Path) -> str | None:
         return None
 
 
-def download(repository: str) -> Path:
-    """Download a tokenizer from the hub, or find it in the cache of the hub."""
-    from huggingface_hub import snapshot_download
-
+def download(path: str, revision: str | None) -> tuple[Path, str]:
+    """Download a tokenizer from the hub, or find it in the cache of the hub; return its folder and name."""
+    repository, own_revision = split_repository(path)
+    if revision is not None and own_revision not in (None, revision):
+        raise ConfigError(f"{path} names another revision than {revision!r}", "Name one revision")
+    hint = "Check the path, or download model.safetensors and config.json into a folder and pass that folder"
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client raises many types
-        raise WeightsError(
-            f"{repository!r} is not a directory, and downloading it from the hub failed ({type(error).__name__})",
-            "Check the path, or download model.safetensors and config.json into a folder and pass that folder",
-        ) from None
+        folder = fetch_repository(repository, revision or own_revision, ["*.json", "*.safetensors"], hint)
+    except WeightsError as error:
+        if path.startswith("hf:"):
+            raise
+        raise WeightsError(f"{path!r} is not a directory, and {error.what}", error.hint) from None
+    return folder, repository.rpartition("/")[2]
 
 
-def model_card(tokenizer: Tokenizer, **rows: Any) -> str:
-    """The README.md of a tokenizer: a table of its properties with additional `rows`, and an example."""
+def properties(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The rows of a model card that describe the model."""
     quantizer = tokenizer.autoencoder.quantizer
     groups = f"{tokenizer.num_groups} x " if tokenizer.num_groups > 1 else ""
-    properties = {
+    return {
         "quantizer": f"{quantizer.config.kind}, {groups}{quantizer.codebook_size:,} codes",
         "latent channels": quantizer.latent_dim,
         "downsample factor": tokenizer.downsample_factor,
         "trained at": f"{tokenizer.image_size} px" if tokenizer.image_size else "unknown size",
-        **rows,
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in properties.items())
+
+
+def model_card(tokenizer: Tokenizer, **rows: Any) -> str:
+    """The README.md of a tokenizer: a table of its properties with additional `rows`, and an example."""
+    table = "\n".join(f"| {key} | {value} |" for key, value in {**properties(tokenizer), **rows}.items())
     return f"""---
 library_name: vqpipe
 tags: [image-tokenizer, vector-quantization]

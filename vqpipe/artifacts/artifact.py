@@ -14,7 +14,7 @@ from vqpipe.progress import SILENT, Progress
 SCHEMA = 1
 KINDS = (
     *("dataset", "features", "codebook", "tokenizer", "tokens", "latents", "report", "images"),
-    *("generator", "classifier", "statistics"),
+    *("generator", "classifier", "statistics", "autoencoder"),
 )
 
 

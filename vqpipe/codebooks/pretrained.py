@@ -6,8 +6,6 @@ Otherwise an error names the missing file; random weights are used only with `al
 
 import math
 import pickle
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,14 +26,13 @@ from torchvision import transforms
 from vqpipe.codebooks.encoders import PatchEncoder
 from vqpipe.config import nearest_name
 from vqpipe.data.transforms import pixels
+from vqpipe.downloads import reachable
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.weights import load_tensors
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 LOADING_ERRORS = (RuntimeError, KeyError, ValueError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
-SECONDS = 3.0
-"""Timeout of the first request to the hub, after which the machine counts as offline."""
 
 
 class Normalized(PatchEncoder):
@@ -268,14 +265,3 @@ def find_file(spec: str, repository: str, names: Sequence[str], *, download: boo
         f"{missing} ({reason})",
         f"Download {where} (or run `hf download {repository} {names[0]}` where there is a network) and add {option}",
     )
-
-
-def reachable(url: str) -> bool:
-    """Whether the hub responds. (The hub's own client retries for half a minute.)"""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
