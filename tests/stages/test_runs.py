@@ -264,7 +264,7 @@ def toy_training(options: Options, encoders: bool) -> None:
     elif quantizer.kind == "multi_group":
         options.remove_setting("model.quantizer.group.codebook_size")
         options.set(f"model.quantizer.group.codebook_size={TOY_CODES}")
-    else:
+    elif quantizer.kind != "fsq":
         options.remove_setting("model.quantizer.codebook_size")
         options.set(f"model.quantizer.codebook_size={TOY_CODES}")
     if options.get("--codebook") and not encoders:
@@ -324,9 +324,9 @@ def test_every_script_finishes_at_toy_size(
     if script == "guidance.sh":  # which samples from a generator of another script
         folder = tmp_path / "before"
         folder.mkdir()
-        before = commands_of("vqgan-lc-table-5.sh", folder)
+        before = commands_of("vqgan-lc-table-1-ldm.sh", folder)
         first = next(i for i, (name, *_) in enumerate(before) if name == "train-generator")
-        (tmp_path / "generator").symlink_to(Path("artifacts", "ldm-ffhq-fc"))
+        (tmp_path / "generator").symlink_to(Path("artifacts", "ldm-f16-fc-1024"))
         commands = [*before[: first + 1], *commands]
     for name, *words in commands:
         encoders, weights = script == "vqgan-lc-table-6.sh", script not in QUICK
