@@ -6,6 +6,7 @@ for a stalled server without limit: a request ends at its time limit, and a sign
 
 import glob
 import io
+import logging
 import os
 import queue
 import random
@@ -39,12 +40,13 @@ POLL_SECONDS = 0.2
 """Time between two checks of `stop_flag`."""
 
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+BROKEN_TLS = {"SSLEOFError", "SSLZeroReturnError"}
 BROKEN_CONNECTION = {
     *("ConnectionError", "IncompleteReadError", "IncompleteRead", "ShortRead"),
     *("ServerDisconnectedError", "ClientPayloadError", "ClientOSError"),  # aiohttp
     *("ConnectionClosedError", "ResponseStreamingError"),  # botocore
     *("NetworkError", "RemoteProtocolError", "ChunkedEncodingError", "ProtocolError"),  # httpx, requests, urllib3
-    *("SSLEOFError", "SSLZeroReturnError"),
+    *BROKEN_TLS,
 }
 """Class names, because the libraries that define them may not be installed."""
 TIMEOUT = {"TimeoutError", "ConnectTimeoutError", "ReadTimeoutError", "TimeoutException", "Timeout"}
@@ -110,7 +112,8 @@ class Shard(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self.size - self.position))
+        part = max(1, self.size // 2)  # a request of the whole file would not show whether the server supports ranges
+        size = max(0, min(len(buffer), self.size - self.position, part))
         if size:
             buffer[:size] = read(self.url, self.position, size, self.size, self.validators)
         self.position += size
@@ -214,7 +217,10 @@ def options_of(scheme: str) -> dict[str, Any]:
         return {"config_kwargs": {**limits, **own.get("config_kwargs", {})}}
     if scheme in ("gs", "gcs"):
         return {"requests_timeout": own.get("requests_timeout", SILENT_SECONDS)}
-    return {"max_workers": 1} if scheme == "hf" else {}  # the end of a process waits for its threads of a listing
+    if scheme == "hf":
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # else a line for each retry
+        return {"max_workers": 1}  # the end of a process would wait for its threads of a listing
+    return {}
 
 
 async def fetch(system: Any, url: str, start: int, stop: int) -> tuple[bytes, int, dict[str, str]]:
@@ -337,6 +343,8 @@ def may_pass(error: Exception, action: str) -> bool:
         return False
     if names & {"ConnectionRefusedError", "gaierror"}:  # a wrong address, unless the shard was opened before
         return action == "read"
+    if "SSLError" in names and not names & BROKEN_TLS:
+        return False
     return bool(names & (BROKEN_CONNECTION | TIMEOUT))
 
 
@@ -365,7 +373,8 @@ def answer_of(error: BaseException) -> tuple[int | None, Mapping[str, str]]:
         elif response is not None:  # httpx, requests
             code, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
         else:  # aiohttp, gcsfs
-            code, headers = getattr(each, "status", getattr(each, "code", None)), getattr(each, "headers", None)
+            code = getattr(each, "code" if type(each).__name__ == "HttpError" else "status", None)
+            headers = getattr(each, "headers", None)
         if isinstance(code, int) and 400 <= code < 600:
             return code, headers or {}
     return None, {}
@@ -439,7 +448,7 @@ def explain(url: str, error: Exception) -> tuple[str, str, int]:
         return f"HTTP {status}: {text}", "Check the URL", 74
     if "gaierror" in names:
         return f"the address of {host_of(error, url)} is not found", "Check the name and the network", 74
-    if "SSLError" in names and not names & BROKEN_CONNECTION - {"ClientOSError"}:
+    if "SSLError" in names and not names & BROKEN_TLS:
         reason = next(each for each in chain(error)[::-1] if isinstance(each, ssl.SSLError))
         trust = "AWS_CA_BUNDLE" if scheme in ("s3", "s3a") else "SSL_CERT_FILE"
         return (
