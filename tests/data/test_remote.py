@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -501,7 +502,7 @@ def test_failures_of_buckets_are_one_line(
 
 
 SCRIPT = """
-import signal, sys
+import os, signal, sys
 from stages import cli, signals
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
@@ -509,15 +510,34 @@ from vqpipe.data.images import open_images
 def command():
     for number in signals.SIGNALS:
         signal.signal(number, signals.interrupt)
-    images = open_images(sys.argv[1])
+    images = open_images(url)
     print("opened", flush=True)
     sys.stdin.readline()
-    for batch in OrderedBatches(images, image_size=16, batch_size=1, num_workers=int(sys.argv[2])):
+    for batch in OrderedBatches(images, image_size=16, batch_size=1, num_workers=int(workers)):
         pass
 
 cli.app = command
-cli.main()
+while line := sys.stdin.readline():
+    os.environ["HF_ENDPOINT"], url, workers, errors = line.split()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        cli.main()
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported torch, and starts a process for each line of its input."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"HF_HUB_OFFLINE": "0"}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stdin=-1, stdout=-1, text=True) as process:
+        yield process
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -525,35 +545,30 @@ cli.main()
     [(None, signal.SIGTERM), (0, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)],
 )
 def test_signal_ends_a_process_that_waits_for_a_stalled_server(
-    server: Server, tmp_path: Path, number: signal.Signals, workers: int | None
+    server: Server, launcher: subprocess.Popen[str], tmp_path: Path, number: signal.Signals, workers: int | None
 ) -> None:
     """While the shards are indexed (None), and while images are read by the process itself or by its workers."""
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    assert launcher.stdin is not None
+    assert launcher.stdout is not None
     if workers is None:
         server.fault = "stall"
-    command = [sys.executable, "script.py", f"{HUB}/a-{{0..1}}.tar", str(workers or 0)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdin=-1, stdout=-1, stderr=-1, text=True, start_new_session=True
-    )
+    launcher.stdin.write(f"{server.url} {HUB}/a-{{0..1}}.tar {workers or 0} {tmp_path / 'errors'}\n")
+    launcher.stdin.flush()
+    child = int(launcher.stdout.readline())
     try:
         if workers is not None:
-            assert process.stdout is not None
-            assert process.stdin is not None
-            assert process.stdout.readline() == "opened\n"
+            assert launcher.stdout.readline() == "opened\n"
             server.fault = "stall"
-            process.stdin.write("\n")
-            process.stdin.flush()
+            launcher.stdin.write("\n")
+            launcher.stdin.flush()
         assert server.stalled.wait(60)
         time.sleep(0.5)
         start = time.monotonic()
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        os.kill(child, number)
+        assert int(launcher.stdout.readline()) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
         assert time.monotonic() - start < 8
-        assert errors == "interrupted; run the same command again to resume\n"
-        assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        assert (tmp_path / "errors").read_text() == "interrupted; run the same command again to resume\n"
     finally:
-        process.kill()
-        process.wait()
-    with pytest.raises(ProcessLookupError):  # no worker is left
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+            pytest.fail("a process is left")
