@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from vqpipe.data import remote
+from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.errors import DataError
 
@@ -223,6 +224,31 @@ def test_token_is_sent_to_the_hub(server: Server, monkeypatch: pytest.MonkeyPatc
     server.login = "Bearer hf_secret"
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert len(open_images(f"{HUB}/a-0.tar")) == 2
+
+
+@pytest.mark.parametrize("remedy", ["netrc", "headers"])
+def test_credentials_for_http_are_sent(
+    server: Server, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remedy: str
+) -> None:
+    if remedy == "netrc":
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    else:
+        settings: dict[str, Any] = {}
+        value = re.findall("FSSPEC_HTTP='(.*)'", remote.HTTP_LOGIN)[0]  # as the message says
+        remote.fsspec.config.set_conf_env(settings, {"FSSPEC_HTTP": value})
+        monkeypatch.setitem(remote.fsspec.config.conf, "http", settings["http"])
+    assert len(open_images(f"{web}/a-0.tar")) == 2
+    login = {"netrc": "Basic dXNlcjpzZWNyZXQ=", "headers": "Bearer TOKEN"}[remedy]
+    assert {sent for _, _, sent in server.requests} == {login}
+
+
+@pytest.mark.parametrize("scheme", ["http", "hf"])
+def test_worker_processes_read_remote_images(server: Server, request: pytest.FixtureRequest, scheme: str) -> None:
+    folder = HUB if scheme == "hf" else request.getfixturevalue("web")
+    batches = OrderedBatches(open_images(f"{folder}/a-{{0..1}}.tar"), image_size=16, batch_size=1, num_workers=2)
+    assert [key for batch in batches for key in batch.keys] == ["0x", "0y", "1x", "1y"]
+    assert batches.skipped == {}
 
 
 FAILURES = {
@@ -467,7 +493,7 @@ BUCKET_FAILURES = [
     ),
     ("gs", HttpError("Anonymous caller, 401"), 1, "access is denied (HTTP 401). Log in with `gcloud auth application-"),
     ("gs", OSError("Forbidden: bucket/x.tar"), 1, "no access (Forbidden: bucket/x.tar). Log in with `gcloud auth app"),
-    ("gs", FileNotFoundError("bucket/x.tar"), 1, "no such file. Check the URL."),
+    ("gs", FileNotFoundError("bucket/x.tar"), 1, "no such file or bucket. Check the URL."),
     (
         "s3",
         ConnectionResetError("Connection reset by peer"),

@@ -20,7 +20,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 import fsspec
-import fsspec.asyn
+from fsspec.asyn import sync
 
 from vqpipe.errors import DataError
 
@@ -83,6 +83,10 @@ class ShortRead(OSError):
     """The server sent fewer bytes than were requested."""
 
 
+class TimeLimit(TimeoutError):
+    """The request takes longer than TOTAL_SECONDS."""
+
+
 class NoRanges(OSError):
     """The server answers a request of a byte range with the whole file."""
 
@@ -96,7 +100,7 @@ class Shard(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self.url, self.position = url, 0
-        self.size, self.validators, self.identity = with_retries("open", url, lambda: describe(url))
+        self.size, self.validators, self.identity = with_retries("open", url, lambda seconds: describe(url, seconds))
 
     def readable(self) -> bool:
         return True
@@ -143,9 +147,9 @@ def find_shards(pattern: str) -> list[str]:
     if not magic:
         return [pattern]
 
-    def find() -> list[str]:
+    def find(seconds: float) -> list[str]:
         system, path = file_system(pattern)
-        return call(lambda: [system.unstrip_protocol(match) for match in sorted(system.glob(path))])
+        return call(lambda: [system.unstrip_protocol(match) for match in sorted(system.glob(path))], seconds)
 
     found = with_retries("list", pattern, find)
     if not found and is_http(pattern):
@@ -163,16 +167,16 @@ def read(url: str, offset: int, size: int, file_size: int, validators: Mapping[s
         DataError: it is gone, unreadable, or (where its server tells) not the one that was indexed.
     """
 
-    def attempt() -> bytes:
+    def attempt(seconds: float) -> bytes:
         system, path = file_system(url)
         if is_http(url):
-            data, total, now = call(lambda: fsspec.asyn.sync(system.loop, fetch, system, path, offset, offset + size))
+            data, total, now = call(lambda: sync(system.loop, fetch, system, path, offset, offset + size), seconds)
             known = validators.keys() & now.keys()
             if total != file_size or (known and all(validators[name] != now[name] for name in known)):
-                raise DataError(f"{url} changed after it was indexed", "Run the command again")
+                raise DataError(f"{without_secrets(url)} changed after it was indexed", "Run the command again")
         else:
             options = {"cache_type": "none"} if system.protocol == "hf" else {}  # else it reads 5 MB ahead
-            data = call(lambda: system.cat_file(path, start=offset, end=offset + size, **options))
+            data = call(lambda: system.cat_file(path, start=offset, end=offset + size, **options), seconds)
         if len(data) > size:
             raise NoRanges(f"{len(data)} bytes instead of {size}")
         if len(data) < size:
@@ -182,21 +186,21 @@ def read(url: str, offset: int, size: int, file_size: int, validators: Mapping[s
     return with_retries("read", url, attempt) if size else b""
 
 
-def describe(url: str) -> tuple[int, dict[str, str], str]:
+def describe(url: str, seconds: float) -> tuple[int, dict[str, str], str]:
     """The size of a file, its ETag and modification time (of HTTP), and a text that changes with the file.
 
     The text is empty where the server does not tell of changes: an index of the file must not be cached.
     """
     system, path = file_system(url)
     if is_http(url):  # not `info`: it makes every error a FileNotFoundError, and its key does not change with the file
-        _, size, validators = call(lambda: fsspec.asyn.sync(system.loop, fetch, system, path, 0, 1))
+        _, size, validators = call(lambda: sync(system.loop, fetch, system, path, 0, 1), seconds)
         return size, validators, f"{url} {size} {sorted(validators.items())}" if validators else ""
-    info = call(lambda: system.info(path))
+    info, key = call(lambda: (system.info(path), system.ukey(path)), seconds)
     if info.get("type") == "directory":
         raise DataError(f"{url} is a folder", f"Name its tars: {url.rstrip('/')}/*.tar")
     if info.get("size") is None:
         raise DataError(f"{url}: its file system does not tell its size", "Download it first")
-    return int(info["size"]), {}, f"{url} {call(lambda: system.ukey(path))}"
+    return int(info["size"]), {}, f"{url} {key}"
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -216,6 +220,7 @@ def options_of(scheme: str) -> dict[str, Any]:
         limits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENT_SECONDS}
         return {"config_kwargs": {**limits, **own.get("config_kwargs", {})}}
     if scheme in ("gs", "gcs"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # else a traceback for each error
         return {"requests_timeout": own.get("requests_timeout", SILENT_SECONDS)}
     if scheme == "hf":
         logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # else a line for each retry
@@ -239,11 +244,11 @@ async def fetch(system: Any, url: str, start: int, stop: int) -> tuple[bytes, in
         return await response.read(), int(total), validators
 
 
-def call(function: Callable[[], ResultT]) -> ResultT:
+def call(function: Callable[[], ResultT], seconds: float) -> ResultT:
     """Return `function()`, computed on a daemon thread, for which the end of the process does not wait.
 
     Raises:
-        TimeoutError: it takes longer than TOTAL_SECONDS.
+        TimeLimit: it takes longer than `seconds`.
     """
     outcome = queue.SimpleQueue[Callable[[], ResultT]]()
 
@@ -261,10 +266,10 @@ def call(function: Callable[[], ResultT]) -> ResultT:
             outcome.put(lambda: result)
 
     threading.Thread(target=run, daemon=True).start()
-    for _ in waiting(TOTAL_SECONDS):
+    for _ in waiting(seconds):
         with suppress(queue.Empty):
             return outcome.get(timeout=POLL_SECONDS)()
-    raise TimeoutError(f"no answer in {TOTAL_SECONDS:.0f} seconds")
+    raise TimeLimit
 
 
 def waiting(seconds: float) -> Iterator[float]:
@@ -312,19 +317,22 @@ def in_threads(function: Callable[..., ResultT], *columns: Sequence[Any], thread
     return [found[number] for number in range(len(rows))]
 
 
-def with_retries(action: str, url: str, attempt: Callable[[], ResultT]) -> ResultT:
-    """Return `attempt()`; after an error that may pass, try again, for TOTAL_SECONDS and ATTEMPTS at most.
+def with_retries(action: str, url: str, attempt: Callable[[float], ResultT]) -> ResultT:
+    """Return `attempt(seconds left)`; after an error that may pass, try again, for TOTAL_SECONDS and ATTEMPTS at most.
 
     Raises:
         DataError: `attempt` failed; the message states what failed and what to do.
     """
-    end = time.monotonic() + TOTAL_SECONDS
+    end, before = time.monotonic() + TOTAL_SECONDS, None
     for number in count(1):
         try:
-            return attempt()
+            return attempt(end - time.monotonic())
         except DataError:
             raise
+        except TimeLimit as error:
+            raise failure(action, url, before or error, number - 1) from error
         except Exception as error:  # every file system raises errors of its own library
+            before = error
             pause = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (number - 1)) * random.uniform(0.5, 1)
             pause = max(pause, retry_after(error))
             if not may_pass(error, action) or number >= ATTEMPTS or time.monotonic() + pause > end:
@@ -437,7 +445,8 @@ def explain(url: str, error: Exception) -> tuple[str, str, int]:
         return denied, LOGIN.get(scheme, "Set the credentials of this file system"), 77
     if status == 404 or "FileNotFoundError" in names:
         bucket = "NoSuchBucket" in repr(chain(error)) or "bucket does not exist" in text
-        return "no such bucket" if bucket else "no such file", "Check the URL", 66
+        absent = "no such bucket" if bucket else "no such file"
+        return absent + " or bucket" * (scheme in ("gs", "gcs") and not bucket), "Check the URL", 66
     if status == 429:
         seconds = retry_after(error)
         wait = f"The server asks to wait {seconds:.0f} seconds. Then" if seconds else "The server limits requests:"
