@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vqpipe.data import remote
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import BadImage, DataConfig, center_crop, decode, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
@@ -438,6 +439,7 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
         DataError: a worker was killed, or timed out after `timeout` seconds.
     """
     num_workers = available_workers() if num_workers < 0 else num_workers
+    abandoned = multiprocessing.RawValue("b", 0)
     with warnings.catch_warnings():  # Python 3.12+: workers only decode, and use no thread pool of the parent
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the number is the user's choice
@@ -447,24 +449,33 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
             batch_size=None,
             num_workers=num_workers,
             collate_fn=identity,  # else torch converts arrays and numbers to tensors
-            worker_init_fn=set_worker_signals,
+            worker_init_fn=partial(start_worker, abandoned),
             pin_memory=torch.cuda.is_available(),
             timeout=timeout if num_workers else 0,
         )
         results = iter(loader)
-    while True:
-        try:
-            result = next(results)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            hint = "Out of memory, of shared memory (/dev/shm), or a stalled disk? Try fewer workers"
-            raise DataError(f"the image loader stopped: {error}", hint) from error
-        if isinstance(result, VqpipeError):
-            raise result
-        yield result
+    try:
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                hint = "Out of memory, of shared memory (/dev/shm), or a stalled disk? Try fewer workers"
+                raise DataError(f"the image loader stopped: {error}", hint) from error
+            if isinstance(result, VqpipeError):
+                raise result
+            yield result
+    finally:
+        abandoned.value = 1  # the loader waits for its workers, and they may wait for a server
+
+
+def start_worker(abandoned: Any, worker: int) -> None:
+    """Set up a worker: its signals, and the flag that ends its requests of remote files."""
+    remote.stop_flag = abandoned
+    set_worker_signals(worker)
 
 
 def set_worker_signals(worker: int) -> None:

@@ -9,20 +9,19 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
-import fsspec
 import numpy as np
 from braceexpand import braceexpand
 
 from vqpipe.artifacts import open_artifact
+from vqpipe.data import remote
 from vqpipe.data.folders import open_folder
 from vqpipe.data.photos import open_photos
-from vqpipe.data.sources import NO_LABEL, ImageSource, Sample, access_error, has_image_extension
+from vqpipe.data.sources import NO_LABEL, ImageSource, Sample, has_image_extension
 from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.errors import ArtifactError, DataError
 
@@ -184,8 +183,7 @@ def open_dataset(path: Path) -> Tars:
 
 def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[TarIndex]:
     """Open the index of each shard, eight at a time."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(open_index, urls, hashes or [None] * len(urls)))
+    return remote.in_threads(open_index, urls, hashes or [None] * len(urls))
 
 
 def expand(spec: str) -> list[str]:
@@ -195,9 +193,7 @@ def expand(spec: str) -> list[str]:
         DataError: a scheme unknown to fsspec, or no file for a pattern or for a part of a brace pattern.
     """
     if "://" in spec:
-        unknown = {part.split("://")[0] for part in spec.split("::")} - set(fsspec.available_protocols())
-        if unknown:
-            raise DataError(f"{spec}: no file system for {', '.join(sorted(unknown))}", "Use one of fsspec's")
+        remote.check_schemes(spec)
     elif os.path.exists(spec):
         return [spec]
     try:
@@ -217,12 +213,6 @@ def expand(spec: str) -> list[str]:
 
 def matching(pattern: str) -> list[str]:
     """The paths or URLs that match a glob, sorted. A URL without a wildcard is returned unchecked."""
-    if "://" not in pattern:
-        return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    if not glob.has_magic(pattern):
-        return [pattern]
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        return [system.unstrip_protocol(match) for match in sorted(system.glob(path))]
-    except (ImportError, OSError) as error:
-        raise access_error("list", pattern, error, "Check the network") from error
+    if "://" in pattern:
+        return remote.find_shards(pattern)
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

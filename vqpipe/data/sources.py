@@ -101,11 +101,8 @@ def read_with_retries(read: Callable[[], bytes]) -> bytes:
     return read()
 
 
-def access_error(action: str, path: str, error: OSError | ImportError, hint: str) -> DataError:
-    """The DataError for a file or URL that cannot be listed, opened or read; an ImportError is that of a missing
-    fsspec file system."""
-    if isinstance(error, ImportError):
-        return DataError(f"cannot {action} {path}: {error}", "Install the extra: pip install 'vqpipe[remote]'")
+def access_error(action: str, path: str, error: OSError, hint: str) -> DataError:
+    """The DataError for a file that cannot be listed, opened or read; remote.failure is that of a URL."""
     failure = DataError(f"cannot {action} {path}: {error.strerror or error}", hint)
     failure.sysexit_code = 66 if isinstance(error, FileNotFoundError) else 74
     return failure

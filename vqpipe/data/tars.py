@@ -11,14 +11,14 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 
+from vqpipe.data import remote
 from vqpipe.data.sources import (
     IMAGE_EXTENSIONS,
     NO_LABEL,
@@ -46,6 +46,8 @@ class TarIndex:
     """Other members: reason or extension -> count."""
     mtime_ns: int | None = None
     """Modification time of a local file: a shard that changes during a job is an error."""
+    validators: dict[str, str] = field(default_factory=dict)
+    """ETag and modification time of a remote file, for the same purpose."""
 
 
 class Tars:
@@ -53,7 +55,7 @@ class Tars:
 
     def __init__(self, shards: Sequence[TarIndex], name: str, num_classes: int | None = None) -> None:
         self.name = name
-        self.shards = [(shard.url, shard.size, shard.mtime_ns) for shard in shards]
+        self.shards = [(shard.url, shard.size, shard.mtime_ns, shard.validators) for shard in shards]
         self.starts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
         self.keys = pa.array([key for shard in shards for key in shard.keys], pa.large_string())
         self.offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
@@ -86,22 +88,20 @@ class Tars:
     def read(self, i: int) -> bytes:
         """The bytes of image `i`; a DataError if its shard changed after it was indexed."""
         shard = self.shard_of(i)
-        url, size, mtime_ns = self.shards[shard]
+        url, size, mtime_ns, validators = self.shards[shard]
+        if "://" in url:
+            return remote.read(url, int(self.offsets[i]), int(self.sizes[i]), size, validators)
         return read_range(url, int(self.offsets[i]), int(self.sizes[i]), size, mtime_ns)
 
 
 def read_range(url: str, offset: int, size: int, file_size: int, mtime_ns: int | None) -> bytes:
-    """Bytes [offset, offset + size) of a local file or an fsspec URL. No file stays open, for fork and pickle.
+    """Bytes [offset, offset + size) of a local file. No file stays open, for fork and pickle.
 
     Raises:
         DataError: the file is gone, unreadable, or not the one that was indexed.
     """
 
     def read() -> bytes:
-        if "://" in url:
-            system, path = fsspec.core.url_to_fs(url)
-            fetched: bytes = system.cat_file(path, start=offset, end=offset + size)
-            return fetched
         with open(url, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if status.st_size != file_size or status.st_mtime_ns != mtime_ns:
@@ -127,22 +127,23 @@ def open_index(url: str, sha256: str | None = None) -> TarIndex:
     """
     try:
         if "://" in url:
-            system, path = fsspec.core.url_to_fs(url)
-            size, mtime_ns, identity = system.info(path)["size"], None, f"{url} {system.ukey(path)}"
+            shard = remote.Shard(url)
+            size, mtime_ns, identity, validators = shard.size, None, shard.identity, shard.validators
         else:
             url = os.path.abspath(url)
             status = os.stat(url)
-            size, mtime_ns = status.st_size, status.st_mtime_ns
+            size, mtime_ns, validators = status.st_size, status.st_mtime_ns, {}
             identity = f"{url} {size} {mtime_ns}"
-        if (cached := read_cache(f"tar {identity}")) is not None:
+        if identity and (cached := read_cache(f"tar {identity}")) is not None:
             return TarIndex(**cached)
-        with system.open(path, "rb") if mtime_ns is None else open(url, "rb") as file:
-            index = index_tar(file, url, sha256, mtime_ns)
-    except (ImportError, OSError) as error:
-        raise access_error("open", url, error, "Check the path and the network") from error
-    if size is not None and index.size != size:
+        with io.BufferedReader(shard, remote.BLOCK) if mtime_ns is None else open(url, "rb") as file:
+            index = replace(index_tar(file, url, sha256, mtime_ns), validators=validators)
+    except OSError as error:
+        raise access_error("open", url, error, "Check the path and the disk") from error
+    if index.size != size:
         raise DataError(f"{url} has {index.size} bytes, its file system says {size}", COPY_AGAIN)
-    write_cache(f"tar {identity}", asdict(index), mtime_ns or 0)
+    if identity:
+        write_cache(f"tar {identity}", asdict(index), mtime_ns or 0)
     return index
 
 

@@ -1,0 +1,480 @@
+"""Shards behind URLs of fsspec (s3://, gs://, http(s)://, hf://, ...): listing, reads of byte ranges, retries, errors.
+
+All use of fsspec for images is in this file. Every request runs on a daemon thread, because fsspec's own calls may wait
+for a stalled server without limit: a request ends at its time limit, and a signal is handled while it waits.
+"""
+
+import glob
+import io
+import logging
+import os
+import queue
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from itertools import count
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import sync
+
+from vqpipe.errors import DataError
+
+ResultT = TypeVar("ResultT")
+
+CONNECT_SECONDS = 10.0
+SILENT_SECONDS = 30.0
+"""Longest wait for the next byte of an HTTP server, S3 or GCS."""
+TOTAL_SECONDS = 240.0
+"""Longest time of one listing or read with its retries; less than the loader waits for a batch (`through_workers`)."""
+ATTEMPTS = 8
+FIRST_DELAY, LONGEST_DELAY = 0.5, 20.0
+"""Seconds before the first retry, doubled for each one that follows, and halved at random."""
+BLOCK = 4 << 20
+"""Bytes of one request while a shard is indexed."""
+POLL_SECONDS = 0.2
+"""Time between two checks of `stop_flag`."""
+
+RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+BROKEN_TLS = {"SSLEOFError", "SSLZeroReturnError"}
+BROKEN_CONNECTION = {
+    *("ConnectionError", "IncompleteReadError", "IncompleteRead", "ShortRead"),
+    *("ServerDisconnectedError", "ClientPayloadError", "ClientOSError"),  # aiohttp
+    *("ConnectionClosedError", "ResponseStreamingError"),  # botocore
+    *("NetworkError", "RemoteProtocolError", "ChunkedEncodingError", "ProtocolError"),  # httpx, requests, urllib3
+    *BROKEN_TLS,
+}
+"""Class names, because the libraries that define them may not be installed."""
+TIMEOUT = {"TimeoutError", "ConnectTimeoutError", "ReadTimeoutError", "TimeoutException", "Timeout"}
+NO_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),  # botocore
+    *("TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"),
+    *("DefaultCredentialsError", "RefreshError"),  # google.auth
+}
+
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+PACKAGES |= {"hf": "huggingface_hub"}
+"""Scheme -> the package that fsspec needs for it."""
+S3_LOGIN = (
+    "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket set FSSPEC_S3_ANON=true"
+)
+GCS_LOGIN = (
+    "Log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS; for a public bucket "
+    "set FSSPEC_GS_TOKEN=anon"
+)
+HTTP_LOGIN = (
+    "Write user and password to ~/.netrc, or set "
+    'FSSPEC_HTTP=\'{"client_kwargs": {"headers": {"Authorization": "Bearer TOKEN"}}}\'; a signed link may have expired'
+)
+HUB_LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
+LOGIN = {"s3": S3_LOGIN, "s3a": S3_LOGIN, "gs": GCS_LOGIN, "gcs": GCS_LOGIN}
+LOGIN |= {"http": HTTP_LOGIN, "https": HTTP_LOGIN, "hf": HUB_LOGIN}
+RUN_AGAIN = "wait and run the command again: what is written is kept"
+
+stop_flag: Any = None
+"""In a worker process of the loader: a shared number, not 0 once the main process needs no more images."""
+
+
+class ShortRead(OSError):
+    """The server sent fewer bytes than were requested."""
+
+
+class TimeLimit(TimeoutError):
+    """The request takes longer than TOTAL_SECONDS."""
+
+
+class NoRanges(OSError):
+    """The server answers a request of a byte range with the whole file."""
+
+
+class Shard(io.RawIOBase):
+    """A remote file, read by ranges. `io.BufferedReader(shard, BLOCK)` is a file of large requests.
+
+    Raises:
+        DataError: it cannot be read, it is a folder, or its server does not support Range requests.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self.position = url, 0
+        self.size, self.validators, self.identity = with_retries("open", url, lambda seconds: describe(url, seconds))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        part = max(1, self.size // 2)  # a request of the whole file would not show whether the server supports ranges
+        size = max(0, min(len(buffer), self.size - self.position, part))
+        if size:
+            buffer[:size] = read(self.url, self.position, size, self.size, self.validators)
+        self.position += size
+        return size
+
+
+def check_schemes(spec: str) -> None:
+    """Raise a DataError where fsspec has no file system for a scheme of the URL, which may be chained (`a::b://c`)."""
+    unknown = set(schemes(spec)) - set(fsspec.available_protocols())
+    if unknown:
+        raise DataError(f"{spec}: no file system for {', '.join(sorted(unknown))}", "Use one of fsspec's")
+
+
+def schemes(url: str) -> list[str]:
+    """The schemes of a URL: one, or several of a chained URL."""
+    return [part.split("://")[0] for part in url.split("::")]
+
+
+def is_http(url: str) -> bool:
+    """Whether the URL is read by `fetch`, which checks what fsspec does not."""
+    return url.startswith(("http://", "https://")) and "::" not in url
+
+
+def find_shards(pattern: str) -> list[str]:
+    """The URLs that match a glob, sorted. A URL without a wildcard is returned unchecked."""
+    magic = any(character in pattern for character in "*[") if is_http(pattern) else glob.has_magic(pattern)
+    if not magic:
+        return [pattern]
+
+    def find(seconds: float) -> list[str]:
+        system, path = file_system(pattern)
+        return call(lambda: [system.unstrip_protocol(match) for match in sorted(system.glob(path))], seconds)
+
+    found = with_retries("list", pattern, find)
+    if not found and is_http(pattern):
+        raise DataError(
+            f"no such images: the page of {pattern.rpartition('/')[0]}/ has no links that match",
+            "Write the names as {000000..000099}",
+        )
+    return found
+
+
+def read(url: str, offset: int, size: int, file_size: int, validators: Mapping[str, str]) -> bytes:
+    """Bytes [offset, offset + size) of a shard. No file stays open, for fork and pickle.
+
+    Raises:
+        DataError: it is gone, unreadable, or (where its server tells) not the one that was indexed.
+    """
+
+    def attempt(seconds: float) -> bytes:
+        system, path = file_system(url)
+        if is_http(url):
+            data, total, now = call(lambda: sync(system.loop, fetch, system, path, offset, offset + size), seconds)
+            known = validators.keys() & now.keys()
+            if total != file_size or (known and all(validators[name] != now[name] for name in known)):
+                raise DataError(f"{without_secrets(url)} changed after it was indexed", "Run the command again")
+        else:
+            options = {"cache_type": "none"} if system.protocol == "hf" else {}  # else it reads 5 MB ahead
+            data = call(lambda: system.cat_file(path, start=offset, end=offset + size, **options), seconds)
+        if len(data) > size:
+            raise NoRanges(f"{len(data)} bytes instead of {size}")
+        if len(data) < size:
+            raise ShortRead(f"{len(data)} of {size} bytes at byte {offset}")
+        return data
+
+    return with_retries("read", url, attempt) if size else b""
+
+
+def describe(url: str, seconds: float) -> tuple[int, dict[str, str], str]:
+    """The size of a file, its ETag and modification time (of HTTP), and a text that changes with the file.
+
+    The text is empty where the server does not tell of changes: an index of the file must not be cached.
+    """
+    system, path = file_system(url)
+    if is_http(url):  # not `info`: it makes every error a FileNotFoundError, and its key does not change with the file
+        _, size, validators = call(lambda: sync(system.loop, fetch, system, path, 0, 1), seconds)
+        return size, validators, f"{url} {size} {sorted(validators.items())}" if validators else ""
+    info, key = call(lambda: (system.info(path), system.ukey(path)), seconds)
+    if info.get("type") == "directory":
+        raise DataError(f"{url} is a folder", f"Name its tars: {url.rstrip('/')}/*.tar")
+    if info.get("size") is None:
+        raise DataError(f"{url}: its file system does not tell its size", "Download it first")
+    return int(info["size"]), {}, f"{url} {key}"
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, with time limits, and its path there. The user's settings of fsspec apply."""
+    return fsspec.core.url_to_fs(url, **{scheme: options_of(scheme) for scheme in set(schemes(url))})
+
+
+def options_of(scheme: str) -> dict[str, Any]:
+    """The options of a file system: time limits, beside the user's own in FSSPEC_* and fsspec's configuration."""
+    own = fsspec.config.conf.get("http" if scheme == "https" else scheme, {})
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+        return {"client_kwargs": {"trust_env": True, "timeout": timeout, **own.get("client_kwargs", {})}}
+    if scheme in ("s3", "s3a"):
+        limits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENT_SECONDS}
+        return {"config_kwargs": {**limits, **own.get("config_kwargs", {})}}
+    if scheme in ("gs", "gcs"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # else a traceback for each error
+        return {"requests_timeout": own.get("requests_timeout", SILENT_SECONDS)}
+    if scheme == "hf":
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # else a line for each retry
+        return {"max_workers": 1}  # the end of a process would wait for its threads of a listing
+    return {}
+
+
+async def fetch(system: Any, url: str, start: int, stop: int) -> tuple[bytes, int, dict[str, str]]:
+    """Bytes [start, stop) by HTTP, the size of the whole file, and its ETag and modification time."""
+    session = await system.set_session()
+    headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    options = {**system.kwargs, "headers": {**system.kwargs.get("headers", {}), **headers}}
+    async with session.get(system.encode_url(url), **options) as response:
+        span, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+        validators = {name: response.headers[name] for name in ("ETag", "Last-Modified") if name in response.headers}
+        if response.status == 416 and total.isdigit():  # the file ends before `start`
+            return b"", int(total), validators
+        response.raise_for_status()
+        if response.status != 206 or not total.isdigit() or span.split("-")[0] != str(start):
+            raise NoRanges(f"HTTP {response.status}")
+        return await response.read(), int(total), validators
+
+
+def call(function: Callable[[], ResultT], seconds: float) -> ResultT:
+    """Return `function()`, computed on a daemon thread, for which the end of the process does not wait.
+
+    Raises:
+        TimeLimit: it takes longer than `seconds`.
+    """
+    outcome = queue.SimpleQueue[Callable[[], ResultT]]()
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            raised = error  # the name of an except clause ends with it
+
+            def fail() -> ResultT:
+                raise raised
+
+            outcome.put(fail)
+        else:
+            outcome.put(lambda: result)
+
+    threading.Thread(target=run, daemon=True).start()
+    for _ in waiting(seconds):
+        with suppress(queue.Empty):
+            return outcome.get(timeout=POLL_SECONDS)()
+    raise TimeLimit
+
+
+def waiting(seconds: float) -> Iterator[float]:
+    """Yield the seconds that are left, until there are none; a DataError where the process is to stop."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if stop_flag is not None and stop_flag.value:
+            raise DataError("a request was interrupted", "Run the command again")
+        yield left
+
+
+def in_threads(function: Callable[..., ResultT], *columns: Sequence[Any], threads: int = 8) -> list[ResultT]:
+    """`list(map(function, *columns))` on daemon threads. The first error in order is raised.
+
+    Unlike those of a ThreadPoolExecutor, the threads may be left behind at a stalled server by a signal.
+    """
+    rows = list(zip(*columns, strict=True))
+    numbers, outcomes = queue.SimpleQueue[int](), queue.SimpleQueue[tuple[int, ResultT | None, BaseException | None]]()
+    for number in range(len(rows)):
+        numbers.put(number)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while True:
+                number = numbers.get_nowait()
+                try:
+                    outcomes.put((number, function(*rows[number]), None))
+                except BaseException as error:
+                    outcomes.put((number, None, error))
+
+    for _ in range(min(threads, len(rows))):
+        threading.Thread(target=work, daemon=True).start()
+    found: dict[int, Any] = {}
+    try:
+        for number in range(len(rows)):
+            while number not in found:
+                done, result, error = outcomes.get()
+                found[done] = result if error is None else error
+            if isinstance(found[number], BaseException):
+                raise found[number]
+    finally:
+        with suppress(queue.Empty):
+            while True:
+                numbers.get_nowait()
+    return [found[number] for number in range(len(rows))]
+
+
+def with_retries(action: str, url: str, attempt: Callable[[float], ResultT]) -> ResultT:
+    """Return `attempt(seconds left)`; after an error that may pass, try again, for TOTAL_SECONDS and ATTEMPTS at most.
+
+    Raises:
+        DataError: `attempt` failed; the message states what failed and what to do.
+    """
+    end, before = time.monotonic() + TOTAL_SECONDS, None
+    for number in count(1):
+        try:
+            return attempt(end - time.monotonic())
+        except DataError:
+            raise
+        except TimeLimit as error:
+            raise failure(action, url, before or error, number - 1) from error
+        except Exception as error:  # every file system raises errors of its own library
+            before = error
+            pause = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (number - 1)) * random.uniform(0.5, 1)
+            pause = max(pause, retry_after(error))
+            if not may_pass(error, action) or number >= ATTEMPTS or time.monotonic() + pause > end:
+                raise failure(action, url, error, number) from error
+        for left in waiting(pause):
+            time.sleep(min(left, POLL_SECONDS))
+    raise AssertionError("unreachable")
+
+
+def may_pass(error: Exception, action: str) -> bool:
+    """Whether the same request may succeed later."""
+    names = class_names(error)
+    if (code := status_of(error)) is not None:
+        return code in RETRIED_STATUS
+    if names & {"OfflineModeIsEnabled", "NoRanges", "FileNotFoundError", "PermissionError"} | names & NO_CREDENTIALS:
+        return False
+    if names & {"ConnectionRefusedError", "gaierror"}:  # a wrong address, unless the shard was opened before
+        return action == "read"
+    if "SSLError" in names and not names & BROKEN_TLS:
+        return False
+    return bool(names & (BROKEN_CONNECTION | TIMEOUT))
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """The exception and those that caused it."""
+    found = list[BaseException]()
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or following.__context__
+    return found
+
+
+def class_names(error: BaseException) -> set[str]:
+    """The names of the classes of the exception and of those that caused it, with their bases."""
+    return {kind.__name__ for each in chain(error) for kind in type(each).__mro__}
+
+
+def answer_of(error: BaseException) -> tuple[int | None, Mapping[str, str]]:
+    """The HTTP status in an exception of aiohttp, httpx, requests, botocore or gcsfs, and the headers."""
+    for each in chain(error):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):  # botocore
+            facts = response.get("ResponseMetadata", {})
+            code, headers = facts.get("HTTPStatusCode"), facts.get("HTTPHeaders", {})
+        elif response is not None:  # httpx, requests
+            code, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
+        else:  # aiohttp, gcsfs
+            code = getattr(each, "code" if type(each).__name__ == "HttpError" else "status", None)
+            headers = getattr(each, "headers", None)
+        if isinstance(code, int) and 400 <= code < 600:
+            return code, headers or {}
+    return None, {}
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status in an exception, if there is one."""
+    return answer_of(error)[0]
+
+
+def retry_after(error: BaseException) -> float:
+    """The seconds that the server asks to wait; 0 where it does not."""
+    headers = answer_of(error)[1]
+    value = headers.get("Retry-After") or headers.get("retry-after") or ""
+    if value.isdigit():
+        return float(value)
+    with suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def failure(action: str, url: str, error: Exception, attempts: int = 1) -> DataError:
+    """The DataError for a URL that cannot be listed, opened or read."""
+    what, hint, code = explain(url, error)
+    times = f", {attempts} times" if attempts > 1 else ""
+    result = DataError(f"cannot {action} {without_secrets(url)}: {what}{times}", hint)
+    result.sysexit_code = code
+    return result
+
+
+def without_secrets(url: str) -> str:
+    """The URL without a password and without the signature of a signed link."""
+    head, separator, rest = url.partition("://")
+    address, slash, path = rest.partition("/")
+    return f"{head}{separator}{address.rpartition('@')[2]}{slash}{path.partition('?')[0] if is_http(url) else path}"
+
+
+def explain(url: str, error: Exception) -> tuple[str, str, int]:
+    """What failed, what to do, and the number of sysexits.h."""
+    names, status = class_names(error), status_of(error)
+    scheme = schemes(url)[-1]
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, ImportError):
+        if scheme not in PACKAGES:
+            return text, "", 69
+        missing = next((name for each in chain(error)[::-1] if (name := getattr(each, "name", None))), PACKAGES[scheme])
+        return f"the package {missing} is not installed", "Install the extra: pip install 'vqpipe[remote]'", 69
+    if "NoRanges" in names:
+        return "this server does not support Range requests", "Download the file first", 65
+    if "OfflineModeIsEnabled" in names:
+        return "HF_HUB_OFFLINE=1 forbids it", "Unset HF_HUB_OFFLINE, or download the files and give their path", 74
+    if "GatedRepoError" in names:
+        return "the repository is gated", f"Accept its conditions on its page. {HUB_LOGIN}", 77
+    if "RepositoryNotFoundError" in names:
+        return "no such repository, or a private one", f"Check the name. {HUB_LOGIN}", 66
+    if "RevisionNotFoundError" in names:
+        return "the repository has no such revision", "Check the name after @", 66
+    if status in (401, 403) or names & NO_CREDENTIALS or "PermissionError" in names or text.startswith("Forbidden"):
+        denied = f"access is denied (HTTP {status})" if status else f"no access ({text})"
+        return denied, LOGIN.get(scheme, "Set the credentials of this file system"), 77
+    if status == 404 or "FileNotFoundError" in names:
+        bucket = "NoSuchBucket" in repr(chain(error)) or "bucket does not exist" in text
+        absent = "no such bucket" if bucket else "no such file"
+        return absent + " or bucket" * (scheme in ("gs", "gcs") and not bucket), "Check the URL", 66
+    if status == 429:
+        seconds = retry_after(error)
+        wait = f"The server asks to wait {seconds:.0f} seconds. Then" if seconds else "The server limits requests:"
+        return "too many requests (HTTP 429)", f"{wait} run the command again: what is written is kept", 75
+    if status in RETRIED_STATUS:
+        return f"the server fails (HTTP {status})", RUN_AGAIN.capitalize(), 75
+    if status:
+        return f"HTTP {status}: {text}", "Check the URL", 74
+    if "gaierror" in names:
+        return f"the address of {host_of(error, url)} is not found", "Check the name and the network", 74
+    if "SSLError" in names and not names & BROKEN_TLS:
+        reason = next(each for each in chain(error)[::-1] if isinstance(each, ssl.SSLError))
+        trust = "AWS_CA_BUNDLE" if scheme in ("s3", "s3a") else "SSL_CERT_FILE"
+        return (
+            f"no TLS connection ({getattr(reason, 'verify_message', '') or reason.reason or reason})",
+            f"Check the URL and the clock; {trust} names a file of certificates to trust",
+            74,
+        )
+    if "ConnectionRefusedError" in names:
+        return "the connection was refused", "Check the address, and that the server runs", 74
+    if names & TIMEOUT:
+        return "the server does not answer in time", f"Check the network, or {RUN_AGAIN}", 75
+    if names & BROKEN_CONNECTION:
+        return f"the connection broke off ({text})", f"Check the network, or {RUN_AGAIN}", 75
+    return f"{type(error).__name__}: {text}", "Check the URL and the network", 74
+
+
+def host_of(error: Exception, url: str) -> str:
+    """The host that has no address: that of the URL, or the one a library connects to for it."""
+    named = next((host for each in chain(error) if (host := getattr(each, "host", None))), url.split("/")[2])
+    return os.environ.get("HF_ENDPOINT", "huggingface.co") if schemes(url)[-1] == "hf" else named
