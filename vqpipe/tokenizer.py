@@ -17,6 +17,7 @@ from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.device import reduced_precision
+from vqpipe.distributed import check_device
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import atomic_write, hash_file, write_json
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
@@ -37,7 +38,7 @@ class Tokenizer:
     """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.image_size = image_size
         self.name = "tokenizer"
@@ -53,8 +54,10 @@ class Tokenizer:
 
         Raises:
             ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
-            ConfigError: it is an autoencoder with continuous latents, which has no tokens.
+            ConfigError: it is an autoencoder with continuous latents, which has no tokens; the device is absent or not
+                supported.
         """
+        device = check_device(device)
         folder = Path(path)
         repository = str(path).removeprefix("hf:")
         named = repository != str(path) or (isinstance(path, str) and "/" in path and not folder.is_absolute())
