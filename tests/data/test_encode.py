@@ -56,6 +56,7 @@ def encode_images(
     check: Check = accept,
     before_writing: Callable[[int], None] = lambda number: None,
     num_workers: int = 0,
+    max_skipped: float = 0.5,
     progress: Progress = SILENT,
 ) -> tuple[Artifact, Stopwatch]:
     draft = artifacts.start(out, "features", {}, {"images": images})
@@ -63,12 +64,12 @@ def encode_images(
 
     def write(draft: Draft, shard: EncodedShard) -> None:
         before_writing(shard.number)
-        record = {"keys": shard.keys, "skipped": dict(shard.skipped)}
+        record = {"keys": shard.keys, "skipped": shard.skipped}
         with draft.write(f"{shard.number}.npy", **record) as path, path.open("wb") as file:
             np.save(file, shard.rows)
 
     with draft:
-        job = EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", progress=progress)
+        job = EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", max_skipped=max_skipped, progress=progress)
         job.run(
             encode,
             write,
@@ -80,7 +81,7 @@ def encode_images(
             batch_size=4,
             num_workers=num_workers,
         )
-        job.finish(max_skipped=0.5)
+        job.finish()
         return draft.publish({}), job.stopwatch
 
 
