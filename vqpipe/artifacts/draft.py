@@ -185,7 +185,7 @@ class Draft:
             if changed := self.changed_images(before, after):
                 raise ArtifactError(
                     f"{path} exists and was made with other images: {changed}",
-                    f"Restore those files, or choose another {self.option}",
+                    f"Choose another {self.option}, or restore those files",
                 )
             raise ArtifactError(
                 f"{path} exists and was made with other settings: {difference(before, after)}",
