@@ -139,7 +139,7 @@ def evaluate(
         flags |= {"batch_size": batch_size, "metrics": split_names(metrics), "image_size": in_pixels(image_size)}
         if image_size is None and preset is None and not any("eval.image_size" in each for each in overrides or []):
             flags["image_size"] = autoencoder.image_size
-        config = recipe.load(preset, overrides, eval=flags).eval
+        config = recipe.load(preset, overrides, reads=["eval"], eval=flags).eval
         networks = find_networks(weights, torch_device, perceptual_weights)
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         report, result = evaluate_tokenizer(

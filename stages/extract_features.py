@@ -50,7 +50,7 @@ def extract_features(
     """
     with console.session(device, seed) as torch_device:
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
-        config = recipe.load(preset, overrides, features=flags).features
+        config = recipe.load(preset, overrides, reads=["features"], features=flags).features
         weights = features.encoder_weights(config, download=download)
         opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
         image_set = open_images(images)

@@ -62,7 +62,7 @@ def kmeans(
             "per_class": per_class,
             "select": select,
         }
-        config = recipe.load(preset, overrides, kmeans=flags).kmeans
+        config = recipe.load(preset, overrides, reads=["kmeans"], kmeans=flags).kmeans
         vectors = open_features(features)
         draft = artifacts.start(out, "codebook", {**to_request(config), "seed": seed}, {"features": vectors})
         if isinstance(draft, artifacts.Artifact):

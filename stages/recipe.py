@@ -2,10 +2,11 @@
 
 A preset is a TOML file, one per experiment, in `vqpipe/presets/`. A recipe is a dataclass whose fields are the sections
 of a preset. Precedence, lowest first: a field's default, the presets that the preset extends, the preset, `--set`,
-named flags. A stage reads only its own sections, so changing `[train]` leaves features valid.
+named flags. A stage reads only its own sections, so changing `[train]` leaves features valid. A preset may hold them
+all; `--set` of a section that the stage does not read is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from itertools import takewhile
@@ -42,17 +43,25 @@ MAIN_SECTIONS: dict[str, tuple[type, str]] = {
 """A preset's main section -> its recipe, and the command that trains it."""
 
 
-def load(preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]) -> PipelineRecipe:
+def load(
+    preset: str | None,
+    overrides: list[str] | None = None,
+    *,
+    reads: Sequence[str] | None = None,
+    **flags: Mapping[str, Any],
+) -> PipelineRecipe:
     """Read a preset by name or path (None: the defaults of every section), apply `--set` assignments, then named flags.
 
-    `flags` gives the values of a section's flags, `train={"steps": steps}`; None is a flag that was not given.
+    `reads` names the sections that the command reads; None: all. `flags` gives the values of a section's flags,
+    `train={"steps": steps}`; None is a flag that was not given.
 
     Raises:
-        ConfigError: no such preset, an unknown key, or a value of the wrong type.
+        ConfigError: no such preset, an unknown key, a value of the wrong type, or `--set` of a section not read.
     """
     table = resolve(PipelineRecipe, preset or PAPER)
     if preset is None:
         table = {name: table[name] for name in ("model", "objective")}
+    check_sections(PipelineRecipe, overrides or [], reads)
     return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags)
 
 
@@ -60,8 +69,9 @@ def load_tokenizer(
     preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
 ) -> TokenizerRecipe:
     """`load` for the sections that `vqpipe train` reads; the preset is required."""
-    recipe = load(required(preset, "small"), overrides, **flags)
-    return TokenizerRecipe(**{each.name: getattr(recipe, each.name) for each in fields(TokenizerRecipe)})
+    sections = [each.name for each in fields(TokenizerRecipe)]
+    recipe = load(required(preset, "small"), overrides, reads=sections, **flags)
+    return TokenizerRecipe(**{name: getattr(recipe, name) for name in sections})
 
 
 def load_generator(
@@ -78,6 +88,17 @@ def load_classifier(
     """`load` for a classifier's preset, which is required."""
     preset = required(preset, "vit-tiny")
     return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags)
+
+
+def check_sections(cls: type, overrides: Sequence[str], reads: Sequence[str] | None) -> None:
+    """Raise a ConfigError for a `--set` of a section of `cls` that the command does not read."""
+    for text in overrides:
+        section = text.partition("=")[0].strip().partition(".")[0]
+        if reads is not None and section not in reads and section in {each.name for each in fields(cls)}:
+            raise ConfigError(
+                f"--set {text}: this command does not read the section [{section}]",
+                f"It reads {', '.join(f'[{name}]' for name in reads)}",
+            )
 
 
 def required(preset: str | None, example: str) -> str:

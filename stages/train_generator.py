@@ -48,6 +48,7 @@ def train_generator(
     validation: console.ValidationExamples = None,
     image_size: ImageSize = None,
     num_workers: NumWorkers = -1,
+    max_skipped: console.MaxSkipped = 0.01,
     log: console.Log = None,
     preset: Preset = None,
     overrides: Set = None,
@@ -80,7 +81,7 @@ def train_generator(
         path = examples_path(trained_on, tokens=tokens, images=images, latents=latents, out=out)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         if images:
-            stored = encode(images, path, opened, image_size, recipe.examples.mirror, num_workers)
+            stored = encode(images, path, opened, image_size, recipe.examples.mirror, num_workers, max_skipped)
         else:
             stored = open_artifact(path, trained_on)
         examples = StoredExamples(opened, stored, None if validation is None else open_artifact(validation, trained_on))
@@ -125,7 +126,13 @@ def examples_path(
 
 
 def encode(
-    images: list[str], target: Path, tokenizer: Tokenizer, image_size: int | None, flip: bool, num_workers: int
+    images: list[str],
+    target: Path,
+    tokenizer: Tokenizer,
+    image_size: int | None,
+    flip: bool,
+    num_workers: int,
+    max_skipped: float,
 ) -> Artifact:
     """Encode images into the latents artifact `target`."""
     size = image_size or tokenizer.image_size
@@ -139,5 +146,6 @@ def encode(
             image_size=size,
             flip=flip,
             num_workers=num_workers,
+            max_skipped=max_skipped,
             progress=progress,
         )

@@ -96,6 +96,70 @@ def test_another_request_is_refused_with_the_first_difference(tmp_path: Path) ->
         start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
 
 
+class Folder:
+    """Images in a folder."""
+
+    name = "photos"
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest * 64
+
+
+@pytest.mark.parametrize("place", [(), ("data",), ("eval",)])
+def test_the_tolerance_may_change_on_a_draft_and_on_a_published_artifact(
+    tmp_path: Path, place: tuple[str, ...]
+) -> None:
+    def config(tolerance: float) -> dict[str, Any]:
+        table: dict[str, Any] = {"max_skipped": tolerance, "size": 8}
+        return {"k": 3, **({place[0]: table} if place else table)}
+
+    digests = []
+    for tolerance in (0.01, 0.2):
+        with begin(tmp_path / "out", config(tolerance)) as draft:
+            digests.append(draft.request)
+            with draft.write("a.bin") as path:
+                path.write_bytes(b"a")
+            if tolerance == 0.2:
+                assert draft.publish({}).config == config(0.2)
+    assert digests[0] == digests[1]  # saved states of the first run belong to the second
+    assert isinstance(start(tmp_path / "out", "codebook", config(0.5), INPUTS), Artifact)
+    with pytest.raises(ArtifactError, match=r"k was 3, now 4"):
+        start(tmp_path / "out", "codebook", config(0.2) | {"k": 4}, INPUTS)
+
+
+def test_a_setting_of_that_name_elsewhere_is_compared(tmp_path: Path) -> None:
+    with begin(tmp_path / "out", {"other": {"max_skipped": 1}}) as draft, draft.write("a.bin") as path:
+        path.write_bytes(b"a")
+    with pytest.raises(ArtifactError, match=r"config\.other\.max_skipped was 1, now 2"):
+        begin(tmp_path / "out", {"other": {"max_skipped": 2}})
+
+
+def test_other_images_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    out, before, after = tmp_path / "out", {"images": Folder("0")}, {"images": Folder("1")}
+    changed = "other images: a file of photos was added, removed or changed since, or it is another place"
+    remedy = r"\. Choose another --out, or restore those files"
+    with start(out, "tokens", CONFIG, before) as draft:
+        assert isinstance(draft, Draft)
+        with draft.write("a.bin") as path:
+            path.write_bytes(b"a")
+        with pytest.raises(ArtifactError, match=rf"\.partial was started with {changed}{remedy}\.$"):
+            start_unlocked(draft, out, after)
+        (draft.path / "skipped.parquet").touch()  # left by a run that stopped for unusable images
+        with pytest.raises(ArtifactError, match=rf"{remedy}; with those files, a larger --max-skipped finishes it"):
+            start_unlocked(draft, out, after)
+        draft.lock.acquire()
+        draft.publish({})
+    with pytest.raises(ArtifactError, match=rf"out exists and was made with {changed}{remedy}\.$"):
+        start(out, "tokens", CONFIG, after)
+    with pytest.raises(ArtifactError, match=r"config\.k was 3, now 4"):
+        start(out, "tokens", CONFIG | {"k": 4}, after)
+
+
+def start_unlocked(draft: Draft, out: Path, inputs: dict[str, Folder]) -> None:
+    draft.lock.release()
+    start(out, "tokens", CONFIG, inputs)
+
+
 def test_interrupted_run_resumes_at_its_first_missing_file(tmp_path: Path) -> None:
     with begin(tmp_path / "out") as draft:
         with draft.write("a.bin", rows=5) as path:

@@ -1,5 +1,6 @@
 """Encoding jobs: order, errors, resuming, progress."""
 
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def encode_images(
     check: Check = accept,
     before_writing: Callable[[int], None] = lambda number: None,
     num_workers: int = 0,
+    max_skipped: float = 0.5,
     progress: Progress = SILENT,
 ) -> tuple[Artifact, Stopwatch]:
     draft = artifacts.start(out, "features", {}, {"images": images})
@@ -63,12 +65,12 @@ def encode_images(
 
     def write(draft: Draft, shard: EncodedShard) -> None:
         before_writing(shard.number)
-        record = {"keys": shard.keys, "skipped": dict(shard.skipped)}
+        record = {"keys": shard.keys, "skipped": shard.skipped}
         with draft.write(f"{shard.number}.npy", **record) as path, path.open("wb") as file:
             np.save(file, shard.rows)
 
     with draft:
-        job = EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", progress=progress)
+        job = EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", max_skipped=max_skipped, progress=progress)
         job.run(
             encode,
             write,
@@ -80,7 +82,7 @@ def encode_images(
             batch_size=4,
             num_workers=num_workers,
         )
-        job.finish(max_skipped=0.5)
+        job.finish()
         return draft.publish({}), job.stopwatch
 
 
@@ -197,8 +199,12 @@ def test_progress_counts_every_image_and_ends_with_a_report(images: ImageSet, tm
     progress = Recorder()
     run(tmp_path / "out", images, progress=progress)
     assert (progress.started, progress.done) == ([("encode", NUM, 0)], NUM)
-    assert len(progress.messages) == 1
-    assert re.match(r"23 images in 0:0.*/s: .*(waiting for images|encoding|writing) \d+%", progress.messages[0])
+    report, skipped = progress.messages
+    assert re.match(r"23 images in 0:0.*/s: .*(waiting for images|encoding|writing) \d+%", report)
+    assert skipped == (
+        "5 of 23 images cannot be used (5 empty): 04 of images (empty), 10 of images (empty), 11 of images (empty) and"
+        f" 2 more; all are listed in {tmp_path / 'out' / 'skipped.parquet'}"
+    )
 
 
 def test_the_report_names_the_slowest_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +215,59 @@ def test_the_report_names_the_slowest_part(monkeypatch: pytest.MonkeyPatch) -> N
         "1,000 images in 0:01:40, 10/s: waiting for images 80%, encoding 15%. "
         "Images arrive too slowly: use more --num-workers, the extra `fast` (simplejpeg), or a faster disk."
     )
+
+
+LIST = [{"key": f"{i:02d}", "shard": "images", "index": i, "reason": "empty"} for i in sorted(BAD)]
+
+
+def test_too_many_unusable_images_stop_after_a_shard_and_a_larger_tolerance_continues(
+    images: ImageSet, tmp_path: Path
+) -> None:
+    """Shards of ten images have one unusable image, four, and none."""
+    encoded: list[int] = []
+
+    def counted(batch: Tensor) -> Tensor:
+        encoded.append(len(batch))
+        return mean_colours(batch)
+
+    out, straight = tmp_path / "out", run(tmp_path / "straight", images)
+    where = re.escape(str(tmp_path / "out.partial" / "skipped.parquet"))
+    stopped = (
+        r"^at least 5 of 23 images cannot be used \(5 empty\), more than the 10.00% allowed: 04 of images \(empty\), "
+        rf".* and 2 more; all are listed in {where}\. Raise --max-skipped"
+    )
+    for again in (False, True):
+        encoded.clear()
+        with pytest.raises(DataError, match=stopped):
+            run(out, images, counted, max_skipped=0.1)
+        assert sum(encoded) <= (0 if again else 9 + 6 + 3)  # one piece of the next shard is encoded meanwhile
+        assert pq.read_table(tmp_path / "out.partial" / "skipped.parquet").to_pylist() == LIST
+    assert run(out, images, counted, max_skipped=0.3).digest == straight.digest
+    assert sum(encoded) == 3
+    assert pq.read_table(straight.verified_file("skipped.parquet")).to_pylist() == LIST
+
+
+def test_a_share_equal_to_the_tolerance_is_allowed(tmp_path: Path, draw: Callable[..., bytes]) -> None:
+    (tmp_path / "a").mkdir()
+    for i in range(100):
+        (tmp_path / "a" / f"{i:02d}.jpg").write_bytes(b"" if i < 29 else draw(i, (8, 8), "JPEG"))
+    run(tmp_path / "out", open_images([tmp_path / "a"]), max_skipped=0.29)  # 0.29 x 100 is below 29 in binary
+
+
+def test_a_shard_of_an_earlier_version_is_encoded_again_for_the_list(images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        run(tmp_path / "out", images, max_skipped=0.1)
+    record = tmp_path / "out.partial" / ".records" / "1.npy.json"
+    table = json.loads(record.read_text())
+    assert table["record"]["skipped"] == dict.fromkeys(("10", "11", "12", "13"), "empty")
+    record.write_text(json.dumps(table | {"record": table["record"] | {"skipped": {"empty": 4}}}))
+    assert run(tmp_path / "out", images).digest == run(tmp_path / "straight", images).digest
+
+
+def test_usable_images_leave_no_list(tmp_path: Path, draw: Callable[..., bytes]) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.jpg").write_bytes(draw(1, (32, 24), "JPEG"))
+    assert run(tmp_path / "out", open_images([tmp_path / "one"])).names() == ["0.npy"]
 
 
 def test_no_readable_image_is_an_error(tmp_path: Path) -> None:

@@ -136,9 +136,18 @@ def test_an_interrupted_run_resumes_at_the_first_missing_shard(
     assert sum(calls) < 20
 
 
-def test_too_many_unreadable_images_are_an_error_that_names_no_option(images: ImageSet, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"1 of 11 images cannot be used .*\. Repair or remove them\.$"):
+def test_too_many_unreadable_images_are_an_error_that_a_larger_tolerance_continues(
+    images: ImageSet, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"1 of 11 images cannot be used .*\. Raise --max-skipped: the same command"):
         write(tmp_path / "out", images, max_skipped=0.05)
+
+    def fails(batch: Tensor) -> Tensor:
+        raise AssertionError("encoded again")
+
+    made = write(tmp_path / "out", images, encode=fails, max_skipped=0.1)
+    assert made.facts["skipped"] == {"not-an-image": 1}
+    assert made.digest == write(tmp_path / "straight", images, max_skipped=0.1).digest
 
 
 def test_latents_beyond_float16_are_an_error(images: ImageSet, tmp_path: Path) -> None:

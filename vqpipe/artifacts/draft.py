@@ -50,16 +50,29 @@ from vqpipe.provenance import environment, now, provenance
 LOG = logging.getLogger("vqpipe")
 RUNS = ".runs.json"
 STATUS = "status.json"
+TOLERANCE, TOLERANCE_SECTIONS = "max_skipped", ("data", "eval")
+"""The setting that decides only whether a run stops, and the sections of a config that may hold it."""
+SKIPPED = "skipped.parquet"
+"""The list of the images that could not be used; it is written where there are any."""
+IMAGE_ROLES = ("images", "source", "validation", "reference")
+"""The roles of inputs that can be images."""
 
 
 def start(
-    out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input | str], *, option: str = "--out"
+    out: Path | str,
+    kind: str,
+    config: dict[str, Any],
+    inputs: Mapping[str, Input | str],
+    *,
+    option: str = "--out",
+    tolerance: str = "--max-skipped",
 ) -> "Draft | Artifact":
     """Start or resume the artifact `out`, or return it if it is already published. Every rank calls it.
 
     `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
-    provenance. `option` is the command-line option that names `out`, for messages. Returns the Artifact if it was
-    published with the same request, else a locked Draft.
+    provenance. `option` is the command-line option that names `out`, and `tolerance` the one that sets the largest
+    share of unusable images, for messages. Returns the Artifact if it was published with the same request, else a
+    locked Draft. The tolerance is not compared: it changes no byte of what is written.
 
     Raises:
         ArtifactError: `out` was made or started with another request (the message names the first differing key), or
@@ -68,9 +81,12 @@ def start(
     out = Path(out)
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
-    draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()}, option)
-    published = distributed.on_main(draft.prepare)
-    return open_artifact(out, kind) if published else draft
+    draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()}, option, tolerance)
+    begun = distributed.on_main(draft.prepare)
+    if begun is None:
+        return open_artifact(out, kind)
+    draft.request = begun
+    return draft
 
 
 class Draft:
@@ -80,12 +96,15 @@ class Draft:
     error of all ranks is kept in `status.json`.
     """
 
-    def __init__(self, out: Path, requested: dict[str, Any], lineage: dict[str, Any], option: str) -> None:
-        self.out, self.option = out, option
+    def __init__(
+        self, out: Path, requested: dict[str, Any], lineage: dict[str, Any], option: str, tolerance: str
+    ) -> None:
+        self.out, self.option, self.tolerance = out, option, tolerance
         self.path = partial_path(out)
         self.requested = requested
         self.kind: str = requested["kind"]
         self.request = digest_json(requested)
+        """The digest of the request that the draft was begun with: another tolerance does not change it."""
         self.lineage = lineage
         self.started = now()
         self.lock = Lock(self.path, out)
@@ -108,77 +127,109 @@ class Draft:
         files = (path for path in self.path.rglob("*") if path.is_file())
         return any(path.name not in own and not path.name.endswith(f"-{STATUS}") for path in files)
 
-    def prepare(self) -> bool:
-        """On rank 0: take the lock and check the request. True if the artifact is published already."""
+    def prepare(self) -> str | None:
+        """On rank 0: take the lock and check the request. Returns the digest of the request that the draft was begun
+        with; None if the artifact is published already."""
         with disk_errors(self.path):
             if self.out.exists() or self.out.is_symlink():
-                return self.check_published()
+                self.check_published()
+                return None
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".records").mkdir(exist_ok=True)
             self.lock.acquire()
         try:
             if self.out.exists():  # another process published it after the check above
                 shutil.rmtree(self.path, ignore_errors=True)
-                published = self.check_published()
+                self.check_published()
+                begun = None
             else:
                 with disk_errors(self.path):
-                    published = self.resume()
+                    begun = self.resume()
         except BaseException:
             self.lock.release()
             raise
-        if published:
+        if begun is None:
             self.lock.release()
-        return published
+        return begun
 
-    def resume(self) -> bool:
-        """Delete leftovers of an earlier run and check its request. True if only the last rename was missing."""
+    def resume(self) -> str | None:
+        """Delete leftovers of an earlier run and check its request, whose digest is returned. None if only the last
+        rename was missing."""
         (self.path / STATUS).unlink(missing_ok=True)
         for leftover in self.path.rglob(".writing-*"):
             leftover.unlink()
         try:
             found = open_artifact(self.path).manifest  # killed between the manifest and the rename that publishes
         except ArtifactError:
-            self.check_request()
+            begun = self.check_request()
             self.record_environment()
-            return False
+            return begun
         self.check_same(found, self.path)
         self.delete_unrecorded(found.files)
         self.move_into_place()
-        return True
+        return None
 
-    def check_published(self) -> bool:
-        """True if `out` was made with this request; otherwise raise an ArtifactError."""
+    def check_published(self) -> None:
+        """Raise an ArtifactError unless `out` was made with this request."""
         if not (self.out / "manifest.json").is_file():
             raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", f"Choose another {self.option}")
         self.check_same(open_artifact(self.out).manifest, self.out)
         with suppress(OSError):  # of a run that was killed right after it published
             (self.out / lock.NAME).unlink(missing_ok=True)
-        return True
 
     def check_same(self, manifest: Manifest, path: Path) -> None:
         """Raise an ArtifactError if the artifact at `path` was made by a different request."""
-        if manifest.request != self.request:
-            before = {"kind": manifest.kind, "config": manifest.config, "inputs": manifest.inputs}
+        before = compared({name: getattr(manifest, name) for name in self.requested})
+        after = compared(self.requested)
+        if digest_json(before) != digest_json(after):
+            if changed := self.changed_images(before, after):
+                raise ArtifactError(
+                    f"{path} exists and was made with other images: {changed}",
+                    f"Choose another {self.option}, or restore those files",
+                )
             raise ArtifactError(
-                f"{path} exists and was made with other settings: {difference(before, self.requested)}",
+                f"{path} exists and was made with other settings: {difference(before, after)}",
                 f"Choose another {self.option}",
             )
 
-    def check_request(self) -> None:
-        """Store the request, or raise an ArtifactError if an earlier run stored another one."""
+    def changed_images(self, before: dict[str, Any], after: dict[str, Any]) -> str:
+        """How two requests differ, if only by the content of images; otherwise empty."""
+        inputs = before["inputs"], after["inputs"]
+        changed = [role for role in inputs[1] if inputs[0].get(role) != inputs[1][role]]
+        same_settings = {**before, "inputs": None} == {**after, "inputs": None} and inputs[0].keys() == inputs[1].keys()
+        if not changed or not same_settings or any(role not in IMAGE_ROLES for role in changed):
+            return ""
+        source = self.lineage[changed[0]]
+        if source["kind"] != "data" or not source["name"]:
+            return ""
+        return f"a file of {source['name']} was added, removed or changed since, or it is another place"
+
+    def check_request(self) -> str:
+        """Store the request, or raise an ArtifactError if an earlier run stored another one. Returns the digest of the
+        stored one."""
         file = self.path / "request.json"
         if not file.exists():
             write_json(file, self.requested)
-            return
+            return digest_json(self.requested)
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            before, after = compared(stored), compared(self.requested)
+            changed = self.changed_images(before, after)
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ArtifactError(f"{file} is damaged", f"Delete {self.path} and run again") from None
-        if digest_json(before) != self.request:
+        if digest_json(before) == digest_json(after):
+            return digest_json(stored)
+        if changed:
+            raised = f"; with those files, a larger {self.tolerance} finishes it with what is written"
             raise ArtifactError(
-                f"{self.path} was started with other settings: {difference(before, self.requested)}",
-                f"Finish it with those settings, delete it, or choose another {self.option}",
+                f"{self.path} was started with other images: {changed}",
+                f"Choose another {self.option}, or restore those files"
+                + (raised if (self.path / SKIPPED).exists() else ""),
             )
+        raise ArtifactError(
+            f"{self.path} was started with other settings: {difference(before, after)}",
+            f"Finish it with those settings, delete it, or choose another {self.option}",
+        )
 
     def record_environment(self) -> None:
         """Store the environment of this run; warn if it differs from that of the run before."""
@@ -280,7 +331,7 @@ class Draft:
         earlier = self.earlier_runs()
         runs = {"runs": earlier} if len(earlier) > 1 else {}
         manifest = Manifest(
-            request=self.request,
+            request=digest_json(self.requested),
             content=content_digest(files),
             facts=json.loads(json.dumps(facts, allow_nan=False)),
             files=files,
@@ -316,6 +367,20 @@ class Draft:
         (self.out / lock.NAME).unlink(missing_ok=True)
         flush_to_disk(self.out.parent)
         self.lock.release()
+
+
+def compared(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a request that decides what is written: all but the tolerance."""
+    config = {
+        name: without_tolerance(value) if name in TOLERANCE_SECTIONS and isinstance(value, Mapping) else value
+        for name, value in without_tolerance(request["config"]).items()
+    }
+    return {**request, "config": config}
+
+
+def without_tolerance(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a table without the tolerance."""
+    return {name: value for name, value in table.items() if name != TOLERANCE}
 
 
 def lineage_of(value: Input | str) -> dict[str, Any]:

@@ -223,6 +223,7 @@ def write_features(
         shard_size=config.images_per_shard,
         title="extract features",
         limit=config.limit,
+        max_skipped=max_skipped,
         progress=progress,
     )
     job.run(
@@ -237,7 +238,7 @@ def write_features(
         num_workers=num_workers,
         transform=encoder.transform,
     )
-    records, skipped = job.finish(max_skipped)
+    records, skipped = job.finish()
     return {
         "num_images": sum(record["images"] for record in records),
         "num_vectors": sum(record["rows"] for record in records),
@@ -259,7 +260,7 @@ def write_shard(draft: Draft, shard: EncodedShard) -> None:
     }
     with draft.write(f"samples-{shard.number:05d}.parquet") as path:
         parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path)
-    record = {"images": len(keys), "rows": vectors_per_image * len(keys), "skipped": dict(shard.skipped)}
+    record = {"images": len(keys), "rows": vectors_per_image * len(keys), "skipped": shard.skipped}
     with draft.write(f"features-{shard.number:05d}.npy", **record) as path, path.open("wb") as file:
         np.save(file, rows.reshape(-1, rows.shape[2]), allow_pickle=False)
 

@@ -13,9 +13,8 @@ import shutil
 import signal
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -30,16 +29,14 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import BadImage, DataConfig, center_crop, decode, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
-__all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_set_weights", "check_skipped"]
+__all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_set_weights"]
 
 # Keys of random generators: the order of an epoch, the crop of a sample, the sets of positions (2: examples.HELD_OUT).
 ORDER, SAMPLE, SET = 0, 1, 3
 BLOCK = 1 << 16
 """Positions whose sets are drawn from one generator."""
-TRIES = 16
-"""Attempts to replace one undecodable training image."""
-MIN_IMAGES_SEEN = 100
-"""Images before the share of undecodable ones is checked."""
+TRIES = 256
+"""Draws for one training sample until an image can be decoded: enough where nine of ten images cannot."""
 
 
 @dataclass
@@ -55,14 +52,16 @@ class Batch:
     keys: list[str]
     indices: list[int]
     """Positions in the image set."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Of training: the undecodable images that were replaced in this batch, position -> reason."""
 
     def pin_memory(self) -> "Batch":
         """Called by the data loader, so that copies to the GPU overlap with computation."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.keys, self.indices)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.keys, self.indices, self.skipped)
 
 
 class Piece(NamedTuple):
-    """The result for one range of positions: a batch of its usable images, and the counts of the skipped ones."""
+    """The result for one range of positions: a batch of its usable images, and the skipped ones."""
 
     positions: range
     """Positions in the image set, skipped images included."""
@@ -70,38 +69,13 @@ class Piece(NamedTuple):
     batch: Batch | None
     """The usable images; None where there are none."""
 
-    skipped: dict[str, int]
-    """reason -> count."""
+    skipped: dict[int, str]
+    """Position -> reason."""
 
 
-Loaded = tuple[Batch | None, dict[str, int]] | VqpipeError
-"""The result of a worker: a batch and the skipped images, reason -> count; or an error to raise in the main process."""
-
-
-def check_skipped(
-    skipped: dict[str, int], total: int, max_skipped: float, option: str | None = "--max-skipped"
-) -> None:
-    """Check the share of skipped images.
-
-    Args:
-        option: the option that sets `max_skipped`, named in the message; None: there is none.
-
-    Raises:
-        DataError: more than a share of `max_skipped` of `total` was skipped; the message has the counts.
-    """
-    count = sum(skipped.values())
-    if count > max_skipped * total:
-        raise DataError(
-            f"{count} of {total} images cannot be used ({counts_of(skipped)}), more than the {max_skipped:.2%} allowed",
-            f"Repair or remove them, or raise {option}, and choose another --out"
-            if option
-            else "Repair or remove them",
-        )
-
-
-def counts_of(skipped: dict[str, int]) -> str:
-    """The counts of skipped images in a message: `2 empty, 1 truncated`."""
-    return ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+Loaded = tuple[Batch | None, dict[int, str]] | VqpipeError
+"""The result of a worker: a batch and the skipped images, position -> reason; or an error to raise in the main
+process."""
 
 
 class OrderedBatches:
@@ -110,8 +84,8 @@ class OrderedBatches:
     `spans` replaces [start, stop) by several ranges; a batch never crosses from one into the next. The same processes
     decode all of them (`num_workers` 0: the main process; -1: one per core, if there is enough work).
 
-    Undecodable images are left out of their batch and counted in `skipped`. Batches are cut by position, so they do not
-    move the other images to other batches. Check the counts with `check_skipped` at the end.
+    Undecodable images are left out of their batch and kept in `skipped`. Batches are cut by position, so they do not
+    move the other images to other batches. Whether they are too many is for `vqpipe.data.skipped`.
     """
 
     def __init__(
@@ -130,8 +104,8 @@ class OrderedBatches:
         self.spans = [range(start, min(len(images), len(images) if stop is None else stop))] if spans is None else spans
         self.num_workers = worker_count(num_workers, len(self) // batch_size, 3 * image_size**2 * batch_size)
         self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size))
-        self.skipped: dict[str, int] = {}
-        """reason -> count of the current iteration."""
+        self.skipped: dict[int, str] = {}
+        """Position -> reason, of the current iteration."""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -144,11 +118,10 @@ class OrderedBatches:
 
     def pieces(self) -> Iterator[Piece]:
         """Yield every batch with its positions, also where none of its images is usable."""
-        counts = Counter[str]()
-        self.skipped = counts
+        found = self.skipped = {}
         loaded = through_workers(self.dataset, self.work(), self.num_workers)
         for positions, (batch, skipped) in zip(self.work(), loaded, strict=True):
-            counts.update(skipped)
+            found.update(skipped)
             yield Piece(positions, None if batch is None else with_keys(batch, self.images), skipped)
 
     def work(self) -> list[range]:
@@ -285,8 +258,8 @@ class TrainingStream:
 
     The order is that of `Shuffle`; with `set_weights` in the config it is that of `WeightedShuffle`.
 
-    An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and counted in `skipped`.
-    With weights, the other image is of the same set.
+    An undecodable image is replaced by another, drawn from the same (seed, epoch, sample), and named in the batch's
+    `skipped`; so is a replacement that is undecodable itself. With weights, the other image is of the same set.
 
     Raises:
         ConfigError: the global batch is not divisible by the number of ranks, or the weights do not fit the sets.
@@ -304,24 +277,17 @@ class TrainingStream:
             if config.set_weights
             else Shuffle(len(images), **options)
         )
-        self.skipped: dict[str, int] = {}
-        """reason -> count of the images that this rank has replaced since `from_sample`."""
 
     def from_sample(self, images_seen: int) -> Iterator[Batch]:
         """Yield this rank's batches from global position `images_seen` on, without reading the images before.
 
         Raises:
-            DataError: too many undecodable images; a worker process was killed or timed out.
+            DataError: TRIES draws for one sample gave no image; a worker process was killed or timed out.
         """
-        seen, counts = 0, Counter[str]()
-        self.skipped = counts
         dataset = TrainingImages(self.images, self.config, self.seed)
         work = self.shuffle.batches(images_seen)
         for batch, skipped in through_workers(dataset, work, self.config.num_workers, self.config.worker_timeout):
-            counts.update(skipped)
-            seen += len(batch.indices)
-            if seen >= MIN_IMAGES_SEEN:
-                check_skipped(counts, seen, self.config.max_skipped, "--set data.max_skipped")
+            batch.skipped = skipped
             yield with_keys(batch, self.images)
 
 
@@ -354,18 +320,18 @@ class OrderedImages(Dataset[Loaded]):
         self.images, self.transform = images, transform
 
     def __getitem__(self, work: Sequence[int]) -> Loaded:
-        kept, tensors, skipped = list[int](), list[Tensor](), Counter[str]()
+        kept, tensors, skipped = list[int](), list[Tensor](), dict[int, str]()
         for i in work:
             try:
                 tensors.append(self.transform(decode(self.images.read(i))))
                 kept.append(i)
             except BadImage as error:
-                skipped[error.reason] += 1
+                skipped[i] = error.reason
             except VqpipeError as error:
                 return error
         if not kept:
-            return None, dict(skipped)
-        return assemble(self.images, kept, tensors), dict(skipped)
+            return None, skipped
+        return assemble(self.images, kept, tensors), skipped
 
 
 class TrainingImages(Dataset[Loaded]):
@@ -375,7 +341,7 @@ class TrainingImages(Dataset[Loaded]):
         self.images, self.config, self.seed = images, config, seed
 
     def __getitem__(self, work: Sequence[tuple[int, int]]) -> Loaded:
-        indices, tensors, skipped = list[int](), list[Tensor](), Counter[str]()
+        indices, tensors, skipped = list[int](), list[Tensor](), dict[int, str]()
         try:
             for epoch, sample in work:
                 index, tensor = self.sample(epoch, sample, skipped)
@@ -383,10 +349,10 @@ class TrainingImages(Dataset[Loaded]):
                 tensors.append(tensor)
         except VqpipeError as error:
             return error
-        return assemble(self.images, indices, tensors), dict(skipped)
+        return assemble(self.images, indices, tensors), skipped
 
-    def sample(self, epoch: int, sample: int, skipped: Counter[str]) -> tuple[int, Tensor]:
-        """The sample, or the first replacement drawn for it that can be decoded."""
+    def sample(self, epoch: int, sample: int, skipped: dict[int, str]) -> tuple[int, Tensor]:
+        """The sample, or the first replacement drawn for it that can be decoded. The others are added to `skipped`."""
         index, pool = sample, self.replacements(sample)
         for attempt in range(TRIES):
             rng = np.random.Generator(generator(self.seed, SAMPLE, epoch, sample, attempt))
@@ -396,9 +362,11 @@ class TrainingImages(Dataset[Loaded]):
                 image = decode(self.images.read(index), self.config.max_pixels)
                 return index, training_crop(image, self.config, rng)
             except BadImage as error:
-                skipped[error.reason] += 1
+                skipped[index] = error.reason
         raise DataError(
-            f"{TRIES} images drawn one after another cannot be used ({counts_of(skipped)})", "Check the image files"
+            f"{TRIES} images drawn one after another cannot be used, such as {self.images.key(index)} of"
+            f" {self.images.origin(index)[0]} ({skipped[index]})",
+            "Check the image files",
         )
 
     def replacements(self, sample: int) -> range:

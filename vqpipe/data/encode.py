@@ -25,8 +25,9 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.data.batches import Batch, OrderedBatches, Piece, check_skipped, chunks
+from vqpipe.data.batches import Batch, OrderedBatches, Piece, chunks
 from vqpipe.data.images import ImageSet
+from vqpipe.data.skipped import Skipped, merged
 from vqpipe.errors import DataError, NumericError
 from vqpipe.progress import SILENT, Progress
 
@@ -115,8 +116,8 @@ class EncodedShard:
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     """-1 where an image has no class."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """reason -> count."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Position in the image set -> reason."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -136,12 +137,17 @@ class EncodingJob:
 
         job = EncodingJob(draft, images, "tokens-{:05d}.parquet", shard_size=4096, title="tokenize")
         job.run(encode, write_shard, ...)
-        records, skipped = job.finish(max_skipped)
+        records, skipped = job.finish()
+
+    Every shard that was encoded is written, also where too many images cannot be used: with a larger `max_skipped` the
+    job continues after it.
 
     Args:
-        filename: name of the file written last for each shard, a format string; its record marks the shard complete.
+        filename: name of the file written last for each shard, a format string; its record marks the shard complete,
+            and holds its `skipped`.
         shard_size: images per shard.
         limit: encode only the first so many images.
+        max_skipped: the largest share of images that cannot be used.
     """
 
     def __init__(
@@ -153,13 +159,15 @@ class EncodingJob:
         shard_size: int,
         title: str,
         limit: int | None = None,
+        max_skipped: float = 0.01,
         progress: Progress = SILENT,
     ) -> None:
         self.draft, self.images, self.filename, self.progress = draft, images, filename, progress
+        self.max_skipped = max_skipped
         self.num_images = min(len(images), limit or len(images))
         self.spans = chunks(range(self.num_images), shard_size)
         self.mine = range(distributed.rank(), len(self.spans), distributed.world_size())
-        self.missing = [number for number in self.mine if draft.record(filename.format(number)) is None]
+        self.missing = [number for number in self.mine if self.record(number) is None]
         self.stopwatch = Stopwatch()
         total = sum(len(self.spans[number]) for number in self.mine)
         done = total - sum(len(self.spans[number]) for number in self.missing)
@@ -187,7 +195,13 @@ class EncodingJob:
             check: called with rows [B, *row_shape] on the CPU and their keys; raises if they must not be stored.
             dtype: the stored type.
             image_size, batch_size, num_workers, transform: see `OrderedBatches`.
+
+        Raises:
+            DataError: the images of this rank that cannot be used are too many already.
         """
+        found = merged(record["skipped"] for number in self.mine if (record := self.record(number)) is not None)
+        if self.missing:
+            self.check_so_far(found)
         spans = [self.spans[number] for number in self.missing]
         batches = OrderedBatches(
             self.images,
@@ -209,14 +223,28 @@ class EncodingJob:
                         if piece.batch is not None and rows is not None:
                             check(rows, piece.batch.keys)
                             shard.add(piece.batch, rows)
-                        shard.skipped.update(piece.skipped)
+                        shard.skipped |= piece.skipped
                     self.stopwatch.images += len(piece.positions)
                     self.progress.advance(len(piece.positions))
                     if piece.positions.stop == span.stop:
                         break
                 self.wait(writing)
                 writing = pool.submit(self.write_timed, write, shard)
+                found |= shard.skipped
+                if number != self.missing[-1]:  # else `finish` checks, over all ranks
+                    self.check_so_far(found)
             self.wait(writing)
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """The record of a shard, None if it is missing. Earlier versions recorded the count of each reason, without
+        the images: such a shard is encoded again."""
+        record = self.draft.record(self.filename.format(number))
+        counted = record is not None and any(isinstance(each, int) for each in record["skipped"].values())
+        return None if counted else record
+
+    def check_so_far(self, found: dict[int, str]) -> None:
+        """Raise a DataError if this rank alone has found too many already."""
+        Skipped(self.images, self.num_images, found).check(self.max_skipped, self.draft, so_far=True)
 
     def encode_batches(
         self, batches: OrderedBatches, encode: Callable[[Tensor], Tensor], device: torch.device
@@ -249,27 +277,26 @@ class EncodingJob:
             if writing is not None:
                 writing.result()
 
-    def finish(
-        self, max_skipped: float, option: str | None = "--max-skipped"
-    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count. `option` is
-        as in `check_skipped`.
+    def finish(self) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count. Their list
+        is written into the draft.
 
         Raises:
             DataError: more images than `max_skipped` are unreadable, or all are.
         """
         self.stopwatch.stop()
-        mine = {number: self.draft.record(self.filename.format(number)) or {} for number in self.mine}
+        mine = {number: self.record(number) or {} for number in self.mine}
         everyone = distributed.gather_objects((mine, self.stopwatch.images))
         self.stopwatch.images = sum(count for _, count in everyone)
         records = [record for _, record in sorted(pair for part, _ in everyone for pair in part.items())]
-        skipped: Counter[str] = sum((Counter(record["skipped"]) for record in records), Counter())
-        check_skipped(skipped, self.num_images, max_skipped, option)
-        if skipped.total() == self.num_images:
+        skipped = Skipped(self.images, self.num_images, merged(record["skipped"] for record in records))
+        skipped.check(self.max_skipped, self.draft)
+        if len(skipped) == self.num_images:
             raise DataError(f"none of the {self.num_images} images of {self.images.name} can be read", "Check them")
         if self.stopwatch.images:
             self.progress.message(self.stopwatch.report())
-        return records, dict(sorted(skipped.items()))
+        skipped.publish(self.draft, self.progress)
+        return records, skipped.counts()
 
 
 def with_flip(images: Tensor, flip: bool) -> list[Tensor]:

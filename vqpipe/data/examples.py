@@ -8,7 +8,7 @@ B images of a batch, N ids per image, R rows (one per image, two where horizonta
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -79,6 +79,8 @@ class ExampleBatch:
     labels: Tensor
     """int64[B]; -1 where an image has no class."""
     keys: list[str]
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Empty: every stored example can be used."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -190,7 +190,13 @@ def write_latents(
     """
     latent_shape = tokenizer.latent_shape(image_size, image_size)
     job = EncodingJob(
-        draft, images, "latents-{:05d}.npy", shard_size=IMAGES_PER_SHARD, title="latents", progress=progress
+        draft,
+        images,
+        "latents-{:05d}.npy",
+        shard_size=IMAGES_PER_SHARD,
+        title="latents",
+        max_skipped=max_skipped,
+        progress=progress,
     )
     job.run(
         partial(
@@ -207,7 +213,7 @@ def write_latents(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    records, skipped = job.finish(max_skipped, option=None)
+    records, skipped = job.finish()
     return {
         "num_images": sum(record["images"] for record in records),
         "num_latents": sum(record["rows"] for record in records),
@@ -225,7 +231,7 @@ def write_latent_shard(draft: Draft, shard: EncodedShard) -> None:
     with draft.write(f"samples-{shard.number:05d}.parquet") as path:
         parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path, compression="zstd")
     rows = shard.rows.reshape(-1, *shard.rows.shape[2:])
-    record = {"images": len(shard.keys), "rows": len(rows), "skipped": dict(shard.skipped), **moments(rows)}
+    record = {"images": len(shard.keys), "rows": len(rows), "skipped": shard.skipped, **moments(rows)}
     with draft.write(f"latents-{shard.number:05d}.npy", **record) as path, path.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
 

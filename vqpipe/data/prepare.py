@@ -4,7 +4,6 @@ A shard holds a fixed number of consecutive images, less those left out, and ran
 files have the same bytes for any number of ranks and processes.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,8 +15,9 @@ from torch.utils.data import Dataset
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.data.batches import check_skipped, chunks, through_workers, worker_count
+from vqpipe.data.batches import chunks, through_workers, worker_count
 from vqpipe.data.images import ImageSet
+from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import BadImage, center_crop, decode, encode_jpeg, image_extension
 from vqpipe.errors import VqpipeError
@@ -98,20 +98,22 @@ def pack_images(
     stored = through_workers(StoredImages(images, image_size, min_size), work, workers)
     total = sum(len(shards[number]) for number in mine)
     progress.start("prepare-data", total, done=total - sum(len(shards[number]) for number in missing))
+    found = merged(record["skipped"] for number in mine if (record := draft.record(SHARD.format(number))))
     for number in missing:
-        write_image_shard(draft, number, images, keys, islice(stored, len(tasks[number])), progress)
+        Skipped(images, len(images), found).check(max_skipped, draft, so_far=True)
+        found |= write_image_shard(draft, number, images, keys, islice(stored, len(tasks[number])), progress)
     distributed.barrier()
     records = [draft.record(SHARD.format(number)) or {} for number in range(len(shards))]
-    left_out = {
-        kind: sum((Counter(record[kind].values()) for record in records), Counter[str]())
-        for kind in ("skipped", "excluded")
-    }
-    check_skipped(left_out["skipped"], len(images), max_skipped)
-    omitted = [{int(i) for kind in left_out for i in record[kind]} for record in records]
+    skipped, excluded = (
+        Skipped(images, len(images), merged(record[kind] for record in records)) for kind in ("skipped", "excluded")
+    )
+    skipped.check(max_skipped, draft)
+    omitted = [{int(i) for kind in ("skipped", "excluded") for i in record[kind]} for record in records]
     if distributed.is_main():
         write_samples(draft, images, keys, shards, omitted)
     facts: dict[str, Any] = {"num_images": len(images) - sum(map(len, omitted)), "num_classes": images.num_classes}
-    facts |= {kind: dict(sorted(counts.items())) for kind, counts in left_out.items() if counts or kind == "skipped"}
+    facts |= {"skipped": skipped.counts()} | ({"excluded": excluded.counts()} if len(excluded) else {})
+    skipped.publish(draft, progress)
     return facts
 
 
@@ -122,8 +124,8 @@ def write_image_shard(
     keys: list[str],
     stored: Iterator[list[StoredImage]],
     progress: Progress,
-) -> None:
-    """Write one tar; its record holds the images left out, position -> reason."""
+) -> dict[int, str]:
+    """Write one tar; its record holds the images left out, position -> reason. Returns those that are unreadable."""
     skipped, excluded = dict[str, str](), dict[str, str]()  # filled while the tar is written, recorded after it
     with draft.write(SHARD.format(number), skipped=skipped, excluded=excluded) as path, write_tar(path) as tar:
         for task in stored:
@@ -133,6 +135,7 @@ def write_image_shard(
                 else:
                     tar.write(keys[image.index], image.data, image.extension, images.label(image.index))
             progress.advance(len(task))
+    return merged([skipped])
 
 
 def write_samples(

@@ -91,7 +91,15 @@ def write_tokens(
     check_crops(crops, flip)
     views = partial(ten_crops, size=image_size) if crops == "ten" else partial(with_flip, flip=flip)
     layout = tokenizer.layout(image_size, image_size)
-    job = EncodingJob(draft, images, SHARD_NAME, shard_size=IMAGES_PER_SHARD, title="tokenize", progress=progress)
+    job = EncodingJob(
+        draft,
+        images,
+        SHARD_NAME,
+        shard_size=IMAGES_PER_SHARD,
+        title="tokenize",
+        max_skipped=max_skipped,
+        progress=progress,
+    )
     job.run(
         partial(encode_views, views=views, encode=partial(tokenizer.encode, precision=precision)),
         write_token_shard,
@@ -103,7 +111,7 @@ def write_tokens(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    records, skipped = job.finish(max_skipped)
+    records, skipped = job.finish()
     return {
         "num_images": sum(record["images"] for record in records),
         "num_tokens": layout.num_tokens,
@@ -140,7 +148,7 @@ def check_token_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
 def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write the file of a shard, with its counts as its record."""
     name = SHARD_NAME.format(shard.number)
-    with draft.write(name, images=len(shard.keys), skipped=dict(shard.skipped)) as path:
+    with draft.write(name, images=len(shard.keys), skipped=shard.skipped) as path:
         write_token_file(path, shard.keys, shard.labels, shard.rows)
 
 

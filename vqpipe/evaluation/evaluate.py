@@ -14,19 +14,18 @@ Shapes: B images of H x W pixels.
 
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from vqpipe import distributed
-from vqpipe.artifacts import Artifact, states
+from vqpipe.artifacts import Artifact, Draft, states
 from vqpipe.config import difference
-from vqpipe.data.batches import OrderedBatches, check_skipped
+from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
+from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.transforms import parse_size, to_uint8
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
@@ -34,7 +33,7 @@ from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstru
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
-from vqpipe.metrics.resumable import Resumable, State, pack, summed, unpack
+from vqpipe.metrics.resumable import Resumable, State, pack, unpack
 from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import versions
 from vqpipe.reports.evaluation import EvaluationResult, command_of
@@ -42,7 +41,7 @@ from vqpipe.reports.page import Section
 
 PACKAGES = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")
 """Packages whose versions the numbers depend on."""
-FORMAT = 3
+FORMAT = 4
 """Version of the saved states; others are not resumed."""
 MAX_PAUSE = 10
 """Largest interval between saves, as a multiple of `save_seconds`."""
@@ -78,32 +77,33 @@ def evaluate(
     analyses: Sequence[AnalysisProtocol] = (),
     limit: int | None = None,
     num_workers: int = -1,
-    run_dir: Path | None = None,
-    request: str = "",
+    draft: Draft | None = None,
     progress: Progress = SILENT,
 ) -> EvaluationResult:
     """Measure an autoencoder on the first `limit` images. Every rank calls it.
 
     Args:
-        run_dir: folder of the saved states; None: nothing is saved.
-        request: digest of the inputs and settings; a state of another request is an error.
+        draft: the report, for the saved states and the list of the unreadable images; None: nothing is saved.
 
     Raises:
-        DataError: more unreadable images than `config.max_skipped`, or no images at all.
+        DataError: more unreadable images than `config.max_skipped`, or no images at all. The states are saved, so that
+            a larger one continues from there.
     """
     run = EvaluationPass(autoencoder, config, networks, analyses, min(limit or len(images), len(images)))
-    run.measure(images, num_workers, Checkpoints(run_dir, request, config.save_seconds), progress)
+    skipped = run.measure(images, num_workers, Checkpoints(draft, config.save_seconds), progress)
     metrics, counts = run.metrics.compute()
     shown = run.pictures.selected()
     metrics |= run.reconstructor.counts()
     if analyses:
         metrics["analyses"] = {analysis.name: analysis.result() for analysis in analyses}
     metrics |= {
-        "skipped": run.all_skipped,
+        "skipped": skipped.counts(),
         "tokenizer": description(autoencoder, run.size),
         "pictures": [{"number": i, "name": s.name, "psnr": s.psnr, "why": s.why} for i, s in enumerate(shown)],
         "versions": versions((*PACKAGES, *(["diffusers"] if autoencoder.codebook_size is None else []))),
     }
+    if draft is not None:
+        skipped.publish(draft, progress)
     artifact = autoencoder.artifact
     return EvaluationResult(
         name=autoencoder.name,
@@ -138,20 +138,21 @@ class EvaluationPass(Resumable):
         )
         self.reconstructor = Reconstructor(autoencoder, config.tile)
         self.pictures = SelectedPictures(stop, config.num_pictures, config.num_extremes)
-        self.skipped: dict[str, int] = {}
-        """Reason -> number of unreadable images of this rank; `all_skipped` of all ranks, after the pass."""
-        self.all_skipped: dict[str, int] = {}
+        self.skipped: dict[int, str] = {}
+        """Position -> reason of each unreadable image of this rank."""
 
     def state(self) -> State:
         return super().state() | {"analyses": [analysis.state() for analysis in self.analyses]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
+        self.skipped = merged([self.skipped])
         for analysis, saved in zip(self.analyses, state["analyses"], strict=True):
             analysis.load_state(saved)
 
-    def measure(self, images: ImageSet, num_workers: int, checkpoints: "Checkpoints", progress: Progress) -> None:
-        """Measure this rank's share of the images, from the newest saved state on."""
+    def measure(self, images: ImageSet, num_workers: int, checkpoints: "Checkpoints", progress: Progress) -> Skipped:
+        """Measure this rank's share of the images, from the newest saved state on. Returns the unreadable images of all
+        ranks."""
         tiled = self.size is None or (self.config.tile is not None and max(self.size) > self.config.tile)
         batch_size = 1 if tiled else self.config.batch_size
         first, stop = rank_share(self.stop, batch_size)
@@ -167,18 +168,28 @@ class EvaluationPass(Resumable):
             transform=packed,
         )
         progress.start("eval", stop - first, done=done - first)
+        skipped, allowed = Skipped(images, self.stop, self.skipped), self.config.max_skipped
+        if done < stop:
+            skipped.check(allowed, checkpoints.draft, so_far=True)
         with torch.no_grad():
             for piece in batches.pieces():
-                self.skipped = dict(Counter(self.skipped) + Counter(piece.skipped))
+                self.skipped |= piece.skipped
                 if piece.batch is not None:
                     self.update(*packed.split(piece.batch.images), piece.batch.keys, piece.batch.indices)
                 psnr = self.metrics.first.distortion.means().get("psnr", float("inf"))
                 progress.note(f"psnr {psnr:.2f} dB")
                 checkpoints.save_if_due(self, piece.positions.stop)
                 progress.advance(len(piece.positions))
-        checkpoints.save_last(self, stop)
-        self.all_skipped = dict(sorted(summed(self.skipped).items()))
-        check_skipped(self.all_skipped, self.stop, self.config.max_skipped, "--set eval.max_skipped")
+                if skipped.exceeds(allowed) and piece.positions.stop < stop:
+                    checkpoints.save(self, piece.positions.stop)
+                    skipped.check(allowed, checkpoints.draft, so_far=True)
+        skipped = Skipped(images, self.stop, merged(distributed.gather_objects(self.skipped)))
+        if skipped.exceeds(allowed):
+            checkpoints.save(self, stop)
+        else:
+            checkpoints.save_last(self, stop)
+        skipped.check(allowed, checkpoints.draft)
+        return skipped
 
     def update(
         self, crops: Mapping[str, Tensor], raw: Tensor | None, keys: Sequence[str], positions: Sequence[int]
@@ -219,9 +230,10 @@ class Checkpoints:
         seconds: interval between saves; 0: after each batch.
     """
 
-    def __init__(self, run_dir: Path | None, request: str, seconds: float) -> None:
-        folder = None if run_dir is None else run_dir / "states" / f"rank-{distributed.rank()}"
-        self.states = states.States(folder, request, prefix="images")
+    def __init__(self, draft: Draft | None, seconds: float) -> None:
+        self.draft = draft
+        folder = None if draft is None else draft.path / "states" / f"rank-{distributed.rank()}"
+        self.states = states.States(folder, "" if draft is None else draft.request, prefix="images")
         self.seconds = self.pause = seconds
         self.first = self.done = 0
         """The images [first, done) of the set are in the newest state."""

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from vqpipe import artifacts, distributed
-from vqpipe.artifacts import Artifact
+from vqpipe.artifacts import Artifact, Draft, states
 from vqpipe.config import difference
-from vqpipe.data.batches import OrderedBatches, check_skipped
+from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet, is_artifact, open_images
+from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.tokens import read_tokens
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
@@ -41,7 +42,6 @@ from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
-from vqpipe.metrics.resumable import summed
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.progress import SILENT, Progress
@@ -77,7 +77,13 @@ class GenerationConfig:
 
 
 class GenerationEvaluator:
-    """Measures sets of images under one protocol."""
+    """Measures sets of images under one protocol.
+
+    Attributes:
+        skipped: the unreadable images of the last set that was measured, over all ranks.
+    """
+
+    skipped: Skipped
 
     def __init__(
         self,
@@ -123,13 +129,24 @@ class GenerationEvaluator:
         draft = artifacts.start(target, "statistics", self.request, {"images": images}, option="--statistics")
         if isinstance(draft, artifacts.Draft):
             with draft:
-                statistics = self.reference_statistics(images)
-                if distributed.is_main():
-                    with draft.write("statistics.safetensors") as path:
-                        statistics.save(path)
-                draft = draft.publish({"num_images": statistics.num_images})
+                draft = self.publish_references(draft, images)
                 self.progress.message(f"reference statistics: {draft.path}")
         return SetStatistics.load(draft.verified_file("statistics.safetensors"), self.device), draft
+
+    def publish_references(self, draft: Draft, images: ImageSet) -> Artifact:
+        """Measure the references, unless a run that stopped for unreadable ones did, and publish their statistics."""
+        name = "statistics.safetensors"
+        record = draft.record(name)
+        if record is None:
+            statistics = self.reference_statistics(images)
+            record = {"num_images": statistics.num_images, "skipped": self.skipped.reasons}
+            if distributed.is_main():
+                with draft.write(name, **record) as path:
+                    statistics.save(path)
+        skipped = Skipped(images, len(images), merged([record["skipped"]]))
+        skipped.check(self.config.max_skipped, draft)
+        skipped.publish(draft, self.progress)
+        return draft.publish({"num_images": record["num_images"]})
 
     def reference_statistics(self, images: ImageSet) -> SetStatistics:
         """Means and covariances of the references, and the features of some."""
@@ -150,7 +167,31 @@ class GenerationEvaluator:
             statistics.features = {"pool": torch.cat(features)}
         return statistics
 
-    def measure(self, images: ImageSet, stop: int, references: SetStatistics) -> tuple[dict[str, Any], Tensor]:
+    def measure_in(
+        self, draft: Draft, images: ImageSet, stop: int, references: SetStatistics
+    ) -> tuple[dict[str, Any], Tensor]:
+        """`measure`, unless a run that stopped for unreadable samples did: it saved the result in the draft.
+
+        Raises:
+            DataError: there are no samples, or more than `max_skipped` are unreadable.
+        """
+        saved = states.States(draft.path / "states", draft.request, prefix="images")
+        if path := distributed.on_main(lambda: saved.newest()[0]):
+            state = states.read(path)
+            metrics, shown = state.values["metrics"], state.parts["shown"]["images"]
+            self.skipped = Skipped(images, stop, merged([state.values["skipped"]]))
+        else:
+            metrics, shown = self.measure(images, stop, references, draft)
+            if self.skipped.exceeds(self.config.max_skipped):
+                values = {"metrics": metrics, "skipped": {str(i): why for i, why in self.skipped.reasons.items()}}
+                distributed.on_main(lambda: saved.save(stop, {"shown": {"images": shown}}, values))
+        self.skipped.check(self.config.max_skipped, draft)
+        self.skipped.publish(draft, self.progress)
+        return metrics, shown
+
+    def measure(
+        self, images: ImageSet, stop: int, references: SetStatistics, draft: Draft
+    ) -> tuple[dict[str, Any], Tensor]:
         """The content of `metrics.json` for the samples [0, stop), and some of them, uint8[n, 3, S, S].
 
         Raises:
@@ -164,6 +205,7 @@ class GenerationEvaluator:
             shown += [crop.cpu() for position, crop in zip(positions, crops, strict=True) if position in sheet]
         samples = statistics.compute()
         if samples.num_images == 0:
+            self.skipped.check(self.config.max_skipped, draft)
             raise DataError("there are no samples to measure", "Check --images and --limit")
         absent = self.networks.inception is None
         numbers, reasons = set_distances(
@@ -205,11 +247,8 @@ class GenerationEvaluator:
     def batches(
         self, title: str, images: ImageSet, stop: int, rule: str, raw: bool
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """This rank's images: their positions, uint8[B, 3, S, S], and float32[B, 3, 299, 299] with `raw`.
-
-        Raises:
-            DataError: too many images cannot be read.
-        """
+        """This rank's images: their positions, uint8[B, 3, S, S], and float32[B, 3, 299, 299] with `raw`. Afterwards
+        `skipped` has the unreadable ones."""
         config = self.config
         first, last = rank_share(stop, config.batch_size)
         packed = PackedCrops([rule], (config.image_size, config.image_size), raw)
@@ -227,7 +266,7 @@ class GenerationEvaluator:
             crops, uncropped = packed.split(batch.images)
             yield batch.indices, crops[rule].to(self.device), None if uncropped is None else uncropped.to(self.device)
             self.progress.advance(len(batch.indices))
-        check_skipped(summed(batches.skipped), stop, config.max_skipped)
+        self.skipped = Skipped(images, stop, merged(distributed.gather_objects(batches.skipped)))
 
 
 def samples_artifact(images: Sequence[str]) -> Artifact | None:

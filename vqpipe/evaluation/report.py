@@ -67,7 +67,8 @@ def evaluate_tokenizer(
     request |= {name: value for name, value in optional.items() if value is not None}
     request |= {"seed": seed} if analyses or random_classes is not None else {}
     chosen = images if random_classes is None else draw_classes(images, random_classes, seed)
-    draft = artifacts.start(out, "report", request, {"images": images, "tokenizer": autoencoder.source})
+    inputs = {"images": images, "tokenizer": autoencoder.source}
+    draft = artifacts.start(out, "report", request, inputs, tolerance="--set eval.max_skipped")
     if isinstance(draft, Artifact):
         return draft, None
     with draft:
@@ -79,8 +80,7 @@ def evaluate_tokenizer(
             analyses=analyses,
             limit=limit,
             num_workers=num_workers,
-            run_dir=draft.path,
-            request=draft.request,
+            draft=draft,
             progress=progress,
         )
         if isinstance(chosen, RandomClasses):
@@ -122,7 +122,7 @@ def evaluate_samples(
         return draft, None
     with draft:
         num_samples = min(limit or len(samples), len(samples))
-        metrics, shown = evaluator.measure(samples, num_samples, measured)
+        metrics, shown = evaluator.measure_in(draft, samples, num_samples, measured)
         artifact = samples_artifact(images)
         usage, reasons = distributed.on_main(lambda: code_usage(artifact, num_samples))
         metrics |= {**usage, **origin_of(artifact), "not_computed": metrics["not_computed"] | reasons}

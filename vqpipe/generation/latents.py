@@ -119,6 +119,7 @@ def encode_latents(
     image_size: int,
     flip: bool,
     num_workers: int = 0,
+    max_skipped: float = 0.01,
     progress: Progress = SILENT,
 ) -> Artifact:
     """Encode images into the `latents` artifact `out`, or open it if it was made by the same request.
@@ -130,7 +131,8 @@ def encode_latents(
         NumericError: a latent is NaN or too large for float16.
         ArtifactError: `out` was made by a different request.
     """
-    settings: dict[str, Any] = {"image_size": image_size, "flip": flip, "precision": "fp32", "max_skipped": 0.01}
+    settings: dict[str, Any] = {"image_size": image_size, "flip": flip, "precision": "fp32"}
+    settings["max_skipped"] = max_skipped
     inputs: dict[str, Any] = {"images": images, "tokenizer": tokenizer.source}
     draft = artifacts.start(out, "latents", settings, inputs, option="--latents")
     if isinstance(draft, Artifact):

@@ -20,6 +20,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
+from vqpipe.data.skipped import Skipped
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.files import atomic_write, disk_errors
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
@@ -230,6 +231,39 @@ def details(row: Row) -> list[tuple[str, str]]:
         if column.key in row and column.group != "loss":
             lines.setdefault(column.group, []).append(f"{column.short_label} {column.text_with_unit(row[column.key])}")
     return [(group, "   ".join(numbers)) for group, numbers in lines.items() if numbers]
+
+
+class SkippedImages(Callback):
+    """Ends a run in which too many images cannot be used: more than a share of `max_skipped` of the whole set, each
+    counted once over all ranks and epochs. So a run on a set with fewer of them never ends.
+
+    The ranks share what they found with each row of the log.
+    """
+
+    def __init__(self, draft: Draft, images: ImageSet, max_skipped: float, progress: Progress) -> None:
+        self.draft, self.images, self.max_skipped, self.progress = draft, images, max_skipped, progress
+
+    def on_start(self, state: TrainState) -> None:
+        self.state = state
+        self.check()
+
+    def on_log(self, row: Row) -> None:
+        self.state.share_skipped()
+        self.state.stop = self.found().exceeds(self.max_skipped)
+
+    def found(self) -> Skipped:
+        """The images that all ranks have found."""
+        return Skipped(self.images, len(self.images), self.state.skipped)
+
+    def check(self) -> None:
+        """Raise a DataError if too many images cannot be used."""
+        self.found().check(self.max_skipped, self.draft)
+
+    def publish(self) -> dict[str, Any]:
+        """Write the list into the tokenizer. Returns its facts, empty where every image can be used."""
+        found = self.found()
+        found.publish(self.draft, self.progress)
+        return {"skipped": found.counts()} if len(found) else {}
 
 
 class ReconstructionGrid(Callback):

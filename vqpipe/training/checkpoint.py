@@ -22,6 +22,9 @@ from vqpipe.training.running_metrics import RunningMetrics
 
 COUNTERS = ("images_seen", "nonfinite_steps", "nonfinite_in_a_row")
 """The integers of a state, besides its step."""
+SKIPPED = "skipped"
+"""The examples found so far that cannot be used; absent from a checkpoint without any, and from those of earlier
+versions."""
 METRICS = "metrics"
 """The part of a checkpoint with the running metrics; absent from one that was saved right after a row of the log."""
 
@@ -52,6 +55,13 @@ class TrainState:
     """Steps skipped so far."""
     nonfinite_in_a_row: int = 0
     """Skipped steps right before this one."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """The examples found so far that cannot be used, position -> reason: those of all ranks up to the last
+    `share_skipped`."""
+    newly_skipped: dict[int, str] = field(default_factory=dict)
+    """Those that this rank has found since."""
+    stop: bool = False
+    """Set by a callback, on every rank alike: the run ends after this step, with a checkpoint."""
     damaged: list[str] = field(default_factory=list)
     """After `resume`: for each newer checkpoint that is damaged, what is wrong with it."""
     saved: Path | None = None
@@ -69,12 +79,25 @@ class TrainState:
         disk = checkpoints(run_dir)
         if self.saved == disk.path(self.step):
             return
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        self.share_skipped()
+        values: dict[str, Any] = {name: getattr(self, name) for name in COUNTERS}
+        if self.skipped:
+            values[SKIPPED] = {str(i): reason for i, reason in sorted(self.skipped.items())}
         metrics = self.metrics.state()
         parts = gathered({**self.tensors(), METRICS: metrics} if metrics else self.tensors())
         unchanging = self.not_optimized()
-        distributed.on_main(lambda: disk.save(self.step, parts, counters, unchanging=unchanging, keep_every=keep_every))
+        distributed.on_main(lambda: disk.save(self.step, parts, values, unchanging=unchanging, keep_every=keep_every))
         self.saved = disk.path(self.step)
+
+    def add_skipped(self, found: Mapping[int, str]) -> None:
+        """Add the examples of a batch that cannot be used."""
+        self.newly_skipped |= {i: reason for i, reason in found.items() if i not in self.skipped}
+
+    def share_skipped(self) -> None:
+        """Share what the ranks have found. Every rank calls it."""
+        for part in distributed.gather_objects(self.newly_skipped):
+            self.skipped |= part
+        self.newly_skipped = {}
 
     def resume(self, run_dir: Path) -> bool:
         """Load the newest whole checkpoint of `run_dir`; False where there is none, and the run starts at step 0.
@@ -96,7 +119,7 @@ class TrainState:
         if METRICS in parts:
             expected[METRICS] = self.metrics.state_like(parts[METRICS].keys())
         problem = mismatch(parts, expected, variable_rows_part=METRICS)
-        if problem is None and set(found.values) != set(COUNTERS):
+        if problem is None and set(found.values) - {SKIPPED} != set(COUNTERS):
             problem = f"state.json has the counters {', '.join(sorted(found.values))}"
         if problem is not None:
             raise ArtifactError(f"{self.saved} is not a checkpoint of this run: {problem}", "Choose another --out")
@@ -106,6 +129,7 @@ class TrainState:
         self.step = found.step
         for name in COUNTERS:
             setattr(self, name, found.values[name])
+        self.skipped = {int(i): reason for i, reason in found.values.get(SKIPPED, {}).items()}
         return True
 
     def load(self, parts: Parts) -> None:

@@ -27,6 +27,7 @@ class LabelledBatch(Protocol):
     labels: Tensor
     """int64[B]."""
     keys: list[str]
+    skipped: dict[int, str]
 
 
 @runtime_checkable

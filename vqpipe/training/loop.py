@@ -39,7 +39,7 @@ def train(
 
     Returns the state: `state.weight_ema.network` is to be published (`state.published()` are its weights). If
     `stop_requested()` is true on any rank after a step, a checkpoint is saved and the state returned early; on several
-    ranks this is checked every STOP_EVERY steps.
+    ranks this is checked every STOP_EVERY steps. So it is where a callback sets `state.stop`, also after the last step.
 
     Raises:
         NumericError: too many steps in a row without a finite gradient; no weight moved in them.
@@ -58,6 +58,7 @@ def train(
         while state.step < config.steps:
             with metrics.waiting():
                 batch = next(batches)
+            state.add_skipped(batch.skipped)
             seed_step(seed, state.step)
             statistics.remember()
             rate = learning_rate(state.step, config)
@@ -82,7 +83,7 @@ def train(
                 if validate:
                     hooks.on_validate(state.step, state.weight_ema.network)
                 hooks.on_step_end(state)
-            stop = stop_on_any_rank(state.step, stop_requested, task.device)
+            stop = state.stop or stop_on_any_rank(state.step, stop_requested, task.device)
             if stop or (state.step % config.save_every == 0 and state.step < config.steps):
                 nonfinite.flush()
                 with metrics.untimed():

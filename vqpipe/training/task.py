@@ -20,6 +20,8 @@ class KeyedBatch(Protocol):
     """A batch with a name for each of its examples; all other fields are defined by the task and its stream."""
 
     keys: list[str]
+    skipped: dict[int, str]
+    """The examples that cannot be used and were replaced, position -> reason."""
 
 
 BatchT = TypeVar("BatchT", bound=KeyedBatch)

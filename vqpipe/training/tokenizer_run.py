@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,14 @@ from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import build_quantizer
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer, load_weights, model_facts, read_config, write_tokenizer
-from vqpipe.training.callbacks import Callback, MetricsLog, ProgressCallback, ReconstructionGrid, RunReport
+from vqpipe.training.callbacks import (
+    Callback,
+    MetricsLog,
+    ProgressCallback,
+    ReconstructionGrid,
+    RunReport,
+    SkippedImages,
+)
 from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loggers import LOGGERS
@@ -110,7 +117,8 @@ def start_tokenizer_run(
     if inputs.source is not None:
         read_config(inputs.source / "config.json")  # first: its error names what the folder holds instead
         roles["from"] = artifacts.open_artifact(inputs.source, "tokenizer")
-    return artifacts.start(out, "tokenizer", {**to_request(recipe), "seed": seed, "publish": publish}, roles)
+    request = {**to_request(recipe), "seed": seed, "publish": publish}
+    return artifacts.start(out, "tokenizer", request, roles, tolerance="--set data.max_skipped")
 
 
 def train_tokenizer(
@@ -135,6 +143,10 @@ def train_tokenizer(
         codebook: float[K, dim], the content of `inputs.codebook`.
         loggers: names of LOGGERS.
         callbacks: more callbacks, called before the log: a number that one adds to a row is logged.
+
+    Raises:
+        DataError: more than `data.max_skipped` of the images cannot be used. A checkpoint is saved, and a larger one
+            continues from there.
     """
     model, discriminator = build_networks(recipe, inputs.source, codebook)
     if device.type == "cuda":
@@ -156,12 +168,14 @@ def train_tokenizer(
         draft, inputs.validation or inputs.images, side, device, held_out=inputs.validation is not None
     )
     validation = validation_of(draft, recipe, inputs, objective, device, progress)
+    skipped = SkippedImages(draft, inputs.images, recipe.data.max_skipped, progress)
     sources = [grid] if validation is None else [grid, validation]
     flops = count_flops(recipe.train, model, discriminator, objective, side)
     callbacks = [
         Throughput(flops, peak_of(device, recipe.train)),
         *callbacks,
         metrics,
+        skipped,
         *sources,
         *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in loggers),
         ProgressCallback(progress, recipe.train.steps),
@@ -184,10 +198,11 @@ def train_tokenizer(
         callbacks=callbacks,
         stop_requested=stop_requested,
     )
+    skipped.check()
     if state.step < recipe.train.steps:
         return None
     best = validation.best if validation is not None and publish == "best" else None
-    return publish_tokenizer(draft, recipe, inputs, task, state, metrics, best)
+    return publish_tokenizer(draft, recipe, inputs, task, state, metrics, best, skipped.publish())
 
 
 def build_networks(
@@ -267,8 +282,10 @@ def publish_tokenizer(
     state: TrainState,
     metrics: MetricsLog,
     best: BestWeights | None,
+    facts: dict[str, Any],
 ) -> Artifact:
-    """Publish the weights of the last step, or those that `best` kept, with the numbers measured during training."""
+    """Publish the weights of the last step, or those that `best` kept, with the numbers measured during training, and
+    more `facts`."""
     step = state.step if best is None or best.step is None else best.step
     images_seen = step * recipe.train.global_batch_size
     if distributed.is_main():
@@ -292,4 +309,4 @@ def publish_tokenizer(
         {"name": source.name, "num_images": len(source), "weight": weight}
         for source, weight in zip(inputs.images.sources, weights, strict=bool(weights))
     ]
-    return draft.publish(model_facts(task.model) | seen | known | ({"image_sets": sets} if sets else {}))
+    return draft.publish(model_facts(task.model) | seen | known | ({"image_sets": sets} if sets else {}) | facts)
