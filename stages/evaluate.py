@@ -11,7 +11,6 @@ from stages import console, recipe
 from stages.console import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
 from vqpipe import analysis
 from vqpipe.continuous import open_autoencoder
-from vqpipe.data.images import open_images
 from vqpipe.data.transforms import parse_size
 from vqpipe.errors import ConfigError
 from vqpipe.evaluation.extractors import add_extractor
@@ -121,7 +120,7 @@ def evaluate(
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
-        image_set = open_images(images)
+        image_set = console.open_images(images)
         autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
         flags |= {"batch_size": batch_size, "metrics": split_names(metrics), "image_size": in_pixels(image_size)}

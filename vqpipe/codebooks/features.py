@@ -244,6 +244,7 @@ def write_features(
         "dim": encoder.dim,
         "encoder": config.encoder,
         "skipped": skipped,
+        **images.facts,
     }
 
 

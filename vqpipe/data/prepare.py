@@ -112,7 +112,7 @@ def pack_images(
         write_samples(draft, images, keys, shards, omitted)
     facts: dict[str, Any] = {"num_images": len(images) - sum(map(len, omitted)), "num_classes": images.num_classes}
     facts |= {kind: dict(sorted(counts.items())) for kind, counts in left_out.items() if counts or kind == "skipped"}
-    return facts
+    return facts | images.facts
 
 
 def write_image_shard(

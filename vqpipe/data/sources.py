@@ -55,6 +55,8 @@ NO_LABEL = -1
 """The label of an image without a class."""
 LONGEST_CLASS_NAME = 200
 """Characters of a class name; a longer text is not one."""
+MOST_KINDS = 10
+"""Kinds of files that a message lists."""
 RETRY_DELAYS = (0.2, 2.0)
 """Seconds before each retry of a failed read."""
 TRANSIENT_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
@@ -125,6 +127,19 @@ def file_kind(extension: str) -> str:
     if not extension:
         return "file without an extension"
     return f".{extension}" if re.fullmatch(r"[a-z0-9_.-]{1,16}", extension) else "other file"
+
+
+def describe(left_out: Mapping[str, int]) -> str:
+    """`4 dead links, 3 .txt`: what is left out, most first, the rarest kinds in one number."""
+    kinds = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    shown, rest = kinds[:MOST_KINDS], sum(count for _, count in kinds[MOST_KINDS:])
+    parts = [f"{count:,} {kind if kind.startswith('.') or count == 1 else plural(kind)}" for kind, count in shown]
+    return ", ".join([*parts, *([f"{rest:,} of other kinds"] if rest else [])])
+
+
+def plural(reason: str) -> str:
+    """`key without an image` -> `keys without an image`."""
+    return re.sub(r"^(.*?)(?= without | to |$)", r"\1s", reason, count=1)
 
 
 def class_of(value: Any) -> int | str:

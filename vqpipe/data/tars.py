@@ -36,6 +36,7 @@ from vqpipe.data.sources import (
     write_cache,
 )
 from vqpipe.errors import DataError
+from vqpipe.files import valid_text
 
 INDEX_VERSION = 2
 """Of cached indices: changes with what `index_tar` finds."""
@@ -92,7 +93,7 @@ class Tars:
     def origin(self, i: int) -> tuple[str, int]:
         """The file name of the shard, and the position of image `i` in it."""
         shard = self.shard_of(i)
-        return self.shards[shard][0].rpartition("/")[2], i - int(self.starts[shard])
+        return valid_text(self.shards[shard][0].rpartition("/")[2]), i - int(self.starts[shard])
 
     def shard_of(self, i: int) -> int:
         """The number of the shard that holds image `i`."""
@@ -298,7 +299,7 @@ class Labels:
 
     def __init__(self, file: BinaryIO, name: str, texts: dict[int, bytes]) -> None:
         self.file, self.texts = file, texts
-        self.shard = name.rpartition("/")[2]
+        self.shard = valid_text(name.rpartition("/")[2])
         self.unreadable = ""
         self.first_name = ""
         self.first_number = ""

@@ -118,6 +118,8 @@ class GenerationEvaluator:
                     raise ConfigError(f"{first} was measured with other settings: {changed}", "Use the same settings")
                 return SetStatistics.load(artifact.verified_file("statistics.safetensors"), self.device), artifact
         images = open_images(names)
+        for line in images.remarks:
+            self.progress.message(f"reference: {line}")
         if self.networks.inception is None and not self.extractor_sizes:
             return SetStatistics(len(images)), images
         draft = artifacts.start(target, "statistics", self.request, {"images": images}, option="--statistics")
@@ -127,7 +129,7 @@ class GenerationEvaluator:
                 if distributed.is_main():
                     with draft.write("statistics.safetensors") as path:
                         statistics.save(path)
-                draft = draft.publish({"num_images": statistics.num_images})
+                draft = draft.publish({"num_images": statistics.num_images} | images.facts)
                 self.progress.message(f"reference statistics: {draft.path}")
         return SetStatistics.load(draft.verified_file("statistics.safetensors"), self.device), draft
 
