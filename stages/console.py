@@ -23,8 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stages import signals
-from vqpipe import distributed, files
+from vqpipe import data, distributed, files
 from vqpipe.artifacts import Artifact
+from vqpipe.data.images import ImageSet, KeyPrefix
+from vqpipe.errors import printable
 from vqpipe.reports import page
 
 PLAIN_SECONDS = 10.0
@@ -103,6 +105,13 @@ AutoencoderPath = Annotated[
 BATCH_SIZE = typer.Option("--batch-size", help="Images per batch, on each rank.", metavar="IMAGES", min=1)
 BatchSize = Annotated[int, BATCH_SIZE]
 OptionalBatchSize = Annotated[int | None, BATCH_SIZE]
+KeyPrefixOption = Annotated[
+    Literal["shard"] | None,
+    typer.Option(
+        "--key-prefix",
+        help="Begin every key with the name of its shard (or folder), for shards that have keys in common.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N images.", metavar="N", min=1)]
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the center crop.", metavar="PIXELS", min=1)
@@ -200,7 +209,20 @@ def say(text: str) -> None:
     """Print a line on stderr, from rank 0. A closed stderr is not an error."""
     if prints():
         with suppress(OSError):
-            stderr().print(text, highlight=False, markup=False, soft_wrap=True)
+            stderr().print("\n".join(map(printable, text.split("\n"))), highlight=False, markup=False, soft_wrap=True)
+
+
+def open_images(names: Sequence[str], key_prefix: KeyPrefix | None = None) -> ImageSet:
+    """Open `--images`, and print what is left out, why labels are missing, and which keys occur twice."""
+    images = data.images.open_images(names, key_prefix)
+    remark(images)
+    return images
+
+
+def remark(images: ImageSet) -> None:
+    """Print the remarks of opened images, a line each."""
+    for line in images.remarks:
+        say(line)
 
 
 def show(renderable: RenderableType) -> None:
@@ -241,7 +263,9 @@ def finished(artifact: Artifact, again: bool = False) -> None:
     if not prints():
         return
     facts = ", ".join(
-        f"{key} {format_fact(value)}" for key, value in artifact.facts.items() if isinstance(value, int | float | str)
+        f"{key} {format_fact(value)}"
+        for key, value in artifact.facts.items()
+        if isinstance(value, int | float | str) and key != "unlabeled"  # printed before
     )
     say(f"{'already published' if again else 'published'}: {artifact.kind}" + (f" ({facts})" if facts else ""))
     print(artifact.path, flush=True)

@@ -12,7 +12,6 @@ from stages import console, recipe
 from stages.console import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
 from vqpipe import analysis
 from vqpipe.continuous import open_autoencoder
-from vqpipe.data.images import open_images
 from vqpipe.data.transforms import parse_size
 from vqpipe.errors import ConfigError
 from vqpipe.evaluation.extractors import add_extractor
@@ -133,7 +132,7 @@ def evaluate(
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
         perceptual_weights = perceptual_files(perceptual or [])
-        image_set = open_images(images)
+        image_set = console.open_images(images)
         autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
         flags |= {"batch_size": batch_size, "metrics": split_names(metrics), "image_size": in_pixels(image_size)}

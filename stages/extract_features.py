@@ -9,7 +9,6 @@ from stages.console import Device, Images, Limit, OptionalBatchSize, Out, Preset
 from vqpipe import artifacts
 from vqpipe.codebooks import features
 from vqpipe.config import to_request
-from vqpipe.data.images import open_images
 from vqpipe.files import hash_file
 
 
@@ -37,6 +36,7 @@ def extract_features(
     batch_size: OptionalBatchSize = None,
     limit: Limit = None,
     precision: console.TrainPrecision = None,
+    key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     preset: Preset = None,
@@ -53,11 +53,12 @@ def extract_features(
         config = recipe.load(preset, overrides, reads=["features"], features=flags).features
         weights = features.encoder_weights(config, download=download)
         opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
-        image_set = open_images(images)
+        image_set = console.open_images(images, key_prefix)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:
             inputs["weights"] = hash_file(weights)
         request = {**to_request(config), "max_skipped": max_skipped, "seed": seed}
+        request |= {} if key_prefix is None else {"key_prefix": key_prefix}
         draft = artifacts.start(out, "features", request, inputs)
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)

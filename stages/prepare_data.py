@@ -8,6 +8,7 @@ import typer
 from stages import console
 from stages.console import Out, UnusedDevice, UnusedSeed
 from vqpipe import artifacts
+from vqpipe.data.images import ImageSet
 from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
 from vqpipe.data.prepare import pack_images
 
@@ -45,6 +46,7 @@ def prepare_data(
     verify_archives: Annotated[
         bool, typer.Option("--verify-archives", help="Check the MD5 of the manifest's archives in --source.")
     ] = False,
+    key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = 0,
     max_skipped: console.MaxSkipped = 0.01,
     device: UnusedDevice = "cpu",
@@ -59,7 +61,8 @@ def prepare_data(
     with console.session("cpu", seed), console.ProgressBar() as progress:
         described = load_manifest(manifest)
         name, chosen = described.split(split)
-        images = open_split(described, chosen, source)
+        images = ImageSet(open_split(described, chosen, source).sources, key_prefix)
+        console.remark(images)
         check_copy(described, name, images, allow_partial, progress)
         if verify_archives:
             console.say(f"archives with the published MD5: {', '.join(check_archives(described, source)) or 'none'}")
@@ -72,6 +75,7 @@ def prepare_data(
             "shard_size": shard_size,
             "max_skipped": max_skipped,
         }
+        config |= {} if key_prefix is None else {"key_prefix": key_prefix}
         draft = artifacts.start(out, "dataset", config, {"source": images})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)

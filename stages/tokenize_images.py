@@ -10,7 +10,6 @@ import typer
 from stages import console
 from stages.console import BatchSize, Device, Images, Out, Seed, TokenizerPath
 from vqpipe import artifacts
-from vqpipe.data.images import open_images
 from vqpipe.data.tokens import Crops, check_crops, write_tokens
 from vqpipe.errors import DataError
 from vqpipe.tokenizer import Tokenizer
@@ -28,6 +27,7 @@ def tokenize(
     ] = "center",
     batch_size: BatchSize = 32,
     precision: console.Precision = "fp32",
+    key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     device: Device = "auto",
@@ -46,7 +46,7 @@ def tokenize(
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         check_crops(crops, flip)
-        image_set = open_images(images)
+        image_set = console.open_images(images, key_prefix)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         size = image_size or opened.image_size
         if size is None:
@@ -56,7 +56,8 @@ def tokenize(
         config: dict[str, Any] = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
         if crops != "center":  # left out, as in the requests of earlier versions
             config["crops"] = crops
-        draft = artifacts.start(out, "tokens", config, {"images": image_set, "tokenizer": opened.source})
+        request = config if key_prefix is None else {**config, "key_prefix": key_prefix}
+        draft = artifacts.start(out, "tokens", request, {"images": image_set, "tokenizer": opened.source})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:

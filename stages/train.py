@@ -10,7 +10,6 @@ from stages.console import Device, Images, Out, Preset, Seed, Set
 from stages.recipe import load_tokenizer
 from vqpipe.artifacts import Artifact
 from vqpipe.codebooks.codebook import codebook_input, load_codebook
-from vqpipe.data.images import open_images
 from vqpipe.training.loggers import installed_loggers
 from vqpipe.training.tokenizer_run import (
     Publish,
@@ -89,8 +88,8 @@ def train(
         if codes is not None:
             check_codebook(recipe, codes)  # before the images, which may take minutes to index and hash
         inputs = RunInputs(
-            images=open_images(images),
-            validation=open_images(validation) if validation else None,
+            images=console.open_images(images),
+            validation=console.open_images(validation) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )

@@ -10,7 +10,6 @@ from stages.console import Device, ImageSize, NumWorkers, Out, Preset, Seed, Set
 from stages.recipe import load_generator
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.config import class_for
-from vqpipe.data.images import open_images
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.generation.base import Generator, kinds_trained_on
 from vqpipe.generation.latents import encode_latents
@@ -141,7 +140,7 @@ def encode(
     with console.ProgressBar() as progress:
         return encode_latents(
             target,
-            open_images(images),
+            console.open_images(images),
             tokenizer,
             image_size=size,
             flip=flip,

@@ -14,6 +14,18 @@ code of a command is 1 for all of them.
 """
 
 
+def printable(text: str) -> str:
+    """`text` with control characters and undecodable bytes, as of file names, escaped for a terminal."""
+    return "".join(
+        letter
+        if letter.isprintable() or letter == "\N{NO-BREAK SPACE}"
+        else f"\\x{ord(letter) - 0xDC00:02x}"
+        if "\udc80" <= letter <= "\udcff"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 class VqpipeError(Exception):
     """An error with an explanation: what happened, and what to try next.
 
@@ -31,7 +43,7 @@ class VqpipeError(Exception):
 
     def __str__(self) -> str:
         sentences = [part if part.endswith("?") else f"{part}." for part in (self.what, self.hint) if part]
-        return " ".join(" ".join(sentences).split())
+        return printable(" ".join(" ".join(sentences).split()))
 
 
 class ConfigError(VqpipeError):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,12 @@ def hash_file(path: Path) -> str:
 def digest_json(value: Any) -> str:
     """sha256 of a JSON-able value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def valid_text(name: str) -> str:
+    """A file name as text that UTF-8 can encode: bytes that are not UTF-8 become `\\xe9`."""
+    name = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", name)
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def with_final_name(path: Path) -> Path:

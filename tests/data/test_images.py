@@ -3,15 +3,19 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from vqpipe import artifacts
 from vqpipe.data import sources
 from vqpipe.data.images import Sample, open_images
+from vqpipe.data.sources import NO_LABEL
 from vqpipe.errors import ArtifactError, DataError
 
 Pack = Callable[..., bytes]
@@ -73,6 +77,183 @@ def test_every_extension_of_pillow_is_read_or_excluded_for_a_reason(tmp_path: Pa
         *(extension for extension, name in extensions.items() if name in EXCLUDED_FORMATS),
         ".pfm",
     }
+
+
+def test_what_a_folder_leaves_out_is_counted_by_reason(tmp_path: Path) -> None:
+    write(tmp_path, "c1/a.jpg", "c1/notes.txt", "c2/b.JFIF", "c2/shard.tar", "c2/LICENSE", "c2/.hidden.png", "c1/x.a b")
+    write(tmp_path, "@eaDir/t.jpg", "__MACOSX/t.jpg", "c1/.ipynb_checkpoints/a.jpg", "lost+found/u.png", ".git/x.png")
+    for i in range(4):
+        (tmp_path / "c2" / f"link{i}.jpg").symlink_to(f"gone/{i}.jpg")
+    (tmp_path / "c2" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "c2" / "up").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "c2" / "pipe.png")
+    images = open_images([tmp_path])
+    assert ([images.key(i) for i in range(2)], images.class_names, len(images)) == (["c1/a", "c2/b"], ("c1", "c2"), 2)
+    assert images.left_out == {
+        "dead link": 5,
+        "system folder": 4,
+        ".tar": 1,
+        ".txt": 1,
+        "file without an extension": 1,
+        "hidden file": 1,
+        "hidden folder": 1,
+        "link to an enclosing folder": 1,
+        "other file": 1,
+        "special file": 1,
+    }
+    (line,) = images.remarks
+    assert line.startswith("left out: 5 dead links, 4 system folders, 1 .tar, 1 .txt, 1 file without an extension")
+    assert open_images([write(tmp_path / "clean", "a.png")]).facts == {}
+
+
+def test_an_unreadable_subfolder_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a/1.png", "b/2.png")
+    real = os.scandir
+
+    def scandir(folder: Path) -> Any:
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot list .*/b: Permission denied"):
+        open_images([tmp_path])
+
+
+def test_a_stray_picture_beside_class_folders_is_named(tmp_path: Path) -> None:
+    root = write(tmp_path / "pets", "cat/1.png", "dog/2.png", "preview.jpg")
+    images = open_images([root])
+    assert images.num_classes is None
+    assert images.unlabeled == ("pets/preview.jpg lies beside the class folders: without it, the images have 2 classes")
+    assert images.facts == {"unlabeled": images.unlabeled}
+    assert images.remarks == [f"unlabeled: {images.unlabeled}"]
+    write(root, "z.png")
+    assert "preview.jpg and 1 more lie beside" in open_images([root]).unlabeled
+    assert open_images([write(tmp_path / "flat", "1.png", "2.png")]).unlabeled == ""
+
+
+def test_decimal_class_names_are_in_numeric_order(tmp_path: Path) -> None:
+    first = write(tmp_path / "one", "10/a.png", "2/b.png", "0/c.png")
+    second = write(tmp_path / "two", "1/d.png", "10/e.png")
+    assert open_images([first]).class_names == ("0", "2", "10")
+    images = open_images([first, second])
+    assert images.class_names == ("0", "1", "2", "10")
+    assert [(images.key(i), images.label(i)) for i in range(5)] == [
+        ("0/c", 0),
+        ("2/b", 2),
+        ("10/a", 3),
+        ("1/d", 1),
+        ("10/e", 3),
+    ]
+    assert open_images([write(tmp_path / "three", "10/a.png", "2/b.png", "x/c.png")]).class_names == ("10", "2", "x")
+
+
+def test_classes_txt_numbers_the_class_folders(tmp_path: Path) -> None:
+    root = write(tmp_path / "pets", "cat/1.png", "dog/2.png")
+    (root / "classes.txt").write_text("dog\nzebra\ncat\n")
+    images = open_images([root])
+    assert (images.class_names, images.labels.tolist(), images.left_out) == (("dog", "zebra", "cat"), [0, 2], {})
+    joined = open_images([write(tmp_path / "more", "zebra/3.png"), root])
+    assert (joined.class_names, joined.labels.tolist()) == (("dog", "zebra", "cat"), [1, 0, 2])
+    write(root, "bird/3.png")
+    with pytest.raises(DataError, match=r"the class folder .*/pets/bird is not in classes.txt"):
+        open_images([root])
+    (root / "classes.txt").write_text("dog\ncat\ndog\n")
+    with pytest.raises(DataError, match=r"classes.txt names the class 'dog' twice"):
+        open_images([root])
+
+
+LISTS = {
+    "labels.csv": b"\xef\xbb\xbffile_name,label\r\na/1.png,dog\r\n./2,cat\r\ngone.png,dog\r\n",
+    "labels.json": b'[{"key": "a/1", "label": "dog"}, {"key": "2.png", "label": "cat"}, {"key": "x", "label": "dog"}]',
+    "metadata.csv": b'text,file_name,label\n"a, b",a/1.png,dog\nc,2.png,cat\nd,gone.png,dog\n',
+    "metadata.jsonl": b'{"file_name": "a/1.png", "label": "dog"}\n{"file_name": "2.png", "label": "cat"}\n'
+    b'{"file_name": "gone.png", "label": "dog"}\n',
+}
+
+
+@pytest.mark.parametrize("name", [*LISTS, "labels.parquet"])
+def test_a_list_labels_the_images_of_a_folder(tmp_path: Path, name: str) -> None:
+    root = write(tmp_path / "photos", "a/1.png", "2.png", "3.png")
+    if name == "labels.parquet":
+        table = {"file_name": ["a/1.png", "2", "gone"], "label": ["dog", "cat", "dog"], "other": [1, 2, 3]}
+        pq.write_table(pa.table(table), root / name)
+    else:
+        (root / name).write_bytes(LISTS[name])
+    images = open_images([root])
+    assert [(images.key(i), images.label(i)) for i in range(3)] == [("2", 0), ("3", None), ("a/1", 1)]
+    assert images.class_names == ("cat", "dog")
+    assert images.unlabeled == f"1 of 3 images have no label in {name}"
+    assert images.left_out == {"label without an image": 1}
+    (root / "classes.txt").write_text("dog\ncat\n")
+    again = open_images([root])
+    assert (again.class_names, again.labels.tolist()) == (("dog", "cat"), [1, NO_LABEL, 0])
+    assert again.digest != images.digest
+
+
+def test_lists_of_numbers_and_unusable_lists(tmp_path: Path) -> None:
+    root = write(tmp_path / "photos", "a/1.png", "b/2.png")
+
+    def opened(text: str, name: str = "labels.csv") -> tuple[list[int], tuple[str, ...], str]:
+        for old in root.glob("*.*"):
+            old.unlink()
+        (root / name).write_text(text)
+        images = open_images([root])
+        return images.labels.tolist(), images.class_names, images.unlabeled
+
+    assert opened("key,label\na/1,7\nb/2,3\n") == ([7, 3], (), "")
+    assert opened('{"a/1.png": 5, "b/2": -1}', "labels.json")[:2] == ([5, NO_LABEL], ())
+    for text, reason in (
+        ("key,label\na/1,7\nb/2,cat\n", "labels.csv holds class names, as 'cat', and numbers, as 7"),
+        ("key,label\na/1,-7\n", "labels.csv: the label of a/1 is not a class: '-7'"),
+        ("key,label\na/1,7\na/1,8\n", "labels.csv has two labels for a/1"),
+    ):
+        assert opened(text) == ([NO_LABEL, NO_LABEL], (), reason)
+    assert opened("text\nx\n", "metadata.csv") == ([0, 1], ("a", "b"), "")  # captions: the folders are the classes
+    labels, _, reason = opened('{"a/1": ', "labels.json")
+    assert labels == [NO_LABEL, NO_LABEL]
+    assert "labels.json is damaged" in reason
+    (root / "labels.json").write_text('{"a/1": "cat"}')
+    (root / "classes.txt").write_text("dog\n")
+    with pytest.raises(DataError, match=r"the class 'cat' of labels.json is not in classes.txt"):
+        open_images([root])
+
+
+def test_keys_of_several_shards_are_compared_and_prefixed(tmp_path: Path, pack: Pack) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.tar").write_bytes(
+            pack({f"{i}.png": name.encode() for i in range(3)} | {f"{name}9.png": b""})
+        )
+    names = [tmp_path / "a.tar", f"{tmp_path}/{{b,c}}.tar"]
+    images = open_images(names)
+    assert images.facts == {"duplicate_keys": 3}
+    assert images.remarks == ["duplicate keys: 3 keys are each those of several images, as 0 in a.tar and b.tar"]
+    prefixed = open_images(names, key_prefix="shard")
+    assert [prefixed.key(i) for i in (0, 3, 4, 11)] == ["a/0", "a/a9", "b/0", "c/c9"]
+    assert prefixed.facts == {}
+    assert prefixed.digest != images.digest
+    os.rename(tmp_path / "c.tar", tmp_path / "d.tar")
+    renamed = [tmp_path / "a.tar", f"{tmp_path}/{{b,d}}.tar"]
+    assert open_images(renamed).digest == images.digest
+    assert open_images(renamed, key_prefix="shard").digest != prefixed.digest  # other keys
+    folders = [write(tmp_path / name, "x/1.png") for name in ("train", "val")]
+    assert open_images(folders).facts == {"duplicate_keys": 1}
+    assert [image.key for image in open_images(folders, key_prefix="shard")] == ["train/x/1", "val/x/1"]
+
+
+def test_class_names_beside_class_numbers_are_a_reason(tmp_path: Path, pack: Pack) -> None:
+    (tmp_path / "s.tar").write_bytes(pack({"t.png": b"t", "t.cls": b"0"}))
+    images = open_images([write(tmp_path / "pets", "cat/1.png"), tmp_path / "s.tar"])
+    assert images.unlabeled == "pets has class names, s.tar class numbers"
+
+
+def test_names_with_control_characters_are_escaped_in_messages(tmp_path: Path) -> None:
+    images = open_images([write(tmp_path / "p", "cat/1.png", "a\x1b[31mb\nc.png")])
+    (line,) = images.remarks
+    assert line.startswith(r"unlabeled: p/a\x1b[31mb\nc.png lies beside")
+    with pytest.raises(DataError) as caught:
+        open_images([tmp_path / "no\x1b[31m\udcff"])
+    assert r"no\x1b[31m\xff" in str(caught.value)
 
 
 def test_links_to_folders_are_followed_without_cycles(tmp_path: Path) -> None:

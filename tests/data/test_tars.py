@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from vqpipe.data import tars
+from vqpipe.data import sources, tars
 from vqpipe.data.images import open_images
 from vqpipe.data.sources import NO_LABEL
 from vqpipe.data.tars import TarIndex, index_tar, tar_keys, write_tar
@@ -64,8 +64,7 @@ def test_two_joined_tars_are_an_error(pack: Pack) -> None:
         ({"a.png": b"1", "b.png": b"2", "a.jpg": b"3"}, r"two images of the key 'a': a.png at byte 512, a.jpg at 2560"),
         ({"../evil.png": b"1"}, "outside its own folder"),
         ({"/etc/evil.png": b"1"}, "outside its own folder"),
-        ({"a.png": b"1", "a.cls": b"cat"}, "not a class number: b'cat'"),
-        ({"a.png": b"1", "a.cls": b"-1"}, "not a class number"),
+        ({"a.x.png": b"1", "a.x.jpg": b"3"}, r"two images of the key 'a.x': a.x.png at byte 512, a.x.jpg at 1536"),
     ],
 )
 def test_invalid_members_are_an_error(pack: Pack, members: dict[str, bytes], message: str) -> None:
@@ -83,18 +82,18 @@ def test_other_members_are_counted_and_never_followed(pack: Pack) -> None:
         folder = tarfile.TarInfo("folder")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        for name in ("A.JPG", "b.seg.png", "c.json", "d.cls", "._A.JPG", "folder/e.WebP"):
+        for name in ("A.JPG", "b.seg.txt", "c.json", "d.cls", "._A.JPG", "folder/e.WebP"):
             info = tarfile.TarInfo(name)
             info.size = 1
             tar.addfile(info, io.BytesIO(b"7"))
     found = index(file.getvalue())
     assert found.keys == ["A", "folder/e"]
     assert found.ignored == {
-        "link": 2,
+        "dead link": 2,
         "device": 1,
-        ".seg.png": 1,
+        ".seg.txt": 1,
         ".json": 1,
-        "hidden": 1,
+        "hidden file": 1,
         "key without an image": 3,
     }
 
@@ -102,6 +101,119 @@ def test_other_members_are_counted_and_never_followed(pack: Pack) -> None:
 def test_interleaved_members_of_a_key_form_a_sample(pack: Pack) -> None:
     found = index(pack({"a.png": b"1", "b.png": b"2", "a.cls": b"0", "b.cls": b"1"}))
     assert (found.keys, found.labels) == (["a", "b"], [0, 1])
+
+
+def test_dots_before_the_image_extension_belong_to_the_key(pack: Pack) -> None:
+    found = index(
+        pack(
+            {
+                "p.jpg": b"1",
+                "p.mask.png": b"2",  # another member of the sample p
+                "p.cls": b"4",
+                "img_8.Final.JPG": b"3",
+                "dir.x/2024.01.05.png": b"4",
+                "dir.x/2024.01.05.cls": b"5",
+                "img_8.cls": b"6",
+                "two.a.png": b"5",
+                "two.b.png": b"6",
+                "two.b.json": b'{"label": 8}',
+                "two.cls": b"7",
+            }
+        )
+    )
+    assert found.keys == ["p", "img_8.Final", "dir.x/2024.01.05", "two.a", "two.b"]
+    assert found.labels == [4, 6, 5, 7, 7]
+    assert found.ignored == {".mask.png": 1, ".b.json": 1}
+
+
+def test_a_file_of_a_rare_image_format_beside_the_image_is_left_out(pack: Pack) -> None:
+    found = index(pack({"a.ppm": b"1", "a.jpg": b"22", "b.ppm": b"3"}))
+    assert (found.keys, found.sizes, found.ignored) == (["a", "b"], [2, 1], {".ppm": 1})
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_are_read_as_the_members_that_they_point_to(format: int, tmp_path: Path) -> None:
+    long = "d" * 90 + "/" + "e" * 60
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for name, kind, target in (
+            ("a/first.png", tarfile.SYMTYPE, f"../{long}.png"),  # a later member
+            ("chain.png", tarfile.LNKTYPE, "a/first.png"),
+            ("chain.cls", tarfile.LNKTYPE, "labels/three"),
+            ("gone.png", tarfile.LNKTYPE, "a/none.png"),
+            ("out.png", tarfile.SYMTYPE, "../../etc/passwd"),
+            ("absolute.png", tarfile.SYMTYPE, "/etc/passwd"),
+            ("loop.png", tarfile.SYMTYPE, "loop.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+        for name, data in ((f"./{long}.png", b"target"), ("labels/three", b"3")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "s.tar").write_bytes(file.getvalue())
+    images = open_images([tmp_path / "s.tar"])
+    assert [(image.key, image.image, image.label) for image in images] == [
+        ("a/first", b"target", None),
+        ("chain", b"target", 3),
+        (long, b"target", None),
+    ]
+    assert images.left_out == {"dead link": 4, "file without an extension": 1, "key without an image": 1}
+
+
+def test_labels_are_names_numbers_or_fields_of_json(pack: Pack, tmp_path: Path) -> None:
+    def labels(*shards: dict[str, bytes]) -> tuple[list[int | None], tuple[str, ...], str]:
+        for number, members in enumerate(shards):
+            (tmp_path / f"{number}.tar").write_bytes(pack(members))
+        images = open_images([f"{tmp_path}/{{0..{len(shards) - 1}}}.tar"] if len(shards) > 1 else tmp_path / "0.tar")
+        return [images.label(i) for i in range(len(images))], images.class_names, images.unlabeled
+
+    names = labels(
+        {"a.png": b"", "a.cls": b"zebra\n", "b.png": b"", "b.cls": b"-1"},
+        {"c.png": b"", "c.json": '{"text": "t", "class": "caf\u00e9"}'.encode()},
+    )
+    assert names == ([1, None, 0], ("caf\u00e9", "zebra"), "")
+    assert labels(
+        {"a.png": b"", "a.json": b'{"cls": 7.0}', "a.cls": b"2", "b.png": b"", "b.json": b'{"label": "3"}'}
+    ) == (
+        [2, 3],
+        (),
+        "",
+    )
+    unlabeled = {"a.png": b"", "a.json": b'{"text": "no label"}', "b.png": b"", "b.json": b"[1]"}
+    assert labels(unlabeled) == ([None, None], (), "")
+    assert open_images(tmp_path / "0.tar").left_out == {".json": 2}
+    for members, message in (
+        ({"b.png": b"", "b.cls": b"5"}, r"0.tar: a.cls holds the class name 'cat', 1.tar: b.cls the number 5"),
+        ({"b.png": b"", "b.cls": b"\xff\xd8"}, r"1.tar: b.cls is not a class: b'\xff\xd8'"),
+        ({"b.png": b"", "b.cls": b""}, "1.tar: b.cls is not a class: b''"),
+        ({"b.png": b"", "b.cls": b"-2"}, "1.tar: b.cls is not a class: b'-2'"),
+        ({"b.png": b"", "b.json": b'{"label": [1]}'}, "1.tar: b.json is not a class"),
+    ):
+        found = labels({"a.png": b"", "a.cls": b"cat"}, members)
+        assert found[:2] == ([None, None], ())
+        assert message in found[2]
+
+
+def test_two_labels_of_a_key_cost_the_labels_only(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("a.png", "a.cls", "a.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+    images = open_images([tmp_path / "s.tar"])
+    assert (images.label(0), images.unlabeled) == (None, "s.tar: two members a.cls")
+
+
+def test_an_index_that_an_older_version_cached_is_not_used(pack: Pack, tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(pack({"a.b.png": b"1"}))
+    os.utime(path, (1e9, 1e9))
+    status = path.stat()
+    old = {"url": str(path), "size": status.st_size, "sha256": "0", "keys": [], "offsets": [], "sizes": []}
+    sources.write_cache(f"tar {path} {status.st_size} {status.st_mtime_ns}", {**old, "labels": [], "ignored": {}})
+    assert open_images([path]).key(0) == "a.b"
 
 
 def test_the_cache_is_used_only_while_the_file_is_unchanged(

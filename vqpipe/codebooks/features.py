@@ -245,6 +245,7 @@ def write_features(
         "dim": encoder.dim,
         "encoder": config.encoder,
         "skipped": skipped,
+        **images.facts,
     }
 
 

@@ -51,8 +51,9 @@ class ExamplesConfig:
         if min(self.num_classes, self.held_out) < 0:
             raise ConfigError("examples.num_classes and examples.held_out are at least 0")
 
-    def num_classes_of(self, labels: np.ndarray) -> int | None:
-        """The number of classes for labels int[images], -1 where unknown; None: unconditional.
+    def num_classes_of(self, labels: np.ndarray, unlabeled: str = "") -> int | None:
+        """The number of classes for labels int[images], -1 where unknown; None: unconditional. `unlabeled` is why
+        images have no labels, where that is known.
 
         Raises:
             DataError: an image has no label, or one of `num_classes` or more.
@@ -62,7 +63,7 @@ class ExamplesConfig:
         unknown, highest = int((labels < 0).sum()), int(labels.max(initial=-1))
         if unknown:
             raise DataError(
-                f"{unknown:,} of {len(labels):,} images have no label",
+                f"{unknown:,} of {len(labels):,} images have no label{f' ({unlabeled})' if unlabeled else ''}",
                 "Use labelled images, or train without classes: --set examples.conditional=false",
             )
         if self.num_classes and highest >= self.num_classes:

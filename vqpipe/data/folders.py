@@ -1,8 +1,10 @@
 """Folders of image files."""
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -10,28 +12,52 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from vqpipe.data.label_lists import CLASSES, read_classes, read_labels
 from vqpipe.data.sources import (
     NO_LABEL,
     access_error,
     count_classes,
+    describe,
+    file_kind,
     has_image_extension,
     read_cache,
     read_with_retries,
+    sorted_classes,
     write_cache,
 )
 from vqpipe.errors import DataError
+from vqpipe.files import valid_text
 
 CHECK = "Check the folder and the disk"
+SYSTEM_FOLDERS = frozenset(
+    {
+        *("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX"),
+        *(".ipynb_checkpoints", ".thumbnails"),
+    }
+)
+"""Folders of file servers, operating systems and programs: neither classes nor read, but counted."""
 
 
 class Folder:
-    """Image files under `root`, in the order given, with their labels. An ImageSource."""
+    """Image files under `root`, in the order given, with their labels. An ImageSource.
+
+    Args:
+        named: the class names are not those of the subfolders: they are part of the digest.
+    """
 
     def __init__(
-        self, root: Path, files: Sequence[str], labels: Sequence[int] | None = None, class_names: Sequence[str] = ()
+        self,
+        root: Path,
+        files: Sequence[str],
+        labels: Sequence[int] | np.ndarray | None = None,
+        class_names: Sequence[str] = (),
+        left_out: Mapping[str, int] | None = None,
+        unlabeled: str = "",
+        *,
+        named: bool = False,
     ) -> None:
         self.root = root
-        self.name = root.name or str(root)
+        self.name = valid_text(root.name or str(root))
         # An Arrow array is one buffer: cheap to send to workers. Names are bytes, as on disk.
         self.files = pa.array([os.fsencode(file) for file in files], pa.large_binary())
         self.labels = np.full(len(files), NO_LABEL, np.int32) if labels is None else np.array(labels, np.int32)
@@ -40,8 +66,9 @@ class Folder:
         stems = [os.path.splitext(file)[0] for file in files]
         duplicates = {stem for stem, after in zip(sorted(stems), sorted(stems)[1:], strict=False) if stem == after}
         self.keep_extension = frozenset(i for i, stem in enumerate(stems) if stem in duplicates)
-        self.left_out: dict[str, int] = {}
-        self.unlabeled = ""
+        self.left_out = {reason: count for reason, count in (left_out or {}).items() if count}
+        self.unlabeled = valid_text(unlabeled)
+        self.listed_names = "\n".join(["", *self.class_names]) if named else ""
         self.stats: np.ndarray | None = None
         """int64[N, 2]: size and modification time of each file when `digest` was computed."""
 
@@ -90,6 +117,7 @@ class Folder:
             stats[i] = status.st_size, status.st_mtime_ns
             listing.update(f"{self.key(i)} {self.labels[i]} {status.st_size} {status.st_mtime_ns}\n".encode())
             newest = max(newest, status.st_mtime_ns)
+        listing.update(self.listed_names.encode())
         self.stats = stats
         identity = f"folder {listing.hexdigest()}"
         cached = read_cache(identity)
@@ -101,6 +129,7 @@ class Folder:
                 indices = range(start, min(start + 4096, len(self)))
                 for i, (size, digest) in zip(indices, pool.map(self.hash_file, indices), strict=True):
                     total.update(f"{self.key(i)} {self.labels[i]} {size} {digest}\n".encode())
+        total.update(self.listed_names.encode())
         write_cache(identity, {"digest": total.hexdigest()}, newest)
         return total.hexdigest()
 
@@ -111,43 +140,123 @@ class Folder:
 
 
 def open_folder(root: Path) -> Folder:
-    """Open a folder. If it has no images itself, its subfolders are the classes, numbered in the order of their names;
-    empty ones count.
+    """Open a folder. If it has no images itself, its subfolders are the classes, numbered in the order of their names
+    (of their values, if all are decimal numbers), or of classes.txt; empty ones count. A list of labels in the folder
+    has priority: see label_lists.py.
 
-    Hidden files and folders are ignored; links to folders are followed once.
+    Hidden files and folders are left out, as are those of SYSTEM_FOLDERS; links to folders are followed once.
 
     Raises:
-        DataError: it holds no image.
+        DataError: it holds no image, a subfolder is unreadable, or a class folder is not in classes.txt.
     """
-    files = sorted(walk(root))
+    left_out = Counter[str]()
+    files = sorted(walk(root, left_out))
     flat = any("/" not in file for file in files)
     if not files:
         tars = next(root.glob("*.tar"), None)
+        found = f" (left out: {describe(left_out)})" if left_out and not tars else ""
         hint = f"Give its tars: '{root}/*.tar'" if tars else "Image files end in .jpg, .png, .webp, .tif and so on"
-        raise DataError(f"{root} holds no images", hint)
+        raise DataError(f"{root} holds no images{found}", hint)
+    listed = read_labels(root, files)
+    unlabeled = listed.unlabeled if listed is not None else ""
+    if listed is not None and listed.labels is not None:
+        use(left_out, listed.file, CLASSES if (root / CLASSES).is_file() else "")
+        left_out += Counter({"label without an image": listed.unused})
+        return Folder(root, files, listed.labels, listed.class_names, left_out, unlabeled, named=True)
+    if listed is not None and listed.unusable:
+        return Folder(root, files, left_out=left_out, unlabeled=unlabeled)
+    classes = sorted_classes(
+        entry.name
+        for entry in scan(root)
+        if kind_of(entry) == "folder" and not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS
+    )
     if flat:
-        return Folder(root, files)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    number = {name: label for label, name in enumerate(classes)}
+        return Folder(root, files, left_out=left_out, unlabeled=unlabeled or stray(root, files, classes))
+    listed_names = read_classes(root)
+    names = [valid_text(name) for name in classes] if listed_names is None else listed_names
+    if listed_names is not None:
+        use(left_out, CLASSES)
+        unknown = next((name for name in classes if valid_text(name) not in listed_names), None)
+        if unknown is not None:
+            raise DataError(f"the class folder {root / unknown} is not in {CLASSES}", f"Add a line to {root / CLASSES}")
+    place = {name: label for label, name in enumerate(names)}
+    number = {name: place[valid_text(name)] for name in classes}
     files.sort(key=lambda file: (number[file.split("/", 1)[0]], file))
-    return Folder(root, files, [number[file.split("/", 1)[0]] for file in files], classes)
+    return Folder(root, files, [number[file.split("/", 1)[0]] for file in files], names, left_out)
 
 
-def walk(root: Path) -> Iterator[str]:
-    """Relative paths of the image files under `root`, with "/" between their parts."""
+def stray(root: Path, files: Sequence[str], classes: Sequence[str]) -> str:
+    """Why a folder with images of its own has no labels, if its subfolders hold images too."""
+    first, *more = (file for file in files if "/" not in file)
+    if len(more) + 1 == len(files):
+        return ""
+    others = f" and {len(more):,} more" if more else ""
+    verb, pronoun = ("lie", "them") if more else ("lies", "it")
+    return (
+        f"{root.name}/{first}{others} {verb} beside the class folders: without {pronoun}, the images have "
+        f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
+    )
+
+
+def use(left_out: Counter[str], *files: str) -> None:
+    """Do not count these files of the root, which were read."""
+    for file in filter(None, files):
+        left_out[file_kind(os.path.splitext(file)[1][1:])] -= 1
+
+
+def walk(root: Path, left_out: Counter[str] | None = None) -> Iterator[str]:
+    """Relative paths of the image files under `root`, with "/" between their parts. Everything else is counted in
+    `left_out`, by reason.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    others = Counter[str]() if left_out is None else left_out
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
-        status = os.stat(root / folder)
+        try:
+            status = os.stat(root / folder)
+        except OSError as error:
+            raise access_error("list", str(root / folder), error, CHECK) from error
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to an enclosing folder
+        if here in above:
+            others["link to an enclosing folder"] += 1
             continue
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append((path, above | {here}))
-                elif has_image_extension(entry.name) and entry.is_file():
-                    yield path
+        for entry in scan(root / folder):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            kind = kind_of(entry)
+            if entry.name in SYSTEM_FOLDERS and kind == "folder":
+                others["system folder"] += 1
+            elif entry.name.startswith(".") and kind in ("file", "folder"):
+                others[f"hidden {kind}"] += 1
+            elif kind == "folder":
+                pending.append((path, above | {here}))
+            elif kind != "file":
+                others[kind] += 1
+            elif has_image_extension(entry.name):
+                yield path
+            else:
+                others[file_kind(os.path.splitext(entry.name)[1][1:])] += 1
+
+
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder; a DataError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise access_error("list", str(folder), error, CHECK) from error
+
+
+def kind_of(entry: os.DirEntry[str]) -> str:
+    """ "file", "folder", or why an entry is neither."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise access_error("read", entry.path, error, CHECK) from error
+    return "dead link" if entry.is_symlink() else "special file"

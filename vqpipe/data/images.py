@@ -7,23 +7,36 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import Any, Literal, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from braceexpand import braceexpand
 
 from vqpipe.artifacts import open_artifact
 from vqpipe.data import remote
-from vqpipe.data.folders import open_folder
-from vqpipe.data.photos import open_photos
-from vqpipe.data.sources import NO_LABEL, ImageSource, Sample, has_image_extension
+from vqpipe.data.folders import Folder, open_folder
+from vqpipe.data.photos import Photos, open_photos
+from vqpipe.data.sources import (
+    NO_LABEL,
+    ImageSource,
+    Sample,
+    describe,
+    has_image_extension,
+    sorted_classes,
+)
 from vqpipe.data.tars import TarIndex, Tars, open_index
-from vqpipe.errors import ArtifactError, DataError
+from vqpipe.errors import ArtifactError, DataError, printable
+from vqpipe.files import valid_text
+
+KeyPrefix = Literal["shard"]
 
 __all__ = ["ImageSet", "Sample", "open_images"]
 
@@ -32,19 +45,26 @@ class ImageSet(Sequence[Sample]):
     """Ordered images of one or several sources. Keys and labels are in memory; an image is read when it is accessed.
 
     Class folders of several sources are numbered together, over the sorted union of their names, so a name has one
-    label throughout. Class folders cannot be matched with tars, whose classes are numbers: if both are given, no image
-    has a label.
+    label throughout. Class names cannot be matched with class numbers: if both are given, no image has a label.
+
+    Args:
+        key_prefix: "shard": keys begin with the name of the shard or folder that holds the image.
     """
 
-    def __init__(self, sources: Sequence[ImageSource]) -> None:
+    def __init__(self, sources: Sequence[ImageSource], key_prefix: KeyPrefix | None = None) -> None:
         self.sources = tuple(sources)
+        self.key_prefix = key_prefix
         self.name = " + ".join(source.name for source in sources)
         self.starts = np.cumsum([0, *(len(source) for source in sources)])
-        self.class_names: tuple[str, ...] = tuple(sorted({name for source in sources for name in source.class_names}))
+        self.class_names: tuple[str, ...] = tuple(join_names([source.class_names for source in sources]))
         labels = [source.labels for source in sources]
         counts = [source.num_classes for source in sources if source.num_classes is not None]
         self.num_classes = len(self.class_names) or max(counts, default=None)
-        if self.class_names and any(source.num_classes and not source.class_names for source in sources):
+        reasons = [source.unlabeled for source in sources]
+        numbered = [source.name for source in sources if source.num_classes and not source.class_names]
+        if self.class_names and numbered:
+            named = next(source.name for source in sources if source.class_names)
+            reasons.append(f"{named} has class names, {numbered[0]} class numbers")
             self.class_names, self.num_classes = (), None
             labels = [np.full_like(part, NO_LABEL) for part in labels]
         elif self.class_names:
@@ -53,12 +73,13 @@ class ImageSet(Sequence[Sample]):
         """int32[N]; -1 where an image has no class."""
         self.left_out: dict[str, int] = dict(sum((Counter(source.left_out) for source in sources), Counter()))
         """What was found beside the images and is not read: reason or extension -> count."""
-        self.unlabeled = "; ".join(filter(None, (source.unlabeled for source in sources)))
+        self.unlabeled = "; ".join(filter(None, reasons))
         """Why images that could have labels have none; empty otherwise."""
 
     def renumber(self, source: ImageSource) -> np.ndarray:
         """The labels of a source, numbered by `self.class_names`."""
-        table = np.array([*(self.class_names.index(name) for name in source.class_names), NO_LABEL], np.int32)
+        places = {name: label for label, name in enumerate(self.class_names)}
+        table = np.array([*(places[name] for name in source.class_names), NO_LABEL], np.int32)
         return table[source.labels]
 
     @property
@@ -71,6 +92,9 @@ class ImageSet(Sequence[Sample]):
         """sha256 over all keys, labels and bytes in order: equal for equal images at another place."""
         total = hashlib.sha256("".join(source.digest for source in self.sources).encode())
         total.update(self.labels.astype("<i4").tobytes())
+        if self.key_prefix is not None:
+            shards = dict.fromkeys(self.origin(i)[0] for i in range(len(self)))
+            total.update("".join(f"{shard}\n" for shard in shards).encode())
         return total.hexdigest()
 
     def __len__(self) -> int:
@@ -88,7 +112,9 @@ class ImageSet(Sequence[Sample]):
     def key(self, i: int) -> str:
         """The key of image `i`, without reading the image."""
         source, local = self.locate(i)
-        return source.key(local)
+        if self.key_prefix is None:
+            return source.key(local)
+        return f"{stem(source.origin(local)[0])}/{source.key(local)}"
 
     def origin(self, i: int) -> tuple[str, int]:
         """The name of the shard or folder that holds image `i`, and the position of the image in it."""
@@ -117,14 +143,77 @@ class ImageSet(Sequence[Sample]):
         part = int(np.searchsorted(self.starts, i, side="right")) - 1
         return self.sources[part], i - int(self.starts[part])
 
+    @cached_property
+    def duplicate_keys(self) -> tuple[int, str]:
+        """The number of keys that several images have, and a line about one of them."""
+        if len(self.sources) == 1 and isinstance(self.sources[0], (Folder, Photos)):
+            return 0, ""  # unique by construction
+        prefixed = self.key_prefix is not None
+        keys = (
+            pa.chunked_array([pa.array(map(self.key, range(len(self))), pa.large_string())])
+            if prefixed
+            else (pa.chunked_array([source_keys(source) for source in self.sources]))
+        )
+        counts = pc.value_counts(keys)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        if not len(repeated):
+            return 0, ""
+        key = repeated[0]["values"].as_py()
+        first = pc.index(keys, key).as_py()
+        second = first + 1 + pc.index(keys.slice(first + 1), key).as_py()
+        return len(repeated), f"{key} in {self.origin(first)[0]} and {self.origin(second)[0]}"
 
-def open_images(specs: Sequence[str | Path] | str | Path) -> ImageSet:
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What an artifact made from these images records about them; empty where there is nothing to say."""
+        facts = {
+            "left_out": dict(sorted(self.left_out.items())),
+            "unlabeled": self.unlabeled,
+            "duplicate_keys": self.duplicate_keys[0],
+        }
+        return {name: value for name, value in facts.items() if value}
+
+    @property
+    def remarks(self) -> list[str]:
+        """`facts` as lines for the user."""
+        count, example = self.duplicate_keys
+        repeated = f"{count:,} keys are each those of several images, as {example}" if count else ""
+        lines = {
+            "left out": describe(self.left_out),
+            "unlabeled": self.unlabeled,
+            "duplicate keys": repeated,
+        }
+        return [f"{name}: {printable(line)}" for name, line in lines.items() if line]
+
+
+def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:
+    """The class names of all lists, in the order of the first list that has them all, else sorted."""
+    names = {name for each in lists for name in each}
+    return next((each for each in lists if len(set(each)) == len(names)), None) or sorted_classes(names)
+
+
+def source_keys(source: ImageSource) -> pa.Array:
+    """The keys of a source."""
+    if isinstance(source, Tars):
+        return source.keys
+    return pa.array((source.key(i) for i in range(len(source))), pa.large_string())
+
+
+def stem(name: str) -> str:
+    """The name of a shard without its extension."""
+    return re.sub(r"\.(tar|parquet|zip|txt|csv)$", "", name)
+
+
+def open_images(specs: Sequence[str | Path] | str | Path, key_prefix: KeyPrefix | None = None) -> ImageSet:
     """Open images by name; several names are joined in the order given.
 
     - a `dataset` (or `images`) artifact;
-    - a folder: its subfolders, sorted by name, are classes; a folder with images of its own has none;
+    - a folder: its subfolders, sorted by name, are classes; a folder with images of its own has none; either may have
+      a list of labels or classes (label_lists.py);
     - WebDataset tars: a path, a glob, a brace pattern (`shards/{000000..000099}.tar`), or an fsspec URL of these;
     - `builtin:photos`, `builtin:photos/train`, `builtin:photos/heldout`: see photos.py.
+
+    With `key_prefix` "shard" keys begin with the name of their shard or folder.
 
     An existing path is used as it is, even if it contains braces or stars. Shell pipes are an error.
 
@@ -135,9 +224,10 @@ def open_images(specs: Sequence[str | Path] | str | Path) -> ImageSet:
     names = [specs] if isinstance(specs, (str, Path)) else list(specs)
     if not names:
         raise DataError("no images were given", "Name them with --images")
-    images = ImageSet([open_source(str(spec)) for spec in names])
+    images = ImageSet([open_source(str(spec)) for spec in names], key_prefix)
     if not len(images):
-        raise DataError(f"no images in {images.name}", "Its shards are empty")
+        left_out = f"It holds {describe(images.left_out)}" if images.left_out else "Its shards are empty"
+        raise DataError(f"no images in {images.name}", left_out)
     return images
 
 
@@ -158,7 +248,7 @@ def open_source(spec: str) -> ImageSource:
     for url in urls:
         if has_image_extension(url):
             raise DataError(f"{url} is one image", f"Name the folder that holds it: {os.path.dirname(url) or '.'}")
-    return Tars(open_all(urls), name=spec.rpartition("/")[2] or spec)
+    return Tars(open_all(urls), name=valid_text(spec.rpartition("/")[2] or spec))
 
 
 def is_artifact(path: Path) -> bool:
@@ -178,7 +268,7 @@ def open_dataset(path: Path) -> Tars:
     names = artifact.names("*.tar")
     hashes = [artifact.manifest.files[name]["sha256"] for name in names]
     shards = open_all([str(artifact.file(name)) for name in names], hashes)
-    return Tars(shards, path.name, artifact.facts.get("num_classes"))
+    return Tars(shards, valid_text(path.name), artifact.facts.get("num_classes"))
 
 
 def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[TarIndex]:

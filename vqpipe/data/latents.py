@@ -222,6 +222,7 @@ def write_latents(
         "num_classes": images.num_classes,
         **pooled(records).to_table(),
         "skipped": skipped,
+        **images.facts,
     }
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -286,7 +286,9 @@ def open_split(manifest: DatasetManifest, split: Split, source: Path) -> ImageSe
     if split.tars:
         return open_images(find_tars(root, split.tars))
     if split.files or split.numbers is not None:
-        return ImageSet([Folder(root, every(split.stride, find_files(root, split, source)))])
+        left_out = Counter[str]()
+        files = every(split.stride, find_files(root, split, source, left_out))
+        return ImageSet([Folder(root, files, left_out=left_out)])
     folder = open_folder(root)
     if split.num_classes is not None and not folder.class_names:
         folder = with_classes(folder, read_class_list(split, source, root, len(folder)))
@@ -301,9 +303,9 @@ def find_tars(root: Path, patterns: Sequence[str]) -> list[str]:
     return found
 
 
-def find_files(root: Path, split: Split, source: Path) -> list[str]:
+def find_files(root: Path, split: Split, source: Path, left_out: Counter[str]) -> list[str]:
     """Relative paths of the image files of a split given by numbers or patterns, in order."""
-    files = sorted(walk(root))
+    files = sorted(walk(root, left_out))
     if split.numbers is not None:
         first, last = split.numbers
         return sorted((file for file in files if first <= file_number(file) <= last), key=file_number)
@@ -422,4 +424,4 @@ def with_classes(folder: Folder, names: list[str]) -> Folder:
     classes = sorted(set(names))
     number = {name: label for label, name in enumerate(classes)}
     files = [os.fsdecode(file.as_py()) for file in folder.files]
-    return Folder(folder.root, files, [number[name] for name in names], classes)
+    return Folder(folder.root, files, [number[name] for name in names], classes, folder.left_out)

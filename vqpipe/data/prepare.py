@@ -114,7 +114,7 @@ def pack_images(
     facts: dict[str, Any] = {"num_images": len(images) - sum(map(len, omitted)), "num_classes": images.num_classes}
     facts |= {"skipped": skipped.counts()} | ({"excluded": excluded.counts()} if len(excluded) else {})
     skipped.publish(draft, progress)
-    return facts
+    return facts | images.facts
 
 
 def write_image_shard(

@@ -4,9 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,14 @@ IMAGE_EXTENSIONS = (
     - FLOAT_EXTENSIONS
 )
 """File extensions of images, compared in lower case. Other files of a folder or a tar are counted as left out."""
+COMMON_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+"""Where a sample of a tar has files of several extensions, one of these is its image, and the others are not."""
 NO_LABEL = -1
 """The label of an image without a class."""
+LONGEST_CLASS_NAME = 200
+"""Characters of a class name; a longer text is not one."""
+MOST_KINDS = 10
+"""Kinds of files that a message lists."""
 RETRY_DELAYS = (0.2, 2.0)
 """Seconds before each retry of a failed read."""
 TRANSIENT_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
@@ -112,6 +119,56 @@ class ImageSource(Protocol):
 def has_image_extension(name: str) -> bool:
     """Whether the file name ends in one of IMAGE_EXTENSIONS."""
     return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def file_kind(extension: str) -> str:
+    """The reason for leaving out a file that is not an image: its extension, if that is a plain one."""
+    extension = extension.lower()
+    if not extension:
+        return "file without an extension"
+    return f".{extension}" if re.fullmatch(r"[a-z0-9_.-]{1,16}", extension) else "other file"
+
+
+def describe(left_out: Mapping[str, int]) -> str:
+    """`4 dead links, 3 .txt`: what is left out, most first, the rarest kinds in one number."""
+    kinds = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    shown, rest = kinds[:MOST_KINDS], sum(count for _, count in kinds[MOST_KINDS:])
+    parts = [f"{count:,} {kind if kind.startswith('.') or count == 1 else plural(kind)}" for kind, count in shown]
+    return ", ".join([*parts, *([f"{rest:,} of other kinds"] if rest else [])])
+
+
+def plural(reason: str) -> str:
+    """`key without an image` -> `keys without an image`."""
+    return re.sub(r"^(.*?)(?= without | to |$)", r"\1s", reason, count=1)
+
+
+def class_of(value: Any) -> int | str:
+    """The class number, or NO_LABEL for -1, or class name of a stored label: a number, or a text that holds either.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str):
+        name = value.strip()
+        try:
+            value = int(name) if name.isascii() else name
+        except ValueError:
+            value = name
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_CLASS_NAME:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and NO_LABEL <= value < 2**31:
+        return value
+    raise ValueError(value)
+
+
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Class names in the order of their numbers: that of the text, or of the values where all are decimal numbers."""
+    found = set(names)
+    if all(name.isascii() and name.isdigit() for name in found):
+        return sorted(found, key=lambda name: (int(name), name))
+    return sorted(found)
 
 
 def count_classes(labels: np.ndarray) -> int | None:

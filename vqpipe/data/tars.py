@@ -6,29 +6,40 @@ the boundary of a member would read as a shorter shard. Here every byte is check
 
 import hashlib
 import io
+import json
 import os
+import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from vqpipe.data import remote
 from vqpipe.data.sources import (
+    COMMON_EXTENSIONS,
     IMAGE_EXTENSIONS,
     NO_LABEL,
     access_error,
+    class_of,
     count_classes,
+    file_kind,
     read_cache,
     read_with_retries,
+    sorted_classes,
     write_cache,
 )
 from vqpipe.errors import DataError
+from vqpipe.files import valid_text
+
+INDEX_VERSION = 2
+"""Of cached indices: changes with what `index_tar` finds."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +52,20 @@ class TarIndex:
     keys: list[str]
     offsets: list[int]
     sizes: list[int]
-    labels: list[int]
+    labels: list[int | str]
+    """Class numbers or names; NO_LABEL where there is none."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Other members: reason or extension -> count."""
     mtime_ns: int | None = None
     """Modification time of a local file: a shard that changes during a job is an error."""
     validators: dict[str, str] = field(default_factory=dict)
     """ETag and modification time of a remote file, for the same purpose."""
+    unreadable: str = ""
+    """The first label that cannot be read; empty if there is none."""
+    first_name: str = ""
+    """The first label that is a class name."""
+    first_number: str = ""
+    """The first label that is a class number."""
 
 
 class Tars:
@@ -60,11 +78,9 @@ class Tars:
         self.keys = pa.array([key for shard in shards for key in shard.keys], pa.large_string())
         self.offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
         self.sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
-        self.labels = np.array([label for shard in shards for label in shard.labels], np.int32)
-        self.class_names: tuple[str, ...] = ()
+        self.labels, self.class_names, self.unlabeled = join_labels(shards)
         self.left_out: dict[str, int] = dict(sum((Counter(shard.ignored) for shard in shards), Counter()))
-        self.unlabeled = ""
-        self.num_classes = count_classes(self.labels)
+        self.num_classes = len(self.class_names) or count_classes(self.labels)
         if num_classes is not None and self.num_classes is not None:
             self.num_classes = max(num_classes, self.num_classes)
         self.digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
@@ -79,7 +95,7 @@ class Tars:
     def origin(self, i: int) -> tuple[str, int]:
         """The file name of the shard, and the position of image `i` in it."""
         shard = self.shard_of(i)
-        return self.shards[shard][0].rpartition("/")[2], i - int(self.starts[shard])
+        return valid_text(self.shards[shard][0].rpartition("/")[2]), i - int(self.starts[shard])
 
     def shard_of(self, i: int) -> int:
         """The number of the shard that holds image `i`."""
@@ -92,6 +108,23 @@ class Tars:
         if "://" in url:
             return remote.read(url, int(self.offsets[i]), int(self.sizes[i]), size, validators)
         return read_range(url, int(self.offsets[i]), int(self.sizes[i]), size, mtime_ns)
+
+
+def join_labels(shards: Sequence[TarIndex]) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """The labels of all shards, int32[N]; the class names in order, if labels are names; and why there are no labels
+    though members hold some: one is unreadable, or some are names and some numbers."""
+    labels = [label for shard in shards for label in shard.labels]
+    name, number, reason = (
+        next((found for found in map(attrgetter(field), shards) if found), "")
+        for field in ("first_name", "first_number", "unreadable")
+    )
+    if name and number:
+        reason = reason or f"{name}, {number}"
+    if reason:
+        return np.full(len(labels), NO_LABEL, np.int32), (), reason
+    names = sorted_classes(label for label in labels if isinstance(label, str))
+    numbers: dict[int | str, int] = {label: i for i, label in enumerate(names)}
+    return np.array([numbers.get(label, label) for label in labels] if names else labels, np.int32), tuple(names), ""
 
 
 def read_range(url: str, offset: int, size: int, file_size: int, mtime_ns: int | None) -> bytes:
@@ -134,7 +167,8 @@ def open_index(url: str, sha256: str | None = None) -> TarIndex:
             status = os.stat(url)
             size, mtime_ns, validators = status.st_size, status.st_mtime_ns, {}
             identity = f"{url} {size} {mtime_ns}"
-        if identity and (cached := read_cache(f"tar {identity}")) is not None:
+        identity = identity and f"tar {INDEX_VERSION} {identity}"
+        if identity and (cached := read_cache(identity)) is not None:
             return TarIndex(**cached)
         with io.BufferedReader(shard, remote.BLOCK) if mtime_ns is None else open(url, "rb") as file:
             index = replace(index_tar(file, url, sha256, mtime_ns), validators=validators)
@@ -143,7 +177,7 @@ def open_index(url: str, sha256: str | None = None) -> TarIndex:
     if index.size != size:
         raise DataError(f"{url} has {index.size} bytes, its file system says {size}", COPY_AGAIN)
     if identity:
-        write_cache(f"tar {identity}", asdict(index), mtime_ns or 0)
+        write_cache(identity, asdict(index), mtime_ns or 0)
     return index
 
 
@@ -151,55 +185,158 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None, mtime_ns: in
     """Read a tar from its first byte to its last and index its images.
 
     The members of one key form a sample; the key is the path up to the first dot of the file name. `key.jpg` (or
-    another of IMAGE_EXTENSIONS, in any case) is its image, `key.cls` its label, anywhere in the shard. Links and
-    devices are never followed; they, other members, and keys without an image are counted in `ignored`.
+    another of IMAGE_EXTENSIONS, in any case) is its image; `key.cls`, or else a field of `key.json`, its label,
+    anywhere in the shard (see `parse_label`). A sample without an image of that name may have images with dots in their
+    keys: `key.final.jpg` has the key `key.final`, and its label is `key.final.cls`, else `key.cls`. A link is read as
+    the member that it points to. Everything else is counted in `ignored`.
 
     Raises:
-        DataError: compressed, truncated, damaged, two joined tars, a duplicate key, a path outside the tar's folder, or
-            a label that is not a number.
+        DataError: compressed, truncated, damaged, two joined tars, a duplicate key, or a path outside the tar's folder.
     """
     walk = Walk(file, name, hashed=sha256 is None)
-    images: dict[str, tuple[str, int, int]] = {}  # key -> member, offset, size
-    labels: dict[str, int] = {}
-    order: dict[str, None] = {}
-    ignored: Counter[str] = Counter()
+    members, texts = list[Member](), dict[int, bytes]()
     for member in walk.members():
-        if member.refused:
-            ignored[member.refused] += 1
-            continue
-        key, extension = split_member(name, member.path)
+        members.append(member)
+        if member.path.lower().endswith(LABEL_ENDINGS) and 0 < member.size <= LONGEST_TEXT and not member.refused:
+            texts[member.offset] = walk.body(member)
+    ignored: Counter[str] = Counter()
+    samples: dict[str, list[Part]] = {}
+    for order, member in enumerate(resolve_links(members)):
+        key, extension = ("", "") if member.refused else split_member(name, member.path)
         if not key:
-            ignored["hidden"] += 1
-            continue
-        order.setdefault(key)
-        if extension in IMAGE_EXTENSIONS:
-            if key in images:
-                other, at, _ = images[key]
-                raise DataError(
-                    f"{name} has two images of the key {key!r}: {other} at byte {at}, {member.path} at {member.offset}",
-                    "Give every image of a shard its own key",
-                )
-            images[key] = (member.path, member.offset, member.size)
-        elif extension == "cls":
-            if key in labels:
-                raise DataError(f"{name} has two labels of the key {key!r}, the second at byte {member.offset}")
-            labels[key] = parse_label(name, member.path, walk.body(member))
+            ignored[member.refused or "hidden file"] += 1
         else:
-            ignored[f".{extension}"] += 1
-    keys = [key for key in order if key in images]
-    if len(order) > len(keys):
-        ignored["key without an image"] = len(order) - len(keys)
+            samples.setdefault(key, []).append(Part(order, extension, member))
+    labels = Labels(file, name, texts)
+    images = [image for key, parts in samples.items() for image in sample_images(name, key, parts, labels, ignored)]
+    images.sort(key=lambda image: image.order)
     return TarIndex(
         url=name,
         size=walk.position,
         sha256=sha256 or walk.hash.hexdigest(),
-        keys=keys,
-        offsets=[images[key][1] for key in keys],
-        sizes=[images[key][2] for key in keys],
-        labels=[labels.get(key, NO_LABEL) for key in keys],
+        keys=[image.key for image in images],
+        offsets=[image.member.offset for image in images],
+        sizes=[image.member.size for image in images],
+        labels=[image.label for image in images],
         ignored=dict(ignored),
         mtime_ns=mtime_ns,
+        unreadable=labels.unreadable,
+        first_name=labels.first_name,
+        first_number=labels.first_number,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One member of a sample."""
+
+    order: int
+    """Its position in the tar."""
+    extension: str
+    """What follows the first dot of its file name, in lower case."""
+    member: "Member"
+
+
+@dataclass(frozen=True, slots=True)
+class TarImage:
+    """One image of a tar, in the order of `order`."""
+
+    order: int
+    key: str
+    member: "Member"
+    label: int | str
+
+
+def sample_images(
+    name: str, key: str, parts: Sequence[Part], labels: "Labels", ignored: Counter[str]
+) -> Iterator[TarImage]:
+    """Yield the images of the members of one key, and count the other members in `ignored`."""
+    found: dict[str, list[Part]] = {}  # the part of the extension before its last dot -> images
+    for part in parts:
+        middle, _, last = part.extension.rpartition(".")
+        if last in IMAGE_EXTENSIONS:
+            found.setdefault(middle, []).append(part)
+    if "" in found:  # the image of the key itself: the others are further members of its sample
+        found = {"": found[""]}
+    used = {f"{middle}.{last}".lstrip(".") for middle in ("", *found) for last in LABELS}
+    texts = {part.extension: part for part in reversed(parts) if part.extension in used}
+    for extension in texts:
+        if sum(part.extension == extension for part in parts) > 1:
+            labels.unreadable = labels.unreadable or f"{labels.shard}: two members {key}.{extension}"
+    kept = set[int]()
+    for middle, same in found.items():
+        common = [part for part in same if part.extension.rpartition(".")[2] in COMMON_EXTENSIONS]
+        image, *others = common or same
+        stem = image.member.path.rpartition("/")[2].partition(".")[2].rpartition(".")[0]  # `middle` as it is written
+        full = f"{key}.{stem}" if stem else key
+        if others:
+            raise DataError(
+                f"{name} has two images of the key {full!r}: {image.member.path} at byte {image.member.offset}, "
+                f"{others[0].member.path} at {others[0].member.offset}",
+                "Give every image of a shard its own key",
+            )
+        label: int | str | None = None
+        for extension in (f"{middle}.cls", "cls", f"{middle}.json", "json"):
+            text = texts.get(extension.lstrip("."))
+            if text is not None and label is None:
+                label = labels.read(text.member)
+                kept |= {text.order} if label is not None else set()
+        kept.add(image.order)
+        order = image.order if middle else parts[0].order
+        yield TarImage(order, full, image.member, NO_LABEL if label is None else label)
+    for part in parts:
+        if part.order not in kept and part.extension != "cls":
+            ignored[file_kind(part.extension)] += 1
+    if not found:
+        ignored["key without an image"] += 1
+
+
+class Labels:
+    """The labels of one tar, and what keeps them from being used.
+
+    Args:
+        texts: the data of label members, by their offset.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, texts: dict[int, bytes]) -> None:
+        self.file, self.texts = file, texts
+        self.shard = valid_text(name.rpartition("/")[2])
+        self.unreadable = ""
+        self.first_name = ""
+        self.first_number = ""
+
+    def read(self, member: "Member") -> int | str | None:
+        """The label in a member; NO_LABEL where it is not readable, which `unreadable` then says; None for a JSON
+        without a label."""
+        text = self.texts.get(member.offset)
+        if text is None and member.size <= LONGEST_TEXT:  # the target of a link
+            self.file.seek(member.offset)
+            text = self.file.read(member.size)
+        try:
+            label = parse_label(member.path, text or b"")
+        except ValueError:
+            shown = (text or b"")[:20]
+            self.unreadable = self.unreadable or f"{self.shard}: {member.path} is not a class: {shown!r}"
+            return NO_LABEL
+        if isinstance(label, str):
+            self.first_name = self.first_name or f"{self.shard}: {member.path} holds the class name {label!r}"
+        elif label is not None and label > NO_LABEL:
+            self.first_number = self.first_number or f"{self.shard}: {member.path} the number {label}"
+        return label
+
+
+def resolve_links(members: Sequence["Member"]) -> Iterator["Member"]:
+    """Yield the members in order; for a link its own path with the data of the member that it points to, or a member
+    that is refused as a "dead link" where that is outside the tar, absent, or not a file."""
+    files = {posixpath.normpath(member.path): member for member in members if member.target or not member.refused}
+    for member in members:
+        end, steps = member, 0
+        while end.target and steps < LONGEST_CHAIN:
+            end, steps = files.get(end.target, NOWHERE), steps + 1
+        if member.target:
+            refused = end.refused or ("dead link" if end.target else "")
+            member = Member(member.path, end.offset, end.size, refused)
+        yield member
 
 
 def split_member(name: str, path: str) -> tuple[str, str]:
@@ -212,15 +349,30 @@ def split_member(name: str, path: str) -> tuple[str, str]:
     return (folder + slash + stem if stem else "", extension.lower())
 
 
-def parse_label(name: str, path: str, body: bytes) -> int:
-    """The class number in a `.cls` member."""
-    try:
-        label = int(body.decode("ascii"))
-    except ValueError:
-        label = NO_LABEL
-    if not 0 <= label < 2**31:
-        raise DataError(f"{name}: {path} is not a class number: {body[:20]!r}", "A .cls member holds one integer >= 0")
-    return label
+LABELS = ("cls", "json")
+LABEL_ENDINGS = (".cls", ".json")
+LABEL_FIELDS = ("label", "cls", "class")
+
+
+def parse_label(path: str, body: bytes) -> int | str | None:
+    """The class number or name in the text of a `.cls` member, or in the first of LABEL_FIELDS of a `.json`.
+
+    NO_LABEL for -1 and null; None for a JSON without such a field, or one that is no JSON object.
+
+    Raises:
+        ValueError: anything else: another negative number, an empty or binary text, a list.
+    """
+    value: Any = body
+    if path.lower().endswith(".json"):
+        try:
+            table = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        field = next((field for field in LABEL_FIELDS if isinstance(table, dict) and field in table), None)
+        if field is None:
+            return None
+        value = NO_LABEL if table[field] is None else table[field]
+    return class_of(value.decode("utf-8") if isinstance(value, bytes) else value)
 
 
 BLOCK = tarfile.BLOCKSIZE
@@ -233,7 +385,11 @@ LARGEST_MEMBER = 1 << 43
 """8 TiB; the format allows up to 2**88, and negative sizes."""
 
 
-@dataclass(frozen=True)
+LONGEST_CHAIN = 40
+"""Links that point to links are followed so many times, as by Linux."""
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One member of a tar: its path, and where its data is."""
 
@@ -241,7 +397,12 @@ class Member:
     offset: int
     size: int
     refused: str = ""
-    """Why it is not read: "link" or "device"."""
+    """Why it is not read: "dead link" or "device"."""
+    target: str = ""
+    """Of a link: the path in the tar that it points to."""
+
+
+NOWHERE = Member("", 0, 0, "dead link")
 
 
 class Walk:
@@ -255,11 +416,14 @@ class Walk:
 
     def members(self) -> Iterator[Member]:
         """Yield every member in order, long names resolved; a DataError at the first byte that is not a tar's."""
-        long_path, pax = "", dict[str, str]()
+        long_path, long_link, pax = "", "", dict[str, str]()
         while (header := self.header()) is not None:
             if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
                 body = self.text(header).rstrip(b"\0").decode("utf-8", "backslashreplace")
-                long_path = body if header.type == tarfile.GNUTYPE_LONGNAME else long_path
+                if header.type == tarfile.GNUTYPE_LONGNAME:
+                    long_path = body
+                else:
+                    long_link = body
                 continue
             if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
                 body_bytes = self.text(header)
@@ -274,9 +438,14 @@ class Walk:
                 yield Member(path, self.position, size)
                 self.skip(self.pending)
                 self.pending = 0
+            elif header.issym() or header.islnk():
+                target = pax.get("linkpath") or long_link or header.linkname
+                if header.issym():  # relative to its folder; a hard link is relative to the tar
+                    target = posixpath.join(posixpath.dirname(path), target)
+                yield Member(path, self.position, 0, "dead link", posixpath.normpath(target))
             elif not header.isdir():
-                yield Member(path, self.position, 0, "link" if header.issym() or header.islnk() else "device")
-            long_path, pax = "", {}
+                yield Member(path, self.position, 0, "device")
+            long_path, long_link, pax = "", "", {}
 
     def text(self, header: tarfile.TarInfo) -> bytes:
         """The data of a header that holds a text."""

@@ -119,6 +119,7 @@ def write_tokens(
         "image_size": image_size,
         "layout": layout.to_table(),
         "skipped": skipped,
+        **images.facts,
     }
 
 

@@ -124,6 +124,8 @@ class GenerationEvaluator:
                     raise ConfigError(f"{first} was measured with other settings: {changed}", "Use the same settings")
                 return SetStatistics.load(artifact.verified_file("statistics.safetensors"), self.device), artifact
         images = open_images(names)
+        for line in images.remarks:
+            self.progress.message(f"reference: {line}")
         if self.networks.inception is None and not self.extractor_sizes:
             return SetStatistics(len(images)), images
         draft = artifacts.start(target, "statistics", self.request, {"images": images}, option="--statistics")
@@ -146,7 +148,7 @@ class GenerationEvaluator:
         skipped = Skipped(images, len(images), merged([record["skipped"]]))
         skipped.check(self.config.max_skipped, draft)
         skipped.publish(draft, self.progress)
-        return draft.publish({"num_images": record["num_images"]})
+        return draft.publish({"num_images": record["num_images"]} | images.facts)
 
     def reference_statistics(self, images: ImageSet) -> SetStatistics:
         """Means and covariances of the references, and the features of some."""

@@ -45,7 +45,8 @@ def draw_classes(images: ImageSet, count: int, seed: int) -> RandomClasses:
     present = np.unique(images.labels[images.labels != NO_LABEL])
     if not len(present):
         raise DataError(
-            f"--random-classes {count}: the images of {images.name} have no classes",
+            f"--random-classes {count}: the images of {images.name} have no classes"
+            + (f" ({images.unlabeled})" if images.unlabeled else ""),
             "Give a folder with a subfolder for each class, or tars with labels",
         )
     if count > len(present):

@@ -85,6 +85,7 @@ def evaluate_tokenizer(
         )
         if isinstance(chosen, RandomClasses):
             result = replace(result, metrics={**result.metrics, "random_classes": chosen.describe()})
+        result = replace(result, metrics={**result.metrics, **images.facts})
         return publish_evaluation(draft, result), result
 
 
@@ -110,6 +111,8 @@ def evaluate_samples(
         The report, and its metrics; None if the report was published before.
     """
     samples = open_images(images)
+    for line in samples.remarks:
+        progress.message(line)
     evaluator = GenerationEvaluator(config, networks, device, progress)
     measured, source = evaluator.references(references, statistics)
     request = evaluator.request | {
@@ -125,7 +128,7 @@ def evaluate_samples(
         metrics, shown = evaluator.measure_in(draft, samples, num_samples, measured)
         artifact = samples_artifact(images)
         usage, reasons = distributed.on_main(lambda: code_usage(artifact, num_samples))
-        metrics |= {**usage, **origin_of(artifact), "not_computed": metrics["not_computed"] | reasons}
+        metrics |= {**samples.facts, **usage, **origin_of(artifact), "not_computed": metrics["not_computed"] | reasons}
         return publish_generation(draft, metrics, shown), metrics
 
 

@@ -198,11 +198,12 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
         examples, (validation, _) = everything, read_examples(context, stored.validation, config.raw)
         count = min(recipe.train.validation_images, len(validation))
         subset = Subset(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
-        config.num_classes_of(validation.labels)  # raises an error for unusable labels
+        config.num_classes_of(validation.labels, stored.validation.facts.get("unlabeled", ""))  # checks them
     side = latent_size(stored.image_size, stored.image_size, stored.tokenizer.downsample_factor)
     quantizer = stored.tokenizer.autoencoder.quantizer
+    num_classes = config.num_classes_of(everything.labels, stored.artifact.facts.get("unlabeled", ""))
     return ExampleData(
-        space=Space.of(quantizer, *side, config.num_classes_of(everything.labels)),
+        space=Space.of(quantizer, *side, num_classes),
         train=examples,
         validation=validation,
         validation_subset=subset,

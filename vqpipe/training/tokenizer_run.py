@@ -309,4 +309,5 @@ def publish_tokenizer(
         {"name": source.name, "num_images": len(source), "weight": weight}
         for source, weight in zip(inputs.images.sources, weights, strict=bool(weights))
     ]
-    return draft.publish(model_facts(task.model) | seen | known | ({"image_sets": sets} if sets else {}) | facts)
+    made_from = {"image_sets": sets} if sets else {}
+    return draft.publish(model_facts(task.model) | seen | known | made_from | facts | inputs.images.facts)

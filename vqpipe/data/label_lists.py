@@ -1,0 +1,181 @@
+"""Lists of labels and classes in the root of a folder of images.
+
+| file | content |
+|---|---|
+| classes.txt | a class name per line, in the order of their numbers |
+| labels.csv, labels.json, labels.parquet, metadata.csv, metadata.jsonl | a label for each image |
+
+The latter have a column `file_name` (as in Hugging Face's ImageFolder) or `key`, the path of an image below the folder,
+with or without its extension, and a column `label`, a number or a class name. labels.json is a list of such records, or
+an object of path -> label.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vqpipe.data.sources import NO_LABEL, access_error, class_of, sorted_classes
+from vqpipe.errors import DataError
+from vqpipe.files import valid_text
+
+CLASSES = "classes.txt"
+LABELS = ("labels.csv", "labels.json", "labels.parquet", "metadata.csv", "metadata.jsonl")
+PATHS = ("file_name", "key")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The labels of images by a list."""
+
+    file: str
+    labels: np.ndarray | None = None
+    """int32[N]; None where the list has none, or they cannot be used."""
+    class_names: tuple[str, ...] = ()
+    unlabeled: str = ""
+    """Why images have no labels."""
+    unused: int = 0
+    """Labels of images that are absent."""
+    unusable: bool = False
+    """Whether it holds labels that cannot be used, for the reason `unlabeled`."""
+
+
+def read_classes(root: Path) -> list[str] | None:
+    """The names in classes.txt, in order; None without that file.
+
+    Raises:
+        DataError: it is unreadable, empty, or names a class twice.
+    """
+    file = root / CLASSES
+    if not file.is_file():
+        return None
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise access_error("read", str(file), error, "Check its permissions") from None
+    except ValueError:
+        raise DataError(f"{file} is not UTF-8", "Store it as UTF-8, with a class name per line") from None
+    twice = next((name for name, after in zip(sorted(names), sorted(names)[1:], strict=False) if name == after), None)
+    if twice is not None or not names:
+        what = "names no class" if twice is None else f"names the class {twice!r} twice"
+        raise DataError(f"{file} {what}", "Give it every class once, in the order of their numbers")
+    return names
+
+
+def read_labels(root: Path, files: Sequence[str]) -> Listed | None:
+    """The labels of the images `files` by the first of LABELS in the folder; None without such a file.
+
+    Raises:
+        DataError: the file cannot be read, or holds a class that classes.txt lacks.
+    """
+    name = next((name for name in LABELS if (root / name).is_file()), None)
+    if name is None:
+        return None
+    try:
+        entries, problem = collect(name, root / name)
+    except OSError as error:
+        raise access_error("read", str(root / name), error, "Check its permissions") from None
+    except (ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
+        return Listed(name, unusable=True, unlabeled=f"{name} is damaged: {' '.join(str(error).split())[:100]}")
+    if problem or not entries:
+        return Listed(name, unusable=bool(problem), unlabeled=problem or f"{name} has no columns file_name and label")
+    found = [entries.get(valid_text(file), entries.get(os.path.splitext(valid_text(file))[0])) for file in files]
+    paths = {valid_text(file) for file in files} | {os.path.splitext(valid_text(file))[0] for file in files}
+    labels, class_names, problem = number(name, found, read_classes(root))
+    if labels is None:
+        return Listed(name, unusable=bool(problem), unlabeled=problem or f"no label of {name} is that of an image")
+    missing = sum(label is None for label in found)
+    if missing:
+        problem = f"{missing:,} of {len(files):,} images have no label in {name}"
+    return Listed(name, labels, class_names, problem, sum(path not in paths for path in entries))
+
+
+def number(
+    name: str, found: Sequence[int | str | None], classes: list[str] | None
+) -> tuple[np.ndarray | None, tuple[str, ...], str]:
+    """Class numbers int32[N] for labels, the class names, and why there are none.
+
+    Raises:
+        DataError: a class name is not in `classes`.
+    """
+    texts = {label for label in found if isinstance(label, str)}
+    numbers = {label for label in found if isinstance(label, int) and label > NO_LABEL}
+    if (
+        classes is not None
+        and numbers
+        and set(map(str, numbers)) | texts <= set(classes)
+        and not set(map(str, range(len(classes)))) >= set(classes)
+    ):
+        texts, numbers = texts | set(map(str, numbers)), set()  # names that look like numbers
+        found = [str(label) if isinstance(label, int) and label > NO_LABEL else label for label in found]
+    if texts and numbers:
+        return None, (), f"{name} holds class names, as {min(texts)!r}, and numbers, as {min(numbers)}"
+    if classes is not None and numbers and max(numbers) >= len(classes):
+        return None, (), f"{name} holds the label {max(numbers)}, {CLASSES} names {len(classes)} classes"
+    unknown = texts - set(classes) if classes is not None else set()
+    if unknown:
+        raise DataError(f"the class {min(unknown)!r} of {name} is not in {CLASSES}", "Add a line for it")
+    if not texts and not numbers:
+        return None, (), ""
+    names = classes if classes is not None else sorted_classes(texts)
+    index: dict[int | str | None, int] = {text: place for place, text in enumerate(names)}
+    index[None] = NO_LABEL
+    labels = [index[label] if label is None or isinstance(label, str) else label for label in found]
+    return np.array(labels, np.int32), tuple(names), ""
+
+
+def collect(name: str, path: Path) -> tuple[dict[str, int | str | None], str]:
+    """Path without "./" -> label; None where it is empty. And why the list cannot be used."""
+    entries: dict[str, int | str | None] = {}
+    for row in records(name, path):
+        place = next((row[key] for key in PATHS if row.get(key) not in (None, "")), None)
+        if place is None or "label" not in row:
+            continue
+        place = str(place).replace("\\", "/").removeprefix("./")
+        value = row["label"]
+        try:
+            label = None if value is None or value == "" else class_of(value)
+        except ValueError:
+            return {}, f"{name}: the label of {place} is not a class: {str(value)[:20]!r}"
+        if label == NO_LABEL:
+            label = None
+        if entries.setdefault(place, label) != label:
+            return {}, f"{name} has two labels for {place}"
+    return entries, ""
+
+
+def records(name: str, path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a list."""
+    if name.endswith(".parquet"):
+        with pq.ParquetFile(path) as file:
+            wanted = [column for column in (*PATHS, "label") if column in file.schema_arrow.names]
+            yield from file.read(columns=wanted).to_pylist()
+        return
+    text = path.read_text(encoding="utf-8-sig")
+    if name.endswith(".csv"):
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    elif name.endswith(".jsonl"):
+        for line in text.splitlines():
+            if line.strip():
+                yield checked(json.loads(line))
+    else:
+        table = json.loads(text)
+        if isinstance(table, dict):
+            yield from ({"key": key, "label": label} for key, label in table.items())
+        else:
+            yield from map(checked, table if isinstance(table, list) else [table])
+
+
+def checked(row: Any) -> Mapping[str, Any]:
+    """The row, which is a JSON object; else a ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("a row is not an object")
+    return row
