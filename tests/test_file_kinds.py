@@ -87,9 +87,14 @@ def test_kind_is_told_by_the_content(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a"])
+@pytest.mark.parametrize("name", ["a.pth", "a"])
 def test_weights_are_read_whatever_their_name(tmp_path: Path, kind: str, name: str) -> None:
     assert load_tensors(write(tmp_path / name, kind))["a"].tolist() == [0, 0]
+
+
+def test_checkpoint_named_safetensors_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"is a PyTorch checkpoint, not a safetensors file\. Rename it"):
+        load_tensors(write(tmp_path / "a.safetensors", "pytorch"))
 
 
 @pytest.mark.parametrize("kind", OTHERS)

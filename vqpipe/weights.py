@@ -89,6 +89,8 @@ def kind_of_weights(path: Path) -> str:
     if kind in ("safetensors", "unknown"):
         return kind
     if kind in ("pytorch", "pickle", "tar"):  # a tar: the oldest format of PyTorch
+        if path.suffix == ".safetensors":  # torch.load takes the suffix for the format
+            raise WeightsError(*explain(str(path), kind, "a safetensors file", "Rename it: its name must end in .pth"))
         return "pytorch"
     if kind == "torchscript":
         raise WeightsError(
