@@ -109,8 +109,8 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, kind: str) -> N
         "lfs": "a Git LFS pointer, not a file of weights. Run `git lfs pull`",
         "html": "an HTML page, not a file of weights: the download failed, perhaps a login page. Download it again",
         "torchscript": "contains code; no code in it was executed",
-        "gzip": "compressed with gzip. Unpack it first: gunzip <",
-        "xz": "compressed with xz. Unpack it first: unxz <",
+        "gzip": "compressed with gzip. Unpack it first: `gunzip <",
+        "xz": "compressed with xz. Unpack it first: `unxz <",
         "empty": "is empty. Copy or download it again",
     }
     assert expected.get(kind, "not a file of weights") in line

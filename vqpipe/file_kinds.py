@@ -145,7 +145,7 @@ def explain(name: str, kind: str, wanted: str, hint: str) -> tuple[str, str]:
     if kind == "lfs":
         return f"{name} is {NAMES[kind]}, not {wanted}", "Run `git lfs pull` in its repository"
     if kind in UNPACK:
-        where = "where it is stored" if "://" in name else f"first: {unpack_command(name, kind)}"
+        where = "where it is stored" if "://" in name else f"first: `{unpack_command(name, kind)}`"
         return f"{name} is {NAMES[kind]}", f"Unpack it {where}"
     if kind == "empty":
         return f"{name} is empty", "Copy or download it again"

@@ -87,7 +87,7 @@ def sparse(pax: bool) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x1f\x8b" + b"x" * 600, "compressed with gzip. Unpack it first: gunzip < s.tar > "),
+        (b"\x1f\x8b" + b"x" * 600, "compressed with gzip. Unpack it first: `gunzip < s.tar > "),
         (b"BZh9" + b"x" * 600, "compressed with bzip2"),
         (b"\xfd7zXZ" + b"x" * 600, "compressed with xz"),
         (b"\x28\xb5\x2f\xfd" + b"x" * 600, "compressed with zstd"),

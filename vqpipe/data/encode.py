@@ -322,7 +322,7 @@ def sample_columns(
 ) -> dict[str, list[Any]]:
     """Columns key, shard and index (if the origins are given), label (None: unknown) and flipped. Of several rows per
     image the second half are flips."""
-    stored = {}
+    stored = dict[str, list[Any]]()
     if origins is not None:
         names = [name.encode("utf-8", "backslashreplace").decode() for name, _ in origins]
         stored = {
