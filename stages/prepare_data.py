@@ -19,7 +19,14 @@ ManifestName = Annotated[
         metavar="MANIFEST",
     ),
 ]
-SourceFolder = Annotated[Path, typer.Option("--source", help="Folder with your copy of the data set.", metavar="DIR")]
+SourceFolder = Annotated[
+    str,
+    typer.Option(
+        "--source",
+        help="Folder with your copy of the data set; for the manifest `folder`, anything that --images takes.",
+        metavar="DIR",
+    ),
+]
 
 
 def prepare_data(
@@ -65,7 +72,9 @@ def prepare_data(
         console.remark(images)
         check_copy(described, name, images, allow_partial, progress)
         if verify_archives:
-            console.say(f"archives with the published MD5: {', '.join(check_archives(described, source)) or 'none'}")
+            console.say(
+                f"archives with the published MD5: {', '.join(check_archives(described, Path(source))) or 'none'}"
+            )
         console.say(f"{described.title}, {name}: {len(images):,} images. Licence: {described.licence}")
         config = {
             "manifest": described.name,

@@ -99,6 +99,11 @@ def train(
             console.finished(draft, again=True)
             return
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
+            if inputs.images.whole_groups:
+                progress.message(
+                    "each image of a Parquet file is read with its whole row group, which makes shuffled reading slow; "
+                    "vqpipe prepare-data folder --source PARQUET --out DATA packs them into tars"
+                )
             artifact = train_tokenizer(
                 draft,
                 recipe,

@@ -25,7 +25,7 @@ ROWS = (
     ("quantizers", "losses", "metrics", "data", "zoo"),
     ("search", "artifacts", "weights", "presets", "downloads", "model_card"),
     ("config", "device", "distributed", "provenance", "progress"),
-    ("files",),
+    ("files", "file_kinds"),
     ("errors",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}

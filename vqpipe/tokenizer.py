@@ -236,12 +236,13 @@ class Tokenizer:
         """Decode ids int64[B, N] to images uint8[B, 3, H, W].
 
         Args:
-            ids: of the layout of `image_size`.
+            ids: of the layout of `image_size`. Those of the last groups of an image, or of its last scales, may all be
+                -1: they are left out.
             image_size: (H, W).
             groups: decode the first `groups` groups only.
 
         Raises:
-            DataError: ids of a wrong dtype or shape, ids outside the codebook, or too many groups.
+            DataError: ids of a wrong dtype or shape, ids outside the codebook, other negative ids, or too many groups.
         """
         return to_uint8(self.decode_float(ids, image_size, groups))
 
@@ -255,6 +256,7 @@ class Tokenizer:
         if len(ids) == 0:
             return torch.empty(0, 3, *image_size, device=self.device)
         ids = ids.to(self.device, torch.int64)
+        check_negative(ids, layout)
         if groups is not None:
             ids = keep_groups(ids, layout, groups)
         return self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout))
@@ -301,6 +303,21 @@ def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
     for grid in grids:
         grid[..., groups:] = -1
     return layout.join(grids)
+
+
+def check_negative(ids: Tensor, layout: TokenLayout) -> None:
+    """Raise a DataError for negative ids of int64[B, N], except the -1 of groups or grids left out at the end."""
+    grids = [grid.flatten(1, 2) for grid in layout.split(ids)]
+    if int(ids.min()) >= 0:
+        return
+    kept = torch.stack([(grid >= 0).all(dim=1) for grid in grids], dim=1)  # bool[B, grids, G]
+    left_out = torch.stack([(grid == -1).all(dim=1) for grid in grids], dim=1)
+    after_gap = (kept[:, :, 1:] & left_out[:, :, :-1]).any() or (kept[:, 1:] & left_out[:, :-1]).any()
+    if after_gap or not (kept | left_out).all() or not kept[:, 0, 0].all():
+        raise DataError(
+            f"ids of {int(ids.min())}, which are not those of whole groups left out at the end",
+            "Pass ids as `encode` returns them, and leave out groups with groups=",
+        )
 
 
 def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, int]:

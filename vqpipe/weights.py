@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqpipe.errors import WeightsError
+from vqpipe.file_kinds import explain, kind_of_file
 
 LpipsNet = Literal["alex", "vgg", "squeeze"]
 LPIPS_BACKBONES: dict[LpipsNet, tuple[str, str]] = {
@@ -24,6 +25,8 @@ LPIPS_BACKBONES: dict[LpipsNet, tuple[str, str]] = {
     "squeeze": ("squeezenet1_1-b8a52dc0.pth", "torchvision's SqueezeNet 1.1, ImageNet weights"),
 }
 """Backbone of LPIPS -> torchvision's file name, and a description. The linear heads are in the lpips package."""
+
+CHECK_FILE = "Name the file of weights, or download it again"
 
 
 def find_weights(name: str, folder: Path | None, need: str, option: str = "--weights DIR") -> Path:
@@ -39,7 +42,9 @@ def find_weights(name: str, folder: Path | None, need: str, option: str = "--wei
 
 
 def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, mmap: bool = False) -> dict[str, Any]:
-    """Read the tensors of a `.safetensors` file or of a PyTorch pickle, the latter with `weights_only=True`.
+    """Read the tensors of a safetensors file or of a PyTorch pickle, the latter with `weights_only=True`.
+
+    Which of the two it is, is told by the content, and by the name only where the content is unknown.
 
     Args:
         path: the file.
@@ -47,17 +52,17 @@ def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, 
         mmap: memory-map the tensors of a pickle.
 
     Raises:
-        WeightsError: the file is absent or damaged, or contains anything but tensors in plain containers.
+        WeightsError: the file is absent, damaged or of another kind, or contains anything but tensors in plain
+            containers.
     """
+    kind = kind_of_weights(path)
     allowed: list[Any] = [(placeholder, name) for name, placeholder in (placeholders or {}).items()]
     try:
-        if path.suffix == ".safetensors":
+        if kind == "safetensors" or (kind == "unknown" and path.suffix == ".safetensors"):
             return load_file(path)
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist", "Check the path") from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise WeightsError(
@@ -67,6 +72,38 @@ def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, 
     except Exception as error:  # readers raise many types on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Download it again") from None
+
+
+def kind_of_weights(path: Path) -> str:
+    """Whether a file is a safetensors file, a PyTorch checkpoint, or of an unknown kind.
+
+    Raises:
+        WeightsError: it is absent, or certainly no weights; the message says what it is.
+    """
+    try:
+        kind = kind_of_file(path)
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist", "Check the path") from None
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}", "Name a file of weights") from None
+    if kind in ("safetensors", "unknown"):
+        return kind
+    if kind in ("pytorch", "pickle", "tar"):  # a tar: the oldest format of PyTorch
+        if path.suffix == ".safetensors":  # torch.load takes the suffix for the format
+            raise WeightsError(*explain(str(path), kind, "a safetensors file", "Rename it: its name must end in .pth"))
+        return "pytorch"
+    if kind == "torchscript":
+        raise WeightsError(
+            f"{path} is a TorchScript archive, which contains code; no code in it was executed",
+            "Use the state dict of this model, or, if you trust the file, save that of torch.jit.load(FILE)",
+        )
+    hints = {
+        "zip": "Unpack it, and name the file of weights in it",
+        "npy": "A codebook may be one: its name must end in .npy",
+        "npz": "Save its arrays as safetensors",
+        "json": "Name the file of weights, which is beside it",
+    }
+    raise WeightsError(*explain(str(path), kind, "a file of weights", hints.get(kind, CHECK_FILE)))
 
 
 def load_lpips(net: LpipsNet, file: Path) -> nn.Module:

@@ -138,6 +138,7 @@ def test_shards_hold_the_features_of_the_encoder(images: ImageSet, tmp_path: Pat
     kept = [i for i in range(9) if "broken" not in images.key(i)]
     assert [row["key"] for row in rows] == [images.key(i) for i in kept]
     assert [row["label"] for row in rows] == [images.label(i) for i in kept]
+    assert [(row["shard"], row["index"]) for row in rows] == [images.origin(i) for i in kept]
 
     encoder = PatchPca(32, 4, 10)
     encoder.load(artifact.file("encoder.safetensors"))

@@ -306,3 +306,6 @@ def test_load_codebook_reads_safetensors_npy_and_released_files(tmp_path: Path) 
     np.save(tmp_path / "nan.npy", np.full((2, 2), np.nan, np.float32))
     with pytest.raises(NumericError, match="holds NaN"):
         load_codebook(tmp_path / "nan.npy")
+    np.save(tmp_path / "one.npy", np.ones((5, 3), np.float32))
+    with pytest.raises(DataError, match=r"all 5 codes of .*one\.npy are equal"):
+        load_codebook(tmp_path / "one.npy")

@@ -18,6 +18,7 @@ from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data import transforms
 from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch
 from vqpipe.data.images import ImageSet, open_images
+from vqpipe.data.tars import write_tar
 from vqpipe.data.tokens import decode_tokens, read_tokens, write_tokens
 from vqpipe.errors import DataError
 from vqpipe.progress import SILENT, Progress, Silent
@@ -325,6 +326,39 @@ def test_tokens_are_stored_narrow_and_read_back(
     assert torch.equal(ids[:, 0], crops[:, 0, 0, :2].long() + codebook_size - 256)
     if flip:
         assert torch.equal(ids[:, 1], crops.flip(-1)[:, 0, 0, :2].long() + codebook_size - 256)
+
+
+def test_token_rows_name_the_shard_of_their_image(
+    draw: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tars with the same keys."""
+    stored = dict[tuple[str, int], bytes]()
+    for name in ("a.tar", "b.tar"):
+        with write_tar(tmp_path / name) as tar:
+            for i in range(3):
+                stored[name, i] = b"no image" if (name, i) == ("a.tar", 1) else draw(len(stored))
+                tar.write(str(i), stored[name, i], "png")
+    images = open_images([f"{tmp_path}/{{a,b}}.tar"])
+    artifact = tokenize(tmp_path / "tokens", images, 300, flip=True)
+    file = artifact.file("tokens-00000.parquet")
+    table = pq.read_table(file)
+    assert table.column_names == ["key", "shard", "index", "label", "ids", "flipped"]
+    assert [str(table.schema.field(name).type) for name in ("shard", "index")] == [
+        "dictionary<values=string, indices=int32, ordered=0>",
+        "int64",
+    ]
+    rows = table.to_pylist()
+    assert [(row["shard"], row["index"]) for row in rows[::2]] == [place for place in stored if place != ("a.tar", 1)]
+    assert [(row["key"], row["shard"]) for row in rows[1::2]] == [(row["key"], row["shard"]) for row in rows[::2]]
+    for row in rows[::2]:
+        pixels = transforms.center_crop(transforms.decode(stored[row["shard"], row["index"]]), 16)
+        assert row["ids"] == (pixels[0, 0, :2].long() + 300 - 256).tolist()
+
+    older = tmp_path / "older.parquet"
+    pq.write_table(table.drop_columns(["shard", "index"]), older)
+    before, now = read_tokens(older, 300), read_tokens(file, 300)
+    assert before.keys == now.keys
+    assert torch.equal(before.ids, now.ids)
 
 
 def test_progress_of_decoding_counts_the_rows_of_this_rank_and_those_already_decoded(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -53,6 +54,10 @@ def test_bytes_do_not_depend_on_batch_size_and_workers(
     crop = center_crop(Image.open(picture_folder / "drawn-7.png").convert("RGB"), 32)[None]
     keys, ids = [key for part in parts for key in part.keys], torch.cat([part.ids for part in parts])
     place = next(i for i, key in enumerate(keys) if "drawn-7" in key)
+    rows = [row for name in made[0].names("tokens-*") for row in pq.read_table(made[0].file(name)).to_pylist()]
+    images = open_images(picture_folder)
+    assert [row["key"] for row in rows] == [images.key(row["index"]) for row in rows]
+    assert {row["shard"] for row in rows} == {picture_folder.name}
     assert torch.equal(ids[place], opened.encode(crop)[0])
     if flip:
         assert keys[place + 1] == keys[place]

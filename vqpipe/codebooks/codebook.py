@@ -94,7 +94,7 @@ def load_codebook(source: Artifact | Path | str) -> Tensor:
     Raises:
         ArtifactError: a directory that is not a published codebook.
         WeightsError: a file that cannot be read as tensors.
-        DataError: something other than one matrix of floating-point numbers.
+        DataError: something other than one matrix of floating-point numbers, or copies of one code.
         NumericError: NaN or infinity.
     """
     if not isinstance(source, Artifact) and Path(source).is_dir():
@@ -109,4 +109,6 @@ def load_codebook(source: Artifact | Path | str) -> Tensor:
         raise DataError(f"{path} does not hold one codebook of shape [K, dim]", "Give what vqpipe kmeans publishes")
     if not bool(torch.isfinite(codebook).all()):
         raise NumericError(f"the codebook {path} holds NaN or infinity", "Make it again")
+    if len(codebook) > 1 and bool((codebook == codebook[0]).all()):
+        raise DataError(f"all {len(codebook):,} codes of {path} are equal", "Make it again, from other features")
     return codebook.float().contiguous()

@@ -4,7 +4,8 @@ A shard holds the features of a fixed number of consecutive images, so its bytes
 workers, and a resumed run continues with the first missing shard:
 
     features-00000.npy       float16[rows, D]: per image pool * pool vectors, row-major
-    samples-00000.parquet    key, label (null: none), first_row (in this shard), num_rows
+    samples-00000.parquet    key, shard and index (where the image is stored), label (null: none), first_row (in this
+                             shard), num_rows
     encoder.safetensors      patch-pca only: the fitted projection
 
 `FeatureSet` reads such an artifact, or any `.npy` files of shape [n, D], memory-mapped.
@@ -30,7 +31,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool
 from vqpipe.config import resumable
-from vqpipe.data.encode import EncodedShard, EncodingJob, check_float16
+from vqpipe.data.encode import ORIGIN_FIELDS, EncodedShard, EncodingJob, check_float16, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.files import hash_file
@@ -43,6 +44,7 @@ WEIGHTS_OPTION = "--set features.weights=FILE; --set features.allow_random_weigh
 SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
+        *ORIGIN_FIELDS,
         pa.field("label", pa.int32()),
         pa.field("first_row", pa.int64(), nullable=False),
         pa.field("num_rows", pa.int32(), nullable=False),
@@ -253,9 +255,7 @@ def write_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write a shard's two files; the array last, so that its record marks both as complete."""
     keys, rows = shard.keys, shard.rows
     vectors_per_image = rows.shape[1]
-    columns = {
-        "key": keys,
-        "label": [None if label < 0 else label for label in shard.labels],
+    columns = sample_columns(keys, shard.labels, shard.origins) | {
         "first_row": [vectors_per_image * index for index in range(len(keys))],
         "num_rows": [vectors_per_image] * len(keys),
     }

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -116,6 +117,8 @@ class EncodedShard:
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     """-1 where an image has no class."""
+    origins: list[tuple[str, int]] = field(default_factory=list)
+    """Where each image is stored: see `ImageSet.origin`."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Position in the image set -> reason."""
 
@@ -124,12 +127,13 @@ class EncodedShard:
         """[len(keys), *row_shape]."""
         return self.buffer[: len(self.keys)]
 
-    def add(self, batch: Batch, rows: Tensor) -> None:
-        """Append the rows of a batch."""
+    def add(self, batch: Batch, rows: Tensor, images: ImageSet) -> None:
+        """Append the rows of a batch of `images`."""
         first = len(self.keys)
         self.buffer[first : first + len(rows)] = rows.numpy()
         self.keys += batch.keys
         self.labels += batch.labels.tolist()
+        self.origins += [images.origin(i) for i in batch.indices]
 
 
 class EncodingJob:
@@ -222,7 +226,7 @@ class EncodingJob:
                     with self.stopwatch.part(COPYING):
                         if piece.batch is not None and rows is not None:
                             check(rows, piece.batch.keys)
-                            shard.add(piece.batch, rows)
+                            shard.add(piece.batch, rows, self.images)
                         shard.skipped |= piece.skipped
                     self.stopwatch.images += len(piece.positions)
                     self.progress.advance(len(piece.positions))
@@ -329,10 +333,32 @@ class AsyncRows:
         return self.rows
 
 
-def sample_columns(keys: Sequence[str], labels: Sequence[int], rows_per_image: int) -> dict[str, list[Any]]:
-    """Columns key, label (None: unknown) and flipped. Of several rows per image the second half are flips."""
+ORIGIN_FIELDS = (
+    pa.field("shard", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+    pa.field("index", pa.int64(), nullable=False),
+)
+"""Columns that say where an image is stored, as `ImageSet.origin`. Artifacts of earlier versions do not have them."""
+
+
+def sample_columns(
+    keys: Sequence[str],
+    labels: Sequence[int],
+    origins: Sequence[tuple[str, int]] | None = None,
+    *,
+    rows_per_image: int = 1,
+) -> dict[str, list[Any]]:
+    """Columns key, shard and index (if the origins are given), label (None: unknown) and flipped. Of several rows per
+    image the second half are flips."""
+    stored = dict[str, list[Any]]()
+    if origins is not None:
+        names = [name.encode("utf-8", "backslashreplace").decode() for name, _ in origins]
+        stored = {
+            "shard": [name for name in names for _ in range(rows_per_image)],
+            "index": [index for _, index in origins for _ in range(rows_per_image)],
+        }
     return {
         "key": [key for key in keys for _ in range(rows_per_image)],
+        **stored,
         "label": [None if label < 0 else label for label in labels for _ in range(rows_per_image)],
         "flipped": [2 * row >= rows_per_image for _ in keys for row in range(rows_per_image)],
     }

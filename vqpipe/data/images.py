@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,10 @@ from braceexpand import braceexpand
 
 from vqpipe.artifacts import open_artifact
 from vqpipe.data import remote
-from vqpipe.data.folders import Folder, open_folder
+from vqpipe.data.folders import Folder, open_folder, walk
+from vqpipe.data.lists import EXTENSIONS as LIST_EXTENSIONS
+from vqpipe.data.lists import open_list
+from vqpipe.data.parquets import Parquets, open_parquets
 from vqpipe.data.photos import Photos, open_photos
 from vqpipe.data.sources import (
     NO_LABEL,
@@ -33,12 +37,19 @@ from vqpipe.data.sources import (
     sorted_classes,
 )
 from vqpipe.data.tars import TarIndex, Tars, open_index
+from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
+from vqpipe.file_kinds import kind_of_file
 from vqpipe.files import valid_text
 
 KeyPrefix = Literal["shard"]
 
 __all__ = ["ImageSet", "Sample", "open_images"]
+
+SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
+"""The end of the names of the Parquet files of a split, as `datasets` writes them."""
+SPLITS = ("train", "test", "validation", "val")
+"""Names of Parquet files that are splits."""
 
 
 class ImageSet(Sequence[Sample]):
@@ -86,6 +97,11 @@ class ImageSet(Sequence[Sample]):
     def sets(self) -> list[range]:
         """The positions of the images of each source."""
         return [range(first, stop) for first, stop in pairwise(self.starts.tolist())]
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether reading one image reads others too, so that shuffled reading is slow."""
+        return any(isinstance(source, Parquets) and source.whole_groups for source in self.sources)
 
     @cached_property
     def digest(self) -> str:
@@ -211,6 +227,9 @@ def open_images(specs: Sequence[str | Path] | str | Path, key_prefix: KeyPrefix 
     - a folder: its subfolders, sorted by name, are classes; a folder with images of its own has none; either may have
       a list of labels or classes (label_lists.py);
     - WebDataset tars: a path, a glob, a brace pattern (`shards/{000000..000099}.tar`), or an fsspec URL of these;
+    - Parquet files with encoded images: the same, or a folder of them; see parquets.py;
+    - zip archives of images: the same; folders in them are classes; see zips.py;
+    - a list of paths, .txt, .lst, .csv, .tsv or .jsonl: see lists.py;
     - `builtin:photos`, `builtin:photos/train`, `builtin:photos/heldout`: see photos.py.
 
     With `key_prefix` "shard" keys begin with the name of their shard or folder.
@@ -241,14 +260,70 @@ def open_source(spec: str) -> ImageSource:
         spec = str(Path(spec.removeprefix("file://")))
     path = Path(spec)
     if "://" not in spec and path.is_dir():
-        return open_dataset(path) if is_artifact(path) else open_folder(path)
+        if is_artifact(path):
+            return open_dataset(path)
+        parquets = parquet_files(path)
+        return open_parquets(parquets, path.name or str(path)) if parquets else open_folder(path)
     if "://" not in spec and not path.exists() and path.with_name(path.name + ".partial").is_dir():
         return open_dataset(path)  # raises: unfinished
     urls = expand(spec)
     for url in urls:
         if has_image_extension(url):
             raise DataError(f"{url} is one image", f"Name the folder that holds it: {os.path.dirname(url) or '.'}")
-    return Tars(open_all(urls), name=valid_text(spec.rpartition("/")[2] or spec))
+    forms = {form_of(url): url for url in reversed(urls)}
+    if len(forms) > 1:
+        raise DataError(
+            f"{spec} names files of several kinds: {', '.join(forms.values())}", "Give each kind its own --images"
+        )
+    name = valid_text(spec.rpartition("/")[2] or spec)
+    match next(iter(forms)):
+        case "parquet":
+            return open_parquets(urls, name)
+        case "zip":
+            return open_zips(urls, name)
+        case "list":
+            if len(urls) > 1 or "://" in urls[0]:
+                raise DataError(f"{spec} is not one local list of paths", "Give each list its own --images")
+            return open_list(Path(urls[0]))
+    return Tars(open_all(urls), name)
+
+
+def form_of(url: str) -> str:
+    """How a file or URL is opened: as "parquet", "zip", "list" or "tar"; by its extension, else by its first bytes."""
+    extension = os.path.splitext(url)[1].lower()
+    if extension in LIST_EXTENSIONS:
+        return "list"
+    if extension in (".tar", ".parquet", ".zip"):
+        return extension[1:]
+    if "://" not in url:
+        with suppress(OSError):
+            kind = kind_of_file(Path(url))
+            return kind if kind in ("parquet", "zip") else "tar"
+    return "tar"
+
+
+def parquet_files(folder: Path) -> list[str]:
+    """The Parquet files of a folder that holds no image files, sorted.
+
+    Raises:
+        DataError: they are of several splits (`train-00000-of-00004.parquet`), or in folders below.
+    """
+    if next(walk(folder), None) is not None:
+        return []
+    files = sorted(str(file) for file in folder.glob("*.parquet"))
+    if not files:
+        below = next((file for file in sorted(folder.rglob("*.parquet"))), None)
+        if below is not None:
+            pattern = below.parent / f"{SPLIT_NAME.sub('', below.stem)}*.parquet"
+            raise DataError(f"{folder} has Parquet files only in folders below it", f"Give them, as '{pattern}'")
+        return []
+    stems = [Path(file).stem for file in files]
+    splits = sorted({SPLIT_NAME.sub("", stem) for stem in stems if SPLIT_NAME.search(stem) or stem in SPLITS})
+    if len(splits) > 1:
+        raise DataError(
+            f"{folder} holds several splits: {', '.join(splits)}", f"Give one: '{folder / splits[0]}*.parquet'"
+        )
+    return files
 
 
 def is_artifact(path: Path) -> bool:
@@ -297,7 +372,10 @@ def expand(spec: str) -> list[str]:
         missing += [] if matches else [pattern]
     if missing:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise DataError(f"no such images: {listed}", "Give a folder, tars, an artifact, or builtin:photos")
+        raise DataError(
+            f"no such images: {listed}",
+            "Give a folder, tars, Parquet, a zip, a list of paths, or an artifact",
+        )
     return found
 
 

@@ -3,7 +3,8 @@
 A shard holds a fixed number of consecutive images:
 
     latents-00000.npy        float16[rows, C, h, w]; the row of an image's flip follows the row of the image
-    samples-00000.parquet    key, label (null: none), flipped: one row per latent
+    samples-00000.parquet    key, shard and index (where the image is stored), label (null: none), flipped: one row per
+                             latent
 
 float16 has 11 significant bits: its rounding error is at most 1/2048 of a value (bfloat16: 1/256), and the smallest
 noise of diffusion is 1/100 of a standard deviation. A latent beyond float16's 65504 is an error. A .npy file is
@@ -30,6 +31,7 @@ from torch import Tensor
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.encode import (
     IMAGES_PER_SHARD,
+    ORIGIN_FIELDS,
     EncodedShard,
     EncodingJob,
     check_float16,
@@ -44,6 +46,7 @@ from vqpipe.progress import SILENT, Progress
 SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
+        *ORIGIN_FIELDS,
         pa.field("label", pa.int32()),
         pa.field("flipped", pa.bool_(), nullable=False),
     ]
@@ -228,7 +231,7 @@ def write_latents(
 
 def write_latent_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write a shard's two files; the array last, so that its record marks both as complete."""
-    columns = sample_columns(shard.keys, shard.labels, shard.rows.shape[1])
+    columns = sample_columns(shard.keys, shard.labels, shard.origins, rows_per_image=shard.rows.shape[1])
     with draft.write(f"samples-{shard.number:05d}.parquet") as path:
         parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path, compression="zstd")
     rows = shard.rows.reshape(-1, *shard.rows.shape[2:])

@@ -19,6 +19,9 @@ from vqpipe.data.transforms import Framing, Rule, parse_size
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
 
+ANY_IMAGES = "folder"
+"""The manifest of any images, whose source is not the copy of a known data set."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
@@ -270,8 +273,8 @@ def check_archives(manifest: DatasetManifest, source: Path) -> list[str]:
     return checked
 
 
-def open_split(manifest: DatasetManifest, split: Split, source: Path) -> ImageSet:
-    """Open the images of a split in the user's copy `source`.
+def open_split(manifest: DatasetManifest, split: Split, source: str | Path) -> ImageSet:
+    """Open the images of a split in the user's copy `source`; for the manifest `folder`, anything `open_images` opens.
 
     Files selected by pattern or list are ordered by path, files selected by number by that number; they have no
     classes. Names of a list are only compared with existing files; no path is built from them.
@@ -280,6 +283,9 @@ def open_split(manifest: DatasetManifest, split: Split, source: Path) -> ImageSe
         DataError: no such folder, no images, a missing list or a listed file that is missing, or a flat split with
             classes without its class list.
     """
+    if manifest.name == ANY_IMAGES and split == Split():
+        return open_images(source)
+    source = Path(source)
     if not source.is_dir():
         raise DataError(f"{source} is not a folder", f"To get {manifest.name}: {manifest.how_to_obtain.strip()}")
     root = next((source / folder for folder in split.folders if (source / folder).is_dir()), source)

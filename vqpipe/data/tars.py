@@ -36,6 +36,7 @@ from vqpipe.data.sources import (
     write_cache,
 )
 from vqpipe.errors import DataError
+from vqpipe.file_kinds import explain, kind_of
 from vqpipe.files import valid_text
 
 INDEX_VERSION = 2
@@ -377,8 +378,15 @@ def parse_label(path: str, body: bytes) -> int | str | None:
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COPY_AGAIN = "Copy or download it again"
+HINTS = {
+    "parquet": "Let its name end in .parquet",
+    "zip": "Let its name end in .zip",
+    "text": "Let the name of a list of paths end in .txt, .csv or .tsv",
+    "json": "A list of paths with labels is a .csv or .jsonl file",
+    "image": "Give the folder that holds it",
+}
+"""What to do with a file that is no tar."""
 LONGEST_TEXT = 1 << 20
 """Largest long name, pax header or label, in bytes: they are read into memory."""
 LARGEST_MEMBER = 1 << 43
@@ -474,11 +482,11 @@ class Walk:
         start = self.position
         block = self.file.read(BLOCK)
         if start == 0:
-            for magic, kind in COMPRESSED.items():
-                if block.startswith(magic):
-                    raise DataError(
-                        f"{self.name} is compressed with {kind}", "Uncompress it: images are compressed already"
-                    )
+            kind = kind_of(block)
+            if kind not in ("tar", "empty", "unknown"):
+                raise DataError(
+                    *explain(self.name, kind, "a tar", HINTS.get(kind, "Give a tar, or a folder of images"))
+                )
         self.advance(block)
         if not block:
             what = "is empty" if start == 0 else f"is truncated: no end mark at byte {start}"

@@ -1,8 +1,10 @@
 """Token shards: one Parquet row per view of an image, its ids as narrow as the codebook allows; images to tokens and
 back.
 
-Columns: key string; label int32, null where unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where an image
-has several rows, flipped bool. The rows of an image follow each other:
+Columns: key string; shard dictionary<string> and index int64, the name of the tar, archive or folder that holds the
+image, and its position there (not for generated images, nor in files of earlier versions); label int32, null where
+unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where an image has several rows, flipped bool. The rows of
+an image follow each other:
 
 | tokenize | rows of an image |
 |---|---|
@@ -28,7 +30,15 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data.batches import chunks
-from vqpipe.data.encode import IMAGES_PER_SHARD, EncodedShard, EncodingJob, encode_views, sample_columns, with_flip
+from vqpipe.data.encode import (
+    IMAGES_PER_SHARD,
+    ORIGIN_FIELDS,
+    EncodedShard,
+    EncodingJob,
+    encode_views,
+    sample_columns,
+    with_flip,
+)
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import encode_png, ten_crops
@@ -150,15 +160,24 @@ def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write the file of a shard, with its counts as its record."""
     name = SHARD_NAME.format(shard.number)
     with draft.write(name, images=len(shard.keys), skipped=shard.skipped) as path:
-        write_token_file(path, shard.keys, shard.labels, shard.rows)
+        write_token_file(path, shard.keys, shard.labels, shard.rows, shard.origins)
 
 
-def write_token_file(path: Path, keys: Sequence[str], labels: Sequence[int], ids: np.ndarray) -> None:
-    """Write one Parquet file: ids uint16 or uint32[images, V, N], of V views of each image; labels -1 where unknown."""
+def write_token_file(
+    path: Path,
+    keys: Sequence[str],
+    labels: Sequence[int],
+    ids: np.ndarray,
+    origins: Sequence[tuple[str, int]] | None = None,
+) -> None:
+    """Write one Parquet file: ids uint16 or uint32[images, V, N], of V views of each image; labels -1 where unknown;
+    origins as `ImageSet.origin` gives them, None for images that are not stored."""
     rows_per_image, num_tokens = ids.shape[1:]
-    table = sample_columns(keys, labels, rows_per_image)
-    columns = {
-        "key": pa.array(table["key"], pa.string()),
+    table = sample_columns(keys, labels, origins, rows_per_image=rows_per_image)
+    columns = {"key": pa.array(table["key"], pa.string())}
+    if origins is not None:
+        columns |= {field.name: pa.array(table[field.name], field.type) for field in ORIGIN_FIELDS}
+    columns |= {
         "label": pa.array(table["label"], pa.int32()),
         "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), num_tokens),
     }
@@ -181,6 +200,7 @@ def check_columns(schema: pa.Schema) -> None:
     """Raise a ValueError unless the columns are those of a token shard."""
     ids: Any = schema.field("ids").type if "ids" in schema.names else None
     types = {"key": pa.string(), "label": pa.int32(), "ids": ids, "flipped": pa.bool_()}
+    types |= {field.name: field.type for field in ORIGIN_FIELDS}
     if len(set(schema.names)) < len(schema) or not {"key", "label", "ids"} <= set(schema.names) <= types.keys():
         raise ValueError("columns")
     if not pa.types.is_fixed_size_list(ids) or ids.value_type not in (pa.uint16(), pa.uint32()) or ids.list_size < 1:

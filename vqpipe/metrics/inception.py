@@ -4,6 +4,7 @@ TensorFlow 1, and clean-fid's (Parmar et al. 2022, "On Aliased Resizing and Surp
 Shapes: B images of H x W pixels.
 """
 
+import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Inception(nn.Module):
             self.network: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
             )
-        except (RuntimeError, AttributeError, TypeError) as error:
+        except (RuntimeError, AttributeError, TypeError, pickle.UnpicklingError) as error:
             raise WeightsError(
                 f"{weights} does not fit FID's Inception: {str(error).splitlines()[0]}", f"Fetch {INCEPTION_SOURCE}"
             ) from None
