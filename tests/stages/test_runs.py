@@ -268,8 +268,9 @@ def toy_training(options: Options, encoders: bool) -> None:
         options.remove_setting("model.quantizer.codebook_size")
         options.set(f"model.quantizer.codebook_size={TOY_CODES}")
     if options.get("--codebook") and not encoders:
-        options.remove_setting("model.quantizer.feature_dim")
-        options.set("model.quantizer.feature_dim=64")
+        group = ".group" if quantizer.kind == "multi_group" else ""
+        options.remove_setting(f"model.quantizer{group}.feature_dim")
+        options.set(f"model.quantizer{group}.feature_dim=64")
         if getattr(quantizer, "projector", "") == "none":
             options.set("model.quantizer.code_dim=64")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqpipe.data.folders import Folder
-from vqpipe.data.sources import NO_LABEL, access_error
+from vqpipe.data.sources import NO_LABEL, access_error, sorted_classes
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import HEAD, NAMES, explain, kind_of
 
@@ -151,7 +151,7 @@ def number_labels(file: Path, entries: Sequence[Entry]) -> tuple[list[int], list
     try:
         numbers = {label: int(label.removesuffix(".0")) for label in given}  # pandas: 3.0
     except ValueError:
-        names = sorted(given)
+        names = sorted_classes(given)
         numbers = {name: number for number, name in enumerate(names)}
     else:
         names = []

@@ -15,18 +15,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vqpipe.data import remote
 from vqpipe.data.sources import (
     NO_LABEL,
     access_error,
     count_classes,
     read_cache,
     read_with_retries,
+    sorted_classes,
     write_cache,
 )
 from vqpipe.errors import DataError
@@ -43,7 +44,7 @@ CACHED_GROUPS = 2
 """Row groups in memory, in each process."""
 LARGEST_GROUP = 1 << 31
 """Largest image column of a row group in bytes: it is read as a whole."""
-READ_ERRORS = (pa.ArrowException, OSError, ImportError)
+READ_ERRORS = (pa.ArrowException, OSError)
 CHECK = "Check the path and the disk"
 
 
@@ -174,28 +175,26 @@ def check_unchanged(file: ParquetFile) -> None:
 
 @contextmanager
 def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
-    """Open a local file or an fsspec URL as Parquet."""
+    """Open a local file or a URL as Parquet."""
     if "://" not in url:
         with pq.ParquetFile(url) as opened:
             yield opened
         return
-    system, path = fsspec.core.url_to_fs(url)
-    with system.open(path, "rb") as file, pq.ParquetFile(file) as opened:
+    with remote.open_binary(url) as file, pq.ParquetFile(file) as opened:
         yield opened
 
 
 def hash_url(url: str) -> str:
-    """sha256 of a local file or an fsspec URL."""
+    """sha256 of a local file or a URL."""
     if "://" not in url:
         return hash_file(Path(url))
-    system, path = fsspec.core.url_to_fs(url)
-    with system.open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with remote.open_binary(url) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader
 
 
 def not_read(url: str, error: Exception) -> DataError:
     """The DataError for a file that cannot be read: of another kind, damaged, or behind an error of its file system."""
-    if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, OSError) and error.errno is not None:
         return access_error("read", url, error, CHECK)
     if "://" not in url:
         kind = kind_of_file(Path(url))
@@ -226,8 +225,8 @@ def open_file(url: str) -> tuple[ParquetFile, Rows]:
     try:
         mtime_ns = None
         if "://" in url:
-            system, path = fsspec.core.url_to_fs(url)
-            size, identity = system.info(path)["size"], f"{url} {system.ukey(path)}"
+            shard = remote.Shard(url)
+            size, identity = shard.size, shard.identity
         else:
             url = os.path.abspath(url)
             status = os.stat(url)
@@ -239,11 +238,12 @@ def open_file(url: str) -> tuple[ParquetFile, Rows]:
             image = find_image_column(url, schema, features)
             column = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
             groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-            cached = read_cache(f"parquet {identity} {column}")
+            cached = read_cache(f"parquet {identity} {column}") if identity else None
             if cached is None:
                 missing = [row for group in range(len(groups)) for row in null_rows(opened, column, group)]
                 cached = {"sha256": hash_url(url), "missing": missing}
-                write_cache(f"parquet {identity} {column}", cached, mtime_ns or 0)
+                if identity:
+                    write_cache(f"parquet {identity} {column}", cached, mtime_ns or 0)
             rows = read_rows(opened, url, image, features, cached["missing"])
     except READ_ERRORS as error:
         raise not_read(url, error) from None
@@ -350,7 +350,7 @@ def number_labels(files: Sequence[ParquetFile], rows: Sequence[Rows]) -> tuple[n
     """int32[N] and the class names of several files, which must agree on these. Names that are stored as strings are
     numbered in sorted order."""
     values = [label for part in rows for label in part.labels]
-    strings = sorted({label for label in values if isinstance(label, str)})
+    strings = sorted_classes(label for label in values if isinstance(label, str))
     named = {part.class_names for part in rows if len(part.numbers)}
     if len(named) > 1 or (strings and any(isinstance(label, int) for label in values)):
         raise DataError(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import sync
@@ -122,6 +122,11 @@ class Shard(io.RawIOBase):
             buffer[:size] = read(self.url, self.position, size, self.size, self.validators)
         self.position += size
         return size
+
+
+def open_binary(url: str) -> BinaryIO:
+    """Open a local file, or a remote one in large requests."""
+    return cast(BinaryIO, io.BufferedReader(Shard(url), BLOCK)) if "://" in url else open(url, "rb")
 
 
 def check_schemes(spec: str) -> None:

@@ -11,13 +11,15 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 
-from vqpipe.data.sources import NO_LABEL, access_error, has_image_extension, read_cache, write_cache
+from vqpipe.data import remote
+from vqpipe.data.folders import SYSTEM_FOLDERS
+from vqpipe.data.sources import NO_LABEL, access_error, has_image_extension, read_cache, sorted_classes, write_cache
 from vqpipe.data.tars import COPY_AGAIN, read_range
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
@@ -31,7 +33,6 @@ LOCAL_HEADER = 30
 """Bytes of the header before a member, without its name and extra field."""
 LARGEST_MEMBER = 1 << 30
 """Largest uncompressed image in bytes: it is read into memory."""
-SYSTEM_FOLDERS = ("__MACOSX",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Zips:
         self.members = np.array(values, np.int64).reshape(len(columns), -1)
         folders = [path.rpartition("/")[0].split("/")[0] for archive in archives for path in archive.paths]
         names = {name for archive in archives for name in archive.folders}
-        self.class_names = tuple(sorted(names)) if folders and all(folders) else ()
+        self.class_names = tuple(sorted_classes(names)) if folders and all(folders) else ()
         number = {name: label for label, name in enumerate(self.class_names)}
         self.labels = np.array([number.get(folder, NO_LABEL) for folder in folders], np.int32)
         self.num_classes = len(self.class_names) or None
@@ -99,12 +100,13 @@ class Zips:
         """The bytes of image `i`, checked against their CRC; a DataError if its archive changed."""
         url, file_size, mtime_ns = self.archives[self.archive_of(i)]
         offset, packed, size, crc, method = self.members[:, i].tolist()
-        header = read_range(url, offset, LOCAL_HEADER, file_size, mtime_ns)
+        read = partial(remote.read, validators={}) if "://" in url else partial(read_range, mtime_ns=mtime_ns)
+        header = read(url, offset, LOCAL_HEADER, file_size)
         if not header.startswith(b"PK\x03\x04"):
             raise DataError(f"{url} has no member at byte {offset}", COPY_AGAIN)
         name_length, extra_length = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         start = offset + LOCAL_HEADER + name_length + extra_length
-        data = read_range(url, start, packed, file_size, mtime_ns)
+        data = read(url, start, packed, file_size)
         if method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
@@ -137,28 +139,29 @@ def open_zip(url: str) -> ZipIndex:
     mtime_ns = None
     try:
         if "://" in url:
-            system, path = fsspec.core.url_to_fs(url)
-            size, identity = system.info(path)["size"], f"{url} {system.ukey(path)}"
+            shard = remote.Shard(url)
+            size, identity = shard.size, shard.identity
         else:
             url = os.path.abspath(url)
             status = os.stat(url)
             size, mtime_ns = status.st_size, status.st_mtime_ns
             identity = f"{url} {size} {mtime_ns}"
-        if (cached := read_cache(f"zip {identity}")) is not None:
+        if identity and (cached := read_cache(f"zip {identity}")) is not None:
             return ZipIndex(**cached)
-        with system.open(path, "rb") if mtime_ns is None else open(url, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with remote.open_binary(url) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
-    except (ImportError, OSError) as error:
-        raise access_error("open", url, error, "Check the path and the network") from error
+    except OSError as error:
+        raise access_error("open", url, error, "Check the path and the disk") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         kind = kind_of_file(Path(url)) if mtime_ns is not None else "unknown"
         if kind not in ("zip", "npz", "pytorch", "torchscript", "unknown"):
             raise DataError(*explain(url, kind, "a zip archive", "Correct its name")) from None
         raise DataError(f"{url} is a damaged or split zip archive: {error}", COPY_AGAIN) from None
     index = index_members(url, size, sha256, members, mtime_ns)
-    write_cache(f"zip {identity}", asdict(index), mtime_ns or 0)
+    if identity:
+        write_cache(f"zip {identity}", asdict(index), mtime_ns or 0)
     return index
 
 
