@@ -1,3 +1,4 @@
+import inspect
 import os
 import pickle
 from collections.abc import Callable
@@ -6,8 +7,10 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from vqpipe import artifacts
+from vqpipe.data import sources
 from vqpipe.data.images import Sample, open_images
 from vqpipe.errors import ArtifactError, DataError
 
@@ -49,6 +52,27 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert [sample.key for sample in images] == ["a.jpg", "a.png", "b", "sub/c"]  # a.* keep their extensions
     assert images.num_classes is None
     assert images.label(0) is None
+
+
+EXCLUDED_FORMATS = {
+    *("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF", "PALM", "FPX", "MIC", "IPTC", "FITS"),
+    *("IMT", "MCIDAS", "SPIDER", "XVTHUMB"),
+}
+
+
+def test_every_extension_of_pillow_is_read_or_excluded_for_a_reason(tmp_path: Path) -> None:
+    extensions = Image.registered_extensions()
+    assert not set(Image.OPEN) - set(sources.FORMATS) - EXCLUDED_FORMATS
+    source = inspect.getsource(sources)
+    assert all(name in source for name in EXCLUDED_FORMATS)  # each with its reason in the comment of FORMATS
+    for extension, name in extensions.items():
+        write(tmp_path, f"{name}{extension}.{extension[1:].upper()}")
+    read = {name.partition(".")[0] for name in keys(tmp_path)}
+    assert read == set(extensions.values()) - EXCLUDED_FORMATS
+    assert set(extensions) - {f".{name}" for name in sources.IMAGE_EXTENSIONS} == {
+        *(extension for extension, name in extensions.items() if name in EXCLUDED_FORMATS),
+        ".pfm",
+    }
 
 
 def test_links_to_folders_are_followed_without_cycles(tmp_path: Path) -> None:

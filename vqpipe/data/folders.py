@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from vqpipe.data.sources import (
-    IMAGE_EXTENSIONS,
     NO_LABEL,
     access_error,
     count_classes,
@@ -124,7 +123,7 @@ def open_folder(root: Path) -> Folder:
     flat = any("/" not in file for file in files)
     if not files:
         tars = next(root.glob("*.tar"), None)
-        hint = f"Give its tars: '{root}/*.tar'" if tars else f"Image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        hint = f"Give its tars: '{root}/*.tar'" if tars else "Image files end in .jpg, .png, .webp, .tif and so on"
         raise DataError(f"{root} holds no images", hint)
     if flat:
         return Folder(root, files)

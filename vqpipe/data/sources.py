@@ -13,11 +13,41 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from vqpipe.errors import DataError
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
-"""File extensions of images, compared in lower case. Other files of a folder or a tar are ignored."""
+Image.init()
+FORMATS = tuple(
+    name
+    for name in (
+        *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PSD", "ICO", "ICNS"),
+        *("CUR", "DIB", "DDS", "BLP", "DCX", "FLI", "FTEX", "GBR", "IM", "MSP", "PCX", "PIXAR", "SGI", "SUN", "XBM"),
+        *("XPM", "PCD", "TGA"),
+    )
+    if name in Image.OPEN
+)
+"""The formats of Pillow that are read, in the order in which they are tried: TGA has no signature. Those of this list
+that the installed Pillow lacks (AVIF before 11.3) are left out. Not in the list:
+
+- EPS runs Ghostscript;
+- BUFR, GRIB, HDF5, MPEG, WMF and EMF are recognized by Pillow, but not decoded by it;
+- PDF and PALM are written by Pillow, not read;
+- FPX and MIC need olefile, and hold images of further formats, as IPTC does, which Pillow opens without this list;
+- FITS holds measurements: Pillow does not apply their scale, so black and white are not defined;
+- IMT, MCIDAS, SPIDER and XVTHUMB have no file extension.
+"""
+FLOAT_EXTENSIONS = frozenset({"pfm"})
+"""Extensions of FORMATS whose pixels are always floats, which have no defined range."""
+IMAGE_EXTENSIONS = (
+    frozenset(
+        extension.removeprefix(".")
+        for extension, name in Image.registered_extensions().items()
+        if name in FORMATS or name == "MPO"  # a JPEG with several pictures, opened as one
+    )
+    - FLOAT_EXTENSIONS
+)
+"""File extensions of images, compared in lower case. Other files of a folder or a tar are counted as left out."""
 NO_LABEL = -1
 """The label of an image without a class."""
 RETRY_DELAYS = (0.2, 2.0)
