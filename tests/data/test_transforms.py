@@ -106,7 +106,7 @@ def test_inverted_cmyk_jpeg_is_decoded() -> None:
     [
         pytest.param(b"", "empty", id="empty"),
         pytest.param(b"<html><body>404</body></html>", "not-an-image", id="web page"),
-        pytest.param(encode(solid("F", 0.5), "TIFF"), "float", id="float tiff"),
+        pytest.param(encode(solid("F", 1.5), "TIFF"), "float", id="float tiff"),
         pytest.param(encode(solid("I", 70000), "TIFF"), "mode", id="32-bit integers"),
         pytest.param(encode(solid("RGB", "red", (64, 64)), "JPEG")[:-2], "truncated", id="jpeg without its end"),
         pytest.param(encode(solid("RGB", "red", (64, 64)), "JPEG")[:300], "truncated", id="half a jpeg header"),
