@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr; ranks above 0 print nothing.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,11 +38,34 @@ Out = Annotated[
         "--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=files.with_final_name
     ),
 ]
-DeviceName = Literal["auto", "cpu", "cuda"]
-Device = Annotated[DeviceName, typer.Option("--device", help="Device to run on.")]
+DEVICE_NAMES = "auto|cpu|cuda|cuda:N|mps"
+
+
+def known_device(name: str) -> str:
+    """The value of --device. Raises BadParameter for another form than those of DEVICE_NAMES."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?|mps", name):
+        raise typer.BadParameter(f"{name!r} is not supported; use {DEVICE_NAMES.replace('|', ', ')}")
+    return name
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Device to run on; auto: a CUDA GPU if there is one.",
+        metavar=DEVICE_NAMES,
+        callback=known_device,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N")]
 UnusedDevice = Annotated[
-    DeviceName, typer.Option("--device", help="No effect in this command; every command accepts it.")
+    str,
+    typer.Option(
+        "--device",
+        help="No effect in this command; every command accepts it.",
+        metavar=DEVICE_NAMES,
+        callback=known_device,
+    ),
 ]
 UnusedSeed = Annotated[
     int, typer.Option("--seed", help="No effect in this command; every command accepts it.", metavar="N")
@@ -163,7 +187,7 @@ MaxSkipped = Annotated[
 
 
 @contextmanager
-def session(device: DeviceName, seed: int) -> Iterator[torch.device]:
+def session(device: str, seed: int) -> Iterator[torch.device]:
     """Set up a command: signal handlers, seed, process group under torchrun. Yields this rank's device."""
     signals.handle_signals()
     torch_device = distributed.pick_device(device)

@@ -18,7 +18,7 @@ from vqpipe.errors import ConfigError
 from vqpipe.evaluation.extractors import add_extractor
 from vqpipe.evaluation.report import evaluate_tokenizer
 from vqpipe.metrics.feature_networks import find_networks
-from vqpipe.reports.evaluation import MEASURES, value_of, written
+from vqpipe.reports.evaluation import MEASURES, over_images, reasons_not_measured, value_of, written
 from vqpipe.weights import LpipsNet
 
 
@@ -164,8 +164,14 @@ def evaluate(
         )
         if result is not None:
             values = [(each, value_of(result.metrics, each.key)) for each in MEASURES]
-            numbers = [(each.label, written(each, v), each.convention) for each, v in values if v is not None]
+            numbers = [
+                (each.label, written(each, v), each.convention + over_images(each, result.metrics))
+                for each, v in values
+                if v is not None
+            ]
             console.show_numbers(numbers, result.metrics["not_computed"])
+            for name, reason in reasons_not_measured(result.metrics, shown=1).items():
+                console.say(f"{name} is not measured on {reason}")
             if len(result.metrics["protocols"]) > 1:
                 console.show(protocol_table(result.metrics["protocols"]))
         return console.finished(report, again=result is None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vqpipe import artifacts
 from vqpipe.data.transforms import to_uint8
 from vqpipe.device import reduced_precision
+from vqpipe.distributed import check_device
 from vqpipe.errors import DataError, NumericError, WeightsError
 from vqpipe.files import digest_json, hash_file
 from vqpipe.tokenizer import Tokenizer, diffusers_class, latent_size, load_weights, network_input, save_weights
@@ -62,7 +63,7 @@ class ContinuousAutoencoder:
     artifact = None
 
     def __init__(self, network: Any, *, name: str, digest: str = "", device: str | torch.device = "cpu") -> None:
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.network: Any = network.eval().requires_grad_(False).to(self.device)
         self.config = self.network.config
         self.name = name

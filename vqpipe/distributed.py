@@ -18,6 +18,7 @@ from vqpipe.errors import ConfigError, VqpipeError
 
 Result = TypeVar("Result")
 
+DEVICES = "Use auto, cpu, cuda, cuda:N or mps"
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others before it raises an error."""
 
@@ -120,17 +121,25 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`"auto"`, `"cpu"` or `"cuda"` -> this rank's device. "auto" is a GPU if there is one.
+    """`"auto"`, `"cpu"`, `"cuda"`, `"cuda:N"` or `"mps"` -> this rank's device. "auto" is a CUDA GPU if there is one.
+
+    Under torchrun, "cuda" is the GPU of the number LOCAL_RANK.
 
     Raises:
-        ConfigError: "cuda" without CUDA, or with fewer GPUs than this machine has ranks.
+        ConfigError: "cuda" without CUDA, or with fewer GPUs than this machine has ranks; a number under torchrun; what
+            `check_device` raises.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"unknown device {name!r}", "Use auto, cpu or cuda")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA device on this machine", "Use --device cpu, or --device auto")
+    if name not in ("auto", "cuda"):
+        device = check_device(name)
+        if "LOCAL_RANK" in os.environ:
+            raise ConfigError(
+                f"--device {name} would put every rank of torchrun on the same device",
+                "Use --device cuda: each rank takes the GPU of its LOCAL_RANK (choose GPUs by CUDA_VISIBLE_DEVICES)",
+            )
+        return device
+    check_device("cuda")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -140,14 +149,37 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of this name: cpu, cuda, cuda:N or mps; also meta, which has no data.
+
+    Raises:
+        ConfigError: unknown to torch; absent on this machine; xpu, xla, and others that vqpipe does not support.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}", DEVICES) from None
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("no CUDA device on this machine", "Use --device cpu, or --device auto")
+        if (found.index or 0) >= (count := torch.cuda.device_count()):
+            raise ConfigError(f"no device {found} on this machine: the last one is cuda:{count - 1}", DEVICES)
+    elif found.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("no MPS device (Apple GPU) on this machine, or not in this build of torch", DEVICES)
+    elif found.type not in ("cpu", "meta"):
+        raise ConfigError(f"device {found} is not supported", DEVICES)
+    return found
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the process group that torchrun describes in the environment, if any."""
+    """Make `device` the current GPU, and join the process group that torchrun describes in the environment, if any."""
+    if device.type == "cuda" and (device.index or "WORLD_SIZE" in os.environ):
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     store, number, ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     store.set_timeout(COLLECTIVE_TIMEOUT)
     # torchrun keeps its store when it restarts ranks: without a prefix they would read the addresses of dead ones.

@@ -17,6 +17,7 @@ from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.device import reduced_precision
+from vqpipe.distributed import check_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import atomic_write, hash_file, write_json
@@ -39,7 +40,7 @@ class Tokenizer:
     """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.image_size = image_size
         self.name = "tokenizer"
@@ -62,8 +63,10 @@ class Tokenizer:
 
         Raises:
             ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
-            ConfigError: it has continuous latents and so no tokens, or is a directory although a revision was given.
+            ConfigError: it has continuous latents and so no tokens, or is a directory although a revision was given; the
+                device is absent or not supported.
         """
+        device = check_device(device)
         folder = Path(path)
         name = folder.name
         named = str(path).startswith("hf:") or (isinstance(path, str) and "/" in path and not folder.is_absolute())

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from stages import cli, console, signals
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, lock, open_artifact, start
 from vqpipe.artifacts.lock import Lock
 from vqpipe.errors import ArtifactError, ConfigError
+from vqpipe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("vqpipe", "stages")
@@ -188,6 +190,53 @@ def test_absent_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ConfigError, match=r"rank 1 of this machine has no GPU: there are 1. .*--nproc-per-node 1"):
         distributed.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", "unknown device 'gpu'. Use auto, cpu, cuda, cuda:N or mps"),
+        ("xpu", "device xpu is not supported. Use auto, cpu"),
+        ("cuda:2", "no device cuda:2 on this machine: the last one is cuda:1"),
+        ("mps", "no MPS device"),
+    ],
+)
+def test_absent_and_unsupported_devices_are_one_line(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for attempt in (distributed.pick_device, lambda device: Tokenizer.from_pretrained(tmp_path, device=device)):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            attempt(name)
+
+
+def test_devices_of_one_process_are_picked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    picked = {name: str(distributed.pick_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1", "mps")}
+    assert picked == {"auto": "cuda:0", "cpu": "cpu", "cuda": "cuda:0", "cuda:1": "cuda:1", "mps": "mps"}
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(distributed.pick_device("cuda")) == "cuda:1"
+    with pytest.raises(ConfigError, match=r"--device cuda:0 would put every rank .* LOCAL_RANK"):
+        distributed.pick_device("cuda:0")
+
+
+def test_from_pretrained_without_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"no CUDA device on this machine\. Use --device cpu"):
+        Tokenizer.from_pretrained(tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "CUDA", "cuda:1,2", ""])
+def test_device_option_has_a_fixed_form(name: str) -> None:
+    assert console.known_device("cuda:1") == "cuda:1"
+    with pytest.raises(typer.BadParameter, match="is not supported; use auto, cpu, cuda, cuda:N, mps"):
+        console.known_device(name)
 
 
 def test_modules_in_the_working_directory_are_not_imported_and_stdin_may_be_closed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """PSNR and SSIM against scikit-image and their formulas."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vqpipe.errors import DataError, NumericError
 from vqpipe.metrics import resumable
-from vqpipe.metrics.distortion import Distortion
+from vqpipe.metrics.distortion import SMALLEST_SIDES, Distortion
 from vqpipe.weights import LpipsNet, load_lpips
 
 FULL = np.array([0.299, 0.587, 0.114])
@@ -156,12 +157,71 @@ def test_perceptual_networks_get_minus_one_to_one_and_nan_raises() -> None:
     [
         (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), "uint8"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 8, dtype=torch.uint8), "should both be"),
-        (torch.zeros(1, 3, 8, 16, dtype=torch.uint8), torch.zeros(1, 3, 8, 16, dtype=torch.uint8), "at least 11"),
     ],
 )
 def test_wrong_type_shape_or_size_raises(a: Tensor, b: Tensor, words: str) -> None:
     with pytest.raises(DataError, match=words):
         Distortion().update(a, b)
+
+
+def test_small_images_are_left_out_of_the_metrics_that_they_are_too_small_for() -> None:
+    a, b = pair()
+    large = measured(a, b)
+    meter = Distortion()
+    meter.update(a, b, keys=list("abcde"))
+    for name, side in (("ten", 10), ("six", 6), ("one", 1)):
+        meter.update(a[:1, :, :side, :40], b[:1, :, :side, :40], keys=[name])
+    means = meter.compute()
+    assert {name: means[name] for name in ("ssim", "ssim_y")} == {name: large[name] for name in ("ssim", "ssim_y")}
+    assert means["ssim_uniform7"] != large["ssim_uniform7"]  # has the image of 10 rows
+    assert means["psnr"] != large["psnr"]
+    table = meter.not_measured()
+    assert {name: left["count"] for name, left in table.items()} == {
+        "ssim": 3,
+        "ssim_y": 3,
+        "ssim_uniform7": 2,
+        "ssim_range2": 2,
+    }
+    assert table["ssim_range2"]["images"] == [
+        {"key": "six", "reason": "40 x 6 pixels, and ssim_range2 needs sides of at least 7"},
+        {"key": "one", "reason": "40 x 1 pixels, and ssim_range2 needs sides of at least 7"},
+    ]
+    again = Distortion()
+    again.load_state(json.loads(json.dumps(meter.state())))
+    assert (again.compute(), again.not_measured()) == (means, table)
+
+
+def test_only_the_first_small_images_are_listed() -> None:
+    a, b = pair(n=30, height=8)
+    meter = Distortion(keys=("ssim",))
+    for first in (0, 18):
+        meter.update(a[first:], b[first:], keys=[str(i) for i in range(first, 30)])
+    assert meter.not_measured()["ssim"]["count"] == 42
+    assert [image["key"] for image in meter.not_measured()["ssim"]["images"]] == [str(i) for i in range(20)]
+    assert "ssim" not in meter.compute()
+
+
+@pytest.mark.parametrize(("net", "kind"), [("alex", "alexnet"), ("vgg", "vgg16"), ("squeeze", "squeezenet1_1")])
+def test_lpips_is_measured_from_its_smallest_side_on(net: LpipsNet, kind: str, tmp_path: Path) -> None:
+    import torchvision
+
+    name = f"lpips_{net}"
+
+    file = tmp_path / "backbone.pth"
+    with torch.device("meta"):
+        network = getattr(torchvision.models, kind)(weights=None)
+    weights = {key: 0.1 * torch.randn(value.shape) for key, value in network.state_dict().items() if "features" in key}
+    torch.save(weights, file)
+    lpips = load_lpips(net, file)
+    least = SMALLEST_SIDES[name]
+    a, b = pair(n=1, height=least, width=40)
+    meter = Distortion({name: lpips}, keys=())
+    meter.update(a, b)
+    meter.update(a[:, :, 1:], b[:, :, 1:])
+    assert name in meter.compute()
+    assert meter.too_small == {name: 1}
+    with pytest.raises(RuntimeError):
+        lpips(a[:, :, 1:].float(), b[:, :, 1:].float())
 
 
 @pytest.mark.parametrize(("net", "model"), [("alex", "alexnet"), ("squeeze", "squeezenet1_1")])

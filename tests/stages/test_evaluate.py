@@ -279,6 +279,45 @@ def test_native_sizes_are_padded_or_tiled_and_bits_count_all_pixels(
     assert tiled["bits_per_pixel"] > metrics["bits_per_pixel"]
 
 
+def test_an_icon_costs_only_its_own_ssim(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_tokenizer("tokenizer")
+    whole = metrics_of(run(path, picture_folder, tmp_path / "whole", image_size="native"))
+    for name, size in (("icon", (8, 8)), ("dot", (3, 1))):
+        Image.open(picture_folder / "drawn-9.png").crop((0, 0, *size)).save(picture_folder / f"{name}.png")
+    capfd.readouterr()
+    report = run(path, picture_folder, tmp_path / "report", image_size="native", protocol=["adm", "cleanfid-matched"])
+    metrics = metrics_of(report)
+    assert (whole["num_images"], metrics["num_images"]) == (10, 12)
+    assert metrics["ssim"] == whole["ssim"]
+    assert "ssim" not in metrics["not_computed"]
+    assert metrics["psnr"] != whole["psnr"]
+    assert metrics["not_measured"]["ssim"] == {
+        "count": 2,
+        "images": [
+            {"key": "dot", "reason": "3 x 1 pixels, and ssim needs sides of at least 11"},
+            {"key": "icon", "reason": "8 x 8 pixels, and ssim needs sides of at least 11"},
+        ],
+    }
+    assert [image["key"] for image in metrics["not_measured"]["ssim_uniform7"]["images"]] == ["dot"]
+    assert "not_measured" not in whole
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert "Images that are not measured" in page
+    assert "icon (8 x 8 pixels, and ssim needs sides of at least 11)" in page
+    assert "; over 10 of 12 images" in page
+    assert "ssim is not measured on 2 of 12 images: dot (3 x 1 pixels" in capfd.readouterr().err
+
+
+def test_images_that_are_all_too_small_have_no_ssim(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+) -> None:
+    metrics = metrics_of(run(tiny_tokenizer("tokenizer"), picture_folder, tmp_path / "report", image_size=8))
+    assert "ssim" not in metrics
+    assert metrics["not_computed"]["ssim"] == "every image is smaller than this metric is defined for"
+    assert "ssim_uniform7" in metrics
+
+
 def test_rectangular_crop_uses_the_cover_rule_in_every_protocol(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:

@@ -203,6 +203,7 @@ class EvaluationPass(Resumable):
             others={name: pairs[rule] for name, rule in self.rules.items()},
             raw=None if raw is None else raw.to(self.device),
             positions=positions,
+            keys=keys,
         ).tolist()
         rounded = to_uint8(reconstruction.images)
         if reconstruction.ids is not None:

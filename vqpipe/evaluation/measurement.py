@@ -41,6 +41,7 @@ MIXED = (
     "images differ in size: bits_per_pixel is all bits over all pixels, num_tokens_per_image a mean; PSNR, SSIM and "
     "LPIPS are means over images, whatever their size"
 )
+TOO_SMALL = "every image is smaller than this metric is defined for"
 INFINITE = "every reconstruction equals its original, so the PSNR is infinite"
 
 
@@ -80,7 +81,13 @@ class ProtocolMetrics(Resumable):
         self.digest = 0
         """Sum of the digests of all originals: identifies the set in any order."""
 
-    def update(self, originals: Tensor, reconstructions: Tensor, raw: Tensor | None = None) -> Tensor:
+    def update(
+        self,
+        originals: Tensor,
+        reconstructions: Tensor,
+        raw: Tensor | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> Tensor:
         """Accumulate uint8[B, 3, H, W] and float in [-1, 1] (or uint8); return the PSNR of each image, float64[B].
 
         `raw`, float[B, 3, 299, 299], are the references of a protocol that compares with raw images.
@@ -91,7 +98,7 @@ class ProtocolMetrics(Resumable):
         levels = gray_levels(reconstructions)
         pixels = stored(levels, self.protocol.rounding)
         self.reconstructions.update(pixels)
-        psnr = self.distortion.update(originals, pixels, levels)
+        psnr = self.distortion.update(originals, pixels, levels, keys)
         if self.references is not None:
             if self.needs_raw and raw is None:
                 raise DataError(f"protocol {self.protocol.name} compares with raw images, and none were given")
@@ -215,6 +222,7 @@ class EvaluationMetrics(Metric):
         others: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         raw: Tensor | None = None,
         positions: Sequence[int] | None = None,
+        keys: Sequence[str] | None = None,
     ) -> Tensor:
         """Accumulate images as the first protocol crops them, uint8[B, 3, H, W], and their reconstructions.
 
@@ -225,6 +233,7 @@ class EvaluationMetrics(Metric):
             others: originals and reconstructions of the protocols with another crop, by name.
             raw: float[B, 3, 299, 299], the uncropped images in clean-fid's resize, for protocols that use them.
             positions: of each image in the set; without them the use of codes at token budgets is not measured.
+            keys: of each image, for the list of images that are too small for a metric.
 
         Returns:
             The PSNR of each image, float64[B], inf where it equals its original.
@@ -233,7 +242,7 @@ class EvaluationMetrics(Metric):
             DataError, NumericError: shapes or types that do not fit, NaN or infinity.
         """
         pairs = dict.fromkeys(self.protocols, (originals, reconstructions)) | dict(others or {})
-        psnr, *_ = [protocol.update(*pairs[name], raw) for name, protocol in self.protocols.items()]
+        psnr, *_ = [protocol.update(*pairs[name], raw, keys) for name, protocol in self.protocols.items()]
         for groups, prefix in self.prefixes.items():
             prefix.update(originals, (prefixes or {})[groups])
         tokens = 0
@@ -258,6 +267,7 @@ class EvaluationMetrics(Metric):
         not_computed = dict(self.networks.absent)
         tables: dict[str, dict[str, Any]] = {}
         rfid: dict[str, float] = {}
+        not_measured: dict[str, Any] = {}
         for protocol in self.protocols.values():
             distortion = protocol.distortion.merged()
             distances, references = protocol.distances(config, not_computed)
@@ -265,12 +275,14 @@ class EvaluationMetrics(Metric):
             if protocol is self.first:
                 originals, named = references.moments, frechet
                 means, identical = distortion.means(), distortion.num_identical
+            not_measured |= distortion.not_measured()
             rfid |= {protocol.protocol.name: distances["rfid"]} if "rfid" in distances else {}
             tables[protocol.protocol.name] = protocol.table(distortion.means(), distances, self.size)
         fidelity: dict[str, Any] = {
             key: value for key, value in means.items() if key in (*COMMON, *self.networks.perceptual)
         }
         not_computed |= {key: INFINITE for key in COMMON if key.startswith("psnr") and key not in fidelity}
+        not_computed |= {name: TOO_SMALL for name, left in not_measured.items() if left["count"] == num_images}
         codes, counts = self._codes(sizes, not_computed)
         curve = self._prefixes(codes, fidelity, rfid.get(name), originals) if self.usage and self.prefixes else {}
         metrics = {
@@ -286,6 +298,7 @@ class EvaluationMetrics(Metric):
             **codes,
             **curve,
             "not_computed": not_computed,
+            **({"not_measured": not_measured} if not_measured else {}),
             "weights": self.networks.sha256,
         }
         return metrics, counts

@@ -7,8 +7,8 @@ Shapes: B images, C = 3 channels, H x W pixels.
 """
 
 import math
-from collections.abc import Collection, Mapping
-from typing import ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,17 @@ STUDIO = (65.481 / 255, 128.553 / 255, 24.966 / 255)
 """BT.601 studio-range luma of RGB in [0, 255], without its offset of 16, which cancels in differences."""
 FULL = (0.299, 0.587, 0.114)
 """BT.601 luma over the full range."""
-SSIM_SMALLEST_SIDE = 11
+SMALLEST_SIDES = {
+    **dict.fromkeys(("ssim", "ssim_float", "ssim_y"), 11),
+    **dict.fromkeys(("ssim_uniform7", "ssim_range2"), 7),
+    "lpips_alex": 31,
+    "lpips_vgg": 16,
+    "lpips_squeeze": 17,
+}
+"""Key -> the smallest side of an image that it is defined for: a window of SSIM, or one value after the poolings of an
+LPIPS network. Smaller images are not measured by it."""
+MAX_LISTED = 20
+"""Images that are listed by key for each metric that does not measure them."""
 FIXED_POINT = 2**32
 """Values are summed as integers, in units of 1 / FIXED_POINT."""
 
@@ -60,7 +70,7 @@ class Distortion(Metric):
         keys: the conventions to measure, keys of `CONVENTIONS`.
     """
 
-    state_names: ClassVar[tuple[str, ...]] = ("sums", "counts", "num_images", "num_identical")
+    state_names: ClassVar[tuple[str, ...]] = ("sums", "counts", "num_images", "num_identical", "too_small", "listed")
 
     def __init__(self, perceptual: Mapping[str, nn.Module] | None = None, keys: Collection[str] = COMMON) -> None:
         self.perceptual = dict(perceptual or {})
@@ -69,14 +79,28 @@ class Distortion(Metric):
         self.counts: dict[str, int] = {}
         self.num_images = 0
         self.num_identical = 0
+        self.too_small: dict[str, int] = {}
+        """Key of a metric -> number of images that are smaller than its smallest side."""
+        self.listed: list[list[str]] = []
+        """[metric, key of the image, reason] of the first MAX_LISTED of these for each metric."""
 
-    def update(self, originals: Tensor, reconstructions: Tensor, levels: Tensor | None = None) -> Tensor:
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state({"too_small": {}, "listed": [], **state})  # absent in states of earlier versions
+
+    def update(
+        self,
+        originals: Tensor,
+        reconstructions: Tensor,
+        levels: Tensor | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> Tensor:
         """Accumulate two uint8[B, 3, H, W] tensors; return the PSNR of each image, float64[B] (inf for equal images).
 
-        `levels` are the reconstructions before rounding, float[B, 3, H, W] in [0, 255], for keys that end in float.
+        `levels` are the reconstructions before rounding, float[B, 3, H, W] in [0, 255], for metrics that end in float.
+        `keys` name the images, for the list of those that are too small for a metric.
 
         Raises:
-            DataError: not uint8, shapes differ, or sides under 11 pixels.
+            DataError: not uint8, or shapes differ.
             NumericError: an LPIPS network returned NaN.
         """
         check_images(originals, reconstructions)
@@ -84,8 +108,11 @@ class Distortion(Metric):
         mse = mean_squared_error(originals, reconstructions)
         self._add("mse", mse)
         self._psnr(originals, reconstructions, exact, mse)
-        self._ssim(originals, reconstructions, exact)
+        fitting = {name for name in sorted(self.keys) if name.startswith("ssim") and self._fits(name, originals, keys)}
+        self._ssim(originals, reconstructions, exact, fitting)
         for name, network in self.perceptual.items():
+            if not self._fits(name, originals, keys):
+                continue
             with torch.inference_mode():
                 distance = network(originals.float() / 127.5 - 1.0, reconstructions.float() / 127.5 - 1.0)
             self._add(name, distance.flatten().double())
@@ -107,18 +134,37 @@ class Distortion(Metric):
             pixels, weights = lumas[name]
             self._add(name, psnr_of(mean_squared_error(luma(originals, weights), luma(pixels, weights))))
 
-    def _ssim(self, originals: Tensor, reconstructions: Tensor, exact: Tensor) -> None:
-        if "ssim" in self.keys:
+    def _fits(self, name: str, images: Tensor, keys: Sequence[str] | None) -> bool:
+        """Whether the images are large enough for a metric; if not, they are counted."""
+        height, width = images.shape[-2:]
+        if min(height, width) >= (least := SMALLEST_SIDES.get(name, 1)):
+            return True
+        before = self.too_small.get(name, 0)
+        self.too_small[name] = before + len(images)
+        reason = f"{width} x {height} pixels, and {name} needs sides of at least {least}"
+        self.listed += [[name, key, reason] for key in (keys or ())[: max(MAX_LISTED - before, 0)]]
+        return False
+
+    def _ssim(self, originals: Tensor, reconstructions: Tensor, exact: Tensor, keys: Collection[str]) -> None:
+        if "ssim" in keys:
             self._add("ssim", ssim_gaussian(originals, reconstructions))
-        if "ssim_float" in self.keys:
+        if "ssim_float" in keys:
             self._add("ssim_float", ssim_gaussian(originals, exact))
-        if "ssim_y" in self.keys:
+        if "ssim_y" in keys:
             self._add("ssim_y", ssim_gaussian(luma(originals, FULL)[:, None], luma(reconstructions, FULL)[:, None]))
-        if {"ssim_uniform7", "ssim_range2"} & self.keys:
+        if {"ssim_uniform7", "ssim_range2"} & set(keys):
             uniform, doubled = ssim_uniform7(originals, reconstructions, data_ranges=(255.0, 510.0))
             for name, values in (("ssim_uniform7", uniform), ("ssim_range2", doubled)):
-                if name in self.keys:
+                if name in keys:
                     self._add(name, values)
+
+    def not_measured(self) -> dict[str, Any]:
+        """Metric -> count and the first images, of those that are too small for it."""
+        table: dict[str, Any] = {name: {"count": count, "images": []} for name, count in sorted(self.too_small.items())}
+        for name, key, reason in self.listed:
+            if len(table[name]["images"]) < MAX_LISTED:
+                table[name]["images"].append({"key": key, "reason": reason})
+        return table
 
     def compute(self) -> dict[str, float]:
         """The means over all ranks, by key."""
@@ -215,7 +261,7 @@ def gaussian_window(width: int, sigma: float) -> list[float]:
 
 
 def check_images(originals: Tensor, reconstructions: Tensor) -> None:
-    """Raise a DataError unless both are uint8[B, 3, H, W] of one shape, large enough for SSIM."""
+    """Raise a DataError unless both are uint8[B, 3, H, W] of one shape."""
     if originals.dtype != torch.uint8 or reconstructions.dtype != torch.uint8:
         raise DataError(
             f"distortion is measured on uint8 images, got {originals.dtype} and {reconstructions.dtype}",
@@ -225,9 +271,4 @@ def check_images(originals: Tensor, reconstructions: Tensor) -> None:
         raise DataError(
             f"originals {list(originals.shape)} and reconstructions {list(reconstructions.shape)} should both be "
             "[B, 3, H, W]"
-        )
-    if min(originals.shape[-2:]) < SSIM_SMALLEST_SIDE:
-        raise DataError(
-            f"SSIM needs sides of at least {SSIM_SMALLEST_SIDE} pixels, got {list(originals.shape[-2:])}",
-            "Use a larger --image-size",
         )

@@ -81,19 +81,20 @@ def from_state(own: Any, value: Any) -> Any:
 
 
 def summed(value: Any) -> Any:
-    """An attribute summed over all ranks: key by key in a dict, whose keys may differ between ranks."""
+    """An attribute summed over all ranks: key by key in a dict, whose keys may differ between ranks. Lists are
+    joined in rank order."""
     if isinstance(value, Resumable):
         return value.merged()
     if isinstance(value, Tensor):
         return all_reduce_sum(value.clone())
     if isinstance(value, dict) and any(isinstance(each, Resumable) for each in value.values()):
         return {key: summed(each) for key, each in value.items()}
-    total: Any = {} if isinstance(value, dict) else 0
+    total: Any = {} if isinstance(value, dict) else [] if isinstance(value, list) else 0
     for part in gather_objects(value):
         if isinstance(part, dict):
             total |= {key: total.get(key, 0) + number for key, number in part.items()}
         else:
-            total += part
+            total = total + part
     return total
 
 

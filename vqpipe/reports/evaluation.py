@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
+from vqpipe.metrics.distortion import MAX_LISTED
 from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
 from vqpipe.reports.page import Section
 from vqpipe.reports.pictures import ImagePair
@@ -193,7 +194,35 @@ def value_of(metrics: Metrics, key: str) -> float | None:
     return value.get("mean") if isinstance(value, Mapping) else value
 
 
+def over_images(measure: Measure, metrics: Metrics) -> str:
+    """ "; over 4 of 5 images" for a mean that leaves out images which are too small for the measure, else ""."""
+    left_out = metrics.get("not_measured", {}).get(metric_of(measure, metrics))
+    total = metrics["num_images"]
+    return f"; over {total - left_out['count']:,} of {total:,} images" if left_out else ""
+
+
+def metric_of(measure: Measure, metrics: Metrics) -> str:
+    """The key of `distortion.CONVENTIONS` that a measure has under the protocol of these numbers."""
+    return str(metrics.get("conventions", {}).get(measure.key, measure.key)).partition(":")[0]
+
+
+def reasons_not_measured(metrics: Metrics, shown: int = MAX_LISTED) -> dict[str, str]:
+    """Metric -> how many images it does not measure, and of the first `shown` of them which, and why."""
+    return {
+        name: f"{left_out['count']:,} of {metrics['num_images']:,} images: "
+        + "; ".join(f"{image['key']} ({image['reason']})" for image in left_out["images"][:shown])
+        + ("; ..." if left_out["count"] > shown else "")
+        for name, left_out in metrics.get("not_measured", {}).items()
+    }
+
+
 def convention_of(measure: Measure, metrics: Metrics) -> str:
+    """The formula and the reference of a measure under the protocol of these numbers; over how many images, if not over
+    all."""
+    return formula_of(measure, metrics) + over_images(measure, metrics)
+
+
+def formula_of(measure: Measure, metrics: Metrics) -> str:
     """The formula and the reference of a measure under the protocol of these numbers."""
     convention = metrics.get("conventions", {}).get(measure.key)
     if convention is not None:

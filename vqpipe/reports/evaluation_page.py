@@ -16,6 +16,8 @@ from vqpipe.reports.evaluation import (
     codes,
     convention_of,
     measures_of,
+    over_images,
+    reasons_not_measured,
     size_in_words,
     value_of,
     with_unit,
@@ -63,6 +65,8 @@ def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.Repor
     sections += [all_metrics(own, metrics) for own in protocols]
     if metrics["not_computed"]:
         sections.append(page.Reasons("Not computed", metrics["not_computed"]))
+    if reasons := reasons_not_measured(metrics):
+        sections.append(page.Reasons("Images that are not measured", reasons))
     sections.append(page.Lineage("Lineage", [evaluated.lineage]))
     sections.append(page.Commands("Reproduce", evaluated.commands))
     return page.ReportPage(evaluated.name, subtitle(metrics), sections, footer)
@@ -146,7 +150,7 @@ def all_metrics(own: Metrics, metrics: Metrics) -> page.Table:
     ]
     if own["protocol"] == metrics["protocol"]:  # its authors' formula, and the common one of the same name
         rows += [
-            [m.label, written(m, value_of(metrics, m.key)), m.convention]
+            [m.label, written(m, value_of(metrics, m.key)), m.convention + over_images(m, metrics)]
             for m in MEASURES
             if value_of(metrics, m.key) not in (None, value_of(own, m.key))
         ]
