@@ -63,8 +63,8 @@ class Tokenizer:
 
         Raises:
             ArtifactError, WeightsError: it is absent, damaged, or its weights do not match its config.
-            ConfigError: it has continuous latents and so no tokens, or is a directory although a revision was given; the
-                device is absent or not supported.
+            ConfigError: it has continuous latents and so no tokens, or is a directory although a revision was given;
+                the device is absent or not supported.
         """
         device = check_device(device)
         folder = Path(path)
