@@ -44,12 +44,11 @@ STUDIO = (65.481 / 255, 128.553 / 255, 24.966 / 255)
 """BT.601 studio-range luma of RGB in [0, 255], without its offset of 16, which cancels in differences."""
 FULL = (0.299, 0.587, 0.114)
 """BT.601 luma over the full range."""
+LPIPS_SIDES = {"alex": 31, "vgg": 16, "squeeze": 17}
 SMALLEST_SIDES = {
     **dict.fromkeys(("ssim", "ssim_float", "ssim_y"), 11),
     **dict.fromkeys(("ssim_uniform7", "ssim_range2"), 7),
-    "lpips_alex": 31,
-    "lpips_vgg": 16,
-    "lpips_squeeze": 17,
+    **{f"{kind}_{net}": side for kind in ("lpips", "perceptual") for net, side in LPIPS_SIDES.items()},
 }
 """Key -> the smallest side of an image that it is defined for: a window of SSIM, or one value after the poolings of an
 LPIPS network. Smaller images are not measured by it."""
