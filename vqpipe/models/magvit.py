@@ -162,7 +162,7 @@ class Decoder(nn.Module):
             adaptive.append(AdaptiveGroupNorm(z_channels, channels) if config.adaptive_norm else Plain())
             widths = config.block_widths(channels, level)
             channels = widths[-1]
-            double = Upsample(channels) if level != 0 else None  # before the blocks, as the initial weights depend on it
+            double = Upsample(channels) if level != 0 else None  # before the blocks, to keep the initial weights
             up.append(Level(config.make_blocks(widths), upsample=double))
         self.adaptive = nn.ModuleList(reversed(adaptive))
         self.up = nn.ModuleList(reversed(up))

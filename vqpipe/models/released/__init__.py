@@ -85,5 +85,6 @@ def detect_family(path: Path, tensors: Mapping[str, Tensor]) -> type[Family]:
         if family.matches(tensors):
             return family
     raise WeightsError(
-        f"{path} contains {join_names(list(tensors))}, which matches no known family", f"Known are {', '.join(FAMILIES)}"
+        f"{path} contains {join_names(list(tensors))}, which matches no known family",
+        f"Known are {', '.join(FAMILIES)}",
     )

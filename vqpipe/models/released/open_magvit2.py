@@ -1,4 +1,4 @@
-"""Open-MAGVIT2's image tokenizers (Luo et al. 2024), and those of WeTok and BitDance, which have its networks and names.
+"""Open-MAGVIT2's image tokenizers (Luo et al. 2024), and those of WeTok and BitDance, with the same networks and names.
 
 Open-MAGVIT2: f8 for 128 pixels and f16 for 256, of 2^18 codes; f16 pretrained on web images, of 2^14 and 2^18.
 WeTok (Zhuang et al. 2025): f8 and f16 of 32 or 64 sign bits. BitDance (Ai et al. 2026): f16 of 32, f32 of 128 or 256.
@@ -79,9 +79,7 @@ class Wetok(OpenMagvit2):
                 "Pass --family open-magvit2 for one id of up to 62 bits",
             )
         self.notes.append(f"read as {bits // GROUP_BITS} ids of {GROUP_BITS} bits per position")
-        quantizer = MultiGroupConfig(
-            num_groups=bits // GROUP_BITS, group=LfqConfig(code_dim=GROUP_BITS), masking="off"
-        )
+        quantizer = MultiGroupConfig(num_groups=bits // GROUP_BITS, group=LfqConfig(code_dim=GROUP_BITS), masking="off")
         return MagvitConfig(quantizer=quantizer, **self.level_sizes())
 
     def image_size(self) -> int:
