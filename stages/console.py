@@ -99,7 +99,7 @@ AutoencoderPath = Annotated[
     typer.Option(
         "--tokenizer",
         help="A tokenizer artifact, hf:USER/NAME[@REVISION] on the model hub, or a folder with a VAE: "
-        "AutoencoderKL of diffusers (SD-VAE, SDXL-VAE, SD3, FLUX), TAESD to TAEF2.",
+        "AutoencoderKL of diffusers (SD-VAE, SDXL-VAE, SD3, FLUX), AutoencoderDC (DC-AE), TAESD to TAEF2.",
         metavar="DIR",
     ),
 ]

@@ -113,7 +113,7 @@ def evaluate(
 
     Continuous tokenizers are measured in the same way: SD-VAE, SDXL-VAE, the
     VAEs of SD3 and FLUX, and every other AutoencoderKL of diffusers, with any
-    number of latent channels. Put its config.json and
+    number of latent channels, and DC-AE (AutoencoderDC). Put its config.json and
     diffusion_pytorch_model.safetensors (such as those of
     stabilityai/sd-vae-ft-mse or stabilityai/sdxl-vae) into a folder, and pass
     it as --tokenizer; the report shows the name of the folder.

@@ -46,8 +46,9 @@ FamilyName = Annotated[
     str | None,
     typer.Option(
         "--family",
-        help="vqgan-lc, mgvq, llamagen, var, taming, ibq or open-magvit2, instead of detecting it (ibq is never"
-        " detected: its files look like taming's).",
+        help="vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2, wetok, bitdance, simvq (also DimVQ), fvq, gsq"
+        " or auto, to detect it from names and shapes of tensors. An ibq file without moving averages looks like a"
+        " taming file.",
         metavar="NAME",
     ),
 ]
@@ -87,6 +88,7 @@ def import_checkpoint(
 
     No code in the file is executed. Every weight in it must have a place in the model.
     """
+    family = None if family == "auto" else family
     wanted = recognize(str(source), own_files or [])
     if dry_run:
         print(describe(wanted, family), flush=True)

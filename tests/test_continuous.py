@@ -84,6 +84,42 @@ def test_every_autoencoder_kl_of_diffusers_opens(factor: int, settings: dict[str
     assert (opened.decode(latents, (64, 32)).int() - reconstruction.int()).abs().max() <= 1
 
 
+def test_deep_compression_autoencoder_of_diffusers_opens(tmp_path: Path) -> None:
+    from diffusers import AutoencoderDC
+
+    kinds, widths, depths = ["ResBlock", "ResBlock", "EfficientViTBlock"], [8, 8, 16], [1, 1, 1]
+    torch.manual_seed(0)
+    network = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=depths,
+        decoder_layers_per_block=depths,
+        encoder_qkv_multiscales=[[], [], [5]],
+        decoder_qkv_multiscales=[[], [], [5]],
+        decoder_norm_types=["batch_norm", "batch_norm", "rms_norm"],
+        decoder_act_fns=["relu", "relu", "silu"],
+    ).eval()
+    for buffer in network.buffers():
+        buffer.data = torch.rand(buffer.shape) + 0.5 if buffer.is_floating_point() else buffer + 7
+    network.save_pretrained(tmp_path / "dc-ae")
+    opened = open_autoencoder(tmp_path / "dc-ae")
+    assert isinstance(opened, ContinuousAutoencoder)
+    assert (opened.downsample_factor, opened.latent_shape(64, 32)) == (4, (4, 16, 8))
+    images = torch.randint(0, 256, (1, 3, 64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    latents = opened.encode(images)
+    with torch.no_grad():
+        expected = network.encode(to_float(images)).latent
+        reconstruction = network.decode(expected).sample
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(opened.decode_float(latents, (64, 32)), reconstruction, rtol=1e-3, atol=1e-3)
+    with pytest.raises(DataError, match="30 pixels"):
+        opened.encode(images[..., :30])
+
+
 def test_old_attention_names_and_half_precision_are_read(folder: Path, images: torch.Tensor) -> None:
     before = open_autoencoder(folder).encode(images)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -134,8 +170,8 @@ def change_config(folder: Path, **settings: Any) -> None:
         (lambda folder: (folder / WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors. Download"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json of diffusers"),
         (
-            lambda folder: change_config(folder, _class_name="AutoencoderDC"),
-            "AutoencoderDC of diffusers; supported are",
+            lambda folder: change_config(folder, _class_name="AutoencoderKLWan"),
+            "AutoencoderKLWan of diffusers; supported are",
         ),
         (
             lambda folder: change_config(folder, _class_name="AutoencoderTiny"),

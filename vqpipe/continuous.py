@@ -2,7 +2,8 @@
 
 SD-VAE (Rombach et al. 2022) and SDXL-VAE (Podell et al. 2023) are read from a folder in the layout of diffusers. The
 latent is the mean of the encoder's Gaussian posterior; a sample of it, as used to train latent diffusion, reconstructs
-slightly worse. The scaling factor of the latents, which only generators need, is omitted.
+slightly worse. The scaling factor of the latents, which only generators need, is omitted. DC-AE (Chen et al. 2024) has
+a deterministic encoder.
 
 The tiny autoencoders distilled from them (Bohan 2023: TAESD, TAESDXL, TAESD3, TAEF1, TAEF2) are read in the layout of
 diffusers or as the two .pth files of their repository, NAME_encoder.pth and NAME_decoder.pth. TAEF2 has blocks that
@@ -37,7 +38,7 @@ DOWNLOAD = (
     + " from huggingface.co into one folder, and pass that folder with --tokenizer; or run vqpipe import-checkpoint "
     "with sd-vae or sdxl-vae"
 )
-KINDS = ("AutoencoderKL", "AutoencoderTiny")
+KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 """The supported classes of diffusers."""
 ENCODER, DECODER = "_encoder.pth", "_decoder.pth"
 """Suffixes of the two files of a tiny autoencoder."""
@@ -51,7 +52,7 @@ class ContinuousAutoencoder:
     Always in evaluation mode, without gradients, with float32 weights.
 
     Args:
-        network: AutoencoderKL or AutoencoderTiny of diffusers.
+        network: a model of diffusers of one of `KINDS`.
         name: for display.
         digest: sha256 of its files.
     """
@@ -68,7 +69,8 @@ class ContinuousAutoencoder:
         self.config = self.network.config
         self.name = name
         self.digest = digest
-        self.downsample_factor: int = 2 ** (len(self.config.block_out_channels) - 1)
+        widths = getattr(self.config, "encoder_block_out_channels", None) or self.config.block_out_channels
+        self.downsample_factor: int = 2 ** (len(widths) - 1)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "ContinuousAutoencoder":
@@ -121,7 +123,9 @@ class ContinuousAutoencoder:
         images = network_input(images, self.downsample_factor, self.device)
         with reduced_precision(self.network, self.device, precision):
             encoded = self.network.encode(images)
-            return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+            if hasattr(encoded, "latent_dist"):
+                return encoded.latent_dist.mode()
+            return encoded.latent if hasattr(encoded, "latent") else encoded.latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
@@ -189,7 +193,7 @@ def load_diffusers(folder: Path) -> Any:
     if kind is None:
         raise WeightsError(f"{folder} has no {CONFIG} of diffusers", DOWNLOAD)
     if kind not in KINDS:
-        raise WeightsError(f"{folder} is a {kind} of diffusers; supported are {' and '.join(KINDS)}", DOWNLOAD)
+        raise WeightsError(f"{folder} is a {kind} of diffusers; supported are {', '.join(KINDS)}", DOWNLOAD)
     if not (folder / WEIGHTS).is_file():
         pickled = any(folder.glob("*.bin"))
         raise WeightsError(f"{folder} has no {WEIGHTS}" + (", and pickles are not read" if pickled else ""), DOWNLOAD)
@@ -212,7 +216,8 @@ def build_network(kind: str, settings: dict[str, Any], source: Path) -> Any:
             network: Any = getattr(diffusers, kind)(**settings)
     except Exception as error:  # diffusers does not check the settings
         raise WeightsError(f"{source} is not a valid config of {kind}: {error}", DOWNLOAD) from None
-    if (network.config.in_channels, network.config.out_channels) != (3, 3):
+    channels = network.config.in_channels
+    if (channels, network.config.get("out_channels", channels)) != (3, 3):
         raise WeightsError(f"{source} is not for images of three channels", DOWNLOAD)
     return network
 

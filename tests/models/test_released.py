@@ -34,6 +34,7 @@ from vqpipe.quantizers import (
     MultiGroupConfig,
     MultiScaleConfig,
     QuantizerConfig,
+    SimVqConfig,
     VqConfig,
 )
 
@@ -66,6 +67,27 @@ def mgvq(num_groups: int, widths: tuple[int, ...], *depths: tuple[int, ...], att
     )
 
 
+def magvit(quantizer: QuantizerConfig, **settings: Any) -> MagvitConfig:
+    sizes = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 2}
+    return MagvitConfig(quantizer=quantizer, **{**sizes, **settings})
+
+
+def bit_groups(num_groups: int) -> MultiGroupConfig:
+    return MultiGroupConfig(num_groups=num_groups, group=LfqConfig(code_dim=8), masking="off")
+
+
+def gsq(num_groups: int, channel_multipliers: tuple[int, ...]) -> MagvitConfig:
+    codes = VqConfig(codebook_size=9, code_dim=2, metric="cosine")
+    groups = MultiGroupConfig(num_groups=num_groups, group=codes, masking="off")
+    return magvit(
+        codes if num_groups == 1 else groups,
+        channel_multipliers=channel_multipliers,
+        norm_eps=1e-5,
+        conv_bias=True,
+        extra_blocks=True,
+    )
+
+
 CONFIGS: dict[str, AutoencoderConfig] = {
     "vqgan-lc": vqgan(LcConfig(codebook_size=9, code_dim=4, feature_dim=10)),
     "vqgan-lc mlp": vqgan(LcConfig(codebook_size=9, code_dim=4, feature_dim=10, projector="mlp")),
@@ -84,9 +106,16 @@ CONFIGS: dict[str, AutoencoderConfig] = {
     "var": replace(vqgan(MultiScaleConfig(codebook_size=9, code_dim=6, num_phis=4)), quant_conv_kernel=3),
     "taming": vqgan(VqConfig(codebook_size=9, code_dim=5), attention_resolutions=(256, 64)),
     "ibq": vqgan(IbqConfig(codebook_size=9, code_dim=5)),
-    "open-magvit2": MagvitConfig(
-        quantizer=LfqConfig(code_dim=6), base_channels=8, channel_multipliers=(1, 2), num_res_blocks=2
-    ),
+    "ibq four blocks": vqgan(IbqConfig(codebook_size=9, code_dim=5), num_res_blocks=4),
+    "fvq": vqgan(VqConfig(codebook_size=9, code_dim=64)),
+    "open-magvit2": magvit(LfqConfig(code_dim=6)),
+    "wetok": magvit(bit_groups(4)),
+    "bitdance": magvit(bit_groups(16)),
+    "simvq": magvit(SimVqConfig(codebook_size=9, code_dim=5), adaptive_norm=False),
+    "simvq batch norm": magvit(SimVqConfig(codebook_size=9, code_dim=5), adaptive_norm=False, norm="batch"),
+    "gsq": gsq(3, (2, 1, 2)),
+    "gsq one group": gsq(1, (1, 1, 2, 4)),
+    "gsq one level": gsq(2, (1,)),
 }
 """Family and variant -> our config."""
 RELEASED_NAMES: dict[str, dict[str, str]] = {
@@ -109,13 +138,18 @@ RELEASED_NAMES: dict[str, dict[str, str]] = {
         "decoder.up.2": "decoder.conv_blocks.0",
     },
     "var": {"quantizer.codes": "quantize.embedding.weight"},
+    "simvq": {
+        "quantizer.codes": "quantize.embedding.weight",
+        "quantizer.projector.0": "quantize.embedding_proj",
+    },
     "taming": {"quantizer.codes": "quantize.embedding.weight"},
     "ibq": {"quantizer.codes": "quantize.embedding.weight"},
 }
 """Our names -> names in the files of the family or variant."""
+RELEASED_NAMES["fvq"] = RELEASED_NAMES["llamagen"]
 DISCRIMINATORS = {
     "vqgan-lc": "discriminator.",
-    **dict.fromkeys(("taming", "ibq", "open-magvit2"), "loss.discriminator."),
+    **dict.fromkeys(("taming", "ibq", "open-magvit2", "wetok", "simvq"), "loss.discriminator."),
 }
 """Families with the discriminator among the weights -> prefix of its names."""
 
@@ -145,6 +179,41 @@ def as_var(weights: Tensors) -> Tensors:
     return out
 
 
+def as_gsq(weights: Tensors) -> Tensors:
+    """Our weights in the layout of GSQ: one numbered list of modules in each network, and one codebook."""
+    layers = {"norm1": "net.0", "conv1": "net.2", "norm2": "net.3", "conv2": "net.6", "nin_shortcut": "skip"}
+    levels = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.down."))
+
+    def modules(prefix: str) -> list[str]:
+        numbers = {int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix)}
+        return [f"{prefix}{number}." for number in sorted(numbers)]
+
+    encoder, decoder = [], modules("decoder.mid_block.")
+    for level in range(levels):
+        encoder += [*modules(f"encoder.down.{level}.block."), f"encoder.down.{level}.downsample."]
+    encoder = encoder[:-1] + modules("encoder.mid_block.")
+    for level in reversed(range(levels)):
+        decoder += [f"decoder.adaptive.{level}.", *modules(f"decoder.up.{level}.block.")]
+        decoder += [f"decoder.up.{level}.upsample.conv1."] * (level > 0)
+    renamed = {}
+    for network, order in (("encoder", encoder), ("decoder", decoder)):
+        last = {"encoder": "fianl_layers", "decoder": "final_layers"}[network]
+        for ours, theirs in (("norm_out", f"{last}.0"), ("conv_out", f"{last}.2"), ("conv_in", "conv_in")):
+            renamed[f"{network}.{ours}."] = f"{network}.{theirs}."
+        for number, ours in enumerate(order):
+            resample = "downsample" in ours or "upsample" in ours
+            renamed[ours] = f"{network}.blocks.{number}." + "conv." * resample
+    out = {"zero": torch.zeros(())}
+    for name, value in weights.items():
+        if name.endswith(".codes"):
+            out["quantizers.codebook.weight"] = value
+            continue
+        prefix = next(prefix for prefix in renamed if name.startswith(prefix))
+        parts = name.removeprefix(prefix).split(".")
+        out[renamed[prefix] + ".".join(layers.get(part, part) for part in parts)] = value
+    return out
+
+
 class Case:
     """A small network of ours, and its weights in the layout of its family."""
 
@@ -157,10 +226,15 @@ class Case:
         if "quantizer.shift" in self.state:
             self.state["quantizer.shift"] = torch.zeros(self.state["quantizer.shift"].shape)
             self.state["quantizer.scale"] = torch.ones(())
+        groups = [name for name in self.state if name.endswith(".codes")]
+        if self.family == "gsq":
+            self.state |= {name: self.state[groups[0]].clone() for name in groups}
         self.discriminator = random_state(PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=3)))
         self.weights = self.published()
 
     def published(self) -> Tensors:
+        if self.family == "gsq":
+            return as_gsq(self.state)
         ours = [name for name in self.state if not re.search(r"\.groups\.|\.shift$|\.scale$", name)]
         weights = {self.released_name(name): self.state[name] for name in ours}
         if self.family == "mgvq":
@@ -170,11 +244,11 @@ class Case:
             )
             weights["quantize.embedding.weight"] = torch.cat(codes)
             weights["quantize.embed_prob"] = torch.stack(frequencies)
-        if self.family in ("mgvq", "llamagen"):
+        if self.family in ("mgvq", "llamagen", "fvq"):
             weights["quantize.codebook_used"] = nn.Parameter(torch.zeros(16))
         if self.family == "var":
             weights = as_var(weights)
-        if self.family == "open-magvit2":
+        if self.family in ("open-magvit2", "wetok"):
             weights["quantize.mask"] = 2 ** torch.arange(6)
         if prefix := DISCRIMINATORS.get(self.family):
             weights |= {prefix + name: value for name, value in self.discriminator.items()}
@@ -189,12 +263,13 @@ class Case:
     def averaged(self) -> Tensors:
         """Zeros as the weights, and the weights as moving averages, in the layout of a Lightning module."""
         weights = dict(self.weights)
+        frozen = ["quantize.mask"] + ["quantize.embedding.weight"] * (self.family == "simvq")
         for name, value in self.weights.items():
-            trained = not name.startswith("loss.perceptual") and "running" not in name and name != "quantize.mask"
-            if trained and "num_batches" not in name:
+            buffer = "running" in name or "num_batches" in name or name in frozen
+            if not name.startswith("loss.perceptual") and not buffer:
                 weights["model_ema." + name.replace(".", "")] = value
-            if not name.startswith(("loss.", "quantize.mask")):
-                weights[name] = torch.zeros_like(value)
+                if not name.startswith("loss."):
+                    weights[name] = torch.zeros_like(value)
         return weights | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
 
 
@@ -255,7 +330,7 @@ def test_half_precision_safetensors_are_read_as_float32(tmp_path: Path) -> None:
 
 
 def test_moving_averages_are_used_if_the_authors_evaluate_them(write: Write) -> None:
-    for name in ("open-magvit2", "ibq"):
+    for name in ("open-magvit2", "ibq", "wetok", "simvq", "simvq batch norm"):
         case = Case(name)
         released = read_released(write({"state_dict": case.averaged()}), case.option)
         assert_same(released.autoencoder.state_dict(), case.state)
@@ -272,6 +347,22 @@ def test_moving_averages_are_used_if_the_authors_evaluate_them(write: Write) -> 
     assert_same(released.discriminator.state_dict(), llamagen.discriminator)
     assert any("'ema'" in note for note in released.notes)
     assert any("model, steps, args" in note for note in released.notes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_at_most_one_family_matches_a_file(name: str) -> None:
+    case = Case(name)
+    detected = "taming" if case.family == "ibq" else case.family  # without averages
+    assert [family.name for family in FAMILIES.values() if family.matches(case.weights)] == [detected]
+
+
+def test_ibq_is_detected_from_its_averages_and_depth(write: Write) -> None:
+    case = Case("ibq four blocks")
+    weights = case.averaged()
+    assert [family.name for family in FAMILIES.values() if family.matches(weights)] == ["ibq"]
+    released = read_released(write({"state_dict": weights}))
+    assert released.family == "ibq"
+    assert_same(released.autoencoder.state_dict(), case.state)
 
 
 def test_ibq_selects_by_inner_product_and_needs_the_family_option(write: Write) -> None:
@@ -341,7 +432,7 @@ def test_weights_that_share_memory_are_copied(write: Write) -> None:
 def test_missing_misshapen_and_unexpected_weights_are_errors(write: Write, name: str) -> None:
     case = Case(name)
     optional = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "ema_vocab_hit")
-    required = [key for key in case.weights if not any(part in key for part in optional)]
+    required = [key for key in case.weights if key != "zero" and not any(part in key for part in optional)]
     for key in (required[0], required[len(required) // 2], required[-1]):
         others = {other: value for other, value in case.weights.items() if other != key}
         with pytest.raises(WeightsError, match=re.escape(key)):
@@ -388,7 +479,7 @@ def test_error_for_one_wrong_weight_is_one_line(write: Write, name: str, key: st
     [
         (
             {"model": {"vit.weight": torch.zeros(2)}},
-            "Known are vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2.",
+            "Known are vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2, wetok, bitdance, simvq, fvq, gsq.",
         ),
         ({"model": {"vit\n.weight": torch.zeros(2)}}, r"contains 'vit\n.weight', which matches no known family"),
         ({"epoch": 3, "optimizer": {}}, "is not a state dict and has none under model, state_dict, ema"),
@@ -474,5 +565,6 @@ def test_lightning_callbacks_in_a_training_state_are_replaced_by_placeholders(wr
 
 
 def test_every_family_has_a_config_here() -> None:
-    assert list(FAMILIES) == ["vqgan-lc", "mgvq", "llamagen", "var", "taming", "ibq", "open-magvit2"]
+    assert list(FAMILIES)[:7] == ["vqgan-lc", "mgvq", "llamagen", "var", "taming", "ibq", "open-magvit2"]
+    assert list(FAMILIES)[7:] == ["wetok", "bitdance", "simvq", "fvq", "gsq"]
     assert {name.split()[0] for name in CONFIGS} == set(FAMILIES)

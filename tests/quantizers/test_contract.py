@@ -53,6 +53,10 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "multi-group-normalize": MultiGroupConfig(
         group=CvqConfig(codebook_size=40, code_dim=6, normalize=True), masking="off"
     ),
+    "multi-group-cosine": MultiGroupConfig(
+        num_groups=2, group=VqConfig(codebook_size=40, code_dim=3, metric="cosine"), masking="off"
+    ),
+    "multi-group-lfq": MultiGroupConfig(num_groups=4, group=LfqConfig(code_dim=8), masking="off"),
     "lfq": LfqConfig(code_dim=6),
     "lfq-groups": LfqConfig(code_dim=6, entropy_bits=4),
     "fsq": FsqConfig(levels=(8, 5, 4)),
@@ -74,7 +78,7 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "residual": ResidualConfig(codebook_size=40, code_dim=6),
     "residual-not-shared": ResidualConfig(codebook_size=40, code_dim=6, depth=2, shared=False),
 }
-WITHOUT_CODEBOOK = ("fsq", "ifsq", "lfq", "lfq-groups", "bsq", "bsq-groups")
+WITHOUT_CODEBOOK = ("fsq", "ifsq", "lfq", "lfq-groups", "bsq", "bsq-groups", "multi-group-lfq")
 """Examples without a stored codebook."""
 TRAINED_BY_THE_DECODER = ("ibq", "ibq-normalize", "diveq", "sqvae")
 """Examples whose weights get the decoder's gradient by design."""

@@ -71,7 +71,7 @@ def test_imported_tokenizer_works_in_tokenize_eval_and_fine_tuning(
     assert artifact.facts == facts
     assert set(artifact.names()) == {"README.md", "config.json", "discriminator.safetensors", "model.safetensors"}
     assert "last.ckpt" in (out / "README.md").read_text(encoding="utf-8")
-    import_checkpoint(file, out, device="cpu")
+    import_checkpoint(file, out, family="auto", device="cpu")
     assert "already published" in capsys.readouterr().err
 
     images = [str(picture_folder)]

@@ -12,8 +12,11 @@ Notes:
 - the decoder uses the codes twice: as input, and as the style of an adaptive norm at the start of each level;
 - the decoder upsamples by depth-to-space in the channel order of TensorFlow, not of `F.pixel_shuffle`;
 - there is no quant_conv: the last convolution of the encoder outputs the latent.
+
+SimVQ, DimVQ, WeTok, BitDance and GSQ use these networks too, some with other norms and blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -22,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import added
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 from vqpipe.models.vqgan import ResidualBlock, conv3x3, group_norm
@@ -47,11 +51,23 @@ class MagvitConfig(AutoencoderConfig):
     """Residual blocks per level and in the middle, in encoder and decoder."""
     z_channels: int = 0
     """Channels between the networks and the quantizer; 0: those of the quantizer, required without a quant_conv."""
+    adaptive_norm: bool = added(True)
+    """Whether each level of the decoder starts with an adaptive norm; false in SimVQ and DimVQ."""
+    norm: Literal["group", "batch"] = added("group")
+    """The other norms: "group" in 32 groups, or "batch" in DimVQ's tokenizer of 65,536 codes."""
+    norm_eps: float = added(1e-6)
+    """Added to the variance in these norms; 1e-5 in GSQ."""
+    conv_bias: bool = added(False)
+    """Whether the first convolution and those of residual blocks have a bias; true in GSQ."""
+    extra_blocks: bool = added(False)
+    """Whether a level that changes the channels has one residual block more; true in GSQ."""
 
     def __post_init__(self) -> None:
         sizes = [self.base_channels, self.num_res_blocks]
         if not self.channel_multipliers or min(*sizes, *self.channel_multipliers) < 1 or self.z_channels < 0:
             raise ConfigError("every size in [model] must be at least 1", "See the preset open-magvit2-f16")
+        if self.norm_eps <= 0:
+            raise ConfigError(f"model.norm_eps = {self.norm_eps} should be positive", "Open-MAGVIT2 uses 1e-6")
 
     @property
     def downsample_factor(self) -> int:
@@ -61,6 +77,23 @@ class MagvitConfig(AutoencoderConfig):
     def channels(self, level: int) -> int:
         """Channels of this level; level 0 has the highest resolution."""
         return self.base_channels * self.channel_multipliers[level]
+
+    def block_widths(self, before: int, level: int) -> list[int]:
+        """Channels before and after each residual block of this level, whose input has `before` channels."""
+        after = self.channels(level)
+        return [before] + [after] * (self.num_res_blocks + (self.extra_blocks and after != before))
+
+    def make_norm(self, channels: int) -> nn.Module:
+        """A norm of this kind."""
+        if self.norm == "batch":
+            return nn.BatchNorm2d(channels, eps=self.norm_eps)
+        norm = group_norm(channels)
+        norm.eps = self.norm_eps
+        return norm
+
+    def make_blocks(self, channels: list[int]) -> nn.Sequential:
+        """A residual block from each width to the next."""
+        return residual_blocks(channels, self.conv_bias, self.make_norm)
 
 
 class Magvit(Autoencoder):
@@ -97,15 +130,15 @@ class Encoder(nn.Module):
         super().__init__()
         levels = range(len(config.channel_multipliers))
         channels = config.base_channels
-        self.conv_in = conv3x3(3, channels, bias=False)
+        self.conv_in = conv3x3(3, channels, bias=config.conv_bias)
         self.down = nn.ModuleList()
         for level in levels:
-            blocks = [channels, *[config.channels(level)] * config.num_res_blocks]
-            channels = blocks[-1]
+            widths = config.block_widths(channels, level)
+            channels = widths[-1]
             halve = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if level != levels[-1] else None
-            self.down.append(Level(blocks, downsample=halve))
-        self.mid_block = residual_blocks([channels] * (config.num_res_blocks + 1))
-        self.norm_out = group_norm(channels)
+            self.down.append(Level(config.make_blocks(widths), downsample=halve))
+        self.mid_block = config.make_blocks([channels] * (config.num_res_blocks + 1))
+        self.norm_out = config.make_norm(channels)
         self.conv_out = nn.Conv2d(channels, z_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -123,16 +156,17 @@ class Decoder(nn.Module):
         levels = range(len(config.channel_multipliers))
         channels = config.channels(levels[-1])
         self.conv_in = conv3x3(z_channels, channels)
-        self.mid_block = residual_blocks([channels] * (config.num_res_blocks + 1))
+        self.mid_block = config.make_blocks([channels] * (config.num_res_blocks + 1))
         adaptive, up = [], []
         for level in reversed(levels):
-            adaptive.append(AdaptiveGroupNorm(z_channels, channels))
-            blocks = [channels, *[config.channels(level)] * config.num_res_blocks]
-            channels = blocks[-1]
-            up.append(Level(blocks, upsample=Upsample(channels) if level != 0 else None))
+            adaptive.append(AdaptiveGroupNorm(z_channels, channels) if config.adaptive_norm else Plain())
+            widths = config.block_widths(channels, level)
+            channels = widths[-1]
+            double = Upsample(channels) if level != 0 else None  # before the blocks, to keep the initial weights
+            up.append(Level(config.make_blocks(widths), upsample=double))
         self.adaptive = nn.ModuleList(reversed(adaptive))
         self.up = nn.ModuleList(reversed(up))
-        self.norm_out = group_norm(channels)
+        self.norm_out = config.make_norm(channels)
         self.conv_out = conv3x3(channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -146,10 +180,10 @@ class Level(nn.Module):
     """Residual blocks of one resolution, then a change of resolution."""
 
     def __init__(
-        self, channels: list[int], downsample: nn.Module | None = None, upsample: nn.Module | None = None
+        self, blocks: nn.Module, downsample: nn.Module | None = None, upsample: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.block = residual_blocks(channels)
+        self.block = blocks
         self.downsample = downsample
         self.upsample = upsample
 
@@ -182,6 +216,13 @@ class AdaptiveGroupNorm(nn.Module):
         return scale[:, :, None, None] * self.gn(x) + shift[:, :, None, None]
 
 
+class Plain(nn.Module):
+    """In place of an adaptive norm: returns x."""
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        return x
+
+
 class Upsample(nn.Module):
     """A convolution to four times the channels, then depth-to-space: doubles the resolution."""
 
@@ -201,6 +242,8 @@ def depth_to_space(x: Tensor) -> Tensor:
     return F.pixel_shuffle(x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
 
 
-def residual_blocks(channels: list[int]) -> nn.Sequential:
-    """A residual block from each width to the next, without biases in its convolutions."""
-    return nn.Sequential(*(ResidualBlock(before, after, bias=False) for before, after in pairwise(channels)))
+def residual_blocks(
+    channels: list[int], bias: bool = False, make_norm: Callable[[int], nn.Module] | None = None
+) -> nn.Sequential:
+    """A residual block from each width to the next; `bias` of their convolutions."""
+    return nn.Sequential(*(ResidualBlock(before, after, bias, make_norm) for before, after in pairwise(channels)))

@@ -14,7 +14,7 @@ Notes:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -180,11 +180,14 @@ class Middle(nn.Module):
 class ResidualBlock(nn.Module):
     """x + (norm, SiLU, conv3x3) twice; a 1x1 convolution on x where the channels change."""
 
-    def __init__(self, before: int, after: int, bias: bool = True) -> None:
+    def __init__(
+        self, before: int, after: int, bias: bool = True, make_norm: Callable[[int], nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(before)
+        make_norm = make_norm or group_norm
+        self.norm1 = make_norm(before)
         self.conv1 = conv3x3(before, after, bias)
-        self.norm2 = group_norm(after)
+        self.norm2 = make_norm(after)
         self.conv2 = conv3x3(after, after, bias)
         self.nin_shortcut = nn.Conv2d(before, after, 1, bias=bias) if before != after else None
 

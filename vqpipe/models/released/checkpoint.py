@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import NumericError, WeightsError
+from vqpipe.models.released.refused import refuse_keys, refuse_program
 from vqpipe.weights import load_tensors
 
 PREFIXES = ("module.", "_orig_mod.")
 """Prefixes added by DistributedDataParallel and torch.compile."""
-CONTAINERS = ("model", "state_dict", "ema")
+CONTAINERS = ("model", "state_dict", "ema", "model_state_dict")
 """Keys of the weights in a training state."""
 BARE = ""
 """The container of a plain state dict."""
@@ -24,6 +25,8 @@ DISCRIMINATOR = "discriminator"
 """Key of the discriminator in LlamaGen's training state."""
 AVERAGES = "model_ema."
 """Prefix of moving averages in Lightning modules: of each parameter under its name without dots."""
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""Endings of the names of tensors that are not averaged."""
 UNUSED_AVERAGES = tuple(
     f"{AVERAGES}{name}" for name in ("decay", "num_updates", "lossdiscriminator", "lossperceptual_loss")
 )
@@ -59,11 +62,13 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise WeightsError(f"{path} is not a file", "Name the released file of weights")
+        refuse_program(path)
         content: Any = load_tensors(path, placeholders=PLACEHOLDERS, mmap=True)
         self.path = path
         self.containers: dict[str, dict[str, Tensor]] = {}
         if not isinstance(content, dict):
             raise WeightsError(f"{path} is not a state dict or a training state", "To pass a codebook, use --codebook")
+        refuse_keys(path, content, content["trainer"] if isinstance(content.get("trainer"), dict) else ())
         for key in (*CONTAINERS, DISCRIMINATOR):
             if is_weights(content.get(key)):
                 self.containers[key] = self.strip_prefixes(content[key])
@@ -172,7 +177,7 @@ class Weights:
         """Replace the weights under `prefixes` by their moving averages, and return True, if the file has any."""
         if not self.under(AVERAGES):
             return False
-        for name in [name for name in self.tensors if name.startswith(prefixes)]:
+        for name in [name for name in self.tensors if name.startswith(prefixes) and not name.endswith(BUFFERS)]:
             average = AVERAGES + name.replace(".", "")
             if average in self.tensors:
                 self.tensors[name] = self.tensors[average]

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,8 +60,8 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def matches(cls, names: Collection[str]) -> bool:
-        """Whether a file with these tensor names is of this family."""
+    def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a file with these tensors is of this family. At most one family matches a file."""
 
     @abstractmethod
     def config(self) -> AutoencoderConfig:

@@ -1,6 +1,6 @@
 """MGVQ (Jia et al. 2025): f8, f16 and f32. The codebooks of its groups are stored as one tensor."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class Mgvq(Family):
     ignored = ("quantize.codebook_used",)
 
     @classmethod
-    def matches(cls, names: Collection[str]) -> bool:
-        return any(name.startswith("encoder.stages.") for name in names)
+    def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return any(name.startswith("encoder.stages.") for name in tensors)
 
     def config(self) -> DcaeConfig:
         weights = self.weights

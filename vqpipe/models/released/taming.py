@@ -3,7 +3,7 @@
 All have the same tensor names, which are also ours.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -23,9 +23,10 @@ class Taming(Family):
     ignored: ClassVar[tuple[str, ...]] = ("loss.perceptual_loss.",)
 
     @classmethod
-    def matches(cls, names: Collection[str]) -> bool:
-        networks = any(name.startswith("encoder.mid.") for name in names)
-        return networks and any(name.startswith(("quantize.", "loss.")) for name in names)
+    def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
+        networks = any(name.startswith("encoder.mid.block_1.") for name in tensors)
+        others = any(name.startswith("quantize.quant_resi.") for name in tensors) or is_ibq(tensors)
+        return networks and not others and any(name.startswith(("quantize.", "loss.")) for name in tensors)
 
     def config(self) -> VqganConfig:
         weights = self.weights
@@ -51,8 +52,9 @@ class Taming(Family):
 class Ibq(Taming):
     """f16 with up to 262,144 codes of 256 channels. Its ids are those of the largest inner products.
 
-    Its files cannot be distinguished from those of a VQGAN, so the family is never detected. Its Lightning module has
-    moving averages of all parameters and evaluates with them; they are used if the file has them.
+    Its Lightning module has moving averages of all parameters and evaluates with them; they are used if the file has
+    them. A file with them and with four residual blocks per level is detected as IBQ: taming-transformers has two
+    blocks and no averages. Without the averages its files cannot be distinguished from those of a VQGAN.
     """
 
     name = "ibq"
@@ -63,9 +65,20 @@ class Ibq(Taming):
         self.use_averages(("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."))
 
     @classmethod
-    def matches(cls, names: Collection[str]) -> bool:
-        return False
+    def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return is_ibq(tensors)
 
     def config(self) -> VqganConfig:
         codebook_size, code_dim = self.weights.shape("quantize.embedding.weight", 2)
+        self.notes.append("read as IBQ, with ids of the largest inner products")
         return self.vqgan_config(IbqConfig(codebook_size=codebook_size, code_dim=code_dim))
+
+
+def is_ibq(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file with the tensor names of a VQGAN has the moving averages and the depth of a released IBQ."""
+    return (
+        "encoder.down.0.block.3.conv1.weight" in tensors
+        and "quantize.embedding.weight" in tensors
+        and any(name.startswith("encoder.mid.block_1.") for name in tensors)
+        and any(name.startswith(AVERAGES) for name in tensors)
+    )

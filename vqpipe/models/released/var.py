@@ -1,6 +1,6 @@
 """VAR's multi-scale tokenizer (Tian et al. 2024): f16, ten scales of residuals over 4,096 codes of 32 channels."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -37,8 +37,8 @@ class Var(Family):
             weights.ignore(name)
 
     @classmethod
-    def matches(cls, names: Collection[str]) -> bool:
-        return any(name.startswith("quantize.quant_resi.") for name in names)
+    def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return any(name.startswith("quantize.quant_resi.") for name in tensors)
 
     def config(self) -> VqganConfig:
         weights = self.weights

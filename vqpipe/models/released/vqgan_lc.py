@@ -1,6 +1,6 @@
 """VQGAN-LC (Zhu et al. 2024) and the baselines of its code: VQGAN, VQGAN-FC, VQGAN-EMA."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -32,11 +32,11 @@ class VqganLc(Family):
     ignored = ("perceptual_loss.",)
 
     @classmethod
-    def matches(cls, names: Collection[str]) -> bool:
+    def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
         own = ("tok_embeddings.", "codebook_projection.", "discriminator.", "perceptual_loss.")
-        networks = any(name.startswith("encoder.mid.") for name in names)
-        another = any(name.startswith("quantize.") for name in names)
-        return networks and not another and any(name.startswith(own) for name in names)
+        networks = any(name.startswith("encoder.mid.") for name in tensors)
+        another = any(name.startswith("quantize.") for name in tensors)
+        return networks and not another and any(name.startswith(own) for name in tensors)
 
     def lacks_codebook(self) -> bool:
         return "tok_embeddings.weight" not in self.weights
