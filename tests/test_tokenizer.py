@@ -67,6 +67,9 @@ def test_empty_batch(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     assert (ids.dtype, ids.shape) == (torch.int64, (0, 48))
     decoded = tokenizer.decode(ids, (32, 24))
     assert (decoded.dtype, decoded.shape) == (torch.uint8, (0, 3, 32, 24))
+    assert tokenizer.embed(ids).shape == (0, 48, 4)
+    assert tokenizer.embed(ids.new_zeros(3, 0)).shape == (3, 0, 4)
+    assert tokenizer.decode_codes(tokenizer.embed(ids), (32, 24)).shape == (0, 3, 32, 24)
 
 
 def test_save_and_open_round_trip(tokenizer: Tokenizer, images: torch.Tensor, tmp_path: Path) -> None:

@@ -334,6 +334,8 @@ class Tokenizer:
         if ids.ndim != 2 or ids.shape[1] % self.num_groups:
             multiple = f", N a multiple of {self.num_groups}" if self.num_groups > 1 else ""
             raise DataError(f"ids of shape {list(ids.shape)}, [B, N] is expected{multiple}")
+        if ids.numel() == 0:
+            return torch.empty(*ids.shape, self.code_dim, device=self.device)
         return self.autoencoder.quantizer.token_codes(ids)
 
     @overload
