@@ -288,12 +288,6 @@ class GridQuantizer(Quantizer):
         codes = self.embed(groups).unflatten(2, (self.num_groups, -1)).flatten(1, 2)
         return codes.masked_fill((ids < 0).unsqueeze(-1), 0.0)
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
-        check_ids(ids, self.codebook_size)
-        (grid,) = layout.split(ids)
-        missing = (grid < 0).repeat_interleave(self.latent_dim // self.num_groups, dim=-1)
-        return self.embed(grid).masked_fill(missing, 0.0).permute(0, 3, 1, 2).contiguous()
-
     def all_codes(self) -> Tensor:
         return self.embed(torch.arange(self.codebook_size)[:, None])[None]
 
