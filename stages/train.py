@@ -10,6 +10,7 @@ from stages.console import Device, Images, Out, Preset, Seed, Set
 from stages.recipe import load_tokenizer
 from vqpipe.artifacts import Artifact
 from vqpipe.codebooks.codebook import codebook_input, load_codebook
+from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig
 from vqpipe.training.loggers import installed_loggers
 from vqpipe.training.tokenizer_run import (
     Publish,
@@ -28,7 +29,7 @@ def train(
         Path | None,
         typer.Option(
             "--codebook",
-            help="A codebook artifact, or a .npy file of shape [K, dim]; for quantizers that need one.",
+            help="A codebook artifact, or a .npy file of shape [K, dim]; for quantizers that need one. Sets K and dim.",
             metavar="DIR|FILE",
         ),
     ] = None,
@@ -86,6 +87,8 @@ def train(
         recipe, loggers = load_tokenizer(preset, overrides, train=flags), installed_loggers(log)
         codes = None if codebook is None else load_codebook(codebook)
         if codes is not None:
+            sizes = codebook_settings(recipe.model.quantizer, *codes.shape)
+            recipe = load_tokenizer(preset, [*sizes, *(overrides or [])], train=flags)  # --set has precedence
             check_codebook(recipe, codes)  # before the images, which may take minutes to index and hash
         inputs = RunInputs(
             images=console.open_images(images),
@@ -119,3 +122,20 @@ def train(
             if artifact is None:
                 stop.exit()
         console.finished(artifact)
+
+
+def codebook_settings(quantizer: QuantizerConfig, k: int, dim: int) -> list[str]:
+    """The settings of a quantizer that follow from a codebook of `k` codes of `dim` channels, as values of --set.
+
+    They replace the numbers of a preset. A codebook for G groups may be that of each group, or the concatenated ones if
+    it has G times as many codes as the preset's group. Quantizers that take no codebook have none.
+    """
+    where, group = "model.quantizer", quantizer
+    if isinstance(quantizer, MultiGroupConfig):
+        where, group = f"{where}.group", quantizer.group
+        if isinstance(group, LcConfig) and k == quantizer.num_groups * group.codebook_size:
+            k = group.codebook_size
+    if not isinstance(group, LcConfig):
+        return []
+    sizes = {"codebook_size": k, "feature_dim": dim} | ({"code_dim": dim} if group.projector == "none" else {})
+    return [f"{where}.{name}={value}" for name, value in sizes.items()]

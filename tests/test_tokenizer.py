@@ -1,3 +1,5 @@
+import pickle
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,8 +11,17 @@ import torch
 import vqpipe
 from vqpipe import Tokenizer, VqpipeError
 from vqpipe.data.transforms import to_float, to_uint8
-from vqpipe.errors import ArtifactError, DataError, NumericError, WeightsError
-from vqpipe.quantizers import LcConfig, QuantizerConfig, TokenLayout
+from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
+from vqpipe.quantizers import (
+    CvqConfig,
+    LcConfig,
+    LfqConfig,
+    MultiGroupConfig,
+    MultiScaleConfig,
+    QuantizerConfig,
+    ResidualConfig,
+    TokenLayout,
+)
 from vqpipe.tokenizer import check_negative, keep_groups
 
 
@@ -57,6 +68,9 @@ def test_empty_batch(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     assert (ids.dtype, ids.shape) == (torch.int64, (0, 48))
     decoded = tokenizer.decode(ids, (32, 24))
     assert (decoded.dtype, decoded.shape) == (torch.uint8, (0, 3, 32, 24))
+    assert tokenizer.embed(ids).shape == (0, 48, 4)
+    assert tokenizer.embed(ids.new_zeros(3, 0)).shape == (3, 0, 4)
+    assert tokenizer.decode_codes(tokenizer.embed(ids), (32, 24)).shape == (0, 3, 32, 24)
 
 
 def test_save_and_open_round_trip(tokenizer: Tokenizer, images: torch.Tensor, tmp_path: Path) -> None:
@@ -159,3 +173,186 @@ def test_invalid_folders_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(config.replace('"codebook_size": 50', '"codebook_size": 51'))
     with pytest.raises(WeightsError, match="do not match their config"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+KINDS: dict[str, QuantizerConfig] = {
+    "lc": LcConfig(codebook_size=50, feature_dim=16, code_dim=4, codebook_init="uniform"),
+    "lfq": LfqConfig(code_dim=6),
+    "multi_group": MultiGroupConfig(num_groups=3, group=CvqConfig(codebook_size=40, code_dim=2)),
+    "multi_scale": MultiScaleConfig(codebook_size=40, code_dim=6),
+    "residual": ResidualConfig(codebook_size=40, code_dim=6, depth=2),
+}
+CHANNELS = {"lc": 4, "lfq": 6, "multi_group": 2, "multi_scale": 6, "residual": 6}
+"""Of the code of an id."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_tokenizer(request: pytest.FixtureRequest, small_tokenizer: Callable[[QuantizerConfig], Tokenizer]) -> Tokenizer:
+    return small_tokenizer(KINDS[request.param])
+
+
+def test_codes_of_ids_decode_to_the_images_of_the_ids(any_tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    ids = any_tokenizer.encode(images)
+    codes = any_tokenizer.embed(ids)
+    kind = any_tokenizer.config.quantizer.kind
+    assert codes.dtype == torch.float32
+    assert codes.shape == (*ids.shape, CHANNELS[kind]) == (*ids.shape, any_tokenizer.code_dim)
+    decoded = any_tokenizer.decode_codes(codes, image_size=(32, 24))
+    assert torch.equal(decoded, any_tokenizer.decode(ids, (32, 24)))
+    assert not any_tokenizer.embed(torch.full_like(ids, -1)).any()
+    if kind != "lfq":
+        groups = torch.arange(ids.shape[1]) % any_tokenizer.num_groups
+        codebook = any_tokenizer.codebook.reshape(-1, any_tokenizer.codebook_size, any_tokenizer.code_dim)
+        torch.testing.assert_close(codebook[groups, ids], codes, rtol=0, atol=1e-6)
+
+
+def test_shape_of_the_codebook(small_tokenizer: Callable[[QuantizerConfig], Tokenizer]) -> None:
+    shapes = {kind: small_tokenizer(KINDS[kind]).codebook.shape for kind in KINDS if kind != "lfq"}
+    assert shapes == {"lc": (50, 4), "multi_group": (3, 40, 2), "multi_scale": (40, 6), "residual": (2, 40, 6)}
+    with pytest.raises(ConfigError, match="the lfq quantizer has no codebook"):
+        _ = small_tokenizer(KINDS["lfq"]).codebook
+
+
+def test_latent_quantize_and_decode_codes_are_the_steps_of_a_reconstruction(
+    any_tokenizer: Tokenizer, images: torch.Tensor
+) -> None:
+    codes, ids, losses = any_tokenizer.quantize(any_tokenizer.latent(images))
+    assert torch.equal(ids, any_tokenizer.encode(images))
+    assert torch.equal(any_tokenizer.decode_codes(codes), any_tokenizer.decode(ids, (32, 24)))
+    assert losses.keys() == set(any_tokenizer.autoencoder.quantizer.loss_names)
+
+
+def test_gradients_reach_codes_and_latents(any_tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    codes = any_tokenizer.embed(any_tokenizer.encode(images)).requires_grad_()
+    any_tokenizer.decode_codes_float(codes, (32, 24)).square().mean().backward()
+    assert codes.grad is not None
+    assert codes.grad.any()
+    latent = any_tokenizer.latent(images).requires_grad_()
+    any_tokenizer.decode_codes_float(any_tokenizer.quantize(latent).codes).square().mean().backward()
+    assert latent.grad is not None
+    assert latent.grad.any()
+    assert not any_tokenizer.decode_codes(codes, (32, 24)).requires_grad
+    assert all(parameter.grad is None for parameter in any_tokenizer.autoencoder.parameters())
+
+
+def test_invalid_codes_are_rejected(any_tokenizer: Tokenizer) -> None:
+    count, channels = any_tokenizer.layout(16, 16).num_tokens, any_tokenizer.code_dim
+    with pytest.raises(DataError, match="without the size of the images"):
+        any_tokenizer.decode_codes(torch.zeros(1, count, channels))
+    with pytest.raises(DataError, match="codes of shape"):
+        any_tokenizer.decode_codes(torch.zeros(1, count + 1, channels), 16)
+    with pytest.raises(DataError, match=f"codes of {channels + 1} channels"):
+        any_tokenizer.decode_codes(torch.zeros(1, count, channels + 1), 16)
+    with pytest.raises(DataError, match="codes of shape"):
+        any_tokenizer.decode_codes(torch.zeros(1, 99, 4, 4))
+    with pytest.raises(DataError, match="codes of an image of 16 x 16"):
+        any_tokenizer.decode_codes(torch.zeros(any_tokenizer.latent_shape(16, 16))[None], (16, 12))
+    with pytest.raises(DataError, match="a latent of shape"):
+        any_tokenizer.quantize(torch.zeros(1, 99, 4, 4))
+    with pytest.raises(DataError, match="outside a codebook"):
+        any_tokenizer.embed(torch.full((1, count), any_tokenizer.codebook_size))
+    with pytest.raises(DataError, match=r"ids of type torch\.float32"):
+        any_tokenizer.embed(torch.zeros(1, count))
+    with pytest.raises(DataError, match="ids of shape"):
+        any_tokenizer.embed(torch.zeros(count, dtype=torch.int64))
+
+
+def test_lists_of_images_of_several_sizes_keep_their_order(
+    any_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vqpipe.tokenizer.IMAGES_PER_BATCH", 2)
+    generator = torch.Generator().manual_seed(2)
+    sizes = [(32, 24), (16, 16), (32, 24), (24, 32), (16, 16), (32, 24)]
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    ids = any_tokenizer.encode(images)
+    assert [each.tolist() for each in ids] == [any_tokenizer.encode(image[None])[0].tolist() for image in images]
+    decoded = any_tokenizer.decode(ids, sizes)
+    for each, own, size in zip(decoded, ids, sizes, strict=True):
+        assert torch.equal(each, any_tokenizer.decode(own[None], size)[0])
+    assert any_tokenizer.encode([]) == any_tokenizer.decode([], 16) == []
+    with pytest.raises(DataError, match="5 sizes for the ids of 6 images"):
+        any_tokenizer.decode(ids, sizes[:5])
+    with pytest.raises(DataError, match="images of shape"):
+        any_tokenizer.encode([images[0][None]])
+
+
+def test_side_of_a_square_image(tokenizer: Tokenizer) -> None:
+    ids = torch.arange(16)[None]
+    expected = tokenizer.decode(ids, (16, 16))
+    assert torch.equal(tokenizer.decode(ids, 16), expected)
+    assert torch.equal(tokenizer.decode([ids[0]], 16)[0], expected[0])
+    assert torch.equal(to_uint8(tokenizer.decode_float(ids, 16)), expected)
+    assert torch.equal(tokenizer.decode_codes(tokenizer.embed(ids), 16), expected)
+
+
+@pytest.mark.parametrize(
+    "kind", ["lc", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("multi_group", "lfq", "residual"))]
+)
+def test_encode_and_decode_compile_to_one_graph(
+    kind: str, small_tokenizer: Callable[[QuantizerConfig], Tokenizer], images: torch.Tensor
+) -> None:
+    tokenizer = small_tokenizer(KINDS[kind])
+    ids = tokenizer.encode(images)
+    encode = torch.compile(tokenizer.encode, fullgraph=True, backend="eager")
+    decode = torch.compile(tokenizer.decode, fullgraph=True, backend="eager")
+    assert torch.equal(encode(images), ids)
+    assert torch.equal(decode(ids, (32, 24)), tokenizer.decode(ids, (32, 24)))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="an id is outside the codebook"):
+        decode(torch.full_like(ids, tokenizer.codebook_size), (32, 24))
+
+
+@pytest.mark.slow  # the compiler takes minutes
+def test_compiled_by_inductor(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    ids = tokenizer.encode(images)
+    compiled = torch.compile(tokenizer.encode, fullgraph=True)(images)
+    assert (compiled == ids).float().mean() > 0.95
+    decoded = torch.compile(tokenizer.decode, fullgraph=True)(ids, (32, 24))
+    assert (decoded.int() - tokenizer.decode(ids, (32, 24)).int()).abs().max() <= 1
+
+
+def test_moves_and_converts_the_networks_but_not_the_quantizer(
+    small_tokenizer: Callable[[QuantizerConfig], Tokenizer], images: torch.Tensor, tmp_path: Path
+) -> None:
+    tokenizer = small_tokenizer(KINDS["residual"])
+    ids, decoded = tokenizer.encode(images), tokenizer.decode(tokenizer.encode(images), (32, 24))
+    assert tokenizer.to("auto", torch.bfloat16) is tokenizer
+    assert tokenizer.dtype == torch.bfloat16
+    assert {value.dtype for value in tokenizer.autoencoder.quantizer.state_dict().values()} == {torch.float32}
+    assert (tokenizer.encode(images) == ids).float().mean() > 0.5
+    difference = tokenizer.decode(ids, (32, 24)).to("cpu").int() - decoded.int()
+    assert 0 < difference.abs().float().mean() < 4
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(Tokenizer.from_pretrained(tmp_path, device="auto").encode(images), tokenizer.encode(images))
+    with pytest.raises(ConfigError, match="no floating type"):
+        tokenizer.to(dtype=torch.int8)
+
+
+def test_tokenizer_adds_no_parameters_to_a_module_and_is_pickled(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    module = torch.nn.Linear(2, 2)
+    module.tokenizer = tokenizer  # type: ignore[assignment]
+    assert len(list(module.parameters())) == len(module.state_dict()) == 2
+    assert torch.equal(pickle.loads(pickle.dumps(tokenizer)).encode(images), tokenizer.encode(images))
+
+
+def test_repr_lists_the_properties(small_tokenizer: Callable[[QuantizerConfig], Tokenizer]) -> None:
+    tokenizer = small_tokenizer(KINDS["multi_group"])
+    count = sum(parameter.numel() for parameter in tokenizer.autoencoder.parameters())
+    assert repr(tokenizer) == (
+        f"Tokenizer(quantizer=multi_group, downsample_factor=4, codebook_size=40, num_groups=3, image_size=32, "
+        f"num_parameters={count:,}, device=cpu, dtype=torch.float32)"
+    )
+
+
+def test_float_images_in_0_1_are_warned_of(tokenizer: Tokenizer) -> None:
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"if they are in \[0, 1\], pass 2 \* images - 1") as caught:
+        tokenizer.encode(images)
+    assert [Path(warning.filename).name for warning in caught] == ["test_tokenizer.py"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.encode(2 * images - 1)
+        tokenizer.encode(torch.zeros(1, 3, 32, 32))
+
+
+def test_package_is_typed() -> None:
+    assert (Path(vqpipe.__file__).parent / "py.typed").is_file()

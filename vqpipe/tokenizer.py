@@ -5,9 +5,10 @@ Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w posi
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors.torch import save_file
@@ -17,30 +18,45 @@ from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.device import reduced_precision
-from vqpipe.distributed import check_device
+from vqpipe.distributed import check_device, pick_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import atomic_write, hash_file, write_json
 from vqpipe.model_card import ModelCard
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
-from vqpipe.quantizers import TokenLayout
+from vqpipe.quantizers import Quantized, TokenLayout
 from vqpipe.weights import load_tensors
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [-1, 1] float images may be."""
+UNSIGNED = "float images without a negative value: if they are in [0, 1], pass 2 * images - 1; [-1, 1] is expected"
+IMAGES_PER_BATCH = 32
+"""Images of a list that are encoded or decoded at a time."""
 
 
 class Tokenizer:
-    """A trained autoencoder with conversions of pixels, in evaluation mode and without gradients.
+    """A trained autoencoder with conversions of pixels, in evaluation mode. docs/python.md has examples.
+
+    Its weights are frozen. Gradients flow from images to codes in `decode_codes_float`, and from codes to latents in
+    `quantize`; the other methods compute without gradients.
+
+    It is no torch.nn.Module and calls no collective: as an attribute of a module that is wrapped in
+    DistributedDataParallel it adds no parameters, and ranks may encode different numbers of images. `encode`, `latent`,
+    `decode` and the methods of codes compile with torch.compile(method, fullgraph=True), for every quantizer but
+    `multi_scale`, whose graph breaks. In a compiled graph, invalid ids and latents raise a RuntimeError.
+
+    Args:
+        device: of torch, or "auto": a GPU if there is one. Under torchrun, "auto" and "cuda" are this rank's GPU.
 
     Attributes:
+        device, image_size: of the weights; the side of the training images, None if unknown.
         name: of its directory.
         artifact: the artifact it was opened from, if any.
         source: the input of a stage that reads it: the artifact, or the sha256 of the weights.
     """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
-        self.device = check_device(device)
+        self.device = device_of(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.image_size = image_size
         self.name = "tokenizer"
@@ -66,7 +82,7 @@ class Tokenizer:
             ConfigError: it has continuous latents and so no tokens, or is a directory although a revision was given; or
                 the device is absent or not supported.
         """
-        device = check_device(device)
+        device = device_of(device)
         folder = Path(path)
         name = folder.name
         named = str(path).startswith("hf:") or (isinstance(path, str) and "/" in path and not folder.is_absolute())
@@ -96,6 +112,36 @@ class Tokenizer:
             save_weights(self.autoencoder, temporary)
         write_json(folder / "config.json", self.to_table())
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Tokenizer":
+        """Move to a device and convert the encoder and the decoder to a floating type; returns the tokenizer itself.
+
+        The quantizer stays in float32. In another type than float32 a few percent of the ids differ.
+        """
+        if dtype is not None:
+            if not dtype.is_floating_point:
+                raise ConfigError(f"{dtype} is no floating type", "Use torch.float32, torch.bfloat16 or torch.float16")
+            model = self.autoencoder
+            for part in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
+                part.to(dtype)
+        if device is not None:
+            self.device = device_of(device)
+            self.autoencoder.to(self.device)
+        return self
+
+    def __repr__(self) -> str:
+        """The properties of the model."""
+        values = {
+            "quantizer": self.autoencoder.quantizer.config.kind,
+            "downsample_factor": self.downsample_factor,
+            "codebook_size": f"{self.codebook_size:,}",
+            "num_groups": self.num_groups,
+            "image_size": self.image_size,
+            "num_parameters": f"{sum(parameter.numel() for parameter in self.autoencoder.parameters()):,}",
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+        return f"Tokenizer({', '.join(f'{name}={value}' for name, value in values.items())})"
 
     def push_to_hub(
         self,
@@ -159,6 +205,20 @@ class Tokenizer:
         return self.autoencoder.config
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the encoder and the decoder."""
+        return self.autoencoder.last_layer.dtype
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes as the search compares them, float32[K, C]; with groups or depths, float32[G, K, C / G or C].
+
+        Raises:
+            ConfigError: the quantizer has no table of codes (lfq, fsq); `embed` works for these too.
+        """
+        return self.autoencoder.quantizer.codebook().detach()
+
+    @property
     def codebook_size(self) -> int:
         """K, codes one id ranges over (per group)."""
         return self.autoencoder.quantizer.codebook_size
@@ -167,6 +227,11 @@ class Tokenizer:
     def num_groups(self) -> int:
         """Ids per position."""
         return self.autoencoder.quantizer.num_groups
+
+    @property
+    def code_dim(self) -> int:
+        """Channels of the code of an id: C / G with groups."""
+        return self.embed(torch.full((1, self.num_groups), -1)).shape[2]
 
     @property
     def downsample_factor(self) -> int:
@@ -200,12 +265,19 @@ class Tokenizer:
         if groups is not None and not 1 <= groups <= self.num_groups:
             raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Set 1 up to that number")
 
+    @overload
+    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor: ...
+
+    @overload
+    def encode(self, images: Sequence[Tensor], precision: str = "fp32") -> list[Tensor]: ...
+
     @torch.no_grad()
-    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
-        """Encode images to ids int64[B, N].
+    def encode(self, images: Tensor | Sequence[Tensor], precision: str = "fp32") -> Tensor | list[Tensor]:
+        """Encode images to ids int64[B, N]; a list of images of any sizes to a list of int64[N], in the same order.
 
         Args:
-            images: uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1].
+            images: uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1]; or a list of [3, H, W]. Images of a list that
+                have the same size and type are encoded together.
             precision: "fp32", or "bf16" for the convolutions and matrix products of the encoder, which changes a few
                 percent of the ids; the search is always in float32.
 
@@ -213,53 +285,155 @@ class Tokenizer:
             DataError: a wrong shape, dtype or range; sides that are not multiples of the downsample factor.
             NumericError: pixels are NaN or infinite.
         """
+        if not isinstance(images, Tensor):
+            ids: dict[int, Tensor] = {}
+            for places in same_shapes(images):
+                ids |= zip(places, self.encode(torch.stack([images[i] for i in places]), precision), strict=True)
+            return [ids[place] for place in range(len(images))]
         images = network_input(images, self.downsample_factor, self.device)
         if len(images) == 0:
             num_tokens = self.layout(*images.shape[-2:]).num_tokens
             return torch.empty(0, num_tokens, dtype=torch.int64, device=self.device)
         with reduced_precision(self.autoencoder, self.device, precision):
-            return self.autoencoder.encode(images).ids
+            return self.autoencoder.encode(images.to(self.dtype)).ids
 
     @torch.no_grad()
     def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
         """Encode images to latents before quantization, float[B, C, h, w]; arguments and errors as `encode`."""
         images = network_input(images, self.downsample_factor, self.device)
         with reduced_precision(self.autoencoder, self.device, precision):
-            return self.autoencoder.latent(images)
+            return self.autoencoder.latent(images.to(self.dtype))
+
+    def quantize(self, latent: Tensor) -> Quantized:
+        """Quantize a latent, float[B, C, h, w], to (codes, ids, losses), with gradients.
+
+        `codes`, float32[B, C, h, w], are those of the ids, int64[B, N], with the gradient of the latent; `losses` are
+        the unweighted terms of the quantizer, by name.
+
+        Raises:
+            DataError: another shape.
+            NumericError: the latent is NaN or infinite.
+        """
+        channels = self.autoencoder.quantizer.latent_dim
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise DataError(f"a latent of shape {list(latent.shape)}, [B, {channels}, h, w] is expected")
+        return self.autoencoder.quantizer(latent.to(self.device))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latent of an image of `height` x `width` pixels."""
         return (self.autoencoder.quantizer.latent_dim, *latent_size(height, width, self.downsample_factor))
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """The code of each id, float32[B, N, C / G] of int64[B, N], in the order of the ids; zeros for a negative id.
+
+        It is row ids[:, n] of `codebook`, with groups of codebook[n % G]. With `multi_group` it has the C / G channels
+        of its group, with `residual` and `multi_scale` all C.
+
+        Raises:
+            DataError: ids of a wrong dtype or shape, or outside the codebook.
+        """
+        ids = self.check_ids(ids)
+        if ids.ndim != 2 or ids.shape[1] % self.num_groups:
+            multiple = f", N a multiple of {self.num_groups}" if self.num_groups > 1 else ""
+            raise DataError(f"ids of shape {list(ids.shape)}, [B, N] is expected{multiple}")
+        if ids.numel() == 0:
+            return torch.empty(*ids.shape, self.code_dim, device=self.device)
+        return self.autoencoder.quantizer.token_codes(ids)
+
+    @overload
+    def decode(self, ids: Tensor, image_size: int | tuple[int, int], groups: int | None = None) -> Tensor: ...
+
+    @overload
+    def decode(
+        self, ids: Sequence[Tensor], image_size: int | Sequence[tuple[int, int]], groups: int | None = None
+    ) -> list[Tensor]: ...
+
     @torch.no_grad()
-    def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
-        """Decode ids int64[B, N] to images uint8[B, 3, H, W].
+    def decode(
+        self,
+        ids: Tensor | Sequence[Tensor],
+        image_size: int | tuple[int, int] | Sequence[tuple[int, int]],
+        groups: int | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Decode ids int64[B, N] to images uint8[B, 3, H, W]; a list of int64[N] to a list of images uint8[3, H, W].
 
         Args:
             ids: of the layout of `image_size`. Those of the last groups of an image, or of its last scales, may all be
                 -1: they are left out.
-            image_size: (H, W).
+            image_size: (H, W), or the side of a square; for a list of ids, a list of (H, W), or the side of all.
             groups: decode the first `groups` groups only.
 
         Raises:
             DataError: ids of a wrong dtype or shape, ids outside the codebook, other negative ids, or too many groups.
         """
-        return to_uint8(self.decode_float(ids, image_size, groups))
+        if isinstance(ids, Tensor):
+            return to_uint8(self.decode_float(ids, image_size, groups))  # type: ignore[arg-type]  # by the overloads
+        each = [image_size] * len(ids) if isinstance(image_size, int) else image_size
+        sizes = [pair_of(size) for size in each]
+        if len(sizes) != len(ids):
+            raise DataError(f"{len(sizes)} sizes for the ids of {len(ids)} images", "Give a size for each, or one side")
+        images: dict[int, Tensor] = {}
+        for places in same_shapes(ids, sizes):
+            batch = torch.stack([ids[i] for i in places])
+            images |= zip(places, self.decode(batch, sizes[places[0]], groups), strict=True)
+        return [images[place] for place in range(len(ids))]
 
     @torch.no_grad()
-    def decode_float(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
-        """As `decode`, without rounding and clamping: float[B, 3, H, W], about [-1, 1]."""
+    def decode_float(self, ids: Tensor, image_size: int | tuple[int, int], groups: int | None = None) -> Tensor:
+        """As `decode`, without rounding and clamping: float32[B, 3, H, W], about [-1, 1]."""
         self.check_groups(groups)
+        image_size = pair_of(image_size)
         layout = self.layout(*image_size)
-        if ids.is_floating_point() or ids.is_complex():
-            raise DataError(f"ids of type {ids.dtype}", "Pass integers, as `encode` returns them")
+        ids = self.check_ids(ids)
         if len(ids) == 0:
             return torch.empty(0, 3, *image_size, device=self.device)
-        ids = ids.to(self.device, torch.int64)
         check_negative(ids, layout)
         if groups is not None:
             ids = keep_groups(ids, layout, groups)
-        return self.autoencoder.decode(self.autoencoder.quantizer.lookup(ids, layout))
+        codes = self.autoencoder.quantizer.lookup(ids, layout)
+        return self.autoencoder.decode(codes.to(self.dtype)).float()
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Decode codes to images uint8[B, 3, H, W].
+
+        Args:
+            codes: those of ids, float[B, N, C / G] as `embed` returns them, or of positions, float[B, C, h, w] as
+                `quantize` returns them. They may be any vectors.
+            image_size: (H, W), or the side of a square; required with [B, N, C / G].
+
+        Raises:
+            DataError: another shape.
+        """
+        return to_uint8(self.decode_codes_float(codes, image_size))
+
+    def decode_codes_float(self, codes: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """As `decode_codes`, without rounding and clamping, and with gradients of the codes: float32[B, 3, H, W]."""
+        quantizer, factor = self.autoencoder.quantizer, self.downsample_factor
+        codes = codes.to(self.device)
+        if codes.ndim == 3 and image_size is None:
+            raise DataError(f"codes of shape {list(codes.shape)} without the size of the images", "Set image_size")
+        if codes.ndim == 3:
+            layout = self.layout(*pair_of(image_size))  # type: ignore[arg-type]  # not None
+            channels = self.code_dim
+            if codes.shape[2] != channels:
+                raise DataError(f"codes of {codes.shape[2]} channels", f"Those of this tokenizer have {channels}")
+            codes = quantizer.combine(codes.float(), layout)
+        if codes.ndim != 4 or codes.shape[1] != quantizer.latent_dim:
+            raise DataError(
+                f"codes of shape {list(codes.shape)}",
+                f"Pass [B, N, {self.code_dim}] of ids, or [B, {quantizer.latent_dim}, h, w] of positions",
+            )
+        height, width = (factor * side for side in codes.shape[2:])
+        if image_size is not None and pair_of(image_size) != (height, width):
+            raise DataError(f"codes of an image of {height} x {width}, image_size = {image_size}", "Omit image_size")
+        return self.autoencoder.decode(codes.to(self.dtype)).float()
+
+    def check_ids(self, ids: Tensor) -> Tensor:
+        """The ids as int64 on the device; a DataError if they are not integers."""
+        if ids.is_floating_point() or ids.is_complex():
+            raise DataError(f"ids of type {ids.dtype}", "Pass integers, as `encode` returns them")
+        return ids.to(self.device, torch.int64)
 
     def describe(self, image_size: int) -> dict[str, Any]:
         """Facts for a report on images of side `image_size`."""
@@ -295,6 +469,36 @@ def model_facts(autoencoder: Autoencoder) -> dict[str, Any]:
         "num_groups": autoencoder.quantizer.num_groups,
         "downsample_factor": autoencoder.downsample_factor,
     }
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """A device of torch, or for "auto" and "cuda" that of this rank.
+
+    Raises:
+        ConfigError: it is absent on this machine, or not supported.
+    """
+    return pick_device(device) if device in ("auto", "cuda") else check_device(device)
+
+
+def pair_of(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W); a number is the side of a square."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return height, width
+
+
+def same_shapes(tensors: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> list[list[int]]:
+    """Group the places of tensors that have the same shape and type (and size): at most IMAGES_PER_BATCH a group."""
+    groups: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        size = None if sizes is None else sizes[place]
+        groups.setdefault((tensor.shape, tensor.dtype, tensor.device, size), []).append(place)
+    return [
+        places[first : first + IMAGES_PER_BATCH]
+        for places in groups.values()
+        for first in range(0, len(places), IMAGES_PER_BATCH)
+    ]
 
 
 def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
@@ -338,6 +542,8 @@ def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, i
 def network_input(images: Tensor, downsample_factor: int, device: torch.device) -> Tensor:
     """Convert uint8[B, 3, H, W], or float in [-1, 1], to float32 in [-1, 1] on the device.
 
+    Warns once of float images without a negative value, which look like images in [0, 1].
+
     Raises:
         DataError: a wrong shape, dtype or range.
     """
@@ -350,10 +556,23 @@ def network_input(images: Tensor, downsample_factor: int, device: torch.device) 
         return to_float(images)
     if not images.is_floating_point():
         raise DataError(f"images of dtype {images.dtype}", "Pass uint8 in [0, 255] or float in [-1, 1]")
-    if images.numel() and images.abs().amax() > 1 + RANGE_TOLERANCE:
-        low, high = images.aminmax()
-        raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Pass float in [-1, 1], or uint8 in [0, 255]")
+    if torch.compiler.is_compiling():
+        assert (images.abs() <= 1 + RANGE_TOLERANCE).all(), "float images are not in [-1, 1]"
+    elif images.numel():
+        check_range(*images.aminmax())
     return images.float()
+
+
+def check_range(low: Tensor, high: Tensor) -> None:
+    """Check the lowest and the highest value of float images, which should be in [-1, 1].
+
+    Raises:
+        DataError: they are not.
+    """
+    if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Pass float in [-1, 1], or uint8 in [0, 255]")
+    if low >= 0 and high > low:
+        warnings.warn(UNSIGNED, stacklevel=5)  # the caller of `encode`; its no_grad is a frame too
 
 
 def save_weights(network: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:

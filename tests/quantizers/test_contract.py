@@ -179,6 +179,24 @@ def test_negative_id_gives_the_zero_vector(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_codes_of_ids_are_rows_of_the_codebook_and_combine_to_the_codes_of_positions(name: str) -> None:
+    quantizer = make(name).eval().requires_grad_(False)
+    layout, ids = quantizer.layout(3, 5), quantizer(latent_of(quantizer)).ids
+    codes = quantizer.token_codes(ids)
+    groups = torch.arange(ids.shape[1]) % quantizer.num_groups
+    torch.testing.assert_close(codes, quantizer.all_codes()[groups, ids], rtol=0, atol=1e-6)
+    assert torch.equal(quantizer.combine(codes, layout), quantizer.lookup(ids, layout))
+    ids[0, :4] = -1
+    assert not quantizer.token_codes(ids)[0, :4].any()
+    assert torch.equal(quantizer.combine(quantizer.token_codes(ids), layout), quantizer.lookup(ids, layout))
+    codes.requires_grad_()
+    combined = quantizer.combine(codes, layout)
+    (combined * torch.randn_like(combined)).sum().backward()
+    assert codes.grad is not None
+    assert codes.grad.abs().sum(-1).bool().all()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_ids_outside_the_codebook_are_rejected(name: str) -> None:
     quantizer = make(name)
     layout = quantizer.layout(3, 5)

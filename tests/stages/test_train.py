@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from stages import recipe
 from stages.evaluate import evaluate
-from stages.train import train
+from stages.train import codebook_settings, train
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
+from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqConfig
 from vqpipe.training.callbacks import Callback, RunReport, read_metrics
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
@@ -254,6 +255,49 @@ def test_codebook_of_another_shape_is_refused_before_images_are_read(
     with pytest.raises(ConfigError, match=message):
         train(["nowhere"], tmp_path / "lc", tmp_path / "codebook.npy", preset="smoke", overrides=overrides)
     assert [path.name for path in tmp_path.iterdir()] == ["codebook.npy"]
+
+
+def test_codebook_replaces_the_sizes_of_the_preset(go: Any, tmp_path: Path) -> None:
+    codes = np.random.default_rng(0).standard_normal((37, 6), np.float32)
+    np.save(tmp_path / "codebook.npy", codes)
+    settings = [setting for setting in SETTINGS if "quantizer" not in setting]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "SETTINGS", settings)
+        made = go("lc", steps=2, codebook=tmp_path / "codebook.npy")  # preset smoke: 1000 codes of 64 channels
+        again = go("lc", steps=2, codebook=tmp_path / "codebook.npy", set=["model.quantizer.codebook_size=37"])
+    assert again.digest == made.digest
+    assert made.facts["codebook_size"] == 37
+    quantizer = made.manifest.config["model"]["quantizer"]
+    assert (quantizer["codebook_size"], quantizer["feature_dim"], quantizer["code_dim"]) == (37, 6, 8)
+    assert "37 codes" in (made.path / "README.md").read_text()
+    page = (made.path / "report.html").read_text()
+    assert "37 codes" in page
+    assert "1,000 codes" not in page
+    assert np.array_equal(load_file(made.file("model.safetensors"))["quantizer.codes"], codes)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "sizes"),
+    [
+        (LcConfig(codebook_size=9), {"codebook_size": 12, "feature_dim": 6}),
+        (
+            LcConfig(codebook_size=9, code_dim=8, feature_dim=8, projector="none"),
+            {"codebook_size": 12, "feature_dim": 6, "code_dim": 6},
+        ),
+        (
+            MultiGroupConfig(num_groups=2, group=LcConfig(codebook_size=9)),
+            {"group.codebook_size": 12, "group.feature_dim": 6},
+        ),
+        (
+            MultiGroupConfig(num_groups=2, group=LcConfig(codebook_size=6)),  # concatenated
+            {"group.codebook_size": 6, "group.feature_dim": 6},
+        ),
+        (VqConfig(codebook_size=9, code_dim=4), {}),
+    ],
+)
+def test_settings_that_follow_from_a_codebook(quantizer: QuantizerConfig, sizes: dict[str, int]) -> None:
+    expected = [f"model.quantizer.{name}={value}" for name, value in sizes.items()]
+    assert codebook_settings(quantizer, 12, 6) == expected
 
 
 def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:

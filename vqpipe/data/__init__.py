@@ -10,6 +10,28 @@ batches     OrderedBatches (in order) and TrainingStream (endless, shuffled); th
 encode      images to shards of arrays (tokens, latents, features): decoding, encoding and writing at the same time
 tokens, latents  the shards of tokens and of latents
 examples    tokens and latents as training data of a generator
+streams     tokens and images for training loops of others: TokenDataset, TokenStream, ImageStream
 manifests   the files of data_manifests/, and a local copy of a data set as they describe it
 prepare     a data set packed into tars
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqpipe.data.images import open_images
+    from vqpipe.data.streams import ImageStream, TokenDataset, TokenStream
+
+__all__ = ["ImageStream", "TokenDataset", "TokenStream", "open_images"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names, which need torch, on first use."""
+    if name == "open_images":
+        from vqpipe.data.images import open_images
+
+        return open_images
+    if name in __all__:
+        from vqpipe.data import streams
+
+        return getattr(streams, name)
+    raise AttributeError(f"module 'vqpipe.data' has no attribute {name!r}")

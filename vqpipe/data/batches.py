@@ -16,13 +16,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vqpipe.data import remote
 from vqpipe.data.images import ImageSet
@@ -278,14 +279,15 @@ class TrainingStream:
             else Shuffle(len(images), **options)
         )
 
-    def from_sample(self, images_seen: int) -> Iterator[Batch]:
-        """Yield this rank's batches from global position `images_seen` on, without reading the images before.
+    def from_sample(self, images_seen: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Yield this rank's batches from global position `images_seen` on, without reading the images before: all, or
+        the batches `first`, `first + step`, ...
 
         Raises:
             DataError: TRIES draws for one sample gave no image; a worker process was killed or timed out.
         """
         dataset = TrainingImages(self.images, self.config, self.seed)
-        work = self.shuffle.batches(images_seen)
+        work = islice(self.shuffle.batches(images_seen), first, None, step)
         for batch, skipped in through_workers(dataset, work, self.config.num_workers, self.config.worker_timeout):
             batch.skipped = skipped
             yield with_keys(batch, self.images)
@@ -418,7 +420,7 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
             num_workers=num_workers,
             collate_fn=identity,  # else torch converts arrays and numbers to tensors
             worker_init_fn=partial(start_worker, abandoned),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=get_worker_info() is None and torch.cuda.is_available(),  # not in a worker of a user's loader
             timeout=timeout if num_workers else 0,
         )
         results = iter(loader)

@@ -9,6 +9,7 @@ B images of a batch, N ids per image, R rows (one per image, two where horizonta
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -292,9 +293,10 @@ class ExampleStream:
         """The first so many views are drawn from."""
         self.shuffle = Shuffle(len(examples), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
 
-    def from_sample(self, images_seen: int) -> Iterator[ExampleBatch]:
-        """Yield this rank's batches from global position `images_seen` on, without reading the examples before."""
-        for samples in self.shuffle.batches(images_seen):
+    def from_sample(self, images_seen: int, first: int = 0, step: int = 1) -> Iterator[ExampleBatch]:
+        """Yield this rank's batches from global position `images_seen` on, without reading the examples before: all, or
+        the batches `first`, `first + step`, ..."""
+        for samples in islice(self.shuffle.batches(images_seen), first, None, step):
             images = [image for _, image in samples]
             yield read_batch(self.examples, images, [self.view(epoch, image) for epoch, image in samples])
 

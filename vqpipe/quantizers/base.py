@@ -48,14 +48,15 @@ class TokenLayout:
         return sum(height * width for height, width in self.grids) * self.num_groups
 
     def split(self, ids: Tensor) -> list[Tensor]:
-        """Split int64[B, num_tokens] into one int64[B, h, w, G] per grid.
+        """Split int64[B, num_tokens] into one int64[B, h, w, G] per grid, or codes [B, num_tokens, C] in the same way.
 
         Raises:
             DataError: there are not `num_tokens` ids per image.
         """
-        if ids.ndim != 2 or ids.shape[1] != self.num_tokens:
+        if ids.ndim not in (2, 3) or ids.shape[1] != self.num_tokens:
+            what, channels = ("ids", "") if ids.ndim != 3 else ("codes", ", channels")
             raise DataError(
-                f"ids of shape {list(ids.shape)} where [images, {self.num_tokens}] is expected",
+                f"{what} of shape {list(ids.shape)} where [images, {self.num_tokens}{channels}] is expected",
                 f"The layout is grids {list(map(list, self.grids))} with {self.num_groups} group(s)",
             )
         sizes = [height * width * self.num_groups for height, width in self.grids]
@@ -117,12 +118,32 @@ class Quantizer(nn.Module, ABC):
         """
 
     @abstractmethod
+    def token_codes(self, ids: Tensor) -> Tensor:
+        """The code of each id, float32[B, N, C / G] of int64[B, N] in the order of a layout; a negative id gives zeros.
+
+        (`residual` and `multi_scale` sum their codes: each has all C channels.)
+
+        Raises:
+            DataError: an id is not below `codebook_size`.
+        """
+
+    def combine(self, codes: Tensor, layout: TokenLayout) -> Tensor:
+        """The codes of the positions, float32[B, C, h, w], from those of the ids, float32[B, N, C / G], with gradient.
+
+        Default: the codes of the groups of a position are concatenated.
+        """
+        (grid,) = layout.split(codes)
+        return grid.flatten(3).permute(0, 3, 1, 2).contiguous()
+
     def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
         """Return the codes float32[B, C, h, w] of int64[B, N]; a negative id gives the zero vector.
 
         Raises:
             DataError: an id is not below `codebook_size`, or the ids do not fit the layout.
         """
+        layout.split(ids)  # raises
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.combine(self.token_codes(ids), layout)
 
     def layout(self, height: int, width: int) -> TokenLayout:
         """The order of the ids of a latent of `height` x `width` positions."""
@@ -239,12 +260,9 @@ class CodebookQuantizer(Quantizer):
             "codebook": F.mse_loss(codes, latent.detach()),
         }
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
+    def token_codes(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.codebook_size)
-        (grid,) = layout.split(ids)
-        with torch.autocast(ids.device.type, enabled=False):
-            codes = self.embed(grid.clamp(min=0)) * (grid >= 0).unsqueeze(-1)
-        return codes.squeeze(3).permute(0, 3, 1, 2).contiguous()
+        return self.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
 
 
 class GridQuantizer(Quantizer):
@@ -264,18 +282,24 @@ class GridQuantizer(Quantizer):
         with torch.autocast(latent.device.type, enabled=False):
             return self.quantize(latent.float())
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
+    def token_codes(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.codebook_size)
-        (grid,) = layout.split(ids)
-        missing = (grid < 0).repeat_interleave(self.latent_dim // self.num_groups, dim=-1)
-        return self.embed(grid).masked_fill(missing, 0.0).permute(0, 3, 1, 2).contiguous()
+        groups = ids.unflatten(1, (-1, self.num_groups))
+        codes = self.embed(groups).unflatten(2, (self.num_groups, -1)).flatten(1, 2)
+        return codes.masked_fill((ids < 0).unsqueeze(-1), 0.0)
 
     def all_codes(self) -> Tensor:
         return self.embed(torch.arange(self.codebook_size)[:, None])[None]
 
 
 def check_ids(ids: Tensor, codebook_size: int) -> None:
-    """Raise a DataError if an id is not below `codebook_size`; negative ids are allowed."""
+    """Raise a DataError if an id is not below `codebook_size`; negative ids are allowed.
+
+    In a graph of torch.compile, a value is checked by an assertion, which raises a RuntimeError.
+    """
+    if torch.compiler.is_compiling():
+        assert (ids < codebook_size).all(), "an id is outside the codebook"
+        return
     if ids.numel() and int(ids.max()) >= codebook_size:
         raise DataError(
             f"id {int(ids.max())} is outside a codebook of {codebook_size} codes",
@@ -284,7 +308,13 @@ def check_ids(ids: Tensor, codebook_size: int) -> None:
 
 
 def check_finite(latent: Tensor) -> None:
-    """Raise a NumericError if the latent contains NaN or infinity, which signs and rounding would hide."""
+    """Raise a NumericError if the latent contains NaN or infinity, which signs and rounding would hide.
+
+    In a graph of torch.compile this is an assertion, which raises a RuntimeError.
+    """
+    if torch.compiler.is_compiling():
+        assert latent.isfinite().all(), "the latent contains NaN or infinity"
+        return
     if not bool(latent.isfinite().all()):
         raise NumericError(
             "the latent contains NaN or infinity",

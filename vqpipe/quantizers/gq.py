@@ -20,7 +20,6 @@ from vqpipe.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerConfig,
-    TokenLayout,
     check_finite,
     check_ids,
     straight_through,
@@ -154,12 +153,9 @@ class GaussianQuantizer(Quantizer):
         high = moved.new_tensor([math.inf, WEIGHT_RANGE[1], 1.0])
         self.weights.copy_(torch.minimum(torch.maximum(moved, low), high))
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
+    def token_codes(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.codebook_size)
-        (grid,) = layout.split(ids)
-        codes = self.codes[grid.clamp(min=0)] * (grid >= 0).unsqueeze(-1)
-        codes = codes.squeeze(3).permute(0, 3, 1, 2)
-        return torch.cat([codes, torch.zeros_like(codes)], dim=1)
+        return self.codebook()[ids.clamp(min=0)] * (ids >= 0).unsqueeze(-1)
 
     def codebook(self) -> Tensor:
         return torch.cat([self.codes, torch.zeros_like(self.codes)], dim=1)

@@ -90,12 +90,13 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         return super().search_input(latent)
 
     def raw_codebook(self) -> Tensor:
-        """The projected codes, float32[K, C], without gradient; cached while the weights are frozen.
+        """The projected codes, float32[K, C], without gradient; cached while the weights are frozen, but projected in
+        every call of a graph of torch.compile.
 
         Raises:
             ConfigError: no codebook has been loaded.
         """
-        if not self.frozen:
+        if not self.frozen or torch.compiler.is_compiling():
             return self.project_all()
         state = self.weights_state()
         if self.projected is None or self.projected[0] != state:
@@ -113,6 +114,8 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         return torch.cat([self.project(features) for features in self.codes.split(CODES_PER_CHUNK)])
 
     def raw_embed(self, ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.project(self.codes[ids])
         if self.frozen:
             return self.raw_codebook()[ids]
         selected, inverse = ids.unique(return_inverse=True)
@@ -164,6 +167,8 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         return (*versions, *(tensor.data_ptr() for tensor in tensors))
 
     def check_loaded(self) -> None:
+        if torch.compiler.is_compiling():
+            return  # the search then finds codes that are NaN
         if bool(self.codes[0, 0].isnan()):
             raise ConfigError(
                 "the lc quantizer has no codebook yet",

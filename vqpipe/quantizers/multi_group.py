@@ -17,7 +17,6 @@ from vqpipe.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerConfig,
-    TokenLayout,
     build_quantizer,
     to_rows,
 )
@@ -121,11 +120,10 @@ class MultiGroupQuantizer(Quantizer):
         uniform = torch.rand(batch_size if self.masking == "sample" else 1)
         return num_kept_of(uniform, self.keep_probabilities).expand(batch_size)
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
-        (grid,) = layout.split(ids)
-        one_group = TokenLayout(layout.grids)
-        parts = zip(self.quantizers(), grid.unbind(-1), strict=True)
-        return torch.cat([group.lookup(part.flatten(1), one_group) for group, part in parts], dim=1)
+    def token_codes(self, ids: Tensor) -> Tensor:
+        by_group = ids.unflatten(1, (-1, self.num_groups)).unbind(-1)
+        parts = zip(self.quantizers(), by_group, strict=True)
+        return torch.stack([group.token_codes(part) for group, part in parts], dim=2).flatten(1, 2)
 
     def update(self, latent: Tensor, ids: Tensor) -> None:
         by_group = ids.unflatten(1, (-1, self.num_groups)).unbind(-1)
@@ -172,7 +170,7 @@ def quantize_masked(group: Quantizer, latent: Tensor, kept: Tensor, ids: Tensor 
     Args:
         ids: the ids of the group, int64[B, h * w], if already searched.
     """
-    if kept.all():
+    if not group.training or kept.all():  # nothing is masked in evaluation; torch.compile cannot read `kept`
         return quantize(group, latent, ids)
     index = kept.nonzero().flatten().to(latent.device, non_blocking=True)
     codes = torch.zeros_like(latent, dtype=torch.float32)

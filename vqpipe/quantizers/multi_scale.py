@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, TokenLayout, check_ids, straight_through, to_rows
+from vqpipe.quantizers.base import CodebookConfig, Quantized, TokenLayout, straight_through, to_rows
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
 
@@ -104,18 +104,17 @@ class MultiScaleQuantizer(VectorQuantizer):
                     check=not self.training,
                 )
                 ids.append(nearest_ids.view(len(latent), *grid))
-                codes = self.upsample(ids[-1], scale, layout)
+                codes = self.upsample(self.embed(ids[-1]), scale, layout)
                 residual, total = residual - codes.detach(), total + codes
                 terms.append(self.losses(latent, total))
             losses = {name: torch.stack([term[name] for term in terms]).mean() for name in self.loss_names}
             return Quantized(straight_through(latent, total), layout.join(ids), losses)
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
-        check_ids(ids, self.codebook_size)
-        total = torch.zeros(len(ids), self.latent_dim, *layout.grids[-1], device=ids.device)
-        with torch.autocast(ids.device.type, enabled=False):
-            for scale, grid in enumerate(layout.split(ids)):
-                total = total + self.upsample(grid.squeeze(-1), scale, layout)
+    def combine(self, codes: Tensor, layout: TokenLayout) -> Tensor:
+        """The sum of the upsampled scales; a scale of an image whose codes are all zero adds zero."""
+        total = torch.zeros(len(codes), self.latent_dim, *layout.grids[-1], device=codes.device)
+        for scale, grid in enumerate(layout.split(codes)):
+            total = total + self.upsample(grid.squeeze(3), scale, layout)
         return total
 
     @torch.no_grad()
@@ -126,16 +125,16 @@ class MultiScaleQuantizer(VectorQuantizer):
             nn.init.dirac_(weight)
         self.phi_biases.zero_()
 
-    def upsample(self, ids: Tensor, scale: int, layout: TokenLayout) -> Tensor:
-        """Return the summand float32[B, C, h, w] of one scale from its ids int64[B, h_s, w_s]."""
-        valid = (ids >= 0).unsqueeze(1)
-        codes = self.embed(ids.clamp(min=0)).permute(0, 3, 1, 2).contiguous() * valid
-        if ids.shape[1:] != layout.grids[-1]:
+    def upsample(self, codes: Tensor, scale: int, layout: TokenLayout) -> Tensor:
+        """Return the summand float32[B, C, h, w] of one scale from its codes float32[B, h_s, w_s, C]."""
+        given = codes.any(dim=3).any(dim=2).any(dim=1)
+        codes = codes.permute(0, 3, 1, 2).contiguous()
+        if codes.shape[2:] != layout.grids[-1]:
             codes = F.interpolate(codes, layout.grids[-1], mode="bicubic")
         phi = phi_index(scale, len(layout.grids), len(self.phi_weights))
         with full_float32_convolution():
             convolved = F.conv2d(codes, self.phi_weights[phi], self.phi_biases[phi], padding=1)
-        return codes.lerp(convolved, self.phi_ratio) * valid.any(dim=(2, 3), keepdim=True)
+        return codes.lerp(convolved, self.phi_ratio) * given.view(-1, 1, 1, 1)
 
 
 def phi_index(scale: int, num_scales: int, num_phis: int) -> int:

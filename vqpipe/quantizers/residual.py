@@ -103,12 +103,18 @@ class ResidualQuantizer(Quantizer):
                 {"commitment": torch.stack(losses).mean()},
             )
 
-    def lookup(self, ids: Tensor, layout: TokenLayout) -> Tensor:
+    def token_codes(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.codebook_size)
-        (grid,) = layout.split(ids)
-        total = torch.zeros(*grid.shape[:3], self.latent_dim, device=ids.device)
-        for quantizer, depth_ids in zip(self.per_depth(), grid.unbind(-1), strict=True):
-            total = total + embed_valid(quantizer, depth_ids)
+        by_depth = ids.unflatten(1, (-1, self.depth)).unbind(-1)
+        parts = zip(self.per_depth(), by_depth, strict=True)
+        return torch.stack([embed_valid(quantizer, part) for quantizer, part in parts], dim=2).flatten(1, 2)
+
+    def combine(self, codes: Tensor, layout: TokenLayout) -> Tensor:
+        """The sum of the codes of a position, depth by depth."""
+        (grid,) = layout.split(codes)
+        total = torch.zeros_like(grid[:, :, :, 0])
+        for depth_codes in grid.unbind(3):
+            total = total + depth_codes
         return total.permute(0, 3, 1, 2).contiguous()
 
     @torch.no_grad()

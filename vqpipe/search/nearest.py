@@ -63,10 +63,23 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: boo
         raise ConfigError(f"unknown metric {metric!r}", 'Use "l2" or "cosine"')
     check_shapes(vectors, codes)
     vectors, codes = vectors.detach(), codes.detach()
+    if torch.compiler.is_compiling():
+        return nearest_operator(vectors, codes, metric, check)
     with torch.autocast(vectors.device.type, enabled=False):
         if vectors.ndim == 3:
             return nearest_of_groups(vectors.float(), codes.float(), metric, check)
         return nearest_of_groups(vectors.float()[None], codes.float()[None], metric, check)[0]
+
+
+@torch.library.custom_op("vqpipe::nearest", mutates_args=())
+def nearest_operator(vectors: Tensor, codes: Tensor, metric: str, check: bool) -> Tensor:
+    """`nearest` as one operator in a graph of torch.compile, which cannot trace faiss, NumPy and Triton kernels."""
+    return nearest(vectors, codes, metric, check=check)  # type: ignore[arg-type]  # operators take no Literal
+
+
+@nearest_operator.register_fake
+def _(vectors: Tensor, codes: Tensor, metric: str, check: bool) -> Tensor:
+    return torch.empty(vectors.shape[:-1], dtype=torch.int64, device=vectors.device)
 
 
 def engine_name(device: torch.device) -> Engine:
