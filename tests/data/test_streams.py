@@ -19,7 +19,7 @@ from vqpipe.data import ImageStream, TokenDataset, TokenStream
 from vqpipe.data.examples import ExampleStream
 from vqpipe.data.streams import Stream
 from vqpipe.data.tokens import write_token_file
-from vqpipe.errors import ArtifactError, ConfigError
+from vqpipe.errors import ArtifactError, ConfigError, DataError
 
 NUM, TOKENS = 10, 6
 
@@ -157,10 +157,13 @@ def test_batches_do_not_depend_on_ranks_workers_and_resuming(make: Callable[...,
 
 def test_image_stream_crops_and_counts(pictures: Path) -> None:
     (pictures / "class-0" / "0.png").write_bytes(b"no image")
-    stream = ImageStream(pictures, image_size=16, seed=0, batch_size=NUM, crop="center", flip=False)
+    options: dict[str, Any] = {"image_size": 16, "seed": 0, "batch_size": NUM, "crop": "center", "flip": False}
+    stream = ImageStream(pictures, max_skipped=0.5, **options)
     (batch,) = take(stream, 1)
     assert (batch["image"].dtype, tuple(batch["image"].shape)) == (torch.uint8, (NUM, 3, 16, 16))
     assert set(batch["label"].tolist()) == {0, 1}
     assert stream.skipped == {"not-an-image": 1}
+    with pytest.raises(DataError, match=r"at least 1 of .* class-0/0 of"):
+        take(ImageStream(pictures, **options), 1)
     with pytest.raises(ConfigError, match=r"unknown key data\.flop"):
         ImageStream(pictures, image_size=16, seed=0, batch_size=2, flop=False)

@@ -14,6 +14,7 @@ B images of a batch on this rank, N ids per image, S the side of a crop.
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vqpipe.config import from_table
 from vqpipe.data.batches import TrainingStream
 from vqpipe.data.examples import ExampleStream, TokenSet
 from vqpipe.data.images import ImageSet, open_images
+from vqpipe.data.skipped import Skipped
 from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ConfigError
 
@@ -205,12 +207,16 @@ class ImageStream(Stream):
         table = {"num_workers": 0, **settings, "image_size": image_size}
         image_set = images if isinstance(images, ImageSet) else open_images(images)
         self.stream = TrainingStream(image_set, from_table(DataConfig, table, "data"), **self.options)
+        self.unusable = Skipped(image_set, len(image_set), {})
 
     @property
     def skipped(self) -> dict[str, int]:
-        """reason -> count of the images that this process has replaced in the current iteration."""
-        return self.stream.skipped
+        """reason -> count of the images that this process has found unusable, and replaced."""
+        return self.unusable.counts()
 
     def batches(self, images_seen: int, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         for batch in self.stream.from_sample(images_seen, worker, workers):
+            if batch.skipped:
+                self.unusable = replace(self.unusable, reasons={**self.unusable.reasons, **batch.skipped})
+                self.unusable.check(self.stream.config.max_skipped, None, so_far=True)
             yield {"image": batch.images, "label": batch.labels, "key": batch.keys}
