@@ -52,7 +52,7 @@ def fetch_url(url: Url, by_hand: str, progress: Progress) -> Path:
     target, partial = folder / url.path, folder / f"{url.path}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
+        with (folder / ".lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be downloading it
             if not target.is_file():
                 Download(url, partial, progress).run(by_hand)
