@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from vqpipe.errors import WeightsError
+from vqpipe.files import valid_text
 
 LPIPS_BACKBONES = {
     "alex": ("alexnet-owt-7be5be79.pth", "torchvision's AlexNet, ImageNet weights"),
@@ -50,6 +51,8 @@ def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, 
     allowed: list[Any] = [(placeholder, name) for name, placeholder in (placeholders or {}).items()]
     try:
         if path.suffix == ".safetensors":
+            if valid_text(str(path)) != str(path):  # load_file takes only paths that are UTF-8
+                return load(path.read_bytes())
             return load_file(path)
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual pickle protocols
