@@ -24,7 +24,7 @@ from rich.text import Text
 
 from stages import signals
 from vqpipe import data, distributed, files
-from vqpipe.artifacts import Artifact
+from vqpipe.artifacts import Artifact, check_out
 from vqpipe.data.images import ImageSet, KeyPrefix
 from vqpipe.errors import printable
 from vqpipe.reports import page
@@ -34,11 +34,15 @@ PLAIN_SECONDS = 10.0
 LOG_WIDTH = 200
 """Columns of a table where stderr is not a terminal."""
 
+
+def out_path(path: Path) -> Path:
+    """The value of --out."""
+    return check_out(files.with_final_name(path))
+
+
 Out = Annotated[
     Path,
-    typer.Option(
-        "--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=files.with_final_name
-    ),
+    typer.Option("--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=out_path),
 ]
 DEVICE_NAMES = "auto|cpu|cuda|cuda:N|mps"
 

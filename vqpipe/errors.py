@@ -13,12 +13,14 @@ Each class has a `sysexit_code`, a number of BSD's sysexits.h, which status.json
 code of a command is 1 for all of them.
 """
 
+import unicodedata
+
 
 def printable(text: str) -> str:
     """`text` with control characters and undecodable bytes, as of file names, escaped for a terminal."""
     return "".join(
         letter
-        if letter.isprintable() or letter == "\N{NO-BREAK SPACE}"
+        if letter.isprintable() or unicodedata.category(letter) == "Zs"
         else f"\\x{ord(letter) - 0xDC00:02x}"
         if "\udc80" <= letter <= "\udcff"
         else letter.encode("unicode_escape").decode()

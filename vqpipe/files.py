@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,11 @@ def valid_text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a path can be stored in JSON and printed on a line: UTF-8, without control characters."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in str(path))
+
+
 def with_final_name(path: Path) -> Path:
     """The path; "." and "..", which have no name to append ".partial" to, are resolved."""
     return path.resolve() if path.name in ("", "..") else path
@@ -72,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def copy_read_permission(path: Path) -> None:

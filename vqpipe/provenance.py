@@ -13,10 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vqpipe.files import valid_text
+
 
 def provenance(world_size: int) -> dict[str, Any]:
     """Versions, git commit, hardware, world size and command of this process."""
-    command = [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])]
+    words = (Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:]))
+    command = [valid_text(word) for word in words]
     return {**environment(world_size), "git": git_commit(), "command": command}
 
 
@@ -27,7 +30,7 @@ def without_secrets(word: str) -> str:
 
 def command_again() -> str:
     """The command line of this process, to copy and run again, with `--out DIR` as a placeholder."""
-    words = ["vqpipe", *sys.argv[1:]]
+    words = ["vqpipe", *map(valid_text, sys.argv[1:])]
     for place, word in enumerate(words):
         if word.startswith("--out="):
             words[place] = "--out=DIR"

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from vqpipe.errors import WeightsError
 from vqpipe.file_kinds import explain, kind_of_file
+from vqpipe.files import valid_text
 
 LpipsNet = Literal["alex", "vgg", "squeeze"]
 LPIPS_BACKBONES: dict[LpipsNet, tuple[str, str]] = {
@@ -59,6 +60,8 @@ def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, 
     allowed: list[Any] = [(placeholder, name) for name, placeholder in (placeholders or {}).items()]
     try:
         if kind == "safetensors" or (kind == "unknown" and path.suffix == ".safetensors"):
+            if valid_text(str(path)) != str(path):  # load_file takes only paths that are UTF-8
+                return load(path.read_bytes())
             return load_file(path)
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual pickle protocols

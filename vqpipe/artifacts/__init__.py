@@ -14,6 +14,6 @@ never overwritten; and an interrupted run resumes at its first missing file when
 """
 
 from vqpipe.artifacts.artifact import Artifact, Input, Manifest, open_artifact
-from vqpipe.artifacts.draft import Draft, start
+from vqpipe.artifacts.draft import Draft, check_out, start
 
-__all__ = ["Artifact", "Draft", "Input", "Manifest", "open_artifact", "start"]
+__all__ = ["Artifact", "Draft", "Input", "Manifest", "check_out", "open_artifact", "start"]

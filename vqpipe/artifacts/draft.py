@@ -43,6 +43,7 @@ from vqpipe.files import (
     disk_errors,
     flush_to_disk,
     hash_file,
+    is_plain,
     write_json,
 )
 from vqpipe.provenance import environment, now, provenance
@@ -79,6 +80,7 @@ def start(
             another process is writing it.
     """
     out = Path(out)
+    check_out(out, option)
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
     draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()}, option, tolerance)
@@ -87,6 +89,13 @@ def start(
         return open_artifact(out, kind)
     draft.request = begun
     return draft
+
+
+def check_out(out: Path, option: str = "--out") -> Path:
+    """Return `out`; an ArtifactError if its name cannot be stored in manifests and printed on a line."""
+    if not is_plain(out):
+        raise ArtifactError(f"{option} {out} is not UTF-8, or has control characters", "Choose another name")
+    return out
 
 
 class Draft:
@@ -270,7 +279,7 @@ class Draft:
         """Write `content` as a JSON file, as `write`."""
         with self.write(name) as path:
             text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8")
+            path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     def record_existing(self, name: str, **record: Any) -> None:
         """Record a file that is in the draft already (a log that grew during the run)."""
