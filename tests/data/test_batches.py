@@ -229,7 +229,9 @@ def test_a_bad_replacement_is_named_too(with_bad: ImageSet, tmp_path: Path) -> N
 def test_no_usable_training_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"not a jpeg")
     stream = TrainingStream(open_images([tmp_path]), config(), seed=0, batch_size=1)
-    with pytest.raises(DataError, match=r"256 images drawn one after another cannot be used, such as a of .* \(not-an-"):
+    with pytest.raises(
+        DataError, match=r"256 images drawn one after another cannot be used, such as a of .* \(not-an-"
+    ):
         next(stream.from_sample(0))
 
 

@@ -70,7 +70,9 @@ def encode_images(
             np.save(file, shard.rows)
 
     with draft:
-        job = EncodingJob(draft, images, "{}.npy", shard_size=10, title="encode", max_skipped=max_skipped, progress=progress)
+        job = EncodingJob(
+            draft, images, "{}.npy", shard_size=10, title="encode", max_skipped=max_skipped, progress=progress
+        )
         job.run(
             encode,
             write,

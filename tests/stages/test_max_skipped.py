@@ -86,7 +86,9 @@ def test_the_option_that_the_message_names_continues_with_what_is_written(
     with pytest.raises(ArtifactError, match="is not finished"):
         open_artifact(partial.with_suffix(""))
 
-    named = re.match(r"Raise (--max-skipped|--set \S+): the same command continues .* another --out", refused.value.hint)
+    named = re.match(
+        r"Raise (--max-skipped|--set \S+): the same command continues .* another --\w+", refused.value.hint
+    )
     assert named is not None
     setting = named[1].removeprefix("--set ")
 
@@ -103,19 +105,25 @@ def test_the_option_that_the_message_names_continues_with_what_is_written(
     made.verify()
     assert pq.read_table(made.file("skipped.parquet")).to_pylist() == [row]
     assert made.facts.get("skipped", {"not-an-image": 1}) == {"not-an-image": 1}
-    (tolerance,) = (table["max_skipped"] for table in (made.config, made.config.get("data", {})) if "max_skipped" in table)
+    (tolerance,) = (
+        table["max_skipped"] for table in (made.config, made.config.get("data", {})) if "max_skipped" in table
+    )
     assert tolerance == 0.1
 
     run(allow(0.2))
     assert "already published" in capsys.readouterr().err or command == "latents"
     (picture_folder / "drawn-3.png").unlink()
-    with pytest.raises(ArtifactError, match=r"a file of pictures was .*\. Choose another --\w+, or restore those files"):
+    with pytest.raises(
+        ArtifactError, match=r"a file of pictures was .*\. Choose another --\w+, or restore those files"
+    ):
         run(allow(0.1))
 
 
 def test_set_of_a_section_that_the_command_does_not_read_is_an_error(tmp_path: Path) -> None:
     def refused(section: str, reads: str) -> Any:
-        return pytest.raises(ConfigError, match=rf"--set {section}.*: this command does not read .* It reads {reads}\.$")
+        return pytest.raises(
+            ConfigError, match=rf"--set {section}.*: this command does not read .* It reads {reads}\.$"
+        )
 
     images = ["builtin:photos"]
     with refused("data.max_skipped=0.1", r"\[features\]"):
