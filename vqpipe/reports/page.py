@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from vqpipe.files import valid_text
+
 FILE_SIZE = "\0file size\0"
 """Placeholder of the file's own size."""
 
@@ -178,7 +180,7 @@ class ReportPage:
 
 def render(report: ReportPage) -> str:
     """The page as one HTML document, with its own size in the footer."""
-    html = template().render(report=report, file_size=FILE_SIZE).lstrip()
+    html = valid_text(template().render(report=report, file_size=FILE_SIZE).lstrip())
     return html.replace(FILE_SIZE, megabytes(len(html.encode())))
 
 
