@@ -12,7 +12,7 @@ import typer
 
 from stages import console
 from stages.console import UnusedDevice, UnusedSeed
-from vqpipe import artifacts, distributed, downloads, files, zoo
+from vqpipe import artifacts, distributed, downloads, zoo
 from vqpipe.artifacts import Artifact
 from vqpipe.codebooks.codebook import codebook_input, load_codebook
 from vqpipe.config import nearest_name
@@ -39,7 +39,7 @@ OptionalOut = Annotated[
         "--out",
         help="The artifact to publish; never overwritten. Required without --dry-run.",
         metavar="DIR",
-        callback=lambda path: None if path is None else files.with_final_name(path),
+        callback=lambda path: None if path is None else console.out_path(path),
     ),
 ]
 FamilyName = Annotated[

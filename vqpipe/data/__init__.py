@@ -3,6 +3,7 @@
 images      `open_images`: every form of `--images` as one ordered ImageSet of several sources
 sources     the interface of a source of images, and what the sources share
 folders     a source: folders of image files
+label_lists lists of labels and classes in a folder
 tars        a source: tar shards in WebDataset's layout, read and written
 photos      a source: the built-in photographs
 transforms  the only conversions between bytes, uint8 pixels and floats; the crops of evaluation protocols
