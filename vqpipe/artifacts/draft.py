@@ -84,10 +84,9 @@ def start(
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
     draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()}, option, tolerance)
-    begun = distributed.on_main(draft.prepare)
-    if begun is None:
+    if distributed.on_main(draft.prepare):
         return open_artifact(out, kind)
-    draft.request = begun
+    draft.request = distributed.broadcast_object(draft.request)
     return draft
 
 
@@ -136,55 +135,52 @@ class Draft:
         files = (path for path in self.path.rglob("*") if path.is_file())
         return any(path.name not in own and not path.name.endswith(f"-{STATUS}") for path in files)
 
-    def prepare(self) -> str | None:
-        """On rank 0: take the lock and check the request. Returns the digest of the request that the draft was begun
-        with; None if the artifact is published already."""
+    def prepare(self) -> bool:
+        """On rank 0: take the lock and check the request. True if the artifact is published already."""
         with disk_errors(self.path):
             if self.out.exists() or self.out.is_symlink():
-                self.check_published()
-                return None
+                return self.check_published()
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".records").mkdir(exist_ok=True)
             self.lock.acquire()
         try:
             if self.out.exists():  # another process published it after the check above
                 shutil.rmtree(self.path, ignore_errors=True)
-                self.check_published()
-                begun = None
+                published = self.check_published()
             else:
                 with disk_errors(self.path):
-                    begun = self.resume()
+                    published = self.resume()
         except BaseException:
             self.lock.release()
             raise
-        if begun is None:
+        if published:
             self.lock.release()
-        return begun
+        return published
 
-    def resume(self) -> str | None:
-        """Delete leftovers of an earlier run and check its request, whose digest is returned. None if only the last
-        rename was missing."""
+    def resume(self) -> bool:
+        """Delete leftovers of an earlier run and check its request. True if only the last rename was missing."""
         (self.path / STATUS).unlink(missing_ok=True)
         for leftover in self.path.rglob(".writing-*"):
             leftover.unlink()
         try:
             found = open_artifact(self.path).manifest  # killed between the manifest and the rename that publishes
         except ArtifactError:
-            begun = self.check_request()
+            self.check_request()
             self.record_environment()
-            return begun
+            return False
         self.check_same(found, self.path)
         self.delete_unrecorded(found.files)
         self.move_into_place()
-        return None
+        return True
 
-    def check_published(self) -> None:
-        """Raise an ArtifactError unless `out` was made with this request."""
+    def check_published(self) -> bool:
+        """True if `out` was made with this request; otherwise raise an ArtifactError."""
         if not (self.out / "manifest.json").is_file():
             raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", f"Choose another {self.option}")
         self.check_same(open_artifact(self.out).manifest, self.out)
         with suppress(OSError):  # of a run that was killed right after it published
             (self.out / lock.NAME).unlink(missing_ok=True)
+        return True
 
     def check_same(self, manifest: Manifest, path: Path) -> None:
         """Raise an ArtifactError if the artifact at `path` was made by a different request."""
@@ -213,13 +209,12 @@ class Draft:
             return ""
         return f"a file of {source['name']} was added, removed or changed since, or it is another place"
 
-    def check_request(self) -> str:
-        """Store the request, or raise an ArtifactError if an earlier run stored another one. Returns the digest of the
-        stored one."""
+    def check_request(self) -> None:
+        """Store the request, or raise an ArtifactError if an earlier run stored another one."""
         file = self.path / "request.json"
         if not file.exists():
             write_json(file, self.requested)
-            return digest_json(self.requested)
+            return
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             before, after = compared(stored), compared(self.requested)
@@ -227,7 +222,8 @@ class Draft:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ArtifactError(f"{file} is damaged", f"Delete {self.path} and run again") from None
         if digest_json(before) == digest_json(after):
-            return digest_json(stored)
+            self.request = digest_json(stored)
+            return
         if changed:
             raised = f"; with those files, a larger {self.tolerance} finishes it with what is written"
             raise ArtifactError(

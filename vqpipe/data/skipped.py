@@ -59,18 +59,21 @@ class Skipped:
         return len(self) / max(self.total, 1) > max_skipped  # a product would round: 0.29 x 100 < 29
 
     def check(self, max_skipped: float, draft: Draft | None, *, so_far: bool = False) -> None:
-        """Raise a DataError if more than a share of `max_skipped` cannot be used; the list is in the draft then.
+        """Raise a DataError if more than a share of `max_skipped` cannot be used; the list is in the draft then. Every
+        rank calls it, with the images of all of them.
 
         Args:
             draft: that of the run; None: there is none, and no list.
-            so_far: this rank raises before all images are read, when the number is certain to be too large.
+            so_far: this rank calls it alone, before all images are read: the number is certain to be too large.
         """
         if not self.exceeds(max_skipped):
             return
         listed, hint = "", "Repair or remove them, or raise max_skipped"
         if draft is not None:
-            if so_far or distributed.is_main():
+            if so_far:
                 self.write_beside(draft.path)
+            else:
+                distributed.on_main(lambda: self.write_beside(draft.path))  # torchrun ends it once another rank ended
             listed = f"; all are listed in {draft.path / SKIPPED}"
             hint = (
                 f"Raise {draft.tolerance}: the same command continues with what is written. Or repair or remove them,"
