@@ -69,7 +69,7 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "sqvae": SqvaeConfig(codebook_size=40, code_dim=6),
     "regvq": RegVqConfig(codebook_size=40, code_dim=6),
     "vqbridge": VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2),
-    "vqbridge-features": VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2, feature_dim=12),
+    "vqbridge-features": VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2, frozen_dim=12),
     "simvq": SimVqConfig(codebook_size=40, code_dim=6),
     "ibq": IbqConfig(codebook_size=40, code_dim=6),
     "ibq-normalize": IbqConfig(codebook_size=40, code_dim=6, normalize=True),
@@ -94,8 +94,8 @@ def make(name: str) -> Quantizer:
     if isinstance(config := one_group(EXAMPLES[name]), LcConfig) and config.codebook_init == "artifact":
         quantizer.load_codebook(torch.randn(config.codebook_size, config.feature_dim))
     if isinstance(quantizer, BridgedQuantizer):
-        if quantizer.config_features:
-            quantizer.load_codebook(torch.randn(48, quantizer.config_features))
+        if quantizer.frozen_dim:
+            quantizer.load_codebook(torch.randn(48, quantizer.frozen_dim))
         torch.nn.init.normal_(quantizer.bridge.head.weight)  # all codes start at 0
     return quantizer
 
@@ -112,7 +112,7 @@ def one_group(config: QuantizerConfig) -> QuantizerConfig:
 
 def takes_codebook(config: QuantizerConfig) -> bool:
     """Whether the codes come from a codebook artifact."""
-    return isinstance(config, LcConfig) or (isinstance(config, VqBridgeConfig) and config.feature_dim > 0)
+    return isinstance(config, LcConfig) or (isinstance(config, VqBridgeConfig) and config.frozen_dim > 0)
 
 
 def latent_of(quantizer: Quantizer, height: int = 3, width: int = 5) -> Tensor:
@@ -336,12 +336,11 @@ SIZES = {"codebook_size": 20, "code_dim": 3}
         (FsqConfig, {"levels": (8, 5), "bound": "sigmoid"}, "odd"),
         (BsqConfig, {"code_dim": 18, "bits_per_id": 4}, "divide"),
         (BsqConfig, {"code_dim": 64}, "64 bits"),
-        (LeechConfig, {"codebook_size": 1000}, "196560 codes"),
         (DiveqConfig, SIZES | {"min_hit_rate": 2.0}, "share"),
         (GqConfig, {"code_dim": 0}, "code_dim = 0"),
         (SqvaeConfig, SIZES | {"normalize": True}, "squared distances"),
         (RegVqConfig, SIZES | {"mask_ratio": 1.5}, "mask_ratio"),
-        (VqBridgeConfig, {"codebook_size": 1009}, "patches of 4 x 4"),
+        (VqBridgeConfig, {"codebook_size": 1009, "patch_size": 4}, "patches of 4 x 4"),
         (ResidualConfig, SIZES | {"depth": 0}, "depth = 0"),
         (ResidualConfig, SIZES | {"normalize": True}, "unit vectors"),
         *((MultiScaleConfig, {"scales": scales}, "should grow") for scales in ((), (2, 1), (0, 4), (1, 2, 2))),

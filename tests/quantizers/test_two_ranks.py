@@ -31,8 +31,6 @@ def examples() -> dict[str, dict[str, Any]]:
         if config := getattr(cls, "config_class", None):
             known = {field.name for field in fields(config)}
             tables[config.kind] = {"kind": config.kind} | {key: SMALL[key] for key in SMALL if key in known}
-    tables["leech"] = {"kind": "leech"}  # its sizes are fixed
-    del tables["vqbridge"]["feature_dim"]  # else it needs a codebook
     tables["multi_group"] |= {"group": GROUP, "masking": "batch"}  # so a rank may have no image of a group
     return tables | {"multi_group over lc": {"kind": "multi_group", "num_groups": 2, "group": LC_GROUP}}
 

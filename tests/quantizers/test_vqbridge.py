@@ -50,7 +50,7 @@ def test_codes_are_computed_once_in_evaluation_and_again_after_a_change() -> Non
 
 
 def test_frozen_features_take_the_place_of_the_learned_codes() -> None:
-    quantizer = make(feature_dim=12)
+    quantizer = make(frozen_dim=12)
     with pytest.raises(ConfigError, match="no codebook yet"):
         quantizer(LATENT)
     features = torch.randn(48, 12)
@@ -65,5 +65,7 @@ def test_frozen_features_take_the_place_of_the_learned_codes() -> None:
 def test_grid_is_as_square_as_the_patches_allow() -> None:
     assert grid_of(16_384, 4) == (128, 128)
     assert grid_of(100_000, 5) == (250, 400)
+    sizes = {k: VqBridgeConfig(codebook_size=k).side for k in (1000, 1009, 16_384, 65_536, 100_000, 1_000_000)}
+    assert sizes == {1000: 2, 1009: 1, 16_384: 4, 65_536: 8, 100_000: 5, 1_000_000: 8}
     with pytest.raises(ConfigError, match="patches of 4 x 4"):
         grid_of(100_001, 4)

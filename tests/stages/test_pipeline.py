@@ -31,7 +31,18 @@ SETTINGS = [
     *("train.warmup_steps=2", "train.global_batch_size=4", "train.save_every=3", "train.whiten_images=16"),
     *("objective.disc_start=4", "train.sample_every=8", "train.log_every=2", "eval.image_size=32"),
 ]
-TINY = ["--preset", "smoke", *(f"--set={setting}" for setting in SETTINGS)]
+SECTIONS = {"features": ["features"], "codebook": ["kmeans"], "report": ["eval"]}
+"""What the stages read of the settings; `tokenizer` reads the others."""
+
+
+def tiny(kind: str) -> list[str]:
+    """The preset and the settings that the stage reads."""
+    others = {name for names in SECTIONS.values() for name in names}
+    names = {setting.partition(".")[0] for setting in SETTINGS}
+    read = SECTIONS.get(kind, names - others)
+    return ["--preset", "smoke", *(f"--set={each}" for each in SETTINGS if each.partition(".")[0] in read)]
+
+
 STAGES = {
     "features": ["extract-features", "--images", "pictures"],
     "codebook": ["kmeans", "--features", "features"],
@@ -40,6 +51,8 @@ STAGES = {
     "images": ["detokenize", "--tokens", "tokens", "--tokenizer", "tokenizer"],
     "report": ["eval", "--images", "pictures", "--tokenizer", "tokenizer"],
 }
+WEIGHTS = {"gq": "objective.rate=0.001", "regvq": "objective.prior=0.01"}
+"""Quantizer -> the weight of a loss that the preset has no weight for."""
 WITH_PRESET = ("features", "codebook", "tokenizer", "report")
 KINDS = sorted({cls.config_class.kind for cls in all_subclasses(Quantizer) if not inspect.isabstract(cls)} - {"lc"})
 """Every quantizer but `lc`, which the stages above use."""
@@ -60,7 +73,7 @@ def on_two_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def command(kind: str, out: str | None = None) -> list[str]:
-    return [*STAGES[kind], *(TINY if kind in WITH_PRESET else []), "--out", out or kind]
+    return [*STAGES[kind], *(tiny(kind) if kind in WITH_PRESET else []), "--out", out or kind]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +167,7 @@ def test_two_ranks_train_on_the_same_images_as_one(folder: Path) -> None:
 
 
 def test_fine_tuning_starts_from_the_tokenizer(folder: Path, vqpipe: Vqpipe) -> None:
-    words = ["train", "--images", "pictures", *TINY, "--steps", "2", "--set", "train.whiten_init=false"]
+    words = ["train", "--images", "pictures", *tiny("tokenizer"), "--steps", "2", "--set", "train.whiten_init=false"]
     words += ["--set", "train.learning_rate=0.0", "--set", "objective.disc_start=0", "--from", "tokenizer"]
     done = vqpipe(folder, *words, "--out", "tuned")
     assert done.returncode == 0, done.stderr
@@ -166,9 +179,10 @@ def test_fine_tuning_starts_from_the_tokenizer(folder: Path, vqpipe: Vqpipe) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_quantizer_trains_tokenizes_and_is_evaluated(folder: Path, kind: str, vqpipe: Vqpipe) -> None:
-    tiny = [word for word in TINY if "model.quantizer." not in word]
-    words = ["train", "--images", "pictures", *tiny, "--set", f"model.quantizer.kind={kind}"]
-    done = vqpipe(folder, *words, "--steps", "3", "--set", "objective.disc_start=1", "--out", kind)
+    shared = [word for word in tiny("tokenizer") if "model.quantizer." not in word]
+    words = ["train", "--images", "pictures", *shared, "--set", f"model.quantizer.kind={kind}"]
+    weight = ["--set", WEIGHTS[kind]] if kind in WEIGHTS else []
+    done = vqpipe(folder, *words, *weight, "--steps", "3", "--set", "objective.disc_start=1", "--out", kind)
     assert done.returncode == 0, done.stderr
     for words in (["tokenize", "--image-size", "32"], ["eval", "--limit", "8"]):
         out = f"{kind}-{words[0]}"
@@ -184,7 +198,7 @@ def test_every_quantizer_trains_tokenizes_and_is_evaluated(folder: Path, kind: s
 
 def test_fine_tuning_another_model_is_refused_with_the_difference(folder: Path, vqpipe: Vqpipe) -> None:
     settings = ["--set", "model.base_channels=16", "--set", "train.whiten_init=false"]
-    words = ["train", "--images", "pictures", *TINY, *settings, "--from", "tokenizer"]
+    words = ["train", "--images", "pictures", *tiny("tokenizer"), *settings, "--from", "tokenizer"]
     done = vqpipe(folder, *words, "--out", "wider")
     assert done.returncode == 1
     assert "error: tokenizer is another model than the preset's: model.base_channels was 8, now 16" in done.stderr

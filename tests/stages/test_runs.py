@@ -139,7 +139,7 @@ def test_every_command_of_the_study_parses_and_every_model_builds(script: str, t
             weights = settings.objective.weights(QUANTIZER_TERMS)
             assert {term for term in terms if not weights[term]} == set()
             quantizer = str(settings.model.quantizer)
-            needs_codebook = "codebook_init='artifact'" in quantizer or re.search(r"feature_dim=[1-9]", quantizer)
+            needs_codebook = "codebook_init='artifact'" in quantizer or re.search(r"frozen_dim=[1-9]", quantizer)
             assert bool(given_options["codebook"]) == bool(needs_codebook)
             trained.add(given_options["out"].name)
         if name == "compare":

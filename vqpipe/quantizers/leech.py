@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer
+from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, QuantizerConfig
 
 NUM_CODES, DIM = 196_560, 24
 GENERATOR = 0b110001110101
@@ -22,22 +21,10 @@ GENERATOR = 0b110001110101
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeechConfig(CodebookConfig):
-    """The sizes are those of the lattice, and cannot be changed."""
+class LeechConfig(QuantizerConfig):
+    """There are no settings: the lattice has its number of codes and of channels."""
 
     kind: ClassVar[str] = "leech"
-
-    codebook_size: int = NUM_CODES
-    code_dim: int = DIM
-    normalize: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.codebook_size, self.code_dim, self.normalize) != (NUM_CODES, DIM, True):
-            raise ConfigError(
-                f"the leech quantizer has {NUM_CODES} codes of unit length with {DIM} channels",
-                "Leave out model.quantizer.codebook_size, code_dim and normalize",
-            )
 
 
 class LeechQuantizer(CodebookQuantizer):
@@ -47,12 +34,13 @@ class LeechQuantizer(CodebookQuantizer):
     stored with the weights. Their order, which gives the ids, is that of `leech_vectors`.
     """
 
-    config_class = LeechConfig
+    config_class = LeechConfig  # the base class gets the CodebookConfig below
     loss_names = ()
     codes: Tensor
 
     def __init__(self, config: LeechConfig) -> None:
-        super().__init__(config)
+        super().__init__(CodebookConfig(codebook_size=NUM_CODES, code_dim=DIM, normalize=True))
+        self.config = config
         codes = torch.tensor(leech_vectors(), dtype=torch.float32)
         self.register_buffer("codes", codes / 32**0.5, persistent=False)
 

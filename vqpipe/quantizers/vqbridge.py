@@ -28,16 +28,25 @@ class VqBridgeConfig(CodebookConfig):
 
     code_dim: int = 256
     """Channels of a code."""
-    patch_size: int = 4
-    """p, side of the patches of codes: 4 for 16,384 codes and 8 for 65,536 and 262,144, as released."""
-    feature_dim: int = 0
+    patch_size: int = 0
+    """p, side of the patches of codes; 0: 4, and 8 from 65,536 codes on, as released, or the largest smaller side that
+    divides the image of codes."""
+    frozen_dim: int = 0
     """Channels of the codes of a frozen codebook artifact, which takes the place of the learned codes; 0: learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size < 1 or self.feature_dim < 0:
-            raise ConfigError("patch_size is at least 1 and feature_dim at least 0")
-        grid_of(self.codebook_size, self.patch_size)
+        if self.patch_size < 0 or self.frozen_dim < 0:
+            raise ConfigError("patch_size and frozen_dim are at least 0")
+        grid_of(self.codebook_size, self.side)
+
+    @property
+    def side(self) -> int:
+        """p, the side of the patches in use."""
+        if self.patch_size:
+            return self.patch_size
+        largest = 8 if self.codebook_size >= 65_536 else 4
+        return next(side for side in range(largest, 0, -1) if find_grid(self.codebook_size, side))
 
 
 class BridgedQuantizer(CodebookQuantizer):
@@ -49,7 +58,7 @@ class BridgedQuantizer(CodebookQuantizer):
     squared distances, and the losses are those of `vq`; the authors weight "codebook" by 1 and "commitment" by 0.25.
     In evaluation the codes are computed once.
 
-    With `feature_dim`, E is a frozen codebook of image features: the bridge in the place of `lc`'s linear projector.
+    With `frozen_dim`, E is a frozen codebook of image features: the bridge in the place of `lc`'s linear projector.
     """
 
     config_class = VqBridgeConfig
@@ -57,12 +66,13 @@ class BridgedQuantizer(CodebookQuantizer):
 
     def __init__(self, config: VqBridgeConfig) -> None:
         super().__init__(config)
-        size, width = config.codebook_size, config.feature_dim or config.code_dim
-        if config.feature_dim:
+        size, width = config.codebook_size, config.frozen_dim or config.code_dim
+        self.frozen_dim = config.frozen_dim
+        if config.frozen_dim:
             self.register_buffer("codes", torch.full((size, width), math.nan))
         else:
             self.codes = nn.Parameter(torch.empty(size, width).uniform_(-1 / size, 1 / size))
-        self.bridge = Bridge(grid_of(size, config.patch_size), config.patch_size, width, config.code_dim)
+        self.bridge = Bridge(grid_of(size, config.side), config.side, width, config.code_dim)
         self.bridged: tuple[tuple[int, ...], Tensor] | None = None  # weights_state(), the codes
 
     def forward(self, latent: Tensor) -> Quantized:
@@ -80,7 +90,7 @@ class BridgedQuantizer(CodebookQuantizer):
         Raises:
             ConfigError: no codebook has been loaded.
         """
-        if self.config_features and bool(self.codes[0, 0].isnan()):
+        if self.frozen_dim and bool(self.codes[0, 0].isnan()):
             raise self.unsupported("has no codebook yet", "Pass --codebook DIR (vqpipe kmeans makes one)")
         if self.training or any(parameter.requires_grad for parameter in self.parameters()):
             return self.bridge(self.codes.float())
@@ -93,21 +103,15 @@ class BridgedQuantizer(CodebookQuantizer):
     def raw_embed(self, ids: Tensor) -> Tensor:
         return self.raw_codebook()[ids]
 
-    @property
-    def config_features(self) -> int:
-        """Channels of the frozen features; 0: the codes are learned."""
-        assert isinstance(self.config, VqBridgeConfig)
-        return self.config.feature_dim
-
     @torch.no_grad()
     def load_codebook(self, codebook: Tensor) -> None:
-        if not self.config_features:
-            raise self.unsupported("learns its codes", "Set model.quantizer.feature_dim, or leave --codebook out")
+        if not self.frozen_dim:
+            raise self.unsupported("learns its codes", "Set model.quantizer.frozen_dim, or leave --codebook out")
         if codebook.shape != self.codes.shape:
             raise ConfigError(
                 f"the codebook holds {len(codebook)} codes of {codebook.shape[1]} channels, the model expects "
                 f"{len(self.codes)} of {self.codes.shape[1]}",
-                "Set model.quantizer.codebook_size and feature_dim, or pass another codebook",
+                "Set model.quantizer.codebook_size and frozen_dim, or pass another codebook",
             )
         self.codes.copy_(codebook)
 
@@ -160,16 +164,20 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def grid_of(size: int, patch_size: int) -> tuple[int, int]:
-    """(H, W) with H x W = `size`, both multiples of `patch_size`, as square as possible, H <= W.
-
-    Raises:
-        ConfigError: there is none.
-    """
+def find_grid(size: int, patch_size: int) -> tuple[int, int] | None:
+    """(H, W) with H x W = `size`, both multiples of `patch_size`, H <= W, as square as possible; None if there is none."""
     for height in range(math.isqrt(size), 0, -1):
         if size % height == 0 and height % patch_size == 0 and size // height % patch_size == 0:
             return height, size // height
-    raise ConfigError(
-        f"{size} codes cannot be laid out in patches of {patch_size} x {patch_size}",
-        "Set model.quantizer.patch_size or codebook_size",
-    )
+    return None
+
+
+def grid_of(size: int, patch_size: int) -> tuple[int, int]:
+    """`find_grid`, or a ConfigError if there is none."""
+    grid = find_grid(size, patch_size)
+    if grid is None:
+        raise ConfigError(
+            f"{size} codes cannot be laid out in patches of {patch_size} x {patch_size}",
+            "Set model.quantizer.patch_size or codebook_size",
+        )
+    return grid

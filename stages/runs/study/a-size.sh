@@ -18,6 +18,6 @@ for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
     $runs "ema-$K-tuned" --set $Q.kind=ema --set $Q.codebook_size="$K" --set $Q.decay=0.9 --set train.quantizer_rate=1.0 \
         --set objective.commitment=0.25
     $runs "simvq-$K" --set $Q.kind=simvq --set $Q.codebook_size="$K" "${learned[@]}"
-    $runs "vqbridge-$K" --set $Q.kind=vqbridge --set $Q.feature_dim=0 --set $Q.codebook_size="$K" --set $Q.patch_size=$patch "${learned[@]}"
+    $runs "vqbridge-$K" --set $Q.kind=vqbridge --set $Q.codebook_size="$K" --set $Q.patch_size=$patch "${learned[@]}"
 done
 table a-size
