@@ -273,7 +273,8 @@ def finished(artifact: Artifact, again: bool = False) -> None:
         if isinstance(value, int | float | str) and key != "unlabeled"  # printed before
     )
     say(f"{'already published' if again else 'published'}: {artifact.kind}" + (f" ({facts})" if facts else ""))
-    print(artifact.path, flush=True)
+    path = str(artifact.path)
+    print(printable(path) if sys.stdout.isatty() else path, flush=True)
 
 
 def format_fact(value: float | str) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,11 +42,6 @@ def valid_text(name: str) -> str:
     """A file name as text that UTF-8 can encode: bytes that are not UTF-8 become `\\xe9`."""
     name = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", name)
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def is_plain(path: Path) -> bool:
-    """Whether a path can be stored in JSON and printed on a line: UTF-8, without control characters."""
-    return not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in str(path))
 
 
 def with_final_name(path: Path) -> Path:

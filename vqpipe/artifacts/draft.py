@@ -43,7 +43,7 @@ from vqpipe.files import (
     disk_errors,
     flush_to_disk,
     hash_file,
-    is_plain,
+    valid_text,
     write_json,
 )
 from vqpipe.provenance import environment, now, provenance
@@ -91,9 +91,9 @@ def start(
 
 
 def check_out(out: Path, option: str = "--out") -> Path:
-    """Return `out`; an ArtifactError if its name cannot be stored in manifests and printed on a line."""
-    if not is_plain(out):
-        raise ArtifactError(f"{option} {out} is not UTF-8, or has control characters", "Choose another name")
+    """Return `out`; an ArtifactError if it is not UTF-8, which safetensors and JSON need."""
+    if valid_text(str(out)) != str(out):
+        raise ArtifactError(f"{option} {out} is not UTF-8", "Choose another name")
     return out
 
 

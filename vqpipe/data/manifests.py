@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqpipe.config import from_table, nearest_name, read_toml
-from vqpipe.data.folders import Folder, open_folder, walk
+from vqpipe.data.folders import Folder, open_folder, use, walk
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import Framing, Rule, parse_size
 from vqpipe.errors import ConfigError, DataError
@@ -326,6 +326,8 @@ def find_files(root: Path, split: Split, source: Path, left_out: Counter[str]) -
                 if names is not None and name is not None:
                     names[name] = True
                 break
+    if split.names is not None and (root / split.names.file).is_file():
+        use(left_out, split.names.file)
     missing = [name for name, found in (names or {}).items() if not found]
     if split.names is not None and missing:
         raise DataError(
