@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from stages import console
 from vqpipe.artifacts import open_artifact
+from vqpipe.errors import printable
 
 
 def inspect(
@@ -40,7 +41,7 @@ def inspect(
         "made by": " ".join(opened.manifest.provenance.get("command", [])),
         "finished": opened.manifest.provenance.get("finished", ""),
     }.items():
-        table.add_row(f"[bold]{escape(label)}[/]", escape(short(value)))
+        table.add_row(f"[bold]{escape(label)}[/]", escape(printable(short(value))))
     out.print(table)
     out.print(draw(opened.lineage))
 
@@ -48,7 +49,7 @@ def inspect(
 def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree:
     """The lineage as a tree: an artifact, and under it its inputs."""
     name = f" {node['name']}" if node.get("name") else ""
-    label = escape(f"{role + ': ' if role else ''}{node['kind']}{name}  {node['content'][:12]}")
+    label = escape(printable(f"{role + ': ' if role else ''}{node['kind']}{name}  {node['content'][:12]}"))
     branch = Tree(label) if tree is None else tree.add(label)
     for child_role, child in node.get("inputs", {}).items():
         draw(child, child_role, branch)

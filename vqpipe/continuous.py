@@ -24,8 +24,8 @@ from vqpipe import artifacts
 from vqpipe.data.transforms import to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
-from vqpipe.errors import DataError, NumericError, WeightsError
-from vqpipe.files import digest_json, hash_file, valid_text
+from vqpipe.errors import DataError, NumericError, WeightsError, printable
+from vqpipe.files import digest_json, hash_file
 from vqpipe.tokenizer import Tokenizer, diffusers_class, latent_size, load_weights, network_input, save_weights
 from vqpipe.weights import load_tensors
 
@@ -67,7 +67,7 @@ class ContinuousAutoencoder:
         self.device = check_device(device)
         self.network: Any = network.eval().requires_grad_(False).to(self.device)
         self.config = self.network.config
-        self.name = valid_text(name)
+        self.name = printable(name)
         self.digest = digest
         widths = getattr(self.config, "encoder_block_out_channels", None) or self.config.block_out_channels
         self.downsample_factor: int = 2 ** (len(widths) - 1)

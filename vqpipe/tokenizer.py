@@ -20,8 +20,8 @@ from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device, pick_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder
-from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
-from vqpipe.files import atomic_write, hash_file, valid_text, write_json
+from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError, printable
+from vqpipe.files import atomic_write, hash_file, write_json
 from vqpipe.model_card import ModelCard
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import Quantized, TokenLayout
@@ -99,7 +99,7 @@ class Tokenizer:
         weights = artifact.verified_file("model.safetensors") if artifact else folder / "model.safetensors"
         load_weights(autoencoder, load_tensors(weights), folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
-        tokenizer.name = valid_text(name) or tokenizer.name
+        tokenizer.name = printable(name) or tokenizer.name
         tokenizer.artifact = artifact
         tokenizer.source = artifact or hash_file(folder / "model.safetensors")
         return tokenizer

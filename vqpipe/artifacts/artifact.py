@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from vqpipe import distributed
-from vqpipe.errors import ArtifactError
-from vqpipe.files import digest_json, hash_file, valid_text, with_final_name
+from vqpipe.errors import ArtifactError, printable
+from vqpipe.files import digest_json, hash_file, with_final_name
 from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
@@ -50,7 +50,7 @@ class Artifact:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
-        self.name = valid_text(path.name)
+        self.name = printable(path.name)
         self.manifest = manifest
         self.kind = manifest.kind
         self.config = manifest.config

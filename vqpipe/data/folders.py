@@ -25,7 +25,7 @@ from vqpipe.data.sources import (
     sorted_classes,
     write_cache,
 )
-from vqpipe.errors import DataError
+from vqpipe.errors import DataError, printable
 from vqpipe.files import valid_text
 
 CHECK = "Check the folder and the disk"
@@ -57,7 +57,7 @@ class Folder:
         named: bool = False,
     ) -> None:
         self.root = root
-        self.name = valid_text(root.name or str(root))
+        self.name = printable(root.name or str(root))
         # An Arrow array is one buffer: cheap to send to workers. Names are bytes, as on disk.
         self.files = pa.array([os.fsencode(file) for file in files], pa.large_binary())
         self.labels = np.full(len(files), NO_LABEL, np.int32) if labels is None else np.array(labels, np.int32)

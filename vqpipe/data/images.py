@@ -40,7 +40,6 @@ from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
-from vqpipe.files import valid_text
 
 KeyPrefix = Literal["shard"]
 
@@ -275,7 +274,7 @@ def open_source(spec: str) -> ImageSource:
         raise DataError(
             f"{spec} names files of several kinds: {', '.join(forms.values())}", "Give each kind its own --images"
         )
-    name = valid_text(spec.rpartition("/")[2] or spec)
+    name = printable(spec.rpartition("/")[2] or spec)
     match next(iter(forms)):
         case "parquet":
             return open_parquets(urls, name)
@@ -343,7 +342,7 @@ def open_dataset(path: Path) -> Tars:
     names = artifact.names("*.tar")
     hashes = [artifact.manifest.files[name]["sha256"] for name in names]
     shards = open_all([str(artifact.file(name)) for name in names], hashes)
-    return Tars(shards, valid_text(path.name), artifact.facts.get("num_classes"))
+    return Tars(shards, printable(path.name), artifact.facts.get("num_classes"))
 
 
 def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[TarIndex]:
