@@ -48,7 +48,7 @@ def test_page_of_the_python_api_runs(folder: Path) -> None:
     names = run([block for block in BLOCKS if block not in READERS.values()])
     assert len(names["tokens"]) == 12
     assert names["table"].num_rows == 24
-    assert names["table"].column_names == ["key", "label", "ids", "flipped"]
+    assert names["table"].column_names == ["key", "shard", "index", "label", "ids", "flipped"]
     assert names["resumed"].images_seen == 4
     page = (DOCS / "python.md").read_text(encoding="utf-8")
     public = {name for name in vars(Tokenizer) if not name.startswith(("_", "check_"))}

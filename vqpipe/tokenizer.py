@@ -511,9 +511,9 @@ def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
 
 def check_negative(ids: Tensor, layout: TokenLayout) -> None:
     """Raise a DataError for negative ids of int64[B, N], except the -1 of groups or grids left out at the end."""
-    grids = [grid.flatten(1, 2) for grid in layout.split(ids)]
-    if int(ids.min()) >= 0:
+    if torch.compiler.is_compiling() or int(ids.min()) >= 0:  # a compiled graph cannot branch on values
         return
+    grids = [grid.flatten(1, 2) for grid in layout.split(ids)]
     kept = torch.stack([(grid >= 0).all(dim=1) for grid in grids], dim=1)  # bool[B, grids, G]
     left_out = torch.stack([(grid == -1).all(dim=1) for grid in grids], dim=1)
     after_gap = (kept[:, :, 1:] & left_out[:, :, :-1]).any() or (kept[:, 1:] & left_out[:, :-1]).any()

@@ -360,7 +360,7 @@ def flip(path: Path, byte: int = -5) -> None:
 
 def codebook(begun: Draft) -> None:
     with begun.write("codebook.safetensors") as path:
-        save_file({"codebook": torch.ones(4, 3), "counts": torch.ones(4, dtype=torch.int64)}, path)
+        save_file({"codebook": torch.eye(4, 3), "counts": torch.ones(4, dtype=torch.int64)}, path)
 
 
 def tokens(begun: Draft) -> None:

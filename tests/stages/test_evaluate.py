@@ -27,6 +27,7 @@ from vqpipe.data.transforms import pixels as pixels_of
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.evaluation.pictures import NUM_WITH_PREFIXES
 from vqpipe.metrics.config import SetMetric
+from vqpipe.metrics.feature_networks import LPIPS_NETS
 from vqpipe.metrics.inception import INCEPTION_FILE
 from vqpipe.metrics.protocols import PROTOCOLS
 from vqpipe.reports.evaluation import open_evaluation
@@ -331,7 +332,7 @@ def test_rectangular_crop_uses_the_cover_rule_in_every_protocol(
 
 def test_help_lists_every_protocol_metric_and_weights_file() -> None:
     text = evaluate.__doc__ or ""
-    files = [INCEPTION_FILE, *(name for name, _ in LPIPS_BACKBONES.values())]
+    files = [INCEPTION_FILE, *(LPIPS_BACKBONES[net][0] for net in LPIPS_NETS)]
     assert [word for word in (*PROTOCOLS, *files) if word not in text] == []
     metric = inspect.signature(evaluate).parameters["metrics"].annotation.__metadata__[0].metavar
     assert metric.split(",") == list(get_args(SetMetric))

@@ -104,7 +104,7 @@ def test_codebook_released_in_a_separate_file(tmp_path: Path) -> None:
     torch.save({"model": weights}, tmp_path / "lc.pth")
     torch.save(codebook, tmp_path / "codebook-100K.pth")
     import_checkpoint(tmp_path / "lc.pth", tmp_path / "out", codebook=tmp_path / "codebook-100K.pth", device="cpu")
-    images = torch.rand(2, 3, 16, 16)
+    images = 2 * torch.rand(2, 3, 16, 16) - 1
     imported = Tokenizer.from_pretrained(tmp_path / "out")
     assert torch.equal(imported.encode(images), Tokenizer(model).encode(images))
     assert set(open_artifact(tmp_path / "out").inputs) == {"checkpoint", "codebook"}
@@ -150,7 +150,7 @@ def test_errors_are_one_line_and_leave_no_files(
     assert "absent.ckpt is not a file" in refuse("absent.ckpt")
     assert "Known are vqgan-lc" not in refuse("last.ckpt", "--family", "mgvq")
     assert "Did you mean taming" in refuse("last.ckpt", "--family", "tamming")
-    torch.save(torch.zeros(20, 6), tmp_path / "codes.pth")
+    torch.save(torch.eye(20, 6), tmp_path / "codes.pth")
     assert "contains a codebook or needs none" in refuse("last.ckpt", "--codebook", "codes.pth")
 
     weights, key = taming["state_dict"], "decoder.norm_out.bias"

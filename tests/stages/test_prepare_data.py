@@ -65,7 +65,7 @@ def test_a_folder_is_packed_into_tars(tiny: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"{out}\n"
     assert artifact.facts == {"num_images": 9, "num_classes": 2, "skipped": {"truncated": 1}}
     shards = [f"shard-{k:06d}.tar" for k in range(3)]
-    assert artifact.names() == ["samples.parquet", *shards]
+    assert artifact.names() == ["samples.parquet", *shards, "skipped.parquet"]
 
     source, images = open_images(tiny / "copy" / "train"), open_images(out)
     kept = [i for i in range(10) if source.key(i) != "class 1/3"]
@@ -97,12 +97,12 @@ def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
 
     real, written = packing.write_image_shard, list[int]()
 
-    def stop_at_third(draft: object, number: int, *rest: object) -> None:
+    def stop_at_third(draft: object, number: int, *rest: object) -> object:
         if number == 2 and len(written) < 3:
             written.append(-1)
             raise KeyboardInterrupt
         written.append(number)
-        real(draft, number, *rest)
+        return real(draft, number, *rest)
 
     monkeypatch.setattr(packing, "write_image_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):

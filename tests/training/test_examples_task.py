@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Tokens:
     examples: Tensor
     labels: Tensor
     keys: list[str]
+    skipped: dict[int, str] = field(default_factory=dict)
 
 
 class SyntheticTokens:

@@ -174,6 +174,9 @@ def open_folder(root: Path) -> Folder:
         return Folder(root, files, left_out=left_out, unlabeled=unlabeled or stray(root, files, classes))
     listed_names = read_classes(root)
     names = [valid_text(name) for name in classes] if listed_names is None else listed_names
+    if listed_names is not None and not {valid_text(name) for name in classes} & set(listed_names):
+        reason = f"{root.name}/{CLASSES} names none of the class folders"  # such as a list of objects, beside images/
+        return Folder(root, files, left_out=left_out, unlabeled=reason)
     if listed_names is not None:
         use(left_out, CLASSES)
         unknown = next((name for name in classes if valid_text(name) not in listed_names), None)
