@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 def find_grid(size: int, patch_size: int) -> tuple[int, int] | None:
-    """(H, W) with H x W = `size`, both multiples of `patch_size`, H <= W, as square as possible; None: there is none."""
+    """(H, W) with H x W = `size`, both multiples of `patch_size`, H <= W, as square as possible; or None."""
     for height in range(math.isqrt(size), 0, -1):
         if size % height == 0 and height % patch_size == 0 and size // height % patch_size == 0:
             return height, size // height
