@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,9 @@ def test_parquets_that_cannot_be_read_are_errors(draw: Draw, tmp_path: Path, mon
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(DataError, match="cannot be read as Parquet"):
+        open_images(path)
+    path.write_bytes(whole.replace(b"bytes", b"\xffytes"))  # no UTF-8 in a name
+    with pytest.raises(DataError, match=r"a\.parquet"):
         open_images(path)
     path.write_bytes(whole)
     monkeypatch.setattr(parquets, "LARGEST_GROUP", 100)
@@ -360,6 +364,19 @@ def test_damaged_zips_are_errors(draw: Draw, tmp_path: Path) -> None:
     pack_zip(path, {"a.txt": b"1"})
     with pytest.raises(DataError, match=r"s\.zip holds no images. It holds 1 x \.txt"):
         open_images(path)
+
+
+def test_damage_anywhere_in_a_zip_is_an_error_or_harmless(draw: Draw, tmp_path: Path) -> None:
+    path = tmp_path / "s.zip"
+    pack_zip(path, {"x/a.png": draw(0), "y/b.png": draw(1)})
+    whole = path.read_bytes()
+    expected = {draw(0), draw(1)}
+    for position in [*range(60), *range(len(whole) - 150, len(whole))]:
+        data = bytearray(whole)
+        data[position] = 0xFF
+        path.write_bytes(data)
+        with suppress(DataError):
+            assert {sample.image for sample in open_images(path)} <= expected
 
 
 def test_zip_member_is_not_decompressed_beyond_its_size(tmp_path: Path) -> None:

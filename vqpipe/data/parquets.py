@@ -44,7 +44,8 @@ CACHED_GROUPS = 2
 """Row groups in memory, in each process."""
 LARGEST_GROUP = 1 << 31
 """Largest image column of a row group in bytes: it is read as a whole."""
-READ_ERRORS = (pa.ArrowException, OSError)
+READ_ERRORS = (pa.ArrowException, ValueError, OSError)
+"""What pyarrow raises for files that are absent or damaged."""
 CHECK = "Check the path and the disk"
 
 

@@ -154,7 +154,9 @@ def open_zip(url: str) -> ZipIndex:
                 members = archive.infolist()
     except OSError as error:
         raise access_error("open", url, error, "Check the path and the disk") from error
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # zipfile raises many types on damaged files
         kind = kind_of_file(Path(url)) if mtime_ns is not None else "unknown"
         if kind not in ("zip", "npz", "pytorch", "torchscript", "unknown"):
             raise DataError(*explain(url, kind, "a zip archive", "Correct its name")) from None
