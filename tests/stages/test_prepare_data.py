@@ -97,12 +97,12 @@ def test_bytes_are_equal_when_rerun_resumed_or_with_workers(
 
     real, written = packing.write_image_shard, list[int]()
 
-    def stop_at_third(draft: object, number: int, *rest: object) -> object:
+    def stop_at_third(draft: object, number: int, *rest: object) -> None:
         if number == 2 and len(written) < 3:
             written.append(-1)
             raise KeyboardInterrupt
         written.append(number)
-        return real(draft, number, *rest)
+        real(draft, number, *rest)
 
     monkeypatch.setattr(packing, "write_image_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
