@@ -131,6 +131,9 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         ArtifactError: it is absent, unfinished, damaged, of another kind, or of another schema.
     """
     path = with_final_name(Path(path))
+    final = path.with_suffix("") if path.suffix == ".partial" else path
+    if not (path / "manifest.json").exists() and (path / "request.json").exists() and not final.exists():
+        path = final  # the directory of an unfinished one was named
     partial = partial_path(path)
     if not path.exists() and partial.exists():
         done = len(list((partial / ".records").glob("*.json")))

@@ -101,7 +101,8 @@ def pack_images(
     found = merged(record["skipped"] for number in mine if (record := draft.record(SHARD.format(number))))
     for number in missing:
         Skipped(images, len(images), found).check(max_skipped, draft, so_far=True)
-        found |= write_image_shard(draft, number, images, keys, islice(stored, len(tasks[number])), progress)
+        write_image_shard(draft, number, images, keys, islice(stored, len(tasks[number])), progress)
+        found |= merged([(draft.record(SHARD.format(number)) or {})["skipped"]])
     distributed.barrier()
     records = [draft.record(SHARD.format(number)) or {} for number in range(len(shards))]
     skipped, excluded = (
@@ -124,8 +125,8 @@ def write_image_shard(
     keys: list[str],
     stored: Iterator[list[StoredImage]],
     progress: Progress,
-) -> dict[int, str]:
-    """Write one tar; its record holds the images left out, position -> reason. Returns those that are unreadable."""
+) -> None:
+    """Write one tar; its record holds the images left out, position -> reason."""
     skipped, excluded = dict[str, str](), dict[str, str]()  # filled while the tar is written, recorded after it
     with draft.write(SHARD.format(number), skipped=skipped, excluded=excluded) as path, write_tar(path) as tar:
         for task in stored:
@@ -135,7 +136,6 @@ def write_image_shard(
                 else:
                     tar.write(keys[image.index], image.data, image.extension, images.label(image.index))
             progress.advance(len(task))
-    return merged([skipped])
 
 
 def write_samples(
