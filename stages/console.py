@@ -26,6 +26,7 @@ from stages import signals
 from vqpipe import data, distributed, files
 from vqpipe.artifacts import Artifact, check_out
 from vqpipe.data.images import ImageSet, KeyPrefix
+from vqpipe.data.transforms import Color
 from vqpipe.errors import printable
 from vqpipe.reports import page
 
@@ -115,6 +116,13 @@ KeyPrefixOption = Annotated[
     typer.Option(
         "--key-prefix",
         help="Begin every key with the name of its shard (or folder), for shards that have keys in common.",
+    ),
+]
+ColorOption = Annotated[
+    Color,
+    typer.Option(
+        "--color",
+        help="ICC profiles embedded in images: ignore them, or convert from them to sRGB (wide-gamut photographs).",
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N images.", metavar="N", min=1)]
@@ -217,9 +225,9 @@ def say(text: str) -> None:
             stderr().print("\n".join(map(printable, text.split("\n"))), highlight=False, markup=False, soft_wrap=True)
 
 
-def open_images(names: Sequence[str], key_prefix: KeyPrefix | None = None) -> ImageSet:
+def open_images(names: Sequence[str], key_prefix: KeyPrefix | None = None, color: Color = "ignore") -> ImageSet:
     """Open `--images`, and print what is left out, why labels are missing, and which keys occur twice."""
-    images = data.images.open_images(names, key_prefix)
+    images = data.images.open_images(names, key_prefix, color)
     remark(images)
     return images
 

@@ -102,6 +102,7 @@ def evaluate(
     num_workers: console.NumWorkers = -1,
     preset: Preset = None,
     overrides: Set = None,
+    color: console.ColorOption = "ignore",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -132,7 +133,7 @@ def evaluate(
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
         perceptual_weights = perceptual_files(perceptual or [])
-        image_set = console.open_images(images)
+        image_set = console.open_images(images, color=color)
         autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
         flags |= {"batch_size": batch_size, "metrics": split_names(metrics), "image_size": in_pixels(image_size)}

@@ -41,6 +41,7 @@ def extract_features(
     max_skipped: console.MaxSkipped = 0.01,
     preset: Preset = None,
     overrides: Set = None,
+    color: console.ColorOption = "ignore",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -53,7 +54,7 @@ def extract_features(
         config = recipe.load(preset, overrides, reads=["features"], features=flags).features
         weights = features.encoder_weights(config, download=download)
         opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
-        image_set = console.open_images(images, key_prefix)
+        image_set = console.open_images(images, key_prefix, color)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:
             inputs["weights"] = hash_file(weights)

@@ -11,6 +11,7 @@ from vqpipe import artifacts
 from vqpipe.data.images import ImageSet
 from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
 from vqpipe.data.prepare import pack_images
+from vqpipe.errors import ConfigError
 
 ManifestName = Annotated[
     str,
@@ -56,6 +57,7 @@ def prepare_data(
     key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = 0,
     max_skipped: console.MaxSkipped = 0.01,
+    color: console.ColorOption = "ignore",
     device: UnusedDevice = "cpu",
     seed: UnusedSeed = 0,
 ) -> None:
@@ -66,9 +68,11 @@ def prepare_data(
     Images below the manifest's smallest size are excluded, and counted.
     """
     with console.session("cpu", seed), console.ProgressBar() as progress:
+        if color != "ignore" and image_size is None:
+            raise ConfigError(f"--color {color} has no effect on files that are stored as they are", "Add --image-size")
         described = load_manifest(manifest)
         name, chosen = described.split(split)
-        images = ImageSet(open_split(described, chosen, source).sources, key_prefix)
+        images = ImageSet(open_split(described, chosen, source).sources, key_prefix, color)
         console.remark(images)
         check_copy(described, name, images, allow_partial, progress)
         if verify_archives:

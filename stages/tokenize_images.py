@@ -30,6 +30,7 @@ def tokenize(
     key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
+    color: console.ColorOption = "ignore",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -46,7 +47,7 @@ def tokenize(
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
         check_crops(crops, flip)
-        image_set = console.open_images(images, key_prefix)
+        image_set = console.open_images(images, key_prefix, color)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         size = image_size or opened.image_size
         if size is None:

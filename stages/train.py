@@ -52,6 +52,7 @@ def train(
     log: console.Log = None,
     preset: Preset = None,
     overrides: Set = None,
+    color: console.ColorOption = "ignore",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -91,8 +92,8 @@ def train(
             recipe = load_tokenizer(preset, [*sizes, *(overrides or [])], train=flags)  # --set has precedence
             check_codebook(recipe, codes)  # before the images, which may take minutes to index and hash
         inputs = RunInputs(
-            images=console.open_images(images),
-            validation=console.open_images(validation) if validation else None,
+            images=console.open_images(images, color=color),
+            validation=console.open_images(validation, color=color) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )

@@ -2,14 +2,17 @@ import io
 import pickle
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 
 from vqpipe.data import transforms
+from vqpipe.data.batches import OrderedBatches
+from vqpipe.data.images import open_images
 from vqpipe.data.transforms import (
     TURNS,
     BadImage,
@@ -401,3 +404,44 @@ def test_ten_crops_equal_those_of_torchvision(width: int, height: int, size: int
     found = ten_crops(images, size)
     for crop, place in zip(found, (4, 0, 1, 2, 3, 9, 5, 6, 7, 8), strict=True):
         np.testing.assert_array_equal(crop[0].permute(1, 2, 0).numpy(), expected[place])
+
+
+def wide_gamut(profile: bytes, form: str = "PNG") -> bytes:
+    """A green that sRGB does not reach, with a profile."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (60, 200, 90)).save(file, form, icc_profile=profile, quality=100)
+    return file.getvalue()
+
+
+def swapped_profile() -> bytes:
+    """A profile of sRGB whose red and green primaries are exchanged, under another name."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(b"sRGB", b"swap")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_icc_profiles_are_applied_on_request(form: str) -> None:
+    data = wide_gamut(swapped_profile(), form)
+    red, green, blue = decode(data).getpixel((4, 4))
+    converted = decode(data, color="srgb").getpixel((4, 4))
+    assert np.abs(np.subtract(converted, (green, red, blue))).max() <= 2
+
+
+def test_profiles_of_srgb_of_other_color_spaces_and_damaged_ones_change_nothing() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for profile in (srgb, lab, srgb[:200], b"no profile"):
+        data = wide_gamut(profile)
+        assert decode(data, color="srgb").tobytes() == decode(data).tobytes()
+
+
+def test_color_is_part_of_an_image_set(tmp_path: Path) -> None:
+    (tmp_path / "wide.png").write_bytes(wide_gamut(swapped_profile()))
+    plain, converted = open_images([tmp_path]), open_images([tmp_path], color="srgb")
+    assert plain.digest != converted.digest
+    assert (plain.facts, converted.facts) == ({}, {"color": "srgb"})
+    batches = [next(iter(OrderedBatches(images, image_size=8, batch_size=1))).images for images in (plain, converted)]
+    assert not torch.equal(*batches)

@@ -325,7 +325,7 @@ class OrderedImages(Dataset[Loaded]):
         kept, tensors, skipped = list[int](), list[Tensor](), dict[int, str]()
         for i in work:
             try:
-                tensors.append(self.transform(decode(self.images.read(i))))
+                tensors.append(self.transform(decode(self.images.read(i), color=self.images.color)))
                 kept.append(i)
             except BadImage as error:
                 skipped[i] = error.reason
@@ -361,7 +361,7 @@ class TrainingImages(Dataset[Loaded]):
             if attempt:
                 index = pool[int(rng.random() * len(pool))]
             try:
-                image = decode(self.images.read(index), self.config.max_pixels)
+                image = decode(self.images.read(index), self.config.max_pixels, self.images.color)
                 return index, training_crop(image, self.config, rng)
             except BadImage as error:
                 skipped[index] = error.reason

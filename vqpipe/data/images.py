@@ -37,6 +37,7 @@ from vqpipe.data.sources import (
     sorted_classes,
 )
 from vqpipe.data.tars import TarIndex, Tars, open_index
+from vqpipe.data.transforms import Color
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
@@ -59,11 +60,14 @@ class ImageSet(Sequence[Sample]):
 
     Args:
         key_prefix: "shard": keys begin with the name of the shard or folder that holds the image.
+        color: whether embedded ICC profiles are applied where the images are decoded; see `transforms.to_srgb`.
     """
 
-    def __init__(self, sources: Sequence[ImageSource], key_prefix: KeyPrefix | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[ImageSource], key_prefix: KeyPrefix | None = None, color: Color = "ignore"
+    ) -> None:
         self.sources = tuple(sources)
-        self.key_prefix = key_prefix
+        self.key_prefix, self.color = key_prefix, color
         self.name = " + ".join(source.name for source in sources)
         self.starts = np.cumsum([0, *(len(source) for source in sources)])
         self.class_names: tuple[str, ...] = tuple(join_names([source.class_names for source in sources]))
@@ -110,6 +114,8 @@ class ImageSet(Sequence[Sample]):
         if self.key_prefix is not None:
             shards = dict.fromkeys(self.origin(i)[0] for i in range(len(self)))
             total.update("".join(f"{shard}\n" for shard in shards).encode())
+        if self.color != "ignore":
+            total.update(self.color.encode())
         return total.hexdigest()
 
     def __len__(self) -> int:
@@ -185,6 +191,7 @@ class ImageSet(Sequence[Sample]):
             "left_out": dict(sorted(self.left_out.items())),
             "unlabeled": self.unlabeled,
             "duplicate_keys": self.duplicate_keys[0],
+            "color": "" if self.color == "ignore" else self.color,
         }
         return {name: value for name, value in facts.items() if value}
 
@@ -219,7 +226,9 @@ def stem(name: str) -> str:
     return re.sub(r"\.(tar|parquet|zip|txt|csv)$", "", name)
 
 
-def open_images(specs: Sequence[str | Path] | str | Path, key_prefix: KeyPrefix | None = None) -> ImageSet:
+def open_images(
+    specs: Sequence[str | Path] | str | Path, key_prefix: KeyPrefix | None = None, color: Color = "ignore"
+) -> ImageSet:
     """Open images by name; several names are joined in the order given.
 
     - a `dataset` (or `images`) artifact;
@@ -231,7 +240,8 @@ def open_images(specs: Sequence[str | Path] | str | Path, key_prefix: KeyPrefix 
     - a list of paths, .txt, .lst, .csv, .tsv or .jsonl: see lists.py;
     - `builtin:photos`, `builtin:photos/train`, `builtin:photos/heldout`: see photos.py.
 
-    With `key_prefix` "shard" keys begin with the name of their shard or folder.
+    With `key_prefix` "shard" keys begin with the name of their shard or folder. With `color` "srgb" embedded ICC
+    profiles are applied where the images are decoded.
 
     An existing path is used as it is, even if it contains braces or stars. Shell pipes are an error.
 
@@ -242,7 +252,7 @@ def open_images(specs: Sequence[str | Path] | str | Path, key_prefix: KeyPrefix 
     names = [specs] if isinstance(specs, (str, Path)) else list(specs)
     if not names:
         raise DataError("no images were given", "Name them with --images")
-    images = ImageSet([open_source(str(spec)) for spec in names], key_prefix)
+    images = ImageSet([open_source(str(spec)) for spec in names], key_prefix, color)
     if not len(images):
         left_out = f"It holds {describe(images.left_out)}" if images.left_out else "Its shards are empty"
         raise DataError(f"no images in {images.name}", left_out)

@@ -61,7 +61,7 @@ class StoredImages(Dataset["list[StoredImage] | VqpipeError"]):
         """Decode image `i`, and return the file to store."""
         data = self.images.read(i)
         try:
-            image = decode(data)
+            image = decode(data, color=self.images.color)
         except BadImage as error:
             return StoredImage(i, reason=error.reason)
         if self.min_size is not None and (image.width < self.min_size[0] or image.height < self.min_size[1]):

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from vqpipe.config import added, resumable
@@ -39,6 +39,8 @@ except ImportError:  # the extra `fast`; Pillow decodes the same pixels, more sl
 
 Result = TypeVar("Result")
 
+Color = Literal["ignore", "srgb"]
+"""What becomes of embedded ICC profiles."""
 MAX_PIXELS = 178_956_970
 """The limit of Pillow itself."""
 
@@ -137,17 +139,19 @@ class BadImage(DataError):
         self.args = (reason, what)  # the arguments of unpickling
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, color: Color = "ignore") -> Image.Image:
     """Decode an image to 8-bit RGB, upright by its EXIF orientation. It is of one of FORMATS.
 
     | stored as | becomes |
     |---|---|
-    | gray, 1 bit, YCbCr, HSV, CMYK, YCCK | RGB by Pillow's formulas; ICC profiles are not applied |
+    | gray, 1 bit, YCbCr, HSV, CMYK, YCCK | RGB by Pillow's formulas |
     | alpha, or a transparent palette entry or color | composited on white |
     | 16 bits gray (PNG, TIFF, PGM, JPEG 2000) | round(value / 257), so 65535 is 255; 12-bit TIFF to 4095 is 255 |
     | 16 bits per channel of a color image | the high byte, which is within one level of value / 257 |
     | 32-bit float gray (TIFF, PFM), all values in [0, 1] | round(255 x value) |
     | animation, several pages or sizes | the first page; the largest icon |
+
+    ICC profiles are ignored, or with `color` "srgb" applied: see `to_srgb`.
 
     Text in a PNG is not limited in size; only EXIF and XMP in text are limited, to Pillow's 1 MiB.
 
@@ -160,7 +164,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table above covers what Pillow warns of
         try:
-            return with_any_text(partial(decode_pixels, max_pixels=max_pixels), data)
+            return with_any_text(partial(decode_pixels, max_pixels=max_pixels, color=color), data)
         except (BadImage, MemoryError):
             raise
         except Image.DecompressionBombError as error:
@@ -170,10 +174,30 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise BadImage(reason, f"{reason} image: {error}") from error
 
 
-def decode_pixels(data: bytes, max_pixels: int) -> Image.Image:
+def decode_pixels(data: bytes, max_pixels: int, color: Color) -> Image.Image:
     """`decode`, with Pillow's errors."""
     image = open_image(data, max_pixels)
-    return upright(fast_jpeg(data, image) or to_rgb(image, data), image)
+    profile = image.info.get("icc_profile") if color == "srgb" else None
+    return upright(to_srgb(fast_jpeg(data, image) or to_rgb(image, data), profile), image)
+
+
+def to_srgb(rgb: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert an RGB image from its embedded ICC profile to sRGB, by the relative colorimetric intent.
+
+    Nothing changes without a profile, and with one that is damaged, of another color space (gray, CMYK), or sRGB by its
+    own description. Transparent pixels are on white before.
+    """
+    if not profile:
+        return rgb
+    try:
+        embedded = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if embedded.profile.xcolor_space.strip() != "RGB" or "sRGB" in ImageCms.getProfileDescription(embedded):
+            return rgb
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(rgb, embedded, srgb, renderingIntent=intent, outputMode="RGB") or rgb
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return rgb
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

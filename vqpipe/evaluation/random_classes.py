@@ -19,7 +19,7 @@ class RandomClasses(ImageSet):
     """
 
     def __init__(self, images: ImageSet, classes: np.ndarray, num_classes: int, seed: int) -> None:
-        super().__init__(images.sources)
+        super().__init__(images.sources, images.key_prefix, images.color)
         self.images, self.classes, self.drawn_from, self.seed = images, classes, num_classes, seed
         self.positions = np.flatnonzero(np.isin(images.labels, classes))
         self.labels = images.labels[self.positions]
