@@ -287,6 +287,16 @@ def test_state_and_config_restore_the_quantizer(name: str) -> None:
     assert torch.equal(restored(latent).ids, quantizer(latent).ids)
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_weights_restore_a_quantizer_that_was_built_on_the_meta_device(name: str) -> None:
+    quantizer = make(name).eval()
+    with torch.device("meta"):
+        restored = build_quantizer(quantizer.config).eval()
+    restored.load_state_dict(quantizer.state_dict(), assign=True)
+    latent = latent_of(quantizer)
+    assert torch.equal(restored(latent).ids, quantizer(latent).ids)
+
+
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not takes_codebook(one_group(EXAMPLES[name]))])
 def test_other_quantizers_do_not_load_a_codebook(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"the {one_group(EXAMPLES[name]).kind} quantizer"):

@@ -99,7 +99,8 @@ class GaussianQuantizer(Quantizer):
         self.code_dim, self.tolerance = config.code_dim, config.tolerance
         self.bits = math.log2(config.codebook_size)
         codes = gaussian_codes(config.codebook_size, config.code_dim, config.codebook_seed)
-        self.register_buffer("codes", torch.tensor(codes), persistent=False)
+        # On the CPU also where the network is built on the meta device: loading weights does not fill it.
+        self.register_buffer("codes", torch.tensor(codes, device="cpu"), persistent=False)
         self.register_buffer("weights", torch.ones(3))
 
     def forward(self, latent: Tensor) -> Quantized:

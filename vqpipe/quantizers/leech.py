@@ -41,7 +41,8 @@ class LeechQuantizer(CodebookQuantizer):
     def __init__(self, config: LeechConfig) -> None:
         super().__init__(CodebookConfig(codebook_size=NUM_CODES, code_dim=DIM, normalize=True))
         self.config = config
-        codes = torch.tensor(leech_vectors(), dtype=torch.float32)
+        # On the CPU also where the network is built on the meta device: loading weights does not fill it.
+        codes = torch.tensor(leech_vectors(), dtype=torch.float32, device="cpu")
         self.register_buffer("codes", codes / 32**0.5, persistent=False)
 
     def raw_codebook(self) -> Tensor:
