@@ -11,6 +11,7 @@ from stages import console
 from stages.console import BatchSize, Device, Images, Out, Seed, TokenizerPath
 from vqpipe import artifacts
 from vqpipe.data.tokens import Crops, check_crops, write_tokens
+from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import DataError
 from vqpipe.tokenizer import Tokenizer
 
@@ -19,7 +20,14 @@ def tokenize(
     images: Images,
     tokenizer: TokenizerPath,
     out: Out,
-    image_size: console.ImageSize = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size",
+            help="Side of the center crop, or WIDTHxHEIGHT: resized until both sides are covered, then the center.",
+            metavar="PIXELS",
+        ),
+    ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
     crops: Annotated[
         Crops,
@@ -46,13 +54,15 @@ def tokenize(
     wide as --image-size. Validation uses the center, not flipped.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
-        check_crops(crops, flip)
+        asked = None if image_size is None else fixed_size(image_size)
+        check_crops(crops, flip, image_size)
         image_set = console.open_images(images, key_prefix, color)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
-        size = image_size or opened.image_size
-        if size is None:
+        if asked is None and opened.image_size is None:
             raise DataError("this tokenizer's config does not name the image size of its training", "Give --image-size")
-        opened.check_size(size, size)
+        height, width = asked or fixed_size(str(opened.image_size))
+        opened.check_size(height, width)
+        size: int | str = width if height == width else f"{width}x{height}"
         # The default is fp32 on every device: bf16 changes a few percent of the ids.
         config: dict[str, Any] = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
         if crops != "center":  # left out, as in the requests of earlier versions

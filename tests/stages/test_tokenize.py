@@ -1,7 +1,9 @@
 """`vqpipe tokenize` as a function."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,11 +13,12 @@ from PIL import Image
 
 from stages.detokenize import detokenize
 from stages.tokenize_images import tokenize
+from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.data.tokens import read_tokens
-from vqpipe.data.transforms import center_crop, decode, pixels
-from vqpipe.errors import ConfigError
+from vqpipe.data.transforms import center_crop, cover, decode, pixels
+from vqpipe.errors import ConfigError, DataError
 from vqpipe.tokenizer import Tokenizer
 
 
@@ -63,6 +66,35 @@ def test_bytes_do_not_depend_on_batch_size_and_workers(
         assert keys[place + 1] == keys[place]
         assert torch.equal(ids[place + 1], opened.encode(crop.flip(-1))[0])
         assert torch.cat([part.flipped for part in parts]).tolist() == [False, True] * 9
+
+
+def test_rectangles_are_covered_cropped_and_decoded_to_their_size(
+    tiny_tokenizer: Callable[..., Path], picture_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer, out = tiny_tokenizer("tokenizer"), tmp_path / "tokens"
+    images: dict[str, Any] = {"images": [str(picture_folder)], "tokenizer": tokenizer, "device": "cpu"}
+    tokenize(out=out, image_size="48x32", **images)
+    made, opened = open_artifact(out, "tokens"), Tokenizer.from_pretrained(tokenizer)
+    assert (made.facts["image_size"], made.facts["layout"]["grids"]) == ("48x32", [[16, 24]])
+    tokens = read_tokens(made.file("tokens-00000.parquet"), 64)
+    crop = cover(Image.open(picture_folder / "drawn-7.png").convert("RGB"), (32, 48))[None]
+    place = next(i for i, key in enumerate(tokens.keys) if "drawn-7" in key)
+    assert torch.equal(tokens.ids[place], opened.encode(crop)[0])
+
+    detokenize(out, tokenizer, tmp_path / "images", device="cpu")
+    stored = Image.open(io.BytesIO(open_images(tmp_path / "images")[place].image))
+    assert stored.size == (48, 32)
+    with pytest.raises(ConfigError, match=r"images of 48x32, and generators are for squares"):
+        train_generator(tokens=out, tokenizer=tokenizer, out=tmp_path / "gpt", preset="gpt-tiny", device="cpu")
+    for size, options, message in (
+        ("native", {}, "no size in common"),
+        ("48x32", {"crops": "ten"}, "48x32 is none"),
+        ("48x", {}, "is not an image size"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tokenize(out=tmp_path / "other", image_size=size, **options, **images)
+    with pytest.raises(DataError, match="not divisible"):
+        tokenize(out=tmp_path / "other", image_size="49x32", **images)
 
 
 def test_ten_crops_are_those_of_torchvision(

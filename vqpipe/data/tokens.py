@@ -41,7 +41,7 @@ from vqpipe.data.encode import (
 )
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tars import tar_keys, write_tar
-from vqpipe.data.transforms import encode_png, ten_crops
+from vqpipe.data.transforms import Framing, encode_png, fixed_size, ten_crops
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
 
@@ -79,7 +79,7 @@ def write_tokens(
     images: ImageSet,
     tokenizer: ImageTokenizer,
     *,
-    image_size: int,
+    image_size: int | str,
     flip: bool = False,
     crops: Crops = "center",
     precision: str = "fp32",
@@ -90,17 +90,21 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
 
+    `image_size` is the side of ADM's center crop, or "WIDTHxHEIGHT" for the crop of the rule cover.
+
     With `flip` the tokens of each image's horizontal flip are stored as well. `crops` "ten" stores ten views of each
     image, as LlamaGen: the `ten_crops` of ADM's center crop of side int(1.1 x `image_size`). `precision` "bf16" applies
     to the network; the codebook search stays in float32, on slightly different latents.
 
     Raises:
-        ConfigError: `flip` with ten crops, which include flips.
+        ConfigError: `flip` with ten crops, which include flips; ten crops of a rectangle; a size that is none.
         DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
     """
-    check_crops(crops, flip)
-    views = partial(ten_crops, size=image_size) if crops == "ten" else partial(with_flip, flip=flip)
-    layout = tokenizer.layout(image_size, image_size)
+    check_crops(crops, flip, image_size)
+    height, width = fixed_size(image_size)
+    side = int(width * TEN_CROP_RANGE) if crops == "ten" else max(height, width)
+    views = partial(ten_crops, size=width) if crops == "ten" else partial(with_flip, flip=flip)
+    layout = tokenizer.layout(height, width)
     job = EncodingJob(
         draft,
         images,
@@ -117,9 +121,10 @@ def write_tokens(
         device=tokenizer.device,
         row_shape=(views_per_image({"flip": flip, "crops": crops}), layout.num_tokens),
         dtype=id_dtype(tokenizer.codebook_size),
-        image_size=int(image_size * TEN_CROP_RANGE) if crops == "ten" else image_size,
+        image_size=side,
         batch_size=batch_size,
         num_workers=num_workers,
+        transform=None if height == width else Framing(rule="cover", size=(height, width)),
     )
     records, skipped = job.finish()
     return {
@@ -133,10 +138,12 @@ def write_tokens(
     }
 
 
-def check_crops(crops: Crops, flip: bool) -> None:
-    """Raise a ConfigError for `flip` with ten crops."""
+def check_crops(crops: Crops, flip: bool, image_size: int | str | None = None) -> None:
+    """Raise a ConfigError for `flip` with ten crops, and for ten crops of a rectangle."""
     if crops == "ten" and flip:
         raise ConfigError("--crops ten includes the flip of each image", "Omit --flip")
+    if crops == "ten" and image_size is not None and len(set(fixed_size(image_size))) > 1:
+        raise ConfigError(f"--crops ten is for squares, {image_size} is none", "Give one number as --image-size")
 
 
 def views_per_image(config: Mapping[str, Any]) -> int:
@@ -250,7 +257,7 @@ def decode_tokens(
 
     Only the first `limit` rows and the first `groups` groups of ids are decoded. Returns the facts, over all ranks.
     """
-    size = int(tokens.facts["image_size"])
+    size = fixed_size(tokens.facts["image_size"])
     views = views_per_image(tokens.config)
     crops = TEN_CROP_KEYS if views == 10 else ("",)
     total = tokens.facts["num_images"] * views
@@ -272,7 +279,7 @@ def decode_tokens(
         )
         with draft.write(target, images=take) as path, write_tar(path) as tar:
             for rows in chunks(range(take), batch_size):
-                images = tokenizer.decode(part.ids[rows.start : rows.stop], (size, size), groups=groups).cpu()
+                images = tokenizer.decode(part.ids[rows.start : rows.stop], size, groups=groups).cpu()
                 for index, image in zip(rows, images, strict=True):
                     tar.write(keys[index], encode_png(image), "png", int(part.labels[index]))
                 progress.advance(len(rows))

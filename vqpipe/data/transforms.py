@@ -567,6 +567,18 @@ def parse_size(text: str) -> tuple[int, int] | None:
     return int(sides[-1]), int(sides[0])
 
 
+def fixed_size(image_size: int | str) -> tuple[int, int]:
+    """(height, width) of the side of a square, or of "WIDTHxHEIGHT".
+
+    Raises:
+        ConfigError: "native", or no size.
+    """
+    size = parse_size(str(image_size))
+    if size is None:
+        raise ConfigError("images of native sizes have no size in common", "Write 256, or 2560x1440 (width x height)")
+    return size
+
+
 def covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(height, width, upper, left): the smallest size at which the image covers H x W, and the corner of the crop.
 

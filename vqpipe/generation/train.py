@@ -27,6 +27,7 @@ from vqpipe.data.examples import (
     split_held_out,
 )
 from vqpipe.data.latents import LatentStatistics, open_latents
+from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
@@ -100,8 +101,18 @@ class StoredExamples:
 
     @property
     def image_size(self) -> int:
-        """Side of the encoded images, pixels."""
-        return int(self.artifact.facts["image_size"])
+        """Side of the encoded images, pixels.
+
+        Raises:
+            ConfigError: they are not squares.
+        """
+        height, width = fixed_size(self.artifact.facts["image_size"])
+        if height != width:
+            raise ConfigError(
+                f"{self.artifact.path} is of images of {width}x{height}, and generators are for squares",
+                "Tokenize with one number as --image-size",
+            )
+        return width
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs of the artifact to publish, by role."""
