@@ -10,7 +10,8 @@ never overwritten; and an interrupted run resumes at its first missing file when
     <out>/          manifest.json  ...
 
 `request` is the digest of what was requested (schema, kind, config, inputs); `content` is the digest of the result
-(file names, sizes, hashes).
+(file names, sizes, hashes). Only the largest share of unusable images may differ between the runs of a draft: it
+decides whether a run stops, and not what is written.
 """
 
 from vqpipe.artifacts.artifact import Artifact, Input, Manifest, open_artifact

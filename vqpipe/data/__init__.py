@@ -7,6 +7,7 @@ label_lists lists of labels and classes in a folder
 tars        a source: tar shards in WebDataset's layout, read and written
 photos      a source: the built-in photographs
 transforms  the only conversions between bytes, uint8 pixels and floats; the crops of evaluation protocols
+skipped     the images that cannot be used: their tolerance, and their list
 batches     OrderedBatches (in order) and TrainingStream (endless, shuffled); the loader processes
 encode      images to shards of arrays (tokens, latents, features): decoding, encoding and writing at the same time
 tokens, latents  the shards of tokens and of latents
