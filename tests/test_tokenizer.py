@@ -291,6 +291,7 @@ def test_side_of_a_square_image(tokenizer: Tokenizer) -> None:
 def test_encode_and_decode_compile_to_one_graph(
     kind: str, small_tokenizer: Callable[[QuantizerConfig], Tokenizer], images: torch.Tensor
 ) -> None:
+    torch._dynamo.reset()  # compiled functions of other tests count to the limit of recompilations
     tokenizer = small_tokenizer(KINDS[kind])
     ids = tokenizer.encode(images)
     encode = torch.compile(tokenizer.encode, fullgraph=True, backend="eager")
@@ -303,6 +304,7 @@ def test_encode_and_decode_compile_to_one_graph(
 
 @pytest.mark.slow  # the compiler takes minutes
 def test_compiled_by_inductor(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    torch._dynamo.reset()
     ids = tokenizer.encode(images)
     compiled = torch.compile(tokenizer.encode, fullgraph=True)(images)
     assert (compiled == ids).float().mean() > 0.95
