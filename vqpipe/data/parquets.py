@@ -224,15 +224,7 @@ def open_parquets(urls: Sequence[str], name: str) -> Parquets:
 def open_file(url: str) -> tuple[ParquetFile, Rows]:
     """Open one file: hash it, unless its hash is cached, and read its labels and paths."""
     try:
-        mtime_ns = None
-        if "://" in url:
-            shard = remote.Shard(url)
-            size, identity = shard.size, shard.identity
-        else:
-            url = os.path.abspath(url)
-            status = os.stat(url)
-            size, mtime_ns = status.st_size, status.st_mtime_ns
-            identity = f"{url} {size} {mtime_ns}"
+        url, size, mtime_ns, identity = remote.locate(url)
         with open_parquet(url) as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
             features = read_features(schema)

@@ -124,6 +124,17 @@ class Shard(io.RawIOBase):
         return size
 
 
+def locate(url: str) -> tuple[str, int, int | None, str]:
+    """A local or remote file: its absolute path or URL, its size, its modification time if it is local, and a text that
+    changes with it, empty where a server does not tell of changes."""
+    if "://" in url:
+        shard = Shard(url)
+        return url, shard.size, None, shard.identity
+    url = os.path.abspath(url)
+    status = os.stat(url)
+    return url, status.st_size, status.st_mtime_ns, f"{url} {status.st_size} {status.st_mtime_ns}"
+
+
 def open_binary(url: str) -> BinaryIO:
     """Open a local file, or a remote one in large requests."""
     return cast(BinaryIO, io.BufferedReader(Shard(url), BLOCK)) if "://" in url else open(url, "rb")

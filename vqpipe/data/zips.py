@@ -136,16 +136,8 @@ def open_zip(url: str) -> ZipIndex:
     Raises:
         DataError: it is no zip, damaged, split or encrypted, or an image is compressed with an unusual method.
     """
-    mtime_ns = None
     try:
-        if "://" in url:
-            shard = remote.Shard(url)
-            size, identity = shard.size, shard.identity
-        else:
-            url = os.path.abspath(url)
-            status = os.stat(url)
-            size, mtime_ns = status.st_size, status.st_mtime_ns
-            identity = f"{url} {size} {mtime_ns}"
+        url, size, mtime_ns, identity = remote.locate(url)
         if identity and (cached := read_cache(f"zip {identity}")) is not None:
             return ZipIndex(**cached)
         with remote.open_binary(url) as file:
@@ -157,7 +149,7 @@ def open_zip(url: str) -> ZipIndex:
     except DataError:
         raise
     except Exception as error:  # zipfile raises many types on damaged files
-        kind = kind_of_file(Path(url)) if mtime_ns is not None else "unknown"
+        kind = kind_of_file(Path(url)) if "://" not in url else "unknown"
         if kind not in ("zip", "npz", "pytorch", "torchscript", "unknown"):
             raise DataError(*explain(url, kind, "a zip archive", "Correct its name")) from None
         raise DataError(f"{url} is a damaged or split zip archive: {error}", COPY_AGAIN) from None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqpipe.distributed import all_reduce_sum, broadcast, is_main
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized
+from vqpipe.quantizers.base import CodebookConfig, Quantized, straight_through
 from vqpipe.quantizers.vq import VectorQuantizer
 
 REPLACEMENT_NOISE = 1e-9
@@ -65,7 +65,7 @@ class DiveqQuantizer(VectorQuantizer):
         error = codes - latent
         direction = (error + self.noise * torch.randn_like(error)).detach() if self.training else error.detach()
         moved = latent + error.norm(dim=1, keepdim=True) * F.normalize(direction, dim=1)
-        return Quantized(codes.detach() + (moved - moved.detach()), ids, {})
+        return Quantized(straight_through(moved, codes), ids, {})
 
     @torch.no_grad()
     def update(self, latent: Tensor, ids: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, Quantized, to_rows
+from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, Quantized, straight_through, to_rows
 from vqpipe.search import nearest
 
 WIDTH, HEADS, BLOCKS, MLP_RATIO = 256, 4, 2, 2
@@ -82,7 +82,7 @@ class BridgedQuantizer(CodebookQuantizer):
             codebook = self.codebook()
             ids = nearest(to_rows(latent), codebook, self.metric, check=not self.training).view(len(latent), -1)
             codes = codebook[ids].transpose(1, 2).reshape_as(latent)
-            return Quantized((latent - latent.detach()) + codes.detach(), ids, self.losses(latent, codes))
+            return Quantized(straight_through(latent, codes), ids, self.losses(latent, codes))
 
     def raw_codebook(self) -> Tensor:
         """bridge(E), float32[K, C]; cached while the weights are frozen.
