@@ -40,6 +40,7 @@ def run(
             loggers=loggers,
             progress=progress,
             stop_requested=stop.requested,
+            interruptible=stop.interruptible,
         )
         artifact = train(context, recipe)
         if artifact is None:

@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -21,6 +22,10 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.code = 128 + (number if number in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM)
+
+
+class WaitingEnded(Interrupted):
+    """The first signal, while a training run waits for a batch."""
 
 
 def exit_at_once(number: int, frame: FrameType | None) -> None:
@@ -46,12 +51,14 @@ def handle_signals() -> None:
 class StopAfterStep:
     """Inside this context the first signal only sets `requested`, so that a training step can end and be saved.
 
-    A second signal interrupts at once, except SIGHUP: a closed terminal may send two. The exit of torchrun is treated
+    In the block `interruptible()` the first signal ends that block at once. A second signal interrupts, except SIGHUP: a
+    closed terminal may send two. The exit of torchrun is treated
     as a signal too: if it is killed with SIGKILL, its ranks receive none.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self.waiting = False
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopAfterStep":
@@ -67,8 +74,24 @@ class StopAfterStep:
         if not self.number:
             self.number = number
             announce(f"{signal.Signals(number).name}: stopping after this step, then saving a checkpoint")
+            if self.waiting:
+                raise WaitingEnded(number)
         elif number != signal.SIGHUP:
             raise Interrupted(number)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block that waits for data, for minutes if a server has stalled: the first signal leaves it.
+
+        One of several ranks stays in it, because the others may be in a step with it. torchrun kills its ranks 30
+        seconds after a signal.
+        """
+        self.waiting = os.environ.get("WORLD_SIZE", "1") == "1"
+        try:
+            with suppress(WaitingEnded):
+                yield
+        finally:
+            self.waiting = False
 
     def requested(self) -> bool:
         """Whether a signal was received, or torchrun has ended."""

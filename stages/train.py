@@ -119,6 +119,7 @@ def train(
                 loggers=loggers,
                 progress=progress,
                 stop_requested=stop.requested,
+                interruptible=stop.interruptible,
             )
             if artifact is None:
                 stop.exit()

@@ -1,13 +1,19 @@
 """The training loop on a tiny tokenizer: it learns, resumes bit for bit, and skips steps without a finite gradient."""
 
 import math
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from stages import signals
 from vqpipe.data.batches import Batch
 from vqpipe.errors import ConfigError, NumericError
 from vqpipe.losses import Objective, ObjectiveConfig
@@ -32,11 +38,14 @@ QUANTIZERS: dict[str, QuantizerConfig] = {
 class Photographs:
     """Smooth random images; image p of the run is a function of p."""
 
-    def __init__(self, batch: int = BATCH) -> None:
-        self.batch = batch
+    def __init__(self, batch: int = BATCH, stall_at: int | None = None) -> None:
+        self.batch, self.stall_at = batch, stall_at
 
     def from_sample(self, images_seen: int) -> Iterator[Batch]:
         while True:
+            if images_seen == self.stall_at:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                time.sleep(60)
             places = range(images_seen, images_seen + self.batch)
             images = torch.stack([self.picture(place) for place in places])
             yield Batch(images, torch.full((self.batch,), -1), [f"p{place}" for place in places], list(places))
@@ -66,6 +75,8 @@ def run(
     stop_at: int | None = None,
     disc_start: int = 4,
     on_step: Callable[[TrainState], None] = lambda state: None,
+    interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
+    stall_at: int | None = None,
     **settings: object,
 ) -> "tuple[TrainState, Recorder]":
     model, discriminator = networks(kind)
@@ -90,12 +101,13 @@ def run(
     state = train(
         TokenizerTask(model, discriminator, objective),
         config,
-        Photographs(config.global_batch_size),
+        Photographs(config.global_batch_size, stall_at),
         folder,
         seed=3,
         device=torch.device("cpu"),
         callbacks=[recorder],
         stop_requested=lambda: stop_at is not None and recorder.step >= stop_at,
+        interruptible=interruptible,
     )
     return state, recorder
 
@@ -142,6 +154,22 @@ def test_run_that_is_stopped_twice_ends_as_an_uninterrupted_one(tmp_path: Path) 
     assert straight.step == resumed.step == STEPS
     assert differing(straight, resumed) == []
     assert rest.rows[-1]["loss/total"] == pytest.approx(recorder.rows[-1]["loss/total"], abs=1e-6)
+
+
+def test_signal_during_a_stalled_read_saves_a_checkpoint_within_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = run(tmp_path / "whole")
+    start = time.monotonic()
+    with signals.StopAfterStep() as stop:
+        state, _ = run(tmp_path / "cut", interruptible=stop.interruptible, stall_at=7 * BATCH)
+        assert stop.requested()
+    assert time.monotonic() - start < 30
+    assert capsys.readouterr().err == "SIGTERM: stopping after this step, then saving a checkpoint\n"
+    assert state.step == 7
+    resumed, _ = run(tmp_path / "cut")
+    assert resumed.step == STEPS
+    assert differing(whole, resumed) == []
 
 
 def test_loss_falls_and_rows_have_losses_quality_and_speed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Both have the same steps: check and open the inputs, start the draft, read the e
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -133,6 +134,7 @@ class RunContext:
     """More callbacks. They are called before the row is logged, so they may add numbers to it."""
     progress: Progress = SILENT
     stop_requested: Callable[[], bool] = lambda: False
+    interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +290,7 @@ def train_on_examples(
         device=context.device,
         callbacks=callbacks,
         stop_requested=context.stop_requested,
+        interruptible=context.interruptible,
     )
     return state, metrics
 

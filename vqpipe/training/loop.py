@@ -6,6 +6,7 @@ flag of a step is read while the next one runs, so there is no synchronization b
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,12 +35,14 @@ def train(
     device: torch.device,
     callbacks: Sequence[Callback] = (),
     stop_requested: Callable[[], bool] = lambda: False,
+    interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> TrainState:
     """Train to `config.steps` steps, resuming from the newest checkpoint in `run_dir`. Every rank calls it.
 
     Returns the state: `state.weight_ema.network` is to be published (`state.published()` are its weights). If
     `stop_requested()` is true on any rank after a step, a checkpoint is saved and the state returned early; on several
     ranks this is checked every STOP_EVERY steps. So it is where a callback sets `state.stop`, also after the last step.
+    The loop waits for a batch inside `interruptible()`, which a request to stop may leave early.
 
     Raises:
         NumericError: too many steps in a row without a finite gradient; no weight moved in them.
@@ -56,8 +59,13 @@ def train(
         statistics, batches = BatchNormStatistics(*task.networks.values()), stream.from_sample(state.images_seen)
         metrics.start_clock()
         while state.step < config.steps:
-            with metrics.waiting():
+            batch = None
+            with metrics.waiting(), interruptible():
                 batch = next(batches)
+            if batch is None:
+                nonfinite.flush()
+                state.save(run_dir, keep_every=config.keep_every)
+                break
             state.add_skipped(batch.skipped)
             seed_step(seed, state.step)
             statistics.remember()

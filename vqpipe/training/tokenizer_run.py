@@ -1,6 +1,7 @@
 """The job behind `vqpipe train`: train a tokenizer in a draft, and publish it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +135,7 @@ def train_tokenizer(
     callbacks: Sequence[Callback] = (),
     progress: Progress = SILENT,
     stop_requested: Callable[[], bool] = lambda: False,
+    interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Artifact | None:
     """Train a tokenizer in the draft and publish it. Every rank calls it.
 
@@ -158,7 +160,11 @@ def train_tokenizer(
     task = TokenizerTask(model, discriminator, objective)
     if recipe.train.whiten_init and not checkpoints(draft.path).paths():
         # On the first images of the run; the same images on every rank.
-        first = next(iter(training_stream(recipe, inputs, seed, recipe.train.whiten_images).from_sample(0)))
+        first = None
+        with interruptible():
+            first = next(training_stream(recipe, inputs, seed, recipe.train.whiten_images).from_sample(0))
+        if first is None:
+            return None
         model.whiten_init(to_float(first.images.to(device)))
     rank, ranks = distributed.rank(), distributed.world_size()
     stream = training_stream(recipe, inputs, seed, recipe.train.global_batch_size, rank, ranks)
@@ -197,6 +203,7 @@ def train_tokenizer(
         device=device,
         callbacks=callbacks,
         stop_requested=stop_requested,
+        interruptible=interruptible,
     )
     skipped.check()
     if state.step < recipe.train.steps:
