@@ -96,14 +96,17 @@ Images = Annotated[
 TokenizerPath = Annotated[
     Path,
     typer.Option(
-        "--tokenizer", help="A tokenizer artifact, or hf:USER/NAME[@REVISION] on the model hub.", metavar="DIR"
+        "--tokenizer",
+        help="A tokenizer artifact, hf:USER/NAME[@REVISION] on the model hub, or builtin:photos-f8.",
+        metavar="DIR",
     ),
 ]
 AutoencoderPath = Annotated[
     Path,
     typer.Option(
         "--tokenizer",
-        help="A tokenizer artifact, hf:USER/NAME[@REVISION] on the model hub, or a folder with a VAE: "
+        help="A tokenizer artifact, hf:USER/NAME[@REVISION] on the model hub, builtin:photos-f8, or a folder with a "
+        "VAE: "
         "AutoencoderKL of diffusers (SD-VAE, SDXL-VAE, SD3, FLUX), AutoencoderDC (DC-AE), TAESD to TAEF2.",
         metavar="DIR",
     ),

@@ -51,9 +51,9 @@ def handle_signals() -> None:
 class StopAfterStep:
     """Inside this context the first signal only sets `requested`, so that a training step can end and be saved.
 
-    In the block `interruptible()` the first signal ends that block at once. A second signal interrupts, except SIGHUP: a
-    closed terminal may send two. The exit of torchrun is treated
-    as a signal too: if it is killed with SIGKILL, its ranks receive none.
+    In the block `interruptible()` the first signal ends that block at once. A second signal interrupts, except SIGHUP:
+    a closed terminal may send two. The exit of torchrun is treated as a signal too: if it is killed with SIGKILL, its
+    ranks receive none.
     """
 
     def __init__(self) -> None:

@@ -30,6 +30,8 @@ from vqpipe.weights import load_tensors
 RANGE_TOLERANCE = 1e-3
 """How far outside [-1, 1] float images may be."""
 UNSIGNED = "float images without a negative value: if they are in [0, 1], pass 2 * images - 1; [-1, 1] is expected"
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""The tokenizers inside the package, in the format of `save_pretrained`, with weights in float16."""
 IMAGES_PER_BATCH = 32
 """Images of a list that are encoded or decoded at a time."""
 
@@ -67,13 +69,16 @@ class Tokenizer:
     def from_pretrained(
         cls, path: str | Path, device: str | torch.device = "cpu", *, revision: str | None = None
     ) -> "Tokenizer":
-        """Open a tokenizer: the directory of an artifact or of `save_pretrained`, or a repository of the hub.
+        """Open a tokenizer: the directory of an artifact or of `save_pretrained`, a repository of the hub, or the one
+        inside the package, "builtin:photos-f8".
+
+        Its weights are in float32, whatever their type in the file.
 
         A repository is downloaded if it is named by "hf:user/name", or by the string "user/name" where there is no such
         directory. A `Path`, such as those of the commands, is never looked up on the hub without "hf:".
 
         Args:
-            path: a directory, or "hf:user/name", or "hf:user/name@revision".
+            path: a directory, or "hf:user/name", or "hf:user/name@revision", or "builtin:photos-f8".
             device: to run on.
             revision: a branch, tag or commit of the repository.
 
@@ -85,6 +90,9 @@ class Tokenizer:
         device = device_of(device)
         folder = Path(path)
         name = folder.name
+        if str(path).startswith("builtin:"):
+            folder = builtin_folder(str(path))
+            name = folder.name
         named = str(path).startswith("hf:") or (isinstance(path, str) and "/" in path and not folder.is_absolute())
         if named and not folder.is_dir():
             folder, name = download(str(path), revision)
@@ -97,7 +105,9 @@ class Tokenizer:
         with torch.device("meta"):
             autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
         weights = artifact.verified_file("model.safetensors") if artifact else folder / "model.safetensors"
-        load_weights(autoencoder, load_tensors(weights), folder)
+        tensors = load_tensors(weights)
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+        load_weights(autoencoder, tensors, folder)
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.name = printable(name) or tokenizer.name
         tokenizer.artifact = artifact
@@ -622,6 +632,18 @@ def diffusers_class(folder: Path) -> str | None:
         return str(table["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def builtin_folder(name: str) -> Path:
+    """The folder of a tokenizer inside the package, "builtin:NAME".
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    folders = {f"builtin:{config.parent.name}": config.parent for config in sorted(PRETRAINED.glob("*/config.json"))}
+    if name not in folders:
+        raise ConfigError(f"there is no tokenizer {name}", f"Use {' or '.join(folders)}")
+    return folders[name]
 
 
 def download(path: str, revision: str | None) -> tuple[Path, str]:
