@@ -1,6 +1,6 @@
 """A quantizer of your own: `vq` with the gradient of the rotation trick, and its registration.
 
-    python rotation_quantizer.py train --preset small --set model.quantizer.kind=rotation --images photos --out tokenizer
+    python rotation_quantizer.py train --preset small --images photos --set model.quantizer.kind=rotation --out mine
 
 Every command runs in this way: this file registers the kind "rotation", then calls the command line.
 """
