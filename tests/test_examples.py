@@ -1,17 +1,20 @@
 """The examples of the guides run: a quantizer of one's own, the description of a data set, README's picture."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from stages.prepare_data import prepare_data
+from stages.tokenize_images import tokenize
 from vqpipe import Tokenizer
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError, DataError
@@ -31,6 +34,7 @@ sys.argv = [quantizer_file, *arguments]
 with suppress(SystemExit):
     runpy.run_path(quantizer_file, run_name="__main__")
 
+from stages.tokenize_images import tokenize
 from vqpipe import Tokenizer
 from vqpipe.config import all_subclasses
 from vqpipe.quantizers import CodebookConfig, build_quantizer
@@ -83,6 +87,28 @@ def test_code_of_the_guide_to_a_quantizer_is_that_of_the_example() -> None:
     for block in blocks:  # in the order of the file; the guide leaves out a docstring
         for line in block.split("```")[0].strip().splitlines():
             assert line in lines, line
+
+
+@pytest.mark.parametrize("guide", ["your-photographs", "tokens-to-transformer", "high-resolution"])
+def test_python_of_a_guide_runs(
+    guide: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    draw_folder: Callable[..., Path],
+    small_tokenizer: Callable[[QuantizerConfig], Tokenizer],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    draw_folder(tmp_path / "images", 6, side=40)
+    small_tokenizer(VqConfig(codebook_size=64, code_dim=4)).save_pretrained(tmp_path / "tokenizer")
+    tokenize([str(tmp_path / "images")], "tokenizer", tmp_path / "tokens", num_workers=0, device="cpu")
+    text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        small = block.replace("range(1000)", "range(2)").replace("1024", "64").replace("768", "48")
+        exec(compile(small, guide, "exec"), names)
+    assert blocks
 
 
 def test_data_set_of_the_guide_is_prepared_and_an_incomplete_copy_is_refused(
