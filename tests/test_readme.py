@@ -120,6 +120,13 @@ def test_links_lead_to_pages_and_headings_that_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_glossary_has_the_terms_in_alphabetical_order() -> None:
+    terms = re.findall(r"^## (.*)$", text_of(DOCS / "glossary.md"), flags=re.MULTILINE)
+    assert terms == sorted(terms, key=str.casefold)
+    asked = {"Artifact", "Downsample factor", "Utilization", "Perplexity", "Protocol", "Patch-pca", "Nested masking"}
+    assert asked - set(terms) == set()
+
+
 def test_every_guide_is_linked_from_the_readme() -> None:
     assert [page.name for page in (DOCS / "guides").glob("*.md") if f"docs/guides/{page.name}" not in README] == []
 
