@@ -10,7 +10,7 @@ import typer
 from stages import console
 from stages.console import BatchSize, Device, Images, Out, Seed, TokenizerPath
 from vqpipe import artifacts
-from vqpipe.data.tokens import Crops, check_crops, write_tokens
+from vqpipe.data.tokens import Crops, check_crops, check_max_pixels, write_tokens
 from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import DataError
 from vqpipe.tokenizer import Tokenizer
@@ -24,7 +24,8 @@ def tokenize(
         str | None,
         typer.Option(
             "--image-size",
-            help="Side of the center crop, or WIDTHxHEIGHT: resized until both sides are covered, then the center.",
+            help="Side of the center crop; WIDTHxHEIGHT: resized until both sides are covered, then the center; "
+            "native: each image at its own size, see above.",
             metavar="PIXELS",
         ),
     ] = None,
@@ -34,6 +35,12 @@ def tokenize(
         typer.Option("--crops", help="Store the center crop of each image, or ten crops (flips included); see above."),
     ] = "center",
     batch_size: BatchSize = 32,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--max-pixels", help="With --image-size native: leave larger images out.", metavar="PIXELS", min=1
+        ),
+    ] = None,
     precision: console.Precision = "fp32",
     key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = -1,
@@ -52,21 +59,35 @@ def tokenize(
     --crops ten stores ten, as LlamaGen does: torchvision's TenCrop (center, four
     corners, and the same of the horizontal flip) of a center crop 1.1 times as
     wide as --image-size. Validation uses the center, not flipped.
+
+    --image-size native keeps the size of each image: only the center is cropped
+    to multiples of the tokenizer's downsample factor, and smaller images are left
+    out. Each size has files of its own, tokens-WIDTHxHEIGHT-*.parquet. A batch
+    has --batch-size images of up to 256x256 pixels, fewer of larger ones, and at
+    least one image, the largest first: --max-pixels leaves out those for which
+    memory does not suffice. Generators are trained on images of one size.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
-        asked = None if image_size is None else fixed_size(image_size)
+        native = image_size == "native"
+        asked = None if image_size is None or native else fixed_size(image_size)
         check_crops(crops, flip, image_size)
+        check_max_pixels(max_pixels, image_size)
         image_set = console.open_images(images, key_prefix, color)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
-        if asked is None and opened.image_size is None:
-            raise DataError("this tokenizer's config does not name the image size of its training", "Give --image-size")
-        height, width = asked or fixed_size(str(opened.image_size))
-        opened.check_size(height, width)
-        size: int | str = width if height == width else f"{width}x{height}"
+        size: int | str = "native"
+        if not native:
+            if asked is None and opened.image_size is None:
+                what = "this tokenizer's config does not name the image size of its training"
+                raise DataError(what, "Give --image-size")
+            height, width = asked or fixed_size(str(opened.image_size))
+            opened.check_size(height, width)
+            size = width if height == width else f"{width}x{height}"
         # The default is fp32 on every device: bf16 changes a few percent of the ids.
         config: dict[str, Any] = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
         if crops != "center":  # left out, as in the requests of earlier versions
             config["crops"] = crops
+        if max_pixels is not None:
+            config["max_pixels"] = max_pixels
         request = config if key_prefix is None else {**config, "key_prefix": key_prefix}
         draft = artifacts.start(out, "tokens", request, {"images": image_set, "tokenizer": opened.source})
         if isinstance(draft, artifacts.Artifact):

@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from vqpipe.data import transforms
 from vqpipe.data.sources import FORMATS
-from vqpipe.data.transforms import UNSIGNED_FORMATS, BadImage, decode, image_extension
+from vqpipe.data.transforms import UNSIGNED_FORMATS, BadImage, decode, decoded_size, image_extension
 
 NOISE = Image.merge("RGB", [Image.effect_noise((64, 64), 60 + i) for i in range(3)])
 
@@ -69,6 +69,29 @@ BLACK_AND_WHITE = {
 def test_lossless_formats_are_decoded_to_their_pixels(name: str) -> None:
     expected = np.array([[[1, 2, 3]], [[4, 5, 6]]]) if name == "PPM, text" else np.asarray(NOISE)
     assert np.array_equal(np.asarray(decode(LOSSLESS[name])), expected)
+
+
+def test_the_decoded_size_is_known_without_decoding_common_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = NOISE.resize((40, 24))
+    turned = [Image.Exif() for _ in range(9)]
+    for orientation, exif in enumerate(turned):
+        exif[0x0112] = orientation
+    oriented = {
+        f"{kind} {number}": encode(wide, kind, exif=exif)
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF")
+        for number, exif in enumerate(turned)
+    }
+    for data in (LOSSLESS | BLACK_AND_WHITE | oriented).values():
+        assert decoded_size(data) == decode(data).size[::-1]
+    assert decoded_size(oriented["JPEG 6"]) == decoded_size(oriented["PNG 8"]) == (40, 24)
+    for data, reason in ((b"", "empty"), (b"x", "not-an-image"), (encode(NOISE, "BMP")[:500], "truncated")):
+        with pytest.raises(BadImage) as raised:
+            decoded_size(data)
+        assert raised.value.reason == reason
+    with pytest.raises(BadImage, match="64 x 64 pixels, limit 4000"):
+        decoded_size(LOSSLESS["PNG"], 4000)
+    monkeypatch.setattr(transforms, "decode", None)
+    assert [decoded_size(encode(wide, kind)) for kind in ("JPEG", "PNG", "WEBP")] == [(24, 40)] * 3
 
 
 @pytest.mark.parametrize("name", BLACK_AND_WHITE)

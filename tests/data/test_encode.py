@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.data import transforms
-from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch
+from vqpipe.data import sizes, transforms
+from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch, equal_shards
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tars import write_tar
 from vqpipe.data.tokens import decode_tokens, read_tokens, write_tokens
@@ -71,18 +71,15 @@ def encode_images(
             np.save(file, shard.rows)
 
     with draft:
-        job = EncodingJob(
-            draft, images, "{}.npy", shard_size=10, title="encode", max_skipped=max_skipped, progress=progress
-        )
+        shards = equal_shards("{}.npy", len(images), 10, (3,), 4)
+        job = EncodingJob(draft, images, shards, title="encode", max_skipped=max_skipped, progress=progress)
         job.run(
             encode,
             write,
             check=check,
             device=torch.device("cpu"),
-            row_shape=(3,),
             dtype=np.uint32,
             image_size=16,
-            batch_size=4,
             num_workers=num_workers,
         )
         job.finish()
@@ -284,14 +281,17 @@ class Pixels:
     """A fake tokenizer: the ids of an image are its first two red values, moved to the end of the codebook."""
 
     device = torch.device("cpu")
+    downsample_factor = 8
 
     def __init__(self, codebook_size: int) -> None:
         self.codebook_size = codebook_size
+        self.batches = list[torch.Size]()
 
     def layout(self, height: int, width: int) -> TokenLayout:
         return TokenLayout(((1, 2),))
 
     def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        self.batches.append(images.shape)
         return images[:, 0, 0, :2].long() + self.codebook_size - 256
 
     def decode(self, ids: Tensor, image_size: tuple[int, int], groups: int | None = None) -> Tensor:
@@ -380,3 +380,77 @@ def test_progress_of_decoding_counts_the_rows_of_this_rank_and_those_already_dec
     started = [recorder.started for recorder in progress.values()]
     assert started == [[("detokenize", 21, 0)], [("detokenize", 12, 0)], [("detokenize", 36, 36)]]
     assert [recorder.done for recorder in progress.values()] == [21, 12, 0]
+
+
+def test_batches_and_shards_of_native_sizes_are_limited(
+    tmp_path: Path, draw: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of three has the pixels of 3 x 16 x 16, or one image; a shard four ids."""
+    monkeypatch.setattr("vqpipe.data.sizes.NATIVE_SIDE", 16)
+    monkeypatch.setattr("vqpipe.data.sizes.IDS_PER_SHARD", 4)
+    (tmp_path / "a").mkdir()
+    for i, size in enumerate([(16, 8), (24, 16), (48, 48), (17, 15), (31, 20)] * 4):
+        (tmp_path / "a" / f"{i:02d}.png").write_bytes(draw(i, size))
+    images, tokenizer = open_images([tmp_path / "a"]), Pixels(300)
+    draft = artifacts.start(tmp_path / "tokens", "tokens", {}, {"images": images})
+    assert isinstance(draft, Draft)
+    with draft:
+        facts = write_tokens(draft, images, tokenizer, image_size="native", batch_size=3)
+        made = draft.publish(facts)
+    assert [tuple(shape)[::2] for shape in tokenizer.batches] == [(1, 48)] * 4 + [(2, 16)] * 4 + [(2, 8)] * 4
+    assert made.names() == [
+        f"tokens-{size}-{number:05d}.parquet"
+        for size, count in (("16x8", 4), ("24x16", 4), ("48x48", 2))
+        for number in range(count)
+    ]
+    table = {"num_tokens": 2, "layout": {"grids": [[1, 2]], "num_groups": 1}}
+    assert made.facts["sizes"] == {
+        "48x48": {"num_images": 4, **table},
+        "24x16": {"num_images": 8, **table},
+        "16x8": {"num_images": 8, **table},
+    }
+
+
+def test_native_sizes_are_read_once(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Callable[..., bytes]
+) -> None:
+    """A run that was stopped, with images of which some cannot be used, and three too small."""
+    for i in (1, 2, 20):
+        (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(draw(i, (7, 40), "JPEG"))
+    measured = list[int]()
+    real = sizes.decoded_size
+    monkeypatch.setattr(sizes, "decoded_size", lambda *arguments: (measured.append(0), real(*arguments))[1])
+
+    def run(name: str, max_skipped: float) -> Artifact:
+        draft = artifacts.start(tmp_path / name, "tokens", {}, {"images": images})
+        assert isinstance(draft, Draft)
+        with draft:
+            facts = write_tokens(draft, images, Pixels(300), image_size="native", max_skipped=max_skipped)
+            return draft.publish(facts)
+
+    with pytest.raises(DataError, match=r"^at least 8 of 23 images cannot be used \(5 empty, 3 too-small\)"):
+        run("out", 0.3)
+    assert len(measured) == NUM
+    made = run("out", 0.35)
+    assert len(measured) == NUM
+    assert made.facts["skipped"] == {"empty": 5, "too-small": 3}
+    assert made.names() == ["skipped.parquet", "tokens-32x24-00000.parquet"]
+    rows = pq.read_table(made.file("skipped.parquet")).to_pylist()
+    assert [row["key"] for row in rows if row["reason"] == "too-small"] == ["01", "02", "20"]
+    assert made.digest == run("straight", 0.5).digest
+
+
+def test_memory_that_does_not_suffice_is_an_error_with_a_remedy(images: ImageSet, tmp_path: Path) -> None:
+    class Large(Pixels):
+        def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    draft = artifacts.start(tmp_path / "out", "tokens", {}, {"images": images})
+    assert isinstance(draft, Draft)
+    with draft:
+        for batch_size, message in (
+            (4, r"out of memory for a batch of 4 images of 32x24. Use a smaller --batch-size"),
+            (1, r"1 images of 32x24. Leave such images out of --image-size native: --max-pixels 767"),
+        ):
+            with pytest.raises(DataError, match=message):
+                write_tokens(draft, images, Large(300), image_size="native", max_skipped=0.5, batch_size=batch_size)

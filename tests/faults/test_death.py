@@ -71,9 +71,18 @@ def folder(tmp_path: Path, pictures: Path) -> Path:
 # Tokens.
 
 
-@pytest.mark.parametrize("operation", ["torn *tokens-00001.parquet", "rename *tokens-00001.parquet.json"])
+@pytest.mark.parametrize(
+    ("operation", "image_size", "kept"),
+    [
+        ("torn *tokens-00001.parquet", None, "tokens-00000.parquet"),
+        ("rename *tokens-00001.parquet.json", None, "tokens-00000.parquet"),
+        ("torn *tokens-20x20-00001.parquet", "native", "tokens-20x20-00000.parquet"),
+    ],
+)
 def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
     operation: str,
+    image_size: str | None,
+    kept: str,
     folder: Path,
     small_tokenizer: Callable[[QuantizerConfig], Tokenizer],
     crash: ModuleType,
@@ -82,6 +91,7 @@ def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("vqpipe.data.tokens.IMAGES_PER_SHARD", 7)
+    monkeypatch.setattr("vqpipe.data.sizes.IMAGES_PER_SHARD", 7)
     begun = start(folder / "tokenizer", "tokenizer", {}, {})
     assert isinstance(begun, Draft)
     with begun:
@@ -89,15 +99,17 @@ def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
         begun.publish({})
 
     def run(out: str) -> None:
-        tokenize_images.tokenize(["pictures"], Path("tokenizer"), Path(out), num_workers=0, device="cpu")
+        tokenize_images.tokenize(
+            ["pictures"], Path("tokenizer"), Path(out), image_size=image_size, num_workers=0, device="cpu"
+        )
 
     run("whole")
     assert in_child(lambda: (crash.arm(1, folder, operation), run("out"))[1]) == -signal.SIGKILL
     assert not (folder / "out").exists()
-    first = (folder / "out.partial" / "tokens-00000.parquet").stat()
+    first = (folder / "out.partial" / kept).stat()
     run("out")
     assert open_artifact("out").digest == open_artifact("whole").digest
-    assert (folder / "out" / "tokens-00000.parquet").stat().st_mtime_ns == first.st_mtime_ns  # not written again
+    assert (folder / "out" / kept).stat().st_mtime_ns == first.st_mtime_ns  # not written again
     assert sorted(path.name for path in folder.iterdir()) == ["out", "pictures", "tokenizer", "whole"]
 
 

@@ -96,3 +96,15 @@ def test_in_place_activations_without_gradients_give_the_same_bits() -> None:
     with torch.no_grad():
         block(latent)
     assert torch.equal(latent, before)  # a block must not change its input
+
+
+def test_group_norm_is_that_of_torch_also_for_a_single_value() -> None:
+    """One channel per group and one position, as of an image of one patch: torch.nn.GroupNorm is an error for a batch
+    of one such image in evaluation too."""
+    ours, theirs = group_norm(32).eval(), torch.nn.GroupNorm(32, 32, eps=1e-6).eval()
+    for shape in ((1, 32, 3, 5), (2, 32, 1, 1)):
+        x = torch.randn(shape)
+        assert torch.equal(ours(x), theirs(x))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        theirs(x[:1])
+    assert torch.equal(ours(x[:1]), ours(x)[:1])

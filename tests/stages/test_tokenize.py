@@ -13,11 +13,13 @@ from PIL import Image
 
 from stages.detokenize import detokenize
 from stages.tokenize_images import tokenize
+from stages.train_classifier import train_classifier
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.images import open_images
+from vqpipe.data.streams import TokenDataset
 from vqpipe.data.tokens import read_tokens
-from vqpipe.data.transforms import center_crop, cover, decode, pixels
+from vqpipe.data.transforms import center_crop, cover, crop_to_multiples, decode, pixels
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.tokenizer import Tokenizer
 
@@ -87,7 +89,6 @@ def test_rectangles_are_covered_cropped_and_decoded_to_their_size(
     with pytest.raises(ConfigError, match=r"images of 48x32, and generators are for squares"):
         train_generator(tokens=out, tokenizer=tokenizer, out=tmp_path / "gpt", preset="gpt-tiny", device="cpu")
     for size, options, message in (
-        ("native", {}, "no size in common"),
         ("48x32", {"crops": "ten"}, "48x32 is none"),
         ("48x", {}, "is not an image size"),
     ):
@@ -144,3 +145,115 @@ def test_bf16_is_used_only_on_request(
     ids = [read_tokens(made.file("tokens-00000.parquet"), 64).ids.numpy() for made in (plain, bf16)]
     assert 0.5 < np.mean(ids[0] == ids[1]) <= 1
     assert "10 images in 0:0" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sized_folder(tmp_path: Path) -> Path:
+    """Smooth pictures of several sizes; one is turned by its EXIF orientation, one too small, one no picture."""
+    folder = tmp_path / "sized"
+    folder.mkdir()
+    for number, (width, height) in enumerate([(48, 32), (49, 33), (32, 32), (31, 47), (3, 2), (1, 9), (48, 32)]):
+        rows, columns = np.mgrid[0:height, 0:width]
+        waves = [np.sin(rows / (3 + number) + shift) + np.cos(columns / (2 + number)) for shift in range(3)]
+        picture = Image.fromarray((np.stack(waves, -1) * 63 + 127).astype(np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number == 6 else 1
+        picture.save(folder / f"{number}.jpg", quality=95, exif=exif)
+    (folder / "7.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def test_native_sizes_have_shards_of_their_own_and_are_decoded_to_their_size(
+    tiny_tokenizer: Callable[..., Path],
+    sized_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = tiny_tokenizer("tokenizer")
+    for workers, batch_size in ((0, 32), (2, 1)):
+        tokenize(
+            [str(sized_folder)],
+            tokenizer,
+            tmp_path / f"{workers}",
+            image_size="native",
+            flip=True,
+            batch_size=batch_size,
+            num_workers=workers,
+            max_skipped=0.3,
+            device="cpu",
+        )
+    made = open_artifact(tmp_path / "0", "tokens")
+    assert made.digest == open_artifact(tmp_path / "2").digest
+    assert "5 sizes, the largest 32x48 (1 image), the most frequent 48x32 (2 images)" in capsys.readouterr().err
+    counts = {"48x32": 2, "32x48": 1, "30x46": 1, "32x32": 1, "2x2": 1}
+    assert {size: table["num_images"] for size, table in made.facts["sizes"].items()} == counts
+    assert (made.facts["num_images"], made.facts["num_sizes"], made.facts["image_size"]) == (6, 5, "native")
+    assert made.facts["skipped"] == {"not-an-image": 1, "too-small": 1}
+    assert made.facts["sizes"]["48x32"]["layout"]["grids"] == [[16, 24]]
+    assert made.names("tokens-*.parquet") == sorted(f"tokens-{size}-00000.parquet" for size in counts)
+
+    opened = Tokenizer.from_pretrained(tokenizer)
+    for name in made.names("tokens-*.parquet"):
+        tokens = read_tokens(made.file(name), 64)
+        for key, ids, flipped in zip(tokens.keys, tokens.ids, tokens.flipped, strict=True):
+            crop = crop_to_multiples(decode((sized_folder / f"{key}.jpg").read_bytes()), 2)
+            assert f"{crop.shape[2]}x{crop.shape[1]}" in name
+            assert torch.equal(ids, opened.encode(crop.flip(-1)[None] if flipped else crop[None])[0])
+
+    tokenize([str(sized_folder)], tokenizer, tmp_path / "square", image_size="32", max_skipped=0.3, device="cpu")
+    square = read_tokens(open_artifact(tmp_path / "square").file("tokens-00000.parquet"), 64)
+    native = read_tokens(made.file("tokens-32x32-00000.parquet"), 64)
+    assert torch.equal(square.ids[square.keys.index("2")], native.ids[0])
+
+    detokenize(made.path, tokenizer, tmp_path / "images", device="cpu")
+    decoded = {sample.key: Image.open(io.BytesIO(sample.image)) for sample in open_images([tmp_path / "images"])}
+    sizes = {"0": (48, 32), "1": (48, 32), "2": (32, 32), "3": (30, 46), "4": (2, 2), "6": (32, 48)}
+    assert {key: image.size for key, image in decoded.items()} == sizes | {
+        f"{key}-flipped": size for key, size in sizes.items()
+    }
+
+
+def test_tokens_of_native_sizes_are_read_one_size_at_a_time_and_not_trained_on(
+    tiny_tokenizer: Callable[..., Path], sized_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer, out = tiny_tokenizer("tokenizer"), tmp_path / "tokens"
+    images: dict[str, Any] = {"images": [str(sized_folder)], "tokenizer": tokenizer, "max_skipped": 0.5}
+    tokenize(out=out, image_size="native", device="cpu", **images)
+    with pytest.raises(DataError, match=r"tokens has images of their own sizes: 48x32 \(2\), .*Give image_size"):
+        TokenDataset(out)
+    with pytest.raises(DataError, match="images of other sizes than 64: 48x32"):
+        TokenDataset(out, image_size=64)
+    tokens = TokenDataset(out, image_size="48x32")
+    assert [tokens[i]["key"] for i in range(len(tokens))] == ["0", "1"]
+    assert len(TokenDataset(out, image_size=32)) == 1
+    assert (tokens.facts["image_size"], tokens.facts["num_tokens"]) == ("48x32", len(tokens[0]["ids"]))
+    batch = next(iter(tokens.stream(seed=0, batch_size=2)))
+    assert batch["ids"].shape == (2, 384)
+    for train, preset in ((train_generator, "gpt-tiny"), (train_classifier, "linear-probe")):
+        with pytest.raises(ConfigError, match=r"own sizes: 48x32 .*one size is trained on. Tokenize with one number"):
+            train(tokens=out, tokenizer=tokenizer, out=tmp_path / "trained", preset=preset, device="cpu")
+
+    tokenize(out=tmp_path / "few", image_size="native", max_pixels=1200, device="cpu", **{**images, "max_skipped": 0.8})
+    few = open_artifact(tmp_path / "few")
+    assert (list(few.facts["sizes"]), few.config["max_pixels"]) == (["32x32", "2x2"], 1200)
+    assert few.facts["skipped"] == {"not-an-image": 1, "too-large": 4, "too-small": 1}
+
+
+def test_a_tokenizer_that_cannot_encode_a_size_is_refused_before_the_work(
+    tiny_tokenizer: Callable[..., Path], sized_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def squares(self: Tokenizer, height: int, width: int) -> None:
+        if height != width:
+            raise ConfigError("ids in one dimension are of squares")
+
+    monkeypatch.setattr(Tokenizer, "layout", squares)
+    images: dict[str, Any] = {"images": [str(sized_folder)], "tokenizer": tiny_tokenizer("t"), "device": "cpu"}
+    with pytest.raises(DataError, match="cannot encode images of 32x48 at their own size: ids in one dimension"):
+        tokenize(out=tmp_path / "out", image_size="native", **images)
+    assert not list((tmp_path / "out.partial").glob("tokens-*"))
+    for options, message in (
+        ({"image_size": "native", "crops": "ten"}, "native is none"),
+        ({"image_size": "32", "max_pixels": 9}, "--max-pixels is for images at their own sizes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tokenize(out=tmp_path / "other", **options, **images)

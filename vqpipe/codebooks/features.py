@@ -31,7 +31,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool
 from vqpipe.config import resumable
-from vqpipe.data.encode import ORIGIN_FIELDS, EncodedShard, EncodingJob, check_float16, sample_columns
+from vqpipe.data.encode import ORIGIN_FIELDS, EncodedShard, EncodingJob, check_float16, equal_shards, sample_columns
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.files import hash_file
@@ -218,25 +218,17 @@ def write_features(
         DataError: a larger share of images than `max_skipped` is unreadable, or all are.
     """
     pool = check_pool(encoder, config.pool)
-    job = EncodingJob(
-        draft,
-        images,
-        "features-{:05d}.npy",
-        shard_size=config.images_per_shard,
-        title="extract features",
-        limit=config.limit,
-        max_skipped=max_skipped,
-        progress=progress,
-    )
+    num_images = min(len(images), config.limit or len(images))
+    row_shape = (pool * pool, encoder.dim)
+    shards = equal_shards("features-{:05d}.npy", num_images, config.images_per_shard, row_shape, config.batch_size)
+    job = EncodingJob(draft, images, shards, title="extract features", max_skipped=max_skipped, progress=progress)
     job.run(
         partial(encoder.encode, pool=pool, precision=config.precision),
         write_shard,
         check=partial(check_float16, what="features"),
         device=next(encoder.parameters()).device,
-        row_shape=(pool * pool, encoder.dim),
         dtype=np.float16,
         image_size=encoder.image_size,
-        batch_size=config.batch_size,
         num_workers=num_workers,
         transform=encoder.transform,
     )

@@ -11,7 +11,7 @@ B images of a batch.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,11 +107,36 @@ class Stopwatch:
         return f"{rate}: {parts}{writing}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a job."""
+
+    number: int
+    name: str
+    """The file written last; its record marks the shard complete, and holds its `skipped`."""
+    positions: range
+    """Its images, by their positions in the image set."""
+    row_shape: tuple[int, ...]
+    """Of the encoding of an image."""
+    batch_size: int
+
+
+def equal_shards(
+    name: str, num_images: int, shard_size: int, row_shape: tuple[int, ...], batch_size: int
+) -> list[Shard]:
+    """Shards of `shard_size` images each, named by the format string `name` with their numbers."""
+    return [
+        Shard(number, name.format(number), positions, row_shape, batch_size)
+        for number, positions in enumerate(chunks(range(num_images), shard_size))
+    ]
+
+
 @dataclass
 class EncodedShard:
     """The encoded images of one shard."""
 
     number: int
+    name: str
     buffer: np.ndarray
     """[images, *row_shape], with room for every image of the shard; the end stays unused if images were skipped."""
     keys: list[str] = field(default_factory=list)
@@ -139,7 +164,8 @@ class EncodedShard:
 class EncodingJob:
     """Encodes images and writes this rank's shards that an earlier run has not written.
 
-        job = EncodingJob(draft, images, "tokens-{:05d}.parquet", shard_size=4096, title="tokenize")
+        shards = equal_shards("tokens-{:05d}.parquet", len(images), 4096, row_shape, batch_size)
+        job = EncodingJob(draft, images, shards, title="tokenize")
         job.run(encode, write_shard, ...)
         records, skipped = job.finish()
 
@@ -147,10 +173,8 @@ class EncodingJob:
     job continues after it.
 
     Args:
-        filename: name of the file written last for each shard, a format string; its record marks the shard complete,
-            and holds its `skipped`.
-        shard_size: images per shard.
-        limit: encode only the first so many images.
+        shards: those of all ranks; rank r of w encodes every w-th.
+        skipped: images that are in no shard because they cannot be used, position -> reason.
         max_skipped: the largest share of images that cannot be used.
     """
 
@@ -158,24 +182,21 @@ class EncodingJob:
         self,
         draft: Draft,
         images: ImageSet,
-        filename: str,
+        shards: Sequence[Shard],
         *,
-        shard_size: int,
         title: str,
-        limit: int | None = None,
+        skipped: Mapping[int, str] | None = None,
         max_skipped: float = 0.01,
         progress: Progress = SILENT,
     ) -> None:
-        self.draft, self.images, self.filename, self.progress = draft, images, filename, progress
-        self.max_skipped = max_skipped
-        self.num_images = min(len(images), limit or len(images))
-        self.spans = chunks(range(self.num_images), shard_size)
-        self.mine = range(distributed.rank(), len(self.spans), distributed.world_size())
-        self.missing = [number for number in self.mine if self.record(number) is None]
+        self.draft, self.images, self.shards, self.progress = draft, images, shards, progress
+        self.skipped, self.max_skipped = dict(skipped or {}), max_skipped
+        self.num_images = sum(len(shard.positions) for shard in shards) + len(self.skipped)
+        self.mine = shards[distributed.rank() :: distributed.world_size()]
+        self.missing = [shard for shard in self.mine if self.record(shard) is None]
         self.stopwatch = Stopwatch()
-        total = sum(len(self.spans[number]) for number in self.mine)
-        done = total - sum(len(self.spans[number]) for number in self.missing)
-        progress.start(title, total, done=done)
+        total, left = (sum(len(shard.positions) for shard in part) for part in (self.mine, self.missing))
+        progress.start(title, total, done=total - left)
 
     def run(
         self,
@@ -184,10 +205,8 @@ class EncodingJob:
         *,
         check: Callable[[Tensor, list[str]], None],
         device: torch.device,
-        row_shape: tuple[int, ...],
         dtype: type[np.generic] | np.dtype,
         image_size: int,
-        batch_size: int,
         num_workers: int,
         transform: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
@@ -198,20 +217,20 @@ class EncodingJob:
             write: writes one shard, called in order.
             check: called with rows [B, *row_shape] on the CPU and their keys; raises if they must not be stored.
             dtype: the stored type.
-            image_size, batch_size, num_workers, transform: see `OrderedBatches`.
+            image_size, num_workers, transform: see `OrderedBatches`.
 
         Raises:
             DataError: the images of this rank that cannot be used are too many already.
         """
-        found = merged(record["skipped"] for number in self.mine if (record := self.record(number)) is not None)
+        records = [record for shard in self.mine if (record := self.record(shard)) is not None]
+        found = merged([self.skipped, *(record["skipped"] for record in records)])
         if self.missing:
             self.check_so_far(found)
-        spans = [self.spans[number] for number in self.missing]
         batches = OrderedBatches(
             self.images,
-            spans=spans,
+            spans=[span for shard in self.missing for span in chunks(shard.positions, shard.batch_size)],
             image_size=image_size,
-            batch_size=batch_size,
+            batch_size=max((shard.batch_size for shard in self.missing), default=1),
             num_workers=num_workers,
             transform=transform,
         )
@@ -220,29 +239,30 @@ class EncodingJob:
         # The thread starts with the first shard, after the loader processes. Leaving the block waits for it, also after
         # an error or an interruption.
         with ThreadPoolExecutor(1, "shard-writer") as pool:
-            for number, span in zip(self.missing, spans, strict=True):
-                shard = EncodedShard(number, np.empty((len(span), *row_shape), dtype))
+            for shard in self.missing:
+                buffer = np.empty((len(shard.positions), *shard.row_shape), dtype)
+                result = EncodedShard(shard.number, shard.name, buffer)
                 for piece, rows in encoded:
                     with self.stopwatch.part(COPYING):
                         if piece.batch is not None and rows is not None:
                             check(rows, piece.batch.keys)
-                            shard.add(piece.batch, rows, self.images)
-                        shard.skipped |= piece.skipped
+                            result.add(piece.batch, rows, self.images)
+                        result.skipped |= piece.skipped
                     self.stopwatch.images += len(piece.positions)
                     self.progress.advance(len(piece.positions))
-                    if piece.positions.stop == span.stop:
+                    if piece.positions.stop == shard.positions.stop:
                         break
                 self.wait(writing)
-                writing = pool.submit(self.write_timed, write, shard)
-                found |= shard.skipped
-                if number != self.missing[-1]:  # else `finish` checks, over all ranks
+                writing = pool.submit(self.write_timed, write, result)
+                found |= result.skipped
+                if shard is not self.missing[-1]:  # else `finish` checks, over all ranks
                     self.check_so_far(found)
             self.wait(writing)
 
-    def record(self, number: int) -> dict[str, Any] | None:
+    def record(self, shard: Shard) -> dict[str, Any] | None:
         """The record of a shard, None if it is missing. Earlier versions recorded the count of each reason, without
         the images: such a shard is encoded again."""
-        record = self.draft.record(self.filename.format(number))
+        record = self.draft.record(shard.name)
         counted = record is not None and any(isinstance(each, int) for each in record["skipped"].values())
         return None if counted else record
 
@@ -289,11 +309,12 @@ class EncodingJob:
             DataError: more images than `max_skipped` are unreadable, or all are.
         """
         self.stopwatch.stop()
-        mine = {number: self.record(number) or {} for number in self.mine}
+        mine = {shard.number: self.record(shard) or {} for shard in self.mine}
         everyone = distributed.gather_objects((mine, self.stopwatch.images))
         self.stopwatch.images = sum(count for _, count in everyone)
         records = [record for _, record in sorted(pair for part, _ in everyone for pair in part.items())]
-        skipped = Skipped(self.images, self.num_images, merged(record["skipped"] for record in records))
+        found = merged([self.skipped, *(record["skipped"] for record in records)])
+        skipped = Skipped(self.images, self.num_images, found)
         skipped.check(self.max_skipped, self.draft)
         if len(skipped) == self.num_images:
             raise DataError(f"none of the {self.num_images} images of {self.images.name} can be read", "Check them")

@@ -23,7 +23,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Artifact
 from vqpipe.data.batches import SAMPLE, Shuffle, chunks, generator, shuffled
 from vqpipe.data.latents import LatentSet
-from vqpipe.data.tokens import id_dtype, read_tokens, views_per_image
+from vqpipe.data.tokens import files_of_size, id_dtype, read_tokens, views_per_image
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
 HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
@@ -114,27 +114,31 @@ class TokenSet:
         tokens: the artifact.
         cache: a folder for that file, on a disk shared by all ranks; rank 0 writes it. Every rank constructs the set at
             the same time.
+        image_size: of an artifact with native sizes, that of the images to read.
 
     Raises:
         ArtifactError: the set is large and there is no `cache`, or the shards do not match the manifest.
-        DataError: a shard is damaged.
+        DataError: a shard is damaged; there are several sizes, or no images of `image_size`.
     """
 
-    def __init__(self, tokens: Artifact, cache: Path | None = None) -> None:
+    def __init__(self, tokens: Artifact, cache: Path | None = None, image_size: int | str | None = None) -> None:
         self.artifact = tokens
+        names, self.facts = files_of_size(tokens, image_size)
+        """Of the artifact, and of the size."""
         self.views = views_per_image(tokens.config)
         self.codebook_size = int(tokens.facts["codebook_size"])
         flipped = [2 * view >= self.views for view in range(self.views)]
-        shape = (int(tokens.facts["num_images"]) * self.views, int(tokens.facts["num_tokens"]))
+        shape = (int(self.facts["num_images"]) * self.views, int(self.facts["num_tokens"]))
         dtype = id_dtype(self.codebook_size)
         file = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:
                 raise ArtifactError(f"{tokens.path} holds too many ids for memory", "Give a folder to unpack them into")
-            file = cache / f"ids-{tokens.digest[:16]}.npy"
+            part_name = f"-{self.facts['image_size']}" if "sizes" in self.facts else ""
+            file = cache / f"ids-{tokens.digest[:16]}{part_name}.npy"
         rows = np.empty(shape, dtype) if file is None else self.map_file(file, shape, dtype)
         labels, keys, first = list[np.ndarray](), list[pa.Array](), 0
-        for name in tokens.names("tokens-*.parquet"):
+        for name in names:
             part = read_tokens(tokens.verified_file(name), self.codebook_size)
             if part.ids.shape[1:] != shape[1:] or first + len(part.keys) > shape[0]:
                 raise ArtifactError(f"{tokens.path} does not hold the rows of its manifest", "Tokenize again")

@@ -208,6 +208,21 @@ class ImageSet(Sequence[Sample]):
         return [f"{name}: {printable(line)}" for name, line in lines.items() if line]
 
 
+class SelectedImages(ImageSet):
+    """Some images of a set, in the order of `positions`: int64[n], positions in the set."""
+
+    def __init__(self, images: ImageSet, positions: np.ndarray) -> None:
+        super().__init__(images.sources, images.key_prefix, images.color)
+        self.images, self.positions = images, positions
+        self.labels = images.labels[positions]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def locate(self, i: int) -> tuple[ImageSource, int]:
+        return self.images.locate(int(self.positions[i]))
+
+
 def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:
     """The class names of all lists, in the order of the first list that has them all, else sorted."""
     names = {name for each in lists for name in each}

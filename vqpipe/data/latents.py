@@ -36,6 +36,7 @@ from vqpipe.data.encode import (
     EncodingJob,
     check_float16,
     encode_views,
+    equal_shards,
     sample_columns,
     with_flip,
 )
@@ -192,15 +193,8 @@ def write_latents(
         DataError: the size is not divisible by the downsample factor; more images than `max_skipped` are unreadable.
     """
     latent_shape = tokenizer.latent_shape(image_size, image_size)
-    job = EncodingJob(
-        draft,
-        images,
-        "latents-{:05d}.npy",
-        shard_size=IMAGES_PER_SHARD,
-        title="latents",
-        max_skipped=max_skipped,
-        progress=progress,
-    )
+    shards = equal_shards("latents-{:05d}.npy", len(images), IMAGES_PER_SHARD, (1 + flip, *latent_shape), batch_size)
+    job = EncodingJob(draft, images, shards, title="latents", max_skipped=max_skipped, progress=progress)
     job.run(
         partial(
             encode_views,
@@ -210,10 +204,8 @@ def write_latents(
         write_latent_shard,
         check=partial(check_float16, what="latent"),
         device=tokenizer.device,
-        row_shape=(1 + flip, *latent_shape),
         dtype=np.float16,
         image_size=image_size,
-        batch_size=batch_size,
         num_workers=num_workers,
     )
     records, skipped = job.finish()

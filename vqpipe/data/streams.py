@@ -42,20 +42,29 @@ class TokenDataset(Dataset[dict[str, Any]]):
         view: 0 is the center crop; with --flip 1 is its flip; with --crops ten 0 to 4 are crops, 5 to 9 their flips.
         cache: a folder for the ids, if they take more than 1 GB: they are unpacked into one file, which all processes
             map. It is on a disk that all ranks share, and all ranks open the data set at the same time.
+        image_size: of an artifact of tokenize --image-size native, that of the images to read: the side of a square, or
+            "WIDTHxHEIGHT", as in its facts["sizes"].
 
     Raises:
         ArtifactError: it is absent, unfinished, damaged or of another kind, or it is large and there is no `cache`.
-        DataError: a shard is damaged.
+        DataError: a shard is damaged; there are several sizes, or no images of `image_size`.
         ConfigError: no such view.
     """
 
-    def __init__(self, path: str | Path, *, view: int = 0, cache: str | Path | None = None) -> None:
-        self.tokens = TokenSet(open_artifact(path, "tokens"), None if cache is None else Path(cache))
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        view: int = 0,
+        cache: str | Path | None = None,
+        image_size: int | str | None = None,
+    ) -> None:
+        self.tokens = TokenSet(open_artifact(path, "tokens"), None if cache is None else Path(cache), image_size)
         if not 0 <= view < self.tokens.views:
             raise ConfigError(f"view = {view}, each image has {self.tokens.views}", f"0 to {self.tokens.views - 1}")
         self.view = view
-        self.facts = self.tokens.artifact.facts
-        """Of the artifact: image_size, num_tokens, layout and others."""
+        self.facts = self.tokens.facts
+        """Of the artifact: image_size, num_tokens, layout and others; of native sizes those of the one that is read."""
 
     def __len__(self) -> int:
         """The number of images, each counted once."""
@@ -149,7 +158,7 @@ class TokenStream(Stream):
     its ten crops; without `flip` one that is not flipped.
 
     Args:
-        tokens: a `TokenDataset`, or the directory of an artifact.
+        tokens: a `TokenDataset`, or the directory of an artifact of one size.
 
     Raises:
         ConfigError: the global batch is not divisible by the number of ranks.

@@ -12,10 +12,13 @@ an image follow each other:
 | --flip | the center crop, and its horizontal flip |
 | --crops ten | center, top left, top right, bottom left, bottom right of a larger center crop; the same of its flip |
 
+The files are `tokens-00000.parquet` and so on. With --image-size native each size has files of its own,
+`tokens-WIDTHxHEIGHT-00000.parquet`, so `tokens-*.parquet` matches all and `tokens-640x480-*.parquet` those of one size.
+
 B images of a batch, N ids per image.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqpipe import distributed
@@ -36,16 +40,29 @@ from vqpipe.data.encode import (
     EncodedShard,
     EncodingJob,
     encode_views,
+    equal_shards,
     sample_columns,
     with_flip,
 )
 from vqpipe.data.images import ImageSet
+from vqpipe.data.sizes import batch_size_of, group_by_size
 from vqpipe.data.tars import tar_keys, write_tar
-from vqpipe.data.transforms import Framing, encode_png, fixed_size, ten_crops
-from vqpipe.errors import ConfigError, DataError
+from vqpipe.data.transforms import (
+    MAX_PIXELS,
+    Framing,
+    crop_to_multiples,
+    encode_png,
+    fixed_size,
+    parse_size,
+    ten_crops,
+)
+from vqpipe.errors import ConfigError, DataError, VqpipeError
 from vqpipe.progress import SILENT, Progress
 
 SHARD_NAME = "tokens-{:05d}.parquet"
+NATIVE_SHARD_NAME = "tokens-{}-{:05d}.parquet"
+SIZES_NAMED = 5
+"""Sizes that a message lists."""
 
 Crops = Literal["center", "ten"]
 TEN_CROP_RANGE = 1.1
@@ -63,6 +80,10 @@ class ImageTokenizer(Protocol):
     @property
     def codebook_size(self) -> int:
         """Ids are below it."""
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image side / latent side."""
 
     def layout(self, height: int, width: int) -> Any:
         """The order of the ids of an image of `height` x `width` pixels (a `TokenLayout`)."""
@@ -83,6 +104,7 @@ def write_tokens(
     flip: bool = False,
     crops: Crops = "center",
     precision: str = "fp32",
+    max_pixels: int | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
     max_skipped: float = 0.01,
@@ -90,60 +112,119 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
 
-    `image_size` is the side of ADM's center crop, or "WIDTHxHEIGHT" for the crop of the rule cover.
+    `image_size` is the side of ADM's center crop, "WIDTHxHEIGHT" for the crop of the rule cover, or "native": each
+    image at its own size (see sizes.py). Images of more than `max_pixels` are left out then.
 
     With `flip` the tokens of each image's horizontal flip are stored as well. `crops` "ten" stores ten views of each
     image, as LlamaGen: the `ten_crops` of ADM's center crop of side int(1.1 x `image_size`). `precision` "bf16" applies
     to the network; the codebook search stays in float32, on slightly different latents.
 
     Raises:
-        ConfigError: `flip` with ten crops, which include flips; ten crops of a rectangle; a size that is none.
-        DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook.
+        ConfigError: `flip` with ten crops, which include flips; ten crops of a rectangle; a size that is none;
+            `max_pixels` with a fixed size.
+        DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook; the tokenizer
+            cannot encode a native size.
     """
     check_crops(crops, flip, image_size)
-    height, width = fixed_size(image_size)
-    side = int(width * TEN_CROP_RANGE) if crops == "ten" else max(height, width)
-    views = partial(ten_crops, size=width) if crops == "ten" else partial(with_flip, flip=flip)
-    layout = tokenizer.layout(height, width)
+    check_max_pixels(max_pixels, image_size)
+    num_views = views_per_image({"flip": flip, "crops": crops})
+    size = parse_size(str(image_size))
+    ordered, unusable = images, dict[int, str]()
+    transform: Callable[[Image.Image], Tensor] | None = None
+    if size is None:
+        sized = group_by_size(
+            draft,
+            images,
+            tokenizer.downsample_factor,
+            max_pixels=max_pixels or MAX_PIXELS,
+            num_workers=num_workers,
+            progress=progress,
+        )
+        layouts = {size: native_layout(tokenizer, *size) for size in sized.sizes}
+        shards = sized.shards(NATIVE_SHARD_NAME, lambda h, w: (num_views, layouts[h, w].num_tokens), batch_size)
+        ordered, unusable, side = sized.images, sized.skipped, sized.side(batch_size)
+        transform = partial(crop_to_multiples, factor=tokenizer.downsample_factor)
+        views = partial(with_flip, flip=flip)
+        progress.message(str(sized))
+    else:
+        height, width = size
+        side = int(width * TEN_CROP_RANGE) if crops == "ten" else max(height, width)
+        views = partial(ten_crops, size=width) if crops == "ten" else partial(with_flip, flip=flip)
+        layouts = {size: tokenizer.layout(height, width)}
+        row_shape = num_views, layouts[size].num_tokens
+        shards = equal_shards(SHARD_NAME, len(images), IMAGES_PER_SHARD, row_shape, batch_size)
+        transform = None if height == width else Framing(rule="cover", size=size)
     job = EncodingJob(
-        draft,
-        images,
-        SHARD_NAME,
-        shard_size=IMAGES_PER_SHARD,
-        title="tokenize",
-        max_skipped=max_skipped,
-        progress=progress,
+        draft, ordered, shards, title="tokenize", skipped=unusable, max_skipped=max_skipped, progress=progress
     )
     job.run(
-        partial(encode_views, views=views, encode=partial(tokenizer.encode, precision=precision)),
+        partial(encode_views, views=views, encode=partial(encode_in_memory, tokenizer, precision)),
         write_token_shard,
         check=partial(check_token_ids, codebook_size=tokenizer.codebook_size),
         device=tokenizer.device,
-        row_shape=(views_per_image({"flip": flip, "crops": crops}), layout.num_tokens),
         dtype=id_dtype(tokenizer.codebook_size),
         image_size=side,
-        batch_size=batch_size,
         num_workers=num_workers,
-        transform=None if height == width else Framing(rule="cover", size=(height, width)),
+        transform=transform,
     )
     records, skipped = job.finish()
-    return {
-        "num_images": sum(record["images"] for record in records),
-        "num_tokens": layout.num_tokens,
-        "codebook_size": tokenizer.codebook_size,
-        "image_size": image_size,
-        "layout": layout.to_table(),
-        "skipped": skipped,
-        **images.facts,
+    facts = {"num_images": sum(record["images"] for record in records), "codebook_size": tokenizer.codebook_size}
+    facts |= {"image_size": image_size, "skipped": skipped, **images.facts}
+    if size is not None:
+        return facts | {"num_tokens": layouts[size].num_tokens, "layout": layouts[size].to_table()}
+    sizes: dict[str, dict[str, Any]] = {
+        f"{width}x{height}": {"num_images": 0, "num_tokens": layout.num_tokens, "layout": layout.to_table()}
+        for (height, width), layout in layouts.items()
     }
+    for shard, record in zip(shards, records, strict=True):
+        sizes[shard.name.split("-")[1]]["num_images"] += record["images"]
+    return facts | {"num_sizes": len(sizes), "sizes": sizes}
+
+
+def encode_in_memory(tokenizer: ImageTokenizer, precision: str, images: Tensor) -> Tensor:
+    """Encode a batch.
+
+    Raises:
+        DataError: memory does not suffice. (Linux may kill the process instead.)
+    """
+    try:
+        return tokenizer.encode(images, precision)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        count, _, height, width = images.shape
+        what = f"out of memory for a batch of {count} images of {width}x{height}"
+        larger = f"Leave such images out of --image-size native: --max-pixels {height * width - 1}"
+        raise DataError(what, "Use a smaller --batch-size" if count > 1 else larger) from None
 
 
 def check_crops(crops: Crops, flip: bool, image_size: int | str | None = None) -> None:
     """Raise a ConfigError for `flip` with ten crops, and for ten crops of a rectangle."""
     if crops == "ten" and flip:
         raise ConfigError("--crops ten includes the flip of each image", "Omit --flip")
-    if crops == "ten" and image_size is not None and len(set(fixed_size(image_size))) > 1:
-        raise ConfigError(f"--crops ten is for squares, {image_size} is none", "Give one number as --image-size")
+    if crops == "ten" and image_size is not None:
+        size = parse_size(str(image_size))
+        if size is None or size[0] != size[1]:
+            raise ConfigError(f"--crops ten is for squares, {image_size} is none", "Give one number as --image-size")
+
+
+def check_max_pixels(max_pixels: int | None, image_size: int | str | None) -> None:
+    """Raise a ConfigError for `max_pixels` with another size than "native"."""
+    if max_pixels is not None and image_size != "native":
+        raise ConfigError("--max-pixels is for images at their own sizes", "Omit it, or add --image-size native")
+
+
+def native_layout(tokenizer: ImageTokenizer, height: int, width: int) -> Any:
+    """The layout of the ids of images of a native size.
+
+    Raises:
+        DataError: the tokenizer cannot encode this size.
+    """
+    try:
+        return tokenizer.layout(height, width)
+    except VqpipeError as error:
+        what = f"this tokenizer cannot encode images of {width}x{height} at their own size: {error.what}"
+        raise DataError(what, "Give one number as --image-size") from None
 
 
 def views_per_image(config: Mapping[str, Any]) -> int:
@@ -165,8 +246,7 @@ def check_token_ids(ids: Tensor, keys: list[str], codebook_size: int) -> None:
 
 def write_token_shard(draft: Draft, shard: EncodedShard) -> None:
     """Write the file of a shard, with its counts as its record."""
-    name = SHARD_NAME.format(shard.number)
-    with draft.write(name, images=len(shard.keys), skipped=shard.skipped) as path:
+    with draft.write(shard.name, images=len(shard.keys), skipped=shard.skipped) as path:
         write_token_file(path, shard.keys, shard.labels, shard.rows, shard.origins)
 
 
@@ -243,6 +323,43 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
     return Tokens(keys, labels, ids, torch.tensor(flipped, dtype=torch.bool))
 
 
+def files_of_size(tokens: Artifact, image_size: int | str | None = None) -> tuple[list[str], dict[str, Any]]:
+    """The files of a `tokens` artifact and its facts; of one with native sizes those of the images of `image_size`.
+
+    Raises:
+        DataError: it has several sizes and none was given, or no images of this size; the message names sizes.
+    """
+    facts, sizes = tokens.facts, tokens.facts.get("sizes")
+    wanted = None if image_size is None else fixed_size(image_size)
+    if sizes is None:
+        if wanted is not None and wanted != fixed_size(facts["image_size"]):
+            raise DataError(
+                f"{tokens.path} has images of {facts['image_size']}, not of {image_size}", "Omit image_size"
+            )
+        return tokens.names("tokens-*.parquet"), facts
+    names = {fixed_size(name): name for name in sizes}
+    if wanted is None or wanted not in names:
+        listed = sizes_text(tokens)
+        what = "their own sizes" if wanted is None else f"other sizes than {image_size}"
+        raise DataError(f"{tokens.path} has images of {what}: {listed}", "Give image_size, one of its facts['sizes']")
+    name = names[wanted]
+    return tokens.names(f"tokens-{name}-*.parquet"), facts | sizes[name] | {"image_size": name}
+
+
+def sizes_text(tokens: Artifact) -> str:
+    """`640x480 (12), 32x32 (1)`: the native sizes of an artifact and their images, most first."""
+    counts = sorted(((table["num_images"], size) for size, table in tokens.facts["sizes"].items()), reverse=True)
+    listed = ", ".join(f"{size} ({count:,})" for count, size in counts[:SIZES_NAMED])
+    return listed + (f" and {len(counts) - SIZES_NAMED:,} more" if len(counts) > SIZES_NAMED else "")
+
+
+def file_sizes(tokens: Artifact) -> dict[str, tuple[int, int]]:
+    """The token files of an artifact, sorted -> (height, width) of their images."""
+    if "sizes" not in tokens.facts:
+        return dict.fromkeys(tokens.names("tokens-*.parquet"), fixed_size(tokens.facts["image_size"]))
+    return {name: fixed_size(name.split("-")[1]) for name in tokens.names("tokens-*.parquet")}
+
+
 def decode_tokens(
     draft: Draft,
     tokens: Artifact,
@@ -257,13 +374,13 @@ def decode_tokens(
 
     Only the first `limit` rows and the first `groups` groups of ids are decoded. Returns the facts, over all ranks.
     """
-    size = fixed_size(tokens.facts["image_size"])
     views = views_per_image(tokens.config)
     crops = TEN_CROP_KEYS if views == 10 else ("",)
     total = tokens.facts["num_images"] * views
     left = num_rows = total if limit is None else min(total, limit)
     shards = dict[str, tuple[str, int]]()  # tar of this rank -> its token shard, rows to decode
-    for number, name in enumerate(tokens.names("tokens-*.parquet")):
+    sizes = file_sizes(tokens)
+    for number, name in enumerate(sizes):
         take = min(count_rows(tokens.file(name)), left)
         left -= take
         if take and number % distributed.world_size() == distributed.rank():
@@ -278,7 +395,9 @@ def decode_tokens(
             for row, (key, flipped) in enumerate(zip(part.keys, part.flipped, strict=True))
         )
         with draft.write(target, images=take) as path, write_tar(path) as tar:
-            for rows in chunks(range(take), batch_size):
+            size = sizes[name]
+            batch = batch_size_of(batch_size, *size) if "sizes" in tokens.facts else batch_size
+            for rows in chunks(range(take), batch):
                 images = tokenizer.decode(part.ids[rows.start : rows.stop], size, groups=groups).cpu()
                 for index, image in zip(rows, images, strict=True):
                     tar.write(keys[index], encode_png(image), "png", int(part.labels[index]))

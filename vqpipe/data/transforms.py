@@ -19,6 +19,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
@@ -71,6 +72,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+QUARTER_TURNS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
+"""Those that exchange height and width."""
+SIZED_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP")
+"""Formats whose header has the size of the decoded image."""
+PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""What a PNG with an EXIF orientation contains. It may follow the pixels, so that Pillow decodes these to find it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,12 +420,34 @@ def low_bytes(data: bytes) -> np.ndarray:
 
 
 def upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of `source` to `rgb`. An unreadable EXIF block is ignored."""
+    """Apply the EXIF orientation of `source` to `rgb`."""
+    turn = turn_of(source)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def turn_of(source: Image.Image) -> Image.Transpose | None:
+    """The turn of the EXIF orientation; None for none, or an unreadable EXIF block."""
     try:
-        orientation = source.getexif().get(ORIENTATION, 1)
+        return TURNS.get(source.getexif().get(ORIENTATION, 1))
     except Exception:  # the parser raises nearly anything on broken EXIF
-        return rgb
-    return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
+        return None
+
+
+def decoded_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of `decode(data, max_pixels)`. Of SIZED_BY_HEADER only the header is read: the rest of the image
+    may be damaged.
+
+    Raises:
+        BadImage: as `decode`.
+    """
+    with warnings.catch_warnings(), suppress(Exception):  # `decode` raises the reason
+        warnings.simplefilter("ignore")
+        image = open_image(data, max_pixels)
+        if image.format in SIZED_BY_HEADER and not any(key in data for key in PNG_EXIF if image.format == "PNG"):
+            turned = image.format != "PNG" and turn_of(image) in QUARTER_TURNS
+            return image.size if turned else image.size[::-1]
+    image = decode(data, max_pixels)
+    return image.height, image.width
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -465,6 +494,13 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_sca
     width, height = max(short, round(image.width * factor)), max(short, round(image.height * factor))
     left, upper = int(across * (width - size + 1)), int(down * (height - size + 1))
     return pixels(resize_part(image, (width, height), (left, upper), (size, size)))
+
+
+def crop_to_multiples(image: Image.Image, factor: int) -> Tensor:
+    """uint8[3, H, W]: the center of an image, of the largest sides that are multiples of `factor`."""
+    width, height = image.width // factor * factor, image.height // factor * factor
+    left, upper = (image.width - width) // 2, (image.height - height) // 2
+    return pixels(image.crop((left, upper, left + width, upper + height)))
 
 
 def resize_and_crop(

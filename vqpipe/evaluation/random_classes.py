@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vqpipe.data.images import ImageSet
-from vqpipe.data.sources import NO_LABEL, ImageSource
+from vqpipe.data.images import ImageSet, SelectedImages
+from vqpipe.data.sources import NO_LABEL
 from vqpipe.errors import DataError
 
 
-class RandomClasses(ImageSet):
+class RandomClasses(SelectedImages):
     """The images of some classes of a set, in its order.
 
     Args:
@@ -19,16 +19,8 @@ class RandomClasses(ImageSet):
     """
 
     def __init__(self, images: ImageSet, classes: np.ndarray, num_classes: int, seed: int) -> None:
-        super().__init__(images.sources, images.key_prefix, images.color)
-        self.images, self.classes, self.drawn_from, self.seed = images, classes, num_classes, seed
-        self.positions = np.flatnonzero(np.isin(images.labels, classes))
-        self.labels = images.labels[self.positions]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def locate(self, i: int) -> tuple[ImageSource, int]:
-        return self.images.locate(int(self.positions[i]))
+        super().__init__(images, np.flatnonzero(np.isin(images.labels, classes)))
+        self.classes, self.drawn_from, self.seed = classes, num_classes, seed
 
     def describe(self) -> dict[str, Any]:
         """For `metrics.json`: the classes, by name where they have one."""

@@ -28,6 +28,7 @@ from vqpipe.data.examples import (
     split_held_out,
 )
 from vqpipe.data.latents import LatentStatistics, open_latents
+from vqpipe.data.tokens import sizes_text
 from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 from vqpipe.files import hash_file
@@ -79,6 +80,7 @@ class StoredExamples:
 
     Raises:
         ArtifactError: another tokenizer made them, or those of the validation images have another shape.
+        ConfigError: they are of images of native sizes.
     """
 
     tokenizer: Tokenizer
@@ -88,6 +90,10 @@ class StoredExamples:
     """The same of validation images."""
 
     def __post_init__(self) -> None:
+        for artifact in filter(None, (self.artifact, self.validation)):
+            if "sizes" in artifact.facts:
+                what = f"{artifact.path} has images of their own sizes: {sizes_text(artifact)}"
+                raise ConfigError(f"{what}; one size is trained on", "Tokenize with one number as --image-size")
         self.tokenizer.check_made(self.artifact)
         if self.validation is None:
             return

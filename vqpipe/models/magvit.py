@@ -202,8 +202,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     def __init__(self, z_channels: int, channels: int) -> None:
         super().__init__()
-        plain = group_norm(channels)
-        self.gn = nn.GroupNorm(plain.num_groups, channels, eps=plain.eps, affine=False)
+        self.gn = group_norm(channels, affine=False)
         self.gamma = nn.Linear(z_channels, channels)
         self.beta = nn.Linear(z_channels, channels)
 

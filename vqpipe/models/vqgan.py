@@ -251,6 +251,14 @@ def conv3x3(before: int, after: int, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, padding=1, bias=bias)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's group norm, also of a single value: nn.GroupNorm is an error for one image, one position and one channel
+    per group, though not for two such images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, torch.backends.cudnn.enabled)
+
+
+def group_norm(channels: int, affine: bool = True) -> GroupNorm:
     """Group norm with 32 groups, as in the papers, or the largest divisor of 32 that divides the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    return GroupNorm(math.gcd(32, channels), channels, eps=1e-6, affine=affine)
