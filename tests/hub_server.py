@@ -1,7 +1,8 @@
 """A model hub and a web server on loopback: the few requests that huggingface_hub and vqpipe send, and their failures.
 
 HEAD, GET  /OWNER/NAME/resolve/REVISION/FILE       a file of a repository, with ranges
-GET        /api/models/OWNER/NAME[/revision/R]     the files of a repository, and so /tree/R
+GET        /api/models/OWNER/NAME[/revision/R]     the files of a repository, and so /tree/R[/FOLDER]
+           The repositories of data sets have the name datasets/OWNER/NAME.
 GET        /files/FILE                             a file of a web server, with ranges
 POST       /api/repos/create, /api/models/OWNER/NAME/preupload/R, .../commit/R, /api/validate-yaml,
            /OWNER/NAME.git/info/lfs/objects/batch; PUT /lfs/OID    an upload
@@ -10,11 +11,15 @@ POST       /api/repos/create, /api/models/OWNER/NAME/preupload/R, .../commit/R, 
 import base64
 import hashlib
 import json
+import re
+import socket
+import struct
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -28,7 +33,7 @@ class Server:
 
     address: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """OWNER/NAME -> path -> content."""
+    """OWNER/NAME or datasets/OWNER/NAME -> path -> content."""
     gated: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
     """Repositories that only requests with TOKEN see."""
@@ -42,12 +47,26 @@ class Server:
     """Connections that send a body end before this byte of the file."""
     cuts: int = 10**9
     """How many connections are cut."""
-    fails_with: int | None = None
-    """Status of every answer about a file."""
+    faults: list[Any] = field(default_factory=list)
+    """Of the next requests: an HTTP status, (status, headers), "stall", "reset" (no answer); "cut" (half a body),
+    "short" (a whole answer of fewer bytes), "no range"."""
+    fault: Any = ""
+    """Of all requests after those."""
+    stalled: threading.Event = field(default_factory=threading.Event)
+    """Set once a request is stalled."""
+    closing: threading.Event = field(default_factory=threading.Event)
     versioned: bool = True
     """Whether files under /files have an ETag."""
+    mirror: str = ""
+    """The end of their ETags."""
+    modified: float | None = None
+    """Their modification time, if they have one."""
     log: list[str] = field(default_factory=list)
     """`METHOD PATH [RANGE]` of every request."""
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    """Path without query, Range and Authorization of every request."""
+    stop: Callable[[], None] = lambda: None
+    """End the server."""
     created: list[dict[str, Any]] = field(default_factory=list)
     commits: list[dict[str, Any]] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -58,6 +77,14 @@ class Server:
         return [line for line in self.log if line.startswith("GET") and ("/resolve/" in line or "/files/" in line)]
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Prints no errors: clients that went away are expected."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None: ...
+
+
 @contextmanager
 def running() -> Iterator[Server]:
     """A running server."""
@@ -65,6 +92,7 @@ def running() -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        fault: Any = ""
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -72,11 +100,25 @@ def running() -> Iterator[Server]:
         def handle_any(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length) if length else b""
-            span = self.headers.get("Range")
-            state.log.append(f"{self.command} {self.path}" + (f" {span}" if span else ""))
+            span = self.headers.get("Range", "")
+            state.log.append(f"{self.command} {self.path} {span}".rstrip())
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
+            state.requests.append((path, span, self.headers.get("Authorization", "")))
+            self.fault = state.faults.pop(0) if state.faults else state.fault
             try:
-                answer(self, path, body)
+                if self.fault == "stall":
+                    state.stalled.set()
+                    state.closing.wait(60)
+                    self.close_connection = True
+                elif self.fault == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.close_connection = True
+                    self.connection.close()
+                elif isinstance(self.fault, (int, tuple)):
+                    status, headers = self.fault if isinstance(self.fault, tuple) else (self.fault, {})
+                    self.reply(status, **headers)
+                else:
+                    answer(self, path, body)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
 
@@ -97,21 +139,24 @@ def running() -> Iterator[Server]:
 
         def file(self, content: bytes, etag: str | None, **headers: str) -> None:
             """Send a file, or the range of it that was asked for, and end the connection early if it is to be cut."""
-            start, status = 0, 200
-            span = self.headers.get("Range")
-            if span and self.headers.get("If-Range", etag) == etag:
-                start, status = int(span.removeprefix("bytes=").split("-")[0]), 206
+            start, stop, status = 0, len(content), 200
+            span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if span and self.headers.get("If-Range", etag) == etag and self.fault != "no range":
+                start, status = int(span[1]), 206
                 if start >= len(content):
                     return self.reply(416, Content_Range=f"bytes */{len(content)}")
-                headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                stop = min(int(span[2] or stop) + 1, stop)
+                headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
             if etag:
                 headers["ETag"] = etag
-            sent = content[start:]
-            if state.cut_at is not None and state.cuts > 0 and self.command == "GET":
+            whole = sent = content[start : stop - (self.fault == "short")]
+            if self.fault == "cut":
+                sent = sent[: len(sent) - len(sent) // 2]
+            elif state.cut_at is not None and state.cuts > 0 and self.command == "GET":
                 state.cuts -= 1
-                sent = content[start : state.cut_at] if start < state.cut_at else b""
-                self.close_connection = True
-            self.reply(status, sent, Content_Length=str(len(content) - start), **headers)
+                sent = content[start : state.cut_at]
+            self.close_connection = len(sent) < len(whole)
+            self.reply(status, sent, Content_Length=str(len(whole)), **headers)
             return None
 
     def answer(request: Any, path: str, body: bytes) -> None:
@@ -120,12 +165,14 @@ def running() -> Iterator[Server]:
             return request.reply(200)
         if parts[0] == "files":
             name = "/".join(parts[1:])
-            if state.fails_with or name not in state.files:
-                return request.reply(state.fails_with or 404)
+            if name not in state.files:
+                return request.reply(404)
             content = state.files[name]
-            etag = f'"{hashlib.sha256(content).hexdigest()}"' if state.versioned else None
-            kind = "text/html; charset=utf-8" if name in state.html else "application/octet-stream"
-            return request.file(content, etag, Content_Type=kind)
+            etag = f'"{hashlib.sha256(content).hexdigest()}{state.mirror}"' if state.versioned else None
+            headers = {"Content_Type": "text/html; charset=utf-8" if name in state.html else "application/octet-stream"}
+            if state.modified is not None:
+                headers["Last_Modified"] = formatdate(state.modified, usegmt=True)
+            return request.file(content, etag, **headers)
         if parts[0] == "lfs" and request.command == "PUT":
             state.objects[parts[1]] = body
             return request.reply(200)
@@ -133,20 +180,20 @@ def running() -> Iterator[Server]:
             return create(request, json.loads(body))
         if path == "api/validate-yaml":
             return request.json({"errors": [], "warnings": []})
-        if path.startswith("api/models/"):
-            return model(request, parts[2:], body)
+        if path.startswith(("api/models/", "api/datasets/")):
+            first = 2 if parts[1] == "models" else 1
+            return repository_facts(request, "/".join(parts[first:4]), parts[4:], body)
         if path.endswith(".git/info/lfs/objects/batch"):
             return request.json({"transfer": "basic", "objects": [large(each) for each in json.loads(body)["objects"]]})
-        if len(parts) > 4 and parts[2] == "resolve":
-            return resolve(request, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        if "resolve" in parts[2:4]:
+            place = parts.index("resolve", 2)
+            return resolve(request, "/".join(parts[:place]), parts[place + 1], "/".join(parts[place + 2 :]))
         return request.reply(404)
 
     def allowed(request: Any, repository: str) -> bool:
         """Whether the repository may be read; else the answer has been sent."""
         known = request.headers.get("Authorization") == f"Bearer {TOKEN}"
-        if state.fails_with:
-            request.reply(state.fails_with)
-        elif repository in state.gated and not known:
+        if repository in state.gated and not known:
             request.reply(401, X_Error_Code="GatedRepo")
         elif repository not in state.repositories or (repository in state.private and not known):
             request.reply(404 if known else 401, X_Error_Code="RepoNotFound")
@@ -178,8 +225,7 @@ def running() -> Iterator[Server]:
     def large(asked: dict[str, Any]) -> dict[str, Any]:
         return {**asked, "actions": {"upload": {"href": f"{state.address}/lfs/{asked['oid']}"}}}
 
-    def model(request: Any, parts: list[str], body: bytes) -> None:
-        repository, rest = "/".join(parts[:2]), parts[2:]
+    def repository_facts(request: Any, repository: str, rest: list[str], body: bytes) -> None:
         if not allowed(request, repository):
             return None
         stored = state.repositories[repository]
@@ -198,24 +244,36 @@ def running() -> Iterator[Server]:
                 stored[value["path"]] = own
             state.commits.append(lines[0]["value"])
             return request.json({"commitUrl": f"{state.address}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
-        if rest[:1] == ["tree"]:
-            return request.json([tree_entry(path, content) for path, content in stored.items()])
-        if rest[:1] == ["revision"] and rest[1] not in ("main", "v1", COMMIT):
+        if rest[:1] in (["tree"], ["revision"]) and rest[1] not in ("main", "v1", COMMIT):
             return request.reply(404, X_Error_Code="RevisionNotFound")
+        if rest[:1] == ["tree"]:
+            folder = "".join(f"{part}/" for part in rest[2:])
+            inside = {path.removeprefix(folder): data for path, data in stored.items() if path.startswith(folder)}
+            recursive = "recursive=true" in request.path.lower()
+            return request.json([tree_entry(folder, path, data, recursive) for path, data in inside.items()])
         siblings = [{"rfilename": path} for path in stored]
-        return request.json({"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings})
+        facts = {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
+        return request.json({**facts, "private": False, "tags": [], "downloads": 0})
 
-    def tree_entry(path: str, content: bytes) -> dict[str, Any]:
-        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    def tree_entry(folder: str, path: str, content: bytes, recursive: bool) -> dict[str, Any]:
+        if "/" in path and not recursive:
+            return {"type": "directory", "path": folder + path.partition("/")[0], "oid": "1"}
+        oid = hashlib.sha1(content).hexdigest()
+        return {"type": "file", "path": folder + path, "size": len(content), "oid": oid}
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = QuietServer(("127.0.0.1", 0), Handler)
     state.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    try:
-        yield state
-    finally:
+
+    def stop() -> None:
+        state.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+    state.stop = stop
+    try:
+        yield state
+    finally:
+        stop()

@@ -24,13 +24,15 @@ def provenance(world_size: int) -> dict[str, Any]:
 
 
 def without_secrets(word: str) -> str:
-    """A word of a command line; a URL of a web server without password and query, which may hold a token."""
+    """A URL, or a word of a command line: URLs without password, and those of web servers without query, which may hold
+    a token."""
+    word = re.sub(r"(\w://)[^/@:\s]*:[^/@\s]*@", r"\1", word)
     return re.sub(r"(https?://)(?:[^/@\s]*@)?([^?#\s]*)(\?\S*)?", r"\1\2", word)
 
 
 def command_again() -> str:
     """The command line of this process, to copy and run again, with `--out DIR` as a placeholder."""
-    words = ["vqpipe", *map(valid_text, sys.argv[1:])]
+    words = ["vqpipe", *(valid_text(without_secrets(word)) for word in sys.argv[1:])]
     for place, word in enumerate(words):
         if word.startswith("--out="):
             words[place] = "--out=DIR"

@@ -2,28 +2,25 @@
 and that a signal ends a process that waits for a stalled server."""
 
 import importlib
-import json
 import os
 import pickle
 import re
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from vqpipe.data import remote
+from vqpipe.data import parquets, remote
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.errors import DataError
@@ -34,145 +31,35 @@ REPOSITORY = "datasets/someone/pictures"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers with a file of the server, or with the next of its faults."""
-
-    protocol_version = "HTTP/1.1"
-    server: "Server"
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path).lstrip("/")
-        self.server.requests.append((path, self.headers.get("Range", ""), self.headers.get("Authorization", "")))
-        fault = self.server.faults.pop(0) if self.server.faults else self.server.fault
-        if fault == "stall":
-            self.server.stalled.set()
-            self.server.closing.wait(60)
-            self.close_connection = True
-        elif fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
-        elif isinstance(fault, (int, tuple)):
-            status, headers = fault if isinstance(fault, tuple) else (fault, {})
-            self.answer(status, b"", headers)
-        elif path.startswith("api/"):
-            self.answer_hub(path)
-        else:
-            self.answer_file(re.sub("/resolve/[^/]+", "", path), str(fault))
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str], cut: int = 0) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: len(body) - cut])
-        if cut:
-            self.close_connection = True
-
-    def answer_file(self, path: str, fault: str) -> None:
-        if path not in self.server.files:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        data = self.server.files[path]
-        headers = {
-            "ETag": f'"{hash(data)}{self.server.mirror}"',
-            "Last-Modified": formatdate(self.server.modified, usegmt=True),
-        }
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked is None or fault == "no range":
-            return self.answer(200, data, headers)
-        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
-        body = data[first : last + 1]
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        if fault == "short":  # a complete answer of fewer bytes
-            return self.answer(206, body[:-1], headers)
-        return self.answer(206, body, headers, cut=len(body) // 2 if fault == "cut" else 0)
-
-    def answer_hub(self, path: str) -> None:
-        """What huggingface_hub asks for: the facts of a repository, and the listing of a folder."""
-        if self.headers.get("Authorization", "") != self.server.login:
-            return self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
-        match = re.fullmatch(f"api/{REPOSITORY}(/revision/[^/]+|/tree/([^/]+)/?(.*))?", path)
-        if match is None:
-            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if "nosuch" in path:
-            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        facts: Any = {"id": "someone/pictures", "sha": "0" * 40, "private": False, "tags": [], "downloads": 0}
-        if match[2]:
-            start = f"{REPOSITORY}/{match[3]}".rstrip("/") + "/"
-            inside = {
-                name.removeprefix(start): data for name, data in self.server.files.items() if name.startswith(start)
-            }
-            prefix = f"{match[3]}/".lstrip("/")
-            facts = [
-                {"type": "directory", "path": prefix + name.partition("/")[0], "oid": "1"}
-                if "/" in name
-                else {"type": "file", "path": prefix + name, "oid": str(hash(data)), "size": len(data)}
-                for name, data in inside.items()
-            ]
-        return self.answer(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
-
-
-class Server(ThreadingHTTPServer):
-    """A web server and a hub, on a free port of this machine."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files: dict[str, bytes] = {}
-        self.faults: list[Any] = []
-        """Of the next requests: an HTTP status, (status, headers), "stall", "reset", "cut", "short", "no range"."""
-        self.fault: Any = ""
-        """Of all requests after those."""
-        self.requests: list[tuple[str, str, str]] = []
-        """Path, Range and Authorization of each."""
-        self.modified = 1e9
-        self.login = self.mirror = ""
-        self.stalled, self.closing = threading.Event(), threading.Event()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def handle_error(self, *_: Any) -> None:
-        """Clients that went away are expected."""
+def write_zip(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
 
 
 @pytest.fixture
-def server(draw: Draw, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server with two shards of two images, `/a-0.tar` and `/a-1.tar`, also as a data set of the hub."""
-    from huggingface_hub import constants
-
-    server = Server()
+def server(hub_in_process: Any, draw: Draw, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tests/hub_server.py with two shards of two images, `/files/a-0.tar` and `/files/a-1.tar`, also as a data set of
+    the hub."""
+    server = hub_in_process
+    server.modified, train = 1e9, dict[str, bytes]()
     for number in range(2):
         members = {f"{number}{key}.png": draw(2 * number + i) for i, key in enumerate("xy")} | {f"{number}x.cls": b"3"}
-        server.files[f"a-{number}.tar"] = server.files[f"{REPOSITORY}/train/a-{number}.tar"] = pack(members)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        server.files[f"a-{number}.tar"] = train[f"train/a-{number}.tar"] = pack(members)
+    server.repositories[REPOSITORY] = train
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(remote, "TOTAL_SECONDS", 5.0)
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
+    return server
 
 
 @pytest.fixture
-def web(server: Server) -> str:
-    """The address of the server, for a test of http:// URLs."""
+def web(server: Any) -> str:
+    """The URL of its files, for a test of http:// URLs."""
     pytest.importorskip("aiohttp", reason="http:// needs the extra remote")
-    return server.url
+    return f"{server.address}/files"
 
 
 HUB = f"hf://{REPOSITORY}/train"
@@ -182,7 +69,7 @@ def contents(images: ImageSet) -> list[tuple[str, int | None, int]]:
     return [(sample.key, sample.label, len(sample.image)) for sample in images]
 
 
-def test_http_shards_are_indexed_and_read_by_range(server: Server, web: str, draw: Draw) -> None:
+def test_http_shards_are_indexed_and_read_by_range(server: Any, web: str, draw: Draw) -> None:
     images = open_images(f"{web}/a-{{0..1}}.tar")
     assert [images[i].image for i in range(4)] == [draw(i) for i in range(4)]
     assert [sample.key for sample in images] == ["0x", "0y", "1x", "1y"]
@@ -192,15 +79,16 @@ def test_http_shards_are_indexed_and_read_by_range(server: Server, web: str, dra
     assert contents(restored) == contents(images)
 
 
-def test_links_of_a_page_match_a_glob(server: Server, web: str) -> None:
-    server.files["list/"] = b'<a href="a-0.tar">a-0.tar</a> <a href="other.txt">other</a>'
+def test_links_of_a_page_match_a_glob(server: Any, web: str) -> None:
+    server.files["list"] = b'<a href="a-0.tar">a-0.tar</a> <a href="other.txt">other</a>'
+    server.html.add("list")
     server.files["list/a-0.tar"] = server.files["a-0.tar"]
     assert [sample.key for sample in open_images(f"{web}/list/*.tar")] == ["0x", "0y"]
     with pytest.raises(DataError, match=r"no links that match\. Write the names as \{000000\.\.000099\}"):
         open_images(f"{web}/list/b-*.tar")
 
 
-def test_query_of_a_signed_link_is_no_glob_and_stays_out_of_messages(server: Server, web: str) -> None:
+def test_query_of_a_signed_link_is_no_glob_and_stays_out_of_messages(server: Any, web: str) -> None:
     assert len(open_images(f"{web}/a-0.tar?signature=secret")) == 2
     with pytest.raises(DataError) as error:
         open_images(web.replace("//", "//user:secret@") + "/b.tar?signature=secret")
@@ -208,7 +96,7 @@ def test_query_of_a_signed_link_is_no_glob_and_stays_out_of_messages(server: Ser
 
 
 @pytest.mark.parametrize("spec", [f"{HUB}/a-{{0..1}}.tar", f"{HUB}/*.tar", f"hf://{REPOSITORY}@v1/train/a-*.tar"])
-def test_data_sets_of_the_hub_are_opened_by_name_glob_and_revision(server: Server, draw: Draw, spec: str) -> None:
+def test_data_sets_of_the_hub_are_opened_by_name_glob_and_revision(server: Any, draw: Draw, spec: str) -> None:
     images = open_images(spec)
     assert [(sample.key, sample.image) for sample in images] == [
         (k, draw(i)) for i, k in enumerate(["0x", "0y", "1x", "1y"])
@@ -220,15 +108,15 @@ def test_data_sets_of_the_hub_are_opened_by_name_glob_and_revision(server: Serve
     assert ranges[-1][1] == f"bytes={last}-{last + len(draw(3)) - 1}"  # the image and nothing ahead of it
 
 
-def test_token_is_sent_to_the_hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.login = "Bearer hf_secret"
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+def test_token_is_sent_to_the_hub(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.private.add(REPOSITORY)
+    monkeypatch.setenv("HF_TOKEN", sys.modules["hub_server"].TOKEN)
     assert len(open_images(f"{HUB}/a-0.tar")) == 2
 
 
 @pytest.mark.parametrize("remedy", ["netrc", "headers"])
 def test_credentials_for_http_are_sent(
-    server: Server, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remedy: str
+    server: Any, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remedy: str
 ) -> None:
     if remedy == "netrc":
         (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
@@ -244,7 +132,7 @@ def test_credentials_for_http_are_sent(
 
 
 @pytest.mark.parametrize("scheme", ["http", "hf"])
-def test_worker_processes_read_remote_images(server: Server, request: pytest.FixtureRequest, scheme: str) -> None:
+def test_worker_processes_read_remote_images(server: Any, request: pytest.FixtureRequest, scheme: str) -> None:
     folder = HUB if scheme == "hf" else request.getfixturevalue("web")
     batches = OrderedBatches(open_images(f"{folder}/a-{{0..1}}.tar"), image_size=16, batch_size=1, num_workers=2)
     assert [key for batch in batches for key in batch.keys] == ["0x", "0y", "1x", "1y"]
@@ -271,7 +159,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("fault", FAILURES, ids=str)
 def test_permanent_failure_is_one_line_that_names_the_url(
-    server: Server, web: str, monkeypatch: pytest.MonkeyPatch, fault: Any
+    server: Any, web: str, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     monkeypatch.setattr(remote, "SILENT_SECONDS", 0.2)
@@ -291,7 +179,7 @@ def test_permanent_failure_is_one_line_that_names_the_url(
 
 @pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, 504, "reset", "cut", "short", "stall"], ids=str)
 def test_failure_that_passes_is_retried(
-    server: Server, web: str, monkeypatch: pytest.MonkeyPatch, draw: Draw, fault: Any
+    server: Any, web: str, monkeypatch: pytest.MonkeyPatch, draw: Draw, fault: Any
 ) -> None:
     monkeypatch.setattr(remote, "SILENT_SECONDS", 0.2)
     server.faults = [fault, fault]
@@ -300,7 +188,7 @@ def test_failure_that_passes_is_retried(
     assert images[1].image == draw(1)
 
 
-def test_wait_that_the_server_asks_for_is_kept(server: Server, web: str) -> None:
+def test_wait_that_the_server_asks_for_is_kept(server: Any, web: str) -> None:
     server.faults = [(429, {"Retry-After": "1"})]
     start = time.monotonic()
     assert len(open_images(f"{web}/a-0.tar")) == 2
@@ -311,14 +199,14 @@ def test_wait_that_the_server_asks_for_is_kept(server: Server, web: str) -> None
     assert time.monotonic() - start > 0.9
 
 
-def test_wait_longer_than_the_time_limit_is_an_error_at_once(server: Server, web: str) -> None:
+def test_wait_longer_than_the_time_limit_is_an_error_at_once(server: Any, web: str) -> None:
     server.fault = (429, {"Retry-After": "3600"})
     with pytest.raises(DataError, match=r"HTTP 429.*The server asks to wait 3600 seconds. Then run the command again"):
         open_images(f"{web}/a-0.tar")
     assert len(server.requests) == 1
 
 
-def test_stalled_server_ends_at_the_time_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stalled_server_ends_at_the_time_limit(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's library sets no time limit for listings."""
     monkeypatch.setattr(remote, "TOTAL_SECONDS", 0.5)
     server.fault = "stall"
@@ -332,13 +220,12 @@ def test_stalled_server_ends_at_the_time_limit(server: Server, monkeypatch: pyte
 
 
 def test_server_that_restarts_is_waited_for_while_images_are_read(
-    server: Server, web: str, monkeypatch: pytest.MonkeyPatch
+    server: Any, web: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = open_images(f"{web}/a-0.tar")
     attempts = []
     monkeypatch.setattr(remote.random, "uniform", lambda low, high: attempts.append(1) or high)
-    server.shutdown()
-    server.server_close()
+    server.stop()
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     remote.fsspec.filesystem("http").clear_instance_cache()  # and its open connections
     with pytest.raises(DataError, match=r"the connection was refused, 3 times\. Check the address"):
@@ -348,7 +235,7 @@ def test_server_that_restarts_is_waited_for_while_images_are_read(
 
 
 def test_unknown_host_and_invalid_certificate_are_one_line(
-    server: Server, web: str, monkeypatch: pytest.MonkeyPatch
+    server: Any, web: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match=r"the address of no-such-host\.invalid is not found\. Check the name"):
         open_images("https://no-such-host.invalid/a.tar")
@@ -357,7 +244,7 @@ def test_unknown_host_and_invalid_certificate_are_one_line(
 
 
 def test_shard_that_changes_is_indexed_again_and_noticed_by_a_job(
-    server: Server, web: str, draw: Draw, pack: Pack
+    server: Any, web: str, draw: Draw, pack: Pack
 ) -> None:
     images = open_images(f"{web}/a-0.tar")
     count = len(server.requests)
@@ -373,17 +260,86 @@ def test_shard_that_changes_is_indexed_again_and_noticed_by_a_job(
         images.read(1)
 
 
-def test_mirror_with_another_etag_and_the_same_time_is_the_same_file(server: Server, web: str, draw: Draw) -> None:
+def test_passwords_and_queries_of_urls_are_in_no_name_message_or_cache(
+    server: Any, web: str, draw: Draw, pack: Pack, tmp_path: Path
+) -> None:
+    write_zip(tmp_path / "b.zip", {"b.png": draw(1)})
+    pq.write_table(pa.table({"image": [draw(2)]}), tmp_path / "c.parquet")
+    server.files |= {name: (tmp_path / name).read_bytes() for name in ("b.zip", "c.parquet")}
+    server.files |= dict.fromkeys(("d.tar", "e.zip", "f.parquet"), b"damaged" * 200)
+    signed = web.replace("//", "//user:secret@") + "/{}?signature=secret.x"
+    images = open_images([signed.format(name) for name in ("a-0.tar", "b.zip", "c.parquet")])
+    assert images.name == "a-0.tar + b.zip + c.parquet"
+    assert [images.origin(i) for i in range(4)] == [("a-0.tar", 0), ("a-0.tar", 1), ("b.zip", 0), ("c.parquet", 0)]
+    assert [sample.key for sample in images] == ["0x", "0y", "b", "c/0"]
+    assert [images[i].image for i in range(4)] == [draw(0), draw(1), draw(1), draw(2)]
+    cached = list((tmp_path / "cache").rglob("*.json"))
+    assert len(cached) == 3
+    assert not any(b"secret" in path.read_bytes() for path in cached)
+    for name in ("d.tar", "e.zip", "f.parquet", "g.png", "h.tar"):
+        with pytest.raises(DataError, match=name) as raised:
+            open_images(signed.format(name))
+        assert "secret" not in str(raised.value)
+    server.files["a-0.tar"] = pack({})
+    with pytest.raises(DataError, match=r"/files/a-0\.tar changed") as raised:
+        images.read(0)
+    assert "secret" not in str(raised.value)
+
+
+def test_image_of_a_remote_zip_is_one_request_that_notices_a_change(
+    server: Any, web: str, draw: Draw, tmp_path: Path
+) -> None:
+    for name, numbers in (("a", "01"), ("b", "10")):
+        write_zip(tmp_path / f"{name}.zip", {f"{i}.png": draw(int(number)) for i, number in enumerate(numbers)})
+    server.files["a.zip"] = (tmp_path / "a.zip").read_bytes()
+    images = open_images(f"{web}/a.zip")
+    server.requests.clear()
+    assert [sample.image for sample in images] == [draw(0), draw(1)]
+    assert len(server.requests) == 2
+    server.files["a.zip"], server.modified = (tmp_path / "b.zip").read_bytes(), 2e9
+    with pytest.raises(DataError, match=r"a\.zip changed after it was indexed"):
+        images.read(0)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
+def test_change_behind_a_file_system_without_validated_reads_is_noticed(
+    draw: Draw, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is looked for at the first read of a process, and CHECK_SECONDS later."""
+    write_zip(tmp_path / "a.zip", {"0.png": draw(0)})
+    pq.write_table(pa.table({"image": [draw(0)]}), tmp_path / "a.parquet")
+    (tmp_path / "a.tar").write_bytes(pack({"0.png": draw(0)}))
+    data, system = (tmp_path / f"a.{kind}").read_bytes(), remote.fsspec.filesystem("memory")
+    asked = list[str]()
+    describe = remote.describe
+    monkeypatch.setattr(remote, "describe", lambda url, seconds: (asked.append(url), describe(url, seconds))[1])
+    monkeypatch.setattr(remote, "checked", {})
+    system.pipe(f"/changed/a.{kind}", data)
+    images = open_images(f"memory://changed/a.{kind}")
+    remote.checked.clear()  # a new process
+    asked.clear()
+    assert [images.read(0), images.read(0)] == [draw(0), draw(0)]
+    assert len(asked) == 1
+    monkeypatch.setattr(remote, "CHECK_SECONDS", 0.0)
+    parquets.read_group.cache_clear()
+    assert images.read(0) == draw(0)
+    system.pipe(f"/changed/a.{kind}", data)
+    parquets.read_group.cache_clear()
+    with pytest.raises(DataError, match=rf"memory://changed/a\.{kind} changed after it was indexed"):
+        images.read(0)
+
+
+def test_mirror_with_another_etag_and_the_same_time_is_the_same_file(server: Any, web: str, draw: Draw) -> None:
     images = open_images(f"{web}/a-0.tar")
     server.mirror = "-2"
     assert images[0].image == draw(0)
 
 
-def test_shard_of_the_hub_that_changes_is_indexed_again(server: Server, draw: Draw, pack: Pack) -> None:
+def test_shard_of_the_hub_that_changes_is_indexed_again(server: Any, draw: Draw, pack: Pack) -> None:
     from huggingface_hub import HfFileSystem
 
     assert open_images(f"{HUB}/a-0.tar").key(0) == "0x"
-    server.files[f"{REPOSITORY}/train/a-0.tar"] = pack({"0z.png": draw(0), "0y.png": draw(1), "0z.cls": b"3"})
+    server.repositories[REPOSITORY]["train/a-0.tar"] = pack({"0z.png": draw(0), "0y.png": draw(1), "0z.cls": b"3"})
     HfFileSystem.clear_instance_cache()  # as in a new process
     assert open_images(f"{HUB}/a-0.tar").key(0) == "0z"
 
@@ -398,7 +354,7 @@ HUB_FAILURES = {
 
 
 @pytest.mark.parametrize("url", HUB_FAILURES)
-def test_absent_files_of_the_hub_are_one_line(server: Server, url: str) -> None:
+def test_absent_files_of_the_hub_are_one_line(server: Any, url: str) -> None:
     with pytest.raises(DataError) as error:
         open_images(url)
     assert url in str(error.value)
@@ -414,7 +370,7 @@ HUB_ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", HUB_ANSWERS, ids=str)
-def test_denied_access_to_the_hub_is_one_line(server: Server, answer: Any) -> None:
+def test_denied_access_to_the_hub_is_one_line(server: Any, answer: Any) -> None:
     status, (name, value) = answer
     server.fault = (status, {name: value})
     for action, url in (("open", f"{HUB}/a-0.tar"), ("list", f"{HUB}/*.tar")):
@@ -423,7 +379,7 @@ def test_denied_access_to_the_hub_is_one_line(server: Server, answer: Any) -> No
         assert str(error.value).startswith(f"cannot {action} {url}: {HUB_ANSWERS[answer]}")
 
 
-def test_hub_without_ranges_and_without_network_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_without_ranges_and_without_network_is_one_line(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     server.faults = ["", ""]  # the facts and the listing
@@ -571,14 +527,14 @@ def launcher() -> Iterator[subprocess.Popen[str]]:
     [(None, signal.SIGTERM), (0, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)],
 )
 def test_signal_ends_a_process_that_waits_for_a_stalled_server(
-    server: Server, launcher: subprocess.Popen[str], tmp_path: Path, number: signal.Signals, workers: int | None
+    server: Any, launcher: subprocess.Popen[str], tmp_path: Path, number: signal.Signals, workers: int | None
 ) -> None:
     """While the shards are indexed (None), and while images are read by the process itself or by its workers."""
     assert launcher.stdin is not None
     assert launcher.stdout is not None
     if workers is None:
         server.fault = "stall"
-    launcher.stdin.write(f"{server.url} {HUB}/a-{{0..1}}.tar {workers or 0} {tmp_path / 'errors'}\n")
+    launcher.stdin.write(f"{server.address} {HUB}/a-{{0..1}}.tar {workers or 0} {tmp_path / 'errors'}\n")
     launcher.stdin.flush()
     child = int(launcher.stdout.readline())
     try:

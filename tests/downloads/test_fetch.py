@@ -140,7 +140,7 @@ def test_without_a_network_the_error_comes_within_seconds(fetch: Callable[..., F
 
 
 def test_failing_hub_is_one_line(hub_server: Any, fetch: Callable[..., Fetched]) -> None:
-    hub_server.fails_with = 403
+    hub_server.fault = 403
     assert "HTTP status 403" in fetch(FILE).error
 
 

@@ -36,11 +36,13 @@ from vqpipe.data.sources import (
     has_image_extension,
     sorted_classes,
 )
+from vqpipe.data.stored import StoredFile
 from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.data.transforms import Color
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
+from vqpipe.provenance import without_secrets
 
 KeyPrefix = Literal["shard"]
 
@@ -291,15 +293,16 @@ def open_source(spec: str) -> ImageSource:
     if "://" not in spec and not path.exists() and path.with_name(path.name + ".partial").is_dir():
         return open_dataset(path)  # raises: unfinished
     urls = expand(spec)
-    for url in urls:
+    for url in map(without_secrets, urls):
         if has_image_extension(url):
             raise DataError(f"{url} is one image", f"Name the folder that holds it: {os.path.dirname(url) or '.'}")
-    forms = {form_of(url): url for url in reversed(urls)}
+    forms = {form_of(url): without_secrets(url) for url in reversed(urls)}
+    shown = without_secrets(spec)
     if len(forms) > 1:
         raise DataError(
-            f"{spec} names files of several kinds: {', '.join(forms.values())}", "Give each kind its own --images"
+            f"{shown} names files of several kinds: {', '.join(forms.values())}", "Give each kind its own --images"
         )
-    name = printable(spec.rpartition("/")[2] or spec)
+    name = printable(shown.rpartition("/")[2] or shown)
     match next(iter(forms)):
         case "parquet":
             return open_parquets(urls, name)
@@ -307,14 +310,14 @@ def open_source(spec: str) -> ImageSource:
             return open_zips(urls, name)
         case "list":
             if len(urls) > 1 or "://" in urls[0]:
-                raise DataError(f"{spec} is not one local list of paths", "Give each list its own --images")
+                raise DataError(f"{shown} is not one local list of paths", "Give each list its own --images")
             return open_list(Path(urls[0]))
     return Tars(open_all(urls), name)
 
 
 def form_of(url: str) -> str:
     """How a file or URL is opened: as "parquet", "zip", "list" or "tar"; by its extension, else by its first bytes."""
-    extension = os.path.splitext(url)[1].lower()
+    extension = os.path.splitext(without_secrets(url))[1].lower()
     if extension in LIST_EXTENSIONS:
         return "list"
     if extension in (".tar", ".parquet", ".zip"):
@@ -370,7 +373,7 @@ def open_dataset(path: Path) -> Tars:
     return Tars(shards, printable(path.name), artifact.facts.get("num_classes"))
 
 
-def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[TarIndex]:
+def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[tuple[StoredFile, TarIndex]]:
     """Open the index of each shard, eight at a time."""
     return remote.in_threads(open_index, urls, hashes or [None] * len(urls))
 

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vqpipe.data import remote
 from vqpipe.data.sources import (
     NO_LABEL,
     access_error,
@@ -30,9 +29,9 @@ from vqpipe.data.sources import (
     sorted_classes,
     write_cache,
 )
+from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
-from vqpipe.files import hash_file
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes", "bytes")
 """Names of the image column, where several columns hold bytes; the first is preferred."""
@@ -46,17 +45,13 @@ LARGEST_GROUP = 1 << 31
 """Largest image column of a row group in bytes: it is read as a whole."""
 READ_ERRORS = (pa.ArrowException, ValueError, OSError)
 """What pyarrow raises for files that are absent or damaged."""
-CHECK = "Check the path and the disk"
 
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """One file: its identity, and where its rows are."""
+    """One file, and where its rows are."""
 
-    url: str
-    size: int
-    mtime_ns: int | None
-    """Modification time of a local file: a file that changes during a job is an error."""
+    file: StoredFile
     sha256: str
     column: str
     """The leaf column of the encoded bytes: `image.bytes` or `image`."""
@@ -82,7 +77,7 @@ class Rows:
     """Why no image has a label though the file has classes."""
 
 
-class Parquets:
+class Parquets(StoredFiles):
     """The images of several Parquet files, in the order given. An ImageSource.
 
     A key is the image's stored path without extension if all of these differ; else `FILE/ROW`, with the file's name
@@ -90,71 +85,63 @@ class Parquets:
     """
 
     def __init__(self, files: Sequence[ParquetFile], rows: Sequence[Rows], name: str) -> None:
+        super().__init__([part.file for part in files], [len(part.numbers) for part in rows])
         self.name = name
-        self.files = tuple(files)
-        self.starts = np.cumsum([0, *(len(part.numbers) for part in rows)])
+        self.parts = tuple(files)
         self.rows = np.concatenate([part.numbers for part in rows])
         self.labels, self.class_names = number_labels(files, rows)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
         self.unlabeled = "; ".join(part.unlabeled for part in rows if part.unlabeled)
         left_out = sum(part.num_rows - len(part.numbers) for part in rows)
         self.left_out: dict[str, int] = {NO_BYTES: left_out} if left_out else {}
-        self.stems = distinct_stems([file.url for file in files])
+        self.stems = distinct_stems([part.file.shown for part in files])
         keys = [path_key(path) for part in rows for path in part.paths]
         self.keys = pa.array(keys, pa.large_string()) if all(keys) and len(set(keys)) == len(keys) else None
-        content = [f"{stem} {file.sha256}\n" for stem, file in zip(self.stems, files, strict=True)]
+        content = [f"{stem} {part.sha256}\n" for stem, part in zip(self.stems, files, strict=True)]
         self.digest = hashlib.sha256("".join(content).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def key(self, i: int) -> str:
         """The stored path without extension, or `FILE/ROW`."""
         if self.keys is not None:
             return self.keys[i].as_py()
-        return f"{self.stems[self.file_of(i)]}/{self.rows[i]}"
+        return f"{self.stems[self.place(i)[0]]}/{self.rows[i]}"
 
     def origin(self, i: int) -> tuple[str, int]:
         """The name of the file, and the row."""
-        return self.files[self.file_of(i)].url.rpartition("/")[2], int(self.rows[i])
-
-    def file_of(self, i: int) -> int:
-        """The number of the file that holds image `i`."""
-        return int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.files[self.place(i)[0]].name, int(self.rows[i])
 
     def read(self, i: int) -> bytes:
         """The bytes of image `i`; its row group is read, unless this process has it in memory."""
-        file, row = self.files[self.file_of(i)], int(self.rows[i])
-        ends = np.cumsum(file.group_rows)
+        part, row = self.parts[self.place(i)[0]], int(self.rows[i])
+        ends = np.cumsum(part.group_rows)
         group = int(np.searchsorted(ends, row, side="right"))
-        place = row - int(ends[group]) + file.group_rows[group]
+        place = row - int(ends[group]) + part.group_rows[group]
 
         def read() -> bytes:
-            return read_group(file, group)[place].as_py()
+            return read_group(part, group)[place].as_py()
 
         try:
             return read_with_retries(read)
         except READ_ERRORS as error:
-            raise not_read(file.url, error) from None
+            raise not_read(part.file, error) from None
 
     @property
     def whole_groups(self) -> bool:
         """Whether reading one image reads others too."""
-        return any(rows > 1 for file in self.files for rows in file.group_rows)
+        return any(rows > 1 for part in self.parts for rows in part.group_rows)
 
 
 @lru_cache(CACHED_GROUPS)
-def read_group(file: ParquetFile, group: int) -> pa.ChunkedArray:
+def read_group(part: ParquetFile, group: int) -> pa.ChunkedArray:
     """The encoded images of a row group. No file stays open, and no thread is started, for fork and pickle."""
-    check_unchanged(file)
-    with open_parquet(file.url) as opened:
-        size = column_size(opened.metadata, file.column, group)
+    with open_parquet(part.file) as opened:
+        size = column_size(opened.metadata, part.column, group)
         if size > LARGEST_GROUP:
             raise DataError(
-                f"{file.url} has {size / 1e9:.1f} GB of images in one row group, which is read as a whole",
+                f"{part.file.shown} has {size / 1e9:.1f} GB of images in one row group, which is read as a whole",
                 "Write it again with pyarrow.parquet.write_table(..., row_group_size=1000)",
             )
-        column = opened.read_row_group(group, columns=[file.column], use_threads=False).column(0)
+        column = opened.read_row_group(group, columns=[part.column], use_threads=False).column(0)
     return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
 
@@ -165,44 +152,28 @@ def column_size(metadata: pq.FileMetaData, column: str, group: int) -> int:
     return sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
 
 
-def check_unchanged(file: ParquetFile) -> None:
-    """Raise a DataError if a local file changed after it was opened."""
-    if file.mtime_ns is None:
-        return
-    status = os.stat(file.url)
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise DataError(f"{file.url} changed during this run", "Run the command again")
-
-
 @contextmanager
-def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
-    """Open a local file or a URL as Parquet."""
-    if "://" not in url:
-        with pq.ParquetFile(url) as opened:
+def open_parquet(file: StoredFile) -> Iterator[pq.ParquetFile]:
+    """Open a file as Parquet; a DataError if it changed."""
+    if file.is_local:
+        file.check()
+        with pq.ParquetFile(file.url) as opened:
             yield opened
         return
-    with remote.open_binary(url) as file, pq.ParquetFile(file) as opened:
+    with file.open() as source, pq.ParquetFile(source) as opened:
         yield opened
 
 
-def hash_url(url: str) -> str:
-    """sha256 of a local file or a URL."""
-    if "://" not in url:
-        return hash_file(Path(url))
-    with remote.open_binary(url) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader
-
-
-def not_read(url: str, error: Exception) -> DataError:
+def not_read(file: StoredFile, error: Exception) -> DataError:
     """The DataError for a file that cannot be read: of another kind, damaged, or behind an error of its file system."""
     if isinstance(error, OSError) and error.errno is not None:
-        return access_error("read", url, error, CHECK)
-    if "://" not in url:
-        kind = kind_of_file(Path(url))
+        return access_error("read", file.shown, error, CHECK)
+    if file.is_local:
+        kind = kind_of_file(Path(file.url))
         if kind not in ("parquet", "unknown"):
-            return DataError(*explain(url, kind, "a Parquet file", "Correct its name"))
+            return DataError(*explain(file.url, kind, "a Parquet file", "Correct its name"))
     reason = " ".join(str(error).split())[:120]
-    return DataError(f"{url} cannot be read as Parquet: {reason}", "Copy or download it again")
+    return DataError(f"{file.shown} cannot be read as Parquet: {reason}", COPY_AGAIN)
 
 
 def open_parquets(urls: Sequence[str], name: str) -> Parquets:
@@ -224,23 +195,30 @@ def open_parquets(urls: Sequence[str], name: str) -> Parquets:
 def open_file(url: str) -> tuple[ParquetFile, Rows]:
     """Open one file: hash it, unless its hash is cached, and read its labels and paths."""
     try:
-        url, size, mtime_ns, identity = remote.locate(url)
-        with open_parquet(url) as opened:
+        file = StoredFile.locate(url)
+    except OSError as error:
+        raise access_error("read", url, error, CHECK) from None
+    url = file.shown
+    try:
+        with open_parquet(file) as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
             features = read_features(schema)
             image = find_image_column(url, schema, features)
             column = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
             groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-            cached = read_cache(f"parquet {identity} {column}") if identity else None
+            identity = f"parquet {file.identity} {column}"
+            cached = read_cache(identity) if file.identity else None
             if cached is None:
                 missing = [row for group in range(len(groups)) for row in null_rows(opened, column, group)]
-                cached = {"sha256": hash_url(url), "missing": missing}
-                if identity:
-                    write_cache(f"parquet {identity} {column}", cached, mtime_ns or 0)
+                with file.open() as whole:
+                    sha256 = hashlib.file_digest(whole, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
+                cached = {"sha256": sha256, "missing": missing}
+                if file.identity:
+                    write_cache(identity, cached, file.mtime_ns)
             rows = read_rows(opened, url, image, features, cached["missing"])
     except READ_ERRORS as error:
-        raise not_read(url, error) from None
-    return ParquetFile(url, size, mtime_ns, cached["sha256"], column, groups), rows
+        raise not_read(file, error) from None
+    return ParquetFile(file, cached["sha256"], column, groups), rows
 
 
 def null_rows(file: pq.ParquetFile, column: str, group: int) -> list[int]:
@@ -347,7 +325,8 @@ def number_labels(files: Sequence[ParquetFile], rows: Sequence[Rows]) -> tuple[n
     named = {part.class_names for part in rows if len(part.numbers)}
     if len(named) > 1 or (strings and any(isinstance(label, int) for label in values)):
         raise DataError(
-            f"{files[0].url} and the files after it do not have the same classes", "Give them as several --images"
+            f"{files[0].file.shown} and the files after it do not have the same classes",
+            "Give them as several --images",
         )
     names = tuple(strings) or next(iter(named), ())
     number = {name: label for label, name in enumerate(strings)}

@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import sync
 
 from vqpipe.errors import DataError
+from vqpipe.provenance import without_secrets
 
 ResultT = TypeVar("ResultT")
+Validators = tuple[tuple[str, str], ...]
+"""Facts of a file that change with it, such as its ETag: (name, value)."""
 
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 30.0
@@ -38,6 +41,18 @@ BLOCK = 4 << 20
 """Bytes of one request while a shard is indexed."""
 POLL_SECONDS = 0.2
 """Time between two checks of `stop_flag`."""
+
+HTTP_VALIDATORS = ("ETag", "Last-Modified")
+VALIDATORS = (
+    *("ETag", "etag", "md5Hash", "crc32c", "generation", "blob_id", "sha"),
+    *("LastModified", "last_modified", "updated", "modified", "modify", "mtime", "created"),
+)
+"""Of the facts that file systems of fsspec tell of a file."""
+CHECK_SECONDS = 600.0
+"""A file system that does not tell of changes with the bytes (all but HTTP) is asked at the first read of a file in
+each process, and after this time again."""
+checked: dict[str, float] = {}
+"""URL -> when this process asked."""
 
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 BROKEN_TLS = {"SSLEOFError", "SSLZeroReturnError"}
@@ -91,16 +106,11 @@ class NoRanges(OSError):
     """The server answers a request of a byte range with the whole file."""
 
 
-class Shard(io.RawIOBase):
-    """A remote file, read by ranges. `io.BufferedReader(shard, BLOCK)` is a file of large requests.
+class RemoteFile(io.RawIOBase):
+    """A file that `describe` described, read by ranges. `io.BufferedReader(file, BLOCK)` reads in large requests."""
 
-    Raises:
-        DataError: it cannot be read, it is a folder, or its server does not support Range requests.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url, self.position = url, 0
-        self.size, self.validators, self.identity = with_retries("open", url, lambda seconds: describe(url, seconds))
+    def __init__(self, url: str, size: int, validators: Validators) -> None:
+        self.url, self.size, self.validators, self.position = url, size, validators, 0
 
     def readable(self) -> bool:
         return True
@@ -124,27 +134,13 @@ class Shard(io.RawIOBase):
         return size
 
 
-def locate(url: str) -> tuple[str, int, int | None, str]:
-    """A local or remote file: its absolute path or URL, its size, its modification time if it is local, and a text that
-    changes with it, empty where a server does not tell of changes."""
-    if "://" in url:
-        shard = Shard(url)
-        return url, shard.size, None, shard.identity
-    url = os.path.abspath(url)
-    status = os.stat(url)
-    return url, status.st_size, status.st_mtime_ns, f"{url} {status.st_size} {status.st_mtime_ns}"
-
-
-def open_binary(url: str) -> BinaryIO:
-    """Open a local file, or a remote one in large requests."""
-    return cast(BinaryIO, io.BufferedReader(Shard(url), BLOCK)) if "://" in url else open(url, "rb")
-
-
 def check_schemes(spec: str) -> None:
     """Raise a DataError where fsspec has no file system for a scheme of the URL, which may be chained (`a::b://c`)."""
     unknown = set(schemes(spec)) - set(fsspec.available_protocols())
     if unknown:
-        raise DataError(f"{spec}: no file system for {', '.join(sorted(unknown))}", "Use one of fsspec's")
+        raise DataError(
+            f"{without_secrets(spec)}: no file system for {', '.join(sorted(unknown))}", "Use one of fsspec's"
+        )
 
 
 def schemes(url: str) -> list[str]:
@@ -176,7 +172,7 @@ def find_shards(pattern: str) -> list[str]:
     return found
 
 
-def read(url: str, offset: int, size: int, file_size: int, validators: Mapping[str, str]) -> bytes:
+def read(url: str, offset: int, size: int, file_size: int, validators: Validators) -> bytes:
     """Bytes [offset, offset + size) of a shard. No file stays open, for fork and pickle.
 
     Raises:
@@ -187,10 +183,11 @@ def read(url: str, offset: int, size: int, file_size: int, validators: Mapping[s
         system, path = file_system(url)
         if is_http(url):
             data, total, now = call(lambda: sync(system.loop, fetch, system, path, offset, offset + size), seconds)
-            known = validators.keys() & now.keys()
-            if total != file_size or (known and all(validators[name] != now[name] for name in known)):
-                raise DataError(f"{without_secrets(url)} changed after it was indexed", "Run the command again")
+            check_same(url, (file_size, validators), (total, now))
         else:
+            if time.monotonic() - checked.get(url, -CHECK_SECONDS) >= CHECK_SECONDS:
+                check_same(url, (file_size, validators), describe(url, seconds))
+                checked[url] = time.monotonic()
             options = {"cache_type": "none"} if system.protocol == "hf" else {}  # else it reads 5 MB ahead
             data = call(lambda: system.cat_file(path, start=offset, end=offset + size, **options), seconds)
         if len(data) > size:
@@ -202,21 +199,42 @@ def read(url: str, offset: int, size: int, file_size: int, validators: Mapping[s
     return with_retries("read", url, attempt) if size else b""
 
 
-def describe(url: str, seconds: float) -> tuple[int, dict[str, str], str]:
-    """The size of a file, its ETag and modification time (of HTTP), and a text that changes with the file.
+def check_same(url: str, before: tuple[int, Validators], now: tuple[int, Validators]) -> None:
+    """Raise a DataError if a file changed: its size, or all validators that were told both times. (The ETags of two
+    mirrors may differ.)"""
+    old, new = dict(before[1]), dict(now[1])
+    known = old.keys() & new.keys()
+    if before[0] != now[0] or (known and all(old[name] != new[name] for name in known)):
+        raise changed(url)
 
-    The text is empty where the server does not tell of changes: an index of the file must not be cached.
+
+def changed(url: str) -> DataError:
+    """The DataError for a file that changed during a job."""
+    return DataError(f"{without_secrets(url)} changed after it was indexed", "Run the command again")
+
+
+def describe(url: str, seconds: float) -> tuple[int, Validators]:
+    """The size of a file, and its validators, as far as its server tells them.
+
+    Raises:
+        DataError: it is a folder, or its size is unknown.
     """
     system, path = file_system(url)
-    if is_http(url):  # not `info`: it makes every error a FileNotFoundError, and its key does not change with the file
+    if is_http(url):  # not `info`: it makes every error a FileNotFoundError, and does not tell of changes
         _, size, validators = call(lambda: sync(system.loop, fetch, system, path, 0, 1), seconds)
-        return size, validators, f"{url} {size} {sorted(validators.items())}" if validators else ""
-    info, key = call(lambda: (system.info(path), system.ukey(path)), seconds)
+        return size, validators
+
+    def ask() -> dict[str, Any]:
+        with suppress(Exception):  # a file system without such a cache
+            system.invalidate_cache(path)
+        return system.info(path)
+
+    info = call(ask, seconds)
     if info.get("type") == "directory":
         raise DataError(f"{url} is a folder", f"Name its tars: {url.rstrip('/')}/*.tar")
     if info.get("size") is None:
-        raise DataError(f"{url}: its file system does not tell its size", "Download it first")
-    return int(info["size"]), {}, f"{url} {key}"
+        raise DataError(f"{without_secrets(url)}: its file system does not tell its size", "Download it first")
+    return int(info["size"]), tuple((name, str(info[name])) for name in VALIDATORS if info.get(name) is not None)
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -244,14 +262,14 @@ def options_of(scheme: str) -> dict[str, Any]:
     return {}
 
 
-async def fetch(system: Any, url: str, start: int, stop: int) -> tuple[bytes, int, dict[str, str]]:
+async def fetch(system: Any, url: str, start: int, stop: int) -> tuple[bytes, int, Validators]:
     """Bytes [start, stop) by HTTP, the size of the whole file, and its ETag and modification time."""
     session = await system.set_session()
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     options = {**system.kwargs, "headers": {**system.kwargs.get("headers", {}), **headers}}
     async with session.get(system.encode_url(url), **options) as response:
         span, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-        validators = {name: response.headers[name] for name in ("ETag", "Last-Modified") if name in response.headers}
+        validators = tuple((name, response.headers[name]) for name in HTTP_VALIDATORS if name in response.headers)
         if response.status == 416 and total.isdigit():  # the file ends before `start`
             return b"", int(total), validators
         response.raise_for_status()
@@ -427,13 +445,6 @@ def failure(action: str, url: str, error: Exception, attempts: int = 1) -> DataE
     result = DataError(f"cannot {action} {without_secrets(url)}: {what}{times}", hint)
     result.sysexit_code = code
     return result
-
-
-def without_secrets(url: str) -> str:
-    """The URL without a password and without the signature of a signed link."""
-    head, separator, rest = url.partition("://")
-    address, slash, path = rest.partition("/")
-    return f"{head}{separator}{address.rpartition('@')[2]}{slash}{path.partition('?')[0] if is_http(url) else path}"
 
 
 def explain(url: str, error: Exception) -> tuple[str, str, int]:

@@ -13,7 +13,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from vqpipe.data import remote
 from vqpipe.data.sources import (
     COMMON_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -31,15 +30,15 @@ from vqpipe.data.sources import (
     count_classes,
     file_kind,
     read_cache,
-    read_with_retries,
     sorted_classes,
     write_cache,
 )
+from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of
 from vqpipe.files import valid_text
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """Of cached indices: changes with what `index_tar` finds."""
 
 
@@ -47,7 +46,6 @@ INDEX_VERSION = 2
 class TarIndex:
     """The offsets of the images of one shard. The lists have one entry per image, in the order of the shard."""
 
-    url: str
     size: int
     sha256: str
     keys: list[str]
@@ -57,10 +55,6 @@ class TarIndex:
     """Class numbers or names; NO_LABEL where there is none."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Other members: reason or extension -> count."""
-    mtime_ns: int | None = None
-    """Modification time of a local file: a shard that changes during a job is an error."""
-    validators: dict[str, str] = field(default_factory=dict)
-    """ETag and modification time of a remote file, for the same purpose."""
     unreadable: str = ""
     """The first label that cannot be read; empty if there is none."""
     first_name: str = ""
@@ -69,13 +63,15 @@ class TarIndex:
     """The first label that is a class number."""
 
 
-class Tars:
+class Tars(StoredFiles):
     """The images of several shards, in the order given. An ImageSource."""
 
-    def __init__(self, shards: Sequence[TarIndex], name: str, num_classes: int | None = None) -> None:
+    def __init__(
+        self, indexed: Sequence[tuple[StoredFile, TarIndex]], name: str, num_classes: int | None = None
+    ) -> None:
+        shards = [index for _, index in indexed]
+        super().__init__([file for file, _ in indexed], [len(shard.keys) for shard in shards])
         self.name = name
-        self.shards = [(shard.url, shard.size, shard.mtime_ns, shard.validators) for shard in shards]
-        self.starts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
         self.keys = pa.array([key for shard in shards for key in shard.keys], pa.large_string())
         self.offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
         self.sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
@@ -86,29 +82,13 @@ class Tars:
             self.num_classes = max(num_classes, self.num_classes)
         self.digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
-    def __len__(self) -> int:
-        return len(self.offsets)
-
     def key(self, i: int) -> str:
         """The key of image `i`."""
         return self.keys[i].as_py()
 
-    def origin(self, i: int) -> tuple[str, int]:
-        """The file name of the shard, and the position of image `i` in it."""
-        shard = self.shard_of(i)
-        return valid_text(self.shards[shard][0].rpartition("/")[2]), i - int(self.starts[shard])
-
-    def shard_of(self, i: int) -> int:
-        """The number of the shard that holds image `i`."""
-        return int(np.searchsorted(self.starts, i, side="right")) - 1
-
     def read(self, i: int) -> bytes:
         """The bytes of image `i`; a DataError if its shard changed after it was indexed."""
-        shard = self.shard_of(i)
-        url, size, mtime_ns, validators = self.shards[shard]
-        if "://" in url:
-            return remote.read(url, int(self.offsets[i]), int(self.sizes[i]), size, validators)
-        return read_range(url, int(self.offsets[i]), int(self.sizes[i]), size, mtime_ns)
+        return self.files[self.place(i)[0]].read(int(self.offsets[i]), int(self.sizes[i]))
 
 
 def join_labels(shards: Sequence[TarIndex]) -> tuple[np.ndarray, tuple[str, ...], str]:
@@ -128,30 +108,7 @@ def join_labels(shards: Sequence[TarIndex]) -> tuple[np.ndarray, tuple[str, ...]
     return np.array([numbers.get(label, label) for label in labels] if names else labels, np.int32), tuple(names), ""
 
 
-def read_range(url: str, offset: int, size: int, file_size: int, mtime_ns: int | None) -> bytes:
-    """Bytes [offset, offset + size) of a local file. No file stays open, for fork and pickle.
-
-    Raises:
-        DataError: the file is gone, unreadable, or not the one that was indexed.
-    """
-
-    def read() -> bytes:
-        with open(url, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if status.st_size != file_size or status.st_mtime_ns != mtime_ns:
-                raise DataError(f"{url} changed after it was indexed", "Run the command again")
-            return os.pread(file.fileno(), size, offset)
-
-    try:
-        data = read_with_retries(read)
-    except OSError as error:
-        raise access_error("read", url, error, "Check the path and the disk") from error
-    if len(data) != size:
-        raise DataError(f"{url} ends inside the image at byte {offset}", COPY_AGAIN)
-    return data
-
-
-def open_index(url: str, sha256: str | None = None) -> TarIndex:
+def open_index(url: str, sha256: str | None = None) -> tuple[StoredFile, TarIndex]:
     """Index one shard, or read the cached index where the shard is unchanged.
 
     With a known `sha256` (that of an artifact's file) the bytes of the images are not read.
@@ -160,29 +117,22 @@ def open_index(url: str, sha256: str | None = None) -> TarIndex:
         DataError: the shard cannot be read, or is not a complete, uncompressed tar.
     """
     try:
-        if "://" in url:
-            shard = remote.Shard(url)
-            size, mtime_ns, identity, validators = shard.size, None, shard.identity, shard.validators
-        else:
-            url = os.path.abspath(url)
-            status = os.stat(url)
-            size, mtime_ns, validators = status.st_size, status.st_mtime_ns, {}
-            identity = f"{url} {size} {mtime_ns}"
-        identity = identity and f"tar {INDEX_VERSION} {identity}"
-        if identity and (cached := read_cache(identity)) is not None:
-            return TarIndex(**cached)
-        with io.BufferedReader(shard, remote.BLOCK) if mtime_ns is None else open(url, "rb") as file:
-            index = replace(index_tar(file, url, sha256, mtime_ns), validators=validators)
+        file = StoredFile.locate(url)
+        cached = read_cache(identity := f"tar {INDEX_VERSION} {file.identity}") if file.identity else None
+        if cached is not None:
+            return file, TarIndex(**cached)
+        with file.open() as opened:
+            index = index_tar(opened, file.shown, sha256)
     except OSError as error:
-        raise access_error("open", url, error, "Check the path and the disk") from error
-    if index.size != size:
-        raise DataError(f"{url} has {index.size} bytes, its file system says {size}", COPY_AGAIN)
-    if identity:
-        write_cache(identity, asdict(index), mtime_ns or 0)
-    return index
+        raise access_error("open", url, error, CHECK) from error
+    if index.size != file.size:
+        raise DataError(f"{file.shown} has {index.size} bytes, its file system says {file.size}", COPY_AGAIN)
+    if file.identity:
+        write_cache(identity, asdict(index), file.mtime_ns)
+    return file, index
 
 
-def index_tar(file: BinaryIO, name: str, sha256: str | None = None, mtime_ns: int | None = None) -> TarIndex:
+def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:
     """Read a tar from its first byte to its last and index its images.
 
     The members of one key form a sample; the key is the path up to the first dot of the file name. `key.jpg` (or
@@ -212,7 +162,6 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None, mtime_ns: in
     images = [image for key, parts in samples.items() for image in sample_images(name, key, parts, labels, ignored)]
     images.sort(key=lambda image: image.order)
     return TarIndex(
-        url=name,
         size=walk.position,
         sha256=sha256 or walk.hash.hexdigest(),
         keys=[image.key for image in images],
@@ -220,7 +169,6 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None, mtime_ns: in
         sizes=[image.member.size for image in images],
         labels=[image.label for image in images],
         ignored=dict(ignored),
-        mtime_ns=mtime_ns,
         unreadable=labels.unreadable,
         first_name=labels.first_name,
         first_number=labels.first_number,
@@ -378,7 +326,6 @@ def parse_label(path: str, body: bytes) -> int | str | None:
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
-COPY_AGAIN = "Copy or download it again"
 HINTS = {
     "parquet": "Let its name end in .parquet",
     "zip": "Let its name end in .zip",

@@ -11,19 +11,20 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from vqpipe.data import remote
 from vqpipe.data.folders import SYSTEM_FOLDERS
 from vqpipe.data.sources import NO_LABEL, access_error, has_image_extension, read_cache, sorted_classes, write_cache
-from vqpipe.data.tars import COPY_AGAIN, read_range
+from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
 
+INDEX_VERSION = 2
+"""Of cached indices: changes with the fields of `ZipIndex`."""
 METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate"}
 OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES encryption"}
 PACK_AGAIN = "Unpack it, and pack it with `zip -0 -r`"
@@ -31,6 +32,8 @@ ENCRYPTED = 1
 """Bit of the flags of a member."""
 LOCAL_HEADER = 30
 """Bytes of the header before a member, without its name and extra field."""
+LONGEST_NAMES = 2 * 0xFFFF
+"""Largest name and extra field together."""
 LARGEST_MEMBER = 1 << 30
 """Largest uncompressed image in bytes: it is read into memory."""
 
@@ -39,12 +42,12 @@ LARGEST_MEMBER = 1 << 30
 class ZipIndex:
     """The images of one archive. The lists have one entry per image, sorted by class and path."""
 
-    url: str
-    size: int
     sha256: str
     paths: list[str]
     offsets: list[int]
     """Of the local headers."""
+    spans: list[int]
+    """Bytes from there to the next member."""
     packed: list[int]
     """Compressed sizes."""
     sizes: list[int]
@@ -54,19 +57,17 @@ class ZipIndex:
     """The folders at the top, also those without images."""
     ignored: dict[str, int]
     """Other members: reason or extension -> count."""
-    mtime_ns: int | None = None
-    """Modification time of a local file: an archive that changes during a job is an error."""
 
 
-class Zips:
+class Zips(StoredFiles):
     """The images of several archives, in the order given. An ImageSource."""
 
-    def __init__(self, archives: Sequence[ZipIndex], name: str) -> None:
+    def __init__(self, indexed: Sequence[tuple[StoredFile, ZipIndex]], name: str) -> None:
+        archives = [index for _, index in indexed]
+        super().__init__([file for file, _ in indexed], [len(archive.paths) for archive in archives])
         self.name = name
-        self.archives = [(archive.url, archive.size, archive.mtime_ns) for archive in archives]
-        self.starts = np.cumsum([0, *(len(archive.paths) for archive in archives)])
         self.keys = pa.array([key for archive in archives for key in keys_of(archive.paths)], pa.large_string())
-        columns = ("offsets", "packed", "sizes", "crcs", "methods")
+        columns = ("offsets", "spans", "packed", "sizes", "crcs", "methods")
         values = [[value for archive in archives for value in getattr(archive, column)] for column in columns]
         self.members = np.array(values, np.int64).reshape(len(columns), -1)
         folders = [path.rpartition("/")[0].split("/")[0] for archive in archives for path in archive.paths]
@@ -80,40 +81,26 @@ class Zips:
         self.unlabeled = f"{name} has {loose} outside of its folders" if loose and any(folders) else ""
         self.digest = hashlib.sha256("".join(archive.sha256 for archive in archives).encode()).hexdigest()
 
-    def __len__(self) -> int:
-        return self.members.shape[1]
-
     def key(self, i: int) -> str:
         """The path in the archive, without its extension, which is kept where two files differ only in it."""
         return self.keys[i].as_py()
 
-    def origin(self, i: int) -> tuple[str, int]:
-        """The file name of the archive, and the position of image `i` among its images."""
-        archive = self.archive_of(i)
-        return self.archives[archive][0].rpartition("/")[2], i - int(self.starts[archive])
-
-    def archive_of(self, i: int) -> int:
-        """The number of the archive that holds image `i`."""
-        return int(np.searchsorted(self.starts, i, side="right")) - 1
-
     def read(self, i: int) -> bytes:
         """The bytes of image `i`, checked against their CRC; a DataError if its archive changed."""
-        url, file_size, mtime_ns = self.archives[self.archive_of(i)]
-        offset, packed, size, crc, method = self.members[:, i].tolist()
-        read = partial(remote.read, validators={}) if "://" in url else partial(read_range, mtime_ns=mtime_ns)
-        header = read(url, offset, LOCAL_HEADER, file_size)
-        if not header.startswith(b"PK\x03\x04"):
-            raise DataError(f"{url} has no member at byte {offset}", COPY_AGAIN)
-        name_length, extra_length = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        start = offset + LOCAL_HEADER + name_length + extra_length
-        data = read(url, start, packed, file_size)
+        file = self.files[self.place(i)[0]]
+        offset, span, packed, size, crc, method = self.members[:, i].tolist()
+        stored = file.read(offset, max(0, min(span, LOCAL_HEADER + LONGEST_NAMES + packed)))
+        if not stored.startswith(b"PK\x03\x04"):
+            raise DataError(f"{file.shown} has no member at byte {offset}", COPY_AGAIN)
+        start = LOCAL_HEADER + sum(int.from_bytes(stored[at : at + 2], "little") for at in (26, 28))
+        data = stored[start : start + packed]
         if method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
             except zlib.error:
                 data = b""
         if len(data) != size or zlib.crc32(data) != crc:
-            raise DataError(f"{url} is damaged in {self.key(i)}, at byte {offset}", COPY_AGAIN)
+            raise DataError(f"{file.shown} is damaged in {self.key(i)}, at byte {offset}", COPY_AGAIN)
         return data
 
 
@@ -130,39 +117,38 @@ def open_zips(urls: Sequence[str], name: str) -> Zips:
     return source
 
 
-def open_zip(url: str) -> ZipIndex:
+def open_zip(url: str) -> tuple[StoredFile, ZipIndex]:
     """Index one archive, or read the cached index where it is unchanged.
 
     Raises:
         DataError: it is no zip, damaged, split or encrypted, or an image is compressed with an unusual method.
     """
     try:
-        url, size, mtime_ns, identity = remote.locate(url)
-        if identity and (cached := read_cache(f"zip {identity}")) is not None:
-            return ZipIndex(**cached)
-        with remote.open_binary(url) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader
-            with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
+        file = StoredFile.locate(url)
+        cached = read_cache(identity := f"zip {INDEX_VERSION} {file.identity}") if file.identity else None
+        if cached is not None:
+            return file, ZipIndex(**cached)
+        with file.open() as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader
+            with zipfile.ZipFile(opened) as archive:
+                members, end = archive.infolist(), archive.start_dir
     except OSError as error:
-        raise access_error("open", url, error, "Check the path and the disk") from error
+        raise access_error("open", url, error, CHECK) from error
     except DataError:
         raise
     except Exception as error:  # zipfile raises many types on damaged files
-        kind = kind_of_file(Path(url)) if "://" not in url else "unknown"
+        kind = kind_of_file(Path(url)) if file.is_local else "unknown"
         if kind not in ("zip", "npz", "pytorch", "torchscript", "unknown"):
             raise DataError(*explain(url, kind, "a zip archive", "Correct its name")) from None
-        raise DataError(f"{url} is a damaged or split zip archive: {error}", COPY_AGAIN) from None
-    index = index_members(url, size, sha256, members, mtime_ns)
-    if identity:
-        write_cache(f"zip {identity}", asdict(index), mtime_ns or 0)
-    return index
+        raise DataError(f"{file.shown} is a damaged or split zip archive: {error}", COPY_AGAIN) from None
+    index = index_members(file.shown, sha256, members, end)
+    if file.identity:
+        write_cache(identity, asdict(index), file.mtime_ns)
+    return file, index
 
 
-def index_members(
-    url: str, size: int, sha256: str, members: Sequence[zipfile.ZipInfo], mtime_ns: int | None
-) -> ZipIndex:
-    """Index the images among the members of an archive."""
+def index_members(url: str, sha256: str, members: Sequence[zipfile.ZipInfo], end: int) -> ZipIndex:
+    """Index the images among the members of an archive, which are before byte `end`."""
     images = dict[str, zipfile.ZipInfo]()
     ignored = Counter[str]()
     folders = set[str]()
@@ -191,19 +177,19 @@ def index_members(
     if all("/" in path.removeprefix(root) for path in ordered):  # classes: "a" before "a-b", as `open_folder`
         ordered.sort(key=lambda path: path.removeprefix(root).partition("/")[0])
     found = [images[path] for path in ordered]
+    starts = sorted({member.header_offset for member in members} | {end})
+    following = dict(pairwise(starts))
     return ZipIndex(
-        url=url,
-        size=size,
         sha256=sha256,
         paths=[path.removeprefix(root) for path in ordered],
         offsets=[member.header_offset for member in found],
+        spans=[following.get(member.header_offset, end) - member.header_offset for member in found],
         packed=[member.compress_size for member in found],
         sizes=[member.file_size for member in found],
         crcs=[member.CRC for member in found],
         methods=[member.compress_type for member in found],
         folders=sorted(below - {"", root.removesuffix("/")}),
         ignored=dict(+ignored),
-        mtime_ns=mtime_ns,
     )
 
 

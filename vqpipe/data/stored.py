@@ -1,0 +1,124 @@
+"""Files of images, local or behind URLs: each as it was when it was indexed, which every read compares."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from vqpipe.data import remote
+from vqpipe.data.sources import access_error, read_with_retries
+from vqpipe.errors import DataError
+from vqpipe.files import digest_json, valid_text
+from vqpipe.provenance import without_secrets
+
+CHECK = "Check the path and the disk"
+COPY_AGAIN = "Copy or download it again"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file, and its state when it was indexed."""
+
+    url: str
+    """The URL, or the absolute path."""
+    size: int
+    mtime_ns: int = 0
+    """The modification time of a local file."""
+    validators: remote.Validators = ()
+    """What changes with a remote file."""
+
+    @classmethod
+    def locate(cls, url: str) -> "StoredFile":
+        """The file of this path or URL, in its present state.
+
+        Raises:
+            OSError, DataError: it is absent, or a folder.
+        """
+        if "://" in url:
+            size, validators = remote.with_retries("open", url, lambda seconds: remote.describe(url, seconds))
+            return cls(url, size, validators=validators)
+        status = os.stat(url)
+        return cls(os.path.abspath(url), status.st_size, status.st_mtime_ns)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `url` is a path."""
+        return "://" not in self.url
+
+    @property
+    def shown(self) -> str:
+        """The path, or the URL without password and query."""
+        return without_secrets(self.url)
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return valid_text(self.shown.rpartition("/")[2])
+
+    @property
+    def identity(self) -> str:
+        """A text that changes with the file; empty where a server does not tell of changes: nothing of it is cached."""
+        if self.is_local:
+            return f"{self.url} {self.size} {self.mtime_ns}"
+        return f"{digest_json([self.url])} {self.size} {sorted(self.validators)}" if self.validators else ""
+
+    def check(self) -> None:
+        """Raise a DataError if a local file changed."""
+        status = os.stat(self.url)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise remote.changed(self.url)
+
+    def open(self) -> BinaryIO:
+        """Open it, to read it from the begin to the end. A remote file is read in large requests."""
+        if self.is_local:
+            return open(self.url, "rb")
+        file = remote.RemoteFile(self.url, self.size, self.validators)
+        return cast(BinaryIO, BufferedReader(file, remote.BLOCK))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size). No file stays open, for fork and pickle.
+
+        Raises:
+            DataError: the file is gone, unreadable, or not the one that was indexed.
+        """
+        if not self.is_local:
+            return remote.read(self.url, offset, size, self.size, self.validators)
+
+        def read() -> bytes:
+            with open(self.url, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+                    raise remote.changed(self.url)
+                return os.pread(file.fileno(), size, offset)
+
+        try:
+            data = read_with_retries(read)
+        except OSError as error:
+            raise access_error("read", self.url, error, CHECK) from error
+        if len(data) != size:
+            raise DataError(f"{self.url} ends inside the image at byte {offset}", COPY_AGAIN)
+        return data
+
+
+class StoredFiles:
+    """The images of several files, in the order given: what sources of such images share."""
+
+    def __init__(self, files: Sequence[StoredFile], counts: Sequence[int]) -> None:
+        self.files = tuple(files)
+        self.starts = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def place(self, i: int) -> tuple[int, int]:
+        """The number of the file that holds image `i`, and the position of the image in it."""
+        number = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return number, i - int(self.starts[number])
+
+    def origin(self, i: int) -> tuple[str, int]:
+        """The name of the file, and the position of image `i` in it."""
+        number, position = self.place(i)
+        return self.files[number].name, position
