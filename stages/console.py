@@ -25,8 +25,8 @@ from rich.text import Text
 from stages import signals
 from vqpipe import data, distributed, files
 from vqpipe.artifacts import Artifact, check_out
+from vqpipe.data.decoding import Color
 from vqpipe.data.images import ImageSet, KeyPrefix
-from vqpipe.data.transforms import Color
 from vqpipe.errors import printable
 from vqpipe.reports import page
 

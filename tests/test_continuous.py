@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from vqpipe import Tokenizer, artifacts
 from vqpipe.continuous import CONFIG, WEIGHTS, ContinuousAutoencoder, open_autoencoder, write_continuous
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import open_images
-from vqpipe.data.transforms import decode, pixels, to_float, to_uint8
+from vqpipe.data.transforms import pixels, to_float, to_uint8
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
 
 

@@ -23,8 +23,9 @@ from vqpipe.codebooks.features import (
 )
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
 from vqpipe.config import to_request
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import ImageSet, open_images
-from vqpipe.data.transforms import center_crop, decode, to_float
+from vqpipe.data.transforms import center_crop, to_float
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError
 from vqpipe.progress import Silent
 

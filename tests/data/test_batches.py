@@ -20,9 +20,10 @@ from vqpipe.data.batches import (
     permutation,
     through_workers,
 )
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.skipped import merged
-from vqpipe.data.transforms import DataConfig, center_crop, decode
+from vqpipe.data.transforms import DataConfig, center_crop
 from vqpipe.errors import ConfigError, DataError
 
 Draw = Callable[..., bytes]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from vqpipe.data import transforms
+from vqpipe.data import decoding
+from vqpipe.data.decoding import UNSIGNED_FORMATS, BadImage, decode, decoded_size, image_extension
 from vqpipe.data.sources import FORMATS
-from vqpipe.data.transforms import UNSIGNED_FORMATS, BadImage, decode, decoded_size, image_extension
 
 NOISE = Image.merge("RGB", [Image.effect_noise((64, 64), 60 + i) for i in range(3)])
 
@@ -90,7 +90,7 @@ def test_the_decoded_size_is_known_without_decoding_common_formats(monkeypatch: 
         assert raised.value.reason == reason
     with pytest.raises(BadImage, match="64 x 64 pixels, limit 4000"):
         decoded_size(LOSSLESS["PNG"], 4000)
-    monkeypatch.setattr(transforms, "decode", None)
+    monkeypatch.setattr(decoding, "decode", None)
     assert [decoded_size(encode(wide, kind)) for kind in ("JPEG", "PNG", "WEBP")] == [(24, 40)] * 3
 
 
@@ -125,7 +125,7 @@ def test_extension_is_that_of_the_format(name: str, extension: str) -> None:
 def test_every_extension_is_registered_for_its_format() -> None:
     known = Image.registered_extensions()
     for name in FORMATS:
-        assert known.get("." + transforms.EXTENSIONS.get(name, name.lower()), name) == name
+        assert known.get("." + decoding.EXTENSIONS.get(name, name.lower()), name) == name
 
 
 @pytest.mark.parametrize(

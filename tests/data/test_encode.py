@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.data import sizes, transforms
+from vqpipe.data import decoding, sizes, transforms
 from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch, equal_shards
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tars import write_tar
@@ -93,7 +93,7 @@ def run(out: Path, images: ImageSet, encode: Callable[[Tensor], Tensor] = mean_c
 def test_shards_hold_every_usable_image_in_order(images: ImageSet, tmp_path: Path) -> None:
     artifact, stopwatch = encode_images(tmp_path / "out", images)
     rows = np.concatenate([np.load(artifact.file(name)) for name in artifact.names("*.npy")])
-    crops = [transforms.center_crop(transforms.decode(images.read(i)), 16) for i in range(NUM) if i not in BAD]
+    crops = [transforms.center_crop(decoding.decode(images.read(i)), 16) for i in range(NUM) if i not in BAD]
     expected = (torch.stack(crops).double().mean(dim=(2, 3)) * 1000).long()
     assert rows.dtype == np.uint32
     assert np.array_equal(rows, expected.numpy())
@@ -110,7 +110,7 @@ def test_bytes_do_not_depend_on_workers_and_jpeg_decoder(
 ) -> None:
     expected = run(tmp_path / "alone", images).digest
     if not fast:
-        monkeypatch.setattr(transforms, "simplejpeg", None)
+        monkeypatch.setattr(decoding, "simplejpeg", None)
     assert run(tmp_path / "other", images, num_workers=workers).digest == expected
 
 
@@ -318,7 +318,7 @@ def test_tokens_are_stored_narrow_and_read_back(
     assert str(pq.read_schema(file).field("ids").type.value_type) == dtype
     tokens = read_tokens(file, codebook_size)
     usable = [i for i in range(NUM) if i not in BAD]
-    crops = torch.stack([transforms.center_crop(transforms.decode(images.read(i)), 16) for i in usable])
+    crops = torch.stack([transforms.center_crop(decoding.decode(images.read(i)), 16) for i in usable])
     assert tokens.keys == [images.key(i) for i in usable for _ in range(views)]
     assert tokens.labels.tolist() == [-1] * len(usable) * views
     assert tokens.flipped.tolist() == [False, True][:views] * len(usable)
@@ -351,7 +351,7 @@ def test_token_rows_name_the_shard_of_their_image(
     assert [(row["shard"], row["index"]) for row in rows[::2]] == [place for place in stored if place != ("a.tar", 1)]
     assert [(row["key"], row["shard"]) for row in rows[1::2]] == [(row["key"], row["shard"]) for row in rows[::2]]
     for row in rows[::2]:
-        pixels = transforms.center_crop(transforms.decode(stored[row["shard"], row["index"]]), 16)
+        pixels = transforms.center_crop(decoding.decode(stored[row["shard"], row["index"]]), 16)
         assert row["ids"] == (pixels[0, 0, :2].long() + 300 - 256).tolist()
 
     older = tmp_path / "older.parquet"

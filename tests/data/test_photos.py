@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import open_images
 from vqpipe.data.photos import HELDOUT, TRAIN, load, open_photos
-from vqpipe.data.transforms import decode
 
 
 def test_the_splits_share_no_photograph() -> None:

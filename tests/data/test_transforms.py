@@ -10,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms
 
-from vqpipe.data import transforms
+from vqpipe.data import decoding, transforms
 from vqpipe.data.batches import OrderedBatches
+from vqpipe.data.decoding import TURNS, BadImage, decode
 from vqpipe.data.images import open_images
 from vqpipe.data.transforms import (
-    TURNS,
-    BadImage,
     DataConfig,
     Framing,
     center_crop,
-    decode,
     parse_size,
     pixels,
     random_crop,
@@ -146,7 +144,7 @@ def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
     assert np.abs(np.asarray(image).astype(int) - np.asarray(corners)).mean() < 8  # JPEG and WebP are lossy
 
 
-@pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
+@pytest.mark.skipif(decoding.simplejpeg is None, reason="the extra `fast` is not installed")
 @pytest.mark.parametrize("subsampling", ["444", "422", "420", "411", "440", "progressive"])
 def test_simplejpeg_decodes_pillows_pixels(subsampling: str) -> None:
     noise = Image.effect_noise((83, 61), 80)
@@ -154,8 +152,8 @@ def test_simplejpeg_decodes_pillows_pixels(subsampling: str) -> None:
     if subsampling == "progressive":
         data = encode(image, "JPEG", progressive=True)
     else:
-        data = transforms.simplejpeg.encode_jpeg(np.asarray(image).copy(), 85, colorsubsampling=subsampling)
-    fast = transforms.fast_jpeg(data, Image.open(io.BytesIO(data)))
+        data = decoding.simplejpeg.encode_jpeg(np.asarray(image).copy(), 85, colorsubsampling=subsampling)
+    fast = decoding.fast_jpeg(data, Image.open(io.BytesIO(data)))
     assert fast is not None
     assert np.array_equal(np.asarray(fast), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
@@ -166,7 +164,7 @@ def exif(orientation: int) -> Image.Exif:
     return block
 
 
-@pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
+@pytest.mark.skipif(decoding.simplejpeg is None, reason="the extra `fast` is not installed")
 @pytest.mark.parametrize("size", [(83, 61), (16, 16), (1, 1), (300, 7)])
 @pytest.mark.parametrize(
     ("mode", "options"),
@@ -190,14 +188,14 @@ def test_decoding_does_not_depend_on_simplejpeg(
     bands = [noise, noise.transpose(TURNS[3]), noise.transpose(TURNS[2]), noise.transpose(TURNS[4])]
     data = encode(Image.merge(mode, bands[: len(mode)]), "JPEG", **options)
     fast = decode(data)
-    monkeypatch.setattr(transforms, "simplejpeg", None)
+    monkeypatch.setattr(decoding, "simplejpeg", None)
     plain = decode(data)
     assert fast.mode == plain.mode == "RGB"
     assert fast.size == plain.size
     assert np.array_equal(np.asarray(fast), np.asarray(plain))
 
 
-@pytest.mark.skipif(transforms.simplejpeg is None, reason="the extra `fast` is not installed")
+@pytest.mark.skipif(decoding.simplejpeg is None, reason="the extra `fast` is not installed")
 @pytest.mark.parametrize("progressive", [False, True])
 def test_damaged_jpegs_have_the_same_result_with_simplejpeg(progressive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = Image.effect_noise((64, 48), 80)
@@ -215,7 +213,7 @@ def test_damaged_jpegs_have_the_same_result_with_simplejpeg(progressive: bool, m
         at = int(random.integers(20, len(data) - 2))
         cases.append(data[:at] + bytes([random.integers(256)]) + data[at + 1 :])
     fast = [judge(case) for case in cases]
-    monkeypatch.setattr(transforms, "simplejpeg", None)
+    monkeypatch.setattr(decoding, "simplejpeg", None)
     assert fast == [judge(case) for case in cases]
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import open_images
-from vqpipe.data.transforms import decode, pixels
+from vqpipe.data.transforms import pixels
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.metrics import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks, find_networks

@@ -21,8 +21,9 @@ from stages.evaluate import evaluate
 from vqpipe.analysis import ANALYSES, embedding
 from vqpipe.artifacts import open_artifact
 from vqpipe.continuous import ContinuousAutoencoder
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import ImageSet, open_images
-from vqpipe.data.transforms import Framing, center_crop, decode, to_uint8
+from vqpipe.data.transforms import Framing, center_crop, to_uint8
 from vqpipe.data.transforms import pixels as pixels_of
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.evaluation.pictures import NUM_WITH_PREFIXES

@@ -14,8 +14,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from stages.prepare_data import prepare_data
 from vqpipe.artifacts import open_artifact
 from vqpipe.data import prepare as packing
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import open_images
-from vqpipe.data.transforms import center_crop, decode
+from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ArtifactError, DataError
 
 MANIFEST = """

@@ -16,10 +16,11 @@ from stages.tokenize_images import tokenize
 from stages.train_classifier import train_classifier
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import open_images
 from vqpipe.data.streams import TokenDataset
 from vqpipe.data.tokens import read_tokens
-from vqpipe.data.transforms import center_crop, cover, crop_to_multiples, decode, pixels
+from vqpipe.data.transforms import center_crop, cover, crop_to_multiples, pixels
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.tokenizer import Tokenizer
 

@@ -28,8 +28,9 @@ from vqpipe.benchmarks.timing import (
     version_of,
 )
 from vqpipe.data.batches import Batch
+from vqpipe.data.decoding import decode
 from vqpipe.data.images import open_images
-from vqpipe.data.transforms import center_crop, decode, to_float
+from vqpipe.data.transforms import center_crop, to_float
 from vqpipe.losses.objective import Objective
 from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.progress import Progress

@@ -4,11 +4,16 @@ images      `open_images`: every form of `--images` as one ordered ImageSet of s
 sources     the interface of a source of images, and what the sources share
 folders     a source: folders of image files
 label_lists lists of labels and classes in a folder
+lists       a source: files that a list names
+stored      files that hold images, local or remote, and checked for changes; remote has all use of fsspec
 tars        a source: tar shards in WebDataset's layout, read and written
+zips, parquets  sources: archives, and Parquet files with encoded images
 photos      a source: the built-in photographs
-transforms  the only conversions between bytes, uint8 pixels and floats; the crops of evaluation protocols
+decoding    encoded bytes to 8-bit RGB, and back
+transforms  the only conversions between RGB images, uint8 pixels and floats; the crops of evaluation protocols
 skipped     the images that cannot be used: their tolerance, and their list
 batches     OrderedBatches (in order) and TrainingStream (endless, shuffled); the loader processes
+sizes       images at their own sizes, measured and grouped
 encode      images to shards of arrays (tokens, latents, features): decoding, encoding and writing at the same time
 tokens, latents  the shards of tokens and of latents
 examples    tokens and latents as training data of a generator

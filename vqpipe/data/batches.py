@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vqpipe.data import remote
+from vqpipe.data.decoding import BadImage, decode
 from vqpipe.data.images import ImageSet
-from vqpipe.data.transforms import BadImage, DataConfig, center_crop, decode, training_crop
+from vqpipe.data.transforms import DataConfig, center_crop, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
 __all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_set_weights"]

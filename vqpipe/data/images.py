@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -23,6 +22,7 @@ from braceexpand import braceexpand
 
 from vqpipe.artifacts import open_artifact
 from vqpipe.data import remote
+from vqpipe.data.decoding import Color
 from vqpipe.data.folders import Folder, open_folder, walk
 from vqpipe.data.lists import EXTENSIONS as LIST_EXTENSIONS
 from vqpipe.data.lists import open_list
@@ -35,10 +35,10 @@ from vqpipe.data.sources import (
     describe,
     has_image_extension,
     sorted_classes,
+    summed,
 )
 from vqpipe.data.stored import StoredFile
 from vqpipe.data.tars import TarIndex, Tars, open_index
-from vqpipe.data.transforms import Color
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
@@ -87,7 +87,7 @@ class ImageSet(Sequence[Sample]):
             labels = [self.renumber(source) for source in sources]
         self.labels = np.concatenate(labels)
         """int32[N]; -1 where an image has no class."""
-        self.left_out: dict[str, int] = dict(sum((Counter(source.left_out) for source in sources), Counter()))
+        self.left_out: dict[str, int] = summed(source.left_out for source in sources)
         """What was found beside the images and is not read: reason or extension -> count."""
         self.unlabeled = "; ".join(filter(None, reasons))
         """Why images that could have labels have none; empty otherwise."""

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqpipe.data.sources import NO_LABEL, access_error, class_of, sorted_classes
+from vqpipe.data.sources import NO_LABEL, access_error, class_of, number_labels
 from vqpipe.errors import DataError
 from vqpipe.files import valid_text
 
@@ -125,11 +125,7 @@ def number(
         raise DataError(f"the class {min(unknown)!r} of {name} is not in {CLASSES}", "Add a line for it")
     if not texts and not numbers:
         return None, (), ""
-    names = classes if classes is not None else sorted_classes(texts)
-    index: dict[int | str | None, int] = {text: place for place, text in enumerate(names)}
-    index[None] = NO_LABEL
-    labels = [index[label] if label is None or isinstance(label, str) else label for label in found]
-    return np.array(labels, np.int32), tuple(names), ""
+    return *number_labels(found, classes), ""
 
 
 def collect(name: str, path: Path) -> tuple[dict[str, int | str | None], str]:

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vqpipe.data.folders import Folder
-from vqpipe.data.sources import NO_LABEL, access_error, sorted_classes
+from vqpipe.data.sources import NO_LABEL, access_error, number_labels
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import HEAD, NAMES, explain, kind_of
 
@@ -55,7 +57,7 @@ def open_list(file: Path) -> Folder:
             )
     if any(os.path.commonpath([folder, path]) != folder for path in paths):
         folder = os.path.commonpath([os.path.dirname(path) for path in paths])
-    labels, class_names = number_labels(file, entries)
+    labels, class_names = labels_of(file, entries)
     images = Folder(Path(folder), [os.path.relpath(path, folder) for path in paths], labels, class_names)
     images.name = file.name
     return images
@@ -145,17 +147,14 @@ def find_column(file: Path, columns: Sequence[str]) -> str:
     raise DataError(f"{file} has no column of paths; its columns are {listed}", f"Name one {', '.join(PATH_COLUMNS)}")
 
 
-def number_labels(file: Path, entries: Sequence[Entry]) -> tuple[list[int], list[str]]:
+def labels_of(file: Path, entries: Sequence[Entry]) -> tuple[np.ndarray, tuple[str, ...]]:
     """The label of each entry, and the names of the classes, which are empty if all labels are numbers."""
-    given = {entry.label for entry in entries if entry.label}
+    texts = [entry.label or None for entry in entries]
     try:
-        numbers = {label: int(label.removesuffix(".0")) for label in given}  # pandas: 3.0
+        numbers = [None if text is None else int(text.removesuffix(".0")) for text in texts]  # pandas: 3.0
     except ValueError:
-        names = sorted_classes(given)
-        numbers = {name: number for number, name in enumerate(names)}
-    else:
-        names = []
-        for entry in entries:
-            if entry.label and not NO_LABEL <= numbers[entry.label] < 2**31:
-                raise DataError(f"{file} has the label {entry.label} in line {entry.line}", "Number classes from 0")
-    return [numbers[entry.label] if entry.label else NO_LABEL for entry in entries], names
+        return number_labels(texts)
+    for entry, number in zip(entries, numbers, strict=True):
+        if number is not None and not NO_LABEL <= number < 2**31:
+            raise DataError(f"{file} has the label {entry.label} in line {entry.line}", "Number classes from 0")
+    return number_labels(numbers)

@@ -24,9 +24,9 @@ from vqpipe.data.sources import (
     NO_LABEL,
     access_error,
     count_classes,
+    number_labels,
     read_cache,
     read_with_retries,
-    sorted_classes,
     write_cache,
 )
 from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
@@ -89,7 +89,7 @@ class Parquets(StoredFiles):
         self.name = name
         self.parts = tuple(files)
         self.rows = np.concatenate([part.numbers for part in rows])
-        self.labels, self.class_names = number_labels(files, rows)
+        self.labels, self.class_names = join_labels(files, rows)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
         self.unlabeled = "; ".join(part.unlabeled for part in rows if part.unlabeled)
         left_out = sum(part.num_rows - len(part.numbers) for part in rows)
@@ -317,21 +317,18 @@ def read_rows(file: pq.ParquetFile, url: str, image: str, features: dict[str, An
     return Rows(kept, num_rows, paths, labels, names, f"{url}: {unclear}" if unclear else "")
 
 
-def number_labels(files: Sequence[ParquetFile], rows: Sequence[Rows]) -> tuple[np.ndarray, tuple[str, ...]]:
+def join_labels(files: Sequence[ParquetFile], rows: Sequence[Rows]) -> tuple[np.ndarray, tuple[str, ...]]:
     """int32[N] and the class names of several files, which must agree on these. Names that are stored as strings are
     numbered in sorted order."""
     values = [label for part in rows for label in part.labels]
-    strings = sorted_classes(label for label in values if isinstance(label, str))
+    labels, strings = number_labels(values)
     named = {part.class_names for part in rows if len(part.numbers)}
     if len(named) > 1 or (strings and any(isinstance(label, int) for label in values)):
         raise DataError(
             f"{files[0].file.shown} and the files after it do not have the same classes",
             "Give them as several --images",
         )
-    names = tuple(strings) or next(iter(named), ())
-    number = {name: label for label, name in enumerate(strings)}
-    labels = [NO_LABEL if label is None else number.get(label, label) for label in values]  # type: ignore[arg-type]
-    return np.array(labels, np.int32), names
+    return labels, strings or next(iter(named), ())
 
 
 def path_key(path: str | None) -> str:

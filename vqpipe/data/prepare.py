@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.data.batches import chunks, through_workers, worker_count
+from vqpipe.data.decoding import BadImage, decode, encode_jpeg, image_extension
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.tars import tar_keys, write_tar
-from vqpipe.data.transforms import BadImage, center_crop, decode, encode_jpeg, image_extension
+from vqpipe.data.transforms import center_crop
 from vqpipe.errors import VqpipeError
 from vqpipe.progress import SILENT, Progress
 

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.data.batches import chunks, through_workers, worker_count
+from vqpipe.data.decoding import BadImage, decoded_size
 from vqpipe.data.encode import IMAGES_PER_SHARD, Shard
 from vqpipe.data.images import ImageSet, SelectedImages
-from vqpipe.data.transforms import BadImage, decoded_size
 from vqpipe.errors import VqpipeError
 from vqpipe.files import atomic_write
 from vqpipe.progress import Progress

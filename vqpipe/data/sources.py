@@ -7,7 +7,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,23 @@ def sorted_classes(names: Iterable[str]) -> list[str]:
     if all(name.isascii() and name.isdigit() for name in found):
         return sorted(found, key=lambda name: (int(name), name))
     return sorted(found)
+
+
+def number_labels(
+    labels: Iterable[int | str | None], names: Sequence[str] | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """int32[N] of class numbers, class names and None for none; and the names in the order of their numbers: `names`,
+    or by default those in `labels`."""
+    values = list(labels)
+    found = sorted_classes(value for value in values if isinstance(value, str)) if names is None else names
+    number = {name: label for label, name in enumerate(found)}
+    numbers = [NO_LABEL if value is None else number[value] if isinstance(value, str) else value for value in values]
+    return np.array(numbers, np.int32), tuple(found)
+
+
+def summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums of several tables of counts."""
+    return dict(sum(map(Counter, counts), Counter[str]()))
 
 
 def count_classes(labels: np.ndarray) -> int | None:

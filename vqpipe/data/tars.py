@@ -29,8 +29,9 @@ from vqpipe.data.sources import (
     class_of,
     count_classes,
     file_kind,
+    number_labels,
     read_cache,
-    sorted_classes,
+    summed,
     write_cache,
 )
 from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
@@ -76,7 +77,7 @@ class Tars(StoredFiles):
         self.offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
         self.sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
         self.labels, self.class_names, self.unlabeled = join_labels(shards)
-        self.left_out: dict[str, int] = dict(sum((Counter(shard.ignored) for shard in shards), Counter()))
+        self.left_out: dict[str, int] = summed(shard.ignored for shard in shards)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
         if num_classes is not None and self.num_classes is not None:
             self.num_classes = max(num_classes, self.num_classes)
@@ -103,9 +104,7 @@ def join_labels(shards: Sequence[TarIndex]) -> tuple[np.ndarray, tuple[str, ...]
         reason = reason or f"{name}, {number}"
     if reason:
         return np.full(len(labels), NO_LABEL, np.int32), (), reason
-    names = sorted_classes(label for label in labels if isinstance(label, str))
-    numbers: dict[int | str, int] = {label: i for i, label in enumerate(names)}
-    return np.array([numbers.get(label, label) for label in labels] if names else labels, np.int32), tuple(names), ""
+    return *number_labels(labels), ""
 
 
 def open_index(url: str, sha256: str | None = None) -> tuple[StoredFile, TarIndex]:

@@ -18,6 +18,7 @@ The files are `tokens-00000.parquet` and so on. With --image-size native each si
 B images of a batch, N ids per image.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +35,13 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data.batches import chunks
+from vqpipe.data.decoding import MAX_PIXELS, encode_png
 from vqpipe.data.encode import (
     IMAGES_PER_SHARD,
     ORIGIN_FIELDS,
     EncodedShard,
     EncodingJob,
+    Shard,
     encode_views,
     equal_shards,
     sample_columns,
@@ -47,15 +50,7 @@ from vqpipe.data.encode import (
 from vqpipe.data.images import ImageSet
 from vqpipe.data.sizes import batch_size_of, group_by_size
 from vqpipe.data.tars import tar_keys, write_tar
-from vqpipe.data.transforms import (
-    MAX_PIXELS,
-    Framing,
-    crop_to_multiples,
-    encode_png,
-    fixed_size,
-    parse_size,
-    ten_crops,
-)
+from vqpipe.data.transforms import Framing, crop_to_multiples, fixed_size, parse_size, ten_crops
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 from vqpipe.progress import SILENT, Progress
 
@@ -128,35 +123,31 @@ def write_tokens(
     check_crops(crops, flip, image_size)
     check_max_pixels(max_pixels, image_size)
     num_views = views_per_image({"flip": flip, "crops": crops})
+    views = partial(with_flip, flip=flip)
     size = parse_size(str(image_size))
     ordered, unusable = images, dict[int, str]()
     transform: Callable[[Image.Image], Tensor] | None = None
     if size is None:
+        factor = tokenizer.downsample_factor
         sized = group_by_size(
-            draft,
-            images,
-            tokenizer.downsample_factor,
-            max_pixels=max_pixels or MAX_PIXELS,
-            num_workers=num_workers,
-            progress=progress,
+            draft, images, factor, max_pixels=max_pixels or MAX_PIXELS, num_workers=num_workers, progress=progress
         )
+        ordered, unusable, side = sized.images, sized.skipped, sized.side(batch_size)
         layouts = {size: native_layout(tokenizer, *size) for size in sized.sizes}
         shards = sized.shards(NATIVE_SHARD_NAME, lambda h, w: (num_views, layouts[h, w].num_tokens), batch_size)
-        ordered, unusable, side = sized.images, sized.skipped, sized.side(batch_size)
-        transform = partial(crop_to_multiples, factor=tokenizer.downsample_factor)
-        views = partial(with_flip, flip=flip)
-        progress.message(str(sized))
+        transform = partial(crop_to_multiples, factor=factor)
     else:
-        height, width = size
-        side = int(width * TEN_CROP_RANGE) if crops == "ten" else max(height, width)
-        views = partial(ten_crops, size=width) if crops == "ten" else partial(with_flip, flip=flip)
-        layouts = {size: tokenizer.layout(height, width)}
-        row_shape = num_views, layouts[size].num_tokens
-        shards = equal_shards(SHARD_NAME, len(images), IMAGES_PER_SHARD, row_shape, batch_size)
-        transform = None if height == width else Framing(rule="cover", size=size)
+        side, layout = max(size), tokenizer.layout(*size)
+        shards = equal_shards(SHARD_NAME, len(images), IMAGES_PER_SHARD, (num_views, layout.num_tokens), batch_size)
+        if crops == "ten":
+            side, views = int(side * TEN_CROP_RANGE), partial(ten_crops, size=side)
+        if size[0] != size[1]:
+            transform = Framing(rule="cover", size=size)
     job = EncodingJob(
         draft, ordered, shards, title="tokenize", skipped=unusable, max_skipped=max_skipped, progress=progress
     )
+    if size is None:
+        progress.message(str(sized))
     job.run(
         partial(encode_views, views=views, encode=partial(encode_in_memory, tokenizer, precision)),
         write_token_shard,
@@ -168,17 +159,27 @@ def write_tokens(
         transform=transform,
     )
     records, skipped = job.finish()
-    facts = {"num_images": sum(record["images"] for record in records), "codebook_size": tokenizer.codebook_size}
-    facts |= {"image_size": image_size, "skipped": skipped, **images.facts}
-    if size is not None:
-        return facts | {"num_tokens": layouts[size].num_tokens, "layout": layouts[size].to_table()}
-    sizes: dict[str, dict[str, Any]] = {
-        f"{width}x{height}": {"num_images": 0, "num_tokens": layout.num_tokens, "layout": layout.to_table()}
-        for (height, width), layout in layouts.items()
-    }
+    facts = {"num_images": sum(record["images"] for record in records)}
+    shared = {"codebook_size": tokenizer.codebook_size, "image_size": image_size}
+    if size is None:
+        facts |= {"num_sizes": len(layouts), **shared, "sizes": size_facts(layouts, shards, records)}
+    else:
+        facts |= {"num_tokens": layout.num_tokens, **shared, "layout": layout.to_table()}
+    return {**facts, "skipped": skipped, **images.facts}
+
+
+def size_facts(
+    layouts: Mapping[tuple[int, int], Any], shards: Sequence[Shard], records: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """WIDTHxHEIGHT -> the number of images of this size, of their ids, and their layout."""
+    counts = Counter[str]()
     for shard, record in zip(shards, records, strict=True):
-        sizes[shard.name.split("-")[1]]["num_images"] += record["images"]
-    return facts | {"num_sizes": len(sizes), "sizes": sizes}
+        counts[shard.name.split("-")[1]] += record["images"]
+    return {
+        name: {"num_images": counts[name], "num_tokens": layout.num_tokens, "layout": layout.to_table()}
+        for (height, width), layout in layouts.items()
+        for name in [f"{width}x{height}"]
+    }
 
 
 def encode_in_memory(tokenizer: ImageTokenizer, precision: str, images: Tensor) -> Tensor:

@@ -18,7 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from vqpipe.data.folders import SYSTEM_FOLDERS
-from vqpipe.data.sources import NO_LABEL, access_error, has_image_extension, read_cache, sorted_classes, write_cache
+from vqpipe.data.sources import (
+    access_error,
+    has_image_extension,
+    number_labels,
+    read_cache,
+    sorted_classes,
+    summed,
+    write_cache,
+)
 from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
@@ -72,11 +80,10 @@ class Zips(StoredFiles):
         self.members = np.array(values, np.int64).reshape(len(columns), -1)
         folders = [path.rpartition("/")[0].split("/")[0] for archive in archives for path in archive.paths]
         names = {name for archive in archives for name in archive.folders}
-        self.class_names = tuple(sorted_classes(names)) if folders and all(folders) else ()
-        number = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = np.array([number.get(folder, NO_LABEL) for folder in folders], np.int32)
+        classes = sorted_classes(names) if folders and all(folders) else []
+        self.labels, self.class_names = number_labels(folders if classes else [None] * len(folders), classes)
         self.num_classes = len(self.class_names) or None
-        self.left_out: dict[str, int] = dict(sum((Counter(archive.ignored) for archive in archives), Counter()))
+        self.left_out: dict[str, int] = summed(archive.ignored for archive in archives)
         loose = next((path for archive in archives for path in archive.paths if "/" not in path), "")
         self.unlabeled = f"{name} has {loose} outside of its folders" if loose and any(folders) else ""
         self.digest = hashlib.sha256("".join(archive.sha256 for archive in archives).encode()).hexdigest()

@@ -10,7 +10,8 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.continuous import ContinuousAutoencoder
-from vqpipe.data.transforms import BadImage, decode, pixels
+from vqpipe.data.decoding import BadImage, decode
+from vqpipe.data.transforms import pixels
 from vqpipe.errors import DataError
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.progress import SILENT, Progress

@@ -14,9 +14,9 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.config import to_request
+from vqpipe.data.decoding import encode_png
 from vqpipe.data.tars import write_tar
 from vqpipe.data.tokens import id_dtype, write_token_file
-from vqpipe.data.transforms import encode_png
 from vqpipe.device import autocast
 from vqpipe.generation.base import SamplingConfig
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs
