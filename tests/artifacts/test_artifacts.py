@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.progress import Silent
+from vqpipe.provenance import command_again, provenance
 from vqpipe.quantizers import VqConfig
 from vqpipe.tokenizer import Tokenizer, write_tokenizer
 
@@ -434,3 +436,15 @@ def test_file_behind_a_symbolic_link_is_missing(tmp_path: Path) -> None:
     (artifact.path / "sub").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match=r"sub/b\.bin is missing"):
         open_artifact(artifact.path)
+
+
+def test_recorded_commands_have_no_passwords_and_queries_of_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "https://user:secret@host/a.tar?signature=secret",
+        "s3://key:secret@bucket/a-?.tar",
+        "hf://name@main/a.tar",
+    ]
+    shown = ["https://host/a.tar", "s3://bucket/a-?.tar", "hf://name@main/a.tar"]
+    monkeypatch.setattr(sys, "argv", ["/bin/vqpipe", "eval", *words, "--out", "report"])
+    assert provenance(1)["command"] == ["vqpipe", "eval", *shown, "--out", "report"]
+    assert shlex.split(command_again()) == ["vqpipe", "eval", *shown, "--out", "DIR"]

@@ -440,6 +440,16 @@ def test_native_sizes_are_read_once(
     assert made.digest == run("straight", 0.5).digest
 
 
+def test_an_image_below_the_downsample_factor_has_no_tokens(tmp_path: Path, draw: Callable[..., bytes]) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.png").write_bytes(draw(0, (7, 90)))
+    images = open_images([tmp_path / "a"])
+    draft = artifacts.start(tmp_path / "out", "tokens", {}, {"images": images})
+    assert isinstance(draft, Draft)
+    with draft, pytest.raises(DataError, match=r"1 of 1 images cannot be used \(1 too-small\)"):
+        write_tokens(draft, images, Pixels(300), image_size="native")
+
+
 def test_memory_that_does_not_suffice_is_an_error_with_a_remedy(images: ImageSet, tmp_path: Path) -> None:
     class Large(Pixels):
         def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:

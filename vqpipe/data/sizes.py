@@ -10,6 +10,7 @@ x NATIVE_SIDE pixels, at least one, and IDS_PER_SHARD ids.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from vqpipe.data.decoding import BadImage, decoded_size
 from vqpipe.data.encode import IMAGES_PER_SHARD, Shard
 from vqpipe.data.images import ImageSet, SelectedImages
 from vqpipe.errors import VqpipeError
-from vqpipe.files import atomic_write
+from vqpipe.files import atomic_write, disk_errors
 from vqpipe.progress import Progress
 
 SIZES = "sizes.npz"
@@ -105,7 +106,7 @@ def group_by_size(
     ordered = crops[order[:count]]
     firsts = np.flatnonzero(np.diff(ordered, axis=0, prepend=0).any(axis=1)).tolist()
     groups = dict[tuple[int, int], range]()
-    for first, stop in zip(firsts, [*firsts[1:], count], strict=True):
+    for first, stop in pairwise([*firsts, count]):
         height, width = ordered[first].tolist()
         groups[height, width] = range(first, stop)
     skipped = {place: reasons[i] for place, i in enumerate(order[count:].tolist(), count)}
@@ -130,10 +131,12 @@ def measure(
         for task, part, skipped in (each for share in distributed.gather_objects(found) for each in share):
             sizes[task.start : task.stop] = part
             reasons |= skipped
-        if distributed.is_main():
-            with atomic_write(file) as path:
+
+        def save() -> None:
+            with disk_errors(file), atomic_write(file) as path:
                 np.savez(path, sizes=sizes, positions=list(reasons), reasons=np.array([*reasons.values()], np.str_))
-        distributed.barrier()
+
+        distributed.on_main(save)
     with np.load(file, allow_pickle=False) as stored:
         return stored["sizes"], dict(zip(stored["positions"].tolist(), stored["reasons"].tolist(), strict=True))
 

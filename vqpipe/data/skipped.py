@@ -1,8 +1,8 @@
 """The images of a set that cannot be used: judged against a tolerance, counted by reason, and listed.
 
-The list is `skipped.parquet`, one row per image, in the order of the set: key, shard (of a folder: its name), index
-(the position in the shard), reason. An artifact has it where images were skipped. A run that stops leaves it in
-`<out>.partial`.
+The list is `skipped.parquet`, one row per image, in the order of the set (of native sizes, in theirs): key,
+shard (of a folder: its name), index (the position in the shard), reason. An artifact has it where images were skipped.
+A run that stops leaves it in `<out>.partial`.
 """
 
 import os

@@ -140,7 +140,8 @@ def write_tokens(
         side, layout = max(size), tokenizer.layout(*size)
         shards = equal_shards(SHARD_NAME, len(images), IMAGES_PER_SHARD, (num_views, layout.num_tokens), batch_size)
         if crops == "ten":
-            side, views = int(side * TEN_CROP_RANGE), partial(ten_crops, size=side)
+            views = partial(ten_crops, size=side)
+            side = int(side * TEN_CROP_RANGE)
         if size[0] != size[1]:
             transform = Framing(rule="cover", size=size)
     job = EncodingJob(
