@@ -89,7 +89,7 @@ def test_constraints_pin_what_is_installed_here() -> None:
     wanted, found = ["vqpipe"], set[str]()
     while wanted:
         name = wanted.pop()
-        extras = {"", "dev", "fast", "tensorboard", "embedding"} if name == "vqpipe" else {""}
+        extras = {"", "dev", "docs", "fast", "tensorboard", "embedding"} if name == "vqpipe" else {""}
         for text in metadata.requires(name) or []:
             each = Requirement(text)
             if any(each.marker is None or each.marker.evaluate({"extra": extra}) for extra in extras):
