@@ -132,7 +132,7 @@ def expanded(item: Any, others: list[str]) -> list[Any]:
     if not value.endswith("/"):
         return [item]
     if value == "commands/":
-        pages = [f"{value}{name}.md" for name in ("index", *cli.COMMANDS)]
+        pages: list[Any] = ["commands/index.md", *({name: f"commands/{name}.md"} for name in cli.COMMANDS)]
     else:
         found = [each.name for each in (ROOT / "docs" / value).glob("*.md")]
         pages = [value + name for name in sorted(found, key=lambda name: (name != "index.md", name))]
@@ -206,12 +206,22 @@ def command_page(name: str) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
     usage = " ".join(["vqpipe", name, *command.collect_usage_pieces(context)])
     lines = [f"# vqpipe {name}", "", prose(command.help), "", "```text", usage, "```", ""]
-    lines += ["## Examples", "", "```bash", *EXAMPLES[name], "```", ""]
+    lines += ["## Examples", "", "```bash", *map(folded, EXAMPLES[name]), "```", ""]
     records = [(each.param_type_name, each.get_help_record(context)) for each in command.params]
     for kind, heading in (("argument", "Arguments"), ("option", "Options")):
         shown = [record for own, record in records if own == kind and record]
         lines += [f"## {heading}", "", *map(option, shown)] if shown else []
     return "\n".join(lines)
+
+
+def folded(line: str) -> str:
+    """A command line in lines of at most 80 characters, each of which begins with an option."""
+    folded = [""]
+    for word in re.split(r" (?=--)", line):
+        if folded[-1] and len(f"{folded[-1]} {word} \\") > 80:
+            folded.append("   ")
+        folded[-1] = f"{folded[-1]} {word}" if folded[-1] else word
+    return " \\\n".join(folded)
 
 
 def option(record: tuple[str, str]) -> str:
@@ -408,7 +418,7 @@ def presets_page() -> str:
         paper = papers.setdefault(head.get("paper", "Small, for a CPU"), [])
         row = f" {code_marked(head['row'])}." if "row" in head else ""
         paper += [f"### {name}", "", f"{code_marked(head['what'].rstrip('.'))}.{row}", ""]
-        paper += [f"Expected: {code_marked(head['expected'])}", "", "```bash", head["command"], "```", ""]
+        paper += [f"Expected: {code_marked(head['expected'])}", "", "```bash", folded(head["command"]), "```", ""]
     ordered = sorted(papers.items(), key=lambda item: -len(item[1]))
     return "\n".join(
         [PRESETS_TEXT, *(line for paper, lines in ordered for line in (f"## {escaped(paper)}", "", *lines))]

@@ -51,7 +51,8 @@ class Tokenizer:
         device: of torch, or "auto": a GPU if there is one. Under torchrun, "auto" and "cuda" are this rank's GPU.
 
     Attributes:
-        device, image_size: of the weights; the side of the training images, None if unknown.
+        device: of the weights.
+        image_size: the side of the training images; None if unknown.
         name: of its directory.
         artifact: the artifact it was opened from, if any.
         source: the input of a stage that reads it: the artifact, or the sha256 of the weights.
