@@ -21,9 +21,15 @@ from stages.recipe import ClassifierRecipe, GeneratorRecipe, PipelineRecipe
 from vqpipe import config, presets
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 """Files of the repository that are pages of the site."""
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
+"""A link or a picture: its text with brackets, its target."""
 FENCE = re.compile(r"^(```.*?^```[^\n]*$)", flags=re.DOTALL | re.MULTILINE)
 
 EXAMPLES = {
@@ -121,7 +127,8 @@ def names_in(nav: Any) -> Iterator[str]:
 
 
 def expanded(item: Any, others: list[str]) -> list[Any]:
-    """An item of `nav` as the items that it stands for: a folder as a list of its pages, "*" as `others`."""
+    """An item of `nav` as the items that it stands for: "*" as `others`, a folder as a list of its pages, those that
+    README links to first and in its order."""
     if item == "*":
         return others
     if isinstance(item, str):
@@ -134,8 +141,11 @@ def expanded(item: Any, others: list[str]) -> list[Any]:
     if value == "commands/":
         pages: list[Any] = ["commands/index.md", *({name: f"commands/{name}.md"} for name in cli.COMMANDS)]
     else:
-        found = [each.name for each in (ROOT / "docs" / value).glob("*.md")]
-        pages = [value + name for name in sorted(found, key=lambda name: (name != "index.md", name))]
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        found = [value + each.name for each in (ROOT / "docs" / value).glob("*.md") if each.name != "index.md"]
+        linked = sorted((name for name in found if f"](docs/{name})" in readme), key=lambda name: readme.index(name))
+        others = sorted(name for name in found if name not in linked)
+        pages = [*(f"{value}index.md" for _ in (ROOT / "docs" / value).glob("index.md")), *linked, *others]
     return [{title: pages}] if pages else []
 
 
@@ -151,12 +161,10 @@ def with_site_links(markdown: str, source: str, page: str) -> str:
         where = os.path.normpath(PurePosixPath(source).parent / path)
         if where in ROOT_PAGES:
             where = f"docs/{ROOT_PAGES[where]}"
-        if where == "README.md":
-            where = "docs/index.md"
         if not where.startswith("docs/"):
-            return text
+            return text.lstrip("!")[1:-1]
         relative = os.path.relpath(where.removeprefix("docs/"), PurePosixPath(page).parent)
-        return f"[{text}]({relative}{'#' * bool(anchor)}{anchor})"
+        return f"{text}({relative}{'#' * bool(anchor)}{anchor})"
 
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(replace, part) for part in parts)
@@ -206,7 +214,8 @@ def command_page(name: str) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
     usage = " ".join(["vqpipe", name, *command.collect_usage_pieces(context)])
     lines = [f"# vqpipe {name}", "", prose(command.help), "", "```text", usage, "```", ""]
-    lines += ["## Examples", "", "```bash", *map(folded, EXAMPLES[name]), "```", ""]
+    examples = "\n\n".join(map(folded, EXAMPLES[name]))
+    lines += ["## Examples", "", "```bash", examples, "```", ""]
     records = [(each.param_type_name, each.get_help_record(context)) for each in command.params]
     for kind, heading in (("argument", "Arguments"), ("option", "Options")):
         shown = [record for own, record in records if own == kind and record]
@@ -417,7 +426,8 @@ def presets_page() -> str:
     for name, head in presets.heads():
         paper = papers.setdefault(head.get("paper", "Small, for a CPU"), [])
         row = f" {code_marked(head['row'])}." if "row" in head else ""
-        paper += [f"### {name}", "", f"{code_marked(head['what'].rstrip('.'))}.{row}", ""]
+        what = head["what"].rstrip(".")
+        paper += [f"### {name}", "", f"{code_marked(what[:1].upper() + what[1:])}.{row}", ""]
         paper += [f"Expected: {code_marked(head['expected'])}", "", "```bash", folded(head["command"]), "```", ""]
     ordered = sorted(papers.items(), key=lambda item: -len(item[1]))
     return "\n".join(
