@@ -7,7 +7,7 @@ FAST   := -n auto -m "not slow"
 # Importing torch takes three times as long where Python is kept from writing bytecode, as in many containers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow faults lint format upgrade test-newest test-lowest clean
+.PHONY: help demo test test-slow faults lint format docs upgrade test-newest test-lowest clean
 
 help:
 	@echo "make demo         set up, then train and compare two tokenizers on built-in photographs (about five minutes)"
@@ -15,10 +15,11 @@ help:
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make faults       the slow tests of processes that die, disks that fill, inputs that are damaged"
 	@echo "make lint         style, types, import layers"
+	@echo "make docs         the documentation as a site, in site/"
 	@echo "make upgrade      write constraints.txt anew and run everything with it"
 	@echo "make test-newest  the fast tests with the newest versions of everything; any deprecation fails"
 	@echo "make test-lowest  the fast tests with the lowest versions that pyproject.toml allows"
-	@echo "make clean        remove the environments"
+	@echo "make clean        remove the environments and the site"
 
 # $(call environment,FOLDER,OPTIONS): a virtual environment with vqpipe in it, installed by uv with these options.
 define environment
@@ -58,6 +59,10 @@ format: $(VENV)/installed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: $(VENV)/installed
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet  # without a notice about other site generators
+	@echo "open $(CURDIR)/site/index.html"
+
 upgrade: $(VENV)/installed
 	@sed '/^[^#]/,$$d' constraints.txt > constraints.new
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate pyproject.toml >> constraints.new
@@ -75,4 +80,4 @@ test-lowest:
 	@$(VENV)-lowest/bin/python -m pytest $(FAST)
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest site

@@ -31,6 +31,9 @@ ROOT_PAGES = {
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
 """A link or a picture: its text with brackets, its target."""
 FENCE = re.compile(r"^(```.*?^```[^\n]*$)", flags=re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"^(```bash\n)(.*?)(^```)", flags=re.DOTALL | re.MULTILINE)
+WIDTH = 84
+"""Characters of a code block that fit the page."""
 
 EXAMPLES = {
     "demo": ["vqpipe demo"],
@@ -103,9 +106,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the links of a page of docs/ that lead out of it."""
+    """Rewrite the links of a page of docs/ that lead out of it, and fold the long command lines of all pages."""
     path = page.file.src_uri
-    return markdown if page.file.generated_by else with_site_links(markdown, f"docs/{path}", path)
+    if not page.file.generated_by:
+        markdown = with_site_links(markdown, f"docs/{path}", path)
+    return SHELL.sub(lambda block: f"{block[1]}{folded_block(block[2])}{block[3]}", markdown)
 
 
 def generated_pages() -> dict[str, str]:
@@ -170,6 +175,30 @@ def with_site_links(markdown: str, source: str, page: str) -> str:
     return "".join(part if part.startswith("```") else LINK.sub(replace, part) for part in parts)
 
 
+def folded_block(code: str) -> str:
+    """The command lines of a block in lines that fit the page. If one is too long, all comments stand above their lines,
+    and long commands are split before options."""
+    lines = code.splitlines()
+    if all(len(line) <= WIDTH for line in lines):
+        return code
+    folded = []
+    for line in lines:
+        command, _, comment = line.partition(" # ")
+        folded += [f"# {comment.strip()}"] if comment and command.strip() else []
+        folded.append(folded_command(command.rstrip()) if command.strip() else line)
+    return "\n".join(folded) + "\n"
+
+
+def folded_command(line: str) -> str:
+    """A command line in lines that fit the page, all but the first of which begin with an option."""
+    parts = [""]
+    for word in re.split(r" (?=-{1,2}[a-z])", line):
+        if parts[-1] and len(f"{parts[-1]} {word} \\") > WIDTH:
+            parts.append("   ")
+        parts[-1] = f"{parts[-1]} {word}" if parts[-1] else word
+    return " \\\n".join(parts)
+
+
 # Commands
 
 
@@ -214,23 +243,12 @@ def command_page(name: str) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
     usage = " ".join(["vqpipe", name, *command.collect_usage_pieces(context)])
     lines = [f"# vqpipe {name}", "", prose(command.help), "", "```text", usage, "```", ""]
-    examples = "\n\n".join(map(folded, EXAMPLES[name]))
-    lines += ["## Examples", "", "```bash", examples, "```", ""]
+    lines += ["## Examples", "", "```bash", "\n\n".join(EXAMPLES[name]), "```", ""]
     records = [(each.param_type_name, each.get_help_record(context)) for each in command.params]
     for kind, heading in (("argument", "Arguments"), ("option", "Options")):
         shown = [record for own, record in records if own == kind and record]
         lines += [f"## {heading}", "", *map(option, shown)] if shown else []
     return "\n".join(lines)
-
-
-def folded(line: str) -> str:
-    """A command line in lines of at most 80 characters, each of which begins with an option."""
-    folded = [""]
-    for word in re.split(r" (?=--)", line):
-        if folded[-1] and len(f"{folded[-1]} {word} \\") > 80:
-            folded.append("   ")
-        folded[-1] = f"{folded[-1]} {word}" if folded[-1] else word
-    return " \\\n".join(folded)
 
 
 def option(record: tuple[str, str]) -> str:
@@ -428,7 +446,7 @@ def presets_page() -> str:
         row = f" {code_marked(head['row'])}." if "row" in head else ""
         what = head["what"].rstrip(".")
         paper += [f"### {name}", "", f"{code_marked(what[:1].upper() + what[1:])}.{row}", ""]
-        paper += [f"Expected: {code_marked(head['expected'])}", "", "```bash", folded(head["command"]), "```", ""]
+        paper += [f"Expected: {code_marked(head['expected'])}", "", "```bash", head["command"], "```", ""]
     ordered = sorted(papers.items(), key=lambda item: -len(item[1]))
     return "\n".join(
         [PRESETS_TEXT, *(line for paper, lines in ordered for line in (f"## {escaped(paper)}", "", *lines))]
