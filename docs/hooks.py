@@ -176,7 +176,7 @@ def with_site_links(markdown: str, source: str, page: str) -> str:
 
 
 def folded_block(code: str) -> str:
-    """The command lines of a block in lines that fit the page. If one is too long, all comments stand above their lines,
+    """The command lines of a block in lines that fit the page. If one is too long, its comments stand above the lines,
     and long commands are split before options."""
     lines = code.splitlines()
     if all(len(line) <= WIDTH for line in lines):
