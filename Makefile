@@ -60,7 +60,7 @@ format: $(VENV)/installed
 	@$(BIN)/ruff format .
 
 docs: $(VENV)/installed
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet  # without a notice about other site generators
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build  # without a notice about other site generators
 	@echo "open $(CURDIR)/site/index.html"
 
 upgrade: $(VENV)/installed

@@ -274,7 +274,7 @@ def test_site_is_built_without_a_warning_and_loads_nothing_from_the_network(tmp_
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings")
     site = tmp_path / "site"
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages = [path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")]
