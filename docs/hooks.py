@@ -80,6 +80,8 @@ EXAMPLES = {
     "push": ["vqpipe push tokenizer OWNER/NAME --report report --licence apache-2.0"],
     "zoo": ["vqpipe zoo", "vqpipe zoo llamagen --json"],
     "presets": ["vqpipe presets", "vqpipe presets small > mine.toml"],
+    "settings": ["vqpipe settings train", "vqpipe settings kmeans --json"],
+    "plan": ["vqpipe plan train --preset vqgan-lc-f16-100k --gpu a100-80 --gpus 8"],
     "bench": ["vqpipe bench --out machine"],
 }
 """Command -> command lines for its page. tests/test_docs.py parses them."""

@@ -1,5 +1,5 @@
-"""The code of docs/ runs or compiles, links of the repository's pages lead somewhere, and docs/hooks.py makes a page of
-every command, setting and preset."""
+"""The code of docs/ runs or compiles, docs/hooks.py makes a page of every command, setting and preset, and the site is
+built. Commands and links of the pages: tests/test_readme.py."""
 
 import dataclasses
 import json
@@ -119,35 +119,10 @@ def vqpipe_commands(shell: str) -> list[list[str]]:
     return [each[start:] for each, start in starts if each[start - 1] == "stages" or start == 1]
 
 
-def parse(words: list[str]) -> None:
-    """Parse a command line; an unknown option or a missing argument raises."""
-    if not words[0].startswith("--"):  # an option of vqpipe itself
-        cli.load(words[0]).make_context(words[0], [*words[1:]])
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_of_a_page_parse_and_keep_their_words_where_the_site_folds_them(page: Path) -> None:
+def test_commands_of_a_page_keep_their_words_where_the_site_folds_them(page: Path) -> None:
     for block in code_blocks(page.read_text(encoding="utf-8"), "bash"):
-        commands = vqpipe_commands(block)
-        for words in commands:
-            parse(words)
-        assert vqpipe_commands(HOOKS["folded_block"](block)) == commands
-
-
-def test_links_of_the_pages_lead_to_pages_and_files_that_exist(generated: dict[str, str]) -> None:
-    """README and the other pages of the root link to files only, so that they work where there is no site."""
-    missing = []
-    for page in PAGES:
-        text = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for _, target in HOOKS["LINK"].findall(text):
-            path = target.partition("#")[0]
-            if not path or re.match("https?:", path):
-                continue
-            file = (page.parent / path).resolve()
-            in_site = page.is_relative_to(DOCS) and file.is_relative_to(DOCS)
-            if not file.exists() and not (in_site and file.relative_to(DOCS).as_posix() in generated):
-                missing.append((page.name, target))
-    assert missing == []
+        assert vqpipe_commands(HOOKS["folded_block"](block)) == vqpipe_commands(block)
 
 
 def test_links_are_rewritten_for_the_site() -> None:
@@ -173,7 +148,7 @@ def test_page_of_a_command_has_its_options_and_an_example_that_parses(name: str,
     assert examples
     for words in examples:
         assert words[0] == name
-        parse([word for word in words if word not in (">", "mine.toml")])
+        cli.load(name).make_context(name, [word for word in words[1:] if word not in (">", "mine.toml")])
 
 
 def test_commands_are_listed_with_exit_codes_and_completion(generated: dict[str, str]) -> None:
