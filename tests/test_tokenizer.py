@@ -10,7 +10,8 @@ import torch
 
 import vqpipe
 from vqpipe import Tokenizer, VqpipeError
-from vqpipe.data.transforms import to_float, to_uint8
+from vqpipe.data import TokenDataset, open_images
+from vqpipe.data.transforms import center_crop, decode, to_float, to_uint8
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
 from vqpipe.quantizers import (
     CvqConfig,
@@ -358,3 +359,28 @@ def test_float_images_in_0_1_are_warned_of(tokenizer: Tokenizer) -> None:
 
 def test_package_is_typed() -> None:
     assert (Path(vqpipe.__file__).parent / "py.typed").is_file()
+
+
+def test_write_tokens_writes_what_encode_returns(
+    small_tokenizer: Callable[[QuantizerConfig], Tokenizer], draw_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokenizer = small_tokenizer(LcConfig(codebook_size=50, feature_dim=16, code_dim=4, codebook_init="uniform"))
+    folder = draw_folder(tmp_path / "images", 3, side=32)
+    with pytest.raises(ConfigError, match="no stored weights.*save_pretrained"):
+        tokenizer.write_tokens(folder, tmp_path / "tokens")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    artifact = tokenizer.write_tokens(folder, tmp_path / "tokens")
+    stored = TokenDataset(tmp_path / "tokens")
+    pixels = torch.stack([center_crop(decode(path.read_bytes()), 32) for path in sorted(folder.iterdir())])
+    assert torch.equal(torch.stack([stored[i]["ids"] for i in range(3)]), tokenizer.encode(pixels))
+    assert artifact.facts["image_size"] == 32
+    assert tokenizer.write_tokens(open_images(folder), tmp_path / "tokens").digest == artifact.digest
+    wide = tokenizer.write_tokens(folder, tmp_path / "wide", image_size=(16, 32))
+    assert (wide.facts["image_size"], wide.facts["num_tokens"]) == ("32x16", 32)
+    with pytest.raises(DataError, match="not divisible"):
+        tokenizer.write_tokens(folder, tmp_path / "odd", image_size=30)
+    tokenizer.image_size = None
+    with pytest.raises(DataError, match="Set image_size"):
+        tokenizer.write_tokens(folder, tmp_path / "unknown")
+    assert not (tmp_path / "odd.partial").exists()

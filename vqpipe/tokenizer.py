@@ -16,6 +16,8 @@ from torch import Tensor
 
 from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
+from vqpipe.data.images import ImageSet, open_images
+from vqpipe.data.tokens import write_tokens
 from vqpipe.data.transforms import to_float, to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device, pick_device
@@ -445,6 +447,57 @@ class Tokenizer:
         if ids.is_floating_point() or ids.is_complex():
             raise DataError(f"ids of type {ids.dtype}", "Pass integers, as `encode` returns them")
         return ids.to(self.device, torch.int64)
+
+    def write_tokens(
+        self,
+        images: str | Path | Sequence[str | Path] | ImageSet,
+        out: str | Path,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        flip: bool = False,
+        precision: str = "fp32",
+        max_skipped: float = 0.01,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> artifacts.Artifact:
+        """Encode images and write the ids as a `tokens` artifact, the job of `vqpipe tokenize`; `TokenDataset` reads it.
+
+        An interrupted job continues at its first missing shard. A finished one of the same arguments is opened. Under
+        torchrun each rank writes its share.
+
+        Args:
+            images: what --images takes: a folder, tars, an artifact, `builtin:photos`; or several of them.
+            out: the directory of the artifact.
+            image_size: (H, W), or the side of a square; by default that of the training images.
+            flip: store the tokens of the horizontal flip of each image, too.
+            precision: as `encode`.
+            max_skipped: the share of the images that may be unreadable.
+
+        Raises:
+            DataError: the image size is unknown or no multiple of the downsample factor; unreadable images.
+            ArtifactError: `out` has other contents.
+            ConfigError: the tokenizer was not opened with `from_pretrained`, so that the artifact could not name it.
+        """
+        if not self.source:
+            raise ConfigError("this tokenizer has no stored weights", "Call save_pretrained, and open it again")
+        size = image_size or self.image_size
+        if size is None:
+            raise DataError("this tokenizer's config does not name the image size of its training", "Set image_size")
+        height, width = pair_of(size)
+        self.check_size(height, width)
+        settings: dict[str, Any] = {
+            "image_size": width if height == width else f"{width}x{height}",
+            "flip": flip,
+            "precision": precision,
+            "max_skipped": max_skipped,
+        }
+        image_set = images if isinstance(images, ImageSet) else open_images(images)
+        draft = artifacts.start(out, "tokens", settings, {"images": image_set, "tokenizer": self.source})
+        if isinstance(draft, artifacts.Artifact):
+            return draft
+        with draft:
+            facts = write_tokens(draft, image_set, self, batch_size=batch_size, num_workers=num_workers, **settings)
+            return draft.publish(facts)
 
     def describe(self, image_size: int) -> dict[str, Any]:
         """Facts for a report on images of side `image_size`."""

@@ -1,65 +1,49 @@
 """Encode images as tokens, train a small transformer on them, and decode what it samples.
 
-python tokens_to_transformer.py IMAGES TOKENIZER OUT    # OUT: the folder of the tokens; samples are in OUT-samples.png
+python tokens_to_transformer.py IMAGES TOKENIZER OUT    # tokens in OUT, samples in OUT-samples.png
 """
 
 import sys
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torchvision.utils import save_image
 
-from vqpipe import Tokenizer, artifacts
-from vqpipe.data import TokenDataset, open_images
-from vqpipe.data.tokens import write_tokens
+from vqpipe import Tokenizer
+from vqpipe.data import TokenDataset
+
+images, weights, out = sys.argv[1:]
+tokenizer = Tokenizer.from_pretrained(weights, device="auto")
+tokenizer.write_tokens(images, out)
+tokens = TokenDataset(out)
+num_tokens, size = tokens.facts["num_tokens"], tokens.facts["image_size"]
+
+project = nn.Linear(tokenizer.code_dim, 64)
+positions = nn.Embedding(num_tokens, 64)
+layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 256, 0.0, batch_first=True), 2)
+head = nn.Linear(64, tokens.codebook_size)
+model = nn.ModuleList([project, positions, layers, head]).to(tokenizer.device)
+causal = nn.Transformer.generate_square_subsequent_mask(num_tokens, device=tokenizer.device)
 
 
-class Transformer(nn.Module):
-    def __init__(self, num_tokens: int, codebook_size: int, code_dim: int, width: int = 64) -> None:
-        super().__init__()
-        self.start, self.positions = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(num_tokens, width))
-        self.project, self.head = nn.Linear(code_dim, width), nn.Linear(width, codebook_size)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """The codes of the first n ids, float[B, n, C] -> logits of the first n + 1 ids, float[B, n + 1, K]."""
-        inputs = torch.cat([self.start.expand(len(codes), 1, -1), self.project(codes)], dim=1)
-        mask = nn.Transformer.generate_square_subsequent_mask(inputs.shape[1], device=inputs.device)
-        return self.head(self.layers(inputs + self.positions[: inputs.shape[1]], mask, is_causal=True))
+def logits(ids: Tensor) -> Tensor:
+    """int64[B, N] -> float[B, N, K], of each id from the codes of the ids before it."""
+    codes = pad(tokenizer.embed(ids)[:, :-1], (0, 0, 1, 0))
+    return head(layers(project(codes) + positions.weight, mask=causal, is_causal=True))
 
 
-def main(folder: str, weights: str, out: str) -> None:
-    torch.manual_seed(0)
-    tokenizer, images = Tokenizer.from_pretrained(weights, device="auto"), open_images(folder)
-    size = tokenizer.image_size or 256
-    inputs = {"images": images, "tokenizer": tokenizer.source}
-    draft = artifacts.start(out, "tokens", {"image_size": size}, inputs)
-    if isinstance(draft, artifacts.Draft):  # otherwise an earlier run has published them
-        with draft:
-            draft.publish(write_tokens(draft, images, tokenizer, image_size=size))
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+for step, batch in zip(range(100), tokens.stream(seed=0, batch_size=8), strict=False):
+    ids = batch["ids"].to(tokenizer.device)
+    loss = cross_entropy(logits(ids).transpose(1, 2), ids)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(f"step {step + 1}: loss {loss.item():.3f}")
 
-    tokens = TokenDataset(out)
-    num_tokens = tokens.facts["num_tokens"]
-    model = Transformer(num_tokens, tokens.codebook_size, tokenizer.code_dim).to(tokenizer.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step, batch in zip(range(100), tokens.stream(seed=0, batch_size=8), strict=False):
-        ids = batch["ids"].to(tokenizer.device)
-        loss = cross_entropy(model(tokenizer.embed(ids[:, :-1])).transpose(1, 2), ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 9:
-            print(f"step {step + 1}: loss {loss.item():.3f}")
-
-    ids = torch.empty(4, 0, dtype=torch.int64, device=tokenizer.device)
-    with torch.no_grad():
-        while ids.shape[1] < num_tokens:
-            probabilities = model(tokenizer.embed(ids))[:, -1].softmax(dim=-1)
-            ids = torch.cat([ids, probabilities.multinomial(1)], dim=1)
-    save_image(tokenizer.decode(ids, image_size=size) / 255, f"{out}-samples.png")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+ids = torch.full((4, num_tokens), -1, device=tokenizer.device)
+with torch.no_grad():
+    for place in range(num_tokens):
+        ids[:, place] = logits(ids)[:, place].softmax(-1).multinomial(1).squeeze(1)
+save_image(tokenizer.decode(ids, image_size=size) / 255, f"{out}-samples.png")
