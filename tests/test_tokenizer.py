@@ -3,10 +3,12 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import vqpipe
 from vqpipe import Tokenizer, VqpipeError
@@ -23,7 +25,7 @@ from vqpipe.quantizers import (
     ResidualConfig,
     TokenLayout,
 )
-from vqpipe.tokenizer import check_negative, keep_groups
+from vqpipe.tokenizer import check_negative, keep_groups, network_input
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +386,94 @@ def test_write_tokens_writes_what_encode_returns(
     with pytest.raises(DataError, match="Set image_size"):
         tokenizer.write_tokens(folder, tmp_path / "unknown")
     assert not (tmp_path / "odd.partial").exists()
+
+
+@pytest.fixture
+def photo(draw_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    return draw_folder(tmp_path / "photos", 1, side=50) / "00.png"
+
+
+def test_encode_takes_files_and_pil_images(tokenizer: Tokenizer, photo: Path) -> None:
+    with Image.open(photo) as image:
+        crop = center_crop(image.convert("RGB"), 32)
+        ids = tokenizer.encode(crop[None])
+        assert torch.equal(tokenizer.encode(image, image_size=32), ids)
+        assert torch.equal(tokenizer.encode(str(photo), image_size=32), ids)
+        rows = tokenizer.encode([image, photo, crop], image_size=32)
+        assert all(torch.equal(row, ids[0]) for row in rows)
+        assert tokenizer.encode(image, image_size=(16, 32)).shape == (1, tokenizer.layout(16, 32).num_tokens)
+        assert tokenizer.encode(image.crop((0, 0, 12, 8))).shape == (1, 6)
+        clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        assert torch.equal(tokenizer.read_image(clear), torch.full((3, 8, 8), 255, dtype=torch.uint8))
+        with pytest.raises(DataError, match=r"50 x 50 pixels is not divisible into cells of 4\. Set image_size"):
+            tokenizer.encode(image)
+        with pytest.raises(DataError, match="32 x 32 pixels, image_size = 16. Omit image_size"):
+            tokenizer.encode(crop[None], image_size=16)
+        with pytest.raises(DataError, match=r"of type ndarray\. Pass tensors, PIL images"):
+            tokenizer.encode([crop.numpy()])  # type: ignore[list-item]
+    photo.write_bytes(photo.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"00\.png: truncated image"):
+        tokenizer.encode(photo, image_size=32)
+    with pytest.raises(DataError, match=r"absent\.png: No such file.*Check the path"):
+        tokenizer.encode("absent.png")
+
+
+def test_layout_of_one_side_is_that_of_a_square(tokenizer: Tokenizer) -> None:
+    assert tokenizer.layout(32) == tokenizer.layout(32, 32)
+
+
+def test_range_of_tensors_on_a_gpu_is_checked_once() -> None:
+    """The meta device stands for a GPU: to read a value from it, as the check does, is an error."""
+    owner = SimpleNamespace(device=torch.device("meta"), downsample_factor=4, range_checked=True)
+    images = torch.zeros(1, 3, 8, 8, device="meta")
+    assert network_input(images, owner).shape == images.shape
+    owner.range_checked = False
+    with pytest.raises(RuntimeError, match="meta"):
+        network_input(images, owner)
+    assert owner.range_checked
+    with pytest.raises(DataError, match="float images in"):
+        network_input(torch.full((1, 3, 8, 8), 2.0), owner)
+
+
+SCRIPT_OF_A_USER = """
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vqpipe import Tokenizer, TokenLayout, VqpipeError
+from vqpipe.data import ImageStream, TokenDataset, open_images
+
+
+def main(folder: Path) -> torch.Tensor:
+    tokenizer = Tokenizer.from_pretrained("tokenizer", device="auto").to(dtype=torch.bfloat16)
+    layout: TokenLayout = tokenizer.layout(256)
+    ids: torch.Tensor = tokenizer.encode(torch.zeros(1, 3, 256, 256))
+    rows: list[torch.Tensor] = tokenizer.encode([Image.open("a.png"), folder / "b.png"], image_size=256)
+    names: list[torch.Tensor] = tokenizer.encode(["a.png", "b.png"], image_size=(128, 256))
+    image: torch.Tensor = tokenizer.encode("a.png", image_size=256)
+    decoded: list[torch.Tensor] = tokenizer.decode(rows, 256)
+    artifact = tokenizer.write_tokens(open_images(folder), "tokens")
+    print(artifact.path, layout.num_tokens, tokenizer.codebook.shape, names, image, decoded)
+    for batch in DataLoader(TokenDataset("tokens"), batch_size=4):
+        print(batch["ids"])
+    print(next(iter(ImageStream("images", image_size=256, seed=0, batch_size=4)))["image"])
+    try:
+        return tokenizer.decode(ids, image_size=256)
+    except VqpipeError as error:
+        raise SystemExit(str(error)) from None
+"""
+
+
+@pytest.mark.slow
+def test_script_of_a_user_passes_mypy_strict(tmp_path: Path) -> None:
+    mypy = pytest.importorskip("mypy.api")
+    (tmp_path / "script.py").write_text(SCRIPT_OF_A_USER)
+    root = Path(vqpipe.__file__).parents[1]
+    config = ["--config-file=", "--strict", "--cache-dir", str(root / ".mypy_cache" / "script")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setenv("MYPYPATH", str(root))
+        report, errors, _ = mypy.run([*config, "--follow-imports", "silent", "script.py"])
+    assert (report, errors) == ("Success: no issues found in 1 source file\n", "")

@@ -67,6 +67,7 @@ class ContinuousAutoencoder:
         self.device = check_device(device)
         self.network: Any = network.eval().requires_grad_(False).to(self.device)
         self.config = self.network.config
+        self.range_checked = False
         self.name = printable(name)
         self.digest = digest
         widths = getattr(self.config, "encoder_block_out_channels", None) or self.config.block_out_channels
@@ -120,7 +121,7 @@ class ContinuousAutoencoder:
         Raises:
             DataError: a wrong shape, dtype or range; sides that are not multiples of the downsample factor.
         """
-        images = network_input(images, self.downsample_factor, self.device)
+        images = network_input(images, self)
         with reduced_precision(self.network, self.device, precision):
             encoded = self.network.encode(images)
             if hasattr(encoded, "latent_dist"):

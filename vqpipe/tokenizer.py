@@ -8,9 +8,10 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,9 +19,9 @@ from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import write_tokens
-from vqpipe.data.transforms import to_float, to_uint8
+from vqpipe.data.transforms import BadImage, Framing, decode, pixels, to_float, to_rgb, to_uint8, upright
 from vqpipe.device import reduced_precision
-from vqpipe.distributed import check_device, pick_device
+from vqpipe.distributed import check_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError, printable
 from vqpipe.files import atomic_write, hash_file, write_json
@@ -28,6 +29,11 @@ from vqpipe.model_card import ModelCard
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import Quantized, TokenLayout
 from vqpipe.weights import load_tensors
+
+Size = int | tuple[int, int]
+"""(H, W) in pixels, or the side of a square."""
+ImageLike = Tensor | Image.Image | str | Path
+"""Pixels, a PIL image, or the path of an image file."""
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [-1, 1] float images may be."""
@@ -61,9 +67,10 @@ class Tokenizer:
     """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
-        self.device = device_of(device)
+        self.device = check_device(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.image_size = image_size
+        self.range_checked = False
         self.name = "tokenizer"
         self.artifact: artifacts.Artifact | None = None
         self.source: artifacts.Artifact | str = ""
@@ -90,7 +97,7 @@ class Tokenizer:
             ConfigError: it has continuous latents and so no tokens, or is a directory although a revision was given; or
                 the device is absent or not supported.
         """
-        device = device_of(device)
+        device = check_device(device)
         folder = Path(path)
         name = folder.name
         if str(path).startswith("builtin:"):
@@ -138,7 +145,7 @@ class Tokenizer:
             for part in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
                 part.to(dtype)
         if device is not None:
-            self.device = device_of(device)
+            self.device = check_device(device)
             self.autoencoder.to(self.device)
         return self
 
@@ -251,12 +258,13 @@ class Tokenizer:
         """Image side / latent side."""
         return self.autoencoder.downsample_factor
 
-    def layout(self, height: int, width: int) -> TokenLayout:
-        """The layout of the ids of an image of `height` x `width` pixels.
+    def layout(self, height: int, width: int | None = None) -> TokenLayout:
+        """The layout of the ids of an image of `height` x `width` pixels; of a square without `width`.
 
         Raises:
             DataError: a side is not a multiple of the downsample factor.
         """
+        width = height if width is None else width
         return self.autoencoder.quantizer.layout(*latent_size(height, width, self.downsample_factor))
 
     def check_size(self, height: int, width: int) -> None:
@@ -279,31 +287,45 @@ class Tokenizer:
             raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Set 1 up to that number")
 
     @overload
-    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor: ...
+    def encode(self, images: ImageLike, precision: str = "fp32", *, image_size: Size | None = None) -> Tensor: ...
 
     @overload
-    def encode(self, images: Sequence[Tensor], precision: str = "fp32") -> list[Tensor]: ...
+    def encode(
+        self, images: Sequence[ImageLike], precision: str = "fp32", *, image_size: Size | None = None
+    ) -> list[Tensor]: ...
 
     @torch.no_grad()
-    def encode(self, images: Tensor | Sequence[Tensor], precision: str = "fp32") -> Tensor | list[Tensor]:
+    def encode(
+        self, images: ImageLike | Sequence[ImageLike], precision: str = "fp32", *, image_size: Size | None = None
+    ) -> Tensor | list[Tensor]:
         """Encode images to ids int64[B, N]; a list of images of any sizes to a list of int64[N], in the same order.
 
         Args:
-            images: uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1]; or a list of [3, H, W]. Images of a list that
-                have the same size and type are encoded together.
+            images: uint8[B, 3, H, W], or float[B, 3, H, W] in [-1, 1]; a PIL image, or the path of an image file, for
+                B = 1; or a list of PIL images, paths and tensors [3, H, W]. Images of a list that have the same size
+                and type are encoded together. Float images without a negative value are warned of, as they look like
+                images in [0, 1]. The range of tensors on a GPU, for which the host has to wait, is checked in the first
+                batch only.
             precision: "fp32", or "bf16" for the convolutions and matrix products of the encoder, which changes a few
                 percent of the ids; the search is always in float32.
+            image_size: (H, W), or the side of a square, to which PIL images and files are resized and cropped, as by
+                `vqpipe tokenize`; None: their own size. Tensors are not resized.
 
         Raises:
-            DataError: a wrong shape, dtype or range; sides that are not multiples of the downsample factor.
+            DataError: a wrong shape, dtype or range; sides that are not multiples of the downsample factor; a file that
+                is absent or no image; tensors of another size than `image_size`.
             NumericError: pixels are NaN or infinite.
         """
+        if isinstance(images, str | Path | Image.Image):
+            return self.encode(self.read_image(images, image_size)[None], precision)
         if not isinstance(images, Tensor):
+            tensors = [self.read_image(image, image_size) for image in images]
             ids: dict[int, Tensor] = {}
-            for places in same_shapes(images):
-                ids |= zip(places, self.encode(torch.stack([images[i] for i in places]), precision), strict=True)
-            return [ids[place] for place in range(len(images))]
-        images = network_input(images, self.downsample_factor, self.device)
+            for places in same_shapes(tensors):
+                ids |= zip(places, self.encode(torch.stack([tensors[i] for i in places]), precision), strict=True)
+            return [ids[place] for place in range(len(tensors))]
+        check_tensor_size(images, image_size)
+        images = network_input(images, self)
         if len(images) == 0:
             num_tokens = self.layout(*images.shape[-2:]).num_tokens
             return torch.empty(0, num_tokens, dtype=torch.int64, device=self.device)
@@ -313,9 +335,35 @@ class Tokenizer:
     @torch.no_grad()
     def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
         """Encode images to latents before quantization, float[B, C, h, w]; arguments and errors as `encode`."""
-        images = network_input(images, self.downsample_factor, self.device)
+        images = network_input(images, self)
         with reduced_precision(self.autoencoder, self.device, precision):
             return self.autoencoder.latent(images.to(self.dtype))
+
+    def read_image(self, image: ImageLike, image_size: Size | None = None) -> Tensor:
+        """An image file or PIL image as uint8[3, H, W], cropped as by `encode`; a tensor as it is."""
+        if isinstance(image, Tensor):
+            check_tensor_size(image, image_size)
+            return image
+        if isinstance(image, Image.Image):
+            rgb = upright(to_rgb(image.copy(), b""), image)
+        elif isinstance(image, str | Path):
+            try:
+                rgb = decode(Path(image).read_bytes())
+            except OSError as error:
+                raise DataError(f"{image}: {error.strerror or error}", "Check the path") from None
+            except BadImage as error:
+                raise DataError(f"{image}: {error.what}", "Pass another image") from None
+        else:
+            raise DataError(f"an image of type {type(image).__name__}", "Pass tensors, PIL images, or paths of files")
+        if image_size is None and (rgb.height % self.downsample_factor or rgb.width % self.downsample_factor):
+            raise DataError(
+                f"an image of {rgb.height} x {rgb.width} pixels is not divisible into cells of {self.downsample_factor}",
+                f"Set image_size, such as image_size={self.image_size or 256}, to crop it",
+            )
+        if image_size is None:
+            return pixels(rgb)
+        height, width = pair_of(image_size)
+        return Framing(rule="adm" if height == width else "cover", size=(height, width))(rgb)
 
     def quantize(self, latent: Tensor) -> Quantized:
         """Quantize a latent, float[B, C, h, w], to (codes, ids, losses), with gradients.
@@ -354,7 +402,7 @@ class Tokenizer:
         return self.autoencoder.quantizer.token_codes(ids)
 
     @overload
-    def decode(self, ids: Tensor, image_size: int | tuple[int, int], groups: int | None = None) -> Tensor: ...
+    def decode(self, ids: Tensor, image_size: Size, groups: int | None = None) -> Tensor: ...
 
     @overload
     def decode(
@@ -365,7 +413,7 @@ class Tokenizer:
     def decode(
         self,
         ids: Tensor | Sequence[Tensor],
-        image_size: int | tuple[int, int] | Sequence[tuple[int, int]],
+        image_size: Size | Sequence[tuple[int, int]],
         groups: int | None = None,
     ) -> Tensor | list[Tensor]:
         """Decode ids int64[B, N] to images uint8[B, 3, H, W]; a list of int64[N] to a list of images uint8[3, H, W].
@@ -392,7 +440,7 @@ class Tokenizer:
         return [images[place] for place in range(len(ids))]
 
     @torch.no_grad()
-    def decode_float(self, ids: Tensor, image_size: int | tuple[int, int], groups: int | None = None) -> Tensor:
+    def decode_float(self, ids: Tensor, image_size: Size, groups: int | None = None) -> Tensor:
         """As `decode`, without rounding and clamping: float32[B, 3, H, W], about [-1, 1]."""
         self.check_groups(groups)
         image_size = pair_of(image_size)
@@ -407,7 +455,7 @@ class Tokenizer:
         return self.autoencoder.decode(codes.to(self.dtype)).float()
 
     @torch.no_grad()
-    def decode_codes(self, codes: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+    def decode_codes(self, codes: Tensor, image_size: Size | None = None) -> Tensor:
         """Decode codes to images uint8[B, 3, H, W].
 
         Args:
@@ -420,7 +468,7 @@ class Tokenizer:
         """
         return to_uint8(self.decode_codes_float(codes, image_size))
 
-    def decode_codes_float(self, codes: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+    def decode_codes_float(self, codes: Tensor, image_size: Size | None = None) -> Tensor:
         """As `decode_codes`, without rounding and clamping, and with gradients of the codes: float32[B, 3, H, W]."""
         quantizer, factor = self.autoencoder.quantizer, self.downsample_factor
         codes = codes.to(self.device)
@@ -453,7 +501,7 @@ class Tokenizer:
         images: str | Path | Sequence[str | Path] | ImageSet,
         out: str | Path,
         *,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: Size | None = None,
         flip: bool = False,
         precision: str = "fp32",
         max_skipped: float = 0.01,
@@ -535,21 +583,21 @@ def model_facts(autoencoder: Autoencoder) -> dict[str, Any]:
     }
 
 
-def device_of(device: str | torch.device) -> torch.device:
-    """A device of torch, or for "auto" and "cuda" that of this rank.
-
-    Raises:
-        ConfigError: it is absent on this machine, or not supported.
-    """
-    return pick_device(device) if device in ("auto", "cuda") else check_device(device)
-
-
-def pair_of(image_size: int | tuple[int, int]) -> tuple[int, int]:
+def pair_of(image_size: Size) -> tuple[int, int]:
     """(H, W); a number is the side of a square."""
     if isinstance(image_size, int):
         return image_size, image_size
     height, width = image_size
     return height, width
+
+
+def check_tensor_size(images: Tensor, image_size: Size | None) -> None:
+    """Raise a DataError for tensors [..., H, W] of another size than `image_size`."""
+    if image_size is not None and tuple(images.shape[-2:]) != pair_of(image_size):
+        raise DataError(
+            f"images of {' x '.join(map(str, images.shape[-2:]))} pixels, image_size = {image_size}",
+            "Omit image_size, or resize the tensors: only PIL images and files are resized",
+        )
 
 
 def same_shapes(tensors: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> list[list[int]]:
@@ -603,10 +651,20 @@ def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, i
     return height // factor, width // factor
 
 
-def network_input(images: Tensor, downsample_factor: int, device: torch.device) -> Tensor:
-    """Convert uint8[B, 3, H, W], or float in [-1, 1], to float32 in [-1, 1] on the device.
+class InputOwner(Protocol):
+    """The part of a tokenizer that `network_input` uses."""
 
-    Warns once of float images without a negative value, which look like images in [0, 1].
+    device: torch.device
+    downsample_factor: int
+    range_checked: bool
+    """Whether a batch of float images on a GPU has been checked."""
+
+
+def network_input(images: Tensor, owner: InputOwner) -> Tensor:
+    """Convert uint8[B, 3, H, W], or float in [-1, 1], to float32 in [-1, 1] on the device of the tokenizer.
+
+    Warns once of float images without a negative value, which look like images in [0, 1]. The range of images on a GPU
+    is checked in the first batch only, as the host has to wait for it.
 
     Raises:
         DataError: a wrong shape, dtype or range.
@@ -614,17 +672,17 @@ def network_input(images: Tensor, downsample_factor: int, device: torch.device) 
     if images.ndim != 4 or images.shape[1] != 3:
         raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
     height, width = images.shape[-2:]
-    latent_size(height, width, downsample_factor)
-    images = images.to(device)
+    latent_size(height, width, owner.downsample_factor)
     if images.dtype == torch.uint8:
-        return to_float(images)
+        return to_float(images.to(owner.device))
     if not images.is_floating_point():
         raise DataError(f"images of dtype {images.dtype}", "Pass uint8 in [0, 255] or float in [-1, 1]")
     if torch.compiler.is_compiling():
         assert (images.abs() <= 1 + RANGE_TOLERANCE).all(), "float images are not in [-1, 1]"
-    elif images.numel():
+    elif images.numel() and (images.device.type == "cpu" or not owner.range_checked):
+        owner.range_checked |= images.device.type != "cpu"
         check_range(*images.aminmax())
-    return images.float()
+    return images.to(owner.device).float()
 
 
 def check_range(low: Tensor, high: Tensor) -> None:
