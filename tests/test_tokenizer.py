@@ -368,7 +368,7 @@ def test_write_tokens_writes_what_encode_returns(
 ) -> None:
     tokenizer = small_tokenizer(LcConfig(codebook_size=50, feature_dim=16, code_dim=4, codebook_init="uniform"))
     folder = draw_folder(tmp_path / "images", 3, side=32)
-    with pytest.raises(ConfigError, match="no stored weights.*save_pretrained"):
+    with pytest.raises(ConfigError, match=r"no stored weights.*save_pretrained"):
         tokenizer.write_tokens(folder, tmp_path / "tokens")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -407,7 +407,7 @@ def test_encode_takes_files_and_pil_images(tokenizer: Tokenizer, photo: Path) ->
         assert torch.equal(tokenizer.read_image(clear), torch.full((3, 8, 8), 255, dtype=torch.uint8))
         with pytest.raises(DataError, match=r"50 x 50 pixels is not divisible into cells of 4\. Set image_size"):
             tokenizer.encode(image)
-        with pytest.raises(DataError, match="32 x 32 pixels, image_size = 16. Omit image_size"):
+        with pytest.raises(DataError, match=r"32 x 32 pixels, image_size = 16\. Omit image_size"):
             tokenizer.encode(crop[None], image_size=16)
         with pytest.raises(DataError, match=r"of type ndarray\. Pass tensors, PIL images"):
             tokenizer.encode([crop.numpy()])  # type: ignore[list-item]

@@ -355,9 +355,10 @@ class Tokenizer:
                 raise DataError(f"{image}: {error.what}", "Pass another image") from None
         else:
             raise DataError(f"an image of type {type(image).__name__}", "Pass tensors, PIL images, or paths of files")
-        if image_size is None and (rgb.height % self.downsample_factor or rgb.width % self.downsample_factor):
+        factor = self.downsample_factor
+        if image_size is None and (rgb.height % factor or rgb.width % factor):
             raise DataError(
-                f"an image of {rgb.height} x {rgb.width} pixels is not divisible into cells of {self.downsample_factor}",
+                f"an image of {rgb.height} x {rgb.width} pixels is not divisible into cells of {factor}",
                 f"Set image_size, such as image_size={self.image_size or 256}, to crop it",
             )
         if image_size is None:
@@ -508,7 +509,7 @@ class Tokenizer:
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> artifacts.Artifact:
-        """Encode images and write the ids as a `tokens` artifact, the job of `vqpipe tokenize`; `TokenDataset` reads it.
+        """Encode images and write the ids as a `tokens` artifact, as `vqpipe tokenize` does; `TokenDataset` reads it.
 
         An interrupted job continues at its first missing shard. A finished one of the same arguments is opened. Under
         torchrun each rank writes its share.
