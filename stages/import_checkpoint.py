@@ -46,9 +46,9 @@ FamilyName = Annotated[
     str | None,
     typer.Option(
         "--family",
-        help="vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2, wetok, bitdance, simvq (also DimVQ), fvq, gsq"
-        " or auto, to detect it from names and shapes of tensors. An ibq file without moving averages looks like a"
-        " taming file.",
+        help="vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2, wetok, bitdance, simvq (also DimVQ), fvq, gsq,"
+        " unitok or auto, to detect it from names and shapes of tensors. An ibq file without moving averages looks like"
+        " a taming file.",
         metavar="NAME",
     ),
 ]

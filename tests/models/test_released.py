@@ -25,6 +25,7 @@ from vqpipe.models import DcaeConfig, DiscriminatorConfig, PatchDiscriminator, V
 from vqpipe.models.autoencoder import AutoencoderConfig
 from vqpipe.models.magvit import MagvitConfig
 from vqpipe.models.released import FAMILIES, read_released
+from vqpipe.models.vitamin import VitaminConfig
 from vqpipe.quantizers import (
     CvqConfig,
     EmaConfig,
@@ -88,6 +89,14 @@ def gsq(num_groups: int, channel_multipliers: tuple[int, ...]) -> MagvitConfig:
     )
 
 
+UNIT_CODES = VqConfig(codebook_size=9, code_dim=8, normalize=True)
+
+
+def vitamin(quantizer: QuantizerConfig) -> VitaminConfig:
+    sizes = {"widths": (4, 6), "encoder_depths": (1, 2), "decoder_depths": (2, 1)}
+    return VitaminConfig(quantizer=quantizer, **sizes, transformer_width=64, transformer_depth=2, mlp_width=10)
+
+
 CONFIGS: dict[str, AutoencoderConfig] = {
     "vqgan-lc": vqgan(LcConfig(codebook_size=9, code_dim=4, feature_dim=10)),
     "vqgan-lc mlp": vqgan(LcConfig(codebook_size=9, code_dim=4, feature_dim=10, projector="mlp")),
@@ -116,6 +125,8 @@ CONFIGS: dict[str, AutoencoderConfig] = {
     "gsq": gsq(3, (2, 1, 2)),
     "gsq one group": gsq(1, (1, 1, 2, 4)),
     "gsq one level": gsq(2, (1,)),
+    "unitok": vitamin(MultiGroupConfig(num_groups=2, group=UNIT_CODES, masking="off")),
+    "unitok one group": vitamin(UNIT_CODES),
 }
 """Family and variant -> our config."""
 RELEASED_NAMES: dict[str, dict[str, str]] = {
@@ -214,6 +225,27 @@ def as_gsq(weights: Tensors) -> Tensors:
     return out
 
 
+def as_unitok(weights: Tensors) -> Tensors:
+    """Our weights in the layout of UniTok: a bias of each part of `qkv` in the projections, and the text encoder."""
+    prefixes = {"encoder.project": "quant_proj", "decoder.project": "post_quant_proj"}
+    prefixes |= {f"encoder.{part}": f"encoder.patch_embed.backbone.{part}" for part in ("stem", "stages", "pool")}
+    out = {"encoder.pos_embed": torch.zeros(1, 1, 64), "text_encoder.ln_final.weight": torch.zeros(3)}
+    out |= {"logit_scale": torch.zeros(()), "fc_norm.bias": torch.zeros(64), "projection.bias": torch.zeros(3)}
+    for name, value in weights.items():
+        if name.endswith(".codes"):
+            prefix = f"quantizer.codebooks.{name.split('.')[2] if '.groups.' in name else 0}"
+            out |= {f"{prefix}.codebook.weight": value, f"{prefix}.vocab_usage": torch.zeros(9)}
+            continue
+        for ours, theirs in prefixes.items():
+            name = name.replace(ours, theirs)
+        if name.endswith("quant_proj.attn.qkv.bias"):
+            parts = zip(("q_bias", "zero_k_bias", "v_bias"), value.chunk(3), strict=True)
+            out |= {name.replace("qkv.bias", part): bias for part, bias in parts}
+        else:
+            out[name] = value
+    return out
+
+
 class Case:
     """A small network of ours, and its weights in the layout of its family."""
 
@@ -235,6 +267,8 @@ class Case:
     def published(self) -> Tensors:
         if self.family == "gsq":
             return as_gsq(self.state)
+        if self.family == "unitok":
+            return as_unitok(self.state)
         ours = [name for name in self.state if not re.search(r"\.groups\.|\.shift$|\.scale$", name)]
         weights = {self.released_name(name): self.state[name] for name in ours}
         if self.family == "mgvq":
@@ -432,6 +466,7 @@ def test_weights_that_share_memory_are_copied(write: Write) -> None:
 def test_missing_misshapen_and_unexpected_weights_are_errors(write: Write, name: str) -> None:
     case = Case(name)
     optional = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "ema_vocab_hit")
+    optional += ("pos_embed", "vocab_usage", "text_encoder.", "fc_norm.", "projection.", "logit_scale")
     required = [key for key in case.weights if key != "zero" and not any(part in key for part in optional)]
     for key in (required[0], required[len(required) // 2], required[-1]):
         others = {other: value for other, value in case.weights.items() if other != key}
@@ -479,7 +514,7 @@ def test_error_for_one_wrong_weight_is_one_line(write: Write, name: str, key: st
     [
         (
             {"model": {"vit.weight": torch.zeros(2)}},
-            "Known are vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2, wetok, bitdance, simvq, fvq, gsq.",
+            "Known are vqgan-lc, mgvq, llamagen, var, taming, ibq, open-magvit2, wetok, bitdance, simvq, fvq, gsq",
         ),
         ({"model": {"vit\n.weight": torch.zeros(2)}}, r"contains 'vit\n.weight', which matches no known family"),
         ({"epoch": 3, "optimizer": {}}, "is not a state dict and has none under model, state_dict, ema"),
@@ -566,5 +601,5 @@ def test_lightning_callbacks_in_a_training_state_are_replaced_by_placeholders(wr
 
 def test_every_family_has_a_config_here() -> None:
     assert list(FAMILIES)[:7] == ["vqgan-lc", "mgvq", "llamagen", "var", "taming", "ibq", "open-magvit2"]
-    assert list(FAMILIES)[7:] == ["wetok", "bitdance", "simvq", "fvq", "gsq"]
+    assert list(FAMILIES)[7:] == ["wetok", "bitdance", "simvq", "fvq", "gsq", "unitok"]
     assert {name.split()[0] for name in CONFIGS} == set(FAMILIES)

@@ -441,15 +441,7 @@ def test_fvq_searches_without_normalization(read: Callable[..., Released]) -> No
         assert not torch.equal(as_llamagen.encode(IMAGES).ids, nearest)
 
 
-def test_unitok_and_titok_are_refused_by_name(tmp_path: Path, read: Callable[..., Released]) -> None:
-    unitok = {"quantizer.codebooks.0.codebook.weight": torch.zeros(4, 2), "post_quant_proj.proj.weight": torch.zeros(2)}
-    with pytest.raises(WeightsError, match="is UniTok, whose encoder and decoder are"):
-        read(unitok)
-    torch.save(
-        {"trainer": {"unitok": unitok, "lpips": {}}, "args": {"model": "vitamin_large"}}, tmp_path / "unitok.pth"
-    )
-    with pytest.raises(WeightsError, match="is UniTok"):
-        read_released(tmp_path / "unitok.pth")
+def test_titok_is_refused_by_name(tmp_path: Path) -> None:
     titok = {"latent_tokens": torch.zeros(32, 8), "encoder.latent_token_positional_embedding": torch.zeros(32, 8)}
     save_file(titok | {"quantize.embedding.weight": torch.zeros(4096, 12)}, tmp_path / "titok.safetensors")
     with pytest.raises(WeightsError, match="is a TiTok tokenizer, whose tokens are a sequence"):

@@ -4,6 +4,7 @@ from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig, Reconstruc
 from vqpipe.models.dcae import Dcae, DcaeConfig
 from vqpipe.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vqpipe.models.magvit import Magvit, MagvitConfig
+from vqpipe.models.vitamin import Vitamin, VitaminConfig
 from vqpipe.models.vqgan import Vqgan, VqganConfig
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "MagvitConfig",
     "PatchDiscriminator",
     "Reconstruction",
+    "Vitamin",
+    "VitaminConfig",
     "Vqgan",
     "VqganConfig",
     "build_autoencoder",

@@ -21,6 +21,7 @@ from vqpipe.metrics.usage import CodeUsage, as_rows, from_rows, usage_of
 from vqpipe.models.autoencoder import Autoencoder, Reconstruction
 from vqpipe.models.dcae import Residual
 from vqpipe.models.discriminator import PatchDiscriminator
+from vqpipe.models.vitamin import ConvBlock, TransformerBlock
 from vqpipe.models.vqgan import Attention, ResidualBlock
 from vqpipe.quantizers import Quantized, Quantizer
 from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
@@ -29,7 +30,7 @@ from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import Row, RunningMetrics, StepOutput
 from vqpipe.training.task import Task, mean_over_parts
 
-BLOCKS = (ResidualBlock, Attention, Residual)
+BLOCKS = (ResidualBlock, Attention, Residual, ConvBlock, TransformerBlock)
 """The units of activation checkpointing."""
 COUNTS = "counts"
 """Name of the code counts in the metrics of a checkpoint."""

@@ -13,6 +13,7 @@
     bitdance       magvit + multi_group of lfq             the same as wetok, without loss. and averages
     simvq          magvit + simvq                          encoder.mid_block., quantize.embedding.
     gsq            magvit + multi_group of vq              encoder.fianl_layers., quantizers.codebook.
+    unitok         vitamin + multi_group of vq             quantizer.codebooks., post_quant_proj.
 
 A file is a training state or a plain state dict. Pickles are read with `weights_only=True`. Every tensor of the file
 must have a place in the model, and every shape must match; anything else is an error. `refused` recognizes tokenizers
@@ -35,6 +36,7 @@ from vqpipe.models.released.open_magvit2 import Bitdance, OpenMagvit2, Wetok
 from vqpipe.models.released.refused import refuse_names
 from vqpipe.models.released.simvq import SimVq
 from vqpipe.models.released.taming import Ibq, Taming
+from vqpipe.models.released.unitok import UniTok
 from vqpipe.models.released.var import Var
 from vqpipe.models.released.vqgan_lc import VqganLc
 
@@ -42,7 +44,7 @@ __all__ = ["FAMILIES", "Released", "read_released"]
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
-    for family in (VqganLc, Mgvq, LlamaGen, Var, Taming, Ibq, OpenMagvit2, Wetok, Bitdance, SimVq, Fvq, Gsq)
+    for family in (VqganLc, Mgvq, LlamaGen, Var, Taming, Ibq, OpenMagvit2, Wetok, Bitdance, SimVq, Fvq, Gsq, UniTok)
 }
 """The families by name."""
 

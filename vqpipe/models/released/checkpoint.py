@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import NumericError, WeightsError
-from vqpipe.models.released.refused import refuse_keys, refuse_program
+from vqpipe.models.released.refused import refuse_program
 from vqpipe.weights import load_tensors
 
 PREFIXES = ("module.", "_orig_mod.")
 """Prefixes added by DistributedDataParallel and torch.compile."""
-CONTAINERS = ("model", "state_dict", "ema", "model_state_dict")
-"""Keys of the weights in a training state."""
+CONTAINERS = ("model", "state_dict", "ema", "model_state_dict", "unitok")
+"""Keys of the weights in a training state, or under "trainer" in one of UniTok."""
 BARE = ""
 """The container of a plain state dict."""
 DISCRIMINATOR = "discriminator"
@@ -68,7 +68,8 @@ class Checkpoint:
         self.containers: dict[str, dict[str, Tensor]] = {}
         if not isinstance(content, dict):
             raise WeightsError(f"{path} is not a state dict or a training state", "To pass a codebook, use --codebook")
-        refuse_keys(path, content, content["trainer"] if isinstance(content.get("trainer"), dict) else ())
+        if isinstance(trainer := content.get("trainer"), dict):
+            content = {key: value for key, value in content.items() if key != "trainer"} | trainer
         for key in (*CONTAINERS, DISCRIMINATOR):
             if is_weights(content.get(key)):
                 self.containers[key] = self.strip_prefixes(content[key])

@@ -21,29 +21,11 @@ def refuse_program(path: Path) -> None:
         )
 
 
-def refuse_keys(path: Path, keys: Collection[str], trainer_keys: Collection[str]) -> None:
-    """Raise a WeightsError for a training state with these keys, and `trainer_keys` under "trainer", of UniTok."""
-    if "trainer" in keys and "unitok" in trainer_keys:
-        raise unitok(path)
-
-
 def refuse_names(path: Path, names: Collection[str]) -> None:
-    """Raise a WeightsError for a state dict with these tensor names of UniTok or TiTok."""
-    if any(name.startswith("quantizer.codebooks.") for name in names) and any(
-        name.startswith("post_quant_proj.") for name in names
-    ):
-        raise unitok(path)
+    """Raise a WeightsError for a state dict with these tensor names of TiTok."""
     if "latent_tokens" in names and any(name.startswith("encoder.latent_token_positional") for name in names):
         raise WeightsError(
             f"{path} is a TiTok tokenizer, whose tokens are a sequence without positions in the image, from networks "
             "for images of one size; tokens here are grids of any size",
             "Import another tokenizer",
         )
-
-
-def unitok(path: Path) -> WeightsError:
-    return WeightsError(
-        f"{path} is UniTok, whose encoder and decoder are hybrids of convolutions and transformers (ViTamin) that are "
-        "not implemented here",
-        "Import another tokenizer",
-    )
