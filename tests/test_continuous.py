@@ -39,7 +39,8 @@ def images() -> torch.Tensor:
 
 
 def test_latents_and_images_match_diffusers(network: Any, folder: Path, images: torch.Tensor) -> None:
-    opened = open_autoencoder(folder)
+    opened = open_autoencoder(folder, "auto")
+    assert opened.device.type in ("cpu", "cuda")
     assert isinstance(opened, ContinuousAutoencoder)
     latents = opened.encode(images)
     with torch.no_grad():

@@ -153,20 +153,21 @@ def check_device(device: str | torch.device) -> torch.device:
         raise ConfigError(f"unknown device {device!r}", DEVICES) from None
     if found.type not in ("cpu", "cuda", "mps", "meta"):
         raise ConfigError(f"device {found} is not supported", DEVICES)
-    if found.type in ("cuda", "mps"):
-        there = present_devices()
-        if not any(name.startswith(found.type) for name in there):
-            kind = "CUDA device" if found.type == "cuda" else "MPS device (Apple GPU)"
-            raise ConfigError(f"no {kind} on this machine, which has {' and '.join(there)}", f"Use auto or {there[-1]}")
-        if found.type == "cuda" and found.index is None:
-            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            if str(found) not in there:
-                raise ConfigError(
-                    f"rank {found.index} of this machine has no GPU: there are {torch.cuda.device_count()}",
-                    f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}",
-                )
-        if found.type == "cuda" and str(found) not in there:
-            raise ConfigError(f"no device {found} on this machine: the last one is {there[-1]}", DEVICES)
+    if found.type in ("cpu", "meta"):
+        return found
+    there = present_devices()
+    if not any(name.startswith(found.type) for name in there):
+        kind = "CUDA device" if found.type == "cuda" else "MPS device (Apple GPU)"
+        raise ConfigError(f"no {kind} on this machine, which has {' and '.join(there)}", f"Use auto or {there[-1]}")
+    if str(found) == "cuda":
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if str(found) not in there:
+            raise ConfigError(
+                f"rank {found.index} of this machine has no GPU: there are {torch.cuda.device_count()}",
+                f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}",
+            )
+    elif found.type == "cuda" and str(found) not in there:
+        raise ConfigError(f"no device {found} on this machine: the last one is {there[-1]}", DEVICES)
     return found
 
 

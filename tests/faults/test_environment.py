@@ -183,6 +183,7 @@ def test_every_text_file_is_utf_8() -> None:
 
 def test_absent_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"no CUDA device on this machine, which has cpu\. Use auto or cpu"):
         distributed.pick_device("cuda")
     assert distributed.pick_device("auto").type == "cpu"
@@ -229,7 +230,12 @@ def test_devices_of_one_process_are_picked_by_name(monkeypatch: pytest.MonkeyPat
 
 def test_from_pretrained_without_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"no CUDA device on this machine, which has cpu\. Use auto or cpu"):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "cuda:0", torch.device("cuda")):
+        with pytest.raises(ConfigError, match=r"no CUDA device on this machine, which has cpu\. Use auto or cpu"):
+            Tokenizer.from_pretrained(tmp_path, device=device)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"which has cpu and mps\. Use auto or mps"):
         Tokenizer.from_pretrained(tmp_path, device="cuda")
 
 
