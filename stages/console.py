@@ -241,6 +241,12 @@ def remark(images: ImageSet) -> None:
         say(line)
 
 
+def remark_size(what: str, size: int | str | None, preset: str, trained: int) -> None:
+    """Print a line if `what` is of images of another size than the preset trains on; None is an unknown size."""
+    if isinstance(size, int) and size != trained:
+        say(f"warning: {what} of images of {size} px, and preset {preset} trains at {trained} px (data.image_size)")
+
+
 def show(renderable: RenderableType) -> None:
     """Print a rich table or tree on stderr, from rank 0. In a log file it is not limited to a terminal's width."""
     if prints():

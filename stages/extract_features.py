@@ -51,7 +51,10 @@ def extract_features(
     """
     with console.session(device, seed) as torch_device:
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
-        config = recipe.load(preset, overrides, reads=["features"], features=flags).features
+        settings = recipe.load(preset, overrides, reads=["features"], features=flags)
+        config = settings.features
+        if preset is not None:
+            console.remark_size("these are features", config.chosen_size, preset, settings.data.image_size)
         weights = features.encoder_weights(config, download=download)
         opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
         image_set = console.open_images(images, key_prefix, color)

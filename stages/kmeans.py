@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.table import Table
 
@@ -11,8 +12,12 @@ from stages.console import Device, Out, Preset, Seed, Set
 from vqpipe import artifacts
 from vqpipe.codebooks import kmeans as clustering
 from vqpipe.codebooks.codebook import CODEBOOK_FILE, Clustering
-from vqpipe.codebooks.features import open_features
+from vqpipe.codebooks.features import FeaturesConfig, FeatureSet, open_features
 from vqpipe.config import to_request
+from vqpipe.errors import ConfigError
+
+VECTORS_PER_CODE = 256
+"""For the number of codes that an error suggests; VQGAN-LC has 208: 20.8 million vectors for 100,000 codes."""
 
 
 def kmeans(
@@ -23,7 +28,9 @@ def kmeans(
         ),
     ],
     out: Out,
-    k: Annotated[int | None, typer.Option("--k", help="Number of codes.", metavar="CODES", min=1)] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Number of codes; default: the preset's.", metavar="CODES", min=1)
+    ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(
@@ -51,7 +58,8 @@ def kmeans(
 ) -> None:
     """Cluster features into a codebook.
 
-    All vectors are used, and every code is the nearest code of at least one vector.
+    All vectors are used, and every code is the nearest code of at least one
+    vector. The number of codes is --k, or kmeans.k of the preset.
     """
     with console.session(device, seed) as torch_device:
         flags = {
@@ -62,8 +70,19 @@ def kmeans(
             "per_class": per_class,
             "select": select,
         }
-        config = recipe.load(preset, overrides, reads=["kmeans"], kmeans=flags).kmeans
+        settings = recipe.load(preset, overrides, reads=["kmeans"], kmeans=flags)
+        config = settings.kmeans
         vectors = open_features(features)
+        if k is None and not recipe.sets("kmeans.k", preset, overrides):
+            raise ConfigError(
+                f"the number of codes is not given, and {vectors.name} holds {vectors.num_vectors:,} vectors",
+                f"Give --k {suitable_k(vectors, config.per_class)} (about {VECTORS_PER_CODE} vectors per code), or "
+                "another, or a --preset that sets kmeans.k",
+            )
+        if preset is not None and vectors.artifact is not None:
+            made = vectors.artifact.config
+            size = FeaturesConfig(encoder=made["encoder"], image_size=made["image_size"]).chosen_size
+            console.remark_size(f"{vectors.artifact.path} has features", size, preset, settings.data.image_size)
         draft = artifacts.start(out, "codebook", {**to_request(config), "seed": seed}, {"features": vectors})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
@@ -79,6 +98,12 @@ def kmeans(
             artifact = draft.publish(result.facts())
         console.show(report(result))
         return console.finished(artifact)
+
+
+def suitable_k(vectors: FeatureSet, per_class: bool) -> int:
+    """A number of codes with about VECTORS_PER_CODE vectors each; for `per_class` a multiple of the classes."""
+    classes = len(np.unique(vectors.labels)) if per_class and vectors.labels is not None else 1
+    return max(1, vectors.num_vectors // VECTORS_PER_CODE // classes) * classes
 
 
 def report(result: Clustering) -> Table:

@@ -90,6 +90,13 @@ def load_classifier(
     return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags)
 
 
+def sets(key: str, preset: str | None, overrides: Sequence[str] | None) -> bool:
+    """Whether the preset or a `--set` gives the setting `section.key`, as opposed to its default."""
+    section, _, name = key.partition(".")
+    in_preset = preset is not None and name in resolve(PipelineRecipe, preset).get(section, {})
+    return in_preset or any(text.partition("=")[0].strip() == key for text in overrides or [])
+
+
 def check_sections(cls: type, overrides: Sequence[str], reads: Sequence[str] | None) -> None:
     """Raise a ConfigError for a `--set` of a section of `cls` that the command does not read."""
     for text in overrides:

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from stages.kmeans import kmeans
+from stages.extract_features import extract_features
+from stages.kmeans import kmeans, suitable_k
+from stages.recipe import load
+from vqpipe import presets
 from vqpipe.artifacts import open_artifact
 from vqpipe.codebooks.codebook import load_codebook
+from vqpipe.codebooks.features import FeatureSet
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
 
@@ -98,3 +102,41 @@ def test_unusable_features_and_settings_are_errors(vectors: Path, tmp_path: Path
         kmeans([vectors], tmp_path / "c", k=5, per_class=True, device="cpu")
     with pytest.raises(DataError, match=r"cannot read .*absent"):
         kmeans([tmp_path / "absent.npy"], tmp_path / "d", k=5, device="cpu")
+
+
+def test_without_k_it_is_the_preset_s_or_an_error_that_suggests_one(vectors: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("extends = 'smoke'\nkmeans.k = 12\n")
+    kmeans([vectors], tmp_path / "preset", preset=str(tmp_path / "mine.toml"), device="cpu")
+    kmeans([vectors], tmp_path / "set", overrides=["kmeans.k=9", "kmeans.iterations=1"], device="cpu")
+    assert [open_artifact(tmp_path / name).facts["k"] for name in ("preset", "set")] == [12, 9]
+    with pytest.raises(
+        ConfigError, match=r"number of codes is not given, and vectors\.npy holds 500 vectors\. Give --k 1"
+    ):
+        kmeans([vectors], tmp_path / "none", device="cpu")
+    with pytest.raises(ConfigError, match="number of codes is not given"):  # a preset without [kmeans]
+        kmeans([vectors], tmp_path / "none", preset="mgvq-f16-g4", device="cpu")
+    features = FeatureSet([np.zeros((6000, 2), np.float32)], ["x"], labels=np.arange(6000) % 10)
+    assert (suitable_k(features, per_class=False), suitable_k(features, per_class=True)) == (23, 20)
+
+
+def test_a_line_warns_of_features_of_another_size_than_the_preset_s(
+    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text("extends = 'smoke'\ndata.image_size = 32\nfeatures.image_size = 64\nkmeans.k = 12\n")
+    images = [str(picture_folder)]
+    extract_features(images, tmp_path / "features", preset=str(mine), num_workers=0, device="cpu")
+    warning = "of images of 64 px, and preset {} trains at 32 px (data.image_size)"
+    assert "warning: these are features " + warning.format(mine) in " ".join(capsys.readouterr().err.split())
+    kmeans([tmp_path / "features"], tmp_path / "codebook", preset=str(mine), device="cpu")
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"warning: {tmp_path / 'features'} has features " + warning.format(mine) in printed
+    kmeans([tmp_path / "features"], tmp_path / "equal", preset="smoke", k=12, device="cpu")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_presets_with_features_extract_them_at_the_size_they_train_at() -> None:
+    for name in presets.names("model"):
+        if any("features" in table for table in presets.chain(name)):
+            settings = load(name)
+            assert settings.features.chosen_size in (None, settings.data.image_size), name

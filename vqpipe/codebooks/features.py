@@ -97,6 +97,11 @@ class FeaturesConfig:
             *others, last = (each.usage for each in ENCODERS.values())
             raise ConfigError(f"features.encoder = {self.encoder!r} is unknown", f"Use {', '.join(others)} or {last}")
 
+    @property
+    def chosen_size(self) -> int | None:
+        """Side of the images in pixels; None: that of the encoder's own training."""
+        return self.image_size or (256 if self.encoder == "patch-pca" else None)
+
 
 def pretrained_encoders() -> ModuleType:
     """The module of pretrained encoders; open_clip and timm take seconds to import."""
@@ -120,7 +125,7 @@ class EncoderKind:
 ENCODERS: dict[str, EncoderKind] = {
     "patch-pca": EncoderKind(
         "patch-pca",
-        lambda config, name, weights: PatchPca(config.image_size or 256, config.patch_size, config.components),
+        lambda config, name, weights: PatchPca(config.chosen_size or 256, config.patch_size, config.components),
     ),
     "open_clip": EncoderKind(
         "open_clip:NAME/TAG",

@@ -241,7 +241,7 @@ def lloyd(
     history, reseeded = progress_of(saved)
     passes = iterations + 1 - len(history)
     if passes > 0:
-        points.progress.start("k-means", passes * points.features.num_vectors, "vectors")
+        points.progress.start("k-means", passes * points.features.num_vectors, "assignments")
     while True:
         if len(history) > iterations:
             points.progress.start("filling empty clusters", points.features.num_vectors, "vectors")
@@ -297,7 +297,7 @@ def mini_batch(
     sums = before.get("sums", torch.zeros(centers.shape, dtype=torch.int64)).to(points.device)
     counts = before.get("counts", torch.zeros(k, dtype=torch.int64)).to(points.device)
     history, reseeded = progress_of(saved)
-    points.progress.start("mini-batches", (epochs - len(history)) * features.num_vectors, "vectors")
+    points.progress.start("mini-batches", (epochs - len(history)) * features.num_vectors, "assignments")
     while len(history) < epochs and not has_converged(history, tolerance):
         epoch = len(history)
         epoch_counts = torch.zeros_like(counts)

@@ -102,7 +102,7 @@ class Draw:
         batch = max(1, count // rounds)
         left = -(-(count - len(self.chosen)) // batch)
         title = f"initial centers: {self.series}"
-        self.points.progress.start(title, left * trials * len(self.vectors), "vectors")
+        self.points.progress.start(title, left * trials * len(self.vectors), "assignments")
         if self.round == 0:
             self.draw(1, 1)
         while len(self.chosen) < count and bool(self.squared.any()):
