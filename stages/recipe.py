@@ -41,6 +41,8 @@ MAIN_SECTIONS: dict[str, tuple[type, str]] = {
     "classifier": (ClassifierRecipe, "vqpipe train-classifier"),
 }
 """A preset's main section -> its recipe, and the command that trains it."""
+EXAMPLES: dict[type, str] = {PipelineRecipe: "small", GeneratorRecipe: "gpt-tiny", ClassifierRecipe: "vit-tiny"}
+"""Recipe -> a small preset of it, to start from."""
 
 
 def load(
@@ -58,9 +60,10 @@ def load(
     Raises:
         ConfigError: no such preset, an unknown key, a value of the wrong type, or `--set` of a section not read.
     """
-    table = resolve(PipelineRecipe, preset or PAPER)
-    if preset is None:
-        table = {name: table[name] for name in ("model", "objective")}
+    table = {} if preset is None else resolve(PipelineRecipe, preset)
+    for name, settings in resolve(PipelineRecipe, PAPER).items():
+        if name in ("model", "objective") and (preset is None or (reads is not None and name not in reads)):
+            table.setdefault(name, settings)
     check_sections(PipelineRecipe, overrides or [], reads)
     return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags)
 
@@ -70,7 +73,7 @@ def load_tokenizer(
 ) -> TokenizerRecipe:
     """`load` for the sections that `vqpipe train` reads; the preset is required."""
     sections = [each.name for each in fields(TokenizerRecipe)]
-    recipe = load(required(preset, "small"), overrides, reads=sections, **flags)
+    recipe = load(required(preset, EXAMPLES[PipelineRecipe]), overrides, reads=sections, **flags)
     return TokenizerRecipe(**{name: getattr(recipe, name) for name in sections})
 
 
@@ -78,7 +81,7 @@ def load_generator(
     preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
 ) -> GeneratorRecipe:
     """`load` for a generator's preset, which is required."""
-    preset = required(preset, "gpt-tiny")
+    preset = required(preset, EXAMPLES[GeneratorRecipe])
     return read(GeneratorRecipe, preset, resolve(GeneratorRecipe, preset), overrides or [], flags)
 
 
@@ -86,7 +89,7 @@ def load_classifier(
     preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
 ) -> ClassifierRecipe:
     """`load` for a classifier's preset, which is required."""
-    preset = required(preset, "vit-tiny")
+    preset = required(preset, EXAMPLES[ClassifierRecipe])
     return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags)
 
 
@@ -140,4 +143,5 @@ def read(
     table = config.override(cls, table, overrides)
     for name, values in flags.items():
         table.setdefault(name, {}).update({key: value for key, value in values.items() if value is not None})
-    return config.from_table(cls, table)
+    hint = f"vqpipe presets {EXAMPLES[cls]} > mine.toml writes a whole preset to start from"
+    return config.from_table(cls, table, hint=hint)

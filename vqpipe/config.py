@@ -44,28 +44,61 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
-def from_table(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
+def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", *, hint: str = "") -> T:
     """Build the dataclass `cls` from a table; `where` is the dotted place, for messages.
 
+    `hint` ends the message of missing keys.
+
     Raises:
-        ConfigError: an unknown or missing key, or a value of the wrong type.
+        ConfigError: an unknown key, missing keys (all of them in one message), or a value of the wrong type.
     """
+    if lacking := missing(cls, table, where):
+        are, them = ("is", "it") if len(lacking) == 1 else ("are", "them")
+        choices = [f"{key} is one of {', '.join(kinds)}" for key, kinds in lacking.items() if kinds]
+        remedies = [f"Add {them} to the preset, or --set {next(iter(lacking))}=VALUE", *choices, hint]
+        raise ConfigError(f"{', '.join(lacking)} {are} not set", "; ".join(filter(None, remedies)))
     chosen = choose_kind(cls, table, where)
     hints = typing.get_type_hints(chosen)
     fields = {field.name: field for field in dataclasses.fields(chosen) if field.init}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key == "kind" and "kind" not in fields:
-            continue
-        if key not in fields:
-            raise ConfigError(f"unknown key {dotted(where, key)}", nearest_name(key, fields))
-        values[key] = convert(hints[key], value, dotted(where, key))
-    required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
-    missing = [name for name in required if name not in values]
-    if missing:
-        key = dotted(where, missing[0])
-        raise ConfigError(f"{key} is not set", f"Add it to the preset, or --set {key}=...")
+        if key in fields:
+            values[key] = convert(hints[key], value, dotted(where, key))
     return chosen(**values)
+
+
+def missing(cls: type, table: Mapping[str, Any], where: str = "") -> dict[str, list[str]]:
+    """The required keys that a table of the dataclass `cls` and the tables within it lack, by dotted name.
+
+    The value of a `kind` are its choices, that of other keys is empty. Until a `kind` is set, the keys that only its
+    class requires are not known.
+
+    Raises:
+        ConfigError: an unknown key or kind.
+    """
+    lacking: dict[str, list[str]] = {}
+    kinds = kinds_of(cls)
+    undecided = bool(kinds) and table.get("kind", getattr(cls, "kind", None)) is None
+    if undecided:
+        lacking[dotted(where, "kind")] = sorted(kinds)
+    chosen = cls if undecided else choose_kind(cls, table, where)
+    fields = {field.name: field for field in dataclasses.fields(chosen) if field.init}
+    for key in table:
+        if key not in fields and key != "kind" and not undecided:
+            raise ConfigError(f"unknown key {dotted(where, key)}", nearest_name(key, fields))
+    for name, field in fields.items():
+        inner = table.get(name, {} if is_required(field) else None)
+        section = section_of(chosen, name)
+        if section is not object and isinstance(inner, Mapping):
+            lacking |= missing(section, inner, dotted(where, name))
+        elif is_required(field) and name not in table:
+            lacking[dotted(where, name)] = []
+    return lacking
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def to_table(config: Any) -> dict[str, Any]:
@@ -174,9 +207,12 @@ def override(cls: type, table: Mapping[str, Any], assignments: Iterable[str]) ->
 
 def class_of(cls: type, table: Mapping[str, Any], key: str, where: str) -> type:
     """The dataclass of the section `key` in a `cls` described by `table`; `object` if there is none."""
-    if not dataclasses.is_dataclass(cls):
-        return object
-    hint = typing.get_type_hints(choose_kind(cls, table, where)).get(key)
+    return section_of(choose_kind(cls, table, where), key) if dataclasses.is_dataclass(cls) else object
+
+
+def section_of(cls: type, key: str) -> type:
+    """The dataclass of the field `key` of `cls`; `object` if it is a value."""
+    hint = typing.get_type_hints(cls).get(key)
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else object
 
 
@@ -205,17 +241,22 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
     """`cls` itself, or the subclass that the table's `kind` names; an unknown or absent kind is a ConfigError."""
-    candidates: list[Any] = [cls, *all_subclasses(cls)]
-    kinds = {sub.kind: sub for sub in candidates if isinstance(getattr(sub, "kind", None), str)}
+    kinds = kinds_of(cls)
     if not kinds:
         return cls
     kind = table.get("kind", getattr(cls, "kind", None))
     if kind is None:
-        raise ConfigError(f"{dotted(where, 'kind')} is not set", f"Choose one of {', '.join(sorted(kinds))}")
+        raise ConfigError(f"{dotted(where, 'kind')} is not set", f"It is one of {', '.join(sorted(kinds))}")
     if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"{dotted(where, 'kind')} = {kind!r} is unknown", nearest_name(str(kind), kinds))
     chosen: type[T] = kinds[kind]
     return chosen
+
+
+def kinds_of(cls: type) -> dict[str, Any]:
+    """kind -> class, of `cls` and its subclasses that have one."""
+    candidates = [cls, *all_subclasses(cls)]
+    return {sub.kind: sub for sub in candidates if isinstance(getattr(sub, "kind", None), str)}
 
 
 def all_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
