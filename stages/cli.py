@@ -53,6 +53,7 @@ COMMANDS = {
     "push": Command("push", "push", "Upload a tokenizer to the model hub."),
     "zoo": Command("list_zoo", "zoo", "List the published tokenizers."),
     "presets": Command("list_presets", "presets", "List the presets, or print one."),
+    "settings": Command("list_settings", "settings", "List the settings of a command, with defaults and docs."),
     "bench": Command("bench", "bench", "Measure the speed of this machine."),
 }
 

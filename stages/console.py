@@ -82,7 +82,11 @@ Preset = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one setting of the preset; repeatable.", metavar="section.key=value"),
+    typer.Option(
+        "--set",
+        help="Change one setting of the preset; repeatable. `vqpipe settings COMMAND` lists them.",
+        metavar="section.key=value",
+    ),
 ]
 Images = Annotated[
     list[str],

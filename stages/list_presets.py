@@ -1,35 +1,53 @@
 """`vqpipe presets`: list the presets, or print one."""
 
+import os
+import shutil
+import sys
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from vqpipe.errors import ConfigError
 from vqpipe.presets import heads
 
 
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this preset as TOML.", metavar="NAME|FILE.toml")] = None,
+    word: Annotated[
+        str | None,
+        typer.Option("--filter", help="List only presets whose name or description has this.", metavar="WORD"),
+    ] = None,
 ) -> None:
     """List the presets, or print one.
 
-    The list is sorted by paper, with the table rows and their numbers. A preset
-    is printed as TOML, including the settings of the presets that it extends.
+    The list is grouped by paper: a line per preset, with what it trains, the
+    row of the paper's table, and the expected numbers. On a terminal, lines
+    are cut at its width. A preset is printed as TOML, including the settings
+    of the presets that it extends: vqpipe presets small > mine.toml writes a
+    file to change, for --preset mine.toml.
     """
     if name is not None:
+        if word is not None:
+            raise ConfigError("--filter is for the list, not for one preset", "Leave out the name of the preset")
         from stages.recipe import resolved_toml  # imports PyTorch, which the list does not need
 
         print(resolved_toml(name), end="")
         return
-    papers: dict[str, Table] = {}
-    for preset, head in heads():
-        paper = head.get("paper", "Small, for a CPU")
-        table = papers.setdefault(paper, Table("preset", "what", "row", "expected", box=box.SIMPLE, pad_edge=False))
-        table.columns[0].no_wrap = True
-        table.add_row(preset, head.get("what", ""), head.get("row", ""), head.get("expected", ""))
-    console = Console(highlight=False)
-    for paper, table in sorted(papers.items(), key=lambda item: -item[1].row_count):
-        console.print(paper, style="bold")
-        console.print(table)
+    found = [(preset, head) for preset, head in heads() if (word or "").lower() in f"{preset} {head}".lower()]
+    if not found:
+        raise ConfigError(f"no preset has {word!r} in its name or description", "vqpipe presets lists all")
+    papers: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    for preset, head in found:
+        papers.setdefault(head.get("paper", "Small, for a CPU"), []).append((preset, head))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+    width = max(len(preset) for preset, _ in found)
+    for paper, members in sorted(papers.items(), key=lambda item: -len(item[1])):
+        print(cut(paper, columns))
+        for preset, head in members:
+            about = " | ".join(head[key] for key in ("what", "row", "expected") if head.get(key))
+            print(cut(f"  {preset:{width}}  {about}", columns))
+
+
+def cut(line: str, columns: int | None) -> str:
+    """The line, ended by "…" where it is longer than the terminal is wide."""
+    return line if columns is None or len(line) <= columns else line[: columns - 1] + "…"

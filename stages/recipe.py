@@ -18,6 +18,7 @@ from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.errors import ConfigError
 from vqpipe.generation.train import ClassifierRecipe, GeneratorRecipe
 from vqpipe.metrics import EvalConfig
+from vqpipe.settings import Setting, describe
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 PAPER = "vqgan-lc-f16-100k"
@@ -33,6 +34,17 @@ class PipelineRecipe(TokenizerRecipe):
     kmeans: KmeansConfig = field(default_factory=KmeansConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+
+SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "extract-features": (PipelineRecipe, ("features",)),
+    "kmeans": (PipelineRecipe, ("kmeans",)),
+    "train": (PipelineRecipe, ("data", "model", "objective", "discriminator", "train")),
+    "eval": (PipelineRecipe, ("eval",)),
+    "train-generator": (GeneratorRecipe, ("generator", "examples", "train", "generate")),
+    "generate": (GeneratorRecipe, ("generate",)),
+    "train-classifier": (ClassifierRecipe, ("classifier", "examples", "train")),
+}
+"""Command -> the recipe and the sections that it reads."""
 
 R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)
 MAIN_SECTIONS: dict[str, tuple[type, str]] = {
@@ -91,6 +103,18 @@ def load_classifier(
     """`load` for a classifier's preset, which is required."""
     preset = required(preset, EXAMPLES[ClassifierRecipe])
     return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags)
+
+
+def settings_of(command: str) -> list[Setting]:
+    """Every setting that a command reads from a preset.
+
+    Raises:
+        ConfigError: no command of that name has settings.
+    """
+    if command not in SECTIONS:
+        raise ConfigError(f"{command} reads no preset", config.nearest_name(command, SECTIONS))
+    cls, sections = SECTIONS[command]
+    return [setting for name in sections for setting in describe(config.section_of(cls, name), name)]
 
 
 def sets(key: str, preset: str | None, overrides: Sequence[str] | None) -> bool:

@@ -69,6 +69,9 @@ def train(
     codes in use. It is written again every train.sample_every steps, and
     published with the tokenizer; all numbers are in metrics.jsonl beside it.
 
+    `vqpipe settings train` lists all settings, for presets and --set. A preset
+    of your own begins with a copy: vqpipe presets small > mine.toml
+
     --set train.schedule=constant|linear|cosine chooses the learning-rate
     schedule after the warm-up of train.warmup_steps.
 

@@ -40,6 +40,8 @@ def train_classifier(
     --set classifier.weights=mae_pretrain_vit_base.pth
     To train it from scratch: --set classifier.pretrained=false
 
+    `vqpipe settings train-classifier` lists all settings, for presets and --set.
+
     Run the same command again to resume. To watch a run, open
     OUT.partial/report.html.
     """

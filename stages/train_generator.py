@@ -62,6 +62,7 @@ def train_generator(
     ldm, dit and sit are trained on latents: --images, encoded once into an
     artifact of their own, which other runs can read with --latents alone.
 
+    `vqpipe settings train-generator` lists all settings, for presets and --set.
     --set train.schedule=constant|linear|cosine chooses the learning-rate
     schedule after the warm-up; --set generator.head=linear, for llamagen and
     tokenizers with one group, LlamaGen's own output layer.

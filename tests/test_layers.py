@@ -23,7 +23,7 @@ ROWS = (
     ("tokenizer", "tiling"),
     ("models",),
     ("quantizers", "losses", "metrics", "data", "zoo"),
-    ("search", "artifacts", "weights", "presets", "downloads", "model_card"),
+    ("search", "artifacts", "weights", "presets", "settings", "downloads", "model_card"),
     ("config", "device", "distributed", "provenance", "progress"),
     ("files", "file_kinds"),
     ("errors",),

@@ -209,3 +209,25 @@ def test_presets_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     presets_command()
     printed = capsys.readouterr().out
     assert all(name in printed for name in presets.names())
+
+
+def test_the_list_of_presets_has_a_line_each_fits_the_terminal_and_is_filtered(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    presets_command()
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line for line in lines if line.startswith("  ")]
+    assert sorted(line.split()[0] for line in listed) == presets.names()
+    assert max(map(len, lines)) == 80
+    presets_command(word="FSQ")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")] == [
+        "fsq-f16-64k",
+        "ifsq-f16-83k",
+        "ifsq-small",
+    ]
+    monkeypatch.delenv("COLUMNS")
+    presets_command()
+    assert dict(presets.heads())["small"]["expected"] in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no preset has 'zzz'"):
+        presets_command(word="zzz")
