@@ -232,9 +232,14 @@ def say(text: str) -> None:
             stderr().print("\n".join(map(printable, text.split("\n"))), highlight=False, markup=False, soft_wrap=True)
 
 
-def open_images(names: Sequence[str], key_prefix: KeyPrefix | None = None, color: Color = "ignore") -> ImageSet:
-    """Open `--images`, and print what is left out, why labels are missing, and which keys occur twice."""
+def open_images(
+    names: Sequence[str], key_prefix: KeyPrefix | None = None, color: Color = "ignore", limit: int | None = None
+) -> ImageSet:
+    """Open `--images`, or their first `limit`, and print what is left out, why labels are missing, and which keys occur
+    twice."""
     images = data.images.open_images(names, key_prefix, color)
+    if limit is not None and limit < len(images):
+        images = data.images.FirstImages(images, limit)
     remark(images)
     return images
 

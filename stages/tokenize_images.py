@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from stages import console
-from stages.console import BatchSize, Device, Images, Out, Seed, TokenizerPath
+from stages.console import BatchSize, Device, Images, Limit, Out, Seed, TokenizerPath
 from vqpipe import artifacts
 from vqpipe.data.tokens import Crops, check_crops, check_max_pixels, write_tokens
 from vqpipe.data.transforms import fixed_size
@@ -34,6 +34,7 @@ def tokenize(
         Crops,
         typer.Option("--crops", help="Store the center crop of each image, or ten crops (flips included); see above."),
     ] = "center",
+    limit: Limit = None,
     batch_size: BatchSize = 32,
     max_pixels: Annotated[
         int | None,
@@ -72,7 +73,7 @@ def tokenize(
         asked = None if image_size is None or native else fixed_size(image_size)
         check_crops(crops, flip, image_size)
         check_max_pixels(max_pixels, image_size)
-        image_set = console.open_images(images, key_prefix, color)
+        image_set = console.open_images(images, key_prefix, color, limit)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         size: int | str = "native"
         if not native:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console, signals
-from stages.console import Device, Images, Out, Preset, Seed, Set
+from stages.console import Device, Images, Limit, Out, Preset, Seed, Set
 from stages.recipe import load_tokenizer
 from vqpipe.artifacts import Artifact
 from vqpipe.codebooks.codebook import codebook_input, load_codebook
@@ -49,6 +49,7 @@ def train(
     publish: Annotated[
         Publish, typer.Option("--publish", help="Publish the weights of the last step, or of the best validation.")
     ] = "last",
+    limit: Limit = None,
     log: console.Log = None,
     preset: Preset = None,
     overrides: Set = None,
@@ -95,7 +96,7 @@ def train(
             recipe = load_tokenizer(preset, [*sizes, *(overrides or [])], train=flags)  # --set has precedence
             check_codebook(recipe, codes)  # before the images, which may take minutes to index and hash
         inputs = RunInputs(
-            images=console.open_images(images, color=color),
+            images=console.open_images(images, color=color, limit=limit),
             validation=console.open_images(validation, color=color) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console, examples_run
-from stages.console import Device, Out, Preset, Seed, Set
+from stages.console import Device, Limit, Out, Preset, Seed, Set
 from stages.recipe import load_classifier
 from vqpipe.artifacts import open_artifact
 from vqpipe.generation.train import StoredExamples, check_validation
@@ -23,6 +23,7 @@ def train_classifier(
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
     validation: console.ValidationExamples = None,
+    limit: Limit = None,
     log: console.Log = None,
     preset: Preset = None,
     overrides: Set = None,
@@ -54,5 +55,6 @@ def train_classifier(
             opened,
             open_artifact(tokens, "tokens"),
             None if validation is None else open_artifact(validation, "tokens"),
+            limit,
         )
         examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)

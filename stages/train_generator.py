@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 import typer
 
 from stages import console, examples_run
-from stages.console import Device, ImageSize, NumWorkers, Out, Preset, Seed, Set
+from stages.console import Device, ImageSize, Limit, NumWorkers, Out, Preset, Seed, Set
 from stages.recipe import load_generator
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.config import class_for
+from vqpipe.data.images import ImageSet
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.generation.base import Generator, kinds_trained_on
 from vqpipe.generation.latents import encode_latents
@@ -45,6 +46,7 @@ def train_generator(
     global_batch_size: console.GlobalBatchSize = None,
     precision: console.TrainPrecision = None,
     validation: console.ValidationExamples = None,
+    limit: Limit = None,
     image_size: ImageSize = None,
     num_workers: NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
@@ -81,10 +83,13 @@ def train_generator(
         path = examples_path(trained_on, tokens=tokens, images=images, latents=latents, out=out)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         if images:
-            stored = encode(images, path, opened, image_size, recipe.examples.mirror, num_workers, max_skipped)
+            image_set = console.open_images(images, limit=limit)
+            limit = None  # the latents are those of the first images
+            stored = encode(image_set, path, opened, image_size, recipe.examples.mirror, num_workers, max_skipped)
         else:
             stored = open_artifact(path, trained_on)
-        examples = StoredExamples(opened, stored, None if validation is None else open_artifact(validation, trained_on))
+        held_out = None if validation is None else open_artifact(validation, trained_on)
+        examples = StoredExamples(opened, stored, held_out, limit)
         examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
 
 
@@ -126,7 +131,7 @@ def examples_path(
 
 
 def encode(
-    images: list[str],
+    images: ImageSet,
     target: Path,
     tokenizer: Tokenizer,
     image_size: int | None,
@@ -141,7 +146,7 @@ def encode(
     with console.ProgressBar() as progress:
         return encode_latents(
             target,
-            console.open_images(images),
+            images,
             tokenizer,
             image_size=size,
             flip=flip,

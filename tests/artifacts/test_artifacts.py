@@ -138,7 +138,7 @@ def test_a_setting_of_that_name_elsewhere_is_compared(tmp_path: Path) -> None:
 
 def test_other_images_are_refused_with_what_to_do(tmp_path: Path) -> None:
     out, before, after = tmp_path / "out", {"images": Folder("0")}, {"images": Folder("1")}
-    changed = "other images: a file of photos was added, removed or changed since, or it is another place"
+    changed = "other images: a file of photos was added, removed or changed since, or the place or --limit is another"
     remedy = r"\. Choose another --out, or restore those files"
     with start(out, "tokens", CONFIG, before) as draft:
         assert isinstance(draft, Draft)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqpipe import artifacts
 from vqpipe.data import sources
-from vqpipe.data.images import Sample, open_images
+from vqpipe.data.images import FirstImages, Sample, open_images
 from vqpipe.data.sources import NO_LABEL
 from vqpipe.errors import ArtifactError, DataError
 
@@ -397,3 +397,20 @@ def test_labels_are_known_without_reading_images(tmp_path: Path) -> None:
     assert np.array_equal(images.labels, [0, 1])
     with pytest.raises(DataError, match=r"cannot read .*1\.png"):
         images.read(0)
+
+
+def test_the_first_images_of_a_set_are_a_set(tmp_path: Path) -> None:
+    write(tmp_path / "one", "n1/a.png", "n2/b.png")
+    write(tmp_path / "two", "n1/a.png", "n3/c.png", "n3/d.png")
+    images = open_images([tmp_path / "one", tmp_path / "two"])
+    first = FirstImages(images, 3)
+    assert list(first) == list(images)[:3]
+    assert (len(first), first.labels.tolist(), first.num_classes) == (3, [0, 1, 0], images.num_classes)
+    assert first.sets == [range(2), range(2, 3)]
+    assert first.duplicate_keys[0] == images.duplicate_keys[0] == 1
+    assert FirstImages(images, 2).duplicate_keys == (0, "")
+    assert FirstImages(images, 1).sets == [range(1), range(1, 1)]
+    assert len({images.digest, first.digest, FirstImages(images, 2).digest}) == 3
+    with pytest.raises(IndexError):
+        first[3]
+    assert list(pickle.loads(pickle.dumps(first))) == list(first)

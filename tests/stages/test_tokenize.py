@@ -21,7 +21,7 @@ from vqpipe.data.images import open_images
 from vqpipe.data.streams import TokenDataset
 from vqpipe.data.tokens import read_tokens
 from vqpipe.data.transforms import center_crop, cover, crop_to_multiples, pixels
-from vqpipe.errors import ConfigError, DataError
+from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.tokenizer import Tokenizer
 
 
@@ -258,3 +258,18 @@ def test_a_tokenizer_that_cannot_encode_a_size_is_refused_before_the_work(
     ):
         with pytest.raises(ConfigError, match=message):
             tokenize(out=tmp_path / "other", **options, **images)
+
+
+def test_limit_stores_the_tokens_of_the_first_images(
+    tiny_tokenizer: Callable[..., Path], picture_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer, options = tiny_tokenizer("tokenizer"), {"num_workers": 0, "device": "cpu"}
+    for name, limit in (("all", None), ("three", 3), ("many", 1000)):
+        tokenize([str(picture_folder)], tokenizer, tmp_path / name, limit=limit, **options)
+    whole, three, many = (open_artifact(tmp_path / name, "tokens") for name in ("all", "three", "many"))
+    assert (whole.facts["num_images"], three.facts["num_images"]) == (10, 3)
+    assert (many.manifest.request, many.digest) == (whole.manifest.request, whole.digest)
+    rows = [pq.read_table(each.file("tokens-00000.parquet")).to_pylist() for each in (whole, three)]
+    assert rows[1] == rows[0][:3]
+    with pytest.raises(ArtifactError, match="--limit is another"):
+        tokenize([str(picture_folder)], tokenizer, tmp_path / "three", limit=4, **options)

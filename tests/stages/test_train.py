@@ -382,3 +382,16 @@ def test_from_starts_with_the_weights_of_another_tokenizer_and_masking_may_diffe
     assert all(torch.equal(value, before[name]) for name, value in after.items())  # the learning rate is 0
     masking = [each.manifest.config["model"]["quantizer"]["masking"] for each in (first, second)]
     assert masking[0] != masking[1] == "off"
+
+
+def test_limit_trains_on_the_first_images(picture_folder: Path, tmp_path: Path, go: Any) -> None:
+    limited = go("limited", steps=2, limit=4)
+    few = tmp_path / "few"
+    few.mkdir()
+    for number in range(4):
+        shutil.copy(picture_folder / f"drawn-{number}.png", few)
+    options: dict[str, Any] = {"preset": "smoke", "global_batch_size": 4, "device": "cpu", "overrides": SETTINGS}
+    train([str(few)], tmp_path / "few-out", steps=2, **options)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("limited", "few-out")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert limited.inputs["images"] != open_images([picture_folder]).digest

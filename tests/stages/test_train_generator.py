@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages import signals
+from stages.tokenize_images import tokenize
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.examples import TokenSet, split_held_out
@@ -197,13 +198,29 @@ def test_invalid_options_are_refused(
     refused(ConfigError, "needs predicted noise", **options)  # before the first step, not at the first samples
     refused(ArtifactError, "was made by tokenizer", tokenizer=tiny_tokenizer("other", seed=1))
     refused(DataError, "label 2 is out of range", overrides=["train.warmup_steps=1", "examples.num_classes=2"])
-    refused(DataError, "cannot be held out", overrides=["train.warmup_steps=1", "examples.held_out=20"])
+    too_many = {"overrides": ["train.warmup_steps=1", "examples.held_out=20"]}
+    refused(DataError, r"examples\.held_out = 20 of 24 images.*--set examples\.held_out=12", **too_many)
     refused(ConfigError, "needs held-out images", overrides=["train.warmup_steps=1", "train.validate_every=2"])
     refused(
         ConfigError, "trained with class dropout", overrides=["train.warmup_steps=1", "generator.class_dropout=0.0"]
     )
     held = {"validation": drawn.tokens}
     refused(ConfigError, "and --validation both name held-out images", **held)
+
+
+def test_limit_trains_on_the_first_images(drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"device": "cpu", **llamagen_options, "steps": 1}
+    options["overrides"] = [*llamagen_options["overrides"], "examples.held_out=0", "train.validate_every=0"]
+    tokenize([str(drawn.pictures)], drawn.tokenizer, tmp_path / "few", limit=8, flip=True, num_workers=0, device="cpu")
+    train_generator(drawn.tokenizer, tmp_path / "of-few", tokens=tmp_path / "few", **options)
+    train_generator(drawn.tokenizer, tmp_path / "limited", tokens=drawn.tokens, limit=8, **options)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("of-few", "limited")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert open_artifact(tmp_path / "limited").config["limit"] == 8
+    options |= {"preset": "sit-tiny", "overrides": ["train.warmup_steps=1", *LATENT["sit"]]}
+    images = {"images": [str(drawn.pictures)], "num_workers": 0, "limit": 7}
+    train_generator(drawn.tokenizer, tmp_path / "sit", **options, **images)
+    assert open_artifact(tmp_path / "sit.latents").facts["num_images"] == 7
 
 
 @pytest.mark.slow

@@ -207,7 +207,7 @@ class Draft:
         source = self.lineage[changed[0]]
         if source["kind"] != "data" or not source["name"]:
             return ""
-        return f"a file of {source['name']} was added, removed or changed since, or it is another place"
+        return f"a file of {source['name']} was added, removed or changed since, or the place or --limit is another"
 
     def check_request(self) -> None:
         """Store the request, or raise an ArtifactError if an earlier run stored another one."""

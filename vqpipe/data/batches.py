@@ -247,8 +247,8 @@ def check_set_weights(images: ImageSet, weights: Sequence[float]) -> None:
             f"data.set_weights has {len(weights)} weights, and --images names {len(images.sources)} sets",
             "Give one weight for each --images, in the same order",
         )
-    for source, weight in zip(images.sources, weights, strict=False):
-        if weight and not len(source):
+    for source, members, weight in zip(images.sources, images.sets, weights, strict=False):
+        if weight and not len(members):
             raise ConfigError(
                 f"data.set_weights gives weight to {source.name} of --images, which has no images",
                 "Set its weight to 0",

@@ -265,7 +265,10 @@ def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | N
     if count == 0:
         return examples, None
     if 2 * count > len(examples):
-        raise DataError(f"{count:,} of {len(examples):,} images cannot be held out", "Hold out at most half of them")
+        raise DataError(
+            f"examples.held_out = {count:,} of {len(examples):,} images would leave fewer to train on",
+            f"Hold out at most half: --set examples.held_out={len(examples) // 2}",
+        )
     mixed = shuffled(len(examples), 0, HELD_OUT)
     order = np.argsort(examples.labels[mixed], kind="stable")
     spread = mixed[order][np.linspace(0, len(examples) - 1, count).round().astype(np.int64)]

@@ -175,7 +175,7 @@ class ImageSet(Sequence[Sample]):
         keys = (
             pa.chunked_array([pa.array(map(self.key, range(len(self))), pa.large_string())])
             if prefixed
-            else (pa.chunked_array([source_keys(source) for source in self.sources]))
+            else (pa.chunked_array([source_keys(source) for source in self.sources]).slice(0, int(self.starts[-1])))
         )
         counts = pc.value_counts(keys)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
@@ -223,6 +223,21 @@ class SelectedImages(ImageSet):
 
     def locate(self, i: int) -> tuple[ImageSource, int]:
         return self.images.locate(int(self.positions[i]))
+
+
+class FirstImages(ImageSet):
+    """The first `count` images of a set."""
+
+    def __init__(self, images: ImageSet, count: int) -> None:
+        super().__init__(images.sources, images.key_prefix, images.color)
+        self.all, self.count = images, count
+        self.starts = np.minimum(self.starts, count)
+        self.labels = self.labels[:count]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over that of the whole set and the count."""
+        return hashlib.sha256(f"{self.all.digest} {self.count}".encode()).hexdigest()
 
 
 def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:

@@ -88,6 +88,8 @@ class StoredExamples:
     """Tokens or latents."""
     validation: Artifact | None = None
     """The same of validation images."""
+    limit: int | None = None
+    """Only the first so many images of `artifact`."""
 
     def __post_init__(self) -> None:
         for artifact in filter(None, (self.artifact, self.validation)):
@@ -198,7 +200,8 @@ def start_examples_run(out: Path, recipe: ExamplesRecipe, stored: StoredExamples
                 f"{weights} does not exist", "Fetch mae_pretrain_vit_base.pth, published by MAE's authors"
             )
         inputs["weights"] = hash_file(weights)
-    return artifacts.start(out, kind, {**to_request(recipe), "seed": seed}, inputs)
+    limit = {} if stored.limit is None else {"limit": stored.limit}
+    return artifacts.start(out, kind, {**to_request(recipe), "seed": seed, **limit}, inputs)
 
 
 def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
@@ -210,6 +213,8 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
     """
     config, stored = recipe.examples, context.stored
     everything, statistics = read_examples(context, stored.artifact, config.raw)
+    if stored.limit is not None and stored.limit < len(everything):
+        everything = Subset(everything, np.arange(stored.limit))
     if stored.validation is None:
         examples, subset = split_held_out(everything, config.held_out)
         validation: Examples | None = subset

@@ -313,8 +313,8 @@ def publish_tokenizer(
     known = {name: value for name, value in measured.items() if value is not None}
     weights = recipe.data.set_weights
     sets = [
-        {"name": source.name, "num_images": len(source), "weight": weight}
-        for source, weight in zip(inputs.images.sources, weights, strict=bool(weights))
+        {"name": source.name, "num_images": len(images), "weight": weight}
+        for source, images, weight in zip(inputs.images.sources, inputs.images.sets, weights, strict=bool(weights))
     ]
     made_from = {"image_sets": sets} if sets else {}
     return draft.publish(model_facts(task.model) | seen | known | made_from | facts | inputs.images.facts)
