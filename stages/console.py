@@ -27,6 +27,7 @@ from vqpipe import data, distributed, files
 from vqpipe.artifacts import Artifact, check_out
 from vqpipe.data.decoding import Color
 from vqpipe.data.images import ImageSet, KeyPrefix
+from vqpipe.data.made_images import Form
 from vqpipe.errors import printable
 from vqpipe.reports import page
 
@@ -206,6 +207,10 @@ Download = Annotated[
     typer.Option(
         "--download", help="Download pretrained weights that are not in the Hugging Face cache; else nothing is."
     ),
+]
+As = Annotated[
+    Form,
+    typer.Option("--as", help="Tars of PNG files, or one PNG file per image, in the folder DIR/images."),
 ]
 MaxSkipped = Annotated[
     float,

@@ -1,4 +1,4 @@
-"""`vqpipe detokenize`: tokens and the tokenizer that made them -> images, as tar shards of PNG files."""
+"""`vqpipe detokenize`: tokens and the tokenizer that made them -> images, as PNG files in tar shards or a folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,7 @@ def detokenize(
     groups: Annotated[
         int | None, typer.Option("--groups", help="Decode only the first K groups of each image.", metavar="K", min=1)
     ] = None,
+    form: console.As = "tar",
     batch_size: BatchSize = 32,
     device: Device = "auto",
     seed: Seed = 0,
@@ -30,12 +31,12 @@ def detokenize(
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         opened.check_made(stored)
         opened.check_groups(groups)
-        config = {"limit": limit, "groups": groups}
+        config = {"limit": limit, "groups": groups, **({"as": form} if form != "tar" else {})}
         draft = artifacts.start(out, "images", config, {"tokens": stored, "tokenizer": opened.source})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:
             facts = decode_tokens(
-                draft, stored, opened, limit=limit, groups=groups, batch_size=batch_size, progress=progress
+                draft, stored, opened, limit=limit, groups=groups, form=form, batch_size=batch_size, progress=progress
             )
             return console.finished(draft.publish(facts))

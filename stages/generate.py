@@ -1,4 +1,4 @@
-"""`vqpipe generate`: a generator -> images, as tar shards of PNG files, and a contact sheet."""
+"""`vqpipe generate`: a generator -> images, as PNG files in tar shards or a folder, and a contact sheet."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +49,7 @@ def generate(
     keep_ids: Annotated[
         bool, typer.Option("--keep-ids", help="Write the images' token ids too, as Parquet files.")
     ] = False,
+    form: console.As = "tar",
     batch_size: BatchSize = 64,
     precision: Precision = "fp32",
     overrides: Set = None,
@@ -81,6 +82,7 @@ def generate(
             batch_size=batch_size,
             precision=precision,
             keep_ids=keep_ids,
+            form=form,
         )
         plan.check(opened)
         assert opened.artifact is not None

@@ -154,3 +154,32 @@ def test_one_and_two_ranks_sample_the_same_images(drawn: Any, tmp_path: Path) ->
         subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert [len(open_artifact(tmp_path / "1").names(pattern)) for pattern in ("*.tar", "ids-*.parquet")] == [3, 3]
     assert open_artifact(tmp_path / "1").digest == open_artifact(tmp_path / "2").digest
+
+
+def test_images_as_png_files_are_those_of_the_tars_with_their_labels(
+    drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "IMAGES_PER_SHARD", 4)
+    options: dict[str, Any] = {"num_images": 6, "batch_size": 4, "device": "cpu"}
+    generate(drawn.generator, tmp_path / "tars", **options)
+    write = job.write_shard
+
+    def interrupted(draft: Any, number: int, *rest: Any) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return write(draft, number, *rest)
+
+    monkeypatch.setattr(job, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(drawn.generator, tmp_path / "files", form="png", **options)
+    monkeypatch.setattr(job, "write_shard", write)
+    generate(drawn.generator, tmp_path / "files", form="png", **options)
+    files = sorted(file.name for file in (tmp_path / "files" / "images").glob("*.png"))
+    assert files == [f"{number:08d}.png" for number in range(6)]
+    tars, found = open_images(tmp_path / "tars"), open_images(tmp_path / "files")
+    assert [(sample.image, sample.label) for sample in found] == [(sample.image, sample.label) for sample in tars]
+    assert (found.num_classes, found.name, found.remarks) == (3, "files", [])
+    sheets = [(tmp_path / name / "contact-sheet.png").read_bytes() for name in ("tars", "files")]
+    assert sheets[0] == sheets[1]
+    with pytest.raises(ArtifactError, match=r"as was null, now \"png\""):
+        generate(drawn.generator, tmp_path / "tars", form="png", **options)

@@ -273,3 +273,25 @@ def test_limit_stores_the_tokens_of_the_first_images(
     assert rows[1] == rows[0][:3]
     with pytest.raises(ArtifactError, match="--limit is another"):
         tokenize([str(picture_folder)], tokenizer, tmp_path / "three", limit=4, **options)
+
+
+def test_detokenize_writes_png_files_named_by_row_and_key(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vqpipe.data.tokens.IMAGES_PER_SHARD", 2)
+    pictures = tmp_path / "pictures"
+    names = ["cat/a b", "cat/a_b", "dog/\u00e9\n..", "dog/" + "\u65e5" * 80]
+    for number, name in enumerate(names):
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), 60 * number, np.uint8)).save(pictures / f"{name}.png")
+    tokenizer, options = tiny_tokenizer("tokenizer"), {"device": "cpu"}
+    tokenize([str(pictures)], tokenizer, tmp_path / "tokens", num_workers=0, **options)
+    for form in ("tar", "png"):
+        detokenize(tmp_path / "tokens", tokenizer, tmp_path / form, form=form, batch_size=1, **options)
+    tars, files = open_images(tmp_path / "tar"), open_images(tmp_path / "png")
+    assert [(each.image, each.label) for each in files] == [(each.image, each.label) for each in tars]
+    made = sorted(file.name for file in (tmp_path / "png" / "images").glob("*.png"))
+    assert made[:3] == ["00000000-cat_a_b.png", "00000001-cat_a_b.png", "00000002-dog_\u00e9___.png"]
+    assert len(made) == 4
+    detokenize(tmp_path / "tokens", tokenizer, tmp_path / "three", form="png", limit=3, **options)
+    assert len(open_images(tmp_path / "three")) == 3

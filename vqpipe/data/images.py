@@ -26,6 +26,7 @@ from vqpipe.data.decoding import Color
 from vqpipe.data.folders import Folder, open_folder, walk
 from vqpipe.data.lists import EXTENSIONS as LIST_EXTENSIONS
 from vqpipe.data.lists import open_list
+from vqpipe.data.made_images import FOLDER
 from vqpipe.data.parquets import Parquets, open_parquets
 from vqpipe.data.photos import Photos, open_photos
 from vqpipe.data.sources import (
@@ -377,12 +378,17 @@ def is_artifact(path: Path) -> bool:
     return isinstance(table, dict) and {"schema", "kind", "request", "files"} <= table.keys()
 
 
-def open_dataset(path: Path) -> Tars:
+def open_dataset(path: Path) -> Tars | Folder:
     """Open a `dataset` or `images` artifact."""
     artifact = open_artifact(path)
     if artifact.kind not in ("dataset", "images"):
         raise ArtifactError(f"{path} is a {artifact.kind} artifact, not images", "Give a dataset artifact or a folder")
     names = artifact.names("*.tar")
+    if not names and artifact.names(f"{FOLDER}/*.png"):
+        folder = open_folder(path / FOLDER)
+        folder.name = printable(path.name)
+        folder.num_classes = artifact.facts.get("num_classes", folder.num_classes)
+        return folder
     hashes = [artifact.manifest.files[name]["sha256"] for name in names]
     shards = open_all([str(artifact.file(name)) for name in names], hashes)
     return Tars(shards, printable(path.name), artifact.facts.get("num_classes"))

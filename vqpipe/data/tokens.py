@@ -48,8 +48,9 @@ from vqpipe.data.encode import (
     with_flip,
 )
 from vqpipe.data.images import ImageSet
+from vqpipe.data.made_images import Form, shard_file, write_labels, write_shard
 from vqpipe.data.sizes import batch_size_of, group_by_size
-from vqpipe.data.tars import tar_keys, write_tar
+from vqpipe.data.tars import tar_keys
 from vqpipe.data.transforms import Framing, crop_to_multiples, fixed_size, parse_size, ten_crops
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 from vqpipe.progress import SILENT, Progress
@@ -369,41 +370,46 @@ def decode_tokens(
     *,
     limit: int | None = None,
     groups: int | None = None,
+    form: Form = "tar",
     batch_size: int = 32,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Decode tokens: write this rank's missing tars of PNG files, one per token shard, rank r of w every w-th.
+    """Decode tokens: write this rank's missing shards of PNG files, one per token shard, rank r of w every w-th.
 
-    Only the first `limit` rows and the first `groups` groups of ids are decoded. Returns the facts, over all ranks.
+    As single files, images are named by their row and key. Only the first `limit` rows and the first `groups` groups of
+    ids are decoded. Returns the facts, over all ranks.
     """
     views = views_per_image(tokens.config)
     crops = TEN_CROP_KEYS if views == 10 else ("",)
     total = tokens.facts["num_images"] * views
     left = num_rows = total if limit is None else min(total, limit)
-    shards = dict[str, tuple[str, int]]()  # tar of this rank -> its token shard, rows to decode
+    shards = dict[int, tuple[str, int, int]]()  # of this rank: number -> tokens, rows to decode, first row
     sizes = file_sizes(tokens)
     for number, name in enumerate(sizes):
         take = min(count_rows(tokens.file(name)), left)
         left -= take
         if take and number % distributed.world_size() == distributed.rank():
-            shards[f"shard-{number:06d}.tar"] = name, take
-    missing = {target: shard for target, shard in shards.items() if draft.record(target) is None}
-    mine, pending = (sum(take for _, take in part.values()) for part in (shards, missing))
+            shards[number] = name, take, num_rows - left - take
+    missing = {number: shard for number, shard in shards.items() if draft.record(shard_file(number, form)) is None}
+    mine, pending = (sum(take for _, take, _ in part.values()) for part in (shards, missing))
     progress.start("detokenize", mine, done=mine - pending)
-    for target, (name, take) in missing.items():
+    for number, (name, take, first) in missing.items():
         part = read_tokens(tokens.verified_file(name), tokens.facts["codebook_size"])
         keys = tar_keys(
             key + crops[row % len(crops)] + ("-flipped" if flipped else "")
             for row, (key, flipped) in enumerate(zip(part.keys, part.flipped, strict=True))
         )
-        with draft.write(target, images=take) as path, write_tar(path) as tar:
-            size = sizes[name]
-            batch = batch_size_of(batch_size, *size) if "sizes" in tokens.facts else batch_size
+        if form == "png":
+            keys = [f"{first + row:08d}-{key}" for row, key in enumerate(keys)]
+        size = sizes[name]
+        batch = batch_size_of(batch_size, *size) if "sizes" in tokens.facts else batch_size
+        with write_shard(draft, number, form, take) as shard:
             for rows in chunks(range(take), batch):
                 images = tokenizer.decode(part.ids[rows.start : rows.stop], size, groups=groups).cpu()
                 for index, image in zip(rows, images, strict=True):
-                    tar.write(keys[index], encode_png(image), "png", int(part.labels[index]))
+                    shard.write(keys[index], encode_png(image), "png", int(part.labels[index]))
                 progress.advance(len(rows))
+    write_labels(draft, form)
     return {"num_images": num_rows - left}
 
 

@@ -15,7 +15,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.config import to_request
 from vqpipe.data.decoding import encode_png
-from vqpipe.data.tars import write_tar
+from vqpipe.data.made_images import FOLDER, Form, shard_file, write_labels, write_shard
 from vqpipe.data.tokens import id_dtype, write_token_file
 from vqpipe.device import autocast
 from vqpipe.generation.base import SamplingConfig
@@ -45,6 +45,8 @@ class SamplePlan:
     precision: str = "fp32"
     keep_ids: bool = False
     """Write the ids of the images too, as Parquet files beside the tars."""
+    form: Form = "tar"
+    """Tars of PNG files, or one PNG file per image."""
 
     def label(self, image: int) -> int:
         """Return the image's class, or -1 without classes."""
@@ -74,6 +76,7 @@ class SamplePlan:
             "batch_size": self.batch_size,
             "precision": self.precision,
             **({"keep_ids": True} if self.keep_ids else {}),
+            **({"as": self.form} if self.form != "tar" else {}),
         }
 
 
@@ -83,21 +86,21 @@ def generate_images(
     """Sample this rank's missing shards of an `images` artifact, and the contact sheet; returns its facts."""
     shards = plan.shards()
     own = range(distributed.rank(), len(shards), distributed.world_size())
-    missing = [number for number in own if draft.record(shard_name(number)) is None]
+    missing = [number for number in own if draft.record(shard_file(number, plan.form)) is None]
     total, left = (sum(len(shards[number]) for number in numbers) for numbers in (own, missing))
     progress.start("generate", total, done=total - left)
     for number in missing:
-        with draft.write(shard_name(number), images=len(shards[number])) as path:  # recorded last: then both are whole
+        with write_shard(draft, number, plan.form, len(shards[number])) as shard:
             ids: list[Tensor] = []
-            with write_tar(path) as tar:
-                for image, pixels, tokens in sample_shard(generator, plan, shards[number]):
-                    tar.write(key_of(image), encode_png(pixels), "png", plan.label(image))
-                    ids.append(tokens)
-                    progress.advance()
+            for image, pixels, tokens in sample_shard(generator, plan, shards[number]):
+                shard.write(key_of(image), encode_png(pixels), "png", plan.label(image))
+                ids.append(tokens)
+                progress.advance()
             if plan.keep_ids:
                 write_ids(draft, number, shards[number], plan, torch.stack(ids), generator.tokenizer.codebook_size)
+    write_labels(draft, plan.form)
     if distributed.is_main():
-        write_sheet(draft)
+        write_sheet(draft, plan)
     facts: dict[str, Any] = {"num_images": plan.num_images, "image_size": generator.image_size}
     if generator.generator.num_classes is not None:
         facts["num_classes"] = generator.generator.num_classes
@@ -130,18 +133,14 @@ def write_ids(draft: Draft, number: int, images: range, plan: SamplePlan, ids: T
         write_token_file(path, [key_of(image) for image in images], [plan.label(image) for image in images], rows)
 
 
-def write_sheet(draft: Draft) -> None:
+def write_sheet(draft: Draft, plan: SamplePlan) -> None:
     """Write the contact sheet of the first shard's first images."""
-    pngs: list[bytes] = []
-    with tarfile.open(draft.path / shard_name(0)) as tar:
-        for member in tar:
-            file = tar.extractfile(member)
-            if member.name.endswith(".png") and file is not None and len(pngs) < SHEET_IMAGES:
-                pngs.append(file.read())
+    shown = range(min(SHEET_IMAGES, len(plan.shards()[0])))
+    if plan.form == "png":
+        pngs = [(draft.path / FOLDER / f"{key_of(image)}.png").read_bytes() for image in shown]
+    else:
+        with tarfile.open(draft.path / shard_file(0, "tar")) as tar:
+            files = [tar.extractfile(f"{key_of(image)}.png") for image in shown]
+            pngs = [file.read() for file in files if file is not None]
     with draft.write(SHEET) as path:
         path.write_bytes(contact_sheet(torch.stack([from_png(png) for png in pngs]), SHEET_COLUMNS))
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:06d}.tar"
