@@ -13,7 +13,8 @@ from rich.tree import Tree
 
 from stages import console
 from vqpipe.artifacts import open_artifact
-from vqpipe.errors import printable
+from vqpipe.artifacts.unfinished import find_partial, read_unfinished
+from vqpipe.errors import ArtifactError, printable
 
 
 def inspect(
@@ -21,7 +22,14 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Print an artifact's manifest, facts and lineage."""
+    """Print an artifact's manifest, facts and lineage.
+
+    Of an unfinished one (DIR.partial), print how far it is.
+    """
+    unfinished = find_partial(artifact) if artifact.suffix == ".partial" or not artifact.exists() else None
+    if unfinished is not None:
+        inspect_unfinished(unfinished, verify, as_json)
+        return
     opened = open_artifact(artifact)
     if verify:
         opened.verify()
@@ -29,9 +37,7 @@ def inspect(
     if as_json:
         print(json.dumps(asdict(opened.manifest), indent=2, ensure_ascii=False))
         return
-    out = Console(highlight=False)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for label, value in {
+    rows = {
         "kind": opened.kind,
         "content": opened.digest[:16],
         "request": opened.manifest.request[:16],
@@ -40,10 +46,41 @@ def inspect(
         "files": f"{len(opened.manifest.files):,}, {sum(f['bytes'] for f in opened.manifest.files.values()):,} bytes",
         "made by": " ".join(opened.manifest.provenance.get("command", [])),
         "finished": opened.manifest.provenance.get("finished", ""),
-    }.items():
-        table.add_row(f"[bold]{escape(label)}[/]", escape(printable(short(value))))
-    out.print(table)
+    }
+    out = Console(highlight=False)
+    out.print(as_table(rows))
     out.print(draw(opened.lineage))
+
+
+def inspect_unfinished(folder: Path, verify: bool, as_json: bool) -> None:
+    """Print how far an unfinished artifact is."""
+    if verify:
+        raise ArtifactError(f"{folder} is not finished", "--verify is for finished artifacts")
+    found = read_unfinished(folder)
+    if as_json:
+        print(json.dumps({**asdict(found), "path": str(folder)}, indent=2, ensure_ascii=False))
+        return
+    steps = found.config.get("train", {}).get("steps") or found.config.get("iterations")
+    of = f" of {steps:,}" if isinstance(steps, int) else ""
+    rows = {
+        "kind": f"{found.kind}, not finished",
+        "written by": found.writer or "no process now: run its command again to continue",
+        **({"last error": found.error} if found.error else {}),
+        "finished files": f"{found.files:,}, {found.bytes:,} bytes",
+        **{f"{key} in them": f"{count:,}" for key, count in found.counts.items()},
+        **{f"saved  {series}": f"{step:,}{of}" for series, step in found.states.items()},
+        **({"last step logged": f"{found.logged_step:,}{of}"} if found.logged_step is not None else {}),
+        **{f"config  {key}": value for key, value in found.config.items()},
+    }
+    Console(highlight=False).print(as_table(rows))
+
+
+def as_table(rows: dict[str, Any]) -> Table:
+    """Labels and values."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, value in rows.items():
+        table.add_row(f"[bold]{escape(label)}[/]", escape(printable(short(value))))
+    return table
 
 
 def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree:

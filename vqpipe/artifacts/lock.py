@@ -24,6 +24,19 @@ NAME = ".lock"
 HEARTBEAT_SECONDS = 30.0
 
 
+def owner(folder: Path) -> str:
+    """The process that is writing in `folder`, as its lock file names it; empty if none is, or if that is unknown."""
+    try:
+        with (folder / NAME).open(encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(200).strip() or "another process"
+    except OSError:
+        return ""
+    return ""
+
+
 class Lock:
     """The lock of `folder`, in which the artifact `out` is written."""
 

@@ -1,0 +1,72 @@
+"""`vqpipe inspect` of unfinished artifacts. (tests/stages/test_pipeline.py inspects finished ones.)"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from stages.inspect_artifact import inspect
+from vqpipe.artifacts import Draft, start
+from vqpipe.artifacts.artifact import partial_path
+from vqpipe.artifacts.unfinished import read_unfinished
+from vqpipe.errors import ArtifactError
+
+CONFIG = {"train": {"steps": 5000}, "name": "x"}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An artifact of which two files, a checkpoint and a log are written, by a run that failed."""
+    path = tmp_path / "out"
+    draft = start(path, "tokens", CONFIG, {})
+    assert isinstance(draft, Draft)
+    with suppress(ArtifactError), draft:
+        for number in range(2):
+            with draft.write(f"tokens-{number}.parquet", images=50, skipped={}) as file:
+                file.write_bytes(b"12345")
+        for step in (900, 1200):
+            state = draft.path / "checkpoints" / f"step-{step:08d}" / "state.json"
+            state.parent.mkdir(parents=True)
+            state.write_text("{}")
+        (draft.path / "metrics.jsonl").write_text('{"step": 1250, "loss": 1}\n{"step": 12')
+        raise ArtifactError("the disk is full", "Free some space")
+    return path
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_what_is_written_of_an_unfinished_artifact_is_printed(
+    out: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect(out.with_name(name))
+    printed = capsys.readouterr().out
+    rows = [line.split(maxsplit=1) for line in printed.splitlines()]
+    assert ["kind", "tokens, not finished"] in [[key, rest.strip()] for key, rest in rows]
+    for words in ("no process now", "2, 10 bytes", "images in them", "100", "checkpoints/step", "1,200 of 5,000"):
+        assert words in printed
+    assert "1,250 of 5,000" in printed
+    assert "the disk is full. Free some space." in printed
+    before = sorted(partial_path(out).rglob("*"))
+    inspect(out.with_name(name), as_json=True)
+    table = json.loads(capsys.readouterr().out)
+    assert (table["files"], table["bytes"], table["counts"]) == (2, 10, {"images": 100})
+    assert (table["states"], table["logged_step"]) == ({"checkpoints/step": 1200}, 1250)
+    assert sorted(partial_path(out).rglob("*")) == before
+    with pytest.raises(ArtifactError, match="--verify is for finished artifacts"):
+        inspect(out.with_name(name), verify=True)
+
+
+def test_the_process_that_writes_is_named(out: Path) -> None:
+    draft = start(out, "tokens", CONFIG, {})
+    assert isinstance(draft, Draft)
+    with draft:
+        assert read_unfinished(partial_path(out)).writer.startswith("process ")
+    assert read_unfinished(partial_path(out)).writer == ""
+
+
+def test_a_damaged_request_and_a_missing_artifact_are_errors(out: Path, tmp_path: Path) -> None:
+    (partial_path(out) / "request.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"request\.json is damaged"):
+        inspect(out)
+    with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
+        inspect(tmp_path / "absent.partial")
