@@ -391,6 +391,14 @@ def test_hub_without_ranges_and_without_network_is_one_line(server: Any, monkeyp
         open_images("hf://datasets/someone/other/*.tar")
 
 
+def test_a_package_that_is_installed_and_fails_is_not_to_be_installed() -> None:
+    what, hint, _ = remote.explain("s3://bucket/x.tar", ImportError("no name 'x' in numpy", name="numpy"))
+    assert (what, hint) == (
+        "the package numpy is installed, but cannot be imported (no name 'x' in numpy)",
+        "Repair it",
+    )
+
+
 @pytest.mark.parametrize(("scheme", "package"), sorted(remote.PACKAGES.items()))
 def test_missing_package_names_the_extra_that_has_it(
     monkeypatch: pytest.MonkeyPatch, scheme: str, package: str

@@ -123,5 +123,5 @@ def test_a_single_report_or_a_comparison_is_refused(make_report: Callable[..., P
     with pytest.raises(ConfigError, match="at least two"):
         compare([report], out=tmp_path / "compared")
     compare([report, report], out=tmp_path / "twice")
-    with pytest.raises(ArtifactError, match="not of an evaluation"):
+    with pytest.raises(ArtifactError, match="is a report, but not one of vqpipe eval"):
         compare([report, tmp_path / "twice"], out=tmp_path / "compared")

@@ -123,6 +123,19 @@ def test_absent_package_is_an_error_with_the_install_command(monkeypatch: pytest
             installed_loggers([package])
 
 
+def test_a_package_that_is_installed_and_fails_is_not_to_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text("import absent_part_of_wandb")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(
+        ConfigError, match="wandb is installed, but cannot be imported .*absent_part.*Repair it"
+    ) as caught:
+        installed_loggers(["wandb"])
+    assert "pip install" not in str(caught.value)
+
+
 def test_only_finite_numbers_are_logged() -> None:
     mixed = {"step": 3, "psnr": 20.0, "loss/total": float("nan"), "note": "text", "nonfinite_steps": 0}
     assert dict(finite_numbers(mixed)) == {"psnr": 20.0, "nonfinite_steps": 0}

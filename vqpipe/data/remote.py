@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from itertools import count
 from typing import Any, TypeVar
 
@@ -456,6 +457,8 @@ def explain(url: str, error: Exception) -> tuple[str, str, int]:
         if scheme not in PACKAGES:
             return text, "", 69
         missing = next((name for each in chain(error)[::-1] if (name := getattr(each, "name", None))), PACKAGES[scheme])
+        if find_spec(missing.partition(".")[0]) is not None:
+            return f"the package {missing} is installed, but cannot be imported ({text})", "Repair it", 69
         return f"the package {missing} is not installed", "Install the extra: pip install 'vqpipe[remote]'", 69
     if "NoRanges" in names:
         return "this server does not support Range requests", "Download the file first", 65

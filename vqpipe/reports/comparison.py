@@ -194,9 +194,9 @@ def check_comparable(evaluations: Sequence[EvaluationResult], paths: Sequence[st
         key = next((key for key in KEYS if one.get(key) != two.get(key)), "reference")
         raise ArtifactError(
             f"{paths[first]} and {paths[second]} cannot be compared: their {key} differs "
-            f"({str(one.get(key))[:16]} and {str(two.get(key))[:16]}), and {path} shares neither images nor tokenizer "
-            "with any other report",
-            "Evaluate both on the same images with the same protocol and image size",
+            f"({str(one.get(key))[:16]} and {str(two.get(key))[:16]}); no other report has the protocol, image size, "
+            f"number of images and images of {path}, or its tokenizer",
+            "Evaluate both on the same images with the same protocol, image size and --limit",
         )
 
 

@@ -113,7 +113,7 @@ def open_evaluation(report: Artifact) -> EvaluationResult:
     metrics = json.loads(report.file("metrics.json").read_text(encoding="utf-8"))
     if "protocol" not in metrics or "counts.npy" not in report.manifest.files:
         raise ArtifactError(
-            f"{report.path} is a report, but not of an evaluation", "Name reports that vqpipe eval made"
+            f"{report.path} is a report, but not one of vqpipe eval", "Name reports that vqpipe eval made"
         )
     log = report.file("training.jsonl").read_text(encoding="utf-8") if report.names("training.jsonl") else ""
     notes = metrics.get("pictures", [])

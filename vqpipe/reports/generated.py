@@ -70,7 +70,8 @@ def open_generated(report: Artifact) -> Generated:
         ArtifactError: it is a report of another command.
     """
     if not is_generated(report):
-        raise ArtifactError(f"{report.path} is a report, but not of samples", "Compare reports of one kind at a time")
+        what = f"{report.path} is not a report of vqpipe eval-generation, and another one is"
+        raise ArtifactError(what, "Compare reports of one kind at a time")
     metrics = json.loads(report.file("metrics.json").read_text(encoding="utf-8"))
     sheet = report.file("contact-sheet.png").read_bytes()
     name = report.lineage["inputs"].get("images", {}).get("name") or report.name

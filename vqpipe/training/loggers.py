@@ -184,10 +184,11 @@ def import_extra(package: str) -> ModuleType:
     try:
         return import_module(package)
     except ImportError as error:
-        missing = "is not installed" if error.name == package else f"cannot be imported ({error})"
-        raise ConfigError(
-            f"--log {package}: the package {package} {missing}", f"Install the extra: pip install 'vqpipe[{package}]'"
-        ) from None
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            what, hint = "is not installed", f"Install the extra: pip install 'vqpipe[{package}]'"
+        else:
+            what, hint = f"is installed, but cannot be imported ({error})", "Repair it, or leave out --log"
+        raise ConfigError(f"--log {package}: the package {package} {what}", hint) from None
 
 
 def finite_numbers(row: Row) -> Iterator[tuple[str, float]]:
