@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from stages import signals
+from stages import plugins, signals
 from vqpipe.errors import VqpipeError
 
 
@@ -66,6 +66,18 @@ class LazyGroup(TyperGroup):
         return name, load(name) if name in COMMANDS else command, rest
 
 
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        help="Import this Python module first, such as one with a quantizer of yours; repeatable.",
+        metavar="MODULE|FILE.py",
+        callback=plugins.import_named,
+        is_eager=True,
+        expose_value=False,
+    ),
+]
+
 app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
@@ -76,9 +88,21 @@ app = typer.Typer(
 
 def load(name: str | None) -> Any:
     """Return the command of that name, ready to parse its options."""
+    plugins.import_installed()
+    command = parser_of(COMMANDS[name or ""].load(), name)
+    command.params += parser_of(takes_import).params
+    return command
+
+
+def parser_of(function: Callable[..., Any], name: str | None = None) -> Any:
+    """The parser of a function's options."""
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, context_settings={"help_option_names": ["-h", "--help"]})(COMMANDS[name or ""].load())
+    single.command(name, context_settings={"help_option_names": ["-h", "--help"]})(function)
     return typer.main.get_command(single)
+
+
+def takes_import(imports: Import = None) -> None:
+    """Has the option that every command has."""
 
 
 def show_version(wanted: bool) -> None:
@@ -92,6 +116,7 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)
     ] = False,
+    imports: Import = None,
 ) -> None:
     """Image tokenizers with very large codebooks: images in, discrete tokens out, and back.
 

@@ -29,7 +29,7 @@ ROWS = (
     ("errors",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
-SHARED_BY_COMMANDS = {"stages.cli", "stages.console", "stages.examples_run", "stages.recipe", "stages.signals"}
+SHARED_BY_COMMANDS = {f"stages.{name}" for name in ("cli", "console", "examples_run", "plugins", "recipe", "signals")}
 """Modules of `stages` that are no commands."""
 
 

@@ -26,6 +26,8 @@ from vqpipe.errors import ConfigError
 T = TypeVar("T")
 RESUMABLE, ADDED = "resumable", "added"
 """Keys of a field's metadata."""
+MORE_KINDS = " A kind that is not part of vqpipe needs --import MODULE, or in Python the import of its module"
+"""Ends the hint of an unknown kind."""
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -248,14 +250,16 @@ def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
     if kind is None:
         raise ConfigError(f"{dotted(where, 'kind')} is not set", f"It is one of {', '.join(sorted(kinds))}")
     if not isinstance(kind, str) or kind not in kinds:
-        raise ConfigError(f"{dotted(where, 'kind')} = {kind!r} is unknown", nearest_name(str(kind), kinds))
+        nearest = nearest_name(str(kind), kinds)
+        hint = nearest + ("" if nearest.endswith("?") else ".") + MORE_KINDS
+        raise ConfigError(f"{dotted(where, 'kind')} = {kind!r} is unknown", hint)
     chosen: type[T] = kinds[kind]
     return chosen
 
 
 def kinds_of(cls: type) -> dict[str, Any]:
     """kind -> class, of `cls` and its subclasses that have one."""
-    candidates = [cls, *all_subclasses(cls)]
+    candidates: list[Any] = [cls, *all_subclasses(cls)]
     return {sub.kind: sub for sub in candidates if isinstance(getattr(sub, "kind", None), str)}
 
 

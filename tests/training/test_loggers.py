@@ -130,7 +130,7 @@ def test_a_package_that_is_installed_and_fails_is_not_to_be_installed(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(
-        ConfigError, match="wandb is installed, but cannot be imported .*absent_part.*Repair it"
+        ConfigError, match=r"wandb is installed, but cannot be imported .*absent_part.*Repair it"
     ) as caught:
         installed_loggers(["wandb"])
     assert "pip install" not in str(caught.value)
