@@ -22,9 +22,9 @@ TRAIN, HELD_OUT = "builtin:photos/train", "builtin:photos/heldout"
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the artifacts.", metavar="DIR")] = Path(
-        "artifacts/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the artifacts.", metavar="DIR", callback=console.out_path)
+    ] = Path("artifacts/demo"),
     size: Annotated[
         Literal["tiny", "small"], typer.Option("--size", help="tiny: a quick check; small: minutes on a CPU.")
     ] = "small",

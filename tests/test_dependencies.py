@@ -1,10 +1,12 @@
 """The dependencies are all used, bounded and pinned; and whose deprecations fail the suite."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -156,3 +158,20 @@ def test_deprecations_of_vqpipe_fail_and_those_of_other_packages_are_listed(tmp_
     others = {"test_third_party", "test_called_from_vqpipe"}
     assert (passed, failed) == ((set(), always | others) if strict else (others, always)), done.stdout + done.stderr
     assert strict or "this goes away" in done.stdout  # the summary of warnings
+
+
+def test_a_wheel_has_two_packages_and_finds_its_manifests(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+        files.extractall(tmp_path / "installed")
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vqpipe", "stages"}
+    program = "from vqpipe.data.manifests import manifest_folder, manifest_names\n"
+    program += "print(manifest_folder().parent.parent.name, 'imagenet-1k' in manifest_names())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.split() == ["installed", "True"], done.stderr

@@ -8,7 +8,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -162,9 +161,15 @@ class DatasetManifest:
         return name, self.splits[name]
 
 
+def manifest_folder() -> Path:
+    """The folder of the manifests: inside vqpipe in an installed wheel, beside it in a checkout."""
+    installed = Path(__file__).parents[1] / "data_manifests"
+    return installed if installed.is_dir() else installed.parents[1] / "data_manifests"
+
+
 def manifest_names() -> list[str]:
     """The names of data_manifests/, sorted."""
-    return sorted(file.stem for file in Path(str(resources.files("data_manifests"))).glob("*.toml"))
+    return sorted(file.stem for file in manifest_folder().glob("*.toml"))
 
 
 def load_manifest(name: str) -> DatasetManifest:
@@ -179,7 +184,7 @@ def load_manifest(name: str) -> DatasetManifest:
         known = manifest_names()
         if name not in known:
             raise ConfigError(f"unknown data set {name!r}", nearest_name(name, known))
-        path = Path(str(resources.files("data_manifests"))) / f"{name}.toml"
+        path = manifest_folder() / f"{name}.toml"
     table = read_toml(path)
     splits = table.pop("splits", {})
     if not isinstance(splits, dict) or not splits:
