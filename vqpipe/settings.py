@@ -91,9 +91,9 @@ def field_docs(cls: type) -> dict[str, str]:
             continue
         body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]).body
         for statement, below in pairwise(body):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and documented:
-                docs[statement.target.id] = " ".join(ast.literal_eval(below.value).split())
+            match statement, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 
@@ -101,7 +101,9 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a field as in JSON; None also for a required one."""
     if config.is_required(field):
         return None
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
     if dataclasses.is_dataclass(value):
         return config.to_table(value)
     if isinstance(value, tuple):

@@ -30,7 +30,7 @@ SETTINGS = [
     *("data.image_size=16", "model.base_channels=8", "model.z_channels=8"),
     *("model.quantizer.code_dim=4", "train.warmup_steps=1", "discriminator.base_channels=4", "train.whiten_images=8"),
 ]
-CLASSIFIER = ["train.validate_every=0", "examples.held_out=0", "train.warmup_steps=1", "classifier.layers=1"]
+CLASSIFIER = ["train.validate_every=0", "examples.held_out=0", "train.warmup_steps=1", "classifier.depth=1"]
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -49,7 +49,7 @@ def test_odd_names_are_read_and_written(
         "extends = 'smoke'\n[kmeans]\nk = 20\n[features]\nimage_size = 16\npatch_size = 4\ncomponents = 8\n"
     )
     np.save(inside / f"{odd}.npy", np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32))
-    torch.save(torch.randn(20, 8), inside / f"{odd}.pth")
+    torch.save(torch.randn(200, 8), inside / f"{odd}.pth")
     made = tmp_path / ("made" if "\udce9" in odd else f"made {odd}")
     shared: dict[str, Any] = {"device": "cpu"}
     extract_features([str(pictures)], made / "features", preset=str(preset), num_workers=0, **shared)

@@ -15,13 +15,13 @@ from vqpipe.errors import ConfigError
 from vqpipe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "docs" / "examples" / "my_quantizer.py"
+EXAMPLE = ROOT / "docs" / "examples" / "rotation_quantizer.py"
 
 
 TRAIN = [
     *("--preset", "smoke", "--precision", "fp32", "--steps", "1", "--global-batch-size", "2", "--out", "tokenizer"),
-    *("--set", "model.quantizer.kind=corners", "--set", "data.image_size=16", "--set", "model.base_channels=8"),
-    *("--set", "train.warmup_steps=1", "--set", "train.whiten_init=false", "--set", "objective.codebook=0"),
+    *("--set", "model.quantizer.kind=rotation", "--set", "data.image_size=16", "--set", "model.base_channels=8"),
+    *("--set", "train.warmup_steps=1", "--set", "train.whiten_init=false"),
     *("--set", "model.z_channels=8", "--set", "discriminator.base_channels=4", "--device", "cpu"),
 ]
 PROGRAM = """
@@ -40,7 +40,7 @@ def test_the_example_quantizer_works_in_every_command(tmp_path: Path, picture_fo
     stored = ["--tokenizer", "tokenizer", "--device", "cpu"]
     commands = [
         ["train", *option, *images, *TRAIN],
-        ["tokenize", "--import", "my_quantizer", *stored, *images, "--num-workers", "0", "--out", "tokens"],
+        ["tokenize", "--import", "rotation_quantizer", *stored, *images, "--num-workers", "0", "--out", "tokens"],
         ["detokenize", *stored, *option, "--tokens", "tokens", "--out", "decoded"],
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLE.parent)])}
@@ -53,9 +53,9 @@ def test_the_example_quantizer_works_in_every_command(tmp_path: Path, picture_fo
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "tokenizer" / "config.json").read_text())["model"]["quantizer"]["kind"] == "corners"
+    assert json.loads((tmp_path / "tokenizer" / "config.json").read_text())["model"]["quantizer"]["kind"] == "rotation"
     assert open_artifact(tmp_path / "decoded").facts["num_images"] == 10
-    with pytest.raises(ConfigError, match=r"'corners' is unknown.*--import MODULE"):  # not imported by this process
+    with pytest.raises(ConfigError, match=r"'rotation' is unknown.*--import MODULE"):  # not imported by this process
         Tokenizer.from_pretrained(tmp_path / "tokenizer")
 
 

@@ -31,7 +31,15 @@ from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool
 from vqpipe.config import resumable
-from vqpipe.data.encode import ORIGIN_FIELDS, EncodedShard, EncodingJob, check_float16, equal_shards, sample_columns
+from vqpipe.data.encode import (
+    ORIGIN_FIELDS,
+    EncodedShard,
+    EncodingJob,
+    check_float16,
+    equal_shards,
+    read_columns,
+    sample_columns,
+)
 from vqpipe.data.images import ImageSet
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.files import hash_file
@@ -380,7 +388,7 @@ def open_features_artifact(path: Path) -> FeatureSet:
     if not names:
         raise DataError(f"{path} holds no feature shards", "Extract features from at least one image")
     columns = [
-        parquet.read_table(artifact.verified_file(name), columns=["label", "num_rows"])
+        read_columns(artifact.verified_file(name), ["label", "num_rows"])
         for name in artifact.names("samples-*.parquet")
     ]
     labels = np.concatenate([column["label"].fill_null(-1).to_numpy() for column in columns]).astype(np.int32)

@@ -16,10 +16,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
@@ -394,3 +396,8 @@ def check_float16(rows: Tensor, keys: list[str], what: str) -> None:
             f"NaN, or values beyond float16's 65504, in the {what} of image {keys[int((~finite).nonzero()[0])]}",
             "Check that image and the weights of the network",
         )
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of a small Parquet file. (pyarrow opens no path that is not UTF-8.)"""
+    return pq.read_table(pa.BufferReader(path.read_bytes()), columns=list(columns))

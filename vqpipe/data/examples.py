@@ -15,13 +15,13 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact
 from vqpipe.data.batches import SAMPLE, Shuffle, chunks, generator, shuffled
+from vqpipe.data.encode import read_columns
 from vqpipe.data.latents import LatentSet
 from vqpipe.data.tokens import files_of_size, id_dtype, read_tokens, views_per_image
 from vqpipe.errors import ArtifactError, ConfigError, DataError
@@ -221,7 +221,7 @@ class LatentExamples:
         self.latents, self.views = latents, views_per_image(latents.artifact.config)
         self.labels = latents.labels[:: self.views].astype(np.int64)
         names = latents.artifact.names("samples-*.parquet")  # verified by `open_latents`
-        columns = [pq.read_table(latents.artifact.file(name), columns=["key"])["key"] for name in names]
+        columns = [read_columns(latents.artifact.file(name), ["key"])["key"] for name in names]
         self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
 
     def __len__(self) -> int:

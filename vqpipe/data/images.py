@@ -231,14 +231,14 @@ class FirstImages(ImageSet):
 
     def __init__(self, images: ImageSet, count: int) -> None:
         super().__init__(images.sources, images.key_prefix, images.color)
-        self.all, self.count = images, count
+        self.all, self.number = images, count
         self.starts = np.minimum(self.starts, count)
         self.labels = self.labels[:count]
 
     @cached_property
     def digest(self) -> str:
         """sha256 over that of the whole set and the count."""
-        return hashlib.sha256(f"{self.all.digest} {self.count}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.all.digest} {self.number}".encode()).hexdigest()
 
 
 def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:

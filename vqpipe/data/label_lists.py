@@ -151,7 +151,7 @@ def collect(name: str, path: Path) -> tuple[dict[str, int | str | None], str]:
 def records(name: str, path: Path) -> Iterator[Mapping[str, Any]]:
     """The rows of a list."""
     if name.endswith(".parquet"):
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as handle, pq.ParquetFile(handle) as file:
             wanted = [column for column in (*PATHS, "label") if column in file.schema_arrow.names]
             yield from file.read(columns=wanted).to_pylist()
         return

@@ -37,6 +37,7 @@ from vqpipe.data.encode import (
     check_float16,
     encode_views,
     equal_shards,
+    read_columns,
     sample_columns,
     with_flip,
 )
@@ -271,7 +272,7 @@ def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
     if not files:
         raise DataError(f"{path} holds no latents", "Encode at least one image")
     columns = [
-        parquet.read_table(artifact.verified_file(name), columns=["label"])["label"].fill_null(-1).to_numpy()
+        read_columns(artifact.verified_file(name), ["label"])["label"].fill_null(-1).to_numpy()
         for name in artifact.names("samples-*.parquet")
     ]
     try:

@@ -157,7 +157,8 @@ def open_parquet(file: StoredFile) -> Iterator[pq.ParquetFile]:
     """Open a file as Parquet; a DataError if it changed."""
     if file.is_local:
         file.check()
-        with pq.ParquetFile(file.url) as opened:
+        # pyarrow opens no path that is not UTF-8
+        with open(file.url, "rb") as local, pq.ParquetFile(local) as opened:
             yield opened
         return
     with file.open() as source, pq.ParquetFile(source) as opened:

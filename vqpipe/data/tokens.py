@@ -306,7 +306,7 @@ def read_tokens(path: Path, codebook_size: int) -> Tokens:
         DataError: it is no token shard, or an id is outside the codebook.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as handle, pq.ParquetFile(handle) as file:  # pyarrow refuses a path that is not UTF-8
             check_columns(file.schema_arrow)
             table = file.read()
         column = table["ids"].combine_chunks()
@@ -416,7 +416,8 @@ def decode_tokens(
 def count_rows(path: Path) -> int:
     """The number of rows of a token file, from its footer."""
     try:
-        return int(pq.read_metadata(path).num_rows)
+        with path.open("rb") as file:
+            return int(pq.read_metadata(file).num_rows)
     except (pa.ArrowException, OSError) as error:
         raise not_tokens(path, error) from None
 
