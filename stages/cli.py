@@ -54,6 +54,7 @@ COMMANDS = {
     "zoo": Command("list_zoo", "zoo", "List the published tokenizers."),
     "presets": Command("list_presets", "presets", "List the presets, or print one."),
     "settings": Command("list_settings", "settings", "List the settings of a command, with defaults and docs."),
+    "plan": Command("plan", "plan", "Estimate memory, time and disk of a run."),
     "bench": Command("bench", "bench", "Measure the speed of this machine."),
 }
 

@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
-from stages import console, recipe
+from stages import console, estimates, recipe
 from stages.console import Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
-from vqpipe import artifacts
+from vqpipe import artifacts, distributed
 from vqpipe.codebooks import features
 from vqpipe.config import to_request
 from vqpipe.files import hash_file
+from vqpipe.planning.devices import device_of
+from vqpipe.planning.estimate import plan_features
 
 
 def extract_features(
@@ -39,6 +41,7 @@ def extract_features(
     key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
+    plan: estimates.PlanOption = False,
     preset: Preset = None,
     overrides: Set = None,
     color: console.ColorOption = "ignore",
@@ -55,6 +58,9 @@ def extract_features(
         config = settings.features
         if preset is not None:
             console.remark_size("these are features", config.chosen_size, preset, settings.data.image_size)
+        if plan:
+            count, ranks = len(console.open_images(images, key_prefix, color)), distributed.world_size()
+            return estimates.show(plan_features(config, device_of(torch_device), ranks, images=count))
         weights = features.encoder_weights(config, download=download)
         opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
         image_set = console.open_images(images, key_prefix, color)

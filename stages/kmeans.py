@@ -7,14 +7,16 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from stages import console, recipe
+from stages import console, estimates, recipe
 from stages.console import Device, Out, Preset, Seed, Set
-from vqpipe import artifacts
+from vqpipe import artifacts, distributed
 from vqpipe.codebooks import kmeans as clustering
 from vqpipe.codebooks.codebook import CODEBOOK_FILE, Clustering
 from vqpipe.codebooks.features import FeaturesConfig, FeatureSet, open_features
 from vqpipe.config import to_request
 from vqpipe.errors import ConfigError
+from vqpipe.planning.devices import device_of
+from vqpipe.planning.estimate import plan_kmeans
 
 VECTORS_PER_CODE = 256
 """For the number of codes that an error suggests; VQGAN-LC has 208: 20.8 million vectors for 100,000 codes."""
@@ -51,6 +53,7 @@ def kmeans(
         clustering.Select | None,
         typer.Option("--select", help="Codes are cluster centers, or random vectors (a baseline)."),
     ] = None,
+    plan: estimates.PlanOption = False,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -83,6 +86,9 @@ def kmeans(
             made = vectors.artifact.config
             size = FeaturesConfig(encoder=made["encoder"], image_size=made["image_size"]).chosen_size
             console.remark_size(f"{vectors.artifact.path} has features", size, preset, settings.data.image_size)
+        if plan:
+            ranks = distributed.world_size()
+            return estimates.show(plan_kmeans(config, vectors.num_vectors, vectors.dim, device_of(torch_device), ranks))
         draft = artifacts.start(out, "codebook", {**to_request(config), "seed": seed}, {"features": vectors})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from stages import console
+from stages import console, estimates
 from stages.console import BatchSize, Device, Images, Limit, Out, Seed, TokenizerPath
-from vqpipe import artifacts
+from vqpipe import artifacts, distributed
 from vqpipe.data.tokens import Crops, check_crops, check_max_pixels, write_tokens
 from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import DataError
+from vqpipe.planning.devices import device_of
+from vqpipe.planning.estimate import plan_tokenize
 from vqpipe.tokenizer import Tokenizer
 
 
@@ -47,6 +49,7 @@ def tokenize(
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     color: console.ColorOption = "ignore",
+    plan: estimates.PlanOption = False,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -83,6 +86,21 @@ def tokenize(
             height, width = asked or fixed_size(str(opened.image_size))
             opened.check_size(height, width)
             size = width if height == width else f"{width}x{height}"
+        if plan:
+            if native:
+                raise DataError("--plan estimates images of one size", "Give --image-size a number")
+            views = {"center": 1 + flip, "ten": 10}[crops]
+            return estimates.show(
+                plan_tokenize(
+                    opened.autoencoder.config,
+                    (height, width),
+                    batch_size,
+                    device_of(torch_device),
+                    distributed.world_size(),
+                    precision=precision,
+                    images=views * len(image_set),
+                )
+            )
         # The default is fp32 on every device: bf16 changes a few percent of the ids.
         config: dict[str, Any] = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
         if crops != "center":  # left out, as in the requests of earlier versions

@@ -1,15 +1,17 @@
 """`vqpipe train`: images (and a codebook) -> tokenizer."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stages import console, signals
+from stages import console, estimates, signals
 from stages.console import Device, Images, Limit, Out, Preset, Seed, Set
 from stages.recipe import load_tokenizer
 from vqpipe.artifacts import Artifact
 from vqpipe.codebooks.codebook import codebook_input, load_codebook
+from vqpipe.planning.estimate import tokenizer_training
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig
 from vqpipe.training.loggers import installed_loggers
 from vqpipe.training.tokenizer_run import (
@@ -51,6 +53,7 @@ def train(
     ] = "last",
     limit: Limit = None,
     log: console.Log = None,
+    plan: estimates.PlanOption = False,
     preset: Preset = None,
     overrides: Set = None,
     color: console.ColorOption = "ignore",
@@ -95,6 +98,11 @@ def train(
             sizes = codebook_settings(recipe.model.quantizer, *codes.shape)
             recipe = load_tokenizer(preset, [*sizes, *(overrides or [])], train=flags)  # --set has precedence
             check_codebook(recipe, codes)  # before the images, which may take minutes to index and hash
+        make_plan = partial(estimates.plan_here, tokenizer_training(recipe), torch_device)
+        if plan:
+            return estimates.show(make_plan())
+        if not out.exists():
+            estimates.say_or_refuse(make_plan)
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),
             validation=console.open_images(validation, color=color) if validation else None,
@@ -104,8 +112,7 @@ def train(
         recipe = check_run(recipe, inputs, publish)
         draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
-            console.finished(draft, again=True)
-            return
+            return console.finished(draft, again=True)
         with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
             if inputs.images.whole_groups:
                 progress.message(
@@ -127,7 +134,7 @@ def train(
             )
             if artifact is None:
                 stop.exit()
-        console.finished(artifact)
+        return console.finished(artifact)
 
 
 def codebook_settings(quantizer: QuantizerConfig, k: int, dim: int) -> list[str]:

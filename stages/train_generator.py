@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from stages import console, examples_run
+from stages import console, estimates, examples_run
 from stages.console import Device, ImageSize, Limit, NumWorkers, Out, Preset, Seed, Set
 from stages.recipe import load_generator
 from vqpipe.artifacts import Artifact, open_artifact
@@ -16,6 +16,7 @@ from vqpipe.generation.base import Generator, kinds_trained_on
 from vqpipe.generation.latents import encode_latents
 from vqpipe.generation.train import StoredExamples, check_validation
 from vqpipe.generation.train import train_generator as train
+from vqpipe.planning.estimate import generator_training
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.loggers import installed_loggers
 
@@ -51,6 +52,7 @@ def train_generator(
     num_workers: NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     log: console.Log = None,
+    plan: estimates.PlanOption = False,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -82,6 +84,9 @@ def train_generator(
         trained_on = class_for(Generator, recipe.generator).trained_on  # type: ignore[type-abstract]
         path = examples_path(trained_on, tokens=tokens, images=images, latents=latents, out=out)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
+        if plan:
+            model, size = opened.autoencoder.config, image_size or opened.image_size or 256
+            return estimates.show(estimates.plan_here(generator_training(recipe, model, size), torch_device))
         if images:
             image_set = console.open_images(images, limit=limit)
             limit = None  # the latents are those of the first images
@@ -90,7 +95,7 @@ def train_generator(
             stored = open_artifact(path, trained_on)
         held_out = None if validation is None else open_artifact(validation, trained_on)
         examples = StoredExamples(opened, stored, held_out, limit)
-        examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
+        return examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
 
 
 def examples_path(

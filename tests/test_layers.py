@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("stages",),
     ("benchmarks", "analysis"),
+    ("planning",),
     ("generation",),
     ("training", "evaluation"),
     ("codebooks",),
@@ -29,7 +30,15 @@ ROWS = (
     ("errors",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
-SHARED_BY_COMMANDS = {f"stages.{name}" for name in ("cli", "console", "examples_run", "plugins", "recipe", "signals")}
+SHARED_BY_COMMANDS = {
+    "stages.cli",
+    "stages.console",
+    "stages.estimates",
+    "stages.examples_run",
+    "stages.plugins",
+    "stages.recipe",
+    "stages.signals",
+}
 """Modules of `stages` that are no commands."""
 
 

@@ -120,12 +120,17 @@ def load_lpips(net: LpipsNet, file: Path) -> nn.Module:
     Raises:
         WeightsError: the file is absent or is not that backbone.
     """
+    return Frozen(fill_backbone(build_lpips(net), load_tensors(file), file))
+
+
+def build_lpips(net: LpipsNet) -> nn.Module:
+    """LPIPS with the published heads and a backbone of random weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about deprecated arguments that lpips passes to torchvision
         import lpips
 
-        module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    return Frozen(fill_backbone(module, load_tensors(file), file))
+        network: nn.Module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    return network
 
 
 def fill_backbone(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:

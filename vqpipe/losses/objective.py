@@ -139,6 +139,7 @@ class Objective(nn.Module):
     Args:
         config: the weights.
         quantizer_terms: the quantizer's `loss_names`.
+        perceptual: the LPIPS term, in place of the one that `config` describes.
 
     Raises:
         ConfigError: a loss of the quantizer has no weight, or is not one of `QUANTIZER_TERMS`.
@@ -148,7 +149,13 @@ class Objective(nn.Module):
     logit_means: Tensor
     """float32[2], with LeCam: moving averages of the logits on images and on reconstructions."""
 
-    def __init__(self, config: ObjectiveConfig, quantizer_terms: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        quantizer_terms: Collection[str] = (),
+        *,
+        perceptual: Perceptual | None = None,
+    ) -> None:
         super().__init__()
         for name in quantizer_terms:
             if name not in QUANTIZER_TERMS:
@@ -158,7 +165,9 @@ class Objective(nn.Module):
                     f"the quantizer has the loss {name!r}, which has no weight", f"Set objective.{name} to a number"
                 )
         self.config = config
-        self.perceptual = None if config.perceptual == "none" else Perceptual(config.perceptual, config.lpips_weights)
+        if perceptual is None and config.perceptual != "none":
+            perceptual = Perceptual(config.perceptual, config.lpips_weights)
+        self.perceptual = perceptual
         self.gan_losses = GAN_LOSSES[config.gan_loss]
         if config.lecam:
             self.register_buffer("logit_means", torch.zeros(2))

@@ -19,17 +19,18 @@ class Perceptual(nn.Module):
     random; here `train()` has no effect on it. Its weights are not part of the `state_dict`.
     """
 
-    def __init__(self, net: LpipsNet, weights: str = "") -> None:
+    def __init__(self, net: LpipsNet, weights: str = "", *, network: nn.Module | None = None) -> None:
         """
         Args:
             net: "vgg" as in VQGAN, "alex" or "squeeze".
             weights: torchvision's file, another one in its layout, or the folder that contains torchvision's.
+            network: an LPIPS network in place of the one from that file.
 
         Raises:
             WeightsError: the file is absent, or is not that backbone.
         """
         super().__init__()
-        self.lpips = load_lpips(net, backbone_file(net, weights))
+        self.lpips = network or load_lpips(net, backbone_file(net, weights))
         self.register_state_dict_post_hook(without_weights)
         self.register_load_state_dict_post_hook(without_missing)
 

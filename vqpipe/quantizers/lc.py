@@ -83,6 +83,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.projector = make_projector(config)
         self.normalize_latent = config.normalize_latent
         self.projected: tuple[tuple[int, ...], Tensor] | None = None  # weights_state(), the projected codes
+        self.loaded = False  # whether `check_loaded` has found codes: a check waits for the GPU
 
     def search_input(self, latent: Tensor) -> Tensor:
         if self.normalize_latent:
@@ -118,6 +119,8 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
             return self.project(self.codes[ids])
         if self.frozen:
             return self.raw_codebook()[ids]
+        if self.codes.is_cuda:
+            return self.project(self.codes[ids])  # `unique` would wait for the GPU
         selected, inverse = ids.unique(return_inverse=True)
         return self.project(self.codes[selected])[inverse]
 
@@ -144,6 +147,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
                 f"Set {' and '.join(needed)}, or pass another codebook",
             )
         self.codes.copy_(codebook)
+        self.loaded = True
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
@@ -167,13 +171,14 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         return (*versions, *(tensor.data_ptr() for tensor in tensors))
 
     def check_loaded(self) -> None:
-        if torch.compiler.is_compiling():
-            return  # the search then finds codes that are NaN
+        if self.loaded or torch.compiler.is_compiling():
+            return  # in a graph, the search then finds codes that are NaN
         if bool(self.codes[0, 0].isnan()):
             raise ConfigError(
                 "the lc quantizer has no codebook yet",
                 "Pass --codebook DIR (vqpipe kmeans makes one), or set model.quantizer.codebook_init = uniform",
             )
+        self.loaded = True
 
 
 def make_projector(config: LcConfig) -> nn.Sequential:

@@ -74,6 +74,7 @@ class BridgedQuantizer(CodebookQuantizer):
             self.codes = nn.Parameter(torch.empty(size, width).uniform_(-1 / size, 1 / size))
         self.bridge = Bridge(grid_of(size, config.side), config.side, width, config.code_dim)
         self.bridged: tuple[tuple[int, ...], Tensor] | None = None  # weights_state(), the codes
+        self.loaded = not config.frozen_dim  # a check of a loaded codebook waits for the GPU
 
     def forward(self, latent: Tensor) -> Quantized:
         """As of the base class; the bridge runs once, with gradient."""
@@ -90,8 +91,10 @@ class BridgedQuantizer(CodebookQuantizer):
         Raises:
             ConfigError: no codebook has been loaded.
         """
-        if self.frozen_dim and bool(self.codes[0, 0].isnan()):
-            raise self.unsupported("has no codebook yet", "Pass --codebook DIR (vqpipe kmeans makes one)")
+        if not self.loaded:
+            if bool(self.codes[0, 0].isnan()):
+                raise self.unsupported("has no codebook yet", "Pass --codebook DIR (vqpipe kmeans makes one)")
+            self.loaded = True
         if self.training or any(parameter.requires_grad for parameter in self.parameters()):
             return self.bridge(self.codes.float())
         state = self.weights_state()
@@ -114,6 +117,7 @@ class BridgedQuantizer(CodebookQuantizer):
                 "Set model.quantizer.codebook_size and frozen_dim, or pass another codebook",
             )
         self.codes.copy_(codebook)
+        self.loaded = True
 
     def weights_state(self) -> tuple[int, ...]:
         """Numbers that change whenever a weight is changed in place or replaced."""

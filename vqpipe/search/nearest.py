@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from vqpipe.errors import ConfigError, DataError, NumericError
@@ -63,7 +64,7 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: boo
         raise ConfigError(f"unknown metric {metric!r}", 'Use "l2" or "cosine"')
     check_shapes(vectors, codes)
     vectors, codes = vectors.detach(), codes.detach()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(vectors, FakeTensor):
         return nearest_operator(vectors, codes, metric, check)
     with torch.autocast(vectors.device.type, enabled=False):
         if vectors.ndim == 3:

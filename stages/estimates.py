@@ -1,0 +1,165 @@
+"""What the commands say about a plan: `vqpipe plan`, --plan, and the first line of `vqpipe train`."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from stages import console, recipe
+from vqpipe import distributed, presets
+from vqpipe.errors import VqpipeError
+from vqpipe.planning.devices import GPUS, device_of
+from vqpipe.planning.estimate import Plan, Training, generator_training, refusal, tokenizer_training
+
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Print the estimate for this device (see `vqpipe plan`), and end.")
+]
+
+
+MACHINES = {"1 x 24 GB": ("rtx4090", 1), "1 x 80 GB": ("h100", 1), "8 x 80 GB": ("h100", 8)}
+"""Columns of the table of presets: a device of GPUS, and how many."""
+TOKENIZERS = {"ldm-f8": "vqgan-lc-f8-100k", "ldm-ffhq-f16": "vqgan-lc-ffhq-f16-100k"} | dict.fromkeys(
+    ("llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl"), "mgvq-f16-g4"
+)
+"""Preset of a generator -> that of its tokenizer, where it is not that of VQGAN-LC."""
+
+
+def plan_here(training: Training, device: torch.device) -> Plan:
+    """The plan of a run on the devices of this process group."""
+    return training.plan(device_of(device), distributed.world_size())
+
+
+def training_of(preset: str) -> Training:
+    """What a preset of a tokenizer or a generator trains."""
+    if "model" in {section for table in presets.chain(preset) for section in table}:
+        return tokenizer_training(recipe.load_tokenizer(preset))
+    tokenizer = recipe.load_tokenizer(TOKENIZERS.get(preset, recipe.PAPER))
+    return generator_training(recipe.load_generator(preset), tokenizer.model, tokenizer.data.image_size)
+
+
+def preset_figures(preset: str) -> dict[str, dict[str, float] | None]:
+    """Machine -> 10^9 bytes of one device and hours of a preset, with settings that fit; None where none do."""
+    figures: dict[str, dict[str, float] | None] = {}
+    for machine, (device, count) in MACHINES.items():
+        plan = training_of(preset).fitting(GPUS[device], count)
+        figures[machine] = None
+        if plan is not None:
+            figures[machine] = {"memory_gb": round(plan.needed / 1e9, 1), "hours": round(plan.hours, 1)}
+            figures[machine] |= {"accumulate": plan.settings["accumulate"]}
+            figures[machine] |= {"activation_checkpointing": plan.settings["activation checkpointing"]}
+    return figures
+
+
+def show_presets(*, as_json: bool) -> None:
+    """Print the figures of all presets of tokenizers and generators: as JSON, or as a table in Markdown."""
+    found = {}
+    for name in [*presets.names("model"), *presets.names("generator")]:
+        console.say(name)
+        found[name] = preset_figures(name)
+    print(json.dumps(found, indent=1) if as_json else markdown(found), end="")
+
+
+def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of all presets for docs/planning.md."""
+    head = ["preset", *MACHINES]
+    rows = [[f"`{name}`", *(cell(figures[machine]) for machine in MACHINES)] for name, figures in found.items()]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(figures: Mapping[str, Any] | None) -> str:
+    """`21.3 GB, 160 h, accumulate 16, checkpointing`."""
+    if figures is None:
+        return "–"
+    words = [
+        f"{figures['memory_gb']:.3g} GB",
+        f"{figures['hours']:,.2g} h" if figures["hours"] < 100 else f"{figures['hours']:,.0f} h",
+    ]
+    words += [f"accumulate {figures['accumulate']}"] if figures["accumulate"] > 1 else []
+    words += ["checkpointing"] if figures["activation_checkpointing"] else []
+    return ", ".join(words)
+
+
+def show(plan: Plan, *, as_json: bool = False) -> None:
+    """Print a plan: as JSON on stdout, else as a table."""
+    if as_json:
+        print(json.dumps(plan.to_table(), indent=2))
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for name, value in plan.settings.items():
+        table.add_row(name, str(value), "")
+    table.add_section()
+    for part, size in sorted(plan.memory.items(), key=lambda item: -item[1]):
+        table.add_row(f"memory: {part}", gigabytes(size), "")
+    table.add_row("memory of a device", gigabytes(plan.needed), f"of {gigabytes(plan.available)}: {verdict(plan)}")
+    table.add_section()
+    for name, flops in plan.flops.items():
+        table.add_row(f"TFLOP a step: {name}", f"{flops / 1e12:,.3g}", "")
+    table.add_row("a step", duration(plan.seconds_per_step), f"{plan.steps:,} steps")
+    table.add_row("time", duration(3600 * plan.hours), f"{plan.devices} x {plan.device}")
+    if plan.images_per_step:
+        table.add_row("images per second", f"{plan.images_per_second:,.1f}", "over all devices, from the loader")
+    for name, size in plan.disk.items():
+        table.add_row(f"disk: {name}", gigabytes(size), "")
+    if console.prints():
+        printed = Console(highlight=False)
+        printed.print(table)
+        for words in plan.advice:
+            printed.print(f"advice: {words}", markup=False, soft_wrap=True)
+
+
+def say_or_refuse(make: Callable[[], Plan]) -> None:
+    """Print the plan in one line, and raise a ConfigError if the run does not fit. Every rank calls it.
+
+    A network whose step cannot run on fake tensors, such as one of a plugin, has no estimate.
+    """
+
+    def action() -> None:
+        try:
+            plan = make()
+        except VqpipeError:
+            raise
+        except Exception as error:  # whatever a step raises that reads numbers
+            console.say(f"no estimate of memory and time: {type(error).__name__}")
+            return
+        if not plan.fits:
+            raise refusal(plan)
+        console.say(line(plan))
+        if plan.close:
+            console.say("warning: close to out of memory. If it fails, see vqpipe plan for settings that need less")
+
+    distributed.on_main(action)
+
+
+def line(plan: Plan) -> str:
+    """`estimate: 31.2 of 85.9 GB, 0.84 s a step, 23 hours (plan for h100 x 8)`."""
+    many = f"{plan.devices} x " if plan.devices > 1 else ""
+    return (
+        f"estimate: {gigabytes(plan.needed)} of {gigabytes(plan.available)} of memory, "
+        f"{duration(plan.seconds_per_step)} a step, {duration(3600 * plan.hours)} in all ({many}{plan.device})"
+    )
+
+
+def verdict(plan: Plan) -> str:
+    return "close" if plan.close else "fits" if plan.fits else "does not fit"
+
+
+def gigabytes(size: float) -> str:
+    """`31.2 GB`."""
+    return f"{size / 1e9:.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+
+
+def duration(seconds: float) -> str:
+    """`0.84 s`, `12 minutes`, `23 hours`, `12 days`."""
+    for unit, length in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 100 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"

@@ -1,0 +1,210 @@
+"""The memory and the operations of a step, without a device and without allocating: the step runs on fake tensors.
+
+PyTorch's FakeTensorMode runs the code of a step with tensors that have a shape, a type and a storage of some size, but
+no data. `Trace` sees every operation of it, forward and backward, and counts
+
+- memory: a new storage is added when an operation returns it, and subtracted when the last tensor that uses it is
+  gone. So what autograd saves for the backward pass is counted for as long as it is saved;
+- floating-point operations, by the formulas of PyTorch's flop counter (`torch.utils.flop_counter`), and the bytes that
+  each operation reads and writes.
+
+What PyTorch does inside of one operation is not seen: workspaces of cuDNN and cuBLAS, copies into another layout.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+ACTIVATIONS, SEARCH, GRADIENTS, OPTIMIZER = "activations", "search", "gradients", "optimizer"
+"""Parts of the memory. Others are named by those who build a network: weights, codebook, discriminator, LPIPS."""
+ROWS_AT_ONCE, CANDIDATES = 2**18, 32
+"""Vectors of one launch of the search, and the candidates of each (`search.screening`)."""
+PROGRAM_ROWS, WANTED_PROGRAMS, MAX_SPLITS = 64, 264, 16
+"""Its blocks on a GPU with 132 multiprocessors."""
+EPILOGUE_DIMENSIONS = 64
+"""Comparing two distances costs as much as a product of this many dimensions."""
+
+NEAREST = torch.ops.vqpipe.nearest.default
+FREE = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default}
+"""Operations that move no data, besides views."""
+
+
+class Operation(NamedTuple):
+    """What one operation computes and moves."""
+
+    flops: float
+    bytes: float
+    kind: str
+    """Arithmetic of its products: "bf16", "conv32" (a convolution in float32) or "fp32"."""
+    backward: bool
+    part: str
+
+
+class Trace(TorchDispatchMode):
+    """Counts what runs under it. Enter it inside of a FakeTensorMode.
+
+    Args:
+        gpu: whether the search is that of a GPU, which needs memory for its candidates.
+    """
+
+    def __init__(self, *, gpu: bool) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.part = ACTIVATIONS
+        """The part that new storages belong to."""
+        self.live: Counter[str] = Counter()
+        """Bytes in memory now, by part."""
+        self.peak: dict[str, int] = {}
+        """The same at the moment when most bytes were in memory."""
+        self.operations: list[Operation] = []
+        self.storages: dict[int, list[Any]] = {}  # address of a storage -> its bytes and its part
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function.namespace == "prim":  # questions about a tensor
+            return function(*args, **kwargs)
+        if function is torch.ops.aten._unique2.default:  # at most as many distinct ids as there are ids
+            ids = args[0].flatten()
+            return ids, torch.empty_like(args[0]), torch.empty_like(ids)
+        result = function(*args, **kwargs)
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        for tensor in outputs:
+            self.add(tensor)
+        if not function.is_view and function not in FREE:
+            inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            self.count(function, args, kwargs, result, inputs, outputs)
+        return result
+
+    def count(
+        self, function: Any, args: Any, kwargs: Any, result: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Append the operation."""
+        moved = sum(each.numel() * each.element_size() for each in (*inputs, *outputs))
+        backward = torch._C._current_autograd_node() is not None
+        if function is NEAREST:
+            vectors, codes = inputs
+            *groups, dim = vectors.shape
+            flops = 2.0 * vectors.numel() // dim * codes.shape[-2] * max(dim, EPILOGUE_DIMENSIONS if self.gpu else 8)
+            with self.inside(SEARCH, search_bytes(vectors, codes) if self.gpu else 0):
+                pass
+            self.operations.append(Operation(flops, moved, "bf16" if self.gpu else "fp32", False, SEARCH))
+            return
+        formula = flop_registry.get(function._overloadpacket)
+        flops = float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
+        kind = "fp32"
+        if flops and any(each.dtype in (torch.bfloat16, torch.float16) for each in inputs):
+            kind = "bf16"
+        elif flops and "convolution" in str(function):
+            kind = "conv32"
+            if not self.gpu:  # oneDNN computes on copies in a layout of its own
+                with self.inside(self.part, moved):
+                    pass
+        self.operations.append(Operation(flops, moved, kind, backward, self.part))
+
+    def add(self, tensor: Tensor, part: str = "") -> None:
+        """Count the storage of a tensor from now on, unless it is counted already; `part` moves it to another part."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        known = self.storages.get(address)
+        if known is None:
+            self.storages[address] = [storage.nbytes(), part or self.part]
+            weakref.finalize(storage, self.free, address)
+            self.live[part or self.part] += storage.nbytes()
+            self.compare()
+        elif part and known[1] != part:
+            self.live[known[1]] -= known[0]
+            self.live[part] += known[0]
+            known[1] = part
+
+    def free(self, address: int) -> None:
+        size, part = self.storages.pop(address)
+        self.live[part] -= size
+
+    def compare(self) -> None:
+        """Keep what is in memory now if it is more than ever before."""
+        if sum(self.live.values()) > sum(self.peak.values()):
+            self.peak = dict(self.live)
+
+    @contextmanager
+    def inside(self, part: str, extra: int = 0) -> Iterator[None]:
+        """Around code whose tensors belong to `part`, and which needs `extra` bytes that are not tensors."""
+        before, self.part = self.part, part
+        self.live[part] += extra
+        self.compare()
+        yield
+        self.live[part] -= extra
+        self.part = before
+
+    def own(self, network: nn.Module, part: str) -> None:
+        """Count the weights of a network as `part`, and their gradients as such."""
+        self.own_tensors(network, part)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self.own_gradient)
+
+    def own_tensors(self, network: nn.Module, part: str) -> None:
+        """Count the weights and buffers of a network as `part`."""
+        for tensor in (*network.parameters(), *network.buffers()):
+            self.add(tensor, part)
+
+    def own_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.add(parameter.grad, GRADIENTS)
+
+    def count_calls(self, network: nn.Module, part: str) -> None:
+        """Count what the forward passes of a network compute as `part`."""
+        forward: Callable[..., Any] = network.forward
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self.inside(part):
+                return forward(*args, **kwargs)
+
+        network.forward = inside
+
+    def count_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the state that an optimizer makes in its first step."""
+        step = optimizer.step
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self.inside(OPTIMIZER):
+                return step(*args, **kwargs)
+
+        optimizer.step = inside  # type: ignore[method-assign]
+
+
+def search_bytes(vectors: Tensor, codes: Tensor) -> int:
+    """Memory of the search on a GPU besides its result: candidates of each vector, both sides in bfloat16."""
+    groups = vectors.shape[0] if vectors.ndim == 3 else 1
+    count, codes_count, dim = min(vectors.shape[-2], ROWS_AT_ONCE), codes.shape[-2], vectors.shape[-1]
+    rows = groups * count
+    splits = min(MAX_SPLITS, max(1, WANTED_PROGRAMS * PROGRAM_ROWS // rows))
+    padded = -(-dim // 16) * 16
+    candidates = rows * splits * (8 + 8 * CANDIDATES)
+    return candidates + (rows + groups * codes_count) * (2 * padded + 4 * dim + 16)
+
+
+class CudaAutocast(TorchFunctionMode):
+    """The norms and the softmax of autocast on CUDA, which compute in float32; on a CPU autocast leaves them alone."""
+
+    WIDE = frozenset({F.group_norm, F.layer_norm, F.softmax, torch.group_norm, torch.layer_norm, torch.softmax})
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in self.WIDE and torch.is_autocast_enabled("cpu"):
+            first, *others = args if args else (kwargs.pop("input"),)
+            args = (first.float(), *others)
+        return function(*args, **kwargs)
