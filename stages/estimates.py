@@ -76,10 +76,8 @@ def cell(figures: Mapping[str, Any] | None) -> str:
     """`21.3 GB, 160 h, accumulate 16, checkpointing`."""
     if figures is None:
         return "–"
-    words = [
-        f"{figures['memory_gb']:.3g} GB",
-        f"{figures['hours']:,.2g} h" if figures["hours"] < 100 else f"{figures['hours']:,.0f} h",
-    ]
+    hours = figures["hours"]
+    words = [f"{figures['memory_gb']:.3g} GB", f"{hours:,.2g} h" if hours < 100 else f"{hours:,.0f} h"]
     words += [f"accumulate {figures['accumulate']}"] if figures["accumulate"] > 1 else []
     words += ["checkpointing"] if figures["activation_checkpointing"] else []
     return ", ".join(words)

@@ -11,17 +11,17 @@ The estimate is for eager PyTorch: `train.compile` saves time and memory that it
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqpipe.codebooks import features as feature_files
-from vqpipe.codebooks.encoders import check_pool
+from vqpipe.codebooks.encoders import PatchEncoder, check_pool
 from vqpipe.codebooks.features import FeaturesConfig
 from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.errors import ConfigError
@@ -41,6 +41,7 @@ from vqpipe.training.tokenizer_run import TokenizerRecipe
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.weights import Frozen, build_lpips
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 IMAGENET = 1_281_167
 """Images of ImageNet's training set: the default number of images of a job."""
 CLOSE = 0.9
@@ -160,7 +161,7 @@ class Training:
         """The plan with settings that fit: the fewest micro-batches, which compute nothing twice; where not even one
         image at once fits, also activation checkpointing, and then bf16. None where nothing fits.
 
-        Memory and operations are traced for three numbers of images at once, between which they grow evenly.
+        Memory and operations are traced for two numbers of images at once, and grow evenly between and beyond them.
         """
         share = replace(self.config, accumulate=1).share(devices)
         changes: list[dict[str, Any]] = [{}, {"activation_checkpointing": True}]
@@ -168,9 +169,9 @@ class Training:
             changes.append({"activation_checkpointing": True, "precision": "bf16"})
         for change in changes:
             config = replace(self.config, accumulate=1, **change)
-            one, some, more = (self.trace(config, count, device.is_gpu) for count in (1, *TRACED))
+            few, many = (self.trace(config, count, device.is_gpu) for count in TRACED)
             for parts in (number for number in range(1, share + 1) if share % number == 0):
-                step = grown(one, some, more, share // parts)
+                step = grown(few, many, share // parts)
                 changed = replace(config, accumulate=parts)
                 step = replace(step, operations=times(step.operations, parts), first=times(step.first, parts))
                 plan = self.finish(changed, step, device, devices)
@@ -183,33 +184,29 @@ class Training:
         return training_plan(self.stage, config, step, device, devices, starts=self.starts)
 
 
-TRACED = (8, 16)
+TRACED = (1, 16)
 """Images at once of two traces that others follow from."""
 
 
-def grown(one: Step, some: Step, more: Step, images: int) -> Step:
-    """The step with `images` at once, from those with 1 and with both numbers of TRACED."""
-    low, high = TRACED
-    distance = (images - low) / (high - low)
+def grown(few: Step, many: Step, images: int) -> Step:
+    """The step with `images` at once, from those with the numbers of TRACED."""
+    distance = (images - TRACED[0]) / (TRACED[1] - TRACED[0])
 
     def between(a: float, b: float) -> float:
         return max(0.0, a + distance * (b - a))
 
-    peak = {part: int(between(some.peak.get(part, 0), size)) for part, size in more.peak.items()}
-    if sum(peak.values()) < sum(one.peak.values()):
-        peak = one.peak
-
     def operations(a: list[Operation], b: list[Operation]) -> list[Operation]:
         return [
-            each._replace(flops=between(less.flops, each.flops), bytes=between(less.bytes, each.bytes))
-            for less, each in zip(a, b, strict=False)
+            more._replace(flops=between(less.flops, more.flops), bytes=between(less.bytes, more.bytes))
+            for less, more in zip(a, b, strict=False)
         ]
 
+    parts = {*few.peak, *many.peak}
     return replace(
-        more,
-        peak=peak,
-        operations=operations(some.operations, more.operations),
-        first=operations(some.first, more.first),
+        many,
+        peak={part: int(between(few.peak.get(part, 0), many.peak.get(part, 0))) for part in parts},
+        operations=operations(few.operations, many.operations),
+        first=operations(few.first, many.first),
     )
 
 
@@ -242,8 +239,9 @@ def plan_tokenize(
     images: int = IMAGENET,
 ) -> Plan:
     """Plan `vqpipe tokenize` of `images` images (or views of them) of (height, width) pixels."""
+    network = build(model)
     with fake_tensors(device.is_gpu) as (trace, on_cuda):
-        network = build(model, trace)
+        start(network, trace)
         batch = torch.empty(batch_size, 3, *image_size)
         trace.operations.clear()
         with torch.no_grad(), on_cuda, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -266,9 +264,9 @@ def plan_tokenize(
 def plan_features(config: FeaturesConfig, device: Device, devices: int = 1, *, images: int = IMAGENET) -> Plan:
     """Plan `vqpipe extract-features` of `images` images."""
     images = min(images, config.limit or images)
+    encoder = build_encoder(config)
     with fake_tensors(device.is_gpu) as (trace, on_cuda):
-        encoder = feature_files.open_encoder(replace(config, allow_random_weights=True, weights=None), None)
-        trace.own(encoder, "weights")
+        as_fake(encoder, trace, "weights")
         batch = torch.empty(config.batch_size, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
         trace.operations.clear()
         with torch.no_grad(), on_cuda, torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
@@ -281,9 +279,14 @@ def plan_features(config: FeaturesConfig, device: Device, devices: int = 1, *, i
 
 def features_of(config: FeaturesConfig) -> tuple[int, int]:
     """Channels of a feature, and features per image."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        encoder = feature_files.open_encoder(replace(config, allow_random_weights=True, weights=None), None)
+    encoder = build_encoder(config)
     return encoder.dim, check_pool(encoder, config.pool) ** 2
+
+
+def build_encoder(config: FeaturesConfig) -> PatchEncoder:
+    """An encoder on the meta device."""
+    config = replace(config, allow_random_weights=True, weights=None)
+    return on_meta(lambda: feature_files.open_encoder(config, None))
 
 
 def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, devices: int = 1) -> Plan:
@@ -334,6 +337,25 @@ def start_of_discriminator(recipe: TokenizerRecipe) -> int:
     return min(config.disc_start, recipe.train.steps) if config.adversarial > 0 else recipe.train.steps
 
 
+def on_meta(make: Callable[[], NetworkT]) -> NetworkT:
+    """A network on the meta device. Whoever builds it may not move it to another."""
+    move = nn.Module.to
+    nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign]
+    try:
+        with torch.device("meta"):
+            return make()
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
+def as_fake(network: NetworkT, trace: Trace, part: str) -> NetworkT:
+    """Make the tensors of a network on the meta device fake ones, and count them as `part`."""
+    with trace.inside(part):
+        network.to_empty(device="cpu")
+    trace.own(network, part)
+    return network
+
+
 @contextmanager
 def fake_tensors(gpu: bool) -> Iterator[tuple[Trace, AbstractContextManager[Any]]]:
     """Fake tensors with a `Trace`. Yields it, and what to enter around the step: the rules of autocast on CUDA."""
@@ -341,11 +363,14 @@ def fake_tensors(gpu: bool) -> Iterator[tuple[Trace, AbstractContextManager[Any]
         yield trace, CudaAutocast() if gpu else nullcontext()
 
 
-def build(config: AutoencoderConfig, trace: Trace) -> Autoencoder:
-    """An autoencoder whose weights are counted, those of the quantizer as "codebook", which counts as loaded."""
-    with trace.inside("weights"):
-        network = build_autoencoder(without_masking(config))
-    trace.own(network, "weights")
+def build(config: AutoencoderConfig) -> Autoencoder:
+    """An autoencoder on the meta device, with all groups kept."""
+    return on_meta(lambda: build_autoencoder(without_masking(config)))
+
+
+def start(network: Autoencoder, trace: Trace) -> Autoencoder:
+    """Make its tensors fake ones and count them, those of the quantizer as "codebook", which counts as loaded."""
+    as_fake(network, trace, "weights")
     trace.own_tensors(network.quantizer, "codebook")
     for module in network.modules():
         if isinstance(module, FrozenCodebookQuantizer | BridgedQuantizer):
@@ -367,10 +392,10 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
     parts = min(2, recipe.train.accumulate)  # more micro-batches need no more memory
     config = replace(recipe.train, accumulate=parts, compile=False, sync_batch_norm=False)
     side, objective_config = recipe.data.image_size, recipe.objective
+    model, discriminator = build(recipe.model), on_meta(lambda: PatchDiscriminator(recipe.discriminator))
     with fake_tensors(gpu) as (trace, on_cuda):
-        model = build(recipe.model, trace)
-        with trace.inside("discriminator"):
-            discriminator = PatchDiscriminator(recipe.discriminator)
+        start(model, trace)
+        as_fake(discriminator, trace, "discriminator")
         perceptual = None
         if objective_config.perceptual != "none":
             with trace.inside("LPIPS"):
@@ -385,7 +410,6 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
         task.prepare(config, torch.device("cpu"), model)
         task.connect()
         if task.adversarial:
-            trace.own(discriminator, "discriminator")
             trace.count_calls(discriminator, "discriminator")
         for optimizer in task.optimizers.values():
             trace.count_steps(optimizer)
@@ -447,18 +471,17 @@ def trace_generator(
     """Trace steps of a generator's training. The tokenizer is in memory too, for samples."""
     parts = min(2, recipe.train.accumulate)
     config = replace(recipe.train, accumulate=parts, compile=False, parallel="ddp")
+    autoencoder = build(tokenizer)
+    quantizer, side = autoencoder.quantizer, image_size // autoencoder.downsample_factor
+    classes = (recipe.examples.num_classes or 1000) if recipe.examples.conditional else None
+    space = Space.of(quantizer, side, side, classes)
+    network = on_meta(lambda: build_generator(recipe.generator, space))
     with fake_tensors(gpu) as (trace, on_cuda):
-        autoencoder = build(tokenizer, trace)
+        start(autoencoder, trace)
         trace.own_tensors(autoencoder, "tokenizer")
-        quantizer = autoencoder.quantizer
-        side = image_size // autoencoder.downsample_factor
-        classes = (recipe.examples.num_classes or 1000) if recipe.examples.conditional else None
-        space = Space.of(quantizer, side, side, classes)
-        with trace.inside("weights"):
-            network = build_generator(recipe.generator, space)
-            if network.needs_codebook:
-                network.load_codebook(torch.empty_like(quantizer.train().codebook()))
-        trace.own(network.requires_grad_(True), "weights")
+        as_fake(network.requires_grad_(True), trace, "weights")
+        with suppress(ConfigError):  # of a generator that uses no codebook
+            network.load_codebook(quantizer.train().all_codes().detach())
         task = ExamplesTask(network)
         average = WeightAverage(network, config, trace)
         task.prepare(config, torch.device("cpu"), network)
@@ -612,12 +635,8 @@ def with_advice(plan: Plan, training: Training, device: Device, devices: int) ->
         advice.append("no settings fit: use a device with more memory, or a smaller model or image size")
         if other is not None:
             options = {
-                "accumulate": (config.accumulate, other.settings["accumulate"]),
-                "activation_checkpointing": (
-                    config.activation_checkpointing,
-                    other.settings["activation checkpointing"],
-                ),
-                "precision": (config.precision, other.settings["precision"]),
+                name: (getattr(config, name), other.settings[name.replace("_", " ")])
+                for name in ("accumulate", "activation_checkpointing", "precision")
             }
             changed = [f"--set train.{name}={str(new).lower()}" for name, (old, new) in options.items() if old != new]
             advice[0] = f"{' '.join(changed)} fits"

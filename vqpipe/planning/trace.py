@@ -95,7 +95,7 @@ class Trace(TorchDispatchMode):
         backward = torch._C._current_autograd_node() is not None
         if function is NEAREST:
             vectors, codes = inputs
-            *groups, dim = vectors.shape
+            dim = vectors.shape[-1]
             flops = 2.0 * vectors.numel() // dim * codes.shape[-2] * max(dim, EPILOGUE_DIMENSIONS if self.gpu else 8)
             with self.inside(SEARCH, search_bytes(vectors, codes) if self.gpu else 0):
                 pass

@@ -87,10 +87,10 @@ class MultiGroupQuantizer(Quantizer):
         self.keep_probabilities = config.keep_probabilities or default_keep_probabilities(config.num_groups)
 
     def forward(self, latent: Tensor) -> Quantized:
-        num_kept = self.sample_num_kept(len(latent))
+        num_kept = None if self.masking == "off" or not self.training else self.sample_num_kept(len(latent))
         ids_by_group = self.search_all_groups(latent)
         parts = [
-            quantize_masked(group, part, num_kept > number, ids_by_group[number])
+            quantize_masked(group, part, None if num_kept is None else num_kept > number, ids_by_group[number])
             for number, (group, part) in enumerate(self.split_channels(latent))
         ]
         codes = torch.cat([part.codes for part in parts], dim=1)
@@ -161,8 +161,9 @@ class MultiGroupQuantizer(Quantizer):
         return list(zip(self.quantizers(), latent.chunk(self.num_groups, dim=1), strict=True))
 
 
-def quantize_masked(group: Quantizer, latent: Tensor, kept: Tensor, ids: Tensor | None) -> Quantized:
-    """Quantize the channels of one group, masking the images where `kept`, bool[B] on the CPU, is false.
+def quantize_masked(group: Quantizer, latent: Tensor, kept: Tensor | None, ids: Tensor | None) -> Quantized:
+    """Quantize the channels of one group, masking the images where `kept`, bool[B] on the CPU, is false
+    (None: all are kept).
 
     The losses are scaled by the share of images kept. If it is 0, the weights of the group get a zero gradient, since
     DistributedDataParallel needs a gradient for each.
@@ -170,7 +171,7 @@ def quantize_masked(group: Quantizer, latent: Tensor, kept: Tensor, ids: Tensor 
     Args:
         ids: the ids of the group, int64[B, h * w], if already searched.
     """
-    if not group.training or kept.all():  # nothing is masked in evaluation; torch.compile cannot read `kept`
+    if kept is None or kept.all():
         return quantize(group, latent, ids)
     index = kept.nonzero().flatten().to(latent.device, non_blocking=True)
     codes = torch.zeros_like(latent, dtype=torch.float32)
