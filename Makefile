@@ -7,13 +7,14 @@ FAST   := -n auto -m "not slow"
 # Importing torch takes three times as long where Python is kept from writing bytecode, as in many containers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow faults lint format docs upgrade test-newest test-lowest clean
+.PHONY: help demo test test-slow faults gpu lint format docs upgrade test-newest test-lowest clean
 
 help:
 	@echo "make demo         set up, then train and compare two tokenizers on built-in photographs (about five minutes)"
 	@echo "make test         set up, then run the fast tests"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make faults       the slow tests of processes that die, disks that fill, inputs that are damaged"
+	@echo "make gpu          tests and measurements on a GPU, without network (DRY=1: the same, small, on the CPU)"
 	@echo "make lint         style, types, import layers"
 	@echo "make docs         the documentation as a site, in site/"
 	@echo "make upgrade      write constraints.txt anew and run everything with it"
@@ -47,6 +48,10 @@ test-slow: $(VENV)/installed
 
 faults: $(VENV)/installed
 	@$(BIN)/python -m pytest -m slow -s tests/faults tests/training/test_faults.py
+
+# With the Python of the environment if there is one, else with that of the machine: it may have no network.
+gpu:
+	@PYTHON=$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) stages/runs/gpu/run.sh
 
 lint: $(VENV)/installed
 	@echo "== style, types, import layers"

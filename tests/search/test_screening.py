@@ -1,12 +1,18 @@
 """The GPU search in Triton's interpreter: bounds, both kinds of candidates, compilation of the kernels."""
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: torch brings it on Linux alone")
+
+import triton
 
 from vqpipe.search import kernels, screening
 from vqpipe.search.screening import CAPACITY, Blocking, nearest_screened, rescore, screen
@@ -96,10 +102,13 @@ def test_blocking_covers_the_dimension_and_fills_the_gpu() -> None:
     assert Blocking.of(8, 65_536, 8192, 8, processors=132).splits == 1
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+"""KiB of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide)."""
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("dim", [8, 64, 768])
 def test_the_kernels_compile_for_a_gpu(capability: int, dim: int) -> None:
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -138,6 +147,24 @@ def test_the_kernels_compile_for_a_gpu(capability: int, dim: int) -> None:
         warps = 4 if blocking.rows == 64 else 8
         options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert compiled.metadata.shared <= 166 * 1024  # the shared memory of an A100
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
+        registers, spilled = resources(compiled.asm["cubin"])
+        assert registers * 32 * warps <= 65_536  # the registers of a multiprocessor
+        assert spilled <= 1024
         if kernel is kernels.screen_kernel:
-            assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+            product = {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+            assert product in compiled.asm["ptx"]
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, of the kernel that ptxas compiled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK"))
+    assert registers is not None
+    assert stack is not None
+    return int(registers[1]), int(stack[1])

@@ -6,6 +6,7 @@ paper or is not in it. Presets without a paper lack `paper`, `row` and `protocol
 With `extends = "NAME"` at its top, a preset holds only what differs from another one.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ def heads() -> Iterator[tuple[str, dict[str, str]]]:
     """The name and the head comment of each preset."""
     for name in names():
         yield name, read_head(FOLDER / f"{name}.toml")
+
+
+def estimates() -> dict[str, dict[str, Any]]:
+    """What `vqpipe plan presets --json` printed: preset -> machine ("1 x 24 GB", "1 x 80 GB", "8 x 80 GB") ->
+    `memory_gb`, of one device in 10^9 bytes, and `hours`, with `accumulate` and `activation_checkpointing`, with which
+    it fits; or None where it does not."""
+    path = FOLDER / "estimates.json"
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def read_head(path: Path) -> dict[str, str]:

@@ -1,0 +1,146 @@
+"""Plans: what fits, what is advised, and how far they are from measured steps."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.estimates import preset_figures
+from stages.recipe import load, load_generator, load_tokenizer
+from vqpipe import presets
+from vqpipe.errors import ConfigError
+from vqpipe.planning.devices import GPUS, Device, device_named
+from vqpipe.planning.estimate import (
+    Plan,
+    features_of,
+    generator_training,
+    grown,
+    plan_features,
+    plan_kmeans,
+    plan_tokenize,
+    refusal,
+    step_seconds,
+    tokenizer_training,
+)
+from vqpipe.planning.trace import Operation
+
+SMOKE = load_tokenizer("smoke", ["train.precision=fp32"])
+H100 = GPUS["h100"]
+
+
+def with_memory(size: float) -> Device:
+    return replace(H100, memory=size, context=0.0, margin=0.0)
+
+
+def test_an_operation_takes_as_long_as_its_arithmetic_or_its_traffic() -> None:
+    device = replace(H100, bf16=100.0, fp32=10.0, bandwidth=1000.0, product_share=0.5, memory_share=0.5, launch=1e-6)
+    product = Operation(1e12, 1e6, "bf16", False, "activations")
+    assert step_seconds([product], device) == pytest.approx(1e12 / 50e12)
+    assert step_seconds([product._replace(kind="fp32")], device) == pytest.approx(1e12 / 5e12)
+    copy = Operation(0.0, 1e9, "fp32", False, "activations")
+    assert step_seconds([product, copy], device) == pytest.approx(1e12 / 50e12 + 1e9 / 500e9)
+    assert step_seconds([copy._replace(bytes=1.0)] * 1000, device) == pytest.approx(1e-3)  # started one by one
+
+
+def test_parts_of_the_memory_of_a_tokenizer() -> None:
+    plan = tokenizer_training(SMOKE).plan(H100)
+    assert {"weights", "codebook", "discriminator", "activations", "optimizer"} <= plan.memory.keys()
+    assert plan.memory["optimizer"] == pytest.approx(
+        2 * (plan.memory["weights"] + plan.memory["discriminator"]), rel=0.2
+    )
+    assert plan.flops["backward"] > plan.flops["forward"] > 0
+    assert plan.flops["discriminator"] > 0
+    assert plan.fits
+    assert json.loads(json.dumps(plan.to_table()))["needed_gb"] == pytest.approx(plan.needed / 1e9, abs=1e-3)
+    assert plan.disk["checkpoints"] > 3 * plan.disk["published"]
+
+
+def test_advised_settings_fit_and_the_refusal_names_them() -> None:
+    plan = tokenizer_training(SMOKE).plan(with_memory(90e6))
+    assert not plan.fits
+    assert "--set train.accumulate=" in plan.advice[0]
+    settings = [word for word in plan.advice[0].split() if word.startswith("train.")]
+    other = load_tokenizer("smoke", ["train.precision=fp32", *settings])
+    assert tokenizer_training(other).plan(with_memory(90e6)).fits
+    error = refusal(plan)
+    assert isinstance(error, ConfigError)
+    assert settings[0] in str(error)
+    assert "0.1 GB" in str(error)
+
+
+def test_where_nothing_fits_the_advice_says_so() -> None:
+    plan = tokenizer_training(SMOKE).plan(with_memory(1e6))
+    assert plan.advice[0].startswith("no settings fit")
+    assert tokenizer_training(SMOKE).fitting(with_memory(1e6)) is None
+
+
+def test_devices_share_the_batch_and_keep_gradients() -> None:
+    one, two = (tokenizer_training(SMOKE).plan(H100, count) for count in (1, 2))
+    assert two.settings["images at once"] == one.settings["images at once"] // 2
+    assert two.memory["activations"] < 0.7 * one.memory["activations"]
+    assert two.memory["gradients"] >= two.memory["weights"]
+    with pytest.raises(ConfigError, match="not divisible by 3 ranks"):
+        tokenizer_training(SMOKE).plan(H100, 3)
+
+
+def test_memory_and_operations_follow_from_two_traces() -> None:
+    training = tokenizer_training(SMOKE)
+    few, many, found = (training.trace(SMOKE.train, count, True) for count in (1, 16, 8))
+    guess = grown(few, many, 8)
+    assert sum(guess.peak.values()) == pytest.approx(sum(found.peak.values()), rel=0.05)
+    assert step_seconds(guess.operations, H100) == pytest.approx(step_seconds(found.operations, H100), rel=0.05)
+
+
+def test_a_sharded_generator_keeps_its_part_of_the_weights() -> None:
+    tokenizer = SMOKE.model
+    recipe = load_generator("llamagen-tiny", ["train.precision=fp32"])
+    whole = generator_training(recipe, tokenizer, 64).plan(H100, 2)
+    sharded = replace(recipe, train=replace(recipe.train, parallel="fsdp"))
+    parts = generator_training(sharded, tokenizer, 64).plan(H100, 2)
+    assert parts.memory["weights"] == pytest.approx(whole.memory["weights"] / 2, rel=1e-6)
+    assert parts.memory["optimizer"] == pytest.approx(whole.memory["optimizer"] / 2, rel=1e-6)
+
+
+def test_plans_of_the_other_stages() -> None:
+    tokens = plan_tokenize(SMOKE.model, (64, 64), 8, H100, images=1000)
+    assert tokens.disk["tokens"] == 1000 * 64 * 2
+    assert tokens.steps == 125
+    assert tokens.flops["backward"] == 0
+    recipe = load("smoke")
+    dim, per_image = features_of(recipe.features)
+    assert (dim, per_image) == (64, 64)
+    features = plan_features(recipe.features, H100, images=1000)
+    assert features.disk["features"] == 1000 * 64 * 64 * 2
+    clusters = plan_kmeans(replace(recipe.kmeans, k=100_000), 20_000_000, 768, H100)
+    assert clusters.flops["search"] == 2.0 * 20_000_000 * 100_000 * 768
+    assert 0.001 < clusters.hours < 1
+
+
+def test_an_unknown_gpu_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="--gpu h10 is unknown"):
+        device_named("h10")
+    assert device_named("cpu").fp32 > 0
+
+
+@pytest.mark.parametrize("name", ["small", "smoke"])
+def test_the_committed_figures_of_a_preset_are_those_of_the_command(name: str) -> None:
+    committed = presets.estimates()
+    if name not in committed:
+        pytest.skip(f"no figures of {name} are committed yet")
+    assert committed[name] == preset_figures(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "batch"), [("smoke", 8), ("small", 16), ("vqgan-lc-f16-100k", 1)])
+def test_the_memory_of_a_plan_is_within_15_percent_of_a_measured_step(preset: str, batch: int) -> None:
+    script = Path(__file__).with_name("measured.py")
+    answer = subprocess.run([sys.executable, str(script), preset, str(batch)], capture_output=True, check=True)
+    measured = json.loads(answer.stdout)
+    settings = ["train.precision=fp32", f"train.global_batch_size={batch}", "train.weight_ema=0"]
+    plan: Plan = tokenizer_training(load_tokenizer(preset, settings)).plan(device_named("cpu"))
+    print(f"{preset}: {plan.needed / 1e6:.0f} MB planned, {measured['bytes'] / 1e6:.0f} MB measured")
+    print(f"{plan.seconds_per_step:.3g} s a step planned, {measured['seconds']:.3g} s measured")
+    assert plan.needed == pytest.approx(measured["bytes"], rel=0.15)

@@ -1,0 +1,73 @@
+"""`vqpipe plan`, --plan, and the first line of `vqpipe train`."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import estimates
+from vqpipe.planning.devices import GPUS
+
+FP32 = ("--set", "train.precision=fp32")
+
+
+def test_a_plan_is_printed_as_a_table_and_as_json(vqpipe: Callable[..., Any], tmp_path: Path) -> None:
+    command = ("plan", "train", "--preset", "smoke", *FP32, "--gpu", "l40s", "--gpus", "2")
+    done = vqpipe(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert "memory: activations" in done.stdout
+    assert "2 x l40s" in done.stdout
+    table = json.loads(vqpipe(tmp_path, *command, "--json").stdout)
+    assert table["device"] == "l40s"
+    assert table["fits"] is True
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_gpu_is_an_error(vqpipe: Callable[..., Any], tmp_path: Path) -> None:
+    done = vqpipe(tmp_path, "plan", "train", "--preset", "smoke", "--gpu", "h1000")
+    assert done.returncode == 1
+    assert "Did you mean h100?" in done.stderr
+
+
+def train(vqpipe: Callable[..., Any], folder: Path, *options: str) -> Any:
+    return vqpipe(
+        folder,
+        *("train", "--preset", "smoke", "--images", "photos", "--out", "out", "--steps", "1"),
+        *("--set", "model.quantizer.codebook_init=uniform", "--set", "train.warmup_steps=0", *FP32, *options),
+    )
+
+
+def test_training_begins_with_its_estimate(
+    vqpipe: Callable[..., Any], draw_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    draw_folder(tmp_path / "photos", 8, side=64)
+    planned = train(vqpipe, tmp_path, "--plan")
+    assert planned.returncode == 0, planned.stderr
+    assert "a step" in planned.stdout
+    assert not (tmp_path / "out.partial").exists()
+    done = train(vqpipe, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("estimate: ")
+
+
+def test_training_that_does_not_fit_is_refused_before_it_begins(
+    vqpipe: Callable[..., Any], draw_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_folder(tmp_path / "photos", 8, side=64)
+    small = replace(GPUS["h100"], memory=1e8, context=0.0)
+    monkeypatch.setattr(estimates, "device_of", lambda device: small)
+    done = train(vqpipe, tmp_path)
+    assert done.returncode == 1
+    assert "out of memory" in done.stderr
+    assert "--set train.accumulate=" in done.stderr
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_help_does_not_import_pytorch() -> None:
+    code = "import sys, stages.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
