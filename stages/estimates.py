@@ -30,8 +30,9 @@ TOKENIZERS = {"ldm-f8": "vqgan-lc-f8-100k", "ldm-ffhq-f16": "vqgan-lc-ffhq-f16-1
 
 
 def plan_here(training: Training, device: torch.device) -> Plan:
-    """The plan of a run on the devices of this process group."""
-    return training.plan(device_of(device), distributed.world_size())
+    """The plan of a run on the devices of this process group. The random numbers of the run stay the same."""
+    with torch.random.fork_rng(devices=[]):
+        return training.plan(device_of(device), distributed.world_size())
 
 
 def training_of(preset: str) -> Training:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,20 +100,11 @@ def device_of(device: torch.device) -> Device:
 
 
 def measured_cpu() -> Device:
-    """This machine's CPU with PyTorch's threads: rates of a product, a convolution and a copy, half a second each at
-    most. They are what such operations reach, so the shares are 1."""
-    size = 768
-    wide = torch.ones(size, size)
-    narrow, images, kernel = wide.bfloat16(), torch.ones(1, 64, 128, 128), torch.ones(64, 64, 3, 3)
-    large = torch.ones(2**23)
-    product, convolution = 2.0 * size**3, 2.0 * 64 * 64 * 9 * 128**2
+    """This machine's CPU with PyTorch's threads. Its rates are measured once in a process."""
     return Device(
         name="cpu",
         memory=float(available_bytes()),
-        bf16=product / seconds(torch.mm, narrow, narrow) / 1e12,
-        conv32=convolution / seconds(F.conv2d, images, kernel) / 1e12,
-        fp32=product / seconds(torch.mm, wide, wide) / 1e12,
-        bandwidth=2 * 4 * len(large) / seconds(torch.neg, large) / 1e9,
+        **measured_rates(torch.get_num_threads()),
         link=1.0,
         product_share=0.8,
         memory_share=1.0,
@@ -120,6 +112,20 @@ def measured_cpu() -> Device:
         context=40e6,  # code that oneDNN compiles, and its workspaces
         margin=0.06,
     )
+
+
+@cache
+def measured_rates(threads: int) -> dict[str, float]:
+    """Rates of two products, a convolution and a copy: what such operations reach, so that shares of them are near 1.
+    bf16 is measured on a smaller product, since many CPUs emulate it."""
+    wide, narrow = torch.ones(768, 768), torch.ones(256, 256, dtype=torch.bfloat16)
+    images, kernel, large = torch.ones(1, 64, 128, 128), torch.ones(64, 64, 3, 3), torch.ones(2**23)
+    return {
+        "bf16": 2 * 256**3 / seconds(torch.mm, narrow, narrow) / 1e12,
+        "conv32": 2 * 64 * 64 * 9 * 128**2 / seconds(F.conv2d, images, kernel) / 1e12,
+        "fp32": 2 * 768**3 / seconds(torch.mm, wide, wide) / 1e12,
+        "bandwidth": 2 * 4 * len(large) / seconds(torch.neg, large) / 1e9,
+    }
 
 
 def seconds(function: Callable[..., Any], *inputs: Tensor) -> float:

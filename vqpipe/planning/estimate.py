@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -358,9 +359,17 @@ def as_fake(network: NetworkT, trace: Trace, part: str) -> NetworkT:
 
 @contextmanager
 def fake_tensors(gpu: bool) -> Iterator[tuple[Trace, AbstractContextManager[Any]]]:
-    """Fake tensors with a `Trace`. Yields it, and what to enter around the step: the rules of autocast on CUDA."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Trace(gpu=gpu) as trace:
-        yield trace, CudaAutocast() if gpu else nullcontext()
+    """Fake tensors with a `Trace`. Yields it, and what to enter around the step: the rules of autocast on CUDA.
+
+    The step is that of a single process: other ranks, if there are any, do not take part in it.
+    """
+    initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Trace(gpu=gpu) as trace:
+            yield trace, CudaAutocast() if gpu else nullcontext()
+    finally:
+        dist.is_initialized = initialized
 
 
 def build(config: AutoencoderConfig) -> Autoencoder:
