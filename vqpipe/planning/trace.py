@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from vqpipe.search.nearest import nearest_operator
+
 ACTIVATIONS, SEARCH, GRADIENTS, OPTIMIZER = "activations", "search", "gradients", "optimizer"
 """Parts of the memory. Others are named by those who build a network: weights, codebook, discriminator, LPIPS."""
 ROWS_AT_ONCE, CANDIDATES = 2**18, 32
@@ -34,7 +36,7 @@ PROGRAM_ROWS, WANTED_PROGRAMS, MAX_SPLITS = 64, 264, 16
 EPILOGUE_DIMENSIONS = 64
 """Comparing two distances costs as much as a product of this many dimensions."""
 
-NEAREST = torch.ops.vqpipe.nearest.default
+NEAREST = nearest_operator._opoverload
 FREE = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default}
 """Operations that move no data, besides views."""
 
