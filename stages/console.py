@@ -15,9 +15,11 @@ from typing import Annotated, Literal
 import torch
 import typer
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +33,8 @@ from vqpipe.data.made_images import Form
 from vqpipe.errors import printable
 from vqpipe.reports import page
 
+LIVE: list[Live] = []
+"""The display at the bottom of the terminal, while there is one: everything else is printed above it."""
 PLAIN_SECONDS = 10.0
 """Shortest time between two lines of progress where stderr is not a terminal."""
 LOG_WIDTH = 200
@@ -262,7 +266,9 @@ def remark_size(what: str, size: int | str | None, preset: str, trained: int) ->
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a rich table or tree on stderr, from rank 0. In a log file it is not limited to a terminal's width."""
+    """Print a result, a rich table or tree, on stderr, from rank 0. In a log file it is not limited to a terminal's
+    width."""
+    end_live()
     if prints():
         console = stderr()
         if not console.is_terminal:
@@ -296,6 +302,7 @@ def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Iterable
 
 def finished(artifact: Artifact, again: bool = False) -> None:
     """Print the last lines of a command: what was published, and its path alone on stdout."""
+    end_live()
     if not prints():
         return
     facts = ", ".join(
@@ -326,7 +333,7 @@ class ProgressBar:
 
     def __enter__(self) -> "ProgressBar":
         terminal = stderr()
-        if self.visible and terminal.is_terminal:
+        if self.visible and terminal.is_terminal and not terminal.is_dumb_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -336,14 +343,16 @@ class ProgressBar:
                 TextColumn("[dim]{task.fields[note]}"),
             )
             self.bars = Progress(*columns, console=terminal)
-            self.live = Live(console=terminal, get_renderable=self.render, refresh_per_second=4)
+            # stdout is for results, which rich would print on stderr
+            self.live = Live(console=terminal, get_renderable=self.render, refresh_per_second=4, redirect_stdout=False)
+            LIVE.append(self.live)
             self.live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.end_phase()
         if self.live is not None:
-            self.live.stop()
+            end_live()
 
     def start(self, title: str, total: int | None, unit: str = "images", done: int = 0) -> None:
         self.end_phase()
@@ -395,9 +404,29 @@ class ProgressBar:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column()
-        for row in self.details:
-            table.add_row(*row)
+        for label, text in self.details:
+            table.add_row(label, Unbroken(text.split("   ")))
         return Group(self.bars, table)
+
+
+class Unbroken:
+    """Short texts one after the other, on as many lines as they need; a line ends between two of them."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = ""
+        for text in self.texts:
+            longer = f"{line}   {text}" if line else text
+            if line and cell_len(longer) > options.max_width:
+                yield Text(line)
+                longer = text
+            line = longer
+        yield Text(line)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(cell_len, self.texts)), cell_len("   ".join(self.texts)))
 
 
 class RateColumn(ProgressColumn):
@@ -413,7 +442,14 @@ def prints() -> bool:
 
 
 def stderr() -> Console:
-    return Console(file=sys.stderr)
+    """The console of everything but results. While a display is open it is that display's, which prints above it."""
+    return LIVE[-1].console if LIVE else Console(file=sys.stderr)
+
+
+def end_live() -> None:
+    """Leave the display as it is, and print below it from now on."""
+    while LIVE:
+        LIVE.pop().stop()
 
 
 def clock(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vqpipe.reports import page
+from vqpipe.reports import page, training
 from vqpipe.reports.benchmark import benchmark_page
 from vqpipe.reports.pictures import ImagePair, error_pictures, to_png
 from vqpipe.reports.training import TrainingRun, training_page
 
 Open = Callable[..., Any]
+FILLED = "() => [...document.querySelectorAll('.card')].every((card) => card.querySelector('.slide'))"
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 375, "height": 812}, "has_touch": True, "is_mobile": True}
 
@@ -312,13 +314,74 @@ def test_a_training_run_and_a_benchmark_are_accessible_and_make_no_requests(open
         "machine": {"cpu": "a processor", "threads": 1, "cpus": 2, "instructions": "avx2"},
         "versions": {"torch": "2"},
     }
-    for report in (training_page(run, "footer"), benchmark_page(measured, "vqpipe bench")):
+    for report in (training_page(run), benchmark_page(measured, "vqpipe bench")):
         for how in (DESKTOP, PHONE):
             opened = open_page(page.render(report), color_scheme="dark", **how)
             assert all_images_loaded(opened)
             assert overflow(opened) == 0
             assert (opened.messages, opened.requests[1:]) == ([], [])
             assert opened.page.evaluate(CONTRASTS)[0]["contrast"] >= 4.5
+
+
+def test_page_of_a_running_job_reloads_itself_and_keeps_the_readers_place(
+    open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "RELOAD_SECONDS", 1)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8, generator=generator)
+    pair = ImagePair("noise", to_png(image), to_png(image.flip(1)), 9.0)
+    settings = {"train": {f"setting_{number}": number for number in range(90)}}
+
+    def html(step: int) -> str:
+        rows = [{"step": each, "images_seen": 8 * each, "psnr": 10.0 + each} for each in range(1, step + 1)]
+        shown = [pair] if step > 1 else []  # later pages have more above the reader's place
+        run = TrainingRun(name="lc", description="", step=step, steps=9, rows=rows, shown=shown, settings=settings)
+        return page.render(training_page(run))
+
+    view = open_page(html(1), **DESKTOP).page
+    view.locator("summary", has_text="Show").click()
+    view.evaluate("() => scrollTo(0, document.querySelector('table').getBoundingClientRect().top + scrollY + 200)")
+    before = view.evaluate("() => document.querySelector('table').getBoundingClientRect().top")
+    view.locator(".theme").evaluate("(node) => node.click()")
+    (tmp_path / "report.html").write_text(html(2), encoding="utf-8")
+    view.wait_for_function("() => document.body.textContent.includes('Step 2 of 9')")
+    view.wait_for_function(FILLED)
+    assert view.evaluate("() => document.querySelector('table').getBoundingClientRect().top") == pytest.approx(
+        before, abs=2
+    )
+    assert view.evaluate("() => document.documentElement.dataset.theme") == "dark"
+
+    view.locator(".card .version[data-label=error]").evaluate("(node) => node.click()")
+    view.locator(".slide").evaluate("(node) => node.closest('.card').card.slideTo(80)")
+    (tmp_path / "report.html").write_text(html(3), encoding="utf-8")
+    view.wait_for_function("() => document.body.textContent.includes('Step 3 of 9')")
+    view.wait_for_function(FILLED)
+    assert view.locator(".card .version[aria-pressed=true]").get_attribute("data-label") == "error"
+    assert view.locator(".slide").get_attribute("aria-valuenow") == "80"
+
+    # The run ends: its folder is renamed.
+    published = tmp_path.parent / "lc"
+    published.mkdir()
+    (published / "report.html").write_text(html(9), encoding="utf-8")
+    (published / "manifest.json").write_text('{"schema": 1, "kind": "tokenizer"}', encoding="utf-8")
+    (tmp_path / "report.html").unlink()
+    view.wait_for_function("() => document.body.textContent.includes('Step 9 of 9')")
+    assert view.url == (published / "report.html").as_uri()
+    assert view.locator("details[open] table").count() == 1
+    view.evaluate("() => { window.mark = 1; }")
+    view.wait_for_timeout(2500)
+    assert view.evaluate("() => window.mark") == 1  # it does not reload
+
+
+def test_page_of_a_running_job_waits_for_its_reader(open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "RELOAD_SECONDS", 1)
+    run = TrainingRun(name="lc", description="", step=1, steps=9, rows=[], command="vqpipe train")
+    view = open_page(page.render(training_page(run)), **DESKTOP).page
+    view.evaluate("() => { window.mark = 1; getSelection().selectAllChildren(document.querySelector('code')); }")
+    view.wait_for_timeout(2500)
+    assert view.evaluate("() => window.mark") == 1
+    view.evaluate("() => getSelection().removeAllRanges()")
+    view.wait_for_function("() => window.mark === undefined")
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def html(**given: Any) -> str:
     run = TrainingRun(
         **{"name": "lc", "description": describe_tokenizer(TOKENIZER), "step": 20, "steps": 40, "rows": [], **given}
     )
-    return page.render(training_page(run, "footer"))
+    return page.render(training_page(run))
 
 
 def test_run_without_rows_has_a_page() -> None:

@@ -139,3 +139,15 @@ def picture_folder(tmp_path: Path) -> Path:
         waves = [np.sin(rows / (3 + number) + shift) + np.cos(columns / (2 + number)) for shift in range(3)]
         Image.fromarray((np.stack(waves, -1) * 63 + 127).astype(np.uint8)).save(folder / f"drawn-{number}.png")
     return folder
+
+
+@pytest.fixture
+def tiny_training() -> dict[str, Any]:
+    """Options of `train` for a tokenizer that takes a second for 8 steps of 4 images; without the number of steps."""
+    settings = [
+        *("data.image_size=32", "model.quantizer.kind=vq", "model.quantizer.codebook_size=40"),
+        *("model.base_channels=8", "model.z_channels=8", "model.channel_multipliers=[1, 2]"),
+        *("discriminator.base_channels=4", "train.warmup_steps=2", "train.save_every=3", "train.whiten_init=false"),
+        *("objective.disc_start=4", "train.sample_every=8", "train.log_every=50", "objective.entropy=0.0"),
+    ]
+    return {"preset": "smoke", "global_batch_size": 4, "precision": "fp32", "device": "cpu", "overrides": settings}

@@ -1,6 +1,7 @@
 """`vqpipe train`: log, samples, validation, best weights, and what is published."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqConfig
-from vqpipe.training.callbacks import Callback, RunReport, read_metrics
+from vqpipe.training.callbacks import Callback, Paced, RunReport, read_metrics
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
 from vqpipe.training.tokenizer_run import RunInputs, check_run, start_tokenizer_run, train_tokenizer
@@ -31,6 +32,9 @@ SETTINGS = [
     *("train.warmup_steps=2", "train.save_every=3", "train.whiten_init=false"),
     *("objective.disc_start=4", "train.sample_every=8", "train.log_every=2", "objective.entropy=0.0"),
 ]
+
+
+TIMES = ("images_per_second", "seconds_per_step", "data_wait", "tflops")
 
 
 @pytest.fixture
@@ -150,13 +154,47 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
         with pytest.raises(KeyboardInterrupt):
             go("lc", **held_out)
     page = tmp_path / "lc.partial" / "report.html"
-    assert "Step 0 of 8" in page.read_text()
+    text = page.read_text()
+    assert re.search(r"Step 2 of 8\. Written 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", text)  # the first row of the log
+    assert "training PSNR" in text
+    assert '<body data-reload="15" data-successor="lc">' in text
+    assert '<meta http-equiv="refresh" content="15">' in text
     assert str(page) in " ".join(capsys.readouterr().err.split())
     text = go("lc", **held_out).file("report.html").read_text()
     assert "Step 8 of 8" in text
+    assert "<body>" in text
+    assert 'http-equiv="refresh"' not in text
     for part in ("Originals and reconstructions", "Learning rate", "Codebook utilization", "best at step"):
         assert part in text
     assert "Held-out images, reconstructed at step 8." in text
+
+
+@pytest.mark.parametrize("weight_ema", [0.0, 0.9])
+def test_page_shows_pictures_between_samples_and_changes_no_result(
+    go: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weight_ema: float
+) -> None:
+    pages: list[str] = []
+    render = RunReport.render
+
+    def kept(self: RunReport, step: int) -> None:
+        render(self, step)
+        pages.append((self.draft.path / "report.html").read_text())
+
+    settings = [f"train.weight_ema={weight_ema}", "model.quantizer.kind=lc", "model.quantizer.codebook_init=uniform"]
+    made = []
+    for due in (True, False):
+        pages.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Paced, "due", lambda self, due=due: due)
+            patch.setattr(RunReport, "render", kept)
+            made.append(go(f"previews-{due}", set=settings))
+        assert any("reconstructed at step 4." in text for text in pages) == due
+    for name in ("model.safetensors", "pictures/step-00000008.png"):
+        assert made[0].manifest.files[name] == made[1].manifest.files[name]
+    assert made[0].manifest.files.keys() == made[1].manifest.files.keys()
+    rows = [read_metrics(each.file("metrics.jsonl")) for each in made]
+    numbers = [[{k: v for k, v in row.items() if k not in TIMES} for row in each] for each in rows]
+    assert numbers[0] == numbers[1]
 
 
 def test_other_held_out_images_are_another_request(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from vqpipe.errors import ConfigError, NumericError
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
-from vqpipe.training.callbacks import Callback
+from vqpipe.training.callbacks import Callback, Paced
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loop import train
@@ -117,12 +118,20 @@ class Recorder(Callback):
 
     def __init__(self, on_step: Callable[[TrainState], None]) -> None:
         self.rows: list[Row] = []
+        self.partial_rows: list[Row] = []
+        self.previews: list[int] = []
         self.skipped: list[int] = []
         self.step = self.ended = 0
         self.on_step = on_step
 
     def on_log(self, row: Row) -> None:
         self.rows.append(row)
+
+    def on_partial_row(self, row: Row) -> None:
+        self.partial_rows.append(row)
+
+    def on_preview(self, step: int, network: Any) -> None:
+        self.previews.append(step)
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
         self.skipped.append(step)
@@ -280,3 +289,42 @@ def test_on_end_is_called_also_when_the_run_fails(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "failing", on_step=fail)
     assert ended == [True]
+
+
+def test_numbers_of_the_first_steps_come_before_the_first_row(tmp_path: Path) -> None:
+    _, recorder = run(tmp_path / "a", log_every=8)
+    assert [row["step"] for row in recorder.partial_rows] == [1, 2, 5]
+    assert [row["step"] for row in recorder.rows] == [8, 12]
+    assert recorder.partial_rows[0].keys() == recorder.rows[0].keys() - {
+        name for name in recorder.rows[0] if "discriminator" in name or "logit" in name or "adversarial" in name
+    }
+    _, recorder = run(tmp_path / "b", log_every=1)
+    assert recorder.partial_rows == []
+    _, again = run(tmp_path / "c", stop_at=6, log_every=50), run(tmp_path / "c", log_every=50)[1]
+    assert [row["step"] for row in again.partial_rows] == [7, 8, 11]  # steps of the process that resumed
+
+
+def test_previews_come_with_rows_when_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tmp_path / "a")[1].previews == []  # too short a run
+    monkeypatch.setattr(Paced, "due", lambda self: True)
+    assert run(tmp_path / "b")[1].previews == [1, 2, 3, 9]  # rows at 3, 6, 9, 12; samples at 6 and 12
+
+
+def test_paced_action_is_repeated_by_the_clock_and_takes_a_small_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    pace = Paced(first=15.0, every=60.0, growth=1.5, longest=100.0, share=0.02)
+
+    def waits(cost: float) -> float:
+        """Seconds until the action is due again, of an action that takes `cost` seconds."""
+        with pace.timed():
+            clock[0] += cost
+        ended = clock[0]
+        while not pace.due():
+            clock[0] += 1.0
+        return clock[0] - ended
+
+    while not pace.due():
+        clock[0] += 1.0
+    assert clock[0] == 115.0
+    assert [waits(cost) for cost in (0.0, 0.0, 0.0, 0.0, 4.0)] == [60.0, 90.0, 100.0, 100.0, 200.0]

@@ -337,3 +337,66 @@ const paint = (name) => {
 theme.hidden = false;
 theme.addEventListener("click", () => paint(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % 3]));
 paint("");
+
+// ---- The page of a running job: it loads itself again, and keeps the reader's place ----
+
+const reloadSeconds = Number(document.body.dataset.reload || 0), placeKey = `place: ${document.title}`;
+const titleOf = (node) => node.closest("section")?.querySelector("h2").textContent ?? "";
+const cardsByName = () => [...document.querySelectorAll(".card")].map((node) => [`${titleOf(node)}/${node.card.name}`, node.card]);
+const folds = () => [...document.querySelectorAll("details")].map((node) => [titleOf(node), node]);
+
+const readPlace = () => {
+  const headings = [...document.querySelectorAll("h1, h2")];
+  const above = headings.filter((node) => node.getBoundingClientRect().top <= 1).pop() ?? headings[0];
+  return {
+    theme: document.documentElement.dataset.theme,
+    heading: above.textContent, top: above.getBoundingClientRect().top, left: scrollX,
+    folds: folds().map(([name, node]) => [name, node.open]),
+    cards: cardsByName().map(([name, card]) => [name, [card.label(), card.percent]]),
+  };
+};
+
+const restorePlace = (place) => {
+  if (place.theme) paint(place.theme);
+  const open = new Map(place.folds), chosen = new Map(place.cards);
+  for (const [name, node] of folds()) if (open.has(name)) node.open = open.get(name);
+  for (const [name, card] of cardsByName()) {
+    if (!chosen.has(name)) continue;
+    const [label, percent] = chosen.get(name);
+    const number = card.versions.findIndex((button) => button.dataset.label === label);
+    card.choose(Math.max(0, number));
+    if (card.slide) card.slideTo(percent);
+    card.percent = percent;
+  }
+  const heading = [...document.querySelectorAll("h1, h2")].find((node) => node.textContent === place.heading);
+  if (!heading) return;
+  const top = scrollY + heading.getBoundingClientRect().top - place.top;
+  scrollTo({ left: place.left, top, behavior: "instant" });
+};
+
+// Storage may be forbidden.
+const storage = (act) => { try { return act(sessionStorage); } catch { return null; } };
+
+const saved = storage((store) => store.getItem(placeKey));
+storage((store) => store.removeItem(placeKey));
+if (saved) restorePlace(JSON.parse(saved));
+
+if (reloadSeconds) {
+  history.scrollRestoration = "manual";
+  addEventListener("pagehide", () => storage((store) => store.setItem(placeKey, JSON.stringify(readPlace()))));
+  // Not while the reader looks closely, selects text, or is elsewhere.
+  const busy = () => document.hidden || large.dialog.open || !getSelection().isCollapsed || document.querySelector(".slide:active");
+  let seconds = 0;
+  const again = () => {
+    seconds += 1;
+    if (seconds < reloadSeconds || busy()) return;
+    clearInterval(timer);
+    // When the run is published, its folder is renamed: then the page is there, and no longer here.
+    const home = `../${document.body.dataset.successor}`, probe = document.createElement("script");
+    probe.addEventListener("load", () => location.replace(`${home}/report.html`));
+    probe.addEventListener("error", () => location.reload());
+    probe.src = `${home}/manifest.json`;
+    document.head.append(probe);
+  };
+  const timer = setInterval(again, 1000);
+}

@@ -176,6 +176,10 @@ class ReportPage:
     subtitle: str
     sections: Sequence[Section]
     footer: str = ""
+    reload_seconds: int = 0
+    """Seconds after which the page loads itself again, because its file is written again; 0: never."""
+    successor: str = ""
+    """The name, URL-quoted, of the artifact beside the page's folder whose page replaces this one once it exists."""
 
 
 def render(report: ReportPage) -> str:

@@ -6,6 +6,7 @@ Shapes: G groups, K codes per group.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes
 from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
 
+RELOAD_SECONDS = 15
+"""Seconds after which the page of a run loads itself again."""
 OPEN_ROWS = 12
 """Validations up to which their table is not folded."""
 
@@ -39,6 +42,7 @@ class TrainingRun:
     """Which images they are, and of which step."""
     samples: bytes | None = None
     """The newest samples, a PNG file."""
+    samples_step: int = 0
     samples_note: str = ""
     counts: Tensor | None = None
     """int64[G, K]: how often each code was chosen."""
@@ -46,6 +50,8 @@ class TrainingRun:
     """On which images, at which step."""
     best_step: int | None = None
     """The step of the best validation."""
+    written: str = ""
+    """When the page was written."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,16 @@ NUMBERS = (
     LoggedNumber("valid/perplexity", "validation", "validation perplexity", ",.1f", note="mean over groups"),
     LoggedNumber("utilization", "codes", "codes in use", ".1f", "%", 100, "training images, since the row before"),
     LoggedNumber("perplexity", "codes", "training perplexity", ",.1f", note="of the first group, since the row before"),
+    LoggedNumber("loss/discriminator", "discriminator", "discriminator loss", ".4g"),
+    LoggedNumber(
+        "loss/real_logit", "discriminator", "discriminator real", ".4g", note="mean output on training images"
+    ),
+    LoggedNumber(
+        "loss/fake_logit", "discriminator", "discriminator fake", ".4g", note="mean output on their reconstructions"
+    ),
+    LoggedNumber(
+        "loss/adversarial_weight", "discriminator", "adaptive weight", ".4g", note="factor of the adversarial term"
+    ),
     LoggedNumber("gradient_norm", "gradients", "gradient norm", ".3g"),
     LoggedNumber("discriminator_gradient_norm", "gradients", "discriminator gradient norm", ".3g"),
     LoggedNumber("nonfinite_steps", "gradients", "skipped steps", ",.0f"),
@@ -106,7 +122,7 @@ NUMBERS = (
     LoggedNumber("memory_gb", "speed", "memory", ".1f", "GB"),
     LoggedNumber("compiled_graphs", "speed", "compiled graphs", ",.0f"),
 )
-"""Every logged number except the loss terms, for the page and for the progress display."""
+"""Every logged number except most loss terms, for the page and for the progress display."""
 
 
 def describe_tokenizer(facts: Mapping[str, Any]) -> str:
@@ -114,10 +130,16 @@ def describe_tokenizer(facts: Mapping[str, Any]) -> str:
     return f"{facts['quantizer']} quantizer, {codes(facts)}, downsample factor {facts['downsample_factor']}."
 
 
-def training_page(run: TrainingRun, footer: str = "") -> page.ReportPage:
-    """Numbers, reconstructions or samples, curves, codes in use, validations, settings, lineage."""
+def training_page(run: TrainingRun) -> page.ReportPage:
+    """Numbers, reconstructions or samples, curves, codes in use, validations, settings, lineage.
+
+    Before the last step the page reloads itself; when the run is published, it opens the published page.
+    """
     subtitle = f"{run.description} Step {run.step:,} of {run.steps:,}."
-    return page.ReportPage(run.name, subtitle, list(sections(run)), footer)
+    if run.step == run.steps:
+        return page.ReportPage(run.name, subtitle, list(sections(run)), run.written)
+    subtitle += f" Written {run.written}; this page reloads itself during the run."
+    return page.ReportPage(run.name, subtitle, list(sections(run)), run.written, RELOAD_SECONDS, quote(run.name))
 
 
 def sections(run: TrainingRun) -> Iterator[page.Section]:
@@ -127,7 +149,7 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
         caption = f"{run.shown_note} {ERROR_CAPTION}".strip()
         yield page.Pictures("Originals and reconstructions", error_pictures(run.shown), caption)
     if run.samples is not None:
-        yield page.Maps("Samples", [page.Map(run.samples_note, run.samples, f"Step {run.step:,}", "samples")])
+        yield page.Maps("Samples", [page.Map(run.samples_note, run.samples, f"Step {run.samples_step:,}", "samples")])
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
     if run.counts is not None and run.counts.sum():

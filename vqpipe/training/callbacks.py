@@ -9,7 +9,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,35 @@ NAMED_IMAGES = 3
 """Images of a skipped step that a message names."""
 
 
+class Paced:
+    """Wall-clock times at which an action is repeated that may take long.
+
+    Args:
+        first: seconds until the first time.
+        every: seconds between the next ones, multiplied by `growth` each time, until `longest`.
+        share: the largest share of the whole time that the action may take; longer ones are repeated less often.
+    """
+
+    def __init__(
+        self, *, first: float, every: float, growth: float = 1.0, longest: float = math.inf, share: float = 0.02
+    ) -> None:
+        self.every, self.growth, self.longest, self.share = every, growth, longest, share
+        self.next = time.monotonic() + first
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self.next
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The action, whether it was due or not: the next one is due an interval later."""
+        began = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self.next = ended + max(self.every, (ended - began) / self.share)
+        self.every = min(self.every * self.growth, self.longest)
+
+
 class Callback:
     """Base class: every hook does nothing. `network` is the weight average, which is what will be published."""
 
@@ -52,12 +83,19 @@ class Callback:
         A callback may add numbers to `row` for those after it.
         """
 
+    def on_partial_row(self, row: Row) -> None:
+        """Numbers of the first steps, before the first row of the log: for display, they are not logged."""
+
     def on_sample(self, step: int, network: Any) -> Mapping[str, bytes]:
         """Every `sample_every` steps and at the end. Returns images by name, as PNG files, for `on_images`."""
         return {}
 
     def on_images(self, step: int, images: Mapping[str, bytes]) -> None:
         """What `on_sample` of all callbacks returned."""
+
+    def on_preview(self, step: int, network: Any) -> None:
+        """Now and then between two samples, by wall-clock time: refresh the pictures of `report_fields`. Since time
+        decides, nothing that is published or logged may depend on it."""
 
     def on_validate(self, step: int, network: Any) -> Row:
         """Every `validate_every` steps and at the end. Returns numbers by name for `on_log`."""
@@ -98,9 +136,17 @@ class CallbackList(Callback):
             self.on_images(step, images)
         return images
 
+    def on_partial_row(self, row: Row) -> None:
+        for callback in self.callbacks:
+            callback.on_partial_row(row)
+
     def on_images(self, step: int, images: Mapping[str, bytes]) -> None:
         for callback in self.callbacks:
             callback.on_images(step, images)
+
+    def on_preview(self, step: int, network: Any) -> None:
+        for callback in self.callbacks:
+            callback.on_preview(step, network)
 
     def on_validate(self, step: int, network: Any) -> Row:
         row = {name: value for each in self.callbacks for name, value in each.on_validate(step, network).items()}
@@ -197,6 +243,9 @@ class ProgressCallback(Callback):
         self.row = self.row | row
         self.progress.note(self.text, details(self.row))
 
+    def on_partial_row(self, row: Row) -> None:
+        self.on_log(row)
+
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
         self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {first_names(keys)})")
 
@@ -224,9 +273,10 @@ def summary(row: Row) -> str:
 def details(row: Row) -> list[tuple[str, str]]:
     """Every known number of a row: (label, text), a label for each group of `reports.training.NUMBERS`."""
     lines: dict[str, list[str]] = {"loss": []}
-    losses = (name for name in row if name.startswith("loss/"))
+    labelled = {column.key for column in NUMBERS} - {"loss/total"}
+    losses = (name for name in row if name.startswith("loss/") and name not in labelled)
     for name in sorted(losses, key=lambda name: (name != "loss/total", name)):
-        lines["loss"].append(f"{name.removeprefix('loss/')} {row[name]:.4g}")
+        lines["loss"].append(f"{name.removeprefix('loss/').replace('_', ' ')} {row[name]:.4g}")
     for column in NUMBERS:
         if column.key in row and column.group != "loss":
             lines.setdefault(column.group, []).append(f"{column.short_label} {column.text_with_unit(row[column.key])}")
@@ -287,11 +337,19 @@ class ReconstructionGrid(Callback):
     def on_sample(self, step: int, network: Autoencoder) -> Mapping[str, bytes]:
         if self.originals is None or not distributed.is_main():
             return {}
-        reconstructions, counts = self.reconstruct(network, self.originals)
-        grid = reconstruction_grid(self.originals, reconstructions, columns=len(self.originals))
+        grid = self.draw(step, network, self.originals)
         write_picture(self.draft, step, grid)
-        psnr = psnr_of(mean_squared_error(self.originals, reconstructions), peak=255.0).tolist()
-        pairs = zip(self.names, self.originals, reconstructions, psnr, strict=True)
+        return {"reconstructions": grid}
+
+    def on_preview(self, step: int, network: Autoencoder) -> None:
+        if self.originals is not None and distributed.is_main():
+            self.draw(step, network, self.originals)
+
+    def draw(self, step: int, network: Autoencoder, originals: Tensor) -> bytes:
+        """Set the fields of the page. Returns the grid as a PNG file."""
+        reconstructions, counts = self.reconstruct(network, originals)
+        psnr = psnr_of(mean_squared_error(originals, reconstructions), peak=255.0).tolist()
+        pairs = zip(self.names, originals, reconstructions, psnr, strict=True)
         self.fields = {
             "shown": [ImagePair(name, to_png(a), to_png(b), db if db < math.inf else None) for name, a, b, db in pairs],
             "shown_note": f"{'Held-out' if self.held_out else 'Training'} images, reconstructed at step {step:,}.",
@@ -299,7 +357,7 @@ class ReconstructionGrid(Callback):
         if not self.held_out:
             note = f"On the {len(self.names)} images above alone, at step {step:,}: more with --validation."
             self.fields |= {"counts": counts, "counts_note": note}
-        return {"reconstructions": grid}
+        return reconstruction_grid(originals, reconstructions, columns=len(originals))
 
     @torch.no_grad()
     def reconstruct(self, network: Autoencoder, originals: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,14 +385,16 @@ class SampleSheet(Callback):
         self.fields: dict[str, Any] = {}
 
     def on_sample(self, step: int, network: nn.Module) -> Mapping[str, bytes]:
-        if not (self.all_ranks or distributed.is_main()):
-            return {}
-        sheet = self.draw(network)
+        self.on_preview(step, network)
         if not distributed.is_main():
             return {}
-        write_picture(self.draft, step, sheet)
-        self.fields = {"samples": sheet, "samples_note": "The same seeds and classes each time."}
-        return {"samples": sheet}
+        write_picture(self.draft, step, self.fields["samples"])
+        return {"samples": self.fields["samples"]}
+
+    def on_preview(self, step: int, network: nn.Module) -> None:
+        if self.all_ranks or distributed.is_main():
+            note = "The same seeds and classes each time."
+            self.fields = {"samples": self.draw(network), "samples_step": step, "samples_note": note}
 
     def report_fields(self) -> Mapping[str, Any]:
         return self.fields
@@ -363,7 +423,8 @@ class HeldOutMetrics(Callback):
 
 
 class RunReport(Callback):
-    """`report.html` of a run, in its draft: written at the start, after samples and validations, and at the end.
+    """`report.html` of a run, in its draft: written at the start, with the first row of the log, with pictures and
+    validations, and with further rows as often as takes little time. Until the last step the page reloads itself.
 
     Args:
         description: one line on what is trained.
@@ -383,41 +444,58 @@ class RunReport(Callback):
     ) -> None:
         self.draft, self.metrics, self.description = draft, metrics, description
         self.settings, self.sources, self.progress = settings, sources, progress
-        self.outdated = False
+        self.pace = Paced(first=0.0, every=5.0, share=0.05)
+        self.outdated = self.urgent = False
+        self.partial: list[Row] = []
 
     def on_start(self, state: TrainState) -> None:
+        self.has_rows = bool(self.metrics.rows)
         self.write(state.step)
-        self.progress.message(f"to watch the run, open {self.draft.path / 'report.html'} (updated during the run)")
+        self.progress.message(f"to watch the run, open {self.draft.path / 'report.html'}")
+
+    def on_log(self, row: Row) -> None:
+        self.outdated, self.partial = True, []
+        self.urgent, self.has_rows = self.urgent or not self.has_rows, True
+
+    def on_partial_row(self, row: Row) -> None:
+        self.outdated, self.partial = True, [row]
+
+    def on_preview(self, step: int, network: Any) -> None:
+        self.urgent = True
 
     def on_sample(self, step: int, network: Any) -> Mapping[str, bytes]:
-        self.outdated = True
+        self.urgent = True
         return {}
 
     def on_validate(self, step: int, network: Any) -> Row:
-        self.outdated = True
+        self.urgent = True
         return {}
 
     def on_step_end(self, state: TrainState) -> None:
-        if self.outdated:
+        if self.urgent or (self.outdated and self.pace.due()):
             self.write(state.step)
+        self.outdated = self.urgent = False
 
     def write(self, step: int) -> None:
         """Write the page as of `step`."""
-        self.outdated = False
-        if not distributed.is_main():
-            return
+        if distributed.is_main():
+            with self.pace.timed():
+                self.render(step)
+
+    def render(self, step: int) -> None:
+        """Write the file."""
         name, steps = self.draft.out.name, self.settings["train"]["steps"]
         run = TrainingRun(
             name=name,
             description=self.description,
             step=step,
             steps=steps,
-            rows=self.metrics.rows,
+            rows=[*self.metrics.rows, *self.partial],
             settings=self.settings,
             lineage={"kind": self.draft.requested["kind"], "name": name, "content": "", "inputs": self.draft.lineage},
             command=shlex.join(["vqpipe", *sys.argv[1:]]),
+            written=now().replace("T", " ").replace("+00:00", " UTC"),
             **{name: value for source in self.sources for name, value in source.report_fields().items()},
         )
-        footer = "Updated during the run; reload to refresh. " if step < steps else ""
         with self.draft.write("report.html") as path:
-            path.write_text(page.render(training_page(run, f"{footer}{now()}")), encoding="utf-8")
+            path.write_text(page.render(training_page(run)), encoding="utf-8")

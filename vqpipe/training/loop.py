@@ -2,7 +2,8 @@
 
 Plain torch.distributed: under torchrun it runs on every rank, else on one process. Batches and random numbers are a
 function of (seed, step, position), independent of interruptions. Losses are accumulated on the GPU, and the skipped
-flag of a step is read while the next one runs, so there is no synchronization between two rows of the log.
+flag of a step is read while the next one runs, so there is no synchronization between two rows of the log. Only before
+the first row, the numbers so far are read after `PARTIAL_ROWS` steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vqpipe import distributed
-from vqpipe.training.callbacks import Callback, CallbackList
+from vqpipe.training.callbacks import Callback, CallbackList, Paced
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.networks import compiled_graphs
@@ -23,6 +24,8 @@ from vqpipe.training.task import BatchT, Stream, Task
 
 STOP_EVERY = 5
 """Steps between two checks of `stop_requested` on several ranks: each check waits for the GPUs."""
+PARTIAL_ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+"""Steps of this process after which its numbers are displayed, until the first row of the log."""
 
 
 def train(
@@ -58,6 +61,7 @@ def train(
         metrics, nonfinite = state.metrics, NonfiniteSteps(state, config.max_nonfinite_steps, hooks.on_skipped_step)
         statistics, batches = BatchNormStatistics(*task.networks.values()), stream.from_sample(state.images_seen)
         metrics.start_clock()
+        started, logged, previews = state.step, False, Paced(first=15.0, every=60.0, growth=1.5, longest=1800.0)
         while state.step < config.steps:
             batch = None
             with metrics.waiting(), interruptible():
@@ -80,14 +84,24 @@ def train(
             nonfinite.add(state.step, output.skipped, batch.keys)
             state.step += 1
             state.images_seen += config.global_batch_size
-            if due(state, config, config.log_every):
+            row, sample, validate = (
+                due(state, config, every) for every in (config.log_every, config.sample_every, config.validate_every)
+            )
+            partial = not (row or logged) and state.step - started in PARTIAL_ROWS
+            if row:
                 nonfinite.flush()
                 hooks.on_log(log_row(state, config, rate))
                 metrics.reset()
-            sample, validate = (due(state, config, every) for every in (config.sample_every, config.validate_every))
-            with metrics.untimed(sample or validate):
+                logged = True
+            elif partial:
+                hooks.on_partial_row(log_row(state, config, rate))
+            with metrics.untimed(row or partial or sample or validate):
                 if sample:
-                    hooks.on_sample(state.step, state.weight_ema.network)
+                    with previews.timed():
+                        hooks.on_sample(state.step, state.weight_ema.network)
+                elif (row or partial) and distributed.any_rank(distributed.is_main() and previews.due(), task.device):
+                    with previews.timed():
+                        hooks.on_preview(state.step, state.weight_ema.network)
                 if validate:
                     hooks.on_validate(state.step, state.weight_ema.network)
                 hooks.on_step_end(state)

@@ -1,0 +1,156 @@
+"""What the commands show in a terminal: the text on the screen of an emulated one, after each event."""
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import sys
+import termios
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+
+from stages import console, signals
+from stages.train import train
+from vqpipe.training.callbacks import details
+
+SIZES = [(100, 30), (80, 24)]
+BAR = "train ━"
+PAGE = "to watch the run, open /home/somebody/experiments/codebooks/artifacts/lc.partial/report.html"
+FIRST = {"step": 1, "loss/total": 0.51234, "loss/l1": 0.1, "psnr": 10.5, "learning_rate": 5e-4, "nonfinite_steps": 0}
+LATER = {
+    **FIRST,
+    "loss/adversarial": 0.2411,
+    "loss/adversarial_weight": 0.07215,
+    "loss/discriminator": 0.9831,
+    "loss/real_logit": -0.2064,
+    "loss/fake_logit": -0.2411,
+    "valid/step": 50,
+    "valid/psnr": 21.987,
+    "valid/ssim": 0.5,
+    "utilization": 0.991,
+    "perplexity": 812.34,
+    "gradient_norm": 0.823,
+    "discriminator_gradient_norm": 0.31,
+    "images_per_second": 412.3,
+    "seconds_per_step": 0.31,
+    "data_wait": 0.031,
+    "memory_gb": 41.23,
+}
+
+
+def screens(events: Sequence[Callable[[], object]], columns: int, rows: int) -> list[list[str]]:
+    """The lines of a terminal, those that were scrolled off first, after each event in a process that runs in it."""
+    go, done = os.pipe(), os.pipe()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            for name in ("COLUMNS", "LINES", "RANK", "NO_COLOR"):
+                os.environ.pop(name, None)
+            os.environ["TERM"] = "xterm-256color"
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
+            for event in events:
+                os.read(go[0], 1)
+                event()
+                if console.LIVE:
+                    console.LIVE[-1].refresh()
+                sys.stdout.flush()
+                os.write(done[1], b".")
+            os.read(go[0], 1)
+        finally:
+            os._exit(0)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    screen = pyte.HistoryScreen(columns, rows, history=1000, ratio=1.0)
+    stream = pyte.ByteStream(screen)
+    seen = []
+    for _ in events:
+        os.write(go[1], b".")
+        while terminal in (ready := select.select([terminal, done[0]], [], [], 60)[0]) or done[0] not in ready:
+            assert ready, "the process hangs"
+            stream.feed(os.read(terminal, 65_536))
+        os.read(done[0], 1)
+        above = ["".join(line[column].data for column in range(columns)) for line in screen.history.top]
+        seen.append([line.rstrip() for line in [*above, *screen.display] if line.strip()])
+    os.write(go[1], b".")
+    os.waitpid(pid, 0)
+    for number in (terminal, *go, *done):
+        os.close(number)
+    return seen
+
+
+def joined(lines: Sequence[str]) -> str:
+    """The text of lines that the terminal has wrapped."""
+    return "".join(lines)
+
+
+def table(lines: Sequence[str]) -> list[str]:
+    """The lines below the only bar on the screen."""
+    (bar,) = [number for number, line in enumerate(lines) if BAR in line]
+    assert lines[bar].startswith(BAR)
+    return list(lines[bar + 1 :])
+
+
+@pytest.mark.parametrize(("columns", "rows"), SIZES)
+def test_messages_stay_above_one_bar_and_its_table(columns: int, rows: int) -> None:
+    bar = console.ProgressBar()
+    seen = screens(
+        [
+            lambda: bar.__enter__().start("train", 150, "steps"),
+            lambda: bar.message(PAGE),
+            lambda: (bar.note("", details(FIRST)), bar.advance()),
+            lambda: (bar.message("step 50: valid/psnr 21.99, the best so far"), bar.note("", details(LATER))),
+            lambda: signals.announce("SIGTERM: stopping after this step, then saving a checkpoint"),
+            lambda: (bar.advance(), console.say("saved")),
+            lambda: (console.end_live(), print("/path/of/the/artifact")),
+        ],
+        columns,
+        rows,
+    )
+    assert [line.split()[:3] for line in seen[0]] == [["train", "━" * 24, "0/150"]]
+    assert joined(seen[1][:-1]) == PAGE
+    assert table(seen[1]) == []
+    assert [line.split()[0] for line in table(seen[2])] == ["loss", "training", "gradients"]
+    assert "1/150" in seen[2][-4]
+    for number, newest in ((3, "the best so far"), (4, "then saving a checkpoint"), (5, "saved")):
+        labels = [line[:14].strip() for line in table(seen[number]) if not line.startswith(" ")]
+        assert labels == ["loss", "training", "validation", "codes", "discriminator", "gradients", "speed"]
+        above = seen[number][: -len(table(seen[number])) - 1]
+        assert joined(above).startswith(PAGE + "step 50: valid/psnr 21.99, the best so far")
+        assert joined(above).endswith(newest)
+    numbers = " ".join(" ".join(table(seen[5])).split())
+    assert "discriminator loss 0.9831 real -0.2064 fake -0.2411 adaptive weight 0.07215" in numbers
+    for number in ("skipped steps 0", "memory 41.2 GB", "time per step 0.31 s"):
+        assert any(number in line for line in table(seen[5]))  # not cut in two
+    assert seen[6][-1] == "/path/of/the/artifact"
+    assert seen[6][:-1] == seen[5]
+
+
+@pytest.mark.parametrize(("columns", "rows"), SIZES)
+def test_long_titles_and_counts_take_one_line(columns: int, rows: int) -> None:
+    bar = console.ProgressBar()
+
+    def work() -> None:
+        bar.__enter__().start("initial centers: coarse to fine", 123_456_789, "vectors")
+        bar.advance(100_000_000)
+        bar.note("iteration 10 of 300, inertia 46.6545, 3,456 codes moved")
+
+    (seen,) = screens([work], columns, rows)
+    assert len(seen) == 1
+    assert seen[0].startswith("initial centers")
+
+
+def test_training_run_leaves_a_whole_screen(
+    picture_folder: Path, tmp_path: Path, tiny_training: dict[str, Any]
+) -> None:
+    images, out = [str(picture_folder)], tmp_path / "lc"
+    (seen,) = screens([lambda: train(images, out, validation=images, steps=8, **tiny_training)], 80, 24)
+    shown = table(seen)
+    labels = [line[:14].split()[0] for line in shown if line[:10].strip()]
+    assert labels[:6] == ["loss", "training", "validation", "codes", "discriminator", "gradients"]
+    assert joined(seen).count("to watch the run, open") == 1
+    assert joined(seen).count("step 8: valid/psnr") == 1
+    assert seen[-1] == str(out)[-len(seen[-1]) :]
