@@ -84,4 +84,5 @@ def finished(artifact: Artifact, as_json: bool, again: bool = False) -> None:
         console.finished(artifact, again)
         return
     console.say(f"{'already published' if again else 'published'}: {artifact.path}")
+    console.say_next(artifact)
     print(artifact.file("metrics.json").read_text(encoding="utf-8"), end="")

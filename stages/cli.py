@@ -6,9 +6,11 @@ torch nor any command. This file maps errors to exit codes:
 """
 
 import io
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import Annotated, Any, NamedTuple
@@ -133,8 +135,28 @@ for name, command in COMMANDS.items():
     app.command(name, help=command.help)(placeholder)
 
 
+class QuietLogger(logging.Logger):
+    """A logger of another package, which logs errors only."""
+
+    def isEnabledFor(self, level: int) -> bool:
+        return super().isEnabledFor(level) and (level > logging.WARNING or self.name.partition(".")[0] == "vqpipe")
+
+
+def silence_libraries() -> None:
+    """Keep warnings and log lines of other packages off the user's screen; python -W and PYTHONWARNINGS show them."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        logging.setLoggerClass(QuietLogger)
+        # For processes that decode or compile, and for libraries in C++.
+        os.environ |= {
+            "PYTHONWARNINGS": "ignore",
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        }
+
+
 def main() -> None:
     """Run the command line; errors become one line on stderr and an exit code."""
+    silence_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path with an accent in an ASCII terminal

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +32,7 @@ from vqpipe.data.images import ImageSet, KeyPrefix
 from vqpipe.data.made_images import Form
 from vqpipe.errors import printable
 from vqpipe.reports import page
+from vqpipe.weights import PUBLISHED_FILES
 
 LIVE: list[Live] = []
 """The display at the bottom of the terminal, while there is one: everything else is printed above it."""
@@ -241,6 +242,13 @@ def say(text: str) -> None:
             stderr().print("\n".join(map(printable, text.split("\n"))), highlight=False, markup=False, soft_wrap=True)
 
 
+def check_images(names: Sequence[str]) -> None:
+    """Raise a DataError for a path that does not exist, without opening the others."""
+    for name in names:
+        if not any(mark in name for mark in (":", "*", "?", "[", "{")) and not Path(name).exists():
+            data.images.open_images([name])
+
+
 def open_images(
     names: Sequence[str], key_prefix: KeyPrefix | None = None, color: Color = "ignore", limit: int | None = None
 ) -> ImageSet:
@@ -289,15 +297,18 @@ def show_table(table: page.Table) -> None:
     show(shown)
 
 
-def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Iterable[str]) -> None:
-    """Print the label, value and convention of each measure, and the names of those that were not computed."""
+def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[str, str]) -> None:
+    """Print the label, value and convention of each measure, then each reason why others were not computed, once."""
     table = Table("measure", "value", "convention", box=box.SIMPLE, pad_edge=False)
     table.columns[1].justify = "right"
     for row in numbers:
         table.add_row(*map(escape, row))
-    for name in not_computed:
-        table.add_row(escape(name), "–", "not computed: the report gives the reason")
     show(table)
+    for reason in dict.fromkeys(not_computed.values()):
+        names = ", ".join(name for name in not_computed if not_computed[name] == reason)
+        say(f"not computed: {names}: {reason}")
+        for url in (url for file, url in PUBLISHED_FILES.items() if file in reason):
+            say(f"  {url}")
 
 
 def finished(artifact: Artifact, again: bool = False) -> None:
@@ -311,8 +322,17 @@ def finished(artifact: Artifact, again: bool = False) -> None:
         if isinstance(value, int | float | str) and key != "unlabeled"  # printed before
     )
     say(f"{'already published' if again else 'published'}: {artifact.kind}" + (f" ({facts})" if facts else ""))
+    say_next(artifact)
     path = str(artifact.path)
     print(printable(path) if sys.stdout.isatty() else path, flush=True)
+
+
+def say_next(artifact: Artifact) -> None:
+    """Print what to do after a command: what to open, and the next commands."""
+    from stages import next_steps
+
+    for line in next_steps.lines(artifact) if prints() else ():
+        say(line)
 
 
 def format_fact(value: float | str) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 
 from stages import console
@@ -13,6 +12,7 @@ from stages.detokenize import detokenize
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
 from stages.kmeans import kmeans
+from stages.next_steps import train_precision
 from stages.tokenize_images import tokenize
 from stages.train import train
 
@@ -61,12 +61,6 @@ def demo(
     step(7, "compare the two reports")
     compare([out / "report-lc", out / "report-fc"], out / "report", **shared)
     console.say(f"\nOpen this in a browser: {(out / 'report' / 'report.html').resolve()}")
-
-
-def train_precision(device: str) -> Literal["fp32"] | None:
-    """fp32 on a CPU without AVX-512, which emulates bf16 many times slower; None: that of the preset."""
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return "fp32" if on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
 
 
 def step(number: int, text: str) -> None:

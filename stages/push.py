@@ -1,11 +1,13 @@
 """`vqpipe push`: upload a tokenizer to the model hub, with a model card."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stages import console
+from stages.next_steps import beside
 from vqpipe import zoo
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError
@@ -57,4 +59,14 @@ def push(
             return
         if not licence:
             console.say("the card states no licence: pass --licence to state one")
-        print(opened.push_to_hub(repository, private=private, card=card), flush=True)
+        address = opened.push_to_hub(repository, private=private, card=card)
+        words = [
+            "--tokenizer",
+            f"hf:{repository}",
+            "--images",
+            "builtin:photos",
+            "--out",
+            str(beside(tokenizer, "report")),
+        ]
+        console.say(f"next: {shlex.join(['vqpipe', 'eval', *words])}")
+        print(address, flush=True)

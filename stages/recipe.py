@@ -6,7 +6,7 @@ named flags. A stage reads only its own sections, so changing `[train]` leaves f
 all; `--set` of a section that the stage does not read is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from itertools import takewhile
@@ -19,6 +19,7 @@ from vqpipe.errors import ConfigError
 from vqpipe.generation.train import ClassifierRecipe, GeneratorRecipe
 from vqpipe.metrics import EvalConfig
 from vqpipe.settings import Setting, describe
+from vqpipe.training.config import TrainConfig
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 PAPER = "vqgan-lc-f16-100k"
@@ -46,6 +47,8 @@ SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
 }
 """Command -> the recipe and the sections that it reads."""
 
+Say = Callable[[str], None]
+"""Prints a line for the user."""
 R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)
 MAIN_SECTIONS: dict[str, tuple[type, str]] = {
     "model": (PipelineRecipe, "vqpipe train"),
@@ -57,17 +60,22 @@ EXAMPLES: dict[type, str] = {PipelineRecipe: "small", GeneratorRecipe: "gpt-tiny
 """Recipe -> a small preset of it, to start from."""
 
 
+def silent(text: str) -> None:
+    """Print nothing."""
+
+
 def load(
     preset: str | None,
     overrides: list[str] | None = None,
     *,
     reads: Sequence[str] | None = None,
+    say: Say = silent,
     **flags: Mapping[str, Any],
 ) -> PipelineRecipe:
     """Read a preset by name or path (None: the defaults of every section), apply `--set` assignments, then named flags.
 
     `reads` names the sections that the command reads; None: all. `flags` gives the values of a section's flags,
-    `train={"steps": steps}`; None is a flag that was not given.
+    `train={"steps": steps}`; None is a flag that was not given. `say` gets a line where a setting is adapted.
 
     Raises:
         ConfigError: no such preset, an unknown key, a value of the wrong type, or `--set` of a section not read.
@@ -77,32 +85,32 @@ def load(
         if name in ("model", "objective") and (preset is None or (reads is not None and name not in reads)):
             table.setdefault(name, settings)
     check_sections(PipelineRecipe, overrides or [], reads)
-    return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags)
+    return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags, say)
 
 
 def load_tokenizer(
-    preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
+    preset: str | None, overrides: list[str] | None = None, *, say: Say = silent, **flags: Mapping[str, Any]
 ) -> TokenizerRecipe:
     """`load` for the sections that `vqpipe train` reads; the preset is required."""
     sections = [each.name for each in fields(TokenizerRecipe)]
-    recipe = load(required(preset, EXAMPLES[PipelineRecipe]), overrides, reads=sections, **flags)
+    recipe = load(required(preset, EXAMPLES[PipelineRecipe]), overrides, reads=sections, say=say, **flags)
     return TokenizerRecipe(**{name: getattr(recipe, name) for name in sections})
 
 
 def load_generator(
-    preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
+    preset: str | None, overrides: list[str] | None = None, *, say: Say = silent, **flags: Mapping[str, Any]
 ) -> GeneratorRecipe:
     """`load` for a generator's preset, which is required."""
     preset = required(preset, EXAMPLES[GeneratorRecipe])
-    return read(GeneratorRecipe, preset, resolve(GeneratorRecipe, preset), overrides or [], flags)
+    return read(GeneratorRecipe, preset, resolve(GeneratorRecipe, preset), overrides or [], flags, say)
 
 
 def load_classifier(
-    preset: str | None, overrides: list[str] | None = None, **flags: Mapping[str, Any]
+    preset: str | None, overrides: list[str] | None = None, *, say: Say = silent, **flags: Mapping[str, Any]
 ) -> ClassifierRecipe:
     """`load` for a classifier's preset, which is required."""
     preset = required(preset, EXAMPLES[ClassifierRecipe])
-    return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags)
+    return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags, say)
 
 
 def settings_of(command: str) -> list[Setting]:
@@ -158,14 +166,29 @@ def resolved_toml(preset: str) -> str:
 
 
 def read(
-    cls: type[R], preset: str, table: dict[str, Any], overrides: list[str], flags: Mapping[str, Mapping[str, Any]]
+    cls: type[R],
+    preset: str,
+    table: dict[str, Any],
+    overrides: list[str],
+    flags: Mapping[str, Mapping[str, Any]],
+    say: Say,
 ) -> R:
     """The tables of a preset as a `cls`; a preset for another command is an error, recognized by its main section."""
     for section, (other, command) in MAIN_SECTIONS.items():
         if section in table and other is not cls:
             raise ConfigError(f"preset {preset} has a section [{section}]: it is for {command}", "See vqpipe presets")
-    table = config.override(cls, table, overrides)
+    before, table = table.get("train", {}), config.override(cls, table, overrides)
     for name, values in flags.items():
         table.setdefault(name, {}).update({key: value for key, value in values.items() if value is not None})
+    if not any(text.partition("=")[0].strip() == "train.warmup_steps" for text in overrides):
+        shorten_warmup(before, table.get("train", {}), say)
     hint = f"vqpipe presets {EXAMPLES[cls]} > mine.toml writes a whole preset to start from"
     return config.from_table(cls, table, hint=hint)
+
+
+def shorten_warmup(preset: Mapping[str, Any], train: dict[str, Any], say: Say) -> None:
+    """Shorten a preset's warm-up that is longer than the run, in the proportion of the run to the preset's."""
+    warmup, of, steps = preset.get("warmup_steps", 0), preset.get("steps", TrainConfig.steps), train.get("steps")
+    if isinstance(steps, int) and 0 < steps < warmup <= of:
+        train["warmup_steps"] = shorter = warmup * steps // of
+        say(f"warm-up: {shorter:,} steps instead of {warmup:,}, since the run has {steps:,} of {of:,} steps")

@@ -18,6 +18,7 @@ from vqpipe.training.tokenizer_run import (
     Publish,
     RunInputs,
     check_codebook,
+    check_codebook_given,
     check_run,
     start_tokenizer_run,
     train_tokenizer,
@@ -92,12 +93,18 @@ def train(
     """
     with console.session(device, seed) as torch_device:
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        recipe, loggers = load_tokenizer(preset, overrides, train=flags), installed_loggers(log)
+        # What is missing is said before the settings of the run are checked, and before the images are indexed and
+        # hashed, which may take minutes.
+        overrides, loggers = overrides or [], installed_loggers(log)
+        console.check_images([*images, *(validation or [])])
+        quantizer = load_tokenizer(preset, [text for text in overrides if not is_of_run(text)]).model.quantizer
         codes = None if codebook is None else load_codebook(codebook)
+        if codes is None and source is None:
+            check_codebook_given(quantizer)
+        sizes = [] if codes is None else codebook_settings(quantizer, *codes.shape)
+        recipe = load_tokenizer(preset, [*sizes, *overrides], say=console.say, train=flags)  # --set has precedence
         if codes is not None:
-            sizes = codebook_settings(recipe.model.quantizer, *codes.shape)
-            recipe = load_tokenizer(preset, [*sizes, *(overrides or [])], train=flags)  # --set has precedence
-            check_codebook(recipe, codes)  # before the images, which may take minutes to index and hash
+            check_codebook(recipe, codes)
         make_plan = partial(estimates.plan_here, tokenizer_training(recipe), torch_device)
         if plan:
             return estimates.show(make_plan())
@@ -135,6 +142,11 @@ def train(
             if artifact is None:
                 stop.exit()
         return console.finished(artifact)
+
+
+def is_of_run(assignment: str) -> bool:
+    """Whether a value of --set is of the section [train]."""
+    return assignment.strip().startswith("train.")
 
 
 def codebook_settings(quantizer: QuantizerConfig, k: int, dim: int) -> list[str]:

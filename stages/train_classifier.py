@@ -48,7 +48,7 @@ def train_classifier(
     """
     with console.session(device, seed) as torch_device:
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        recipe, loggers = load_classifier(preset, overrides, train=flags), installed_loggers(log)
+        recipe, loggers = load_classifier(preset, overrides, say=console.say, train=flags), installed_loggers(log)
         check_validation(recipe, validation)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         examples = StoredExamples(

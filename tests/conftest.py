@@ -236,6 +236,7 @@ def vqpipe() -> Callable[..., Done]:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.chdir(folder)
             patch.setattr(sys, "argv", ["vqpipe", *words])
+            patch.setattr(cli, "silence_libraries", lambda: None)  # a warning is an error
             before = {number: signal.getsignal(number) for number in signals.SIGNALS}
             try:
                 cli.main()

@@ -27,6 +27,12 @@ LPIPS_BACKBONES: dict[LpipsNet, tuple[str, str]] = {
 }
 """Backbone of LPIPS -> torchvision's file name, and a description. The linear heads are in the lpips package."""
 
+PUBLISHED_FILES = {
+    **{name: f"https://download.pytorch.org/models/{name}" for name, _ in LPIPS_BACKBONES.values()},
+    "weights-inception-2015-12-05-6726825d.pth": "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
+}
+"""File of weights -> where it is published."""
 CHECK_FILE = "Name the file of weights, or download it again"
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqpipe.errors import WeightsError
-from vqpipe.weights import load_tensors
+from vqpipe.weights import PUBLISHED_FILES, load_tensors
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_SOURCE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_SOURCE = PUBLISHED_FILES[INCEPTION_FILE]
 INCEPTION_SIZE = 299
 SIZES = {"pool": 2048, "logits": 1008, "spatial": 7 * 17 * 17}
 """Output -> number of features."""

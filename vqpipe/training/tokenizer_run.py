@@ -21,7 +21,7 @@ from vqpipe.losses.objective import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import backbone_file
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.progress import SILENT, Progress
-from vqpipe.quantizers import build_quantizer
+from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, build_quantizer
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer, load_weights, model_facts, read_config, write_tokenizer
 from vqpipe.training.callbacks import (
@@ -92,6 +92,26 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> T
         )
     every = train.validate_every or (train.sample_every if validates else 0)
     return replace(recipe, train=replace(train, validate_every=every))
+
+
+def takes_codebook(quantizer: QuantizerConfig) -> bool:
+    """Whether the codes are those of a codebook, which has to be given unless the run starts from a tokenizer."""
+    group = quantizer.group if isinstance(quantizer, MultiGroupConfig) else quantizer
+    if isinstance(group, LcConfig):
+        return group.codebook_init == "artifact"
+    return isinstance(group, VqBridgeConfig) and group.frozen_dim > 0
+
+
+def check_codebook_given(quantizer: QuantizerConfig) -> None:
+    """Raise a ConfigError where the codes of the quantizer are those of a codebook: there is none."""
+    if takes_codebook(quantizer):
+        where = "model.quantizer.group" if isinstance(quantizer, MultiGroupConfig) else "model.quantizer"
+        group = quantizer.group if isinstance(quantizer, MultiGroupConfig) else quantizer
+        learned = f", or set {where}.codebook_init = uniform" if isinstance(group, LcConfig) else ""
+        raise ConfigError(
+            f"the {group.kind} quantizer has no codebook yet",
+            f"Pass --codebook DIR (vqpipe kmeans makes one){learned}",
+        )
 
 
 def check_codebook(recipe: TokenizerRecipe, codebook: Tensor) -> None:

@@ -1,0 +1,172 @@
+"""What to do after a command: the page or picture to open, and commands with their paths filled in.
+
+Paths that the artifact itself does not name are read from the commands in the provenance of what it was made from.
+"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pyarrow import parquet
+
+from stages.cli import COMMANDS
+from vqpipe.artifacts import Artifact, open_artifact
+from vqpipe.artifacts.artifact import partial_path
+from vqpipe.errors import VqpipeError
+
+VECTORS_PER_CODE = 10
+"""Vectors per code of the proposed codebook, where there are too few for the default number of codes."""
+CODEBOOK_PRESET = "small"
+"""A preset whose quantizer takes a codebook."""
+PHOTOS = "builtin:photos"
+"""Images that are on every machine."""
+
+
+def lines(artifact: Artifact) -> list[str]:
+    """The lines to print after a command has published the artifact; none for a step of `vqpipe demo`."""
+    if command_of(artifact)[:1] not in [[name] for name in COMMANDS if name != "demo"]:
+        return []
+    files = artifact.names()
+    to_open = [artifact.path / name for name in files if name == "report.html" or name.endswith(".png")]
+    to_open.sort(key=lambda path: path.suffix == ".png")
+    commands = [shlex.join(map(str, words)) for words in steps(artifact)]
+    labels = ["next: ", *["  or: "] * len(commands)]
+    return [f"open: {path}" for path in to_open[:1]] + [
+        f"{label}{text}" for label, text in zip(labels, commands, strict=False)
+    ]
+
+
+def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
+    """The commands that read the artifact, most useful first."""
+    path, command = artifact.path, command_of(artifact)[0]
+    match artifact.kind:
+        case "dataset":
+            yield "vqpipe", "extract-features", "--images", path, "--out", beside(path, "features")
+        case "features":
+            preset = [*with_name("--preset", options(artifact, "--preset")[:1]), *num_codes(artifact)]
+            yield "vqpipe", "kmeans", "--features", path, *preset, "--out", beside(path, "codebook")
+        case "codebook":
+            named = [name for name in found(artifact, "--preset") if takes_codebook_of(name)]
+            precision = train_precision("auto")
+            settings = ["--preset", *(named or [CODEBOOK_PRESET])[:1], *with_name("--precision", [precision or ""])]
+            inputs = [*images_of(artifact), "--codebook", path]
+            yield "vqpipe", "train", *settings, *inputs, "--out", beside(path, "tokenizer")
+        case "tokenizer":
+            held_out = with_name("--images", options(artifact, "--validation")) or images_of(artifact, PHOTOS)
+            yield "vqpipe", "eval", *held_out, "--tokenizer", path, "--out", beside(path, "report")
+            images = images_of(artifact, PHOTOS)
+            yield "vqpipe", "tokenize", *images, "--tokenizer", path, "--out", beside(path, "tokens")
+        case "autoencoder":
+            yield "vqpipe", "eval", "--images", PHOTOS, "--tokenizer", path, "--out", beside(path, "report")
+        case "tokens":
+            preset = "gpt-tiny" if has_labels(artifact) else "gpt-unconditional-tiny"
+            tokens = ["--tokens", path, *with_name("--tokenizer", options(artifact, "--tokenizer") or ["TOKENIZER"])]
+            out = beside(path, "generator")
+            yield "vqpipe", "train-generator", "--preset", preset, *tokens, "--out", out
+            yield "vqpipe", "detokenize", *tokens, "--out", beside(path, "decoded")
+        case "generator":
+            yield "vqpipe", "generate", "--generator", path, "--out", beside(path, "samples")
+        case "images" if command == "generate":
+            reference = with_name("--reference", images_of(artifact)[1::2])
+            yield "vqpipe", "eval-generation", "--images", path, *reference, "--out", beside(path, "samples-report")
+        case "images" if command == "detokenize":
+            folder = beside(path, f"{path.name}-png")
+            yield "mkdir", folder
+            yield "tar", "-xf", path / "shard-000000.tar", "-C", folder
+        case "report" if command == "eval" and (tokenizer := options(artifact, "--tokenizer")):
+            images = images_of(artifact)
+            yield "vqpipe", "tokenize", *images, "--tokenizer", tokenizer[0], "--out", beside(path, "tokens")
+
+
+def command_of(artifact: Artifact) -> list[str]:
+    """The command that made the artifact, without the name of the program."""
+    command: list[str] = artifact.manifest.provenance.get("command", [])
+    return command[1:]
+
+
+def options(artifact: Artifact, name: str) -> list[str]:
+    """The values of an option in the command that made the artifact, without paths that do not exist from here."""
+    words = command_of(artifact)
+    values = [words[place + 1] for place, word in enumerate(words[:-1]) if word == name]
+    values += [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
+    usable = is_preset if name == "--preset" else is_named
+    return list(filter(usable, values))
+
+
+def is_named(value: str) -> bool:
+    """Whether a name of images or of an artifact can be used from this folder, as far as can be seen at once."""
+    return any(mark in value for mark in (":", "*", "{", "?")) or Path(value).exists()
+
+
+def is_preset(value: str) -> bool:
+    """Whether a preset of a tokenizer can be read from this folder."""
+    from stages import recipe
+
+    try:
+        recipe.load(value)
+    except VqpipeError:
+        return False
+    return True
+
+
+def found(artifact: Artifact, name: str) -> list[str]:
+    """The values of an option in the command that made the artifact, else in those that made what it was made from."""
+    if values := options(artifact, name):
+        return values
+    for role in ("--features", "--codebook", "--tokens", "--latents", "--generator", "--tokenizer"):
+        for source in options(artifact, role):
+            with suppress(VqpipeError):
+                if values := found(open_artifact(Path(source)), name):
+                    return values
+    return []
+
+
+def images_of(artifact: Artifact, default: str = "IMAGES") -> list[str]:
+    """`--images` of the images that the artifact was made from."""
+    return with_name("--images", found(artifact, "--images") or [default])
+
+
+def with_name(name: str, values: Sequence[str]) -> list[str]:
+    """An option with each of its values; an empty value is none."""
+    return [word for value in values if value for word in (name, value)]
+
+
+def has_labels(tokens: Artifact) -> bool:
+    """Whether every image has a label."""
+    labels = (parquet.read_table(tokens.file(name), columns=["label"]) for name in tokens.names("tokens-*.parquet"))
+    return all(not table["label"].null_count for table in labels)
+
+
+def num_codes(features: Artifact) -> list[str]:
+    """`--k` for features that are too few for the number of codes that `vqpipe kmeans` would make of them."""
+    from stages import recipe  # here, since it imports most of the library
+
+    preset, vectors = [*options(features, "--preset"), None][0], features.facts["num_vectors"]
+    codes = recipe.load(preset).kmeans.k
+    return ["--k", str(max(1, vectors // VECTORS_PER_CODE))] if vectors < 2 * codes else []
+
+
+def takes_codebook_of(preset: str) -> bool:
+    """Whether the quantizer of a preset takes a codebook."""
+    from stages import recipe
+    from vqpipe.training.tokenizer_run import takes_codebook
+
+    return takes_codebook(recipe.load(preset).model.quantizer)
+
+
+def train_precision(device: str) -> Literal["fp32"] | None:
+    """fp32 on a CPU without AVX-512, which emulates bf16 many times slower; None: that of the preset."""
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    return "fp32" if on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
+
+
+def beside(path: Path, name: str) -> Path:
+    """A path in the same folder under which nothing lies yet: `name`, else `name-2`, ..."""
+    tried, number = path.with_name(name), 1
+    while tried.exists() or partial_path(tried).exists():
+        number += 1
+        tried = path.with_name(f"{name}-{number}")
+    return tried
