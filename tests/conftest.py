@@ -45,6 +45,16 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _warnings_stay_on() -> Iterator[None]:
+    """Commands that run in this process leave its warnings as they are: errors."""
+    from stages import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "silence_libraries", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """One thread a test process: the suite runs one process per core, and results do not depend on the machine."""
     torch.set_num_threads(1)
@@ -236,7 +246,6 @@ def vqpipe() -> Callable[..., Done]:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.chdir(folder)
             patch.setattr(sys, "argv", ["vqpipe", *words])
-            patch.setattr(cli, "silence_libraries", lambda: None)  # a warning is an error
             before = {number: signal.getsignal(number) for number in signals.SIGNALS}
             try:
                 cli.main()

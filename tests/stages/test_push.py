@@ -31,6 +31,7 @@ def test_pushed_tokenizer_opens_by_its_name_and_gives_the_same_ids(
     done = vqpipe(tmp_path, "push", "mine", "owner/mine", "--licence", "Apache-2.0", "--dataset", "owner/photos")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{hub_in_process.address}/owner/mine")
+    assert "next: vqpipe eval --tokenizer hf:owner/mine --images builtin:photos --out report\n" in done.stderr
     stored = hub_in_process.repositories["owner/mine"]
     assert stored.keys() - {".gitattributes"} == FILES
     card = stored["README.md"].decode()

@@ -1,5 +1,6 @@
 """What the commands show in a terminal: the text on the screen of an emulated one, after each event."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -15,7 +16,6 @@ import pyte
 import pytest
 
 from stages import console, signals
-from stages.train import train
 from vqpipe.training.callbacks import details
 
 SIZES = [(100, 30), (80, 24)]
@@ -49,22 +49,19 @@ def screens(events: Sequence[Callable[[], object]], columns: int, rows: int) -> 
     pid, terminal = pty.fork()
     if pid == 0:
         try:
-            for name in ("COLUMNS", "LINES", "RANK", "NO_COLOR"):
-                os.environ.pop(name, None)
-            os.environ["TERM"] = "xterm-256color"
+            enter_terminal()
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
             for event in events:
                 os.read(go[0], 1)
                 event()
                 if console.LIVE:
                     console.LIVE[-1].refresh()
-                sys.stdout.flush()
+                sys.stdout.closed or sys.stdout.flush()
                 os.write(done[1], b".")
             os.read(go[0], 1)
         finally:
             os._exit(0)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    screen = pyte.HistoryScreen(columns, rows, history=1000, ratio=1.0)
+    screen = emulated(terminal, columns, rows)
     stream = pyte.ByteStream(screen)
     seen = []
     for _ in events:
@@ -73,13 +70,47 @@ def screens(events: Sequence[Callable[[], object]], columns: int, rows: int) -> 
             assert ready, "the process hangs"
             stream.feed(os.read(terminal, 65_536))
         os.read(done[0], 1)
-        above = ["".join(line[column].data for column in range(columns)) for line in screen.history.top]
-        seen.append([line.rstrip() for line in [*above, *screen.display] if line.strip()])
+        seen.append(lines_of(screen))
     os.write(go[1], b".")
     os.waitpid(pid, 0)
     for number in (terminal, *go, *done):
         os.close(number)
     return seen
+
+
+def screen_of(command: Sequence[str | Path], columns: int, rows: int) -> list[str]:
+    """The lines of a terminal at the end of a command."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        enter_terminal()
+        os.execv(command[0], list(map(str, command)))
+    screen = emulated(terminal, columns, rows)
+    stream = pyte.ByteStream(screen)
+    with contextlib.suppress(OSError):  # its other end was closed
+        while True:
+            stream.feed(os.read(terminal, 65_536))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
+    return lines_of(screen)
+
+
+def enter_terminal() -> None:
+    """Set the environment of a process in a terminal."""
+    for name in ("COLUMNS", "LINES", "RANK", "NO_COLOR"):
+        os.environ.pop(name, None)
+    os.environ |= {"TERM": "xterm-256color", "PYTHONPATH": str(Path(console.__file__).parents[1])}
+
+
+def emulated(terminal: int, columns: int, rows: int) -> Any:
+    """The screen of a terminal of this size."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    return pyte.HistoryScreen(columns, rows, history=1000, ratio=1.0)
+
+
+def lines_of(screen: Any) -> list[str]:
+    """The lines that are not empty, first those that were scrolled off."""
+    above = ["".join(line[column].data for column in range(screen.columns)) for line in screen.history.top]
+    return [line.rstrip() for line in [*above, *screen.display] if line.strip()]
 
 
 def joined(lines: Sequence[str]) -> str:
@@ -146,11 +177,29 @@ def test_long_titles_and_counts_take_one_line(columns: int, rows: int) -> None:
 def test_training_run_leaves_a_whole_screen(
     picture_folder: Path, tmp_path: Path, tiny_training: dict[str, Any]
 ) -> None:
-    images, out = [str(picture_folder)], tmp_path / "lc"
-    (seen,) = screens([lambda: train(images, out, validation=images, steps=8, **tiny_training)], 80, 24)
-    shown = table(seen)
+    """In a process of its own: one that is forked from this one could not compute gradients."""
+    options = {**tiny_training, "steps": 8, "images": picture_folder, "validation": picture_folder}
+    options["out"] = tmp_path / "lc"
+    words = [word for setting in options.pop("overrides") for word in ("--set", setting)]
+    words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    seen = screen_of([sys.executable, "-m", "stages", "train", *words], 80, 24)
+    end = next(number for number, line in enumerate(seen) if line.startswith("published: "))
+    shown = table(seen[:end])
     labels = [line[:14].split()[0] for line in shown if line[:10].strip()]
     assert labels[:6] == ["loss", "training", "validation", "codes", "discriminator", "gradients"]
     assert joined(seen).count("to watch the run, open") == 1
     assert joined(seen).count("step 8: valid/psnr") == 1
-    assert seen[-1] == str(out)[-len(seen[-1]) :]
+    assert joined(seen).endswith(str(options["out"]))
+
+
+def test_results_go_to_stdout_while_a_bar_is_open(tmp_path: Path) -> None:
+    bar, out = console.ProgressBar(), tmp_path / "stdout"
+
+    def work() -> None:
+        with out.open("w") as sys.stdout:
+            bar.__enter__().start("train", 150, "steps")
+            print("/path/of/the/artifact")
+
+    (seen,) = screens([work], 80, 24)
+    assert out.read_text() == "/path/of/the/artifact\n"
+    assert [line.split()[0] for line in seen] == ["train"]

@@ -289,10 +289,17 @@ def test_codebook_of_another_shape_is_refused_before_images_are_read(
     shape: tuple[int, int], message: str, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "codebook.npy", np.eye(*shape, dtype=np.float32))
+    (tmp_path / "no images").mkdir()
     overrides = [*SETTINGS, "model.quantizer.kind=lc", "model.quantizer.feature_dim=6"]
     with pytest.raises(ConfigError, match=message):
-        train(["nowhere"], tmp_path / "lc", tmp_path / "codebook.npy", preset="smoke", overrides=overrides)
-    assert [path.name for path in tmp_path.iterdir()] == ["codebook.npy"]
+        train(
+            [str(tmp_path / "no images")],
+            tmp_path / "lc",
+            tmp_path / "codebook.npy",
+            preset="smoke",
+            overrides=overrides,
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"codebook.npy", "no images"}
 
 
 def test_codebook_replaces_the_sizes_of_the_preset(go: Any, tmp_path: Path) -> None:
