@@ -171,7 +171,7 @@ def read(
     table: dict[str, Any],
     overrides: list[str],
     flags: Mapping[str, Mapping[str, Any]],
-    say: Say,
+    say: Say = silent,
 ) -> R:
     """The tables of a preset as a `cls`; a preset for another command is an error, recognized by its main section."""
     for section, (other, command) in MAIN_SECTIONS.items():
@@ -181,14 +181,17 @@ def read(
     for name, values in flags.items():
         table.setdefault(name, {}).update({key: value for key, value in values.items() if value is not None})
     if not any(text.partition("=")[0].strip() == "train.warmup_steps" for text in overrides):
-        shorten_warmup(before, table.get("train", {}), say)
+        shorten_warmup(before, table.get("train"), say)
     hint = f"vqpipe presets {EXAMPLES[cls]} > mine.toml writes a whole preset to start from"
     return config.from_table(cls, table, hint=hint)
 
 
-def shorten_warmup(preset: Mapping[str, Any], train: dict[str, Any], say: Say) -> None:
-    """Shorten a preset's warm-up that is longer than the run, in the proportion of the run to the preset's."""
-    warmup, of, steps = preset.get("warmup_steps", 0), preset.get("steps", TrainConfig.steps), train.get("steps")
-    if isinstance(steps, int) and 0 < steps < warmup <= of:
+def shorten_warmup(preset: object, train: object, say: Say) -> None:
+    """Shorten a preset's warm-up that is longer than the run, in the proportion of the run to the preset's. Values of
+    another type are left as they are: they are errors."""
+    if not (isinstance(preset, dict) and isinstance(train, dict)):
+        return
+    warmup, of, steps = preset.get("warmup_steps"), preset.get("steps", TrainConfig.steps), train.get("steps")
+    if isinstance(warmup, int) and isinstance(of, int) and isinstance(steps, int) and 0 < steps < warmup <= of:
         train["warmup_steps"] = shorter = warmup * steps // of
         say(f"warm-up: {shorter:,} steps instead of {warmup:,}, since the run has {steps:,} of {of:,} steps")

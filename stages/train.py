@@ -71,8 +71,11 @@ def train(
     3 of 4 images from the first.
 
     To watch a run, open OUT.partial/report.html: curves, reconstructions,
-    codes in use. It is written again every train.sample_every steps, and
-    published with the tokenizer; all numbers are in metrics.jsonl beside it.
+    codes in use. It is written again during the run, with new pictures about
+    every minute at first, and reloads itself. It is published with the
+    tokenizer; all numbers are in metrics.jsonl beside it.
+
+    A preset's warm-up that is longer than --steps is shortened in proportion.
 
     `vqpipe settings train` lists all settings, for presets and --set. A preset
     of your own begins with a copy: vqpipe presets small > mine.toml
