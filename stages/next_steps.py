@@ -42,6 +42,7 @@ def lines(artifact: Artifact) -> list[str]:
 def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
     """The commands that read the artifact, most useful first."""
     path, command = artifact.path, command_of(artifact)[0]
+    inputs: list[str | Path]
     match artifact.kind:
         case "dataset":
             yield "vqpipe", "extract-features", "--images", path, "--out", beside(path, "features")
@@ -62,21 +63,20 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
         case "autoencoder":
             yield "vqpipe", "eval", "--images", PHOTOS, "--tokenizer", path, "--out", beside(path, "report")
         case "tokens":
-            preset = "gpt-tiny" if has_labels(artifact) else "gpt-unconditional-tiny"
-            tokens = ["--tokens", path, *with_name("--tokenizer", options(artifact, "--tokenizer") or ["TOKENIZER"])]
-            out = beside(path, "generator")
-            yield "vqpipe", "train-generator", "--preset", preset, *tokens, "--out", out
-            yield "vqpipe", "detokenize", *tokens, "--out", beside(path, "decoded")
+            network = "gpt-tiny" if has_labels(artifact) else "gpt-unconditional-tiny"
+            inputs = ["--tokens", path, "--tokenizer", [*options(artifact, "--tokenizer"), "TOKENIZER"][0]]
+            yield "vqpipe", "train-generator", "--preset", network, *inputs, "--out", beside(path, "generator")
+            yield "vqpipe", "detokenize", *inputs, "--out", beside(path, "decoded")
         case "generator":
             yield "vqpipe", "generate", "--generator", path, "--out", beside(path, "samples")
         case "images" if command == "generate":
             reference = with_name("--reference", images_of(artifact)[1::2])
             yield "vqpipe", "eval-generation", "--images", path, *reference, "--out", beside(path, "samples-report")
-        case "images" if command == "detokenize":
+        case "images" if command == "detokenize" and "shard-000000.tar" in artifact.names():
             folder = beside(path, f"{path.name}-png")
             yield "mkdir", folder
             yield "tar", "-xf", path / "shard-000000.tar", "-C", folder
-        case "report" if command == "eval" and (tokenizer := options(artifact, "--tokenizer")):
+        case "report" if "utilization" in artifact.facts and (tokenizer := options(artifact, "--tokenizer")):
             images = images_of(artifact)
             yield "vqpipe", "tokenize", *images, "--tokenizer", tokenizer[0], "--out", beside(path, "tokens")
 
