@@ -78,7 +78,6 @@ def train_generator(
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
     with console.session(device, seed) as torch_device:
-        console.check_images(images or [])
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         recipe, loggers = load_generator(preset, overrides, say=console.say, train=flags), installed_loggers(log)
         check_validation(recipe, validation)
