@@ -9,9 +9,13 @@ from stages import console
 from stages.console import AutoencoderPath, Device, Out, Seed
 from vqpipe import artifacts
 from vqpipe.continuous import open_autoencoder
-from vqpipe.evaluation.image_files import png_names, reconstruct_files
+from vqpipe.evaluation.image_files import find_files, image_sizes, png_names, reconstruct_files, result_files
 from vqpipe.files import hash_file
-from vqpipe.tiling import check_tile
+from vqpipe.reports.reconstructions import numbers_table
+from vqpipe.tiling import check_memory, check_norms, check_tile
+
+MOST_ROWS = 20
+"""Files whose numbers are printed."""
 
 Groups = Annotated[
     str | None,
@@ -33,23 +37,35 @@ Tile = Annotated[
 Overlap = Annotated[
     int, typer.Option("--overlap", help="Overlap in which neighboring tiles are blended.", metavar="PIXELS", min=0)
 ]
+SharedNorms = Annotated[
+    bool,
+    typer.Option(
+        "--shared-norms",
+        help="Normalize all tiles by the statistics of the whole image, scaled down: fainter seams, one tile more.",
+    ),
+]
 
 
 def reconstruct(
-    files: Annotated[list[Path], typer.Argument(help="Image files of any size.", metavar="FILE")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Image files of any size, folders of them, or patterns in quotes.", metavar="FILE"),
+    ],
     tokenizer: AutoencoderPath,
     out: Out,
     groups: Groups = None,
     tile: Tile = 512,
     overlap: Overlap = 64,
+    shared_norms: SharedNorms = False,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
     """Reconstruct image files of any size.
 
-    Each reconstruction is written beside its original, as one PNG file. With
-    several numbers, as in --groups 1,2,3,4, the file is a contact sheet: the
-    original and the reconstruction from the first K groups for each K.
+    Each reconstruction is written beside its original, as one PNG file, and
+    alone, in reconstructions/. report.html shows all of them. With several
+    numbers, as in --groups 1,2,3,4, the file is a contact sheet: the original
+    and the reconstruction from the first K groups for each K.
     """
     prefixes = parse_groups(groups)
     with console.session(device, seed) as torch_device:
@@ -57,18 +73,30 @@ def reconstruct(
         for k in prefixes:
             autoencoder.check_groups(k)
         check_tile(tile, overlap, autoencoder.downsample_factor)
-        named = png_names(files)
+        if shared_norms:
+            check_norms(autoencoder)
+        named = png_names(find_files(files))
+        check_memory(autoencoder, image_sizes(list(named.values())), tile, overlap, len(prefixes))
         recorded = prefixes if len(prefixes) > 1 else prefixes[0]
         config = {"files": list(named), "groups": recorded, "tile": tile, "overlap": overlap}
+        config |= {"shared_norms": True} if shared_norms else {}
         inputs = {name: hash_file(file) for name, file in named.items()}
         draft = artifacts.start(out, "images", config, {"tokenizer": autoencoder.source, **inputs})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft, console.ProgressBar() as progress:
             facts = reconstruct_files(
-                draft, autoencoder, named, groups=prefixes, tile=tile, overlap=overlap, progress=progress
+                draft,
+                autoencoder,
+                named,
+                groups=prefixes,
+                tile=tile,
+                overlap=overlap,
+                shared_norms=shared_norms,
+                progress=progress,
             )
             published = draft.publish(facts)
+        console.show_table(numbers_table(result_files(published.path, facts, prefixes), MOST_ROWS))
         return console.finished(published)
 
 

@@ -9,7 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.tiling import mirrored, ramp, reconstruct_any_size, spans
+from vqpipe.models import VqganConfig, build_autoencoder
+from vqpipe.quantizers.vq import VqConfig
+from vqpipe.tiling import (
+    PeakMemory,
+    check_norms,
+    fixed_norms,
+    mirrored,
+    norm_statistics,
+    ramp,
+    reconstruct_any_size,
+    spans,
+    tile_bytes,
+)
+from vqpipe.tokenizer import Tokenizer
 
 
 class Identity:
@@ -127,3 +140,87 @@ def test_unrounded_tiles_are_blended_in_floating_point() -> None:
     assert blended_image.dtype == torch.float32
     torch.testing.assert_close(blended_image[0], blended(tiles, 16, 40, 4).float())  # type: ignore[arg-type]
     assert len(tiles) == 3
+
+
+def random_tokenizer(**config: Any) -> Tokenizer:
+    """A tokenizer with f = 4 and random weights, whose norms have random affine parameters."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"base_channels": 8, "channel_multipliers": (1, 2, 2), "num_res_blocks": 1, "z_channels": 8}
+    quantizer = VqConfig(codebook_size=64, code_dim=4)
+    model = build_autoencoder(VqganConfig(attention_resolutions=(), quantizer=quantizer, **(sizes | config)))
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.GroupNorm):
+            torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+            torch.nn.init.normal_(norm.bias, 0.0, 0.3)
+    return Tokenizer(model)
+
+
+def half_dark(side: int) -> Tensor:
+    """An image of noise that is dark on the left and bright on the right."""
+    noise = torch.randint(0, 60, (3, side, side), dtype=torch.uint8)
+    noise[:, :, side // 2 :] += 180
+    return noise
+
+
+def test_statistics_of_the_image_itself_give_its_own_reconstruction() -> None:
+    tokenizer, image = random_tokenizer(), half_dark(32)
+    code = tokenizer.encode(image[None])
+    expected = tokenizer.decode_float(code, (32, 32))
+    with fixed_norms(tokenizer, norm_statistics(tokenizer, image, tile=32)):
+        assert torch.equal(tokenizer.encode(image[None]), code)
+        torch.testing.assert_close(tokenizer.decode_float(code, (32, 32)), expected)
+        other = tokenizer.decode_float(tokenizer.encode(255 - image[None]), (32, 32))
+    assert torch.equal(tokenizer.decode_float(code, (32, 32)), expected)  # the norms are as before
+    assert not torch.equal(tokenizer.decode_float(tokenizer.encode(255 - image[None]), (32, 32)), other)
+
+
+class Normed(Identity):
+    """Decodes pixels by convolutions between group norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        conv, norm = torch.nn.Conv2d, torch.nn.GroupNorm
+        self.network = torch.nn.Sequential(conv(3, 8, 1), norm(2, 8), torch.nn.SiLU(), conv(8, 8, 3), norm(2, 8))
+
+    @torch.no_grad()
+    def decode_float(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor:
+        padded = F.pad(code.float() / 127.5 - 1, (1, 1, 1, 1), mode="replicate")
+        return self.network(padded)[:, :3]
+
+
+def test_shared_norms_bring_tiles_closer_to_the_untiled_reconstruction() -> None:
+    autoencoder, image = Normed(), half_dark(96)
+    whole = reconstruct_any_size(autoencoder, image, tile=96, overlap=0, rounded=False).image
+    own, shared = (
+        reconstruct_any_size(autoencoder, image, tile=32, overlap=8, rounded=False, shared_norms=shared).image
+        for shared in (False, True)
+    )
+    errors = [float((tiled - whole).square().mean().sqrt()) for tiled in (own, shared)]
+    assert errors[1] < 0.2 * errors[0]
+    alone = reconstruct_any_size(autoencoder, image, tile=96, overlap=0, rounded=False, shared_norms=True).image
+    assert torch.equal(alone, whole)
+
+
+def test_a_network_without_group_norms_cannot_share_them() -> None:
+    class Plain(Identity):
+        network = torch.nn.Conv2d(3, 3, 1)
+
+    with pytest.raises(ConfigError, match="no group norms"):
+        check_norms(Plain())
+
+
+def test_the_memory_of_a_tile_is_counted_without_allocating_it() -> None:
+    with PeakMemory() as memory:
+        a = torch.empty(1000, device="meta") + 1
+        b = a.relu()
+        del a
+        c = b.view(10, 100) * 2
+        del b, c
+    assert (memory.peak, memory.live) == (2 * 4000, 0)
+    plain = random_tokenizer()
+    small, large = (tile_bytes(plain, side, side) for side in (64, 128))
+    assert small > 5 * 8 * 4 * 64 * 64  # five tensors of 8 channels at full resolution
+    assert large >= 4 * small
+    positions = (1024 // 4) ** 2
+    assert tile_bytes(plain, 1024, 1024) > 4 * positions**2  # the middle's attention

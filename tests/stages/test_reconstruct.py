@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.metrics
 import torch
 import typer
 from PIL import Image
 
 from stages.reconstruct import reconstruct
+from vqpipe import tiling
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.evaluation.image_files import png_names
+from vqpipe.evaluation import image_files
+from vqpipe.evaluation.image_files import find_files, png_names
 from vqpipe.tokenizer import Tokenizer
 
 MULTI_GROUP = {"kind": "multi_group", "num_groups": 3, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
@@ -39,7 +42,11 @@ def test_files_of_any_size_are_published_beside_their_reconstructions(
     reconstruct(files, tokenizer=path, out=tmp_path / "out", device="cpu")
 
     published = open_artifact(tmp_path / "out", "images")
-    assert published.names() == ["photo-2.png", "photo.png"]
+    pngs = ["photo-2.png", "photo.png"]
+    folders = ("originals", "reconstructions")
+    assert published.names() == sorted(
+        ["report.html", *pngs, *(f"{folder}/{png}" for folder in folders for png in pngs)]
+    )
     first, second = (np.asarray(Image.open(published.file(name))) for name in ("photo.png", "photo-2.png"))
     assert first.shape == (33, 50 + 4 + 50, 3)
     assert np.array_equal(first[:, :50], pixels[0])
@@ -47,6 +54,9 @@ def test_files_of_any_size_are_published_beside_their_reconstructions(
     square = torch.from_numpy(pixels[1]).permute(2, 0, 1)[None]
     reconstruction = tokenizer.decode(tokenizer.encode(square), (32, 32))[0].permute(1, 2, 0).numpy()
     assert np.array_equal(second[:, 36:], reconstruction)
+    alone = [np.asarray(Image.open(published.file(f"{folder}/photo-2.png"))) for folder in folders]
+    assert np.array_equal(alone[0], pixels[1])
+    assert np.array_equal(alone[1], reconstruction)
     error = np.mean((pixels[1].astype(float) - reconstruction) ** 2)
     assert published.facts["psnr"]["photo-2.png"] == pytest.approx(10 * np.log10(255**2 / error))
 
@@ -90,6 +100,88 @@ def test_several_numbers_of_groups_give_a_labelled_contact_sheet(
     texts = [labels[:, start : start + 160] for start in range(0, 4 * 164, 164)]
     assert all(text.min() < 100 for text in texts)  # each column has one
     assert len({text.tobytes() for text in texts}) == 4
+    names = published.names("reconstructions/*")
+    assert names == [f"reconstructions/photo-groups-{k}.png" for k in (1, 2, 3)]
+    alone = np.asarray(Image.open(published.file("reconstructions/photo-groups-2.png")))
+    assert np.array_equal(alone, columns[2])
+    html = published.file("report.html").read_text(encoding="utf-8")
+    labels = ("first group", "first 2 groups", "first 3 groups")
+    assert [html.count(f'data-label="{label}"') for label in labels] == [1, 1, 1]
+
+
+def test_psnr_and_ssim_are_printed_and_shown_on_a_page_with_sliders(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    pixels = [draw(folder / "one.png"), draw(folder / "below" / "two.png", 40, 24), draw(folder / ".hidden.png")]
+    (folder / "notes.txt").write_text("no image", encoding="utf-8")
+    reconstruct([folder], tokenizer=tiny_tokenizer("tokenizer"), out=tmp_path / "out", device="cpu")
+    published = open_artifact(tmp_path / "out", "images")
+    assert list(published.facts["psnr"]) == ["two.png", "one.png"]
+    again = np.asarray(Image.open(published.file("reconstructions/one.png")))
+    ssim = skimage.metrics.structural_similarity(
+        *(pixels[0], again), channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    assert published.facts["ssim"]["one.png"] == pytest.approx(ssim, abs=0.02)  # it pads the borders
+    html, said = published.file("report.html").read_text(encoding="utf-8"), capsys.readouterr().err
+    assert "<h1>tokenizer on 2 images</h1>" in html
+    assert html.count('class="card"') == 2
+    means = [sum(published.facts[key].values()) / 2 for key in ("psnr", "ssim")]
+    row = next(line for line in said.splitlines() if "mean of 2" in line)
+    assert row.split()[-2:] == [f"{means[0]:.2f}", f"{means[1]:.3f}"]
+    assert f"<td>{means[0]:.2f}</td>" in html
+
+
+def test_ssim_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = torch.randint(0, 256, (2, 3, 40, 24), dtype=torch.uint8)
+    whole = image_files.ssim_between(*pair)
+    monkeypatch.setattr(image_files, "ROWS_PER_CHUNK", 7)
+    assert image_files.ssim_between(*pair) == pytest.approx(whole)
+    assert image_files.ssim_between(*pair[..., :10]) is None
+
+
+def test_patterns_are_expanded_and_one_without_a_match_is_reported(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "c.jpg"):
+        draw(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    assert [file.name for file in find_files([tmp_path / "*.png", tmp_path / "c.jpg"])] == ["a.png", "b.png", "c.jpg"]
+    with pytest.raises(DataError, match=r"\*\.gif matches no file"):
+        find_files([tmp_path / "*.gif"])
+    with pytest.raises(DataError, match="empty has no image files"):
+        find_files([tmp_path / "empty"])
+
+
+def test_shared_norms_is_an_option_and_recorded(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+    path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
+    draw(file, 64, 64)
+    options: dict[str, Any] = {"tokenizer": path, "tile": 32, "overlap": 8, "device": "cpu"}
+    reconstruct([file], out=tmp_path / "own", **options)
+    reconstruct([file], out=tmp_path / "shared", shared_norms=True, **options)
+    own, shared = (open_artifact(tmp_path / name, "images") for name in ("own", "shared"))
+    assert "shared_norms" not in own.manifest.config
+    assert shared.manifest.config["shared_norms"] is True
+    pixels = [np.asarray(Image.open(each.file("photo.png"))) for each in (own, shared)]
+    assert not np.array_equal(*pixels)
+
+
+def test_tiles_that_do_not_fit_the_memory_are_refused_with_a_tile_that_does(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
+    draw(file, 400, 400)
+    tokenizer = Tokenizer.from_pretrained(path)
+    beside = tiling.image_bytes(400, 400, 400, 1)
+    room = int(tiling.MARGIN * tiling.tile_bytes(tokenizer, 256, 256)) + beside + 1
+    monkeypatch.setattr(tiling, "available_bytes", lambda: room)
+    options: dict[str, Any] = {"tokenizer": path, "out": tmp_path / "out", "overlap": 8, "device": "cpu"}
+    with pytest.raises(ConfigError, match=r"out of memory: a tile of 400 pixels needs about .* Use --tile 256"):
+        reconstruct([file], tile=2400, **options)
+    assert not (tmp_path / "out.partial").exists()
+    reconstruct([file], tile=256, **options)
+    monkeypatch.setattr(tiling, "available_bytes", lambda: beside)
+    with pytest.raises(ConfigError, match="Use a machine with more memory"):
+        reconstruct([file], tile=256, **(options | {"out": tmp_path / "other"}))
 
 
 @pytest.mark.parametrize("groups", ["0", "1,", "two", "1,-2"])

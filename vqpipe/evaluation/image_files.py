@@ -1,26 +1,35 @@
-"""Reconstruction of image files of any size, each as a PNG beside its original. Shapes: H x W pixels."""
+"""Reconstruction of image files of any size: PNG files, and a page of them. Shapes: H x W pixels."""
 
+import glob
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.decoding import BadImage, decode
+from vqpipe.data.sources import has_image_extension
 from vqpipe.data.transforms import pixels
 from vqpipe.errors import DataError
-from vqpipe.metrics.distortion import mean_squared_error, psnr_of
+from vqpipe.metrics.distortion import mean_squared_error, psnr_of, ssim_gaussian
 from vqpipe.progress import SILENT, Progress
+from vqpipe.reports import page
 from vqpipe.reports.pictures import decibels, first_groups, side_by_side, to_png, with_labels
+from vqpipe.reports.reconstructions import ReconstructedFile, Version, reconstructions_page
 from vqpipe.tiling import reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
 
 ROWS_PER_CHUNK = 512
 """Rows of pixels compared at a time, to bound memory: 8192 rows in floating point would take a gigabyte."""
+SSIM_WINDOW = 11
+"""Rows and columns of a window of SSIM; smaller images have none."""
 
 
 def reconstruct_files(
@@ -31,37 +40,89 @@ def reconstruct_files(
     groups: Sequence[int | None],
     tile: int,
     overlap: int,
+    shared_norms: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Write originals and reconstructions side by side, this rank's share of them; return the facts to publish.
+    """Write the reconstructions of this rank's share of the files; return the facts to publish.
+
+    NAME.png holds the original and its reconstructions side by side; originals/NAME.png and reconstructions/NAME.png
+    hold one each. report.html shows them all.
 
     Args:
         files: name of each PNG -> the image file, as `png_names` returns them.
         groups: for each reconstruction of an image, the number of groups to decode; None: all of them. Several
-            reconstructions are labelled, and their PSNR is a list.
-        tile, overlap: as for `reconstruct_any_size`.
+            reconstructions are labelled, their files are reconstructions/NAME-groups-K.png, and their PSNR and SSIM
+            are lists.
+        tile, overlap, shared_norms: as for `reconstruct_any_size`.
 
     Raises:
         DataError: a file cannot be read as an image.
     """
-    names = list(files)[distributed.rank() :: distributed.world_size()]
+    names, several = list(files)[distributed.rank() :: distributed.world_size()], len(groups) > 1
     progress.start("reconstruct", len(names))
     for name in names:
         if draft.record(name) is None:
             original = read_image(files[name])
             reconstructions = [
-                reconstruct_any_size(autoencoder, original, groups=k, tile=tile, overlap=overlap).image for k in groups
+                reconstruct_any_size(
+                    autoencoder, original, groups=k, tile=tile, overlap=overlap, shared_norms=shared_norms
+                ).image
+                for k in groups
             ]
             psnr = [psnr_between(original, each) for each in reconstructions]
+            ssim = [ssim_between(original, each) for each in reconstructions]
             sheet = side_by_side(original, *reconstructions)
-            if len(groups) > 1:
+            if several:
                 labels = [first_groups(k, decibels(db)) for k, db in zip(groups, psnr, strict=True)]
                 sheet = with_labels(sheet, ["original", *labels])
-            with draft.write(name, psnr=psnr if len(groups) > 1 else psnr[0]) as path:
-                path.write_bytes(to_png(sheet))
+            write_png(draft, f"originals/{name}", original)
+            for k, each in zip(groups, reconstructions, strict=True):
+                write_png(draft, separate_name(name, k, several), each)
+            write_png(draft, name, sheet, psnr=psnr if several else psnr[0], ssim=ssim if several else ssim[0])
         progress.advance()
     distributed.barrier()
-    return {"num_images": len(files), "psnr": {name: (draft.record(name) or {}).get("psnr") for name in files}}
+    records = {name: draft.record(name) or {} for name in files}
+    facts: dict[str, Any] = {"num_images": len(files)}
+    facts |= {key: {name: record.get(key) for name, record in records.items()} for key in ("psnr", "ssim")}
+    if distributed.is_main():
+        footer = f"Made by vqpipe {metadata.version('vqpipe')}."
+        shown = reconstructions_page(result_files(draft.path, facts, groups), autoencoder.name, footer)
+        with draft.write("report.html") as path:
+            path.write_text(page.render(shown), encoding="utf-8")
+    distributed.barrier()
+    return facts
+
+
+def result_files(folder: Path, facts: Mapping[str, Any], groups: Sequence[int | None]) -> list[ReconstructedFile]:
+    """The files that `reconstruct_files` wrote into `folder`, with their numbers."""
+    several = len(groups) > 1
+    return [
+        ReconstructedFile(
+            name.removesuffix(".png"),
+            folder / "originals" / name,
+            [
+                Version(first_groups(k), folder / separate_name(name, k, several), *numbers)
+                for k, *numbers in zip(groups, *(as_list(facts[key][name]) for key in ("psnr", "ssim")), strict=True)
+            ],
+        )
+        for name in facts["psnr"]
+    ]
+
+
+def as_list(value: Any) -> list[Any]:
+    """A number alone as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def separate_name(name: str, k: int | None, several: bool) -> str:
+    """The file of a reconstruction alone."""
+    return f"reconstructions/{name.removesuffix('.png')}-groups-{k}.png" if several else f"reconstructions/{name}"
+
+
+def write_png(draft: Draft, name: str, image: Tensor, **record: Any) -> None:
+    """Write uint8[3, H, W], with what a resumed run needs of it."""
+    with draft.write(name, **record) as path:
+        path.write_bytes(to_png(image))
 
 
 def psnr_between(original: Tensor, reconstruction: Tensor) -> float | None:
@@ -70,6 +131,19 @@ def psnr_between(original: Tensor, reconstruction: Tensor) -> float | None:
     total = sum(mean_squared_error(a[None], b[None])[0] * a.shape[1] for a, b in chunks)
     value = psnr_of(torch.as_tensor(total / original.shape[1]), peak=255.0).item()
     return value if value < float("inf") else None
+
+
+def ssim_between(original: Tensor, reconstruction: Tensor) -> float | None:
+    """SSIM (Gaussian window) over RGB of two images uint8[3, H, W]; None for images smaller than its window."""
+    margin = SSIM_WINDOW - 1
+    rows, total = original.shape[1] - margin, 0.0
+    if min(rows, original.shape[2] - margin) < 1:
+        return None
+    for start in range(0, rows, ROWS_PER_CHUNK):
+        stop = min(start + ROWS_PER_CHUNK, rows)
+        pair = (image[None, :, start : stop + margin] for image in (original, reconstruction))
+        total += float(ssim_gaussian(*pair)) * (stop - start)
+    return total / rows
 
 
 def read_image(file: Path) -> Tensor:
@@ -82,6 +156,59 @@ def read_image(file: Path) -> Tensor:
         return pixels(decode(file.read_bytes()))
     except BadImage as error:
         raise DataError(f"{file}: {error.what}", "Omit this file") from None
+
+
+def image_sizes(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """(H, W) of each file by its header, before a rotation; without files that are no images, which `read_image`
+    reports."""
+    sizes = []
+    for file in files:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with Image.open(file) as image:
+                    sizes.append((image.height, image.width))
+            except Exception:  # Pillow raises nearly anything on invalid bytes
+                continue
+    return sizes
+
+
+def find_files(names: Sequence[Path]) -> list[Path]:
+    """Replace each folder by the image files in it and below it, and each glob by what it matches, sorted.
+
+    Raises:
+        DataError: a name is neither a file nor a folder nor a glob with a match, or a folder has no images.
+    """
+    found: list[Path] = []
+    for name in names:
+        if name.is_file():
+            found.append(name)
+            continue
+        matches = [name] if name.is_dir() else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
+        if not matches:
+            kind = "matches no file" if glob.has_magic(str(name)) else "is not a file"
+            raise DataError(f"{name} {kind}", "Pass image files, a folder, or a pattern such as 'photos/*.jpg'")
+        for match in matches:
+            found += images_below(match) if match.is_dir() else [match]
+    return found
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The image files in a folder and below it, sorted, without hidden ones.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and has_image_extension(file.name)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(f"{folder} has no image files", "Pass a folder with images, or image files")
+    return files
 
 
 def png_names(files: Sequence[Path]) -> dict[str, Path]:

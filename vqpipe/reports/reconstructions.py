@@ -1,0 +1,119 @@
+"""The page of `vqpipe reconstruct`: each file beside its reconstructions, with PSNR and SSIM."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqpipe.reports import page
+from vqpipe.reports.pictures import (
+    ERROR_CAPTION,
+    MAX_SIDE,
+    PictureBudget,
+    crop_center,
+    decibels,
+    error_map,
+    from_png,
+)
+
+OPEN_ROWS = 40
+"""Files up to which the table of the page is not folded."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A reconstruction of a file: a PNG file, PSNR in dB (None: equal to the original), SSIM (None: too small)."""
+
+    label: str
+    png: Path
+    psnr: float | None
+    ssim: float | None
+
+    @property
+    def note(self) -> str:
+        """`22.1 dB, SSIM 0.712`."""
+        return ", ".join(filter(None, (decibels(self.psnr), "" if self.ssim is None else f"SSIM {self.ssim:.3f}")))
+
+
+@dataclass(frozen=True)
+class ReconstructedFile:
+    """An original, a PNG file, and its reconstructions."""
+
+    name: str
+    original: Path
+    versions: Sequence[Version]
+
+
+def reconstructions_page(files: Sequence[ReconstructedFile], tokenizer: str, footer: str = "") -> page.ReportPage:
+    """Means, all files with a slider as far as the page may hold them, and the numbers of each."""
+    versions = [file.versions[-1] for file in files]
+    which = f", {versions[0].label}" if len(files[0].versions) > 1 else ""
+    numbers = [
+        page.Number(label, text, unit, f"mean over {len(files):,} images{which}" if len(files) > 1 else which[2:])
+        for label, text, unit in (
+            ("PSNR", mean((v.psnr for v in versions), ".2f"), "dB"),
+            ("SSIM", mean((v.ssim for v in versions), ".3f"), ""),
+        )
+    ]
+    pictures, note = shown_pictures(files)
+    caption = " ".join(filter(None, (ERROR_CAPTION if len(files[0].versions) == 1 else "", note)))
+    sections: list[page.Section] = [
+        page.Numbers("Reconstruction", numbers),
+        page.Pictures("Originals and reconstructions", pictures, caption),
+    ]
+    if len(files) > 1:
+        sections.append(numbers_table(files, folded=len(files) > OPEN_ROWS))
+    images = files[0].name if len(files) == 1 else f"{len(files):,} images"
+    subtitle = "NAME.png beside this page holds a pair; originals/ and reconstructions/ hold the images alone."
+    return page.ReportPage(f"{tokenizer} on {images}", subtitle, sections, footer)
+
+
+def shown_pictures(files: Sequence[ReconstructedFile]) -> tuple[list[page.Picture], str]:
+    """The files that fit into the page, with an error map where there is one reconstruction; a note on the others."""
+    budget, found = PictureBudget(), list[page.Picture]()
+    for file in files:
+        original, *others = (crop_center(path.read_bytes(), MAX_SIDE) for path in (file.original, *paths_of(file)))
+        versions = [
+            page.Version(version.label, png, version.note) for version, png in zip(file.versions, others, strict=True)
+        ]
+        if len(others) == 1:
+            versions.append(page.Version("error", error_map(from_png(original), from_png(others[0]))))
+        if not budget.take(original, *(version.png for version in versions)):
+            break
+        width, height = page.png_size(file.original.read_bytes()[:24])
+        note = f"center of {width} x {height} pixels; numbers of the whole" if max(width, height) > MAX_SIDE else ""
+        found.append(page.Picture(file.name, original, versions, note))
+    left = len(files) - len(found)
+    return found, f"{left:,} more would make this file too large: see reconstructions/." if left else ""
+
+
+def paths_of(file: ReconstructedFile) -> list[Path]:
+    """The PNG files of the reconstructions."""
+    return [version.png for version in file.versions]
+
+
+def numbers_table(files: Sequence[ReconstructedFile], most: int | None = None, folded: bool = False) -> page.Table:
+    """A row for each reconstruction, of the first `most` files, and the mean of each kind over all files."""
+    several = len(files[0].versions) > 1
+    rows = [
+        [file.name, *([version.label] if several else []), *written(version.psnr, version.ssim)]
+        for file in files[:most]
+        for version in file.versions
+    ]
+    if most is not None and len(files) > most:
+        rows.append([f"{len(files) - most:,} more", *["…"] * (len(rows[0]) - 1)])
+    for same in zip(*(file.versions for file in files), strict=True) if len(files) > 1 else ():
+        numbers = [mean((version.psnr for version in same), ".2f"), mean((version.ssim for version in same), ".3f")]
+        rows.append([f"mean of {len(files):,}", *([same[0].label] if several else []), *numbers])
+    header = ["image", *(["version"] if several else []), "PSNR, dB", "SSIM"]
+    return page.Table("PSNR and SSIM", header, rows, folded=folded)
+
+
+def written(psnr: float | None, ssim: float | None) -> list[str]:
+    """Both numbers as text."""
+    return ["equal" if psnr is None else f"{psnr:.2f}", "–" if ssim is None else f"{ssim:.3f}"]
+
+
+def mean(values: Iterable[float | None], how: str) -> str:
+    """The mean of those that are numbers, as text."""
+    numbers = [value for value in values if value is not None]
+    return format(sum(numbers) / len(numbers), how) if numbers else "–"
