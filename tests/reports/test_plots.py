@@ -31,7 +31,7 @@ def texts(plot: page.Plot) -> list[str]:
 def test_training_curves_of_one_run_show_each_loss_term_and_of_several_the_total() -> None:
     one = plots.training_curves({"": ROWS})
     assert [plot.title for plot in one] == ["Loss", "PSNR in training, dB", "Utilization in training"]
-    assert "total ends at 0.06, l1 ends at 0.04" in one[0].alt
+    assert "total ends at 0.06, L1 distance ends at 0.04" in one[0].alt
     assert "100.0%" in one[2].alt
     several = plots.training_curves({"lc": ROWS, "fc": ROWS[:9]})
     assert several[0].alt == "lc ends at 0.06, fc ends at 0.3333"

@@ -301,6 +301,8 @@ def comparison_page(
     where = f"On {len(by_images)} sets of images"
     if len(by_images) == 1:
         where = f"On the same {groups[0].members[0].metrics['num_images']:,} images"
+    if len(by_images) == 1:
+        title += f" on {groups[0].images}, {groups[0].members[0].metrics['num_images']:,} images"
     return page.ReportPage(title, f"{where}. Protocol {protocols}.", sections, footer)
 
 

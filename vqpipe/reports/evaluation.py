@@ -232,6 +232,14 @@ def formula_of(measure: Measure, metrics: Metrics) -> str:
     return measure.convention
 
 
+def on_images(lineage: Mapping[str, Any], num_images: int | None = None) -> str:
+    """ " on imagenette, 1,000 images": the end of a title, by the lineage of the artifact; "" without images."""
+    inputs = lineage.get("inputs", {})
+    name = next((inputs[role]["name"] for role in ("images", "tokens", "latents") if role in inputs), "")
+    counted = "" if num_images is None else f", {num_images:,} images"
+    return f" on {name}{counted}" if name else ""
+
+
 def size_in_words(metrics: Metrics) -> str:
     """ "256 px", "2560 x 1440 px", or "their own size"."""
     size = str(metrics["image_size"])

@@ -16,6 +16,7 @@ from vqpipe.reports.evaluation import (
     codes,
     convention_of,
     measures_of,
+    on_images,
     over_images,
     reasons_not_measured,
     size_in_words,
@@ -69,7 +70,8 @@ def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.Repor
         sections.append(page.Reasons("Images that are not measured", reasons))
     sections.append(page.Lineage("Lineage", [evaluated.lineage]))
     sections.append(page.Commands("Reproduce", evaluated.commands))
-    return page.ReportPage(evaluated.name, subtitle(metrics), sections, footer)
+    title = evaluated.name + on_images(evaluated.lineage, metrics["num_images"])
+    return page.ReportPage(title, subtitle(metrics), sections, footer)
 
 
 def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:

@@ -11,6 +11,7 @@ from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import FRECHET, Measure, codes, table_rows, value_of, written
+from vqpipe.reports.pictures import GAP
 
 MEASURES = {
     "fid": Measure("fid", "FID", "lower is better", "", False),
@@ -37,6 +38,11 @@ class Generated:
     """PNG file of some samples."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
+
+    @property
+    def columns(self) -> int:
+        """Samples side by side on the sheet."""
+        return page.png_size(self.sheet)[0] // (int(self.metrics["image_size"]) + GAP)
 
     @property
     def cfg_scale(self) -> float | None:
@@ -96,7 +102,10 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
     sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)]), *published]
     if len(several) == 1 and (groups := groups_table(first.metrics)):
         sections.append(groups)
-    maps = [page.Map(f"{counted(each)}, some of them", each.sheet, each.name, each.name) for each in several]
+    maps = [
+        page.Map(f"{counted(each)}, some of them", each.sheet, each.name, f"samples of {each.name}", each.columns)
+        for each in several
+    ]
     if curve := guidance_curves(several):
         sections.append(page.Plots("Scale of guidance", curve))
     sections.append(page.Maps("Samples", maps))
@@ -111,7 +120,10 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
     commands = list(dict.fromkeys(command for each in several for command in each.commands))
     if commands:
         sections.append(page.Commands("Reproduce", commands))
-    return page.ReportPage(title, subtitle, sections)
+    if len(several) == 1:
+        title += f", {counted(first)}"
+    reference = first.lineage.get("inputs", {}).get("reference", {}).get("name")
+    return page.ReportPage(f"{title} against {reference}" if reference else title, subtitle, sections)
 
 
 def check_alike(several: Sequence[Generated]) -> None:

@@ -281,6 +281,7 @@ class Large {
 }
 
 const large = new Large(document.querySelector(".large"));
+const FILLED_AT_ONCE = 3;  // cards that are visible first
 const empty = [];
 const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 1));
 const fillNext = () => {
@@ -303,6 +304,7 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   bar.hidden = !labels.length;
   empty.push(...cards);
 }
+for (const card of empty.splice(0, FILLED_AT_ONCE)) card.fill();
 fillNext();
 
 // ---- Copy buttons and the color theme ----

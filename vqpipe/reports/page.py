@@ -17,6 +17,8 @@ from markupsafe import Markup
 
 from vqpipe.files import valid_text
 
+SHEET_SIDE = 132
+"""CSS pixels of each image on a sheet of samples, at least; as in page.css."""
 FILE_SIZE = "\0file size\0"
 """Placeholder of the file's own size."""
 
@@ -83,6 +85,13 @@ class Map:
     png: bytes
     heading: str
     alt: str
+    columns: int = 0
+    """Images side by side on a sheet of samples, which is shown as wide as the page."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the images of a sheet have fewer pixels than they are shown in, and are enlarged without blur."""
+        return png_size(self.png)[0] < SHEET_SIDE * self.columns
 
 
 @dataclass(frozen=True)

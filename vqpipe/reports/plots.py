@@ -64,6 +64,16 @@ MAX_SIZES = 4
 """Different codebook sizes up to which each is marked by a vertical line."""
 NOT_LOSSES = ("adversarial_weight", "real_logit", "fake_logit")
 """Keys of a log row under `loss/` that are no loss terms."""
+LOSS_TERMS = {
+    "l1": "L1 distance",
+    "l2": "squared error",
+    "log_l2": "log squared error",
+    "charbonnier": "Charbonnier distance",
+    "lpips": "perceptual distance",
+    "r1": "R1 penalty",
+    "lecam": "LeCam penalty",
+}
+"""Term of a loss -> its name in a legend, where the two differ in more than underscores."""
 
 LogRow = Mapping[str, Any]
 """A row of `metrics.jsonl`."""
@@ -144,13 +154,20 @@ def loss_terms(rows: Sequence[LogRow]) -> list[str]:
     return [name for name in dict.fromkeys(["total", *names]) if name not in NOT_LOSSES]
 
 
+def term_in_words(name: str) -> str:
+    """A term of the loss as a legend names it."""
+    return LOSS_TERMS.get(name, name.replace("_", " "))
+
+
 def training_curves(runs: Mapping[str, Sequence[LogRow]]) -> list[Plot]:
     """Loss, PSNR and utilization over images seen, from the rows of `metrics.jsonl` of each run by name.
 
     One run: a line per loss term. Several: a line per run, of the total. A quantity that no run logged has no plot.
     """
     if len(runs) == 1:
-        losses = {term: series(rows, f"loss/{term}") for rows in runs.values() for term in loss_terms(rows)}
+        losses = {
+            term_in_words(term): series(rows, f"loss/{term}") for rows in runs.values() for term in loss_terms(rows)
+        }
     else:
         losses = {name: series(rows, "loss/total") for name, rows in runs.items()}
     psnr = {name: series(rows, "psnr") for name, rows in runs.items()}
@@ -176,18 +193,20 @@ def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
         groups = enumerate(times_chosen(counts), start=1)
         lines = {f"group {number}": (times, counts.shape[1]) for number, times in groups}
     single = len(lines) == 1
+    levels = ["codebook size", *(["uniform distribution"] if single else [])]
     sizes = {size for _, size in lines.values()} if len({size for _, size in lines.values()}) <= MAX_SIZES else set()
     with matplotlib.rc_context(STYLE):
-        figure, axes = one_axes(lines)
+        names = [*(["codes in use"] if single else lines), *(levels if sizes else levels[1:])]
+        figure, axes = one_axes(names)
         for number, (name, (times, size)) in enumerate(lines.items()):
             chosen = np.sort(times.cpu().numpy())[::-1]
             ranks = thinned(len(chosen), logarithmic=True)
-            axes.plot(ranks + 1, chosen[ranks], **line_style(number), label=untypeset(name))
+            axes.plot(ranks + 1, chosen[ranks], **line_style(number), label=untypeset(names[0] if single else name))
             axes.plot(ranks[-1:] + 1, chosen[-1:], "o", color=color(number))
             if single and len(chosen):
-                axes.axhline(chosen.sum() / size, **DASHED)
-        for size in sizes:
-            axes.axvline(size, color=INK, linewidth=0.7)
+                axes.axhline(chosen.sum() / size, **DASHED, label="uniform distribution")
+        for place, size in enumerate(sizes):
+            axes.axvline(size, color=INK, linewidth=0.7, label="" if place else "codebook size")
         last = max(*sizes, *(len(times) for times, _ in lines.values()), 1)
         most = max(1, *(int(times.max()) for times, _ in lines.values() if len(times)), 1)
         axes.set(xscale="log", yscale="log", xlim=(0.9, 1.2 * last), ylim=(0.8, 1.5 * most))
@@ -195,14 +214,11 @@ def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
         plain_numbers(axes.xaxis)
         plain_numbers(axes.yaxis)
         axes.grid()
-        legend_above(axes, lines)
+        legend_above(axes, names)
         svg = to_svg(figure, f"frequency-{'-'.join(lines)}")
     shares = [f"{name} uses {len(times) / size:.1%} of {size:,} codes" for name, (times, size) in lines.items()]
     alt = shares[0].removeprefix("group 1 ") if single else ", ".join(shares)
-    caption = "A line ends at the last code in use."
-    caption += " Vertical line: codebook size." if sizes else ""
-    caption += " Dashed: a uniform distribution." if single else ""
-    return Plot("Frequency of the codes", svg, alt, caption)
+    return Plot("Frequency of the codes", svg, alt, "A line ends at the last code in use.")
 
 
 def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[int] = ()) -> Plot | None:
@@ -225,7 +241,8 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
         yscale="share",
         marks=[budget for budget in budgets if tokens[0] < budget < tokens[-1]],
         alt=ends,
-        caption=f"{ends}, which is the expected maximum at this number of tokens.",
+        caption=f"{ends}, which is the expected maximum at this number of tokens."
+        + (" Vertical lines: the numbers of tokens in the table." if budgets else ""),
     )
 
 
@@ -375,10 +392,10 @@ def one_axes(names: Collection[str]) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def legend_above(axes: Axes, names: Collection[str], min_names: int = 2) -> None:
+def legend_above(axes: Axes, names: Collection[str], min_names: int = 2, columns: int | None = None) -> None:
     """A legend over the plot, from `min_names` names on."""
     if len(names) >= min_names:
-        columns = columns_of(names)
+        columns = columns or columns_of(names)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.2)
 
 

@@ -3,7 +3,7 @@
 Shapes: G groups, K codes per group.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
-from vqpipe.reports.evaluation import EvaluationResult, codes
+from vqpipe.reports.evaluation import EvaluationResult, codes, on_images
 from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
 
 RELOAD_SECONDS = 15
@@ -44,6 +44,8 @@ class TrainingRun:
     """The newest samples, a PNG file."""
     samples_step: int = 0
     samples_note: str = ""
+    sample_columns: int = 4
+    """Samples side by side in the PNG file."""
     counts: Tensor | None = None
     """int64[G, K]: how often each code was chosen."""
     counts_note: str = ""
@@ -136,10 +138,11 @@ def training_page(run: TrainingRun) -> page.ReportPage:
     Before the last step the page reloads itself; when the run is published, it opens the published page.
     """
     subtitle = f"{run.description} Step {run.step:,} of {run.steps:,}."
+    title = run.name + on_images(run.lineage)
     if run.step == run.steps:
-        return page.ReportPage(run.name, subtitle, list(sections(run)), run.written)
+        return page.ReportPage(title, subtitle, list(sections(run)), run.written)
     subtitle += f" Written {run.written}; this page reloads itself during the run."
-    return page.ReportPage(run.name, subtitle, list(sections(run)), run.written, RELOAD_SECONDS, quote(run.name))
+    return page.ReportPage(title, subtitle, list(sections(run)), run.written, RELOAD_SECONDS, quote(run.name))
 
 
 def sections(run: TrainingRun) -> Iterator[page.Section]:
@@ -149,7 +152,8 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
         caption = f"{run.shown_note} {ERROR_CAPTION}".strip()
         yield page.Pictures("Originals and reconstructions", error_pictures(run.shown), caption)
     if run.samples is not None:
-        yield page.Maps("Samples", [page.Map(run.samples_note, run.samples, f"Step {run.samples_step:,}", "samples")])
+        sheet = page.Map(run.samples_note, run.samples, f"Step {run.samples_step:,}", "samples", run.sample_columns)
+        yield page.Maps("Samples", [sheet])
     if curves := run_curves(run.rows):
         yield page.Plots("Curves", curves)
     if run.counts is not None and run.counts.sum():
@@ -168,18 +172,28 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
 
 
 def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
-    """The newest finite value of each number that was logged."""
+    """The newest finite value of each number that was logged: those of the validation first, where there is one."""
     values = {number: newest_number(run.rows, number.key) for number in NUMBERS}
     best = "" if run.best_step is None else f"; best at step {run.best_step:,}"
-    numbers = [
-        page.Number(
-            number.label, number.text(value), number.unit, number.note + (best if number.key == "valid/psnr" else "")
-        )
+    shown = {
+        number: value
         for number, value in values.items()
         if value is not None and not (number.key == "nonfinite_steps" and value == 0)
-    ]
-    if numbers:
-        yield page.Numbers("Current metrics" if run.step < run.steps else "Final metrics", numbers)
+    }
+
+    def in_words(chosen: Iterable[LoggedNumber]) -> list[page.Number]:
+        notes = {number: number.note + (best if number.key == "valid/psnr" else "") for number in chosen}
+        return [page.Number(number.label, number.text(shown[number]), number.unit, notes[number]) for number in notes]
+
+    validation = [number for number in shown if number.group == "validation"]
+    title = "Current metrics" if run.step < run.steps else "Final metrics"
+    if validation:
+        newest = [row for row in run.rows if "valid/images" in row][-1:]
+        title = "Training"
+        caption = f"{newest[0]['valid/images']:,} held-out images at step {newest[0]['step']:,}." if newest else ""
+        yield page.Numbers("Validation", in_words(validation), caption)
+    if others := [number for number in shown if number not in validation]:
+        yield page.Numbers(title, in_words(others))
 
 
 def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
@@ -244,10 +258,14 @@ def loss_curves(rows: Sequence[plots.LogRow]) -> tuple[page.Plot | None, ...]:
     parts."""
     if any("psnr" in row for row in rows):
         return (
-            plots.curves("Loss", {term: plots.series(rows, f"loss/{term}") for term in plots.loss_terms(rows)}, "log"),
+            plots.curves(
+                "Loss",
+                {plots.term_in_words(term): plots.series(rows, f"loss/{term}") for term in plots.loss_terms(rows)},
+                "log",
+            ),
         )
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/") and name != "loss/total")
-    parts = {name.removeprefix("loss/"): plots.series(rows, name) for name in names}
+    parts = {plots.term_in_words(name.removeprefix("loss/")): plots.series(rows, name) for name in names}
     total = {"training": plots.series(rows, "loss/total"), "validation": plots.series(rows, "valid/total")}
     return plots.curves("Loss", total, "linear"), plots.curves("Parts of the loss", parts, "linear")
 
@@ -263,7 +281,7 @@ def validation_table(run: TrainingRun) -> page.Table:
     ]
     header = ["step", *(f"{column.short_label}, {column.unit}".removesuffix(", ") for column in columns)]
     caption = f"{rows[-1]['valid/images']:,} held-out images, center crops; measured as vqpipe eval does."
-    return page.Table("Validation", header, cells, caption, folded=len(rows) > OPEN_ROWS)
+    return page.Table("Validations", header, cells, caption, folded=len(rows) > OPEN_ROWS)
 
 
 def newest_number(rows: Sequence[plots.LogRow], key: str) -> float | None:
