@@ -6,7 +6,7 @@ of images get a table over the sets, as in MGVQ's Tables 2 and 3.
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
@@ -36,6 +36,7 @@ from vqpipe.reports.generated import check_alike, comparison_rows, generated_pag
 from vqpipe.reports.papers import paper_row
 from vqpipe.reports.pictures import PictureBudget, shared_pictures
 from vqpipe.reports.published import OurNumbers, PublishedTable, published_table
+from vqpipe.reports.seeds import configurations_of, numbers_over_seeds, seeds_table, size_plots
 
 KEYS = ("protocol", "image_size", "num_images", "reference")
 """Keys of `metrics.json` that must be equal for numbers to share a column. `reference` is the digest of the crops."""
@@ -60,6 +61,8 @@ class Comparison:
     """The headline numbers, a table per group of comparable reports."""
     make_page: Callable[[], page.ReportPage]
     """The page, which reads all pictures."""
+    over_seeds: dict[str, Any] = field(default_factory=dict)
+    """Means and standard deviations of tokenizers that differ only in the seed, by the title of their group."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def compare(reports: Sequence[Artifact], published: Sequence[PublishedTable] = (
 def publish_comparison(draft: Draft, comparison: Comparison) -> Artifact:
     """Write `metrics.json` and the page, and publish them."""
     if distributed.is_main():
-        draft.write_json("metrics.json", {"compared": comparison.metrics})
+        seeds = {"over_seeds": comparison.over_seeds} if comparison.over_seeds else {}
+        draft.write_json("metrics.json", {"compared": comparison.metrics, **seeds})
         with draft.write("report.html") as path:
             path.write_text(page.render(comparison.make_page()), encoding="utf-8")
     return draft.publish(comparison.facts)
@@ -122,8 +126,14 @@ def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[Publishe
         names=[each.name for each in evaluations],
         metrics=metrics_by_name(evaluations),
         facts=facts_of(groups),
+        over_seeds={
+            group.title: numbers
+            for group in groups
+            if (numbers := numbers_over_seeds(configurations_of(group.members), HEADLINES))
+        },
         tables=[
             *(measure_table(group, present(group.members, HEADLINES), title=group.title) for group in groups),
+            *tables_over_seeds(groups),
             *as_published,
         ],
         make_page=lambda: comparison_page(evaluations, title, footer, as_published),
@@ -275,7 +285,8 @@ def comparison_page(
     by_images: dict[str, list[Group]] = {}
     for group in groups:
         by_images.setdefault(group.images, []).append(group)
-    sections: list[page.Section] = [*tables_over_sets(groups), *map(headline_table, groups)]
+    sections: list[page.Section] = [*tables_over_seeds(groups), *tables_over_sets(groups)]
+    sections += map(headline_table, groups)
     sections += published or paper_tables(evaluations)
     budget = PictureBudget()
     for images, same_images in by_images.items():
@@ -329,6 +340,15 @@ def measure_table(group: Group, measures: Sequence[Measure], title: str, caption
     values = [[value_of(each.metrics, measure.key) for measure in measures] for each in group.members]
     rows = [[page.Cell(*cell) for cell in row] for row in table_rows(labels, measures, values, unit=False)]
     return page.Table(title, [*header, *map(with_unit, measures)], rows, caption.strip())
+
+
+def tables_over_seeds(groups: Sequence[Group]) -> list[page.Table]:
+    """For each group in which several tokenizers differ only in the seed: means over the seeds."""
+    tables = (
+        seeds_table(group.title, configurations_of(group.members), present(group.members, HEADLINES))
+        for group in groups
+    )
+    return [table for table in tables if table is not None]
 
 
 def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
@@ -408,6 +428,8 @@ def quality_plots(evaluations: Sequence[EvaluationResult], of: str) -> list[page
     sections: list[page.Section] = []
     if any(bits is not None for bits, _ in points.values()):
         sections.append(page.Plots(f"Quality by bits per pixel{of}", [plots.rate_distortion(points)]))
+    if drawn := size_plots(configurations_of(evaluations)):
+        sections.append(page.Plots(f"Codebook size{of}", drawn))
     if curves := plots.k_curves(prefixes):
         sections.append(page.Plots(f"Reconstruction from the first k groups{of}", curves))
     return sections

@@ -304,6 +304,57 @@ def rate_distortion(points: Mapping[str, tuple[float | None, float]]) -> Plot:
     return Plot("PSNR over bits per pixel", svg, ", ".join(words), caption)
 
 
+def points_with_spread(
+    title: str,
+    methods: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    xlabel: str,
+    is_share: bool = False,
+    log: bool = False,
+    caption: str = "",
+) -> Plot | None:
+    """Means with their standard deviations by method; None without points.
+
+    Points of a method are joined by a line unless two have the same x.
+
+    Args:
+        methods: by name (x, mean, standard deviation).
+        is_share: y is in 0..1, written as percent.
+        log: a logarithmic x axis.
+    """
+    methods = {name: sorted(points) for name, points in methods.items() if points}
+    if not methods:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = one_axes(methods)
+        for number, (name, points) in enumerate(methods.items()):
+            x, y, spread = map(np.array, zip(*points, strict=True))
+            style = line_style(number) | ({} if len(set(x)) == len(x) else {"linestyle": "none"})
+            marker = MARKERS[number // len(COLORS) % len(MARKERS)]
+            axes.errorbar(
+                x, y, yerr=spread if spread.any() else None, marker=marker, capsize=3, label=untypeset(name), **style
+            )
+        if log:
+            axes.set_xscale("log")
+            plain_numbers(axes.xaxis)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        if is_share:
+            axes.set_ylim(0, 1.04)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.margins(x=0.08)
+        axes.set_xlabel(xlabel)
+        axes.grid()
+        legend_above(axes, methods, min_names=1)
+        svg = to_svg(figure, f"{title}-{'-'.join(methods)}")
+    words = [
+        f"{name} {f'{mean:.1%}' if is_share else f'{mean:.2f}'} at {x:,.6g}"
+        for name, points in methods.items()
+        for x, mean, _ in points
+    ]
+    return Plot(title, svg, ", ".join(words), caption)
+
+
 def bars(title: str, values: Mapping[str, float], caption: str = "") -> Plot:
     """A horizontal bar per name for shares in 0..1, written as percent."""
     with matplotlib.rc_context(STYLE):

@@ -1,0 +1,126 @@
+"""Tokenizers that differ only in the seed share a row, and plots over the codebook size."""
+
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import pytest
+import torch
+
+from vqpipe.reports import page
+from vqpipe.reports.comparison import comparison_page
+from vqpipe.reports.evaluation import MEASURES, EvaluationResult
+from vqpipe.reports.seeds import (
+    common_name,
+    configurations_of,
+    numbers_over_seeds,
+    seeds_table,
+    settings_of,
+    size_plots,
+)
+
+PSNR, UTILIZATION = (next(m for m in MEASURES if m.key == key) for key in ("psnr", "utilization"))
+
+
+def trained(
+    name: str, seed: int, psnr: float, k: int = 1024, quantizer: str = "vq", groups: int = 1, options: str = ""
+) -> EvaluationResult:
+    """An evaluation of a tokenizer that `vqpipe train` made."""
+    tokenizer = {"quantizer": quantizer, "codebook_size": k, "num_groups": groups, "downsample_factor": 8}
+    metrics: dict[str, Any] = {
+        "protocol": "adm",
+        "num_images": 50,
+        "image_size": 256,
+        "reference": "photos",
+        "psnr": psnr,
+        "rfid": {},
+        "utilization": 0.5,
+        "utilization_per_group": [0.5] * groups,
+        "perplexity_per_group": [2.0] * groups,
+        "bits_per_pixel": groups * (k.bit_length() - 1) / 64,
+        "num_tokens_per_image": 16,
+        "not_computed": {},
+        "tokenizer": tokenizer,
+    }
+    images = {"kind": "data", "name": "photos", "content": "photos", "inputs": {}}
+    made = {"kind": "tokenizer", "name": name, "content": name, "inputs": {"images": images}}
+    lineage = {"kind": "report", "name": "r", "content": "", "inputs": {"images": images, "tokenizer": made}}
+    command = f"vqpipe train --images elsewhere/{seed} --seed {seed} --out {name} --set train.steps=9 {options}"
+    commands = [command, "vqpipe eval"]
+    return EvaluationResult(name, metrics, torch.ones(groups, 4).long(), lineage=lineage, commands=commands)
+
+
+def test_rows_are_grouped_by_all_settings_but_the_seed() -> None:
+    several = [trained("a-s0", 0, 23.0), trained("b", 0, 22.0, options="--precision fp32"), trained("a-s1", 1, 23.2)]
+    found = configurations_of(several)
+    assert [(each.name, [member.name for member in each.members]) for each in found] == [
+        ("a", ["a-s0", "a-s1"]),
+        ("b", ["b"]),
+    ]
+    assert len(configurations_of([trained("a", 0, 23.0), trained("c", 1, 23.0, k=2048)])) == 2
+    imported = [EvaluationResult(each.name, each.metrics, each.counts, commands=["vqpipe eval"]) for each in several]
+    assert len(configurations_of(imported)) == 3  # without a command of training nothing is equal
+
+
+def test_settings_are_the_options_in_any_order_without_seed_and_paths() -> None:
+    words = ["vqpipe", "train", "--set", "a=1", "--seed=3", "--set", "b=2", "--out", "x", "--codebook", "c"]
+    other = ["vqpipe", "train", "--out=y", "--set", "b=2", "--set", "a=1", "--seed", "4"]
+    assert settings_of(words) == settings_of(other) == ["--set a=1", "--set b=2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (["lc-16384-seed-0", "lc-16384-seed-1"], "lc-16384"),
+        (["lc_s10", "lc_s11"], "lc"),
+        (["lc-1", "lc-2"], "lc"),
+        (["one", "two"], "one"),
+        (["same", "same"], "same"),
+        (["gauss-0", "gauss-1"], "gauss"),
+    ],
+)
+def test_a_configuration_has_the_common_part_of_its_names(names: list[str], name: str) -> None:
+    assert common_name(names) == name
+
+
+def test_means_have_the_sample_standard_deviation_and_the_best_is_highlighted() -> None:
+    found = configurations_of([trained("a-s0", 0, 23.0), trained("a-s1", 1, 23.2), trained("b", 0, 22.0, k=64)])
+    table = seeds_table("set", found, [PSNR, UTILIZATION])
+    assert table is not None
+    assert table.header == ["tokenizer", "codes", "seeds", "PSNR, dB", "codes in use, %"]
+    assert [[cell if isinstance(cell, str) else cell.text for cell in row] for row in table.rows] == [
+        ["a", "1,024", "2", "23.10 ± 0.14", "50.0 ± 0.0"],
+        ["b", "64", "1", "22.00", "50.0"],
+    ]
+    assert [row[3].best for row in table.rows if isinstance(row[3], page.Cell)] == [True, False]
+    assert seeds_table("set", configurations_of([trained("a", 0, 23.0), trained("b", 0, 22.0, k=64)]), [PSNR]) is None
+    (numbers,) = numbers_over_seeds(found, [PSNR]).values()
+    assert numbers["names"] == ["a-s0", "a-s1"]
+    assert numbers["psnr"] == {"mean": pytest.approx(23.1), "std": pytest.approx(0.02**0.5)}
+
+
+def test_plots_over_the_codebook_size_have_a_line_for_each_method() -> None:
+    several = [
+        *(trained(f"vq-{k}-s{seed}", seed, 20.0 + seed + k / 1024, k) for k in (1024, 4096) for seed in (0, 1)),
+        *(trained(f"mg-{k}", 0, 25.0, k, "multi_group", 4) for k in (1024, 4096)),
+    ]
+    drawn = size_plots(configurations_of(several))
+    titles = ["PSNR over log2 K, dB", "Utilization over K", "PSNR over bits per position, dB"]
+    assert [plot.title for plot in drawn] == titles
+    assert drawn[0].alt.startswith("vq, G = 1 21.50 at 10, vq, G = 1 24.50 at 12, multi_group, G = 4 25.00 at 10")
+    assert "vq, G = 1 50.0% at 4,096" in drawn[1].alt
+    assert drawn[2].alt.endswith("multi_group, G = 4 25.00 at 40, multi_group, G = 4 25.00 at 48")
+    texts = {"".join(node.itertext()) for node in ET.fromstring(drawn[0].svg).iter() if node.tag.endswith("text")}
+    assert {"vq, G = 1", "multi_group, G = 4"} <= texts
+    assert drawn[0].caption == "Bars: standard deviation over seeds."
+    plain = size_plots(configurations_of([several[0], several[2]]))
+    assert [plot.title for plot in plain] == titles[:2]  # bits are log2 K
+    assert size_plots(configurations_of(several[:2])) == []
+
+
+def test_the_page_begins_with_the_means_over_seeds() -> None:
+    several = [trained("a-s0", 0, 23.0), trained("a-s1", 1, 23.2), trained("b", 0, 22.0, k=64)]
+    shown = comparison_page(several, "three")
+    titles = [section.title for section in shown.sections]
+    assert titles[0] == "Over seeds: 50 images of photos at 256 px, protocol adm"
+    assert "Codebook size, protocol adm" in titles
+    assert "23.10 ± 0.14" in page.render(shown)

@@ -1,0 +1,185 @@
+"""Tokenizers whose training differs only in the seed, as one row with means, and plots over the codebook size.
+
+Shapes: K codes per group, G groups, f the downsample factor.
+"""
+
+import json
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from vqpipe.reports import page, plots
+from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, value_of, with_unit, written
+
+OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation-images", "--codebook", "--from", "--device")
+"""Options of `vqpipe train` that may differ between the seeds of a configuration: inputs are compared by content."""
+CAPTION = (
+    "Rows of tokenizers that were trained by the same command on the same inputs, except for --seed. Mean ± standard "
+    "deviation over the seeds (of the sample, n - 1)."
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Evaluations of tokenizers that differ only in the seed of their training."""
+
+    name: str
+    members: Sequence[EvaluationResult]
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any]:
+        """The facts of the tokenizers, the same for all."""
+        tokenizer: Mapping[str, Any] = self.members[0].metrics["tokenizer"]
+        return tokenizer
+
+    def mean_and_spread(self, key: str) -> tuple[float, float] | None:
+        """Mean and standard deviation (0 for one seed) of a measure; None if a member lacks it."""
+        values = [value for each in self.members if (value := value_of(each.metrics, key)) is not None]
+        if len(values) < len(self.members):
+            return None
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def configurations_of(evaluations: Sequence[EvaluationResult]) -> list[Configuration]:
+    """The evaluations by configuration, in their order."""
+    found: dict[str, list[EvaluationResult]] = {}
+    for number, each in enumerate(evaluations):
+        found.setdefault(configuration_key(each) or f"{number}", []).append(each)
+    return [Configuration(common_name([each.name for each in members]), members) for members in found.values()]
+
+
+def configuration_key(evaluated: EvaluationResult) -> str:
+    """What is equal for seeds of one configuration; "" if the report does not hold the command of the training."""
+    train = next((words for words in map(shlex.split, evaluated.commands) if words[1:2] == ["train"]), None)
+    if train is None:
+        return ""
+    inputs = evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("inputs", {})
+    contents = {role: node.get("content") for role, node in inputs.items()}
+    return json.dumps([settings_of(train), contents, evaluated.metrics["tokenizer"]], sort_keys=True)
+
+
+def settings_of(train: Sequence[str]) -> list[str]:
+    """The words of a command of training, without OTHER_OPTIONS and their values, sorted by option."""
+    groups: list[list[str]] = []
+    for word in train[2:]:
+        if word.startswith("--") or not groups:
+            groups.append(word.split("=", 1) if word.startswith("--") else [word])
+        else:
+            groups[-1].append(word)
+    return sorted(" ".join(group) for group in groups if group[0] not in OTHER_OPTIONS)
+
+
+def common_name(names: Sequence[str]) -> str:
+    """`lc-16384` of lc-16384-seed-0 and lc-16384-seed-1; the first name if they share no beginning."""
+    if len(set(names)) == 1:
+        return names[0]
+    same = takewhile(lambda characters: len(set(characters)) == 1, zip(*names, strict=False))
+    prefix = "".join(characters[0] for characters in same)
+    if all(name[len(prefix) :][:1].isdigit() for name in names):
+        prefix = prefix.rstrip("0123456789")
+    return re.sub(r"[-_. ]*(seed|(?<=[-_. ])s)?[-_. =]*$", "", prefix) or names[0]
+
+
+def seeds_table(title: str, configurations: Sequence[Configuration], measures: Sequence[Measure]) -> page.Table | None:
+    """A row for each configuration: `23.10 ± 0.14`, the best mean highlighted; None where each has one seed."""
+    if all(len(each.members) == 1 for each in configurations):
+        return None
+    columns = [[each.mean_and_spread(measure.key) for each in configurations] for measure in measures]
+    best = [
+        measure.best(None if pair is None else pair[0] for pair in column)
+        for measure, column in zip(measures, columns, strict=True)
+    ]
+    rows = [
+        [
+            configuration.name,
+            codes(configuration.tokenizer).removesuffix(" codes"),
+            f"{len(configuration.members)}",
+            *(
+                seeds_cell(measure, column[place], top, len(configuration.members))
+                for measure, column, top in zip(measures, columns, best, strict=True)
+            ),
+        ]
+        for place, configuration in enumerate(configurations)
+    ]
+    header = ["tokenizer", "codes", "seeds", *map(with_unit, measures)]
+    return page.Table(f"Over seeds: {title}", header, rows, CAPTION)
+
+
+def seeds_cell(measure: Measure, pair: tuple[float, float] | None, best: float | None, seeds: int) -> page.Cell:
+    """`23.10 ± 0.14`; the number alone for one seed; a dash for None. The best mean of a column is highlighted."""
+    if pair is None:
+        return page.Cell("–")
+    numbers = [written(measure, value, unit=False) for value in pair]
+    return page.Cell(" ± ".join(numbers) if seeds > 1 else numbers[0], pair[0] == best)
+
+
+def numbers_over_seeds(
+    configurations: Sequence[Configuration], measures: Sequence[Measure]
+) -> dict[str, dict[str, Any]]:
+    """For `metrics.json`: name -> seeds, and mean and standard deviation of each measure."""
+    return {
+        each.name: {"seeds": len(each.members), "names": [member.name for member in each.members]}
+        | {
+            measure.key: {"mean": pair[0], "std": pair[1]}
+            for measure in measures
+            if (pair := each.mean_and_spread(measure.key)) is not None
+        }
+        for each in configurations
+        if len(each.members) > 1
+    }
+
+
+def size_plots(configurations: Sequence[Configuration]) -> list[page.Plot]:
+    """PSNR over log2 K, utilization over K and PSNR over bits per position, a line for each method.
+
+    A plot needs two different x. Bits per position, which count groups and scales, are drawn where they are not log2 K.
+    """
+    discrete = [each for each in configurations if each.tokenizer["codebook_size"] is not None]
+    sizes = {each.tokenizer["codebook_size"] for each in discrete}
+    bits = [bits_per_position(each) for each in discrete]
+    drawn = []
+    if len(sizes) > 1:
+        logs = [math.log2(each.tokenizer["codebook_size"]) for each in discrete]
+        plain = [float(each.tokenizer["codebook_size"]) for each in discrete]
+        drawn.append(method_plot("PSNR over log2 K, dB", discrete, logs, "psnr", "log2 of the codebook size K"))
+        drawn.append(method_plot("Utilization over K", discrete, plain, "utilization", "codebook size K"))
+    differ = any(each is not None and abs(each - math.log2(c.tokenizer["codebook_size"])) > 1e-6
+                 for each, c in zip(bits, discrete, strict=True))  # fmt: skip
+    if differ and len({each for each in bits if each is not None}) > 1:
+        drawn.append(method_plot("PSNR over bits per position, dB", discrete, bits, "psnr", "bits per position"))
+    return [plot for plot in drawn if plot is not None]
+
+
+def bits_per_position(configuration: Configuration) -> float | None:
+    """Bits of the ids of one position of the latent, over its groups and scales."""
+    per_pixel = configuration.members[0].metrics.get("bits_per_pixel")
+    return None if per_pixel is None else round(float(per_pixel) * configuration.tokenizer["downsample_factor"] ** 2, 6)
+
+
+def method_plot(
+    title: str, configurations: Sequence[Configuration], places: Sequence[float | None], key: str, xlabel: str
+) -> page.Plot | None:
+    """A measure at these x, a line for each method; None without a number."""
+    methods: dict[str, list[tuple[float, float, float]]] = {}
+    for configuration, x in zip(configurations, places, strict=True):
+        pair = configuration.mean_and_spread(key)
+        if x is not None and pair is not None:
+            methods.setdefault(method_of(configuration, configurations), []).append((x, *pair))
+    several = any(len(each.members) > 1 for each in configurations)
+    caption = "Bars: standard deviation over seeds." if several else ""
+    share = key == "utilization"
+    return plots.points_with_spread(title, methods, xlabel=xlabel, is_share=share, log=share, caption=caption)
+
+
+def method_of(configuration: Configuration, among: Sequence[Configuration]) -> str:
+    """The quantizer, with the downsample factor and the number of groups where these differ between tokenizers."""
+    words = [str(configuration.tokenizer["quantizer"])]
+    for key, text in (("downsample_factor", "f{}"), ("num_groups", "G = {}")):
+        if len({each.tokenizer.get(key) for each in among}) > 1 and configuration.tokenizer.get(key):
+            words.append(text.format(configuration.tokenizer[key]))
+    return ", ".join(words)
