@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
 class OpenPage:
     """An open page, its console messages and errors, and its network requests."""
 
-    def __init__(self, context: Any, file: Path) -> None:
+    def __init__(self, context: Any, file: Path, script: bool = True) -> None:
         self.messages: list[str] = []
         self.requests: list[str] = []
         self.page = context.new_page()
@@ -44,7 +44,8 @@ class OpenPage:
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
-        self.page.wait_for_function(FILLED)
+        if script:
+            self.page.wait_for_function(FILLED)
 
 
 FILLED = "() => [...document.querySelectorAll('.card')].every((card) => card.querySelector('.slide'))"
@@ -61,7 +62,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., OpenPage]]
         context = browser.new_context(offline=True, **how)
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
-        return OpenPage(context, file)
+        return OpenPage(context, file, how.get("java_script_enabled", True))
 
     yield open_it
     for context in contexts:

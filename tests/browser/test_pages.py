@@ -13,7 +13,7 @@ from PIL import Image
 
 from vqpipe.reports import page, training
 from vqpipe.reports.benchmark import benchmark_page
-from vqpipe.reports.pictures import ImagePair, error_pictures, to_png
+from vqpipe.reports.pictures import ImagePair, contact_sheet, error_pictures, to_png
 from vqpipe.reports.training import TrainingRun, training_page
 
 Open = Callable[..., Any]
@@ -220,6 +220,46 @@ def test_every_text_has_enough_contrast(open_page: Open, evaluation_html: str, s
     assert texts[0]["contrast"] >= 4.5, texts[:5]
     ground = opened.page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g)")
     assert (sum(map(int, ground)) < 200) == (scheme == "dark")
+
+
+def test_samples_have_128_pixels_and_fill_the_page(open_page: Open) -> None:
+    sheet = contact_sheet(torch.randint(0, 255, (16, 3, 32, 32), dtype=torch.uint8), 8)
+    html = page.render(page.ReportPage("s", "", [page.Maps("Samples", [page.Map("n", sheet, "h", "samples", 8)])]))
+    for how in (DESKTOP, PHONE):
+        opened = open_page(html, **how)
+        shown, window = (opened.page.locator(f".samples {name}").bounding_box() for name in ("img", ".scroll"))
+        assert shown["width"] / 8 >= 128 * 8 / 8.25
+        assert shown["width"] / shown["height"] == pytest.approx(292 / 76, rel=0.02)
+        assert window["width"] > 0.8 * min(opened.page.viewport_size["width"], 1152)
+        assert overflow(opened) == 0
+
+
+def test_a_wide_table_on_a_phone_keeps_its_first_column_and_fills_its_tiles(open_page: Open) -> None:
+    names = [f"column {number}" for number in range(12)]
+    numbers = [page.Number(f"n{number}", "1") for number in range(5)]
+    table = page.Table("t", ["tokenizer", *names], [["lc", *names]])
+    html = page.render(page.ReportPage("s", "", [page.Numbers("n", numbers), table]))
+    opened = open_page(html, **PHONE)
+    view = opened.page
+    view.evaluate("() => { document.querySelector('.scroll').scrollLeft = 300; }")
+    for cell in ("thead th", "tbody th"):
+        assert view.locator(cell).first.bounding_box()["x"] == view.locator(".scroll").bounding_box()["x"]
+    tiles = [tile.bounding_box() for tile in view.locator(".numbers > div").all()]
+    right = max(tile["x"] + tile["width"] for tile in tiles)
+    rows = {tile["y"]: 0.0 for tile in tiles}
+    for tile in tiles:
+        rows[tile["y"]] = max(rows[tile["y"]], tile["x"] + tile["width"])
+    assert all(end == pytest.approx(right, abs=1) for end in rows.values())  # no row ends with a hole
+
+
+def test_no_picture_is_black_before_the_script_has_run_or_without_it(open_page: Open, evaluation_html: str) -> None:
+    opened = open_page(evaluation_html, **DESKTOP)
+    script = "(f) => { f.replaceChildren(); return getComputedStyle(f).backgroundColor; }"
+    ground = opened.page.locator(".frame").first.evaluate(script)  # as before its pictures are there
+    assert ground == "rgb(227, 224, 218)"
+    without = open_page(evaluation_html, java_script_enabled=False, **DESKTOP).page
+    assert without.locator(".frame").count() == 0
+    assert without.locator(".triple img:visible").count() == 15
 
 
 def test_the_page_makes_no_requests_and_all_images_load(open_page: Open, evaluation_html: str) -> None:

@@ -82,6 +82,19 @@ def test_a_reason_common_to_all_cases_is_stated_once() -> None:
     assert reasons(benchmark(search=cases)) == {"faiss": "faiss is not installed", "naive (a)": "26 GB"}
 
 
+def test_the_summary_is_a_sentence_and_numbers_also_of_quick_sizes() -> None:
+    search = [case("a", row("vqpipe", 10), row("faiss, default settings", 300, 30.0))]
+    search += [case("b", row("vqpipe", 10), row("faiss, default settings", 248, 24.8))]
+    train = [case("step", row("vqpipe, 100,000 codes", 25, rate=40.0), unit="images")]
+    shown = benchmark_page(benchmark(quick=True, search=search, train=train), "vqpipe bench")
+    sentence = "Training: 40 images/s; search: 24.8x as fast as faiss's default."
+    assert shown.subtitle == f"{sentence} Measured on A CPU, 2 threads on 2 CPUs (AVX2)."
+    first = shown.sections[0]
+    assert isinstance(first, page.Numbers)
+    assert [(number.label, number.value) for number in first.numbers] == [("training", "40"), ("search", "24.8x")]
+    assert benchmark_page(benchmark(), "vqpipe bench").subtitle == "Measured on A CPU, 2 threads on 2 CPUs (AVX2)."
+
+
 def test_methods_are_listed_once() -> None:
     assert [cells[0] for cells in method_table("search", SEARCH).rows] == ["vqpipe", "naive expansion", "faiss tuned"]
 

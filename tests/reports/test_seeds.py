@@ -57,6 +57,7 @@ def test_rows_are_grouped_by_all_settings_but_the_seed() -> None:
         ("b", ["b"]),
     ]
     assert len(configurations_of([trained("a", 0, 23.0), trained("c", 1, 23.0, k=2048)])) == 2
+    assert len(configurations_of([trained("a", 0, 23.0), trained("c", 0, 23.1)])) == 2  # not by the seed
     imported = [EvaluationResult(each.name, each.metrics, each.counts, commands=["vqpipe eval"]) for each in several]
     assert len(configurations_of(imported)) == 3  # without a command of training nothing is equal
 

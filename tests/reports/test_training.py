@@ -69,6 +69,29 @@ def test_newest_numbers_and_best_validation_are_shown() -> None:
     assert "skipped steps" in html(rows=[*rows, row(21, nonfinite_steps=2)])
 
 
+def test_the_numbers_of_the_validation_come_first() -> None:
+    run = TrainingRun(name="lc", description="", step=20, steps=40, rows=[row(10), valid(10, 22.5), row(20)])
+    first, second, *_ = training_page(run).sections
+    assert isinstance(first, page.Numbers)
+    assert isinstance(second, page.Numbers)
+    assert (first.title, second.title) == ("Validation", "Training")
+    assert first.numbers[0].label == "validation PSNR"
+    assert first.caption == "64 held-out images at step 10."
+    assert not any(number.label.startswith("validation") for number in second.numbers)
+    without = TrainingRun(name="lc", description="", step=20, steps=40, rows=[row(10)])
+    assert training_page(without).sections[0].title == "Current metrics"
+
+
+def test_the_title_names_the_images() -> None:
+    leaf = {"kind": "data", "name": "imagenette", "content": "", "inputs": {}}
+    assert "<h1>lc on imagenette</h1>" in html(lineage={"kind": "tokenizer", "name": "lc", "inputs": {"images": leaf}})
+    assert "<h1>lc</h1>" in html()
+
+
+def test_legends_of_losses_are_in_words() -> None:
+    assert "L1 distance ends at" in html(rows=[row(10), row(20)])
+
+
 def test_only_logged_numbers_have_curves() -> None:
     drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[row(10), row(20), valid(20, 21.0)])))
     assert drawn == {

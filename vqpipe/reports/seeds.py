@@ -46,17 +46,32 @@ class Configuration:
 
 
 def configurations_of(evaluations: Sequence[EvaluationResult]) -> list[Configuration]:
-    """The evaluations by configuration, in their order."""
+    """The evaluations by configuration, in their order; those of equal seeds stay apart."""
     found: dict[str, list[EvaluationResult]] = {}
     for number, each in enumerate(evaluations):
         found.setdefault(configuration_key(each) or f"{number}", []).append(each)
-    return [Configuration(common_name([each.name for each in members]), members) for members in found.values()]
+    grouped: list[list[EvaluationResult]] = []
+    for members in found.values():
+        seeds = {seed_of(training_command(each)) for each in members}
+        grouped += [members] if len(seeds) == len(members) else [[each] for each in members]
+    return [Configuration(common_name([each.name for each in members]), members) for members in grouped]
+
+
+def training_command(evaluated: EvaluationResult) -> list[str]:
+    """The words of the command that trained the tokenizer, if the report holds it."""
+    return next((words for words in map(shlex.split, evaluated.commands) if words[1:2] == ["train"]), [])
+
+
+def seed_of(train: Sequence[str]) -> str:
+    """The value of --seed."""
+    words = [part for word in train for part in (word.split("=", 1) if word.startswith("--seed=") else [word])]
+    return words[words.index("--seed") + 1] if "--seed" in words[:-1] else "0"
 
 
 def configuration_key(evaluated: EvaluationResult) -> str:
     """What is equal for seeds of one configuration; "" if the report does not hold the command of the training."""
-    train = next((words for words in map(shlex.split, evaluated.commands) if words[1:2] == ["train"]), None)
-    if train is None:
+    train = training_command(evaluated)
+    if not train:
         return ""
     inputs = evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("inputs", {})
     contents = {role: node.get("content") for role, node in inputs.items()}
@@ -115,7 +130,8 @@ def seeds_cell(measure: Measure, pair: tuple[float, float] | None, best: float |
     if pair is None:
         return page.Cell("–")
     numbers = [written(measure, value, unit=False) for value in pair]
-    return page.Cell(" ± ".join(numbers) if seeds > 1 else numbers[0], pair[0] == best)
+    varies = seeds > 1 and (measure.higher_is_better is not None or pair[1] > 0)  # bits per pixel do not
+    return page.Cell(" ± ".join(numbers) if varies else numbers[0], pair[0] == best)
 
 
 def numbers_over_seeds(
