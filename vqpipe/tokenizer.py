@@ -287,7 +287,9 @@ class Tokenizer:
             raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Set 1 up to that number")
 
     @overload
-    def encode(self, images: ImageLike, precision: str = "fp32", *, image_size: Size | None = None) -> Tensor: ...
+    def encode(  # type: ignore[overload-overlap]  # a str, which is a path, is also a sequence of str
+        self, images: ImageLike, precision: str = "fp32", *, image_size: Size | None = None
+    ) -> Tensor: ...
 
     @overload
     def encode(
@@ -656,9 +658,12 @@ class InputOwner(Protocol):
     """The part of a tokenizer that `network_input` uses."""
 
     device: torch.device
-    downsample_factor: int
     range_checked: bool
     """Whether a batch of float images on a GPU has been checked."""
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image side / latent side."""
 
 
 def network_input(images: Tensor, owner: InputOwner) -> Tensor:
