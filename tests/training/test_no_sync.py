@@ -131,7 +131,7 @@ def test_a_step_and_its_metrics_read_nothing_from_the_gpu(kind: str, accumulate:
     assert output.skipped.is_cuda
 
 
-@pytest.mark.parametrize("kind", ["lc", "vq", "simvq", "ema", "fsq", "lfq", "multi_group"])
+@pytest.mark.parametrize("kind", ["lc", "vq", "simvq", "ema", "fsq", "lfq"])
 def test_the_update_of_a_codebook_reads_nothing_from_the_gpu(kind: str, fake_cuda: torch.device) -> None:
     task = make_task(QUANTIZERS[kind], fake_cuda)
     output = step(task, 0)
