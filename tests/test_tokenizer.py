@@ -13,7 +13,8 @@ from PIL import Image
 import vqpipe
 from vqpipe import Tokenizer, VqpipeError
 from vqpipe.data import TokenDataset, open_images
-from vqpipe.data.transforms import center_crop, decode, to_float, to_uint8
+from vqpipe.data.decoding import decode
+from vqpipe.data.transforms import center_crop, to_float, to_uint8
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
 from vqpipe.quantizers import (
     CvqConfig,

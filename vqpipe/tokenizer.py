@@ -17,9 +17,10 @@ from torch import Tensor
 
 from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
+from vqpipe.data.decoding import BadImage, decode, to_rgb, upright
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import write_tokens
-from vqpipe.data.transforms import BadImage, Framing, decode, pixels, to_float, to_rgb, to_uint8, upright
+from vqpipe.data.transforms import Framing, pixels, to_float, to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vqpipe import Tokenizer, VqpipeError
 from vqpipe.data import open_images
-from vqpipe.data.transforms import center_crop, decode
+from vqpipe.data.decoding import decode
+from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.reports.pictures import GAP, side_by_side, to_png, with_labels

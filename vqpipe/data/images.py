@@ -63,7 +63,7 @@ class ImageSet(Sequence[Sample]):
 
     Args:
         key_prefix: "shard": keys begin with the name of the shard or folder that holds the image.
-        color: whether embedded ICC profiles are applied where the images are decoded; see `transforms.to_srgb`.
+        color: whether embedded ICC profiles are applied where the images are decoded; see `decoding.to_srgb`.
     """
 
     def __init__(

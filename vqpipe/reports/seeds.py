@@ -109,7 +109,7 @@ def seeds_table(title: str, configurations: Sequence[Configuration], measures: S
         measure.best(None if pair is None else pair[0] for pair in column)
         for measure, column in zip(measures, columns, strict=True)
     ]
-    rows = [
+    rows: list[list[str | page.Cell]] = [
         [
             configuration.name,
             codes(configuration.tokenizer).removesuffix(" codes"),
