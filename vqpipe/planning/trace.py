@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -197,16 +196,29 @@ def search_bytes(vectors: Tensor, codes: Tensor) -> int:
     return candidates + (rows + groups * codes_count) * (2 * padded + 4 * dim + 16)
 
 
-class CudaAutocast(TorchFunctionMode):
-    """The norms and the softmax of autocast on CUDA, which compute in float32; on a CPU autocast leaves them alone."""
+class CudaAutocast:
+    """The norms and the softmax of autocast on CUDA, which compute in float32; on a CPU autocast leaves them alone.
 
-    WIDE = frozenset({F.group_norm, F.layer_norm, F.softmax, torch.group_norm, torch.layer_norm, torch.softmax})
+    The functions are replaced, since activation checkpointing calls them again in the backward pass, where a
+    TorchFunctionMode is not active.
+    """
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if function in self.WIDE and torch.is_autocast_enabled("cpu"):
-            first, *others = args if args else (kwargs.pop("input"),)
-            args = (first.float(), *others)
-        return function(*args, **kwargs)
+    NAMES = ("group_norm", "layer_norm", "softmax")
+
+    def __enter__(self) -> None:
+        self.before = [(module, name, getattr(module, name)) for module in (F, torch) for name in self.NAMES]
+        for module, name, function in self.before:
+            setattr(module, name, self.wide(function))
+
+    def __exit__(self, *error: object) -> None:
+        for module, name, function in self.before:
+            setattr(module, name, function)
+
+    @staticmethod
+    def wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function, in float32 under autocast."""
+
+        def in_float32(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return function(input.float() if torch.is_autocast_enabled("cpu") else input, *args, **kwargs)
+
+        return in_float32
