@@ -48,11 +48,16 @@ def preset_figures(preset: str) -> dict[str, dict[str, float] | None]:
     figures: dict[str, dict[str, float] | None] = {}
     for machine, (device, count) in MACHINES.items():
         plan = training_of(preset).fitting(GPUS[device], count)
-        figures[machine] = None
-        if plan is not None:
-            figures[machine] = {"memory_gb": round(plan.needed / 1e9, 1), "hours": round(plan.hours, 1)}
-            figures[machine] |= {"accumulate": plan.settings["accumulate"]}
-            figures[machine] |= {"activation_checkpointing": plan.settings["activation checkpointing"]}
+        figures[machine] = (
+            None
+            if plan is None
+            else {
+                "memory_gb": round(plan.needed / 1e9, 1),
+                "hours": round(plan.hours, 1),
+                "accumulate": plan.settings["accumulate"],
+                "activation_checkpointing": plan.settings["activation checkpointing"],
+            }
+        )
     return figures
 
 

@@ -328,7 +328,9 @@ def test_moves_and_converts_the_networks_but_not_the_quantizer(
     difference = tokenizer.decode(ids, (32, 24)).to("cpu").int() - decoded.int()
     assert 0 < difference.abs().float().mean() < 4
     tokenizer.save_pretrained(tmp_path)
-    assert torch.equal(Tokenizer.from_pretrained(tmp_path, device="auto").encode(images), tokenizer.encode(images))
+    opened = Tokenizer.from_pretrained(tmp_path, device="auto")
+    assert opened.dtype == torch.float32
+    assert torch.equal(opened.to(dtype=torch.bfloat16).encode(images), tokenizer.encode(images))
     with pytest.raises(ConfigError, match="no floating type"):
         tokenizer.to(dtype=torch.int8)
 

@@ -341,7 +341,7 @@ def start_of_discriminator(recipe: TokenizerRecipe) -> int:
 def on_meta(make: Callable[[], NetworkT]) -> NetworkT:
     """A network on the meta device. Whoever builds it may not move it to another."""
     move = nn.Module.to
-    nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign]
+    nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign, assignment]
     try:
         with torch.device("meta"):
             return make()
@@ -462,7 +462,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         if self.averages:
-            torch._foreach_lerp_(self.averages, self.parameters, 0.1)
+            torch._foreach_lerp_(self.averages, [*self.parameters], 0.1)
 
 
 def traced_update(task: TokenizerTask, reconstruction: Any) -> None:

@@ -15,6 +15,7 @@ from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import PatchDiscriminator, build_autoencoder
 from vqpipe.planning.devices import device_of
 from vqpipe.planning.estimate import step_seconds, tokenizer_training, without_masking
+from vqpipe.quantizers.lc import FrozenCodebookQuantizer
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.weights import Frozen, build_lpips
 
@@ -31,15 +32,20 @@ def measured(preset: str, precision: str, device: torch.device) -> dict[str, Any
     plan = training.plan(profile)
     step = training.trace(recipe.train, BATCH, profile.is_gpu)
     model = build_autoencoder(without_masking(recipe.model))
-    if getattr(model.quantizer, "loaded", True) is False:
-        model.quantizer.load_codebook(torch.randn_like(model.quantizer.codes))
+    quantizer = model.quantizer
+    if isinstance(quantizer, FrozenCodebookQuantizer) and not quantizer.loaded:
+        quantizer.load_codebook(torch.randn_like(quantizer.codes))
     objective = recipe.objective
     perceptual = None
     if objective.perceptual != "none":
         perceptual = Perceptual(objective.perceptual, network=Frozen(build_lpips(objective.perceptual)))
+    discriminator = PatchDiscriminator(recipe.discriminator)
+    for network in (model, discriminator):
+        network.to(device)
+        network.to(memory_format=torch.channels_last)
     task = TokenizerTask(
-        model.to(device, memory_format=torch.channels_last),
-        PatchDiscriminator(recipe.discriminator).to(device, memory_format=torch.channels_last),
+        model,
+        discriminator,
         Objective(objective, model.quantizer.loss_names, perceptual=perceptual).to(device),
     )
     task.prepare(recipe.train, device, model)
@@ -51,7 +57,7 @@ def measured(preset: str, precision: str, device: torch.device) -> dict[str, Any
         began = time.perf_counter()
         at = objective.disc_start + 1 + number
         reconstruction, _, _ = task.autoencoder_step(images, at)
-        if objective.adversarial_at(at):
+        if task.objective.adversarial_at(at):
             task.discriminator_step(images, reconstruction, at)
         del reconstruction
         if device.type == "cuda":
