@@ -21,6 +21,8 @@ PlanOption = Annotated[
 ]
 
 
+LEAST_STEPS = 1000
+"""Shorter runs of `vqpipe train` begin without an estimate, which takes a few seconds."""
 MACHINES = {"1 x 24 GB": ("rtx4090", 1), "1 x 80 GB": ("h100", 1), "8 x 80 GB": ("h100", 8)}
 """Columns of the table of presets: a device of GPUS, and how many."""
 TOKENIZERS = {"ldm-f8": "vqgan-lc-f8-100k", "ldm-ffhq-f16": "vqgan-lc-ffhq-f16-100k"} | dict.fromkeys(

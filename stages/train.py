@@ -111,7 +111,7 @@ def train(
         make_plan = partial(estimates.plan_here, tokenizer_training(recipe), torch_device)
         if plan:
             return estimates.show(make_plan())
-        if not out.exists():
+        if not out.exists() and recipe.train.steps >= estimates.LEAST_STEPS:
             estimates.say_or_refuse(make_plan)
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),

@@ -43,13 +43,14 @@ def train(vqpipe: Callable[..., Any], folder: Path, *options: str) -> Any:
 
 
 def test_training_begins_with_its_estimate(
-    vqpipe: Callable[..., Any], draw_folder: Callable[..., Path], tmp_path: Path
+    vqpipe: Callable[..., Any], draw_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_folder(tmp_path / "photos", 8, side=64)
     planned = train(vqpipe, tmp_path, "--plan")
     assert planned.returncode == 0, planned.stderr
     assert "a step" in planned.stdout
     assert not (tmp_path / "out.partial").exists()
+    monkeypatch.setattr(estimates, "LEAST_STEPS", 1)
     done = train(vqpipe, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("estimate: ")
@@ -61,6 +62,7 @@ def test_training_that_does_not_fit_is_refused_before_it_begins(
     draw_folder(tmp_path / "photos", 8, side=64)
     small = replace(GPUS["h100"], memory=1e8, context=0.0)
     monkeypatch.setattr(estimates, "device_of", lambda device: small)
+    monkeypatch.setattr(estimates, "LEAST_STEPS", 1)
     done = train(vqpipe, tmp_path)
     assert done.returncode == 1
     assert "out of memory" in done.stderr
