@@ -48,9 +48,7 @@ def test_an_operation_takes_as_long_as_its_arithmetic_or_its_traffic() -> None:
 def test_parts_of_the_memory_of_a_tokenizer() -> None:
     plan = tokenizer_training(SMOKE).plan(H100)
     assert {"weights", "codebook", "discriminator", "activations", "optimizer"} <= plan.memory.keys()
-    assert plan.memory["optimizer"] == pytest.approx(
-        2 * (plan.memory["weights"] + plan.memory["discriminator"]), rel=0.2
-    )
+    assert plan.memory["optimizer"] == pytest.approx(2 * plan.memory["weights"], rel=0.03)  # a tiny discriminator
     assert plan.flops["backward"] > plan.flops["forward"] > 0
     assert plan.flops["discriminator"] > 0
     assert plan.fits
