@@ -44,9 +44,9 @@ def plan(
     ] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in 10^9 bytes.")] = False,
 ) -> None:
-    """Estimate memory, time and disk of a run, without a GPU.
+    """Estimate memory, time and disk of a run.
 
-    The step of the run is executed on PyTorch's fake tensors: they have shapes
+    No GPU is needed. The step of the run is executed on PyTorch's fake tensors: they have shapes
     but no data, so nothing is allocated or computed. That gives the memory by
     part and the FLOPs; the time follows from the peak arithmetic and bandwidth
     of the device, at stated shares of them. docs/planning.md says how.

@@ -74,7 +74,7 @@ class Phases(Silent):
         self.notes: list[str] = []
 
     def start(self, title: str, total: int | None, unit: str = "images", done: int = 0) -> None:
-        assert unit == "vectors"
+        assert unit in ("vectors", "assignments")
         self.phases.append([title, total, 0])
 
     def advance(self, count: int = 1) -> None:

@@ -84,7 +84,9 @@ def test_the_numbers_of_the_validation_come_first() -> None:
 
 def test_the_title_names_the_images() -> None:
     leaf = {"kind": "data", "name": "imagenette", "content": "", "inputs": {}}
-    assert "<h1>lc on imagenette</h1>" in html(lineage={"kind": "tokenizer", "name": "lc", "inputs": {"images": leaf}})
+    assert "<h1>lc on imagenette</h1>" in html(
+        lineage={**leaf, "kind": "tokenizer", "name": "lc", "inputs": {"images": leaf}}
+    )
     assert "<h1>lc</h1>" in html()
 
 

@@ -19,7 +19,7 @@ from stages.tokenize_images import tokenize
 from stages.train import train
 from stages.train_generator import encode
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.images import ImageSet
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
         images, out, num_workers=0, device="cpu", **more
     ),
     "latents": lambda images, tokenizer, out, max_skipped=0.01: encode(
-        images, out, Tokenizer.from_pretrained(tokenizer), 32, False, 0, max_skipped
+        open_images(images), out, Tokenizer.from_pretrained(tokenizer), 32, False, 0, max_skipped
     ),
     "prepare-data": lambda images, tokenizer, out, **more: prepare_data(
         "folder", Path(images[0]), out, shard_size=4, **more

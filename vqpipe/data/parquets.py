@@ -161,7 +161,7 @@ def open_parquet(file: StoredFile) -> Iterator[pq.ParquetFile]:
         with open(file.url, "rb") as local, pq.ParquetFile(local) as opened:
             yield opened
         return
-    with file.open() as source, pq.ParquetFile(source) as opened:
+    with file.open_binary() as source, pq.ParquetFile(source) as opened:
         yield opened
 
 
@@ -211,7 +211,7 @@ def open_file(url: str) -> tuple[ParquetFile, Rows]:
             cached = read_cache(identity) if file.identity else None
             if cached is None:
                 missing = [row for group in range(len(groups)) for row in null_rows(opened, column, group)]
-                with file.open() as whole:
+                with file.open_binary() as whole:
                     sha256 = hashlib.file_digest(whole, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
                 cached = {"sha256": sha256, "missing": missing}
                 if file.identity:

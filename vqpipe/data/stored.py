@@ -71,7 +71,7 @@ class StoredFile:
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise remote.changed(self.url)
 
-    def open(self) -> BinaryIO:
+    def open_binary(self) -> BinaryIO:
         """Open it, to read it from the begin to the end. A remote file is read in large requests."""
         if self.is_local:
             return open(self.url, "rb")

@@ -120,7 +120,7 @@ def open_index(url: str, sha256: str | None = None) -> tuple[StoredFile, TarInde
         cached = read_cache(identity := f"tar {INDEX_VERSION} {file.identity}") if file.identity else None
         if cached is not None:
             return file, TarIndex(**cached)
-        with file.open() as opened:
+        with file.open_binary() as opened:
             index = index_tar(opened, file.shown, sha256)
     except OSError as error:
         raise access_error("open", url, error, CHECK) from error

@@ -135,7 +135,7 @@ def open_zip(url: str) -> tuple[StoredFile, ZipIndex]:
         cached = read_cache(identity := f"zip {INDEX_VERSION} {file.identity}") if file.identity else None
         if cached is not None:
             return file, ZipIndex(**cached)
-        with file.open() as opened:
+        with file.open_binary() as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader
             with zipfile.ZipFile(opened) as archive:
                 members, end = archive.infolist(), archive.start_dir

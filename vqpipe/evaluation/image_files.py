@@ -17,7 +17,7 @@ from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.decoding import BadImage, decode
 from vqpipe.data.sources import has_image_extension
 from vqpipe.data.transforms import pixels
-from vqpipe.errors import DataError
+from vqpipe.errors import DataError, printable
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of, ssim_gaussian
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports import page
@@ -98,7 +98,7 @@ def result_files(folder: Path, facts: Mapping[str, Any], groups: Sequence[int | 
     several = len(groups) > 1
     return [
         ReconstructedFile(
-            name.removesuffix(".png"),
+            printable(name.removesuffix(".png")),
             folder / "originals" / name,
             [
                 Version(first_groups(k), folder / separate_name(name, k, several), *numbers)

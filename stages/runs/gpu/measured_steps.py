@@ -81,7 +81,8 @@ def main(target: Path) -> None:
     device = torch.device("cpu" if DRY else "cuda")
     rows = [measured(preset, each, device) for preset in PRESETS for each in (("fp32",) if DRY else ("fp32", "bf16"))]
     name = "cpu" if DRY else torch.cuda.get_device_name()
-    target.write_text(json.dumps({"device": name, "torch": torch.__version__, "steps": rows}, indent=2) + "\n")
+    table = {"device": name, "torch": torch.__version__, "steps": rows}
+    target.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     for row in rows:
         print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
 
