@@ -140,11 +140,12 @@ def test_readme_picture_has_a_column_for_each_tokenizer_at_equal_bits(
         config = VqConfig(codebook_size=size, code_dim=4) if name == "fc" else EmaConfig(codebook_size=size, code_dim=4)
         small_tokenizer(config).save_pretrained(tmp_path / name)
     script = runpy.run_path(str(ROOT / "docs" / "images" / "reconstructions.py"))
-    arguments = [str(images), str(tmp_path / "fc")]
-    script["main"](*arguments, str(tmp_path / "lc"), str(tmp_path / "picture.png"), "3")
+    script["main"].__globals__.update(COUNT=3, SIDE=32)
+    arguments = [str(images), str(tmp_path / "picture.png"), f"FC={tmp_path / 'fc'}"]
+    script["main"](*arguments, f"LC={tmp_path / 'lc'}")
     picture = np.asarray(Image.open(tmp_path / "picture.png"))
     assert picture.shape[1] == 6 * 32 + 5 * 4  # two images per row, each with two reconstructions
     assert picture.shape[0] > 2 * 32 + 4  # two rows below the labels
     assert (picture[-32:, 3 * 36 :] == 255).all()  # the third image is alone in its row
     with pytest.raises(ConfigError, match=r"different bits per pixel: FC 0\.375, LC 0\.438"):
-        script["main"](*arguments, str(tmp_path / "more"), str(tmp_path / "another.png"))
+        script["main"](*arguments, f"LC={tmp_path / 'more'}")

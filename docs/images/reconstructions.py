@@ -1,17 +1,18 @@
-"""The picture at the head of README.md: originals, and their reconstructions by two tokenizers that spend equal bits.
+"""The picture at the head of README.md: originals, and their reconstructions by tokenizers that spend equal bits.
 
-    python reconstructions.py IMAGES FC LC reconstructions.png [COUNT]
+    python reconstructions.py IMAGES reconstructions.jpg NAME=TOKENIZER [NAME=TOKENIZER ...]
 
-IMAGES: images that neither tokenizer was trained on, in any form of --images. FC, LC: two tokenizers, such as those of
-`vqpipe demo`. COUNT images (default: 4) are taken at even intervals over the set, before anything is measured.
+IMAGES: images that no tokenizer was trained on, in any form of --images; COUNT of them are taken at even intervals over
+the set, before anything is measured. TOKENIZER: any that --tokenizer takes, such as those of `vqpipe demo`.
 """
 
+import io
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqpipe import Tokenizer, VqpipeError
@@ -22,6 +23,8 @@ from vqpipe.errors import ConfigError
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.reports.pictures import GAP, side_by_side, to_png, with_labels
 
+COUNT, SIDE = 4, 256
+"""Images, and their side in pixels."""
 PER_ROW = 2
 """Images per row, each with its reconstructions."""
 
@@ -55,13 +58,13 @@ def picture(images: list[Tensor], tokenizers: dict[str, Tokenizer]) -> bytes:
     return to_png(with_labels(sheet, labels * min(PER_ROW, len(sets))))
 
 
-def main(where: str, fc: str, lc: str, out: str, count: str = "4") -> None:
-    tokenizers = {name: Tokenizer.from_pretrained(path, device="auto") for name, path in (("FC", fc), ("LC", lc))}
-    size = tokenizers["LC"].image_size or 256
+def main(where: str, out: str, *named: str) -> None:
+    opened = (each.partition("=") for each in named)
+    tokenizers = {name: Tokenizer.from_pretrained(path, device="auto") for name, _, path in opened}
     found = open_images(where)
-    chosen = np.linspace(0, len(found) - 1, int(count)).round().astype(int)
-    images = [center_crop(decode(found[int(number)].image), size) for number in chosen]
-    Path(out).write_bytes(picture(images, tokenizers))
+    chosen = np.linspace(0, len(found) - 1, COUNT).round().astype(int)
+    images = [center_crop(decode(found[int(number)].image), SIDE) for number in chosen]
+    Image.open(io.BytesIO(picture(images, tokenizers))).convert("RGB").save(out, quality=92)
 
 
 if __name__ == "__main__":
