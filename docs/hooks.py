@@ -3,22 +3,20 @@
 A page a command from its options and its docstring, settings from the dataclasses, presets from their heads.
 """
 
-import ast
 import inspect
 import os
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages import cli
 from stages.recipe import ClassifierRecipe, GeneratorRecipe, PipelineRecipe
 from vqpipe import config, presets
+from vqpipe.settings import field_docs
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_PAGES = {
@@ -383,13 +381,7 @@ def description(cls: type) -> str:
 
 def own_fields(cls: type) -> list[tuple[Any, str, str]]:
     """The fields that a dataclass adds to its bases or changes: field, type in words, docstring."""
-    hints = typing.get_type_hints(cls)
-    texts: dict[str, str] = {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for before, after in pairwise(body.body):
-        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and isinstance(after, ast.Expr):
-            texts[before.target.id] = ast.literal_eval(after.value)
+    hints, texts = typing.get_type_hints(cls), field_docs(cls)
     own = [each for each in fields(cls) if each.name in vars(cls).get("__annotations__", {})]
     return [(each, type_in_words(hints[each.name]), texts.get(each.name, "")) for each in own]
 
