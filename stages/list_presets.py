@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from vqpipe.errors import ConfigError
-from vqpipe.presets import heads
+from vqpipe.presets import estimates, heads
+
+MACHINE = "1 x 80 GB"
+"""The machine of vqpipe.presets.estimates that the list has figures of."""
 
 
 def presets(
@@ -21,8 +24,9 @@ def presets(
     """List the presets, or print one.
 
     The list is grouped by paper: a line per preset, with what it trains, the
-    row of the paper's table, and the expected numbers. On a terminal, lines
-    are cut at its width. A preset is printed as TOML, including the settings
+    row of the paper's table, and the expected numbers. Before them stand what
+    vqpipe plan estimates for one GPU of 80 GB, where it fits: memory and hours.
+    On a terminal, lines are cut at its width. A preset is printed as TOML, including the settings
     of the presets that it extends: vqpipe presets small > mine.toml writes a
     file to change, for --preset mine.toml.
     """
@@ -40,12 +44,17 @@ def presets(
     for preset, head in found:
         papers.setdefault(head.get("paper", "Small, for a CPU"), []).append((preset, head))
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
-    width = max(len(preset) for preset, _ in found)
+    width, figures = max(len(preset) for preset, _ in found), estimates()
     for paper, members in sorted(papers.items(), key=lambda item: -len(item[1])):
         print(cut(paper, columns))
         for preset, head in members:
             about = " | ".join(head[key] for key in ("what", "row", "expected") if head.get(key))
-            print(cut(f"  {preset:{width}}  {about}", columns))
+            print(cut(f"  {preset:{width}}  {figures_text(figures.get(preset, {}).get(MACHINE))}  {about}", columns))
+
+
+def figures_text(figures: dict[str, float] | None) -> str:
+    """`  41.2 GB    160 h`, as wide without figures."""
+    return " " * 17 if figures is None else f"{figures['memory_gb']:5.1f} GB {figures['hours']:6,.0f} h"
 
 
 def cut(line: str, columns: int | None) -> str:
