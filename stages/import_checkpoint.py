@@ -162,7 +162,7 @@ def recognize(source: str, own_files: Sequence[Path]) -> Path | Address | Entry:
     if re.fullmatch(r"[\w-]+", source):
         hint = nearest_name(source, [known.name for known in zoo.entries()])
         hint = hint if hint.endswith("?") else "Pass a file of weights, or a name that vqpipe zoo lists"
-    raise WeightsError(f"{source} is not a file", hint)
+    raise WeightsError(f"{source} is neither a file nor a name of vqpipe zoo", hint)
 
 
 def published_before(

@@ -32,7 +32,8 @@ def lines(artifact: Artifact) -> list[str]:
     files = artifact.names()
     to_open = [artifact.path / name for name in files if name == "report.html" or name.endswith(".png")]
     to_open.sort(key=lambda path: path.suffix == ".png")
-    commands = [shlex.join(map(str, words)) for words in steps(artifact)]
+    imports = with_name("--import", values_of(recorded(artifact), "--import"))
+    commands = [shlex.join(map(str, [*words, *imports])) for words in steps(artifact)]
     labels = ["next: ", *["  or: "] * len(commands)]
     return [f"open: {path}" for path in to_open[:1]] + [
         f"{label}{text}" for label, text in zip(labels, commands, strict=False)
@@ -65,35 +66,46 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
         case "tokens":
             network = "gpt-tiny" if has_labels(artifact) else "gpt-unconditional-tiny"
             inputs = ["--tokens", path, "--tokenizer", [*options(artifact, "--tokenizer"), "TOKENIZER"][0]]
-            yield "vqpipe", "train-generator", "--preset", network, *inputs, "--out", beside(path, "generator")
             yield "vqpipe", "detokenize", *inputs, "--out", beside(path, "decoded")
+            if "sizes" not in artifact.facts:  # generators are trained on images of one size
+                yield "vqpipe", "train-generator", "--preset", network, *inputs, "--out", beside(path, "generator")
         case "generator":
             yield "vqpipe", "generate", "--generator", path, "--out", beside(path, "samples")
         case "images" if command == "generate":
             reference = with_name("--reference", images_of(artifact)[1::2])
             yield "vqpipe", "eval-generation", "--images", path, *reference, "--out", beside(path, "samples-report")
         case "images" if command == "detokenize" and "shard-000000.tar" in artifact.names():
-            folder = beside(path, f"{path.name}-png")
-            yield "mkdir", folder
-            yield "tar", "-xf", path / "shard-000000.tar", "-C", folder
+            inputs = [word for name in ("--tokens", "--tokenizer") for word in with_name(name, options(artifact, name))]
+            yield "vqpipe", "detokenize", *inputs, "--as", "png", "--out", beside(path, f"{path.name}-png")
         case "report" if "utilization" in artifact.facts and (tokenizer := options(artifact, "--tokenizer")):
             images = images_of(artifact)
             yield "vqpipe", "tokenize", *images, "--tokenizer", tokenizer[0], "--out", beside(path, "tokens")
 
 
-def command_of(artifact: Artifact) -> list[str]:
-    """The command that made the artifact, without the name of the program."""
+def recorded(artifact: Artifact) -> list[str]:
+    """The words after the name of the program in the command that made the artifact."""
     command: list[str] = artifact.manifest.provenance.get("command", [])
     return command[1:]
 
 
+def command_of(artifact: Artifact) -> list[str]:
+    """`recorded` from the name of the command on, before which --import may stand."""
+    words = recorded(artifact)
+    while words[:1] == ["--import"]:
+        words = words[2:]
+    return words
+
+
+def values_of(words: Sequence[str], name: str) -> list[str]:
+    """The values of an option in a command."""
+    values = [words[place + 1] for place, word in enumerate(words[:-1]) if word == name]
+    return values + [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
+
+
 def options(artifact: Artifact, name: str) -> list[str]:
     """The values of an option in the command that made the artifact, without paths that do not exist from here."""
-    words = command_of(artifact)
-    values = [words[place + 1] for place, word in enumerate(words[:-1]) if word == name]
-    values += [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
     usable = is_preset if name == "--preset" else is_named
-    return list(filter(usable, values))
+    return list(filter(usable, values_of(recorded(artifact), name)))
 
 
 def is_named(value: str) -> bool:

@@ -170,7 +170,9 @@ def test_interrupted_run_resumes_at_its_first_missing_file(tmp_path: Path) -> No
             write_and_be_interrupted(draft, "sub/b.bin")
     assert not list(tmp_path.rglob(".writing-*"))
     for name in ("out", "out.partial"):
-        with pytest.raises(ArtifactError, match=r"out is not finished: 1 files so far in out\.partial"):
+        with pytest.raises(
+            ArtifactError, match=r"out is not finished\. Run its command again; vqpipe inspect .*out\.partial says"
+        ):
             open_artifact(tmp_path / name)
     with begin(tmp_path / "out") as draft:
         assert draft.record("a.bin") == {"rows": 5}

@@ -147,7 +147,7 @@ def test_errors_are_one_line_and_leave_no_files(
     content = (tmp_path / "last.ckpt").read_bytes()
     (tmp_path / "truncated.ckpt").write_bytes(content[: len(content) // 2])
     assert "cannot be read as weights" in refuse("truncated.ckpt")
-    assert "absent.ckpt is not a file" in refuse("absent.ckpt")
+    assert "absent.ckpt is neither a file nor a name of vqpipe zoo" in refuse("absent.ckpt")
     assert "Known are vqgan-lc" not in refuse("last.ckpt", "--family", "mgvq")
     assert "Did you mean taming" in refuse("last.ckpt", "--family", "tamming")
     torch.save(torch.eye(20, 6), tmp_path / "codes.pth")

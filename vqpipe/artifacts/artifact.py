@@ -136,8 +136,11 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         path = final  # the directory of an unfinished one was named
     partial = partial_path(path)
     if not path.exists() and partial.exists():
-        done = len(list((partial / ".records").glob("*.json")))
-        raise ArtifactError(f"{path} is not finished: {done} files so far in {partial.name}", "Run its command again")
+        raise ArtifactError(
+            f"{path} is not finished", f"Run its command again; vqpipe inspect {partial} says how far it is"
+        )
+    if not path.exists():
+        raise ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", "Check the path")
     if not (path / "manifest.json").is_file():
         raise ArtifactError(f"{path} is not a vqpipe artifact: it has no manifest.json", "Check the path")
     manifest = read_manifest(path / "manifest.json")
