@@ -85,7 +85,8 @@ def cell(figures: Mapping[str, Any] | None) -> str:
     if figures is None:
         return "–"
     hours = figures["hours"]
-    words = [f"{figures['memory_gb']:.3g} GB", f"{hours:,.2g} h" if hours < 100 else f"{hours:,.0f} h"]
+    time = "under 0.1 h" if hours < 0.1 else f"{hours:,.2g} h" if hours < 100 else f"{hours:,.0f} h"
+    words = [f"{figures['memory_gb']:.3g} GB", time]
     words += [f"accumulate {figures['accumulate']}"] if figures["accumulate"] > 1 else []
     words += ["checkpointing"] if figures["activation_checkpointing"] else []
     return ", ".join(words)

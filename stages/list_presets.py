@@ -54,7 +54,10 @@ def presets(
 
 def figures_text(figures: dict[str, float] | None) -> str:
     """`  41.2 GB    160 h`, as wide without figures."""
-    return " " * 17 if figures is None else f"{figures['memory_gb']:5.1f} GB {figures['hours']:6,.0f} h"
+    if figures is None:
+        return " " * 17
+    hours = "<1" if figures["hours"] < 1 else f"{figures['hours']:,.0f}"
+    return f"{figures['memory_gb']:5.1f} GB {hours:>6} h"
 
 
 def cut(line: str, columns: int | None) -> str:

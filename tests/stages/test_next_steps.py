@@ -109,6 +109,15 @@ ENDINGS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
             "  or: vqpipe tokenize --images builtin:photos --tokenizer made --out tokens-2",
         ],
     ),
+    "train": (
+        "tokenizer",
+        ["--import", "my.py", "--images", "a b"],
+        {},
+        [
+            "next: vqpipe eval --images 'a b' --tokenizer made --out report --import my.py",
+            "  or: vqpipe tokenize --images 'a b' --tokenizer made --out tokens-2 --import my.py",
+        ],
+    ),
     "train-generator": (
         "generator",
         ["--tokens", "tokens"],
