@@ -1,6 +1,7 @@
 """`vqpipe inspect`: print the manifest, facts and lineage of an artifact."""
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,7 @@ def inspect(
         "content": opened.digest[:16],
         "request": opened.manifest.request[:16],
         **{f"fact  {key}": value for key, value in opened.facts.items()},
-        **{f"config  {key}": value for key, value in opened.config.items()},
+        **{f"config  {key}": value for key, value in flat(opened.config)},
         "files": f"{len(opened.manifest.files):,}, {sum(f['bytes'] for f in opened.manifest.files.values()):,} bytes",
         "made by": " ".join(opened.manifest.provenance.get("command", [])),
         "finished": opened.manifest.provenance.get("finished", ""),
@@ -70,9 +71,18 @@ def inspect_unfinished(folder: Path, verify: bool, as_json: bool) -> None:
         **{f"{key} in them": f"{count:,}" for key, count in found.counts.items()},
         **{f"saved  {series}": f"{step:,}{of}" for series, step in found.states.items()},
         **({"last step logged": f"{found.logged_step:,}{of}"} if found.logged_step is not None else {}),
-        **{f"config  {key}": value for key, value in found.config.items()},
+        **{f"config  {key}": value for key, value in flat(found.config)},
     }
     Console(highlight=False).print(as_table(rows))
+
+
+def flat(table: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a table and of the tables in it: `train.steps`, 3000."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{within}{key}.")
+        else:
+            yield f"{within}{key}", value
 
 
 def as_table(rows: dict[str, Any]) -> Table:
@@ -94,6 +104,8 @@ def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree
 
 
 def short(value: Any) -> str:
-    """As text of at most 300 characters."""
+    """As text of at most 300 characters; numbers with six digits."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 300 else text[:297] + "..."

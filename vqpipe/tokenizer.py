@@ -7,6 +7,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -45,6 +46,20 @@ IMAGES_PER_BATCH = 32
 """Images of a list that are encoded or decoded at a time."""
 
 
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of a tokenizer without a manifest, as the input of a stage."""
+
+    name: str
+    digest: str
+    """sha256 of the file."""
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """As that of an artifact."""
+        return {"kind": "tokenizer", "name": self.name, "content": self.digest, "inputs": {}}
+
+
 class Tokenizer:
     """A trained autoencoder with conversions of pixels, in evaluation mode. docs/python.md has examples.
 
@@ -64,7 +79,7 @@ class Tokenizer:
         image_size: the side of the training images; None if unknown.
         name: of its directory.
         artifact: the artifact it was opened from, if any.
-        source: the input of a stage that reads it: the artifact, or the sha256 of the weights.
+        source: the input of a stage that reads it: the artifact, or the stored weights; "" if it was not opened.
     """
 
     def __init__(self, autoencoder: Autoencoder, *, image_size: int | None = None, device: str | torch.device = "cpu"):
@@ -74,7 +89,7 @@ class Tokenizer:
         self.range_checked = False
         self.name = "tokenizer"
         self.artifact: artifacts.Artifact | None = None
-        self.source: artifacts.Artifact | str = ""
+        self.source: artifacts.Input | str = ""
 
     @classmethod
     def from_pretrained(
@@ -122,7 +137,7 @@ class Tokenizer:
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.name = printable(name) or tokenizer.name
         tokenizer.artifact = artifact
-        tokenizer.source = artifact or hash_file(folder / "model.safetensors")
+        tokenizer.source = artifact or StoredWeights(tokenizer.name, hash_file(folder / "model.safetensors"))
         return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:

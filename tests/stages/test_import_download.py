@@ -207,7 +207,7 @@ def test_wrong_words_are_one_line(
 ) -> None:
     add_entry("small-vqgan", refused="no importer")
     done = vqpipe(tmp_path, "import-checkpoint", "small-vqgam", "--out", "out")
-    assert done.stderr == "error: small-vqgam is not a file. Did you mean small-vqgan?\n"
+    assert done.stderr == "error: small-vqgam is neither a file nor a name of vqpipe zoo. Did you mean small-vqgan?\n"
     done = vqpipe(tmp_path, "import-checkpoint", "small-vqgan", "--out", "out")
     assert done.stderr == f"error: small-vqgan cannot be imported: no importer. Its page is {PAGE}.\n"
     done = vqpipe(tmp_path, "import-checkpoint", "hf:owner/name", "--out", "out")

@@ -2,13 +2,13 @@
 
 import json
 
-from vqpipe.artifacts import Artifact
+from vqpipe.artifacts import Artifact, Input
 from vqpipe.errors import ArtifactError
 from vqpipe.model_card import cell
 from vqpipe.reports.evaluation import by_protocol, convention_of, measures_of, size_in_words, value_of, written
 
 
-def metrics_section(report: Artifact, tokenizer: Artifact | str) -> str:
+def metrics_section(report: Artifact, tokenizer: Input | str) -> str:
     """A table of measures for each protocol of a report, with the images, the reference and what was not computed.
 
     Args:
