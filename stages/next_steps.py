@@ -178,7 +178,7 @@ def train_precision(device: str) -> Literal["fp32"] | None:
 
 
 def beside(path: Path, name: str) -> Path:
-    """A path in the same folder under which nothing lies yet: `name`, else `name-2`, ..."""
+    """A path in the same folder that is not in use: `name`, else `name-2`, ..."""
     tried, number = path.with_name(name), 1
     while tried.exists() or partial_path(tried).exists():
         number += 1

@@ -10,7 +10,7 @@ import typer
 from stages import console, estimates
 from stages.console import BatchSize, Device, Images, Limit, Out, Seed, TokenizerPath
 from vqpipe import artifacts, distributed
-from vqpipe.data.tokens import Crops, check_crops, check_max_pixels, write_tokens
+from vqpipe.data.tokens import Crops, check_crops, check_max_pixels, views_per_image, write_tokens
 from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import DataError
 from vqpipe.planning.devices import device_of
@@ -89,7 +89,7 @@ def tokenize(
         if plan:
             if native:
                 raise DataError("--plan estimates images of one size", "Give --image-size a number")
-            views = {"center": 1 + flip, "ten": 10}[crops]
+            views = views_per_image({"flip": flip, "crops": crops})
             return estimates.show(
                 plan_tokenize(
                     opened.autoencoder.config,
