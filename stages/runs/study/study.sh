@@ -6,6 +6,7 @@
 #   SQUEEZE   the weights of a SqueezeNet 1.1, for a perceptual distance under its own name
 #   OUT       where artifacts go (default: study)
 #   STEPS     optimizer steps of a run (default: 3,000)
+#   SEEDS     seeds of the rows that are made more than once (default: 0 1)
 #   JOBS      runs at the same time, one thread each (default: 2)
 #   PRECISION default: fp32, which every processor computes at full speed; bf16 needs AVX-512 or AMX
 #
@@ -14,7 +15,7 @@
 set -euo pipefail
 : "${TRAIN:?set TRAIN to the training images}" "${EVAL:?set EVAL to the images to measure on}"
 STUDY=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-OUT=${OUT:-study} STEPS=${STEPS:-3000} JOBS=${JOBS:-2} PRECISION=${PRECISION:-fp32}
+OUT=${OUT:-study} STEPS=${STEPS:-3000} SEEDS=${SEEDS:-0 1} JOBS=${JOBS:-2} PRECISION=${PRECISION:-fp32}
 export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 Q=model.quantizer
@@ -66,9 +67,11 @@ try() { # try NAME [option of train ...]: a run of seed 0, beside the others
     one "$1" "${SEED:-0}" "${@:2}" &
 }
 
-twice() { # twice NAME [option of train ...]: seeds 0 and 1
-    try "$@"
-    SEED=1 try "$1-seed1" "${@:2}"
+twice() { # twice NAME [option of train ...]: a run of each of SEEDS
+    local seed
+    for seed in $SEEDS; do
+        if [ "$seed" = 0 ]; then try "$@"; else SEED=$seed try "$1-seed$seed" "${@:2}"; fi
+    done
 }
 
 table() { # table NAME: wait for the runs, then compare those that finished
