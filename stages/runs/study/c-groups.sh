@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Part C: groups at equal bits. One id of 12 bits for scale; 4 groups of 10 bits and 8 groups of 6 with learned and
-# frozen codes, as MGVQ's two phases: masked, then as many steps without masking from there.
+# frozen codes, as MGVQ's two phases: masked, then as many steps without masking from there. With PHASES=1 only the second,
+# from the start.
 . "$(dirname "$0")/study.sh"
 features pca
 codebook 4096 pca 4096
@@ -12,10 +13,16 @@ for row in 4,1024 8,64; do
     groups=${row%,*} K=${row#*,}
     group=(--set $Q.kind=multi_group --set $Q.num_groups=$groups --set $Q.group.codebook_size=$K --set $Q.group.code_dim=8)
     both() { # both NAME [option of train ...]: the phase with masking, then the phase without
+        local seed suffix
+        if [ "${PHASES:-2}" = 1 ]; then
+            twice "$1" "${group[@]}" --set $Q.masking=off "${@:2}"
+            return
+        fi
         twice "$1-masked" "${group[@]}" --set $Q.masking=sample "${@:2}"
         wait || true
-        for suffix in "" -seed1; do
-            SEED=${suffix:+1} try "$1$suffix" "${group[@]}" --set $Q.masking=off --from "$OUT/$1-masked$suffix" "${@:2}"
+        for seed in $SEEDS; do
+            suffix=$(suffix "$seed")
+            SEED=$seed try "$1$suffix" "${group[@]}" --set $Q.masking=off --from "$OUT/$1-masked$suffix" "${@:2}"
         done
     }
     both "cvq-$groups" --set $Q.group.kind=cvq --set $Q.group.normalize=true "${learned[@]}"

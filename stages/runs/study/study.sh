@@ -7,6 +7,7 @@
 #   OUT       where artifacts go (default: study)
 #   STEPS     optimizer steps of a run (default: 3,000)
 #   SEEDS     seeds of the rows that are made more than once (default: 0 1)
+#   ONLY      a regular expression: only the runs whose names match it (default: all)
 #   JOBS      runs at the same time, one thread each (default: 2)
 #   PRECISION default: fp32, which every processor computes at full speed; bf16 needs AVX-512 or AMX
 #
@@ -15,7 +16,7 @@
 set -euo pipefail
 : "${TRAIN:?set TRAIN to the training images}" "${EVAL:?set EVAL to the images to measure on}"
 STUDY=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-OUT=${OUT:-study} STEPS=${STEPS:-3000} SEEDS=${SEEDS:-0 1} JOBS=${JOBS:-2} PRECISION=${PRECISION:-fp32}
+OUT=${OUT:-study} STEPS=${STEPS:-3000} SEEDS=${SEEDS:-0 1} ONLY=${ONLY:-} JOBS=${JOBS:-2} PRECISION=${PRECISION:-fp32}
 export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 Q=model.quantizer
@@ -62,16 +63,17 @@ one() { # one NAME SEED [option of train ...]: train and measure
 }
 
 try() { # try NAME [option of train ...]: a run of seed 0, beside the others
+    [[ $1 =~ $ONLY ]] || return 0
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || echo "a run has failed: see the logs in $OUT" >&2; done
     REPORTS+=("$OUT/report-$1-eval")
     one "$1" "${SEED:-0}" "${@:2}" &
 }
 
+suffix() { [ "$1" = 0 ] || echo "-seed$1"; } # suffix SEED: what follows the name of a run
+
 twice() { # twice NAME [option of train ...]: a run of each of SEEDS
     local seed
-    for seed in $SEEDS; do
-        if [ "$seed" = 0 ]; then try "$@"; else SEED=$seed try "$1-seed$seed" "${@:2}"; fi
-    done
+    for seed in $SEEDS; do SEED=$seed try "$1$(suffix "$seed")" "${@:2}"; done
 }
 
 table() { # table NAME: wait for the runs, then compare those that finished
