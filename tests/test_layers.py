@@ -22,7 +22,7 @@ ROWS = (
     ("reports",),
     ("continuous",),
     ("tokenizer", "tiling"),
-    ("models",),
+    ("models", "model_input"),
     ("quantizers", "losses", "metrics", "data", "zoo"),
     ("search", "artifacts", "weights", "presets", "settings", "downloads", "model_card"),
     ("config", "device", "distributed", "provenance", "progress"),

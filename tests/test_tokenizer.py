@@ -16,6 +16,7 @@ from vqpipe.data import TokenDataset, open_images
 from vqpipe.data.decoding import decode
 from vqpipe.data.transforms import center_crop, to_float, to_uint8
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, WeightsError
+from vqpipe.model_input import network_input
 from vqpipe.quantizers import (
     CvqConfig,
     LcConfig,
@@ -26,7 +27,7 @@ from vqpipe.quantizers import (
     ResidualConfig,
     TokenLayout,
 )
-from vqpipe.tokenizer import check_negative, keep_groups, network_input
+from vqpipe.tokenizer import check_negative, keep_groups
 
 
 @pytest.fixture(scope="module")

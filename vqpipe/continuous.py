@@ -26,8 +26,9 @@ from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
 from vqpipe.errors import DataError, NumericError, WeightsError, printable
 from vqpipe.files import digest_json, hash_file
-from vqpipe.tokenizer import Tokenizer, diffusers_class, latent_size, load_weights, network_input, save_weights
-from vqpipe.weights import load_tensors
+from vqpipe.model_input import latent_size, network_input
+from vqpipe.tokenizer import Tokenizer, diffusers_class
+from vqpipe.weights import load_tensors, load_weights, save_weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 RELEASED = {"SD-VAE": "stabilityai/sd-vae-ft-mse", "SDXL-VAE": "stabilityai/sdxl-vae"}

@@ -5,15 +5,13 @@ Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w posi
 
 import json
 import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vqpipe import artifacts
@@ -21,25 +19,21 @@ from vqpipe.config import from_table, to_table
 from vqpipe.data.decoding import BadImage, decode, to_rgb, upright
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import write_tokens
-from vqpipe.data.transforms import Framing, pixels, to_float, to_uint8
+from vqpipe.data.transforms import Framing, pixels, to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError, printable
 from vqpipe.files import atomic_write, hash_file, write_json
 from vqpipe.model_card import ModelCard
+from vqpipe.model_input import Size, check_tensor_size, latent_size, network_input, pair_of
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import Quantized, TokenLayout
-from vqpipe.weights import load_tensors
+from vqpipe.weights import load_tensors, load_weights, save_weights
 
-Size = int | tuple[int, int]
-"""(H, W) in pixels, or the side of a square."""
 ImageLike = Tensor | Image.Image | str | Path
 """Pixels, a PIL image, or the path of an image file."""
 
-RANGE_TOLERANCE = 1e-3
-"""How far outside [-1, 1] float images may be."""
-UNSIGNED = "float images without a negative value: if they are in [0, 1], pass 2 * images - 1; [-1, 1] is expected"
 PRETRAINED = Path(__file__).parent / "pretrained"
 """The tokenizers inside the package, in the format of `save_pretrained`, with weights in float16."""
 IMAGES_PER_BATCH = 32
@@ -602,23 +596,6 @@ def model_facts(autoencoder: Autoencoder) -> dict[str, Any]:
     }
 
 
-def pair_of(image_size: Size) -> tuple[int, int]:
-    """(H, W); a number is the side of a square."""
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return height, width
-
-
-def check_tensor_size(images: Tensor, image_size: Size | None) -> None:
-    """Raise a DataError for tensors [..., H, W] of another size than `image_size`."""
-    if image_size is not None and tuple(images.shape[-2:]) != pair_of(image_size):
-        raise DataError(
-            f"images of {' x '.join(map(str, images.shape[-2:]))} pixels, image_size = {image_size}",
-            "Omit image_size, or resize the tensors: only PIL images and files are resized",
-        )
-
-
 def same_shapes(tensors: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> list[list[int]]:
     """Group the places of tensors that have the same shape and type (and size): at most IMAGES_PER_BATCH a group."""
     groups: dict[Any, list[int]] = {}
@@ -653,89 +630,6 @@ def check_negative(ids: Tensor, layout: TokenLayout) -> None:
             f"ids of {int(ids.min())}, which are not those of whole groups left out at the end",
             "Pass ids as `encode` returns them, and leave out groups with groups=",
         )
-
-
-def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, int]:
-    """(h, w) of the latent of an image of `height` x `width` pixels.
-
-    Raises:
-        DataError: a side is not a multiple of the downsample factor.
-    """
-    factor = downsample_factor
-    if height % factor or width % factor or min(height, width) < factor:
-        raise DataError(
-            f"an image of {height} x {width} pixels is not divisible into cells of {factor}",
-            f"Use sides that are multiples of {factor}",
-        )
-    return height // factor, width // factor
-
-
-class InputOwner(Protocol):
-    """The part of a tokenizer that `network_input` uses."""
-
-    device: torch.device
-    range_checked: bool
-    """Whether a batch of float images on a GPU has been checked."""
-
-    @property
-    def downsample_factor(self) -> int:
-        """Image side / latent side."""
-
-
-def network_input(images: Tensor, owner: InputOwner) -> Tensor:
-    """Convert uint8[B, 3, H, W], or float in [-1, 1], to float32 in [-1, 1] on the device of the tokenizer.
-
-    Warns once of float images without a negative value, which look like images in [0, 1]. The range of images on a GPU
-    is checked in the first batch only, as the host has to wait for it.
-
-    Raises:
-        DataError: a wrong shape, dtype or range.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
-    height, width = images.shape[-2:]
-    latent_size(height, width, owner.downsample_factor)
-    if images.dtype == torch.uint8:
-        return to_float(images.to(owner.device))
-    if not images.is_floating_point():
-        raise DataError(f"images of dtype {images.dtype}", "Pass uint8 in [0, 255] or float in [-1, 1]")
-    if torch.compiler.is_compiling():
-        assert (images.abs() <= 1 + RANGE_TOLERANCE).all(), "float images are not in [-1, 1]"
-    elif images.numel() and (images.device.type == "cpu" or not owner.range_checked):
-        owner.range_checked |= images.device.type != "cpu"
-        check_range(*images.aminmax())
-    return images.to(owner.device).float()
-
-
-def check_range(low: Tensor, high: Tensor) -> None:
-    """Check the lowest and the highest value of float images, which should be in [-1, 1].
-
-    Raises:
-        DataError: they are not.
-    """
-    if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Pass float in [-1, 1], or uint8 in [0, 255]")
-    if low >= 0 and high > low:
-        warnings.warn(UNSIGNED, stacklevel=5)  # the caller of `encode`; its no_grad is a frame too
-
-
-def save_weights(network: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Save the state dict of a network as safetensors, with `metadata` in the header of the file."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, path, metadata)
-
-
-def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load exactly these tensors into a network, which may be on the meta device.
-
-    Raises:
-        WeightsError: a name is missing or unexpected, or a shape differs. The message names `source`.
-    """
-    try:
-        network.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise WeightsError(f"the weights in {source} do not match their config: {first[:160]}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Local files of pretrained weights: found by name in a folder, loaded without executing code from them.
+"""Files of weights: found by name in a folder, loaded without executing code from them, saved.
 
 Nothing is downloaded. The WeightsError of an absent file has its name, its publisher, and where to put it.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from vqpipe.errors import WeightsError
@@ -81,6 +81,25 @@ def load_tensors(path: Path, *, placeholders: Mapping[str, type] | None = None, 
     except Exception as error:  # readers raise many types on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} cannot be read as weights: {reason[:120]}", "Download it again") from None
+
+
+def save_weights(network: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Save the state dict of a network as safetensors, with `metadata` in the header of the file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, path, metadata)
+
+
+def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load exactly these tensors into a network, which may be on the meta device.
+
+    Raises:
+        WeightsError: a name is missing or unexpected, or a shape differs. The message names `source`.
+    """
+    try:
+        network.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise WeightsError(f"the weights in {source} do not match their config: {first[:160]}") from None
 
 
 def kind_of_weights(path: Path) -> str:

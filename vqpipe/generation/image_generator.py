@@ -22,8 +22,8 @@ from vqpipe.data.latents import LatentStatistics
 from vqpipe.errors import ArtifactError, VqpipeError
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
 from vqpipe.generation.latents import quantize_latents
-from vqpipe.tokenizer import Tokenizer, load_weights, save_weights
-from vqpipe.weights import load_tensors
+from vqpipe.tokenizer import Tokenizer
+from vqpipe.weights import load_tensors, load_weights, save_weights
 
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer in the artifact, in the format of `Tokenizer.from_pretrained`."""

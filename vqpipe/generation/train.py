@@ -36,9 +36,10 @@ from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, S
 from vqpipe.generation.classifier import RECIPE, Classifier, ClassifierConfig, build_classifier
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator, write_weights
 from vqpipe.generation.validation import accuracy, loss_and_accuracy, validation_losses
+from vqpipe.model_input import latent_size
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.pictures import contact_sheet
-from vqpipe.tokenizer import Tokenizer, latent_size
+from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.callbacks import Callback, HeldOutMetrics, MetricsLog, ProgressCallback, RunReport, SampleSheet
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig

@@ -23,7 +23,7 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, P
 from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, build_quantizer
 from vqpipe.reports.training import describe_tokenizer
-from vqpipe.tokenizer import Tokenizer, load_weights, model_facts, read_config, write_tokenizer
+from vqpipe.tokenizer import Tokenizer, model_facts, read_config, write_tokenizer
 from vqpipe.training.callbacks import (
     Callback,
     MetricsLog,
@@ -39,7 +39,7 @@ from vqpipe.training.loop import train
 from vqpipe.training.throughput import Throughput, count_flops, peak_of
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.training.validation import BestWeights, Validation
-from vqpipe.weights import load_tensors
+from vqpipe.weights import load_tensors, load_weights
 
 Publish = Literal["last", "best"]
 """Which weights to publish: those of the last step, or of the best validation."""

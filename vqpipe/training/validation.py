@@ -19,9 +19,9 @@ from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.models.autoencoder import Autoencoder
 from vqpipe.progress import SILENT, Progress
-from vqpipe.tokenizer import save_weights
 from vqpipe.training.callbacks import Callback
 from vqpipe.training.running_metrics import Row
+from vqpipe.weights import save_weights
 
 PSNR_DROP = 3.0
 """A run may have collapsed if its PSNR is this many dB below the best (3 dB: twice the squared error)."""

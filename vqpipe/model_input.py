@@ -1,0 +1,101 @@
+"""Images as the input of a tokenizer: their sizes, types and ranges.
+
+Shapes: B images of H x W pixels, h x w positions.
+"""
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vqpipe.data.transforms import to_float
+from vqpipe.errors import DataError
+
+Size = int | tuple[int, int]
+"""(H, W) in pixels, or the side of a square."""
+
+RANGE_TOLERANCE = 1e-3
+"""How far outside [-1, 1] float images may be."""
+UNSIGNED = "float images without a negative value: if they are in [0, 1], pass 2 * images - 1; [-1, 1] is expected"
+
+
+def pair_of(image_size: Size) -> tuple[int, int]:
+    """(H, W); a number is the side of a square."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return height, width
+
+
+def check_tensor_size(images: Tensor, image_size: Size | None) -> None:
+    """Raise a DataError for tensors [..., H, W] of another size than `image_size`."""
+    if image_size is not None and tuple(images.shape[-2:]) != pair_of(image_size):
+        raise DataError(
+            f"images of {' x '.join(map(str, images.shape[-2:]))} pixels, image_size = {image_size}",
+            "Omit image_size, or resize the tensors: only PIL images and files are resized",
+        )
+
+
+def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, int]:
+    """(h, w) of the latent of an image of `height` x `width` pixels.
+
+    Raises:
+        DataError: a side is not a multiple of the downsample factor.
+    """
+    factor = downsample_factor
+    if height % factor or width % factor or min(height, width) < factor:
+        raise DataError(
+            f"an image of {height} x {width} pixels is not divisible into cells of {factor}",
+            f"Use sides that are multiples of {factor}",
+        )
+    return height // factor, width // factor
+
+
+class InputOwner(Protocol):
+    """The part of a tokenizer that `network_input` uses."""
+
+    device: torch.device
+    range_checked: bool
+    """Whether a batch of float images on a GPU has been checked."""
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image side / latent side."""
+
+
+def network_input(images: Tensor, owner: InputOwner) -> Tensor:
+    """Convert uint8[B, 3, H, W], or float in [-1, 1], to float32 in [-1, 1] on the device of the tokenizer.
+
+    Warns once of float images without a negative value, which look like images in [0, 1]. The range of images on a GPU
+    is checked in the first batch only, as the host has to wait for it.
+
+    Raises:
+        DataError: a wrong shape, dtype or range.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
+    height, width = images.shape[-2:]
+    latent_size(height, width, owner.downsample_factor)
+    if images.dtype == torch.uint8:
+        return to_float(images.to(owner.device))
+    if not images.is_floating_point():
+        raise DataError(f"images of dtype {images.dtype}", "Pass uint8 in [0, 255] or float in [-1, 1]")
+    if torch.compiler.is_compiling():
+        assert (images.abs() <= 1 + RANGE_TOLERANCE).all(), "float images are not in [-1, 1]"
+    elif images.numel() and (images.device.type == "cpu" or not owner.range_checked):
+        owner.range_checked |= images.device.type != "cpu"
+        check_range(*images.aminmax())
+    return images.to(owner.device).float()
+
+
+def check_range(low: Tensor, high: Tensor) -> None:
+    """Check the lowest and the highest value of float images, which should be in [-1, 1].
+
+    Raises:
+        DataError: they are not.
+    """
+    if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise DataError(f"float images in [{low:.3g}, {high:.3g}]", "Pass float in [-1, 1], or uint8 in [0, 255]")
+    if low >= 0 and high > low:
+        warnings.warn(UNSIGNED, stacklevel=5)  # the caller of `encode`; its no_grad is a frame too
