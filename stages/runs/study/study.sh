@@ -56,7 +56,7 @@ one() { # one NAME SEED [option of train ...]: train and measure
     for set in "eval=$EVAL" ${MORE:-}; do
         each --images "${set#*=}"
         vqpipe eval "${EACH[@]}" --tokenizer "$OUT/$name" --out "$OUT/report-$name-${set%%=*}" --num-workers 0 \
-            ${MOBILENET:+--extractor mobilenet:pooled --extractor-weights "$MOBILENET"} \
+            ${MOBILENET:+--extractor mobilenet:pooled --extractor-weights "$MOBILENET" --fid-min-images 1000} \
             ${SQUEEZE:+--perceptual squeeze="$SQUEEZE"} >> "$OUT/$name.log" 2>&1
     done
     echo "done: $name" >&2
