@@ -1,0 +1,160 @@
+"""The numbers of the study in one table, which later runs add to, and its plots.
+
+    python results.py collect OUT results.csv      add the reports in OUT; a row of an equal run is replaced
+    python results.py draw results.csv FOLDER      write the plots as SVG, and print the tables as Markdown
+
+A run is named METHOD-K of part A, with "-tuned" after it, or METHOD-G of G groups (part C), as the scripts name it.
+"""
+
+import csv
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from math import log2
+from pathlib import Path
+
+from vqpipe.artifacts import open_artifact
+from vqpipe.files import atomic_write
+from vqpipe.reports.evaluation import open_evaluation
+from vqpipe.reports.page import Plot
+from vqpipe.reports.plots import points_with_spread
+
+COLUMNS = (
+    *("run", "seed", "steps", "images", "codes", "groups", "bits_per_pixel"),
+    *("psnr", "ssim", "squeeze", "mobilenet", "used", "used_64k", "perplexity"),
+)
+"""`squeeze` and `mobilenet`: distances of the study's networks, not LPIPS and not FID. `used`: the share of the codes
+chosen at least once, over all images and over their first 65,536 tokens."""
+KEY = COLUMNS[:4]
+Row = dict[str, str]
+GRAY = "#808080"
+"""Of text and axes: legible on a light and on a dark page."""
+
+
+def row_of(report: Path) -> Row:
+    """The row of a report `report-RUN-IMAGES`."""
+    evaluated = open_evaluation(open_artifact(report, "report"))
+    metrics = evaluated.metrics
+    run, images = report.name.removeprefix("report-").rsplit("-", 1)
+    name, _, seed = run.partition("-seed")
+    at = {each["tokens"]: each["utilization"] for each in metrics["utilization_at"]}
+    values = {
+        "run": name,
+        "seed": seed or "0",
+        "steps": evaluated.history[-1]["step"],
+        "images": images,
+        "codes": metrics["tokenizer"]["codebook_size"],
+        "groups": metrics["tokenizer"]["num_groups"],
+        "bits_per_pixel": f"{metrics['bits_per_pixel']:.4f}",
+        "psnr": f"{metrics['psnr']:.3f}",
+        "ssim": f"{metrics['ssim']:.4f}",
+        "squeeze": number(metrics.get("perceptual_squeeze"), 4),
+        "mobilenet": number(metrics.get("frechet", {}).get("mobilenet:pooled"), 3),
+        "used": f"{metrics['utilization']:.5f}",
+        "used_64k": number(at.get(65_536), 5),
+        "perplexity": f"{statistics.mean(metrics['perplexity_per_group']):.1f}",
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def number(value: float | None, digits: int) -> str:
+    """ "" for what was not computed."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def read(table: Path) -> list[Row]:
+    """The rows of the table; none if it is absent."""
+    if not table.exists():
+        return []
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def collect(out: Path, table: Path) -> None:
+    """Add the complete reports in `out` to the table."""
+    rows = {tuple(row[name] for name in KEY): row for row in read(table)}
+    for report in sorted(out.glob("report-*")):
+        if (report / "manifest.json").is_file():
+            row = row_of(report)
+            rows[tuple(row[name] for name in KEY)] = row
+    with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+
+
+def method(row: Row) -> str:
+    """`lc-4096-tuned` -> `lc tuned`, `lc-4` -> `lc`."""
+    return re.sub(r"-\d+", "", row["run"]).replace("-", " ")
+
+
+def by_method(rows: Iterable[Row], x: str, y: str) -> dict[str, list[tuple[float, float, float]]]:
+    """Method -> (x, mean of y over the seeds, standard deviation)."""
+    values: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        place = log2(int(row["codes"])) if x == "log2" else float(row[x])
+        values.setdefault((method(row), place), []).append(float(row[y]))
+    methods: dict[str, list[tuple[float, float, float]]] = {}
+    for (name, place), found in sorted(values.items()):
+        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        methods.setdefault(name, []).append((place, statistics.mean(found), spread))
+    return methods
+
+
+def plots(rows: Sequence[Row]) -> dict[str, Plot | None]:
+    """File name -> plot."""
+    single = [row for row in rows if row["groups"] == "1"]
+    points = by_method(single, "codes", "used")
+    return {
+        "psnr-over-codes": points_with_spread(
+            "PSNR over log2 K", by_method(single, "log2", "psnr"), xlabel="log2 of the codebook size K; PSNR in dB"
+        ),
+        "use-over-codes": points_with_spread(
+            "Codes in use over K", points, xlabel="codebook size K; share of the codes in use", is_share=True, log=True
+        ),
+        "psnr-over-bits": points_with_spread(
+            "PSNR over bits", by_method(rows, "bits_per_pixel", "psnr"), xlabel="bits per pixel; PSNR in dB"
+        ),
+    }
+
+
+def markdown(rows: Sequence[Row]) -> Iterable[str]:
+    """A table with a line per run, best PSNR of equal bits in bold."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["bits_per_pixel"]] = max(float(row["psnr"]), best.get(row["bits_per_pixel"], 0.0))
+    yield "| codes | quantizer | bits per pixel | PSNR | SSIM | SqueezeNet | MobileNetV2 | codes in use | perplexity |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in sorted(rows, key=lambda row: (int(row["groups"]), int(row["codes"]), -float(row["psnr"]))):
+        codes = f"{int(row['codes']):,}" if row["groups"] == "1" else f"{row['groups']} x {int(row['codes']):,}"
+        psnr = f"{float(row['psnr']):.2f} dB"
+        psnr = f"**{psnr}**" if float(row["psnr"]) == best[row["bits_per_pixel"]] else psnr
+        cells = (
+            codes,
+            method(row),
+            f"{float(row['bits_per_pixel']):.3f}",
+            psnr,
+            f"{float(row['ssim']):.3f}",
+            row["squeeze"][:5] or "-",
+            row["mobilenet"] or "-",
+            f"{float(row['used']) * 100:.1f} %",
+            f"{float(row['perplexity']):,.0f}",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def draw(table: Path, folder: Path) -> None:
+    """Write the plots over the large set of images, and print the tables of all sets."""
+    rows = read(table)
+    for name, plot in plots([row for row in rows if row["images"] == "eval"]).items():
+        if plot is not None:
+            drawing = plot.svg.replace("currentColor", GRAY).replace("<svg", '<svg font-family="sans-serif"', 1)
+            (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
+    for images in sorted({row["images"] for row in rows}):
+        print(f"\n{images}\n", *markdown([row for row in rows if row["images"] == images]), sep="\n")
+
+
+if __name__ == "__main__":
+    action, first, second = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    {"collect": collect, "draw": draw}[action](first, second)
