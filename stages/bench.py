@@ -1,23 +1,23 @@
 """`vqpipe bench`: the speed of this machine, beside the other libraries installed here -> a report."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages import console, recipe
+from stages import console
 from stages.console import Device, Out, Seed
-from vqpipe import artifacts, benchmarks, distributed
-from vqpipe.artifacts import Artifact
 from vqpipe.errors import ConfigError
-from vqpipe.reports.benchmark import case_table, machine_line
+
+if TYPE_CHECKING:
+    from vqpipe.artifacts import Artifact
+
+WHAT = "search,kmeans,train,tokenize"
 
 
 def bench(
     out: Out,
-    what: Annotated[
-        str, typer.Option("--what", help="What to measure, separated by commas.", metavar=",".join(benchmarks.SUBJECTS))
-    ] = ",".join(benchmarks.SUBJECTS),
+    what: Annotated[str, typer.Option("--what", help="What to measure, separated by commas.", metavar=WHAT)] = WHAT,
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds of measurement.", metavar="N", min=1)] = 5,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes: takes seconds, and its numbers are not for publication.")
@@ -46,6 +46,9 @@ def bench(
     another --out.
     """
     with console.session(device, seed) as torch_device:
+        from stages import recipe
+        from vqpipe import artifacts, benchmarks, distributed
+
         if distributed.world_size() > 1:
             raise ConfigError(
                 f"vqpipe bench measures one process, not {distributed.world_size()}", "Leave out torchrun"
@@ -55,7 +58,7 @@ def bench(
         settings = benchmarks.Settings(device=torch_device, rounds=rounds, quick=quick, seed=seed, memory=budget)
         request = benchmarks.request(subjects, settings) | ({"memory": memory} if memory else {})
         draft = artifacts.start(out, "report", request, {})
-        if isinstance(draft, Artifact):
+        if isinstance(draft, artifacts.Artifact):
             console.say(f"measured {draft.manifest.provenance['finished']}; to measure again, choose another --out")
             return finished(draft, as_json, again=True)
         measured = recipe.load_tokenizer(benchmarks.preset_of(settings))
@@ -65,8 +68,10 @@ def bench(
         return finished(artifact, as_json)
 
 
-def show_tables(artifact: Artifact) -> None:
+def show_tables(artifact: "Artifact") -> None:
     """Print a table per case, and the reasons of what was not measured."""
+    from vqpipe.reports.benchmark import case_table, machine_line
+
     metrics = json.loads(artifact.file("metrics.json").read_text(encoding="utf-8"))
     console.say(machine_line(metrics))
     for cases in metrics["subjects"].values():
@@ -78,7 +83,7 @@ def show_tables(artifact: Artifact) -> None:
                 console.say(f"not measured: {name}: {reason}")
 
 
-def finished(artifact: Artifact, as_json: bool, again: bool = False) -> None:
+def finished(artifact: "Artifact", as_json: bool, again: bool = False) -> None:
     """Print the path on stdout, or with --json the numbers, and the path on stderr."""
     if not as_json:
         console.finished(artifact, again)

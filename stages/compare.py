@@ -7,10 +7,7 @@ import typer
 
 from stages import console
 from stages.console import Out, UnusedDevice, UnusedSeed
-from vqpipe import artifacts
 from vqpipe.errors import ConfigError
-from vqpipe.reports import comparison
-from vqpipe.reports.published import read_table
 
 
 def compare(
@@ -41,6 +38,10 @@ def compare(
     protocol, image size and references.
     """
     with console.session("cpu", seed):
+        from vqpipe import artifacts
+        from vqpipe.reports import comparison
+        from vqpipe.reports.published import read_table
+
         if len(reports) < 2:
             raise ConfigError("a comparison needs at least two reports", "Name more reports")
         opened = [artifacts.open_artifact(path, "report") for path in reports]

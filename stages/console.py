@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
 from rich import box
 from rich.cells import cell_len
@@ -25,14 +24,14 @@ from rich.table import Table
 from rich.text import Text
 
 from stages import signals
-from vqpipe import data, distributed, files
-from vqpipe.artifacts import Artifact, check_out
-from vqpipe.data.decoding import Color
-from vqpipe.data.images import ImageSet, KeyPrefix
-from vqpipe.data.made_images import Form
 from vqpipe.errors import printable
-from vqpipe.reports import page
-from vqpipe.weights import PUBLISHED_FILES
+
+if TYPE_CHECKING:
+    import torch
+
+    from vqpipe.artifacts import Artifact
+    from vqpipe.data.images import ImageSet
+    from vqpipe.reports.page import Table as ReportTable
 
 LIVE: list[Live] = []
 """The display at the bottom of the terminal, while there is one: everything else is printed above it."""
@@ -44,7 +43,9 @@ LOG_WIDTH = 200
 
 def out_path(path: Path) -> Path:
     """The value of --out."""
-    return check_out(files.with_final_name(path))
+    from vqpipe import artifacts, files
+
+    return artifacts.check_out(files.with_final_name(path))
 
 
 Out = Annotated[
@@ -121,16 +122,19 @@ AutoencoderPath = Annotated[
         metavar="DIR",
     ),
 ]
+Plan = Annotated[bool, typer.Option("--plan", help="Print the estimate for this device (see `vqpipe plan`), and end.")]
 BATCH_SIZE = typer.Option("--batch-size", help="Images per batch, on each rank.", metavar="IMAGES", min=1)
 BatchSize = Annotated[int, BATCH_SIZE]
 OptionalBatchSize = Annotated[int | None, BATCH_SIZE]
+KeyPrefix = Literal["shard"]
 KeyPrefixOption = Annotated[
-    Literal["shard"] | None,
+    KeyPrefix | None,
     typer.Option(
         "--key-prefix",
         help="Begin every key with the name of its shard (or folder), for shards that have keys in common.",
     ),
 ]
+Color = Literal["ignore", "srgb"]
 ColorOption = Annotated[
     Color,
     typer.Option(
@@ -214,7 +218,7 @@ Download = Annotated[
     ),
 ]
 As = Annotated[
-    Form,
+    Literal["tar", "png"],
     typer.Option("--as", help="Tars of PNG files, or one PNG file per image, in the folder DIR/images."),
 ]
 MaxSkipped = Annotated[
@@ -226,9 +230,13 @@ MaxSkipped = Annotated[
 
 
 @contextmanager
-def session(device: str, seed: int) -> Iterator[torch.device]:
+def session(device: str, seed: int) -> Iterator["torch.device"]:
     """Set up a command: signal handlers, seed, process group under torchrun. Yields this rank's device."""
     signals.handle_signals()
+    import torch
+
+    from vqpipe import distributed
+
     torch_device = distributed.pick_device(device)
     torch.manual_seed(seed)
     with distributed.process_group(torch_device):
@@ -244,6 +252,8 @@ def say(text: str) -> None:
 
 def check_images(names: Sequence[str]) -> None:
     """Raise a DataError for a path that does not exist, without opening the others."""
+    from vqpipe import data
+
     for name in names:
         if not any(mark in name for mark in (":", "*", "?", "[", "{")) and not Path(name).exists():
             data.images.open_images([name])
@@ -251,9 +261,11 @@ def check_images(names: Sequence[str]) -> None:
 
 def open_images(
     names: Sequence[str], key_prefix: KeyPrefix | None = None, color: Color = "ignore", limit: int | None = None
-) -> ImageSet:
+) -> "ImageSet":
     """Open `--images`, or their first `limit`, and print what is left out, why labels are missing, and which keys occur
     twice."""
+    from vqpipe import data
+
     images = data.images.open_images(names, key_prefix, color)
     if limit is not None and limit < len(images):
         images = data.images.FirstImages(images, limit)
@@ -261,7 +273,7 @@ def open_images(
     return images
 
 
-def remark(images: ImageSet) -> None:
+def remark(images: "ImageSet") -> None:
     """Print the remarks of opened images, a line each."""
     for line in images.remarks:
         say(line)
@@ -284,8 +296,10 @@ def show(renderable: RenderableType) -> None:
         console.print(renderable)
 
 
-def show_table(table: page.Table) -> None:
+def show_table(table: "ReportTable") -> None:
     """Print a table of a report, with the best cells highlighted."""
+    from vqpipe.reports import page
+
     shown = Table(*table.header, box=box.SIMPLE, pad_edge=False, title=escape(table.title), title_justify="left")
     for row in table.rows:
         cells = [page.Cell(cell) if isinstance(cell, str) else cell for cell in row]
@@ -299,6 +313,8 @@ def show_table(table: page.Table) -> None:
 
 def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[str, str]) -> None:
     """Print the label, value and convention of each measure, then each reason why others were not computed, once."""
+    from vqpipe.weights import PUBLISHED_FILES
+
     table = Table("measure", "value", "convention", box=box.SIMPLE, pad_edge=False)
     table.columns[1].justify = "right"
     for row in numbers:
@@ -311,7 +327,7 @@ def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[
             say(f"  {url}")
 
 
-def finished(artifact: Artifact, again: bool = False) -> None:
+def finished(artifact: "Artifact", again: bool = False) -> None:
     """Print the last lines of a command: what was published, and its path alone on stdout."""
     end_live()
     if not prints():
@@ -327,7 +343,7 @@ def finished(artifact: Artifact, again: bool = False) -> None:
     print(printable(path) if sys.stdout.isatty() else path, flush=True)
 
 
-def say_next(artifact: Artifact) -> None:
+def say_next(artifact: "Artifact") -> None:
     """Print what to do after a command: what to open, and the next commands."""
     from stages import next_steps
 

@@ -12,7 +12,6 @@ from stages.detokenize import detokenize
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
 from stages.kmeans import kmeans
-from stages.next_steps import train_precision
 from stages.tokenize_images import tokenize
 from stages.train import train
 
@@ -37,6 +36,8 @@ def demo(
     the same budget, and compares their utilization and reconstructions. Run it
     again to resume.
     """
+    from stages.next_steps import train_precision
+
     steps, k = SIZES[size]["steps"], SIZES[size]["k"]
     shared: dict[str, Any] = {"device": device, "seed": seed}
     settings = [f"model.quantizer.codebook_size={k}"] if k else []

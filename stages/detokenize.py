@@ -7,9 +7,6 @@ import typer
 
 from stages import console
 from stages.console import BatchSize, Device, Limit, Out, Seed, TokenizerPath
-from vqpipe import artifacts
-from vqpipe.data.tokens import decode_tokens
-from vqpipe.tokenizer import Tokenizer
 
 
 def detokenize(
@@ -27,6 +24,10 @@ def detokenize(
 ) -> None:
     """Decode tokens to images."""
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+        from vqpipe import artifacts
+        from vqpipe.data.tokens import decode_tokens
+        from vqpipe.tokenizer import Tokenizer
+
         stored = artifacts.open_artifact(tokens, "tokens")
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         opened.check_made(stored)

@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,11 +14,6 @@ from vqpipe import distributed, presets
 from vqpipe.errors import VqpipeError
 from vqpipe.planning.devices import GPUS, device_of
 from vqpipe.planning.estimate import Plan, Training, generator_training, refusal, tokenizer_training
-
-PlanOption = Annotated[
-    bool, typer.Option("--plan", help="Print the estimate for this device (see `vqpipe plan`), and end.")
-]
-
 
 LEAST_STEPS = 1000
 """Shorter runs of `vqpipe train` begin without an estimate, which takes a few seconds."""

@@ -1,17 +1,12 @@
 """`vqpipe eval-generation`: samples and references -> a report of FID and related metrics, and a page."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from stages import console
 from stages.console import BatchSize, Device, ImageSize, Limit, NumWorkers, Out, Seed
-from vqpipe.evaluation.extractors import add_extractor
-from vqpipe.evaluation.generation import GenerationConfig, ProtocolName, generated_size
-from vqpipe.evaluation.report import evaluate_samples
-from vqpipe.metrics.feature_networks import find_networks
-from vqpipe.reports.generated import groups_table, number_rows
 
 
 def eval_generation(
@@ -28,7 +23,7 @@ def eval_generation(
         ),
     ],
     out: Out,
-    protocol: Annotated[ProtocolName, typer.Option("--protocol", help="See above.")] = "adm",
+    protocol: Annotated[Literal["adm", "cleanfid-raw"], typer.Option("--protocol", help="See above.")] = "adm",
     image_size: ImageSize = None,
     weights: console.Weights = None,
     extractor: console.Extractor = None,
@@ -74,6 +69,12 @@ def eval_generation(
     Without it the numbers of Inception are not computed, and the report says why.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+        from vqpipe.evaluation.extractors import add_extractor
+        from vqpipe.evaluation.generation import GenerationConfig, generated_size
+        from vqpipe.evaluation.report import evaluate_samples
+        from vqpipe.metrics.feature_networks import find_networks
+        from vqpipe.reports.generated import groups_table, number_rows
+
         networks = find_networks(weights, torch_device)
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         config = GenerationConfig(

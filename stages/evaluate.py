@@ -2,23 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich import box
 from rich.table import Table
 
-from stages import console, recipe
+from stages import console
 from stages.console import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
-from vqpipe import analysis
-from vqpipe.continuous import open_autoencoder
-from vqpipe.data.transforms import parse_size
 from vqpipe.errors import ConfigError
-from vqpipe.evaluation.extractors import add_extractor
-from vqpipe.evaluation.report import evaluate_tokenizer
-from vqpipe.metrics.feature_networks import find_networks
-from vqpipe.reports.evaluation import MEASURES, over_images, reasons_not_measured, value_of, written
-from vqpipe.weights import LpipsNet
+
+if TYPE_CHECKING:
+    from vqpipe.weights import LpipsNet
 
 
 def evaluate(
@@ -130,6 +125,14 @@ def evaluate(
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+        from stages import recipe
+        from vqpipe import analysis
+        from vqpipe.continuous import open_autoencoder
+        from vqpipe.evaluation.extractors import add_extractor
+        from vqpipe.evaluation.report import evaluate_tokenizer
+        from vqpipe.metrics.feature_networks import find_networks
+        from vqpipe.reports.evaluation import MEASURES, over_images, reasons_not_measured, value_of, written
+
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
         perceptual_weights = perceptual_files(perceptual or [])
@@ -177,8 +180,10 @@ def evaluate(
         return console.finished(report, again=result is None)
 
 
-def perceptual_files(values: list[str]) -> dict[LpipsNet, Path]:
+def perceptual_files(values: list[str]) -> "dict[LpipsNet, Path]":
     """The values of --perceptual: backbone -> file."""
+    from vqpipe.weights import LpipsNet
+
     files: dict[LpipsNet, Path] = {}
     for value in values:
         net, equals, file = value.partition("=")
@@ -195,6 +200,8 @@ def split_names(values: list[str] | None) -> list[str] | None:
 
 def in_pixels(image_size: str | None) -> int | str | None:
     """`--image-size` as a value of [eval]: the side of a square as a number."""
+    from vqpipe.data.transforms import parse_size
+
     size = None if image_size is None else parse_size(str(image_size))
     if size is None:
         return image_size

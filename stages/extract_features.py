@@ -4,14 +4,8 @@ from typing import Annotated
 
 import typer
 
-from stages import console, estimates, recipe
+from stages import console
 from stages.console import Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
-from vqpipe import artifacts, distributed
-from vqpipe.codebooks import features
-from vqpipe.config import to_request
-from vqpipe.files import hash_file
-from vqpipe.planning.devices import device_of
-from vqpipe.planning.estimate import plan_features
 
 
 def extract_features(
@@ -22,7 +16,7 @@ def extract_features(
         typer.Option(
             "--encoder",
             help="Network that encodes the patches; default: the preset's, else patch-pca.",
-            metavar="|".join(kind.usage for kind in features.ENCODERS.values()),
+            metavar="patch-pca|open_clip:NAME/TAG|timm:NAME",
         ),
     ] = None,
     pool: Annotated[
@@ -41,7 +35,7 @@ def extract_features(
     key_prefix: console.KeyPrefixOption = None,
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
-    plan: estimates.PlanOption = False,
+    plan: console.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
     color: console.ColorOption = "ignore",
@@ -53,6 +47,14 @@ def extract_features(
     `vqpipe kmeans` clusters them into a codebook.
     """
     with console.session(device, seed) as torch_device:
+        from stages import estimates, recipe
+        from vqpipe import artifacts, distributed
+        from vqpipe.codebooks import features
+        from vqpipe.config import to_request
+        from vqpipe.files import hash_file
+        from vqpipe.planning.devices import device_of
+        from vqpipe.planning.estimate import plan_features
+
         flags = {"encoder": encoder, "pool": pool, "batch_size": batch_size, "limit": limit, "precision": precision}
         settings = recipe.load(preset, overrides, reads=["features"], features=flags)
         config = settings.features

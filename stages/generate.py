@@ -1,18 +1,17 @@
 """`vqpipe generate`: a generator -> images, as PNG files in tar shards or a folder, and a contact sheet."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stages import console
 from stages.console import BatchSize, Device, Out, Precision, Seed, Set
-from vqpipe import artifacts, config
 from vqpipe.errors import ConfigError
-from vqpipe.generation.base import SamplingConfig
-from vqpipe.generation.generate import SamplePlan, generate_images
-from vqpipe.generation.image_generator import ImageGenerator, open_generator
-from vqpipe.generation.train import GeneratorRecipe
+
+if TYPE_CHECKING:
+    from vqpipe.generation.base import SamplingConfig
+    from vqpipe.generation.image_generator import ImageGenerator
 
 
 def generate(
@@ -71,6 +70,10 @@ def generate(
     come in turn, so that consecutive images have equal parts of them.
     """
     with console.session(device, seed) as torch_device:
+        from vqpipe import artifacts
+        from vqpipe.generation.generate import SamplePlan, generate_images
+        from vqpipe.generation.image_generator import open_generator
+
         opened = open_generator(generator, torch_device)
         flags = {"cfg_scale": cfg_scale, "top_p": top_p, "temperature": temperature, "steps": steps}
         flags |= {"top_k": None if top_k is None else parse_top_k(top_k)}
@@ -94,7 +97,7 @@ def generate(
         return console.finished(made)
 
 
-def parse_classes(text: str, generator: ImageGenerator) -> tuple[int, ...]:
+def parse_classes(text: str, generator: "ImageGenerator") -> tuple[int, ...]:
     """Return the classes of --classes: those of "balanced", or numbers and ranges.
 
     Raises:
@@ -132,8 +135,11 @@ def parse_top_k(text: str) -> int | float:
         ) from None
 
 
-def override_sampling(default: SamplingConfig, overrides: list[str], flags: dict[str, Any]) -> SamplingConfig:
+def override_sampling(default: "SamplingConfig", overrides: list[str], flags: dict[str, Any]) -> "SamplingConfig":
     """Return the generator's sampling settings, changed by --set, then by named flags."""
+    from vqpipe import config
+    from vqpipe.generation.train import GeneratorRecipe
+
     for assignment in overrides:
         if not assignment.startswith("generate."):
             raise ConfigError(
@@ -141,4 +147,4 @@ def override_sampling(default: SamplingConfig, overrides: list[str], flags: dict
             )
     table = config.override(GeneratorRecipe, {"generate": config.to_table(default)}, overrides)["generate"]
     table |= {name: value for name, value in flags.items() if value is not None}
-    return config.from_table(SamplingConfig, table, "generate")
+    return config.from_table(type(default), table, "generate")

@@ -6,24 +6,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stages import console
 from stages.console import UnusedDevice, UnusedSeed
-from vqpipe import artifacts, distributed, downloads, zoo
-from vqpipe.artifacts import Artifact
-from vqpipe.codebooks.codebook import codebook_input, load_codebook
+from vqpipe import downloads, zoo
 from vqpipe.config import nearest_name
-from vqpipe.continuous import KINDS, ContinuousAutoencoder, write_continuous
 from vqpipe.downloads import Address
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.files import hash_file
-from vqpipe.models.released import read_released
 from vqpipe.progress import Progress
-from vqpipe.tokenizer import Tokenizer, model_facts, write_tokenizer
 from vqpipe.zoo import Entry, fetch
+
+if TYPE_CHECKING:
+    from vqpipe.artifacts import Artifact
 
 Source = Annotated[
     str,
@@ -96,6 +94,12 @@ def import_checkpoint(
     if out is None:
         raise typer.BadParameter("it is required without --dry-run", param_hint="--out")
     with console.session("cpu", seed):
+        from vqpipe import artifacts, distributed
+        from vqpipe.codebooks.codebook import codebook_input, load_codebook
+        from vqpipe.continuous import KINDS
+        from vqpipe.models.released import read_released
+        from vqpipe.tokenizer import Tokenizer, model_facts, write_tokenizer
+
         if (done := published_before(wanted, out, family, codebook)) is not None:
             return console.finished(done, again=True)
         with console.ProgressBar() as progress:
@@ -111,7 +115,7 @@ def import_checkpoint(
             inputs["codebook"] = codebook_input(codebook)
         family = family or checkpoint.family
         draft = artifacts.start(out, "tokenizer", {"family": family, **checkpoint.request}, inputs)
-        if isinstance(draft, Artifact):
+        if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
         with draft:
             released = read_released(file, family, None if codebook is None else load_codebook(codebook))
@@ -167,12 +171,16 @@ def recognize(source: str, own_files: Sequence[Path]) -> Path | Address | Entry:
 
 def published_before(
     wanted: Path | Address | Entry, out: Path, family: str | None, codebook: Path | None
-) -> Artifact | None:
+) -> "Artifact | None":
     """The artifact `out`, if it was imported from this entry, whose hash is known: the file is not needed again.
 
     Raises:
         ArtifactError: `out` is there, and is something else.
     """
+    from vqpipe import artifacts
+    from vqpipe.codebooks.codebook import codebook_input
+    from vqpipe.continuous import KINDS
+
     if not isinstance(wanted, Entry) or wanted.family in KINDS or not out.exists():
         return None
     hashes = [file.sha256 for file in wanted.files]
@@ -182,13 +190,15 @@ def published_before(
     if codebook is not None:
         inputs["codebook"] = codebook_input(codebook)
     found = artifacts.start(out, "tokenizer", {"family": family or wanted.family, "zoo": wanted.name}, inputs)
-    return found if isinstance(found, Artifact) else None
+    return found if isinstance(found, artifacts.Artifact) else None
 
 
 def obtain(
     wanted: Path | Address | Entry, own_files: Sequence[Path], out: Path, family: str | None, progress: Progress
 ) -> Checkpoint:
     """The files on this machine, downloaded by rank 0 if they have to be. Every rank calls it."""
+    from vqpipe import distributed
+
     if isinstance(wanted, Path):
         return Checkpoint([wanted])
     if not isinstance(wanted, Entry):
@@ -232,9 +242,12 @@ def licence(entry: Entry) -> str:
 
 def import_continuous(checkpoint: Checkpoint, out: Path) -> None:
     """Publish an autoencoder with continuous latents in the layout of diffusers."""
+    from vqpipe import artifacts, distributed
+    from vqpipe.continuous import ContinuousAutoencoder, write_continuous
+
     inputs = {path.name: hash_file(path) for path in checkpoint.paths}
     draft = artifacts.start(out, "autoencoder", {"family": checkpoint.family, **checkpoint.request}, inputs)
-    if isinstance(draft, Artifact):
+    if isinstance(draft, artifacts.Artifact):
         return console.finished(draft, again=True)
     with draft:
         with tempfile.TemporaryDirectory() as together:

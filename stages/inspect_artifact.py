@@ -13,8 +13,6 @@ from rich.table import Table
 from rich.tree import Tree
 
 from stages import console
-from vqpipe.artifacts import open_artifact
-from vqpipe.artifacts.unfinished import find_partial, read_unfinished
 from vqpipe.errors import ArtifactError, printable
 
 
@@ -27,6 +25,9 @@ def inspect(
 
     Of an unfinished one (DIR.partial), print how far it is.
     """
+    from vqpipe.artifacts import open_artifact
+    from vqpipe.artifacts.unfinished import find_partial
+
     unfinished = find_partial(artifact) if artifact.suffix == ".partial" or not artifact.exists() else None
     if unfinished is not None:
         inspect_unfinished(unfinished, verify, as_json)
@@ -57,6 +58,8 @@ def inspect_unfinished(folder: Path, verify: bool, as_json: bool) -> None:
     """Print how far an unfinished artifact is."""
     if verify:
         raise ArtifactError(f"{folder} is not finished", "--verify is for finished artifacts")
+    from vqpipe.artifacts.unfinished import read_unfinished
+
     found = read_unfinished(folder)
     if as_json:
         print(json.dumps({**asdict(found), "path": str(folder)}, indent=2, ensure_ascii=False))

@@ -1,22 +1,18 @@
 """`vqpipe kmeans`: features -> codebook."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import typer
 from rich.table import Table
 
-from stages import console, estimates, recipe
+from stages import console
 from stages.console import Device, Out, Preset, Seed, Set
-from vqpipe import artifacts, distributed
-from vqpipe.codebooks import kmeans as clustering
-from vqpipe.codebooks.codebook import CODEBOOK_FILE, Clustering
-from vqpipe.codebooks.features import FeaturesConfig, FeatureSet, open_features
-from vqpipe.config import to_request
 from vqpipe.errors import ConfigError
-from vqpipe.planning.devices import device_of
-from vqpipe.planning.estimate import plan_kmeans
+
+if TYPE_CHECKING:
+    from vqpipe.codebooks.codebook import Clustering
+    from vqpipe.codebooks.features import FeatureSet
 
 VECTORS_PER_CODE = 256
 """For the number of codes that an error suggests; VQGAN-LC has 208: 20.8 million vectors for 100,000 codes."""
@@ -45,15 +41,17 @@ def kmeans(
             "--mini-batch", help="Vectors per step of mini-batch k-means; 0: all (Lloyd).", metavar="VECTORS", min=0
         ),
     ] = None,
-    init: Annotated[clustering.Init | None, typer.Option("--init", help="Initialization of the centers.")] = None,
+    init: Annotated[
+        Literal["k-means++", "random"] | None, typer.Option("--init", help="Initialization of the centers.")
+    ] = None,
     per_class: Annotated[
         bool | None, typer.Option("--per-class/--all-classes", help="Cluster each class separately.")
     ] = None,
     select: Annotated[
-        clustering.Select | None,
+        Literal["kmeans", "random"] | None,
         typer.Option("--select", help="Codes are cluster centers, or random vectors (a baseline)."),
     ] = None,
-    plan: estimates.PlanOption = False,
+    plan: console.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -65,6 +63,15 @@ def kmeans(
     vector. The number of codes is --k, or kmeans.k of the preset.
     """
     with console.session(device, seed) as torch_device:
+        from stages import estimates, recipe
+        from vqpipe import artifacts, distributed
+        from vqpipe.codebooks import kmeans as clustering
+        from vqpipe.codebooks.codebook import CODEBOOK_FILE
+        from vqpipe.codebooks.features import FeaturesConfig, open_features
+        from vqpipe.config import to_request
+        from vqpipe.planning.devices import device_of
+        from vqpipe.planning.estimate import plan_kmeans
+
         flags = {
             "k": k,
             "iterations": iterations,
@@ -106,13 +113,13 @@ def kmeans(
         return console.finished(artifact)
 
 
-def suitable_k(vectors: FeatureSet, per_class: bool) -> int:
+def suitable_k(vectors: "FeatureSet", per_class: bool) -> int:
     """A number of codes with about VECTORS_PER_CODE vectors each; for `per_class` a multiple of the classes."""
-    classes = len(np.unique(vectors.labels)) if per_class and vectors.labels is not None else 1
+    classes = len(set(vectors.labels.tolist())) if per_class and vectors.labels is not None else 1
     return max(1, vectors.num_vectors // VECTORS_PER_CODE // classes) * classes
 
 
-def report(result: Clustering) -> Table:
+def report(result: "Clustering") -> Table:
     """Inertia, cluster sizes, and distinct codes."""
     table = Table(box=None, show_header=False)
     table.add_column(style="dim")

@@ -3,16 +3,17 @@
 import json
 from dataclasses import asdict
 from itertools import groupby
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from stages.recipe import settings_of
 from vqpipe.config import toml_value
-from vqpipe.settings import Setting
+
+if TYPE_CHECKING:
+    from vqpipe.settings import Setting
 
 
 def settings(
@@ -28,6 +29,8 @@ def settings(
     --set train.steps=1000. Settings marked with * may change when a run is
     resumed.
     """
+    from stages.recipe import settings_of  # imports PyTorch
+
     found = [each for each in settings_of(command) if word.lower() in text_of(each).lower()]
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2, ensure_ascii=False))
@@ -44,6 +47,6 @@ def settings(
             out.print(Padding(escape(each.doc), (0, 0, 0, 6), expand=False))
 
 
-def text_of(setting: Setting) -> str:
+def text_of(setting: "Setting") -> str:
     """What --filter searches."""
     return f"{setting.section}.{setting.name} {setting.kind} {setting.doc}"

@@ -7,10 +7,6 @@ import typer
 
 from stages import console
 from stages.console import Out, UnusedDevice, UnusedSeed
-from vqpipe import artifacts
-from vqpipe.data.images import ImageSet
-from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
-from vqpipe.data.prepare import pack_images
 from vqpipe.errors import ConfigError
 
 ManifestName = Annotated[
@@ -68,6 +64,11 @@ def prepare_data(
     Images below the manifest's smallest size are excluded, and counted.
     """
     with console.session("cpu", seed), console.ProgressBar() as progress:
+        from vqpipe import artifacts
+        from vqpipe.data.images import ImageSet
+        from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
+        from vqpipe.data.prepare import pack_images
+
         if color != "ignore" and image_size is None:
             raise ConfigError(f"--color {color} has no effect on files that are stored as they are", "Add --image-size")
         described = load_manifest(manifest)

@@ -7,12 +7,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.next_steps import beside
-from vqpipe import zoo
-from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError
-from vqpipe.reports.model_card import metrics_section
-from vqpipe.tokenizer import Tokenizer
 
 
 def push(
@@ -40,6 +35,12 @@ def push(
     Others then pass hf:OWNER/NAME, or hf:OWNER/NAME@REVISION, as a tokenizer.
     """
     with console.session("cpu", 0):
+        from stages.next_steps import beside
+        from vqpipe import zoo
+        from vqpipe.artifacts import open_artifact
+        from vqpipe.reports.model_card import metrics_section
+        from vqpipe.tokenizer import Tokenizer
+
         opened = Tokenizer.from_pretrained(tokenizer)
         facts = {} if opened.artifact is None else opened.artifact.facts
         if licence is None:

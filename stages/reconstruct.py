@@ -7,12 +7,6 @@ import typer
 
 from stages import console
 from stages.console import AutoencoderPath, Device, Out, Seed
-from vqpipe import artifacts
-from vqpipe.continuous import open_autoencoder
-from vqpipe.evaluation.image_files import find_files, image_sizes, png_names, reconstruct_files, result_files
-from vqpipe.files import hash_file
-from vqpipe.reports.reconstructions import numbers_table
-from vqpipe.tiling import check_memory, check_norms, check_tile
 
 MOST_ROWS = 20
 """Files whose numbers are printed."""
@@ -69,6 +63,13 @@ def reconstruct(
     """
     prefixes = parse_groups(groups)
     with console.session(device, seed) as torch_device:
+        from vqpipe import artifacts
+        from vqpipe.continuous import open_autoencoder
+        from vqpipe.evaluation.image_files import find_files, image_sizes, png_names, reconstruct_files, result_files
+        from vqpipe.files import hash_file
+        from vqpipe.reports.reconstructions import numbers_table
+        from vqpipe.tiling import check_memory, check_norms, check_tile
+
         autoencoder = open_autoencoder(tokenizer, torch_device)
         for k in prefixes:
             autoencoder.check_groups(k)

@@ -3,19 +3,13 @@
 (Not `tokenize.py`: run by path, it would shadow the standard library's module of this name.)
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from stages import console, estimates
+from stages import console
 from stages.console import BatchSize, Device, Images, Limit, Out, Seed, TokenizerPath
-from vqpipe import artifacts, distributed
-from vqpipe.data.tokens import Crops, check_crops, check_max_pixels, views_per_image, write_tokens
-from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import DataError
-from vqpipe.planning.devices import device_of
-from vqpipe.planning.estimate import plan_tokenize
-from vqpipe.tokenizer import Tokenizer
 
 
 def tokenize(
@@ -33,7 +27,7 @@ def tokenize(
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
     crops: Annotated[
-        Crops,
+        Literal["center", "ten"],
         typer.Option("--crops", help="Store the center crop of each image, or ten crops (flips included); see above."),
     ] = "center",
     limit: Limit = None,
@@ -49,7 +43,7 @@ def tokenize(
     num_workers: console.NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     color: console.ColorOption = "ignore",
-    plan: estimates.PlanOption = False,
+    plan: console.Plan = False,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -72,6 +66,14 @@ def tokenize(
     memory does not suffice. Generators are trained on images of one size.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+        from stages import estimates
+        from vqpipe import artifacts, distributed
+        from vqpipe.data.tokens import check_crops, check_max_pixels, views_per_image, write_tokens
+        from vqpipe.data.transforms import fixed_size
+        from vqpipe.planning.devices import device_of
+        from vqpipe.planning.estimate import plan_tokenize
+        from vqpipe.tokenizer import Tokenizer
+
         native = image_size == "native"
         asked = None if image_size is None or native else fixed_size(image_size)
         check_crops(crops, flip, image_size)

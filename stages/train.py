@@ -2,27 +2,15 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stages import console, estimates, signals
+from stages import console, signals
 from stages.console import Device, Images, Limit, Out, Preset, Seed, Set
-from stages.recipe import load_tokenizer
-from vqpipe.artifacts import Artifact
-from vqpipe.codebooks.codebook import codebook_input, load_codebook
-from vqpipe.planning.estimate import tokenizer_training
-from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig
-from vqpipe.training.loggers import installed_loggers
-from vqpipe.training.tokenizer_run import (
-    Publish,
-    RunInputs,
-    check_codebook,
-    check_codebook_given,
-    check_run,
-    start_tokenizer_run,
-    train_tokenizer,
-)
+
+if TYPE_CHECKING:
+    from vqpipe.quantizers import QuantizerConfig
 
 
 def train(
@@ -50,11 +38,12 @@ def train(
         typer.Option("--validation", help="Held-out images, as in --images; repeatable; see above.", metavar="WHERE"),
     ] = None,
     publish: Annotated[
-        Publish, typer.Option("--publish", help="Publish the weights of the last step, or of the best validation.")
+        Literal["last", "best"],
+        typer.Option("--publish", help="Publish the weights of the last step, or of the best validation."),
     ] = "last",
     limit: Limit = None,
     log: console.Log = None,
-    plan: estimates.PlanOption = False,
+    plan: console.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
     color: console.ColorOption = "ignore",
@@ -95,6 +84,21 @@ def train(
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
     with console.session(device, seed) as torch_device:
+        from stages import estimates
+        from stages.recipe import load_tokenizer
+        from vqpipe.artifacts import Artifact
+        from vqpipe.codebooks.codebook import codebook_input, load_codebook
+        from vqpipe.planning.estimate import tokenizer_training
+        from vqpipe.training.loggers import installed_loggers
+        from vqpipe.training.tokenizer_run import (
+            RunInputs,
+            check_codebook,
+            check_codebook_given,
+            check_run,
+            start_tokenizer_run,
+            train_tokenizer,
+        )
+
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         # What is missing is said before the settings of the run are checked, and before the images are indexed and
         # hashed, which may take minutes.
@@ -152,12 +156,14 @@ def is_of_run(assignment: str) -> bool:
     return assignment.strip().startswith("train.")
 
 
-def codebook_settings(quantizer: QuantizerConfig, k: int, dim: int) -> list[str]:
+def codebook_settings(quantizer: "QuantizerConfig", k: int, dim: int) -> list[str]:
     """The settings of a quantizer that follow from a codebook of `k` codes of `dim` channels, as values of --set.
 
     They replace the numbers of a preset. A codebook for G groups may be that of each group, or the concatenated ones if
     it has G times as many codes as the preset's group. Quantizers that take no codebook have none.
     """
+    from vqpipe.quantizers import LcConfig, MultiGroupConfig
+
     where, group = "model.quantizer", quantizer
     if isinstance(quantizer, MultiGroupConfig):
         where, group = f"{where}.group", quantizer.group

@@ -5,14 +5,8 @@ from typing import Annotated
 
 import typer
 
-from stages import console, examples_run
+from stages import console
 from stages.console import Device, Limit, Out, Preset, Seed, Set
-from stages.recipe import load_classifier
-from vqpipe.artifacts import open_artifact
-from vqpipe.generation.train import StoredExamples, check_validation
-from vqpipe.generation.train import train_classifier as train
-from vqpipe.tokenizer import Tokenizer
-from vqpipe.training.loggers import installed_loggers
 
 
 def train_classifier(
@@ -47,6 +41,14 @@ def train_classifier(
     OUT.partial/report.html.
     """
     with console.session(device, seed) as torch_device:
+        from stages import examples_run
+        from stages.recipe import load_classifier
+        from vqpipe.artifacts import open_artifact
+        from vqpipe.generation.train import StoredExamples, check_validation
+        from vqpipe.generation.train import train_classifier as train
+        from vqpipe.tokenizer import Tokenizer
+        from vqpipe.training.loggers import installed_loggers
+
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         recipe, loggers = load_classifier(preset, overrides, say=console.say, train=flags), installed_loggers(log)
         check_validation(recipe, validation)

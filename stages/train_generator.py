@@ -1,24 +1,18 @@
 """`vqpipe train-generator`: tokens, or images that are encoded as latents once, and their tokenizer -> generator."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stages import console, estimates, examples_run
+from stages import console
 from stages.console import Device, ImageSize, Limit, NumWorkers, Out, Preset, Seed, Set
-from stages.recipe import load_generator
-from vqpipe.artifacts import Artifact, open_artifact
-from vqpipe.config import class_for
-from vqpipe.data.images import ImageSet
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.generation.base import Generator, kinds_trained_on
-from vqpipe.generation.latents import encode_latents
-from vqpipe.generation.train import StoredExamples, check_validation
-from vqpipe.generation.train import train_generator as train
-from vqpipe.planning.estimate import generator_training
-from vqpipe.tokenizer import Tokenizer
-from vqpipe.training.loggers import installed_loggers
+
+if TYPE_CHECKING:
+    from vqpipe.artifacts import Artifact
+    from vqpipe.data.images import ImageSet
+    from vqpipe.tokenizer import Tokenizer
 
 
 def train_generator(
@@ -52,7 +46,7 @@ def train_generator(
     num_workers: NumWorkers = -1,
     max_skipped: console.MaxSkipped = 0.01,
     log: console.Log = None,
-    plan: estimates.PlanOption = False,
+    plan: console.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -78,6 +72,17 @@ def train_generator(
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
     with console.session(device, seed) as torch_device:
+        from stages import estimates, examples_run
+        from stages.recipe import load_generator
+        from vqpipe.artifacts import open_artifact
+        from vqpipe.config import class_for
+        from vqpipe.generation.base import Generator
+        from vqpipe.generation.train import StoredExamples, check_validation
+        from vqpipe.generation.train import train_generator as train
+        from vqpipe.planning.estimate import generator_training
+        from vqpipe.tokenizer import Tokenizer
+        from vqpipe.training.loggers import installed_loggers
+
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
         recipe, loggers = load_generator(preset, overrides, say=console.say, train=flags), installed_loggers(log)
         check_validation(recipe, validation)
@@ -111,6 +116,8 @@ def examples_path(
     Raises:
         ConfigError: the options do not name it, or name examples of the other kind.
     """
+    from vqpipe.generation.base import kinds_trained_on
+
     others = ", ".join(kinds_trained_on("latents" if trained_on == "tokens" else "tokens"))
     if trained_on == "tokens":
         if images or latents:
@@ -136,15 +143,17 @@ def examples_path(
 
 
 def encode(
-    images: ImageSet,
+    images: "ImageSet",
     target: Path,
-    tokenizer: Tokenizer,
+    tokenizer: "Tokenizer",
     image_size: int | None,
     flip: bool,
     num_workers: int,
     max_skipped: float,
-) -> Artifact:
+) -> "Artifact":
     """Encode images into the latents artifact `target`."""
+    from vqpipe.generation.latents import encode_latents
+
     size = image_size or tokenizer.image_size
     if size is None:
         raise DataError("this tokenizer does not have a fixed image size", "Give --image-size")

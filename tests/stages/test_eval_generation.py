@@ -74,7 +74,7 @@ def with_network(monkeypatch: pytest.MonkeyPatch, inception: nn.Module | None, e
     absent = {"rfid": "rFID needs its weights."}
     found = FeatureNetworks({}, inception, {"stand-in": "0" * 64}, absent, named, digests)
     monkeypatch.setattr(set_metrics, "SIZES", SIZES)
-    monkeypatch.setattr("stages.eval_generation.find_networks", lambda folder, device: found)
+    monkeypatch.setattr("vqpipe.metrics.feature_networks.find_networks", lambda folder, device: found)
 
 
 def test_weights_of_the_extractor_are_downloaded_only_with_the_option(pictures: Path, hub: Any) -> None:

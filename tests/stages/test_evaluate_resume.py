@@ -69,7 +69,8 @@ def run(
     monkeypatch.setattr(set_metrics, "SIZES", {"pool": 48, "spatial": 48, "logits": 48})
     monkeypatch.setattr(set_metrics, "CHUNK_BYTES", 700)  # a chunk of two batches
     monkeypatch.setattr(saved_states, "SHARED_BYTES", 700)
-    monkeypatch.setattr("stages.evaluate.find_networks", lambda *_: FeatureNetworks({}, Pooled(), {}, {}))
+    networks = FeatureNetworks({}, Pooled(), {}, {})
+    monkeypatch.setattr("vqpipe.metrics.feature_networks.find_networks", lambda *_: networks)
     for number in (4, 5):
         (picture_folder / f"drawn-{number}.png").write_bytes(b"no picture")
     tokenizer, advance = tiny_tokenizer("tokenizer", quantizer=MULTI_GROUP), ProgressBar.advance
