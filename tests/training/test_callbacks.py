@@ -178,7 +178,7 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
     callback.on_log(ROW)
     callback.on_skipped_step(1200, ["a", "b", "c", "d"])
     assert (progress.phase, progress.count) == (("train", 10_000, "steps"), 1200)
-    assert progress.text == "psnr 22.13 dB, codes in use 99.1%, 412 images/s, 3 skipped steps"
+    assert progress.text == "PSNR 22.13 dB, codes in use 99.1%, 412 images/s, 3 skipped steps"
     assert dict(progress.details) == {
         "loss": "total 0.5123   l1 0.1",
         "training": "PSNR 22.13 dB",
@@ -202,7 +202,7 @@ def test_unknown_numbers_are_left_out_of_the_progress() -> None:
         "codes": "in use 50.0%",
         "speed": "throughput 10 images/s",
     }
-    assert summary(few) == "psnr 20.00 dB, codes in use 50.0%, 10 images/s"
+    assert summary(few) == "PSNR 20.00 dB, codes in use 50.0%, 10 images/s"
     assert summary({"loss/total": 1.5}) == "loss 1.5"
 
 

@@ -177,7 +177,7 @@ class EvaluationPass(Resumable):
                 if piece.batch is not None:
                     self.update(*packed.split(piece.batch.images), piece.batch.keys, piece.batch.indices)
                 psnr = self.metrics.first.distortion.means().get("psnr", float("inf"))
-                progress.note(f"psnr {psnr:.2f} dB")
+                progress.note(f"PSNR {psnr:.2f} dB")
                 checkpoints.save_if_due(self, piece.positions.stop)
                 progress.advance(len(piece.positions))
                 if skipped.exceeds(allowed) and piece.positions.stop < stop:

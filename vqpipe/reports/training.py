@@ -127,6 +127,14 @@ NUMBERS = (
 """Every logged number except most loss terms, for the page and for the progress display."""
 
 
+def in_words(key: str, value: float) -> str:
+    """`validation PSNR 23.04 dB`: a logged number by its label, and with its unit."""
+    number = next((each for each in NUMBERS if each.key == key), None)
+    if number is None:
+        return f"{key.replace('valid/', 'validation ').replace('_', ' ')} {value:.4g}"
+    return f"{number.label} {number.text_with_unit(value)}"
+
+
 def describe_tokenizer(facts: Mapping[str, Any]) -> str:
     """One line on quantizer, codes and downsample factor."""
     return f"{facts['quantizer']} quantizer, {codes(facts)}, downsample factor {facts['downsample_factor']}."
@@ -181,7 +189,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         if value is not None and not (number.key == "nonfinite_steps" and value == 0)
     }
 
-    def in_words(chosen: Iterable[LoggedNumber]) -> list[page.Number]:
+    def tiles(chosen: Iterable[LoggedNumber]) -> list[page.Number]:
         notes = {number: number.note + (best if number.key == "valid/psnr" else "") for number in chosen}
         return [page.Number(number.label, number.text(shown[number]), number.unit, notes[number]) for number in notes]
 
@@ -191,9 +199,9 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         newest = [row for row in run.rows if "valid/images" in row][-1:]
         title = "Training"
         caption = f"{newest[0]['valid/images']:,} held-out images at step {newest[0]['step']:,}." if newest else ""
-        yield page.Numbers("Validation", in_words(validation), caption)
+        yield page.Numbers("Validation", tiles(validation), caption)
     if others := [number for number in shown if number not in validation]:
-        yield page.Numbers(title, in_words(others))
+        yield page.Numbers(title, tiles(others))
 
 
 def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:

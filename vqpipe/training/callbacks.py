@@ -32,7 +32,7 @@ from vqpipe.progress import Progress
 from vqpipe.provenance import now
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
-from vqpipe.reports.training import NUMBERS, TrainingRun, newest_number, training_page
+from vqpipe.reports.training import NUMBERS, TrainingRun, in_words, newest_number, training_page
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.running_metrics import Row
 
@@ -261,7 +261,7 @@ def first_names(keys: Sequence[str]) -> str:
 
 def summary(row: Row) -> str:
     """The main numbers of a row, in one line."""
-    formats = {"psnr": "psnr {:.2f} dB", "utilization": "codes in use {:.1%}"}
+    formats = {"psnr": "PSNR {:.2f} dB", "utilization": "codes in use {:.1%}"}
     formats = formats if "psnr" in row else {"loss/total": "loss {:.4g}"}
     formats |= {"images_per_second": "{:.3g} images/s"}
     parts = [text.format(row[name]) for name, text in formats.items() if name in row]
@@ -416,10 +416,9 @@ class HeldOutMetrics(Callback):
         self.measure, self.progress = measure, progress
 
     def on_validate(self, step: int, network: nn.Module) -> Row:
-        measured = {name.rpartition("/")[2]: value for name, value in self.measure(network).items()}
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-        self.progress.message(f"step {step:,}: held-out {numbers}")
-        return {f"valid/{name}": value for name, value in measured.items()}
+        row = {f"valid/{name.rpartition('/')[2]}": value for name, value in self.measure(network).items()}
+        self.progress.message(f"step {step:,}: {', '.join(in_words(*number) for number in row.items())}")
+        return row
 
 
 class RunReport(Callback):

@@ -19,6 +19,7 @@ from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.models.autoencoder import Autoencoder
 from vqpipe.progress import SILENT, Progress
+from vqpipe.reports.training import in_words
 from vqpipe.training.callbacks import Callback
 from vqpipe.training.running_metrics import Row
 from vqpipe.weights import save_weights
@@ -123,12 +124,13 @@ class Validation(Callback):
     def update_best(self, best: BestWeights, network: Autoencoder, step: int, row: Row) -> None:
         """Keep the weights if they are the best, and warn where the run may have collapsed."""
         is_best = best.keep_if_best(network, step, row)
-        value = f"{row[best.measure]:.4g}" if best.measure in row else "infinite"
-        self.progress.message(f"step {step:,}: {best.measure} {value}" + (", the best so far" if is_best else ""))
+        value = in_words(best.measure, row.get(best.measure, math.inf))
+        self.progress.message(f"step {step:,}: {value}" + (", the best so far" if is_best else ""))
         if best.collapsed(row):
             self.progress.message(
-                f"far worse than the {best.value:.4g} of step {best.step:,}: the run may have collapsed. Check the"
-                f" curves in {best.path.with_name('report.html')}; `--publish best` publishes the weights of that step"
+                f"far worse than at step {best.step:,} ({in_words(best.measure, best.value)}): the run may have"
+                f" collapsed. Check the curves in {best.path.with_name('report.html')}; `--publish best` publishes the"
+                " weights of that step"
             )
 
     @torch.no_grad()
