@@ -178,7 +178,7 @@ def main() -> None:
             raise
         fail(message)
     except signals.Interrupted as interrupted:
-        print(signals.INTERRUPTED, file=sys.stderr)
+        print(signals.interrupted(), file=sys.stderr)
         sys.exit(interrupted.code)
 
 

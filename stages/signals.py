@@ -1,6 +1,7 @@
 """Signal handling. Start-up: exit immediately. Running: raise Interrupted. Training: stop after the current step."""
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,11 +9,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from vqpipe.errors import printable
+
 HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
 """The terminal was closed; empty if SIGHUP is ignored (nohup)."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *HANGUP)
 """Signals that ask a command to stop; batch systems send SIGUSR1 before a job's time ends."""
 INTERRUPTED = "interrupted; run the same command again to resume"
+LONGEST_COMMAND = 500
+"""Characters up to which the command is printed."""
 
 
 class Interrupted(BaseException):
@@ -28,10 +33,17 @@ class WaitingEnded(Interrupted):
     """The first signal, while a training run waits for a batch."""
 
 
+def interrupted() -> str:
+    """What an interrupted command prints: the command to paste, unless it is long, or a rank of torchrun."""
+    command = shlex.join(["vqpipe", *sys.argv[1:]])
+    pasted = len(sys.argv) > 1 and len(command) <= LONGEST_COMMAND and "RANK" not in os.environ
+    return f"{INTERRUPTED}\nnext: {printable(command)}" if pasted else INTERRUPTED
+
+
 def exit_at_once(number: int, frame: FrameType | None) -> None:
     """Signal handler while a command starts: nothing is written yet, and an import might catch an exception."""
     with suppress(OSError):
-        os.write(2, f"{INTERRUPTED}\n".encode())
+        os.write(2, f"{interrupted()}\n".encode())
     os._exit(Interrupted(number).code)
 
 

@@ -1,6 +1,8 @@
 """Signals, and the paths of artifacts."""
 
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,16 @@ def test_first_signal_requests_a_stop_and_the_second_interrupts(number: signal.S
             stop.exit()
         assert left.value.code == code
     assert signal.getsignal(number) == before
+
+
+def test_an_interrupted_command_is_printed_to_paste_unless_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "--images", "my photos", "--set", "train.freeze=['encoder']", "--out", "lc"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vqpipe", *words])
+    said, command = signals.interrupted().split("\nnext: ")
+    assert said == signals.INTERRUPTED
+    assert shlex.split(command) == ["vqpipe", *words]
+    monkeypatch.setattr(sys, "argv", ["vqpipe", "reconstruct", *map(str, range(1000))])
+    assert signals.interrupted() == signals.INTERRUPTED
 
 
 def test_dot_and_dot_dot_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
