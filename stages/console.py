@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from vqpipe.data.images import ImageSet
     from vqpipe.reports.page import Table as ReportTable
 
-LIVE: list[Live] = []
-"""The display at the bottom of the terminal, while there is one: everything else is printed above it."""
+OPEN: list["ProgressBar"] = []
+"""The progress that is displayed, at the bottom of a terminal: everything else is printed above it."""
 PLAIN_SECONDS = 10.0
 """Shortest time between two lines of progress where stderr is not a terminal."""
 LOG_WIDTH = 200
@@ -233,9 +233,12 @@ MaxSkipped = Annotated[
 def session(device: str, seed: int) -> Iterator["torch.device"]:
     """Set up a command: signal handlers, seed, process group under torchrun. Yields this rank's device."""
     signals.handle_signals()
-    import torch
+    with ProgressBar() as progress:
+        if progress.live is not None and "torch" not in sys.modules:
+            progress.start("loading PyTorch", None, unit="")  # takes seconds
+        import torch
 
-    from vqpipe import distributed
+        from vqpipe import distributed
 
     torch_device = distributed.pick_device(device)
     torch.manual_seed(seed)
@@ -288,7 +291,7 @@ def remark_size(what: str, size: int | str | None, preset: str, trained: int) ->
 def show(renderable: RenderableType) -> None:
     """Print a result, a rich table or tree, on stderr, from rank 0. In a log file it is not limited to a terminal's
     width."""
-    end_live()
+    end_progress()
     if prints():
         console = stderr()
         if not console.is_terminal:
@@ -329,7 +332,7 @@ def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[
 
 def finished(artifact: "Artifact", again: bool = False) -> None:
     """Print the last lines of a command: what was published, and its path alone on stdout."""
-    end_live()
+    end_progress()
     if not prints():
         return
     facts = ", ".join(
@@ -365,7 +368,7 @@ class ProgressBar:
         self.visible = prints()
         self.live: Live | None = None
         self.details: Sequence[tuple[str, str]] = ()
-        self.title = ""
+        self.title = self.unit = ""
 
     def __enter__(self) -> "ProgressBar":
         terminal = stderr()
@@ -381,14 +384,21 @@ class ProgressBar:
             self.bars = Progress(*columns, console=terminal)
             # stdout is for results, which rich would print on stderr
             self.live = Live(console=terminal, get_renderable=self.render, refresh_per_second=4, redirect_stdout=False)
-            LIVE.append(self.live)
             self.live.start()
+        OPEN.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the display as it is, and print below it from now on."""
         self.end_phase()
-        if self.live is not None:
-            end_live()
+        if self in OPEN:
+            OPEN.remove(self)
+            if self.live is not None:
+                self.live.transient = not self.bars.tasks
+                self.live.stop()
 
     def start(self, title: str, total: int | None, unit: str = "images", done: int = 0) -> None:
         self.end_phase()
@@ -398,6 +408,8 @@ class ProgressBar:
         self.began = self.printed = time.monotonic()
         if self.live is not None:
             self.task = self.bars.add_task(title, total=total, completed=done, unit=unit, note="", count=self.count())
+        elif self.visible and not unit:
+            say(title)
 
     def advance(self, count: int = 1) -> None:
         self.done += count
@@ -416,16 +428,19 @@ class ProgressBar:
         say(text)
 
     def end_phase(self) -> None:
-        """Where stderr is not a terminal, print how long the phase took."""
-        if self.title and self.visible and self.live is None and self.done > self.earlier:
+        """Remove a phase without a count from the display. Where stderr is not a terminal, print how long another one
+        took."""
+        if self.title and self.live is not None and not self.unit:
+            self.bars.remove_task(self.task)
+        elif self.title and self.visible and self.live is None and self.done > self.earlier:
             seconds = clock(time.monotonic() - self.began)
             note = f"  {self.text}" if self.text else ""
             say(f"{self.title}: {self.done:,} {self.unit} in {seconds}{note}")
         self.title = ""
 
     def count(self) -> str:
-        """`done/total`, or `done` where the total is unknown."""
-        return f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")
+        """`done/total`, or `done` where the total is unknown; empty for a phase without a count."""
+        return "" if not self.unit else f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")
 
     def line(self) -> str:
         """The progress as a plain line."""
@@ -479,13 +494,13 @@ def prints() -> bool:
 
 def stderr() -> Console:
     """The console of everything but results. While a display is open it is that display's, which prints above it."""
-    return LIVE[-1].console if LIVE else Console(file=sys.stderr)
+    return next((bar.live.console for bar in reversed(OPEN) if bar.live is not None), None) or Console(file=sys.stderr)
 
 
-def end_live() -> None:
-    """Leave the display as it is, and print below it from now on."""
-    while LIVE:
-        LIVE.pop().stop()
+def end_progress() -> None:
+    """Leave the progress as it is displayed, and print below it from now on."""
+    while OPEN:
+        OPEN[-1].close()
 
 
 def clock(seconds: float) -> str:

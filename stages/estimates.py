@@ -88,6 +88,7 @@ def cell(figures: Mapping[str, Any] | None) -> str:
 
 def show(plan: Plan, *, as_json: bool = False) -> None:
     """Print a plan: as JSON on stdout, else as a table."""
+    console.end_progress()
     if as_json:
         print(json.dumps(plan.to_table(), indent=2))
         return

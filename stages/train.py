@@ -83,7 +83,8 @@ def train(
     quantizer; both may be named. The second stage of MGVQ is the preset
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
-    with console.session(device, seed) as torch_device:
+    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+        progress.start("reading the settings", None, unit="")
         from stages import estimates
         from stages.recipe import load_tokenizer
         from vqpipe.artifacts import Artifact
@@ -116,7 +117,9 @@ def train(
         if plan:
             return estimates.show(make_plan())
         if not out.exists() and recipe.train.steps >= estimates.LEAST_STEPS:
+            progress.start("estimating memory and time", None, unit="")
             estimates.say_or_refuse(make_plan)
+        progress.start("reading the list of images", None, unit="")
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),
             validation=console.open_images(validation, color=color) if validation else None,
@@ -127,7 +130,7 @@ def train(
         draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             return console.finished(draft, again=True)
-        with draft, signals.StopAfterStep() as stop, console.ProgressBar() as progress:
+        with draft, signals.StopAfterStep() as stop:
             if inputs.images.whole_groups:
                 progress.message(
                     "each image of a Parquet file is read with its whole row group, which makes shuffled reading slow; "

@@ -11,7 +11,10 @@ class Progress(Protocol):
     """Receives the progress of a job. A job may go through several phases, each with a count of its own."""
 
     def start(self, title: str, total: int | None, unit: str = "images", done: int = 0) -> None:
-        """Begin a phase of `total` units (None: unknown), of which an earlier run has done `done`."""
+        """Begin a phase of `total` units (None: unknown), of which an earlier run has done `done`.
+
+        An empty unit: a phase without a count, such as building a network. It is displayed while it lasts.
+        """
 
     def advance(self, count: int = 1) -> None:
         """`count` more units are done."""

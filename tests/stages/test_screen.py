@@ -54,8 +54,8 @@ def screens(events: Sequence[Callable[[], object]], columns: int, rows: int) -> 
             for event in events:
                 os.read(go[0], 1)
                 event()
-                if console.LIVE:
-                    console.LIVE[-1].refresh()
+                for bar in console.OPEN:
+                    bar.live.refresh()
                 sys.stdout.closed or sys.stdout.flush()
                 os.write(done[1], b".")
             os.read(go[0], 1)
@@ -133,10 +133,10 @@ def test_messages_stay_above_one_bar_and_its_table(columns: int, rows: int) -> N
             lambda: bar.__enter__().start("train", 150, "steps"),
             lambda: bar.message(PAGE),
             lambda: (bar.note("", details(FIRST)), bar.advance()),
-            lambda: (bar.message("step 50: valid/psnr 21.99, the best so far"), bar.note("", details(LATER))),
+            lambda: (bar.message("step 50: validation PSNR 21.99 dB, the best so far"), bar.note("", details(LATER))),
             lambda: signals.announce("SIGTERM: stopping after this step, then saving a checkpoint"),
             lambda: (bar.advance(), console.say("saved")),
-            lambda: (console.end_live(), print("/path/of/the/artifact")),
+            lambda: (console.end_progress(), print("/path/of/the/artifact")),
         ],
         columns,
         rows,
@@ -150,7 +150,7 @@ def test_messages_stay_above_one_bar_and_its_table(columns: int, rows: int) -> N
         labels = [line[:14].strip() for line in table(seen[number]) if not line.startswith(" ")]
         assert labels == ["loss", "training", "validation", "codes", "discriminator", "gradients", "speed"]
         above = seen[number][: -len(table(seen[number])) - 1]
-        assert joined(above).startswith(PAGE + "step 50: valid/psnr 21.99, the best so far")
+        assert joined(above).startswith(PAGE + "step 50: validation PSNR 21.99 dB, the best so far")
         assert joined(above).endswith(newest)
     numbers = " ".join(" ".join(table(seen[5])).split())
     assert "discriminator loss 0.9831 real -0.2064 fake -0.2411 adaptive weight 0.07215" in numbers
@@ -158,6 +158,23 @@ def test_messages_stay_above_one_bar_and_its_table(columns: int, rows: int) -> N
         assert any(number in line for line in table(seen[5]))  # not cut in two
     assert seen[6][-1] == "/path/of/the/artifact"
     assert seen[6][:-1] == seen[5]
+
+
+@pytest.mark.parametrize(("columns", "rows"), SIZES)
+def test_a_phase_without_a_count_is_shown_while_it_lasts(columns: int, rows: int) -> None:
+    bar = console.ProgressBar()
+    during, after, closed = screens(
+        [
+            lambda: bar.__enter__().start("building the network", None, unit=""),
+            lambda: (bar.message("a message"), bar.start("train", 150, "steps")),
+            lambda: (bar.start("building the network", None, unit=""), bar.close()),
+        ],
+        columns,
+        rows,
+    )
+    assert [line.split("━")[0].strip() for line in during] == ["building the network"]
+    assert [line.split("━")[0].strip() for line in after] == ["a message", "train"]
+    assert closed == after
 
 
 @pytest.mark.parametrize(("columns", "rows"), SIZES)
@@ -188,7 +205,7 @@ def test_training_run_leaves_a_whole_screen(
     labels = [line[:14].split()[0] for line in shown if line[:10].strip()]
     assert labels[:6] == ["loss", "training", "validation", "codes", "discriminator", "gradients"]
     assert joined(seen).count("to watch the run, open") == 1
-    assert joined(seen).count("step 8: valid/psnr") == 1
+    assert joined(seen).count("step 8: validation PSNR") == 1
     assert joined(seen).endswith(str(options["out"]))
 
 

@@ -159,7 +159,10 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
     assert "training PSNR" in text
     assert '<body data-reload="15" data-successor="lc">' in text
     assert '<meta http-equiv="refresh" content="15">' in text
-    assert str(page) in " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr().err
+    assert str(page) in " ".join(said.split())
+    parts = ["reading the settings", "reading the list of images", "building the network", "preparing the first step"]
+    assert [line for line in said.splitlines() if line in parts] == parts  # at once, not after seconds
     text = go("lc", **held_out).file("report.html").read_text()
     assert "Step 8 of 8" in text
     assert "<body>" in text

@@ -213,6 +213,7 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
         ArtifactError: a file is damaged.
     """
     config, stored = recipe.examples, context.stored
+    context.progress.start(f"reading the {stored.artifact.kind}", None, unit="")
     everything, statistics = read_examples(context, stored.artifact, config.raw)
     if stored.limit is not None and stored.limit < len(everything):
         everything = Subset(everything, np.arange(stored.limit))
@@ -309,6 +310,7 @@ def train_on_examples(
 
 def initialize(context: RunContext, build: Callable[[], NetworkT]) -> NetworkT:
     """Return the network of `build`, seeded, on the run's device, with the tokenizer's codebook if it needs one."""
+    context.progress.start("building the network", None, unit="")
     torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
     network = build().to(context.device)
     if network.needs_codebook:

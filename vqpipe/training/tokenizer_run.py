@@ -170,6 +170,7 @@ def train_tokenizer(
         DataError: more than `data.max_skipped` of the images cannot be used. A checkpoint is saved, and a larger one
             continues from there.
     """
+    progress.start("building the network", None, unit="")
     model, discriminator = build_networks(recipe, inputs.source, codebook)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
@@ -181,11 +182,13 @@ def train_tokenizer(
     if recipe.train.whiten_init and not checkpoints(draft.path).paths():
         # On the first images of the run; the same images on every rank.
         first = None
+        progress.start("fitting the first weights and codes to images", None, unit="")
         with interruptible():
             first = next(training_stream(recipe, inputs, seed, recipe.train.whiten_images).from_sample(0))
         if first is None:
             return None
         model.whiten_init(to_float(first.images.to(device)))
+    progress.start("preparing the first step", None, unit="")
     rank, ranks = distributed.rank(), distributed.world_size()
     stream = training_stream(recipe, inputs, seed, recipe.train.global_batch_size, rank, ranks)
     side, settings = recipe.data.image_size, to_table(recipe)
