@@ -96,8 +96,7 @@ def test_progress_of_each_phase_adds_up_to_its_total(settings: dict) -> None:
     assert progress.phases
     assert progress.notes
     for title, total, done in progress.phases:
-        # the number of rounds of the seeding is an estimate
-        assert done == pytest.approx(total, rel=0.1 if title.startswith("initial centers") else 0), title
+        assert done == total, title
 
 
 @pytest.mark.usefixtures("small_blocks")

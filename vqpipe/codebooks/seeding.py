@@ -100,9 +100,7 @@ class Draw:
         Each round keeps the best of `trials` draws: the one with the smallest sum of weighted distances.
         """
         batch = max(1, count // rounds)
-        left = -(-(count - len(self.chosen)) // batch)
-        title = f"initial centers: {self.series}"
-        self.points.progress.start(title, left * trials * len(self.vectors), "assignments")
+        self.points.progress.start(f"initial centers: {self.series}", count, "vectors", len(self.chosen))
         if self.round == 0:
             self.draw(1, 1)
         while len(self.chosen) < count and bool(self.squared.any()):
@@ -127,6 +125,7 @@ class Draw:
                 best, kept = left, (drawn, squared, owner)
         drawn, self.squared, self.owner = kept
         self.chosen = torch.cat([self.chosen, drawn])
+        self.points.progress.advance(len(drawn))
         self.round += 1
 
     def save(self, seconds: float = 0.0) -> None:
@@ -146,7 +145,6 @@ class Draw:
             ids = nearest(self.vectors[here], codes)
             squared[here] = codes[ids].sub_(self.vectors[here]).square_().sum(dim=1).cpu().double()
             owner[here] = ids.cpu()
-            points.progress.advance(min(points.ranks * ROWS, len(self.vectors) - start))
         return points.all_reduce(squared), points.all_reduce(owner)
 
 
