@@ -25,6 +25,7 @@ from rich.text import Text
 
 from stages import signals
 from vqpipe.errors import printable
+from vqpipe.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -435,7 +436,7 @@ class ProgressBar:
         elif self.title and self.visible and self.live is None and self.done > self.earlier:
             seconds = clock(time.monotonic() - self.began)
             note = f"  {self.text}" if self.text else ""
-            say(f"{self.title}: {self.done:,} {self.unit} in {seconds}{note}")
+            say(f"{self.title}: {counted(self.done, self.unit)} in {seconds}{note}")
         self.title = ""
 
     def count(self) -> str:
@@ -448,7 +449,8 @@ class ProgressBar:
         rate = (self.done - self.earlier) / seconds
         left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
         note = f"  {self.text}" if self.text else ""
-        return f"{self.title}: {self.count()} {self.unit}, {rate:.3g}/s{left}{note}"
+        done = f"{self.done:,}/" if self.total else ""
+        return f"{self.title}: {done}{counted(self.total or self.done, self.unit)}, {rate:.3g}/s{left}{note}"
 
     def render(self) -> RenderableType:
         """The bars, and the table of details below them."""

@@ -14,6 +14,7 @@ from vqpipe import distributed, presets
 from vqpipe.errors import VqpipeError
 from vqpipe.planning.devices import GPUS, device_of
 from vqpipe.planning.estimate import Plan, Training, generator_training, refusal, tokenizer_training
+from vqpipe.words import counted
 
 LEAST_STEPS = 1000
 """Shorter runs of `vqpipe train` begin without an estimate, which takes a few seconds."""
@@ -105,7 +106,7 @@ def show(plan: Plan, *, as_json: bool = False) -> None:
     table.add_section()
     for name, flops in plan.flops.items():
         table.add_row(f"TFLOP a step: {name}", f"{flops / 1e12:,.3g}", "")
-    table.add_row("a step", duration(plan.seconds_per_step), f"{plan.steps:,} steps")
+    table.add_row("a step", duration(plan.seconds_per_step), counted(plan.steps, "steps"))
     table.add_row("time", duration(3600 * plan.hours), f"{plan.devices} x {plan.device}")
     if plan.images_per_step:
         table.add_row("images per second", f"{plan.images_per_second:,.1f}", "over all devices, from the loader")

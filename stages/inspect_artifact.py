@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from stages import console
 from vqpipe.errors import ArtifactError, printable
+from vqpipe.words import counted
 
 
 def inspect(
@@ -35,7 +36,7 @@ def inspect(
     opened = open_artifact(artifact)
     if verify:
         opened.verify()
-        console.say(f"verified: {len(opened.manifest.files)} files as published")
+        console.say(f"verified: {counted(len(opened.manifest.files), 'files')} as published")
     if as_json:
         print(json.dumps(asdict(opened.manifest), indent=2, ensure_ascii=False))
         return

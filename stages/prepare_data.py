@@ -8,6 +8,7 @@ import typer
 from stages import console
 from stages.console import Out, UnusedDevice, UnusedSeed
 from vqpipe.errors import ConfigError
+from vqpipe.words import counted
 
 ManifestName = Annotated[
     str,
@@ -80,7 +81,7 @@ def prepare_data(
             console.say(
                 f"archives with the published MD5: {', '.join(check_archives(described, Path(source))) or 'none'}"
             )
-        console.say(f"{described.title}, {name}: {len(images):,} images. Licence: {described.licence}")
+        console.say(f"{described.title}, {name}: {counted(len(images), 'images')}. Licence: {described.licence}")
         config = {
             "manifest": described.name,
             "split": name,

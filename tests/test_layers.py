@@ -27,7 +27,7 @@ ROWS = (
     ("search", "artifacts", "weights", "presets", "settings", "downloads", "model_card"),
     ("config", "device", "distributed", "provenance", "progress"),
     ("files", "file_kinds"),
-    ("errors",),
+    ("errors", "words"),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 SHARED_BY_COMMANDS = {

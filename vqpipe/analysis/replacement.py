@@ -22,6 +22,7 @@ from vqpipe.metrics.distortion import Distortion, mean_squared_error, psnr_of
 from vqpipe.metrics.resumable import Resumable
 from vqpipe.quantizers import Quantizer
 from vqpipe.reports import page, pictures, plots
+from vqpipe.words import counted
 
 RANKS = (1, 50, 100, 1000)
 """The k of the paper."""
@@ -109,8 +110,8 @@ class Replacement(Analysis):
         header = ["tokens", *(LABELS.get(key, key) for key in measured)]
         cells = [[label(row["k"]), *(f"{row[key]:.3f}" if key in row else "–" for key in measured)] for row in rows]
         caption = (
-            f"Every token of {result['num_images']:,} images replaced by the k-th nearest other code of its codebook "
-            "before decoding (VQGAN-LC, appendix B). A code is not its own neighbor."
+            f"Every token of {counted(result['num_images'], 'images')} replaced by the k-th nearest other code of its "
+            "codebook before decoding (VQGAN-LC, appendix B). A code is not its own neighbor."
         )
         return [
             page.Plots("Tokens replaced by similar codes", [plot] if plot else []),

@@ -33,6 +33,7 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
 from vqpipe.errors import DataError, NumericError
 from vqpipe.progress import SILENT, Progress
+from vqpipe.words import counted
 
 Item = TypeVar("Item")
 
@@ -105,7 +106,7 @@ class Stopwatch:
         overlapped = sum(self.writer_parts.values()) / self.seconds - shares.get(WRITING, 0.0)
         writing = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= 0.005 else ""
         seconds = timedelta(seconds=round(self.seconds))
-        rate = f"{self.images:,} images in {seconds}, {self.images / self.seconds:.3g}/s"
+        rate = f"{counted(self.images, 'images')} in {seconds}, {self.images / self.seconds:.3g}/s"
         return f"{rate}: {parts}{writing}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
 
 

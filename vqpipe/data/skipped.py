@@ -22,6 +22,7 @@ from vqpipe.data.images import ImageSet
 from vqpipe.errors import DataError
 from vqpipe.files import disk_errors
 from vqpipe.progress import Progress
+from vqpipe.words import counted
 
 SCHEMA = pa.schema([("key", pa.string()), ("shard", pa.string()), ("index", pa.int64()), ("reason", pa.string())])
 NAMED = 3
@@ -42,7 +43,7 @@ class Skipped:
 
     def __str__(self) -> str:
         """`3 of 9 images cannot be used (2 empty, 1 truncated)`"""
-        return f"{len(self):,} of {self.total:,} images cannot be used ({text_of(self.counts())})"
+        return f"{len(self):,} of {counted(self.total, 'images')} cannot be used ({text_of(self.counts())})"
 
     def counts(self) -> dict[str, int]:
         """reason -> count, sorted by reason."""

@@ -38,6 +38,7 @@ from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import versions
 from vqpipe.reports.evaluation import EvaluationResult, command_of
 from vqpipe.reports.page import Section
+from vqpipe.words import counted
 
 PACKAGES = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")
 """Packages whose versions the numbers depend on."""
@@ -260,7 +261,7 @@ class Checkpoints:
         for problem in dict.fromkeys(problem for found, _ in ranks for problem in found):
             progress.message(problem)
         if count := sum(count for _, count in ranks):
-            progress.message(f"resuming after {count:,} images")
+            progress.message(f"resuming after {counted(count, 'images')}")
         self.saved = time.monotonic()
         return self.done
 

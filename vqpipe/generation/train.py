@@ -46,6 +46,7 @@ from vqpipe.training.config import TrainConfig
 from vqpipe.training.examples_task import ExamplesTask
 from vqpipe.training.loggers import LOGGERS
 from vqpipe.training.loop import train
+from vqpipe.words import counted
 
 SHEET_IMAGES, SHEET_COLUMNS = 16, 4
 """Samples drawn during training."""
@@ -336,7 +337,7 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
     first = torch.zeros(1, dtype=torch.int64)
     images.sample(first, recipe.generate, image_rngs(context.seed, range(1)))  # invalid sampling settings fail here
     kind, parameters = recipe.generator.kind, count_parameters(generator)
-    context.progress.message(f"{kind}: {parameters:,} parameters, {len(data.train):,} images")
+    context.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}")
 
     def sample_sheet(network: Any) -> bytes:
         """The same seeds and classes each time."""
@@ -383,13 +384,14 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
     data = read_data(context, recipe)
     classifier = initialize(context, lambda: build_classifier(recipe.classifier, data.space))
     kind, parameters, num_classes = recipe.classifier.kind, count_parameters(classifier), classifier.num_classes
-    context.progress.message(f"{kind}: {parameters:,} parameters, {len(data.train):,} images, {num_classes} classes")
+    sizes = (counted(parameters, "parameters"), counted(len(data.train), "images"), counted(num_classes, "classes"))
+    context.progress.message(f"{kind}: {', '.join(sizes)}")
     state, _ = train_on_examples(
         context,
         classifier,
         data,
         recipe,
-        description=f"{kind} on tokens, {parameters / 1e6:,.1f} M parameters, {num_classes} classes.",
+        description=f"{kind} on tokens, {parameters / 1e6:,.1f} M parameters, {counted(num_classes, 'classes')}.",
         measure=loss_and_accuracy,
     )
     if state.step < recipe.train.steps:

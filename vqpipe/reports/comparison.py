@@ -37,6 +37,7 @@ from vqpipe.reports.papers import paper_row
 from vqpipe.reports.pictures import PictureBudget, shared_pictures
 from vqpipe.reports.published import OurNumbers, PublishedTable, published_table
 from vqpipe.reports.seeds import configurations_of, numbers_over_seeds, seeds_table, size_plots
+from vqpipe.words import counted
 
 KEYS = ("protocol", "image_size", "num_images", "reference")
 """Keys of `metrics.json` that must be equal for numbers to share a column. `reference` is the digest of the crops."""
@@ -78,7 +79,8 @@ class Group:
     def title(self) -> str:
         """`60 images of kodak at 256 px, protocol adm`."""
         first = self.members[0].metrics
-        return f"{first['num_images']:,} images of {self.images} at {size_in_words(first)}, protocol {self.protocol}"
+        images = counted(first["num_images"], "images")
+        return f"{images} of {self.images} at {size_in_words(first)}, protocol {self.protocol}"
 
 
 def compare(reports: Sequence[Artifact], published: Sequence[PublishedTable] = ()) -> Comparison:
@@ -240,8 +242,8 @@ def names_of_sets(evaluations: Sequence[EvaluationResult]) -> list[str]:
     ]
     plain = [source.get("name", "images") for source in sources]
     sized = [f"{name}, {size_in_words(m)}" for name, m in zip(plain, metrics, strict=True)]
-    counted = [f"{name}, {m['num_images']:,} images" for name, m in zip(sized, metrics, strict=True)]
-    for names in (plain, sized, counted):
+    with_number = [f"{name}, {counted(m['num_images'], 'images')}" for name, m in zip(sized, metrics, strict=True)]
+    for names in (plain, sized, with_number):
         if len(set(names)) == len(set(sets)) == len(set(zip(names, sets, strict=True))):
             return names
     return numbered(plain, sets)
@@ -311,9 +313,9 @@ def comparison_page(
     protocols = ", ".join(dict.fromkeys(group.protocol for group in groups))
     where = f"On {len(by_images)} sets of images"
     if len(by_images) == 1:
-        where = f"On the same {groups[0].members[0].metrics['num_images']:,} images"
+        where = f"On the same {counted(groups[0].members[0].metrics['num_images'], 'images')}"
     if len(by_images) == 1:
-        title += f" on {groups[0].images}, {groups[0].members[0].metrics['num_images']:,} images"
+        title += f" on {groups[0].images}, {counted(groups[0].members[0].metrics['num_images'], 'images')}"
     return page.ReportPage(title, f"{where}. Protocol {protocols}.", sections, footer)
 
 
@@ -441,7 +443,9 @@ def usage_and_training_plots(
     """Utilization on the same images, and the training curves of all tokenizers."""
     drawn = []
     if discrete := [each for each in same_images if each.is_discrete]:
-        caption = f"Share of the codes chosen at least once over {discrete[0].metrics['num_images']:,} images."
+        caption = (
+            f"Share of the codes chosen at least once over {counted(discrete[0].metrics['num_images'], 'images')}."
+        )
         drawn.append(plots.bars("Utilization", {each.name: each.metrics["utilization"] for each in discrete}, caption))
         drawn.append(plots.code_frequency({each.name: each.counts for each in discrete}))
     logs = {each.name: each.history for each in evaluations if each.history}

@@ -19,6 +19,7 @@ from vqpipe.metrics.distortion import MAX_LISTED
 from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
 from vqpipe.reports.page import Section
 from vqpipe.reports.pictures import ImagePair
+from vqpipe.words import counted
 
 Metrics = Mapping[str, Any]
 """The content of `metrics.json`."""
@@ -198,7 +199,7 @@ def over_images(measure: Measure, metrics: Metrics) -> str:
     """ "; over 4 of 5 images" for a mean that leaves out images which are too small for the measure, else ""."""
     left_out = metrics.get("not_measured", {}).get(metric_of(measure, metrics))
     total = metrics["num_images"]
-    return f"; over {total - left_out['count']:,} of {total:,} images" if left_out else ""
+    return f"; over {total - left_out['count']:,} of {counted(total, 'images')}" if left_out else ""
 
 
 def metric_of(measure: Measure, metrics: Metrics) -> str:
@@ -209,7 +210,7 @@ def metric_of(measure: Measure, metrics: Metrics) -> str:
 def reasons_not_measured(metrics: Metrics, shown: int = MAX_LISTED) -> dict[str, str]:
     """Metric -> how many images it does not measure, and of the first `shown` of them which, and why."""
     return {
-        name: f"{left_out['count']:,} of {metrics['num_images']:,} images: "
+        name: f"{left_out['count']:,} of {counted(metrics['num_images'], 'images')}: "
         + "; ".join(f"{image['key']} ({image['reason']})" for image in left_out["images"][:shown])
         + ("; ..." if left_out["count"] > shown else "")
         for name, left_out in metrics.get("not_measured", {}).items()
@@ -236,8 +237,8 @@ def on_images(lineage: Mapping[str, Any], num_images: int | None = None) -> str:
     """ " on imagenette, 1,000 images": the end of a title, by the lineage of the artifact; "" without images."""
     inputs = lineage.get("inputs", {})
     name = next((inputs[role]["name"] for role in ("images", "tokens", "latents") if role in inputs), "")
-    counted = "" if num_images is None else f", {num_images:,} images"
-    return f" on {name}{counted}" if name else ""
+    number = "" if num_images is None else f", {counted(num_images, 'images')}"
+    return f" on {name}{number}" if name else ""
 
 
 def size_in_words(metrics: Metrics) -> str:
@@ -287,7 +288,7 @@ def codes(tokenizer: Mapping[str, Any]) -> str:
     if tokenizer["codebook_size"] is None:
         return "no codes"
     groups = f"{tokenizer['num_groups']} x " if tokenizer["num_groups"] > 1 else ""
-    return f"{groups}{tokenizer['codebook_size']:,} codes"
+    return f"{groups}{counted(tokenizer['codebook_size'], 'codes')}"
 
 
 def command_of(artifact: Artifact) -> str:

@@ -26,6 +26,7 @@ from vqpipe.reports.evaluation import (
 )
 from vqpipe.reports.papers import PaperRow, paper_row
 from vqpipe.reports.pictures import MAX_PREFIX_SIDE, galleries, prefix_pictures
+from vqpipe.words import counted
 
 FIXED = {
     "crop": "crop",
@@ -82,7 +83,7 @@ def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
         for m in measures
         if (value := value_of(own, m.key)) is not None
     ]
-    title = f"{own['num_images']:,} images at {size_in_words(own)}, protocol {own['protocol']}"
+    title = f"{counted(own['num_images'], 'images')} at {size_in_words(own)}, protocol {own['protocol']}"
     caption = "Numbers of other protocols, sizes or images are not comparable with these."
     if "mixed_sizes" in own:
         caption += f" {own['mixed_sizes'][0].upper()}{own['mixed_sizes'][1:]}."
@@ -105,7 +106,7 @@ def headline_note(measure: Measure, evaluated: EvaluationResult, own: Metrics) -
             return f"of at most {tokenizer['codebook_size']:,}" + (", mean over groups" if several else "")
         case "bits_per_pixel":
             mean = "on average " if "mixed_sizes" in own else ""
-            return f"{mean}{own['num_tokens_per_image']:,} tokens per image"
+            return f"{mean}{counted(own['num_tokens_per_image'], 'tokens')} per image"
         case "rfid":
             return f"against {own.get('reference_kind') or 'the same crops'}"
     return convention_of(measure, own)
@@ -127,7 +128,7 @@ def comparison_with_paper(protocols: Sequence[Metrics], paper: PaperRow | None) 
     ]
     first = protocols[0]
     caption = ["Each column has its own crop, rounding and formulas: compare within columns only."]
-    caption[0] += f" Here: {first['num_images']:,} images at {size_in_words(first)}."
+    caption[0] += f" Here: {counted(first['num_images'], 'images')} at {size_in_words(first)}."
     if paper is not None:
         caption.append(f"The paper: {paper.paper}, {paper.row}. Its own images and protocol: {paper.protocol}.")
         caption += [f"This run changes the preset {paper.preset}: {', '.join(paper.changed)}."] if paper.changed else []

@@ -12,6 +12,7 @@ from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import FRECHET, Measure, codes, table_rows, value_of, written
 from vqpipe.reports.pictures import GAP
+from vqpipe.words import counted
 
 MEASURES = {
     "fid": Measure("fid", "FID", "lower is better", "", False),
@@ -103,7 +104,7 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
     if len(several) == 1 and (groups := groups_table(first.metrics)):
         sections.append(groups)
     maps = [
-        page.Map(f"{counted(each)}, some of them", each.sheet, each.name, f"samples of {each.name}", each.columns)
+        page.Map(f"{samples_of(each)}, some of them", each.sheet, each.name, f"samples of {each.name}", each.columns)
         for each in several
     ]
     if curve := guidance_curves(several):
@@ -121,7 +122,7 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
     if commands:
         sections.append(page.Commands("Reproduce", commands))
     if len(several) == 1:
-        title += f", {counted(first)}"
+        title += f", {samples_of(first)}"
     reference = first.lineage.get("inputs", {}).get("reference", {}).get("name")
     return page.ReportPage(f"{title} against {reference}" if reference else title, subtitle, sections)
 
@@ -157,7 +158,7 @@ def number_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for where, measure in measures_of([metrics]).items():
         note = measure.convention
         if where == "utilization":
-            note = f"of {codes(metrics)}, over {metrics['num_ids']:,} ids"
+            note = f"of {codes(metrics)}, over {counted(metrics['num_ids'], 'ids')}"
         rows.append((measure.label, written(measure, found(metrics, where)), note))
     return rows
 
@@ -184,7 +185,7 @@ def comparison(several: Sequence[Generated]) -> page.Table:
 def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """A header, and (text, whether it is its column's best) of every cell."""
     measures = measures_of([each.metrics for each in several])
-    labels = [[each.name, counted(each)] for each in several]
+    labels = [[each.name, samples_of(each)] for each in several]
     header = ["samples", "number"]
     if len({each.cfg_scale for each in several} - {None}) > 1:
         header.append("guidance")
@@ -231,9 +232,9 @@ def line_names(several: Sequence[Generated]) -> list[str]:
     ]
 
 
-def counted(generated: Generated) -> str:
+def samples_of(generated: Generated) -> str:
     """ "50,000 samples"."""
-    return f"{generated.metrics['num_images']:,} samples"
+    return counted(generated.metrics["num_images"], "samples")
 
 
 def found(metrics: Mapping[str, Any], where: str) -> float | None:

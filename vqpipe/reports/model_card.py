@@ -6,6 +6,7 @@ from vqpipe.artifacts import Artifact, Input
 from vqpipe.errors import ArtifactError
 from vqpipe.model_card import cell
 from vqpipe.reports.evaluation import by_protocol, convention_of, measures_of, size_in_words, value_of, written
+from vqpipe.words import counted
 
 
 def metrics_section(report: Artifact, tokenizer: Input | str) -> str:
@@ -35,7 +36,7 @@ def metrics_section(report: Artifact, tokenizer: Input | str) -> str:
             if (value := value_of(table, measure.key)) is not None
         ]
         parts.append(
-            f"Protocol `{table['protocol']}`: {metrics['num_images']:,} images of {size_in_words(metrics)}, "
+            f"Protocol `{table['protocol']}`: {counted(metrics['num_images'], 'images')} of {size_in_words(metrics)}, "
             f"{cell(images.get('name') or 'images')} `{str(images.get('content', ''))[:12]}`.\n\n"
             + "\n".join(["| measure | value | convention |", "|---|---:|---|", *rows])
         )

@@ -14,6 +14,7 @@ from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes, on_images
 from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
+from vqpipe.words import counted
 
 RELOAD_SECONDS = 15
 """Seconds after which the page of a run loads itself again."""
@@ -198,7 +199,9 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
     if validation:
         newest = [row for row in run.rows if "valid/images" in row][-1:]
         title = "Training"
-        caption = f"{newest[0]['valid/images']:,} held-out images at step {newest[0]['step']:,}." if newest else ""
+        caption = (
+            f"{counted(newest[0]['valid/images'], 'held-out images')} at step {newest[0]['step']:,}." if newest else ""
+        )
         yield page.Numbers("Validation", tiles(validation), caption)
     if others := [number for number in shown if number not in validation]:
         yield page.Numbers(title, tiles(others))
@@ -212,7 +215,7 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
 
     validations = [row for row in rows if "valid/images" in row]
     window = max((row["window_tokens"] for row in rows if "window_tokens" in row), default=0)
-    held_out = f"{validations[-1]['valid/images']:,} held-out images" if validations else ""
+    held_out = counted(validations[-1]["valid/images"], "held-out images") if validations else ""
     tokens = f"among the {window:,} tokens (at most) between two rows of the log."
     drawn = (
         *loss_curves(rows),
@@ -288,7 +291,7 @@ def validation_table(run: TrainingRun) -> page.Table:
         for row in rows
     ]
     header = ["step", *(f"{column.short_label}, {column.unit}".removesuffix(", ") for column in columns)]
-    caption = f"{rows[-1]['valid/images']:,} held-out images, center crops; measured as vqpipe eval does."
+    caption = f"{counted(rows[-1]['valid/images'], 'held-out images')}, center crops; measured as vqpipe eval does."
     return page.Table("Validations", header, cells, caption, folded=len(rows) > OPEN_ROWS)
 
 

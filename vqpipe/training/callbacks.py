@@ -35,6 +35,7 @@ from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
 from vqpipe.reports.training import NUMBERS, TrainingRun, in_words, newest_number, training_page
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.running_metrics import Row
+from vqpipe.words import counted
 
 GRID_IMAGES = 8
 """Images in a reconstruction grid."""
@@ -355,7 +356,7 @@ class ReconstructionGrid(Callback):
             "shown_note": f"{'Held-out' if self.held_out else 'Training'} images, reconstructed at step {step:,}.",
         }
         if not self.held_out:
-            note = f"On the {len(self.names)} images above alone, at step {step:,}: more with --validation."
+            note = f"On the {counted(len(self.names), 'images')} above alone, at step {step:,}: more with --validation."
             self.fields |= {"counts": counts, "counts_note": note}
         return reconstruction_grid(originals, reconstructions, columns=len(originals))
 

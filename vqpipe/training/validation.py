@@ -23,6 +23,7 @@ from vqpipe.reports.training import in_words
 from vqpipe.training.callbacks import Callback
 from vqpipe.training.running_metrics import Row
 from vqpipe.weights import save_weights
+from vqpipe.words import counted
 
 PSNR_DROP = 3.0
 """A run may have collapsed if its PSNR is this many dB below the best (3 dB: twice the squared error)."""
@@ -115,7 +116,7 @@ class Validation(Callback):
 
     def on_validate(self, step: int, network: Autoencoder) -> Row:
         row, counts = self.measure(network)
-        note = f"On {row['valid/images']:,} held-out images, at step {step:,}."
+        note = f"On {counted(row['valid/images'], 'held-out images')}, at step {step:,}."
         self.fields = {"counts": counts, "counts_note": note}
         if self.best is not None:
             self.update_best(self.best, network, step, row)

@@ -8,6 +8,7 @@ from vqpipe import downloads
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.progress import SILENT, Progress
+from vqpipe.words import counted
 from vqpipe.zoo import Entry, ZooFile
 
 
@@ -48,7 +49,7 @@ def check_own_files(entry: Entry, given: Sequence[Path]) -> list[Path]:
     if len(given) != len(expected):
         names = " and ".join(file.name for file in expected)
         raise WeightsError(
-            f"{len(given)} files for {entry.name}, which has {len(expected)}", f"Pass {names} with --file"
+            f"{counted(len(given), 'files')} for {entry.name}, which has {len(expected)}", f"Pass {names} with --file"
         )
     named = {path.name: path for path in given}
     paths = []

@@ -1,0 +1,21 @@
+"""Numbers with their nouns."""
+
+import pytest
+
+from vqpipe.words import counted
+
+
+@pytest.mark.parametrize(
+    ("number", "plural", "text"),
+    [
+        (0, "images", "0 images"),
+        (1, "images", "1 image"),
+        (4758, "images", "4,758 images"),
+        (1, "codes", "1 code"),
+        (1, "classes", "1 class"),
+        (1, "held-out images", "1 held-out image"),
+        (1, "MB", "1 MB"),
+    ],
+)
+def test_one_is_singular(number: int, plural: str, text: str) -> None:
+    assert counted(number, plural) == text
