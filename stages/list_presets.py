@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from stages import console
 from vqpipe.errors import ConfigError
 from vqpipe.presets import estimates, heads
 
 MACHINE = "1 x 80 GB"
 """The machine of vqpipe.presets.estimates that the list has figures of."""
+WIDE = 120
+"""Columns of a terminal from which on the list has more than the name of a preset and what it trains."""
 
 
 def presets(
@@ -26,9 +29,12 @@ def presets(
     The list is grouped by paper: a line per preset, with what it trains, the
     row of the paper's table, and the expected numbers. Before them stand what
     vqpipe plan estimates for one GPU of 80 GB, where it fits: memory and hours.
-    On a terminal, lines are cut at its width. A preset is printed as TOML, including the settings
-    of the presets that it extends: vqpipe presets small > mine.toml writes a
-    file to change, for --preset mine.toml.
+    A terminal shows as much of a line as it is wide, and in under 120 columns
+    only what a preset trains.
+
+    A preset is printed as TOML, including the settings of the presets that it
+    extends: vqpipe presets small > mine.toml writes a file to change, for
+    --preset mine.toml.
     """
     if name is not None:
         if word is not None:
@@ -44,12 +50,15 @@ def presets(
     for preset, head in found:
         papers.setdefault(head.get("paper", "Small, for a CPU"), []).append((preset, head))
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
-    width, figures = max(len(preset) for preset, _ in found), estimates()
+    width, figures, whole = max(len(preset) for preset, _ in found), estimates(), columns is None or columns >= WIDE
     for paper, members in sorted(papers.items(), key=lambda item: -len(item[1])):
         print(cut(paper, columns))
         for preset, head in members:
             about = " | ".join(head[key] for key in ("what", "row", "expected") if head.get(key))
-            print(cut(f"  {preset:{width}}  {figures_text(figures.get(preset, {}).get(MACHINE))}  {about}", columns))
+            figure = figures_text(figures.get(preset, {}).get(MACHINE)) + "  "
+            print(cut(f"  {preset:{width}}  {figure + about if whole else head.get('what', '')}", columns))
+    if columns is not None:
+        console.say("\nvqpipe presets NAME prints one of them whole, and --filter WORD lists fewer.")
 
 
 def figures_text(figures: dict[str, float] | None) -> str:
@@ -61,5 +70,7 @@ def figures_text(figures: dict[str, float] | None) -> str:
 
 
 def cut(line: str, columns: int | None) -> str:
-    """The line, ended by "…" where it is longer than the terminal is wide."""
-    return line if columns is None or len(line) <= columns else line[: columns - 1] + "…"
+    """The line, ended after a word by "…" where it is longer than the terminal is wide."""
+    if columns is None or len(line) <= columns:
+        return line
+    return line[: columns - 1].rpartition(" ")[0].rstrip(" ,;:|") + " …"

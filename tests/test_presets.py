@@ -216,10 +216,14 @@ def test_the_list_of_presets_has_a_line_each_fits_the_terminal_and_is_filtered(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     presets_command()
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     listed = [line for line in lines if line.startswith("  ")]
     assert sorted(line.split()[0] for line in listed) == presets.names()
-    assert max(map(len, lines)) == 80
+    assert 70 < max(map(len, lines)) <= 80
+    what = {name: head["what"] for name, head in presets.heads()}
+    assert all(line.split(maxsplit=1)[1].removesuffix(" …") in what[line.split()[0]] for line in listed)
+    assert "vqpipe presets NAME" in printed.err
     presets_command(word="FSQ")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")] == [
         "fsq-f16-64k",
