@@ -316,7 +316,9 @@ def show_table(table: "ReportTable") -> None:
 
 
 def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[str, str]) -> None:
-    """Print the label, value and convention of each measure, then each reason why others were not computed, once."""
+    """Print the label, value and convention of each measure, then why others were not computed: the address of each
+    file of weights that is missing, and each other reason once."""
+    from vqpipe.reports.evaluation import name_of
     from vqpipe.weights import PUBLISHED_FILES
 
     table = Table("measure", "value", "convention", box=box.SIMPLE, pad_edge=False)
@@ -324,11 +326,15 @@ def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[
     for row in numbers:
         table.add_row(*map(escape, row))
     show(table)
+    missing: list[str] = []
     for reason in dict.fromkeys(not_computed.values()):
-        names = ", ".join(name for name in not_computed if not_computed[name] == reason)
-        say(f"not computed: {names}: {reason}")
-        for url in (url for file, url in PUBLISHED_FILES.items() if file in reason):
-            say(f"  {url}")
+        names = ", ".join(name_of(key) for key, why in not_computed.items() if why == reason)
+        addresses = [url for file, url in PUBLISHED_FILES.items() if file in reason]
+        missing += [f"  {names}: {url}" for url in addresses]
+        if not addresses:
+            say(f"not computed: {names}: {reason}")
+    if missing:
+        say("\n".join(["not computed: put these files into a folder, and pass it as --weights DIR", *missing]))
 
 
 def finished(artifact: "Artifact", again: bool = False) -> None:

@@ -21,6 +21,7 @@ from vqpipe.metrics import EvalConfig
 from vqpipe.settings import Setting, describe
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.tokenizer_run import TokenizerRecipe
+from vqpipe.words import counted
 
 PAPER = "vqgan-lc-f16-100k"
 """Preset that fills the required sections [model] and [objective] for commands that run without --preset and do not
@@ -194,4 +195,4 @@ def shorten_warmup(preset: object, train: object, say: Say) -> None:
     warmup, of, steps = preset.get("warmup_steps"), preset.get("steps", TrainConfig.steps), train.get("steps")
     if isinstance(warmup, int) and isinstance(of, int) and isinstance(steps, int) and 0 < steps < warmup <= of:
         train["warmup_steps"] = shorter = warmup * steps // of
-        say(f"warm-up: {shorter:,} steps instead of {warmup:,}, since the run has {steps:,} of {of:,} steps")
+        say(f"warm-up: {counted(shorter, 'steps')} instead of {warmup:,}, since the run has {steps:,} of {of:,} steps")

@@ -84,7 +84,6 @@ def train(
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
     with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
-        progress.start("reading the settings", None, unit="")
         from stages import estimates
         from stages.recipe import load_tokenizer
         from vqpipe.artifacts import Artifact

@@ -216,7 +216,7 @@ def test_warm_up_that_is_longer_than_the_run_is_shortened_in_proportion() -> Non
         return loaded.train.warmup_steps
 
     assert warmup(steps=30) == warmup("train.steps=30") == 1  # small: 100 of 3,000
-    assert said == ["warm-up: 1 steps instead of 100, since the run has 30 of 3,000 steps"] * 2
+    assert said == ["warm-up: 1 step instead of 100, since the run has 30 of 3,000 steps"] * 2
     said.clear()
     assert warmup(steps=100) == warmup() == 100
     assert said == []
@@ -232,11 +232,10 @@ def test_reason_of_missing_weights_is_printed_once_with_its_address(capsys: pyte
     reasons = {**absent, "kid": absent["rfid"]}
     console.show_numbers([("PSNR", "21.5", "RGB")], reasons)
     lines = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in lines if "Inception" in line]
-    assert line.startswith("not computed: rfid, kid: rFID needs torch-fidelity's Inception")
-    where = (
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-    )
-    assert lines[lines.index(line) + 1].strip() == where
-    assert sum("https://download.pytorch.org/models/vgg16-397923af.pth" in line for line in lines) == 1
-    assert sum("alexnet-owt-7be5be79.pth" in line for line in lines) == 2  # the reason and the address
+    first = next(number for number, line in enumerate(lines) if line.startswith("not computed"))
+    assert "--weights DIR" in lines[first]
+    names = ["LPIPS (AlexNet)", "LPIPS (VGG)", "rFID, KID"]
+    files = ["alexnet-owt-7be5be79.pth", "vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"]
+    for line, name, file in zip(lines[first + 1 :], names, files, strict=True):
+        assert line.startswith(f"  {name}: https://")
+        assert line.endswith(f"/{file}")

@@ -69,7 +69,7 @@ def test_card_has_the_numbers_of_the_report_with_their_protocol(
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert "Protocol `adm`: 10 images of 32 px, pictures" in done.stdout
     assert f"| PSNR | {metrics['psnr']:.2f} dB |" in done.stdout
-    assert "- rfid: " in done.stdout  # not computed, with its reason
+    assert "- rFID: " in done.stdout  # not computed, with its reason
     assert "model.safetensors: " in done.stderr
     assert hub_in_process.log == []  # a dry run uploads nothing
 

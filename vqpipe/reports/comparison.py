@@ -25,6 +25,7 @@ from vqpipe.reports.evaluation import (
     codes,
     convention_of,
     measures_of,
+    name_of,
     open_evaluation,
     size_in_words,
     table_rows,
@@ -469,13 +470,13 @@ def present(evaluations: Sequence[EvaluationResult], measures: Sequence[Measure]
 
 
 def reasons(evaluations: Sequence[EvaluationResult]) -> dict[str, str]:
-    """Key -> why its number is absent. A reason that does not hold for all tokenizers is under the name of its own."""
+    """Name -> why its number is absent. A reason that does not hold for all tokenizers is under the name of its own."""
     missing = [evaluated.metrics["not_computed"] for evaluated in evaluations]
-    found = {key: reason for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
-    shared = set(found)
+    shared = {key for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
+    found = {name_of(key): reason for key, reason in missing[0].items() if key in shared}
     for evaluated, each in zip(evaluations, missing, strict=True):
         own = {key: reason for key, reason in each.items() if key not in shared}
         for reason in dict.fromkeys(own.values()):
-            keys = ", ".join(key for key, other in own.items() if other == reason)
-            found[f"{evaluated.name}: {keys}"] = reason
+            names = ", ".join(name_of(key) for key, other in own.items() if other == reason)
+            found[f"{evaluated.name}: {names}"] = reason
     return found

@@ -70,6 +70,8 @@ MEASURES = (
     Measure("ssim_y", "SSIM of luma", "Gaussian window, full range", "", True, 3),
     Measure("ssim_range2", "SSIM, data range doubled", "as LlamaGen's evaluation; too high", "", True, 3),
 )
+OTHER_NAMES = {"fid": "FID", "prc": "precision, recall", "is": "Inception Score"}
+"""Key of `not_computed` -> its name for readers, where it is that of no measure."""
 NUM_HEADLINES = 8
 """The first of MEASURES are the page's headline; the others are conventions for comparison with papers."""
 CODE_MEASURES = ("utilization", "perplexity", "bits_per_pixel", "bits_per_pixel_entropy")
@@ -174,6 +176,12 @@ def by_protocol(metrics: Metrics) -> list[dict[str, Any]]:
             table.pop("lpips", None)  # a copy of one of these
         tables.append(table)
     return tables
+
+
+def name_of(key: str) -> str:
+    """`LPIPS (AlexNet)` for `lpips_alex`: a key of `not_computed` as its readers name it."""
+    labels = OTHER_NAMES | {measure.key: measure.label for measure in MEASURES}
+    return labels.get(key, key.replace("_", " "))
 
 
 def measures_of(*metrics: Metrics) -> list[Measure]:

@@ -16,6 +16,7 @@ from vqpipe.reports.evaluation import (
     codes,
     convention_of,
     measures_of,
+    name_of,
     on_images,
     over_images,
     reasons_not_measured,
@@ -66,7 +67,9 @@ def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.Repor
         sections.append(page.Plots("Training", curves))
     sections += [all_metrics(own, metrics) for own in protocols]
     if metrics["not_computed"]:
-        sections.append(page.Reasons("Not computed", metrics["not_computed"]))
+        sections.append(
+            page.Reasons("Not computed", {name_of(key): why for key, why in metrics["not_computed"].items()})
+        )
     if reasons := reasons_not_measured(metrics):
         sections.append(page.Reasons("Images that are not measured", reasons))
     sections.append(page.Lineage("Lineage", [evaluated.lineage]))

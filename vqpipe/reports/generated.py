@@ -10,7 +10,7 @@ import numpy as np
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
-from vqpipe.reports.evaluation import FRECHET, Measure, codes, table_rows, value_of, written
+from vqpipe.reports.evaluation import FRECHET, Measure, codes, name_of, table_rows, value_of, written
 from vqpipe.reports.pictures import GAP
 from vqpipe.words import counted
 
@@ -111,9 +111,9 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
         sections.append(page.Plots("Scale of guidance", curve))
     sections.append(page.Maps("Samples", maps))
     missing = {
-        f"{each.name}: {name}" if len(several) > 1 else name: reason
+        f"{each.name}: {name_of(key)}" if len(several) > 1 else name_of(key): reason
         for each in several
-        for name, reason in each.metrics["not_computed"].items()
+        for key, reason in each.metrics["not_computed"].items()
     }
     if missing:
         sections.append(page.Reasons("Not computed", missing))

@@ -5,7 +5,7 @@ import json
 from vqpipe.artifacts import Artifact, Input
 from vqpipe.errors import ArtifactError
 from vqpipe.model_card import cell
-from vqpipe.reports.evaluation import by_protocol, convention_of, measures_of, size_in_words, value_of, written
+from vqpipe.reports.evaluation import by_protocol, convention_of, measures_of, name_of, size_in_words, value_of, written
 from vqpipe.words import counted
 
 
@@ -40,7 +40,7 @@ def metrics_section(report: Artifact, tokenizer: Input | str) -> str:
             f"{cell(images.get('name') or 'images')} `{str(images.get('content', ''))[:12]}`.\n\n"
             + "\n".join(["| measure | value | convention |", "|---|---:|---|", *rows])
         )
-    missing = [f"- {cell(name)}: {cell(reason)}" for name, reason in metrics.get("not_computed", {}).items()]
+    missing = [f"- {cell(name_of(key))}: {cell(reason)}" for key, reason in metrics.get("not_computed", {}).items()]
     if missing:
         parts.append("\n".join(["Not computed:", "", *missing]))
     return "\n\n".join(parts)
