@@ -76,7 +76,7 @@ EXAMPLES = {
     "compare": ["vqpipe compare report other-report --out comparison"],
     "inspect": ["vqpipe inspect tokens --verify"],
     "push": ["vqpipe push tokenizer OWNER/NAME --report report --licence apache-2.0"],
-    "zoo": ["vqpipe zoo", "vqpipe zoo llamagen --json"],
+    "zoo": ["vqpipe zoo", "vqpipe zoo llamagen-f16", "vqpipe zoo llamagen --json"],
     "presets": ["vqpipe presets", "vqpipe presets small > mine.toml"],
     "settings": ["vqpipe settings train", "vqpipe settings kmeans --json"],
     "plan": ["vqpipe plan train --preset vqgan-lc-f16-100k --gpu a100-80 --gpus 8"],

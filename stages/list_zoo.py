@@ -1,6 +1,8 @@
-"""`vqpipe zoo`: list the published tokenizers."""
+"""`vqpipe zoo`: list the published tokenizers, or print all about one."""
 
 import json
+import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,23 +18,30 @@ from vqpipe.zoo import Entry
 from vqpipe.zoo.fetch import cached
 
 LOG_WIDTH = 240
-"""Columns of a table where stdout is not a terminal."""
+"""Columns of the output where stdout is not a terminal."""
+LABEL_WIDTH = 16
+"""Columns of the labels before what is known about one entry."""
 
 
 def zoo(
     words: Annotated[
-        list[str] | None, typer.Argument(help="List only the entries that contain these words.", metavar="[WORD]...")
+        list[str] | None,
+        typer.Argument(
+            help="The name of an entry, to print all about it; or list only the entries that contain these words.",
+            metavar="[NAME|WORD]...",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
 ) -> None:
-    """List the published tokenizers.
+    """List the published tokenizers, or print all about one.
 
     `vqpipe import-checkpoint NAME --out DIR` downloads and converts one.
     The numbers are those of the stated sources, measured by their protocols: those
     of two protocols are not comparable. Bits per pixel are those of an image of 256
     x 256 pixels. Nothing is downloaded.
     """
-    entries = published.find(words or [])
+    named = published.get(" ".join(words or []))
+    entries = [named] if named is not None else published.find(words or [])
     imported = imported_here(Path())
     if as_json:
         print(json.dumps([record(entry, imported) for entry in entries], indent=2, ensure_ascii=False))
@@ -40,51 +49,66 @@ def zoo(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
-    importable_first = sorted(entries, key=lambda entry: bool(entry.refused))
-    for paper in dict.fromkeys(entry.paper for entry in importable_first):
-        own = [entry for entry in entries if entry.paper == paper]
-        console.print(paper, style="bold", markup=False)
-        console.print(sizes(own, imported))
-        console.print(details(own))
-        console.print()
+    if len(entries) == 1:
+        for label, text in all_about(entries[0], imported):
+            print(wrapped(f"{label:{LABEL_WIDTH}}{text}", console.width))
+        return
+    console.print(overview(sorted(entries, key=lambda entry: (bool(entry.refused), entry.paper)), imported))
+    print("f: downsample factor; import: yes, or by hand where no program can download it.")
+    print("vqpipe zoo NAME prints all about one: licence, address, protocols of numbers.")
 
 
-def sizes(entries: list[Entry], imported: dict[str, list[str]]) -> Table:
-    """The sizes, licence and state of each entry."""
-    shown = Table("name", "f", "codes", "bits/px", "size", "licence", "here", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in shown.columns[:5]:
-        column.no_wrap = True
+def overview(entries: list[Entry], imported: dict[str, list[str]]) -> Table:
+    """A line per entry."""
+    shown = Table("name", "f", "codes", "size", "PSNR", "import", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns[1:5]:
         column.justify = "right"
-    for column in shown.columns[5:]:
-        column.overflow = "fold"
     for entry in entries:
+        psnr = next((each.psnr for each in entry.published if each.psnr is not None), None)
         cells = (
             entry.name,
-            "–" if entry.downsample_factor is None else str(entry.downsample_factor),
+            factor(entry),
             codes(entry),
-            "–" if entry.bits_per_pixel is None else f"{entry.bits_per_pixel:.3f}",
             megabytes(entry),
-            entry.licence,
-            state(entry, imported),
+            "–" if psnr is None else f"{psnr:.2f} dB",
+            "no" if entry.refused else state(entry, imported).partition(":")[0],
         )
         shown.add_row(*map(escape, cells))
     return shown
 
 
-def details(entries: list[Entry]) -> Table:
-    """Where each entry is, its published numbers with their protocol and source, and its notes."""
-    shown = Table.grid(padding=(0, 2))
-    shown.add_column(no_wrap=True)
-    shown.add_column(overflow="fold")
-    for entry in entries:
-        names = " and ".join(file.name for file in entry.files)
-        lines = [file.source for file in entry.files if file.source]
-        lines = lines or [f"{names} at {entry.page}" if names else entry.page]
-        lines += [f"{each.numbers()} ({each.protocol}; {each.source})" for each in entry.published]
-        lines += [entry.notes] if entry.notes else []
-        shown.add_row(escape(entry.name), escape("\n".join(lines)), style="dim")
-    return shown
+def all_about(entry: Entry, imported: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Everything that is known about an entry: (label, text)."""
+    yield "name", entry.name
+    yield "title", entry.title
+    yield "paper", entry.paper
+    yield "licence", entry.licence
+    yield "page", entry.page
+    yield "factor", factor(entry)
+    yield "codes", codes(entry)
+    yield "bits per pixel", "–" if entry.bits_per_pixel is None else f"{entry.bits_per_pixel:.3f}"
+    yield "size", megabytes(entry)
+    for file in entry.files:
+        yield "file", file.source or f"{file.name}, at the page"
+    for each in entry.published:
+        yield "numbers", f"{each.numbers()} ({each.protocol}; {each.source})"
+    if entry.notes:
+        yield "notes", entry.notes
+    yield "import", state(entry, imported)
+    if not entry.refused:
+        yield "next:", f"vqpipe import-checkpoint {entry.name} --out {entry.name}"
+
+
+def wrapped(line: str, columns: int) -> str:
+    """A label and its text on lines of at most so many columns; an address is never broken."""
+    return textwrap.fill(
+        line, columns, subsequent_indent=" " * LABEL_WIDTH, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def factor(entry: Entry) -> str:
+    """The downsample factor."""
+    return "–" if entry.downsample_factor is None else str(entry.downsample_factor)
 
 
 def codes(entry: Entry) -> str:
@@ -101,14 +125,14 @@ def megabytes(entry: Entry) -> str:
 
 
 def state(entry: Entry, imported: dict[str, list[str]]) -> str:
-    """Whether the entry was imported or downloaded here, or why it cannot be."""
+    """Whether the entry was imported or downloaded here, or can be: by a program, by hand, or why not."""
     if entry.refused:
         return f"no: {entry.refused}"
     if entry.name in imported:
         return f"imported: {', '.join(imported[entry.name])}"
     if cached(entry):
         return "downloaded"
-    return "–" if entry.files and all(file.source for file in entry.files) else "–, by hand only"
+    return "yes" if entry.files and all(file.source for file in entry.files) else "by hand"
 
 
 def imported_here(folder: Path) -> dict[str, list[str]]:

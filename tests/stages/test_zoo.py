@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from stages import list_zoo
 from vqpipe import downloads, zoo
 from vqpipe.zoo.fetch import address
 
@@ -19,13 +20,31 @@ def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_table_has_every_entry_with_its_numbers_and_protocol(tmp_path: Path, vqpipe: Callable[..., Any]) -> None:
+def test_the_list_has_a_line_for_each_entry_that_fits_80_columns(tmp_path: Path, vqpipe: Callable[..., Any]) -> None:
     done = vqpipe(tmp_path, "zoo")
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(entry.name in done.stdout for entry in zoo.entries())
-    assert all(published.protocol in done.stdout for entry in zoo.entries() for published in entry.published)
-    (line,) = [line for line in done.stdout.splitlines() if line.strip().startswith("llamagen-f16 ") and "MIT" in line]
-    assert line.split() == ["llamagen-f16", "16", "16,384", "0.055", "288", "MB", "MIT", "–"]
+    lines = done.stdout.splitlines()
+    for entry in zoo.entries():
+        assert sum(line.split()[:1] == [entry.name] for line in lines) == 1
+    (line,) = [line for line in lines if line.strip().startswith("llamagen-f16 ")]
+    assert line.split() == ["llamagen-f16", "16", "16,384", "288", "MB", "20.79", "dB", "yes"]
+    assert "vqpipe zoo NAME" in lines[-1]
+    assert max(len(line.rstrip()) for line in lines) <= 80
+
+
+def test_a_name_prints_all_about_one_with_whole_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for entry in zoo.entries():
+        list_zoo.zoo([entry.name])
+        printed = capsys.readouterr().out
+        assert all(text in printed for text in (entry.title, entry.licence, entry.page))
+        assert all(published.protocol in printed for published in entry.published)
+        for label, text in list_zoo.all_about(entry, {}):
+            narrow = list_zoo.wrapped(f"{label:{list_zoo.LABEL_WIDTH}}{text}", 80)
+            assert all(word in narrow.split() for word in text.split())
+            assert all(len(line) <= 80 or ":" in line.strip() for line in narrow.splitlines())
 
 
 def test_json_has_the_entries_that_contain_the_words_and_what_is_here(
