@@ -17,7 +17,9 @@ from vqpipe.planning.estimate import Plan, Training, generator_training, refusal
 from vqpipe.words import counted
 
 LEAST_STEPS = 1000
-"""Shorter runs of `vqpipe train` begin without an estimate, which takes a few seconds."""
+"""Shorter runs begin without an estimate, which takes a few seconds."""
+LONG_HOURS, FIRST_LOOK_HOURS, LEAST_PROPOSED = 2.0, 0.5, 20
+"""Hours of a run on a CPU from which on a shorter one is proposed, and the hours and the least steps of that."""
 MACHINES = {"1 x 24 GB": ("rtx4090", 1), "1 x 80 GB": ("h100", 1), "8 x 80 GB": ("h100", 8)}
 """Columns of the table of presets: a device of GPUS, and how many."""
 TOKENIZERS = {"ldm-f8": "vqgan-lc-f8-100k", "ldm-ffhq-f16": "vqgan-lc-ffhq-f16-100k"} | dict.fromkeys(
@@ -136,6 +138,9 @@ def say_or_refuse(make: Callable[[], Plan]) -> None:
         if not plan.fits:
             raise refusal(plan)
         console.say(line(plan))
+        fewer = round(plan.steps * FIRST_LOOK_HOURS / plan.hours)
+        if plan.device == "cpu" and plan.hours > LONG_HOURS and fewer >= LEAST_PROPOSED:
+            console.say(f"for a first look, --steps {fewer} takes about {duration(3600 * FIRST_LOOK_HOURS)}")
         if plan.close:
             console.say("warning: close to out of memory. If it fails, see vqpipe plan for settings that need less")
 

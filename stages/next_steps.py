@@ -21,6 +21,10 @@ VECTORS_PER_CODE = 10
 """Vectors per code of the proposed codebook, where there are too few for the default number of codes."""
 CODEBOOK_PRESET = "small"
 """A preset whose quantizer takes a codebook."""
+TINY_STEPS, TINY_WORK = 1000, 64 * 4096
+"""Steps of the tiny presets of generators, and ids x codes for which they take minutes on a CPU."""
+FEWEST_STEPS = 100
+"""Steps of a proposed generator, at least."""
 PHOTOS = "builtin:photos"
 """Images that are on every machine."""
 
@@ -68,7 +72,8 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
             inputs = ["--tokens", path, "--tokenizer", [*options(artifact, "--tokenizer"), "TOKENIZER"][0]]
             yield "vqpipe", "detokenize", *inputs, "--out", beside(path, "decoded")
             if "sizes" not in artifact.facts:  # generators are trained on images of one size
-                yield "vqpipe", "train-generator", "--preset", network, *inputs, "--out", beside(path, "generator")
+                settings = ["--preset", network, *generator_steps(artifact)]
+                yield "vqpipe", "train-generator", *settings, *inputs, "--out", beside(path, "generator")
         case "generator":
             yield "vqpipe", "generate", "--generator", path, "--out", beside(path, "samples")
         case "images" if command == "generate":
@@ -152,6 +157,15 @@ def has_labels(tokens: Artifact) -> bool:
     with suppress(ArrowException, OSError):
         return all(not table["label"].null_count for table in labels)
     return True
+
+
+def generator_steps(tokens: Artifact) -> list[str]:
+    """`--steps` with which a tiny generator takes minutes on a CPU, where the preset's number would take hours: the
+    time of a step grows with ids x codes."""
+    work = int(tokens.facts["num_tokens"]) * int(tokens.facts["codebook_size"])
+    if torch.cuda.is_available() or work <= 2 * TINY_WORK:
+        return []
+    return ["--steps", str(max(FEWEST_STEPS, TINY_STEPS * TINY_WORK // work))]
 
 
 def num_codes(features: Artifact) -> list[str]:

@@ -142,6 +142,17 @@ ENDINGS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize(("ids", "codes", "steps"), [(64, 4096, []), (256, 16_384, ["--steps", "100"])])
+def test_a_generator_that_takes_hours_on_a_cpu_is_proposed_with_fewer_steps(
+    ids: int, codes: int, steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import next_steps
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    published(tmp_path, "made", "tokens", ["tokenize"], {}, num_tokens=ids, codebook_size=codes)
+    assert next_steps.generator_steps(open_artifact(tmp_path / "made")) == steps
+
+
 @pytest.mark.parametrize("command", ENDINGS)
 def test_every_command_ends_with_what_to_open_or_to_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

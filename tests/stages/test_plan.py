@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from stages import estimates
 from vqpipe.planning.devices import GPUS
+from vqpipe.planning.estimate import Plan
 
 FP32 = ("--set", "train.precision=fp32")
 
@@ -53,7 +55,21 @@ def test_training_begins_with_its_estimate(
     monkeypatch.setattr(estimates, "LEAST_STEPS", 1)
     done = train(vqpipe, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("estimate: ")
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()[:2]] == [
+        "estimating memory and time",
+        "estimate",
+    ]
+
+
+def test_a_long_run_on_a_cpu_is_told_how_many_steps_take_half_an_hour(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: dict[str, Any] = {"settings": {}, "memory": {}, "needed": 1.0, "available": 2.0, "flops": {}, "disk": {}}
+    run: dict[str, Any] = {"stage": "train", "devices": 1, "steps": 1000, "images_per_step": 4, **sizes}
+    for device, seconds in (("cpu", 18.0), ("cpu", 3.6), ("h100", 18.0)):
+        plan = Plan(device=device, seconds_per_step=seconds, **run)
+        estimates.say_or_refuse(partial(replace, plan))
+    assert [line for line in capsys.readouterr().err.splitlines() if "first look" in line] == [
+        "for a first look, --steps 100 takes about 30 minutes"
+    ]
 
 
 def test_training_that_does_not_fit_is_refused_before_it_begins(
