@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqpipe.errors import ConfigError
 from vqpipe.models import PatchDiscriminator, VqganConfig, build_autoencoder
@@ -108,3 +111,29 @@ def test_group_norm_is_that_of_torch_also_for_a_single_value() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         theirs(x[:1])
     assert torch.equal(ours(x[:1]), ours(x)[:1])
+
+
+class Sizes(TorchDispatchMode):
+    """The largest number of elements of a result."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_attention_holds_no_matrix_of_all_pairs_of_positions(form: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(32), torch.randn(1, 32, 16, 16).to(memory_format=form).requires_grad_()
+    with Sizes() as sizes:
+        mixed = attention(x)
+        mixed.sum().backward()
+    assert sizes.largest < 256 * 256
+    q, k, v = (conv(attention.norm(x)).flatten(2) for conv in (attention.q, attention.k, attention.v))
+    weights = (q.transpose(1, 2) @ k / 32**0.5).softmax(dim=2)  # of each query, over the keys
+    expected = x + attention.proj_out((v @ weights.transpose(1, 2)).reshape_as(x))
+    torch.testing.assert_close(mixed, expected)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from vqpipe.quantizers import (
     CvqConfig,
     EmaConfig,
     FsqConfig,
+    GqConfig,
     IbqConfig,
     LcConfig,
     LfqConfig,
@@ -144,6 +147,20 @@ def test_masked_images_do_not_update_the_codebook(monkeypatch: pytest.MonkeyPatc
     expected.groups[1].update(latent[images, 4:8], grid[images][..., 1])
     assert torch.equal(after["groups.1.codes"], expected.groups[1].codes)
     assert torch.equal(after["groups.1.frequencies"], expected.groups[1].frequencies)
+
+
+@pytest.mark.parametrize("group", [EmaConfig(codebook_size=30, code_dim=4), GqConfig(codebook_size=30, code_dim=2)])
+def test_masked_images_do_not_count_in_the_update_of_other_quantizers(
+    group: QuantizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantizer, latent = keeping([1, 2, 2, 1, 2, 1], monkeypatch, group=group), latent_of()
+    expected = copy.deepcopy(quantizer.groups[1])
+    ids = quantizer(latent).ids
+    quantizer.update(latent, ids)
+    images = [1, 2, 4]
+    expected.update(latent[images, 4:8], ids.view(B, -1, 3)[images][..., 1])
+    for name, value in quantizer.groups[1].state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name])
 
 
 @pytest.mark.parametrize("masking", ["sample", "batch"])

@@ -214,9 +214,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (conv(normed).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        # float[B, 1, h*w, N], whose channels are adjacent in memory: PyTorch's kernels without a matrix of all pairs of
+        # positions take no other input.
+        q, k, v = (rows(conv(normed)).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + self.proj_out(mixed.transpose(1, 2).reshape_as(x))
+
+
+def rows(x: Tensor) -> Tensor:
+    """float[B, N, h, w] -> float[B, h*w, N], contiguous."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 class Downsample(nn.Module):

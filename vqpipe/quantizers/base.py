@@ -150,7 +150,8 @@ class Quantizer(nn.Module, ABC):
         return TokenLayout(((height, width),), self.num_groups)
 
     def update(self, latent: Tensor, ids: Tensor) -> None:
-        """Update the codebook after the optimizer step, identically on every rank. Default: do nothing."""
+        """Update the codebook after the optimizer step, identically on every rank; latents with a negative id (masked
+        groups) are ignored. Default: do nothing."""
 
     def codebook(self) -> Tensor:
         """The codes that the search compares latents with, float32[K, C] (with groups: [G, K, C])."""

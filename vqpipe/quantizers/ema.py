@@ -64,8 +64,9 @@ class EmaQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def update(self, latent: Tensor, ids: Tensor) -> None:
         vectors, ids = self.maybe_normalize(to_rows(latent).float()), ids.flatten()
+        counted = F.pad(vectors, (1, 0), value=1.0).masked_fill_((ids < 0).unsqueeze(1), 0.0)
         seen = vectors.new_zeros(self.codebook_size, 1 + self.latent_dim)  # of each code the count, then the sum
-        seen.index_add_(0, ids, F.pad(vectors, (1, 0), value=1.0))
+        seen.index_add_(0, ids.clamp(min=0), counted)
         all_reduce_sum(seen)
         self.counts.mul_(self.decay).add_(seen[:, 0], alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(seen[:, 1:], alpha=1 - self.decay)

@@ -145,9 +145,10 @@ class GaussianQuantizer(Quantizer):
     @torch.no_grad()
     def update(self, latent: Tensor, ids: Tensor) -> None:
         bits = rate(self.posterior(latent.float()))
-        above, below = (bits > self.bits + self.tolerance).sum(), (bits < self.bits - self.tolerance).sum()
-        totals = torch.stack([bits.sum(), torch.full_like(bits.sum(), bits.numel()), above, below])
-        total, count, above, below = distributed.all_reduce_sum(totals)
+        kept = ids.view_as(bits) >= 0
+        above, below = bits > self.bits + self.tolerance, bits < self.bits - self.tolerance
+        parts = (bits.masked_fill(~kept, 0.0), kept, above & kept, below & kept)
+        total, count, above, below = distributed.all_reduce_sum(torch.stack([part.sum() for part in parts]))
         up = torch.stack([total > self.bits * count, above > 0, below == 0])
         moved = self.weights * torch.where(up, FACTOR, 1 / FACTOR)
         low = moved.new_tensor([0.0, 1.0, WEIGHT_RANGE[0]])

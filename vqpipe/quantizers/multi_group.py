@@ -128,8 +128,7 @@ class MultiGroupQuantizer(Quantizer):
     def update(self, latent: Tensor, ids: Tensor) -> None:
         by_group = ids.unflatten(1, (-1, self.num_groups)).unbind(-1)
         for (group, part), group_ids in zip(self.split_channels(latent), by_group, strict=True):
-            kept = group_ids[:, 0] >= 0
-            group.update(part[kept], group_ids[kept])  # also without images: the update is collective
+            group.update(part, group_ids)
 
     def codebook(self) -> Tensor:
         return torch.stack([group.codebook() for group in self.quantizers()])

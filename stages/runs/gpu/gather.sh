@@ -1,16 +1,28 @@
 #!/bin/bash
 # Gather the wheels that a GPU machine without network lacks, less than 60 MiB, beside run.sh.
 #
-#   gather.sh PACKAGE...   (default: what vqpipe imports and an image with PyTorch and CUDA usually lacks)
+#   gather.sh PACKAGE...   (default: what vqpipe imports and an image with PyTorch, timm and pyarrow lacks)
+#
+#   PYTHON    Python with pip (default: python3)
+#   TARGET    Python of the GPU machine, Linux on x86-64 (default: 3.12)
+#
+# Dependencies are not followed: name what is missing. faiss-cpu stands for faiss-gpu, which is larger: vqpipe's own
+# search runs on the GPU.
 set -euo pipefail
 cd "$(dirname "$0")"
-[ $# -gt 0 ] || set -- typer rich braceexpand lpips safetensors huggingface_hub open_clip_torch timm pytest jinja2
-PYTHON=${PYTHON:-python3} LIMIT_MIB=60
-mkdir -p wheels
-"$PYTHON" -m pip download --quiet --no-deps --only-binary :all: --dest wheels --constraint ../../../constraints.txt "$@"
-size=$(du -sm wheels | cut -f1)
-echo "$size MiB in $PWD/wheels"
-if [ "$size" -gt $LIMIT_MIB ]; then
+[ $# -gt 0 ] || set -- faiss-cpu lpips open_clip_torch ftfy wcwidth diffusers importlib_metadata torch-fidelity braceexpand
+PYTHON=${PYTHON:-python3} TARGET=${TARGET:-3.12} LIMIT_MIB=60
+rm -rf wheels
+platforms=()
+for glibc in 2_28 2_27 2_24 2_17; do
+    platforms+=(--platform "manylinux_${glibc}_x86_64")
+done
+"$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest wheels \
+    --python-version "$TARGET" --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 \
+    --constraint ../../../constraints.txt "$@"
+kib=$(du -sk wheels | cut -f1)
+echo "$(((kib + 1023) / 1024)) MiB in $PWD/wheels"
+if [ "$kib" -gt $((LIMIT_MIB * 1024)) ]; then
     echo "error: more than $LIMIT_MIB MiB. Name fewer packages." >&2
     exit 1
 fi
