@@ -86,15 +86,38 @@ def test_same_request_again_opens_the_published_artifact(tmp_path: Path) -> None
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("config", "inputs", "words"),
+    [
+        ({"files": ["a.png", "b.png"]}, {}, "other files: without b.png"),
+        ({"files": ["c.png"]}, {}, "other files: without c.png and with a.png"),
+        ({"files": []}, {}, "other files: with a.png"),
+        ({"files": ["a.png"], "k": 2}, {}, "other settings: k was null, now 2"),
+        ({"files": ["a.png"]}, {"tokenizer": "2" * 64}, "another tokenizer"),
+        ({"files": ["a.png"]}, {"tokenizer": "1" * 64, "codebook": "3" * 64}, "no codebook"),
+    ],
+)
+def test_other_files_and_inputs_are_named_as_their_reader_knows_them(
+    config: dict[str, Any], inputs: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    before = {"tokenizer": "1" * 64}
+    draft = start(tmp_path / "out", "images", {"files": ["a.png"]}, before)
+    assert isinstance(draft, Draft)
+    with draft:
+        draft.publish({})
+    with pytest.raises(ArtifactError, match=rf"out exists and was made with {words}\. Choose another --out"):
+        start(tmp_path / "out", "images", config, inputs or before)
+
+
 def test_another_request_is_refused_with_the_first_difference(tmp_path: Path) -> None:
     publish(tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"config\.nested\.a was 1, now 2"):
+    with pytest.raises(ArtifactError, match=r"settings: nested\.a was 1, now 2"):
         start(tmp_path / "out", "codebook", {"k": 3, "nested": {"a": 2}}, INPUTS)
-    with pytest.raises(ArtifactError, match=r"inputs\.images was"):
+    with pytest.raises(ArtifactError, match=r"out exists and was made with other images\. Choose"):
         start(tmp_path / "out", "codebook", CONFIG, {"images": "1" * 64})
     with begin(tmp_path / "two") as draft, draft.write("a.bin") as path:
         path.write_bytes(b"a")
-    with pytest.raises(ArtifactError, match=r"was started with other settings: config\.k was 3, now 4"):
+    with pytest.raises(ArtifactError, match=r"was started with other settings: k was 3, now 4"):
         start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
 
 
@@ -153,7 +176,7 @@ def test_other_images_are_refused_with_what_to_do(tmp_path: Path) -> None:
         draft.publish({})
     with pytest.raises(ArtifactError, match=rf"out exists and was made with {changed}{remedy}\.$"):
         start(out, "tokens", CONFIG, after)
-    with pytest.raises(ArtifactError, match=r"config\.k was 3, now 4"):
+    with pytest.raises(ArtifactError, match=r"settings: k was 3, now 4"):
         start(out, "tokens", CONFIG | {"k": 4}, after)
 
 

@@ -44,7 +44,7 @@ def test_publishes_features_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run(out, pool=4, batch_size=3)  # the batch size does not change the request
     assert "already published" in capsys.readouterr().err
     assert (out / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(ArtifactError, match=r"config.pool was 4, now 2"):
+    with pytest.raises(ArtifactError, match=r"settings: pool was 4, now 2"):
         run(out, pool=2)
 
 

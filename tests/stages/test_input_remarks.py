@@ -95,7 +95,7 @@ def test_equal_keys_of_shards_are_said_and_made_distinct_on_request(
     assert "duplicate_keys" not in distinct.facts
     keys = pq.read_table(distinct.file("tokens-00000.parquet"))["key"].to_pylist()
     assert keys == [f"{name}/{number}" for name in "ab" for number in range(3)]
-    with pytest.raises(ArtifactError, match=r"made with other settings: config.key_prefix"):
+    with pytest.raises(ArtifactError, match=r"made with other settings: key_prefix"):
         tokenize(images, tokenizer, tmp_path / "equal", key_prefix="shard", **OPTIONS)
 
 

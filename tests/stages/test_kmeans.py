@@ -45,9 +45,9 @@ def test_publishes_a_codebook_once(vectors: Path, tmp_path: Path, capsys: pytest
     kmeans([vectors], out, k=16, iterations=5, device="cpu")
     assert "already published" in capsys.readouterr().err
     kmeans([vectors], out, k=16, iterations=5, device="cpu", overrides=["kmeans.gpu_share=0"])
-    with pytest.raises(ArtifactError, match=r"config.k was 16, now 17"):
+    with pytest.raises(ArtifactError, match=r"settings: k was 16, now 17"):
         kmeans([vectors], out, k=17, iterations=5, device="cpu")
-    with pytest.raises(ArtifactError, match=r"config.seed was 0, now 1"):
+    with pytest.raises(ArtifactError, match=r"settings: seed was 0, now 1"):
         kmeans([vectors], out, k=16, iterations=5, device="cpu", seed=1)
 
 

@@ -57,6 +57,10 @@ SKIPPED = "skipped.parquet"
 """The list of the images that could not be used; it is written where there are any."""
 IMAGE_ROLES = ("images", "source", "validation", "reference")
 """The roles of inputs that can be images."""
+LISTS = {"files": "files", "compare": "reports"}
+"""Key of a config that lists names -> what they are."""
+NAMED = 3
+"""Names of a list that a message has."""
 
 
 def start(
@@ -193,7 +197,7 @@ class Draft:
                     f"Choose another {self.option}, or restore those files",
                 )
             raise ArtifactError(
-                f"{path} exists and was made with other settings: {difference(before, after)}",
+                f"{path} exists and was made with {difference_in_words(before, after)}",
                 f"Choose another {self.option}",
             )
 
@@ -232,8 +236,8 @@ class Draft:
                 + (raised if (self.path / SKIPPED).exists() else ""),
             )
         raise ArtifactError(
-            f"{self.path} was started with other settings: {difference(before, after)}",
-            f"Finish it with those settings, delete it, or choose another {self.option}",
+            f"{self.path} was started with {difference_in_words(before, after)}",
+            f"Finish it with those, delete it, or choose another {self.option}",
         )
 
     def record_environment(self) -> None:
@@ -381,6 +385,33 @@ def compared(request: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in without_tolerance(request["config"]).items()
     }
     return {**request, "config": config}
+
+
+def difference_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The first difference of two requests, after "made with": `other settings: train.steps was 100, now 200`."""
+    if before["kind"] == after["kind"] and before["config"] == after["config"]:
+        inputs, now = before["inputs"], after["inputs"]
+        role = next((each for each in sorted({*inputs, *now}) if inputs.get(each) != now.get(each)), "")
+        if role in inputs and role in now:
+            return f"{'other' if role.endswith('s') else 'another'} {role}"
+        if role:
+            return f"{'a' if role in inputs else 'no'} {role}"
+    for key, noun in LISTS.items():
+        names, now_named = before["config"].get(key), after["config"].get(key)
+        if isinstance(names, list) and isinstance(now_named, list) and names != now_named:
+            new, gone = (
+                [each for each in now_named if each not in names],
+                [each for each in names if each not in now_named],
+            )
+            parts = [f"without {listed(new)}"] * bool(new) + [f"with {listed(gone)}"] * bool(gone)
+            return f"other {noun}: {' and '.join(parts) or 'in another order'}"
+    return f"other settings: {difference(before, after).removeprefix('config.')}"
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def without_tolerance(table: Mapping[str, Any]) -> dict[str, Any]:
