@@ -7,6 +7,7 @@ import typer
 
 from stages import console
 from stages.console import AutoencoderPath, Device, Out, Seed
+from vqpipe.words import counted
 
 MOST_ROWS = 20
 """Files whose numbers are printed."""
@@ -68,16 +69,18 @@ def reconstruct(
         from vqpipe.evaluation.image_files import find_files, image_sizes, png_names, reconstruct_files, result_files
         from vqpipe.files import hash_file
         from vqpipe.reports.reconstructions import numbers_table
-        from vqpipe.tiling import check_memory, check_norms, check_tile
+        from vqpipe.tiling import check_memory, check_norms, check_tile, num_tiles
 
         autoencoder = open_autoencoder(tokenizer, torch_device)
         for k in prefixes:
             autoencoder.check_groups(k)
-        check_tile(tile, overlap, autoencoder.downsample_factor)
+        factor = autoencoder.downsample_factor
+        side = check_tile(tile, overlap, factor)
         if shared_norms:
             check_norms(autoencoder)
         named = png_names(find_files(files))
-        check_memory(autoencoder, image_sizes(list(named.values())), tile, overlap, len(prefixes))
+        sizes = image_sizes(list(named.values()))
+        check_memory(autoencoder, sizes, tile, overlap, len(prefixes))
         recorded = prefixes if len(prefixes) > 1 else prefixes[0]
         config = {"files": list(named), "groups": recorded, "tile": tile, "overlap": overlap}
         config |= {"shared_norms": True} if shared_norms else {}
@@ -85,6 +88,11 @@ def reconstruct(
         draft = artifacts.start(out, "images", config, {"tokenizer": autoencoder.source, **inputs})
         if isinstance(draft, artifacts.Artifact):
             return console.finished(draft, again=True)
+        if tiles := [number for size in sizes if (number := num_tiles(*size, tile, overlap, factor)) > 1]:
+            console.say(
+                f"in tiles: {len(tiles):,} of {counted(len(named), 'images')}, {sum(tiles):,} tiles of up to {side} x "
+                f"{side} pixels, blended where they overlap by {overlap}"
+            )
         with draft, console.ProgressBar() as progress:
             facts = reconstruct_files(
                 draft,

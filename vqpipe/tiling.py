@@ -362,6 +362,13 @@ def mirrored(length: int, factor: int) -> Tensor:
     return torch.cat([torch.arange(length), extra])
 
 
+def num_tiles(height: int, width: int, tile: int, overlap: int, factor: int) -> int:
+    """Tiles in which `reconstruct_any_size` processes an image of H x W pixels; 1: the whole image at once."""
+    tile = check_tile(tile, overlap, factor)
+    rows, columns = (list(spans(len(mirrored(side, factor)), tile, overlap)) for side in (height, width))
+    return len(rows) * len(columns)
+
+
 def spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
     """Intervals [start, stop) of at most `tile` that cover `length`, where neighbors share at least `overlap`."""
     start = 0

@@ -199,10 +199,15 @@ def test_continuous_autoencoder_is_accepted_without_groups(tiny_vae: Path, tmp_p
         reconstruct([file], tokenizer=tiny_vae, out=tmp_path / "other", groups="1", device="cpu")
 
 
-def test_tile_and_overlap_options(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+def test_tile_and_overlap_options(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
     pixels = draw(file, 40, 64)
     reconstruct([file], tokenizer=path, out=tmp_path / "out", tile=32, overlap=0, device="cpu")
+    assert "in tiles: 1 of 1 image, 4 tiles of up to 32 x 32 pixels" in capsys.readouterr().err
+    reconstruct([file], tokenizer=path, out=tmp_path / "whole", device="cpu")
+    assert "in tiles" not in capsys.readouterr().err
     published = open_artifact(tmp_path / "out", "images")
     assert (published.manifest.config["tile"], published.manifest.config["overlap"]) == (32, 0)
     shown = np.asarray(Image.open(published.file("photo.png")))[:, 68:]
