@@ -144,10 +144,14 @@ def test_several_sets_make_one_table_with_the_best_of_each_column_marked() -> No
 
 def test_different_tokenizers_have_distinct_names() -> None:
     same = [evaluated("a"), evaluated("a")]
-    assert [each.name for each in distinct(same, ["x", "y"])] == ["x", "y"]
+    by_report = distinct(same, ["x", "y"])
+    assert [each.name for each in by_report] == ["x", "y"]
+    assert measure_table(groups_of(by_report)[0], MEASURES[:1], "").header[0] == "report"
     assert [each.name for each in distinct(same, ["x", "x"])] == ["1: a", "2: a"]
     two_sets = [evaluated("a"), evaluated("b"), evaluated("a", "faces")]
-    assert [each.name for each in distinct(two_sets, ["x", "y", "z"])] == ["a", "b", "a"]
+    by_tokenizer = distinct(two_sets, ["x", "y", "z"])
+    assert [each.name for each in by_tokenizer] == ["a", "b", "a"]
+    assert measure_table(groups_of(by_tokenizer)[0], MEASURES[:1], "").header[0] == "tokenizer"
 
 
 def test_capacity_is_given_where_a_tokenizer_has_groups() -> None:

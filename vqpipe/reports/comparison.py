@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
@@ -262,14 +262,17 @@ def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str
     A tokenizer that occurs twice in a group, as with the same report given twice, counts as two.
     """
     names = [each.name for each in evaluations]
+    named_by: Literal["tokenizer", "report"] = "tokenizer"
     tokenizers = [tokenizer_of(each) for each in evaluations]
     if any(len({tokenizers[place] for place, _ in group}) < len(group) for group in members_by_key(evaluations)):
         tokenizers = list(map(str, range(len(tokenizers))))
     if len(set(names)) < len(set(tokenizers)) and len(set(tokenizers)) == len(set(report_names)) == len(tokenizers):
-        names = list(report_names)
+        names, named_by = list(report_names), "report"
     if len(set(names)) < len(set(tokenizers)):
         names = numbered(names, tokenizers)
-    return [replace(evaluated, name=name) for evaluated, name in zip(evaluations, names, strict=True)]
+    return [
+        replace(evaluated, name=name, named_by=named_by) for evaluated, name in zip(evaluations, names, strict=True)
+    ]
 
 
 def tokenizer_of(evaluated: EvaluationResult) -> str:
@@ -333,7 +336,7 @@ def headline_table(group: Group) -> page.Table:
 
 def measure_table(group: Group, measures: Sequence[Measure], title: str, caption: str = "") -> page.Table:
     """A row per tokenizer: name, codes, capacity where there are groups, and each measure, the best highlighted."""
-    header = ["tokenizer", "codes"]
+    header = [group.members[0].named_by, "codes"]
     labels = [[each.name, code_cell(each.metrics["tokenizer"])] for each in group.members]
     if any((each.metrics["tokenizer"].get("num_groups") or 1) > 1 for each in group.members):
         header.append("capacity, bits")
@@ -374,7 +377,7 @@ def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
         ]
         spans = [("", 1), *((g.images, n) for g in sets if (n := sum(each is g for each, _ in columns)))]
         spans.append(("mean rank", len(ranked)))
-        header = ["tokenizer", *(with_unit(m) for _, m in columns), *(m.label for m in ranked)]
+        header = [sets[0].members[0].named_by, *(with_unit(m) for _, m in columns), *(m.label for m in ranked)]
         titles = [f"{group.title}." for group in sets]
         first = (
             "Each column is of one set of images, its best number highlighted. Mean rank over the sets; 1 is the best."
@@ -411,7 +414,7 @@ def paper_tables(evaluations: Sequence[EvaluationResult]) -> list[page.Section]:
     for protocol in dict.fromkeys(row.protocol for row in found.values()):
         printed = {name: row for name, row in found.items() if row.protocol == protocol}
         measures = [m for m in PRINTED if any(m.key in row.values for row in printed.values())]
-        header = ["tokenizer", "row", *map(with_unit, measures), "changed in this run"]
+        header = [evaluations[0].named_by, "row", *map(with_unit, measures), "changed in this run"]
         rows = [
             [name, f"{row.short}, {row.row}"]
             + [written(m, row.values.get(m.key), unit=False) for m in measures]

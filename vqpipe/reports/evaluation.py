@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,6 +100,8 @@ class EvaluationResult:
     commands: Sequence[str] = ()
     analyses: Sequence[Section] = ()
     """The sections of further analyses on the page."""
+    named_by: Literal["tokenizer", "report"] = "tokenizer"
+    """What `name` is the name of."""
 
     @property
     def is_discrete(self) -> bool:
