@@ -12,7 +12,7 @@ from vqpipe.errors import ConfigError
 if TYPE_CHECKING:
     from vqpipe.artifacts import Artifact
 
-WHAT = "search,kmeans,train,tokenize"
+WHAT = "search,kmeans,train,tokenize,generate"
 
 
 def bench(
@@ -29,12 +29,16 @@ def bench(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Measure a GPU: an error where there is none, but with --quick the CPU.")
+    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
     """Measure the speed of this machine.
 
-    Each subject of --what is measured beside other installed libraries.
+    Each subject of --what is measured beside other installed libraries, and
+    beside the estimates of vqpipe plan.
 
     All methods of a case run in interleaved rounds in one process. The report
     has medians of wall time and CPU time, peak memory and exactness. A method
@@ -45,7 +49,7 @@ def bench(
     machine or version the same --out is refused. To measure again, choose
     another --out.
     """
-    with console.session(device, seed) as torch_device:
+    with console.session("cuda" if gpu and not quick else device, seed) as torch_device:
         from stages import recipe
         from vqpipe import artifacts, benchmarks, distributed
 
@@ -61,16 +65,17 @@ def bench(
         if isinstance(draft, artifacts.Artifact):
             console.say(f"measured {draft.manifest.provenance['finished']}; to measure again, choose another --out")
             return finished(draft, as_json, again=True)
-        measured = recipe.load_tokenizer(benchmarks.preset_of(settings))
+        presets, generator = benchmarks.presets_of(settings)
+        tokenizers = {preset: recipe.load_tokenizer(preset) for preset in presets}
         with draft, console.ProgressBar() as progress:
-            artifact = benchmarks.run(draft, subjects, settings, measured, progress)
+            artifact = benchmarks.run(draft, subjects, settings, tokenizers, recipe.load_generator(generator), progress)
         show_tables(artifact)
         return finished(artifact, as_json)
 
 
 def show_tables(artifact: "Artifact") -> None:
     """Print a table per case, and the reasons of what was not measured."""
-    from vqpipe.reports.benchmark import case_table, machine_line
+    from vqpipe.reports.benchmark import case_table, estimate_table, machine_line
 
     metrics = json.loads(artifact.file("metrics.json").read_text(encoding="utf-8"))
     console.say(machine_line(metrics))
@@ -81,6 +86,8 @@ def show_tables(artifact: "Artifact") -> None:
             console.say(table.caption)
             for name, reason in case["not_run"].items():
                 console.say(f"not measured: {name}: {reason}")
+    if table := estimate_table(metrics):
+        console.show_table(table)
 
 
 def finished(artifact: "Artifact", as_json: bool, again: bool = False) -> None:

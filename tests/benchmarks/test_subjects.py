@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages import recipe
-from vqpipe.benchmarks import job, kmeans, search, step_and_encode, timing
+from vqpipe.benchmarks import generation, job, kmeans, planned, search, step_and_encode, timing
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.benchmarks.timing import Case, Samples, Settings, Unavailable
 from vqpipe.data.transforms import to_float
@@ -139,7 +139,7 @@ def test_inertia_is_the_mean_squared_distance_to_the_nearest_center() -> None:
 @pytest.mark.slow
 def test_the_training_step_is_measured_at_both_codebook_sizes_beside_the_released_step() -> None:
     settings = Settings(device=CPU, rounds=1, quick=True)
-    (case,) = measured(step_and_encode.train_cases(settings, job.PRESET, training()))
+    (case,) = measured(step_and_encode.train_cases(settings, {job.PRESET: training()}))
     names = ["vqpipe, K = 100", "vqpipe, K = 2,000", "released step, K = 100", "released step, K = 2,000"]
     assert [row.name for row in case.rows] == names
     small, large, _, released = (row.wall_ms for row in case.rows)
@@ -151,7 +151,7 @@ def test_the_training_step_is_measured_at_both_codebook_sizes_beside_the_release
 @pytest.mark.slow
 def test_without_memory_for_its_matrices_the_released_step_is_left_out() -> None:
     settings = Settings(device=CPU, rounds=1, quick=True, memory=0.001)
-    (case,) = measured(step_and_encode.train_cases(settings, job.PRESET, training()))
+    (case,) = measured(step_and_encode.train_cases(settings, {job.PRESET: training()}))
     reason = "3 matrices of 128 x 2,000 take 0.00307 GB, the budget is 0.001 GB"
     assert case.not_run == {"released step, K = 2,000": reason}
     assert "released step, K = 100" in {row.name for row in case.rows}
@@ -218,6 +218,24 @@ def test_encoding_gives_the_ids_of_a_float64_search() -> None:
     for case in measured(step_and_encode.tokenize_cases(SETTINGS, training())):
         assert [(row.name, row.same_ids) for row in case.rows] == [("vqpipe", 1.0), ("naive search", 1.0)]
         assert case.facts["checked_vectors"] == case.settings["vectors"]
+
+
+def test_images_are_sampled_and_decoded() -> None:
+    generator = recipe.load_generator(job.GENERATOR)
+    (case,) = measured(generation.cases(SETTINGS, job.GENERATOR, generator, training()))
+    assert case.title == "images from a generator: preset gpt-tiny, 64 tokens, batch 2"
+    assert [row.name for row in case.rows] == ["vqpipe"]
+
+
+def test_the_memory_of_an_estimate_is_that_above_what_is_allocated() -> None:
+    vectors, codes = torch.randn(300, 8), torch.randn(500, 8)
+    found = planned.planned_search(vectors, codes)
+    assert found["planned_mb"] == pytest.approx(300 * 8 / 1e6)  # the ids
+    assert found["planned_ms"] > 0
+    config = step_and_encode.with_codes(training().model, 100)
+    model = step_and_encode.build(config, 64, CPU, seed=0)
+    few, many = (planned.planned_encoding(config, 64, batch, SETTINGS, model)["planned_mb"] for batch in (2, 4))
+    assert 0 < few < many < 3 * few
 
 
 def test_a_network_with_random_weights_uses_its_codebook() -> None:

@@ -8,6 +8,7 @@ from vqpipe.reports import page
 from vqpipe.reports.benchmark import (
     benchmark_page,
     case_table,
+    estimate_table,
     factor,
     facts_of,
     method_table,
@@ -93,6 +94,22 @@ def test_the_summary_is_a_sentence_and_numbers_also_of_quick_sizes() -> None:
     assert isinstance(first, page.Numbers)
     assert [(number.label, number.value) for number in first.numbers] == [("training", "40"), ("search", "24.8x")]
     assert benchmark_page(benchmark(), "vqpipe bench").subtitle == "Measured on A CPU, 2 threads on 2 CPUs (AVX2)."
+
+
+def test_estimates_are_beside_what_was_measured() -> None:
+    steps = [row("K = 1", 30, extra={"planned_ms": 20.0, "planned_mb": 8.0}, peak_mb=9.0)]
+    steps += [row("K = 2", 30, extra={"planned_ms": 40.0}), row("released", 90, 3.0)]
+    measured = benchmark(train=[case("step", *steps, unit="images")])
+    table = estimate_table(measured)
+    assert table is not None
+    assert [list(cells) for cells in table.rows] == [
+        ["Step, K = 1", "20", "30", "1.50x", "8", "9"],
+        ["Step, K = 2", "40", "30", "0.75x", "–", "–"],
+    ]
+    shown = benchmark_page(measured, "vqpipe bench")
+    assert "training steps: 0.75x to 1.50x the estimated time." in shown.subtitle
+    assert "Estimates of vqpipe plan" in page.render(shown)
+    assert estimate_table(benchmark(search=SEARCH)) is None
 
 
 def test_methods_are_listed_once() -> None:

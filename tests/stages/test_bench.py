@@ -114,6 +114,14 @@ def test_an_unknown_subject_is_one_line_with_the_choices(tmp_path: Path, what: s
     assert not (tmp_path / "bench").exists()
 
 
+def test_a_gpu_is_required_unless_quick(fast: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device on this machine"):
+        bench(out=tmp_path / "full", what="search", gpu=True)
+    bench(**fast["options"] | {"gpu": True, "device": "auto"})
+    assert open_artifact(fast["options"]["out"], "report").facts["device"] == "cpu"
+
+
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="measures one process, not 2"):

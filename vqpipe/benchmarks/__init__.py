@@ -1,4 +1,5 @@
-"""What this machine does per second, beside other libraries: search, k-means, training step, encoding.
+"""What this machine does per second, beside other libraries and the estimates of `vqpipe plan`: search, k-means,
+training steps, encoding, generation.
 
 `metrics.json` of a benchmark, which `vqpipe bench --json` prints:
 
@@ -8,8 +9,8 @@
     subjects   subject -> list of cases: the fields of `timing.Case`, and of `timing.Measurement` in its `rows`
 """
 
-from vqpipe.benchmarks.job import free_memory, parse_subjects, preset_of, request, run
+from vqpipe.benchmarks.job import free_memory, parse_subjects, presets_of, request, run
 from vqpipe.benchmarks.timing import Settings
 from vqpipe.reports.benchmark import SUBJECTS
 
-__all__ = ["SUBJECTS", "Settings", "free_memory", "parse_subjects", "preset_of", "request", "run"]
+__all__ = ["SUBJECTS", "Settings", "free_memory", "parse_subjects", "presets_of", "request", "run"]

@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.benchmarks import kmeans, search, step_and_encode
+from vqpipe.benchmarks import generation, kmeans, search, step_and_encode
 from vqpipe.benchmarks.timing import Case, Settings
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
+from vqpipe.generation.train import GeneratorRecipe
 from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import git_commit, versions
 from vqpipe.reports import page
@@ -27,8 +28,11 @@ from vqpipe.training.tokenizer_run import TokenizerRecipe
 
 PACKAGES = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "triton", "flash-kmeans")
 """Packages whose versions the numbers depend on."""
-PRESET, CUDA_PRESET = "smoke", "vqgan-lc-f16-100k"
-"""Presets whose network is measured."""
+PRESET = "smoke"
+CUDA_PRESETS = ("vqgan-lc-f16-100k", "mgvq-f16-g4")
+"""Presets of tokenizers whose training step is measured; the first also encodes, and decodes a generator's samples."""
+GENERATOR, CUDA_GENERATOR = "gpt-tiny", "gpt-404m"
+"""Presets of the generator."""
 MAX_MEMORY = 8.0
 """Default budget on a CPU, 10^9 bytes; less where less than twice that is free."""
 BUSY = 0.5
@@ -59,9 +63,10 @@ def free_memory(device: torch.device) -> float:
     return round(min(MAX_MEMORY, 0.5 * available_bytes() / 1e9), 1) or 0.1
 
 
-def preset_of(settings: Settings) -> str:
-    """The preset to measure."""
-    return CUDA_PRESET if settings.device.type == "cuda" and not settings.quick else PRESET
+def presets_of(settings: Settings) -> tuple[tuple[str, ...], str]:
+    """The presets of tokenizers to measure, and that of the generator."""
+    full = settings.device.type == "cuda" and not settings.quick
+    return (CUDA_PRESETS, CUDA_GENERATOR) if full else ((PRESET,), GENERATOR)
 
 
 def request(subjects: Sequence[str], settings: Settings) -> dict[str, Any]:
@@ -77,19 +82,26 @@ def request(subjects: Sequence[str], settings: Settings) -> dict[str, Any]:
 
 
 def run(
-    draft: Draft, subjects: Sequence[str], settings: Settings, recipe: TokenizerRecipe, progress: Progress = SILENT
+    draft: Draft,
+    subjects: Sequence[str],
+    settings: Settings,
+    tokenizers: Mapping[str, TokenizerRecipe],
+    generator: GeneratorRecipe,
+    progress: Progress = SILENT,
 ) -> Artifact:
     """Measure case by case, and publish `metrics.json` and the page. Finished cases are kept in the draft: a run that
     was interrupted continues at the next case.
 
     Args:
-        recipe: the preset `preset_of(settings)`.
+        tokenizers, generator: the presets of `presets_of(settings)`.
     """
+    first, (_, preset) = next(iter(tokenizers.values())), presets_of(settings)
     cases: dict[str, list[Callable[[Progress], Case]]] = {
         "search": search.cases(settings),
         "kmeans": kmeans.cases(settings),
-        "train": step_and_encode.train_cases(settings, preset_of(settings), recipe),
-        "tokenize": step_and_encode.tokenize_cases(settings, recipe),
+        "train": step_and_encode.train_cases(settings, tokenizers),
+        "tokenize": step_and_encode.tokenize_cases(settings, first),
+        "generate": generation.cases(settings, preset, generator, first),
     }
     if warning := busy_warning():
         progress.message(warning)

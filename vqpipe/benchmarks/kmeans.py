@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqpipe.benchmarks.planned import planned_iteration
 from vqpipe.benchmarks.search import faiss_defaults, faiss_gpu_module, faiss_settings
 from vqpipe.benchmarks.timing import Case, Method, Samples, Settings, available, measure, measurements, need, version_of
 from vqpipe.codebooks.features import FeatureSet
@@ -77,6 +78,8 @@ def time_iteration(settings: Settings, num_points: int, dim: int, k: int, progre
     for row in case.rows:
         row.extra["inertia"] = reached[row.name]
         row.extra["inertia_ratio"] = reached[row.name] / reached[REFERENCE] if REFERENCE in reached else None
+        if row.ours:
+            row.extra.update(planned_iteration(num_points, dim, k, settings))
     return case
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vqpipe import search
+from vqpipe.benchmarks.planned import planned_search
 from vqpipe.benchmarks.timing import (
     Case,
     Method,
@@ -60,6 +61,7 @@ def time_search(settings: Settings, num_vectors: int, num_codes: int, dim: int, 
     truth = reference_ids(vectors[:CHECKED], codes)
     case.facts = {"checked_vectors": len(truth)}
     case.rows = measurements(methods, samples, settings, num_vectors, partial(share_equal, truth))
+    case.rows[0].extra.update(planned_search(vectors, codes))
     return case
 
 

@@ -1,12 +1,13 @@
-"""Subjects that run a network: the training step and `Tokenizer.encode`, of a preset with a frozen codebook.
+"""Subjects that run a network: the training step and `Tokenizer.encode`.
 
-A training step is timed at a small and a large codebook size, beside the released step of VQGAN-LC. It is the training
-loop itself, on images in memory, with the discriminator from the first step on, as in most steps of a run, and without
-LPIPS, whose weights are not included.
+A training step of a preset with a frozen codebook is timed at a small and a large codebook size, beside the released
+step of VQGAN-LC; of others (no training code of MGVQ is released) as it is. It is the training loop itself, on images
+in memory, with the discriminator from the first step on, as in most steps of a run, and without LPIPS, whose weights
+are not included.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vqpipe.benchmarks.planned import Planned, planned_encoding, planned_step
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.benchmarks.search import CHECKED, MATRICES, expansion, need_matrices, reference_ids, share_equal
 from vqpipe.benchmarks.timing import (
@@ -35,7 +37,7 @@ from vqpipe.losses.objective import Objective
 from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.progress import Progress
 from vqpipe.quantizers.base import to_rows
-from vqpipe.quantizers.lc import LcConfig
+from vqpipe.quantizers.lc import FrozenCodebookQuantizer, LcConfig
 from vqpipe.search import engine_name
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.loop import train
@@ -45,35 +47,44 @@ from vqpipe.training.tokenizer_task import TokenizerTask
 TRAIN_SIZES, QUICK_TRAIN_SIZES = (1000, 100_000), (100, 2000)
 """Codebook sizes of the training step, the small one first."""
 TOKENIZE_SIZES, QUICK_TOKENIZE_SIZES = (1000, 16_384, 100_000), (100, 2000)
-STEPS = 2
+STEPS, CUDA_STEPS = 2, 10
 """Training steps a call."""
 WHITEN_IMAGES = 16
 
 
-def train_cases(settings: Settings, preset: str, recipe: TokenizerRecipe) -> list[Callable[[Progress], Case]]:
-    """One case, with both codebook sizes in the same rounds."""
-    return [partial(time_training_step, settings, preset, recipe)]
+def train_cases(settings: Settings, recipes: Mapping[str, TokenizerRecipe]) -> list[Callable[[Progress], Case]]:
+    """A case per preset, with both codebook sizes in the same rounds."""
+    return [partial(time_training_step, settings, preset, recipe) for preset, recipe in recipes.items()]
 
 
 def time_training_step(settings: Settings, preset: str, recipe: TokenizerRecipe, progress: Progress) -> Case:
-    """Our training step at both codebook sizes, and the released one."""
+    """Our training step, with a frozen codebook at both sizes and beside the released step."""
     on_gpu = settings.device.type == "cuda"
     batch = 2 if settings.quick else 32 if on_gpu else recipe.train.global_batch_size
     title = f"training step: preset {preset}, {recipe.data.image_size} px, batch {batch}"
-    sizes, steps = (QUICK_TRAIN_SIZES, 1) if settings.quick else (TRAIN_SIZES, STEPS)
+    steps = 1 if settings.quick else CUDA_STEPS if on_gpu else STEPS
     images = photographs(batch, recipe.data.image_size)
-    sides = {"image_size": recipe.data.image_size, "batch": batch, "codebook_sizes": list(sizes), "steps": steps}
+    sides = {"image_size": recipe.data.image_size, "batch": batch, "steps": steps}
     case = Case(title, "images", sides)
-    runs = [MeasuredTraining(settings, recipe, k, images, steps) for k in sizes]
+    if isinstance(recipe.model.quantizer, LcConfig):
+        sizes = case.settings["codebook_sizes"] = list(QUICK_TRAIN_SIZES if settings.quick else TRAIN_SIZES)
+        recipes = [replace(recipe, model=with_codes(recipe.model, k)) for k in sizes]
+    else:
+        recipes = [recipe]
+    runs = [MeasuredTraining(settings, each, images, steps) for each in recipes]
     methods = [run.ours() for run in runs]
-    methods += available({run.released_name: run.released for run in runs}, case)
+    if len(runs) > 1:
+        methods += available({run.released_name: run.released for run in runs}, case)
     samples = measure(methods, case, settings, progress)
     case.rows = [per_step(row, steps) for row in measurements(methods, samples, settings, batch * steps)]
-    rows = {row.name: row for row in case.rows}
-    small, large = (rows[run.name] for run in runs)
-    case.facts = ratio_facts("cost_of_k", large, small)
-    if released := rows.get(runs[-1].released_name):
-        case.facts |= ratio_facts("over_released", released, large)
+    for run, row in zip(runs, case.rows, strict=False):
+        row.extra.update(run.planned())
+    if len(runs) > 1:
+        rows = {row.name: row for row in case.rows}
+        small, large = (rows[run.name] for run in runs)
+        case.facts = ratio_facts("cost_of_k", large, small)
+        if released := rows.get(runs[-1].released_name):
+            case.facts |= ratio_facts("over_released", released, large)
     return case
 
 
@@ -88,11 +99,10 @@ def per_step(row: Measurement, steps: int) -> Measurement:
 
 
 class MeasuredTraining:
-    """Training with codebook size K, `steps` steps a call, continued from call to call."""
+    """Training of a recipe, `steps` steps a call, continued from call to call."""
 
-    def __init__(self, settings: Settings, recipe: TokenizerRecipe, k: int, images: Tensor, steps: int) -> None:
-        self.settings, self.steps, self.k, self.images = settings, steps, k, images
-        self.name, self.released_name = f"vqpipe, K = {k:,}", f"released step, K = {k:,}"
+    def __init__(self, settings: Settings, recipe: TokenizerRecipe, images: Tensor, steps: int) -> None:
+        self.settings, self.steps, self.images = settings, steps, images
         self.config = replace(
             recipe.train,
             steps=steps,
@@ -103,12 +113,15 @@ class MeasuredTraining:
             sample_every=steps,
         )
         device = settings.device
-        self.model = build(with_codes(recipe.model, k), recipe.data.image_size, device, settings.seed)
+        self.model = build(recipe.model, recipe.data.image_size, device, settings.seed)
+        self.k = self.model.quantizer.codebook_size
+        self.name, self.released_name = f"vqpipe, K = {self.k:,}", f"released step, K = {self.k:,}"
         self.discriminator = PatchDiscriminator(recipe.discriminator).to(device)
         if device.type == "cuda":
             self.discriminator.to(memory_format=torch.channels_last)
         objective = replace(recipe.objective, disc_start=0, lpips=0.0, perceptual="none")
         self.objective = Objective(objective, self.model.quantizer.loss_names).to(device)
+        self.recipe = replace(recipe, train=self.config, objective=objective)
         side = recipe.data.image_size // self.model.downsample_factor
         self.num_vectors = len(images) * self.model.quantizer.layout(side, side).num_tokens
 
@@ -129,6 +142,10 @@ class MeasuredTraining:
 
         note = "VQGAN-LC's, in float32"
         return Method(name=self.released_name, call=call, version=version_of("torch"), baseline=self.name, note=note)
+
+    def planned(self) -> Planned:
+        """The estimates of a step."""
+        return planned_step(self.recipe, self.settings, self.model, self.discriminator)
 
     def train(self) -> None:
         """The training loop, with new optimizers, and without a checkpoint."""
@@ -185,6 +202,7 @@ def time_encoding(
     truth = reference_ids(vectors()[:CHECKED], model.quantizer.codebook())
     case.facts = {"checked_vectors": len(truth)}
     case.rows = measurements(methods, samples, settings, batch, partial(share_equal, truth))
+    case.rows[0].extra.update(planned_encoding(with_codes(recipe.model, k), size, batch, settings, model))
     return case
 
 
@@ -209,8 +227,8 @@ def build(config: AutoencoderConfig, image_size: int, device: torch.device, seed
     """
     torch.manual_seed(seed)
     model = build_autoencoder(config)
-    assert isinstance(config.quantizer, LcConfig)
-    model.quantizer.load_codebook(torch.randn(config.quantizer.codebook_size, config.quantizer.feature_dim))
+    if isinstance(model.quantizer, FrozenCodebookQuantizer) and not model.quantizer.loaded:
+        model.quantizer.load_codebook(torch.randn_like(model.quantizer.codes))
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     model.to(device)

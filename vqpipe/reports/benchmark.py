@@ -18,6 +18,7 @@ SUBJECTS = {
     "kmeans": "k-means",
     "train": "Training step",
     "tokenize": "Images to ids",
+    "generate": "Images from a generator",
 }
 """Name -> heading, in the order of the page."""
 
@@ -124,8 +125,32 @@ def method_table(subject: str, cases: Sequence[Json]) -> page.Table:
     return page.Table(title, METHOD_HEADER, list(dict.fromkeys(rows)), folded=True, prose=METHOD_HEADER[1:])
 
 
+def estimate_table(metrics: Json) -> page.Table | None:
+    """The estimates of `vqpipe plan` beside what was measured; None where nothing was estimated."""
+    rows = []
+    for case, row in estimated(metrics):
+        planned, measured = row["extra"].get("planned_mb"), row["peak_mb"]
+        memory = ["–" if value is None else number(value) for value in (planned, measured)]
+        times = [number(row["extra"]["planned_ms"]), number(row["wall_ms"]), factor(over_planned(row))]
+        rows.append([f"{case['title'][:1].upper()}{case['title'][1:]}, {row['name']}", *times, *memory])
+    header = ["", "planned, ms", "measured, ms", "measured / planned", "planned, MB", "measured, MB"]
+    caption = "Peaks of memory are those above what is allocated before the call."
+    return page.Table("Estimates of vqpipe plan", header, rows, caption) if rows else None
+
+
+def estimated(metrics: Json) -> list[tuple[Json, Json]]:
+    """The cases and measurements with an estimated time."""
+    cases = [case for cases in metrics["subjects"].values() for case in cases]
+    return [(case, row) for case in cases for row in case["rows"] if row["extra"].get("planned_ms")]
+
+
+def over_planned(row: Json) -> float:
+    """The measured time of a measurement over its estimate."""
+    return float(row["wall_ms"] / row["extra"]["planned_ms"])
+
+
 def headline_numbers(metrics: Json) -> list[page.Number]:
-    """Training speed, and the search and k-means beside faiss's own."""
+    """Training speed, the search and k-means beside faiss's own, and how far the estimates of training are off."""
     subjects = metrics["subjects"]
     numbers = []
     for case in subjects.get("train", [])[:1]:
@@ -141,6 +166,15 @@ def headline_numbers(metrics: Json) -> list[page.Number]:
         rate = next((row["rate"] for row in case["rows"] if row["ours"]), None)
         if rate is not None:
             numbers.append(page.Number("images to ids", number(rate), "images/s", case["title"]))
+    for case in subjects.get("generate", [])[:1]:
+        rate = next((row["rate"] for row in case["rows"] if row["ours"]), None)
+        if rate is not None:
+            numbers.append(page.Number("generation", number(rate), "images/s", case["title"]))
+    steps = [over_planned(row) for case, row in estimated(metrics) if case in subjects.get("train", [])]
+    if steps:
+        low, high = factor(min(steps)), factor(max(steps))
+        span = low if low == high else f"{low} to {high}"
+        numbers.append(page.Number("training steps", span, "the estimated time", "estimated by vqpipe plan"))
     return numbers
 
 
@@ -168,6 +202,8 @@ def benchmark_page(metrics: Json, command: str, footer: str = "") -> page.Report
         if drawn := [time_plot(case) for case in cases if len(case["rows"]) > 1]:
             sections.append(page.Plots(f"{SUBJECTS[subject]}: times", drawn))
         sections.append(method_table(subject, cases))
+    if table := estimate_table(metrics):
+        sections.append(table)
     if missing := reasons(metrics):
         sections.append(page.Reasons("Not measured", missing))
     names = ("machine", "settings", "versions")
@@ -195,7 +231,7 @@ def facts_of(metrics: Json) -> dict[str, float]:
         "search_over_naive": smallest_ratio(search, "naive expansion"),
         "search_over_faiss_tuned": smallest_ratio(search, "faiss tuned"),
         "kmeans_over_faiss": smallest_ratio(kmeans, "faiss"),
-        "cost_of_k": next((case["facts"]["cost_of_k"] for case in train), None),
+        "cost_of_k": next((case["facts"].get("cost_of_k") for case in train), None),
         "step_over_released": next((case["facts"].get("over_released") for case in train), None),
         "tokenized_per_s": next(iter(rates), None),
     }
