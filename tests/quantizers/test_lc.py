@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
+from vqpipe.quantizers import lc
 from vqpipe.quantizers import FrozenCodebookQuantizer, LcConfig, build_quantizer
 from vqpipe.search import nearest
 
@@ -96,6 +97,56 @@ def test_standardize_codebook_makes_the_projector_orthogonal() -> None:
     torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-5)
     assert not quantizer.projector[0].bias.any()
     torch.testing.assert_close(quantizer.shift, FEATURES.mean(0))
+
+
+def wide(standardize: bool) -> tuple[FrozenCodebookQuantizer, Tensor]:
+    """A codebook with the sizes of CLIP features, off center, and vectors among its codes: float32[500, 8]."""
+    torch.manual_seed(0)
+    quantizer = build_quantizer(LcConfig(codebook_size=3000, code_dim=8))
+    assert isinstance(quantizer, FrozenCodebookQuantizer)
+    quantizer.load_codebook(torch.randn(3000, 768) * torch.logspace(-2, 0, 768) + torch.randn(768))
+    if standardize:
+        quantizer.standardize_codebook()
+    codes = quantizer.codebook()
+    return quantizer, codes[:500] + 0.5 * codes.std(0) * torch.randn(500, 8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("standardize", [True, False])
+def test_ids_are_those_of_a_float64_projection(
+    standardize: bool, onednn: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lc, "ONEDNN", onednn and lc.ONEDNN)
+    quantizer, vectors = wide(standardize)
+    quantizer.train(training).requires_grad_(training)
+    ids = quantizer(vectors.view(500, 8, 1, 1)).ids.flatten()
+    layer = quantizer.projector[0]
+    centered = (quantizer.codes.double() - quantizer.shift) * quantizer.scale
+    codes = centered @ layer.weight.detach().double().T + layer.bias.detach()
+    distances = torch.cdist(vectors.double(), codes).square()
+    excess = distances.gather(1, ids[:, None])[:, 0] - distances.amin(1)
+    longest = (quantizer.codes * quantizer.scale).norm(dim=1).amax() * layer.weight.norm()
+    assert (excess <= 2**-20 * longest * distances.amax(1).sqrt()).all()  # rounding of a product, times the distance
+    assert (ids == distances.argmin(1)).float().mean() > 0.99
+    assert len(ids.unique()) > 300
+
+
+def test_frozen_weights_project_by_f_linear_and_training_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(*operands: Tensor) -> Tensor:
+        calls.append(len(operands[0]))
+        return F.linear(*operands)
+
+    calls: list[int] = []
+    monkeypatch.setattr(lc, "ONEDNN", True)
+    monkeypatch.setattr(lc, "onednn_linear", counted)
+    quantizer = make()
+    sum(quantizer(LATENT).losses.values()).backward()
+    assert calls == [60]  # the selected codes, which have a gradient, are projected by F.linear
+    quantizer.eval().requires_grad_(False)
+    layer = quantizer.projector[0]
+    assert torch.equal(quantizer.codebook(), F.linear(FEATURES, layer.weight, layer.bias))
+    assert calls == [60]
 
 
 class TestProjectionCache:
