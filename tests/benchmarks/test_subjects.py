@@ -4,15 +4,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages import recipe
-from vqpipe.benchmarks import generation, job, kmeans, planned, search, step_and_encode, timing
+from vqpipe.benchmarks import generation, job, kmeans, planned, quantizer, search, step_and_encode, timing
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.benchmarks.timing import Case, Samples, Settings, Unavailable
 from vqpipe.data.transforms import to_float
@@ -134,6 +135,64 @@ def test_the_time_of_an_iteration_is_the_difference_of_two_runs() -> None:
 def test_inertia_is_the_mean_squared_distance_to_the_nearest_center() -> None:
     points, centers = torch.tensor([[0.0], [2.0], [11.0]]), torch.tensor([[1.0], [10.0]])
     assert kmeans.inertia(points, centers) == pytest.approx(1.0)
+
+
+OURS = ["vqpipe, vq", "vqpipe, ema", "vqpipe, simvq", "vqpipe, lc"]
+PEERS = [f"vector-quantize-pytorch, {kind}" for kind in ("vq", "ema", "simvq", "lc")]
+
+
+def test_without_the_other_package_only_our_quantizers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(module: str) -> Any:
+        raise Unavailable(f"{module} is not installed")
+
+    monkeypatch.setattr(quantizer, "need", absent)
+    (case,) = measured(quantizer.cases(SETTINGS))
+    assert [row.name for row in case.rows] == OURS
+    assert case.not_run == dict.fromkeys(PEERS, "vector_quantize_pytorch is not installed")
+    rows = {row.name: row for row in case.rows}
+    assert case.facts["lc_over_vq"] == pytest.approx(rows["vqpipe, lc"].wall_ms / rows["vqpipe, vq"].wall_ms)
+
+
+class OtherQuantizer(nn.Module):
+    """In place of a class of vector-quantize-pytorch: records its arguments, and replaces no vector."""
+
+    made: list[tuple[Any, ...]] = []  # noqa: RUF012  # of the class
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__()
+        self.made.append((*sizes, options))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, None, Tensor]:
+        assert self.training
+        return latent * self.scale, None, self.scale.square()[None]
+
+
+def test_each_peer_is_compared_with_our_quantizer_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(VectorQuantize=OtherQuantizer, SimVQ=OtherQuantizer)
+    monkeypatch.setattr(quantizer, "need", lambda module: package)
+    monkeypatch.setattr(quantizer, "version_of", lambda *names: names[0])
+    monkeypatch.setattr(OtherQuantizer, "made", [])
+    (case,) = measured(quantizer.cases(SETTINGS))
+    assert [row.name for row in case.rows] == OURS + PEERS
+    walls = [row.wall_ms for row in case.rows]
+    ratios = [row.ratio_wall for row in case.rows[4:]]
+    assert ratios == pytest.approx([peer / ours for ours, peer in zip(walls[:4], walls[4:], strict=True)])
+    assert [arguments[:2] for arguments in OtherQuantizer.made] == [(8, 1000)] * 4
+    assert [arguments[2].get("learnable_codebook", False) for arguments in OtherQuantizer.made[:2]] == [True, False]
+    assert [arguments[2]["frozen_codebook_dim"] for arguments in OtherQuantizer.made[2:]] == [8, 768]
+
+    case = quantizer.time_steps(replace(SETTINGS, memory=0.003), 1000, SILENT)
+    reason = "6 matrices of 256 x 1,000 take 0.00614 GB, the budget is 0.003 GB"
+    assert case.not_run == {PEERS[0]: reason, PEERS[1]: reason}
+
+
+def test_a_measured_step_trains_every_quantizer() -> None:
+    for config in quantizer.configs(50):
+        its = quantizer.started(config, CPU)
+        before = its.codebook().detach().clone()
+        quantizer.ours(config.kind, its, torch.randn(1, 8, 4, 4)).call()
+        assert not torch.equal(its.codebook(), before)
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers import lc
-from vqpipe.quantizers import FrozenCodebookQuantizer, LcConfig, build_quantizer
+from vqpipe.quantizers import FrozenCodebookQuantizer, LcConfig, build_quantizer, lc
 from vqpipe.search import nearest
 
 FEATURES = torch.randn(60, 12, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 12) + 5

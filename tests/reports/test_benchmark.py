@@ -55,6 +55,10 @@ def test_facts_take_the_worst_shape_and_are_absent_for_quick_sizes() -> None:
     facts = {"cost_of_k": 1.07, "cost_of_k_cpu": 1.1, "over_released": 10.2, "over_released_cpu": 9.0}
     found = facts_of(benchmark(train=[case("step", row("vqpipe", 10), unit="images", facts=facts)]))
     assert found == {"cost_of_k": 1.07, "step_over_released": 10.2}
+    ratios = [{"lc_over_vq": wall, "lc_over_vq_cpu": 1.0} for wall in (2.2, 1.9)]
+    steps = [case("step", row("vqpipe, lc", 10), facts=facts) for facts in ratios]
+    assert facts_of(benchmark(quantizer=steps)) == {"lc_over_vq": 1.9}  # of the largest codebook
+    assert "lc over vq: 1.90 in wall time, 1.00 in CPU time." in case_table(steps[1], wide=False).caption
     assert facts_of(benchmark(quick=True, search=SEARCH)) == {}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.benchmarks import generation, kmeans, search, step_and_encode
+from vqpipe.benchmarks import generation, kmeans, quantizer, search, step_and_encode
 from vqpipe.benchmarks.timing import Case, Settings
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
@@ -26,7 +26,10 @@ from vqpipe.reports import page
 from vqpipe.reports.benchmark import SUBJECTS, benchmark_page, facts_of
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
-PACKAGES = ("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "triton", "flash-kmeans")
+PACKAGES = (
+    *("vqpipe", "torch", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn"),
+    *("triton", "flash-kmeans", "vector-quantize-pytorch"),
+)
 """Packages whose versions the numbers depend on."""
 PRESET = "smoke"
 CUDA_PRESETS = ("vqgan-lc-f16-100k", "mgvq-f16-g4")
@@ -99,6 +102,7 @@ def run(
     cases: dict[str, list[Callable[[Progress], Case]]] = {
         "search": search.cases(settings),
         "kmeans": kmeans.cases(settings),
+        "quantizer": quantizer.cases(settings),
         "train": step_and_encode.train_cases(settings, tokenizers),
         "tokenize": step_and_encode.tokenize_cases(settings, first),
         "generate": generation.cases(settings, preset, generator, first),

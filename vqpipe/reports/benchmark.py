@@ -16,6 +16,7 @@ from vqpipe.reports.plots import INK, STYLE, color, legend_above, plain_numbers,
 SUBJECTS = {
     "search": "Nearest code",
     "kmeans": "k-means",
+    "quantizer": "Training step of a quantizer",
     "train": "Training step",
     "tokenize": "Images to ids",
     "generate": "Images from a generator",
@@ -73,6 +74,7 @@ FACTS = {
     "search_over_naive": ("search, naive expansion over ours", "x", "smallest of the shapes, wall time"),
     "search_over_faiss_tuned": ("search, faiss tuned over ours", "x", "smallest of the shapes, wall time"),
     "kmeans_over_faiss": ("Lloyd iteration, faiss over ours", "x", "same initial centers, wall time"),
+    "lc_over_vq": ("training step of a quantizer, lc over vq", "x", "largest codebook, wall time"),
     "cost_of_k": ("training step, large over small codebook", "x", "wall time"),
     "step_over_released": ("training step, released over ours", "x", "large codebook, wall time"),
     "tokenized_per_s": ("images to ids, largest codebook", "images/s", ""),
@@ -107,6 +109,11 @@ def caption(case: Json) -> str:
     if facts.get("cost_of_k"):
         wall, cpu = facts["cost_of_k"], facts["cost_of_k_cpu"]
         words.append(f"Large over small codebook: {wall:.2f} in wall time, {cpu:.2f} in CPU time.")
+    if facts.get("lc_over_vq"):
+        wall, cpu = facts["lc_over_vq"], facts["lc_over_vq_cpu"]
+        words.append(
+            f"Ours is the quantizer of the same kind. lc over vq: {wall:.2f} in wall time, {cpu:.2f} in CPU time."
+        )
     if any("inertia_ratio" in row["extra"] for row in case["rows"]):
         words.append("Inertia: mean squared distance of a point to its center.")
     if case["load"] is not None:
@@ -231,6 +238,7 @@ def facts_of(metrics: Json) -> dict[str, float]:
         "search_over_naive": smallest_ratio(search, "naive expansion"),
         "search_over_faiss_tuned": smallest_ratio(search, "faiss tuned"),
         "kmeans_over_faiss": smallest_ratio(kmeans, "faiss"),
+        "lc_over_vq": next((case["facts"]["lc_over_vq"] for case in subjects.get("quantizer", [])[-1:]), None),
         "cost_of_k": next((case["facts"].get("cost_of_k") for case in train), None),
         "step_over_released": next((case["facts"].get("over_released") for case in train), None),
         "tokenized_per_s": next(iter(rates), None),
