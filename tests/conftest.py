@@ -1,13 +1,18 @@
 """What every test may use, and which warnings are errors."""
 
 import contextlib
+import importlib
+import inspect
 import io
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -126,8 +131,6 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The hub that encoders and tokenizers are fetched from; nothing else has a network."""
-    import socket
-
     import huggingface_hub
 
     from vqpipe import downloads
@@ -224,6 +227,52 @@ def draw_folder() -> Callable[..., Path]:
         return folder
 
     return draw_folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """The module tests/processes.py, which other processes import too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tests")
+        yield importlib.import_module("processes")
+
+
+@pytest.fixture(scope="session")
+def forkserver(processes: Any) -> Any:
+    """A context of multiprocessing whose processes are forked from one that has imported torch, and no test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(processes.IMPORTED)
+    return context
+
+
+@pytest.fixture(scope="session")
+def start_process(forkserver: Any, processes: Any) -> Callable[..., Any]:
+    """`start_process(function, *arguments)`: a started process that calls a function of a test's file."""
+
+    def start_process(function: Callable[..., Any], *arguments: Any) -> Any:
+        process = forkserver.Process(
+            target=processes.call, args=(inspect.getfile(function), function.__name__, *arguments)
+        )
+        process.start()
+        return process
+
+    return start_process
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(forkserver: Any, processes: Any) -> Callable[..., list[Any]]:
+    """`on_two_ranks(function, *arguments)`: what a function of a test's file returns on each of two ranks."""
+
+    def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        call = (inspect.getfile(function), function.__name__, *arguments)
+        with ProcessPoolExecutor(2, forkserver) as pool:
+            ranks = [pool.submit(processes.call_as_rank, rank, 2, port, *call) for rank in range(2)]
+            return [rank.result(timeout=300) for rank in ranks]
+
+    return on_two_ranks
 
 
 @dataclass

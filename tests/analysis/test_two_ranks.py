@@ -1,20 +1,14 @@
-"""Two ranks give the results of one process.
-
-Under torchrun this file is the script of each rank.
-"""
+"""Two ranks give the results of one process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from vqpipe.analysis import ANALYSES, build
-from vqpipe.distributed import process_group, rank, world_size
+from vqpipe.distributed import rank, world_size
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import MultiGroupConfig, VqConfig
@@ -50,13 +44,8 @@ def look() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_results_of_one_process(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, __file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"rank-{number}.json").read_text()) for number in range(2))
+def test_two_ranks_give_the_results_of_one_process(on_two_ranks: Callable[..., list[Any]]) -> None:
+    first, second = on_two_ranks(look)
     alone = look()
     for name, value in alone["usage"][0].items():
         if name.startswith("joint"):  # a sum in another order
@@ -65,9 +54,3 @@ def test_two_ranks_give_the_results_of_one_process(tmp_path: Path) -> None:
     assert first.keys() == alone.keys()
     assert [name for name in alone if first[name] != alone[name]] == []
     assert [name for name in ANALYSES if second[name] != first[name]] == []
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with process_group(torch.device("cpu")):
-        Path(f"{sys.argv[1]}/rank-{rank()}.json").write_text(json.dumps(look()))

@@ -1,11 +1,6 @@
-"""Every quantizer has identical bits on two ranks after whiten_init and updates.
+"""Every quantizer has identical bits on two ranks after whiten_init and updates."""
 
-Run under torchrun, this file is the script of each rank.
-"""
-
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vqpipe.config import all_subclasses, from_table
-from vqpipe.distributed import process_group, rank
+from vqpipe.distributed import rank
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import Quantizer, QuantizerConfig
 
@@ -51,21 +46,15 @@ def start_and_update(table: dict[str, Any]) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+def save_states(folder: Path) -> None:
+    states = {kind: start_and_update(table) for kind, table in examples().items()}
+    tensors = {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()}
+    save_file(tensors, folder / f"rank-{rank()}.safetensors")
+
+
 @pytest.mark.slow
-def test_two_ranks_have_the_same_bits(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, __file__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_have_the_same_bits(on_two_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    on_two_ranks(save_states, tmp_path)
     first, second = (load_file(tmp_path / f"rank-{number}.safetensors") for number in range(2))
     assert {name.split("/")[0] for name in first} == examples().keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with process_group(torch.device("cpu")):
-        states = {kind: start_and_update(table) for kind, table in examples().items()}
-        tensors = {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()}
-        save_file(tensors, f"{sys.argv[1]}/rank-{rank()}.safetensors")

@@ -1,12 +1,6 @@
-"""ExamplesTask: training is the same on one process, on two replicated ranks and on two sharded ranks.
+"""ExamplesTask: training is the same on one process, on two replicated ranks and on two sharded ranks."""
 
-Run as a script under torchrun, this file is one run: `test_examples_task.py FOLDER STEPS PARALLEL [STOP_AT]`.
-"""
-
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vqpipe import distributed
@@ -205,54 +198,31 @@ def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 # Two ranks.
 
 
-def ranks(count: int, folder: Path, steps: int, parallel: str, *stop_at: int) -> dict[str, Tensor]:
-    """The final state of a run of `count` ranks, as rank 0 holds it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    words = [__file__, str(folder), str(steps), parallel, *map(str, stop_at)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *torchrun, *words], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return load_file(folder / "final.safetensors")
+def final_state(folder: Path, parallel: str, stop_at: int = 10**6) -> dict[str, Tensor]:
+    """The final state of a run, on one of its ranks."""
+    state, _ = run(folder, parallel=parallel, stop_at=stop_at, accumulate=2 if parallel == "fsdp" else 1)
+    return state_tensors(state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_give_the_weights_of_one(tmp_path: Path, parallel: str) -> None:
+def test_two_ranks_give_the_weights_of_one(
+    on_two_ranks: Callable[..., list[Any]], tmp_path: Path, parallel: str
+) -> None:
     alone = state_tensors(run(tmp_path / "alone")[0])
-    assert differing(alone, ranks(2, tmp_path / "two", 8, parallel), tolerance=2e-5) == []
+    assert differing(alone, on_two_ranks(final_state, tmp_path / "two", parallel)[0], tolerance=2e-5) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_run_of_two_ranks_resumes_on_two_on_one_and_with_the_other_parallelism(tmp_path: Path, parallel: str) -> None:
-    straight = ranks(2, tmp_path / "straight", 8, parallel)
-    ranks(2, tmp_path / "cut", 8, parallel, 5)
+def test_run_of_two_ranks_resumes_on_two_on_one_and_with_the_other_parallelism(
+    on_two_ranks: Callable[..., list[Any]], tmp_path: Path, parallel: str
+) -> None:
+    straight, _ = on_two_ranks(final_state, tmp_path / "straight", parallel)
+    on_two_ranks(final_state, tmp_path / "cut", parallel, 5)
     for copy in ("one", "other"):
         shutil.copytree(tmp_path / "cut", tmp_path / copy)
     assert differing(straight, state_tensors(run(tmp_path / "one")[0]), tolerance=2e-5) == []
     other = "ddp" if parallel == "fsdp" else "fsdp"
-    assert differing(straight, ranks(2, tmp_path / "other", 8, other), tolerance=2e-5) == []
-    assert differing(straight, ranks(2, tmp_path / "cut", 8, parallel)) == []
-
-
-def main(folder: str, steps: str, parallel: str, stop_at: str = "1000000") -> None:
-    """One rank of one run; rank 0 saves the final state."""
-    torch.set_num_threads(1)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with distributed.process_group(torch.device("cpu")):
-        state, _ = run(
-            Path(folder),
-            steps=int(steps),
-            parallel=parallel,
-            stop_at=int(stop_at),
-            accumulate=2 if parallel == "fsdp" else 1,
-        )
-        found = state_tensors(state)
-        if distributed.is_main():
-            save_file({name: value.contiguous() for name, value in found.items()}, f"{folder}/final.safetensors")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    assert differing(straight, on_two_ranks(final_state, tmp_path / "other", other)[0], tolerance=2e-5) == []
+    assert differing(straight, on_two_ranks(final_state, tmp_path / "cut", parallel)[0]) == []

@@ -1,15 +1,10 @@
-"""A training run ends for unusable images only when they are too many for certain, on one rank and on two.
-
-Run as a script under torchrun, this file is what one rank does.
-"""
+"""A training run ends for unusable images only when they are too many for certain, on one rank and on two."""
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +15,7 @@ from PIL import Image
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import from_table
 from vqpipe.data.images import open_images
-from vqpipe.distributed import is_main, process_group
+from vqpipe.distributed import is_main
 from vqpipe.errors import DataError
 from vqpipe.progress import Silent
 from vqpipe.reports import plots
@@ -165,16 +160,11 @@ def test_one_rank(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> N
     CHECKS[name](folder)
 
 
-def test_two_ranks(folder: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-if __name__ == "__main__":
+def check_all(folder: Path) -> None:
     plots.to_svg = no_svg
-    with process_group(torch.device("cpu")):
-        for check in CHECKS.values():
-            check(Path(sys.argv[1]))
+    for check in CHECKS.values():
+        check(folder)
+
+
+def test_two_ranks(folder: Path, on_two_ranks: Callable[..., list[Any]]) -> None:
+    on_two_ranks(check_all, folder)

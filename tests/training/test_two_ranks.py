@@ -1,12 +1,6 @@
-"""Two ranks hold the same bits: each quantizer that updates its codebook, with a discriminator, R1 and LeCam.
+"""Two ranks hold the same bits: each quantizer that updates its codebook, with a discriminator, R1 and LeCam."""
 
-Run as a script under torchrun, this file is what one rank does.
-"""
-
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vqpipe.config import from_table
 from vqpipe.data.batches import Batch
-from vqpipe.distributed import process_group, rank, world_size
+from vqpipe.distributed import rank, world_size
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.quantizers import QuantizerConfig
@@ -83,26 +77,18 @@ def trained(kind: str, steps: int, folder: Path) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in alike.items()}
 
 
+def save_states(folder: Path, steps: int) -> None:
+    alike = {f"{kind}/{name}": value for kind in KINDS for name, value in trained(kind, steps, folder / kind).items()}
+    save_file(alike, folder / f"rank-{rank()}.safetensors")
+
+
 @pytest.mark.parametrize("steps", [8, pytest.param(50, marks=pytest.mark.slow)])
-def test_two_ranks_hold_the_same_bits_after_training(tmp_path: Path, steps: int) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, __file__, str(tmp_path), str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_hold_the_same_bits_after_training(
+    on_two_ranks: Callable[..., list[Any]], tmp_path: Path, steps: int
+) -> None:
+    on_two_ranks(save_states, tmp_path, steps)
     first, second = (load_file(tmp_path / f"rank-{number}.safetensors") for number in range(2))
     assert {name.split("/")[0] for name in first} == KINDS.keys()
     assert any(name.endswith("objective.logit_means") and bool(value.all()) for name, value in first.items())
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-if __name__ == "__main__":
-    place, number_of_steps = Path(sys.argv[1]), int(sys.argv[2])
-    with process_group(torch.device("cpu")):
-        alike = {
-            f"{kind}/{name}": value
-            for kind in KINDS
-            for name, value in trained(kind, number_of_steps, place / kind).items()
-        }
-        save_file(alike, place / f"rank-{rank()}.safetensors")
