@@ -91,18 +91,25 @@ def test_the_title_names_the_images() -> None:
 
 
 def test_legends_of_losses_are_in_words() -> None:
-    assert "L1 distance ends at" in html(rows=[row(10), row(20)])
+    assert "L1 distance ends at" in html(rows=[row(10), row(20), row(30)])
 
 
 def test_only_logged_numbers_have_curves() -> None:
-    drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[row(10), row(20), valid(20, 21.0)])))
+    rows = [line for step in (10, 20, 30) for line in (row(step), valid(step, 21.0))]
+    drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=rows)))
     assert drawn == {
         *("Loss", "PSNR in training, dB", "PSNR in validation, dB", "Codes in use"),
         *("Perplexity of the codes in training", "Perplexity of the codes in validation"),
         *("Learning rate", "Gradient norm", "Images per second"),
     }
-    drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=[{"step": 1, "images_seen": 8, "psnr": 20.0}])))
-    assert drawn == {"PSNR in training, dB"}
+    few = [{"step": step, "images_seen": 8 * step, "psnr": 20.0} for step in (1, 2, 3)]
+    assert re.findall(r"<h3>([^<]+)</h3>", html(rows=few)) == ["PSNR in training, dB"]
+
+
+def test_one_or_two_points_are_no_curve() -> None:
+    text = html(rows=[row(10), valid(10, 21.0), row(20)])
+    assert "<h3>" not in text
+    assert ">Curves<" not in text
 
 
 def test_page_has_reconstructions_codes_and_settings_and_loads_nothing() -> None:
@@ -141,7 +148,7 @@ def test_page_of_a_generator_has_samples_losses_and_accuracies() -> None:
     png = to_png(torch.full((3, 16, 16), 90, dtype=torch.uint8))
     rows = [
         {"step": 1, "images_seen": 8, "loss/total": 2.0, "loss/head": 1.0, "valid/total": 2.5, "valid/top1": 0.25},
-        {"step": 2, "images_seen": 16, "loss/total": 1.0, "loss/head": 0.5, "train/top1": 0.5},
+        *({"step": i, "images_seen": 8 * i, "loss/total": 1.0, "loss/head": 0.5, "train/top1": 0.5} for i in (2, 3, 4)),
     ]
     text = html(description="gpt on tokens.", rows=rows, samples=png, samples_note="The same seeds.")
     assert "gpt on tokens. Step 20 of 40." in text

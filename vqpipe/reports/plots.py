@@ -58,6 +58,8 @@ MAX_POINTS = 600
 """Points of a line; longer series are thinned."""
 MAX_VECTOR_POINTS, RASTER_DPI = 5000, 300
 """Points in the plane that are drawn as vectors, about 80 bytes each; more are one raster image."""
+MIN_CURVE = 3
+"""Points that a curve of a log has at least in one of its lines: fewer are numbers, which the page has as such."""
 MAX_MARKED = 12
 """Points of a line up to which each has a marker."""
 MAX_SIZES = 4
@@ -144,7 +146,9 @@ def line_plot(
 
 
 def curves(title: str, lines: Mapping[str, Line], scale: Scale, caption: str = "") -> Plot | None:
-    """Logged quantities over images seen. None where all lines are empty."""
+    """Logged quantities over images seen. None where no line has MIN_CURVE points."""
+    if max((len(x) for x, _ in lines.values()), default=0) < MIN_CURVE:
+        return None
     return line_plot(title, lines, xlabel="images seen", yscale=scale, caption=caption)
 
 
@@ -291,6 +295,7 @@ def rate_distortion(points: Mapping[str, tuple[float | None, float]]) -> Plot:
                 marker = MARKERS[number // len(COLORS) % len(MARKERS)]
                 axes.plot(bits, psnr, marker, color=color(number), markersize=6, label=untypeset(name))
         axes.margins(0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set(xlabel="bits per pixel", ylabel="PSNR, dB")
         axes.grid()
         legend_above(axes, points, min_names=1)

@@ -3,6 +3,7 @@
 Shapes: G groups, K codes per group.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,8 +77,8 @@ class LoggedNumber:
         return self.label.removeprefix(f"{self.group} ")
 
     def text(self, value: float | None) -> str:
-        """The number without its unit; a dash for None."""
-        return "–" if value is None else format(self.scale * value, self.format)
+        """The number without its unit; a dash for None. An exponent has no zero before it: `1.1e-6`."""
+        return "–" if value is None else re.sub("e([+-])0", r"e\1", format(self.scale * value, self.format))
 
     def text_with_unit(self, value: float) -> str:
         """The number with its unit."""
