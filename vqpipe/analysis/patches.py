@@ -255,8 +255,8 @@ def code_sheet(pixels: np.ndarray) -> bytes:
     """uint8[n, 3, S, S] -> PNG of M patches, row by row, transparent where there are fewer."""
     patches = pictures.enlarge(torch.from_numpy(pixels), SHEET_SIDE)
     side = patches.shape[-1]
-    step = side + pictures.GAP
-    sheet = torch.zeros(4, COLUMNS * step - pictures.GAP, COLUMNS * step - pictures.GAP, dtype=torch.uint8)
+    step = side + page.GAP
+    sheet = torch.zeros(4, COLUMNS * step - page.GAP, COLUMNS * step - page.GAP, dtype=torch.uint8)
     for number, patch in enumerate(patches):
         y, x = (step * place for place in divmod(number, COLUMNS))
         sheet[:3, y : y + side, x : x + side] = patch

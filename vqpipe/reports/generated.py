@@ -11,7 +11,7 @@ from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import FRECHET, Measure, codes, name_of, table_rows, value_of, written
-from vqpipe.reports.pictures import GAP
+from vqpipe.reports.page import GAP
 from vqpipe.words import counted
 
 MEASURES = {

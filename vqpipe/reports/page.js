@@ -281,7 +281,7 @@ class Large {
 }
 
 const large = new Large(document.querySelector(".large"));
-const FILLED_AT_ONCE = 3;  // cards that are visible first
+const FILLED_AT_ONCE = 24;  // cards that are visible first, on a large screen too
 const empty = [];
 const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 1));
 const fillNext = () => {

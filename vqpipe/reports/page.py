@@ -7,18 +7,22 @@ sliders, the large view and copy buttons.
 """
 
 import base64
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from vqpipe.files import valid_text
 
-SHEET_SIDE = 132
+SHEET_SIDE = 128
 """CSS pixels of each image on a sheet of samples, at least; as in page.css."""
+GAP = 4
+"""Pixels between images on a sheet."""
 FILE_SIZE = "\0file size\0"
 """Placeholder of the file's own size."""
 
@@ -86,12 +90,33 @@ class Map:
     heading: str
     alt: str
     columns: int = 0
-    """Images side by side on a sheet of samples, which is shown as wide as the page."""
+    """Square images side by side on a sheet of samples, which the page shows in as many columns as it has room for."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return png_size(self.png)
+
+    @property
+    def side(self) -> int:
+        """Side of each image of a sheet, pixels."""
+        return (self.size[0] - GAP) // self.columns - GAP
+
+    @property
+    def corners(self) -> list[tuple[int, int]]:
+        """The upper left corner of each image of a sheet, row by row."""
+        left, top = (range(GAP, length - self.side, self.side + GAP) for length in self.size)
+        return [(x, y) for y in top for x in left]
+
+    @property
+    def anchor(self) -> str:
+        """The id of a sheet on the page."""
+        return f"sheet-{zlib.crc32(self.png):08x}"
 
     @property
     def is_small(self) -> bool:
         """Whether the images of a sheet have fewer pixels than they are shown in, and are enlarged without blur."""
-        return png_size(self.png)[0] < SHEET_SIDE * self.columns
+        return self.side < SHEET_SIDE
 
 
 @dataclass(frozen=True)
@@ -202,6 +227,11 @@ def png_size(png: bytes) -> tuple[int, int]:
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
+def breakable(text: str) -> Markup:
+    """Text whose lines may also end after a slash or a colon, as in a path."""
+    return Markup(re.sub("([/:])(?=[^ ])", r"\1<wbr>", str(escape(text))))
+
+
 def data_uri(png: bytes) -> str:
     """A PNG file as a `data:` address."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
@@ -224,4 +254,5 @@ def template() -> Template:
     )
     environment.filters["svg"] = lambda plot: Markup(plot.svg)  # matplotlib escapes its text
     environment.filters["data_uri"] = data_uri
+    environment.filters["breakable"] = breakable
     return environment.get_template("page.html.j2")

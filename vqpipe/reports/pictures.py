@@ -18,13 +18,12 @@ from torch import Tensor
 from vqpipe.errors import DataError
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.reports import page
+from vqpipe.reports.page import GAP
 
 ERROR_PEAK = 64
 """The error, a mean absolute difference of R, G and B in 0..255, that an error map shows in its brightest color."""
 UNUSED = (22, 26, 34)
 """Color of a code that was never chosen."""
-GAP = 4
-"""Pixels between images on a sheet."""
 MIN_FONT, MAX_FONT = 10, 48
 """Size of labels on a sheet, pixels: what fits into a column, between these."""
 MAX_PREFIX_SIDE = 512
