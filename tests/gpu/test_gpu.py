@@ -109,9 +109,9 @@ def test_of_equal_codes_the_first_wins_also_in_tails(gpu: torch.device, shape: t
 
 
 @cache
-def lpips(kind: Any) -> Frozen:
+def lpips(kind: Any, device: torch.device) -> torch.nn.Module:
     """LPIPS with random weights."""
-    return Frozen(build_lpips(kind))
+    return Frozen(build_lpips(kind)).to(device)
 
 
 def recipe_of(preset: str, *settings: str) -> TokenizerRecipe:
@@ -122,13 +122,14 @@ def make_task(recipe: TokenizerRecipe, device: torch.device, state: Any = None) 
     """The networks of a preset with random weights, or with those of `state`; random LPIPS where it is used."""
     torch.manual_seed(0)
     model, discriminator = build_autoencoder(without_masking(recipe.model)), PatchDiscriminator(recipe.discriminator)
-    if getattr(model.quantizer, "loaded", True) is False:
-        model.quantizer.load_codebook(torch.randn_like(model.quantizer.codes))
+    for quantizer in model.quantizer.modules():  # also the groups of one
+        if isinstance(codes := getattr(quantizer, "codes", None), Tensor) and codes.flatten()[0].isnan():
+            quantizer.load_codebook(torch.randn_like(codes))
     if state is not None:
         model.load_state_dict(state)
     perceptual = None
     if recipe.objective.perceptual != "none":
-        perceptual = Perceptual(recipe.objective.perceptual, network=lpips(recipe.objective.perceptual))
+        perceptual = Perceptual(recipe.objective.perceptual, network=lpips(recipe.objective.perceptual, device))
     objective = Objective(recipe.objective, model.quantizer.loss_names, perceptual=perceptual)
     task = TokenizerTask(model.to(device), discriminator.to(device), objective.to(device))
     task.prepare(recipe.train, device, model)

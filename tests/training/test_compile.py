@@ -40,7 +40,7 @@ CPU, STEPS, FIRST = torch.device("cpu"), 20, 2
 BACKBONES: dict[str, dict[str, Any]] = {
     "vqgan": {"kind": "vqgan", "base_channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1}
     | {"attention_resolutions": [128], "z_channels": 8},
-    "dcae": {"kind": "dcae", "widths": [8, 16], "encoder_depths": [0, 1], "decoder_depths": [0, 1]}
+    "dcae": {"kind": "dcae", "widths": [16, 32], "encoder_depths": [0, 1], "decoder_depths": [0, 1]}
     | {"attention_from": 1, "latent_channels": 8},
     "magvit": {"kind": "magvit", "base_channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1},
     "vitamin": {"kind": "vitamin", "widths": [16, 24], "encoder_depths": [1, 1], "decoder_depths": [1, 1]}

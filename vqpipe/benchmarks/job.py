@@ -15,7 +15,7 @@ import torch
 
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.benchmarks import generation, kmeans, quantizer, search, step_and_encode
-from vqpipe.benchmarks.timing import Case, Settings
+from vqpipe.benchmarks.timing import Case, Settings, version_of
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
@@ -136,7 +136,7 @@ def run(
     draft.write_json("metrics.json", metrics)
     options = ["--quick"] if settings.quick else []
     command = ["vqpipe", "bench", "--what", ",".join(subjects), "--rounds", str(settings.rounds), *options]
-    footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, {time.strftime('%Y-%m-%d')}."
+    footer = f"Made by {version_of('vqpipe') or 'vqpipe'}, {time.strftime('%Y-%m-%d')}."
     report = benchmark_page(metrics, shlex.join([*command, "--out", "DIR"]), footer)
     with draft.write("report.html") as path:
         path.write_text(page.render(report), encoding="utf-8")

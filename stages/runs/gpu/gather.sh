@@ -6,6 +6,7 @@
 #   PYTHON    Python with pip (default: python3)
 #   TARGET    Python of the GPU machine, Linux on x86-64 (default: 3.12)
 #
+# vqpipe's own wheel comes with them, for its version: the code that runs is that of the checkout.
 # Dependencies are not followed: name what is missing. faiss-cpu stands for faiss-gpu, which is larger: vqpipe's own
 # search runs on the GPU.
 set -euo pipefail
@@ -20,6 +21,7 @@ done
 "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest wheels \
     --python-version "$TARGET" --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 \
     --constraint ../../../constraints.txt "$@"
+"$PYTHON" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir wheels ../../..
 kib=$(du -sk wheels | cut -f1)
 echo "$(((kib + 1023) / 1024)) MiB in $PWD/wheels"
 if [ "$kib" -gt $((LIMIT_MIB * 1024)) ]; then
