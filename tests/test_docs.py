@@ -89,7 +89,9 @@ def test_example_trains_a_transformer_on_tokens(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tokens_to_transformer.py", "images", "tokenizer", "tokens"])
     runpy.run_path(str(DOCS / "examples" / "tokens_to_transformer.py"), run_name="__main__")
-    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "encoding images into tokens"
+    losses = [float(line.split()[-1]) for line in lines]
     assert len(losses) == 100
     assert losses[-1] < losses[0] - 0.5
     assert len(TokenDataset("tokens")) == 12

@@ -15,6 +15,8 @@ from vqpipe.data import TokenDataset
 
 images, weights, out = sys.argv[1:]
 tokenizer = Tokenizer.from_pretrained(weights, device="auto")
+# Minutes for thousands of images on a CPU. vqpipe tokenize writes the same, with a progress bar.
+print(f"encoding {images} into {out}")
 tokenizer.write_tokens(images, out)
 tokens = TokenDataset(out)
 num_tokens, size = tokens.facts["num_tokens"], tokens.facts["image_size"]
