@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +25,7 @@ from rich.text import Text
 
 from stages import signals
 from vqpipe.errors import printable
+from vqpipe.files import check_out, with_final_name
 from vqpipe.words import counted
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ LOG_WIDTH = 200
 
 def out_path(path: Path) -> Path:
     """The value of --out."""
-    from vqpipe import artifacts, files
-
-    return artifacts.check_out(files.with_final_name(path))
+    return check_out(with_final_name(path))
 
 
 Out = Annotated[
@@ -232,9 +231,13 @@ MaxSkipped = Annotated[
 
 @contextmanager
 def session(device: str, seed: int) -> Iterator["torch.device"]:
-    """Set up a command: signal handlers, seed, process group under torchrun. Yields this rank's device."""
+    """Set up a command: signal handlers, seed, process group under torchrun. Yields this rank's device.
+
+    A progress bar that is open already shows that PyTorch is loaded, until its first phase; otherwise there is one for
+    that long.
+    """
     signals.handle_signals()
-    with ProgressBar() as progress:
+    with nullcontext(OPEN[-1]) if OPEN else ProgressBar() as progress:
         if progress.live is not None and "torch" not in sys.modules:
             progress.start("loading PyTorch", None, unit="")  # takes seconds
         import torch
@@ -415,6 +418,7 @@ class ProgressBar:
         self.began = self.printed = time.monotonic()
         if self.live is not None:
             self.task = self.bars.add_task(title, total=total, completed=done, unit=unit, note="", count=self.count())
+            self.live.refresh()  # at once: what follows may keep the thread that refreshes from running
         elif self.visible and not unit:
             say(title)
 

@@ -23,7 +23,7 @@ def detokenize(
     seed: Seed = 0,
 ) -> None:
     """Decode tokens to images."""
-    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+    with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from vqpipe import artifacts
         from vqpipe.data.tokens import decode_tokens
         from vqpipe.tokenizer import Tokenizer

@@ -68,7 +68,7 @@ def eval_generation(
     File in --weights DIR: weights-inception-2015-12-05-6726825d.pth.
     Without it the numbers of Inception are not computed, and the report says why.
     """
-    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+    with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from vqpipe.evaluation.extractors import add_extractor
         from vqpipe.evaluation.generation import GenerationConfig, generated_size
         from vqpipe.evaluation.report import evaluate_samples

@@ -124,7 +124,7 @@ def evaluate(
     weights-inception-2015-12-05-6726825d.pth (rFID, and --metrics),
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
-    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+    with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import recipe
         from vqpipe import analysis
         from vqpipe.continuous import open_autoencoder

@@ -64,7 +64,7 @@ def prepare_data(
     contents. Every image is decoded once, counted, and checked against it.
     Images below the manifest's smallest size are excluded, and counted.
     """
-    with console.session("cpu", seed), console.ProgressBar() as progress:
+    with console.ProgressBar() as progress, console.session("cpu", seed):
         from vqpipe import artifacts
         from vqpipe.data.images import ImageSet
         from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split

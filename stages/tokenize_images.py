@@ -65,7 +65,7 @@ def tokenize(
     least one image, the largest first: --max-pixels leaves out those for which
     memory does not suffice. Generators are trained on images of one size.
     """
-    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+    with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
         from vqpipe import artifacts, distributed
         from vqpipe.data.tokens import check_crops, check_max_pixels, views_per_image, write_tokens

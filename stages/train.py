@@ -83,7 +83,7 @@ def train(
     quantizer; both may be named. The second stage of MGVQ is the preset
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
-    with console.session(device, seed) as torch_device, console.ProgressBar() as progress:
+    with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
         from stages.recipe import load_tokenizer
         from vqpipe.artifacts import Artifact

@@ -49,6 +49,13 @@ def with_final_name(path: Path) -> Path:
     return path.resolve() if path.name in ("", "..") else path
 
 
+def check_out(out: Path, option: str = "--out") -> Path:
+    """Return `out`; an ArtifactError if it is not UTF-8, which safetensors and JSON need."""
+    if valid_text(str(out)) != str(out):
+        raise ArtifactError(f"{option} {out} is not UTF-8", "Choose another name")
+    return out
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file so that after a crash `path` is either the old file or the whole new one.

@@ -15,6 +15,6 @@ decides whether a run stops, and not what is written.
 """
 
 from vqpipe.artifacts.artifact import Artifact, Input, Manifest, open_artifact
-from vqpipe.artifacts.draft import Draft, check_out, start
+from vqpipe.artifacts.draft import Draft, start
 
-__all__ = ["Artifact", "Draft", "Input", "Manifest", "check_out", "open_artifact", "start"]
+__all__ = ["Artifact", "Draft", "Input", "Manifest", "open_artifact", "start"]

@@ -38,12 +38,12 @@ from vqpipe.errors import ArtifactError, VqpipeError
 from vqpipe.files import (
     FORBIDDEN,
     atomic_write,
+    check_out,
     copy_read_permission,
     digest_json,
     disk_errors,
     flush_to_disk,
     hash_file,
-    valid_text,
     write_json,
 )
 from vqpipe.provenance import environment, now, provenance
@@ -92,13 +92,6 @@ def start(
         return open_artifact(out, kind)
     draft.request = distributed.broadcast_object(draft.request)
     return draft
-
-
-def check_out(out: Path, option: str = "--out") -> Path:
-    """Return `out`; an ArtifactError if it is not UTF-8, which safetensors and JSON need."""
-    if valid_text(str(out)) != str(out):
-        raise ArtifactError(f"{option} {out} is not UTF-8", "Choose another name")
-    return out
 
 
 class Draft:
