@@ -308,6 +308,21 @@ def vqpipe() -> Callable[..., Done]:
     return run
 
 
+@pytest.fixture
+def python(start_process: Callable[..., Any], processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`python(code, *words, folder=..., environment=...)`: how `python -c CODE WORDS` ends, without its start: it is a
+    process that has imported torch already."""
+
+    def python(code: str, *words: str, folder: Path = ROOT, environment: Mapping[str, str] = os.environ) -> Done:
+        output = tmp_path_factory.mktemp("python") / "printed"
+        process = start_process(processes.program, code, words, folder, dict(environment), output)
+        process.join()
+        printed = (output.with_suffix(kind).read_text(encoding="utf-8") for kind in (".out", ".err"))
+        return Done(process.exitcode, *printed)
+
+    return python
+
+
 @pytest.fixture(scope="session")
 def pack() -> Callable[..., bytes]:
     """pack({"a.png": bytes, ...}) -> the bytes of a tar."""

@@ -9,6 +9,7 @@ import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -144,14 +145,15 @@ def test_raised_in_vqpipe(stacklevel):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_deprecations_of_vqpipe_fail_and_those_of_other_packages_are_listed(tmp_path: Path, strict: bool) -> None:
+def test_deprecations_of_vqpipe_fail_and_those_of_other_packages_are_listed(
+    tmp_path: Path, python: Any, strict: bool
+) -> None:
     (tmp_path / "stub.py").write_text(STUB, encoding="utf-8")
     caller = tmp_path / "test_caller.py"
     paths = {"folder": tmp_path, "ours": ROOT / "vqpipe" / "files.py", "conftest": ROOT / "tests" / "conftest.py"}
     caller.write_text(CALLER.format(**{name: str(path) for name, path in paths.items()}), encoding="utf-8")
     words = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-rA"] + ["-W", "error"] * strict
-    command = [sys.executable, "-m", "pytest", *words, str(caller)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = python("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", *words, str(caller))
     passed = set(re.findall(r"^PASSED .*::(\w+)", done.stdout, flags=re.MULTILINE))
     failed = set(re.findall(r"^FAILED .*::(\w+)", done.stdout, flags=re.MULTILINE))
     always = {"test_third_party_user_warning", "test_raised_in_vqpipe"}

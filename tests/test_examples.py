@@ -3,8 +3,6 @@
 import os
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,17 +62,15 @@ print("the contract holds")
 """A class that is defined here would be registered for all later tests of this process."""
 
 
-def test_quantizer_of_the_guide_trains_and_keeps_the_contract(tmp_path: Path, draw_folder: Callable[..., Path]) -> None:
+def test_quantizer_of_the_guide_trains_and_keeps_the_contract(
+    tmp_path: Path, draw_folder: Callable[..., Path], python: Any
+) -> None:
     draw_folder(tmp_path / "images", 12, side=64)
     options = "train --preset smoke --precision fp32 --images images --set model.quantizer.kind=rotation --steps 2"
     options += " --set train.warmup_steps=0 --set model.quantizer.codebook_size=50 --set objective.entropy=0 --out mine"
-    result = subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, QUANTIZER, CONTRACT, *options.split()],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    words = [str(QUANTIZER), str(CONTRACT), *options.split()]
+    result = python(IN_ANOTHER_PROCESS, *words, folder=tmp_path, environment=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "the contract holds"
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -223,10 +222,10 @@ def test_files_without_a_record_are_not_published(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_second_writer_is_refused(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path, python: Any) -> None:
     program = "import sys; from vqpipe.artifacts import start; start(sys.argv[1], 'codebook', {'k': 3}, {})"
     with begin(tmp_path / "out", {"k": 3}):
-        second = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
+        second = python(program, str(tmp_path / "out"))
     assert second.returncode == 1
     assert f"is being written by process {os.getpid()}" in second.stderr
 

@@ -3,9 +3,8 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,25 +114,26 @@ def test_prints_images_per_second_and_time_shares(tmp_path: Path, capsys: pytest
     assert 0 < sum(shares) <= 102
 
 
-def test_resume_is_bit_exact_after_sigkill(tmp_path: Path) -> None:
-    words = ["extract-features", "--images", "builtin:photos/heldout", "--limit", "60", "--num-workers", "1"]
+def test_resume_is_bit_exact_after_sigkill(
+    tmp_path: Path, start_process: Callable[..., Any], processes: Any, draw_folder: Callable[..., Path]
+) -> None:
+    images = str(draw_folder(tmp_path / "images", 60))
+    words = ["extract-features", "--images", images, "--num-workers", "1"]
     words += [part for setting in SETTINGS for part in ("--set", setting)] + ["--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    process = start_process(
+        processes.program, processes.VQPIPE, words, tmp_path, dict(os.environ), tmp_path / "printed"
     )
     partial = tmp_path / "killed.partial"
-    while process.poll() is None and not (partial / "features-00001.npy").exists():
+    while process.is_alive() and not (partial / "features-00001.npy").exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = {path.name: path.stat().st_mtime_ns for path in (partial / ".records").glob("*.json")}
-    options = {"overrides": SETTINGS, "limit": 60, "device": "cpu"}
+    options = {"overrides": SETTINGS, "device": "cpu"}
     time.sleep(0.5)  # until its loader process, which also holds the lock, has ended
-    extract_features(["builtin:photos/heldout"], tmp_path / "killed", num_workers=0, **options)
-    extract_features(["builtin:photos/heldout"], tmp_path / "straight", num_workers=3, **options)
+    extract_features([images], tmp_path / "killed", num_workers=0, **options)
+    extract_features([images], tmp_path / "straight", num_workers=2, **options)
     killed, straight = (open_artifact(tmp_path / name) for name in ("killed", "straight"))
     killed.verify()
     assert len(before) >= 2

@@ -3,8 +3,6 @@
 import hashlib
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +16,6 @@ from vqpipe.artifacts import open_artifact
 from vqpipe.continuous import open_autoencoder
 
 PAGE = "https://example.org/tokenizers"
-SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +139,23 @@ def test_url_is_imported_with_its_hash_and_address(
 
 
 def test_file_of_the_hub_is_imported_through_the_environment_of_huggingface_hub(
-    hub_server: Any, hub_environment: dict[str, str], checkpoint: Path, tmp_path: Path
+    hub_server: Any,
+    hub_environment: dict[str, str],
+    checkpoint: Path,
+    tmp_path: Path,
+    python: Any,
+    processes: Any,
 ) -> None:
     hub_server.repositories["owner/name"] = {"last.ckpt": checkpoint.read_bytes()}
     words = ["import-checkpoint", "hf:owner/name/last.ckpt", "--out", "imported"]
-    command = [sys.executable, "-m", "stages", *words]
-    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": SECONDS}
-    offline = subprocess.run(command, env=hub_environment | {"HF_HUB_OFFLINE": "1"}, **options)
+    offline = python(processes.VQPIPE, *words, folder=tmp_path, environment=hub_environment | {"HF_HUB_OFFLINE": "1"})
     assert offline.returncode == 1
     assert offline.stderr == (
         "error: hf:owner/name/last.ckpt is not in the cache and cannot be downloaded: HF_HUB_OFFLINE is set. Run "
         "`vqpipe import-checkpoint last.ckpt --out imported` after downloading the file from "
         "https://huggingface.co/owner/name in a browser.\n"
     )
-    done = subprocess.run(command, env=hub_environment, **options)
+    done = python(processes.VQPIPE, *words, folder=tmp_path, environment=hub_environment)
     assert done.returncode == 0, done.stderr
     source = open_artifact(tmp_path / "imported").facts["source"]
     assert source == "hf:owner/name/last.ckpt@c0ffee" + "0" * 34

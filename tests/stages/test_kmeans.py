@@ -2,10 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +64,9 @@ def test_prints_a_report_on_stderr(vectors: Path, tmp_path: Path, capsys: pytest
     assert {file.name for file in (tmp_path / "codebook").iterdir()} == {"manifest.json", "codebook.safetensors"}
 
 
-def test_resume_is_bit_exact_after_sigkill_and_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_is_bit_exact_after_sigkill_and_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], start_process: Callable[..., Any], processes: Any
+) -> None:
     vectors = tmp_path / "vectors.npy"
     np.save(vectors, np.random.default_rng(0).standard_normal((20_000, 8)).astype(np.float16))
     settings = {"k": 300, "iterations": 60, "overrides": ["kmeans.tolerance=0"]}
@@ -72,11 +74,14 @@ def test_resume_is_bit_exact_after_sigkill_and_damage(tmp_path: Path, capsys: py
     out, states = tmp_path / "killed", tmp_path / "killed.partial" / "checkpoints"
     command = ["kmeans", "--features", str(vectors), "--k", "300", "--iterations", "60", "--out", str(out)]
     command += ["--set", "kmeans.tolerance=0", "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, "-m", "stages", *command], stderr=subprocess.DEVNULL)
-    while max(states.glob("iterations-*"), default=states).name < "iterations-00000003" and process.poll() is None:
+    process = start_process(
+        processes.program, processes.VQPIPE, command, tmp_path, dict(os.environ), tmp_path / "printed"
+    )
+    while max(states.glob("iterations-*"), default=states).name < "iterations-00000003" and process.is_alive():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
     newest = sorted(states.glob("iterations-*"))[-1]
     file = newest / "clustering.safetensors"

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +14,7 @@ from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ConfigError
 from vqpipe.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "docs" / "examples" / "rotation_quantizer.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "rotation_quantizer.py"
 
 
 TRAIN = [
@@ -35,7 +34,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_the_example_quantizer_works_in_every_command(tmp_path: Path, picture_folder: Path) -> None:
+def test_the_example_quantizer_works_in_every_command(tmp_path: Path, picture_folder: Path, python: Any) -> None:
     images, option = ["--images", str(picture_folder)], ["--import", str(EXAMPLE)]
     stored = ["--tokenizer", "tokenizer", "--device", "cpu"]
     commands = [
@@ -43,15 +42,8 @@ def test_the_example_quantizer_works_in_every_command(tmp_path: Path, picture_fo
         ["tokenize", "--import", "rotation_quantizer", *stored, *images, "--num-workers", "0", "--out", "tokens"],
         ["detokenize", *stored, *option, "--tokens", "tokens", "--out", "decoded"],
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLE.parent)])}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parent)}
+    done = python(PROGRAM, json.dumps(commands), folder=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "tokenizer" / "config.json").read_text())["model"]["quantizer"]["kind"] == "rotation"
     assert open_artifact(tmp_path / "decoded").facts["num_images"] == 10
