@@ -53,7 +53,7 @@ def publish_tokenizer(
 def fast_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are set up but not rendered as SVG, which takes half the time of a short run.
 
-    tests/reports renders them, and so do the fixture `folder` of test_pipeline.py and all tests of
+    tests/reports renders them, and so do the fixture `folder` of test_pipeline.py and a test of
     test_evaluate_resume.py.
     """
     monkeypatch.setattr(plots, "to_svg", lambda figure, salt: "<svg></svg>")

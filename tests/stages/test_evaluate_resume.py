@@ -19,6 +19,7 @@ from vqpipe.data.images import ImageSet
 from vqpipe.evaluation.evaluate import Checkpoints
 from vqpipe.metrics import set_metrics
 from vqpipe.metrics.feature_networks import FeatureNetworks
+from vqpipe.reports import plots
 
 MakeTokenizer = Callable[..., Path]
 MULTI_GROUP = {"kind": "multi_group", "num_groups": 2, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
@@ -35,9 +36,7 @@ OPTIONS: dict[str, Any] = {
 PLAIN: dict[str, Any] = {"protocol": ["adm"], "metrics": ["prc"], "analyze": []}
 
 
-@pytest.fixture(autouse=True)
-def fast_plots() -> None:
-    """Plots are rendered: pages are compared byte by byte."""
+TO_SVG = plots.to_svg
 
 
 class Cut(BaseException):
@@ -116,8 +115,9 @@ def damage(file: Path) -> None:
 
 
 def test_resume_after_interruption_gives_identical_files(
-    run: Callable[..., Path], read: list[int], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], read: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plots, "to_svg", TO_SVG)
     whole = files_of(run("whole"))
     assert b'"sfid"' in whole["metrics.json"]
     run("cut", 6)  # the images of the third batch cannot be read
