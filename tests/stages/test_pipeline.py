@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.cli import load
 from vqpipe import Tokenizer
 from vqpipe.artifacts import open_artifact
 from vqpipe.config import all_subclasses
@@ -66,10 +67,16 @@ OTHERWISE = {
 }
 
 
-def on_two_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
-    command = [sys.executable, *torchrun, *words]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
+    return subprocess.run(
+        [sys.executable, *program, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def run_command(folder: Path, words: list[str]) -> None:
+    os.chdir(folder)
+    load(words[0]).main(words[1:], standalone_mode=False)
 
 
 def command(kind: str, out: str | None = None) -> list[str]:
@@ -151,15 +158,14 @@ def decode_png(data: bytes) -> torch.Tensor:
 @pytest.mark.parametrize(
     "kind", ["tokens", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("features", "images"))]
 )
-def test_two_ranks_write_the_same_bytes(folder: Path, kind: str) -> None:
-    done = on_two_ranks(folder, *command(kind, f"{kind}-2"))
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_write_the_same_bytes(folder: Path, kind: str, on_two_ranks: Callable[..., list[Any]]) -> None:
+    on_two_ranks(run_command, folder, command(kind, f"{kind}-2"))
     assert open_artifact(folder / f"{kind}-2").digest == open_artifact(folder / kind).digest
 
 
 @pytest.mark.slow
 def test_two_ranks_train_on_the_same_images_as_one(folder: Path) -> None:
-    done = on_two_ranks(folder, *command("tokenizer", "tokenizer-2"))
+    done = torchrun(folder, *command("tokenizer", "tokenizer-2"))
     assert done.returncode == 0, done.stderr
     one, two = (open_artifact(folder / name).facts for name in ("tokenizer", "tokenizer-2"))
     assert one["images_seen"] == two["images_seen"] == 32
@@ -179,19 +185,19 @@ def test_fine_tuning_starts_from_the_tokenizer(folder: Path, vqpipe: Vqpipe) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_quantizer_trains_tokenizes_and_is_evaluated(folder: Path, kind: str, vqpipe: Vqpipe) -> None:
-    shared = [word for word in tiny("tokenizer") if "model.quantizer." not in word]
+    shared = [word for word in tiny("tokenizer") if "model.quantizer." not in word] + ["--set=data.image_size=16"]
     words = ["train", "--images", "pictures", *shared, "--set", f"model.quantizer.kind={kind}"]
     weight = ["--set", WEIGHTS[kind]] if kind in WEIGHTS else []
     done = vqpipe(folder, *words, *weight, "--steps", "3", "--set", "objective.disc_start=1", "--out", kind)
     assert done.returncode == 0, done.stderr
-    for words in (["tokenize", "--image-size", "32"], ["eval", "--limit", "8"]):
+    for words in (["tokenize", "--image-size", "16"], ["eval", "--image-size", "16", "--limit", "4"]):
         out = f"{kind}-{words[0]}"
         done = vqpipe(folder, *words, "--images", "pictures", "--tokenizer", kind, "--out", out)
         assert done.returncode == 0, done.stderr
     facts = open_artifact(folder / f"{kind}-tokenize").facts
     tokenizer = Tokenizer.from_pretrained(folder / kind)
     assert facts["codebook_size"] == tokenizer.codebook_size
-    assert facts["num_tokens"] == tokenizer.layout(32, 32).num_tokens
+    assert facts["num_tokens"] == tokenizer.layout(16, 16).num_tokens
     metrics = json.loads((folder / f"{kind}-eval" / "metrics.json").read_text())
     assert len(metrics["utilization_per_group"]) == tokenizer.num_groups
 
