@@ -37,9 +37,9 @@ def run(data: np.ndarray, labels: np.ndarray | None = None, seed: int = 0, **set
     return kmeans(FeatureSet([data], ["x"], labels), KmeansConfig(**settings), seed=seed, device=CPU, **rest)
 
 
-@pytest.mark.parametrize("k", [8, 60, 700])
+@pytest.mark.parametrize("k", [8, 60, 300])
 def test_inertia_is_as_low_as_scikit_learns(k: int) -> None:
-    data = blobs(6000, 12, 50)
+    data = blobs(3000, 12, 50)
     ours = [run(data, k=k, iterations=20, tolerance=0.0, seed=seed).inertia for seed in range(3)]
     theirs = [KMeans(k, n_init=1, max_iter=20, tol=0, random_state=seed).fit(data).inertia_ for seed in range(3)]
     assert np.mean(ours) < 1.02 * np.mean(theirs) / len(data)
@@ -147,7 +147,7 @@ class Ranks:
 MODES = ({}, {"per_class": True}, {"batch": 400, "iterations": 3}, {"init": "random", "iterations": 2})
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])  # 2 also where a run is resumed
 @pytest.mark.parametrize(
     ("dim", "settings"),
     # not mini-batches with D > 16: the rounding of their distances depends on the share of a rank (see `lloyd`)
@@ -196,7 +196,7 @@ def test_two_ranks_resume_the_run_of_one(settings: dict, monkeypatch: pytest.Mon
 def test_result_does_not_depend_on_the_number_of_threads(batch: int) -> None:
     data, before = blobs(3000, 9, 30), torch.get_num_threads()
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
         results.append(run(data, k=50, batch=batch, iterations=3))
     torch.set_num_threads(before)
