@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-FAST   := -n auto -m "not slow"
+FAST   := -n auto --dist worksteal -m "not slow"
 
 # Importing torch takes three times as long where Python is kept from writing bytecode, as in many containers.
 unexport PYTHONDONTWRITEBYTECODE
