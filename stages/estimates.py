@@ -13,7 +13,7 @@ from stages import console, recipe
 from vqpipe import distributed, presets
 from vqpipe.errors import VqpipeError
 from vqpipe.planning.devices import GPUS, device_of
-from vqpipe.planning.estimate import Plan, Training, generator_training, refusal, tokenizer_training
+from vqpipe.planning.estimate import GIB, Plan, Training, generator_training, in_bytes, refusal, tokenizer_training
 from vqpipe.words import counted
 
 LEAST_STEPS = 1000
@@ -43,7 +43,7 @@ def training_of(preset: str) -> Training:
 
 
 def preset_figures(preset: str) -> dict[str, dict[str, float] | None]:
-    """Machine -> 10^9 bytes of one device and hours of a preset, with settings that fit; None where none do."""
+    """Machine -> GiB of one device and hours of a preset, with settings that fit; None where none do."""
     figures: dict[str, dict[str, float] | None] = {}
     for machine, (device, count) in MACHINES.items():
         plan = training_of(preset).fitting(GPUS[device], count)
@@ -51,7 +51,7 @@ def preset_figures(preset: str) -> dict[str, dict[str, float] | None]:
             None
             if plan is None
             else {
-                "memory_gb": round(plan.needed / 1e9, 1),
+                "memory_gib": round(plan.needed / GIB, 1),
                 "hours": round(plan.hours, 1),
                 "accumulate": plan.settings["accumulate"],
                 "activation_checkpointing": plan.settings["activation checkpointing"],
@@ -78,12 +78,12 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def cell(figures: Mapping[str, Any] | None) -> str:
-    """`21.3 GB, 160 h, accumulate 16, checkpointing`."""
+    """`21.3 GiB, 160 h, accumulate 16, checkpointing`."""
     if figures is None:
         return "–"
     hours = figures["hours"]
     time = "under 0.1 h" if hours < 0.1 else f"{hours:,.2g} h" if hours < 100 else f"{hours:,.0f} h"
-    words = [f"{figures['memory_gb']:.3g} GB", time]
+    words = [f"{figures['memory_gib']:.3g} GiB", time]
     words += [f"accumulate {figures['accumulate']}"] if figures["accumulate"] > 1 else []
     words += ["checkpointing"] if figures["activation_checkpointing"] else []
     return ", ".join(words)
@@ -103,17 +103,17 @@ def show(plan: Plan, *, as_json: bool = False) -> None:
         table.add_row(name, str(value), "")
     table.add_section()
     for part, size in sorted(plan.memory.items(), key=lambda item: -item[1]):
-        table.add_row(f"memory: {part}", gigabytes(size), "")
-    table.add_row("memory of a device", gigabytes(plan.needed), f"of {gigabytes(plan.available)}: {verdict(plan)}")
+        table.add_row(f"memory: {part}", in_bytes(size), "")
+    table.add_row("memory of a device", in_bytes(plan.needed), f"of {in_bytes(plan.available)}: {verdict(plan)}")
     table.add_section()
     for name, flops in plan.flops.items():
-        table.add_row(f"TFLOP a step: {name}", f"{flops / 1e12:,.3g}", "")
+        table.add_row(f"operations of a step: {name}", in_flops(flops), "")
     table.add_row("a step", duration(plan.seconds_per_step), counted(plan.steps, "steps"))
     table.add_row("time", duration(3600 * plan.hours), f"{plan.devices} x {plan.device}")
     if plan.images_per_step:
         table.add_row("images per second", f"{plan.images_per_second:,.1f}", "over all devices, from the loader")
     for name, size in plan.disk.items():
-        table.add_row(f"disk: {name}", gigabytes(size), "")
+        table.add_row(f"disk: {name}", in_bytes(size), "")
     if console.prints():
         printed = Console(highlight=False)
         printed.print(table)
@@ -148,10 +148,10 @@ def say_or_refuse(make: Callable[[], Plan]) -> None:
 
 
 def line(plan: Plan) -> str:
-    """`estimate: 31.2 of 85.9 GB, 0.84 s a step, 23 hours (plan for h100 x 8)`."""
+    """`estimate: 31.2 GiB of 79.6 GiB of memory, 0.84 s a step, 23 hours in all (8 x h100)`."""
     many = f"{plan.devices} x " if plan.devices > 1 else ""
     return (
-        f"estimate: {gigabytes(plan.needed)} of {gigabytes(plan.available)} of memory, "
+        f"estimate: {in_bytes(plan.needed)} of {in_bytes(plan.available)} of memory, "
         f"{duration(plan.seconds_per_step)} a step, {duration(3600 * plan.hours)} in all ({many}{plan.device})"
     )
 
@@ -160,9 +160,11 @@ def verdict(plan: Plan) -> str:
     return "close" if plan.close else "fits" if plan.fits else "does not fit"
 
 
-def gigabytes(size: float) -> str:
-    """`31.2 GB`."""
-    return f"{size / 1e9:.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+def in_flops(count: float) -> str:
+    """`15.7 TFLOP`, `31.4 GFLOP`."""
+    units = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+    unit, size = next((each for each in units if count >= each[1]), units[-1])
+    return f"{count / size:,.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
 
 
 def duration(seconds: float) -> str:

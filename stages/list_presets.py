@@ -62,11 +62,11 @@ def presets(
 
 
 def figures_text(figures: dict[str, float] | None) -> str:
-    """`  41.2 GB    160 h`, as wide without figures."""
+    """` 41.2 GiB    160 h`, as wide without figures."""
     if figures is None:
-        return " " * 17
+        return " " * 18
     hours = "<1" if figures["hours"] < 1 else f"{figures['hours']:,.0f}"
-    return f"{figures['memory_gb']:5.1f} GB {hours:>6} h"
+    return f"{figures['memory_gib']:5.1f} GiB {hours:>6} h"
 
 
 def cut(line: str, columns: int | None) -> str:

@@ -42,7 +42,7 @@ def plan(
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="tokenize: images per batch of a device.", metavar="IMAGES", min=1)
     ] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in 10^9 bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in GiB.")] = False,
 ) -> None:
     """Estimate memory, time and disk of a run.
 

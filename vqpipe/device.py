@@ -1,12 +1,15 @@
 """The machine that a job runs on: reduced precision of its networks, and free memory."""
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePath
 
 import torch
 from torch import nn
 
-MEMINFO = Path("/proc/meminfo")
+ROOT = Path("/")
+"""Of the system files that are read."""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -28,9 +31,39 @@ def reduced_precision(module: nn.Module, device: torch.device, precision: str) -
 
 
 def available_bytes() -> int:
-    """Memory that can be allocated without swapping: `MemAvailable` of Linux; elsewhere the whole memory."""
+    """Memory that can be allocated without swapping: `MemAvailable` of Linux, and no more than the memory limits of the
+    process's control groups leave, such as a container's; elsewhere the whole memory."""
     try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        lines = (ROOT / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min([machine, *left_in_groups()]))
+
+
+def left_in_groups() -> Iterator[int]:
+    """What the memory limits of the process's control groups leave, of version 2 and 1 of Linux's interface.
+
+    Files that were read and may be dropped from memory do not count as used.
+    """
+    with suppress(OSError):
+        for line in (ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                folder, limit, used, dropped = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+            elif "memory" in controllers.split(","):
+                folder, dropped = "sys/fs/cgroup/memory", "total_inactive_file"
+                limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            else:
+                continue
+            own = PurePath(group.lstrip("/"))
+            for each in (
+                own,
+                *own.parents,
+            ):  # the limits of outer groups count too; a container may not see its own name
+                with suppress(OSError, ValueError):  # no such group, no such controller, or the limit "max"
+                    path = ROOT / folder / each
+                    room = int((path / limit).read_text(encoding="ascii"))
+                    statistics = dict(map(str.split, (path / "memory.stat").read_text(encoding="ascii").splitlines()))
+                    in_use = int((path / used).read_text(encoding="ascii")) - int(statistics.get(dropped, 0))
+                    yield room - max(0, in_use)

@@ -1,12 +1,14 @@
-"""Peak memory and time of real training steps, for comparison with a plan. Run as a process of its own:
+"""Peak memory and time of real training steps on the CPU, for comparison with a plan. Run as a process of its own:
 
-python tests/planning/measured.py PRESET BATCH [SETTING...]   -> {"bytes": ..., "seconds": ...}
+python tests/planning/measured.py PRESET BATCH PRECISION [THREADS]   -> {"bytes": ..., "seconds": ...}
+
+`bytes` is the peak of resident memory over what was resident before the networks were built; `seconds` is the fastest
+step but the first, of CPU time with one thread, which other processes do not change, and of wall time with more.
 """
 
 import json
 import sys
 import time
-from dataclasses import replace
 
 import torch
 
@@ -20,9 +22,11 @@ from vqpipe.training.tokenizer_run import TokenizerRecipe
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.weights import Frozen, build_lpips
 
+STEPS = 3
 
-def steps(recipe: TokenizerRecipe, count: int) -> float:
-    """Run `count` training steps of the networks with random weights; seconds of the fastest but the first."""
+
+def steps(recipe: TokenizerRecipe) -> list[float]:
+    """Run training steps of all networks with random weights; the seconds of each."""
     model = build_autoencoder(without_masking(recipe.model))
     quantizer = model.quantizer
     if getattr(quantizer, "loaded", True) is False:
@@ -36,29 +40,29 @@ def steps(recipe: TokenizerRecipe, count: int) -> float:
     task.prepare(recipe.train, torch.device("cpu"), model)
     task.connect()
     side, times = recipe.data.image_size, []
-    for number in range(count):
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    for number in range(STEPS):
         images = torch.rand(recipe.train.global_batch_size, 3, side, side) * 2 - 1
-        began = time.perf_counter()
+        began = clock()
         step = number + config.disc_start
         reconstruction, _, _ = task.autoencoder_step(images, step)
         if objective.adversarial_at(step):
             task.discriminator_step(images, reconstruction, step)
         del reconstruction
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+        times.append(clock() - began)
+    return times
 
 
-def main(preset: str, batch: int, settings: list[str]) -> None:
-    torch.set_num_threads(1)
-    recipe = load_tokenizer(preset, ["train.precision=fp32", f"train.global_batch_size={batch}", *settings])
-    small = load_tokenizer("smoke", ["train.precision=fp32", "train.global_batch_size=1"])
-    steps(replace(small, objective=replace(small.objective, disc_start=0)), 2)  # loads what PyTorch loads on first use
+def main(preset: str, batch: str, precision: str, threads: str = "1") -> None:
+    torch.set_num_threads(int(threads))
+    settings = [f"train.precision={precision}", f"train.global_batch_size={batch}"]
+    recipe = load_tokenizer(preset, settings)
     if recipe.objective.perceptual != "none":
         import lpips  # noqa: F401
     before = reset_high_water()
-    seconds = steps(recipe, 4)
-    print(json.dumps({"bytes": high_water() - (before or 0.0), "seconds": seconds}))
+    times = steps(recipe)
+    print(json.dumps({"bytes": high_water() - (before or 0.0), "seconds": min(times[1:])}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(*sys.argv[1:])

@@ -38,6 +38,19 @@ def test_the_memory_of_a_step_is_that_of_a_count_by_hand() -> None:
         assert not any(each.backward for each in products)
 
 
+def test_on_a_cpu_small_tensors_that_come_and_go_leave_gaps_in_the_heap() -> None:
+    with FakeTensorMode(), Trace(gpu=False) as trace:
+        network = nn.Linear(1024, 1024, bias=False)
+        trace.own(network, "weights")
+        assert trace.live["heap"] == 0
+        small, large = torch.empty(10 * 2**18), torch.empty(2**23)  # 10 and 32 MiB
+        assert trace.live["heap"] == 3 * MEGA
+        del small
+        assert trace.live["heap"] == 0
+        del large
+    assert trace.peak == {"weights": 4 * MEGA, "activations": 42 * MEGA, "heap": 3 * MEGA}
+
+
 def test_nothing_is_allocated() -> None:
     with FakeTensorMode(), Trace(gpu=True) as trace:
         large = torch.empty(2**40) + 1

@@ -136,6 +136,7 @@ def open_clip_encoder(spec: str, weights: Path | None, image_size: int | None) -
         name,
         pretrained=None if weights is None else str(weights.absolute()),  # "openai" would be a tag, which is fetched
         pretrained_text=False,
+        device=torch.get_default_device(),  # else it is moved to the CPU, which a network on the meta device cannot be
         force_quick_gelu=bool(trained.get("quick_gelu")),
         force_image_size=image_size,
         force_preprocess_cfg=kept,

@@ -14,7 +14,7 @@ from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
 
-GIB = 2**30
+MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +50,30 @@ class Device:
         return self.name != "cpu"
 
 
-def gpu(name: str, gib: float, bf16: float, conv32: float, fp32: float, bandwidth: float, link: float) -> Device:
-    return Device(name=name, memory=gib * GIB, bf16=bf16, conv32=conv32, fp32=fp32, bandwidth=bandwidth, link=link)
+def gpu(name: str, mib: int, bf16: float, conv32: float, fp32: float, bandwidth: float, link: float) -> Device:
+    return Device(name=name, memory=mib * MIB, bf16=bf16, conv32=conv32, fp32=fp32, bandwidth=bandwidth, link=link)
 
 
 # fmt: off
 GPUS = {
     device.name: device
     for device in (
-        #   name          GiB   bf16   TF32   fp32  bandwidth  link
-        gpu("h200",       141, 989.0, 494.0,  67.0,  4800,  450),  # NVIDIA H200 data sheet, SXM
-        gpu("h100",        80, 989.0, 494.0,  67.0,  3350,  450),  # NVIDIA H100 data sheet, SXM
-        gpu("a100-80",     80, 312.0, 156.0,  19.5,  2039,  300),  # NVIDIA A100 data sheet, 80 GB SXM
-        gpu("a100-40",     40, 312.0, 156.0,  19.5,  1555,  300),  # the same, 40 GB SXM
-        gpu("v100-32",     32,  15.7,  15.7,  15.7,   900,  150),  # NVIDIA V100 data sheet, SXM2; neither bf16 nor TF32
-        gpu("l40s",        48, 362.0, 183.0,  91.6,   864,   32),  # NVIDIA L40S data sheet; PCIe 4
-        gpu("rtx4090",     24, 165.2,  82.6,  82.6,  1008,   32),  # NVIDIA Ada architecture white paper, appendix A
-        gpu("rtx3060-12",  12,  25.5,  12.7,  12.7,   360,   32),  # twice and once its float32 peak, as in NVIDIA's
-                                                                   # GA102 white paper for others of its architecture
+        #   name             MiB   bf16   TF32   fp32  bandwidth  link
+        gpu("h200",       143_771, 989.0, 494.0,  67.0,  4800,  450),  # "NVIDIA H200 Tensor Core GPU", SXM
+        gpu("h100",        81_559, 989.0, 494.0,  67.0,  3350,  450),  # "NVIDIA H100 Tensor Core GPU", SXM
+        gpu("a100-80",     81_920, 312.0, 156.0,  19.5,  2039,  300),  # "NVIDIA A100 Tensor Core GPU", 80 GB SXM
+        gpu("a100-40",     40_960, 312.0, 156.0,  19.5,  1555,  300),  # the same, 40 GB SXM
+        gpu("v100-32",     32_768,  15.7,  15.7,  15.7,   900,  150),  # "NVIDIA V100 Tensor Core GPU", SXM2
+        gpu("l40s",        46_068, 362.0, 183.0,  91.6,   864,   32),  # "NVIDIA L40S"; 48 GB less 1/16 for ECC
+        gpu("rtx4090",     24_564, 165.2,  82.6,  82.6,  1008,   32),  # "NVIDIA Ada GPU Architecture", appendix A
+        gpu("rtx3060-12",  12_288,  25.5,  12.7,  12.7,   360,   32),  # see below
     )
 }
 # fmt: on
-"""Peaks are without sparsity: half of the number that a data sheet gives with it."""
+"""Peaks and bandwidths are those of NVIDIA's data sheets and white papers of these titles, without sparsity: half of
+the number that a data sheet gives with it. Memory is the total that nvidia-smi reports. The V100 computes neither bf16
+nor TF32. NVIDIA publishes no tensor peaks of the RTX 3060: they are two and one times its float32 peak, as for the
+other GPUs of its architecture in "NVIDIA Ampere GA102 GPU Architecture". Links are NVLink's, or 16 lanes of PCIe 4."""
 NAMES = (*GPUS, "cpu")
 
 
@@ -109,8 +111,8 @@ def measured_cpu() -> Device:
         product_share=0.8,
         memory_share=1.0,
         launch=0.0,
-        context=40e6,  # code that oneDNN compiles, and its workspaces
-        margin=0.06,
+        context=150e6,  # pages of PyTorch's libraries and code that oneDNN compiles, in the first step: measured
+        margin=0.0,  # gaps of the heap are traced
     )
 
 

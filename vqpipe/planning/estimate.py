@@ -10,6 +10,7 @@ validation are not in it, and the loader is assumed to keep up.
 The estimate is for eager PyTorch: `train.compile` saves time and memory that it leaves out.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from vqpipe.generation.train import GeneratorRecipe
 from vqpipe.losses.objective import Objective
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.planning.devices import Device
+from vqpipe.planning.devices import MIB, Device
 from vqpipe.planning.trace import EPILOGUE_DIMENSIONS, CudaAutocast, Operation, Trace
 from vqpipe.quantizers.lc import FrozenCodebookQuantizer
 from vqpipe.quantizers.multi_group import MultiGroupConfig
@@ -43,6 +44,7 @@ from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.weights import Frozen, build_lpips
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
+GIB = 1024 * MIB
 IMAGENET = 1_281_167
 """Images of ImageNet's training set: the default number of images of a job."""
 CLOSE = 0.9
@@ -97,26 +99,26 @@ class Plan:
         return self.images_per_step / self.seconds_per_step
 
     def to_table(self) -> dict[str, Any]:
-        """The plan as JSON: memory and disk in 10^9 bytes."""
+        """The plan as JSON: memory and disk in GiB."""
 
-        def gigabytes(sizes: dict[str, float]) -> dict[str, float]:
-            return {name: round(size / 1e9, 4) for name, size in sizes.items()}
+        def gibibytes(sizes: dict[str, float]) -> dict[str, float]:
+            return {name: round(size / GIB, 4) for name, size in sizes.items()}
 
         return {
             "stage": self.stage,
             "device": self.device,
             "devices": self.devices,
             "settings": self.settings,
-            "memory_gb": gigabytes(self.memory),
-            "needed_gb": round(self.needed / 1e9, 3),
-            "available_gb": round(self.available / 1e9, 3),
+            "memory_gib": gibibytes(self.memory),
+            "needed_gib": round(self.needed / GIB, 4),
+            "available_gib": round(self.available / GIB, 4),
             "fits": self.fits,
             "flops_per_step": self.flops,
             "seconds_per_step": self.seconds_per_step,
             "steps": self.steps,
             "hours": self.hours,
             "images_per_second": self.images_per_second,
-            "disk_gb": gigabytes(self.disk),
+            "disk_gib": gibibytes(self.disk),
             "advice": self.advice,
         }
 
@@ -286,8 +288,8 @@ def features_of(config: FeaturesConfig) -> tuple[int, int]:
 
 def build_encoder(config: FeaturesConfig) -> PatchEncoder:
     """An encoder on the meta device."""
-    config = replace(config, allow_random_weights=True, weights=None)
-    return on_meta(lambda: feature_files.open_encoder(config, None))
+    with torch.device("meta"):
+        return feature_files.open_encoder(replace(config, allow_random_weights=True, weights=None), None)
 
 
 def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, devices: int = 1) -> Plan:
@@ -338,17 +340,6 @@ def start_of_discriminator(recipe: TokenizerRecipe) -> int:
     return min(config.disc_start, recipe.train.steps) if config.adversarial > 0 else recipe.train.steps
 
 
-def on_meta(make: Callable[[], NetworkT]) -> NetworkT:
-    """A network on the meta device. Whoever builds it may not move it to another."""
-    move = nn.Module.to
-    nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign, assignment]
-    try:
-        with torch.device("meta"):
-            return make()
-    finally:
-        nn.Module.to = move  # type: ignore[method-assign]
-
-
 def as_fake(network: NetworkT, trace: Trace, part: str) -> NetworkT:
     """Make the tensors of a network on the meta device fake ones, and count them as `part`."""
     with trace.inside(part):
@@ -374,7 +365,8 @@ def fake_tensors(gpu: bool) -> Iterator[tuple[Trace, AbstractContextManager[Any]
 
 def build(config: AutoencoderConfig) -> Autoencoder:
     """An autoencoder on the meta device, with all groups kept."""
-    return on_meta(lambda: build_autoencoder(without_masking(config)))
+    with torch.device("meta"):
+        return build_autoencoder(without_masking(config))
 
 
 def start(network: Autoencoder, trace: Trace) -> Autoencoder:
@@ -401,7 +393,9 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
     parts = min(2, recipe.train.accumulate)  # more micro-batches need no more memory
     config = replace(recipe.train, accumulate=parts, compile=False, sync_batch_norm=False)
     side, objective_config = recipe.data.image_size, recipe.objective
-    model, discriminator = build(recipe.model), on_meta(lambda: PatchDiscriminator(recipe.discriminator))
+    model = build(recipe.model)
+    with torch.device("meta"):
+        discriminator = PatchDiscriminator(recipe.discriminator)
     with fake_tensors(gpu) as (trace, on_cuda):
         start(model, trace)
         as_fake(discriminator, trace, "discriminator")
@@ -455,9 +449,10 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, config: TrainConfig, trace: Trace) -> None:
         self.parameters = list(network.parameters()) if config.weight_ema else []
-        with trace.inside("weight average"):
-            self.averages = [torch.empty_like(each) for each in self.parameters]
-            self.buffers = [torch.empty_like(each) for each in network.buffers() if config.weight_ema]
+        self.averages = [torch.empty_like(each) for each in self.parameters]
+        self.buffers = [torch.empty_like(each) for each in network.buffers() if config.weight_ema]
+        for tensor in (*self.averages, *self.buffers):
+            trace.add(tensor, "weight average")
 
     @torch.no_grad()
     def update(self) -> None:
@@ -484,7 +479,8 @@ def trace_generator(
     quantizer, side = autoencoder.quantizer, image_size // autoencoder.downsample_factor
     classes = (recipe.examples.num_classes or 1000) if recipe.examples.conditional else None
     space = Space.of(quantizer, side, side, classes)
-    network = on_meta(lambda: build_generator(recipe.generator, space))
+    with torch.device("meta"):
+        network = build_generator(recipe.generator, space)
     with fake_tensors(gpu) as (trace, on_cuda):
         start(autoencoder, trace)
         trace.own_tensors(autoencoder, "tokenizer")
@@ -665,14 +661,24 @@ def with_advice(plan: Plan, training: Training, device: Device, devices: int) ->
         advice.append("this device computes bf16 no faster than fp32: train.precision=fp32")
     cores = plan.images_per_second / DECODED_PER_CORE
     if plan.stage == "train" and cores > 1:
-        advice.append(f"the loader needs about {cores:,.0f} CPU cores for {plan.images_per_second:,.0f} images/s")
+        advice.append(
+            f"the loader needs about {math.ceil(cores):,} CPU cores for {plan.images_per_second:,.0f} images/s"
+        )
     return replace(plan, advice=advice)
+
+
+def in_bytes(size: float) -> str:
+    """`31.2 GiB`, or `512 MiB`: the units of nvidia-smi and of PyTorch's messages."""
+    unit, name = (MIB, "MiB") if size < GIB - MIB / 2 else (GIB, "GiB")
+    count = size / unit
+    digits = 0 if count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:,.{digits}f} {name}"
 
 
 def refusal(plan: Plan) -> ConfigError:
     """The error of a run that does not fit."""
     where = "this machine" if plan.device == "cpu" else f"the {plan.device}"
     return ConfigError(
-        f"out of memory: about {plan.needed / 1e9:,.1f} GB are needed, {where} has {plan.available / 1e9:,.1f} GB",
+        f"out of memory: about {in_bytes(plan.needed)} are needed, {where} has {in_bytes(plan.available)}",
         plan.advice[0] if plan.advice else "Use a smaller batch",
     )

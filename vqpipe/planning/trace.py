@@ -26,8 +26,11 @@ from torch.utils.flop_counter import flop_registry
 
 from vqpipe.search.nearest import nearest_operator
 
-ACTIVATIONS, SEARCH, GRADIENTS, OPTIMIZER = "activations", "search", "gradients", "optimizer"
+ACTIVATIONS, SEARCH, GRADIENTS, OPTIMIZER, HEAP = "activations", "search", "gradients", "optimizer", "heap"
 """Parts of the memory. Others are named by those who build a network: weights, codebook, discriminator, LPIPS."""
+HEAP_SHARE, HEAP_LIMIT = 0.3, 32 * 2**20
+"""On a CPU, the gaps in the heap of glibc, from which tensors below this many bytes are allocated (its mmap threshold
+rises to that), as a share of those that come and go: measured on training steps of three presets."""
 ROWS_AT_ONCE, CANDIDATES = 2**18, 32
 """Vectors of one launch of the search, and the candidates of each (`search.screening`)."""
 PROGRAM_ROWS, WANTED_PROGRAMS, MAX_SPLITS = 64, 264, 16
@@ -68,7 +71,7 @@ class Trace(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         """The same at the moment when most bytes were in memory."""
         self.operations: list[Operation] = []
-        self.storages: dict[int, list[Any]] = {}  # address of a storage -> its bytes and its part
+        self.storages: dict[int, list[Any]] = {}  # address of a storage -> its bytes, its part, and gaps beside it
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -115,23 +118,33 @@ class Trace(TorchDispatchMode):
         self.operations.append(Operation(flops, moved, kind, backward, self.part))
 
     def add(self, tensor: Tensor, part: str = "") -> None:
-        """Count the storage of a tensor from now on, unless it is counted already; `part` moves it to another part."""
+        """Count the storage of a tensor from now on, unless it is counted already; with `part` it is one that
+        stays, and belongs to that part."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         known = self.storages.get(address)
         if known is None:
-            self.storages[address] = [storage.nbytes(), part or self.part]
+            size = storage.nbytes()
+            gaps = 0 if part or self.part == OPTIMIZER else self.gaps(size)
+            self.storages[address] = [size, part or self.part, gaps]
             weakref.finalize(storage, self.free, address)
-            self.live[part or self.part] += storage.nbytes()
+            self.live[part or self.part] += size
+            self.live[HEAP] += gaps
             self.compare()
-        elif part and known[1] != part:
+        elif part:  # it stays
             self.live[known[1]] -= known[0]
             self.live[part] += known[0]
-            known[1] = part
+            self.live[HEAP] -= known[2]
+            known[1:] = [part, 0]
 
     def free(self, address: int) -> None:
-        size, part = self.storages.pop(address)
+        size, part, gaps = self.storages.pop(address)
         self.live[part] -= size
+        self.live[HEAP] -= gaps
+
+    def gaps(self, size: int) -> int:
+        """The gaps that an allocation of `size` bytes leaves in the heap."""
+        return 0 if self.gpu or size >= HEAP_LIMIT else int(HEAP_SHARE * size)
 
     def compare(self) -> None:
         """Keep what is in memory now if it is more than ever before."""
@@ -143,9 +156,11 @@ class Trace(TorchDispatchMode):
         """Around code whose tensors belong to `part`, and which needs `extra` bytes that are not tensors."""
         before, self.part = self.part, part
         self.live[part] += extra
+        self.live[HEAP] += self.gaps(extra)
         self.compare()
         yield
         self.live[part] -= extra
+        self.live[HEAP] -= self.gaps(extra)
         self.part = before
 
     def own(self, network: nn.Module, part: str) -> None:

@@ -68,7 +68,7 @@ def heads() -> Iterator[tuple[str, dict[str, str]]]:
 
 def estimates() -> dict[str, dict[str, Any]]:
     """What `vqpipe plan presets --json` printed: preset -> machine ("1 x 24 GB", "1 x 80 GB", "8 x 80 GB") ->
-    `memory_gb`, of one device in 10^9 bytes, and `hours`, with `accumulate` and `activation_checkpointing`, with which
+    `memory_gib`, of one device in GiB, and `hours`, with `accumulate` and `activation_checkpointing`, with which
     it fits; or None where it does not."""
     path = FOLDER / "estimates.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
