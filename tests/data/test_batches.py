@@ -1,4 +1,5 @@
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -7,8 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vqpipe.data.batches import (
     BLOCK,
@@ -47,6 +50,19 @@ def prints(batch: Batch) -> list[tuple[int, str, int, str]]:
     return list(zip(batch.indices, batch.keys, batch.labels.tolist(), pixels, strict=True))
 
 
+@pytest.fixture
+def photographs(tmp_path: Path, pack: Callable[..., bytes]) -> ImageSet:
+    """JPEGs of several sizes."""
+    noise = Image.effect_noise((64, 64), 60)
+    members = {}
+    for i in range(NUM):
+        file = io.BytesIO()
+        Image.merge("RGB", (noise, noise.rotate(90), noise.rotate(180))).resize((40 + 7 * i, 50)).save(file, "JPEG")
+        members[f"{i:02d}.jpg"] = file.getvalue()
+    (tmp_path / "p.tar").write_bytes(pack(members))
+    return open_images([tmp_path / "p.tar"])
+
+
 def run(
     images: ImageSet, start: int, steps: int, world: int = 1, workers: int = 0, seed: int = 5, **settings: object
 ) -> list:
@@ -57,6 +73,30 @@ def run(
         for r in range(world)
     ]
     return [print_ for _ in range(steps) for rank in ranks for print_ in prints(next(rank))]
+
+
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_crops_do_not_depend_on_ranks_workers_and_resuming(photographs: ImageSet, resize: str) -> None:
+    whole = run(photographs, 0, 9, resize=resize)
+    assert run(photographs, 0, 9, world=2, resize=resize) == whole
+    assert run(photographs, 0, 9, workers=2, resize=resize) == whole
+    assert run(photographs, 5 * BATCH, 4, resize=resize) == whole[5 * BATCH :]
+    assert run(photographs, 0, 9, seed=6, resize=resize) != whole
+
+
+def test_evaluation_does_not_depend_on_the_resize_of_training(photographs: ImageSet) -> None:
+    training = {resize: run(photographs, 0, 3, resize=resize) for resize in ("exact", "fast")}
+    assert training["exact"] != training["fast"]
+    ordered = next(iter(OrderedBatches(photographs, image_size=16, batch_size=NUM)))
+    for i, image in enumerate(ordered.images):
+        pixels = Image.open(io.BytesIO(photographs.read(i)))  # ADM's rule, by Pillow alone
+        while min(pixels.size) >= 32:
+            pixels = pixels.resize((pixels.width // 2, pixels.height // 2), Image.Resampling.BOX)
+        scale = 16 / min(pixels.size)
+        pixels = pixels.resize((round(pixels.width * scale), round(pixels.height * scale)), Image.Resampling.BICUBIC)
+        left, upper = (pixels.width - 16) // 2, (pixels.height - 16) // 2
+        expected = torch.from_numpy(np.array(pixels.crop((left, upper, left + 16, upper + 16))))
+        assert torch.equal(image, expected.permute(2, 0, 1))
 
 
 def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_resuming(images: ImageSet) -> None:

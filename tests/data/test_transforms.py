@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms
 
+from vqpipe.config import to_request
 from vqpipe.data import decoding, transforms
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.decoding import TURNS, BadImage, decode
 from vqpipe.data.images import open_images
+from vqpipe.data.photos import HELDOUT, load
 from vqpipe.data.transforms import (
     DataConfig,
     Framing,
     center_crop,
+    fast_crop,
     parse_size,
     pixels,
     random_crop,
@@ -251,7 +254,7 @@ def test_a_strip_is_cropped_without_resizing_all_of_it() -> None:
     strip = Image.effect_noise((2000, 1), 90).convert("RGB")
     crop = center_crop(strip, 64)  # resized as a whole: 64 x 128,000
     assert (crop.permute(1, 2, 0).numpy().astype(int) - adm_reference(strip, 64)).__abs__().max() <= 1
-    assert random_crop(strip, 64, np.random.default_rng(0), max_scale=2.0).shape == (3, 64, 64)
+    assert random_crop(strip, 64, np.random.default_rng(0).random(3), max_scale=2.0).shape == (3, 64, 64)
 
 
 def test_random_crop_is_a_window_of_the_resized_image() -> None:
@@ -259,7 +262,7 @@ def test_random_crop_is_a_window_of_the_resized_image() -> None:
     whole = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC)).astype(int)
     lefts = set()
     for seed in range(40):
-        crop = random_crop(image, 32, np.random.default_rng(seed)).permute(1, 2, 0).numpy().astype(int)
+        crop = random_crop(image, 32, np.random.default_rng(seed).random(3)).permute(1, 2, 0).numpy().astype(int)
         errors = [np.abs(crop - whole[:, x : x + 32]).max() for x in range(17)]
         assert min(errors) <= 1
         lefts.add(int(np.argmin(errors)))
@@ -267,18 +270,166 @@ def test_random_crop_is_a_window_of_the_resized_image() -> None:
     assert len(lefts) > 10
 
 
+def trained_on(data: bytes, config: DataConfig, seed: int) -> torch.Tensor:
+    crop = np.empty((3, config.image_size, config.image_size), np.uint8)
+    training_crop(data, config, np.random.default_rng(seed), crop)
+    return torch.from_numpy(crop)
+
+
 def test_training_crop_follows_its_config() -> None:
     image = Image.effect_noise((90, 60), 90).convert("RGB")
 
     def crops(**settings: object) -> list[torch.Tensor]:
         config = DataConfig(image_size=32, **settings)
-        return [training_crop(image, config, np.random.default_rng(seed)) for seed in range(20)]
+        return [trained_on(encode(image), config, seed) for seed in range(20)]
 
     center = center_crop(image, 32)
     assert all(torch.equal(crop, center) for crop in crops(crop="center", flip=False))
     mirrored = [torch.equal(crop, center.flip(-1)) for crop in crops(crop="center", flip=True)]
     assert 3 < sum(mirrored) < 17
     assert all(torch.equal(a, b) for a, b in zip(crops(max_scale=1.5), crops(max_scale=1.5), strict=True))
+
+
+def photograph(width: int, height: int, **options: object) -> bytes:
+    """A photograph as a JPEG, resized from one with more pixels or not many fewer."""
+    return encode(load(HELDOUT[1]).resize((width, height), Image.Resampling.LANCZOS), "JPEG", quality=92, **options)
+
+
+def differences(first: np.ndarray, second: np.ndarray) -> tuple[float, int]:
+    """The mean and the largest difference in gray levels."""
+    levels = np.abs(first.astype(int) - second.astype(int))
+    return float(levels.mean()), int(levels.max())
+
+
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_exact_training_crops_are_pillows(resize: str) -> None:
+    config = DataConfig(image_size=48, max_scale=1.7, resize=resize)  # type: ignore[arg-type]
+    for seed in range(6):
+        data = photograph(150, 100)
+        if resize == "fast":  # what it leaves to Pillow
+            data = encode(Image.open(io.BytesIO(data)), "PNG")
+        rng, image = np.random.default_rng(seed), Image.open(io.BytesIO(data)).convert("RGB")
+        flipped, (scale, across, down) = rng.random() < 0.5, rng.random(3)
+        short = round(48 * (1 + scale * 0.7))
+        width = round(150 * (short / 100))
+        left, upper, x, y = int(across * (width - 47)), int(down * (short - 47)), 150 / width, 100 / short
+        sides = (left * x, upper * y, min((left + 48) * x, 150), min((upper + 48) * y, 100))
+        expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC, box=sides))
+        expected = expected[:, ::-1] if flipped else expected
+        np.testing.assert_array_equal(array(trained_on(data, config, seed)), expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "mean", "largest"),
+    [
+        pytest.param(192, 192, 0.01, 2, id="whole, resized to 2/3"),
+        pytest.param(128, 128, 0.0, 0, id="whole, not resized"),
+        pytest.param(256, 256, 2.5, 60, id="half, not resized"),
+        pytest.param(384, 384, 2.0, 45, id="half, resized to 2/3"),
+        pytest.param(640, 512, 2.5, 60, id="quarter, not resized"),
+        pytest.param(500, 375, 4.0, 100, id="half, of odd sides: 187.5 rows become 188"),
+    ],
+)
+def test_fast_crops_are_those_of_exact_resampling_within_bounds(
+    width: int, height: int, mean: float, largest: int
+) -> None:
+    """The same window: it begins at a whole pixel, and ends within half of one."""
+    data, drawn = photograph(width, height), np.zeros(3)
+    crop = fast_crop(data, 128, drawn)
+    assert crop is not None
+    found = differences(crop, random_crop(decode(data), 128, drawn).numpy())
+    assert found[0] <= mean
+    assert found[1] <= largest
+
+
+def test_fast_crops_move_by_at_most_half_a_pixel() -> None:
+    data = photograph(500, 375)
+    image = decode(data)
+    for seed in range(12):
+        drawn = np.random.default_rng(seed).random(3)
+        crop = fast_crop(data, 256, drawn, max_scale=1.3)
+        assert crop is not None
+        (width, height), (left, upper) = transforms.random_window(image.size, 256, drawn, 1.3)
+        sides = [left * 500 / width, upper * 375 / height, (left + 256) * 500 / width, (upper + 256) * 375 / height]
+        snapped = tuple(map(round, sides))
+        part = image.resize((256, 256), Image.Resampling.BICUBIC, box=snapped)
+        inside = np.s_[2:-2, 2:-2]  # Pillow's filter reads pixels around the crop
+        mean, largest = differences(crop.transpose(1, 2, 0)[inside], np.asarray(part)[inside])
+        assert mean < 0.01
+        assert largest <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_fast_crops_are_upright(orientation: int) -> None:
+    data, drawn = photograph(320, 256, exif=exif(orientation)), np.array([0.0, 0.5, 0.5])
+    crop = fast_crop(data, 64, drawn)
+    assert crop is not None
+    assert differences(crop, random_crop(decode(data), 64, drawn).numpy())[0] < 4
+
+
+@pytest.mark.skipif(decoding.simplejpeg is None, reason="the extra `fast` is not installed")
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"keep_rgb": True}], ids=str)
+@pytest.mark.parametrize("size", [(301, 97), (500, 375), (129, 128), (64, 64)], ids=str)
+def test_fast_crops_do_not_depend_on_simplejpeg(
+    size: tuple[int, int], options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, drawn = photograph(*size, **options), np.array([0.3, 0.6, 0.9])
+    fast = [fast_crop(data, side, drawn, 1.2) for side in (8, 13, 24, 40)]
+    monkeypatch.setattr(decoding, "simplejpeg", None)
+    for side, crop in zip((8, 13, 24, 40), fast, strict=True):
+        assert crop is not None
+        plain = fast_crop(data, side, drawn, 1.2)
+        assert plain is not None
+        np.testing.assert_array_equal(crop, plain)
+
+
+def test_fast_training_leaves_other_images_and_enlarging_to_the_exact_crop() -> None:
+    photo = load(HELDOUT[1]).resize((120, 80))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    others = [
+        encode(photo.convert(mode), kind)
+        for mode, kind in (
+            ("L", "JPEG"),
+            ("CMYK", "JPEG"),
+            ("RGB", "PNG"),
+            ("RGBA", "PNG"),
+            ("P", "PNG"),
+            ("RGB", "WEBP"),
+        )
+    ]
+    others += [encode(grey16(40_000)), photograph(50, 30)]  # the last one is enlarged
+    for data in others:
+        crops = [trained_on(data, DataConfig(image_size=32, resize=resize), 3) for resize in ("exact", "fast")]  # type: ignore[arg-type]
+        assert torch.equal(*crops)
+    drawn = np.zeros(3)
+    assert fast_crop(photograph(120, 80), 32, drawn) is not None
+    assert fast_crop(photograph(120, 80), 32, drawn, max_pixels=120 * 80 - 1) is None
+    assert fast_crop(photograph(120, 80, icc_profile=profile), 32, drawn, color="ignore") is not None
+    assert fast_crop(photograph(120, 80, icc_profile=profile), 32, drawn, color="srgb") is None
+
+
+def test_damaged_images_are_refused_by_the_fast_crop_as_by_the_exact_one() -> None:
+    data, random = photograph(120, 80), np.random.default_rng(0)
+    cases = [data[:-2], data[: len(data) // 2], data + b"more", data[:30], data[:2], b"", b"\xff\xd8\xff"]
+    for _ in range(60):
+        at = int(random.integers(2, len(data) - 2))
+        cases.append(data[:at] + bytes([random.integers(256)]) + data[at + 1 :])
+
+    def judge(data: bytes, resize: str) -> str:
+        try:
+            trained_on(data, DataConfig(image_size=32, resize=resize), 0)  # type: ignore[arg-type]
+        except BadImage as error:
+            return error.reason
+        return ""
+
+    found = [judge(case, "fast") for case in cases]
+    assert found == [judge(case, "exact") for case in cases]
+    assert {"", "truncated", "empty"} <= set(found)
+
+
+def test_the_resize_of_earlier_configs_is_exact() -> None:
+    assert "resize" not in to_request(DataConfig())
+    assert to_request(DataConfig(resize="fast"))["resize"] == "fast"
 
 
 def test_uint8_survives_floats() -> None:
@@ -292,7 +443,15 @@ def test_uint8_survives_floats() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"image_size": 0}, {"crop": "left"}, {"max_scale": 0.5}, {"max_skipped": 2.0}, {"max_pixels": 10**10}]
+    "settings",
+    [
+        {"image_size": 0},
+        {"crop": "left"},
+        {"max_scale": 0.5},
+        {"max_skipped": 2.0},
+        {"max_pixels": 10**10},
+        {"resize": ""},
+    ],
 )
 def test_invalid_data_configs_are_an_error(settings: dict) -> None:
     with pytest.raises(ConfigError):

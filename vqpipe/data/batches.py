@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vqpipe.data import remote
-from vqpipe.data.decoding import BadImage, decode
+from vqpipe.data.decoding import BadImage, Scratch, decode
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import DataConfig, center_crop, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
@@ -334,7 +334,7 @@ class OrderedImages(Dataset[Loaded]):
                 return error
         if not kept:
             return None, skipped
-        return assemble(self.images, kept, tensors), skipped
+        return assemble(self.images, kept, torch.stack(tensors)), skipped
 
 
 class TrainingImages(Dataset[Loaded]):
@@ -344,26 +344,26 @@ class TrainingImages(Dataset[Loaded]):
         self.images, self.config, self.seed = images, config, seed
 
     def __getitem__(self, work: Sequence[tuple[int, int]]) -> Loaded:
-        indices, tensors, skipped = list[int](), list[Tensor](), dict[int, str]()
+        crops = np.empty((len(work), 3, self.config.image_size, self.config.image_size), np.uint8)
+        skipped, scratch = dict[int, str](), Scratch()
         try:
-            for epoch, sample in work:
-                index, tensor = self.sample(epoch, sample, skipped)
-                indices.append(index)
-                tensors.append(tensor)
+            indices = [self.sample(*drawn, crop, scratch, skipped) for drawn, crop in zip(work, crops, strict=True)]
         except VqpipeError as error:
             return error
-        return assemble(self.images, indices, tensors), skipped
+        return assemble(self.images, indices, torch.from_numpy(crops)), skipped
 
-    def sample(self, epoch: int, sample: int, skipped: dict[int, str]) -> tuple[int, Tensor]:
-        """The sample, or the first replacement drawn for it that can be decoded. The others are added to `skipped`."""
-        index, pool = sample, self.replacements(sample)
+    def sample(self, epoch: int, sample: int, out: np.ndarray, scratch: Scratch, skipped: dict[int, str]) -> int:
+        """Write the crop of a sample to `out`, or that of the first replacement drawn for it that can be decoded, and
+        return its position. The others are added to `skipped`."""
+        index = sample
         for attempt in range(TRIES):
             rng = np.random.Generator(generator(self.seed, SAMPLE, epoch, sample, attempt))
             if attempt:
+                pool = self.replacements(sample)
                 index = pool[int(rng.random() * len(pool))]
             try:
-                image = decode(self.images.read(index), self.config.max_pixels, self.images.color)
-                return index, training_crop(image, self.config, rng)
+                training_crop(self.images.read(index), self.config, rng, out, self.images.color, scratch)
+                return index
             except BadImage as error:
                 skipped[index] = error.reason
         raise DataError(
@@ -379,10 +379,10 @@ class TrainingImages(Dataset[Loaded]):
         return next(samples for samples in self.images.sets if sample in samples)
 
 
-def assemble(images: ImageSet, indices: list[int], tensors: list[Tensor]) -> Batch:
+def assemble(images: ImageSet, indices: list[int], crops: Tensor) -> Batch:
     """A batch with labels and without keys."""
     labels = torch.from_numpy(images.labels[indices].astype(np.int64))
-    return Batch(torch.stack(tensors), labels, [], indices)
+    return Batch(crops, labels, [], indices)
 
 
 def with_keys(batch: Batch, images: ImageSet) -> Batch:

@@ -6,12 +6,13 @@ H x W pixels.
 """
 
 import io
+import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -60,6 +61,10 @@ QUARTER_TURNS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
 """Those that exchange height and width."""
 SIZED_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP")
 """Formats whose header has the size of the decoded image."""
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+APP1, APP2, SOS, SOF = 0xE1, 0xE2, 0xDA, (0xC0, 0xC1, 0xC2)
+"""The second bytes of markers in a JPEG: of segments with EXIF and XMP, of those with ICC profiles, of the pixels, and
+of headers: baseline, extended, progressive."""
 PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 """What a PNG with an EXIF orientation contains. It may follow the pixels, so that Pillow decodes these to find it."""
 
@@ -263,6 +268,86 @@ def fast_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
         return Image.fromarray(simplejpeg.decode_jpeg(data))
     except ValueError:  # damaged: Pillow decodes it, or raises
         return None
+
+
+class JpegHeader(NamedTuple):
+    """The header of a JPEG that `decode_reduced` takes."""
+
+    height: int
+    """Of the upright image, as `width`."""
+    width: int
+    turn: Image.Transpose | None
+    """Turns the stored image upright."""
+
+
+def jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS, color: Color = "ignore") -> JpegHeader | None:
+    """The header of a JPEG of three channels of 8 bits, without decoding; None for other images, damaged ones, those of
+    more than `max_pixels`, and those with an ICC profile that `color` applies."""
+    segments = jpeg_segments(data)
+    frame = next((segments[name] for name in SOF if name in segments), None)
+    if frame is None or (color == "srgb" and APP2 in segments):
+        return None
+    precision, height, width, channels = struct.unpack_from(">BHHB", data, frame)
+    if (precision, channels) != (8, 3) or not 0 < height * width <= max_pixels:
+        return None
+    if APP1 not in segments:
+        return JpegHeader(height, width, None)
+    with warnings.catch_warnings(), suppress(Exception):  # `decode` raises the reason
+        warnings.simplefilter("ignore")
+        turn = turn_of(open_image(data, max_pixels))
+        return JpegHeader(*((width, height) if turn in QUARTER_TURNS else (height, width)), turn)
+    return None
+
+
+def jpeg_segments(data: bytes) -> dict[int, int]:
+    """The segments before the pixels of a JPEG: the second byte of each marker, and where the content of the last
+    segment of this marker starts. Empty if it does not begin as a JPEG."""
+    segments, start = dict[int, int](), 2
+    if data.startswith(JPEG_SIGNATURE):
+        while start + 10 < len(data) and data[start] == 0xFF:
+            marker = data[start + 1]
+            if marker == SOS:
+                return segments
+            segments[marker] = start + 4
+            start += 2 + (data[start + 2] << 8 | data[start + 3])
+    return {}
+
+
+class Scratch:
+    """Memory for the pixels of one image after another: to get new memory for each takes as long as resizing it."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, np.uint8)
+
+    def take(self, count: int) -> np.ndarray:
+        """uint8[count], which the next call overwrites."""
+        if len(self.memory) < count:
+            self.memory = np.empty(count, np.uint8)
+        return self.memory[:count]
+
+
+def decode_reduced(data: bytes, header: JpegHeader, reduction: int, scratch: Scratch) -> np.ndarray | None:
+    """uint8[ceil(H / r), ceil(W / r), 3]: a JPEG decoded upright at 1/r of its size; None if it is damaged.
+
+    The decoder computes blocks of (8 / r)^2 pixels from the lowest frequencies of each block of 8^2, by an inverse DCT
+    of that size; r is 1, 2, 4 or 8. With 1 the pixels are those of `decode`. They may be in `scratch`.
+    """
+    height, width = header.height, header.width
+    if header.turn in QUARTER_TURNS:
+        height, width = width, height
+    try:
+        if simplejpeg is not None:
+            rows, columns = -(-height // reduction), -(-width // reduction)
+            buffer = scratch.take(3 * rows * columns)
+            rgb = simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns, buffer=buffer)
+        else:
+            image = Image.open(io.BytesIO(data), formats=("JPEG",))
+            if reduction > 1:
+                image.draft("RGB", (max(1, width // reduction), max(1, height // reduction)))
+            rgb = np.array(image)
+    except (OSError, ValueError):
+        return None
+    return rgb if header.turn is None else np.array(Image.fromarray(rgb).transpose(header.turn))
 
 
 def to_rgb(image: Image.Image, data: bytes) -> Image.Image:

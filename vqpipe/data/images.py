@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -161,10 +162,11 @@ class ImageSet(Sequence[Sample]):
 
     def locate(self, i: int) -> tuple[ImageSource, int]:
         """The source of image `i`, and its position there."""
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
-        i %= len(self)
-        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        length = len(self)
+        if not -length <= i < length:
+            raise IndexError(f"image {i} of {length}")
+        i %= length
+        part = bisect_right(self.starts, i) - 1
         return self.sources[part], i - int(self.starts[part])
 
     @cached_property

@@ -1,6 +1,7 @@
 """Files of images, local or behind URLs: each as it was when it was indexed, which every read compares."""
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -88,11 +89,14 @@ class StoredFile:
             return remote.read(self.url, offset, size, self.size, self.validators)
 
         def read() -> bytes:
-            with open(self.url, "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
+            file = os.open(self.url, os.O_RDONLY)
+            try:
+                status = os.fstat(file)
                 if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
                     raise remote.changed(self.url)
-                return os.pread(file.fileno(), size, offset)
+                return os.pread(file, size, offset)
+            finally:
+                os.close(file)
 
         try:
             data = read_with_retries(read)
@@ -115,7 +119,7 @@ class StoredFiles:
 
     def place(self, i: int) -> tuple[int, int]:
         """The number of the file that holds image `i`, and the position of the image in it."""
-        number = int(np.searchsorted(self.starts, i, side="right")) - 1
+        number = bisect_right(self.starts, i) - 1
         return number, i - int(self.starts[number])
 
     def origin(self, i: int) -> tuple[str, int]:

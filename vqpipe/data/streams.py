@@ -193,8 +193,9 @@ class ImageStream(Stream):
     Args:
         images: what --images takes: a folder, tars, an artifact, `builtin:photos`; or several of them.
         image_size: S, in pixels.
-        settings: those of section [data] of a preset, such as crop="center", flip=False, max_scale=1.5.
-            `num_workers` is 0 by default, for a DataLoader with workers; without one, set it to decode in processes.
+        settings: those of section [data] of a preset, such as crop="center", flip=False, max_scale=1.5. By default
+            `resize` is "fast". `num_workers` is 0, for a DataLoader with workers; without one, set it to decode in
+            processes.
 
     Raises:
         ConfigError: the global batch is not divisible by the number of ranks, or an unknown setting.
@@ -213,7 +214,7 @@ class ImageStream(Stream):
         **settings: Any,
     ) -> None:
         super().__init__(seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
-        table = {"num_workers": 0, **settings, "image_size": image_size}
+        table = {"num_workers": 0, "resize": "fast", **settings, "image_size": image_size}
         image_set = images if isinstance(images, ImageSet) else open_images(images)
         self.stream = TrainingStream(image_set, from_table(DataConfig, table, "data"), **self.options)
         self.unusable = Skipped(image_set, len(image_set), {})

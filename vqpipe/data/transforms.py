@@ -1,6 +1,7 @@
 """Crops, and the only conversions between RGB images, uint8 pixels and floats.
 
     encoded bytes --decode--> RGB image --center_crop | random_crop--> uint8[3, S, S] <--to_uint8 | to_float--> [-1, 1]
+    encoded JPEG --fast_crop--> uint8[3, S, S]
 
 B images, H x W pixels, S the side of a square crop. Every crop is a pure function of the image and a generator.
 
@@ -20,11 +21,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from vqpipe.config import added, resumable
-from vqpipe.data.decoding import MAX_PIXELS
+from vqpipe.data.decoding import MAX_PIXELS, Color, Scratch, decode, decode_reduced, jpeg_header
 from vqpipe.errors import ConfigError
 
 STRIP = 16
@@ -43,6 +45,11 @@ class DataConfig:
 
     max_scale: float = 1.0
     """The short side is resized to image_size times a factor drawn from [1, max_scale] before a random crop."""
+
+    resize: Literal["exact", "fast"] = added("exact")
+    """How random crops are resized. exact: from the whole image, by Pillow's bicubic filter. fast: a JPEG in color is
+    decoded at 1/2, 1/4 or 1/8 of its size where that is large enough, its crop begins and ends at whole pixels of the
+    decoded image, and torch's bicubic filter resizes it; other images as with exact."""
 
     flip: bool = True
     """Flip a crop horizontally with probability 1/2. (VQGAN-LC's released code crops at random and does not flip.)"""
@@ -68,6 +75,8 @@ class DataConfig:
             raise ConfigError(f"data.image_size = {self.image_size} is not a size in pixels")
         if self.crop not in ("random", "center"):
             raise ConfigError(f"data.crop = {self.crop!r} is not a choice", "Use random or center")
+        if self.resize not in ("exact", "fast"):
+            raise ConfigError(f"data.resize = {self.resize!r} is not a choice", "Use exact or fast")
         if not 1.0 <= self.max_scale < math.inf:
             raise ConfigError(
                 f"data.max_scale = {self.max_scale} should be a finite number of at least 1",
@@ -124,14 +133,68 @@ def ten_crops(images: Tensor, size: int) -> list[Tensor]:
     ]
 
 
-def random_crop(image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.0) -> Tensor:
-    """uint8[3, size, size]: a random square, after resizing the short side to size x [1, max_scale], antialiased."""
-    scale, across, down = rng.random(3)
-    short = round(size * (1.0 + float(scale) * (max_scale - 1.0)))
-    factor = short / min(image.size)
-    width, height = max(short, round(image.width * factor)), max(short, round(image.height * factor))
-    left, upper = int(across * (width - size + 1)), int(down * (height - size + 1))
-    return pixels(resize_part(image, (width, height), (left, upper), (size, size)))
+def random_crop(image: Image.Image, size: int, drawn: np.ndarray, max_scale: float = 1.0) -> Tensor:
+    """uint8[3, size, size]: a random square, after resizing the short side to size x [1, max_scale], antialiased.
+
+    `drawn`: three numbers in [0, 1), of the scale, x and y.
+    """
+    return pixels(resize_part(image, *random_window(image.size, size, drawn, max_scale), (size, size)))
+
+
+def random_window(
+    image_size: tuple[int, int], size: int, drawn: np.ndarray, max_scale: float
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size to which `random_crop` resizes an image, and the corner of the crop; sizes are (width, height), the
+    corner is (x, y)."""
+    scale, across, down = drawn.tolist()
+    short = round(size * (1.0 + scale * (max_scale - 1.0)))
+    factor = short / min(image_size)
+    width, height = max(short, round(image_size[0] * factor)), max(short, round(image_size[1] * factor))
+    return (width, height), (int(across * (width - size + 1)), int(down * (height - size + 1)))
+
+
+def fast_crop(
+    data: bytes,
+    size: int,
+    drawn: np.ndarray,
+    max_scale: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
+    color: Color = "ignore",
+    scratch: Scratch | None = None,
+) -> np.ndarray | None:
+    """uint8[3, size, size]: `random_crop` of an encoded JPEG, from no more of its pixels than the crop needs; None for
+    what `random_crop` has to do.
+
+    The image is decoded at 1, 1/2, 1/4 or 1/8 of its size, the least that covers the size to which `random_crop`
+    resizes. The sides of the crop are moved to the nearest whole pixels there, by up to half a pixel; what lies between
+    is resized by the antialiased bicubic filter of torch, whose pixels are within two levels of Pillow's.
+
+    None: not a JPEG in color, or a damaged one (`jpeg_header`); the image would have to be enlarged. The result may be
+    a view of `scratch`.
+    """
+    header = jpeg_header(data, max_pixels, color)
+    if header is None:
+        return None
+    target, corner = random_window((header.width, header.height), size, drawn, max_scale)
+    if min(target) > min(header.width, header.height):
+        return None
+    reduction = next(
+        r for r in (8, 4, 2, 1) if r == 1 or (r * target[0] <= header.width and r * target[1] <= header.height)
+    )
+    rgb = decode_reduced(data, header, reduction, scratch or Scratch())
+    if rgb is None:
+        return None
+    left, right = nearest_pixels(corner[0], size, header.width / reduction / target[0], rgb.shape[1])
+    upper, lower = nearest_pixels(corner[1], size, header.height / reduction / target[1], rgb.shape[0])
+    part = rgb[upper:lower, left:right].transpose(2, 0, 1)
+    if part.shape[1:] == (size, size):
+        return part
+    return F.interpolate(torch.from_numpy(part)[None], (size, size), mode="bicubic", antialias=True)[0].numpy()
+
+
+def nearest_pixels(start: int, size: int, scale: float, length: int) -> tuple[int, int]:
+    """The pixels [first, stop) of a side of `length` nearest to [start, start + size) x scale."""
+    return round(start * scale), min(round((start + size) * scale), length)
 
 
 def crop_to_multiples(image: Image.Image, factor: int) -> Tensor:
@@ -165,14 +228,30 @@ def resize_part(
     return image.resize(size, Image.Resampling.BICUBIC, box=(left * across, upper * down, right, lower))
 
 
-def training_crop(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """uint8[3, S, S]: the random crop and flip of section [data]."""
+def training_crop(
+    data: bytes,
+    config: DataConfig,
+    rng: np.random.Generator,
+    out: np.ndarray,
+    color: Color = "ignore",
+    scratch: Scratch | None = None,
+) -> None:
+    """Write the crop and flip of section [data] of an encoded image to `out`, uint8[3, S, S].
+
+    Raises:
+        BadImage: as `decode`.
+    """
     flipped = config.flip and bool(rng.random() < 0.5)
+    size, crop = config.image_size, None
     if config.crop == "center":
-        crop = center_crop(image, config.image_size)
+        crop = center_crop(decode(data, config.max_pixels, color), size).numpy()
     else:
-        crop = random_crop(image, config.image_size, rng, config.max_scale)
-    return crop.flip(-1) if flipped else crop
+        drawn = rng.random(3)
+        if config.resize == "fast":
+            crop = fast_crop(data, size, drawn, config.max_scale, config.max_pixels, color, scratch)
+        if crop is None:
+            crop = random_crop(decode(data, config.max_pixels, color), size, drawn, config.max_scale).numpy()
+    out[...] = crop[..., ::-1] if flipped else crop
 
 
 def to_float(images: Tensor) -> Tensor:
