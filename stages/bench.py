@@ -12,7 +12,7 @@ from vqpipe.errors import ConfigError
 if TYPE_CHECKING:
     from vqpipe.artifacts import Artifact
 
-WHAT = "search,kmeans,quantizer,train,tokenize,generate"
+WHAT = "search,kmeans,quantizer,train,tokenize,generate,data"
 
 
 def bench(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stages import recipe
-from vqpipe.benchmarks import generation, job, kmeans, planned, quantizer, search, step_and_encode, timing
+from vqpipe.benchmarks import generation, job, kmeans, loading, planned, quantizer, search, step_and_encode, timing
 from vqpipe.benchmarks.released_step import ReleasedStep
-from vqpipe.benchmarks.timing import Case, Samples, Settings, Unavailable
+from vqpipe.benchmarks.timing import Case, Samples, Settings, Unavailable, available
 from vqpipe.data.transforms import to_float
 from vqpipe.losses import Objective
 from vqpipe.models import Autoencoder, PatchDiscriminator
@@ -302,3 +303,37 @@ def test_a_network_with_random_weights_uses_its_codebook() -> None:
     tokenizer = Tokenizer(step_and_encode.build(config, 64, CPU, seed=0))
     ids = tokenizer.encode(step_and_encode.photographs(8, 64))
     assert len(ids.unique()) > 100
+
+
+UNCLOSED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""webdataset leaves a shard open that is not read to its end."""
+
+
+@UNCLOSED
+def test_loaders_make_batches_of_crops_beside_the_peers_that_are_installed() -> None:
+    threads = torch.get_num_threads()
+    found = measured(loading.cases(SETTINGS))
+    assert torch.get_num_threads() == threads
+    assert len(found) == len(loading.QUICK_LOADINGS)
+    for case in found:
+        names = {row.name for row in case.rows}
+        assert {"vqpipe, fast", "vqpipe, exact", "torchvision ImageFolder"} <= names
+        peers = {loading.DECODING, "webdataset", "mosaicml-streaming"}
+        assert peers <= names | case.not_run.keys()
+        assert all("is not installed" in reason for reason in case.not_run.values())
+        assert ("over_decoding" in case.facts) == (loading.DECODING in names)
+
+
+@UNCLOSED
+def test_every_loader_returns_crops_of_the_same_photographs(tmp_path: Path) -> None:
+    size = loading.QUICK_LOADINGS[0]
+    files = loading.Files(tmp_path, loading.photographs(size, 0), size, 0)
+    case = Case("", "images", {})
+    peers = {"webdataset": files.webdataset, "ImageFolder": files.image_folder, "streaming": files.streaming}
+    methods = [files.ours("fast"), files.ours("exact"), *available(peers, case)]
+    means = []
+    for method in methods:
+        crops = torch.cat([method.call() for _ in range(loading.BATCHES)])
+        assert (crops.dtype, crops.shape) == (torch.uint8, (size.batch * loading.BATCHES, 3, size.crop, size.crop))
+        means.append(crops.float().mean().item())
+    assert max(means) - min(means) < 3  # another order, other flips, another filter

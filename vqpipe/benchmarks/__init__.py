@@ -1,5 +1,5 @@
 """What this machine does per second, beside other libraries and the estimates of `vqpipe plan`: search, k-means,
-quantizers, training steps, encoding, generation.
+quantizers, training steps, encoding, generation, loading.
 
 `metrics.json` of a benchmark, which `vqpipe bench --json` prints:
 

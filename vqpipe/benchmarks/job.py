@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vqpipe.artifacts import Artifact, Draft
-from vqpipe.benchmarks import generation, kmeans, quantizer, search, step_and_encode
+from vqpipe.benchmarks import generation, kmeans, loading, quantizer, search, step_and_encode
 from vqpipe.benchmarks.timing import Case, Settings, version_of
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
@@ -106,6 +106,7 @@ def run(
         "train": step_and_encode.train_cases(settings, tokenizers),
         "tokenize": step_and_encode.tokenize_cases(settings, first),
         "generate": generation.cases(settings, preset, generator, first),
+        "data": loading.cases(settings),
     }
     if warning := busy_warning():
         progress.message(warning)

@@ -20,6 +20,7 @@ SUBJECTS = {
     "train": "Training step",
     "tokenize": "Images to ids",
     "generate": "Images from a generator",
+    "data": "Files to batches",
 }
 """Name -> heading, in the order of the page."""
 
@@ -78,6 +79,7 @@ FACTS = {
     "cost_of_k": ("training step, large over small codebook", "x", "wall time"),
     "step_over_released": ("training step, released over ours", "x", "large codebook, wall time"),
     "tokenized_per_s": ("images to ids, largest codebook", "images/s", ""),
+    "loaded_per_s": ("files to batches", "images/s", "one core, smallest images"),
 }
 """Fact of the artifact -> label, unit and note on the page."""
 
@@ -116,6 +118,8 @@ def caption(case: Json) -> str:
         )
     if any("inertia_ratio" in row["extra"] for row in case["rows"]):
         words.append("Inertia: mean squared distance of a point to its center.")
+    if facts.get("over_decoding"):
+        words.append(f"Ours over decoding alone: {facts['over_decoding']:.2f} in CPU time.")
     if case["load"] is not None:
         words.append(f"Load average before: {case['load']:.1f}.")
     return " ".join(words)
@@ -169,14 +173,15 @@ def headline_numbers(metrics: Json) -> list[page.Number]:
             if (ratio := smallest_ratio(subjects.get(subject, []), name)) is not None:
                 numbers.append(page.Number(label, factor(ratio), f"as fast as {words}", "the least of the shapes"))
                 break
-    for case in subjects.get("tokenize", [])[-1:]:
-        rate = next((row["rate"] for row in case["rows"] if row["ours"]), None)
-        if rate is not None:
-            numbers.append(page.Number("images to ids", number(rate), "images/s", case["title"]))
-    for case in subjects.get("generate", [])[:1]:
-        rate = next((row["rate"] for row in case["rows"] if row["ours"]), None)
-        if rate is not None:
-            numbers.append(page.Number("generation", number(rate), "images/s", case["title"]))
+    for label, cases in (
+        ("images to ids", subjects.get("tokenize", [])[-1:]),
+        ("files to batches", subjects.get("data", [])[:1]),
+        ("generation", subjects.get("generate", [])[:1]),
+    ):
+        for case in cases:
+            rate = next((row["rate"] for row in case["rows"] if row["ours"]), None)
+            if rate is not None:
+                numbers.append(page.Number(label, number(rate), "images/s", case["title"]))
     steps = [over_planned(row) for case, row in estimated(metrics) if case in subjects.get("train", [])]
     if steps:
         low, high = factor(min(steps)), factor(max(steps))
@@ -233,7 +238,10 @@ def facts_of(metrics: Json) -> dict[str, float]:
     """The facts of the artifact; none for a quick benchmark."""
     subjects = {} if metrics["settings"]["quick"] else metrics["subjects"]
     search, kmeans, train = (subjects.get(name, []) for name in ("search", "kmeans", "train"))
-    rates = [row["rate"] for case in subjects.get("tokenize", [])[-1:] for row in case["rows"] if row["ours"]]
+    encoded, loaded = (
+        [row["rate"] for case in cases for row in case["rows"] if row["ours"]]
+        for cases in (subjects.get("tokenize", [])[-1:], subjects.get("data", [])[:1])
+    )
     found: dict[str, float | None] = {
         "search_over_naive": smallest_ratio(search, "naive expansion"),
         "search_over_faiss_tuned": smallest_ratio(search, "faiss tuned"),
@@ -241,7 +249,8 @@ def facts_of(metrics: Json) -> dict[str, float]:
         "lc_over_vq": next((case["facts"]["lc_over_vq"] for case in subjects.get("quantizer", [])[-1:]), None),
         "cost_of_k": next((case["facts"].get("cost_of_k") for case in train), None),
         "step_over_released": next((case["facts"].get("over_released") for case in train), None),
-        "tokenized_per_s": next(iter(rates), None),
+        "tokenized_per_s": next(iter(encoded), None),
+        "loaded_per_s": next(iter(loaded), None),
     }
     return {key: value for key, value in found.items() if value is not None}
 
