@@ -273,7 +273,7 @@ def test_usable_images_leave_no_list(tmp_path: Path, draw: Callable[..., bytes])
 def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     images = open_images([tmp_path])
-    with pytest.raises(DataError, match="1 of 1 images cannot be used"):
+    with pytest.raises(DataError, match="1 of 1 image cannot be used"):
         run(tmp_path / "out", images)
 
 
@@ -446,7 +446,7 @@ def test_an_image_below_the_downsample_factor_has_no_tokens(tmp_path: Path, draw
     images = open_images([tmp_path / "a"])
     draft = artifacts.start(tmp_path / "out", "tokens", {}, {"images": images})
     assert isinstance(draft, Draft)
-    with draft, pytest.raises(DataError, match=r"1 of 1 images cannot be used \(1 too-small\)"):
+    with draft, pytest.raises(DataError, match=r"1 of 1 image cannot be used \(1 too-small\)"):
         write_tokens(draft, images, Pixels(300), image_size="native")
 
 
@@ -460,7 +460,7 @@ def test_memory_that_does_not_suffice_is_an_error_with_a_remedy(images: ImageSet
     with draft:
         for batch_size, message in (
             (4, r"out of memory for a batch of 4 images of 32x24. Use a smaller --batch-size"),
-            (1, r"1 images of 32x24. Leave such images out of --image-size native: --max-pixels 767"),
+            (1, r"1 image of 32x24. Leave such images out of --image-size native: --max-pixels 767"),
         ):
             with pytest.raises(DataError, match=message):
                 write_tokens(draft, images, Large(300), image_size="native", max_skipped=0.5, batch_size=batch_size)

@@ -75,7 +75,7 @@ def test_groups_and_continuous_latents_are_compared_with_other_tokenizers(
     assert "<td>2 x 64</td>" in html
     assert "<td>68,719,476,736</td>" in html
     assert f"tiny-vae {numbers['tiny-vae']['psnr']:.2f} dB with continuous latents" in html
-    assert "tiny-vae: utilization, utilization_per_group, perplexity_per_group, bits_per_pixel" in html
+    assert "tiny-vae: codes in use, utilization per group, perplexity per group, bits per pixel" in html
 
 
 @pytest.mark.parametrize(("option", "key"), [({"limit": 4}, "num_images"), ({"image_size": 16}, "image_size")])

@@ -180,7 +180,7 @@ def test_autoencoder_of_two_files_becomes_a_folder_for_eval(
     done = vqpipe(tmp_path, "import-checkpoint", "small-vae", *words, "--out", "by-hand")
     assert done.returncode == 0, done.stderr
     done = vqpipe(tmp_path, "import-checkpoint", "small-vae", *words[:2], "--out", "third")
-    assert "error: 1 files for small-vae, which has 2. Pass config.json and diffusion_pytorch_model" in done.stderr
+    assert "error: 1 file for small-vae, which has 2. Pass config.json and diffusion_pytorch_model" in done.stderr
 
 
 @pytest.mark.parametrize("entry", zoo.entries(), ids=lambda entry: entry.name)

@@ -54,6 +54,7 @@ from vqpipe.data.tars import tar_keys
 from vqpipe.data.transforms import Framing, crop_to_multiples, fixed_size, parse_size, ten_crops
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 from vqpipe.progress import SILENT, Progress
+from vqpipe.words import counted
 
 SHARD_NAME = "tokens-{:05d}.parquet"
 NATIVE_SHARD_NAME = "tokens-{}-{:05d}.parquet"
@@ -196,7 +197,7 @@ def encode_in_memory(tokenizer: ImageTokenizer, precision: str, images: Tensor) 
         if "memory" not in str(error):
             raise
         count, _, height, width = images.shape
-        what = f"out of memory for a batch of {count} images of {width}x{height}"
+        what = f"out of memory for a batch of {counted(count, 'images')} of {width}x{height}"
         larger = f"Leave such images out of --image-size native: --max-pixels {height * width - 1}"
         raise DataError(what, "Use a smaller --batch-size" if count > 1 else larger) from None
 
