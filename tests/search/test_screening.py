@@ -59,14 +59,14 @@ def test_the_nearest_code_is_among_the_candidates(interpreted: Interpreted, bloc
         assert len(listed) < 300  # some codes are excluded
 
 
-@pytest.mark.parametrize(("blocking", "dim"), [(BY_TILE, 8), (BY_CODE, 100)])
+@pytest.mark.parametrize(("blocking", "num_codes", "dim"), [(BY_TILE, 2200, 8), (BY_CODE, 200, 100)])
 def test_a_vector_with_too_many_candidates_is_compared_with_all_codes(
-    interpreted: Interpreted, blocking: Blocking, dim: int
+    interpreted: Interpreted, blocking: Blocking, num_codes: int, dim: int
 ) -> None:
     torch.manual_seed(0)
-    codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, 3000, dim)  # all equal in bfloat16
+    codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, num_codes, dim)  # all equal in bfloat16
     vectors = torch.randn(1, 5, dim)
-    num_tiles = -(-3000 // blocking.tile)
+    num_tiles = -(-num_codes // blocking.tile)
     listed = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
     assert listed[1].amin() > CAPACITY
     ids = interpreted(rescore, vectors, codes, listed, num_tiles, blocking)
@@ -85,7 +85,7 @@ def test_very_small_and_large_numbers(interpreted: Interpreted, scale: float) ->
     assert torch.equal(ids, expected if scale > 1e-30 else torch.zeros_like(ids))
 
 
-@pytest.mark.parametrize(("codes", "dim"), [(5000, 4), (1, 3), (128, 64), (129, 65), (2, 1024)])
+@pytest.mark.parametrize(("codes", "dim"), [(1500, 4), (1, 3), (128, 64), (129, 65), (2, 1024)])
 def test_splits_partial_tiles_and_both_kinds_of_candidates(interpreted: Interpreted, codes: int, dim: int) -> None:
     torch.manual_seed(dim)
     vectors, table = torch.randn(1, 9, dim), torch.randn(1, codes, dim)
@@ -106,8 +106,16 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """KiB of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide)."""
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("dim", [8, 64, 768])
+COMPILED = [(86, 8), (86, 64), (86, 768), (80, 768), (90, 64), (100, 64)]
+"""Each kind of matrix product, each kind of blocking, and the least shared memory."""
+OTHERS = [
+    (capability, dim) for capability in SHARED_MEMORY for dim in (8, 64, 768) if (capability, dim) not in COMPILED
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dim"), [*COMPILED, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
+)
 def test_the_kernels_compile_for_a_gpu(capability: int, dim: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
