@@ -25,8 +25,8 @@ from vqpipe.reports.pictures import GAP, side_by_side, to_png, with_labels
 
 COUNT, SIDE = 4, 256
 """Images, and their side in pixels."""
-PER_ROW = 2
-"""Images per row, each with its reconstructions."""
+COLUMNS = 6
+"""Pictures per row: images with all their reconstructions, at least one."""
 
 
 def bits_per_pixel(tokenizer: Tokenizer, size: int) -> float:
@@ -51,11 +51,12 @@ def picture(images: list[Tensor], tokenizers: dict[str, Tokenizer]) -> bytes:
         psnr = float(psnr_of(mean_squared_error(originals, columns[-1])).mean())
         labels.append(f"{name}, {psnr:.1f} dB")
     sets = [side_by_side(*each) for each in zip(*columns, strict=True)]
-    rows = [side_by_side(*sets[start : start + PER_ROW]) for start in range(0, len(sets), PER_ROW)]
+    per_row = max(1, COLUMNS // len(columns))
+    rows = [side_by_side(*sets[start : start + per_row]) for start in range(0, len(sets), per_row)]
     gap = torch.full((3, GAP, rows[0].shape[2]), 255, dtype=torch.uint8)
     padded = [torch.nn.functional.pad(row, (0, gap.shape[2] - row.shape[2]), value=255) for row in rows]
     sheet = torch.cat([part for row in padded for part in (row, gap)][:-1], dim=1)
-    return to_png(with_labels(sheet, labels * min(PER_ROW, len(sets))))
+    return to_png(with_labels(sheet, labels * min(per_row, len(sets))))
 
 
 def main(where: str, out: str, *named: str) -> None:

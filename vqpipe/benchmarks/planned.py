@@ -38,7 +38,10 @@ def planned_search(vectors: Tensor, codes: Tensor) -> Planned:
     device = device_of(vectors.device)
     with fake_tensors(device.is_gpu) as (trace, _):
         inputs = torch.empty(vectors.shape), torch.empty(codes.shape)
+        for each in inputs:
+            trace.add(each, "inputs")
         trace.operations.clear()
+        trace.peak.clear()
         nearest(*inputs, check=False)
     return numbers(step_seconds(trace.operations, device), sum(trace.peak.values()) - sum(map(size_of, inputs)))
 
