@@ -16,6 +16,8 @@ from vqpipe.planning.devices import GPUS, device_of
 from vqpipe.planning.estimate import GIB, Plan, Training, generator_training, in_bytes, refusal, tokenizer_training
 from vqpipe.words import counted
 
+LEAST_SHOWN = 10_000
+"""Bytes of the smallest part of the memory in the table."""
 LEAST_STEPS = 1000
 """Shorter runs begin without an estimate, which takes a few seconds."""
 LONG_HOURS, FIRST_LOOK_HOURS, LEAST_PROPOSED = 2.0, 0.5, 20
@@ -100,18 +102,21 @@ def show(plan: Plan, *, as_json: bool = False) -> None:
     table.add_column(justify="right")
     table.add_column(style="dim")
     for name, value in plan.settings.items():
-        table.add_row(name, str(value), "")
+        table.add_row(name, f"{value:,}" if type(value) is int else str(value), "")
     table.add_section()
     for part, size in sorted(plan.memory.items(), key=lambda item: -item[1]):
-        table.add_row(f"memory: {part}", in_bytes(size), "")
+        if size >= LEAST_SHOWN:
+            table.add_row(f"memory: {part}", in_bytes(size), "")
     table.add_row("memory of a device", in_bytes(plan.needed), f"of {in_bytes(plan.available)}: {verdict(plan)}")
     table.add_section()
     for name, flops in plan.flops.items():
-        table.add_row(f"operations of a step: {name}", in_flops(flops), "")
+        if flops:
+            table.add_row(f"operations of a step: {name}", in_flops(flops), "")
     table.add_row("a step", duration(plan.seconds_per_step), counted(plan.steps, "steps"))
     table.add_row("time", duration(3600 * plan.hours), f"{plan.devices} x {plan.device}")
     if plan.images_per_step:
-        table.add_row("images per second", f"{plan.images_per_second:,.1f}", "over all devices, from the loader")
+        rate = plan.images_per_second
+        table.add_row("images per second", f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}", "from the loader")
     for name, size in plan.disk.items():
         table.add_row(f"disk: {name}", in_bytes(size), "")
     if console.prints():
@@ -168,8 +173,10 @@ def in_flops(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.84 s`, `12 minutes`, `23 hours`, `12 days`."""
+    """`5.4 ms`, `0.84 s`, `12 minutes`, `23 hours`, `12 days`."""
     for unit, length in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.2g} {unit}" if seconds < 100 * length else f"{seconds / length:,.0f} {unit}"
+    if seconds < 0.1:
+        return f"{1e3 * seconds:.2g} ms"
     return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds:.0f} s"

@@ -86,7 +86,7 @@ def device_named(name: str) -> Device:
     if name == "cpu":
         return measured_cpu()
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name} is unknown", f"{nearest_name(name, NAMES)}. Known: {', '.join(NAMES)}")
+        raise ConfigError(f"--gpu {name} is unknown", nearest_name(name, NAMES))
     return GPUS[name]
 
 

@@ -10,6 +10,7 @@ validation are not in it, and the loader is assumed to keep up.
 The estimate is for eager PyTorch: `train.compile` saves time and memory that it leaves out.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -288,8 +289,12 @@ def features_of(config: FeaturesConfig) -> tuple[int, int]:
 
 def build_encoder(config: FeaturesConfig) -> PatchEncoder:
     """An encoder on the meta device."""
-    with torch.device("meta"):
-        return feature_files.open_encoder(replace(config, allow_random_weights=True, weights=None), None)
+    logging.disable(logging.WARNING)  # open_clip warns of random weights
+    try:
+        with torch.device("meta"):
+            return feature_files.open_encoder(replace(config, allow_random_weights=True, weights=None), None)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, devices: int = 1) -> Plan:
