@@ -1,5 +1,5 @@
 #!/bin/bash
-# Gather the wheels that a GPU machine without network lacks, less than 60 MiB, beside run.sh.
+# Gather the wheels that a GPU machine without network lacks, less than 60 MiB, in gpu-wheels at the top of the checkout.
 #
 #   gather.sh PACKAGE...   (default: what vqpipe imports and an image with PyTorch, timm and pyarrow lacks)
 #
@@ -10,20 +10,20 @@
 # Dependencies are not followed: name what is missing. faiss-cpu stands for faiss-gpu, which is larger: vqpipe's own
 # search runs on the GPU.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/../../.."
 [ $# -gt 0 ] || set -- faiss-cpu lpips open_clip_torch ftfy wcwidth diffusers importlib_metadata torch-fidelity braceexpand
 PYTHON=${PYTHON:-python3} TARGET=${TARGET:-3.12} LIMIT_MIB=60
-rm -rf wheels
+rm -rf gpu-wheels
 platforms=()
 for glibc in 2_28 2_27 2_24 2_17; do
     platforms+=(--platform "manylinux_${glibc}_x86_64")
 done
-"$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest wheels \
+"$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest gpu-wheels \
     --python-version "$TARGET" --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 \
-    --constraint ../../../constraints.txt "$@"
-"$PYTHON" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir wheels ../../..
-kib=$(du -sk wheels | cut -f1)
-echo "$(((kib + 1023) / 1024)) MiB in $PWD/wheels"
+    --constraint constraints.txt "$@"
+"$PYTHON" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir gpu-wheels .
+kib=$(du -sk gpu-wheels | cut -f1)
+echo "$(((kib + 1023) / 1024)) MiB in $PWD/gpu-wheels"
 if [ "$kib" -gt $((LIMIT_MIB * 1024)) ]; then
     echo "error: more than $LIMIT_MIB MiB. Name fewer packages." >&2
     exit 1

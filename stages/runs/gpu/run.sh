@@ -3,19 +3,24 @@
 #
 #   OUT      folder of the results (default: gpu-results)
 #   PYTHON   Python with vqpipe's dependencies (default: python3). Wheels of those that it lacks: see gather.sh
+#   ROUNDS   rounds of the measurements (default: 3)
 #   HALF     tests or bench, for machines that are lent for 10 minutes (default: both)
 #   DRY=1    run the same at small sizes on the CPU, where there is no GPU
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 OUT=${OUT:-gpu-results} PYTHON=${PYTHON:-python3} HALF=${HALF:-both} DRY=${DRY:-} LIMIT=535
-WHEELS=$PWD/stages/runs/gpu/wheels
+WHEELS=$PWD/gpu-wheels
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" DRY
 
 no_gpu() {
     echo "no GPU: $1 (DRY=1 runs the same at small sizes on the CPU)" >&2
     exit 1
 }
-if [ -z "$DRY" ]; then
+if [ -n "$DRY" ]; then
+    ROUNDS=${ROUNDS:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads would wait for each other at these sizes
+    export OMP_NUM_THREADS
+else
+    ROUNDS=${ROUNDS:-3}
     "$PYTHON" -c 'import torch' 2>/dev/null || no_gpu "$PYTHON has no PyTorch"
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || no_gpu "PyTorch finds none"
 fi
@@ -33,6 +38,6 @@ if [ "$HALF" != bench ]; then
 fi
 if [ "$HALF" != tests ]; then
     echo "== half 2: measurements beside the estimates"
-    timeout $LIMIT "$PYTHON" -m stages bench --gpu ${DRY:+--quick} --rounds "${ROUNDS:-3}" --out "$OUT/bench" || failed=1
+    timeout $LIMIT "$PYTHON" -m stages bench --gpu ${DRY:+--quick} --rounds "$ROUNDS" --out "$OUT/bench" || failed=1
 fi
 exit $failed
