@@ -57,10 +57,8 @@ def left_in_groups() -> Iterator[int]:
             else:
                 continue
             own = PurePath(group.lstrip("/"))
-            for each in (
-                own,
-                *own.parents,
-            ):  # the limits of outer groups count too; a container may not see its own name
+            # The limits of outer groups count too, and a container may not see the name of its own.
+            for each in (own, *own.parents):
                 with suppress(OSError, ValueError):  # no such group, no such controller, or the limit "max"
                     path = ROOT / folder / each
                     room = int((path / limit).read_text(encoding="ascii"))
