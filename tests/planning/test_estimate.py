@@ -126,7 +126,7 @@ def test_an_unknown_gpu_is_an_error_with_the_nearest_name() -> None:
 
 def test_sizes_are_printed_in_the_units_of_nvidia_smi() -> None:
     gib = 2**30
-    sizes = (0.25 * 2**20, 9.5 * 2**20, 512.4 * 2**20, 1023.6 * 2**20, 79.65 * gib, 99.96 * gib, 1234.5 * gib)
+    sizes = (0.25 * 2**20, 9.5 * 2**20, 512.4 * 2**20, 1023.6 * 2**20, 79.62 * gib, 99.96 * gib, 1234.5 * gib)
     assert [in_bytes(size) for size in sizes] == [
         *("0.25 MiB", "9.50 MiB", "512 MiB", "1.00 GiB", "79.6 GiB", "100 GiB", "1,234 GiB")
     ]
