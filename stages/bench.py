@@ -86,8 +86,8 @@ def show_tables(artifact: "Artifact") -> None:
             console.say(table.caption)
             for name, reason in case["not_run"].items():
                 console.say(f"not measured: {name}: {reason}")
-    if table := estimate_table(metrics):
-        console.show_table(table)
+    if estimates := estimate_table(metrics):
+        console.show_table(estimates)
 
 
 def finished(artifact: "Artifact", as_json: bool, again: bool = False) -> None:
