@@ -18,6 +18,7 @@ from vqpipe.losses.objective import Objective
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import PatchDiscriminator, build_autoencoder
 from vqpipe.planning.estimate import without_masking
+from vqpipe.quantizers.lc import FrozenCodebookQuantizer
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.weights import Frozen, build_lpips
@@ -29,7 +30,7 @@ def steps(recipe: TokenizerRecipe) -> list[float]:
     """Run training steps of all networks with random weights; the seconds of each."""
     model = build_autoencoder(without_masking(recipe.model))
     quantizer = model.quantizer
-    if getattr(quantizer, "loaded", True) is False:
+    if isinstance(quantizer, FrozenCodebookQuantizer) and not quantizer.loaded:
         quantizer.load_codebook(torch.randn_like(quantizer.codes))
     config = recipe.objective
     perceptual = None
