@@ -53,7 +53,7 @@ COMMANDS = {
     "compare": Command("compare", "compare", "Compare reports side by side."),
     "inspect": Command("inspect_artifact", "inspect", "Print an artifact's manifest, facts and lineage."),
     "push": Command("push", "push", "Upload a tokenizer to the model hub."),
-    "zoo": Command("list_zoo", "zoo", "List the published tokenizers."),
+    "zoo": Command("list_zoo", "zoo", "List the published tokenizers, or print all about one."),
     "presets": Command("list_presets", "presets", "List the presets, or print one."),
     "settings": Command("list_settings", "settings", "List the settings of a command, with defaults and docs."),
     "plan": Command("plan", "plan", "Estimate memory, time and disk of a run."),

@@ -154,7 +154,7 @@ def test_the_tolerance_may_change_on_a_draft_and_on_a_published_artifact(
 def test_a_setting_of_that_name_elsewhere_is_compared(tmp_path: Path) -> None:
     with begin(tmp_path / "out", {"other": {"max_skipped": 1}}) as draft, draft.write("a.bin") as path:
         path.write_bytes(b"a")
-    with pytest.raises(ArtifactError, match=r"config\.other\.max_skipped was 1, now 2"):
+    with pytest.raises(ArtifactError, match=r"settings: other\.max_skipped was 1, now 2"):
         begin(tmp_path / "out", {"other": {"max_skipped": 2}})
 
 

@@ -168,8 +168,8 @@ def test_k_curve_equals_decoding_the_first_k_groups(
     html = (out / "report.html").read_text(encoding="utf-8")
     assert "PSNR from the first k groups, dB" in html
     assert f"<td>{curve[0]['psnr']:.2f} dB</td>" in html
-    for k in (1, 2, 3):  # the pictures of the section: the first of the set among them
-        assert data_uri(to_png(tokenizer.decode(ids[:1], (32, 32), groups=k)[0])) in html
+    for k in (1, 2, 3):  # the pictures of the section: the first of the set among them, decoded in the same batch
+        assert data_uri(to_png(tokenizer.decode(ids[:4], (32, 32), groups=k)[0])) in html
     assert html.count('data-label="first 2 groups"') == NUM_WITH_PREFIXES
     assert not open_artifact(out, "report").names("pictures/*group*")
 
