@@ -47,8 +47,8 @@ def test_flops_equal_a_count_by_hand(networks: Networks) -> None:
     parts = convolutions(model, lambda: model.decode(model.latent(images)))
     tokens, channels = (SIZE // 2) ** 2, 16
     attention = 2 * 2 * (2 * tokens**2 * channels)  # two blocks, each queries x keys and shares x values
-    # Forward, the gradient of the weights and that of the inputs, which the first layer does not need. The backward pass
-    # of attention has four products, and computes queries x keys again.
+    # Forward, the gradient of the weights and that of the inputs, which the first layer does not need. The backward
+    # pass of attention has four products, and computes queries x keys again.
     assert flops.autoencoder == 3 * sum(parts) - parts[0] + 3.5 * attention
     parts = convolutions(discriminator, lambda: discriminator(images))
     assert flops.discriminator == 8 * sum(parts) - 2 * parts[0]
