@@ -96,14 +96,15 @@ def by_method(rows: Iterable[Row], x: str, y: str) -> dict[str, list[tuple[float
         place = log2(int(row["codes"])) if x == "log2" else float(row[x])
         values.setdefault((method(row), place), []).append(float(row[y]))
     methods: dict[str, list[tuple[float, float, float]]] = {}
-    for (name, place), found in sorted(values.items()):
+    for (name, place), found in values.items():
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         methods.setdefault(name, []).append((place, statistics.mean(found), spread))
     return methods
 
 
 def plots(rows: Sequence[Row]) -> dict[str, Plot | None]:
-    """File name -> plot."""
+    """File name -> plot. Methods of one group come first, so that each has one color in all plots."""
+    rows = sorted(rows, key=lambda row: (int(row["groups"]), method(row)))
     single = [row for row in rows if row["groups"] == "1"]
     points = by_method(single, "codes", "used")
     return {
