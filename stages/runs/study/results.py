@@ -150,7 +150,8 @@ def draw(table: Path, folder: Path) -> None:
     rows = read(table)
     for name, plot in plots([row for row in rows if row["images"] == "eval"]).items():
         if plot is not None:
-            drawing = plot.svg.replace("currentColor", GRAY).replace("<svg", '<svg font-family="sans-serif"', 1)
+            drawing = plot.svg.replace("currentColor", GRAY)
+            drawing = drawing.replace("<svg", '<svg width="480" font-family="sans-serif"', 1)
             (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
     for images in sorted({row["images"] for row in rows}):
         print(f"\n{images}\n", *markdown([row for row in rows if row["images"] == images]), sep="\n")
