@@ -160,14 +160,18 @@ def over_planned(row: Json) -> float:
     return float(row["wall_ms"] / row["extra"]["planned_ms"])
 
 
+def own_rate(cases: Sequence[Json]) -> float | None:
+    """Images per second of our first method in these cases; None without one."""
+    return next((row["rate"] for case in cases for row in case["rows"] if row["ours"]), None)
+
+
 def headline_numbers(metrics: Json) -> list[page.Number]:
     """Training speed, the search and k-means beside faiss's own, and how far the estimates of training are off."""
     subjects = metrics["subjects"]
     numbers = []
-    for case in subjects.get("train", [])[:1]:
-        rate = next((row["rate"] for row in case["rows"] if row["ours"]), None)
-        if rate is not None:
-            numbers.append(page.Number("training", number(rate), "images/s", case["title"]))
+    train = subjects.get("train", [])[:1]
+    if (rate := own_rate(train)) is not None:
+        numbers.append(page.Number("training", number(rate), "images/s", train[0]["title"]))
     for subject, label, peers in (("search", "search", FAISS_SEARCHES), ("kmeans", "k-means", FAISS_KMEANS)):
         for name, words in peers.items():
             if (ratio := smallest_ratio(subjects.get(subject, []), name)) is not None:
@@ -178,10 +182,8 @@ def headline_numbers(metrics: Json) -> list[page.Number]:
         ("files to batches", subjects.get("data", [])[:1]),
         ("generation", subjects.get("generate", [])[:1]),
     ):
-        for case in cases:
-            rate = next((row["rate"] for row in case["rows"] if row["ours"]), None)
-            if rate is not None:
-                numbers.append(page.Number(label, number(rate), "images/s", case["title"]))
+        if (rate := own_rate(cases)) is not None:
+            numbers.append(page.Number(label, number(rate), "images/s", cases[0]["title"]))
     steps = [over_planned(row) for case, row in estimated(metrics) if case in subjects.get("train", [])]
     if steps:
         low, high = factor(min(steps)), factor(max(steps))
@@ -238,10 +240,6 @@ def facts_of(metrics: Json) -> dict[str, float]:
     """The facts of the artifact; none for a quick benchmark."""
     subjects = {} if metrics["settings"]["quick"] else metrics["subjects"]
     search, kmeans, train = (subjects.get(name, []) for name in ("search", "kmeans", "train"))
-    encoded, loaded = (
-        [row["rate"] for case in cases for row in case["rows"] if row["ours"]]
-        for cases in (subjects.get("tokenize", [])[-1:], subjects.get("data", [])[:1])
-    )
     found: dict[str, float | None] = {
         "search_over_naive": smallest_ratio(search, "naive expansion"),
         "search_over_faiss_tuned": smallest_ratio(search, "faiss tuned"),
@@ -249,8 +247,8 @@ def facts_of(metrics: Json) -> dict[str, float]:
         "lc_over_vq": next((case["facts"]["lc_over_vq"] for case in subjects.get("quantizer", [])[-1:]), None),
         "cost_of_k": next((case["facts"].get("cost_of_k") for case in train), None),
         "step_over_released": next((case["facts"].get("over_released") for case in train), None),
-        "tokenized_per_s": next(iter(encoded), None),
-        "loaded_per_s": next(iter(loaded), None),
+        "tokenized_per_s": own_rate(subjects.get("tokenize", [])[-1:]),
+        "loaded_per_s": own_rate(subjects.get("data", [])[:1]),
     }
     return {key: value for key, value in found.items() if value is not None}
 
