@@ -67,60 +67,36 @@ def tokenize(
     """
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
-        from vqpipe import artifacts, distributed
-        from vqpipe.data.tokens import check_crops, check_max_pixels, views_per_image, write_tokens
+        from vqpipe import distributed
+        from vqpipe.data.tokens import TokensConfig, views_per_image
         from vqpipe.data.transforms import fixed_size
         from vqpipe.planning.devices import device_of
         from vqpipe.planning.estimate import plan_tokenize
         from vqpipe.tokenizer import Tokenizer
 
-        native = image_size == "native"
-        asked = None if image_size is None or native else fixed_size(image_size)
-        check_crops(crops, flip, image_size)
-        check_max_pixels(max_pixels, image_size)
+        # The default is fp32 on every device: bf16 changes a few percent of the ids.
+        settings: dict[str, Any] = {"image_size": image_size, "flip": flip, "crops": crops, "precision": precision}
+        settings |= {"max_pixels": max_pixels, "max_skipped": max_skipped}
+        config = TokensConfig(**settings)  # what excludes each other is refused before anything is opened
+        if plan and config.native:
+            raise DataError("--plan estimates images of one size", "Give --image-size a number")
         image_set = console.open_images(images, key_prefix, color, limit)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
-        size: int | str = "native"
-        if not native:
-            if asked is None and opened.image_size is None:
-                what = "this tokenizer's config does not name the image size of its training"
-                raise DataError(what, "Give --image-size")
-            height, width = asked or fixed_size(str(opened.image_size))
-            opened.check_size(height, width)
-            size = width if height == width else f"{width}x{height}"
+        config = config.sized_by(opened)
         if plan:
-            if native:
-                raise DataError("--plan estimates images of one size", "Give --image-size a number")
-            views = views_per_image({"flip": flip, "crops": crops})
             return estimates.show(
                 plan_tokenize(
                     opened.autoencoder.config,
-                    (height, width),
+                    fixed_size(str(config.image_size)),
                     batch_size,
                     device_of(torch_device),
                     distributed.world_size(),
                     precision=precision,
-                    images=views * len(image_set),
+                    images=views_per_image(config.request()) * len(image_set),
                 )
             )
-        # The default is fp32 on every device: bf16 changes a few percent of the ids.
-        config: dict[str, Any] = {"image_size": size, "flip": flip, "precision": precision, "max_skipped": max_skipped}
-        if crops != "center":  # left out, as in the requests of earlier versions
-            config["crops"] = crops
-        if max_pixels is not None:
-            config["max_pixels"] = max_pixels
-        request = config if key_prefix is None else {**config, "key_prefix": key_prefix}
-        draft = artifacts.start(out, "tokens", request, {"images": image_set, "tokenizer": opened.source})
-        if isinstance(draft, artifacts.Artifact):
-            return console.finished(draft, again=True)
-        with draft:
-            facts = write_tokens(
-                draft,
-                image_set,
-                opened,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                progress=progress,
-                **config,
-            )
-            return console.finished(draft.publish(facts))
+        again = out.is_dir()
+        artifact = opened.write_tokens(
+            image_set, out, **settings, batch_size=batch_size, num_workers=num_workers, progress=progress
+        )
+        return console.finished(artifact, again=again)

@@ -402,8 +402,12 @@ def test_write_tokens_writes_what_encode_returns(
     assert (wide.facts["image_size"], wide.facts["num_tokens"]) == ("32x16", 32)
     with pytest.raises(DataError, match="not divisible"):
         tokenizer.write_tokens(folder, tmp_path / "odd", image_size=30)
+    native = tokenizer.write_tokens(folder, tmp_path / "native", image_size="native", max_pixels=32 * 32)
+    assert native.facts["sizes"]["32x32"]["num_images"] == 3
+    with pytest.raises(ConfigError, match="--crops ten includes the flip"):
+        tokenizer.write_tokens(folder, tmp_path / "both", crops="ten", flip=True)
     tokenizer.image_size = None
-    with pytest.raises(DataError, match="Set image_size"):
+    with pytest.raises(DataError, match="Give --image-size"):
         tokenizer.write_tokens(folder, tmp_path / "unknown")
     assert not (tmp_path / "odd.partial").exists()
 

@@ -18,7 +18,7 @@ from vqpipe import artifacts
 from vqpipe.config import from_table, to_table
 from vqpipe.data.decoding import BadImage, decode, to_rgb, upright
 from vqpipe.data.images import ImageSet, open_images
-from vqpipe.data.tokens import write_tokens
+from vqpipe.data.tokens import TokensConfig, write_tokens
 from vqpipe.data.transforms import Framing, pixels, to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
@@ -28,6 +28,7 @@ from vqpipe.files import atomic_write, hash_file, write_json
 from vqpipe.model_card import ModelCard
 from vqpipe.model_input import Size, check_tensor_size, latent_size, network_input, pair_of
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
+from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import Quantized, TokenLayout
 from vqpipe.weights import load_tensors, load_weights, save_weights
 
@@ -514,14 +515,13 @@ class Tokenizer:
         images: str | Path | Sequence[str | Path] | ImageSet,
         out: str | Path,
         *,
-        image_size: Size | None = None,
-        flip: bool = False,
-        precision: str = "fp32",
-        max_skipped: float = 0.01,
+        image_size: Size | str | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
+        progress: Progress = SILENT,
+        **settings: Any,
     ) -> artifacts.Artifact:
-        """Encode images and write the ids as a `tokens` artifact, as `vqpipe tokenize` does; `TokenDataset` reads it.
+        """Encode images and write the ids as a `tokens` artifact: `vqpipe tokenize`. `TokenDataset` reads it.
 
         An interrupted job continues at its first missing shard. A finished one of the same arguments is opened. Under
         torchrun each rank writes its share.
@@ -529,36 +529,29 @@ class Tokenizer:
         Args:
             images: what --images takes: a folder, tars, an artifact, `builtin:photos`; or several of them.
             out: the directory of the artifact.
-            image_size: (H, W), or the side of a square; by default that of the training images.
-            flip: store the tokens of the horizontal flip of each image, too.
-            precision: as `encode`.
-            max_skipped: the share of the images that may be unreadable.
+            image_size: (H, W), the side of a square, "WIDTHxHEIGHT", or "native": each image at its own size; by
+                default that of the training images.
+            settings: `flip`, `crops`, `precision`, `max_pixels`, `max_skipped` of `TokensConfig`.
 
         Raises:
             DataError: the image size is unknown or no multiple of the downsample factor; unreadable images.
             ArtifactError: `out` has other contents.
-            ConfigError: the tokenizer was not opened with `from_pretrained`, so that the artifact could not name it.
+            ConfigError: settings that exclude each other; the tokenizer was not opened with `from_pretrained`, so that
+                the artifact could not name it.
         """
         if not self.source:
             raise ConfigError("this tokenizer has no stored weights", "Call save_pretrained, and open it again")
-        size = image_size or self.image_size
-        if size is None:
-            raise DataError("this tokenizer's config does not name the image size of its training", "Set image_size")
-        height, width = pair_of(size)
-        self.check_size(height, width)
-        settings: dict[str, Any] = {
-            "image_size": width if height == width else f"{width}x{height}",
-            "flip": flip,
-            "precision": precision,
-            "max_skipped": max_skipped,
-        }
+        if isinstance(image_size, tuple):
+            image_size = f"{image_size[1]}x{image_size[0]}"
+        config = TokensConfig(image_size=image_size, **settings).sized_by(self)
         image_set = images if isinstance(images, ImageSet) else open_images(images)
-        draft = artifacts.start(out, "tokens", settings, {"images": image_set, "tokenizer": self.source})
+        inputs = {"images": image_set, "tokenizer": self.source}
+        draft = artifacts.start(out, "tokens", config.request(image_set.key_prefix), inputs)
         if isinstance(draft, artifacts.Artifact):
             return draft
         with draft:
-            facts = write_tokens(draft, image_set, self, batch_size=batch_size, num_workers=num_workers, **settings)
-            return draft.publish(facts)
+            options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+            return draft.publish(write_tokens(draft, image_set, self, config, **options))
 
     def describe(self, image_size: int) -> dict[str, Any]:
         """Facts for a report on images of side `image_size`."""

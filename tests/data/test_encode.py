@@ -19,7 +19,7 @@ from vqpipe.data import decoding, sizes, transforms
 from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch, equal_shards
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tars import write_tar
-from vqpipe.data.tokens import decode_tokens, read_tokens, write_tokens
+from vqpipe.data.tokens import TokensConfig, decode_tokens, read_tokens, write_tokens
 from vqpipe.errors import DataError
 from vqpipe.progress import SILENT, Progress, Silent
 from vqpipe.quantizers import TokenLayout
@@ -281,6 +281,7 @@ class Pixels:
     """A fake tokenizer: the ids of an image are its first two red values, moved to the end of the codebook."""
 
     device = torch.device("cpu")
+    image_size: int | None = None
     downsample_factor = 8
 
     def __init__(self, codebook_size: int) -> None:
@@ -302,7 +303,9 @@ def tokenize(out: Path, images: ImageSet, codebook_size: int, flip: bool) -> Art
     draft = artifacts.start(out, "tokens", {"flip": flip}, {"images": images})
     assert isinstance(draft, Draft)
     with draft:
-        facts = write_tokens(draft, images, Pixels(codebook_size), image_size=16, flip=flip, max_skipped=0.5)
+        facts = write_tokens(
+            draft, images, Pixels(codebook_size), TokensConfig(image_size=16, flip=flip, max_skipped=0.5)
+        )
         return draft.publish(facts)
 
 
@@ -395,7 +398,7 @@ def test_batches_and_shards_of_native_sizes_are_limited(
     draft = artifacts.start(tmp_path / "tokens", "tokens", {}, {"images": images})
     assert isinstance(draft, Draft)
     with draft:
-        facts = write_tokens(draft, images, tokenizer, image_size="native", batch_size=3)
+        facts = write_tokens(draft, images, tokenizer, TokensConfig(image_size="native"), batch_size=3)
         made = draft.publish(facts)
     assert [tuple(shape)[::2] for shape in tokenizer.batches] == [(1, 48)] * 4 + [(2, 16)] * 4 + [(2, 8)] * 4
     assert made.names() == [
@@ -425,7 +428,7 @@ def test_native_sizes_are_read_once(
         draft = artifacts.start(tmp_path / name, "tokens", {}, {"images": images})
         assert isinstance(draft, Draft)
         with draft:
-            facts = write_tokens(draft, images, Pixels(300), image_size="native", max_skipped=max_skipped)
+            facts = write_tokens(draft, images, Pixels(300), TokensConfig(image_size="native", max_skipped=max_skipped))
             return draft.publish(facts)
 
     with pytest.raises(DataError, match=r"^at least 8 of 23 images cannot be used \(5 empty, 3 too-small\)"):
@@ -447,7 +450,7 @@ def test_an_image_below_the_downsample_factor_has_no_tokens(tmp_path: Path, draw
     draft = artifacts.start(tmp_path / "out", "tokens", {}, {"images": images})
     assert isinstance(draft, Draft)
     with draft, pytest.raises(DataError, match=r"1 of 1 image cannot be used \(1 too-small\)"):
-        write_tokens(draft, images, Pixels(300), image_size="native")
+        write_tokens(draft, images, Pixels(300), TokensConfig(image_size="native"))
 
 
 def test_memory_that_does_not_suffice_is_an_error_with_a_remedy(images: ImageSet, tmp_path: Path) -> None:
@@ -463,4 +466,10 @@ def test_memory_that_does_not_suffice_is_an_error_with_a_remedy(images: ImageSet
             (1, r"1 image of 32x24. Leave such images out of --image-size native: --max-pixels 767"),
         ):
             with pytest.raises(DataError, match=message):
-                write_tokens(draft, images, Large(300), image_size="native", max_skipped=0.5, batch_size=batch_size)
+                write_tokens(
+                    draft,
+                    images,
+                    Large(300),
+                    TokensConfig(image_size="native", max_skipped=0.5),
+                    batch_size=batch_size,
+                )

@@ -20,7 +20,7 @@ B images of a batch, N ids per image.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -73,6 +73,8 @@ class ImageTokenizer(Protocol):
     """The part of `vqpipe.Tokenizer` used here."""
 
     device: torch.device
+    image_size: int | None
+    """Side of the images of its training."""
 
     @property
     def codebook_size(self) -> int:
@@ -92,47 +94,103 @@ class ImageTokenizer(Protocol):
         """int64[B, N] -> uint8[B, 3, H, W]."""
 
 
-def write_tokens(
-    draft: Draft,
-    images: ImageSet,
-    tokenizer: ImageTokenizer,
-    *,
-    image_size: int | str,
-    flip: bool = False,
-    crops: Crops = "center",
-    precision: str = "fp32",
-    max_pixels: int | None = None,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    max_skipped: float = 0.01,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
-
-    `image_size` is the side of ADM's center crop, "WIDTHxHEIGHT" for the crop of the rule cover, or "native": each
-    image at its own size (see sizes.py). Images of more than `max_pixels` are left out then.
-
-    With `flip` the tokens of each image's horizontal flip are stored as well. `crops` "ten" stores ten views of each
-    image, as LlamaGen: the `ten_crops` of ADM's center crop of side int(1.1 x `image_size`). `precision` "bf16" applies
-    to the network; the codebook search stays in float32, on slightly different latents.
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """What is encoded of each image.
 
     Raises:
         ConfigError: `flip` with ten crops, which include flips; ten crops of a rectangle; a size that is none;
             `max_pixels` with a fixed size.
-        DataError: more images than `max_skipped` are unreadable, or all are; an id outside the codebook; the tokenizer
-            cannot encode a native size.
     """
-    check_crops(crops, flip, image_size)
-    check_max_pixels(max_pixels, image_size)
-    num_views = views_per_image({"flip": flip, "crops": crops})
-    views = partial(with_flip, flip=flip)
-    size = parse_size(str(image_size))
+
+    image_size: int | str | None
+    """The side of ADM's center crop, "WIDTHxHEIGHT" for the crop of the rule cover, or "native": each image at its own
+    size (see sizes.py). None: that of the tokenizer's training."""
+    flip: bool = False
+    """Store the ids of each image's horizontal flip as well."""
+    crops: Crops = "center"
+    """"ten": ten views of each image, as LlamaGen: the `ten_crops` of a center crop 1.1 times as wide as `image_size`."""
+    precision: str = "fp32"
+    """"bf16" applies to the network; the codebook search stays in float32, on slightly different latents: a few percent
+    of the ids change."""
+    max_pixels: int | None = None
+    """Larger images are left out; with "native" only."""
+    max_skipped: float = 0.01
+    """Share of the images that may be unreadable."""
+
+    def __post_init__(self) -> None:
+        size = None if self.image_size is None else parse_size(str(self.image_size))
+        if size is not None:
+            written = size[0] if size[0] == size[1] else f"{size[1]}x{size[0]}"
+            object.__setattr__(self, "image_size", written)
+        if self.crops == "ten" and self.flip:
+            raise ConfigError("--crops ten includes the flip of each image", "Omit --flip")
+        if self.crops == "ten" and isinstance(self.image_size, str):
+            raise ConfigError(
+                f"--crops ten is for squares, {self.image_size} is none", "Give one number as --image-size"
+            )
+        if self.max_pixels is not None and not self.native:
+            raise ConfigError("--max-pixels is for images at their own sizes", "Omit it, or add --image-size native")
+
+    @property
+    def native(self) -> bool:
+        return self.image_size == "native"
+
+    def sized_by(self, tokenizer: "ImageTokenizer") -> "TokensConfig":
+        """These settings with the image size that the tokenizer was trained on, if they name none.
+
+        Raises:
+            DataError: the tokenizer cannot encode this size, or names none.
+        """
+        config = self
+        if config.image_size is None:
+            if tokenizer.image_size is None:
+                what = "this tokenizer's config does not name the image size of its training"
+                raise DataError(what, "Give --image-size (image_size in Python)")
+            config = replace(config, image_size=tokenizer.image_size)
+        if not config.native:
+            tokenizer.layout(*fixed_size(str(config.image_size)))
+        return config
+
+    def request(self, key_prefix: str | None = None) -> dict[str, Any]:
+        """What the manifest of the artifact says of them, and a second call has to equal."""
+        request = {name: getattr(self, name) for name in ("image_size", "flip", "precision", "max_skipped")}
+        # These are left out unless they are set, as in the requests of earlier versions.
+        request |= {} if self.crops == "center" else {"crops": self.crops}
+        request |= {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
+        return request if key_prefix is None else {**request, "key_prefix": key_prefix}
+
+
+def write_tokens(
+    draft: Draft,
+    images: ImageSet,
+    tokenizer: ImageTokenizer,
+    config: TokensConfig,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Tokenize images: write this rank's missing shards of a `tokens` artifact. Returns its facts, over all ranks.
+
+    Raises:
+        DataError: more images than `config.max_skipped` are unreadable, or all are; an id outside the codebook; the
+            tokenizer cannot encode a native size.
+    """
+    num_views = views_per_image(config.request())
+    views = partial(with_flip, flip=config.flip)
+    size = parse_size(str(config.image_size))
     ordered, unusable = images, dict[int, str]()
     transform: Callable[[Image.Image], Tensor] | None = None
     if size is None:
         factor = tokenizer.downsample_factor
         sized = group_by_size(
-            draft, images, factor, max_pixels=max_pixels or MAX_PIXELS, num_workers=num_workers, progress=progress
+            draft,
+            images,
+            factor,
+            max_pixels=config.max_pixels or MAX_PIXELS,
+            num_workers=num_workers,
+            progress=progress,
         )
         ordered, unusable, side = sized.images, sized.skipped, sized.side(batch_size)
         layouts = {size: native_layout(tokenizer, *size) for size in sized.sizes}
@@ -141,18 +199,18 @@ def write_tokens(
     else:
         side, layout = max(size), tokenizer.layout(*size)
         shards = equal_shards(SHARD_NAME, len(images), IMAGES_PER_SHARD, (num_views, layout.num_tokens), batch_size)
-        if crops == "ten":
+        if config.crops == "ten":
             views = partial(ten_crops, size=side)
             side = int(side * TEN_CROP_RANGE)
         if size[0] != size[1]:
             transform = Framing(rule="cover", size=size)
     job = EncodingJob(
-        draft, ordered, shards, title="tokenize", skipped=unusable, max_skipped=max_skipped, progress=progress
+        draft, ordered, shards, title="tokenize", skipped=unusable, max_skipped=config.max_skipped, progress=progress
     )
     if size is None:
         progress.message(str(sized))
     job.run(
-        partial(encode_views, views=views, encode=partial(encode_in_memory, tokenizer, precision)),
+        partial(encode_views, views=views, encode=partial(encode_in_memory, tokenizer, config.precision)),
         write_token_shard,
         check=partial(check_token_ids, codebook_size=tokenizer.codebook_size),
         device=tokenizer.device,
@@ -163,7 +221,7 @@ def write_tokens(
     )
     records, skipped = job.finish()
     facts = {"num_images": sum(record["images"] for record in records)}
-    shared = {"codebook_size": tokenizer.codebook_size, "image_size": image_size}
+    shared = {"codebook_size": tokenizer.codebook_size, "image_size": config.image_size}
     if size is None:
         facts |= {"num_sizes": len(layouts), **shared, "sizes": size_facts(layouts, shards, records)}
     else:
@@ -200,22 +258,6 @@ def encode_in_memory(tokenizer: ImageTokenizer, precision: str, images: Tensor) 
         what = f"out of memory for a batch of {counted(count, 'images')} of {width}x{height}"
         larger = f"Leave such images out of --image-size native: --max-pixels {height * width - 1}"
         raise DataError(what, "Use a smaller --batch-size" if count > 1 else larger) from None
-
-
-def check_crops(crops: Crops, flip: bool, image_size: int | str | None = None) -> None:
-    """Raise a ConfigError for `flip` with ten crops, and for ten crops of a rectangle."""
-    if crops == "ten" and flip:
-        raise ConfigError("--crops ten includes the flip of each image", "Omit --flip")
-    if crops == "ten" and image_size is not None:
-        size = parse_size(str(image_size))
-        if size is None or size[0] != size[1]:
-            raise ConfigError(f"--crops ten is for squares, {image_size} is none", "Give one number as --image-size")
-
-
-def check_max_pixels(max_pixels: int | None, image_size: int | str | None) -> None:
-    """Raise a ConfigError for `max_pixels` with another size than "native"."""
-    if max_pixels is not None and image_size != "native":
-        raise ConfigError("--max-pixels is for images at their own sizes", "Omit it, or add --image-size native")
 
 
 def native_layout(tokenizer: ImageTokenizer, height: int, width: int) -> Any:

@@ -9,8 +9,16 @@ for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
     runs=try patch=4
     case $K in 4096 | 100000) runs=twice ;; esac
     case $K in 65536) patch=8 ;; 100000 | 1000000) patch=10 ;; esac
-    if [ "$K" -lt 65536 ]; then codebook "$K" pca "$K"; else codebook "$K" pca "$K" --set kmeans.select=random; fi
-    $runs "lc-$K" --codebook "$OUT/codebook-$K" --set $Q.codebook_size="$K"
+    file=$OUT/codebook-$K
+    if [ "$K" -lt 65536 ]; then
+        codebook "$K" pca "$K"
+    elif [ "$K" -lt 1000000 ]; then
+        codebook "$K" pca "$K" --set kmeans.select=random
+    else
+        file=$file.npy
+        [ -f "$file" ] || python "$STUDY/networks.py" codebook "$OUT/features-pca" "$K" 64 "$file"
+    fi
+    $runs "lc-$K" --codebook "$file" --set $Q.codebook_size="$K"
     $runs "fc-$K" --set $Q.kind=vq --set $Q.codebook_size="$K" "${learned[@]}" "${published[@]}"
     $runs "fc-$K-tuned" --set $Q.kind=vq --set $Q.codebook_size="$K" "${tuned[@]}"
     $runs "ema-$K" --set $Q.kind=ema --set $Q.codebook_size="$K" --set train.quantizer_rate=1.0 \

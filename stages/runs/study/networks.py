@@ -1,7 +1,7 @@
 """The networks of the study that vqpipe does not know, and random codebooks.
 
     python networks.py vqpipe COMMAND ...        run a command of vqpipe with the encoder `mobilenet` in its tables
-    python networks.py codebook KIND K DIM FILE  write a random codebook: normal, or sphere
+    python networks.py codebook KIND K DIM FILE  a random codebook: normal, sphere, or drawn from a features artifact
 
 The encoder `mobilenet:maps` gives the 96-channel maps of the middle of MobileNetV2, 14 x 14 at 224 px, for codebooks;
 `mobilenet:pooled` its last 1,280-channel maps, whose mean is the feature of a Frechet distance (`eval --extractor`).
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.cli import main
-from vqpipe.codebooks.features import ENCODERS, EncoderKind, FeaturesConfig
+from vqpipe.codebooks.features import ENCODERS, EncoderKind, FeaturesConfig, open_features
 from vqpipe.codebooks.pretrained import Normalized
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.weights import load_tensors
@@ -82,10 +82,19 @@ def build(config: FeaturesConfig, name: str, weights: Path | None) -> MobileNetV
 
 
 def random_codebook(kind: str, size: int, dim: int, file: Path) -> None:
-    """Write float32[size, dim]: standard normal vectors, for "sphere" scaled to unit length."""
-    codes = np.random.default_rng(0).standard_normal((size, dim), np.float32)
-    if kind == "sphere":
-        codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    """Write float32[size, dim]: standard normal vectors, for "sphere" scaled to unit length. Any other `kind` is a
+    features artifact: distinct vectors of it, as with `kmeans.select=random`, but without the pass that counts their
+    neighbors."""
+    generator = np.random.default_rng(0)
+    if kind in ("normal", "sphere"):
+        codes = generator.standard_normal((size, dim), np.float32)
+        if kind == "sphere":
+            codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    else:
+        features = open_features([kind])
+        everything = features.take(np.arange(features.num_vectors)).numpy()
+        first = np.unique(everything.view(f"V{everything.strides[0]}"), return_index=True)[1]
+        codes = everything[np.sort(generator.choice(first, size, replace=False))]
     np.save(file, codes)
 
 
