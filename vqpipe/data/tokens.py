@@ -109,7 +109,7 @@ class TokensConfig:
     flip: bool = False
     """Store the ids of each image's horizontal flip as well."""
     crops: Crops = "center"
-    """"ten": ten views of each image, as LlamaGen: the `ten_crops` of a center crop 1.1 times as wide as `image_size`."""
+    """"ten": ten views of each image, as LlamaGen: `ten_crops` of a center crop 1.1 times as wide as `image_size`."""
     precision: str = "fp32"
     """"bf16" applies to the network; the codebook search stays in float32, on slightly different latents: a few percent
     of the ids change."""
