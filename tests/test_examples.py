@@ -62,6 +62,7 @@ print("the contract holds")
 """A class that is defined here would be registered for all later tests of this process."""
 
 
+@pytest.mark.slow
 def test_quantizer_of_the_guide_trains_and_keeps_the_contract(
     tmp_path: Path, draw_folder: Callable[..., Path], python: Any
 ) -> None:

@@ -31,10 +31,11 @@ def test_the_sections_of_train_and_the_pipeline_are_listed() -> None:
 
 def test_defaults_are_those_of_a_preset_without_settings() -> None:
     table = to_table(load(None))
+    settings = {command: settings_of(command) for command in ("extract-features", "kmeans", "train", "eval")}
     for section in ("data", "features", "kmeans", "discriminator", "train", "eval"):
         command = section if section in ("kmeans", "train", "eval") else "train"
         command = "extract-features" if section == "features" else command
-        defaults = {each.name: each.default for each in settings_of(command) if each.section == section}
+        defaults = {each.name: each.default for each in settings[command] if each.section == section}
         assert {name: json.loads(json.dumps(value)) for name, value in table[section].items()} == defaults
 
 

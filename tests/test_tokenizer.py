@@ -316,6 +316,7 @@ decode(ids + tokenizer.codebook_size, 32)
 """
 
 
+@pytest.mark.slow
 def test_ids_outside_the_codebook_are_an_error_in_a_compiled_graph(python: Callable[..., Any]) -> None:
     """In a process of its own: after an error in a compiled function, PyTorch trains other networks wrongly."""
     done = python(WRONG_IDS)

@@ -532,7 +532,11 @@ def launcher() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize(
     ("workers", "number"),
-    [(None, signal.SIGTERM), (0, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)],
+    [
+        (None, signal.SIGTERM),
+        (2, signal.SIGINT),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0, signal.SIGINT), (2, signal.SIGTERM))),
+    ],
 )
 def test_signal_ends_a_process_that_waits_for_a_stalled_server(
     server: Any, launcher: subprocess.Popen[str], tmp_path: Path, number: signal.Signals, workers: int | None

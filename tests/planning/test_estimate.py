@@ -132,7 +132,7 @@ def test_sizes_are_printed_in_the_units_of_nvidia_smi() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["small", "smoke"])
+@pytest.mark.parametrize("name", ["smoke", pytest.param("small", marks=pytest.mark.slow)])
 def test_the_committed_figures_of_a_preset_are_those_of_the_command(name: str) -> None:
     committed = presets.estimates()
     if name not in committed:

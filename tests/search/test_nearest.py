@@ -66,8 +66,9 @@ def test_agrees_with_float64(num_vectors: int, num_codes: int, dim: int) -> None
 
 
 @pytest.mark.usefixtures("search")
-@pytest.mark.parametrize("dim", [1, 2, 8, 17, 64])
-@pytest.mark.parametrize("num_codes", [3, 16, 17, 257])
+@pytest.mark.parametrize(
+    ("num_codes", "dim"), [(3, 1), (3, 64), (16, 2), (16, 8), (17, 17), (17, 64), (257, 1), (257, 8)]
+)
 def test_the_lowest_id_wins_exact_ties(num_codes: int, dim: int) -> None:
     vectors, codes = lattice(77, dim, seed=0), lattice(num_codes, dim, seed=1)
     expected = distances(vectors, codes).argmin(dim=1)
@@ -87,7 +88,7 @@ def test_searching_in_parts_gives_the_ids_of_the_whole(
 
 
 @pytest.mark.usefixtures("search")
-@pytest.mark.parametrize("dim", [1, 4, 8, 12, 33, 128])
+@pytest.mark.parametrize("dim", [1, 8, 33, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (4, 12, 128))])
 def test_the_lowest_of_equal_codes_wins_under_any_rounding(dim: int) -> None:
     torch.manual_seed(dim)
     distinct = torch.randn(211, dim)
@@ -100,7 +101,7 @@ def test_the_lowest_of_equal_codes_wins_under_any_rounding(dim: int) -> None:
 @pytest.mark.usefixtures("search")
 def test_large_common_mean_costs_no_precision() -> None:
     torch.manual_seed(0)
-    vectors, codes = torch.randn(200, 64), torch.randn(2000, 64)
+    vectors, codes = torch.randn(100, 64), torch.randn(500, 64)
     mean = 300 * torch.randn(64)
     vectors, codes = vectors + mean, codes + mean
     assert torch.equal(nearest(vectors, codes), distances(vectors, codes).argmin(dim=1))

@@ -169,19 +169,19 @@ def test_tiles_that_do_not_fit_the_memory_are_refused_with_a_tile_that_does(
     tiny_tokenizer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
-    draw(file, 400, 400)
+    draw(file, 200, 200)
     tokenizer = Tokenizer.from_pretrained(path)
-    beside = tiling.image_bytes(400, 400, 400, 1)
-    room = int(tiling.MARGIN * tiling.tile_bytes(tokenizer, 256, 256)) + beside + 1
+    beside = tiling.image_bytes(200, 200, 200, 1)
+    room = int(tiling.MARGIN * tiling.tile_bytes(tokenizer, 128, 128)) + beside + 1
     monkeypatch.setattr(tiling, "available_bytes", lambda: room)
     options: dict[str, Any] = {"tokenizer": path, "out": tmp_path / "out", "overlap": 8, "device": "cpu"}
-    with pytest.raises(ConfigError, match=r"out of memory: a tile of 400 pixels needs about .* Use --tile 256"):
+    with pytest.raises(ConfigError, match=r"out of memory: a tile of 200 pixels needs about .* Use --tile 128"):
         reconstruct([file], tile=2400, **options)
     assert not (tmp_path / "out.partial").exists()
-    reconstruct([file], tile=256, **options)
+    reconstruct([file], tile=128, **options)
     monkeypatch.setattr(tiling, "available_bytes", lambda: beside)
     with pytest.raises(ConfigError, match="Use a machine with more memory"):
-        reconstruct([file], tile=256, **(options | {"out": tmp_path / "other"}))
+        reconstruct([file], tile=128, **(options | {"out": tmp_path / "other"}))
 
 
 @pytest.mark.parametrize("groups", ["0", "1,", "two", "1,-2"])

@@ -305,7 +305,7 @@ def toy_inputs(tmp_path_factory: pytest.TempPathFactory, golden: ModuleType) -> 
     return folder
 
 
-QUICK = ("mgvq-figure-5.sh", "vqgan-lc-table-5.sh")
+QUICK = ("mgvq-figure-5.sh",)
 FEWER = {"SETS": "celeba davis-2017", "SETS_2K": "uhdbench", "GROUPS_OF": "1 4", "TOTALS": "4096", "SIZE": "b"}
 
 

@@ -122,7 +122,7 @@ def test_publish_best_publishes_the_weights_of_the_best_validation(
     assert last.facts["published_step"] == 8
 
 
-@pytest.mark.parametrize("cut", [5, 7])
+@pytest.mark.parametrize("cut", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_resumed_run_has_the_same_best_weights_and_log(
     go: Any, held_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
@@ -172,7 +172,7 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
     assert "Held-out images, reconstructed at step 8." in text
 
 
-@pytest.mark.parametrize("weight_ema", [0.0, 0.9])
+@pytest.mark.parametrize("weight_ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_page_shows_pictures_between_samples_and_changes_no_result(
     go: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weight_ema: float
 ) -> None:
@@ -403,10 +403,11 @@ def test_manifest_records_the_weights_of_image_sets(go: Any, picture_folder: Pat
     "setting",
     [
         "train.save_every=7",
-        "train.log_every=1",
-        "train.max_nonfinite_steps=3",
         "data.num_workers=0",
-        "train.keep_every=3",
+        *(
+            pytest.param(setting, marks=pytest.mark.slow)
+            for setting in ("train.log_every=1", "train.max_nonfinite_steps=3", "train.keep_every=3")
+        ),
     ],
 )
 def test_resumable_setting_may_differ_on_resume(go: Any, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:

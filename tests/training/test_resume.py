@@ -204,7 +204,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, draw_folder: Callable[...
     return draw_folder(tmp_path_factory.mktemp("resume") / "pictures", PICTURES)
 
 
-@pytest.mark.parametrize("kind", [*sorted(MODELS), "dcae"])
+@pytest.mark.parametrize(
+    "kind", [name if name == "lc" else pytest.param(name, marks=pytest.mark.slow) for name in (*sorted(MODELS), "dcae")]
+)
 def test_resume_at_any_step_is_bit_exact(pictures: Path, tmp_path: Path, kind: str) -> None:
     straight = run_tensors(run(pictures, tmp_path / "straight", kind))
     assert differing(straight, run_tensors(run(pictures, tmp_path / "copied", kind, copies=tmp_path))) == []

@@ -166,5 +166,6 @@ def check_all(folder: Path) -> None:
         check(folder)
 
 
+@pytest.mark.slow
 def test_two_ranks(folder: Path, on_two_ranks: Callable[..., list[Any]]) -> None:
     on_two_ranks(check_all, folder)

@@ -313,7 +313,7 @@ def read_rows(file: pq.ParquetFile, url: str, image: str, features: dict[str, An
         if numbers and (max(numbers) >= (len(names) or 1 << 31) or min(numbers) < NO_LABEL):
             raise DataError(
                 f"{url} has the classes {min(numbers)} to {max(numbers)} in its column {label}",
-                f"Numbers of its {len(names)} classes are expected" if names else "Numbers from 0 are expected",
+                f"Numbers from 0 to {len(names) - 1} are expected" if names else "Numbers from 0 are expected",
             )
     return Rows(kept, num_rows, paths, labels, names, f"{url}: {unclear}" if unclear else "")
 
