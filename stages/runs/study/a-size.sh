@@ -10,7 +10,7 @@ for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
     case $K in 4096 | 100000) runs=twice ;; esac
     case $K in 65536) patch=8 ;; 100000 | 1000000) patch=10 ;; esac
     file=$OUT/codebook-$K
-    if [ "$K" -lt 65536 ]; then
+    if [ "$K" -lt 16384 ]; then
         codebook "$K" pca "$K"
     elif [ "$K" -lt 1000000 ]; then
         codebook "$K" pca "$K" --set kmeans.select=random
