@@ -48,6 +48,8 @@ SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
 }
 """Command -> the recipe and the sections that it reads."""
 
+SHORT = 0.2
+"""Share of a preset's steps up to which a run is called a first look."""
 Say = Callable[[str], None]
 """Prints a line for the user."""
 R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)
@@ -182,17 +184,21 @@ def read(
     for name, values in flags.items():
         table.setdefault(name, {}).update({key: value for key, value in values.items() if value is not None})
     if not any(text.partition("=")[0].strip() == "train.warmup_steps" for text in overrides):
-        shorten_warmup(before, table.get("train"), say)
+        fit_to_steps(before, table.get("train"), say)
     hint = f"vqpipe presets {EXAMPLES[cls]} > mine.toml writes a whole preset to start from"
     return config.from_table(cls, table, hint=hint)
 
 
-def shorten_warmup(preset: object, train: object, say: Say) -> None:
-    """Shorten a preset's warm-up that is longer than the run, in the proportion of the run to the preset's. Values of
-    another type are left as they are: they are errors."""
+def fit_to_steps(preset: object, train: object, say: Say) -> None:
+    """Shorten a preset's warm-up that is longer than the run, in the proportion of the run to the preset's, and say
+    that a run is much shorter than the preset's. Values of another type are left as they are: they are errors."""
     if not (isinstance(preset, dict) and isinstance(train, dict)):
         return
     warmup, of, steps = preset.get("warmup_steps"), preset.get("steps", TrainConfig.steps), train.get("steps")
-    if isinstance(warmup, int) and isinstance(of, int) and isinstance(steps, int) and 0 < steps < warmup <= of:
+    if not (isinstance(of, int) and isinstance(steps, int) and 0 < steps <= of):
+        return
+    if steps <= SHORT * of:
+        say(f"a first look: {steps:,} of the preset's {of:,} steps; all of them give much better results")
+    if isinstance(warmup, int) and steps < warmup <= of:
         train["warmup_steps"] = shorter = warmup * steps // of
-        say(f"warm-up: {counted(shorter, 'steps')} instead of {warmup:,}, since the run has {steps:,} of {of:,} steps")
+        say(f"warm-up: {counted(shorter, 'steps')} instead of {warmup:,}, in the same proportion")

@@ -85,9 +85,11 @@ class StopAfterStep:
         detach_closed_terminal(number)
         if not self.number:
             self.number = number
-            announce(f"{signal.Signals(number).name}: stopping after this step, then saving a checkpoint")
+            name = signal.Signals(number).name
             if self.waiting:
+                announce(f"{name}: stopping, and saving what was trained")
                 raise WaitingEnded(number)
+            announce(f"{name}: stopping after this step, then saving a checkpoint; a second signal stops at once")
         elif number != signal.SIGHUP:
             raise Interrupted(number)
 

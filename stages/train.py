@@ -8,6 +8,7 @@ import typer
 
 from stages import console, signals
 from stages.console import Device, Images, Limit, Out, Preset, Seed, Set
+from vqpipe.words import counted
 
 if TYPE_CHECKING:
     from vqpipe.quantizers import QuantizerConfig
@@ -130,6 +131,9 @@ def train(
         if isinstance(draft, Artifact):
             return console.finished(draft, again=True)
         with draft, signals.StopAfterStep() as stop:
+            if len(inputs.images) < recipe.train.global_batch_size:
+                found, wanted = counted(len(inputs.images), "images"), recipe.train.global_batch_size
+                progress.message(f"{found} for the {wanted:,} of a step: each is drawn several times")
             if inputs.images.whole_groups:
                 progress.message(
                     "each image of a Parquet file is read with its whole row group, which makes shuffled reading slow; "

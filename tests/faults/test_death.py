@@ -239,7 +239,7 @@ def test_sigkill_during_a_slow_save_after_sigterm_keeps_the_checkpoint_before(
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)  # it is still saving
     process.kill()
-    assert "SIGTERM: stopping after this step, then saving a checkpoint" in process.communicate(timeout=60)[1]
+    assert "SIGTERM: stopping" in process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGKILL
     names = {path.name for path in (folder / "out.partial" / "checkpoints").iterdir()}
     assert "step-00000003" in names

@@ -216,7 +216,7 @@ def test_missing_inputs_are_refused_before_the_schedule(
     assert done.stderr.count("\n") == 1
 
 
-def test_warm_up_that_is_longer_than_the_run_is_shortened_in_proportion() -> None:
+def test_short_run_is_called_a_first_look_and_its_warm_up_shortened_in_proportion() -> None:
     from stages import recipe
     from vqpipe.errors import ConfigError
 
@@ -227,9 +227,13 @@ def test_warm_up_that_is_longer_than_the_run_is_shortened_in_proportion() -> Non
         return loaded.train.warmup_steps
 
     assert warmup(steps=30) == warmup("train.steps=30") == 1  # small: 100 of 3,000
-    assert said == ["warm-up: 1 step instead of 100, since the run has 30 of 3,000 steps"] * 2
+    first_look = "a first look: {} of the preset's 3,000 steps; all of them give much better results"
+    assert said == [first_look.format(30), "warm-up: 1 step instead of 100, in the same proportion"] * 2
     said.clear()
-    assert warmup(steps=100) == warmup() == 100
+    assert warmup(steps=100) == 100
+    assert said == [first_look.format(100)]
+    said.clear()
+    assert warmup(steps=1000) == warmup() == 100
     assert said == []
     with pytest.raises(ConfigError, match=r"train\.warmup_steps = 100 is more than train\.steps = 30"):
         warmup("train.warmup_steps=100", steps=30)

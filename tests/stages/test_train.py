@@ -161,7 +161,7 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
     assert '<meta http-equiv="refresh" content="15">' in text
     said = capsys.readouterr().err
     assert str(page) in " ".join(said.split())
-    parts = ["reading the list of images", "building the network", "preparing the first step"]
+    parts = ["reading the list of images", "building the network", "preparing to train"]
     assert [line for line in said.splitlines() if line in parts] == parts  # at once, not after seconds
     text = go("lc", **held_out).file("report.html").read_text()
     assert "Step 8 of 8" in text
@@ -170,6 +170,17 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
     for part in ("Originals and reconstructions", "Learning rate", "Codebook utilization", "best at step"):
         assert part in text
     assert "Held-out images, reconstructed at step 8." in text
+
+
+def test_finished_run_is_trained_further_as_the_error_says(
+    go: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    go("lc", steps=2, global_batch_size=64)
+    assert "images for the 64 of a step: each is drawn several times" in capsys.readouterr().err
+    with pytest.raises(ArtifactError, match=r"train\.steps was 2, now 4.*To train it further: --from .*lc in place of"):
+        go("lc", steps=4, global_batch_size=64)
+    further = go("further", steps=2, source=tmp_path / "lc")
+    assert further.facts["steps"] == 2
 
 
 @pytest.mark.parametrize("weight_ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])

@@ -19,6 +19,7 @@ from vqpipe.training.callbacks import (
     summary,
 )
 from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.config import TrainConfig
 from vqpipe.training.running_metrics import Row
 
 
@@ -171,7 +172,7 @@ class RecordedProgress:
 
 def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validation() -> None:
     progress = RecordedProgress()
-    callback = ProgressCallback(progress, 10_000)
+    callback = ProgressCallback(progress, TrainConfig(steps=10_000, log_every=50))
     callback.on_start(state_at(1199, ["step-00001200: model.safetensors is damaged"]))
     callback.on_step_end(state_at(1200))
     callback.on_log({"step": 1000, "images_seen": 8000, "valid/psnr": 21.987, "valid/images": 64})
@@ -179,7 +180,10 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
     callback.on_skipped_step(1200, ["a", "b", "c", "d"])
     assert (progress.phase, progress.count) == (("train", 10_000, "steps"), 1200)
     assert progress.text == "PSNR 22.13 dB, codes in use 99.1%, 412 images/s, 3 skipped steps"
-    assert dict(progress.details) == {
+    details = dict(progress.details)
+    callback.on_log(ROW | {"step": 9_960})
+    assert progress.text.endswith("3 skipped steps (of 10 steps)")
+    assert details == {
         "loss": "total 0.5123   l1 0.1",
         "training": "PSNR 22.13 dB",
         "validation": "step 1,000   PSNR 21.99 dB",

@@ -174,7 +174,7 @@ def test_signal_during_a_stalled_read_saves_a_checkpoint_within_seconds(
         state, _ = run(tmp_path / "cut", interruptible=stop.interruptible, stall_at=7 * BATCH)
         assert stop.requested()
     assert time.monotonic() - start < 30
-    assert capsys.readouterr().err == "SIGTERM: stopping after this step, then saving a checkpoint\n"
+    assert capsys.readouterr().err == "SIGTERM: stopping, and saving what was trained\n"
     assert state.step == 7
     resumed, _ = run(tmp_path / "cut")
     assert resumed.step == STEPS

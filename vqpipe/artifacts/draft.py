@@ -71,12 +71,14 @@ def start(
     *,
     option: str = "--out",
     tolerance: str = "--max-skipped",
+    remedies: Mapping[str, str] | None = None,
 ) -> "Draft | Artifact":
     """Start or resume the artifact `out`, or return it if it is already published. Every rank calls it.
 
     `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
     provenance. `option` is the command-line option that names `out`, and `tolerance` the one that sets the largest
-    share of unusable images, for messages. Returns the Artifact if it was published with the same request, else a
+    share of unusable images, for messages; `remedies` says what to do where `out` was made with another value of a
+    setting, by its name. Returns the Artifact if it was published with the same request, else a
     locked Draft. The tolerance is not compared: it changes no byte of what is written.
 
     Raises:
@@ -88,6 +90,7 @@ def start(
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
     draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()}, option, tolerance)
+    draft.remedies = remedies or {}
     if distributed.on_main(draft.prepare):
         return open_artifact(out, kind)
     draft.request = distributed.broadcast_object(draft.request)
@@ -105,6 +108,7 @@ class Draft:
         self, out: Path, requested: dict[str, Any], lineage: dict[str, Any], option: str, tolerance: str
     ) -> None:
         self.out, self.option, self.tolerance = out, option, tolerance
+        self.remedies: Mapping[str, str] = {}
         self.path = partial_path(out)
         self.requested = requested
         self.kind: str = requested["kind"]
@@ -189,10 +193,9 @@ class Draft:
                     f"{path} exists and was made with other images: {changed}",
                     f"Choose another {self.option}, or restore those files",
                 )
-            raise ArtifactError(
-                f"{path} exists and was made with {difference_in_words(before, after)}",
-                f"Choose another {self.option}",
-            )
+            words = difference_in_words(before, after)
+            remedy = next((each for name, each in self.remedies.items() if f"other settings: {name} was" in words), "")
+            raise ArtifactError(f"{path} exists and was made with {words}", remedy or f"Choose another {self.option}")
 
     def changed_images(self, before: dict[str, Any], after: dict[str, Any]) -> str:
         """How two requests differ, if only by the content of images; otherwise empty."""

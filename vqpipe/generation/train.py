@@ -284,7 +284,7 @@ def train_on_examples(
         *sheets,
         *measures,
         *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in context.loggers),
-        ProgressCallback(progress, config.steps),
+        ProgressCallback(progress, config),
         RunReport(draft, metrics, description=description, settings=settings, sources=sheets, progress=progress),
     ]
     stream = ExampleStream(

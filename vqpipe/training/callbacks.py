@@ -34,6 +34,7 @@ from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
 from vqpipe.reports.training import NUMBERS, TrainingRun, in_words, newest_number, training_page
 from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.config import TrainConfig
 from vqpipe.training.running_metrics import Row
 from vqpipe.words import counted
 
@@ -221,13 +222,13 @@ def read_metrics(path: Path) -> list[Row]:
 class ProgressCallback(Callback):
     """Displays the run: steps done, the main numbers beside them, and a table of the newest numbers."""
 
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self.progress, self.steps = progress, steps
+    def __init__(self, progress: Progress, config: TrainConfig) -> None:
+        self.progress, self.config = progress, config
         self.row: Row = {}
         self.text = ""
 
     def on_start(self, state: TrainState) -> None:
-        self.progress.start("train", self.steps, "steps", state.step)
+        self.progress.start("train", self.config.steps, "steps", state.step)
         if state.step:
             self.progress.message(f"resuming at step {state.step:,}")
         for problem in state.damaged:
@@ -236,7 +237,7 @@ class ProgressCallback(Callback):
     def on_log(self, row: Row) -> None:
         """Numbers stay in the table until newer ones replace them; those of a validation carry their step."""
         if "learning_rate" in row:
-            self.text = summary(row)
+            self.text = summary(row) + self.short_window(row["step"])
         else:
             row = {name: value for name, value in row.items() if name.startswith("valid/")} | {
                 "valid/step": row["step"]
@@ -246,6 +247,11 @@ class ProgressCallback(Callback):
 
     def on_partial_row(self, row: Row) -> None:
         self.on_log(row)
+
+    def short_window(self, step: int) -> str:
+        """How few steps a row is about, where it is fewer than usual: they use fewer codes."""
+        every = self.config.log_every
+        return f" (of {counted(step % every, 'steps')})" if every and step % every else ""
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
         self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {first_names(keys)})")

@@ -139,7 +139,11 @@ def start_tokenizer_run(
         read_config(inputs.source / "config.json")  # first: its error names what the folder holds instead
         roles["from"] = artifacts.open_artifact(inputs.source, "tokenizer")
     request = {**to_request(recipe), "seed": seed, "publish": publish}
-    return artifacts.start(out, "tokenizer", request, roles, tolerance="--set data.max_skipped")
+    whitened = ", --set train.whiten_init=false" if recipe.train.whiten_init else ""
+    further = f"To train it further: --from {out} in place of --codebook{whitened}, and another --out"
+    return artifacts.start(
+        out, "tokenizer", request, roles, tolerance="--set data.max_skipped", remedies={"train.steps": further}
+    )
 
 
 def train_tokenizer(
@@ -181,14 +185,15 @@ def train_tokenizer(
     task = TokenizerTask(model, discriminator, objective)
     if recipe.train.whiten_init and not checkpoints(draft.path).paths():
         # On the first images of the run; the same images on every rank.
-        first = None
+        whitened = False
         progress.start("fitting the first weights and codes to images", None, unit="")
         with interruptible():
             first = next(training_stream(recipe, inputs, seed, recipe.train.whiten_images).from_sample(0))
-        if first is None:
+            model.whiten_init(to_float(first.images.to(device)))
+            whitened = True
+        if not whitened:
             return None
-        model.whiten_init(to_float(first.images.to(device)))
-    progress.start("preparing the first step", None, unit="")
+    progress.start("preparing to train", None, unit="")
     rank, ranks = distributed.rank(), distributed.world_size()
     stream = training_stream(recipe, inputs, seed, recipe.train.global_batch_size, rank, ranks)
     side, settings = recipe.data.image_size, to_table(recipe)
@@ -207,7 +212,7 @@ def train_tokenizer(
         skipped,
         *sources,
         *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in loggers),
-        ProgressCallback(progress, recipe.train.steps),
+        ProgressCallback(progress, recipe.train),
         RunReport(
             draft,
             metrics,
