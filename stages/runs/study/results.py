@@ -4,6 +4,7 @@
     python results.py draw results.csv FOLDER      write the plots as SVG, and print the tables as Markdown
 
 A run is named METHOD-K of part A, with "-tuned" after it, or METHOD-G of G groups (part C), as the scripts name it.
+Those of other parts have longer names, and a table of their own.
 """
 
 import csv
@@ -28,6 +29,9 @@ COLUMNS = (
 chosen at least once, over all images and over their first 65,536 tokens."""
 KEY = COLUMNS[:4]
 Row = dict[str, str]
+COMPARED = re.compile(r"[a-z]+-\d+(-tuned)?")
+"""The names of runs that compare methods, after STEPS steps."""
+STEPS = "1000"
 GRAY = "#808080"
 """Of text and axes: legible on a light and on a dark page."""
 
@@ -145,9 +149,21 @@ def markdown(rows: Sequence[Row]) -> Iterable[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def tries(rows: Sequence[Row]) -> Iterable[str]:
+    """A table of the runs of other parts, and of longer ones, by their names."""
+    yield "| run | steps | PSNR | SSIM | codes in use | perplexity |"
+    yield "|---|---|---|---|---|---|"
+    for row in sorted(rows, key=lambda row: float(row["psnr"])):
+        quality = f"{float(row['psnr']):.2f} dB | {float(row['ssim']):.3f}"
+        use = f"{float(row['used']) * 100:.1f} % | {float(row['perplexity']):,.0f}"
+        yield f"| {row['run']} | {int(row['steps']):,} | {quality} | {use} |"
+
+
 def draw(table: Path, folder: Path) -> None:
     """Write the plots over the large set of images, and print the tables of all sets."""
-    rows = read(table)
+    everything = read(table)
+    rows = [row for row in everything if COMPARED.fullmatch(row["run"]) and row["steps"] == STEPS]
+    others = [row for row in everything if row not in rows and row["images"] == "eval"]
     for name, plot in plots([row for row in rows if row["images"] == "eval"]).items():
         if plot is not None:
             drawing = plot.svg.replace("currentColor", GRAY)
@@ -155,6 +171,7 @@ def draw(table: Path, folder: Path) -> None:
             (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
     for images in sorted({row["images"] for row in rows}):
         print(f"\n{images}\n", *markdown([row for row in rows if row["images"] == images]), sep="\n")
+    print("\nother parts\n", *tries(others), sep="\n")
 
 
 if __name__ == "__main__":
