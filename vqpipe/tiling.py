@@ -78,6 +78,7 @@ def reconstruct_any_size(
     overlap: int = OVERLAP,
     rounded: bool = True,
     shared_norms: bool = False,
+    on_tile: Callable[[], None] = lambda: None,
 ) -> TiledReconstruction:
     """Reconstruct uint8[3, H, W] at the same size.
 
@@ -109,6 +110,7 @@ def reconstruct_any_size(
         overlap: pixels shared by neighboring tiles.
         rounded: return uint8; else float32 before rounding, which takes 12 bytes per pixel.
         shared_norms: normalize all tiles of an image by the same statistics; without effect on an image of one tile.
+        on_tile: called after each tile.
 
     Raises:
         ConfigError: a tile smaller than f, an overlap that is not smaller than the tile, or `shared_norms` for a
@@ -120,7 +122,9 @@ def reconstruct_any_size(
     rows, columns = mirrored(height, factor), mirrored(width, factor)
     if shared_norms and max(len(rows), len(columns)) > tile:
         with fixed_norms(autoencoder, norm_statistics(autoencoder, image, tile)):
-            return reconstruct_any_size(autoencoder, image, groups=groups, tile=tile, overlap=overlap, rounded=rounded)
+            return reconstruct_any_size(
+                autoencoder, image, groups=groups, tile=tile, overlap=overlap, rounded=rounded, on_tile=on_tile
+            )
     result = torch.empty((3, height, width), dtype=torch.uint8 if rounded else torch.float32)
     decode = autoencoder.decode if rounded else autoencoder.decode_float
     ids: list[Tensor] | None = None if autoencoder.codebook_size is None else []
@@ -136,6 +140,7 @@ def reconstruct_any_size(
             band[3, :, left:right] += weight
             if ids is not None:
                 ids.append(code[0].cpu())
+            on_tile()
         blended = band[:3, : after - top] / band[3, : after - top]
         blended = blended.round().clamp(0, 255) if rounded else blended
         result[:, top:after] = blended[:, : height - top, :width].to(result.dtype)

@@ -23,7 +23,7 @@ from vqpipe.progress import SILENT, Progress
 from vqpipe.reports import page
 from vqpipe.reports.pictures import decibels, first_groups, side_by_side, to_png, with_labels
 from vqpipe.reports.reconstructions import ReconstructedFile, Version, reconstructions_page
-from vqpipe.tiling import reconstruct_any_size
+from vqpipe.tiling import num_tiles, reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
 
 ROWS_PER_CHUNK = 512
@@ -59,16 +59,17 @@ def reconstruct_files(
         DataError: a file cannot be read as an image.
     """
     names, several = list(files)[distributed.rank() :: distributed.world_size()], len(groups) > 1
-    progress.start("reconstruct", len(names))
-    for name in names:
-        if draft.record(name) is None:
+    options: dict[str, Any] = {"tile": tile, "overlap": overlap, "shared_norms": shared_norms}
+    options["on_tile"] = progress.advance
+    sizes = image_sizes([files[name] for name in names])
+    tiles = [len(groups) * num_tiles(*size, tile, overlap, autoencoder.downsample_factor) for size in sizes]
+    progress.start("reconstruct", sum(tiles), "images" if sum(tiles) == len(names) else "tiles")
+    for name, count in zip(names, tiles, strict=True):
+        if draft.record(name) is not None:
+            progress.advance(count)
+        else:
             original = read_image(files[name])
-            reconstructions = [
-                reconstruct_any_size(
-                    autoencoder, original, groups=k, tile=tile, overlap=overlap, shared_norms=shared_norms
-                ).image
-                for k in groups
-            ]
+            reconstructions = [reconstruct_any_size(autoencoder, original, groups=k, **options).image for k in groups]
             psnr = [psnr_between(original, each) for each in reconstructions]
             ssim = [ssim_between(original, each) for each in reconstructions]
             sheet = side_by_side(original, *reconstructions)
@@ -79,7 +80,6 @@ def reconstruct_files(
             for k, each in zip(groups, reconstructions, strict=True):
                 write_png(draft, separate_name(name, k, several), each)
             write_png(draft, name, sheet, psnr=psnr if several else psnr[0], ssim=ssim if several else ssim[0])
-        progress.advance()
     distributed.barrier()
     records = {name: draft.record(name) or {} for name in files}
     facts: dict[str, Any] = {"num_images": len(files)}
@@ -159,8 +159,8 @@ def read_image(file: Path) -> Tensor:
 
 
 def image_sizes(files: Sequence[Path]) -> list[tuple[int, int]]:
-    """(H, W) of each file by its header, before a rotation; without files that are no images, which `read_image`
-    reports."""
+    """(H, W) of each file by its header, before a rotation; (1, 1) of those that are no images, which
+    `read_image` reports."""
     sizes = []
     for file in files:
         with warnings.catch_warnings():
@@ -169,7 +169,7 @@ def image_sizes(files: Sequence[Path]) -> list[tuple[int, int]]:
                 with Image.open(file) as image:
                     sizes.append((image.height, image.width))
             except Exception:  # Pillow raises nearly anything on invalid bytes
-                continue
+                sizes.append((1, 1))
     return sizes
 
 

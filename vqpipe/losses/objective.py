@@ -209,6 +209,9 @@ class Objective(nn.Module):
         Returns:
             The total, and a dict to log: the total, each unweighted term, and, with `fake_logits`,
             `adversarial_weight`, the factor of the adversarial term; all detached.
+
+        Raises:
+            ConfigError: a loss of the quantizer has no place in [objective].
         """
         terms = self.reconstruction_terms(images.float(), reconstruction.float())
         total = torch.stack([getattr(self.config, name) * term for name, term in terms.items()]).sum()
@@ -222,6 +225,9 @@ class Objective(nn.Module):
                 total = total + factor * terms["adversarial"]
             terms["adversarial_weight"] = factor
         for name, term in quantizer_losses.items():
+            if name not in QUANTIZER_TERMS:
+                known = f"Its losses are among {', '.join(QUANTIZER_TERMS)}"
+                raise ConfigError(f"the quantizer returned the unknown loss {name!r}", known)
             terms[name] = term
             total = total + getattr(self.config, name) * term
         return total, {name: term.detach() for name, term in terms.items()} | {"total": total.detach()}
