@@ -97,21 +97,29 @@ def show(plan: Plan, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(plan.to_table(), indent=2))
         return
-    table = Table(box=box.SIMPLE, pad_edge=False, show_header=False)
+    title = f"vqpipe {plan.stage} on {plan.devices} x {plan.device}: an estimate"
+    table = Table(box=box.SIMPLE, pad_edge=False, show_header=False, title=title, title_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right")
     table.add_column(style="dim")
     for name, value in plan.settings.items():
         table.add_row(name, f"{value:,}" if type(value) is int else str(value), "")
+    if plan.images_per_step:
+        table.add_row("images per step, all devices", f"{plan.images_per_step:,}", "")
     table.add_section()
     for part, size in sorted(plan.memory.items(), key=lambda item: -item[1]):
         if size >= LEAST_SHOWN:
             table.add_row(f"memory: {part}", in_bytes(size), "")
+    if (assumed := plan.needed - sum(plan.memory.values())) >= LEAST_SHOWN:
+        table.add_row("memory: libraries and fragmentation", in_bytes(assumed), "assumed")
     table.add_row("memory of a device", in_bytes(plan.needed), f"of {in_bytes(plan.available)}: {verdict(plan)}")
     table.add_section()
-    for name, flops in plan.flops.items():
-        if flops:
-            table.add_row(f"operations of a step: {name}", in_flops(flops), "")
+    directions = {name: flops for name, flops in plan.flops.items() if name in ("forward", "backward") and flops}
+    parts = {name: flops for name, flops in plan.flops.items() if name not in directions and flops}
+    for name, flops in directions.items():
+        table.add_row(f"operations of a step: {name}", in_flops(flops), "")
+    for name, flops in parts.items() if len(parts) > 1 else ():
+        table.add_row(f"the same by part: {name}", in_flops(flops), "")
     table.add_row("a step", duration(plan.seconds_per_step), counted(plan.steps, "steps"))
     table.add_row("time", duration(3600 * plan.hours), f"{plan.devices} x {plan.device}")
     if plan.images_per_step:
