@@ -8,14 +8,15 @@ import glob
 import io
 import logging
 import os
-import queue
 import random
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from typing import Any, TypeVar
@@ -285,25 +286,11 @@ def call(function: Callable[[], ResultT], seconds: float) -> ResultT:
     Raises:
         TimeLimit: it takes longer than `seconds`.
     """
-    outcome = queue.SimpleQueue[Callable[[], ResultT]]()
-
-    def run() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            raised = error  # the name of an except clause ends with it
-
-            def fail() -> ResultT:
-                raise raised
-
-            outcome.put(fail)
-        else:
-            outcome.put(lambda: result)
-
-    threading.Thread(target=run, daemon=True).start()
+    future = Future[ResultT]()
+    start_daemon(iter([(future, function)]))
     for _ in waiting(seconds):
-        with suppress(queue.Empty):
-            return outcome.get(timeout=POLL_SECONDS)()
+        if wait([future], POLL_SECONDS).done:
+            return future.result()
     raise TimeLimit
 
 
@@ -321,35 +308,29 @@ def in_threads(function: Callable[..., ResultT], *columns: Sequence[Any], thread
 
     Unlike those of a ThreadPoolExecutor, the threads may be left behind at a stalled server by a signal.
     """
-    rows = list(zip(*columns, strict=True))
-    numbers, outcomes = queue.SimpleQueue[int](), queue.SimpleQueue[tuple[int, ResultT | None, BaseException | None]]()
-    for number in range(len(rows)):
-        numbers.put(number)
+    tasks = [(Future[ResultT](), partial(function, *row)) for row in zip(*columns, strict=True)]
+    remaining = iter(tasks)
+    for _ in tasks[:threads]:
+        start_daemon(remaining)
+    try:
+        return [future.result() for future, _ in tasks]
+    finally:
+        for future, _ in tasks:
+            future.cancel()  # of those that have not begun
+
+
+def start_daemon(tasks: Iterator[tuple[Future[ResultT], Callable[[], ResultT]]]) -> None:
+    """Start a daemon thread that computes the results of tasks, which other threads may take from the same iterator."""
 
     def work() -> None:
-        with suppress(queue.Empty):
-            while True:
-                number = numbers.get_nowait()
+        for future, function in tasks:
+            if future.set_running_or_notify_cancel():
                 try:
-                    outcomes.put((number, function(*rows[number]), None))
+                    future.set_result(function())
                 except BaseException as error:
-                    outcomes.put((number, None, error))
+                    future.set_exception(error)
 
-    for _ in range(min(threads, len(rows))):
-        threading.Thread(target=work, daemon=True).start()
-    found: dict[int, Any] = {}
-    try:
-        for number in range(len(rows)):
-            while number not in found:
-                done, result, error = outcomes.get()
-                found[done] = result if error is None else error
-            if isinstance(found[number], BaseException):
-                raise found[number]
-    finally:
-        with suppress(queue.Empty):
-            while True:
-                numbers.get_nowait()
-    return [found[number] for number in range(len(rows))]
+    threading.Thread(target=work, daemon=True).start()
 
 
 def with_retries(action: str, url: str, attempt: Callable[[float], ResultT]) -> ResultT:
@@ -479,8 +460,8 @@ def explain(url: str, error: Exception) -> tuple[str, str, int]:
         return absent + " or bucket" * (scheme in ("gs", "gcs") and not bucket), "Check the URL", 66
     if status == 429:
         seconds = retry_after(error)
-        wait = f"The server asks to wait {seconds:.0f} seconds. Then" if seconds else "The server limits requests:"
-        return "too many requests (HTTP 429)", f"{wait} run the command again: what is written is kept", 75
+        pause = f"The server asks to wait {seconds:.0f} seconds. Then" if seconds else "The server limits requests:"
+        return "too many requests (HTTP 429)", f"{pause} run the command again: what is written is kept", 75
     if status in RETRIED_STATUS:
         return f"the server fails (HTTP {status})", RUN_AGAIN.capitalize(), 75
     if status:
