@@ -25,9 +25,7 @@ from vqpipe.data.sources import (
     access_error,
     count_classes,
     number_labels,
-    read_cache,
     read_with_retries,
-    write_cache,
 )
 from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
@@ -135,7 +133,7 @@ class Parquets(StoredFiles):
 def read_group(part: ParquetFile, group: int) -> pa.ChunkedArray:
     """The encoded images of a row group. No file stays open, and no thread is started, for fork and pickle."""
     with open_parquet(part.file) as opened:
-        size = column_size(opened.metadata, part.column, group)
+        size = leaf(opened, part.column, group).total_uncompressed_size
         if size > LARGEST_GROUP:
             raise DataError(
                 f"{part.file.shown} has {size / 1e9:.1f} GB of images in one row group, which is read as a whole",
@@ -145,24 +143,22 @@ def read_group(part: ParquetFile, group: int) -> pa.ChunkedArray:
     return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
 
-def column_size(metadata: pq.FileMetaData, column: str, group: int) -> int:
-    """The bytes of a leaf column in a row group."""
-    row_group = metadata.row_group(group)
+def leaf(file: pq.ParquetFile, column: str, group: int) -> pq.ColumnChunkMetaData:
+    """The metadata of a leaf column in a row group."""
+    row_group = file.metadata.row_group(group)
     parts = (row_group.column(number) for number in range(row_group.num_columns))
-    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
+    (found,) = (part for part in parts if part.path_in_schema == column)
+    return found
 
 
 @contextmanager
 def open_parquet(file: StoredFile) -> Iterator[pq.ParquetFile]:
-    """Open a file as Parquet; a DataError if it changed."""
-    if file.is_local:
-        file.check()
-        # pyarrow opens no path that is not UTF-8
-        with open(file.url, "rb") as local, pq.ParquetFile(local) as opened:
+    """Open a file as Parquet; a DataError if it changed. (pyarrow itself opens no path that is not UTF-8.)"""
+    with file.open_binary() as source:
+        if file.is_local:
+            file.check(source.fileno())
+        with pq.ParquetFile(source) as opened:
             yield opened
-        return
-    with file.open_binary() as source, pq.ParquetFile(source) as opened:
-        yield opened
 
 
 def not_read(file: StoredFile, error: Exception) -> DataError:
@@ -195,10 +191,7 @@ def open_parquets(urls: Sequence[str], name: str) -> Parquets:
 
 def open_file(url: str) -> tuple[ParquetFile, Rows]:
     """Open one file: hash it, unless its hash is cached, and read its labels and paths."""
-    try:
-        file = StoredFile.locate(url)
-    except OSError as error:
-        raise access_error("read", url, error, CHECK) from None
+    file = StoredFile.locate(url)
     url = file.shown
     try:
         with open_parquet(file) as opened:
@@ -207,27 +200,23 @@ def open_file(url: str) -> tuple[ParquetFile, Rows]:
             image = find_image_column(url, schema, features)
             column = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
             groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-            identity = f"parquet {file.identity} {column}"
-            cached = read_cache(identity) if file.identity else None
-            if cached is None:
+
+            def index() -> dict[str, Any]:
                 missing = [row for group in range(len(groups)) for row in null_rows(opened, column, group)]
                 with file.open_binary() as whole:
                     sha256 = hashlib.file_digest(whole, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
-                cached = {"sha256": sha256, "missing": missing}
-                if file.identity:
-                    write_cache(identity, cached, file.mtime_ns)
-            rows = read_rows(opened, url, image, features, cached["missing"])
+                return {"sha256": sha256, "missing": missing}
+
+            found = file.cached(f"parquet {column}", index)
+            rows = read_rows(opened, url, image, features, found["missing"])
     except READ_ERRORS as error:
         raise not_read(file, error) from None
-    return ParquetFile(file, cached["sha256"], column, groups), rows
+    return ParquetFile(file, found["sha256"], column, groups), rows
 
 
 def null_rows(file: pq.ParquetFile, column: str, group: int) -> list[int]:
     """The rows of a row group without image bytes. The images are read only where the statistics do not exclude it."""
-    metadata = file.metadata.row_group(group)
-    parts = [metadata.column(number) for number in range(metadata.num_columns)]
-    (leaf,) = (part for part in parts if part.path_in_schema == column)
-    statistics = leaf.statistics
+    statistics = leaf(file, column, group).statistics
     if statistics is not None and statistics.has_null_count and statistics.null_count == 0:
         return []
     first = sum(file.metadata.row_group(before).num_rows for before in range(group))

@@ -2,15 +2,15 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from vqpipe.data import remote
-from vqpipe.data.sources import access_error, read_with_retries
+from vqpipe.data.sources import access_error, read_cache, read_with_retries, write_cache
 from vqpipe.errors import DataError
 from vqpipe.files import digest_json, valid_text
 from vqpipe.provenance import without_secrets
@@ -36,12 +36,15 @@ class StoredFile:
         """The file of this path or URL, in its present state.
 
         Raises:
-            OSError, DataError: it is absent, or a folder.
+            DataError: it is absent, or a remote folder.
         """
         if "://" in url:
             size, validators = remote.with_retries("open", url, lambda seconds: remote.describe(url, seconds))
             return cls(url, size, validators=validators)
-        status = os.stat(url)
+        try:
+            status = os.stat(url)
+        except OSError as error:
+            raise access_error("open", url, error, CHECK) from error
         return cls(os.path.abspath(url), status.st_size, status.st_mtime_ns)
 
     @property
@@ -66,9 +69,19 @@ class StoredFile:
             return f"{self.url} {self.size} {self.mtime_ns}"
         return f"{digest_json([self.url])} {self.size} {sorted(self.validators)}" if self.validators else ""
 
-    def check(self) -> None:
-        """Raise a DataError if a local file changed."""
-        status = os.stat(self.url)
+    def cached(self, kind: str, index: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `index` finds in the file. It is called only if that is not in the cache, of this kind and state."""
+        identity = f"{kind} {self.identity}"
+        found = read_cache(identity) if self.identity else None
+        if found is None:
+            found = index()
+            if self.identity:
+                write_cache(identity, found, self.mtime_ns)
+        return found
+
+    def check(self, opened: int) -> None:
+        """Raise a DataError if a local file, which is open as the descriptor `opened`, changed."""
+        status = os.fstat(opened)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise remote.changed(self.url)
 
@@ -91,9 +104,7 @@ class StoredFile:
         def read() -> bytes:
             file = os.open(self.url, os.O_RDONLY)
             try:
-                status = os.fstat(file)
-                if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-                    raise remote.changed(self.url)
+                self.check(file)
                 return os.pread(file, size, offset)
             finally:
                 os.close(file)

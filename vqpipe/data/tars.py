@@ -30,9 +30,7 @@ from vqpipe.data.sources import (
     count_classes,
     file_kind,
     number_labels,
-    read_cache,
     summed,
-    write_cache,
 )
 from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
@@ -115,20 +113,19 @@ def open_index(url: str, sha256: str | None = None) -> tuple[StoredFile, TarInde
     Raises:
         DataError: the shard cannot be read, or is not a complete, uncompressed tar.
     """
-    try:
-        file = StoredFile.locate(url)
-        cached = read_cache(identity := f"tar {INDEX_VERSION} {file.identity}") if file.identity else None
-        if cached is not None:
-            return file, TarIndex(**cached)
-        with file.open_binary() as opened:
-            index = index_tar(opened, file.shown, sha256)
-    except OSError as error:
-        raise access_error("open", url, error, CHECK) from error
-    if index.size != file.size:
-        raise DataError(f"{file.shown} has {index.size} bytes, its file system says {file.size}", COPY_AGAIN)
-    if file.identity:
-        write_cache(identity, asdict(index), file.mtime_ns)
-    return file, index
+    file = StoredFile.locate(url)
+
+    def index() -> dict[str, Any]:
+        try:
+            with file.open_binary() as opened:
+                found = index_tar(opened, file.shown, sha256)
+        except OSError as error:
+            raise access_error("open", url, error, CHECK) from error
+        if found.size != file.size:
+            raise DataError(f"{file.shown} has {found.size} bytes, its file system says {file.size}", COPY_AGAIN)
+        return asdict(found)
+
+    return file, TarIndex(**file.cached(f"tar {INDEX_VERSION}", index))
 
 
 def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,8 @@ from vqpipe.data.sources import (
     access_error,
     has_image_extension,
     number_labels,
-    read_cache,
     sorted_classes,
     summed,
-    write_cache,
 )
 from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
@@ -130,28 +129,26 @@ def open_zip(url: str) -> tuple[StoredFile, ZipIndex]:
     Raises:
         DataError: it is no zip, damaged, split or encrypted, or an image is compressed with an unusual method.
     """
-    try:
-        file = StoredFile.locate(url)
-        cached = read_cache(identity := f"zip {INDEX_VERSION} {file.identity}") if file.identity else None
-        if cached is not None:
-            return file, ZipIndex(**cached)
-        with file.open_binary() as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader
-            with zipfile.ZipFile(opened) as archive:
-                members, end = archive.infolist(), archive.start_dir
-    except OSError as error:
-        raise access_error("open", url, error, CHECK) from error
-    except DataError:
-        raise
-    except Exception as error:  # zipfile raises many types on damaged files
-        kind = kind_of_file(Path(url)) if file.is_local else "unknown"
-        if kind not in ("zip", "npz", "pytorch", "torchscript", "unknown"):
-            raise DataError(*explain(url, kind, "a zip archive", "Correct its name")) from None
-        raise DataError(f"{file.shown} is a damaged or split zip archive: {error}", COPY_AGAIN) from None
-    index = index_members(file.shown, sha256, members, end)
-    if file.identity:
-        write_cache(identity, asdict(index), file.mtime_ns)
-    return file, index
+    file = StoredFile.locate(url)
+
+    def index() -> dict[str, Any]:
+        try:
+            with file.open_binary() as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
+                with zipfile.ZipFile(opened) as archive:
+                    members, end = archive.infolist(), archive.start_dir
+        except OSError as error:
+            raise access_error("open", url, error, CHECK) from error
+        except DataError:
+            raise
+        except Exception as error:  # zipfile raises many types on damaged files
+            kind = kind_of_file(Path(url)) if file.is_local else "unknown"
+            if kind not in ("zip", "npz", "pytorch", "torchscript", "unknown"):
+                raise DataError(*explain(url, kind, "a zip archive", "Correct its name")) from None
+            raise DataError(f"{file.shown} is a damaged or split zip archive: {error}", COPY_AGAIN) from None
+        return asdict(index_members(file.shown, sha256, members, end))
+
+    return file, ZipIndex(**file.cached(f"zip {INDEX_VERSION}", index))
 
 
 def index_members(url: str, sha256: str, members: Sequence[zipfile.ZipInfo], end: int) -> ZipIndex:
