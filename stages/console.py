@@ -275,7 +275,7 @@ def open_images(
 
     images = data.images.open_images(names, key_prefix, color)
     if limit is not None and limit < len(images):
-        images = data.images.FirstImages(images, limit)
+        images = data.images.SelectedImages(images, range(limit))
     remark(images)
     return images
 

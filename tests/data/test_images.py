@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqpipe import artifacts
 from vqpipe.data import sources
-from vqpipe.data.images import FirstImages, Sample, open_images
+from vqpipe.data.images import Sample, SelectedImages, open_images
 from vqpipe.data.sources import NO_LABEL
 from vqpipe.errors import ArtifactError, DataError
 
@@ -403,14 +403,29 @@ def test_the_first_images_of_a_set_are_a_set(tmp_path: Path) -> None:
     write(tmp_path / "one", "n1/a.png", "n2/b.png")
     write(tmp_path / "two", "n1/a.png", "n3/c.png", "n3/d.png")
     images = open_images([tmp_path / "one", tmp_path / "two"])
-    first = FirstImages(images, 3)
+    first = SelectedImages(images, range(3))
     assert list(first) == list(images)[:3]
     assert (len(first), first.labels.tolist(), first.num_classes) == (3, [0, 1, 0], images.num_classes)
     assert first.sets == [range(2), range(2, 3)]
     assert first.duplicate_keys[0] == images.duplicate_keys[0] == 1
-    assert FirstImages(images, 2).duplicate_keys == (0, "")
-    assert FirstImages(images, 1).sets == [range(1), range(1, 1)]
-    assert len({images.digest, first.digest, FirstImages(images, 2).digest}) == 3
+    assert SelectedImages(images, range(2)).duplicate_keys == (0, "")
+    assert SelectedImages(images, range(1)).sets == [range(1), range(1, 1)]
+    assert len({images.digest, first.digest, SelectedImages(images, range(2)).digest}) == 3
     with pytest.raises(IndexError):
         first[3]
     assert list(pickle.loads(pickle.dumps(first))) == list(first)
+
+
+def test_selected_images_have_their_own_digest_and_duplicate_keys(tmp_path: Path) -> None:
+    write(tmp_path / "one", "a.png", "b.png", "c.png")
+    write(tmp_path / "two", "c.png", "a.png", "e.png")
+    images = open_images([tmp_path / "one", tmp_path / "two"])
+    for order in ([1, 0, 2, 4], [5, 4, 2]):
+        selected = SelectedImages(images, np.array(order))
+        assert [sample.key for sample in selected] == [images.key(i) for i in order]
+    few, other = SelectedImages(images, np.array([2, 4])), SelectedImages(images, np.array([2, 5]))
+    assert few.duplicate_keys == (1, "c in one and two")
+    assert other.duplicate_keys == (0, "")
+    assert few.sets == other.sets == [range(1), range(1, 2)]
+    assert len({each.digest for each in (images, few, other)}) == 3
+    assert list(SelectedImages(few, range(1))) == list(few)[:1]

@@ -169,17 +169,18 @@ class ImageSet(Sequence[Sample]):
         part = bisect_right(self.starts, i) - 1
         return self.sources[part], i - int(self.starts[part])
 
+    def keys(self) -> pa.ChunkedArray:
+        """The keys of all images, in order."""
+        if self.key_prefix is not None:
+            return pa.chunked_array([pa.array(map(self.key, range(len(self))), pa.large_string())])
+        return pa.chunked_array([source_keys(source) for source in self.sources])
+
     @cached_property
     def duplicate_keys(self) -> tuple[int, str]:
         """The number of keys that several images have, and a line about one of them."""
         if len(self.sources) == 1 and isinstance(self.sources[0], (Folder, Photos)):
             return 0, ""  # unique by construction
-        prefixed = self.key_prefix is not None
-        keys = (
-            pa.chunked_array([pa.array(map(self.key, range(len(self))), pa.large_string())])
-            if prefixed
-            else (pa.chunked_array([source_keys(source) for source in self.sources]).slice(0, int(self.starts[-1])))
-        )
+        keys = self.keys()
         counts = pc.value_counts(keys)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if not len(repeated):
@@ -214,12 +215,13 @@ class ImageSet(Sequence[Sample]):
 
 
 class SelectedImages(ImageSet):
-    """Some images of a set, in the order of `positions`: int64[n], positions in the set."""
+    """Some images of a set, in the order of `positions`. `sets` is defined only where these ascend."""
 
-    def __init__(self, images: ImageSet, positions: np.ndarray) -> None:
+    def __init__(self, images: ImageSet, positions: np.ndarray | range) -> None:
         super().__init__(images.sources, images.key_prefix, images.color)
-        self.images, self.positions = images, positions
-        self.labels = images.labels[positions]
+        self.images, self.positions = images, np.asarray(positions, np.int64)
+        self.labels = images.labels[self.positions]
+        self.starts = np.searchsorted(self.positions, images.starts)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -227,20 +229,15 @@ class SelectedImages(ImageSet):
     def locate(self, i: int) -> tuple[ImageSource, int]:
         return self.images.locate(int(self.positions[i]))
 
-
-class FirstImages(ImageSet):
-    """The first `count` images of a set."""
-
-    def __init__(self, images: ImageSet, count: int) -> None:
-        super().__init__(images.sources, images.key_prefix, images.color)
-        self.all, self.number = images, count
-        self.starts = np.minimum(self.starts, count)
-        self.labels = self.labels[:count]
+    def keys(self) -> pa.ChunkedArray:
+        return self.images.keys().take(pa.array(self.positions))
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over that of the whole set and the count."""
-        return hashlib.sha256(f"{self.all.digest} {self.number}".encode()).hexdigest()
+        """sha256 over that of the whole set, and the positions: of the first n images the number n."""
+        first = np.array_equal(self.positions, np.arange(len(self)))
+        selection = len(self) if first else hashlib.sha256(self.positions.astype("<i8").tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.images.digest} {selection}".encode()).hexdigest()
 
 
 def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:

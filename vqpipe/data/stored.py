@@ -70,7 +70,7 @@ class StoredFile:
         return f"{digest_json([self.url])} {self.size} {sorted(self.validators)}" if self.validators else ""
 
     def cached(self, kind: str, index: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `index` finds in the file. It is called only if that is not in the cache, of this kind and state."""
+        """What `index` finds in the file, or found in its present state before: it is cached under the name `kind`."""
         identity = f"{kind} {self.identity}"
         found = read_cache(identity) if self.identity else None
         if found is None:
