@@ -227,6 +227,7 @@ def test_list_of_paths_is_read_in_its_order(draw: Draw, tmp_path: Path) -> None:
         ("a.csv", "id,file_name,label\n0,0.png,5\n1,1.png,\n", [5, None], ()),
         ("a.csv", 'file,label\n"0.png",dog\n1.png,cat\n', [1, 0], ("cat", "dog")),
         ("a.csv", "path,label\n0.png,3.0\n1.png,-1\n", [3, None], ()),
+        ("a.csv", "path,label\n0.png,2_1\n1.png,10_2\n", [1, 0], ("10_2", "2_1")),
         ("a.tsv", "\ufeffimage\tcaption\n0.png\ta, b\n1.png\tc\n", [None, None], ()),
         ("a.jsonl", '{"key": "0.png", "label": 2}\n\n{"key": "1.png", "label": "0"}', [2, 0], ()),
     ],

@@ -1,4 +1,5 @@
 import inspect
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -191,6 +192,14 @@ def test_a_list_labels_the_images_of_a_folder(tmp_path: Path, name: str) -> None
     assert again.digest != images.digest
 
 
+def test_lists_with_line_ends_of_unicode_in_their_text(tmp_path: Path) -> None:
+    root = write(tmp_path / "photos", "1.png", "2.png")
+    rows = [{"file_name": f"{i}.png", "text": "one\u2028two\x85", "label": f"{3 - i}"} for i in (1, 2)]
+    (root / "metadata.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    images = open_images([root])
+    assert (images.labels.tolist(), images.remarks) == ([2, 1], [])
+
+
 def test_lists_of_numbers_and_unusable_lists(tmp_path: Path) -> None:
     root = write(tmp_path / "photos", "a/1.png", "b/2.png")
 
@@ -202,6 +211,8 @@ def test_lists_of_numbers_and_unusable_lists(tmp_path: Path) -> None:
         return images.labels.tolist(), images.class_names, images.unlabeled
 
     assert opened("key,label\na/1,7\nb/2,3\n") == ([7, 3], (), "")
+    assert opened("key,label\na/1,10.0\nb/2,9.0\n") == ([10, 9], (), "")  # as pandas writes numbers beside gaps
+    assert opened("key,label\na/1,2_1\nb/2,10_2\n") == ([1, 0], ("10_2", "2_1"), "")
     assert opened('{"a/1.png": 5, "b/2": -1}', "labels.json")[:2] == ([5, NO_LABEL], ())
     for text, reason in (
         ("key,label\na/1,7\nb/2,cat\n", "labels.csv holds class names, as 'cat', and numbers, as 7"),

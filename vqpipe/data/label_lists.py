@@ -159,7 +159,7 @@ def records(name: str, path: Path) -> Iterator[Mapping[str, Any]]:
     if name.endswith(".csv"):
         yield from csv.DictReader(io.StringIO(text, newline=""))
     elif name.endswith(".jsonl"):
-        for line in text.splitlines():
+        for line in text.split("\n"):  # not splitlines: JSON may contain U+2028 and others of its line ends
             if line.strip():
                 yield checked(json.loads(line))
     else:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vqpipe.data.folders import Folder
-from vqpipe.data.sources import NO_LABEL, access_error, number_labels
+from vqpipe.data.sources import NO_LABEL, access_error, number_labels, number_of
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import HEAD, NAMES, explain, kind_of
 
@@ -150,9 +150,8 @@ def find_column(file: Path, columns: Sequence[str]) -> str:
 def labels_of(file: Path, entries: Sequence[Entry]) -> tuple[np.ndarray, tuple[str, ...]]:
     """The label of each entry, and the names of the classes, which are empty if all labels are numbers."""
     texts = [entry.label or None for entry in entries]
-    try:
-        numbers = [None if text is None else int(text.removesuffix(".0")) for text in texts]  # pandas: 3.0
-    except ValueError:
+    numbers = [None if text is None else number_of(text) for text in texts]
+    if any(text is not None and number is None for text, number in zip(texts, numbers, strict=True)):
         return number_labels(texts)
     for entry, number in zip(entries, numbers, strict=True):
         if number is not None and not NO_LABEL <= number < 2**31:

@@ -56,6 +56,8 @@ NO_LABEL = -1
 """The label of an image without a class."""
 LONGEST_CLASS_NAME = 200
 """Characters of a class name; a longer text is not one."""
+NUMBER = re.compile(r"[+-]?[0-9]{1,200}(\.0)?")
+"""Not all that `int` reads: 1_0 is a name."""
 MOST_KINDS = 10
 """Kinds of files that a message lists."""
 RETRY_DELAYS = (0.2, 2.0)
@@ -150,11 +152,8 @@ def class_of(value: Any) -> int | str:
         ValueError: it is neither.
     """
     if isinstance(value, str):
-        name = value.strip()
-        try:
-            value = int(name) if name.isascii() else name
-        except ValueError:
-            value = name
+        number = number_of(value)
+        value = value.strip() if number is None else number
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_CLASS_NAME:
@@ -162,6 +161,11 @@ def class_of(value: Any) -> int | str:
     if isinstance(value, int) and not isinstance(value, bool) and NO_LABEL <= value < 2**31:
         return value
     raise ValueError(value)
+
+
+def number_of(text: str) -> int | None:
+    """The whole number in a text, which may end in `.0`, as pandas writes a column with gaps; else None."""
+    return int(text.strip().removesuffix(".0")) if NUMBER.fullmatch(text.strip()) else None
 
 
 def sorted_classes(names: Iterable[str]) -> list[str]:

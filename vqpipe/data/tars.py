@@ -37,7 +37,7 @@ from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of
 from vqpipe.files import valid_text
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Of cached indices: changes with what `index_tar` finds."""
 
 
