@@ -1,6 +1,7 @@
 """Tokens as training data: rows are read as written; the stream is a function of (seed, position)."""
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,15 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
     with pytest.raises(ArtifactError, match="too many ids for memory"):
         TokenSet(artifact)
+
+
+def test_ids_are_mapped_on_systems_without_posix_fallocate(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(examples, "IN_MEMORY", 100)
+    artifact = make("tokens")
+    assert run(TokenSet(artifact, tmp_path / "cache"), 0, 3) == run(TokenSet(artifact, tmp_path / "cache"), 0, 3)
 
 
 def test_ordered_examples_are_every_image_once(make: Make) -> None:

@@ -181,8 +181,9 @@ class TokenSet:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             rows = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            with temporary.open("r+b") as handle:
-                os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                with temporary.open("r+b") as handle:
+                    os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise ArtifactError(
