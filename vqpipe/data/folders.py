@@ -18,6 +18,7 @@ from vqpipe.data.sources import (
     access_error,
     count_classes,
     describe,
+    extension_of,
     file_kind,
     has_image_extension,
     read_cache,
@@ -64,8 +65,8 @@ class Folder:
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
         stems = [os.path.splitext(file)[0] for file in files]
-        duplicates = {stem for stem, after in zip(sorted(stems), sorted(stems)[1:], strict=False) if stem == after}
-        self.keep_extension = frozenset(i for i, stem in enumerate(stems) if stem in duplicates)
+        counts = Counter(stems)
+        self.keep_extension = frozenset(i for i, stem in enumerate(stems) if counts[stem] > 1)
         self.left_out = {reason: count for reason, count in (left_out or {}).items() if count}
         self.unlabeled = valid_text(unlabeled)
         self.listed_names = "\n".join(["", *self.class_names]) if named else ""
@@ -204,7 +205,7 @@ def stray(root: Path, files: Sequence[str], classes: Sequence[str]) -> str:
 def use(left_out: Counter[str], *files: str) -> None:
     """Do not count these files of the root, which were read."""
     for file in filter(None, files):
-        left_out[file_kind(os.path.splitext(file)[1][1:])] -= 1
+        left_out[file_kind(extension_of(file))] -= 1
 
 
 def walk(root: Path, left_out: Counter[str] | None = None) -> Iterator[str]:
@@ -240,7 +241,7 @@ def walk(root: Path, left_out: Counter[str] | None = None) -> Iterator[str]:
             elif has_image_extension(entry.name):
                 yield path
             else:
-                others[file_kind(os.path.splitext(entry.name)[1][1:])] += 1
+                others[file_kind(extension_of(entry.name))] += 1
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:

@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def read_classes(root: Path) -> list[str] | None:
         raise access_error("read", str(file), error, "Check its permissions") from None
     except ValueError:
         raise DataError(f"{file} is not UTF-8", "Store it as UTF-8, with a class name per line") from None
-    twice = next((name for name, after in zip(sorted(names), sorted(names)[1:], strict=False) if name == after), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None or not names:
         what = "names no class" if twice is None else f"names the class {twice!r} twice"
         raise DataError(f"{file} {what}", "Give it every class once, in the order of their numbers")

@@ -119,14 +119,18 @@ class ImageSource(Protocol):
         """
 
 
+def extension_of(name: str) -> str:
+    """`a/B.seg.PNG` -> `png`."""
+    return os.path.splitext(name)[1][1:].lower()
+
+
 def has_image_extension(name: str) -> bool:
     """Whether the file name ends in one of IMAGE_EXTENSIONS."""
-    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+    return extension_of(name) in IMAGE_EXTENSIONS
 
 
 def file_kind(extension: str) -> str:
-    """The reason for leaving out a file that is not an image: its extension, if that is a plain one."""
-    extension = extension.lower()
+    """The reason for leaving out a file that is not an image: its extension in lower case, if that is a plain one."""
     if not extension:
         return "file without an extension"
     return f".{extension}" if re.fullmatch(r"[a-z0-9_.-]{1,16}", extension) else "other file"

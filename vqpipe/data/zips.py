@@ -21,6 +21,8 @@ import pyarrow as pa
 from vqpipe.data.folders import SYSTEM_FOLDERS
 from vqpipe.data.sources import (
     access_error,
+    extension_of,
+    file_kind,
     has_image_extension,
     number_labels,
     sorted_classes,
@@ -30,7 +32,7 @@ from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """Of cached indices: changes with the fields of `ZipIndex`."""
 METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate"}
 OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES encryption"}
@@ -163,11 +165,11 @@ def index_members(url: str, sha256: str, members: Sequence[zipfile.ZipInfo], end
         if any(part in SYSTEM_FOLDERS for part in parts[: None if is_folder else -1]):
             ignored["system folder"] += not is_folder
         elif any(part.startswith(".") for part in parts):
-            ignored["hidden"] += not is_folder
+            ignored["hidden file"] += not is_folder
         elif is_folder or not parts:
             folders.add(path)
         elif not has_image_extension(path):
-            ignored[os.path.splitext(path)[1].lower() or "no extension"] += 1
+            ignored[file_kind(extension_of(path))] += 1
             folders.add(path.rpartition("/")[0])
         elif path in images:
             raise DataError(f"{url} has two images of the path {path!r}", "Give every image its own path")
