@@ -207,6 +207,11 @@ def test_imagenet_val_in_class_folders_or_flat(imagenet: tuple[DatasetManifest, 
     (flat / "val_synsets.txt").write_text("n02\nn02\n")
     with pytest.raises(DataError, match=r"lists 2 images, .* holds 3"):
         labelled(*imagenet, flat)
+    (flat / "val_synsets.txt").write_text("10\n10\n9\n")  # numbered by value, as class folders
+    assert labelled(*imagenet, flat) == expected
+    (flat / "val_synsets.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match=r"val_synsets.txt is not a list of names: UnicodeDecodeError"):
+        labelled(*imagenet, flat)
 
 
 COPIES: dict[tuple[str, str], tuple[list[str], list[str]]] = {

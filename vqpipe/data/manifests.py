@@ -14,6 +14,7 @@ from typing import Any
 from vqpipe.config import from_table, nearest_name, read_toml
 from vqpipe.data.folders import Folder, open_folder, use, walk
 from vqpipe.data.images import ImageSet, open_images
+from vqpipe.data.sources import number_labels
 from vqpipe.data.transforms import Framing, Rule, parse_size
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
@@ -407,7 +408,10 @@ def read_class_list(split: Split, source: Path, root: Path, num_images: int) -> 
     found = [place / file for file in split.class_lists for place in (source, root.parent) if (place / file).is_file()]
     kit = source / split.devkit / "data"
     if found:
-        names = found[0].read_text(encoding="utf-8").split()
+        try:
+            names = found[0].read_text(encoding="utf-8").split()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{found[0]} is not a list of names: {error!r}", "Download it again") from None
     elif split.devkit and kit.is_dir():
         found, names = [kit], read_devkit(kit)
     else:
@@ -434,7 +438,5 @@ def read_devkit(kit: Path) -> list[str]:
 
 def with_classes(folder: Folder, names: list[str]) -> Folder:
     """The same files with classes, numbered in the order of their names."""
-    classes = sorted(set(names))
-    number = {name: label for label, name in enumerate(classes)}
     files = [os.fsdecode(file.as_py()) for file in folder.files]
-    return Folder(folder.root, files, [number[name] for name in names], classes, folder.left_out)
+    return Folder(folder.root, files, *number_labels(names), folder.left_out)
