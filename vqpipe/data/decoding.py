@@ -65,7 +65,10 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 APP1, APP2, SOS, SOF = 0xE1, 0xE2, 0xDA, (0xC0, 0xC1, 0xC2)
 """The second bytes of markers in a JPEG: of segments with EXIF and XMP, of those with ICC profiles, of the pixels, and
 of headers: baseline, extended, progressive."""
-PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_EXIF_KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""Keys of texts that may hold the EXIF orientation."""
+PNG_EXIF = (b"eXIf", *PNG_EXIF_KEYS)
 """What a PNG with an EXIF orientation contains. It may follow the pixels, so that Pillow decodes these to find it."""
 
 
@@ -195,11 +198,6 @@ def with_any_text(read: Callable[[bytes], Result], data: bytes) -> Result:
         if "MAX_TEXT" not in str(error) or not data.startswith(PNG_SIGNATURE):
             raise
         return read(without_text(data))
-
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_EXIF_KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""Keys of texts that may hold the EXIF orientation."""
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

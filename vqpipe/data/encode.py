@@ -225,15 +225,16 @@ class EncodingJob:
         Raises:
             DataError: the images of this rank that cannot be used are too many already.
         """
+        if not self.missing:
+            return
         records = [record for shard in self.mine if (record := self.record(shard)) is not None]
         found = merged([self.skipped, *(record["skipped"] for record in records)])
-        if self.missing:
-            self.check_so_far(found)
+        self.check_so_far(found)
         batches = OrderedBatches(
             self.images,
             spans=[span for shard in self.missing for span in chunks(shard.positions, shard.batch_size)],
             image_size=image_size,
-            batch_size=max((shard.batch_size for shard in self.missing), default=1),
+            batch_size=max(shard.batch_size for shard in self.missing),
             num_workers=num_workers,
             transform=transform,
         )

@@ -107,16 +107,11 @@ def number(
     Raises:
         DataError: a class name is not in `classes`.
     """
+    named = [None if label is None else str(label) for label in found]
+    if classes is not None and {*named} - {None} <= {*classes} != {str(i) for i in range(len(classes))}:
+        found = named  # also names that look like numbers
     texts = {label for label in found if isinstance(label, str)}
-    numbers = {label for label in found if isinstance(label, int) and label > NO_LABEL}
-    if (
-        classes is not None
-        and numbers
-        and set(map(str, numbers)) | texts <= set(classes)
-        and not set(map(str, range(len(classes)))) >= set(classes)
-    ):
-        texts, numbers = texts | set(map(str, numbers)), set()  # names that look like numbers
-        found = [str(label) if isinstance(label, int) and label > NO_LABEL else label for label in found]
+    numbers = {label for label in found if isinstance(label, int)}
     if texts and numbers:
         return None, (), f"{name} holds class names, as {min(texts)!r}, and numbers, as {min(numbers)}"
     if classes is not None and numbers and max(numbers) >= len(classes):

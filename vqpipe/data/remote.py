@@ -18,7 +18,6 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.util import find_spec
-from itertools import count
 from typing import Any, TypeVar
 
 import fsspec
@@ -339,8 +338,9 @@ def with_retries(action: str, url: str, attempt: Callable[[float], ResultT]) -> 
     Raises:
         DataError: `attempt` failed; the message states what failed and what to do.
     """
-    end, before = time.monotonic() + TOTAL_SECONDS, None
-    for number in count(1):
+    end, before, number = time.monotonic() + TOTAL_SECONDS, None, 0
+    while True:
+        number += 1
         try:
             return attempt(end - time.monotonic())
         except DataError:
@@ -355,7 +355,6 @@ def with_retries(action: str, url: str, attempt: Callable[[float], ResultT]) -> 
                 raise failure(action, url, error, number) from error
         for left in waiting(pause):
             time.sleep(min(left, POLL_SECONDS))
-    raise AssertionError("unreachable")
 
 
 def may_pass(error: Exception, action: str) -> bool:

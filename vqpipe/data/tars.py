@@ -307,17 +307,16 @@ def parse_label(path: str, body: bytes) -> int | str | None:
     Raises:
         ValueError: anything else: another negative number, an empty or binary text, a list.
     """
-    value: Any = body
-    if path.lower().endswith(".json"):
-        try:
-            table = json.loads(body)
-        except (ValueError, RecursionError):
-            return None
-        field = next((field for field in LABEL_FIELDS if isinstance(table, dict) and field in table), None)
-        if field is None:
-            return None
-        value = NO_LABEL if table[field] is None else table[field]
-    return class_of(value.decode("utf-8") if isinstance(value, bytes) else value)
+    if not path.lower().endswith(".json"):
+        return class_of(body.decode("utf-8"))
+    try:
+        table = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    values = [table[field] for field in LABEL_FIELDS if isinstance(table, dict) and field in table]
+    if not values:
+        return None
+    return NO_LABEL if values[0] is None else class_of(values[0])
 
 
 BLOCK = tarfile.BLOCKSIZE
