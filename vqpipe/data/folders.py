@@ -28,6 +28,7 @@ from vqpipe.data.sources import (
 )
 from vqpipe.errors import DataError, printable
 from vqpipe.files import valid_text
+from vqpipe.words import counted
 
 CHECK = "Check the folder and the disk"
 SYSTEM_FOLDERS = frozenset(
@@ -152,7 +153,6 @@ def open_folder(root: Path) -> Folder:
     """
     left_out = Counter[str]()
     files = sorted(walk(root, left_out))
-    flat = any("/" not in file for file in files)
     if not files:
         tars = next(root.glob("*.tar"), None)
         found = f" (left out: {describe(left_out)})" if left_out and not tars else ""
@@ -166,30 +166,31 @@ def open_folder(root: Path) -> Folder:
         return Folder(root, files, listed.labels, listed.class_names, left_out, unlabeled, named=True)
     if listed is not None and listed.unusable:
         return Folder(root, files, left_out=left_out, unlabeled=unlabeled)
-    classes = sorted_classes(
+    folders = sorted_classes(
         entry.name
         for entry in scan(root)
         if kind_of(entry) == "folder" and not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS
     )
-    if flat:
-        return Folder(root, files, left_out=left_out, unlabeled=unlabeled or stray(root, files, classes))
-    listed_names = read_classes(root)
-    names = [valid_text(name) for name in classes] if listed_names is None else listed_names
-    if listed_names is not None and not {valid_text(name) for name in classes} & set(listed_names):
+    if any("/" not in file for file in files):
+        return Folder(root, files, left_out=left_out, unlabeled=unlabeled or stray(root, files, folders))
+    class_of = {folder: valid_text(folder) for folder in folders}
+    names = read_classes(root)
+    if names is None:
+        names = list(class_of.values())
+    elif not set(class_of.values()) & set(names):
         reason = f"{root.name}/{CLASSES} names none of the class folders"  # such as a list of objects, beside images/
         return Folder(root, files, left_out=left_out, unlabeled=reason)
-    if listed_names is not None:
+    else:
         use(left_out, CLASSES)
-        unknown = next((name for name in classes if valid_text(name) not in listed_names), None)
+        unknown = next((folder for folder in folders if class_of[folder] not in names), None)
         if unknown is not None:
             raise DataError(f"the class folder {root / unknown} is not in {CLASSES}", f"Add a line to {root / CLASSES}")
-    place = {name: label for label, name in enumerate(names)}
-    number = {name: place[valid_text(name)] for name in classes}
-    files.sort(key=lambda file: (number[file.split("/", 1)[0]], file))
-    return Folder(root, files, [number[file.split("/", 1)[0]] for file in files], names, left_out)
+    number = {name: label for label, name in enumerate(names)}
+    labelled = sorted((number[class_of[file.split("/", 1)[0]]], file) for file in files)
+    return Folder(root, [file for _, file in labelled], [label for label, _ in labelled], names, left_out)
 
 
-def stray(root: Path, files: Sequence[str], classes: Sequence[str]) -> str:
+def stray(root: Path, files: Sequence[str], folders: Sequence[str]) -> str:
     """Why a folder with images of its own has no labels, if its subfolders hold images too."""
     first, *more = (file for file in files if "/" not in file)
     if len(more) + 1 == len(files):
@@ -198,7 +199,7 @@ def stray(root: Path, files: Sequence[str], classes: Sequence[str]) -> str:
     verb, pronoun = ("lie", "them") if more else ("lies", "it")
     return (
         f"{root.name}/{first}{others} {verb} beside the class folders: without {pronoun}, the images have "
-        f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
+        f"{counted(len(folders), 'classes')}"
     )
 
 
