@@ -436,6 +436,7 @@ def test_selected_images_have_their_own_digest_and_duplicate_keys(tmp_path: Path
         assert [sample.key for sample in selected] == [images.key(i) for i in order]
     few, other = SelectedImages(images, np.array([2, 4])), SelectedImages(images, np.array([2, 5]))
     assert few.duplicate_keys == (1, "c in one and two")
+    assert few.remarks == ["duplicate keys: 1 key is that of several images, as c in one and two"]
     assert other.duplicate_keys == (0, "")
     assert few.sets == other.sets == [range(1), range(1, 2)]
     assert len({each.digest for each in (images, few, other)}) == 3

@@ -45,6 +45,7 @@ from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
 from vqpipe.provenance import without_secrets
+from vqpipe.words import counted
 
 KeyPrefix = Literal["shard"]
 
@@ -205,7 +206,8 @@ class ImageSet(Sequence[Sample]):
     def remarks(self) -> list[str]:
         """`facts` as lines for the user."""
         count, example = self.duplicate_keys
-        repeated = f"{count:,} keys are each those of several images, as {example}" if count else ""
+        are = "is that" if count == 1 else "are each those"
+        repeated = f"{counted(count, 'keys')} {are} of several images, as {example}" if count else ""
         lines = {
             "left out": describe(self.left_out),
             "unlabeled": self.unlabeled,

@@ -25,6 +25,7 @@ from vqpipe.data.images import ImageSet, SelectedImages
 from vqpipe.errors import VqpipeError
 from vqpipe.files import atomic_write, disk_errors
 from vqpipe.progress import Progress
+from vqpipe.words import counted
 
 SIZES = "sizes.npz"
 """The sizes of all images, in a draft: a resumed run does not read the headers again. It is not published."""
@@ -61,8 +62,8 @@ class SizedImages:
         parts = []
         for name, (height, width) in named.items():
             count = len(self.sizes[height, width])
-            parts.append(f"the {name} {width}x{height} ({count:,} image{'s' * (count > 1)})")
-        return f"{len(self.sizes):,} sizes, {', '.join(parts)}"
+            parts.append(f"the {name} {width}x{height} ({counted(count, 'images')})")
+        return f"{counted(len(self.sizes), 'sizes')}, {', '.join(parts)}"
 
     def side(self, batch_size: int) -> int:
         """The side of squares of which as many as the images of a batch have the pixels of the largest batch."""
