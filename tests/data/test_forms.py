@@ -194,6 +194,15 @@ def test_parquet_with_two_columns_of_classes_says_why_it_has_no_labels(draw: Dra
     assert "several columns are classes: coarse, fine" in images.unlabeled
 
 
+@pytest.mark.parametrize(("names", "class_names"), [([1, "1"], ()), ([["a"], ["b"]], ("['a']", "['b']"))])
+def test_unusual_class_names_of_parquet(
+    draw: Draw, tmp_path: Path, names: Sequence[Any], class_names: tuple[str, ...]
+) -> None:
+    write_parquet(tmp_path / "a.parquet", [draw(0)], [0], metadata=hugging_face(names))
+    images = open_images(tmp_path / "a.parquet")
+    assert (images.labels.tolist(), images.class_names) == ([0], class_names)
+
+
 def test_folder_of_several_splits_is_an_error(draw: Draw, tmp_path: Path) -> None:
     data = tmp_path / "set" / "data"
     data.mkdir(parents=True)

@@ -297,7 +297,8 @@ def read_rows(file: pq.ParquetFile, url: str, image: str, features: dict[str, An
     if label is not None:
         labels = file.read(columns=[label], use_threads=False).column(0).take(kept).to_pylist()
         listed = features.get(label, {}).get("names")
-        names = tuple(map(str, listed)) if isinstance(listed, list) and len(set(listed)) == len(listed) else ()
+        names = tuple(map(str, listed)) if isinstance(listed, list) else ()
+        names = names if len(set(names)) == len(names) else ()
         numbers = [number for number in labels if isinstance(number, int)]
         if numbers and (max(numbers) >= (len(names) or 1 << 31) or min(numbers) < NO_LABEL):
             raise DataError(
