@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vqpipe.errors import DataError
+from vqpipe.files import digest_json
 
 Image.init()
 FORMATS = tuple(
@@ -241,7 +242,7 @@ def read_cache(identity: str) -> dict[str, Any] | None:
     try:
         table = json.loads(path.read_bytes()) if path else {}
         facts = table["facts"]
-        valid = table["identity"] == identity and table["check"] == checksum(facts)
+        valid = table["identity"] == identity and table["check"] == digest_json(facts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return facts if valid else None
@@ -257,14 +258,9 @@ def write_cache(identity: str, facts: Mapping[str, Any], mtime_ns: int = 0) -> N
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"identity": identity, "check": checksum(facts), "facts": facts}, file)
+                json.dump({"identity": identity, "check": digest_json(facts), "facts": facts}, file)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-
-
-def checksum(facts: Any) -> str:
-    """sha256 of the facts as JSON, against damaged cache files."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
