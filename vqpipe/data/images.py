@@ -356,7 +356,7 @@ def parquet_files(folder: Path) -> list[str]:
         return []
     files = sorted(str(file) for file in folder.glob("*.parquet"))
     if not files:
-        below = next((file for file in sorted(folder.rglob("*.parquet"))), None)
+        below = min(folder.rglob("*.parquet"), default=None)
         if below is not None:
             pattern = below.parent / f"{SPLIT_NAME.sub('', below.stem)}*.parquet"
             raise DataError(f"{folder} has Parquet files only in folders below it", f"Give them, as '{pattern}'")

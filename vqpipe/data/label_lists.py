@@ -88,15 +88,16 @@ def read_labels(root: Path, files: Sequence[str]) -> Listed | None:
         return Listed(name, unusable=True, unlabeled=f"{name} is damaged: {' '.join(str(error).split())[:100]}")
     if problem or not entries:
         return Listed(name, unusable=bool(problem), unlabeled=problem or f"{name} has no columns file_name and label")
-    found = [entries.get(valid_text(file), entries.get(os.path.splitext(valid_text(file))[0])) for file in files]
-    paths = {valid_text(file) for file in files} | {os.path.splitext(valid_text(file))[0] for file in files}
+    paths = list(map(valid_text, files))
+    stems = [os.path.splitext(path)[0] for path in paths]
+    found = [entries.get(path, entries.get(stem)) for path, stem in zip(paths, stems, strict=True)]
     labels, class_names, problem = number(name, found, read_classes(root))
     if labels is None:
         return Listed(name, unusable=bool(problem), unlabeled=problem or f"no label of {name} is that of an image")
     missing = sum(label is None for label in found)
     if missing:
         problem = f"{missing:,} of {len(files):,} images have no label in {name}"
-    return Listed(name, labels, class_names, problem, sum(path not in paths for path in entries))
+    return Listed(name, labels, class_names, problem, len(entries.keys() - {*paths, *stems}))
 
 
 def number(

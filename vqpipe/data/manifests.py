@@ -322,24 +322,22 @@ def find_files(root: Path, split: Split, source: Path, left_out: Counter[str]) -
         first, last = split.numbers
         return sorted((file for file in files if first <= file_number(file) <= last), key=file_number)
     rules = [re.compile(as_expression(pattern)) for pattern in split.files]
-    names = None if split.names is None else dict.fromkeys(read_names(split.names, source, root), False)
-    kept = []
+    listed = dict.fromkeys([] if split.names is None else read_names(split.names, source, root))
+    kept, found = list[str](), set[str | None]()
     for file in files:
-        for match in filter(None, (rule.fullmatch(file) for rule in rules)):
-            name = match.groupdict().get("name")
-            if names is None or name is None or name in names:
-                kept.append(file)
-                if names is not None and name is not None:
-                    names[name] = True
-                break
-    if split.names is not None and (root / split.names.file).is_file():
-        use(left_out, split.names.file)
-    missing = [name for name, found in (names or {}).items() if not found]
-    if split.names is not None and missing:
-        raise DataError(
-            f"{root} lacks {len(missing)} of the {len(names or {})} files in {split.names.file}, as {missing[0]!r}",
-            "Complete the copy",
-        )
+        names = {match.groupdict().get("name") for rule in rules if (match := rule.fullmatch(file)) is not None}
+        if None in names or names & listed.keys():  # None: of a pattern without {name}
+            kept.append(file)
+            found |= names
+    if split.names is not None:
+        if (root / split.names.file).is_file():
+            use(left_out, split.names.file)
+        missing = [name for name in listed if name not in found]
+        if missing:
+            raise DataError(
+                f"{root} lacks {len(missing)} of the {len(listed)} files in {split.names.file}, as {missing[0]!r}",
+                "Complete the copy",
+            )
     return kept
 
 
