@@ -253,15 +253,14 @@ class Labels:
     def read(self, member: "Member") -> int | str | None:
         """The label in a member; NO_LABEL where it is not readable, which `unreadable` then says; None for a JSON
         without a label."""
-        text = self.texts.get(member.offset)
-        if text is None and member.size <= LONGEST_TEXT:  # the target of a link
+        text = self.texts.get(member.offset, b"")
+        if not text and member.size <= LONGEST_TEXT:  # the target of a link
             self.file.seek(member.offset)
             text = self.file.read(member.size)
         try:
-            label = parse_label(member.path, text or b"")
+            label = parse_label(member.path, text)
         except ValueError:
-            shown = (text or b"")[:20]
-            self.unreadable = self.unreadable or f"{self.shard}: {member.path} is not a class: {shown!r}"
+            self.unreadable = self.unreadable or f"{self.shard}: {member.path} is not a class: {text[:20]!r}"
             return NO_LABEL
         if isinstance(label, str):
             self.first_name = self.first_name or f"{self.shard}: {member.path} holds the class name {label!r}"
@@ -329,12 +328,12 @@ HINTS = {
     "image": "Give the folder that holds it",
 }
 """What to do with a file that is no tar."""
+LONG_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+"""GNU's headers before that of a member, and the keys of pax for what they hold."""
 LONGEST_TEXT = 1 << 20
 """Largest long name, pax header or label, in bytes: they are read into memory."""
 LARGEST_MEMBER = 1 << 43
 """8 TiB; the format allows up to 2**88, and negative sizes."""
-
-
 LONGEST_CHAIN = 40
 """Links that point to links are followed so many times, as by Linux."""
 
@@ -366,36 +365,32 @@ class Walk:
 
     def members(self) -> Iterator[Member]:
         """Yield every member in order, long names resolved; a DataError at the first byte that is not a tar's."""
-        long_path, long_link, pax = "", "", dict[str, str]()
+        extended = dict[str, str]()  # what the headers before that of a member say of it, by the keys of pax
         while (header := self.header()) is not None:
-            if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                body = self.text(header).rstrip(b"\0").decode("utf-8", "backslashreplace")
-                if header.type == tarfile.GNUTYPE_LONGNAME:
-                    long_path = body
-                else:
-                    long_link = body
+            if header.type in LONG_NAMES:
+                extended[LONG_NAMES[header.type]] = self.text(header).rstrip(b"\0").decode("utf-8", "backslashreplace")
                 continue
             if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
-                body_bytes = self.text(header)
-                pax = parse_pax(self.name, body_bytes) if header.type != tarfile.XGLTYPE else pax
+                text = self.text(header)
+                extended |= {} if header.type == tarfile.XGLTYPE else parse_pax(self.name, text)
                 continue
-            path = pax.get("path") or long_path or header.name
-            if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
+            path = extended.get("path") or header.name
+            if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended):
                 raise DataError(f"{self.name}: {path} is a sparse member", "Pack the shard without --sparse")
-            size = self.size_of(header, pax.get("size"))
+            size = self.size_of(header, extended.get("size"))
             if header.isreg():
                 self.pending = -(-size // BLOCK) * BLOCK
                 yield Member(path, self.position, size)
                 self.skip(self.pending)
                 self.pending = 0
             elif header.issym() or header.islnk():
-                target = pax.get("linkpath") or long_link or header.linkname
+                target = extended.get("linkpath") or header.linkname
                 if header.issym():  # relative to its folder; a hard link is relative to the tar
                     target = posixpath.join(posixpath.dirname(path), target)
                 yield Member(path, self.position, 0, "dead link", posixpath.normpath(target))
             elif not header.isdir():
                 yield Member(path, self.position, 0, "device")
-            long_path, long_link, pax = "", "", {}
+            extended = {}
 
     def text(self, header: tarfile.TarInfo) -> bytes:
         """The data of a header that holds a text."""
