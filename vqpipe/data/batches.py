@@ -75,9 +75,8 @@ class Piece(NamedTuple):
     """Position -> reason."""
 
 
-Loaded = tuple[Batch | None, dict[int, str]] | VqpipeError
-"""The result of a worker: a batch and the skipped images, position -> reason; or an error to raise in the main
-process."""
+Loaded = tuple[Batch | None, dict[int, str]]
+"""The result of a worker: a batch and the skipped images, position -> reason."""
 
 
 class OrderedBatches:
@@ -330,8 +329,6 @@ class OrderedImages(Dataset[Loaded]):
                 kept.append(i)
             except BadImage as error:
                 skipped[i] = error.reason
-            except VqpipeError as error:
-                return error
         if not kept:
             return None, skipped
         return assemble(self.images, kept, torch.stack(tensors)), skipped
@@ -346,10 +343,7 @@ class TrainingImages(Dataset[Loaded]):
     def __getitem__(self, work: Sequence[tuple[int, int]]) -> Loaded:
         crops = np.empty((len(work), 3, self.config.image_size, self.config.image_size), np.uint8)
         skipped, scratch = dict[int, str](), Scratch()
-        try:
-            indices = [self.sample(*drawn, crop, scratch, skipped) for drawn, crop in zip(work, crops, strict=True)]
-        except VqpipeError as error:
-            return error
+        indices = [self.sample(*drawn, crop, scratch, skipped) for drawn, crop in zip(work, crops, strict=True)]
         return assemble(self.images, indices, torch.from_numpy(crops)), skipped
 
     def sample(self, epoch: int, sample: int, out: np.ndarray, scratch: Scratch, skipped: dict[int, str]) -> int:
@@ -404,9 +398,10 @@ BATCHES_AHEAD = 4
 def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, timeout: float = 300.0) -> Iterator[Any]:
     """Yield `dataset[task]` for each task in `work`, in order, computed by loader processes.
 
-    `num_workers` 0 computes in this process, -1 uses `available_workers`. A VqpipeError among the results is raised.
+    `num_workers` 0 computes in this process, -1 uses `available_workers`.
 
     Raises:
+        VqpipeError: that of `dataset`.
         DataError: a worker was killed, or timed out after `timeout` seconds.
     """
     num_workers = available_workers() if num_workers < 0 else num_workers
@@ -415,7 +410,7 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the number is the user's choice
         loader: DataLoader = DataLoader(
-            dataset,
+            ReturnedErrors(dataset),
             sampler=work,
             batch_size=None,
             num_workers=num_workers,
@@ -441,6 +436,20 @@ def through_workers(dataset: Dataset, work: Iterable[Any], num_workers: int, tim
             yield result
     finally:
         abandoned.value = 1  # the loader waits for its workers, and they may wait for a server
+
+
+class ReturnedErrors(Dataset[Any]):
+    """Another data set, which returns a VqpipeError that it raises: a loader would raise a new one with a traceback as
+    its text."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, task: Any) -> Any:
+        try:
+            return self.dataset[task]
+        except VqpipeError as error:
+            return error
 
 
 def start_worker(abandoned: Any, worker: int) -> None:

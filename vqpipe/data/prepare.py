@@ -21,7 +21,6 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.tars import tar_keys, write_tar
 from vqpipe.data.transforms import center_crop
-from vqpipe.errors import VqpipeError
 from vqpipe.progress import SILENT, Progress
 
 IMAGES_PER_TASK = 32
@@ -45,18 +44,15 @@ class StoredImage:
     """Left out by a rule of the data set (too small), not for a damaged file."""
 
 
-class StoredImages(Dataset["list[StoredImage] | VqpipeError"]):
+class StoredImages(Dataset[list[StoredImage]]):
     """Dataset for loader processes: positions -> the files as they are, each decoded once to check it; or, with
     `image_size`, their ADM center crops as JPEG. Images below `min_size`, (width, height), are excluded."""
 
     def __init__(self, images: ImageSet, image_size: int | None, min_size: tuple[int, int] | None) -> None:
         self.images, self.image_size, self.min_size = images, image_size, min_size
 
-    def __getitem__(self, positions: Sequence[int]) -> list[StoredImage] | VqpipeError:
-        try:
-            return [self.store(i) for i in positions]
-        except VqpipeError as error:
-            return error
+    def __getitem__(self, positions: Sequence[int]) -> list[StoredImage]:
+        return [self.store(i) for i in positions]
 
     def store(self, i: int) -> StoredImage:
         """Decode image `i`, and return the file to store."""

@@ -22,7 +22,6 @@ from vqpipe.data.batches import chunks, through_workers, worker_count
 from vqpipe.data.decoding import BadImage, decoded_size
 from vqpipe.data.encode import IMAGES_PER_SHARD, Shard
 from vqpipe.data.images import ImageSet, SelectedImages
-from vqpipe.errors import VqpipeError
 from vqpipe.files import atomic_write, disk_errors
 from vqpipe.progress import Progress
 from vqpipe.words import counted
@@ -142,20 +141,18 @@ def measure(
         return stored["sizes"], dict(zip(stored["positions"].tolist(), stored["reasons"].tolist(), strict=True))
 
 
-class ImageSizes(Dataset["tuple[np.ndarray, dict[int, str]] | VqpipeError"]):
+class ImageSizes(Dataset[tuple[np.ndarray, dict[int, str]]]):
     """Dataset for loader processes: positions -> (height, width) of each image, int32[n, 2], and the reasons of those
     that cannot be used, which have zeros."""
 
     def __init__(self, images: ImageSet, max_pixels: int) -> None:
         self.images, self.max_pixels = images, max_pixels
 
-    def __getitem__(self, positions: Sequence[int]) -> tuple[np.ndarray, dict[int, str]] | VqpipeError:
+    def __getitem__(self, positions: Sequence[int]) -> tuple[np.ndarray, dict[int, str]]:
         sizes, skipped = np.zeros((len(positions), 2), np.int32), dict[int, str]()
         for place, i in enumerate(positions):
             try:
                 sizes[place] = decoded_size(self.images.read(i), self.max_pixels)
             except BadImage as error:
                 skipped[i] = error.reason
-            except VqpipeError as error:
-                return error
         return sizes, skipped

@@ -196,6 +196,7 @@ def write_tokens(
         layouts = {size: native_layout(tokenizer, *size) for size in sized.sizes}
         shards = sized.shards(NATIVE_SHARD_NAME, lambda h, w: (num_views, layouts[h, w].num_tokens), batch_size)
         transform = partial(crop_to_multiples, factor=factor)
+        progress.message(str(sized))
     else:
         side, layout = max(size), tokenizer.layout(*size)
         shards = equal_shards(SHARD_NAME, len(images), IMAGES_PER_SHARD, (num_views, layout.num_tokens), batch_size)
@@ -207,8 +208,6 @@ def write_tokens(
     job = EncodingJob(
         draft, ordered, shards, title="tokenize", skipped=unusable, max_skipped=config.max_skipped, progress=progress
     )
-    if size is None:
-        progress.message(str(sized))
     job.run(
         partial(encode_views, views=views, encode=partial(encode_in_memory, tokenizer, config.precision)),
         write_token_shard,
