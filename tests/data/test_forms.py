@@ -70,6 +70,14 @@ def test_parquet_of_datasets_has_its_images_paths_and_classes(draw: Draw, tmp_pa
     assert contents(pickle.loads(pickle.dumps(images))) == contents(images)
 
 
+def test_parquet_with_large_types_has_its_paths_and_classes(draw: Draw, tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])  # as polars writes them
+    images = pa.array([{"bytes": draw(0), "path": "a/x.png"}, {"bytes": draw(1), "path": "b/x.png"}], kind)
+    labels = pa.array(["dog", "cat"], pa.large_string())
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "a.parquet")
+    assert contents(open_images(tmp_path / "a.parquet")) == [("a/x", draw(0), 1), ("b/x", draw(1), 0)]
+
+
 def test_parquet_without_distinct_paths_has_file_and_row_as_keys(draw: Draw, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_parquet(tmp_path / f"{name}.parquet", [draw(0), draw(1)], paths=["x.jpg", "x.jpg"])

@@ -245,6 +245,11 @@ def holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def find_image_column(url: str, schema: pa.Schema, features: dict[str, Any]) -> str:
     """The name of the image column.
 
@@ -277,7 +282,7 @@ def find_label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str 
         return None, f"several columns are classes: {', '.join(described)}" if described else ""
     kind = schema.field(found[0]).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_integer(value) or pa.types.is_string(value) or pa.types.is_large_string(value):
+    if pa.types.is_integer(value) or holds_text(value):
         return found[0], ""
     return None, f"its column {found[0]} is of the type {kind}"
 
@@ -288,7 +293,7 @@ def read_rows(file: pq.ParquetFile, url: str, image: str, features: dict[str, An
     kept = np.setdiff1d(np.arange(num_rows, dtype=np.int64), np.array(missing, np.int64))
     kind = schema.field(image).type
     paths: list[str | None] = [None] * len(kept)
-    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 and pa.types.is_string(kind.field("path").type):
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 and holds_text(kind.field("path").type):
         column = file.read(columns=[f"{image}.path"], use_threads=False).column(0)
         paths = pc.struct_field(column, "path").take(kept).to_pylist()
     label, unclear = find_label_column(schema, features)
