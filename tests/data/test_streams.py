@@ -101,6 +101,10 @@ def test_invalid_requests_are_rejected(folder: Path, tmp_path: Path) -> None:
         stream.load_state_dict({"images_seen": 5, "seed": 1})
     with pytest.raises(ConfigError, match="is negative"):
         stream.load_state_dict({"images_seen": -5})
+    with pytest.raises(ConfigError, match=r"the state \{'seed': 0\} has no images_seen"):
+        stream.load_state_dict({"seed": 0})
+    with pytest.raises(ConfigError, match=r"rank 2 of 2 is none. Ranks are numbered from 0"):
+        TokenStream(folder, seed=0, batch_size=4, rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -138,7 +138,7 @@ class Shuffle:
     any number of ranks.
 
     Raises:
-        ConfigError: the global batch is not divisible by the number of ranks.
+        ConfigError: the global batch is not divisible by the number of ranks; there is no such rank; a negative seed.
         DataError: the set is empty.
     """
 
@@ -148,6 +148,8 @@ class Shuffle:
                 f"the global batch of {batch_size} images is not divisible by {world_size} ranks",
                 "Change train.global_batch_size or the number of processes",
             )
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of {world_size} is none", "Ranks are numbered from 0")
         if seed < 0:
             raise ConfigError(f"the seed {seed} is negative")
         if length == 0:

@@ -146,6 +146,8 @@ class Stream(IterableDataset[dict[str, Any]]):
         """
         if state.get("seed", self.options["seed"]) != self.options["seed"]:
             raise ConfigError(f"the state has seed {state['seed']}, the stream {self.options['seed']}", "Use one seed")
+        if "images_seen" not in state:
+            raise ConfigError(f"the state {state} has no images_seen", "Give that of state_dict()")
         if state["images_seen"] < 0:
             raise ConfigError(f"images_seen = {state['images_seen']} is negative")
         self.images_seen = state["images_seen"]
