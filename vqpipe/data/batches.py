@@ -31,8 +31,6 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import DataConfig, center_crop, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
-__all__ = ["Batch", "OrderedBatches", "TrainingStream", "check_set_weights"]
-
 # Keys of random generators: the order of an epoch, the crop of a sample, the sets of positions (2: examples.HELD_OUT).
 ORDER, SAMPLE, SET = 0, 1, 3
 BLOCK = 1 << 16

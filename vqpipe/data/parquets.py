@@ -203,9 +203,7 @@ def open_file(url: str) -> tuple[ParquetFile, Rows]:
 
             def index() -> dict[str, Any]:
                 missing = [row for group in range(len(groups)) for row in null_rows(opened, column, group)]
-                with file.open_binary() as whole:
-                    sha256 = hashlib.file_digest(whole, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
-                return {"sha256": sha256, "missing": missing}
+                return {"sha256": file.sha256(), "missing": missing}
 
             found = file.cached(f"parquet {column}", index)
             rows = read_rows(opened, url, image, features, found["missing"])

@@ -1,5 +1,6 @@
 """Files of images, local or behind URLs: each as it was when it was indexed, which every read compares."""
 
+import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -91,6 +92,11 @@ class StoredFile:
             return open(self.url, "rb")
         file = remote.RemoteFile(self.url, self.size, self.validators)
         return cast(BinaryIO, BufferedReader(file, remote.BLOCK))
+
+    def sha256(self) -> str:
+        """The hash of the whole file, hex."""
+        with self.open_binary() as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # of its stub
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size). No file stays open, for fork and pickle.

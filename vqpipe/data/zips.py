@@ -135,10 +135,9 @@ def open_zip(url: str) -> tuple[StoredFile, ZipIndex]:
 
     def index() -> dict[str, Any]:
         try:
-            with file.open_binary() as opened:
-                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
-                with zipfile.ZipFile(opened) as archive:
-                    members, end = archive.infolist(), archive.start_dir
+            sha256 = file.sha256()
+            with file.open_binary() as opened, zipfile.ZipFile(opened) as archive:
+                members, end = archive.infolist(), archive.start_dir
         except OSError as error:
             raise access_error("open", url, error, CHECK) from error
         except DataError:
