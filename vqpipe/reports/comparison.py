@@ -40,6 +40,7 @@ from vqpipe.reports.published import OurNumbers, PublishedTable, published_table
 from vqpipe.reports.seeds import configurations_of, numbers_over_seeds, seeds_table, size_plots
 from vqpipe.words import counted
 
+SHARED = "The pictures that every one of the reports shows: its best and worst differ from report to report."
 KEYS = ("protocol", "image_size", "num_images", "reference")
 """Keys of `metrics.json` that must be equal for numbers to share a column. `reference` is the digest of the crops."""
 HEADLINES = (*MEASURES[:NUM_HEADLINES], *(m for m in MEASURES if m.key == "lpips"))
@@ -299,7 +300,8 @@ def comparison_page(
         members, of = same_images[0].members, f" ({images})" if len(by_images) > 1 else ""
         sections += quality_plots(members, f"{of}, protocol {same_images[0].protocol}")
         if pictures := shared_pictures({each.name: each.shown for each in members}, budget):
-            sections.append(page.Pictures(f"Reconstructions of the same images{of}", pictures, budget.note()))
+            caption = f"{SHARED} {budget.note()}".strip()
+            sections.append(page.Pictures(f"Reconstructions of the same images{of}", pictures, caption))
         if maps := maps_of(members):
             sections.append(page.Maps(f"Codes in use{of}", maps, MAP_CAPTION))
     if drawn := usage_and_training_plots(groups[0].members, evaluations):

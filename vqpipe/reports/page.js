@@ -402,3 +402,9 @@ if (reloadSeconds) {
   };
   const timer = setInterval(again, 1000);
 }
+
+// ---- On a phone the list of sections is folded ----
+
+if (matchMedia("(max-width: 40rem)").matches) {
+  document.querySelector("nav details")?.removeAttribute("open");
+}
