@@ -381,6 +381,16 @@ def test_a_training_run_and_a_benchmark_are_accessible_and_make_no_requests(open
             assert opened.page.evaluate(CONTRASTS)[0]["contrast"] >= 4.5
 
 
+def evaluate(view: Any, script: str) -> Any:
+    """`view.evaluate`, again if the page reloads itself meanwhile."""
+    while True:
+        try:
+            return view.evaluate(script)
+        except Exception as error:  # playwright's, which may not be installed
+            if "context was destroyed" not in str(error):
+                raise
+
+
 def test_page_of_a_running_job_reloads_itself_and_keeps_the_readers_place(
     open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,16 +408,16 @@ def test_page_of_a_running_job_reloads_itself_and_keeps_the_readers_place(
 
     view = open_page(html(1), **DESKTOP).page
     view.locator("summary", has_text="Show").click()
-    view.evaluate("() => scrollTo(0, document.querySelector('table').getBoundingClientRect().top + scrollY + 200)")
-    before = view.evaluate("() => document.querySelector('table').getBoundingClientRect().top")
+    evaluate(view, "() => scrollTo(0, document.querySelector('table').getBoundingClientRect().top + scrollY + 200)")
+    before = evaluate(view, "() => document.querySelector('table').getBoundingClientRect().top")
     view.locator(".theme").evaluate("(node) => node.click()")
     (tmp_path / "report.html").write_text(html(2), encoding="utf-8")
     view.wait_for_function("() => document.body.textContent.includes('Step 2 of 9')")
     view.wait_for_function(FILLED)
-    assert view.evaluate("() => document.querySelector('table').getBoundingClientRect().top") == pytest.approx(
+    assert evaluate(view, "() => document.querySelector('table').getBoundingClientRect().top") == pytest.approx(
         before, abs=2
     )
-    assert view.evaluate("() => document.documentElement.dataset.theme") == "dark"
+    assert evaluate(view, "() => document.documentElement.dataset.theme") == "dark"
 
     view.locator(".card .version[data-label=error]").evaluate("(node) => node.click()")
     view.locator(".slide").evaluate("(node) => node.closest('.card').card.slideTo(80)")
@@ -426,19 +436,19 @@ def test_page_of_a_running_job_reloads_itself_and_keeps_the_readers_place(
     view.wait_for_function("() => document.body.textContent.includes('Step 9 of 9')")
     assert view.url == (published / "report.html").as_uri()
     assert view.locator("details[open] table").count() == 1
-    view.evaluate("() => { window.mark = 1; }")
+    evaluate(view, "() => { window.mark = 1; }")
     view.wait_for_timeout(2500)
-    assert view.evaluate("() => window.mark") == 1  # it does not reload
+    assert evaluate(view, "() => window.mark") == 1  # it does not reload
 
 
 def test_page_of_a_running_job_waits_for_its_reader(open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RELOAD_SECONDS", 1)
     run = TrainingRun(name="lc", description="", step=1, steps=9, rows=[], command="vqpipe train")
     view = open_page(page.render(training_page(run)), **DESKTOP).page
-    view.evaluate("() => { window.mark = 1; getSelection().selectAllChildren(document.querySelector('code')); }")
+    evaluate(view, "() => { window.mark = 1; getSelection().selectAllChildren(document.querySelector('code')); }")
     view.wait_for_timeout(2500)
-    assert view.evaluate("() => window.mark") == 1
-    view.evaluate("() => getSelection().removeAllRanges()")
+    assert evaluate(view, "() => window.mark") == 1
+    evaluate(view, "() => getSelection().removeAllRanges()")
     view.wait_for_function("() => window.mark === undefined")
 
 
