@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqpipe import artifacts, distributed
+from vqpipe import artifacts, device, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data import decoding, sizes, transforms
-from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch, equal_shards
+from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch, equal_shards, faster_network
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tars import write_tar
 from vqpipe.data.tokens import TokensConfig, decode_tokens, read_tokens, write_tokens
@@ -207,14 +207,35 @@ def test_progress_counts_every_image_and_ends_with_a_report(images: ImageSet, tm
     )
 
 
-def test_the_report_names_the_slowest_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def stopwatch_of(seconds: float, **parts: float) -> Stopwatch:
+    """A stopwatch of 1,000 images."""
     stopwatch = Stopwatch()
-    stopwatch.images, stopwatch.began, stopwatch.ended = 1000, 0.0, 100.0
-    stopwatch.parts.update({"waiting for images": 80, "encoding": 15})  # type: ignore[dict-item]
-    assert stopwatch.report() == (
-        "1,000 images in 0:01:40, 10/s: waiting for images 80%, encoding 15%. "
-        "Images arrive too slowly: use more --num-workers, the extra `fast` (simplejpeg), or a faster disk."
-    )
+    stopwatch.images, stopwatch.began, stopwatch.ended = 1000, 0.0, seconds
+    stopwatch.parts.update(parts)  # type: ignore[arg-type]
+    return stopwatch
+
+
+def test_the_report_names_the_slowest_part_and_after_a_long_job_what_to_change() -> None:
+    stopwatch = stopwatch_of(100, **{"waiting for images": 80, "encoding": 15, "copying": 1})
+    assert stopwatch.report() == "1,000 images in 0:01:40, 10/s: waiting for images 80%, encoding 15%."
+    advice = "Faster: more --num-workers, the extra `fast` (simplejpeg), or a faster disk."
+    assert stopwatch.advice("") == advice
+    assert len(advice) <= 80
+    assert stopwatch_of(100, encoding=90).advice("Faster: a GPU.") == "Faster: a GPU."
+    assert stopwatch_of(100, encoding=90).advice("") == ""
+    assert stopwatch_of(20, encoding=19).advice("Faster: a GPU.") == ""
+
+
+def test_bf16_is_advised_where_it_is_faster_and_not_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "proc").mkdir()
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    for flags, words in (
+        ("avx2", "Faster: a GPU."),
+        ("avx512_bf16", "Faster: a GPU or --precision bf16 (less exact)."),
+    ):
+        (tmp_path / "proc" / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+        assert faster_network(torch.device("cpu"), "fp32") == words
+        assert faster_network(torch.device("cpu"), "bf16") == "Faster: a GPU."
 
 
 LIST = [{"key": f"{i:02d}", "shard": "images", "index": i, "reason": "empty"} for i in sorted(BAD)]

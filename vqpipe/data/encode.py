@@ -31,6 +31,7 @@ from vqpipe.artifacts import Draft
 from vqpipe.data.batches import Batch, OrderedBatches, Piece, chunks
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
+from vqpipe.device import bf16_is_faster
 from vqpipe.errors import DataError, NumericError
 from vqpipe.progress import SILENT, Progress
 from vqpipe.words import counted
@@ -42,11 +43,14 @@ WAITING, ENCODING, COPYING, WRITING = "waiting for images", "encoding", "copying
 IMAGES_PER_SHARD = 4096
 """Of tokens and latents. Fixed, so that shards have the same bytes for any number of ranks and workers."""
 ADVICE = {
-    WAITING: "Images arrive too slowly: use more --num-workers, the extra `fast` (simplejpeg), or a faster disk",
-    ENCODING: "The network takes most of the time: use a GPU, more GPUs (torchrun), or --precision bf16",
-    WRITING: "Writing takes most of the time: use another disk for --out",
+    WAITING: "Faster: more --num-workers, the extra `fast` (simplejpeg), or a faster disk.",
+    WRITING: "Faster: another disk for --out.",
 }
-"""What to change, by the part that takes most of the time."""
+"""What to change, by the part that takes most of the time; for ENCODING see `faster_network`."""
+ADVICE_SECONDS = 60.0
+"""Shortest job after which ADVICE is printed."""
+MIN_SHARE = 0.05
+"""Smallest share of the time that is reported."""
 
 
 class Stopwatch:
@@ -100,14 +104,26 @@ class Stopwatch:
         return {name: seconds / self.seconds for name, seconds in self.parts.most_common()}
 
     def report(self) -> str:
-        """Images per second, the shares of the main thread's time, and what to change."""
+        """Images per second and the shares of the main thread's time."""
         shares = self.shares()
-        parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items() if part >= 0.005)
+        parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items() if part >= MIN_SHARE)
         overlapped = sum(self.writer_parts.values()) / self.seconds - shares.get(WRITING, 0.0)
-        writing = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= 0.005 else ""
+        writing = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= MIN_SHARE else ""
         seconds = timedelta(seconds=round(self.seconds))
         rate = f"{counted(self.images, 'images')} in {seconds}, {self.images / self.seconds:.3g}/s"
-        return f"{rate}: {parts}{writing}. {ADVICE.get(next(iter(shares)), '')}".rstrip(". ") + "."
+        return f"{rate}: {parts}{writing}."
+
+    def advice(self, faster_encoding: str) -> str:
+        """After a long job what to change, where encoding took most of the time `faster_encoding`; else ""."""
+        slowest = next(iter(self.shares()), "")
+        return {**ADVICE, ENCODING: faster_encoding}.get(slowest, "") if self.seconds >= ADVICE_SECONDS else ""
+
+
+def faster_network(device: torch.device, precision: str) -> str:
+    """What makes a network faster than on `device` in `precision`."""
+    ways = ["more GPUs (torchrun)"] if device.type == "cuda" else ["a GPU"]
+    ways += ["--precision bf16 (less exact)"] if precision == "fp32" and bf16_is_faster(device) else []
+    return f"Faster: {' or '.join(ways)}."
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,7 @@ class EncodingJob:
         shards: those of all ranks; rank r of w encodes every w-th.
         skipped: images that are in no shard because they cannot be used, position -> reason.
         max_skipped: the largest share of images that cannot be used.
+        faster_encoding: advice that is printed if encoding took long; see `faster_network`.
     """
 
     def __init__(
@@ -191,7 +208,9 @@ class EncodingJob:
         skipped: Mapping[int, str] | None = None,
         max_skipped: float = 0.01,
         progress: Progress = SILENT,
+        faster_encoding: str = "",
     ) -> None:
+        self.faster_encoding = faster_encoding
         self.draft, self.images, self.shards, self.progress = draft, images, shards, progress
         self.skipped, self.max_skipped = dict(skipped or {}), max_skipped
         self.num_images = sum(len(shard.positions) for shard in shards) + len(self.skipped)
@@ -324,6 +343,8 @@ class EncodingJob:
             raise DataError(f"none of the {self.num_images} images of {self.images.name} can be read", "Check them")
         if self.stopwatch.images:
             self.progress.message(self.stopwatch.report())
+            if advice := self.stopwatch.advice(self.faster_encoding):
+                self.progress.message(advice)
         skipped.publish(self.draft, self.progress)
         return records, skipped.counts()
 

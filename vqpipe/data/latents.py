@@ -37,6 +37,7 @@ from vqpipe.data.encode import (
     check_float16,
     encode_views,
     equal_shards,
+    faster_network,
     read_columns,
     sample_columns,
     with_flip,
@@ -195,7 +196,15 @@ def write_latents(
     """
     latent_shape = tokenizer.latent_shape(image_size, image_size)
     shards = equal_shards("latents-{:05d}.npy", len(images), IMAGES_PER_SHARD, (1 + flip, *latent_shape), batch_size)
-    job = EncodingJob(draft, images, shards, title="latents", max_skipped=max_skipped, progress=progress)
+    job = EncodingJob(
+        draft,
+        images,
+        shards,
+        title="latents",
+        max_skipped=max_skipped,
+        progress=progress,
+        faster_encoding=faster_network(tokenizer.device, precision),
+    )
     job.run(
         partial(
             encode_views,

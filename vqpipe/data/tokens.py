@@ -44,6 +44,7 @@ from vqpipe.data.encode import (
     Shard,
     encode_views,
     equal_shards,
+    faster_network,
     sample_columns,
     with_flip,
 )
@@ -206,7 +207,14 @@ def write_tokens(
         if size[0] != size[1]:
             transform = Framing(rule="cover", size=size)
     job = EncodingJob(
-        draft, ordered, shards, title="tokenize", skipped=unusable, max_skipped=config.max_skipped, progress=progress
+        draft,
+        ordered,
+        shards,
+        title="tokenize",
+        skipped=unusable,
+        max_skipped=config.max_skipped,
+        progress=progress,
+        faster_encoding=faster_network(tokenizer.device, config.precision),
     )
     job.run(
         partial(encode_views, views=views, encode=partial(encode_in_memory, tokenizer, config.precision)),
