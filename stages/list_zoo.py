@@ -1,6 +1,7 @@
 """`vqpipe zoo`: list the published tokenizers, or print all about one."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -53,24 +54,35 @@ def zoo(
         for label, text in all_about(entries[0], imported):
             print(wrapped(f"{label:{LABEL_WIDTH}}{text}", console.width))
         return
-    console.print(overview(sorted(entries, key=lambda entry: (bool(entry.refused), entry.paper)), imported))
-    print("f: downsample factor; import: yes, or by hand where no program can download it.")
-    print("vqpipe zoo NAME prints all about one: licence, address, protocols of numbers.")
+    console.print(overview(sorted(entries, key=lambda entry: (bool(entry.refused), in_order(entry.name))), imported))
+    print(LEGEND)
+
+
+LEGEND = """\
+f       an id is of a square of f x f pixels
+codes   8 x 2,048: 8 ids per square, each of 2,048 codes; ? and –: not known
+ids     of an image of 256 x 256 pixels, and their bits per pixel
+import  by hand: download the files in a browser; no: vqpipe zoo NAME says why
+vqpipe zoo NAME prints all about one: licence, size, PSNR and rFID as published."""
+
+
+def in_order(name: str) -> list[str | int]:
+    """A key that sorts names by family, then by their numbers: f8 before f16, 8k before 16k."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def overview(entries: list[Entry], imported: dict[str, list[str]]) -> Table:
     """A line per entry."""
-    shown = Table("name", "f", "codes", "size", "PSNR", "import", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table("name", "f", "codes", "ids", "bits/pixel", "import", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns[1:5]:
         column.justify = "right"
     for entry in entries:
-        psnr = next((each.psnr for each in entry.published if each.psnr is not None), None)
         cells = (
             entry.name,
             factor(entry),
             codes(entry),
-            megabytes(entry),
-            "–" if psnr is None else f"{psnr:.2f} dB",
+            "–" if entry.num_tokens is None else f"{entry.num_tokens:,}",
+            bits_per_pixel(entry),
             "no" if entry.refused else state(entry, imported).partition(":")[0],
         )
         shown.add_row(*map(escape, cells))
@@ -86,7 +98,7 @@ def all_about(entry: Entry, imported: dict[str, list[str]]) -> Iterator[tuple[st
     yield "page", entry.page
     yield "factor", factor(entry)
     yield "codes", codes(entry)
-    yield "bits per pixel", "–" if entry.bits_per_pixel is None else f"{entry.bits_per_pixel:.3f}"
+    yield "bits per pixel", bits_per_pixel(entry)
     yield "size", megabytes(entry)
     for file in entry.files:
         yield "file", file.source or f"{file.name}, at the page"
@@ -117,6 +129,11 @@ def codes(entry: Entry) -> str:
         return "–" if entry.tokens or not entry.groups else "continuous"
     groups = {0: "? x ", 1: ""}.get(entry.groups, f"{entry.groups} x ")
     return f"{groups}{entry.codes:,}"
+
+
+def bits_per_pixel(entry: Entry) -> str:
+    """Bits per pixel of an image of 256 x 256 pixels."""
+    return "–" if entry.bits_per_pixel is None else f"{entry.bits_per_pixel:.3f}"
 
 
 def megabytes(entry: Entry) -> str:

@@ -27,7 +27,11 @@ def test_the_list_has_a_line_for_each_entry_that_fits_80_columns(tmp_path: Path,
     for entry in zoo.entries():
         assert sum(line.split()[:1] == [entry.name] for line in lines) == 1
     (line,) = [line for line in lines if line.strip().startswith("llamagen-f16 ")]
-    assert line.split() == ["llamagen-f16", "16", "16,384", "288", "MB", "20.79", "dB", "yes"]
+    assert line.split() == ["llamagen-f16", "16", "16,384", "256", "0.055", "yes"]
+    names = [line.split()[0] for line in lines if line.split() and zoo.get(line.split()[0])]
+    assert names.index("ibq-f16-8k") + 1 == names.index("ibq-f16-16k")
+    refused = [bool(entry.refused) for name in names if (entry := zoo.get(name))]
+    assert refused == sorted(refused)
     assert "vqpipe zoo NAME" in lines[-1]
     assert max(len(line.rstrip()) for line in lines) <= 80
 
