@@ -18,11 +18,19 @@ from vqpipe.reports.seeds import (
     size_plots,
 )
 
+SIZES = (1024, 2048, 4096)
 PSNR, UTILIZATION = (next(m for m in MEASURES if m.key == key) for key in ("psnr", "utilization"))
 
 
 def trained(
-    name: str, seed: int, psnr: float, k: int = 1024, quantizer: str = "vq", groups: int = 1, options: str = ""
+    name: str,
+    seed: int,
+    psnr: float,
+    k: int = 1024,
+    quantizer: str = "vq",
+    groups: int = 1,
+    options: str = "",
+    steps: int = 9,
 ) -> EvaluationResult:
     """An evaluation of a tokenizer that `vqpipe train` made."""
     tokenizer = {"quantizer": quantizer, "codebook_size": k, "num_groups": groups, "downsample_factor": 8}
@@ -44,9 +52,12 @@ def trained(
     images = {"kind": "data", "name": "photos", "content": "photos", "inputs": {}}
     made = {"kind": "tokenizer", "name": name, "content": name, "inputs": {"images": images}}
     lineage = {"kind": "report", "name": "r", "content": "", "inputs": {"images": images, "tokenizer": made}}
-    command = f"vqpipe train --images elsewhere/{seed} --seed {seed} --out {name} --set train.steps=9 {options}"
+    command = f"vqpipe train --images elsewhere/{seed} --seed {seed} --out {name} --set train.steps={steps} {options}"
     commands = [command, "vqpipe eval"]
-    return EvaluationResult(name, metrics, torch.ones(groups, 4).long(), lineage=lineage, commands=commands)
+    history = [{"step": steps}]
+    return EvaluationResult(
+        name, metrics, torch.ones(groups, 4).long(), history=history, lineage=lineage, commands=commands
+    )
 
 
 def test_rows_are_grouped_by_all_settings_but_the_seed() -> None:
@@ -101,25 +112,33 @@ def test_means_have_the_sample_standard_deviation_and_the_best_is_highlighted() 
 
 def test_plots_over_the_codebook_size_have_a_line_for_each_method() -> None:
     several = [
-        *(trained(f"vq-{k}-s{seed}", seed, 20.0 + seed + k / 1024, k) for k in (1024, 4096) for seed in (0, 1)),
-        *(trained(f"mg-{k}", 0, 25.0, k, "multi_group", 4) for k in (1024, 4096)),
+        *(trained(f"vq-{k}-s{seed}", seed, 20.0 + seed + k / 1024, k) for k in SIZES for seed in (0, 1)),
+        *(trained(f"mg-{k}", 0, 25.0, k, "multi_group", 4) for k in SIZES),
     ]
     drawn = size_plots(configurations_of(several))
     titles = ["PSNR over log2 K, dB", "Utilization over K", "PSNR over bits per position, dB"]
     assert [plot.title for plot in drawn] == titles
-    assert drawn[0].alt.startswith("vq, G = 1 21.50 at 10, vq, G = 1 24.50 at 12, multi_group, G = 4 25.00 at 10")
+    assert drawn[0].alt.startswith("vq, G = 1 21.50 at 10, vq, G = 1 22.50 at 11, vq, G = 1 24.50 at 12, multi")
     assert "vq, G = 1 50.0% at 4,096" in drawn[1].alt
-    assert drawn[2].alt.endswith("multi_group, G = 4 25.00 at 40, multi_group, G = 4 25.00 at 48")
+    assert drawn[2].alt.endswith(
+        "multi_group, G = 4 25.00 at 40, multi_group, G = 4 25.00 at 44, multi_group, G = 4 25.00 at 48"
+    )
     texts = {"".join(node.itertext()) for node in ET.fromstring(drawn[0].svg).iter() if node.tag.endswith("text")}
     assert {"vq, G = 1", "multi_group, G = 4"} <= texts
     assert drawn[0].caption == "Bars: standard deviation over seeds."
-    plain = size_plots(configurations_of([several[0], several[2]]))
+    plain = size_plots(configurations_of(several[0:6:2]))
     assert [plot.title for plot in plain] == titles[:2]  # bits are log2 K
-    assert size_plots(configurations_of(several[:2])) == []
+
+
+def test_there_is_no_plot_over_the_codebook_size_without_three_sizes_of_equal_steps() -> None:
+    assert size_plots(configurations_of([trained(f"{k}", 0, 20.0, k) for k in SIZES[:2]])) == []
+    steps = zip(SIZES, (60, 3000, 3000), strict=True)
+    assert size_plots(configurations_of([trained(f"{k}", 0, 20.0, k, steps=each) for k, each in steps])) == []
 
 
 def test_the_page_begins_with_the_means_over_seeds() -> None:
-    several = [trained("a-s0", 0, 23.0), trained("a-s1", 1, 23.2), trained("b", 0, 22.0, k=64)]
+    several = [trained("a-s0", 0, 23.0), trained("a-s1", 1, 23.2)]
+    several += [trained(f"{k}", 0, 22.0, k) for k in (64, 256)]
     shown = comparison_page(several, "three")
     titles = [section.title for section in shown.sections]
     assert titles[0] == "Over seeds: 50 images of photos at 256 px, protocol adm"

@@ -316,11 +316,12 @@ def points_with_spread(
     xlabel: str,
     is_share: bool = False,
     log: bool = False,
+    unjoined: Collection[str] = (),
     caption: str = "",
 ) -> Plot | None:
     """Means with their standard deviations by method; None without points.
 
-    Points of a method are joined by a line unless two have the same x.
+    Points of a method are joined by a line unless two have the same x, or the method is one of `unjoined`.
 
     Args:
         methods: by name (x, mean, standard deviation).
@@ -334,7 +335,8 @@ def points_with_spread(
         figure, axes = one_axes(methods)
         for number, (name, points) in enumerate(methods.items()):
             x, y, spread = map(np.array, zip(*points, strict=True))
-            style = line_style(number) | ({} if len(set(x)) == len(x) else {"linestyle": "none"})
+            joined = len(set(x)) == len(x) and name not in unjoined
+            style = line_style(number) | ({} if joined else {"linestyle": "none"})
             marker = MARKERS[number // len(COLORS) % len(MARKERS)]
             axes.errorbar(
                 x, y, yerr=spread if spread.any() else None, marker=marker, capsize=3, label=untypeset(name), **style

@@ -18,6 +18,8 @@ from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, value_of
 
 OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation-images", "--codebook", "--from", "--device")
 """Options of `vqpipe train` that may differ between the seeds of a configuration: inputs are compared by content."""
+MIN_SIZES = 3
+"""Different codebook sizes of a method from which on they are plotted."""
 CAPTION = (
     "Rows of tokenizers that were trained by the same command on the same inputs, except for --seed. Mean ± standard "
     "deviation over the seeds (of the sample, n - 1)."
@@ -36,6 +38,11 @@ class Configuration:
         """The facts of the tokenizers, the same for all."""
         tokenizer: Mapping[str, Any] = self.members[0].metrics["tokenizer"]
         return tokenizer
+
+    @property
+    def steps(self) -> int | None:
+        """The steps of the training; None where the reports do not have its log."""
+        return max((row["step"] for row in self.members[0].history if "step" in row), default=None)
 
     def mean_and_spread(self, key: str) -> tuple[float, float] | None:
         """Mean and standard deviation (0 for one seed) of a measure; None if a member lacks it."""
@@ -153,20 +160,20 @@ def numbers_over_seeds(
 def size_plots(configurations: Sequence[Configuration]) -> list[page.Plot]:
     """PSNR over log2 K, utilization over K and PSNR over bits per position, a line for each method.
 
-    A plot needs two different x. Bits per position, which count groups and scales, are drawn where they are not log2 K.
+    A plot needs a method with MIN_SIZES different x, trained for as many steps each. Bits per position, which count
+    groups and scales, are drawn where they are not log2 K.
     """
     discrete = [each for each in configurations if each.tokenizer["codebook_size"] is not None]
-    sizes = {each.tokenizer["codebook_size"] for each in discrete}
     bits = [bits_per_position(each) for each in discrete]
-    drawn = []
-    if len(sizes) > 1:
-        logs = [math.log2(each.tokenizer["codebook_size"]) for each in discrete]
-        plain = [float(each.tokenizer["codebook_size"]) for each in discrete]
-        drawn.append(method_plot("PSNR over log2 K, dB", discrete, logs, "psnr", "log2 of the codebook size K"))
-        drawn.append(method_plot("Utilization over K", discrete, plain, "utilization", "codebook size K"))
+    logs = [math.log2(each.tokenizer["codebook_size"]) for each in discrete]
+    plain = [float(each.tokenizer["codebook_size"]) for each in discrete]
+    drawn = [
+        method_plot("PSNR over log2 K, dB", discrete, logs, "psnr", "log2 of the codebook size K"),
+        method_plot("Utilization over K", discrete, plain, "utilization", "codebook size K"),
+    ]
     differ = any(each is not None and abs(each - math.log2(c.tokenizer["codebook_size"])) > 1e-6
                  for each, c in zip(bits, discrete, strict=True))  # fmt: skip
-    if differ and len({each for each in bits if each is not None}) > 1:
+    if differ:
         drawn.append(method_plot("PSNR over bits per position, dB", discrete, bits, "psnr", "bits per position"))
     return [plot for plot in drawn if plot is not None]
 
@@ -180,16 +187,35 @@ def bits_per_position(configuration: Configuration) -> float | None:
 def method_plot(
     title: str, configurations: Sequence[Configuration], places: Sequence[float | None], key: str, xlabel: str
 ) -> page.Plot | None:
-    """A measure at these x, a line for each method; None without a number."""
+    """A measure at these x, a line for each method with MIN_SIZES of them that were trained for as many steps; None
+    without such a method."""
     methods: dict[str, list[tuple[float, float, float]]] = {}
+    steps: dict[str, set[int | None]] = {}
     for configuration, x in zip(configurations, places, strict=True):
         pair = configuration.mean_and_spread(key)
         if x is not None and pair is not None:
-            methods.setdefault(method_of(configuration, configurations), []).append((x, *pair))
+            method = method_of(configuration, configurations)
+            methods.setdefault(method, []).append((x, *pair))
+            steps.setdefault(method, set()).add(configuration.steps)
+    joined = {
+        method
+        for method, points in methods.items()
+        if len({x for x, _, _ in points}) >= MIN_SIZES and len(steps[method]) == 1 and None not in steps[method]
+    }
+    if not joined:
+        return None
     several = any(len(each.members) > 1 for each in configurations)
     caption = "Bars: standard deviation over seeds." if several else ""
     share = key == "utilization"
-    return plots.points_with_spread(title, methods, xlabel=xlabel, is_share=share, log=share, caption=caption)
+    return plots.points_with_spread(
+        title,
+        methods,
+        xlabel=xlabel,
+        is_share=share,
+        log=share,
+        unjoined=methods.keys() - joined,
+        caption=caption,
+    )
 
 
 def method_of(configuration: Configuration, among: Sequence[Configuration]) -> str:
