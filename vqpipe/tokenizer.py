@@ -165,10 +165,10 @@ class Tokenizer:
         values = {
             "quantizer": self.autoencoder.quantizer.config.kind,
             "downsample_factor": self.downsample_factor,
-            "codebook_size": f"{self.codebook_size:,}",
+            "codebook_size": self.codebook_size,
             "num_groups": self.num_groups,
             "image_size": self.image_size,
-            "num_parameters": f"{sum(parameter.numel() for parameter in self.autoencoder.parameters()):,}",
+            "num_parameters": sum(parameter.numel() for parameter in self.autoencoder.parameters()),
             "device": self.device,
             "dtype": self.dtype,
         }

@@ -85,6 +85,9 @@ def test_items_are_the_rows_of_an_image(folder: Path) -> None:
     assert tokens[-1]["key"] == "key-9"
     assert [each["key"] for each in tokens] == [f"key-{i}" for i in range(NUM)]  # type: ignore[attr-defined]
     assert (tokens.codebook_size, tokens.num_classes, tokens.facts["num_tokens"]) == (2000, 3, TOKENS)
+    sizes = f"num_images={NUM}, num_tokens={TOKENS}, codebook_size=2000"
+    assert repr(tokens) == f"TokenDataset({sizes})"
+    assert repr(tokens.stream(seed=0, batch_size=2)) == f"TokenStream({sizes}, batch_size=2)"
 
 
 def test_invalid_requests_are_rejected(folder: Path, tmp_path: Path) -> None:
@@ -163,6 +166,7 @@ def test_image_stream_crops_and_counts(pictures: Path) -> None:
     (pictures / "class-0" / "0.png").write_bytes(b"no image")
     options: dict[str, Any] = {"image_size": 16, "seed": 0, "batch_size": NUM, "crop": "center", "flip": False}
     stream = ImageStream(pictures, max_skipped=0.5, **options)
+    assert repr(stream) == f"ImageStream(num_images={NUM}, image_size=16, batch_size={NUM})"
     (batch,) = take(stream, 1)
     assert (batch["image"].dtype, tuple(batch["image"].shape)) == (torch.uint8, (NUM, 3, 16, 16))
     assert set(batch["label"].tolist()) == {0, 1}

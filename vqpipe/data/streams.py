@@ -66,6 +66,10 @@ class TokenDataset(Dataset[dict[str, Any]]):
         self.facts = self.tokens.facts
         """Of the artifact: image_size, num_tokens, layout and others; of native sizes those of the one that is read."""
 
+    def __repr__(self) -> str:
+        """The number of images, of ids of each, and of codes."""
+        return f"TokenDataset({described(self)})"
+
     def __len__(self) -> int:
         """The number of images, each counted once."""
         return len(self.tokens)
@@ -92,6 +96,12 @@ class TokenDataset(Dataset[dict[str, Any]]):
     ) -> "TokenStream":
         """An endless shuffled stream of these tokens; see `TokenStream`."""
         return TokenStream(self, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, flip=flip)
+
+
+def described(tokens: TokenDataset) -> str:
+    """`num_images=1000, num_tokens=1024, codebook_size=4096`."""
+    num_tokens = tokens.facts["num_tokens"]
+    return f"num_images={len(tokens)}, num_tokens={num_tokens}, codebook_size={tokens.codebook_size}"
 
 
 class Stream(IterableDataset[dict[str, Any]]):
@@ -181,6 +191,10 @@ class TokenStream(Stream):
         self.dataset = tokens if isinstance(tokens, TokenDataset) else TokenDataset(tokens)
         self.examples = ExampleStream(self.dataset.tokens, **self.options, flip=flip)
 
+    def __repr__(self) -> str:
+        """The tokens, and the size of a global batch."""
+        return f"TokenStream({described(self.dataset)}, batch_size={self.options['batch_size']})"
+
     def batches(self, images_seen: int, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         for batch in self.examples.from_sample(images_seen, worker, workers):
             yield {"ids": batch.examples, "label": batch.labels, "key": batch.keys}
@@ -220,6 +234,11 @@ class ImageStream(Stream):
         image_set = images if isinstance(images, ImageSet) else open_images(images)
         self.stream = TrainingStream(image_set, from_table(DataConfig, table, "data"), **self.options)
         self.unusable = Skipped(image_set, len(image_set), {})
+
+    def __repr__(self) -> str:
+        """The number of images, their size, and the size of a global batch."""
+        size, batch_size = self.stream.config.image_size, self.options["batch_size"]
+        return f"ImageStream(num_images={self.unusable.total}, image_size={size}, batch_size={batch_size})"
 
     @property
     def skipped(self) -> dict[str, int]:
