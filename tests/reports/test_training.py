@@ -69,6 +69,13 @@ def test_newest_numbers_and_best_validation_are_shown() -> None:
     assert "skipped steps" in html(rows=[*rows, row(21, nonfinite_steps=2)])
 
 
+def test_the_learning_rate_is_a_tile_during_the_run_alone() -> None:
+    for step, shown in ((20, True), (40, False)):
+        run = TrainingRun(name="lc", description="", step=step, steps=40, rows=[row(10), row(step)])
+        (numbers,) = [each for each in training_page(run).sections if isinstance(each, page.Numbers)]
+        assert any(number.label == "learning rate" for number in numbers.numbers) == shown
+
+
 def test_the_numbers_of_the_validation_come_first() -> None:
     run = TrainingRun(name="lc", description="", step=20, steps=40, rows=[row(10), valid(10, 22.5), row(20)])
     first, second, *_ = training_page(run).sections

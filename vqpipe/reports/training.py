@@ -182,13 +182,17 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
 
 
 def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
-    """The newest finite value of each number that was logged: those of the validation first, where there is one."""
+    """The newest finite value of each number that was logged: those of the validation first, where there is one. The
+    learning rate of a finished run is left out: a schedule ends near 0."""
     values = {number: newest_number(run.rows, number.key) for number in NUMBERS}
     best = "" if run.best_step is None else f"; best at step {run.best_step:,}"
+    finished = run.step >= run.steps
     shown = {
         number: value
         for number, value in values.items()
-        if value is not None and not (number.key == "nonfinite_steps" and value == 0)
+        if value is not None
+        and not (number.key == "nonfinite_steps" and value == 0)
+        and not (number.key == "learning_rate" and finished)
     }
 
     def tiles(chosen: Iterable[LoggedNumber]) -> list[page.Number]:
@@ -196,7 +200,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
         return [page.Number(number.label, number.text(shown[number]), number.unit, notes[number]) for number in notes]
 
     validation = [number for number in shown if number.group == "validation"]
-    title = "Current metrics" if run.step < run.steps else "Final metrics"
+    title = "Final metrics" if finished else "Current metrics"
     if validation:
         newest = [row for row in run.rows if "valid/images" in row][-1:]
         title = "Training"
