@@ -35,6 +35,19 @@ def test_a_grid_holds_every_pair_unchanged_on_white() -> None:
     assert (grid[2 * height :, width:] == 255).all()
 
 
+def test_the_end_of_a_sheet_that_is_not_full_is_transparent() -> None:
+    images = torch.randint(0, 255, (5, 3, 16, 24), dtype=torch.uint8)
+    height, width = 16 + pictures.GAP, 24 + pictures.GAP
+    sheet = pixels(pictures.contact_sheet(images, 3))
+    assert sheet.shape == (2 * height + pictures.GAP, 3 * width + pictures.GAP, 4)
+    empty = np.zeros(sheet.shape[:2], dtype=bool)
+    empty[height + pictures.GAP :, 2 * width + pictures.GAP :] = True
+    assert np.array_equal(sheet[..., 3] == 0, empty)
+    last = sheet[height + pictures.GAP :, width + pictures.GAP :][:16, :24, :3]
+    assert np.array_equal(last, images[4].permute(1, 2, 0))
+    assert pixels(pictures.contact_sheet(images[:3], 3)).shape[2] == 3
+
+
 def test_small_images_are_enlarged_without_interpolation() -> None:
     image = torch.randint(0, 255, (3, 16, 24), dtype=torch.uint8)
     large = pictures.enlarge(image, min_side=64)

@@ -228,7 +228,8 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
 
 
 def contact_sheet(images: Tensor, columns: int = 8) -> bytes:
-    """uint8[N, 3, H, W], `columns` per row, with white lines between -> PNG.
+    """uint8[N, 3, H, W], `columns` per row, with white lines between -> PNG. The end of a last row that is not full is
+    transparent.
 
     Raises:
         DataError: no images.
@@ -240,7 +241,12 @@ def contact_sheet(images: Tensor, columns: int = 8) -> bytes:
     blank = torch.full_like(padded[:1], 255).expand(-len(images) % columns, -1, -1, -1)
     rows = torch.cat([padded, blank]).unflatten(0, (-1, columns))  # [rows, columns, 3, H, W]
     sheet = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    return to_png(torch.nn.functional.pad(sheet, (GAP, 0, GAP, 0), value=255))
+    sheet = torch.nn.functional.pad(sheet, (GAP, 0, GAP, 0), value=255)
+    if len(blank):
+        alpha = torch.full_like(sheet[:1], 255)
+        alpha[:, -padded.shape[2] :, -len(blank) * padded.shape[3] :] = 0
+        sheet = torch.cat([sheet, alpha])
+    return to_png(sheet)
 
 
 def error_map(original: Tensor, reconstruction: Tensor) -> bytes:
