@@ -131,7 +131,15 @@ def evaluate(
         from vqpipe.evaluation.extractors import add_extractor
         from vqpipe.evaluation.report import evaluate_tokenizer
         from vqpipe.metrics.feature_networks import find_networks
-        from vqpipe.reports.evaluation import MEASURES, over_images, reasons_not_measured, value_of, written
+        from vqpipe.reports.evaluation import (
+            MEASURES,
+            OTHER_FORMULAS,
+            over_images,
+            protocols_in_words,
+            reasons_not_measured,
+            value_of,
+            written,
+        )
 
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
@@ -166,13 +174,16 @@ def evaluate(
             progress=progress,
         )
         if result is not None:
-            values = [(each, value_of(result.metrics, each.key)) for each in MEASURES]
+            shown = [each for each in MEASURES if each.key not in OTHER_FORMULAS]
+            values = [(each, value_of(result.metrics, each.key)) for each in shown]
             numbers = [
                 (each.label, written(each, v), each.convention + over_images(each, result.metrics))
                 for each, v in values
                 if v is not None
             ]
             console.show_numbers(numbers, result.metrics["not_computed"])
+            first = protocols_in_words([result.metrics["protocol"]])
+            console.say(f"{first} The report also has PSNR and SSIM by the formulas of papers.")
             for name, reason in reasons_not_measured(result.metrics, shown=1).items():
                 console.say(f"{name} is not measured on {reason}")
             if len(result.metrics["protocols"]) > 1:

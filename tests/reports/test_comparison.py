@@ -90,6 +90,12 @@ def test_image_sizes_as_text(size: int | str, words: str) -> None:
     assert size_in_words({"image_size": size}) == words
 
 
+def test_pages_say_once_what_the_protocol_is() -> None:
+    both = [evaluated("a"), evaluated("b")]
+    for shown in (evaluation_page(both[0]), comparison_page(both, "a and b")):
+        assert shown.subtitle.endswith("Protocol adm: ADM's crop and rFID.")
+
+
 def test_numbers_of_two_protocols_never_share_a_column() -> None:
     both = {"adm": {"psnr": 21.0}, "cleanfid-rawval": RAW}
     html = page.render(comparison_page([evaluated("a", protocols=both), evaluated("b", protocols=both)], "a and b"))

@@ -66,7 +66,7 @@ def psnr_of(originals: Iterable[Tensor], reconstructions: Iterable[Tensor]) -> l
 
 
 def test_report_equals_metrics_of_decoded_reconstructions(
-    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tiny_tokenizer("tokenizer", history=HISTORY)
     out = run(path, picture_folder, tmp_path / "report", overrides=["eval.num_pictures=2", "eval.num_extremes=1"])
@@ -99,6 +99,10 @@ def test_report_equals_metrics_of_decoded_reconstructions(
     assert f"{metrics['psnr']:.2f}" in html
     assert "Utilization in training" in html
     assert open_artifact(path).digest[:12] in html
+    printed = capsys.readouterr().err
+    assert "Protocol adm: ADM's crop and rFID." in printed
+    assert all(word in printed for word in ("PSNR", "SSIM", "bits per pixel"))
+    assert not any(word in printed for word in ("luma", "doubled"))
 
 
 def test_perceptual_distance_of_own_weights_has_its_own_name(

@@ -143,6 +143,15 @@ the aspect ratio lost, and the distance holds that difference too. PSNR is of BT
 - Inception's weights as above.
 """
 
+IN_WORDS = {
+    "adm": "ADM's crop and rFID",
+    "cleanfid-matched": "clean-fid between crops and reconstructions, as MGVQ",
+    "cleanfid-rawval": "clean-fid against whole images, as VQGAN-LC",
+    "cleanfid-raw": "clean-fid against whole images",
+}
+"""Protocol of a tokenizer or of samples -> what it is, for readers of a page."""
+
+
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({p.name: p for p in (ADM, CLEANFID_MATCHED, CLEANFID_RAWVAL)})
 
 

@@ -27,6 +27,7 @@ from vqpipe.reports.evaluation import (
     measures_of,
     name_of,
     open_evaluation,
+    protocols_in_words,
     size_in_words,
     table_rows,
     value_of,
@@ -316,13 +317,13 @@ def comparison_page(
     sections.append(page.Lineage("Lineage", [evaluated.lineage for evaluated in evaluations]))
     commands = list(dict.fromkeys(command for evaluated in evaluations for command in evaluated.commands))
     sections.append(page.Commands("Reproduce", commands))
-    protocols = ", ".join(dict.fromkeys(group.protocol for group in groups))
+    protocols = protocols_in_words(group.protocol for group in groups)
     where = f"On {len(by_images)} sets of images"
     if len(by_images) == 1:
         where = f"On the same {counted(groups[0].members[0].metrics['num_images'], 'images')}"
     if len(by_images) == 1:
         title += f" on {groups[0].images}, {counted(groups[0].members[0].metrics['num_images'], 'images')}"
-    return page.ReportPage(title, f"{where}. Protocol {protocols}.", sections, footer)
+    return page.ReportPage(title, f"{where}. {protocols}", sections, footer)
 
 
 def headline_table(group: Group) -> page.Table:

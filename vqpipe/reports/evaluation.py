@@ -16,6 +16,7 @@ from torch import Tensor
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.metrics.distortion import MAX_LISTED
+from vqpipe.metrics.protocols import IN_WORDS
 from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
 from vqpipe.reports.page import Section
 from vqpipe.reports.pictures import ImagePair
@@ -70,6 +71,8 @@ MEASURES = (
     Measure("ssim_y", "SSIM of luma", "Gaussian window, full range", "", True, 3),
     Measure("ssim_range2", "SSIM, data range doubled", "as LlamaGen's evaluation; too high", "", True, 3),
 )
+OTHER_FORMULAS = ("psnr_of_mean_mse", "psnr_y", "psnr_y_full", "ssim_uniform7", "ssim_y", "ssim_range2")
+"""Measures that are PSNR or SSIM by other formulas, for comparison with papers."""
 OTHER_NAMES = {"fid": "FID", "prc": "precision, recall", "is": "Inception Score"}
 """Key of `not_computed` -> its name for readers, where it is that of no measure."""
 NUM_HEADLINES = 8
@@ -249,6 +252,12 @@ def on_images(lineage: Mapping[str, Any], num_images: int | None = None) -> str:
     name = next((inputs[role]["name"] for role in ("images", "tokens", "latents") if role in inputs), "")
     number = "" if num_images is None else f", {counted(num_images, 'images')}"
     return f" on {name}{number}" if name else ""
+
+
+def protocols_in_words(names: Iterable[str]) -> str:
+    """ "Protocol adm: ADM's crop and rFID.": what protocols are, a sentence for each."""
+    texts = {name: IN_WORDS.get(name, "") for name in names}
+    return " ".join(f"Protocol {name}: {text}." if text else f"Protocol {name}." for name, text in texts.items())
 
 
 def size_in_words(metrics: Metrics) -> str:

@@ -19,6 +19,7 @@ from vqpipe.reports.evaluation import (
     name_of,
     on_images,
     over_images,
+    protocols_in_words,
     reasons_not_measured,
     size_in_words,
     value_of,
@@ -183,6 +184,5 @@ def subtitle(metrics: Mapping[str, Any]) -> str:
     what = f"{tokenizer['quantizer']} quantizer, {codes(tokenizer)}"
     if tokenizer["codebook_size"] is None:
         what = f"Continuous latents of {' x '.join(map(str, tokenizer['latent_shape']))}"
-    names = list(metrics.get("protocols") or [metrics["protocol"]])
-    protocols = f"Protocol {names[0]}" if len(names) == 1 else f"Protocols {', '.join(names)}"
-    return f"{what}, downsample factor {tokenizer['downsample_factor']}. {protocols}."
+    protocols = protocols_in_words(metrics.get("protocols") or [metrics["protocol"]])
+    return f"{what}, downsample factor {tokenizer['downsample_factor']}. {protocols}"

@@ -10,7 +10,16 @@ import numpy as np
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
-from vqpipe.reports.evaluation import FRECHET, Measure, codes, name_of, table_rows, value_of, written
+from vqpipe.reports.evaluation import (
+    FRECHET,
+    Measure,
+    codes,
+    name_of,
+    protocols_in_words,
+    table_rows,
+    value_of,
+    written,
+)
 from vqpipe.reports.page import GAP
 from vqpipe.words import counted
 
@@ -97,8 +106,8 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
     first = several[0]
     check_alike(several)
     subtitle = (
-        f"Samples of {first.metrics['image_size']} px against {first.metrics['num_references']:,} references, protocol "
-        f"{first.metrics['protocol']}."
+        f"Samples of {first.metrics['image_size']} px against {first.metrics['num_references']:,} references. "
+        f"{protocols_in_words([first.metrics['protocol']])}"
     )
     sections: list[page.Section] = [*(numbers(first) if len(several) == 1 else [comparison(several)]), *published]
     if len(several) == 1 and (groups := groups_table(first.metrics)):
