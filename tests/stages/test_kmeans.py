@@ -92,7 +92,7 @@ def test_resume_is_bit_exact_after_sigkill_and_damage(
     printed = capsys.readouterr().err
     assert newest.name in printed
     assert "the state before it is used" in printed
-    assert "initial centers" not in printed
+    assert "initial centers" not in printed  # they are not chosen again
     whole, killed = (open_artifact(tmp_path / name, "codebook") for name in ("whole", "killed"))
     assert whole.digest == killed.digest
     assert whole.facts == killed.facts

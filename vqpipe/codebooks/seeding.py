@@ -26,6 +26,8 @@ SAVE_SECONDS = 30.0
 """Seconds between saved rounds."""
 CANDIDATES, CHOICE = (32, 1), (64, 4)
 """(rounds, trials per round) to draw the candidates, and to choose among them."""
+TITLES = {"candidates": "drawing candidate centers", "choice": "choosing initial centers"}
+"""Series -> what its progress is called."""
 
 
 def num_candidates(k: int) -> int:
@@ -100,7 +102,7 @@ class Draw:
         Each round keeps the best of `trials` draws: the one with the smallest sum of weighted distances.
         """
         batch = max(1, count // rounds)
-        self.points.progress.start(f"initial centers: {self.series}", count, "vectors", len(self.chosen))
+        self.points.progress.start(TITLES.get(self.series, "drawing"), count, "vectors", len(self.chosen))
         if self.round == 0:
             self.draw(1, 1)
         while len(self.chosen) < count and bool(self.squared.any()):
