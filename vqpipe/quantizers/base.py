@@ -89,6 +89,8 @@ class Quantizer(nn.Module, ABC):
 
     `forward` is pure. A codebook that is not trained by gradient changes in `update` only, which the training loop
     calls after the optimizer step, and which leaves the same codebook on every rank.
+
+    `loss_names` are the keys of `Quantized.losses`; each needs a weight in section [objective].
     """
 
     config_class: ClassVar[type[QuantizerConfig]]
