@@ -4,6 +4,7 @@ built. Commands and links of the pages: tests/test_readme.py."""
 import ast
 import dataclasses
 import json
+import math
 import os
 import re
 import runpy
@@ -87,22 +88,37 @@ def test_tokens_are_read_by(name: str, folder: Path, monkeypatch: pytest.MonkeyP
 def test_example_trains_a_transformer_on_tokens(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["tokens_to_transformer.py", "images", "tokenizer", "tokens"])
-    runpy.run_path(str(DOCS / "examples" / "tokens_to_transformer.py"), run_name="__main__")
-    first, *lines = capsys.readouterr().out.splitlines()
+    example = str(DOCS / "examples" / "tokens_to_transformer.py")
+    monkeypatch.setattr(sys, "argv", [example, "images", "tokenizer", "tokens"])
+    runpy.run_path(example, run_name="__main__")
+    first, entropy, *lines, last = capsys.readouterr().out.splitlines()
     assert first == "encoding images into tokens"
     losses = [float(line.split()[-1]) for line in lines]
     assert len(losses) == 100
     assert losses[-1] < losses[0] - 0.5
-    assert len(TokenDataset("tokens")) == 12
+    tokens = TokenDataset("tokens")
+    assert len(tokens) == 12
+    ids = torch.cat([tokens[row]["ids"] for row in range(12)])
+    shares = [(ids == value).double().mean().item() for value in ids.unique()]
+    expected = -sum(share * math.log(share) for share in shares)
+    assert entropy == f"entropy of single ids: {expected:.3f}; the loss should fall below it"
+    assert last == "samples: tokens-samples.png"
     with Image.open(folder / "tokens-samples.png") as samples:
         assert samples.width >= 4 * 32
+    monkeypatch.setattr(sys, "argv", [example, "images", "tokenizer", "tokens", "2"])
+    runpy.run_path(example, run_name="__main__")
+    assert capsys.readouterr().out.count("step ") == 2
+    monkeypatch.setattr(sys, "argv", [example])
+    with pytest.raises(SystemExit, match=r"^usage: python tokens_to_transformer.py IMAGES TOKENIZER OUT \[STEPS\]$"):
+        runpy.run_path(example, run_name="__main__")
 
 
 def test_example_is_short() -> None:
     text = (DOCS / "examples" / "tokens_to_transformer.py").read_text(encoding="utf-8")
-    code = [line for line in ast.unparse(ast.parse(text)).splitlines() if line]
-    assert len(code) <= 40
+    module = ast.parse(text)
+    statements = [each for each in module.body[1:] if not isinstance(each, (ast.Import, ast.ImportFrom))]
+    code = [line for each in statements for line in ast.unparse(each).splitlines() if line]
+    assert len(code) <= 36
     assert max(map(len, text.splitlines())) <= 100
 
 
