@@ -159,13 +159,16 @@ def resolve(cls: type, preset: str) -> dict[str, Any]:
 
 
 def resolved_toml(preset: str) -> str:
-    """A preset as TOML: its head comment, and its settings merged with those that it extends."""
+    """A preset as TOML: its head, quoted as that of the preset, and its settings merged with those that it extends."""
     sections = {section for table in presets.chain(preset) for section in table}
     cls = next((recipe for section, (recipe, _) in MAIN_SECTIONS.items() if section in sections), PipelineRecipe)
     table = resolve(cls, preset)
     config.from_table(cls, table)
     lines = presets.find(preset).read_text(encoding="utf-8").splitlines(keepends=True)
-    return "".join([*takewhile(lambda line: line.startswith("#"), lines), "\n", config.to_toml(table)])
+    head = [f"#   {line[1:].lstrip()}" for line in takewhile(lambda line: line.startswith("#"), lines)]
+    source = preset if preset.endswith(".toml") else f"the preset {preset}"
+    first = f"# Copied from {source}, whose description is:\n" if head else f"# Copied from {source}.\n"
+    return "".join([first, *head, "\n", config.to_toml(table)])
 
 
 def read(

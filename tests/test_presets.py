@@ -198,7 +198,8 @@ def test_presets_prints_one_preset_as_toml_without_extends(
 ) -> None:
     presets_command(name)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"# what: {dict(presets.heads())[name]['what']}")
+    head = f"# Copied from the preset {name}, whose description is:\n#   what: {dict(presets.heads())[name]['what']}"
+    assert printed.startswith(head)
     assert "extends" not in tomllib.loads(printed)
     (tmp_path / "copy.toml").write_text(printed)
     read = {"mgvq-f8-g8": load, "gpt-404m": load_generator, "vit-tiny": load_classifier}[name]

@@ -77,7 +77,7 @@ class TrainConfig:
         if self.warmup_steps > self.steps:
             raise ConfigError(
                 f"train.warmup_steps = {self.warmup_steps} is more than train.steps = {self.steps}",
-                f"For so short a run: --set train.warmup_steps={self.steps // 10}",
+                f"Set train.warmup_steps = {self.steps // 10}",
             )
         if self.keep_every % self.save_every:
             raise ConfigError(
