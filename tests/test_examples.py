@@ -26,11 +26,12 @@ IN_ANOTHER_PROCESS = """
 import inspect, runpy, sys
 from contextlib import suppress
 import torch
+from stages import cli
 
 kind, quantizer_file, contract_file, *arguments = sys.argv[1:]
-sys.argv = [quantizer_file, *arguments]
+sys.argv = ["vqpipe", "--import", quantizer_file, *arguments]
 with suppress(SystemExit):
-    runpy.run_path(quantizer_file, run_name="__main__")
+    cli.main()
 
 from stages.tokenize_images import tokenize
 from vqpipe import Tokenizer

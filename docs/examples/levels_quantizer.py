@@ -1,8 +1,6 @@
 """A minimal quantizer of your own, written from the base class: it rounds each channel.
 
-    python levels_quantizer.py train --preset small --images photos --set model.quantizer.kind=levels --out mine
-
-Every command runs in this way: this file registers the kind "levels", then calls the command line.
+vqpipe --import levels_quantizer.py train --preset small --images photos --set model.quantizer.kind=levels --out mine
 """
 
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages import cli
 from vqpipe.quantizers import Quantized, Quantizer, QuantizerConfig
 from vqpipe.quantizers.base import check_finite, check_ids, straight_through
 
@@ -55,7 +52,3 @@ class LevelsQuantizer(Quantizer):
 
     def all_codes(self) -> Tensor:
         return self.token_codes(torch.arange(self.codebook_size)[None]).expand(self.num_groups, -1, -1)
-
-
-if __name__ == "__main__":
-    cli.main()

@@ -1,8 +1,6 @@
 """A quantizer of your own: `vq` with the gradient of the rotation trick, and its registration.
 
-    python rotation_quantizer.py train --preset small --images photos --set model.quantizer.kind=rotation --out mine
-
-Every command runs in this way: this file registers the kind "rotation", then calls the command line.
+vqpipe --import rotation_quantizer.py train --preset small --images photos --set model.quantizer.kind=rotation --out mine
 """
 
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages import cli
 from vqpipe.quantizers import CodebookConfig, Quantized, VectorQuantizer
 from vqpipe.quantizers.base import straight_through
 
@@ -54,7 +51,3 @@ def rotate(latent: Tensor, codes: Tensor, rescale: bool) -> Tensor:
     if not rescale:
         return rotated
     return rotated * (codes.norm(dim=1, keepdim=True) / latent.detach().norm(dim=1, keepdim=True).clamp(min=1e-6))
-
-
-if __name__ == "__main__":
-    cli.main()
