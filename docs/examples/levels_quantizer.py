@@ -1,6 +1,6 @@
 """A minimal quantizer of your own, written from the base class: it rounds each channel.
 
-vqpipe --import levels_quantizer.py train --preset small --images photos --set model.quantizer.kind=levels --out mine
+vqpipe --import levels_quantizer.py train --preset small --images photos --set model.quantizer.kind=levels --out own
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """A quantizer of your own: `vq` with the gradient of the rotation trick, and its registration.
 
-vqpipe --import rotation_quantizer.py train --preset small --images photos --set model.quantizer.kind=rotation --out mine
+vqpipe --import rotation_quantizer.py train --preset small --images photos --set model.quantizer.kind=rotation --out own
 """
 
 from dataclasses import dataclass
