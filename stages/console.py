@@ -341,19 +341,18 @@ def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[
 
 
 def finished(artifact: "Artifact", again: bool = False) -> None:
-    """Print the last lines of a command: what was published, and its path alone on stdout."""
+    """Print the last lines of a command: what was published, and what to do next. A program that reads stdout gets the
+    path alone."""
+    from stages import facts
+
     end_progress()
     if not prints():
         return
-    facts = ", ".join(
-        f"{key} {format_fact(value)}"
-        for key, value in artifact.facts.items()
-        if isinstance(value, int | float | str) and key != "unlabeled"  # printed before
-    )
-    say(f"{'already published' if again else 'published'}: {artifact.kind}" + (f" ({facts})" if facts else ""))
+    path, about = str(artifact.path), facts.summary(artifact.kind, artifact.facts)
+    say(f"{'already published' if again else 'published'}: {path}" + (f" ({about})" if about else ""))
     say_next(artifact)
-    path = str(artifact.path)
-    print(printable(path) if sys.stdout.isatty() else path, flush=True)
+    if not sys.stdout.isatty():
+        print(path, flush=True)
 
 
 def say_next(artifact: "Artifact") -> None:
@@ -362,12 +361,6 @@ def say_next(artifact: "Artifact") -> None:
 
     for line in next_steps.lines(artifact) if prints() else ():
         say(line)
-
-
-def format_fact(value: float | str) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else value
 
 
 class ProgressBar:

@@ -1,10 +1,11 @@
-"""`vqpipe inspect`: print the manifest, facts and lineage of an artifact."""
+"""`vqpipe inspect`: print the facts, the command and the lineage of an artifact, or its whole manifest."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,13 +17,19 @@ from stages import console
 from vqpipe.errors import ArtifactError, printable
 from vqpipe.words import counted
 
+if TYPE_CHECKING:
+    from vqpipe.artifacts import Artifact
+
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="An artifact directory.", metavar="ARTIFACT")],
+    artifact: Annotated[
+        Path, typer.Argument(help="An artifact directory, or a tokenizer as --tokenizer names it.", metavar="ARTIFACT")
+    ],
+    settings: Annotated[bool, typer.Option("--settings", help="Print the settings that it was made with too.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
 ) -> None:
-    """Print an artifact's manifest, facts and lineage.
+    """Print an artifact's facts, the command that made it, and its lineage.
 
     Of an unfinished one (DIR.partial), print how far it is.
     """
@@ -31,31 +38,65 @@ def inspect(
 
     unfinished = find_partial(artifact) if artifact.suffix == ".partial" or not artifact.exists() else None
     if unfinished is not None:
-        inspect_unfinished(unfinished, verify, as_json)
+        inspect_unfinished(unfinished, settings, verify, as_json)
         return
-    opened = open_artifact(artifact)
+    from stages import facts
+
+    opened = saved_tokenizer(artifact) or open_artifact(artifact)
+    manifest = opened.manifest
+    if verify and not manifest.provenance:
+        raise ArtifactError(f"{artifact} has no manifest with the hashes of its files", "Omit --verify")
     if verify:
         opened.verify()
-        console.say(f"verified: {counted(len(opened.manifest.files), 'files')} as published")
+        console.say(f"verified: {counted(len(manifest.files), 'files')} as published")
     if as_json:
-        print(json.dumps(asdict(opened.manifest), indent=2, ensure_ascii=False))
+        print(json.dumps(asdict(manifest), indent=2, ensure_ascii=False))
         return
     rows = {
         "kind": opened.kind,
-        "content": opened.digest[:16],
-        "request": opened.manifest.request[:16],
-        **{f"fact  {key}": value for key, value in opened.facts.items()},
-        **{f"config  {key}": value for key, value in flat(opened.config)},
-        "files": f"{len(opened.manifest.files):,}, {sum(f['bytes'] for f in opened.manifest.files.values()):,} bytes",
-        "made by": " ".join(opened.manifest.provenance.get("command", [])),
-        "finished": opened.manifest.provenance.get("finished", ""),
+        "facts": "\n".join(map(short, facts.phrases(opened.facts))),
+        "made by": shlex.join(manifest.provenance.get("command", [])),
+        "finished": manifest.provenance.get("finished", ""),
+        "files": files_in_words(len(manifest.files), sum(file["bytes"] for file in manifest.files.values())),
+        "folder": str(opened.path),
+        "content": f"{opened.digest[:16]}  hash of the files",
+        "request": f"{manifest.request[:16]}  hash of the settings and inputs" if manifest.request else "",
     }
     out = Console(highlight=False)
     out.print(as_table(rows))
+    out.print("\nmade from, each with the start of its content hash:")
     out.print(draw(opened.lineage))
+    print_settings(out, artifact, opened.config, settings)
 
 
-def inspect_unfinished(folder: Path, verify: bool, as_json: bool) -> None:
+def saved_tokenizer(path: Path) -> "Artifact | None":
+    """A tokenizer without a manifest, such as builtin:photos-f8, as an artifact; None for everything else."""
+    by_name = str(path).startswith(("builtin:", "hf:"))
+    if not by_name and ((path / "manifest.json").exists() or not (path / "config.json").exists()):
+        return None
+    from vqpipe.artifacts.artifact import SCHEMA, Artifact, Manifest
+    from vqpipe.files import hash_file
+    from vqpipe.tokenizer import StoredWeights, Tokenizer, model_facts
+
+    tokenizer = Tokenizer.from_pretrained(path)
+    if not isinstance(stored := tokenizer.source, StoredWeights):
+        return tokenizer.artifact
+    files = [file for file in sorted(stored.folder.iterdir()) if file.is_file()]
+    manifest = Manifest(
+        schema=SCHEMA,
+        kind="tokenizer",
+        request="",
+        content=stored.digest,
+        config=tokenizer.to_table(),
+        inputs={},
+        facts={**model_facts(tokenizer.autoencoder), "image_size": tokenizer.image_size},
+        files={file.name: {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in files},
+        provenance={},
+    )
+    return Artifact(stored.folder, manifest)
+
+
+def inspect_unfinished(folder: Path, settings: bool, verify: bool, as_json: bool) -> None:
     """Print how far an unfinished artifact is."""
     if verify:
         raise ArtifactError(f"{folder} is not finished", "--verify is for finished artifacts")
@@ -70,30 +111,51 @@ def inspect_unfinished(folder: Path, verify: bool, as_json: bool) -> None:
     rows = {
         "kind": f"{found.kind}, not finished",
         "written by": found.writer or "no process now: run its command again to continue",
-        **({"last error": found.error} if found.error else {}),
-        "finished files": f"{found.files:,}, {found.bytes:,} bytes",
+        "command": found.command,
+        "last error": found.error,
+        "finished files": files_in_words(found.files, found.bytes),
         **{f"{key} in them": f"{count:,}" for key, count in found.counts.items()},
         **{f"saved  {series}": f"{step:,}{of}" for series, step in found.states.items()},
-        **({"last step logged": f"{found.logged_step:,}{of}"} if found.logged_step is not None else {}),
-        **{f"config  {key}": value for key, value in flat(found.config)},
+        "last step logged": "" if found.logged_step is None else f"{found.logged_step:,}{of}",
     }
-    Console(highlight=False).print(as_table(rows))
+    out = Console(highlight=False)
+    out.print(as_table(rows))
+    print_settings(out, folder, found.config, settings)
 
 
-def flat(table: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a table and of the tables in it: `train.steps`, 3000."""
+def print_settings(out: Console, path: Path, config: Mapping[str, Any], wanted: bool) -> None:
+    """Print the settings, or the option that prints them."""
+    rows = dict(flat(config))
+    if wanted:
+        out.print("\nsettings:")
+        out.print(as_table(rows))
+    elif rows:
+        command = shlex.join(["vqpipe", "inspect", str(path), "--settings"])
+        console.say(f"\n{command} prints its {counted(len(rows), 'settings')} too.")
+
+
+def flat(table: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """The settings of a table and of the tables in it, as text: `train.steps`, 3000."""
     for key, value in table.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{within}{key}.")
         else:
-            yield f"{within}{key}", value
+            yield f"{within}{key}", "not set" if value is None else short(value)
 
 
-def as_table(rows: dict[str, Any]) -> Table:
-    """Labels and values."""
+def files_in_words(number: int, size: int) -> str:
+    """The number of files and their size."""
+    return f"{number:,}, {size:,} bytes"
+
+
+def as_table(rows: Mapping[str, str]) -> Table:
+    """Labels and values; an empty value is left out."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
     for label, value in rows.items():
-        table.add_row(f"[bold]{escape(label)}[/]", escape(printable(short(value))))
+        if value:
+            table.add_row(escape(label), escape("\n".join(map(printable, value.split("\n")))))
     return table
 
 

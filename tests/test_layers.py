@@ -35,6 +35,7 @@ SHARED_BY_COMMANDS = {
     "stages.console",
     "stages.estimates",
     "stages.examples_run",
+    "stages.facts",
     "stages.next_steps",
     "stages.plugins",
     "stages.recipe",

@@ -1,6 +1,7 @@
-"""`vqpipe inspect` of unfinished artifacts. (tests/stages/test_pipeline.py inspects finished ones.)"""
+"""`vqpipe inspect`. (tests/stages/test_pipeline.py inspects the artifacts of commands.)"""
 
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def test_what_is_written_of_an_unfinished_artifact_is_printed(
         assert words in printed
     assert "1,250 of 5,000" in printed
     assert "the disk is full. Free some space." in printed
+    assert "train.steps" not in printed
+    inspect(out.with_name(name), settings=True)
+    assert "train.steps  5000" in capsys.readouterr().out
     before = sorted(partial_path(out).rglob("*"))
     inspect(out.with_name(name), as_json=True)
     table = json.loads(capsys.readouterr().out)
@@ -70,3 +74,41 @@ def test_a_damaged_request_and_a_missing_artifact_are_errors(out: Path, tmp_path
         inspect(out)
     with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
         inspect(tmp_path / "absent.partial")
+
+
+def test_facts_command_and_lineage_are_printed_and_settings_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vqpipe", "tokenize", "--images", "my photos", "--out", "tokens"])
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "a_section_with_a_long_name.and_a_setting_with_a_long_name"
+    section, name = long.split(".")
+    draft = start(tmp_path / "tokens", "tokens", {section: {name: 3}, "max_pixels": None}, {"images": "0" * 64})
+    assert isinstance(draft, Draft)
+    facts = {"num_images": 350, "psnr": 24.28213, "skipped": {}, "layout": {"grids": [[16, 8]], "num_groups": 2}}
+    with draft:
+        draft.publish({**facts, "converged": True, "sizes": {"64x48": {"num_images": 1}}, "skipped": {}, "color": None})
+    inspect(tmp_path / "tokens")
+    said = capsys.readouterr()
+    for words in ("350 images", "PSNR 24.28 dB", "layout: grid 16 x 8, 2 groups", "converged: yes", "64x48: 1 image"):
+        assert words in said.out
+    assert "vqpipe tokenize --images 'my photos' --out tokens" in said.out
+    assert "hash of the files" in said.out
+    assert not any(word in said.out for word in ("skipped", "color", "{", "24.282", section))
+    assert "tokens --settings prints its 2 settings too." in said.err
+    inspect(tmp_path / "tokens", settings=True)
+    printed = capsys.readouterr().out.splitlines()
+    assert [f"{long}  3", "max_pixels".ljust(len(long)) + "  not set"] == [line.rstrip() for line in printed[-2:]]
+
+
+def test_a_tokenizer_without_a_manifest_is_inspected_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(Path("builtin:photos-f8"))
+    printed = capsys.readouterr().out
+    assert "16,384 codes" in printed
+    assert "downsample factor 8" in printed
+    inspect(Path("builtin:photos-f8"), as_json=True)
+    manifest = json.loads(capsys.readouterr().out)
+    assert (manifest["kind"], manifest["config"]["image_size"]) == ("tokenizer", 128)
+    assert sorted(manifest["files"]) == ["README.md", "config.json", "model.safetensors"]
+    with pytest.raises(ArtifactError, match="has no manifest with the hashes of its files"):
+        inspect(Path("builtin:photos-f8"), verify=True)
