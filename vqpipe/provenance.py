@@ -18,9 +18,12 @@ from vqpipe.files import valid_text
 
 def provenance(world_size: int) -> dict[str, Any]:
     """Versions, git commit, hardware, world size and command of this process."""
-    words = (Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:]))
-    command = [valid_text(word) for word in words]
-    return {**environment(world_size), "git": git_commit(), "command": command}
+    return {**environment(world_size), "git": git_commit(), "command": command()}
+
+
+def command() -> list[str]:
+    """The command line of this process: the name of its program, and the words after it."""
+    return [valid_text(word) for word in (Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:]))]
 
 
 def without_secrets(word: str) -> str:
@@ -32,7 +35,7 @@ def without_secrets(word: str) -> str:
 
 def command_again() -> str:
     """The command line of this process, to copy and run again, with `--out DIR` as a placeholder."""
-    words = ["vqpipe", *(valid_text(without_secrets(word)) for word in sys.argv[1:])]
+    words = ["vqpipe", *command()[1:]]
     for place, word in enumerate(words):
         if word.startswith("--out="):
             words[place] = "--out=DIR"

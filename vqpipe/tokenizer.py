@@ -48,6 +48,7 @@ class StoredWeights:
     name: str
     digest: str
     """sha256 of the file."""
+    folder: Path
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -120,8 +121,8 @@ class Tokenizer:
         elif revision is not None:
             raise ConfigError(f"revision = {revision!r}, but {path} is a directory", "Omit it, or name hf:user/name")
         artifact = None
-        if not folder.is_dir() or (folder / "manifest.json").is_file():
-            artifact = artifacts.open_artifact(folder, "tokenizer")  # says what is wrong with an absent one
+        if not folder.is_dir() or any((folder / name).is_file() for name in ("manifest.json", "request.json")):
+            artifact = artifacts.open_artifact(folder, "tokenizer")  # says whether it is absent or not finished
         table = read_config(folder / "config.json")
         with torch.device("meta"):
             autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
@@ -132,7 +133,7 @@ class Tokenizer:
         tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
         tokenizer.name = printable(name) or tokenizer.name
         tokenizer.artifact = artifact
-        tokenizer.source = artifact or StoredWeights(tokenizer.name, hash_file(folder / "model.safetensors"))
+        tokenizer.source = artifact or StoredWeights(tokenizer.name, hash_file(weights), folder)
         return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -287,9 +288,11 @@ class Tokenizer:
         made_by = artifact.inputs["tokenizer"]
         own = self.source if isinstance(self.source, str) else self.source.digest
         if made_by != own:
+            name = artifact.lineage["inputs"].get("tokenizer", {}).get("name") or "without a name"
+            given = f"{self.name} ({own[:12] or 'not saved'})"
             raise ArtifactError(
-                f"{artifact.path} was made by tokenizer {made_by[:12]}, {self.name} is {own[:12]}",
-                "Pass the tokenizer that made it (vqpipe inspect prints it)",
+                f"{artifact.path} was made by tokenizer {name} ({made_by[:12]}), not by {given}",
+                f"Pass {[*artifact.options('--tokenizer'), 'the tokenizer that made it'][0]}",
             )
 
     def check_groups(self, groups: int | None) -> None:

@@ -91,7 +91,7 @@ def test_same_request_again_opens_the_published_artifact(tmp_path: Path) -> None
         ({"files": ["a.png", "b.png"]}, {}, "other files: without b.png"),
         ({"files": ["c.png"]}, {}, "other files: without c.png and with a.png"),
         ({"files": []}, {}, "other files: with a.png"),
-        ({"files": ["a.png"], "k": 2}, {}, "other settings: k was null, now 2"),
+        ({"files": ["a.png"], "k": 2}, {}, "other settings: k was not set, now 2"),
         ({"files": ["a.png"]}, {"tokenizer": "2" * 64}, "another tokenizer"),
         ({"files": ["a.png"]}, {"tokenizer": "1" * 64, "codebook": "3" * 64}, "no codebook"),
     ],
@@ -472,3 +472,15 @@ def test_recorded_commands_have_no_passwords_and_queries_of_urls(monkeypatch: py
     monkeypatch.setattr(sys, "argv", ["/bin/vqpipe", "eval", *words, "--out", "report"])
     assert provenance(1)["command"] == ["vqpipe", "eval", *shown, "--out", "report"]
     assert shlex.split(command_again()) == ["vqpipe", "eval", *shown, "--out", "DIR"]
+
+
+def test_unfinished_artifact_names_the_command_that_finishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/vqpipe", "train", "--images", "my photos"])
+    with begin(tmp_path / "out") as draft, draft.write("a.bin") as path:
+        path.write_bytes(b"a")
+    with pytest.raises(
+        ArtifactError, match=r"out is not finished\. Finish it with: vqpipe train --images 'my photos'; "
+    ):
+        open_artifact(tmp_path / "out")

@@ -1,6 +1,7 @@
 """A published artifact: its manifest, validated, and its files."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,8 @@ from vqpipe.files import digest_json, hash_file, with_final_name
 from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
+RUNS = ".runs.json"
+"""In the directory of an unfinished artifact: the environment and the command of its runs."""
 KINDS = (
     *("dataset", "features", "codebook", "tokenizer", "tokens", "latents", "report", "images"),
     *("generator", "classifier", "statistics", "autoencoder"),
@@ -67,6 +70,18 @@ class Artifact:
             "content": self.digest,
             "inputs": self.manifest.provenance.get("lineage", {}),
         }
+
+    @property
+    def command(self) -> list[str]:
+        """The words after the name of the program in the command that made it."""
+        words: list[str] = self.manifest.provenance.get("command", [])
+        return words[1:]
+
+    def options(self, name: str) -> list[str]:
+        """The values of an option in the command that made it."""
+        words = self.command
+        values = [words[place + 1] for place, word in enumerate(words[:-1]) if word == name]
+        return values + [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
 
     def file(self, name: str) -> Path:
         """Path of the file `name`.
@@ -136,9 +151,9 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         path = final  # the directory of an unfinished one was named
     partial = partial_path(path)
     if not path.exists() and partial.exists():
-        raise ArtifactError(
-            f"{path} is not finished", f"Run its command again; vqpipe inspect {partial} says how far it is"
-        )
+        command = command_of(partial)
+        again = f"Finish it with: {command}" if command else "Run its command again"
+        raise ArtifactError(f"{path} is not finished", f"{again}; vqpipe inspect {partial} says how far it is")
     if not path.exists():
         raise ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", "Check the path")
     if not (path / "manifest.json").is_file():
@@ -161,6 +176,15 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
 def partial_path(out: Path) -> Path:
     """The directory of an artifact that is being written."""
     return out.with_name(out.name + ".partial")
+
+
+def command_of(partial: Path) -> str:
+    """The command of vqpipe that writes an unfinished artifact; empty if another program writes it."""
+    try:
+        words = json.loads((partial / RUNS).read_text(encoding="utf-8"))[-1]["command"]
+        return printable(shlex.join(words)) if words[0] == "vqpipe" else ""  # else under torchrun, or a script
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def read_manifest(path: Path) -> Manifest:

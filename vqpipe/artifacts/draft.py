@@ -23,6 +23,7 @@ from typing import Any
 from vqpipe import distributed
 from vqpipe.artifacts import lock
 from vqpipe.artifacts.artifact import (
+    RUNS,
     SCHEMA,
     Artifact,
     Input,
@@ -46,10 +47,9 @@ from vqpipe.files import (
     hash_file,
     write_json,
 )
-from vqpipe.provenance import environment, now, provenance
+from vqpipe.provenance import command, environment, now, provenance
 
 LOG = logging.getLogger("vqpipe")
-RUNS = ".runs.json"
 STATUS = "status.json"
 TOLERANCE, TOLERANCE_SECTIONS = "max_skipped", ("data", "eval")
 """The setting that decides only whether a run stops, and the sections of a config that may hold it."""
@@ -237,17 +237,19 @@ class Draft:
         )
 
     def record_environment(self) -> None:
-        """Store the environment of this run; warn if it differs from that of the run before."""
+        """Store the environment and the command of this run; warn if the environment differs from that of the run
+        before."""
         here = json.loads(json.dumps(environment(distributed.world_size())))
         runs = self.earlier_runs()
-        if runs and runs[-1] != here:
+        before = {key: value for key, value in runs[-1].items() if key != "command"} if runs else None
+        if before is not None and before != here:
             LOG.warning(
                 "%s was begun in another environment: %s; the manifest will list both",
                 self.path,
-                difference(runs[-1], here),
+                difference(before, here),
             )
-        if not runs or runs[-1] != here:
-            write_json(self.path / RUNS, [*runs, here])
+        if before != here:
+            write_json(self.path / RUNS, [*runs, {**here, "command": command()}])
 
     def earlier_runs(self) -> list[dict[str, Any]]:
         """The environments of the runs of this draft, each different from the one before; empty if unknown."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqpipe.artifacts import lock
-from vqpipe.artifacts.artifact import partial_path
+from vqpipe.artifacts.artifact import command_of, partial_path
 from vqpipe.artifacts.draft import STATUS
 from vqpipe.artifacts.states import step_of
 from vqpipe.errors import ArtifactError
@@ -20,6 +20,8 @@ class Unfinished:
     path: Path
     kind: str
     config: dict[str, Any]
+    command: str
+    """The command of vqpipe that writes it; empty if another program does."""
     files: int
     """Finished files."""
     bytes: int
@@ -70,6 +72,7 @@ def read_unfinished(folder: Path) -> Unfinished:
         path=folder,
         kind=kind,
         config=config,
+        command=command_of(folder),
         files=len(records),
         bytes=sum(record.get("bytes", 0) for record in records),
         counts=dict(counts),
