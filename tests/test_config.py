@@ -152,5 +152,5 @@ def test_draft_resumes_after_a_field_was_added_unless_it_is_set(tmp_path: Path) 
 
     begin(Earlier())
     begin(Later())
-    with pytest.raises(ArtifactError, match=r"settings: smoothing was null, now 0\.1"):
+    with pytest.raises(ArtifactError, match=r"settings: smoothing was not set, now 0\.1"):
         begin(Later(smoothing=0.1))

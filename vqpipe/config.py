@@ -229,8 +229,8 @@ def difference(before: Any, after: Any, where: str = "") -> str:
 
 
 def shortened(value: Any) -> str:
-    """A value as JSON, without its middle if it is long."""
-    text = json.dumps(value)
+    """A value as JSON, without its middle if it is long; None is not set."""
+    text = "not set" if value is None else json.dumps(value)
     return text if len(text) <= 40 else text[:18] + "..." + text[-4:]
 
 

@@ -360,7 +360,7 @@ def test_names_without_images_are_an_error(tmp_path: Path, pack: Pack) -> None:
         ([tmp_path / "empty.tar"], "no images in empty.tar"),
         ([tmp_path / "tars"], r"holds no images. Give its tars: '.*\*\.tar'"),
         ([tmp_path / "absent"], "no such images"),
-        ([tmp_path / "pictures" / "*"], r"a\.JPG is one image. Name the folder that holds it: .*pictures"),
+        ([tmp_path / "pictures" / "*"], r"a\.JPG is one image\. --images .*pictures reads the folder that holds it"),
         (["builtin:cats"], "there is no builtin:cats. Use builtin:photos, builtin:photos/train"),
     ):
         with pytest.raises(DataError, match=message):

@@ -136,7 +136,7 @@ def test_batch_size_does_not_change_metrics_and_a_second_run_is_skipped(
     said = capsys.readouterr()
     assert said.out.strip() == str(single)
     assert "already published" in said.err
-    with pytest.raises(ArtifactError, match="limit was null, now 4"):
+    with pytest.raises(ArtifactError, match="limit was not set, now 4"):
         run(path, picture_folder, single, limit=4)
 
 

@@ -181,5 +181,5 @@ def test_images_as_png_files_are_those_of_the_tars_with_their_labels(
     assert (found.num_classes, found.name, found.remarks) == (3, "files", [])
     sheets = [(tmp_path / name / "contact-sheet.png").read_bytes() for name in ("tars", "files")]
     assert sheets[0] == sheets[1]
-    with pytest.raises(ArtifactError, match=r"as was null, now \"png\""):
+    with pytest.raises(ArtifactError, match=r"as was not set, now \"png\""):
         generate(drawn.generator, tmp_path / "tars", form="png", **options)

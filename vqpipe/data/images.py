@@ -312,7 +312,8 @@ def open_source(spec: str) -> ImageSource:
     urls = expand(spec)
     for url in map(without_secrets, urls):
         if has_image_extension(url):
-            raise DataError(f"{url} is one image", f"Name the folder that holds it: {os.path.dirname(url) or '.'}")
+            folder = os.path.dirname(url) or "."
+            raise DataError(f"{url} is one image", f"--images {folder} reads the folder that holds it")
     forms = {form_of(url): without_secrets(url) for url in reversed(urls)}
     shown = without_secrets(spec)
     if len(forms) > 1:
