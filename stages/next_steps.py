@@ -4,8 +4,9 @@ Paths that the artifact itself does not name are read from the commands in the p
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +26,8 @@ TINY_STEPS, TINY_WORK = 1000, 64 * 4096
 """Steps of the tiny presets of generators, and ids x codes for which they take minutes on a CPU."""
 FEWEST_STEPS = 100
 """Steps of a proposed generator, at least."""
-PHOTOS = "builtin:photos"
-"""Images that are on every machine."""
+PHOTOS, BUILTIN = "builtin:photos", "builtin:photos-f8"
+"""Images and a tokenizer that are on every machine."""
 
 
 def lines(artifact: Artifact) -> list[str]:
@@ -36,7 +37,7 @@ def lines(artifact: Artifact) -> list[str]:
     files = artifact.names()
     to_open = [artifact.path / name for name in files if name == "report.html" or name.endswith(".png")]
     to_open.sort(key=lambda path: path.suffix == ".png")
-    imports = with_name("--import", values_of(recorded(artifact), "--import"))
+    imports = with_name("--import", artifact.options("--import"))
     commands = [shlex.join(map(str, [*words, *imports])) for words in steps(artifact)]
     labels = ["next: ", *["  or: "] * len(commands)]
     return [f"open: {path}" for path in to_open[:1]] + [
@@ -70,7 +71,7 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
         case "tokens":
             network = "gpt-tiny" if has_labels(artifact) else "gpt-unconditional-tiny"
             inputs = ["--tokens", path, "--tokenizer", [*options(artifact, "--tokenizer"), "TOKENIZER"][0]]
-            yield "vqpipe", "detokenize", *inputs, "--out", beside(path, "decoded")
+            yield "vqpipe", "detokenize", *inputs, "--as", "png", "--out", beside(path, "decoded")
             if "sizes" not in artifact.facts:  # generators are trained on images of one size
                 settings = ["--preset", network, *generator_steps(artifact)]
                 yield "vqpipe", "train-generator", *settings, *inputs, "--out", beside(path, "generator")
@@ -79,38 +80,71 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
         case "images" if command == "generate":
             reference = with_name("--reference", images_of(artifact)[1::2])
             yield "vqpipe", "eval-generation", "--images", path, *reference, "--out", beside(path, "samples-report")
-        case "images" if command == "detokenize" and "shard-000000.tar" in artifact.names():
-            inputs = [word for name in ("--tokens", "--tokenizer") for word in with_name(name, options(artifact, name))]
-            yield "vqpipe", "detokenize", *inputs, "--as", "png", "--out", beside(path, f"{path.name}-png")
-        case "report" if "utilization" in artifact.facts and (tokenizer := options(artifact, "--tokenizer")):
-            images = images_of(artifact)
-            yield "vqpipe", "tokenize", *images, "--tokenizer", tokenizer[0], "--out", beside(path, "tokens")
+        case "images" if command in ("detokenize", "reconstruct"):
+            images = with_name("--images", folders(artifact) or found(artifact, "--images") or [PHOTOS])
+            tokenizer = with_name("--tokenizer", options(artifact, "--tokenizer"))
+            yield "vqpipe", "eval", *images, *tokenizer, "--out", beside(path, "report")
+        case "report" if command == "eval":
+            yield from tokenize_more(path, options(artifact, "--tokenizer"))
+            if others := other_reports(artifact):
+                yield "vqpipe", "compare", path, *others, "--out", beside(path, "comparison")
+            elif BUILTIN not in options(artifact, "--tokenizer"):
+                same = [word for name in ("--protocol", "--limit") for word in with_name(name, artifact.options(name))]
+                same += [*images_of(artifact), "--image-size", str(artifact.facts["image_size"])]
+                yield "vqpipe", "eval", *same, "--tokenizer", BUILTIN, "--out", beside(path, f"{path.name}-photos-f8")
+        case "report" if command == "compare":
+            reports = sorted(reports_of(map(Path, arguments(artifact))), key=lambda each: -each.facts["psnr"])
+            yield from tokenize_more(path, [name for each in reports for name in options(each, "--tokenizer")][:1])
 
 
-def recorded(artifact: Artifact) -> list[str]:
-    """The words after the name of the program in the command that made the artifact."""
-    command: list[str] = artifact.manifest.provenance.get("command", [])
-    return command[1:]
+def tokenize_more(path: Path, tokenizers: Sequence[str]) -> Iterator[Sequence[str | Path]]:
+    """The command that tokenizes the training images of a tokenizer, if they are known."""
+    for tokenizer in tokenizers:
+        with suppress(VqpipeError):
+            if images := with_name("--images", found(open_artifact(Path(tokenizer), "tokenizer"), "--images")):
+                yield "vqpipe", "tokenize", *images, "--tokenizer", tokenizer, "--out", beside(path, "tokens")
+
+
+def other_reports(report: Artifact) -> list[Path]:
+    """The reports beside this one that measure other tokenizers on the same images."""
+    beside_it = reports_of(file.parent for file in sorted(report.path.absolute().parent.glob("*/manifest.json")))
+    same = [each for each in beside_it if each.inputs.get("images") == report.inputs.get("images")]
+    others = [each for each in same if each.inputs.get("tokenizer") != report.inputs.get("tokenizer")]
+    return [report.path.with_name(each.path.name) for each in others]
+
+
+def reports_of(paths: Iterable[Path]) -> Iterator[Artifact]:
+    """Those of these paths that are reports of tokenizers."""
+    for path in paths:
+        with suppress(VqpipeError):
+            if "psnr" in (report := open_artifact(path, "report")).facts and command_of(report)[:1] == ["eval"]:
+                yield report
+
+
+def folders(artifact: Artifact) -> list[str]:
+    """The folders of the files that the command which made the artifact has as arguments."""
+    paths = [path for path in map(Path, arguments(artifact)) if path.exists()]
+    return list(dict.fromkeys(str(path if path.is_dir() else path.parent) for path in paths))
+
+
+def arguments(artifact: Artifact) -> list[str]:
+    """The words of the command that made the artifact that are neither options nor their values."""
+    words = command_of(artifact)
+    return [word for before, word in pairwise(words) if not before.startswith("-") and not word.startswith("-")]
 
 
 def command_of(artifact: Artifact) -> list[str]:
-    """`recorded` from the name of the command on, before which --import may stand."""
-    words = recorded(artifact)
+    """The command that made the artifact, from its name on, before which --import may stand."""
+    words = artifact.command
     while words[:1] == ["--import"]:
         words = words[2:]
     return words
 
 
-def values_of(words: Sequence[str], name: str) -> list[str]:
-    """The values of an option in a command."""
-    values = [words[place + 1] for place, word in enumerate(words[:-1]) if word == name]
-    return values + [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
-
-
 def options(artifact: Artifact, name: str) -> list[str]:
     """The values of an option in the command that made the artifact, without paths that do not exist from here."""
     usable = is_preset if name == "--preset" else is_named
-    return list(filter(usable, values_of(recorded(artifact), name)))
+    return list(filter(usable, artifact.options(name)))
 
 
 def is_named(value: str) -> bool:

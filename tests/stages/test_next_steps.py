@@ -58,19 +58,27 @@ def test_the_printed_commands_lead_from_images_to_a_report(vqpipe: Run, tmp_path
 
     made = vqpipe(here, *tokenize[1:])
     detokenize, generator = next_commands(made)
+    assert detokenize[-4:-1] == ["--as", "png", "--out"]
     assert generator[:4] == ["vqpipe", "train-generator", "--preset", "gpt-unconditional-tiny"]
     for name in ("--tokens", "--tokenizer"):
         assert (here / generator[generator.index(name) + 1]).is_dir()
 
     made = vqpipe(here, *evaluate[1:])
     assert f"open: {Path('out/report/report.html')}" in made.stderr.splitlines()
-    (again,) = next_commands(made)
+    again, other = next_commands(made)
     assert again[-1] == "out/tokens-2"  # a name that is free
+    assert other[-3:] == ["builtin:photos-f8", "--out", "out/report-photos-f8"]
+
+    made = vqpipe(here, *other[1:])
+    (compare,) = next_commands(made)
+    assert compare == ["vqpipe", "compare", "out/report-photos-f8", "out/report", "--out", "out/comparison"]
+    made = vqpipe(here, *compare[1:])
+    assert next_commands(made) in ([again], [])  # the training images of the better tokenizer, if they are known
 
     made = vqpipe(here, *detokenize[1:])
-    (as_files,) = next_commands(made)
-    assert vqpipe(here, *as_files[1:]).returncode == 0
-    assert len(list((here / "out" / "decoded-png" / "images").glob("*.png"))) == 8
+    assert len(list((here / "out" / "decoded" / "images").glob("*.png"))) == 8
+    (measure,) = next_commands(made)
+    assert measure[:4] == ["vqpipe", "eval", "--images", "the photos"]
 
 
 def test_few_features_are_clustered_into_fewer_codes(vqpipe: Run, tmp_path: Path, draw_folder: Any) -> None:
@@ -133,7 +141,12 @@ ENDINGS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
             "next: vqpipe eval-generation --images made --reference 'a b' --out samples-report",
         ],
     ),
-    "reconstruct": ("images", ["a.jpg"], {"a.png": "", "b.png": ""}, ["open: made/a.png"]),
+    "reconstruct": (
+        "images",
+        ["a b/a.jpg", "a b", "--tokenizer", "tokens", "--limit", "2"],
+        {"a.png": "", "b.png": ""},
+        ["open: made/a.png", "next: vqpipe eval --images 'a b' --tokenizer tokens --out report"],
+    ),
     "eval-generation": ("report", ["--images", "made"], {**PAGE, "sheet.png": ""}, ["open: made/report.html"]),
     "compare": ("report", ["one", "two"], PAGE, ["open: made/report.html"]),
     "bench": ("report", [], PAGE, ["open: made/report.html"]),
@@ -161,6 +174,7 @@ def test_every_command_ends_with_what_to_open_or_to_run(
 
     kind, words, files, expected = ENDINGS[command]
     (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "a.jpg").touch()
     published(tmp_path, "tokens", "tokens", ["tokenize", "--images=a b", "--tokenizer", "t"], {})
     published(tmp_path, "generator", "generator", ["train-generator", "--tokens", "tokens"], {})
     published(tmp_path, "made", kind, [command, *words], files)
