@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import textwrap
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ from vqpipe.presets import estimates, heads
 
 MACHINE = "1 x 80 GB"
 """The machine of vqpipe.presets.estimates that the list has figures of."""
+SMALL = "Small, for a CPU"
+"""The heading of presets without a paper."""
 WIDE = 120
 """Columns of a terminal from which on the list has more than the name of a preset and what it trains."""
 
@@ -26,11 +29,11 @@ def presets(
 ) -> None:
     """List the presets, or print one.
 
-    The list is grouped by paper: a line per preset, with what it trains, the
-    row of the paper's table, and the expected numbers. Before them stand what
-    vqpipe plan estimates for one GPU of 80 GB, where it fits: memory and hours.
-    A terminal shows as much of a line as it is wide, and in under 120 columns
-    only what a preset trains.
+    The list is grouped by paper and command, small presets for a CPU first:
+    of each preset what it trains, the row of the paper's table, and the expected
+    numbers. Before them stand what vqpipe plan estimates for one GPU of 80 GB,
+    where it fits: memory and hours. A terminal of under 120 columns shows only
+    what a preset trains.
 
     A preset is printed as TOML, including the settings of the presets that it
     extends: vqpipe presets small > mine.toml writes a file to change, for
@@ -46,17 +49,19 @@ def presets(
     found = [(preset, head) for preset, head in heads() if (word or "").lower() in f"{preset} {head}".lower()]
     if not found:
         raise ConfigError(f"no preset has {word!r} in its name or description", "vqpipe presets lists all")
-    papers: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    groups: dict[tuple[str, str], list[tuple[str, dict[str, str]]]] = {}
     for preset, head in found:
-        papers.setdefault(head.get("paper", "Small, for a CPU"), []).append((preset, head))
+        command = " ".join(head["command"].split()[:2])
+        groups.setdefault((head.get("paper", ""), command), []).append((preset, head))
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
     width, figures, whole = max(len(preset) for preset, _ in found), estimates(), columns is None or columns >= WIDE
-    for paper, members in sorted(papers.items(), key=lambda item: -len(item[1])):
-        print(cut(paper, columns))
+    for (paper, command), members in sorted(groups.items(), key=lambda item: (item[0][0] != "", -len(item[1]))):
+        print(wrapped(f"{paper or SMALL}: {command}", columns, 2))
         for preset, head in members:
             about = " | ".join(head[key] for key in ("what", "row", "expected") if head.get(key))
             figure = figures_text(figures.get(preset, {}).get(MACHINE)) + "  "
-            print(cut(f"  {preset:{width}}  {figure + about if whole else head.get('what', '')}", columns))
+            start = f"  {preset:{width}}  " + (figure if whole else "")
+            print(wrapped(start + (about if whole else head.get("what", "")), columns, len(start)))
     if columns is not None:
         console.say("\nvqpipe presets NAME prints one of them whole, and --filter WORD lists fewer.")
 
@@ -69,8 +74,8 @@ def figures_text(figures: dict[str, float] | None) -> str:
     return f"{figures['memory_gib']:5.1f} GiB {hours:>6} h"
 
 
-def cut(line: str, columns: int | None) -> str:
-    """The line, ended after a word by "…" where it is longer than the terminal is wide."""
-    if columns is None or len(line) <= columns:
+def wrapped(line: str, columns: int | None, indent: int) -> str:
+    """The line, broken between words where it is longer than the terminal is wide."""
+    if columns is None:
         return line
-    return line[: columns - 1].rpartition(" ")[0].rstrip(" ,;:|") + " …"
+    return textwrap.fill(line, columns, subsequent_indent=" " * indent, break_on_hyphens=False)

@@ -212,25 +212,23 @@ def test_presets_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in printed for name in presets.names())
 
 
-def test_the_list_of_presets_has_a_line_each_fits_the_terminal_and_is_filtered(
+def test_the_list_of_presets_is_wrapped_small_ones_first_and_filtered(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     presets_command()
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    listed = [line for line in lines if line.startswith("  ")]
-    assert sorted(line.split()[0] for line in listed) == presets.names()
+    assert lines[0] == "Small, for a CPU: vqpipe train"
+    assert "Small, for a CPU: vqpipe train-generator" in lines
     assert 70 < max(map(len, lines)) <= 80
-    what = {name: head["what"] for name, head in presets.heads()}
-    assert all(line.split(maxsplit=1)[1].removesuffix(" …") in what[line.split()[0]] for line in listed)
+    listed = [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "]
+    assert sorted(listed) == presets.names()
+    assert all(" ".join(head["what"].split()) in " ".join(printed.out.split()) for _, head in presets.heads())
     assert "vqpipe presets NAME" in printed.err
     presets_command(word="FSQ")
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")] == [
-        "fsq-f16-64k",
-        "ifsq-f16-83k",
-        "ifsq-small",
-    ]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] == "  " and line[2] != " "]
+    assert [line.split()[0] for line in lines] == ["ifsq-small", "fsq-f16-64k", "ifsq-f16-83k"]
     monkeypatch.delenv("COLUMNS")
     presets_command()
     assert dict(presets.heads())["small"]["expected"] in capsys.readouterr().out
