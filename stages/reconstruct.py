@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import AutoencoderPath, Device, Out, Seed
+from stages.console import AutoencoderPath, Device, Limit, Out, Seed
 from vqpipe.words import counted
 
 MOST_ROWS = 20
@@ -52,6 +52,7 @@ def reconstruct(
     tile: Tile = 512,
     overlap: Overlap = 64,
     shared_norms: SharedNorms = False,
+    limit: Limit = None,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -78,7 +79,7 @@ def reconstruct(
         side = check_tile(tile, overlap, factor)
         if shared_norms:
             check_norms(autoencoder)
-        named = png_names(find_files(files))
+        named = png_names(find_files(files)[:limit])
         sizes = image_sizes(list(named.values()))
         check_memory(autoencoder, sizes, tile, overlap, len(prefixes))
         recorded = prefixes if len(prefixes) > 1 else prefixes[0]

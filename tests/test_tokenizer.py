@@ -441,6 +441,19 @@ def test_encode_takes_files_and_pil_images(tokenizer: Tokenizer, photo: Path) ->
         tokenizer.encode(photo, image_size=32)
     with pytest.raises(DataError, match=r"absent\.png: No such file.*Check the path"):
         tokenizer.encode("absent.png")
+    with pytest.raises(DataError, match=r"/photos is a folder\. Pass its files, or the folder to write_tokens"):
+        tokenizer.encode(photo.parent)
+    with pytest.raises(DataError, match=r"is expected\. Pass images\[None\] for a single one"):
+        tokenizer.encode(crop)
+
+
+def test_ids_of_another_size_are_refused_with_the_size_that_they_fit(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    count = ids.shape[1]
+    with pytest.raises(DataError, match=rf"{count} ids per image, but .* at 32 x 32 pixels\. Set image_size=64\."):
+        tokenizer.decode(ids, image_size=32)
+    with pytest.raises(DataError, match=r"is expected\. It has 8 x 8 positions"):
+        tokenizer.decode(ids[:, : 17 * tokenizer.num_groups], image_size=32)
 
 
 def test_layout_of_one_side_is_that_of_a_square(tokenizer: Tokenizer) -> None:

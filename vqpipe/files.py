@@ -1,5 +1,6 @@
 """Hashing, atomic writes, and disk errors as one line."""
 
+import difflib
 import errno
 import hashlib
 import json
@@ -42,6 +43,15 @@ def valid_text(name: str) -> str:
     """A file name as text that UTF-8 can encode: bytes that are not UTF-8 become `\\xe9`."""
     name = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", name)
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def nearest_path(path: Path, hint: str = "Check the path") -> str:
+    """The hint for a path that does not exist: a similar name in the same folder, else `hint`."""
+    try:
+        close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    except OSError:
+        close = []
+    return f"Did you mean {path.with_name(close[0])}?" if close else hint
 
 
 def with_final_name(path: Path) -> Path:

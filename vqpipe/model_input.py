@@ -74,7 +74,9 @@ def network_input(images: Tensor, owner: InputOwner) -> Tensor:
         DataError: a wrong shape, dtype or range.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected")
+        one = images.ndim == 3 and len(images) == 3
+        hint = "Pass images[None] for a single one" if one else "Pass a batch of RGB images"
+        raise DataError(f"images of shape {list(images.shape)}, [B, 3, H, W] is expected", hint)
     height, width = images.shape[-2:]
     latent_size(height, width, owner.downsample_factor)
     if images.dtype == torch.uint8:

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +25,7 @@ from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError, printable
-from vqpipe.files import atomic_write, hash_file, write_json
+from vqpipe.files import atomic_write, hash_file, nearest_path, write_json
 from vqpipe.model_card import ModelCard
 from vqpipe.model_input import Size, check_tensor_size, latent_size, network_input, pair_of
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
@@ -365,8 +366,10 @@ class Tokenizer:
         elif isinstance(image, str | Path):
             try:
                 rgb = decode(Path(image).read_bytes())
+            except IsADirectoryError:
+                raise DataError(f"{image} is a folder", "Pass its files, or the folder to write_tokens") from None
             except OSError as error:
-                raise DataError(f"{image}: {error.strerror or error}", "Check the path") from None
+                raise DataError(f"{image}: {error.strerror or error}", nearest_path(Path(image))) from None
             except BadImage as error:
                 raise DataError(f"{image}: {error.what}", "Pass another image") from None
         else:
@@ -465,6 +468,9 @@ class Tokenizer:
         ids = self.check_ids(ids)
         if len(ids) == 0:
             return torch.empty(0, 3, *image_size, device=self.device)
+        if ids.ndim == 2 and ids.shape[1] != layout.num_tokens and (side := square_of(self, ids.shape[1])):
+            what = f"{ids.shape[1]} ids per image, but {layout.num_tokens} at {' x '.join(map(str, image_size))} pixels"
+            raise DataError(what, f"Set image_size={side}")
         check_negative(ids, layout)
         if groups is not None:
             ids = keep_groups(ids, layout, groups)
@@ -590,6 +596,12 @@ def model_facts(autoencoder: Autoencoder) -> dict[str, Any]:
         "num_groups": autoencoder.quantizer.num_groups,
         "downsample_factor": autoencoder.downsample_factor,
     }
+
+
+def square_of(tokenizer: Tokenizer, num_tokens: int) -> int | None:
+    """The side of the square image that has so many ids; None if there is none."""
+    sides = (tokenizer.downsample_factor * cells for cells in range(1, isqrt(num_tokens) + 1))
+    return next((side for side in sides if tokenizer.layout(side).num_tokens == num_tokens), None)
 
 
 def same_shapes(tensors: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> list[list[int]]:

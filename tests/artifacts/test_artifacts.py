@@ -89,8 +89,8 @@ def test_same_request_again_opens_the_published_artifact(tmp_path: Path) -> None
     ("config", "inputs", "words"),
     [
         ({"files": ["a.png", "b.png"]}, {}, "other files: without b.png"),
-        ({"files": ["c.png"]}, {}, "other files: without c.png and with a.png"),
-        ({"files": []}, {}, "other files: with a.png"),
+        ({"files": ["c.png"]}, {}, "other files: a.png, not c.png"),
+        ({"files": []}, {}, "other files: also a.png"),
         ({"files": ["a.png"], "k": 2}, {}, "other settings: k was not set, now 2"),
         ({"files": ["a.png"]}, {"tokenizer": "2" * 64}, "another tokenizer"),
         ({"files": ["a.png"]}, {"tokenizer": "1" * 64, "codebook": "3" * 64}, "no codebook"),
@@ -329,7 +329,7 @@ def test_manifest_that_is_invalid_or_of_another_schema_is_refused(
 
 def test_truncated_manifest_and_wrong_kind_are_refused(tmp_path: Path) -> None:
     artifact = publish(tmp_path / "out")
-    with pytest.raises(ArtifactError, match="is of kind codebook, tokenizer is needed"):
+    with pytest.raises(ArtifactError, match=r"is of kind codebook, tokenizer is needed\. Pass what vqpipe train or "):
         open_artifact(artifact.path, "tokenizer")
     file = artifact.path / "manifest.json"
     file.write_text(file.read_text()[:100])
@@ -472,6 +472,14 @@ def test_recorded_commands_have_no_passwords_and_queries_of_urls(monkeypatch: py
     monkeypatch.setattr(sys, "argv", ["/bin/vqpipe", "eval", *words, "--out", "report"])
     assert provenance(1)["command"] == ["vqpipe", "eval", *shown, "--out", "report"]
     assert shlex.split(command_again()) == ["vqpipe", "eval", *shown, "--out", "DIR"]
+
+
+def test_a_similar_name_in_the_same_folder_is_proposed(tmp_path: Path) -> None:
+    publish(tmp_path / "photos")
+    with pytest.raises(ArtifactError, match=r"there is no such folder\. Did you mean .*photos\?"):
+        open_artifact(tmp_path / "photo")
+    with pytest.raises(ArtifactError, match=r"there is no such folder\. Check the path"):
+        open_artifact(tmp_path / "elsewhere" / "photo")
 
 
 def test_unfinished_artifact_names_the_command_that_finishes_it(

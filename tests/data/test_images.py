@@ -359,7 +359,8 @@ def test_names_without_images_are_an_error(tmp_path: Path, pack: Pack) -> None:
         ([], "no images were given"),
         ([tmp_path / "empty.tar"], "no images in empty.tar"),
         ([tmp_path / "tars"], r"holds no images. Give its tars: '.*\*\.tar'"),
-        ([tmp_path / "absent"], "no such images"),
+        ([tmp_path / "absent"], "no such images: .*absent. Give a folder"),
+        ([tmp_path / "picture"], r"no such images: .*picture\. Did you mean .*pictures\?"),
         ([tmp_path / "pictures" / "*"], r"a\.JPG is one image\. --images .*pictures reads the folder that holds it"),
         (["builtin:cats"], "there is no builtin:cats. Use builtin:photos, builtin:photos/train"),
     ):

@@ -14,7 +14,7 @@ from PIL import Image
 from stages.reconstruct import reconstruct
 from vqpipe import tiling
 from vqpipe.artifacts import open_artifact
-from vqpipe.errors import ConfigError, DataError
+from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.evaluation import image_files
 from vqpipe.evaluation.image_files import find_files, png_names
 from vqpipe.tokenizer import Tokenizer
@@ -28,6 +28,19 @@ def draw(file: Path, height: int = 32, width: int = 32) -> np.ndarray:
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
     return pixels
+
+
+def test_only_the_first_files_are_reconstructed_with_a_limit(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in "cab":
+        draw(tmp_path / "photos" / f"{name}.png")
+    options: dict[str, Any] = {"tokenizer": tiny_tokenizer("tokenizer"), "out": tmp_path / "out", "device": "cpu"}
+    reconstruct([tmp_path / "photos"], **options, limit=2)
+    assert list(open_artifact(tmp_path / "out").facts["psnr"]) == ["a.png", "b.png"]
+    with pytest.raises(ArtifactError, match=r"was made with other files: a\.png and b\.png, not c\.png"):
+        reconstruct([tmp_path / "photos" / "c.png"], **options)
 
 
 def test_files_of_any_size_are_published_beside_their_reconstructions(

@@ -9,16 +9,27 @@ from typing import Any, Protocol
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError, printable
-from vqpipe.files import digest_json, hash_file, with_final_name
+from vqpipe.files import digest_json, hash_file, nearest_path, with_final_name
 from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
 RUNS = ".runs.json"
 """In the directory of an unfinished artifact: the environment and the command of its runs."""
-KINDS = (
-    *("dataset", "features", "codebook", "tokenizer", "tokens", "latents", "report", "images"),
-    *("generator", "classifier", "statistics", "autoencoder"),
-)
+KINDS = {
+    "dataset": "vqpipe prepare-data",
+    "features": "vqpipe extract-features",
+    "codebook": "vqpipe kmeans",
+    "tokenizer": "vqpipe train or vqpipe import-checkpoint",
+    "tokens": "vqpipe tokenize",
+    "latents": "vqpipe train-generator --images",
+    "report": "vqpipe eval",
+    "images": "vqpipe generate or vqpipe detokenize",
+    "generator": "vqpipe train-generator",
+    "classifier": "vqpipe train-classifier",
+    "statistics": "vqpipe eval-generation --statistics",
+    "autoencoder": "vqpipe import-checkpoint",
+}
+"""Kind -> the commands that publish it."""
 
 
 class Input(Protocol):
@@ -155,12 +166,12 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         again = f"Finish it with: {command}" if command else "Run its command again"
         raise ArtifactError(f"{path} is not finished", f"{again}; vqpipe inspect {partial} says how far it is")
     if not path.exists():
-        raise ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", "Check the path")
+        raise ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", nearest_path(path))
     if not (path / "manifest.json").is_file():
         raise ArtifactError(f"{path} is not a vqpipe artifact: it has no manifest.json", "Check the path")
     manifest = read_manifest(path / "manifest.json")
     if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{path} is of kind {manifest.kind}, {kind} is needed", "Check the path")
+        raise ArtifactError(f"{path} is of kind {manifest.kind}, {kind} is needed", f"Pass what {KINDS[kind]} makes")
     for name, entry in manifest.files.items():
         check_name(name)
         file = path / name

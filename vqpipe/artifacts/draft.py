@@ -401,15 +401,18 @@ def difference_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
                 [each for each in now_named if each not in names],
                 [each for each in names if each not in now_named],
             )
-            parts = [f"without {listed(new)}"] * bool(new) + [f"with {listed(gone)}"] * bool(gone)
-            return f"other {noun}: {' and '.join(parts) or 'in another order'}"
+            if new and gone:
+                return f"other {noun}: {listed(gone)}, not {listed(new)}"
+            kept = f"without {listed(new)}" if new else f"also {listed(gone)}" if gone else "in another order"
+            return f"other {noun}: {kept}"
     return f"other settings: {difference(before, after).removeprefix('config.')}"
 
 
 def listed(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+    *first, last = [*names[:NAMED], *more]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def without_tolerance(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from vqpipe.data.decoding import BadImage, decode
 from vqpipe.data.sources import has_image_extension
 from vqpipe.data.transforms import pixels
 from vqpipe.errors import DataError, printable
+from vqpipe.files import nearest_path
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of, ssim_gaussian
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports import page
@@ -155,7 +156,7 @@ def read_image(file: Path) -> Tensor:
     try:
         return pixels(decode(file.read_bytes()))
     except BadImage as error:
-        raise DataError(f"{file}: {error.what}", "Omit this file") from None
+        raise DataError(f"{file}: {error.what}", "Pass image files only") from None
 
 
 def image_sizes(files: Sequence[Path]) -> list[tuple[int, int]]:
@@ -187,7 +188,8 @@ def find_files(names: Sequence[Path]) -> list[Path]:
         matches = [name] if name.is_dir() else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
         if not matches:
             kind = "matches no file" if glob.has_magic(str(name)) else "is not a file"
-            raise DataError(f"{name} {kind}", "Pass image files, a folder, or a pattern such as 'photos/*.jpg'")
+            hint = nearest_path(name, "Pass image files, a folder, or a pattern such as 'photos/*.jpg'")
+            raise DataError(f"{name} {kind}", hint)
         for match in matches:
             found += images_below(match) if match.is_dir() else [match]
     return found

@@ -55,10 +55,10 @@ class TokenLayout:
         """
         if ids.ndim not in (2, 3) or ids.shape[1] != self.num_tokens:
             what, channels = ("ids", "") if ids.ndim != 3 else ("codes", ", channels")
-            raise DataError(
-                f"{what} of shape {list(ids.shape)} where [images, {self.num_tokens}{channels}] is expected",
-                f"The layout is grids {list(map(list, self.grids))} with {self.num_groups} group(s)",
-            )
+            expected = f"[images, {self.num_tokens}{channels}] is expected"
+            grids = " + ".join(f"{height} x {width}" for height, width in self.grids)
+            groups = f" of {self.num_groups} groups each" if self.num_groups > 1 else ""
+            raise DataError(f"{what} of shape {list(ids.shape)} where {expected}", f"It has {grids} positions{groups}")
         sizes = [height * width * self.num_groups for height, width in self.grids]
         parts = ids.split(sizes, dim=1)
         return [part.unflatten(1, (*grid, self.num_groups)) for part, grid in zip(parts, self.grids, strict=True)]
