@@ -51,7 +51,7 @@ COMMANDS = {
     "eval-generation": Command("eval_generation", "eval_generation", "Measure generated images."),
     "train-classifier": Command("train_classifier", "train_classifier", "Train a classifier of tokens."),
     "compare": Command("compare", "compare", "Compare reports side by side."),
-    "inspect": Command("inspect_artifact", "inspect", "Print an artifact's manifest, facts and lineage."),
+    "inspect": Command("inspect_artifact", "inspect", "Print an artifact's facts, command and lineage."),
     "push": Command("push", "push", "Upload a tokenizer to the model hub."),
     "zoo": Command("list_zoo", "zoo", "List the published tokenizers, or print all about one."),
     "presets": Command("list_presets", "presets", "List the presets, or print one."),
@@ -63,6 +63,13 @@ COMMANDS = {
 
 class LazyGroup(TyperGroup):
     """Lists commands from the table, and imports the one that is run."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # of pydantic, which typer calls
+            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)

@@ -24,8 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stages import signals
-from vqpipe.errors import printable
-from vqpipe.files import check_out, with_final_name
+from vqpipe import presets
+from vqpipe.errors import ArtifactError, DataError, printable
+from vqpipe.files import check_out, nearest_path, with_final_name
 from vqpipe.words import counted
 
 if TYPE_CHECKING:
@@ -84,8 +85,23 @@ UnusedDevice = Annotated[
 UnusedSeed = Annotated[
     int, typer.Option("--seed", help="No effect in this command; every command accepts it.", metavar="N")
 ]
+
+
+def known_preset(name: str | None) -> str | None:
+    """The value of --preset."""
+    if name is not None:
+        presets.find(name)
+    return name
+
+
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="Settings to start from: see `vqpipe presets`.", metavar="NAME|FILE.toml")
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Settings to start from: see `vqpipe presets`.",
+        metavar="NAME|FILE.toml",
+        callback=known_preset,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -95,6 +111,28 @@ Set = Annotated[
         metavar="section.key=value",
     ),
 ]
+
+
+def check_images(names: Sequence[str]) -> None:
+    """Raise a DataError for a path that does not exist, without opening the others."""
+    for name in map(str, names):
+        if not any(mark in name for mark in ":*?[{") and not is_there(Path(name)):
+            hint = "Give a folder, tars, Parquet, a zip, a list of paths, or an artifact"
+            raise DataError(f"no such images: {name}", nearest_path(Path(name), hint))
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raise an ArtifactError for a folder that does not exist."""
+    if ":" not in str(path) and not is_there(Path(path)):
+        raise ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", nearest_path(Path(path)))
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder, or an unfinished artifact, which is refused with the command to finish it."""
+    path = with_final_name(path)
+    return path.exists() or path.with_name(f"{path.name}.partial").exists()
+
+
 Images = Annotated[
     list[str],
     typer.Option(
@@ -167,6 +205,13 @@ TrainPrecision = Annotated[
     PrecisionName | None,
     typer.Option("--precision", help="Precision of convolutions and matrix products; default: the preset's."),
 ]
+
+
+def known_size(text: str | None) -> str | None:
+    """The value of --image-size of tokenize and eval. Raises BadParameter for anything but a size."""
+    if text is not None and not re.fullmatch("native|[0-9]+(x[0-9]+)?", text, re.IGNORECASE):
+        raise typer.BadParameter(f"{text!r} is not an image size; write 256, 2560x1440 (width x height), or native")
+    return text
 
 
 def known_loggers(names: list[str] | None) -> list[str] | None:
@@ -255,15 +300,6 @@ def say(text: str) -> None:
     if prints():
         with suppress(OSError):
             stderr().print("\n".join(map(printable, text.split("\n"))), highlight=False, markup=False, soft_wrap=True)
-
-
-def check_images(names: Sequence[str]) -> None:
-    """Raise a DataError for a path that does not exist, without opening the others."""
-    from vqpipe import data
-
-    for name in names:
-        if not any(mark in name for mark in (":", "*", "?", "[", "{")) and not Path(name).exists():
-            data.images.open_images([name])
 
 
 def open_images(

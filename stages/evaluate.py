@@ -27,7 +27,10 @@ def evaluate(
     image_size: Annotated[
         str | None,
         typer.Option(
-            "--image-size", help="Side of the center crop, WIDTHxHEIGHT, or native (whole images).", metavar="PIXELS"
+            "--image-size",
+            help="Side of the center crop, WIDTHxHEIGHT, or native (whole images).",
+            metavar="PIXELS",
+            callback=console.known_size,
         ),
     ] = None,
     tile: Annotated[
@@ -124,6 +127,7 @@ def evaluate(
     weights-inception-2015-12-05-6726825d.pth (rFID, and --metrics),
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
+    console.check_images(images)  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import recipe
         from vqpipe import analysis

@@ -46,6 +46,7 @@ def extract_features(
 
     `vqpipe kmeans` clusters them into a codebook.
     """
+    console.check_images(images)  # before PyTorch is loaded
     with console.session(device, seed) as torch_device:
         from stages import estimates, recipe
         from vqpipe import artifacts, distributed

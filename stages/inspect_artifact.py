@@ -29,7 +29,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
 ) -> None:
-    """Print an artifact's facts, the command that made it, and its lineage.
+    """Print an artifact's facts, command and lineage.
 
     Of an unfinished one (DIR.partial), print how far it is.
     """

@@ -10,7 +10,7 @@ import typer
 
 from stages import console
 from vqpipe.errors import ConfigError
-from vqpipe.presets import estimates, heads
+from vqpipe.presets import estimates, find, heads
 
 MACHINE = "1 x 80 GB"
 """The machine of vqpipe.presets.estimates that the list has figures of."""
@@ -42,7 +42,8 @@ def presets(
     if name is not None:
         if word is not None:
             raise ConfigError("--filter is for the list, not for one preset", "Leave out the name of the preset")
-        from stages.recipe import resolved_toml  # imports PyTorch, which the list does not need
+        find(name)  # raises for a name that is unknown, before PyTorch is imported
+        from stages.recipe import resolved_toml
 
         print(resolved_toml(name), end="")
         return

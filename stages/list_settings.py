@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,9 +15,13 @@ from vqpipe.config import toml_value
 if TYPE_CHECKING:
     from vqpipe.settings import Setting
 
+WithSettings = Literal["extract-features", "kmeans", "train", "eval", "train-generator", "generate", "train-classifier"]
+
 
 def settings(
-    command: Annotated[str, typer.Argument(help="A command that takes --preset, such as train.", metavar="COMMAND")],
+    command: Annotated[
+        WithSettings, typer.Argument(help="A command that reads settings from a preset.", metavar="COMMAND")
+    ],
     word: Annotated[
         str, typer.Option("--filter", help="List only settings whose section, name or doc has this.", metavar="WORD")
     ] = "",

@@ -15,7 +15,7 @@ HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SI
 """The terminal was closed; empty if SIGHUP is ignored (nohup)."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *HANGUP)
 """Signals that ask a command to stop; batch systems send SIGUSR1 before a job's time ends."""
-INTERRUPTED = "interrupted; run the same command again to resume"
+INTERRUPTED = "interrupted; the same command again resumes from what is written"
 LONGEST_COMMAND = 500
 """Characters up to which the command is printed."""
 

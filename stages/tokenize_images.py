@@ -23,6 +23,7 @@ def tokenize(
             help="Side of the center crop; WIDTHxHEIGHT: resized until both sides are covered, then the center; "
             "native: each image at its own size, see above.",
             metavar="PIXELS",
+            callback=console.known_size,
         ),
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
@@ -65,6 +66,8 @@ def tokenize(
     least one image, the largest first: --max-pixels leaves out those for which
     memory does not suffice. Generators are trained on images of one size.
     """
+    console.check_images(images)  # before PyTorch is loaded
+    console.check_tokenizer(tokenizer)
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
         from vqpipe import distributed

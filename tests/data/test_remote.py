@@ -561,7 +561,7 @@ def test_signal_ends_a_process_that_waits_for_a_stalled_server(
         os.kill(child, number)
         assert int(launcher.stdout.readline()) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
         assert time.monotonic() - start < 8
-        assert (tmp_path / "errors").read_text() == "interrupted; run the same command again to resume\n"
+        assert (tmp_path / "errors").read_text() == "interrupted; the same command again resumes from what is written\n"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)

@@ -1,15 +1,16 @@
 """The choices of options are written in the commands, which import the library only when they run."""
 
 from collections.abc import Callable
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 
-from stages import bench
+from stages import bench, recipe
 from stages.detokenize import detokenize
 from stages.eval_generation import eval_generation
 from stages.extract_features import extract_features
 from stages.kmeans import kmeans
+from stages.list_settings import settings
 from stages.tokenize_images import tokenize
 from stages.train import train
 from vqpipe.codebooks import features
@@ -31,6 +32,7 @@ from vqpipe.training import tokenizer_run
         (kmeans, "init", clustering.Init),
         (kmeans, "select", clustering.Select),
         (eval_generation, "protocol", generation.ProtocolName),
+        (settings, "command", Literal[tuple(recipe.SECTIONS)]),
     ],
 )
 def test_an_option_has_the_choices_of_the_library(command: Callable[..., Any], option: str, choices: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from stages import signals
+from stages import cli, signals
 from stages.console import known_loggers
 from vqpipe.files import with_final_name
 
@@ -54,3 +54,33 @@ def test_unknown_logger_is_wrong_usage() -> None:
     assert known_loggers(["tensorboard", "wandb"]) == ["tensorboard", "wandb"]
     with pytest.raises(typer.BadParameter, match="'tensorbord' is not one of tensorboard, wandb"):
         known_loggers(["tensorbord"])
+
+
+WRONG = {
+    "settings": ("", 2, "Missing argument 'COMMAND'. Choose from:"),
+    "settings trian": ("", 2, "'trian' is not one of 'extract-features', 'kmeans', 'train'"),
+    "presets smal": ("", 1, "no preset is called 'smal'. Did you mean small?"),
+    "train --images photos --preset smal": ("out", 1, "no preset is called 'smal'. Did you mean small?"),
+    "tokenize --images photo --tokenizer builtin:photos-f8": ("out", 1, "no such images: photo. Did you mean photos?"),
+    "tokenize --images photos --tokenizer photoz": ("out", 1, "no such folder. Did you mean photos?"),
+    "tokenize --images photos --tokenizer photos --image-size big": ("out", 2, "'big' is not an image size; write 256"),
+    "tokenize --images photos --tokenizer photos --precision fp31": ("out", 2, "--precision': 'fp31' is not one of"),
+}
+"""Wrong words -> the value of --out, the exit code, and what is said."""
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_words_are_refused_before_pytorch_is_loaded(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, code, said = WRONG[words]
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["vqpipe", *words.split(), *(["--out", out] if out else [])])
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it is an ImportError
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert said in printed
+    assert "Value error" not in printed
