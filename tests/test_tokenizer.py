@@ -1,4 +1,5 @@
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import vqpipe
-from vqpipe import Tokenizer, VqpipeError
+from vqpipe import Tokenizer, VqpipeError, artifacts
 from vqpipe.data import TokenDataset, open_images
 from vqpipe.data.decoding import decode
 from vqpipe.data.transforms import center_crop, to_float, to_uint8
@@ -471,6 +472,33 @@ def test_range_of_tensors_on_a_gpu_is_checked_once() -> None:
     assert owner.range_checked
     with pytest.raises(DataError, match="float images in"):
         network_input(torch.full((1, 3, 8, 8), 2.0), owner)
+
+
+def test_an_unfinished_tokenizer_names_the_command_that_finishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/vqpipe", "train", "--out", "t5"])
+    draft = artifacts.start(tmp_path / "t5", "tokenizer", {}, {})
+    assert isinstance(draft, artifacts.Draft)
+    with draft, draft.write("metrics.jsonl") as path:
+        path.write_text("")
+    for name in ("t5", "t5.partial"):
+        with pytest.raises(ArtifactError, match=r"t5 is not finished\. Finish it with: vqpipe train --out t5;"):
+            Tokenizer.from_pretrained(tmp_path / name)
+
+
+def test_tokens_of_another_tokenizer_are_refused_with_the_name_of_the_one_that_made_them(
+    draw_folder: Callable[..., Path], tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["tokenize", "--tokenizer", "builtin:photos-f8"]
+    monkeypatch.setattr(sys, "argv", ["vqpipe", *words])
+    folder = draw_folder(tmp_path / "images", 1, side=64)
+    made = Tokenizer.from_pretrained("builtin:photos-f8").write_tokens(folder, tmp_path / "tokens", image_size=64)
+    tokenizer.save_pretrained(tmp_path / "mine")
+    with pytest.raises(
+        ArtifactError, match=r"tokenizer photos-f8 \(.*\), not by mine \(.*\)\. Pass builtin:photos-f8\."
+    ):
+        Tokenizer.from_pretrained(tmp_path / "mine").check_made(made)
 
 
 SCRIPT_OF_A_USER = """
