@@ -54,7 +54,7 @@ def test_pool_need_not_divide_the_grid(tmp_path: Path) -> None:
 
 def test_pool_larger_than_the_grid_is_refused_before_images_are_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="8 x 8 patches cannot be averaged to 9 x 9"):
-        extract_features(["nowhere"], tmp_path / "features", pool=9, overrides=SETTINGS)
+        extract_features([str(tmp_path)], tmp_path / "features", pool=9, overrides=SETTINGS)
 
 
 def test_weights_are_downloaded_only_with_the_option(tmp_path: Path, hub: Any) -> None:
