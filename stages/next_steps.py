@@ -16,6 +16,7 @@ from pyarrow import ArrowException, parquet
 from stages.cli import COMMANDS
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.artifacts.artifact import partial_path
+from vqpipe.device import bf16_is_faster
 from vqpipe.errors import VqpipeError
 
 VECTORS_PER_CODE = 10
@@ -220,9 +221,9 @@ def takes_codebook_of(preset: str) -> bool:
 
 
 def train_precision(device: str) -> Literal["fp32"] | None:
-    """fp32 on a CPU without AVX-512, which emulates bf16 many times slower; None: that of the preset."""
+    """fp32 on a CPU that computes bf16 no faster, where it may take many times as long; None: that of the preset."""
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return "fp32" if on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
+    return "fp32" if on_cpu and not bf16_is_faster(torch.device("cpu")) else None
 
 
 def beside(path: Path, name: str) -> Path:
