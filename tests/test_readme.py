@@ -39,8 +39,7 @@ def commands_of(page: Path) -> list[str]:
     """Every `vqpipe` command line of a page's shell blocks, also those that torchrun or the guide's example start."""
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", text_of(page), flags=re.DOTALL)).replace("\\\n", " ")
     found = [
-        re.search(r"^(?:vqpipe|torchrun .* -m stages|python \S+_quantizer\.py) (.*)", line)
-        for line in shell.splitlines()
+        re.search(r"^(?:vqpipe(?: --import \S+)?|torchrun .* -m stages) (.*)", line) for line in shell.splitlines()
     ]
     return [re.sub(r"\s+#.*", "", match[1]) for match in found if match]
 
