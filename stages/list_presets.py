@@ -56,6 +56,12 @@ def presets(
         groups.setdefault((head.get("paper", ""), command), []).append((preset, head))
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
     width, figures, whole = max(len(preset) for preset, _ in found), estimates(), columns is None or columns >= WIDE
+    if whole:
+        print(
+            wrapped(
+                "GiB and hours: what vqpipe plan estimates for one GPU of 80 GB, where the preset fits.", columns, 0
+            )
+        )
     for (paper, command), members in sorted(groups.items(), key=lambda item: (item[0][0] != "", -len(item[1]))):
         print(wrapped(f"{paper or SMALL}: {command}", columns, 2))
         for preset, head in members:
