@@ -212,7 +212,7 @@ def test_first_signal_stops_after_the_step_and_the_second_at_once(
         patch.setattr(loop, "seed_step", seed_step)
         done = vqpipe(folder, *TRAIN)
     assert done.returncode == code
-    assert "interrupted; run the same command again" in done.stderr
+    assert "interrupted; the same command again resumes" in done.stderr
     with pytest.raises(ArtifactError, match="is not finished"):
         open_artifact(folder / "out")
     resumes({1: 5, 2: 3}[times])

@@ -137,7 +137,7 @@ def seeds_cell(measure: Measure, pair: tuple[float, float] | None, best: float |
     if pair is None:
         return page.Cell("–")
     numbers = [written(measure, value, unit=False) for value in pair]
-    varies = seeds > 1 and (measure.higher_is_better is not None or pair[1] > 0)  # bits per pixel do not
+    varies = seeds > 1 and (measure.key != "bits_per_pixel" or pair[1] > 0)
     return page.Cell(" ± ".join(numbers) if varies else numbers[0], pair[0] == best)
 
 
