@@ -311,7 +311,7 @@ def test_the_color_theme_can_be_chosen(open_page: Open, evaluation_html: str) ->
         grounds.append(view.evaluate("() => getComputedStyle(document.body).backgroundColor"))
         view.locator(".theme").click()
     assert grounds[0] == grounds[2] != grounds[1]
-    assert view.locator(".theme").inner_text() == "Auto"
+    assert view.locator(".theme").inner_text() == "Theme: auto"
 
 
 @pytest.mark.slow

@@ -293,6 +293,8 @@ def test_globs_and_brace_patterns(tmp_path: Path, pack: Pack, monkeypatch: pytes
     (tmp_path / "odd{1,2}*.tar").write_bytes(pack({"odd.png": b"x"}))
     all_keys = [f"k{number}" for number in range(12)]
     assert keys(tmp_path / "s-*.tar") == all_keys
+    assert open_images(tmp_path / "s-*.tar").name == "s-*.tar"
+    assert open_images(tmp_path / "*-0*.tar").name == f"{tmp_path.name}/*-0*.tar"
     assert keys(f"{tmp_path}/s-{{000000..000011}}.tar") == all_keys
     assert keys(f"{tmp_path}/s-0000{{11,00}}.tar") == ["k11", "k0"]  # braces keep their order
     assert keys(f"file://{tmp_path}/s-000003.tar") == ["k3"]

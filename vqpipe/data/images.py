@@ -321,7 +321,8 @@ def open_source(spec: str) -> ImageSource:
         raise DataError(
             f"{shown} names files of several kinds: {', '.join(forms.values())}", "Give each kind its own --images"
         )
-    name = printable(shown.rpartition("/")[2] or shown)
+    parts = shown.split("/")
+    name = printable("/".join(parts[-2:]) if parts[-1].startswith("*") else parts[-1] or shown)  # *.tar says nothing
     match next(iter(forms)):
         case "parquet":
             return open_parquets(urls, name)

@@ -333,7 +333,7 @@ for (const command of document.querySelectorAll(".command")) {
 const theme = document.querySelector(".theme"), themes = ["", "dark", "light"];
 const paint = (name) => {
   document.documentElement.dataset.theme = name;
-  theme.textContent = name ? `${name[0].toUpperCase()}${name.slice(1)}` : "Auto";
+  theme.textContent = `Theme: ${name || "auto"}`;
   theme.setAttribute("aria-label", `Color theme: ${name || "system"}`);
 };
 theme.hidden = false;
