@@ -99,6 +99,7 @@ def reconstruct(
                 draft,
                 autoencoder,
                 named,
+                sizes,
                 groups=prefixes,
                 tile=tile,
                 overlap=overlap,

@@ -78,8 +78,8 @@ def start(
     `inputs` maps a role ("images", "codebook") to what is read: its digest is part of the request, its lineage of the
     provenance. `option` is the command-line option that names `out`, and `tolerance` the one that sets the largest
     share of unusable images, for messages; `remedies` says what to do where `out` was made with another value of a
-    setting, by its name. Returns the Artifact if it was published with the same request, else a
-    locked Draft. The tolerance is not compared: it changes no byte of what is written.
+    setting, by its name. Returns the Artifact if it was published with the same request, else a locked Draft. The
+    tolerance is not compared: it changes no byte of what is written.
 
     Raises:
         ArtifactError: `out` was made or started with another request (the message names the first differing key), or
@@ -89,8 +89,8 @@ def start(
     check_out(out, option)
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
-    draft = Draft(out, requested, {role: lineage_of(value) for role, value in inputs.items()}, option, tolerance)
-    draft.remedies = remedies or {}
+    lineage = {role: lineage_of(value) for role, value in inputs.items()}
+    draft = Draft(out, requested, lineage, option, tolerance, remedies or {})
     if distributed.on_main(draft.prepare):
         return open_artifact(out, kind)
     draft.request = distributed.broadcast_object(draft.request)
@@ -105,10 +105,15 @@ class Draft:
     """
 
     def __init__(
-        self, out: Path, requested: dict[str, Any], lineage: dict[str, Any], option: str, tolerance: str
+        self,
+        out: Path,
+        requested: dict[str, Any],
+        lineage: dict[str, Any],
+        option: str,
+        tolerance: str,
+        remedies: Mapping[str, str],
     ) -> None:
-        self.out, self.option, self.tolerance = out, option, tolerance
-        self.remedies: Mapping[str, str] = {}
+        self.out, self.option, self.tolerance, self.remedies = out, option, tolerance, remedies
         self.path = partial_path(out)
         self.requested = requested
         self.kind: str = requested["kind"]

@@ -37,6 +37,7 @@ def reconstruct_files(
     draft: Draft,
     autoencoder: Tokenizer | ContinuousAutoencoder,
     files: Mapping[str, Path],
+    sizes: Sequence[tuple[int, int]],
     *,
     groups: Sequence[int | None],
     tile: int,
@@ -51,6 +52,7 @@ def reconstruct_files(
 
     Args:
         files: name of each PNG -> the image file, as `png_names` returns them.
+        sizes: (H, W) of each file, as `image_sizes` returns them, for the progress.
         groups: for each reconstruction of an image, the number of groups to decode; None: all of them. Several
             reconstructions are labelled, their files are reconstructions/NAME-groups-K.png, and their PSNR and SSIM
             are lists.
@@ -62,8 +64,8 @@ def reconstruct_files(
     names, several = list(files)[distributed.rank() :: distributed.world_size()], len(groups) > 1
     options: dict[str, Any] = {"tile": tile, "overlap": overlap, "shared_norms": shared_norms}
     options["on_tile"] = progress.advance
-    sizes = image_sizes([files[name] for name in names])
-    tiles = [len(groups) * num_tiles(*size, tile, overlap, autoencoder.downsample_factor) for size in sizes]
+    own = sizes[distributed.rank() :: distributed.world_size()]
+    tiles = [len(groups) * num_tiles(*size, tile, overlap, autoencoder.downsample_factor) for size in own]
     progress.start("reconstruct", sum(tiles), "images" if sum(tiles) == len(names) else "tiles")
     for name, count in zip(names, tiles, strict=True):
         if draft.record(name) is not None:
