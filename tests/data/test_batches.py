@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from vqpipe.data.batches import (
+    Draws,
     BLOCK,
     Batch,
     OrderedBatches,
@@ -114,6 +115,16 @@ def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_resuming(image
 def test_the_order_is_stable_between_versions() -> None:
     assert permutation(0, 0, 8).tolist() == [7, 6, 3, 2, 4, 1, 5, 0]
     assert permutation(7, 3, 8).tolist() == [2, 1, 7, 6, 5, 4, 3, 0]
+
+
+def test_the_numbers_of_a_draw_depend_on_nothing_else() -> None:
+    draws = Draws(seed=3)
+    asked = [(0, 5, 0), (0, 2, 0), (1, 5, 0), (0, 5, 1), (2**40, 2**40, 255), (0, 4, 255), (0, 0, 0)]
+    numbers = [draws.numbers(*draw) for draw in asked]
+    assert numbers == [Draws(seed=3).numbers(*draw) for draw in asked]
+    assert len({number for drawn in numbers for number in drawn}) == 8 * len(asked)  # no draw shares one with another
+    assert draws.numbers(0, 5, 0) != Draws(seed=4).numbers(0, 5, 0)
+    assert draws.numbers(0, 5, 0)[:2] == [0.6526735437390104, 0.3605005313481042]  # in every version
 
 
 def test_resuming_reads_no_earlier_image(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:

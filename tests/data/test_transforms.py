@@ -272,7 +272,7 @@ def test_random_crop_is_a_window_of_the_resized_image() -> None:
 
 def trained_on(data: bytes, config: DataConfig, seed: int) -> torch.Tensor:
     crop = np.empty((3, config.image_size, config.image_size), np.uint8)
-    training_crop(data, config, np.random.default_rng(seed), crop)
+    training_crop(data, config, np.random.default_rng(seed).random(4).tolist(), crop)
     return torch.from_numpy(crop)
 
 
@@ -308,8 +308,9 @@ def test_exact_training_crops_are_pillows(resize: str) -> None:
         data = photograph(150, 100)
         if resize == "fast":  # what it leaves to Pillow
             data = encode(Image.open(io.BytesIO(data)), "PNG")
-        rng, image = np.random.default_rng(seed), Image.open(io.BytesIO(data)).convert("RGB")
-        flipped, (scale, across, down) = rng.random() < 0.5, rng.random(3)
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        flip, scale, across, down = np.random.default_rng(seed).random(4)
+        flipped = flip < 0.5
         short = round(48 * (1 + scale * 0.7))
         width = round(150 * (short / 100))
         left, upper, x, y = int(across * (width - 47)), int(down * (short - 47)), 150 / width, 100 / short

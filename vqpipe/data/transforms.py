@@ -16,6 +16,7 @@ Crops of evaluation protocols (`Framing`):
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -133,7 +134,7 @@ def ten_crops(images: Tensor, size: int) -> list[Tensor]:
     ]
 
 
-def random_crop(image: Image.Image, size: int, drawn: np.ndarray, max_scale: float = 1.0) -> Tensor:
+def random_crop(image: Image.Image, size: int, drawn: Sequence[float], max_scale: float = 1.0) -> Tensor:
     """uint8[3, size, size]: a random square, after resizing the short side to size x [1, max_scale], antialiased.
 
     `drawn`: three numbers in [0, 1), of the scale, x and y.
@@ -142,11 +143,11 @@ def random_crop(image: Image.Image, size: int, drawn: np.ndarray, max_scale: flo
 
 
 def random_window(
-    image_size: tuple[int, int], size: int, drawn: np.ndarray, max_scale: float
+    image_size: tuple[int, int], size: int, drawn: Sequence[float], max_scale: float
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The size to which `random_crop` resizes an image, and the corner of the crop; sizes are (width, height), the
     corner is (x, y)."""
-    scale, across, down = drawn.tolist()
+    scale, across, down = drawn
     short = round(size * (1.0 + scale * (max_scale - 1.0)))
     factor = short / min(image_size)
     width, height = max(short, round(image_size[0] * factor)), max(short, round(image_size[1] * factor))
@@ -156,7 +157,7 @@ def random_window(
 def fast_crop(
     data: bytes,
     size: int,
-    drawn: np.ndarray,
+    drawn: Sequence[float],
     max_scale: float = 1.0,
     max_pixels: int = MAX_PIXELS,
     color: Color = "ignore",
@@ -231,26 +232,27 @@ def resize_part(
 def training_crop(
     data: bytes,
     config: DataConfig,
-    rng: np.random.Generator,
+    drawn: Sequence[float],
     out: np.ndarray,
     color: Color = "ignore",
     scratch: Scratch | None = None,
 ) -> None:
     """Write the crop and flip of section [data] of an encoded image to `out`, uint8[3, S, S].
 
+    `drawn`: four numbers in [0, 1), of the flip, and those of `random_crop`.
+
     Raises:
         BadImage: as `decode`.
     """
-    flipped = config.flip and bool(rng.random() < 0.5)
+    flipped = config.flip and drawn[0] < 0.5
     size, crop = config.image_size, None
     if config.crop == "center":
         crop = center_crop(decode(data, config.max_pixels, color), size).numpy()
     else:
-        drawn = rng.random(3)
         if config.resize == "fast":
-            crop = fast_crop(data, size, drawn, config.max_scale, config.max_pixels, color, scratch)
+            crop = fast_crop(data, size, drawn[1:], config.max_scale, config.max_pixels, color, scratch)
         if crop is None:
-            crop = random_crop(decode(data, config.max_pixels, color), size, drawn, config.max_scale).numpy()
+            crop = random_crop(decode(data, config.max_pixels, color), size, drawn[1:], config.max_scale).numpy()
     out[...] = crop[..., ::-1] if flipped else crop
 
 
