@@ -25,7 +25,12 @@ for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
         --set objective.commitment=0.25 "${published[@]}"
     $runs "ema-$K-tuned" --set $Q.kind=ema --set $Q.codebook_size="$K" --set $Q.decay=0.9 --set train.quantizer_rate=1.0 \
         --set objective.commitment=0.25
-    $runs "simvq-$K" --set $Q.kind=simvq --set $Q.codebook_size="$K" "${learned[@]}"
-    $runs "vqbridge-$K" --set $Q.kind=vqbridge --set $Q.codebook_size="$K" --set $Q.patch_size=$patch "${learned[@]}"
+    for row in "simvq-$K --set $Q.kind=simvq" "vqbridge-$K --set $Q.kind=vqbridge --set $Q.patch_size=$patch"; do
+        read -r name options <<< "$row"
+        # shellcheck disable=SC2086
+        $runs "$name" $options --set $Q.codebook_size="$K" "${learned[@]}"
+        # shellcheck disable=SC2086
+        $runs "$name-tuned" $options --set $Q.codebook_size="$K" "${tuned[@]}"
+    done
 done
 table a-size
