@@ -124,8 +124,26 @@ def plots(rows: Sequence[Row]) -> dict[str, Plot | None]:
     }
 
 
-def markdown(rows: Sequence[Row]) -> Iterable[str]:
-    """A table with a line per run, best PSNR of equal bits in bold."""
+def averaged(rows: Iterable[Row]) -> list[Row]:
+    """A row per run: the mean of each number over its seeds, and `spread`, the standard deviation of the PSNR where there
+    are several."""
+    seeds: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        seeds.setdefault((row["run"], row["steps"]), []).append(row)
+    means = []
+    for found in seeds.values():
+        row = dict(found[0])
+        for name in COLUMNS[COLUMNS.index("psnr") :]:
+            if all(each[name] for each in found):
+                row[name] = str(statistics.mean(float(each[name]) for each in found))
+        row["spread"] = f"{statistics.stdev(float(each['psnr']) for each in found):.2f}" if len(found) > 1 else ""
+        means.append(row)
+    return means
+
+
+def markdown(rows: Iterable[Row]) -> Iterable[str]:
+    """A table with a line per run, the best PSNR of equal bits in bold; of several seeds the mean and the spread."""
+    rows = averaged(rows)
     best: dict[str, float] = {}
     for row in rows:
         best[row["bits_per_pixel"]] = max(float(row["psnr"]), best.get(row["bits_per_pixel"], 0.0))
@@ -133,7 +151,7 @@ def markdown(rows: Sequence[Row]) -> Iterable[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: (int(row["groups"]), int(row["codes"]), -float(row["psnr"]))):
         codes = f"{int(row['codes']):,}" if row["groups"] == "1" else f"{row['groups']} x {int(row['codes']):,}"
-        psnr = f"{float(row['psnr']):.2f} dB"
+        psnr = f"{float(row['psnr']):.2f}{' ± ' * bool(row['spread'])}{row['spread']} dB"
         psnr = f"**{psnr}**" if float(row["psnr"]) == best[row["bits_per_pixel"]] else psnr
         cells = (
             codes,
@@ -141,8 +159,8 @@ def markdown(rows: Sequence[Row]) -> Iterable[str]:
             f"{float(row['bits_per_pixel']):.3f}",
             psnr,
             f"{float(row['ssim']):.3f}",
-            row["squeeze"][:5] or "-",
-            row["mobilenet"] or "-",
+            f"{float(row['squeeze']):.3f}" if row["squeeze"] else "-",
+            f"{float(row['mobilenet']):.0f}" if row["mobilenet"] else "-",
             f"{float(row['used']) * 100:.1f} %",
             f"{float(row['perplexity']):,.0f}",
         )
@@ -150,7 +168,7 @@ def markdown(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def tries(rows: Sequence[Row]) -> Iterable[str]:
-    """A table of the runs of other parts, and of longer ones, by their names."""
+    """A table of the runs of other parts, and of longer ones, by their names and a line for each seed."""
     yield "| run | steps | PSNR | SSIM | codes in use | perplexity |"
     yield "|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: float(row["psnr"])):
