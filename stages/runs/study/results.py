@@ -125,8 +125,8 @@ def plots(rows: Sequence[Row]) -> dict[str, Plot | None]:
 
 
 def averaged(rows: Iterable[Row]) -> list[Row]:
-    """A row per run: the mean of each number over its seeds, and `spread`, the standard deviation of the PSNR where there
-    are several."""
+    """A row per run: the mean of each number over its seeds, and `spread`, the standard deviation of the PSNR over
+    several seeds."""
     seeds: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         seeds.setdefault((row["run"], row["steps"]), []).append(row)
