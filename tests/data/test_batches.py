@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from vqpipe.data.batches import (
-    Draws,
     BLOCK,
     Batch,
+    Draws,
     OrderedBatches,
     Shuffle,
     TrainingStream,
