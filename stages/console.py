@@ -25,8 +25,9 @@ from rich.text import Text
 
 from stages import signals
 from vqpipe import presets
-from vqpipe.errors import ArtifactError, DataError, printable
+from vqpipe.errors import ArtifactError, ConfigError, DataError, printable
 from vqpipe.files import check_out, nearest_path, with_final_name
+from vqpipe.image_size import normal_size
 from vqpipe.words import counted
 
 if TYPE_CHECKING:
@@ -209,9 +210,10 @@ TrainPrecision = Annotated[
 
 def known_size(text: str | None) -> str | None:
     """The value of --image-size of tokenize and eval. Raises BadParameter for anything but a size."""
-    if text is not None and not re.fullmatch("native|[0-9]+(x[0-9]+)?", text, re.IGNORECASE):
-        raise typer.BadParameter(f"{text!r} is not an image size; write 256, 2560x1440 (width x height), or native")
-    return text
+    try:
+        return None if text is None else str(normal_size(text))
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def known_loggers(names: list[str] | None) -> list[str] | None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from stages import console
 from stages.console import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
 from vqpipe.errors import ConfigError
+from vqpipe.image_size import normal_size
 
 if TYPE_CHECKING:
     from vqpipe.weights import LpipsNet
@@ -151,9 +152,11 @@ def evaluate(
         image_set = console.open_images(images, color=color)
         autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
-        flags |= {"batch_size": batch_size, "metrics": split_names(metrics), "image_size": in_pixels(image_size)}
+        flags |= {"batch_size": batch_size, "metrics": split_names(metrics)}
         if image_size is None and preset is None and not any("eval.image_size" in each for each in overrides or []):
             flags["image_size"] = autoencoder.image_size
+        elif image_size is not None:
+            flags["image_size"] = normal_size(image_size)
         config = recipe.load(preset, overrides, reads=["eval"], eval=flags).eval
         networks = find_networks(weights, torch_device, perceptual_weights)
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
@@ -211,16 +214,6 @@ def perceptual_files(values: list[str]) -> "dict[LpipsNet, Path]":
 def split_names(values: list[str] | None) -> list[str] | None:
     """An option that is repeatable, or takes several names with commas."""
     return [name.strip() for value in values for name in value.split(",")] if values else None
-
-
-def in_pixels(image_size: str | None) -> int | str | None:
-    """`--image-size` as a value of [eval]: the side of a square as a number."""
-    from vqpipe.data.transforms import parse_size
-
-    size = None if image_size is None else parse_size(str(image_size))
-    if size is None:
-        return image_size
-    return size[0] if size[0] == size[1] else f"{size[1]}x{size[0]}"
 
 
 def protocol_table(protocols: Mapping[str, Mapping[str, Any]]) -> Table:

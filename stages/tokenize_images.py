@@ -10,6 +10,7 @@ import typer
 from stages import console
 from stages.console import BatchSize, Device, Images, Limit, Out, Seed, TokenizerPath
 from vqpipe.errors import DataError
+from vqpipe.image_size import fixed_size
 
 
 def tokenize(
@@ -72,7 +73,6 @@ def tokenize(
         from stages import estimates
         from vqpipe import distributed
         from vqpipe.data.tokens import TokensConfig, views_per_image
-        from vqpipe.data.transforms import fixed_size
         from vqpipe.planning.devices import device_of
         from vqpipe.planning.estimate import plan_tokenize
         from vqpipe.tokenizer import Tokenizer

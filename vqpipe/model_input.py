@@ -11,21 +11,11 @@ from torch import Tensor
 
 from vqpipe.data.transforms import to_float
 from vqpipe.errors import DataError
-
-Size = int | tuple[int, int]
-"""(H, W) in pixels, or the side of a square."""
+from vqpipe.image_size import Size, pair_of
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [-1, 1] float images may be."""
 UNSIGNED = "float images without a negative value: if they are in [0, 1], pass 2 * images - 1; [-1, 1] is expected"
-
-
-def pair_of(image_size: Size) -> tuple[int, int]:
-    """(H, W); a number is the side of a square."""
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return height, width
 
 
 def check_tensor_size(images: Tensor, image_size: Size | None) -> None:

@@ -26,8 +26,9 @@ from vqpipe.distributed import check_device
 from vqpipe.downloads import fetch_repository, split_repository, upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError, printable
 from vqpipe.files import atomic_write, hash_file, nearest_path, write_json
+from vqpipe.image_size import Size, pair_of
 from vqpipe.model_card import ModelCard
-from vqpipe.model_input import Size, check_tensor_size, latent_size, network_input, pair_of
+from vqpipe.model_input import check_tensor_size, latent_size, network_input
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import Quantized, TokenLayout

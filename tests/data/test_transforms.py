@@ -21,7 +21,6 @@ from vqpipe.data.transforms import (
     Framing,
     center_crop,
     fast_crop,
-    parse_size,
     pixels,
     random_crop,
     ten_crops,
@@ -541,15 +540,6 @@ def test_framings_can_be_pickled() -> None:
 def test_invalid_framings_are_an_error(rule: str, size: tuple[int, int] | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Framing(rule=rule, size=size)  # type: ignore[arg-type]
-
-
-def test_sizes_are_parsed_as_width_x_height() -> None:
-    assert parse_size("256") == (256, 256)
-    assert parse_size("2560x1440") == (1440, 2560)
-    assert parse_size("native") is None
-    for text in ("", "x", "256x", "0", "-1", "1e3", "2560x1440x3", "2560 x 1440", "Native", "²", "9999999"):
-        with pytest.raises(ConfigError, match="is not an image size"):
-            parse_size(text)
 
 
 @pytest.mark.parametrize(("width", "height", "size"), [(35, 35, 32), (281, 281, 256), (422, 422, 384), (41, 37, 30)])

@@ -63,7 +63,8 @@ WRONG = {
     "train --images photos --preset smal": ("out", 1, "no preset is called 'smal'. Did you mean small?"),
     "tokenize --images photo --tokenizer builtin:photos-f8": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photos --tokenizer photoz": ("out", 1, "no such folder. Did you mean photos?"),
-    "tokenize --images photos --tokenizer photos --image-size big": ("out", 2, "'big' is not an image size; write 256"),
+    "tokenize --images photos --tokenizer photos --image-size big": ("out", 2, "'big' is not an image size. Write 256"),
+    "tokenize --images photos --tokenizer photos --image-size 0": ("out", 2, "'0' is not an image size. Write 256"),
     "tokenize --images photos --tokenizer photos --precision fp31": ("out", 2, "--precision': 'fp31' is not one of"),
 }
 """Wrong words -> the value of --out, the exit code, and what is said."""

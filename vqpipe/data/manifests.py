@@ -15,8 +15,9 @@ from vqpipe.config import from_table, nearest_name, read_toml
 from vqpipe.data.folders import Folder, open_folder, use, walk
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.sources import number_labels
-from vqpipe.data.transforms import Framing, Rule, parse_size
+from vqpipe.data.transforms import Framing, Rule
 from vqpipe.errors import ConfigError, DataError
+from vqpipe.image_size import parse_size
 from vqpipe.progress import SILENT, Progress
 
 ANY_IMAGES = "folder"

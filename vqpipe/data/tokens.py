@@ -52,8 +52,9 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.made_images import Form, shard_file, write_labels, write_shard
 from vqpipe.data.sizes import batch_size_of, group_by_size
 from vqpipe.data.tars import tar_keys
-from vqpipe.data.transforms import Framing, crop_to_multiples, fixed_size, parse_size, ten_crops
+from vqpipe.data.transforms import Framing, crop_to_multiples, ten_crops
 from vqpipe.errors import ConfigError, DataError, VqpipeError
+from vqpipe.image_size import fixed_size, normal_size, parse_size
 from vqpipe.progress import SILENT, Progress
 from vqpipe.words import counted
 
@@ -120,10 +121,8 @@ class TokensConfig:
     """Share of the images that may be unreadable."""
 
     def __post_init__(self) -> None:
-        size = None if self.image_size is None else parse_size(str(self.image_size))
-        if size is not None:
-            written = size[0] if size[0] == size[1] else f"{size[1]}x{size[0]}"
-            object.__setattr__(self, "image_size", written)
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", normal_size(self.image_size))
         if self.crops == "ten" and self.flip:
             raise ConfigError("--crops ten includes the flip of each image", "Omit --flip")
         if self.crops == "ten" and isinstance(self.image_size, str):

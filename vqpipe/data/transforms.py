@@ -307,33 +307,6 @@ class Framing:
         return linear(image, self.size) if self.rule == "linear" else cover(image, self.size)
 
 
-def parse_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of an image size: "256" -> (256, 256); "2560x1440" (width x height) -> (1440, 2560);
-    "native" -> None.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if text == "native":
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 0 < int(side) < 10**6 for side in sides):
-        raise ConfigError(f"{text!r} is not an image size", "Write 256, 2560x1440 (width x height), or native")
-    return int(sides[-1]), int(sides[0])
-
-
-def fixed_size(image_size: int | str) -> tuple[int, int]:
-    """(height, width) of the side of a square, or of "WIDTHxHEIGHT".
-
-    Raises:
-        ConfigError: "native", or no size.
-    """
-    size = parse_size(str(image_size))
-    if size is None:
-        raise ConfigError("images of native sizes have no size in common", "Write 256, or 2560x1440 (width x height)")
-    return size
-
-
 def covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(height, width, upper, left): the smallest size at which the image covers H x W, and the corner of the crop.
 

@@ -26,10 +26,11 @@ from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
-from vqpipe.data.transforms import parse_size, to_uint8
+from vqpipe.data.transforms import to_uint8
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor, rank_share
+from vqpipe.image_size import parse_size
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.protocols import PROTOCOLS
@@ -132,7 +133,7 @@ class EvaluationPass(Resumable):
     ) -> None:
         self.autoencoder, self.config, self.analyses, self.stop = autoencoder, config, analyses, stop
         self.device = autoencoder.device
-        self.size = parse_size(str(config.image_size))
+        self.size = parse_size(config.image_size)
         self.rules: dict[str, str] = {name: PROTOCOLS[name].crop_rule(self.size) for name in config.protocols}
         self.metrics = EvaluationMetrics(
             config, networks, autoencoder.codebook_size, autoencoder.num_groups, self.device
@@ -313,7 +314,7 @@ def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
 def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:
     """Raise a DataError if the autoencoder cannot take images of `eval.image_size`. Square sizes must be multiples of
     the downsample factor; other sizes are padded and cropped back."""
-    size = parse_size(str(config.image_size))
+    size = parse_size(config.image_size)
     if size is not None:
         factor = autoencoder.downsample_factor
         height, width = size if size[0] == size[1] else (-(-side // factor) * factor for side in size)

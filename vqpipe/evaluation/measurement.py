@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vqpipe.data.transforms import parse_size
 from vqpipe.distributed import gather_objects, on_main, world_size
 from vqpipe.errors import DataError
+from vqpipe.image_size import parse_size
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.distortion import COMMON, Distortion
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
@@ -164,7 +164,7 @@ class EvaluationMetrics(Metric):
         device: torch.device,
     ) -> None:
         self.config, self.networks = config, networks
-        self.size = parse_size(str(config.image_size))
+        self.size = parse_size(config.image_size)
         self.usage = CodeUsage(codebook_size, num_groups, device) if codebook_size is not None else None
         self.sizes: dict[str, int] = {}
         """ "H x W x N" -> number of images of that size with N tokens. Text, because a saved state is JSON."""

@@ -29,13 +29,13 @@ from vqpipe.data.examples import (
 )
 from vqpipe.data.latents import LatentStatistics, open_latents
 from vqpipe.data.tokens import sizes_text
-from vqpipe.data.transforms import fixed_size
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
 from vqpipe.generation.classifier import RECIPE, Classifier, ClassifierConfig, build_classifier
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator, write_weights
 from vqpipe.generation.validation import accuracy, loss_and_accuracy, validation_losses
+from vqpipe.image_size import fixed_size
 from vqpipe.model_input import latent_size
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.pictures import contact_sheet

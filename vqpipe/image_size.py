@@ -1,0 +1,55 @@
+"""Sizes of images, as options, settings and arguments write them."""
+
+from vqpipe.errors import ConfigError
+
+Size = int | tuple[int, int]
+"""(H, W) in pixels, or the side of a square."""
+
+
+def pair_of(image_size: Size) -> tuple[int, int]:
+    """(H, W); a number is the side of a square."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return height, width
+
+
+def parse_size(image_size: int | str) -> tuple[int, int] | None:
+    """(height, width) of an image size: "256", or 256, -> (256, 256); "2560x1440" (width x height) -> (1440, 2560);
+    "native" -> None.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    text = str(image_size)
+    if text == "native":
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 0 < int(side) < 10**6 for side in sides):
+        raise ConfigError(f"{text!r} is not an image size", "Write 256, 2560x1440 (width x height), or native")
+    return int(sides[-1]), int(sides[0])
+
+
+def fixed_size(image_size: int | str) -> tuple[int, int]:
+    """`parse_size` of a size that is not native.
+
+    Raises:
+        ConfigError: "native", or no size.
+    """
+    size = parse_size(image_size)
+    if size is None:
+        raise ConfigError("images of native sizes have no size in common", "Write 256, or 2560x1440 (width x height)")
+    return size
+
+
+def normal_size(image_size: int | str) -> int | str:
+    """An image size as settings and manifests write it: a number for a square, "WIDTHxHEIGHT", or "native".
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    size = parse_size(image_size)
+    if size is None:
+        return "native"
+    height, width = size
+    return height if height == width else f"{width}x{height}"
