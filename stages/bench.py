@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stages import console
-from stages.console import Device, Out, Seed
+from stages.options import Device, Out, Seed
 from vqpipe.errors import ConfigError
 
 if TYPE_CHECKING:

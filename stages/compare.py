@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import Out, UnusedDevice, UnusedSeed
+from stages.options import Out, UnusedDevice, UnusedSeed
 from vqpipe.errors import ConfigError
 
 

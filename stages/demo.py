@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stages import console
+from stages import console, options
 from stages.compare import compare
-from stages.console import Device, Seed
 from stages.detokenize import detokenize
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
 from stages.kmeans import kmeans
+from stages.options import Device, Seed
 from stages.tokenize_images import tokenize
 from stages.train import train
 
@@ -22,7 +22,7 @@ TRAIN, HELD_OUT = "builtin:photos/train", "builtin:photos/heldout"
 
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", help="Folder for the artifacts.", metavar="DIR", callback=console.out_path)
+        Path, typer.Option("--out", help="Folder for the artifacts.", metavar="DIR", callback=options.out_path)
     ] = Path("artifacts/demo"),
     size: Annotated[
         Literal["tiny", "small"], typer.Option("--size", help="tiny: a quick check; small: minutes on a CPU.")

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from stages import console
-from stages.console import BatchSize, Device, Limit, Out, Seed, TokenizerPath
+from stages import console, options
+from stages.options import BatchSize, Device, Limit, Out, Seed, TokenizerPath
 
 
 def detokenize(
@@ -17,13 +17,13 @@ def detokenize(
     groups: Annotated[
         int | None, typer.Option("--groups", help="Decode only the first K groups of each image.", metavar="K", min=1)
     ] = None,
-    form: console.As = "tar",
+    form: options.As = "tar",
     batch_size: BatchSize = 32,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
     """Decode tokens to images."""
-    console.check_tokenizer(tokenizer)  # before PyTorch is loaded
+    options.check_tokenizer(tokenizer)  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from vqpipe import artifacts
         from vqpipe.data.tokens import decode_tokens

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from stages import console
-from stages.console import BatchSize, Device, ImageSize, Limit, NumWorkers, Out, Seed
+from stages import console, options
+from stages.options import BatchSize, Device, ImageSize, Limit, NumWorkers, Out, Seed
 
 
 def eval_generation(
@@ -25,10 +25,10 @@ def eval_generation(
     out: Out,
     protocol: Annotated[Literal["adm", "cleanfid-raw"], typer.Option("--protocol", help="See above.")] = "adm",
     image_size: ImageSize = None,
-    weights: console.Weights = None,
-    extractor: console.Extractor = None,
-    extractor_weights: console.ExtractorWeights = None,
-    download: console.Download = False,
+    weights: options.Weights = None,
+    extractor: options.Extractor = None,
+    extractor_weights: options.ExtractorWeights = None,
+    download: options.Download = False,
     statistics: Annotated[
         Path | None,
         typer.Option(
@@ -44,7 +44,7 @@ def eval_generation(
     limit: Limit = None,
     batch_size: BatchSize = 32,
     num_workers: NumWorkers = -1,
-    max_skipped: console.MaxSkipped = 0.01,
+    max_skipped: options.MaxSkipped = 0.01,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:

@@ -8,8 +8,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from stages import console
-from stages.console import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
+from stages import console, options
+from stages.options import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
 from vqpipe.errors import ConfigError
 from vqpipe.image_size import normal_size
 
@@ -31,14 +31,14 @@ def evaluate(
             "--image-size",
             help="Side of the center crop, WIDTHxHEIGHT, or native (whole images).",
             metavar="PIXELS",
-            callback=console.known_size,
+            callback=options.known_size,
         ),
     ] = None,
     tile: Annotated[
         int | None,
         typer.Option("--tile", help="Reconstruct larger images in tiles of this side.", metavar="PIXELS", min=1),
     ] = None,
-    weights: console.Weights = None,
+    weights: options.Weights = None,
     perceptual: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,9 +56,9 @@ def evaluate(
             metavar="kid,prc,sfid,is",
         ),
     ] = None,
-    extractor: console.Extractor = None,
-    extractor_weights: console.ExtractorWeights = None,
-    download: console.Download = False,
+    extractor: options.Extractor = None,
+    extractor_weights: options.ExtractorWeights = None,
+    download: options.Download = False,
     analyze: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,10 +98,10 @@ def evaluate(
     ] = None,
     limit: Limit = None,
     batch_size: OptionalBatchSize = None,
-    num_workers: console.NumWorkers = -1,
+    num_workers: options.NumWorkers = -1,
     preset: Preset = None,
     overrides: Set = None,
-    color: console.ColorOption = "ignore",
+    color: options.ColorOption = "ignore",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -128,7 +128,7 @@ def evaluate(
     weights-inception-2015-12-05-6726825d.pth (rFID, and --metrics),
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
-    console.check_images(images)  # before PyTorch is loaded
+    options.check_images(images)  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import recipe
         from vqpipe import analysis

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from stages import console
-from stages.console import Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
+from stages import console, options
+from stages.options import Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
 
 
 def extract_features(
@@ -28,17 +28,17 @@ def extract_features(
             min=1,
         ),
     ] = None,
-    download: console.Download = False,
+    download: options.Download = False,
     batch_size: OptionalBatchSize = None,
     limit: Limit = None,
-    precision: console.TrainPrecision = None,
-    key_prefix: console.KeyPrefixOption = None,
-    num_workers: console.NumWorkers = -1,
-    max_skipped: console.MaxSkipped = 0.01,
-    plan: console.Plan = False,
+    precision: options.TrainPrecision = None,
+    key_prefix: options.KeyPrefixOption = None,
+    num_workers: options.NumWorkers = -1,
+    max_skipped: options.MaxSkipped = 0.01,
+    plan: options.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
-    color: console.ColorOption = "ignore",
+    color: options.ColorOption = "ignore",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -46,7 +46,7 @@ def extract_features(
 
     `vqpipe kmeans` clusters them into a codebook.
     """
-    console.check_images(images)  # before PyTorch is loaded
+    options.check_images(images)  # before PyTorch is loaded
     with console.session(device, seed) as torch_device:
         from stages import estimates, recipe
         from vqpipe import artifacts, distributed

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import console
-from stages.console import BatchSize, Device, Out, Precision, Seed, Set
+from stages import console, options
+from stages.options import BatchSize, Device, Out, Precision, Seed, Set
 from vqpipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def generate(
     keep_ids: Annotated[
         bool, typer.Option("--keep-ids", help="Write the images' token ids too, as Parquet files.")
     ] = False,
-    form: console.As = "tar",
+    form: options.As = "tar",
     batch_size: BatchSize = 64,
     precision: Precision = "fp32",
     overrides: Set = None,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import console
-from stages.console import UnusedDevice, UnusedSeed
+from stages import console, options
+from stages.options import UnusedDevice, UnusedSeed
 from vqpipe import downloads, zoo
 from vqpipe.config import nearest_name
 from vqpipe.downloads import Address
@@ -37,7 +37,7 @@ OptionalOut = Annotated[
         "--out",
         help="The artifact to publish; never overwritten. Required without --dry-run.",
         metavar="DIR",
-        callback=lambda path: None if path is None else console.out_path(path),
+        callback=lambda path: None if path is None else options.out_path(path),
     ),
 ]
 FamilyName = Annotated[

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from stages import console
-from stages.console import Device, Out, Preset, Seed, Set
+from stages import console, options
+from stages.options import Device, Out, Preset, Seed, Set
 from vqpipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def kmeans(
         Literal["kmeans", "random"] | None,
         typer.Option("--select", help="Codes are cluster centers, or random vectors (a baseline)."),
     ] = None,
-    plan: console.Plan = False,
+    plan: options.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from stages import console
-from stages.console import Out, UnusedDevice, UnusedSeed
+from stages import console, options
+from stages.options import Out, UnusedDevice, UnusedSeed
 from vqpipe.errors import ConfigError
 from vqpipe.words import counted
 
@@ -51,10 +51,10 @@ def prepare_data(
     verify_archives: Annotated[
         bool, typer.Option("--verify-archives", help="Check the MD5 of the manifest's archives in --source.")
     ] = False,
-    key_prefix: console.KeyPrefixOption = None,
-    num_workers: console.NumWorkers = 0,
-    max_skipped: console.MaxSkipped = 0.01,
-    color: console.ColorOption = "ignore",
+    key_prefix: options.KeyPrefixOption = None,
+    num_workers: options.NumWorkers = 0,
+    max_skipped: options.MaxSkipped = 0.01,
+    color: options.ColorOption = "ignore",
     device: UnusedDevice = "cpu",
     seed: UnusedSeed = 0,
 ) -> None:

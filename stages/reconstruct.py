@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages import console
-from stages.console import AutoencoderPath, Device, Limit, Out, Seed
+from stages.options import AutoencoderPath, Device, Limit, Out, Seed
 from vqpipe.words import counted
 
 MOST_ROWS = 20

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from stages import console
-from stages.console import BatchSize, Device, Images, Limit, Out, Seed, TokenizerPath
+from stages import console, options
+from stages.options import BatchSize, Device, Images, Limit, Out, Seed, TokenizerPath
 from vqpipe.errors import DataError
 from vqpipe.image_size import fixed_size
 
@@ -24,7 +24,7 @@ def tokenize(
             help="Side of the center crop; WIDTHxHEIGHT: resized until both sides are covered, then the center; "
             "native: each image at its own size, see above.",
             metavar="PIXELS",
-            callback=console.known_size,
+            callback=options.known_size,
         ),
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the tokens of each image's horizontal flip too.")] = False,
@@ -40,12 +40,12 @@ def tokenize(
             "--max-pixels", help="With --image-size native: leave larger images out.", metavar="PIXELS", min=1
         ),
     ] = None,
-    precision: console.Precision = "fp32",
-    key_prefix: console.KeyPrefixOption = None,
-    num_workers: console.NumWorkers = -1,
-    max_skipped: console.MaxSkipped = 0.01,
-    color: console.ColorOption = "ignore",
-    plan: console.Plan = False,
+    precision: options.Precision = "fp32",
+    key_prefix: options.KeyPrefixOption = None,
+    num_workers: options.NumWorkers = -1,
+    max_skipped: options.MaxSkipped = 0.01,
+    color: options.ColorOption = "ignore",
+    plan: options.Plan = False,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -67,8 +67,8 @@ def tokenize(
     least one image, the largest first: --max-pixels leaves out those for which
     memory does not suffice. Generators are trained on images of one size.
     """
-    console.check_images(images)  # before PyTorch is loaded
-    console.check_tokenizer(tokenizer)
+    options.check_images(images)  # before PyTorch is loaded
+    options.check_tokenizer(tokenizer)
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
         from vqpipe import distributed

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stages import console, signals
-from stages.console import Device, Images, Limit, Out, Preset, Seed, Set
+from stages import console, options, signals
+from stages.options import Device, Images, Limit, Out, Preset, Seed, Set
 from vqpipe.words import counted
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ def train(
             metavar="DIR|FILE",
         ),
     ] = None,
-    steps: console.Steps = None,
-    global_batch_size: console.GlobalBatchSize = None,
-    precision: console.TrainPrecision = None,
+    steps: options.Steps = None,
+    global_batch_size: options.GlobalBatchSize = None,
+    precision: options.TrainPrecision = None,
     source: Annotated[
         Path | None,
         typer.Option(
@@ -43,11 +43,11 @@ def train(
         typer.Option("--publish", help="Publish the weights of the last step, or of the best validation."),
     ] = "last",
     limit: Limit = None,
-    log: console.Log = None,
-    plan: console.Plan = False,
+    log: options.Log = None,
+    plan: options.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
-    color: console.ColorOption = "ignore",
+    color: options.ColorOption = "ignore",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -104,7 +104,7 @@ def train(
         # What is missing is said before the settings of the run are checked, and before the images are indexed and
         # hashed, which may take minutes.
         overrides, loggers = overrides or [], installed_loggers(log)
-        console.check_images([*images, *(validation or [])])
+        options.check_images([*images, *(validation or [])])
         quantizer = load_tokenizer(preset, [text for text in overrides if not is_of_run(text)]).model.quantizer
         codes = None if codebook is None else load_codebook(codebook)
         if codes is None and source is None:

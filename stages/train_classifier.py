@@ -5,20 +5,20 @@ from typing import Annotated
 
 import typer
 
-from stages import console
-from stages.console import Device, Limit, Out, Preset, Seed, Set
+from stages import console, options
+from stages.options import Device, Limit, Out, Preset, Seed, Set
 
 
 def train_classifier(
     tokens: Annotated[Path, typer.Option("--tokens", help="A tokens artifact, with labels.", metavar="DIR")],
-    tokenizer: console.ExamplesTokenizer,
+    tokenizer: options.ExamplesTokenizer,
     out: Out,
-    steps: console.Steps = None,
-    global_batch_size: console.GlobalBatchSize = None,
-    precision: console.TrainPrecision = None,
-    validation: console.ValidationExamples = None,
+    steps: options.Steps = None,
+    global_batch_size: options.GlobalBatchSize = None,
+    precision: options.TrainPrecision = None,
+    validation: options.ValidationExamples = None,
     limit: Limit = None,
-    log: console.Log = None,
+    log: options.Log = None,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stages import console
-from stages.console import Device, ImageSize, Limit, NumWorkers, Out, Preset, Seed, Set
+from stages import console, options
+from stages.options import Device, ImageSize, Limit, NumWorkers, Out, Preset, Seed, Set
 from vqpipe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def train_generator(
-    tokenizer: console.ExamplesTokenizer,
+    tokenizer: options.ExamplesTokenizer,
     out: Out,
     tokens: Annotated[
         Path | None, typer.Option("--tokens", help="A tokens artifact, for gpt and llamagen.", metavar="DIR")
@@ -38,16 +38,16 @@ def train_generator(
             metavar="DIR",
         ),
     ] = None,
-    steps: console.Steps = None,
-    global_batch_size: console.GlobalBatchSize = None,
-    precision: console.TrainPrecision = None,
-    validation: console.ValidationExamples = None,
+    steps: options.Steps = None,
+    global_batch_size: options.GlobalBatchSize = None,
+    precision: options.TrainPrecision = None,
+    validation: options.ValidationExamples = None,
     limit: Limit = None,
     image_size: ImageSize = None,
     num_workers: NumWorkers = -1,
-    max_skipped: console.MaxSkipped = 0.01,
-    log: console.Log = None,
-    plan: console.Plan = False,
+    max_skipped: options.MaxSkipped = 0.01,
+    log: options.Log = None,
+    plan: options.Plan = False,
     preset: Preset = None,
     overrides: Set = None,
     device: Device = "auto",

@@ -37,6 +37,7 @@ SHARED_BY_COMMANDS = {
     "stages.examples_run",
     "stages.facts",
     "stages.next_steps",
+    "stages.options",
     "stages.plugins",
     "stages.recipe",
     "stages.signals",

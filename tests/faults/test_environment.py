@@ -16,7 +16,7 @@ import pytest
 import torch
 import typer
 
-from stages import cli, console, signals
+from stages import cli, console, options, signals
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, lock, open_artifact, start
 from vqpipe.artifacts.lock import Lock
@@ -241,9 +241,9 @@ def test_from_pretrained_without_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:", "CUDA", "cuda:1,2", ""])
 def test_device_option_has_a_fixed_form(name: str) -> None:
-    assert console.known_device("cuda:1") == "cuda:1"
+    assert options.known_device("cuda:1") == "cuda:1"
     with pytest.raises(typer.BadParameter, match="is not supported; use auto, cpu, cuda, cuda:N, mps"):
-        console.known_device(name)
+        options.known_device(name)
 
 
 def test_modules_in_the_working_directory_are_not_imported_and_stdin_may_be_closed(tmp_path: Path) -> None:

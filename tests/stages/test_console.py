@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from stages import cli, signals
-from stages.console import known_loggers
+from stages.options import known_loggers
 from vqpipe.files import with_final_name
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from stages.console import out_path
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
+from stages.options import out_path
 from stages.prepare_data import prepare_data
 from stages.reconstruct import reconstruct
 from stages.tokenize_images import tokenize
