@@ -2,7 +2,6 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +25,7 @@ from vqpipe.quantizers import (
     MultiScaleConfig,
     QuantizerConfig,
     ResidualConfig,
-    TokenLayout,
 )
-from vqpipe.tokenizer import check_negative, keep_groups
 
 
 @pytest.fixture(scope="module")
@@ -114,43 +111,10 @@ def test_invalid_ids_are_rejected(tokenizer: Tokenizer) -> None:
         tokenizer.decode(torch.zeros(1, 64, dtype=torch.int64), (32, 32), groups=2)
 
 
-@pytest.mark.parametrize(
-    ("ids", "fine"),
-    [
-        ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]], True),
-        ([[1, 2, -1, 4, 5, -1], [1, 2, 3, 4, 5, 6]], True),  # as nested masking leaves out groups, image by image
-        ([[1, -1, -1, 4, -1, -1]], True),
-        ([[-1, -1, -1, -1, -1, -1]], False),
-        ([[1, -1, 3, 4, -1, 6]], False),
-        ([[1, 2, -1, 4, 5, 6]], False),
-        ([[1, 2, -2, 4, 5, -2]], False),
-        ([[-1, 2, 3, -1, 5, 6]], False),
-    ],
-)
-def test_negative_ids_are_those_of_groups_left_out_at_the_end(ids: list[list[int]], fine: bool) -> None:
-    layout = TokenLayout(((1, 2),), num_groups=3)
-    with nullcontext() if fine else pytest.raises(DataError, match="not those of whole groups left out"):
-        check_negative(torch.tensor(ids), layout)
-
-
-@pytest.mark.parametrize(
-    ("ids", "fine"), [([[3, -1, -1]], True), ([[-1, 1, 1]], False), ([[3, 1, -1]], False), ([[3, 1, 1]], True)]
-)
-def test_negative_ids_may_be_the_last_scales(ids: list[list[int]], fine: bool) -> None:
-    with nullcontext() if fine else pytest.raises(DataError, match="not those of whole groups left out"):
-        check_negative(torch.tensor(ids), TokenLayout(((1, 1), (1, 2))))
-
-
 def test_decoding_refuses_negative_ids(tokenizer: Tokenizer) -> None:
     for ids in (torch.full((1, 64), -1), torch.full((1, 64), -2), torch.tensor([[0] * 63 + [-1]])):
         with pytest.raises(DataError, match=r"ids of -[12], which are not"):
             tokenizer.decode(ids, (32, 32))
-
-
-def test_keep_groups_masks_the_last_groups() -> None:
-    layout = TokenLayout(((1, 2),), num_groups=3)
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
-    assert keep_groups(ids, layout, 2).tolist() == [[1, 2, -1, 4, 5, -1]]
 
 
 def test_repository_of_the_hub_is_opened_only_by_name(tokenizer: Tokenizer, tmp_path: Path, hub: Any) -> None:

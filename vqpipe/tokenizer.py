@@ -32,6 +32,7 @@ from vqpipe.model_input import check_tensor_size, latent_size, network_input
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import Quantized, TokenLayout
+from vqpipe.quantizers.layout import check_negative, keep_groups
 from vqpipe.weights import load_tensors, load_weights, save_weights
 
 ImageLike = Tensor | Image.Image | str | Path
@@ -616,29 +617,6 @@ def same_shapes(tensors: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | No
         for places in groups.values()
         for first in range(0, len(places), IMAGES_PER_BATCH)
     ]
-
-
-def keep_groups(ids: Tensor, layout: TokenLayout, groups: int) -> Tensor:
-    """Set the ids of all but the first `groups` groups to -1, which decodes to the zero vector."""
-    grids = [grid.clone() for grid in layout.split(ids)]
-    for grid in grids:
-        grid[..., groups:] = -1
-    return layout.join(grids)
-
-
-def check_negative(ids: Tensor, layout: TokenLayout) -> None:
-    """Raise a DataError for negative ids of int64[B, N], except the -1 of groups or grids left out at the end."""
-    if torch.compiler.is_compiling() or int(ids.min()) >= 0:  # a compiled graph cannot branch on values
-        return
-    grids = [grid.flatten(1, 2) for grid in layout.split(ids)]
-    kept = torch.stack([(grid >= 0).all(dim=1) for grid in grids], dim=1)  # bool[B, grids, G]
-    left_out = torch.stack([(grid == -1).all(dim=1) for grid in grids], dim=1)
-    after_gap = (kept[:, :, 1:] & left_out[:, :, :-1]).any() or (kept[:, 1:] & left_out[:, :-1]).any()
-    if after_gap or not (kept | left_out).all() or not kept[:, 0, 0].all():
-        raise DataError(
-            f"ids of {int(ids.min())}, which are not those of whole groups left out at the end",
-            "Pass ids as `encode` returns them, and leave out groups with groups=",
-        )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from vqpipe.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerConfig,
-    TokenLayout,
     build_quantizer,
 )
 from vqpipe.quantizers.bsq import BinarySphericalQuantizer, BsqConfig
@@ -16,6 +15,7 @@ from vqpipe.quantizers.ema import EmaConfig, EmaQuantizer
 from vqpipe.quantizers.fsq import FiniteScalarQuantizer, FsqConfig
 from vqpipe.quantizers.gq import GaussianQuantizer, GqConfig
 from vqpipe.quantizers.ibq import IbqConfig, IndexBackpropagationQuantizer
+from vqpipe.quantizers.layout import TokenLayout
 from vqpipe.quantizers.lc import FrozenCodebookQuantizer, LcConfig
 from vqpipe.quantizers.leech import LeechConfig, LeechQuantizer
 from vqpipe.quantizers.lfq import LfqConfig, LookupFreeQuantizer

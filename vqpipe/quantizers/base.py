@@ -9,9 +9,8 @@ A quantizer is one file: a frozen `XConfig(QuantizerConfig)` with its `kind`, ab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vqpipe.config import class_for
 from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.quantizers.layout import TokenLayout
 from vqpipe.search import nearest
 
 
@@ -31,50 +31,6 @@ class Quantized(NamedTuple):
     """int64[B, N] in [0, codebook_size), ordered by the quantizer's layout; -1 where a group is masked."""
     losses: dict[str, Tensor]
     """Unweighted scalars, one per entry of the quantizer's `loss_names`."""
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """The order of the ids of an image: grids from coarse to fine, each row-major, groups of a position adjacent."""
-
-    grids: tuple[tuple[int, int], ...]
-    """(height, width) of each grid."""
-    num_groups: int = 1
-    """Ids per position."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Ids per image."""
-        return sum(height * width for height, width in self.grids) * self.num_groups
-
-    def split(self, ids: Tensor) -> list[Tensor]:
-        """Split int64[B, num_tokens] into one int64[B, h, w, G] per grid, or codes [B, num_tokens, C] in the same way.
-
-        Raises:
-            DataError: there are not `num_tokens` ids per image.
-        """
-        if ids.ndim not in (2, 3) or ids.shape[1] != self.num_tokens:
-            what, channels = ("ids", "") if ids.ndim != 3 else ("codes", ", channels")
-            expected = f"[images, {self.num_tokens}{channels}] is expected"
-            grids = " + ".join(f"{height} x {width}" for height, width in self.grids)
-            groups = f" of {self.num_groups} groups each" if self.num_groups > 1 else ""
-            raise DataError(f"{what} of shape {list(ids.shape)} where {expected}", f"It has {grids} positions{groups}")
-        sizes = [height * width * self.num_groups for height, width in self.grids]
-        parts = ids.split(sizes, dim=1)
-        return [part.unflatten(1, (*grid, self.num_groups)) for part, grid in zip(parts, self.grids, strict=True)]
-
-    def join(self, grids: Sequence[Tensor]) -> Tensor:
-        """Join one int64[B, h, w, G] per grid into int64[B, num_tokens]; the inverse of `split`."""
-        return torch.cat([grid.flatten(1) for grid in grids], dim=1)
-
-    def to_table(self) -> dict[str, Any]:
-        """The layout as a JSON-serializable dict."""
-        return {"grids": [list(grid) for grid in self.grids], "num_groups": self.num_groups}
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> TokenLayout:
-        """The inverse of `to_table`."""
-        return cls(tuple((int(height), int(width)) for height, width in table["grids"]), int(table["num_groups"]))
 
 
 @dataclass(frozen=True, kw_only=True)

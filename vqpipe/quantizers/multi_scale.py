@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, TokenLayout, straight_through, to_rows
+from vqpipe.quantizers.base import CodebookConfig, Quantized, straight_through, to_rows
+from vqpipe.quantizers.layout import TokenLayout
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
 

@@ -17,12 +17,12 @@ from vqpipe.quantizers.base import (
     CodebookConfig,
     Quantized,
     Quantizer,
-    TokenLayout,
     check_ids,
     straight_through,
     to_rows,
 )
 from vqpipe.quantizers.ema import EmaConfig, EmaQuantizer
+from vqpipe.quantizers.layout import TokenLayout
 from vqpipe.search import nearest
 
 COPY_NOISE = 0.01
