@@ -98,7 +98,7 @@ def import_checkpoint(
         from vqpipe.codebooks.codebook import codebook_input, load_codebook
         from vqpipe.continuous import KINDS
         from vqpipe.models.released import read_released
-        from vqpipe.tokenizer import Tokenizer, model_facts, write_tokenizer
+        from vqpipe.tokenizer_files import model_facts, write_tokenizer
 
         if (done := published_before(wanted, out, family, codebook)) is not None:
             return console.finished(done, again=True)
@@ -125,8 +125,7 @@ def import_checkpoint(
                 rows = {"family": released.family, "imported from": file.name, "sha256": digest, **checkpoint.facts}
                 if released.notes:
                     rows["notes"] = "; ".join(released.notes)
-                tokenizer = Tokenizer(released.autoencoder, image_size=released.image_size)
-                write_tokenizer(draft, tokenizer, released.discriminator, **rows)
+                write_tokenizer(draft, released.autoencoder, released.image_size, released.discriminator, **rows)
             facts = {"family": released.family, **model_facts(released.autoencoder), **checkpoint.facts}
             published = draft.publish(facts)
         return console.finished(published)

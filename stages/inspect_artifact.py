@@ -76,7 +76,8 @@ def saved_tokenizer(path: Path) -> "Artifact | None":
         return None
     from vqpipe.artifacts.artifact import SCHEMA, Artifact, Manifest
     from vqpipe.files import hash_file
-    from vqpipe.tokenizer import StoredWeights, Tokenizer, model_facts
+    from vqpipe.tokenizer import Tokenizer
+    from vqpipe.tokenizer_files import StoredWeights, model_facts
 
     tokenizer = Tokenizer.from_pretrained(path)
     if not isinstance(stored := tokenizer.source, StoredWeights):

@@ -14,7 +14,7 @@ from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers import LcConfig, QuantizerConfig
-from vqpipe.tokenizer import PRETRAINED
+from vqpipe.tokenizer_files import PRETRAINED
 
 NAME = "builtin:photos-f8"
 PACK = Path(__file__).resolve().parents[1] / "stages" / "runs" / "builtin" / "pack.py"

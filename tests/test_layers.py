@@ -22,6 +22,7 @@ ROWS = (
     ("reports",),
     ("continuous",),
     ("tokenizer", "tiling"),
+    ("tokenizer_files",),
     ("models", "model_input"),
     ("quantizers", "losses", "metrics", "data", "zoo"),
     ("search", "artifacts", "weights", "presets", "settings", "downloads", "model_card"),

@@ -26,8 +26,10 @@ from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
 from vqpipe.errors import DataError, NumericError, WeightsError, printable
 from vqpipe.files import digest_json, hash_file
+from vqpipe.model_card import table_of
 from vqpipe.model_input import latent_size, network_input
-from vqpipe.tokenizer import Tokenizer, diffusers_class
+from vqpipe.tokenizer import Tokenizer
+from vqpipe.tokenizer_files import diffusers_class
 from vqpipe.weights import load_tensors, load_weights, save_weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -60,7 +62,7 @@ class ContinuousAutoencoder:
 
     codebook_size = None
     num_groups = 0
-    image_size = None
+    image_size: int | None = None
     """None: trained at several sizes."""
     artifact = None
 
@@ -184,9 +186,8 @@ def write_continuous(draft: artifacts.Draft, autoencoder: ContinuousAutoencoder,
     draft.write_json(CONFIG, {"_class_name": type(network).__name__, **settings})
     with draft.write(WEIGHTS) as path:
         save_weights(network, path)
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     with draft.write("README.md") as path:
-        path.write_text(f"# Autoencoder with continuous latents\n\n| | |\n|---|---|\n{table}\n", encoding="utf-8")
+        path.write_text(f"# Autoencoder with continuous latents\n\n{table_of(rows)}\n", encoding="utf-8")
 
 
 def load_diffusers(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The README.md of a tokenizer on the model hub, in Hugging Face's format: a YAML head, then Markdown."""
+"""The README.md of a tokenizer, in Hugging Face's format: a YAML head, then Markdown."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ LICENCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a card states."""
+    """The card of a tokenizer on the model hub."""
 
     repository: str
     """OWNER/NAME."""
@@ -38,7 +38,7 @@ class ModelCard:
             self.head(),
             f"# {self.repository.rpartition('/')[2]}",
             "An image tokenizer: images to discrete tokens and back. It was made with vqpipe.",
-            "\n".join(["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in self.items())]),
+            table_of({**self.properties, "licence": self.licence or "none stated"}),
             "## How to use",
             self.usage(),
             *(["## Results", self.metrics.strip()] if self.metrics else []),
@@ -58,11 +58,6 @@ class ModelCard:
         if self.datasets:
             lines.append(f"datasets: {json.dumps(list(self.datasets))}")
         return "\n".join(["---", *lines, "---"])
-
-    def items(self) -> list[tuple[str, Any]]:
-        """The rows of the table of properties."""
-        rows = {**self.properties, "licence": self.licence or "none stated"}
-        return list(rows.items())
 
     def usage(self) -> str:
         """Examples in Python and on the command line."""
@@ -98,6 +93,31 @@ vqpipe eval --images IMAGES --tokenizer hf:{self.repository} --out report
 - Reconstruction is lossy: small text, faces and fine textures may change.
 - {measured}
 - Ids are those of these weights and of float32. `precision="bf16"` changes a few percent of them."""
+
+
+def local_card(rows: Mapping[str, Any]) -> str:
+    """The card of a tokenizer in a directory: a table of properties, and an example."""
+    return f"""---
+library_name: vqpipe
+tags: [image-tokenizer, vector-quantization]
+---
+# Image tokenizer
+
+{table_of(rows)}
+
+```python
+from vqpipe import Tokenizer
+
+tokenizer = Tokenizer.from_pretrained("this directory")
+ids = tokenizer.encode(images)                        # uint8[B, 3, H, W] -> int64[B, N]
+images = tokenizer.decode(ids, image_size=(256, 256)) # -> uint8[B, 3, 256, 256]
+```
+"""
+
+
+def table_of(rows: Mapping[str, Any]) -> str:
+    """A table of Markdown with two columns and an empty header."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in rows.items())])
 
 
 def cell(value: Any) -> str:

@@ -1,17 +1,24 @@
-"""Images as the input of a tokenizer: their sizes, types and ranges.
+"""Images as the input of a tokenizer: files and PIL images; their sizes, types and ranges.
 
 Shapes: B images of H x W pixels, h x w positions.
 """
 
 import warnings
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vqpipe.data.transforms import to_float
+from vqpipe.data.decoding import BadImage, decode, to_rgb, upright
+from vqpipe.data.transforms import Framing, pixels, to_float
 from vqpipe.errors import DataError
+from vqpipe.files import nearest_path
 from vqpipe.image_size import Size, pair_of
+
+ImageLike = Tensor | Image.Image | str | Path
+"""Pixels, a PIL image, or the path of an image file."""
 
 RANGE_TOLERANCE = 1e-3
 """How far outside [-1, 1] float images may be."""
@@ -43,15 +50,53 @@ def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, i
 
 
 class InputOwner(Protocol):
-    """The part of a tokenizer that `network_input` uses."""
+    """The part of a tokenizer that is used here."""
 
     device: torch.device
+    image_size: int | None
+    """The side of the training images; None if unknown."""
     range_checked: bool
     """Whether a batch of float images on a GPU has been checked."""
 
     @property
     def downsample_factor(self) -> int:
         """Image side / latent side."""
+
+
+def read_image(image: ImageLike, owner: InputOwner, image_size: Size | None = None) -> Tensor:
+    """An image file or PIL image as uint8[3, H, W], resized and cropped to `image_size` unless it is None; a tensor as
+    it is.
+
+    Raises:
+        DataError: it is absent or no image; its sides are not multiples of the downsample factor and `image_size` is
+            None; a tensor of another size.
+    """
+    if isinstance(image, Tensor):
+        check_tensor_size(image, image_size)
+        return image
+    if isinstance(image, Image.Image):
+        rgb = upright(to_rgb(image.copy(), b""), image)
+    elif isinstance(image, str | Path):
+        try:
+            rgb = decode(Path(image).read_bytes())
+        except IsADirectoryError:
+            raise DataError(f"{image} is a folder", "Pass its files, or the folder to write_tokens") from None
+        except OSError as error:
+            raise DataError(f"{image}: {error.strerror or error}", nearest_path(Path(image))) from None
+        except BadImage as error:
+            raise DataError(f"{image}: {error.what}", "Pass another image") from None
+    else:
+        raise DataError(f"an image of type {type(image).__name__}", "Pass tensors, PIL images, or paths of files")
+    factor = owner.downsample_factor
+    if image_size is None and (rgb.height % factor or rgb.width % factor):
+        raise DataError(
+            f"an image of {rgb.height} x {rgb.width} pixels is not divisible into cells of {factor}",
+            f"Set image_size, such as image_size={owner.image_size or 256}, to crop it",
+        )
+    if image_size is None:
+        return pixels(rgb)
+    height, width = pair_of(image_size)
+    return Framing(rule="adm" if height == width else "cover", size=(height, width))(rgb)
 
 
 def network_input(images: Tensor, owner: InputOwner) -> Tensor:

@@ -3,10 +3,8 @@
 Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w positions, G groups.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any, overload
@@ -16,47 +14,34 @@ from PIL import Image
 from torch import Tensor
 
 from vqpipe import artifacts
-from vqpipe.config import from_table, to_table
-from vqpipe.data.decoding import BadImage, decode, to_rgb, upright
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import TokensConfig, write_tokens
-from vqpipe.data.transforms import Framing, pixels, to_uint8
+from vqpipe.data.transforms import to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
-from vqpipe.downloads import fetch_repository, split_repository, upload_folder
-from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError, printable
-from vqpipe.files import atomic_write, hash_file, nearest_path, write_json
+from vqpipe.downloads import upload_folder
+from vqpipe.errors import ArtifactError, ConfigError, DataError, printable
+from vqpipe.files import hash_file
 from vqpipe.image_size import Size, pair_of
 from vqpipe.model_card import ModelCard
-from vqpipe.model_input import check_tensor_size, latent_size, network_input
-from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
+from vqpipe.model_input import ImageLike, check_tensor_size, latent_size, network_input, read_image
+from vqpipe.models import Autoencoder, AutoencoderConfig
 from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import Quantized, TokenLayout
 from vqpipe.quantizers.layout import check_negative, keep_groups
-from vqpipe.weights import load_tensors, load_weights, save_weights
+from vqpipe.tokenizer_files import (
+    WEIGHTS,
+    StoredWeights,
+    config_table,
+    find_tokenizer,
+    model_facts,
+    properties,
+    read_tokenizer,
+    save_tokenizer,
+)
 
-ImageLike = Tensor | Image.Image | str | Path
-"""Pixels, a PIL image, or the path of an image file."""
-
-PRETRAINED = Path(__file__).parent / "pretrained"
-"""The tokenizers inside the package, in the format of `save_pretrained`, with weights in float16."""
 IMAGES_PER_BATCH = 32
 """Images of a list that are encoded or decoded at a time."""
-
-
-@dataclass(frozen=True)
-class StoredWeights:
-    """The weights of a tokenizer without a manifest, as the input of a stage."""
-
-    name: str
-    digest: str
-    """sha256 of the file."""
-    folder: Path
-
-    @property
-    def lineage(self) -> dict[str, Any]:
-        """As that of an artifact."""
-        return {"kind": "tokenizer", "name": self.name, "content": self.digest, "inputs": {}}
 
 
 class Tokenizer:
@@ -113,40 +98,20 @@ class Tokenizer:
                 the device is absent or not supported.
         """
         device = check_device(device)
-        folder = Path(path)
-        name = folder.name
-        if str(path).startswith("builtin:"):
-            folder = builtin_folder(str(path))
-            name = folder.name
-        named = str(path).startswith("hf:") or (isinstance(path, str) and "/" in path and not folder.is_absolute())
-        if named and not folder.is_dir():
-            folder, name = download(str(path), revision)
-        elif revision is not None:
-            raise ConfigError(f"revision = {revision!r}, but {path} is a directory", "Omit it, or name hf:user/name")
+        folder, name = find_tokenizer(path, revision)
         artifact = None
-        if not folder.is_dir() or any((folder / name).is_file() for name in ("manifest.json", "request.json")):
+        if not folder.is_dir() or any((folder / file).is_file() for file in ("manifest.json", "request.json")):
             artifact = artifacts.open_artifact(folder, "tokenizer")  # says whether it is absent or not finished
-        table = read_config(folder / "config.json")
-        with torch.device("meta"):
-            autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
-        weights = artifact.verified_file("model.safetensors") if artifact else folder / "model.safetensors"
-        tensors = load_tensors(weights)
-        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-        load_weights(autoencoder, tensors, folder)
-        tokenizer = cls(autoencoder, image_size=table.get("image_size"), device=device)
+        autoencoder, image_size = read_tokenizer(folder, artifact)
+        tokenizer = cls(autoencoder, image_size=image_size, device=device)
         tokenizer.name = printable(name) or tokenizer.name
         tokenizer.artifact = artifact
-        tokenizer.source = artifact or StoredWeights(tokenizer.name, hash_file(weights), folder)
+        tokenizer.source = artifact or StoredWeights(tokenizer.name, hash_file(folder / WEIGHTS), folder)
         return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and README.md into `folder`, which is created if absent."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "model.safetensors") as temporary:
-            save_weights(self.autoencoder, temporary)
-        write_json(folder / "config.json", self.to_table())
-        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+        save_tokenizer(Path(folder), self.autoencoder, self.image_size)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Tokenizer":
         """Move to a device and convert the encoder and the decoder to a floating type; returns the tokenizer itself.
@@ -218,7 +183,7 @@ class Tokenizer:
         origin = {key: facts[key] for key in ("family", "zoo", "source") if key in facts}
         return ModelCard(
             repository=repository.removeprefix("hf:"),
-            properties=properties(self) | origin,
+            properties=properties(self.autoencoder, self.image_size) | origin,
             downsample_factor=self.downsample_factor,
             image_size=self.image_size,
             licence=licence,
@@ -360,32 +325,7 @@ class Tokenizer:
 
     def read_image(self, image: ImageLike, image_size: Size | None = None) -> Tensor:
         """An image file or PIL image as uint8[3, H, W], cropped as by `encode`; a tensor as it is."""
-        if isinstance(image, Tensor):
-            check_tensor_size(image, image_size)
-            return image
-        if isinstance(image, Image.Image):
-            rgb = upright(to_rgb(image.copy(), b""), image)
-        elif isinstance(image, str | Path):
-            try:
-                rgb = decode(Path(image).read_bytes())
-            except IsADirectoryError:
-                raise DataError(f"{image} is a folder", "Pass its files, or the folder to write_tokens") from None
-            except OSError as error:
-                raise DataError(f"{image}: {error.strerror or error}", nearest_path(Path(image))) from None
-            except BadImage as error:
-                raise DataError(f"{image}: {error.what}", "Pass another image") from None
-        else:
-            raise DataError(f"an image of type {type(image).__name__}", "Pass tensors, PIL images, or paths of files")
-        factor = self.downsample_factor
-        if image_size is None and (rgb.height % factor or rgb.width % factor):
-            raise DataError(
-                f"an image of {rgb.height} x {rgb.width} pixels is not divisible into cells of {factor}",
-                f"Set image_size, such as image_size={self.image_size or 256}, to crop it",
-            )
-        if image_size is None:
-            return pixels(rgb)
-        height, width = pair_of(image_size)
-        return Framing(rule="adm" if height == width else "cover", size=(height, width))(rgb)
+        return read_image(image, self, image_size)
 
     def quantize(self, latent: Tensor) -> Quantized:
         """Quantize a latent, float[B, C, h, w], to (codes, ids, losses), with gradients.
@@ -573,31 +513,7 @@ class Tokenizer:
 
     def to_table(self) -> dict[str, Any]:
         """The content of config.json."""
-        return {"model": to_table(self.config), "image_size": self.image_size}
-
-
-def write_tokenizer(
-    draft: artifacts.Draft, tokenizer: Tokenizer, discriminator: torch.nn.Module | None = None, **rows: Any
-) -> None:
-    """Write the files of a tokenizer artifact: weights, config, model card with `rows`, and discriminator weights."""
-    with draft.write("model.safetensors") as path:
-        save_weights(tokenizer.autoencoder, path)
-    draft.write_json("config.json", tokenizer.to_table())
-    with draft.write("README.md") as path:
-        path.write_text(model_card(tokenizer, **rows), encoding="utf-8")
-    if discriminator is not None:
-        with draft.write("discriminator.safetensors") as path:
-            save_weights(discriminator, path)
-
-
-def model_facts(autoencoder: Autoencoder) -> dict[str, Any]:
-    """The facts of a tokenizer artifact that describe its model."""
-    return {
-        "quantizer": autoencoder.quantizer.config.kind,
-        "codebook_size": autoencoder.quantizer.codebook_size,
-        "num_groups": autoencoder.quantizer.num_groups,
-        "downsample_factor": autoencoder.downsample_factor,
-    }
+        return config_table(self.autoencoder, self.image_size)
 
 
 def square_of(tokenizer: Tokenizer, num_tokens: int) -> int | None:
@@ -617,95 +533,3 @@ def same_shapes(tensors: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | No
         for places in groups.values()
         for first in range(0, len(places), IMAGES_PER_BATCH)
     ]
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read the config.json of a tokenizer.
-
-    Raises:
-        ArtifactError: it is absent or not that of a tokenizer.
-        ConfigError: its folder contains an autoencoder with continuous latents.
-    """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(table["model"], dict):
-            return table
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if (name := diffusers_class(path.parent)) is not None:
-        raise ConfigError(
-            f"{path.parent} is a continuous autoencoder (diffusers' {name}), which has no tokens",
-            "Pass a tokenizer; only vqpipe eval and vqpipe reconstruct accept this folder",
-        )
-    raise ArtifactError(f"{path} is absent or is not the config of a tokenizer", "Pass the directory of a tokenizer")
-
-
-def diffusers_class(folder: Path) -> str | None:
-    """The diffusers class of the model in `folder`; None if it is not in the layout of diffusers."""
-    try:
-        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(table["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def builtin_folder(name: str) -> Path:
-    """The folder of a tokenizer inside the package, "builtin:NAME".
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    folders = {f"builtin:{config.parent.name}": config.parent for config in sorted(PRETRAINED.glob("*/config.json"))}
-    if name not in folders:
-        raise ConfigError(f"there is no tokenizer {name}", f"Use {' or '.join(folders)}")
-    return folders[name]
-
-
-def download(path: str, revision: str | None) -> tuple[Path, str]:
-    """Download a tokenizer from the hub, or find it in the cache of the hub; return its folder and name."""
-    repository, own_revision = split_repository(path)
-    if revision is not None and own_revision not in (None, revision):
-        raise ConfigError(f"{path} names another revision than {revision!r}", "Name one revision")
-    hint = "Check the path, or download model.safetensors and config.json into a folder and pass that folder"
-    try:
-        folder = fetch_repository(repository, revision or own_revision, ["*.json", "*.safetensors"], hint)
-    except WeightsError as error:
-        if path.startswith("hf:"):
-            raise
-        raise WeightsError(f"{path!r} is not a directory, and {error.what}", error.hint) from None
-    return folder, repository.rpartition("/")[2]
-
-
-def properties(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The rows of a model card that describe the model."""
-    quantizer = tokenizer.autoencoder.quantizer
-    groups = f"{tokenizer.num_groups} x " if tokenizer.num_groups > 1 else ""
-    return {
-        "quantizer": f"{quantizer.config.kind}, {groups}{quantizer.codebook_size:,} codes",
-        "latent channels": quantizer.latent_dim,
-        "downsample factor": tokenizer.downsample_factor,
-        "trained at": f"{tokenizer.image_size} px" if tokenizer.image_size else "unknown size",
-    }
-
-
-def model_card(tokenizer: Tokenizer, **rows: Any) -> str:
-    """The README.md of a tokenizer: a table of its properties with additional `rows`, and an example."""
-    table = "\n".join(f"| {key} | {value} |" for key, value in {**properties(tokenizer), **rows}.items())
-    return f"""---
-library_name: vqpipe
-tags: [image-tokenizer, vector-quantization]
----
-# Image tokenizer
-
-| | |
-|---|---|
-{table}
-
-```python
-from vqpipe import Tokenizer
-
-tokenizer = Tokenizer.from_pretrained("this directory")
-ids = tokenizer.encode(images)                        # uint8[B, 3, H, W] -> int64[B, N]
-images = tokenizer.decode(ids, image_size=(256, 256)) # -> uint8[B, 3, 256, 256]
-```
-"""

@@ -27,7 +27,8 @@ from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.progress import Silent
 from vqpipe.provenance import command_again, provenance
 from vqpipe.quantizers import VqConfig
-from vqpipe.tokenizer import Tokenizer, write_tokenizer
+from vqpipe.tokenizer import Tokenizer
+from vqpipe.tokenizer_files import write_tokenizer
 
 CONFIG = {"k": 3, "nested": {"a": 1}}
 INPUTS = {"images": "0" * 64}
@@ -398,7 +399,7 @@ def tokens(begun: Draft) -> None:
 def tokenizer(begun: Draft) -> None:
     small = {"base_channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
     model = VqganConfig(**small, z_channels=4, quantizer=VqConfig(codebook_size=4, code_dim=2))
-    write_tokenizer(begun, Tokenizer(build_autoencoder(model), image_size=8))
+    write_tokenizer(begun, build_autoencoder(model), 8)
 
 
 LOADS: dict[str, tuple[Callable[[Draft], None], str, Callable[[Artifact], object]]] = {

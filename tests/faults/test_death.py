@@ -32,7 +32,8 @@ from vqpipe.data import batches
 from vqpipe.data.batches import Shuffle, through_workers
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.quantizers import QuantizerConfig, VqConfig
-from vqpipe.tokenizer import Tokenizer, write_tokenizer
+from vqpipe.tokenizer import Tokenizer
+from vqpipe.tokenizer_files import write_tokenizer
 from vqpipe.training import loop
 from vqpipe.training.config import TrainConfig
 
@@ -95,7 +96,8 @@ def test_killed_token_shard_is_written_again_and_earlier_shards_are_kept(
     begun = start(folder / "tokenizer", "tokenizer", {}, {})
     assert isinstance(begun, Draft)
     with begun:
-        write_tokenizer(begun, small_tokenizer(VqConfig(codebook_size=16, code_dim=4)))
+        small = small_tokenizer(VqConfig(codebook_size=16, code_dim=4))
+        write_tokenizer(begun, small.autoencoder, small.image_size)
         begun.publish({})
 
     def run(out: str) -> None:

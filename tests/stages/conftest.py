@@ -15,7 +15,7 @@ from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
 from vqpipe.reports import plots
-from vqpipe.tokenizer import Tokenizer, write_tokenizer
+from vqpipe.tokenizer_files import write_tokenizer
 
 TINY: dict[str, Any] = {
     "kind": "vqgan",
@@ -42,7 +42,7 @@ def publish_tokenizer(
     draft = artifacts.start(out, "tokenizer", {"seed": seed}, {"images": "0" * 64})
     assert isinstance(draft, artifacts.Draft)
     with draft:
-        write_tokenizer(draft, Tokenizer(autoencoder, image_size=image_size))
+        write_tokenizer(draft, autoencoder, image_size)
         if history is not None:
             with draft.write("metrics.jsonl") as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")

@@ -11,7 +11,7 @@ from vqpipe.errors import ConfigError
 from vqpipe.models import build_autoencoder
 from vqpipe.models.released import FAMILIES
 from vqpipe.presets import names
-from vqpipe.tokenizer import model_facts
+from vqpipe.tokenizer_files import model_facts
 
 ENTRIES = {entry.name: entry for entry in zoo.entries()}
 IMPORTED = {name: entry for name, entry in ENTRIES.items() if not entry.refused}

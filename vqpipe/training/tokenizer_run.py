@@ -23,7 +23,8 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, P
 from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, build_quantizer
 from vqpipe.reports.training import describe_tokenizer
-from vqpipe.tokenizer import Tokenizer, model_facts, read_config, write_tokenizer
+from vqpipe.tokenizer import Tokenizer
+from vqpipe.tokenizer_files import model_facts, read_config, write_tokenizer
 from vqpipe.training.callbacks import (
     Callback,
     MetricsLog,
@@ -328,9 +329,9 @@ def publish_tokenizer(
         assert isinstance(network, Autoencoder)
         if best is not None and step != state.step:
             load_weights(network, load_tensors(best.path), best.path)
-        tokenizer = Tokenizer(network, image_size=recipe.data.image_size, device="cpu")
         discriminator = task.discriminator if task.adversarial else None
-        write_tokenizer(draft, tokenizer, discriminator, **{"images seen": f"{images_seen:,}"})
+        rows = {"images seen": f"{images_seen:,}"}
+        write_tokenizer(draft, network, recipe.data.image_size, discriminator, **rows)
         draft.record_existing("metrics.jsonl")
     measured = {
         "training_psnr": metrics.latest("psnr"),
