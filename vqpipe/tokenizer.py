@@ -4,10 +4,10 @@ Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w posi
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from PIL import Image
@@ -40,6 +40,7 @@ from vqpipe.tokenizer_files import (
     save_tokenizer,
 )
 
+S = TypeVar("S")
 IMAGES_PER_BATCH = 32
 """Images of a list that are encoded or decoded at a time."""
 
@@ -304,10 +305,7 @@ class Tokenizer:
             return self.encode(self.read_image(images, image_size)[None], precision)
         if not isinstance(images, Tensor):
             tensors = [self.read_image(image, image_size) for image in images]
-            ids: dict[int, Tensor] = {}
-            for places in same_shapes(tensors):
-                ids |= zip(places, self.encode(torch.stack([tensors[i] for i in places]), precision), strict=True)
-            return [ids[place] for place in range(len(tensors))]
+            return in_batches(tensors, [None] * len(tensors), lambda batch, _: self.encode(batch, precision))
         check_tensor_size(images, image_size)
         images = network_input(images, self)
         if len(images) == 0:
@@ -395,11 +393,7 @@ class Tokenizer:
         sizes = [pair_of(size) for size in each]
         if len(sizes) != len(ids):
             raise DataError(f"{len(sizes)} sizes for the ids of {len(ids)} images", "Give a size for each, or one side")
-        images: dict[int, Tensor] = {}
-        for places in same_shapes(ids, sizes):
-            batch = torch.stack([ids[i] for i in places])
-            images |= zip(places, self.decode(batch, sizes[places[0]], groups), strict=True)
-        return [images[place] for place in range(len(ids))]
+        return in_batches(ids, sizes, lambda batch, size: self.decode(batch, size, groups))
 
     @torch.no_grad()
     def decode_float(self, ids: Tensor, image_size: Size, groups: int | None = None) -> Tensor:
@@ -522,14 +516,15 @@ def square_of(tokenizer: Tokenizer, num_tokens: int) -> int | None:
     return next((side for side in sides if tokenizer.layout(side).num_tokens == num_tokens), None)
 
 
-def same_shapes(tensors: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> list[list[int]]:
-    """Group the places of tensors that have the same shape and type (and size): at most IMAGES_PER_BATCH a group."""
-    groups: dict[Any, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        size = None if sizes is None else sizes[place]
-        groups.setdefault((tensor.shape, tensor.dtype, tensor.device, size), []).append(place)
-    return [
-        places[first : first + IMAGES_PER_BATCH]
-        for places in groups.values()
-        for first in range(0, len(places), IMAGES_PER_BATCH)
-    ]
+def in_batches(tensors: Sequence[Tensor], sizes: Sequence[S], function: Callable[[Tensor, S], Tensor]) -> list[Tensor]:
+    """Apply `function` to batches of tensors that have the same shape, type and size; return its results in order."""
+    alike: dict[Any, list[int]] = {}
+    for place, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+        alike.setdefault((tensor.shape, tensor.dtype, tensor.device, size), []).append(place)
+    results: dict[int, Tensor] = {}
+    for places in alike.values():
+        for first in range(0, len(places), IMAGES_PER_BATCH):
+            part = places[first : first + IMAGES_PER_BATCH]
+            batch = torch.stack([tensors[place] for place in part])
+            results |= zip(part, function(batch, sizes[part[0]]), strict=True)
+    return [results[place] for place in range(len(tensors))]
