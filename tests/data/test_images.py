@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import fsspec
 import numpy as np
@@ -250,6 +251,28 @@ def test_keys_of_several_shards_are_compared_and_prefixed(tmp_path: Path, pack: 
     folders = [write(tmp_path / name, "x/1.png") for name in ("train", "val")]
     assert open_images(folders).facts == {"duplicate_keys": 1}
     assert [image.key for image in open_images(folders, key_prefix="shard")] == ["train/x/1", "val/x/1"]
+
+
+@pytest.mark.parametrize("extension", [".txt", ".lst", ".csv", ".tsv", ".jsonl"])
+def test_prefix_of_the_images_of_a_list_is_its_name_without_the_extension(tmp_path: Path, extension: str) -> None:
+    write(tmp_path, "1.png")
+    lines = {".csv": "path\n1.png\n", ".tsv": "path\n1.png\n", ".jsonl": '{"path": "1.png"}\n'}
+    (tmp_path / f"mine{extension}").write_text(lines.get(extension, "1.png\n"))
+    assert open_images(tmp_path / f"mine{extension}", key_prefix="shard").key(0) == "mine/1"
+
+
+def test_files_of_one_name_and_several_extensions_have_keys_of_their_own(tmp_path: Path) -> None:
+    names = ["a.jpg", "a.png", "a.png.jpg", "a.png.jpg.png", "b.png", "b.png.jpg"]
+    expected = [*names[:4], "b", "b.png"]
+    folder = write(tmp_path / "images", *names)
+    with ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in names:
+            archive.write(folder / name, name)
+    (tmp_path / "list.txt").write_text("\n".join(f"images/{name}" for name in names))
+    for images in map(open_images, (folder, tmp_path / "images.zip")):
+        assert [image.key for image in images] == expected
+        assert images.duplicate_keys == (0, "")
+    assert [image.key for image in open_images(tmp_path / "list.txt")] == [f"images/{key}" for key in expected]
 
 
 def test_class_names_beside_class_numbers_are_a_reason(tmp_path: Path, pack: Pack) -> None:

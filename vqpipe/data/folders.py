@@ -16,6 +16,7 @@ from vqpipe.data.label_lists import CLASSES, read_classes, read_labels
 from vqpipe.data.sources import (
     NO_LABEL,
     access_error,
+    ambiguous,
     count_classes,
     describe,
     extension_of,
@@ -65,9 +66,7 @@ class Folder:
         self.labels = np.full(len(files), NO_LABEL, np.int32) if labels is None else np.array(labels, np.int32)
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
-        stems = [os.path.splitext(file)[0] for file in files]
-        counts = Counter(stems)
-        self.keep_extension = frozenset(i for i, stem in enumerate(stems) if counts[stem] > 1)
+        self.keep_extension = ambiguous(files)
         self.left_out = {reason: count for reason, count in (left_out or {}).items() if count}
         self.unlabeled = valid_text(unlabeled)
         self.listed_names = "\n".join(["", *self.class_names]) if named else ""
@@ -78,7 +77,7 @@ class Folder:
         return len(self.files)
 
     def key(self, i: int) -> str:
-        """The relative path without its extension, which is kept where two files differ only in it."""
+        """The relative path without its extension, which is kept where several files would have the same key."""
         path = self.files[i].as_py().decode("utf-8", "backslashreplace")
         return path if i in self.keep_extension else os.path.splitext(path)[0]
 

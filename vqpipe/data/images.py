@@ -258,7 +258,8 @@ def source_keys(source: ImageSource) -> pa.Array:
 
 def stem(name: str) -> str:
     """The name of a shard without its extension."""
-    return re.sub(r"\.(tar|parquet|zip|txt|csv)$", "", name)
+    root, extension = os.path.splitext(name)
+    return root if extension in (".tar", ".parquet", ".zip", *LIST_EXTENSIONS) else name
 
 
 def open_images(

@@ -130,6 +130,19 @@ def has_image_extension(name: str) -> bool:
     return extension_of(name) in IMAGE_EXTENSIONS
 
 
+def ambiguous(paths: Sequence[str]) -> frozenset[int]:
+    """The positions of the paths whose keys keep the extension, because another file would have the same key: `a.jpg`
+    and `a.png`, and beside these also `a.png.jpg`."""
+    stems = [os.path.splitext(path)[0] for path in paths]
+    counts = Counter(stems)
+    kept = {path for path, stem in zip(paths, stems, strict=True) if counts[stem] > 1}
+    more = kept
+    while more:
+        more = {path for path, stem in zip(paths, stems, strict=True) if stem in kept} - kept
+        kept |= more
+    return frozenset(i for i, path in enumerate(paths) if path in kept)
+
+
 def file_kind(extension: str) -> str:
     """The reason for leaving out a file that is not an image: its extension in lower case, if that is a plain one."""
     if not extension:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from vqpipe.data.folders import SYSTEM_FOLDERS
 from vqpipe.data.sources import (
     access_error,
+    ambiguous,
     extension_of,
     file_kind,
     has_image_extension,
@@ -90,7 +91,7 @@ class Zips(StoredFiles):
         self.digest = hashlib.sha256("".join(archive.sha256 for archive in archives).encode()).hexdigest()
 
     def key(self, i: int) -> str:
-        """The path in the archive, without its extension, which is kept where two files differ only in it."""
+        """The path in the archive, without its extension, which is kept where several files would have the same key."""
         return self.keys[i].as_py()
 
     def read(self, i: int) -> bytes:
@@ -218,7 +219,6 @@ def common_folder(paths: Sequence[str]) -> str:
 
 
 def keys_of(paths: Sequence[str]) -> list[str]:
-    """The paths without their extensions, which are kept where two paths differ only in them."""
-    stems = [os.path.splitext(path)[0] for path in paths]
-    counts = Counter(stems)
-    return [path if counts[stem] > 1 else stem for path, stem in zip(paths, stems, strict=True)]
+    """The paths without their extensions, which are kept where several paths would have the same key."""
+    kept = ambiguous(paths)
+    return [path if i in kept else os.path.splitext(path)[0] for i, path in enumerate(paths)]
