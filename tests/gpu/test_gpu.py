@@ -21,7 +21,7 @@ from vqpipe.generation.classifier import build_classifier
 from vqpipe.losses import Objective
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import PatchDiscriminator, build_autoencoder
-from vqpipe.planning.estimate import Examples, without_masking
+from vqpipe.planning.steps import Examples, without_masking
 from vqpipe.quantizers import build_quantizer
 from vqpipe.search import nearest
 from vqpipe.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from vqpipe.benchmarks.timing import high_water, reset_high_water
 from vqpipe.losses.objective import Objective
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import PatchDiscriminator, build_autoencoder
-from vqpipe.planning.estimate import without_masking
+from vqpipe.planning.steps import without_masking
 from vqpipe.quantizers.lc import FrozenCodebookQuantizer
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 from vqpipe.training.tokenizer_task import TokenizerTask

@@ -17,7 +17,6 @@ from vqpipe.planning.estimate import (
     Plan,
     features_of,
     generator_training,
-    grown,
     in_bytes,
     plan_features,
     plan_kmeans,
@@ -26,6 +25,7 @@ from vqpipe.planning.estimate import (
     step_seconds,
     tokenizer_training,
 )
+from vqpipe.planning.steps import grown
 from vqpipe.planning.trace import Operation
 
 SMOKE = load_tokenizer("smoke", ["train.precision=fp32"])

@@ -26,7 +26,7 @@ from vqpipe.generation.classifier import ClassifierConfig, LinearProbeConfig, Vi
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.planning.estimate import Examples
+from vqpipe.planning.steps import Examples
 from vqpipe.quantizers import TokenLayout
 from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
 from vqpipe.training.examples_task import ExamplesTask

@@ -13,15 +13,8 @@ from vqpipe.benchmarks.timing import Settings
 from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.models import AutoencoderConfig
 from vqpipe.planning.devices import device_of
-from vqpipe.planning.estimate import (
-    fake_tensors,
-    micro_batch,
-    plan_kmeans,
-    plan_tokenize,
-    size_of,
-    step_seconds,
-    trace_tokenizer,
-)
+from vqpipe.planning.estimate import micro_batch, plan_kmeans, plan_tokenize, step_seconds
+from vqpipe.planning.steps import fake_tensors, size_of, trace_tokenizer
 from vqpipe.search import nearest
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 

@@ -10,41 +10,33 @@ validation are not in it, and the loader is assumed to keep up.
 The estimate is for eager PyTorch: `train.compile` saves time and memory that it leaves out.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from vqpipe.codebooks import features as feature_files
-from vqpipe.codebooks.encoders import PatchEncoder, check_pool
+from vqpipe.codebooks.encoders import check_pool
 from vqpipe.codebooks.features import FeaturesConfig
 from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.errors import ConfigError
-from vqpipe.generation.base import Space, build_generator
 from vqpipe.generation.train import GeneratorRecipe
-from vqpipe.losses.objective import Objective
-from vqpipe.losses.perceptual import Perceptual
-from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
+from vqpipe.models import AutoencoderConfig
 from vqpipe.planning.devices import MIB, Device
-from vqpipe.planning.trace import EPILOGUE_DIMENSIONS, CudaAutocast, Operation, Trace
-from vqpipe.quantizers.lc import FrozenCodebookQuantizer
-from vqpipe.quantizers.multi_group import MultiGroupConfig
-from vqpipe.quantizers.vqbridge import BridgedQuantizer
+from vqpipe.planning.steps import (
+    TRACED,
+    Step,
+    build_encoder,
+    grown,
+    times,
+    trace_features,
+    trace_generator,
+    trace_tokenize,
+    trace_tokenizer,
+)
+from vqpipe.planning.trace import EPILOGUE_DIMENSIONS, Operation, Trace
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.examples_task import ExamplesTask
 from vqpipe.training.tokenizer_run import TokenizerRecipe
-from vqpipe.training.tokenizer_task import TokenizerTask
-from vqpipe.weights import Frozen, build_lpips
 
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
 GIB = 1024 * MIB
 IMAGENET = 1_281_167
 """Images of ImageNet's training set: the default number of images of a job."""
@@ -125,23 +117,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a trace found."""
-
-    peak: dict[str, int]
-    operations: list[Operation]
-    """Of the step that most of the run consists of."""
-    first: list[Operation]
-    """Of a step before the discriminator starts."""
-    trained: float
-    """Bytes of the weights that train."""
-    saved: float
-    """Bytes of a checkpoint."""
-    published: float
-    """Bytes of the published weights."""
-
-
-@dataclass(frozen=True)
 class Training:
     """A training run to plan."""
 
@@ -188,32 +163,6 @@ class Training:
         return training_plan(self.stage, config, step, device, devices, starts=self.starts)
 
 
-TRACED = (1, 16)
-"""Images at once of two traces that others follow from."""
-
-
-def grown(few: Step, many: Step, images: int) -> Step:
-    """The step with `images` at once, from those with the numbers of TRACED."""
-    distance = (images - TRACED[0]) / (TRACED[1] - TRACED[0])
-
-    def between(a: float, b: float) -> float:
-        return max(0.0, a + distance * (b - a))
-
-    def operations(a: list[Operation], b: list[Operation]) -> list[Operation]:
-        return [
-            more._replace(flops=between(less.flops, more.flops), bytes=between(less.bytes, more.bytes))
-            for less, more in zip(a, b, strict=False)
-        ]
-
-    parts = {*few.peak, *many.peak}
-    return replace(
-        many,
-        peak={part: int(between(few.peak.get(part, 0), many.peak.get(part, 0))) for part in parts},
-        operations=operations(few.operations, many.operations),
-        first=operations(few.first, many.first),
-    )
-
-
 def tokenizer_training(recipe: TokenizerRecipe) -> Training:
     """`vqpipe train`."""
 
@@ -243,17 +192,7 @@ def plan_tokenize(
     images: int = IMAGENET,
 ) -> Plan:
     """Plan `vqpipe tokenize` of `images` images (or views of them) of (height, width) pixels."""
-    network = build(model)
-    with fake_tensors(device.is_gpu) as (trace, on_cuda):
-        start(network, trace)
-        batch = torch.empty(batch_size, 3, *image_size)
-        trace.operations.clear()
-        with torch.no_grad(), on_cuda, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            network.quantizer.train()  # in evaluation, numbers are read to check them
-            latent = network.latent(batch)
-            ids = network.quantizer(latent).ids
-        tokens = ids.shape[1]
-        width = 2 if network.quantizer.codebook_size <= 2**16 else 4
+    trace, bytes_per_image = trace_tokenize(model, image_size, batch_size, precision, device.is_gpu)
     return forward_plan(
         "tokenize",
         trace,
@@ -261,7 +200,7 @@ def plan_tokenize(
         devices,
         {"batch size": batch_size, "image size": "{1}x{0}".format(*image_size), "precision": precision},
         images,
-        {"tokens": float(images * tokens * width)},
+        {"tokens": float(images * bytes_per_image)},
     )
 
 
@@ -269,15 +208,9 @@ def plan_features(config: FeaturesConfig, device: Device, devices: int = 1, *, i
     """Plan `vqpipe extract-features` of `images` images."""
     images = min(images, config.limit or images)
     encoder = build_encoder(config)
-    with fake_tensors(device.is_gpu) as (trace, on_cuda):
-        as_fake(encoder, trace, "weights")
-        batch = torch.empty(config.batch_size, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
-        trace.operations.clear()
-        with torch.no_grad(), on_cuda, torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            encoder(batch)
-    pool = check_pool(encoder, config.pool)
+    trace = trace_features(encoder, config, device.is_gpu)
     settings = {"encoder": config.encoder, "batch size": config.batch_size, "precision": config.precision}
-    disk = {"features": 2.0 * images * pool**2 * encoder.dim}
+    disk = {"features": 2.0 * images * check_pool(encoder, config.pool) ** 2 * encoder.dim}
     return forward_plan("extract-features", trace, device, devices, settings, images, disk)
 
 
@@ -285,16 +218,6 @@ def features_of(config: FeaturesConfig) -> tuple[int, int]:
     """Channels of a feature, and features per image."""
     encoder = build_encoder(config)
     return encoder.dim, check_pool(encoder, config.pool) ** 2
-
-
-def build_encoder(config: FeaturesConfig) -> PatchEncoder:
-    """An encoder on the meta device."""
-    logging.disable(logging.WARNING)  # open_clip warns of random weights
-    try:
-        with torch.device("meta"):
-            return feature_files.open_encoder(replace(config, allow_random_weights=True, weights=None), None)
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, devices: int = 1) -> Plan:
@@ -343,187 +266,6 @@ def start_of_discriminator(recipe: TokenizerRecipe) -> int:
     """The step in which the discriminator starts, at most the last one."""
     config = recipe.objective
     return min(config.disc_start, recipe.train.steps) if config.adversarial > 0 else recipe.train.steps
-
-
-def as_fake(network: NetworkT, trace: Trace, part: str) -> NetworkT:
-    """Make the tensors of a network on the meta device fake ones, and count them as `part`."""
-    with trace.inside(part):
-        network.to_empty(device="cpu")
-    trace.own(network, part)
-    return network
-
-
-@contextmanager
-def fake_tensors(gpu: bool) -> Iterator[tuple[Trace, AbstractContextManager[Any]]]:
-    """Fake tensors with a `Trace`. Yields it, and what to enter around the step: the rules of autocast on CUDA.
-
-    The step is that of a single process: other ranks, if there are any, do not take part in it.
-    """
-    initialized = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Trace(gpu=gpu) as trace:
-            yield trace, CudaAutocast() if gpu else nullcontext()
-    finally:
-        dist.is_initialized = initialized
-
-
-def build(config: AutoencoderConfig) -> Autoencoder:
-    """An autoencoder on the meta device, with all groups kept."""
-    with torch.device("meta"):
-        return build_autoencoder(without_masking(config))
-
-
-def start(network: Autoencoder, trace: Trace) -> Autoencoder:
-    """Make its tensors fake ones and count them, those of the quantizer as "codebook", which counts as loaded."""
-    as_fake(network, trace, "weights")
-    trace.own_tensors(network.quantizer, "codebook")
-    for module in network.modules():
-        if isinstance(module, FrozenCodebookQuantizer | BridgedQuantizer):
-            module.loaded = True
-    return network
-
-
-def without_masking(config: AutoencoderConfig) -> AutoencoderConfig:
-    """The network with all groups kept, which needs the most memory: masking reads random numbers."""
-    if not isinstance(config.quantizer, MultiGroupConfig):
-        return config
-    return replace(config, quantizer=replace(config.quantizer, masking="off"))
-
-
-@cache
-def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> Step:
-    """Trace steps of a tokenizer's training as they are on one process: with the autoencoder alone, with both networks,
-    and where it is set, with the R1 penalty."""
-    parts = min(2, recipe.train.accumulate)  # more micro-batches need no more memory
-    config = replace(recipe.train, accumulate=parts, compile=False, sync_batch_norm=False)
-    side, objective_config = recipe.data.image_size, recipe.objective
-    model = build(recipe.model)
-    with torch.device("meta"):
-        discriminator = PatchDiscriminator(recipe.discriminator)
-    with fake_tensors(gpu) as (trace, on_cuda):
-        start(model, trace)
-        as_fake(discriminator, trace, "discriminator")
-        perceptual = None
-        if objective_config.perceptual != "none":
-            with trace.inside("LPIPS"):
-                perceptual = Perceptual(
-                    objective_config.perceptual, network=Frozen(build_lpips(objective_config.perceptual))
-                )
-            trace.own(perceptual, "LPIPS")
-            trace.count_calls(perceptual, "LPIPS")
-        objective = Objective(objective_config, model.quantizer.loss_names, perceptual=perceptual)
-        task = TokenizerTask(model, discriminator, objective)
-        average = WeightAverage(model, config, trace)
-        task.prepare(config, torch.device("cpu"), model)
-        task.connect()
-        if task.adversarial:
-            trace.count_calls(discriminator, "discriminator")
-        for optimizer in task.optimizers.values():
-            trace.count_steps(optimizer)
-        images = torch.empty(parts * images_at_once, 3, side, side)
-
-        def step(number: int) -> list[Operation]:
-            trace.operations = []
-            reconstruction, _, _ = task.autoencoder_step(images, number)
-            if objective.adversarial_at(number):
-                task.discriminator_step(images, reconstruction, number)
-            if task.moves_codebook:
-                traced_update(task, reconstruction)
-            average.update()
-            return trace.operations
-
-        with on_cuda:
-            first = step(0)
-            every = objective_config.r1_every
-            later = (objective_config.disc_start // every + 1) * every + 1
-            both = step(later) if objective.adversarial_at(later) else step(0)
-            if objective.r1_at(later - 1):
-                step(later - 1)
-        repeats = recipe.train.accumulate / parts
-        trained = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
-        weights = size_of_network(model)
-        other = size_of_network(discriminator) if task.adversarial else 0.0
-        states = sum(size_of_state(optimizer) for optimizer in task.optimizers.values())
-        saved = weights + other + states + (weights if config.weight_ema else 0.0)
-        return Step(trace.peak, times(both, repeats), times(first, repeats), trained, saved, weights + other)
-
-
-class WeightAverage:
-    """The memory and the operations of `WeightEma`, which copies a network: fake tensors cannot be copied so."""
-
-    def __init__(self, network: nn.Module, config: TrainConfig, trace: Trace) -> None:
-        self.parameters = list(network.parameters()) if config.weight_ema else []
-        self.averages = [torch.empty_like(each) for each in self.parameters]
-        self.buffers = [torch.empty_like(each) for each in network.buffers() if config.weight_ema]
-        for tensor in (*self.averages, *self.buffers):
-            trace.add(tensor, "weight average")
-
-    @torch.no_grad()
-    def update(self) -> None:
-        if self.averages:
-            torch._foreach_lerp_(self.averages, [*self.parameters], 0.1)
-
-
-def traced_update(task: TokenizerTask, reconstruction: Any) -> None:
-    """The update of a codebook. Some of them read numbers, which fake tensors do not have: those need little."""
-    try:
-        task.model.quantizer.update(reconstruction.latent, reconstruction.quantized.ids)
-    except (RuntimeError, NotImplementedError):
-        return
-
-
-@cache
-def trace_generator(
-    recipe: GeneratorRecipe, tokenizer: AutoencoderConfig, image_size: int, examples_at_once: int, gpu: bool
-) -> Step:
-    """Trace steps of a generator's training. The tokenizer is in memory too, for samples."""
-    parts = min(2, recipe.train.accumulate)
-    config = replace(recipe.train, accumulate=parts, compile=False, parallel="ddp")
-    autoencoder = build(tokenizer)
-    quantizer, side = autoencoder.quantizer, image_size // autoencoder.downsample_factor
-    classes = (recipe.examples.num_classes or 1000) if recipe.examples.conditional else None
-    space = Space.of(quantizer, side, side, classes)
-    with torch.device("meta"):
-        network = build_generator(recipe.generator, space)
-    with fake_tensors(gpu) as (trace, on_cuda):
-        start(autoencoder, trace)
-        trace.own_tensors(autoencoder, "tokenizer")
-        as_fake(network.requires_grad_(True), trace, "weights")
-        with suppress(ConfigError):  # of a generator that uses no codebook
-            network.load_codebook(quantizer.train().all_codes().detach())
-        task = ExamplesTask(network)
-        average = WeightAverage(network, config, trace)
-        task.prepare(config, torch.device("cpu"), network)
-        task.connect()
-        trace.count_steps(task.optimizers["optimizer"])
-        count = parts * examples_at_once
-        if network.trained_on == "tokens":
-            examples = torch.zeros(count, space.num_tokens, dtype=torch.int64)
-        else:
-            examples = torch.zeros(count, space.latent_dim, space.height, space.width)
-        batch = Examples(examples, torch.zeros(count, dtype=torch.int64))
-        with on_cuda:
-            task.step(batch, 0)
-            trace.operations = []
-            task.step(batch, 1)
-            average.update()
-        operations = times(trace.operations, recipe.train.accumulate / parts)
-        weights = size_of_network(network)
-        trained = sum(size_of(parameter) for parameter in network.parameters())
-        saved = weights * (2 if config.weight_ema else 1) + size_of_state(task.optimizers["optimizer"])
-        published = weights + size_of_network(autoencoder)
-        return Step(trace.peak, operations, operations, trained, saved, published)
-
-
-@dataclass
-class Examples:
-    """A batch of a generator."""
-
-    examples: Tensor
-    labels: Tensor
-    keys: list[str] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)
 
 
 def training_plan(
@@ -615,26 +357,6 @@ def sums_of_flops(operations: Iterable[Operation]) -> dict[str, float]:
             name = "networks" if operation.part == "activations" else operation.part
             sums[name] = sums.get(name, 0.0) + operation.flops
     return sums
-
-
-def times(operations: list[Operation], count: float) -> list[Operation]:
-    """`count` times as much of each operation: of a step with more micro-batches."""
-    if count == 1:
-        return operations
-    return [each._replace(flops=count * each.flops, bytes=count * each.bytes) for each in operations]
-
-
-def size_of(tensor: Tensor) -> float:
-    return float(tensor.numel() * tensor.element_size())
-
-
-def size_of_network(network: nn.Module) -> float:
-    return sum(size_of(tensor) for tensor in network.state_dict().values())
-
-
-def size_of_state(optimizer: torch.optim.Optimizer) -> float:
-    tensors = (value for state in optimizer.state.values() for value in state.values())
-    return sum(size_of(value) for value in tensors if isinstance(value, Tensor))
 
 
 def with_advice(plan: Plan, training: Training, device: Device, devices: int) -> Plan:
