@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from vqpipe import distributed, presets
 from vqpipe.errors import VqpipeError
 from vqpipe.planning.devices import GPUS, device_of
 from vqpipe.planning.estimate import GIB, Plan, Training, generator_training, in_bytes, refusal, tokenizer_training
+from vqpipe.progress import SILENT, Progress
 from vqpipe.words import counted
 
 LEAST_SHOWN = 10_000
@@ -158,6 +161,13 @@ def say_or_refuse(make: Callable[[], Plan]) -> None:
             console.say("warning: close to out of memory. If it fails, see vqpipe plan for settings that need less")
 
     distributed.on_main(action)
+
+
+def check_run(training: Training, device: torch.device, out: Path, progress: Progress = SILENT) -> None:
+    """`say_or_refuse` for a run that is to publish `out`, unless it is published already, or the run is a short one."""
+    if not out.exists() and training.config.steps >= LEAST_STEPS:
+        progress.start("estimating memory and time", None, unit="")
+        say_or_refuse(partial(plan_here, training, device))
 
 
 def line(plan: Plan) -> str:

@@ -1,12 +1,9 @@
 """`vqpipe eval`: images and a tokenizer -> a report of metrics by protocol, and a page."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich import box
-from rich.table import Table
 
 from stages import console, options
 from stages.options import AutoencoderPath, Device, Images, Limit, OptionalBatchSize, Out, Preset, Seed, Set
@@ -136,15 +133,7 @@ def evaluate(
         from vqpipe.evaluation.extractors import add_extractor
         from vqpipe.evaluation.report import evaluate_tokenizer
         from vqpipe.metrics.feature_networks import find_networks
-        from vqpipe.reports.evaluation import (
-            MEASURES,
-            OTHER_FORMULAS,
-            over_images,
-            protocols_in_words,
-            reasons_not_measured,
-            value_of,
-            written,
-        )
+        from vqpipe.reports.evaluation import number_rows, protocols_in_words, protocols_table, reasons_not_measured
 
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
@@ -181,20 +170,13 @@ def evaluate(
             progress=progress,
         )
         if result is not None:
-            shown = [each for each in MEASURES if each.key not in OTHER_FORMULAS]
-            values = [(each, value_of(result.metrics, each.key)) for each in shown]
-            numbers = [
-                (each.label, written(each, v), each.convention + over_images(each, result.metrics))
-                for each, v in values
-                if v is not None
-            ]
-            console.show_numbers(numbers, result.metrics["not_computed"])
+            console.show_numbers(number_rows(result.metrics), result.metrics["not_computed"])
             first = protocols_in_words([result.metrics["protocol"]])
             console.say(f"{first} The report also has PSNR and SSIM by the formulas of papers.")
             for name, reason in reasons_not_measured(result.metrics, shown=1).items():
                 console.say(f"{name} is not measured on {reason}")
-            if len(result.metrics["protocols"]) > 1:
-                console.show(protocol_table(result.metrics["protocols"]))
+            if protocols := protocols_table(result.metrics):
+                console.show_table(protocols)
         return console.finished(report, again=result is None)
 
 
@@ -214,15 +196,3 @@ def perceptual_files(values: list[str]) -> "dict[LpipsNet, Path]":
 def split_names(values: list[str] | None) -> list[str] | None:
     """An option that is repeatable, or takes several names with commas."""
     return [name.strip() for value in values for name in value.split(",")] if values else None
-
-
-def protocol_table(protocols: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The numbers of each protocol, a column each."""
-    table = Table("own convention", *protocols, box=box.SIMPLE, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name in ("psnr", "ssim", "lpips", "rfid"):
-        if any(name in numbers for numbers in protocols.values()):
-            cells = (f"{numbers[name]:.4g}" if name in numbers else "–" for numbers in protocols.values())
-            table.add_row(name, *cells)
-    return table

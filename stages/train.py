@@ -1,6 +1,5 @@
 """`vqpipe train`: images (and a codebook) -> tokenizer."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -113,12 +112,10 @@ def train(
         recipe = load_tokenizer(preset, [*sizes, *overrides], say=console.say, train=flags)  # --set has precedence
         if codes is not None:
             check_codebook(recipe, codes)
-        make_plan = partial(estimates.plan_here, tokenizer_training(recipe), torch_device)
+        training = tokenizer_training(recipe)
         if plan:
-            return estimates.show(make_plan())
-        if not out.exists() and recipe.train.steps >= estimates.LEAST_STEPS:
-            progress.start("estimating memory and time", None, unit="")
-            estimates.say_or_refuse(make_plan)
+            return estimates.show(estimates.plan_here(training, torch_device))
+        estimates.check_run(training, torch_device, out, progress)
         progress.start("reading the list of images", None, unit="")
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),

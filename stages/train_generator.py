@@ -1,6 +1,5 @@
 """`vqpipe train-generator`: tokens, or images that are encoded as latents once, and their tokenizer -> generator."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -101,9 +100,8 @@ def train_generator(
             stored = open_artifact(path, trained_on)
         held_out = None if validation is None else open_artifact(validation, trained_on)
         examples = StoredExamples(opened, stored, held_out, limit)
-        if not out.exists() and recipe.train.steps >= estimates.LEAST_STEPS:
-            training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
-            estimates.say_or_refuse(partial(estimates.plan_here, training, torch_device))
+        training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
+        estimates.check_run(training, torch_device, out)
         return examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
 
 

@@ -18,7 +18,7 @@ from vqpipe.errors import ArtifactError
 from vqpipe.metrics.distortion import MAX_LISTED
 from vqpipe.metrics.protocols import IN_WORDS
 from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
-from vqpipe.reports.page import Section
+from vqpipe.reports.page import Section, Table
 from vqpipe.reports.pictures import ImagePair
 from vqpipe.words import counted
 
@@ -206,6 +206,28 @@ def value_of(metrics: Metrics, key: str) -> float | None:
         return metrics.get("frechet", {}).get(key.removeprefix("frechet "))
     value = metrics.get(key)
     return value.get("mean") if isinstance(value, Mapping) else value
+
+
+def number_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Label, value and convention of the numbers of `metrics.json`, without those by OTHER_FORMULAS."""
+    return [
+        (measure.label, written(measure, value), measure.convention + over_images(measure, metrics))
+        for measure in measures_of(metrics)
+        if measure.key not in OTHER_FORMULAS and (value := value_of(metrics, measure.key)) is not None
+    ]
+
+
+def protocols_table(metrics: Metrics) -> Table | None:
+    """The main numbers of each protocol, a column each; None for a single one."""
+    protocols = metrics["protocols"]
+    if len(protocols) == 1:
+        return None
+    rows = [
+        [name, *(f"{numbers[name]:.4g}" if name in numbers else "–" for numbers in protocols.values())]
+        for name in ("psnr", "ssim", "lpips", "rfid")
+        if any(name in numbers for numbers in protocols.values())
+    ]
+    return Table("", ["own convention", *protocols], rows)
 
 
 def over_images(measure: Measure, metrics: Metrics) -> str:

@@ -1,0 +1,30 @@
+from typing import Any
+
+from vqpipe.reports.evaluation import number_rows, protocols_table
+
+METRICS: dict[str, Any] = {
+    "num_images": 5,
+    "protocol": "adm",
+    "protocols": {"adm": {"psnr": 21.5, "rfid": 3.25}},
+    "rfid": {"adm": 3.25},
+    "psnr": 21.5,
+    "psnr_y": 23.0,
+    "frechet": {"timm:vit": 12.0},
+    "not_measured": {"psnr": {"count": 1}},
+}
+
+
+def test_rows_of_an_evaluation_are_its_numbers_with_those_of_the_extractor() -> None:
+    rows = {label: (value, convention) for label, value, convention in number_rows(METRICS)}
+    assert list(rows) == ["PSNR", "rFID", "Frechet, timm:vit"]
+    assert rows["PSNR"][0] == "21.50 dB"
+    assert rows["PSNR"][1].endswith("; over 4 of 5 images")
+
+
+def test_several_protocols_have_a_table() -> None:
+    assert protocols_table(METRICS) is None
+    raw = {"psnr": 21.0, "ssim": 0.5}
+    table = protocols_table({**METRICS, "protocols": METRICS["protocols"] | {"cleanfid-rawval": raw}})
+    assert table is not None
+    assert table.header == ["own convention", "adm", "cleanfid-rawval"]
+    assert table.rows == [["psnr", "21.5", "21"], ["ssim", "–", "0.5"], ["rfid", "3.25", "–"]]
