@@ -273,6 +273,8 @@ def test_files_of_one_name_and_several_extensions_have_keys_of_their_own(tmp_pat
         assert [image.key for image in images] == expected
         assert images.duplicate_keys == (0, "")
     assert [image.key for image in open_images(tmp_path / "list.txt")] == [f"images/{key}" for key in expected]
+    (folder / "labels.csv").write_text("key,label\na.png,0\na.png.jpg,1\nb.png,2\n")
+    assert open_images(folder).labels.tolist() == [NO_LABEL, 0, 1, NO_LABEL, 2, NO_LABEL]
 
 
 def test_class_names_beside_class_numbers_are_a_reason(tmp_path: Path, pack: Pack) -> None:

@@ -90,7 +90,10 @@ def read_labels(root: Path, files: Sequence[str]) -> Listed | None:
         return Listed(name, unusable=bool(problem), unlabeled=problem or f"{name} has no columns file_name and label")
     paths = list(map(valid_text, files))
     stems = [os.path.splitext(path)[0] for path in paths]
-    found = [entries.get(path, entries.get(stem)) for path, stem in zip(paths, stems, strict=True)]
+    known = set(paths)  # the label of a.png is not that of a.png.jpg
+    found = [
+        entries.get(path, None if stem in known else entries.get(stem)) for path, stem in zip(paths, stems, strict=True)
+    ]
     labels, class_names, problem = number(name, found, read_classes(root))
     if labels is None:
         return Listed(name, unusable=bool(problem), unlabeled=problem or f"no label of {name} is that of an image")
