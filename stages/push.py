@@ -1,13 +1,17 @@
 """`vqpipe push`: upload a tokenizer to the model hub, with a model card."""
 
 import shlex
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stages import console
 from vqpipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vqpipe.tokenizer import Tokenizer
 
 
 def push(
@@ -54,7 +58,7 @@ def push(
         metrics = "" if report is None else metrics_section(open_artifact(report, "report"), opened.source)
         card = opened.hub_card(repository, licence=licence, metrics=metrics, datasets=datasets or ())
         if dry_run:
-            for name, size in opened.hub_files(card).items():
+            for name, size in uploaded_files(opened, card).items():
                 console.say(f"{name}: {size:,} bytes")
             print(card, end="", flush=True)
             return
@@ -71,3 +75,11 @@ def push(
         ]
         console.say(f"next: {shlex.join(['vqpipe', 'eval', *words])}")
         print(address, flush=True)
+
+
+def uploaded_files(tokenizer: "Tokenizer", card: str) -> dict[str, int]:
+    """The files that are uploaded with this card, and their sizes in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
+    return sizes | {"README.md": len(card.encode())}

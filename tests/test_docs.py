@@ -69,7 +69,7 @@ def test_page_of_the_python_api_runs(folder: Path) -> None:
     assert names["resumed"].images_seen == 4
     page = (DOCS / "python.md").read_text(encoding="utf-8")
     public = {name for name in vars(Tokenizer) if not name.startswith(("_", "check_"))}
-    internal = {"to_table", "describe", "push_to_hub", "hub_card", "hub_files", "latent_shape", "config", "dtype"}
+    internal = {"to_table", "describe", "push_to_hub", "hub_card", "latent_shape", "config", "dtype"}
     assert {name for name in public - internal if name not in page} == set()
 
 

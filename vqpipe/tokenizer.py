@@ -1,4 +1,4 @@
-"""The tokenizer: images -> ids -> images, and its files.
+"""The tokenizer: images -> ids -> images.
 
 Shapes: B images of H x W pixels, N ids per image, C latent channels, h x w positions, G groups.
 """
@@ -110,26 +110,6 @@ class Tokenizer:
         tokenizer.source = artifact or StoredWeights(tokenizer.name, hash_file(folder / WEIGHTS), folder)
         return tokenizer
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and README.md into `folder`, which is created if absent."""
-        save_tokenizer(Path(folder), self.autoencoder, self.image_size)
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Tokenizer":
-        """Move to a device and convert the encoder and the decoder to a floating type; returns the tokenizer itself.
-
-        The quantizer stays in float32. In another type than float32 a few percent of the ids differ.
-        """
-        if dtype is not None:
-            if not dtype.is_floating_point:
-                raise ConfigError(f"{dtype} is no floating type", "Use torch.float32, torch.bfloat16 or torch.float16")
-            model = self.autoencoder
-            for part in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
-                part.to(dtype)
-        if device is not None:
-            self.device = check_device(device)
-            self.autoencoder.to(self.device)
-        return self
-
     def __repr__(self) -> str:
         """The properties of the model."""
         values = {
@@ -143,62 +123,6 @@ class Tokenizer:
             "dtype": self.dtype,
         }
         return f"Tokenizer({', '.join(f'{name}={value}' for name, value in values.items())})"
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        private: bool = False,
-        licence: str = "",
-        metrics: str = "",
-        datasets: Sequence[str] = (),
-        card: str | None = None,
-    ) -> str:
-        """Upload to the hub as `repository` ("user/name") and return the URL of the commit.
-
-        Args:
-            repository: is made if it is absent.
-            private: whether a new repository is private.
-            licence, metrics, datasets: of the model card, as `hub_card`.
-            card: the whole model card, in their place.
-
-        Raises:
-            WeightsError: no token (run `hf auth login` first), no permission, or no connection.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            text = card or self.hub_card(repository, licence=licence, metrics=metrics, datasets=datasets)
-            (Path(folder) / "README.md").write_text(text, encoding="utf-8")
-            return upload_folder(repository.removeprefix("hf:"), Path(folder), private=private)
-
-    def hub_card(self, repository: str, *, licence: str = "", metrics: str = "", datasets: Sequence[str] = ()) -> str:
-        """The model card of `push_to_hub`.
-
-        Args:
-            repository: "user/name".
-            licence: of the weights, such as "apache-2.0".
-            metrics: Markdown, such as that of `vqpipe.reports.model_card.metrics_section`.
-            datasets: the data sets of the training, as the hub calls them.
-        """
-        facts = {} if self.artifact is None else self.artifact.facts
-        origin = {key: facts[key] for key in ("family", "zoo", "source") if key in facts}
-        return ModelCard(
-            repository=repository.removeprefix("hf:"),
-            properties=properties(self.autoencoder, self.image_size) | origin,
-            downsample_factor=self.downsample_factor,
-            image_size=self.image_size,
-            licence=licence,
-            datasets=datasets,
-            metrics=metrics,
-            lineage=None if self.artifact is None else self.artifact.lineage,
-        ).text()
-
-    def hub_files(self, card: str) -> dict[str, int]:
-        """The files that `push_to_hub` uploads with this card, and their sizes in bytes."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
-        return sizes | {"README.md": len(card.encode())}
 
     @property
     def config(self) -> AutoencoderConfig:
@@ -248,26 +172,9 @@ class Tokenizer:
         width = height if width is None else width
         return self.autoencoder.quantizer.layout(*latent_size(height, width, self.downsample_factor))
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise a DataError unless images of `height` x `width` pixels can be encoded."""
-        self.layout(height, width)
-
-    def check_made(self, artifact: artifacts.Artifact) -> None:
-        """Raise an ArtifactError unless this tokenizer encoded these tokens or latents."""
-        made_by = artifact.inputs["tokenizer"]
-        own = self.source if isinstance(self.source, str) else self.source.digest
-        if made_by != own:
-            name = artifact.lineage["inputs"].get("tokenizer", {}).get("name") or "without a name"
-            given = f"{self.name} ({own[:12] or 'not saved'})"
-            raise ArtifactError(
-                f"{artifact.path} was made by tokenizer {name} ({made_by[:12]}), not by {given}",
-                f"Pass {[*artifact.options('--tokenizer'), 'the tokenizer that made it'][0]}",
-            )
-
-    def check_groups(self, groups: int | None) -> None:
-        """Raise a DataError unless the first `groups` groups can be decoded; None means all."""
-        if groups is not None and not 1 <= groups <= self.num_groups:
-            raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Set 1 up to that number")
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of an image of `height` x `width` pixels."""
+        return (self.autoencoder.quantizer.latent_dim, *latent_size(height, width, self.downsample_factor))
 
     @overload
     def encode(  # type: ignore[overload-overlap]  # a str, which is a path, is also a sequence of str
@@ -314,16 +221,16 @@ class Tokenizer:
         with reduced_precision(self.autoencoder, self.device, precision):
             return self.autoencoder.encode(images.to(self.dtype)).ids
 
+    def read_image(self, image: ImageLike, image_size: Size | None = None) -> Tensor:
+        """An image file or PIL image as uint8[3, H, W], cropped as by `encode`; a tensor as it is."""
+        return read_image(image, self, image_size)
+
     @torch.no_grad()
     def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
         """Encode images to latents before quantization, float[B, C, h, w]; arguments and errors as `encode`."""
         images = network_input(images, self)
         with reduced_precision(self.autoencoder, self.device, precision):
             return self.autoencoder.latent(images.to(self.dtype))
-
-    def read_image(self, image: ImageLike, image_size: Size | None = None) -> Tensor:
-        """An image file or PIL image as uint8[3, H, W], cropped as by `encode`; a tensor as it is."""
-        return read_image(image, self, image_size)
 
     def quantize(self, latent: Tensor) -> Quantized:
         """Quantize a latent, float[B, C, h, w], to (codes, ids, losses), with gradients.
@@ -339,27 +246,6 @@ class Tokenizer:
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise DataError(f"a latent of shape {list(latent.shape)}, [B, {channels}, h, w] is expected")
         return self.autoencoder.quantizer(latent.to(self.device))
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of an image of `height` x `width` pixels."""
-        return (self.autoencoder.quantizer.latent_dim, *latent_size(height, width, self.downsample_factor))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """The code of each id, float32[B, N, C / G] of int64[B, N], in the order of the ids; zeros for a negative id.
-
-        It is row ids[:, n] of `codebook`, with groups of codebook[n % G]. With `multi_group` it has the C / G channels
-        of its group, with `residual` and `multi_scale` all C.
-
-        Raises:
-            DataError: ids of a wrong dtype or shape, or outside the codebook.
-        """
-        ids = self.check_ids(ids)
-        if ids.ndim != 2 or ids.shape[1] % self.num_groups:
-            multiple = f", N a multiple of {self.num_groups}" if self.num_groups > 1 else ""
-            raise DataError(f"ids of shape {list(ids.shape)}, [B, N] is expected{multiple}")
-        if ids.numel() == 0:
-            return torch.empty(*ids.shape, self.code_dim, device=self.device)
-        return self.autoencoder.quantizer.token_codes(ids)
 
     @overload
     def decode(self, ids: Tensor, image_size: Size, groups: int | None = None) -> Tensor: ...
@@ -413,6 +299,23 @@ class Tokenizer:
         codes = self.autoencoder.quantizer.lookup(ids, layout)
         return self.autoencoder.decode(codes.to(self.dtype)).float()
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """The code of each id, float32[B, N, C / G] of int64[B, N], in the order of the ids; zeros for a negative id.
+
+        It is row ids[:, n] of `codebook`, with groups of codebook[n % G]. With `multi_group` it has the C / G channels
+        of its group, with `residual` and `multi_scale` all C.
+
+        Raises:
+            DataError: ids of a wrong dtype or shape, or outside the codebook.
+        """
+        ids = self.check_ids(ids)
+        if ids.ndim != 2 or ids.shape[1] % self.num_groups:
+            multiple = f", N a multiple of {self.num_groups}" if self.num_groups > 1 else ""
+            raise DataError(f"ids of shape {list(ids.shape)}, [B, N] is expected{multiple}")
+        if ids.numel() == 0:
+            return torch.empty(*ids.shape, self.code_dim, device=self.device)
+        return self.autoencoder.quantizer.token_codes(ids)
+
     @torch.no_grad()
     def decode_codes(self, codes: Tensor, image_size: Size | None = None) -> Tensor:
         """Decode codes to images uint8[B, 3, H, W].
@@ -448,12 +351,6 @@ class Tokenizer:
         if image_size is not None and pair_of(image_size) != (height, width):
             raise DataError(f"codes of an image of {height} x {width}, image_size = {image_size}", "Omit image_size")
         return self.autoencoder.decode(codes.to(self.dtype)).float()
-
-    def check_ids(self, ids: Tensor) -> Tensor:
-        """The ids as int64 on the device; a DataError if they are not integers."""
-        if ids.is_floating_point() or ids.is_complex():
-            raise DataError(f"ids of type {ids.dtype}", "Pass integers, as `encode` returns them")
-        return ids.to(self.device, torch.int64)
 
     def write_tokens(
         self,
@@ -498,6 +395,75 @@ class Tokenizer:
             options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
             return draft.publish(write_tokens(draft, image_set, self, config, **options))
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and README.md into `folder`, which is created if absent."""
+        save_tokenizer(Path(folder), self.autoencoder, self.image_size)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        licence: str = "",
+        metrics: str = "",
+        datasets: Sequence[str] = (),
+        card: str | None = None,
+    ) -> str:
+        """Upload to the hub as `repository` ("user/name") and return the URL of the commit.
+
+        Args:
+            repository: is made if it is absent.
+            private: whether a new repository is private.
+            licence, metrics, datasets: of the model card, as `hub_card`.
+            card: the whole model card, in their place.
+
+        Raises:
+            WeightsError: no token (run `hf auth login` first), no permission, or no connection.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            text = card or self.hub_card(repository, licence=licence, metrics=metrics, datasets=datasets)
+            (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+            return upload_folder(repository.removeprefix("hf:"), Path(folder), private=private)
+
+    def hub_card(self, repository: str, *, licence: str = "", metrics: str = "", datasets: Sequence[str] = ()) -> str:
+        """The model card of `push_to_hub`.
+
+        Args:
+            repository: "user/name".
+            licence: of the weights, such as "apache-2.0".
+            metrics: Markdown, such as that of `vqpipe.reports.model_card.metrics_section`.
+            datasets: the data sets of the training, as the hub calls them.
+        """
+        facts = {} if self.artifact is None else self.artifact.facts
+        origin = {key: facts[key] for key in ("family", "zoo", "source") if key in facts}
+        return ModelCard(
+            repository=repository.removeprefix("hf:"),
+            properties=properties(self.autoencoder, self.image_size) | origin,
+            downsample_factor=self.downsample_factor,
+            image_size=self.image_size,
+            licence=licence,
+            datasets=datasets,
+            metrics=metrics,
+            lineage=None if self.artifact is None else self.artifact.lineage,
+        ).text()
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Tokenizer":
+        """Move to a device and convert the encoder and the decoder to a floating type; returns the tokenizer itself.
+
+        The quantizer stays in float32. In another type than float32 a few percent of the ids differ.
+        """
+        if dtype is not None:
+            if not dtype.is_floating_point:
+                raise ConfigError(f"{dtype} is no floating type", "Use torch.float32, torch.bfloat16 or torch.float16")
+            model = self.autoencoder
+            for part in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
+                part.to(dtype)
+        if device is not None:
+            self.device = check_device(device)
+            self.autoencoder.to(self.device)
+        return self
+
     def describe(self, image_size: int) -> dict[str, Any]:
         """Facts for a report on images of side `image_size`."""
         return model_facts(self.autoencoder) | {
@@ -508,6 +474,33 @@ class Tokenizer:
     def to_table(self) -> dict[str, Any]:
         """The content of config.json."""
         return config_table(self.autoencoder, self.image_size)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise a DataError unless images of `height` x `width` pixels can be encoded."""
+        self.layout(height, width)
+
+    def check_groups(self, groups: int | None) -> None:
+        """Raise a DataError unless the first `groups` groups can be decoded; None means all."""
+        if groups is not None and not 1 <= groups <= self.num_groups:
+            raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Set 1 up to that number")
+
+    def check_ids(self, ids: Tensor) -> Tensor:
+        """The ids as int64 on the device; a DataError if they are not integers."""
+        if ids.is_floating_point() or ids.is_complex():
+            raise DataError(f"ids of type {ids.dtype}", "Pass integers, as `encode` returns them")
+        return ids.to(self.device, torch.int64)
+
+    def check_made(self, artifact: artifacts.Artifact) -> None:
+        """Raise an ArtifactError unless this tokenizer encoded these tokens or latents."""
+        made_by = artifact.inputs["tokenizer"]
+        own = self.source if isinstance(self.source, str) else self.source.digest
+        if made_by != own:
+            name = artifact.lineage["inputs"].get("tokenizer", {}).get("name") or "without a name"
+            given = f"{self.name} ({own[:12] or 'not saved'})"
+            raise ArtifactError(
+                f"{artifact.path} was made by tokenizer {name} ({made_by[:12]}), not by {given}",
+                f"Pass {[*artifact.options('--tokenizer'), 'the tokenizer that made it'][0]}",
+            )
 
 
 def square_of(tokenizer: Tokenizer, num_tokens: int) -> int | None:
