@@ -134,7 +134,7 @@ class Training:
             ConfigError: the global batch is not divisible by the devices and micro-batches.
         """
         step = self.trace(self.config, micro_batch(self.config, devices), device.is_gpu)
-        return with_advice(self.finish(self.config, step, device, devices), self, device, devices)
+        return with_advice(self.plan_of(self.config, step, device, devices), self, device, devices)
 
     def fitting(self, device: Device, devices: int = 1) -> Plan | None:
         """The plan with settings that fit: the fewest micro-batches, which compute nothing twice; where not even one
@@ -153,14 +153,43 @@ class Training:
                 step = grown(few, many, share // parts)
                 changed = replace(config, accumulate=parts)
                 step = replace(step, operations=times(step.operations, parts), first=times(step.first, parts))
-                plan = self.finish(changed, step, device, devices)
+                plan = self.plan_of(changed, step, device, devices)
                 if plan.needed <= CLOSE * plan.available:
                     return plan
         return None
 
-    def finish(self, config: TrainConfig, step: Step, device: Device, devices: int) -> Plan:
-        """The plan of these settings."""
-        return training_plan(self.stage, config, step, device, devices, starts=self.starts)
+    def plan_of(self, config: TrainConfig, step: Step, device: Device, devices: int) -> Plan:
+        """The plan of the settings `config`, of which `step` is the trace."""
+        memory: dict[str, float] = {part: float(size) for part, size in step.peak.items() if size > 0}
+        if devices > 1 and config.parallel == "fsdp":
+            for part in ("weights", "gradients", "optimizer", "weight average"):
+                memory[part] = memory.get(part, 0.0) / devices
+        elif devices > 1:  # DistributedDataParallel keeps the gradients of all weights
+            memory["gradients"] = max(memory.get("gradients", 0.0), step.trained)
+        traffic = 2 * (devices - 1) / devices * step.trained / (1e9 * device.link)
+        early, late = (max(step_seconds(each, device), traffic) for each in (step.first, step.operations))
+        seconds = (self.starts * early + (config.steps - self.starts) * late) / config.steps
+        operations = step.operations if self.starts < config.steps else step.first
+        return Plan(
+            stage=self.stage,
+            device=device.name,
+            devices=devices,
+            settings={
+                "images per device and step": config.share(devices),
+                "images at once": micro_batch(config, devices),
+                "accumulate": config.accumulate,
+                "activation checkpointing": config.activation_checkpointing,
+                "precision": config.precision,
+            },
+            memory=memory,
+            needed=with_assumptions(memory, device),
+            available=device.memory,
+            flops=sums_of_flops(operations),
+            seconds_per_step=seconds,
+            steps=config.steps,
+            images_per_step=config.global_batch_size,
+            disk={"checkpoints": KEPT_CHECKPOINTS * step.saved, "published": step.published},
+        )
 
 
 def tokenizer_training(recipe: TokenizerRecipe) -> Training:
@@ -266,42 +295,6 @@ def start_of_discriminator(recipe: TokenizerRecipe) -> int:
     """The step in which the discriminator starts, at most the last one."""
     config = recipe.objective
     return min(config.disc_start, recipe.train.steps) if config.adversarial > 0 else recipe.train.steps
-
-
-def training_plan(
-    stage: str, config: TrainConfig, step: Step, device: Device, devices: int, *, starts: int = 0
-) -> Plan:
-    """The plan of a training run. Steps before `starts` are without the discriminator."""
-    memory: dict[str, float] = {part: float(size) for part, size in step.peak.items() if size > 0}
-    if devices > 1 and config.parallel == "fsdp":
-        for part in ("weights", "gradients", "optimizer", "weight average"):
-            memory[part] = memory.get(part, 0.0) / devices
-    elif devices > 1:  # DistributedDataParallel keeps the gradients of all weights
-        memory["gradients"] = max(memory.get("gradients", 0.0), step.trained)
-    traffic = 2 * (devices - 1) / devices * step.trained / (1e9 * device.link)
-    early, late = (max(step_seconds(each, device), traffic) for each in (step.first, step.operations))
-    seconds = (starts * early + (config.steps - starts) * late) / config.steps
-    operations = step.operations if starts < config.steps else step.first
-    return Plan(
-        stage=stage,
-        device=device.name,
-        devices=devices,
-        settings={
-            "images per device and step": config.share(devices),
-            "images at once": micro_batch(config, devices),
-            "accumulate": config.accumulate,
-            "activation checkpointing": config.activation_checkpointing,
-            "precision": config.precision,
-        },
-        memory=memory,
-        needed=with_assumptions(memory, device),
-        available=device.memory,
-        flops=sums_of_flops(operations),
-        seconds_per_step=seconds,
-        steps=config.steps,
-        images_per_step=config.global_batch_size,
-        disk={"checkpoints": KEPT_CHECKPOINTS * step.saved, "published": step.published},
-    )
 
 
 def forward_plan(
