@@ -163,7 +163,7 @@ def say_or_refuse(make: Callable[[], Plan]) -> None:
     distributed.on_main(action)
 
 
-def check_run(training: Training, device: torch.device, out: Path, progress: Progress = SILENT) -> None:
+def check_fits(training: Training, device: torch.device, out: Path, progress: Progress = SILENT) -> None:
     """`say_or_refuse` for a run that is to publish `out`, unless it is published already, or the run is a short one."""
     if not out.exists() and training.config.steps >= LEAST_STEPS:
         progress.start("estimating memory and time", None, unit="")

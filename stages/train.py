@@ -83,6 +83,7 @@ def train(
     quantizer; both may be named. The second stage of MGVQ is the preset
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
+    options.check_images([*images, *(validation or [])])  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
         from stages.recipe import load_tokenizer
@@ -103,7 +104,6 @@ def train(
         # What is missing is said before the settings of the run are checked, and before the images are indexed and
         # hashed, which may take minutes.
         overrides, loggers = overrides or [], installed_loggers(log)
-        options.check_images([*images, *(validation or [])])
         quantizer = load_tokenizer(preset, [text for text in overrides if not is_of_run(text)]).model.quantizer
         codes = None if codebook is None else load_codebook(codebook)
         if codes is None and source is None:
@@ -115,7 +115,7 @@ def train(
         training = tokenizer_training(recipe)
         if plan:
             return estimates.show(estimates.plan_here(training, torch_device))
-        estimates.check_run(training, torch_device, out, progress)
+        estimates.check_fits(training, torch_device, out, progress)
         progress.start("reading the list of images", None, unit="")
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),

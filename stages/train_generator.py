@@ -101,7 +101,7 @@ def train_generator(
         held_out = None if validation is None else open_artifact(validation, trained_on)
         examples = StoredExamples(opened, stored, held_out, limit)
         training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
-        estimates.check_run(training, torch_device, out)
+        estimates.check_fits(training, torch_device, out)
         return examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
 
 

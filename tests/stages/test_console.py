@@ -61,6 +61,7 @@ WRONG = {
     "settings trian": ("", 2, "'trian' is not one of 'extract-features', 'kmeans', 'train'"),
     "presets smal": ("", 1, "no preset is called 'smal'. Did you mean small?"),
     "train --images photos --preset smal": ("out", 1, "no preset is called 'smal'. Did you mean small?"),
+    "train --images photo --preset small": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photo --tokenizer builtin:photos-f8": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photos --tokenizer photoz": ("out", 1, "no such folder. Did you mean photos?"),
     "tokenize --images photos --tokenizer photos --image-size big": ("out", 2, "'big' is not an image size. Write 256"),
