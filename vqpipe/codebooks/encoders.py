@@ -9,6 +9,7 @@ Shapes: B images, S their side, g the side of the grid of patches, D the dimensi
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,11 @@ class PatchEncoder(nn.Module, ABC):
     dim: int
     default_pool: int
     transform: Callable[[Image.Image], Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of its parameters and buffers; the CPU where it has none."""
+        return next((tensor.device for tensor in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

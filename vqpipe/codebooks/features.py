@@ -235,7 +235,6 @@ def write_features(
     num_images = min(len(images), config.limit or len(images))
     row_shape = (pool * pool, encoder.dim)
     shards = equal_shards("features-{:05d}.npy", num_images, config.images_per_shard, row_shape, config.batch_size)
-    device = next(encoder.parameters()).device
     job = EncodingJob(
         draft,
         images,
@@ -243,13 +242,13 @@ def write_features(
         title="extract features",
         max_skipped=max_skipped,
         progress=progress,
-        faster_encoding="" if isinstance(encoder, PatchPca) else faster_network(device, config.precision),
+        faster_encoding="" if isinstance(encoder, PatchPca) else faster_network(encoder.device, config.precision),
     )
     job.run(
         partial(encoder.encode, pool=pool, precision=config.precision),
         write_shard,
         check=partial(check_float16, what="features"),
-        device=device,
+        device=encoder.device,
         dtype=np.float16,
         image_size=encoder.image_size,
         num_workers=num_workers,

@@ -44,14 +44,16 @@ class MobileNetV2(Normalized):
     def __init__(self, weights: Path, output: str) -> None:
         super().__init__(224, PREPROCESSING)
         self.output = output
-        self.weights = {name: tensor.float() for name, tensor in load_tensors(weights).items()}
-        if "stem.weight" not in self.weights:
+        for name, tensor in load_tensors(weights).items():
+            self.register_buffer(name.replace(".", "_"), tensor.float())
+        if not hasattr(self, "stem_weight"):
             raise WeightsError(f"{weights} is not the study's MobileNetV2", "See the README of the weights")
         self.measure()
 
     def convolve(self, x: Tensor, name: str, stride: int = 1, depthwise: bool = False) -> Tensor:
         """A convolution with TensorFlow's SAME padding."""
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        name = name.replace(".", "_")
+        weight, bias = self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
         if weight.shape[-1] > 1:
             total = max((-(-x.shape[-1] // stride) - 1) * stride + weight.shape[-1] - x.shape[-1], 0)
             x = F.pad(x, (total // 2, total - total // 2) * 2)
