@@ -18,7 +18,10 @@ from vqpipe.search.exhaustive import nearest_tiles
 module = sys.modules["vqpipe.search.nearest"]
 
 
-@pytest.fixture(params=["faiss", "tiles", "triton"])
+ENGINES = ("faiss", "tiles", "triton")
+
+
+@pytest.fixture(params=ENGINES)
 def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs `nearest` on the CPU through each engine: Triton's kernels in its interpreter."""
     if request.param == "tiles":
@@ -65,12 +68,23 @@ def test_agrees_with_float64(num_vectors: int, num_codes: int, dim: int) -> None
     assert (ids == distances(vectors, codes).argmin(dim=1)).float().mean() > 0.99
 
 
+SHAPES = [(3, 1), (3, 64), (16, 2), (16, 8), (17, 17), (17, 64), (257, 1), (257, 8)]
+INTERPRETED = [(3, 1), (17, 17), (17, 64), (257, 8)]
+"""Each chunk of dimensions; a part of a tile, and several tiles."""
+
+
 @pytest.mark.usefixtures("search")
 @pytest.mark.parametrize(
-    ("num_codes", "dim"), [(3, 1), (3, 64), (16, 2), (16, 8), (17, 17), (17, 64), (257, 1), (257, 8)]
+    ("search", "num_codes", "dim"),
+    [
+        pytest.param(engine, *shape, marks=pytest.mark.slow if engine == "triton" and shape not in INTERPRETED else [])
+        for engine in ENGINES
+        for shape in SHAPES
+    ],
+    indirect=["search"],
 )
 def test_the_lowest_id_wins_exact_ties(num_codes: int, dim: int) -> None:
-    vectors, codes = lattice(77, dim, seed=0), lattice(num_codes, dim, seed=1)
+    vectors, codes = lattice(40, dim, seed=0), lattice(num_codes, dim, seed=1)
     expected = distances(vectors, codes).argmin(dim=1)
     assert torch.equal(nearest(vectors, codes), expected)
     assert torch.equal(nearest(vectors + 4096, codes + 4096), expected)  # the offset is subtracted without rounding
@@ -92,7 +106,7 @@ def test_searching_in_parts_gives_the_ids_of_the_whole(
 def test_the_lowest_of_equal_codes_wins_under_any_rounding(dim: int) -> None:
     torch.manual_seed(dim)
     distinct = torch.randn(211, dim)
-    vectors, codes = torch.randn(90, dim), torch.cat([distinct, distinct.flip(0), distinct])
+    vectors, codes = torch.randn(24, dim), torch.cat([distinct, distinct.flip(0), distinct])
     ids = nearest(vectors, codes)
     assert ids.max() < 211
     assert_nearest(ids, vectors, codes)
@@ -101,7 +115,7 @@ def test_the_lowest_of_equal_codes_wins_under_any_rounding(dim: int) -> None:
 @pytest.mark.usefixtures("search")
 def test_large_common_mean_costs_no_precision() -> None:
     torch.manual_seed(0)
-    vectors, codes = torch.randn(100, 64), torch.randn(500, 64)
+    vectors, codes = torch.randn(24, 64), torch.randn(300, 64)
     mean = 300 * torch.randn(64)
     vectors, codes = vectors + mean, codes + mean
     assert torch.equal(nearest(vectors, codes), distances(vectors, codes).argmin(dim=1))
@@ -110,7 +124,7 @@ def test_large_common_mean_costs_no_precision() -> None:
 @pytest.mark.usefixtures("search")
 def test_cosine_ignores_length() -> None:
     torch.manual_seed(0)
-    vectors, codes = torch.randn(50, 8), torch.randn(90, 8)
+    vectors, codes = torch.randn(24, 8), torch.randn(90, 8)
     expected = F.cosine_similarity(vectors.double()[:, None], codes.double()[None], dim=2).argmax(dim=1)
     assert torch.equal(nearest(vectors * 7, codes * torch.rand(90, 1), "cosine"), expected)
     assert not torch.equal(expected, nearest(vectors, codes))
@@ -121,7 +135,7 @@ def test_cosine_ignores_length() -> None:
 @pytest.mark.usefixtures("search")
 def test_groups_are_searched_separately() -> None:
     torch.manual_seed(0)
-    vectors, codes = torch.randn(3, 40, 8), torch.randn(3, 70, 8)
+    vectors, codes = torch.randn(3, 12, 8), torch.randn(3, 70, 8)
     codes[1] += 1000  # one group is far away: offsets are per group
     vectors[1] += 1000
     for metric in ("l2", "cosine"):

@@ -65,7 +65,7 @@ def test_a_vector_with_too_many_candidates_is_compared_with_all_codes(
 ) -> None:
     torch.manual_seed(0)
     codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, num_codes, dim)  # all equal in bfloat16
-    vectors = torch.randn(1, 5, dim)
+    vectors = torch.randn(1, 3, dim)
     num_tiles = -(-num_codes // blocking.tile)
     listed = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
     assert listed[1].amin() > CAPACITY
