@@ -18,6 +18,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", *, hint:
         remedies = [f"Add {them} to the preset, or --set {next(iter(lacking))}=VALUE", *choices, hint]
         raise ConfigError(f"{', '.join(lacking)} {are} not set", "; ".join(filter(None, remedies)))
     chosen = choose_kind(cls, table, where)
-    hints = typing.get_type_hints(chosen)
+    hints = hints_of(chosen)
     fields = {field.name: field for field in dataclasses.fields(chosen) if field.init}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -214,8 +215,14 @@ def class_of(cls: type, table: Mapping[str, Any], key: str, where: str) -> type:
 
 def section_of(cls: type, key: str) -> type:
     """The dataclass of the field `key` of `cls`; `object` if it is a value."""
-    hint = typing.get_type_hints(cls).get(key)
+    hint = hints_of(cls).get(key)
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else object
+
+
+@cache
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """The types of the fields of a dataclass."""
+    return typing.get_type_hints(cls)
 
 
 def difference(before: Any, after: Any, where: str = "") -> str:

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def describe(cls: type, section: str = "", within: tuple[type, ...] = ()) -> lis
 
 def settings_of(cls: type, section: str, kind: str, within: tuple[type, ...]) -> list[Setting]:
     """The settings of one class, those of its sections last."""
-    docs, hints = field_docs(cls), typing.get_type_hints(cls)
+    docs, hints = field_docs(cls), config.hints_of(cls)
     own: list[Setting] = []
     nested: list[Setting] = []
     for field in dataclasses.fields(cls):
@@ -87,13 +88,20 @@ def field_docs(cls: type) -> dict[str, str]:
     """The text below each field of a dataclass, as one line; that of a base where a class repeats the field."""
     docs: dict[str, str] = {}
     for each in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(each):
-            continue
-        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]).body
-        for statement, below in pairwise(body):
-            match statement, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
+        if dataclasses.is_dataclass(each):
+            docs |= own_field_docs(each)
+    return docs
+
+
+@cache
+def own_field_docs(cls: type) -> dict[str, str]:
+    """`field_docs` of the fields that the class itself declares. (Python parses the whole file for each class.)"""
+    docs: dict[str, str] = {}
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    for statement, below in pairwise(body):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
     return docs
 
 
