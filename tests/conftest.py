@@ -65,6 +65,33 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_flush() -> Iterator[None]:
+    """Files of this process are not flushed to the disk, which takes more time than to write them.
+
+    tests/faults/test_disk.py and tests/artifacts/test_states.py replace `os.fsync` themselves: its order, its failure.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture
+def fast_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The FLOPs of a training run are not counted, and its plots are not rendered as SVG: each takes a third of the
+    time of a short run.
+
+    tests/training/test_throughput.py counts them, tests/reports renders the plots, and a run of the fixture `folder`
+    of tests/stages/test_pipeline.py does both.
+    """
+    from vqpipe.reports import plots
+    from vqpipe.training import tokenizer_run
+    from vqpipe.training.throughput import FlopsPerImage
+
+    monkeypatch.setattr(plots, "to_svg", lambda figure, salt: "<svg></svg>")
+    monkeypatch.setattr(tokenizer_run, "count_flops", lambda *arguments: FlopsPerImage(1e9, 1e8))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of photographs and pretrained weights that stands beside some checkouts; skips where it is absent."""

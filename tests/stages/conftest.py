@@ -14,7 +14,6 @@ from PIL import Image
 from vqpipe import artifacts
 from vqpipe.config import from_table
 from vqpipe.models import AutoencoderConfig, build_autoencoder
-from vqpipe.reports import plots
 from vqpipe.tokenizer_files import write_tokenizer
 
 TINY: dict[str, Any] = {
@@ -50,13 +49,8 @@ def publish_tokenizer(
 
 
 @pytest.fixture(autouse=True)
-def fast_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are set up but not rendered as SVG, which takes half the time of a short run.
-
-    tests/reports renders them, and so do the fixture `folder` of test_pipeline.py and a test of
-    test_evaluate_resume.py.
-    """
-    monkeypatch.setattr(plots, "to_svg", lambda figure, salt: "<svg></svg>")
+def _fast_training(fast_training: None) -> None:
+    """`fast_training`, for every test here."""
 
 
 @pytest.fixture
