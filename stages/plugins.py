@@ -11,6 +11,7 @@ Nothing that an artifact, a preset or a data set holds names a module to import.
 
 import importlib.util
 import sys
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -66,12 +67,18 @@ def import_installed() -> None:
     Raises:
         ConfigError: the import of one fails.
     """
-    for entry in metadata.entry_points(group=GROUP):
+    for entry in declared(tuple(sys.path)):
         try:
             entry.load()
         except Exception as error:
             package = entry.dist.name if entry.dist else "a package"
             raise failed(f"the plugin {entry.name} of {package}", entry.module, error) from error
+
+
+@cache
+def declared(path: tuple[str, ...]) -> metadata.EntryPoints:
+    """The modules that packages in these folders declare. (Python reads a file of every package.)"""
+    return metadata.entry_points(group=GROUP)
 
 
 def failed(what: str, module: str, error: Exception) -> ConfigError:
