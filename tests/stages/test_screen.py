@@ -1,6 +1,5 @@
 """What the commands show in a terminal: the text on the screen of an emulated one, after each event."""
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -9,13 +8,14 @@ import struct
 import sys
 import termios
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pyte
 import pytest
 
-from stages import console, signals
+from stages import cli, console, signals
 from vqpipe.training.callbacks import details
 
 SIZES = [(100, 30), (80, 24)]
@@ -78,20 +78,38 @@ def screens(events: Sequence[Callable[[], object]], columns: int, rows: int) -> 
     return seen
 
 
-def screen_of(command: Sequence[str | Path], columns: int, rows: int) -> list[str]:
+def screen_of(words: Sequence[str], start_process: Callable[..., Any], columns: int, rows: int) -> list[str]:
     """The lines of a terminal at the end of a command."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        enter_terminal()
-        os.execv(command[0], list(map(str, command)))
+    terminal, inner = pty.openpty()
     screen = emulated(terminal, columns, rows)
     stream = pyte.ByteStream(screen)
-    with contextlib.suppress(OSError):  # its other end was closed
-        while True:
-            stream.feed(os.read(terminal, 65_536))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    process = start_process(run_in_terminal, os.ttyname(inner), words)
+    while terminal in wait([terminal, process.sentinel]):
+        stream.feed(os.read(terminal, 65_536))
+    process.join()
     os.close(terminal)
-    return lines_of(screen)
+    os.close(inner)
+    lines = lines_of(screen)
+    assert process.exitcode == 0, lines
+    return lines
+
+
+def run_in_terminal(terminal: str, words: Sequence[str]) -> None:
+    """Run the console script in the terminal of this name, without what takes most of the time of a short run."""
+    from vqpipe.reports import plots
+    from vqpipe.training import tokenizer_run
+    from vqpipe.training.throughput import FlopsPerImage
+
+    plots.to_svg = lambda figure, salt: "<svg></svg>"
+    tokenizer_run.count_flops = lambda *arguments: FlopsPerImage(1e9, 1e8)
+    os.setsid()
+    handle = os.open(terminal, os.O_RDWR)
+    for number in range(3):
+        os.dup2(handle, number)
+    enter_terminal()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
+    sys.argv = ["vqpipe", *words]
+    cli.main()
 
 
 def enter_terminal() -> None:
@@ -192,14 +210,14 @@ def test_long_titles_and_counts_take_one_line(columns: int, rows: int) -> None:
 
 
 def test_training_run_leaves_a_whole_screen(
-    picture_folder: Path, tmp_path: Path, tiny_training: dict[str, Any]
+    picture_folder: Path, tmp_path: Path, tiny_training: dict[str, Any], start_process: Callable[..., Any]
 ) -> None:
     """In a process of its own: one that is forked from this one could not compute gradients."""
     options = {**tiny_training, "steps": 8, "images": picture_folder, "validation": picture_folder}
     options["out"] = tmp_path / "lc"
-    words = [word for setting in options.pop("overrides") for word in ("--set", setting)]
-    words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    seen = screen_of([sys.executable, "-m", "stages", "train", *words], 80, 24)
+    words = ["train", *(word for setting in options.pop("overrides") for word in ("--set", setting))]
+    words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    seen = screen_of(words, start_process, 80, 24)
     end = next(number for number, line in enumerate(seen) if line.startswith("published: "))
     shown = table(seen[:end])
     labels = [line[:14].split()[0] for line in shown if line[:10].strip()]
