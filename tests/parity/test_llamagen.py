@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,16 @@ def released_keys(parity_outputs: Path, name: str) -> dict[str, dict[str, list[i
 
 
 @pytest.fixture(scope="module")
-def model(parity_outputs: Path, filled: Callable[..., Tensor]) -> Autoencoder:
+def model(
+    parity_outputs: Path,
+    filled: Callable[..., Tensor],
+    uninitialized: Callable[[], AbstractContextManager[None]],
+) -> Autoencoder:
     shapes = released_keys(parity_outputs, "vq16")["params"]
     levels = len(VQ16.channel_multipliers)
     weights = {our_name(name, levels): filled(name, shape, embedding_scale=1.0) for name, shape in shapes.items()}
-    model = build_autoencoder(VQ16).eval().requires_grad_(False)
+    with uninitialized():
+        model = build_autoencoder(VQ16).eval().requires_grad_(False)
     model.load_state_dict(weights)
     return model
 

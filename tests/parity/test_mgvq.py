@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +40,11 @@ def case(
     expected: Callable[[str], dict[str, Tensor]],
     fill: Callable[..., None],
     filled: Callable[..., Tensor],
+    uninitialized: Callable[[], AbstractContextManager[None]],
 ) -> Case:
     keys = json.loads((parity_outputs / "mgvq" / f"keys_{request.param}.json").read_text())
-    model = build_autoencoder(CONFIGS[request.param]).eval().requires_grad_(False)
+    with uninitialized():
+        model = build_autoencoder(CONFIGS[request.param]).eval().requires_grad_(False)
     for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         fill(model.get_submodule(part), f"{part}.")
     name = "quantize.embedding.weight"

@@ -5,6 +5,7 @@ The labels of the reference are the classes 207 and 980, its codebook is the tok
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,12 @@ def released_name(ours: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def case(parity_outputs: Path, expected: Callable[[str], dict[str, Tensor]], filled: Callable[..., Tensor]) -> Case:
+def case(
+    parity_outputs: Path,
+    expected: Callable[[str], dict[str, Tensor]],
+    filled: Callable[..., Tensor],
+    uninitialized: Callable[[], AbstractContextManager[None]],
+) -> Case:
     keys = json.loads((parity_outputs / "mgvq" / "keys_mgvq_gpt_b_g4.json").read_text())
     space = Space(
         layout=TokenLayout(((SIDE, SIDE),), GROUPS),
@@ -44,7 +50,8 @@ def case(parity_outputs: Path, expected: Callable[[str], dict[str, Tensor]], fil
         code_dim=CODE_DIM,
         num_classes=1000,
     )
-    model = LlamaGen(LlamaGenConfig(), space).eval().requires_grad_(False)
+    with uninitialized():
+        model = LlamaGen(LlamaGenConfig(), space).eval().requires_grad_(False)
     for ours, weight in model.named_parameters():
         name = released_name(ours)
         value = filled(name, keys["params"][name])

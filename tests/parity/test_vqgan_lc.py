@@ -5,6 +5,7 @@ All sizes are those of the paper, except codebooks of 1000 codes.
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
@@ -38,12 +39,13 @@ LOSS = {"rtol": 1e-5, "atol": 0}
 
 
 @pytest.fixture(scope="module")
-def autoencoder(fill: Callable[..., None]) -> Autoencoders:
+def autoencoder(fill: Callable[..., None], uninitialized: Callable[[], AbstractContextManager[None]]) -> Autoencoders:
     """autoencoder(variant): the model with the weights of the reference, cached."""
 
     @cache
     def autoencoder(variant: str) -> Autoencoder:
-        model = Vqgan(VqganConfig(quantizer=VARIANTS[variant])).eval()
+        with uninitialized():
+            model = Vqgan(VqganConfig(quantizer=VARIANTS[variant])).eval()
         fill(model, names=OUR_NAMES, embedding_scale=1.0 if variant.endswith("_cb1") else 0.02)
         if variant.startswith("ema"):
             model.quantizer.sums.copy_(model.quantizer.codes)
@@ -216,7 +218,7 @@ def test_losses_and_gradients_of_one_step(
     torch.testing.assert_close(discriminator_loss.detach().double(), want["d_loss_hinge_eval"], **LOSS)
 
 
-@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("size", [64, pytest.param(256, marks=pytest.mark.slow)])
 def test_ema_after_one_update(expected: Expected, autoencoder: Autoencoders, image: Image, size: int) -> None:
     want = expected("vqgan_lc/ema_f16")
     model = autoencoder("ema_f16")
