@@ -70,10 +70,16 @@ def test_advised_settings_fit_and_the_refusal_names_them() -> None:
     assert "the h100 has 85.8 MiB" in str(error)
 
 
-def test_where_nothing_fits_the_advice_says_so() -> None:
-    plan = tokenizer_training(SMOKE).plan(with_memory(1e6))
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_where_nothing_fits_the_advice_says_so(traced: bool) -> None:
+    """Not `traced`: with one trace in the place of those of all settings."""
+    training = tokenizer_training(SMOKE)
+    if not traced:
+        step = training.trace(SMOKE.train, SMOKE.train.global_batch_size, True)
+        training = replace(training, trace=lambda config, images, gpu: step)
+    plan = training.plan(with_memory(1e6))
     assert plan.advice[0].startswith("no settings fit")
-    assert tokenizer_training(SMOKE).fitting(with_memory(1e6)) is None
+    assert training.fitting(with_memory(1e6)) is None
 
 
 def test_devices_share_the_batch_and_keep_gradients() -> None:

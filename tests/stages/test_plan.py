@@ -16,10 +16,12 @@ from vqpipe.planning.devices import GPUS
 from vqpipe.planning.estimate import Plan
 
 FP32 = ("--set", "train.precision=fp32")
+SHALLOW = ("--set", "model.channel_multipliers=[1, 2]", "--set", "discriminator.num_layers=1")
+"""Half of the operations to trace."""
 
 
 def test_a_plan_is_printed_as_a_table_and_as_json(vqpipe: Callable[..., Any], tmp_path: Path) -> None:
-    command = ("plan", "train", "--preset", "smoke", *FP32, "--gpu", "l40s", "--gpus", "2")
+    command = ("plan", "train", "--preset", "smoke", *FP32, *SHALLOW, "--gpu", "l40s", "--gpus", "2")
     done = vqpipe(tmp_path, *command)
     assert done.returncode == 0, done.stderr
     assert "memory: activations" in done.stdout
@@ -40,7 +42,7 @@ def train(vqpipe: Callable[..., Any], folder: Path, *options: str) -> Any:
     return vqpipe(
         folder,
         *("train", "--preset", "smoke", "--images", "photos", "--out", "out", "--steps", "1"),
-        *("--set", "model.quantizer.codebook_init=uniform", "--set", "train.warmup_steps=0", *FP32, *options),
+        *("--set", "model.quantizer.codebook_init=uniform", "--set", "train.warmup_steps=0", *FP32, *SHALLOW, *options),
     )
 
 
