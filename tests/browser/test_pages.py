@@ -437,7 +437,7 @@ def test_page_of_a_running_job_reloads_itself_and_keeps_the_readers_place(
     assert view.url == (published / "report.html").as_uri()
     assert view.locator("details[open] table").count() == 1
     evaluate(view, "() => { window.mark = 1; }")
-    view.wait_for_timeout(2500)
+    view.wait_for_timeout(1500)
     assert evaluate(view, "() => window.mark") == 1  # it does not reload
 
 
@@ -446,7 +446,7 @@ def test_page_of_a_running_job_waits_for_its_reader(open_page: Open, monkeypatch
     run = TrainingRun(name="lc", description="", step=1, steps=9, rows=[], command="vqpipe train")
     view = open_page(page.render(training_page(run)), **DESKTOP).page
     evaluate(view, "() => { window.mark = 1; getSelection().selectAllChildren(document.querySelector('code')); }")
-    view.wait_for_timeout(2500)
+    view.wait_for_timeout(1500)
     assert evaluate(view, "() => window.mark") == 1
     evaluate(view, "() => getSelection().removeAllRanges()")
     view.wait_for_function("() => window.mark === undefined")

@@ -106,7 +106,7 @@ def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_resuming(image
     assert len({tuple(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)}) == 3
     assert len({pixels for *_, pixels in whole[: 3 * NUM]}) > 2 * NUM  # crops and flips differ between epochs
     for world, workers, step in itertools.product((1, 2, 4), (0, 2), (0, 1, 3, 10)):  # 3: across the end of an epoch
-        if workers and step not in (0, 3):
+        if workers and (world, step) not in ((1, 0), (2, 3)):
             continue
         assert run(images, step * BATCH, min(2, 11 - step), world, workers) == whole[step * BATCH : (step + 2) * BATCH]
     assert run(images, 0, 11, seed=6) != whole
@@ -211,7 +211,7 @@ def test_a_weighted_stream_does_not_depend_on_ranks_workers_or_resuming(two_sets
     weights = {"set_weights": (2.0, 1.0)}
     whole = run(two_sets, 0, 9, **weights)
     for world, workers, step in itertools.product((1, 2, 4), (0, 2), (0, 3, 7)):
-        if workers and step != 3:
+        if workers and (world, step) != (2, 3):
             continue
         found = run(two_sets, step * BATCH, 2, world, workers, **weights)
         assert found == whole[step * BATCH : (step + 2) * BATCH]

@@ -68,11 +68,11 @@ def test_resume_is_bit_exact_after_sigkill_and_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], start_process: Callable[..., Any], processes: Any
 ) -> None:
     vectors = tmp_path / "vectors.npy"
-    np.save(vectors, np.random.default_rng(0).standard_normal((20_000, 8)).astype(np.float16))
-    settings = {"k": 300, "iterations": 60, "overrides": ["kmeans.tolerance=0"]}
+    np.save(vectors, np.random.default_rng(0).standard_normal((6_000, 8)).astype(np.float16))
+    settings = {"k": 150, "iterations": 60, "overrides": ["kmeans.tolerance=0"]}
     kmeans([vectors], tmp_path / "whole", device="cpu", **settings)
     out, states = tmp_path / "killed", tmp_path / "killed.partial" / "checkpoints"
-    command = ["kmeans", "--features", str(vectors), "--k", "300", "--iterations", "60", "--out", str(out)]
+    command = ["kmeans", "--features", str(vectors), "--k", "150", "--iterations", "60", "--out", str(out)]
     command += ["--set", "kmeans.tolerance=0", "--device", "cpu"]
     process = start_process(
         processes.program, processes.VQPIPE, command, tmp_path, dict(os.environ), tmp_path / "printed"

@@ -120,8 +120,13 @@ def step(task: TokenizerTask, number: int) -> StepOutput[Any]:
     return StepOutput(values, skipped, reconstruction)
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulate", "kind"),
+    [
+        *((1, kind) for kind in QUANTIZERS),
+        *(pytest.param(2, kind, marks=[] if kind == "ema" else pytest.mark.slow) for kind in QUANTIZERS),
+    ],
+)
 def test_a_step_and_its_metrics_read_nothing_from_the_gpu(kind: str, accumulate: int, fake_cuda: torch.device) -> None:
     task = make_task(QUANTIZERS[kind], fake_cuda, accumulate=accumulate)
     metrics, statistics = task.running_metrics(), BatchNormStatistics(*task.networks.values())
