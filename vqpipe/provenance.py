@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,22 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     found = {}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+            found[package] = version(package)
     return found
 
 
+@cache
+def version(package: str) -> str:
+    """The version of an installed package. (Looking it up parses all of the metadata of the package.)"""
+    return metadata.version(package)
+
+
+@cache
 def git_commit() -> str | None:
-    """The commit of this checkout, marked `-dirty` if files were changed; None outside a checkout."""
+    """The commit of this checkout, marked `-dirty` if files were changed; None outside a checkout.
+
+    It is that of the first call: what changes later is not the code of this process.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
