@@ -1,6 +1,7 @@
 """What every test may use, and which warnings are errors."""
 
 import contextlib
+import gc
 import importlib
 import inspect
 import io
@@ -47,6 +48,17 @@ def warn_strictly(message: Any, category: Any = None, stacklevel: int = 1, *args
 
 def pytest_configure() -> None:
     warnings.warn = warn_strictly  # type: ignore[assignment]
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, but not looked for among the modules and tests, which stay to the end."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Triton's bindings count what is left
 
 
 @pytest.fixture(scope="session", autouse=True)
