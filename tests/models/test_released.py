@@ -468,13 +468,14 @@ def test_missing_misshapen_and_unexpected_weights_are_errors(write: Write, name:
     optional = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "ema_vocab_hit")
     optional += ("pos_embed", "vocab_usage", "text_encoder.", "fc_norm.", "projection.", "logit_scale")
     required = [key for key in case.weights if key != "zero" and not any(part in key for part in optional)]
-    for key in (required[0], required[len(required) // 2], required[-1]):
+    for key in (required[0], required[-1]):
         others = {other: value for other, value in case.weights.items() if other != key}
         with pytest.raises(WeightsError, match=re.escape(key)):
             read_released(write({"model": others}))
-        wrong = {**case.weights, key: torch.zeros(*case.weights[key].shape, 2)}
-        with pytest.raises(WeightsError, match=re.escape(key)):
-            read_released(write({"model": wrong}))
+    key = required[len(required) // 2]
+    wrong = {**case.weights, key: torch.zeros(*case.weights[key].shape, 2)}
+    with pytest.raises(WeightsError, match=re.escape(key)):
+        read_released(write({"model": wrong}))
     extra = {f"surprise.{number}": torch.zeros(1) for number in range(5)}
     with pytest.raises(
         WeightsError, match=r"unexpected weights: surprise\.0, surprise\.1, surprise\.2, \.\.\. \(5 in all\)"
