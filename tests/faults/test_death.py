@@ -185,6 +185,7 @@ def resumes(folder: Path, straight: Files, vqpipe: Vqpipe) -> Callable[[int], No
     return resumes
 
 
+@pytest.mark.usefixtures("fast_training")
 @pytest.mark.parametrize(
     ("number", "code", "times"),
     [
