@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import io
 import itertools
@@ -329,5 +330,6 @@ def test_a_killed_or_hanging_worker_is_an_error(monkeypatch: pytest.MonkeyPatch)
         began = time.monotonic()
         with pytest.raises(DataError, match=f"the image loader stopped: .*({message})"):
             list(through_workers(Trouble(), ["fine", work], 1, timeout=1))
+        gc.collect()  # the loader ends its worker now: later, in another test, it would wait for it for ten seconds
         assert time.monotonic() - began < 20
     assert list(through_workers(Trouble(), ["signals", "fine"], 1, timeout=9)) == ["signals", "fine"]
