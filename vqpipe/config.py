@@ -61,7 +61,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", *, hint:
         remedies = [f"Add {them} to the preset, or --set {next(iter(lacking))}=VALUE", *choices, hint]
         raise ConfigError(f"{', '.join(lacking)} {are} not set", "; ".join(filter(None, remedies)))
     chosen = choose_kind(cls, table, where)
-    hints = hints_of(chosen)
+    hints = hints_of(chosen)  # type: ignore[arg-type]
     fields = {field.name: field for field in dataclasses.fields(chosen) if field.init}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
