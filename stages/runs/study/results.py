@@ -11,6 +11,7 @@ import csv
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import log2
 from pathlib import Path
@@ -147,12 +148,14 @@ def markdown(rows: Iterable[Row]) -> Iterable[str]:
     best: dict[str, float] = {}
     for row in rows:
         best[row["bits_per_pixel"]] = max(float(row["psnr"]), best.get(row["bits_per_pixel"], 0.0))
+    number_of = Counter(row["bits_per_pixel"] for row in rows)
     yield "| codes | quantizer | bits per pixel | PSNR | SSIM | SqueezeNet | MobileNetV2 | codes in use | perplexity |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: (int(row["groups"]), int(row["codes"]), -float(row["psnr"]))):
         codes = f"{int(row['codes']):,}" if row["groups"] == "1" else f"{row['groups']} x {int(row['codes']):,}"
         psnr = f"{float(row['psnr']):.2f}{' ± ' * bool(row['spread'])}{row['spread']} dB"
-        psnr = f"**{psnr}**" if float(row["psnr"]) == best[row["bits_per_pixel"]] else psnr
+        is_best = float(row["psnr"]) == best[row["bits_per_pixel"]] and number_of[row["bits_per_pixel"]] > 1
+        psnr = f"**{psnr}**" if is_best else psnr
         cells = (
             codes,
             method(row),
