@@ -34,8 +34,7 @@ COMPARED = re.compile(r"[a-z]+-\d+(-tuned)?")
 """The names of runs that compare methods, after STEPS steps."""
 STEPS = "1000"
 LOWEST = 20.0
-"""PSNR in dB from which on a run is in the plots of PSNR: FC as published is so far below that the others would be one
-line."""
+"""PSNR in dB from which on a run is in the plots: FC as published is so far below that the others would be one line."""
 GRAY = "#808080"
 """Of text and axes: legible on a light and on a dark page."""
 
@@ -112,15 +111,13 @@ def by_method(rows: Iterable[Row], x: str, y: str) -> dict[str, list[tuple[float
 
 def plots(rows: Sequence[Row]) -> dict[str, Plot | None]:
     """File name -> plot. Methods of one group come first, so that each has one color in all plots."""
-    rows = sorted(rows, key=lambda row: (int(row["groups"]), method(row)))
-    single = [row for row in rows if row["groups"] == "1"]
     drawn = [row for row in rows if float(row["psnr"]) >= LOWEST]
+    drawn.sort(key=lambda row: (int(row["groups"]), method(row)))
+    single = [row for row in drawn if row["groups"] == "1"]
     points = by_method(single, "codes", "used")
     return {
         "psnr-over-codes": points_with_spread(
-            "PSNR over log2 K",
-            by_method((row for row in drawn if row["groups"] == "1"), "log2", "psnr"),
-            xlabel="log2 of the codebook size K; PSNR in dB",
+            "PSNR over log2 K", by_method(single, "log2", "psnr"), xlabel="log2 of the codebook size K; PSNR in dB"
         ),
         "use-over-codes": points_with_spread(
             "Codes in use over K", points, xlabel="codebook size K; share of the codes in use", is_share=True, log=True
