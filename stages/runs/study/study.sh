@@ -82,5 +82,5 @@ table() { # table NAME: wait for the runs, then compare those that finished
     for report in "${REPORTS[@]}"; do
         if [ -d "$report" ]; then done+=("$report"); else echo "not finished: $report" >&2; fi
     done
-    vqpipe compare "${done[@]}" --out "$OUT/$1"
+    [ "${#done[@]}" -eq 0 ] || vqpipe compare "${done[@]}" --out "$OUT/$1"
 }
