@@ -15,9 +15,9 @@ from pyarrow import ArrowException, parquet
 
 from stages.cli import COMMANDS
 from vqpipe.artifacts import Artifact, open_artifact
-from vqpipe.artifacts.artifact import partial_path
 from vqpipe.device import bf16_is_faster
 from vqpipe.errors import VqpipeError
+from vqpipe.files import partial_path
 
 VECTORS_PER_CODE = 10
 """Vectors per code of the proposed codebook, where there are too few for the default number of codes."""

@@ -9,7 +9,7 @@ import typer
 
 from vqpipe import presets
 from vqpipe.errors import ArtifactError, ConfigError, DataError
-from vqpipe.files import check_out, nearest_path, with_final_name
+from vqpipe.files import check_out, nearest_path, partial_path, with_final_name
 from vqpipe.image_size import normal_size
 
 
@@ -99,7 +99,7 @@ def check_tokenizer(path: Path) -> None:
 def is_there(path: Path) -> bool:
     """Whether there is a file or folder, or an unfinished artifact, which is refused with the command to finish it."""
     path = with_final_name(path)
-    return path.exists() or path.with_name(f"{path.name}.partial").exists()
+    return path.exists() or partial_path(path).exists()
 
 
 Images = Annotated[

@@ -59,6 +59,11 @@ def with_final_name(path: Path) -> Path:
     return path.resolve() if path.name in ("", "..") else path
 
 
+def partial_path(out: Path) -> Path:
+    """The directory of an artifact that is being written."""
+    return out.with_name(out.name + ".partial")
+
+
 def check_out(out: Path, option: str = "--out") -> Path:
     """Return `out`; an ArtifactError if it is not UTF-8, which safetensors and JSON need."""
     if valid_text(str(out)) != str(out):

@@ -9,9 +9,9 @@ import pytest
 
 from stages.inspect_artifact import inspect
 from vqpipe.artifacts import Draft, start
-from vqpipe.artifacts.artifact import partial_path
 from vqpipe.artifacts.unfinished import read_unfinished
 from vqpipe.errors import ArtifactError
+from vqpipe.files import partial_path
 
 CONFIG = {"train": {"steps": 5000}, "name": "x"}
 

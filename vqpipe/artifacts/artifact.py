@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError, printable
-from vqpipe.files import digest_json, hash_file, nearest_path, with_final_name
+from vqpipe.files import digest_json, hash_file, nearest_path, partial_path, with_final_name
 from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
@@ -182,11 +182,6 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
                 f"{file} has {file.stat().st_size} bytes, published with {entry['bytes']}", "Copy it again"
             )
     return Artifact(path, manifest)
-
-
-def partial_path(out: Path) -> Path:
-    """The directory of an artifact that is being written."""
-    return out.with_name(out.name + ".partial")
 
 
 def command_of(partial: Path) -> str:

@@ -31,7 +31,6 @@ from vqpipe.artifacts.artifact import (
     check_name,
     content_digest,
     open_artifact,
-    partial_path,
 )
 from vqpipe.artifacts.lock import Lock
 from vqpipe.config import difference
@@ -45,6 +44,7 @@ from vqpipe.files import (
     disk_errors,
     flush_to_disk,
     hash_file,
+    partial_path,
     write_json,
 )
 from vqpipe.provenance import command, environment, now, provenance

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vqpipe.artifacts import lock
-from vqpipe.artifacts.artifact import command_of, partial_path
+from vqpipe.artifacts.artifact import command_of
 from vqpipe.artifacts.draft import STATUS
 from vqpipe.artifacts.states import step_of
 from vqpipe.errors import ArtifactError
+from vqpipe.files import partial_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
-from vqpipe.files import nearest_path
+from vqpipe.files import nearest_path, partial_path
 from vqpipe.provenance import without_secrets
 from vqpipe.words import counted
 
@@ -309,7 +309,7 @@ def open_source(spec: str) -> ImageSource:
             return open_dataset(path)
         parquets = parquet_files(path)
         return open_parquets(parquets, path.name or str(path)) if parquets else open_folder(path)
-    if "://" not in spec and not path.exists() and path.with_name(path.name + ".partial").is_dir():
+    if "://" not in spec and not path.exists() and partial_path(path).is_dir():
         return open_dataset(path)  # raises: unfinished
     urls = expand(spec)
     for url in map(without_secrets, urls):
