@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Part A: the size of the codebook, Table 1 of VQGAN-LC on photographs. Rivals have their published start and, as
-# NAME-tuned, whitened latents and a faster codebook.
+# Part A: the size of the codebook, Table 1 of VQGAN-LC on photographs, beside rivals in three forms (study.sh). FC and EMA
+# start as published in the first.
 . "$(dirname "$0")/study.sh"
-tuned=(--set train.whiten_init=true --set train.quantizer_rate=20.0 --set objective.commitment=0.25 --set objective.codebook=1.0)
 
 features pca
 for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
@@ -19,18 +18,21 @@ for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
         [ -f "$file" ] || python "$STUDY/networks.py" codebook "$OUT/features-pca" "$K" 64 "$file"
     fi
     $runs "lc-$K" --codebook "$file" --set $Q.codebook_size="$K"
-    $runs "fc-$K" --set $Q.kind=vq --set $Q.codebook_size="$K" "${learned[@]}" "${published[@]}"
-    $runs "fc-$K-tuned" --set $Q.kind=vq --set $Q.codebook_size="$K" "${tuned[@]}"
-    $runs "ema-$K" --set $Q.kind=ema --set $Q.codebook_size="$K" --set train.quantizer_rate=1.0 \
-        --set objective.commitment=0.25 "${published[@]}"
-    $runs "ema-$K-tuned" --set $Q.kind=ema --set $Q.codebook_size="$K" --set $Q.decay=0.9 --set train.quantizer_rate=1.0 \
-        --set objective.commitment=0.25
-    for row in "simvq-$K --set $Q.kind=simvq" "vqbridge-$K --set $Q.kind=vqbridge --set $Q.patch_size=$patch"; do
+    size=(--set $Q.codebook_size="$K")
+    for row in "fc $Q.kind=vq" "simvq $Q.kind=simvq" "vqbridge $Q.kind=vqbridge --set $Q.patch_size=$patch"; do
         read -r name options <<< "$row"
+        start=()
+        [ "$name" != fc ] || start=("${published[@]}")
         # shellcheck disable=SC2086
-        $runs "$name" $options --set $Q.codebook_size="$K" "${learned[@]}"
-        # shellcheck disable=SC2086
-        $runs "$name-tuned" $options --set $Q.codebook_size="$K" "${tuned[@]}"
+        {
+            $runs "$name-$K" "${size[@]}" --set $options "${learned[@]}" "${start[@]}"
+            $runs "$name-$K-fast" "${size[@]}" --set $options "${fast[@]}"
+            $runs "$name-$K-tuned" "${size[@]}" --set $options
+        }
     done
+    ema=("${size[@]}" --set $Q.kind=ema --set train.quantizer_rate=1.0)
+    $runs "ema-$K" "${ema[@]}" --set objective.commitment=0.25 "${published[@]}"
+    $runs "ema-$K-fast" "${ema[@]}" --set $Q.decay=0.9 --set objective.commitment=0.25
+    $runs "ema-$K-tuned" "${ema[@]}" --set $Q.decay=0.9
 done
 table a-size

@@ -25,10 +25,13 @@ for row in 4,1024 8,64; do
             SEED=$seed try "$1$suffix" "${group[@]}" --set $Q.masking=off --from "$OUT/$1-masked$suffix" "${@:2}"
         done
     }
-    both "cvq-$groups" --set $Q.group.kind=cvq --set $Q.group.normalize=true "${learned[@]}"
-    both "ema-$groups" --set $Q.group.kind=ema --set train.quantizer_rate=1.0 --set objective.commitment=0.25
     both "lc-$groups" --set $Q.group.kind=lc --set $Q.group.feature_dim=64 --codebook "$OUT/codebook-$K"
+    both "cvq-$groups" --set $Q.group.kind=cvq --set $Q.group.normalize=true "${learned[@]}"
+    both "cvq-$groups-tuned" --set $Q.group.kind=cvq --set $Q.group.normalize=true
     both "vqbridge-$groups" --set $Q.group.kind=vqbridge --set $Q.group.patch_size=2 "${learned[@]}"
+    both "vqbridge-$groups-tuned" --set $Q.group.kind=vqbridge --set $Q.group.patch_size=2
+    both "ema-$groups" --set $Q.group.kind=ema --set train.quantizer_rate=1.0 --set objective.commitment=0.25
+    both "ema-$groups-tuned" --set $Q.group.kind=ema --set $Q.group.decay=0.9 --set train.quantizer_rate=1.0
 done
 sign=(--set $Q.kind=bsq --set objective.commitment=0.0 --set objective.codebook=0.0 --set objective.entropy=0.01)
 twice bsq-4 "${sign[@]}" --set $Q.code_dim=40 --set $Q.bits_per_id=10 --set $Q.entropy_bits=10

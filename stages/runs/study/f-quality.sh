@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Part F: what raises the PSNR or the use of 4,096 frozen codes, 12 bits a position: a higher learning rate, a deeper or a
-# wider network, an objective of squared errors alone, a stronger commitment, a still faster projector; and what rivals gain
-# from the weak commitment of LC.
+# wider network, an objective of squared errors alone, a stronger commitment, a still faster projector.
 . "$(dirname "$0")/study.sh"
 features pca
 codebook 4096 pca 4096
@@ -11,9 +10,5 @@ for row in "rate --set train.learning_rate=1e-3" "blocks --set model.num_res_blo
     read -r name options <<< "$row"
     # shellcheck disable=SC2086
     try "lc-4096-$name" --codebook "$OUT/codebook-4096" $options
-done
-for K in 4096 100000; do
-    try "ema-$K-commitment" --set $Q.kind=ema --set $Q.codebook_size=$K --set $Q.decay=0.9 --set train.quantizer_rate=1.0
-    try "simvq-$K-commitment" --set $Q.kind=simvq --set $Q.codebook_size=$K
 done
 table f-quality

@@ -21,8 +21,12 @@ export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 Q=model.quantizer
 REPORTS=()
-# Learned codebooks have the loss weights of their papers, at the scale of the preset's objective.
+declare -A RECIPES # path of a codebook -> its name, features, K and options
+# A learned codebook has one of three forms. NAME: the loss weights of its paper, at the scale of the preset's objective, and
+# the rate of the network. NAME-fast: it learns faster, as LC's projector does. NAME-tuned: the recipe of the preset, that is
+# LC's commitment weight too.
 learned=(--set train.quantizer_rate=1.0 --set objective.commitment=0.25 --set objective.codebook=1.0)
+fast=(--set objective.commitment=0.25 --set objective.codebook=1.0)
 published=(--set train.whiten_init=false) # the start of the published codes
 
 vqpipe() { python "$STUDY/networks.py" vqpipe "$@"; }
@@ -41,10 +45,15 @@ features() { # features NAME [option of extract-features ...]
     vqpipe extract-features "${EACH[@]}" --preset small --out "$OUT/features-$name" --num-workers 0 "$@"
 }
 
-codebook() { # codebook NAME FEATURES K [option of kmeans ...]
-    local name=$1 made_from=$2 k=$3
-    shift 3
-    vqpipe kmeans --features "$OUT/features-$made_from" --preset small --k "$k" --out "$OUT/codebook-$name" "$@"
+codebook() { # codebook NAME FEATURES K [option of kmeans ...]: how to make it, once a run needs it
+    RECIPES["$OUT/codebook-$1"]="$*"
+}
+
+make_codebook() { # make_codebook PATH: as its recipe says
+    local made_from k options
+    read -r _ made_from k options <<< "${RECIPES[$1]}"
+    # shellcheck disable=SC2086
+    vqpipe kmeans --features "$OUT/features-$made_from" --preset small --k "$k" --out "$1" $options
 }
 
 one() { # one NAME SEED [option of train ...]: train and measure
@@ -63,7 +72,11 @@ one() { # one NAME SEED [option of train ...]: train and measure
 }
 
 try() { # try NAME [option of train ...]: a run of seed 0, beside the others
+    local option
     [[ $1 =~ $ONLY ]] || return 0
+    for option in "$@"; do
+        [ -z "${RECIPES[$option]:-}" ] || make_codebook "$option"
+    done
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || echo "a run has failed: see the logs in $OUT" >&2; done
     REPORTS+=("$OUT/report-$1-eval")
     one "$1" "${SEED:-0}" "${@:2}" &
