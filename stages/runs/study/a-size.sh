@@ -8,16 +8,16 @@ for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
     runs=try patch=4
     case $K in 4096 | 100000) runs=twice ;; esac
     case $K in 65536) patch=8 ;; 100000 | 1000000) patch=10 ;; esac
-    file=$OUT/codebook-$K
+    file=codebook-$K
     if [ "$K" -lt 16384 ]; then
         codebook "$K" pca "$K"
     elif [ "$K" -lt 1000000 ]; then
         codebook "$K" pca "$K" --set kmeans.select=random
     else
         file=$file.npy
-        [ -f "$file" ] || python "$STUDY/networks.py" codebook "$OUT/features-pca" "$K" 64 "$file"
+        random_codebook "$K.npy" "$OUT/features-pca" "$K"
     fi
-    $runs "lc-$K" --codebook "$file" --set $Q.codebook_size="$K"
+    $runs "lc-$K" --codebook "$OUT/$file" --set $Q.codebook_size="$K"
     size=(--set $Q.codebook_size="$K")
     for row in "fc $Q.kind=vq" "simvq $Q.kind=simvq" "vqbridge $Q.kind=vqbridge --set $Q.patch_size=$patch"; do
         read -r name options <<< "$row"

@@ -10,14 +10,12 @@ features mobilenet --encoder mobilenet:maps --set features.weights="$MOBILENET" 
 codebook pca-$K pca $K
 codebook mobilenet-$K mobilenet $K
 codebook patches-$K pca $K --set kmeans.select=random
-for kind in normal sphere; do
-    [ -f "$OUT/codebook-$kind-$K.npy" ] || python "$STUDY/networks.py" codebook $kind $K 64 "$OUT/codebook-$kind-$K.npy"
-done
+for kind in normal sphere; do random_codebook $kind-$K.npy $kind $K; done
 
-twice lc-pca --codebook "$OUT/codebook-pca-$K" --set $Q.codebook_size=$K
-twice lc-mobilenet --codebook "$OUT/codebook-mobilenet-$K" --set $Q.codebook_size=$K --set $Q.feature_dim=96
-twice lc-patches --codebook "$OUT/codebook-patches-$K" --set $Q.codebook_size=$K
-twice lc-normal --codebook "$OUT/codebook-normal-$K.npy" --set $Q.codebook_size=$K
-twice lc-sphere --codebook "$OUT/codebook-sphere-$K.npy" --set $Q.codebook_size=$K
+twice lc-pca-$K --codebook "$OUT/codebook-pca-$K" --set $Q.codebook_size=$K
+twice lc-mobilenet-$K --codebook "$OUT/codebook-mobilenet-$K" --set $Q.codebook_size=$K --set $Q.feature_dim=96
+twice lc-patches-$K --codebook "$OUT/codebook-patches-$K" --set $Q.codebook_size=$K
+twice lc-normal-$K --codebook "$OUT/codebook-normal-$K.npy" --set $Q.codebook_size=$K
+twice lc-sphere-$K --codebook "$OUT/codebook-sphere-$K.npy" --set $Q.codebook_size=$K
 twice leech --preset leech-small
 table b-source

@@ -86,7 +86,9 @@ def build(config: FeaturesConfig, name: str, weights: Path | None) -> MobileNetV
 def random_codebook(kind: str, size: int, dim: int, file: Path) -> None:
     """Write float32[size, dim]: standard normal vectors, for "sphere" scaled to unit length. Any other `kind` is a
     features artifact: distinct vectors of it, as with `kmeans.select=random`, but without the pass that counts their
-    neighbors."""
+    neighbors. A file that is there is left as it is."""
+    if file.exists():
+        return
     generator = np.random.default_rng(0)
     if kind in ("normal", "sphere"):
         codes = generator.standard_normal((size, dim), np.float32)

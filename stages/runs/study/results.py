@@ -3,8 +3,8 @@
     python results.py collect OUT results.csv      add the reports in OUT; a row of an equal run is replaced
     python results.py draw results.csv FOLDER      write the plots as SVG, and print the tables as Markdown
 
-A run is named METHOD-K of part A, with "-tuned" after it, or METHOD-G of G groups (part C), as the scripts name it.
-Those of other parts have longer names, and a table of their own.
+A run is named METHOD-K of part A, or METHOD-G of G groups (part C), with "-fast" or "-tuned" after it for the other two
+forms of a learned codebook (study.sh). Those of other parts have longer names, and a table of their own.
 """
 
 import csv
@@ -30,11 +30,9 @@ COLUMNS = (
 chosen at least once, over all images and over their first 65,536 tokens."""
 KEY = COLUMNS[:4]
 Row = dict[str, str]
-COMPARED = re.compile(r"[a-z]+-\d+(-tuned)?")
+COMPARED = re.compile(r"[a-z]+-\d+(-fast|-tuned)?")
 """The names of runs that compare methods, after STEPS steps."""
 STEPS = "1000"
-LOWEST = 20.0
-"""PSNR in dB from which on a run is in the plots: FC as published is so far below that the others would be one line."""
 GRAY = "#808080"
 """Of text and axes: legible on a light and on a dark page."""
 
@@ -96,23 +94,29 @@ def method(row: Row) -> str:
     return re.sub(r"-\d+", "", row["run"]).replace("-", " ")
 
 
+def strongest(rows: Iterable[Row]) -> list[Row]:
+    """Of every method at every size and number of groups the form with the highest PSNR."""
+    best: dict[tuple[str, str, str], Row] = {}
+    for row in averaged(rows):
+        place = row["run"].split("-")[0], row["codes"], row["groups"]
+        if place not in best or float(row["psnr"]) > float(best[place]["psnr"]):
+            best[place] = row
+    return list(best.values())
+
+
 def by_method(rows: Iterable[Row], x: str, y: str) -> dict[str, list[tuple[float, float, float]]]:
-    """Method -> (x, mean of y over the seeds, standard deviation)."""
-    values: dict[tuple[str, float], list[float]] = {}
+    """Method -> (x, y, standard deviation of y over the seeds; 0 for all but the PSNR)."""
+    methods: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         place = log2(int(row["codes"])) if x == "log2" else float(row[x])
-        values.setdefault((method(row), place), []).append(float(row[y]))
-    methods: dict[str, list[tuple[float, float, float]]] = {}
-    for (name, place), found in values.items():
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        methods.setdefault(name, []).append((place, statistics.mean(found), spread))
+        spread = float(row["spread"] or 0) if y == "psnr" else 0.0
+        methods.setdefault(row["run"].split("-")[0], []).append((place, float(row[y]), spread))
     return methods
 
 
 def plots(rows: Sequence[Row]) -> dict[str, Plot | None]:
-    """File name -> plot. Methods of one group come first, so that each has one color in all plots."""
-    drawn = [row for row in rows if float(row["psnr"]) >= LOWEST]
-    drawn.sort(key=lambda row: (int(row["groups"]), method(row)))
+    """File name -> plot of the strongest forms. Methods of one group come first: each has one color in all plots."""
+    drawn = sorted(strongest(rows), key=lambda row: (int(row["groups"]), row["run"]))
     single = [row for row in drawn if row["groups"] == "1"]
     points = by_method(single, "codes", "used")
     return {
@@ -146,8 +150,8 @@ def averaged(rows: Iterable[Row]) -> list[Row]:
 
 
 def markdown(rows: Iterable[Row]) -> Iterable[str]:
-    """A table with a line per run, the best PSNR of equal bits in bold; of several seeds the mean and the spread."""
-    rows = averaged(rows)
+    """A table of the strongest forms, the best PSNR of equal bits in bold; of several seeds the mean and the spread."""
+    rows = strongest(rows)
     best: dict[str, float] = {}
     for row in rows:
         best[row["bits_per_pixel"]] = max(float(row["psnr"]), best.get(row["bits_per_pixel"], 0.0))
@@ -156,9 +160,8 @@ def markdown(rows: Iterable[Row]) -> Iterable[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: (int(row["groups"]), int(row["codes"]), -float(row["psnr"]))):
         codes = f"{int(row['codes']):,}" if row["groups"] == "1" else f"{row['groups']} x {int(row['codes']):,}"
-        psnr = f"{float(row['psnr']):.2f}{' ± ' * bool(row['spread'])}{row['spread']} dB"
         is_best = float(row["psnr"]) == best[row["bits_per_pixel"]] and number_of[row["bits_per_pixel"]] > 1
-        psnr = f"**{psnr}**" if is_best else psnr
+        psnr = f"**{mean(row)} dB**" if is_best else f"{mean(row)} dB"
         cells = (
             codes,
             method(row),
@@ -171,6 +174,26 @@ def markdown(rows: Iterable[Row]) -> Iterable[str]:
             f"{float(row['perplexity']):,.0f}",
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def mean(row: Row) -> str:
+    """The PSNR of an averaged row."""
+    return f"{float(row['psnr']):.2f}{' ± ' * bool(row['spread'])}{row['spread']}"
+
+
+def forms(rows: Iterable[Row]) -> Iterable[str]:
+    """A table of the three forms of learned codebooks: PSNR and codes in use."""
+    cells: dict[tuple[int, int, str], dict[str, str]] = {}
+    for row in averaged(rows):
+        name, _, *form = row["run"].split("-")
+        cell = f"{mean(row)} dB, {float(row['used']) * 100:.1f} %"
+        cells.setdefault((int(row["groups"]), int(row["codes"]), name), {})["".join(form)] = cell
+    yield "| codes | quantizer | as published | fast | tuned |"
+    yield "|---|---|---|---|---|"
+    for (groups, size, name), found in sorted(cells.items()):
+        if len(found) > 1:
+            codes = f"{size:,}" if groups == 1 else f"{groups} x {size:,}"
+            yield f"| {codes} | {name} | {' | '.join(found.get(form, '-') for form in ('', 'fast', 'tuned'))} |"
 
 
 def tries(rows: Sequence[Row]) -> Iterable[str]:
@@ -195,6 +218,7 @@ def draw(table: Path, folder: Path) -> None:
             (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
     for images in sorted({row["images"] for row in rows}):
         print(f"\n{images}\n", *markdown([row for row in rows if row["images"] == images]), sep="\n")
+    print("\nforms\n", *forms(row for row in rows if row["images"] == "eval"), sep="\n")
     print("\nother parts\n", *tries(others), sep="\n")
 
 

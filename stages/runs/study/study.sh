@@ -21,7 +21,7 @@ export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 Q=model.quantizer
 REPORTS=()
-declare -A RECIPES # path of a codebook -> its name, features, K and options
+declare -A RECIPES # path of an artifact -> the command that makes it, once a run needs it
 # A learned codebook has one of three forms. NAME: the loss weights of its paper, at the scale of the preset's objective, and
 # the rate of the network. NAME-fast: it learns faster, as LC's projector does. NAME-tuned: the recipe of the preset, that is
 # LC's commitment weight too.
@@ -38,22 +38,30 @@ each() { # each OPTION LIST: the option before each set of the list, in EACH
     for set in "${sets[@]}"; do EACH+=("$1" "$set"); done
 }
 
+recipe() { RECIPES["$OUT/$1"]=$(printf '%q ' "${@:2}"); } # recipe NAME COMMAND ...: how to make it
+
+make_needed() { # make_needed WORD ...: the artifacts among these words, after those that their own recipes name
+    local word command
+    for word in "$@"; do
+        [ -n "${RECIPES[$word]:-}" ] || continue
+        eval "command=(${RECIPES[$word]})"
+        unset "RECIPES[$word]"
+        make_needed "${command[@]}"
+        "${command[@]}"
+    done
+}
+
 features() { # features NAME [option of extract-features ...]
-    local name=$1
-    shift
     each --images "$TRAIN"
-    vqpipe extract-features "${EACH[@]}" --preset small --out "$OUT/features-$name" --num-workers 0 "$@"
+    recipe "features-$1" vqpipe extract-features "${EACH[@]}" --preset small --out "$OUT/features-$1" --num-workers 0 "${@:2}"
 }
 
-codebook() { # codebook NAME FEATURES K [option of kmeans ...]: how to make it, once a run needs it
-    RECIPES["$OUT/codebook-$1"]="$*"
+codebook() { # codebook NAME FEATURES K [option of kmeans ...]
+    recipe "codebook-$1" vqpipe kmeans --features "$OUT/features-$2" --preset small --k "$3" --out "$OUT/codebook-$1" "${@:4}"
 }
 
-make_codebook() { # make_codebook PATH: as its recipe says
-    local made_from k options
-    read -r _ made_from k options <<< "${RECIPES[$1]}"
-    # shellcheck disable=SC2086
-    vqpipe kmeans --features "$OUT/features-$made_from" --preset small --k "$k" --out "$1" $options
+random_codebook() { # random_codebook NAME KIND K: normal, sphere, or features to draw from
+    recipe "codebook-$1" python "$STUDY/networks.py" codebook "$2" "$3" 64 "$OUT/codebook-$1"
 }
 
 one() { # one NAME SEED [option of train ...]: train and measure
@@ -72,11 +80,8 @@ one() { # one NAME SEED [option of train ...]: train and measure
 }
 
 try() { # try NAME [option of train ...]: a run of seed 0, beside the others
-    local option
     [[ $1 =~ $ONLY ]] || return 0
-    for option in "$@"; do
-        [ -z "${RECIPES[$option]:-}" ] || make_codebook "$option"
-    done
+    make_needed "$@"
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || echo "a run has failed: see the logs in $OUT" >&2; done
     REPORTS+=("$OUT/report-$1-eval")
     one "$1" "${SEED:-0}" "${@:2}" &
