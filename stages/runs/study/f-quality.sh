@@ -1,14 +1,26 @@
 #!/usr/bin/env bash
-# Part F: what raises the PSNR or the use of 4,096 frozen codes, 12 bits a position: a higher learning rate, a deeper or a
-# wider network, an objective of squared errors alone, a stronger commitment, a still faster projector.
+# Part F: what raises the PSNR or the use of frozen codes: a higher learning rate, a deeper or a wider network, an objective of
+# squared errors alone, a stronger or a weaker commitment, a still faster projector. One id of 4,096 and of 16,384 codes, and
+# four groups of 1,024.
 . "$(dirname "$0")/study.sh"
 features pca
 codebook 4096 pca 4096
-for row in "rate --set train.learning_rate=1e-3" "blocks --set model.num_res_blocks=2" \
-    "width --set model.base_channels=96" "squared --set objective.l1=0.0 --set objective.l2=4.0" \
-    "commitment --set objective.commitment=0.1" "faster --set train.quantizer_rate=60.0"; do
-    read -r name options <<< "$row"
-    # shellcheck disable=SC2086
-    try "lc-4096-$name" --codebook "$OUT/codebook-4096" $options
-done
+codebook 16384 pca 16384 --set kmeans.select=random
+codebook 1024 pca 1024
+
+variations() { # variations NAME [option of train ...]: runs that differ from NAME in one thing
+    local row name options
+    for row in "rate --set train.learning_rate=1e-3" "blocks --set model.num_res_blocks=2" \
+        "width --set model.base_channels=96" "squared --set objective.l1=0.0 --set objective.l2=4.0" \
+        "commitment --set objective.commitment=0.1" "weaker --set objective.commitment=0.005" \
+        "faster --set train.quantizer_rate=60.0"; do
+        read -r name options <<< "$row"
+        # shellcheck disable=SC2086
+        try "$1-$name" "${@:2}" $options
+    done
+}
+variations lc-4096 --codebook "$OUT/codebook-4096"
+variations lc-16384 --codebook "$OUT/codebook-16384" --set $Q.codebook_size=16384
+variations lc-4 --codebook "$OUT/codebook-1024" --set $Q.kind=multi_group --set $Q.num_groups=4 --set $Q.masking=off \
+    --set $Q.group.kind=lc --set $Q.group.codebook_size=1024 --set $Q.group.code_dim=8 --set $Q.group.feature_dim=64
 table f-quality
