@@ -165,14 +165,17 @@ def codebook_settings(quantizer: "QuantizerConfig", k: int, dim: int) -> list[st
     They replace the numbers of a preset. A codebook for G groups may be that of each group, or the concatenated ones if
     it has G times as many codes as the preset's group. Quantizers that take no codebook have none.
     """
-    from vqpipe.quantizers import LcConfig, MultiGroupConfig
+    from vqpipe.quantizers import LcConfig, MultiGroupConfig, VqBridgeConfig
 
     where, group = "model.quantizer", quantizer
     if isinstance(quantizer, MultiGroupConfig):
         where, group = f"{where}.group", quantizer.group
-        if isinstance(group, LcConfig) and k == quantizer.num_groups * group.codebook_size:
-            k = group.codebook_size
-    if not isinstance(group, LcConfig):
+    if not isinstance(group, LcConfig | VqBridgeConfig):
         return []
-    sizes = {"codebook_size": k, "feature_dim": dim} | ({"code_dim": dim} if group.projector == "none" else {})
+    if isinstance(quantizer, MultiGroupConfig) and k == quantizer.num_groups * group.codebook_size:
+        k = group.codebook_size
+    if isinstance(group, VqBridgeConfig):
+        sizes = {"codebook_size": k, "frozen_dim": dim}
+    else:
+        sizes = {"codebook_size": k, "feature_dim": dim} | ({"code_dim": dim} if group.projector == "none" else {})
     return [f"{where}.{name}={value}" for name, value in sizes.items()]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vqpipe.errors import WeightsError
 from vqpipe.losses import Objective, ObjectiveConfig, Perceptual
+from vqpipe.losses.perceptual import distance_name
 
 FILE = "alexnet-owt-7be5be79.pth"
 
@@ -122,3 +123,11 @@ def test_wrong_backbone_file_is_rejected(tmp_path: Path, backbone: dict[str, Ten
     save_file(wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(WeightsError, match=r"features\.0\.weight"):
         Perceptual("alex", str(tmp_path / "wrong.safetensors"))
+
+
+def test_only_weights_in_torchvision_s_file_are_named_lpips(tmp_path: Path) -> None:
+    published, other = tmp_path / "vgg16-397923af.pth", tmp_path / "mine.pth"
+    published.touch()
+    other.touch()
+    assert distance_name("vgg", str(tmp_path)) == distance_name("vgg", str(published)) == "lpips_vgg"
+    assert distance_name("vgg", str(other)) == "perceptual_vgg"

@@ -229,6 +229,20 @@ def test_losses_are_finite_scalars_that_train_every_weight(name: str) -> None:
     assert all(parameter.grad is not None for parameter in quantizer.parameters())
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_evaluation_without_gradients_computes_no_matrix_of_all_distances(name: str) -> None:
+    quantizer = make(name).eval()
+    with torch.no_grad():
+        codes, ids, losses = quantizer(latent_of(quantizer))
+    left_out = set(quantizer.loss_names) - set(losses)
+    kind = getattr(quantizer.config, "group", quantizer.config).kind
+    assert left_out == {"ibq": {"entropy"}, "regvq": {"prior"}, "sqvae": {"entropy"}}.get(kind, set())
+    whole = quantizer(latent_of(quantizer))
+    assert torch.equal(ids, whole.ids)
+    assert torch.equal(codes, whole.codes)
+    assert all(torch.equal(loss, whole.losses[term]) for term, loss in losses.items())
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_forward_and_lookup_do_not_change_the_state(name: str, training: bool) -> None:

@@ -58,6 +58,16 @@ def test_unused_codes_become_copies_of_used_ones_at_the_interval() -> None:
     assert not quantizer.hits.any()
 
 
+def test_copies_are_drawn_in_proportion_to_use() -> None:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(DiveqConfig(codebook_size=1000, code_dim=4, replace_every=10, min_hit_rate=0.05))
+    before = torch.nn.init.normal_(quantizer.codes).detach().clone()
+    for step in range(10):
+        quantizer.update(LATENT, torch.tensor([[4, 9 if step < 2 else 4]]))  # 4 in all steps, 9 in two
+    copies_of_9 = (quantizer.codes - before[9]).norm(dim=1) < 1e-6
+    assert abs(copies_of_9.float().mean() - 2 / 12) < 0.04
+
+
 def test_a_resumed_run_replaces_at_the_same_step() -> None:
     whole, part = make(replace_every=3), make(replace_every=3)
     ids = torch.tensor([[1, 2]])

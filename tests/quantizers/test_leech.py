@@ -41,5 +41,10 @@ def test_search_finds_the_largest_inner_product() -> None:
     torch.testing.assert_close(products.gather(1, ids[:, None])[:, 0], products.amax(1))
 
 
+def test_codes_are_the_vectors_at_unit_length() -> None:
+    (codes,) = build_quantizer(LeechConfig()).all_codes()
+    torch.testing.assert_close(codes, torch.from_numpy(leech_vectors()).float() / 32**0.5)
+
+
 def test_codes_are_not_saved_with_the_weights() -> None:
     assert not build_quantizer(LeechConfig()).state_dict()

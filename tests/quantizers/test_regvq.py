@@ -25,6 +25,14 @@ def test_prior_is_the_divergence_of_the_mean_prediction_from_uniform() -> None:
     torch.testing.assert_close(quantizer(LATENT).losses["prior"], torch.zeros(()), rtol=0, atol=1e-5)
 
 
+def test_sampled_ids_follow_the_prediction() -> None:
+    quantizer = make(mask_ratio=1.0).train()
+    torch.manual_seed(1)
+    ids = quantizer(LATENT[:1, :, :1, :1].expand(1, 4, 60, 100)).ids.flatten()
+    p = (-torch.cdist(ROWS[:1], quantizer.codes).square()).softmax(1)[0]
+    assert (torch.bincount(ids, minlength=30) / len(ids) - p).abs().max() < 0.03
+
+
 def test_a_share_of_the_ids_is_sampled_in_training_and_none_in_evaluation() -> None:
     quantizer = make(mask_ratio=0.4, temperature=1e6)  # a uniform prediction: a sampled id is right 1 in 30 times
     nearest = torch.cdist(ROWS, quantizer.codes).argmin(1)

@@ -14,7 +14,8 @@ from vqpipe.distributed import rank
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.quantizers import Quantizer, QuantizerConfig
 
-SMALL: dict[str, Any] = {"codebook_size": 64, "code_dim": 8, "feature_dim": 12, "codebook_init": "uniform"}
+SMALL: dict[str, Any] = {"codebook_size": 512, "code_dim": 8, "feature_dim": 12, "codebook_init": "uniform"}
+SMALL["replace_every"] = 2  # three updates replace codes once
 GROUP = {"kind": "cvq", "codebook_size": 64, "code_dim": 4, "normalize": True}
 LC_GROUP = {"kind": "lc", "codebook_size": 64, "code_dim": 4, "feature_dim": 12, "codebook_init": "uniform"}
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -39,6 +41,45 @@ def test_codes_keep_their_place_in_the_image_of_codes() -> None:
     codes = quantizer.codebook()[:, 0].view(6, 8)
     expected = torch.arange(12.0).view(3, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert torch.equal(codes, expected)
+
+
+def block(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A transformer block of width 256 with 4 heads, written out for x, float[P, 256]."""
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+
+    query, key, value = (block.qkv(norm(x))).chunk(3, dim=1)
+    heads = [slice(64 * head, 64 * head + 64) for head in range(4)]
+    scores = [query[:, head] @ key[:, head].T / 8 for head in heads]
+    attended = [score.softmax(1) @ value[:, head] for score, head in zip(scores, heads, strict=True)]
+    x = x + block.out(torch.cat(attended, dim=1))
+    hidden = block.mlp[0](norm(x))
+    hidden = hidden / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+    return x + block.mlp[2](hidden)
+
+
+def test_bridge_equals_a_transformer_over_patches_written_out() -> None:
+    bridge = make().double().bridge
+    torch.nn.init.normal_(bridge.head.weight)
+    codes = torch.randn(48, 6, dtype=torch.float64)
+    image = codes.view(6, 8, 6)
+    corners = [(row, column) for row in range(0, 6, 2) for column in range(0, 8, 2)]
+    patches = torch.stack([image[row : row + 2, column : column + 2] for row, column in corners])
+    x = torch.einsum("pijc,wcij->pw", patches, bridge.patches.weight) + bridge.patches.bias
+    for each in bridge.blocks:
+        x = block(each, x)
+    moved = bridge.head(torch.nn.functional.layer_norm(x, (256,), eps=1e-6)).view(12, 2, 2, 6)
+    expected = torch.empty(6, 8, 6, dtype=torch.float64)
+    for (row, column), patch in zip(corners, moved, strict=True):
+        expected[row : row + 2, column : column + 2] = patch
+    torch.testing.assert_close(bridge(codes), expected.view(48, 6))
+
+
+@pytest.mark.parametrize("settings", [{"metric": "cosine"}, {"normalize": True}])
+def test_directions_of_codes_that_start_at_zero_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="start at zero"):
+        VqBridgeConfig(codebook_size=48, **settings)
 
 
 def test_codes_are_computed_once_in_evaluation_and_again_after_a_change() -> None:

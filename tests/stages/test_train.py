@@ -19,7 +19,7 @@ from stages.train import codebook_settings, train
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
-from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqConfig
+from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, VqConfig
 from vqpipe.training.callbacks import Callback, Paced, RunReport, read_metrics
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
@@ -351,6 +351,7 @@ def test_codebook_replaces_the_sizes_of_the_preset(go: Any, tmp_path: Path) -> N
             MultiGroupConfig(num_groups=2, group=LcConfig(codebook_size=6)),  # concatenated
             {"group.codebook_size": 6, "group.feature_dim": 6},
         ),
+        (VqBridgeConfig(codebook_size=9), {"codebook_size": 12, "frozen_dim": 6}),
         (VqConfig(codebook_size=9, code_dim=4), {}),
     ],
 )

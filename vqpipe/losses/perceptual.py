@@ -50,6 +50,13 @@ def without_missing(module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if "lpips.network." not in name]
 
 
+def distance_name(net: LpipsNet, weights: str) -> str:
+    """The key of the distance, as in `eval`: lpips_NET with torchvision's weights, by the name of their file, and
+    perceptual_NET with others."""
+    published = backbone_file(net, weights).name == LPIPS_BACKBONES[net][0]
+    return f"{'lpips' if published else 'perceptual'}_{net}"
+
+
 def backbone_file(net: LpipsNet, weights: str) -> Path:
     """The file of LPIPS's backbone: `weights` itself, or in the folder `weights`.
 

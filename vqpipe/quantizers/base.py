@@ -30,7 +30,8 @@ class Quantized(NamedTuple):
     ids: Tensor
     """int64[B, N] in [0, codebook_size), ordered by the quantizer's layout; -1 where a group is masked."""
     losses: dict[str, Tensor]
-    """Unweighted scalars, one per entry of the quantizer's `loss_names`."""
+    """Unweighted scalars, one per entry of the quantizer's `loss_names`. Without gradients in evaluation, those that
+    need the distances to all codes are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,11 @@ class Quantizer(nn.Module, ABC):
         self.channel_groups = 1
         """Number of equal groups of consecutive channels that are quantized independently; each is whitened by itself,
         and `quant_conv` may be grouped in the same way."""
+
+    @property
+    def computes_all_losses(self) -> bool:
+        """Whether `forward` computes the losses that need the distances to all codes too."""
+        return self.training or torch.is_grad_enabled()
 
     @abstractmethod
     def forward(self, latent: Tensor) -> Quantized:

@@ -16,6 +16,9 @@ from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import GridQuantizer, Quantized, QuantizerConfig, straight_through, to_rows
 from vqpipe.quantizers.lfq import binary_entropy, joint_entropy
 
+EPSILON = 1e-8
+"""Added to probabilities inside the logarithm, as released."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BsqConfig(QuantizerConfig):
@@ -72,7 +75,8 @@ class BinarySphericalQuantizer(GridQuantizer):
     entropies, exactly, minus the sum of the entropies of groups of channels. The mean is over the vectors of this rank.
 
     The released code of BSQ triples the weight of the entropy term at the start of a run, for 2,000 steps; here
-    weights are constant. That of WeTok averages E[p] over its groups as well; here every group has a mean of its own.
+    weights are constant. That of WeTok takes the mean of both entropies over its groups, of one E[p] for all; here they
+    are summed, as in BSQ, and every group has a mean of its own: with G groups its weight is to be divided by G.
     """
 
     config_class = BsqConfig
@@ -113,5 +117,5 @@ class BinarySphericalQuantizer(GridQuantizer):
         """The entropy term of float32[N, D], a scalar; low where ids are certain and diverse."""
         logits = 4 * self.scale * vectors / self.temperature  # log p(+) - log p(-) of each channel
         sample = binary_entropy(logits).sum(1).mean()
-        batch = sum(joint_entropy(group) for group in logits.split(self.entropy_bits, dim=1))
+        batch = sum(joint_entropy(group, EPSILON) for group in logits.split(self.entropy_bits, dim=1))
         return self.sample_weight * sample - self.batch_weight * batch

@@ -84,8 +84,8 @@ class GaussianQuantizer(Quantizer):
     "rate" is w x bits, averaged over vectors, times a factor: w = 1 within `tolerance` of log2 K bits, `largest` above,
     `smallest` below. `update` moves the factor by 1.01 up where the mean rate is above log2 K and down where it is
     below; `largest` up while any vector is above, else down to 1; `smallest` down while any vector is below, else up to
-    1. Its weight in the authors' objective is 0.1. Their code updates these numbers from the vectors of one rank, in
-    the forward pass; here they come from all ranks, after the step.
+    1. Its weight in the authors' objective is 0.1, for sums over an image. Their code updates these numbers from the
+    vectors of one rank, in the forward pass; here they come from all ranks, after the step.
     """
 
     config_class = GqConfig

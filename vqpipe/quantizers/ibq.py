@@ -76,13 +76,15 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
             vectors = to_rows(self.maybe_normalize(latent.float(), dim=1))
             codebook = self.codebook()
             ids = most_similar(vectors, codebook, check=not self.training)
-            selected = self.embed(ids)
-            expected, entropy = self.soft_assign(vectors, codebook)
-            codes = selected + (expected - expected.detach())
+            codes = selected = self.embed(ids)
+            entropy = {}
+            if self.computes_all_losses:
+                expected, entropy["entropy"] = self.soft_assign(vectors, codebook)
+                codes = selected + (expected - expected.detach())
             losses = {
                 "commitment": F.mse_loss(vectors, selected.detach()) + F.mse_loss(codes, vectors),
                 "codebook": F.mse_loss(selected, vectors.detach()),
-                "entropy": entropy,
+                **entropy,
             }
             codes = codes.view(len(latent), -1, self.latent_dim).transpose(1, 2).reshape_as(latent)
             return Quantized(codes, ids.view(len(latent), -1), losses)

@@ -103,7 +103,7 @@ def binary_entropy(logits: Tensor) -> Tensor:
     return F.softplus(-size) + size * torch.sigmoid(-size)
 
 
-def joint_entropy(logits: Tensor) -> Tensor:
+def joint_entropy(logits: Tensor, epsilon: float = EPSILON) -> Tensor:
     """The entropy in nats of the distribution over the 2^b sign patterns, averaged over vectors.
 
     Args:
@@ -111,7 +111,7 @@ def joint_entropy(logits: Tensor) -> Tensor:
     """
     low, high = (joint_probabilities(half) for half in logits.tensor_split(2, dim=1))
     mean = high.T @ low / len(logits)
-    return shannon_entropy(mean)
+    return shannon_entropy(mean, epsilon)
 
 
 def joint_probabilities(logits: Tensor) -> Tensor:
@@ -122,6 +122,6 @@ def joint_probabilities(logits: Tensor) -> Tensor:
     return patterns
 
 
-def shannon_entropy(probabilities: Tensor) -> Tensor:
-    """-sum p log(p + EPSILON) over all elements, a scalar in nats."""
-    return -(probabilities * (probabilities + EPSILON).log()).sum()
+def shannon_entropy(probabilities: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """-sum p log(p + epsilon) over all elements, a scalar in nats."""
+    return -(probabilities * (probabilities + epsilon).log()).sum()

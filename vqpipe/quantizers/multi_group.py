@@ -95,7 +95,7 @@ class MultiGroupQuantizer(Quantizer):
         ]
         codes = torch.cat([part.codes for part in parts], dim=1)
         ids = torch.stack([part.ids for part in parts], dim=-1).flatten(1)
-        losses = {name: torch.stack([part.losses[name] for part in parts]).mean() for name in self.loss_names}
+        losses = {name: torch.stack([part.losses[name] for part in parts]).mean() for name in parts[0].losses}
         return Quantized(codes, ids, losses)
 
     @torch.no_grad()

@@ -48,7 +48,10 @@ class RegularizedQuantizer(VectorQuantizer):
 
     Gradients pass straight through to the latent, as in `vq`, with its losses. The paper's third part, a probabilistic
     contrastive loss between features of images and reconstructions, belongs to a feature network and is left out; the
-    released results have it.
+    released results have it. Two more things differ from the paper. Its posterior is the mean of one-hot predictions,
+    relaxed in the backward pass only; q here is the mean of p itself, so "prior" is near 0 where distances are small
+    against the temperature, even if few codes are in use. And the paper passes gradients through the softmax, and
+    through a Gumbel-softmax where ids are sampled.
     """
 
     config_class = RegVqConfig
@@ -63,12 +66,14 @@ class RegularizedQuantizer(VectorQuantizer):
             latent = self.search_input(latent)
             vectors, codebook = to_rows(latent), self.codebook()
             ids = nearest(vectors, codebook, check=not self.training)
-            sampled, prior = self.sample(vectors, codebook)
+            prior = {}
+            if self.computes_all_losses:
+                sampled, prior["prior"] = self.sample(vectors, codebook)
             if self.training:
                 masked = torch.rand(len(ids), device=ids.device) < self.mask_ratio
                 ids = torch.where(masked, sampled, ids)
             quantized = self.quantized(latent, ids.view(len(latent), -1))
-            return quantized._replace(losses={**quantized.losses, "prior": prior})
+            return quantized._replace(losses=quantized.losses | prior)
 
     def sample(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """An id sampled for each vector, int64[N], and the loss "prior", a scalar."""

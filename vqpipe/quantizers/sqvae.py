@@ -20,6 +20,8 @@ from vqpipe.search import nearest
 
 LOGITS_PER_CHUNK = 2**24
 """Logits computed at a time: 64 MiB in float32."""
+MIN_TEMPERATURE = 1e-6
+"""Of the Gumbel-softmax: below it, logits divided by the temperature may overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +81,19 @@ class StochasticQuantizer(VectorQuantizer):
             latent = latent.float()
             vectors, codebook = to_rows(latent), self.raw_codebook()
             ids = nearest(vectors, codebook, check=not self.training)
-            sampled, entropy = self.sample(vectors, codebook)
+            entropy = {}
+            if self.computes_all_losses:
+                sampled, entropy["entropy"] = self.sample(vectors, codebook)
             rows = sampled if self.training else self.embed(ids)
             distance = (vectors - rows).square().sum(1).mean() / (2 * self.variance())
             codes = rows.view(len(latent), -1, self.latent_dim).transpose(1, 2).reshape_as(latent)
             if not self.training:
                 codes = (latent - latent.detach()) + codes
-            return Quantized(codes, ids.view(len(latent), -1), {"commitment": distance, "entropy": entropy})
+            return Quantized(codes, ids.view(len(latent), -1), {"commitment": distance, **entropy})
 
     def sample(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """Samples from the relaxed posterior, float32[N, C], and the loss "entropy", a scalar."""
-        temperature = torch.exp(-self.decay * self.steps)
+        temperature = torch.exp(-self.decay * self.steps).clamp(min=MIN_TEMPERATURE)
         parts, total = [], vectors.new_zeros(())
         for chunk in vectors.split(max(1, LOGITS_PER_CHUNK // len(codebook))):
             part = checkpoint(self.sample_chunk, chunk, codebook, temperature, use_reentrant=False)

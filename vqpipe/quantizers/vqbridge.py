@@ -36,6 +36,11 @@ class VqBridgeConfig(CodebookConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.metric != "l2" or self.normalize:
+            raise ConfigError(
+                "vqbridge compares squared distances: all its codes start at zero, which has no direction",
+                "Leave out metric and normalize",
+            )
         if self.patch_size < 0 or self.frozen_dim < 0:
             raise ConfigError("patch_size and frozen_dim are at least 0")
         grid_of(self.codebook_size, self.side)

@@ -98,6 +98,9 @@ NUMBERS = (
     LoggedNumber("valid/lpips_vgg", "validation", "validation LPIPS (VGG)", ".3f"),
     LoggedNumber("valid/lpips_squeeze", "validation", "validation LPIPS (SqueezeNet)", ".3f"),
     LoggedNumber("valid/lpips_alex", "validation", "validation LPIPS (AlexNet)", ".3f"),
+    LoggedNumber("valid/perceptual_vgg", "validation", "validation perceptual distance (VGG)", ".3f"),
+    LoggedNumber("valid/perceptual_squeeze", "validation", "validation perceptual distance (SqueezeNet)", ".3f"),
+    LoggedNumber("valid/perceptual_alex", "validation", "validation perceptual distance (AlexNet)", ".3f"),
     LoggedNumber("valid/top1", "validation", "validation top-1", ".1f", "%", 100),
     LoggedNumber("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
     LoggedNumber("valid/utilization", "validation", "validation codes in use", ".1f", "%", 100),
@@ -236,6 +239,12 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
             lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex", SqueezeNet="valid/lpips_squeeze"),
             "linear",
             f"Mean over {held_out}.",
+        ),
+        plots.curves(
+            "Perceptual distance in validation",
+            lines(VGG="valid/perceptual_vgg", AlexNet="valid/perceptual_alex", SqueezeNet="valid/perceptual_squeeze"),
+            "linear",
+            f"LPIPS's formula with other weights than torchvision's. Mean over {held_out}.",
         ),
         plots.curves(
             "Accuracy",

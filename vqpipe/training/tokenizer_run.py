@@ -18,7 +18,7 @@ from vqpipe.data.transforms import DataConfig, to_float
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.losses.objective import Objective, ObjectiveConfig
-from vqpipe.losses.perceptual import backbone_file
+from vqpipe.losses.perceptual import backbone_file, distance_name
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, build_quantizer
@@ -290,13 +290,14 @@ def validation_of(
     device: torch.device,
     progress: Progress,
 ) -> Validation | None:
-    """The validation of a run, None without held-out images. The best
-    weights are chosen by LPIPS if it is part of the objective, otherwise by PSNR."""
+    """The validation of a run, None without held-out images. The best weights are chosen by LPIPS, or its formula with
+    other weights, if it is part of the objective, otherwise by PSNR."""
     if inputs.validation is None:
         return None
-    lpips = f"lpips_{recipe.objective.perceptual}"
-    perceptual = {} if objective.perceptual is None else {lpips: objective.perceptual.lpips}
-    measure = f"valid/{lpips}" if perceptual else "valid/psnr"
+    perceptual, measure = {}, "valid/psnr"
+    if recipe.objective.perceptual != "none" and objective.perceptual is not None:
+        distance = distance_name(recipe.objective.perceptual, recipe.objective.lpips_weights)
+        perceptual, measure = {distance: objective.perceptual.lpips}, f"valid/{distance}"
     return Validation(
         inputs.validation,
         image_size=recipe.data.image_size,

@@ -139,7 +139,8 @@ class Validation(Callback):
         """The numbers of a row, and how often each code was chosen, int64[G, K]; both over all ranks.
 
         The row has `valid/images` (those that could be read), `valid/psnr` (dB), `valid/ssim`, `valid/utilization`,
-        `valid/perplexity` (mean over groups), and `valid/lpips_*` for each perceptual network. Every rank calls it.
+        `valid/perplexity` (mean over groups), and `valid/lpips_*` or `valid/perceptual_*` for each perceptual network.
+        Every rank calls it.
 
         Raises:
             DataError: no image can be read.
