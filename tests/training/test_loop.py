@@ -18,7 +18,15 @@ from stages import signals
 from vqpipe.data.batches import Batch
 from vqpipe.errors import ConfigError, NumericError
 from vqpipe.losses import Objective, ObjectiveConfig
-from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
+from vqpipe.models import (
+    Autoencoder,
+    AutoencoderConfig,
+    DcaeConfig,
+    DiscriminatorConfig,
+    PatchDiscriminator,
+    VqganConfig,
+    build_autoencoder,
+)
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
 from vqpipe.training.callbacks import Callback, Paced
 from vqpipe.training.checkpoint import TrainState
@@ -57,15 +65,31 @@ class Photographs:
         return (torch.nn.functional.interpolate(noise, size=16, mode="bilinear")[0] * 255).to(torch.uint8)
 
 
+BATCH_NORMS = DcaeConfig(
+    quant_conv="full",
+    widths=(8, 8),
+    encoder_depths=(0, 1),
+    decoder_depths=(0, 1),
+    attention_from=2,
+    latent_channels=8,
+    quantizer=QUANTIZERS["ema"],
+)
+
+
 def networks(kind: str) -> tuple[Autoencoder, PatchDiscriminator]:
+    """Of a quantizer of QUANTIZERS; "batch norms": networks that have these."""
     torch.manual_seed(7)
-    config = VqganConfig(
-        base_channels=8,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-        quantizer=QUANTIZERS[kind],
+    config: AutoencoderConfig = (
+        BATCH_NORMS
+        if kind == "batch norms"
+        else VqganConfig(
+            base_channels=8,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(),
+            z_channels=8,
+            quantizer=QUANTIZERS[kind],
+        )
     )
     return build_autoencoder(config), PatchDiscriminator(DiscriminatorConfig(base_channels=4))
 
@@ -257,8 +281,17 @@ def test_frozen_parts_stay_and_the_others_train(tmp_path: Path) -> None:
         assert torch.equal(value, trained[name]) == still, name
 
 
-def test_activation_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
-    plain, recomputed = (run(tmp_path / str(flag), activation_checkpointing=flag)[0] for flag in (False, True))
+def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
+    fresh = dict(networks("batch norms")[0].state_dict())
+    trained = run(tmp_path, "batch norms", freeze=("encoder", "codebook"))[0].networks["model"].state_dict()
+    moved = {name for name, value in fresh.items() if not torch.equal(value, trained[name])}
+    assert any("running_mean" in name for name in moved)
+    assert not any(name.startswith(("encoder.", "quant_conv.", "quantizer.")) for name in moved)
+
+
+@pytest.mark.parametrize("kind", ["lc", "batch norms"])
+def test_activation_checkpointing_gives_the_same_weights(kind: str, tmp_path: Path) -> None:
+    plain, recomputed = (run(tmp_path / str(flag), kind, activation_checkpointing=flag)[0] for flag in (False, True))
     assert differing(plain, recomputed) == []
 
 

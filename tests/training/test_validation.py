@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vqpipe.data.images import ImageSet, open_images
+from vqpipe.distributed import rank
 from vqpipe.errors import DataError
-from vqpipe.models import Autoencoder, VqganConfig, build_autoencoder
+from vqpipe.models import Autoencoder, DcaeConfig, VqganConfig, build_autoencoder
+from vqpipe.quantizers import LcConfig
+from vqpipe.training.networks import batch_norms
 from vqpipe.training.validation import BestWeights, Validation
 
 SIZE = 16
@@ -162,3 +166,26 @@ def test_kill_while_keeping_new_weights_leaves_the_old(tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         kept_steps(best, {2: 30.0})
     assert BestWeights(best.path, "valid/psnr", higher_is_better=True).step == 1 == kept_step(best.path)
+
+
+def measured_statistics(folder: Path) -> list[float]:
+    """The running mean of a batch norm after a validation; before it, every rank has another."""
+    torch.manual_seed(0)
+    quantizer = LcConfig(codebook_size=32, feature_dim=8, code_dim=4, codebook_init="uniform")
+    depths = {"encoder_depths": (0, 1), "decoder_depths": (0, 1), "attention_from": 2}
+    network = build_autoencoder(
+        DcaeConfig(quant_conv="full", widths=(8, 8), latent_channels=4, quantizer=quantizer, **depths)
+    )
+    norm = batch_norms(network)[0]
+    norm.running_mean.fill_(1.0 + rank())
+    validation(open_images([str(folder)])).measure(network)
+    return norm.running_mean.tolist()
+
+
+@pytest.mark.slow
+def test_ranks_measure_with_the_batch_norms_of_rank_0(
+    images: ImageSet, on_two_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    first, second = on_two_ranks(measured_statistics, tmp_path / "held-out")
+    assert first == second
+    assert first[0] == 1.0

@@ -5,8 +5,8 @@ torch.distributed.tensor takes seconds to import: only a run that shards imports
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -30,13 +30,35 @@ NO_BUFFER_BROADCAST: dict[str, Any] = (
 def checkpoint_activations(block: nn.Module) -> None:
     """Keep no activations inside the block, and compute them again in the backward pass (gradient checkpointing)."""
     forward = block.forward
+    contexts: dict[str, Any] = {}
+    if batch_norms(block):
+        contexts["context_fn"] = lambda: (nullcontext(), paused_statistics(block))
 
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
 
     block.forward = recomputing
+
+
+def batch_norms(*networks: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norms with running statistics, which a forward pass in training changes."""
+    modules = (module for network in networks for module in network.modules())
+    return [each for each in modules if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.track_running_stats]
+
+
+@contextmanager
+def paused_statistics(network: nn.Module) -> Iterator[None]:
+    """Leave the running statistics as they are: a second forward pass on the same images must not count twice."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in batch_norms(network)]
+    for norm, _, _ in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def compiled_graphs() -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vqpipe.errors import NumericError
 from vqpipe.training.callbacks import first_names
 from vqpipe.training.checkpoint import TrainState
+from vqpipe.training.networks import batch_norms
 
 
 @dataclass
@@ -25,12 +26,7 @@ class BatchNormStatistics:
     """Running statistics of batch norms, which a forward pass changes: restored where the step is skipped."""
 
     def __init__(self, *networks: nn.Module) -> None:
-        self.norms = [
-            module
-            for network in networks
-            for module in network.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        ]
+        self.norms = batch_norms(*networks)
         self.before: list[Tensor] = []
 
     def tensors(self) -> list[Tensor]:

@@ -25,7 +25,7 @@ from vqpipe.models.vitamin import ConvBlock, TransformerBlock
 from vqpipe.models.vqgan import Attention, ResidualBlock
 from vqpipe.quantizers import Quantized, Quantizer
 from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
-from vqpipe.training.networks import accumulate_gradients, checkpoint_activations, replicate
+from vqpipe.training.networks import accumulate_gradients, batch_norms, checkpoint_activations, replicate
 from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import Row, RunningMetrics, StepOutput
 from vqpipe.training.task import Task, mean_over_parts
@@ -53,8 +53,10 @@ class TokenizerTask(Task[Batch, Reconstruction]):
     def prepare(self, config: TrainConfig, device: torch.device, average: nn.Module) -> None:
         assert isinstance(config, TokenizerTrainConfig)
         self.config, self.device = config, device
-        for part in frozen_parts(config, self.model):
+        frozen = frozen_parts(config, self.model)
+        for part in frozen:
             part.requires_grad_(False)
+        self.frozen_norms = nn.ModuleList(batch_norms(*frozen))  # in training mode their running statistics would move
         self.moves_codebook = (
             "codebook" not in config.freeze and type(self.model.quantizer).update is not Quantizer.update
         )
@@ -113,6 +115,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         whether the step was skipped, a bool on the device."""
         optimizer = self.optimizers["optimizer"]
         self.model.train()
+        self.frozen_norms.eval()
         self.discriminator.train().requires_grad_(False)
         optimizer.zero_grad(set_to_none=True)
         adversarial = self.objective.adversarial_at(step)

@@ -21,6 +21,7 @@ from vqpipe.models.autoencoder import Autoencoder
 from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.training import in_words
 from vqpipe.training.callbacks import Callback
+from vqpipe.training.networks import batch_norms
 from vqpipe.training.running_metrics import Row
 from vqpipe.weights import save_weights
 from vqpipe.words import counted
@@ -149,6 +150,9 @@ class Validation(Callback):
         distortion = Distortion(self.perceptual, ("psnr", "ssim"))
         usage = CodeUsage(quantizer.codebook_size, quantizer.num_groups, self.device)
         network.eval()
+        for norm in batch_norms(network):  # those that are published: ranks have statistics of their own
+            for statistic in norm.buffers():
+                distributed.broadcast(statistic)
         for batch in self.batches:
             originals = batch.images.to(self.device)
             ids = network.encode(to_float(originals)).ids

@@ -17,5 +17,7 @@ twice lc-mobilenet-$K --codebook "$OUT/codebook-mobilenet-$K" --set $Q.codebook_
 twice lc-patches-$K --codebook "$OUT/codebook-patches-$K" --set $Q.codebook_size=$K
 twice lc-normal-$K --codebook "$OUT/codebook-normal-$K.npy" --set $Q.codebook_size=$K
 twice lc-sphere-$K --codebook "$OUT/codebook-sphere-$K.npy" --set $Q.codebook_size=$K
+# LC with VQBridge's transformer in place of the linear projector
+twice lc-bridge-$K --codebook "$OUT/codebook-pca-$K" --set $Q.kind=vqbridge --set $Q.codebook_size=$K --set $Q.frozen_dim=64
 twice leech --preset leech-small
 table b-source
