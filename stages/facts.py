@@ -46,6 +46,7 @@ WORDS = {
     "top1": "top-1 accuracy {}",
     "top5": "top-5 accuracy {}",
     "fid": "FID {}",
+    "class_names": "class names: {}",
     "left_out": "left out: {}",
     "image_sets": "image sets: {}",
 }
@@ -99,7 +100,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(phrases(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
-        mark = ", " if any(isinstance(each, list | Mapping | float) for each in value) else " x "
+        mark = ", " if any(isinstance(each, str | list | Mapping | float) for each in value) else " x "
         return mark.join(map(text_of, value))
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stages.tokenize_images import tokenize
 from stages.train_classifier import train_classifier
 from vqpipe.artifacts import open_artifact
 from vqpipe.config import from_table
 from vqpipe.data.examples import TokenSet, split_held_out
-from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.errors import ArtifactError, ConfigError, WeightsError
 from vqpipe.generation.base import Space
 from vqpipe.generation.classifier import ClassifierConfig, build_classifier
 
@@ -59,6 +61,24 @@ def test_accuracy_is_of_named_tokens_or_missing_without_held_out_images(drawn: A
     assert "top1" in named
     assert "top1" not in none
     assert "no images were held out" in none["not_computed"]["top1"]
+
+
+def test_labels_of_validation_tokens_are_those_of_training(drawn: Any, tmp_path: Path) -> None:
+    pictures, short = tmp_path / "pictures", OPTIONS | {"preset": "linear-probe", "steps": 1}
+    overrides = ["train.warmup_steps=1", "examples.held_out=0", "train.validate_every=1"]
+
+    def train(name: str) -> None:
+        tokenize([str(pictures)], drawn.tokenizer, tmp_path / name, num_workers=0, device="cpu")
+        validation, out = tmp_path / name, tmp_path / f"probe-{name}"
+        train_classifier(drawn.tokens, drawn.tokenizer, out, validation=validation, overrides=overrides, **short)
+
+    for name in "12":
+        shutil.copytree(drawn.pictures / name, pictures / name)
+    with pytest.raises(ArtifactError, match=r"label 0 is the class 0 in .*tokens, and 1 in .*unlike\. .*classes\.txt"):
+        train("unlike")
+    (pictures / "classes.txt").write_text("0\n1\n2\n")
+    train("listed")
+    assert open_artifact(tmp_path / "listed").facts["class_names"] == ["0", "1", "2"]
 
 
 def test_a_linear_probe_is_trained(drawn: Any, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def test_latents_are_encoded_once_and_read_by_other_runs(
     )
     stored = open_artifact(latents, "latents")
     assert stored.facts["num_latents"] == 48  # each image and its mirror image
+    assert stored.facts["class_names"] == ["0", "1", "2"]
     capsys.readouterr()
     options["overrides"] += ["train.validate_every=1"]  # does not change the weights
     train_generator(drawn.tokenizer, tmp_path / "b", latents=latents, validation=latents, **options)

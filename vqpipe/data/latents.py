@@ -225,6 +225,7 @@ def write_latents(
         "latent_shape": list(latent_shape),
         "image_size": image_size,
         "num_classes": images.num_classes,
+        "class_names": list(images.class_names),
         **pooled(records).to_table(),
         "skipped": skipped,
         **images.facts,

@@ -232,7 +232,7 @@ def write_tokens(
         facts |= {"num_sizes": len(layouts), **shared, "sizes": size_facts(layouts, shards, records)}
     else:
         facts |= {"num_tokens": layout.num_tokens, **shared, "layout": layout.to_table()}
-    return {**facts, "skipped": skipped, **images.facts}
+    return {**facts, "class_names": list(images.class_names), "skipped": skipped, **images.facts}
 
 
 def size_facts(

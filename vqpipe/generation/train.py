@@ -211,13 +211,14 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
 
     Raises:
         DataError: labels are missing or out of range, or too many examples are held out.
-        ArtifactError: a file is damaged.
+        ArtifactError: a file is damaged, or the labels of the validation images mean other classes.
     """
     config, stored = recipe.examples, context.stored
     context.progress.start(f"reading the {stored.artifact.kind}", None, unit="")
     everything, statistics = read_examples(context, stored.artifact, config.raw)
     if stored.limit is not None and stored.limit < len(everything):
         everything = Subset(everything, np.arange(stored.limit))
+    num_classes = config.num_classes_of(everything.labels, stored.artifact.facts.get("unlabeled", ""))
     if stored.validation is None:
         examples, subset = split_held_out(everything, config.held_out)
         validation: Examples | None = subset
@@ -226,9 +227,10 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
         count = min(recipe.train.validation_images, len(validation))
         subset = Subset(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
         config.num_classes_of(validation.labels, stored.validation.facts.get("unlabeled", ""))  # checks them
+        if num_classes is not None:
+            check_class_names(stored.artifact, stored.validation)
     side = latent_size(stored.image_size, stored.image_size, stored.tokenizer.downsample_factor)
     quantizer = stored.tokenizer.autoencoder.quantizer
-    num_classes = config.num_classes_of(everything.labels, stored.artifact.facts.get("unlabeled", ""))
     return ExampleData(
         space=Space.of(quantizer, *side, num_classes),
         train=examples,
@@ -237,6 +239,17 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
         classes=tuple(np.unique(everything.labels).tolist()),
         statistics=statistics,
     )
+
+
+def check_class_names(training: Artifact, validation: Artifact) -> None:
+    """Raise an ArtifactError if a label is another class in `validation`. The names of classes may be unknown."""
+    names = (artifact.facts.get("class_names", []) for artifact in (training, validation))
+    for label, (trained, measured) in enumerate(zip(*names, strict=False)):
+        if trained != measured:
+            raise ArtifactError(
+                f"label {label} is the class {trained} in {training.path}, and {measured} in {validation.path}",
+                "Prepare both from one list of classes, classes.txt in each folder of images, and encode them again",
+            )
 
 
 def read_examples(context: RunContext, artifact: Artifact, raw: bool) -> tuple[Examples, LatentStatistics | None]:
