@@ -18,7 +18,7 @@ from stages.train_classifier import train_classifier
 from vqpipe.artifacts import open_artifact
 from vqpipe.config import from_table
 from vqpipe.data.examples import TokenSet, split_held_out
-from vqpipe.errors import ArtifactError, ConfigError, WeightsError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.generation.base import Space
 from vqpipe.generation.classifier import ClassifierConfig, build_classifier
 
@@ -79,6 +79,19 @@ def test_labels_of_validation_tokens_are_those_of_training(drawn: Any, tmp_path:
     (pictures / "classes.txt").write_text("0\n1\n2\n")
     train("listed")
     assert open_artifact(tmp_path / "listed").facts["class_names"] == ["0", "1", "2"]
+
+
+def test_validation_labels_beyond_those_of_training_need_num_classes(drawn: Any, tmp_path: Path) -> None:
+    short = OPTIONS | {"preset": "linear-probe", "steps": 1, "validation": drawn.tokens}
+    overrides = ["train.warmup_steps=1", "examples.held_out=0", "train.validate_every=1"]
+    (tmp_path / "pictures").mkdir()
+    shutil.copytree(drawn.pictures / "0", tmp_path / "pictures" / "0")
+    tokens = tmp_path / "tokens"
+    tokenize([str(tmp_path / "pictures")], drawn.tokenizer, tokens, num_workers=0, device="cpu")
+    with pytest.raises(DataError, match=r"tokens has the label 2, .* are below 1\. Set examples\.num_classes=3"):
+        train_classifier(tokens, drawn.tokenizer, tmp_path / "probe", overrides=overrides, **short)
+    overrides.append("examples.num_classes=3")
+    train_classifier(tokens, drawn.tokenizer, tmp_path / "probe", overrides=overrides, **short)
 
 
 def test_a_linear_probe_is_trained(drawn: Any, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from vqpipe.data.examples import (
 )
 from vqpipe.data.latents import LatentStatistics, open_latents
 from vqpipe.data.tokens import sizes_text
-from vqpipe.errors import ArtifactError, ConfigError, WeightsError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
 from vqpipe.generation.classifier import RECIPE, Classifier, ClassifierConfig, build_classifier
@@ -229,6 +229,12 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
         config.num_classes_of(validation.labels, stored.validation.facts.get("unlabeled", ""))  # checks them
         if num_classes is not None:
             check_class_names(stored.artifact, stored.validation)
+            if (highest := int(validation.labels.max(initial=-1))) >= num_classes:
+                raise DataError(
+                    f"{stored.validation.path} has the label {highest}, those of the training images are below"
+                    f" {num_classes}",
+                    f"Set examples.num_classes={highest + 1}",
+                )
     side = latent_size(stored.image_size, stored.image_size, stored.tokenizer.downsample_factor)
     quantizer = stored.tokenizer.autoencoder.quantizer
     return ExampleData(
