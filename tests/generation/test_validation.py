@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
+from vqpipe.errors import NumericError
 from vqpipe.generation.validation import accuracy, rank_batches, validation_losses
 
 
@@ -80,3 +81,9 @@ def test_ties_count_against_the_correct_class() -> None:
     examples = Numbers(3, labels=[0, 1, 6])
     found = accuracy(Lookup(), examples, batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
     assert found == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
+
+
+def test_accuracy_of_nan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lookup, "logits", lambda self, numbers: torch.full((len(numbers), 7), torch.nan))
+    with pytest.raises(NumericError, match=r"the classifier returns NaN or infinity .*train\.learning_rate"):
+        accuracy(Lookup(), Numbers(3), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vqpipe import distributed
 from vqpipe.data.examples import ExampleBatch, Examples, ordered_batches
 from vqpipe.device import autocast
+from vqpipe.errors import NumericError
 from vqpipe.generation.classifier import Classifier
 
 SEED = 20_240
@@ -40,16 +41,25 @@ def accuracy(
     """Return `top1` and, with more than five classes, `top5`: the share of examples whose class is (among) the best.
 
     Ties count against the correct class.
+
+    Raises:
+        NumericError: the classifier returns NaN or infinity.
     """
     classifier.eval()
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    sums = torch.zeros(3, dtype=torch.int64, device=device)
     for _, batch, counts in rank_batches(examples, batch_size):
         labels = batch.labels.to(device)
         with autocast(device, precision):
             logits = classifier.logits(batch.examples.to(device)).float()
         better = (logits >= logits.gather(1, labels[:, None])).sum(1) - 1
-        correct += torch.stack([(better < 1).sum(), (better < 5).sum()]) * counts
-    top1, top5 = (distributed.all_reduce_sum(correct).double() / len(examples)).tolist()
+        sums += torch.stack([(better < 1).sum(), (better < 5).sum(), (~logits.isfinite()).sum()]) * counts
+    *correct, nonfinite = distributed.all_reduce_sum(sums).tolist()
+    if nonfinite:
+        raise NumericError(
+            "the classifier returns NaN or infinity for validation images",
+            "Lower train.learning_rate or set train.clip_norm, and choose another --out",
+        )
+    top1, top5 = (count / len(examples) for count in correct)
     return {"top1": top1, "top5": top5} if classifier.num_classes > 5 else {"top1": top1}
 
 
