@@ -110,7 +110,7 @@ LLAMAGEN: dict[str, Any] = {
     "overrides": [
         *("generator.layers=1", "generator.head_layers=1", "generator.width=16", "generator.heads=2"),
         "train.warmup_steps=1",
-        *("examples.held_out=6", "train.validate_every=2", "train.sample_every=2", "train.save_every=2"),
+        *("examples.held_out=6", "train.sample_every=2", "train.save_every=2"),
         "train.log_every=1",
     ],
 }

@@ -100,7 +100,7 @@ class Callback:
         decides, nothing that is published or logged may depend on it."""
 
     def on_validate(self, step: int, network: Any) -> Row:
-        """Every `validate_every` steps and at the end. Returns numbers by name for `on_log`."""
+        """Every `validate_every` steps (0: with each sample) and at the end. Returns numbers by name for `on_log`."""
         return {}
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:

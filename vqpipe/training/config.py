@@ -60,8 +60,7 @@ class TrainConfig:
     sample_every: int = resumable(default=500)
     """Steps between two samples: a tokenizer's reconstruction grid, or a generator's sample sheet."""
     validate_every: int = 0
-    """Steps between two validations on held-out images. 0: for a tokenizer as `sample_every`, if there are held-out
-    images; for generators and classifiers none."""
+    """Steps between two validations on held-out images, if there are any; 0: as `sample_every`."""
     validation_images: int = 256
     """Held-out images per validation."""
 

@@ -84,9 +84,8 @@ def train(
             nonfinite.add(state.step, output.skipped, batch.keys)
             state.step += 1
             state.images_seen += config.global_batch_size
-            row, sample, validate = (
-                due(state, config, every) for every in (config.log_every, config.sample_every, config.validate_every)
-            )
+            row, sample = due(state, config, config.log_every), due(state, config, config.sample_every)
+            validate = due(state, config, config.validate_every or config.sample_every)
             partial = not (row or logged) and state.step - started in PARTIAL_ROWS
             if row:
                 nonfinite.flush()
@@ -126,8 +125,8 @@ def initial_state(task: Task[BatchT, ResultT], config: TrainConfig, device: torc
 
 
 def due(state: TrainState, config: TrainConfig, every: int) -> bool:
-    """Whether the step is a multiple of `every` or the last step; 0: never."""
-    return every > 0 and (state.step % every == 0 or state.step == config.steps)
+    """Whether the step is a multiple of `every` or the last step."""
+    return state.step % every == 0 or state.step == config.steps
 
 
 def log_row(state: TrainState, config: TrainConfig, rate: float) -> Row:
