@@ -123,7 +123,7 @@ def train(
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        recipe = check_run(recipe, inputs, publish)
+        check_run(recipe, inputs, publish)
         draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
         if isinstance(draft, Artifact):
             return console.finished(draft, again=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,8 +70,8 @@ class RunInputs:
     """A tokenizer to fine-tune."""
 
 
-def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> TokenizerRecipe:
-    """Check the settings against the inputs. Returns them with `validate_every` resolved (default: `sample_every`).
+def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> None:
+    """Check the settings against the inputs.
 
     Raises:
         ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning or with the
@@ -91,8 +91,6 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> T
             " together",
             "Add --set train.whiten_init=false",
         )
-    every = train.validate_every or (train.sample_every if validates else 0)
-    return replace(recipe, train=replace(train, validate_every=every))
 
 
 def takes_codebook(quantizer: QuantizerConfig) -> bool:
@@ -140,6 +138,8 @@ def start_tokenizer_run(
         read_config(inputs.source / "config.json")  # first: its error names what the folder holds instead
         roles["from"] = artifacts.open_artifact(inputs.source, "tokenizer")
     request = {**to_request(recipe), "seed": seed, "publish": publish}
+    if publish == "best" and not recipe.train.validate_every:
+        request["train"]["sample_every"] = recipe.train.sample_every  # validates too, and so decides which are the best
     whitened = ", --set train.whiten_init=false" if recipe.train.whiten_init else ""
     further = f"To train it further: --from {out} in place of --codebook{whitened}, and another --out"
     return artifacts.start(
