@@ -209,6 +209,22 @@ def test_invalid_options_are_refused(
     refused(ConfigError, "and --validation both name held-out images", **held)
 
 
+def test_images_without_labels_are_trained_on_as_the_error_says(
+    drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [str(drawn.pictures / "0")]
+    tokenize(pictures, drawn.tokenizer, tmp_path / "tokens", num_workers=0, device="cpu")
+    options = {"tokens": tmp_path / "tokens", "device": "cpu", **llamagen_options, "steps": 1}
+    options["overrides"] += ["examples.held_out=0"]
+    with pytest.raises(DataError, match=r"8 of 8 images have no label.*--set examples\.conditional=false"):
+        train_generator(drawn.tokenizer, tmp_path / "out", **options)
+    options["overrides"] += ["examples.conditional=false"]
+    train_generator(drawn.tokenizer, tmp_path / "out", **options)
+    assert "generate.cfg_scale is 1, not 1.5" in " ".join(capsys.readouterr().err.split())
+    opened = open_generator(tmp_path / "out")
+    assert (opened.generator.num_classes, opened.classes, opened.sampling.cfg_scale) == (None, (), 1.0)
+
+
 def test_limit_trains_on_the_first_images(drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path) -> None:
     options = {"device": "cpu", **llamagen_options, "steps": 1}
     options["overrides"] = [*llamagen_options["overrides"], "examples.held_out=0", "train.validate_every=0"]

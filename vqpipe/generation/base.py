@@ -274,7 +274,8 @@ class Generator(nn.Module, ABC):
         if sampling.cfg_scale != 1 and not self.has_null_class:
             raise ConfigError(
                 f"cfg_scale = {sampling.cfg_scale:g} needs a generator trained with class dropout",
-                "Use --cfg-scale 1, or train with generator.class_dropout above 0 on labelled images",
+                "Set generate.cfg_scale=1 (--cfg-scale 1 of vqpipe generate), or train with generator.class_dropout"
+                " above 0 on labelled images",
             )
 
 

@@ -345,16 +345,22 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
     """
     data, tokenizer = read_data(context, recipe), context.stored.tokenizer
     generator = initialize(context, lambda: build_generator(recipe.generator, data.space))
+    sampling = recipe.generate
+    if data.space.num_classes is None and sampling.cfg_scale != 1:
+        context.progress.message(
+            f"sampling without guidance, which needs classes: generate.cfg_scale is 1, not {sampling.cfg_scale:g}"
+        )
+        sampling = replace(sampling, cfg_scale=1.0)
     images = ImageGenerator(
         generator=generator,
         tokenizer=tokenizer,
         image_size=context.stored.image_size,
         classes=() if data.space.num_classes is None else tuple(np.unique(data.train.labels).tolist()),
-        sampling=recipe.generate,
+        sampling=sampling,
         statistics=data.statistics,
     )
     first = torch.zeros(1, dtype=torch.int64)
-    images.sample(first, recipe.generate, image_rngs(context.seed, range(1)))  # invalid sampling settings fail here
+    images.sample(first, sampling, image_rngs(context.seed, range(1)))  # invalid sampling settings fail here
     kind, parameters = recipe.generator.kind, count_parameters(generator)
     context.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}")
 
