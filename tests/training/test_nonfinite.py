@@ -34,5 +34,5 @@ def test_only_skipped_steps_in_a_row_end_a_run() -> None:
         nonfinite.add(step, torch.tensor(skipped), ["a"])
     assert skipped_steps == [0, 2, 5]
     assert state.nonfinite_steps == 3
-    with pytest.raises(NumericError, match=r"2 steps in a row .* step 6, images b, c"):
+    with pytest.raises(NumericError, match=r"2 steps in a row .* step 6, images b, c\. .*another --out"):
         nonfinite.add(6, torch.tensor(True), ["b", "c"])

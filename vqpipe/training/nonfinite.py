@@ -88,5 +88,5 @@ class NonfiniteSteps:
                 f"{state.nonfinite_in_a_row} steps in a row gave no finite gradient; the last was step {last.step},"
                 f" images {first_names(last.keys)}",
                 "No weight moved in them. Lower train.learning_rate, set train.clip_norm, or use"
-                " train.precision=fp32, and run again",
+                " train.precision=fp32, and choose another --out: a run is resumed only with its own settings",
             )
