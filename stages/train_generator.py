@@ -100,6 +100,11 @@ def train_generator(
             stored = open_artifact(path, trained_on)
         held_out = None if validation is None else open_artifact(validation, trained_on)
         examples = StoredExamples(opened, stored, held_out, limit)
+        if image_size not in (None, examples.image_size):
+            raise ConfigError(
+                f"--image-size {image_size} is not the size of the images in {stored.path}, {examples.image_size}",
+                "Omit it, or encode the images at this size",
+            )
         training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
         estimates.check_fits(training, torch_device, out)
         return examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)

@@ -193,6 +193,7 @@ def test_invalid_options_are_refused(
     refused(ConfigError, "trained on latents: no images were named", **latent, tokens=None)
     refused(ConfigError, "for vqpipe train", preset="smoke")
     refused(ConfigError, "no preset was named", preset=None)
+    refused(ConfigError, r"--image-size 16 is not the size of the images in .*tokens, 8\.", image_size=16)
     early = ["train.warmup_steps=1", "generate.sampler=ddpm", "generate.steps=2", *LATENT["sit"]]
     options = {"preset": "sit-tiny", "overrides": early, "tokens": None, "latents": drawn.folder / "latents"}
     options |= {"images": [str(drawn.pictures)], "num_workers": 0}
