@@ -193,6 +193,18 @@ def test_state_of_other_ranks_or_versions_is_not_resumed(
         assert read == list(range(10))
 
 
+def test_state_of_another_share_of_the_images_is_not_resumed(
+    run: Callable[..., Path], read: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = iter([(0, 8), (0, 4)])  # those of the first rank with two batch sizes
+    monkeypatch.setattr("vqpipe.evaluation.evaluate.rank_share", lambda *_: next(shares))
+    run("cut", 6, **PLAIN)
+    read.clear()
+    assert json.loads((run("cut", **PLAIN) / "metrics.json").read_text())["num_images"] == 4
+    assert read == list(range(4))
+    assert "saved by another run (share was [0, 8], now [0, 4])" in capsys.readouterr().err
+
+
 def test_short_run_saves_no_state_and_tiled_evaluation_is_resumed(run: Callable[..., Path]) -> None:
     quick = run("quick", 10, overrides=[each for each in OPTIONS["overrides"] if each != EACH_BATCH])
     assert not (quick / "states").exists()

@@ -158,7 +158,7 @@ class EvaluationPass(Resumable):
         tiled = self.size is None or (self.config.tile is not None and max(self.size) > self.config.tile)
         batch_size = 1 if tiled else self.config.batch_size
         first, stop = rank_share(self.stop, batch_size)
-        done = checkpoints.resume(self, first, progress)
+        done = checkpoints.resume(self, range(first, stop), progress)
         packed = PackedCrops(list(self.rules.values()), self.size, self.metrics.needs_raw)
         batches = OrderedBatches(
             images,
@@ -237,14 +237,17 @@ class Checkpoints:
         folder = None if draft is None else draft.path / "states" / f"rank-{distributed.rank()}"
         self.states = states.States(folder, "" if draft is None else draft.request, prefix="images")
         self.seconds = self.pause = seconds
-        self.first = self.done = 0
-        """The images [first, done) of the set are in the newest state."""
+        self.share = range(0)
+        """The positions of this rank's images in the set."""
+        self.done = 0
+        """The images before it are in the newest state."""
         self.has_state = False
         self.saved = time.monotonic()
 
-    def resume(self, run: EvaluationPass, first: int, progress: Progress) -> int:
-        """Restore the newest usable state; return the position to continue from. Every rank calls it."""
-        self.first = self.done = first
+    def resume(self, run: EvaluationPass, share: range, progress: Progress) -> int:
+        """Restore the newest usable state; return the position to continue from. Every rank calls it, with the
+        positions of its images."""
+        self.share, self.done = share, share.start
         path, problems = self.states.newest()
         if path is not None:
             state = states.read(path)
@@ -254,11 +257,11 @@ class Checkpoints:
                 path = None
             else:
                 run.load_state(unpack(state.values["content"], {**state.parts["once"], **state.parts["state"]}))
-                self.done, self.has_state = first + state.step, True
+                self.done, self.has_state = share.start + state.step, True
         if path is None and problems:
             self.states.discard()
             problems = [f"{problems[0]}; no other state can be used, the pass starts from the beginning"]
-        ranks = distributed.gather_objects((problems, self.done - first))
+        ranks = distributed.gather_objects((problems, self.done - share.start))
         for problem in dict.fromkeys(problem for found, _ in ranks for problem in found):
             progress.message(problem)
         if count := sum(count for _, count in ranks):
@@ -286,13 +289,16 @@ class Checkpoints:
         content, tensors, unchanging = pack(run.state())
         once = {name: tensors.pop(name) for name in unchanging}
         values = {"made_by": self.made_by(), "content": content}
-        self.states.save(done - self.first, {"state": tensors, "once": once}, values, unchanging={"once": unchanging})
+        self.states.save(
+            done - self.share.start, {"state": tensors, "once": once}, values, unchanging={"once": unchanging}
+        )
         self.has_state, self.done, self.saved = True, done, time.monotonic()
         self.pause = max(self.seconds, min((self.saved - began) / MAX_SHARE, self.seconds * MAX_PAUSE))
 
     def made_by(self) -> dict[str, Any]:
         """What must be equal for a state to be resumed, besides the request."""
-        run = {"format": FORMAT, "ranks": distributed.world_size(), "first image": self.first}
+        share = [self.share.start, self.share.stop]  # it depends on the batch size, which the request does not have
+        run = {"format": FORMAT, "ranks": distributed.world_size(), "share": share}
         return {**run, **versions(("vqpipe", "torch"))}
 
 
