@@ -251,3 +251,18 @@ def test_names_are_unique(tmp_path: Path) -> None:
     assert len(names) == 5
     assert names[0] == "x.png"
     assert not any(name.startswith(".") for name in names)
+
+
+def test_files_of_long_and_of_similar_names_are_all_reconstructed(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path
+) -> None:
+    long = "\u00e4" * 117 + "b"  # 235 bytes
+    files = [tmp_path / f"{name}.png" for name in ("a", "originals__a", long, f"{long}c")]
+    for file in files:
+        draw(file)
+    reconstruct(files, tokenizer=tiny_tokenizer("tokenizer"), out=tmp_path / "out", device="cpu")
+    short = "\u00e4" * 60
+    names = ["a.png", "originals__a.png", f"{short}.png", f"{short}-2.png"]
+    folders = ("", "originals/", "reconstructions/")
+    published = open_artifact(tmp_path / "out")
+    assert set(published.names("*.png")) == {folder + name for folder in folders for name in names}

@@ -168,6 +168,9 @@ class Draft:
         (self.path / STATUS).unlink(missing_ok=True)
         for leftover in self.path.rglob(".writing-*"):
             leftover.unlink()
+        for file in list((self.path / ".records").glob("*.json")):  # an earlier version named them by their files
+            with suppress(ValueError, KeyError, TypeError):
+                os.replace(file, self.record_file(json.loads(file.read_text(encoding="utf-8"))["name"]))
         try:
             found = open_artifact(self.path).manifest  # killed between the manifest and the rename that publishes
         except ArtifactError:
@@ -314,8 +317,8 @@ class Draft:
         return entry if entry.get("name") == name and entry.get("bytes") == size else None
 
     def record_file(self, name: str) -> Path:
-        """The path of the record of a file."""
-        return self.path / ".records" / (name.replace("/", "__") + ".json")
+        """The path of the record of a file, which holds the name: names may be too long, or differ in `/` alone."""
+        return self.path / ".records" / f"{digest_json(name)}.json"
 
     def publish(self, facts: dict[str, Any]) -> Artifact:
         """Wait for every rank, then turn `<out>.partial` into `<out>` in one rename. Every rank gets the Artifact.

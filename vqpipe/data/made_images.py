@@ -20,7 +20,7 @@ from vqpipe.data.tars import write_tar
 Form = Literal["tar", "png"]
 FOLDER = "images"
 NAME_BYTES = 120
-"""Longest name of a file, without its extension: file systems have 255 bytes, and records of files a prefix."""
+"""Longest name of a file, without its extension: file systems have 255 bytes, and some names get more words."""
 
 
 class ImageWriter(Protocol):

@@ -1,6 +1,7 @@
 """Reconstruction of image files of any size: PNG files, and a page of them. Shapes: H x W pixels."""
 
 import glob
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,6 +16,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.decoding import BadImage, decode
+from vqpipe.data.made_images import NAME_BYTES
 from vqpipe.data.sources import has_image_extension
 from vqpipe.data.transforms import pixels
 from vqpipe.errors import DataError, printable
@@ -216,7 +218,7 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def png_names(files: Sequence[Path]) -> dict[str, Path]:
-    """Map `<stem>.png` to each file, with numbers after equal stems.
+    """Map `<stem>.png` to each file, with numbers after equal stems; long stems are cut.
 
     Raises:
         DataError: a path is not a file.
@@ -226,6 +228,8 @@ def png_names(files: Sequence[Path]) -> dict[str, Path]:
         if not file.is_file():
             raise DataError(f"{file} is not a file", "Pass image files")
         stem = file.stem.lstrip(".").replace("\\", "_") or "image"
+        while len(os.fsencode(stem)) > NAME_BYTES:
+            stem = stem[:-1]
         name, number = f"{stem}.png", 2
         while name in named:
             name, number = f"{stem}-{number}.png", number + 1
