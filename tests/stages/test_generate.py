@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -46,6 +47,16 @@ def test_images_have_classes_in_turn_and_a_contact_sheet(drawn: Any, tmp_path: P
     sheet = from_png((tmp_path / "made" / "contact-sheet.png").read_bytes()).permute(1, 2, 0).numpy()
     for number, image in enumerate(made):
         assert (sheet[4:12, 4 + 12 * number : 12 + 12 * number] == image).all()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer/config.json", "tokenizer/model.safetensors"])
+def test_damaged_files_of_a_generator_are_refused(name: str, drawn: Any, tmp_path: Path) -> None:
+    copy = shutil.copytree(drawn.generator, tmp_path / "generator")
+    content = bytearray((copy / name).read_bytes())
+    content[-2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{name} is damaged: sha256 \w{{12}}, published as"):
+        generate(copy, tmp_path / "made", num_images=1, device="cpu")
 
 
 def test_an_image_is_a_function_of_seed_and_number(drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

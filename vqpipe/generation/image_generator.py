@@ -99,13 +99,15 @@ def write_weights(draft: Draft, weights: Mapping[str, Tensor]) -> None:
 
 
 def open_generator(path: Path | str, device: str | torch.device = "cpu") -> ImageGenerator:
-    """Open a `generator` artifact.
+    """Open a `generator` artifact. Its files are checked against the manifest.
 
     Raises:
         ArtifactError: it is missing, unfinished or damaged.
         WeightsError: its weights do not fit its config.
     """
     artifact = open_artifact(path, "generator")
+    for name in ("config.json", f"{TOKENIZER}/config.json", f"{TOKENIZER}/model.safetensors"):
+        artifact.verified_file(name)
     try:
         table = json.loads(artifact.file("config.json").read_text(encoding="utf-8"))
         config = from_table(GeneratorConfig, table["generator"], "generator")
