@@ -39,6 +39,7 @@ def compare(
     """
     with console.session("cpu", seed):
         from vqpipe import artifacts
+        from vqpipe.files import hash_file
         from vqpipe.reports import comparison
         from vqpipe.reports.published import read_table
 
@@ -47,7 +48,9 @@ def compare(
         opened = [artifacts.open_artifact(path, "report") for path in reports]
         tables = [read_table(path) for path in published or []]
         compared = comparison.compare(opened, tables)
+        inputs: dict[str, artifacts.Input | str]
         inputs = {f"report-{number}": report for number, report in enumerate(opened, start=1)}
+        inputs |= {f"table-{number}": hash_file(path) for number, path in enumerate(published or [], start=1)}
         request: dict[str, object] = {"compare": compared.names}
         request |= {"published": [table.title for table in tables]} if tables else {}
         draft = artifacts.start(out, "report", request, inputs)

@@ -51,6 +51,21 @@ def test_the_page_shows_the_same_pictures_for_both_and_marks_the_better_number(
     assert "already published" in capsys.readouterr().err
 
 
+def test_a_corrected_table_of_a_paper_is_another_request(make_report: Callable[..., Path], tmp_path: Path) -> None:
+    reports, table, out = (
+        [make_report("first", 0), make_report("second", 1)],
+        tmp_path / "t.toml",
+        tmp_path / "compared",
+    )
+    content = 'title = "Table 1"\nprotocol = "adm"\ncolumns = ["psnr"]\nrows = [["first", "First", 20.5]]\n'
+    table.write_text(content, encoding="utf-8")
+    compare(reports, out=out, published=[table])
+    compare(reports, out=out, published=[table])
+    table.write_text(content.replace("20.5", "21.5"), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="made with another table-1"):
+        compare(reports, out=out, published=[table])
+
+
 def test_groups_and_continuous_latents_are_compared_with_other_tokenizers(
     make_report: Callable[..., Path],
     tiny_tokenizer: Callable[..., Path],
