@@ -18,7 +18,14 @@ from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.data.tokens import write_token_file
 from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
-from vqpipe.evaluation.generation import code_usage, gaussian_moments, read_adm_file, samples_artifact
+from vqpipe.evaluation.generation import (
+    GenerationConfig,
+    code_usage,
+    gaussian_moments,
+    read_adm_file,
+    samples_artifact,
+)
+from vqpipe.evaluation.report import evaluate_samples
 from vqpipe.metrics import set_metrics
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
@@ -47,6 +54,20 @@ class Stand(nn.Module):
     def forward(self, images: Tensor, outputs: Any = ("pool",)) -> dict[str, Tensor]:
         small = nn.functional.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
         return {name: small @ self.maps[name] for name in outputs}
+
+
+class Counted(Stand):
+    """Counts its images; after `stop` of them it is interrupted."""
+
+    def __init__(self, stop: int = 1000) -> None:
+        super().__init__()
+        self.num_images, self.stop = 0, stop
+
+    def forward(self, images: Tensor, outputs: Any = ("pool",)) -> dict[str, Tensor]:
+        if self.num_images >= self.stop:
+            raise KeyboardInterrupt
+        self.num_images += len(images)
+        return super().forward(images, outputs)
 
 
 @pytest.fixture
@@ -161,6 +182,30 @@ def test_with_inception_every_number_is_present(pictures: Path, monkeypatch: pyt
     own = measure(pictures, "same", samples="photos", **options)
     if protocol == "adm":  # both sides cropped alike, but for the resize: much nearer than noise of another range
         assert own["fid"] < 0.2 * metrics["fid"]
+
+
+@pytest.mark.parametrize("stop", [20, 70])
+def test_resume_after_interruption_measures_no_image_twice(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    monkeypatch.setattr(set_metrics, "SIZES", SIZES)
+    (pictures / "samples" / "03.png").write_bytes(b"no picture")
+    sizes = {"image_size": 8, "batch_size": 5, "num_workers": 0, "fid_min_images": 2}
+    config = GenerationConfig(protocol="adm", max_skipped=0.1, save_seconds=0, **sizes)
+
+    def run(name: str, inception: nn.Module) -> dict[str, Any] | None:
+        sets = [[str(pictures / folder)] for folder in ("samples", "photos")]
+        networks = FeatureNetworks({}, inception, {}, {})
+        return evaluate_samples(
+            pictures / name, *sets, pictures / f"{name}.reference", config, networks, torch.device("cpu")
+        )[1]
+
+    cut, resumed = Counted(stop), Counted()
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", cut)
+    assert run("cut", resumed) == run("whole", Stand())
+    assert cut.num_images + resumed.num_images == 50 + 39
+    assert open_artifact(pictures / "cut").names("*.parquet") == ["skipped.parquet"]
 
 
 def test_statistics_are_restored_from_a_file_and_from_adms_file(tmp_path: Path) -> None:

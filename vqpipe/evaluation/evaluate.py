@@ -226,7 +226,7 @@ class EvaluationPass(Resumable):
 
 
 class Checkpoints:
-    """Saves and restores the state of a pass, each rank in a folder of its own.
+    """Saves and restores the state of a pass over images, each rank in a folder of its own.
 
     Args:
         seconds: interval between saves; 0: after each batch.
@@ -244,7 +244,7 @@ class Checkpoints:
         self.has_state = False
         self.saved = time.monotonic()
 
-    def resume(self, run: EvaluationPass, share: range, progress: Progress) -> int:
+    def resume(self, run: Resumable, share: range, progress: Progress) -> int:
         """Restore the newest usable state; return the position to continue from. Every rank calls it, with the
         positions of its images."""
         self.share, self.done = share, share.start
@@ -269,17 +269,17 @@ class Checkpoints:
         self.saved = time.monotonic()
         return self.done
 
-    def save_if_due(self, run: EvaluationPass, done: int) -> None:
+    def save_if_due(self, run: Resumable, done: int) -> None:
         """Save the state after the images up to `done`, if it is time."""
         if time.monotonic() - self.saved >= self.pause:
             self.save(run, done)
 
-    def save_last(self, run: EvaluationPass, done: int) -> None:
+    def save_last(self, run: Resumable, done: int) -> None:
         """Save the final state if any state was saved before, so that a resume does not repeat the last images."""
         if self.has_state and self.done != done:
             self.save(run, done)
 
-    def save(self, run: EvaluationPass, done: int) -> None:
+    def save(self, run: Resumable, done: int) -> None:
         """Write the state.
 
         Raises:

@@ -20,28 +20,30 @@ were computed by the TensorFlow graph itself.
 Shapes: B images of S x S pixels, n images, D features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vqpipe import artifacts, distributed
-from vqpipe.artifacts import Artifact, Draft, states
+from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import difference
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet, is_artifact, open_images
 from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.tokens import read_tokens
 from vqpipe.errors import ConfigError, DataError
+from vqpipe.evaluation.evaluate import Checkpoints
 from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
+from vqpipe.metrics.resumable import Resumable
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.progress import SILENT, Progress
@@ -70,10 +72,29 @@ class GenerationConfig:
     """Largest share of unreadable images, 0..1."""
     fid_min_images: int = 2049
     """With fewer images FID and sFID are not computed."""
+    save_seconds: float = 60.0
+    """Seconds between two saved states of a rank; 0: after each batch."""
 
     @property
     def resize(self) -> Literal["tf1", "clean"]:
         return "tf1" if self.protocol == "adm" else "clean"
+
+
+class GenerationPass(Resumable):
+    """What a pass over one set of images has accumulated on this rank."""
+
+    state_names: ClassVar[tuple[str, ...]] = ("statistics", "shown", "skipped")
+
+    def __init__(self, statistics: FeatureStatistics) -> None:
+        self.statistics = statistics
+        self.shown: list[Tensor] = []
+        """Samples of the contact sheet, uint8[3, S, S]."""
+        self.skipped: dict[int, str] = {}
+        """Position -> reason of each unreadable image."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self.skipped = merged([self.skipped])
 
 
 class GenerationEvaluator:
@@ -136,29 +157,25 @@ class GenerationEvaluator:
         return SetStatistics.load(draft.verified_file("statistics.safetensors"), self.device), draft
 
     def publish_references(self, draft: Draft, images: ImageSet) -> Artifact:
-        """Measure the references, unless a run that stopped for unreadable ones did, and publish their statistics."""
-        name = "statistics.safetensors"
-        record = draft.record(name)
-        if record is None:
-            statistics = self.reference_statistics(images)
-            record = {"num_images": statistics.num_images, "skipped": self.skipped.reasons}
-            if distributed.is_main():
-                with draft.write(name, **record) as path:
-                    statistics.save(path)
-        skipped = Skipped(images, len(images), merged([record["skipped"]]))
-        skipped.check(self.config.max_skipped, draft)
-        skipped.publish(draft, self.progress)
-        return draft.publish({"num_images": record["num_images"]} | images.facts)
+        """Publish means and covariances of the references, and the features of some.
 
-    def reference_statistics(self, images: ImageSet) -> SetStatistics:
-        """Means and covariances of the references, and the features of some."""
-        statistics = self.statistics(["pool"])
+        Raises:
+            DataError: more than `max_skipped` are unreadable. The state is saved, so that a larger one continues from
+                there.
+        """
+        run = GenerationPass(self.statistics(["pool"]))
         num_kept = min(NUM_KEPT, len(images))
         kept = set(np.linspace(0, len(images) - 1, num_kept).round().astype(int).tolist())
         raw = self.config.protocol == "cleanfid-raw" and self.networks.inception is not None
-        for positions, crops, uncropped in self.batches("references", images, len(images), "adm", raw):
-            statistics.update(crops, uncropped, [i for i, position in enumerate(positions) if position in kept])
-        return statistics.compute()
+        for positions, crops, uncropped in self.batches(run, draft, "references", images, len(images), "adm", raw):
+            run.statistics.update(crops, uncropped, [i for i, position in enumerate(positions) if position in kept])
+        statistics = run.statistics.compute()
+        self.skipped.check(self.config.max_skipped, draft)
+        if distributed.is_main():
+            with draft.write("statistics.safetensors") as path:
+                statistics.save(path)
+        self.skipped.publish(draft, self.progress)
+        return draft.publish({"num_images": statistics.num_images} | images.facts)
 
     def adm_statistics(self, path: Path) -> SetStatistics:
         """ADM's file, with the features of its images on every rank."""
@@ -169,46 +186,25 @@ class GenerationEvaluator:
             statistics.features = {"pool": torch.cat(features)}
         return statistics
 
-    def measure_in(
-        self, draft: Draft, images: ImageSet, stop: int, references: SetStatistics
-    ) -> tuple[dict[str, Any], Tensor]:
-        """`measure`, unless a run that stopped for unreadable samples did: it saved the result in the draft.
-
-        Raises:
-            DataError: there are no samples, or more than `max_skipped` are unreadable.
-        """
-        saved = states.States(draft.path / "states", draft.request, prefix="images")
-        if path := distributed.on_main(lambda: saved.newest()[0]):
-            state = states.read(path)
-            metrics, shown = state.values["metrics"], state.parts["shown"]["images"]
-            self.skipped = Skipped(images, stop, merged([state.values["skipped"]]))
-        else:
-            metrics, shown = self.measure(images, stop, references, draft)
-            if self.skipped.exceeds(self.config.max_skipped):
-                values = {"metrics": metrics, "skipped": {str(i): why for i, why in self.skipped.reasons.items()}}
-                distributed.on_main(lambda: saved.save(stop, {"shown": {"images": shown}}, values))
-        self.skipped.check(self.config.max_skipped, draft)
-        self.skipped.publish(draft, self.progress)
-        return metrics, shown
-
     def measure(
-        self, images: ImageSet, stop: int, references: SetStatistics, draft: Draft
+        self, draft: Draft, images: ImageSet, stop: int, references: SetStatistics
     ) -> tuple[dict[str, Any], Tensor]:
         """The content of `metrics.json` for the samples [0, stop), and some of them, uint8[n, 3, S, S].
 
         Raises:
-            DataError: there are no samples.
+            DataError: there are no samples, or more than `max_skipped` are unreadable. The state is saved, so that a
+                larger one continues from there.
         """
-        statistics = self.statistics(["pool", "logits"])
+        run = GenerationPass(self.statistics(["pool", "logits"]))
         sheet = {number * stop // min(SHEET_IMAGES, stop) for number in range(min(SHEET_IMAGES, stop))}
-        shown: list[Tensor] = []
-        for positions, crops, _ in self.batches("samples", images, stop, "cover", raw=False):
-            statistics.update(crops)
-            shown += [crop.cpu() for position, crop in zip(positions, crops, strict=True) if position in sheet]
-        samples = statistics.compute()
+        for positions, crops, _ in self.batches(run, draft, "samples", images, stop, "cover", raw=False):
+            run.statistics.update(crops)
+            run.shown += [crop.cpu() for position, crop in zip(positions, crops, strict=True) if position in sheet]
+        samples = run.statistics.compute()
+        self.skipped.check(self.config.max_skipped, draft)
         if samples.num_images == 0:
-            self.skipped.check(self.config.max_skipped, draft)
             raise DataError("there are no samples to measure", "Check --images and --limit")
+        self.skipped.publish(draft, self.progress)
         absent = self.networks.inception is None
         numbers, reasons = set_distances(
             samples,
@@ -232,7 +228,7 @@ class GenerationEvaluator:
             "not_computed": reasons,
             "weights": self.weights,
         }
-        return metrics, torch.stack([image for part in distributed.gather_objects(shown) for image in part])
+        return metrics, torch.stack([image for part in distributed.gather_objects(run.shown) for image in part])
 
     def statistics(self, features: Sequence[str]) -> FeatureStatistics:
         """Empty statistics that keep these outputs of Inception."""
@@ -247,28 +243,37 @@ class GenerationEvaluator:
         )
 
     def batches(
-        self, title: str, images: ImageSet, stop: int, rule: str, raw: bool
+        self, run: GenerationPass, draft: Draft, title: str, images: ImageSet, stop: int, rule: str, raw: bool
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """This rank's images: their positions, uint8[B, 3, S, S], and float32[B, 3, 299, 299] with `raw`. Afterwards
-        `skipped` has the unreadable ones."""
-        config = self.config
+        """This rank's images after the newest saved state, which `run` is restored to: their positions, uint8[B, 3, S,
+        S], and float32[B, 3, 299, 299] with `raw`. Afterwards `skipped` has the unreadable ones."""
+        config, checkpoints = self.config, Checkpoints(draft, self.config.save_seconds)
         first, last = rank_share(stop, config.batch_size)
+        done = checkpoints.resume(run, range(first, last), self.progress)
         packed = PackedCrops([rule], (config.image_size, config.image_size), raw)
         batches = OrderedBatches(
             images,
             image_size=config.image_size,
             batch_size=config.batch_size,
-            start=first,
+            start=done,
             stop=last,
             num_workers=config.num_workers,
             transform=packed,
         )
-        self.progress.start(title, last - first)
-        for batch in batches:
-            crops, uncropped = packed.split(batch.images)
-            yield batch.indices, crops[rule].to(self.device), None if uncropped is None else uncropped.to(self.device)
-            self.progress.advance(len(batch.indices))
-        self.skipped = Skipped(images, stop, merged(distributed.gather_objects(batches.skipped)))
+        self.progress.start(title, last - first, done=done - first)
+        for piece in batches.pieces():
+            run.skipped |= piece.skipped
+            if piece.batch is not None:
+                crops, uncropped = packed.split(piece.batch.images)
+                uncropped = None if uncropped is None else uncropped.to(self.device)
+                yield piece.batch.indices, crops[rule].to(self.device), uncropped
+            checkpoints.save_if_due(run, piece.positions.stop)
+            self.progress.advance(len(piece.positions))
+        self.skipped = Skipped(images, stop, merged(distributed.gather_objects(run.skipped)))
+        if self.skipped.exceeds(config.max_skipped):
+            checkpoints.save(run, last)
+        else:
+            checkpoints.save_last(run, last)
 
 
 def samples_artifact(images: Sequence[str]) -> Artifact | None:

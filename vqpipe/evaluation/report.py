@@ -126,7 +126,7 @@ def evaluate_samples(
         return draft, None
     with draft:
         num_samples = min(limit or len(samples), len(samples))
-        metrics, shown = evaluator.measure_in(draft, samples, num_samples, measured)
+        metrics, shown = evaluator.measure(draft, samples, num_samples, measured)
         artifact = samples_artifact(images)
         usage, reasons = distributed.on_main(lambda: code_usage(artifact, num_samples))
         metrics |= {**samples.facts, **usage, **origin_of(artifact), "not_computed": metrics["not_computed"] | reasons}
