@@ -404,6 +404,8 @@ def test_encode_takes_files_and_pil_images(tokenizer: Tokenizer, photo: Path) ->
     photo.write_bytes(photo.read_bytes()[:100])
     with pytest.raises(DataError, match=r"00\.png: truncated image"):
         tokenizer.encode(photo, image_size=32)
+    with Image.open(photo) as image, pytest.raises(DataError, match="truncated image"):
+        tokenizer.encode(image, image_size=32)
     with pytest.raises(DataError, match=r"absent\.png: No such file.*Check the path"):
         tokenizer.encode("absent.png")
     with pytest.raises(DataError, match=r"/photos is a folder\. Pass its files, or the folder to write_tokens"):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqpipe.data.decoding import BadImage, decode, to_rgb, upright
+from vqpipe.data.decoding import BadImage, bad_image, decode, to_rgb, upright
 from vqpipe.data.transforms import Framing, pixels, to_float
 from vqpipe.errors import DataError
 from vqpipe.files import nearest_path
@@ -68,14 +68,20 @@ def read_image(image: ImageLike, owner: InputOwner, image_size: Size | None = No
     it is.
 
     Raises:
-        DataError: it is absent or no image; its sides are not multiples of the downsample factor and `image_size` is
-            None; a tensor of another size.
+        DataError: it is absent, damaged or no image; its sides are not multiples of the downsample factor and
+            `image_size` is None; a tensor of another size.
     """
     if isinstance(image, Tensor):
         check_tensor_size(image, image_size)
         return image
     if isinstance(image, Image.Image):
-        rgb = upright(to_rgb(image.copy(), b""), image)
+        try:
+            copy = image.copy()  # decodes it
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on invalid bytes
+            raise bad_image(error) from error
+        rgb = upright(to_rgb(copy, b""), image)
     elif isinstance(image, str | Path):
         try:
             rgb = decode(Path(image).read_bytes())

@@ -112,8 +112,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, color: Color = "ignore") -
         except Image.DecompressionBombError as error:
             raise BadImage("too-large", str(error)) from None
         except Exception as error:  # Pillow's decoders raise nearly anything on invalid bytes
-            reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
-            raise BadImage(reason, f"{reason} image: {error}") from error
+            raise bad_image(error) from error
+
+
+def bad_image(error: Exception) -> BadImage:
+    """The BadImage for an error of Pillow's decoders."""
+    reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
+    return BadImage(reason, f"{reason} image: {error}")
 
 
 def decode_pixels(data: bytes, max_pixels: int, color: Color) -> Image.Image:
