@@ -22,6 +22,8 @@ Out = Annotated[
     Path,
     typer.Option("--out", help="The artifact to publish; never overwritten.", metavar="DIR", callback=out_path),
 ]
+MAX_SEED = 2**32 - 1
+"""The largest that NumPy's older generators take, as scikit-learn's do."""
 DEVICE_NAMES = "auto|cpu|cuda|cuda:N|mps"
 
 
@@ -41,7 +43,7 @@ Device = Annotated[
         callback=known_device,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N", min=0, max=MAX_SEED)]
 UnusedDevice = Annotated[
     str,
     typer.Option(
@@ -52,7 +54,10 @@ UnusedDevice = Annotated[
     ),
 ]
 UnusedSeed = Annotated[
-    int, typer.Option("--seed", help="No effect in this command; every command accepts it.", metavar="N")
+    int,
+    typer.Option(
+        "--seed", help="No effect in this command; every command accepts it.", metavar="N", min=0, max=MAX_SEED
+    ),
 ]
 
 

@@ -66,6 +66,12 @@ WRONG = {
     "tokenize --images photos --tokenizer photoz": ("out", 1, "no such folder. Did you mean photos?"),
     "tokenize --images photos --tokenizer photos --image-size big": ("out", 2, "'big' is not an image size. Write 256"),
     "tokenize --images photos --tokenizer photos --image-size 0": ("out", 2, "'0' is not an image size. Write 256"),
+    "generate --generator photos --seed -1": ("out", 2, "--seed': Input should be greater than or equal to 0"),
+    "eval --images photos --tokenizer photos --seed 4294967296": (
+        "out",
+        2,
+        "--seed': Input should be less than or equal",
+    ),
     "tokenize --images photos --tokenizer photos --precision fp31": ("out", 2, "--precision': 'fp31' is not one of"),
 }
 """Wrong words -> the value of --out, the exit code, and what is said."""

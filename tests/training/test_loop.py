@@ -102,6 +102,7 @@ def run(
     on_step: Callable[[TrainState], None] = lambda state: None,
     interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
     stall_at: int | None = None,
+    seed: int = 3,
     **settings: object,
 ) -> "tuple[TrainState, Recorder]":
     model, discriminator = networks(kind)
@@ -128,7 +129,7 @@ def run(
         config,
         Photographs(config.global_batch_size, stall_at),
         folder,
-        seed=3,
+        seed=seed,
         device=torch.device("cpu"),
         callbacks=[recorder],
         stop_requested=lambda: stop_at is not None and recorder.step >= stop_at,
@@ -304,6 +305,13 @@ def test_compiled_networks_are_one_graph_each_and_train_the_same(tmp_path: Path)
     plain, compiled = (run(tmp_path / str(flag), steps=6, compile=flag)[1].rows for flag in (False, True))
     assert compiled_graphs() - before <= 5  # encoder, decoder, and the discriminator with and without gradients
     assert compiled[-1]["loss/l1"] == pytest.approx(plain[-1]["loss/l1"], rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seed_outside_32_bits_is_refused(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ConfigError, match=rf"the seed {seed} is not in \[0, 2\*\*32\)"):
+        run(tmp_path, seed=seed)
+    assert run(tmp_path, seed=2**32 - 1, steps=2)[0].step == 2
 
 
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:

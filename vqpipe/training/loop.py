@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vqpipe import distributed
+from vqpipe.errors import ConfigError
 from vqpipe.training.callbacks import Callback, CallbackList, Paced
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
@@ -49,9 +50,12 @@ def train(
 
     Raises:
         NumericError: too many steps in a row without a finite gradient; no weight moved in them.
-        ConfigError: the batch does not divide, or the task or this machine does not offer a setting.
+        ConfigError: the batch does not divide, the seed is not in [0, 2**32), or the task or this machine does not
+            offer a setting.
         ArtifactError: the checkpoints are damaged or another run's, or cannot be written.
     """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"the seed {seed} is not in [0, 2**32)", "Choose another seed")
     state = initial_state(task, config, device)
     state.resume(run_dir)
     hooks = CallbackList(callbacks)
