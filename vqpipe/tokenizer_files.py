@@ -87,13 +87,15 @@ def download(path: str, revision: str | None) -> tuple[Path, str]:
 def read_tokenizer(folder: Path, artifact: Artifact | None) -> tuple[Autoencoder, int | None]:
     """The autoencoder in a folder, with weights in float32, and the side of its training images, None if unknown.
 
-    The weights of an artifact are checked against its manifest.
+    The files of an artifact are checked against its manifest.
 
     Raises:
-        ArtifactError, ConfigError: as `read_config`; the weights are not those that were published.
+        ArtifactError, ConfigError: as `read_config`; a file is not the one that was published.
         WeightsError: the weights are absent or damaged, or do not match the config.
     """
     table = read_config(folder / CONFIG)
+    if artifact is not None:
+        artifact.verified_file(CONFIG)
     with torch.device("meta"):
         autoencoder = build_autoencoder(from_table(AutoencoderConfig, table["model"], "model"))
     tensors = load_tensors(artifact.verified_file(WEIGHTS) if artifact else folder / WEIGHTS)

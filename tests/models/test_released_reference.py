@@ -448,6 +448,16 @@ def test_titok_is_refused_by_name(tmp_path: Path) -> None:
         read_released(tmp_path / "titok.safetensors")
 
 
+def test_damaged_zip_is_an_error_of_the_weights(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pth"
+    torch.save({"quantize.embedding.weight": torch.zeros(8, 4)}, file)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\x00"))  # its table of files
+    assert zipfile.is_zipfile(file)
+    with pytest.raises(WeightsError):
+        read_released(file)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_torchscript_of_cosmos_is_refused_by_name(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Conv2d(3, 4, 1)), tmp_path / "autoencoder.jit")

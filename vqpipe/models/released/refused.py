@@ -9,11 +9,12 @@ from vqpipe.errors import WeightsError
 
 def refuse_program(path: Path) -> None:
     """Raise a WeightsError if a file is a TorchScript program, as Cosmos's."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # another format, or damaged: who loads it says so
         return
-    with zipfile.ZipFile(path) as archive:
-        is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    if is_program:
+    if any(name.endswith("/constants.pkl") for name in names):
         raise WeightsError(
             f"{path} is a TorchScript program, as the Cosmos tokenizers are published; it contains code, which is not "
             "executed, and not a table of named weights",
