@@ -31,6 +31,7 @@ from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.data import batches
 from vqpipe.data.batches import Shuffle, through_workers
 from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.files import digest_json
 from vqpipe.quantizers import QuantizerConfig, VqConfig
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.tokenizer_files import write_tokenizer
@@ -76,7 +77,7 @@ def folder(tmp_path: Path, pictures: Path) -> Path:
     ("operation", "image_size", "kept"),
     [
         ("torn *tokens-00001.parquet", None, "tokens-00000.parquet"),
-        ("rename *tokens-00001.parquet.json", None, "tokens-00000.parquet"),
+        (f"rename *{digest_json('tokens-00001.parquet')}.json", None, "tokens-00000.parquet"),
         ("torn *tokens-20x20-00001.parquet", "native", "tokens-20x20-00000.parquet"),
     ],
 )
