@@ -388,7 +388,7 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
     if distributed.is_main():
         write_generator(context.draft, images, weights)
         context.draft.record_existing("metrics.jsonl")
-    measured = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total")}
+    measured = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total", state.step)}
     return context.draft.publish(
         {
             "kind": kind,
