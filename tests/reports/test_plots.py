@@ -139,3 +139,8 @@ def test_k_curves_state_every_k_and_are_absent_where_nothing_was_measured() -> N
     assert "rq: k = 1: 16, k = 2: 20" in both.alt
     assert not set(re.findall(r'id="([^"]+)"', psnr.svg)) & set(re.findall(r'id="([^"]+)"', ssim.svg))
     assert plots.k_curves({"same": [{"groups": 1, "bits_per_pixel": 0.1}]}) == []
+
+
+def test_sizes_of_codebooks_are_written_out() -> None:
+    plot = plots.points_with_spread("use", {"lc": [(4096, 1.0, 0.0), (1_000_000, 0.2, 0.0)]}, xlabel="codes", log=True)
+    assert {"10,000", "1,000,000"} <= set(texts(plot))

@@ -424,7 +424,7 @@ class PlainNumbers(LogFormatter):
     """Tick labels of a logarithmic axis as 1,000 instead of 10^3."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:,.6g}" if super().__call__(x, pos) else ""
+        return f"{x:,.10g}" if super().__call__(x, pos) else ""
 
 
 def plain_numbers(axis: Axis) -> None:

@@ -105,12 +105,13 @@ def strongest(rows: Iterable[Row]) -> list[Row]:
 
 
 def by_method(rows: Iterable[Row], x: str, y: str) -> dict[str, list[tuple[float, float, float]]]:
-    """Method -> (x, y, standard deviation of y over the seeds; 0 for all but the PSNR)."""
+    """Method, with its number of groups -> (x, y, standard deviation of y over the seeds; 0 for all but the PSNR)."""
     methods: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         place = log2(int(row["codes"])) if x == "log2" else float(row[x])
         spread = float(row["spread"] or 0) if y == "psnr" else 0.0
-        methods.setdefault(row["run"].split("-")[0], []).append((place, float(row[y]), spread))
+        groups = "" if row["groups"] == "1" else f"{row['groups']} x "
+        methods.setdefault(groups + row["run"].split("-")[0], []).append((place, float(row[y]), spread))
     return methods
 
 
