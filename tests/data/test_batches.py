@@ -5,6 +5,8 @@ import itertools
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -333,3 +335,25 @@ def test_a_killed_or_hanging_worker_is_an_error(monkeypatch: pytest.MonkeyPatch)
         gc.collect()  # the loader ends its worker now: later, in another test, it would wait for it for ten seconds
         assert time.monotonic() - began < 20
     assert list(through_workers(Trouble(), ["signals", "fine"], 1, timeout=9)) == ["signals", "fine"]
+
+
+FORKSERVER = """
+import multiprocessing
+from itertools import islice
+from vqpipe.data import ImageStream
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    stream = ImageStream("builtin:photos", image_size=8, seed=0, batch_size=4, num_workers=1, worker_timeout=60.0)
+    print(sum(len(batch["key"]) for batch in islice(stream, 2)))
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_a_fork_server_started_stay(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(FORKSERVER, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=120
+    )
+    assert done.stdout == b"8\n", done.stderr

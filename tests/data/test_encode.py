@@ -19,8 +19,8 @@ from vqpipe.data import decoding, sizes, transforms
 from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch, equal_shards, faster_network
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tars import write_tar
-from vqpipe.data.tokens import TokensConfig, decode_tokens, read_tokens, write_tokens
-from vqpipe.errors import DataError
+from vqpipe.data.tokens import TokensConfig, decode_tokens, id_dtype, read_tokens, write_tokens
+from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress, Silent
 from vqpipe.quantizers import TokenLayout
 
@@ -330,6 +330,12 @@ def tokenize(out: Path, images: ImageSet, codebook_size: int, flip: bool) -> Art
             draft, images, Pixels(codebook_size), TokensConfig(image_size=16, flip=flip, max_skipped=0.5)
         )
         return draft.publish(facts)
+
+
+def test_ids_of_more_than_32_bits_are_refused_before_any_image_is_read(images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="68,719,476,736 codes do not fit the 32 bits"):
+        tokenize(tmp_path / "tokens", images, 1 << 36, flip=False)
+    assert id_dtype(1 << 32) == np.uint32
 
 
 @pytest.mark.parametrize("flip", [False, True])

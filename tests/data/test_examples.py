@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,35 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
     with pytest.raises(ArtifactError, match="too many ids for memory"):
         TokenSet(artifact)
+
+
+def test_mapped_ids_are_not_copied_into_another_process(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "IN_MEMORY", 100)
+    mapped = TokenSet(make("tokens"), tmp_path / "cache")
+    copy = pickle.loads(pickle.dumps(mapped))
+    assert isinstance(copy.rows, np.memmap)
+    assert run(copy, 0, 3) == run(mapped, 0, 3)
+
+
+def test_two_jobs_that_unpack_the_same_ids_do_not_write_the_same_file(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "IN_MEMORY", 100)
+    artifact = make("tokens")
+    wanted, publish = TokenSet(artifact, tmp_path / "first").rows, TokenSet.publish
+    other: list[TokenSet] = []
+
+    def publish_after_another(rows: np.ndarray, file: Path) -> np.ndarray:
+        monkeypatch.setattr(TokenSet, "publish", staticmethod(publish))
+        other.append(TokenSet(artifact, tmp_path / "cache"))
+        return publish(rows, file)
+
+    monkeypatch.setattr(TokenSet, "publish", staticmethod(publish_after_another))
+    np.testing.assert_array_equal(TokenSet(artifact, tmp_path / "cache").rows, wanted)
+    np.testing.assert_array_equal(other[0].rows, wanted)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_ids_are_mapped_on_systems_without_posix_fallocate(

@@ -162,6 +162,12 @@ def test_batches_do_not_depend_on_ranks_workers_and_resuming(make: Callable[...,
     assert resumed.state_dict() == state
 
 
+def test_every_loop_over_persistent_workers_starts_at_the_same_batch(make: Callable[..., Stream]) -> None:
+    loader = DataLoader(make(), batch_size=None, num_workers=2, persistent_workers=True)
+    for _ in range(2):
+        assert [batch["images_seen"] for batch in take(loader, 3)] == [4, 8, 12]
+
+
 def test_image_stream_crops_and_counts(pictures: Path) -> None:
     (pictures / "class-0" / "0.png").write_bytes(b"no image")
     options: dict[str, Any] = {"image_size": 16, "seed": 0, "batch_size": NUM, "crop": "center", "flip": False}

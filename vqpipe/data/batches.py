@@ -490,11 +490,19 @@ def set_worker_signals(worker: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():
+    if parent is not None and not has_parent(parent):
         os._exit(1)  # it was killed before the call to prctl
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, exit_after_grace)
+
+
+def has_parent(parent: Any) -> bool:
+    """Whether the process that uses this worker is alive. Under the start method forkserver, Python 3.14's default on
+    Linux, another one has started the worker, and ends with it."""
+    if multiprocessing.get_start_method() == "forkserver":
+        return bool(parent.is_alive())
+    return parent.pid == os.getppid()
 
 
 def exit_after_grace(number: int, frame: object) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -153,6 +154,7 @@ class TokenSet:
             raise ArtifactError(f"{tokens.path} holds {first} rows, its manifest {shape[0]}", "Tokenize again")
         if file is not None:
             rows = self.publish(rows, file)
+        self.file = file
         self.rows = rows
         """uint16 or uint32 [R, N]; the rows of an image follow each other."""
         self.labels = np.concatenate(labels) if labels else np.empty(0, np.int64)
@@ -177,7 +179,7 @@ class TokenSet:
         Raises:
             ArtifactError: the disk is full.
         """
-        temporary = file.with_name(f".writing-{file.name}")
+        temporary = file.with_name(f".writing-{uuid4().hex}-{file.name}")  # another job may write the same ids
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             rows = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
@@ -198,9 +200,17 @@ class TokenSet:
         """Rename rank 0's finished file, and map it on every rank."""
         if rows.flags.writeable and isinstance(rows, np.memmap):
             rows.flush()
-            file.with_name(f".writing-{file.name}").rename(file)
+            Path(str(rows.filename)).replace(file)
         distributed.barrier()
         return np.load(file, mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"rows": None} if self.file is not None else {})  # pickling would copy the mapped file
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        if self.file is not None:
+            self.rows = np.load(self.file, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.labels)

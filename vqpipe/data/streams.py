@@ -113,7 +113,8 @@ class Stream(IterableDataset[dict[str, Any]]):
 
     To resume, pass `load_state_dict` what `state_dict` returned after the last batch that was used. Worker processes
     have copies of the stream: with `num_workers` above 0 resume from batch["images_seen"] of that batch instead, by
-    load_state_dict({"images_seen": ...}). Batch size and number of ranks may differ then.
+    load_state_dict({"images_seen": ...}). Batch size and number of ranks may differ then. Every loop over such a
+    DataLoader starts at the position that the stream had when its workers were started: use one loop for a whole run.
 
     Args:
         seed: not negative.
@@ -141,8 +142,10 @@ class Stream(IterableDataset[dict[str, Any]]):
         size = self.options["batch_size"]
         first = self.images_seen
         for number, batch in enumerate(self.batches(first, worker, workers)):
-            self.images_seen = first + (worker + number * workers + 1) * size
-            yield batch | {"images_seen": self.images_seen}
+            seen = first + (worker + number * workers + 1) * size
+            if info is None:  # a worker's copy stays where it is: it has read more than was used
+                self.images_seen = seen
+            yield batch | {"images_seen": seen}
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last batch of an iteration in this process."""

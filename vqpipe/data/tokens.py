@@ -176,7 +176,9 @@ def write_tokens(
     Raises:
         DataError: more images than `config.max_skipped` are unreadable, or all are; an id outside the codebook; the
             tokenizer cannot encode a native size.
+        ConfigError: the codebook has more than 2^32 codes.
     """
+    dtype = id_dtype(tokenizer.codebook_size)
     num_views = views_per_image(config.request())
     views = partial(with_flip, flip=config.flip)
     size = parse_size(str(config.image_size))
@@ -220,7 +222,7 @@ def write_tokens(
         write_token_shard,
         check=partial(check_token_ids, codebook_size=tokenizer.codebook_size),
         device=tokenizer.device,
-        dtype=id_dtype(tokenizer.codebook_size),
+        dtype=dtype,
         image_size=side,
         num_workers=num_workers,
         transform=transform,
@@ -285,7 +287,16 @@ def views_per_image(config: Mapping[str, Any]) -> int:
 
 
 def id_dtype(codebook_size: int) -> np.dtype:
-    """The narrowest type for ids below `codebook_size`: uint16 up to 65,536 codes, else uint32."""
+    """The narrowest type for ids below `codebook_size`: uint16 up to 65,536 codes, else uint32.
+
+    Raises:
+        ConfigError: ids of so many codes do not fit 32 bits.
+    """
+    if codebook_size > 1 << 32:
+        raise ConfigError(
+            f"ids of {codebook_size:,} codes do not fit the 32 bits of a stored id",
+            "Train with several ids a position, such as model.quantizer.bits_per_id of bsq",
+        )
     return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.uint32)
 
 
