@@ -47,7 +47,6 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
     A progress bar that is open already shows that PyTorch is loaded, until its first phase; otherwise there is one for
     that long.
     """
-    signals.handle_signals()
     with nullcontext(OPEN[-1]) if OPEN else ProgressBar() as progress:
         if progress.live is not None and "torch" not in sys.modules:
             progress.start("loading PyTorch", None, unit="")  # takes seconds
@@ -55,6 +54,7 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
 
         from vqpipe import distributed
 
+    signals.handle_signals()
     torch_device = distributed.pick_device(device)
     torch.manual_seed(seed)
     with distributed.process_group(torch_device):

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -16,6 +17,10 @@ HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SI
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *HANGUP)
 """Signals that ask a command to stop; batch systems send SIGUSR1 before a job's time ends."""
 INTERRUPTED = "interrupted; the same command again resumes from what is written"
+SHOW_CURSOR = "\r\x1b[K\x1b[?25h"
+"""Clears the line of a progress bar, which hides the cursor of the terminal, and shows the cursor again."""
+RETRY_SECONDS = 0.05
+"""Until a signal that arrived in an import is sent again."""
 LONGEST_COMMAND = 500
 """Characters up to which the command is printed."""
 
@@ -43,14 +48,31 @@ def interrupted() -> str:
 def exit_at_once(number: int, frame: FrameType | None) -> None:
     """Signal handler while a command starts: nothing is written yet, and an import might catch an exception."""
     with suppress(OSError):
+        os.write(2, (SHOW_CURSOR if os.isatty(2) else "").encode())
         os.write(2, f"{interrupted()}\n".encode())
     os._exit(Interrupted(number).code)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Signal handler of a running command: raise Interrupted, so that `finally` blocks delete unfinished files."""
+    """Signal handler of a running command: raise Interrupted, so that `finally` blocks delete unfinished files.
+
+    In an import, which might catch the exception, or abort if it runs C++, the signal is sent again a little later.
+    """
     detach_closed_terminal(number)
-    raise Interrupted(number)
+    if not is_importing(frame):
+        raise Interrupted(number)
+    again = threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where a signal arrived."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def handle_signals() -> None:
@@ -91,7 +113,7 @@ class StopAfterStep:
                 raise WaitingEnded(number)
             announce(f"{name}: stopping after this step, then saving a checkpoint; a second signal stops at once")
         elif number != signal.SIGHUP:
-            raise Interrupted(number)
+            interrupt(number, frame)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

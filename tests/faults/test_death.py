@@ -126,9 +126,38 @@ def test_sigterm_during_imports_leaves_nothing(seconds: float, folder: Path) -> 
     time.sleep(seconds)
     process.terminate()
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (143, -signal.SIGTERM)  # which a shell calls 143 too
+    assert process.returncode in (143, -signal.SIGTERM), errors  # which a shell calls 143 too
     assert "Traceback" not in errors
     assert [path.name for path in folder.iterdir()] == ["pictures"]
+
+
+SWALLOWING = """
+import os, signal, time
+
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+except BaseException:
+    pass
+"""
+IMPORTING = """
+import signal, time
+from stages import signals
+
+signal.signal(signal.SIGTERM, signals.interrupt)
+import swallowing
+time.sleep(30)
+"""
+
+
+def test_signal_in_an_import_that_catches_everything_is_not_lost(folder: Path) -> None:
+    (folder / "swallowing.py").write_text(SWALLOWING, encoding="utf-8")
+    (folder / "importing.py").write_text(IMPORTING, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "importing.py"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=25
+    )
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("stages.signals.Interrupted: 15")
 
 
 MARKED = """
