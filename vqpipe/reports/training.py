@@ -85,6 +85,12 @@ class LoggedNumber:
         return f"{self.text(value)}{'' if self.unit == '%' else ' '}{self.unit}".strip()
 
 
+BACKBONES = {"vgg": "VGG", "alex": "AlexNet", "squeeze": "SqueezeNet"}
+PERCEPTUAL = {
+    "lpips": ("LPIPS", ""),
+    "perceptual": ("perceptual distance", "LPIPS's formula with other weights than torchvision's. "),
+}
+"""Kind of distance of a validation -> its name, and what it is."""
 NUMBERS = (
     LoggedNumber("loss/total", "loss", "loss", ".4g"),
     LoggedNumber(
@@ -95,12 +101,11 @@ NUMBERS = (
     LoggedNumber("valid/total", "validation", "validation loss", ".4g"),
     LoggedNumber("valid/psnr", "validation", "validation PSNR", ".2f", "dB", note="mean over images"),
     LoggedNumber("valid/ssim", "validation", "validation SSIM", ".3f"),
-    LoggedNumber("valid/lpips_vgg", "validation", "validation LPIPS (VGG)", ".3f"),
-    LoggedNumber("valid/lpips_squeeze", "validation", "validation LPIPS (SqueezeNet)", ".3f"),
-    LoggedNumber("valid/lpips_alex", "validation", "validation LPIPS (AlexNet)", ".3f"),
-    LoggedNumber("valid/perceptual_vgg", "validation", "validation perceptual distance (VGG)", ".3f"),
-    LoggedNumber("valid/perceptual_squeeze", "validation", "validation perceptual distance (SqueezeNet)", ".3f"),
-    LoggedNumber("valid/perceptual_alex", "validation", "validation perceptual distance (AlexNet)", ".3f"),
+    *(
+        LoggedNumber(f"valid/{kind}_{net}", "validation", f"validation {words} ({name})", ".3f")
+        for kind, (words, _) in PERCEPTUAL.items()
+        for net, name in BACKBONES.items()
+    ),
     LoggedNumber("valid/top1", "validation", "validation top-1", ".1f", "%", 100),
     LoggedNumber("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
     LoggedNumber("valid/utilization", "validation", "validation codes in use", ".1f", "%", 100),
@@ -234,17 +239,14 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
             "Of the mean squared error of the images between two rows of the log: at most the mean of their PSNRs.",
         ),
         plots.curves("PSNR in validation, dB", lines(validation="valid/psnr"), "linear", f"Mean over {held_out}."),
-        plots.curves(
-            "LPIPS in validation",
-            lines(VGG="valid/lpips_vgg", AlexNet="valid/lpips_alex", SqueezeNet="valid/lpips_squeeze"),
-            "linear",
-            f"Mean over {held_out}.",
-        ),
-        plots.curves(
-            "Perceptual distance in validation",
-            lines(VGG="valid/perceptual_vgg", AlexNet="valid/perceptual_alex", SqueezeNet="valid/perceptual_squeeze"),
-            "linear",
-            f"LPIPS's formula with other weights than torchvision's. Mean over {held_out}.",
+        *(
+            plots.curves(
+                f"{words[0].upper()}{words[1:]} in validation",
+                lines(**{name: f"valid/{kind}_{net}" for net, name in BACKBONES.items()}),
+                "linear",
+                f"{about}Mean over {held_out}.",
+            )
+            for kind, (words, about) in PERCEPTUAL.items()
         ),
         plots.curves(
             "Accuracy",

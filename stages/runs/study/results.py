@@ -94,11 +94,21 @@ def method(row: Row) -> str:
     return re.sub(r"-\d+", "", row["run"]).replace("-", " ")
 
 
+def quantizer(row: Row) -> str:
+    """`lc-4096-tuned` -> `lc`."""
+    return row["run"].split("-")[0]
+
+
+def codes(row: Row) -> str:
+    """`4,096`, or of several groups `4 x 1,024`."""
+    return f"{row['groups']} x " * (row["groups"] != "1") + f"{int(row['codes']):,}"
+
+
 def strongest(rows: Iterable[Row]) -> list[Row]:
     """Of every method at every size and number of groups the form with the highest PSNR."""
     best: dict[tuple[str, str, str], Row] = {}
     for row in averaged(rows):
-        place = row["run"].split("-")[0], row["codes"], row["groups"]
+        place = quantizer(row), row["codes"], row["groups"]
         if place not in best or float(row["psnr"]) > float(best[place]["psnr"]):
             best[place] = row
     return list(best.values())
@@ -111,7 +121,7 @@ def by_method(rows: Iterable[Row], x: str, y: str) -> dict[str, list[tuple[float
         place = log2(int(row["codes"])) if x == "log2" else float(row[x])
         spread = float(row["spread"] or 0) if y == "psnr" else 0.0
         groups = "" if row["groups"] == "1" else f"{row['groups']} x "
-        methods.setdefault(groups + row["run"].split("-")[0], []).append((place, float(row[y]), spread))
+        methods.setdefault(groups + quantizer(row), []).append((place, float(row[y]), spread))
     return methods
 
 
@@ -160,11 +170,10 @@ def markdown(rows: Iterable[Row]) -> Iterable[str]:
     yield "| codes | quantizer | bits per pixel | PSNR | SSIM | SqueezeNet | MobileNetV2 | codes in use | perplexity |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: (int(row["groups"]), int(row["codes"]), -float(row["psnr"]))):
-        codes = f"{int(row['codes']):,}" if row["groups"] == "1" else f"{row['groups']} x {int(row['codes']):,}"
         is_best = float(row["psnr"]) == best[row["bits_per_pixel"]] and number_of[row["bits_per_pixel"]] > 1
         psnr = f"**{mean(row)} dB**" if is_best else f"{mean(row)} dB"
         cells = (
-            codes,
+            codes(row),
             method(row),
             f"{float(row['bits_per_pixel']):.3f}",
             psnr,
@@ -184,17 +193,16 @@ def mean(row: Row) -> str:
 
 def forms(rows: Iterable[Row]) -> Iterable[str]:
     """A table of the three forms of learned codebooks: PSNR and codes in use."""
-    cells: dict[tuple[int, int, str], dict[str, str]] = {}
-    for row in averaged(rows):
-        name, _, *form = row["run"].split("-")
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in sorted(averaged(rows), key=lambda row: (int(row["groups"]), int(row["codes"]), quantizer(row))):
+        form = row["run"].split("-")[2:]
         cell = f"{mean(row)} dB, {float(row['used']) * 100:.1f} %"
-        cells.setdefault((int(row["groups"]), int(row["codes"]), name), {})["".join(form)] = cell
+        cells.setdefault((codes(row), quantizer(row)), {})["".join(form)] = cell
     yield "| codes | quantizer | as published | fast | tuned |"
     yield "|---|---|---|---|---|"
-    for (groups, size, name), found in sorted(cells.items()):
+    for (size, name), found in cells.items():
         if len(found) > 1:
-            codes = f"{size:,}" if groups == 1 else f"{groups} x {size:,}"
-            yield f"| {codes} | {name} | {' | '.join(found.get(form, '-') for form in ('', 'fast', 'tuned'))} |"
+            yield f"| {size} | {name} | {' | '.join(found.get(form, '-') for form in ('', 'fast', 'tuned'))} |"
 
 
 def tries(rows: Sequence[Row]) -> Iterable[str]:
