@@ -65,7 +65,11 @@ class Photographs:
         return (torch.nn.functional.interpolate(noise, size=16, mode="bilinear")[0] * 255).to(torch.uint8)
 
 
-BATCH_NORMS = DcaeConfig(
+SIZES: dict[str, Any] = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "z_channels": 8}
+MODELS: dict[str, AutoencoderConfig] = {
+    kind: VqganConfig(**SIZES, attention_resolutions=(), quantizer=quantizer) for kind, quantizer in QUANTIZERS.items()
+}
+MODELS["batch norms"] = DcaeConfig(
     quant_conv="full",
     widths=(8, 8),
     encoder_depths=(0, 1),
@@ -77,21 +81,9 @@ BATCH_NORMS = DcaeConfig(
 
 
 def networks(kind: str) -> tuple[Autoencoder, PatchDiscriminator]:
-    """Of a quantizer of QUANTIZERS; "batch norms": networks that have these."""
+    """The model of this kind, and a discriminator."""
     torch.manual_seed(7)
-    config: AutoencoderConfig = (
-        BATCH_NORMS
-        if kind == "batch norms"
-        else VqganConfig(
-            base_channels=8,
-            channel_multipliers=(1, 2),
-            num_res_blocks=1,
-            attention_resolutions=(),
-            z_channels=8,
-            quantizer=QUANTIZERS[kind],
-        )
-    )
-    return build_autoencoder(config), PatchDiscriminator(DiscriminatorConfig(base_channels=4))
+    return build_autoencoder(MODELS[kind]), PatchDiscriminator(DiscriminatorConfig(base_channels=4))
 
 
 def run(
