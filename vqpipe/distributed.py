@@ -1,6 +1,8 @@
 """Rank, world size and collectives over torch.distributed. In a single process each collective is the identity.
 
-torchrun starts the processes; `connect` joins the group that it describes in the environment.
+torchrun starts the processes; `process_group` joins the group that it describes in the environment. Ranks exchange
+tensors while they take the same steps: one that is late by `COLLECTIVE_TIMEOUT` is an error. They exchange objects, and
+meet at barriers, also after work that only some of them have (a download, the last shard), and wait `WORK_TIMEOUT`.
 """
 
 import datetime
@@ -20,7 +22,12 @@ Result = TypeVar("Result")
 
 DEVICES = "Use auto, cpu, cuda, cuda:N or mps"
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a rank waits for the others before it raises an error."""
+"""How long a rank waits for the tensors of the others before it raises an error."""
+WORK_TIMEOUT = datetime.timedelta(days=7)
+"""How long a rank waits for the objects of the others. A rank that has ended is noticed at once."""
+
+_work: dist.ProcessGroup | None = None
+"""The group of objects and barriers, of all ranks; None: the default group."""
 
 
 def rank() -> int:
@@ -41,7 +48,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(_work)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -55,7 +62,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate every rank's float[n, D] in rank order, on every rank; n may differ between ranks."""
     if not dist.is_initialized():
         return rows
-    counts = gather_objects(len(rows))
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    lengths[rank()] = len(rows)
+    counts = all_reduce_sum(lengths).tolist()
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
@@ -82,7 +91,7 @@ def broadcast_object(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_work)
     return box[0]
 
 
@@ -116,7 +125,7 @@ def gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=_work)
     return box
 
 
@@ -181,6 +190,7 @@ def present_devices() -> list[str]:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Make `device` the current GPU, and join the process group that torchrun describes in the environment, if any."""
+    global _work
     if device.type == "cuda" and (device.index or "WORLD_SIZE" in os.environ):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
@@ -192,7 +202,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+    _work = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)  # type: ignore[assignment]  # each rank is a member
     try:
         yield
     finally:
+        _work = None
         dist.destroy_process_group()

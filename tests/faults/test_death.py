@@ -429,6 +429,19 @@ def test_hanging_rank_is_an_error_after_the_timeout(
     assert (status["cause"], status["rank"]) == (75, 0)
 
 
+def works_alone(draft: Draft) -> None:
+    """The main rank works for longer than the others wait for tensors."""
+    distributed.on_main(lambda: time.sleep(3))
+    with distributed.sharing_errors():
+        time.sleep(3 * distributed.rank())
+    distributed.barrier()
+
+
+def test_rank_without_work_waits_for_the_others(tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=2))
+    assert together(tmp_path, fork, works_alone, works_alone) == [0, 0]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 7, 8, 100])
 def test_every_rank_takes_the_same_number_of_steps(length: int, ranks: int) -> None:
