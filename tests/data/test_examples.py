@@ -22,7 +22,7 @@ from vqpipe.data.examples import (
     split_held_out,
 )
 from vqpipe.data.tokens import write_token_file
-from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, VqpipeError
 
 NUM, TOKENS, BATCH = 14, 6, 4  # 14 images in global batches of 4: epochs end inside a batch
 Make = Callable[..., Artifact]
@@ -161,6 +161,16 @@ def test_two_jobs_that_unpack_the_same_ids_do_not_write_the_same_file(
     np.testing.assert_array_equal(TokenSet(artifact, tmp_path / "cache").rows, wanted)
     np.testing.assert_array_equal(other[0].rows, wanted)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_ids_that_cannot_be_unpacked_leave_no_file(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "IN_MEMORY", 100)
+    artifact = make("tokens")
+    shard = artifact.path / "tokens-00002.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(VqpipeError, match="tokens-00002"):
+        TokenSet(artifact, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_ids_are_mapped_on_systems_without_posix_fallocate(

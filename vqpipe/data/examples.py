@@ -128,7 +128,6 @@ class TokenSet:
         """Of the artifact, and of the size."""
         self.views = views_per_image(tokens.config)
         self.codebook_size = int(tokens.facts["codebook_size"])
-        flipped = [2 * view >= self.views for view in range(self.views)]
         shape = (int(self.facts["num_images"]) * self.views, int(self.facts["num_tokens"]))
         dtype = id_dtype(self.codebook_size)
         file = None
@@ -138,27 +137,36 @@ class TokenSet:
             part_name = f"-{self.facts['image_size']}" if "sizes" in self.facts else ""
             file = cache / f"ids-{tokens.digest[:16]}{part_name}.npy"
         rows = np.empty(shape, dtype) if file is None else self.map_file(file, shape, dtype)
-        labels, keys, first = list[np.ndarray](), list[pa.Array](), 0
-        for name in names:
-            part = read_tokens(tokens.verified_file(name), self.codebook_size)
-            if part.ids.shape[1:] != shape[1:] or first + len(part.keys) > shape[0]:
-                raise ArtifactError(f"{tokens.path} does not hold the rows of its manifest", "Tokenize again")
-            if part.flipped.tolist() != flipped * (len(part.keys) // self.views):
-                raise ArtifactError(f"{tokens.path / name} lacks flipped images", "Tokenize again")
-            if rows.flags.writeable:
-                rows[first : first + len(part.keys)] = part.ids.numpy()
-            first += len(part.keys)
-            labels.append(part.labels[:: self.views].numpy())
-            keys.append(pa.array(part.keys[:: self.views], pa.string()))
-        if first != shape[0]:
-            raise ArtifactError(f"{tokens.path} holds {first} rows, its manifest {shape[0]}", "Tokenize again")
+        try:
+            self.labels, self.keys = self.unpack(names, rows)
+        except BaseException:
+            if isinstance(rows, np.memmap) and rows.flags.writeable:
+                Path(str(rows.filename)).unlink()
+            raise
         if file is not None:
             rows = self.publish(rows, file)
         self.file = file
         self.rows = rows
         """uint16 or uint32 [R, N]; the rows of an image follow each other."""
-        self.labels = np.concatenate(labels) if labels else np.empty(0, np.int64)
-        self.keys: pa.ChunkedArray = pa.chunked_array(keys, pa.string())
+
+    def unpack(self, names: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, pa.ChunkedArray]:
+        """Copy the ids of these shards to `rows`, if they are writable; return the labels and keys of the images."""
+        artifact, flipped = self.artifact, [2 * view >= self.views for view in range(self.views)]
+        labels, keys, first = [np.empty(0, np.int64)], list[pa.Array](), 0
+        for name in names:
+            part = read_tokens(artifact.verified_file(name), self.codebook_size)
+            if part.ids.shape[1:] != rows.shape[1:] or first + len(part.keys) > len(rows):
+                raise ArtifactError(f"{artifact.path} does not hold the rows of its manifest", "Tokenize again")
+            if part.flipped.tolist() != flipped * (len(part.keys) // self.views):
+                raise ArtifactError(f"{artifact.path / name} lacks flipped images", "Tokenize again")
+            if rows.flags.writeable:
+                rows[first : first + len(part.keys)] = part.ids.numpy()
+            first += len(part.keys)
+            labels.append(part.labels[:: self.views].numpy())
+            keys.append(pa.array(part.keys[:: self.views], pa.string()))
+        if first != len(rows):
+            raise ArtifactError(f"{artifact.path} holds {first} rows, its manifest {len(rows)}", "Tokenize again")
+        return np.concatenate(labels), pa.chunked_array(keys, pa.string())
 
     @staticmethod
     def map_file(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
