@@ -21,7 +21,8 @@ def push(
         Path | None, typer.Option("--report", help="Its report of vqpipe eval, for the card.", metavar="DIR")
     ] = None,
     licence: Annotated[
-        str | None, typer.Option("--licence", help="Licence of the weights, such as apache-2.0.", metavar="NAME")
+        str | None,
+        typer.Option("--licence", "--license", help="Licence of the weights, such as apache-2.0.", metavar="NAME"),
     ] = None,
     datasets: Annotated[
         list[str] | None,

@@ -104,7 +104,7 @@ def train(
         # What is missing is said before the settings of the run are checked, and before the images are indexed and
         # hashed, which may take minutes.
         overrides, loggers = overrides or [], installed_loggers(log)
-        quantizer = load_tokenizer(preset, [text for text in overrides if not is_of_run(text)]).model.quantizer
+        quantizer = load_tokenizer(preset, [text for text in overrides if not is_train_setting(text)]).model.quantizer
         codes = None if codebook is None else load_codebook(codebook)
         if codes is None and source is None:
             check_codebook_given(quantizer)
@@ -154,7 +154,7 @@ def train(
         return console.finished(artifact)
 
 
-def is_of_run(assignment: str) -> bool:
+def is_train_setting(assignment: str) -> bool:
     """Whether a value of --set is of the section [train]."""
     return assignment.strip().startswith("train.")
 

@@ -44,8 +44,8 @@ class QuantizerConfig:
 class Quantizer(nn.Module, ABC):
     """Maps a latent to ids and back.
 
-    `forward` is pure. A codebook that is not trained by gradient changes in `update` only, which the training loop
-    calls after the optimizer step, and which leaves the same codebook on every rank.
+    `forward` changes no weight. A codebook that is not trained by gradient changes in `update` only, which the training
+    loop calls after the optimizer step, and which leaves the same codebook on every rank.
 
     `loss_names` are the keys of `Quantized.losses`; each needs a weight in section [objective].
     """

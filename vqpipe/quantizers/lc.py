@@ -108,7 +108,7 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         Raises:
             ConfigError: no codebook has been loaded.
         """
-        if not self.frozen or torch.compiler.is_compiling():
+        if not self.is_constant or torch.compiler.is_compiling():
             return self.project_all()
         state = self.weights_state()
         if self.projected is None or self.projected[0] != state:
@@ -116,20 +116,20 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         return self.projected[1]
 
     @property
-    def frozen(self) -> bool:
+    def is_constant(self) -> bool:
         """Whether no weight can change. (Fused optimizers change weights without changing their versions.)"""
         return not self.training and not any(parameter.requires_grad for parameter in self.parameters())
 
     @torch.no_grad()
     def project_all(self) -> Tensor:
         self.check_loaded()
-        linear = F.linear if self.frozen or not suits_onednn(self.codes) else onednn_linear
+        linear = F.linear if self.is_constant or not suits_onednn(self.codes) else onednn_linear
         return torch.cat([self.project(features, linear) for features in self.codes.split(CODES_PER_CHUNK)])
 
     def raw_embed(self, ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.project(self.codes[ids])
-        if self.frozen:
+        if self.is_constant:
             return self.raw_codebook()[ids]
         if self.codes.is_cuda:
             return self.project(self.codes[ids])  # `unique` would wait for the GPU

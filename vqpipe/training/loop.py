@@ -45,7 +45,7 @@ def train(
 
     Returns the state: `state.weight_ema.network` is to be published (`state.published()` are its weights). If
     `stop_requested()` is true on any rank after a step, a checkpoint is saved and the state returned early; on several
-    ranks this is checked every STOP_EVERY steps. So it is where a callback sets `state.stop`, also after the last step.
+    ranks this is checked every STOP_EVERY steps. A callback ends the run likewise by setting `state.stop`.
     The loop waits for a batch inside `interruptible()`, which a request to stop may leave early.
 
     Raises:
