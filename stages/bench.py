@@ -77,7 +77,7 @@ def show_tables(artifact: "Artifact") -> None:
     """Print a table per case, and the reasons of what was not measured."""
     from vqpipe.reports.benchmark import case_table, estimate_table, machine_line
 
-    metrics = json.loads(artifact.file("metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(artifact.verified_file("metrics.json").read_text(encoding="utf-8"))
     console.say(machine_line(metrics))
     for cases in metrics["subjects"].values():
         for case in cases:
@@ -97,4 +97,4 @@ def finished(artifact: "Artifact", as_json: bool, again: bool = False) -> None:
         return
     console.say(f"{'already published' if again else 'published'}: {artifact.path}")
     console.say_next(artifact)
-    print(artifact.file("metrics.json").read_text(encoding="utf-8"), end="")
+    print(artifact.verified_file("metrics.json").read_text(encoding="utf-8"), end="")

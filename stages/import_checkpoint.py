@@ -88,8 +88,9 @@ def import_checkpoint(
     """
     family = None if family == "auto" else family
     wanted = recognize(str(source), own_files or [])
+    check_options(wanted, family, codebook)
     if dry_run:
-        print(describe(wanted, family), flush=True)
+        print(describe(wanted, own_files or [], family), flush=True)
         return None
     if out is None:
         raise typer.BadParameter("it is required without --dry-run", param_hint="--out")
@@ -166,6 +167,18 @@ def recognize(source: str, own_files: Sequence[Path]) -> Path | Address | Entry:
         hint = nearest_name(source, [known.name for known in zoo.entries()])
         hint = hint if hint.endswith("?") else "Pass a file of weights, or a name that vqpipe zoo lists"
     raise WeightsError(f"{source} is neither a file nor a name of vqpipe zoo", hint)
+
+
+def check_options(wanted: Path | Address | Entry, family: str | None, codebook: Path | None) -> None:
+    """Raise a ConfigError for options that the import cannot use, before a download."""
+    if family is None and codebook is None:
+        return
+    from vqpipe.continuous import KINDS
+    from vqpipe.models.released import check_family
+
+    if isinstance(wanted, Entry) and wanted.family in KINDS:
+        raise ConfigError(f"{wanted.name} is imported without --family and --codebook", "Leave them out")
+    check_family(family)
 
 
 def published_before(
@@ -260,7 +273,7 @@ def import_continuous(checkpoint: Checkpoint, out: Path) -> None:
     return console.finished(published)
 
 
-def describe(wanted: Path | Address | Entry, family: str | None) -> str:
+def describe(wanted: Path | Address | Entry, own_files: Sequence[Path], family: str | None) -> str:
     """What an import would read, from where, how large it is, and its licence."""
     if isinstance(wanted, Path):
         return f"{wanted}: {wanted.stat().st_size:,} bytes, on this machine; nothing is downloaded"
@@ -269,6 +282,10 @@ def describe(wanted: Path | Address | Entry, family: str | None) -> str:
         return "\n".join([*lines, f"family: {family or 'found out from the file'}"])
     entry = wanted
     lines = [f"{entry.name}: {entry.title}. {entry.paper}", f"licence: {licence(entry)}"]
+    if own_files and not entry.refused:
+        paths = fetch.check_own_files(entry, own_files)
+        lines += [f"{path}: {path.stat().st_size:,} bytes, on this machine; nothing is downloaded" for path in paths]
+        return "\n".join([*lines, f"family: {family or entry.family}"])
     for file in entry.files:
         about = "size unknown" if file.size is None else f"{'about ' * file.size_is_rounded}{file.size:,} bytes"
         lines.append(f"file: {file.name}, {about}, sha256 {file.sha256 or 'unknown: printed after the download'}")

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from vqpipe.config import toml_value
+from vqpipe.errors import ConfigError
 
 if TYPE_CHECKING:
     from vqpipe.settings import Setting
@@ -36,6 +37,8 @@ def settings(
     from stages.recipe import settings_of  # imports PyTorch
 
     found = [each for each in settings_of(command) if word.lower() in text_of(each).lower()]
+    if not found:
+        raise ConfigError(f"no setting of {command} has {word!r} in its section, name or doc", "Leave --filter out")
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2, ensure_ascii=False))
         return

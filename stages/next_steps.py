@@ -18,6 +18,7 @@ from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.device import bf16_is_faster
 from vqpipe.errors import VqpipeError
 from vqpipe.files import partial_path
+from vqpipe.provenance import stage_command
 
 VECTORS_PER_CODE = 10
 """Vectors per code of the proposed codebook, where there are too few for the default number of codes."""
@@ -135,11 +136,8 @@ def arguments(artifact: Artifact) -> list[str]:
 
 
 def command_of(artifact: Artifact) -> list[str]:
-    """The command that made the artifact, from its name on, before which --import may stand."""
-    words = artifact.command
-    while words[:1] == ["--import"]:
-        words = words[2:]
-    return words
+    """The command that made the artifact, from its name on."""
+    return stage_command(["vqpipe", *artifact.command])
 
 
 def options(artifact: Artifact, name: str) -> list[str]:

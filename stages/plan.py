@@ -79,5 +79,6 @@ def plan(
     else:
         settings = recipe.load(preset, overrides)
         dim, per_image = estimate.features_of(settings.features)
-        result = estimate.plan_kmeans(settings.kmeans, num_images * per_image, dim, device, gpus)
+        vectors = min(num_images, settings.features.limit or num_images) * per_image
+        result = estimate.plan_kmeans(settings.kmeans, vectors, dim, device, gpus)
     estimates.show(result, as_json=as_json)

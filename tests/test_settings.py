@@ -71,6 +71,8 @@ def test_settings_are_printed_filtered_and_as_json(capsys: pytest.CaptureFixture
     assert listed[0]["default"] == 100_000
     with pytest.raises(ConfigError, match=r"tokenize reads no preset\. Known: eval, extract-features"):
         settings_command("tokenize")
+    with pytest.raises(ConfigError, match="no setting of kmeans has 'warmup'"):
+        settings_command("kmeans", word="warmup")
 
 
 def test_commands_with_settings_are_those_that_take_set() -> None:

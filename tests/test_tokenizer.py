@@ -74,6 +74,10 @@ def test_empty_batch(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     assert tokenizer.embed(ids).shape == (0, 48, 4)
     assert tokenizer.embed(ids.new_zeros(3, 0)).shape == (3, 0, 4)
     assert tokenizer.decode_codes(tokenizer.embed(ids), (32, 24)).shape == (0, 3, 32, 24)
+    latent = tokenizer.latent(images[:0])
+    assert latent.shape == (0, *tokenizer.latent(images).shape[1:])
+    with pytest.raises(DataError, match="a latent of shape"):
+        tokenizer.quantize(latent)
 
 
 def test_save_and_open_round_trip(tokenizer: Tokenizer, images: torch.Tensor, tmp_path: Path) -> None:
@@ -215,6 +219,8 @@ def test_invalid_codes_are_rejected(any_tokenizer: Tokenizer) -> None:
         any_tokenizer.decode_codes(torch.zeros(1, count, channels + 1), 16)
     with pytest.raises(DataError, match="codes of shape"):
         any_tokenizer.decode_codes(torch.zeros(1, 99, 4, 4))
+    with pytest.raises(NumericError, match="codes are NaN"):
+        any_tokenizer.decode_codes(torch.full((1, count, channels), torch.nan), 16)
     with pytest.raises(DataError, match="codes of an image of 16 x 16"):
         any_tokenizer.decode_codes(torch.zeros(any_tokenizer.latent_shape(16, 16))[None], (16, 12))
     with pytest.raises(DataError, match="a latent of shape"):
@@ -372,6 +378,16 @@ def test_write_tokens_writes_what_encode_returns(
     assert native.facts["sizes"]["32x32"]["num_images"] == 3
     with pytest.raises(ConfigError, match="--crops ten includes the flip"):
         tokenizer.write_tokens(folder, tmp_path / "both", crops="ten", flip=True)
+    for name, value in (("precision", "fp16"), ("crops", "five"), ("max_skipped", float("nan")), ("batch_size", -1)):
+        with pytest.raises(ConfigError, match=f"{name} = {value!r}"):
+            tokenizer.write_tokens(folder, tmp_path / "invalid", **{name: value})
+    with pytest.raises(ConfigError, match="max_pixels = 0"):
+        tokenizer.write_tokens(folder, tmp_path / "invalid", image_size="native", max_pixels=0)
+    with pytest.raises(ConfigError, match="precision = 'int8'"):
+        tokenizer.encode(pixels, "int8")
+    (folder / "cut.png").write_bytes((folder / "00.png").read_bytes()[:60])
+    cut = tokenizer.write_tokens(folder, tmp_path / "cut", image_size="native", max_skipped=0.5)
+    assert cut.facts["num_sizes"] == len(cut.facts["sizes"]) == 1
     tokenizer.image_size = None
     with pytest.raises(DataError, match="Give --image-size"):
         tokenizer.write_tokens(folder, tmp_path / "unknown")

@@ -200,6 +200,8 @@ def override(cls: type, table: Mapping[str, Any], assignments: Iterable[str]) ->
     assigned.sort(key=lambda item: (item[0][-1] != "kind", len(item[0])))  # a kind decides which other keys exist
     result = copy_table(table)
     for path, value in assigned:
+        if len(path) < 2 and path[0] in sections:
+            raise ConfigError(f"--set {path[0]} is a section", f"Write --set {path[0]}.NAME=VALUE")
         if path[0] not in sections or len(path) < 2:
             raise ConfigError(f"--set {'.'.join(path)}: no such section", nearest_name(path[0], sections))
         for key in reversed(path):

@@ -8,12 +8,21 @@ from pathlib import Path, PurePath
 import torch
 from torch import nn
 
+from vqpipe.errors import ConfigError
+
 ROOT = Path("/")
 """Of the system files that are read."""
 
 
+def check_precision(precision: str) -> None:
+    """Raise a ConfigError unless this is "fp32" or "bf16"."""
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision = {precision!r} is not a choice", "Use fp32 or bf16")
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Compute convolutions and matrix products in bfloat16 with "bf16"; with "fp32" nothing changes."""
+    check_precision(precision)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

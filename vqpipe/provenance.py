@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -43,6 +43,14 @@ def command_again() -> str:
         elif word == "--out":
             words[place + 1 : place + 2] = ["DIR"]
     return shlex.join(words)
+
+
+def stage_command(words: Sequence[str]) -> list[str]:
+    """The words of a command line from the name of the command on: `train ...` of `vqpipe --import NAME train ...`."""
+    words = list(words[1:])
+    while words and words[0].startswith("--import"):
+        words = words[1 if "=" in words[0] else 2 :]
+    return words
 
 
 def environment(world_size: int) -> dict[str, Any]:

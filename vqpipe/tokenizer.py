@@ -20,7 +20,7 @@ from vqpipe.data.transforms import to_uint8
 from vqpipe.device import reduced_precision
 from vqpipe.distributed import check_device
 from vqpipe.downloads import upload_folder
-from vqpipe.errors import ArtifactError, ConfigError, DataError, printable
+from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, printable
 from vqpipe.files import hash_file
 from vqpipe.image_size import Size, pair_of
 from vqpipe.model_card import ModelCard
@@ -229,6 +229,8 @@ class Tokenizer:
     def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
         """Encode images to latents before quantization, float[B, C, h, w]; arguments and errors as `encode`."""
         images = network_input(images, self)
+        if len(images) == 0:
+            return torch.empty(0, *self.latent_shape(*images.shape[-2:]), dtype=self.dtype, device=self.device)
         with reduced_precision(self.autoencoder, self.device, precision):
             return self.autoencoder.latent(images.to(self.dtype))
 
@@ -239,11 +241,11 @@ class Tokenizer:
         the unweighted terms of the quantizer, by name.
 
         Raises:
-            DataError: another shape.
+            DataError: another shape, or no latent: the losses of an empty batch are not defined.
             NumericError: the latent is NaN or infinite.
         """
         channels = self.autoencoder.quantizer.latent_dim
-        if latent.ndim != 4 or latent.shape[1] != channels:
+        if latent.ndim != 4 or latent.shape[1] != channels or latent.numel() == 0:
             raise DataError(f"a latent of shape {list(latent.shape)}, [B, {channels}, h, w] is expected")
         return self.autoencoder.quantizer(latent.to(self.device))
 
@@ -327,7 +329,10 @@ class Tokenizer:
 
         Raises:
             DataError: another shape.
+            NumericError: the codes are NaN or infinite.
         """
+        if not codes.isfinite().all():
+            raise NumericError("codes are NaN or infinite", "Check what made them")
         return to_uint8(self.decode_codes_float(codes, image_size))
 
     def decode_codes_float(self, codes: Tensor, image_size: Size | None = None) -> Tensor:

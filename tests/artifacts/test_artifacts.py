@@ -337,6 +337,10 @@ def test_files_are_readable_by_whoever_may_list_the_directory(tmp_path: Path, um
         ({"files": {"../evil": {"bytes": 1, "sha256": "0"}}}, "is not a valid file name"),
         ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}}, "is not a valid file name"),
         ({"files": {"a.bin": 3}}, "is damaged"),
+        ({"provenance": {"command": "abc"}}, "is damaged"),
+        ({"provenance": {"command": [1]}}, "is damaged"),
+        ({"provenance": {"lineage": [1]}}, "is damaged"),
+        ({"provenance": {"lineage": {"images": {"kind": "data"}}}}, "is damaged"),
     ],
 )
 def test_manifest_that_is_invalid_or_of_another_schema_is_refused(

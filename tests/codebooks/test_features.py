@@ -317,6 +317,11 @@ def test_files_without_a_matrix_of_floats_are_errors(files: list[Path], tmp_path
         open_features([files[0], save(np.zeros((4, 5), np.float32))])
     with pytest.raises(DataError, match=r"is not a \.npy array"):
         open_features([save(np.array([{}], dtype=object))])
+    with pytest.raises(DataError, match=r"is a folder: features are one artifact, or \.npy files"):
+        open_features([files[0], tmp_path])
+    np.savez(tmp_path / "bad.npz", np.zeros((4, 3)))
+    with pytest.raises(DataError, match=r"is not a \.npy array .*Save it with numpy\.save"):
+        open_features([tmp_path / "bad.npz"])
     (tmp_path / "bad.npy").write_bytes(b"")
     with pytest.raises(DataError, match=r"is not a \.npy array"):
         open_features([tmp_path / "bad.npy"])

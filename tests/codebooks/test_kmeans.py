@@ -248,6 +248,13 @@ def test_per_class_clusters_each_class_separately() -> None:
         assert torch.equal(result.codebook[10 * part : 10 * part + 10], alone.codebook)
 
 
+def test_codes_of_classes_have_no_negative_zeros() -> None:
+    """A sum over several ranks has none either."""
+    data = np.where(np.arange(60)[:, None] == np.arange(60), 1.0, -0.0).astype(np.float32)
+    result = run(data, np.repeat([0, 1], 30).astype(np.int32), k=60, per_class=True, select="random")
+    assert not result.codebook.signbit().any()
+
+
 def test_random_selection_takes_distinct_vectors_unchanged() -> None:
     data = np.repeat(blobs(400, 3, 10), 2, axis=0)
     result = run(data, k=100, select="random")

@@ -121,6 +121,12 @@ def test_features_of_convolutional_backbones_are_their_last_stage() -> None:
     assert encoder(images).shape == (2, encoder.dim, 5, 5)
 
 
+def test_image_smaller_than_a_patch_is_an_error() -> None:
+    small = FeaturesConfig(encoder="timm:test_vit", allow_random_weights=True, image_size=8)
+    with pytest.raises(ConfigError, match=r"test_vit does not take images of 8 pixels .*features\.image_size = 160"):
+        open_encoder(small, None)
+
+
 def test_weights_of_another_model_are_an_error(tiny_clip: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     for encoder in ("open_clip:tiny/openai", "timm:test_vit"):

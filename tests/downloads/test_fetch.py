@@ -210,7 +210,10 @@ def test_addresses() -> None:
     url = downloads.parse("https://host/a/..%2F.b%20c?token=1")
     assert isinstance(url, downloads.Url)
     assert (str(url), url.path) == ("https://host/a/..%2F.b%20c", "b_c")
-    for wrong in ("hf:", "hf:a/b", "hf:a//c", "hf:a/b/../c", "https:///a"):
+    assert downloads.parse("HTTPS://host:8080/a") == downloads.Url("HTTPS://host:8080/a")
+    outside = "https://huggingface.co/a/b/resolve/main/../c"
+    no_urls = ("https:///a", "https://[bad/a", "https://host:abc/a", "https://ho st/a")
+    for wrong in ("hf:", "hf:a/b", "hf:a//c", "hf:a/b/../c", outside, outside.replace("..", "%2E%2E"), *no_urls):
         with pytest.raises(ConfigError):
             downloads.parse(wrong)
 

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stages.estimates import preset_figures
 from stages.recipe import load, load_generator, load_tokenizer
 from vqpipe import presets
 from vqpipe.errors import ConfigError
-from vqpipe.planning.devices import GPUS, Device, device_named
+from vqpipe.planning.devices import GPUS, Device, device_named, device_of
 from vqpipe.planning.estimate import (
     Plan,
     features_of,
@@ -122,6 +124,25 @@ def test_plans_of_the_other_stages() -> None:
     clusters = plan_kmeans(replace(recipe.kmeans, k=100_000), 20_000_000, 768, H100)
     assert clusters.flops["search"] == 2.0 * 20_000_000 * 100_000 * 768
     assert 0.001 < clusters.hours < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80, "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", 40, "a100-40"),
+        ("NVIDIA H100 80GB HBM3", 80, "h100"),
+        ("Tesla V100-SXM2-32GB", 32, "v100-32"),
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("NVIDIA RTX A1000", 8, "NVIDIA RTX A1000 as rtx3060-12"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, "NVIDIA GeForce RTX 4090 Laptop GPU as rtx3060-12"),
+    ],
+)
+def test_a_gpu_is_found_by_its_name(name: str, memory: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    properties = SimpleNamespace(total_memory=memory * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert device_of(torch.device("cuda")).name == expected
 
 
 def test_an_unknown_gpu_is_an_error_with_the_nearest_name() -> None:

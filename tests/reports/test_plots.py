@@ -56,13 +56,14 @@ def test_ids_of_plots_on_one_page_are_distinct() -> None:
 
 
 @pytest.mark.parametrize("plot", ["bars", "rate_distortion", "code_frequency"])
-def test_names_are_escaped_and_not_typeset(plot: str) -> None:
-    name = "<script>$x$</script>"
+@pytest.mark.parametrize("name", ["<script>$x$</script>", "_private"])
+def test_names_are_escaped_and_not_typeset(plot: str, name: str) -> None:
     values = {"bars": 0.5, "rate_distortion": (0.1, 20.0), "code_frequency": torch.tensor([[1, 2]])}[plot]
     arguments = ("use", {name: values}) if plot == "bars" else ({name: values, "other": values},)
     drawing = ET.fromstring(getattr(plots, plot)(*arguments).svg)
     assert not [node for node in drawing.iter() if node.tag.endswith("script")]
-    assert name in ["".join(node.itertext()) for node in drawing.iter() if node.tag.endswith("text")]
+    texts = ["".join(node.itertext()) for node in drawing.iter() if node.tag.endswith("text")]
+    assert name in [text.removeprefix("\u200b") for text in texts]
 
 
 def test_code_frequency_states_the_utilization_and_accepts_unused_groups() -> None:

@@ -73,9 +73,25 @@ def test_rows_are_grouped_by_all_settings_but_the_seed() -> None:
     assert len(configurations_of(imported)) == 3  # without a command of training nothing is equal
 
 
+def test_configurations_with_one_common_name_are_told_apart() -> None:
+    several = [trained(f"run-{n}", n % 2, 22.0 + n, options=f"--set train.betas={n // 2}") for n in range(4)]
+    numbers = numbers_over_seeds(configurations_of(several), [PSNR])
+    assert {name: each["psnr"]["mean"] for name, each in numbers.items()} == {
+        "run-0, run-1": 22.5,
+        "run-2, run-3": 24.5,
+    }
+
+
+def test_command_of_training_may_import_a_plugin() -> None:
+    several = [trained(f"a-s{seed}", seed, 23.0) for seed in (0, 1)]
+    for each in several:
+        each.commands[0] = each.commands[0].replace("vqpipe train", "vqpipe --import mine --import=other train")
+    assert [each.name for each in configurations_of(several)] == ["a"]
+
+
 def test_settings_are_the_options_in_any_order_without_seed_and_paths() -> None:
-    words = ["vqpipe", "train", "--set", "a=1", "--seed=3", "--set", "b=2", "--out", "x", "--codebook", "c"]
-    other = ["vqpipe", "train", "--out=y", "--set", "b=2", "--set", "a=1", "--seed", "4"]
+    words = ["train", "--set", "a=1", "--seed=3", "--set", "b=2", "--out", "x", "--codebook", "c"]
+    other = ["train", "--out=y", "--set", "b=2", "--set", "a=1", "--seed", "4"]
     assert settings_of(words) == settings_of(other) == ["--set a=1", "--set b=2"]
 
 

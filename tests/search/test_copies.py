@@ -1,6 +1,7 @@
 """Equal rows are found by value."""
 
 import numpy as np
+import pytest
 import torch
 
 from vqpipe.search import copies
@@ -22,6 +23,17 @@ def test_ids_are_replaced_by_the_first_of_equal_rows() -> None:
 def test_hash_collisions_are_resolved_by_value(monkeypatch) -> None:
     monkeypatch.setattr(copies, "row_hashes", lambda rows: torch.zeros(len(rows), dtype=torch.int64))
     assert copies.first_copies(torch.tensor([[3.0], [1.0], [3.0], [2.0], [1.0]])).tolist() == [0, 1, 0, 3, 1]
+
+
+@pytest.mark.parametrize("width", [2, 3, 64])
+@pytest.mark.parametrize("values", [2, 256])
+def test_whole_numbers_have_as_few_collisions_as_others(width: int, values: int) -> None:
+    """Their last bits are zeros, which no product with an odd factor changes."""
+    rows = torch.zeros(20_000, width)
+    odd = rows[:, 1::2]
+    odd[:] = torch.randint(0, values, odd.shape, generator=torch.Generator().manual_seed(0))
+    distinct = len(torch.unique(rows, dim=0))
+    assert len(copies.row_hashes(rows).unique()) == distinct
 
 
 def test_hash_depends_only_on_the_row(monkeypatch) -> None:

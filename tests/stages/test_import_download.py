@@ -216,4 +216,13 @@ def test_wrong_words_are_one_line(
     assert "is no name of vqpipe zoo" in done.stderr
     done = vqpipe(tmp_path, "import-checkpoint", str(checkpoint))
     assert done.returncode == 2
+    add_entry("own-vqgan")
+    for words in (["--family", "vqgam"], ["--file", "absent.pt"]):
+        done = vqpipe(tmp_path, "import-checkpoint", "own-vqgan", *words, "--dry-run")
+        assert (done.returncode, done.stdout) == (1, "")
+    done = vqpipe(tmp_path, "import-checkpoint", "own-vqgan", "--file", str(checkpoint), "--dry-run")
+    assert f"{checkpoint}: {checkpoint.stat().st_size:,} bytes, on this machine" in done.stdout
+    add_entry("own-vae", family="AutoencoderKL")
+    done = vqpipe(tmp_path, "import-checkpoint", "own-vae", "--family", "llamagen", "--out", "out")
+    assert done.stderr == "error: own-vae is imported without --family and --codebook. Leave them out.\n"
     assert not list(tmp_path.glob("out*"))

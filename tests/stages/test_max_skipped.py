@@ -136,6 +136,8 @@ def test_set_of_a_section_that_the_command_does_not_read_is_an_error(tmp_path: P
         recipe.load("smoke", ["data.max_skipped=0.1"], reads=["eval"])
     with pytest.raises(ConfigError, match=r"--set dat\.x: no such section\. Did you mean data\?"):
         recipe.load("smoke", ["dat.x=1"], reads=["eval"])
+    with pytest.raises(ConfigError, match=r"--set train is a section\. Write --set train\.NAME=VALUE"):
+        recipe.load_tokenizer("smoke", ["train=5"])
     assert recipe.load("smoke", ["eval.max_skipped=0.1"], reads=["eval"]).eval.max_skipped == 0.1
 
 

@@ -38,6 +38,14 @@ def test_an_unknown_gpu_is_an_error(vqpipe: Callable[..., Any], tmp_path: Path) 
     assert "Did you mean h100?" in done.stderr
 
 
+def test_kmeans_is_planned_for_the_images_that_features_are_taken_from(
+    vqpipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    command = ("plan", "kmeans", "--preset", "smoke", "--gpu", "h100", "--json")
+    limited = vqpipe(tmp_path, *command, "--set", "features.limit=1000")
+    assert json.loads(limited.stdout) == json.loads(vqpipe(tmp_path, *command, "--num-images", "1000").stdout)
+
+
 def train(vqpipe: Callable[..., Any], folder: Path, *options: str) -> Any:
     return vqpipe(
         folder,

@@ -205,12 +205,16 @@ def read_manifest(path: Path) -> Manifest:
             )
         manifest = Manifest(**{key: table[key] for key in Manifest.__dataclass_fields__})
         tables = (manifest.config, manifest.inputs, manifest.facts, manifest.files, manifest.provenance)
+        command = manifest.provenance.get("command", [])
         valid = (
             manifest.kind in KINDS
             and isinstance(manifest.request, str)
             and isinstance(manifest.content, str)
             and all(isinstance(table, dict) for table in tables)
             and all(isinstance(file["bytes"], int) and isinstance(file["sha256"], str) for file in tables[3].values())
+            and isinstance(command, list)
+            and all(isinstance(word, str) for word in command)
+            and all(map(is_lineage, manifest.provenance.get("lineage", {}).values()))
         )
         if not valid:
             raise ValueError(path)
@@ -219,6 +223,12 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__})", "Copy or make the artifact again") from None
     return manifest
+
+
+def is_lineage(node: Any) -> bool:
+    """Whether this describes an input, as `Artifact.lineage` does, and those that it was made from."""
+    words = [node.get("kind"), node.get("content"), node.get("name") or ""]
+    return all(isinstance(word, str) for word in words) and all(map(is_lineage, node.get("inputs", {}).values()))
 
 
 def check_name(name: str) -> None:

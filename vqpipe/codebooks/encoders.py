@@ -110,11 +110,14 @@ class PatchPca(PatchEncoder):
     def __init__(self, image_size: int = 256, patch_size: int = 8, components: int = 64) -> None:
         super().__init__()
         if image_size % patch_size:
-            raise ConfigError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
+            raise ConfigError(
+                f"patches of {patch_size} pixels do not tile an image of {image_size}",
+                f"Set features.image_size to a multiple of {patch_size}, or features.patch_size",
+            )
         if not 1 <= components <= 3 * patch_size**2:
             raise ConfigError(
                 f"{components} components of patches with {3 * patch_size**2} values",
-                "Use fewer components, or larger patches",
+                f"Set features.components to 1 to {3 * patch_size**2}",
             )
         self.image_size, self.dim = image_size, components
         self.grid_size = self.default_pool = image_size // patch_size

@@ -383,8 +383,14 @@ def open_features(sources: Sequence[Path | str]) -> FeatureSet:
     paths = [Path(source) for source in sources]
     if not paths:
         raise DataError("no features were named", "Give --features a features artifact or .npy files")
-    if len(paths) == 1 and paths[0].suffix != ".npy":
+    if len(paths) == 1 and paths[0].suffix != ".npy" and not paths[0].is_file():
         return open_features_artifact(paths[0])
+    for path in paths:
+        if path.is_dir() and len(paths) > 1:
+            raise DataError(
+                f"{path} is a folder: features are one artifact, or .npy files",
+                "Pass its .npy files, each by --features",
+            )
     shards = [open_matrix(path) for path in paths]
     digest = hashlib.sha256("".join(hash_file(path) for path in paths).encode()).hexdigest()
     return checked(FeatureSet(shards, [path.name for path in paths], digest=digest))

@@ -166,6 +166,7 @@ def kmeans_per_class(
         codebook[here], counts[here], summary[index] = (result[name] for name in ("codebook", "counts", "summary"))
         progress.note(f"class {index + 1} of {len(classes)}")
         progress.advance(int(sizes[index : index + distributed.world_size()].sum()))
+    codebook += 0.0  # -0 becomes 0, as in a sum over several ranks
     for tensor in (codebook, counts, summary):
         tensor.copy_(distributed.all_reduce_sum(tensor.to(device)))
     inertia, iterations, converged, reseeded = summary.T

@@ -184,7 +184,13 @@ def timm_encoder(name: str, weights: Path | None, image_size: int | None) -> Tim
     if not hasattr(backbone, "forward_intermediates"):
         raise ConfigError(f"timm:{name} has no feature maps", "Choose another backbone")
     if image_size is not None and hasattr(backbone, "set_input_size"):
-        backbone.set_input_size(img_size=image_size)
+        try:
+            backbone.set_input_size(img_size=image_size)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"timm:{name} does not take images of {image_size} pixels ({error})",
+                f"Set features.image_size = {preprocessing['input_size'][-1]}, the size of its training",
+            ) from None
     return TimmPatches(backbone, image_size or preprocessing["input_size"][-1], preprocessing)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,7 @@ from vqpipe.data.made_images import Form, shard_file, write_labels, write_shard
 from vqpipe.data.sizes import batch_size_of, group_by_size
 from vqpipe.data.tars import tar_keys
 from vqpipe.data.transforms import Framing, crop_to_multiples, ten_crops
+from vqpipe.device import check_precision
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 from vqpipe.image_size import fixed_size, normal_size, parse_size
 from vqpipe.progress import SILENT, Progress
@@ -102,7 +103,7 @@ class TokensConfig:
 
     Raises:
         ConfigError: `flip` with ten crops, which include flips; ten crops of a rectangle; a size that is none;
-            `max_pixels` with a fixed size.
+            `max_pixels` with a fixed size; a value that is no choice, or out of range.
     """
 
     image_size: int | str | None
@@ -123,6 +124,14 @@ class TokensConfig:
     def __post_init__(self) -> None:
         if self.image_size is not None:
             object.__setattr__(self, "image_size", normal_size(self.image_size))
+        object.__setattr__(self, "flip", bool(self.flip))
+        check_precision(self.precision)
+        if self.crops not in get_args(Crops):
+            raise ConfigError(f"crops = {self.crops!r} is not a choice", f"Use {' or '.join(get_args(Crops))}")
+        if not 0 <= self.max_skipped <= 1:
+            raise ConfigError(f"max_skipped = {self.max_skipped} is not a share of the images", "Use 0 to 1")
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise ConfigError(f"max_pixels = {self.max_pixels}", "It is at least 1")
         if self.crops == "ten" and self.flip:
             raise ConfigError("--crops ten includes the flip of each image", "Omit --flip")
         if self.crops == "ten" and isinstance(self.image_size, str):
@@ -176,8 +185,10 @@ def write_tokens(
     Raises:
         DataError: more images than `config.max_skipped` are unreadable, or all are; an id outside the codebook; the
             tokenizer cannot encode a native size.
-        ConfigError: the codebook has more than 2^32 codes.
+        ConfigError: the codebook has more than 2^32 codes, or `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size = {batch_size}", "It is at least 1")
     dtype = id_dtype(tokenizer.codebook_size)
     num_views = views_per_image(config.request())
     views = partial(with_flip, flip=config.flip)
@@ -190,7 +201,7 @@ def write_tokens(
             draft,
             images,
             factor,
-            max_pixels=config.max_pixels or MAX_PIXELS,
+            max_pixels=MAX_PIXELS if config.max_pixels is None else config.max_pixels,
             num_workers=num_workers,
             progress=progress,
         )
@@ -231,7 +242,8 @@ def write_tokens(
     facts = {"num_images": sum(record["images"] for record in records)}
     shared = {"codebook_size": tokenizer.codebook_size, "image_size": config.image_size}
     if size is None:
-        facts |= {"num_sizes": len(layouts), **shared, "sizes": size_facts(layouts, shards, records)}
+        sizes = size_facts(layouts, shards, records)
+        facts |= {"num_sizes": len(sizes), **shared, "sizes": sizes}
     else:
         facts |= {"num_tokens": layout.num_tokens, **shared, "layout": layout.to_table()}
     return {**facts, "class_names": list(images.class_names), "skipped": skipped, **images.facts}
@@ -240,7 +252,8 @@ def write_tokens(
 def size_facts(
     layouts: Mapping[tuple[int, int], Any], shards: Sequence[Shard], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """WIDTHxHEIGHT -> the number of images of this size, of their ids, and their layout."""
+    """WIDTHxHEIGHT -> the number of images of this size, of their ids, and their layout; sizes of unreadable images are
+    left out."""
     counts = Counter[str]()
     for shard, record in zip(shards, records, strict=True):
         counts[shard.name.split("-")[1]] += record["images"]
@@ -248,6 +261,7 @@ def size_facts(
         name: {"num_images": counts[name], "num_tokens": layout.num_tokens, "layout": layout.to_table()}
         for (height, width), layout in layouts.items()
         for name in [f"{width}x{height}"]
+        if counts[name]
     }
 
 

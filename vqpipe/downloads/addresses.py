@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from vqpipe.errors import ConfigError
+from vqpipe.provenance import without_secrets
 
 HUB = "hf:"
 FILE_PAGE = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/?#]+)/([^?#]+)")
@@ -62,17 +63,27 @@ def parse(text: str) -> Address | None:
         ConfigError: it begins like one, but has no repository or no file.
     """
     if found := FILE_PAGE.fullmatch(text.partition("?")[0]):
-        revision = urllib.parse.unquote(found[2])
-        return HubFile(found[1], urllib.parse.unquote(found[3]), None if revision == "main" else revision)
-    if text.startswith(("http://", "https://")):
-        if not urllib.parse.urlsplit(text).hostname:
-            raise ConfigError(f"{text} has no host", "Write https://HOST/PATH")
-        if "@" in urllib.parse.urlsplit(text).netloc:
+        repository, revision, path = found[1], *map(urllib.parse.unquote, found.groups()[1:])
+        return hub_file(text, f"{repository}/{path}", "" if revision == "main" else revision)
+    if text.lower().startswith(("http://", "https://")):
+        try:
+            parts = urllib.parse.urlsplit(text)
+            usable = parts.hostname and parts.port != 0 and not re.search(r"\s", parts.netloc)
+        except ValueError:  # no such port, or brackets that hold no address
+            usable = False
+        if not usable:
+            raise ConfigError(f"{without_secrets(text)} is not a URL", "Write https://HOST/PATH")
+        if "@" in parts.netloc:
             raise ConfigError(f"{Url(text)} was given with a password", "Download the file, and pass its path")
         return Url(text)
     if not text.startswith(HUB):
         return None
     path, _, revision = text.removeprefix(HUB).partition("@")
+    return hub_file(text, path, revision)
+
+
+def hub_file(text: str, path: str, revision: str) -> HubFile:
+    """The file OWNER/NAME/FILE of the hub, which `text` names; of the default revision if that is empty."""
     parts = path.split("/")
     if len(parts) < 3 or not all(parts) or ".." in parts:
         raise ConfigError(f"{text} does not name a file of a repository", "Write hf:OWNER/NAME/FILE, or ...@REVISION")

@@ -314,7 +314,9 @@ def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
     """The rows that `train` logged, if the tokenizer's artifact has them."""
     if artifact is None or not artifact.names("metrics.jsonl"):
         return []
-    return [json.loads(line) for line in artifact.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in artifact.verified_file("metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:

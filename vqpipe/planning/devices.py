@@ -1,9 +1,11 @@
 """The GPUs that a plan may be made for: memory, peak arithmetic and bandwidth, from their makers' data sheets."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,6 +77,8 @@ the number that a data sheet gives with it. Memory is the total that nvidia-smi 
 nor TF32. NVIDIA publishes no tensor peaks of the RTX 3060: they are two and one times its float32 peak, as for the
 other GPUs of its architecture in "NVIDIA Ampere GA102 GPU Architecture". Links are NVLink's, or 16 lanes of PCIe 4."""
 NAMES = (*GPUS, "cpu")
+OTHER_CHIPS = {"laptop", "ti", "super"}
+"""Words in a GPU's name with which it is another chip than that of the name without them."""
 
 
 def device_named(name: str) -> Device:
@@ -95,7 +99,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return measured_cpu()
     name, memory = torch.cuda.get_device_name(device), float(torch.cuda.get_device_properties(device).total_memory)
-    known = name.lower().replace(" ", "")
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    known = set() if OTHER_CHIPS & set(words) else {*words, *map("".join, pairwise(words))}
     found = [each for key, each in GPUS.items() if key.partition("-")[0] in known]
     like = min(found or GPUS.values(), key=lambda each: abs(each.memory - memory))
     return Device(**{**vars(like), "name": like.name if found else f"{name} as {like.name}", "memory": memory})

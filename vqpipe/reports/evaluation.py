@@ -118,12 +118,12 @@ def open_evaluation(report: Artifact) -> EvaluationResult:
     Raises:
         ArtifactError: it is not a report of `eval`.
     """
-    metrics = json.loads(report.file("metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(report.verified_file("metrics.json").read_text(encoding="utf-8"))
     if "protocol" not in metrics or "counts.npy" not in report.manifest.files:
         raise ArtifactError(
             f"{report.path} is a report, but not one of vqpipe eval", "Name reports that vqpipe eval made"
         )
-    log = report.file("training.jsonl").read_text(encoding="utf-8") if report.names("training.jsonl") else ""
+    log = report.verified_file("training.jsonl").read_text(encoding="utf-8") if report.names("training.jsonl") else ""
     notes = metrics.get("pictures", [])
     shown = [
         ImagePair(
@@ -140,7 +140,7 @@ def open_evaluation(report: Artifact) -> EvaluationResult:
     return EvaluationResult(
         name=report.lineage["inputs"].get("tokenizer", {}).get("name") or report.name,
         metrics=metrics,
-        counts=counts_from_array(np.load(report.file("counts.npy"), allow_pickle=False), metrics["tokenizer"]),
+        counts=counts_from_array(np.load(report.verified_file("counts.npy"), allow_pickle=False), metrics["tokenizer"]),
         shown=shown,
         history=[json.loads(line) for line in log.splitlines()],
         lineage=report.lineage,

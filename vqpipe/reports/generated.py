@@ -88,8 +88,8 @@ def open_generated(report: Artifact) -> Generated:
     if not is_generated(report):
         what = f"{report.path} is not a report of vqpipe eval-generation, and another one is"
         raise ArtifactError(what, "Compare reports of one kind at a time")
-    metrics = json.loads(report.file("metrics.json").read_text(encoding="utf-8"))
-    sheet = report.file("contact-sheet.png").read_bytes()
+    metrics = json.loads(report.verified_file("metrics.json").read_text(encoding="utf-8"))
+    sheet = report.verified_file("contact-sheet.png").read_bytes()
     name = report.lineage["inputs"].get("images", {}).get("name") or report.name
     return Generated(name, metrics, sheet, report.lineage, metrics.pop("commands", ()))
 

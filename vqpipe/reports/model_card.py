@@ -18,7 +18,7 @@ def metrics_section(report: Artifact, tokenizer: Input | str) -> str:
     Raises:
         ArtifactError: the report is not of `eval`, or of another tokenizer.
     """
-    metrics = json.loads(report.file("metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(report.verified_file("metrics.json").read_text(encoding="utf-8"))
     if "protocol" not in metrics or "rfid" not in metrics:
         raise ArtifactError(f"{report.path} is not a report of vqpipe eval", "Pass a report that vqpipe eval made")
     own = tokenizer if isinstance(tokenizer, str) else tokenizer.digest

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqpipe import presets
+from vqpipe.provenance import stage_command
 
 LABELS = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips", "usage": "utilization"}
 LABELS["utilization"] = "utilization"
@@ -51,9 +52,9 @@ class PaperRow:
 def paper_row(commands: Sequence[str]) -> PaperRow | None:
     """The row that the first training command reproduces; None without a preset of a paper or without a number."""
     for command in commands:
-        words = shlex.split(command)
-        if len(words) > 1 and words[1] == "train":
-            return row_of(words[2:])
+        words = stage_command(shlex.split(command))
+        if words[:1] == ["train"]:
+            return row_of(words[1:])
     return None
 
 

@@ -477,5 +477,7 @@ def to_svg(figure: Figure, salt: str) -> str:
 
 
 def untypeset(text: str) -> str:
-    """`text` with dollar signs escaped, which matplotlib would typeset as mathematics."""
-    return text.replace("$", r"\$")
+    """`text` as matplotlib draws it unchanged: dollar signs begin mathematics there, and names that begin with an
+    underscore are left out of legends."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text  # a space without width

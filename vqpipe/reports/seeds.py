@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from vqpipe.provenance import stage_command
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, value_of, with_unit, written
 
@@ -61,12 +62,17 @@ def configurations_of(evaluations: Sequence[EvaluationResult]) -> list[Configura
     for members in found.values():
         seeds = {seed_of(training_command(each)) for each in members}
         grouped += [members] if len(seeds) == len(members) else [[each] for each in members]
-    return [Configuration(common_name([each.name for each in members]), members) for members in grouped]
+    names = [common_name([each.name for each in members]) for members in grouped]
+    return [
+        Configuration(name if names.count(name) == 1 else ", ".join(each.name for each in members), members)
+        for name, members in zip(names, grouped, strict=True)
+    ]
 
 
 def training_command(evaluated: EvaluationResult) -> list[str]:
-    """The words of the command that trained the tokenizer, if the report holds it."""
-    return next((words for words in map(shlex.split, evaluated.commands) if words[1:2] == ["train"]), [])
+    """The words of the command that trained the tokenizer, from `train` on, if the report holds it."""
+    commands = map(stage_command, map(shlex.split, evaluated.commands))
+    return next((words for words in commands if words[:1] == ["train"]), [])
 
 
 def seed_of(train: Sequence[str]) -> str:
@@ -88,7 +94,7 @@ def configuration_key(evaluated: EvaluationResult) -> str:
 def settings_of(train: Sequence[str]) -> list[str]:
     """The words of a command of training, without OTHER_OPTIONS and their values, sorted by option."""
     groups: list[list[str]] = []
-    for word in train[2:]:
+    for word in train[1:]:
         if word.startswith("--") or not groups:
             groups.append(word.split("=", 1) if word.startswith("--") else [word])
         else:

@@ -55,7 +55,7 @@ def lowest_of_equals(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     suspects = begin_like(ids, rows) if few else np.arange(len(rows))
     some = (rows[suspects] if few else rows) + np.float32(0.0)  # -0 becomes 0
     words = some.view(np.int64 if some.shape[1] % 2 == 0 else np.int32)
-    if not _any_equal(words @ _odd(words.shape[1]).numpy()):  # as `row_hashes`
+    if not _any_equal(words @ _odd(words.shape[1]).numpy()):  # a simpler hash than `row_hashes`: equal rows agree
         return ids
     first = first_copies(torch.from_numpy(some))
     if first is None:
@@ -88,9 +88,16 @@ def _any_equal(hashes: np.ndarray) -> bool:
 
 
 def _words(rows: Tensor) -> Tensor:
-    """The bits of float32[R, D], -0 as 0, as int64[R, D / 2] where D is even, else as int64[R, D]."""
+    """The bits of float32[R, D], -0 as 0, as int64[R, D / 2] where D is even, else as int64[R, D].
+
+    The last bits of many numbers are zeros, such as those of whole numbers, and remain so in a product. So the first
+    bits of each word are added to the last ones: another word for another word.
+    """
     bits = (rows + 0.0).contiguous()
-    return bits.view(torch.int64) if rows.shape[1] % 2 == 0 else bits.view(torch.int32).long()
+    words = bits.view(torch.int64) if rows.shape[1] % 2 == 0 else bits.view(torch.int32).long()
+    for shift in (32, 16):
+        words = words ^ (words >> shift & (1 << 64 - shift) - 1)  # without copies of the sign bit
+    return words
 
 
 def _hash(rows: Tensor, odd: Tensor) -> Tensor:

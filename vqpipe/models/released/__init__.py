@@ -40,13 +40,19 @@ from vqpipe.models.released.unitok import UniTok
 from vqpipe.models.released.var import Var
 from vqpipe.models.released.vqgan_lc import VqganLc
 
-__all__ = ["FAMILIES", "Released", "read_released"]
+__all__ = ["FAMILIES", "Released", "check_family", "read_released"]
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
     for family in (VqganLc, Mgvq, LlamaGen, Var, Taming, Ibq, OpenMagvit2, Wetok, Bitdance, SimVq, Fvq, Gsq, UniTok)
 }
 """The families by name."""
+
+
+def check_family(family: str | None) -> None:
+    """Raise a ConfigError unless this is a key of `FAMILIES`, or None."""
+    if family is not None and family not in FAMILIES:
+        raise ConfigError(f"family {family!r} is unknown", nearest_name(family, FAMILIES))
 
 
 def read_released(path: Path, family: str | None = None, codebook: Tensor | None = None) -> Released:
@@ -62,8 +68,7 @@ def read_released(path: Path, family: str | None = None, codebook: Tensor | None
         NumericError: a weight contains NaN or infinity.
         ConfigError: an unknown family, or a codebook for a file that contains one.
     """
-    if family is not None and family not in FAMILIES:
-        raise ConfigError(f"family {family!r} is unknown", nearest_name(family, FAMILIES))
+    check_family(family)
     checkpoint = Checkpoint(path)
     _, weights = checkpoint.weights(())
     cls = FAMILIES[family] if family else detect_family(path, weights.tensors)
