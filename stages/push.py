@@ -46,6 +46,7 @@ def push(
         from vqpipe.reports.model_card import metrics_section
         from vqpipe.tokenizer import Tokenizer
 
+        repository = repository.removeprefix("hf:")
         opened = Tokenizer.from_pretrained(tokenizer)
         facts = {} if opened.artifact is None else opened.artifact.facts
         if licence is None:

@@ -28,7 +28,7 @@ def test_pushed_tokenizer_opens_by_its_name_and_gives_the_same_ids(
     hub_in_process: Any, tiny_tokenizer: Callable[..., Path], tmp_path: Path, vqpipe: Callable[..., Any]
 ) -> None:
     path = tiny_tokenizer("mine")
-    done = vqpipe(tmp_path, "push", "mine", "owner/mine", "--licence", "Apache-2.0", "--dataset", "owner/photos")
+    done = vqpipe(tmp_path, "push", "mine", "hf:owner/mine", "--license", "Apache-2.0", "--dataset", "owner/photos")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{hub_in_process.address}/owner/mine")
     assert "next: vqpipe eval --tokenizer hf:owner/mine --images builtin:photos --out report\n" in done.stderr
