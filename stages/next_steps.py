@@ -6,14 +6,13 @@ Paths that the artifact itself does not name are read from the commands in the p
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pyarrow import ArrowException, parquet
 
-from stages.cli import COMMANDS
+from stages.cli import COMMANDS, load
 from vqpipe.artifacts import Artifact, open_artifact
 from vqpipe.device import bf16_is_faster
 from vqpipe.errors import VqpipeError
@@ -132,7 +131,9 @@ def folders(artifact: Artifact) -> list[str]:
 def arguments(artifact: Artifact) -> list[str]:
     """The words of the command that made the artifact that are neither options nor their values."""
     words = command_of(artifact)
-    return [word for before, word in pairwise(words) if not before.startswith("-") and not word.startswith("-")]
+    flags = {name for option in load(words[0]).params if getattr(option, "is_flag", False) for name in option.opts}
+    takes_no_value = [not word.startswith("-") or "=" in word or word in flags for word in words]
+    return [word for word, free in zip(words[1:], takes_no_value, strict=False) if free and not word.startswith("-")]
 
 
 def command_of(artifact: Artifact) -> list[str]:

@@ -143,7 +143,7 @@ ENDINGS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
     ),
     "reconstruct": (
         "images",
-        ["a b/a.jpg", "a b", "--tokenizer", "tokens", "--limit", "2"],
+        ["--shared-norms", "a b/a.jpg", "a b", "--tokenizer", "tokens", "--limit", "2"],
         {"a.png": "", "b.png": ""},
         ["open: made/a.png", "next: vqpipe eval --images 'a b' --tokenizer tokens --out report"],
     ),
