@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from vqpipe.distributed import rank, sharing_errors
-from vqpipe.errors import DataError, VqpipeError
+import pytest
+import torch
+
+from vqpipe.distributed import process_group, rank, sharing_errors
+from vqpipe.errors import ConfigError, DataError, VqpipeError
 
 FAILING: list[list[int]] = [[], [0], [1], [0, 1]]
 """The ranks that fail, in each of four rounds."""
@@ -25,6 +28,14 @@ def raised(failing: list[int]) -> list[object] | None:
 
 def all_raised() -> list[list[object] | None]:
     return [raised(failing) for failing in FAILING]
+
+
+def test_number_of_processes_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is set .*unset WORLD_SIZE"), process_group(torch.device("cpu")):
+        pass
 
 
 def test_error_of_the_lowest_failing_rank_is_raised_on_every_rank(on_two_ranks: Callable[..., list[Any]]) -> None:

@@ -189,13 +189,22 @@ def present_devices() -> list[str]:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Make `device` the current GPU, and join the process group that torchrun describes in the environment, if any."""
+    """Make `device` the current GPU, and join the process group that torchrun describes in the environment, if any.
+
+    Raises:
+        ConfigError: the environment has a number of processes, and not what else torchrun sets.
+    """
     global _work
     if device.type == "cuda" and (device.index or "WORLD_SIZE" in os.environ):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE is set in the environment, but not {' and '.join(missing)}",
+            "Start with torchrun, or unset WORLD_SIZE",
+        )
     store, number, ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     store.set_timeout(COLLECTIVE_TIMEOUT)
     # torchrun keeps its store when it restarts ranks: without a prefix they would read the addresses of dead ones.

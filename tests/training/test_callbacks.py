@@ -2,18 +2,22 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError
+from vqpipe.progress import Silent
 from vqpipe.training.callbacks import (
     Callback,
     CallbackList,
     MetricsLog,
     ProgressCallback,
+    SkippedImages,
     details,
     read_metrics,
     summary,
@@ -38,6 +42,17 @@ def started(path: Path, step: int = 0) -> MetricsLog:
 
 def steps(path: Path) -> list[int]:
     return [row["step"] for row in read_metrics(path)]
+
+
+def test_no_callback_takes_back_the_stop_of_another(tmp_path: Path, draw_folder: Callable[..., Path]) -> None:
+    state = state_at(3)
+    state.newly_skipped, state.skipped, state.stop = {}, {}, False
+    images = open_images(draw_folder(tmp_path / "images", 2, side=16))
+    skipped = SkippedImages(SimpleNamespace(path=tmp_path), images, 0.5, Silent())  # type: ignore[arg-type]
+    skipped.state = state
+    state.stop = True
+    skipped.on_log({})
+    assert state.stop
 
 
 def test_logged_rows_are_read_back(tmp_path: Path) -> None:

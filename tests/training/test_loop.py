@@ -299,6 +299,21 @@ def test_compiled_networks_are_one_graph_each_and_train_the_same(tmp_path: Path)
     assert compiled[-1]["loss/l1"] == pytest.approx(plain[-1]["loss/l1"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: -1.0} for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_norm", "eps")),
+        *({"quantizer_rate": rate} for rate in (-1.0, math.nan, math.inf)),
+        *({"betas": betas} for betas in ((1.0, 0.9), (0.5, -0.1))),
+        *({"weight_ema": decay} for decay in (1.0, -0.5)),
+        {"whiten_images": 0},
+    ],
+)
+def test_numbers_that_no_training_can_use_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.{next(iter(wrong))} = .*must be"):
+        TokenizerTrainConfig(**wrong)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_seed_outside_32_bits_is_refused(tmp_path: Path, seed: int) -> None:
     with pytest.raises(ConfigError, match=rf"the seed {seed} is not in \[0, 2\*\*32\)"):

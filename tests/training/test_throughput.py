@@ -54,6 +54,11 @@ def test_flops_equal_a_count_by_hand(networks: Networks) -> None:
     assert flops.discriminator == 8 * sum(parts) - 2 * parts[0]
 
 
+def test_images_that_are_one_patch_of_the_discriminator_are_counted(networks: Networks) -> None:
+    model, discriminator, objective = networks
+    assert count_flops(TokenizerTrainConfig(), model, discriminator, objective, 16).discriminator > 0
+
+
 def test_counting_does_not_change_the_networks(networks: Networks) -> None:
     model, discriminator, objective = networks
     before = torch.get_rng_state()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.distributed import rank
-from vqpipe.errors import DataError
+from vqpipe.errors import ArtifactError, DataError
 from vqpipe.models import Autoencoder, DcaeConfig, VqganConfig, build_autoencoder
 from vqpipe.quantizers import LcConfig
 from vqpipe.training.networks import batch_norms
@@ -133,6 +133,11 @@ def test_best_weights_are_kept_through_a_resume(tmp_path: Path, higher: bool, ex
     taken += kept_steps(resumed, second)
     assert taken == expected
     assert kept_step(path) == resumed.step == expected[-1]
+    renamed = BestWeights(path, "valid/perceptual_mine", higher_is_better=higher)
+    assert (renamed.step, renamed.value) == (resumed.step, resumed.value)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ArtifactError, match=r"best\.safetensors is damaged .*Delete it"):
+        BestWeights(path, "valid/psnr", higher_is_better=higher)
 
 
 def test_nan_is_never_the_best_and_infinite_psnr_is(tmp_path: Path) -> None:

@@ -171,8 +171,7 @@ class TokenSet:
     @staticmethod
     def map_file(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
         """Map the file if it exists; otherwise a new writable one on rank 0, and a read-only placeholder on others."""
-        distributed.barrier()
-        if file.is_file():
+        if distributed.on_main(file.is_file):  # at one moment: another job may publish it
             return np.load(file, mmap_mode="r")
         rows = np.broadcast_to(np.zeros((), dtype), shape)
         with distributed.sharing_errors():

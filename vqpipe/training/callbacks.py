@@ -306,7 +306,8 @@ class SkippedImages(Callback):
 
     def on_log(self, row: Row) -> None:
         self.state.share_skipped()
-        self.state.stop = self.found().exceeds(self.max_skipped)
+        if self.found().exceeds(self.max_skipped):
+            self.state.stop = True
 
     def found(self) -> Skipped:
         """The images that all ranks have found."""

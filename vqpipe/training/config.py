@@ -1,5 +1,6 @@
 """Section [train] of a preset: `TrainConfig`, and `TokenizerTrainConfig` with what only tokenizers have."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,14 @@ class TrainConfig:
         for name in ("keep_every", "validate_every", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} = {getattr(self, name)} is negative", "It must be at least 0")
+        for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_norm", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"train.{name} = {getattr(self, name)}", "It must be 0 or a positive number")
+        if not all(0 <= decay < 1 for decay in (*self.betas, self.weight_ema)):
+            raise ConfigError(
+                f"train.betas = {list(self.betas)}, train.weight_ema = {self.weight_ema}",
+                "They must be at least 0 and below 1",
+            )
         if self.sample_every < 1 or self.validation_images < 1:
             raise ConfigError("train.sample_every and train.validation_images should be at least 1")
         if self.warmup_steps > self.steps:
@@ -119,6 +128,10 @@ class TokenizerTrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.quantizer_rate < math.inf:
+            raise ConfigError(f"train.quantizer_rate = {self.quantizer_rate}", "It must be 0 or a positive number")
+        if self.whiten_images < 1:
+            raise ConfigError(f"train.whiten_images = {self.whiten_images}", "It must be at least 1")
         if self.parallel != "ddp":
             raise ConfigError(
                 f"train.parallel = {self.parallel!r} is for generators: a tokenizer's step uses parts of the network",

@@ -59,7 +59,10 @@ def count_flops(
     """Count FLOPs on square images of `image_size` pixels, in about a second. The networks do not change."""
     device = model.last_layer.device
     with FakeTensorMode(allow_non_fake_inputs=True), device:
-        network, critic = build_autoencoder(model.config), PatchDiscriminator(discriminator.config)
+        network = build_autoencoder(model.config)
+        critic = PatchDiscriminator(
+            discriminator.config
+        ).eval()  # batch norms refuse one value of one image in training
         for part in frozen_parts(config, network):
             part.requires_grad_(False)
         images = torch.zeros(1, 3, image_size, image_size)

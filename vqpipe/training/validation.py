@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vqpipe import distributed
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_float, to_uint8
-from vqpipe.errors import DataError
+from vqpipe.errors import ArtifactError, DataError
 from vqpipe.files import atomic_write, disk_errors
 from vqpipe.metrics.distortion import Distortion
 from vqpipe.metrics.usage import CodeUsage, usage_of
@@ -26,6 +26,9 @@ from vqpipe.training.running_metrics import Row
 from vqpipe.weights import save_weights
 from vqpipe.words import counted
 
+VALUE = "value"
+"""The key of the value in the header of the best weights. (Earlier versions had the name of the measure, which follows
+the file name of the weights of the perceptual loss.)"""
 PSNR_DROP = 3.0
 """A run may have collapsed if its PSNR is this many dB below the best (3 dB: twice the squared error)."""
 LPIPS_RISE = 1.5
@@ -47,9 +50,15 @@ class BestWeights:
         self.step: int | None = None
         self.value = math.nan
         if path.is_file():
-            with safe_open(path, "pt") as file:
-                notes = file.metadata()
-            self.step, self.value = int(notes["step"]), float(notes[measure])
+            try:
+                with safe_open(path, "pt") as file:
+                    notes = file.metadata()
+                self.step, self.value = int(notes["step"]), float(notes[VALUE] if VALUE in notes else notes[measure])
+            except (SafetensorError, KeyError, ValueError, TypeError) as error:
+                raise ArtifactError(
+                    f"{path} is damaged ({type(error).__name__})",
+                    "Delete it: the best is then that of later validations",
+                ) from None
 
     def collapsed(self, row: Row) -> bool:
         """Whether `row` is so much worse than the best that the run may have collapsed."""
@@ -74,7 +83,7 @@ class BestWeights:
     def save(self, network: nn.Module) -> None:
         """Write the weights with their step and value."""
         with disk_errors(self.path), atomic_write(self.path) as temporary:
-            save_weights(network, temporary, {"step": str(self.step), self.measure: repr(self.value)})
+            save_weights(network, temporary, {"step": str(self.step), VALUE: repr(self.value)})
 
 
 class Validation(Callback):

@@ -23,6 +23,10 @@ variations() { # variations NAME [option of train ...]: runs that differ from NA
 variations lc-4096 --codebook "$OUT/codebook-4096"
 variations lc-16384 --codebook "$OUT/codebook-16384" --set $Q.codebook_size=16384
 variations lc-1000000 --codebook "$OUT/codebook-1000000.npy" --set $Q.codebook_size=1000000
-variations lc-4 --codebook "$OUT/codebook-1024" --set $Q.kind=multi_group --set $Q.num_groups=4 --set $Q.masking=off \
-    --set $Q.group.kind=lc --set $Q.group.codebook_size=1024 --set $Q.group.code_dim=8 --set $Q.group.feature_dim=64
+groups=(--set $Q.kind=multi_group --set $Q.num_groups=4 --set $Q.masking=off --set $Q.group.codebook_size=1024
+    --set $Q.group.code_dim=8)
+variations lc-4 "${groups[@]}" --codebook "$OUT/codebook-1024" --set $Q.group.kind=lc --set $Q.group.feature_dim=64
+# The strongest rival in groups (c-groups.sh), with the change that raises the PSNR of LC most.
+try ema-4-rate "${groups[@]}" --set $Q.group.kind=ema --set $Q.group.decay=0.9 --set train.quantizer_rate=1.0 \
+    --set train.learning_rate=1e-3
 table f-quality
