@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Part F: what raises the PSNR or the use of frozen codes: a higher learning rate, a deeper or a wider network, an objective of
-# squared errors alone, a stronger or a weaker commitment, a still faster projector, an MLP as projector. One id of 4,096, of
-# 16,384 and of 1,000,000 codes, and four groups of 1,024.
+# squared errors alone, a stronger or a weaker commitment, a still faster projector. One id of 4,096, of 16,384 and of
+# 1,000,000 codes, and four groups of 1,024.
 . "$(dirname "$0")/study.sh"
 features pca
 codebook 4096 pca 4096
@@ -14,7 +14,7 @@ variations() { # variations NAME [option of train ...]: runs that differ from NA
     for row in "rate --set train.learning_rate=1e-3" "blocks --set model.num_res_blocks=2" \
         "width --set model.base_channels=96" "squared --set objective.l1=0.0 --set objective.l2=4.0" \
         "commitment --set objective.commitment=0.1" "weaker --set objective.commitment=0.005" \
-        "faster --set train.quantizer_rate=60.0" "mlp --set $Q.projector=mlp"; do
+        "faster --set train.quantizer_rate=60.0"; do
         read -r name options <<< "$row"
         # shellcheck disable=SC2086
         try "$1-$name" "${@:2}" $options
