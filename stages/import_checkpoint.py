@@ -276,15 +276,14 @@ def import_continuous(checkpoint: Checkpoint, out: Path) -> None:
 def describe(wanted: Path | Address | Entry, own_files: Sequence[Path], family: str | None) -> str:
     """What an import would read, from where, how large it is, and its licence."""
     if isinstance(wanted, Path):
-        return f"{wanted}: {wanted.stat().st_size:,} bytes, on this machine; nothing is downloaded"
+        return describe_own(wanted)
     if not isinstance(wanted, Entry):
         lines = [f"{wanted}: {place(wanted)}", "size: not known before the download", f"licence: see {wanted.page}"]
         return "\n".join([*lines, f"family: {family or 'found out from the file'}"])
     entry = wanted
     lines = [f"{entry.name}: {entry.title}. {entry.paper}", f"licence: {licence(entry)}"]
     if own_files and not entry.refused:
-        paths = fetch.check_own_files(entry, own_files)
-        lines += [f"{path}: {path.stat().st_size:,} bytes, on this machine; nothing is downloaded" for path in paths]
+        lines += map(describe_own, fetch.check_own_files(entry, own_files))
         return "\n".join([*lines, f"family: {family or entry.family}"])
     for file in entry.files:
         about = "size unknown" if file.size is None else f"{'about ' * file.size_is_rounded}{file.size:,} bytes"
@@ -302,6 +301,11 @@ def describe(wanted: Path | Address | Entry, own_files: Sequence[Path], family: 
     else:
         lines.append(f"family: {family or entry.family}")
     return "\n".join(lines)
+
+
+def describe_own(path: Path) -> str:
+    """The size of a file that the user has."""
+    return f"{path}: {path.stat().st_size:,} bytes, on this machine; nothing is downloaded"
 
 
 def place(address: Address) -> str:
