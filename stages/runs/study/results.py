@@ -2,12 +2,14 @@
 
     python results.py collect OUT results.csv      add the reports in OUT; a row of an equal run is replaced
     python results.py draw results.csv FOLDER      write the plots as SVG, and print the tables as Markdown
+    python results.py curve RUN FOLDER             write the PSNR over the steps of a training as SVG
 
 A run is named METHOD-K of part A, or METHOD-G of G groups (part C), with "-fast" or "-tuned" after it for the other two
 forms of a learned codebook (study.sh). Those of other parts have longer names, and a table of their own.
 """
 
 import csv
+import json
 import re
 import statistics
 import sys
@@ -16,11 +18,13 @@ from collections.abc import Iterable, Sequence
 from math import log2
 from pathlib import Path
 
+import numpy as np
+
 from vqpipe.artifacts import open_artifact
 from vqpipe.files import atomic_write
 from vqpipe.reports.evaluation import open_evaluation
 from vqpipe.reports.page import Plot
-from vqpipe.reports.plots import points_with_spread
+from vqpipe.reports.plots import line_plot, points_with_spread
 
 COLUMNS = (
     *("run", "seed", "steps", "images", "codes", "groups", "bits_per_pixel"),
@@ -33,6 +37,7 @@ Row = dict[str, str]
 COMPARED = re.compile(r"[a-z]+-\d+(-fast|-tuned)?")
 """The names of runs that compare methods, after STEPS steps."""
 STEPS = "1000"
+AVERAGED = 10
 GRAY = "#808080"
 """Of text and axes: legible on a light and on a dark page."""
 
@@ -215,16 +220,30 @@ def tries(rows: Sequence[Row]) -> Iterable[str]:
         yield f"| {row['run']} | {int(row['steps']):,} | {quality} | {use} |"
 
 
+def write_plot(plot: Plot | None, path: Path) -> None:
+    """Write a plot as a file of its own, if there is one."""
+    if plot is not None:
+        drawing = plot.svg.replace("currentColor", GRAY)
+        drawing = drawing.replace("<svg", '<svg width="480" font-family="sans-serif"', 1)
+        path.write_text(drawing, encoding="utf-8")
+
+
+def curve(run: Path, folder: Path) -> None:
+    """Write the PSNR over the steps of a training: of its crops, means of AVERAGED rows of the log."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [(row["step"], row["psnr"]) for row in map(json.loads, lines)]
+    steps, psnr = np.array(rows[: len(rows) // AVERAGED * AVERAGED], dtype=float).reshape(-1, AVERAGED, 2).mean(1).T
+    plot = line_plot("PSNR over steps", {"": (steps, psnr)}, xlabel="steps; PSNR in dB")
+    write_plot(plot, folder / "psnr-over-steps.svg")
+
+
 def draw(table: Path, folder: Path) -> None:
     """Write the plots over the large set of images, and print the tables of all sets."""
     everything = read(table)
     rows = [row for row in everything if COMPARED.fullmatch(row["run"]) and row["steps"] == STEPS]
     others = [row for row in everything if row not in rows and row["images"] == "eval"]
     for name, plot in plots([row for row in rows if row["images"] == "eval"]).items():
-        if plot is not None:
-            drawing = plot.svg.replace("currentColor", GRAY)
-            drawing = drawing.replace("<svg", '<svg width="480" font-family="sans-serif"', 1)
-            (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
+        write_plot(plot, folder / f"{name}.svg")
     for images in sorted({row["images"] for row in rows}):
         print(f"\n{images}\n", *markdown([row for row in rows if row["images"] == images]), sep="\n")
     print("\nforms\n", *forms(row for row in rows if row["images"] == "eval"), sep="\n")
@@ -233,4 +252,4 @@ def draw(table: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     action, first, second = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    {"collect": collect, "draw": draw}[action](first, second)
+    {"collect": collect, "draw": draw, "curve": curve}[action](first, second)
