@@ -217,15 +217,6 @@ def test_files_of_similar_and_of_long_names_are_all_recorded(tmp_path: Path) -> 
     assert {"out/" + name for name in names} < set(tree(tmp_path))
 
 
-def test_records_of_an_earlier_version_are_read(tmp_path: Path) -> None:
-    with begin(tmp_path / "out") as draft:
-        with draft.write("sub/b.bin", rows=9) as path:
-            path.write_bytes(b"sub/b.bin")
-        draft.record_file("sub/b.bin").rename(draft.path / ".records" / "sub__b.bin.json")
-    with begin(tmp_path / "out") as draft:
-        assert draft.record("sub/b.bin") == {"rows": 9}
-
-
 def test_run_that_fails_before_its_first_file_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), begin(tmp_path / "out"):
         raise KeyboardInterrupt

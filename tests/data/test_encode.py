@@ -1,6 +1,5 @@
 """Encoding jobs: order, errors, resuming, progress."""
 
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -273,18 +272,6 @@ def test_a_share_equal_to_the_tolerance_is_allowed(tmp_path: Path, draw: Callabl
     for i in range(100):
         (tmp_path / "a" / f"{i:02d}.jpg").write_bytes(b"" if i < 29 else draw(i, (8, 8), "JPEG"))
     run(tmp_path / "out", open_images([tmp_path / "a"]), max_skipped=0.29)  # 0.29 x 100 is below 29 in binary
-
-
-def test_a_shard_of_an_earlier_version_is_encoded_again_for_the_list(images: ImageSet, tmp_path: Path) -> None:
-    with pytest.raises(DataError):
-        run(tmp_path / "out", images, max_skipped=0.1)
-    records = (tmp_path / "out.partial" / ".records").iterdir()
-    record, table = next(
-        (each, table) for each in records if (table := json.loads(each.read_text()))["name"] == "1.npy"
-    )
-    assert table["record"]["skipped"] == dict.fromkeys(("10", "11", "12", "13"), "empty")
-    record.write_text(json.dumps(table | {"record": table["record"] | {"skipped": {"empty": 4}}}))
-    assert run(tmp_path / "out", images).digest == run(tmp_path / "straight", images).digest
 
 
 def test_usable_images_leave_no_list(tmp_path: Path, draw: Callable[..., bytes]) -> None:

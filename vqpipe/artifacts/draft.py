@@ -12,7 +12,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -51,8 +50,6 @@ from vqpipe.files import (
 from vqpipe.provenance import command, environment, now, provenance
 
 LOG = logging.getLogger("vqpipe")
-HASHED = re.compile("[0-9a-f]{64}")
-"""Names of records; those of an earlier version were the names of their files."""
 STATUS = "status.json"
 TOLERANCE, TOLERANCE_SECTIONS = "max_skipped", ("data", "eval")
 """The setting that decides only whether a run stops, and the sections of a config that may hold it."""
@@ -171,11 +168,6 @@ class Draft:
         (self.path / STATUS).unlink(missing_ok=True)
         for leftover in self.path.rglob(".writing-*"):
             leftover.unlink()
-        for file in list((self.path / ".records").glob("*.json")):
-            if HASHED.fullmatch(file.stem):
-                continue
-            with suppress(ValueError, KeyError, TypeError):
-                os.replace(file, self.record_file(json.loads(file.read_text(encoding="utf-8"))["name"]))
         try:
             found = open_artifact(self.path).manifest  # killed between the manifest and the rename that publishes
         except ArtifactError:

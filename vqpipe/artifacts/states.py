@@ -149,13 +149,7 @@ class States:
         for path in reversed(self.paths()):
             problem = damage(path)
             if problem is None:
-                request = read_table(path).get("request")
-                if request is None:
-                    raise ArtifactError(
-                        f"{path} was saved by an older vqpipe, without the digest of its request",
-                        f"Delete {self.folder} to start again at step 0, or finish with the vqpipe that saved it",
-                    )
-                if request != self.request:
+                if read_table(path).get("request") != self.request:
                     raise ArtifactError(
                         f"{path} was saved by a run with other inputs or settings", "Name another folder, or delete it"
                     )

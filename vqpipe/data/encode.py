@@ -215,7 +215,7 @@ class EncodingJob:
         self.skipped, self.max_skipped = dict(skipped or {}), max_skipped
         self.num_images = sum(len(shard.positions) for shard in shards) + len(self.skipped)
         self.mine = shards[distributed.rank() :: distributed.world_size()]
-        self.missing = [shard for shard in self.mine if self.record(shard) is None]
+        self.missing = [shard for shard in self.mine if self.draft.record(shard.name) is None]
         self.stopwatch = Stopwatch()
         total, left = (sum(len(shard.positions) for shard in part) for part in (self.mine, self.missing))
         progress.start(title, total, done=total - left)
@@ -246,7 +246,7 @@ class EncodingJob:
         """
         if not self.missing:
             return
-        records = [record for shard in self.mine if (record := self.record(shard)) is not None]
+        records = [record for shard in self.mine if (record := self.draft.record(shard.name)) is not None]
         found = merged([self.skipped, *(record["skipped"] for record in records)])
         self.check_so_far(found)
         batches = OrderedBatches(
@@ -281,13 +281,6 @@ class EncodingJob:
                 if shard is not self.missing[-1]:  # else `finish` checks, over all ranks
                     self.check_so_far(found)
             self.wait(writing)
-
-    def record(self, shard: Shard) -> dict[str, Any] | None:
-        """The record of a shard, None if it is missing. Earlier versions recorded the count of each reason, without
-        the images: such a shard is encoded again."""
-        record = self.draft.record(shard.name)
-        counted = record is not None and any(isinstance(each, int) for each in record["skipped"].values())
-        return None if counted else record
 
     def check_so_far(self, found: dict[int, str]) -> None:
         """Raise a DataError if this rank alone has found too many already."""
@@ -332,7 +325,7 @@ class EncodingJob:
             DataError: more images than `max_skipped` are unreadable, or all are.
         """
         self.stopwatch.stop()
-        mine = {shard.number: self.record(shard) or {} for shard in self.mine}
+        mine = {shard.number: self.draft.record(shard.name) or {} for shard in self.mine}
         everyone = distributed.gather_objects((mine, self.stopwatch.images))
         self.stopwatch.images = sum(count for _, count in everyone)
         records = [record for _, record in sorted(pair for part, _ in everyone for pair in part.items())]
@@ -383,7 +376,7 @@ ORIGIN_FIELDS = (
     pa.field("shard", pa.dictionary(pa.int32(), pa.string()), nullable=False),
     pa.field("index", pa.int64(), nullable=False),
 )
-"""Columns that say where an image is stored, as `ImageSet.origin`. Artifacts of earlier versions do not have them."""
+"""Columns that say where an image is stored, as `ImageSet.origin`."""
 
 
 def sample_columns(

@@ -2,9 +2,8 @@
 back.
 
 Columns: key string; shard dictionary<string> and index int64, the name of the tar, archive or folder that holds the
-image, and its position there (not for generated images, nor in files of earlier versions); label int32, null where
-unknown; ids fixed_size_list<uint16 or uint32>[N]; and, only where an image has several rows, flipped bool. The rows of
-an image follow each other:
+image, and its position there (not for generated images); label int32, null where unknown; ids fixed_size_list<uint16 or
+uint32>[N]; and, only where an image has several rows, flipped bool. The rows of an image follow each other:
 
 | tokenize | rows of an image |
 |---|---|
@@ -164,8 +163,7 @@ class TokensConfig:
     def request(self, key_prefix: str | None = None) -> dict[str, Any]:
         """What the manifest of the artifact says of them, and a second call has to equal."""
         request = {name: getattr(self, name) for name in ("image_size", "flip", "precision", "max_skipped")}
-        # These are left out unless they are set, as in the requests of earlier versions.
-        request |= {} if self.crops == "center" else {"crops": self.crops}
+        request |= {} if self.crops == "center" else {"crops": self.crops}  # both are left out unless they are set
         request |= {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
         return request if key_prefix is None else {**request, "key_prefix": key_prefix}
 

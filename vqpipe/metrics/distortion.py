@@ -83,9 +83,6 @@ class Distortion(Metric):
         self.listed: list[list[str]] = []
         """[metric, key of the image, reason] of the first MAX_LISTED of these for each metric."""
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state({"too_small": {}, "listed": [], **state})  # absent in states of earlier versions
-
     def update(
         self,
         originals: Tensor,

@@ -23,8 +23,7 @@ from vqpipe.training.running_metrics import RunningMetrics
 COUNTERS = ("images_seen", "nonfinite_steps", "nonfinite_in_a_row")
 """The integers of a state, besides its step."""
 SKIPPED = "skipped"
-"""The examples found so far that cannot be used; absent from a checkpoint without any, and from those of earlier
-versions."""
+"""The examples found so far that cannot be used; absent from a checkpoint without any."""
 METRICS = "metrics"
 """The part of a checkpoint with the running metrics; absent from one that was saved right after a row of the log."""
 

@@ -27,8 +27,8 @@ from vqpipe.weights import save_weights
 from vqpipe.words import counted
 
 VALUE = "value"
-"""The key of the value in the header of the best weights. (Earlier versions had the name of the measure, which follows
-the file name of the weights of the perceptual loss.)"""
+"""The key of the value in the header of the best weights: not the name of the measure, which follows the file name of
+the weights of the perceptual loss."""
 PSNR_DROP = 3.0
 """A run may have collapsed if its PSNR is this many dB below the best (3 dB: twice the squared error)."""
 LPIPS_RISE = 1.5
@@ -53,7 +53,7 @@ class BestWeights:
             try:
                 with safe_open(path, "pt") as file:
                     notes = file.metadata()
-                self.step, self.value = int(notes["step"]), float(notes[VALUE] if VALUE in notes else notes[measure])
+                self.step, self.value = int(notes["step"]), float(notes[VALUE])
             except (SafetensorError, KeyError, ValueError, TypeError) as error:
                 raise ArtifactError(
                     f"{path} is damaged ({type(error).__name__})",
