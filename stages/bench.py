@@ -1,6 +1,5 @@
 """`vqpipe bench`: the speed of this machine, beside the other libraries installed here -> a report."""
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,7 +76,7 @@ def show_tables(artifact: "Artifact") -> None:
     """Print a table per case, and the reasons of what was not measured."""
     from vqpipe.reports.benchmark import case_table, estimate_table, machine_line
 
-    metrics = json.loads(artifact.verified_file("metrics.json").read_text(encoding="utf-8"))
+    metrics = artifact.read_json("metrics.json")
     console.say(machine_line(metrics))
     for cases in metrics["subjects"].values():
         for case in cases:

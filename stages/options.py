@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from vqpipe import presets
-from vqpipe.errors import ArtifactError, ConfigError, DataError
-from vqpipe.files import check_out, nearest_path, partial_path, with_final_name
+from vqpipe.errors import ConfigError
+from vqpipe.files import absent_artifact, absent_images, check_out, partial_path, with_final_name
 from vqpipe.image_size import normal_size
 
 
@@ -91,14 +91,13 @@ def check_images(names: Sequence[str]) -> None:
     """Raise a DataError for a path that does not exist, without opening the others."""
     for name in map(str, names):
         if not any(mark in name for mark in ":*?[{") and not is_there(Path(name)):
-            hint = "Give a folder, tars, Parquet, a zip, a list of paths, or an artifact"
-            raise DataError(f"no such images: {name}", nearest_path(Path(name), hint))
+            raise absent_images([name])
 
 
 def check_tokenizer(path: Path) -> None:
     """Raise an ArtifactError for a folder that does not exist."""
     if ":" not in str(path) and not is_there(Path(path)):
-        raise ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", nearest_path(Path(path)))
+        raise absent_artifact(Path(path))
 
 
 def is_there(path: Path) -> bool:

@@ -186,8 +186,7 @@ def write_continuous(draft: artifacts.Draft, autoencoder: ContinuousAutoencoder,
     draft.write_json(CONFIG, {"_class_name": type(network).__name__, **settings})
     with draft.write(WEIGHTS) as path:
         save_weights(network, path)
-    with draft.write("README.md") as path:
-        path.write_text(f"# Autoencoder with continuous latents\n\n{table_of(rows)}\n", encoding="utf-8")
+    draft.write_text("README.md", f"# Autoencoder with continuous latents\n\n{table_of(rows)}\n")
 
 
 def load_diffusers(folder: Path) -> Any:

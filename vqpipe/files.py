@@ -7,14 +7,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from vqpipe.errors import ArtifactError
+from vqpipe.errors import ArtifactError, DataError
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,6 +54,18 @@ def nearest_path(path: Path, hint: str = "Check the path") -> str:
     return f"Did you mean {path.with_name(close[0])}?" if close else hint
 
 
+def absent_artifact(path: Path) -> ArtifactError:
+    """The error for an artifact that does not exist."""
+    return ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", nearest_path(path))
+
+
+def absent_images(names: Sequence[str]) -> DataError:
+    """The error for images, folders, and patterns that name nothing."""
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    hint = "Give a folder, tars, Parquet, a zip, a list of paths, or an artifact"
+    return DataError(f"no such images: {listed}", nearest_path(Path(names[0]), hint))
+
+
 def with_final_name(path: Path) -> Path:
     """The path; "." and "..", which have no name to append ".partial" to, are resolved."""
     return path.resolve() if path.name in ("", "..") else path
@@ -90,11 +102,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
     flush_to_disk(path.parent)
 
 
+def json_bytes(value: Any) -> bytes:
+    """A JSON file: indented, UTF-8. NaN and infinity are a ValueError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", errors="backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    content = json_bytes(value)
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.write_bytes(content)
 
 
 def copy_read_permission(path: Path) -> None:

@@ -154,8 +154,7 @@ def write_tokenizer(
     with draft.write(WEIGHTS) as path:
         save_weights(autoencoder, path)
     draft.write_json(CONFIG, config_table(autoencoder, image_size))
-    with draft.write(CARD) as path:
-        path.write_text(local_card({**properties(autoencoder, image_size), **rows}), encoding="utf-8")
+    draft.write_text(CARD, local_card({**properties(autoencoder, image_size), **rows}))
     if discriminator is not None:
         with draft.write("discriminator.safetensors") as path:
             save_weights(discriminator, path)

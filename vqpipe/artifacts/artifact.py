@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from vqpipe import distributed
 from vqpipe.errors import ArtifactError, printable
-from vqpipe.files import digest_json, hash_file, nearest_path, partial_path, with_final_name
+from vqpipe.files import absent_artifact, digest_json, hash_file, partial_path, with_final_name
 from vqpipe.progress import SILENT, Progress
 
 SCHEMA = 1
@@ -123,6 +123,10 @@ class Artifact:
             )
         return path
 
+    def read_json(self, name: str) -> Any:
+        """The content of the JSON file `name`; errors as `verified_file`."""
+        return json.loads(self.verified_file(name).read_text(encoding="utf-8"))
+
     def verify_files(self, names: Sequence[str], progress: Progress = SILENT) -> None:
         """`verified_file` for many large files, before long work on them. Each rank hashes its share.
 
@@ -166,7 +170,7 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         again = f"Finish it with: {command}" if command else "Run its command again"
         raise ArtifactError(f"{path} is not finished", f"{again}; vqpipe inspect {partial} says how far it is")
     if not path.exists():
-        raise ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", nearest_path(path))
+        raise absent_artifact(path)
     if not (path / "manifest.json").is_file():
         raise ArtifactError(f"{path} is not a vqpipe artifact: it has no manifest.json", "Check the path")
     manifest = read_manifest(path / "manifest.json")

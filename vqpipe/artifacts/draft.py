@@ -44,6 +44,7 @@ from vqpipe.files import (
     disk_errors,
     flush_to_disk,
     hash_file,
+    json_bytes,
     partial_path,
     write_json,
 )
@@ -278,11 +279,18 @@ class Draft:
                 yield temporary
             self.write_record(name, record)
 
+    def write_bytes(self, name: str, content: bytes, **record: Any) -> None:
+        """Write `content` as a file, as `write`."""
+        with self.write(name, **record) as path:
+            path.write_bytes(content)
+
+    def write_text(self, name: str, content: str) -> None:
+        """Write `content` as a file in UTF-8, as `write`."""
+        self.write_bytes(name, content.encode("utf-8"))
+
     def write_json(self, name: str, content: Any) -> None:
         """Write `content` as a JSON file, as `write`."""
-        with self.write(name) as path:
-            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        self.write_bytes(name, json_bytes(content))
 
     def record_existing(self, name: str, **record: Any) -> None:
         """Record a file that is in the draft already (a log that grew during the run)."""

@@ -139,8 +139,7 @@ def run(
     command = ["vqpipe", "bench", "--what", ",".join(subjects), "--rounds", str(settings.rounds), *options]
     footer = f"Made by {version_of('vqpipe') or 'vqpipe'}, {time.strftime('%Y-%m-%d')}."
     report = benchmark_page(metrics, shlex.join([*command, "--out", "DIR"]), footer)
-    with draft.write("report.html") as path:
-        path.write_text(page.render(report), encoding="utf-8")
+    draft.write_text("report.html", page.render(report))
     sizes = "quick" if settings.quick else "full"
     facts = {"measured": ", ".join(subjects), "sizes": sizes, "device": settings.device.type}
     return draft.publish(facts | facts_of(metrics))

@@ -44,7 +44,7 @@ from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
-from vqpipe.files import nearest_path, partial_path
+from vqpipe.files import absent_images, partial_path
 from vqpipe.provenance import without_secrets
 from vqpipe.words import counted
 
@@ -424,11 +424,7 @@ def expand(spec: str) -> list[str]:
         found += matches
         missing += [] if matches else [pattern]
     if missing:
-        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise DataError(
-            f"no such images: {listed}",
-            nearest_path(Path(missing[0]), "Give a folder, tars, Parquet, a zip, a list of paths, or an artifact"),
-        )
+        raise absent_images(missing)
     return found
 
 

@@ -41,8 +41,7 @@ class PngWriter:
     def write(self, key: str, image: bytes, extension: str, label: int | None = None) -> None:
         plain = re.sub(r"[^\w.-]", "_", key).encode()[:NAME_BYTES].decode(errors="ignore")
         name = f"{plain}.{extension}"
-        with self.draft.write(f"{FOLDER}/{name}") as path:
-            path.write_bytes(image)
+        self.draft.write_bytes(f"{FOLDER}/{name}", image)
         self.rows.append((name, key, "" if label is None or label < 0 else str(label)))
 
 

@@ -92,8 +92,7 @@ def reconstruct_files(
     if distributed.is_main():
         footer = f"Made by vqpipe {metadata.version('vqpipe')}."
         shown = reconstructions_page(result_files(draft.path, facts, groups), autoencoder.name, footer)
-        with draft.write("report.html") as path:
-            path.write_text(page.render(shown), encoding="utf-8")
+        draft.write_text("report.html", page.render(shown))
     distributed.barrier()
     return facts
 
@@ -126,8 +125,7 @@ def separate_name(name: str, k: int | None, several: bool) -> str:
 
 def write_png(draft: Draft, name: str, image: Tensor, **record: Any) -> None:
     """Write uint8[3, H, W], with what a resumed run needs of it."""
-    with draft.write(name, **record) as path:
-        path.write_bytes(to_png(image))
+    draft.write_bytes(name, to_png(image), **record)
 
 
 def psnr_between(original: Tensor, reconstruction: Tensor) -> float | None:

@@ -163,14 +163,11 @@ def write_evaluation(draft: Draft, evaluated: EvaluationResult) -> None:
             np.save(path, dead_codes(evaluated.counts).numpy())
     for number, shown in enumerate(evaluated.shown):
         for side, png in (("original", shown.original), ("reconstruction", shown.reconstruction)):
-            with draft.write(f"pictures/{number:02d}-{side}.png") as path:
-                path.write_bytes(png)
+            draft.write_bytes(f"pictures/{number:02d}-{side}.png", png)
     if evaluated.history:
-        with draft.write("training.jsonl") as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in evaluated.history), encoding="utf-8")
+        draft.write_text("training.jsonl", "".join(json.dumps(row) + "\n" for row in evaluated.history))
     footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, protocol {', '.join(metrics['protocols'])}."
-    with draft.write("report.html") as path:
-        path.write_text(page.render(evaluation_page(evaluated, footer)), encoding="utf-8")
+    draft.write_text("report.html", page.render(evaluation_page(evaluated, footer)))
 
 
 def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -> Artifact:
@@ -179,8 +176,7 @@ def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -
     if distributed.is_main():
         command, sheet = command_again(), contact_sheet(samples, SHEET_COLUMNS)
         draft.write_json("metrics.json", {**metrics, "commands": [command]})
-        with draft.write("contact-sheet.png") as path:
-            path.write_bytes(sheet)
+        draft.write_bytes("contact-sheet.png", sheet)
         with draft.write("report.html") as path:
             generated = Generated(draft.lineage["images"]["name"], metrics, sheet, lineage(draft), [command])
             path.write_text(page.render(generated_page([generated], draft.out.name)), encoding="utf-8")

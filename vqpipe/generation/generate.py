@@ -142,5 +142,4 @@ def write_sheet(draft: Draft, plan: SamplePlan) -> None:
         with tarfile.open(draft.path / shard_file(0, "tar")) as tar:
             files = [tar.extractfile(f"{key_of(image)}.png") for image in shown]
             pngs = [file.read() for file in files if file is not None]
-    with draft.write(SHEET) as path:
-        path.write_bytes(contact_sheet(torch.stack([from_png(png) for png in pngs]), SHEET_COLUMNS))
+    draft.write_bytes(SHEET, contact_sheet(torch.stack([from_png(png) for png in pngs]), SHEET_COLUMNS))

@@ -106,8 +106,7 @@ def publish_comparison(draft: Draft, comparison: Comparison) -> Artifact:
     if distributed.is_main():
         seeds = {"over_seeds": comparison.over_seeds} if comparison.over_seeds else {}
         draft.write_json("metrics.json", {"compared": comparison.metrics, **seeds})
-        with draft.write("report.html") as path:
-            path.write_text(page.render(comparison.make_page()), encoding="utf-8")
+        draft.write_text("report.html", page.render(comparison.make_page()))
     return draft.publish(comparison.facts)
 
 

@@ -118,7 +118,7 @@ def open_evaluation(report: Artifact) -> EvaluationResult:
     Raises:
         ArtifactError: it is not a report of `eval`.
     """
-    metrics = json.loads(report.verified_file("metrics.json").read_text(encoding="utf-8"))
+    metrics = report.read_json("metrics.json")
     if "protocol" not in metrics or "counts.npy" not in report.manifest.files:
         raise ArtifactError(
             f"{report.path} is a report, but not one of vqpipe eval", "Name reports that vqpipe eval made"

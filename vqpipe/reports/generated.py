@@ -88,7 +88,7 @@ def open_generated(report: Artifact) -> Generated:
     if not is_generated(report):
         what = f"{report.path} is not a report of vqpipe eval-generation, and another one is"
         raise ArtifactError(what, "Compare reports of one kind at a time")
-    metrics = json.loads(report.verified_file("metrics.json").read_text(encoding="utf-8"))
+    metrics = report.read_json("metrics.json")
     sheet = report.verified_file("contact-sheet.png").read_bytes()
     name = report.lineage["inputs"].get("images", {}).get("name") or report.name
     return Generated(name, metrics, sheet, report.lineage, metrics.pop("commands", ()))

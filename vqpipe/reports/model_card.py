@@ -1,7 +1,5 @@
 """The numbers of a report as Markdown, for the model card of its tokenizer."""
 
-import json
-
 from vqpipe.artifacts import Artifact, Input
 from vqpipe.errors import ArtifactError
 from vqpipe.model_card import cell
@@ -18,7 +16,7 @@ def metrics_section(report: Artifact, tokenizer: Input | str) -> str:
     Raises:
         ArtifactError: the report is not of `eval`, or of another tokenizer.
     """
-    metrics = json.loads(report.verified_file("metrics.json").read_text(encoding="utf-8"))
+    metrics = report.read_json("metrics.json")
     if "protocol" not in metrics or "rfid" not in metrics:
         raise ArtifactError(f"{report.path} is not a report of vqpipe eval", "Pass a report that vqpipe eval made")
     own = tokenizer if isinstance(tokenizer, str) else tokenizer.digest

@@ -409,8 +409,7 @@ class SampleSheet(Callback):
 
 
 def write_picture(draft: Draft, step: int, png: bytes) -> None:
-    with draft.write(f"pictures/step-{step:08d}.png") as path:
-        path.write_bytes(png)
+    draft.write_bytes(f"pictures/step-{step:08d}.png", png)
 
 
 class HeldOutMetrics(Callback):
@@ -504,5 +503,4 @@ class RunReport(Callback):
             written=now().replace("T", " ").replace("+00:00", " UTC"),
             **{name: value for source in self.sources for name, value in source.report_fields().items()},
         )
-        with self.draft.write("report.html") as path:
-            path.write_text(page.render(training_page(run)), encoding="utf-8")
+        self.draft.write_text("report.html", page.render(training_page(run)))
