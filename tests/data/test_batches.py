@@ -292,7 +292,7 @@ def test_no_usable_training_image_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ordered_batches_skip_and_count_bad_images(with_bad: ImageSet, workers: int) -> None:
-    batches = OrderedBatches(with_bad, image_size=16, batch_size=6, start=5, stop=24, num_workers=workers)
+    batches = OrderedBatches(with_bad, spans=[range(5, 24)], image_size=16, batch_size=6, num_workers=workers)
     found = list(batches)
     assert [batch.indices for batch in found] == [[5, 6, 8, 9, 10], [*range(11, 17)], [17, 18, 19, 21, 22], [23]]
     assert found[1].keys == [f"{i:02d}" for i in range(11, 17)]

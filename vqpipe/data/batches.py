@@ -80,10 +80,10 @@ Loaded = tuple[Batch | None, dict[int, str]]
 
 
 class OrderedBatches:
-    """Images [start, stop) in order, for tokenizing, features and evaluation: the center crop, or another transform.
+    """Images in order, for tokenizing, features and evaluation: the center crop, or another transform.
 
-    `spans` replaces [start, stop) by several ranges; a batch never crosses from one into the next. The same processes
-    decode all of them (`num_workers` 0: the main process; -1: one per core, if there is enough work).
+    `spans` are the ranges of positions, default: all images. A batch never crosses from one into the next. The same
+    processes decode all of them (`num_workers` 0: the main process; -1: one per core, if there is enough work).
 
     Undecodable images are left out of their batch and kept in `skipped`. Batches are cut by position, so they do not
     move the other images to other batches. Whether they are too many is for `vqpipe.data.skipped`.
@@ -95,14 +95,12 @@ class OrderedBatches:
         *,
         image_size: int,
         batch_size: int,
-        start: int = 0,
-        stop: int | None = None,
         spans: Sequence[range] | None = None,
         num_workers: int = 0,
         transform: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
         self.images, self.batch_size = images, batch_size
-        self.spans = [range(start, min(len(images), len(images) if stop is None else stop))] if spans is None else spans
+        self.spans = [range(len(images))] if spans is None else spans
         self.num_workers = worker_count(num_workers, len(self) // batch_size, 3 * image_size**2 * batch_size)
         self.dataset = OrderedImages(images, transform or partial(center_crop, size=image_size))
         self.skipped: dict[int, str] = {}

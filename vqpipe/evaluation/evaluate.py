@@ -162,10 +162,9 @@ class EvaluationPass(Resumable):
         packed = PackedCrops(list(self.rules.values()), self.size, self.metrics.needs_raw)
         batches = OrderedBatches(
             images,
+            spans=[range(done, stop)],
             image_size=max(self.size or (NATIVE_SIDE,)),
             batch_size=batch_size,
-            start=done,
-            stop=stop,
             num_workers=num_workers,
             transform=packed,
         )

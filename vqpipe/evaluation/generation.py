@@ -253,10 +253,9 @@ class GenerationEvaluator:
         packed = PackedCrops([rule], (config.image_size, config.image_size), raw)
         batches = OrderedBatches(
             images,
+            spans=[range(done, last)],
             image_size=config.image_size,
             batch_size=config.batch_size,
-            start=done,
-            stop=last,
             num_workers=config.num_workers,
             transform=packed,
         )

@@ -116,10 +116,9 @@ class Validation(Callback):
         rank, ranks, stop = distributed.rank(), distributed.world_size(), min(limit, len(images))
         self.batches = OrderedBatches(
             images,
+            spans=[range(stop * rank // ranks, stop * (rank + 1) // ranks)],
             image_size=image_size,
             batch_size=batch_size,
-            start=stop * rank // ranks,
-            stop=stop * (rank + 1) // ranks,
             num_workers=num_workers,
         )
         self.fields: dict[str, Any] = {}
