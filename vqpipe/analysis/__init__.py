@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from vqpipe.analysis.base import EMBEDDING_CODES, Analysis, AnalysisInputs, MissingPackage, NotComputed
+from vqpipe.analysis.base import MissingPackage, NotComputed
 from vqpipe.analysis.embedding import Embedding
 from vqpipe.analysis.patches import Patches
 from vqpipe.analysis.replacement import Replacement
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.errors import ConfigError
+from vqpipe.evaluation.analysis import EMBEDDING_CODES, Analysis, AnalysisInputs
 from vqpipe.tokenizer import Tokenizer
 
 ANALYSES: dict[str, type[Analysis]] = {each.name: each for each in (Replacement, Embedding, Patches)}

@@ -1,78 +1,26 @@
-"""The base class of analyses, and what they share.
+"""What the analyses share.
 
-Shapes: B images of H x W pixels, N ids per image, G groups, K codes per group, C channels of a code.
+Shapes: B images of H x W pixels, N ids per image, K codes per group, C channels of a code.
 """
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.metrics.resumable import Resumable
-from vqpipe.quantizers import MultiGroupQuantizer, Quantizer, TokenLayout
+from vqpipe.evaluation.analysis import Analysis
+from vqpipe.quantizers import MultiGroupQuantizer, Quantizer
 from vqpipe.reports import page
-from vqpipe.tokenizer import Tokenizer
 
-EMBEDDING_CODES = 2000
 NO_GRID = "no image whose tokens lie on a grid of its own size (padded, or in tiles)"
-
-
-@dataclass(frozen=True)
-class AnalysisInputs:
-    """The tokenizer to analyze, and further inputs."""
-
-    tokenizer: Tokenizer
-    perceptual: Mapping[str, nn.Module] = field(default_factory=dict)
-    """LPIPS networks by key."""
-    seed: int = 0
-    embedding_codes: int = EMBEDDING_CODES
-    """Codes that `embedding` shows at most."""
-
-    def layout(self, images: Tensor, ids: Tensor) -> TokenLayout | None:
-        """The layout of the ids, int64[B, N], of images [B, 3, H, W]; None for images that were padded or tiled."""
-        height, width = images.shape[-2:]
-        factor = self.tokenizer.downsample_factor
-        if height % factor or width % factor:
-            return None
-        layout = self.tokenizer.layout(height, width)
-        return layout if layout.num_tokens == ids.shape[1] else None
 
 
 class MissingPackage(ConfigError):
     """An optional package that an analysis needs is not installed: an error, not a reason to omit the analysis."""
-
-
-class Analysis(Resumable, ABC):
-    """Updated with each batch of a rank's share; then `result` is called once on every rank, then `sections` on the
-    rank that makes the page. Pictures are attributes, since the result holds only numbers. Memory does not grow with
-    the set.
-
-    Raises:
-        ConfigError: by the constructor, where the analysis does not apply to this tokenizer.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, inputs: AnalysisInputs) -> None:
-        self.inputs = inputs
-
-    @abstractmethod
-    def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor, keys: Sequence[str]) -> None:
-        """Accumulate a batch: two uint8[B, 3, H, W] tensors, int64[B, N], and the names of the images."""
-
-    @abstractmethod
-    def result(self) -> dict[str, Any]:
-        """The result over all ranks, for JSON; `not_computed` is the reason where there is none."""
-
-    @abstractmethod
-    def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
-        """The sections of the page, after `result`."""
 
 
 class NotComputed(Analysis):

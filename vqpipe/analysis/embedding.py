@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from vqpipe import distributed
-from vqpipe.analysis.base import Analysis, AnalysisInputs, MissingPackage, codebooks, reason_section, sample_ids
+from vqpipe.analysis.base import MissingPackage, codebooks, reason_section, sample_ids
+from vqpipe.evaluation.analysis import Analysis, AnalysisInputs
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.quantizers import FrozenCodebookQuantizer, MultiGroupQuantizer, Quantizer
 from vqpipe.reports import page, plots

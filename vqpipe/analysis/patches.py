@@ -14,8 +14,6 @@ from torch import Tensor
 
 from vqpipe.analysis.base import (
     NO_GRID,
-    Analysis,
-    AnalysisInputs,
     codebooks,
     metric_of,
     reason_section,
@@ -24,6 +22,7 @@ from vqpipe.analysis.base import (
 )
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import ConfigError
+from vqpipe.evaluation.analysis import Analysis, AnalysisInputs
 from vqpipe.metrics.resumable import Resumable
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.quantizers import CodebookQuantizer, MultiGroupQuantizer, Quantizer, ResidualQuantizer, TokenLayout

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.analysis.base import NO_GRID, Analysis, AnalysisInputs, codebooks, reason_section, sampling_key
+from vqpipe.analysis.base import NO_GRID, codebooks, reason_section, sampling_key
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import ConfigError
+from vqpipe.evaluation.analysis import Analysis, AnalysisInputs
 from vqpipe.metrics.distortion import Distortion, mean_squared_error, psnr_of
 from vqpipe.metrics.resumable import Resumable
 from vqpipe.quantizers import Quantizer

@@ -15,7 +15,7 @@ Shapes: B images of H x W pixels.
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.transforms import to_uint8
+from vqpipe.evaluation.analysis import Analysis
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor, rank_share
@@ -38,7 +39,6 @@ from vqpipe.metrics.resumable import Resumable, State, pack, unpack
 from vqpipe.progress import SILENT, Progress
 from vqpipe.provenance import versions
 from vqpipe.reports.evaluation import EvaluationResult, command_of
-from vqpipe.reports.page import Section
 from vqpipe.words import counted
 
 PACKAGES = ("vqpipe", "torch", "lpips", "torch-fidelity", "pillow")
@@ -53,30 +53,13 @@ NATIVE_SIDE = 2048
 """Side of whole images in pixels, assumed for the shared memory of loader processes."""
 
 
-class AnalysisProtocol(Protocol):
-    """A further measurement of the ids and reconstructions, as `vqpipe.analysis`."""
-
-    @property
-    def name(self) -> str: ...
-
-    def update(self, originals: Tensor, reconstructions: Tensor, ids: Tensor, keys: Sequence[str]) -> None: ...
-
-    def state(self) -> State: ...
-
-    def load_state(self, state: Mapping[str, Any]) -> None: ...
-
-    def result(self) -> dict[str, Any]: ...
-
-    def sections(self, result: Mapping[str, Any]) -> list[Section]: ...
-
-
 def evaluate(
     images: ImageSet,
     autoencoder: Autoencoder,
     config: EvalConfig,
     networks: FeatureNetworks,
     *,
-    analyses: Sequence[AnalysisProtocol] = (),
+    analyses: Sequence[Analysis] = (),
     limit: int | None = None,
     num_workers: int = -1,
     draft: Draft | None = None,
@@ -128,7 +111,7 @@ class EvaluationPass(Resumable):
         autoencoder: Autoencoder,
         config: EvalConfig,
         networks: FeatureNetworks,
-        analyses: Sequence[AnalysisProtocol],
+        analyses: Sequence[Analysis],
         stop: int,
     ) -> None:
         self.autoencoder, self.config, self.analyses, self.stop = autoencoder, config, analyses, stop

@@ -15,7 +15,8 @@ from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import to_request
 from vqpipe.data.images import ImageSet, open_images
-from vqpipe.evaluation.evaluate import AnalysisProtocol, check_size, evaluate
+from vqpipe.evaluation.analysis import Analysis
+from vqpipe.evaluation.evaluate import check_size, evaluate
 from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, code_usage, origin_of, samples_artifact
 from vqpipe.evaluation.random_classes import RandomClasses, draw_classes
 from vqpipe.evaluation.reconstruction import Autoencoder
@@ -40,7 +41,7 @@ def evaluate_tokenizer(
     config: EvalConfig,
     networks: FeatureNetworks,
     *,
-    analyses: Sequence[AnalysisProtocol] = (),
+    analyses: Sequence[Analysis] = (),
     embedding_codes: int | None = None,
     random_classes: int | None = None,
     limit: int | None = None,
