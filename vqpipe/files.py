@@ -115,6 +115,26 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_bytes(content)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, one JSON object per line; none if there is no file.
+
+    Its writer flushes each row before the next, so a kill can cut off only the last line: a line without its newline
+    that is not JSON is left out.
+
+    Raises:
+        ArtifactError: another line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else (), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if line.endswith(b"\n"):
+                hint = "Restore the file, or remove the line"
+                raise ArtifactError(f"line {number} of {path} is damaged", hint) from None
+    return rows
+
+
 def copy_read_permission(path: Path) -> None:
     """Let everyone read a file who may list its directory. (safetensors lets only the owner read its files.)"""
     current = path.stat().st_mode

@@ -19,8 +19,9 @@ from stages.train import codebook_settings, train
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
+from vqpipe.files import read_rows
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, VqConfig
-from vqpipe.training.callbacks import Callback, Paced, RunReport, read_metrics
+from vqpipe.training.callbacks import Callback, Paced, RunReport
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
 from vqpipe.training.tokenizer_run import RunInputs, check_run, start_tokenizer_run, train_tokenizer
@@ -92,7 +93,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def test_validation_numbers_equal_those_of_eval(go: Any, held_out: dict[str, Any], picture_folder: Path) -> None:
     tokenizer = go("lc", set=["train.sample_every=4"], **held_out)
-    rows = read_metrics(tokenizer.file("metrics.jsonl"))
+    rows = read_rows(tokenizer.file("metrics.jsonl"))
     (last,) = [row for row in rows if row["step"] == 8 and "valid/psnr" in row]
     assert [row["step"] for row in rows if "valid/psnr" in row] == [4, 8]  # with each sample, by default
     report = tokenizer.path.parent / "report"
@@ -141,7 +142,7 @@ def test_resumed_run_has_the_same_best_weights_and_log(
     assert resumed.manifest.files["model.safetensors"] == straight.manifest.files["model.safetensors"]
     assert resumed.facts == straight.facts
     assert resumed.facts["published_step"] == 6
-    logs = [read_metrics(artifact.file("metrics.jsonl")) for artifact in (straight, resumed)]
+    logs = [read_rows(artifact.file("metrics.jsonl")) for artifact in (straight, resumed)]
     kept = [[(row["step"], row.get("loss/total"), row.get("valid/psnr")) for row in log] for log in logs]
     assert kept[0] == kept[1]
 
@@ -159,7 +160,7 @@ def test_resumed_run_may_sample_more_often_unless_that_chooses_the_weights(
         with pytest.raises(ArtifactError, match=r"train\.sample_every was 8, now 2\. Finish it with those"):
             go("cut", set=["train.sample_every=2"], **options)
     else:
-        rows = read_metrics(go("cut", set=["train.sample_every=2"], **options).file("metrics.jsonl"))
+        rows = read_rows(go("cut", set=["train.sample_every=2"], **options).file("metrics.jsonl"))
         assert [row["step"] for row in rows if "valid/psnr" in row] == [4, 6, 8]
 
 
@@ -223,7 +224,7 @@ def test_page_shows_pictures_between_samples_and_changes_no_result(
     for name in ("model.safetensors", "pictures/step-00000008.png"):
         assert made[0].manifest.files[name] == made[1].manifest.files[name]
     assert made[0].manifest.files.keys() == made[1].manifest.files.keys()
-    rows = [read_metrics(each.file("metrics.jsonl")) for each in made]
+    rows = [read_rows(each.file("metrics.jsonl")) for each in made]
     numbers = [[{k: v for k, v in row.items() if k not in TIMES} for row in each] for each in rows]
     assert numbers[0] == numbers[1]
 
@@ -305,7 +306,7 @@ def test_loggers_get_every_row_and_image_and_are_closed_also_when_the_run_fails(
     assert second.step == 3
     assert second.folder == tmp_path / "lc.logs"
     assert [row["step"] for row in second.earlier] == [2]
-    assert [*second.earlier, *second.rows] == read_metrics(tokenizer.file("metrics.jsonl"))
+    assert [*second.earlier, *second.rows] == read_rows(tokenizer.file("metrics.jsonl"))
     assert second.images == [4, 8]
 
 
@@ -399,7 +400,7 @@ def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_f
     tokenizer = job(stop=False)
     assert tokenizer is not None
     assert tokenizer.facts["steps"] == 2
-    assert [row["own"] for row in read_metrics(tokenizer.file("metrics.jsonl"))] == [2.0]
+    assert [row["own"] for row in read_rows(tokenizer.file("metrics.jsonl"))] == [2.0]
 
 
 def test_manifest_records_the_weights_of_image_sets(go: Any, picture_folder: Path, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.files import read_rows
 from vqpipe.generation.image_generator import open_generator
 from vqpipe.generation.validation import SEED
 from vqpipe.reports.pictures import from_png
-from vqpipe.training.callbacks import ProgressCallback, read_metrics
+from vqpipe.training.callbacks import ProgressCallback
 
 LATENT = {
     "ldm": ["generator.base_channels=32", "generator.channel_multipliers=[1]", "generator.attention_factors=[]"],
@@ -42,7 +43,7 @@ def test_the_artifact_has_weights_tokenizer_log_samples_and_facts(drawn: Any) ->
     assert facts["num_parameters"] == sum(p.numel() for p in opened.generator.parameters())
     assert (opened.image_size, opened.classes, opened.statistics) == (8, (0, 1, 2), None)
     assert (opened.sampling.cfg_scale, opened.sampling.top_p) == (1.5, 0.95)  # as llamagen-tiny has them
-    rows = read_metrics(artifact.file("metrics.jsonl"))
+    rows = read_rows(artifact.file("metrics.jsonl"))
     assert [row["step"] for row in rows if "valid/total" in row] == [2, 4]
     assert facts["valid_loss"] == [row["valid/total"] for row in rows if "valid/total" in row][-1]
     sheet = from_png(artifact.file("pictures/step-00000004.png").read_bytes())
@@ -275,7 +276,7 @@ def test_two_ranks_train_to_the_weights_of_one(
     one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
-    rows = [read_metrics(tmp_path / ranks / "metrics.jsonl") for ranks in "12"]
+    rows = [read_rows(tmp_path / ranks / "metrics.jsonl") for ranks in "12"]
     for name in ("loss/total", "valid/total"):
         assert [row[name] for row in rows[0] if name in row] == pytest.approx(
             [row[name] for row in rows[1] if name in row], rel=1e-4

@@ -11,6 +11,7 @@ import pytest
 
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError
+from vqpipe.files import read_rows
 from vqpipe.progress import Silent
 from vqpipe.training.callbacks import (
     Callback,
@@ -19,7 +20,6 @@ from vqpipe.training.callbacks import (
     ProgressCallback,
     SkippedImages,
     details,
-    read_metrics,
     summary,
 )
 from vqpipe.training.checkpoint import TrainState
@@ -41,7 +41,7 @@ def started(path: Path, step: int = 0) -> MetricsLog:
 
 
 def steps(path: Path) -> list[int]:
-    return [row["step"] for row in read_metrics(path)]
+    return [row["step"] for row in read_rows(path)]
 
 
 def test_no_callback_takes_back_the_stop_of_another(tmp_path: Path, draw_folder: Callable[..., Path]) -> None:
@@ -61,9 +61,9 @@ def test_logged_rows_are_read_back(tmp_path: Path) -> None:
     rows = [{"step": step, "psnr": 20.0 + step} for step in (5, 10)]
     for row in rows:
         log.on_log(row)
-    assert read_metrics(path) == rows == log.rows
+    assert read_rows(path) == rows == log.rows
     assert path.read_text().count("\n") == 2
-    assert read_metrics(tmp_path / "nothing") == []
+    assert read_rows(tmp_path / "nothing") == []
 
 
 def test_resumed_run_drops_rows_that_it_will_write_again(tmp_path: Path) -> None:
@@ -75,6 +75,13 @@ def test_resumed_run_drops_rows_that_it_will_write_again(tmp_path: Path) -> None
     assert steps(path) == [5, 10, 10]
     log.on_log({"step": 15})
     assert steps(path) == [5, 10, 10, 15]
+
+
+def test_damaged_row_that_no_kill_leaves_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n{"step": 1\n{"step": 15}\n')
+    with pytest.raises(ArtifactError, match=r"line 2 of .*metrics\.jsonl is damaged\. Restore the file"):
+        started(path, 15)
 
 
 def test_kill_while_dropping_rows_leaves_the_old_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from vqpipe.artifacts.artifact import command_of
 from vqpipe.artifacts.draft import STATUS
 from vqpipe.artifacts.states import step_of
 from vqpipe.errors import ArtifactError
-from vqpipe.files import partial_path
+from vqpipe.files import partial_path, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def read_unfinished(folder: Path) -> Unfinished:
     """Read the state of an unfinished artifact; nothing is changed.
 
     Raises:
-        ArtifactError: its request.json is damaged.
+        ArtifactError: its request.json or its metrics.jsonl is damaged.
     """
     try:
         request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
@@ -69,6 +69,7 @@ def read_unfinished(folder: Path) -> Unfinished:
         if saved.name[0] != "." and saved.name.rpartition("-")[2].isdigit():
             series = (saved.parent / saved.name.rpartition("-")[0]).relative_to(folder).as_posix()
             states[series] = max(step_of(saved), states.get(series, 0))
+    rows = read_rows(folder / "metrics.jsonl")
     return Unfinished(
         path=folder,
         kind=kind,
@@ -78,7 +79,7 @@ def read_unfinished(folder: Path) -> Unfinished:
         bytes=sum(record.get("bytes", 0) for record in records),
         counts=dict(counts),
         states=dict(sorted(states.items())),
-        logged_step=last_step(folder / "metrics.jsonl"),
+        logged_step=rows[-1]["step"] if rows else None,
         error=str(read_table(folder / STATUS).get("error", "")),
         writer=lock.owner(folder),
     )
@@ -91,17 +92,3 @@ def read_table(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}
-
-
-def last_step(log: Path) -> int | None:
-    """The step of the last whole line of a metrics.jsonl; None without one."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None

@@ -12,7 +12,6 @@ of the report, and the features of metrics that keep them.
 Shapes: B images of H x W pixels.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -31,6 +30,7 @@ from vqpipe.evaluation.analysis import Analysis
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor, rank_share
+from vqpipe.files import read_rows
 from vqpipe.image_size import parse_size
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
@@ -296,9 +296,7 @@ def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
     """The rows that `train` logged, if the tokenizer's artifact has them."""
     if artifact is None or not artifact.names("metrics.jsonl"):
         return []
-    return [
-        json.loads(line) for line in artifact.verified_file("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return read_rows(artifact.verified_file("metrics.jsonl"))
 
 
 def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:

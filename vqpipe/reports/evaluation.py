@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
+from vqpipe.files import read_rows
 from vqpipe.metrics.distortion import MAX_LISTED
 from vqpipe.metrics.protocols import IN_WORDS
 from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
@@ -123,7 +124,6 @@ def open_evaluation(report: Artifact) -> EvaluationResult:
         raise ArtifactError(
             f"{report.path} is a report, but not one of vqpipe eval", "Name reports that vqpipe eval made"
         )
-    log = report.verified_file("training.jsonl").read_text(encoding="utf-8") if report.names("training.jsonl") else ""
     notes = metrics.get("pictures", [])
     shown = [
         ImagePair(
@@ -142,7 +142,7 @@ def open_evaluation(report: Artifact) -> EvaluationResult:
         metrics=metrics,
         counts=counts_from_array(np.load(report.verified_file("counts.npy"), allow_pickle=False), metrics["tokenizer"]),
         shown=shown,
-        history=[json.loads(line) for line in log.splitlines()],
+        history=read_rows(report.verified_file("training.jsonl")) if report.names("training.jsonl") else [],
         lineage=report.lineage,
         commands=metrics.pop("commands", None) or [command_of(report)],
     )

@@ -24,7 +24,7 @@ from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped
 from vqpipe.data.transforms import to_float, to_uint8
-from vqpipe.files import atomic_write, disk_errors
+from vqpipe.files import atomic_write, disk_errors, read_rows
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import Autoencoder
@@ -187,7 +187,7 @@ class MetricsLog(Callback):
 
     def truncate(self, step: int) -> None:
         """Drop the rows after `step`."""
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
         with disk_errors(self.path), atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
@@ -206,17 +206,6 @@ class MetricsLog(Callback):
     def latest(self, name: str, step: int | None = None) -> float | None:
         """The newest finite number logged under `name`, or None; with `step` of that step alone."""
         return newest_number([row for row in self.rows if step in (None, row["step"])], name)
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`; lines that are not valid JSON are skipped. None if there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 class ProgressCallback(Callback):
