@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqpipe import artifacts
+from vqpipe.data.batches import chunks
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import TokensConfig, write_tokens
 from vqpipe.data.transforms import to_uint8
@@ -521,8 +522,7 @@ def in_batches(tensors: Sequence[Tensor], sizes: Sequence[S], function: Callable
         alike.setdefault((tensor.shape, tensor.dtype, tensor.device, size), []).append(place)
     results: dict[int, Tensor] = {}
     for places in alike.values():
-        for first in range(0, len(places), IMAGES_PER_BATCH):
-            part = places[first : first + IMAGES_PER_BATCH]
+        for part in chunks(places, IMAGES_PER_BATCH):
             batch = torch.stack([tensors[place] for place in part])
             results |= zip(part, function(batch, sizes[part[0]]), strict=True)
     return [results[place] for place in range(len(tensors))]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqpipe.data.batches import OrderedImages, through_workers, worker_count
+from vqpipe.data.batches import OrderedImages, chunks, through_workers, worker_count
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import center_crop, to_float
 from vqpipe.device import reduced_precision
@@ -165,7 +165,7 @@ class PatchPca(PatchEncoder):
     def crops(self, images: ImageSet, chosen: np.ndarray, num_workers: int) -> Iterator[Tensor]:
         """Batches uint8[<= FIT_BATCH, 3, S, S] of the readable images of `chosen`, in order."""
         dataset = OrderedImages(images, partial(center_crop, size=self.image_size))
-        work = [chosen[first : first + FIT_BATCH].tolist() for first in range(0, len(chosen), FIT_BATCH)]
+        work = chunks(chosen.tolist(), FIT_BATCH)
         workers = worker_count(num_workers, len(work), 3 * self.image_size**2 * FIT_BATCH)
         for batch, _ in through_workers(dataset, work, workers):
             if batch is not None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ TRIES = 256
 """Draws for one training sample until an image can be decoded: enough where nine of ten images cannot."""
 NUMBERS = 8
 """Random numbers of a draw: two blocks of Philox, of which five numbers are used."""
+
+Positions = TypeVar("Positions", range, list[int])
 
 
 @dataclass
@@ -293,9 +295,9 @@ class TrainingStream:
             yield with_keys(batch, self.images)
 
 
-def chunks(span: range, size: int) -> list[range]:
-    """Cut a range into ranges of `size` numbers; the last one may be shorter."""
-    return [span[first : first + size] for first in range(0, len(span), size)]
+def chunks(positions: Positions, size: int) -> list[Positions]:
+    """Cut a range or a list into parts of `size` numbers; the last one may be shorter."""
+    return [positions[first : first + size] for first in range(0, len(positions), size)]
 
 
 def generator(seed: int, *key: int) -> np.random.Philox:

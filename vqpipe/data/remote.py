@@ -36,6 +36,7 @@ SILENT_SECONDS = 30.0
 TOTAL_SECONDS = 240.0
 """Longest time of one listing or read with its retries; less than the loader waits for a batch (`through_workers`)."""
 ATTEMPTS = 8
+THREADS = 8
 FIRST_DELAY, LONGEST_DELAY = 0.5, 20.0
 """Seconds before the first retry, doubled for each one that follows, and halved at random."""
 BLOCK = 4 << 20
@@ -302,14 +303,14 @@ def waiting(seconds: float) -> Iterator[float]:
         yield left
 
 
-def in_threads(function: Callable[..., ResultT], *columns: Sequence[Any], threads: int = 8) -> list[ResultT]:
-    """`list(map(function, *columns))` on daemon threads. The first error in order is raised.
+def in_threads(function: Callable[..., ResultT], *columns: Sequence[Any]) -> list[ResultT]:
+    """`list(map(function, *columns))` on at most THREADS daemon threads. The first error in order is raised.
 
     Unlike those of a ThreadPoolExecutor, the threads may be left behind at a stalled server by a signal.
     """
     tasks = [(Future[ResultT](), partial(function, *row)) for row in zip(*columns, strict=True)]
     remaining = iter(tasks)
-    for _ in tasks[:threads]:
+    for _ in tasks[:THREADS]:
         start_daemon(remaining)
     try:
         return [future.result() for future, _ in tasks]

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.config import to_request
+from vqpipe.data.batches import chunks
 from vqpipe.data.decoding import encode_png
 from vqpipe.data.made_images import FOLDER, Form, shard_file, write_labels, write_shard
 from vqpipe.data.tokens import id_dtype, write_token_file
@@ -58,8 +59,7 @@ class SamplePlan:
 
     def shards(self) -> list[range]:
         """Return the images of each shard."""
-        starts = range(0, self.num_images, IMAGES_PER_SHARD)
-        return [range(start, min(start + IMAGES_PER_SHARD, self.num_images)) for start in starts]
+        return chunks(range(self.num_images), IMAGES_PER_SHARD)
 
     def check(self, generator: ImageGenerator) -> None:
         """Raise at once the errors of sampling: a class out of range, or guidance without a null class."""
@@ -113,8 +113,7 @@ def generate_images(
 def sample_shard(generator: ImageGenerator, plan: SamplePlan, images: range) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield the number, the pixels uint8[3, H, W] and the ids int64[N], on the CPU, of each image of a shard."""
     device = generator.tokenizer.device
-    for first in images[:: plan.batch_size]:
-        batch = range(first, min(first + plan.batch_size, images.stop))
+    for batch in chunks(images, plan.batch_size):
         with autocast(device, plan.precision):
             ids = generator.sample_ids(plan.labels(batch), plan.sampling, image_rngs(plan.seed, batch))
             pixels = generator.decode(ids)

@@ -84,16 +84,17 @@ def resize_tf1(images: Tensor) -> Tensor:
     return resized
 
 
-def clean_resize(image: Tensor, size: int = INCEPTION_SIZE) -> Tensor:
-    """clean-fid's resize: uint8[3, H, W] -> float32[3, size, size] in [0, 255], for any aspect ratio.
+def clean_resize(image: Tensor) -> Tensor:
+    """clean-fid's resize: uint8[3, H, W] -> float32[3, 299, 299] in [0, 255], for any aspect ratio.
 
     Each channel by PIL as 32-bit floats, bicubic with antialiasing, clipped, and not rounded to 8 bits again. An image
     of that size already keeps its values.
     """
+    size = (INCEPTION_SIZE, INCEPTION_SIZE)
     channels = image.cpu().numpy().astype(np.float32)
-    if channels.shape[1:] == (size, size):
+    if channels.shape[1:] == size:
         return torch.from_numpy(channels)
-    planes = [Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC) for channel in channels]
+    planes = [Image.fromarray(channel).resize(size, Image.Resampling.BICUBIC) for channel in channels]
     return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]).clip(0, 255))
 
 
