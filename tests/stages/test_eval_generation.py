@@ -15,6 +15,7 @@ from stages.compare import compare
 from stages.eval_generation import eval_generation
 from stages.generate import generate
 from vqpipe.artifacts import Draft, open_artifact, start
+from vqpipe.data.images import ImageSet
 from vqpipe.data.tokens import write_token_file
 from vqpipe.data.transforms import center_crop
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
@@ -238,10 +239,20 @@ def test_statistics_are_restored_from_a_file_and_from_adms_file(tmp_path: Path) 
         read_adm_file(tmp_path / "bad.npz", torch.device("cpu"))
 
 
-def test_unreadable_samples_raise(pictures: Path) -> None:
-    (pictures / "samples" / "03.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="1 of 40 images cannot be used"):
-        measure(pictures, "report")
+@pytest.mark.parametrize(("folder", "total"), [("photos", 50), ("samples", 40)])
+def test_too_many_unreadable_images_stop_the_pass_and_a_larger_tolerance_continues_it(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, folder: str, total: int
+) -> None:
+    with_network(monkeypatch, None, extractor=True)
+    (pictures / folder / "03.png").write_bytes(b"no picture")
+    read: list[tuple[str, int]] = []
+    original = ImageSet.read
+    monkeypatch.setattr(ImageSet, "read", lambda self, i: (read.append((self.name, i)), original(self, i))[1])
+    with pytest.raises(DataError, match=f"^at least 1 of {total} images cannot be used"):
+        measure(pictures, "report", batch_size=5)
+    assert [i for name, i in read if name == folder] == list(range(5))
+    measure(pictures, "report", batch_size=5, max_skipped=0.1)
+    assert sorted(read) == [(name, i) for name, count in (("photos", 50), ("samples", 40)) for i in range(count)]
 
 
 def test_utilization_is_that_of_the_kept_ids_of_the_measured_samples(tmp_path: Path) -> None:

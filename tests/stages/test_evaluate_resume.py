@@ -16,7 +16,7 @@ from stages.console import ProgressBar
 from stages.evaluate import evaluate
 from vqpipe.artifacts import states as saved_states
 from vqpipe.data.images import ImageSet
-from vqpipe.evaluation.evaluate import Checkpoints
+from vqpipe.evaluation.image_pass import Checkpoints
 from vqpipe.metrics import set_metrics
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.reports import plots
@@ -197,7 +197,7 @@ def test_state_of_another_share_of_the_images_is_not_resumed(
     run: Callable[..., Path], read: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shares = iter([(0, 8), (0, 4)])  # those of the first rank with two batch sizes
-    monkeypatch.setattr("vqpipe.evaluation.evaluate.rank_share", lambda *_: next(shares))
+    monkeypatch.setattr("vqpipe.evaluation.image_pass.rank_share", lambda *_: next(shares))
     run("cut", 6, **PLAIN)
     read.clear()
     assert json.loads((run("cut", **PLAIN) / "metrics.json").read_text())["num_images"] == 4

@@ -20,7 +20,7 @@ were computed by the TensorFlow graph itself.
 Shapes: B images of S x S pixels, n images, D features.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,18 +32,15 @@ from torch import Tensor
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import difference
-from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import ImageSet, is_artifact, open_images
-from vqpipe.data.skipped import Skipped, merged
 from vqpipe.data.tokens import read_tokens
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.evaluation.evaluate import Checkpoints
-from vqpipe.evaluation.reconstruction import PackedCrops, rank_share
+from vqpipe.evaluation.image_pass import Checkpoints, ImagePass
+from vqpipe.evaluation.reconstruction import PackedCrops
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import Moments
 from vqpipe.metrics.inception import SIZES
-from vqpipe.metrics.resumable import Resumable
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.progress import SILENT, Progress
@@ -80,31 +77,20 @@ class GenerationConfig:
         return "tf1" if self.protocol == "adm" else "clean"
 
 
-class GenerationPass(Resumable):
+class GenerationPass(ImagePass):
     """What a pass over one set of images has accumulated on this rank."""
 
     state_names: ClassVar[tuple[str, ...]] = ("statistics", "shown", "skipped")
 
     def __init__(self, statistics: FeatureStatistics) -> None:
+        super().__init__()
         self.statistics = statistics
         self.shown: list[Tensor] = []
         """Samples of the contact sheet, uint8[3, S, S]."""
-        self.skipped: dict[int, str] = {}
-        """Position -> reason of each unreadable image."""
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self.skipped = merged([self.skipped])
 
 
 class GenerationEvaluator:
-    """Measures sets of images under one protocol.
-
-    Attributes:
-        skipped: the unreadable images of the last set that was measured, over all ranks.
-    """
-
-    skipped: Skipped
+    """Measures sets of images under one protocol."""
 
     def __init__(
         self,
@@ -170,11 +156,10 @@ class GenerationEvaluator:
         for positions, crops, uncropped in self.batches(run, draft, "references", images, len(images), "adm", raw):
             run.statistics.update(crops, uncropped, [i for i, position in enumerate(positions) if position in kept])
         statistics = run.statistics.compute()
-        self.skipped.check(self.config.max_skipped, draft)
         if distributed.is_main():
             with draft.write("statistics.safetensors") as path:
                 statistics.save(path)
-        self.skipped.publish(draft, self.progress)
+        run.all_skipped.publish(draft, self.progress)
         return draft.publish({"num_images": statistics.num_images} | images.facts)
 
     def adm_statistics(self, path: Path) -> SetStatistics:
@@ -201,10 +186,9 @@ class GenerationEvaluator:
             run.statistics.update(crops)
             run.shown += [crop.cpu() for position, crop in zip(positions, crops, strict=True) if position in sheet]
         samples = run.statistics.compute()
-        self.skipped.check(self.config.max_skipped, draft)
         if samples.num_images == 0:
             raise DataError("there are no samples to measure", "Check --images and --limit")
-        self.skipped.publish(draft, self.progress)
+        run.all_skipped.publish(draft, self.progress)
         absent = self.networks.inception is None
         numbers, reasons = set_distances(
             samples,
@@ -246,33 +230,24 @@ class GenerationEvaluator:
         self, run: GenerationPass, draft: Draft, title: str, images: ImageSet, stop: int, rule: str, raw: bool
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """This rank's images after the newest saved state, which `run` is restored to: their positions, uint8[B, 3, S,
-        S], and float32[B, 3, 299, 299] with `raw`. Afterwards `skipped` has the unreadable ones."""
-        config, checkpoints = self.config, Checkpoints(draft, self.config.save_seconds)
-        first, last = rank_share(stop, config.batch_size)
-        done = checkpoints.resume(run, range(first, last), self.progress)
+        S], and float32[B, 3, 299, 299] with `raw`."""
+        config = self.config
         packed = PackedCrops([rule], (config.image_size, config.image_size), raw)
-        batches = OrderedBatches(
+        batches = run.batches(
+            title,
             images,
-            spans=[range(done, last)],
+            stop,
+            Checkpoints(draft, config.save_seconds),
+            max_skipped=config.max_skipped,
             image_size=config.image_size,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             transform=packed,
+            progress=self.progress,
         )
-        self.progress.start(title, last - first, done=done - first)
-        for piece in batches.pieces():
-            run.skipped |= piece.skipped
-            if piece.batch is not None:
-                crops, uncropped = packed.split(piece.batch.images)
-                uncropped = None if uncropped is None else uncropped.to(self.device)
-                yield piece.batch.indices, crops[rule].to(self.device), uncropped
-            checkpoints.save_if_due(run, piece.positions.stop)
-            self.progress.advance(len(piece.positions))
-        self.skipped = Skipped(images, stop, merged(distributed.gather_objects(run.skipped)))
-        if self.skipped.exceeds(config.max_skipped):
-            checkpoints.save(run, last)
-        else:
-            checkpoints.save_last(run, last)
+        for batch in batches:
+            crops, uncropped = packed.split(batch.images)
+            yield batch.indices, crops[rule].to(self.device), None if uncropped is None else uncropped.to(self.device)
 
 
 def samples_artifact(images: Sequence[str]) -> Artifact | None:

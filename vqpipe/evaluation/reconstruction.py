@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqpipe import distributed
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.transforms import Framing, pixels
 from vqpipe.metrics.inception import INCEPTION_SIZE, clean_resize
@@ -20,14 +19,6 @@ from vqpipe.tiling import OVERLAP, mirrored, reconstruct_any_size
 from vqpipe.tokenizer import Tokenizer
 
 Autoencoder = Tokenizer | ContinuousAutoencoder
-
-
-def rank_share(num_images: int, batch_size: int) -> tuple[int, int]:
-    """The images [first, stop) of this rank: contiguous, and whole batches of the set."""
-    rank, ranks = distributed.rank(), distributed.world_size()
-    num_batches = -(-num_images // batch_size)
-    first, stop = (min(num_batches * r // ranks * batch_size, num_images) for r in (rank, rank + 1))
-    return first, stop
 
 
 class PackedCrops:
