@@ -165,6 +165,21 @@ def test_patterns_are_expanded_and_one_without_a_match_is_reported(tmp_path: Pat
         find_files([tmp_path / "empty"])
 
 
+def test_files_of_systems_in_a_folder_are_ignored_and_links_to_folders_are_followed_once(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path
+) -> None:
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for folder in (photos / "__MACOSX", photos / "@eaDir", photos / "a", photos / "a-b", elsewhere):
+        folder.mkdir(parents=True)
+    for file in ("x.jpg", "a/2.png", "a-b/1.png", "../elsewhere/3.png", "@eaDir/x.jpg", "__MACOSX/y.jpg"):
+        draw(photos / file)
+    (photos / "__MACOSX" / "._x.jpg").write_bytes(b"no picture")
+    (photos / "link").symlink_to(elsewhere)
+    (photos / "link" / "up").symlink_to(photos)
+    reconstruct([photos], tokenizer=tiny_tokenizer("tokenizer"), out=tmp_path / "out", device="cpu")
+    assert list(open_artifact(tmp_path / "out").facts["psnr"]) == ["2.png", "1.png", "3.png", "x.png"]
+
+
 def test_shared_norms_is_an_option_and_recorded(tiny_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
     draw(file, 64, 64)

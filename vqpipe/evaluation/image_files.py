@@ -16,8 +16,8 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.decoding import BadImage, decode
+from vqpipe.data.folders import walk
 from vqpipe.data.made_images import NAME_BYTES
-from vqpipe.data.sources import has_image_extension
 from vqpipe.data.transforms import pixels
 from vqpipe.errors import DataError, printable
 from vqpipe.files import nearest_path
@@ -198,18 +198,12 @@ def find_files(names: Sequence[Path]) -> list[Path]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, sorted, without hidden ones.
+    """The image files in a folder and below it, the same as of `open_folder`, sorted by folder and name.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or a folder cannot be read.
     """
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and has_image_extension(file.name)
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
+    files = sorted(folder / file for file in walk(folder))
     if not files:
         raise DataError(f"{folder} has no image files", "Pass a folder with images, or image files")
     return files
