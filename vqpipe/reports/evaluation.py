@@ -3,7 +3,6 @@
 Shapes: G groups, K codes per group.
 """
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
