@@ -31,7 +31,7 @@ define environment
 endef
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "== making the environment in $(VENV) (torch and its CUDA libraries: about 7 GB)"
+	@echo "== making the environment in $(VENV) (torch and its CUDA libraries: about 8 GB)"
 	$(call environment,$(VENV),--constraints constraints.txt --build-constraints constraints.txt)
 	@touch $@
 

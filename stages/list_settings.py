@@ -30,7 +30,7 @@ def settings(
 ) -> None:
     """List the settings of a command, with defaults and docs.
 
-    They are set in a preset or by --set: `steps` under [train] is
+    They are set in a preset or by --set: `steps` of the section `train` is
     --set train.steps=1000. Settings marked with * may change when a run is
     resumed.
     """

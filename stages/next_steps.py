@@ -63,7 +63,7 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
             inputs = [*images_of(artifact), "--codebook", path]
             yield "vqpipe", "train", *settings, *inputs, "--out", beside(path, "tokenizer")
         case "tokenizer":
-            held_out = with_name("--images", options(artifact, "--validation")) or images_of(artifact, PHOTOS)
+            held_out = with_name("--images", options(artifact, "--validation") or [PHOTOS])
             yield "vqpipe", "eval", *held_out, "--tokenizer", path, "--out", beside(path, "report")
             images = images_of(artifact, PHOTOS)
             yield "vqpipe", "tokenize", *images, "--tokenizer", path, "--out", beside(path, "tokens")
@@ -123,9 +123,10 @@ def reports_of(paths: Iterable[Path]) -> Iterator[Artifact]:
 
 
 def folders(artifact: Artifact) -> list[str]:
-    """The folders of the files that the command which made the artifact has as arguments."""
-    paths = [path for path in map(Path, arguments(artifact)) if path.exists()]
-    return list(dict.fromkeys(str(path if path.is_dir() else path.parent) for path in paths))
+    """The folders that the command which made the artifact has as arguments, and those of its files, but for folders
+    that hold the artifact: its images are none to measure on."""
+    paths = [path if path.is_dir() else path.parent for path in map(Path, arguments(artifact)) if path.exists()]
+    return list(dict.fromkeys(str(path) for path in paths if path.resolve() not in artifact.path.resolve().parents))
 
 
 def arguments(artifact: Artifact) -> list[str]:

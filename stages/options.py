@@ -48,16 +48,14 @@ UnusedDevice = Annotated[
     str,
     typer.Option(
         "--device",
-        help="No effect in this command; every command accepts it.",
+        help="Accepted for scripts; no effect in this command.",
         metavar=DEVICE_NAMES,
         callback=known_device,
     ),
 ]
 UnusedSeed = Annotated[
     int,
-    typer.Option(
-        "--seed", help="No effect in this command; every command accepts it.", metavar="N", min=0, max=MAX_SEED
-    ),
+    typer.Option("--seed", help="Accepted for scripts; no effect in this command.", metavar="N", min=0, max=MAX_SEED),
 ]
 
 

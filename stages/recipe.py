@@ -201,7 +201,7 @@ def fit_to_steps(preset: object, train: object, say: Say) -> None:
     if not (isinstance(of, int) and isinstance(steps, int) and 0 < steps <= of):
         return
     if steps <= SHORT * of:
-        say(f"a first look: {steps:,} of the preset's {of:,} steps; all of them give much better results")
+        say(f"a first look: {steps:,} of the preset's {of:,} steps, which give much better results")
     if isinstance(warmup, int) and steps < warmup <= of:
         train["warmup_steps"] = shorter = warmup * steps // of
         say(f"warm-up: {counted(shorter, 'steps')} instead of {warmup:,}, in the same proportion")

@@ -27,7 +27,7 @@ from vqpipe.errors import ConfigError
 T = TypeVar("T")
 RESUMABLE, ADDED = "resumable", "added"
 """Keys of a field's metadata."""
-MORE_KINDS = " A kind that is not part of vqpipe needs --import MODULE, or in Python the import of its module"
+MORE_KINDS = " A kind that is not part of vqpipe needs --import FILE.py, or in Python the import of its module"
 """Ends the hint of an unknown kind."""
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -203,7 +203,9 @@ def override(cls: type, table: Mapping[str, Any], assignments: Iterable[str]) ->
         if len(path) < 2 and path[0] in sections:
             raise ConfigError(f"--set {path[0]} is a section", f"Write --set {path[0]}.NAME=VALUE")
         if path[0] not in sections or len(path) < 2:
-            raise ConfigError(f"--set {'.'.join(path)}: no such section", nearest_name(path[0], sections))
+            holders = [name for name in sections if path == [path[0]] and path[0] in hints_of(section_of(cls, name))]
+            nearest = f"Did you mean {holders[0]}.{path[0]}?" if holders else nearest_name(path[0], sections)
+            raise ConfigError(f"--set {'.'.join(path)}: no such section", nearest)
         for key in reversed(path):
             value = {key: value}
         result = merge(cls, result, value)

@@ -61,7 +61,7 @@ def test_newest_numbers_and_best_validation_are_shown() -> None:
     rows = [row(10), valid(10, 22.5), row(20, psnr=31.25), valid(20, 21.75)]
     text = html(rows=rows, best_step=10)
     words = " ".join(re.sub(r"<[^>]+>", " ", text).split())
-    assert "training PSNR 31.25 dB of the mean squared error since the row before" in words
+    assert "training PSNR 31.25 dB of the mean squared error since the last row of the log" in words
     assert "validation PSNR 21.75 dB mean over images; best at step 10" in words
     assert '<td class="best">22.50</td>' in text
     assert '<td class="best">21.75</td>' not in text

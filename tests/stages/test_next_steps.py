@@ -122,7 +122,7 @@ ENDINGS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
         ["--import", "my.py", "--images", "a b"],
         {},
         [
-            "next: vqpipe eval --images 'a b' --tokenizer made --out report --import my.py",
+            "next: vqpipe eval --images builtin:photos --tokenizer made --out report --import my.py",
             "  or: vqpipe tokenize --images 'a b' --tokenizer made --out tokens-2 --import my.py",
         ],
     ),
@@ -180,6 +180,18 @@ def test_every_command_ends_with_what_to_open_or_to_run(
     published(tmp_path, "made", kind, [command, *words], files)
     monkeypatch.chdir(tmp_path)
     assert next_steps.lines(open_artifact(Path("made"))) == expected
+
+
+def test_reconstructions_beside_their_image_are_not_proposed_to_measure_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import next_steps
+
+    (tmp_path / "a.jpg").touch()
+    published(tmp_path, "made", "images", ["reconstruct", "a.jpg", "--tokenizer", "builtin:photos-f8"], {})
+    monkeypatch.chdir(tmp_path)
+    proposed = "next: vqpipe eval --images builtin:photos --tokenizer builtin:photos-f8 --out report"
+    assert next_steps.lines(open_artifact(Path("made"))) == [proposed]
 
 
 def test_no_warning_of_another_package_is_printed(tmp_path: Path) -> None:

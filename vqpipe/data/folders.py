@@ -197,7 +197,7 @@ def stray(root: Path, files: Sequence[str], folders: Sequence[str]) -> str:
     others = f" and {len(more):,} more" if more else ""
     verb, pronoun = ("lie", "them") if more else ("lies", "it")
     return (
-        f"{root.name}/{first}{others} {verb} beside the class folders: without {pronoun}, the images have "
+        f"{root.name or root}/{first}{others} {verb} beside the class folders: without {pronoun}, the images have "
         f"{counted(len(folders), 'classes')}"
     )
 

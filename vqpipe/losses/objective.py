@@ -162,7 +162,7 @@ class Objective(nn.Module):
                 raise ConfigError(f"the quantizer has the unknown loss {name!r}", nearest_name(name, QUANTIZER_TERMS))
             if not getattr(config, name):
                 raise ConfigError(
-                    f"the quantizer has the loss {name!r}, which has no weight", f"Set objective.{name} to a number"
+                    f"the quantizer has the loss {name!r}, which has no weight", f"Set objective.{name} above 0"
                 )
         self.config = config
         if perceptual is None and config.perceptual != "none":

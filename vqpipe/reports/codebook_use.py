@@ -21,8 +21,8 @@ MAP_CAPTION = (
     "The brighter, the more often chosen (logarithmic)."
 )
 CEILING = (
-    "Uniform coder: the expected share in use if every token were drawn uniformly from all codes. It is an upper bound "
-    "at that number of tokens; compare the utilization with it."
+    "Uniform coder: the expected share in use if every token were drawn uniformly from all codes. Compare the "
+    "utilization with it."
 )
 
 

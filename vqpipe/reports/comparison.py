@@ -327,7 +327,7 @@ def comparison_page(
 
 def headline_table(group: Group) -> page.Table:
     """The headline numbers of one group."""
-    caption = f"Protocol {group.protocol}, the same images for all. The best of each column is highlighted."
+    caption = f"Protocol {group.protocol}, the same images for all. The best quality of each column is highlighted."
     if len(group.members) == 1:
         caption = f"Protocol {group.protocol}. No other report is on these images by this protocol."
     if not all(evaluated.is_discrete for evaluated in group.members):

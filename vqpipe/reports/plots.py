@@ -245,8 +245,7 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
         yscale="share",
         marks=[budget for budget in budgets if tokens[0] < budget < tokens[-1]],
         alt=ends,
-        caption=f"{ends}, which is the expected maximum at this number of tokens."
-        + (" Vertical lines: the numbers of tokens in the table." if budgets else ""),
+        caption=f"{ends}." + (" Vertical lines: the numbers of tokens in the table." if budgets else ""),
     )
 
 

@@ -94,7 +94,7 @@ PERCEPTUAL = {
 NUMBERS = (
     LoggedNumber("loss/total", "loss", "loss", ".4g"),
     LoggedNumber(
-        "psnr", "training", "training PSNR", ".2f", "dB", note="of the mean squared error since the row before"
+        "psnr", "training", "training PSNR", ".2f", "dB", note="of the mean squared error since the last row of the log"
     ),
     LoggedNumber("train/top1", "training", "training top-1", ".1f", "%", 100),
     LoggedNumber("valid/step", "validation", "validation step", ",.0f"),
@@ -110,8 +110,16 @@ NUMBERS = (
     LoggedNumber("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
     LoggedNumber("valid/utilization", "validation", "validation codes in use", ".1f", "%", 100),
     LoggedNumber("valid/perplexity", "validation", "validation perplexity", ",.1f", note="mean over groups"),
-    LoggedNumber("utilization", "codes", "codes in use", ".1f", "%", 100, "training images, since the row before"),
-    LoggedNumber("perplexity", "codes", "training perplexity", ",.1f", note="of the first group, since the row before"),
+    LoggedNumber(
+        "utilization", "codes", "codes in use", ".1f", "%", 100, "training images, since the last row of the log"
+    ),
+    LoggedNumber(
+        "perplexity",
+        "codes",
+        "training perplexity",
+        ",.1f",
+        note="of the first group of codes, since the last row of the log",
+    ),
     LoggedNumber("loss/discriminator", "discriminator", "discriminator loss", ".4g"),
     LoggedNumber(
         "loss/real_logit", "discriminator", "discriminator real", ".4g", note="mean output on training images"
@@ -158,9 +166,11 @@ def training_page(run: TrainingRun) -> page.ReportPage:
     subtitle = f"{run.description} Step {run.step:,} of {run.steps:,}."
     title = run.name + on_images(run.lineage)
     if run.step == run.steps:
-        return page.ReportPage(title, subtitle, list(sections(run)), run.written)
+        return page.ReportPage(title, subtitle, list(sections(run)), f"Written {run.written}.")
     subtitle += f" Written {run.written}; this page reloads itself during the run."
-    return page.ReportPage(title, subtitle, list(sections(run)), run.written, RELOAD_SECONDS, quote(run.name))
+    return page.ReportPage(
+        title, subtitle, list(sections(run)), f"Written {run.written}.", RELOAD_SECONDS, quote(run.name)
+    )
 
 
 def sections(run: TrainingRun) -> Iterator[page.Section]:
@@ -186,7 +196,7 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
     if run.lineage:
         yield page.Lineage("Lineage", [run.lineage])
     if run.command:
-        yield page.Commands("Command, also to resume the run", [run.command])
+        yield page.Commands("Command to start or resume the run", [run.command])
 
 
 def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
