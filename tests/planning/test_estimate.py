@@ -13,6 +13,7 @@ import torch
 from stages.estimates import preset_figures
 from stages.recipe import load, load_generator, load_tokenizer
 from vqpipe import presets
+from vqpipe.codebooks.kmeans import VECTOR_BYTES, KmeansConfig, working_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.planning.devices import GPUS, Device, device_named, device_of
 from vqpipe.planning.estimate import (
@@ -124,6 +125,14 @@ def test_plans_of_the_other_stages() -> None:
     clusters = plan_kmeans(replace(recipe.kmeans, k=100_000), 20_000_000, 768, H100)
     assert clusters.flops["search"] == 2.0 * 20_000_000 * 100_000 * 768
     assert 0.001 < clusters.hours < 1
+
+
+@pytest.mark.parametrize(("vectors", "k"), [(1000, 10), (20_000_000, 100_000)])
+def test_memory_of_kmeans_is_that_of_the_check_before_a_run(vectors: int, k: int) -> None:
+    on_gpu, on_cpu = (plan_kmeans(KmeansConfig(k=k), vectors, 768, each) for each in (H100, replace(H100, name="cpu")))
+    assert sum(on_cpu.memory.values()) == working_bytes(vectors, 768, k) + VECTOR_BYTES * vectors
+    assert on_gpu.memory["features"] <= 0.5 * H100.memory
+    assert on_gpu.fits
 
 
 @pytest.mark.parametrize(

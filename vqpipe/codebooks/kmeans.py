@@ -22,7 +22,7 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts.states import States, read
 from vqpipe.codebooks.codebook import Clustering
-from vqpipe.codebooks.features import FeatureSet
+from vqpipe.codebooks.features import BLOCK_ROWS, FeatureSet
 from vqpipe.codebooks.lloyd import PART, UNSAVED, CollectiveStates, Points, lloyd, mini_batch
 from vqpipe.codebooks.seeding import num_candidates, plusplus_rows, sample_rows
 from vqpipe.config import resumable, to_request
@@ -220,11 +220,12 @@ def check_memory(features: FeatureSet, k: int, device: torch.device) -> None:
     Raises:
         ConfigError: it does not fit; the message names both.
     """
-    working = working_bytes(features, k)
+    num_vectors, dim = features.num_vectors, features.dim
+    working = working_bytes(num_vectors, dim, k)
     if device.type == "cuda":
-        check_fits(working, torch.cuda.mem_get_info(device)[0], k, features.dim, "the GPU")
-        working = 8 * k * features.dim + block_bytes(features)
-    check_fits(working + VECTOR_BYTES * features.num_vectors, available_bytes(), k, features.dim, "this machine")
+        check_fits(working, torch.cuda.mem_get_info(device)[0], k, dim, "the GPU")
+        working = 8 * k * dim + block_bytes(num_vectors, dim)
+    check_fits(working + VECTOR_BYTES * num_vectors, available_bytes(), k, dim, "this machine")
 
 
 def check_fits(needed: int, free: int, k: int, dim: int, where: str) -> None:
@@ -241,15 +242,14 @@ def room_for_features(features: FeatureSet, k: int, device: torch.device, share:
     if device.type != "cuda":
         return 0
     free = torch.cuda.mem_get_info(device)[0]
-    return max(0, min(int(share * free), free - working_bytes(features, k)))
+    return max(0, min(int(share * free), free - working_bytes(features.num_vectors, features.dim, k)))
 
 
-def working_bytes(features: FeatureSet, k: int) -> int:
+def working_bytes(num_vectors: int, dim: int, k: int) -> int:
     """Memory of the iterations or of the seeding, whichever is larger, and of the blocks."""
-    sampled = sample_rows(features.num_vectors, features.dim, k)
-    seeding = (4 * features.dim + 64) * sampled + 8 * num_candidates(k) * features.dim
-    return max(CENTER_BYTES * k * features.dim, seeding) + block_bytes(features)
+    seeding = (4 * dim + 64) * sample_rows(num_vectors, dim, k) + 8 * num_candidates(k) * dim
+    return max(CENTER_BYTES * k * dim, seeding) + block_bytes(num_vectors, dim)
 
 
-def block_bytes(features: FeatureSet) -> int:
-    return BLOCK_COPIES * 4 * features.block_stop(0) * features.dim
+def block_bytes(num_vectors: int, dim: int) -> int:
+    return BLOCK_COPIES * 4 * min(BLOCK_ROWS, num_vectors) * dim

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vqpipe.codebooks.encoders import check_pool
-from vqpipe.codebooks.features import FeaturesConfig
-from vqpipe.codebooks.kmeans import KmeansConfig
+from vqpipe.codebooks.features import BLOCK_ROWS, FeaturesConfig
+from vqpipe.codebooks.kmeans import VECTOR_BYTES, KmeansConfig, block_bytes, working_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.generation.train import GeneratorRecipe
 from vqpipe.models import AutoencoderConfig
@@ -33,7 +33,7 @@ from vqpipe.planning.steps import (
     trace_tokenize,
     trace_tokenizer,
 )
-from vqpipe.planning.trace import EPILOGUE_DIMENSIONS, Operation, Trace
+from vqpipe.planning.trace import CANDIDATES, EPILOGUE_DIMENSIONS, Operation, Trace
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
@@ -255,16 +255,15 @@ def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, de
     A pass compares every vector with every center, and k-means++ takes about as long as one more. Where the features do
     not fit beside the centers, each pass copies them to the device.
     """
-    k, block = config.k, 65_536
-    centers, blocks = 24.0 * k * dim, 16.0 * block * dim
-    memory = {"centers and sums": centers, "blocks of features": blocks}
-    stored = 2.0 * vectors * dim
-    room = config.gpu_share * device.memory - centers - blocks
+    k, stored = config.k, 2.0 * vectors * dim
+    blocks = float(block_bytes(vectors, dim))
+    memory = {"seeding or iterations": working_bytes(vectors, dim, k) - blocks, "blocks of features": blocks}
     if device.is_gpu:
-        memory["features"] = min(stored / devices, max(0.0, room))
-        memory["search"] = 264.0 * block
+        memory["search"] = 8.0 * (1 + CANDIDATES) * min(BLOCK_ROWS, vectors)
+        free = (device.memory - device.context) / (1 + device.margin)
+        memory["features"] = max(0.0, min(stored / devices, config.gpu_share * free, free - sum(memory.values())))
     else:
-        memory["order of the vectors"] = 36.0 * vectors
+        memory["order of the vectors"] = float(VECTOR_BYTES * vectors)
     flops = 2.0 * vectors * k * max(dim, EPILOGUE_DIMENSIONS)
     # On a GPU the products are screened in bfloat16, and the candidates compared in float32.
     products = Operation(flops / devices, stored / devices, "bf16" if device.is_gpu else "fp32", False, "search")
