@@ -14,7 +14,7 @@ from rich.table import Table
 from stages import console, recipe
 from vqpipe import distributed, presets
 from vqpipe.errors import VqpipeError
-from vqpipe.planning.devices import GPUS, device_of
+from vqpipe.planning.devices import DEVICES, device_of
 from vqpipe.planning.estimate import GIB, Plan, Training, generator_training, in_bytes, refusal, tokenizer_training
 from vqpipe.progress import SILENT, Progress
 from vqpipe.words import counted
@@ -26,7 +26,7 @@ LEAST_STEPS = 1000
 LONG_HOURS, FIRST_LOOK_HOURS, LEAST_PROPOSED = 2.0, 0.5, 20
 """Hours of a run on a CPU from which on a shorter one is proposed, and the hours and the least steps of that."""
 MACHINES = {"1 x 24 GB": ("rtx4090", 1), "1 x 80 GB": ("h100", 1), "8 x 80 GB": ("h100", 8)}
-"""Columns of the table of presets: a device of GPUS, and how many."""
+"""Columns of the table of presets: a device of DEVICES, and how many."""
 TOKENIZERS = {"ldm-f8": "vqgan-lc-f8-100k", "ldm-ffhq-f16": "vqgan-lc-ffhq-f16-100k"} | dict.fromkeys(
     ("llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl"), "mgvq-f16-g4"
 )
@@ -51,7 +51,7 @@ def preset_figures(preset: str) -> dict[str, dict[str, float] | None]:
     """Machine -> GiB of one device and hours of a preset, with settings that fit; None where none do."""
     figures: dict[str, dict[str, float] | None] = {}
     for machine, (device, count) in MACHINES.items():
-        plan = training_of(preset).fitting(GPUS[device], count)
+        plan = training_of(preset).fitting(DEVICES[device], count)
         figures[machine] = (
             None
             if plan is None

@@ -4,8 +4,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from vqpipe.gpus import GPUS
+
 Stage = Literal["train", "train-generator", "kmeans", "extract-features", "tokenize", "presets"]
-IMAGENET = 1_281_167
+DEVICES = (*(gpu.name for gpu in GPUS if gpu.memory), "cpu")
 
 
 def plan(
@@ -23,9 +25,7 @@ def plan(
     gpu: Annotated[
         str,
         typer.Option(
-            "--gpu",
-            help="The device; cpu: this machine's, measured for a moment.",
-            metavar="h200|h100|a100-80|a100-40|v100-32|l40s|rtx4090|rtx3060-12|cpu",
+            "--gpu", help="The device; cpu: this machine's, measured for a moment.", metavar="|".join(DEVICES)
         ),
     ] = "h100",
     gpus: Annotated[int, typer.Option("--gpus", help="Number of devices.", metavar="N", min=1)] = 1,
@@ -36,9 +36,11 @@ def plan(
         ),
     ] = "vqgan-lc-f16-100k",
     num_images: Annotated[
-        int,
-        typer.Option("--num-images", help="Images to encode or to cluster; default: ImageNet's.", metavar="N", min=1),
-    ] = IMAGENET,
+        int | None,
+        typer.Option(
+            "--num-images", help="Images to encode or to cluster; default: ImageNet's 1,281,167.", metavar="N", min=1
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="tokenize: images per batch of a device.", metavar="IMAGES", min=1)
     ] = 32,
@@ -61,7 +63,7 @@ def plan(
     if stage == "presets":
         estimates.show_presets(as_json=as_json)
         return
-    device = device_named(gpu)
+    device, images = device_named(gpu), num_images or estimate.IMAGENET
     if stage == "train":
         result = estimate.tokenizer_training(recipe.load_tokenizer(preset, overrides)).plan(device, gpus)
     elif stage == "train-generator":
@@ -72,13 +74,13 @@ def plan(
     elif stage == "tokenize":
         trained = recipe.load_tokenizer(preset, overrides)
         size = (trained.data.image_size, trained.data.image_size)
-        result = estimate.plan_tokenize(trained.model, size, batch_size, device, gpus, images=num_images)
+        result = estimate.plan_tokenize(trained.model, size, batch_size, device, gpus, images=images)
     elif stage == "extract-features":
         features = recipe.load(preset, overrides).features
-        result = estimate.plan_features(features, device, gpus, images=num_images)
+        result = estimate.plan_features(features, device, gpus, images=images)
     else:
         settings = recipe.load(preset, overrides)
         dim, per_image = estimate.features_of(settings.features)
-        vectors = min(num_images, settings.features.limit or num_images) * per_image
+        vectors = min(images, settings.features.limit or images) * per_image
         result = estimate.plan_kmeans(settings.kmeans, vectors, dim, device, gpus)
     estimates.show(result, as_json=as_json)

@@ -27,7 +27,7 @@ ROWS = (
     ("quantizers", "losses", "metrics", "data", "zoo"),
     ("search", "artifacts", "weights", "presets", "settings", "downloads", "model_card"),
     ("config", "device", "distributed", "provenance", "progress"),
-    ("files", "file_kinds", "image_size"),
+    ("files", "file_kinds", "gpus", "image_size"),
     ("errors", "words"),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}

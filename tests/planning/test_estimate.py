@@ -15,7 +15,7 @@ from stages.recipe import load, load_generator, load_tokenizer
 from vqpipe import presets
 from vqpipe.codebooks.kmeans import VECTOR_BYTES, KmeansConfig, working_bytes
 from vqpipe.errors import ConfigError
-from vqpipe.planning.devices import GPUS, Device, device_named, device_of
+from vqpipe.planning.devices import DEVICES, Device, device_named, device_of
 from vqpipe.planning.estimate import (
     Plan,
     features_of,
@@ -32,7 +32,7 @@ from vqpipe.planning.steps import grown
 from vqpipe.planning.trace import Operation
 
 SMOKE = load_tokenizer("smoke", ["train.precision=fp32"])
-H100 = GPUS["h100"]
+H100 = DEVICES["h100"]
 
 
 def with_memory(size: float) -> Device:
@@ -144,10 +144,12 @@ def test_memory_of_kmeans_is_that_of_the_check_before_a_run(vectors: int, k: int
         ("Tesla V100-SXM2-32GB", 32, "v100-32"),
         ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
         ("NVIDIA RTX A1000", 8, "NVIDIA RTX A1000 as rtx3060-12"),
+        ("NVIDIA H100 PCIe", 79.6, "NVIDIA H100 PCIe as h100"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10, "NVIDIA H100 80GB HBM3 MIG 1g.10gb as rtx3060-12"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, "NVIDIA GeForce RTX 4090 Laptop GPU as rtx3060-12"),
     ],
 )
-def test_a_gpu_is_found_by_its_name(name: str, memory: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_found_by_its_name(name: str, memory: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     properties = SimpleNamespace(total_memory=memory * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

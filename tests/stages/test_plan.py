@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stages import estimates
-from vqpipe.planning.devices import GPUS
+from vqpipe.planning.devices import DEVICES
 from vqpipe.planning.estimate import Plan
 
 FP32 = ("--set", "train.precision=fp32")
@@ -86,7 +86,7 @@ def test_training_that_does_not_fit_is_refused_before_it_begins(
     vqpipe: Callable[..., Any], draw_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_folder(tmp_path / "photos", 8, side=64)
-    small = replace(GPUS["h100"], memory=1e8, context=0.0)
+    small = replace(DEVICES["h100"], memory=1e8, context=0.0)
     monkeypatch.setattr(estimates, "device_of", lambda device: small)
     monkeypatch.setattr(estimates, "LEAST_STEPS", 1)
     done = train(vqpipe, tmp_path)

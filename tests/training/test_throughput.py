@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.training.config import TokenizerTrainConfig
-from vqpipe.training.throughput import FlopsPerImage, Throughput, bf16_peak, count_flops
+from vqpipe.training.throughput import FlopsPerImage, Throughput, count_flops, peak_of
 
 SIZE = 32
 
@@ -92,19 +92,11 @@ def test_there_is_no_mfu_without_a_known_peak() -> None:
     assert row == {"images_per_second": 10.0, "tflops": 30.0}
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H200", 989.0),
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("Tesla T4", None),
-    ],
-)
-def test_unknown_devices_have_no_peak(name: str, peak: float | None) -> None:
-    assert bf16_peak(name) == peak
+def test_the_peak_is_that_of_bf16_on_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    bf16, cuda = TokenizerTrainConfig(precision="bf16"), torch.device("cuda")
+    assert peak_of(cuda, bf16) == 756.0
+    assert peak_of(cuda, TokenizerTrainConfig(precision="fp32")) is None
+    assert peak_of(torch.device("cpu"), bf16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert peak_of(cuda, bf16) is None

@@ -1,11 +1,9 @@
-"""The GPUs that a plan may be made for: memory, peak arithmetic and bandwidth, from their makers' data sheets."""
+"""The devices that a plan may be made for: GPUs of `gpus`, and this machine's CPU."""
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +13,7 @@ from torch.nn import functional as F
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
-
-MIB = 2**20
+from vqpipe.gpus import GPUS, gpus_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +24,12 @@ class Device:
     memory: float
     """Bytes."""
     bf16: float
-    """TFLOP/s of dense bfloat16 matrix products with float32 sums."""
     conv32: float
-    """TFLOP/s of float32 convolutions: cuDNN computes them in TF32 by default."""
     fp32: float
-    """TFLOP/s of float32 matrix products."""
+    """TFLOP/s, as in `Gpu`."""
     bandwidth: float
-    """GB/s of its memory."""
     link: float
-    """GB/s to other devices of a machine, in one direction."""
+    """GB/s, as in `Gpu`."""
     product_share: float = 0.5
     """Share of the peak that large products and convolutions reach; an assumption."""
     memory_share: float = 0.7
@@ -52,33 +46,9 @@ class Device:
         return self.name != "cpu"
 
 
-def gpu(name: str, mib: int, bf16: float, conv32: float, fp32: float, bandwidth: float, link: float) -> Device:
-    return Device(name=name, memory=mib * MIB, bf16=bf16, conv32=conv32, fp32=fp32, bandwidth=bandwidth, link=link)
-
-
-# fmt: off
-GPUS = {
-    device.name: device
-    for device in (
-        #   name             MiB   bf16   TF32   fp32  bandwidth  link
-        gpu("h200",       143_771, 989.0, 494.0,  67.0,  4800,  450),  # "NVIDIA H200 Tensor Core GPU", SXM
-        gpu("h100",        81_559, 989.0, 494.0,  67.0,  3350,  450),  # "NVIDIA H100 Tensor Core GPU", SXM
-        gpu("a100-80",     81_920, 312.0, 156.0,  19.5,  2039,  300),  # "NVIDIA A100 Tensor Core GPU", 80 GB SXM
-        gpu("a100-40",     40_960, 312.0, 156.0,  19.5,  1555,  300),  # the same, 40 GB SXM
-        gpu("v100-32",     32_768,  15.7,  15.7,  15.7,   900,  150),  # "NVIDIA V100 Tensor Core GPU", SXM2
-        gpu("l40s",        46_068, 362.0, 183.0,  91.6,   864,   32),  # "NVIDIA L40S"; 48 GB less 1/16 for ECC
-        gpu("rtx4090",     24_564, 165.2,  82.6,  82.6,  1008,   32),  # "NVIDIA Ada GPU Architecture", appendix A
-        gpu("rtx3060-12",  12_288,  25.5,  12.7,  12.7,   360,   32),  # see below
-    )
-}
-# fmt: on
-"""Peaks and bandwidths are those of NVIDIA's data sheets and white papers of these titles, without sparsity: half of
-the number that a data sheet gives with it. Memory is the total that nvidia-smi reports. The V100 computes neither bf16
-nor TF32. NVIDIA publishes no tensor peaks of the RTX 3060: they are two and one times its float32 peak, as for the
-other GPUs of its architecture in "NVIDIA Ampere GA102 GPU Architecture". Links are NVLink's, or 16 lanes of PCIe 4."""
-NAMES = (*GPUS, "cpu")
-OTHER_CHIPS = {"laptop", "ti", "super"}
-"""Words in a GPU's name with which it is another chip than that of the name without them."""
+DEVICES = {gpu.name: Device(**vars(gpu)) for gpu in GPUS if gpu.memory}
+"""The GPUs whose numbers are all known, by name."""
+NAMES = (*DEVICES, "cpu")
 
 
 def device_named(name: str) -> Device:
@@ -89,9 +59,9 @@ def device_named(name: str) -> Device:
     """
     if name == "cpu":
         return measured_cpu()
-    if name not in GPUS:
+    if name not in DEVICES:
         raise ConfigError(f"--gpu {name} is unknown", nearest_name(name, NAMES))
-    return GPUS[name]
+    return DEVICES[name]
 
 
 def device_of(device: torch.device) -> Device:
@@ -99,10 +69,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return measured_cpu()
     name, memory = torch.cuda.get_device_name(device), float(torch.cuda.get_device_properties(device).total_memory)
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    known = set() if OTHER_CHIPS & set(words) else {*words, *map("".join, pairwise(words))}
-    found = [each for key, each in GPUS.items() if key.partition("-")[0] in known]
-    like = min(found or GPUS.values(), key=lambda each: abs(each.memory - memory))
+    found = [DEVICES[gpu.name] for gpu in gpus_named(name) if gpu.memory]
+    like = min(found or DEVICES.values(), key=lambda each: abs(each.memory - memory))
     return Device(**{**vars(like), "name": like.name if found else f"{name} as {like.name}", "memory": memory})
 
 

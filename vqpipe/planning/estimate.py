@@ -20,8 +20,9 @@ from vqpipe.codebooks.features import BLOCK_ROWS, FeaturesConfig
 from vqpipe.codebooks.kmeans import VECTOR_BYTES, KmeansConfig, block_bytes, working_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.generation.train import GeneratorRecipe
+from vqpipe.gpus import MIB
 from vqpipe.models import AutoencoderConfig
-from vqpipe.planning.devices import MIB, Device
+from vqpipe.planning.devices import Device
 from vqpipe.planning.steps import (
     TRACED,
     Step,

@@ -5,7 +5,6 @@ with fake tensors. As is usual for the MFU, it leaves out quantizing, the optimi
 gradients, and recomputation under `train.activation_checkpointing`.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -13,30 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqpipe import distributed
+from vqpipe.gpus import gpus_named
 from vqpipe.losses.objective import Objective
 from vqpipe.models import Autoencoder, PatchDiscriminator, build_autoencoder
 from vqpipe.training.callbacks import Callback
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.running_metrics import Row
 from vqpipe.training.tokenizer_task import frozen_parts
-
-# bf16 tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheet of each product (half of the number with
-# sparsity). Keys are matched as words in torch.cuda.get_device_name(); the first match is used.
-BF16_PEAKS = {
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H200 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A40": 149.7,
-    "A10": 125.0,
-}
 
 
 @dataclass(frozen=True)
@@ -81,13 +63,6 @@ def count_flops(
     return FlopsPerImage(float(reconstruction_flops.get_total_flops()), float(adversarial_flops.get_total_flops()))
 
 
-def bf16_peak(device_name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a device; None for one that is not in the table, and for a MIG slice."""
-    if "MIG" in device_name:
-        return None
-    return next((peak for words, peak in BF16_PEAKS.items() if re.search(rf"\b{words}\b", device_name)), None)
-
-
 class Throughput(Callback):
     """Adds `tflops`, TFLOP/s of each device, and `mfu`, their share of its peak in 0..1, to the rows of training.
 
@@ -108,7 +83,8 @@ class Throughput(Callback):
 
 
 def peak_of(device: torch.device, config: TokenizerTrainConfig) -> float | None:
-    """Peak TFLOP/s of the device in the precision of the run, where it is known: bf16 on a GPU of the table."""
+    """Peak TFLOP/s of the device in the precision of the run, where it is known: bf16 on one of `GPUS`."""
     if device.type != "cuda" or config.precision != "bf16":
         return None
-    return bf16_peak(torch.cuda.get_device_name(device))
+    known = gpus_named(torch.cuda.get_device_name(device))
+    return known[0].bf16 if known else None
