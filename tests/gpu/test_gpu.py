@@ -16,12 +16,13 @@ from stages.recipe import load_classifier, load_generator, load_tokenizer
 from vqpipe import presets
 from vqpipe.benchmarks.search import reference_ids
 from vqpipe.data.batches import Batch
+from vqpipe.data.examples import ExampleBatch
 from vqpipe.generation import Space, build_generator
 from vqpipe.generation.classifier import build_classifier
 from vqpipe.losses import Objective
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import PatchDiscriminator, build_autoencoder
-from vqpipe.planning.steps import Examples, without_masking
+from vqpipe.planning.steps import without_masking
 from vqpipe.quantizers import build_quantizer
 from vqpipe.search import nearest
 from vqpipe.tokenizer import Tokenizer
@@ -283,7 +284,7 @@ def test_every_generator_and_classifier_preset_takes_two_steps(gpu: torch.device
     space = Space.of(quantizer, side, side, 10 if classifies or recipe.examples.conditional else None)
 
     def step(number: int) -> Tensor:
-        return task.step(Examples(examples, torch.zeros(1, dtype=torch.int64)), number).values["loss/total"]
+        return task.step(ExampleBatch(examples, torch.zeros(1, dtype=torch.int64), ["a"]), number).values["loss/total"]
 
     with gpu:  # the largest have more than 10^9 weights, which a CPU takes long to initialize
         network: Any = (

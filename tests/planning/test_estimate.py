@@ -28,7 +28,7 @@ from vqpipe.planning.estimate import (
     step_seconds,
     tokenizer_training,
 )
-from vqpipe.planning.steps import grown
+from vqpipe.planning.steps import extrapolated
 from vqpipe.planning.trace import Operation
 
 SMOKE = load_tokenizer("smoke", ["train.precision=fp32"])
@@ -97,7 +97,7 @@ def test_devices_share_the_batch_and_keep_gradients() -> None:
 def test_memory_and_operations_follow_from_two_traces() -> None:
     training = tokenizer_training(SMOKE)
     few, many, found = (training.trace(SMOKE.train, count, True) for count in (1, 16, 8))
-    guess = grown(few, many, 8)
+    guess = extrapolated(few, many, 8)
     assert sum(guess.peak.values()) == pytest.approx(sum(found.peak.values()), rel=0.05)
     assert step_seconds(guess.operations, H100) == pytest.approx(step_seconds(found.operations, H100), rel=0.05)
 

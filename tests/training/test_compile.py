@@ -12,6 +12,7 @@ import torch
 
 from vqpipe.config import from_table
 from vqpipe.data.batches import Batch
+from vqpipe.data.examples import ExampleBatch
 from vqpipe.generation import (
     DitConfig,
     GeneratorConfig,
@@ -26,7 +27,6 @@ from vqpipe.generation.classifier import ClassifierConfig, LinearProbeConfig, Vi
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.planning.steps import Examples
 from vqpipe.quantizers import TokenLayout
 from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
 from vqpipe.training.examples_task import ExamplesTask
@@ -173,4 +173,5 @@ def test_blocks_of_a_generator_or_classifier_are_compiled_once(name: str) -> Non
     task = ExamplesTask(network)
     task.prepare(TrainConfig(compile=True, global_batch_size=2), CPU, network)
     task.connect()
-    take_steps(task, Examples(torch.randn(2, space.latent_dim, 4, 4) if on_latents else ids, torch.tensor([0, 3])))
+    examples = torch.randn(2, space.latent_dim, 4, 4) if on_latents else ids
+    take_steps(task, ExampleBatch(examples, torch.tensor([0, 3]), ["a", "b"]))

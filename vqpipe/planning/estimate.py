@@ -27,8 +27,8 @@ from vqpipe.planning.steps import (
     TRACED,
     Step,
     build_encoder,
-    grown,
-    times,
+    extrapolated,
+    scaled,
     trace_features,
     trace_generator,
     trace_tokenize,
@@ -151,9 +151,9 @@ class Training:
             config = replace(self.config, accumulate=1, **change)
             few, many = (self.trace(config, count, device.is_gpu) for count in TRACED)
             for parts in (number for number in range(1, share + 1) if share % number == 0):
-                step = grown(few, many, share // parts)
+                step = extrapolated(few, many, share // parts)
                 changed = replace(config, accumulate=parts)
-                step = replace(step, operations=times(step.operations, parts), first=times(step.first, parts))
+                step = replace(step, operations=scaled(step.operations, parts), first=scaled(step.first, parts))
                 plan = self.plan_of(changed, step, device, devices)
                 if plan.needed <= CLOSE * plan.available:
                     return plan

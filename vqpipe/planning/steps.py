@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vqpipe.codebooks import features as feature_files
 from vqpipe.codebooks.encoders import PatchEncoder
 from vqpipe.codebooks.features import FeaturesConfig
+from vqpipe.data.examples import ExampleBatch
 from vqpipe.data.tokens import id_dtype
+from vqpipe.device import autocast
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import Space, build_generator
 from vqpipe.generation.train import GeneratorRecipe
@@ -32,7 +34,7 @@ from vqpipe.training.tokenizer_run import TokenizerRecipe
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.weights import Frozen, build_lpips
 
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
+CPU = torch.device("cpu")
 TRACED = (1, 16)
 """Images at once of two traces that others follow from."""
 
@@ -54,14 +56,14 @@ class Step:
     """Bytes of the published weights."""
 
 
-def times(operations: list[Operation], count: float) -> list[Operation]:
-    """`count` times as much of each operation: of a step with more micro-batches."""
+def scaled(operations: list[Operation], count: float) -> list[Operation]:
+    """The operations with `count` times the FLOPs and bytes each: those of a step with more micro-batches."""
     if count == 1:
         return operations
     return [each._replace(flops=count * each.flops, bytes=count * each.bytes) for each in operations]
 
 
-def grown(few: Step, many: Step, images: int) -> Step:
+def extrapolated(few: Step, many: Step, images: int) -> Step:
     """The step with `images` at once, from those with the numbers of TRACED."""
     distance = (images - TRACED[0]) / (TRACED[1] - TRACED[0])
 
@@ -90,11 +92,11 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
     parts = min(2, recipe.train.accumulate)  # more micro-batches need no more memory
     config = replace(recipe.train, accumulate=parts, compile=False, sync_batch_norm=False)
     side, objective_config = recipe.data.image_size, recipe.objective
-    model = build(recipe.model)
+    model = meta_autoencoder(recipe.model)
     with torch.device("meta"):
         discriminator = PatchDiscriminator(recipe.discriminator)
     with fake_tensors(gpu) as (trace, on_cuda):
-        start(model, trace)
+        count_autoencoder(model, trace)
         as_fake(discriminator, trace, "discriminator")
         perceptual = None
         if objective_config.perceptual != "none":
@@ -107,7 +109,7 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
         objective = Objective(objective_config, model.quantizer.loss_names, perceptual=perceptual)
         task = TokenizerTask(model, discriminator, objective)
         average = WeightAverage(model, config, trace)
-        task.prepare(config, torch.device("cpu"), model)
+        task.prepare(config, CPU, model)
         task.connect()
         if task.adversarial:
             trace.count_calls(discriminator, "discriminator")
@@ -138,7 +140,7 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
         other = size_of_network(discriminator) if task.adversarial else 0.0
         states = sum(size_of_state(optimizer) for optimizer in task.optimizers.values())
         saved = weights + other + states + (weights if config.weight_ema else 0.0)
-        return Step(trace.peak, times(both, repeats), times(first, repeats), trained, saved, weights + other)
+        return Step(trace.peak, scaled(both, repeats), scaled(first, repeats), trained, saved, weights + other)
 
 
 class WeightAverage:
@@ -172,21 +174,21 @@ def trace_generator(
     """Trace steps of a generator's training. The tokenizer is in memory too, for samples."""
     parts = min(2, recipe.train.accumulate)
     config = replace(recipe.train, accumulate=parts, compile=False, parallel="ddp")
-    autoencoder = build(tokenizer)
+    autoencoder = meta_autoencoder(tokenizer)
     quantizer, side = autoencoder.quantizer, image_size // autoencoder.downsample_factor
     classes = (recipe.examples.num_classes or 1000) if recipe.examples.conditional else None
     space = Space.of(quantizer, side, side, classes)
     with torch.device("meta"):
         network = build_generator(recipe.generator, space)
     with fake_tensors(gpu) as (trace, on_cuda):
-        start(autoencoder, trace)
+        count_autoencoder(autoencoder, trace)
         trace.own_tensors(autoencoder, "tokenizer")
         as_fake(network.requires_grad_(True), trace, "weights")
         with suppress(ConfigError):  # of a generator that uses no codebook
             network.load_codebook(quantizer.train().all_codes().detach())
         task = ExamplesTask(network)
         average = WeightAverage(network, config, trace)
-        task.prepare(config, torch.device("cpu"), network)
+        task.prepare(config, CPU, network)
         task.connect()
         trace.count_steps(task.optimizers["optimizer"])
         count = parts * examples_at_once
@@ -194,13 +196,13 @@ def trace_generator(
             examples = torch.zeros(count, space.num_tokens, dtype=torch.int64)
         else:
             examples = torch.zeros(count, space.latent_dim, space.height, space.width)
-        batch = Examples(examples, torch.zeros(count, dtype=torch.int64))
+        batch = ExampleBatch(examples, torch.zeros(count, dtype=torch.int64), [])
         with on_cuda:
             task.step(batch, 0)
             trace.operations = []
             task.step(batch, 1)
             average.update()
-        operations = times(trace.operations, recipe.train.accumulate / parts)
+        operations = scaled(trace.operations, recipe.train.accumulate / parts)
         weights = size_of_network(network)
         trained = sum(size_of(parameter) for parameter in network.parameters())
         saved = weights * (2 if config.weight_ema else 1) + size_of_state(task.optimizers["optimizer"])
@@ -208,26 +210,16 @@ def trace_generator(
         return Step(trace.peak, operations, operations, trained, saved, published)
 
 
-@dataclass
-class Examples:
-    """A batch of a generator."""
-
-    examples: Tensor
-    labels: Tensor
-    keys: list[str] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)
-
-
 def trace_tokenize(
     model: AutoencoderConfig, image_size: tuple[int, int], batch_size: int, precision: str, gpu: bool
 ) -> tuple[Trace, int]:
     """Trace the encoding of a batch of images of (height, width) pixels; with it, the bytes of the ids of an image."""
-    network = build(model)
+    network = meta_autoencoder(model)
     with fake_tensors(gpu) as (trace, on_cuda):
-        start(network, trace)
+        count_autoencoder(network, trace)
         batch = torch.empty(batch_size, 3, *image_size)
         trace.operations.clear()
-        with torch.no_grad(), on_cuda, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.no_grad(), on_cuda, autocast(CPU, precision):
             network.quantizer.train()  # in evaluation, numbers are read to check them
             latent = network.latent(batch)
             ids = network.quantizer(latent).ids
@@ -240,7 +232,7 @@ def trace_features(encoder: PatchEncoder, config: FeaturesConfig, gpu: bool) -> 
         as_fake(encoder, trace, "weights")
         batch = torch.empty(config.batch_size, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
         trace.operations.clear()
-        with torch.no_grad(), on_cuda, torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.no_grad(), on_cuda, autocast(CPU, config.precision):
             encoder(batch)
     return trace
 
@@ -255,7 +247,7 @@ def build_encoder(config: FeaturesConfig) -> PatchEncoder:
         logging.disable(logging.NOTSET)
 
 
-def build(config: AutoencoderConfig) -> Autoencoder:
+def meta_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """An autoencoder on the meta device, with all groups kept."""
     with torch.device("meta"):
         return build_autoencoder(without_masking(config))
@@ -268,22 +260,20 @@ def without_masking(config: AutoencoderConfig) -> AutoencoderConfig:
     return replace(config, quantizer=replace(config.quantizer, masking="off"))
 
 
-def start(network: Autoencoder, trace: Trace) -> Autoencoder:
+def count_autoencoder(network: Autoencoder, trace: Trace) -> None:
     """Make its tensors fake ones and count them, those of the quantizer as "codebook", which counts as loaded."""
     as_fake(network, trace, "weights")
     trace.own_tensors(network.quantizer, "codebook")
     for module in network.modules():
         if isinstance(module, FrozenCodebookQuantizer | BridgedQuantizer):
             module.loaded = True
-    return network
 
 
-def as_fake(network: NetworkT, trace: Trace, part: str) -> NetworkT:
+def as_fake(network: nn.Module, trace: Trace, part: str) -> None:
     """Make the tensors of a network on the meta device fake ones, and count them as `part`."""
     with trace.inside(part):
         network.to_empty(device="cpu")
     trace.own(network, part)
-    return network
 
 
 @contextmanager
