@@ -52,7 +52,7 @@ def prepare_data(
         bool, typer.Option("--verify-archives", help="Check the MD5 of the manifest's archives in --source.")
     ] = False,
     key_prefix: options.KeyPrefixOption = None,
-    num_workers: options.NumWorkers = 0,
+    num_workers: options.NumWorkers = -1,
     max_skipped: options.MaxSkipped = 0.01,
     color: options.ColorOption = "ignore",
     device: UnusedDevice = "cpu",

@@ -28,7 +28,7 @@ TOKENIZERS=(taming-f16-16k llamagen-f16-16k open-magvit2-f16 ${OPENIMAGES:+var-f
 zero_shot() {
     local set=$1 size=$2 name given EVAL=$OUT/set-$1
     shift 2
-    vqpipe prepare-data "$set" --source "$DATA/$set" --out "$EVAL" --num-workers -1 ${PARTIAL:+--allow-partial}
+    vqpipe prepare-data "$set" --source "$DATA/$set" --out "$EVAL" ${PARTIAL:+--allow-partial}
     for name in "${TOKENIZERS[@]}"; do
         measure "$set-$size-$name" "$OUT/$name" --image-size "$size" --fid-min-images 100 "$@"
     done
