@@ -8,7 +8,7 @@ from vqpipe.codebooks import seeding
 from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
 from vqpipe.codebooks.lloyd import Points
-from vqpipe.codebooks.seeding import Draw, plusplus_rows, weighted_draw
+from vqpipe.codebooks.seeding import SeedingRounds, plusplus_rows, weighted_draw
 
 CPU = torch.device("cpu")
 
@@ -24,15 +24,15 @@ def test_distances_and_owners_are_of_the_nearest_chosen_vector() -> None:
     data = np.concatenate([mixture(500), mixture(500)[:200]])  # with copies
     points = Points(FeatureSet([data], ["x"]), CPU, shared=False)
     vectors = torch.from_numpy(data)
-    draw = Draw(points, vectors, torch.ones(700, dtype=torch.int64), (0,))
+    rounds = SeedingRounds(points, vectors, torch.ones(700, dtype=torch.int64), (0,))
     for count, trials in ((30, 1), (60, 3)):
-        draw.run(count, 8, trials)
-        assert len(draw.chosen) == count
-        chosen = data[draw.chosen.numpy()]
+        rounds.run(count, 8, trials)
+        assert len(rounds.chosen) == count
+        chosen = data[rounds.chosen.numpy()]
         assert len(np.unique(chosen, axis=0)) == count
         squared = ((data[:, None].astype(np.float64) - chosen[None]) ** 2).sum(axis=2)
-        np.testing.assert_allclose(draw.squared, squared.min(axis=1), rtol=1e-5)
-        np.testing.assert_allclose(squared[np.arange(700), draw.owner], squared.min(axis=1), rtol=1e-5)
+        np.testing.assert_allclose(rounds.squared, squared.min(axis=1), rtol=1e-5)
+        np.testing.assert_allclose(squared[np.arange(700), rounds.owner], squared.min(axis=1), rtol=1e-5)
 
 
 def test_a_sample_is_used_where_vectors_are_many(monkeypatch: pytest.MonkeyPatch) -> None:

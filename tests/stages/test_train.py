@@ -21,7 +21,7 @@ from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.files import read_rows
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, VqConfig
-from vqpipe.training.callbacks import Callback, Paced, RunReport
+from vqpipe.training.callbacks import Callback, RunReport, Throttle
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
 from vqpipe.training.tokenizer_run import RunInputs, check_run, start_tokenizer_run, train_tokenizer
@@ -217,7 +217,7 @@ def test_page_shows_pictures_between_samples_and_changes_no_result(
     for due in (True, False):
         pages.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Paced, "due", lambda self, due=due: due)
+            patch.setattr(Throttle, "due", lambda self, due=due: due)
             patch.setattr(RunReport, "render", kept)
             made.append(go(f"previews-{due}", set=settings))
         assert any("reconstructed at step 4." in text for text in pages) == due

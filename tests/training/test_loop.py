@@ -28,7 +28,7 @@ from vqpipe.models import (
     build_autoencoder,
 )
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
-from vqpipe.training.callbacks import Callback, Paced
+from vqpipe.training.callbacks import Callback, Throttle
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loop import train
@@ -354,25 +354,25 @@ def test_numbers_of_the_first_steps_come_before_the_first_row(tmp_path: Path) ->
 
 def test_previews_come_with_rows_when_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path / "a")[1].previews == []  # too short a run
-    monkeypatch.setattr(Paced, "due", lambda self: True)
+    monkeypatch.setattr(Throttle, "due", lambda self: True)
     assert run(tmp_path / "b")[1].previews == [1, 2, 3, 9]  # rows at 3, 6, 9, 12; samples at 6 and 12
 
 
-def test_paced_action_is_repeated_by_the_clock_and_takes_a_small_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throttled_action_is_repeated_by_the_clock_and_takes_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = Paced(first=15.0, every=60.0, growth=1.5, longest=100.0, share=0.02)
+    throttle = Throttle(first=15.0, every=60.0, growth=1.5, longest=100.0, share=0.02)
 
     def waits(cost: float) -> float:
         """Seconds until the action is due again, of an action that takes `cost` seconds."""
-        with pace.timed():
+        with throttle.timed():
             clock[0] += cost
         ended = clock[0]
-        while not pace.due():
+        while not throttle.due():
             clock[0] += 1.0
         return clock[0] - ended
 
-    while not pace.due():
+    while not throttle.due():
         clock[0] += 1.0
     assert clock[0] == 115.0
     assert [waits(cost) for cost in (0.0, 0.0, 0.0, 0.0, 4.0)] == [60.0, 90.0, 100.0, 100.0, 200.0]

@@ -54,19 +54,20 @@ def plusplus_rows(points: Points, k: int, key: tuple[int, ...], states: Collecti
         random = np.random.default_rng((*key, 0))
         rows = np.sort(random.choice(points.distinct, min(room, len(points.distinct)), replace=False))
     sample = features.take(rows).to(points.device)
-    candidates = Draw(points, sample, torch.ones(len(rows), dtype=torch.int64), (*key, 1), states, "candidates")
+    ones = torch.ones(len(rows), dtype=torch.int64)
+    candidates = SeedingRounds(points, sample, ones, (*key, 1), states, "candidates")
     candidates.run(num_candidates(k), *CANDIDATES)
     weights = torch.bincount(candidates.owner, minlength=len(candidates.chosen))
     vectors = sample[candidates.chosen.to(points.device)]
     del sample
-    choice = Draw(points, vectors, weights.clamp(min=1), (*key, 2), states, "choice")
+    choice = SeedingRounds(points, vectors, weights.clamp(min=1), (*key, 2), states, "choice")
     choice.run(k, *CHOICE)
     if len(choice.chosen) < k:
         raise NumericError(f"only {len(choice.chosen)} of k = {k} initial centers differ in float32", "Use a smaller k")
     return rows[candidates.chosen[choice.chosen].numpy()]
 
 
-class Draw:
+class SeedingRounds:
     """Vectors drawn in rounds, each by its weight times its squared distance to those drawn before.
 
     It resumes from the newest saved round. The first vector is drawn by weight alone.

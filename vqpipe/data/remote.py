@@ -49,12 +49,12 @@ VALIDATORS = (
     *("ETag", "etag", "md5Hash", "crc32c", "generation", "blob_id", "sha"),
     *("LastModified", "last_modified", "updated", "modified", "modify", "mtime", "created"),
 )
-"""Of the facts that file systems of fsspec tell of a file."""
+"""Keys of fsspec's `info` that are validators."""
 CHECK_SECONDS = 600.0
-"""A file system that does not tell of changes with the bytes (all but HTTP) is asked at the first read of a file in
-each process, and after this time again."""
+"""Only HTTP responses contain the validators beside the bytes. On other file systems, the validators of a file are
+requested before its first read in each process, and again after this time."""
 checked: dict[str, float] = {}
-"""URL -> when this process asked."""
+"""URL -> when this process requested the validators."""
 
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 BROKEN_TLS = {"SSLEOFError", "SSLZeroReturnError"}
@@ -178,7 +178,7 @@ def read(url: str, offset: int, size: int, file_size: int, validators: Validator
     """Bytes [offset, offset + size) of a shard. No file stays open, for fork and pickle.
 
     Raises:
-        DataError: it is gone, unreadable, or (where its server tells) not the one that was indexed.
+        DataError: it is gone, unreadable, or has other validators than the file that was indexed.
     """
 
     def attempt(seconds: float) -> bytes:
@@ -202,8 +202,8 @@ def read(url: str, offset: int, size: int, file_size: int, validators: Validator
 
 
 def check_same(url: str, before: tuple[int, Validators], now: tuple[int, Validators]) -> None:
-    """Raise a DataError if a file changed: its size, or all validators that were told both times. (The ETags of two
-    mirrors may differ.)"""
+    """Raise a DataError if a file changed: its size, or all validators that both states have. (The ETags of
+    two mirrors may differ.)"""
     old, new = dict(before[1]), dict(now[1])
     known = old.keys() & new.keys()
     if before[0] != now[0] or (known and all(old[name] != new[name] for name in known)):
@@ -216,26 +216,26 @@ def changed(url: str) -> DataError:
 
 
 def describe(url: str, seconds: float) -> tuple[int, Validators]:
-    """The size of a file, and its validators, as far as its server tells them.
+    """Return the size of a file, and the validators that its server reports.
 
     Raises:
         DataError: it is a folder, or its size is unknown.
     """
     system, path = file_system(url)
-    if is_http(url):  # not `info`: it makes every error a FileNotFoundError, and does not tell of changes
+    if is_http(url):  # not `info`: it makes every error a FileNotFoundError, and has no validators
         _, size, validators = call(lambda: sync(system.loop, fetch, system, path, 0, 1), seconds)
         return size, validators
 
-    def ask() -> dict[str, Any]:
+    def request() -> dict[str, Any]:
         with suppress(Exception):  # a file system without such a cache
             system.invalidate_cache(path)
         return system.info(path)
 
-    info = call(ask, seconds)
+    info = call(request, seconds)
     if info.get("type") == "directory":
         raise DataError(f"{url} is a folder", f"Name its tars: {url.rstrip('/')}/*.tar")
     if info.get("size") is None:
-        raise DataError(f"{without_secrets(url)}: its file system does not tell its size", "Download it first")
+        raise DataError(f"{without_secrets(url)}: its file system does not report its size", "Download it first")
     return int(info["size"]), tuple((name, str(info[name])) for name in VALIDATORS if info.get(name) is not None)
 
 

@@ -65,7 +65,7 @@ class StoredFile:
 
     @property
     def identity(self) -> str:
-        """A text that changes with the file; empty where a server does not tell of changes: nothing of it is cached."""
+        """A text that changes with the file. It is empty for a remote file without validators, which is not cached."""
         if self.is_local:
             return f"{self.url} {self.size} {self.mtime_ns}"
         return f"{digest_json([self.url])} {self.size} {sorted(self.validators)}" if self.validators else ""

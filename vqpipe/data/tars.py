@@ -140,12 +140,12 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:
     Raises:
         DataError: compressed, truncated, damaged, two joined tars, a duplicate key, or a path outside the tar's folder.
     """
-    walk = Walk(file, name, hashed=sha256 is None)
+    reader = TarReader(file, name, hashed=sha256 is None)
     members, texts = list[Member](), dict[int, bytes]()
-    for member in walk.members():
+    for member in reader.members():
         members.append(member)
         if member.path.lower().endswith(LABEL_ENDINGS) and 0 < member.size <= LONGEST_TEXT and not member.refused:
-            texts[member.offset] = walk.body(member)
+            texts[member.offset] = reader.body(member)
     ignored: Counter[str] = Counter()
     samples: dict[str, list[Part]] = {}
     for order, member in enumerate(resolve_links(members)):
@@ -158,8 +158,8 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:
     images = [image for key, parts in samples.items() for image in sample_images(name, key, parts, labels, ignored)]
     images.sort(key=lambda image: image.order)
     return TarIndex(
-        size=walk.position,
-        sha256=sha256 or walk.hash.hexdigest(),
+        size=reader.position,
+        sha256=sha256 or reader.hash.hexdigest(),
         keys=[image.key for image in images],
         offsets=[image.member.offset for image in images],
         sizes=[image.member.size for image in images],
@@ -276,7 +276,7 @@ def resolve_links(members: Sequence["Member"]) -> Iterator["Member"]:
     for member in members:
         end, steps = member, 0
         while end.target and steps < LONGEST_CHAIN:
-            end, steps = files.get(end.target, NOWHERE), steps + 1
+            end, steps = files.get(end.target, DEAD_LINK), steps + 1
         if member.target:
             refused = end.refused or ("dead link" if end.target else "")
             member = Member(member.path, end.offset, end.size, refused)
@@ -351,10 +351,10 @@ class Member:
     """Of a link: the path in the tar that it points to."""
 
 
-NOWHERE = Member("", 0, 0, "dead link")
+DEAD_LINK = Member("", 0, 0, "dead link")
 
 
-class Walk:
+class TarReader:
     """Reads a tar strictly forward, and hashes it, member by member."""
 
     def __init__(self, file: BinaryIO, name: str, hashed: bool) -> None:

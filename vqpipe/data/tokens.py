@@ -161,7 +161,7 @@ class TokensConfig:
         return config
 
     def request(self, key_prefix: str | None = None) -> dict[str, Any]:
-        """What the manifest of the artifact says of them, and a second call has to equal."""
+        """The `config` of the artifact's manifest. A second call has to have the same one."""
         request = {name: getattr(self, name) for name in ("image_size", "flip", "precision", "max_skipped")}
         request |= {} if self.crops == "center" else {"crops": self.crops}  # both are left out unless they are set
         request |= {} if self.max_pixels is None else {"max_pixels": self.max_pixels}

@@ -77,7 +77,7 @@ class Trace(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function.namespace == "prim":  # questions about a tensor
+        if function.namespace == "prim":  # properties of a tensor, such as its device
             return function(*args, **kwargs)
         if function is torch.ops.aten._unique2.default:  # at most as many distinct ids as there are ids
             ids = args[0].flatten()

@@ -44,8 +44,8 @@ NAMED_IMAGES = 3
 """Images of a skipped step that a message names."""
 
 
-class Paced:
-    """Wall-clock times at which an action is repeated that may take long.
+class Throttle:
+    """Limits how often an action that may take long is repeated, by wall-clock time.
 
     Args:
         first: seconds until the first time.
@@ -439,7 +439,7 @@ class RunReport(Callback):
     ) -> None:
         self.draft, self.metrics, self.description = draft, metrics, description
         self.settings, self.sources, self.progress = settings, sources, progress
-        self.pace = Paced(first=0.0, every=5.0, share=0.05)
+        self.throttle = Throttle(first=0.0, every=5.0, share=0.05)
         self.outdated = self.urgent = False
         self.partial: list[Row] = []
 
@@ -467,14 +467,14 @@ class RunReport(Callback):
         return {}
 
     def on_step_end(self, state: TrainState) -> None:
-        if self.urgent or (self.outdated and self.pace.due()):
+        if self.urgent or (self.outdated and self.throttle.due()):
             self.write(state.step)
         self.outdated = self.urgent = False
 
     def write(self, step: int) -> None:
         """Write the page as of `step`."""
         if distributed.is_main():
-            with self.pace.timed():
+            with self.throttle.timed():
                 self.render(step)
 
     def render(self, step: int) -> None:

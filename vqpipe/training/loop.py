@@ -14,7 +14,7 @@ import torch
 
 from vqpipe import distributed
 from vqpipe.errors import ConfigError
-from vqpipe.training.callbacks import Callback, CallbackList, Paced
+from vqpipe.training.callbacks import Callback, CallbackList, Throttle
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.networks import compiled_graphs
@@ -65,7 +65,7 @@ def train(
         metrics, nonfinite = state.metrics, NonfiniteSteps(state, config.max_nonfinite_steps, hooks.on_skipped_step)
         statistics, batches = BatchNormStatistics(*task.networks.values()), stream.from_sample(state.images_seen)
         metrics.start_clock()
-        started, logged, previews = state.step, False, Paced(first=15.0, every=60.0, growth=1.5, longest=1800.0)
+        started, logged, previews = state.step, False, Throttle(first=15.0, every=60.0, growth=1.5, longest=1800.0)
         while state.step < config.steps:
             batch = None
             with metrics.waiting(), interruptible():
