@@ -254,7 +254,7 @@ class GridQuantizer(Quantizer):
         return codes.masked_fill((ids < 0).unsqueeze(-1), 0.0)
 
     def all_codes(self) -> Tensor:
-        return self.embed(torch.arange(self.codebook_size)[:, None])[None]
+        return self.embed(torch.arange(self.codebook_size)[:, None]).expand(self.num_groups, -1, -1)
 
 
 def check_ids(ids: Tensor, codebook_size: int) -> None:

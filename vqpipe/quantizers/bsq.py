@@ -8,20 +8,19 @@ Shapes: B images, D channels of a position, G groups of b = D / G channels, h x 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import GridQuantizer, Quantized, QuantizerConfig, straight_through, to_rows
-from vqpipe.quantizers.lfq import binary_entropy, joint_entropy
+from vqpipe.quantizers.base import Quantized, to_rows
+from vqpipe.quantizers.lfq import SignConfig, SignQuantizer
 
 EPSILON = 1e-8
 """Added to probabilities inside the logarithm, as released."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BsqConfig(QuantizerConfig):
+class BsqConfig(SignConfig):
     """2^b implicit codes in each of D / b groups. The defaults are BSQ's, at 18 bits.
 
     WeTok: bits_per_id 8, normalize false, commitment true, entropy_temperature 0.01, entropy_bits 8.
@@ -56,10 +55,7 @@ class BsqConfig(QuantizerConfig):
             )
         if self.bits > 62:
             raise ConfigError(f"an id of {self.bits} bits does not fit int64", "Set model.quantizer.bits_per_id")
-        if not 1 <= self.entropy_bits <= 24:
-            raise ConfigError(f"entropy_bits = {self.entropy_bits} should be 1 to 24: it takes 2^entropy_bits numbers")
-        if self.entropy_temperature <= 0:
-            raise ConfigError(f"entropy_temperature = {self.entropy_temperature} should be positive")
+        super().__post_init__()
 
     @property
     def bits(self) -> int:
@@ -67,7 +63,7 @@ class BsqConfig(QuantizerConfig):
         return self.bits_per_id or self.code_dim
 
 
-class BinarySphericalQuantizer(GridQuantizer):
+class BinarySphericalQuantizer(SignQuantizer):
     """Each channel becomes +s where it is positive, else -s; s = 1 / sqrt(D) with `normalize`, else 1.
 
     Channel g b + i is bit i of id g. "entropy" is sample_weight * E[H(p)] - batch_weight * H(E[p]) in nats, with
@@ -80,42 +76,18 @@ class BinarySphericalQuantizer(GridQuantizer):
     """
 
     config_class = BsqConfig
+    epsilon = EPSILON
 
     def __init__(self, config: BsqConfig) -> None:
-        groups = config.code_dim // config.bits
-        super().__init__(config, codebook_size=2**config.bits, latent_dim=config.code_dim, num_groups=groups)
+        super().__init__(config, bits=config.bits, scale=config.code_dim**-0.5 if config.normalize else 1.0)
         self.loss_names = ("commitment", "entropy") if config.commitment else ("entropy",)  # type: ignore[misc]
-        self.bits, self.normalize = config.bits, config.normalize
-        self.scale = config.code_dim**-0.5 if config.normalize else 1.0
-        self.temperature, self.entropy_bits = config.entropy_temperature, config.entropy_bits
-        self.sample_weight, self.batch_weight = config.sample_weight, config.batch_weight
+        self.normalize = config.normalize
 
     def quantize(self, latent: Tensor) -> Quantized:
-        latent = F.normalize(latent, dim=1) if self.normalize else latent
-        bits = latent > 0
-        codes = (2.0 * bits - 1) * self.scale
-        by_group = bits.unflatten(1, (self.num_groups, self.bits)).permute(0, 3, 4, 1, 2)  # [B, h, w, G, b]
-        ids = (by_group.long() << self.bit_positions(latent.device)).sum(-1).flatten(1)
+        return super().quantize(F.normalize(latent, dim=1) if self.normalize else latent)
+
+    def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
         losses = {"entropy": self.entropy(to_rows(latent))}
         if "commitment" in self.loss_names:
             losses["commitment"] = F.mse_loss(latent, codes)
-        return Quantized(straight_through(latent, codes), ids, losses)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        bits = ids.unsqueeze(-1) >> self.bit_positions(ids.device) & 1
-        return ((2.0 * bits - 1) * self.scale).flatten(-2)
-
-    def all_codes(self) -> Tensor:
-        one_group = self.embed(torch.arange(self.codebook_size)[:, None])
-        return one_group.expand(self.num_groups, -1, -1)
-
-    def bit_positions(self, device: torch.device) -> Tensor:
-        """The bit of each channel of a group in its id, int64[b]."""
-        return torch.arange(self.bits, device=device)
-
-    def entropy(self, vectors: Tensor) -> Tensor:
-        """The entropy term of float32[N, D], a scalar; low where ids are certain and diverse."""
-        logits = 4 * self.scale * vectors / self.temperature  # log p(+) - log p(-) of each channel
-        sample = binary_entropy(logits).sum(1).mean()
-        batch = sum(joint_entropy(group, EPSILON) for group in logits.split(self.entropy_bits, dim=1))
-        return self.sample_weight * sample - self.batch_weight * batch
+        return losses
