@@ -22,7 +22,7 @@ from vqpipe.codebooks.features import (
     write_features,
 )
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
-from vqpipe.config import to_request
+from vqpipe.config import from_table, to_request
 from vqpipe.data.decoding import decode
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.transforms import center_crop, to_float
@@ -244,7 +244,7 @@ def test_too_many_unreadable_images_are_an_error(images: ImageSet, tmp_path: Pat
 )
 def test_invalid_settings_are_errors(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        FeaturesConfig(**settings)
+        from_table(FeaturesConfig, settings, "features")
 
 
 def test_unusable_patches_and_weights_are_errors() -> None:

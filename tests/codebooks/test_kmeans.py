@@ -18,6 +18,7 @@ from vqpipe.codebooks import seeding
 from vqpipe.codebooks.codebook import Clustering, load_codebook
 from vqpipe.codebooks.features import FeatureSet
 from vqpipe.codebooks.kmeans import KmeansConfig, kmeans
+from vqpipe.config import from_table
 from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.progress import Silent
 
@@ -297,7 +298,7 @@ def test_unusable_classes_are_errors() -> None:
 def test_invalid_settings_are_errors(setting: str) -> None:
     name, _, value = setting.partition("=")
     with pytest.raises(ConfigError, match=rf"{name} = '?{value}"):
-        KmeansConfig(**{name: value if value.isalpha() else int(value)})
+        from_table(KmeansConfig, {name: value if value.isalpha() else int(value)}, "kmeans")
 
 
 def test_load_codebook_reads_safetensors_npy_and_released_files(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms
 
-from vqpipe.config import to_request
+from vqpipe.config import from_table, to_request
 from vqpipe.data import decoding, transforms
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.decoding import TURNS, BadImage, decode
@@ -455,7 +455,7 @@ def test_uint8_survives_floats() -> None:
 )
 def test_invalid_data_configs_are_an_error(settings: dict) -> None:
     with pytest.raises(ConfigError):
-        DataConfig(**settings)
+        from_table(DataConfig, settings, "data")
 
 
 SIZES = [(97, 64), (64, 97), (33, 20), (32, 32), (31, 40), (150, 301), (64, 48)]

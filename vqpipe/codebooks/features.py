@@ -98,8 +98,6 @@ class FeaturesConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"features.{name} = {value}", "It is at least 1")
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(f"features.precision = {self.precision!r} is not a choice", "Use fp32 or bf16")
         kind, colon, name = self.encoder.partition(":")
         takes_name = kind in ENCODERS and ENCODERS[kind].hub_files is not None
         if kind not in ENCODERS or (bool(colon), bool(name)) != (takes_name, takes_name):

@@ -74,10 +74,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise ConfigError(f"data.image_size = {self.image_size} is not a size in pixels")
-        if self.crop not in ("random", "center"):
-            raise ConfigError(f"data.crop = {self.crop!r} is not a choice", "Use random or center")
-        if self.resize not in ("exact", "fast"):
-            raise ConfigError(f"data.resize = {self.resize!r} is not a choice", "Use exact or fast")
         if not 1.0 <= self.max_scale < math.inf:
             raise ConfigError(
                 f"data.max_scale = {self.max_scale} should be a finite number of at least 1",

@@ -137,6 +137,3 @@ class TokenizerTrainConfig(TrainConfig):
                 f"train.parallel = {self.parallel!r} is for generators: a tokenizer's step uses parts of the network",
                 "Leave it at ddp. Large tokenizers fit one GPU with train.activation_checkpointing=true",
             )
-        for part in self.freeze:
-            if part not in ("encoder", "codebook"):
-                raise ConfigError(f"train.freeze names {part!r}", "It may name encoder and codebook")
