@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from stages import console
+from vqpipe.config import flat
 from vqpipe.errors import ArtifactError, printable
 from vqpipe.words import counted
 
@@ -126,22 +127,13 @@ def inspect_unfinished(folder: Path, settings: bool, verify: bool, as_json: bool
 
 def print_settings(out: Console, path: Path, config: Mapping[str, Any], wanted: bool) -> None:
     """Print the settings, or the option that prints them."""
-    rows = dict(flat(config))
+    rows = {name: "not set" if value is None else short(value) for name, value in flat(config)}
     if wanted:
         out.print("\nsettings:")
         out.print(as_table(rows))
     elif rows:
         command = shlex.join(["vqpipe", "inspect", str(path), "--settings"])
         console.say(f"\n{command} prints its {counted(len(rows), 'settings')} too.")
-
-
-def flat(table: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
-    """The settings of a table and of the tables in it, as text: `train.steps`, 3000."""
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{within}{key}.")
-        else:
-            yield f"{within}{key}", "not set" if value is None else short(value)
 
 
 def files_in_words(number: int, size: int) -> str:

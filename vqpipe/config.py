@@ -360,6 +360,15 @@ def dotted(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
+def flat(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a table and of the tables in it, by their dotted names."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, dotted(where, key))
+        else:
+            yield dotted(where, key), value
+
+
 def copy_table(table: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a table and of the tables in it."""
     return {key: copy_table(value) if isinstance(value, Mapping) else value for key, value in table.items()}

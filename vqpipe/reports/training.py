@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from torch import Tensor
 
+from vqpipe.config import flat
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes, on_images
@@ -191,7 +192,7 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
     if any("valid/images" in row for row in run.rows):
         yield validation_table(run)
     if run.settings:
-        rows = [[name, text] for name, text in flat(run.settings)]
+        rows = [[name, str(value)] for name, value in flat(run.settings)]
         yield page.Table("Settings", ["setting", "value"], rows, folded=True)
     if run.lineage:
         yield page.Lineage("Lineage", [run.lineage])
@@ -325,13 +326,3 @@ def newest_number(rows: Sequence[plots.LogRow], key: str) -> float | None:
     """The newest finite number logged under `key`, or None."""
     values = plots.series(rows, key)[1]
     return float(values[-1]) if len(values) else None
-
-
-def flat(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as (`section.key`, text)."""
-    for key, value in table.items():
-        name = f"{where}.{key}" if where else key
-        if isinstance(value, Mapping):
-            yield from flat(value, name)
-        else:
-            yield name, str(value)
