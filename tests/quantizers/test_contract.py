@@ -35,26 +35,26 @@ from vqpipe.quantizers import (
 )
 
 EXAMPLES: dict[str, QuantizerConfig] = {
-    "vq": VqConfig(codebook_size=40, code_dim=6),
-    "vq-cosine": VqConfig(codebook_size=40, code_dim=6, metric="cosine"),
-    "vq-decorrelate": VqConfig(codebook_size=40, code_dim=6, decorrelate=True),
-    "cvq": CvqConfig(codebook_size=40, code_dim=6),
-    "cvq-normalize": CvqConfig(codebook_size=40, code_dim=6, normalize=True),
-    "ema": EmaConfig(codebook_size=40, code_dim=6),
-    "lc": LcConfig(codebook_size=40, code_dim=6, feature_dim=12),
-    "lc-mlp": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, projector="mlp"),
-    "lc-none": LcConfig(codebook_size=40, code_dim=6, feature_dim=6, projector="none", codebook_init="uniform"),
-    "lc-tuned": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, tune_codebook=True),
-    "lc-normalize": LcConfig(codebook_size=40, code_dim=6, feature_dim=12, normalize_latent=True),
-    "multi-group": MultiGroupConfig(num_groups=3, group=CvqConfig(codebook_size=40, code_dim=6), masking="off"),
+    "vq": VqConfig(codebook_size=48, code_dim=6),
+    "vq-cosine": VqConfig(codebook_size=48, code_dim=6, metric="cosine"),
+    "vq-decorrelate": VqConfig(codebook_size=48, code_dim=6, decorrelate=True),
+    "cvq": CvqConfig(codebook_size=48, code_dim=6),
+    "cvq-normalize": CvqConfig(codebook_size=48, code_dim=6, normalize=True),
+    "ema": EmaConfig(codebook_size=48, code_dim=6),
+    "lc": LcConfig(codebook_size=48, code_dim=6, feature_dim=12),
+    "lc-mlp": LcConfig(codebook_size=48, code_dim=6, feature_dim=12, projector="mlp"),
+    "lc-none": LcConfig(codebook_size=48, code_dim=6, feature_dim=6, projector="none", codebook_init="uniform"),
+    "lc-tuned": LcConfig(codebook_size=48, code_dim=6, feature_dim=12, tune_codebook=True),
+    "lc-normalize": LcConfig(codebook_size=48, code_dim=6, feature_dim=12, normalize_latent=True),
+    "multi-group": MultiGroupConfig(num_groups=3, group=CvqConfig(codebook_size=48, code_dim=6), masking="off"),
     "multi-group-lc": MultiGroupConfig(
-        num_groups=2, group=LcConfig(codebook_size=40, code_dim=3, feature_dim=12), masking="off"
+        num_groups=2, group=LcConfig(codebook_size=48, code_dim=3, feature_dim=12), masking="off"
     ),
     "multi-group-normalize": MultiGroupConfig(
-        group=CvqConfig(codebook_size=40, code_dim=6, normalize=True), masking="off"
+        group=CvqConfig(codebook_size=48, code_dim=6, normalize=True), masking="off"
     ),
     "multi-group-cosine": MultiGroupConfig(
-        num_groups=2, group=VqConfig(codebook_size=40, code_dim=3, metric="cosine"), masking="off"
+        num_groups=2, group=VqConfig(codebook_size=48, code_dim=3, metric="cosine"), masking="off"
     ),
     "multi-group-lfq": MultiGroupConfig(num_groups=4, group=LfqConfig(code_dim=8), masking="off"),
     "lfq": LfqConfig(code_dim=6),
@@ -64,20 +64,21 @@ EXAMPLES: dict[str, QuantizerConfig] = {
     "bsq": BsqConfig(code_dim=6),
     "bsq-groups": BsqConfig(code_dim=12, bits_per_id=4, normalize=False, commitment=True, entropy_bits=4),
     "leech": LeechConfig(),
-    "diveq": DiveqConfig(codebook_size=40, code_dim=6),
-    "gq": GqConfig(codebook_size=40, code_dim=3),
-    "sqvae": SqvaeConfig(codebook_size=40, code_dim=6),
-    "regvq": RegVqConfig(codebook_size=40, code_dim=6),
+    "diveq": DiveqConfig(codebook_size=48, code_dim=6),
+    "gq": GqConfig(codebook_size=48, code_dim=3),
+    "sqvae": SqvaeConfig(codebook_size=48, code_dim=6),
+    "regvq": RegVqConfig(codebook_size=48, code_dim=6),
     "vqbridge": VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2),
     "vqbridge-features": VqBridgeConfig(codebook_size=48, code_dim=6, patch_size=2, frozen_dim=12),
-    "simvq": SimVqConfig(codebook_size=40, code_dim=6),
-    "ibq": IbqConfig(codebook_size=40, code_dim=6),
-    "ibq-normalize": IbqConfig(codebook_size=40, code_dim=6, normalize=True),
-    "multi-scale": MultiScaleConfig(codebook_size=40, code_dim=6),
-    "multi-scale-cosine": MultiScaleConfig(codebook_size=40, code_dim=6, scales=(1, 2, 5), metric="cosine"),
-    "residual": ResidualConfig(codebook_size=40, code_dim=6),
-    "residual-not-shared": ResidualConfig(codebook_size=40, code_dim=6, depth=2, shared=False),
+    "simvq": SimVqConfig(codebook_size=48, code_dim=6),
+    "ibq": IbqConfig(codebook_size=48, code_dim=6),
+    "ibq-normalize": IbqConfig(codebook_size=48, code_dim=6, normalize=True),
+    "multi-scale": MultiScaleConfig(codebook_size=48, code_dim=6, scales=(1, 2, 4)),
+    "multi-scale-cosine": MultiScaleConfig(codebook_size=48, code_dim=6, metric="cosine"),
+    "residual": ResidualConfig(codebook_size=48, code_dim=6),
+    "residual-not-shared": ResidualConfig(codebook_size=48, code_dim=6, depth=2, shared=False),
 }
+"""The first of each kind is trained in bfloat16 too, by tests/training/test_bf16.py."""
 WITHOUT_CODEBOOK = ("fsq", "ifsq", "lfq", "lfq-groups", "bsq", "bsq-groups", "multi-group-lfq")
 """Examples without a stored codebook."""
 TRAINED_BY_THE_DECODER = ("ibq", "ibq-normalize", "diveq", "sqvae")
