@@ -403,6 +403,14 @@ def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_f
     assert [row["own"] for row in read_rows(tokenizer.file("metrics.jsonl"))] == [2.0]
 
 
+def test_images_that_are_too_small_for_the_discriminator_are_an_error(picture_folder: Path) -> None:
+    inputs = RunInputs(images=open_images([str(picture_folder)]))
+    deep = ["discriminator.num_layers=3", "objective.adversarial=0.1"]
+    check_run(recipe.load_tokenizer("smoke", ["data.image_size=24", *deep]), inputs, "last")
+    with pytest.raises(ConfigError, match=r"image_size = 20 is too small for the discriminator, which needs 24 pixels"):
+        check_run(recipe.load_tokenizer("smoke", ["data.image_size=20", *deep]), inputs, "last")
+
+
 def test_manifest_records_the_weights_of_image_sets(go: Any, picture_folder: Path, tmp_path: Path) -> None:
     others = tmp_path / "others"
     others.mkdir()

@@ -72,7 +72,7 @@ def step(config: QuantizerConfig, precision: Any, objective: dict[str, Any]) -> 
     assert not skipped
     gradients = [gradient_of(model)]
     if task.adversarial:
-        values |= task.discriminator_step(images, reconstruction, 0)
+        values |= task.discriminator_step(images, reconstruction, 0)[0]
         gradients.append(gradient_of(task.discriminator))
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
     assert reconstruction.images.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)

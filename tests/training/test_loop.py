@@ -219,6 +219,18 @@ def test_too_many_skipped_steps_end_the_run_and_move_no_weight(
     assert differing(run(tmp_path / "straight")[0], run(tmp_path)[0]) == []
 
 
+def test_a_discriminator_that_does_not_move_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = Objective.discriminator_loss
+
+    def infinite(self: Objective, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        total, terms = loss(self, *args, **kwargs)
+        return total * math.inf, terms
+
+    monkeypatch.setattr(Objective, "discriminator_loss", infinite)
+    with pytest.raises(NumericError, match="3 steps in a row"):
+        run(tmp_path, max_nonfinite_steps=3)
+
+
 @pytest.mark.parametrize("kind", ["lc", "ema"])
 def test_skipped_step_moves_nothing_and_is_counted(tmp_path: Path, poison: Poison, kind: str) -> None:
     poison([2, 3, 9])

@@ -116,8 +116,8 @@ def step(task: TokenizerTask, number: int) -> StepOutput[Any]:
     """The step without the copy of its images to the GPU."""
     images = torch.zeros(4, 3, 16, 16)
     reconstruction, values, skipped = task.autoencoder_step(images, number)
-    values |= task.discriminator_step(images, reconstruction, number)
-    return StepOutput(values, skipped, reconstruction)
+    more, not_moved = task.discriminator_step(images, reconstruction, number)
+    return StepOutput(values | more, skipped, skipped | not_moved, reconstruction)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ def test_paused_time_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(running_metrics.time, "perf_counter", lambda: now[0])
     measured: RunningMetrics[None] = RunningMetrics(torch.device("cpu"))
+    finite = torch.zeros((), dtype=torch.bool)
     for seconds, paused in ((1.0, True), (2.0, False)):
         now[0] += 3.0
-        measured.update(StepOutput({"loss": torch.ones(())}, torch.zeros((), dtype=torch.bool), None))
+        measured.update(StepOutput({"loss": torch.ones(())}, finite, finite, None))
         with measured.untimed(paused):
             now[0] += seconds
         with measured.waiting():

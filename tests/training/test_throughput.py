@@ -19,7 +19,7 @@ Networks = tuple[Autoencoder, PatchDiscriminator, Objective]
 
 @pytest.fixture
 def networks(tiny_config: Callable[[], VqganConfig]) -> Networks:
-    objective = Objective(ObjectiveConfig(l1=1.0, perceptual="none", codebook=1.0, commitment=0.25))
+    objective = Objective(ObjectiveConfig(l1=1.0, perceptual="none", codebook=1.0, commitment=0.25, adversarial=0.1))
     return build_autoencoder(tiny_config()), PatchDiscriminator(DiscriminatorConfig(base_channels=4)), objective
 
 
@@ -57,6 +57,12 @@ def test_flops_equal_a_count_by_hand(networks: Networks) -> None:
 def test_images_that_are_one_patch_of_the_discriminator_are_counted(networks: Networks) -> None:
     model, discriminator, objective = networks
     assert count_flops(TokenizerTrainConfig(), model, discriminator, objective, 16).discriminator > 0
+
+
+def test_a_discriminator_that_is_not_used_has_no_flops_and_may_be_too_large_for_the_images(networks: Networks) -> None:
+    model, discriminator, _ = networks
+    alone = Objective(ObjectiveConfig(l1=1.0, perceptual="none"))
+    assert count_flops(TokenizerTrainConfig(), model, discriminator, alone, 4).discriminator == 0
 
 
 def test_counting_does_not_change_the_networks(networks: Networks) -> None:

@@ -24,6 +24,11 @@ class DiscriminatorConfig:
         if self.base_channels < 1 or self.num_layers < 1:
             raise ConfigError("a discriminator needs at least one channel and one layer")
 
+    @property
+    def smallest_side(self) -> int:
+        """Of an image, in pixels: the last two convolutions, of stride 1, need 3 positions."""
+        return 3 * 2**self.num_layers
+
 
 class PatchDiscriminator(nn.Module):
     """Maps images float[B, 3, H, W] in [-1, 1] to one logit per overlapping patch, float[B, 1, h', w'].

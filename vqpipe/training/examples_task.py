@@ -88,7 +88,7 @@ class ExamplesTask(Task[LabelledBatch, None]):
                 (losses["total"] / len(parts)).backward()
             logged.append({log_name(name): value.detach() for name, value in losses.items()})
         norm, skipped = finite_step(optimizer, self.config)
-        return StepOutput(mean_over_parts(logged) | {"gradient_norm": norm}, skipped, None)
+        return StepOutput(mean_over_parts(logged) | {"gradient_norm": norm}, skipped, skipped, None)
 
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:

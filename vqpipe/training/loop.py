@@ -49,7 +49,7 @@ def train(
     The loop waits for a batch inside `interruptible()`, which a request to stop may leave early.
 
     Raises:
-        NumericError: too many steps in a row without a finite gradient; no weight moved in them.
+        NumericError: too many steps in a row without a finite gradient; the network without one did not move in them.
         ConfigError: the batch does not divide, the seed is not in [0, 2**32), or the task or this machine does not
             offer a setting.
         ArtifactError: the checkpoints are damaged or another run's, or cannot be written.
@@ -81,11 +81,11 @@ def train(
             for optimizer in task.optimizers.values():
                 set_learning_rate(optimizer, rate)
             output = task.step(batch, state.step)
-            statistics.restore(output.skipped)
+            statistics.restore(output.nonfinite)
             task.after_step(output)
             state.weight_ema.update(state.step)
             metrics.update(output)
-            nonfinite.add(state.step, output.skipped, batch.keys)
+            nonfinite.add(state.step, output.nonfinite, batch.keys)
             state.step += 1
             state.images_seen += config.global_batch_size
             row, sample = due(state, config, config.log_every), due(state, config, config.sample_every)

@@ -1,4 +1,4 @@
-"""Skipped steps: a loss or gradient was not finite, so no weight moved."""
+"""Skipped steps: a loss or gradient of a network was not finite, so its weights did not move."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class BatchNormStatistics:
         self.before = [tensor.clone() for tensor in self.tensors()]
 
     def restore(self, skipped: Tensor) -> None:
-        """Put the copies back after the step where `skipped`, a bool scalar on the device."""
+        """Put the copies back after the step where it was `skipped`, a bool scalar on the device."""
         for tensor, before in zip(self.tensors(), self.before, strict=True):
             tensor.copy_(torch.where(skipped, before, tensor))
 
@@ -87,6 +87,6 @@ class NonfiniteSteps:
             raise NumericError(
                 f"{state.nonfinite_in_a_row} steps in a row gave no finite gradient; the last was step {last.step},"
                 f" images {first_names(last.keys)}",
-                "No weight moved in them. Lower train.learning_rate, set train.clip_norm, or use"
+                "The network did not move in them. Lower train.learning_rate, set train.clip_norm, or use"
                 " train.precision=fp32, and choose another --out: a run is resumed only with its own settings",
             )

@@ -24,6 +24,8 @@ class StepOutput(Generic[ResultT]):
     """Scalars for the log, on the device."""
     skipped: Tensor
     """Whether the step was skipped because its gradient was not finite: bool on the device, the same on all ranks."""
+    nonfinite: Tensor
+    """The same, or that of another network of the task, such as a discriminator, which then did not move."""
     result: ResultT
     """What the task needs after the step and for its metrics, such as a reconstruction."""
 

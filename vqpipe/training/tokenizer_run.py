@@ -75,10 +75,17 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> N
 
     Raises:
         ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning or with the
-            image sets.
+            image sets; the images are too small for the discriminator.
     """
     check_set_weights(inputs.images, recipe.data.set_weights)
     train, validates = recipe.train, inputs.validation is not None
+    side = recipe.data.image_size
+    if recipe.objective.adversarial and side < recipe.discriminator.smallest_side:
+        raise ConfigError(
+            f"data.image_size = {side} is too small for the discriminator, which needs"
+            f" {recipe.discriminator.smallest_side} pixels",
+            "Lower discriminator.num_layers, or set objective.adversarial = 0",
+        )
     if publish == "best" and not validates:
         raise ConfigError("--publish best needs held-out images", "Name them with --validation")
     if train.validate_every and not validates:

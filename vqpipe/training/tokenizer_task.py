@@ -98,9 +98,11 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         """One step of the autoencoder, and from `disc_start` on one of the discriminator."""
         images = on_device(batch, self.device)
         reconstruction, values, skipped = self.autoencoder_step(images, step)
+        nonfinite = skipped
         if self.objective.adversarial_at(step):
-            values |= self.discriminator_step(images, reconstruction, step)
-        return StepOutput(values, skipped, reconstruction)
+            more, not_moved = self.discriminator_step(images, reconstruction, step)
+            values, nonfinite = values | more, skipped | not_moved
+        return StepOutput(values, skipped, nonfinite, reconstruction)
 
     def after_step(self, output: StepOutput[Reconstruction]) -> None:
         """Update a codebook that is not trained by gradient."""
@@ -140,8 +142,11 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         norm, skipped = finite_step(optimizer, self.config)
         return concatenated(reconstructions), mean_over_parts(logged) | {"gradient_norm": norm}, skipped
 
-    def discriminator_step(self, images: Tensor, reconstruction: Reconstruction, step: int) -> dict[str, Tensor]:
-        """Step the discriminator, on the reconstruction of the autoencoder step. Returns scalars to log."""
+    def discriminator_step(
+        self, images: Tensor, reconstruction: Reconstruction, step: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Step the discriminator, on the reconstruction of the autoencoder step. Returns scalars to log, and whether
+        the step was skipped, a bool on the device."""
         optimizer = self.optimizers["discriminator_optimizer"]
         self.discriminator.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
@@ -159,7 +164,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         norm, skipped = finite_step(optimizer, self.config)
         values = mean_over_parts(logged)
         self.objective.update(values["loss/real_logit"], values["loss/fake_logit"], skipped=skipped)
-        return values | {"discriminator_gradient_norm": norm}
+        return values | {"discriminator_gradient_norm": norm}, skipped
 
 
 class TokenizerMetrics(RunningMetrics[Reconstruction]):
