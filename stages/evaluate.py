@@ -20,13 +20,17 @@ def evaluate(
     out: Out,
     protocol: Annotated[
         list[str] | None,
-        typer.Option("--protocol", help="See above; repeatable; the first one's numbers come first.", metavar="NAME"),
+        typer.Option(
+            "--protocol",
+            help="See above; repeatable; the first one's numbers come first; default: the preset's, else adm.",
+            metavar="NAME",
+        ),
     ] = None,
     image_size: Annotated[
         str | None,
         typer.Option(
             "--image-size",
-            help="Side of the center crop, WIDTHxHEIGHT, or native (whole images).",
+            help="Side of the center crop, WIDTHxHEIGHT, or native (whole images); default: that of the training.",
             metavar="PIXELS",
             callback=options.known_size,
         ),

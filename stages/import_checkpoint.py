@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Source = Annotated[
     str,
     typer.Argument(
-        help="A name of `vqpipe zoo`, hf:OWNER/NAME/FILE[@REVISION], a URL, or a file of released weights, PyTorch or"
+        help="A name of `vqpipe zoo`, hf:OWNER/NAME/FILE@REVISION, a URL, or a file of released weights, PyTorch or"
         " safetensors.",
         metavar="NAME|hf:...|URL|FILE",
     ),

@@ -32,7 +32,10 @@ def kmeans(
     iterations: Annotated[
         int | None,
         typer.Option(
-            "--iterations", help="Maximum number of Lloyd iterations, or of mini-batch epochs.", metavar="N", min=0
+            "--iterations",
+            help="Maximum number of Lloyd iterations, or of mini-batch epochs; default: the preset's.",
+            metavar="N",
+            min=0,
         ),
     ] = None,
     mini_batch: Annotated[
@@ -42,7 +45,8 @@ def kmeans(
         ),
     ] = None,
     init: Annotated[
-        Literal["k-means++", "random"] | None, typer.Option("--init", help="Initialization of the centers.")
+        Literal["k-means++", "random"] | None,
+        typer.Option("--init", help="Initialization of the centers; default: the preset's."),
     ] = None,
     per_class: Annotated[
         bool | None, typer.Option("--per-class/--all-classes", help="Cluster each class separately.")

@@ -117,7 +117,7 @@ TokenizerPath = Annotated[
     Path,
     typer.Option(
         "--tokenizer",
-        help="A tokenizer artifact, hf:USER/NAME[@REVISION] on the model hub, or builtin:photos-f8.",
+        help="A tokenizer artifact, hf:USER/NAME or hf:USER/NAME@REVISION on the model hub, or builtin:photos-f8.",
         metavar="DIR",
     ),
 ]
@@ -125,16 +125,18 @@ AutoencoderPath = Annotated[
     Path,
     typer.Option(
         "--tokenizer",
-        help="A tokenizer artifact, hf:USER/NAME[@REVISION] on the model hub, builtin:photos-f8, or a folder with a "
-        "VAE: "
-        "AutoencoderKL of diffusers (SD-VAE, SDXL-VAE, SD3, FLUX), AutoencoderDC (DC-AE), TAESD to TAEF2.",
+        help="A tokenizer artifact, hf:USER/NAME or hf:USER/NAME@REVISION on the model hub, builtin:photos-f8, or a "
+        "folder with a VAE: AutoencoderKL of diffusers (SD-VAE, SDXL-VAE, SD3, FLUX), AutoencoderDC (DC-AE), TAESD to "
+        "TAEF2.",
         metavar="DIR",
     ),
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="Print the estimate for this device (see `vqpipe plan`), and end.")]
-BATCH_SIZE = typer.Option("--batch-size", help="Images per batch, on each rank.", metavar="IMAGES", min=1)
-BatchSize = Annotated[int, BATCH_SIZE]
-OptionalBatchSize = Annotated[int | None, BATCH_SIZE]
+BATCH_SIZE = "Images per batch, on each rank"
+BatchSize = Annotated[int, typer.Option("--batch-size", help=f"{BATCH_SIZE}.", metavar="IMAGES", min=1)]
+OptionalBatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help=f"{BATCH_SIZE}; default: the preset's.", metavar="IMAGES", min=1)
+]
 KeyPrefix = Literal["shard"]
 KeyPrefixOption = Annotated[
     KeyPrefix | None,
@@ -168,9 +170,14 @@ PrecisionName = Literal["fp32", "bf16"]
 Precision = Annotated[
     PrecisionName, typer.Option("--precision", help="Precision of the network: bf16 is mixed precision (autocast).")
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Number of optimizer steps.", metavar="N", min=1)]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Number of optimizer steps; default: the preset's.", metavar="N", min=1)
+]
 GlobalBatchSize = Annotated[
-    int | None, typer.Option("--global-batch-size", help="Images per step, over all ranks.", metavar="N", min=1)
+    int | None,
+    typer.Option(
+        "--global-batch-size", help="Images per step, over all ranks; default: the preset's.", metavar="N", min=1
+    ),
 ]
 TrainPrecision = Annotated[
     PrecisionName | None,

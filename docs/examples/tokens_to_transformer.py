@@ -51,6 +51,7 @@ for step, batch in zip(range(int(steps)), tokens.stream(seed=0, batch_size=8), s
     optimizer.step()
     print(f"step {step + 1}: loss {loss.item():.3f}")
 
+print(f"sampling 4 images of {num_tokens} ids")
 ids = torch.full((4, num_tokens), -1, device=tokenizer.device)
 with torch.no_grad():
     for place in range(num_tokens):

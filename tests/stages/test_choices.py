@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
+from rich.markup import render
 
 from stages import bench, recipe
+from stages.cli import COMMANDS, load
 from stages.detokenize import detokenize
 from stages.eval_generation import eval_generation
 from stages.extract_features import extract_features
@@ -45,3 +47,11 @@ def test_help_names_what_can_be_measured_and_every_encoder() -> None:
     assert ",".join(benchmark.SUBJECTS) == bench.WHAT
     encoder = get_type_hints(extract_features, include_extras=True)["encoder"].__metadata__[0]
     assert encoder.metavar == "|".join(kind.usage for kind in features.ENCODERS.values())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_word_in_brackets_is_lost_from_a_help_text(command: str) -> None:
+    """rich takes [word] in a help text for markup, and leaves it out."""
+    loaded = load(command)
+    for text in [loaded.help, *[getattr(option, "help", None) for option in loaded.params]]:
+        assert render(text or "").plain == (text or "")
