@@ -253,7 +253,7 @@ def test_short_run_is_called_a_first_look_and_its_warm_up_shortened_in_proportio
         return loaded.train.warmup_steps
 
     assert warmup(steps=30) == warmup("train.steps=30") == 1  # small: 100 of 3,000
-    first_look = "a first look: {} of the preset's 3,000 steps; all of them give much better results"
+    first_look = "a first look: {} of the preset's 3,000 steps, which give much better results"
     assert said == [first_look.format(30), "warm-up: 1 step instead of 100, in the same proportion"] * 2
     said.clear()
     assert warmup(steps=100) == 100
