@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from stages import console
+from stages import console, options
 from vqpipe.config import flat
 from vqpipe.errors import ArtifactError, printable
 from vqpipe.words import counted
@@ -34,6 +34,7 @@ def inspect(
 
     Of an unfinished one (DIR.partial), print how far it is.
     """
+    options.check_artifact(artifact)  # before PyTorch is loaded
     from vqpipe.artifacts import open_artifact
     from vqpipe.artifacts.unfinished import find_partial
 

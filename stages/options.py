@@ -92,7 +92,7 @@ def check_images(names: Sequence[str]) -> None:
             raise absent_images([name])
 
 
-def check_tokenizer(path: Path) -> None:
+def check_artifact(path: Path) -> None:
     """Raise an ArtifactError for a folder that does not exist."""
     if ":" not in str(path) and not is_there(Path(path)):
         raise absent_artifact(Path(path))

@@ -68,7 +68,7 @@ def tokenize(
     memory does not suffice. Generators are trained on images of one size.
     """
     options.check_images(images)  # before PyTorch is loaded
-    options.check_tokenizer(tokenizer)
+    options.check_artifact(tokenizer)
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
         from vqpipe import distributed
