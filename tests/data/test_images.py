@@ -222,6 +222,9 @@ def test_lists_of_numbers_and_unusable_lists(tmp_path: Path) -> None:
     ):
         assert opened(text) == ([NO_LABEL, NO_LABEL], (), reason)
     assert opened("text\nx\n", "metadata.csv") == ([0, 1], ("a", "b"), "")  # captions: the folders are the classes
+    assert opened("key,label\na/1,\nb/2,-1\n") == ([0, 1], ("a", "b"), "")
+    reason = "no label of labels.csv is that of an image: the class folders are the labels"
+    assert opened("key,label\n1.png,7\n2.png,3\n") == ([0, 1], ("a", "b"), reason)
     labels, _, reason = opened('{"a/1": ', "labels.json")
     assert labels == [NO_LABEL, NO_LABEL]
     assert "labels.json is damaged" in reason

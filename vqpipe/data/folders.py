@@ -184,9 +184,10 @@ def open_folder(root: Path) -> Folder:
         unknown = next((folder for folder in folders if class_of[folder] not in names), None)
         if unknown is not None:
             raise DataError(f"the class folder {root / unknown} is not in {CLASSES}", f"Add a line to {root / CLASSES}")
+    reason = f"{unlabeled}: the class folders are the labels" if listed is not None and listed.unused else ""
     number = {name: label for label, name in enumerate(names)}
     labelled = sorted((number[class_of[file.split("/", 1)[0]]], file) for file in files)
-    return Folder(root, [file for _, file in labelled], [label for label, _ in labelled], names, left_out)
+    return Folder(root, [file for _, file in labelled], [label for label, _ in labelled], names, left_out, reason)
 
 
 def stray(root: Path, files: Sequence[str], folders: Sequence[str]) -> str:

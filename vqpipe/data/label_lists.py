@@ -96,7 +96,9 @@ def read_labels(root: Path, files: Sequence[str]) -> Listed | None:
     ]
     labels, class_names, problem = number(name, found, read_classes(root))
     if labels is None:
-        return Listed(name, unusable=bool(problem), unlabeled=problem or f"no label of {name} is that of an image")
+        unused = sum(label is not None for label in entries.values())
+        reason = problem or f"no label of {name} is that of an image"
+        return Listed(name, unusable=bool(problem), unlabeled=reason, unused=unused)
     missing = sum(label is None for label in found)
     if missing:
         problem = f"{missing:,} of {len(files):,} images have no label in {name}"
