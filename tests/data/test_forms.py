@@ -107,6 +107,29 @@ def test_parquet_with_plain_bytes_and_class_names(draw: Draw, tmp_path: Path, ki
     assert images.class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize(
+    ("labels", "numbers", "class_names", "unlabeled"),
+    [
+        ([" cat", "cat", "-1", "", None], [0, 0, None, None, None], ("cat",), ""),
+        (["10", "7.0", "-1", "", None], [10, 7, None, None, None], (), ""),
+        (["10", "9", "x", "-1", ""], [0, 1, 2, None, None], ("10", "9", "x"), ""),
+        (["10", "-7", "x", "-1", ""], [None] * 5, (), "a.parquet: a label is not a class: '-7'"),
+    ],
+)
+def test_labels_in_texts_of_parquet(
+    draw: Draw,
+    tmp_path: Path,
+    labels: list[str | None],
+    numbers: list[int | None],
+    class_names: tuple[str, ...],
+    unlabeled: str,
+) -> None:
+    write_parquet(tmp_path / "a.parquet", [draw(0)] * 5, labels)
+    images = open_images(tmp_path / "a.parquet")
+    assert [image.label for image in images] == numbers
+    assert (images.class_names, images.unlabeled) == (class_names, unlabeled)
+
+
 @pytest.mark.parametrize("statistics", [True, False])
 def test_parquet_rows_without_bytes_are_counted(draw: Draw, tmp_path: Path, statistics: bool) -> None:
     data = [draw(0), None, draw(2), None, draw(4)]
@@ -246,6 +269,9 @@ def test_list_of_paths_is_read_in_its_order(draw: Draw, tmp_path: Path) -> None:
         ("a.csv", "path,label\n0.png,3.0\n1.png,-1\n", [3, None], ()),
         ("a.csv", "path,label\n0.png,2_1\n1.png,10_2\n", [1, 0], ("10_2", "2_1")),
         ("a.tsv", "\ufeffimage\tcaption\n0.png\ta, b\n1.png\tc\n", [None, None], ()),
+        ("a.csv", "path,label\n0.png, cat\n1.png,-1\n", [0, None], ("cat",)),
+        ("a.csv", "path,label\n0.png,07\n1.png,x\n", [0, 1], ("07", "x")),
+        ("a.jsonl", '{"key": "0.png", "label": 1.0}\n{"key": "1.png", "label": "-1"}', [1, None], ()),
         ("a.jsonl", '{"key": "0.png", "label": 2}\n\n{"key": "1.png", "label": "0"}', [2, 0], ()),
     ],
 )
@@ -278,6 +304,8 @@ def test_lists_with_columns(
         ("a.csv", "path,label\n0.png,-2\n", "has the label -2 in line 2"),
         ("a.csv", "path,label\n,1\n", "has no path in line 2"),
         ("a.jsonl", '{"path": "0.png"}\n[]\n', "has no JSON object in line 2"),
+        ("a.jsonl", '{"path": "0.png", "label": true}\n', "has the label True in line 1"),
+        ("a.jsonl", '{"path": "0.png", "label": [1]}\n', r"has the label \[1\] in line 1"),
         ("a.jsonl", '{"path": 3}\n', "has a wrong type in line 1"),
     ],
 )

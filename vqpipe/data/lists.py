@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vqpipe.data.folders import Folder
-from vqpipe.data.sources import NO_LABEL, access_error, number_labels, number_of
+from vqpipe.data.sources import access_error, classes_of, number_labels
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import HEAD, NAMES, explain, kind_of
 
@@ -28,8 +29,8 @@ class Entry:
 
     line: int
     path: str
-    label: str = ""
-    """The number or the name of a class; empty where there is none."""
+    label: Any = None
+    """The number or the name of a class; None or empty where there is none."""
 
 
 def open_list(file: Path) -> Folder:
@@ -115,7 +116,7 @@ def read_table(file: Path, text: str, delimiter: str) -> list[Entry]:
     for line, path, _ in table:
         if not path:
             raise DataError(f"{file} has no {column} in line {line}", "Name a file in every line")
-    return [Entry(line, path, label or "") for line, path, label in table]
+    return [Entry(line, path, label) for line, path, label in table]
 
 
 def read_jsonl(file: Path, lines: Sequence[str]) -> list[Entry]:
@@ -131,10 +132,9 @@ def read_jsonl(file: Path, lines: Sequence[str]) -> list[Entry]:
         if not isinstance(row, dict):
             raise DataError(f"{file} has no JSON object in line {number}", "Write one object per line")
         column = find_column(file, list(row))
-        label = row.get(LABEL_COLUMN)
-        if not isinstance(row[column], str) or not isinstance(label, (int, str, type(None))):
-            raise DataError(f"{file}: {column} or {LABEL_COLUMN} has a wrong type in line {number}", "Use strings")
-        entries.append(Entry(number, row[column], "" if label is None else str(label)))
+        if not isinstance(row[column], str):
+            raise DataError(f"{file}: {column} has a wrong type in line {number}", "Use strings")
+        entries.append(Entry(number, row[column], row.get(LABEL_COLUMN)))
     return entries
 
 
@@ -149,11 +149,10 @@ def find_column(file: Path, columns: Sequence[str]) -> str:
 
 def labels_of(file: Path, entries: Sequence[Entry]) -> tuple[np.ndarray, tuple[str, ...]]:
     """The label of each entry, and the names of the classes, which are empty if all labels are numbers."""
-    texts = [entry.label or None for entry in entries]
-    numbers = [None if text is None else number_of(text) for text in texts]
-    if any(text is not None and number is None for text, number in zip(texts, numbers, strict=True)):
-        return number_labels(texts)
-    for entry, number in zip(entries, numbers, strict=True):
-        if number is not None and not NO_LABEL <= number < 2**31:
-            raise DataError(f"{file} has the label {entry.label} in line {entry.line}", "Number classes from 0")
-    return number_labels(numbers)
+    try:
+        return number_labels(classes_of(entry.label for entry in entries))
+    except ValueError as error:
+        entry = entries[error.args[0]]
+    raise DataError(
+        f"{file} has the label {str(entry.label)[:40]} in line {entry.line}", "Number classes from 0, or name them"
+    )

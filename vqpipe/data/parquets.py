@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from vqpipe.data.sources import (
     NO_LABEL,
     access_error,
+    classes_of,
     count_classes,
     number_labels,
     read_with_retries,
@@ -87,9 +88,9 @@ class Parquets(StoredFiles):
         self.name = name
         self.parts = tuple(files)
         self.rows = np.concatenate([part.numbers for part in rows])
-        self.labels, self.class_names = join_labels(files, rows)
+        self.labels, self.class_names, unreadable = join_labels(files, rows)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
-        self.unlabeled = "; ".join(part.unlabeled for part in rows if part.unlabeled)
+        self.unlabeled = "; ".join(filter(None, [*(part.unlabeled for part in rows), unreadable]))
         left_out = sum(part.num_rows - len(part.numbers) for part in rows)
         self.left_out: dict[str, int] = {NO_BYTES: left_out} if left_out else {}
         self.stems = distinct_stems([part.file.shown for part in files])
@@ -311,18 +312,27 @@ def read_rows(file: pq.ParquetFile, url: str, image: str, features: dict[str, An
     return Rows(kept, num_rows, paths, labels, names, f"{url}: {unclear}" if unclear else "")
 
 
-def join_labels(files: Sequence[ParquetFile], rows: Sequence[Rows]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """int32[N] and the class names of several files, which must agree on these. Names that are stored as strings are
-    numbered in sorted order."""
+def join_labels(files: Sequence[ParquetFile], rows: Sequence[Rows]) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """int32[N] and the class names of several files, which must agree on these; and why there are no labels, if one
+    cannot be read. Names that are stored as strings are numbered in sorted order."""
     values = [label for part in rows for label in part.labels]
-    labels, strings = number_labels(values)
+    texts = any(isinstance(label, str) for label in values)
     named = {part.class_names for part in rows if len(part.numbers)}
-    if len(named) > 1 or (strings and any(isinstance(label, int) for label in values)):
+    if len(named) > 1 or (texts and any(isinstance(label, int) for label in values)):
         raise DataError(
             f"{files[0].file.shown} and the files after it do not have the same classes",
             "Give them as several --images",
         )
-    return labels, strings or next(iter(named), ())
+    if not texts:
+        return number_labels(values)[0], next(iter(named), ()), ""
+    try:
+        return *number_labels(classes_of(values)), ""
+    except ValueError as error:
+        position: int = error.args[0]
+        ends = np.cumsum([len(part.labels) for part in rows])
+        name = files[int(np.searchsorted(ends, position, side="right"))].file.name
+        reason = f"{name}: a label is not a class: {str(values[position])[:20]!r}"
+        return np.full(len(values), NO_LABEL, np.int32), (), reason
 
 
 def path_key(path: str | None) -> str:

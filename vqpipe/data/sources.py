@@ -181,6 +181,25 @@ def class_of(value: Any) -> int | str:
     raise ValueError(value)
 
 
+def classes_of(values: Iterable[Any]) -> list[int | str | None]:
+    """The class number or name of each stored label, as `class_of` reads it; None for None and an empty text. If some
+    are names, the numbers are names too, as they are written.
+
+    Raises:
+        ValueError: a label is neither; its argument is the position of the label.
+    """
+    classes = list[int | str | None]()
+    names = list[str | None]()
+    for position, value in enumerate(values):
+        try:
+            found = None if value is None or value == "" else class_of(value)
+        except ValueError:
+            raise ValueError(position) from None
+        classes.append(found)
+        names.append(None if found in (None, NO_LABEL) else str(value).strip())
+    return list(names) if any(isinstance(found, str) for found in classes) else classes
+
+
 def number_of(text: str) -> int | None:
     """The whole number in a text, which may end in `.0`, as pandas writes a column with gaps; else None."""
     return int(text.strip().removesuffix(".0")) if NUMBER.fullmatch(text.strip()) else None
