@@ -23,6 +23,7 @@ from vqpipe.data.manifests import (
     load_manifest,
     manifest_names,
     open_split,
+    read_names,
 )
 from vqpipe.data.transforms import Framing
 from vqpipe.errors import ConfigError, DataError
@@ -209,6 +210,8 @@ def test_imagenet_val_in_class_folders_or_flat(imagenet: tuple[DatasetManifest, 
         labelled(*imagenet, flat)
     (flat / "val_synsets.txt").write_text("10\n10\n9\n")  # numbered by value, as class folders
     assert labelled(*imagenet, flat) == expected
+    (flat / "val_synsets.txt").write_text("sea lion\nsea lion\n\n otter\n")
+    assert labelled(*imagenet, flat) == expected
     (flat / "val_synsets.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(DataError, match=r"val_synsets.txt is not a list of names: UnicodeDecodeError"):
         labelled(*imagenet, flat)
@@ -277,6 +280,14 @@ def test_a_split_contains_exactly_its_files(name: str, split: str, tmp_path: Pat
     assert sorted(found[i].image.decode() for i in range(len(found))) == sorted(theirs)
 
 
+@pytest.mark.parametrize(
+    ("text", "second", "expected"), [("a b\n\n b\n", "", ["a b", "b"]), ("a b 1\nc b\nd\ne f\n", "b", ["a", "c"])]
+)
+def test_text_lists_have_a_name_per_line(text: str, second: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    assert read_names(NameList(file="list.txt", second=second), tmp_path, tmp_path) == expected
+
+
 def test_every_manifest_has_an_example_copy() -> None:
     assert {name for name, _ in COPIES} | {"webdataset"} == set(manifest_names())
 
@@ -300,6 +311,7 @@ def test_tars_have_their_own_classes(tmp_path: Path, pack: Callable[..., bytes])
         ("**/*.png", ["a.png", "b/c/a.png"], ["a.jpg"]),
         ("x/?.jpg", ["x/1.jpg"], ["x/12.jpg", "x//.jpg"]),
         ("x/{name}/*.jpg", ["x/a/1.jpg", "x/a/b/1.jpg"], ["y/a/1.jpg"]),
+        ("{name}/{name}-?.png", ["a/a-1.png", "a/b/a/b-1.png"], ["a/b-1.png", "a/a.png"]),
         ("a+(b)[c].png", ["a+(b)[c].png"], ["aab.png"]),
     ],
 )

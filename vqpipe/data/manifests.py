@@ -41,7 +41,8 @@ class NameList:
     """Its path below the source folder, or below the split's."""
 
     second: str = ""
-    """In a text file with a name at the start of each line: only the lines with this second word."""
+    """In a text file, which has a name per line: lines are a name and a second word, and only those with this one are
+    of the split."""
 
     key: str = ""
     """In a JSON file: the key of the names, which are a list or the keys of an object; empty: all lists of the file."""
@@ -343,9 +344,13 @@ def find_files(root: Path, split: Split, source: Path, left_out: Counter[str]) -
 
 
 def as_expression(pattern: str) -> str:
-    """The regular expression for a pattern of relative paths with "*", "?", "**/" and "{name}"."""
-    parts = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]", "{name}": "(?P<name>.+)"}
-    return re.sub(r"\*\*/|\*|\?|\{name\}|[^*?{]+|.", lambda part: parts.get(part[0], re.escape(part[0])), pattern)
+    """The regular expression for a pattern of relative paths with "*", "?", "**/" and "{name}", which is the same name
+    wherever it occurs."""
+    name = "(?P<name>.+)"
+    parts = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]", "{name}": name}
+    found = re.sub(r"\*\*/|\*|\?|\{name\}|[^*?{]+|.", lambda part: parts.get(part[0], re.escape(part[0])), pattern)
+    before, first, after = found.partition(name)
+    return before + first + after.replace(name, "(?P=name)")
 
 
 def every(stride: int, files: Sequence[str]) -> list[str]:
@@ -377,7 +382,7 @@ def read_names(names: NameList, source: Path, root: Path) -> list[str]:
         raise DataError(f"{source} has no {names.file}, the list of this split", "Put it there")
     try:
         text = file.read_text(encoding="utf-8")
-        found = names_of(json.loads(text), names.key) if file.suffix == ".json" else first_words(text, names.second)
+        found = names_of(json.loads(text), names.key) if file.suffix == ".json" else names_of_lines(text, names.second)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not a list of names: {error!r}", "Download it again") from None
     if not found:
@@ -396,10 +401,10 @@ def names_of(table: Any, key: str) -> list[str]:
     return chosen
 
 
-def first_words(text: str, second: str) -> list[str]:
-    """The first word of each line, or only of lines with the second word `second`."""
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    return [words[0] for words in lines if not second or words[1:2] == [second]]
+def names_of_lines(text: str, second: str = "") -> list[str]:
+    """The lines that are not empty; with `second` the first words of those with that second word."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.split()[0] for line in lines if line.split()[1:2] == [second]] if second else lines
 
 
 def read_class_list(split: Split, source: Path, root: Path, num_images: int) -> list[str]:
@@ -408,7 +413,7 @@ def read_class_list(split: Split, source: Path, root: Path, num_images: int) -> 
     kit = source / split.devkit / "data"
     if found:
         try:
-            names = found[0].read_text(encoding="utf-8").split()
+            names = names_of_lines(found[0].read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{found[0]} is not a list of names: {error!r}", "Download it again") from None
     elif split.devkit and kit.is_dir():
