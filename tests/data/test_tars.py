@@ -98,6 +98,20 @@ def test_other_members_are_counted_and_never_followed(pack: Pack) -> None:
     }
 
 
+@pytest.mark.parametrize(("kind", "ignored"), [(b"D", {}), (b"V", {"device": 1}), (b"M", {"device": 1})])
+def test_data_of_members_of_rare_types_is_passed_over(kind: bytes, ignored: dict[str, int]) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        rare, image = tarfile.TarInfo("folder"), tarfile.TarInfo("folder/a.png")
+        rare.type, rare.size, image.size = kind, 600, 3
+        file.write(rare.tobuf() + b"Ya.png\0".ljust(1024, b"\0"))
+        tar.addfile(image, io.BytesIO(b"123"))
+    data = file.getvalue()
+    for options in ({}, {"sha256": "known"}):
+        found = index(data, **options)
+        assert (found.keys, found.offsets, found.ignored) == (["folder/a"], [2048], ignored)
+
+
 def test_interleaved_members_of_a_key_form_a_sample(pack: Pack) -> None:
     found = index(pack({"a.png": b"1", "b.png": b"2", "a.cls": b"0", "b.cls": b"1"}))
     assert (found.keys, found.labels) == (["a", "b"], [0, 1])

@@ -330,6 +330,8 @@ HINTS = {
 """What to do with a file that is no tar."""
 LONG_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
 """GNU's headers before that of a member, and the keys of pax for what they hold."""
+GNU_FOLDER = b"D"
+"""A folder of an incremental tar; its data lists the files in it."""
 LONGEST_TEXT = 1 << 20
 """Largest long name, pax header or label, in bytes: they are read into memory."""
 LARGEST_MEMBER = 1 << 43
@@ -388,6 +390,10 @@ class TarReader:
                 if header.issym():  # relative to its folder; a hard link is relative to the tar
                     target = posixpath.join(posixpath.dirname(path), target)
                 yield Member(path, self.position, 0, "dead link", posixpath.normpath(target))
+            elif header.type not in tarfile.SUPPORTED_TYPES:  # with data, as the folders of GNU's incremental tars
+                self.skip(-(-size // BLOCK) * BLOCK)
+                if header.type != GNU_FOLDER:
+                    yield Member(path, self.position, 0, "device")
             elif not header.isdir():
                 yield Member(path, self.position, 0, "device")
             extended = {}
