@@ -286,6 +286,19 @@ def test_passwords_and_queries_of_urls_are_in_no_name_message_or_cache(
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder", "memory://bucket/folder is a folder. Name its tars: memory://bucket/folder/*.tar."),
+        ("no*.tar", "no such images: memory://bucket/no*.tar. "),
+    ],
+)
+def test_passwords_of_other_file_systems_are_in_no_message(name: str, message: str) -> None:
+    remote.fsspec.filesystem("memory").makedirs("/user:secret@bucket/folder", exist_ok=True)
+    with pytest.raises(DataError, match=re.escape(message)):
+        open_images(f"memory://user:secret@bucket/{name}")
+
+
 def test_image_of_a_remote_zip_is_one_request_that_notices_a_change(
     server: Any, web: str, draw: Draw, tmp_path: Path
 ) -> None:

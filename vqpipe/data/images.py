@@ -424,7 +424,7 @@ def expand(spec: str) -> list[str]:
         found += matches
         missing += [] if matches else [pattern]
     if missing:
-        raise absent_images(missing)
+        raise absent_images([*map(without_secrets, missing)])
     return found
 
 

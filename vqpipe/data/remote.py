@@ -233,7 +233,8 @@ def describe(url: str, seconds: float) -> tuple[int, Validators]:
 
     info = call(request, seconds)
     if info.get("type") == "directory":
-        raise DataError(f"{url} is a folder", f"Name its tars: {url.rstrip('/')}/*.tar")
+        shown = without_secrets(url)
+        raise DataError(f"{shown} is a folder", f"Name its tars: {shown.rstrip('/')}/*.tar")
     if info.get("size") is None:
         raise DataError(f"{without_secrets(url)}: its file system does not report its size", "Download it first")
     return int(info["size"]), tuple((name, str(info[name])) for name in VALIDATORS if info.get(name) is not None)
