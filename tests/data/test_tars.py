@@ -112,6 +112,13 @@ def test_data_of_members_of_rare_types_is_passed_over(kind: bytes, ignored: dict
         assert (found.keys, found.offsets, found.ignored) == (["folder/a"], [2048], ignored)
 
 
+def test_times_in_the_headers_of_incremental_tars_are_no_part_of_names(pack: Pack) -> None:
+    data = bytearray(pack({"a.png": b"123"}, format=tarfile.GNU_FORMAT))
+    data[345:369] = b"15303241047\x0015303241046\0"  # of the last access and the last change
+    data[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(data[:512]))[0]
+    assert index(bytes(data)).keys == ["a"]
+
+
 def test_interleaved_members_of_a_key_form_a_sample(pack: Pack) -> None:
     found = index(pack({"a.png": b"1", "b.png": b"2", "a.cls": b"0", "b.cls": b"1"}))
     assert (found.keys, found.labels) == (["a", "b"], [0, 1])

@@ -445,9 +445,12 @@ class TarReader:
                 self.advance(rest)
             return None
         try:
-            return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
         except tarfile.HeaderError as error:
             raise DataError(f"{self.name} has no tar header at byte {start}: {error}", COPY_AGAIN) from None
+        if block[257:265] == tarfile.GNU_MAGIC:  # where others have folders, incremental tars have times
+            header.name = block[:100].partition(b"\0")[0].decode("utf-8", "backslashreplace")
+        return header
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes; a DataError where the file ends before."""
