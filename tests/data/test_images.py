@@ -256,6 +256,21 @@ def test_keys_of_several_shards_are_compared_and_prefixed(tmp_path: Path, pack: 
     assert [image.key for image in open_images(folders, key_prefix="shard")] == ["train/x/1", "val/x/1"]
 
 
+def test_prefixes_of_shards_of_one_name_are_distinct(tmp_path: Path, pack: Pack) -> None:
+    for number, name in enumerate(("train/0.tar", "val/0.tar", "val/1.tar")):
+        write(tmp_path, name).joinpath(name).write_bytes(pack({"x.png": bytes([number])}))
+    specs = [tmp_path / "train" / "0.tar", f"{tmp_path}/val/{{0,1}}.tar"]
+    images = open_images(specs, key_prefix="shard")
+    assert [image.key for image in images] == ["train/0/x", "val/0/x", "val/1/x"]
+    assert [images.origin(i) for i in range(3)] == [("train/0.tar", 0), ("val/0.tar", 0), ("val/1.tar", 0)]
+    assert [image.key for image in SelectedImages(images, np.array([1, 0]))] == ["val/0/x", "train/0/x"]
+    assert images.facts == {}
+    remark = "duplicate keys: 1 key is that of several images, as x in train/0.tar and val/0.tar"
+    assert open_images(specs).remarks == [remark]
+    twice = open_images([specs[0], specs[0]], key_prefix="shard")
+    assert [image.key for image in twice] == ["0/x", "0/x"]
+
+
 @pytest.mark.parametrize("extension", [".txt", ".lst", ".csv", ".tsv", ".jsonl"])
 def test_prefix_of_the_images_of_a_list_is_its_name_without_the_extension(tmp_path: Path, extension: str) -> None:
     write(tmp_path, "1.png")

@@ -39,12 +39,12 @@ from vqpipe.data.sources import (
     sorted_classes,
     summed,
 )
-from vqpipe.data.stored import StoredFile
+from vqpipe.data.stored import StoredFile, StoredFiles, distinct_ends
 from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
 from vqpipe.file_kinds import kind_of_file
-from vqpipe.files import absent_images, partial_path
+from vqpipe.files import absent_images, partial_path, valid_text
 from vqpipe.provenance import without_secrets
 from vqpipe.words import counted
 
@@ -76,6 +76,7 @@ class ImageSet(Sequence[Sample]):
         self.key_prefix, self.color = key_prefix, color
         self.name = " + ".join(source.name for source in sources)
         self.starts = np.cumsum([0, *(len(source) for source in sources)])
+        self.shard_names = shard_names(sources)
         self.class_names: tuple[str, ...] = tuple(join_names([source.class_names for source in sources]))
         labels = [source.labels for source in sources]
         counts = [source.num_classes for source in sources if source.num_classes is not None]
@@ -141,12 +142,16 @@ class ImageSet(Sequence[Sample]):
         source, local = self.locate(i)
         if self.key_prefix is None:
             return source.key(local)
-        return f"{stem(source.origin(local)[0])}/{source.key(local)}"
+        return f"{stem(self.origin(i)[0])}/{source.key(local)}"
 
     def origin(self, i: int) -> tuple[str, int]:
-        """The name of the shard or folder that holds image `i`, and the position of the image in it."""
+        """The name of the shard or folder that holds image `i`, and the position of the image in it. Where shards have
+        the same name, it includes folders above them."""
         source, local = self.locate(i)
-        return source.origin(local)
+        name, position = source.origin(local)
+        if self.shard_names and isinstance(source, StoredFiles):
+            name = self.shard_names[source.files[source.place(local)[0]].shown]
+        return name, position
 
     def label(self, i: int) -> int | None:
         """The class of image `i`, without reading the image."""
@@ -247,6 +252,15 @@ def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:
     """The class names of all lists, in the order of the first list that has them all, else sorted."""
     names = {name for each in lists for name in each}
     return next((each for each in lists if len(set(each)) == len(names)), None) or sorted_classes(names)
+
+
+def shard_names(sources: Sequence[ImageSource]) -> dict[str, str]:
+    """Path or URL of each shard -> its name, with folders above it; empty where the names alone differ."""
+    files = [file for source in sources if isinstance(source, StoredFiles) for file in source.files]
+    named = {file.shown: file.name for file in files}
+    if len(set(named.values())) == len(named):
+        return {}
+    return dict(zip(named, map(valid_text, distinct_ends(list(named))), strict=True))
 
 
 def source_keys(source: ImageSource) -> pa.Array:

@@ -7,7 +7,6 @@ names the image column and the classes. Images are read by row group, which stay
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from vqpipe.data.sources import (
     number_labels,
     read_with_retries,
 )
-from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
+from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles, distinct_ends
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
 
@@ -343,9 +342,9 @@ def path_key(path: str | None) -> str:
 
 def distinct_stems(urls: Sequence[str]) -> list[str]:
     """File names without extension; with as many folders before them as it takes that all differ."""
-    parts = [os.path.splitext(url)[0].split("/") for url in urls]
-    for depth in range(1, max(map(len, parts)) + 1):
-        stems = ["/".join(part[-depth:]).lstrip("/") for part in parts]
-        if len(set(stems)) == len(stems):
-            return stems
-    raise DataError(f"{next(url for url, count in Counter(urls).items() if count > 1)} is given twice", "Give it once")
+    stems = [os.path.splitext(url)[0] for url in urls]
+    try:
+        return distinct_ends(stems)
+    except ValueError:
+        twice = next(url for url, stem in zip(urls, stems, strict=True) if stems.count(stem) > 1)
+        raise DataError(f"{twice} is given twice", "Give it once") from None

@@ -143,3 +143,17 @@ class StoredFiles:
         """The name of the file, and the position of image `i` in it."""
         number, position = self.place(i)
         return self.files[number].name, position
+
+
+def distinct_ends(paths: Sequence[str]) -> list[str]:
+    """The names at the end of paths, with as many folders before them as it takes that all differ.
+
+    Raises:
+        ValueError: two paths are equal.
+    """
+    parts = [path.split("/") for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-depth:]).lstrip("/") for part in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    raise ValueError("equal paths")
