@@ -5,8 +5,9 @@ import json
 import multiprocessing
 import os
 import pickle
+import stat
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,7 @@ def test_invalid_lists_are_errors(draw: Draw, tmp_path: Path, name: str, text: s
         open_images(tmp_path / name)
 
 
-def pack_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> None:
+def pack_zip(path: Path, members: Mapping[Any, bytes], method: int = zipfile.ZIP_DEFLATED) -> None:
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
@@ -352,6 +353,16 @@ def test_flat_zip_has_no_classes(draw: Draw, tmp_path: Path) -> None:
     assert images.num_classes is None
     assert images.unlabeled == "b.zip has 2.png outside of its folders"
     assert len(open_images(f"{tmp_path}/*.zip")) == 5
+
+
+def test_links_in_a_zip_are_left_out(draw: Draw, tmp_path: Path) -> None:
+    links = [zipfile.ZipInfo(name) for name in ("a/link.png", "b/link")]
+    for link in links:
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    pack_zip(tmp_path / "a.zip", {"a/1.png": draw(1)} | dict.fromkeys(links, b"1.png"))
+    images = open_images(tmp_path / "a.zip")
+    assert contents(images) == [("1", draw(1), None)]
+    assert images.remarks == ["left out: 2 symbolic links"]
 
 
 def test_zip_digest_and_cache(draw: Draw, tmp_path: Path) -> None:

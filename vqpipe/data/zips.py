@@ -6,6 +6,7 @@ that holds everything, if there is one.
 
 import hashlib
 import os
+import stat
 import zipfile
 import zlib
 from collections import Counter
@@ -33,8 +34,8 @@ from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
 
-INDEX_VERSION = 3
-"""Of cached indices: changes with the fields of `ZipIndex`."""
+INDEX_VERSION = 4
+"""Of cached indices: changes with what `index_members` finds."""
 METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate"}
 OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES encryption"}
 PACK_AGAIN = "Unpack it, and pack it with `zip -0 -r`"
@@ -166,6 +167,9 @@ def index_members(url: str, sha256: str, members: Sequence[zipfile.ZipInfo], end
             ignored["system folder"] += not is_folder
         elif any(part.startswith(".") for part in parts):
             ignored["hidden file"] += not is_folder
+        elif stat.S_ISLNK(member.external_attr >> 16):
+            ignored["symbolic link"] += 1
+            folders.add(path.rpartition("/")[0])
         elif is_folder or not parts:
             folders.add(path)
         elif not has_image_extension(path):
