@@ -355,6 +355,16 @@ def test_flat_zip_has_no_classes(draw: Draw, tmp_path: Path) -> None:
     assert len(open_images(f"{tmp_path}/*.zip")) == 5
 
 
+@pytest.mark.parametrize("folder", ["", "pets/"])
+def test_lists_of_labels_in_a_zip_are_named(draw: Draw, tmp_path: Path, folder: str) -> None:
+    members = {"cat/1.png": draw(1), "dog/1.png": draw(2)}
+    members |= dict.fromkeys(("labels.csv", "classes.txt", "cat/labels.json"), b"")
+    pack_zip(tmp_path / "a.zip", {f"{folder}{name}": data for name, data in members.items()})
+    images = open_images(tmp_path / "a.zip")
+    assert images.class_names == ("cat", "dog")
+    assert images.unlabeled == "a.zip has classes.txt, labels.csv: unpack it to use such lists"
+
+
 def test_links_in_a_zip_are_left_out(draw: Draw, tmp_path: Path) -> None:
     links = [zipfile.ZipInfo(name) for name in ("a/link.png", "b/link")]
     for link in links:

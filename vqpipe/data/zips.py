@@ -1,7 +1,7 @@
 """Zip archives of images: indexed by their central directory and read by offset. Nothing is extracted to disk.
 
 An archive is read as the folder that was packed: folders in it are classes as in `open_folder`, below the one folder
-that holds everything, if there is one.
+that holds everything, if there is one. Lists of labels and classes (label_lists.py) and symbolic links are not read.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from vqpipe.data.folders import SYSTEM_FOLDERS
+from vqpipe.data.label_lists import CLASSES, LABELS
 from vqpipe.data.sources import (
     access_error,
     ambiguous,
@@ -66,6 +67,8 @@ class ZipIndex:
     methods: list[int]
     folders: list[str]
     """The folders at the top, also those without images."""
+    lists: list[str]
+    """The lists of labels and classes, which are not read."""
     ignored: dict[str, int]
     """Other members: reason or extension -> count."""
 
@@ -88,7 +91,10 @@ class Zips(StoredFiles):
         self.num_classes = len(self.class_names) or None
         self.left_out: dict[str, int] = summed(archive.ignored for archive in archives)
         loose = next((path for archive in archives for path in archive.paths if "/" not in path), "")
-        self.unlabeled = f"{name} has {loose} outside of its folders" if loose and any(folders) else ""
+        lists = sorted({file for archive in archives for file in archive.lists})
+        reasons = [f"{name} has {loose} outside of its folders"] if loose and any(folders) else []
+        reasons += [f"{name} has {', '.join(lists)}: unpack it to use such lists"] if lists else []
+        self.unlabeled = "; ".join(reasons)
         self.digest = hashlib.sha256("".join(archive.sha256 for archive in archives).encode()).hexdigest()
 
     def key(self, i: int) -> str:
@@ -158,7 +164,7 @@ def index_members(url: str, sha256: str, members: Sequence[zipfile.ZipInfo], end
     """Index the images among the members of an archive, which are before byte `end`."""
     images = dict[str, zipfile.ZipInfo]()
     ignored = Counter[str]()
-    folders = set[str]()
+    folders, lists = set[str](), set[str]()
     for member in members:
         parts = [part for part in member.filename.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         path = "/".join(parts)
@@ -175,6 +181,7 @@ def index_members(url: str, sha256: str, members: Sequence[zipfile.ZipInfo], end
         elif not has_image_extension(path):
             ignored[file_kind(extension_of(path))] += 1
             folders.add(path.rpartition("/")[0])
+            lists |= {path} if parts[-1] in (CLASSES, *LABELS) else set()
         elif path in images:
             raise DataError(f"{url} has two images of the path {path!r}", "Give every image its own path")
         else:
@@ -199,6 +206,7 @@ def index_members(url: str, sha256: str, members: Sequence[zipfile.ZipInfo], end
         crcs=[member.CRC for member in found],
         methods=[member.compress_type for member in found],
         folders=sorted(below - {"", root.removesuffix("/")}),
+        lists=sorted({path.removeprefix(root) for path in lists} & {CLASSES, *LABELS}),
         ignored=dict(+ignored),
     )
 
