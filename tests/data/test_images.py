@@ -394,6 +394,17 @@ def test_dataset_artifacts_are_opened(tmp_path: Path, pack: Pack) -> None:
     assert keys(tmp_path / "photos") == ["a"]
 
 
+def test_artifact_of_reconstruct_names_its_folders(tmp_path: Path) -> None:
+    with artifacts.start(tmp_path / "out", "images", {}, {}) as draft:
+        for name in ("a.png", "originals/a.png", "reconstructions/a.png"):
+            with draft.write(name) as path:
+                path.write_bytes(b"1")
+        draft.publish({})
+    with pytest.raises(DataError, match=r"originals and their reconstructions\. Give .*out/originals or .*out/recon"):
+        open_images(tmp_path / "out")
+    assert keys(tmp_path / "out" / "originals") == ["a"]
+
+
 def test_names_without_images_are_an_error(tmp_path: Path, pack: Pack) -> None:
     (tmp_path / "empty.tar").write_bytes(pack({}))
     (tmp_path / "tars").mkdir()
@@ -407,6 +418,7 @@ def test_names_without_images_are_an_error(tmp_path: Path, pack: Pack) -> None:
         ([tmp_path / "absent"], "no such images: .*absent. Give a folder"),
         ([tmp_path / "picture"], r"no such images: .*picture\. Did you mean .*pictures\?"),
         ([tmp_path / "pictures" / "*"], r"a\.JPG is one image\. --images .*pictures reads the folder that holds it"),
+        ([tmp_path / "ta*"], r"ta\* names folders, as .*tars\. Give each its own --images, or --images .*, whose"),
         (["builtin:cats"], "there is no builtin:cats. Use builtin:photos, builtin:photos/train"),
     ):
         with pytest.raises(DataError, match=message):

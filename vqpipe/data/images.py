@@ -327,6 +327,11 @@ def open_source(spec: str) -> ImageSource:
         return open_dataset(path)  # raises: unfinished
     urls = expand(spec)
     for url in map(without_secrets, urls):
+        if os.path.isdir(url):
+            raise DataError(
+                f"{without_secrets(spec)} names folders, as {url}",
+                f"Give each its own --images, or --images {os.path.dirname(url) or '.'}, whose subfolders are classes",
+            )
         if has_image_extension(url):
             folder = os.path.dirname(url) or "."
             raise DataError(f"{url} is one image", f"--images {folder} reads the folder that holds it")
@@ -408,6 +413,10 @@ def open_dataset(path: Path) -> Tars | Folder:
         folder.name = printable(path.name)
         folder.num_classes = artifact.facts.get("num_classes", folder.num_classes)
         return folder
+    if not names and artifact.names("originals/*.png"):
+        raise DataError(
+            f"{path} holds originals and their reconstructions", f"Give {path}/originals or {path}/reconstructions"
+        )
     hashes = [artifact.manifest.files[name]["sha256"] for name in names]
     shards = open_all([str(artifact.file(name)) for name in names], hashes)
     return Tars(shards, printable(path.name), artifact.facts.get("num_classes"))
