@@ -1,4 +1,5 @@
 import pickle
+import struct
 import sys
 import warnings
 from collections.abc import Callable
@@ -6,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -397,6 +399,27 @@ def test_write_tokens_writes_what_encode_returns(
 @pytest.fixture
 def photo(draw_folder: Callable[..., Path], tmp_path: Path) -> Path:
     return draw_folder(tmp_path / "photos", 1, side=50) / "00.png"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "white is zero", "12 bits"])
+def test_gray_of_more_than_8_bits_is_the_same_as_file_and_as_pil_image(
+    tokenizer: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "gray"
+    gray = Image.fromarray(np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8))
+    if kind == "PPM":
+        path.write_bytes(b"P5 8 8 65535\n" + np.asarray(gray).astype(">u2").tobytes())
+    else:
+        tags = {262: 0} if kind == "white is zero" else {}
+        gray.save(path, kind if kind == "PNG" else "TIFF", **({} if kind == "PNG" else {"tiffinfo": tags}))
+    if kind == "12 bits":  # the same bytes: 3 hold two samples
+        path.write_bytes(
+            path.read_bytes().replace(struct.pack("<HHIH", 258, 3, 1, 16), struct.pack("<HHIH", 258, 3, 1, 12))
+        )
+    with Image.open(path) as image:
+        assert image.mode.startswith("I")
+        assert torch.equal(tokenizer.read_image(image), tokenizer.read_image(path))
+        assert torch.equal(tokenizer.read_image(image), tokenizer.read_image(path))  # it is loaded already
 
 
 def test_encode_takes_files_and_pil_images(tokenizer: Tokenizer, photo: Path) -> None:

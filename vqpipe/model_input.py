@@ -67,6 +67,9 @@ def read_image(image: ImageLike, owner: InputOwner, image_size: Size | None = No
     """An image file or PIL image as uint8[3, H, W], resized and cropped to `image_size` unless it is None; a tensor as
     it is.
 
+    A PIL image becomes the same pixels as its file, unless it is a PNG with a transparent color (tRNS) and samples of
+    2, 4 or 16 bits, which Pillow does not keep as they are stored: other pixels may be made white.
+
     Raises:
         DataError: it is absent, damaged or no image; its sides are not multiples of the downsample factor and
             `image_size` is None; a tensor of another size.
@@ -76,12 +79,12 @@ def read_image(image: ImageLike, owner: InputOwner, image_size: Size | None = No
         return image
     if isinstance(image, Image.Image):
         try:
-            copy = image.copy()  # decodes it
+            image.load()
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on invalid bytes
             raise bad_image(error) from error
-        rgb = upright(to_rgb(copy, b""), image)
+        rgb = upright(to_rgb(image, b""), image)
     elif isinstance(image, str | Path):
         try:
             rgb = decode(Path(image).read_bytes())

@@ -354,12 +354,12 @@ def decode_reduced(data: bytes, header: JpegHeader, reduction: int, scratch: Scr
 
 
 def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
-    """Convert any mode of Pillow to RGB by the table in `decode`; `data` are the encoded bytes."""
+    """Convert any mode of Pillow to RGB by the table in `decode`; `data` are the encoded bytes, empty if unknown."""
     image.load()
     mode, transparent = image.mode, image.info.get("transparency")
     if mode == "F":
         return from_float(np.asarray(image), inverted(image))
-    if image.format == "PNG" and transparent is not None and mode in ("1", "L", "I", "I;16", "RGB"):
+    if data and image.format == "PNG" and transparent is not None and mode in ("1", "L", "I", "I;16", "RGB"):
         return white_where_transparent(image, data)
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # older Pillow: 16-bit PNG is "I"
         return from_16_bits(np.asarray(image), bits_per_sample(image), inverted(image))
