@@ -8,7 +8,15 @@ import torch
 
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page
-from vqpipe.reports.comparison import check_comparable, comparison_page, distinct, groups_of, measure_table
+from vqpipe.reports.comparison import (
+    check_comparable,
+    comparison_page,
+    distinct,
+    facts_of,
+    groups_of,
+    measure_table,
+    metrics_by_name,
+)
 from vqpipe.reports.evaluation import (
     MEASURES,
     EvaluationResult,
@@ -121,6 +129,28 @@ def test_reports_are_grouped_and_sets_have_distinct_names() -> None:
     assert [group.images for group in resized] == ["photos, 256 px", "photos, 512 px"]
     fewer = groups_of([evaluated("a"), evaluated("a", num_images=9, reference="few")])
     assert [group.images for group in fewer] == ["photos, 256 px, 50 images", "photos, 256 px, 9 images"]
+
+
+def test_sets_of_other_random_classes_have_distinct_names() -> None:
+    drawn = [
+        {"classes": classes, "num_classes": 5, "seed": seed} for seed, classes in enumerate((["a", "b"], ["b", "c"]))
+    ]
+    several = [
+        evaluated(name, random_classes=each, reference=str(each["seed"])) for each in drawn for name in ("one", "two")
+    ]
+    names = ["photos (2 of 5 classes, seed 0)", "photos (2 of 5 classes, seed 1)"]
+    assert [group.images for group in groups_of(several)] == names
+    assert list(metrics_by_name(several)) == [f"{name}, on {where}" for where in names for name in ("one", "two")]
+    assert comparison_page(several, "two").subtitle.startswith("On 2 sets of images.")
+
+
+def test_equal_titles_of_groups_are_numbered() -> None:
+    other_pixels = groups_of(
+        [evaluated("a"), evaluated("b"), evaluated("a", reference="x"), evaluated("b", reference="x")]
+    )
+    assert other_pixels[0].title == other_pixels[1].title
+    title = other_pixels[0].title
+    assert facts_of(other_pixels) == {"groups": {f"1: {title}": ["a", "b"], f"2: {title}": ["a", "b"]}}
 
 
 def test_a_report_comparable_with_none_is_refused_with_the_first_differing_key() -> None:

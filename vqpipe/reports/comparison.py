@@ -131,8 +131,8 @@ def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[Publishe
         metrics=metrics_by_name(evaluations),
         facts=facts_of(groups),
         over_seeds={
-            group.title: numbers
-            for group in groups
+            title: numbers
+            for title, group in by_title(groups).items()
             if (numbers := numbers_over_seeds(configurations_of(group.members), HEADLINES))
         },
         tables=[
@@ -172,10 +172,19 @@ def compare_samples(reports: Sequence[Artifact], published: Sequence[PublishedTa
 def facts_of(groups: Sequence[Group]) -> dict[str, Any]:
     """The headline numbers of a single group, or the members of several."""
     if len(groups) > 1:
-        return {"groups": {group.title: [each.name for each in group.members] for group in groups}}
+        return {"groups": {title: [each.name for each in group.members] for title, group in by_title(groups).items()}}
     members = groups[0].members
     facts = {key: members[0].metrics[key] for key in ("protocol", "num_images", "image_size")}
     return facts | {key: {e.name: e.metrics.get(key) for e in members} for key in ("psnr", "utilization")}
+
+
+def by_title(groups: Sequence[Group]) -> dict[str, Group]:
+    """The groups by their titles, which are numbered where two are equal: the same images may be decoded to other
+    pixels."""
+    titles = [group.title for group in groups]
+    if len(set(titles)) < len(titles):
+        titles = numbered(titles, range(len(titles)))
+    return dict(zip(titles, groups, strict=True))
 
 
 def metrics_by_name(evaluations: Sequence[EvaluationResult]) -> dict[str, Any]:
@@ -234,21 +243,30 @@ def groups_of(evaluations: Sequence[EvaluationResult]) -> list[Group]:
 def names_of_sets(evaluations: Sequence[EvaluationResult]) -> list[str]:
     """A name for the images of each evaluation, with size and number where these tell two sets apart.
 
-    Protocols crop in different ways: sets are equal if they come from the same images, at the same size and number.
+    Protocols crop in different ways: sets are equal if they come from the same images and the same of their classes, at
+    the same size and number.
     """
     sources = [each.lineage.get("inputs", {}).get("images", {}) for each in evaluations]
     metrics = [each.metrics for each in evaluations]
+    draws = [m.get("random_classes", {}) for m in metrics]
     sets = [
-        (source.get("content") or m["reference"], str(m["image_size"]), m["num_images"])
-        for source, m in zip(sources, metrics, strict=True)
+        (source.get("content") or m["reference"], str(drawn.get("classes")), str(m["image_size"]), m["num_images"])
+        for source, m, drawn in zip(sources, metrics, draws, strict=True)
     ]
-    plain = [source.get("name", "images") for source in sources]
+    plain = [source.get("name", "images") + classes_in_words(d) for source, d in zip(sources, draws, strict=True)]
     sized = [f"{name}, {size_in_words(m)}" for name, m in zip(plain, metrics, strict=True)]
     with_number = [f"{name}, {counted(m['num_images'], 'images')}" for name, m in zip(sized, metrics, strict=True)]
     for names in (plain, sized, with_number):
         if len(set(names)) == len(set(sets)) == len(set(zip(names, sets, strict=True))):
             return names
     return numbered(plain, sets)
+
+
+def classes_in_words(drawn: Mapping[str, Any]) -> str:
+    """` (100 of 1,000 classes, seed 3)`, to follow the name of a set of which classes were drawn; else empty."""
+    if not drawn:
+        return ""
+    return f" ({len(drawn['classes']):,} of {counted(drawn['num_classes'], 'classes')}, seed {drawn['seed']})"
 
 
 def numbered(names: Sequence[str], things: Sequence[Hashable]) -> list[str]:
