@@ -65,7 +65,9 @@ def tokenize(
     out. Each size has files of its own, tokens-WIDTHxHEIGHT-*.parquet. A batch
     has --batch-size images of up to 256x256 pixels, fewer of larger ones, and at
     least one image, the largest first: --max-pixels leaves out those for which
-    memory does not suffice. Generators are trained on images of one size.
+    memory does not suffice. Images that are left out for their size are listed,
+    and do not count for --max-skipped. Generators are trained on images of one
+    size.
     """
     options.check_images(images)  # before PyTorch is loaded
     options.check_artifact(tokenizer)

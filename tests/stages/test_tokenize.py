@@ -180,7 +180,7 @@ def test_native_sizes_have_shards_of_their_own_and_are_decoded_to_their_size(
             flip=True,
             batch_size=batch_size,
             num_workers=workers,
-            max_skipped=0.3,
+            max_skipped=0.2,
             device="cpu",
         )
     made = open_artifact(tmp_path / "0", "tokens")
@@ -189,7 +189,7 @@ def test_native_sizes_have_shards_of_their_own_and_are_decoded_to_their_size(
     counts = {"48x32": 2, "32x48": 1, "30x46": 1, "32x32": 1, "2x2": 1}
     assert {size: table["num_images"] for size, table in made.facts["sizes"].items()} == counts
     assert (made.facts["num_images"], made.facts["num_sizes"], made.facts["image_size"]) == (6, 5, "native")
-    assert made.facts["skipped"] == {"not-an-image": 1, "too-small": 1}
+    assert (made.facts["skipped"], made.facts["excluded"]) == ({"not-an-image": 1}, {"too-small": 1})
     assert made.facts["sizes"]["48x32"]["layout"]["grids"] == [[16, 24]]
     assert made.names("tokens-*.parquet") == sorted(f"tokens-{size}-00000.parquet" for size in counts)
 
@@ -234,10 +234,14 @@ def test_tokens_of_native_sizes_are_read_one_size_at_a_time_and_not_trained_on(
         with pytest.raises(ConfigError, match=r"own sizes: 48x32 .*one size is trained on. Tokenize with one number"):
             train(tokens=out, tokenizer=tokenizer, out=tmp_path / "trained", preset=preset, device="cpu")
 
-    tokenize(out=tmp_path / "few", image_size="native", max_pixels=1200, device="cpu", **{**images, "max_skipped": 0.8})
+    tokenize(out=tmp_path / "few", image_size="native", max_pixels=1200, device="cpu", **{**images, "max_skipped": 0.2})
     few = open_artifact(tmp_path / "few")
     assert (list(few.facts["sizes"]), few.config["max_pixels"]) == (["32x32", "2x2"], 1200)
-    assert few.facts["skipped"] == {"not-an-image": 1, "too-large": 4, "too-small": 1}
+    assert (few.facts["skipped"], few.facts["excluded"]) == ({"not-an-image": 1}, {"too-large": 4, "too-small": 1})
+    reasons = pq.read_table(few.file("skipped.parquet"))["reason"].to_pylist()
+    assert sorted(reasons) == ["not-an-image", *["too-large"] * 4, "too-small"]
+    with pytest.raises(DataError, match=r"none of the 8 images .* can be used \(1 not-an-image, 7 too-large"):
+        tokenize(out=tmp_path / "none", image_size="native", max_pixels=1, device="cpu", **images)
 
 
 def test_a_tokenizer_that_cannot_encode_a_size_is_refused_before_the_work(

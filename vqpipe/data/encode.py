@@ -30,7 +30,7 @@ from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.data.batches import Batch, OrderedBatches, Piece, chunks
 from vqpipe.data.images import ImageSet
-from vqpipe.data.skipped import Skipped, merged
+from vqpipe.data.skipped import Skipped, merged, text_of
 from vqpipe.device import bf16_is_faster
 from vqpipe.errors import DataError, NumericError
 from vqpipe.progress import SILENT, Progress
@@ -194,6 +194,7 @@ class EncodingJob:
     Args:
         shards: those of all ranks; rank r of w encodes every w-th.
         skipped: images that are in no shard because they cannot be used, position -> reason.
+        excluded: the same of those left out on request: they are listed, and do not count towards `max_skipped`.
         max_skipped: the largest share of images that cannot be used.
         faster_encoding: advice that is printed if encoding took long; see `faster_network`.
     """
@@ -206,14 +207,15 @@ class EncodingJob:
         *,
         title: str,
         skipped: Mapping[int, str] | None = None,
+        excluded: Mapping[int, str] | None = None,
         max_skipped: float = 0.01,
         progress: Progress = SILENT,
         faster_encoding: str = "",
     ) -> None:
         self.faster_encoding = faster_encoding
         self.draft, self.images, self.shards, self.progress = draft, images, shards, progress
-        self.skipped, self.max_skipped = dict(skipped or {}), max_skipped
-        self.num_images = sum(len(shard.positions) for shard in shards) + len(self.skipped)
+        self.skipped, self.excluded, self.max_skipped = dict(skipped or {}), dict(excluded or {}), max_skipped
+        self.num_images = sum(len(shard.positions) for shard in shards) + len(self.skipped) + len(self.excluded)
         self.mine = shards[distributed.rank() :: distributed.world_size()]
         self.missing = [shard for shard in self.mine if self.draft.record(shard.name) is None]
         self.stopwatch = Stopwatch()
@@ -318,8 +320,8 @@ class EncodingJob:
                 writing.result()
 
     def finish(self) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count. Their list
-        is written into the draft.
+        """Return the records of the shards of all ranks, in order, and the skipped images, reason -> count. The list of
+        these and the excluded ones is written into the draft.
 
         Raises:
             DataError: more images than `max_skipped` are unreadable, or all are.
@@ -332,13 +334,15 @@ class EncodingJob:
         found = merged([self.skipped, *(record["skipped"] for record in records)])
         skipped = Skipped(self.images, self.num_images, found)
         skipped.check(self.max_skipped, self.draft)
-        if len(skipped) == self.num_images:
-            raise DataError(f"none of the {self.num_images} images of {self.images.name} can be read", "Check them")
+        left_out = Skipped(self.images, self.num_images, found | self.excluded)
+        if len(left_out) == self.num_images:
+            why = f"used ({text_of(left_out.counts())})" if self.excluded else "read"
+            raise DataError(f"none of the {self.num_images} images of {self.images.name} can be {why}", "Check them")
         if self.stopwatch.images:
             self.progress.message(self.stopwatch.report())
             if advice := self.stopwatch.advice(self.faster_encoding):
                 self.progress.message(advice)
-        skipped.publish(self.draft, self.progress)
+        left_out.publish(self.draft, self.progress)
         return records, skipped.counts()
 
 

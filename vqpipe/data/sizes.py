@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
 from vqpipe.data.batches import chunks, through_workers, worker_count
-from vqpipe.data.decoding import BadImage, decoded_size
+from vqpipe.data.decoding import MAX_PIXELS, BadImage, decoded_size
 from vqpipe.data.encode import IMAGES_PER_SHARD, Shard
 from vqpipe.data.images import ImageSet, SelectedImages
 from vqpipe.files import atomic_write, disk_errors
@@ -32,8 +32,8 @@ NATIVE_SIDE = 256
 """A batch has as many pixels as `batch_size` squares of this side."""
 IDS_PER_SHARD = 1 << 24
 HEADERS_PER_TASK = 256
-TOO_SMALL = "too-small"
-"""The reason for an image with a side below the downsample factor."""
+TOO_SMALL, TOO_LARGE = "too-small", "too-large"
+"""The reasons for an image with a side below the downsample factor, and for one of more pixels than the limit."""
 
 
 def batch_size_of(batch_size: int, height: int, width: int) -> int:
@@ -52,6 +52,8 @@ class SizedImages:
     """(height, width) of the crops in pixels -> positions in `images`."""
     skipped: dict[int, str]
     """Position in `images` -> reason of those that cannot be used."""
+    excluded: dict[int, str]
+    """The same of those that are smaller than the downsample factor, or larger than the `max_pixels` asked for."""
 
     def __str__(self) -> str:
         """`3 sizes, the largest 640x480 (1 image), the most frequent 500x375 (28 images)`"""
@@ -91,12 +93,12 @@ def group_by_size(
     images: ImageSet,
     downsample_factor: int,
     *,
-    max_pixels: int,
+    max_pixels: int | None,
     num_workers: int,
     progress: Progress,
 ) -> SizedImages:
     """Read the headers of all images, each rank those of a share, and group the images. Every rank calls it."""
-    sizes, reasons = measure(draft.path / SIZES, images, max_pixels, num_workers, progress)
+    sizes, reasons = measure(draft.path / SIZES, images, max_pixels or MAX_PIXELS, num_workers, progress)
     crops = sizes // downsample_factor * downsample_factor
     usable = crops.all(axis=1)
     reasons = dict.fromkeys(np.flatnonzero(~usable).tolist(), TOO_SMALL) | dict(reasons)
@@ -109,8 +111,11 @@ def group_by_size(
     for first, stop in pairwise([*firsts, count]):
         height, width = ordered[first].tolist()
         groups[height, width] = range(first, stop)
-    skipped = {place: reasons[i] for place, i in enumerate(order[count:].tolist(), count)}
-    return SizedImages(SelectedImages(images, order), groups, skipped)
+    left_out = {place: reasons[i] for place, i in enumerate(order[count:].tolist(), count)}
+    rules = (TOO_SMALL,) if max_pixels is None else (TOO_SMALL, TOO_LARGE)
+    excluded = {place: reason for place, reason in left_out.items() if reason in rules}
+    skipped = {place: reason for place, reason in left_out.items() if place not in excluded}
+    return SizedImages(SelectedImages(images, order), groups, skipped, excluded)
 
 
 def measure(

@@ -34,7 +34,7 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data.batches import chunks
-from vqpipe.data.decoding import MAX_PIXELS, encode_png
+from vqpipe.data.decoding import encode_png
 from vqpipe.data.encode import (
     IMAGES_PER_SHARD,
     ORIGIN_FIELDS,
@@ -191,7 +191,7 @@ def write_tokens(
     num_views = views_per_image(config.request())
     views = partial(with_flip, flip=config.flip)
     size = parse_size(str(config.image_size))
-    ordered, unusable = images, dict[int, str]()
+    ordered, unusable, excluded = images, dict[int, str](), dict[int, str]()
     transform: Callable[[Image.Image], Tensor] | None = None
     if size is None:
         factor = tokenizer.downsample_factor
@@ -199,11 +199,11 @@ def write_tokens(
             draft,
             images,
             factor,
-            max_pixels=MAX_PIXELS if config.max_pixels is None else config.max_pixels,
+            max_pixels=config.max_pixels,
             num_workers=num_workers,
             progress=progress,
         )
-        ordered, unusable, side = sized.images, sized.skipped, sized.side(batch_size)
+        ordered, unusable, excluded, side = sized.images, sized.skipped, sized.excluded, sized.side(batch_size)
         layouts = {size: native_layout(tokenizer, *size) for size in sized.sizes}
         shards = sized.shards(NATIVE_SHARD_NAME, lambda h, w: (num_views, layouts[h, w].num_tokens), batch_size)
         transform = partial(crop_to_multiples, factor=factor)
@@ -222,6 +222,7 @@ def write_tokens(
         shards,
         title="tokenize",
         skipped=unusable,
+        excluded=excluded,
         max_skipped=config.max_skipped,
         progress=progress,
         faster_encoding=faster_network(tokenizer.device, config.precision),
@@ -242,6 +243,7 @@ def write_tokens(
     if size is None:
         sizes = size_facts(layouts, shards, records)
         facts |= {"num_sizes": len(sizes), **shared, "sizes": sizes}
+        facts |= {"excluded": dict(sorted(Counter(excluded.values()).items()))} if excluded else {}
     else:
         facts |= {"num_tokens": layout.num_tokens, **shared, "layout": layout.to_table()}
     return {**facts, "class_names": list(images.class_names), "skipped": skipped, **images.facts}
