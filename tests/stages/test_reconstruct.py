@@ -146,6 +146,20 @@ def test_psnr_and_ssim_are_printed_and_shown_on_a_page_with_sliders(
     assert f"<td>{means[0]:.2f}</td>" in html
 
 
+def test_the_number_of_images_in_a_mean_is_stated(
+    tiny_tokenizer: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in (32, 40, 8):  # SSIM is defined from 11 pixels
+        draw(tmp_path / f"{side}.png", side, side)
+    files = [tmp_path / f"{side}.png" for side in (32, 40, 8)]
+    reconstruct(files, tokenizer=tiny_tokenizer("tokenizer"), out=tmp_path / "out", device="cpu")
+    html = open_artifact(tmp_path / "out").file("report.html").read_text(encoding="utf-8")
+    assert (html.count("mean over 3 images"), html.count("mean over 2 of 3 images")) == (1, 1)
+    row = next(line for line in capsys.readouterr().err.splitlines() if "mean of 3" in line)
+    assert row.rstrip().endswith("(of 2)")
+    assert row.count("(of") == 1
+
+
 def test_ssim_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = torch.randint(0, 256, (2, 3, 40, 24), dtype=torch.uint8)
     whole = image_files.ssim_between(*pair)

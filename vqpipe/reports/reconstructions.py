@@ -14,6 +14,7 @@ from vqpipe.reports.pictures import (
     error_map,
     from_png,
 )
+from vqpipe.words import counted
 
 OPEN_ROWS = 40
 """Files up to which the table of the page is not folded."""
@@ -48,8 +49,8 @@ def reconstructions_page(files: Sequence[ReconstructedFile], tokenizer: str, foo
     versions = [file.versions[-1] for file in files]
     which = f", {versions[0].label}" if len(files[0].versions) > 1 else ""
     numbers = [
-        page.Number(label, text, unit, f"mean over {len(files):,} images{which}" if len(files) > 1 else which[2:])
-        for label, text, unit in (
+        page.Number(label, text, unit, f"mean over {share(count, files)}{which}" if len(files) > 1 else which[2:])
+        for label, (text, count), unit in (
             ("PSNR", mean((v.psnr for v in versions), ".2f"), "dB"),
             ("SSIM", mean((v.ssim for v in versions), ".3f"), ""),
         )
@@ -92,7 +93,8 @@ def paths_of(file: ReconstructedFile) -> list[Path]:
 
 
 def numbers_table(files: Sequence[ReconstructedFile], most: int | None = None, folded: bool = False) -> page.Table:
-    """A row for each reconstruction, of the first `most` files, and the mean of each kind over all files."""
+    """A row for each reconstruction, of the first `most` files, and the mean of each kind over all files that
+    have a number."""
     several = len(files[0].versions) > 1
     rows = [
         [file.name, *([version.label] if several else []), *written(version.psnr, version.ssim)]
@@ -102,7 +104,8 @@ def numbers_table(files: Sequence[ReconstructedFile], most: int | None = None, f
     if most is not None and len(files) > most:
         rows.append([f"{len(files) - most:,} more", *["…"] * (len(rows[0]) - 1)])
     for same in zip(*(file.versions for file in files), strict=True) if len(files) > 1 else ():
-        numbers = [mean((version.psnr for version in same), ".2f"), mean((version.ssim for version in same), ".3f")]
+        means = mean((version.psnr for version in same), ".2f"), mean((version.ssim for version in same), ".3f")
+        numbers = [text if count in (0, len(files)) else f"{text} (of {count:,})" for text, count in means]
         rows.append([f"mean of {len(files):,}", *([same[0].label] if several else []), *numbers])
     header = ["image", *(["version"] if several else []), "PSNR, dB", "SSIM"]
     return page.Table("PSNR and SSIM", header, rows, folded=folded)
@@ -113,7 +116,13 @@ def written(psnr: float | None, ssim: float | None) -> list[str]:
     return ["equal" if psnr is None else f"{psnr:.2f}", "–" if ssim is None else f"{ssim:.3f}"]
 
 
-def mean(values: Iterable[float | None], how: str) -> str:
-    """The mean of those that are numbers, as text."""
+def mean(values: Iterable[float | None], how: str) -> tuple[str, int]:
+    """The mean of those that are numbers, as text, and how many these are."""
     numbers = [value for value in values if value is not None]
-    return format(sum(numbers) / len(numbers), how) if numbers else "–"
+    return format(sum(numbers) / len(numbers), how) if numbers else "–", len(numbers)
+
+
+def share(count: int, files: Sequence[ReconstructedFile]) -> str:
+    """`11 images`, or `7 of 11 images` where some have no number."""
+    images = counted(len(files), "images")
+    return images if count == len(files) else f"{count:,} of {images}"
