@@ -151,6 +151,10 @@ def test_unreadable_image_is_an_error_unless_max_skipped_allows_it(
     metrics = metrics_of(out)
     assert metrics["num_images"] == 9
     assert sum(metrics["skipped"].values()) == 1
+    for file in picture_folder.iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"none of the 10 images of .* can be read\. Check them"):
+        run(path, picture_folder, tmp_path / "none", overrides=["eval.max_skipped=1"])
 
 
 @pytest.mark.parametrize("quantizer", [MULTI_GROUP, RESIDUAL], ids=["multi_group", "residual"])

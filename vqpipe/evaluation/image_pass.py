@@ -17,6 +17,7 @@ from vqpipe.config import difference
 from vqpipe.data.batches import Batch, OrderedBatches
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
+from vqpipe.errors import DataError
 from vqpipe.metrics.resumable import Resumable, pack, unpack
 from vqpipe.progress import Progress
 from vqpipe.provenance import versions
@@ -69,7 +70,7 @@ class ImagePass(Resumable):
 
         Raises:
             DataError: more unreadable images than `max_skipped`, as soon as this rank has found so many. The state is
-                saved, so that a larger one continues from there.
+                saved, so that a larger one continues from there. Or all images are unreadable.
         """
         first, last = rank_share(stop, batch_size)
         done = checkpoints.resume(self, range(first, last), progress)
@@ -100,6 +101,8 @@ class ImagePass(Resumable):
         else:
             checkpoints.save_last(self, last)
         self.all_skipped.check(max_skipped, checkpoints.draft)
+        if 0 < stop == len(self.all_skipped):
+            raise DataError(f"none of the {stop:,} images of {images.name} can be read", "Check them")
 
 
 class Checkpoints:
