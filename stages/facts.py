@@ -79,15 +79,17 @@ def phrases(facts: Mapping[str, Any]) -> Iterator[str]:
 
     measures = {measure.key: measure for measure in MEASURES}
     for key, value in facts.items():
-        words = WORDS.get(key, f"{key}: {{}}" if isinstance(value, Mapping) else f"{key} {{}}")
+        words = WORDS.get(key)
         if value is None or value in ("", {}, []):
             continue
         if isinstance(value, int | float) and key in measures:
             yield f"{measures[key].label} {written(measures[key], value)}"
-        elif "{}" not in words and isinstance(value, int):
-            yield counted(value, words)
+        elif words is None:
+            yield f"{key}{':' if isinstance(value, Mapping) else ''} {text_of(value)}"
+        elif "{}" in words:
+            yield words.replace("{}", text_of(value))
         else:
-            yield (words if "{}" in words else f"{words} {{}}").replace("{}", text_of(value))
+            yield counted(value, words) if isinstance(value, int) else f"{words} {text_of(value)}"
 
 
 def is_one(value: Any) -> bool:

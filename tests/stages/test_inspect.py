@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stages import facts as facts_in_words
 from stages.inspect_artifact import inspect
 from vqpipe.artifacts import Draft, start
 from vqpipe.artifacts.unfinished import read_unfinished
@@ -99,6 +100,10 @@ def test_facts_command_and_lineage_are_printed_and_settings_on_request(
     inspect(tmp_path / "tokens", settings=True)
     printed = capsys.readouterr().out.splitlines()
     assert [f"{long}  3", "max_pixels".ljust(len(long)) + "  not set"] == [line.rstrip() for line in printed[-2:]]
+
+
+def test_braces_in_the_name_of_a_fact_are_printed() -> None:
+    assert list(facts_in_words.phrases({"psnr": {"a{}b.png": 10.623}, "x{}": 3})) == ["psnr: a{}b.png 10.62", "x{} 3"]
 
 
 def test_a_tokenizer_without_a_manifest_is_inspected_by_name(capsys: pytest.CaptureFixture[str]) -> None:
