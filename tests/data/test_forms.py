@@ -131,6 +131,16 @@ def test_labels_in_texts_of_parquet(
     assert (images.class_names, images.unlabeled) == (class_names, unlabeled)
 
 
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str)
+@pytest.mark.parametrize("statistics", [True, False])
+def test_parquet_with_encodings_of_bytes(draw: Draw, tmp_path: Path, kind: pa.DataType, statistics: bool) -> None:
+    data = pa.array([draw(0), None, draw(2)], pa.binary())
+    stored = data.dictionary_encode() if pa.types.is_dictionary(kind) else data.cast(kind)
+    pq.write_table(pa.table({"image": stored}), tmp_path / "a.parquet", write_statistics=statistics)
+    images = open_images(tmp_path / "a.parquet")
+    assert contents(images) == [("a/0", draw(0), None), ("a/2", draw(2), None)]
+
+
 @pytest.mark.parametrize("statistics", [True, False])
 def test_parquet_rows_without_bytes_are_counted(draw: Draw, tmp_path: Path, statistics: bool) -> None:
     data = [draw(0), None, draw(2), None, draw(4)]
@@ -308,11 +318,12 @@ def test_lists_with_columns(
         ("a.jsonl", '{"path": "0.png", "label": true}\n', "has the label True in line 1"),
         ("a.jsonl", '{"path": "0.png", "label": [1]}\n', r"has the label \[1\] in line 1"),
         ("a.jsonl", '{"path": 3}\n', "has a wrong type in line 1"),
+        ("a.csv", "path,label\n0.png,caf\udce9\n", r"a\.csv is not UTF-8: see the label in line 2"),
     ],
 )
 def test_invalid_lists_are_errors(draw: Draw, tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / "0.png").write_bytes(draw(0))
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError, match=message):
         open_images(tmp_path / name)
 

@@ -341,6 +341,8 @@ def test_globs_and_brace_patterns(tmp_path: Path, pack: Pack, monkeypatch: pytes
     assert keys(f"{tmp_path}/s-{{000000..000011}}.tar") == all_keys
     assert keys(f"{tmp_path}/s-0000{{11,00}}.tar") == ["k11", "k0"]  # braces keep their order
     assert keys(f"file://{tmp_path}/s-000003.tar") == ["k3"]
+    (tmp_path / "a b.tar").write_bytes(pack({"spaced.png": b"x"}))
+    assert keys(f"file://localhost{tmp_path}/a%20b.tar") == ["spaced"]
     assert keys(tmp_path / "odd{1,2}*.tar") == ["odd"]  # an existing path is used as it is
     monkeypatch.chdir(tmp_path)
     assert keys("s-000001.tar") == ["k1"]

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -316,7 +317,8 @@ def open_source(spec: str) -> ImageSource:
     if spec.startswith("pipe:"):
         raise DataError(f"{spec} would run a shell command", "Give paths, or URLs of fsspec")
     if spec.startswith("file://"):
-        spec = str(Path(spec.removeprefix("file://")))
+        spec = re.sub("^localhost(?=/)", "", spec.removeprefix("file://"))
+        spec = str(Path(unquote(spec)))
     path = Path(spec)
     if "://" not in spec and path.is_dir():
         if is_artifact(path):

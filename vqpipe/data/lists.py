@@ -47,6 +47,9 @@ def open_list(file: Path) -> Folder:
     entries = read_list(file)
     if not entries:
         raise DataError(f"{file} lists no images", "Write one path per line")
+    for entry in entries:
+        if any("\ud800" <= letter <= "\udfff" for letter in entry.label):
+            raise DataError(f"{file} is not UTF-8: see the label in line {entry.line}", "Store it as UTF-8")
     folder = os.path.abspath(file.parent)
     paths = [os.path.normpath(os.path.join(folder, entry.path)) for entry in entries]
     check_exist(file, entries, paths)
@@ -89,7 +92,7 @@ def read_list(file: Path) -> list[Entry]:
             kind = kind_of(opened.read(HEAD))
         if kind not in ("text", "empty", "json"):
             raise DataError(*explain(str(file), kind, "a list of paths", "Correct its name"))
-        # A path that is no UTF-8 keeps its bytes.
+        # A path that is no UTF-8 keeps its bytes; `open_list` refuses such labels.
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
             text = opened.read()
     except OSError as error:

@@ -240,7 +240,9 @@ def holds_bytes(kind: pa.DataType) -> bool:
     """Whether a column of this type may hold encoded images."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if pa.types.is_dictionary(kind):
+        return holds_bytes(kind.value_type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def holds_text(kind: pa.DataType) -> bool:
