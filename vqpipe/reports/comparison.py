@@ -28,6 +28,7 @@ from vqpipe.reports.evaluation import (
     name_of,
     open_evaluation,
     protocols_in_words,
+    reasons_of,
     size_in_words,
     table_rows,
     value_of,
@@ -494,7 +495,7 @@ def present(evaluations: Sequence[EvaluationResult], measures: Sequence[Measure]
 
 def reasons(evaluations: Sequence[EvaluationResult]) -> dict[str, str]:
     """Name -> why its number is absent. A reason that does not hold for all tokenizers is under the name of its own."""
-    missing = [evaluated.metrics["not_computed"] for evaluated in evaluations]
+    missing = [reasons_of(evaluated.metrics) for evaluated in evaluations]
     shared = {key for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
     found = {name_of(key): reason for key, reason in missing[0].items() if key in shared}
     for evaluated, each in zip(evaluations, missing, strict=True):

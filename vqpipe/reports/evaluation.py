@@ -20,6 +20,7 @@ from vqpipe.metrics.protocols import IN_WORDS
 from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
 from vqpipe.reports.page import Section, Table
 from vqpipe.reports.pictures import ImagePair
+from vqpipe.weights import PUBLISHED_FILES
 from vqpipe.words import counted
 
 Metrics = Mapping[str, Any]
@@ -186,6 +187,14 @@ def name_of(key: str) -> str:
     """`LPIPS (AlexNet)` for `lpips_alex`: a key of `not_computed` as its readers name it."""
     labels = OTHER_NAMES | {measure.key: measure.label for measure in MEASURES}
     return labels.get(key, key.replace("_", " "))
+
+
+def reasons_of(metrics: Metrics) -> dict[str, str]:
+    """Key of `not_computed` -> the reason, followed by the address of the file of weights that it names."""
+    return {
+        key: " ".join([reason, *(f"It is at {url}" for file, url in PUBLISHED_FILES.items() if file in reason)])
+        for key, reason in metrics["not_computed"].items()
+    }
 
 
 def measures_of(*metrics: Metrics) -> list[Measure]:

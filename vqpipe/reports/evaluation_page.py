@@ -21,6 +21,7 @@ from vqpipe.reports.evaluation import (
     over_images,
     protocols_in_words,
     reasons_not_measured,
+    reasons_of,
     size_in_words,
     value_of,
     with_unit,
@@ -68,9 +69,7 @@ def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.Repor
         sections.append(page.Plots("Training", curves))
     sections += [all_metrics(own, metrics) for own in protocols]
     if metrics["not_computed"]:
-        sections.append(
-            page.Reasons("Not computed", {name_of(key): why for key, why in metrics["not_computed"].items()})
-        )
+        sections.append(page.Reasons("Not computed", {name_of(key): why for key, why in reasons_of(metrics).items()}))
     if reasons := reasons_not_measured(metrics):
         sections.append(page.Reasons("Images that are not measured", reasons))
     sections.append(page.Lineage("Lineage", [evaluated.lineage]))

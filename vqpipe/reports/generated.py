@@ -16,6 +16,7 @@ from vqpipe.reports.evaluation import (
     codes,
     name_of,
     protocols_in_words,
+    reasons_of,
     table_rows,
     value_of,
     written,
@@ -122,7 +123,7 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
     missing = {
         f"{each.name}: {name_of(key)}" if len(several) > 1 else name_of(key): reason
         for each in several
-        for key, reason in each.metrics["not_computed"].items()
+        for key, reason in reasons_of(each.metrics).items()
     }
     if missing:
         sections.append(page.Reasons("Not computed", missing))
