@@ -153,3 +153,22 @@ def test_ranks_get_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyP
     for quantizer in (first, second):
         assert torch.equal(quantizer.codes, alone.codes)
         assert torch.equal(quantizer.frequencies, alone.frequencies)
+
+
+def test_anchors_under_the_cosine_metric_ignore_length() -> None:
+    code, vectors = torch.tensor([[1.0, 0.0]]), torch.tensor([[100.0, 1.0], [0.8, 0.6], [0.0, 0.01]])
+    assert make(metric="cosine", anchor="closest").anchors(code, vectors).tolist() == [0]
+    sampled = make(metric="cosine").anchors(code.expand(20_000, 2), vectors)
+    expected = (-(code - F.normalize(vectors, dim=1)).square().sum(1)).softmax(0)
+    torch.testing.assert_close(torch.bincount(sampled, minlength=3) / 20_000, expected, rtol=0, atol=0.02)
+
+
+def test_decay_is_that_of_the_settings() -> None:
+    quantizer = make(4, decay=0.5, anchor="closest")
+    before = quantizer.codes.detach().clone()
+    ids = torch.tensor([[0] * 60 + [1] * 39 + [2]])  # code 3 is unused
+    quantizer.update(torch.full((1, 2, 10, 10), 8.0), ids)
+    frequencies = 0.5 * torch.tensor([0.6, 0.39, 0.01, 0.0])
+    alphas = torch.exp(-4 * frequencies * 10 / 0.5 - 0.001)[:, None]
+    torch.testing.assert_close(quantizer.frequencies, frequencies)
+    torch.testing.assert_close(quantizer.codes.detach(), (1 - alphas) * before + alphas * 8.0)

@@ -80,3 +80,11 @@ def test_a_resumed_run_replaces_at_the_same_step() -> None:
             torch.manual_seed(5)
             quantizer.update(LATENT, ids)
     assert torch.equal(whole.codes, resumed.codes)
+
+
+def test_copies_of_one_code_differ() -> None:
+    quantizer = make(replace_every=1)
+    with torch.no_grad():
+        quantizer.codes.mul_(1e-4)  # float32 numbers of ordinary size plus the noise are rounded to themselves
+    quantizer.update(LATENT, torch.tensor([[4]]))
+    assert len(quantizer.codes.unique(dim=0)) == 30

@@ -1,3 +1,7 @@
+import copy
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,9 +11,9 @@ from vqpipe.quantizers import EmaConfig, EmaQuantizer, build_quantizer, ema
 CONFIG = EmaConfig(codebook_size=5, code_dim=2)
 
 
-def fresh() -> EmaQuantizer:
+def fresh(**settings: Any) -> EmaQuantizer:
     torch.manual_seed(0)
-    quantizer = build_quantizer(CONFIG)
+    quantizer = build_quantizer(dataclasses.replace(CONFIG, **settings))
     assert isinstance(quantizer, EmaQuantizer)
     return quantizer
 
@@ -46,7 +50,7 @@ def test_unused_code_does_not_move() -> None:
 
 
 def test_released_start_makes_unused_codes_huge() -> None:
-    quantizer = build_quantizer(EmaConfig(codebook_size=5, code_dim=2, released_start=True))
+    quantizer = fresh(released_start=True)
     quantizer.codes[0] = quantizer.sums[0] = 50.0
     latent = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     quantizer.update(latent, quantizer(latent).ids)
@@ -64,3 +68,28 @@ def test_ranks_get_the_codebook_of_their_joint_batch(monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     assert torch.equal(ranks[0], ranks[1])
     torch.testing.assert_close(ranks[0], one_update(latent).codebook())
+
+
+def test_lengths_of_latents_do_not_count_if_they_are_normalized() -> None:
+    first, latent = fresh(normalize=True), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    second, ids = copy.deepcopy(first), first(latent).ids
+    first.update(latent, ids)
+    second.update(3 * latent, ids)
+    torch.testing.assert_close(first.codes, second.codes)
+
+
+def test_decay_and_epsilon_are_those_of_the_settings() -> None:
+    quantizer = fresh(codebook_size=2, code_dim=1, decay=0.75, epsilon=0.5)
+    quantizer.sums.copy_(torch.tensor([[2.0], [4.0]]))
+    quantizer.update(torch.tensor([5.0, 7.0, 9.0]).view(1, 1, 1, 3), torch.tensor([[0, 0, 1]]))
+    counts = torch.tensor([0.75 + 0.25 * 2, 0.75 + 0.25])
+    sums = torch.tensor([0.75 * 2 + 0.25 * 12, 0.75 * 4 + 0.25 * 9])
+    smoothed = (counts + 0.5) / (counts.sum() + 2 * 0.5) * counts.sum()
+    torch.testing.assert_close(quantizer.counts, counts)
+    torch.testing.assert_close(quantizer.codes[:, 0], sums / smoothed)
+
+
+def test_sums_of_the_released_start_are_the_standardized_codes() -> None:
+    quantizer = fresh(released_start=True)
+    quantizer.standardize_codebook()
+    assert torch.equal(quantizer.sums, quantizer.codes)

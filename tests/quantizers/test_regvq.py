@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from vqpipe.quantizers import RegularizedQuantizer, RegVqConfig, build_quantizer
@@ -16,9 +17,10 @@ def make(**settings: float) -> RegularizedQuantizer:
     return quantizer
 
 
-def test_prior_is_the_divergence_of_the_mean_prediction_from_uniform() -> None:
-    quantizer = make()
-    mean = (-torch.cdist(ROWS, quantizer.codes).square()).softmax(1).mean(0)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_prior_is_the_divergence_of_the_mean_prediction_from_uniform(temperature: float) -> None:
+    quantizer = make(temperature=temperature)
+    mean = (-torch.cdist(ROWS, quantizer.codes).square() / temperature).softmax(1).mean(0)
     expected = math.log(30) + (mean * mean.log()).sum()
     torch.testing.assert_close(quantizer(LATENT).losses["prior"], expected)
     quantizer.codes.data.zero_()  # all codes alike: a uniform prediction

@@ -152,3 +152,26 @@ def test_depth_one_equals_ema() -> None:
         torch.testing.assert_close(found.losses, expected.losses)
         ema.update(latent, expected.ids)
         quantizer.update(latent, found.ids)
+
+
+def test_decay_and_epsilon_are_those_of_the_settings() -> None:
+    settings = {"decay": 0.75, "epsilon": 0.5}
+    quantizer, latent = make(depth=1, restart=False, **settings), latent_of()
+    ema = build_quantizer(EmaConfig(codebook_size=K, code_dim=C, **settings))
+    ema.load_state_dict(quantizer.quantizers()[0].state_dict())
+    ids = quantizer(latent).ids
+    quantizer.update(latent, ids)
+    ema.update(latent, ids)
+    assert torch.equal(quantizer.codebook()[0], ema.codebook())
+
+
+def test_codes_used_less_than_once_per_step_restart() -> None:
+    quantizer, latent = make(depth=1), latent_of()
+    (inner,) = quantizer.quantizers()
+    inner.counts.fill_(5.0)
+    inner.counts[:2] = torch.tensor([1.006, 1.02])  # 0.99 times these are below and above 1
+    quantizer.update(latent, torch.full((B, H * W), 2))
+    assert inner.counts[:3].tolist() == pytest.approx([1.0, 1.02 * 0.99, 5.0 * 0.99 + 0.01 * B * H * W])
+    distances = torch.cdist(inner.codes[:2], as_rows(latent)).amin(1)
+    assert distances[0] < 1e-6
+    assert distances[1] > 1e-2

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vqpipe.quantizers import SqvaeConfig, StochasticQuantizer, build_quantizer, sqvae
+from vqpipe.quantizers.base import to_rows
 
 LATENT = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
 ROWS = LATENT.permute(0, 2, 3, 1).reshape(-1, 4)
@@ -48,3 +49,27 @@ def test_chunks_change_no_loss_and_no_gradient(monkeypatch: pytest.MonkeyPatch) 
     whole = results()
     monkeypatch.setattr(sqvae, "LOGITS_PER_CHUNK", 30 * 5)
     torch.testing.assert_close(results(), whole)
+
+
+def test_commitment_in_training_is_that_of_the_samples() -> None:
+    quantizer = make().train()
+    codes, _, losses = quantizer(LATENT)
+    variance = 1 + quantizer.log_variance.exp()
+    torch.testing.assert_close(losses["commitment"], (LATENT - codes).square().sum(1).mean() / (2 * variance))
+
+
+def test_temperature_falls_with_each_update() -> None:
+    quantizer = make(temperature_decay=1.0, start_variance=1e-6).train()
+    for _ in range(12):
+        quantizer.update(LATENT, torch.zeros(2, 9, dtype=torch.int64))
+    assert torch.cdist(to_rows(quantizer(LATENT).codes), quantizer.codes).amin(1).max() < 1e-3
+
+
+def test_gradient_of_the_decoder_reaches_the_sampled_codes() -> None:
+    quantizer = make(temperature_decay=1.0, start_variance=1e-6).train()
+    quantizer.steps.fill_(12)  # temperature 6e-6: a sample is one code
+    codes, weight = quantizer(LATENT).codes, torch.randn_like(LATENT)
+    (gradient,) = torch.autograd.grad((codes * weight).sum(), quantizer.codes)
+    sampled = torch.cdist(to_rows(codes), quantizer.codes).argmin(1)
+    expected = torch.zeros(30, 4).index_add(0, sampled, to_rows(weight))
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
