@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages import signals
+from vqpipe import distributed
 from vqpipe.data.batches import Batch
 from vqpipe.errors import ConfigError, NumericError
 from vqpipe.losses import Objective, ObjectiveConfig
@@ -31,7 +32,7 @@ from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
 from vqpipe.training.callbacks import Callback, Throttle
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TokenizerTrainConfig
-from vqpipe.training.loop import train
+from vqpipe.training.loop import seed_step, stop_on_any_rank, train
 from vqpipe.training.running_metrics import Row
 from vqpipe.training.tokenizer_task import TokenizerTask
 
@@ -388,3 +389,20 @@ def test_throttled_action_is_repeated_by_the_clock_and_takes_a_small_share(monke
         clock[0] += 1.0
     assert clock[0] == 115.0
     assert [waits(cost) for cost in (0.0, 0.0, 0.0, 0.0, 4.0)] == [60.0, 90.0, 100.0, 100.0, 200.0]
+
+
+def test_random_numbers_of_a_step_depend_on_seed_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def number(seed: int, step: int, rank: int) -> float:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        seed_step(seed, step)
+        return torch.rand(()).item()
+
+    assert number(1, 5, 0) == number(1, 5, 0)
+    assert len({number(*each) for each in ((1, 5, 0), (1, 5, 1), (1, 6, 0), (2, 5, 0))}) == 4
+
+
+def test_a_stop_of_any_rank_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "any_rank", lambda condition, device: True)  # the other rank
+    stops = [stop_on_any_rank(step, lambda: False, torch.device("cpu")) for step in (4, 5, 6)]
+    assert stops == [False, True, False]

@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
 
+from vqpipe import distributed
 from vqpipe.config import to_request
+from vqpipe.training import optim
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.optim import WeightEma, learning_rate, make_optimizer
+from vqpipe.training.optim import WeightEma, finite_step, learning_rate, make_optimizer, set_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -77,3 +80,50 @@ def test_weight_ema_copies_running_statistics_in_every_step() -> None:
         average.update(step)
         assert torch.equal(average.network.running_mean, network.running_mean)
         assert torch.equal(average.network.running_var, network.running_var)
+
+
+def test_weight_ema_copies_a_large_buffer_whenever_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "COPY_ALWAYS", 3)
+    network = nn.Linear(1, 1)
+    network.register_buffer("codes", torch.zeros(10))
+    average = WeightEma(network, 0.9)
+    for step, value in enumerate((1.0, 1.0, 2.0)):
+        if not (network.codes == value).all():
+            network.codes.fill_(value)
+        average.update(step)
+        assert torch.equal(average.network.codes, network.codes)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", Adam), ("adamw", AdamW)])
+def test_optimizer_has_its_settings(name: Any, kind: type[Optimizer]) -> None:
+    config = TrainConfig(optimizer=name, betas=(0.7, 0.8), eps=1e-3)
+    optimizer = make_optimizer(config, [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))])
+    assert type(optimizer) is kind
+    assert [(group["betas"], group["eps"]) for group in optimizer.param_groups] == 2 * [((0.7, 0.8), 1e-3)]
+
+
+def test_learning_rate_of_a_group_is_multiplied_by_its_own_rate() -> None:
+    optimizer = make_optimizer(TrainConfig(), [nn.Parameter(torch.ones(2))], [nn.Parameter(torch.ones(2))], 20.0)
+    set_learning_rate(optimizer, 0.01)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.2])
+
+
+@pytest.mark.parametrize(("clip_norm", "after"), [(1.5, 1.5), (0.0, 6.0)])
+def test_gradients_are_clipped_and_their_norm_is_that_before(clip_norm: float, after: float) -> None:
+    weight, config = nn.Parameter(torch.zeros(2, 2)), TrainConfig(clip_norm=clip_norm)
+    optimizer = make_optimizer(config, [weight])
+    weight.grad = torch.full((2, 2), 3.0)
+    norm, skipped = finite_step(optimizer, config)
+    assert (norm.item(), skipped.item()) == (6.0, False)
+    assert weight.grad.norm().item() == pytest.approx(after, rel=1e-5)
+    assert weight.any()
+
+
+def test_step_is_skipped_where_the_gradient_of_another_rank_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda flag: flag + 1)
+    weight, config = nn.Parameter(torch.zeros(2, 2)), TrainConfig()
+    optimizer = make_optimizer(config, [weight])
+    weight.grad = torch.ones(2, 2)
+    _, skipped = finite_step(optimizer, config)
+    assert skipped
+    assert not weight.any()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vqpipe import distributed
 from vqpipe.losses import Objective, ObjectiveConfig
 from vqpipe.models import Autoencoder, DiscriminatorConfig, PatchDiscriminator, VqganConfig, build_autoencoder
 from vqpipe.training.config import TokenizerTrainConfig
@@ -90,6 +91,13 @@ def test_tflops_and_mfu_are_added_to_rows_of_training(row: dict[str, float], add
     found = dict(row)
     Throughput(FlopsPerImage(autoencoder=3e12, discriminator=1e12), peak=100.0).on_log(found)
     assert found == row | added
+
+
+def test_tflops_are_those_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    row = {"images_per_second": 40.0}
+    Throughput(FlopsPerImage(autoencoder=3e12, discriminator=1e12), peak=100.0).on_log(row)
+    assert (row["tflops"], row["mfu"]) == pytest.approx((30.0, 0.3))
 
 
 def test_there_is_no_mfu_without_a_known_peak() -> None:
