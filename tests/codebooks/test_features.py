@@ -98,6 +98,31 @@ def test_patch_pca_finds_a_known_subspace() -> None:
     assert (found[np.arange(3), largest] > 0).all()
 
 
+def test_components_without_variance_stay_near_zero() -> None:
+    """Patches whose last three numbers are constant: 9 directions vary, 12 are asked for."""
+    random = np.random.default_rng(0)
+    sample = np.concatenate([random.standard_normal((4000, 9)), np.full((4000, 3), 0.5)], axis=1)
+    mean = sample.mean(axis=0)
+    encoder = PatchPca(2, 2, 12)
+    encoder.set_components(mean, sample.T @ sample / 4000 - np.outer(mean, mean))
+    found = torch.from_numpy(sample).float() @ encoder.project.weight.flatten(1).T + encoder.project.bias
+    assert found.isfinite().all()
+    np.testing.assert_allclose(found.std(dim=0, correction=0), [1] * 9 + [0] * 3, atol=1e-2)
+
+
+def test_patch_pca_is_fitted_on_the_first_images_alone(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for index in range(6):
+        image = random.integers(0, 256 if index < 3 else 32, (16, 16, 3), dtype=np.uint8)
+        for folder in ("all", "first") if index < 3 else ("all",):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(image).save(tmp_path / folder / f"{index}.png")
+    limited, alone = PatchPca(16, 4, 5), PatchPca(16, 4, 5)
+    limited.fit(open_images([tmp_path / "all"]), 3, 10**6, seed=0)
+    alone.fit(open_images([tmp_path / "first"]), None, 10**6, seed=0)
+    assert torch.equal(limited.project.weight, alone.project.weight)
+
+
 def test_pooling_averages_squares_in_row_major_order() -> None:
     grid = torch.arange(2 * 16.0).view(1, 2, 4, 4)
     pooled = pool_features(grid, 2)

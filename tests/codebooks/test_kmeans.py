@@ -59,6 +59,17 @@ def test_converged_result_is_a_fixed_point_with_every_cluster_in_use() -> None:
     assert all(after <= before for before, after in zip(result.history, result.history[1:], strict=False))
 
 
+@pytest.mark.parametrize("batch", [0, 512])
+def test_tolerance_is_a_share_of_the_inertia(batch: int) -> None:
+    random = np.random.default_rng(0)
+    centers = 4 * random.standard_normal((20, 4))
+    data = (centers[random.integers(20, size=3000)] + random.standard_normal((3000, 4))).astype(np.float32)
+    small, large = (run(data * scale, k=40, iterations=50, tolerance=0.003, batch=batch) for scale in (1, 256))
+    assert small.converged
+    assert small.iterations == large.iterations < 50
+    assert torch.equal(small.codebook * 256, large.codebook)
+
+
 def test_empty_clusters_are_filled() -> None:
     """The vectors are copies of one point and one far blob, so most clusters start empty."""
     random = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """Initial centers: the state of a round is correct, and the centers are better than random ones."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -61,3 +63,32 @@ def test_inertia_is_lower_than_from_random_vectors() -> None:
     for iterations, share in ((0, 0.85), (5, 0.97)):
         ours, random = (np.mean([inertia(i, seed, iterations) for seed in range(3)]) for i in ("k-means++", "random"))
         assert ours < share * random
+
+
+def test_candidates_count_as_often_as_they_are_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[torch.Tensor] = []
+
+    class Recorded(SeedingRounds):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            weights.append(self.weights)
+
+    monkeypatch.setattr(seeding, "SeedingRounds", Recorded)
+    plusplus_rows(Points(FeatureSet([mixture(1000)], ["x"]), CPU, shared=False), 30, (0,))
+    assert [len(weight) for weight in weights] == [1000, 120]
+    assert [int(weight.sum()) for weight in weights] == [1000, 1000]
+    assert weights[1].max() > 20
+
+
+def test_the_best_of_several_trials_is_kept() -> None:
+    data = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32)
+    points = Points(FeatureSet([data], ["x"]), CPU, shared=False)
+    left = []
+    for trials in (1, 2, 4, 8):
+        rounds = SeedingRounds(points, torch.from_numpy(data), torch.ones(1000, dtype=torch.int64), (0,))
+        rounds.draw(1, 1)
+        rounds.round = 0  # the same random numbers: the trials of fewer are the first of more
+        rounds.draw(20, trials)
+        left.append(float(rounds.squared.sum()))
+    assert left == sorted(left, reverse=True)
+    assert left[3] < left[0]

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_total_is_the_weighted_sum_of_the_terms() -> None:
     assert terms["total"].item() == total.item()
     assert not any(term.requires_grad for term in terms.values())
     assert total.requires_grad
+
+
+@pytest.mark.parametrize(("difference", "expected"), [(0.5, math.log(0.25)), (0.0, math.log(1e-10))])
+def test_log_of_the_squared_error_is_finite_for_equal_images(difference: float, expected: float) -> None:
+    images = torch.zeros(1, 3, 2, 2)
+    total, terms = autoencoder_loss(Objective(config(l1=0.0, log_l2=7.0)), images, images + difference, {})
+    assert terms["log_l2"].item() == pytest.approx(expected)
+    assert total.item() == pytest.approx(7 * expected)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.models import Autoencoder, VqganConfig, autoencoder, build_autoencoder
-from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
+from vqpipe.quantizers import CvqConfig, EmaConfig, LcConfig, MultiGroupConfig, QuantizerConfig, VqConfig
 from vqpipe.quantizers.base import to_rows
 
 QUANTIZERS: dict[str, QuantizerConfig] = {
@@ -112,3 +112,28 @@ def test_whiten_init_uses_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatc
 def test_whiten_init_needs_enough_latent_vectors() -> None:
     with pytest.raises(DataError, match="4 latent vectors are too few to whiten 8 channels"):
         make().whiten_init(smooth_images(1, size=8))
+
+
+@torch.no_grad()
+def test_whiten_init_of_a_channel_that_does_not_vary_is_finite() -> None:
+    model = make("vq")
+    assert isinstance(model.quant_conv, nn.Conv2d)
+    model.quant_conv.weight[1] = 0.0
+    model.whiten_init(smooth_images())
+    assert model.quant_conv.weight.isfinite().all()
+    covariance = to_rows(model.latent(smooth_images())).double().T.cov(correction=0)
+    expected = torch.eye(8).double()
+    expected[1, 1] = 0.0
+    torch.testing.assert_close(covariance, expected, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_whiten_init_whitens_each_group_of_a_grouped_quant_conv() -> None:
+    torch.manual_seed(0)
+    quantizer = MultiGroupConfig(num_groups=2, group=CvqConfig(codebook_size=20, code_dim=3))
+    model = build_autoencoder(VqganConfig(**SMALL, quant_conv="grouped", quantizer=quantizer))
+    model.whiten_init(smooth_images())
+    covariance = to_rows(model.latent(smooth_images())).double().T.cov(correction=0)
+    for group in (slice(0, 3), slice(3, 6)):
+        torch.testing.assert_close(covariance[group, group], torch.eye(3).double(), rtol=0, atol=1e-3)
+    assert covariance[:3, 3:].abs().max() > 0.01

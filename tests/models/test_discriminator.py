@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from vqpipe.models import DiscriminatorConfig, PatchDiscriminator
 
@@ -22,3 +23,8 @@ def test_weights_are_initialized_from_normal_distributions() -> None:
     assert main[5].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert main[6].weight.mean().item() == pytest.approx(1.0, abs=0.01)
     assert main[6].weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_layers_double_the_channels_up_to_eight_times() -> None:
+    main = PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=5)).main
+    assert [layer.out_channels for layer in main if isinstance(layer, nn.Conv2d)] == [4, 8, 16, 32, 32, 32, 1]

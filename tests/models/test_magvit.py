@@ -138,3 +138,9 @@ def test_latent_dim_of_uses_no_random_numbers() -> None:
 def test_invalid_sizes_are_rejected(sizes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         MagvitConfig(quantizer=VQ, **sizes)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_norms_have_the_epsilon_of_the_settings(norm: str) -> None:
+    blocks = make(norm=norm, norm_eps=0.25).encoder.down
+    assert {module.eps for module in blocks.modules() if isinstance(module, (nn.GroupNorm, nn.BatchNorm2d))} == {0.25}

@@ -51,6 +51,11 @@ def test_f8_has_attention_in_the_middle_only() -> None:
     assert levels == [*(f"encoder.down.4.attn.{i}" for i in range(2)), *(f"decoder.up.4.attn.{i}" for i in range(3))]
 
 
+def test_levels_with_attention_are_counted_in_positions_of_patches() -> None:
+    config = VqganConfig(patch_size=4, channel_multipliers=(1, 1, 2), quantizer=VqConfig(codebook_size=4, code_dim=2))
+    assert [config.attends(level) for level in range(3)] == [False, False, True]  # 64, 32 and 16 positions a side
+
+
 @pytest.mark.parametrize(("multipliers", "patch_size", "factor"), [(F16, 1, 16), (F8, 1, 8), ((1, 2), 4, 8)])
 def test_resolution_changes_by_the_downsample_factor(
     multipliers: tuple[int, ...], patch_size: int, factor: int
