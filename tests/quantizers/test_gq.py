@@ -61,6 +61,12 @@ def test_update_moves_the_weights_towards_log2_k_bits() -> None:
     torch.testing.assert_close(quantizer.weights, torch.tensor([1.0, 1.01, 1.0]))
 
 
+def test_update_without_valid_ids_changes_nothing() -> None:
+    quantizer = make()
+    quantizer.update(LATENT, torch.full((2, 9), -1))
+    assert torch.equal(quantizer.weights, torch.ones(3))
+
+
 def test_codes_are_standard_normal_and_reproducible() -> None:
     codes = gaussian_codes(4096, 3, seed=42)
     assert np.array_equal(codes, gaussian_codes.__wrapped__(4096, 3, seed=42))

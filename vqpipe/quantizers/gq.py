@@ -150,7 +150,7 @@ class GaussianQuantizer(Quantizer):
         parts = (bits.masked_fill(~kept, 0.0), kept, above & kept, below & kept)
         total, count, above, below = distributed.all_reduce_sum(torch.stack([part.sum() for part in parts]))
         up = torch.stack([total > self.bits * count, above > 0, below == 0])
-        moved = self.weights * torch.where(up, FACTOR, 1 / FACTOR)
+        moved = self.weights * torch.where(up, FACTOR, 1 / FACTOR).masked_fill(count == 0, 1.0)
         low = moved.new_tensor([0.0, 1.0, WEIGHT_RANGE[0]])
         high = moved.new_tensor([math.inf, WEIGHT_RANGE[1], 1.0])
         self.weights.copy_(torch.minimum(torch.maximum(moved, low), high))
