@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqpipe.errors import ConfigError
 from vqpipe.quantizers import (
     BsqConfig,
     CvqConfig,
@@ -104,3 +105,15 @@ def test_entropy_has_the_weights_of_the_settings(config: type[QuantizerConfig]) 
 
     torch.testing.assert_close(entropy(0.7, 1.3), 0.7 * entropy(1.0, 0.0) + 1.3 * entropy(0.0, 1.0))
     assert entropy(1.0, 0.0) > 0 > entropy(0.0, 1.0)
+
+
+@pytest.mark.parametrize("config", [EmaConfig, ResidualConfig], ids=kind_of)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("decay", value) for value in (-0.1, 1.0, 2.0)), *(("epsilon", value) for value in (0.0, -1e-5, float("nan")))],
+)
+def test_averages_need_a_decay_below_1_and_a_positive_epsilon(
+    config: type[QuantizerConfig], name: str, value: float
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = {value}"):
+        config(**SIZES, **{name: value})

@@ -3,6 +3,7 @@
 Shapes: B images, C channels, N vectors, K codes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqpipe.distributed import all_reduce_sum
+from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, to_rows
 from vqpipe.quantizers.vq import standardized
 
@@ -22,12 +24,20 @@ class EmaConfig(CodebookConfig):
     kind: ClassVar[str] = "ema"
 
     decay: float = 0.99
-    """Decay of the moving averages, per step."""
+    """Decay of the moving averages, per step, in [0, 1)."""
     epsilon: float = 1e-5
-    """Added to the count of each code before the division (Laplace smoothing)."""
+    """Added to the count of each code before the division (Laplace smoothing); positive."""
     released_start: bool = False
     """Initialize the counts to 0, as VQGAN-LC's released code does, instead of 1. A code unused in the first step is
     then multiplied by about 1/epsilon and returns over the run: a bug, which may also revive codes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay < 1 or not 0 < self.epsilon < math.inf:
+            raise ConfigError(
+                f"decay = {self.decay} should be in [0, 1) and epsilon = {self.epsilon} positive",
+                "VQGAN-LC uses 0.99 and 1e-5",
+            )
 
 
 class EmaQuantizer(CodebookQuantizer):

@@ -40,14 +40,14 @@ class ResidualConfig(CodebookConfig):
     shared: bool = True
     """One codebook for all depths, as in the paper's experiments; else one per depth."""
     decay: float = 0.99
-    """Decay of the moving averages, per step."""
+    """Decay of the moving averages, per step, in [0, 1)."""
     epsilon: float = 1e-5
-    """Added to the count of each code before the division (Laplace smoothing)."""
+    """Added to the count of each code before the division (Laplace smoothing); positive."""
     restart: bool = True
     """Restart codes used less than once per step, on (decayed) average, at residuals of the batch."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.averages()  # raises for settings that EmaConfig does not allow
         if self.depth < 1:
             raise ConfigError(f"depth = {self.depth} should be at least 1", "The paper uses model.quantizer.depth = 4")
         if self.normalize:
@@ -55,6 +55,16 @@ class ResidualConfig(CodebookConfig):
                 "the residual quantizer sums its codes, so they cannot be unit vectors",
                 "Set model.quantizer.normalize = false",
             )
+
+    def averages(self) -> EmaConfig:
+        """The settings of one codebook."""
+        return EmaConfig(
+            codebook_size=self.codebook_size,
+            code_dim=self.code_dim,
+            metric=self.metric,
+            decay=self.decay,
+            epsilon=self.epsilon,
+        )
 
 
 class ResidualQuantizer(Quantizer):
@@ -76,14 +86,9 @@ class ResidualQuantizer(Quantizer):
             config, codebook_size=config.codebook_size, latent_dim=config.code_dim, num_groups=config.depth
         )
         self.depth, self.shared, self.restart = config.depth, config.shared, config.restart
-        ema = EmaConfig(
-            codebook_size=config.codebook_size,
-            code_dim=config.code_dim,
-            metric=config.metric,
-            decay=config.decay,
-            epsilon=config.epsilon,
+        self.codebooks = nn.ModuleList(
+            EmaQuantizer(config.averages()) for _ in range(1 if config.shared else config.depth)
         )
-        self.codebooks = nn.ModuleList(EmaQuantizer(ema) for _ in range(1 if config.shared else config.depth))
 
     def forward(self, latent: Tensor) -> Quantized:
         with torch.autocast(latent.device.type, enabled=False):
