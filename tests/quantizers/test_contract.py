@@ -363,6 +363,8 @@ SIZES = {"codebook_size": 20, "code_dim": 3}
         (BsqConfig, {"code_dim": 64}, "64 bits"),
         (DiveqConfig, SIZES | {"min_hit_rate": 2.0}, "share"),
         (GqConfig, {"code_dim": 0}, "code_dim = 0"),
+        *((GqConfig, {"codebook_seed": seed}, "codebook_seed") for seed in (2**64, -(2**63) - 1)),
+        *((LcConfig, SIZES | {"feature_dim": dim}, "feature_dim = ") for dim in (0, -1)),
         (SqvaeConfig, SIZES | {"normalize": True}, "squared distances"),
         (RegVqConfig, SIZES | {"mask_ratio": 1.5}, "mask_ratio"),
         (VqBridgeConfig, {"codebook_size": 1009, "patch_size": 4}, "patches of 4 x 4"),

@@ -56,6 +56,10 @@ class GqConfig(QuantizerConfig):
                 "cannot be used",
                 f"Use at least 2 codes of 1 to {SobolEngine.MAXDIM} channels, and a tolerance of at least 0",
             )
+        if not -(2**63) <= self.codebook_seed < 2**64:
+            raise ConfigError(
+                f"codebook_seed = {self.codebook_seed} is not a seed of torch, which has 64 bits", "The default is 42"
+            )
 
 
 class Posterior(NamedTuple):

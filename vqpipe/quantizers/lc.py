@@ -51,6 +51,11 @@ class LcConfig(CodebookConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.feature_dim < 1:
+            raise ConfigError(
+                f"feature_dim = {self.feature_dim} should be at least 1",
+                "Set model.quantizer.feature_dim to the channels of the codebook, 768 for CLIP",
+            )
         if self.projector == "none" and self.code_dim != self.feature_dim:
             raise ConfigError(
                 f"without a projector a code is a feature: code_dim {self.code_dim} is not feature_dim "
