@@ -137,3 +137,14 @@ def test_whiten_init_whitens_each_group_of_a_grouped_quant_conv() -> None:
     for group in (slice(0, 3), slice(3, 6)):
         torch.testing.assert_close(covariance[group, group], torch.eye(3).double(), rtol=0, atol=1e-3)
     assert covariance[:3, 3:].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_whiten_init_of_equal_latents_is_an_error(scale: float) -> None:
+    model = make("vq")
+    assert isinstance(model.quant_conv, nn.Conv2d)
+    model.quant_conv.weight.data.mul_(scale)  # at 0 each latent is the bias, also of images that differ
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(DataError, match=r"latents .* all equal.*train.whiten_init = false"):
+        model.whiten_init(torch.full((128, 3, 4, 4), -1.0) if scale else smooth_images())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -21,6 +21,8 @@ IMAGES_PER_CHUNK = 16
 """Images encoded at a time by `whiten_init`, to bound its memory."""
 MIN_VARIANCE = 1e-8
 """Smallest variance of a latent direction, relative to the largest."""
+ROUNDING = 1e-12
+"""Latents whose largest variance, relative to the square of their mean, is not above this differ by rounding only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ class Autoencoder(nn.Module, ABC):
             images: float[B, 3, H, W] in [-1, 1], a hundred or more.
 
         Raises:
-            DataError: too few latent vectors to estimate a covariance.
+            DataError: too few latent vectors to estimate a covariance, or all of them are equal.
             ConfigError: the model has no quant_conv.
         """
         conv = self.quant_conv
@@ -149,6 +151,11 @@ class Autoencoder(nn.Module, ABC):
         for group in range(0, len(mean), rows):
             block = slice(group, group + rows)
             variances, directions = torch.linalg.eigh(covariance[block, block])
+            if variances[-1] <= ROUNDING * mean[block].square().sum():
+                raise DataError(
+                    "the latents of the first images are all equal, so they cannot be whitened",
+                    "Check that the images differ, or set train.whiten_init = false",
+                )
             variances = variances.clamp(min=MIN_VARIANCE * float(variances[-1]))
             whitening = directions @ torch.diag(variances.rsqrt()) @ directions.T
             weight, bias = conv.weight[block], conv.bias[block]
