@@ -118,12 +118,15 @@ class Quantizer(nn.Module, ABC):
         groups) are ignored. Default: do nothing."""
 
     def codebook(self) -> Tensor:
-        """The codes that the search compares latents with, float32[K, C] (with groups: [G, K, C])."""
+        """The codes that the search compares latents with, float32[K, C] (with groups: [G, K, C / G]; `residual`: [G, K, C])."""
         raise self.unsupported("has no codebook")
 
     @torch.no_grad()
     def all_codes(self) -> Tensor:
-        """All codes, float32[G, K, C], also of quantizers without a stored codebook (lfq, fsq)."""
+        """All codes, float32[G, K, C / G], also of quantizers without a stored codebook (lfq, fsq).
+
+        (`residual` sums its codes: [G, K, C].)
+        """
         codebook = self.codebook()
         return codebook.reshape(-1, *codebook.shape[-2:])
 
