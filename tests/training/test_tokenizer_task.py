@@ -64,7 +64,7 @@ def test_quantizer_has_its_own_learning_rate(make_task: MakeTask) -> None:
 
 def test_discriminator_learns_to_tell_images_from_reconstructions(make_task: MakeTask) -> None:
     task = make_task(lecam=0.01, lecam_decay=0.5)
-    values = task.discriminator_step(IMAGES, reconstruction_of(-0.25), step=0)
+    values, _ = task.discriminator_step(IMAGES, reconstruction_of(-0.25), step=0)
     assert (values["loss/real_logit"].item(), values["loss/fake_logit"].item()) == (0.5, -0.25)
     assert values["loss/discriminator"] >= 0.5 * (1 - 0.5) + 0.5 * (1 - 0.25)
     assert task.objective.logit_means.tolist() == [0.25, -0.125]
@@ -74,7 +74,7 @@ def test_discriminator_learns_to_tell_images_from_reconstructions(make_task: Mak
 def test_r1_penalty_is_that_of_images(make_task: MakeTask) -> None:
     task = make_task(r1=1.0, r1_every=1)
     task.discriminator.squared = True  # the gradient of each of n values x is x / n
-    values = task.discriminator_step(IMAGES, reconstruction_of(0.0), step=0)
+    values, _ = task.discriminator_step(IMAGES, reconstruction_of(0.0), step=0)
     assert values["loss/r1"].item() == pytest.approx(0.5 * 0.5**2 / (3 * 8 * 8))
 
 
@@ -93,7 +93,8 @@ def test_psnr_and_tokens_of_a_row_leave_out_skipped_steps() -> None:
     for error, code, skipped in ((0.02, 1, False), (0.06, 3, False), (float("nan"), 5, True)):
         quantized = Quantized(torch.zeros(1, 2, 2, 2), torch.full((1, 4), code), {})
         result = Reconstruction(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 2, 2), quantized)
-        metrics.update(StepOutput({"squared_error": torch.tensor(error)}, torch.tensor(skipped), result))
+        flag = torch.tensor(skipped)
+        metrics.update(StepOutput({"squared_error": torch.tensor(error)}, flag, flag, result))
     row = metrics.compute()
     assert row["psnr"] == pytest.approx(20.0)  # a mean squared error of 0.04, peak to peak 2
     assert (row["window_tokens"], row["utilization"], row["perplexity"]) == (8, 0.25, pytest.approx(2.0))

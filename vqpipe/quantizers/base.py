@@ -118,7 +118,8 @@ class Quantizer(nn.Module, ABC):
         groups) are ignored. Default: do nothing."""
 
     def codebook(self) -> Tensor:
-        """The codes that the search compares latents with, float32[K, C] (with groups: [G, K, C / G]; `residual`: [G, K, C])."""
+        """The codes that the search compares latents with: float32[K, C]; with groups [G, K, C / G], or, as all groups
+        have all channels in `residual`, [G, K, C]."""
         raise self.unsupported("has no codebook")
 
     @torch.no_grad()
