@@ -70,7 +70,7 @@ def eval_generation(
     """
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from vqpipe.evaluation.extractors import add_extractor
-        from vqpipe.evaluation.generation import GenerationConfig, generated_size
+        from vqpipe.evaluation.generation import GenerationConfig, evaluated_size
         from vqpipe.evaluation.report import evaluate_samples
         from vqpipe.metrics.feature_networks import find_networks
         from vqpipe.reports.generated import groups_table, number_rows
@@ -79,7 +79,7 @@ def eval_generation(
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
         config = GenerationConfig(
             protocol=protocol,
-            image_size=image_size or generated_size(images),
+            image_size=image_size or evaluated_size(images, reference, progress),
             batch_size=batch_size,
             num_workers=num_workers,
             max_skipped=max_skipped,

@@ -234,9 +234,71 @@ def test_statistics_are_restored_from_a_file_and_from_adms_file(tmp_path: Path) 
     assert torch.equal(mean_again, torch.full((2023,), 0.5, dtype=torch.float64))
     torch.testing.assert_close(covariance_again, torch.eye(2023, dtype=torch.float64))
     assert (sample[1].permute(1, 2, 0).numpy() == images[1]).all()
-    np.savez(tmp_path / "bad.npz", mu=np.zeros(3))
-    with pytest.raises(DataError, match="is no reference of the ADM suite"):
+
+
+@pytest.fixture(scope="module")
+def adm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """A file as ADM publishes it, with 5 images of 4 px, and its arrays."""
+    arrays: dict[str, np.ndarray] = {"arr_0": np.zeros((5, 4, 4, 3), np.uint8)}
+    arrays |= {"mu": np.zeros(2048), "mu_s": np.zeros(2023)}
+    arrays |= {"sigma": np.eye(2048), "sigma_s": np.eye(2023)}
+    path = tmp_path_factory.mktemp("adm") / "adm.npz"
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path, arrays
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "checksum", "npy", "text", "another"])
+def test_a_damaged_file_of_adm_is_refused(adm: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, damage: str) -> None:
+    content = adm[0].read_bytes()
+    path = tmp_path / "bad.npz"
+    if damage in ("npy", "another"):
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3)) if damage == "npy" else np.savez(file, mu=np.zeros(3))
+    else:
+        path.write_bytes(
+            {
+                "cut": content[: len(content) // 2],
+                "empty": b"",
+                "checksum": content[:250] + b"\xff" + content[251:],
+                "text": b"no archive",
+            }[damage]
+        )
+    with pytest.raises(DataError, match=r"--reference .*bad\.npz is no reference of the ADM suite.* give images as"):
+        read_adm_file(path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arr_0": np.zeros((5, 64))}, r"arr_0 is float64\[5, 64\], not uint8\[n, H, W, 3\]"),
+        ({"arr_0": np.zeros((5, 4, 4, 3), np.float32)}, "arr_0 is float32"),
+        ({"arr_0": np.zeros((5, 3, 4, 4), np.uint8)}, r"arr_0 is uint8\[5, 3, 4, 4\]"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"arr_0 is uint8\[0, 4, 4, 3\]"),
+        ({"sigma": np.eye(2047)}, r"mu and sigma are \[2048\] and \[2047, 2047\], not \[2048\] and \[2048, 2048\]"),
+        ({"mu_s": np.zeros(3)}, r"mu_s and sigma_s are \[3\]"),
+        ({"mu": np.full(2048, np.nan)}, "mu and sigma hold NaN or infinity"),
+    ],
+)
+def test_arrays_of_adms_file_that_do_not_fit_are_named(
+    adm: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, changes: dict[str, np.ndarray], message: str
+) -> None:
+    np.savez(tmp_path / "bad.npz", **(adm[1] | changes))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=message):
         read_adm_file(tmp_path / "bad.npz", torch.device("cpu"))
+
+
+def test_samples_are_measured_at_the_size_of_adms_images_or_the_difference_is_told(
+    adm: tuple[Path, dict[str, np.ndarray]], pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = [str(adm[0])]
+    assert measure(pictures, "report", reference=reference, image_size=None)["image_size"] == 4
+    told = " ".join(capsys.readouterr().err.split())
+    assert "samples are measured at 4 pixels, the size of the images in" in told
+    assert measure(pictures, "larger", reference=reference, image_size=8)["image_size"] == 8
+    told = " ".join(capsys.readouterr().err.split())
+    assert "adm.npz are 4x4, the samples are measured at 8x8" in told
+    measure(pictures, "given", reference=reference, image_size=4)
+    assert "measured at" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("folder", "total"), [("photos", 50), ("samples", 40)])

@@ -20,6 +20,7 @@ were computed by the TensorFlow graph itself.
 Shapes: B images of S x S pixels, n images, D features.
 """
 
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,11 @@ class GenerationEvaluator:
     def adm_statistics(self, path: Path) -> SetStatistics:
         """ADM's file, with the features of its images on every rank."""
         statistics, images = read_adm_file(path, self.device)
+        height, width = images.shape[2:]
+        if height != self.config.image_size or width != self.config.image_size:
+            size = self.config.image_size
+            what = f"reference: the images in {path} are {width}x{height}, the samples are measured at {size}x{size}"
+            self.progress.message(f"{what}, so the metrics include the difference in size")
         if self.networks.inception is not None:
             parts = images.split(self.config.batch_size)
             features = [self.networks.inception(part.to(self.device))["pool"].cpu() for part in parts]
@@ -289,34 +295,63 @@ def opened_artifact(path: str) -> Artifact | None:
     return artifacts.open_artifact(folder) if "://" not in path and folder.is_dir() and is_artifact(folder) else None
 
 
+def evaluated_size(images: Sequence[str], references: Sequence[str], progress: Progress) -> int:
+    """The size to measure at where none is given: that of the images in ADM's .npz, else `generated_size`."""
+    size = generated_size(images)
+    stored = adm_size(Path(references[0])) if len(references) == 1 and references[0].endswith(".npz") else None
+    if stored is None or stored == (size, size) or stored[0] != stored[1]:
+        return size
+    remark = f"samples are measured at {stored[0]} pixels, the size of the images in {references[0]}"
+    progress.message(f"{remark}; --image-size sets another")
+    return stored[0]
+
+
 def generated_size(images: Sequence[str]) -> int:
-    """The image size of artifacts of `generate`, if all have the same; else 256."""
+    """The image size of artifacts of `generate` or `detokenize`, if all have the same; else 256."""
     opened = [opened_artifact(each) for each in images]
     sizes = {None if artifact is None else artifact.facts.get("image_size") for artifact in opened}
     size = sizes.pop()
     return size if not sizes and isinstance(size, int) else 256
 
 
+def adm_size(path: Path) -> tuple[int, int] | None:
+    """(H, W) of the images in ADM's .npz, from the header of their array; None for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            _, height, width, _ = np.lib.format.read_array_header_1_0(file)[0]
+    except Exception:  # `read_adm_file` says what is wrong with the file
+        return None
+    return height, width
+
+
 def read_adm_file(path: Path, device: torch.device) -> tuple[SetStatistics, Tensor]:
     """The reference that ADM publishes, and its sample of images, uint8[n, 3, H, W].
 
     Raises:
-        DataError: another file.
+        DataError: another file, or a damaged one.
     """
+    hint = "Fetch VIRTUAL_imagenet256_labeled.npz again, or give images as --reference"
+    pairs = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
-            pairs = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-            moments = {name: gaussian_moments(arrays[a], arrays[b], device) for name, (a, b) in pairs.items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path} is no reference of the ADM suite ({type(error).__name__})",
-            "Fetch VIRTUAL_imagenet256_labeled.npz, or give images",
-        ) from None
-    for name, each in moments.items():
-        if len(each.sum) != SIZES[name]:
-            raise DataError(f"{path} holds {len(each.sum)} features where {name} has {SIZES[name]}")
-    return SetStatistics(len(images), moments), images
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images = arrays["arr_0"]
+            gaussians = {name: [np.asarray(arrays[each], np.float64) for each in pair] for name, pair in pairs.items()}
+    except Exception as error:  # readers raise many types on damaged files
+        what = f"--reference {path} is no reference of the ADM suite, or it is damaged ({type(error).__name__})"
+        raise DataError(what, hint) from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        raise DataError(f"--reference {path}: arr_0 is {images.dtype}{list(images.shape)}, not uint8[n, H, W, 3]", hint)
+    moments = {}
+    for name, (mean, covariance) in gaussians.items():
+        size, names = SIZES[name], " and ".join(pairs[name])
+        if (mean.shape, covariance.shape) != ((size,), (size, size)):
+            found = f"{list(mean.shape)} and {list(covariance.shape)}, not [{size}] and [{size}, {size}]"
+            raise DataError(f"--reference {path}: {names} are {found}", hint)
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise DataError(f"--reference {path}: {names} hold NaN or infinity", hint)
+        moments[name] = gaussian_moments(mean, covariance, device)
+    return SetStatistics(len(images), moments), torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def gaussian_moments(mean: np.ndarray, covariance: np.ndarray, device: torch.device) -> Moments:
