@@ -392,13 +392,13 @@ def test_progress_of_decoding_counts_the_rows_of_this_rank_and_those_already_dec
         for rank in (0, 1):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(distributed, "world_size", lambda: 2)
-            facts = decode_tokens(draft, tokens, Pixels(300), limit=33, batch_size=4, progress=progress[rank])
-            assert facts == {"num_images": 33}
+            facts = decode_tokens(draft, tokens, Pixels(300), limit=16, batch_size=4, progress=progress[rank])
+            assert facts == {"num_images": 32, "image_size": tokens.facts["image_size"]}
         monkeypatch.undo()
         decode_tokens(draft, tokens, Pixels(300), progress=progress[2])
     started = [recorder.started for recorder in progress.values()]
-    assert started == [[("detokenize", 21, 0)], [("detokenize", 12, 0)], [("detokenize", 36, 36)]]
-    assert [recorder.done for recorder in progress.values()] == [21, 12, 0]
+    assert started == [[("detokenize", 20, 0)], [("detokenize", 12, 0)], [("detokenize", 36, 36)]]
+    assert [recorder.done for recorder in progress.values()] == [20, 12, 0]
 
 
 def test_batches_and_shards_of_native_sizes_are_limited(

@@ -22,6 +22,7 @@ from vqpipe.data.streams import TokenDataset
 from vqpipe.data.tokens import read_tokens
 from vqpipe.data.transforms import center_crop, cover, crop_to_multiples, pixels
 from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.evaluation.generation import generated_size
 from vqpipe.tokenizer import Tokenizer
 
 
@@ -299,3 +300,4 @@ def test_detokenize_writes_png_files_named_by_row_and_key(
     assert len(made) == 4
     detokenize(tmp_path / "tokens", tokenizer, tmp_path / "three", form="png", limit=3, **options)
     assert len(open_images(tmp_path / "three")) == 3
+    assert generated_size([str(tmp_path / form) for form in ("tar", "png")]) == 32

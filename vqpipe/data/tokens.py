@@ -450,13 +450,13 @@ def decode_tokens(
 ) -> dict[str, Any]:
     """Decode tokens: write this rank's missing shards of PNG files, one per token shard, rank r of w every w-th.
 
-    As single files, images are named by their row and key. Only the first `limit` rows and the first `groups` groups of
-    ids are decoded. Returns the facts, over all ranks.
+    As single files, images are named by their row and key. Only the rows of the first `limit` images and the first
+    `groups` groups of ids are decoded. Returns the facts, over all ranks.
     """
     views = views_per_image(tokens.config)
     crops = TEN_CROP_KEYS if views == 10 else ("",)
     total = tokens.facts["num_images"] * views
-    left = num_rows = total if limit is None else min(total, limit)
+    left = num_rows = total if limit is None else min(total, limit * views)
     shards = dict[int, tuple[str, int, int]]()  # of this rank: number -> tokens, rows to decode, first row
     sizes = file_sizes(tokens)
     for number, name in enumerate(sizes):
@@ -484,7 +484,7 @@ def decode_tokens(
                     shard.write(keys[index], encode_png(image), "png", int(part.labels[index]))
                 progress.advance(len(rows))
     write_labels(draft, form)
-    return {"num_images": num_rows - left}
+    return {"num_images": num_rows - left, "image_size": tokens.facts["image_size"]}
 
 
 def count_rows(path: Path) -> int:
