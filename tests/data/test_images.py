@@ -212,6 +212,7 @@ def test_lists_of_numbers_and_unusable_lists(tmp_path: Path) -> None:
         return images.labels.tolist(), images.class_names, images.unlabeled
 
     assert opened("key,label\na/1,7\nb/2,3\n") == ([7, 3], (), "")
+    assert opened("key,label\na/1,999999\nb/2,3\n") == ([999_999, 3], (), "")
     assert opened("key,label\na/1,10.0\nb/2,9.0\n") == ([10, 9], (), "")  # as pandas writes numbers beside gaps
     assert opened("key,label\na/1,2_1\nb/2,10_2\n") == ([1, 0], ("10_2", "2_1"), "")
     assert opened('{"a/1.png": 5, "b/2": -1}', "labels.json")[:2] == ([5, NO_LABEL], ())
@@ -219,6 +220,10 @@ def test_lists_of_numbers_and_unusable_lists(tmp_path: Path) -> None:
         ("key,label\na/1,7\nb/2,cat\n", "labels.csv holds class names, as 'cat', and numbers, as 7"),
         ("key,label\na/1,-7\n", "labels.csv: the label of a/1 is not a class: '-7'"),
         ("key,label\na/1,7\na/1,8\n", "labels.csv has two labels for a/1"),
+        (
+            "key,label\na/1,1000000000\nb/2,1\n",
+            "the label 1000000000 of a/1 would make 1,000,000,001 classes of 2 images",
+        ),
     ):
         assert opened(text) == ([NO_LABEL, NO_LABEL], (), reason)
     assert opened("text\nx\n", "metadata.csv") == ([0, 1], ("a", "b"), "")  # captions: the folders are the classes

@@ -53,6 +53,8 @@ KeyPrefix = Literal["shard"]
 
 __all__ = ["ImageSet", "Sample", "open_images"]
 
+MOST_CLASSES, MOST_CLASSES_PER_IMAGE = 1_000_000, 100
+"""Class numbers beyond both are not of classes: networks have a parameter or more for each number up to the highest."""
 SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
 """The end of the names of the Parquet files of a split, as `datasets` writes them."""
 SPLITS = ("train", "test", "validation", "val")
@@ -93,10 +95,22 @@ class ImageSet(Sequence[Sample]):
             labels = [self.renumber(source) for source in sources]
         self.labels = np.concatenate(labels)
         """int32[N]; -1 where an image has no class."""
+        if stray := self.stray_label():
+            reasons.append(stray)
+            self.num_classes, self.labels = None, np.full_like(self.labels, NO_LABEL)
         self.left_out: dict[str, int] = summed(source.left_out for source in sources)
         """What was found beside the images and is not read: reason or extension -> count."""
         self.unlabeled = "; ".join(filter(None, reasons))
         """Why images that could have labels have none; empty otherwise."""
+
+    def stray_label(self) -> str:
+        """Why the class numbers cannot be used: the highest is far beyond the number of images. Else empty."""
+        highest, total = int(self.labels.max(initial=NO_LABEL)), len(self.labels)
+        if self.class_names or highest < max(MOST_CLASSES, MOST_CLASSES_PER_IMAGE * total):
+            return ""
+        source = next(source for source in self.sources if highest in source.labels)
+        key = source.key(int(source.labels.argmax()))
+        return f"the label {highest} of {key} would make {highest + 1:,} classes of {counted(total, 'images')}"
 
     def renumber(self, source: ImageSource) -> np.ndarray:
         """The labels of a source, numbered by `self.class_names`."""
