@@ -125,11 +125,19 @@ def test_mae_weights_are_loaded_and_every_tensor_is_accounted_for(mae: dict[str,
         ({"blocks.2.norm1.weight": torch.zeros(16)}, r"has an unknown tensor blocks\.2\.norm1\.weight"),
         ({"cls_token": torch.zeros(1, 1, 8)}, r"cls_token is \[1, 1, 8\], expected \[1, 1, 16\]"),
         ({"pos_embed": torch.zeros(1, 60, 16)}, "not of a square grid"),
+        ({"pos_embed": torch.zeros(65, 16)}, "not of a square grid"),
+        ({"pos_embed": torch.zeros(1, 0, 16)}, "not of a square grid"),
+        ({"pos_embed": 3}, "pos_embed is not a tensor"),
+        ({3: torch.zeros(16)}, "has an unknown tensor 3"),
         ({"pos_embed": None}, "is not a vision transformer"),
     ):
         changed = {name: value for name, value in (mae | change).items() if value is not None}
         torch.save(changed, file)
         with pytest.raises(WeightsError, match=message):
+            make(TINY | {"weights": str(file)})
+    for content in ([1, 2], {"model": [1, 2]}):
+        torch.save(content, file)
+        with pytest.raises(WeightsError, match="is not a vision transformer"):
             make(TINY | {"weights": str(file)})
     with pytest.raises(WeightsError, match="does not exist"):
         make(TINY | {"weights": str(tmp_path / "absent.pth")})

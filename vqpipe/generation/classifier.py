@@ -15,6 +15,7 @@ Shapes: B images, N ids per image, G groups (ids per position), P = N / G positi
 channels, D channels of the ViT.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -222,15 +223,19 @@ class TokenViT(Classifier):
             WeightsError: the file is absent or damaged, a tensor is missing, unknown or of another size.
         """
         tensors = load_tensors(file)
-        tensors = tensors.get("model", tensors)
+        if isinstance(tensors, Mapping):
+            tensors = tensors.get("model", tensors)
         if not isinstance(tensors, Mapping) or "pos_embed" not in tensors:
             raise WeightsError(f"{file} is not a vision transformer", "Fetch mae_pretrain_vit_base.pth")
         own = self.vit.state_dict()
         expected = {name for name in own if not name.startswith(UNUSED)}
-        loaded = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
+        loaded = {name: value for name, value in tensors.items() if not str(name).startswith(UNUSED)}
         hint = "Set classifier.width, depth and num_heads to its sizes"
-        for name in sorted(expected ^ set(loaded)):
+        for name in sorted(expected ^ set(loaded), key=str):
             raise WeightsError(f"{file} {'lacks' if name in expected else 'has an unknown tensor'} {name}", hint)
+        for name, value in loaded.items():
+            if not isinstance(value, Tensor):
+                raise WeightsError(f"{file}: {name} is not a tensor", "Fetch mae_pretrain_vit_base.pth")
         loaded["pos_embed"] = self.resample_positions(loaded["pos_embed"], file)
         for name, value in loaded.items():
             if value.shape != own[name].shape:
@@ -244,8 +249,9 @@ class TokenViT(Classifier):
         grids = self.space.layout.grids
         if len(grids) > 1:
             return self.vit.state_dict()["pos_embed"]
-        side = round((pos_embed.shape[1] - 1) ** 0.5)
-        if side * side + 1 != pos_embed.shape[1]:
+        positions = max(pos_embed.shape[1] - 1, 0) if pos_embed.ndim == 3 else 0
+        side = math.isqrt(positions)
+        if side == 0 or side * side != positions:
             raise WeightsError(f"{file}: the position embeddings {list(pos_embed.shape)} are not of a square grid")
         return resample_abs_pos_embed(pos_embed, new_size=list(grids[0]), old_size=[side, side])
 
