@@ -179,7 +179,9 @@ def test_with_inception_every_number_is_present(pictures: Path, monkeypatch: pyt
     few = measure(pictures, "few", protocol=protocol, statistics=pictures / "report.reference")
     assert "40 samples are fewer than the 2,049" in few["not_computed"]["fid"]
     assert "fid" not in few
+    assert few["not_computed"]["fid"].endswith("name a smaller --fid-min-images.")
     options = {"reference": [str(pictures / "report.reference")], "protocol": protocol, "fid_min_images": 2}
+    assert measure(pictures, "one", limit=1, **options)["not_computed"]["fid"].endswith("needs. Use more images.")
     own = measure(pictures, "same", samples="photos", **options)
     if protocol == "adm":  # both sides cropped alike, but for the resize: much nearer than noise of another range
         assert own["fid"] < 0.2 * metrics["fid"]

@@ -221,7 +221,8 @@ def set_distances(
 
     def too_few_for_covariance(least: int) -> str | None:
         few = f"{fewest:,} {noun} are fewer than the {least:,} that a covariance of its features needs. "
-        return few + "Use more images, or name a smaller --fid-min-images." if fewest < least else None
+        remedy = "Use more images." if fewest < 2 else "Use more images, or name a smaller --fid-min-images."
+        return few + remedy if fewest < least else None
 
     for name, moments in samples.extractors.items():
         reason = too_few_for_covariance(min(min_images, len(moments.sum) + 1))
