@@ -227,7 +227,8 @@ def test_tokens_of_native_sizes_are_read_one_size_at_a_time_and_not_trained_on(
         TokenDataset(out, image_size=64)
     tokens = TokenDataset(out, image_size="48x32")
     assert [tokens[i]["key"] for i in range(len(tokens))] == ["0", "1"]
-    assert len(TokenDataset(out, image_size=32)) == 1
+    assert len(TokenDataset(out, image_size=32)) == len(TokenDataset(out, image_size=(32, 32))) == 1
+    assert len(TokenDataset(out, image_size=(32, 48))) == len(tokens)
     assert (tokens.facts["image_size"], tokens.facts["num_tokens"]) == ("48x32", len(tokens[0]["ids"]))
     batch = next(iter(tokens.stream(seed=0, batch_size=2)))
     assert batch["ids"].shape == (2, 384)

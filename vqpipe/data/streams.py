@@ -29,6 +29,7 @@ from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.skipped import Skipped
 from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ConfigError
+from vqpipe.image_size import Size
 
 
 class TokenDataset(Dataset[dict[str, Any]]):
@@ -42,8 +43,8 @@ class TokenDataset(Dataset[dict[str, Any]]):
         view: 0 is the center crop; with --flip 1 is its flip; with --crops ten 0 to 4 are crops, 5 to 9 their flips.
         cache: a folder for the ids, if they take more than 1 GB: they are unpacked into one file, which all processes
             map. It is on a disk that all ranks share, and all ranks open the data set at the same time.
-        image_size: of an artifact of tokenize --image-size native, that of the images to read: the side of a square, or
-            "WIDTHxHEIGHT", as in its facts["sizes"].
+        image_size: of an artifact of tokenize --image-size native, that of the images to read: (H, W), the side of a
+            square, or "WIDTHxHEIGHT", as in its facts["sizes"].
 
     Raises:
         ArtifactError: it is absent, unfinished, damaged or of another kind, or it is large and there is no `cache`.
@@ -57,8 +58,10 @@ class TokenDataset(Dataset[dict[str, Any]]):
         *,
         view: int = 0,
         cache: str | Path | None = None,
-        image_size: int | str | None = None,
+        image_size: Size | str | None = None,
     ) -> None:
+        if isinstance(image_size, tuple):
+            image_size = f"{image_size[1]}x{image_size[0]}"
         self.tokens = TokenSet(open_artifact(path, "tokens"), None if cache is None else Path(cache), image_size)
         if not 0 <= view < self.tokens.views:
             raise ConfigError(f"view = {view}, each image has {self.tokens.views}", f"0 to {self.tokens.views - 1}")
