@@ -14,7 +14,7 @@ from vqpipe.config import from_table
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
 from vqpipe.data.latents import LatentStatistics, open_latents
-from vqpipe.errors import ConfigError, DataError, NumericError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError
 from vqpipe.generation import SamplingConfig, SitConfig, Space, build_generator
 from vqpipe.generation.generate import SamplePlan
 from vqpipe.generation.image_generator import ImageGenerator
@@ -57,6 +57,8 @@ def test_stored_latents_have_the_ids_of_their_images(
     images, opened = open_images([str(tmp_path / "images")]), tokenizer(quantizer)
     artifact = encode_latents(tmp_path / "latents", images, opened, image_size=16, flip=True)
     assert encode_latents(tmp_path / "latents", images, opened, image_size=16, flip=True).digest == artifact.digest
+    with pytest.raises(ArtifactError, match=r"flip was true, now false\. .* or leave out --images to use them as they"):
+        encode_latents(tmp_path / "latents", images, opened, image_size=16, flip=False)
     pixels = next(iter(OrderedBatches(images, image_size=16, batch_size=3))).images
     latents = open_latents(tmp_path / "latents")
     assert latents.shape == (opened.autoencoder.quantizer.latent_dim, 8, 8)

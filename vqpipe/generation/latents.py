@@ -134,7 +134,8 @@ def encode_latents(
     settings: dict[str, Any] = {"image_size": image_size, "flip": flip, "precision": "fp32"}
     settings["max_skipped"] = max_skipped
     inputs: dict[str, Any] = {"images": images, "tokenizer": tokenizer.source}
-    draft = artifacts.start(out, "latents", settings, inputs, option="--latents")
+    remedies = {"flip": "Choose another --latents, or leave out --images to use them as they are"}
+    draft = artifacts.start(out, "latents", settings, inputs, option="--latents", remedies=remedies)
     if isinstance(draft, Artifact):
         return draft
     with draft:
