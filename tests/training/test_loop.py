@@ -334,6 +334,18 @@ def test_seed_outside_32_bits_is_refused(tmp_path: Path, seed: int) -> None:
     assert run(tmp_path, seed=2**32 - 1, steps=2)[0].step == 2
 
 
+def test_random_numbers_of_a_step_repeat_at_no_other_step_or_seed() -> None:
+    def noise(seed: int, step: int) -> tuple[float, ...]:
+        seed_step(seed, step)
+        return tuple(torch.rand(4).tolist())
+
+    assert noise(0, 3) == noise(0, 3)
+    places = [(0, 3), (0, 3 + 2**20), (1, 3), (1, 3 + 48_573), (2**32 - 1, 3)]
+    assert len({noise(*place) for place in places}) == len(places)
+    seed_step(0, 3)
+    assert torch.initial_seed() == 6582426945856704739  # equal on every platform
+
+
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="4 is not divisible by 1 ranks x 3 parts"):
         run(tmp_path, accumulate=3)

@@ -48,7 +48,7 @@ def open_list(file: Path) -> Folder:
     if not entries:
         raise DataError(f"{file} lists no images", "Write one path per line")
     for entry in entries:
-        if any("\ud800" <= letter <= "\udfff" for letter in entry.label):
+        if any("\ud800" <= letter <= "\udfff" for letter in str(entry.label)):
             raise DataError(f"{file} is not UTF-8: see the label in line {entry.line}", "Store it as UTF-8")
     folder = os.path.abspath(file.parent)
     paths = [os.path.normpath(os.path.join(folder, entry.path)) for entry in entries]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vqpipe import distributed
@@ -141,8 +142,12 @@ def log_row(state: TrainState, config: TrainConfig, rate: float) -> Row:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch's global generators: random numbers of a step are a function of (seed, step, rank)."""
-    torch.manual_seed((seed * 1_000_003 + step) * 4096 + distributed.rank())
+    """Seed torch's global generators: random numbers of a step are a function of (seed, step, rank).
+
+    They are hashed, because the generator of the CPU depends on the lower 32 bits alone.
+    """
+    mixed = np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
 
 
 def stop_on_any_rank(step: int, stop_requested: Callable[[], bool], device: torch.device) -> bool:
