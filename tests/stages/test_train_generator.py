@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from stages import signals
 from stages.tokenize_images import tokenize
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.examples import TokenSet, split_held_out
+from vqpipe.data.examples import LatentExamples, TokenSet, split_held_out
+from vqpipe.data.latents import open_latents
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.files import read_rows
 from vqpipe.generation.image_generator import open_generator
-from vqpipe.generation.validation import SEED
+from vqpipe.generation.validation import SEED, validation_losses
 from vqpipe.reports.pictures import from_png
 from vqpipe.training.callbacks import ProgressCallback
 
@@ -137,6 +139,26 @@ def test_latents_are_encoded_once_and_read_by_other_runs(
     assert opened.statistics is not None
     assert list(opened.statistics.mean) == stored.facts["mean"]
     assert (opened.generator.num_classes, opened.classes) == (5, (0, 1, 2))
+
+
+def test_validation_latents_are_normalized_by_the_statistics_of_training(drawn: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "device": "cpu"}
+    options["overrides"] = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=2"]
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for file in drawn.pictures.glob("0/*.png"):
+        Image.open(file).point(lambda value: value // 6).save(dark / file.name)
+    train_generator(drawn.tokenizer, tmp_path / "a", images=[str(drawn.pictures)], num_workers=0, **options)
+    unlabelled = options | {"overrides": [*options["overrides"], "examples.conditional=false"]}
+    train_generator(drawn.tokenizer, tmp_path / "b", images=[str(dark)], num_workers=0, **unlabelled)
+    a, b = tmp_path / "a.latents", tmp_path / "b.latents"
+    train_generator(drawn.tokenizer, tmp_path / "c", latents=a, validation=b, **unlabelled)
+    opened, latents = open_generator(tmp_path / "c"), open_latents(b)
+    assert opened.statistics == open_latents(a).statistics != latents.statistics
+    latents.statistics = opened.statistics
+    examples = LatentExamples(latents)
+    expected = validation_losses(opened.generator, examples, batch_size=4, device=torch.device("cpu"))
+    assert open_artifact(tmp_path / "c").facts["valid_loss"] == pytest.approx(expected["total"], rel=1e-6)
 
 
 def test_held_out_latents_of_another_size_are_refused(drawn: Any, tmp_path: Path) -> None:

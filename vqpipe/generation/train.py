@@ -223,7 +223,8 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
         examples, subset = split_held_out(everything, config.held_out)
         validation: Examples | None = subset
     else:
-        examples, (validation, _) = everything, read_examples(context, stored.validation, config.raw)
+        examples = everything
+        validation, _ = read_examples(context, stored.validation, config.raw, statistics)
         count = min(recipe.train.validation_images, len(validation))
         subset = Subset(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
         config.num_classes_of(validation.labels, stored.validation.facts.get("unlabeled", ""))  # checks them
@@ -258,11 +259,14 @@ def check_class_names(training: Artifact, validation: Artifact) -> None:
             )
 
 
-def read_examples(context: RunContext, artifact: Artifact, raw: bool) -> tuple[Examples, LatentStatistics | None]:
-    """Read tokens or latents, and the statistics by which latents are normalized."""
+def read_examples(
+    context: RunContext, artifact: Artifact, raw: bool, statistics: LatentStatistics | None = None
+) -> tuple[Examples, LatentStatistics | None]:
+    """Read tokens or latents, and the statistics by which latents are normalized: `statistics`, or their own."""
     if artifact.kind == "tokens":
         return TokenSet(artifact, context.draft.path), None
     latents = open_latents(artifact.path, raw=raw)
+    latents.statistics = statistics or latents.statistics
     shards = artifact.names("latents-*.npy")  # memory-mapped later, so hashed now: a flipped bit would be trained on
     artifact.verify_files(shards, context.progress)
     return LatentExamples(latents), latents.statistics
