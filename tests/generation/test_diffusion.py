@@ -215,6 +215,19 @@ def test_ddpm_with_the_fixed_variance_is_exact_in_many_steps() -> None:
     assert_gaussian(ddpm(expected_noise, LINEAR, start(1, 2), rngs(3, 4), 500), std=0.03)
 
 
+def test_guidance_progresses_from_0_in_the_first_step_to_1_in_the_last() -> None:
+    seen = []
+
+    def predict(x: Tensor, time: float, progress: float) -> Tensor:
+        seen.append(progress)
+        return torch.zeros_like(x)
+
+    for steps in (5, 1):
+        ddpm(predict, LINEAR, torch.ones(1, 1, 1, 1), rngs(1), steps)
+        ddim(predict, LINEAR, torch.ones(1, 1, 1, 1), rngs(1), steps, 0.0)
+    assert seen == [0, 0.25, 0.5, 0.75, 1] * 2 + [0] * 2
+
+
 def test_ddim_converges_to_the_flow_at_first_order() -> None:
     x = start(1)
     level = float(LINEAR.alphas_cumprod[-1])

@@ -109,10 +109,24 @@ def test_heun_evaluates_the_network_at_most_steps_times() -> None:
         return -x
 
     heun(velocity, torch.ones(1, 1, 1, 1), 7)
-    assert len(calls) == 6
-    assert all(time + progress in (pytest.approx(1), pytest.approx(1 - 1 / 3)) for time, progress in calls)
+    assert [time for time, _ in calls] == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 0])
+    assert [progress for _, progress in calls] == [0, 0, 0.5, 0.5, 1, 1]
     with pytest.raises(ConfigError, match="one step of heun needs 2"):
         heun(velocity, torch.ones(1, 1, 1, 1), 1)
+
+
+@pytest.mark.parametrize("solver", [euler, lambda velocity, x, steps: sde(velocity, x, rngs(1), steps)])
+def test_guidance_progresses_from_0_in_the_first_step_to_1_in_the_last(solver: Callable[..., Tensor]) -> None:
+    seen = []
+
+    def velocity(x: Tensor, time: float, progress: float) -> Tensor:
+        seen.append(progress)
+        return -x
+
+    solver(velocity, torch.ones(1, 1, 1, 1), 5)
+    assert seen == [0, 0.25, 0.5, 0.75, 1]
+    solver(velocity, torch.ones(1, 1, 1, 1), 1)
+    assert seen[5:] == [0]
 
 
 def test_the_score_is_the_gradient_of_the_log_density() -> None:

@@ -291,7 +291,7 @@ def kinds_trained_on(examples: Literal["tokens", "latents"]) -> list[str]:
 
 
 def guidance_scale(sampling: SamplingConfig, progress: float) -> float:
-    """Return the guidance scale at `progress`, 0 at the start of sampling to 1 at its end."""
+    """Return the guidance scale at `progress`, 0 in the first step of sampling to 1 in the last."""
     low, high = sampling.cfg_interval
     if not low <= progress <= high:
         return 1.0

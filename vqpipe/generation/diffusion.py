@@ -246,8 +246,8 @@ def ddpm(predict: Denoiser, schedule: NoiseSchedule, x: Tensor, rngs: Sequence[t
     otherwise the posterior's variance is used. Nothing is clipped: latents have no fixed range.
     """
     short = spaced(schedule, steps, ends_at_zero=True)
-    for k in reversed(range(len(short))):
-        output = predict(x, float(short.times[k]), 1 - (k + 1) / len(short))
+    for step, k in enumerate(reversed(range(steps))):
+        output = predict(x, float(short.times[k]), step / max(1, steps - 1))
         eps, variance = output.split([x.shape[1], output.shape[1] - x.shape[1]], dim=1)
         here = torch.full((len(x),), k, device=x.device)
         log_variance = (
@@ -267,9 +267,9 @@ def ddim(
     The last step returns the latent without noise. (The released LDM code leaves the noise of time 0 in it.)
     """
     short = spaced(schedule, steps, ends_at_zero=False)
-    for k in reversed(range(len(short))):
+    for step, k in enumerate(reversed(range(steps))):
         level, next_level = float(short.alphas_cumprod[k]), float(short.alphas_cumprod_before[k])
-        eps = predict(x, float(short.times[k]), 1 - (k + 1) / len(short))[:, : x.shape[1]]
+        eps = predict(x, float(short.times[k]), step / max(1, steps - 1))[:, : x.shape[1]]
         clean = (x - (1 - level) ** 0.5 * eps) / level**0.5
         sigma = eta * float(short.posterior_variance[k]) ** 0.5
         x = next_level**0.5 * clean + max(1 - next_level - sigma**2, 0.0) ** 0.5 * eps

@@ -94,7 +94,7 @@ class GuidedNetwork:
 
     def __call__(self, x: Tensor, time: float, progress: float) -> Tensor:
         """Return the prediction for `x`, float32[B, C, h, w], at `time`, in the network's unit, and at `progress` of
-        sampling, 0 to 1."""
+        sampling, 0 in the first step to 1 in the last."""
         scale = guidance_scale(self.sampling, progress)
         times = torch.full((len(x),), time, device=x.device)
         if scale == 1:
