@@ -80,11 +80,13 @@ def test_classes_with_different_codes_are_learned(table: dict[str, object]) -> N
 
 
 def test_the_loss_is_the_smoothed_cross_entropy() -> None:
-    model = make(TINY | {"label_smoothing": 0.3})
+    model = make(TINY | {"label_smoothing": 0.3}).train()
     ids, labels = torch.randint(0, CODES, (4, SIDE * SIDE)), torch.tensor([0, 1, 2, 0])
     target = 0.7 * F.one_hot(labels, CLASSES) + 0.3 / CLASSES
     expected = -(target * model.logits(ids).log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(model.loss(ids, labels)["total"], expected)
+    plain = F.cross_entropy(model.logits(ids), labels)
+    torch.testing.assert_close(model.eval().loss(ids, labels)["total"], plain)
 
 
 def test_the_vit_depends_on_token_positions_and_the_probe_does_not() -> None:

@@ -229,6 +229,21 @@ def test_labels_are_dropped_with_the_probability_of_class_dropout(name: str) -> 
     assert make(name, class_dropout=0.0).drop_labels(labels) is labels
 
 
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_loss_in_evaluation_mode_is_that_of_unchanged_ids_and_labels(name: str) -> None:
+    changed = {"class_dropout": 0.5, "label_smoothing": 0.1} | ({"keep": 0.5} if "gpt" in name else {})
+    plain = {"class_dropout": 1e-9, "label_smoothing": 0.0} | ({"keep": 1.0} if "gpt" in name else {})
+    one, other = (make(name, **settings).eval() for settings in (changed, plain))
+    examples, labels = examples_of(one, 8), torch.arange(8) % CLASSES
+    torch.testing.assert_close(one(examples, labels)["total"], other(examples, labels)["total"])
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_no_label_is_dropped_in_evaluation_mode(name: str) -> None:
+    labels = torch.arange(50) % CLASSES
+    assert torch.equal(make(name, class_dropout=0.5).eval().drop_labels(labels), labels)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_sampling_has_no_dropout_and_restores_the_mode(name: str, rngs: Rngs) -> None:
     generator = make(name)

@@ -177,7 +177,8 @@ class Generator(nn.Module, ABC):
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return named scalars: "total" is minimized, the others are logged.
 
-        Randomness comes from torch's global generators, which the training loop seeds from (seed, step, rank).
+        Randomness comes from torch's global generators, which the training loop seeds from (seed, step, rank). In
+        evaluation mode no label is dropped, no id replaced and no target smoothed; diffusion still adds its noise.
 
         Args:
             examples: int64[B, N] ids ("tokens"), or float32[B, C, h, w] normalized latents ("latents").
@@ -253,9 +254,8 @@ class Generator(nn.Module, ABC):
         return torch.zeros_like(labels) if self.num_classes is None else labels
 
     def drop_labels(self, labels: Tensor) -> Tensor:
-        """Replace labels of a training batch by the null class with probability `class_dropout`; zeros without
-        classes."""
-        if not self.has_null_class:
+        """Replace labels by the null class with probability `class_dropout`, in training; zeros without classes."""
+        if not (self.training and self.has_null_class):
             return self.class_ids(labels)
         drop = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
         return labels.masked_fill(drop, self.null_class)

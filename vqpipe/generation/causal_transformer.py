@@ -37,7 +37,8 @@ class CausalTransformerConfig(GeneratorConfig):
     dropout: float
     """Dropout of inputs and of both halves of every block, 0..1; in gpt also of attention weights."""
     label_smoothing: float = 0.0
-    """Probability that is spread over the vocabulary, 0..1. VQGAN-LC's code has 0.1 as an option, off by default."""
+    """Probability that is spread over the vocabulary in training, 0..1. VQGAN-LC's code has 0.1 as an option, off by
+    default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

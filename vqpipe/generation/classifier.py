@@ -49,7 +49,7 @@ class ClassifierConfig:
     table_dim: int = 32
     """Channels of the learned table."""
     label_smoothing: float = 0.1
-    """Probability that is spread over all classes, 0..1."""
+    """Probability that is spread over all classes in training, 0..1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1 or self.table_dim < 1:
@@ -178,9 +178,10 @@ class Classifier(nn.Module, ABC):
         return self.classify(self.embed(ids))
 
     def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return "total", the smoothed cross-entropy, and "train/top1", the share of correct predictions."""
+        """Return "total", the cross-entropy (smoothed in training), and "train/top1", the share of correct guesses."""
         logits = self.classify(self.embed(examples)).float()
-        total = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        total = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         return {"total": total, "train/top1": (logits.argmax(1) == labels).float().mean().detach()}
 
     def forward(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -136,8 +136,8 @@ class Gpt(Generator):
         return self.head(hidden)[..., : self.space.codebook_size]
 
     def corrupt(self, ids: Tensor) -> Tensor:
-        """Replace input ids of a training batch by random ids with probability 1 - `keep`."""
-        if self.config.keep == 1:
+        """Replace input ids by random ids with probability 1 - `keep`, in training."""
+        if self.config.keep == 1 or not self.training:
             return ids
         random_ids = torch.randint_like(ids, self.space.codebook_size)
         return torch.where(torch.rand(ids.shape, device=ids.device) < self.config.keep, ids, random_ids)
@@ -149,7 +149,7 @@ class Gpt(Generator):
             hidden.flatten(0, 1),
             self.head.weight,
             examples.flatten(),
-            label_smoothing=self.config.label_smoothing,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
         return {"total": total}
 

@@ -274,7 +274,7 @@ class LlamaGen(Generator):
             hidden.flatten(0, 1),
             self.ar_head.head.weight,
             targets.flatten(),
-            label_smoothing=self.config.label_smoothing,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
         return {"total": total}
 

@@ -13,7 +13,7 @@ from vqpipe.errors import NumericError
 from vqpipe.generation.classifier import Classifier
 
 SEED = 20_240
-"""Seed of the random numbers of a loss (times, noise, dropped classes): equal in every validation, for comparison."""
+"""Seed of the random numbers of a loss (times and noise): equal in every validation, for comparison."""
 
 
 @torch.no_grad()
