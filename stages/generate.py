@@ -101,22 +101,24 @@ def parse_classes(text: str, generator: "ImageGenerator") -> tuple[int, ...]:
     """Return the classes of --classes: those of "balanced", or numbers and ranges.
 
     Raises:
-        ConfigError: it is neither, or the generator does not have such classes.
+        ConfigError: it is neither, or the generator was not trained on such a class.
     """
     if text == "balanced":
         return generator.classes
-    num_classes = generator.generator.num_classes
-    if num_classes is None:
+    known = generator.classes
+    if not known:
         raise ConfigError(f"--classes {text}: this generator has no classes", "Leave --classes out")
     chosen: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ConfigError(f"--classes {text}: {part!r} is not a class or range", "Use balanced, or 3,7,20-29")
-        if int(last or first) >= num_classes:
-            hint = f"This generator has the classes 0 to {num_classes - 1}"
-            raise ConfigError(f"--classes {text}: there is no class {last or first}", hint)
-        chosen += range(int(first), int(last or first) + 1)
+        for number in range(int(first), int(last or first) + 1):
+            if number not in known:
+                named = ", ".join(map(str, known[:5])) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+                hint = f"This generator was trained on the classes {named}"
+                raise ConfigError(f"--classes {text}: there is no class {number}", hint)
+            chosen.append(number)
     return tuple(chosen)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.generate import generate, parse_top_k
+from stages.generate import generate, parse_classes, parse_top_k
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.data.tokens import read_tokens
@@ -137,6 +138,13 @@ def test_top_k_is_parsed_as_a_count_or_a_share() -> None:
     assert [type(parse_top_k(text)) for text in ("1", "100%")] == [int, float]
 
 
+def test_classes_without_training_images_are_refused(drawn: Any) -> None:
+    opened = replace(open_generator(drawn.generator), classes=(0, 217, 482, 500, 501, 600, 700))
+    assert parse_classes("217,500-501", opened) == (217, 500, 501)
+    with pytest.raises(ConfigError, match=r"there is no class 1\. This .* classes 0, 217, 482, 500, 501 and 2 more"):
+        parse_classes("0-9", opened)
+
+
 def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
     def refused(match: str, error: type[Exception] = ConfigError, **changes: Any) -> None:
         options = {"num_images": 2, "device": "cpu", **changes}
@@ -145,7 +153,7 @@ def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
             generate(generator, tmp_path / "out", **options)
         assert not list(tmp_path.glob("out*"))
 
-    refused("there is no class 3. This generator has the classes 0 to 2", classes="0,3")
+    refused("there is no class 3. This generator was trained on the classes 0, 1, 2", classes="0,1-3")
     refused("'x' is not a class or range", classes="1,x")
     refused("'5-3' is not a class or range", classes="5-3")
     refused("--top-k many is not a number", top_k="many")
