@@ -9,6 +9,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from vqpipe import distributed
 from vqpipe.config import to_request
+from vqpipe.errors import ConfigError
 from vqpipe.training import optim
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.optim import WeightEma, finite_step, learning_rate, make_optimizer, set_learning_rate
@@ -35,6 +36,15 @@ def test_a_constant_schedule_equals_a_cosine_between_equal_rates() -> None:
     constant = TrainConfig(schedule="constant", steps=97, warmup_steps=13, learning_rate=5.76e-4)
     cosine = dataclasses.replace(constant, schedule="cosine", min_learning_rate=5.76e-4)
     assert [learning_rate(step, constant) for step in range(98)] == [learning_rate(step, cosine) for step in range(98)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_that_rises_is_refused(schedule: Any) -> None:
+    TrainConfig(schedule="constant", learning_rate=1e-4, min_learning_rate=1e-3)
+    with pytest.raises(
+        ConfigError, match=r"min_learning_rate = 0\.001 is more than .* = 0\.0001\. .*schedule=constant"
+    ):
+        TrainConfig(schedule=schedule, learning_rate=1e-4, min_learning_rate=1e-3)
 
 
 def test_the_default_schedule_is_not_part_of_a_request() -> None:

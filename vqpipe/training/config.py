@@ -75,6 +75,12 @@ class TrainConfig:
         for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_norm", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}", "It must be 0 or a positive number")
+        if self.min_learning_rate > self.learning_rate and self.schedule != "constant":
+            raise ConfigError(
+                f"train.min_learning_rate = {self.min_learning_rate} is more than train.learning_rate ="
+                f" {self.learning_rate}",
+                "Lower it, or set train.schedule=constant, which does not use it",
+            )
         if not all(0 <= decay < 1 for decay in (*self.betas, self.weight_ema)):
             raise ConfigError(
                 f"train.betas = {list(self.betas)}, train.weight_ema = {self.weight_ema}",
