@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.config import from_table, to_table
-from vqpipe.errors import ConfigError
+from vqpipe.errors import ConfigError, NumericError
 from vqpipe.generation import SamplingConfig, guidance_scale
 from vqpipe.generation.sampling import (
     append_null_classes,
@@ -67,6 +67,16 @@ def test_excluded_ids_are_never_sampled(number: float) -> None:
         assert sample_ids(logits, torch.tensor([number], dtype=torch.float64), sampling).item() in (1, 2)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}])
+def test_logits_that_are_not_finite_are_an_error(wrong: float, options: dict[str, Any]) -> None:
+    logits, half = torch.tensor([[0.0, wrong, 1.0, 2.0]]), torch.tensor([0.5], dtype=torch.float64)
+    with pytest.raises(NumericError, match="the generator predicts NaN or infinity"):
+        sample_ids(logits, half, SamplingConfig(**options))
+    with pytest.raises(NumericError, match="raise the temperature"):
+        sample_ids(torch.ones(1, 4), half, SamplingConfig(temperature=1e-320))
+
+
 def test_top_k_is_a_count_or_a_share_of_the_codebook() -> None:
     assert [top_k_count(k, 100_000) for k in (0, 0.0, 1, 12, 0.1, 1.0, 10**6)] == [100_000] * 2 + [1, 12, 10_000] + [
         100_000
@@ -114,11 +124,14 @@ def test_the_guidance_scale_follows_schedule_and_interval() -> None:
     "wrong",
     [
         {"temperature": -1.0},
+        {"temperature": math.inf},
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"cfg_scale": -0.1},
+        {"cfg_scale": math.inf},
+        {"cfg_scale": 1e39},
         {"cfg_interval": (0.6, 0.5)},
         {"steps": 0},
         {"eta": 2.0},

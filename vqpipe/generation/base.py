@@ -127,10 +127,10 @@ class SamplingConfig:
         low, high = self.cfg_interval
         share = isinstance(self.top_k, float)
         checks = {
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (0 <= self.temperature < math.inf, "a finite number of at least 0"),
             "top_k": (0 <= self.top_k <= 1 if share else self.top_k >= 0, "a count, or as a float a share in [0, 1]"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "cfg_scale": (self.cfg_scale >= 0, "at least 0"),
+            "cfg_scale": (0 <= self.cfg_scale <= torch.finfo(torch.float32).max, "at least 0 and finite in float32"),
             "cfg_channels": (self.cfg_channels >= 0, "a number of channels, or 0 for all"),
             "cfg_interval": (0 <= low < high <= 1, "two fractions in [0, 1], in ascending order"),
             "steps": (self.steps >= 1, "at least 1"),
@@ -196,6 +196,7 @@ class Generator(nn.Module, ABC):
             DataError: a label is out of range, or the numbers of labels and rngs differ.
             ConfigError: guidance of a generator that was trained without a null class.
             WeightsError: `load_codebook` was not called.
+            NumericError: the probabilities of ids are not finite.
         """
         self.check_sampling(labels, sampling, rngs)
         if self.needs_codebook:

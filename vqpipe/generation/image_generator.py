@@ -54,7 +54,7 @@ class ImageGenerator:
 
         Raises:
             DataError, ConfigError: see `Generator.sample`.
-            NumericError: a sampled latent is not finite.
+            NumericError: a sampled latent, or the probabilities of ids, are not finite.
         """
         ids = self.generator.sample(labels, sampling, rngs)
         return ids if self.statistics is None else quantize_latents(ids, self.statistics, self.tokenizer)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vqpipe.errors import NumericError
 from vqpipe.generation.base import SamplingConfig, guidance_scale
 
 
@@ -25,14 +26,28 @@ def sample_ids(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Ten
 
     The id is the first at which the cumulative probability, in the order of the ids and in float64, exceeds the number.
     Unlike the order of the probabilities, the order of the ids does not change when logits change by rounding.
+
+    Raises:
+        NumericError: the probabilities are not finite.
     """
     if sampling.temperature == 0:
+        check_finite(logits.amax(1))
         return logits.argmax(1)
     filtered = filter_logits(logits.double() / sampling.temperature, sampling)
     cumulative = filtered.softmax(1).cumsum(1)
     total = cumulative[:, -1:]
+    check_finite(total)
     threshold = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise a NumericError if one of these values of the logits is NaN or infinite."""
+    if not bool(values.isfinite().all()):
+        raise NumericError(
+            "the generator predicts NaN or infinity",
+            "Lower the guidance scale, raise the temperature, or train it longer",
+        )
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
