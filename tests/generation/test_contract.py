@@ -158,6 +158,13 @@ def test_samples_have_the_shape_type_and_range_of_examples(name: str, rngs: Rngs
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_no_images_are_an_empty_tensor(name: str) -> None:
+    generator = make(name)
+    samples = generator.sample(torch.empty(0, dtype=torch.int64), sampling(cfg_scale=2.0), [])
+    assert (samples.shape, samples.dtype) == (examples_of(generator, 0).shape, examples_of(generator, 0).dtype)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_image_is_a_function_of_its_label_and_rng_in_any_batch(name: str, rngs: Rngs) -> None:
     generator, guided = make(name), sampling(cfg_scale=9.0, cfg_schedule="linear")
     together = generator.sample(torch.tensor([1, 2, 3]), guided, rngs(7, 8, 9))[1:2]

@@ -95,6 +95,11 @@ def test_ids_of_a_latent_generator_are_those_that_its_samples_are_decoded_from()
     assert torch.equal(images.sample(labels, images.sampling, []), opened.decode(ids, (16, 16)))
 
 
+def test_no_latents_have_no_ids() -> None:
+    ids = quantize_latents(torch.empty(0, 4, 8, 8), LatentStatistics.identity(4), tokenizer())
+    assert (ids.shape, ids.dtype) == ((0, 64), torch.int64)
+
+
 def test_invalid_latents_are_refused() -> None:
     opened, statistics = tokenizer(), LatentStatistics.identity(4)
     with pytest.raises(NumericError, match="the generator sampled NaN or infinity"):

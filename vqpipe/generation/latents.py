@@ -66,6 +66,8 @@ class LatentGenerator(Generator):
             )
 
     def sample_batch(self, classes: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> Tensor:
+        if not rngs:
+            return torch.empty(0, *self.latent_shape, device=classes.device)
         predict = GuidedNetwork(self.network, classes, torch.full_like(classes, self.null_class), sampling)
         return self.solve(predict, gaussian_noise(rngs, self.latent_shape, classes.device), sampling, rngs)
 
@@ -155,4 +157,8 @@ def quantize_latents(latents: Tensor, statistics: LatentStatistics, tokenizer: T
     """
     if not bool(torch.isfinite(latents).all()):
         raise NumericError("the generator sampled NaN or infinity", "Lower the guidance scale, or train it longer")
-    return tokenizer.autoencoder.quantizer(statistics.denormalize(latents.to(tokenizer.device))).ids
+    quantizer = tokenizer.autoencoder.quantizer
+    if not len(latents):
+        num_tokens = quantizer.layout(*latents.shape[2:]).num_tokens
+        return torch.empty(0, num_tokens, dtype=torch.int64, device=tokenizer.device)
+    return quantizer(statistics.denormalize(latents.to(tokenizer.device))).ids
