@@ -91,6 +91,8 @@ def train_generator(
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         if plan:
             model, size = opened.autoencoder.config, image_size or opened.image_size or 256
+            if path.exists():
+                size = StoredExamples(opened, open_artifact(path, trained_on)).image_size
             return estimates.show(estimates.plan_here(generator_training(recipe, model, size), torch_device))
         if images:
             image_set = console.open_images(images, limit=limit)

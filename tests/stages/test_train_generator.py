@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from stages import signals
+from stages import estimates, signals
 from stages.tokenize_images import tokenize
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
@@ -23,6 +23,7 @@ from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.files import read_rows
 from vqpipe.generation.image_generator import open_generator
 from vqpipe.generation.validation import SEED, validation_losses
+from vqpipe.planning import estimate
 from vqpipe.reports.pictures import from_png
 from vqpipe.training.callbacks import ProgressCallback
 
@@ -247,6 +248,21 @@ def test_images_without_labels_are_trained_on_as_the_error_says(
     assert "generate.cfg_scale is 1, not 1.5" in " ".join(capsys.readouterr().err.split())
     opened = open_generator(tmp_path / "out")
     assert (opened.generator.num_classes, opened.classes, opened.sampling.cfg_scale) == (None, (), 1.0)
+
+
+def test_a_plan_is_for_the_size_of_the_stored_images(
+    drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"num_workers": 0, "device": "cpu"}
+    tokenize([str(drawn.pictures)], drawn.tokenizer, tmp_path / "tokens", image_size="16", **options)
+    planned = list[int]()
+    monkeypatch.setattr(estimate, "generator_training", lambda recipe, model, size: planned.append(size))
+    monkeypatch.setattr(estimates, "plan_here", lambda training, device: None)
+    monkeypatch.setattr(estimates, "show", lambda plan: None)
+    for tokens in ("tokens", "absent"):
+        options = {"tokens": tmp_path / tokens, "plan": True, **llamagen_options}
+        train_generator(drawn.tokenizer, tmp_path / "out", device="cpu", **options)
+    assert planned == [16, 8]  # 8: the tokenizer's
 
 
 def test_limit_trains_on_the_first_images(drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path) -> None:
