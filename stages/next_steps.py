@@ -73,7 +73,7 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
             network = "gpt-tiny" if has_labels(artifact) else "gpt-unconditional-tiny"
             inputs = ["--tokens", path, "--tokenizer", [*options(artifact, "--tokenizer"), "TOKENIZER"][0]]
             yield "vqpipe", "detokenize", *inputs, "--as", "png", "--out", beside(path, "decoded")
-            if "sizes" not in artifact.facts:  # generators are trained on images of one size
+            if isinstance(artifact.facts.get("image_size"), int):  # generators are trained on squares of one size
                 settings = ["--preset", network, *generator_steps(artifact)]
                 yield "vqpipe", "train-generator", *settings, *inputs, "--out", beside(path, "generator")
         case "generator":

@@ -166,6 +166,18 @@ def test_a_generator_that_takes_hours_on_a_cpu_is_proposed_with_fewer_steps(
     assert next_steps.generator_steps(open_artifact(tmp_path / "made")) == steps
 
 
+@pytest.mark.parametrize(("image_size", "proposed"), [(64, True), ("64x40", False), ("native", False)])
+def test_a_generator_is_proposed_for_square_images_alone(
+    image_size: int | str, proposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import next_steps
+
+    facts = {"num_tokens": 64, "codebook_size": 64, "image_size": image_size}
+    published(tmp_path, "made", "tokens", ["tokenize"], {}, **facts)
+    monkeypatch.chdir(tmp_path)
+    assert any("train-generator" in line for line in next_steps.lines(open_artifact(Path("made")))) == proposed
+
+
 @pytest.mark.parametrize("command", ENDINGS)
 def test_every_command_ends_with_what_to_open_or_to_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

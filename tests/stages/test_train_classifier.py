@@ -104,6 +104,16 @@ def test_a_linear_probe_is_trained(drawn: Any, tmp_path: Path) -> None:
     assert (metrics["num_classes"], metrics["num_classes_seen"], metrics["chance"]) == (7, 3, 1 / 3)
 
 
+@pytest.mark.parametrize("preset", ["vit-tiny", "linear-probe"])
+def test_tokens_of_images_that_are_not_square_are_classified(drawn: Any, tmp_path: Path, preset: str) -> None:
+    tokenize([str(drawn.pictures)], drawn.tokenizer, tmp_path / "wide", image_size="12x8", num_workers=0, device="cpu")
+    overrides = [*(SMALL if preset == "vit-tiny" else []), "train.warmup_steps=1", "examples.held_out=6"]
+    options = OPTIONS | {"preset": preset, "steps": 1}
+    train_classifier(tmp_path / "wide", drawn.tokenizer, tmp_path / "out", overrides=overrides, **options)
+    table = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (table["image_size"], table["space"]["layout"]["grids"]) == ("12x8", [[4, 6]])
+
+
 def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
     def refused(error: type[Exception], match: str, *more: str, **changes: Any) -> None:
         with pytest.raises(error, match=match):
@@ -114,7 +124,7 @@ def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
 
     refused(ConfigError, "needs classes", "examples.conditional=false")
     refused(ConfigError, "for vqpipe train-generator", preset="gpt-tiny")
-    refused(ConfigError, "needs held-out images", "examples.held_out=0")
+    refused(ConfigError, r"needs held-out images.*or train\.validate_every=0", "examples.held_out=0")
     refused(ConfigError, r"classifier\.weights is not set.*classifier\.pretrained=false", "classifier.pretrained=true")
     refused(WeightsError, r"mae\.pth does not exist", f"classifier.weights={tmp_path / 'mae.pth'}")
 

@@ -66,7 +66,7 @@ class ExamplesConfig:
         if unknown:
             raise DataError(
                 f"{unknown:,} of {len(labels):,} images have no label{f' ({unlabeled})' if unlabeled else ''}",
-                "Use labelled images, or train a generator without classes: --set examples.conditional=false",
+                "Use labelled images. Only generators can be trained without: --set examples.conditional=false",
             )
         if self.num_classes and highest >= self.num_classes:
             raise DataError(f"label {highest} is out of range", f"examples.num_classes = {self.num_classes}")

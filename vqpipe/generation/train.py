@@ -111,13 +111,18 @@ class StoredExamples:
             )
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the encoded images, pixels."""
+        return fixed_size(self.artifact.facts["image_size"])
+
+    @property
     def image_size(self) -> int:
-        """Side of the encoded images, pixels.
+        """Side of the encoded images of a generator, pixels.
 
         Raises:
             ConfigError: they are not squares.
         """
-        height, width = fixed_size(self.artifact.facts["image_size"])
+        height, width = self.size
         if height != width:
             raise ConfigError(
                 f"{self.artifact.path} is of images of {width}x{height}, and generators are for squares",
@@ -169,7 +174,7 @@ def check_validation(recipe: ExamplesRecipe, validation: Path | None) -> None:
     if recipe.train.validate_every and validation is None and not recipe.examples.held_out:
         raise ConfigError(
             f"train.validate_every = {recipe.train.validate_every} needs held-out images",
-            "Name their tokens with --validation, or set examples.held_out",
+            "Name their tokens with --validation, or set examples.held_out, or train.validate_every=0 for none",
         )
     if validation is not None and recipe.examples.held_out:
         raise ConfigError(
@@ -236,7 +241,7 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
                     f" {num_classes}",
                     f"Set examples.num_classes={highest + 1}",
                 )
-    side = latent_size(stored.image_size, stored.image_size, stored.tokenizer.downsample_factor)
+    side = latent_size(*stored.size, stored.tokenizer.downsample_factor)
     quantizer = stored.tokenizer.autoencoder.quantizer
     return ExampleData(
         space=Space.of(quantizer, *side, num_classes),
@@ -431,7 +436,7 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
     if distributed.is_main():
         table = {"classifier": to_table(classifier.config), "space": classifier.space.to_table()}
         write_weights(context.draft, weights)
-        context.draft.write_json("config.json", {**table, "image_size": context.stored.image_size})
+        context.draft.write_json("config.json", {**table, "image_size": context.stored.artifact.facts["image_size"]})
         context.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
         context.draft.record_existing("metrics.jsonl")
     return context.draft.publish(
