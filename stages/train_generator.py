@@ -97,6 +97,8 @@ def train_generator(
         if images:
             image_set = console.open_images(images, limit=limit)
             limit = None  # the latents are those of the first images
+            if (image_set.labels < 0).mean() > max_skipped:  # more than could be left out as unreadable
+                recipe.examples.num_classes_of(image_set.labels, image_set.unlabeled)
             stored = encode(image_set, path, opened, image_size, recipe.examples.mirror, num_workers, max_skipped)
         else:
             stored = open_artifact(path, trained_on)

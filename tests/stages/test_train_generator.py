@@ -250,6 +250,14 @@ def test_images_without_labels_are_trained_on_as_the_error_says(
     assert (opened.generator.num_classes, opened.classes, opened.sampling.cfg_scale) == (None, (), 1.0)
 
 
+def test_missing_labels_are_found_before_images_are_encoded(drawn: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "device": "cpu"}
+    options |= {"overrides": [*LATENT["sit"], "train.warmup_steps=1"], "images": [str(drawn.pictures / "0")]}
+    with pytest.raises(DataError, match=r"8 of 8 images have no label"):
+        train_generator(drawn.tokenizer, tmp_path / "out", num_workers=0, **options)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_plan_is_for_the_size_of_the_stored_images(
     drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
