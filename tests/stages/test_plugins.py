@@ -47,7 +47,7 @@ def test_the_example_quantizer_works_in_every_command(tmp_path: Path, picture_fo
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "tokenizer" / "config.json").read_text())["model"]["quantizer"]["kind"] == "rotation"
     assert open_artifact(tmp_path / "decoded").facts["num_images"] == 10
-    with pytest.raises(ConfigError, match=r"'rotation' is unknown.*--import MODULE"):  # not imported by this process
+    with pytest.raises(ConfigError, match=r"'rotation' is unknown.*--import FILE.py"):  # not imported by this process
         Tokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
