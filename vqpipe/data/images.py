@@ -463,7 +463,7 @@ def expand(spec: str) -> list[str]:
         found += matches
         missing += [] if matches else [pattern]
     if missing:
-        raise absent_images([*map(without_secrets, missing)])
+        raise absent_images(list(map(without_secrets, missing)))
     return found
 
 

@@ -16,6 +16,7 @@ from vqpipe.data.folders import Folder
 from vqpipe.data.sources import access_error, classes_of, number_labels
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import HEAD, NAMES, explain, kind_of
+from vqpipe.files import valid_text
 
 EXTENSIONS = (".txt", ".lst", ".csv", ".tsv", ".jsonl")
 PATH_COLUMNS = ("path", "file", "file_name", "filename", "image", "key")
@@ -48,7 +49,7 @@ def open_list(file: Path) -> Folder:
     if not entries:
         raise DataError(f"{file} lists no images", "Write one path per line")
     for entry in entries:
-        if any("\ud800" <= letter <= "\udfff" for letter in str(entry.label)):
+        if valid_text(str(entry.label)) != str(entry.label):
             raise DataError(f"{file} is not UTF-8: see the label in line {entry.line}", "Store it as UTF-8")
     folder = os.path.abspath(file.parent)
     paths = [os.path.normpath(os.path.join(folder, entry.path)) for entry in entries]

@@ -178,9 +178,8 @@ def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -
         command, sheet = command_again(), contact_sheet(samples, SHEET_COLUMNS)
         draft.write_json("metrics.json", {**metrics, "commands": [command]})
         draft.write_bytes("contact-sheet.png", sheet)
-        with draft.write("report.html") as path:
-            generated = Generated(draft.lineage["images"]["name"], metrics, sheet, lineage(draft), [command])
-            path.write_text(page.render(generated_page([generated], draft.out.name)), encoding="utf-8")
+        generated = Generated(draft.lineage["images"]["name"], metrics, sheet, lineage(draft), [command])
+        draft.write_text("report.html", page.render(generated_page([generated], draft.out.name)))
     headline = ("protocol", "num_images", "image_size", "fid", "sfid")
     return draft.publish({name: metrics[name] for name in headline if name in metrics})
 

@@ -291,6 +291,11 @@ def kinds_trained_on(examples: Literal["tokens", "latents"]) -> list[str]:
     return sorted(cls.config_class.kind for cls in classes if cls.trained_on == examples)
 
 
+def progress_at(step: int, steps: int) -> float:
+    """Return the progress of sampling at `step` of `steps`: 0 in the first to 1 in the last."""
+    return step / max(1, steps - 1)
+
+
 def guidance_scale(sampling: SamplingConfig, progress: float) -> float:
     """Return the guidance scale at `progress`, 0 in the first step of sampling to 1 in the last."""
     low, high = sampling.cfg_interval

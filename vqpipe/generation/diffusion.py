@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import ConfigError
-from vqpipe.generation.base import GeneratorConfig, SamplingConfig, Space
+from vqpipe.generation.base import GeneratorConfig, SamplingConfig, Space, progress_at
 from vqpipe.generation.latents import Denoiser, LatentGenerator, gaussian_noise
 
 
@@ -247,7 +247,7 @@ def ddpm(predict: Denoiser, schedule: NoiseSchedule, x: Tensor, rngs: Sequence[t
     """
     short = spaced(schedule, steps, ends_at_zero=True)
     for step, k in enumerate(reversed(range(steps))):
-        output = predict(x, float(short.times[k]), step / max(1, steps - 1))
+        output = predict(x, float(short.times[k]), progress_at(step, steps))
         eps, variance = output.split([x.shape[1], output.shape[1] - x.shape[1]], dim=1)
         here = torch.full((len(x),), k, device=x.device)
         log_variance = (
@@ -269,7 +269,7 @@ def ddim(
     short = spaced(schedule, steps, ends_at_zero=False)
     for step, k in enumerate(reversed(range(steps))):
         level, next_level = float(short.alphas_cumprod[k]), float(short.alphas_cumprod_before[k])
-        eps = predict(x, float(short.times[k]), step / max(1, steps - 1))[:, : x.shape[1]]
+        eps = predict(x, float(short.times[k]), progress_at(step, steps))[:, : x.shape[1]]
         clean = (x - (1 - level) ** 0.5 * eps) / level**0.5
         sigma = eta * float(short.posterior_variance[k]) ** 0.5
         x = next_level**0.5 * clean + max(1 - next_level - sigma**2, 0.0) ** 0.5 * eps

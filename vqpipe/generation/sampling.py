@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import NumericError
-from vqpipe.generation.base import SamplingConfig, guidance_scale
+from vqpipe.generation.base import SamplingConfig, guidance_scale, progress_at
 
 
 def uniform_noise(rngs: Sequence[torch.Generator], count: int, device: torch.device) -> Tensor:
@@ -92,7 +92,7 @@ def guide_logits(logits: Tensor, sampling: SamplingConfig, step: int, steps: int
     if sampling.cfg_scale == 1:
         return logits
     conditional, null = logits.float().chunk(2)
-    return torch.lerp(null, conditional, guidance_scale(sampling, step / max(1, steps - 1)))
+    return torch.lerp(null, conditional, guidance_scale(sampling, progress_at(step, steps)))
 
 
 def repeat_for_guidance(ids: Tensor, sampling: SamplingConfig) -> Tensor:

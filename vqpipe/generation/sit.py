@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
-from vqpipe.generation.base import SamplingConfig, Space
+from vqpipe.generation.base import SamplingConfig, Space, progress_at
 from vqpipe.generation.dit import Transformer, TransformerConfig
 from vqpipe.generation.latents import Denoiser, LatentGenerator, gaussian_noise
 
@@ -85,7 +85,7 @@ class Sit(LatentGenerator):
 def euler(velocity: Denoiser, x: Tensor, steps: int) -> Tensor:
     """Euler's method for dx = v(x, t) dt from t = 1 (noise) to t = 0, in `steps` equal steps."""
     for k in range(steps):
-        x = x - velocity(x, 1 - k / steps, k / max(1, steps - 1)) / steps
+        x = x - velocity(x, 1 - k / steps, progress_at(k, steps)) / steps
     return x
 
 
@@ -100,7 +100,7 @@ def heun(velocity: Denoiser, x: Tensor, steps: int) -> Tensor:
     count = steps // 2
     for k in range(count):
         here, there = 1 - k / count, 1 - (k + 1) / count
-        progress = k / max(1, count - 1)
+        progress = progress_at(k, count)
         slope = velocity(x, here, progress)
         ahead = velocity(x - slope / count, there, progress)
         x = x - (slope + ahead) / (2 * count)
@@ -115,7 +115,7 @@ def sde(velocity: Denoiser, x: Tensor, rngs: Sequence[torch.Generator], steps: i
     """
     ends = [*np.linspace(1, LAST_STEP, steps).tolist(), 0.0] if steps > 1 else [1.0, 0.0]
     for k, (here, there) in enumerate(pairwise(ends)):
-        slope = velocity(x, here, k / max(1, steps - 1))
+        slope = velocity(x, here, progress_at(k, steps))
         step = here - there
         x = x - step * (slope - 0.5 * here * linear_score(slope, x, here))
         if there > 0:

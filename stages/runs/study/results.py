@@ -9,7 +9,6 @@ forms of a learned codebook (study.sh). Those of other parts have longer names, 
 """
 
 import csv
-import json
 import re
 import statistics
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from vqpipe.artifacts import open_artifact
-from vqpipe.files import atomic_write
+from vqpipe.files import atomic_write, read_rows
 from vqpipe.reports.evaluation import open_evaluation
 from vqpipe.reports.page import Plot
 from vqpipe.reports.plots import line_plot, points_with_spread
@@ -38,6 +37,7 @@ COMPARED = re.compile(r"[a-z]+-\d+(-fast|-tuned)?")
 """The names of runs that compare methods, after STEPS steps."""
 STEPS = "1000"
 AVERAGED = 10
+"""Rows of the log of a training that are one point of its curve."""
 GRAY = "#808080"
 """Of text and axes: legible on a light and on a dark page."""
 
@@ -230,8 +230,7 @@ def write_plot(plot: Plot | None, path: Path) -> None:
 
 def curve(run: Path, folder: Path) -> None:
     """Write the PSNR over the steps of a training: of its crops, means of AVERAGED rows of the log."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [(row["step"], row["psnr"]) for row in map(json.loads, lines)]
+    rows = [(row["step"], row["psnr"]) for row in read_rows(run / "metrics.jsonl")]
     steps, psnr = np.array(rows[: len(rows) // AVERAGED * AVERAGED], dtype=float).reshape(-1, AVERAGED, 2).mean(1).T
     plot = line_plot("PSNR over steps", {"": (steps, psnr)}, xlabel="steps; PSNR in dB")
     write_plot(plot, folder / "psnr-over-steps.svg")
