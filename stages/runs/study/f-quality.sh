@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Part F: what raises the PSNR or the use of frozen codes: a higher learning rate, a deeper or a wider network, an objective of
-# squared errors alone, a stronger or a weaker commitment, a still faster projector. One id of 4,096, of 16,384 and of
-# 1,000,000 codes, and four groups of 1,024.
+# squared errors alone, a stronger or a weaker commitment, a still faster projector, an MLP as projector. One id of 4,096,
+# of 16,384 and of 1,000,000 codes, and four groups of 1,024.
 . "$(dirname "$0")/study.sh"
 features pca
 codebook 4096 pca 4096
@@ -21,8 +21,12 @@ variations() { # variations NAME [option of train ...]: runs that differ from NA
     done
 }
 variations lc-4096 --codebook "$OUT/codebook-4096"
-variations lc-16384 --codebook "$OUT/codebook-16384" --set $Q.codebook_size=16384
-variations lc-1000000 --codebook "$OUT/codebook-1000000.npy" --set $Q.codebook_size=1000000
+for row in 16384,codebook-16384 1000000,codebook-1000000.npy; do
+    K=${row%,*}
+    frozen=(--codebook "$OUT/${row#*,}" --set $Q.codebook_size="$K")
+    variations "lc-$K" "${frozen[@]}"
+    try "lc-$K-mlp" "${frozen[@]}" --set $Q.projector=mlp
+done
 groups=(--set $Q.kind=multi_group --set $Q.num_groups=4 --set $Q.masking=off --set $Q.group.codebook_size=1024
     --set $Q.group.code_dim=8)
 variations lc-4 "${groups[@]}" --codebook "$OUT/codebook-1024" --set $Q.group.kind=lc --set $Q.group.feature_dim=64
