@@ -52,6 +52,21 @@ def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
         images[4]
 
 
+def test_artifacts_among_the_images_are_neither_read_nor_classes(tmp_path: Path) -> None:
+    write(tmp_path, "ant/a.png", "zebra/b.png")
+    before = open_images([tmp_path])
+    draft = artifacts.start(tmp_path / "decoded", "images", {}, {})
+    assert isinstance(draft, artifacts.Draft)
+    with draft:
+        draft.write_bytes("images/x.png", b"x")
+        unfinished = open_images([tmp_path])
+        draft.publish({})
+    finished = open_images([tmp_path])
+    assert unfinished.digest == finished.digest == before.digest
+    assert unfinished.class_names == finished.class_names == ("ant", "zebra")
+    assert unfinished.left_out == finished.left_out == {"vqpipe artifact": 1}
+
+
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     write(tmp_path, "b.png", "a.png", "sub/c.png", "._a.png", "a.jpg")
     images = open_images([tmp_path])

@@ -14,7 +14,7 @@ never overwritten; and an interrupted run resumes at its first missing file when
 decides whether a run stops, and not what is written.
 """
 
-from vqpipe.artifacts.artifact import Artifact, Input, Manifest, open_artifact
+from vqpipe.artifacts.artifact import Artifact, Input, Manifest, is_artifact, open_artifact
 from vqpipe.artifacts.draft import Draft, start
 
-__all__ = ["Artifact", "Draft", "Input", "Manifest", "open_artifact", "start"]
+__all__ = ["Artifact", "Draft", "Input", "Manifest", "is_artifact", "open_artifact", "start"]

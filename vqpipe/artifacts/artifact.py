@@ -188,6 +188,15 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
     return Artifact(path, manifest)
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether the folder has an artifact's manifest.json, not just any file of that name."""
+    try:
+        table = json.loads((path / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and {"schema", "kind", "request", "files"} <= table.keys()
+
+
 def command_of(partial: Path) -> str:
     """The command of vqpipe that writes an unfinished artifact; empty if another program writes it."""
     try:

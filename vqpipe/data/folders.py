@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from vqpipe.artifacts import is_artifact
 from vqpipe.data.label_lists import CLASSES, read_classes, read_labels
 from vqpipe.data.sources import (
     NO_LABEL,
@@ -145,7 +146,8 @@ def open_folder(root: Path) -> Folder:
     (of their values, if all are decimal numbers), or of classes.txt; empty ones count. A list of labels in the folder
     has priority: see label_lists.py.
 
-    Hidden files and folders are left out, as are those of SYSTEM_FOLDERS; links to folders are followed once.
+    Hidden files and folders are left out, as are those of SYSTEM_FOLDERS, and artifacts, finished or not, which a
+    command wrote among the images; links to folders are followed once.
 
     Raises:
         DataError: it holds no image, a subfolder is unreadable, or a class folder is not in classes.txt.
@@ -258,7 +260,9 @@ def kind_of(entry: os.DirEntry[str]) -> str:
     """ "file", "folder", or why an entry is neither."""
     try:
         if entry.is_dir():
-            return "folder"
+            path = Path(entry.path)
+            unfinished = path.suffix == ".partial" and (path / "request.json").is_file()
+            return "vqpipe artifact" if unfinished or is_artifact(path) else "folder"
         if entry.is_file():
             return "file"
     except OSError as error:

@@ -5,7 +5,6 @@ Each form is an `ImageSource` in a file of its own; `open_source` chooses by the
 
 import glob
 import hashlib
-import json
 import os
 import re
 from bisect import bisect_right
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from braceexpand import braceexpand
 
-from vqpipe.artifacts import open_artifact
+from vqpipe.artifacts import is_artifact, open_artifact
 from vqpipe.data import remote
 from vqpipe.data.decoding import Color
 from vqpipe.data.folders import Folder, open_folder, walk
@@ -407,15 +406,6 @@ def parquet_files(folder: Path) -> list[str]:
             f"{folder} holds several splits: {', '.join(splits)}", f"Give one: '{folder / splits[0]}*.parquet'"
         )
     return files
-
-
-def is_artifact(path: Path) -> bool:
-    """Whether the folder has an artifact's manifest.json, not just any file of that name."""
-    try:
-        table = json.loads((path / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(table, dict) and {"schema", "kind", "request", "files"} <= table.keys()
 
 
 def open_dataset(path: Path) -> Tars | Folder:

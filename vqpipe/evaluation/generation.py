@@ -33,7 +33,7 @@ from torch import Tensor
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import difference
-from vqpipe.data.images import ImageSet, is_artifact, open_images
+from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import read_tokens
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.evaluation.image_pass import Checkpoints, ImagePass
@@ -124,7 +124,7 @@ class GenerationEvaluator:
             if self.extractor_sizes or self.config.protocol != "adm":
                 raise ConfigError(f"{first} is for the protocol adm and Inception alone", "Give the images themselves")
             return self.adm_statistics(first), hash_file(first)
-        if len(names) == 1 and first.is_dir() and is_artifact(first):
+        if len(names) == 1 and artifacts.is_artifact(first):
             artifact = artifacts.open_artifact(first)
             if artifact.kind == "statistics":
                 if (before := {key: artifact.config[key] for key in self.request}) != self.request:
@@ -292,7 +292,7 @@ def code_usage(samples: Artifact | None, num_images: int) -> tuple[dict[str, Any
 def opened_artifact(path: str) -> Artifact | None:
     """The artifact at `path`, if it is one."""
     folder = Path(path)
-    return artifacts.open_artifact(folder) if "://" not in path and folder.is_dir() and is_artifact(folder) else None
+    return artifacts.open_artifact(folder) if "://" not in path and artifacts.is_artifact(folder) else None
 
 
 def evaluated_size(images: Sequence[str], references: Sequence[str], progress: Progress) -> int:
