@@ -241,7 +241,7 @@ class ProgressBar:
         elif self.title and self.visible and self.live is None and self.done > self.earlier:
             seconds = clock(time.monotonic() - self.began)
             note = f"  {self.text}" if self.text else ""
-            say(f"{self.title}: {counted(self.done, self.unit)} in {seconds}{note}")
+            say(f"{self.title}: {counted(self.done - self.earlier, self.unit)} in {seconds}{note}")
         self.title = ""
 
     def count(self) -> str:

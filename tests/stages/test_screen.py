@@ -209,6 +209,13 @@ def test_long_titles_and_counts_take_one_line(columns: int, rows: int) -> None:
     assert seen[0].startswith("initial centers")
 
 
+def test_last_line_of_a_resumed_phase_counts_what_this_run_did(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.ProgressBar() as bar:
+        bar.start("tokenize", 30, done=20)
+        bar.advance(10)
+    assert capsys.readouterr().err == "tokenize: 10 images in 0:00\n"
+
+
 def test_training_run_leaves_a_whole_screen(
     picture_folder: Path, tmp_path: Path, tiny_training: dict[str, Any], start_process: Callable[..., Any]
 ) -> None:
