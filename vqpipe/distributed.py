@@ -45,6 +45,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def share_title(title: str) -> str:
+    """The title of a phase of which each rank does a share, and counts that alone: `tokenize (rank 0 of 8)`."""
+    return title if world_size() == 1 else f"{title} (rank {rank()} of {world_size()})"
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():

@@ -397,7 +397,11 @@ def test_progress_of_decoding_counts_the_rows_of_this_rank_and_those_already_dec
         monkeypatch.undo()
         decode_tokens(draft, tokens, Pixels(300), progress=progress[2])
     started = [recorder.started for recorder in progress.values()]
-    assert started == [[("detokenize", 20, 0)], [("detokenize", 12, 0)], [("detokenize", 36, 36)]]
+    assert started == [
+        [("detokenize (rank 0 of 2)", 20, 0)],
+        [("detokenize (rank 1 of 2)", 12, 0)],
+        [("detokenize", 36, 36)],
+    ]
     assert [recorder.done for recorder in progress.values()] == [20, 12, 0]
 
 

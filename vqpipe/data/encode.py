@@ -220,7 +220,7 @@ class EncodingJob:
         self.missing = [shard for shard in self.mine if self.draft.record(shard.name) is None]
         self.stopwatch = Stopwatch()
         total, left = (sum(len(shard.positions) for shard in part) for part in (self.mine, self.missing))
-        progress.start(title, total, done=total - left)
+        progress.start(distributed.share_title(title), total, done=total - left)
 
     def run(
         self,

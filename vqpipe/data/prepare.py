@@ -93,8 +93,8 @@ def pack_images(
     keys = tar_keys(images.key(i) for i in range(len(images)))
     workers = worker_count(num_workers, len(work), 1)  # encoded images come through a pipe, not through shared memory
     stored = through_workers(StoredImages(images, image_size, min_size), work, workers)
-    total = sum(len(shards[number]) for number in mine)
-    progress.start("prepare-data", total, done=total - sum(len(shards[number]) for number in missing))
+    total, left = (sum(len(shards[number]) for number in part) for part in (mine, missing))
+    progress.start(distributed.share_title("prepare-data"), total, done=total - left)
     found = merged(record["skipped"] for number in mine if (record := draft.record(SHARD.format(number))))
     for number in missing:
         Skipped(images, len(images), found).check(max_skipped, draft, so_far=True)

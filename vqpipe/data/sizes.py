@@ -126,7 +126,7 @@ def measure(
     if not distributed.on_main(file.is_file):
         tasks = chunks(range(len(images)), HEADERS_PER_TASK)
         mine = tasks[distributed.rank() :: distributed.world_size()]
-        progress.start("sizes", sum(map(len, mine)))
+        progress.start(distributed.share_title("sizes"), sum(map(len, mine)))
         dataset, workers = ImageSizes(images, max_pixels), worker_count(num_workers, len(mine), 1)
         found = list[tuple[range, np.ndarray, dict[int, str]]]()
         for task, (part, skipped) in zip(mine, through_workers(dataset, mine, workers), strict=True):

@@ -466,7 +466,7 @@ def decode_tokens(
             shards[number] = name, take, num_rows - left - take
     missing = {number: shard for number, shard in shards.items() if draft.record(shard_file(number, form)) is None}
     mine, pending = (sum(take for _, take, _ in part.values()) for part in (shards, missing))
-    progress.start("detokenize", mine, done=mine - pending)
+    progress.start(distributed.share_title("detokenize"), mine, done=mine - pending)
     for number, (name, take, first) in missing.items():
         part = read_tokens(tokens.verified_file(name), tokens.facts["codebook_size"])
         keys = tar_keys(

@@ -82,7 +82,7 @@ class ImagePass(Resumable):
             num_workers=num_workers,
             transform=transform,
         )
-        progress.start(title, last - first, done=done - first)
+        progress.start(distributed.share_title(title), last - first, done=done - first)
         own = Skipped(images, stop, self.skipped)
         if done < last:
             own.check(max_skipped, checkpoints.draft, so_far=True)

@@ -88,7 +88,7 @@ def generate_images(
     own = range(distributed.rank(), len(shards), distributed.world_size())
     missing = [number for number in own if draft.record(shard_file(number, plan.form)) is None]
     total, left = (sum(len(shards[number]) for number in numbers) for numbers in (own, missing))
-    progress.start("generate", total, done=total - left)
+    progress.start(distributed.share_title("generate"), total, done=total - left)
     for number in missing:
         with write_shard(draft, number, plan.form, len(shards[number])) as shard:
             ids: list[Tensor] = []
