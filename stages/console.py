@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 OPEN: list["ProgressBar"] = []
 """The progress that is displayed, at the bottom of a terminal: everything else is printed above it."""
+READING = "reading and hashing the images"
 PLAIN_SECONDS = 10.0
 """Shortest time between two lines of progress where stderr is not a terminal."""
 LOG_WIDTH = 200
@@ -72,9 +73,14 @@ def open_images(
     names: Sequence[str], key_prefix: KeyPrefix | None = None, color: Color = "ignore", limit: int | None = None
 ) -> "ImageSet":
     """Open `--images`, or their first `limit`, and print what is left out, why labels are missing, and which keys occur
-    twice."""
+    twice.
+
+    An open progress bar shows that images are read until its next phase: they are hashed, which may take hours.
+    """
     from vqpipe import data
 
+    if OPEN and OPEN[-1].title != READING:
+        OPEN[-1].start(READING, None, unit="")
     images = data.images.open_images(names, key_prefix, color)
     if limit is not None and limit < len(images):
         images = data.images.SelectedImages(images, range(limit))

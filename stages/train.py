@@ -116,7 +116,6 @@ def train(
         if plan:
             return estimates.show(estimates.plan_here(training, torch_device))
         estimates.check_fits(training, torch_device, out, progress)
-        progress.start("reading the list of images", None, unit="")
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),
             validation=console.open_images(validation, color=color) if validation else None,

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from stages import console
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
 from stages.options import out_path
@@ -55,7 +56,7 @@ def test_commands_say_and_record_what_is_left_out_and_why_labels_are_missing(
     tokenizer = tiny_tokenizer("tokenizer")
     tokenize([str(stray)], tokenizer, tmp_path / "tokens", **OPTIONS)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["left out: 1 .txt, 1 dead link", f"unlabeled: {STRAY}"]
+    assert lines[:3] == [console.READING, "left out: 1 .txt, 1 dead link", f"unlabeled: {STRAY}"]
     extract_features([str(stray)], tmp_path / "features", limit=2, **OPTIONS)
     prepare_data("folder", stray, tmp_path / "dataset", **OPTIONS)
     for name in ("tokens", "features", "dataset"):

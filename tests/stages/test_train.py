@@ -179,7 +179,7 @@ def test_report_is_written_at_the_start_and_published_at_the_end(
     assert '<meta http-equiv="refresh" content="15">' in text
     said = capsys.readouterr().err
     assert str(page) in " ".join(said.split())
-    parts = ["reading the list of images", "building the network", "preparing to train"]
+    parts = ["reading and hashing the images", "building the network", "preparing to train"]
     assert [line for line in said.splitlines() if line in parts] == parts  # at once, not after seconds
     text = go("lc", **held_out).file("report.html").read_text()
     assert "Step 8 of 8" in text
