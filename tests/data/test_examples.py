@@ -130,7 +130,7 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
     again = TokenSet(artifact, tmp_path / "cache")  # unpacked once
     assert run(again, 0, 3) == run(held, 0, 3)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
-    with pytest.raises(ArtifactError, match="too many ids for memory"):
+    with pytest.raises(ArtifactError, match=r"too many ids for memory\. .*TokenDataset\(path, cache=FOLDER\)"):
         TokenSet(artifact)
 
 

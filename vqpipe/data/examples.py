@@ -133,7 +133,10 @@ class TokenSet:
         file = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:
-                raise ArtifactError(f"{tokens.path} holds too many ids for memory", "Give a folder to unpack them into")
+                raise ArtifactError(
+                    f"{tokens.path} holds too many ids for memory",
+                    "Name a folder to unpack them into: TokenDataset(path, cache=FOLDER)",
+                )
             part_name = f"-{self.facts['image_size']}" if "sizes" in self.facts else ""
             file = cache / f"ids-{tokens.digest[:16]}{part_name}.npy"
         rows = np.empty(shape, dtype) if file is None else self.map_file(file, shape, dtype)
