@@ -179,12 +179,14 @@ class Normed(Identity):
 
     def __init__(self) -> None:
         super().__init__()
+        self.groups: list[int | None] = []
         torch.manual_seed(0)
         conv, norm = torch.nn.Conv2d, torch.nn.GroupNorm
         self.network = torch.nn.Sequential(conv(3, 8, 1), norm(2, 8), torch.nn.SiLU(), conv(8, 8, 3), norm(2, 8))
 
     @torch.no_grad()
     def decode_float(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor:
+        self.groups.append(groups)
         padded = F.pad(code.float() / 127.5 - 1, (1, 1, 1, 1), mode="replicate")
         return self.network(padded)[:, :3]
 
@@ -200,6 +202,13 @@ def test_shared_norms_bring_tiles_closer_to_the_untiled_reconstruction() -> None
     assert errors[1] < 0.2 * errors[0]
     alone = reconstruct_any_size(autoencoder, image, tile=96, overlap=0, rounded=False, shared_norms=True).image
     assert torch.equal(alone, whole)
+
+
+def test_statistics_are_of_the_shape_of_the_image_and_of_the_decoded_groups() -> None:
+    autoencoder, image = Normed(), half_dark(96)[:, :32]
+    reconstruct_any_size(autoencoder, image, groups=2, tile=32, overlap=0, rounded=False, shared_norms=True)
+    assert autoencoder.seen == [(16, 48), (32, 32), (32, 32), (32, 32)]
+    assert autoencoder.groups == [2, 2, 2, 2]
 
 
 def test_a_network_without_group_norms_cannot_share_them() -> None:

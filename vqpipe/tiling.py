@@ -121,7 +121,7 @@ def reconstruct_any_size(
     height, width = image.shape[1:]
     rows, columns = mirrored(height, factor), mirrored(width, factor)
     if shared_norms and max(len(rows), len(columns)) > tile:
-        with fixed_norms(autoencoder, norm_statistics(autoencoder, image, tile)):
+        with fixed_norms(autoencoder, norm_statistics(autoencoder, image, tile, groups)):
             return reconstruct_any_size(
                 autoencoder, image, groups=groups, tile=tile, overlap=overlap, rounded=rounded, on_tile=on_tile
             )
@@ -149,8 +149,11 @@ def reconstruct_any_size(
     return TiledReconstruction(result, ids)
 
 
-def norm_statistics(autoencoder: ImageAutoencoder, image: Tensor, tile: int) -> dict[nn.GroupNorm, NormStatistics]:
-    """The statistics of each group norm for uint8[3, H, W], scaled down to the area of one tile.
+def norm_statistics(
+    autoencoder: ImageAutoencoder, image: Tensor, tile: int, groups: int | None = None
+) -> dict[nn.GroupNorm, NormStatistics]:
+    """The statistics of each group norm for uint8[3, H, W], scaled down to the area of one tile, and decoded from the
+    first `groups` groups.
 
     Raises:
         ConfigError: the network has no group norms.
@@ -164,7 +167,7 @@ def norm_statistics(autoencoder: ImageAutoencoder, image: Tensor, tile: int) -> 
     hooks = [norm.register_forward_pre_hook(partial(record_statistics, found)) for norm in norms]
     try:
         code = autoencoder.encode(small.round().clamp(0, 255).to(torch.uint8))
-        autoencoder.decode_float(code, (height, width))
+        autoencoder.decode_float(code, (height, width), groups=groups)
     finally:
         for hook in hooks:
             hook.remove()
