@@ -108,6 +108,7 @@ def test_order_and_augmentation_do_not_depend_on_ranks_workers_or_resuming(image
     assert [sorted(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)] == [list(range(NUM))] * 3
     assert len({tuple(index for index, *_ in whole[e * NUM : (e + 1) * NUM]) for e in range(3)}) == 3
     assert len({pixels for *_, pixels in whole[: 3 * NUM]}) > 2 * NUM  # crops and flips differ between epochs
+    assert all((key, label) == (f"{index:02d}", index % 3) for index, key, label, _ in whole)
     for world, workers, step in itertools.product((1, 2, 4), (0, 2), (0, 1, 3, 10)):  # 3: across the end of an epoch
         if workers and (world, step) not in ((1, 0), (2, 3)):
             continue

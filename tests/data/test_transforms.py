@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from vqpipe.config import from_table, to_request
 from vqpipe.data import decoding, transforms
-from vqpipe.data.batches import OrderedBatches
+from vqpipe.data.batches import OrderedBatches, TrainingStream
 from vqpipe.data.decoding import TURNS, BadImage, decode
 from vqpipe.data.images import open_images
 from vqpipe.data.photos import HELDOUT, load
@@ -20,6 +20,7 @@ from vqpipe.data.transforms import (
     DataConfig,
     Framing,
     center_crop,
+    crop_to_multiples,
     fast_crop,
     pixels,
     random_crop,
@@ -240,7 +241,9 @@ def adm_reference(image: Image.Image, size: int) -> np.ndarray:
     return array[y : y + size, x : x + size]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (100, 64), (333, 500), (63, 200), (127, 129), (40, 50), (1024, 700)])
+@pytest.mark.parametrize(
+    "size", [(64, 64), (100, 64), (333, 500), (63, 200), (127, 129), (128, 300), (40, 50), (1024, 700)]
+)
 def test_center_crop_equals_adms(size: tuple[int, int]) -> None:
     noise = Image.effect_noise(size, 90)
     image = Image.merge("RGB", (noise, noise.rotate(180), noise))
@@ -287,6 +290,15 @@ def test_training_crop_follows_its_config() -> None:
     mirrored = [torch.equal(crop, center.flip(-1)) for crop in crops(crop="center", flip=True)]
     assert 3 < sum(mirrored) < 17
     assert all(torch.equal(a, b) for a, b in zip(crops(max_scale=1.5), crops(max_scale=1.5), strict=True))
+    for settings in ({"crop": "center"}, {"resize": "exact"}, {"resize": "fast"}):
+        assert trained_on(encode(image, "JPEG"), DataConfig(image_size=32, max_pixels=90 * 60, **settings), 0).any()
+        with pytest.raises(BadImage, match="90 x 60 pixels, limit 5399"):
+            trained_on(encode(image, "JPEG"), DataConfig(image_size=32, max_pixels=90 * 60 - 1, **settings), 0)
+
+
+def test_native_images_are_cropped_at_the_center() -> None:
+    image = Image.effect_noise((21, 15), 90).convert("RGB")
+    assert torch.equal(crop_to_multiples(image, 8), pixels(image)[:, 3:11, 2:18])
 
 
 def photograph(width: int, height: int, **options: object) -> bytes:
@@ -381,6 +393,13 @@ def test_fast_crops_do_not_depend_on_simplejpeg(
         plain = fast_crop(data, side, drawn, 1.2)
         assert plain is not None
         np.testing.assert_array_equal(crop, plain)
+
+
+def test_fast_training_crops_by_the_drawn_numbers_and_the_scale() -> None:
+    data = photograph(240, 160)
+    config = DataConfig(image_size=32, max_scale=2.0, resize="fast", flip=False)
+    crop = fast_crop(data, 32, np.random.default_rng(3).random(4)[1:], max_scale=2.0)
+    np.testing.assert_array_equal(trained_on(data, config, 3).numpy(), crop)
 
 
 def test_fast_training_leaves_other_images_and_enlarging_to_the_exact_crop() -> None:
@@ -587,9 +606,15 @@ def test_profiles_of_srgb_of_other_color_spaces_and_damaged_ones_change_nothing(
 
 
 def test_color_is_part_of_an_image_set(tmp_path: Path) -> None:
-    (tmp_path / "wide.png").write_bytes(wide_gamut(swapped_profile()))
+    for name, form in (("wide.png", "PNG"), ("wide.jpg", "JPEG")):
+        (tmp_path / name).write_bytes(wide_gamut(swapped_profile(), form))
     plain, converted = open_images([tmp_path]), open_images([tmp_path], color="srgb")
     assert plain.digest != converted.digest
     assert (plain.facts, converted.facts) == ({}, {"color": "srgb"})
-    batches = [next(iter(OrderedBatches(images, image_size=8, batch_size=1))).images for images in (plain, converted)]
-    assert not torch.equal(*batches)
+    for images, color in ((plain, (60, 200, 90)), (converted, (200, 60, 90))):
+        batches = [next(iter(OrderedBatches(images, image_size=8, batch_size=2)))]
+        for settings in ({"crop": "center"}, {"resize": "exact"}, {"resize": "fast"}):
+            config = DataConfig(image_size=8, num_workers=0, **settings)
+            batches.append(next(TrainingStream(images, config, seed=0, batch_size=2).from_sample(0)))
+        for batch in batches:
+            assert (batch.images - torch.tensor(color)[:, None, None]).abs().max() <= 3
