@@ -16,6 +16,7 @@ from PIL import Image
 
 from vqpipe import artifacts
 from vqpipe.data import sources
+from vqpipe.data.folders import Folder
 from vqpipe.data.images import Sample, SelectedImages, open_images
 from vqpipe.data.sources import NO_LABEL
 from vqpipe.errors import ArtifactError, DataError
@@ -252,6 +253,8 @@ def test_lists_of_numbers_and_unusable_lists(tmp_path: Path) -> None:
     (root / "classes.txt").write_text("dog\n")
     with pytest.raises(DataError, match=r"the class 'cat' of labels.json is not in classes.txt"):
         open_images([root])
+    (root / "labels.json").write_text('{"a/1": 1}')
+    assert open_images([root]).unlabeled == "labels.json holds the label 1, classes.txt names 1 classes"
 
 
 def test_keys_of_several_shards_are_compared_and_prefixed(tmp_path: Path, pack: Pack) -> None:
@@ -345,6 +348,8 @@ def test_classes_of_several_sources_are_numbered_together(tmp_path: Path, pack: 
     assert images.class_names == ("bird", "cat", "dog")
     assert [images.label(i) for i in range(4)] == [1, 2, 0, 2]
     (tmp_path / "s.tar").write_bytes(pack({"t.png": b"t", "t.cls": b"0"}))
+    (tmp_path / "more.tar").write_bytes(pack({"u.png": b"u", "u.cls": b"4"}))
+    assert open_images([tmp_path / "s.tar", tmp_path / "more.tar"]).num_classes == 5
     mixed = open_images([first, tmp_path / "s.tar", "builtin:photos/heldout"])
     assert [mixed.label(i) for i in range(3)] == [None] * 3
     assert mixed.num_classes is None
@@ -463,6 +468,30 @@ def test_the_digest_depends_on_content_and_order_not_on_the_path(tmp_path: Path,
         open_images([tmp_path / "x.tar", tmp_path / "y.tar"]).digest
         != open_images(str(tmp_path / "[yx].tar")[:-8] + "{y,x}.tar").digest
     )
+
+
+def test_the_cached_digest_of_a_folder_is_used_only_while_nothing_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write(tmp_path / "photos", "1.png", "2.png")
+    hashed: list[int] = []
+    real = Folder.hash_file
+    monkeypatch.setattr(Folder, "hash_file", lambda self, i: (hashed.append(i), real(self, i))[1])
+
+    def digest(classes: str, second: bytes, seconds: int) -> str:
+        (root / "labels.csv").write_text("key,label\n1,0\n2,1\n")
+        (root / "classes.txt").write_text(classes)
+        (root / "2.png").write_bytes(second)
+        for name in ("1.png", "2.png"):
+            os.utime(root / name, (seconds, seconds))
+        return open_images([root]).digest
+
+    changes = [("cat\ndog\n", b"2", 10**9), ("cat\nwolf\n", b"2", 10**9), ("cat\nwolf\n", b"3", 10**9 + 1)]
+    digests = [digest(*change) for change in changes]
+    assert len(set(digests)) == 3
+    assert len(hashed) == 6
+    assert digest(*changes[-1]) == digests[-1]
+    assert len(hashed) == 6
 
 
 def test_image_sets_pickle_small_and_read_after_unpickling(tmp_path: Path, pack: Pack) -> None:
