@@ -178,6 +178,31 @@ def test_a_batch_is_submitted_before_the_results_of_the_last_are_awaited(images:
     assert order.count("encode") == len(order) - usable == 6
 
 
+def test_records_of_all_ranks_are_in_the_order_of_the_shards(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = artifacts.start(tmp_path / "out", "features", {}, {"images": images})
+    assert isinstance(draft, Draft)
+
+    def write(draft: Draft, shard: EncodedShard) -> None:
+        draft.write_bytes(shard.name, shard.rows.tobytes(), keys=shard.keys, skipped=shard.skipped)
+
+    with draft:
+        shares = list[tuple[dict[int, Any], int]]()
+        for rank in (1, 0):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "world_size", lambda: 2)
+            job = EncodingJob(draft, images, equal_shards("{}", NUM, 10, (3,), 4), title="encode", max_skipped=0.5)
+            settings: dict[str, Any] = {"device": torch.device("cpu"), "image_size": 16, "num_workers": 0}
+            job.run(mean_colours, write, check=accept, dtype=np.uint32, **settings)
+            records = {shard.number: draft.record(shard.name) for shard in job.mine}
+            shares.insert(0, (records, job.stopwatch.images))
+        monkeypatch.setattr(distributed, "gather_objects", lambda own: shares)
+        records, skipped = job.finish()
+    assert [record["keys"][0] for record in records] == ["00", "14", "20"]
+    assert (skipped, job.stopwatch.images) == ({"empty": 5}, NUM)
+
+
 class Recorder(Silent):
     def __init__(self) -> None:
         self.started: list[tuple[str, int | None, int]] = []

@@ -33,11 +33,17 @@ def make(tmp_path: Path) -> Make:
     """make("name", flip=True) -> 14 images in shards of 5; image i, view v holds the ids i * 10 + v * 1000 + (0..5)."""
 
     def make(
-        name: str, *, flip: bool = True, ten: bool = False, classes: int | None = 3, codebook_size: int = 100_000
+        name: str,
+        *,
+        flip: bool = True,
+        ten: bool = False,
+        classes: int | None = 3,
+        codebook_size: int = 100_000,
+        shift: int = 0,
     ) -> Artifact:
         images = np.arange(NUM)
         views = np.arange(10 if ten else 1 + flip)
-        ids = images[:, None, None] * 10 + views[:, None] * 1000 + np.arange(TOKENS)
+        ids = images[:, None, None] * 10 + views[:, None] * 1000 + np.arange(TOKENS) + shift
         config = {"flip": False, "crops": "ten"} if ten else {"flip": flip}
         draft = artifacts.start(tmp_path / name, "tokens", config, {"images": "0" * 64})
         assert isinstance(draft, artifacts.Draft)
@@ -130,6 +136,8 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
     again = TokenSet(artifact, tmp_path / "cache")  # unpacked once
     assert run(again, 0, 3) == run(held, 0, 3)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+    other = make("other", shift=1, codebook_size=codebook_size)
+    assert TokenSet(other, tmp_path / "cache").rows[0, 0] == held.rows[0, 0] + 1
     with pytest.raises(ArtifactError, match=r"too many ids for memory\. .*TokenDataset\(path, cache=FOLDER\)"):
         TokenSet(artifact)
 
@@ -198,6 +206,7 @@ def test_held_out_images_cover_every_class_and_are_not_trained_on(make: Make) ->
     rest, held_out = split_held_out(tokens, 6)
     assert held_out is not None
     assert sorted(held_out.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert held_out.images.tolist() == [2, 4, 6, 8, 9, 13]  # in every version
     keys = [{part.key(i) for i in range(len(part))} for part in (rest, held_out)]
     assert [len(part) for part in keys] == [8, 6]
     assert not keys[0] & keys[1]
@@ -230,3 +239,7 @@ def test_inconsistent_tokens_are_an_error(make: Make, tmp_path: Path) -> None:
     artifact.facts["num_images"] = NUM - 1
     with pytest.raises(ArtifactError, match="does not hold the rows of its manifest"):
         TokenSet(artifact)
+    unflipped = make("unflipped", flip=False)
+    unflipped.config["flip"], unflipped.facts["num_images"] = True, NUM // 2
+    with pytest.raises(ArtifactError, match="lacks flipped images"):
+        TokenSet(unflipped)

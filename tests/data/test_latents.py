@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vqpipe import artifacts
+from vqpipe.data.examples import LatentExamples
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.latents import LatentSet, LatentStatistics, moments, open_latents, pooled, write_latents
 from vqpipe.errors import ArtifactError, DataError, NumericError
@@ -47,9 +48,9 @@ def images(tmp_path: Path, draw: Callable[..., bytes]) -> ImageSet:
 
 
 def write(out: Path, images: ImageSet, **options: object) -> artifacts.Artifact:
-    draft = artifacts.start(out, "latents", {}, {"images": images})
-    assert isinstance(draft, artifacts.Draft)
     settings = {"encode": encode, "max_skipped": 0.2, "flip": True} | options
+    draft = artifacts.start(out, "latents", {"flip": settings["flip"]}, {"images": images})
+    assert isinstance(draft, artifacts.Draft)
     with draft:
         facts = write_latents(
             draft,
@@ -85,6 +86,12 @@ def test_latents_are_stored_and_read_back(images: ImageSet, tmp_path: Path, monk
     everything = normal.take(range(20)).transpose(0, 1).flatten(1)
     assert torch.allclose(everything.mean(1), torch.zeros(3), atol=1e-5)
     assert torch.allclose(everything.std(1, correction=0), torch.ones(3), atol=1e-5)
+
+    examples = LatentExamples(normal)
+    usable = [i for i in range(11) if images.key(i) != "b/07"]
+    assert [examples.key(i) for i in range(10)] == [images.key(i) for i in usable]
+    assert examples.labels.tolist() == images.labels[usable].tolist()
+    assert torch.equal(examples.read([3, 5], [1, 0]), normal.take([7, 10]))
 
     rows = [19, 0, 7, 8, 0]
     taken = normal.take(rows)
@@ -151,9 +158,9 @@ def test_too_many_unreadable_images_are_an_error_that_a_larger_tolerance_continu
 
 
 def test_latents_beyond_float16_are_an_error(images: ImageSet, tmp_path: Path) -> None:
-    for factor in (float("nan"), 1e6):
+    for factor in (float("nan"), 1e6, -1e6):
         with pytest.raises(NumericError, match=r"NaN, or values beyond float16's 65504, in the latent of image a/00"):
-            write(tmp_path / "bad", images, encode=lambda batch, factor=factor: encode(batch) * factor)
+            write(tmp_path / "bad", images, encode=lambda batch, factor=factor: encode(batch).abs() * factor)
 
 
 def test_pooled_moments_are_exact_for_any_split_and_far_from_zero() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 import vqpipe.data
-from vqpipe import artifacts
+from vqpipe import artifacts, distributed
 from vqpipe.data import ImageStream, TokenDataset, TokenStream
 from vqpipe.data.examples import ExampleStream
 from vqpipe.data.streams import Stream
@@ -141,7 +141,9 @@ def make(request: pytest.FixtureRequest, folder: Path, pictures: Path) -> Callab
     return lambda **options: ImageStream(pictures, image_size=8, seed=5, **{"batch_size": 4, **options})
 
 
-def test_batches_do_not_depend_on_ranks_workers_and_resuming(make: Callable[..., Stream]) -> None:
+def test_batches_do_not_depend_on_ranks_workers_and_resuming(
+    make: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = make()
     assert (stream.images_seen, stream.state_dict()) == (0, {"images_seen": 0, "seed": 5})
     whole = take(stream, 6)
@@ -152,8 +154,13 @@ def test_batches_do_not_depend_on_ranks_workers_and_resuming(make: Callable[...,
     assert state == {"images_seen": 24, "seed": 5}
     assert content(take(DataLoader(make(), batch_size=None, num_workers=2), 6)) == content(whole)
     for rank in range(2):
-        for batch, all_ranks in zip(take(make(rank=rank, world_size=2), 6), whole, strict=True):
-            assert batch["key"] == all_ranks["key"][2 * rank : 2 * rank + 2]
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        by_default = make()
+        monkeypatch.undo()
+        for own in (make(rank=rank, world_size=2), by_default):
+            for batch, all_ranks in zip(take(own, 6), whole, strict=True):
+                assert batch["key"] == all_ranks["key"][2 * rank : 2 * rank + 2]
     resumed = make()
     resumed.load_state_dict({"images_seen": whole[2]["images_seen"]})
     assert content(take(DataLoader(resumed, batch_size=None, num_workers=2), 3)) == content(whole[3:])
@@ -177,7 +184,11 @@ def test_image_stream_crops_and_counts(pictures: Path) -> None:
     assert (batch["image"].dtype, tuple(batch["image"].shape)) == (torch.uint8, (NUM, 3, 16, 16))
     assert set(batch["label"].tolist()) == {0, 1}
     assert stream.skipped == {"not-an-image": 1}
-    with pytest.raises(DataError, match=r"at least 1 of .* class-0/0 of"):
+    (pictures / "class-1" / "1.png").write_bytes(b"")
+    stream = ImageStream(pictures, max_skipped=0.5, **{**options, "batch_size": 1})
+    take(stream, NUM)
+    assert stream.skipped == {"empty": 1, "not-an-image": 1}
+    with pytest.raises(DataError, match=r"at least 2 of .* class-0/0 of"):
         take(ImageStream(pictures, **options), 1)
     with pytest.raises(ConfigError, match=r"unknown key data\.flop"):
         ImageStream(pictures, image_size=16, seed=0, batch_size=2, flop=False)

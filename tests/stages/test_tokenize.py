@@ -205,6 +205,8 @@ def test_native_sizes_have_shards_of_their_own_and_are_decoded_to_their_size(
     tokenize([str(sized_folder)], tokenizer, tmp_path / "square", image_size="32", max_skipped=0.3, device="cpu")
     square = read_tokens(open_artifact(tmp_path / "square").file("tokens-00000.parquet"), 64)
     native = read_tokens(made.file("tokens-32x32-00000.parquet"), 64)
+    with pytest.raises(DataError, match="has images of 32, not of 48x32"):
+        TokenDataset(tmp_path / "square", image_size="48x32")
     assert torch.equal(square.ids[square.keys.index("2")], native.ids[0])
 
     detokenize(made.path, tokenizer, tmp_path / "images", device="cpu")
@@ -216,7 +218,7 @@ def test_native_sizes_have_shards_of_their_own_and_are_decoded_to_their_size(
 
 
 def test_tokens_of_native_sizes_are_read_one_size_at_a_time_and_not_trained_on(
-    tiny_tokenizer: Callable[..., Path], sized_folder: Path, tmp_path: Path
+    tiny_tokenizer: Callable[..., Path], sized_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, out = tiny_tokenizer("tokenizer"), tmp_path / "tokens"
     images: dict[str, Any] = {"images": [str(sized_folder)], "tokenizer": tokenizer, "max_skipped": 0.5}
@@ -226,9 +228,14 @@ def test_tokens_of_native_sizes_are_read_one_size_at_a_time_and_not_trained_on(
     with pytest.raises(DataError, match="images of other sizes than 64: 48x32"):
         TokenDataset(out, image_size=64)
     tokens = TokenDataset(out, image_size="48x32")
+    square = TokenDataset(out, image_size=32)[0]
     assert [tokens[i]["key"] for i in range(len(tokens))] == ["0", "1"]
     assert len(TokenDataset(out, image_size=32)) == len(TokenDataset(out, image_size=(32, 32))) == 1
     assert len(TokenDataset(out, image_size=(32, 48))) == len(tokens)
+    monkeypatch.setattr("vqpipe.data.examples.IN_MEMORY", 0)
+    for size, item in (("48x32", tokens[0]), ("32x32", square)):
+        mapped = TokenDataset(out, image_size=size, cache=tmp_path / "cache")
+        assert torch.equal(mapped[0]["ids"], item["ids"])
     assert (tokens.facts["image_size"], tokens.facts["num_tokens"]) == ("48x32", len(tokens[0]["ids"]))
     batch = next(iter(tokens.stream(seed=0, batch_size=2)))
     assert batch["ids"].shape == (2, 384)
