@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact, start
 from vqpipe.artifacts import draft as draft_module
+from vqpipe.artifacts.artifact import content_digest
 from vqpipe.codebooks.codebook import load_codebook
 from vqpipe.data.examples import TokenSet
 from vqpipe.data.tokens import write_token_file
 from vqpipe.errors import ArtifactError
+from vqpipe.files import hash_file
 from vqpipe.models import VqganConfig, build_autoencoder
 from vqpipe.progress import Silent
 from vqpipe.provenance import command_again, provenance
@@ -77,12 +79,15 @@ def test_request_digest_depends_on_config_and_content_digest_on_files(tmp_path: 
         other = draft.publish({}).manifest
     assert other.request != first.request
     assert other.content != first.content
+    entry = first.files["a.bin"]
+    assert content_digest({"a.bin": entry}) != content_digest({"b.bin": entry})
 
 
 def test_same_request_again_opens_the_published_artifact(tmp_path: Path) -> None:
     publish(tmp_path / "out")
     before = tree(tmp_path)
-    assert isinstance(start(tmp_path / "out", "codebook", CONFIG, INPUTS), Artifact)
+    for config in (CONFIG, dict(reversed(CONFIG.items()))):
+        assert isinstance(start(tmp_path / "out", "codebook", config, INPUTS), Artifact)
     assert tree(tmp_path) == before
 
 
@@ -119,6 +124,13 @@ def test_another_request_is_refused_with_the_first_difference(tmp_path: Path) ->
         path.write_bytes(b"a")
     with pytest.raises(ArtifactError, match=r"was started with other settings: k was 3, now 4"):
         start(tmp_path / "two", "codebook", {**CONFIG, "k": 4}, INPUTS)
+
+
+def test_another_request_is_refused_where_only_the_last_rename_was_missing(tmp_path: Path) -> None:
+    publish(tmp_path / "out").path.rename(tmp_path / "out.partial")
+    with pytest.raises(ArtifactError, match=r"out\.partial exists and was made with other settings: k was 3, now 4"):
+        begin(tmp_path / "out", {**CONFIG, "k": 4})
+    assert isinstance(start(tmp_path / "out", "codebook", CONFIG, INPUTS), Artifact)
 
 
 class Folder:
@@ -200,6 +212,10 @@ def test_interrupted_run_resumes_at_its_first_missing_file(tmp_path: Path) -> No
     with begin(tmp_path / "out") as draft:
         assert draft.record("a.bin") == {"rows": 5}
         assert draft.record("sub/b.bin") is None
+        os.truncate(draft.path / "a.bin", 3)
+        assert draft.record("a.bin") is None
+        with draft.write("a.bin", rows=5) as path:
+            path.write_bytes(b"a.bin")
         with draft.write("sub/b.bin", rows=9) as path:
             path.write_bytes(b"sub/b.bin")
         resumed = draft.publish({"k": 3})
@@ -277,6 +293,12 @@ def test_damaged_or_missing_files_are_detected(tmp_path: Path) -> None:
     artifact = publish(tmp_path / "out")
     (artifact.path / "a.bin").write_bytes(b"A.bin")
     with pytest.raises(ArtifactError, match=r"a\.bin is damaged"):
+        open_artifact(artifact.path).verify()
+    manifest = artifact.path / "manifest.json"
+    edited = json.loads(manifest.read_text())
+    edited["files"]["a.bin"]["sha256"] = hash_file(artifact.path / "a.bin")
+    manifest.write_text(json.dumps(edited))
+    with pytest.raises(ArtifactError, match=r"manifest\.json was edited: its content digest does not match"):
         open_artifact(artifact.path).verify()
     (artifact.path / "a.bin").write_bytes(b"longer")
     with pytest.raises(ArtifactError, match="has 6 bytes, published with 5"):

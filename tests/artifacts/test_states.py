@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from vqpipe.artifacts import states
-from vqpipe.artifacts.states import States, damage, read
+from vqpipe.artifacts.states import States, damage, digest, read
 from vqpipe.errors import ArtifactError
 
 
@@ -175,6 +175,11 @@ def test_unchanging_tensor_is_stored_once_and_deleted_with_its_last_state(tmp_pa
     assert file not in shared(tmp_path)
     States(tmp_path, "request").discard()
     assert names(tmp_path) == []
+
+
+def test_tensors_of_equal_bytes_but_other_types_and_shapes_are_not_shared() -> None:
+    zeros = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6), torch.zeros(6, dtype=torch.int32)]
+    assert len({digest(tensor) for tensor in zeros}) == 4
 
 
 @pytest.mark.usefixtures("_small_tensors_are_shared")
