@@ -179,6 +179,8 @@ def test_parquet_digest_is_that_of_the_content(draw: Draw, tmp_path: Path) -> No
         os.utime(path, (1e9, 1e9))  # old enough to be cached
     digests = [open_images(tmp_path / folder).digest for folder in "abca"]
     assert digests[0] == digests[1] == digests[3] != digests[2]
+    os.rename(tmp_path / "b" / "x.parquet", tmp_path / "b" / "y.parquet")
+    assert open_images(tmp_path / "b").digest != digests[1]  # other keys
     images = open_images(tmp_path / "a")
     parquets.read_group.cache_clear()
     write_parquet(tmp_path / "a" / "x.parquet", [draw(3), draw(4)], [0, 1])
@@ -194,8 +196,8 @@ def test_parquets_that_cannot_be_read_are_errors(draw: Draw, tmp_path: Path, mon
     pq.write_table(pa.table({"one": [b"a"], "two": [b"b"]}), path)
     with pytest.raises(DataError, match="several columns of bytes: one, two"):
         open_images(path)
-    write_parquet(path, [draw(0)], [7], metadata=hugging_face(["cat"]))
-    with pytest.raises(DataError, match=r"classes 7 to 7 in its column label. Numbers from 0 to 0 are"):
+    write_parquet(path, [draw(0)], [1], metadata=hugging_face(["cat"]))
+    with pytest.raises(DataError, match=r"classes 1 to 1 in its column label. Numbers from 0 to 0 are"):
         open_images(path)
     path.write_bytes(b"<html>")
     with pytest.raises(DataError, match="is an HTML page, not a Parquet file"):

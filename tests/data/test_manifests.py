@@ -188,6 +188,8 @@ def labelled(manifest: DatasetManifest, split: Split, source: Path) -> list[tupl
 def test_imagenet_val_in_class_folders_or_flat(imagenet: tuple[DatasetManifest, Split], tmp_path: Path) -> None:
     sorted_copy = write(tmp_path / "1", "val/n02/v_2.JPEG", "val/n01/v_3.JPEG", "val/n02/v_1.JPEG")
     assert labelled(*imagenet, sorted_copy) == [("n01/v_3", 0), ("n02/v_1", 1), ("n02/v_2", 1)]
+    with pytest.raises(DataError, match="imagenet-1k/val should hold 3 classes, found 2"):
+        labelled(imagenet[0], replace(imagenet[1], num_classes=3), sorted_copy)
 
     expected = [("v_1", 1), ("v_2", 1), ("v_3", 0)]
     flat = write(tmp_path / "2", "val/v_2.JPEG", "val/v_3.JPEG", "val/v_1.JPEG")
@@ -281,7 +283,8 @@ def test_a_split_contains_exactly_its_files(name: str, split: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("text", "second", "expected"), [("a b\n\n b\n", "", ["a b", "b"]), ("a b 1\nc b\nd\ne f\n", "b", ["a", "c"])]
+    ("text", "second", "expected"),
+    [("a b\n\n b\n", "", ["a b", "b"]), ("a b 1\nc b\nd\ne f\ng h b\n", "b", ["a", "c"])],
 )
 def test_text_lists_have_a_name_per_line(text: str, second: str, expected: list[str], tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(text)

@@ -125,6 +125,13 @@ def test_image_size_stores_center_crops_as_jpeg(tiny: Path) -> None:
     assert np.abs(np.asarray(stored).astype(int) - crop).mean() < 4
 
 
+def test_color_is_applied_before_the_crop(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    colors = set[str]()
+    monkeypatch.setattr(packing, "decode", lambda data, color: (colors.add(color), decode(data))[1])
+    prepare(tiny, image_size=16, color="srgb")
+    assert colors == {"srgb"}
+
+
 def test_counts_are_checked_against_the_manifest(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match=r"1 of 10 images cannot be used \(1 truncated\), more than the 1.00%"):
         prepare(tiny, max_skipped=0.01)
