@@ -488,13 +488,23 @@ def test_native_sizes_are_read_once(
     assert made.digest == run("straight", 0.5).digest
 
 
-def test_an_image_below_the_downsample_factor_has_no_tokens(tmp_path: Path, draw: Callable[..., bytes]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (630, r"none of the 1 images of a can be used \(1 too-small\)"),
+        (629, r"1 of 1 image cannot be used \(1 too-large\), more than"),  # of any image, and not asked for
+    ],
+)
+def test_an_image_below_the_downsample_factor_or_beyond_pillows_limit_has_no_tokens(
+    tmp_path: Path, draw: Callable[..., bytes], limit: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "MAX_PIXELS", limit)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.png").write_bytes(draw(0, (7, 90)))
     images = open_images([tmp_path / "a"])
     draft = artifacts.start(tmp_path / "out", "tokens", {}, {"images": images})
     assert isinstance(draft, Draft)
-    with draft, pytest.raises(DataError, match=r"none of the 1 images of a can be used \(1 too-small\)"):
+    with draft, pytest.raises(DataError, match=message):
         write_tokens(draft, images, Pixels(300), TokensConfig(image_size="native"))
 
 
