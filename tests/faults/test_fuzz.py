@@ -331,7 +331,7 @@ def header(size: bytes, kind: bytes = b"0", name: bytes = b"a.png") -> bytes:
     [
         pytest.param(header(b"\xff" * 10 + b"\xfc\x00"), "impossible size", id="negative size: an endless loop"),
         pytest.param(header(b"\x80" + b"\x7f" * 11), "impossible size", id="a size beyond 64 bits"),
-        pytest.param(header(b"00017777777\0", b"L"), "header of 4,194,303 bytes", id="a name of 4 MB"),
+        pytest.param(header(b"00017777777\0", b"L"), "header of 4,194,304 bytes", id="a name of 4 MB"),
         pytest.param(header(b"00017777777\0", name=b"a.cls"), "is truncated", id="a label of 4 MB is not read"),
         pytest.param(
             header(b"00000000015\0", b"x") + b"13 size=-512\n".ljust(512, b"\0") + header(b"00000000000\0"),
@@ -339,7 +339,9 @@ def header(size: bytes, kind: bytes = b"0", name: bytes = b"a.png") -> bytes:
             id="a negative size in a pax header",
         ),
         pytest.param(
-            header(b"00000000011\0", b"x") + b"0 size=1\n".ljust(512, b"\0"), "damaged pax", id="a record of no length"
+            header(b"00000000011\0", b"x") + b"0 size=1\n".ljust(512, b"\0"),
+            "has no tar header",
+            id="a record of no length",
         ),
     ],
 )

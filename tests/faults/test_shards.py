@@ -43,7 +43,7 @@ def test_flipped_bit_in_an_image_changes_the_digest(tmp_path: Path, pack: Pack, 
 
 @pytest.mark.parametrize("data", [b"", np.random.default_rng(0).bytes(4096), b"\0" * 512, b"<html>" * 200])
 def test_bytes_that_are_not_a_tar_are_an_error(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"s\.tar (is empty|has no tar header at byte 0|is truncated|is an HTML page)"):
+    with pytest.raises(DataError, match=r"s\.tar (is empty|has no tar header|is truncated|is an HTML page)"):
         index_tar(io.BytesIO(data), "s.tar")
 
 

@@ -1,13 +1,12 @@
 """Tar shards in WebDataset's layout (key.jpg, key.cls): indexed once and read by offset; written reproducibly.
 
-The headers are read here, not by `tarfile`: that module ends silently at a damaged or missing header, so a shard cut at
-the boundary of a member would read as a shorter shard. Here every byte is checked, up to the end mark.
+`tarfile` reads the headers. It ends silently at a damaged or missing one, so a shard cut at the boundary of a member
+would read as a shorter shard: `check_end` makes that an error.
 """
 
 import hashlib
 import io
 import json
-import os
 import posixpath
 import tarfile
 from collections import Counter
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -140,12 +139,17 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:
     Raises:
         DataError: compressed, truncated, damaged, two joined tars, a duplicate key, or a path outside the tar's folder.
     """
-    reader = TarReader(file, name, hashed=sha256 is None)
+    kind = kind_of(file.read(BLOCK))
+    if kind not in ("tar", "unknown"):
+        raise DataError(*explain(name, kind, "a tar", HINTS.get(kind, "Give a tar, or a folder of images")))
+    file.seek(0)
+    reader = ForwardFile(file, name, hashed=sha256 is None)
     members, texts = list[Member](), dict[int, bytes]()
-    for member in reader.members():
+    for member in read_members(reader):
         members.append(member)
         if member.path.lower().endswith(LABEL_ENDINGS) and 0 < member.size <= LONGEST_TEXT and not member.refused:
-            texts[member.offset] = reader.body(member)
+            texts[member.offset] = reader.read(member.size)
+    size = file.tell()
     ignored: Counter[str] = Counter()
     samples: dict[str, list[Part]] = {}
     for order, member in enumerate(resolve_links(members)):
@@ -158,7 +162,7 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:
     images = [image for key, parts in samples.items() for image in sample_images(name, key, parts, labels, ignored)]
     images.sort(key=lambda image: image.order)
     return TarIndex(
-        size=reader.position,
+        size=size,
         sha256=sha256 or reader.hash.hexdigest(),
         keys=[image.key for image in images],
         offsets=[image.member.offset for image in images],
@@ -319,7 +323,6 @@ def parse_label(path: str, body: bytes) -> int | str | None:
 
 
 BLOCK = tarfile.BLOCKSIZE
-CHUNK = 1 << 20
 HINTS = {
     "parquet": "Let its name end in .parquet",
     "zip": "Let its name end in .zip",
@@ -328,12 +331,10 @@ HINTS = {
     "image": "Give the folder that holds it",
 }
 """What to do with a file that is no tar."""
-LONG_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-"""GNU's headers before that of a member, and the keys of pax for what they hold."""
 GNU_FOLDER = b"D"
 """A folder of an incremental tar; its data lists the files in it."""
 LONGEST_TEXT = 1 << 20
-"""Largest long name, pax header or label, in bytes: they are read into memory."""
+"""Largest read, in bytes: that of a long name, of a pax header or of a label."""
 LARGEST_MEMBER = 1 << 43
 """8 TiB; the format allows up to 2**88, and negative sizes."""
 LONGEST_CHAIN = 40
@@ -356,142 +357,94 @@ class Member:
 DEAD_LINK = Member("", 0, 0, "dead link")
 
 
-class TarReader:
-    """Reads a tar strictly forward, and hashes it, member by member."""
+class ForwardFile:
+    """A file for `tarfile` that is read from its first byte to its last, and hashed: what it seeks is read too.
+
+    Without `hashed` what is passed over is not read.
+    """
 
     def __init__(self, file: BinaryIO, name: str, hashed: bool) -> None:
         self.file, self.name, self.hashed = file, name, hashed
         self.hash = hashlib.sha256()
-        self.position = 0
-        self.pending = 0  # bytes left of the current member
+        self.last = b""
+        """What the last call of `read` returned."""
 
-    def members(self) -> Iterator[Member]:
-        """Yield every member in order, long names resolved; a DataError at the first byte that is not a tar's."""
-        extended = dict[str, str]()  # what the headers before that of a member say of it, by the keys of pax
-        while (header := self.header()) is not None:
-            if header.type in LONG_NAMES:
-                extended[LONG_NAMES[header.type]] = self.text(header).rstrip(b"\0").decode("utf-8", "backslashreplace")
-                continue
-            if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
-                text = self.text(header)
-                extended |= {} if header.type == tarfile.XGLTYPE else parse_pax(self.name, text)
-                continue
-            path = extended.get("path") or header.name
-            if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended):
-                raise DataError(f"{self.name}: {path} is a sparse member", "Pack the shard without --sparse")
-            size = self.size_of(header, extended.get("size"))
-            if header.isreg():
-                self.pending = -(-size // BLOCK) * BLOCK
-                yield Member(path, self.position, size)
-                self.skip(self.pending)
-                self.pending = 0
-            elif header.issym() or header.islnk():
-                target = extended.get("linkpath") or header.linkname
-                if header.issym():  # relative to its folder; a hard link is relative to the tar
-                    target = posixpath.join(posixpath.dirname(path), target)
-                yield Member(path, self.position, 0, "dead link", posixpath.normpath(target))
-            elif header.type not in tarfile.SUPPORTED_TYPES:  # with data, as the folders of GNU's incremental tars
-                self.skip(-(-size // BLOCK) * BLOCK)
-                if header.type != GNU_FOLDER:
-                    yield Member(path, self.position, 0, "device")
-            elif not header.isdir():
-                yield Member(path, self.position, 0, "device")
-            extended = {}
-
-    def text(self, header: tarfile.TarInfo) -> bytes:
-        """The data of a header that holds a text."""
-        size = self.size_of(header)
-        if size > LONGEST_TEXT:
-            raise DataError(f"{self.name} has a header of {size:,} bytes before byte {self.position}", COPY_AGAIN)
-        return self.read(-(-size // BLOCK) * BLOCK)[:size]
-
-    def size_of(self, header: tarfile.TarInfo, pax: str | None = None) -> int:
-        """The number of bytes after a header; `pax` is the size in the pax header before it, if there is one."""
-        size = header.size if pax is None else int(pax) if pax.isascii() and pax.isdigit() else -1
-        if not 0 <= size <= LARGEST_MEMBER:
-            raise DataError(f"{self.name} has a member of impossible size before byte {self.position}", COPY_AGAIN)
-        return size
-
-    def body(self, member: Member) -> bytes:
-        """The data of the member just yielded, which is a text."""
-        if member.size > LONGEST_TEXT:
-            raise DataError(f"{self.name}: {member.path} has {member.size:,} bytes, too many for a text", COPY_AGAIN)
-        data = self.read(self.pending)[: member.size]
-        self.pending = 0
-        return data
-
-    def header(self) -> tarfile.TarInfo | None:
-        """The next header; None at the end mark, after which only padding may follow."""
-        start = self.position
-        block = self.file.read(BLOCK)
-        if start == 0:
-            kind = kind_of(block)
-            if kind not in ("tar", "empty", "unknown"):
-                raise DataError(
-                    *explain(self.name, kind, "a tar", HINTS.get(kind, "Give a tar, or a folder of images"))
-                )
-        self.advance(block)
-        if not block:
-            what = "is empty" if start == 0 else f"is truncated: no end mark at byte {start}"
-            raise DataError(f"{self.name} {what}", COPY_AGAIN)
-        if len(block) < BLOCK:
-            raise DataError(f"{self.name} is truncated inside the header at byte {start}", COPY_AGAIN)
-        if not any(block):
-            if any(self.read(BLOCK)):
-                raise DataError(f"{self.name} is damaged: half an end mark at byte {start}", COPY_AGAIN)
-            while rest := self.file.read(CHUNK):
-                if rest.count(0) != len(rest):
-                    raise DataError(f"{self.name} has data after its end mark at byte {start}", "Split two joined tars")
-                self.advance(rest)
-            return None
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-        except tarfile.HeaderError as error:
-            raise DataError(f"{self.name} has no tar header at byte {start}: {error}", COPY_AGAIN) from None
-        if block[257:265] == tarfile.GNU_MAGIC:  # where others have folders, incremental tars have times
-            header.name = block[:100].partition(b"\0")[0].decode("utf-8", "backslashreplace")
-        return header
+    def tell(self) -> int:
+        return self.file.tell()
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes; a DataError where the file ends before."""
-        data = self.file.read(size)
-        self.advance(data)
-        if len(data) < size:
-            raise DataError(f"{self.name} is truncated at byte {self.position}", COPY_AGAIN)
-        return data
-
-    def skip(self, size: int) -> None:
-        """Pass over `size` bytes, which are read only to hash them."""
+        """The next bytes, up to `size`: a header, a text, or a part of the data of a member."""
+        if not 0 <= size <= LONGEST_TEXT:
+            raise DataError(f"{self.name} has a header of {size:,} bytes before byte {self.tell()}", COPY_AGAIN)
+        self.last = self.file.read(size)
         if self.hashed:
-            for start in range(0, size, CHUNK):
-                self.read(min(CHUNK, size - start))
-        elif size:
-            self.file.seek(size - 1, os.SEEK_CUR)
-            self.position += size - 1
-            self.read(1)
+            self.hash.update(self.last)
+        return self.last
 
-    def advance(self, data: bytes) -> None:
-        """Count and hash bytes that were read."""
-        self.position += len(data)
-        if self.hashed:
-            self.hash.update(data)
+    def seek(self, position: int) -> None:
+        if not self.hashed:
+            self.file.seek(position)
+        while self.tell() < position and self.read(min(LONGEST_TEXT, position - self.tell())):
+            pass
 
 
-def parse_pax(name: str, body: bytes) -> dict[str, str]:
-    """A pax header's records, each `LENGTH KEY=VALUE\\n` with its own length in decimal."""
-    records, position = dict[str, str](), 0
+class Header(tarfile.TarInfo):
+    """A header whose GNU format has no folders beside the name: incremental tars have times there."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == tarfile.GNU_MAGIC:
+            header.name = buf[:100].partition(b"\0")[0].decode(encoding, errors)
+        return header
+
+
+def read_members(file: ForwardFile) -> Iterator[Member]:
+    """Yield every member of a tar in order; a DataError at the first byte that is not a tar's. After a regular member
+    was yielded, the file is at its data."""
+    options: Any = {"fileobj": file, "tarinfo": Header, "encoding": "utf-8", "errors": "backslashreplace"}
     try:
-        while position < len(body):
-            length = int(body[position : body.index(b" ", position)])
-            record = body[position : position + length]
-            if length < 1 or len(record) < length:
-                raise ValueError(length)
-            key, _, value = record.partition(b" ")[2].rstrip(b"\n").partition(b"=")
-            records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
-            position += length
-    except ValueError:
-        raise DataError(f"{name} has a damaged pax header", COPY_AGAIN) from None
-    return records
+        with tarfile.open(mode="r:", **options) as tar:
+            while (header := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else all stay in memory
+                yield from member_of(header, file)
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # tarfile raises many types on damaged headers
+        what = "has no tar header" if file.read(1) else "is truncated"
+        raise DataError(f"{file.name} {what} before byte {file.tell()}: {error}", COPY_AGAIN) from None
+    check_end(file, tar.offset)
+
+
+def member_of(header: tarfile.TarInfo, file: ForwardFile) -> Iterator[Member]:
+    """The member of a header; none for a folder."""
+    path, offset = header.name, header.offset_data
+    if header.issparse() or any(key.startswith("GNU.sparse") for key in header.pax_headers):
+        raise DataError(f"{file.name}: {path} is a sparse member", "Pack the shard without --sparse")
+    if not 0 <= header.size <= LARGEST_MEMBER:
+        raise DataError(f"{file.name} has a member of impossible size before byte {offset}", COPY_AGAIN)
+    if header.isreg():
+        yield Member(path, offset, header.size)
+    elif header.issym() or header.islnk():
+        # A symbolic link is relative to its folder, a hard link to the tar.
+        target = posixpath.join(posixpath.dirname(path) if header.issym() else "", header.linkname)
+        yield Member(path, offset, 0, "dead link", posixpath.normpath(target))
+    elif header.type not in (tarfile.DIRTYPE, GNU_FOLDER):
+        yield Member(path, offset, 0, "device")
+
+
+def check_end(file: ForwardFile, start: int) -> None:
+    """Raise a DataError unless the block at `start`, the last that was read, begins the end mark: two blocks of zeros,
+    with nothing but zeros after them. (`tarfile` ends silently at a damaged or missing header.)"""
+    if any(file.last) and len(file.last) == BLOCK:
+        raise DataError(f"{file.name} has no tar header at byte {start}", COPY_AGAIN)
+    while rest := file.read(LONGEST_TEXT):
+        if rest.count(0) != len(rest):
+            raise DataError(
+                f"{file.name} has data after its end mark at byte {start}", f"Split two joined tars. {COPY_AGAIN}"
+            )
+    if file.tell() < start + 2 * BLOCK:
+        raise DataError(f"{file.name} is truncated: no end mark at byte {start}", COPY_AGAIN)
 
 
 class TarWriter:
