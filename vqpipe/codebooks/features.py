@@ -24,18 +24,17 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool
 from vqpipe.config import resumable
+from vqpipe.data.arrays import check_float16, first_rows, map_array, take_rows, write_rows
 from vqpipe.data.encode import (
     ORIGIN_FIELDS,
     EncodedShard,
     EncodingJob,
-    check_float16,
     equal_shards,
     faster_network,
     read_columns,
@@ -264,18 +263,13 @@ def write_features(
 
 
 def write_shard(draft: Draft, shard: EncodedShard) -> None:
-    """Write a shard's two files; the array last, so that its record marks both as complete."""
-    keys, rows = shard.keys, shard.rows
-    vectors_per_image = rows.shape[1]
-    columns = sample_columns(keys, shard.labels, shard.origins) | {
-        "first_row": [vectors_per_image * index for index in range(len(keys))],
-        "num_rows": [vectors_per_image] * len(keys),
+    """Write a shard's two files."""
+    images, vectors_per_image = shard.rows.shape[:2]
+    columns = sample_columns(shard.keys, shard.labels, shard.origins) | {
+        "first_row": [vectors_per_image * image for image in range(images)],
+        "num_rows": [vectors_per_image] * images,
     }
-    with draft.write(f"samples-{shard.number:05d}.parquet") as path:
-        parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path)
-    record = {"images": len(keys), "rows": vectors_per_image * len(keys), "skipped": shard.skipped}
-    with draft.write(f"features-{shard.number:05d}.npy", **record) as path, path.open("wb") as file:
-        np.save(file, rows.reshape(-1, rows.shape[2]), allow_pickle=False)
+    write_rows(draft, shard, pa.table(columns, schema=SAMPLES_SCHEMA))
 
 
 class FeatureSet:
@@ -305,7 +299,7 @@ class FeatureSet:
         self.lineage = (
             artifact.lineage if artifact else {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
         )
-        self.first_rows = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.first_rows = first_rows(self.shards)
         self.num_vectors = int(self.first_rows[-1])
         self.dim = int(self.shards[0].shape[1])
         self.dtype = np.float16 if all(shard.dtype == np.float16 for shard in self.shards) else np.float32
@@ -319,19 +313,15 @@ class FeatureSet:
 
         Rows of one writable array in memory are a view of it. (PyTorch cannot view a read-only memory map.)
         """
-        shard = int(np.searchsorted(self.first_rows, start, side="right")) - 1
-        first, last = (int(row) for row in self.first_rows[shard : shard + 2])
-        view = self.shards[shard][start - first : stop - first]
-        if stop <= last and view.dtype == self.dtype and view.flags.writeable and view.flags.c_contiguous:
+        first, last = np.searchsorted(self.first_rows, [start + 1, stop]) - [1, 0]
+        parts = [
+            shard[max(0, start - row) : stop - row]
+            for shard, row in zip(self.shards[first:last], self.first_rows[first:last].tolist(), strict=True)
+        ]
+        view = parts[0]
+        if len(parts) == 1 and view.dtype == self.dtype and view.flags.writeable and view.flags.c_contiguous:
             return torch.from_numpy(view)
-        rows = np.empty((stop - start, self.dim), dtype=self.dtype)
-        done = start
-        while done < stop:
-            first, last = (int(row) for row in self.first_rows[shard : shard + 2])
-            upto = min(stop, last)
-            rows[done - start : upto - start] = self.shards[shard][done - first : upto - first]
-            done, shard = upto, shard + 1
-        return torch.from_numpy(rows)
+        return torch.from_numpy(np.concatenate(parts, dtype=self.dtype))
 
     def block_starts(self) -> range:
         """First rows of the blocks of BLOCK_ROWS rows; together they cover all rows."""
@@ -343,12 +333,7 @@ class FeatureSet:
 
     def take(self, rows: np.ndarray) -> Tensor:
         """The vectors at `rows`, int64[R], in that order: float32[R, D]."""
-        result = np.empty((len(rows), self.dim), dtype=np.float32)
-        shard_of = np.searchsorted(self.first_rows, rows, side="right") - 1
-        for index in np.unique(shard_of):
-            here = shard_of == index
-            result[here] = self.shards[index][rows[here] - self.first_rows[index]]
-        return torch.from_numpy(result)
+        return torch.from_numpy(take_rows(self.shards, rows, np.float32))
 
     def subset(self, rows: np.ndarray, name: str) -> "FeatureSet":
         """The vectors at `rows` as another feature set, in memory."""
@@ -417,17 +402,7 @@ def open_features_artifact(path: Path) -> FeatureSet:
 
 def open_matrix(path: Path) -> np.ndarray:
     """Memory-map one `.npy` file of floating-point numbers [n, D]."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # np.load also opens other formats
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "Check the path") from None
-    except Exception as error:  # the header is Python source, and parsing malformed source raises nearly any exception
-        if "mmap length" in str(error):
-            raise DataError(
-                f"{path} is cut short: it ends after {path.stat().st_size:,} bytes, in the middle of its rows",
-                "Copy or extract it again",
-            ) from None
-        raise DataError(f"{path} is not a .npy array of numbers", "Save it with numpy.save, [n, dim] floats") from None
+    array = map_array(path)
     if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
         raise DataError(
             f"{path} holds {array.dtype} of shape {list(array.shape)}", "Features are floats of shape [n, dim]"

@@ -16,6 +16,7 @@ batches     OrderedBatches (in order) and TrainingStream (endless, shuffled); th
 sizes       images at their own sizes, measured and grouped
 encode      images to shards of arrays (tokens, latents, features): decoding, encoding and writing at the same time
 tokens, latents  the shards of tokens and of latents
+arrays      rows of numbers in .npy files, of features and latents
 examples    tokens and latents as training data of a generator
 streams     tokens and images for training loops of others: TokenDataset, TokenStream, ImageStream
 manifests   the files of data_manifests/, and a local copy of a data set as they describe it

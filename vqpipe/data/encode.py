@@ -32,7 +32,7 @@ from vqpipe.data.batches import Batch, OrderedBatches, Piece, chunks
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged, text_of
 from vqpipe.device import bf16_is_faster
-from vqpipe.errors import DataError, NumericError
+from vqpipe.errors import DataError
 from vqpipe.progress import SILENT, Progress
 from vqpipe.words import counted
 
@@ -405,17 +405,6 @@ def sample_columns(
         "label": [None if label < 0 else label for label in labels for _ in range(rows_per_image)],
         "flipped": [2 * row >= rows_per_image for _ in keys for row in range(rows_per_image)],
     }
-
-
-def check_float16(rows: Tensor, keys: list[str], what: str) -> None:
-    """Raise a NumericError, with the image's key, unless all values of float16[B, ...] are finite."""
-    largest = (rows.view(torch.int16) & 0x7FFF).flatten(1).amax(dim=1)  # without the sign bit
-    finite = largest < 0x7C00  # infinity; NaN is larger. torch.isfinite is 30 times as slow on float16
-    if not finite.all():
-        raise NumericError(
-            f"NaN, or values beyond float16's 65504, in the {what} of image {keys[int((~finite).nonzero()[0])]}",
-            "Check that image and the weights of the network",
-        )
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:

@@ -25,16 +25,15 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import parquet
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft, open_artifact
+from vqpipe.data.arrays import check_float16, first_rows, map_array, take_rows, write_rows
 from vqpipe.data.encode import (
     IMAGES_PER_SHARD,
     ORIGIN_FIELDS,
     EncodedShard,
     EncodingJob,
-    check_float16,
     encode_views,
     equal_shards,
     faster_network,
@@ -126,39 +125,29 @@ class LatentSet:
     ) -> None:
         self.files, self.labels, self.statistics = list(files), labels, statistics
         self.num_classes, self.artifact = num_classes, artifact
-        self.shards: list[np.ndarray] | None = None
-        shards = self.open_shards()
-        self.first_rows = np.cumsum([0, *(len(shard) for shard in shards)])
-        self.shape = tuple(int(side) for side in shards[0].shape[1:])
-        for file, shard in zip(self.files, shards, strict=True):
+        self.shards = list(map(map_array, self.files))
+        self.shape = tuple(int(side) for side in self.shards[0].shape[1:])
+        for file, shard in zip(self.files, self.shards, strict=True):
             if shard.ndim != 4 or shard.dtype != np.float16 or shard.shape[1:] != self.shape:
                 raise DataError(f"{file} holds {shard.dtype} of shape {list(shard.shape)}, not latents")
         if len(self) != len(labels) or len(self) == 0:
             raise DataError(f"{len(self)} latents with {len(labels)} labels in {self.files[0].parent}")
 
     def __len__(self) -> int:
-        return int(self.first_rows[-1])
+        return int(first_rows(self.shards)[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "shards": None}  # pickling would copy the mapped files
 
-    def open_shards(self) -> list[np.ndarray]:
-        """The shards, mapped by this process."""
-        if self.shards is None:
-            self.shards = [open_shard(file) for file in self.files]
-        return self.shards
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "shards": list(map(map_array, state["files"]))}
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Tensor:
         """The latents at `rows`, in that order, normalized: float32[len(rows), C, h, w]."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise DataError(f"rows {rows.min()} to {rows.max()} of {len(self)} latents")
-        shards, taken = self.open_shards(), np.empty((len(rows), *self.shape), np.float16)
-        places = np.searchsorted(self.first_rows, rows, side="right") - 1
-        for number in np.unique(places):
-            here = places == number
-            taken[here] = shards[number][rows[here] - self.first_rows[number]]
-        return self.statistics.normalize(torch.from_numpy(taken))
+        return self.statistics.normalize(torch.from_numpy(take_rows(self.shards, rows, np.float16)))
 
 
 class LatentEncoder(Protocol):
@@ -233,14 +222,10 @@ def write_latents(
 
 
 def write_latent_shard(draft: Draft, shard: EncodedShard) -> None:
-    """Write a shard's two files; the array last, so that its record marks both as complete."""
+    """Write a shard's two files."""
     columns = sample_columns(shard.keys, shard.labels, shard.origins, rows_per_image=shard.rows.shape[1])
-    with draft.write(f"samples-{shard.number:05d}.parquet") as path:
-        parquet.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), path, compression="zstd")
-    rows = shard.rows.reshape(-1, *shard.rows.shape[2:])
-    record = {"images": len(shard.keys), "rows": len(rows), "skipped": shard.skipped, **moments(rows)}
-    with draft.write(f"latents-{shard.number:05d}.npy", **record) as path, path.open("wb") as file:
-        np.save(file, rows, allow_pickle=False)
+    latents = shard.rows.reshape(-1, *shard.rows.shape[2:])
+    write_rows(draft, shard, pa.table(columns, schema=SAMPLES_SCHEMA), **moments(latents))
 
 
 def moments(rows: np.ndarray) -> dict[str, Any]:
@@ -292,11 +277,3 @@ def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
         raise ArtifactError(f"{path} lacks the fact {error}", "Encode the latents again") from None
     statistics = LatentStatistics.identity(len(measured.mean)) if raw else measured
     return LatentSet(files, np.concatenate(columns).astype(np.int32), statistics, num_classes, artifact)
-
-
-def open_shard(path: Path) -> np.ndarray:
-    """Memory-map one shard."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a latent shard ({type(error).__name__})", "Encode the latents again") from None
