@@ -8,14 +8,13 @@ H x W pixels.
 import io
 import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from vqpipe.data.sources import FORMATS
@@ -215,36 +214,13 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def without_text(data: bytes) -> bytes:
-    """A PNG without its text and color profile, but for the first text of each of PNG_EXIF_KEYS of up to 1 MiB."""
-    parts, kept = [data[: len(PNG_SIGNATURE)]], set[bytes]()
-    for name, start, stop in png_chunks(data):
-        if name in (b"tEXt", b"zTXt", b"iTXt"):
-            key, _, text = data[start + 8 : stop - 4].partition(b"\0")
-            if key not in PNG_EXIF_KEYS or key in kept or not is_short(name, text):
-                continue
-            kept.add(key)
-        if name != b"iCCP":
-            parts.append(data[start:stop])
-    return b"".join(parts)
-
-
-def is_short(name: bytes, text: bytes) -> bool:
-    """Whether the text of a PNG chunk, after the key, has at most Pillow's 1 MiB."""
-    limit = PngImagePlugin.MAX_TEXT_CHUNK
-    if name == b"tEXt" or (name == b"iTXt" and text[:1] == b"\0"):
-        return len(text) <= limit
-    compressed = text[1:] if name == b"zTXt" else text[2:].split(b"\0", 2)[-1]
-    return inflate(compressed, limit) is not None
-
-
-def inflate(compressed: bytes, limit: int) -> bytes | None:
-    """Decompress at most `limit` bytes with zlib; None if there are more, or they are damaged."""
-    inflater = zlib.decompressobj()
-    try:
-        content = inflater.decompress(compressed, limit)
-    except zlib.error:
-        return None
-    return None if inflater.unconsumed_tail else content
+    """A PNG without its color profile and its text, but for the text of PNG_EXIF_KEYS."""
+    chunks = (
+        data[start:stop]
+        for name, start, stop in png_chunks(data)
+        if name not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt") or data.startswith(PNG_EXIF_KEYS, start + 8)
+    )
+    return PNG_SIGNATURE + b"".join(chunks)
 
 
 def encode_jpeg(image: Tensor) -> bytes:
