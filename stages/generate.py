@@ -8,6 +8,7 @@ import typer
 from stages import console, options
 from stages.options import BatchSize, Device, Out, Precision, Seed, Set
 from vqpipe.errors import ConfigError
+from vqpipe.words import first_names
 
 if TYPE_CHECKING:
     from vqpipe.generation.base import SamplingConfig
@@ -115,8 +116,7 @@ def parse_classes(text: str, generator: "ImageGenerator") -> tuple[int, ...]:
             raise ConfigError(f"--classes {text}: {part!r} is not a class or range", "Use balanced, or 3,7,20-29")
         for number in range(int(first), int(last or first) + 1):
             if number not in known:
-                named = ", ".join(map(str, known[:5])) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
-                hint = f"This generator was trained on the classes {named}"
+                hint = f"This generator was trained on the classes {first_names(known, 5)}"
                 raise ConfigError(f"--classes {text}: there is no class {number}", hint)
             chosen.append(number)
     return tuple(chosen)

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vqpipe.errors import ArtifactError, DataError
+from vqpipe.words import first_names
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,9 +62,8 @@ def absent_artifact(path: Path) -> ArtifactError:
 
 def absent_images(names: Sequence[str]) -> DataError:
     """The error for images, folders, and patterns that name nothing."""
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     hint = "Give a folder, tars, Parquet, a zip, a list of paths, or an artifact"
-    return DataError(f"no such images: {listed}", nearest_path(Path(names[0]), hint))
+    return DataError(f"no such images: {first_names(names, 5)}", nearest_path(Path(names[0]), hint))
 
 
 def with_final_name(path: Path) -> Path:

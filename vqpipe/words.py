@@ -1,7 +1,15 @@
 """Words for the screen and for pages."""
 
+from collections.abc import Sequence
+
 
 def counted(number: int, plural: str) -> str:
     """`1 image`, `4,758 images`: a number and its noun, which is given in the plural."""
     singular = plural.removesuffix("es") if plural.endswith("sses") else plural.removesuffix("s")
     return f"{number:,} {singular if number == 1 else plural}"
+
+
+def first_names(names: Sequence[object], most: int = 3) -> str:
+    """`a, b, c and 1,000 more`: the first `most` names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

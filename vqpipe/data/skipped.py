@@ -22,7 +22,7 @@ from vqpipe.data.images import ImageSet
 from vqpipe.errors import DataError
 from vqpipe.files import disk_errors
 from vqpipe.progress import Progress
-from vqpipe.words import counted
+from vqpipe.words import counted, first_names
 
 SCHEMA = pa.schema([("key", pa.string()), ("shard", pa.string()), ("index", pa.int64()), ("reason", pa.string())])
 NAMED = 3
@@ -51,9 +51,9 @@ class Skipped:
 
     def first_names(self) -> str:
         """The first images with their shards and reasons, and how many more there are."""
-        first = sorted(self.reasons)[:NAMED]
-        names = [f"{self.images.key(i)} of {self.images.origin(i)[0]} ({self.reasons[i]})" for i in first]
-        return ", ".join(names) + (f" and {len(self) - NAMED:,} more" if len(self) > NAMED else "")
+        positions = sorted(self.reasons)
+        first = [f"{self.images.key(i)} of {self.images.origin(i)[0]} ({self.reasons[i]})" for i in positions[:NAMED]]
+        return first_names([*first, *positions[NAMED:]], NAMED)
 
     def exceeds(self, max_skipped: float) -> bool:
         """Whether more than this share of the images cannot be used."""

@@ -56,12 +56,10 @@ from vqpipe.device import check_precision
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 from vqpipe.image_size import fixed_size, normal_size, parse_size
 from vqpipe.progress import SILENT, Progress
-from vqpipe.words import counted
+from vqpipe.words import counted, first_names
 
 SHARD_NAME = "tokens-{:05d}.parquet"
 NATIVE_SHARD_NAME = "tokens-{}-{:05d}.parquet"
-SIZES_NAMED = 5
-"""Sizes that a message lists."""
 
 Crops = Literal["center", "ten"]
 TEN_CROP_RANGE = 1.1
@@ -426,8 +424,7 @@ def files_of_size(tokens: Artifact, image_size: int | str | None = None) -> tupl
 def sizes_text(tokens: Artifact) -> str:
     """`640x480 (12), 32x32 (1)`: the native sizes of an artifact and their images, most first."""
     counts = sorted(((table["num_images"], size) for size, table in tokens.facts["sizes"].items()), reverse=True)
-    listed = ", ".join(f"{size} ({count:,})" for count, size in counts[:SIZES_NAMED])
-    return listed + (f" and {len(counts) - SIZES_NAMED:,} more" if len(counts) > SIZES_NAMED else "")
+    return first_names([f"{size} ({count:,})" for count, size in counts], 5)
 
 
 def file_sizes(tokens: Artifact) -> dict[str, tuple[int, int]]:

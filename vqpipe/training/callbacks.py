@@ -36,12 +36,10 @@ from vqpipe.reports.training import NUMBERS, TrainingRun, in_words, newest_numbe
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.running_metrics import Row
-from vqpipe.words import counted
+from vqpipe.words import counted, first_names
 
 GRID_IMAGES = 8
 """Images in a reconstruction grid."""
-NAMED_IMAGES = 3
-"""Images of a skipped step that a message names."""
 
 
 class Throttle:
@@ -247,12 +245,6 @@ class ProgressCallback(Callback):
 
     def on_step_end(self, state: TrainState) -> None:
         self.progress.advance()
-
-
-def first_names(keys: Sequence[str]) -> str:
-    """The first of these images, and how many more there are."""
-    more = len(keys) - NAMED_IMAGES
-    return ", ".join(keys[:NAMED_IMAGES]) + (f" and {more} more" if more > 0 else "")
 
 
 def summary(row: Row) -> str:

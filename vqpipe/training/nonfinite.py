@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.errors import NumericError
-from vqpipe.training.callbacks import first_names
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.networks import batch_norms
+from vqpipe.words import first_names
 
 
 @dataclass
