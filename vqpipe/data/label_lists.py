@@ -84,7 +84,7 @@ def read_labels(root: Path, files: Sequence[str]) -> Listed | None:
         entries, problem = collect(name, root / name)
     except OSError as error:
         raise access_error("read", str(root / name), error, "Check its permissions") from None
-    except (ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
+    except (ValueError, RecursionError, pa.ArrowException) as error:
         return Listed(name, unusable=True, unlabeled=f"{name} is damaged: {' '.join(str(error).split())[:100]}")
     if problem or not entries:
         return Listed(name, unusable=bool(problem), unlabeled=problem or f"{name} has no columns file_name and label")
@@ -158,22 +158,37 @@ def records(name: str, path: Path) -> Iterator[Mapping[str, Any]]:
             yield from file.read(columns=wanted).to_pylist()
         return
     text = path.read_text(encoding="utf-8-sig")
-    if name.endswith(".csv"):
-        yield from csv.DictReader(io.StringIO(text, newline=""))
-    elif name.endswith(".jsonl"):
-        for line in text.split("\n"):  # not splitlines: JSON may contain U+2028 and others of its line ends
-            if line.strip():
-                yield checked(json.loads(line))
+    if not name.endswith(".json"):
+        yield from (row for _, row in read_rows(text, path.suffix))
+        return
+    table = json.loads(text)
+    if isinstance(table, dict):
+        yield from ({"key": key, "label": label} for key, label in table.items())
+    elif isinstance(table, list) and all(isinstance(row, dict) for row in table):
+        yield from table
     else:
-        table = json.loads(text)
-        if isinstance(table, dict):
-            yield from ({"key": key, "label": label} for key, label in table.items())
-        else:
-            yield from map(checked, table if isinstance(table, list) else [table])
+        raise ValueError("it is not a list of objects")
 
 
-def checked(row: Any) -> Mapping[str, Any]:
-    """The row, which is a JSON object; else a ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError("a row is not an object")
-    return row
+def read_rows(text: str, extension: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a .csv, a .tsv or a .jsonl, each with the number of its line.
+
+    Raises:
+        ValueError: `no JSON object in line 2`, or the like.
+    """
+    if extension == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may contain U+2028 and others
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    raise ValueError(f"no JSON object in line {number}")
+                yield number, row
+        return
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if extension == ".tsv" else ",")
+    try:
+        yield from ((rows.line_num, row) for row in rows)
+    except csv.Error as error:
+        raise ValueError(f"damage in line {rows.line_num}: {error}") from None

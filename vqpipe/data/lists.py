@@ -1,8 +1,5 @@
 """Lists of image files: a text file with a path per line, or a CSV, TSV or JSONL file with a column of paths."""
 
-import csv
-import io
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vqpipe.data.folders import Folder
+from vqpipe.data.label_lists import read_rows
 from vqpipe.data.sources import access_error, classes_of, number_labels
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import HEAD, NAMES, explain, kind_of
@@ -98,47 +96,28 @@ def read_list(file: Path) -> list[Entry]:
             text = opened.read()
     except OSError as error:
         raise access_error("read", str(file), error, "Check the path and the disk") from error
-    suffix = file.suffix.lower()
-    if suffix == ".jsonl":
-        return read_jsonl(file, text.split("\n"))
-    if suffix in (".csv", ".tsv"):
-        return read_table(file, text, "\t" if suffix == ".tsv" else ",")
+    extension = file.suffix.lower()
+    if extension in (".csv", ".tsv", ".jsonl"):
+        return read_table(file, text, extension)
     if kind == "json":
         raise DataError(f"{file} is {NAMES[kind]}, not a list of paths", "Write one path per line, or end it in .jsonl")
     stripped = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
     return [Entry(number, line) for number, line in stripped if line and not line.startswith("#")]
 
 
-def read_table(file: Path, text: str, delimiter: str) -> list[Entry]:
-    """The entries of a CSV or TSV file, whose first line names the columns."""
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        column = find_column(file, rows.fieldnames or ())
-        table = [(rows.line_num, row[column], row.get(LABEL_COLUMN)) for row in rows]
-    except csv.Error as error:
-        raise DataError(f"{file} is damaged in line {rows.line_num}: {error}", "Write it again") from None
-    for line, path, _ in table:
-        if not path:
-            raise DataError(f"{file} has no {column} in line {line}", "Name a file in every line")
-    return [Entry(line, path, label) for line, path, label in table]
-
-
-def read_jsonl(file: Path, lines: Sequence[str]) -> list[Entry]:
-    """The entries of a file with a JSON object per line."""
+def read_table(file: Path, text: str, extension: str) -> list[Entry]:
+    """The entries of a list with columns."""
     entries = list[Entry]()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise DataError(f"{file} has no JSON object in line {number}", "Write one object per line")
-        column = find_column(file, list(row))
-        if not isinstance(row[column], str):
-            raise DataError(f"{file}: {column} has a wrong type in line {number}", "Use strings")
-        entries.append(Entry(number, row[column], row.get(LABEL_COLUMN)))
+    try:
+        for line, row in read_rows(text, extension):
+            column = find_column(file, list(row))
+            if row[column] in (None, ""):
+                raise DataError(f"{file} has no {column} in line {line}", "Name a file in every line")
+            if not isinstance(row[column], str):
+                raise DataError(f"{file}: {column} has a wrong type in line {line}", "Use strings")
+            entries.append(Entry(line, row[column], row.get(LABEL_COLUMN)))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} has {error}", "Write it again") from None
     return entries
 
 
@@ -147,7 +126,7 @@ def find_column(file: Path, columns: Sequence[str]) -> str:
     for name in PATH_COLUMNS:
         if name in columns:
             return name
-    listed = ", ".join(column[:40] for column in columns[:5]) or "none"
+    listed = ", ".join(str(column)[:40] for column in columns[:5]) or "none"
     raise DataError(f"{file} has no column of paths; its columns are {listed}", f"Name one {', '.join(PATH_COLUMNS)}")
 
 
