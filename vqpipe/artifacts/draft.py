@@ -175,7 +175,7 @@ class Draft:
             self.check_request()
             self.record_environment()
             return False
-        self.check_same(found, self.path)
+        self.check_same(vars(found), self.path)
         self.delete_unrecorded(found.files)
         self.move_into_place()
         return True
@@ -184,24 +184,31 @@ class Draft:
         """True if `out` was made with this request; otherwise raise an ArtifactError."""
         if not (self.out / "manifest.json").is_file():
             raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", f"Choose another {self.option}")
-        self.check_same(open_artifact(self.out).manifest, self.out)
+        self.check_same(vars(open_artifact(self.out).manifest), self.out)
         with suppress(OSError):  # of a run that was killed right after it published
             (self.out / lock.NAME).unlink(missing_ok=True)
         return True
 
-    def check_same(self, manifest: Manifest, path: Path) -> None:
-        """Raise an ArtifactError if the artifact at `path` was made by a different request."""
-        before = compared({name: getattr(manifest, name) for name in self.requested})
-        after = compared(self.requested)
-        if digest_json(before) != digest_json(after):
-            if changed := self.changed_images(before, after):
-                raise ArtifactError(
-                    f"{path} exists and was made with other images: {changed}",
-                    f"Choose another {self.option}, or restore those files",
-                )
-            words = difference_in_words(before, after)
-            remedy = next((each for name, each in self.remedies.items() if f"other settings: {name} was" in words), "")
-            raise ArtifactError(f"{path} exists and was made with {words}", remedy or f"Choose another {self.option}")
+    def check_same(self, stored: Mapping[str, Any], path: Path, *, unfinished: bool = False) -> None:
+        """Raise an ArtifactError if what is at `path` was made, or started, by another request, `stored`."""
+        before, after = compared(stored), compared(self.requested)
+        if digest_json(before) == digest_json(after):
+            return
+        what = f"{path} was started with" if unfinished else f"{path} exists and was made with"
+        choose = f"Choose another {self.option}"
+        if changed := self.changed_images(before, after):
+            finish = f"; with those files, a larger {self.tolerance} finishes it with what is written"
+            listed = unfinished and (path / SKIPPED).exists()
+            raise ArtifactError(
+                f"{what} other images: {changed}", f"{choose}, or restore those files{finish if listed else ''}"
+            )
+        words = difference_in_words(before, after)
+        if unfinished:
+            choose = f"Finish it with those, delete it, or choose another {self.option}"
+        else:
+            remedies = (each for name, each in self.remedies.items() if f"other settings: {name} was" in words)
+            choose = next(remedies, choose)
+        raise ArtifactError(f"{what} {words}", choose)
 
     def changed_images(self, before: dict[str, Any], after: dict[str, Any]) -> str:
         """How two requests differ, if only by the content of images; otherwise empty."""
@@ -223,24 +230,10 @@ class Draft:
             return
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            before, after = compared(stored), compared(self.requested)
-            changed = self.changed_images(before, after)
+            self.check_same(stored, self.path, unfinished=True)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ArtifactError(f"{file} is damaged", f"Delete {self.path} and run again") from None
-        if digest_json(before) == digest_json(after):
-            self.request = digest_json(stored)
-            return
-        if changed:
-            raised = f"; with those files, a larger {self.tolerance} finishes it with what is written"
-            raise ArtifactError(
-                f"{self.path} was started with other images: {changed}",
-                f"Choose another {self.option}, or restore those files"
-                + (raised if (self.path / SKIPPED).exists() else ""),
-            )
-        raise ArtifactError(
-            f"{self.path} was started with {difference_in_words(before, after)}",
-            f"Finish it with those, delete it, or choose another {self.option}",
-        )
+        self.request = digest_json(stored)
 
     def record_environment(self) -> None:
         """Store the environment and the command of this run; warn if the environment differs from that of the run
@@ -395,7 +388,7 @@ def compared(request: Mapping[str, Any]) -> dict[str, Any]:
         name: without_tolerance(value) if name in TOLERANCE_SECTIONS and isinstance(value, Mapping) else value
         for name, value in without_tolerance(request["config"]).items()
     }
-    return {**request, "config": config}
+    return {"schema": request["schema"], "kind": request["kind"], "config": config, "inputs": request["inputs"]}
 
 
 def difference_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
