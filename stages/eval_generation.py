@@ -76,7 +76,7 @@ def eval_generation(
         from vqpipe.reports.generated import groups_table, number_rows
 
         networks = find_networks(weights, torch_device)
-        add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
+        add_extractor(networks, extractor, extractor_weights, torch_device, download=download, progress=progress)
         config = GenerationConfig(
             protocol=protocol,
             image_size=image_size or evaluated_size(images, reference, progress),

@@ -152,7 +152,7 @@ def evaluate(
             flags["image_size"] = normal_size(image_size)
         config = recipe.load(preset, overrides, reads=["eval"], eval=flags).eval
         networks = find_networks(weights, torch_device, perceptual_weights)
-        add_extractor(networks, extractor, extractor_weights, torch_device, download=download)
+        add_extractor(networks, extractor, extractor_weights, torch_device, download=download, progress=progress)
         report, result = evaluate_tokenizer(
             out,
             image_set,

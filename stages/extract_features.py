@@ -64,7 +64,8 @@ def extract_features(
         if plan:
             count, ranks = len(console.open_images(images, key_prefix, color)), distributed.world_size()
             return estimates.show(plan_features(config, device_of(torch_device), ranks, images=count))
-        weights = features.encoder_weights(config, download=download)
+        with console.ProgressBar() as progress:
+            weights = features.encoder_weights(config, download=download, progress=progress)
         opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
         image_set = console.open_images(images, key_prefix, color)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}

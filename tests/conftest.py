@@ -152,11 +152,7 @@ class Hub:
     """What was asked of it: "USER/NAME" for a whole repository, "USER/NAME/FILE" for a file."""
     online: bool = True
 
-    def reachable(self, url: str) -> bool:
-        self.requests.append(url)
-        return self.online
-
-    def hf_hub_download(self, repository: str, name: str) -> str:
+    def hf_hub_download(self, repository: str, name: str, **options: Any) -> str:
         self.requests.append(f"{repository}/{name}")
         if name not in self.files:
             raise FileNotFoundError(f"no {name} here")
@@ -173,19 +169,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     import huggingface_hub
 
     from vqpipe import downloads
-    from vqpipe.codebooks import pretrained
 
     def look_up(host: Any, *port: Any, **options: Any) -> None:
         raise AssertionError(f"a connection to {host!r}")
 
     fake = Hub()
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names, **options: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
-    monkeypatch.setattr(pretrained, "reachable", fake.reachable)
     monkeypatch.setattr(downloads.hub, "reachable", lambda url: fake.online)
-    monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return fake
 
 

@@ -103,7 +103,7 @@ def test_weights_of_the_extractor_are_downloaded_only_with_the_option(pictures: 
     with pytest.raises(WeightsError, match="Add --download"):
         measure(pictures, "report", extractor="timm:test_vit")
     assert hub.requests == []
-    with pytest.raises(WeightsError, match=r"\(no pytorch_model.bin here\)"):
+    with pytest.raises(WeightsError, match=r"no model\.safetensors here"):
         measure(pictures, "report", extractor="timm:test_vit", download=True)
     assert "timm/test_vit.r160_in1k/model.safetensors" in hub.requests
 

@@ -449,6 +449,6 @@ def test_weights_of_the_extractor_are_downloaded_only_with_the_option(
     with pytest.raises(WeightsError, match=r"Add --download to fetch model.safetensors .* --extractor-weights FILE"):
         run(path, picture_folder, tmp_path / "report", extractor="timm:test_vit")
     assert hub.requests == []
-    with pytest.raises(WeightsError, match=r"\(no pytorch_model.bin here\)"):
+    with pytest.raises(WeightsError, match=r"no model\.safetensors here"):
         run(path, picture_folder, tmp_path / "report", extractor="timm:test_vit", download=True)
     assert "timm/test_vit.r160_in1k/model.safetensors" in hub.requests

@@ -153,7 +153,9 @@ def encoder_kind(config: FeaturesConfig) -> tuple[EncoderKind, str]:
     return ENCODERS[kind], name
 
 
-def encoder_weights(config: FeaturesConfig, *, download: bool = False, option: str = WEIGHTS_OPTION) -> Path | None:
+def encoder_weights(
+    config: FeaturesConfig, *, download: bool = False, option: str = WEIGHTS_OPTION, progress: Progress = SILENT
+) -> Path | None:
     """The file with the encoder's weights; None for a kind without weights and for random weights.
 
     Args:
@@ -173,7 +175,7 @@ def encoder_weights(config: FeaturesConfig, *, download: bool = False, option: s
     if kind.hub_files is None or config.weights is not None or config.allow_random_weights:
         return config.weights
     found: Path = pretrained_encoders().find_file(
-        config.encoder, *kind.hub_files(name), download=download, option=option
+        config.encoder, *kind.hub_files(name), download=download, option=option, progress=progress
     )
     return found
 

@@ -11,12 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import open_clip
 import timm
 import torch
-from huggingface_hub import constants as hub
-from huggingface_hub.errors import EntryNotFoundError
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 from safetensors import SafetensorError
@@ -26,8 +23,9 @@ from torchvision import transforms
 from vqpipe.codebooks.encoders import PatchEncoder
 from vqpipe.config import nearest_name
 from vqpipe.data.transforms import pixels
-from vqpipe.downloads import reachable
+from vqpipe.downloads import HubFile, cached, fetch
 from vqpipe.errors import ConfigError, WeightsError
+from vqpipe.progress import Progress
 from vqpipe.weights import load_tensors
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -236,7 +234,9 @@ def crop_transform(size: int, preprocessing: dict[str, Any]) -> Callable[[Image.
     return transforms.Compose([transforms.Resize(target, interpolation), transforms.CenterCrop(size), pixels])
 
 
-def find_file(spec: str, repository: str, names: Sequence[str], *, download: bool, option: str) -> Path:
+def find_file(
+    spec: str, repository: str, names: Sequence[str], *, download: bool, option: str, progress: Progress
+) -> Path:
     """The first of the files `names` of a hub repository that is in the cache, or, with `download`, on the hub.
 
     Args:
@@ -251,24 +251,18 @@ def find_file(spec: str, repository: str, names: Sequence[str], *, download: boo
     """
     if not repository:
         raise WeightsError(f"no weights of {spec} are published", "Choose another model")
-    for name in names:
-        cached = huggingface_hub.try_to_load_from_cache(repository, name)
-        if isinstance(cached, str):
-            return Path(cached)
-    missing = f"the weights of {spec} are not in the cache"
-    where = f"{names[0]} from https://huggingface.co/{repository}"
+    files = [HubFile(repository, name) for name in names]
+    if (found := next(filter(None, map(cached, files)), None)) is not None:
+        return found
+    where = f"{names[0]} from {files[0].page}"
     if not download:
-        raise WeightsError(missing, f"Add --download to fetch {where}, or name a file with {option}")
-    reason = "no network"
-    if not hub.HF_HUB_OFFLINE and reachable(hub.ENDPOINT):
-        for name in names:
-            try:
-                return Path(huggingface_hub.hf_hub_download(repository, name))
-            except EntryNotFoundError:
-                reason = "no such file on the hub"
-            except OSError as error:
-                reason = str(error).splitlines()[0][:120]
-    raise WeightsError(
-        f"{missing} ({reason})",
-        f"Download {where} (or run `hf download {repository} {names[0]}` where there is a network) and add {option}",
-    )
+        hint = f"Add --download to fetch {where}, or name a file with {option}"
+        raise WeightsError(f"the weights of {spec} are not in the cache", hint)
+    run = f"run `hf download {repository} {names[0]}` where there is a network"
+    problems = list[WeightsError]()
+    for file in files:
+        try:
+            return fetch(file, f"Download {where} (or {run}) and add {option}", progress=progress)
+        except WeightsError as error:
+            problems.append(error)
+    raise problems[0]

@@ -11,6 +11,7 @@ from vqpipe.codebooks import features
 from vqpipe.errors import ConfigError
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks
+from vqpipe.progress import SILENT, Progress
 
 
 class PooledMaps(nn.Module):
@@ -34,7 +35,13 @@ class PooledMaps(nn.Module):
 
 
 def add_extractor(
-    networks: FeatureNetworks, spec: str | None, weights: Path | None, device: torch.device, *, download: bool = False
+    networks: FeatureNetworks,
+    spec: str | None,
+    weights: Path | None,
+    device: torch.device,
+    *,
+    download: bool = False,
+    progress: Progress = SILENT,
 ) -> None:
     """Build the network `spec` ("open_clip:NAME/TAG", "timm:NAME"; None: none) and add it to `networks`.
 
@@ -51,7 +58,7 @@ def add_extractor(
     if spec == "patch-pca":
         raise ConfigError("patch-pca is fitted to images, so it measures no distance", "Name open_clip: or timm:")
     config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
-    file = features.encoder_weights(config, download=download, option="--extractor-weights FILE")
+    file = features.encoder_weights(config, download=download, option="--extractor-weights FILE", progress=progress)
     encoder = features.open_encoder(config, file)
     if file is None or encoder.transform is None:
         raise ConfigError(f"{spec} has no weights or no preprocessing of its own", "Name open_clip: or timm:")
