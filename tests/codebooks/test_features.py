@@ -251,13 +251,6 @@ def test_features_beyond_float16_name_their_image(tmp_path: Path) -> None:
         write(draft, images, Overflowing())
 
 
-def test_too_many_unreadable_images_are_an_error(images: ImageSet, tmp_path: Path) -> None:
-    draft = artifacts.start(tmp_path / "out", "features", {}, {})
-    assert isinstance(draft, Draft)
-    with draft, pytest.raises(DataError, match="1 of 9 images cannot be used"):
-        write(draft, images, Overflowing(), max_skipped=0.1)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -116,47 +116,6 @@ def test_bytes_and_moments_do_not_depend_on_batch_size_and_workers(
     assert pooled(records).to_table() == {key: made[0].facts[key] for key in ("mean", "std")}
 
 
-def test_an_interrupted_run_resumes_at_the_first_missing_shard(
-    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vqpipe.data.latents.IMAGES_PER_SHARD", 4)
-    whole = write(tmp_path / "whole", images)
-    seen: list[int] = []
-
-    def dies(batch: Tensor) -> Tensor:
-        seen.append(len(batch))
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-        return encode(batch)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", images, encode=dies, flip=True, batch_size=4)
-    calls: list[int] = []
-
-    def counts(batch: Tensor) -> Tensor:
-        calls.append(len(batch))
-        return encode(batch)
-
-    again = write(tmp_path / "out", images, encode=counts, batch_size=4)
-    assert again.digest == whole.digest
-    assert again.facts == whole.facts
-    assert sum(calls) < 20
-
-
-def test_too_many_unreadable_images_are_an_error_that_a_larger_tolerance_continues(
-    images: ImageSet, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=r"1 of 11 images cannot be used .*\. Raise --max-skipped: the same command"):
-        write(tmp_path / "out", images, max_skipped=0.05)
-
-    def fails(batch: Tensor) -> Tensor:
-        raise AssertionError("encoded again")
-
-    made = write(tmp_path / "out", images, encode=fails, max_skipped=0.1)
-    assert made.facts["skipped"] == {"not-an-image": 1}
-    assert made.digest == write(tmp_path / "straight", images, max_skipped=0.1).digest
-
-
 def test_latents_beyond_float16_are_an_error(images: ImageSet, tmp_path: Path) -> None:
     for factor in (float("nan"), 1e6, -1e6):
         with pytest.raises(NumericError, match=r"NaN, or values beyond float16's 65504, in the latent of image a/00"):
