@@ -43,7 +43,7 @@ class Lock:
     def __init__(self, folder: Path, out: Path) -> None:
         self.file, self.out = folder / NAME, out
         self.handle: int | None = None
-        self.heartbeat: Heartbeat | None = None
+        self.released = threading.Event()
 
     @property
     def held(self) -> bool:
@@ -70,8 +70,15 @@ class Lock:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {now()}\n".encode())
         self.handle = handle
-        self.heartbeat = Heartbeat(handle)
+        self.released.clear()
+        self.heartbeat = threading.Thread(target=self.beat, args=(handle,), name="heartbeat", daemon=True)
         self.heartbeat.start()
+
+    def beat(self, handle: int) -> None:
+        """Update the modification time of the lock file until the lock is released."""
+        while not self.released.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # the next write reports it
+                os.utime(handle)
 
     def held_by_another(self, handle: int) -> ArtifactError:
         """The error that names the owner and the age of its last heartbeat."""
@@ -85,27 +92,8 @@ class Lock:
 
     def release(self) -> None:
         """Release the lock, if it is held."""
-        if self.heartbeat is not None:
-            self.heartbeat.stop()
         if self.handle is not None:
+            self.released.set()
+            self.heartbeat.join()
             os.close(self.handle)
-        self.handle = self.heartbeat = None
-
-
-class Heartbeat(threading.Thread):
-    """Updates the modification time of an open file every `HEARTBEAT_SECONDS`."""
-
-    def __init__(self, handle: int) -> None:
-        super().__init__(name="heartbeat", daemon=True)
-        self.handle = handle
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        while not self.stopped.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # the next write reports it
-                os.utime(self.handle)
-
-    def stop(self) -> None:
-        """Return after the last update."""
-        self.stopped.set()
-        self.join()
+            self.handle = None
