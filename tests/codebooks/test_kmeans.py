@@ -118,7 +118,7 @@ class Ranks:
         self.meet = threading.Barrier(count, timeout=60)
         monkeypatch.setattr(distributed, "rank", lambda: self.here.rank)
         monkeypatch.setattr(distributed, "world_size", lambda: count)
-        for name in ("all_reduce_sum", "broadcast", "broadcast_object"):
+        for name in ("all_reduce_sum", "broadcast", "broadcast_object", "gather_objects"):
             monkeypatch.setattr(distributed, name, getattr(self, name))
 
     def exchange(self, value: Any) -> list[Any]:
@@ -137,8 +137,11 @@ class Ranks:
     def broadcast_object(self, value: Any) -> Any:
         return self.exchange(value)[0]
 
-    def run(self, work: Callable[[], Clustering]) -> list[Clustering]:
-        results: dict[int, Clustering] = {}
+    def gather_objects(self, value: Any) -> list[Any]:
+        return self.exchange(value)
+
+    def run(self, work: Callable[[], Any]) -> list[Any]:
+        results: dict[int, Any] = {}
 
         def start(rank: int) -> None:
             self.here.rank = rank
@@ -258,6 +261,20 @@ def test_per_class_clusters_each_class_separately() -> None:
     for part, label in enumerate([2, 5, 7]):
         alone = run(data[labels == label], np.full(300, label, np.int32), k=10, per_class=True)
         assert torch.equal(result.codebook[10 * part : 10 * part + 10], alone.codebook)
+
+
+def test_error_of_a_class_is_raised_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, labels = blobs(100, 4, 5), np.repeat([0, 1], 50).astype(np.int32)
+    data[50:] = 1
+
+    def error() -> str:
+        with pytest.raises(DataError) as raised:
+            run(data, labels, k=10, per_class=True)
+        return str(raised.value)
+
+    first, second = Ranks(monkeypatch).run(error)
+    assert first == second
+    assert first.startswith("class 1 has 1 distinct vectors among its 50")
 
 
 def test_codes_of_classes_have_no_negative_zeros() -> None:

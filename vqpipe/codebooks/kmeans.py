@@ -145,22 +145,23 @@ def kmeans_per_class(
     codebook, counts = torch.zeros(config.k, features.dim), torch.zeros(config.k, dtype=torch.int64)
     summary = torch.zeros(len(classes), 4, dtype=torch.float64)  # inertia, iterations, converged, reseeded
     progress.start("k-means per class", features.num_vectors, "vectors")
-    for index in range(distributed.rank(), len(classes), distributed.world_size()):
-        label = int(classes[index])
-        states = States(checkpoints and checkpoints / f"class-{index:05d}", digest)
-        path, problems = states.newest()
-        for problem in problems:
-            progress.message(f"class {label}, {problem}; this class is clustered again")
-        if path is None:
-            rows = np.flatnonzero(features.labels == label)
-            result = cluster_class(features.subset(rows, f"class {label}"), config, k, (seed, label), device)
-            states.save(0, {PART: result})
-        else:
-            result = dict(read(path).parts[PART])
-        here = slice(index * k, (index + 1) * k)
-        codebook[here], counts[here], summary[index] = (result[name] for name in ("codebook", "counts", "summary"))
-        progress.note(f"class {index + 1} of {len(classes)}")
-        progress.advance(int(sizes[index : index + distributed.world_size()].sum()))
+    with distributed.sharing_errors():  # ranks with fewer classes wait here, longer than a sum of tensors may take
+        for index in range(distributed.rank(), len(classes), distributed.world_size()):
+            label = int(classes[index])
+            states = States(checkpoints and checkpoints / f"class-{index:05d}", digest)
+            path, problems = states.newest()
+            for problem in problems:
+                progress.message(f"class {label}, {problem}; this class is clustered again")
+            if path is None:
+                rows = np.flatnonzero(features.labels == label)
+                result = cluster_class(features.subset(rows, f"class {label}"), config, k, (seed, label), device)
+                states.save(0, {PART: result})
+            else:
+                result = dict(read(path).parts[PART])
+            here = slice(index * k, (index + 1) * k)
+            codebook[here], counts[here], summary[index] = (result[name] for name in ("codebook", "counts", "summary"))
+            progress.note(f"class {index + 1} of {len(classes)}")
+            progress.advance(int(sizes[index : index + distributed.world_size()].sum()))
     codebook += 0.0  # -0 becomes 0, as in a sum over several ranks
     for tensor in (codebook, counts, summary):
         tensor.copy_(distributed.all_reduce_sum(tensor.to(device)))
