@@ -69,6 +69,13 @@ def test_newest_numbers_and_best_validation_are_shown() -> None:
     assert "skipped steps" in html(rows=[*rows, row(21, nonfinite_steps=2)])
 
 
+def test_the_best_step_is_noted_at_the_number_that_decides() -> None:
+    rows = [row(10), valid(10, 22.5) | {"valid/lpips_vgg": 0.3}]
+    words = " ".join(re.sub(r"<[^>]+>", " ", html(rows=rows, best_step=10, best_measure="valid/lpips_vgg")).split())
+    assert "validation PSNR 22.50 dB mean over images validation" in words
+    assert "validation LPIPS (VGG) 0.300 best at step 10" in words
+
+
 def test_the_learning_rate_is_a_tile_during_the_run_alone() -> None:
     for step, shown in ((20, True), (40, False)):
         run = TrainingRun(name="lc", description="", step=step, steps=40, rows=[row(10), row(step)])

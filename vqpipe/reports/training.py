@@ -55,6 +55,8 @@ class TrainingRun:
     """On which images, at which step."""
     best_step: int | None = None
     """The step of the best validation."""
+    best_measure: str = "valid/psnr"
+    """The number that decides which is the best."""
     written: str = ""
     """When the page was written."""
 
@@ -204,7 +206,7 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
     """The newest finite value of each number that was logged: those of the validation first, where there is one. The
     learning rate of a finished run is left out: a schedule ends near 0."""
     values = {number: newest_number(run.rows, number.key) for number in NUMBERS}
-    best = "" if run.best_step is None else f"; best at step {run.best_step:,}"
+    best = [] if run.best_step is None else [f"best at step {run.best_step:,}"]
     finished = run.step >= run.steps
     shown = {
         number: value
@@ -215,7 +217,10 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
     }
 
     def tiles(chosen: Iterable[LoggedNumber]) -> list[page.Number]:
-        notes = {number: number.note + (best if number.key == "valid/psnr" else "") for number in chosen}
+        notes = {
+            number: "; ".join(filter(None, [number.note, *(best if number.key == run.best_measure else [])]))
+            for number in chosen
+        }
         return [page.Number(number.label, number.text(shown[number]), number.unit, notes[number]) for number in notes]
 
     validation = [number for number in shown if number.group == "validation"]

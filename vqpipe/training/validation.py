@@ -184,4 +184,5 @@ class Validation(Callback):
         return row, counts.cpu()
 
     def report_fields(self) -> Mapping[str, Any]:
-        return self.fields | {"best_step": self.best.step if self.best else None}
+        best = {} if self.best is None else {"best_step": self.best.step, "best_measure": self.best.measure}
+        return self.fields | best
