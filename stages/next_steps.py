@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pyarrow import ArrowException, parquet
@@ -27,6 +27,8 @@ TINY_STEPS, TINY_WORK = 1000, 64 * 4096
 """Steps of the tiny presets of generators, and ids x codes for which they take minutes on a CPU."""
 FEWEST_STEPS = 100
 """Steps of a proposed generator, at least."""
+COMPARED = ("protocol", "image_size", "num_images")
+"""Facts of reports that are equal where their numbers share a table."""
 PHOTOS, BUILTIN = "builtin:photos", "builtin:photos-f8"
 """Images and a tokenizer that are on every machine."""
 
@@ -107,9 +109,13 @@ def tokenize_more(path: Path, tokenizers: Sequence[str]) -> Iterator[Sequence[st
 
 
 def other_reports(report: Artifact) -> list[Path]:
-    """The reports beside this one that measure other tokenizers on the same images."""
+    """The reports beside this one that measure other tokenizers on the same images, in the same way."""
     beside_it = reports_of(file.parent for file in sorted(report.path.absolute().parent.glob("*/manifest.json")))
-    same = [each for each in beside_it if each.inputs.get("images") == report.inputs.get("images")]
+
+    def measured(each: Artifact) -> list[Any]:
+        return [each.inputs.get("images"), *(each.facts.get(key) for key in COMPARED)]
+
+    same = [each for each in beside_it if measured(each) == measured(report)]
     others = [each for each in same if each.inputs.get("tokenizer") != report.inputs.get("tokenizer")]
     return [report.path.with_name(each.path.name) for each in others]
 

@@ -89,14 +89,22 @@ def test_few_features_are_clustered_into_fewer_codes(vqpipe: Run, tmp_path: Path
     assert kmeans[kmeans.index("--k") + 1] == str(vectors // 10)
 
 
-def published(folder: Path, name: str, kind: str, command: list[str], files: dict[str, str], **facts: Any) -> None:
+def published(
+    folder: Path,
+    name: str,
+    kind: str,
+    command: list[str],
+    files: dict[str, str],
+    inputs: dict[str, str] | None = None,
+    **facts: Any,
+) -> None:
     """An artifact as a command would have published it."""
     from vqpipe import artifacts
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["vqpipe", *command])
-        draft = artifacts.start(Path(name), kind, {}, {})
+        draft = artifacts.start(Path(name), kind, {}, inputs or {})
         assert isinstance(draft, artifacts.Draft)
         with draft:
             for file, text in files.items():
@@ -192,6 +200,20 @@ def test_every_command_ends_with_what_to_open_or_to_run(
     published(tmp_path, "made", kind, [command, *words], files)
     monkeypatch.chdir(tmp_path)
     assert next_steps.lines(open_artifact(Path("made"))) == expected
+
+
+def test_reports_that_were_measured_in_another_way_are_not_proposed_to_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import next_steps
+
+    facts = {"psnr": 20.0, "protocol": "adm", "num_images": 8}
+    for name, size in (("one", 64), ("two", 64), ("three", 128)):
+        inputs = {"images": "photos", "tokenizer": name}
+        published(tmp_path, name, "report", ["eval"], PAGE, inputs, **facts, image_size=size)
+    monkeypatch.chdir(tmp_path)
+    proposed = "next: vqpipe compare one two --out comparison"
+    assert next_steps.lines(open_artifact(Path("one"))) == [f"open: {Path('one/report.html')}", proposed]
 
 
 def test_reconstructions_beside_their_image_are_not_proposed_to_measure_on(
