@@ -148,7 +148,7 @@ def test_mae_weights_are_loaded_and_every_tensor_is_accounted_for(mae: dict[str,
 def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="is not divisible by"):
         make(TINY | {"num_heads": 3})
-    with pytest.raises(ConfigError, match="pool = 5 does not fit"):
+    with pytest.raises(ConfigError, match=r"pool = 5 does not fit the grid 4 x 4\. Set classifier\.pool = 1"):
         make({"kind": "linear", "pool": 5})
     with pytest.raises(ConfigError, match="needs the tokenizer's codes"):
         make({"kind": "linear", "embedding": "table"})

@@ -266,7 +266,8 @@ class LinearProbe(Classifier):
         super().__init__(config, space)
         self.pool = config.pool
         if self.pool > 1 and (len(space.layout.grids) > 1 or self.pool > min(space.layout.grids[0])):
-            raise ConfigError(f"classifier.pool = {self.pool} does not fit the grids {space.layout.grids}")
+            grids = ", ".join(f"{height} x {width}" for height, width in space.layout.grids)
+            raise ConfigError(f"classifier.pool = {self.pool} does not fit the grid {grids}", "Set classifier.pool = 1")
         self.head = nn.Linear(space.num_groups * self.dim * self.pool**2, self.num_classes)
 
     def classify(self, embedded: Tensor) -> Tensor:
