@@ -70,6 +70,7 @@ def test_a_table_round_trips_through_its_dataclass() -> None:
         ({"shape": {"kind": "square", "side": 1}, "flip": 1}, "flip = 1 should be true or false"),
         ({"shape": {"kind": "square", "side": 1}, "inner": {"mode": "c"}}, "inner.mode = 'c' is not a choice"),
         ({"shape": {"kind": "grid", "pair": [1.0]}}, "shape.pair = [1.0] should be a list of 2"),
+        ({"shape": {"kind": "grid", "sides": "[a, b]"}}, "sides = '[a, b]' should be a list. A list is [1, 2] or"),
         ({"shape": {"kind": "grid", "sides": [1, "2"]}}, "shape.sides[1] = '2' should be a whole number"),
         ({"shape": 3}, "shape = 3 should be a table"),
     ],

@@ -29,6 +29,8 @@ RESUMABLE, ADDED = "resumable", "added"
 """Keys of a field's metadata."""
 MORE_KINDS = " A kind that is not part of vqpipe needs --import FILE.py, or in Python the import of its module"
 """Ends the hint of an unknown kind."""
+LIST_HINT = 'A list is [1, 2] or ["a", "b"]; in a shell, with single quotes around it'
+"""Ends the message of a value that is no list: a shell removes double quotes that are not in single ones."""
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -300,7 +302,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise wrong_type(where, value, "a list")
+            raise wrong_type(where, value, "a list", LIST_HINT)
         if arguments[1:] == (Ellipsis,):
             arguments = arguments[:1] * len(value)
         if len(arguments) != len(value):
@@ -324,9 +326,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def wrong_type(where: str, value: Any, expected: str) -> ConfigError:
+def wrong_type(where: str, value: Any, expected: str, hint: str = "") -> ConfigError:
     """The error of a value of another type than `expected`."""
-    return ConfigError(f"{where} = {value!r} should be {expected}")
+    return ConfigError(f"{where} = {value!r} should be {expected}", hint)
 
 
 def split_assignment(text: str) -> tuple[list[str], Any]:
