@@ -188,6 +188,12 @@ def test_a_flipped_bit_is_found_before_clustering(images: ImageSet, tmp_path: Pa
         kmeans(open_features([path]), KmeansConfig(k=4, iterations=1), seed=0, device=torch.device("cpu"))
 
 
+def test_errors_about_an_artifact_of_features_name_it(images: ImageSet, tmp_path: Path) -> None:
+    stored = open_features([extract(images, tmp_path / "of-pictures").path])
+    with pytest.raises(DataError, match=r"^of-pictures has 512 vectors, fewer than k = 513"):
+        kmeans(stored, KmeansConfig(k=513), seed=0, device=torch.device("cpu"))
+
+
 def test_resume_writes_only_missing_shards(images: ImageSet, tmp_path: Path) -> None:
     whole = extract(images, tmp_path / "whole")
 

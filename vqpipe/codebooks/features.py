@@ -297,7 +297,8 @@ class FeatureSet:
         self.shards, self.names = list(shards), list(names)
         self.labels, self.artifact = labels, artifact
         self.digest = artifact.digest if artifact else digest
-        self.name = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
+        files = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
+        self.name = artifact.name if artifact else files
         self.lineage = (
             artifact.lineage if artifact else {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
         )
