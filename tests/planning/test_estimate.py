@@ -159,6 +159,8 @@ def test_a_gpu_is_found_by_its_name(name: str, memory: float, expected: str, mon
 def test_an_unknown_gpu_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="--gpu h10 is unknown"):
         device_named("h10")
+    with pytest.raises(ConfigError, match=r"--gpu a100 is unknown\. Use a100-80 or a100-40"):
+        device_named("a100")
     assert device_named("cpu").fp32 > 0
 
 

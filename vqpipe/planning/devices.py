@@ -60,7 +60,10 @@ def device_named(name: str) -> Device:
     if name == "cpu":
         return measured_cpu()
     if name not in DEVICES:
-        raise ConfigError(f"--gpu {name} is unknown", nearest_name(name, NAMES))
+        sizes = [known for known in NAMES if known.startswith(f"{name}-")]
+        raise ConfigError(
+            f"--gpu {name} is unknown", f"Use {' or '.join(sizes)}" if sizes else nearest_name(name, NAMES)
+        )
     return DEVICES[name]
 
 
