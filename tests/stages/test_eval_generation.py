@@ -335,6 +335,8 @@ def test_utilization_is_that_of_the_kept_ids_of_the_measured_samples(tmp_path: P
     assert (usage["num_ids"], usage["codebook_size"], usage["num_groups"]) == (6, 8, 2)
     assert reasons == {}
     assert list(code_usage(samples_artifact([str(tmp_path)]), 3)[1]) == ["utilization"]
+    several = samples_artifact([str(tmp_path / "samples")] * 2)
+    assert "of one vqpipe generate --keep-ids" in code_usage(several, 3)[1]["utilization"]
 
 
 def test_samples_of_one_generator_at_several_scales_are_measured_and_compared(

@@ -279,7 +279,7 @@ def code_usage(samples: Artifact | None, num_images: int) -> tuple[dict[str, Any
         `usage_of` their ids, with `num_ids`, `codebook_size` and `num_groups`; and the reason if there are no ids.
     """
     if samples is None or "codebook_size" not in samples.facts:
-        return {}, {"utilization": "the ids of the samples are unknown (vqpipe generate --keep-ids writes them)"}
+        return {}, {"utilization": "ids are only known for the samples of one vqpipe generate --keep-ids"}
     sizes = {key: samples.facts[key] for key in ("codebook_size", "num_groups")}
     usage, left, num_ids = CodeUsage(**sizes), num_images, 0
     for name in samples.names("ids-*.parquet"):
