@@ -157,7 +157,7 @@ class Tokenizer:
     @property
     def code_dim(self) -> int:
         """Channels of the code of an id: C / G with groups."""
-        return self.embed(torch.full((1, self.num_groups), -1)).shape[2]
+        return self.autoencoder.quantizer.token_dim
 
     @property
     def downsample_factor(self) -> int:

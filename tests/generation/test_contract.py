@@ -465,6 +465,7 @@ def test_a_classifier_refuses_wrong_ids_codebooks_and_missing_classes(
     [
         {"kind": "vq", "codebook_size": 16, "code_dim": 4},
         {"kind": "lfq", "code_dim": 4},
+        {"kind": "bsq", "code_dim": 12, "bits_per_id": 4},
         {"kind": "fsq", "levels": [4, 3]},
         {"kind": "multi_group", "num_groups": 2, "group": {"kind": "vq", "codebook_size": 8, "code_dim": 3}},
     ],

@@ -184,6 +184,7 @@ def test_codes_of_ids_are_rows_of_the_codebook_and_combine_to_the_codes_of_posit
     quantizer = make(name).eval().requires_grad_(False)
     layout, ids = quantizer.layout(3, 5), quantizer(latent_of(quantizer)).ids
     codes = quantizer.token_codes(ids)
+    assert codes.shape[2] == quantizer.token_dim
     groups = torch.arange(ids.shape[1]) % quantizer.num_groups
     torch.testing.assert_close(codes, quantizer.all_codes()[groups, ids], rtol=0, atol=1e-6)
     assert torch.equal(quantizer.combine(codes, layout), quantizer.lookup(ids, layout))

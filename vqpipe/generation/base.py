@@ -36,7 +36,7 @@ class Space:
     latent_dim: int
     """C, channels of the latent before quantization."""
     code_dim: int
-    """Channels of one code: those of the latent, or of one of its groups."""
+    """Channels of the code of one id: those of the latent, or of one of its groups."""
     num_classes: int | None
     """Labels are in [0, num_classes); None: images have no labels."""
 
@@ -73,7 +73,7 @@ class Space:
             layout=quantizer.layout(height, width),
             codebook_size=quantizer.codebook_size,
             latent_dim=quantizer.latent_dim,
-            code_dim=quantizer.latent_dim // quantizer.channel_groups,
+            code_dim=quantizer.token_dim,
             num_classes=num_classes,
         )
 

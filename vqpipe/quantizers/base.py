@@ -68,6 +68,12 @@ class Quantizer(nn.Module, ABC):
         and `quant_conv` may be grouped in the same way."""
 
     @property
+    def token_dim(self) -> int:
+        """Channels of the code of an id: C / G where `combine` concatenates the codes of a position, else C."""
+        concatenates = type(self).combine is Quantizer.combine
+        return self.latent_dim // self.num_groups if concatenates else self.latent_dim
+
+    @property
     def computes_all_losses(self) -> bool:
         """Whether `forward` computes the losses that need the distances to all codes too."""
         return self.training or torch.is_grad_enabled()
