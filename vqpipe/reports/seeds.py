@@ -17,7 +17,7 @@ from vqpipe.provenance import stage_command
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, value_of, with_unit, written
 
-OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation-images", "--codebook", "--from", "--device")
+OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation", "--codebook", "--from", "--device")
 """Options of `vqpipe train` that may differ between the seeds of a configuration: inputs are compared by content."""
 MIN_SIZES = 3
 """Different codebook sizes of a method from which on they are plotted."""
