@@ -137,7 +137,7 @@ def evaluate(
         from vqpipe.evaluation.extractors import add_extractor
         from vqpipe.evaluation.report import evaluate_tokenizer
         from vqpipe.metrics.feature_networks import find_networks
-        from vqpipe.reports.evaluation import number_rows, protocols_in_words, protocols_table, reasons_not_measured
+        from vqpipe.reports import evaluation as reports
 
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
@@ -174,12 +174,13 @@ def evaluate(
             progress=progress,
         )
         if result is not None:
-            console.show_numbers(number_rows(result.metrics), result.metrics["not_computed"])
-            first = protocols_in_words([result.metrics["protocol"]])
+            rows = reports.number_rows(result.metrics, reports.OTHER_FORMULAS)
+            console.show_numbers(rows, result.metrics["not_computed"])
+            first = reports.protocols_in_words([result.metrics["protocol"]])
             console.say(f"{first} The report also has PSNR and SSIM by the formulas of papers.")
-            for name, reason in reasons_not_measured(result.metrics, shown=1).items():
+            for name, reason in reports.reasons_not_measured(result.metrics, shown=1).items():
                 console.say(f"{name} is not measured on {reason}")
-            if protocols := protocols_table(result.metrics):
+            if protocols := reports.protocols_table(result.metrics):
                 console.show_table(protocols)
         return console.finished(report, again=result is None)
 

@@ -1,6 +1,6 @@
 from typing import Any
 
-from vqpipe.reports.evaluation import number_rows, protocols_table
+from vqpipe.reports.evaluation import OTHER_FORMULAS, number_rows, protocols_table
 
 METRICS: dict[str, Any] = {
     "num_images": 5,
@@ -15,8 +15,9 @@ METRICS: dict[str, Any] = {
 
 
 def test_rows_of_an_evaluation_are_its_numbers_with_those_of_the_extractor() -> None:
-    rows = {label: (value, convention) for label, value, convention in number_rows(METRICS)}
+    rows = {label: (value, convention) for label, value, convention in number_rows(METRICS, OTHER_FORMULAS)}
     assert list(rows) == ["PSNR", "rFID", "Frechet, timm:vit"]
+    assert {label for label, _, _ in number_rows(METRICS)} == {*rows, "PSNR of luma"}
     assert rows["PSNR"][0] == "21.50 dB"
     assert rows["PSNR"][1].endswith("; over 4 of 5 images")
 

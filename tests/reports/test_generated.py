@@ -3,7 +3,7 @@
 from typing import Any
 
 from vqpipe.reports import page
-from vqpipe.reports.generated import Generated, comparison_rows, generated_page, groups_table, guidance_curves
+from vqpipe.reports.generated import Generated, comparison, generated_page, groups_table, guidance_curves
 
 
 def samples(name: str, fid: float, scale: float | None = None, generator: str = "dit", **more: Any) -> Generated:
@@ -22,9 +22,9 @@ def test_scales_of_guidance_have_a_column_and_a_curve() -> None:
         samples("b", 5.0, 2.0),
         samples("other", 7.0, 2.0, "sit"),
     ]
-    header, rows = comparison_rows(several)
-    assert header == ["samples", "number", "guidance", "FID", "codes in use"]
-    assert [row[2][0] for row in rows] == ["4", "1", "2", "2"]
+    table = comparison(several)
+    assert table.header == ["samples", "number", "guidance", "FID", "codes in use"]
+    assert [row[2] for row in table.rows] == ["4", "1", "2", "2"]
     (curve,) = guidance_curves(several)
     assert curve.title == "FID"
     assert "dit ends at 9" in curve.alt
@@ -61,8 +61,9 @@ def test_the_use_of_codes_is_stated_with_the_number_of_ids_and_by_group() -> Non
     html = page.render(generated_page([one], "one"))
     assert "of 2 x 8 codes, over 40 ids" in html
     assert "Codes in use by group" in html
-    header, (row,) = comparison_rows([one])
-    assert (header[3:], [text for text, _ in row[3:]]) == (["codes in use", "perplexity"], ["37.5 %", "3.0"])
+    numbers = comparison([one])
+    assert numbers.header[3:] == ["codes in use", "perplexity"]
+    assert numbers.rows[0][3:] == [page.Cell("37.5 %"), page.Cell("3.0")]
     table = groups_table(one.metrics)
     assert table is not None
     assert table.rows == [["0", "50.0 %", "4.0"], ["1", "25.0 %", "2.0"]]
@@ -70,5 +71,5 @@ def test_the_use_of_codes_is_stated_with_the_number_of_ids_and_by_group() -> Non
 
 def test_without_several_scales_there_is_neither() -> None:
     several = [samples("a", 8.0, 1.5), samples("photos", 7.0)]
-    assert comparison_rows(several)[0] == ["samples", "number", "FID", "codes in use"]
+    assert comparison(several).header == ["samples", "number", "FID", "codes in use"]
     assert guidance_curves(several) == []

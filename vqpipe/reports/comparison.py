@@ -24,18 +24,18 @@ from vqpipe.reports.evaluation import (
     by_protocol,
     codes,
     convention_of,
-    measures_of,
-    name_of,
+    frechet_measures,
+    input_of,
+    not_computed,
     open_evaluation,
     protocols_in_words,
-    reasons_of,
     size_in_words,
     table_rows,
     value_of,
     with_unit,
     written,
 )
-from vqpipe.reports.generated import check_alike, comparison_rows, generated_page, is_generated, open_generated
+from vqpipe.reports.generated import check_alike, generated_page, is_generated, open_generated
 from vqpipe.reports.papers import paper_row
 from vqpipe.reports.pictures import PictureBudget, shared_pictures
 from vqpipe.reports.published import OurNumbers, PublishedTable, published_table
@@ -122,7 +122,7 @@ def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[Publishe
     measures = {measure.key: measure for measure in MEASURES}
     ours = OurNumbers()
     for report, evaluated in zip(reports, evaluations, strict=True):
-        images = str(evaluated.lineage.get("inputs", {}).get("images", {}).get("name", "")).removeprefix("set-")
+        images = str(input_of(evaluated.lineage, "images").get("name", "")).removeprefix("set-")
         for view in by_protocol(evaluated.metrics):
             values = {key: value_of(view, key) for key in measures}
             ours.add(view["protocol"], images, (evaluated.name, report.name.removeprefix("report-")), values)
@@ -153,19 +153,16 @@ def compare_samples(reports: Sequence[Artifact], published: Sequence[PublishedTa
         names = report_names if len(set(report_names)) == len(names) else numbered(names, range(len(names)))
     opened = [replace(each, name=name) for each, name in zip(opened, names, strict=True)]
     check_alike(opened)
-    header, rows = comparison_rows(opened)
-    measures = {measure.key: (where, measure) for where, measure in generated.MEASURES.items()}
     ours = OurNumbers()
     for each in opened:
-        values = {key: generated.found(each.metrics, where) for key, (where, _) in measures.items()}
+        values = {key: value_of(each.metrics, key) for key in generated.MEASURES}
         ours.add(each.metrics["protocol"], "", (each.name.removeprefix("samples-"),), values)
-    known = {key: measure for key, (_, measure) in measures.items()}
-    as_published = [published_table(table, known, ours) for table in published]
+    as_published = [published_table(table, generated.MEASURES, ours) for table in published]
     return Comparison(
         names=names,
         metrics={each.name: each.metrics for each in opened},
         facts={key: opened[0].metrics[key] for key in ("protocol", "image_size", "num_references")},
-        tables=[page.Table("", header, [[page.Cell(*cell) for cell in row] for row in rows]), *as_published],
+        tables=[replace(generated.comparison(opened), title=""), *as_published],
         make_page=lambda: generated_page(opened, " and ".join(names), as_published),
     )
 
@@ -247,7 +244,7 @@ def names_of_sets(evaluations: Sequence[EvaluationResult]) -> list[str]:
     Protocols crop in different ways: sets are equal if they come from the same images and the same of their classes, at
     the same size and number.
     """
-    sources = [each.lineage.get("inputs", {}).get("images", {}) for each in evaluations]
+    sources = [input_of(each.lineage, "images") for each in evaluations]
     metrics = [each.metrics for each in evaluations]
     draws = [m.get("random_classes", {}) for m in metrics]
     sets = [
@@ -297,7 +294,7 @@ def distinct(evaluations: Sequence[EvaluationResult], report_names: Sequence[str
 
 def tokenizer_of(evaluated: EvaluationResult) -> str:
     """The content digest of the tokenizer, else its name."""
-    return evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("content") or evaluated.name
+    return input_of(evaluated.lineage, "tokenizer").get("content") or evaluated.name
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -330,8 +327,7 @@ def comparison_page(
             conventions = [*present(group.members, HEADLINES[:2]), *others]
             words = [f"{m.label}: {convention_of(m, group.members[0].metrics)}" for m in conventions]
             sections.append(measure_table(group, others, f"Other conventions: {group.title}", ". ".join(words) + "."))
-    if missing := reasons(evaluations):
-        sections.append(page.Reasons("Not computed", missing))
+    sections += not_computed([(each.name, each.metrics) for each in evaluations])
     sections.append(page.Lineage("Lineage", [evaluated.lineage for evaluated in evaluations]))
     commands = list(dict.fromkeys(command for evaluated in evaluations for command in evaluated.commands))
     sections.append(page.Commands("Reproduce", commands))
@@ -351,7 +347,7 @@ def headline_table(group: Group) -> page.Table:
         caption = f"Protocol {group.protocol}. No other report is on these images by this protocol."
     if not all(evaluated.is_discrete for evaluated in group.members):
         caption += " Continuous latents have neither codes nor bits."
-    named = measures_of(*(each.metrics for each in group.members))[len(MEASURES) :]
+    named = frechet_measures(each.metrics for each in group.members)
     return measure_table(group, present(group.members, [*HEADLINES, *named]), group.title, caption)
 
 
@@ -365,7 +361,7 @@ def measure_table(group: Group, measures: Sequence[Measure], title: str, caption
         for label, each in zip(labels, group.members, strict=True):
             label.append(capacity_cell(each.metrics["tokenizer"]))
     values = [[value_of(each.metrics, measure.key) for measure in measures] for each in group.members]
-    rows = [[page.Cell(*cell) for cell in row] for row in table_rows(labels, measures, values, unit=False)]
+    rows = table_rows(labels, measures, values, unit=False)
     return page.Table(title, [*header, *map(with_unit, measures)], rows, caption.strip())
 
 
@@ -491,16 +487,3 @@ def capacity_cell(tokenizer: Mapping[str, Any]) -> str:
 def present(evaluations: Sequence[EvaluationResult], measures: Sequence[Measure]) -> list[Measure]:
     """The measures that at least one evaluation has, bits per pixel first."""
     return bits_first(m for m in measures if any(value_of(each.metrics, m.key) is not None for each in evaluations))
-
-
-def reasons(evaluations: Sequence[EvaluationResult]) -> dict[str, str]:
-    """Name -> why its number is absent. A reason that does not hold for all tokenizers is under the name of its own."""
-    missing = [reasons_of(evaluated.metrics) for evaluated in evaluations]
-    shared = {key for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
-    found = {name_of(key): reason for key, reason in missing[0].items() if key in shared}
-    for evaluated, each in zip(evaluations, missing, strict=True):
-        own = {key: reason for key, reason in each.items() if key not in shared}
-        for reason in dict.fromkeys(own.values()):
-            names = ", ".join(name_of(key) for key, other in own.items() if other == reason)
-            found[f"{evaluated.name}: {names}"] = reason
-    return found

@@ -4,7 +4,7 @@ Shapes: G groups, K codes per group.
 """
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from vqpipe.files import read_rows
 from vqpipe.metrics.distortion import MAX_LISTED
 from vqpipe.metrics.protocols import IN_WORDS
 from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
-from vqpipe.reports.page import Section, Table
+from vqpipe.reports.page import Cell, Reasons, Section, Table
 from vqpipe.reports.pictures import ImagePair
 from vqpipe.weights import PUBLISHED_FILES
 from vqpipe.words import counted
@@ -138,7 +138,7 @@ def open_evaluation(report: Artifact) -> EvaluationResult:
         for reconstruction in [report.file(f"{stem}-reconstruction.png")]
     ]
     return EvaluationResult(
-        name=report.lineage["inputs"].get("tokenizer", {}).get("name") or report.name,
+        name=input_of(report.lineage, "tokenizer").get("name") or report.name,
         metrics=metrics,
         counts=counts_from_array(np.load(report.verified_file("counts.npy"), allow_pickle=False), metrics["tokenizer"]),
         shown=shown,
@@ -173,7 +173,7 @@ def by_protocol(metrics: Metrics) -> list[dict[str, Any]]:
     for name, own in (metrics.get("protocols") or {metrics["protocol"]: {}}).items():
         first = name == metrics["protocol"]
         shared = metrics if first else {key: value for key, value in metrics.items() if key not in PROTOCOL_KEYS}
-        table = {**shared, **own, **own.get("prc", {}), "protocol": name}
+        table = {**shared, **own, "protocol": name}
         table["reference"] = own.get("reference_digest", metrics["reference"])
         table["reference_kind"] = own.get("reference", "")
         table["rfid"] = {name: own["rfid"]} if "rfid" in own else metrics["rfid"] if first else {}
@@ -189,18 +189,35 @@ def name_of(key: str) -> str:
     return labels.get(key, key.replace("_", " "))
 
 
-def reasons_of(metrics: Metrics) -> dict[str, str]:
-    """Key of `not_computed` -> the reason, followed by the address of the file of weights that it names."""
-    return {
-        key: " ".join([reason, *(f"It is at {url}" for file, url in PUBLISHED_FILES.items() if file in reason)])
-        for key, reason in metrics["not_computed"].items()
-    }
+def not_computed(results: Sequence[tuple[str, Metrics]]) -> list[Section]:
+    """The section of numbers that are absent in these named results, each with the reason, followed by the address of
+    the file of weights that it names. A reason that does not hold for all is under the name of the result."""
+    missing = [
+        {
+            key: " ".join([reason, *(f"It is at {url}" for file, url in PUBLISHED_FILES.items() if file in reason)])
+            for key, reason in metrics["not_computed"].items()
+        }
+        for _, metrics in results
+    ]
+    shared = {key for key, reason in missing[0].items() if all(each.get(key) == reason for each in missing)}
+    reasons = {name_of(key): reason for key, reason in missing[0].items() if key in shared}
+    for (name, _), each in zip(results, missing, strict=True):
+        own = {key: reason for key, reason in each.items() if key not in shared}
+        for reason in dict.fromkeys(own.values()):
+            names = ", ".join(name_of(key) for key, other in own.items() if other == reason)
+            reasons[f"{name}: {names}"] = reason
+    return [Reasons("Not computed", reasons)] if reasons else []
 
 
 def measures_of(*metrics: Metrics) -> list[Measure]:
-    """MEASURES, and a measure for each extractor with a Frechet distance in any of these metrics."""
-    named = dict.fromkeys(name for each in metrics for name in each.get("frechet", {}))
-    return [*MEASURES, *(Measure(f"frechet {name}", f"Frechet, {name}", FRECHET, "", False) for name in named)]
+    """MEASURES, and those of `frechet_measures`."""
+    return [*MEASURES, *frechet_measures(metrics)]
+
+
+def frechet_measures(several: Iterable[Metrics]) -> list[Measure]:
+    """A measure for each extractor with a Frechet distance in any of these metrics."""
+    named = dict.fromkeys(name for metrics in several for name in metrics.get("frechet", {}))
+    return [Measure(f"frechet {name}", f"Frechet, {name}", FRECHET, "", False) for name in named]
 
 
 def value_of(metrics: Metrics, key: str) -> float | None:
@@ -212,16 +229,16 @@ def value_of(metrics: Metrics, key: str) -> float | None:
         return sum(groups) / len(groups) if groups else None
     if key.startswith("frechet "):
         return metrics.get("frechet", {}).get(key.removeprefix("frechet "))
-    value = metrics.get(key)
+    value = metrics.get(key, metrics.get("prc", {}).get(key))
     return value.get("mean") if isinstance(value, Mapping) else value
 
 
-def number_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """Label, value and convention of the numbers of `metrics.json`, without those by OTHER_FORMULAS."""
+def number_rows(metrics: Metrics, without: Collection[str] = ()) -> list[tuple[str, str, str]]:
+    """Label, value and convention of the numbers of a protocol, `without` measures of these keys."""
     return [
-        (measure.label, written(measure, value), measure.convention + over_images(measure, metrics))
+        (measure.label, written(measure, value), convention_of(measure, metrics))
         for measure in measures_of(metrics)
-        if measure.key not in OTHER_FORMULAS and (value := value_of(metrics, measure.key)) is not None
+        if measure.key not in without and (value := value_of(metrics, measure.key)) is not None
     ]
 
 
@@ -276,10 +293,16 @@ def formula_of(measure: Measure, metrics: Metrics) -> str:
     return measure.convention
 
 
+def input_of(lineage: Mapping[str, Any], role: str) -> Mapping[str, Any]:
+    """The lineage of an input; empty without one of this role."""
+    found: Mapping[str, Any] = lineage.get("inputs", {}).get(role, {})
+    return found
+
+
 def on_images(lineage: Mapping[str, Any], num_images: int | None = None) -> str:
     """ " on imagenette, 1,000 images": the end of a title, by the lineage of the artifact; "" without images."""
-    inputs = lineage.get("inputs", {})
-    name = next((inputs[role]["name"] for role in ("images", "tokens", "latents") if role in inputs), "")
+    names = (input_of(lineage, role).get("name", "") for role in ("images", "tokens", "latents"))
+    name = next(filter(None, names), "")
     number = "" if num_images is None else f", {counted(num_images, 'images')}"
     return f" on {name}{number}" if name else ""
 
@@ -319,16 +342,16 @@ def table_rows(
     measures: Sequence[Measure],
     values: Sequence[Sequence[float | None]],
     unit: bool = True,
-) -> list[list[tuple[str, bool]]]:
-    """Rows of a table: each one's labels, then its values; a cell is (text, whether it is the best of its column)."""
+) -> list[list[str | Cell]]:
+    """Rows of a table: each one's labels, then its values, the best of each column marked."""
     best = [measure.best(column) for measure, column in zip(measures, zip(*values, strict=True), strict=True)]
-    rows = []
+    rows: list[list[str | Cell]] = []
     for names, row in zip(labels, values, strict=True):
         cells = [
-            (written(measure, value, unit), value is not None and value == most)
+            Cell(written(measure, value, unit), value is not None and value == most)
             for measure, value, most in zip(measures, row, best, strict=True)
         ]
-        rows.append([*((name, False) for name in names), *cells])
+        rows.append([*names, *cells])
     return rows
 
 

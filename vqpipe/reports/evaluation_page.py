@@ -15,13 +15,13 @@ from vqpipe.reports.evaluation import (
     by_protocol,
     codes,
     convention_of,
-    measures_of,
-    name_of,
+    frechet_measures,
+    not_computed,
+    number_rows,
     on_images,
     over_images,
     protocols_in_words,
     reasons_not_measured,
-    reasons_of,
     size_in_words,
     value_of,
     with_unit,
@@ -68,8 +68,7 @@ def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.Repor
     if curves := plots.training_curves({"": evaluated.history}):
         sections.append(page.Plots("Training", curves))
     sections += [all_metrics(own, metrics) for own in protocols]
-    if metrics["not_computed"]:
-        sections.append(page.Reasons("Not computed", {name_of(key): why for key, why in reasons_of(metrics).items()}))
+    sections += not_computed([(evaluated.name, metrics)])
     if reasons := reasons_not_measured(metrics):
         sections.append(page.Reasons("Images that are not measured", reasons))
     sections.append(page.Lineage("Lineage", [evaluated.lineage]))
@@ -80,7 +79,7 @@ def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.Repor
 
 def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
     """The numbers of the first protocol, large, under its name."""
-    measures = [*MEASURES[:NUM_HEADLINES], *measures_of(own)[len(MEASURES) :]]
+    measures = [*MEASURES[:NUM_HEADLINES], *frechet_measures([own])]
     numbers = [
         page.Number(m.label, written(m, value, unit=False), m.unit, headline_note(m, evaluated, own))
         for m in measures
@@ -149,18 +148,14 @@ def printed_value(own: Metrics, key: str) -> float | None:
 
 def all_metrics(own: Metrics, metrics: Metrics) -> page.Table:
     """A protocol's numbers with their conventions; then its choices."""
-    rows = [
-        [m.label, written(m, value), convention_of(m, own)]
-        for m in measures_of(own)
-        if (value := value_of(own, m.key)) is not None
-    ]
+    rows = number_rows(own)
     if own["protocol"] == metrics["protocol"]:  # its authors' formula, and the common one of the same name
         rows += [
-            [m.label, written(m, value_of(metrics, m.key)), m.convention + over_images(m, metrics)]
+            (m.label, written(m, value_of(metrics, m.key)), m.convention + over_images(m, metrics))
             for m in MEASURES
             if value_of(metrics, m.key) not in (None, value_of(own, m.key))
         ]
-    rows += [[name, "", str(own[key])] for key, name in FIXED.items() if own.get(key)]
+    rows += [(name, "", str(own[key])) for key, name in FIXED.items() if own.get(key)]
     header = ["measure", "value", "convention"]
     return page.Table(f"All metrics, protocol {own['protocol']}", header, rows, prose=header[2:])
 

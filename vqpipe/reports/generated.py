@@ -11,12 +11,13 @@ from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import (
-    FRECHET,
     Measure,
+    Metrics,
     codes,
-    name_of,
+    frechet_measures,
+    input_of,
+    not_computed,
     protocols_in_words,
-    reasons_of,
     table_rows,
     value_of,
     written,
@@ -25,16 +26,19 @@ from vqpipe.reports.page import GAP
 from vqpipe.words import counted
 
 MEASURES = {
-    "fid": Measure("fid", "FID", "lower is better", "", False),
-    "sfid": Measure("sfid", "sFID", "lower is better", "", False),
-    "inception_score.mean": Measure("inception_score", "Inception Score", "higher is better", "", True, 1),
-    "kid.mean": Measure("kid", "KID", "lower is better", "", False, 5),
-    "prc.precision": Measure("precision", "precision", "k = 3", "", True, 3),
-    "prc.recall": Measure("recall", "recall", "k = 3", "", True, 3),
-    "utilization": Measure("utilization", "codes in use", "share chosen at least once over all samples", "%", True, 1),
-    "perplexity": Measure("perplexity", "perplexity", "exp of the entropy of the codes, mean over groups", "", True, 1),
+    measure.key: measure
+    for measure in (
+        Measure("fid", "FID", "lower is better", "", False),
+        Measure("sfid", "sFID", "lower is better", "", False),
+        Measure("inception_score", "Inception Score", "higher is better", "", True, 1),
+        Measure("kid", "KID", "lower is better", "", False, 5),
+        Measure("precision", "precision", "k = 3", "", True, 3),
+        Measure("recall", "recall", "k = 3", "", True, 3),
+        Measure("utilization", "codes in use", "share chosen at least once over all samples", "%", True, 1),
+        Measure("perplexity", "perplexity", "exp of the entropy of the codes, mean over groups", "", True, 1),
+    )
 }
-"""Dotted key of `metrics.json` -> measure."""
+"""By key."""
 KEYS = ("protocol", "image_size", "num_references")
 """Keys of `metrics.json`: if these and the references are equal, numbers may share a column."""
 
@@ -44,7 +48,7 @@ class Generated:
     """The result of one evaluation of samples."""
 
     name: str
-    metrics: Mapping[str, Any]
+    metrics: Metrics
     sheet: bytes
     """PNG file of some samples."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
@@ -71,8 +75,7 @@ class Generated:
     @property
     def shared(self) -> tuple[Any, ...]:
         """The values that must be equal for numbers to share a column."""
-        reference = self.lineage.get("inputs", {}).get("reference", {}).get("content", "")
-        return (*(self.metrics[key] for key in KEYS), reference)
+        return (*(self.metrics[key] for key in KEYS), input_of(self.lineage, "reference").get("content", ""))
 
 
 def is_generated(report: Artifact) -> bool:
@@ -91,7 +94,7 @@ def open_generated(report: Artifact) -> Generated:
         raise ArtifactError(what, "Compare reports of one kind at a time")
     metrics = report.read_json("metrics.json")
     sheet = report.verified_file("contact-sheet.png").read_bytes()
-    name = report.lineage["inputs"].get("images", {}).get("name") or report.name
+    name = input_of(report.lineage, "images").get("name") or report.name
     return Generated(name, metrics, sheet, report.lineage, metrics.pop("commands", ()))
 
 
@@ -120,20 +123,14 @@ def generated_page(several: Sequence[Generated], title: str, published: Sequence
     if curve := guidance_curves(several):
         sections.append(page.Plots("Scale of guidance", curve))
     sections.append(page.Maps("Samples", maps))
-    missing = {
-        f"{each.name}: {name_of(key)}" if len(several) > 1 else name_of(key): reason
-        for each in several
-        for key, reason in reasons_of(each.metrics).items()
-    }
-    if missing:
-        sections.append(page.Reasons("Not computed", missing))
+    sections += not_computed([(each.name, each.metrics) for each in several])
     sections.append(page.Lineage("Lineage", [each.lineage for each in several]))
     commands = list(dict.fromkeys(command for each in several for command in each.commands))
     if commands:
         sections.append(page.Commands("Reproduce", commands))
     if len(several) == 1:
         title += f", {samples_of(first)}"
-    reference = first.lineage.get("inputs", {}).get("reference", {}).get("name")
+    reference = input_of(first.lineage, "reference").get("name")
     return page.ReportPage(f"{title} against {reference}" if reference else title, subtitle, sections)
 
 
@@ -149,11 +146,10 @@ def check_alike(several: Sequence[Generated]) -> None:
                 )
 
 
-def measures_of(several: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
-    """The measures that at least one `metrics.json` has, by dotted key."""
-    named = dict.fromkeys(name for metrics in several for name in metrics.get("frechet", {}))
-    known = MEASURES | {f"frechet.{name}": Measure(name, f"Frechet, {name}", FRECHET, "", False) for name in named}
-    return {where: m for where, m in known.items() if any(found(metrics, where) is not None for metrics in several)}
+def measures_of(several: Sequence[Metrics]) -> list[Measure]:
+    """The measures that at least one `metrics.json` has."""
+    known = [*MEASURES.values(), *frechet_measures(several)]
+    return [measure for measure in known if any(value_of(metrics, measure.key) is not None for metrics in several)]
 
 
 def numbers(generated: Generated) -> list[page.Section]:
@@ -162,18 +158,18 @@ def numbers(generated: Generated) -> list[page.Section]:
     return [page.Numbers("Numbers", measured)] if measured else []
 
 
-def number_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def number_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Label, value and convention of every number of `metrics.json`."""
     rows = []
-    for where, measure in measures_of([metrics]).items():
+    for measure in measures_of([metrics]):
         note = measure.convention
-        if where == "utilization":
+        if measure.key == "utilization":
             note = f"of {codes(metrics)}, over {counted(metrics['num_ids'], 'ids')}"
-        rows.append((measure.label, written(measure, found(metrics, where)), note))
+        rows.append((measure.label, written(measure, value_of(metrics, measure.key)), note))
     return rows
 
 
-def groups_table(metrics: Mapping[str, Any]) -> page.Table | None:
+def groups_table(metrics: Metrics) -> page.Table | None:
     """The use of the codes of each group; None without several groups."""
     if metrics.get("num_groups", 1) == 1:
         return None
@@ -187,13 +183,6 @@ def groups_table(metrics: Mapping[str, Any]) -> page.Table | None:
 
 def comparison(several: Sequence[Generated]) -> page.Table:
     """A row for each set, the best of each column marked."""
-    header, rows = comparison_rows(several)
-    caption = "The same references for all. FID falls with the number of samples: compare equal numbers."
-    return page.Table("Numbers", header, [[page.Cell(text, best) for text, best in row] for row in rows], caption)
-
-
-def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """A header, and (text, whether it is its column's best) of every cell."""
     measures = measures_of([each.metrics for each in several])
     labels = [[each.name, samples_of(each)] for each in several]
     header = ["samples", "number"]
@@ -201,9 +190,10 @@ def comparison_rows(several: Sequence[Generated]) -> tuple[list[str], list[list[
         header.append("guidance")
         for label, each in zip(labels, several, strict=True):
             label.append("–" if each.cfg_scale is None else f"{each.cfg_scale:g}")
-    values = [[found(each.metrics, where) for where in measures] for each in several]
-    header += [measure.label for measure in measures.values()]
-    return header, table_rows(labels, list(measures.values()), values)
+    values = [[value_of(each.metrics, measure.key) for measure in measures] for each in several]
+    header += [measure.label for measure in measures]
+    caption = "The same references for all. FID falls with the number of samples: compare equal numbers."
+    return page.Table("Numbers", header, table_rows(labels, measures, values), caption)
 
 
 def guidance_curves(several: Sequence[Generated]) -> list[page.Plot]:
@@ -217,13 +207,13 @@ def guidance_curves(several: Sequence[Generated]) -> list[page.Plot]:
             grouped.setdefault(json.dumps(each.other_settings, sort_keys=True), []).append(each)
     lines = [line for line in grouped.values() if len({each.cfg_scale for each in line}) > 1]
     drawn = []
-    for where in ("fid", "inception_score.mean"):
+    for key in ("fid", "inception_score"):
         curves = {}
         for name, line in zip(line_names([line[0] for line in lines]), lines, strict=True):
-            measured = [(each.cfg_scale, found(each.metrics, where)) for each in line]
+            measured = [(each.cfg_scale, value_of(each.metrics, key)) for each in line]
             points = sorted((scale, value) for scale, value in measured if scale is not None and value is not None)
             curves[name] = (np.array([x for x, _ in points]), np.array([y for _, y in points]))
-        plot = plots.line_plot(MEASURES[where].label, curves, xlabel="scale of classifier-free guidance")
+        plot = plots.line_plot(MEASURES[key].label, curves, xlabel="scale of classifier-free guidance")
         drawn += [] if plot is None else [plot]
     return drawn
 
@@ -245,13 +235,3 @@ def line_names(several: Sequence[Generated]) -> list[str]:
 def samples_of(generated: Generated) -> str:
     """ "50,000 samples"."""
     return counted(generated.metrics["num_images"], "samples")
-
-
-def found(metrics: Mapping[str, Any], where: str) -> float | None:
-    """The number of a dotted key such as "kid.mean", or None."""
-    if where == "perplexity":
-        return value_of(metrics, where)
-    value: Any = metrics
-    for key in where.split(".", 1):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value

@@ -3,7 +3,7 @@
 from vqpipe.artifacts import Artifact, Input
 from vqpipe.errors import ArtifactError
 from vqpipe.model_card import cell
-from vqpipe.reports.evaluation import by_protocol, convention_of, measures_of, name_of, size_in_words, value_of, written
+from vqpipe.reports.evaluation import by_protocol, input_of, name_of, number_rows, size_in_words
 from vqpipe.words import counted
 
 
@@ -25,14 +25,10 @@ def metrics_section(report: Artifact, tokenizer: Input | str) -> str:
         raise ArtifactError(
             f"{report.path} measures tokenizer {made_by}, not {own[:12]}", "Run vqpipe eval with this tokenizer"
         )
-    images = report.lineage["inputs"].get("images", {})
+    images = input_of(report.lineage, "images")
     parts = []
     for table in by_protocol(metrics):
-        rows = [
-            f"| {cell(measure.label)} | {written(measure, value)} | {cell(convention_of(measure, table))} |"
-            for measure in measures_of(metrics)
-            if (value := value_of(table, measure.key)) is not None
-        ]
+        rows = [f"| {cell(label)} | {value} | {cell(convention)} |" for label, value, convention in number_rows(table)]
         parts.append(
             f"Protocol `{table['protocol']}`: {counted(metrics['num_images'], 'images')} of {size_in_words(metrics)}, "
             f"{cell(images.get('name') or 'images')} `{str(images.get('content', ''))[:12]}`.\n\n"

@@ -15,7 +15,7 @@ from typing import Any
 
 from vqpipe.provenance import stage_command
 from vqpipe.reports import page, plots
-from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, value_of, with_unit, written
+from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, input_of, value_of, with_unit, written
 
 OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation", "--codebook", "--from", "--device")
 """Options of `vqpipe train` that may differ between the seeds of a configuration: inputs are compared by content."""
@@ -86,7 +86,7 @@ def configuration_key(evaluated: EvaluationResult) -> str:
     train = training_command(evaluated)
     if not train:
         return ""
-    inputs = evaluated.lineage.get("inputs", {}).get("tokenizer", {}).get("inputs", {})
+    inputs = input_of(evaluated.lineage, "tokenizer").get("inputs", {})
     contents = {role: node.get("content") for role, node in inputs.items()}
     return json.dumps([settings_of(train), contents, evaluated.metrics["tokenizer"]], sort_keys=True)
 
