@@ -69,8 +69,9 @@ def reconstruct(
         from vqpipe.continuous import open_autoencoder
         from vqpipe.evaluation.image_files import find_files, image_sizes, png_names, reconstruct_files, result_files
         from vqpipe.files import hash_file
+        from vqpipe.planning.tiles import check_memory
         from vqpipe.reports.reconstructions import numbers_table
-        from vqpipe.tiling import check_memory, check_norms, check_tile, num_tiles
+        from vqpipe.tiling import check_norms, check_tile, num_tiles
 
         autoencoder = open_autoencoder(tokenizer, torch_device)
         for k in prefixes:

@@ -1,15 +1,13 @@
 """Reconstruction of images of any size: pad to multiples of the downsample factor, and blend overlapping tiles.
 
 Besides the network, memory holds the 8-bit image and its reconstruction, and one row of tiles in float32 (16
-bytes per pixel). The network processes one tile at a time; `check_memory` estimates whether one fits.
+bytes per pixel). The network processes one tile at a time; `planning.tiles.check_memory` estimates whether one fits.
 
 Shapes: H x W pixels, f the downsample factor, T the side of a tile, N ids of a tile.
 """
 
-import bisect
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,21 +16,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
 
 TILE = 512
 """Default side of tiles, in pixels."""
 OVERLAP = 64
 """Default overlap of neighboring tiles, in pixels."""
-STEP = 64
-"""Sides of tiles that an error proposes are multiples of this."""
-MARGIN = 1.2
-"""Memory that must be free, relative to the estimate; measured on a CPU, the estimate is 0.73 to 1.03 of the peak."""
-PLENTY = 2**14
-"""Free bytes per pixel of a tile from which on no estimate is made, which takes seconds the first time."""
 
 
 class ImageAutoencoder(Protocol):
@@ -220,132 +210,6 @@ def network_of(autoencoder: Any) -> nn.Module:
     """The network of a Tokenizer or of a ContinuousAutoencoder."""
     network: nn.Module = getattr(autoencoder, "network", None) or autoencoder.autoencoder
     return network
-
-
-def check_memory(
-    autoencoder: ImageAutoencoder, sizes: Sequence[tuple[int, int]], tile: int, overlap: int, kept: int = 1
-) -> None:
-    """Estimate the peak memory of reconstructing images of these (H, W), and compare it with the free memory.
-
-    Args:
-        kept: reconstructions of an image that are held at the same time.
-
-    Raises:
-        ConfigError: it does not fit; the message names a tile that does, if there is one.
-    """
-    if not sizes:
-        return
-    tile = check_tile(tile, overlap, autoencoder.downsample_factor)
-    device = network_device(autoencoder)
-    images = max(image_bytes(height, width, min(tile, height), kept) for height, width in sizes)
-    if device.type == "cuda":
-        free, where = torch.cuda.mem_get_info(device)[0], "the GPU"
-    else:
-        free, where = available_bytes() - images, "this machine"
-
-    def needed(side: int) -> float:
-        height, width = largest_tile(sizes, side)
-        return MARGIN * tile_bytes(autoencoder, height, width)
-
-    if math.prod(largest_tile(sizes, tile)) * PLENTY <= free or needed(tile) <= free:
-        return
-    largest = min(tile, max(map(max, sizes)))
-    sides = range(max(STEP, overlap // STEP * STEP + STEP), largest, STEP)
-    fitting = bisect_fitting(sides, lambda side: needed(side) <= free)
-    raise ConfigError(
-        f"out of memory: a tile of {largest:,} pixels needs about {needed(tile) / 1e9:,.1f} GB, {where} has "
-        f"{max(free, 0) / 1e9:,.1f} GB free",
-        "Use a machine with more memory" if fitting is None else f"Use --tile {fitting}",
-    )
-
-
-def largest_tile(sizes: Sequence[tuple[int, int]], tile: int) -> tuple[int, int]:
-    """(height, width) of the tile with the most pixels."""
-    return max(((min(tile, height), min(tile, width)) for height, width in sizes), key=math.prod)
-
-
-def bisect_fitting(sides: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest side that fits, where all smaller ones fit as well; None if none does."""
-    place = bisect.bisect_left(sides, True, key=lambda side: not fits(side))
-    return sides[place - 1] if place else None
-
-
-def network_device(autoencoder: ImageAutoencoder) -> torch.device:
-    return next(network_of(autoencoder).parameters()).device
-
-
-def image_bytes(height: int, width: int, tile: int, kept: int) -> int:
-    """Memory of an image beside the network: the original, its reconstructions, their sheet and one row of tiles."""
-    return 3 * height * width * 2 * (1 + kept) + 16 * tile * width
-
-
-def tile_bytes(autoencoder: Any, height: int, width: int) -> int:
-    """The peak memory of encoding and decoding one tile, in bytes, beside the weights.
-
-    The network runs on the meta device, which computes shapes alone, while `PeakMemory` counts. Memory is not linear in
-    the pixels: attention takes the square of the number of positions. The search of the quantizer takes little.
-    """
-    factor = autoencoder.downsample_factor
-    height, width = (-(-side // factor) * factor for side in (height, width))
-    network = network_of(autoencoder)
-    tensors = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*network.named_parameters(prefix="network"), *network.named_buffers(prefix="network"))
-    }
-    image = torch.empty(1, 3, height, width, device="meta")
-    latent = torch.empty(1, *autoencoder.latent_shape(height, width), device="meta")
-    with torch.no_grad(), PeakMemory() as memory:
-        torch.func.functional_call(RoundTrip(network), tensors, (image, latent))
-    return memory.peak
-
-
-class RoundTrip(nn.Module):
-    """Both directions of a network in one module, for `torch.func.functional_call`."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network: Any = network
-
-    def forward(self, image: Tensor, latent: Tensor) -> None:
-        getattr(self.network, "latent", self.network.encode)(image)
-        self.network.decode(latent)
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that exist at the same time, as operations make and free them.
-
-    A convolution counts its input and output twice: on the CPU they are copied to another layout.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {storage_of(value) for value in args if isinstance(value, Tensor)}
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor) and (key := storage_of(tensor)) not in given | self.known:
-                storage = tensor.untyped_storage()
-                self.known.add(key)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.free, key, storage.nbytes())
-        copies = 0
-        if "convolution" in str(function):
-            copies = sum(value.nbytes for value in (args[0], result))
-        self.peak = max(self.peak, self.live + copies)
-        return result
-
-    def free(self, key: int, num_bytes: int) -> None:
-        """A tensor's memory is given back."""
-        self.known.discard(key)
-        self.live -= num_bytes
-
-
-def storage_of(tensor: Tensor) -> int:
-    """A number that tensors with the same memory share."""
-    return tensor.untyped_storage()._cdata
 
 
 def check_tile(tile: int, overlap: int, factor: int) -> int:

@@ -12,11 +12,11 @@ import typer
 from PIL import Image
 
 from stages.reconstruct import reconstruct
-from vqpipe import tiling
 from vqpipe.artifacts import open_artifact
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.evaluation import image_files
 from vqpipe.evaluation.image_files import find_files, png_names
+from vqpipe.planning import tiles
 from vqpipe.tokenizer import Tokenizer
 
 MULTI_GROUP = {"kind": "multi_group", "num_groups": 3, "group": {"kind": "vq", "codebook_size": 64, "code_dim": 4}}
@@ -213,15 +213,15 @@ def test_tiles_that_do_not_fit_the_memory_are_refused_with_a_tile_that_does(
     path, file = tiny_tokenizer("tokenizer"), tmp_path / "photo.png"
     draw(file, 200, 200)
     tokenizer = Tokenizer.from_pretrained(path)
-    beside = tiling.image_bytes(200, 200, 200, 1)
-    room = int(tiling.MARGIN * tiling.tile_bytes(tokenizer, 128, 128)) + beside + 1
-    monkeypatch.setattr(tiling, "available_bytes", lambda: room)
+    beside = tiles.image_bytes(200, 200, 200, 1)
+    room = int(tiles.MARGIN * tiles.tile_bytes(tokenizer, 128, 128)) + beside + 1
+    monkeypatch.setattr(tiles, "available_bytes", lambda: room)
     options: dict[str, Any] = {"tokenizer": path, "out": tmp_path / "out", "overlap": 8, "device": "cpu"}
     with pytest.raises(ConfigError, match=r"out of memory: a tile of 200 pixels needs about .* Use --tile 128"):
         reconstruct([file], tile=2400, **options)
     assert not (tmp_path / "out.partial").exists()
     reconstruct([file], tile=128, **options)
-    monkeypatch.setattr(tiling, "available_bytes", lambda: beside)
+    monkeypatch.setattr(tiles, "available_bytes", lambda: beside)
     with pytest.raises(ConfigError, match="Use a machine with more memory"):
         reconstruct([file], tile=128, **(options | {"out": tmp_path / "other"}))
 
