@@ -14,7 +14,7 @@ from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.models import AutoencoderConfig
 from vqpipe.planning.devices import device_of
 from vqpipe.planning.estimate import micro_batch, plan_kmeans, plan_tokenize, step_seconds
-from vqpipe.planning.steps import fake_tensors, size_of, trace_tokenizer
+from vqpipe.planning.steps import fake_tensors, trace_tokenizer
 from vqpipe.search import nearest
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
@@ -36,7 +36,8 @@ def planned_search(vectors: Tensor, codes: Tensor) -> Planned:
         trace.operations.clear()
         trace.peak.clear()
         nearest(*inputs, check=False)
-    return numbers(step_seconds(trace.operations, device), sum(trace.peak.values()) - sum(map(size_of, inputs)))
+    peak = sum(trace.peak.values()) - sum(each.nbytes for each in inputs)
+    return numbers(step_seconds(trace.operations, device), peak)
 
 
 def planned_iteration(num_points: int, dim: int, k: int, settings: Settings) -> Planned:
@@ -62,4 +63,4 @@ def planned_encoding(
 
 def size_of_tensors(*networks: nn.Module) -> float:
     """Bytes of their weights and buffers."""
-    return sum(size_of(each) for network in networks for each in (*network.parameters(), *network.buffers()))
+    return sum(each.nbytes for network in networks for each in (*network.parameters(), *network.buffers()))

@@ -1,9 +1,9 @@
 """The devices that a plan may be made for: GPUs of `gpus`, and this machine's CPU."""
 
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -108,11 +108,4 @@ def measured_rates(threads: int) -> dict[str, float]:
 
 def seconds(function: Callable[..., Any], *inputs: Tensor) -> float:
     """Seconds of a call: the fastest of a few."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        function(*inputs)
-        times.append(time.perf_counter() - began)
-        if sum(times) > 0.5:
-            break
-    return min(times)
+    return min(timeit.repeat(partial(function, *inputs), number=1, repeat=5))

@@ -195,11 +195,13 @@ class Training:
 
 def tokenizer_training(recipe: TokenizerRecipe) -> Training:
     """`vqpipe train`."""
+    config = recipe.objective
+    starts = min(config.disc_start, recipe.train.steps) if config.adversarial > 0 else recipe.train.steps
 
     def trace(config: Any, images: int, gpu: bool) -> Step:
         return trace_tokenizer(replace(recipe, train=config), images, gpu)
 
-    return Training("train", recipe.train, trace, start_of_discriminator(recipe))
+    return Training("train", recipe.train, trace, starts)
 
 
 def generator_training(recipe: GeneratorRecipe, tokenizer: AutoencoderConfig, image_size: int) -> Training:
@@ -289,12 +291,6 @@ def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, de
 def micro_batch(config: TrainConfig, devices: int) -> int:
     """Images that a device computes at once."""
     return config.share(devices) // config.accumulate
-
-
-def start_of_discriminator(recipe: TokenizerRecipe) -> int:
-    """The step in which the discriminator starts, at most the last one."""
-    config = recipe.objective
-    return min(config.disc_start, recipe.train.steps) if config.adversarial > 0 else recipe.train.steps
 
 
 def forward_plan(

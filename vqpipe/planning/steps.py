@@ -28,8 +28,8 @@ from vqpipe.planning.trace import CudaAutocast, Operation, Trace
 from vqpipe.quantizers.lc import FrozenCodebookQuantizer
 from vqpipe.quantizers.multi_group import MultiGroupConfig
 from vqpipe.quantizers.vqbridge import BridgedQuantizer
-from vqpipe.training.config import TrainConfig
 from vqpipe.training.examples_task import ExamplesTask
+from vqpipe.training.optim import WeightEma
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.weights import Frozen, build_lpips
@@ -93,10 +93,13 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
     config = replace(recipe.train, accumulate=parts, compile=False, sync_batch_norm=False)
     side, objective_config = recipe.data.image_size, recipe.objective
     model = meta_autoencoder(recipe.model)
+    average = WeightEma(model, config.weight_ema)
     with torch.device("meta"):
         discriminator = PatchDiscriminator(recipe.discriminator)
     with fake_tensors(gpu) as (trace, on_cuda):
         count_autoencoder(model, trace)
+        if average.network is not model:
+            as_fake(average.network, trace, "weight average")
         as_fake(discriminator, trace, "discriminator")
         perceptual = None
         if objective_config.perceptual != "none":
@@ -108,8 +111,7 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
             trace.count_calls(perceptual, "LPIPS")
         objective = Objective(objective_config, model.quantizer.loss_names, perceptual=perceptual)
         task = TokenizerTask(model, discriminator, objective)
-        average = WeightAverage(model, config, trace)
-        task.prepare(config, CPU, model)
+        task.prepare(config, CPU, average.network)
         task.connect()
         if task.adversarial:
             trace.count_calls(discriminator, "discriminator")
@@ -123,11 +125,13 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
             if objective.adversarial_at(number):
                 task.discriminator_step(images, reconstruction, number)
             if task.moves_codebook:
-                traced_update(task, reconstruction)
-            average.update()
+                with suppress(RuntimeError, NotImplementedError):  # of an update that reads numbers: it needs little
+                    model.quantizer.update(reconstruction.latent, reconstruction.quantized.ids)
+            average.update(number)
             return trace.operations
 
         with on_cuda:
+            average.update(0)  # copies a frozen codebook, once
             first = step(0)
             every = objective_config.r1_every
             later = (objective_config.disc_start // every + 1) * every + 1
@@ -135,36 +139,12 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
             if objective.r1_at(later - 1):
                 step(later - 1)
         repeats = recipe.train.accumulate / parts
-        trained = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         weights = size_of_network(model)
         other = size_of_network(discriminator) if task.adversarial else 0.0
         states = sum(size_of_state(optimizer) for optimizer in task.optimizers.values())
         saved = weights + other + states + (weights if config.weight_ema else 0.0)
         return Step(trace.peak, scaled(both, repeats), scaled(first, repeats), trained, saved, weights + other)
-
-
-class WeightAverage:
-    """The memory and the operations of `WeightEma`, which copies a network: fake tensors cannot be copied so."""
-
-    def __init__(self, network: nn.Module, config: TrainConfig, trace: Trace) -> None:
-        self.parameters = list(network.parameters()) if config.weight_ema else []
-        self.averages = [torch.empty_like(each) for each in self.parameters]
-        self.buffers = [torch.empty_like(each) for each in network.buffers() if config.weight_ema]
-        for tensor in (*self.averages, *self.buffers):
-            trace.add(tensor, "weight average")
-
-    @torch.no_grad()
-    def update(self) -> None:
-        if self.averages:
-            torch._foreach_lerp_(self.averages, [*self.parameters], 0.1)
-
-
-def traced_update(task: TokenizerTask, reconstruction: Any) -> None:
-    """The update of a codebook. Some of them read numbers, which fake tensors do not have: those need little."""
-    try:
-        task.model.quantizer.update(reconstruction.latent, reconstruction.quantized.ids)
-    except (RuntimeError, NotImplementedError):
-        return
 
 
 @cache
@@ -180,15 +160,17 @@ def trace_generator(
     space = Space.of(quantizer, side, side, classes)
     with torch.device("meta"):
         network = build_generator(recipe.generator, space)
+    average = WeightEma(network, config.weight_ema)
     with fake_tensors(gpu) as (trace, on_cuda):
         count_autoencoder(autoencoder, trace)
         trace.own_tensors(autoencoder, "tokenizer")
         as_fake(network.requires_grad_(True), trace, "weights")
+        if average.network is not network:
+            as_fake(average.network, trace, "weight average")
         with suppress(ConfigError):  # of a generator that uses no codebook
             network.load_codebook(quantizer.train().all_codes().detach())
         task = ExamplesTask(network)
-        average = WeightAverage(network, config, trace)
-        task.prepare(config, CPU, network)
+        task.prepare(config, CPU, average.network)
         task.connect()
         trace.count_steps(task.optimizers["optimizer"])
         count = parts * examples_at_once
@@ -199,12 +181,13 @@ def trace_generator(
         batch = ExampleBatch(examples, torch.zeros(count, dtype=torch.int64), [])
         with on_cuda:
             task.step(batch, 0)
+            average.update(0)
             trace.operations = []
             task.step(batch, 1)
-            average.update()
+            average.update(1)
         operations = scaled(trace.operations, recipe.train.accumulate / parts)
         weights = size_of_network(network)
-        trained = sum(size_of(parameter) for parameter in network.parameters())
+        trained = sum(parameter.nbytes for parameter in network.parameters())
         saved = weights * (2 if config.weight_ema else 1) + size_of_state(task.optimizers["optimizer"])
         published = weights + size_of_network(autoencoder)
         return Step(trace.peak, operations, operations, trained, saved, published)
@@ -291,14 +274,10 @@ def fake_tensors(gpu: bool) -> Iterator[tuple[Trace, AbstractContextManager[Any]
         dist.is_initialized = initialized
 
 
-def size_of(tensor: Tensor) -> float:
-    return float(tensor.numel() * tensor.element_size())
-
-
 def size_of_network(network: nn.Module) -> float:
-    return sum(size_of(tensor) for tensor in network.state_dict().values())
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def size_of_state(optimizer: torch.optim.Optimizer) -> float:
     tensors = (value for state in optimizer.state.values() for value in state.values())
-    return sum(size_of(value) for value in tensors if isinstance(value, Tensor))
+    return sum(value.nbytes for value in tensors if isinstance(value, Tensor))

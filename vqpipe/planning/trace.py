@@ -95,7 +95,7 @@ class Trace(TorchDispatchMode):
         self, function: Any, args: Any, kwargs: Any, result: Any, inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
         """Append the operation."""
-        moved = sum(each.numel() * each.element_size() for each in (*inputs, *outputs))
+        moved = sum(each.nbytes for each in (*inputs, *outputs))
         backward = torch._C._current_autograd_node() is not None
         if function is NEAREST:
             vectors, codes = inputs

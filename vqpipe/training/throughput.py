@@ -42,7 +42,6 @@ def count_flops(
     device = model.last_layer.device
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         network = build_autoencoder(model.config)
-        critic = PatchDiscriminator(discriminator.config).eval()  # batch norms refuse a single value in training
         for part in frozen_parts(config, network):
             part.requires_grad_(False)
         images = torch.zeros(1, 3, image_size, image_size)
@@ -54,6 +53,7 @@ def count_flops(
             loss.backward()
         if not objective.config.adversarial:  # the discriminator is not used, and the images may be too small for it
             return FlopsPerImage(float(reconstruction_flops.get_total_flops()), 0.0)
+        critic = PatchDiscriminator(discriminator.config).eval()  # batch norms refuse a single value in training
         with FlopCounterMode(display=False) as adversarial_flops:
             fake = reconstruction.detach().requires_grad_()
             critic.requires_grad_(False)
