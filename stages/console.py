@@ -11,11 +11,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -269,28 +268,8 @@ class ProgressBar:
         table.add_column(style="dim")
         table.add_column()
         for label, text in self.details:
-            table.add_row(label, Unbroken(text.split("   ")))
+            table.add_row(label, Columns(text.split("   "), padding=(0, 3)))
         return Group(self.bars, table)
-
-
-class Unbroken:
-    """Short texts one after the other, on as many lines as they need; a line ends between two of them."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = texts
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        line = ""
-        for text in self.texts:
-            longer = f"{line}   {text}" if line else text
-            if line and cell_len(longer) > options.max_width:
-                yield Text(line)
-                longer = text
-            line = longer
-        yield Text(line)
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(max(map(cell_len, self.texts)), cell_len("   ".join(self.texts)))
 
 
 class RateColumn(ProgressColumn):
