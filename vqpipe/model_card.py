@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 TAGS = ("image-tokenizer", "vector-quantization", "image-reconstruction")
@@ -13,86 +12,69 @@ LICENCES = (
 """Names of licences that the hub knows; others are `other` with a name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelCard:
-    """The card of a tokenizer on the model hub."""
+def hub_card(
+    repository: str,
+    properties: Mapping[str, Any],
+    *,
+    downsample_factor: int,
+    image_size: int | None,
+    licence: str = "",
+    datasets: Sequence[str] = (),
+    metrics: str = "",
+    lineage: Mapping[str, Any] | None = None,
+) -> str:
+    """The card of a tokenizer on the model hub.
 
-    repository: str
-    """OWNER/NAME."""
-    properties: Mapping[str, Any]
-    """Rows of the table of properties."""
-    downsample_factor: int
-    image_size: int | None
-    licence: str = ""
-    datasets: Sequence[str] = ()
-    """Data sets of the training, by their names on the hub."""
-    metrics: str = ""
-    """Markdown of the measured numbers, with their protocol."""
-    lineage: Mapping[str, Any] | None = None
-    """That of the artifact."""
-    tags: Sequence[str] = field(default=TAGS)
-
-    def text(self) -> str:
-        """The content of README.md."""
-        sections = [
-            self.head(),
-            f"# {self.repository.rpartition('/')[2]}",
-            "An image tokenizer: images to discrete tokens and back. It was made with vqpipe.",
-            table_of({**self.properties, "licence": self.licence or "none stated"}),
-            "## How to use",
-            self.usage(),
-            *(["## Results", self.metrics.strip()] if self.metrics else []),
-            *(["## Lineage", "\n".join(lineage_lines(self.lineage))] if self.lineage else []),
-            "## Limits",
-            self.limits(),
-        ]
-        return "\n\n".join(sections) + "\n"
-
-    def head(self) -> str:
-        """The YAML head. (A JSON string or list is YAML.)"""
-        lines = ["library_name: vqpipe", f"tags: {json.dumps(list(self.tags))}"]
-        if self.licence.lower() in LICENCES:
-            lines.append(f"license: {self.licence.lower()}")
-        elif self.licence:
-            lines += ["license: other", f"license_name: {json.dumps(self.licence)}"]
-        if self.datasets:
-            lines.append(f"datasets: {json.dumps(list(self.datasets))}")
-        return "\n".join(["---", *lines, "---"])
-
-    def usage(self) -> str:
-        """Examples in Python and on the command line."""
-        side = self.image_size or 256
-        return f"""```python
-from vqpipe import Tokenizer
-
-tokenizer = Tokenizer.from_pretrained("hf:{self.repository}")  # revision="..." pins a version
-ids = tokenizer.encode(images)                          # uint8[B, 3, {side}, {side}] -> int64[B, N]
-images = tokenizer.decode(ids, image_size=({side}, {side})) # -> uint8[B, 3, {side}, {side}]
-```
-
-```bash
-vqpipe tokenize --images IMAGES --tokenizer hf:{self.repository} --out tokens
-vqpipe reconstruct photo.jpg --tokenizer hf:{self.repository} --out pairs
-vqpipe eval --images IMAGES --tokenizer hf:{self.repository} --out report
-```"""
-
-    def limits(self) -> str:
-        """What the tokenizer cannot do, as a list."""
-        factor = self.downsample_factor
-        trained = (
-            f"It was trained at {self.image_size} px" if self.image_size else "The size of its training is unknown"
-        )
+    Args:
+        repository: OWNER/NAME.
+        properties: rows of the table of properties.
+        datasets: data sets of the training, by their names on the hub.
+        metrics: Markdown of the measured numbers, with their protocol.
+        lineage: that of the artifact.
+    """
+    head = ["library_name: vqpipe", f"tags: {json.dumps(TAGS)}"]  # a JSON string or list is YAML
+    if licence.lower() in LICENCES:
+        head.append(f"license: {licence.lower()}")
+    elif licence:
+        head += ["license: other", f"license_name: {json.dumps(licence)}"]
+    if datasets:
+        head.append(f"datasets: {json.dumps(list(datasets))}")
+    trained = f"It was trained at {image_size} px" if image_size else "The size of its training is unknown"
+    measured = "No measured numbers were published with it."
+    if metrics:
         measured = (
             "The numbers above hold for their images and protocol only, and are not comparable to those of another "
             "protocol."
-            if self.metrics
-            else "No measured numbers were published with it."
         )
-        return f"""- The sides of an image must be multiples of {factor} pixels.
+    side = image_size or 256
+    sections = [
+        "\n".join(["---", *head, "---"]),
+        f"# {repository.rpartition('/')[2]}",
+        "An image tokenizer: images to discrete tokens and back. It was made with vqpipe.",
+        table_of({**properties, "licence": licence or "none stated"}),
+        "## How to use",
+        f"""```python
+from vqpipe import Tokenizer
+
+tokenizer = Tokenizer.from_pretrained("hf:{repository}")  # revision="..." pins a version
+ids = tokenizer.encode(images)                          # uint8[B, 3, {side}, {side}] -> int64[B, N]
+images = tokenizer.decode(ids, image_size=({side}, {side})) # -> uint8[B, 3, {side}, {side}]
+```""",
+        f"""```bash
+vqpipe tokenize --images IMAGES --tokenizer hf:{repository} --out tokens
+vqpipe reconstruct photo.jpg --tokenizer hf:{repository} --out pairs
+vqpipe eval --images IMAGES --tokenizer hf:{repository} --out report
+```""",
+        *(["## Results", metrics.strip()] if metrics else []),
+        *(["## Lineage", "\n".join(lineage_lines(lineage))] if lineage else []),
+        "## Limits",
+        f"""- The sides of an image must be multiples of {downsample_factor} pixels.
 - {trained}; images of other sizes may be reconstructed worse.
 - Reconstruction is lossy: small text, faces and fine textures may change.
 - {measured}
-- Ids are those of these weights and of float32. `precision="bf16"` changes a few percent of them."""
+- Ids are those of these weights and of float32. `precision="bf16"` changes a few percent of them.""",
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def local_card(rows: Mapping[str, Any]) -> str:

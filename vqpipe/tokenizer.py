@@ -24,7 +24,7 @@ from vqpipe.downloads import upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, printable
 from vqpipe.files import hash_file
 from vqpipe.image_size import Size, pair_of
-from vqpipe.model_card import ModelCard
+from vqpipe.model_card import hub_card
 from vqpipe.model_input import ImageLike, check_tensor_size, latent_size, network_input, read_image
 from vqpipe.models import Autoencoder, AutoencoderConfig
 from vqpipe.progress import SILENT, Progress
@@ -443,16 +443,16 @@ class Tokenizer:
         """
         facts = {} if self.artifact is None else self.artifact.facts
         origin = {key: facts[key] for key in ("family", "zoo", "source") if key in facts}
-        return ModelCard(
-            repository=repository.removeprefix("hf:"),
-            properties=properties(self.autoencoder, self.image_size) | origin,
+        return hub_card(
+            repository.removeprefix("hf:"),
+            properties(self.autoencoder, self.image_size) | origin,
             downsample_factor=self.downsample_factor,
             image_size=self.image_size,
             licence=licence,
             datasets=datasets,
             metrics=metrics,
             lineage=None if self.artifact is None else self.artifact.lineage,
-        ).text()
+        )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Tokenizer":
         """Move to a device and convert the encoder and the decoder to a floating type; returns the tokenizer itself.
