@@ -67,15 +67,8 @@ def push(
         if not licence:
             console.say("the card states no licence: pass --licence to state one")
         address = opened.push_to_hub(repository, private=private, card=card)
-        words = [
-            "--tokenizer",
-            f"hf:{repository}",
-            "--images",
-            "builtin:photos",
-            "--out",
-            str(beside(tokenizer, "report")),
-        ]
-        console.say(f"next: {shlex.join(['vqpipe', 'eval', *words])}")
+        report_path = shlex.quote(str(beside(tokenizer, "report")))
+        console.say(f"next: vqpipe eval --tokenizer hf:{repository} --images builtin:photos --out {report_path}")
         print(address, flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqpipe.words import counted
+from vqpipe.words import counted, percent
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,8 @@ from vqpipe.words import counted
 )
 def test_one_is_singular(number: int, plural: str, text: str) -> None:
     assert counted(number, plural) == text
+
+
+def test_a_share_is_never_rounded_up_to_all() -> None:
+    shares = ((1.0, 2), (0.999999, 2), (0.999999, 3), (0.0, 1))
+    assert [percent(*each) for each in shares] == ["100 %", "99.99 %", "99.999 %", "0.0 %"]

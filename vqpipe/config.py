@@ -10,6 +10,7 @@ out, so that a run may be resumed with another value of it. A field that is adde
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import json
@@ -64,12 +65,10 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", *, hint:
         raise ConfigError(f"{', '.join(lacking)} {are} not set", "; ".join(filter(None, remedies)))
     chosen = choose_kind(cls, table, where)
     hints = hints_of(chosen)  # type: ignore[arg-type]
-    fields = {field.name: field for field in dataclasses.fields(chosen) if field.init}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key in fields:
-            values[key] = convert(hints[key], value, dotted(where, key))
-    return chosen(**values)
+    fields = {field.name for field in dataclasses.fields(chosen) if field.init}  # type: ignore[arg-type]
+    return chosen(
+        **{key: convert(hints[key], value, dotted(where, key)) for key, value in table.items() if key in fields}
+    )
 
 
 def missing(cls: type, table: Mapping[str, Any], where: str = "") -> dict[str, list[str]]:
@@ -112,14 +111,17 @@ def to_table(config: Any) -> dict[str, Any]:
     if isinstance(getattr(config, "kind", None), str):
         table["kind"] = config.kind
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            table[field.name] = to_table(value)
-        elif isinstance(value, tuple):
-            table[field.name] = list(value)
-        else:
-            table[field.name] = str(value) if isinstance(value, Path) else value
+        table[field.name] = plain(getattr(config, field.name))
     return table
+
+
+def plain(value: Any) -> Any:
+    """The value of a field as `to_table` has it."""
+    if dataclasses.is_dataclass(value):
+        return to_table(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def resumable(*, default: Any) -> Any:
@@ -173,7 +175,7 @@ def merge(cls: type, base: Mapping[str, Any], changes: Mapping[str, Any], where:
     Raises:
         ConfigError: an unknown kind, or a table in the place of a value.
     """
-    merged = copy_table(base)
+    merged = copy.deepcopy(dict(base))
     if "kind" in changes and changes["kind"] != base.get("kind") and dataclasses.is_dataclass(cls):
         known = {field.name for field in dataclasses.fields(choose_kind(cls, changes, where))}
         merged = {key: value for key, value in merged.items() if key in known}
@@ -200,7 +202,7 @@ def override(cls: type, table: Mapping[str, Any], assignments: Iterable[str]) ->
     sections = [field.name for field in dataclasses.fields(cls)]
     assigned = [split_assignment(text) for text in assignments]
     assigned.sort(key=lambda item: (item[0][-1] != "kind", len(item[0])))  # a kind decides which other keys exist
-    result = copy_table(table)
+    result = copy.deepcopy(dict(table))
     for path, value in assigned:
         if len(path) < 2 and path[0] in sections:
             raise ConfigError(f"--set {path[0]} is a section", f"Write --set {path[0]}.NAME=VALUE")
@@ -369,8 +371,3 @@ def flat(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, dotted(where, key))
         else:
             yield dotted(where, key), value
-
-
-def copy_table(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a table and of the tables in it."""
-    return {key: copy_table(value) if isinstance(value, Mapping) else value for key, value in table.items()}

@@ -109,14 +109,9 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a field as in JSON; None also for a required one."""
     if config.is_required(field):
         return None
-    value = field.default
     if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    if dataclasses.is_dataclass(value):
-        return config.to_table(value)
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
+        return config.plain(field.default_factory())
+    return config.plain(field.default)
 
 
 def type_in_words(hint: Any) -> str:

@@ -13,3 +13,13 @@ def first_names(names: Sequence[object], most: int = 3) -> str:
     """`a, b, c and 1,000 more`: the first `most` names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
+
+
+def capitalized(text: str) -> str:
+    """`k-means on MNIST` -> `K-means on MNIST`: `str.capitalize` would change the other letters."""
+    return text[:1].upper() + text[1:]
+
+
+def percent(share: float, digits: int) -> str:
+    """A share of 0..1 in percent with so many digits, never rounded up to 100 %."""
+    return "100 %" if share == 1 else f"{min(100 * share, 100 - 10**-digits):.{digits}f} %"

@@ -5,6 +5,7 @@ A measurement, a case and the whole benchmark are dictionaries as in JSON.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from vqpipe.reports import page
 from vqpipe.reports.plots import INK, STYLE, color, legend_above, plain_numbers, to_svg, untypeset
+from vqpipe.words import capitalized, percent
 
 SUBJECTS = {
     "search": "Nearest code",
@@ -50,11 +52,6 @@ def factor(value: float) -> str:
     return f"{value:,.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
-def share(value: float) -> str:
-    """Percent, never rounded up to 100 %."""
-    return "100 %" if value == 1 else f"{min(100 * value, 99.999):.3f} %"
-
-
 COLUMNS = (
     MeasuredColumn("wall, ms", lambda row: row["wall_ms"], number, best=True),
     MeasuredColumn("minimum", lambda row: row["wall_min_ms"], number, wide=True),
@@ -62,7 +59,7 @@ COLUMNS = (
     MeasuredColumn("over ours", lambda row: None if row["ours"] else row["ratio_wall"], factor),
     MeasuredColumn("CPU over ours", lambda row: None if row["ours"] else row["ratio_cpu"], factor, wide=True),
     MeasuredColumn("peak, MB", lambda row: row["peak_mb"], number),
-    MeasuredColumn("same ids", lambda row: row["same_ids"], share),
+    MeasuredColumn("same ids", lambda row: row["same_ids"], partial(percent, digits=3)),
     MeasuredColumn("inertia", lambda row: row["extra"].get("inertia"), lambda value: f"{value:.5g}", wide=True),
     MeasuredColumn("inertia / faiss", lambda row: row["extra"].get("inertia_ratio"), lambda value: f"{value:.4f}"),
 )
@@ -99,8 +96,9 @@ def case_table(case: Json, wide: bool) -> page.Table:
             best = column.best and len(case["rows"]) > 1 and value == min(map(column.value, case["rows"]))
             cells.append(page.Cell("–" if value is None else column.written(value), best))
         rows.append(cells)
-    title = case["title"][:1].upper() + case["title"][1:]
-    return page.Table(title, ["method", *(column.title for column in columns)], rows, caption(case))
+    return page.Table(
+        capitalized(case["title"]), ["method", *(column.title for column in columns)], rows, caption(case)
+    )
 
 
 def caption(case: Json) -> str:
@@ -143,7 +141,7 @@ def estimate_table(metrics: Json) -> page.Table | None:
         planned, measured = row["extra"].get("planned_mb"), row["peak_mb"]
         memory = ["–" if value is None else number(value) for value in (planned, measured)]
         times = [number(row["extra"]["planned_ms"]), number(row["wall_ms"]), factor(over_planned(row))]
-        rows.append([f"{case['title'][:1].upper()}{case['title'][1:]}, {row['name']}", *times, *memory])
+        rows.append([f"{capitalized(case['title'])}, {row['name']}", *times, *memory])
     header = ["", "planned, ms", "measured, ms", "measured / planned", "planned, MB", "measured, MB"]
     caption = "Peaks of memory are those above what is allocated before the call."
     return page.Table("Estimates of vqpipe plan", header, rows, caption) if rows else None
@@ -195,7 +193,7 @@ def headline_numbers(metrics: Json) -> list[page.Number]:
 def in_a_sentence(numbers: Sequence[page.Number]) -> str:
     """`Training: 40 images/s; search: 24.8x as fast as faiss's default.`"""
     text = "; ".join(f"{each.label}: {each.value} {each.unit}" for each in numbers)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return f"{capitalized(text)}." if text else ""
 
 
 def benchmark_page(metrics: Json, command: str, footer: str = "") -> page.ReportPage:
@@ -294,5 +292,4 @@ def time_plot(case: Json) -> page.Plot:
         axes.spines["left"].set_visible(False)
         svg = to_svg(figure, case["title"])
     alt = ", ".join(f"{row['name']} {number(row['wall_ms'])} ms" for row in rows)
-    title = case["title"][:1].upper() + case["title"][1:]
-    return page.Plot(title, svg, alt)
+    return page.Plot(capitalized(case["title"]), svg, alt)

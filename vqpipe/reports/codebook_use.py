@@ -11,6 +11,7 @@ from torch import Tensor
 from vqpipe.metrics.usage import BUDGETS, times_chosen
 from vqpipe.reports import page, pictures, plots
 from vqpipe.reports.evaluation import EvaluationResult
+from vqpipe.words import percent
 
 MOST_MAPPED = 2**22
 """Codes, over all groups, up to which the page draws each as a cell."""
@@ -44,8 +45,8 @@ def sections_on_codes(evaluated: EvaluationResult) -> list[page.Section]:
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
     """Utilization after several numbers of tokens, beside that of a uniform coder."""
     cells = [
-        [f"{row['tokens']:,}", share(row["utilization"]), share(row["uniform_utilization"])]
-        + ([" to ".join(share(end(groups)) for end in (min, max))] if len(groups) > 1 else [])
+        [f"{row['tokens']:,}", percent(row["utilization"], 2), percent(row["uniform_utilization"], 2)]
+        + ([" to ".join(percent(end(groups), 2) for end in (min, max))] if len(groups) > 1 else [])
         for row in rows
         for groups in [row["utilization_per_group"]]
     ]
@@ -111,8 +112,3 @@ def map_of(evaluated: EvaluationResult) -> page.Map:
 def num_used(counts: Tensor) -> int:
     """The number of codes of all groups that were chosen at least once."""
     return sum(map(len, times_chosen(counts)))
-
-
-def share(value: float) -> str:
-    """Percent, never rounded up to 100 %."""
-    return "100 %" if value == 1 else f"{min(100 * value, 99.99):.2f} %"

@@ -334,9 +334,8 @@ def comparison_page(
     protocols = protocols_in_words(group.protocol for group in groups)
     where = f"On {len(by_images)} sets of images"
     if len(by_images) == 1:
-        where = f"On the same {counted(groups[0].members[0].metrics['num_images'], 'images')}"
-    if len(by_images) == 1:
-        title += f" on {groups[0].images}, {counted(groups[0].members[0].metrics['num_images'], 'images')}"
+        number = counted(groups[0].members[0].metrics["num_images"], "images")
+        where, title = f"On the same {number}", f"{title} on {groups[0].images}, {number}"
     return page.ReportPage(title, f"{where}. {protocols}", sections, footer)
 
 

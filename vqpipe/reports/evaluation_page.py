@@ -29,7 +29,7 @@ from vqpipe.reports.evaluation import (
 )
 from vqpipe.reports.papers import PaperRow, paper_row
 from vqpipe.reports.pictures import MAX_PREFIX_SIDE, galleries, prefix_pictures
-from vqpipe.words import counted
+from vqpipe.words import capitalized, counted
 
 FIXED = {
     "crop": "crop",
@@ -88,7 +88,7 @@ def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
     title = f"{counted(own['num_images'], 'images')} at {size_in_words(own)}, protocol {own['protocol']}"
     caption = "Numbers of other protocols, sizes or images are not comparable with these."
     if "mixed_sizes" in own:
-        caption += f" {own['mixed_sizes'][0].upper()}{own['mixed_sizes'][1:]}."
+        caption += f" {capitalized(own['mixed_sizes'])}."
     if drawn := evaluated.metrics.get("random_classes"):
         caption += (
             f" Only images of {len(drawn['classes']):,} of {drawn['num_classes']:,} classes were used, drawn at random "

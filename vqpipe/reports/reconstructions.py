@@ -72,7 +72,8 @@ def shown_pictures(files: Sequence[ReconstructedFile]) -> tuple[list[page.Pictur
     """The files that fit into the page, with an error map where there is one reconstruction; a note on the others."""
     budget, found = PictureBudget(), list[page.Picture]()
     for file in files:
-        original, *others = (crop_center(path.read_bytes(), MAX_SIDE) for path in (file.original, *paths_of(file)))
+        paths = [file.original, *(version.png for version in file.versions)]
+        original, *others = (crop_center(path.read_bytes(), MAX_SIDE) for path in paths)
         versions = [
             page.Version(version.label, png, version.note) for version, png in zip(file.versions, others, strict=True)
         ]
@@ -85,11 +86,6 @@ def shown_pictures(files: Sequence[ReconstructedFile]) -> tuple[list[page.Pictur
         found.append(page.Picture(file.name, original, versions, note))
     left = len(files) - len(found)
     return found, f"{left:,} more would make this file too large: see reconstructions/." if left else ""
-
-
-def paths_of(file: ReconstructedFile) -> list[Path]:
-    """The PNG files of the reconstructions."""
-    return [version.png for version in file.versions]
 
 
 def numbers_table(files: Sequence[ReconstructedFile], most: int | None = None, folded: bool = False) -> page.Table:

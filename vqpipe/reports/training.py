@@ -16,7 +16,7 @@ from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes, on_images
 from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
-from vqpipe.words import counted
+from vqpipe.words import capitalized, counted
 
 RELOAD_SECONDS = 15
 """Seconds after which the page of a run loads itself again."""
@@ -257,7 +257,7 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
         plots.curves("PSNR in validation, dB", lines(validation="valid/psnr"), "linear", f"Mean over {held_out}."),
         *(
             plots.curves(
-                f"{words[0].upper()}{words[1:]} in validation",
+                f"{capitalized(words)} in validation",
                 lines(**{name: f"valid/{kind}_{net}" for net, name in BACKBONES.items()}),
                 "linear",
                 f"{about}Mean over {held_out}.",
