@@ -34,7 +34,8 @@ from vqpipe.planning.steps import (
     trace_tokenize,
     trace_tokenizer,
 )
-from vqpipe.planning.trace import CANDIDATES, EPILOGUE_DIMENSIONS, Operation, Trace
+from vqpipe.planning.trace import EPILOGUE_DIMENSIONS, Operation, Trace
+from vqpipe.search.blocking import CAPACITY
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.tokenizer_run import TokenizerRecipe
 
@@ -262,7 +263,7 @@ def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, de
     blocks = float(block_bytes(vectors, dim))
     memory = {"seeding or iterations": working_bytes(vectors, dim, k) - blocks, "blocks of features": blocks}
     if device.is_gpu:
-        memory["search"] = 8.0 * (1 + CANDIDATES) * min(BLOCK_ROWS, vectors)
+        memory["search"] = 8.0 * (1 + CAPACITY) * min(BLOCK_ROWS, vectors)
         free = (device.memory - device.context) / (1 + device.margin)
         memory["features"] = max(0.0, min(stored / devices, config.gpu_share * free, free - sum(memory.values())))
     else:

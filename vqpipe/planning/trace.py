@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from vqpipe.search.blocking import CAPACITY, ROWS_AT_ONCE, Blocking
 from vqpipe.search.nearest import nearest_operator
 
 ACTIVATIONS, SEARCH, GRADIENTS, OPTIMIZER, HEAP = "activations", "search", "gradients", "optimizer", "heap"
@@ -31,10 +32,8 @@ ACTIVATIONS, SEARCH, GRADIENTS, OPTIMIZER, HEAP = "activations", "search", "grad
 HEAP_SHARE, HEAP_LIMIT = 0.3, 32 * 2**20
 """On a CPU, the gaps in the heap of glibc, from which tensors below this many bytes are allocated (its mmap threshold
 rises to that), as a share of those that come and go: measured on training steps of three presets."""
-ROWS_AT_ONCE, CANDIDATES = 2**18, 32
-"""Vectors of one launch of the search, and the candidates of each (`search.screening`)."""
-PROGRAM_ROWS, WANTED_PROGRAMS, MAX_SPLITS = 64, 264, 16
-"""Its blocks on a GPU with 132 multiprocessors."""
+PROCESSORS = 132
+"""Multiprocessors of the GPU that searches: those of an H100."""
 EPILOGUE_DIMENSIONS = 64
 """Comparing two distances costs as much as a product of this many dimensions."""
 
@@ -204,11 +203,9 @@ def search_bytes(vectors: Tensor, codes: Tensor) -> int:
     """Memory of the search on a GPU besides its result: candidates of each vector, both sides in bfloat16."""
     groups = vectors.shape[0] if vectors.ndim == 3 else 1
     count, codes_count, dim = min(vectors.shape[-2], ROWS_AT_ONCE), codes.shape[-2], vectors.shape[-1]
-    rows = groups * count
-    splits = min(MAX_SPLITS, max(1, WANTED_PROGRAMS * PROGRAM_ROWS // rows))
-    padded = -(-dim // 16) * 16
-    candidates = rows * splits * (8 + 8 * CANDIDATES)
-    return candidates + (rows + groups * codes_count) * (2 * padded + 4 * dim + 16)
+    blocking = Blocking.of(groups, count, codes_count, dim, PROCESSORS)
+    candidates = groups * count * blocking.splits * (8 + 8 * CAPACITY)
+    return candidates + groups * (count + codes_count) * (2 * blocking.padded + 4 * dim + 16)
 
 
 class CudaAutocast:

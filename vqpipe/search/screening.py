@@ -20,56 +20,20 @@ Shapes: G groups with separate codes in one launch, N vectors, K codes, D dimens
 of codes, S splits: runs of tiles that are processed in parallel if there are too few vectors to fill the GPU.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqpipe.search.blocking import CAPACITY, ROWS_AT_ONCE, Blocking
 from vqpipe.search.kernels import rescore_kernel, screen_kernel
 
-ROWS_AT_ONCE = 2**18
-"""Vectors per launch; their candidates take 64 MB."""
-CAPACITY = 32
-"""Candidates per vector and split. A vector with more is compared with every code of that split."""
-SHORT = 64
-"""Dimensions up to which a candidate is a whole tile."""
 SLACK_PER_TERM = 2.0**-22
 """Relative error of one addition: four times that of float32, since tensor cores may truncate."""
 NORM_MARGIN = 1 + 2.0**-10
 """Factor that makes each rounded norm an upper bound."""
 TINY = 2.0**-100
 """Added to every bound: the possible loss by underflow."""
-
-
-@dataclass(frozen=True)
-class Blocking:
-    """The block sizes of a launch, which depend on the shapes only."""
-
-    padded: int
-    """P: D rounded up to a multiple of `chunk`."""
-    chunk: int
-    """Dimensions per product."""
-    rows: int
-    """Vectors per program."""
-    tile: int
-    """Codes per tile."""
-    candidate_size: int
-    """Codes per candidate: `tile`, or 1."""
-    splits: int
-    """S."""
-
-    @staticmethod
-    def of(groups: int, vectors: int, codes: int, dim: int, processors: int) -> "Blocking":
-        """The blocking for G x N vectors of D dimensions on a GPU with `processors` multiprocessors."""
-        chunk = next(size for size in (16, 32, 64) if dim <= size or size == 64)
-        short = dim <= SHORT
-        rows, tile = 64 if short else 128, 128
-        programs = groups * triton.cdiv(vectors, rows)
-        wanted = triton.next_power_of_2(triton.cdiv(2 * processors, programs))
-        splits = min(wanted, 16, triton.next_power_of_2(triton.cdiv(codes, 8 * tile)))
-        return Blocking(triton.cdiv(dim, chunk) * chunk, chunk, rows, tile, tile if short else 1, splits)
 
 
 def nearest_screened(vectors: Tensor, codes: Tensor) -> Tensor:
