@@ -136,7 +136,7 @@ def evaluated(name: str = "lc", seed: int = 0, images: str = "photos") -> Evalua
 @pytest.fixture(scope="session")
 def evaluation_html() -> str:
     """The page of one tokenizer."""
-    return page.render(evaluation_page(evaluated(), "Made here."))
+    return page.render(evaluation_page(evaluated()))
 
 
 @pytest.fixture(scope="session")
@@ -144,4 +144,4 @@ def comparison_html() -> str:
     """The page of two tokenizers on two sets of images."""
     names = list(enumerate(("lc", "fc")))
     several = [evaluated(name, seed, images) for images in ("photos", "faces") for seed, name in names]
-    return page.render(comparison_page(several, "lc and fc", "Made here."))
+    return page.render(comparison_page(several, "lc and fc"))

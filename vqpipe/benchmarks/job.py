@@ -15,7 +15,7 @@ import torch
 
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.benchmarks import generation, kmeans, loading, quantizer, search, step_and_encode
-from vqpipe.benchmarks.timing import Case, Settings, version_of
+from vqpipe.benchmarks.timing import Case, Settings
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
@@ -137,7 +137,7 @@ def run(
     draft.write_json("metrics.json", metrics)
     options = ["--quick"] if settings.quick else []
     command = ["vqpipe", "bench", "--what", ",".join(subjects), "--rounds", str(settings.rounds), *options]
-    footer = f"Made by {version_of('vqpipe') or 'vqpipe'}, {time.strftime('%Y-%m-%d')}."
+    footer = f"Measured on {time.strftime('%Y-%m-%d')}."
     report = benchmark_page(metrics, shlex.join([*command, "--out", "DIR"]), footer)
     draft.write_text("report.html", page.render(report))
     sizes = "quick" if settings.quick else "full"

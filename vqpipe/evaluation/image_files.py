@@ -4,7 +4,6 @@ import glob
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,7 @@ def reconstruct_files(
     facts: dict[str, Any] = {"num_images": len(files)}
     facts |= {key: {name: record.get(key) for name, record in records.items()} for key in ("psnr", "ssim")}
     if distributed.is_main():
-        footer = f"Made by vqpipe {metadata.version('vqpipe')}."
-        shown = reconstructions_page(result_files(draft.path, facts, groups), autoencoder.name, footer)
+        shown = reconstructions_page(result_files(draft.path, facts, groups), autoencoder.name)
         draft.write_text("report.html", page.render(shown))
     distributed.barrier()
     return facts

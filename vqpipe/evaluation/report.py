@@ -155,8 +155,7 @@ def without_out(command: str) -> str:
 def write_evaluation(draft: Draft, evaluated: EvaluationResult) -> None:
     """`metrics.json`, `counts.npy`, `dead-codes.npy` unless the codebook is too large to list them, the pictures, the
     log of the tokenizer's training, and the page."""
-    metrics = evaluated.metrics
-    draft.write_json("metrics.json", {**metrics, "commands": list(evaluated.commands)})
+    draft.write_json("metrics.json", {**evaluated.metrics, "commands": list(evaluated.commands)})
     with draft.write("counts.npy") as path:
         np.save(path, counts_to_array(evaluated.counts))
     if evaluated.is_discrete and not evaluated.counts.is_sparse:
@@ -167,8 +166,7 @@ def write_evaluation(draft: Draft, evaluated: EvaluationResult) -> None:
             draft.write_bytes(f"pictures/{number:02d}-{side}.png", png)
     if evaluated.history:
         draft.write_text("training.jsonl", "".join(json.dumps(row) + "\n" for row in evaluated.history))
-    footer = f"Made by vqpipe {metrics['versions']['vqpipe']}, protocol {', '.join(metrics['protocols'])}."
-    draft.write_text("report.html", page.render(evaluation_page(evaluated, footer)))
+    draft.write_text("report.html", page.render(evaluation_page(evaluated)))
 
 
 def publish_generation(draft: Draft, metrics: dict[str, Any], samples: Tensor) -> Artifact:

@@ -7,7 +7,6 @@ of images get a table over the sets, as in MGVQ's Tables 2 and 3.
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from typing import Any, Literal
 
 from vqpipe import distributed
@@ -118,7 +117,6 @@ def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[Publishe
     groups = groups_of(evaluations)
     names = list(dict.fromkeys(each.name for each in evaluations))
     title = " and ".join(names) if len(names) <= 2 else f"{len(names)} tokenizers"
-    footer = f"Made by vqpipe {metadata.version('vqpipe')}."
     measures = {measure.key: measure for measure in MEASURES}
     ours = OurNumbers()
     for report, evaluated in zip(reports, evaluations, strict=True):
@@ -141,7 +139,7 @@ def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[Publishe
             *tables_over_seeds(groups),
             *as_published,
         ],
-        make_page=lambda: comparison_page(evaluations, title, footer, as_published),
+        make_page=lambda: comparison_page(evaluations, title, as_published),
     )
 
 
@@ -301,7 +299,7 @@ def tokenizer_of(evaluated: EvaluationResult) -> str:
 
 
 def comparison_page(
-    evaluations: Sequence[EvaluationResult], title: str, footer: str = "", published: Sequence[page.Table] = ()
+    evaluations: Sequence[EvaluationResult], title: str, published: Sequence[page.Table] = ()
 ) -> page.ReportPage:
     """The page of several tokenizers."""
     groups = groups_of(evaluations)
@@ -336,7 +334,7 @@ def comparison_page(
     if len(by_images) == 1:
         number = counted(groups[0].members[0].metrics["num_images"], "images")
         where, title = f"On the same {number}", f"{title} on {groups[0].images}, {number}"
-    return page.ReportPage(title, f"{where}. {protocols}", sections, footer)
+    return page.ReportPage(title, f"{where}. {protocols}", sections)
 
 
 def headline_table(group: Group) -> page.Table:

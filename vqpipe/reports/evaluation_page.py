@@ -48,7 +48,7 @@ COMPARED = ("rfid", "psnr", "ssim", "lpips", "utilization")
 """Measures that papers print, in the order of their tables."""
 
 
-def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.ReportPage:
+def evaluation_page(evaluated: EvaluationResult) -> page.ReportPage:
     """The page, without empty sections."""
     metrics = evaluated.metrics
     protocols = by_protocol(metrics)
@@ -74,7 +74,7 @@ def evaluation_page(evaluated: EvaluationResult, footer: str = "") -> page.Repor
     sections.append(page.Lineage("Lineage", [evaluated.lineage]))
     sections.append(page.Commands("Reproduce", evaluated.commands))
     title = evaluated.name + on_images(evaluated.lineage, metrics["num_images"])
-    return page.ReportPage(title, subtitle(metrics), sections, footer)
+    return page.ReportPage(title, subtitle(metrics), sections)
 
 
 def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:

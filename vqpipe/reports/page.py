@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -217,8 +218,9 @@ class ReportPage:
 
 
 def render(report: ReportPage) -> str:
-    """The page as one HTML document, with its own size in the footer."""
-    html = valid_text(template().render(report=report, file_size=FILE_SIZE).lstrip())
+    """The page as one HTML document, with the version and its own size in the footer."""
+    version = metadata.version("vqpipe")
+    html = valid_text(template().render(report=report, version=version, file_size=FILE_SIZE).lstrip())
     return html.replace(FILE_SIZE, megabytes(len(html.encode())))
 
 

@@ -44,7 +44,7 @@ class ReconstructedFile:
     versions: Sequence[Version]
 
 
-def reconstructions_page(files: Sequence[ReconstructedFile], tokenizer: str, footer: str = "") -> page.ReportPage:
+def reconstructions_page(files: Sequence[ReconstructedFile], tokenizer: str) -> page.ReportPage:
     """Means, all files with a slider as far as the page may hold them, and the numbers of each."""
     versions = [file.versions[-1] for file in files]
     which = f", {versions[0].label}" if len(files[0].versions) > 1 else ""
@@ -65,7 +65,7 @@ def reconstructions_page(files: Sequence[ReconstructedFile], tokenizer: str, foo
         sections.append(numbers_table(files, folded=len(files) > OPEN_ROWS))
     images = files[0].name if len(files) == 1 else f"{len(files):,} images"
     subtitle = "NAME.png beside this page holds a pair; originals/ and reconstructions/ hold the images alone."
-    return page.ReportPage(f"{tokenizer} on {images}", subtitle, sections, footer)
+    return page.ReportPage(f"{tokenizer} on {images}", subtitle, sections)
 
 
 def shown_pictures(files: Sequence[ReconstructedFile]) -> tuple[list[page.Picture], str]:

@@ -164,7 +164,6 @@ def train_tokenizer(
     device: torch.device,
     publish: Publish = "last",
     loggers: Sequence[str] = (),
-    callbacks: Sequence[Callback] = (),
     progress: Progress = SILENT,
     stop_requested: Callable[[], bool] = lambda: False,
     interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -176,7 +175,6 @@ def train_tokenizer(
     Args:
         codebook: float[K, dim], the content of `inputs.codebook`.
         loggers: names of LOGGERS.
-        callbacks: more callbacks, called before the log: a number that one adds to a row is logged.
 
     Raises:
         DataError: more than `data.max_skipped` of the images cannot be used. A checkpoint is saved, and a larger one
@@ -213,9 +211,8 @@ def train_tokenizer(
     skipped = SkippedImages(draft, inputs.images, recipe.data.max_skipped, progress)
     sources = [grid] if validation is None else [grid, validation]
     flops = count_flops(recipe.train, model, discriminator, objective, side)
-    callbacks = [
+    callbacks: list[Callback] = [
         Throughput(flops, peak_of(device, recipe.train)),
-        *callbacks,
         metrics,
         skipped,
         *sources,
