@@ -165,7 +165,7 @@ def test_statistics_of_the_image_itself_give_its_own_reconstruction() -> None:
     tokenizer, image = random_tokenizer(), half_dark(32)
     code = tokenizer.encode(image[None])
     expected = tokenizer.decode_float(code, (32, 32))
-    with fixed_norms(tokenizer, norm_statistics(tokenizer, image, tile=32)):
+    with fixed_norms(norm_statistics(tokenizer, image, tile=32)):
         assert torch.equal(tokenizer.encode(image[None]), code)
         torch.testing.assert_close(tokenizer.decode_float(code, (32, 32)), expected)
         other = tokenizer.decode_float(tokenizer.encode(255 - image[None]), (32, 32))
