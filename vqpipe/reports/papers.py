@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from vqpipe import presets
@@ -87,7 +88,7 @@ def protocol_of(head: str, row: str) -> str:
 def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
     """`--a b --c=d` -> [("--a", "b"), ("--c", "d")]."""
     found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         if word.startswith("--"):
             option, equals, value = word.partition("=")
             found.append((option, value if equals else following))

@@ -16,6 +16,7 @@ from typing import Any
 from vqpipe.provenance import stage_command
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, input_of, value_of, with_unit, written
+from vqpipe.reports.papers import pairs
 
 OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation", "--codebook", "--from", "--device")
 """Options of `vqpipe train` that may differ between the seeds of a configuration: inputs are compared by content."""
@@ -60,7 +61,7 @@ def configurations_of(evaluations: Sequence[EvaluationResult]) -> list[Configura
         found.setdefault(configuration_key(each) or f"{number}", []).append(each)
     grouped: list[list[EvaluationResult]] = []
     for members in found.values():
-        seeds = {seed_of(training_command(each)) for each in members}
+        seeds = {dict(pairs(training_command(each))).get("--seed", "0") for each in members}
         grouped += [members] if len(seeds) == len(members) else [[each] for each in members]
     names = [common_name([each.name for each in members]) for members in grouped]
     return [
@@ -73,12 +74,6 @@ def training_command(evaluated: EvaluationResult) -> list[str]:
     """The words of the command that trained the tokenizer, from `train` on, if the report holds it."""
     commands = map(stage_command, map(shlex.split, evaluated.commands))
     return next((words for words in commands if words[:1] == ["train"]), [])
-
-
-def seed_of(train: Sequence[str]) -> str:
-    """The value of --seed."""
-    words = [part for word in train for part in (word.split("=", 1) if word.startswith("--seed=") else [word])]
-    return words[words.index("--seed") + 1] if "--seed" in words[:-1] else "0"
 
 
 def configuration_key(evaluated: EvaluationResult) -> str:
@@ -177,9 +172,7 @@ def size_plots(configurations: Sequence[Configuration]) -> list[page.Plot]:
         method_plot("PSNR over log2 K, dB", discrete, logs, "psnr", "log2 of the codebook size K"),
         method_plot("Utilization over K", discrete, plain, "utilization", "codebook size K"),
     ]
-    differ = any(each is not None and abs(each - math.log2(c.tokenizer["codebook_size"])) > 1e-6
-                 for each, c in zip(bits, discrete, strict=True))  # fmt: skip
-    if differ:
+    if any(each is not None and abs(each - log) > 1e-6 for each, log in zip(bits, logs, strict=True)):
         drawn.append(method_plot("PSNR over bits per position, dB", discrete, bits, "psnr", "bits per position"))
     return [plot for plot in drawn if plot is not None]
 
