@@ -18,7 +18,7 @@ def test_the_memory_of_a_step_is_that_of_a_count_by_hand() -> None:
             network = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.ReLU(), nn.Linear(1024, 1024, bias=False))
         trace.own(network, "weights")
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        trace.count_steps(optimizer)
+        trace.count_calls(optimizer, "step", "optimizer")
         vectors = torch.empty(256, 1024)
         network(vectors).square().mean().backward()
         assert trace.live["weights"] == 8 * MEGA

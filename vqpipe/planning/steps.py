@@ -24,7 +24,7 @@ from vqpipe.generation.train import GeneratorRecipe
 from vqpipe.losses.objective import Objective
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.planning.trace import CudaAutocast, Operation, Trace
+from vqpipe.planning.trace import OPTIMIZER, CudaAutocast, Operation, Trace
 from vqpipe.quantizers.lc import FrozenCodebookQuantizer
 from vqpipe.quantizers.multi_group import MultiGroupConfig
 from vqpipe.quantizers.vqbridge import BridgedQuantizer
@@ -108,15 +108,15 @@ def trace_tokenizer(recipe: TokenizerRecipe, images_at_once: int, gpu: bool) -> 
                     objective_config.perceptual, network=Frozen(build_lpips(objective_config.perceptual))
                 )
             trace.own(perceptual, "LPIPS")
-            trace.count_calls(perceptual, "LPIPS")
+            trace.count_calls(perceptual, "forward", "LPIPS")
         objective = Objective(objective_config, model.quantizer.loss_names, perceptual=perceptual)
         task = TokenizerTask(model, discriminator, objective)
         task.prepare(config, CPU, average.network)
         task.connect()
         if task.adversarial:
-            trace.count_calls(discriminator, "discriminator")
+            trace.count_calls(discriminator, "forward", "discriminator")
         for optimizer in task.optimizers.values():
-            trace.count_steps(optimizer)
+            trace.count_calls(optimizer, "step", OPTIMIZER)
         images = torch.empty(parts * images_at_once, 3, side, side)
 
         def step(number: int) -> list[Operation]:
@@ -172,7 +172,7 @@ def trace_generator(
         task = ExamplesTask(network)
         task.prepare(config, CPU, average.network)
         task.connect()
-        trace.count_steps(task.optimizers["optimizer"])
+        trace.count_calls(task.optimizers["optimizer"], "step", OPTIMIZER)
         count = parts * examples_at_once
         if network.trained_on == "tokens":
             examples = torch.zeros(count, space.num_tokens, dtype=torch.int64)

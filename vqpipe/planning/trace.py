@@ -178,25 +178,15 @@ class Trace(TorchDispatchMode):
         assert parameter.grad is not None
         self.add(parameter.grad, GRADIENTS)
 
-    def count_calls(self, network: nn.Module, part: str) -> None:
-        """Count what the forward passes of a network compute as `part`."""
-        forward: Callable[..., Any] = network.forward
+    def count_calls(self, owner: nn.Module | torch.optim.Optimizer, method: str, part: str) -> None:
+        """Count what a method computes, such as "forward", and the tensors that it makes, as `part`."""
+        call = getattr(owner, method)
 
         def inside(*args: Any, **kwargs: Any) -> Any:
             with self.inside(part):
-                return forward(*args, **kwargs)
+                return call(*args, **kwargs)
 
-        network.forward = inside
-
-    def count_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the state that an optimizer makes in its first step."""
-        step = optimizer.step
-
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with self.inside(OPTIMIZER):
-                return step(*args, **kwargs)
-
-        optimizer.step = inside  # type: ignore[method-assign]
+        setattr(owner, method, inside)
 
 
 def search_bytes(vectors: Tensor, codes: Tensor) -> int:
