@@ -280,17 +280,12 @@ def reasons_not_measured(metrics: Metrics, shown: int = MAX_LISTED) -> dict[str,
 def convention_of(measure: Measure, metrics: Metrics) -> str:
     """The formula and the reference of a measure under the protocol of these numbers; over how many images, if not over
     all."""
-    return formula_of(measure, metrics) + over_images(measure, metrics)
-
-
-def formula_of(measure: Measure, metrics: Metrics) -> str:
-    """The formula and the reference of a measure under the protocol of these numbers."""
-    convention = metrics.get("conventions", {}).get(measure.key)
-    if convention is not None:
-        return str(convention).partition(": ")[2] or str(convention)
-    if measure.key == "rfid" and "resize" in metrics:
-        return f"against {metrics['reference_kind']}; {metrics['resize']}"
-    return measure.convention
+    text, named = measure.convention, metrics.get("conventions", {}).get(measure.key)
+    if named is not None:
+        text = str(named).partition(": ")[2] or str(named)
+    elif measure.key == "rfid" and "resize" in metrics:
+        text = f"against {metrics['reference_kind']}; {metrics['resize']}"
+    return text + over_images(measure, metrics)
 
 
 def input_of(lineage: Mapping[str, Any], role: str) -> Mapping[str, Any]:

@@ -3,8 +3,7 @@
 Shapes: B examples of this rank's share of a global batch.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +27,6 @@ class LabelledBatch(Protocol):
     """int64[B]."""
     keys: list[str]
     skipped: dict[int, str]
-
-
-@runtime_checkable
-class HasBlocks(Protocol):
-    """A network of repeated blocks."""
-
-    def blocks(self) -> Iterable[nn.Module]:
-        """The units of activation checkpointing, compiling and sharding."""
 
 
 class ExamplesTask(Task[LabelledBatch, None]):
@@ -91,9 +82,11 @@ class ExamplesTask(Task[LabelledBatch, None]):
         return StepOutput(mean_over_parts(logged) | {"gradient_norm": norm}, skipped, skipped, None)
 
 
-def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
-    """The blocks of a network; empty where it names none."""
-    return list(network.blocks()) if isinstance(network, HasBlocks) else []
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """What `network.blocks()` returns, the units of activation checkpointing, compiling and sharding; empty for a
+    network without that method."""
+    blocks: Any = getattr(network, "blocks", list)
+    return list(blocks())
 
 
 def log_name(name: str) -> str:
