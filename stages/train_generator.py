@@ -1,18 +1,13 @@
 """`vqpipe train-generator`: tokens, or images that are encoded as latents once, and their tokenizer -> generator."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from stages import console, options
 from stages.options import Device, ImageSize, Limit, NumWorkers, Out, Preset, Seed, Set
 from vqpipe.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from vqpipe.artifacts import Artifact
-    from vqpipe.data.images import ImageSet
-    from vqpipe.tokenizer import Tokenizer
 
 
 def train_generator(
@@ -77,6 +72,7 @@ def train_generator(
         from vqpipe.artifacts import open_artifact
         from vqpipe.config import class_for
         from vqpipe.generation.base import Generator
+        from vqpipe.generation.latents import encode_latents
         from vqpipe.generation.train import StoredExamples, check_validation
         from vqpipe.generation.train import train_generator as train
         from vqpipe.planning.estimate import generator_training
@@ -90,16 +86,30 @@ def train_generator(
         path = examples_path(trained_on, tokens=tokens, images=images, latents=latents, out=out)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         if plan:
-            model, size = opened.autoencoder.config, image_size or opened.image_size or 256
+            side = image_size or opened.image_size or 256
             if path.exists():
-                size = StoredExamples(opened, open_artifact(path, trained_on)).image_size
-            return estimates.show(estimates.plan_here(generator_training(recipe, model, size), torch_device))
+                side = StoredExamples(opened, open_artifact(path, trained_on)).image_size
+            training = generator_training(recipe, opened.autoencoder.config, side)
+            return estimates.show(estimates.plan_here(training, torch_device))
         if images:
             image_set = console.open_images(images, limit=limit)
             limit = None  # the latents are those of the first images
             if (image_set.labels < 0).mean() > max_skipped:  # more than could be left out as unreadable
                 recipe.examples.num_classes_of(image_set.labels, image_set.unlabeled)
-            stored = encode(image_set, path, opened, image_size, recipe.examples.mirror, num_workers, max_skipped)
+            size = image_size or opened.image_size
+            if size is None:
+                raise DataError("this tokenizer does not have a fixed image size", "Give --image-size")
+            with console.ProgressBar() as progress:
+                stored = encode_latents(
+                    path,
+                    image_set,
+                    opened,
+                    image_size=size,
+                    flip=recipe.examples.mirror,
+                    num_workers=num_workers,
+                    max_skipped=max_skipped,
+                    progress=progress,
+                )
         else:
             stored = open_artifact(path, trained_on)
         held_out = None if validation is None else open_artifact(validation, trained_on)
@@ -151,31 +161,3 @@ def examples_path(
             "Give --images, or the --latents of another run",
         )
     return latents or out.with_name(f"{out.name}.latents")
-
-
-def encode(
-    images: "ImageSet",
-    target: Path,
-    tokenizer: "Tokenizer",
-    image_size: int | None,
-    flip: bool,
-    num_workers: int,
-    max_skipped: float,
-) -> "Artifact":
-    """Encode images into the latents artifact `target`."""
-    from vqpipe.generation.latents import encode_latents
-
-    size = image_size or tokenizer.image_size
-    if size is None:
-        raise DataError("this tokenizer does not have a fixed image size", "Give --image-size")
-    with console.ProgressBar() as progress:
-        return encode_latents(
-            target,
-            images,
-            tokenizer,
-            image_size=size,
-            flip=flip,
-            num_workers=num_workers,
-            max_skipped=max_skipped,
-            progress=progress,
-        )

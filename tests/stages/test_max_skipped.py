@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import recipe
+from stages.console import ProgressBar
 from stages.eval_generation import eval_generation
 from stages.evaluate import evaluate
 from stages.extract_features import extract_features
@@ -17,10 +18,10 @@ from stages.kmeans import kmeans
 from stages.prepare_data import prepare_data
 from stages.tokenize_images import tokenize
 from stages.train import train
-from stages.train_generator import encode
 from vqpipe.artifacts import open_artifact
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.generation.latents import encode_latents
 from vqpipe.tokenizer import Tokenizer
 
 SMALL = {
@@ -31,6 +32,14 @@ SMALL = {
     ],
     "extract-features": ["features.image_size=32", "features.patch_size=4", "features.components=8"],
 }
+
+
+def latents(images: list[str], tokenizer: Path, out: Path, max_skipped: float = 0.01) -> None:
+    with ProgressBar() as progress:
+        opened, options = Tokenizer.from_pretrained(tokenizer), {"image_size": 32, "flip": False}
+        encode_latents(out, open_images(images), opened, **options, max_skipped=max_skipped, progress=progress)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": lambda images, tokenizer, out, **more: evaluate(
         images, tokenizer, out, batch_size=2, num_workers=0, device="cpu", **more
@@ -41,9 +50,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "extract-features": lambda images, tokenizer, out, **more: extract_features(
         images, out, num_workers=0, device="cpu", **more
     ),
-    "latents": lambda images, tokenizer, out, max_skipped=0.01: encode(
-        open_images(images), out, Tokenizer.from_pretrained(tokenizer), 32, False, 0, max_skipped
-    ),
+    "latents": latents,
     "prepare-data": lambda images, tokenizer, out, **more: prepare_data(
         "folder", Path(images[0]), out, shard_size=4, **more
     ),
