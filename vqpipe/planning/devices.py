@@ -13,23 +13,13 @@ from torch.nn import functional as F
 from vqpipe.config import nearest_name
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
-from vqpipe.gpus import GPUS, gpus_named
+from vqpipe.gpus import GPUS, Gpu, gpus_named
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """A device, in 10^12 operations and 10^9 bytes per second."""
+@dataclass(frozen=True)
+class Device(Gpu):
+    """A GPU, or a CPU by the same numbers, and what is assumed for it."""
 
-    name: str
-    memory: float
-    """Bytes."""
-    bf16: float
-    conv32: float
-    fp32: float
-    """TFLOP/s, as in `Gpu`."""
-    bandwidth: float
-    link: float
-    """GB/s, as in `Gpu`."""
     product_share: float = 0.5
     """Share of the peak that large products and convolutions reach; an assumption."""
     memory_share: float = 0.7
