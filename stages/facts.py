@@ -70,7 +70,8 @@ MAIN = {
 
 def summary(kind: str, facts: Mapping[str, Any]) -> str:
     """The most important facts of an artifact, in one line."""
-    return ", ".join(phrases({key: facts[key] for key in MAIN.get(kind, ()) if is_one(facts.get(key))}))
+    single = {key: facts[key] for key in MAIN.get(kind, ()) if isinstance(facts.get(key), int | float | str)}
+    return ", ".join(phrases(single))
 
 
 def phrases(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -90,11 +91,6 @@ def phrases(facts: Mapping[str, Any]) -> Iterator[str]:
             yield words.replace("{}", text_of(value))
         else:
             yield counted(value, words) if isinstance(value, int) else f"{words} {text_of(value)}"
-
-
-def is_one(value: Any) -> bool:
-    """Whether a fact is one number or text, not several."""
-    return isinstance(value, int | float | str)
 
 
 def text_of(value: Any) -> str:

@@ -104,7 +104,8 @@ def train(
         # What is missing is said before the settings of the run are checked, and before the images are indexed and
         # hashed, which may take minutes.
         overrides, loggers = overrides or [], installed_loggers(log)
-        quantizer = load_tokenizer(preset, [text for text in overrides if not is_train_setting(text)]).model.quantizer
+        network_settings = [text for text in overrides if not text.strip().startswith("train.")]
+        quantizer = load_tokenizer(preset, network_settings).model.quantizer
         codes = None if codebook is None else load_codebook(codebook)
         if codes is None and source is None:
             check_codebook_given(quantizer)
@@ -151,11 +152,6 @@ def train(
             if artifact is None:
                 stop.exit()
         return console.finished(artifact)
-
-
-def is_train_setting(assignment: str) -> bool:
-    """Whether a value of --set is of the section [train]."""
-    return assignment.strip().startswith("train.")
 
 
 def codebook_settings(quantizer: "QuantizerConfig", k: int, dim: int) -> list[str]:

@@ -73,11 +73,14 @@ def ours(vectors: Tensor, codes: Tensor) -> Method:
 
 def peers(settings: Settings, vectors: Tensor, codes: Tensor) -> dict[str, Callable[[], Method]]:
     """Name -> constructor of each peer, which raises Unavailable."""
+
+    def in_torch(name: str, find: Callable[[Tensor, Tensor], Tensor], matrices: int, note: str = "") -> Method:
+        need_matrices(matrices, len(vectors), len(codes), settings)
+        return Method(name=name, call=lambda: find(vectors, codes), version=version_of("torch"), note=note)
+
     makers: dict[str, Callable[[], Method]] = {
-        "naive expansion": lambda: in_torch(
-            "naive expansion", expansion, MATRICES, settings, vectors, codes, PUBLISHED
-        ),
-        "torch.cdist": lambda: in_torch("torch.cdist", cdist, 1, settings, vectors, codes),
+        "naive expansion": lambda: in_torch("naive expansion", expansion, MATRICES, PUBLISHED),
+        "torch.cdist": lambda: in_torch("torch.cdist", cdist, 1),
     }
     if settings.device.type == "cuda":
         makers["faiss GPU"] = lambda: faiss_on_gpu(vectors, codes)
@@ -101,20 +104,6 @@ def expansion(vectors: Tensor, codes: Tensor) -> Tensor:
 def cdist(vectors: Tensor, codes: Tensor) -> Tensor:
     """The search by `torch.cdist` of all N x K pairs."""
     return torch.cdist(vectors, codes).argmin(dim=1)
-
-
-def in_torch(
-    name: str,
-    find: Callable[[Tensor, Tensor], Tensor],
-    matrices: int,
-    settings: Settings,
-    vectors: Tensor,
-    codes: Tensor,
-    note: str = "",
-) -> Method:
-    """A search that holds `matrices` N x K matrices of float32."""
-    need_matrices(matrices, len(vectors), len(codes), settings)
-    return Method(name=name, call=lambda: find(vectors, codes), version=version_of("torch"), note=note)
 
 
 def need_matrices(matrices: int, num_vectors: int, num_codes: int, settings: Settings) -> None:

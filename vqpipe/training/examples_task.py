@@ -77,7 +77,7 @@ class ExamplesTask(Task[LabelledBatch, None]):
                 with autocast(self.device, self.config.precision):
                     losses: dict[str, Tensor] = self.network(*part)
                 (losses["total"] / len(parts)).backward()
-            logged.append({log_name(name): value.detach() for name, value in losses.items()})
+            logged.append({name if "/" in name else f"loss/{name}": each.detach() for name, each in losses.items()})
         norm, skipped = finite_step(optimizer, self.config)
         return StepOutput(mean_over_parts(logged) | {"gradient_norm": norm}, skipped, skipped, None)
 
@@ -87,8 +87,3 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     network without that method."""
     blocks: Any = getattr(network, "blocks", list)
     return list(blocks())
-
-
-def log_name(name: str) -> str:
-    """The name of a scalar in the log."""
-    return name if "/" in name else f"loss/{name}"

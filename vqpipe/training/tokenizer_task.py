@@ -70,9 +70,8 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         if config.compile:
             self.compile()
         quantizer = list(self.model.quantizer.parameters())
-        self.optimizers["optimizer"] = make_optimizer(
-            config, other_parameters(self.model), quantizer, config.quantizer_rate
-        )
+        others = [each for name, each in self.model.named_parameters() if not name.startswith("quantizer.")]
+        self.optimizers["optimizer"] = make_optimizer(config, others, quantizer, config.quantizer_rate)
         if self.adversarial:
             parameters = list(self.discriminator.parameters())
             self.optimizers["discriminator_optimizer"] = make_optimizer(config, parameters)
@@ -235,11 +234,6 @@ def blocks(model: Autoencoder) -> Iterator[nn.Module]:
     """The residual and attention blocks of the encoder and the decoder."""
     for network in (model.encoder, model.decoder):
         yield from (module for module in network.modules() if isinstance(module, BLOCKS))
-
-
-def other_parameters(model: Autoencoder) -> list[nn.Parameter]:
-    """The parameters of the autoencoder without those of its quantizer."""
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith("quantizer.")]
 
 
 def on_device(batch: Batch, device: torch.device) -> Tensor:
