@@ -72,6 +72,8 @@ WITHOUT_GRADIENT = {"ldm": ("attn2.to_q", "attn2.to_k", "norm2")}
 """Weights that cannot matter: attention to one class token is 1, whatever the queries and keys are."""
 TOKENS = [name for name, config in EXAMPLES.items() if config.kind in ("gpt", "llamagen")]
 LATENTS = [name for name, config in EXAMPLES.items() if config.kind in ("dit", "sit", "ldm")]
+KINDS = {config.kind: name for name, config in EXAMPLES.items()}.values()
+"""The last example of each kind: that of dit has no variance, which would not be guided."""
 K, CLASSES = 13, 5
 
 
@@ -234,6 +236,26 @@ def test_labels_are_dropped_with_the_probability_of_class_dropout(name: str) -> 
     assert float((dropped == CLASSES).float().mean()) == pytest.approx(0.25, abs=0.04)
     assert torch.equal(dropped[dropped != CLASSES], labels[dropped != CLASSES])
     assert make(name, class_dropout=0.0).drop_labels(labels) is labels
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_loss_is_that_of_the_null_class_where_labels_are_dropped(name: str) -> None:
+    for dropout, equal in ((1.0, True), (1e-9, False)):
+        generator, losses = make(name, class_dropout=dropout), []
+        examples = examples_of(generator, 4)
+        for label in (0, 1):
+            torch.manual_seed(4)
+            losses.append(float(generator(examples, torch.full((4,), label))["total"].detach()))
+        assert (losses[0] == losses[1]) == equal
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_guidance_with_scale_0_samples_the_null_class(name: str, rngs: Rngs) -> None:
+    generator, label = make(name).eval(), torch.tensor([2])
+    null = generator.sample_batch(torch.tensor([CLASSES]), sampling(), rngs(8))
+    assert distance(generator.sample(label, sampling(cfg_scale=0.0), rngs(8)), null) < 1e-4
+    assert distance(generator.sample(label, sampling(), rngs(8)), null) > 1e-3
 
 
 @pytest.mark.parametrize("name", TOKENS)

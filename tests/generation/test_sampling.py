@@ -58,6 +58,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_probability() -> None:
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.85, 3), (1.0, 4)):
         assert int(filter_logits(logits, SamplingConfig(top_p=top_p)).isfinite().sum()) == kept
     assert int(filter_logits(logits, SamplingConfig(top_p=1e-9)).isfinite().sum()) == 1
+    assert int(filter_logits(torch.zeros(1, 4), SamplingConfig(top_p=0.5)).isfinite().sum()) == 2  # reached exactly
 
 
 @pytest.mark.parametrize("number", [0.0, math.nextafter(1.0, 0.0)])
