@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
 from vqpipe.generation import Dit, DitConfig, Space, build_generator
@@ -80,6 +81,38 @@ def test_patches_keep_their_places(make_space: Callable[..., Space]) -> None:
     differs = (network(changed, times, classes) - network(x, times, classes)).abs().amax(dim=(0, 1)) > 1e-6
     assert differs.all()
     assert network(x, times, classes).shape == (1, 8, 4, 6)
+
+
+@torch.no_grad()
+def test_the_forward_pass_is_that_of_the_released_code(make_space: Callable[..., Space]) -> None:
+    torch.manual_seed(0)
+    network = build_generator(DitConfig(size="tiny"), make_space(4, 6)).network
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x, times, classes = torch.randn(2, 4, 4, 6), torch.tensor([3.0, 700.0]), torch.tensor([1, 5])
+    weights = network.state_dict()
+
+    def linear(vectors: Tensor, name: str) -> Tensor:
+        return F.linear(vectors, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(tokens, (128,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    proj = weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"]
+    tokens = F.conv2d(x, *proj, stride=2).flatten(2).transpose(1, 2) + weights["pos_embed"]
+    condition = F.silu(network.t_embedder(times) + weights["y_embedder.embedding_table.weight"][classes])
+    for i in range(4):
+        parts = linear(condition, f"blocks.{i}.adaLN_modulation.1").chunk(6, 1)
+        qkv = linear(modulate(tokens, parts[0], parts[1]), f"blocks.{i}.attn.qkv")
+        query, key, value = qkv.unflatten(2, (3, 4, 32)).permute(2, 0, 3, 1, 4)
+        mixed = (query @ key.mT / 32**0.5).softmax(-1) @ value
+        tokens = tokens + parts[2][:, None] * linear(mixed.transpose(1, 2).flatten(2), f"blocks.{i}.attn.proj")
+        hidden = linear(modulate(tokens, parts[3], parts[4]), f"blocks.{i}.mlp.fc1")
+        tokens = tokens + parts[5][:, None] * linear(F.gelu(hidden, approximate="tanh"), f"blocks.{i}.mlp.fc2")
+    shift, scale = linear(condition, "final_layer.adaLN_modulation.1").chunk(2, 1)
+    patches = linear(modulate(tokens, shift, scale), "final_layer.linear").reshape(2, 2, 3, 2, 2, 8)
+    expected = torch.einsum("nhwpqc->nchpwq", patches).reshape(2, 8, 4, 6)
+    torch.testing.assert_close(network(x, times, classes), expected)
 
 
 def test_patches_that_do_not_divide_the_latent_are_refused(make_space: Callable[..., Space]) -> None:

@@ -32,9 +32,12 @@ def test_vqgan_lc_s_f16_model_attends_at_its_first_level_and_in_the_middle(make_
     assert generator.network.class_embedding.weight.shape == (1001, 512)
 
 
-def test_the_output_is_zero_at_initialization(make_space: Callable[..., Space]) -> None:
+def test_the_output_and_the_branches_are_zero_at_initialization(make_space: Callable[..., Space]) -> None:
     generator = build_generator(TINY, make_space())
     assert not generator.network(torch.randn(2, 4, 4, 4), torch.tensor([3.0, 900.0]), torch.tensor([1, 2])).any()
+    residual, attention = generator.network.residual_blocks(), generator.network.attention_blocks()
+    assert not any(layer.weight.any() for layer in (*(b.conv2 for b in residual), *(b.proj_out for b in attention)))
+    assert all(layer.weight.any() for layer in (*(b.conv1 for b in residual), *(b.proj_in for b in attention)))
 
 
 def test_eta_sets_the_fresh_noise(make_space: Callable[..., Space], rngs: Callable[..., list[torch.Generator]]) -> None:
