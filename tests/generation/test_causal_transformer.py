@@ -1,6 +1,7 @@
 """The causal transformer: GPT-2's block against torch's encoder layer, rotary positions, caches."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(block(vectors), block(vectors))
     block.eval()
     assert torch.equal(block(vectors), block(vectors))
+
+
+@pytest.mark.parametrize(("make", "dropped"), [(gpt2_block, True), (llama_block, False)])
+def test_gpt2_drops_attention_weights_and_llama_does_not(make: Callable[..., Block], dropped: bool) -> None:
+    attention, vectors = make(WIDTH, HEADS, 0.5).attention, torch.randn(1, LENGTH, WIDTH)
+    attention.dropout = nn.Identity()
+    assert torch.equal(attention(vectors), attention(vectors)) != dropped
 
 
 def test_gpt_weights_are_initialised_as_gpt2_s() -> None:

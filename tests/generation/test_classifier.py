@@ -99,6 +99,15 @@ def test_the_vit_depends_on_token_positions_and_the_probe_does_not() -> None:
         assert torch.allclose(model.logits(ids), model.logits(moved), rtol=1e-4, atol=1e-4) != depends
 
 
+def test_the_vit_classifies_the_mean_of_its_outputs_and_skips_blocks_in_training_only() -> None:
+    model, ids = make(TINY | {"drop_path": 0.5}), torch.randint(0, CODES, (8, SIDE * SIDE))
+    assert isinstance(model, TokenViT)
+    outputs = model.vit.forward_features(model.embedding(model.embed(ids)))[:, 1:]  # without the class token
+    torch.testing.assert_close(model.logits(ids), model.vit.head(model.vit.fc_norm(outputs.mean(1))))
+    model.train()
+    assert not torch.allclose(model.logits(ids), model.logits(ids))
+
+
 @pytest.fixture
 def mae(tmp_path: Path) -> dict[str, torch.Tensor]:
     """The state of a tiny ViT as MAE's authors publish theirs: an 8 x 8 grid, and the decoder beside it."""
@@ -143,6 +152,21 @@ def test_mae_weights_are_loaded_and_every_tensor_is_accounted_for(mae: dict[str,
             make(TINY | {"weights": str(file)})
     with pytest.raises(WeightsError, match="does not exist"):
         make(TINY | {"weights": str(tmp_path / "absent.pth")})
+
+
+def test_rows_and_columns_of_an_oblong_grid_keep_their_places(mae: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    where = Space(layout=TokenLayout(((2, 4),)), codebook_size=CODES, latent_dim=5, code_dim=5, num_classes=CLASSES)
+    probe = make({"kind": "linear", "pool": 2}, where)
+    embedded = torch.randn(1, 8, 5)
+    cells = embedded.view(2, 2, 2, 5).mean(2)  # row, half of the columns
+    torch.testing.assert_close(probe.classify(embedded)[0], probe.head(cells.movedim(2, 0).flatten()))
+    mae["pos_embed"][:, 1:] = torch.arange(8.0).repeat_interleave(8)[None, :, None]  # the row
+    torch.save(mae, tmp_path / "mae.pth")
+    vit = make(TINY | {"weights": str(tmp_path / "mae.pth")}, where)
+    assert isinstance(vit, TokenViT)
+    upper, lower = vit.vit.state_dict()["pos_embed"][0, 1:].view(2, 4 * 16)
+    torch.testing.assert_close((upper.std(), lower.std()), (torch.tensor(0.0),) * 2, rtol=0, atol=1e-4)
+    assert lower.mean() - upper.mean() > 3
 
 
 def test_invalid_settings_are_refused() -> None:
