@@ -4,7 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from vqpipe import downloads
+from vqpipe.downloads import web
 from vqpipe.errors import ConfigError
 
 PROGRAM = """
@@ -131,6 +134,7 @@ def test_offline_mode_uses_the_cache_and_sends_nothing(hub_server: Any, fetch: C
     path = fetch(FILE).path
     requests = len(hub_server.log)
     assert fetch(FILE, HF_HUB_OFFLINE="1").path == path
+    assert "not in the cache" in fetch(f"{FILE}@v1", HF_HUB_OFFLINE="1").error  # that is another revision
     assert len(hub_server.log) == requests
 
 
@@ -175,6 +179,42 @@ def test_partial_download_of_another_version_is_not_continued(
     assert fetch(url).error
     hub_server.cut_at, hub_server.files["weights.pt"] = None, CONTENT[::-1]
     assert fetch(url).path.read_bytes() == CONTENT[::-1]
+
+
+def test_complete_partial_download_is_kept_and_a_longer_one_begins_again(
+    hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    hub_server.files["weights.pt"] = CONTENT
+    for number, (more, requests) in enumerate(((b"", 1), (b"more", 2))):
+        url = downloads.Url(f"{hub_server.address}/files/weights.pt?{number}")
+        folder = downloads.url_folder(url)
+        folder.mkdir(parents=True)
+        (folder / "weights.pt.partial").write_bytes(CONTENT + more)
+        (folder / "weights.pt.partial.json").write_text(json.dumps({"version": f'"{SHA256}"'}))
+        hub_server.log.clear()
+        assert downloads.fetch(url, "").read_bytes() == CONTENT
+        assert len(hub_server.log) == requests
+
+
+def test_two_downloads_of_a_url_at_once_are_one_and_another_query_is_another_file(
+    hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = web.Download.run
+
+    def slow(self: web.Download, by_hand: str) -> None:
+        time.sleep(0.1)  # the other one arrives
+        run(self, by_hand)
+
+    monkeypatch.setattr(web.Download, "run", slow)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for content in (CONTENT, CONTENT[::-1]):
+        hub_server.files["weights.pt"] = content
+        url = downloads.Url(f"{hub_server.address}/files/weights.pt?id={content[0]}")
+        with ThreadPoolExecutor(2) as pool:
+            paths = list(pool.map(downloads.fetch, [url] * 2, [""] * 2))
+        assert [path.read_bytes() for path in paths] == [content] * 2
+    assert len(hub_server.log) == 2
 
 
 def test_wrong_hash_of_a_url_keeps_the_file_aside(hub_server: Any, fetch: Callable[..., Fetched]) -> None:
