@@ -109,7 +109,7 @@ LLAMAGEN: dict[str, Any] = {
     "global_batch_size": 4,
     "overrides": [
         *("generator.layers=1", "generator.head_layers=1", "generator.width=16", "generator.heads=2"),
-        "train.warmup_steps=1",
+        *("train.warmup_steps=1", "train.learning_rate=0.02", "train.weight_ema=0.5"),
         *("examples.held_out=6", "train.sample_every=2", "train.save_every=2"),
         "train.log_every=1",
     ],

@@ -19,16 +19,28 @@ from vqpipe.artifacts import open_artifact
 from vqpipe.config import from_table
 from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
+from vqpipe.generation import train as job
 from vqpipe.generation.base import Space
 from vqpipe.generation.classifier import ClassifierConfig, build_classifier
+from vqpipe.generation.validation import accuracy
 
 OPTIONS: dict[str, Any] = {"preset": "vit-tiny", "steps": 40, "global_batch_size": 9, "device": "cpu"}
 SMALL = ["classifier.width=16", "classifier.depth=1", "classifier.num_heads=2", "classifier.drop_path=0.0"]
 OVERRIDES = [*SMALL, "train.warmup_steps=1", "train.learning_rate=0.01", "examples.held_out=6", "train.log_every=20"]
 
 
-def test_metrics_are_those_of_the_published_weights(drawn: Any, tmp_path: Path) -> None:
-    train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "vit", overrides=OVERRIDES, **OPTIONS)
+def test_metrics_are_those_of_the_published_weights(
+    drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def recorded(network: Any, *arguments: Any, **options: Any) -> dict[str, float]:
+        measured.append({name: value.clone() for name, value in network.state_dict().items()})
+        return accuracy(network, *arguments, **options)
+
+    monkeypatch.setattr(job, "accuracy", recorded)
+    overrides = [*OVERRIDES, "train.weight_ema=0.5"]
+    train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "vit", overrides=overrides, **OPTIONS)
     artifact = open_artifact(tmp_path / "vit", "classifier")
     artifact.verify()
     metrics = json.loads(artifact.file("metrics.json").read_text())
@@ -39,7 +51,9 @@ def test_metrics_are_those_of_the_published_weights(drawn: Any, tmp_path: Path) 
     table = json.loads(artifact.file("config.json").read_text())
     space = Space.from_table(table["space"])
     model = build_classifier(from_table(ClassifierConfig, table["classifier"]), space)
-    model.load_state_dict(load_file(artifact.file("model.safetensors")))
+    published = load_file(artifact.file("model.safetensors"))
+    assert all(torch.equal(published[name], value) for name, value in measured[-1].items())
+    model.load_state_dict(published)
     rest, held_out = split_held_out(TokenSet(open_artifact(drawn.tokens)), 6)
     assert held_out is not None
     with torch.no_grad():
@@ -84,11 +98,10 @@ def test_labels_of_validation_tokens_are_those_of_training(drawn: Any, tmp_path:
 def test_validation_labels_beyond_those_of_training_need_num_classes(drawn: Any, tmp_path: Path) -> None:
     short = OPTIONS | {"preset": "linear-probe", "steps": 1, "validation": drawn.tokens}
     overrides = ["train.warmup_steps=1", "examples.held_out=0", "train.validate_every=1"]
-    (tmp_path / "pictures").mkdir()
-    shutil.copytree(drawn.pictures / "0", tmp_path / "pictures" / "0")
+    shutil.copytree(drawn.pictures, tmp_path / "pictures", ignore=lambda *_: ["2"])
     tokens = tmp_path / "tokens"
     tokenize([str(tmp_path / "pictures")], drawn.tokenizer, tokens, num_workers=0, device="cpu")
-    with pytest.raises(DataError, match=r"tokens has the label 2, .* are below 1\. Set examples\.num_classes=3"):
+    with pytest.raises(DataError, match=r"tokens has the label 2, .* are below 2\. Set examples\.num_classes=3"):
         train_classifier(tokens, drawn.tokenizer, tmp_path / "probe", overrides=overrides, **short)
     overrides.append("examples.num_classes=3")
     train_classifier(tokens, drawn.tokenizer, tmp_path / "probe", overrides=overrides, **short)
@@ -102,6 +115,10 @@ def test_a_linear_probe_is_trained(drawn: Any, tmp_path: Path) -> None:
     assert (artifact.facts["kind"], artifact.facts["num_parameters"]) == ("linear", 4 * 16 * 7 + 7)
     metrics = json.loads(artifact.file("metrics.json").read_text())
     assert (metrics["num_classes"], metrics["num_classes_seen"], metrics["chance"]) == (7, 3, 1 / 3)
+    overrides.append("examples.mirror=false")
+    train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "plain", overrides=overrides, **options)
+    weights = (load_file(tmp_path / name / "model.safetensors")["head.weight"] for name in ("probe", "plain"))
+    assert not torch.equal(*weights)  # flips were trained on too
 
 
 @pytest.mark.parametrize("preset", ["vit-tiny", "linear-probe"])
