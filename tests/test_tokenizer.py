@@ -247,6 +247,8 @@ def test_lists_of_images_of_several_sizes_keep_their_order(
     decoded = any_tokenizer.decode(ids, sizes)
     for each, own, size in zip(decoded, ids, sizes, strict=True):
         assert torch.equal(each, any_tokenizer.decode(own[None], size)[0])
+    (first,) = any_tokenizer.decode(ids[:1], sizes[:1], groups=1)
+    assert torch.equal(first, any_tokenizer.decode(ids[0][None], sizes[0], groups=1)[0])
     assert any_tokenizer.encode([]) == any_tokenizer.decode([], 16) == []
     with pytest.raises(DataError, match="5 sizes for the ids of 6 images"):
         any_tokenizer.decode(ids, sizes[:5])
