@@ -9,13 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vqpipe import downloads
 from vqpipe.downloads import web
-from vqpipe.errors import ConfigError
+from vqpipe.errors import ConfigError, WeightsError
 
 PROGRAM = """
 import sys
@@ -215,6 +216,16 @@ def test_two_downloads_of_a_url_at_once_are_one_and_another_query_is_another_fil
             paths = list(pool.map(downloads.fetch, [url] * 2, [""] * 2))
         assert [path.read_bytes() for path in paths] == [content] * 2
     assert len(hub_server.log) == 2
+
+
+def test_file_that_does_not_fit_the_disk_is_refused(
+    hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(web.shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT) - 1))
+    hub_server.files["weights.pt"] = CONTENT
+    with pytest.raises(WeightsError, match=r"weights\.pt needs 1\.0 MB in .*, 1\.0 MB are free\. Free some space"):
+        downloads.fetch(downloads.Url(f"{hub_server.address}/files/weights.pt"), "")
 
 
 def test_wrong_hash_of_a_url_keeps_the_file_aside(hub_server: Any, fetch: Callable[..., Fetched]) -> None:
