@@ -163,11 +163,12 @@ class Training:
     def plan_of(self, config: TrainConfig, step: Step, device: Device, devices: int) -> Plan:
         """The plan of the settings `config`, of which `step` is the trace."""
         memory: dict[str, float] = {part: float(size) for part, size in step.peak.items() if size > 0}
-        if devices > 1 and config.parallel == "fsdp":
+        sharded = devices > 1 and config.parallel == "fsdp"
+        if config.accumulate > 1 or (devices > 1 and not sharded):  # the gradients of all weights are kept
+            memory["gradients"] = max(memory.get("gradients", 0.0), step.trained)
+        if sharded:
             for part in ("weights", "gradients", "optimizer", "weight average"):
                 memory[part] = memory.get(part, 0.0) / devices
-        elif devices > 1:  # DistributedDataParallel keeps the gradients of all weights
-            memory["gradients"] = max(memory.get("gradients", 0.0), step.trained)
         traffic = 2 * (devices - 1) / devices * step.trained / (1e9 * device.link)
         early, late = (max(step_seconds(each, device), traffic) for each in (step.first, step.operations))
         seconds = (self.starts * early + (config.steps - self.starts) * late) / config.steps
