@@ -3,6 +3,7 @@
 import dataclasses
 import tomllib
 from pathlib import Path
+from typing import Any, get_origin
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from stages.list_presets import presets as presets_command
 from stages.recipe import ClassifierRecipe, GeneratorRecipe, PipelineRecipe, load, load_classifier, load_generator
 from vqpipe import presets
-from vqpipe.config import from_table, to_table
+from vqpipe.config import from_table, has_choices, hints_of, to_table
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import Space, build_generator
 from vqpipe.generation.classifier import build_classifier
@@ -44,6 +45,28 @@ def test_every_generator_preset_is_parsed_and_built(name: str) -> None:
         assert sum(parameter.numel() for parameter in generator.parameters()) == PARAMETERS[name]
     generator.check_sampling(torch.zeros(1, dtype=torch.int64), recipe.generate, [torch.Generator()])
     assert from_table(GeneratorRecipe, to_table(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *map(load, ("vqgan-lc-f16-100k", "mgvq-f16-g4", "fsq-f16-64k", "open-magvit2-f16")),
+        *map(load_generator, ("gpt-tiny", "llamagen-tiny", "dit-tiny", "ldm-tiny")),
+        load_classifier("vit-tiny"),
+    ],
+)
+def test_a_value_that_is_no_choice_is_refused_in_python_too(recipe: Any) -> None:
+    sections = [recipe]
+    while sections:
+        section = sections.pop()
+        for field in dataclasses.fields(section):
+            hint = hints_of(type(section))[field.name]
+            if dataclasses.is_dataclass(value := getattr(section, field.name)):
+                sections.append(value)
+            elif has_choices(hint):
+                other = ["other"] if get_origin(hint) is tuple else "other"
+                with pytest.raises(ConfigError, match=rf"\.{field.name}.* = 'other' is not a choice"):
+                    dataclasses.replace(section, **{field.name: other})
 
 
 def test_presets_of_dit_and_sit_have_the_learning_rates_of_the_paper_and_of_its_code() -> None:

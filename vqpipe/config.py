@@ -328,6 +328,23 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def check_choices(config: Any, section: str = "") -> None:
+    """Check the fields of a dataclass that have a `Literal` type; for `__post_init__`, as Python checks no types.
+
+    Raises:
+        ConfigError: one has none of these values.
+    """
+    for name, hint in hints_of(type(config)).items():
+        if has_choices(hint):
+            convert(hint, getattr(config, name), dotted(section, name))
+
+
+@cache
+def has_choices(hint: Any) -> bool:
+    """Whether a type is a `Literal`, or is made of one."""
+    return typing.get_origin(hint) is typing.Literal or any(map(has_choices, typing.get_args(hint)))
+
+
 def wrong_type(where: str, value: Any, expected: str, hint: str = "") -> ConfigError:
     """The error of a value of another type than `expected`."""
     return ConfigError(f"{where} = {value!r} should be {expected}", hint)

@@ -553,7 +553,7 @@ def test_framings_can_be_pickled() -> None:
         ("adm", None, "needs a size"),
         ("native", (24, 40), "native. keeps every image's own size"),
         ("cover", (0, 40), "40x0 is not a size"),
-        ("nearest", (24, 40), "'nearest' is not a choice. Use adm, linear, cover, native"),
+        ("nearest", (24, 40), "'nearest' is not a choice. Use one of adm, linear, cover, native"),
     ],
 )
 def test_invalid_framings_are_an_error(rule: str, size: tuple[int, int] | None, message: str) -> None:

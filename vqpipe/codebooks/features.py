@@ -29,7 +29,7 @@ from torch import Tensor
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.codebooks.encoders import PatchEncoder, PatchPca, check_pool
-from vqpipe.config import resumable
+from vqpipe.config import check_choices, resumable
 from vqpipe.data.arrays import check_float16, first_rows, map_array, take_rows, write_rows
 from vqpipe.data.encode import (
     ORIGIN_FIELDS,
@@ -93,6 +93,7 @@ class FeaturesConfig:
     """Use only the first `limit` images."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "features")
         for name in ("pool", "image_size", "batch_size", "patch_size", "fit_patches", "images_per_shard", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -25,7 +25,7 @@ from vqpipe.codebooks.codebook import Clustering
 from vqpipe.codebooks.features import BLOCK_ROWS, FeatureSet
 from vqpipe.codebooks.lloyd import PART, UNSAVED, CollectiveStates, Points, lloyd, mini_batch
 from vqpipe.codebooks.seeding import num_candidates, plusplus_rows, sample_rows
-from vqpipe.config import resumable, to_request
+from vqpipe.config import check_choices, resumable, to_request
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.files import digest_json
@@ -66,6 +66,7 @@ class KmeansConfig:
     are copied to the GPU in every pass. The codebook is the same."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "kmeans")
         if self.k < 1:
             raise ConfigError(f"kmeans.k = {self.k}", "A codebook has at least one code")
         if self.batch < 0 or not 0 <= self.gpu_share <= 1:

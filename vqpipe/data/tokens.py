@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft
+from vqpipe.config import check_choices
 from vqpipe.data.batches import chunks
 from vqpipe.data.decoding import encode_png
 from vqpipe.data.encode import (
@@ -123,8 +124,7 @@ class TokensConfig:
             object.__setattr__(self, "image_size", normal_size(self.image_size))
         object.__setattr__(self, "flip", bool(self.flip))
         check_precision(self.precision)
-        if self.crops not in get_args(Crops):
-            raise ConfigError(f"crops = {self.crops!r} is not a choice", f"Use {' or '.join(get_args(Crops))}")
+        check_choices(self)
         if not 0 <= self.max_skipped <= 1:
             raise ConfigError(f"max_skipped = {self.max_skipped} is not a share of the images", "Use 0 to 1")
         if self.max_pixels is not None and self.max_pixels < 1:

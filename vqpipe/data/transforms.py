@@ -18,7 +18,7 @@ Crops of evaluation protocols (`Framing`):
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vqpipe.config import added, resumable
+from vqpipe.config import added, check_choices, resumable
 from vqpipe.data.decoding import MAX_PIXELS, Color, Scratch, decode, decode_reduced, jpeg_header
 from vqpipe.errors import ConfigError
 
@@ -72,6 +72,7 @@ class DataConfig:
     """Seconds to wait for a batch before the run stops with an error; 0: no limit."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "data")
         if self.image_size < 1:
             raise ConfigError(f"data.image_size = {self.image_size} is not a size in pixels")
         if not 1.0 <= self.max_scale < math.inf:
@@ -286,8 +287,7 @@ class Framing:
     """(height, width) in pixels; None with "native"."""
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise ConfigError(f"framing rule {self.rule!r} is not a choice", f"Use {', '.join(get_args(Rule))}")
+        check_choices(self, "framing")
         if self.size is None and self.rule != "native":
             raise ConfigError(f"framing {self.rule!r} needs a size", "Give one, or use the rule native")
         if self.size is not None and self.rule == "native":

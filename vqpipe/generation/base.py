@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vqpipe.config import added, all_subclasses, class_for
+from vqpipe.config import added, all_subclasses, check_choices, class_for
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.quantizers import Quantizer, TokenLayout
 
@@ -124,6 +124,7 @@ class SamplingConfig:
     """Latents, ddim only: share of fresh noise, 0 (deterministic) to 1; None: the default of the generator."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "generate")
         low, high = self.cfg_interval
         share = isinstance(self.top_k, float)
         checks = {
@@ -152,6 +153,7 @@ class GeneratorConfig:
     classes it has no effect."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "generator")
         if not 0 <= self.class_dropout <= 1:
             raise ConfigError(f"generator.class_dropout = {self.class_dropout} should be in [0, 1]")
 

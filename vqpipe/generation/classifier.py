@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.config import class_for, resumable
+from vqpipe.config import check_choices, class_for, resumable
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.generation.base import Space
 from vqpipe.weights import load_tensors
@@ -52,6 +52,7 @@ class ClassifierConfig:
     """Probability that is spread over all classes in training, 0..1."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "classifier")
         if not 0 <= self.label_smoothing < 1 or self.table_dim < 1:
             raise ConfigError("classifier.label_smoothing should be in [0, 1), classifier.table_dim at least 1")
 

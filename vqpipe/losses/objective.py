@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.config import added, nearest_name, resumable
+from vqpipe.config import added, check_choices, nearest_name, resumable
 from vqpipe.errors import ConfigError
 from vqpipe.losses.adversarial import (
     adaptive_sum,
@@ -100,6 +100,7 @@ class ObjectiveConfig:
     that of Open-MAGVIT2 and IBQ 0.999."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "objective")
         weighted = (*RECONSTRUCTION_TERMS, *QUANTIZER_TERMS, "adversarial", *PENALTIES)
         for name, weight in self.weights(weighted).items():
             if weight < 0:

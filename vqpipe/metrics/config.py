@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vqpipe.config import resumable
+from vqpipe.config import check_choices, resumable
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.protocols import Name
 
@@ -44,6 +44,7 @@ class EvalConfig:
     depths: one encoding and G decodings per image (the k-curve of MGVQ, Table 6)."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "eval")
         if min(self.batch_size, self.tile or 1) < 1 or (isinstance(self.image_size, int) and self.image_size < 1):
             raise ConfigError("eval.image_size, eval.batch_size and eval.tile start at 1")
         if min(self.num_pictures, self.num_extremes) < 0 or self.fid_min_images < 2 or self.feature_memory < 0:

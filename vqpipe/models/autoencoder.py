@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqpipe.config import class_for
+from vqpipe.config import check_choices, class_for
 from vqpipe.distributed import all_reduce_sum
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.quantizers import Quantized, QuantizerConfig, build_quantizer
@@ -38,6 +38,9 @@ class AutoencoderConfig:
     groups of the quantizer (MGVQ), "none" if the encoder outputs the latent (Open-MAGVIT2)."""
     quant_conv_kernel: Literal[1, 3] = 1
     """Kernel size of these convolutions: 3 in VAR's released tokenizer, 1 in all others."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "model")
 
 
 class Reconstruction(NamedTuple):

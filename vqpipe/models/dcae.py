@@ -57,6 +57,7 @@ class DcaeConfig(AutoencoderConfig):
     """Channels between the two networks and their 1x1 convolutions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         stages = range(1, len(self.widths))
         if not stages or not len(self.widths) == len(self.encoder_depths) == len(self.decoder_depths):
             raise ConfigError(

@@ -63,6 +63,7 @@ class MagvitConfig(AutoencoderConfig):
     """Whether a level that changes the channels has one residual block more; true in GSQ."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = [self.base_channels, self.num_res_blocks]
         if not self.channel_multipliers or min(*sizes, *self.channel_multipliers) < 1 or self.z_channels < 0:
             raise ConfigError("every size in [model] must be at least 1", "See the preset open-magvit2-f16")

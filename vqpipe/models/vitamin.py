@@ -54,6 +54,7 @@ class VitaminConfig(AutoencoderConfig):
     """Hidden channels of the MLP of a block."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = (*self.widths, *self.encoder_depths, *self.decoder_depths, self.transformer_depth, self.mlp_width)
         if min(*sizes, self.transformer_width) < 1:
             raise ConfigError("every size in [model] must be at least 1", "UniTok's are the defaults of vitamin")

@@ -50,6 +50,7 @@ class VqganConfig(AutoencoderConfig):
     fast enough to train on a CPU, where levels at full resolution would take 90 % of the time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = [self.base_channels, self.num_res_blocks, self.z_channels, self.resolution, self.patch_size]
         if not self.channel_multipliers or min(*sizes, *self.channel_multipliers) < 1:
             raise ConfigError("every size in [model] must be at least 1", "See the preset vqgan-lc-f16-100k")

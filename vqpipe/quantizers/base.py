@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.config import class_for
+from vqpipe.config import check_choices, class_for
 from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.quantizers.layout import TokenLayout
 from vqpipe.search import nearest
@@ -39,6 +39,9 @@ class QuantizerConfig:
     """Section [model.quantizer]; `kind` selects the quantizer."""
 
     kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_choices(self, "model.quantizer")
 
 
 class Quantizer(nn.Module, ABC):
@@ -172,6 +175,7 @@ class CodebookConfig(QuantizerConfig):
     MGVQ). Stored codes may have any length."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.codebook_size < 2 or self.code_dim < 1:
             raise ConfigError(
                 f"a codebook of {self.codebook_size} codes with {self.code_dim} channels cannot quantize",

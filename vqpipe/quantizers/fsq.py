@@ -36,6 +36,7 @@ class FsqConfig(QuantizerConfig):
     (17, 17, 17, 17) at f16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.levels or min(self.levels) < 2:
             raise ConfigError(f"levels = {list(self.levels)} should be one or more numbers of at least 2")
         if self.bound == "sigmoid" and not all(level % 2 for level in self.levels):

@@ -41,6 +41,7 @@ class MultiGroupConfig(QuantizerConfig):
     """Probability of keeping 1, 2, ..., G groups; empty: `default_keep_probabilities`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_groups < 1:
             raise ConfigError(f"num_groups = {self.num_groups} should be at least 1")
         p = self.keep_probabilities

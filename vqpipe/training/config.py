@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from vqpipe.config import added, resumable
+from vqpipe.config import added, check_choices, resumable
 from vqpipe.errors import ConfigError
 
 
@@ -66,6 +66,7 @@ class TrainConfig:
     """Held-out images per validation."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "train")
         for name in ("steps", "global_batch_size", "accumulate", "max_nonfinite_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}", "It must be at least 1")
