@@ -81,7 +81,7 @@ def generate(
         plan = SamplePlan(
             num_images=num_images,
             classes=parse_classes(classes, opened),
-            sampling=override_sampling(opened.sampling, overrides or [], flags),
+            sampling=override_sampling(opened, overrides or [], flags),
             seed=seed,
             batch_size=batch_size,
             precision=precision,
@@ -137,9 +137,14 @@ def parse_top_k(text: str) -> int | float:
         ) from None
 
 
-def override_sampling(default: "SamplingConfig", overrides: list[str], flags: dict[str, Any]) -> "SamplingConfig":
-    """Return the generator's sampling settings, changed by --set, then by named flags."""
+def override_sampling(generator: "ImageGenerator", overrides: list[str], flags: dict[str, Any]) -> "SamplingConfig":
+    """Return the generator's sampling settings, changed by --set, then by named flags.
+
+    Raises:
+        ConfigError: a setting of another section, an invalid one, or one that this kind of generator does not use.
+    """
     from vqpipe import config
+    from vqpipe.generation.base import SAMPLING_OF
     from vqpipe.generation.train import GeneratorRecipe
 
     for assignment in overrides:
@@ -147,6 +152,13 @@ def override_sampling(default: "SamplingConfig", overrides: list[str], flags: di
             raise ConfigError(
                 f"--set {assignment}: only [generate] can be set here", "Other settings are fixed by training"
             )
-    table = config.override(GeneratorRecipe, {"generate": config.to_table(default)}, overrides)["generate"]
+    table = config.override(GeneratorRecipe, {"generate": config.to_table(generator.sampling)}, overrides)["generate"]
     table |= {name: value for name, value in flags.items() if value is not None}
-    return config.from_table(type(default), table, "generate")
+    sampling = config.from_table(type(generator.sampling), table, "generate")
+    other = "latents" if generator.generator.trained_on == "tokens" else "tokens"
+    for name in SAMPLING_OF[other]:
+        if getattr(sampling, name) != getattr(generator.sampling, name):
+            option = f"--set generate.{name}" if flags.get(name) is None else f"--{name.replace('_', '-')}"
+            what = f"{option} is for generators trained on {other}"
+            raise ConfigError(what, f"Leave it out: this generator is of the kind {generator.generator.config.kind}")
+    return sampling

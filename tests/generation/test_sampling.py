@@ -10,6 +10,7 @@ from torch import Tensor
 from vqpipe.config import from_table, to_table
 from vqpipe.errors import ConfigError, NumericError
 from vqpipe.generation import SamplingConfig, guidance_scale
+from vqpipe.generation.base import SAMPLING_OF
 from vqpipe.generation.sampling import (
     append_null_classes,
     filter_logits,
@@ -19,6 +20,7 @@ from vqpipe.generation.sampling import (
     top_k_count,
     uniform_noise,
 )
+from vqpipe.settings import field_docs
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
 ROWS = 1000
@@ -142,6 +144,12 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigError, match=rf"generate\.{name} = .* should be"):
         SamplingConfig(**wrong)
+
+
+def test_the_settings_of_one_kind_of_generator_are_those_whose_doc_names_it() -> None:
+    docs = field_docs(SamplingConfig)
+    for examples, names in SAMPLING_OF.items():
+        assert [name for name in docs if docs[name].lower().startswith(examples)] == list(names)
 
 
 @pytest.mark.parametrize("top_k", [1, 1.0, 0.1])

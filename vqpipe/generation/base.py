@@ -142,6 +142,13 @@ class SamplingConfig:
                 raise ConfigError(f"generate.{name} = {getattr(self, name)} should be {expected}")
 
 
+SAMPLING_OF = {
+    "tokens": ("temperature", "top_k", "top_p"),
+    "latents": ("cfg_channels", "steps", "sampler", "eta"),
+}
+"""The settings of sampling that only generators trained on tokens, or only those trained on latents, use."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
     """Section [generator]; `kind` chooses the generator."""
