@@ -88,7 +88,7 @@ def load(
         if name in ("model", "objective") and (preset is None or (reads is not None and name not in reads)):
             table.setdefault(name, settings)
     check_sections(PipelineRecipe, overrides or [], reads)
-    return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags, say)
+    return read(PipelineRecipe, preset or PAPER, table, overrides or [], flags, say, reads)
 
 
 def load_tokenizer(
@@ -178,18 +178,19 @@ def read(
     overrides: list[str],
     flags: Mapping[str, Mapping[str, Any]],
     say: Say = silent,
+    reads: Sequence[str] | None = None,
 ) -> R:
     """The tables of a preset as a `cls`; a preset for another command is an error, recognized by its main section."""
     for section, (other, command) in MAIN_SECTIONS.items():
         if section in table and other is not cls:
             raise ConfigError(f"preset {preset} has a section [{section}]: it is for {command}", "See vqpipe presets")
-    before, table = table.get("train", {}), config.override(cls, table, overrides)
+    before, table = table.get("train", {}), config.override(cls, table, overrides, reads)
     for name, values in flags.items():
         table.setdefault(name, {}).update({key: value for key, value in values.items() if value is not None})
     if not any(text.partition("=")[0].strip() == "train.warmup_steps" for text in overrides):
         fit_to_steps(before, table.get("train"), say)
     hint = f"vqpipe presets {EXAMPLES[cls]} > mine.toml writes a whole preset to start from"
-    return config.from_table(cls, table, hint=hint)
+    return config.from_table(cls, table, hint=hint, reads=reads)
 
 
 def fit_to_steps(preset: object, train: object, say: Say) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from stages.recipe import PipelineRecipe
+from stages.recipe import PipelineRecipe, load_tokenizer
 from vqpipe import artifacts
 from vqpipe.config import added, from_table, override, read_toml, resumable, to_request, to_table, to_toml
 from vqpipe.errors import ArtifactError, ConfigError
@@ -108,6 +108,23 @@ def test_another_kind_drops_the_keys_that_it_lacks() -> None:
 def test_an_unusable_assignment_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError):
         from_table(Outer, override(Outer, {}, [text]))
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("data.batch_size=8", r"unknown key data\.batch_size\. Did you mean train\.global_batch_size\?"),
+        ("batch_size=8", r"no such section\. Did you mean train\.global_batch_size\?"),
+        ("model.codebook_size=8", r"Did you mean model\.quantizer\.codebook_size\?"),
+        ("data.batch=8", r"Did you mean train\.global_batch_size\?"),
+        ("train.warmup=8", r"Did you mean train\.warmup_steps\?"),
+        ("train.step=8", r"Did you mean steps\?"),
+        ("train.epochs_of_training=8", r"Known: accumulate"),
+    ],
+)
+def test_a_setting_of_any_section_that_has_the_words_of_an_unknown_one_is_proposed(text: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        load_tokenizer("small", [text])
 
 
 def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,15 +50,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
-def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", *, hint: str = "") -> T:
+def from_table(
+    cls: type[T], table: Mapping[str, Any], where: str = "", *, hint: str = "", reads: Sequence[str] | None = None
+) -> T:
     """Build the dataclass `cls` from a table; `where` is the dotted place, for messages.
 
-    `hint` ends the message of missing keys.
+    `hint` ends the message of missing keys. For unknown keys, settings of the sections `reads` are proposed; None: all.
 
     Raises:
         ConfigError: an unknown key, missing keys (all of them in one message), or a value of the wrong type.
     """
-    if lacking := missing(cls, table, where):
+    if lacking := missing(cls, table, where, known_settings(cls, table, where, reads)):
         are, them = ("is", "it") if len(lacking) == 1 else ("are", "them")
         choices = [f"{key} is one of {', '.join(kinds)}" for key, kinds in lacking.items() if kinds]
         remedies = [f"Add {them} to the preset, or --set {next(iter(lacking))}=VALUE", *choices, hint]
@@ -71,11 +73,13 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", *, hint:
     )
 
 
-def missing(cls: type, table: Mapping[str, Any], where: str = "") -> dict[str, list[str]]:
+def missing(
+    cls: type, table: Mapping[str, Any], where: str = "", proposals: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """The required keys that a table of the dataclass `cls` and the tables within it lack, by dotted name.
 
     The value of a `kind` are its choices, that of other keys is empty. Until a `kind` is set, the keys that only its
-    class requires are not known.
+    class requires are not known. `proposals` are the settings that may be proposed for an unknown key.
 
     Raises:
         ConfigError: an unknown key or kind.
@@ -89,12 +93,13 @@ def missing(cls: type, table: Mapping[str, Any], where: str = "") -> dict[str, l
     fields = {field.name: field for field in dataclasses.fields(chosen) if field.init}
     for key in table:
         if key not in fields and key != "kind" and not undecided:
-            raise ConfigError(f"unknown key {dotted(where, key)}", nearest_name(key, fields))
+            unknown = dotted(where, key)
+            raise ConfigError(f"unknown key {unknown}", nearest_setting(unknown, proposals, key, fields))
     for name, field in fields.items():
         inner = table.get(name, {} if is_required(field) else None)
         section = section_of(chosen, name)
         if section is not object and isinstance(inner, Mapping):
-            lacking |= missing(section, inner, dotted(where, name))
+            lacking |= missing(section, inner, dotted(where, name), proposals)
         elif is_required(field) and name not in table:
             lacking[dotted(where, name)] = []
     return lacking
@@ -192,9 +197,11 @@ def merge(cls: type, base: Mapping[str, Any], changes: Mapping[str, Any], where:
     return merged
 
 
-def override(cls: type, table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+def override(
+    cls: type, table: Mapping[str, Any], assignments: Iterable[str], reads: Sequence[str] | None = None
+) -> dict[str, Any]:
     """A copy of `table`, which describes a `cls`, with each `section.key=value` merged into it; values are read as
-    TOML, otherwise as strings.
+    TOML, otherwise as strings. For an unknown section, settings of the sections `reads` are proposed; None: all.
 
     Raises:
         ConfigError: an assignment without "=", or into an unknown section.
@@ -207,9 +214,8 @@ def override(cls: type, table: Mapping[str, Any], assignments: Iterable[str]) ->
         if len(path) < 2 and path[0] in sections:
             raise ConfigError(f"--set {path[0]} is a section", f"Write --set {path[0]}.NAME=VALUE")
         if path[0] not in sections or len(path) < 2:
-            holders = [name for name in sections if path == [path[0]] and path[0] in hints_of(section_of(cls, name))]
-            nearest = f"Did you mean {holders[0]}.{path[0]}?" if holders else nearest_name(path[0], sections)
-            raise ConfigError(f"--set {'.'.join(path)}: no such section", nearest)
+            name, known = ".".join(path), known_settings(cls, table, reads=reads)
+            raise ConfigError(f"--set {name}: no such section", nearest_setting(name, known, path[0], sections))
         for key in reversed(path):
             value = {key: value}
         result = merge(cls, result, value)
@@ -254,6 +260,28 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}"
+
+
+def known_settings(cls: type, table: Any, where: str = "", reads: Sequence[str] | None = None) -> list[str]:
+    """The dotted names of the settings of a `cls` with the kinds of `table`; with `reads`, those of these sections."""
+    table = table if isinstance(table, Mapping) else {}
+    chosen = kinds_of(cls).get(str(table.get("kind")), cls)
+    names: list[str] = []
+    for field in dataclasses.fields(chosen):
+        section, name = section_of(chosen, field.name), dotted(where, field.name)
+        if reads is None or field.name in reads:
+            names += [name] if section is object else known_settings(section, table.get(field.name), name)
+    return names
+
+
+def nearest_setting(unknown: str, settings: Iterable[str], part: str, names: Iterable[str]) -> str:
+    """The hint of an unknown setting: one of `settings` whose key has all words of its key, if possible in the same
+    section, with the fewest words; else `nearest_name` of the `part` that is none of `names`."""
+    section, _, key = unknown.rpartition(".")
+    fits = [name for name in settings if {*key.split("_")} <= {*name.rpartition(".")[2].split("_")}]
+    if not fits:
+        return nearest_name(part, names)
+    return f"Did you mean {min(fits, key=lambda name: (name.rpartition('.')[0] != section, name.count('_')))}?"
 
 
 def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
