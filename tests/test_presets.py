@@ -69,6 +69,14 @@ def test_a_value_that_is_no_choice_is_refused_in_python_too(recipe: Any) -> None
                     dataclasses.replace(section, **{field.name: other})
 
 
+def test_a_constant_learning_rate_of_a_preset_is_lowered_by_one_setting() -> None:
+    for name in presets.names():
+        section = next(each for each in ("model", "generator", "classifier") if name in presets.names(each))
+        loader: Any = {"model": load, "generator": load_generator, "classifier": load_classifier}[section]
+        train = loader(name).train
+        assert train.schedule == "constant" or train.min_learning_rate < train.learning_rate, name
+
+
 def test_presets_of_dit_and_sit_have_the_learning_rates_of_the_paper_and_of_its_code() -> None:
     for kind in ("dit", "sit"):
         paper, code = load_generator(f"{kind}-xl-2"), load_generator(f"{kind}-xl-2-code")
