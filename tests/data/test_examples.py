@@ -171,6 +171,23 @@ def test_two_jobs_that_unpack_the_same_ids_do_not_write_the_same_file(
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_the_ids_of_a_killed_job_are_deleted_and_those_of_a_running_one_are_not(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "IN_MEMORY", 100)
+    killed, young = (tmp_path / f".writing-{name}-ids.npy" for name in ("killed", "young"))
+    for path in (killed, young):
+        path.write_bytes(b"ids")
+    running = TokenSet.allocate(tmp_path / "ids.npy", (20, 3), np.dtype(np.uint16))
+    assert isinstance(running, np.memmap)
+    for path in (killed, Path(str(running.filename))):
+        os.utime(path, (0, 0))
+    TokenSet(make("tokens"), tmp_path)
+    assert not killed.exists()
+    assert young.exists()
+    np.testing.assert_array_equal(TokenSet.publish(running, tmp_path / "ids.npy"), np.zeros((20, 3)))
+
+
 def test_ids_that_cannot_be_unpacked_leave_no_file(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "IN_MEMORY", 100)
     artifact = make("tokens")

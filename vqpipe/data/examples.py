@@ -6,8 +6,12 @@ seed and the position, not of the number of ranks.
 B images of a batch, N ids per image, R rows (one per image, two where horizontal flips are stored, or ten crops).
 """
 
+import fcntl
+import math
 import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,6 +35,9 @@ HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
 IN_MEMORY = 1 << 30
 """Bytes of ids up to which every rank keeps them in memory. More are unpacked once into a file that the ranks map, and
 share through the page cache: ImageNet with flips at 4 x 576 ids is 12 GB, in ten crops 59 GB."""
+
+UNLOCKED_SECONDS = 60.0
+"""Age from which on a file of ids that is being unpacked has its lock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +191,30 @@ class TokenSet:
 
     @staticmethod
     def allocate(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """Map a new temporary file. Its space is allocated first: a write to a mapped file on a full disk is a SIGBUS.
+        """Map a new temporary file, and delete those of jobs that were killed.
+
+        The map locks its file. Its space is allocated first: a write to a mapped file on a full disk is a SIGBUS.
 
         Raises:
             ArtifactError: the disk is full.
         """
+        for leftover in file.parent.glob(".writing-*.npy"):
+            with suppress(OSError), leftover.open("r+b") as handle:  # an error: it is locked, or gone already
+                if time.time() - leftover.stat().st_mtime > UNLOCKED_SECONDS:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    leftover.unlink()
         temporary = file.with_name(f".writing-{uuid4().hex}-{file.name}")  # another job may write the same ids
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            rows = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                with temporary.open("r+b") as handle:
-                    os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
+            with temporary.open("w+b") as handle:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(handle, header)
+                offset = handle.tell()
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(handle.fileno(), 0, offset + math.prod(shape) * dtype.itemsize)
+                rows = np.memmap(handle, dtype, "r+", offset, shape)  # keeps the handle open, and so the lock
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise ArtifactError(
