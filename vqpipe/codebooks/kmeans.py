@@ -1,8 +1,8 @@
 """k-means over stored features: Lloyd's algorithm on every vector, streamed block by block, or mini-batches.
 
-Each iteration passes over all N vectors (none are subsampled), finds nearest centers exactly, and sums in 64-bit fixed
-point: the centers are the same bytes for any number of ranks, except those of mini-batches (see `lloyd`). VQGAN-LC
-clusters 1,300 images x 16 vectors of each class into 100 centers (`per_class`); its paper reads as one global
+Each iteration passes over all N vectors (none are subsampled), compares each with every center in float32, and sums in
+64-bit fixed point: the centers are the same bytes for any number of ranks, except those of mini-batches (see `lloyd`).
+VQGAN-LC clusters 1,300 images x 16 vectors of each class into 100 centers (`per_class`); its paper reads as one global
 clustering, which is the default here.
 
 Memory holds the centers and their sums (about 24 bytes per number), a few blocks of 65,536 vectors, the sample for the

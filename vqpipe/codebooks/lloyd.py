@@ -7,7 +7,8 @@ the other vectors of the call. If two centers are equally near in float32, anoth
 
 No offset is subtracted from the features, although those of CLIP have a large common mean. The search subtracts the
 mean of the codes where it is far from zero (`vqpipe.search.nearest`), the distance to a center is a sum of squared
-differences, and sums of vectors are exact integers.
+differences, and sums of vectors are exact integers. Where vectors form groups that are far apart compared with their
+size, one mean is not enough: the search compares float32 distances, whose rounding then decides between near centers.
 
 Shapes: N vectors, K centers, D dimensions, R rows of a block.
 """

@@ -48,7 +48,8 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: boo
         vectors: float[N, D], any floating type; N may be 0. Or float[G, N, D], with separate codes for each group.
         codes: float[K, D] on the same device, K >= 1. Or float[G, K, D].
         metric: "l2", or "cosine": l2 between vectors scaled to unit length. A zero vector is equally near to every
-            code, so it gets id 0.
+            code, so it gets id 0. The squares of lengths below about 1e-20 underflow: vectors and codes as short as
+            that, but not zero, get the id of another code.
         check: raise an error for invalid numbers. Without, a vector that is not finite gets some id in [0, K), and a
             GPU is not synchronized: for training, where the loss shows it later.
 
