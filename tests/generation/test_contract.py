@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.config import all_subclasses, from_table, to_table
-from vqpipe.errors import ConfigError, DataError, WeightsError
+from vqpipe.errors import ConfigError, DataError, NumericError, WeightsError
 from vqpipe.generation import (
     DitConfig,
     Generator,
@@ -157,6 +157,26 @@ def test_samples_have_the_shape_type_and_range_of_examples(name: str, rngs: Rngs
     if generator.trained_on == "tokens":
         assert 0 <= int(samples.min()) <= int(samples.max()) < K
         assert len(samples.unique()) > 3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("name", TOKENS)
+def test_probabilities_that_are_not_finite_are_found_once_after_the_last_id(
+    name: str, guidance: float, rngs: Rngs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, label, waits, is_true = make(name), torch.tensor([2]), list[Tensor](), Tensor.__bool__
+
+    def wait(tensor: Tensor) -> bool:
+        waits.append(tensor)
+        return is_true(tensor)
+
+    monkeypatch.setattr(Tensor, "__bool__", wait)
+    generator.sample(label, sampling(cfg_scale=guidance), rngs(1))
+    assert len(waits) <= 2  # of 16 ids or more; the first is about the codebook
+    for parameter in generator.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    with pytest.raises(NumericError, match="the generator predicts NaN or infinity"):
+        generator.sample(label, sampling(cfg_scale=guidance), rngs(1))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -13,6 +13,7 @@ from vqpipe.generation import SamplingConfig, guidance_scale
 from vqpipe.generation.base import SAMPLING_OF
 from vqpipe.generation.sampling import (
     append_null_classes,
+    checked,
     filter_logits,
     guide_logits,
     repeat_for_guidance,
@@ -75,9 +76,9 @@ def test_excluded_ids_are_never_sampled(number: float) -> None:
 def test_logits_that_are_not_finite_are_an_error(wrong: float, options: dict[str, Any]) -> None:
     logits, half = torch.tensor([[0.0, wrong, 1.0, 2.0]]), torch.tensor([0.5], dtype=torch.float64)
     with pytest.raises(NumericError, match="the generator predicts NaN or infinity"):
-        sample_ids(logits, half, SamplingConfig(**options))
+        checked(sample_ids(logits, half, SamplingConfig(**options)))
     with pytest.raises(NumericError, match="raise the temperature"):
-        sample_ids(torch.ones(1, 4), half, SamplingConfig(temperature=1e-320))
+        checked(sample_ids(torch.ones(1, 4), half, SamplingConfig(temperature=1e-320)))
 
 
 def test_top_k_is_a_count_or_a_share_of_the_codebook() -> None:
@@ -109,7 +110,8 @@ def test_guidance_doubles_the_batch() -> None:
     labels, sampling = torch.tensor([4, 2]), SamplingConfig(cfg_scale=2.0)
     assert append_null_classes(labels, 9, sampling).tolist() == [4, 2, 9, 9]
     assert repeat_for_guidance(labels, sampling).tolist() == [4, 2, 4, 2]
-    assert append_null_classes(labels, 9, SamplingConfig()) is repeat_for_guidance(labels, SamplingConfig())
+    assert append_null_classes(labels, 9, SamplingConfig()) is labels
+    assert repeat_for_guidance(torch.tensor([4, -1]), SamplingConfig()).tolist() == [4, 0]
 
 
 def test_the_guidance_scale_follows_schedule_and_interval() -> None:

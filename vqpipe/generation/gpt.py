@@ -36,6 +36,7 @@ from vqpipe.generation.cross_entropy import chunked_cross_entropy
 from vqpipe.generation.embedding import CodeEmbedding
 from vqpipe.generation.sampling import (
     append_null_classes,
+    checked,
     guide_logits,
     repeat_for_guidance,
     sample_ids,
@@ -167,4 +168,4 @@ class Gpt(Generator):
             ids = sample_ids(logits, uniform[:, number], sampling)
             samples.append(ids)
             vector = self.embed(repeat_for_guidance(ids, sampling).unsqueeze(1), number).to(vector.dtype)
-        return torch.stack(samples, dim=1)
+        return checked(torch.stack(samples, dim=1))

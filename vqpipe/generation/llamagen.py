@@ -44,6 +44,7 @@ from vqpipe.generation.cross_entropy import chunked_cross_entropy
 from vqpipe.generation.embedding import CodeEmbedding
 from vqpipe.generation.sampling import (
     append_null_classes,
+    checked,
     guide_logits,
     repeat_for_guidance,
     sample_ids,
@@ -289,11 +290,10 @@ class LlamaGen(Generator):
             ids = torch.empty(len(trunk), 0, dtype=torch.long, device=trunk.device)
             for group in range(groups):
                 logits = guide_logits(self.ar_head.next_logits(trunk, ids), sampling, position, positions)
-                next_ids = repeat_for_guidance(sample_ids(logits, uniform[:, position, group], sampling), sampling)
-                ids = torch.cat([ids, next_ids.unsqueeze(1)], dim=1)
-            samples.append(ids[: len(classes)])
+                samples.append(sample_ids(logits, uniform[:, position, group], sampling))
+                ids = torch.cat([ids, repeat_for_guidance(samples[-1], sampling).unsqueeze(1)], dim=1)
             vector = self.img_projector(ids)
-        return torch.cat(samples, dim=1)
+        return checked(torch.stack(samples, dim=1))
 
     def step(self, vector: Tensor, caches: Sequence[Tensor], position: int) -> Tensor:
         """The trunk's output at `position`, float[B, D], for its input float[B, 1, D] and the cached ones before."""

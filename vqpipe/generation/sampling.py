@@ -26,28 +26,29 @@ def sample_ids(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Ten
 
     The id is the first at which the cumulative probability, in the order of the ids and in float64, exceeds the number.
     Unlike the order of the probabilities, the order of the ids does not change when logits change by rounding.
-
-    Raises:
-        NumericError: the probabilities are not finite.
+    The id is -1 where the probabilities are not finite: see `checked`, which waits for the GPU once for all ids.
     """
     if sampling.temperature == 0:
-        check_finite(logits.amax(1))
-        return logits.argmax(1)
+        return logits.argmax(1).masked_fill(~logits.amax(1).isfinite(), -1)
     filtered = filter_logits(logits.double() / sampling.temperature, sampling)
     cumulative = filtered.softmax(1).cumsum(1)
     total = cumulative[:, -1:]
-    check_finite(total)
     threshold = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, threshold, right=True).masked_fill(~total.isfinite(), -1).squeeze(1)
 
 
-def check_finite(values: Tensor) -> None:
-    """Raise a NumericError if one of these values of the logits is NaN or infinite."""
-    if not bool(values.isfinite().all()):
+def checked(ids: Tensor) -> Tensor:
+    """Return sampled ids int64[...].
+
+    Raises:
+        NumericError: one is -1.
+    """
+    if bool((ids < 0).any()):
         raise NumericError(
             "the generator predicts NaN or infinity",
             "Lower the guidance scale, raise the temperature, or train it longer",
         )
+    return ids
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -96,5 +97,7 @@ def guide_logits(logits: Tensor, sampling: SamplingConfig, step: int, steps: int
 
 
 def repeat_for_guidance(ids: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Return the sampled ids int64[B] for the network's batch: with guidance int64[2 B], both halves equal."""
+    """Return the sampled ids int64[B], with 0 for -1, for the network's batch: with guidance int64[2 B], both halves
+    equal."""
+    ids = ids.clamp(min=0)
     return ids if sampling.cfg_scale == 1 else torch.cat([ids, ids])
