@@ -362,7 +362,7 @@ def check_choices(config: Any, section: str = "") -> None:
     Raises:
         ConfigError: one has none of these values.
     """
-    for name, hint in hints_of(type(config)).items():
+    for name, hint in hints_of(type(config)).items():  # type: ignore[arg-type]
         if has_choices(hint):
             convert(hint, getattr(config, name), dotted(section, name))
 
