@@ -177,7 +177,11 @@ class PatchPca(PatchEncoder):
         return images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
     def set_components(self, mean: np.ndarray, covariance: np.ndarray) -> None:
-        """Whiten: eigenvectors of the covariance, each over the root of its variance; largest entry made positive."""
+        """Whiten: eigenvectors of the covariance, each over the root of its variance; largest entry made positive.
+
+        The last bits of LAPACK's eigenvectors may depend on the number of threads: with patches of 16 pixels they do,
+        with those of 8 pixels they were the same with one and two.
+        """
         variances, vectors = np.linalg.eigh(covariance)
         order = np.argsort(-variances, kind="stable")[: self.dim]
         variances, vectors = variances[order], vectors[:, order]
