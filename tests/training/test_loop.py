@@ -227,9 +227,15 @@ def test_a_discriminator_that_does_not_move_ends_the_run(tmp_path: Path, monkeyp
         total, terms = loss(self, *args, **kwargs)
         return total * math.inf, terms
 
+    statistics: list[Tensor] = []
+
+    def remember(state: TrainState) -> None:
+        statistics.append(state.networks["discriminator"].main[3].running_mean.clone())  # type: ignore[index]
+
     monkeypatch.setattr(Objective, "discriminator_loss", infinite)
     with pytest.raises(NumericError, match="3 steps in a row"):
-        run(tmp_path, max_nonfinite_steps=3)
+        run(tmp_path, max_nonfinite_steps=3, on_step=remember)
+    assert torch.equal(statistics[-1], statistics[3])
 
 
 @pytest.mark.parametrize("kind", ["lc", "ema"])
