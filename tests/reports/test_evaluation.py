@@ -1,6 +1,6 @@
 from typing import Any
 
-from vqpipe.reports.evaluation import OTHER_FORMULAS, number_rows, protocols_table
+from vqpipe.reports.evaluation import CODE_MEASURES, MEASURES, OTHER_FORMULAS, number_rows, protocols_table
 
 METRICS: dict[str, Any] = {
     "num_images": 5,
@@ -20,6 +20,7 @@ def test_rows_of_an_evaluation_are_its_numbers_with_those_of_the_extractor() -> 
     assert {label for label, _, _ in number_rows(METRICS)} == {*rows, "PSNR of luma"}
     assert rows["PSNR"][0] == "21.50 dB"
     assert rows["PSNR"][1].endswith("; over 4 of 5 images")
+    assert "crops" not in rows["rFID"][1]  # of cleanfid-rawval it is against whole images
 
 
 def test_several_protocols_have_a_table() -> None:
@@ -29,3 +30,9 @@ def test_several_protocols_have_a_table() -> None:
     assert table is not None
     assert table.header == ["own convention", "adm", "cleanfid-rawval"]
     assert table.rows == [["psnr", "21.5", "21"], ["ssim", "–", "0.5"], ["rfid", "3.25", "–"]]
+
+
+def test_distances_are_better_if_lower_and_numbers_of_codes_have_no_best() -> None:
+    lower = {m.key for m in MEASURES if m.key.startswith(("lpips", "perceptual")) or m.key in ("rfid", "sfid", "kid")}
+    expected = {m.key: None if m.key in CODE_MEASURES else m.key not in lower for m in MEASURES}
+    assert {measure.key: measure.higher_is_better for measure in MEASURES} == expected

@@ -51,7 +51,7 @@ MEASURES = (
     Measure("ssim", "SSIM", "Gaussian window 11, sigma 1.5, RGB", "", True, 3),
     Measure("lpips_alex", "LPIPS (AlexNet)", "lpips v0.1 on [-1, 1]", "", False, 3),
     Measure("lpips_vgg", "LPIPS (VGG)", "lpips v0.1 on [-1, 1]", "", False, 3),
-    Measure("rfid", "rFID", "against the same crops, torch-fidelity's Inception", "", False),
+    Measure("rfid", "rFID", "against the references of the protocol, torch-fidelity's Inception", "", False),
     Measure("utilization", "codes in use", "share chosen at least once over all images", "%", None, 1),
     Measure("perplexity", "perplexity", "exp of the entropy of the codes, mean over groups", "", None, 1),
     Measure("bits_per_pixel", "bits per pixel", "tokens x log2(codes) / pixels", "", None, 3),
