@@ -66,7 +66,7 @@ def test_the_use_of_codes_is_stated_with_the_number_of_ids_and_by_group() -> Non
     assert numbers.rows[0][3:] == [page.Cell("37.5 %"), page.Cell("3.0")]
     table = groups_table(one.metrics)
     assert table is not None
-    assert table.rows == [["0", "50.0 %", "4.0"], ["1", "25.0 %", "2.0"]]
+    assert table.rows == [["1", "50.0 %", "4.0"], ["2", "25.0 %", "2.0"]]  # as eval numbers them
 
 
 def test_without_several_scales_there_is_neither() -> None:

@@ -175,7 +175,7 @@ def groups_table(metrics: Metrics) -> page.Table | None:
         return None
     columns = [("utilization", metrics["utilization_per_group"]), ("perplexity", metrics["perplexity_per_group"])]
     rows = [
-        [str(group), *(written(MEASURES[name], values[group]) for name, values in columns)]
+        [str(group + 1), *(written(MEASURES[name], values[group]) for name, values in columns)]
         for group in range(metrics["num_groups"])
     ]
     return page.Table("Codes in use by group", ["group", *(MEASURES[name].label for name, _ in columns)], rows)
