@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from vqpipe.reports import page, plots
 
@@ -26,6 +27,48 @@ REPLACED = {"replaced": (np.array([1.0, 50.0]), np.array([30.0, 25.0]))}
 
 def texts(plot: page.Plot) -> list[str]:
     return ["".join(node.itertext()) for node in ET.fromstring(plot.svg).iter() if node.tag.endswith("text")]
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """The axes of the plots that are drawn in the test."""
+    drawn: list[Axes] = []
+    to_svg = plots.to_svg
+    monkeypatch.setattr(plots, "to_svg", lambda figure, salt: (drawn.append(figure.axes[0]), to_svg(figure, salt))[1])
+    return drawn
+
+
+def test_points_are_drawn_at_the_numbers(axes: list[Axes]) -> None:
+    plots.rate_distortion({"a": (0.1, 20.0), "b": (0.2, 23.0)})
+    plots.k_curves({"mgvq": [{"groups": k, "bits_per_pixel": k / 8, "psnr": 12.0 + k, "ssim": k / 4} for k in (1, 2)]})
+    plots.usage_growth(GROWTH)
+    tokens, used, uniform = zip(*GROWTH, strict=True)
+    expected = [
+        [[(0.1, 20.0)], [(0.2, 23.0)]],
+        [[(0.125, 13.0), (0.25, 14.0)]],
+        [[(0.125, 0.25), (0.25, 0.5)]],
+        [list(zip(tokens, used, strict=True)), list(zip(tokens, uniform, strict=True))],
+    ]
+    assert [[list(map(tuple, line.get_xydata())) for line in each.get_lines()] for each in axes] == expected
+
+
+def test_codes_are_drawn_by_descending_counts_from_rank_one_beside_the_uniform_count(axes: list[Axes]) -> None:
+    plots.code_frequency(torch.tensor([[5, 0, 2, 9]]))
+    curve, end, uniform, size = (line.get_xydata().tolist() for line in axes[0].get_lines())
+    assert (curve, end) == ([[1, 9], [2, 5], [3, 2]], [[3, 2]])
+    assert {y for _, y in uniform} == {16 / 4}
+    assert {x for x, _ in size} == {4}
+
+
+def test_bars_have_their_own_names_and_numbers_and_error_bars_one_standard_deviation(axes: list[Axes]) -> None:
+    plots.bars("use", {"a": 0.5, "b": 0.25})
+    plots.points_with_spread("psnr", {"lc": [(2.0, 21.0, 0.5), (1.0, 20.0, 0.25)]}, xlabel="K")
+    shown = [(bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in axes[0].patches]
+    texts = [(text.get_text(), text.get_position()[1]) for text in axes[0].texts]
+    assert shown == [(0.5, pytest.approx(1)), (0.25, pytest.approx(0))]
+    assert texts == [("a", pytest.approx(1.28)), ("50.0%", 1), ("b", pytest.approx(0.28)), ("25.0%", 0)]
+    (bars,) = axes[1].collections
+    assert [each.tolist() for each in bars.get_segments()] == [[[1, 19.75], [1, 20.25]], [[2, 20.5], [2, 21.5]]]
 
 
 def test_training_curves_of_one_run_show_each_loss_term_and_of_several_the_total() -> None:
@@ -76,7 +119,7 @@ def test_code_frequency_states_the_utilization_and_accepts_unused_groups() -> No
 
 
 def test_series_are_thinned_with_both_ends_and_skip_what_is_not_finite() -> None:
-    x, _ = plots.series([{"images_seen": i, "psnr": 1.0} for i in range(10_000)], "psnr")
+    x, _ = plots.series([{"step": i // 8, "images_seen": i, "psnr": 1.0} for i in range(10_000)], "psnr")
     assert len(x) <= plots.MAX_POINTS
     assert (x[0], x[-1]) == (0, 9_999)
     rows: list[plots.LogRow] = [{"images_seen": 1, "psnr": float("nan")}, {"images_seen": 2, "psnr": None}]

@@ -7,7 +7,7 @@ import torch
 
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, to_png
-from vqpipe.reports.training import TrainingRun, describe_tokenizer, newest_number, training_page
+from vqpipe.reports.training import NUMBERS, TrainingRun, describe_tokenizer, newest_number, run_curves, training_page
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2}
 
@@ -91,6 +91,8 @@ def test_the_numbers_of_the_validation_come_first() -> None:
     assert (first.title, second.title) == ("Validation", "Training")
     assert first.numbers[0].label == "validation PSNR"
     assert first.caption == "64 held-out images at step 10."
+    again = TrainingRun(name="lc", description="", step=20, steps=40, rows=[valid(10, 22.5), valid(20, 23.0)])
+    assert training_page(again).sections[0].caption == "64 held-out images at step 20."  # type: ignore[union-attr]
     assert not any(number.label.startswith("validation") for number in second.numbers)
     without = TrainingRun(name="lc", description="", step=20, steps=40, rows=[row(10)])
     assert training_page(without).sections[0].title == "Current metrics"
@@ -118,6 +120,28 @@ def test_only_logged_numbers_have_curves() -> None:
     }
     few = [{"step": step, "images_seen": 8 * step, "psnr": 20.0} for step in (1, 2, 3)]
     assert re.findall(r"<h3>([^<]+)</h3>", html(rows=few)) == ["PSNR in training, dB"]
+
+
+def test_each_line_of_a_curve_is_of_the_quantity_that_it_names() -> None:
+    keys = {"train/top1": 0.1, "valid/top1": 0.2, "valid/top5": 0.3, "loss/total": 4.0, "valid/total": 5.0}
+    classifier = [{"step": step, "valid/images": 4, **keys} for step in (1, 2, 3)]
+    drawn = {plot.title: plot.alt for plot in run_curves(classifier)}
+    assert drawn["Loss"] == "training ends at 4, validation ends at 5"
+    assert drawn["Accuracy"] == "training top-1 ends at 10.0%, validation top-1 ends at 20.0%, top-5 ends at 30.0%"
+    tokenizer = [{**row(step, psnr=20.0), **valid(step, 21.0), "valid/lpips_vgg": 0.3} for step in (1, 2, 3)]
+    drawn = {plot.title: plot.alt for plot in run_curves(tokenizer)}
+    assert drawn["PSNR in training, dB"] == "training ends at 20"
+    assert drawn["PSNR in validation, dB"] == "validation ends at 21"
+    assert drawn["LPIPS in validation"] == "VGG ends at 0.3"
+    assert drawn["Codes in use"] == "training ends at 50.0%, validation ends at 25.0%"
+    assert drawn["Perplexity of the codes in training"] == "training ends at 20"
+    assert drawn["Perplexity of the codes in validation"] == "validation ends at 12"
+
+
+def test_numbers_in_percent_are_of_shares() -> None:
+    assert {number.key: number.scale for number in NUMBERS} == {
+        number.key: 100 if number.unit == "%" else 1 for number in NUMBERS
+    }
 
 
 def test_one_or_two_points_are_no_curve() -> None:
