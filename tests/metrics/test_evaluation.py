@@ -146,15 +146,19 @@ def test_protocol_with_another_crop_is_measured_on_that_crop() -> None:
 def test_further_metrics_of_inception_have_a_number_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(set_metrics, "KID_SUBSET_SIZE", 5)
     originals, reconstructions, ids = batch(12)
+    reconstructions[4:] = originals[4:5]  # precise, and far from most originals
     config = replace(CONFIG, metrics=("kid", "prc", "sfid", "is"))
     measured = evaluation_metrics(Pooled(), config)
     measured.update(originals[:7], reconstructions[:7], ids[:7])
     measured.update(originals[7:], reconstructions[7:], ids[7:])
     own = measured.compute()[0]["protocols"]["adm"]
+    samples, references = (Pooled()(images)["pool"] for images in (reconstructions, originals))
     assert own["kid"]["mean"] != 0
-    assert 0 <= own["prc"]["precision"] <= 1
+    assert own["prc"] == set_metrics.precision_recall(samples, references)
+    assert own["prc"]["precision"] != own["prc"]["recall"]
     assert own["sfid"] == pytest.approx(own["rfid"], rel=1e-6)  # the stand-in has one output
-    assert own["inception_score"]["mean"] > 1
+    for name, features in (("inception_score", samples), ("inception_score_of_originals", references)):
+        assert own[name] == pytest.approx(set_metrics.inception_score(features))
 
     cramped = evaluation_metrics(Pooled(), replace(config, feature_memory=1e-6))
     cramped.update(originals, reconstructions, ids)

@@ -16,6 +16,8 @@ def test_every_protocol_lists_its_conventions_and_choices() -> None:
         assert {protocol.psnr, protocol.ssim, protocol.lpips} <= CONVENTIONS.keys()
         assert table.keys() == {"crop", "reference", "rounding", "resize", "extractor", "conventions"}
         assert table["conventions"].keys() == {"psnr", "ssim", "lpips"}
+    networks = {name: protocol.lpips for name, protocol in PROTOCOLS.items()}
+    assert networks == {"adm": "lpips_alex", "cleanfid-matched": "lpips_vgg", "cleanfid-rawval": "lpips_alex"}
 
 
 def test_crop_rule_depends_on_the_image_size() -> None:

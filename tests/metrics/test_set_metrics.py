@@ -1,5 +1,6 @@
 """KID, precision and recall and Inception Score against their formulas; the limit on kept features."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,15 @@ def test_inception_score_of_certain_balanced_classes_is_their_number(monkeypatch
     logits = 100 * torch.eye(4).repeat(5, 1)
     assert inception_score(logits)["mean"] == pytest.approx(4.0)
     assert inception_score(torch.zeros(20, 4))["mean"] == pytest.approx(1.0)
+
+
+def test_inception_score_is_over_ten_splits_of_shuffled_images() -> None:
+    logits = 3 * torch.eye(4, dtype=torch.float64).repeat_interleave(10, dim=0)  # sorted by class
+    shares = torch.softmax(logits, 1).numpy()[np.random.RandomState(2020).permutation(40)].reshape(10, 4, 4)
+    divergences = (shares * np.log(shares / shares.mean(1, keepdims=True))).sum(2).mean(1)
+    scores = np.exp(divergences)
+    expected = {"mean": pytest.approx(scores.mean()), "std": pytest.approx(scores.std()), "splits": 10}
+    assert inception_score(logits) == expected
 
 
 def test_features_are_kept_up_to_the_limit() -> None:
