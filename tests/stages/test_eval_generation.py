@@ -17,8 +17,9 @@ from stages.generate import generate
 from vqpipe.artifacts import Draft, open_artifact, start
 from vqpipe.data.images import ImageSet
 from vqpipe.data.tokens import write_token_file
-from vqpipe.data.transforms import center_crop
+from vqpipe.data.transforms import Framing, center_crop, pixels
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
+from vqpipe.evaluation import generation
 from vqpipe.evaluation.generation import (
     GenerationConfig,
     code_usage,
@@ -30,6 +31,7 @@ from vqpipe.evaluation.report import evaluate_samples
 from vqpipe.metrics import set_metrics
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
+from vqpipe.metrics.inception import clean_resize
 from vqpipe.metrics.set_metrics import SetStatistics
 
 SIZES = {"pool": 16, "logits": 20, "spatial": 12}
@@ -185,6 +187,31 @@ def test_with_inception_every_number_is_present(pictures: Path, monkeypatch: pyt
     own = measure(pictures, "same", samples="photos", **options)
     if protocol == "adm":  # both sides cropped alike, but for the resize: much nearer than noise of another range
         assert own["fid"] < 0.2 * metrics["fid"]
+
+
+@pytest.mark.parametrize("protocol", ["adm", "cleanfid-raw"])
+def test_the_network_sees_what_the_protocol_compares_and_features_of_references_are_kept_evenly(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    monkeypatch.setattr(generation, "NUM_KEPT", 4)
+    seen: list[Tensor] = []
+    network = Stand()
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with_network(monkeypatch, network)
+    measure(pictures, "report", protocol=protocol, image_size=4, batch_size=50)
+    photos, samples = (list(map(Image.open, sorted((pictures / name).iterdir()))) for name in ("photos", "samples"))
+    crops = [Framing(rule="cover", size=(4, 4))(sample) for sample in samples]
+    if protocol == "adm":  # which halves the photos first
+        expected = [[center_crop(photo, 4) for photo in photos], crops]
+    else:
+        expected = [[clean_resize(pixels(photo)) for photo in photos], [clean_resize(crop) for crop in crops]]
+    assert len(seen) == 2
+    for images, side in zip(seen, expected, strict=True):
+        assert torch.equal(images, torch.stack(side))
+    file = open_artifact(pictures / "report.reference").file("statistics.safetensors")
+    kept = SetStatistics.load(file, torch.device("cpu")).features["pool"]
+    assert kept is not None
+    torch.testing.assert_close(kept, Stand()(torch.stack([expected[0][i] for i in (0, 16, 33, 49)]))["pool"])
 
 
 @pytest.mark.parametrize("stop", [20, 70])

@@ -22,11 +22,12 @@ from vqpipe.analysis import ANALYSES, embedding
 from vqpipe.artifacts import open_artifact
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.decoding import decode
-from vqpipe.data.images import ImageSet, open_images
+from vqpipe.data.images import ImageSet, SelectedImages, open_images
 from vqpipe.data.transforms import Framing, center_crop, to_uint8
 from vqpipe.data.transforms import pixels as pixels_of
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.evaluation.pictures import NUM_WITH_PREFIXES
+from vqpipe.evaluation.random_classes import draw_classes
 from vqpipe.metrics.config import SetMetric
 from vqpipe.metrics.feature_networks import LPIPS_NETS
 from vqpipe.metrics.inception import INCEPTION_FILE
@@ -390,6 +391,13 @@ def test_random_classes_measures_their_images_only(
     other = ("commands", "random_classes")
     assert {k: v for k, v in metrics.items() if k not in other} == {k: v for k, v in alone.items() if k not in other}
     assert metrics["analyses"]["replacement"]["num_images"] == metrics["num_images"] < 10
+
+
+def test_random_classes_are_drawn_from_those_that_have_images(picture_folder: Path) -> None:
+    images = open_images([sorted_into_classes(picture_folder, 5)])
+    drawn = draw_classes(SelectedImages(images, np.flatnonzero(images.labels >= 3)), 2, seed=0)
+    assert drawn.describe() == {"classes": ["class-3", "class-4"], "num_classes": 2, "seed": 0}
+    assert drawn.labels.tolist() == [3, 3, 4, 4]
 
 
 def test_limit_applies_after_random_classes_and_the_seed_draws_them(

@@ -160,11 +160,14 @@ def test_the_number_of_images_in_a_mean_is_stated(
     assert row.count("(of") == 1
 
 
-def test_ssim_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssim_and_psnr_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = torch.randint(0, 256, (2, 3, 40, 24), dtype=torch.uint8)
+    pair[1, :, :35] = pair[0, :, :35] ^ 1  # the last chunk of 5 rows is much noisier
     whole = image_files.ssim_between(*pair)
     monkeypatch.setattr(image_files, "ROWS_PER_CHUNK", 7)
     assert image_files.ssim_between(*pair) == pytest.approx(whole)
+    expected = skimage.metrics.peak_signal_noise_ratio(*(image.numpy() for image in pair))
+    assert image_files.psnr_between(*pair) == pytest.approx(expected)
     assert image_files.ssim_between(*pair[..., :10]) is None
 
 
