@@ -30,6 +30,7 @@ from vqpipe.quantizers import (
     VqConfig,
 )
 from vqpipe.reports import page
+from vqpipe.reports.pictures import from_png
 from vqpipe.tokenizer import Tokenizer
 
 LC = LcConfig(codebook_size=120, feature_dim=60, code_dim=4, codebook_init="uniform")
@@ -111,6 +112,12 @@ def test_example_pictures_are_the_same_for_any_sharding(
     assert [picture.name for picture in shown.pictures] == sorted(KEYS, key=sampling_key)[: replacement.NUM_EXAMPLES]
     assert dealt.pictures == shown.pictures
     assert [version.label for version in shown.pictures[0].versions][:2] == ["reconstruction", "1st nearest"]
+    for _, _, files, psnr in gathered[0]:
+        original, *versions = (from_png(file).numpy().astype(np.float64) for file in files)
+        assert psnr == pytest.approx([10 * np.log10(255**2 / np.mean((original - v) ** 2)) for v in versions])
+    rows = once.result()["rows"]
+    (plot,) = once.sections(once.result())[0].plots  # type: ignore[attr-defined]
+    assert plot.alt == f"replaced ends at {rows[-1]['psnr']:.4g}, reconstruction {rows[0]['psnr']:.4g}"
 
 
 def test_lpips_is_measured_with_a_network(
@@ -157,6 +164,7 @@ def test_patches_equal_those_of_brute_force(name: str, tokenizers: dict[str, Tok
     for sheet in result["sheets"]:
         nearest = sorted(found[sheet["group"], sheet["code"]], key=lambda each: each[:3])[: patches.NEAREST]
         assert sheet["times"] == len(found[sheet["group"], sheet["code"]])
+        assert sheet["share"] == sheet["times"] / (10 * 4 * 4)
         assert sheet["distances"] == pytest.approx([each[0] for each in nearest], abs=1e-4)
         assert isinstance(analysis, patches.Patches)
         slot = analysis.slot(sheet["group"], sheet["code"])
@@ -168,6 +176,13 @@ def test_patches_equal_those_of_brute_force(name: str, tokenizers: dict[str, Tok
         first = [sheet["times"] for sheet in result["sheets"] if sheet["group"] == group]
         common = patches.NUM_COMMON // groups
         assert first[:common] == times[:common]
+
+
+def test_rare_codes_are_the_least_frequent_that_fill_a_sheet() -> None:
+    times = torch.tensor([0, 50, 9, 2, 30, 12])
+    assert patches.common_and_rare(times, 2, 1) == [1, 4, 2]
+    assert patches.common_and_rare(times[:4], 2, 1) == [1, 2, 3]  # none of the others fills one
+    assert patches.common_and_rare(times, 1, 0) == [1]
 
 
 def test_patches_of_two_ranks_are_those_of_all_images(
