@@ -18,9 +18,10 @@ from vqpipe.search import kernels, screening
 from vqpipe.search.screening import CAPACITY, Blocking, nearest_screened, rescore, screen
 
 Interpreted = Callable[..., Any]
-BY_TILE, BY_CODE = (
+BY_TILE, BY_CODE, ONE_SPLIT = (
     Blocking(padded=16, chunk=16, rows=64, tile=32, candidate_size=32, splits=2),
     Blocking(padded=128, chunk=64, rows=32, tile=32, candidate_size=1, splits=2),
+    Blocking(padded=128, chunk=64, rows=32, tile=32, candidate_size=1, splits=1),
 )
 
 
@@ -59,13 +60,15 @@ def test_the_nearest_code_is_among_the_candidates(interpreted: Interpreted, bloc
         assert len(listed) < 300  # some codes are excluded
 
 
-@pytest.mark.parametrize(("blocking", "num_codes", "dim"), [(BY_TILE, 2200, 8), (BY_CODE, 200, 100)])
+@pytest.mark.parametrize(
+    ("blocking", "num_codes", "dim"), [(BY_TILE, 2200, 8), (BY_CODE, 200, 100), (ONE_SPLIT, CAPACITY + 1, 100)]
+)
 def test_a_vector_with_too_many_candidates_is_compared_with_all_codes(
     interpreted: Interpreted, blocking: Blocking, num_codes: int, dim: int
 ) -> None:
     torch.manual_seed(0)
     codes = torch.randn(1, 1, dim) + 1e-4 * torch.randn(1, num_codes, dim)  # all equal in bfloat16
-    vectors = torch.randn(1, 3, dim)
+    vectors = torch.cat([torch.randn(1, 2, dim), codes[:, -1:]], dim=1)
     num_tiles = -(-num_codes // blocking.tile)
     listed = interpreted(screen, vectors, prepared(codes, blocking), num_tiles, blocking)
     assert listed[1].amin() > CAPACITY
