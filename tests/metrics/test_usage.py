@@ -58,6 +58,8 @@ def test_negative_ids_are_not_counted_and_ids_beyond_the_codebook_raise() -> Non
     meter.update(torch.tensor([[1, -1, 3, -1]]))
     assert meter.counts.tolist() == [[0, 1, 0, 1], [0, 0, 0, 0]]
     assert usage_of(meter.counts)["perplexity_per_group"] == [pytest.approx(2.0), 1.0]
+    assert usage_of(meter.counts)["utilization"] == 2 / 8  # the unused group counts
+    assert meter.compute(1).numbers["utilization_at"][0]["tokens"] == 2
     with pytest.raises(DataError, match="4 is outside a codebook of 4"):
         meter.update(torch.tensor([[4, 0]]))
 
@@ -221,7 +223,7 @@ def test_coded_bits_follow_the_entropy() -> None:
 
 def test_joint_entropy_against_counted_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint_entropy, "MIN_SORTED_TUPLES", 10)
-    for groups, size in ((2, 200), (5, 2**40), (8, 16_384)):  # in one word, in five, and in two
+    for groups, size in ((2, 6), (2, 200), (5, 2**40), (8, 16_384)):  # in one word, in five, and in two
         ids = some_ids(groups=groups, size=6) * (size // 6)
         ids[3, 2, 1] = -1
         meter = CodeUsage(size, num_groups=groups)
@@ -235,6 +237,7 @@ def test_joint_entropy_against_counted_tuples(monkeypatch: pytest.MonkeyPatch) -
         assert numbers["joint_entropy"] == pytest.approx(-(shares * np.log2(shares)).sum())
         assert numbers["joint_entropy_limit"] == pytest.approx(np.log2(239))
         assert numbers["joint_distinct"] == len(times)
+        assert numbers["joint_entropy_bias"] == pytest.approx((len(times) - 1) / (2 * 239) / np.log(2))
         assert numbers["joint_coverage"] == pytest.approx(1 - sum(n == 1 for n in times.values()) / 239)
         singles = sum(np.log2(perplexity) for perplexity in numbers["perplexity_per_group"])
         assert numbers["joint_entropy"] < singles
