@@ -16,6 +16,7 @@ from vqpipe.reports.comparison import (
     groups_of,
     measure_table,
     metrics_by_name,
+    rank_cell,
 )
 from vqpipe.reports.evaluation import (
     MEASURES,
@@ -84,6 +85,10 @@ def test_a_protocol_has_only_its_own_numbers() -> None:
     assert convention_of(by_key["psnr"], raw) == "studio luma"
     assert convention_of(by_key["rfid"], raw) == "against the raw images; PIL bicubic"
     assert value_of(raw, "utilization") == 0.5
+    of_codes = {"utilization", "perplexity", "bits_per_pixel", "bits_per_pixel_entropy"}
+    numbers = {measure.key: 0.5 for measure in MEASURES if measure.key not in ("rfid", *of_codes)}
+    _, other = by_protocol(evaluated(protocols={"adm": {}, "cleanfid-rawval": {}}, **numbers).metrics)
+    assert {key: value_of(other, key) for key in numbers} == dict.fromkeys(numbers)
 
 
 def test_a_report_of_one_protocol_has_all_numbers() -> None:
@@ -176,6 +181,11 @@ def test_several_sets_make_one_table_with_the_best_of_each_column_marked() -> No
     assert '<th scope="colgroup" colspan="2">mean rank</th>' in table
     assert rows[1].count('class="best"') == 2
     assert rows[0].count('class="best"') == 0
+
+
+def test_equal_numbers_share_the_better_rank() -> None:
+    sets = groups_of([evaluated("a"), evaluated("b"), evaluated("c", psnr=20.0)])
+    assert [rank_cell(name, sets, MEASURES[0]) for name in "abc"] == ["1.0", "1.0", "3.0"]
 
 
 def test_different_tokenizers_have_distinct_names() -> None:

@@ -124,6 +124,9 @@ def test_means_have_the_sample_standard_deviation_and_the_best_is_highlighted() 
     (numbers,) = numbers_over_seeds(found, [PSNR]).values()
     assert numbers["names"] == ["a-s0", "a-s1"]
     assert numbers["psnr"] == {"mean": pytest.approx(23.1), "std": pytest.approx(0.02**0.5)}
+    assert found[0].mean_and_spread("ssim") is None
+    found[0].members[0].metrics["ssim"] = 0.5  # type: ignore[index]
+    assert found[0].mean_and_spread("ssim") is None  # of one seed alone it would be no mean over seeds
 
 
 def test_plots_over_the_codebook_size_have_a_line_for_each_method() -> None:
