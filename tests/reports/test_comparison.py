@@ -1,6 +1,7 @@
 """Which numbers share a table, and under what names."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vqpipe.reports.comparison import (
     groups_of,
     measure_table,
     metrics_by_name,
+    paper_tables,
     rank_cell,
 )
 from vqpipe.reports.evaluation import (
@@ -186,6 +188,16 @@ def test_several_sets_make_one_table_with_the_best_of_each_column_marked() -> No
 def test_equal_numbers_share_the_better_rank() -> None:
     sets = groups_of([evaluated("a"), evaluated("b"), evaluated("c", psnr=20.0)])
     assert [rank_cell(name, sets, MEASURES[0]) for name in "abc"] == ["1.0", "1.0", "3.0"]
+
+
+def test_the_table_of_papers_has_the_numbers_of_the_paper() -> None:
+    commands = ["vqpipe train --preset vqgan-lc-f16-100k --images photos --steps 9 --out a"]
+    (table,) = paper_tables([replace(evaluated("a"), commands=commands), evaluated("b")])
+    assert isinstance(table, page.Table)
+    labels = ["PSNR, dB", "SSIM", "rFID", "codes in use, %", "LPIPS"]
+    assert table.header == ["tokenizer", "row", *labels, "changed in this run"]
+    assert table.rows[0][2:] == ["23.80", "0.589", "2.62", "99.9", "0.120", "--steps 9"]
+    assert len(table.rows) == 1
 
 
 def test_different_tokenizers_have_distinct_names() -> None:

@@ -69,6 +69,19 @@ def test_the_use_of_codes_is_stated_with_the_number_of_ids_and_by_group() -> Non
     assert table.rows == [["1", "50.0 %", "4.0"], ["2", "25.0 %", "2.0"]]  # as eval numbers them
 
 
+def test_every_number_has_its_column_and_the_better_one_is_highlighted() -> None:
+    def numbers(better: float) -> dict[str, Any]:
+        means = {"inception_score": {"mean": 100 + better}, "kid": {"mean": 0.03 - better / 100}}
+        prc = {"precision": 0.5 + better / 10, "recall": 0.2 + better / 10}
+        return {"sfid": 9 - better, "prc": prc, "utilization": better / 4, "frechet": {"net": 6 - better}, **means}
+
+    header, (worse, better) = comparison_rows([samples("a", 8.0, **numbers(1)), samples("b", 7.0, **numbers(2))])
+    labels = ["FID", "sFID", "Inception Score", "KID", "precision", "recall", "codes in use", "Frechet, net"]
+    assert header == ["samples", "number", *labels]
+    assert [text for text, _ in better[2:]] == ["7.00", "7.00", "102.0", "0.01000", "0.700", "0.400", "50.0 %", "4.00"]
+    assert [best for _, best in worse[2:] + better[2:]] == [False] * 8 + [True] * 8
+
+
 def test_without_several_scales_there_is_neither() -> None:
     several = [samples("a", 8.0, 1.5), samples("photos", 7.0)]
     assert comparison(several).header == ["samples", "number", "FID", "codes in use"]
