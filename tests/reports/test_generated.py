@@ -75,11 +75,13 @@ def test_every_number_has_its_column_and_the_better_one_is_highlighted() -> None
         prc = {"precision": 0.5 + better / 10, "recall": 0.2 + better / 10}
         return {"sfid": 9 - better, "prc": prc, "utilization": better / 4, "frechet": {"net": 6 - better}, **means}
 
-    header, (worse, better) = comparison_rows([samples("a", 8.0, **numbers(1)), samples("b", 7.0, **numbers(2))])
+    table = comparison([samples("a", 8.0, **numbers(1)), samples("b", 7.0, **numbers(2))])
     labels = ["FID", "sFID", "Inception Score", "KID", "precision", "recall", "codes in use", "Frechet, net"]
-    assert header == ["samples", "number", *labels]
-    assert [text for text, _ in better[2:]] == ["7.00", "7.00", "102.0", "0.01000", "0.700", "0.400", "50.0 %", "4.00"]
-    assert [best for _, best in worse[2:] + better[2:]] == [False] * 8 + [True] * 8
+    assert table.header == ["samples", "number", *labels]
+    shown = ["7.00", "7.00", "102.0", "0.01000", "0.700", "0.400", "50.0 %", "4.00"]
+    worse, better = (row[2:] for row in table.rows)
+    assert better == [page.Cell(text, True) for text in shown]
+    assert not any(isinstance(cell, page.Cell) and cell.best for cell in worse)
 
 
 def test_without_several_scales_there_is_neither() -> None:
