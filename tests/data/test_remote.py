@@ -573,7 +573,7 @@ def test_signal_ends_a_process_that_waits_for_a_stalled_server(
         start = time.monotonic()
         os.kill(child, number)
         assert int(launcher.stdout.readline()) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 25  # a stalled server is waited for 30 seconds
         assert (tmp_path / "errors").read_text() == "interrupted; the same command again resumes from what is written\n"
     finally:
         with suppress(ProcessLookupError):

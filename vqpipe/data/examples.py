@@ -9,13 +9,12 @@ B images of a batch, N ids per image, R rows (one per image, two where horizonta
 import fcntl
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -35,9 +34,6 @@ HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
 IN_MEMORY = 1 << 30
 """Bytes of ids up to which every rank keeps them in memory. More are unpacked once into a file that the ranks map, and
 share through the page cache: ImageNet with flips at 4 x 576 ids is 12 GB, in ten crops 59 GB."""
-
-UNLOCKED_SECONDS = 60.0
-"""Age from which on a file of ids that is being unpacked has its lock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,18 +194,11 @@ class TokenSet:
         Raises:
             ArtifactError: the disk is full.
         """
-        for leftover in file.parent.glob(".writing-*.npy"):
-            with suppress(OSError), leftover.open("r+b") as handle:  # an error: it is locked, or gone already
-                if time.time() - leftover.stat().st_mtime > UNLOCKED_SECONDS:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    leftover.unlink()
         temporary = file.with_name(f".writing-{uuid4().hex}-{file.name}")  # another job may write the same ids
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w+b") as handle:
-                with suppress(OSError):  # a file system without locks
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            with create_locked(temporary) as handle:
                 np.lib.format.write_array_header_1_0(handle, header)
                 offset = handle.tell()
                 if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -293,6 +282,25 @@ class Subset:
     def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
         """As `Examples.read`."""
         return self.examples.read([int(self.images[image]) for image in images], views)
+
+
+def create_locked(file: Path) -> BinaryIO:
+    """Create a `.writing-*.npy`, locked as long as it is open or mapped, and delete those beside it that are not: their
+    jobs were killed. The folder is locked meanwhile. Where files cannot be locked, none is deleted."""
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            for other in file.parent.glob(".writing-*.npy"):
+                with suppress(OSError), other.open("r+b") as handle:  # an error: it is locked, or published
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    other.unlink()
+        handle = file.open("w+b")
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle
+    finally:
+        os.close(folder)
 
 
 def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:

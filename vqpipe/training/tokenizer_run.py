@@ -164,6 +164,7 @@ def train_tokenizer(
     device: torch.device,
     publish: Publish = "last",
     loggers: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
     progress: Progress = SILENT,
     stop_requested: Callable[[], bool] = lambda: False,
     interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -175,6 +176,7 @@ def train_tokenizer(
     Args:
         codebook: float[K, dim], the content of `inputs.codebook`.
         loggers: names of LOGGERS.
+        callbacks: more callbacks, called before the log: a number that one adds to a row is logged.
 
     Raises:
         DataError: more than `data.max_skipped` of the images cannot be used. A checkpoint is saved, and a larger one
@@ -211,8 +213,9 @@ def train_tokenizer(
     skipped = SkippedImages(draft, inputs.images, recipe.data.max_skipped, progress)
     sources = [grid] if validation is None else [grid, validation]
     flops = count_flops(recipe.train, model, discriminator, objective, side)
-    callbacks: list[Callback] = [
+    callbacks = [
         Throughput(flops, peak_of(device, recipe.train)),
+        *callbacks,
         metrics,
         skipped,
         *sources,
