@@ -3,10 +3,10 @@
     python widths.py TOKENIZER EVAL TRAIN ...
 
 Prints the directions in which the codes vary, and the ratio of the standard deviations of codes and latents in each;
-then a table of sets of equally many codes: the share of them in use over the center crops of EVAL, and the mean squared
-distance from a latent to its nearest code. The sets are the codes of the tokenizer; these codes, mapped linearly to the
-mean and covariance of the latents; and latents of TRAIN, drawn at random. EVAL and TRAIN are images as --images of
-`vqpipe` takes them. Only for tokenizers of one group.
+then a table of sets of codes: the share of them in use over the center crops of EVAL, the same as a share of what
+uniform use would reach, and the mean squared distance from a latent to its nearest code. The sets are the codes of the
+tokenizer; these codes, mapped linearly to the mean and covariance of the latents; and as many, and more, latents of
+TRAIN, drawn at random. EVAL and TRAIN are images as --images of `vqpipe` takes them. Only for tokenizers of one group.
 
 Shapes: N latents, K codes, D channels, R directions in which codes vary.
 """
@@ -26,6 +26,8 @@ SIDE = 128
 """Pixels of the crops: those of the preset `small`."""
 SMALLEST = 0.01
 """Directions in which the codes vary less than this share of the widest are left out."""
+MORE = (100_000, 1_000_000)
+"""Further numbers of latents that are drawn as codes, as far as there are as many."""
 
 
 def latents(tokenizer: Tokenizer, images: Sequence[str]) -> Tensor:
@@ -66,12 +68,17 @@ def main(name: str, evaluated: str, *train: str) -> None:
     codes, of_train, of_eval = codes @ directions, of_train @ directions, of_eval @ directions
     ratios = torch.linalg.eigvals(torch.linalg.solve(of_train.T.cov(), codes.T.cov())).real.sqrt().sort().values
     print(f"{directions.shape[1]} of {len(vectors)} directions; codes / latents:", *(f"{x:.2f}" for x in ratios))
-    drawn = of_train[torch.randperm(len(of_train), generator=torch.Generator().manual_seed(0))[: len(codes)]]
-    sets = {"of the tokenizer": codes, "as wide as the latents": matched(codes, of_train), "latents": drawn}
-    print("| codes | in use | squared distance |", "|---|---|---|", sep="\n")
-    for title, each in sets.items():
+    order = torch.randperm(len(of_train), generator=torch.Generator().manual_seed(0))
+    sets = [("of the tokenizer", codes), ("the same, scaled to the width of the latents", matched(codes, of_train))]
+    sets += [("latents", of_train[order[:size]]) for size in (len(codes), *MORE) if size <= len(of_train)]
+    print("| codes | number | in use | of uniform use | squared distance |", "|---|---|---|---|---|", sep="\n")
+    for title, each in sets:
         share, distance = use(of_eval, each)
-        print(f"| {title} | {share * 100:.1f} % | {distance:.2f} |", flush=True)
+        uniform = 1 - (1 - 1 / len(each)) ** len(of_eval)
+        print(
+            f"| {title} | {len(each):,} | {share * 100:.1f} % | {share / uniform * 100:.1f} % | {distance:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
