@@ -17,6 +17,7 @@ from vqpipe.generation.base import Space, build_generator
 from vqpipe.generation.classifier import build_classifier
 from vqpipe.models import AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
+from vqpipe.training.config import TrainConfig
 
 SIZES = {"vqgan-lc-f16-100k": (16, 100_000), "vqgan-lc-f8-100k": (8, 100_000), "vqgan-fc-f16-16k": (16, 16_384)}
 PARAMETERS = {
@@ -35,6 +36,11 @@ def space_of(name: str, num_classes: int | None) -> Space:
     return Space(layout=layout, codebook_size=size, latent_dim=8 * groups, code_dim=8, num_classes=num_classes)
 
 
+def is_lowered_by_one_setting(train: TrainConfig) -> bool:
+    """Whether a lower learning rate is not refused for its minimum."""
+    return train.schedule == "constant" or train.min_learning_rate < train.learning_rate
+
+
 @pytest.mark.parametrize("name", presets.names("generator"))
 def test_every_generator_preset_is_parsed_and_built(name: str) -> None:
     recipe = load_generator(name)
@@ -45,6 +51,7 @@ def test_every_generator_preset_is_parsed_and_built(name: str) -> None:
         assert sum(parameter.numel() for parameter in generator.parameters()) == PARAMETERS[name]
     generator.check_sampling(torch.zeros(1, dtype=torch.int64), recipe.generate, [torch.Generator()])
     assert from_table(GeneratorRecipe, to_table(recipe)) == recipe
+    assert is_lowered_by_one_setting(recipe.train)
 
 
 @pytest.mark.parametrize(
@@ -67,14 +74,6 @@ def test_a_value_that_is_no_choice_is_refused_in_python_too(recipe: Any) -> None
                 other = ["other"] if get_origin(hint) is tuple else "other"
                 with pytest.raises(ConfigError, match=rf"\.{field.name}.* = 'other' is not a choice"):
                     dataclasses.replace(section, **{field.name: other})
-
-
-def test_a_constant_learning_rate_of_a_preset_is_lowered_by_one_setting() -> None:
-    for name in presets.names():
-        section = next(each for each in ("model", "generator", "classifier") if name in presets.names(each))
-        loader: Any = {"model": load, "generator": load_generator, "classifier": load_classifier}[section]
-        train = loader(name).train
-        assert train.schedule == "constant" or train.min_learning_rate < train.learning_rate, name
 
 
 def test_presets_of_dit_and_sit_have_the_learning_rates_of_the_paper_and_of_its_code() -> None:
@@ -125,6 +124,7 @@ def test_the_mixture_of_mgvq_names_seven_sets_with_manifests() -> None:
 @pytest.mark.parametrize("name", presets.names("classifier"))
 def test_every_classifier_preset_is_parsed_and_built(name: str) -> None:
     recipe = load_classifier(name)
+    assert is_lowered_by_one_setting(recipe.train)
     with torch.device("meta"):
         build_classifier(recipe.classifier, space_of(name, recipe.examples.num_classes or 10))
     assert from_table(ClassifierRecipe, to_table(recipe)) == recipe
@@ -152,6 +152,7 @@ def test_every_tokenizer_preset_is_parsed_and_built(name: str) -> None:
     if name in SIZES:
         assert (model.downsample_factor, model.quantizer.codebook_size) == SIZES[name]
     assert from_table(AutoencoderConfig, to_table(recipe.model)) == recipe.model
+    assert is_lowered_by_one_setting(recipe.train)
     assert all(recipe.objective.weights(model.quantizer.loss_names).values())
 
 
