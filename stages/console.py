@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 OPEN: list["ProgressBar"] = []
 """The progress that is displayed, at the bottom of a terminal: everything else is printed above it."""
 READING = "reading and hashing the images"
+"""The phase of `open_images`; several sets of images are one phase."""
 PLAIN_SECONDS = 10.0
 """Shortest time between two lines of progress where stderr is not a terminal."""
 LOG_WIDTH = 200

@@ -59,6 +59,7 @@ def use(vectors: Tensor, codes: Tensor) -> tuple[float, float]:
 
 
 def main(name: str, evaluated: str, *train: str) -> None:
+    """Print the directions and the table for a tokenizer, on one set of images, with codes drawn from others."""
     tokenizer = Tokenizer.from_pretrained(name)
     codes = tokenizer.codebook
     of_train, of_eval = latents(tokenizer, train), latents(tokenizer, [evaluated])
