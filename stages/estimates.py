@@ -13,6 +13,7 @@ from rich.table import Table
 
 from stages import console, recipe
 from vqpipe import distributed, presets
+from vqpipe.device import bf16_is_faster
 from vqpipe.errors import VqpipeError
 from vqpipe.planning.devices import DEVICES, device_of
 from vqpipe.planning.estimate import GIB, Plan, Training, generator_training, in_bytes, refusal, tokenizer_training
@@ -168,6 +169,8 @@ def check_fits(training: Training, device: torch.device, out: Path, progress: Pr
     if not out.exists() and training.config.steps >= LEAST_STEPS:
         progress.start("estimating memory and time", None, unit="")
         say_or_refuse(partial(plan_here, training, device))
+        if training.config.precision == "fp32" and device.type == "cpu" and bf16_is_faster(device):
+            console.say("faster on this processor: --precision bf16")
 
 
 def line(plan: Plan) -> str:

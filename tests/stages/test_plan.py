@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages import estimates
 from vqpipe.planning.devices import DEVICES
-from vqpipe.planning.estimate import Plan
+from vqpipe.planning.estimate import Plan, Training
+from vqpipe.training.config import TrainConfig
 
-FP32 = ("--set", "train.precision=fp32")
 SHALLOW = ("--set", "model.channel_multipliers=[1, 2]", "--set", "discriminator.num_layers=1")
 """Half of the operations to trace."""
 
 
 def test_a_plan_is_printed_as_a_table_and_as_json(vqpipe: Callable[..., Any], tmp_path: Path) -> None:
-    command = ("plan", "train", "--preset", "smoke", *FP32, *SHALLOW, "--gpu", "l40s", "--gpus", "2")
+    command = ("plan", "train", "--preset", "smoke", *SHALLOW, "--gpu", "l40s", "--gpus", "2")
     done = vqpipe(tmp_path, *command)
     assert done.returncode == 0, done.stderr
     assert "memory: activations" in done.stdout
@@ -50,7 +51,7 @@ def train(vqpipe: Callable[..., Any], folder: Path, *options: str) -> Any:
     return vqpipe(
         folder,
         *("train", "--preset", "smoke", "--images", "photos", "--out", "out", "--steps", "1"),
-        *("--set", "model.quantizer.codebook_init=uniform", "--set", "train.warmup_steps=0", *FP32, *SHALLOW, *options),
+        *("--set", "model.quantizer.codebook_init=uniform", "--set", "train.warmup_steps=0", *SHALLOW, *options),
     )
 
 
@@ -80,6 +81,17 @@ def test_a_long_run_on_a_cpu_is_told_how_many_steps_take_half_an_hour(capsys: py
     assert [line for line in capsys.readouterr().err.splitlines() if "first look" in line] == [
         "for a first look, --steps 100 takes about 30 minutes"
     ]
+
+
+def test_bf16_is_named_where_the_processor_computes_it_faster(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "say_or_refuse", lambda plan: None)
+    training = Training("train", TrainConfig(), lambda *arguments: pytest.fail("nothing is traced"))
+    for faster, expected in ((True, "faster on this processor: --precision bf16\n"), (False, "")):
+        monkeypatch.setattr(estimates, "bf16_is_faster", lambda device, faster=faster: faster)
+        estimates.check_fits(training, torch.device("cpu"), tmp_path / "out")
+        assert capsys.readouterr().err == expected
 
 
 def test_training_that_does_not_fit_is_refused_before_it_begins(
