@@ -14,6 +14,7 @@ from stages.estimates import preset_figures
 from stages.recipe import load, load_generator, load_tokenizer
 from vqpipe import presets
 from vqpipe.codebooks.kmeans import VECTOR_BYTES, KmeansConfig, working_bytes
+from vqpipe.device import bf16_is_faster
 from vqpipe.errors import ConfigError
 from vqpipe.planning.devices import DEVICES, Device, device_named, device_of
 from vqpipe.planning.estimate import (
@@ -227,6 +228,8 @@ def test_the_committed_figures_of_a_preset_are_those_of_the_command(name: str) -
     ],
 )
 def test_the_memory_of_a_plan_is_within_15_percent_of_a_measured_step(preset: str, batch: int, precision: str) -> None:
+    if precision == "bf16" and not bf16_is_faster(torch.device("cpu")):
+        pytest.skip("this processor emulates bf16, with tensors in float32 that are not planned")
     script = Path(__file__).with_name("measured.py")
     command = [sys.executable, str(script), preset, str(batch), precision]
     measured = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
