@@ -17,7 +17,7 @@ from vqpipe.device import bf16_is_faster
 from vqpipe.errors import VqpipeError
 from vqpipe.planning.devices import DEVICES, device_of
 from vqpipe.planning.estimate import GIB, Plan, Training, generator_training, in_bytes, refusal, tokenizer_training
-from vqpipe.progress import SILENT, Progress
+from vqpipe.progress import Progress
 from vqpipe.words import counted
 
 LEAST_SHOWN = 10_000
@@ -164,7 +164,7 @@ def say_or_refuse(make: Callable[[], Plan]) -> None:
     distributed.on_main(action)
 
 
-def check_fits(training: Training, device: torch.device, out: Path, progress: Progress = SILENT) -> None:
+def check_fits(training: Training, device: torch.device, out: Path, progress: Progress) -> None:
     """`say_or_refuse` for a run that is to publish `out`, unless it is published already, or the run is a short one."""
     if not out.exists() and training.config.steps >= LEAST_STEPS:
         progress.start("estimating memory and time", None, unit="")

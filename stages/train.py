@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stages import console, options, signals
+from stages import console, options
 from stages.options import Device, Images, Limit, Out, Preset, Seed, Set
-from vqpipe.words import counted
 
 if TYPE_CHECKING:
     from vqpipe.quantizers import QuantizerConfig
@@ -85,9 +84,8 @@ def train(
     """
     options.check_images([*images, *(validation or [])])  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
-        from stages import estimates
+        from stages import estimates, training_run
         from stages.recipe import load_tokenizer
-        from vqpipe.artifacts import Artifact
         from vqpipe.codebooks.codebook import codebook_input, load_codebook
         from vqpipe.planning.estimate import tokenizer_training
         from vqpipe.training.loggers import installed_loggers
@@ -125,33 +123,14 @@ def train(
         )
         check_run(recipe, inputs, publish)
         draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
-        if isinstance(draft, Artifact):
-            return console.finished(draft, again=True)
-        with draft, signals.StopAfterStep() as stop:
-            if len(inputs.images) < recipe.train.global_batch_size:
-                found, wanted = counted(len(inputs.images), "images"), recipe.train.global_batch_size
-                progress.message(f"{found} for the {wanted:,} of a step: each is drawn several times")
-            if inputs.images.whole_groups:
-                progress.message(
-                    "each image of a Parquet file is read with its whole row group, which makes shuffled reading slow; "
-                    "vqpipe prepare-data folder --source PARQUET --out DATA packs them into tars"
-                )
-            artifact = train_tokenizer(
-                draft,
-                recipe,
-                inputs,
-                codebook=codes,
-                seed=seed,
-                device=torch_device,
-                publish=publish,
-                loggers=loggers,
-                progress=progress,
-                stop_requested=stop.requested,
-                interruptible=stop.interruptible,
-            )
-            if artifact is None:
-                stop.exit()
-        return console.finished(artifact)
+        return training_run.run(
+            draft,
+            lambda run: train_tokenizer(run, recipe, inputs, codebook=codes, publish=publish),
+            seed=seed,
+            device=torch_device,
+            loggers=loggers,
+            progress=progress,
+        )
 
 
 def codebook_settings(quantizer: "QuantizerConfig", k: int, dim: int) -> list[str]:

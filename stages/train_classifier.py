@@ -40,11 +40,11 @@ def train_classifier(
     Run the same command again to resume. To watch a run, open
     OUT.partial/report.html.
     """
-    with console.session(device, seed) as torch_device:
-        from stages import examples_run
+    with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
+        from stages import training_run
         from stages.recipe import load_classifier
         from vqpipe.artifacts import open_artifact
-        from vqpipe.generation.train import StoredExamples, check_validation
+        from vqpipe.generation.train import StoredExamples, check_validation, start_examples_run
         from vqpipe.generation.train import train_classifier as train
         from vqpipe.tokenizer import Tokenizer
         from vqpipe.training.loggers import installed_loggers
@@ -59,4 +59,12 @@ def train_classifier(
             None if validation is None else open_artifact(validation, "tokens"),
             limit,
         )
-        examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
+        draft = start_examples_run(out, recipe, examples, seed)
+        training_run.run(
+            draft,
+            lambda run: train(run, recipe, examples),
+            seed=seed,
+            device=torch_device,
+            loggers=loggers,
+            progress=progress,
+        )

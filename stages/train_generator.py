@@ -66,14 +66,14 @@ def train_generator(
 
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
-    with console.session(device, seed) as torch_device:
-        from stages import estimates, examples_run
+    with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
+        from stages import estimates, training_run
         from stages.recipe import load_generator
         from vqpipe.artifacts import open_artifact
         from vqpipe.config import class_for
         from vqpipe.generation.base import Generator
         from vqpipe.generation.latents import encode_latents
-        from vqpipe.generation.train import StoredExamples, check_validation
+        from vqpipe.generation.train import StoredExamples, check_validation, start_examples_run
         from vqpipe.generation.train import train_generator as train
         from vqpipe.planning.estimate import generator_training
         from vqpipe.tokenizer import Tokenizer
@@ -99,17 +99,16 @@ def train_generator(
             size = image_size or opened.image_size
             if size is None:
                 raise DataError("this tokenizer does not have a fixed image size", "Give --image-size")
-            with console.ProgressBar() as progress:
-                stored = encode_latents(
-                    path,
-                    image_set,
-                    opened,
-                    image_size=size,
-                    flip=recipe.examples.mirror,
-                    num_workers=num_workers,
-                    max_skipped=max_skipped,
-                    progress=progress,
-                )
+            stored = encode_latents(
+                path,
+                image_set,
+                opened,
+                image_size=size,
+                flip=recipe.examples.mirror,
+                num_workers=num_workers,
+                max_skipped=max_skipped,
+                progress=progress,
+            )
         else:
             stored = open_artifact(path, trained_on)
         held_out = None if validation is None else open_artifact(validation, trained_on)
@@ -120,8 +119,16 @@ def train_generator(
                 "Omit it, or encode the images at this size",
             )
         training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
-        estimates.check_fits(training, torch_device, out)
-        return examples_run.run(train, recipe, examples, out, seed=seed, device=torch_device, loggers=loggers)
+        estimates.check_fits(training, torch_device, out, progress)
+        draft = start_examples_run(out, recipe, examples, seed)
+        return training_run.run(
+            draft,
+            lambda run: train(run, recipe, examples),
+            seed=seed,
+            device=torch_device,
+            loggers=loggers,
+            progress=progress,
+        )
 
 
 def examples_path(

@@ -35,13 +35,13 @@ SHARED_BY_COMMANDS = {
     "stages.cli",
     "stages.console",
     "stages.estimates",
-    "stages.examples_run",
     "stages.facts",
     "stages.next_steps",
     "stages.options",
     "stages.plugins",
     "stages.recipe",
     "stages.signals",
+    "stages.training_run",
 }
 """Modules of `stages` that are no commands."""
 

@@ -24,6 +24,7 @@ from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBri
 from vqpipe.training.callbacks import Callback, RunReport, Throttle
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
+from vqpipe.training.run import Run
 from vqpipe.training.tokenizer_run import RunInputs, check_run, start_tokenizer_run, train_tokenizer
 from vqpipe.training.validation import Validation
 
@@ -391,9 +392,8 @@ def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_f
         draft = start_tokenizer_run(tmp_path / "lc", config, inputs, seed=0)
         assert isinstance(draft, Draft)
         with draft:
-            cpu = torch.device("cpu")
-            options = {"seed": 0, "device": cpu, "callbacks": [AddsNumber()], "stop_requested": lambda: stop}
-            return train_tokenizer(draft, config, inputs, **options)
+            options = {"seed": 0, "device": torch.device("cpu"), "stop_requested": lambda: stop}
+            return train_tokenizer(Run(draft=draft, callbacks=[AddsNumber()], **options), config, inputs)
 
     assert job(stop=True) is None
     assert not (tmp_path / "lc").exists()

@@ -20,6 +20,7 @@ from vqpipe.errors import DataError
 from vqpipe.progress import Silent
 from vqpipe.reports import plots
 from vqpipe.training.checkpoint import checkpoints
+from vqpipe.training.run import Run
 from vqpipe.training.tokenizer_run import RunInputs, TokenizerRecipe, start_tokenizer_run, train_tokenizer
 
 NUM, STEPS, BATCH = 125, 13, 20  # two epochs
@@ -67,15 +68,8 @@ def run(
     draft = start_tokenizer_run(folder / name, recipe(max_skipped), inputs, seed=0)
     assert isinstance(draft, Draft)
     with draft:
-        made = train_tokenizer(
-            draft,
-            recipe(max_skipped),
-            inputs,
-            seed=0,
-            device=torch.device("cpu"),
-            progress=messages,
-            stop_requested=stop,
-        )
+        options = Run(draft=draft, seed=0, device=torch.device("cpu"), progress=messages, stop_requested=stop)
+        made = train_tokenizer(options, recipe(max_skipped), inputs)
     return made, messages.lines
 
 

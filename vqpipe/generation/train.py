@@ -1,11 +1,10 @@
 """The jobs of `vqpipe train-generator` and `vqpipe train-classifier`: train a network on stored tokens or latents.
 
 Both have the same steps: check and open the inputs, start the draft, read the examples, build the network, train it
-(`train_on_examples`), publish it. `RunContext` is what they have in common.
+(`train_on_examples`), publish it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,15 +36,13 @@ from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_
 from vqpipe.generation.validation import accuracy, loss_and_accuracy, validation_losses
 from vqpipe.image_size import fixed_size
 from vqpipe.model_input import latent_size
-from vqpipe.progress import SILENT, Progress
 from vqpipe.reports.pictures import contact_sheet
 from vqpipe.tokenizer import Tokenizer
-from vqpipe.training.callbacks import Callback, HeldOutMetrics, MetricsLog, ProgressCallback, RunReport, SampleSheet
+from vqpipe.training.callbacks import Callback, HeldOutMetrics, MetricsLog, SampleSheet
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.examples_task import ExamplesTask
-from vqpipe.training.loggers import LOGGERS
-from vqpipe.training.loop import train
+from vqpipe.training.run import Run
 from vqpipe.words import counted
 
 SHEET_IMAGES, SHEET_COLUMNS = 16, 4
@@ -137,22 +134,6 @@ class StoredExamples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """Where a run writes, what it reads, and how it reports."""
-
-    draft: Draft
-    stored: StoredExamples
-    seed: int
-    device: torch.device
-    loggers: Sequence[str] = ()
-    callbacks: Sequence[Callback] = ()
-    """More callbacks. They are called before the row is logged, so they may add numbers to it."""
-    progress: Progress = SILENT
-    stop_requested: Callable[[], bool] = lambda: False
-    interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExampleData:
     """The examples of a run."""
 
@@ -211,16 +192,16 @@ def start_examples_run(out: Path, recipe: ExamplesRecipe, stored: StoredExamples
     return artifacts.start(out, kind, {**to_request(recipe), "seed": seed, **limit}, inputs)
 
 
-def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
+def read_data(run: Run, recipe: ExamplesRecipe, stored: StoredExamples) -> ExampleData:
     """Read the stored examples, split them, and derive the space of the network.
 
     Raises:
         DataError: labels are missing or out of range, or too many examples are held out.
         ArtifactError: a file is damaged, or the labels of the validation images mean other classes.
     """
-    config, stored = recipe.examples, context.stored
-    context.progress.start(f"reading the {stored.artifact.kind}", None, unit="")
-    everything, statistics = read_examples(context, stored.artifact, config.raw)
+    config = recipe.examples
+    run.progress.start(f"reading the {stored.artifact.kind}", None, unit="")
+    everything, statistics = read_examples(run, stored.artifact, config.raw)
     if stored.limit is not None and stored.limit < len(everything):
         everything = Subset(everything, np.arange(stored.limit))
     num_classes = config.num_classes_of(everything.labels, stored.artifact.facts.get("unlabeled", ""))
@@ -229,7 +210,7 @@ def read_data(context: RunContext, recipe: ExamplesRecipe) -> ExampleData:
         validation: Examples | None = subset
     else:
         examples = everything
-        validation, _ = read_examples(context, stored.validation, config.raw, statistics)
+        validation, _ = read_examples(run, stored.validation, config.raw, statistics)
         count = min(recipe.train.validation_images, len(validation))
         subset = Subset(validation, np.linspace(0, len(validation) - 1, count).round().astype(np.int64))
         config.num_classes_of(validation.labels, stored.validation.facts.get("unlabeled", ""))  # checks them
@@ -265,20 +246,20 @@ def check_class_names(training: Artifact, validation: Artifact) -> None:
 
 
 def read_examples(
-    context: RunContext, artifact: Artifact, raw: bool, statistics: LatentStatistics | None = None
+    run: Run, artifact: Artifact, raw: bool, statistics: LatentStatistics | None = None
 ) -> tuple[Examples, LatentStatistics | None]:
     """Read tokens or latents, and the statistics by which latents are normalized: `statistics`, or their own."""
     if artifact.kind == "tokens":
-        return TokenSet(artifact, context.draft.path), None
+        return TokenSet(artifact, run.draft.path), None
     latents = open_latents(artifact.path, raw=raw)
     latents.statistics = statistics or latents.statistics
     shards = artifact.names("latents-*.npy")  # memory-mapped later, so hashed now: a flipped bit would be trained on
-    artifact.verify_files(shards, context.progress)
+    artifact.verify_files(shards, run.progress)
     return LatentExamples(latents), latents.statistics
 
 
 def train_on_examples(
-    context: RunContext,
+    run: Run,
     network: nn.Module,
     data: ExampleData,
     recipe: ExamplesRecipe,
@@ -296,82 +277,58 @@ def train_on_examples(
         measure: weight average and validation examples, with the options of `measuring` -> numbers by name.
         sample_sheet: weight average -> samples as a PNG file.
     """
-    draft, config, progress = context.draft, recipe.train, context.progress
-    settings = to_table(recipe)
-    metrics = MetricsLog(draft.path / "metrics.jsonl")
-    sheets: list[Callback] = []
-    if sample_sheet is not None:
-        sheets.append(SampleSheet(draft, sample_sheet, all_ranks=config.parallel == "fsdp"))
     measures: list[Callback] = []
+    if sample_sheet is not None:
+        measures.append(SampleSheet(run.draft, sample_sheet, all_ranks=recipe.train.parallel == "fsdp"))
     if data.validation_subset is not None:
-        on_subset = partial(measure, examples=data.validation_subset, **measuring(context, recipe))
-        measures.append(HeldOutMetrics(on_subset, progress))
-    callbacks = [
-        *context.callbacks,
-        metrics,
-        *sheets,
-        *measures,
-        *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in context.loggers),
-        ProgressCallback(progress, config),
-        RunReport(draft, metrics, description=description, settings=settings, sources=sheets, progress=progress),
-    ]
+        on_subset = partial(measure, examples=data.validation_subset, **measuring(run, recipe))
+        measures.append(HeldOutMetrics(on_subset, run.progress))
     stream = ExampleStream(
         data.train,
-        seed=context.seed,
-        batch_size=config.global_batch_size,
+        seed=run.seed,
+        batch_size=recipe.train.global_batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         flip=recipe.examples.mirror,
     )
-    state = train(
-        ExamplesTask(network),
-        config,
-        stream,
-        draft.path,
-        seed=context.seed,
-        device=context.device,
-        callbacks=callbacks,
-        stop_requested=context.stop_requested,
-        interruptible=context.interruptible,
-    )
-    return state, metrics
+    return run.train(ExamplesTask(network), recipe, stream, measures, description)
 
 
-def initialize(context: RunContext, build: Callable[[], NetworkT]) -> NetworkT:
+def initialize(run: Run, tokenizer: Tokenizer, build: Callable[[], NetworkT]) -> NetworkT:
     """Return the network of `build`, seeded, on the run's device, with the tokenizer's codebook if it needs one."""
-    context.progress.start("building the network", None, unit="")
-    torch.manual_seed(context.seed)  # reading the inputs may have consumed random numbers
-    network = build().to(context.device)
+    run.progress.start("building the network", None, unit="")
+    torch.manual_seed(run.seed)  # reading the inputs may have consumed random numbers
+    network = build().to(run.device)
     if network.needs_codebook:
-        network.load_codebook(context.stored.tokenizer.autoencoder.quantizer.all_codes())
+        network.load_codebook(tokenizer.autoencoder.quantizer.all_codes())
     return network
 
 
-def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | None:
+def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -> Artifact | None:
     """Train a generator and publish it. Every rank calls it.
 
     Returns None if `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
     """
-    data, tokenizer = read_data(context, recipe), context.stored.tokenizer
-    generator = initialize(context, lambda: build_generator(recipe.generator, data.space))
+    data, tokenizer = read_data(run, recipe, stored), stored.tokenizer
+    generator = initialize(run, tokenizer, lambda: build_generator(recipe.generator, data.space))
     sampling = recipe.generate
     if data.space.num_classes is None and sampling.cfg_scale != 1:
-        context.progress.message(
+        run.progress.message(
             f"sampling without guidance, which needs classes: generate.cfg_scale is 1, not {sampling.cfg_scale:g}"
         )
         sampling = replace(sampling, cfg_scale=1.0)
     images = ImageGenerator(
         generator=generator,
         tokenizer=tokenizer,
-        image_size=context.stored.image_size,
+        image_size=stored.image_size,
         classes=() if data.space.num_classes is None else tuple(np.unique(data.train.labels).tolist()),
         sampling=sampling,
         statistics=data.statistics,
     )
     first = torch.zeros(1, dtype=torch.int64)
-    images.sample(first, sampling, image_rngs(context.seed, range(1)))  # invalid sampling settings fail here
+    images.sample(first, sampling, image_rngs(run.seed, range(1)))  # invalid sampling settings fail here
     kind, parameters = recipe.generator.kind, count_parameters(generator)
-    context.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}")
+    run.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}")
 
     def sample_sheet(network: Any) -> bytes:
         """The same seeds and classes each time."""
@@ -379,11 +336,11 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
         spread = [i * max(1, len(classes) // SHEET_IMAGES) % len(classes) for i in range(SHEET_IMAGES)]
         labels = torch.tensor([classes[i] for i in spread])
         averaged = replace(images, generator=network.eval())
-        samples = averaged.sample(labels, images.sampling, image_rngs(context.seed, range(SHEET_IMAGES)))
+        samples = averaged.sample(labels, images.sampling, image_rngs(run.seed, range(SHEET_IMAGES)))
         return contact_sheet(samples, SHEET_COLUMNS)
 
     state, metrics = train_on_examples(
-        context,
+        run,
         generator.requires_grad_(True),
         data,
         recipe,
@@ -395,10 +352,10 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
         return None
     weights = state.published()
     if distributed.is_main():
-        write_generator(context.draft, images, weights)
-        context.draft.record_existing("metrics.jsonl")
+        write_generator(run.draft, images, weights)
+        run.draft.record_existing("metrics.jsonl")
     measured = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total", state.step)}
-    return context.draft.publish(
+    return run.draft.publish(
         {
             "kind": kind,
             "num_parameters": parameters,
@@ -410,18 +367,18 @@ def train_generator(context: RunContext, recipe: GeneratorRecipe) -> Artifact | 
     )
 
 
-def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact | None:
+def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples) -> Artifact | None:
     """Train a classifier, measure it on all validation examples, and publish it. Every rank calls it.
 
     Returns None if `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
     """
-    data = read_data(context, recipe)
-    classifier = initialize(context, lambda: build_classifier(recipe.classifier, data.space))
+    data = read_data(run, recipe, stored)
+    classifier = initialize(run, stored.tokenizer, lambda: build_classifier(recipe.classifier, data.space))
     kind, parameters, num_classes = recipe.classifier.kind, count_parameters(classifier), classifier.num_classes
     sizes = (counted(parameters, "parameters"), counted(len(data.train), "images"), counted(num_classes, "classes"))
-    context.progress.message(f"{kind}: {', '.join(sizes)}")
+    run.progress.message(f"{kind}: {', '.join(sizes)}")
     state, _ = train_on_examples(
-        context,
+        run,
         classifier,
         data,
         recipe,
@@ -431,15 +388,15 @@ def train_classifier(context: RunContext, recipe: ClassifierRecipe) -> Artifact 
     if state.step < recipe.train.steps:
         return None
     average: Any = state.weight_ema.network
-    measured = {} if data.validation is None else accuracy(average, data.validation, **measuring(context, recipe))
+    measured = {} if data.validation is None else accuracy(average, data.validation, **measuring(run, recipe))
     weights = state.published()
     if distributed.is_main():
         table = {"classifier": to_table(classifier.config), "space": classifier.space.to_table()}
-        write_weights(context.draft, weights)
-        context.draft.write_json("config.json", {**table, "image_size": context.stored.artifact.facts["image_size"]})
-        context.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
-        context.draft.record_existing("metrics.jsonl")
-    return context.draft.publish(
+        write_weights(run.draft, weights)
+        run.draft.write_json("config.json", {**table, "image_size": stored.artifact.facts["image_size"]})
+        run.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
+        run.draft.record_existing("metrics.jsonl")
+    return run.draft.publish(
         {
             "kind": kind,
             "num_parameters": parameters,
@@ -472,10 +429,10 @@ def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_cla
     }
 
 
-def measuring(context: RunContext, recipe: ExamplesRecipe) -> dict[str, Any]:
+def measuring(run: Run, recipe: ExamplesRecipe) -> dict[str, Any]:
     """Return the options of `validation_losses` and `accuracy`. Batches are as large as those of training."""
     size = recipe.train.share(distributed.world_size()) // recipe.train.accumulate
-    return {"batch_size": size, "device": context.device, "precision": recipe.train.precision}
+    return {"batch_size": size, "device": run.device, "precision": recipe.train.precision}
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -1,8 +1,6 @@
 """The job behind `vqpipe train`: train a tokenizer in a draft, and publish it."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,27 +18,19 @@ from vqpipe.files import hash_file
 from vqpipe.losses.objective import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import backbone_file, distance_name
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.progress import SILENT, Progress
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, build_quantizer
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.tokenizer_files import model_facts, read_config, write_tokenizer
-from vqpipe.training.callbacks import (
-    Callback,
-    MetricsLog,
-    ProgressCallback,
-    ReconstructionGrid,
-    RunReport,
-    SkippedImages,
-)
+from vqpipe.training.callbacks import MetricsLog, ReconstructionGrid, SkippedImages
 from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
-from vqpipe.training.loggers import LOGGERS
-from vqpipe.training.loop import train
+from vqpipe.training.run import Run
 from vqpipe.training.throughput import Throughput, count_flops, peak_of
 from vqpipe.training.tokenizer_task import TokenizerTask
 from vqpipe.training.validation import BestWeights, Validation
 from vqpipe.weights import load_tensors, load_weights
+from vqpipe.words import counted
 
 Publish = Literal["last", "best"]
 """Which weights to publish: those of the last step, or of the best validation."""
@@ -155,33 +145,33 @@ def start_tokenizer_run(
 
 
 def train_tokenizer(
-    draft: Draft,
+    run: Run,
     recipe: TokenizerRecipe,
     inputs: RunInputs,
     *,
     codebook: Tensor | None = None,
-    seed: int,
-    device: torch.device,
     publish: Publish = "last",
-    loggers: Sequence[str] = (),
-    callbacks: Sequence[Callback] = (),
-    progress: Progress = SILENT,
-    stop_requested: Callable[[], bool] = lambda: False,
-    interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Artifact | None:
-    """Train a tokenizer in the draft and publish it. Every rank calls it.
+    """Train a tokenizer in the draft of `run` and publish it. Every rank calls it.
 
-    Returns None where `stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
+    Returns None where `run.stop_requested` ended the run early: a checkpoint is saved, and the same call resumes.
 
     Args:
         codebook: float[K, dim], the content of `inputs.codebook`.
-        loggers: names of LOGGERS.
-        callbacks: more callbacks, called before the log: a number that one adds to a row is logged.
 
     Raises:
         DataError: more than `data.max_skipped` of the images cannot be used. A checkpoint is saved, and a larger one
             continues from there.
     """
+    draft, device, progress = run.draft, run.device, run.progress
+    if len(inputs.images) < recipe.train.global_batch_size:
+        found, wanted = counted(len(inputs.images), "images"), recipe.train.global_batch_size
+        progress.message(f"{found} for the {wanted:,} of a step: each is drawn several times")
+    if inputs.images.whole_groups:
+        progress.message(
+            "each image of a Parquet file is read with its whole row group, which makes shuffled reading slow; "
+            "vqpipe prepare-data folder --source PARQUET --out DATA packs them into tars"
+        )
     progress.start("building the network", None, unit="")
     model, discriminator = build_networks(recipe, inputs.source, codebook)
     if device.type == "cuda":
@@ -195,52 +185,23 @@ def train_tokenizer(
         # On the first images of the run; the same images on every rank.
         whitened = False
         progress.start("fitting the first weights and codes to images", None, unit="")
-        with interruptible():
-            first = next(training_stream(recipe, inputs, seed, recipe.train.whiten_images).from_sample(0))
+        with run.interruptible():
+            first = next(training_stream(recipe, inputs, run.seed, recipe.train.whiten_images).from_sample(0))
             model.whiten_init(to_float(first.images.to(device)))
             whitened = True
         if not whitened:
             return None
     progress.start("preparing to train", None, unit="")
     rank, ranks = distributed.rank(), distributed.world_size()
-    stream = training_stream(recipe, inputs, seed, recipe.train.global_batch_size, rank, ranks)
-    side, settings = recipe.data.image_size, to_table(recipe)
-    metrics = MetricsLog(draft.path / "metrics.jsonl")
-    grid = ReconstructionGrid(
-        draft, inputs.validation or inputs.images, side, device, held_out=inputs.validation is not None
-    )
-    validation = validation_of(draft, recipe, inputs, objective, device, progress)
+    stream = training_stream(recipe, inputs, run.seed, recipe.train.global_batch_size, rank, ranks)
+    side, held_out = recipe.data.image_size, inputs.validation is not None
     skipped = SkippedImages(draft, inputs.images, recipe.data.max_skipped, progress)
-    sources = [grid] if validation is None else [grid, validation]
+    grid = ReconstructionGrid(draft, inputs.validation or inputs.images, side, device, held_out=held_out)
+    validation = validation_of(run, recipe, inputs, objective)
+    measures = [skipped, grid, *([validation] if validation else [])]
     flops = count_flops(recipe.train, model, discriminator, objective, side)
-    callbacks = [
-        Throughput(flops, peak_of(device, recipe.train)),
-        *callbacks,
-        metrics,
-        skipped,
-        *sources,
-        *(LOGGERS[name](draft.out, draft.path, settings, metrics) for name in loggers),
-        ProgressCallback(progress, recipe.train),
-        RunReport(
-            draft,
-            metrics,
-            description=describe_tokenizer(model_facts(model)),
-            settings=settings,
-            sources=sources,
-            progress=progress,
-        ),
-    ]
-    state = train(
-        task,
-        recipe.train,
-        stream,
-        draft.path,
-        seed=seed,
-        device=device,
-        callbacks=callbacks,
-        stop_requested=stop_requested,
-        interruptible=interruptible,
-    )
+    run = replace(run, callbacks=[Throughput(flops, peak_of(device, recipe.train)), *run.callbacks])
+    state, metrics = run.train(task, recipe, stream, measures, describe_tokenizer(model_facts(model)))
     skipped.check()
     if state.step < recipe.train.steps:
         return None
@@ -289,14 +250,7 @@ def training_stream(
     )
 
 
-def validation_of(
-    draft: Draft,
-    recipe: TokenizerRecipe,
-    inputs: RunInputs,
-    objective: Objective,
-    device: torch.device,
-    progress: Progress,
-) -> Validation | None:
+def validation_of(run: Run, recipe: TokenizerRecipe, inputs: RunInputs, objective: Objective) -> Validation | None:
     """The validation of a run, None without held-out images. The best weights are chosen by LPIPS, or its formula with
     other weights, if it is part of the objective, otherwise by PSNR."""
     if inputs.validation is None:
@@ -312,9 +266,9 @@ def validation_of(
         limit=recipe.train.validation_images,
         perceptual=perceptual,
         num_workers=recipe.data.num_workers,
-        device=device,
-        best=BestWeights(draft.path / "best.safetensors", measure, higher_is_better=not perceptual),
-        progress=progress,
+        device=run.device,
+        best=BestWeights(run.draft.path / "best.safetensors", measure, higher_is_better=not perceptual),
+        progress=run.progress,
     )
 
 
