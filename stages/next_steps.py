@@ -221,9 +221,8 @@ def num_codes(features: Artifact) -> list[str]:
 def takes_codebook_of(preset: str) -> bool:
     """Whether the quantizer of a preset takes a codebook."""
     from stages import recipe
-    from vqpipe.training.tokenizer_run import takes_codebook
 
-    return takes_codebook(recipe.load(preset).model.quantizer)
+    return recipe.load(preset).model.quantizer.needs_codebook
 
 
 def train_precision(device: str) -> Literal["fp32"] | None:

@@ -1,15 +1,12 @@
 """`vqpipe train`: images (and a codebook) -> tokenizer."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from stages import console, options
 from stages.options import Device, Images, Limit, Out, Preset, Seed, Set
-
-if TYPE_CHECKING:
-    from vqpipe.quantizers import QuantizerConfig
 
 
 def train(
@@ -107,7 +104,8 @@ def train(
         codes = None if codebook is None else load_codebook(codebook)
         if codes is None and source is None:
             check_codebook_given(quantizer)
-        sizes = [] if codes is None else codebook_settings(quantizer, *codes.shape)
+        follow = {} if codes is None else quantizer.codebook_settings(*codes.shape)
+        sizes = [f"model.quantizer.{name}={value}" for name, value in follow.items()]
         recipe = load_tokenizer(preset, [*sizes, *overrides], say=console.say, train=flags)  # --set has precedence
         if codes is not None:
             check_codebook(recipe, codes)
@@ -131,25 +129,3 @@ def train(
             loggers=loggers,
             progress=progress,
         )
-
-
-def codebook_settings(quantizer: "QuantizerConfig", k: int, dim: int) -> list[str]:
-    """The settings of a quantizer that follow from a codebook of `k` codes of `dim` channels, as values of --set.
-
-    They replace the numbers of a preset. A codebook for G groups may be that of each group, or the concatenated ones if
-    it has G times as many codes as the preset's group. Quantizers that take no codebook have none.
-    """
-    from vqpipe.quantizers import LcConfig, MultiGroupConfig, VqBridgeConfig
-
-    where, group = "model.quantizer", quantizer
-    if isinstance(quantizer, MultiGroupConfig):
-        where, group = f"{where}.group", quantizer.group
-    if not isinstance(group, LcConfig | VqBridgeConfig):
-        return []
-    if isinstance(quantizer, MultiGroupConfig) and k == quantizer.num_groups * group.codebook_size:
-        k = group.codebook_size
-    if isinstance(group, VqBridgeConfig):
-        sizes = {"codebook_size": k, "frozen_dim": dim}
-    else:
-        sizes = {"codebook_size": k, "feature_dim": dim} | ({"code_dim": dim} if group.projector == "none" else {})
-    return [f"{where}.{name}={value}" for name, value in sizes.items()]

@@ -95,8 +95,8 @@ def make(name: str) -> Quantizer:
     if isinstance(config := one_group(EXAMPLES[name]), LcConfig) and config.codebook_init == "artifact":
         quantizer.load_codebook(torch.randn(config.codebook_size, config.feature_dim))
     if isinstance(quantizer, BridgedQuantizer):
-        if quantizer.frozen_dim:
-            quantizer.load_codebook(torch.randn(48, quantizer.frozen_dim))
+        if quantizer.config.needs_codebook:
+            quantizer.load_codebook(torch.randn(quantizer.codes.shape))
         torch.nn.init.normal_(quantizer.bridge.head.weight)  # all codes start at 0
     return quantizer
 

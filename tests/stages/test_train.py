@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from stages import recipe
 from stages.evaluate import evaluate
-from stages.train import codebook_settings, train
+from stages.train import train
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
@@ -375,8 +375,7 @@ def test_codebook_replaces_the_sizes_of_the_preset(go: Any, tmp_path: Path) -> N
     ],
 )
 def test_settings_that_follow_from_a_codebook(quantizer: QuantizerConfig, sizes: dict[str, int]) -> None:
-    expected = [f"model.quantizer.{name}={value}" for name, value in sizes.items()]
-    assert codebook_settings(quantizer, 12, 6) == expected
+    assert quantizer.codebook_settings(12, 6) == sizes
 
 
 def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ from vqpipe.losses.objective import Objective
 from vqpipe.losses.perceptual import Perceptual
 from vqpipe.models import Autoencoder, AutoencoderConfig, PatchDiscriminator, build_autoencoder
 from vqpipe.planning.trace import OPTIMIZER, CudaAutocast, Operation, Trace
-from vqpipe.quantizers.lc import FrozenCodebookQuantizer
+from vqpipe.quantizers.derived import DerivedCodebook
 from vqpipe.quantizers.multi_group import MultiGroupConfig
-from vqpipe.quantizers.vqbridge import BridgedQuantizer
 from vqpipe.training.examples_task import ExamplesTask
 from vqpipe.training.optim import WeightEma
 from vqpipe.training.tokenizer_run import TokenizerRecipe
@@ -248,7 +247,7 @@ def count_autoencoder(network: Autoencoder, trace: Trace) -> None:
     as_fake(network, trace, "weights")
     trace.own_tensors(network.quantizer, "codebook")
     for module in network.modules():
-        if isinstance(module, FrozenCodebookQuantizer | BridgedQuantizer):
+        if isinstance(module, DerivedCodebook):
             module.loaded = True
 
 

@@ -43,6 +43,15 @@ class QuantizerConfig:
     def __post_init__(self) -> None:
         check_choices(self, "model.quantizer")
 
+    @property
+    def needs_codebook(self) -> bool:
+        """Whether the codes are those of a codebook artifact, which a new run has to be given."""
+        return False
+
+    def codebook_settings(self, size: int, dim: int) -> dict[str, int]:
+        """The settings that follow from a codebook of `size` codes of `dim` channels; none where it is not used."""
+        return {}
+
 
 class Quantizer(nn.Module, ABC):
     """Maps a latent to ids and back.

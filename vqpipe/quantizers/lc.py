@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vqpipe.distributed import broadcast
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer
+from vqpipe.quantizers.base import CodebookConfig
+from vqpipe.quantizers.derived import DerivedCodebook
 
 MLP_WIDTH = 256
 """Hidden channels of the "mlp" projector, as released."""
@@ -63,8 +64,16 @@ class LcConfig(CodebookConfig):
                 "Make the two equal, or set model.quantizer.projector = linear",
             )
 
+    @property
+    def needs_codebook(self) -> bool:
+        return self.codebook_init == "artifact"
 
-class FrozenCodebookQuantizer(CodebookQuantizer):
+    def codebook_settings(self, size: int, dim: int) -> dict[str, int]:
+        settings = {"codebook_size": size, "feature_dim": dim}
+        return settings | {"code_dim": dim} if self.projector == "none" else settings
+
+
+class FrozenCodebookQuantizer(DerivedCodebook):
     """Searches the projected codebook, then projects the selected codes with gradient.
 
     The released code projects all K codes with gradient in each forward pass. Projecting them without gradient for the
@@ -80,7 +89,6 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
     """
 
     config_class = LcConfig
-    codes: Tensor
     shift: Tensor
     scale: Tensor
 
@@ -98,36 +106,15 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.register_buffer("scale", torch.ones(()))
         self.projector = make_projector(config)
         self.normalize_latent = config.normalize_latent
-        self.projected: tuple[tuple[int, ...], Tensor] | None = None  # weights_state(), the projected codes
-        self.loaded = False  # whether `check_loaded` has found codes: a check waits for the GPU
 
     def search_input(self, latent: Tensor) -> Tensor:
         if self.normalize_latent:
             latent = latent.float() / latent.float().norm(dim=1, keepdim=True)
         return super().search_input(latent)
 
-    def raw_codebook(self) -> Tensor:
-        """The projected codes, float32[K, C], without gradient; cached while the weights are frozen, but projected in
-        every call of a graph of torch.compile.
-
-        Raises:
-            ConfigError: no codebook has been loaded.
-        """
-        if not self.is_constant or torch.compiler.is_compiling():
-            return self.project_all()
-        state = self.weights_state()
-        if self.projected is None or self.projected[0] != state:
-            self.projected = state, self.project_all()
-        return self.projected[1]
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether no weight can change. (Fused optimizers change weights without changing their versions.)"""
-        return not self.training and not any(parameter.requires_grad for parameter in self.parameters())
-
     @torch.no_grad()
-    def project_all(self) -> Tensor:
-        self.check_loaded()
+    def derive(self) -> Tensor:
+        """All projected codes, without gradient."""
         linear = F.linear if self.is_constant or not suits_onednn(self.codes) else onednn_linear
         return torch.cat([self.project(features, linear) for features in self.codes.split(CODES_PER_CHUNK)])
 
@@ -154,19 +141,6 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         return hidden
 
     @torch.no_grad()
-    def load_codebook(self, codebook: Tensor) -> None:
-        if codebook.shape != self.codes.shape:
-            (k, dim), (size, feature_dim) = codebook.shape, self.codes.shape
-            needed = [f"model.quantizer.codebook_size={k}"] * (k != size)
-            needed += [f"model.quantizer.feature_dim={dim}"] * (dim != feature_dim)
-            raise ConfigError(
-                f"the codebook holds {k} codes of {dim} channels, the model expects {size} of {feature_dim}",
-                f"Set {' and '.join(needed)}, or pass another codebook",
-            )
-        self.codes.copy_(codebook)
-        self.loaded = True
-
-    @torch.no_grad()
     def standardize_codebook(self) -> None:
         """Make the projector orthogonal, without biases, and set shift and scale so that codes have unit variance."""
         self.check_loaded()
@@ -180,22 +154,6 @@ class FrozenCodebookQuantizer(CodebookQuantizer):
         self.scale.copy_(1 / projected.var(0, unbiased=False).mean().sqrt())
         if len(layers) > 1:  # the ReLU moves the mean; without biases the MLP is homogeneous, so the mean scales too
             layers[-1].bias.copy_(-projected.mean(0) * self.scale)
-
-    def weights_state(self) -> tuple[int, ...]:
-        """Numbers that change whenever a weight of the projection is changed in place or replaced."""
-        tensors = (self.codes, self.shift, self.scale, *self.projector.parameters())
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        return (*versions, *(tensor.data_ptr() for tensor in tensors))
-
-    def check_loaded(self) -> None:
-        if self.loaded or torch.compiler.is_compiling():
-            return  # in a graph, the search then finds codes that are NaN
-        if bool(self.codes[0, 0].isnan()):
-            raise ConfigError(
-                "the lc quantizer has no codebook yet",
-                "Pass --codebook DIR (vqpipe kmeans makes one), or set model.quantizer.codebook_init = uniform",
-            )
-        self.loaded = True
 
 
 def suits_onednn(features: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import (
+    CodebookConfig,
     CodebookQuantizer,
     Quantized,
     Quantizer,
@@ -50,6 +51,16 @@ class MultiGroupConfig(QuantizerConfig):
                 f"keep_probabilities = {list(p)} are not {self.num_groups} probabilities that sum to 1",
                 "Set one for each of 1, 2, ..., num_groups groups, or leave them out",
             )
+
+    @property
+    def needs_codebook(self) -> bool:
+        return self.group.needs_codebook
+
+    def codebook_settings(self, size: int, dim: int) -> dict[str, int]:
+        """Those of each group, for its codebook or for the concatenated ones of all groups."""
+        if isinstance(self.group, CodebookConfig) and size == self.num_groups * self.group.codebook_size:
+            size = self.group.codebook_size
+        return {f"group.{name}": value for name, value in self.group.codebook_settings(size, dim).items()}
 
 
 class MultiGroupQuantizer(Quantizer):

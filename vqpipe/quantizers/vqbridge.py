@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, Quantized, straight_through, to_rows
+from vqpipe.quantizers.base import CodebookConfig, Quantized, straight_through, to_rows
+from vqpipe.quantizers.derived import DerivedCodebook
 from vqpipe.search import nearest
 
 WIDTH, HEADS, BLOCKS, MLP_RATIO = 256, 4, 2, 2
@@ -46,6 +47,13 @@ class VqBridgeConfig(CodebookConfig):
         grid_of(self.codebook_size, self.side)
 
     @property
+    def needs_codebook(self) -> bool:
+        return self.frozen_dim > 0
+
+    def codebook_settings(self, size: int, dim: int) -> dict[str, int]:
+        return {"codebook_size": size, "frozen_dim": dim}
+
+    @property
     def side(self) -> int:
         """p, the side of the patches in use."""
         if self.patch_size:
@@ -54,32 +62,27 @@ class VqBridgeConfig(CodebookConfig):
         return next(side for side in range(largest, 0, -1) if find_grid(self.codebook_size, side))
 
 
-class BridgedQuantizer(CodebookQuantizer):
+class BridgedQuantizer(DerivedCodebook):
     """The codes are bridge(E), with E learned codes from U(-1/K, 1/K), seen as an image of H x W codes.
 
     The bridge: a convolution over patches of p x p codes, two transformer blocks over the patches, and a linear layer
     back to the codes, whose weights and bias are 0 at the start. There is no path around it and no position embedding:
     all codes start at 0, and a step that trains one code moves the codes at its place in all patches. The search is by
     squared distances, and the losses are those of `vq`; the authors weight "codebook" by 1 and "commitment" by 0.25.
-    In evaluation the codes are computed once.
 
     With `frozen_dim`, E is a frozen codebook of image features: the bridge in the place of `lc`'s linear projector.
     """
 
     config_class = VqBridgeConfig
-    codes: Tensor
 
     def __init__(self, config: VqBridgeConfig) -> None:
         super().__init__(config)
         size, width = config.codebook_size, config.frozen_dim or config.code_dim
-        self.frozen_dim = config.frozen_dim
         if config.frozen_dim:
             self.register_buffer("codes", torch.full((size, width), math.nan))
         else:
             self.codes = nn.Parameter(torch.empty(size, width).uniform_(-1 / size, 1 / size))
         self.bridge = Bridge(grid_of(size, config.side), config.side, width, config.code_dim)
-        self.bridged: tuple[tuple[int, ...], Tensor] | None = None  # weights_state(), the codes
-        self.loaded = not config.frozen_dim  # a check of a loaded codebook waits for the GPU
 
     def forward(self, latent: Tensor) -> Quantized:
         """As of the base class; the bridge runs once, with gradient."""
@@ -90,45 +93,16 @@ class BridgedQuantizer(CodebookQuantizer):
             codes = codebook[ids].transpose(1, 2).reshape_as(latent)
             return Quantized(straight_through(latent, codes), ids, self.losses(latent, codes))
 
-    def raw_codebook(self) -> Tensor:
-        """bridge(E), float32[K, C]; cached while the weights are frozen.
-
-        Raises:
-            ConfigError: no codebook has been loaded.
-        """
-        if not self.loaded:
-            if bool(self.codes[0, 0].isnan()):
-                raise self.unsupported("has no codebook yet", "Pass --codebook DIR (vqpipe kmeans makes one)")
-            self.loaded = True
-        if self.training or any(parameter.requires_grad for parameter in self.parameters()):
-            return self.bridge(self.codes.float())
-        state = self.weights_state()
-        if self.bridged is None or self.bridged[0] != state:
-            with torch.no_grad():
-                self.bridged = state, self.bridge(self.codes.float())
-        return self.bridged[1]
+    def derive(self) -> Tensor:
+        return self.bridge(self.codes.float())
 
     def raw_embed(self, ids: Tensor) -> Tensor:
         return self.raw_codebook()[ids]
 
-    @torch.no_grad()
     def load_codebook(self, codebook: Tensor) -> None:
-        if not self.frozen_dim:
+        if not self.config.needs_codebook:
             raise self.unsupported("learns its codes", "Set model.quantizer.frozen_dim, or leave --codebook out")
-        if codebook.shape != self.codes.shape:
-            raise ConfigError(
-                f"the codebook holds {len(codebook)} codes of {codebook.shape[1]} channels, the model expects "
-                f"{len(self.codes)} of {self.codes.shape[1]}",
-                "Set model.quantizer.codebook_size and frozen_dim, or pass another codebook",
-            )
-        self.codes.copy_(codebook)
-        self.loaded = True
-
-    def weights_state(self) -> tuple[int, ...]:
-        """Numbers that change whenever a weight is changed in place or replaced."""
-        tensors = (self.codes, *self.bridge.parameters())
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        return (*versions, *(tensor.data_ptr() for tensor in tensors))
+        super().load_codebook(codebook)
 
 
 class Bridge(nn.Module):

@@ -18,7 +18,7 @@ from vqpipe.files import hash_file
 from vqpipe.losses.objective import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import backbone_file, distance_name
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, build_quantizer
+from vqpipe.quantizers import MultiGroupConfig, QuantizerConfig, build_quantizer
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.tokenizer_files import model_facts, read_config, write_tokenizer
@@ -90,23 +90,12 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> N
         )
 
 
-def takes_codebook(quantizer: QuantizerConfig) -> bool:
-    """Whether the codes are those of a codebook, which has to be given unless the run starts from a tokenizer."""
-    group = quantizer.group if isinstance(quantizer, MultiGroupConfig) else quantizer
-    if isinstance(group, LcConfig):
-        return group.codebook_init == "artifact"
-    return isinstance(group, VqBridgeConfig) and group.frozen_dim > 0
-
-
 def check_codebook_given(quantizer: QuantizerConfig) -> None:
     """Raise a ConfigError where the codes of the quantizer are those of a codebook: there is none."""
-    if takes_codebook(quantizer):
-        where = "model.quantizer.group" if isinstance(quantizer, MultiGroupConfig) else "model.quantizer"
+    if quantizer.needs_codebook:
         group = quantizer.group if isinstance(quantizer, MultiGroupConfig) else quantizer
-        learned = f", or set {where}.codebook_init = uniform" if isinstance(group, LcConfig) else ""
         raise ConfigError(
-            f"the {group.kind} quantizer has no codebook yet",
-            f"Pass --codebook DIR (vqpipe kmeans makes one){learned}",
+            f"the {group.kind} quantizer has no codebook yet", "Pass --codebook DIR (vqpipe kmeans makes one)"
         )
 
 
