@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from vqpipe.errors import ConfigError
 from vqpipe.models import Magvit, MagvitConfig, build_autoencoder
-from vqpipe.models.magvit import AdaptiveGroupNorm, depth_to_space, residual_blocks
+from vqpipe.models.magvit import AdaptiveGroupNorm, depth_to_space
+from vqpipe.models.vqgan import ResidualBlock
 from vqpipe.quantizers import LfqConfig, QuantizerConfig, ResidualConfig, VqConfig
 
 F16, F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
@@ -86,7 +87,7 @@ def test_adaptive_norm_matches_the_formula() -> None:
 
 def test_residual_block_matches_the_formula() -> None:
     torch.manual_seed(0)
-    block, x = residual_blocks([8, 16])[0], torch.randn(2, 8, 5, 7)
+    block, x = ResidualBlock(8, 16, bias=False), torch.randn(2, 8, 5, 7)
 
     def activated(y: Tensor, norm: nn.Module) -> Tensor:
         normed = norm(y)

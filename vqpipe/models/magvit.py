@@ -16,9 +16,8 @@ Notes:
 SimVQ, DimVQ, WeTok, BitDance and GSQ use these networks too, some with other norms and blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from vqpipe.config import added
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
-from vqpipe.models.vqgan import ResidualBlock, conv3x3, group_norm
+from vqpipe.models.vqgan import Level, conv3x3, group_norm, residual_blocks
 from vqpipe.quantizers import QuantizerConfig, build_quantizer
 
 STYLE_EPS = 1e-6
@@ -92,7 +91,7 @@ class MagvitConfig(AutoencoderConfig):
         norm.eps = self.norm_eps
         return norm
 
-    def make_blocks(self, channels: list[int]) -> nn.Sequential:
+    def make_blocks(self, channels: Sequence[int]) -> list[nn.Module]:
         """A residual block from each width to the next."""
         return residual_blocks(channels, self.conv_bias, self.make_norm)
 
@@ -137,8 +136,8 @@ class Encoder(nn.Module):
             widths = config.block_widths(channels, level)
             channels = widths[-1]
             halve = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if level != levels[-1] else None
-            self.down.append(Level(config.make_blocks(widths), downsample=halve))
-        self.mid_block = config.make_blocks([channels] * (config.num_res_blocks + 1))
+            self.down.append(Level(widths, downsample=halve, make_blocks=config.make_blocks))
+        self.mid_block = nn.Sequential(*config.make_blocks([channels] * (config.num_res_blocks + 1)))
         self.norm_out = config.make_norm(channels)
         self.conv_out = nn.Conv2d(channels, z_channels, 1)
 
@@ -157,14 +156,14 @@ class Decoder(nn.Module):
         levels = range(len(config.channel_multipliers))
         channels = config.channels(levels[-1])
         self.conv_in = conv3x3(z_channels, channels)
-        self.mid_block = config.make_blocks([channels] * (config.num_res_blocks + 1))
+        self.mid_block = nn.Sequential(*config.make_blocks([channels] * (config.num_res_blocks + 1)))
         adaptive, up = [], []
         for level in reversed(levels):
             adaptive.append(AdaptiveGroupNorm(z_channels, channels) if config.adaptive_norm else Plain())
             widths = config.block_widths(channels, level)
             channels = widths[-1]
             double = Upsample(channels) if level != 0 else None  # before the blocks, to keep the initial weights
-            up.append(Level(config.make_blocks(widths), upsample=double))
+            up.append(Level(widths, upsample=double, make_blocks=config.make_blocks))
         self.adaptive = nn.ModuleList(reversed(adaptive))
         self.up = nn.ModuleList(reversed(up))
         self.norm_out = config.make_norm(channels)
@@ -175,23 +174,6 @@ class Decoder(nn.Module):
         for adaptive, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
             x = level(adaptive(x, z))
         return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class Level(nn.Module):
-    """Residual blocks of one resolution, then a change of resolution."""
-
-    def __init__(
-        self, blocks: nn.Module, downsample: nn.Module | None = None, upsample: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.block = blocks
-        self.downsample = downsample
-        self.upsample = upsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block(x)
-        resample = self.downsample or self.upsample
-        return x if resample is None else resample(x)
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -240,10 +222,3 @@ def depth_to_space(x: Tensor) -> Tensor:
     This is the order of TensorFlow ("DCR" in ONNX); `F.pixel_shuffle` has n * 4 + 2 * row + column ("CRD").
     """
     return F.pixel_shuffle(x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
-
-
-def residual_blocks(
-    channels: list[int], bias: bool = False, make_norm: Callable[[int], nn.Module] | None = None
-) -> nn.Sequential:
-    """A residual block from each width to the next; `bias` of their convolutions."""
-    return nn.Sequential(*(ResidualBlock(before, after, bias, make_norm) for before, after in pairwise(channels)))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 from vqpipe.models.magvit import latent_dim_of
+from vqpipe.models.vqgan import Upsample
 
 HEAD_CHANNELS = 64
 """Channels per head of the transformer."""
@@ -203,17 +204,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False))
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbor upsampling, then a convolution: doubles the resolution."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(before, after, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class ConvBlock(nn.Module):

@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         for level in reversed(levels):
             blocks = [channels, *[config.channels(level)] * (config.num_res_blocks + 1)]
             channels = blocks[-1]
-            resample = Upsample(channels) if level != 0 else None
+            resample = Upsample(channels, channels) if level != 0 else None
             up.append(Level(blocks, config.attends(level), upsample=resample))
         self.up = nn.ModuleList(reversed(up))
         self.norm_out = group_norm(channels)
@@ -140,18 +140,27 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(silu(self.norm_out(x))), self.patch_size)
 
 
+def residual_blocks(
+    channels: Sequence[int], bias: bool = True, make_norm: Callable[[int], nn.Module] | None = None
+) -> list[nn.Module]:
+    """A residual block from each width to the next."""
+    return [ResidualBlock(before, after, bias, make_norm) for before, after in pairwise(channels)]
+
+
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention if `attends`, then a change of resolution."""
 
     def __init__(
         self,
         channels: Sequence[int],
-        attends: bool,
+        attends: bool = False,
+        *,
         downsample: nn.Module | None = None,
         upsample: nn.Module | None = None,
+        make_blocks: Callable[[Sequence[int]], list[nn.Module]] = residual_blocks,
     ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(before, after) for before, after in pairwise(channels))
+        self.block = nn.ModuleList(make_blocks(channels))
         self.attn = nn.ModuleList(Attention(after) for after in channels[1:] if attends)
         self.downsample = downsample
         self.upsample = upsample
@@ -241,9 +250,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbor upsampling, then a convolution: doubles the resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = conv3x3(before, after)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
