@@ -346,7 +346,7 @@ def sample_without_cache(generator: Any, labels: Tensor, sampling: SamplingConfi
             assert isinstance(generator, LlamaGen)
             position, group = divmod(number, groups)
             trunk = generator.trunk(classes, ids[:, : position * groups])[:, -1]
-            logits = generator.ar_head.logits(trunk, ids[:, position * groups :])[:, group]
+            logits = generator.ar_head.head(generator.ar_head(trunk, ids[:, position * groups :]))[:, group]
             logits = guide_logits(logits, sampling, position, count // groups)
         next_ids = sample_ids(logits, uniform[:, number], sampling)
         ids = torch.cat([ids, repeat_for_guidance(next_ids, sampling).unsqueeze(1)], dim=1)

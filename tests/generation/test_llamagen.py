@@ -54,7 +54,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_ids(groups: int, make_space: 
     model = make(make_space(2, 3, groups), class_dropout=0.0, dropout=0.0)
     ids, labels = torch.randint(CODES, (4, model.space.num_tokens)), torch.tensor([0, 1, 2, 0])
     trunk = model.trunk(labels, ids[:, :-groups]).flatten(0, 1)
-    logits = model.ar_head.logits(trunk, ids.view(-1, groups)[:, :-1])
+    logits = model.ar_head.head(model.ar_head(trunk, ids.view(-1, groups)[:, :-1]))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
     torch.testing.assert_close(model(ids, labels)["total"], expected)
 
@@ -127,22 +127,22 @@ def make_head(groups: int) -> tuple[GroupHead, Tensor, Tensor]:
 @torch.no_grad()
 def test_the_head_predicts_group_by_group_as_all_at_once(groups: int) -> None:
     head, trunk, ids = make_head(groups)
-    logits = [head.next_logits(trunk, ids[:, :group]) for group in range(groups)]
-    torch.testing.assert_close(torch.stack(logits, dim=1), head.logits(trunk, ids[:, :-1]))
+    logits = [head.head(head(trunk, ids[:, :group]))[:, -1] for group in range(groups)]
+    torch.testing.assert_close(torch.stack(logits, dim=1), head.head(head(trunk, ids[:, :-1])))
 
 
 @torch.no_grad()
 def test_a_group_depends_on_the_groups_before_it_and_its_own_position() -> None:
     head, trunk, ids = make_head(4)
-    logits = head.logits(trunk, ids[:, :-1])
+    logits = head.head(head(trunk, ids[:, :-1]))
     changed = ids.clone()
     changed[2, 1] = (changed[2, 1] + 1) % CODES
-    differs = (head.logits(trunk, changed[:, :-1]) - logits).abs().amax(2) > 1e-6
+    differs = (head.head(head(trunk, changed[:, :-1])) - logits).abs().amax(2) > 1e-6
     expected = torch.zeros(5, 4, dtype=torch.bool)
     expected[2, 2:] = True
     assert torch.equal(differs, expected)
     other = trunk.clone()
     other[3] += 1
-    differs = (head.logits(other, ids[:, :-1]) - logits).abs().amax(2) > 1e-6
+    differs = (head.head(head(other, ids[:, :-1])) - logits).abs().amax(2) > 1e-6
     assert torch.equal(differs.any(1), torch.arange(5) == 3)
     assert differs[3].all()

@@ -10,6 +10,7 @@ feed-forward network is GELU (GPT-2) or SwiGLU (Llama). Attribute names are thos
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(
-        self, width: int, *, attention: CausalAttention, feed_forward: nn.Module, norm: Callable[[int], nn.Module]
+        self, width: int, *, attention: nn.Module, feed_forward: nn.Module, norm: Callable[[int], nn.Module]
     ) -> None:
         super().__init__()
         self.attention_norm = norm(width)
@@ -127,11 +128,9 @@ class Block(nn.Module):
         self.ffn_norm = norm(width)
         self.feed_forward = feed_forward
 
-    def forward(
-        self, vectors: Tensor, rotary: Tensor | None = None, cache: Tensor | None = None, start: int = 0
-    ) -> Tensor:
-        """As `CausalAttention.forward`."""
-        vectors = vectors + self.attention(self.attention_norm(vectors), rotary, cache, start)
+    def forward(self, vectors: Tensor, *context: Any) -> Tensor:
+        """float[B, L, D] -> float[B, L, D]; `context`: further arguments of the attention."""
+        vectors = vectors + self.attention(self.attention_norm(vectors), *context)
         return vectors + self.feed_forward(self.ffn_norm(vectors))
 
 

@@ -163,7 +163,7 @@ class Gpt(Generator):
         for number in range(count):
             hidden = vector + self.positions[number]
             for layer, cache in zip(self.layers, caches, strict=True):
-                hidden = layer(hidden, cache=cache, start=number)
+                hidden = layer(hidden, None, cache, number)
             logits = guide_logits(self.logits(self.norm(hidden)[:, -1]), sampling, number, count)
             ids = sample_ids(logits, uniform[:, number], sampling)
             samples.append(ids)

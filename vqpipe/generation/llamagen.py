@@ -32,6 +32,7 @@ from vqpipe.errors import ConfigError
 from vqpipe.generation.base import Generator, SamplingConfig, Space
 from vqpipe.generation.causal_transformer import (
     INIT_STD,
+    Block,
     CausalTransformerConfig,
     SwiGlu,
     empty_caches,
@@ -103,20 +104,9 @@ class HeadAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-class HeadBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.attention_norm = rms_norm(width)
-        self.attention = HeadAttention(width, heads)
-        self.ffn_norm = rms_norm(width)
-        self.feed_forward = SwiGlu(width, 4 * width)
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        """float[M, L, D] -> float[M, L, D]."""
-        vectors = vectors + self.attention(self.attention_norm(vectors))
-        return vectors + self.feed_forward(self.ffn_norm(vectors))
+def head_block(width: int, heads: int) -> Block:
+    """A block of MGVQ's head: its own attention, and SwiGLU with 4 D hidden channels."""
+    return Block(width, attention=HeadAttention(width, heads), feed_forward=SwiGlu(width, 4 * width), norm=rms_norm)
 
 
 class GroupHead(nn.Module):
@@ -137,7 +127,7 @@ class GroupHead(nn.Module):
         self.sos_emb_for_image = nn.Parameter(torch.zeros(1, 1, width))
         # The id of the last group is never an input: with one group there is nothing to embed.
         self.tok_emb = nn.Embedding(codebook_size, width) if num_groups > 1 else None
-        self.causal_space_blocks = nn.ModuleList(HeadBlock(width, heads) for _ in range(layers))
+        self.causal_space_blocks = nn.ModuleList(head_block(width, heads) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, codebook_size, bias=False)
 
@@ -158,14 +148,6 @@ class GroupHead(nn.Module):
             vectors = block(vectors)
         return self.ln_f(vectors[:, 1:])  # the output at the trunk's own vector predicts nothing
 
-    def logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
-        """float[M, D] and int64[M, n] -> logits of groups 0 to n, float[M, n + 1, K]."""
-        return self.head(self.forward(trunk, ids))
-
-    def next_logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
-        """float[M, D] and int64[M, n] -> logits of group n, float[M, K]."""
-        return self.head(self.forward(trunk, ids)[:, -1])
-
 
 class LinearHead(nn.Module):
     """LlamaGen's output layer: the logits of a position's one id are linear in the output of the trunk.
@@ -181,14 +163,6 @@ class LinearHead(nn.Module):
     def forward(self, trunk: Tensor, ids: Tensor) -> Tensor:
         """float[M, D], int64[M, 0] -> float[M, 1, D]."""
         return trunk.unsqueeze(1)
-
-    def logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
-        """float[M, D], int64[M, 0] -> float[M, 1, K]."""
-        return self.head(self.forward(trunk, ids))
-
-    def next_logits(self, trunk: Tensor, ids: Tensor) -> Tensor:
-        """float[M, D], int64[M, 0] -> float[M, K]."""
-        return self.head(trunk)
 
 
 class LlamaGen(Generator):
@@ -289,7 +263,8 @@ class LlamaGen(Generator):
             trunk = self.step(vector, caches, position)
             ids = torch.empty(len(trunk), 0, dtype=torch.long, device=trunk.device)
             for group in range(groups):
-                logits = guide_logits(self.ar_head.next_logits(trunk, ids), sampling, position, positions)
+                logits = self.ar_head.head(self.ar_head(trunk, ids)[:, -1])
+                logits = guide_logits(logits, sampling, position, positions)
                 samples.append(sample_ids(logits, uniform[:, position, group], sampling))
                 ids = torch.cat([ids, repeat_for_guidance(samples[-1], sampling).unsqueeze(1)], dim=1)
             vector = self.img_projector(ids)
