@@ -21,7 +21,6 @@ from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.distortion import COMMON, Distortion
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import frechet_distance
-from vqpipe.metrics.metric import Metric
 from vqpipe.metrics.protocols import PROTOCOLS, Protocol, gray_levels, stored
 from vqpipe.metrics.resumable import Resumable, summed
 from vqpipe.metrics.set_metrics import (
@@ -143,7 +142,7 @@ class ProtocolMetrics(Resumable):
         return {**numbers, **distances, **protocol.to_table(size), "reference_digest": f"{digest:064x}"}
 
 
-class EvaluationMetrics(Metric):
+class EvaluationMetrics(Resumable):
     """Everything that is measured of one autoencoder on one set of images.
 
     Memory does not grow with the set, except for the features of the metrics that keep them, which have a limit.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.errors import DataError, NumericError
-from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Resumable
 
 CONVENTIONS = {
     "psnr": "RGB, uint8, mean over images",
@@ -58,7 +58,7 @@ FIXED_POINT = 2**32
 """Values are summed as integers, in units of 1 / FIXED_POINT."""
 
 
-class Distortion(Metric):
+class Distortion(Resumable):
     """Distortion between originals and reconstructions, as means over images.
 
     Per-image values are summed as fixed-point integers (steps of 2^-32), so the means do not depend on the division

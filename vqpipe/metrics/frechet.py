@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vqpipe.errors import DataError, NumericError
-from vqpipe.metrics.metric import Metric
+from vqpipe.metrics.resumable import Resumable
 
 
-class Moments(Metric):
+class Moments(Resumable):
     """Mean and covariance of features, as float64 sums; memory D x D for any number of images."""
 
     state_names: ClassVar[tuple[str, ...]] = ("count", "sum", "outer")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.distributed import gather_objects, gather_rows, world_size
-from vqpipe.metrics.metric import Metric
-from vqpipe.metrics.resumable import State
+from vqpipe.metrics.resumable import Resumable, State
 
 MAX_TUPLES = 2**24
 """Distinct tuples of G ids over all ranks up to which they are counted. A tuple takes 16 bytes if it fits 63 bits, 8
@@ -23,7 +22,7 @@ HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """An odd number of random bits: products with it distribute tuples uniformly over the ranks."""
 
 
-class JointEntropy(Metric):
+class JointEntropy(Resumable):
     """Joint entropy of the groups, for G > 1, from exact counts of the tuples of G ids at one position. With more than
     MAX_TUPLES distinct tuples it is not computed.
 

@@ -26,8 +26,7 @@ from vqpipe.errors import DataError
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.frechet import Moments, frechet_distance
 from vqpipe.metrics.inception import INCEPTION_SIZE, SIZES, clean_resize_all
-from vqpipe.metrics.metric import Metric
-from vqpipe.metrics.resumable import Rows, State, summed
+from vqpipe.metrics.resumable import Resumable, Rows, State, summed
 from vqpipe.weights import load_tensors
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -47,7 +46,7 @@ CHUNK_BYTES = 4 << 20
 """Kept features are joined to tensors of at least this size, which a saved state stores once."""
 
 
-class FeatureBank(Metric):
+class FeatureBank(Resumable):
     """Keeps features, float32[n, D], up to `max_bytes`; beyond that nothing is kept, and `overflown` is set."""
 
     state_names: ClassVar[tuple[str, ...]] = ("num_bytes", "overflown", "chunks", "recent")
@@ -127,7 +126,7 @@ class SetStatistics:
         return cls(int(tensors["num_images"]), groups["moments"], groups["named"], features)
 
 
-class FeatureStatistics(Metric):
+class FeatureStatistics(Resumable):
     """Statistics of the features of one set of images.
 
     Args:

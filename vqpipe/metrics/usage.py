@@ -17,8 +17,7 @@ from torch import Tensor
 from vqpipe.distributed import all_reduce_sum, gather_objects, gather_rows
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.metrics.joint_entropy import JointEntropy
-from vqpipe.metrics.metric import Metric
-from vqpipe.metrics.resumable import State
+from vqpipe.metrics.resumable import Resumable, State
 
 MAX_COUNTERS = 2**24
 """G x K up to which every code has a counter (128 MiB, twice that with positions). Of larger codebooks, such as grids
@@ -46,7 +45,7 @@ class UsageResult(NamedTuple):
     """Name -> reason."""
 
 
-class CodeUsage(Metric):
+class CodeUsage(Resumable):
     """Counts how often each code of each group was chosen; exact for codebooks of any size.
 
     `counts` is int64[G, K] on `device`: dense up to MAX_COUNTERS codes, else sparse (COO, coalesced), its memory
