@@ -3,12 +3,13 @@
 Shapes: B examples of this rank's share of a global batch.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqpipe import distributed
+from vqpipe.data.examples import ExampleBatch
 from vqpipe.device import autocast
 from vqpipe.errors import ConfigError
 from vqpipe.training.config import TrainConfig
@@ -18,18 +19,7 @@ from vqpipe.training.running_metrics import StepOutput
 from vqpipe.training.task import Task, mean_over_parts
 
 
-class LabelledBatch(Protocol):
-    """A batch that generators and classifiers train on."""
-
-    examples: Tensor
-    """int64[B, N] ids, or float[B, C, h, w] latents."""
-    labels: Tensor
-    """int64[B]."""
-    keys: list[str]
-    skipped: dict[int, str]
-
-
-class ExamplesTask(Task[LabelledBatch, None]):
+class ExamplesTask(Task[ExampleBatch, None]):
     """One network, one optimizer.
 
     `network(examples, labels)` returns scalars by name, of which "total" is minimized; they are logged as
@@ -65,7 +55,7 @@ class ExamplesTask(Task[LabelledBatch, None]):
         static = self.config.accumulate == 1  # DDP's first step with a static graph cannot accumulate gradients
         self.network = self.model if self.sharded else replicate(self.model, self.device, static=static)
 
-    def step(self, batch: LabelledBatch, step: int) -> StepOutput[None]:
+    def step(self, batch: ExampleBatch, step: int) -> StepOutput[None]:
         optimizer = self.optimizers["optimizer"]
         self.model.train()
         optimizer.zero_grad(set_to_none=True)
