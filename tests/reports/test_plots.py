@@ -10,17 +10,6 @@ from matplotlib.axes import Axes
 
 from vqpipe.reports import page, plots
 
-ROWS = [
-    {
-        "step": i,
-        "images_seen": 16 * i,
-        "loss/total": 3 / i,
-        "loss/l1": 2 / i,
-        "psnr": 20 + i / 10,
-        "utilization": i / 50,
-    }
-    for i in range(1, 51)
-]
 GROWTH = [(1, 0.01, 0.01), (10, 0.05, 0.1), (1000, 0.5, 0.99), (2000, 0.6, 1.0)]
 REPLACED = {"replaced": (np.array([1.0, 50.0]), np.array([30.0, 25.0]))}
 
@@ -71,17 +60,6 @@ def test_bars_have_their_own_names_and_numbers_and_error_bars_one_standard_devia
     assert [each.tolist() for each in bars.get_segments()] == [[[1, 19.75], [1, 20.25]], [[2, 20.5], [2, 21.5]]]
 
 
-def test_training_curves_of_one_run_show_each_loss_term_and_of_several_the_total() -> None:
-    one = plots.training_curves({"": ROWS})
-    assert [plot.title for plot in one] == ["Loss", "PSNR in training, dB", "Utilization in training"]
-    assert "total ends at 0.06, L1 distance ends at 0.04" in one[0].alt
-    assert "100.0%" in one[2].alt
-    several = plots.training_curves({"lc": ROWS, "fc": ROWS[:9]})
-    assert several[0].alt == "lc ends at 0.06, fc ends at 0.3333"
-    assert plots.training_curves({"": [{"step": 1}]}) == []
-    assert plots.training_curves({}) == []
-
-
 def test_svg_is_reproducible_and_takes_the_text_color() -> None:
     counts = torch.tensor([[5, 0, 2, 9]])
     first, second = (plots.code_frequency(counts).svg for _ in range(2))
@@ -92,7 +70,7 @@ def test_svg_is_reproducible_and_takes_the_text_color() -> None:
 
 
 def test_ids_of_plots_on_one_page_are_distinct() -> None:
-    drawn = [*plots.training_curves({"": ROWS}), plots.code_frequency(torch.tensor([[1, 2]]))]
+    drawn = [plots.code_frequency(torch.tensor([[1, 2]]))]
     drawn += [plots.bars("a", {"b": 1.0}), plots.rate_distortion({"a": (0.1, 20.0)})]
     ids = [{node.get("id") for node in ET.fromstring(plot.svg).iter()} - {None} for plot in drawn]
     assert len(set().union(*ids)) == sum(map(len, ids))
@@ -168,8 +146,9 @@ def test_rate_distortion_lists_every_tokenizer_and_continuous_latents_apart() ->
     points = {f"tokenizer {number}": (0.05 * 1.3**number, 18.0 + number % 5) for number in range(12)}
     plot = plots.rate_distortion({**points, "sd-vae": (None, 23.0)})
     assert {*points, "sd-vae"} <= set(texts(plot))
-    assert "tokenizer 0 18.00 dB at 0.05" in plot.alt
-    assert "sd-vae 23.00 dB with continuous latents" in plot.alt
+    assert "tokenizer 0 18.00 at 0.05" in plot.alt
+    assert plot.alt.endswith("sd-vae 23.00: a dashed line")
+    assert plots.rate_distortion({"sd-vae": (None, 23.0)}) is None
     assert "one" in texts(plots.rate_distortion({"one": (0.1, 20.0)}))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, to_png
-from vqpipe.reports.training import NUMBERS, TrainingRun, describe_tokenizer, newest_number, run_curves, training_page
+from vqpipe.reports.training import TrainingRun, describe_tokenizer, newest_number, run_curves, training_page
 
 TOKENIZER = {"quantizer": "vq", "codebook_size": 64, "num_groups": 1, "downsample_factor": 2}
 
@@ -136,12 +136,6 @@ def test_each_line_of_a_curve_is_of_the_quantity_that_it_names() -> None:
     assert drawn["Codes in use"] == "training ends at 50.0%, validation ends at 25.0%"
     assert drawn["Perplexity of the codes in training"] == "training ends at 20"
     assert drawn["Perplexity of the codes in validation"] == "validation ends at 12"
-
-
-def test_numbers_in_percent_are_of_shares() -> None:
-    assert {number.key: number.scale for number in NUMBERS} == {
-        number.key: 100 if number.unit == "%" else 1 for number in NUMBERS
-    }
 
 
 def test_one_or_two_points_are_no_curve() -> None:

@@ -89,7 +89,7 @@ def test_groups_and_continuous_latents_are_compared_with_other_tokenizers(
     assert row.count("<td>–</td>") == 5
     assert "<td>2 x 64</td>" in html
     assert "<td>68,719,476,736</td>" in html
-    assert f"tiny-vae {numbers['tiny-vae']['psnr']:.2f} dB with continuous latents" in html
+    assert f"tiny-vae {numbers['tiny-vae']['psnr']:.2f}: a dashed line" in html
     assert "tiny-vae: codes in use, utilization per group, perplexity per group, bits per pixel" in html
 
 

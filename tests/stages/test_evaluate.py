@@ -99,7 +99,7 @@ def test_report_equals_metrics_of_decoded_reconstructions(
     html = report.file("report.html").read_text(encoding="utf-8")
     assert f"{metrics['psnr']:.2f}" in html
     assert html.count("It is at https://download.pytorch.org/models/alexnet-owt-7be5be79.pth</dd>") == 1
-    assert "Utilization in training" in html
+    assert "Codes in use" in html
     assert open_artifact(path).digest[:12] in html
     printed = capsys.readouterr().err
     assert "Protocol adm: ADM's crop and rFID." in printed

@@ -49,6 +49,12 @@ OVER_SETS = tuple(m for key in ("rfid", "psnr") for m in MEASURES if m.key == ke
 """Columns of the table over several sets."""
 PRINTED = tuple(m for m in MEASURES if m.key in ("rfid", "psnr", "ssim", "lpips", "utilization"))
 """Measures of the table of papers."""
+TRAINING: tuple[tuple[str, str, plots.Scale, str], ...] = (
+    ("loss/total", "Total loss", "log", ""),
+    ("psnr", "PSNR in training, dB", "linear", ""),
+    ("utilization", "Utilization in training", "share", "Over the tokens between two rows of the log."),
+)
+"""Curves with a line per tokenizer: key in the log, title, scale, caption."""
 
 
 @dataclass(frozen=True)
@@ -446,10 +452,10 @@ def quality_plots(evaluations: Sequence[EvaluationResult], of: str) -> list[page
     points = {e.name: (e.metrics.get("bits_per_pixel"), e.metrics["psnr"]) for e in evaluations if "psnr" in e.metrics}
     prefixes = {e.name: e.metrics["prefixes"] for e in evaluations if "prefixes" in e.metrics}
     sections: list[page.Section] = []
-    if any(bits is not None for bits, _ in points.values()):
-        sections.append(page.Plots(f"Quality by bits per pixel{of}", [plots.rate_distortion(points)]))
-    if drawn := size_plots(configurations_of(evaluations)):
-        sections.append(page.Plots(f"Codebook size{of}", drawn))
+    if drawn := plots.rate_distortion(points):
+        sections.append(page.Plots(f"Quality by bits per pixel{of}", [drawn]))
+    if by_size := size_plots(configurations_of(evaluations)):
+        sections.append(page.Plots(f"Codebook size{of}", by_size))
     if curves := plots.k_curves(prefixes):
         sections.append(page.Plots(f"Reconstruction from the first k groups{of}", curves))
     return sections
@@ -467,7 +473,11 @@ def usage_and_training_plots(
         drawn.append(plots.bars("Utilization", {each.name: each.metrics["utilization"] for each in discrete}, caption))
         drawn.append(plots.code_frequency({each.name: each.counts for each in discrete}))
     logs = {each.name: each.history for each in evaluations if each.history}
-    return [*drawn, *plots.training_curves(logs)]
+    curves = (
+        plots.curves(title, {name: plots.series(rows, key) for name, rows in logs.items()}, scale, caption)
+        for key, title, scale, caption in TRAINING
+    )
+    return [*drawn, *(plot for plot in curves if plot is not None)]
 
 
 def code_cell(tokenizer: Mapping[str, Any]) -> str:

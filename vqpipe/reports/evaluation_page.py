@@ -29,6 +29,7 @@ from vqpipe.reports.evaluation import (
 )
 from vqpipe.reports.papers import PaperRow, paper_row
 from vqpipe.reports.pictures import MAX_PREFIX_SIDE, galleries, prefix_pictures
+from vqpipe.reports.training import run_curves
 from vqpipe.words import capitalized, counted
 
 FIXED = {
@@ -65,7 +66,7 @@ def evaluation_page(evaluated: EvaluationResult) -> page.ReportPage:
         sections.append(prefix_table(prefixes, metrics))
         sections.append(page.Plots("Quality by bits per pixel", plots.k_curves({evaluated.name: prefixes})))
     sections += evaluated.analyses
-    if curves := plots.training_curves({"": evaluated.history}):
+    if curves := run_curves(evaluated.history):
         sections.append(page.Plots("Training", curves))
     sections += [all_metrics(own, metrics) for own in protocols]
     sections += not_computed([(evaluated.name, metrics)])

@@ -64,18 +64,6 @@ MAX_MARKED = 12
 """Points of a line up to which each has a marker."""
 MAX_SIZES = 4
 """Different codebook sizes up to which each is marked by a vertical line."""
-NOT_LOSSES = ("adversarial_weight", "real_logit", "fake_logit")
-"""Keys of a log row under `loss/` that are no loss terms."""
-LOSS_TERMS = {
-    "l1": "L1 distance",
-    "l2": "squared error",
-    "log_l2": "log squared error",
-    "charbonnier": "Charbonnier distance",
-    "lpips": "perceptual distance",
-    "r1": "R1 penalty",
-    "lecam": "LeCam penalty",
-}
-"""Term of a loss -> its name in a legend, where the two differ in more than underscores."""
 
 LogRow = Mapping[str, Any]
 """A row of `metrics.jsonl`."""
@@ -150,40 +138,6 @@ def curves(title: str, lines: Mapping[str, Line], scale: Scale, caption: str = "
     if max((len(x) for x, _ in lines.values()), default=0) < MIN_CURVE:
         return None
     return line_plot(title, lines, xlabel="images seen", yscale=scale, caption=caption)
-
-
-def loss_terms(rows: Sequence[LogRow]) -> list[str]:
-    """Names of the loss terms that were logged as `loss/<name>`, the total first."""
-    names = [name.removeprefix("loss/") for row in rows for name in row if name.startswith("loss/")]
-    return [name for name in dict.fromkeys(["total", *names]) if name not in NOT_LOSSES]
-
-
-def term_in_words(name: str) -> str:
-    """A term of the loss as a legend names it."""
-    return LOSS_TERMS.get(name, name.replace("_", " "))
-
-
-def training_curves(runs: Mapping[str, Sequence[LogRow]]) -> list[Plot]:
-    """Loss, PSNR and utilization over images seen, from the rows of `metrics.jsonl` of each run by name.
-
-    One run: a line per loss term. Several: a line per run, of the total. A quantity that no run logged has no plot.
-    """
-    if len(runs) == 1:
-        losses = {
-            term_in_words(term): series(rows, f"loss/{term}") for rows in runs.values() for term in loss_terms(rows)
-        }
-    else:
-        losses = {name: series(rows, "loss/total") for name, rows in runs.items()}
-    psnr = {name: series(rows, "psnr") for name, rows in runs.items()}
-    utilization = {name: series(rows, "utilization") for name, rows in runs.items()}
-    window = max((row["window_tokens"] for rows in runs.values() for row in rows if "window_tokens" in row), default=0)
-    caption = f"Over the tokens between two rows of the log, at most {window:,}." if window else ""
-    plots = (
-        curves("Loss" if len(runs) == 1 else "Total loss", losses, "log"),
-        curves("PSNR in training, dB", psnr, "linear"),
-        curves("Utilization in training", utilization, "share", caption),
-    )
-    return [plot for plot in plots if plot is not None]
 
 
 def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
@@ -280,32 +234,16 @@ def k_curves(prefixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
     return found
 
 
-def rate_distortion(points: Mapping[str, tuple[float | None, float]]) -> Plot:
+def rate_distortion(points: Mapping[str, tuple[float | None, float]]) -> Plot | None:
     """PSNR over bits per pixel: a point per tokenizer, and a dashed line for one with continuous latents.
 
     `points` holds by name (bits per pixel, PSNR in dB).
     """
-    with matplotlib.rc_context(STYLE):
-        figure, axes = one_axes(points)
-        for number, (name, (bits, psnr)) in enumerate(points.items()):
-            if bits is None:
-                axes.axhline(psnr, color=color(number), linestyle=DASHED["linestyle"], label=untypeset(name))
-            else:
-                marker = MARKERS[number // len(COLORS) % len(MARKERS)]
-                axes.plot(bits, psnr, marker, color=color(number), markersize=6, label=untypeset(name))
-        axes.margins(0.12)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set(xlabel="bits per pixel", ylabel="PSNR, dB")
-        axes.grid()
-        legend_above(axes, points, min_names=1)
-        svg = to_svg(figure, f"rate-{'-'.join(points)}")
-    words = [
-        f"{name} {psnr:.2f} dB " + ("with continuous latents" if bits is None else f"at {bits:.3g}")
-        for name, (bits, psnr) in points.items()
-    ]
-    continuous = any(bits is None for bits, _ in points.values())
+    discrete = {name: [(bits, psnr, 0.0)] for name, (bits, psnr) in points.items() if bits is not None}
+    continuous = {name: psnr for name, (bits, psnr) in points.items() if bits is None}
     caption = "Upper left is better." + (" Dashed: continuous latents, which have no bits." if continuous else "")
-    return Plot("PSNR over bits per pixel", svg, ", ".join(words), caption)
+    title = "PSNR over bits per pixel, dB"
+    return points_with_spread(title, discrete, xlabel="bits per pixel", levels=continuous, caption=caption)
 
 
 def points_with_spread(
@@ -316,6 +254,7 @@ def points_with_spread(
     is_share: bool = False,
     log: bool = False,
     unjoined: Collection[str] = (),
+    levels: Mapping[str, float] | None = None,
     caption: str = "",
 ) -> Plot | None:
     """Means with their standard deviations by method; None without points.
@@ -326,12 +265,15 @@ def points_with_spread(
         methods: by name (x, mean, standard deviation).
         is_share: y is in 0..1, written as percent.
         log: a logarithmic x axis.
+        levels: names and heights of dashed horizontal lines.
     """
+    levels = levels or {}
     methods = {name: sorted(points) for name, points in methods.items() if points}
     if not methods:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = one_axes(methods)
+        names = [*methods, *levels]
+        figure, axes = one_axes(names)
         for number, (name, points) in enumerate(methods.items()):
             x, y, spread = map(np.array, zip(*points, strict=True))
             joined = len(set(x)) == len(x) and name not in unjoined
@@ -340,6 +282,8 @@ def points_with_spread(
             axes.errorbar(
                 x, y, yerr=spread if spread.any() else None, marker=marker, capsize=3, label=untypeset(name), **style
             )
+        for number, (name, height) in enumerate(levels.items(), start=len(methods)):
+            axes.axhline(height, color=color(number), linestyle=DASHED["linestyle"], label=untypeset(name))
         if log:
             axes.set_xscale("log")
             plain_numbers(axes.xaxis)
@@ -351,13 +295,14 @@ def points_with_spread(
         axes.margins(x=0.08)
         axes.set_xlabel(xlabel)
         axes.grid()
-        legend_above(axes, methods, min_names=1)
-        svg = to_svg(figure, f"{title}-{'-'.join(methods)}")
+        legend_above(axes, names, min_names=1)
+        svg = to_svg(figure, f"{title}-{'-'.join(names)}")
     words = [
         f"{name} {f'{mean:.1%}' if is_share else f'{mean:.2f}'} at {x:,.6g}"
         for name, points in methods.items()
         for x, mean, _ in points
     ]
+    words += [f"{name} {height:.2f}: a dashed line" for name, height in levels.items()]
     return Plot(title, svg, ", ".join(words), caption)
 
 

@@ -70,7 +70,7 @@ class LoggedNumber:
     label: str
     format: str
     unit: str = ""
-    scale: float = 1.0
+    """With "%" the number is a share, 0..1."""
     note: str = ""
     """How it is measured, where that is not plain from its label."""
 
@@ -81,7 +81,8 @@ class LoggedNumber:
 
     def text(self, value: float | None) -> str:
         """The number without its unit; a dash for None. An exponent has no zero before it: `1.1e-6`."""
-        return "–" if value is None else re.sub("e([+-])0", r"e\1", format(self.scale * value, self.format))
+        scale = 100 if self.unit == "%" else 1
+        return "–" if value is None else re.sub("e([+-])0", r"e\1", format(scale * value, self.format))
 
     def text_with_unit(self, value: float) -> str:
         """The number with its unit."""
@@ -99,7 +100,7 @@ NUMBERS = (
     LoggedNumber(
         "psnr", "training", "training PSNR", ".2f", "dB", note="of the mean squared error since the last row of the log"
     ),
-    LoggedNumber("train/top1", "training", "training top-1", ".1f", "%", 100),
+    LoggedNumber("train/top1", "training", "training top-1", ".1f", "%"),
     LoggedNumber("valid/step", "validation", "validation step", ",.0f"),
     LoggedNumber("valid/total", "validation", "validation loss", ".4g"),
     LoggedNumber("valid/psnr", "validation", "validation PSNR", ".2f", "dB", note="mean over images"),
@@ -109,13 +110,11 @@ NUMBERS = (
         for kind, (words, _) in PERCEPTUAL.items()
         for net, name in BACKBONES.items()
     ),
-    LoggedNumber("valid/top1", "validation", "validation top-1", ".1f", "%", 100),
-    LoggedNumber("valid/top5", "validation", "validation top-5", ".1f", "%", 100),
-    LoggedNumber("valid/utilization", "validation", "validation codes in use", ".1f", "%", 100),
+    LoggedNumber("valid/top1", "validation", "validation top-1", ".1f", "%"),
+    LoggedNumber("valid/top5", "validation", "validation top-5", ".1f", "%"),
+    LoggedNumber("valid/utilization", "validation", "validation codes in use", ".1f", "%"),
     LoggedNumber("valid/perplexity", "validation", "validation perplexity", ",.1f", note="mean over groups"),
-    LoggedNumber(
-        "utilization", "codes", "codes in use", ".1f", "%", 100, "training images, since the last row of the log"
-    ),
+    LoggedNumber("utilization", "codes", "codes in use", ".1f", "%", "training images, since the last row of the log"),
     LoggedNumber(
         "perplexity",
         "codes",
@@ -139,13 +138,25 @@ NUMBERS = (
     LoggedNumber("learning_rate", "gradients", "learning rate", ".3g"),
     LoggedNumber("images_per_second", "speed", "throughput", ",.3g", "images/s"),
     LoggedNumber("seconds_per_step", "speed", "time per step", ".3g", "s"),
-    LoggedNumber("data_wait", "speed", "waiting for images", ".0f", "%", 100),
-    LoggedNumber("mfu", "speed", "MFU", ".1f", "%", 100, "share of the device's peak; estimate; bf16, dense"),
+    LoggedNumber("data_wait", "speed", "waiting for images", ".0f", "%"),
+    LoggedNumber("mfu", "speed", "MFU", ".1f", "%", "share of the device's peak; estimate; bf16, dense"),
     LoggedNumber("tflops", "speed", "arithmetic", ",.3g", "TFLOP/s", note="estimate; each device"),
     LoggedNumber("memory_gb", "speed", "memory", ".1f", "GB"),
     LoggedNumber("compiled_graphs", "speed", "compiled graphs", ",.0f"),
 )
 """Every logged number except most loss terms, for the page and for the progress display."""
+NOT_TERMS = ("total", "adversarial_weight", "real_logit", "fake_logit")
+"""Keys of a log row under `loss/` that are no terms of a loss."""
+LOSS_TERMS = {
+    "l1": "L1 distance",
+    "l2": "squared error",
+    "log_l2": "log squared error",
+    "charbonnier": "Charbonnier distance",
+    "lpips": "perceptual distance",
+    "r1": "R1 penalty",
+    "lecam": "LeCam penalty",
+}
+"""Term of a loss -> its name in a legend, where the two differ in more than underscores."""
 
 
 def in_words(key: str, value: float) -> str:
@@ -296,21 +307,20 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-def loss_curves(rows: Sequence[plots.LogRow]) -> tuple[page.Plot | None, ...]:
+def loss_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot | None]:
     """The terms of a tokenizer's objective on a logarithmic axis; else the total with that of the validation, and its
     parts."""
+    logged = dict.fromkeys(name.removeprefix("loss/") for row in rows for name in row if name.startswith("loss/"))
+    terms = {
+        LOSS_TERMS.get(name, name.replace("_", " ")): plots.series(rows, f"loss/{name}")
+        for name in logged
+        if name not in NOT_TERMS
+    }
+    total = plots.series(rows, "loss/total")
     if any("psnr" in row for row in rows):
-        return (
-            plots.curves(
-                "Loss",
-                {plots.term_in_words(term): plots.series(rows, f"loss/{term}") for term in plots.loss_terms(rows)},
-                "log",
-            ),
-        )
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/") and name != "loss/total")
-    parts = {plots.term_in_words(name.removeprefix("loss/")): plots.series(rows, name) for name in names}
-    total = {"training": plots.series(rows, "loss/total"), "validation": plots.series(rows, "valid/total")}
-    return plots.curves("Loss", total, "linear"), plots.curves("Parts of the loss", parts, "linear")
+        return [plots.curves("Loss", {"total": total, **terms}, "log")]
+    totals = {"training": total, "validation": plots.series(rows, "valid/total")}
+    return [plots.curves("Loss", totals, "linear"), plots.curves("Parts of the loss", terms, "linear")]
 
 
 def validation_table(run: TrainingRun) -> page.Table:
