@@ -128,7 +128,7 @@ def test_pictures_over_the_budget_are_omitted_and_counted() -> None:
 def test_a_large_picture_is_shown_by_its_center_at_full_resolution() -> None:
     (found,) = pictures.error_pictures([pair("large", 20.0, height=16, width=1500)])
     assert found.size == (1024, 16)
-    assert found.note == "20.0 dB, center 1024 x 16 of 1500 x 16 pixels; PSNR of the whole"
+    assert found.note == "20.0 dB, center 1024 x 16 of 1500 x 16 pixels; numbers of the whole"
     assert (pixels(found.original)[8, 512] == 200).all()
 
 

@@ -62,20 +62,18 @@ class PictureBudget:
         self.left = num_bytes
         self.omitted = 0
 
-    def take(self, *pngs: bytes) -> bool:
-        """Whether these still fit. After the first that do not, all are omitted."""
-        size = sum(map(len, pngs))
+    def take(self, picture: page.Picture) -> bool:
+        """Whether it still fits. After the first that does not, all are omitted."""
+        size = len(picture.original) + sum(len(version.png) for version in picture.versions)
         if self.omitted or size > self.left:
             self.omitted += 1
             return False
         self.left -= size
         return True
 
-    def note(self) -> str:
+    def note(self, folder: str = "pictures/ beside it") -> str:
         """A sentence on the pictures omitted, if there are any."""
-        if not self.omitted:
-            return ""
-        return f"{self.omitted} more would make this file too large: see pictures/ beside it."
+        return f"{self.omitted:,} more would make this file too large: see {folder}." if self.omitted else ""
 
 
 def galleries(pairs: Sequence[ImagePair]) -> list[page.Section]:
@@ -97,14 +95,11 @@ def galleries(pairs: Sequence[ImagePair]) -> list[page.Section]:
 def error_pictures(pairs: Sequence[ImagePair], budget: PictureBudget | None = None) -> list[page.Picture]:
     """Each original with its reconstruction and its error map, as far as the budget allows."""
     budget = budget or PictureBudget()
-    found = []
-    for pair, note in map(center, pairs):
-        error = error_map(from_png(pair.original), from_png(pair.reconstruction))
-        if budget.take(pair.original, pair.reconstruction, error):
-            versions = [page.Version("reconstruction", pair.reconstruction), page.Version("error", error)]
-            notes = ", ".join(filter(None, (decibels(pair.psnr), note)))
-            found.append(page.Picture(pair.name, pair.original, versions, notes))
-    return found
+    found = (
+        compared(pair.name, pair.original, [page.Version("reconstruction", pair.reconstruction)], decibels(pair.psnr))
+        for pair in pairs
+    )
+    return [picture for picture in found if budget.take(picture)]
 
 
 def prefix_pictures(pairs: Sequence[ImagePair]) -> list[page.Picture]:
@@ -126,28 +121,27 @@ def shared_pictures(reports: Mapping[str, Sequence[ImagePair]], budget: PictureB
     """The originals that every one of several reports shows, each with all their reconstructions."""
     by_original = {name: {pair.original: pair for pair in pairs} for name, pairs in reports.items()}
     found = []
-    for original in next(iter(by_original.values())):
-        if not all(original in pairs for pairs in by_original.values()):
-            continue
-        cut, notes = zip(*(center(pairs[original]) for pairs in by_original.values()), strict=True)
-        if budget.take(cut[0].original, *(pair.reconstruction for pair in cut)):
-            versions = [
-                page.Version(name, pair.reconstruction, decibels(pair.psnr))
-                for name, pair in zip(by_original, cut, strict=True)
-            ]
-            found.append(page.Picture(cut[0].name, cut[0].original, versions, notes[0]))
-    return found
+    for original, first in next(iter(by_original.values())).items():
+        if all(original in pairs for pairs in by_original.values()):
+            pairs = {name: pairs[original] for name, pairs in by_original.items()}
+            versions = [page.Version(name, each.reconstruction, decibels(each.psnr)) for name, each in pairs.items()]
+            found.append(compared(first.name, original, versions))
+    return [picture for picture in found if budget.take(picture)]
 
 
-def center(pair: ImagePair) -> tuple[ImagePair, str]:
-    """The center of images with a side over MAX_SIDE, and a note; smaller ones unchanged."""
-    width, height = page.png_size(pair.original)
-    if max(width, height) <= MAX_SIDE:
-        return pair, ""
-    original, reconstruction = (crop_center(png, MAX_SIDE) for png in (pair.original, pair.reconstruction))
-    size = " x ".join(map(str, page.png_size(original)))
-    note = f"center {size} of {width} x {height} pixels; PSNR of the whole"
-    return replace(pair, original=original, reconstruction=reconstruction), note
+def compared(name: str, original: bytes, versions: Sequence[page.Version], note: str = "") -> page.Picture:
+    """An original and its versions; of those with a side over MAX_SIDE the center, which the note says. A single
+    version is followed by its error map."""
+    width, height = page.png_size(original)
+    if max(width, height) > MAX_SIDE:
+        original, *cut = (crop_center(png, MAX_SIDE) for png in (original, *(version.png for version in versions)))
+        versions = [replace(version, png=png) for version, png in zip(versions, cut, strict=True)]
+        size = " x ".join(map(str, page.png_size(original)))
+        note = ", ".join(filter(None, (note, f"center {size} of {width} x {height} pixels; numbers of the whole")))
+    if len(versions) == 1:
+        error = error_map(from_png(original), from_png(versions[0].png))
+        versions = [*versions, page.Version("error", error)]
+    return page.Picture(name, original, versions, note)
 
 
 def decibels(psnr: float | None) -> str:

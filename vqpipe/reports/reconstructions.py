@@ -2,18 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from vqpipe.reports import page
-from vqpipe.reports.pictures import (
-    ERROR_CAPTION,
-    MAX_SIDE,
-    PictureBudget,
-    crop_center,
-    decibels,
-    error_map,
-    from_png,
-)
+from vqpipe.reports.pictures import ERROR_CAPTION, PictureBudget, compared, decibels
 from vqpipe.words import counted
 
 OPEN_ROWS = 40
@@ -55,8 +48,9 @@ def reconstructions_page(files: Sequence[ReconstructedFile], tokenizer: str) -> 
             ("SSIM", mean((v.ssim for v in versions), ".3f"), ""),
         )
     ]
-    pictures, note = shown_pictures(files)
-    caption = " ".join(filter(None, (ERROR_CAPTION if len(files[0].versions) == 1 else "", note)))
+    budget = PictureBudget()
+    pictures, errors = shown_pictures(files, budget), ERROR_CAPTION if len(files[0].versions) == 1 else ""
+    caption = f"{errors} {budget.note('reconstructions/')}".strip()
     sections: list[page.Section] = [
         page.Numbers("Reconstruction", numbers),
         page.Pictures("Originals and reconstructions", pictures, caption),
@@ -68,24 +62,19 @@ def reconstructions_page(files: Sequence[ReconstructedFile], tokenizer: str) -> 
     return page.ReportPage(f"{tokenizer} on {images}", subtitle, sections)
 
 
-def shown_pictures(files: Sequence[ReconstructedFile]) -> tuple[list[page.Picture], str]:
-    """The files that fit into the page, with an error map where there is one reconstruction; a note on the others."""
-    budget, found = PictureBudget(), list[page.Picture]()
-    for file in files:
-        paths = [file.original, *(version.png for version in file.versions)]
-        original, *others = (crop_center(path.read_bytes(), MAX_SIDE) for path in paths)
-        versions = [
-            page.Version(version.label, png, version.note) for version, png in zip(file.versions, others, strict=True)
-        ]
-        if len(others) == 1:
-            versions.append(page.Version("error", error_map(from_png(original), from_png(others[0]))))
-        if not budget.take(original, *(version.png for version in versions)):
-            break
-        width, height = page.png_size(file.original.read_bytes()[:24])
-        note = f"center of {width} x {height} pixels; numbers of the whole" if max(width, height) > MAX_SIDE else ""
-        found.append(page.Picture(file.name, original, versions, note))
-    left = len(files) - len(found)
-    return found, f"{left:,} more would make this file too large: see reconstructions/." if left else ""
+def shown_pictures(files: Sequence[ReconstructedFile], budget: PictureBudget) -> list[page.Picture]:
+    """The files that fit into the page, with an error map where there is one reconstruction."""
+    pictures = (
+        compared(
+            file.name,
+            file.original.read_bytes(),
+            [page.Version(version.label, version.png.read_bytes(), version.note) for version in file.versions],
+        )
+        for file in files
+    )
+    found = list(takewhile(budget.take, pictures))
+    budget.omitted = len(files) - len(found)
+    return found
 
 
 def numbers_table(files: Sequence[ReconstructedFile], most: int | None = None, folded: bool = False) -> page.Table:
