@@ -45,7 +45,6 @@ WORDS = {
     "valid_loss": "validation loss {}",
     "top1": "top-1 accuracy {}",
     "top5": "top-5 accuracy {}",
-    "fid": "FID {}",
     "class_names": "class names: {}",
     "left_out": "left out: {}",
     "image_sets": "image sets: {}",
@@ -76,15 +75,14 @@ def summary(kind: str, facts: Mapping[str, Any]) -> str:
 
 def phrases(facts: Mapping[str, Any]) -> Iterator[str]:
     """Each fact in words, without those that are empty or unknown."""
-    from vqpipe.reports.evaluation import MEASURES, written  # imports PyTorch
+    from vqpipe.reports.evaluation import BY_KEY, written  # imports PyTorch
 
-    measures = {measure.key: measure for measure in MEASURES}
     for key, value in facts.items():
         words = WORDS.get(key)
         if value is None or value in ("", {}, []):
             continue
-        if isinstance(value, int | float) and key in measures:
-            yield f"{measures[key].label} {written(measures[key], value)}"
+        if isinstance(value, int | float) and key in BY_KEY:
+            yield f"{BY_KEY[key].label} {written(BY_KEY[key], value)}"
         elif words is None:
             yield f"{key}{':' if isinstance(value, Mapping) else ''} {text_of(value)}"
         elif "{}" in words:

@@ -5,11 +5,8 @@ from pathlib import Path
 import pytest
 
 from vqpipe.errors import ConfigError
-from vqpipe.reports import generated
-from vqpipe.reports.evaluation import MEASURES
 from vqpipe.reports.published import OurNumbers, published_table, read_table
 
-BY_KEY = {measure.key: measure for measure in MEASURES}
 TABLE = """
 title = "A paper, Table 1"
 protocol = "adm"
@@ -33,7 +30,7 @@ def test_each_printed_number_has_ours_beside_it_by_the_protocol_of_the_paper(tmp
     ours.add("cleanfid-matched", "photos", ("lc",), {"rfid": 1.0})  # another protocol: not shown
     ours.add("adm", "photos", ("lc",), {"rfid": 2.5, "psnr": 24.0})
     ours.add("adm", "faces", ("x", "faces-512-lc"), {"rfid": 3.0})
-    table = published_table(read_table(written(tmp_path, TABLE)), BY_KEY, ours)
+    table = published_table(read_table(written(tmp_path, TABLE)), ours)
     assert table.header == ["row", "paper", "ours", "paper", "ours", "paper", "ours"]
     assert list(table.spans) == [("", 1), ("rFID", 2), ("PSNR", 2), ("rFID, faces", 2)]
     assert table.rows[0] == ["another paper's (quoted)", "5.00", "–", "–", "–", "–", "–"]
@@ -65,11 +62,10 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, message: 
 def test_a_column_that_is_no_measure_is_refused(tmp_path: Path) -> None:
     table = read_table(written(tmp_path, TABLE.replace('"psnr"', '"psnrr"')))
     with pytest.raises(ConfigError, match="unknown column 'psnrr'"):
-        published_table(table, BY_KEY, OurNumbers())
+        published_table(table, OurNumbers())
 
 
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_table_of_the_papers_reads_and_has_known_columns(path: Path) -> None:
     table = read_table(path)
-    known = generated.MEASURES if "fid" in table.columns else BY_KEY
-    assert len(published_table(table, known, OurNumbers()).rows) == len(table.rows)
+    assert len(published_table(table, OurNumbers()).rows) == len(table.rows)

@@ -15,8 +15,10 @@ from vqpipe.errors import ArtifactError
 from vqpipe.reports import generated, page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import (
+    BY_KEY,
     MEASURES,
     NUM_HEADLINES,
+    PRINTED,
     EvaluationResult,
     Measure,
     bits_first,
@@ -44,11 +46,9 @@ from vqpipe.words import counted
 SHARED = "The pictures that every one of the reports shows: its best and worst differ from report to report."
 KEYS = ("protocol", "image_size", "num_images", "reference")
 """Keys of `metrics.json` that must be equal for numbers to share a column. `reference` is the digest of the crops."""
-HEADLINES = (*MEASURES[:NUM_HEADLINES], *(m for m in MEASURES if m.key == "lpips"))
-OVER_SETS = tuple(m for key in ("rfid", "psnr") for m in MEASURES if m.key == key)
+HEADLINES = (*MEASURES[:NUM_HEADLINES], BY_KEY["lpips"])
+OVER_SETS = (BY_KEY["rfid"], BY_KEY["psnr"])
 """Columns of the table over several sets."""
-PRINTED = tuple(m for m in MEASURES if m.key in ("rfid", "psnr", "ssim", "lpips", "utilization"))
-"""Measures of the table of papers."""
 TRAINING: tuple[tuple[str, str, plots.Scale, str], ...] = (
     ("loss/total", "Total loss", "log", ""),
     ("psnr", "PSNR in training, dB", "linear", ""),
@@ -91,6 +91,10 @@ class Group:
         images = counted(first["num_images"], "images")
         return f"{images} of {self.images} at {size_in_words(first)}, protocol {self.protocol}"
 
+    def values(self, measure: Measure) -> dict[str, float | None]:
+        """The number of each member by its name; None where it was not measured."""
+        return {each.name: value_of(each.metrics, measure.key) for each in self.members}
+
 
 def compare(reports: Sequence[Artifact], published: Sequence[PublishedTable] = ()) -> Comparison:
     """Compare reports of `vqpipe eval`, or of `vqpipe eval-generation`.
@@ -123,14 +127,13 @@ def compare_tokenizers(reports: Sequence[Artifact], published: Sequence[Publishe
     groups = groups_of(evaluations)
     names = list(dict.fromkeys(each.name for each in evaluations))
     title = " and ".join(names) if len(names) <= 2 else f"{len(names)} tokenizers"
-    measures = {measure.key: measure for measure in MEASURES}
     ours = OurNumbers()
     for report, evaluated in zip(reports, evaluations, strict=True):
         images = str(input_of(evaluated.lineage, "images").get("name", "")).removeprefix("set-")
         for view in by_protocol(evaluated.metrics):
-            values = {key: value_of(view, key) for key in measures}
+            values = {key: value_of(view, key) for key in BY_KEY}
             ours.add(view["protocol"], images, (evaluated.name, report.name.removeprefix("report-")), values)
-    as_published = [published_table(table, measures, ours) for table in published]
+    as_published = [published_table(table, ours) for table in published]
     return Comparison(
         names=[each.name for each in evaluations],
         metrics=metrics_by_name(evaluations),
@@ -159,9 +162,9 @@ def compare_samples(reports: Sequence[Artifact], published: Sequence[PublishedTa
     check_alike(opened)
     ours = OurNumbers()
     for each in opened:
-        values = {key: value_of(each.metrics, key) for key in generated.MEASURES}
+        values = {key: value_of(each.metrics, key) for key in BY_KEY}
         ours.add(each.metrics["protocol"], "", (each.name.removeprefix("samples-"),), values)
-    as_published = [published_table(table, generated.MEASURES, ours) for table in published]
+    as_published = [published_table(table, ours) for table in published]
     return Comparison(
         names=names,
         metrics={each.name: each.metrics for each in opened},
@@ -387,13 +390,12 @@ def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
         names = list(dict.fromkeys(each.name for group in sets for each in group.members))
         columns = [(group, m) for group in sets for m in present(group.members, OVER_SETS)]
         ranked = [m for m in OVER_SETS if any(m is column for _, column in columns)]
+        values = [[group.values(m).get(name) for group, m in columns] for name in names]
         rows = [
-            [
-                page.Cell(name),
-                *(cell_of(name, group.members, m) for group, m in columns),
-                *(page.Cell(rank_cell(name, sets, m)) for m in ranked),
-            ]
-            for name in names
+            [*row, *(rank_cell(name, sets, m) for m in ranked)]
+            for name, row in zip(
+                names, table_rows([[name] for name in names], [m for _, m in columns], values, unit=False), strict=True
+            )
         ]
         spans = [("", 1), *((g.images, n) for g in sets if (n := sum(each is g for each, _ in columns)))]
         spans.append(("mean rank", len(ranked)))
@@ -407,18 +409,11 @@ def tables_over_sets(groups: Sequence[Group]) -> list[page.Section]:
     return sections
 
 
-def cell_of(name: str, members: Sequence[EvaluationResult], measure: Measure) -> page.Cell:
-    """The number of the member `name`; a dash where it was not measured."""
-    values = {each.name: value_of(each.metrics, measure.key) for each in members}
-    value = values.get(name)
-    return page.Cell(written(measure, value, unit=False), value is not None and value == measure.best(values.values()))
-
-
 def rank_cell(name: str, sets: Sequence[Group], measure: Measure) -> str:
     """The mean over the sets of a tokenizer's rank, equal numbers sharing the best; a dash where one lacks a number."""
     ranks = []
     for group in sets:
-        values = {each.name: value_of(each.metrics, measure.key) for each in group.members}
+        values = group.values(measure)
         own = values.get(name)
         if own is None:
             return "–"
@@ -433,7 +428,7 @@ def paper_tables(evaluations: Sequence[EvaluationResult]) -> list[page.Section]:
     sections: list[page.Section] = []
     for protocol in dict.fromkeys(row.protocol for row in found.values()):
         printed = {name: row for name, row in found.items() if row.protocol == protocol}
-        measures = [m for m in PRINTED if any(m.key in row.values for row in printed.values())]
+        measures = [BY_KEY[key] for key in PRINTED if any(key in row.values for row in printed.values())]
         header = [evaluations[0].named_by, "row", *map(with_unit, measures), "changed in this run"]
         rows = [
             [name, f"{row.short}, {row.row}"]

@@ -59,10 +59,11 @@ MEASURES = (
     Measure("perceptual_squeeze", "perceptual (SqueezeNet)", "LPIPS's formula on the weights given", "", False, 3),
     Measure("perceptual_alex", "perceptual (AlexNet)", "LPIPS's formula on the weights given", "", False, 3),
     Measure("perceptual_vgg", "perceptual (VGG)", "LPIPS's formula on the weights given", "", False, 3),
+    Measure("fid", "FID", "against the references, torch-fidelity's Inception", "", False),
     Measure("sfid", "sFID", "Frechet distance of spatial features", "", False),
     Measure("kid", "KID", "mean over draws, torch-fidelity", "", False, 5),
-    Measure("precision", "precision", "share within the originals' third neighbors", "", True, 3),
-    Measure("recall", "recall", "share of the originals within the third neighbors", "", True, 3),
+    Measure("precision", "precision", "share within the references' third neighbors", "", True, 3),
+    Measure("recall", "recall", "share of the references within the third neighbors", "", True, 3),
     Measure("inception_score", "Inception Score", "over splits, torch-fidelity", "", True, 1),
     Measure("bits_per_pixel_entropy", "bits per pixel, coded", "by each group's entropy (order 0)", "", None, 3),
     Measure("psnr_of_mean_mse", "PSNR of the mean error", "as MGVQ's released evaluation", "dB", True),
@@ -72,9 +73,12 @@ MEASURES = (
     Measure("ssim_y", "SSIM of luma", "Gaussian window, full range", "", True, 3),
     Measure("ssim_range2", "SSIM, data range doubled", "as LlamaGen's evaluation; too high", "", True, 3),
 )
+BY_KEY = {measure.key: measure for measure in MEASURES}
+PRINTED = ("rfid", "psnr", "ssim", "lpips", "utilization")
+"""Measures that papers print, in the order of their tables."""
 OTHER_FORMULAS = ("psnr_of_mean_mse", "psnr_y", "psnr_y_full", "ssim_uniform7", "ssim_y", "ssim_range2")
 """Measures that are PSNR or SSIM by other formulas, for comparison with papers."""
-OTHER_NAMES = {"fid": "FID", "prc": "precision, recall", "is": "Inception Score"}
+OTHER_NAMES = {"prc": "precision, recall", "is": "Inception Score"}
 """Key of `not_computed` -> its name for readers, where it is that of no measure."""
 NUM_HEADLINES = 8
 """The first of MEASURES are the page's headline; the others are conventions for comparison with papers."""
@@ -185,8 +189,7 @@ def by_protocol(metrics: Metrics) -> list[dict[str, Any]]:
 
 def name_of(key: str) -> str:
     """`LPIPS (AlexNet)` for `lpips_alex`: a key of `not_computed` as its readers name it."""
-    labels = OTHER_NAMES | {measure.key: measure.label for measure in MEASURES}
-    return labels.get(key, key.replace("_", " "))
+    return BY_KEY[key].label if key in BY_KEY else OTHER_NAMES.get(key, key.replace("_", " "))
 
 
 def not_computed(results: Sequence[tuple[str, Metrics]]) -> list[Section]:
@@ -223,7 +226,7 @@ def frechet_measures(several: Iterable[Metrics]) -> list[Measure]:
 def value_of(metrics: Metrics, key: str) -> float | None:
     """The number of a measure, or None if it was not computed."""
     if key == "rfid":
-        return metrics["rfid"].get(metrics["protocol"])
+        return metrics.get("rfid", {}).get(metrics["protocol"])
     if key == "perplexity":
         groups = metrics.get("perplexity_per_group")
         return sum(groups) / len(groups) if groups else None
@@ -285,6 +288,8 @@ def convention_of(measure: Measure, metrics: Metrics) -> str:
         text = str(named).partition(": ")[2] or str(named)
     elif measure.key == "rfid" and "resize" in metrics:
         text = f"against {metrics['reference_kind']}; {metrics['resize']}"
+    elif measure.key == "utilization" and "num_ids" in metrics:
+        text = f"of {codes(metrics)}, over {counted(metrics['num_ids'], 'ids')}"
     return text + over_images(measure, metrics)
 
 

@@ -6,8 +6,10 @@ from typing import Any
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import num_used, sections_on_codes
 from vqpipe.reports.evaluation import (
+    BY_KEY,
     MEASURES,
     NUM_HEADLINES,
+    PRINTED,
     EvaluationResult,
     Measure,
     Metrics,
@@ -45,8 +47,6 @@ PREFIX_CAPTION = (
     "As in MGVQ's Figure 5: the codes of the other groups are zero. PSNR is that of the whole image; of large ones the "
     f"center is shown, at most {MAX_PREFIX_SIDE} pixels wide and high."
 )
-COMPARED = ("rfid", "psnr", "ssim", "lpips", "utilization")
-"""Measures that papers print, in the order of their tables."""
 
 
 def evaluation_page(evaluated: EvaluationResult) -> page.ReportPage:
@@ -117,17 +117,15 @@ def headline_note(measure: Measure, evaluated: EvaluationResult, own: Metrics) -
 
 def comparison_with_paper(protocols: Sequence[Metrics], paper: PaperRow | None) -> page.Table:
     """A row per measure, a column per protocol, and one for what the paper prints."""
-    by_key = {measure.key: measure for measure in MEASURES}
     columns: list[tuple[str, Mapping[str, float | None]]] = [
-        (f"here, {own['protocol']}", {key: printed_value(own, key) for key in COMPARED}) for own in protocols
+        (f"here, {own['protocol']}", {key: printed_value(own, key) for key in PRINTED}) for own in protocols
     ]
     if paper is not None:
         columns.append(("the paper, its own protocol", paper.values))
     rows = [
-        [with_unit(m)] + [written(m, values.get(key), unit=False) for _, values in columns]
-        for key in COMPARED
-        for m in [by_key[key]]
-        if any(values.get(key) is not None for _, values in columns)
+        [with_unit(m)] + [written(m, values.get(m.key), unit=False) for _, values in columns]
+        for m in map(BY_KEY.__getitem__, PRINTED)
+        if any(values.get(m.key) is not None for _, values in columns)
     ]
     first = protocols[0]
     caption = ["Each column has its own crop, rounding and formulas: compare within columns only."]

@@ -11,9 +11,10 @@ from vqpipe.artifacts import Artifact
 from vqpipe.errors import ArtifactError
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import (
+    BY_KEY,
     Measure,
     Metrics,
-    codes,
+    convention_of,
     frechet_measures,
     input_of,
     not_computed,
@@ -25,20 +26,10 @@ from vqpipe.reports.evaluation import (
 from vqpipe.reports.page import GAP
 from vqpipe.words import counted
 
-MEASURES = {
-    measure.key: measure
-    for measure in (
-        Measure("fid", "FID", "lower is better", "", False),
-        Measure("sfid", "sFID", "lower is better", "", False),
-        Measure("inception_score", "Inception Score", "higher is better", "", True, 1),
-        Measure("kid", "KID", "lower is better", "", False, 5),
-        Measure("precision", "precision", "k = 3", "", True, 3),
-        Measure("recall", "recall", "k = 3", "", True, 3),
-        Measure("utilization", "codes in use", "share chosen at least once over all samples", "%", True, 1),
-        Measure("perplexity", "perplexity", "exp of the entropy of the codes, mean over groups", "", True, 1),
-    )
-}
-"""By key."""
+MEASURES = tuple(
+    BY_KEY[key] for key in ("fid", "sfid", "inception_score", "kid", "precision", "recall", "utilization", "perplexity")
+)
+"""In the order of tables."""
 KEYS = ("protocol", "image_size", "num_references")
 """Keys of `metrics.json`: if these and the references are equal, numbers may share a column."""
 
@@ -148,7 +139,7 @@ def check_alike(several: Sequence[Generated]) -> None:
 
 def measures_of(several: Sequence[Metrics]) -> list[Measure]:
     """The measures that at least one `metrics.json` has."""
-    known = [*MEASURES.values(), *frechet_measures(several)]
+    known = [*MEASURES, *frechet_measures(several)]
     return [measure for measure in known if any(value_of(metrics, measure.key) is not None for metrics in several)]
 
 
@@ -160,25 +151,22 @@ def numbers(generated: Generated) -> list[page.Section]:
 
 def number_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Label, value and convention of every number of `metrics.json`."""
-    rows = []
-    for measure in measures_of([metrics]):
-        note = measure.convention
-        if measure.key == "utilization":
-            note = f"of {codes(metrics)}, over {counted(metrics['num_ids'], 'ids')}"
-        rows.append((measure.label, written(measure, value_of(metrics, measure.key)), note))
-    return rows
+    return [
+        (measure.label, written(measure, value_of(metrics, measure.key)), convention_of(measure, metrics))
+        for measure in measures_of([metrics])
+    ]
 
 
 def groups_table(metrics: Metrics) -> page.Table | None:
     """The use of the codes of each group; None without several groups."""
     if metrics.get("num_groups", 1) == 1:
         return None
-    columns = [("utilization", metrics["utilization_per_group"]), ("perplexity", metrics["perplexity_per_group"])]
+    columns = [(BY_KEY[key], metrics[f"{key}_per_group"]) for key in ("utilization", "perplexity")]
     rows = [
-        [str(group + 1), *(written(MEASURES[name], values[group]) for name, values in columns)]
+        [str(group + 1), *(written(measure, values[group]) for measure, values in columns)]
         for group in range(metrics["num_groups"])
     ]
-    return page.Table("Codes in use by group", ["group", *(MEASURES[name].label for name, _ in columns)], rows)
+    return page.Table("Codes in use by group", ["group", *(measure.label for measure, _ in columns)], rows)
 
 
 def comparison(several: Sequence[Generated]) -> page.Table:
@@ -213,7 +201,7 @@ def guidance_curves(several: Sequence[Generated]) -> list[page.Plot]:
             measured = [(each.cfg_scale, value_of(each.metrics, key)) for each in line]
             points = sorted((scale, value) for scale, value in measured if scale is not None and value is not None)
             curves[name] = (np.array([x for x, _ in points]), np.array([y for _, y in points]))
-        plot = plots.line_plot(MEASURES[key].label, curves, xlabel="scale of classifier-free guidance")
+        plot = plots.line_plot(BY_KEY[key].label, curves, xlabel="scale of classifier-free guidance")
         drawn += [] if plot is None else [plot]
     return drawn
 

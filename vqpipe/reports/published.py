@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vqpipe.errors import ConfigError
 from vqpipe.reports import page
-from vqpipe.reports.evaluation import Measure, written
+from vqpipe.reports.evaluation import BY_KEY, written
 
 NOT_PRINTED = "-"
 
@@ -99,27 +99,24 @@ def parse_row(row: Sequence[object], columns: Sequence[str]) -> PublishedRow:
     return PublishedRow(str(name), str(label), {column: float(value) for column, value in printed.items()})  # type: ignore[arg-type]
 
 
-def published_table(table: PublishedTable, measures: Mapping[str, Measure], ours: OurNumbers) -> page.Table:
+def published_table(table: PublishedTable, ours: OurNumbers) -> page.Table:
     """The table with two columns for each number: the paper's and ours.
-
-    Args:
-        measures: by their keys.
 
     Raises:
         ConfigError: a column is no known measure.
     """
     split = [(key, images) for key, _, images in (column.partition("@") for column in table.columns)]
     for key, _ in split:
-        if key not in measures:
-            raise ConfigError(f"{table.title}: unknown column {key!r}", f"Known: {', '.join(measures)}")
+        if key not in BY_KEY:
+            raise ConfigError(f"{table.title}: unknown column {key!r}", f"Known: {', '.join(BY_KEY)}")
     rows = []
     for row in table.rows:
         cells = [row.label if row.name else f"{row.label} (quoted)"]
         for column, (key, images) in zip(table.columns, split, strict=True):
             number = ours.find(table.protocol, images, row.name, key) if row.name else None
-            cells += [written(measures[key], value, unit=False) for value in (row.values.get(column), number)]
+            cells += [written(BY_KEY[key], value, unit=False) for value in (row.values.get(column), number)]
         rows.append(cells)
-    labels = [measures[key].label + (f", {images}" if images else "") for key, images in split]
+    labels = [BY_KEY[key].label + (f", {images}" if images else "") for key, images in split]
     caption = (
         f"Ours: protocol {table.protocol}, which follows the paper's; see the protocol for what still differs. "
         "The paper's numbers are its authors', on their images and weights."
