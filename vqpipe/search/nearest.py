@@ -8,16 +8,12 @@ interface and an engine for each kind of device (`engine_name`):
 - NVIDIA GPUs with bfloat16 tensor cores: a bfloat16 screen and a float32 decision (`screening.nearest_screened`);
 - others: tiles of 1024 x 8192 distances (`exhaustive.nearest_tiles`).
 
-On the CPU, everything but the search uses NumPy: its single thread finishes before PyTorch's threads have started,
-which on a busy machine takes as long as the search.
-
 Shapes: N vectors, K codes, D dimensions; G groups, each searched in its own codebook.
 """
 
 from importlib.util import find_spec
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -126,19 +122,13 @@ def far_offsets(codes: Tensor) -> Tensor | None:
     spread's size, so subtracting it is exact and ties stay ties.
     """
     some = codes[:, :: -(-codes.shape[1] // SAMPLED)]
-    if some.device.type == "cpu" and not any(map(is_far, some.numpy())):
-        return None
     means = some.mean(dim=1, keepdim=True)
     far = means.square().sum(dim=(1, 2)) > FAR_SHARE**2 * some.square().sum(dim=(1, 2)) / some.shape[1]
+    if some.device.type == "cpu" and not far.any():  # a GPU would be synchronized
+        return None
     spreads = (some - means).abs().amax(dim=(1, 2))
     steps = torch.exp2(torch.floor(torch.log2(spreads)))[:, None, None]
     return torch.where((far & (spreads > 0))[:, None, None], torch.round(means / steps) * steps, 0.0)
-
-
-def is_far(codes: np.ndarray) -> bool:
-    """Whether the mean of float32[R, D] is large compared with the spread. (On a GPU it would synchronize.)"""
-    mean = codes.mean(axis=0)
-    return bool((mean * mean).sum() > FAR_SHARE**2 * np.einsum("rd,rd->", codes, codes) / len(codes))
 
 
 def check_shapes(vectors: Tensor, codes: Tensor) -> None:
@@ -155,17 +145,8 @@ def check_shapes(vectors: Tensor, codes: Tensor) -> None:
         raise DataError(f"vectors are on {vectors.device}, codes on {codes.device}", "Move both to one device")
 
 
-def surely_finite(values: Tensor) -> bool:
-    """Whether the sum of squares shows that no value is too large: one fast pass on the CPU."""
-    flat = values.numpy().reshape(-1)
-    with np.errstate(all="ignore"):
-        return bool(np.einsum("i,i->", flat, flat) <= LARGEST**2)
-
-
 def check_finite(vectors: Tensor, codes: Tensor, metric: Metric) -> None:
     """Raise a NumericError for numbers that have no nearest code. A valid input synchronizes the device once."""
-    if metric != "cosine" and codes.device.type == "cpu" and all(map(surely_finite, (vectors, codes))):
-        return
     extremes = torch.stack([*torch.aminmax(vectors), *torch.aminmax(codes)])  # propagates NaN, without a mask
     zeros = (~codes.any(dim=2)).sum() if metric == "cosine" else extremes.new_zeros(())
     low, high, code_low, code_high, zero = torch.stack([*extremes, zeros.float()]).tolist()
