@@ -101,7 +101,7 @@ def show(plan: Plan, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(plan.to_table(), indent=2))
         return
-    title = f"vqpipe {plan.stage} on {plan.devices} x {plan.device}: an estimate"
+    title = f"vqpipe {plan.stage} on {plan.devices} x {plan.device.name}: an estimate"
     table = Table(box=box.SIMPLE, pad_edge=False, show_header=False, title=title, title_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -116,7 +116,7 @@ def show(plan: Plan, *, as_json: bool = False) -> None:
             table.add_row(f"memory: {part}", in_bytes(size), "")
     if (assumed := plan.needed - sum(plan.memory.values())) >= LEAST_SHOWN:
         table.add_row("memory: libraries and fragmentation", in_bytes(assumed), "assumed")
-    table.add_row("memory of a device", in_bytes(plan.needed), f"of {in_bytes(plan.available)}: {verdict(plan)}")
+    table.add_row("memory of a device", in_bytes(plan.needed), f"of {in_bytes(plan.device.memory)}: {verdict(plan)}")
     table.add_section()
     directions = {name: flops for name, flops in plan.flops.items() if name in ("forward", "backward") and flops}
     parts = {name: flops for name, flops in plan.flops.items() if name not in directions and flops}
@@ -125,7 +125,7 @@ def show(plan: Plan, *, as_json: bool = False) -> None:
     for name, flops in parts.items() if len(parts) > 1 else ():
         table.add_row(f"the same by part: {name}", in_flops(flops), "")
     table.add_row("a step", duration(plan.seconds_per_step), counted(plan.steps, "steps"))
-    table.add_row("time", duration(3600 * plan.hours), f"{plan.devices} x {plan.device}")
+    table.add_row("time", duration(3600 * plan.hours), f"{plan.devices} x {plan.device.name}")
     if plan.images_per_step:
         rate = plan.images_per_second
         table.add_row("images per second", f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}", "from the loader")
@@ -156,7 +156,7 @@ def say_or_refuse(make: Callable[[], Plan]) -> None:
             raise refusal(plan)
         console.say(line(plan))
         fewer = round(plan.steps * FIRST_LOOK_HOURS / plan.hours)
-        if plan.device == "cpu" and plan.hours > LONG_HOURS and fewer >= LEAST_PROPOSED:
+        if not plan.device.is_gpu and plan.hours > LONG_HOURS and fewer >= LEAST_PROPOSED:
             console.say(f"for a first look, --steps {fewer} takes about {duration(3600 * FIRST_LOOK_HOURS)}")
         if plan.close:
             console.say("warning: close to out of memory. If it fails, see vqpipe plan for settings that need less")
@@ -177,8 +177,8 @@ def line(plan: Plan) -> str:
     """`estimate: 31.2 GiB of 79.6 GiB of memory, 0.84 s a step, 23 hours in all (8 x h100)`."""
     many = f"{plan.devices} x " if plan.devices > 1 else ""
     return (
-        f"estimate: {in_bytes(plan.needed)} of {in_bytes(plan.available)} of memory, "
-        f"{duration(plan.seconds_per_step)} a step, {duration(3600 * plan.hours)} in all ({many}{plan.device})"
+        f"estimate: {in_bytes(plan.needed)} of {in_bytes(plan.device.memory)} of memory, "
+        f"{duration(plan.seconds_per_step)} a step, {duration(3600 * plan.hours)} in all ({many}{plan.device.name})"
     )
 
 

@@ -73,9 +73,11 @@ def test_training_begins_with_its_estimate(
 
 
 def test_a_long_run_on_a_cpu_is_told_how_many_steps_take_half_an_hour(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes: dict[str, Any] = {"settings": {}, "memory": {}, "needed": 1.0, "available": 2.0, "flops": {}, "disk": {}}
+    sizes: dict[str, Any] = {"settings": {}, "memory": {}, "flops": {}, "disk": {}}
     run: dict[str, Any] = {"stage": "train", "devices": 1, "steps": 1000, "images_per_step": 4, **sizes}
-    for device, seconds in (("cpu", 18.0), ("cpu", 3.6), ("h100", 18.0)):
+    gpu = DEVICES["h100"]
+    cpu = replace(gpu, name="cpu")
+    for device, seconds in ((cpu, 18.0), (cpu, 3.6), (gpu, 18.0)):
         plan = Plan(device=device, seconds_per_step=seconds, **run)
         estimates.say_or_refuse(partial(replace, plan))
     assert [line for line in capsys.readouterr().err.splitlines() if "first look" in line] == [

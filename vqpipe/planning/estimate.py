@@ -55,16 +55,12 @@ class Plan:
     """The estimate of one run."""
 
     stage: str
-    device: str
+    device: Device
     devices: int
     settings: dict[str, Any]
     """What the estimate is for: images per device and step, micro-batches, precision, ..."""
     memory: dict[str, float]
     """Part -> bytes on one device at the peak."""
-    needed: float
-    """Bytes on one device: the parts, and what is assumed for the device."""
-    available: float
-    """Bytes of one device."""
     flops: dict[str, float]
     """FLOPs of a step on one device: "forward", "backward", and of each part."""
     seconds_per_step: float
@@ -76,13 +72,18 @@ class Plan:
     advice: list[str] = field(default_factory=list)
 
     @property
+    def needed(self) -> float:
+        """Bytes on one device: the parts, and what is assumed for the device."""
+        return sum(self.memory.values()) * (1 + self.device.margin) + self.device.context
+
+    @property
     def fits(self) -> bool:
-        return self.needed <= self.available
+        return self.needed <= self.device.memory
 
     @property
     def close(self) -> bool:
         """Whether it fits, but so closely that it may not."""
-        return self.fits and self.needed > CLOSE * self.available
+        return self.fits and self.needed > CLOSE * self.device.memory
 
     @property
     def hours(self) -> float:
@@ -101,12 +102,12 @@ class Plan:
 
         return {
             "stage": self.stage,
-            "device": self.device,
+            "device": self.device.name,
             "devices": self.devices,
             "settings": self.settings,
             "memory_gib": gibibytes(self.memory),
             "needed_gib": round(self.needed / GIB, 4),
-            "available_gib": round(self.available / GIB, 4),
+            "available_gib": round(self.device.memory / GIB, 4),
             "fits": self.fits,
             "flops_per_step": self.flops,
             "seconds_per_step": self.seconds_per_step,
@@ -156,7 +157,7 @@ class Training:
                 changed = replace(config, accumulate=parts)
                 step = replace(step, operations=scaled(step.operations, parts), first=scaled(step.first, parts))
                 plan = self.plan_of(changed, step, device, devices)
-                if plan.needed <= CLOSE * plan.available:
+                if plan.needed <= CLOSE * device.memory:
                     return plan
         return None
 
@@ -175,7 +176,7 @@ class Training:
         operations = step.operations if self.starts < config.steps else step.first
         return Plan(
             stage=self.stage,
-            device=device.name,
+            device=device,
             devices=devices,
             settings={
                 "images per device and step": config.share(devices),
@@ -185,8 +186,6 @@ class Training:
                 "precision": config.precision,
             },
             memory=memory,
-            needed=with_assumptions(memory, device),
-            available=device.memory,
             flops=sums_of_flops(operations),
             seconds_per_step=seconds,
             steps=config.steps,
@@ -276,12 +275,10 @@ def plan_kmeans(config: KmeansConfig, vectors: int, dim: int, device: Device, de
     passes = config.iterations + 1 + (config.init == "k-means++")
     return Plan(
         stage="kmeans",
-        device=device.name,
+        device=device,
         devices=devices,
         settings={"k": k, "vectors": vectors, "dim": dim, "iterations": config.iterations},
         memory=memory,
-        needed=with_assumptions(memory, device),
-        available=device.memory,
         flops={"search": flops / devices},
         seconds_per_step=step_seconds([products, sums], device),
         steps=passes if config.select == "kmeans" else 1,
@@ -309,23 +306,16 @@ def forward_plan(
     at_once = settings["batch size"] * devices
     return Plan(
         stage=stage,
-        device=device.name,
+        device=device,
         devices=devices,
         settings=settings,
         memory=memory,
-        needed=with_assumptions(memory, device),
-        available=device.memory,
         flops=sums_of_flops(trace.operations),
         seconds_per_step=step_seconds(trace.operations, device),
         steps=-(-images // at_once),
         images_per_step=at_once,
         disk=disk,
     )
-
-
-def with_assumptions(memory: dict[str, float], device: Device) -> float:
-    """The bytes of a process on the device."""
-    return sum(memory.values()) * (1 + device.margin) + device.context
 
 
 def step_seconds(operations: Iterable[Operation], device: Device) -> float:
@@ -371,7 +361,7 @@ def with_advice(plan: Plan, training: Training, device: Device, devices: int) ->
                 advice.append(f"train.activation_checkpointing=false fits with train.accumulate={parts}, and is faster")
             elif parts < config.accumulate:
                 advice.append(f"train.accumulate={parts} fits: fewer, larger operations")
-    if plan.fits and plan.needed < 0.4 * plan.available:
+    if plan.fits and plan.needed < 0.4 * device.memory:
         advice.append("the device has room for a larger train.global_batch_size")
     if config.precision == "fp32" and device.bf16 > device.conv32:
         advice.append("train.precision=bf16 needs less memory, and takes less time where products bound it")
@@ -395,8 +385,8 @@ def in_bytes(size: float) -> str:
 
 def refusal(plan: Plan) -> ConfigError:
     """The error of a run that does not fit."""
-    where = "this machine" if plan.device == "cpu" else f"the {plan.device}"
+    where = f"the {plan.device.name}" if plan.device.is_gpu else "this machine"
     return ConfigError(
-        f"out of memory: about {in_bytes(plan.needed)} are needed, {where} has {in_bytes(plan.available)}",
+        f"out of memory: about {in_bytes(plan.needed)} are needed, {where} has {in_bytes(plan.device.memory)}",
         plan.advice[0] if plan.advice else "Use a smaller batch",
     )
