@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from stages.options import Preset, Set
 from vqpipe.gpus import GPUS
 
 Stage = Literal["train", "train-generator", "kmeans", "extract-features", "tokenize", "presets"]
@@ -15,13 +16,8 @@ def plan(
         Stage,
         typer.Argument(help="The command to plan; presets: all presets, as a table in Markdown.", metavar="STAGE"),
     ],
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="The settings: see `vqpipe presets`.", metavar="NAME|FILE.toml")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one setting of the preset; repeatable.", metavar="section.key=value"),
-    ] = None,
+    preset: Preset = None,
+    overrides: Set = None,
     gpu: Annotated[
         str,
         typer.Option(

@@ -18,6 +18,7 @@ from vqpipe.codebooks.kmeans import KmeansConfig
 from vqpipe.errors import ConfigError
 from vqpipe.generation.train import ClassifierRecipe, GeneratorRecipe
 from vqpipe.metrics import EvalConfig
+from vqpipe.progress import SILENT
 from vqpipe.settings import Setting, describe
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.tokenizer_run import TokenizerRecipe
@@ -40,7 +41,7 @@ class PipelineRecipe(TokenizerRecipe):
 SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
     "extract-features": (PipelineRecipe, ("features",)),
     "kmeans": (PipelineRecipe, ("kmeans",)),
-    "train": (PipelineRecipe, ("data", "model", "objective", "discriminator", "train")),
+    "train": (PipelineRecipe, tuple(each.name for each in fields(TokenizerRecipe))),
     "eval": (PipelineRecipe, ("eval",)),
     "train-generator": (GeneratorRecipe, ("generator", "examples", "train", "generate")),
     "generate": (GeneratorRecipe, ("generate",)),
@@ -53,18 +54,12 @@ SHORT = 0.2
 Say = Callable[[str], None]
 """Prints a line for the user."""
 R = TypeVar("R", PipelineRecipe, GeneratorRecipe, ClassifierRecipe)
-MAIN_SECTIONS: dict[str, tuple[type, str]] = {
-    "model": (PipelineRecipe, "vqpipe train"),
-    "generator": (GeneratorRecipe, "vqpipe train-generator"),
-    "classifier": (ClassifierRecipe, "vqpipe train-classifier"),
+RECIPES: dict[type, tuple[str, str, str]] = {
+    PipelineRecipe: ("model", "vqpipe train", "small"),
+    GeneratorRecipe: ("generator", "vqpipe train-generator", "gpt-tiny"),
+    ClassifierRecipe: ("classifier", "vqpipe train-classifier", "vit-tiny"),
 }
-"""A preset's main section -> its recipe, and the command that trains it."""
-EXAMPLES: dict[type, str] = {PipelineRecipe: "small", GeneratorRecipe: "gpt-tiny", ClassifierRecipe: "vit-tiny"}
-"""Recipe -> a small preset of it, to start from."""
-
-
-def silent(text: str) -> None:
-    """Print nothing."""
+"""Recipe -> the main section of its presets, the command that trains it, and a small preset to start from."""
 
 
 def load(
@@ -72,7 +67,7 @@ def load(
     overrides: list[str] | None = None,
     *,
     reads: Sequence[str] | None = None,
-    say: Say = silent,
+    say: Say = SILENT.message,
     **flags: Mapping[str, Any],
 ) -> PipelineRecipe:
     """Read a preset by name or path (None: the defaults of every section), apply `--set` assignments, then named flags.
@@ -92,27 +87,27 @@ def load(
 
 
 def load_tokenizer(
-    preset: str | None, overrides: list[str] | None = None, *, say: Say = silent, **flags: Mapping[str, Any]
+    preset: str | None, overrides: list[str] | None = None, *, say: Say = SILENT.message, **flags: Mapping[str, Any]
 ) -> TokenizerRecipe:
     """`load` for the sections that `vqpipe train` reads; the preset is required."""
-    sections = [each.name for each in fields(TokenizerRecipe)]
-    recipe = load(required(preset, EXAMPLES[PipelineRecipe]), overrides, reads=sections, say=say, **flags)
+    sections = SECTIONS["train"][1]
+    recipe = load(required(PipelineRecipe, preset), overrides, reads=sections, say=say, **flags)
     return TokenizerRecipe(**{name: getattr(recipe, name) for name in sections})
 
 
 def load_generator(
-    preset: str | None, overrides: list[str] | None = None, *, say: Say = silent, **flags: Mapping[str, Any]
+    preset: str | None, overrides: list[str] | None = None, *, say: Say = SILENT.message, **flags: Mapping[str, Any]
 ) -> GeneratorRecipe:
     """`load` for a generator's preset, which is required."""
-    preset = required(preset, EXAMPLES[GeneratorRecipe])
+    preset = required(GeneratorRecipe, preset)
     return read(GeneratorRecipe, preset, resolve(GeneratorRecipe, preset), overrides or [], flags, say)
 
 
 def load_classifier(
-    preset: str | None, overrides: list[str] | None = None, *, say: Say = silent, **flags: Mapping[str, Any]
+    preset: str | None, overrides: list[str] | None = None, *, say: Say = SILENT.message, **flags: Mapping[str, Any]
 ) -> ClassifierRecipe:
     """`load` for a classifier's preset, which is required."""
-    preset = required(preset, EXAMPLES[ClassifierRecipe])
+    preset = required(ClassifierRecipe, preset)
     return read(ClassifierRecipe, preset, resolve(ClassifierRecipe, preset), overrides or [], flags, say)
 
 
@@ -146,10 +141,12 @@ def check_sections(cls: type, overrides: Sequence[str], reads: Sequence[str] | N
             )
 
 
-def required(preset: str | None, example: str) -> str:
-    """Return the preset, or raise a ConfigError if none is named."""
+def required(cls: type, preset: str | None) -> str:
+    """Return the preset of the recipe `cls`, or raise a ConfigError if none is named."""
     if preset is None:
-        raise ConfigError("no preset was named", f"Choose one from `vqpipe presets`, such as --preset {example}")
+        raise ConfigError(
+            "no preset was named", f"Choose one from `vqpipe presets`, such as --preset {RECIPES[cls][2]}"
+        )
     return preset
 
 
@@ -161,7 +158,7 @@ def resolve(cls: type, preset: str) -> dict[str, Any]:
 def resolved_toml(preset: str) -> str:
     """A preset as TOML: its head, quoted as that of the preset, and its settings merged with those that it extends."""
     sections = {section for table in presets.chain(preset) for section in table}
-    cls = next((recipe for section, (recipe, _) in MAIN_SECTIONS.items() if section in sections), PipelineRecipe)
+    cls = next((recipe for recipe, (section, _, _) in RECIPES.items() if section in sections), PipelineRecipe)
     table = resolve(cls, preset)
     config.from_table(cls, table)
     lines = presets.find(preset).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -177,11 +174,11 @@ def read(
     table: dict[str, Any],
     overrides: list[str],
     flags: Mapping[str, Mapping[str, Any]],
-    say: Say = silent,
+    say: Say = SILENT.message,
     reads: Sequence[str] | None = None,
 ) -> R:
     """The tables of a preset as a `cls`; a preset for another command is an error, recognized by its main section."""
-    for section, (other, command) in MAIN_SECTIONS.items():
+    for other, (section, command, _) in RECIPES.items():
         if section in table and other is not cls:
             raise ConfigError(f"preset {preset} has a section [{section}]: it is for {command}", "See vqpipe presets")
     before, table = table.get("train", {}), config.override(cls, table, overrides, reads)
@@ -189,7 +186,7 @@ def read(
         table.setdefault(name, {}).update({key: value for key, value in values.items() if value is not None})
     if not any(text.partition("=")[0].strip() == "train.warmup_steps" for text in overrides):
         fit_to_steps(before, table.get("train"), say)
-    hint = f"vqpipe presets {EXAMPLES[cls]} > mine.toml writes a whole preset to start from"
+    hint = f"vqpipe presets {RECIPES[cls][2]} > mine.toml writes a whole preset to start from"
     return config.from_table(cls, table, hint=hint, reads=reads)
 
 

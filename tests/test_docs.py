@@ -24,7 +24,7 @@ from PIL import Image
 
 import vqpipe
 from stages import cli
-from stages.recipe import MAIN_SECTIONS
+from stages.recipe import RECIPES
 from vqpipe import Tokenizer, config, data, presets, quantizers
 from vqpipe.data import TokenDataset
 from vqpipe.quantizers import LcConfig, QuantizerConfig
@@ -209,7 +209,7 @@ def test_shell_completion_lists_commands_and_their_options() -> None:
 
 def test_settings_page_has_every_section_and_setting(generated: dict[str, str]) -> None:
     page = generated["settings.md"]
-    recipes = {recipe for recipe, _ in MAIN_SECTIONS.values()}
+    recipes = set(RECIPES)
     named = {name for name, _, _ in HOOKS["SECTIONS"]}
     assert {each.name for recipe in recipes for each in dataclasses.fields(recipe)} == named - {"model.quantizer"}
     for quantizer in config.all_subclasses(QuantizerConfig):
