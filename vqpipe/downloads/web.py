@@ -1,4 +1,5 @@
-"""Files of web servers, in $XDG_CACHE_HOME/vqpipe/downloads. An interrupted download is resumed."""
+"""Files of web servers, in $XDG_CACHE_HOME/vqpipe/downloads. An interrupted download is continued by the
+next call."""
 
 import fcntl
 import hashlib
@@ -21,8 +22,6 @@ from vqpipe.progress import Progress
 
 TIMEOUT = 30.0
 """Seconds without a byte that end a connection."""
-ATTEMPTS = 5
-"""Connections without a new byte, after which a download ends."""
 CHUNK = 1 << 20
 
 
@@ -40,7 +39,7 @@ class Megabytes:
         progress.start(f"download {title}", None if total is None else round(total / 1e6), "MB", round(done / 1e6))
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are done; fewer, if it is negative."""
+        """`count` more bytes are done."""
         before, self.done = round(self.done / 1e6), self.done + count
         if after := round(self.done / 1e6) - before:
             self.progress.advance(after)
@@ -55,7 +54,7 @@ def fetch_url(url: Url, by_hand: str, progress: Progress) -> Path:
         with (folder / ".lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be downloading it
             if not target.is_file():
-                Download(url, partial, progress).run(by_hand)
+                download(url, partial, by_hand, progress)
                 os.replace(partial, target)
                 version_file(partial).unlink(missing_ok=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException, ValueError) as error:
@@ -88,110 +87,69 @@ def connection_error(url: Url, error: Exception, by_hand: str) -> WeightsError:
     return WeightsError(f"{url} cannot be downloaded: {why}", by_hand)
 
 
-class Download:
-    """A download of a URL into a partial file.
+def download(url: Url, partial: Path, by_hand: str, progress: Progress) -> None:
+    """Download a URL into a partial file, or continue it.
 
     The server's ETag or Last-Modified is noted beside the partial file, and sent back to continue it, so that the parts
     are of one version. Without either, a download begins again.
+
+    Raises:
+        WeightsError: the server sends a web page, or not all of the file; or it does not fit the disk.
+        URLError, OSError: the connection fails.
     """
-
-    def __init__(self, url: Url, partial: Path, progress: Progress) -> None:
-        self.url, self.partial, self.progress = url, partial, progress
-        self.megabytes: Megabytes | None = None
-
-    def run(self, by_hand: str) -> None:
-        """Download all, over several connections if they break.
-
-        Raises:
-            WeightsError: the server sends a web page, or the file stays incomplete, or does not fit the disk.
-            URLError, OSError: the connection fails.
-        """
-        failures = 0
-        while True:
-            before = self.size()
-            try:
-                missing = self.continue_download(by_hand)
-            except (TimeoutError, ConnectionError, HTTPException):
-                missing = 1
-                if self.size() == before and failures + 1 >= ATTEMPTS:
-                    raise
-            if not missing:
-                return
-            failures = failures + 1 if self.size() <= before else 0
-            if failures >= ATTEMPTS:
-                raise WeightsError(
-                    f"{self.url} cannot be downloaded: {ATTEMPTS} connections ended at byte {self.size():,}",
-                    "Run the same command again to continue",
-                )
-
-    def size(self) -> int:
-        """Bytes that are in the partial file."""
-        return self.partial.stat().st_size if self.partial.exists() else 0
-
-    def continue_download(self, by_hand: str) -> int:
-        """Open one connection and append what it sends; return how many bytes are still missing."""
-        version = self.version()
-        start = self.size() if version else 0
-        address = urllib.parse.quote(self.url.address, safe=string.punctuation)
-        request = urllib.request.Request(address, headers={"User-Agent": "vqpipe", "Accept-Encoding": "identity"})
-        if start:
-            request.add_header("Range", f"bytes={start}-")
-            request.add_header("If-Range", version)
-        try:
-            response = urllib.request.urlopen(request, timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and start:  # nothing after `start`: the partial file is whole, or of another version
-                if (error.headers.get("Content-Range") or "").rpartition("/")[2] == str(start):
-                    return 0
-                self.partial.unlink()
-                return 1
+    version = noted_version(partial)
+    start = partial.stat().st_size if version and partial.exists() else 0
+    address = urllib.parse.quote(url.address, safe=string.punctuation)
+    request = urllib.request.Request(address, headers={"User-Agent": "vqpipe", "Accept-Encoding": "identity"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", version)
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not start:
             raise
-        with response:
-            if response.status != 206:
-                start = 0
-            if response.headers.get_content_type() == "text/html":
-                raise WeightsError(f"{self.url} is a web page, not a file of weights", by_hand)
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length and length.isdigit() else None
-            self.check_space(total, start)
-            self.note_version(response.headers)
-            self.begin(total, start)
-            with self.partial.open("r+b" if start else "wb") as file:
-                file.seek(start)
-                while block := response.read(CHUNK):
-                    file.write(block)
-                    self.count(len(block))
-                file.flush()
-                os.fsync(file.fileno())
-        return 0 if total is None else max(0, total - self.size())
-
-    def begin(self, total: int | None, start: int) -> None:
-        """Start the display at `start`, or set it back to it."""
-        if self.megabytes is None:
-            self.megabytes = Megabytes(self.progress, self.url.path, total, start)
-        self.megabytes.advance(start - self.megabytes.done)
-
-    def count(self, count: int) -> None:
-        assert self.megabytes is not None
-        self.megabytes.advance(count)
-
-    def check_space(self, total: int | None, start: int) -> None:
-        """Raise a WeightsError if the file does not fit the disk."""
-        if total is not None and shutil.disk_usage(self.partial.parent).free < total - start:
-            needed = f"{(total - start) / 1e6:,.1f} MB in {self.partial.parent}"
+        # Nothing after `start`: the partial file is whole, or of another version.
+        if (error.headers.get("Content-Range") or "").rpartition("/")[2] != str(start):
+            partial.unlink()
+            download(url, partial, by_hand, progress)
+        return
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise WeightsError(f"{url} is a web page, not a file of weights", by_hand)
+        start = start if response.status == 206 else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length and length.isdigit() else None
+        if total is not None and shutil.disk_usage(partial.parent).free < total - start:
             raise WeightsError(
-                f"{self.url} needs {needed}, {free_space(self.partial)} are free",
+                f"{url} needs {(total - start) / 1e6:,.1f} MB in {partial.parent}, {free_space(partial)} are free",
                 "Free some space, or set XDG_CACHE_HOME to a folder with enough",
             )
+        note_version(partial, response.headers)
+        done = Megabytes(progress, url.path, total, start)
+        with partial.open("r+b" if start else "wb") as file:
+            file.seek(start)
+            while block := response.read(CHUNK):
+                file.write(block)
+                done.advance(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and done.done < total:
+        raise WeightsError(
+            f"{url} cannot be downloaded: the connection ended at byte {done.done:,} of {total:,}",
+            "Run the same command again to continue",
+        )
 
-    def version(self) -> str:
-        """The noted version of the partial file; empty if there is none."""
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            return str(json.loads(version_file(self.partial).read_text(encoding="utf-8"))["version"])
-        return ""
 
-    def note_version(self, headers: Any) -> None:
-        """Note the version that the server sends: an ETag that promises equal bytes, or the time of the last change."""
-        etag = headers.get("ETag") or ""
-        version = headers.get("Last-Modified") or "" if etag.startswith("W/") or not etag else etag
-        version_file(self.partial).write_text(json.dumps({"version": version}), encoding="utf-8")
+def noted_version(partial: Path) -> str:
+    """The noted version of a partial file; empty if there is none."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return str(json.loads(version_file(partial).read_text(encoding="utf-8"))["version"])
+    return ""
+
+
+def note_version(partial: Path, headers: Any) -> None:
+    """Note the version that the server sends: an ETag that promises equal bytes, or the time of the last change."""
+    etag = headers.get("ETag") or ""
+    version = headers.get("Last-Modified") or "" if etag.startswith("W/") or not etag else etag
+    version_file(partial).write_text(json.dumps({"version": version}), encoding="utf-8")
