@@ -9,6 +9,7 @@ from rich.table import Table
 from stages import console, options
 from stages.options import Device, Out, Preset, Seed, Set
 from vqpipe.errors import ConfigError
+from vqpipe.words import percent
 
 if TYPE_CHECKING:
     from vqpipe.codebooks.codebook import Clustering
@@ -134,6 +135,6 @@ def report(result: "Clustering") -> Table:
     table.add_row("iterations", f"{result.iterations} ({ended})")
     table.add_row("codes, distinct codes", f"{len(result.codebook):,}, {result.distinct_codes():,}")
     table.add_row("vectors per code", "{smallest:,} to {largest:,}, median {median:,}".format(**sizes))
-    table.add_row("in the largest 1 % of clusters", f"{sizes['share_in_largest_percent']:.1%} of the vectors")
+    table.add_row("in the largest 1 % of clusters", f"{percent(sizes['share_in_largest_percent'])} of the vectors")
     table.add_row("empty clusters re-seeded", f"{result.reseeded:,}")
     return table

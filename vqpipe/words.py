@@ -20,6 +20,9 @@ def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def percent(share: float, digits: int) -> str:
-    """A share of 0..1 in percent with so many digits, never rounded up to 100 %."""
-    return "100 %" if share == 1 else f"{min(100 * share, 100 - 10**-digits):.{digits}f} %"
+def percent(share: float, digits: int = 1) -> str:
+    """A share of 0..1 in percent with so many digits, never rounded up to 100 % or down to 0 %: `99.9 %`, `0.004 %`."""
+    if share == 1:
+        return "100 %"
+    value, step = 100 * share, 10**-digits
+    return f"{value:.1g} %" if 0 < value < step / 2 else f"{min(value, 100 - step):.{digits}f} %"

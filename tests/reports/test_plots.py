@@ -55,7 +55,7 @@ def test_bars_have_their_own_names_and_numbers_and_error_bars_one_standard_devia
     shown = [(bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in axes[0].patches]
     texts = [(text.get_text(), text.get_position()[1]) for text in axes[0].texts]
     assert shown == [(0.5, pytest.approx(1)), (0.25, pytest.approx(0))]
-    assert texts == [("a", pytest.approx(1.28)), ("50.0%", 1), ("b", pytest.approx(0.28)), ("25.0%", 0)]
+    assert texts == [("a", pytest.approx(1.28)), ("50.0 %", 1), ("b", pytest.approx(0.28)), ("25.0 %", 0)]
     (bars,) = axes[1].collections
     assert [each.tolist() for each in bars.get_segments()] == [[[1, 19.75], [1, 20.25]], [[2, 20.5], [2, 21.5]]]
 
@@ -90,9 +90,9 @@ def test_names_are_escaped_and_not_typeset(plot: str, name: str) -> None:
 def test_code_frequency_states_the_utilization_and_accepts_unused_groups() -> None:
     counts = torch.zeros(2, 8, dtype=torch.int64)
     counts[0, :4] = 3
-    assert plots.code_frequency(counts).alt == "group 1 uses 50.0% of 8 codes, group 2 uses 0.0% of 8 codes"
+    assert plots.code_frequency(counts).alt == "group 1 uses 50.0 % of 8 codes, group 2 uses 0.0 % of 8 codes"
     several = plots.code_frequency({"a": counts, "b": counts[:1]})
-    assert several.alt == "a uses 25.0% of 16 codes, b uses 50.0% of 8 codes"
+    assert several.alt == "a uses 25.0 % of 16 codes, b uses 50.0 % of 8 codes"
     plots.code_frequency(torch.zeros(1, 8, dtype=torch.int64))
 
 
@@ -113,10 +113,10 @@ def test_usage_growth_is_compared_with_uniform_codes() -> None:
     assert plot is not None
     assert without is not None
     assert nearly is not None
-    assert plot.alt == "60.00% of the codes after 2,000 tokens, 100.00% with codes drawn uniformly"
+    assert plot.alt == "60.00 % of the codes after 2,000 tokens, 100 % with codes drawn uniformly"
     assert {"this tokenizer", "uniform codes", "1,000", "100%"} <= set(texts(plot))
     assert plot.svg.count("<path") == without.svg.count("<path") + 1  # only the budget inside the curve
-    assert nearly.alt.endswith("99.99% with codes drawn uniformly")  # not rounded up to all
+    assert nearly.alt.endswith("99.99 % with codes drawn uniformly")  # not rounded up to all
     assert plots.usage_growth([]) is None
 
 

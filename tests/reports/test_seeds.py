@@ -138,7 +138,7 @@ def test_plots_over_the_codebook_size_have_a_line_for_each_method() -> None:
     titles = ["PSNR over log2 K, dB", "Utilization over K", "PSNR over bits per position, dB"]
     assert [plot.title for plot in drawn] == titles
     assert drawn[0].alt.startswith("vq, G = 1 21.50 at 10, vq, G = 1 22.50 at 11, vq, G = 1 24.50 at 12, multi")
-    assert "vq, G = 1 50.0% at 4,096" in drawn[1].alt
+    assert "vq, G = 1 50.0 % at 4,096" in drawn[1].alt
     assert drawn[2].alt.endswith(
         "multi_group, G = 4 25.00 at 40, multi_group, G = 4 25.00 at 44, multi_group, G = 4 25.00 at 48"
     )

@@ -127,13 +127,13 @@ def test_each_line_of_a_curve_is_of_the_quantity_that_it_names() -> None:
     classifier = [{"step": step, "valid/images": 4, **keys} for step in (1, 2, 3)]
     drawn = {plot.title: plot.alt for plot in run_curves(classifier)}
     assert drawn["Loss"] == "training ends at 4, validation ends at 5"
-    assert drawn["Accuracy"] == "training top-1 ends at 10.0%, validation top-1 ends at 20.0%, top-5 ends at 30.0%"
+    assert drawn["Accuracy"] == "training top-1 ends at 10.0 %, validation top-1 ends at 20.0 %, top-5 ends at 30.0 %"
     tokenizer = [{**row(step, psnr=20.0), **valid(step, 21.0), "valid/lpips_vgg": 0.3} for step in (1, 2, 3)]
     drawn = {plot.title: plot.alt for plot in run_curves(tokenizer)}
     assert drawn["PSNR in training, dB"] == "training ends at 20"
     assert drawn["PSNR in validation, dB"] == "validation ends at 21"
     assert drawn["LPIPS in validation"] == "VGG ends at 0.3"
-    assert drawn["Codes in use"] == "training ends at 50.0%, validation ends at 25.0%"
+    assert drawn["Codes in use"] == "training ends at 50.0 %, validation ends at 25.0 %"
     assert drawn["Perplexity of the codes in training"] == "training ends at 20"
     assert drawn["Perplexity of the codes in validation"] == "validation ends at 12"
 
@@ -159,7 +159,7 @@ def test_page_has_reconstructions_codes_and_settings_and_loads_nothing() -> None
     assert "&lt;lc&gt;" in text
     assert "<lc>" not in text
     assert "a &amp; b" in text
-    assert "2 of 4 codes in use (50.0%)" in text
+    assert "2 of 4 codes in use (50.0 %)" in text
     assert "On 64 held-out images, at step 20." in text
     assert "model.quantizer.kind" in text
     assert "vqpipe train --out lc" in text

@@ -201,7 +201,7 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
     callback.on_log(ROW)
     callback.on_skipped_step(1200, ["a", "b", "c", "d"])
     assert (progress.phase, progress.count) == (("train", 10_000, "steps"), 1200)
-    assert progress.text == "PSNR 22.13 dB, codes in use 99.1%, 412 images/s, 3 skipped steps"
+    assert progress.text == "PSNR 22.13 dB, codes in use 99.1 %, 412 images/s, 3 skipped steps"
     details = dict(progress.details)
     callback.on_log(ROW | {"step": 9_960})
     assert progress.text.endswith("3 skipped steps (of 10 steps)")
@@ -209,9 +209,9 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
         "loss": "total 0.5123   l1 0.1",
         "training": "PSNR 22.13 dB",
         "validation": "step 1,000   PSNR 21.99 dB",
-        "codes": "in use 99.1%   training perplexity 812.3",
+        "codes": "in use 99.1 %   training perplexity 812.3",
         "gradients": "gradient norm 0.823   discriminator gradient norm 0.31   skipped steps 3   learning rate 0.0005",
-        "speed": "throughput 412 images/s   time per step 0.31 s   waiting for images 3%   MFU 38.2%"
+        "speed": "throughput 412 images/s   time per step 0.31 s   waiting for images 3 %   MFU 38.2 %"
         "   arithmetic 378 TFLOP/s   memory 41.2 GB",
     }
     assert progress.messages == [
@@ -225,13 +225,13 @@ def test_unknown_numbers_are_left_out_of_the_progress() -> None:
     few = {"step": 3, "psnr": 20.0, "utilization": 0.5, "images_per_second": 10.0}
     assert dict(details(few)) == {
         "training": "PSNR 20.00 dB",
-        "codes": "in use 50.0%",
+        "codes": "in use 50.0 %",
         "speed": "throughput 10 images/s",
     }
-    assert summary(few) == "PSNR 20.00 dB, codes in use 50.0%, 10 images/s"
+    assert summary(few) == "PSNR 20.00 dB, codes in use 50.0 %, 10 images/s"
     assert summary({"loss/total": 1.5}) == "loss 1.5"
 
 
 def test_progress_shows_the_validation_of_generators_and_classifiers() -> None:
     row = {"valid/total": 2.5, "valid/top1": 0.25, "valid/top5": 0.5, "valid/perplexity": 12.0}
-    assert details(row) == [("validation", "loss 2.5   top-1 25.0%   top-5 50.0%   perplexity 12.0")]
+    assert details(row) == [("validation", "loss 2.5   top-1 25.0 %   top-5 50.0 %   perplexity 12.0")]

@@ -3,7 +3,7 @@
 Shapes: G groups, K codes per group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -57,13 +57,13 @@ def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
 
 def group_table(metrics: Mapping[str, Any]) -> page.Table:
     """A row for each group: the distribution of its codes."""
-    columns: list[tuple[str, Sequence[Any], str]] = [
-        ("codes in use", metrics["utilization_per_group"], ".1%"),
-        ("never chosen", metrics.get("num_dead_per_group", ()), ",d"),
-        ("perplexity", metrics["perplexity_per_group"], ",.1f"),
-        ("Gini", metrics["gini_per_group"], ".3f"),
-        ("least chosen, times", metrics.get("min_count_per_group", ()), ",d"),
-        ("most chosen, times", metrics.get("max_count_per_group", ()), ",d"),
+    columns: list[tuple[str, Sequence[Any], Callable[[Any], str]]] = [
+        ("codes in use", metrics["utilization_per_group"], percent),
+        ("never chosen", metrics.get("num_dead_per_group", ()), "{:,d}".format),
+        ("perplexity", metrics["perplexity_per_group"], "{:,.1f}".format),
+        ("Gini", metrics["gini_per_group"], "{:.3f}".format),
+        ("least chosen, times", metrics.get("min_count_per_group", ()), "{:,d}".format),
+        ("most chosen, times", metrics.get("max_count_per_group", ()), "{:,d}".format),
     ]
     columns = [column for column in columns if column[1]]
     num_groups = len(metrics["gini_per_group"])
@@ -71,7 +71,7 @@ def group_table(metrics: Mapping[str, Any]) -> page.Table:
     rows = [
         [
             f"group {group + 1}" if several else "the codebook",
-            *(format(values[group], how) for _, values, how in columns),
+            *(how(values[group]) for _, values, how in columns),
         ]
         for group in range(num_groups)
     ]
@@ -92,7 +92,7 @@ def joint_numbers(metrics: Mapping[str, Any]) -> page.Numbers:
             numbers.append(page.Number(label, f"{metrics[key]:.2f}", unit, note))
     if "joint_coverage" in metrics:
         note = "probability that the next tuple was seen before"
-        numbers.append(page.Number("coverage", f"{100 * metrics['joint_coverage']:.1f}", "%", note))
+        numbers.append(page.Number("coverage", percent(metrics["joint_coverage"]).removesuffix(" %"), "%", note))
     return page.Numbers("Joint entropy of the groups", numbers)
 
 
@@ -104,7 +104,7 @@ def maps_of(evaluations: Sequence[EvaluationResult]) -> list[page.Map]:
 def map_of(evaluated: EvaluationResult) -> page.Map:
     """The codebook of one tokenizer, under the number of its codes in use."""
     used, total = num_used(evaluated.counts), evaluated.counts.numel()
-    heading = f"{used:,} of {total:,} codes in use ({used / total:.1%})"
+    heading = f"{used:,} of {total:,} codes in use ({percent(used / total)})"
     alt = f"Codebook of {evaluated.name}, one cell per code: {heading}"
     return page.Map(evaluated.name, pictures.codebook_map(evaluated.counts), heading, alt)
 

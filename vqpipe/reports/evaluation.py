@@ -21,7 +21,7 @@ from vqpipe.metrics.usage import MAX_COUNTERS, as_rows, from_rows
 from vqpipe.reports.page import Cell, Reasons, Section, Table
 from vqpipe.reports.pictures import ImagePair
 from vqpipe.weights import PUBLISHED_FILES
-from vqpipe.words import counted
+from vqpipe.words import counted, percent
 
 Metrics = Mapping[str, Any]
 """The content of `metrics.json`."""
@@ -333,8 +333,9 @@ def written(measure: Measure, value: float | None, unit: bool = True) -> str:
     """A number as text: "22.14 dB", "99.5 %"; a dash for None."""
     if value is None:
         return "–"
-    scaled = 100 * value if measure.unit == "%" else value
-    return f"{scaled:,.{measure.digits}f}" + (f" {measure.unit}" if unit and measure.unit else "")
+    share = measure.unit == "%"
+    text = percent(value, measure.digits) if share else f"{value:,.{measure.digits}f} {measure.unit}".strip()
+    return text if unit else text.removesuffix(f" {measure.unit}")
 
 
 def table_rows(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vqpipe.metrics.usage import times_chosen
 from vqpipe.reports.page import Plot
+from vqpipe.words import percent
 
 INK = "#0a0b0c"
 """Drawn in place of the page's text color; replaced by `currentColor` in the SVG."""
@@ -127,7 +128,7 @@ def line_plot(
         axes.grid()
         legend_above(axes, names)
         svg = to_svg(figure, f"{title}-{'-'.join(names)}")
-    ends = [(name, f"{y[-1]:.1%}" if yscale == "share" else f"{y[-1]:.4g}") for name, (_, y) in lines.items()]
+    ends = [(name, percent(y[-1]) if yscale == "share" else f"{y[-1]:.4g}") for name, (_, y) in lines.items()]
     words = [f"{name or title} ends at {value}" for name, value in ends]
     words += [f"{level[0]} {level[1]:.4g}"] if level else []
     return Plot(title, svg, alt or ", ".join(words), caption)
@@ -174,7 +175,7 @@ def code_frequency(counts: Tensor | Mapping[str, Tensor]) -> Plot:
         axes.grid()
         legend_above(axes, names)
         svg = to_svg(figure, f"frequency-{'-'.join(lines)}")
-    shares = [f"{name} uses {len(times) / size:.1%} of {size:,} codes" for name, (times, size) in lines.items()]
+    shares = [f"{name} uses {percent(len(times) / size)} of {size:,} codes" for name, (times, size) in lines.items()]
     alt = shares[0].removeprefix("group 1 ") if single else ", ".join(shares)
     return Plot("Frequency of the codes", svg, alt, "A line ends at the last code in use.")
 
@@ -189,8 +190,8 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
     if not curve:
         return None
     tokens, used, uniform = map(np.array, zip(*curve, strict=True))
-    last = [share if share == 1 else min(share, 0.9999) for share in curve[-1][1:]]  # never rounded up to 100 %
-    ends = f"{last[0]:.2%} of the codes after {tokens[-1]:,} tokens, {last[1]:.2%} with codes drawn uniformly"
+    ends, uniform_ends = (percent(share, 2) for share in curve[-1][1:])
+    alt = f"{ends} of the codes after {tokens[-1]:,} tokens, {uniform_ends} with codes drawn uniformly"
     return line_plot(
         "Utilization against tokens",
         {"this tokenizer": (tokens, used), "uniform codes": (tokens, uniform)},
@@ -198,8 +199,8 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
         xscale="log",
         yscale="share",
         marks=[budget for budget in budgets if tokens[0] < budget < tokens[-1]],
-        alt=ends,
-        caption=f"{ends}." + (" Vertical lines: the numbers of tokens in the table." if budgets else ""),
+        alt=alt,
+        caption=f"{alt}." + (" Vertical lines: the numbers of tokens in the table." if budgets else ""),
     )
 
 
@@ -298,7 +299,7 @@ def points_with_spread(
         legend_above(axes, names, min_names=1)
         svg = to_svg(figure, f"{title}-{'-'.join(names)}")
     words = [
-        f"{name} {f'{mean:.1%}' if is_share else f'{mean:.2f}'} at {x:,.6g}"
+        f"{name} {percent(mean) if is_share else f'{mean:.2f}'} at {x:,.6g}"
         for name, points in methods.items()
         for x, mean, _ in points
     ]
@@ -315,11 +316,11 @@ def bars(title: str, values: Mapping[str, float], caption: str = "") -> Plot:
             y = len(values) - 1 - number
             axes.barh(y, value, height=0.42, color=color(number))
             axes.text(0, y + 0.28, untypeset(name), va="bottom")
-            axes.text(value + 0.01, y, f"{value:.1%}", va="center")
+            axes.text(value + 0.01, y, percent(value), va="center")
         axes.set(xlim=(0, 1.14), ylim=(-0.5, len(values) - 0.2))
         axes.set_axis_off()
         svg = to_svg(figure, title)
-    return Plot(title, svg, ", ".join(f"{name} {value:.1%}" for name, value in values.items()), caption)
+    return Plot(title, svg, ", ".join(f"{name} {percent(value)}" for name, value in values.items()), caption)
 
 
 def scatter(title: str, points: Mapping[str, np.ndarray], caption: str = "") -> Plot:

@@ -16,7 +16,7 @@ from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes, on_images
 from vqpipe.reports.pictures import ERROR_CAPTION, ImagePair, error_pictures
-from vqpipe.words import capitalized, counted
+from vqpipe.words import capitalized, counted, percent
 
 RELOAD_SECONDS = 15
 """Seconds after which the page of a run loads itself again."""
@@ -81,12 +81,13 @@ class LoggedNumber:
 
     def text(self, value: float | None) -> str:
         """The number without its unit; a dash for None. An exponent has no zero before it: `1.1e-6`."""
-        scale = 100 if self.unit == "%" else 1
-        return "–" if value is None else re.sub("e([+-])0", r"e\1", format(scale * value, self.format))
+        if value is not None and self.unit == "%":
+            return percent(value, int(self.format[1])).removesuffix(" %")
+        return "–" if value is None else re.sub("e([+-])0", r"e\1", format(value, self.format))
 
     def text_with_unit(self, value: float) -> str:
         """The number with its unit."""
-        return f"{self.text(value)}{'' if self.unit == '%' else ' '}{self.unit}".strip()
+        return f"{self.text(value)} {self.unit}".strip()
 
 
 BACKBONES = {"vgg": "VGG", "alex": "AlexNet", "squeeze": "SqueezeNet"}

@@ -36,7 +36,7 @@ from vqpipe.reports.training import NUMBERS, TrainingRun, in_words, newest_numbe
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.running_metrics import Row
-from vqpipe.words import counted, first_names
+from vqpipe.words import counted, first_names, percent
 
 GRID_IMAGES = 8
 """Images in a reconstruction grid."""
@@ -249,10 +249,10 @@ class ProgressCallback(Callback):
 
 def summary(row: Row) -> str:
     """The main numbers of a row, in one line."""
-    formats = {"psnr": "PSNR {:.2f} dB", "utilization": "codes in use {:.1%}"}
-    formats = formats if "psnr" in row else {"loss/total": "loss {:.4g}"}
-    formats |= {"images_per_second": "{:.3g} images/s"}
-    parts = [text.format(row[name]) for name, text in formats.items() if name in row]
+    formats = {"psnr": "PSNR {:.2f} dB".format, "utilization": lambda share: f"codes in use {percent(share)}"}
+    formats = formats if "psnr" in row else {"loss/total": "loss {:.4g}".format}
+    formats |= {"images_per_second": "{:.3g} images/s".format}
+    parts = [text(row[name]) for name, text in formats.items() if name in row]
     if row.get("nonfinite_steps"):
         parts.append(f"{row['nonfinite_steps']:,} skipped steps")
     return ", ".join(parts)
