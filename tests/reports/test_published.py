@@ -32,7 +32,7 @@ def test_each_printed_number_has_ours_beside_it_by_the_protocol_of_the_paper(tmp
     ours.add("adm", "faces", ("x", "faces-512-lc"), {"rfid": 3.0})
     table = published_table(read_table(written(tmp_path, TABLE)), ours)
     assert table.header == ["row", "paper", "ours", "paper", "ours", "paper", "ours"]
-    assert list(table.spans) == [("", 1), ("rFID", 2), ("PSNR", 2), ("rFID, faces", 2)]
+    assert list(table.spans) == [("", 1), ("rFID", 2), ("PSNR, dB", 2), ("rFID, faces", 2)]
     assert table.rows[0] == ["another paper's (quoted)", "5.00", "–", "–", "–", "–", "–"]
     assert table.rows[1] == ["VQGAN-LC", "2.62", "2.50", "23.80", "24.00", "4.00", "3.00"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vqpipe.errors import ConfigError
 from vqpipe.reports import page
-from vqpipe.reports.evaluation import BY_KEY, written
+from vqpipe.reports.evaluation import BY_KEY, with_unit, written
 
 NOT_PRINTED = "-"
 
@@ -116,7 +116,7 @@ def published_table(table: PublishedTable, ours: OurNumbers) -> page.Table:
             number = ours.find(table.protocol, images, row.name, key) if row.name else None
             cells += [written(BY_KEY[key], value, unit=False) for value in (row.values.get(column), number)]
         rows.append(cells)
-    labels = [BY_KEY[key].label + (f", {images}" if images else "") for key, images in split]
+    labels = [with_unit(BY_KEY[key]) + (f", {images}" if images else "") for key, images in split]
     caption = (
         f"Ours: protocol {table.protocol}, which follows the paper's; see the protocol for what still differs. "
         "The paper's numbers are its authors', on their images and weights."
