@@ -144,7 +144,7 @@ def override_sampling(generator: "ImageGenerator", overrides: list[str], flags: 
         ConfigError: a setting of another section, an invalid one, or one that this kind of generator does not use.
     """
     from vqpipe import config
-    from vqpipe.generation.base import SAMPLING_OF
+    from vqpipe.generation.base import check_used
     from vqpipe.generation.train import GeneratorRecipe
 
     for assignment in overrides:
@@ -155,10 +155,6 @@ def override_sampling(generator: "ImageGenerator", overrides: list[str], flags: 
     table = config.override(GeneratorRecipe, {"generate": config.to_table(generator.sampling)}, overrides)["generate"]
     table |= {name: value for name, value in flags.items() if value is not None}
     sampling = config.from_table(type(generator.sampling), table, "generate")
-    other = "latents" if generator.generator.trained_on == "tokens" else "tokens"
-    for name in SAMPLING_OF[other]:
-        if getattr(sampling, name) != getattr(generator.sampling, name):
-            option = f"--set generate.{name}" if flags.get(name) is None else f"--{name.replace('_', '-')}"
-            what = f"{option} is for generators trained on {other}"
-            raise ConfigError(what, f"Leave it out: this generator is of the kind {generator.generator.config.kind}")
+    options = {name: f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None}
+    check_used(sampling, generator.sampling, generator.generator.config, options)
     return sampling

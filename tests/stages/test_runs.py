@@ -287,9 +287,8 @@ def toy_examples(name: str, options: Options) -> None:
     options.put("--global-batch-size", "4")
     options.put("--precision", "fp32")
     options.set("train.warmup_steps=0", "train.compile=false", "train.parallel=ddp", *TOY[network.kind])
-    if name == "train-generator":
-        options.set("generate.steps=2")
     if options.get("--images"):
+        options.set("generate.steps=2")
         options.put("--image-size", TOY_SIDE)
 
 

@@ -223,6 +223,8 @@ def test_invalid_options_are_refused(
     options = {"preset": "sit-tiny", "overrides": early, "tokens": None, "latents": drawn.folder / "latents"}
     options |= {"images": [str(drawn.pictures)], "num_workers": 0}
     refused(ConfigError, "needs predicted noise", **options)  # before the first step, not at the first samples
+    unused = ["train.warmup_steps=1", "generate.steps=2"]
+    refused(ConfigError, "generate.steps is for generators trained on latents", overrides=unused)
     refused(ArtifactError, "was made by tokenizer", tokenizer=tiny_tokenizer("other", seed=1))
     refused(DataError, "label 2 is out of range", overrides=["train.warmup_steps=1", "examples.num_classes=2"])
     too_many = {"overrides": ["train.warmup_steps=1", "examples.held_out=20"]}

@@ -300,6 +300,25 @@ def kinds_trained_on(examples: Literal["tokens", "latents"]) -> list[str]:
     return sorted(cls.config_class.kind for cls in classes if cls.trained_on == examples)
 
 
+def check_used(
+    sampling: SamplingConfig, default: SamplingConfig, config: GeneratorConfig, options: Mapping[str, str] | None = None
+) -> None:
+    """Check that the settings that differ from `default` are of the generator's kind.
+
+    Args:
+        options: setting -> the option that gave it, for the message; others are named `generate.KEY`.
+
+    Raises:
+        ConfigError: a setting is for generators that are trained on the other kind of examples.
+    """
+    trained_on = class_for(Generator, config).trained_on  # type: ignore[type-abstract]
+    other = "latents" if trained_on == "tokens" else "tokens"
+    for name in SAMPLING_OF[other]:
+        if getattr(sampling, name) != getattr(default, name):
+            what = f"{(options or {}).get(name, f'generate.{name}')} is for generators trained on {other}"
+            raise ConfigError(what, f"Leave it out: this generator is of the kind {config.kind}")
+
+
 def progress_at(step: int, steps: int) -> float:
     """Return the progress of sampling at `step` of `steps`: 0 in the first to 1 in the last."""
     return step / max(1, steps - 1)

@@ -30,7 +30,7 @@ from vqpipe.data.latents import LatentStatistics, open_latents
 from vqpipe.data.tokens import sizes_text
 from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.files import hash_file
-from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator
+from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator, check_used
 from vqpipe.generation.classifier import RECIPE, Classifier, ClassifierConfig, build_classifier
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator, write_weights
 from vqpipe.generation.validation import accuracy, loss_and_accuracy, validation_losses
@@ -58,6 +58,9 @@ class GeneratorRecipe:
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        check_used(self.generate, SamplingConfig(), self.generator)
 
 
 @dataclass(frozen=True, kw_only=True)
