@@ -21,6 +21,7 @@ from vqpipe.data.examples import LatentExamples, TokenSet, split_held_out
 from vqpipe.data.latents import open_latents
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.files import read_rows
+from vqpipe.generation import sit
 from vqpipe.generation.image_generator import image_rngs, open_generator
 from vqpipe.generation.validation import SEED, validation_losses
 from vqpipe.planning import estimate
@@ -223,6 +224,8 @@ def test_invalid_options_are_refused(
     options = {"preset": "sit-tiny", "overrides": early, "tokens": None, "latents": drawn.folder / "latents"}
     options |= {"images": [str(drawn.pictures)], "num_workers": 0}
     refused(ConfigError, "needs predicted noise", **options)  # before the first step, not at the first samples
+    many = ["train.warmup_steps=1", "generate.steps=1001", *LATENT["dit"]]
+    refused(ConfigError, "the noise schedule has 1000", **{**options, "preset": "dit-tiny", "overrides": many})
     unused = ["train.warmup_steps=1", "generate.steps=2"]
     refused(ConfigError, "generate.steps is for generators trained on latents", overrides=unused)
     refused(ArtifactError, "was made by tokenizer", tokenizer=tiny_tokenizer("other", seed=1))
@@ -235,6 +238,22 @@ def test_invalid_options_are_refused(
     )
     held = {"validation": drawn.tokens}
     refused(ConfigError, "and --validation both name held-out images", **held)
+
+
+def test_the_check_of_sampling_before_training_takes_two_steps(
+    drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def heun(velocity: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
+        taken.append(steps)
+        return noise
+
+    monkeypatch.setattr(sit, "heun", heun)
+    options: dict[str, Any] = {"preset": "sit-tiny", "steps": 1, "global_batch_size": 4, "device": "cpu"}
+    options["overrides"] = [*LATENT["sit"], "train.warmup_steps=1", "generate.steps=40"]
+    train_generator(drawn.tokenizer, tmp_path / "out", images=[str(drawn.pictures)], num_workers=0, **options)
+    assert taken == [2, 40]  # before training, and the samples of its page
 
 
 def test_images_without_labels_are_trained_on_as_the_error_says(

@@ -156,6 +156,10 @@ class DiffusionGenerator(LatentGenerator):
         weight = self.config.bound_weight if self.config.learn_variance else None
         return noise_losses(self.schedule, output, examples, noisy, noise, t, weight)
 
+    def check_sampling(self, labels: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]) -> None:
+        super().check_sampling(labels, sampling, rngs)
+        spaced(self.schedule, sampling.steps, ends_at_zero=True)  # more steps than times
+
     def solve(
         self, predict: Denoiser, start: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
     ) -> Tensor:

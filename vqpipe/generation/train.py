@@ -328,8 +328,9 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
         sampling=sampling,
         statistics=data.statistics,
     )
-    first = torch.zeros(1, dtype=torch.int64)
-    images.sample(first, sampling, image_rngs(run.seed, range(1)))  # invalid sampling settings fail here
+    first, rngs = torch.zeros(1, dtype=torch.int64), image_rngs(run.seed, range(1))
+    generator.check_sampling(first, sampling, rngs)  # invalid settings fail here, not at the first samples
+    images.sample(first, replace(sampling, steps=min(sampling.steps, 2)), rngs)
     kind, parameters = recipe.generator.kind, count_parameters(generator)
     run.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}")
 
