@@ -1,9 +1,11 @@
 """Tokens as training data: rows are read as written; the stream is a function of (seed, position)."""
 
+import fcntl
 import itertools
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,35 +154,24 @@ def test_mapped_ids_are_not_copied_into_another_process(
     assert run(copy, 0, 3) == run(mapped, 0, 3)
 
 
-def test_two_jobs_that_unpack_the_same_ids_do_not_write_the_same_file(
+def test_a_job_waits_for_another_that_unpacks_the_same_ids_and_replaces_what_a_killed_one_left(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examples, "IN_MEMORY", 100)
     artifact = make("tokens")
-    wanted, publish = TokenSet(artifact, tmp_path / "first").rows, TokenSet.publish
-    other: list[TokenSet] = []
-
-    def publish_after_another(rows: np.ndarray, file: Path) -> np.ndarray:
-        monkeypatch.setattr(TokenSet, "publish", staticmethod(publish))
-        other.append(TokenSet(artifact, tmp_path / "cache"))
-        return publish(rows, file)
-
-    monkeypatch.setattr(TokenSet, "publish", staticmethod(publish_after_another))
-    np.testing.assert_array_equal(TokenSet(artifact, tmp_path / "cache").rows, wanted)
-    np.testing.assert_array_equal(other[0].rows, wanted)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_the_ids_of_a_killed_job_are_deleted_and_those_of_a_running_one_are_not(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(examples, "IN_MEMORY", 100)
-    running = TokenSet.allocate(tmp_path / "ids.npy", (20, 3), np.dtype(np.uint16))
-    killed = tmp_path / ".writing-killed-ids.npy"
-    killed.write_bytes(b"ids")
-    TokenSet(make("tokens"), tmp_path)
-    assert not killed.exists()
-    np.testing.assert_array_equal(TokenSet.publish(running, tmp_path / "ids.npy"), np.zeros((20, 3)))
+    wanted = TokenSet(artifact, tmp_path / "first")
+    assert wanted.file is not None
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f".writing-{wanted.file.name}").write_bytes(b"half of it")
+    folder = os.open(tmp_path / "cache", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(TokenSet, artifact, tmp_path / "cache")
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        os.close(folder)
+        np.testing.assert_array_equal(waiting.result().rows, wanted.rows)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [wanted.file.name]
 
 
 def test_ids_that_cannot_be_unpacked_leave_no_file(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,16 +181,14 @@ def test_ids_that_cannot_be_unpacked_leave_no_file(make: Make, tmp_path: Path, m
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(VqpipeError, match="tokens-00002"):
         TokenSet(artifact, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    full = make("full")
+    (tmp_path / "cache").mkdir()
+    file = tmp_path / "cache" / f"ids-{full.digest[:16]}.npy"
+    (tmp_path / "cache" / f".writing-{file.name}").symlink_to("/dev/full")
+    with pytest.raises(ArtifactError, match=r"cannot write .*npy: No space left on device \(.* are free\)"):
+        TokenSet(full, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_ids_are_mapped_on_systems_without_posix_fallocate(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "posix_fallocate")
-    monkeypatch.setattr(examples, "IN_MEMORY", 100)
-    artifact = make("tokens")
-    assert run(TokenSet(artifact, tmp_path / "cache"), 0, 3) == run(TokenSet(artifact, tmp_path / "cache"), 0, 3)
 
 
 def test_ordered_examples_are_every_image_once(make: Make) -> None:
@@ -249,7 +238,7 @@ def test_inconsistent_tokens_are_an_error(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds 28 rows, its manifest 30"):
         TokenSet(artifact)
     artifact.facts["num_images"] = NUM - 1
-    with pytest.raises(ArtifactError, match="does not hold the rows of its manifest"):
+    with pytest.raises(ArtifactError, match="holds 28 rows, its manifest 26"):
         TokenSet(artifact)
     unflipped = make("unflipped", flip=False)
     unflipped.config["flip"], unflipped.facts["num_images"] = True, NUM // 2

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from vqpipe.artifacts import Artifact, Draft, draft, open_artifact, start, states
 from vqpipe.artifacts.states import States
 from vqpipe.data import sources
-from vqpipe.data.examples import TokenSet
 from vqpipe.data.images import open_images
 from vqpipe.data.tars import write_tar
 from vqpipe.data.tokens import read_tokens, write_token_file
@@ -92,19 +91,6 @@ def test_full_disk_is_one_line_with_the_free_space_and_leaves_no_torn_file(kind:
     with begin(tmp_path / "out") as again:
         assert again.record("first") == {}
         assert again.record("second") is None
-
-
-def test_memory_mapped_file_is_allocated_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = TokenSet.map_file(tmp_path / "ids.npy", (1000, 500), np.dtype(np.uint16))
-    assert Path(rows.filename).stat().st_blocks * 512 >= rows.nbytes
-
-    def full(handle: int, offset: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ArtifactError, match=r"cannot unpack 1 MB of ids into .*No space left on device. Free space"):
-        TokenSet.map_file(tmp_path / "more.npy", (1000, 500), np.dtype(np.uint16))
-    assert not list(tmp_path.glob(".writing-*more.npy"))
 
 
 def test_unwritable_status_file_does_not_hide_the_error(tmp_path: Path) -> None:

@@ -7,15 +7,13 @@ B images of a batch, N ids per image, R rows (one per image, two where horizonta
 """
 
 import fcntl
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-from uuid import uuid4
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +27,9 @@ from vqpipe.data.encode import read_columns
 from vqpipe.data.latents import LatentSet
 from vqpipe.data.tokens import files_of_size, id_dtype, read_tokens, views_per_image
 from vqpipe.errors import ArtifactError, ConfigError, DataError
+from vqpipe.files import atomic_write, disk_errors
 
+TOKEN_SCHEMA = pa.schema([("key", pa.string()), ("label", pa.int32())])
 HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
 IN_MEMORY = 1 << 30
 """Bytes of ids up to which every rank keeps them in memory. More are unpacked once into a file that the ranks map, and
@@ -133,7 +133,13 @@ class TokenSet:
         self.codebook_size = int(tokens.facts["codebook_size"])
         shape = (int(self.facts["num_images"]) * self.views, int(self.facts["num_tokens"]))
         dtype = id_dtype(self.codebook_size)
-        file = None
+        columns = [read_columns(tokens.verified_file(name), ["key", "label"]) for name in names]
+        stored = pa.concat_tables([TOKEN_SCHEMA.empty_table(), *columns])
+        if len(stored) != shape[0]:
+            raise ArtifactError(f"{tokens.path} holds {len(stored)} rows, its manifest {shape[0]}", "Tokenize again")
+        images = stored.take(np.arange(0, len(stored), self.views))
+        self.labels, self.keys = images["label"].fill_null(-1).to_numpy().astype(np.int64), images["key"]
+        self.file: Path | None = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:
                 raise ArtifactError(
@@ -141,86 +147,24 @@ class TokenSet:
                     "Name a folder to unpack them into: TokenDataset(path, cache=FOLDER)",
                 )
             part_name = f"-{self.facts['image_size']}" if "sizes" in self.facts else ""
-            file = cache / f"ids-{tokens.digest[:16]}{part_name}.npy"
-        rows = np.empty(shape, dtype) if file is None else self.map_file(file, shape, dtype)
-        try:
-            self.labels, self.keys = self.unpack(names, rows)
-        except BaseException:
-            if isinstance(rows, np.memmap) and rows.flags.writeable:
-                Path(str(rows.filename)).unlink()
-            raise
-        if file is not None:
-            rows = self.publish(rows, file)
-        self.file = file
-        self.rows = rows
-        """uint16 or uint32 [R, N]; the rows of an image follow each other."""
+            self.file = file = cache / f"ids-{tokens.digest[:16]}{part_name}.npy"
+            distributed.on_main(lambda: write_array(file, shape, dtype, self.shards(names, shape[1])))
+            self.rows = np.load(file, mmap_mode="r")
+        else:
+            parts = [ids.astype(dtype) for ids in self.shards(names, shape[1])]
+            self.rows = np.concatenate([np.empty((0, shape[1]), dtype), *parts])
+            """uint16 or uint32 [R, N]; the rows of an image follow each other."""
 
-    def unpack(self, names: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, pa.ChunkedArray]:
-        """Copy the ids of these shards to `rows`, if they are writable; return the labels and keys of the images."""
-        artifact, flipped = self.artifact, [2 * view >= self.views for view in range(self.views)]
-        labels, keys, first = [np.empty(0, np.int64)], list[pa.Array](), 0
+    def shards(self, names: Sequence[str], num_tokens: int) -> Iterator[np.ndarray]:
+        """Yield the ids int64[rows, N] of each shard."""
+        flipped = [2 * view >= self.views for view in range(self.views)]
         for name in names:
-            part = read_tokens(artifact.verified_file(name), self.codebook_size)
-            if part.ids.shape[1:] != rows.shape[1:] or first + len(part.keys) > len(rows):
-                raise ArtifactError(f"{artifact.path} does not hold the rows of its manifest", "Tokenize again")
+            part = read_tokens(self.artifact.file(name), self.codebook_size)
+            if part.ids.shape[1] != num_tokens:
+                raise ArtifactError(f"{self.artifact.path / name} has other rows than its manifest", "Tokenize again")
             if part.flipped.tolist() != flipped * (len(part.keys) // self.views):
-                raise ArtifactError(f"{artifact.path / name} lacks flipped images", "Tokenize again")
-            if rows.flags.writeable:
-                rows[first : first + len(part.keys)] = part.ids.numpy()
-            first += len(part.keys)
-            labels.append(part.labels[:: self.views].numpy())
-            keys.append(pa.array(part.keys[:: self.views], pa.string()))
-        if first != len(rows):
-            raise ArtifactError(f"{artifact.path} holds {first} rows, its manifest {len(rows)}", "Tokenize again")
-        return np.concatenate(labels), pa.chunked_array(keys, pa.string())
-
-    @staticmethod
-    def map_file(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """Map the file if it exists; otherwise a new writable one on rank 0, and a read-only placeholder on others."""
-        if distributed.on_main(file.is_file):  # at one moment: another job may publish it
-            return np.load(file, mmap_mode="r")
-        rows = np.broadcast_to(np.zeros((), dtype), shape)
-        with distributed.sharing_errors():
-            if distributed.is_main():
-                rows = TokenSet.allocate(file, shape, dtype)
-        return rows
-
-    @staticmethod
-    def allocate(file: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """Map a new temporary file, and delete those of jobs that were killed.
-
-        The map locks its file. Its space is allocated first: a write to a mapped file on a full disk is a SIGBUS.
-
-        Raises:
-            ArtifactError: the disk is full.
-        """
-        temporary = file.with_name(f".writing-{uuid4().hex}-{file.name}")  # another job may write the same ids
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with create_locked(temporary) as handle:
-                np.lib.format.write_array_header_1_0(handle, header)
-                offset = handle.tell()
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(handle.fileno(), 0, offset + math.prod(shape) * dtype.itemsize)
-                rows = np.memmap(handle, dtype, "r+", offset, shape)  # keeps the handle open, and so the lock
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ArtifactError(
-                f"cannot unpack {shape[0] * shape[1] * dtype.itemsize / 1e6:,.0f} MB of ids into {file.parent}: "
-                f"{error.strerror or error}",
-                "Free space there",
-            ) from None
-        return rows
-
-    @staticmethod
-    def publish(rows: np.ndarray, file: Path) -> np.ndarray:
-        """Rename rank 0's finished file, and map it on every rank."""
-        if rows.flags.writeable and isinstance(rows, np.memmap):
-            rows.flush()
-            Path(str(rows.filename)).replace(file)
-        distributed.barrier()
-        return np.load(file, mmap_mode="r")
+                raise ArtifactError(f"{self.artifact.path / name} lacks flipped images", "Tokenize again")
+            yield part.ids.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"rows": None} if self.file is not None else {})  # pickling would copy the mapped file
@@ -284,23 +228,23 @@ class Subset:
         return self.examples.read([int(self.images[image]) for image in images], views)
 
 
-def create_locked(file: Path) -> BinaryIO:
-    """Create a `.writing-*.npy`, locked as long as it is open or mapped, and delete those beside it that are not: their
-    jobs were killed. The folder is locked meanwhile. Where files cannot be locked, none is deleted."""
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            for other in file.parent.glob(".writing-*.npy"):
-                with suppress(OSError), other.open("r+b") as handle:  # an error: it is locked, or published
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    other.unlink()
-        handle = file.open("w+b")
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        return handle
-    finally:
-        os.close(folder)
+def write_array(file: Path, shape: tuple[int, int], dtype: np.dtype, parts: Iterable[np.ndarray]) -> None:
+    """Write the rows of `parts` as a .npy file, unless it exists. Its folder is locked meanwhile, where folders can be:
+    another job that needs the same file waits for it."""
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            if not file.is_file():
+                with atomic_write(file) as temporary, temporary.open("wb") as handle:
+                    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(handle, header)
+                    for rows in parts:
+                        handle.write(rows.astype(dtype).tobytes())
+        finally:
+            os.close(folder)
 
 
 def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:
