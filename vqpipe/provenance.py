@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def stage_command(words: Sequence[str]) -> list[str]:
     while words and words[0].startswith("--import"):
         words = words[1 if "=" in words[0] else 2 :]
     return words
+
+
+def options_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The options of a command line with their values: `--a b --c=d` -> [("--a", "b"), ("--c", "d")]."""
+    found = []
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            found.append((option, value if equals else following))
+    return found
 
 
 def environment(world_size: int) -> dict[str, Any]:

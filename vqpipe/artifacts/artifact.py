@@ -11,6 +11,7 @@ from vqpipe import distributed
 from vqpipe.errors import ArtifactError, printable
 from vqpipe.files import absent_artifact, digest_json, hash_file, partial_path, with_final_name
 from vqpipe.progress import SILENT, Progress
+from vqpipe.provenance import options_of
 
 SCHEMA = 1
 RUNS = ".runs.json"
@@ -90,9 +91,7 @@ class Artifact:
 
     def options(self, name: str) -> list[str]:
         """The values of an option in the command that made it."""
-        words = self.command
-        values = [words[place + 1] for place, word in enumerate(words[:-1]) if word == name]
-        return values + [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
+        return [value for option, value in options_of(self.command) if option == name]
 
     def file(self, name: str) -> Path:
         """Path of the file `name`.

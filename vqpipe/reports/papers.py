@@ -8,11 +8,10 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from vqpipe import presets
-from vqpipe.provenance import stage_command
+from vqpipe.provenance import options_of, stage_command
 
 LABELS = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips", "usage": "utilization"}
 LABELS["utilization"] = "utilization"
@@ -61,7 +60,7 @@ def paper_row(commands: Sequence[str]) -> PaperRow | None:
 
 def row_of(words: Sequence[str]) -> PaperRow | None:
     """The row for the options of a `vqpipe train` command."""
-    options = list(pairs(words))
+    options = options_of(words)
     named = [value for option, value in options if option == "--preset"]
     if not named or named[-1] not in presets.names():  # a file of the user
         return None
@@ -83,16 +82,6 @@ def protocol_of(head: str, row: str) -> str:
             return str(other)
     found = re.match(r"the paper's \(([^)]*)\)", head)
     return found[1] if found else head.partition("; ours")[0] or "an unstated protocol"
-
-
-def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a b --c=d` -> [("--a", "b"), ("--c", "d")]."""
-    found = []
-    for word, following in pairwise([*words, ""]):
-        if word.startswith("--"):
-            option, equals, value = word.partition("=")
-            found.append((option, value if equals else following))
-    return found
 
 
 def printed(expected: str) -> dict[str, float]:

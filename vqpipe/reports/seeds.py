@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from vqpipe.provenance import stage_command
+from vqpipe.provenance import options_of, stage_command
 from vqpipe.reports import page, plots
 from vqpipe.reports.evaluation import EvaluationResult, Measure, codes, input_of, value_of, with_unit, written
-from vqpipe.reports.papers import pairs
 
 OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation", "--codebook", "--from", "--device")
 """Options of `vqpipe train` that may differ between the seeds of a configuration: inputs are compared by content."""
@@ -61,7 +60,7 @@ def configurations_of(evaluations: Sequence[EvaluationResult]) -> list[Configura
         found.setdefault(configuration_key(each) or f"{number}", []).append(each)
     grouped: list[list[EvaluationResult]] = []
     for members in found.values():
-        seeds = {dict(pairs(training_command(each))).get("--seed", "0") for each in members}
+        seeds = {dict(options_of(training_command(each))).get("--seed", "0") for each in members}
         grouped += [members] if len(seeds) == len(members) else [[each] for each in members]
     names = [common_name([each.name for each in members]) for members in grouped]
     return [
@@ -87,14 +86,8 @@ def configuration_key(evaluated: EvaluationResult) -> str:
 
 
 def settings_of(train: Sequence[str]) -> list[str]:
-    """The words of a command of training, without OTHER_OPTIONS and their values, sorted by option."""
-    groups: list[list[str]] = []
-    for word in train[1:]:
-        if word.startswith("--") or not groups:
-            groups.append(word.split("=", 1) if word.startswith("--") else [word])
-        else:
-            groups[-1].append(word)
-    return sorted(" ".join(group) for group in groups if group[0] not in OTHER_OPTIONS)
+    """The options of a command of training with their values, without OTHER_OPTIONS, sorted."""
+    return sorted(" ".join(option) for option in options_of(train) if option[0] not in OTHER_OPTIONS)
 
 
 def common_name(names: Sequence[str]) -> str:
