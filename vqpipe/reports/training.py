@@ -250,62 +250,40 @@ def newest_numbers(run: TrainingRun) -> Iterator[page.Section]:
 
 def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
     """Losses, quality, codes, learning rate and gradients over images seen; what was not logged has no plot."""
-
-    def lines(**keys: str) -> dict[str, plots.Line]:
-        return {name: plots.series(rows, key) for name, key in keys.items()}
-
     validations = [row for row in rows if "valid/images" in row]
     window = max((row["window_tokens"] for row in rows if "window_tokens" in row), default=0)
     held_out = counted(validations[-1]["valid/images"], "held-out images") if validations else ""
     tokens = f"among the {window:,} tokens (at most) between two rows of the log."
-    drawn = (
-        *loss_curves(rows),
-        plots.curves(
-            "PSNR in training, dB",
-            lines(training="psnr"),
-            "linear",
-            "Of the mean squared error of the images between two rows of the log: at most the mean of their PSNRs.",
-        ),
-        plots.curves("PSNR in validation, dB", lines(validation="valid/psnr"), "linear", f"Mean over {held_out}."),
-        *(
-            plots.curves(
-                f"{capitalized(words)} in validation",
-                lines(**{name: f"valid/{kind}_{net}" for net, name in BACKBONES.items()}),
-                "linear",
-                f"{about}Mean over {held_out}.",
-            )
-            for kind, (words, about) in PERCEPTUAL.items()
-        ),
-        plots.curves(
-            "Accuracy",
-            lines(**{"training top-1": "train/top1", "validation top-1": "valid/top1", "top-5": "valid/top5"}),
-            "share",
-        ),
-        plots.curves(
-            "Codes in use",
-            lines(training="utilization", validation="valid/utilization"),
-            "share",
-            f"Training: {tokens}" + (f" Validation: among the tokens of {held_out}." if held_out else ""),
-        ),
-        plots.curves(
-            "Perplexity of the codes in training",
-            lines(training="perplexity"),
-            "linear",
-            f"Of the first group, {tokens}",
-        ),
-        plots.curves(
+    own_mean = "Of the mean squared error of the images between two rows of the log: at most the mean of their PSNRs."
+    in_use = f"Training: {tokens}" + (f" Validation: among the tokens of {held_out}." if held_out else "")
+    accuracies = {"training top-1": "train/top1", "validation top-1": "valid/top1", "top-5": "valid/top5"}
+    norms = {"network": "gradient_norm", "discriminator": "discriminator_gradient_norm"}
+    perceptual = [
+        (f"{capitalized(words)} in validation", {name: f"valid/{kind}_{net}" for net, name in BACKBONES.items()}, about)
+        for kind, (words, about) in PERCEPTUAL.items()
+    ]
+    table: list[tuple[str, dict[str, str], plots.Scale, str]] = [
+        ("PSNR in training, dB", {"training": "psnr"}, "linear", own_mean),
+        ("PSNR in validation, dB", {"validation": "valid/psnr"}, "linear", f"Mean over {held_out}."),
+        *((title, keys, "linear", f"{about}Mean over {held_out}.") for title, keys, about in perceptual),
+        ("Accuracy", accuracies, "share", ""),
+        ("Codes in use", {"training": "utilization", "validation": "valid/utilization"}, "share", in_use),
+        ("Perplexity of the codes in training", {"training": "perplexity"}, "linear", f"Of the first group, {tokens}"),
+        (
             "Perplexity of the codes in validation",
-            lines(validation="valid/perplexity"),
+            {"validation": "valid/perplexity"},
             "linear",
             f"Mean over groups, among the tokens of {held_out}.",
         ),
-        plots.curves("Learning rate", lines(rate="learning_rate"), "linear"),
-        plots.curves(
-            "Gradient norm", lines(network="gradient_norm", discriminator="discriminator_gradient_norm"), "log"
-        ),
-        plots.curves("Images per second", lines(speed="images_per_second"), "linear"),
+        ("Learning rate", {"rate": "learning_rate"}, "linear", ""),
+        ("Gradient norm", norms, "log", ""),
+        ("Images per second", {"speed": "images_per_second"}, "linear", ""),
+    ]
+    drawn = (
+        plots.curves(title, {name: plots.series(rows, key) for name, key in keys.items()}, scale, caption)
+        for title, keys, scale, caption in table
     )
-    return [plot for plot in drawn if plot is not None]
+    return [plot for plot in (*loss_curves(rows), *drawn) if plot is not None]
 
 
 def loss_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot | None]:
