@@ -24,15 +24,15 @@ def pair(name: str, psnr: float | None, why: Any = "spread", height: int = 8, wi
 
 
 def test_a_grid_holds_every_pair_unchanged_on_white() -> None:
-    originals, reconstructions = torch.randint(0, 255, (2, 5, 3, 64, 80), dtype=torch.uint8)
-    grid = pixels(pictures.reconstruction_grid(originals, reconstructions, columns=2))
+    originals, reconstructions = torch.randint(0, 255, (2, 2, 3, 64, 80), dtype=torch.uint8)
+    grid = pixels(pictures.reconstruction_grid(originals, reconstructions))
     height, width = 64 + 2 * pictures.GAP, 2 * 80 + 3 * pictures.GAP
-    assert grid.shape == (3 * height, 2 * width, 3)
-    left, top = width + pictures.GAP, height + pictures.GAP  # the pair in row 1, column 1: the fourth
-    assert np.array_equal(grid[top : top + 64, left : left + 80], originals[3].permute(1, 2, 0))
+    assert grid.shape == (height, 2 * width, 3)
+    left, top = width + pictures.GAP, pictures.GAP  # the second pair
+    assert np.array_equal(grid[top : top + 64, left : left + 80], originals[1].permute(1, 2, 0))
     right = grid[top : top + 64, left + 80 + pictures.GAP :][:, :80]
-    assert np.array_equal(right, reconstructions[3].permute(1, 2, 0))
-    assert (grid[2 * height :, width:] == 255).all()
+    assert np.array_equal(right, reconstructions[1].permute(1, 2, 0))
+    assert (grid[:top] == 255).all()
 
 
 def test_the_end_of_a_sheet_that_is_not_full_is_transparent() -> None:

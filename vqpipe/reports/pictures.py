@@ -201,8 +201,8 @@ def first_groups(k: int | None, note: str = "") -> str:
     return ", ".join(filter(None, (name, note)))
 
 
-def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int = 4) -> bytes:
-    """Pairs, original left and reconstruction right, `columns` pairs per row: two uint8[N, 3, H, W] tensors -> PNG.
+def reconstruction_grid(originals: Tensor, reconstructions: Tensor) -> bytes:
+    """Pairs, original left and reconstruction right, in one row: two uint8[N, 3, H, W] tensors -> PNG.
 
     Raises:
         DataError: no images, or their shapes differ.
@@ -213,12 +213,8 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
             f"{list(reconstructions.shape)}"
         )
     pairs = [side_by_side(*pair) for pair in zip(enlarge(originals, 64), enlarge(reconstructions, 64), strict=True)]
-    columns = min(columns, len(pairs))
-    blank = torch.full_like(pairs[0], 255)
-    pairs += [blank] * (-len(pairs) % columns)
     padded = [torch.nn.functional.pad(pair, (GAP, GAP, GAP, GAP), value=255) for pair in pairs]
-    rows = [torch.cat(padded[start : start + columns], dim=2) for start in range(0, len(padded), columns)]
-    return to_png(torch.cat(rows, dim=1))
+    return to_png(torch.cat(padded, dim=2))
 
 
 def contact_sheet(images: Tensor, columns: int = 8) -> bytes:

@@ -346,7 +346,7 @@ class ReconstructionGrid(Callback):
         if not self.held_out:
             note = f"On the {counted(len(self.names), 'images')} above alone, at step {step:,}: more with --validation."
             self.fields |= {"counts": counts, "counts_note": note}
-        return reconstruction_grid(originals, reconstructions, columns=len(originals))
+        return reconstruction_grid(originals, reconstructions)
 
     @torch.no_grad()
     def reconstruct(self, network: Autoencoder, originals: Tensor) -> tuple[Tensor, Tensor]:
