@@ -127,16 +127,16 @@ def ours(problem: Problem) -> Method:
 
 def peers(problem: Problem) -> dict[str, Callable[[], Method]]:
     """Name -> constructor of each peer, which raises Unavailable."""
-    makers: dict[str, Callable[[], Method]] = {REFERENCE: lambda: in_faiss(problem, REFERENCE, {})}
+    makers: dict[str, Callable[[], Method]] = {REFERENCE: lambda: in_faiss(problem, {})}
     if problem.settings.device.type == "cuda":
         makers["flash-kmeans"] = lambda: in_flash(problem)
     else:
-        makers["faiss tuned"] = lambda: in_faiss(problem, "faiss tuned", FAISS_TUNING)
+        makers["faiss tuned"] = lambda: in_faiss(problem, FAISS_TUNING)
         makers["scikit-learn"] = lambda: in_sklearn(problem)
     return makers
 
 
-def in_faiss(problem: Problem, name: str, tuning: Mapping[str, int]) -> Method:
+def in_faiss(problem: Problem, tuning: Mapping[str, int]) -> Method:
     """faiss.Kmeans on all points, with its default global settings except for `tuning`."""
     on_gpu = problem.settings.device.type == "cuda"
     faiss: Any = faiss_gpu_module() if on_gpu else need("faiss")
@@ -150,7 +150,7 @@ def in_faiss(problem: Problem, name: str, tuning: Mapping[str, int]) -> Method:
         return clusters.centroids
 
     note = ", ".join(f"{key} = {value}" for key, value in tuning.items())
-    return Method(name=name, call=fit, version=f"faiss {faiss.__version__}{', GPU' if on_gpu else ''}", note=note)
+    return Method(call=fit, version=f"faiss {faiss.__version__}{', GPU' if on_gpu else ''}", note=note)
 
 
 def in_sklearn(problem: Problem) -> Method:
@@ -162,7 +162,7 @@ def in_sklearn(problem: Problem) -> Method:
         model = cluster.KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0.0, algorithm="lloyd")
         return model.fit(points).cluster_centers_
 
-    return Method(name="scikit-learn", call=fit, version=version_of("scikit-learn"))
+    return Method(call=fit, version=version_of("scikit-learn"))
 
 
 def in_flash(problem: Problem) -> Method:
@@ -176,4 +176,4 @@ def in_flash(problem: Problem) -> Method:
         return fitted[1][0]
 
     version = version_of("flash-kmeans", "flash_kmeans")
-    return Method(name="flash-kmeans", call=fit, version=version, exact=False, note="TF32 products")
+    return Method(call=fit, version=version, exact=False, note="TF32 products")

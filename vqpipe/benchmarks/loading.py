@@ -140,14 +140,14 @@ class Files:
             for jpeg in next(parts):
                 simplejpeg.decode_jpeg(jpeg)
 
-        return Method(name=DECODING, call=call, version=version_of("simplejpeg"), note="from memory, without a crop")
+        return Method(call=call, version=version_of("simplejpeg"), note="from memory, without a crop")
 
     def webdataset(self) -> Method:
         """A tar in its own order, decoded by Pillow."""
         webdataset = need("webdataset")
         crops = webdataset.WebDataset(str(self.tar), shardshuffle=False).decode("pil").to_tuple("jpg", "cls")
         loader = crops.map_tuple(self.transform()).batched(self.loading.batch, collation_fn=stacked)
-        return self.peer("webdataset", loader, version_of("webdataset"), "tar, Pillow, torchvision; in order")
+        return self.peer(loader, version_of("webdataset"), "tar, Pillow, torchvision; in order")
 
     def image_folder(self) -> Method:
         """Files in a class folder, shuffled."""
@@ -157,7 +157,7 @@ class Files:
             (self.folder / "folder" / "class" / f"{key}.jpg").write_bytes(jpeg)
         dataset = datasets.ImageFolder(str(self.folder / "folder"), self.transform())
         loader = torch.utils.data.DataLoader(dataset, self.loading.batch, shuffle=True, collate_fn=stacked)
-        return self.peer("torchvision ImageFolder", loader, version_of("torchvision"), "files, Pillow, torchvision")
+        return self.peer(loader, version_of("torchvision"), "files, Pillow, torchvision")
 
     def streaming(self) -> Method:
         """A shard of MDS, shuffled, decoded by Pillow."""
@@ -173,7 +173,7 @@ class Files:
 
         dataset = streaming.StreamingDataset(local=folder, batch_size=self.loading.batch, shuffle=True)
         loader = torch.utils.data.DataLoader(dataset, self.loading.batch, collate_fn=crops)
-        return self.peer("mosaicml-streaming", loader, version_of("mosaicml-streaming"), "MDS, Pillow, torchvision")
+        return self.peer(loader, version_of("mosaicml-streaming"), "MDS, Pillow, torchvision")
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """Resize, random crop, flip: of torchvision."""
@@ -184,10 +184,10 @@ class Files:
         )
         return composed
 
-    def peer(self, name: str, loader: Iterable[Any], version: str, note: str) -> Method:
+    def peer(self, loader: Iterable[Any], version: str, note: str) -> Method:
         """The next batch of a loader, epoch after epoch."""
         batches = endless(loader)
-        return Method(name=name, call=lambda: next(batches), version=version, note=note)
+        return Method(call=lambda: next(batches), version=version, note=note)
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:

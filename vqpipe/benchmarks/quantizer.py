@@ -139,7 +139,7 @@ def peer(kind: str, quantizers: dict[str, Quantizer], latent: Tensor, settings: 
         codes, _, loss = module(latent.clone().requires_grad_())
         descend(codes.sum() + loss.sum())
 
-    return Method(name=f"{PACKAGE}, {kind}", call=call, version=version_of(PACKAGE), baseline=name_of(kind), note=what)
+    return Method(call=call, version=version_of(PACKAGE), baseline=name_of(kind), note=what)
 
 
 def optimizer_step(module: nn.Module) -> Callable[[Tensor], None]:

@@ -25,7 +25,6 @@ from vqpipe.benchmarks.timing import (
     measure,
     measurements,
     need,
-    need_memory,
     version_of,
 )
 from vqpipe.progress import Progress
@@ -74,21 +73,20 @@ def ours(vectors: Tensor, codes: Tensor) -> Method:
 def peers(settings: Settings, vectors: Tensor, codes: Tensor) -> dict[str, Callable[[], Method]]:
     """Name -> constructor of each peer, which raises Unavailable."""
 
-    def in_torch(name: str, find: Callable[[Tensor, Tensor], Tensor], matrices: int, note: str = "") -> Method:
+    def in_torch(find: Callable[[Tensor, Tensor], Tensor], matrices: int, note: str = "") -> Method:
         need_matrices(matrices, len(vectors), len(codes), settings)
-        return Method(name=name, call=lambda: find(vectors, codes), version=version_of("torch"), note=note)
+        return Method(call=lambda: find(vectors, codes), version=version_of("torch"), note=note)
 
     makers: dict[str, Callable[[], Method]] = {
-        "naive expansion": lambda: in_torch("naive expansion", expansion, MATRICES, PUBLISHED),
-        "torch.cdist": lambda: in_torch("torch.cdist", cdist, 1),
+        "naive expansion": lambda: in_torch(expansion, MATRICES, PUBLISHED),
+        "torch.cdist": lambda: in_torch(cdist, 1),
     }
     if settings.device.type == "cuda":
         makers["faiss GPU"] = lambda: faiss_on_gpu(vectors, codes)
         makers["flash-kmeans"] = lambda: flash_kmeans(vectors, codes)
     else:
-        defaults = "faiss, default settings"
-        makers[defaults] = lambda: in_faiss(defaults, faiss_defaults(), vectors, codes)
-        makers["faiss tuned"] = lambda: in_faiss("faiss tuned", faiss_defaults() | FAISS_TUNING, vectors, codes)
+        makers["faiss, default settings"] = lambda: in_faiss(faiss_defaults(), vectors, codes)
+        makers["faiss tuned"] = lambda: in_faiss(faiss_defaults() | FAISS_TUNING, vectors, codes)
         makers["scikit-learn"] = lambda: in_sklearn(vectors, codes)
     return makers
 
@@ -110,10 +108,12 @@ def need_matrices(matrices: int, num_vectors: int, num_codes: int, settings: Set
     """Raise Unavailable where so many N x K matrices of float32 are over the budget."""
     shape = f"{num_vectors:,} x {num_codes:,}"
     what = f"{matrices} matrices of {shape}" if matrices > 1 else f"{shape} distances"
-    need_memory(4 * matrices * num_vectors * num_codes, settings, what)
+    gigabytes = 4e-9 * matrices * num_vectors * num_codes
+    if gigabytes > settings.memory:
+        raise Unavailable(f"{what} take {gigabytes:.3g} GB, the budget is {settings.memory:.3g} GB")
 
 
-def in_faiss(name: str, values: Mapping[str, int], vectors: Tensor, codes: Tensor) -> Method:
+def in_faiss(values: Mapping[str, int], vectors: Tensor, codes: Tensor) -> Method:
     """faiss's exhaustive search on the CPU with `values` of its global settings."""
     faiss: Any = need("faiss")
     queries, database = vectors.numpy(), codes.numpy()
@@ -124,7 +124,7 @@ def in_faiss(name: str, values: Mapping[str, int], vectors: Tensor, codes: Tenso
 
     changed = {key: value for key, value in values.items() if value != faiss_defaults()[key]}
     note = ", ".join(f"{key} = {value}" for key, value in changed.items())
-    return Method(name=name, call=call, version=f"faiss {faiss.__version__}", note=note)
+    return Method(call=call, version=f"faiss {faiss.__version__}", note=note)
 
 
 @contextmanager
@@ -157,7 +157,6 @@ def in_sklearn(vectors: Tensor, codes: Tensor) -> Method:
     metrics: Any = need("sklearn.metrics")
     queries, database = vectors.numpy(), codes.numpy()
     return Method(
-        name="scikit-learn",
         call=lambda: metrics.pairwise_distances_argmin(queries, database),
         version=version_of("scikit-learn"),
         note="pairwise_distances_argmin",
@@ -179,7 +178,6 @@ def faiss_on_gpu(vectors: Tensor, codes: Tensor) -> Method:
     resources = faiss.StandardGpuResources()
     resources.setDefaultNullStreamAllDevices()
     return Method(
-        name="faiss GPU",
         call=lambda: faiss.knn_gpu(resources, vectors, codes, 1)[1][:, 0],
         version=f"faiss {faiss.__version__}",
         note="its memory is not counted",
@@ -192,7 +190,6 @@ def flash_kmeans(vectors: Tensor, codes: Tensor) -> Method:
     trained = package.FlashKMeans(codes.shape[1], len(codes))
     trained.centroids_b, trained._batch_size = codes[None], None
     return Method(
-        name="flash-kmeans",
         call=lambda: trained.predict(vectors),
         version=version_of("flash-kmeans", "flash_kmeans"),
         exact=False,

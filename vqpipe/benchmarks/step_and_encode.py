@@ -141,7 +141,7 @@ class MeasuredTraining:
                 released.step(images)
 
         note = "VQGAN-LC's, in float32"
-        return Method(name=self.released_name, call=call, version=version_of("torch"), baseline=self.name, note=note)
+        return Method(call=call, version=version_of("torch"), baseline=self.name, note=note)
 
     def planned(self) -> Planned:
         """The estimates of a step."""
@@ -193,7 +193,7 @@ def time_encoding(
     def naive() -> Method:
         need_matrices(MATRICES, num_vectors, k, settings)
         codes = model.quantizer.codebook().detach()
-        return Method(name="naive search", call=lambda: expansion(vectors(), codes), version=version_of("torch"))
+        return Method(call=lambda: expansion(vectors(), codes), version=version_of("torch"))
 
     version = f"{version_of('vqpipe')}, {engine_name(settings.device)}"
     ours = Method(name="vqpipe", call=lambda: tokenizer.encode(images).flatten(), version=version, ours=True)

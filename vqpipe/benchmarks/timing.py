@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import CDLL
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +62,8 @@ class Settings:
 class Method:
     """One implementation of the task of a case."""
 
-    name: str
+    name: str = ""
+    """Empty until `available` sets it."""
     call: Callable[..., Any]
     version: str
     """Of the library, such as `faiss 1.15.1`."""
@@ -256,11 +257,12 @@ def measurements(
 
 
 def available(makers: Mapping[str, Callable[[], Method]], case: Case) -> list[Method]:
-    """The methods that can be measured on this machine; the reasons of the others go into `case.not_run`."""
+    """The methods that can be measured on this machine, by their names here; the reasons of the others go into
+    `case.not_run`."""
     methods = []
     for name, make in makers.items():
         try:
-            methods.append(make())
+            methods.append(replace(make(), name=name))
         except Unavailable as reason:
             case.not_run[name] = str(reason)
     return methods
@@ -278,12 +280,6 @@ def need(module: str) -> ModuleType:
         name = module.partition(".")[0]
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == name
         raise Unavailable(f"{name} is not installed" if absent else f"failed: {first_line(error)}") from None
-
-
-def need_memory(num_bytes: float, settings: Settings, what: str) -> None:
-    """Raise Unavailable where `what`, of `num_bytes`, is over the budget."""
-    if num_bytes > 1e9 * settings.memory:
-        raise Unavailable(f"{what} take {num_bytes / 1e9:.3g} GB, the budget is {settings.memory:.3g} GB")
 
 
 def version_of(*packages: str) -> str:
