@@ -36,13 +36,8 @@ class NotComputed(Analysis):
     def result(self) -> dict[str, Any]:
         return {"not_computed": self.reason}
 
-    def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
-        return reason_section(self.name, result)
-
-
-def reason_section(name: str, result: Mapping[str, Any]) -> list[page.Section]:
-    """The section of an analysis that was not computed."""
-    return [page.Reasons(f"Not computed: {name}", {name: result["not_computed"]})]
+    def sections_of(self, result: Mapping[str, Any]) -> list[page.Section]:
+        return []
 
 
 def sampling_key(name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from vqpipe import distributed
-from vqpipe.analysis.base import MissingPackage, codebooks, reason_section, sample_ids
+from vqpipe.analysis.base import MissingPackage, codebooks, sample_ids
 from vqpipe.evaluation.analysis import Analysis, AnalysisInputs
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.quantizers import FrozenCodebookQuantizer, MultiGroupQuantizer, Quantizer
@@ -85,9 +85,7 @@ class Embedding(Analysis):
             return {"not_computed": next(iter(reasons.values()))}
         return {"maps": maps, "active_per_group": active.sum(1).tolist(), "seed": seed, "absent": reasons}
 
-    def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
-        if "not_computed" in result:
-            return reason_section(self.name, result)
+    def sections_of(self, result: Mapping[str, Any]) -> list[page.Section]:
         several, size = len(result["active_per_group"]) > 1, self.usage.codebook_size
         drawn = []
         for space, group, points, active in self.maps:

@@ -16,7 +16,6 @@ from vqpipe.analysis.base import (
     NO_GRID,
     codebooks,
     metric_of,
-    reason_section,
     sample_ids,
     sampling_key,
 )
@@ -139,9 +138,7 @@ class Patches(Analysis):
             "seed": self.inputs.seed,
         }
 
-    def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
-        if "not_computed" in result:
-            return reason_section(self.name, result)
+    def sections_of(self, result: Mapping[str, Any]) -> list[page.Section]:
         maps = []
         for sheet in result["sheets"]:
             slot = self.slot(sheet["group"], sheet["code"])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.analysis.base import NO_GRID, codebooks, reason_section, sampling_key
+from vqpipe.analysis.base import NO_GRID, codebooks, sampling_key
 from vqpipe.distributed import gather_objects
 from vqpipe.errors import ConfigError
 from vqpipe.evaluation.analysis import Analysis, AnalysisInputs
@@ -95,9 +95,7 @@ class Replacement(Analysis):
         rows = [{"k": k, **distortion.means()} for k, distortion in merged.items()]
         return {"rows": rows, "num_images": num_images, "num_without_layout": without, "itself_counts": False}
 
-    def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
-        if "not_computed" in result:
-            return reason_section(self.name, result)
+    def sections_of(self, result: Mapping[str, Any]) -> list[page.Section]:
         rows = result["rows"]
         curve = np.array([[row["k"], row["psnr"]] for row in rows[1:]]).T
         plot = plots.line_plot(

@@ -61,6 +61,12 @@ class Analysis(Resumable, ABC):
     def result(self) -> dict[str, Any]:
         """The result over all ranks, for JSON; `not_computed` is the reason where there is none."""
 
-    @abstractmethod
     def sections(self, result: Mapping[str, Any]) -> list[page.Section]:
         """The sections of the page, after `result`."""
+        if "not_computed" in result:
+            return [page.Reasons(f"Not computed: {self.name}", {self.name: result["not_computed"]})]
+        return self.sections_of(result)
+
+    @abstractmethod
+    def sections_of(self, result: Mapping[str, Any]) -> list[page.Section]:
+        """The sections of a result that was computed."""
