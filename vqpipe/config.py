@@ -367,6 +367,22 @@ def check_choices(config: Any, section: str = "") -> None:
             convert(hint, getattr(config, name), dotted(section, name))
 
 
+def check_range(config: Any, section: str, interval: str, *names: str) -> None:
+    """Check that these fields of a dataclass, or each number of one that is a tuple, are in an interval, such as
+    "[1, inf)" or "(0, 1]". None is not checked.
+
+    Raises:
+        ConfigError: one is not, or is NaN.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else [] if value is None else [value]:
+            at_end = (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
+            if not (low < number < high or at_end):
+                raise ConfigError(f"{dotted(section, name)} = {plain(value)} should be in {interval}")
+
+
 @cache
 def has_choices(hint: Any) -> bool:
     """Whether a type is a `Literal`, or is made of one."""

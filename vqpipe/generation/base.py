@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vqpipe.config import added, all_subclasses, check_choices, class_for
+from vqpipe.config import added, all_subclasses, check_choices, check_range, class_for
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.quantizers import Quantizer, TokenLayout
 
@@ -125,21 +125,14 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "generate")
-        low, high = self.cfg_interval
-        share = isinstance(self.top_k, float)
-        checks = {
-            "temperature": (0 <= self.temperature < math.inf, "a finite number of at least 0"),
-            "top_k": (0 <= self.top_k <= 1 if share else self.top_k >= 0, "a count, or as a float a share in [0, 1]"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "cfg_scale": (0 <= self.cfg_scale <= torch.finfo(torch.float32).max, "at least 0 and finite in float32"),
-            "cfg_channels": (self.cfg_channels >= 0, "a number of channels, or 0 for all"),
-            "cfg_interval": (0 <= low < high <= 1, "two fractions in [0, 1], in ascending order"),
-            "steps": (self.steps >= 1, "at least 1"),
-            "eta": (self.eta is None or 0 <= self.eta <= 1, "in [0, 1]"),
-        }
-        for name, (valid, expected) in checks.items():
-            if not valid:
-                raise ConfigError(f"generate.{name} = {getattr(self, name)} should be {expected}")
+        check_range(self, "generate", "[0, inf)", "temperature", "cfg_channels")
+        check_range(self, "generate", "[0, 1]" if isinstance(self.top_k, float) else "[0, inf)", "top_k")
+        check_range(self, "generate", "(0, 1]", "top_p")
+        check_range(self, "generate", f"[0, {torch.finfo(torch.float32).max}]", "cfg_scale")
+        check_range(self, "generate", "[0, 1]", "cfg_interval", "eta")
+        check_range(self, "generate", "[1, inf)", "steps")
+        if self.cfg_interval[0] >= self.cfg_interval[1]:
+            raise ConfigError(f"generate.cfg_interval = {list(self.cfg_interval)} should be in ascending order")
 
 
 SAMPLING_OF = {
@@ -161,8 +154,7 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "generator")
-        if not 0 <= self.class_dropout <= 1:
-            raise ConfigError(f"generator.class_dropout = {self.class_dropout} should be in [0, 1]")
+        check_range(self, "generator", "[0, 1]", "class_dropout")
 
 
 class Generator(nn.Module, ABC):

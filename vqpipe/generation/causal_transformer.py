@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import GeneratorConfig
 
@@ -43,13 +44,10 @@ class CausalTransformerConfig(GeneratorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.layers, self.heads, self.width) < 1 or self.width % self.heads:
-            raise ConfigError(
-                f"a {self.kind} of {self.layers} layers, {self.heads} heads and {self.width} channels cannot be built",
-                "Set generator.layers, heads and width; heads divide the width",
-            )
-        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
-            raise ConfigError("generator.dropout and label_smoothing should be in [0, 1)")
+        check_range(self, "generator", "[1, inf)", "layers", "heads", "width")
+        check_range(self, "generator", "[0, 1)", "dropout", "label_smoothing")
+        if self.width % self.heads:
+            raise ConfigError(f"generator.width = {self.width} is not divisible by generator.heads = {self.heads}")
 
 
 class GeluMlp(nn.Module):

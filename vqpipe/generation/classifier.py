@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.config import check_choices, class_for, resumable
+from vqpipe.config import check_choices, check_range, class_for, resumable
 from vqpipe.errors import ConfigError, DataError, WeightsError
 from vqpipe.generation.base import Space
 from vqpipe.weights import load_tensors
@@ -53,8 +53,8 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "classifier")
-        if not 0 <= self.label_smoothing < 1 or self.table_dim < 1:
-            raise ConfigError("classifier.label_smoothing should be in [0, 1), classifier.table_dim at least 1")
+        check_range(self, "classifier", "[0, 1)", "label_smoothing")
+        check_range(self, "classifier", "[1, inf)", "table_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,12 @@ class VitConfig(ClassifierConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.width, self.depth, self.num_heads) < 1 or self.width % self.num_heads:
+        check_range(self, "classifier", "[1, inf)", "width", "depth", "num_heads")
+        check_range(self, "classifier", "[0, 1)", "drop_path")
+        if self.width % self.num_heads:
             raise ConfigError(
                 f"classifier.width = {self.width} is not divisible by classifier.num_heads = {self.num_heads}"
             )
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"classifier.drop_path = {self.drop_path} should be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,7 @@ class LinearProbeConfig(ClassifierConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool < 1:
-            raise ConfigError(f"classifier.pool = {self.pool} should be at least 1")
+        check_range(self, "classifier", "[1, inf)", "pool")
         if self.embedding != "codes":
             raise ConfigError("a linear probe needs the tokenizer's codes", "Set classifier.embedding = codes")
 

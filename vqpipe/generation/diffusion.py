@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import GeneratorConfig, SamplingConfig, Space, progress_at
 from vqpipe.generation.latents import Denoiser, LatentGenerator, gaussian_noise
@@ -36,8 +37,6 @@ class NoiseSchedule:
 
     def __init__(self, betas: np.ndarray, times: np.ndarray | None = None) -> None:
         self.betas = np.asarray(betas, dtype=np.float64)
-        if self.betas.ndim != 1 or not len(self.betas) or not ((self.betas > 0) & (self.betas < 1)).all():
-            raise ConfigError("a noise schedule's betas should lie between 0 and 1")
         self.times = np.arange(len(self.betas)) if times is None else times
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         before = self.alphas_cumprod_before = np.append(1.0, self.alphas_cumprod[:-1])
@@ -121,15 +120,12 @@ class DiffusionConfig(GeneratorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.beta_start <= self.beta_end < 1 or self.num_times < 2:
-            raise ConfigError(
-                f"generator.beta_start = {self.beta_start}, beta_end = {self.beta_end}, num_times = {self.num_times}",
-                "Use 0 < beta_start <= beta_end < 1, and 2 times or more",
-            )
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f"generator.eta = {self.eta} should be in [0, 1]")
-        if self.bound_weight < 0:
-            raise ConfigError(f"generator.bound_weight = {self.bound_weight} is negative")
+        check_range(self, "generator", "(0, 1)", "beta_start", "beta_end")
+        check_range(self, "generator", "[2, inf)", "num_times")
+        check_range(self, "generator", "[0, 1]", "eta")
+        check_range(self, "generator", "[0, inf)", "bound_weight")
+        if self.beta_start > self.beta_end:
+            raise ConfigError(f"generator.beta_start = {self.beta_start} is more than beta_end = {self.beta_end}")
 
 
 class DiffusionGenerator(LatentGenerator):

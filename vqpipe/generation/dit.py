@@ -63,7 +63,6 @@ class DitConfig(TransformerConfig, DiffusionConfig):
     kind: ClassVar[str] = "dit"
 
     learn_variance: bool = True
-    """The network also predicts the variance of each reverse step, trained by the variational bound (IDDPM)."""
 
 
 class Dit(DiffusionGenerator):

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vqpipe.errors import ConfigError
+from vqpipe.config import check_range
 from vqpipe.generation.base import Generator, SamplingConfig, Space
 from vqpipe.generation.causal_transformer import (
     INIT_STD,
@@ -61,8 +61,7 @@ class GptConfig(CausalTransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.keep <= 1:
-            raise ConfigError(f"generator.keep = {self.keep} should be in [0, 1]")
+        check_range(self, "generator", "[0, 1]", "keep")
 
 
 class Gpt(Generator):

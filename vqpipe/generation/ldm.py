@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import Space
 from vqpipe.generation.diffusion import DiffusionConfig, DiffusionGenerator
@@ -43,21 +44,17 @@ class LdmConfig(DiffusionConfig):
     class_channels: int = 512
     """Channels of the class embedding."""
     schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
-    """Betas are evenly spaced, or their square roots are (LDM)."""
     beta_start: float = 0.0015
-    """Variance of the noise added at the first time."""
     beta_end: float = 0.0195
-    """Variance of the noise added at the last time."""
     sampler: Literal["ddpm", "ddim"] = "ddim"
-    """Default solver of `sample`."""
     eta: float = 1.0
-    """ddim: share of fresh noise, 0 (deterministic) to 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = (self.base_channels, self.num_res_blocks, self.head_channels, self.class_channels)
-        if not self.channel_multipliers or min(*sizes, *self.channel_multipliers) < 1:
-            raise ConfigError("every size in [generator] must be at least 1", "See the preset ldm-f16")
+        sizes = ("base_channels", "num_res_blocks", "head_channels", "class_channels")
+        check_range(self, "generator", "[1, inf)", *sizes, "channel_multipliers")
+        if not self.channel_multipliers:
+            raise ConfigError("generator.channel_multipliers names no level", "See the preset ldm-f16")
         if self.base_channels % GROUPS or self.base_channels % self.head_channels:
             raise ConfigError(
                 f"generator.base_channels = {self.base_channels} is not divisible by {GROUPS} groups and heads of "

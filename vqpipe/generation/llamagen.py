@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.config import added
+from vqpipe.config import added, check_range
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import Generator, SamplingConfig, Space
 from vqpipe.generation.causal_transformer import (
@@ -71,8 +71,7 @@ class LlamaGenConfig(CausalTransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_layers < 1:
-            raise ConfigError(f"generator.head_layers = {self.head_layers} should be at least 1")
+        check_range(self, "generator", "[1, inf)", "head_layers")
         if self.width % (4 * self.heads):
             raise ConfigError(
                 f"generator.width = {self.width} does not give {self.heads} heads a multiple of 4 channels",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe import distributed
-from vqpipe.config import added, check_choices, nearest_name, resumable
+from vqpipe.config import added, check_choices, check_range, nearest_name, resumable
 from vqpipe.errors import ConfigError
 from vqpipe.losses.adversarial import (
     adaptive_sum,
@@ -102,9 +102,10 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         check_choices(self, "objective")
         weighted = (*RECONSTRUCTION_TERMS, *QUANTIZER_TERMS, "adversarial", *PENALTIES)
-        for name, weight in self.weights(weighted).items():
-            if weight < 0:
-                raise ConfigError(f"objective.{name} = {weight} is negative", "Use 0 to omit the term")
+        check_range(self, "objective", "[0, inf)", *weighted, "disc_start", "adversarial_warmup")
+        check_range(self, "objective", "(0, inf)", "charbonnier_eps")
+        check_range(self, "objective", "[1, inf)", "r1_every")
+        check_range(self, "objective", "[0, 1)", "lecam_decay")
         if not any(self.weights(RECONSTRUCTION_TERMS).values()):
             raise ConfigError(
                 "the objective has no reconstruction term", "Set objective.l1, l2, log_l2, charbonnier or lpips"
@@ -114,12 +115,6 @@ class ObjectiveConfig:
                 f"objective.lpips = {self.lpips} does not fit objective.perceptual = {self.perceptual!r}",
                 'Set a weight lpips and perceptual = "vgg", "alex" or "squeeze", or lpips = 0 and perceptual = "none"',
             )
-        if self.charbonnier_eps <= 0 or min(self.disc_start, self.adversarial_warmup) < 0:
-            raise ConfigError(
-                "objective.charbonnier_eps must be positive, and disc_start and adversarial_warmup not negative"
-            )
-        if self.r1_every < 1 or not 0 <= self.lecam_decay < 1:
-            raise ConfigError("objective.r1_every should be at least 1, and lecam_decay in [0, 1)")
         for name in PENALTIES:
             if getattr(self, name) and not self.adversarial:
                 raise ConfigError(

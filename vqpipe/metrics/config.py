@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vqpipe.config import check_choices, resumable
+from vqpipe.config import check_choices, check_range, resumable
 from vqpipe.errors import ConfigError
 from vqpipe.metrics.protocols import Name
 
@@ -45,16 +45,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "eval")
-        if min(self.batch_size, self.tile or 1) < 1 or (isinstance(self.image_size, int) and self.image_size < 1):
-            raise ConfigError("eval.image_size, eval.batch_size and eval.tile start at 1")
-        if min(self.num_pictures, self.num_extremes) < 0 or self.fid_min_images < 2 or self.feature_memory < 0:
-            raise ConfigError(
-                "eval.num_pictures, eval.num_extremes and eval.feature_memory start at 0, eval.fid_min_images at 2"
-            )
-        if self.save_seconds < 0:
-            raise ConfigError(f"eval.save_seconds = {self.save_seconds} is negative", "0 saves after each batch")
-        if not 0 <= self.max_skipped <= 1:
-            raise ConfigError(f"eval.max_skipped = {self.max_skipped} should be a share, 0..1")
+        sizes = ("image_size",) if isinstance(self.image_size, int) else ()
+        check_range(self, "eval", "[1, inf)", "batch_size", "tile", *sizes)
+        check_range(self, "eval", "[0, inf)", "num_pictures", "num_extremes", "feature_memory", "save_seconds")
+        check_range(self, "eval", "[2, inf)", "fid_min_images")
+        check_range(self, "eval", "[0, 1]", "max_skipped")
         for name, values in (("protocol", self.protocols), ("metrics", self.metrics)):
             if len(set(values)) != len(values):
                 raise ConfigError(f"eval.{name} names one twice: {', '.join(values)}", "Name each once")

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 
@@ -70,8 +71,7 @@ class DcaeConfig(AutoencoderConfig):
                     f"depths {list(depths)} should be 0 in stage 0 and at least 1 in every other",
                     "See the preset mgvq-f16-g4",
                 )
-        if min(*self.widths[1:], self.attention_from, self.latent_channels) < 1:
-            raise ConfigError("model.widths, attention_from and latent_channels should be at least 1")
+        check_range(self, "model", "[1, inf)", "widths", "attention_from", "latent_channels")
         for stage in stages:
             unit = HEAD_CHANNELS if self.attends(stage) else 4
             if self.widths[stage] % unit:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vqpipe.errors import ConfigError
+from vqpipe.config import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,7 @@ class DiscriminatorConfig:
     """Convolutions of stride 2."""
 
     def __post_init__(self) -> None:
-        if self.base_channels < 1 or self.num_layers < 1:
-            raise ConfigError("a discriminator needs at least one channel and one layer")
+        check_range(self, "discriminator", "[1, inf)", "base_channels", "num_layers")
 
     @property
     def smallest_side(self) -> int:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.config import added
+from vqpipe.config import added, check_range
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 from vqpipe.models.vqgan import Level, conv3x3, group_norm, residual_blocks
@@ -63,11 +63,11 @@ class MagvitConfig(AutoencoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = [self.base_channels, self.num_res_blocks]
-        if not self.channel_multipliers or min(*sizes, *self.channel_multipliers) < 1 or self.z_channels < 0:
-            raise ConfigError("every size in [model] must be at least 1", "See the preset open-magvit2-f16")
-        if self.norm_eps <= 0:
-            raise ConfigError(f"model.norm_eps = {self.norm_eps} should be positive", "Open-MAGVIT2 uses 1e-6")
+        check_range(self, "model", "[1, inf)", "base_channels", "num_res_blocks", "channel_multipliers")
+        check_range(self, "model", "[0, inf)", "z_channels")
+        check_range(self, "model", "(0, inf)", "norm_eps")
+        if not self.channel_multipliers:
+            raise ConfigError("model.channel_multipliers names no level", "See the preset open-magvit2-f16")
 
     @property
     def downsample_factor(self) -> int:

@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 from vqpipe.models.magvit import latent_dim_of
@@ -56,9 +57,8 @@ class VitaminConfig(AutoencoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = (*self.widths, *self.encoder_depths, *self.decoder_depths, self.transformer_depth, self.mlp_width)
-        if min(*sizes, self.transformer_width) < 1:
-            raise ConfigError("every size in [model] must be at least 1", "UniTok's are the defaults of vitamin")
+        sizes = ("widths", "encoder_depths", "decoder_depths", "transformer_width", "transformer_depth", "mlp_width")
+        check_range(self, "model", "[1, inf)", *sizes)
         if self.transformer_width % HEAD_CHANNELS:
             raise ConfigError(
                 f"model.transformer_width = {self.transformer_width} is not a multiple of {HEAD_CHANNELS}",

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 
@@ -51,9 +52,10 @@ class VqganConfig(AutoencoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = [self.base_channels, self.num_res_blocks, self.z_channels, self.resolution, self.patch_size]
-        if not self.channel_multipliers or min(*sizes, *self.channel_multipliers) < 1:
-            raise ConfigError("every size in [model] must be at least 1", "See the preset vqgan-lc-f16-100k")
+        sizes = ("base_channels", "num_res_blocks", "z_channels", "resolution", "patch_size")
+        check_range(self, "model", "[1, inf)", *sizes, "channel_multipliers")
+        if not self.channel_multipliers:
+            raise ConfigError("model.channel_multipliers names no level", "See the preset vqgan-lc-f16-100k")
 
     @property
     def downsample_factor(self) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqpipe.config import check_choices, class_for
+from vqpipe.config import check_choices, check_range, class_for
 from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.quantizers.layout import TokenLayout
 from vqpipe.search import nearest
@@ -185,11 +185,8 @@ class CodebookConfig(QuantizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.codebook_size < 2 or self.code_dim < 1:
-            raise ConfigError(
-                f"a codebook of {self.codebook_size} codes with {self.code_dim} channels cannot quantize",
-                "Set model.quantizer.codebook_size >= 2 and code_dim >= 1",
-            )
+        check_range(self, "model.quantizer", "[2, inf)", "codebook_size")
+        check_range(self, "model.quantizer", "[1, inf)", "code_dim")
 
 
 class CodebookQuantizer(Quantizer):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqpipe.config import check_range
 from vqpipe.distributed import all_reduce_sum, broadcast, gather_rows, is_main
-from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, to_rows
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
@@ -39,8 +39,7 @@ class CvqConfig(CodebookConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.decay < 1:
-            raise ConfigError(f"decay = {self.decay} should be in [0, 1)", "MGVQ uses 0.99")
+        check_range(self, "model.quantizer", "[0, 1)", "decay")
 
 
 class ClusteredQuantizer(VectorQuantizer):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqpipe.config import check_range
 from vqpipe.distributed import all_reduce_sum, broadcast, is_main
-from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, Quantized, straight_through
 from vqpipe.quantizers.vq import VectorQuantizer
 
@@ -36,8 +36,8 @@ class DiveqConfig(CodebookConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noise < 0 or self.replace_every < 0 or not 0 <= self.min_hit_rate <= 1:
-            raise ConfigError("noise and replace_every are at least 0, and min_hit_rate is a share, 0..1")
+        check_range(self, "model.quantizer", "[0, inf)", "noise", "replace_every")
+        check_range(self, "model.quantizer", "[0, 1]", "min_hit_rate")
 
 
 class DiveqQuantizer(VectorQuantizer):

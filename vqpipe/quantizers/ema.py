@@ -3,7 +3,6 @@
 Shapes: B images, C channels, N vectors, K codes.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqpipe.config import check_range
 from vqpipe.distributed import all_reduce_sum
-from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, CodebookQuantizer, to_rows
 from vqpipe.quantizers.vq import standardized
 
@@ -33,11 +32,8 @@ class EmaConfig(CodebookConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.decay < 1 or not 0 < self.epsilon < math.inf:
-            raise ConfigError(
-                f"decay = {self.decay} should be in [0, 1) and epsilon = {self.epsilon} positive",
-                "VQGAN-LC uses 0.99 and 1e-5",
-            )
+        check_range(self, "model.quantizer", "[0, 1)", "decay")
+        check_range(self, "model.quantizer", "(0, inf)", "epsilon")
 
 
 class EmaQuantizer(CodebookQuantizer):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from vqpipe import distributed
-from vqpipe.errors import ConfigError
+from vqpipe.config import check_range
 from vqpipe.quantizers.base import (
     Quantized,
     Quantizer,
@@ -50,16 +50,10 @@ class GqConfig(QuantizerConfig):
     """Seed of the scrambled Sobol sequence that the codes are made from."""
 
     def __post_init__(self) -> None:
-        if self.codebook_size < 2 or not 1 <= self.code_dim <= SobolEngine.MAXDIM or self.tolerance < 0:
-            raise ConfigError(
-                f"codebook_size = {self.codebook_size}, code_dim = {self.code_dim} or tolerance = {self.tolerance} "
-                "cannot be used",
-                f"Use at least 2 codes of 1 to {SobolEngine.MAXDIM} channels, and a tolerance of at least 0",
-            )
-        if not -(2**63) <= self.codebook_seed < 2**64:
-            raise ConfigError(
-                f"codebook_seed = {self.codebook_seed} is not a seed of torch, which has 64 bits", "The default is 42"
-            )
+        check_range(self, "model.quantizer", "[2, inf)", "codebook_size")
+        check_range(self, "model.quantizer", f"[1, {SobolEngine.MAXDIM}]", "code_dim")
+        check_range(self, "model.quantizer", "[0, inf)", "tolerance")
+        check_range(self, "model.quantizer", f"[{-(2**63)}, {2**64})", "codebook_seed")
 
 
 class Posterior(NamedTuple):

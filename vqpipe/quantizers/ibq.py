@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, Quantized, to_rows
 from vqpipe.quantizers.lfq import shannon_entropy
@@ -42,8 +43,7 @@ class IbqConfig(CodebookConfig):
         super().__post_init__()
         if self.metric != "l2":
             raise ConfigError("ibq compares inner products", "For cosines set model.quantizer.normalize = true")
-        if self.entropy_temperature <= 0:
-            raise ConfigError(f"entropy_temperature = {self.entropy_temperature} should be positive")
+        check_range(self, "model.quantizer", "(0, inf)", "entropy_temperature")
 
 
 class IndexBackpropagationQuantizer(VectorQuantizer):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vqpipe.config import check_range
 from vqpipe.distributed import broadcast
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig
@@ -52,11 +53,7 @@ class LcConfig(CodebookConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.feature_dim < 1:
-            raise ConfigError(
-                f"feature_dim = {self.feature_dim} should be at least 1",
-                "Set model.quantizer.feature_dim to the channels of the codebook, 768 for CLIP",
-            )
+        check_range(self, "model.quantizer", "[1, inf)", "feature_dim")
         if self.projector == "none" and self.code_dim != self.feature_dim:
             raise ConfigError(
                 f"without a projector a code is a feature: code_dim {self.code_dim} is not feature_dim "

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqpipe.errors import ConfigError
+from vqpipe.config import check_range
 from vqpipe.quantizers.base import GridQuantizer, Quantized, QuantizerConfig, straight_through, to_rows
 
 EPSILON = 1e-5
@@ -33,10 +33,8 @@ class SignConfig(QuantizerConfig):
     entropy_bits: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.entropy_bits <= 24:
-            raise ConfigError(f"entropy_bits = {self.entropy_bits} should be 1 to 24: it takes 2^entropy_bits numbers")
-        if self.entropy_temperature <= 0:
-            raise ConfigError(f"entropy_temperature = {self.entropy_temperature} should be positive")
+        check_range(self, "model.quantizer", "[1, 24]", "entropy_bits")  # it takes 2^entropy_bits numbers
+        check_range(self, "model.quantizer", "(0, inf)", "entropy_temperature")
 
 
 class SignQuantizer(GridQuantizer):
@@ -102,8 +100,7 @@ class LfqConfig(SignConfig):
     entropies of consecutive groups of channels are summed, an upper bound of the joint entropy."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.code_dim <= 62:
-            raise ConfigError(f"code_dim = {self.code_dim} bits do not fit an int64 id", "Use 1 to 62; 18 as published")
+        check_range(self, "model.quantizer", "[1, 62]", "code_dim")  # the bits of an int64 id
         super().__post_init__()
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import (
     CodebookConfig,
@@ -43,8 +44,7 @@ class MultiGroupConfig(QuantizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_groups < 1:
-            raise ConfigError(f"num_groups = {self.num_groups} should be at least 1")
+        check_range(self, "model.quantizer", "[1, inf)", "num_groups")
         p = self.keep_probabilities
         if p and (len(p) != self.num_groups or min(p) < 0 or abs(sum(p) - 1) > 1e-6):
             raise ConfigError(

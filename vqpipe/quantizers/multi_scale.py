@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, Quantized, straight_through, to_rows
 from vqpipe.quantizers.layout import TokenLayout
@@ -49,11 +50,8 @@ class MultiScaleConfig(CodebookConfig):
                 f"scales = {list(self.scales)} should grow, from 1 or more",
                 "VAR's are 1, 2, 3, 4, 5, 6, 8, 10, 13, 16 at 256 pixels",
             )
-        if self.num_phis < 1 or not 0 <= self.phi_ratio <= 1:
-            raise ConfigError(
-                f"num_phis = {self.num_phis} should be at least 1 and phi_ratio = {self.phi_ratio} in [0, 1]",
-                "VAR uses 4 and 0.5",
-            )
+        check_range(self, "model.quantizer", "[1, inf)", "num_phis")
+        check_range(self, "model.quantizer", "[0, 1]", "phi_ratio")
         if self.normalize:
             raise ConfigError(
                 "the multi_scale quantizer sums its codes, so they cannot be unit vectors",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, Quantized, to_rows
 from vqpipe.quantizers.sqvae import LOGITS_PER_CHUNK
@@ -34,8 +35,8 @@ class RegVqConfig(CodebookConfig):
         super().__post_init__()
         if self.metric != "l2":
             raise ConfigError("regvq compares squared distances", "For cosines set model.quantizer.normalize = true")
-        if not 0 <= self.mask_ratio <= 1 or self.temperature <= 0:
-            raise ConfigError("mask_ratio is a share, 0..1, and temperature positive")
+        check_range(self, "model.quantizer", "[0, 1]", "mask_ratio")
+        check_range(self, "model.quantizer", "(0, inf)", "temperature")
 
 
 class RegularizedQuantizer(VectorQuantizer):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.distributed import broadcast, gather_rows
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import (
@@ -48,8 +49,7 @@ class ResidualConfig(CodebookConfig):
 
     def __post_init__(self) -> None:
         self.averages()  # raises for settings that EmaConfig does not allow
-        if self.depth < 1:
-            raise ConfigError(f"depth = {self.depth} should be at least 1", "The paper uses model.quantizer.depth = 4")
+        check_range(self, "model.quantizer", "[1, inf)", "depth")
         if self.normalize:
             raise ConfigError(
                 "the residual quantizer sums its codes, so they cannot be unit vectors",

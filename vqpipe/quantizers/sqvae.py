@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, Quantized, to_rows
 from vqpipe.quantizers.vq import VectorQuantizer
@@ -40,8 +41,8 @@ class SqvaeConfig(CodebookConfig):
         super().__post_init__()
         if self.metric != "l2" or self.normalize:
             raise ConfigError("sqvae compares squared distances of unnormalized vectors", "Leave out metric, normalize")
-        if self.start_variance <= 0 or self.temperature_decay < 0:
-            raise ConfigError("start_variance is positive and temperature_decay at least 0")
+        check_range(self, "model.quantizer", "(0, inf)", "start_variance")
+        check_range(self, "model.quantizer", "[0, inf)", "temperature_decay")
 
 
 class StochasticQuantizer(VectorQuantizer):

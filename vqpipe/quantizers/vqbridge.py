@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, Quantized, straight_through, to_rows
 from vqpipe.quantizers.derived import DerivedCodebook
@@ -42,8 +43,7 @@ class VqBridgeConfig(CodebookConfig):
                 "vqbridge compares squared distances: all its codes start at zero, which has no direction",
                 "Leave out metric and normalize",
             )
-        if self.patch_size < 0 or self.frozen_dim < 0:
-            raise ConfigError("patch_size and frozen_dim are at least 0")
+        check_range(self, "model.quantizer", "[0, inf)", "patch_size", "frozen_dim")
         grid_of(self.codebook_size, self.side)
 
     @property

@@ -1,10 +1,9 @@
 """Section [train] of a preset: `TrainConfig`, and `TokenizerTrainConfig` with what only tokenizers have."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from vqpipe.config import added, check_choices, resumable
+from vqpipe.config import added, check_choices, check_range, resumable
 from vqpipe.errors import ConfigError
 
 
@@ -67,28 +66,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "train")
-        for name in ("steps", "global_batch_size", "accumulate", "max_nonfinite_steps", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}", "It must be at least 1")
-        for name in ("keep_every", "validate_every", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} = {getattr(self, name)} is negative", "It must be at least 0")
-        for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_norm", "eps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}", "It must be 0 or a positive number")
+        counts = ("steps", "global_batch_size", "accumulate", "max_nonfinite_steps", "log_every", "save_every")
+        check_range(self, "train", "[1, inf)", *counts, "sample_every", "validation_images")
+        check_range(self, "train", "[0, inf)", "keep_every", "validate_every", "warmup_steps")
+        check_range(self, "train", "[0, inf)", "learning_rate", "min_learning_rate", "weight_decay", "clip_norm", "eps")
+        check_range(self, "train", "[0, 1)", "betas", "weight_ema")
         if self.min_learning_rate > self.learning_rate and self.schedule != "constant":
             raise ConfigError(
                 f"train.min_learning_rate = {self.min_learning_rate} is more than train.learning_rate ="
                 f" {self.learning_rate}",
                 "Lower it, or set train.schedule=constant, which does not use it",
             )
-        if not all(0 <= decay < 1 for decay in (*self.betas, self.weight_ema)):
-            raise ConfigError(
-                f"train.betas = {list(self.betas)}, train.weight_ema = {self.weight_ema}",
-                "They must be at least 0 and below 1",
-            )
-        if self.sample_every < 1 or self.validation_images < 1:
-            raise ConfigError("train.sample_every and train.validation_images should be at least 1")
         if self.warmup_steps > self.steps:
             raise ConfigError(
                 f"train.warmup_steps = {self.warmup_steps} is more than train.steps = {self.steps}",
@@ -135,10 +123,8 @@ class TokenizerTrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.quantizer_rate < math.inf:
-            raise ConfigError(f"train.quantizer_rate = {self.quantizer_rate}", "It must be 0 or a positive number")
-        if self.whiten_images < 1:
-            raise ConfigError(f"train.whiten_images = {self.whiten_images}", "It must be at least 1")
+        check_range(self, "train", "[0, inf)", "quantizer_rate")
+        check_range(self, "train", "[1, inf)", "whiten_images")
         if self.parallel != "ddp":
             raise ConfigError(
                 f"train.parallel = {self.parallel!r} is for generators: a tokenizer's step uses parts of the network",
