@@ -28,16 +28,13 @@ def names(rows: list[Any]) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("order", [list(range(8)), list(range(7, -1, -1)), [3, 6, 1, 0, 7, 2, 5, 4]])
 def test_extremes_equal_sorting_all_images_in_any_order(order: list[int]) -> None:
     selection = selected(order)
-    assert names(selection.lowest) == [(7, "image 7"), (1, "image 1"), (3, "image 3")]
-    assert names(selection.highest) == [(2, "image 2"), (6, "image 6"), (5, "image 5")]
+    assert names(selection.extremes["worst"]) == [(7, "image 7"), (1, "image 1"), (3, "image 3")]
+    assert names(selection.extremes["best"]) == [(2, "image 2"), (6, "image 6"), (5, "image 5")]
 
 
 def test_extremes_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = selected([0, 1, 2, 3]), selected([4, 5, 6, 7])
-    scores = ([row[:2] for row in second.lowest], [row[:2] for row in second.highest])
-    chosen = ([], [row for row in second.lowest if row[1] == 7], [row for row in second.highest if row[1] in (5, 6)])
-    answers: Any = iter([scores, chosen])
-    monkeypatch.setattr(pictures, "gather_objects", lambda own: [own, next(answers)])
+    monkeypatch.setattr(pictures, "gather_objects", lambda own: [own, (second.spread, second.extremes)])
     whole = [("worst", 7), ("worst", 1), ("worst", 3), ("best", 2), ("best", 6), ("best", 5)]
     assert [(each.why, each.name) for each in first.selected()] == [(why, f"image {i}") for why, i in whole]
 
@@ -70,4 +67,4 @@ def test_pictures_of_the_first_groups_are_few_and_resumed(groups: int, shown: li
 
 def test_no_extremes_are_kept_if_none_are_wanted() -> None:
     selection = selected(list(range(8)), k=0)
-    assert selection.lowest == selection.highest == []
+    assert selection.extremes == {"worst": [], "best": []}

@@ -49,7 +49,7 @@ def test_metrics_are_those_of_the_published_weights(
     assert artifact.facts["top1"] == metrics["top1"]
 
     table = json.loads(artifact.file("config.json").read_text())
-    space = Space.from_table(table["space"])
+    space = from_table(Space, table["space"])
     model = build_classifier(from_table(ClassifierConfig, table["classifier"]), space)
     published = load_file(artifact.file("model.safetensors"))
     assert all(torch.equal(published[name], value) for name, value in measured[-1].items())

@@ -23,7 +23,7 @@ from vqpipe.progress import Progress
 from vqpipe.provenance import versions
 from vqpipe.words import counted
 
-FORMAT = 4
+FORMAT = 5
 """Version of the saved states; others are not resumed."""
 MAX_PAUSE = 10
 """Largest interval between saves, as a multiple of `save_seconds`."""

@@ -15,8 +15,8 @@ from vqpipe.reports.pictures import ImagePair, to_png
 NUM_WITH_PREFIXES, NUM_PREFIXES = 3, 6
 """How many of the pictures spread over the set have reconstructions from the first k groups, and of how many k at most,
 all groups included."""
-Scored = tuple[float, int, ImagePair]
-"""PSNR, position in the set, and the picture."""
+Ranked = tuple[float, int, ImagePair]
+"""Rank (PSNR, or minus that; the lowest first), position in the set, and the picture."""
 
 
 class SelectedPictures(Resumable):
@@ -33,10 +33,8 @@ class SelectedPictures(Resumable):
         self.with_prefixes = set(sorted(self.positions)[:: -(-len(self.positions) // NUM_WITH_PREFIXES) or 1])
         self.num_extremes = num_extremes
         self.spread: list[ImagePair] = []
-        self.lowest: list[Scored] = []
-        """The lowest first."""
-        self.highest: list[Scored] = []
-        """The highest first."""
+        self.extremes: dict[str, list[Ranked]] = {"worst": [], "best": []}
+        """In the order of their ranks."""
 
     def update(
         self,
@@ -54,10 +52,9 @@ class SelectedPictures(Resumable):
         """
         shown = spread_prefixes(list(prefixes or {}))
         for i, (position, score) in enumerate(zip(positions, psnr, strict=True)):
-            chosen = (score, position)
-            lowest = sorted([*(row[:2] for row in self.lowest), chosen])[: self.num_extremes]
-            highest = sorted([*(row[:2] for row in self.highest), chosen], key=descending_key)[: self.num_extremes]
-            if position not in self.positions and chosen not in lowest and chosen not in highest:
+            places = {"worst": (score, position), "best": (-score, position)}
+            kept = [why for why, place in places.items() if place in self.first([*self.extremes[why], place])]
+            if position not in self.positions and not kept:
                 continue
             finite = score if score < float("inf") else None  # infinite for equal images
             picture = ImagePair(keys[i], to_png(originals[i]), to_png(reconstructions[i]), finite)
@@ -65,39 +62,31 @@ class SelectedPictures(Resumable):
                 some = shown if position in self.with_prefixes else []
                 pngs = tuple((k, to_png(to_uint8((prefixes or {})[k][i]))) for k in some)
                 self.spread.append(replace(picture, prefixes=pngs))
-            if chosen in lowest:
-                self.lowest = sorted([*self.lowest, (*chosen, picture)], key=ascending_key)[: self.num_extremes]
-            if chosen in highest:
-                self.highest = sorted([*self.highest, (*chosen, picture)], key=descending_key)[: self.num_extremes]
+            for why in kept:
+                self.extremes[why] = self.first([*self.extremes[why], (*places[why], picture)])
+
+    def first(self, rows: Sequence[Any]) -> list[Any]:
+        """The first of these, by rank and position."""
+        return sorted(rows, key=lambda row: row[:2])[: self.num_extremes]
 
     def state(self) -> State:
-        rows = {side: [(*row[:2], *astuple(row[2])) for row in getattr(self, side)] for side in ("lowest", "highest")}
-        return {"spread": [astuple(shown) for shown in self.spread], **rows}
+        extremes = {why: [(*row[:2], astuple(row[2])) for row in rows] for why, rows in self.extremes.items()}
+        return {"spread": [astuple(shown) for shown in self.spread], **extremes}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.spread = [from_row(shown) for shown in state["spread"]]
-        for side in ("lowest", "highest"):
-            setattr(self, side, [(score, position, from_row(shown)) for score, position, *shown in state[side]])
+        self.extremes = {
+            why: [(rank, position, from_row(shown)) for rank, position, shown in state[why]] for why in self.extremes
+        }
 
     def selected(self) -> list[ImagePair]:
         """Those of all ranks: the spread ones in the set's order, then the worst and the best, from the first on."""
-        scores = gather_objects(([row[:2] for row in self.lowest], [row[:2] for row in self.highest]))
-        lowest = sorted(row for part in scores for row in part[0])[: self.num_extremes]
-        highest = sorted((row for part in scores for row in part[1]), key=descending_key)[: self.num_extremes]
-        parts = gather_objects(
-            (
-                self.spread,
-                [row for row in self.lowest if row[:2] in lowest],
-                [row for row in self.highest if row[:2] in highest],
-            )
-        )
-        worst = sorted((row for part in parts for row in part[1]), key=ascending_key)
-        best = sorted((row for part in parts for row in part[2]), key=descending_key)
-        return [
-            *(shown for part in parts for shown in part[0]),
-            *(replace(row[2], why="worst") for row in worst),
-            *(replace(row[2], why="best") for row in best),
-        ]
+        parts = gather_objects((self.spread, self.extremes))
+        shown = [each for spread, _ in parts for each in spread]
+        for why in self.extremes:
+            rows = self.first([row for _, extremes in parts for row in extremes[why]])
+            shown += [replace(picture, why=why) for _, _, picture in rows]
+        return shown
 
 
 def spread_prefixes(prefixes: Sequence[int]) -> list[int]:
@@ -111,11 +100,3 @@ def from_row(row: Sequence[Any]) -> ImagePair:
     """A picture from a saved state, whose tuples have become lists."""
     pair = ImagePair(*row)
     return replace(pair, prefixes=tuple((k, png) for k, png in pair.prefixes))
-
-
-def ascending_key(row: Sequence[Any]) -> tuple[float, int]:
-    return row[0], row[1]
-
-
-def descending_key(row: Sequence[Any]) -> tuple[float, int]:
-    return -row[0], row[1]

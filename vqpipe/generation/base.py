@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from inspect import isabstract
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,21 +76,6 @@ class Space:
             code_dim=quantizer.token_dim,
             num_classes=num_classes,
         )
-
-    def to_table(self) -> dict[str, Any]:
-        """Return the space as a table for JSON."""
-        return {
-            "layout": self.layout.to_table(),
-            "codebook_size": self.codebook_size,
-            "latent_dim": self.latent_dim,
-            "code_dim": self.code_dim,
-            "num_classes": self.num_classes,
-        }
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Space:
-        """Build the space from `to_table`."""
-        return cls(**{**table, "layout": TokenLayout.from_table(table["layout"])})
 
 
 @dataclass(frozen=True, kw_only=True)

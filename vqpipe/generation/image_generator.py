@@ -79,7 +79,7 @@ def write_generator(draft: Draft, images: ImageGenerator, weights: Mapping[str, 
     """Write the files of a `generator` artifact, including the tokenizer's; `weights` is the generator's state dict."""
     table = {
         "generator": to_table(images.generator.config),
-        "space": images.generator.space.to_table(),
+        "space": to_table(images.generator.space),
         "image_size": images.image_size,
         "classes": list(images.classes),
         "generate": to_table(images.sampling),
@@ -111,7 +111,7 @@ def open_generator(path: Path | str, device: str | torch.device = "cpu") -> Imag
     try:
         table = json.loads(artifact.file("config.json").read_text(encoding="utf-8"))
         config = from_table(GeneratorConfig, table["generator"], "generator")
-        space = Space.from_table(table["space"])
+        space = from_table(Space, table["space"], "space")
         sampling = from_table(SamplingConfig, table["generate"], "generate")
         latents = table["latents"]
         statistics = None if latents is None else LatentStatistics.from_table(latents)

@@ -395,7 +395,7 @@ def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples)
     measured = {} if data.validation is None else accuracy(average, data.validation, **measuring(run, recipe))
     weights = state.published()
     if distributed.is_main():
-        table = {"classifier": to_table(classifier.config), "space": classifier.space.to_table()}
+        table = {"classifier": to_table(classifier.config), "space": to_table(classifier.space)}
         write_weights(run.draft, weights)
         run.draft.write_json("config.json", {**table, "image_size": stored.artifact.facts["image_size"]})
         run.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
