@@ -3,15 +3,14 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
 from vqpipe import artifacts
-from vqpipe.data.examples import LatentExamples
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.latents import LatentSet, LatentStatistics, moments, open_latents, pooled, write_latents
 from vqpipe.errors import ArtifactError, DataError, NumericError
@@ -75,9 +74,8 @@ def test_latents_are_stored_and_read_back(images: ImageSet, tmp_path: Path, monk
     pixels = torch.cat([batch.images for batch in OrderedBatches(images, image_size=8, batch_size=5)])
     truth = torch.stack([encode(pixels), encode(pixels.flip(-1))], dim=1).flatten(0, 1).half()
     latents = open_latents(tmp_path / "out", raw=True)
-    assert len(latents) == 20
+    assert (len(latents), latents.num_rows) == (10, 20)
     assert torch.equal(latents.take(np.arange(20)), truth.float())
-    assert latents.labels.tolist() == [label for label in (0, 0, 0, 0, *[1] * 6) for _ in (0, 1)]
 
     channels = truth.double().transpose(0, 1).flatten(1)
     normal = open_latents(tmp_path / "out")
@@ -87,11 +85,10 @@ def test_latents_are_stored_and_read_back(images: ImageSet, tmp_path: Path, monk
     assert torch.allclose(everything.mean(1), torch.zeros(3), atol=1e-5)
     assert torch.allclose(everything.std(1, correction=0), torch.ones(3), atol=1e-5)
 
-    examples = LatentExamples(normal)
     usable = [i for i in range(11) if images.key(i) != "b/07"]
-    assert [examples.key(i) for i in range(10)] == [images.key(i) for i in usable]
-    assert examples.labels.tolist() == images.labels[usable].tolist()
-    assert torch.equal(examples.read([3, 5], [1, 0]), normal.take([7, 10]))
+    assert [normal.key(i) for i in range(10)] == [images.key(i) for i in usable]
+    assert normal.labels.tolist() == images.labels[usable].tolist()
+    assert torch.equal(normal.read([3, 5], [1, 0]), normal.take([7, 10]))
 
     rows = [19, 0, 7, 8, 0]
     taken = normal.take(rows)
@@ -154,17 +151,17 @@ def test_statistics_survive_json_and_are_validated() -> None:
 def test_damaged_or_inconsistent_latents_are_an_error(images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a vqpipe artifact"):
         open_latents(tmp_path)
-    no_artifact: Any = None  # not read here
-    rest = (LatentStatistics.identity(3), None, no_artifact)
+    rest = (1, LatentStatistics.identity(3))
+    samples = pa.table({"key": ["a", "b", "c"], "label": [0, 0, 0]})
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 4), np.float32))
     with pytest.raises(DataError, match=r"holds float32 of shape \[2, 3, 4, 4\], not latents"):
-        LatentSet([tmp_path / "a.npy"], np.zeros(2, np.int32), *rest)
+        LatentSet([tmp_path / "a.npy"], samples[:2], *rest)
     np.save(tmp_path / "b.npy", np.zeros((2, 3, 4, 4), np.float16))
     with pytest.raises(DataError, match="2 latents with 3 labels"):
-        LatentSet([tmp_path / "b.npy"], np.zeros(3, np.int32), *rest)
+        LatentSet([tmp_path / "b.npy"], samples, *rest)
     (tmp_path / "c.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match=r"is not a \.npy array"):
-        LatentSet([tmp_path / "c.npy"], np.zeros(2, np.int32), *rest)
+        LatentSet([tmp_path / "c.npy"], samples[:2], *rest)
     np.save(tmp_path / "d.npy", np.zeros((0, 3, 4, 4), np.float16))
-    both = LatentSet([tmp_path / "d.npy", tmp_path / "b.npy"], np.zeros(2, np.int32), *rest)
+    both = LatentSet([tmp_path / "d.npy", tmp_path / "b.npy"], samples[:2], *rest)
     assert both.take([1]).shape == (1, 3, 4, 4)

@@ -17,7 +17,7 @@ from stages import estimates, signals
 from stages.tokenize_images import tokenize
 from stages.train_generator import train_generator
 from vqpipe.artifacts import open_artifact
-from vqpipe.data.examples import LatentExamples, TokenSet, split_held_out
+from vqpipe.data.examples import TokenSet, split_held_out
 from vqpipe.data.latents import open_latents
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.files import read_rows
@@ -159,8 +159,7 @@ def test_validation_latents_are_normalized_by_the_statistics_of_training(drawn: 
     opened, latents = open_generator(tmp_path / "c"), open_latents(b)
     assert opened.statistics == open_latents(a).statistics != latents.statistics
     latents.statistics = opened.statistics
-    examples = LatentExamples(latents)
-    expected = validation_losses(opened.generator, examples, batch_size=4, device=torch.device("cpu"))
+    expected = validation_losses(opened.generator, latents, batch_size=4, device=torch.device("cpu"))
     assert open_artifact(tmp_path / "c").facts["valid_loss"] == pytest.approx(expected["total"], rel=1e-6)
 
 

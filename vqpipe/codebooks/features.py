@@ -37,7 +37,7 @@ from vqpipe.data.encode import (
     EncodingJob,
     equal_shards,
     faster_network,
-    read_columns,
+    read_samples,
     sample_columns,
 )
 from vqpipe.data.images import ImageSet
@@ -389,12 +389,8 @@ def open_features_artifact(path: Path) -> FeatureSet:
     names = artifact.names("features-*.npy")
     if not names:
         raise DataError(f"{path} holds no feature shards", "Extract features from at least one image")
-    columns = [
-        read_columns(artifact.verified_file(name), ["label", "num_rows"])
-        for name in artifact.names("samples-*.parquet")
-    ]
-    labels = np.concatenate([column["label"].fill_null(-1).to_numpy() for column in columns]).astype(np.int32)
-    rows = np.concatenate([column["num_rows"].to_numpy() for column in columns])
+    samples = read_samples(artifact, artifact.names("samples-*.parquet"), ["label", "num_rows"])
+    labels, rows = samples["label"].to_numpy(), samples["num_rows"].to_numpy()
     features = FeatureSet(
         [open_matrix(artifact.file(name)) for name in names],
         names,

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqpipe import distributed
-from vqpipe.artifacts import Draft
+from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data.batches import Batch, OrderedBatches, Piece, chunks
 from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged, text_of
@@ -407,6 +406,9 @@ def sample_columns(
     }
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a small Parquet file. (pyarrow opens no path that is not UTF-8.)"""
-    return pq.read_table(pa.BufferReader(path.read_bytes()), columns=list(columns))
+def read_samples(artifact: Artifact, names: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """Columns of the lists `names` of an artifact's images, one list after the other; label is -1 where unknown. The
+    hashes of the files are checked."""
+    files = (artifact.verified_file(name).read_bytes() for name in names)  # pyarrow opens no path that is not UTF-8
+    table = pa.concat_tables([pq.read_table(pa.BufferReader(file), columns=list(columns)) for file in files])
+    return table.set_column(table.column_names.index("label"), "label", table["label"].fill_null(-1))

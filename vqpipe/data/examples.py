@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Artifact
 from vqpipe.data.batches import SAMPLE, Shuffle, chunks, generator, shuffled
-from vqpipe.data.encode import read_columns
-from vqpipe.data.latents import LatentSet
+from vqpipe.data.encode import read_samples
 from vqpipe.data.tokens import files_of_size, id_dtype, read_tokens, views_per_image
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 from vqpipe.files import atomic_write, disk_errors
 
-TOKEN_SCHEMA = pa.schema([("key", pa.string()), ("label", pa.int32())])
 HELD_OUT = 2  # key of a random generator, besides ORDER and SAMPLE of `batches`
 IN_MEMORY = 1 << 30
 """Bytes of ids up to which every rank keeps them in memory. More are unpacked once into a file that the ranks map, and
@@ -133,12 +130,11 @@ class TokenSet:
         self.codebook_size = int(tokens.facts["codebook_size"])
         shape = (int(self.facts["num_images"]) * self.views, int(self.facts["num_tokens"]))
         dtype = id_dtype(self.codebook_size)
-        columns = [read_columns(tokens.verified_file(name), ["key", "label"]) for name in names]
-        stored = pa.concat_tables([TOKEN_SCHEMA.empty_table(), *columns])
+        stored = read_samples(tokens, names, ["key", "label"])
         if len(stored) != shape[0]:
             raise ArtifactError(f"{tokens.path} holds {len(stored)} rows, its manifest {shape[0]}", "Tokenize again")
         images = stored.take(np.arange(0, len(stored), self.views))
-        self.labels, self.keys = images["label"].fill_null(-1).to_numpy().astype(np.int64), images["key"]
+        self.labels, self.keys = images["label"].to_numpy().astype(np.int64), images["key"]
         self.file: Path | None = None
         if shape[0] * shape[1] * dtype.itemsize > IN_MEMORY:
             if cache is None:
@@ -185,28 +181,6 @@ class TokenSet:
         """int64[B, N]."""
         rows = np.asarray(images) * self.views + np.asarray(views)
         return torch.from_numpy(self.rows[rows].astype(np.int64))
-
-
-class LatentExamples:
-    """The latents of an artifact as examples, read from its mapped shards."""
-
-    def __init__(self, latents: LatentSet) -> None:
-        self.latents, self.views = latents, views_per_image(latents.artifact.config)
-        self.labels = latents.labels[:: self.views].astype(np.int64)
-        names = latents.artifact.names("samples-*.parquet")  # verified by `open_latents`
-        columns = [read_columns(latents.artifact.file(name), ["key"])["key"] for name in names]
-        self.keys: pa.ChunkedArray = pa.chunked_array([part for column in columns for part in column.chunks])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def key(self, image: int) -> str:
-        """The key of an image."""
-        return str(self.keys[image * self.views])
-
-    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
-        """float32[B, C, h, w]."""
-        return self.latents.take(np.asarray(images) * self.views + np.asarray(views))
 
 
 class Subset:

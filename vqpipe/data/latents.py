@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from vqpipe.artifacts import Artifact, Draft, open_artifact
+from vqpipe.artifacts import Draft, open_artifact
 from vqpipe.data.arrays import check_float16, first_rows, map_array, take_rows, write_rows
 from vqpipe.data.encode import (
     IMAGES_PER_SHARD,
@@ -37,11 +37,12 @@ from vqpipe.data.encode import (
     encode_views,
     equal_shards,
     faster_network,
-    read_columns,
+    read_samples,
     sample_columns,
     with_flip,
 )
 from vqpipe.data.images import ImageSet
+from vqpipe.data.tokens import views_per_image
 from vqpipe.errors import ArtifactError, DataError, NumericError
 from vqpipe.progress import SILENT, Progress
 
@@ -105,36 +106,35 @@ class LatentStatistics:
 
 
 class LatentSet:
-    """Stored latents, read row by row from memory-mapped shards. Only the labels are in memory, 4 bytes per row.
+    """Stored latents as examples of training, read row by row from memory-mapped shards.
+
+    Args:
+        files: the shards.
+        samples: columns key and label (-1: unknown), a row per latent.
+        views: latents of each image: 1, or 2 with its flip.
+        statistics: the normalization of `take`.
 
     Attributes:
         shape: (C, h, w).
-        labels: int32[R]; -1 where an image has no class.
-        num_classes: labels are in [0, num_classes); None if no image has a label.
-        statistics: the normalization of `take`.
-        artifact: the artifact of the files.
+        labels: int64[images]; -1 where an image has no class.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        labels: np.ndarray,
-        statistics: LatentStatistics,
-        num_classes: int | None,
-        artifact: Artifact,
-    ) -> None:
-        self.files, self.labels, self.statistics = list(files), labels, statistics
-        self.num_classes, self.artifact = num_classes, artifact
+    def __init__(self, files: Sequence[Path], samples: pa.Table, views: int, statistics: LatentStatistics) -> None:
+        self.files, self.views, self.statistics = list(files), views, statistics
         self.shards = list(map(map_array, self.files))
         self.shape = tuple(int(side) for side in self.shards[0].shape[1:])
         for file, shard in zip(self.files, self.shards, strict=True):
             if shard.ndim != 4 or shard.dtype != np.float16 or shard.shape[1:] != self.shape:
                 raise DataError(f"{file} holds {shard.dtype} of shape {list(shard.shape)}, not latents")
-        if len(self) != len(labels) or len(self) == 0:
-            raise DataError(f"{len(self)} latents with {len(labels)} labels in {self.files[0].parent}")
+        self.num_rows = int(first_rows(self.shards)[-1])
+        if self.num_rows != len(samples) or self.num_rows == 0:
+            raise DataError(f"{self.num_rows} latents with {len(samples)} labels in {self.files[0].parent}")
+        images = samples.take(np.arange(0, len(samples), views))
+        self.keys, self.labels = images["key"], images["label"].to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
-        return int(first_rows(self.shards)[-1])
+        """The number of images."""
+        return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "shards": None}  # pickling would copy the mapped files
@@ -142,11 +142,19 @@ class LatentSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "shards": list(map(map_array, state["files"]))}
 
+    def key(self, image: int) -> str:
+        """The key of an image."""
+        return str(self.keys[image])
+
+    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
+        """A view of each of the images: float32[B, C, h, w]."""
+        return self.take(np.asarray(images) * self.views + np.asarray(views))
+
     def take(self, rows: np.ndarray | Sequence[int]) -> Tensor:
         """The latents at `rows`, in that order, normalized: float32[len(rows), C, h, w]."""
         rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise DataError(f"rows {rows.min()} to {rows.max()} of {len(self)} latents")
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
+            raise DataError(f"rows {rows.min()} to {rows.max()} of {self.num_rows} latents")
         return self.statistics.normalize(torch.from_numpy(take_rows(self.shards, rows, np.float16)))
 
 
@@ -266,14 +274,10 @@ def open_latents(path: Path | str, *, raw: bool = False) -> LatentSet:
     files = [artifact.file(name) for name in artifact.names("latents-*.npy")]
     if not files:
         raise DataError(f"{path} holds no latents", "Encode at least one image")
-    columns = [
-        read_columns(artifact.verified_file(name), ["label"])["label"].fill_null(-1).to_numpy()
-        for name in artifact.names("samples-*.parquet")
-    ]
+    samples = read_samples(artifact, artifact.names("samples-*.parquet"), ["key", "label"])
     try:
         measured = LatentStatistics.from_table(artifact.facts)
-        num_classes = artifact.facts["num_classes"]
     except KeyError as error:
         raise ArtifactError(f"{path} lacks the fact {error}", "Encode the latents again") from None
     statistics = LatentStatistics.identity(len(measured.mean)) if raw else measured
-    return LatentSet(files, np.concatenate(columns).astype(np.int32), statistics, num_classes, artifact)
+    return LatentSet(files, samples, views_per_image(artifact.config), statistics)

@@ -21,7 +21,6 @@ from vqpipe.data.examples import (
     Examples,
     ExamplesConfig,
     ExampleStream,
-    LatentExamples,
     Subset,
     TokenSet,
     split_held_out,
@@ -258,7 +257,7 @@ def read_examples(
     latents.statistics = statistics or latents.statistics
     shards = artifact.names("latents-*.npy")  # memory-mapped later, so hashed now: a flipped bit would be trained on
     artifact.verify_files(shards, run.progress)
-    return LatentExamples(latents), latents.statistics
+    return latents, latents.statistics
 
 
 def train_on_examples(
