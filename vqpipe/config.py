@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import tomllib
 import types
@@ -375,12 +376,14 @@ def check_range(config: Any, section: str, interval: str, *names: str) -> None:
         ConfigError: one is not, or is NaN.
     """
     low, high = map(float, interval[1:-1].split(","))
+    bounds = [f"{'at least' if interval[0] == '[' else 'above'} {low:g}"] * (low > -math.inf)
+    bounds += [f"{'at most' if interval[-1] == ']' else 'below'} {high:g}"] * (high < math.inf)
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else [] if value is None else [value]:
             at_end = (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
             if not (low < number < high or at_end):
-                raise ConfigError(f"{dotted(section, name)} = {plain(value)} should be in {interval}")
+                raise ConfigError(f"{dotted(section, name)} = {plain(value)}", f"It must be {' and '.join(bounds)}")
 
 
 @cache

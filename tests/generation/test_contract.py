@@ -143,7 +143,7 @@ def test_config_and_space_round_trip_through_tables(name: str) -> None:
     assert from_table(GeneratorConfig, table) == EXAMPLES[name]
     assert from_table(Space, to_table(space_of(name))) == space_of(name)
     for wrong in (-0.1, 1.1):
-        with pytest.raises(ConfigError, match=r"generator\.class_dropout = .* should be in \[0, 1\]"):
+        with pytest.raises(ConfigError, match=r"generator\.class_dropout = .* It must be at least 0 and at most 1"):
             from_table(GeneratorConfig, {**table, "class_dropout": wrong})
 
 
