@@ -149,7 +149,7 @@ def test_guidance_of_more_channels_than_the_latent_has_is_refused() -> None:
     sit.check_sampling(label, SamplingConfig(cfg_scale=8.0, cfg_channels=2), rng)
     with pytest.raises(ConfigError, match=r"cfg_channels = 3, the latent has 2 channels"):
         sit.check_sampling(label, SamplingConfig(cfg_scale=8.0, cfg_channels=3), rng)
-    with pytest.raises(ConfigError, match=r"generate\.cfg_channels = -1 should be"):
+    with pytest.raises(ConfigError, match=r"generate\.cfg_channels = -1\. It must be at least 0"):
         SamplingConfig(cfg_channels=-1)
 
 

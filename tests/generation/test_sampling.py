@@ -144,7 +144,7 @@ def test_the_guidance_scale_follows_schedule_and_interval() -> None:
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
-    with pytest.raises(ConfigError, match=rf"generate\.{name} = .* should be"):
+    with pytest.raises(ConfigError, match=rf"generate\.{name} = "):
         SamplingConfig(**wrong)
 
 

@@ -300,7 +300,7 @@ def test_sizes_are_those_of_unitok() -> None:
         model = build_autoencoder(config)
     assert model.quantizer.layout(16, 16).num_tokens == 2048
     assert from_table(AutoencoderConfig, to_table(config)) == config
-    for change, message in (({"transformer_width": 96}, "multiple of 64"), ({"mlp_width": 0}, "at least 1")):
+    for change, message in (({"transformer_width": 96}, "multiple of 64"), ({"mlp_width": 0}, "mlp_width = 0")):
         with pytest.raises(ConfigError, match=message):
             from_table(AutoencoderConfig, to_table(config) | change)
     with pytest.raises(ConfigError, match="not a multiple of the 12 channels"):

@@ -351,7 +351,7 @@ SIZES = {"codebook_size": 20, "code_dim": 3}
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        (VqConfig, {"codebook_size": 1, "code_dim": 8}, "codebook of 1 codes"),
+        (VqConfig, {"codebook_size": 1, "code_dim": 8}, "codebook_size = 1"),
         (CvqConfig, SIZES | {"decay": 1.0}, "decay"),
         (IbqConfig, SIZES | {"metric": "cosine"}, "normalize = true"),
         *((FsqConfig, {"levels": levels}, "levels") for levels in ((), (8, 1), (2,) * 63)),
@@ -362,7 +362,7 @@ SIZES = {"codebook_size": 20, "code_dim": 3}
         (FsqConfig, {"levels": (8, 5), "bound": "sigmoid"}, "odd"),
         (BsqConfig, {"code_dim": 18, "bits_per_id": 4}, "divide"),
         (BsqConfig, {"code_dim": 64}, "64 bits"),
-        (DiveqConfig, SIZES | {"min_hit_rate": 2.0}, "share"),
+        (DiveqConfig, SIZES | {"min_hit_rate": 2.0}, "min_hit_rate"),
         (GqConfig, {"code_dim": 0}, "code_dim = 0"),
         *((GqConfig, {"codebook_seed": seed}, "codebook_seed") for seed in (2**64, -(2**63) - 1)),
         *((LcConfig, SIZES | {"feature_dim": dim}, "feature_dim = ") for dim in (0, -1)),
@@ -372,7 +372,7 @@ SIZES = {"codebook_size": 20, "code_dim": 3}
         (ResidualConfig, SIZES | {"depth": 0}, "depth = 0"),
         (ResidualConfig, SIZES | {"normalize": True}, "unit vectors"),
         *((MultiScaleConfig, {"scales": scales}, "should grow") for scales in ((), (2, 1), (0, 4), (1, 2, 2))),
-        (MultiScaleConfig, {"num_phis": 0}, "phi_ratio"),
+        (MultiScaleConfig, {"num_phis": 0}, "num_phis = 0"),
         (MultiScaleConfig, {"phi_ratio": 1.5}, "phi_ratio"),
         (MultiScaleConfig, {"normalize": True}, "unit vectors"),
         (MultiGroupConfig, {"num_groups": 0}, "num_groups = 0"),

@@ -71,7 +71,9 @@ class DcaeConfig(AutoencoderConfig):
                     f"depths {list(depths)} should be 0 in stage 0 and at least 1 in every other",
                     "See the preset mgvq-f16-g4",
                 )
-        check_range(self, "model", "[1, inf)", "widths", "attention_from", "latent_channels")
+        check_range(self, "model", "[1, inf)", "attention_from", "latent_channels")
+        if min(self.widths[1:]) < 1:
+            raise ConfigError(f"model.widths = {list(self.widths)}", "They must be at least 1 from the second on")
         for stage in stages:
             unit = HEAD_CHANNELS if self.attends(stage) else 4
             if self.widths[stage] % unit:
