@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe.config import added, check_range
-from vqpipe.errors import ConfigError
-from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
-from vqpipe.models.vqgan import Level, conv3x3, group_norm, residual_blocks
+from vqpipe.models.autoencoder import Autoencoder
+from vqpipe.models.vqgan import Level, LevelsConfig, conv3x3, group_norm, residual_blocks
 from vqpipe.quantizers import QuantizerConfig, build_quantizer
 
 STYLE_EPS = 1e-6
@@ -35,17 +34,13 @@ STYLE_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class MagvitConfig(AutoencoderConfig):
+class MagvitConfig(LevelsConfig):
     """The Open-MAGVIT2 backbone; the defaults are its f16. Its f8, for 128 pixels: channel_multipliers (1, 2, 2, 4)."""
 
     kind: ClassVar[str] = "magvit"
 
     quant_conv: Literal["full", "grouped", "none"] = "none"
     """"none" as released; `train.whiten_init` needs one."""
-    base_channels: int = 128
-    """Channels of the highest resolution."""
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each level relative to `base_channels`; each level but the last halves the resolution."""
     num_res_blocks: int = 4
     """Residual blocks per level and in the middle, in encoder and decoder."""
     z_channels: int = 0
@@ -63,20 +58,9 @@ class MagvitConfig(AutoencoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "model", "[1, inf)", "base_channels", "num_res_blocks", "channel_multipliers")
+        check_range(self, "model", "[1, inf)", "num_res_blocks")
         check_range(self, "model", "[0, inf)", "z_channels")
         check_range(self, "model", "(0, inf)", "norm_eps")
-        if not self.channel_multipliers:
-            raise ConfigError("model.channel_multipliers names no level", "See the preset open-magvit2-f16")
-
-    @property
-    def downsample_factor(self) -> int:
-        """Image side / latent side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    def channels(self, level: int) -> int:
-        """Channels of this level; level 0 has the highest resolution."""
-        return self.base_channels * self.channel_multipliers[level]
 
     def block_widths(self, before: int, level: int) -> list[int]:
         """Channels before and after each residual block of this level, whose input has `before` channels."""
@@ -159,7 +143,8 @@ class Decoder(nn.Module):
         self.mid_block = nn.Sequential(*config.make_blocks([channels] * (config.num_res_blocks + 1)))
         adaptive, up = [], []
         for level in reversed(levels):
-            adaptive.append(AdaptiveGroupNorm(z_channels, channels) if config.adaptive_norm else Plain())
+            if config.adaptive_norm:
+                adaptive.append(AdaptiveGroupNorm(z_channels, channels))
             widths = config.block_widths(channels, level)
             channels = widths[-1]
             double = Upsample(channels) if level != 0 else None  # before the blocks, to keep the initial weights
@@ -171,8 +156,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for adaptive, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
-            x = level(adaptive(x, z))
+        for number, level in reversed(list(enumerate(self.up))):
+            x = level(self.adaptive[number](x, z) if self.adaptive else x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -196,13 +181,6 @@ class AdaptiveGroupNorm(nn.Module):
         scale = self.gamma((variance + STYLE_EPS).sqrt())
         shift = self.beta(positions.mean(dim=2))
         return scale[:, :, None, None] * self.gn(x) + shift[:, :, None, None]
-
-
-class Plain(nn.Module):
-    """In place of an adaptive norm: returns x."""
-
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
-        return x
 
 
 class Upsample(nn.Module):

@@ -29,15 +29,35 @@ from vqpipe.models.autoencoder import Autoencoder, AutoencoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqganConfig(AutoencoderConfig):
-    """The VQGAN backbone; the defaults are the papers' f16. f8: channel_multipliers (1, 2, 2, 4)."""
-
-    kind: ClassVar[str] = "vqgan"
+class LevelsConfig(AutoencoderConfig):
+    """The levels of VQGAN and of Open-MAGVIT2; level 0 has the highest resolution."""
 
     base_channels: int = 128
     """Channels of the highest resolution."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channels of each level relative to `base_channels`; each level but the last halves the resolution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "model", "[1, inf)", "base_channels", "channel_multipliers")
+        if not self.channel_multipliers:
+            raise ConfigError("model.channel_multipliers names no level", "Give a number for each level")
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image side / latent side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    def channels(self, level: int) -> int:
+        return self.base_channels * self.channel_multipliers[level]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqganConfig(LevelsConfig):
+    """The VQGAN backbone; the defaults are the papers' f16. f8: channel_multipliers (1, 2, 2, 4)."""
+
+    kind: ClassVar[str] = "vqgan"
+
     num_res_blocks: int = 2
     """Residual blocks per level of the encoder; the decoder has one more."""
     attention_resolutions: tuple[int, ...] = (16,)
@@ -52,18 +72,12 @@ class VqganConfig(AutoencoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = ("base_channels", "num_res_blocks", "z_channels", "resolution", "patch_size")
-        check_range(self, "model", "[1, inf)", *sizes, "channel_multipliers")
-        if not self.channel_multipliers:
-            raise ConfigError("model.channel_multipliers names no level", "See the preset vqgan-lc-f16-100k")
+        check_range(self, "model", "[1, inf)", "num_res_blocks", "z_channels", "resolution", "patch_size")
 
     @property
     def downsample_factor(self) -> int:
         """Image side / latent side."""
-        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
-
-    def channels(self, level: int) -> int:
-        return self.base_channels * self.channel_multipliers[level]
+        return self.patch_size * super().downsample_factor
 
     def attends(self, level: int) -> bool:
         return self.resolution // (self.patch_size * 2**level) in self.attention_resolutions
