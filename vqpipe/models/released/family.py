@@ -22,6 +22,10 @@ RESOLUTION = 256
 """`VqganConfig.resolution` of every released VQGAN."""
 
 
+STANDARDIZED = {"quantizer.shift": torch.zeros, "quantizer.scale": torch.ones}
+"""Weights that only `standardize_codebook` sets, which is not in released code -> their values before."""
+
+
 @dataclass(frozen=True)
 class Released:
     """A released tokenizer, converted, on the CPU."""
@@ -166,7 +170,7 @@ def fill(
     storages: set[int] = set()
     wrong = []
     for name, expected in network.state_dict().items():
-        tensor = value(name)
+        tensor = STANDARDIZED[name](expected.shape) if name in STANDARDIZED else value(name)
         if tensor is None:
             continue
         if tensor.shape != expected.shape:

@@ -6,7 +6,6 @@ tokenizer of 65,536 codes has batch norms.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from vqpipe.models.magvit import MagvitConfig
@@ -52,10 +51,3 @@ class SimVq(Family):
 
     def released_name(self, name: str) -> str:
         return name.replace("quantizer.codes", CODES).replace("quantizer.projector.0.", PROJECTION)
-
-    def value(self, name: str) -> Tensor | None:
-        if name == "quantizer.shift":  # set by standardize_codebook, which is not in the released code
-            return torch.zeros(self.weights.shape(CODES, 2)[1])
-        if name == "quantizer.scale":
-            return torch.ones(())
-        return super().value(name)

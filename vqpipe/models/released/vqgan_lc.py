@@ -86,10 +86,6 @@ class VqganLc(Family):
         return OUR_NAMES.get(name, name)
 
     def value(self, name: str) -> Tensor | None:
-        if name == "quantizer.shift":  # set by standardize_codebook, which is not in the released code
-            return torch.zeros(self.codebook_shape()[1])
-        if name == "quantizer.scale":
-            return torch.ones(())
         if name == "quantizer.codes" and self.codebook is not None:
             return self.codebook
         return super().value(name)
