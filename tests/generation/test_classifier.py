@@ -132,14 +132,14 @@ def test_mae_weights_are_loaded_and_every_tensor_is_accounted_for(mae: dict[str,
     torch.testing.assert_close(same_grid.vit.state_dict()["pos_embed"], mae["pos_embed"])
 
     for change, message in (
-        ({"blocks.1.attn.qkv.weight": None}, r"lacks blocks\.1\.attn\.qkv\.weight"),
-        ({"blocks.2.norm1.weight": torch.zeros(16)}, r"has an unknown tensor blocks\.2\.norm1\.weight"),
-        ({"cls_token": torch.zeros(1, 1, 8)}, r"cls_token is \[1, 1, 8\], expected \[1, 1, 16\]"),
+        ({"blocks.1.attn.qkv.weight": None}, r"Missing key.*blocks\.1\.attn\.qkv\.weight"),
+        ({"blocks.2.norm1.weight": torch.zeros(16)}, r"Unexpected key.*blocks\.2\.norm1\.weight"),
+        ({"cls_token": torch.zeros(1, 1, 8)}, r"size mismatch for cls_token"),
         ({"pos_embed": torch.zeros(1, 60, 16)}, "not of a square grid"),
         ({"pos_embed": torch.zeros(65, 16)}, "not of a square grid"),
         ({"pos_embed": torch.zeros(1, 0, 16)}, "not of a square grid"),
-        ({"pos_embed": 3}, "pos_embed is not a tensor"),
-        ({3: torch.zeros(16)}, "has an unknown tensor 3"),
+        ({"cls_token": 3}, "does not fit"),
+        ({3: torch.zeros(16)}, "does not fit"),
         ({"pos_embed": None}, "is not a vision transformer"),
     ):
         changed = {name: value for name, value in (mae | change).items() if value is not None}

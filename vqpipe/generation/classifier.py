@@ -226,22 +226,16 @@ class TokenViT(Classifier):
         tensors = load_tensors(file)
         if isinstance(tensors, Mapping):
             tensors = tensors.get("model", tensors)
-        if not isinstance(tensors, Mapping) or "pos_embed" not in tensors:
+        if not isinstance(tensors, Mapping) or not isinstance(tensors.get("pos_embed"), Tensor):
             raise WeightsError(f"{file} is not a vision transformer", "Fetch mae_pretrain_vit_base.pth")
-        own = self.vit.state_dict()
-        expected = {name for name in own if not name.startswith(UNUSED)}
+        kept = {name: value for name, value in self.vit.state_dict().items() if name.startswith(UNUSED)}
         loaded = {name: value for name, value in tensors.items() if not str(name).startswith(UNUSED)}
-        hint = "Set classifier.width, depth and num_heads to its sizes"
-        for name in sorted(expected ^ set(loaded), key=str):
-            raise WeightsError(f"{file} {'lacks' if name in expected else 'has an unknown tensor'} {name}", hint)
-        for name, value in loaded.items():
-            if not isinstance(value, Tensor):
-                raise WeightsError(f"{file}: {name} is not a tensor", "Fetch mae_pretrain_vit_base.pth")
         loaded["pos_embed"] = self.resample_positions(loaded["pos_embed"], file)
-        for name, value in loaded.items():
-            if value.shape != own[name].shape:
-                raise WeightsError(f"{file}: {name} is {list(value.shape)}, expected {list(own[name].shape)}", hint)
-        self.vit.load_state_dict(loaded, strict=False)
+        try:
+            self.vit.load_state_dict(kept | loaded)
+        except (RuntimeError, AttributeError) as error:  # the latter for names that are no text
+            hint = "Set classifier.width, depth and num_heads to its sizes"
+            raise WeightsError(f"{file} does not fit: {' '.join(str(error).split())[:160]}", hint) from None
 
     def resample_positions(self, pos_embed: Tensor, file: Path) -> Tensor:
         """Resample position embeddings of a square grid, [1, 1 + S^2, D], to ours; with several grids return ours."""
