@@ -13,7 +13,7 @@ from vqpipe.data.examples import ExampleBatch
 from vqpipe.device import autocast
 from vqpipe.errors import ConfigError
 from vqpipe.training.config import TrainConfig
-from vqpipe.training.networks import accumulate_gradients, checkpoint_activations, replicate, shard
+from vqpipe.training.networks import checkpoint_activations, micro_batches, replicate, shard
 from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import StepOutput
 from vqpipe.training.task import Task, mean_over_parts
@@ -62,11 +62,10 @@ class ExamplesTask(Task[ExampleBatch, None]):
         examples, labels = (each.to(self.device, non_blocking=True) for each in (batch.examples, batch.labels))
         parts = list(zip(*(each.chunk(self.config.accumulate) for each in (examples, labels)), strict=True))
         logged: list[dict[str, Tensor]] = []
-        for number, part in enumerate(parts, start=1):
-            with accumulate_gradients(self.network, last=number == len(parts)):
-                with autocast(self.device, self.config.precision):
-                    losses: dict[str, Tensor] = self.network(*part)
-                (losses["total"] / len(parts)).backward()
+        for part in micro_batches(self.network, parts):
+            with autocast(self.device, self.config.precision):
+                losses: dict[str, Tensor] = self.network(*part)
+            (losses["total"] / len(parts)).backward()
             logged.append({name if "/" in name else f"loss/{name}": each.detach() for name, each in losses.items()})
         norm, skipped = finite_step(optimizer, self.config)
         return StepOutput(mean_over_parts(logged) | {"gradient_norm": norm}, skipped, skipped, None)

@@ -5,11 +5,11 @@ torch.distributed.tensor takes seconds to import: only a run that shards imports
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vqpipe import distributed
 from vqpipe.artifacts.states import Parts
 
+T = TypeVar("T")
 NO_BUFFER_BROADCAST: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
@@ -106,12 +107,15 @@ def with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
     return gradient if any(n > 1 and a != b for n, a, b in dimensions) else gradient.as_strided(gradient.shape, strides)
 
 
-def accumulate_gradients(network: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around each part of a batch: ranks sum their gradients with the last part only.
+def micro_batches(network: nn.Module, parts: Sequence[T]) -> Iterator[T]:
+    """The parts of a batch, one after another; ranks sum their gradients with the last part only.
 
     Not where weights are sharded: there each rank would have to keep full unsharded gradients until the last part.
     """
-    return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
+    for number, part in enumerate(parts, start=1):
+        last = number == len(parts)
+        with nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync():
+            yield part
 
 
 def shard(network: nn.Module, blocks: Iterable[nn.Module], *, trains: bool = True) -> None:

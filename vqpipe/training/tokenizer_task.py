@@ -25,7 +25,7 @@ from vqpipe.models.vitamin import ConvBlock, TransformerBlock
 from vqpipe.models.vqgan import Attention, ResidualBlock
 from vqpipe.quantizers import Quantized, Quantizer
 from vqpipe.training.config import TokenizerTrainConfig, TrainConfig
-from vqpipe.training.networks import accumulate_gradients, batch_norms, checkpoint_activations, replicate
+from vqpipe.training.networks import batch_norms, checkpoint_activations, micro_batches, replicate
 from vqpipe.training.optim import finite_step, make_optimizer
 from vqpipe.training.running_metrics import Row, RunningMetrics, StepOutput
 from vqpipe.training.task import Task, mean_over_parts
@@ -121,20 +121,19 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         optimizer.zero_grad(set_to_none=True)
         adversarial = self.objective.adversarial_at(step)
         parts, reconstructions, logged = images.chunk(self.config.accumulate), [], []
-        for number, part in enumerate(parts, start=1):
-            with accumulate_gradients(self.ddp_model, last=number == len(parts)):
-                with autocast(self.device, self.config.precision):
-                    reconstruction: Reconstruction = self.ddp_model(part)
-                    logits = self.discriminator(reconstruction.images) if adversarial else None
-                total, terms = self.objective.autoencoder_loss(
-                    part,
-                    reconstruction.images,
-                    reconstruction.quantized.losses,
-                    fake_logits=logits,
-                    last_layer=self.model.last_layer,
-                    step=step,
-                )
-                (total / len(parts)).backward()
+        for part in micro_batches(self.ddp_model, parts):
+            with autocast(self.device, self.config.precision):
+                reconstruction: Reconstruction = self.ddp_model(part)
+                logits = self.discriminator(reconstruction.images) if adversarial else None
+            total, terms = self.objective.autoencoder_loss(
+                part,
+                reconstruction.images,
+                reconstruction.quantized.losses,
+                fake_logits=logits,
+                last_layer=self.model.last_layer,
+                step=step,
+            )
+            (total / len(parts)).backward()
             reconstructions.append(detached(reconstruction))
             error = (reconstructions[-1].images.float().clamp(-1, 1) - part).square().mean()
             logged.append({f"loss/{name}": term for name, term in terms.items()} | {"squared_error": error})
@@ -149,16 +148,15 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         optimizer = self.optimizers["discriminator_optimizer"]
         self.discriminator.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
-        parts, logged = images.chunk(self.config.accumulate), []
-        fakes = reconstruction.images.chunk(len(parts))
-        for number, (real, fake) in enumerate(zip(parts, fakes, strict=True), start=1):
-            with accumulate_gradients(self.ddp_discriminator, last=number == len(parts)):
-                with autocast(self.device, self.config.precision):
-                    real_logits, fake_logits = self.ddp_discriminator(real), self.ddp_discriminator(fake)
-                loss, terms = self.objective.discriminator_loss(
-                    real_logits, fake_logits, step=step, images=real, discriminator=self.discriminator.forward
-                )
-                (loss / len(parts)).backward()
+        both, logged = (each.chunk(self.config.accumulate) for each in (images, reconstruction.images)), []
+        parts = list(zip(*both, strict=True))
+        for real, fake in micro_batches(self.ddp_discriminator, parts):
+            with autocast(self.device, self.config.precision):
+                real_logits, fake_logits = self.ddp_discriminator(real), self.ddp_discriminator(fake)
+            loss, terms = self.objective.discriminator_loss(
+                real_logits, fake_logits, step=step, images=real, discriminator=self.discriminator.forward
+            )
+            (loss / len(parts)).backward()
             logged.append({f"loss/{name}": term for name, term in terms.items()})
         norm, skipped = finite_step(optimizer, self.config)
         values = mean_over_parts(logged)
