@@ -1,6 +1,5 @@
 """The pipeline end to end, as commands on drawn pictures: every stage, every stage again, and refused requests."""
 
-import inspect
 import io
 import json
 import os
@@ -55,7 +54,7 @@ STAGES = {
 WEIGHTS = {"gq": "objective.rate=0.001", "regvq": "objective.prior=0.01"}
 """Quantizer -> the weight of a loss that the preset has no weight for."""
 WITH_PRESET = ("features", "codebook", "tokenizer", "report")
-KINDS = sorted({cls.config_class.kind for cls in all_subclasses(Quantizer) if not inspect.isabstract(cls)} - {"lc"})
+KINDS = sorted({cls.config_class.kind for cls in all_subclasses(Quantizer) if "config_class" in vars(cls)} - {"lc"})
 """Every quantizer but `lc`, which the stages above use."""
 OTHERWISE = {
     "features": ["--pool", "2"],

@@ -192,25 +192,28 @@ class CodebookConfig(QuantizerConfig):
 class CodebookQuantizer(Quantizer):
     """Replaces each latent vector by the nearest code of a codebook (van den Oord et al. 2017).
 
-    A subclass defines the codebook (`raw_codebook`) and how to read some of its rows with gradient (`raw_embed`).
+    A subclass defines its stored `codes`, or how they are computed (`raw_codebook`) and how some of them are, with
+    gradient (`raw_embed`).
     Both losses are means over all elements (eq. 3 there): "commitment" moves the latent towards its code, "codebook"
     the code towards its latent. Their weights belong to the objective.
     """
 
     loss_names: ClassVar[tuple[str, ...]] = ("commitment", "codebook")
+    codes: Tensor
+    """float[K, C]."""
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config, codebook_size=config.codebook_size, latent_dim=config.code_dim)
         self.metric = config.metric
         self.normalize = config.normalize
 
-    @abstractmethod
     def raw_codebook(self) -> Tensor:
         """The stored or projected codes before normalization, float32[K, C]."""
+        return self.codes.float()
 
-    @abstractmethod
     def raw_embed(self, ids: Tensor) -> Tensor:
         """Rows `ids` (int64[...], none negative) of `raw_codebook`, float32[..., C], with gradient where it learns."""
+        return self.codes[ids].float()
 
     def codebook(self) -> Tensor:
         return self.maybe_normalize(self.raw_codebook())

@@ -18,8 +18,6 @@ class DerivedCodebook(CodebookQuantizer):
     While the weights are frozen, the codebook is computed once.
     """
 
-    codes: Tensor
-
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
         self.loaded = not config.needs_codebook  # once true, the codes are not checked again, which waits for the GPU

@@ -45,7 +45,6 @@ class EmaQuantizer(CodebookQuantizer):
 
     config_class = EmaConfig
     loss_names = ("commitment",)
-    codes: Tensor
     counts: Tensor
     sums: Tensor
 
@@ -57,12 +56,6 @@ class EmaQuantizer(CodebookQuantizer):
         self.register_buffer("codes", codes)
         self.register_buffer("counts", torch.zeros(size) if config.released_start else torch.ones(size))
         self.register_buffer("sums", codes.clone())
-
-    def raw_codebook(self) -> Tensor:
-        return self.codes
-
-    def raw_embed(self, ids: Tensor) -> Tensor:
-        return self.codes[ids]
 
     def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
         return {"commitment": F.mse_loss(latent, codes)}

@@ -36,7 +36,6 @@ class LeechQuantizer(CodebookQuantizer):
 
     config_class = LeechConfig  # the base class gets the CodebookConfig below
     loss_names = ()
-    codes: Tensor
 
     def __init__(self, config: LeechConfig) -> None:
         super().__init__(CodebookConfig(codebook_size=NUM_CODES, code_dim=DIM, normalize=True))
@@ -44,12 +43,6 @@ class LeechQuantizer(CodebookQuantizer):
         # On the CPU also where the network is built on the meta device: loading weights does not fill it.
         codes = torch.tensor(leech_vectors(), dtype=torch.float32, device="cpu")
         self.register_buffer("codes", codes / 32**0.5, persistent=False)
-
-    def raw_codebook(self) -> Tensor:
-        return self.codes
-
-    def raw_embed(self, ids: Tensor) -> Tensor:
-        return self.codes[ids]
 
     def maybe_normalize(self, vectors: Tensor, dim: int = -1) -> Tensor:
         """Normalize latents; the codes have unit length already."""

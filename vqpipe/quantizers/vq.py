@@ -47,12 +47,6 @@ class VectorQuantizer(CodebookQuantizer):
         if self.decorrelate:
             self.loss_names = (*type(self).loss_names, "decorrelation")  # type: ignore[misc]
 
-    def raw_codebook(self) -> Tensor:
-        return self.codes.float()
-
-    def raw_embed(self, ids: Tensor) -> Tensor:
-        return self.codes[ids].float()
-
     def losses(self, latent: Tensor, codes: Tensor) -> dict[str, Tensor]:
         losses = super().losses(latent, codes)
         return losses | {"decorrelation": decorrelation(self.raw_codebook())} if self.decorrelate else losses
