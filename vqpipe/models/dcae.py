@@ -134,7 +134,8 @@ class Encoder(nn.Module):
         for stage in range(1, len(widths)):
             ops = blocks(config, stage, depths[stage], RmsNorm, nn.SiLU)
             if stage + 1 < len(widths):
-                ops.append(downsample(widths[stage], widths[stage + 1]))
+                after = widths[stage + 1]
+                ops.append(Residual(ConvUnshuffle(widths[stage], after), AverageChannels(after, factor=2)))
             self.stages.append(Chain(ops))
         to_latent = Conv(widths[-1], config.latent_channels, 3)
         self.project_out = Residual(Chain([to_latent]), AverageChannels(config.latent_channels))
@@ -157,7 +158,8 @@ class Decoder(nn.Module):
         for stage in range(1, len(widths)):
             ops = blocks(config, stage, depths[stage], nn.BatchNorm2d, nn.ReLU)
             if stage + 1 < len(widths):
-                ops.insert(0, upsample(widths[stage + 1], widths[stage]))
+                after = widths[stage]
+                ops.insert(0, Residual(ConvShuffle(widths[stage + 1], after), RepeatChannels(after, factor=2)))
             self.stages.append(Chain(ops))
         self.project_out = Chain([RmsNorm(widths[1]), nn.ReLU(), ConvShuffle(widths[1], 3)])
 
@@ -180,16 +182,6 @@ def blocks(
     if config.attends(stage):
         return [EfficientVitBlock(width) for _ in range(depth)]
     return [Residual(ConvPair(width, norm(width), activation())) for _ in range(depth)]
-
-
-def downsample(before: int, after: int) -> nn.Module:
-    """Map float[B, before, h, w] to float[B, after, h/2, w/2]."""
-    return Residual(ConvUnshuffle(before, after), AverageChannels(after, factor=2))
-
-
-def upsample(before: int, after: int) -> nn.Module:
-    """Map float[B, before, h, w] to float[B, after, 2h, 2w]."""
-    return Residual(ConvShuffle(before, after), RepeatChannels(after, factor=2))
 
 
 class Chain(nn.Module):
