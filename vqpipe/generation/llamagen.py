@@ -259,7 +259,9 @@ class LlamaGen(Generator):
         vector = self.embed_classes(append_null_classes(classes, self.null_class, sampling))
         caches = empty_caches(len(self.layers), vector, self.config.heads, positions)
         for position in range(positions):
-            trunk = self.step(vector, caches, position)
+            for layer, cache in zip(self.layers, caches, strict=True):
+                vector = layer(vector, self.rotary[position : position + 1], cache, position)
+            trunk = self.norm(vector).squeeze(1)
             ids = torch.empty(len(trunk), 0, dtype=torch.long, device=trunk.device)
             for group in range(groups):
                 logits = self.ar_head.head(self.ar_head(trunk, ids)[:, -1])
@@ -268,10 +270,3 @@ class LlamaGen(Generator):
                 ids = torch.cat([ids, repeat_for_guidance(samples[-1], sampling).unsqueeze(1)], dim=1)
             vector = self.img_projector(ids)
         return checked(torch.stack(samples, dim=1))
-
-    def step(self, vector: Tensor, caches: Sequence[Tensor], position: int) -> Tensor:
-        """The trunk's output at `position`, float[B, D], for its input float[B, 1, D] and the cached ones before."""
-        rotary = self.rotary[position : position + 1]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            vector = layer(vector, rotary, cache, position)
-        return self.norm(vector).squeeze(1)
