@@ -104,10 +104,6 @@ class ContinuousAutoencoder:
         """(C, h, w) of the latent of an image of `height` x `width` pixels; a DataError if they do not divide."""
         return (self.config.latent_channels, *latent_size(height, width, self.downsample_factor))
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise a DataError unless images of `height` x `width` pixels can be encoded."""
-        self.latent_shape(height, width)
-
     def check_groups(self, groups: int | None) -> None:
         """Raise a DataError unless `groups` is None: a continuous latent has no groups."""
         if groups is not None:

@@ -1,9 +1,12 @@
-"""Progress of a long job: the one protocol between jobs of the library and their display.
+"""Progress of a long job: the one protocol between jobs of the library and their display, and how often it is saved.
 
 The commands pass a progress bar (`stages.console`); `SILENT`, the default everywhere, displays nothing.
 """
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -43,3 +46,32 @@ class Silent:
 
 
 SILENT: Progress = Silent()
+
+
+class Throttle:
+    """Limits how often an action that may take long is repeated, by wall-clock time.
+
+    Args:
+        first: seconds until the first time.
+        every: seconds between the next ones, multiplied by `growth` each time, until `longest`.
+        share: the largest share of the whole time that the action may take; longer ones are repeated less often.
+    """
+
+    def __init__(
+        self, *, first: float, every: float, growth: float = 1.0, longest: float = math.inf, share: float = 0.02
+    ) -> None:
+        self.every, self.growth, self.longest, self.share = every, growth, longest, share
+        self.next = time.monotonic() + first
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self.next
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The action, whether it was due or not: the next one is due an interval later."""
+        began = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self.next = ended + max(self.every, (ended - began) / self.share)
+        self.every = min(self.every * self.growth, self.longest)

@@ -481,10 +481,6 @@ class Tokenizer:
         """The content of config.json."""
         return config_table(self.autoencoder, self.image_size)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise a DataError unless images of `height` x `width` pixels can be encoded."""
-        self.layout(height, width)
-
     def check_groups(self, groups: int | None) -> None:
         """Raise a DataError unless the first `groups` groups can be decoded; None means all."""
         if groups is not None and not 1 <= groups <= self.num_groups:

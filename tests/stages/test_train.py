@@ -20,8 +20,9 @@ from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.files import read_rows
+from vqpipe.progress import Throttle
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, VqConfig
-from vqpipe.training.callbacks import Callback, RunReport, Throttle
+from vqpipe.training.callbacks import Callback, RunReport
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
 from vqpipe.training.run import Run

@@ -28,8 +28,9 @@ from vqpipe.models import (
     VqganConfig,
     build_autoencoder,
 )
+from vqpipe.progress import Throttle
 from vqpipe.quantizers import EmaConfig, LcConfig, QuantizerConfig, VqConfig
-from vqpipe.training.callbacks import Callback, Throttle
+from vqpipe.training.callbacks import Callback
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TokenizerTrainConfig
 from vqpipe.training.loop import seed_step, stop_on_any_rank, train

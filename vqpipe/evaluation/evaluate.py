@@ -18,7 +18,7 @@ from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_uint8
 from vqpipe.evaluation.analysis import Analysis
-from vqpipe.evaluation.image_pass import Checkpoints, ImagePass
+from vqpipe.evaluation.image_pass import ImagePass
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
 from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor
@@ -126,7 +126,8 @@ class EvaluationPass(ImagePass):
             "eval",
             images,
             self.stop,
-            Checkpoints(draft, self.config.save_seconds),
+            draft,
+            save_seconds=self.config.save_seconds,
             max_skipped=self.config.max_skipped,
             image_size=max(self.size or (NATIVE_SIDE,)),
             batch_size=1 if tiled else self.config.batch_size,
@@ -194,4 +195,4 @@ def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:
     if size is not None:
         factor = autoencoder.downsample_factor
         height, width = size if size[0] == size[1] else (-(-side // factor) * factor for side in size)
-        autoencoder.check_size(height, width)
+        autoencoder.latent_shape(height, width)

@@ -36,7 +36,7 @@ from vqpipe.config import difference
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import read_tokens
 from vqpipe.errors import ConfigError, DataError
-from vqpipe.evaluation.image_pass import Checkpoints, ImagePass
+from vqpipe.evaluation.image_pass import ImagePass
 from vqpipe.evaluation.reconstruction import PackedCrops
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
@@ -243,7 +243,8 @@ class GenerationEvaluator:
             title,
             images,
             stop,
-            Checkpoints(draft, config.save_seconds),
+            draft,
+            save_seconds=config.save_seconds,
             max_skipped=config.max_skipped,
             image_size=config.image_size,
             batch_size=config.batch_size,

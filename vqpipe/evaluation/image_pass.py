@@ -4,7 +4,7 @@ in a folder of its own:
     RUN/states/rank-0/images-00000064/     what rank 0 accumulated over the first 64 images of its share
 """
 
-import time
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,14 +19,12 @@ from vqpipe.data.images import ImageSet
 from vqpipe.data.skipped import Skipped, merged
 from vqpipe.errors import DataError
 from vqpipe.metrics.resumable import Resumable, pack, unpack
-from vqpipe.progress import Progress
+from vqpipe.progress import Progress, Throttle
 from vqpipe.provenance import versions
 from vqpipe.words import counted
 
 FORMAT = 5
 """Version of the saved states; others are not resumed."""
-MAX_PAUSE = 10
-"""Largest interval between saves, as a multiple of `save_seconds`."""
 MAX_SHARE = 0.05
 """Saves are less frequent if they take more than this share of the time."""
 
@@ -50,8 +48,9 @@ class ImagePass(Resumable):
         title: str,
         images: ImageSet,
         stop: int,
-        checkpoints: "Checkpoints",
+        draft: Draft | None,
         *,
+        save_seconds: float,
         max_skipped: float,
         image_size: int,
         batch_size: int,
@@ -65,6 +64,8 @@ class ImagePass(Resumable):
 
         Args:
             title: that of the progress display.
+            draft: where states are saved; None: nowhere.
+            save_seconds: interval between saves, more if saving takes long; 0: after each batch.
             max_skipped: largest share of unreadable images, 0..1.
             image_size, batch_size, num_workers, transform: see `OrderedBatches`.
 
@@ -73,7 +74,8 @@ class ImagePass(Resumable):
                 saved, so that a larger one continues from there. Or all images are unreadable.
         """
         first, last = rank_share(stop, batch_size)
-        done = checkpoints.resume(self, range(first, last), progress)
+        checkpoints = Checkpoints(self, range(first, last), draft, save_seconds)
+        done = checkpoints.resume(progress)
         batches = OrderedBatches(
             images,
             spans=[range(done, last)],
@@ -85,22 +87,21 @@ class ImagePass(Resumable):
         progress.start(distributed.share_title(title), last - first, done=done - first)
         own = Skipped(images, stop, self.skipped)
         if done < last:
-            own.check(max_skipped, checkpoints.draft, so_far=True)
+            own.check(max_skipped, draft, so_far=True)
         for piece in batches.pieces():
             self.skipped |= piece.skipped
             if piece.batch is not None:
                 yield piece.batch
-            checkpoints.save_if_due(self, piece.positions.stop)
+            if checkpoints.throttle.due():
+                checkpoints.save(piece.positions.stop)
             progress.advance(len(piece.positions))
             if own.exceeds(max_skipped) and piece.positions.stop < last:
-                checkpoints.save(self, piece.positions.stop)
-                own.check(max_skipped, checkpoints.draft, so_far=True)
+                checkpoints.save(piece.positions.stop)
+                own.check(max_skipped, draft, so_far=True)
         self.all_skipped = Skipped(images, stop, merged(distributed.gather_objects(self.skipped)))
-        if self.all_skipped.exceeds(max_skipped):
-            checkpoints.save(self, last)
-        else:
-            checkpoints.save_last(self, last)
-        self.all_skipped.check(max_skipped, checkpoints.draft)
+        if self.all_skipped.exceeds(max_skipped) or (checkpoints.has_state and checkpoints.done != last):
+            checkpoints.save(last)  # the latter so that a resume does not repeat the last images
+        self.all_skipped.check(max_skipped, draft)
         if 0 < stop == len(self.all_skipped):
             raise DataError(f"none of the {stop:,} images of {images.name} can be read", "Check them")
 
@@ -109,25 +110,20 @@ class Checkpoints:
     """Saves and restores the state of a pass over images, each rank in a folder of its own.
 
     Args:
-        seconds: interval between saves; 0: after each batch.
+        share: the positions of this rank's images in the set.
+        draft, seconds: see `ImagePass.batches`.
     """
 
-    def __init__(self, draft: Draft | None, seconds: float) -> None:
-        self.draft = draft
+    def __init__(self, run: ImagePass, share: range, draft: Draft | None, seconds: float) -> None:
         folder = None if draft is None else draft.path / "states" / f"rank-{distributed.rank()}"
         self.states = states.States(folder, "" if draft is None else draft.request, prefix="images")
-        self.seconds = self.pause = seconds
-        self.share = range(0)
-        """The positions of this rank's images in the set."""
-        self.done = 0
-        """The images before it are in the newest state."""
+        self.run, self.share, self.done = run, share, share.start
+        """`done`: the images before it are in the newest state."""
         self.has_state = False
-        self.saved = time.monotonic()
+        self.throttle = Throttle(first=seconds, every=seconds, share=MAX_SHARE if seconds else math.inf)
 
-    def resume(self, run: Resumable, share: range, progress: Progress) -> int:
-        """Restore the newest usable state; return the position to continue from. Every rank calls it, with the
-        positions of its images."""
-        self.share, self.done = share, share.start
+    def resume(self, progress: Progress) -> int:
+        """Restore the newest usable state; return the position to continue from. Every rank calls it."""
         path, problems = self.states.newest()
         if path is not None:
             state = states.read(path)
@@ -136,44 +132,32 @@ class Checkpoints:
                 problems = [f"{path.name}: saved by another run ({reason})"]
                 path = None
             else:
-                run.load_state(unpack(state.values["content"], {**state.parts["once"], **state.parts["state"]}))
-                self.done, self.has_state = share.start + state.step, True
+                self.run.load_state(unpack(state.values["content"], {**state.parts["once"], **state.parts["state"]}))
+                self.done, self.has_state = self.share.start + state.step, True
         if path is None and problems:
             self.states.discard()
             problems = [f"{problems[0]}; no other state can be used, the pass starts from the beginning"]
-        ranks = distributed.gather_objects((problems, self.done - share.start))
+        ranks = distributed.gather_objects((problems, self.done - self.share.start))
         for problem in dict.fromkeys(problem for found, _ in ranks for problem in found):
             progress.message(problem)
         if count := sum(count for _, count in ranks):
             progress.message(f"resuming after {counted(count, 'images')}")
-        self.saved = time.monotonic()
         return self.done
 
-    def save_if_due(self, run: Resumable, done: int) -> None:
-        """Save the state after the images up to `done`, if it is time."""
-        if time.monotonic() - self.saved >= self.pause:
-            self.save(run, done)
-
-    def save_last(self, run: Resumable, done: int) -> None:
-        """Save the final state if any state was saved before, so that a resume does not repeat the last images."""
-        if self.has_state and self.done != done:
-            self.save(run, done)
-
-    def save(self, run: Resumable, done: int) -> None:
-        """Write the state.
+    def save(self, done: int) -> None:
+        """Write the state after the images up to `done`.
 
         Raises:
             ArtifactError: it cannot be written (disk full or read-only).
         """
-        began = time.monotonic()
-        content, tensors, unchanging = pack(run.state())
-        once = {name: tensors.pop(name) for name in unchanging}
-        values = {"made_by": self.made_by(), "content": content}
-        self.states.save(
-            done - self.share.start, {"state": tensors, "once": once}, values, unchanging={"once": unchanging}
-        )
-        self.has_state, self.done, self.saved = True, done, time.monotonic()
-        self.pause = max(self.seconds, min((self.saved - began) / MAX_SHARE, self.seconds * MAX_PAUSE))
+        with self.throttle.timed():
+            content, tensors, unchanging = pack(self.run.state())
+            once = {name: tensors.pop(name) for name in unchanging}
+            values = {"made_by": self.made_by(), "content": content}
+            self.states.save(
+                done - self.share.start, {"state": tensors, "once": once}, values, unchanging={"once": unchanging}
+            )
+        self.has_state, self.done = True, done
 
     def made_by(self) -> dict[str, Any]:
         """What must be equal for a state to be resumed, besides the request."""

@@ -9,9 +9,7 @@ import math
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from vqpipe.files import atomic_write, disk_errors, read_rows
 from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import Autoencoder
-from vqpipe.progress import Progress
+from vqpipe.progress import Progress, Throttle
 from vqpipe.provenance import now
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
@@ -40,35 +38,6 @@ from vqpipe.words import counted, first_names, percent
 
 GRID_IMAGES = 8
 """Images in a reconstruction grid."""
-
-
-class Throttle:
-    """Limits how often an action that may take long is repeated, by wall-clock time.
-
-    Args:
-        first: seconds until the first time.
-        every: seconds between the next ones, multiplied by `growth` each time, until `longest`.
-        share: the largest share of the whole time that the action may take; longer ones are repeated less often.
-    """
-
-    def __init__(
-        self, *, first: float, every: float, growth: float = 1.0, longest: float = math.inf, share: float = 0.02
-    ) -> None:
-        self.every, self.growth, self.longest, self.share = every, growth, longest, share
-        self.next = time.monotonic() + first
-
-    def due(self) -> bool:
-        """Whether it is time."""
-        return time.monotonic() >= self.next
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """The action, whether it was due or not: the next one is due an interval later."""
-        began = time.monotonic()
-        yield
-        ended = time.monotonic()
-        self.next = ended + max(self.every, (ended - began) / self.share)
-        self.every = min(self.every * self.growth, self.longest)
 
 
 class Callback:

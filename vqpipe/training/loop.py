@@ -15,7 +15,8 @@ import torch
 
 from vqpipe import distributed
 from vqpipe.errors import ConfigError
-from vqpipe.training.callbacks import Callback, CallbackList, Throttle
+from vqpipe.progress import Throttle
+from vqpipe.training.callbacks import Callback, CallbackList
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.config import TrainConfig
 from vqpipe.training.networks import compiled_graphs
