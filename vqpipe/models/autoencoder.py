@@ -42,6 +42,11 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         check_choices(self, "model")
 
+    @property
+    def downsample_factor(self) -> int:
+        """f, image side / latent side."""
+        raise NotImplementedError
+
 
 class Reconstruction(NamedTuple):
     """The output of `Autoencoder.forward`."""
@@ -62,17 +67,11 @@ class Autoencoder(nn.Module, ABC):
     config_class: ClassVar[type[AutoencoderConfig]]
 
     def __init__(
-        self,
-        config: AutoencoderConfig,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        *,
-        encoder_channels: int,
-        downsample_factor: int,
+        self, config: AutoencoderConfig, encoder: nn.Module, decoder: nn.Module, encoder_channels: int
     ) -> None:
         super().__init__()
         self.config = config
-        self.downsample_factor = downsample_factor
+        self.downsample_factor = config.downsample_factor
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = build_quantizer(config.quantizer)

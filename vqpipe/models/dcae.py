@@ -95,7 +95,6 @@ class DcaeConfig(AutoencoderConfig):
 
     @property
     def downsample_factor(self) -> int:
-        """Image side / latent side."""
         return 2 ** (len(self.widths) - 1)
 
     def attends(self, stage: int) -> bool:
@@ -110,13 +109,7 @@ class Dcae(Autoencoder):
     decoder: "Decoder"
 
     def __init__(self, config: DcaeConfig) -> None:
-        super().__init__(
-            config,
-            Encoder(config),
-            Decoder(config),
-            encoder_channels=config.latent_channels,
-            downsample_factor=config.downsample_factor,
-        )
+        super().__init__(config, Encoder(config), Decoder(config), config.latent_channels)
 
     @property
     def last_layer(self) -> Tensor:

@@ -88,13 +88,7 @@ class Magvit(Autoencoder):
 
     def __init__(self, config: MagvitConfig) -> None:
         z_channels = config.z_channels or latent_dim_of(config.quantizer)
-        super().__init__(
-            config,
-            Encoder(config, z_channels),
-            Decoder(config, z_channels),
-            encoder_channels=z_channels,
-            downsample_factor=config.downsample_factor,
-        )
+        super().__init__(config, Encoder(config, z_channels), Decoder(config, z_channels), z_channels)
 
     @property
     def last_layer(self) -> Tensor:

@@ -55,6 +55,10 @@ class VitaminConfig(AutoencoderConfig):
     mlp_width: int = 2048
     """Hidden channels of the MLP of a block."""
 
+    @property
+    def downsample_factor(self) -> int:
+        return 16
+
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = ("widths", "encoder_depths", "decoder_depths", "transformer_width", "transformer_depth", "mlp_width")
@@ -80,8 +84,7 @@ class Vitamin(Autoencoder):
                 "of the latent",
                 "Change it, or the channels of the codes",
             )
-        encoder, decoder = Encoder(config, latent_dim), Decoder(config, latent_dim)
-        super().__init__(config, encoder, decoder, encoder_channels=latent_dim, downsample_factor=16)
+        super().__init__(config, Encoder(config, latent_dim), Decoder(config, latent_dim), latent_dim)
 
     @property
     def last_layer(self) -> Tensor:

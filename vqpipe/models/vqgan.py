@@ -45,7 +45,6 @@ class LevelsConfig(AutoencoderConfig):
 
     @property
     def downsample_factor(self) -> int:
-        """Image side / latent side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     def channels(self, level: int) -> int:
@@ -76,7 +75,6 @@ class VqganConfig(LevelsConfig):
 
     @property
     def downsample_factor(self) -> int:
-        """Image side / latent side."""
         return self.patch_size * super().downsample_factor
 
     def attends(self, level: int) -> bool:
@@ -90,13 +88,7 @@ class Vqgan(Autoencoder):
     decoder: "Decoder"
 
     def __init__(self, config: VqganConfig) -> None:
-        super().__init__(
-            config,
-            Encoder(config),
-            Decoder(config),
-            encoder_channels=config.z_channels,
-            downsample_factor=config.downsample_factor,
-        )
+        super().__init__(config, Encoder(config), Decoder(config), config.z_channels)
 
     @property
     def last_layer(self) -> Tensor:
