@@ -395,9 +395,9 @@ def test_random_classes_measures_their_images_only(
 
 def test_random_classes_are_drawn_from_those_that_have_images(picture_folder: Path) -> None:
     images = open_images([sorted_into_classes(picture_folder, 5)])
-    drawn = draw_classes(SelectedImages(images, np.flatnonzero(images.labels >= 3)), 2, seed=0)
-    assert drawn.describe() == {"classes": ["class-3", "class-4"], "num_classes": 2, "seed": 0}
-    assert drawn.labels.tolist() == [3, 3, 4, 4]
+    chosen, drawn = draw_classes(SelectedImages(images, np.flatnonzero(images.labels >= 3)), 2, seed=0)
+    assert drawn == {"classes": ["class-3", "class-4"], "num_classes": 2, "seed": 0}
+    assert chosen.labels.tolist() == [3, 3, 4, 4]
 
 
 def test_limit_applies_after_random_classes_and_the_seed_draws_them(

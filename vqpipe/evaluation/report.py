@@ -18,7 +18,7 @@ from vqpipe.data.images import ImageSet, open_images
 from vqpipe.evaluation.analysis import Analysis
 from vqpipe.evaluation.evaluate import check_size, evaluate
 from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, code_usage, origin_of, samples_artifact
-from vqpipe.evaluation.random_classes import RandomClasses, draw_classes
+from vqpipe.evaluation.random_classes import draw_classes
 from vqpipe.evaluation.reconstruction import Autoencoder
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
@@ -68,7 +68,9 @@ def evaluate_tokenizer(
     optional = {"embedding_codes": embedding_codes, "random_classes": random_classes}
     request |= {name: value for name, value in optional.items() if value is not None}
     request |= {"seed": seed} if analyses or random_classes is not None else {}
-    chosen = images if random_classes is None else draw_classes(images, random_classes, seed)
+    chosen, drawn = images, dict[str, Any]()
+    if random_classes is not None:
+        chosen, drawn["random_classes"] = draw_classes(images, random_classes, seed)
     inputs = {"images": images, "tokenizer": autoencoder.source}
     draft = artifacts.start(out, "report", request, inputs, tolerance="--set eval.max_skipped")
     if isinstance(draft, Artifact):
@@ -85,9 +87,7 @@ def evaluate_tokenizer(
             draft=draft,
             progress=progress,
         )
-        if isinstance(chosen, RandomClasses):
-            result = replace(result, metrics={**result.metrics, "random_classes": chosen.describe()})
-        result = replace(result, metrics={**result.metrics, **images.facts})
+        result = replace(result, metrics={**result.metrics, **drawn, **images.facts})
         return publish_evaluation(draft, result), result
 
 
