@@ -4,9 +4,6 @@ from vqpipe.losses.adversarial import (
     adaptive_weight,
     hinge_discriminator_loss,
     hinge_generator_loss,
-    lecam_penalty,
-    non_saturating_discriminator_loss,
-    non_saturating_generator_loss,
     r1_penalty,
 )
 from vqpipe.losses.objective import Objective, ObjectiveConfig
@@ -19,8 +16,5 @@ __all__ = [
     "adaptive_weight",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
-    "lecam_penalty",
-    "non_saturating_discriminator_loss",
-    "non_saturating_generator_loss",
     "r1_penalty",
 ]
