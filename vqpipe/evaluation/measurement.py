@@ -60,14 +60,14 @@ class ProtocolMetrics(Resumable):
     def __init__(
         self,
         protocol: Protocol,
-        networks: FeatureNetworks,
-        device: torch.device,
         keys: Collection[str],
         perceptual: Mapping[str, nn.Module],
         statistics: Mapping[str, Any],
         *,
+        networks: FeatureNetworks,
+        device: torch.device,
+        whole_images: bool,
         with_references: bool = True,
-        whole_images: bool = False,
     ) -> None:
         self.protocol, self.networks = protocol, networks
         own = {protocol.psnr, protocol.ssim} if with_references else set()
@@ -174,27 +174,16 @@ class EvaluationMetrics(Resumable):
             "max_bytes": config.feature_memory * 1e9 / SIDES / max(len(features), 1) / world_size(),
         }
         sizes = {name: feature_size(name, network, device) for name, network in networks.extractors.items()}
+        common: dict[str, Any] = {"networks": networks, "device": device, "whole_images": self.size is None}
         first, *others = (PROTOCOLS[name] for name in config.protocols)
-        whole = self.size is None
-        self.protocols = {
-            first.name: ProtocolMetrics(
-                first,
-                networks,
-                device,
-                COMMON,
-                networks.perceptual,
-                statistics | {"extractor_sizes": sizes},
-                whole_images=whole,
-            )
-        }
+        first_statistics = statistics | {"extractor_sizes": sizes}
+        self.protocols = {first.name: ProtocolMetrics(first, COMMON, networks.perceptual, first_statistics, **common)}
         for protocol in others:
             lpips = {name: network for name, network in networks.perceptual.items() if name == protocol.lpips}
-            self.protocols[protocol.name] = ProtocolMetrics(
-                protocol, networks, device, (), lpips, statistics, whole_images=whole
-            )
+            self.protocols[protocol.name] = ProtocolMetrics(protocol, (), lpips, statistics, **common)
         self.prefixes = {
             groups: ProtocolMetrics(
-                first, networks, device, COMMON, networks.perceptual, {"moments": ("pool",)}, with_references=False
+                first, COMMON, networks.perceptual, {"moments": ("pool",)}, **common, with_references=False
             )
             for groups in range(1, num_groups)
             if config.prefixes
