@@ -127,8 +127,6 @@ class MultiGroupQuantizer(Quantizer):
 
     def sample_num_kept(self, batch_size: int) -> Tensor:
         """Sample the number of groups each image keeps, int64[B] on the CPU, from the default CPU generator."""
-        if self.masking == "off" or not self.training:
-            return torch.full((batch_size,), self.num_groups)
         uniform = torch.rand(batch_size if self.masking == "sample" else 1)
         return num_kept_of(uniform, self.keep_probabilities).expand(batch_size)
 
