@@ -13,7 +13,7 @@ Shapes: B images, C latent channels, h x w positions, p side of a patch, T = h w
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,23 +27,8 @@ FREQUENCIES = 256
 """Sines and cosines of the time embedding, before its MLP."""
 
 
-class Size(NamedTuple):
-    """A size of DiT."""
-
-    layers: int
-    heads: int
-    width: int
-
-
-SIZES = {
-    #             layers heads width
-    "tiny": Size(     4,    4,  128),
-    "S":    Size(    12,    6,  384),
-    "B":    Size(    12,   12,  768),
-    "L":    Size(    24,   16, 1024),
-    "XL":   Size(    28,   16, 1152),
-}  # fmt: skip
-"""DiT, Table 1, and a size that trains on a CPU."""
+SIZES = {"tiny": (4, 4, 128), "S": (12, 6, 384), "B": (12, 12, 768), "L": (24, 16, 1024), "XL": (28, 16, 1152)}
+"""Size -> layers, heads and width: DiT, Table 1, and a size that trains on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +82,20 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = latent_shape
-        patch, size = config.patch_size, SIZES[config.size]
+        layers, heads, dim = SIZES[config.size]
+        patch = config.patch_size
         if height % patch or width % patch:
             raise ConfigError(
                 f"a latent of {height} x {width} is not divisible into patches of {patch}",
                 "Use another generator.patch_size",
             )
         self.patch_size, self.grid = patch, (height // patch, width // patch)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, size.width, patch, patch)})
-        self.t_embedder = TimeEmbedding(size.width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_class_embeddings, size.width)})
-        self.register_buffer("pos_embed", position_embedding(size.width, *self.grid)[None])
-        self.blocks = nn.ModuleList(DitBlock(size.width, size.heads) for _ in range(size.layers))
-        self.final_layer = FinalLayer(size.width, patch * patch * out_channels)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, dim, patch, patch)})
+        self.t_embedder = TimeEmbedding(dim)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_class_embeddings, dim)})
+        self.register_buffer("pos_embed", position_embedding(dim, *self.grid)[None])
+        self.blocks = nn.ModuleList(DitBlock(dim, heads) for _ in range(layers))
+        self.final_layer = FinalLayer(dim, patch * patch * out_channels)
         self.initialize()
 
     def initialize(self) -> None:

@@ -357,17 +357,10 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
     if distributed.is_main():
         write_generator(run.draft, images, weights)
         run.draft.record_existing("metrics.jsonl")
-    measured = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total", state.step)}
-    return run.draft.publish(
-        {
-            "kind": kind,
-            "num_parameters": parameters,
-            "num_classes": data.space.num_classes,
-            "images_seen": state.images_seen,
-            "steps": state.step,
-            **{name: value for name, value in measured.items() if value is not None},
-        }
-    )
+    losses = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total", state.step)}
+    measured = {name: value for name, value in losses.items() if value is not None}
+    facts = {"kind": kind, "num_parameters": parameters, "num_classes": data.space.num_classes}
+    return run.draft.publish(facts | {"images_seen": state.images_seen, "steps": state.step} | measured)
 
 
 def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples) -> Artifact | None:
@@ -399,16 +392,8 @@ def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples)
         run.draft.write_json("config.json", {**table, "image_size": stored.artifact.facts["image_size"]})
         run.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
         run.draft.record_existing("metrics.jsonl")
-    return run.draft.publish(
-        {
-            "kind": kind,
-            "num_parameters": parameters,
-            "num_classes": num_classes,
-            **measured,
-            "images_seen": state.images_seen,
-            "steps": state.step,
-        }
-    )
+    facts = {"kind": kind, "num_parameters": parameters, "num_classes": num_classes} | measured
+    return run.draft.publish(facts | {"images_seen": state.images_seen, "steps": state.step})
 
 
 def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_classes: int) -> dict[str, Any]:
