@@ -28,8 +28,6 @@ class BsqConfig(SignConfig):
 
     kind: ClassVar[str] = "bsq"
 
-    code_dim: int = 18
-    """D, channels of the latent and bits of a position."""
     bits_per_id: int = 0
     """b, bits of one id, a divisor of D: a position has D / b ids. 0: one id of all D bits, at most 62."""
     normalize: bool = True
@@ -39,10 +37,6 @@ class BsqConfig(SignConfig):
     """Add the loss "commitment", mean (latent - code)^2. BSQ has none, WeTok weights it by 0.25."""
     entropy_temperature: float = 1.0
     """Temperature of the softmax over codes in the entropy term: 1 in BSQ, 0.01 in WeTok."""
-    sample_weight: float = 1.0
-    """Weight of the mean entropy of each vector's distribution, which is minimized, in the entropy term."""
-    batch_weight: float = 1.0
-    """Weight of the entropy of the mean distribution, which is maximized, in the entropy term."""
     entropy_bits: int = 9
     """Channels per joint distribution in the batch entropy; the entropies of consecutive groups of channels are summed.
     BSQ's experiments have 9 or 1."""

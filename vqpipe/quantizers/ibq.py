@@ -16,11 +16,9 @@ from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.quantizers.base import CodebookConfig, Quantized, to_rows
 from vqpipe.quantizers.lfq import shannon_entropy
+from vqpipe.quantizers.sqvae import LOGITS_PER_CHUNK
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
-
-LOGITS_PER_CHUNK = 2**24
-"""Logits of vectors against codes computed at a time: 64 MiB in float32, a few times that in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

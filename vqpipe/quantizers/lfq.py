@@ -23,14 +23,20 @@ vector. With 2^18 codes, where the uniform probability is 4e-6, it also lowers t
 11.2."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class SignConfig(QuantizerConfig):
-    """The settings that `lfq` and `bsq` share; each defines the fields, with its defaults."""
+    """The settings that `lfq` and `bsq` share."""
 
-    code_dim: int
+    code_dim: int = 18
+    """D, channels of the latent and bits of a position."""
     entropy_temperature: float
-    sample_weight: float
-    batch_weight: float
+    """Temperature of the softmax over codes in the entropy term."""
+    sample_weight: float = 1.0
+    """Weight of the mean entropy of each vector's distribution, which is minimized, in the entropy term."""
+    batch_weight: float = 1.0
+    """Weight of the entropy of the mean distribution, which is maximized, in the entropy term."""
     entropy_bits: int
+    """Channels per joint distribution in the batch entropy."""
 
     def __post_init__(self) -> None:
         check_range(self, "model.quantizer", "[1, 24]", "entropy_bits")  # it takes 2^entropy_bits numbers
@@ -87,14 +93,8 @@ class LfqConfig(SignConfig):
 
     kind: ClassVar[str] = "lfq"
 
-    code_dim: int = 18
-    """D, channels of the latent and bits of an id."""
     entropy_temperature: float = 0.01
     """Temperature of the softmax over codes in the entropy term; much larger latents have an entropy near 0."""
-    sample_weight: float = 1.0
-    """Weight of the mean entropy of each vector's distribution, which is minimized, in the entropy term."""
-    batch_weight: float = 1.0
-    """Weight of the entropy of the mean distribution, which is maximized, in the entropy term."""
     entropy_bits: int = 18
     """Channels per joint distribution in the batch entropy, which takes 2^entropy_bits numbers. With fewer than D, the
     entropies of consecutive groups of channels are summed, an upper bound of the joint entropy."""

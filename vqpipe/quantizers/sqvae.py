@@ -20,7 +20,7 @@ from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
 
 LOGITS_PER_CHUNK = 2**24
-"""Logits computed at a time: 64 MiB in float32."""
+"""Logits of vectors against codes computed at a time: 64 MiB in float32, a few times that in the backward pass."""
 MIN_TEMPERATURE = 1e-6
 """Of the Gumbel-softmax: below it, logits divided by the temperature may overflow."""
 
