@@ -73,10 +73,6 @@ class GenerationConfig:
     save_seconds: float = 60.0
     """Seconds between two saved states of a rank; 0: after each batch."""
 
-    @property
-    def resize(self) -> Literal["tf1", "clean"]:
-        return "tf1" if self.protocol == "adm" else "clean"
-
 
 class GenerationPass(ImagePass):
     """What a pass over one set of images has accumulated on this rank."""
@@ -224,7 +220,7 @@ class GenerationEvaluator:
         """Empty statistics that keep these outputs of Inception."""
         return FeatureStatistics(
             self.networks,
-            self.config.resize,
+            "tf1" if self.config.protocol == "adm" else "clean",
             self.device,
             moments=tuple(MOMENTS.values()),
             features=features,

@@ -248,9 +248,13 @@ class CodebookQuantizer(Quantizer):
             "codebook": F.mse_loss(codes, latent.detach()),
         }
 
+    def embed_valid(self, ids: Tensor) -> Tensor:
+        """As `embed`, with the zero vector for a negative id."""
+        return self.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
+
     def token_codes(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.codebook_size)
-        return self.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
+        return self.embed_valid(ids)
 
 
 class GridQuantizer(Quantizer):

@@ -98,7 +98,7 @@ class ResidualQuantizer(Quantizer):
             ids, losses = [], []
             for quantizer in self.per_depth():
                 ids.append(nearest(residual, quantizer.codebook(), quantizer.metric, check=not self.training))
-                codes = embed_valid(quantizer, ids[-1])
+                codes = quantizer.embed_valid(ids[-1])
                 residual, total = residual - codes, total + codes
                 losses.append(F.mse_loss(vectors, total))
             codes = total.unflatten(0, (len(latent), -1)).transpose(1, 2).reshape_as(latent)
@@ -112,7 +112,7 @@ class ResidualQuantizer(Quantizer):
         check_ids(ids, self.codebook_size)
         by_depth = ids.unflatten(1, (-1, self.depth)).unbind(-1)
         parts = zip(self.per_depth(), by_depth, strict=True)
-        return torch.stack([embed_valid(quantizer, part) for quantizer, part in parts], dim=2).flatten(1, 2)
+        return torch.stack([quantizer.embed_valid(part) for quantizer, part in parts], dim=2).flatten(1, 2)
 
     def combine(self, codes: Tensor, layout: TokenLayout) -> Tensor:
         """The sum of the codes of a position, depth by depth."""
@@ -129,7 +129,7 @@ class ResidualQuantizer(Quantizer):
         for quantizer, depth_ids in zip(self.per_depth(), ids.view(-1, self.depth).unbind(1), strict=True):
             valid = depth_ids >= 0
             assigned.append((residual[valid], depth_ids[valid]))
-            residual = residual - embed_valid(quantizer, depth_ids)
+            residual = residual - quantizer.embed_valid(depth_ids)
         if self.shared:
             residuals, all_ids = zip(*assigned, strict=True)
             assigned = [(torch.cat(residuals), torch.cat(all_ids))]
@@ -152,11 +152,6 @@ class ResidualQuantizer(Quantizer):
     def per_depth(self) -> list[EmaQuantizer]:
         """The quantizer of each depth."""
         return self.quantizers() * (self.depth if self.shared else 1)
-
-
-def embed_valid(quantizer: EmaQuantizer, ids: Tensor) -> Tensor:
-    """Return the codes float32[..., C] of int64[...]; a negative id gives the zero vector."""
-    return quantizer.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
 
 
 def restart_unused_codes(quantizer: EmaQuantizer, vectors: Tensor) -> None:
