@@ -73,7 +73,7 @@ def test_compute_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, theirs = statistics(features[:11]), statistics(features[11:])
     others = iter([theirs.count, theirs.sum, theirs.outer])
     monkeypatch.setattr(resumable, "all_reduce_sum", lambda tensor: tensor.add_(next(others)))
-    mean, covariance = mine.compute()
+    mean, covariance = mine.merged().mean_and_covariance()
     torch.testing.assert_close(mean, features.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(covariance, torch.cov(features.T), rtol=1e-12, atol=1e-12)
     assert int(mine.count) == 11

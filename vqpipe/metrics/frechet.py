@@ -38,10 +38,6 @@ class Moments(Resumable):
         self.sum += wide.sum(0)
         self.outer += wide.T @ wide
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean float64[D] and sample covariance float64[D, D] over all ranks."""
-        return self.merged().mean_and_covariance()
-
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """float64[D] and the sample covariance float64[D, D] of this rank.
 

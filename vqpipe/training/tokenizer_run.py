@@ -163,11 +163,10 @@ def train_tokenizer(
         )
     progress.start("building the network", None, unit="")
     model, discriminator = build_networks(recipe, inputs.source, codebook)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
-        discriminator.to(memory_format=torch.channels_last)
-    model.to(device)
-    discriminator.to(device)
+    for network in (model, discriminator):
+        if device.type == "cuda":
+            network.to(memory_format=torch.channels_last)
+        network.to(device)
     objective = Objective(recipe.objective, model.quantizer.loss_names).to(device)
     task = TokenizerTask(model, discriminator, objective)
     if recipe.train.whiten_init and not checkpoints(draft.path).paths():
