@@ -114,14 +114,15 @@ class TrainState:
                 )
             return False
         found = states.read(self.saved)
-        parts = dict(found.parts)
-        metrics = parts.pop(METRICS, None)
-        problem = mismatch(parts, self.tensors())
+        parts, expected = dict(found.parts), dict(self.tensors())
+        if METRICS in parts:
+            expected[METRICS] = self.metrics.state_like(parts[METRICS].keys())
+        problem = mismatch(parts, expected, variable_rows_part=METRICS)
         if problem is None and set(found.values) - {SKIPPED} != set(COUNTERS):
             problem = f"state.json has the counters {', '.join(sorted(found.values))}"
         if problem is not None:
             raise ArtifactError(f"{self.saved} is not a checkpoint of this run: {problem}", "Choose another --out")
-        if metrics is not None:
+        if metrics := parts.pop(METRICS, None):
             self.metrics.load(dict(metrics))
         self.load(parts)
         self.step = found.step
@@ -159,8 +160,11 @@ class TrainState:
         return dict(gathered({"model": self.weight_ema.network.state_dict()})["model"])
 
 
-def mismatch(found: Parts, expected: Parts) -> str | None:
-    """The first tensor in which a checkpoint and a run differ by name, type or shape, in words."""
+def mismatch(found: Parts, expected: Parts, variable_rows_part: str = "") -> str | None:
+    """The first tensor in which a checkpoint and a run differ by name, type or shape, in words.
+
+    The first dimension of 2-D tensors in the part `variable_rows_part` is not compared.
+    """
     for part in (*expected, *found):
         if part not in found:
             return f"it has no {part}"
@@ -171,7 +175,8 @@ def mismatch(found: Parts, expected: Parts) -> str | None:
                 return f"{part} has no tensor {name}"
             if name not in expected[part]:
                 return f"{part} has a tensor {name}, which this run does not have"
-            saved, own = (f"{t[part][name].dtype} {list(t[part][name].shape)}" for t in (found, expected))
+            free = part == variable_rows_part and expected[part][name].ndim == 2
+            saved, own = (f"{t[part][name].dtype} {list(t[part][name].shape[free:])}" for t in (found, expected))
             if saved != own:
                 return f"{part} has {name} as {saved}, this run as {own}".replace("torch.", "")
     return None

@@ -1,7 +1,7 @@
 """Running metrics of a training run: sums over the steps since the last row of the log, kept on the device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -104,6 +104,10 @@ class RunningMetrics(Generic[ResultT]):
     def state(self) -> dict[str, Tensor]:
         """The sums over all ranks for a checkpoint; empty right after a row. Every rank calls it."""
         return self.totals()
+
+    def state_like(self, names: Collection[str]) -> dict[str, Tensor]:
+        """A template state, for checking names, types and shapes; its values are unused."""
+        return dict.fromkeys(names, torch.zeros(2, dtype=torch.float64))
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore a `state`: rank 0 takes the sums of all ranks."""

@@ -5,7 +5,7 @@ skipped is read first.
 Shapes: B images of this rank's share of a global batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch._functorch.config
@@ -209,6 +209,9 @@ class TokenizerMetrics(RunningMetrics[Reconstruction]):
             counts = self.counts()
             state[COUNTS] = as_rows(counts if counts.is_sparse else counts.to_sparse()).cpu()
         return state
+
+    def state_like(self, names: Collection[str]) -> dict[str, Tensor]:
+        return super().state_like(names) | {COUNTS: torch.zeros(0, 3, dtype=torch.int64)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         state = dict(state)
