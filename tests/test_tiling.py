@@ -181,13 +181,13 @@ class Normed(Identity):
         self.groups: list[int | None] = []
         torch.manual_seed(0)
         conv, norm = torch.nn.Conv2d, torch.nn.GroupNorm
-        self.network = torch.nn.Sequential(conv(3, 8, 1), norm(2, 8), torch.nn.SiLU(), conv(8, 8, 3), norm(2, 8))
+        self.autoencoder = torch.nn.Sequential(conv(3, 8, 1), norm(2, 8), torch.nn.SiLU(), conv(8, 8, 3), norm(2, 8))
 
     @torch.no_grad()
     def decode_float(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor:
         self.groups.append(groups)
         padded = F.pad(code.float() / 127.5 - 1, (1, 1, 1, 1), mode="replicate")
-        return self.network(padded)[:, :3]
+        return self.autoencoder(padded)[:, :3]
 
 
 def test_shared_norms_bring_tiles_closer_to_the_untiled_reconstruction() -> None:
@@ -212,7 +212,7 @@ def test_statistics_are_of_the_shape_of_the_image_and_of_the_decoded_groups() ->
 
 def test_a_network_without_group_norms_cannot_share_them() -> None:
     class Plain(Identity):
-        network = torch.nn.Conv2d(3, 3, 1)
+        autoencoder = torch.nn.Conv2d(3, 3, 1)
 
     with pytest.raises(ConfigError, match="no group norms"):
         check_norms(Plain())

@@ -68,8 +68,8 @@ class ContinuousAutoencoder:
 
     def __init__(self, network: Any, *, name: str, digest: str = "", device: str | torch.device = "cpu") -> None:
         self.device = check_device(device)
-        self.network: Any = network.eval().requires_grad_(False).to(self.device)
-        self.config = self.network.config
+        self.autoencoder: Any = network.eval().requires_grad_(False).to(self.device)
+        self.config = self.autoencoder.config
         self.range_checked = False
         self.name = printable(name)
         self.digest = digest
@@ -121,8 +121,8 @@ class ContinuousAutoencoder:
             DataError: a wrong shape, dtype or range; sides that are not multiples of the downsample factor.
         """
         images = network_input(images, self)
-        with reduced_precision(self.network, self.device, precision):
-            encoded = self.network.encode(images)
+        with reduced_precision(self.autoencoder, self.device, precision):
+            encoded = self.autoencoder.encode(images)
             if hasattr(encoded, "latent_dist"):
                 return encoded.latent_dist.mode()
             return encoded.latent if hasattr(encoded, "latent") else encoded.latents
@@ -143,7 +143,7 @@ class ContinuousAutoencoder:
         self.check_groups(groups)
         if tuple(latents.shape[1:]) != self.latent_shape(*image_size):
             raise DataError(f"latents of shape {list(latents.shape)} do not match images of {image_size} pixels")
-        images = self.network.decode(latents.to(self.device)).sample
+        images = self.autoencoder.decode(latents.to(self.device)).sample
         if not bool(torch.isfinite(images).all()):
             raise NumericError(f"{self.name} reconstructs NaN or infinity", "Check its weights and the images")
         return images
@@ -156,11 +156,15 @@ class ContinuousAutoencoder:
             "num_groups": None,
             "downsample_factor": self.downsample_factor,
             "latent_shape": list(self.latent_shape(image_size, image_size)),
-            "num_parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "num_parameters": sum(parameter.numel() for parameter in self.autoencoder.parameters()),
         }
 
 
-def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | ContinuousAutoencoder:
+ImageAutoencoder = Tokenizer | ContinuousAutoencoder
+"""An autoencoder of images, with ids or with continuous latents."""
+
+
+def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> ImageAutoencoder:
     """Open a tokenizer, or a continuous autoencoder in one of the layouts above.
 
     Raises:
@@ -177,7 +181,7 @@ def open_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> To
 
 def write_continuous(draft: artifacts.Draft, autoencoder: ContinuousAutoencoder, rows: dict[str, Any]) -> None:
     """Write the files of an autoencoder artifact: weights and config in the layout of diffusers, and a card."""
-    network = autoencoder.network
+    network = autoencoder.autoencoder
     settings = {key: value for key, value in network.config.items() if not key.startswith("_")}
     draft.write_json(CONFIG, {"_class_name": type(network).__name__, **settings})
     with draft.write(WEIGHTS) as path:

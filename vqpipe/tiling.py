@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqpipe.continuous import ImageAutoencoder
 from vqpipe.errors import ConfigError
 
 TILE = 512
@@ -27,22 +27,6 @@ OVERLAP = 64
 
 Statistics = dict[nn.GroupNorm, tuple[Tensor, Tensor]]
 """Group norm -> the variance and the mean of each of its groups, float32[G] each."""
-
-
-class ImageAutoencoder(Protocol):
-    """The common interface of Tokenizer and ContinuousAutoencoder."""
-
-    @property
-    def codebook_size(self) -> int | None: ...
-
-    @property
-    def downsample_factor(self) -> int: ...
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-    def decode(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor: ...
-
-    def decode_float(self, code: Tensor, image_size: tuple[int, int], /, groups: int | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,6 @@ def reconstruct_any_size(
     What remains is the attention, which sees one tile.
 
     Args:
-        autoencoder: a Tokenizer or ContinuousAutoencoder.
         image: uint8[3, H, W].
         groups: decode the first `groups` groups only.
         tile: T, rounded down to a multiple of f.
@@ -177,19 +160,13 @@ def check_norms(autoencoder: ImageAutoencoder) -> list[nn.GroupNorm]:
     Raises:
         ConfigError: it has none.
     """
-    norms = [module for module in network_of(autoencoder).modules() if isinstance(module, nn.GroupNorm)]
+    norms = [module for module in autoencoder.autoencoder.modules() if isinstance(module, nn.GroupNorm)]
     if not norms:
         raise ConfigError(
             "this tokenizer has no group norms, which could share their statistics between tiles",
             "Omit --shared-norms",
         )
     return norms
-
-
-def network_of(autoencoder: Any) -> nn.Module:
-    """The network of a Tokenizer or of a ContinuousAutoencoder."""
-    network: nn.Module = getattr(autoencoder, "network", None) or autoencoder.autoencoder
-    return network
 
 
 def check_tile(tile: int, overlap: int, factor: int) -> int:

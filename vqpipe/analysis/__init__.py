@@ -8,10 +8,9 @@ from vqpipe.analysis.base import MissingPackage, NotComputed
 from vqpipe.analysis.embedding import Embedding
 from vqpipe.analysis.patches import Patches
 from vqpipe.analysis.replacement import Replacement
-from vqpipe.continuous import ContinuousAutoencoder
+from vqpipe.continuous import ContinuousAutoencoder, ImageAutoencoder
 from vqpipe.errors import ConfigError
 from vqpipe.evaluation.analysis import EMBEDDING_CODES, Analysis, AnalysisInputs
-from vqpipe.tokenizer import Tokenizer
 
 ANALYSES: dict[str, type[Analysis]] = {each.name: each for each in (Replacement, Embedding, Patches)}
 """By name, in the order of the page."""
@@ -21,7 +20,7 @@ __all__ = ["ANALYSES", "EMBEDDING_CODES", "Analysis", "build"]
 
 def build(
     names: Sequence[str],
-    tokenizer: Tokenizer | ContinuousAutoencoder,
+    tokenizer: ImageAutoencoder,
     *,
     perceptual: Mapping[str, nn.Module] | None = None,
     seed: int = 0,

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from vqpipe.artifacts import Artifact, Draft
+from vqpipe.continuous import ImageAutoencoder
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import to_uint8
 from vqpipe.evaluation.analysis import Analysis
 from vqpipe.evaluation.image_pass import ImagePass
 from vqpipe.evaluation.measurement import EvaluationMetrics
 from vqpipe.evaluation.pictures import SelectedPictures
-from vqpipe.evaluation.reconstruction import Autoencoder, PackedCrops, Reconstructor
+from vqpipe.evaluation.reconstruction import PackedCrops, Reconstructor
 from vqpipe.files import read_rows
 from vqpipe.image_size import parse_size
 from vqpipe.metrics.config import EvalConfig
@@ -40,7 +41,7 @@ NATIVE_SIDE = 2048
 
 def evaluate(
     images: ImageSet,
-    autoencoder: Autoencoder,
+    autoencoder: ImageAutoencoder,
     config: EvalConfig,
     networks: FeatureNetworks,
     *,
@@ -93,7 +94,7 @@ class EvaluationPass(ImagePass):
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: ImageAutoencoder,
         config: EvalConfig,
         networks: FeatureNetworks,
         analyses: Sequence[Analysis],
@@ -173,7 +174,7 @@ class EvaluationPass(ImagePass):
         self.pictures.update(keys, positions, originals, rounded, psnr, reconstruction.prefixes)
 
 
-def description(autoencoder: Autoencoder, size: tuple[int, int] | None) -> dict[str, Any]:
+def description(autoencoder: ImageAutoencoder, size: tuple[int, int] | None) -> dict[str, Any]:
     """The autoencoder's facts, for images of (H, W), or of their own sizes."""
     factor = autoencoder.downsample_factor
     table = autoencoder.describe(factor)
@@ -188,7 +189,7 @@ def training_log(artifact: Artifact | None) -> list[dict[str, Any]]:
     return read_rows(artifact.verified_file("metrics.jsonl"))
 
 
-def check_size(autoencoder: Autoencoder, config: EvalConfig) -> None:
+def check_size(autoencoder: ImageAutoencoder, config: EvalConfig) -> None:
     """Raise a DataError if the autoencoder cannot take images of `eval.image_size`. Square sizes must be multiples of
     the downsample factor; other sizes are padded and cropped back."""
     size = parse_size(config.image_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
-from vqpipe.continuous import ContinuousAutoencoder
+from vqpipe.continuous import ImageAutoencoder
 from vqpipe.data.decoding import BadImage, decode
 from vqpipe.data.folders import walk
 from vqpipe.data.made_images import NAME_BYTES
@@ -26,7 +26,6 @@ from vqpipe.reports import page
 from vqpipe.reports.pictures import decibels, first_groups, side_by_side, to_png, with_labels
 from vqpipe.reports.reconstructions import ReconstructedFile, Version, reconstructions_page
 from vqpipe.tiling import num_tiles, reconstruct_any_size
-from vqpipe.tokenizer import Tokenizer
 
 ROWS_PER_CHUNK = 512
 """Rows of pixels compared at a time, to bound memory: 8192 rows in floating point would take a gigabyte."""
@@ -36,7 +35,7 @@ SSIM_WINDOW = 11
 
 def reconstruct_files(
     draft: Draft,
-    autoencoder: Tokenizer | ContinuousAutoencoder,
+    autoencoder: ImageAutoencoder,
     files: Mapping[str, Path],
     sizes: Sequence[tuple[int, int]],
     *,

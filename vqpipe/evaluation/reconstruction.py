@@ -11,14 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqpipe.continuous import ContinuousAutoencoder
+from vqpipe.continuous import ImageAutoencoder
 from vqpipe.data.transforms import Framing, pixels
 from vqpipe.metrics.inception import INCEPTION_SIZE, clean_resize
 from vqpipe.metrics.resumable import Resumable
 from vqpipe.tiling import OVERLAP, mirrored, reconstruct_any_size
-from vqpipe.tokenizer import Tokenizer
-
-Autoencoder = Tokenizer | ContinuousAutoencoder
 
 
 class PackedCrops:
@@ -77,7 +74,7 @@ class Reconstructor(Resumable):
 
     state_names: ClassVar[tuple[str, ...]] = ("num_padded", "num_tiled")
 
-    def __init__(self, autoencoder: Autoencoder, tile: int | None) -> None:
+    def __init__(self, autoencoder: ImageAutoencoder, tile: int | None) -> None:
         self.autoencoder, self.tile = autoencoder, tile
         self.num_padded = self.num_tiled = 0
 

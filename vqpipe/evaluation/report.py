@@ -14,12 +14,12 @@ from torch import Tensor
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import to_request
+from vqpipe.continuous import ImageAutoencoder
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.evaluation.analysis import Analysis
 from vqpipe.evaluation.evaluate import check_size, evaluate
 from vqpipe.evaluation.generation import GenerationConfig, GenerationEvaluator, code_usage, origin_of, samples_artifact
 from vqpipe.evaluation.random_classes import draw_classes
-from vqpipe.evaluation.reconstruction import Autoencoder
 from vqpipe.metrics.config import EvalConfig
 from vqpipe.metrics.feature_networks import FeatureNetworks
 from vqpipe.metrics.usage import dead_codes
@@ -37,7 +37,7 @@ SHEET_COLUMNS = 8
 def evaluate_tokenizer(
     out: Path,
     images: ImageSet,
-    autoencoder: Autoencoder,
+    autoencoder: ImageAutoencoder,
     config: EvalConfig,
     networks: FeatureNetworks,
     *,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vqpipe.continuous import ImageAutoencoder
 from vqpipe.device import available_bytes
 from vqpipe.errors import ConfigError
 from vqpipe.planning.trace import Trace
-from vqpipe.tiling import ImageAutoencoder, check_tile, network_of
+from vqpipe.tiling import check_tile
 
 STEP = 64
 """Sides of tiles that an error proposes are multiples of this."""
@@ -35,7 +36,7 @@ def check_memory(
     if not sizes:
         return
     tile = check_tile(tile, overlap, autoencoder.downsample_factor)
-    device = next(network_of(autoencoder).parameters()).device
+    device = autoencoder.device
     if device.type == "cuda":
         free, where = torch.cuda.mem_get_info(device)[0], "the GPU"
     else:
@@ -67,13 +68,13 @@ def image_bytes(height: int, width: int, tile: int, kept: int) -> int:
     return 3 * height * width * 2 * (1 + kept) + 16 * tile * width
 
 
-def tile_bytes(autoencoder: Any, height: int, width: int) -> int:
+def tile_bytes(autoencoder: ImageAutoencoder, height: int, width: int) -> int:
     """The peak memory of encoding and decoding one tile, in bytes, beside the weights. The search of the quantizer
     takes little."""
     factor = autoencoder.downsample_factor
     height, width = (-(-side // factor) * factor for side in (height, width))
-    network: Any = network_of(autoencoder)
-    device = next(network.parameters()).device
+    network: Any = autoencoder.autoencoder
+    device = autoencoder.device
     tracing = Trace(gpu=device.type == "cuda")
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), tracing as trace, device:
         getattr(network, "latent", network.encode)(torch.empty(1, 3, height, width))
