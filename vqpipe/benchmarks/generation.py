@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqpipe.benchmarks.step_and_encode import build
-from vqpipe.benchmarks.timing import Case, Method, Settings, measure, measurements, version_of
+from vqpipe.benchmarks.timing import Case, Method, Settings, timed, version_of
 from vqpipe.device import autocast
 from vqpipe.generation import Space, build_generator
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs
@@ -50,5 +50,5 @@ def time_sampling(
             return images.sample(labels, recipe.generate, image_rngs(settings.seed, range(batch)))
 
     ours = Method(name="vqpipe", call=sample, version=version_of("vqpipe"), ours=True, note=precision)
-    case.rows = measurements([ours], measure([ours], case, settings, progress), settings, batch)
+    case.rows = timed([ours], {}, case, settings, progress, batch)
     return case

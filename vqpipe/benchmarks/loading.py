@@ -22,17 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vqpipe.benchmarks.timing import (
-    Case,
-    Method,
-    Settings,
-    available,
-    measure,
-    measurements,
-    need,
-    quotient,
-    version_of,
-)
+from vqpipe.benchmarks.timing import Case, Method, Settings, need, quotient, timed, version_of
 from vqpipe.data.batches import TrainingStream
 from vqpipe.data.images import open_images
 from vqpipe.data.photos import HELDOUT, TRAIN, load
@@ -84,19 +74,17 @@ def time_loading(settings: Settings, loading: Loading, progress: Progress) -> Ca
         jpegs = photographs(loading, settings.seed)
         files = Files(Path(folder), jpegs, loading, settings.seed)
         case.settings["bytes"] = round(sum(map(len, jpegs)) / len(jpegs))
-        methods = [files.ours("fast"), files.ours("exact")]
+        ours = [files.ours("fast"), files.ours("exact")]
         peers = {
             DECODING: files.decoding,
             "webdataset": files.webdataset,
             "torchvision ImageFolder": files.image_folder,
             "mosaicml-streaming": files.streaming,
         }
-        methods += available(peers, case)
-        samples = measure(methods, case, settings, progress)
-        case.rows = measurements(methods, samples, settings, loading.batch)
+        case.rows = timed(ours, peers, case, settings, progress, loading.batch)
     rows = {row.name: row for row in case.rows}
     if decoding := rows.get(DECODING):
-        case.facts["over_decoding"] = quotient(rows[methods[0].name].cpu_ms, decoding.cpu_ms)
+        case.facts["over_decoding"] = quotient(rows[ours[0].name].cpu_ms, decoding.cpu_ms)
     return case
 
 

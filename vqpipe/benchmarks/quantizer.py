@@ -13,17 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vqpipe.benchmarks.search import need_matrices
-from vqpipe.benchmarks.timing import (
-    Case,
-    Method,
-    Settings,
-    available,
-    measure,
-    measurements,
-    need,
-    quotient,
-    version_of,
-)
+from vqpipe.benchmarks.timing import Case, Method, Settings, need, quotient, timed, version_of
 from vqpipe.progress import Progress
 from vqpipe.quantizers import (
     EmaConfig,
@@ -63,11 +53,8 @@ def time_steps(settings: Settings, k: int, progress: Progress) -> Case:
     case = Case(title, "vectors", {"vectors": count, "codes": k, "dim": CODE_DIM, "feature_dim": FEATURE_DIM})
     quantizers = {config.kind: started(config, settings.device) for config in configs(k)}
     methods = [ours(kind, quantizer, latent) for kind, quantizer in quantizers.items()]
-    methods += available(
-        {f"{PACKAGE}, {kind}": partial(peer, kind, quantizers, latent, settings) for kind in quantizers}, case
-    )
-    samples = measure(methods, case, settings, progress)
-    case.rows = measurements(methods, samples, settings, count)
+    peers = {f"{PACKAGE}, {kind}": partial(peer, kind, quantizers, latent, settings) for kind in quantizers}
+    case.rows = timed(methods, peers, case, settings, progress, count)
     rows = {row.name: row for row in case.rows}
     lc, vq = rows[name_of("lc")], rows[name_of("vq")]
     case.facts = {

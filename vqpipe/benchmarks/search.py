@@ -16,17 +16,7 @@ from torch import Tensor
 
 from vqpipe import search
 from vqpipe.benchmarks.planned import planned_search
-from vqpipe.benchmarks.timing import (
-    Case,
-    Method,
-    Settings,
-    Unavailable,
-    available,
-    measure,
-    measurements,
-    need,
-    version_of,
-)
+from vqpipe.benchmarks.timing import Case, Method, Settings, Unavailable, need, timed, version_of
 from vqpipe.progress import Progress
 
 SHAPES = ((4096, 100_000, 8), (2048, 100_000, 8), (65_536, 8192, 8), (4096, 100_000, 32))
@@ -55,11 +45,10 @@ def time_search(settings: Settings, num_vectors: int, num_codes: int, dim: int, 
     vectors = torch.randn(num_vectors, dim, generator=generator).to(settings.device)
     codes = torch.randn(num_codes, dim, generator=generator).to(settings.device)
     case = Case(title, "vectors", {"vectors": num_vectors, "codes": num_codes, "dim": dim})
-    methods = [ours(vectors, codes), *available(peers(settings, vectors, codes), case)]
-    samples = measure(methods, case, settings, progress)
     truth = reference_ids(vectors[:CHECKED], codes)
     case.facts = {"checked_vectors": len(truth)}
-    case.rows = measurements(methods, samples, settings, num_vectors, partial(share_equal, truth))
+    others, same_ids = peers(settings, vectors, codes), partial(share_equal, truth)
+    case.rows = timed([ours(vectors, codes)], others, case, settings, progress, num_vectors, same_ids)
     case.rows[0].extra.update(planned_search(vectors, codes))
     return case
 

@@ -18,17 +18,7 @@ from torch import Tensor
 from vqpipe.benchmarks.planned import Planned, planned_encoding, planned_step
 from vqpipe.benchmarks.released_step import ReleasedStep
 from vqpipe.benchmarks.search import CHECKED, MATRICES, expansion, need_matrices, reference_ids, share_equal
-from vqpipe.benchmarks.timing import (
-    Case,
-    Measurement,
-    Method,
-    Settings,
-    available,
-    measure,
-    measurements,
-    quotient,
-    version_of,
-)
+from vqpipe.benchmarks.timing import Case, Measurement, Method, Settings, quotient, timed, version_of
 from vqpipe.data.batches import Batch
 from vqpipe.data.decoding import decode
 from vqpipe.data.images import open_images
@@ -72,19 +62,17 @@ def time_training_step(settings: Settings, preset: str, recipe: TokenizerRecipe,
     else:
         recipes = [recipe]
     runs = [MeasuredTraining(settings, each, images, steps) for each in recipes]
-    methods = [run.ours() for run in runs]
-    if len(runs) > 1:
-        methods += available({run.released_name: run.released for run in runs}, case)
-    samples = measure(methods, case, settings, progress)
-    case.rows = [per_step(row, steps) for row in measurements(methods, samples, settings, batch * steps)]
+    released = {run.released_name: run.released for run in runs} if len(runs) > 1 else {}
+    rows_of_calls = timed([run.ours() for run in runs], released, case, settings, progress, batch * steps)
+    case.rows = [per_step(row, steps) for row in rows_of_calls]
     for run, row in zip(runs, case.rows, strict=False):
         row.extra.update(run.planned())
     if len(runs) > 1:
         rows = {row.name: row for row in case.rows}
         small, large = (rows[run.name] for run in runs)
         case.facts = ratio_facts("cost_of_k", large, small)
-        if released := rows.get(runs[-1].released_name):
-            case.facts |= ratio_facts("over_released", released, large)
+        if baseline := rows.get(runs[-1].released_name):
+            case.facts |= ratio_facts("over_released", baseline, large)
     return case
 
 
@@ -197,11 +185,9 @@ def time_encoding(
 
     version = f"{version_of('vqpipe')}, {engine_name(settings.device)}"
     ours = Method(name="vqpipe", call=lambda: tokenizer.encode(images).flatten(), version=version, ours=True)
-    methods = [ours, *available({"naive search": naive}, case)]
-    samples = measure(methods, case, settings, progress)
     truth = reference_ids(vectors()[:CHECKED], model.quantizer.codebook())
     case.facts = {"checked_vectors": len(truth)}
-    case.rows = measurements(methods, samples, settings, batch, partial(share_equal, truth))
+    case.rows = timed([ours], {"naive search": naive}, case, settings, progress, batch, partial(share_equal, truth))
     case.rows[0].extra.update(planned_encoding(with_codes(recipe.model, k), size, batch, settings, model))
     return case
 

@@ -256,6 +256,21 @@ def measurements(
     return rows
 
 
+def timed(
+    ours: Sequence[Method],
+    peers: Mapping[str, Callable[[], Method]],
+    case: Case,
+    settings: Settings,
+    progress: Progress,
+    amount: float,
+    same_ids: Callable[[Any], float] | None = None,
+) -> list[Measurement]:
+    """The rows of a case: our methods, and the peers that can be measured here. For `amount` and `same_ids` see
+    `measurements`."""
+    methods = [*ours, *available(peers, case)]
+    return measurements(methods, measure(methods, case, settings, progress), settings, amount, same_ids)
+
+
 def available(makers: Mapping[str, Callable[[], Method]], case: Case) -> list[Method]:
     """The methods that can be measured on this machine, by their names here; the reasons of the others go into
     `case.not_run`."""
