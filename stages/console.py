@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr; ranks above 0 print nothing.
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -120,23 +121,39 @@ def show_table(table: "ReportTable") -> None:
         cells = [page.Cell(cell) if isinstance(cell, str) else cell for cell in row]
         shown.add_row(*(f"[bold green]{escape(cell.text)}[/]" if cell.best else escape(cell.text) for cell in cells))
     shown.columns[0].no_wrap = True
-    for column in shown.columns[1:]:
-        column.justify = "right"
+    for name, column in zip(table.header[1:], shown.columns[1:], strict=True):
+        column.justify = "left" if name in table.prose else "right"
         column.overflow = "fold"  # a number is never cut
     show(shown)
+
+
+def labelled(rows: Mapping[str, str]) -> Table:
+    """Labels and values as a table; an empty value is left out."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for label, value in rows.items():
+        if value:
+            table.add_row(escape(label), escape("\n".join(map(printable, value.split("\n")))))
+    return table
+
+
+def wrapped(line: str, columns: int | None, indent: int) -> str:
+    """The line, broken between words where it is longer than `columns`; None: as it is. An address is never broken."""
+    if columns is None:
+        return line
+    return textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[str, str]) -> None:
     """Print the label, value and convention of each measure, then why others were not computed: the address of each
     file of weights that is missing, and each other reason once."""
+    from vqpipe.reports import page
     from vqpipe.reports.evaluation import name_of
     from vqpipe.weights import PUBLISHED_FILES
 
-    table = Table("measure", "value", "convention", box=box.SIMPLE, pad_edge=False)
-    table.columns[1].justify = "right"
-    for row in numbers:
-        table.add_row(*map(escape, row))
-    show(table)
+    header = ["measure", "value", "convention"]
+    show_table(page.Table("", header, [list(row) for row in numbers], prose=header[2:]))
     missing: list[str] = []
     for reason in dict.fromkeys(not_computed.values()):
         names = ", ".join(name_of(key) for key, why in not_computed.items() if why == reason)

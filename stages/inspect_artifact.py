@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.tree import Tree
 
 from stages import console, options
@@ -65,7 +64,7 @@ def inspect(
         "request": f"{manifest.request[:16]}  hash of the settings and inputs" if manifest.request else "",
     }
     out = Console(highlight=False)
-    out.print(as_table(rows))
+    out.print(console.labelled(rows))
     out.print("\nmade from, each with the start of its content hash:")
     out.print(draw(opened.lineage))
     print_settings(out, artifact, opened.config, settings)
@@ -122,7 +121,7 @@ def inspect_unfinished(folder: Path, settings: bool, verify: bool, as_json: bool
         "last step logged": "" if found.logged_step is None else f"{found.logged_step:,}{of}",
     }
     out = Console(highlight=False)
-    out.print(as_table(rows))
+    out.print(console.labelled(rows))
     print_settings(out, folder, found.config, settings)
 
 
@@ -131,7 +130,7 @@ def print_settings(out: Console, path: Path, config: Mapping[str, Any], wanted: 
     rows = {name: "not set" if value is None else short(value) for name, value in flat(config)}
     if wanted:
         out.print("\nsettings:")
-        out.print(as_table(rows))
+        out.print(console.labelled(rows))
     elif rows:
         command = shlex.join(["vqpipe", "inspect", str(path), "--settings"])
         console.say(f"\n{command} prints its {counted(len(rows), 'settings')} too.")
@@ -140,17 +139,6 @@ def print_settings(out: Console, path: Path, config: Mapping[str, Any], wanted: 
 def files_in_words(number: int, size: int) -> str:
     """The number of files and their size."""
     return f"{number:,}, {size:,} bytes"
-
-
-def as_table(rows: Mapping[str, str]) -> Table:
-    """Labels and values; an empty value is left out."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for label, value in rows.items():
-        if value:
-            table.add_row(escape(label), escape("\n".join(map(printable, value.split("\n")))))
-    return table
 
 
 def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from stages import console, options
 from stages.options import Device, Out, Preset, Seed, Set
@@ -114,7 +113,7 @@ def kmeans(
                 with draft.write(CODEBOOK_FILE) as path:
                     result.save(path)
             artifact = draft.publish(result.facts())
-        console.show(report(result))
+        console.show(console.labelled(report(result)))
         return console.finished(artifact)
 
 
@@ -124,17 +123,15 @@ def suitable_k(vectors: "FeatureSet", per_class: bool) -> int:
     return max(1, vectors.num_vectors // VECTORS_PER_CODE // classes) * classes
 
 
-def report(result: "Clustering") -> Table:
-    """Inertia, cluster sizes, and distinct codes."""
-    table = Table(box=None, show_header=False)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
+def report(result: "Clustering") -> dict[str, str]:
+    """Inertia, cluster sizes, and distinct codes, by their labels."""
     sizes = result.cluster_sizes()
-    ended = "converged" if result.converged else "the maximum"
-    table.add_row("inertia, first and last", f"{result.history[0]:.6g}, {result.inertia:.6g}")
-    table.add_row("iterations", f"{result.iterations} ({ended})")
-    table.add_row("codes, distinct codes", f"{len(result.codebook):,}, {result.distinct_codes():,}")
-    table.add_row("vectors per code", "{smallest:,} to {largest:,}, median {median:,}".format(**sizes))
-    table.add_row("in the largest 1 % of clusters", f"{percent(sizes['share_in_largest_percent'])} of the vectors")
-    table.add_row("empty clusters re-seeded", f"{result.reseeded:,}")
-    return table
+    inertia = [f"{value:.6g}" for value in dict.fromkeys((result.history[0], result.inertia))]
+    return {
+        "inertia, first and last" if len(inertia) > 1 else "inertia": ", ".join(inertia),
+        "iterations": f"{result.iterations} ({'converged' if result.converged else 'the maximum'})",
+        "codes, distinct codes": f"{len(result.codebook):,}, {result.distinct_codes():,}",
+        "vectors per code": "{smallest:,} to {largest:,}, median {median:,}".format(**sizes),
+        "in the largest 1 % of clusters": f"{percent(sizes['share_in_largest_percent'])} of the vectors",
+        "empty clusters re-seeded": f"{result.reseeded:,}",
+    }

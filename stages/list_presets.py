@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import textwrap
 from typing import Annotated
 
 import typer
@@ -58,17 +57,17 @@ def presets(
     width, figures, whole = max(len(preset) for preset, _ in found), estimates(), columns is None or columns >= WIDE
     if whole:
         print(
-            wrapped(
+            console.wrapped(
                 "GiB and hours: what vqpipe plan estimates for one GPU of 80 GB, where the preset fits.", columns, 0
             )
         )
     for (paper, command), members in sorted(groups.items(), key=lambda item: (item[0][0] != "", -len(item[1]))):
-        print(wrapped(f"{paper or SMALL}: {command}", columns, 2))
+        print(console.wrapped(f"{paper or SMALL}: {command}", columns, 2))
         for preset, head in members:
             about = " | ".join(head[key] for key in ("what", "row", "expected") if head.get(key))
             figure = figures_text(figures.get(preset, {}).get(MACHINE)) + "  "
             start = f"  {preset:{width}}  " + (figure if whole else "")
-            print(wrapped(start + (about if whole else head.get("what", "")), columns, len(start)))
+            print(console.wrapped(start + (about if whole else head.get("what", "")), columns, len(start)))
     if columns is not None:
         console.say("\nvqpipe presets NAME prints one of them whole, and --filter WORD lists fewer.")
 
@@ -79,10 +78,3 @@ def figures_text(figures: dict[str, float] | None) -> str:
         return " " * 18
     hours = "<1" if figures["hours"] < 1 else f"{figures['hours']:,.0f}"
     return f"{figures['memory_gib']:5.1f} GiB {hours:>6} h"
-
-
-def wrapped(line: str, columns: int | None, indent: int) -> str:
-    """The line, broken between words where it is longer than the terminal is wide."""
-    if columns is None:
-        return line
-    return textwrap.fill(line, columns, subsequent_indent=" " * indent, break_on_hyphens=False)

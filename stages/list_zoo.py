@@ -2,7 +2,6 @@
 
 import json
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from stages.console import wrapped
 from vqpipe import zoo as published
 from vqpipe.zoo import Entry
 from vqpipe.zoo.fetch import cached
@@ -52,7 +52,7 @@ def zoo(
         console.width = LOG_WIDTH
     if len(entries) == 1:
         for label, text in all_about(entries[0], imported):
-            print(wrapped(f"{label:{LABEL_WIDTH}}{text}", console.width))
+            print(wrapped(f"{label:{LABEL_WIDTH}}{text}", console.width, LABEL_WIDTH))
         return
     console.print(overview(sorted(entries, key=lambda entry: (bool(entry.refused), in_order(entry.name))), imported))
     print(LEGEND)
@@ -109,13 +109,6 @@ def all_about(entry: Entry, imported: dict[str, list[str]]) -> Iterator[tuple[st
     yield "import", state(entry, imported)
     if not entry.refused:
         yield "next:", f"vqpipe import-checkpoint {entry.name} --out {entry.name}"
-
-
-def wrapped(line: str, columns: int) -> str:
-    """A label and its text on lines of at most so many columns; an address is never broken."""
-    return textwrap.fill(
-        line, columns, subsequent_indent=" " * LABEL_WIDTH, break_long_words=False, break_on_hyphens=False
-    )
 
 
 def factor(entry: Entry) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stages import list_zoo
+from stages import console, list_zoo
 from vqpipe import downloads, zoo
 from vqpipe.zoo.fetch import address
 
@@ -46,7 +46,7 @@ def test_a_name_prints_all_about_one_with_whole_addresses(
         assert all(text in printed for text in (entry.title, entry.licence, entry.page))
         assert all(published.protocol in printed for published in entry.published)
         for label, text in list_zoo.all_about(entry, {}):
-            narrow = list_zoo.wrapped(f"{label:{list_zoo.LABEL_WIDTH}}{text}", 80)
+            narrow = console.wrapped(f"{label:{list_zoo.LABEL_WIDTH}}{text}", 80, list_zoo.LABEL_WIDTH)
             assert all(word in narrow.split() for word in text.split())
             assert all(len(line) <= 80 or ":" in line.strip() for line in narrow.splitlines())
 
