@@ -194,7 +194,8 @@ def merge(cls: type, base: Mapping[str, Any], changes: Mapping[str, Any], where:
         before = merged.get(key, {})
         if not isinstance(before, Mapping):
             raise ConfigError(f"{dotted(where, key)} is a value, not a section")
-        merged[key] = merge(class_of(cls, merged, key, where), before, value, dotted(where, key))
+        section = section_of(choose_kind(cls, merged, where), key) if dataclasses.is_dataclass(cls) else object
+        merged[key] = merge(section, before, value, dotted(where, key))
     return merged
 
 
@@ -221,11 +222,6 @@ def override(
             value = {key: value}
         result = merge(cls, result, value)
     return result
-
-
-def class_of(cls: type, table: Mapping[str, Any], key: str, where: str) -> type:
-    """The dataclass of the section `key` in a `cls` described by `table`; `object` if there is none."""
-    return section_of(choose_kind(cls, table, where), key) if dataclasses.is_dataclass(cls) else object
 
 
 def section_of(cls: type, key: str) -> type:

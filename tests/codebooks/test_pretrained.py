@@ -177,7 +177,7 @@ def test_weights_in_a_file_or_in_the_cache_are_not_downloaded(monkeypatch: pytes
 
 def test_unreachable_hub_is_detected_without_delay() -> None:
     began = time.monotonic()
-    assert not downloads.reachable("http://127.0.0.1:9")
+    assert not downloads.hub.reachable("http://127.0.0.1:9")
     assert time.monotonic() - began < 1
 
 

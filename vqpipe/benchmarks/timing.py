@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import CDLL
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +26,7 @@ from torch.utils.benchmark import Timer
 
 from vqpipe.errors import ConfigError
 from vqpipe.progress import SILENT, Progress
-from vqpipe.provenance import now
+from vqpipe.provenance import now, versions
 
 ROUND_SECONDS = 0.5
 """A method is called for this long in each round, at least once."""
@@ -299,10 +298,7 @@ def need(module: str) -> ModuleType:
 
 def version_of(*packages: str) -> str:
     """`torch 2.9.0`: the first of these distributions that is installed."""
-    for package in packages:
-        with suppress(metadata.PackageNotFoundError):
-            return f"{package} {metadata.version(package)}"
-    return ""
+    return next((f"{package} {version}" for package, version in versions(packages).items()), "")
 
 
 def quotient(a: float, b: float) -> float | None:

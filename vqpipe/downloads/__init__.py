@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from vqpipe.downloads.addresses import Address, HubFile, Url, parse, split_repository
-from vqpipe.downloads.hub import commit_of, fetch_from_hub, fetch_repository, reachable, upload_folder
+from vqpipe.downloads.hub import commit_of, fetch_from_hub, fetch_repository, upload_folder
 from vqpipe.downloads.web import fetch_url, url_folder
 from vqpipe.errors import WeightsError
 from vqpipe.files import hash_file
@@ -27,11 +27,9 @@ __all__ = [
     "fetch",
     "fetch_repository",
     "parse",
-    "reachable",
     "server",
     "split_repository",
     "upload_folder",
-    "url_folder",
 ]
 
 

@@ -70,16 +70,12 @@ def check_own_files(entry: Entry, given: Sequence[Path]) -> list[Path]:
 
 
 def by_hand(entry: Entry, out: Path | None) -> str:
-    """The command that takes files that were downloaded by hand, their hashes, and where to get them."""
-    files = [file.name + (f" (sha256 {file.sha256})" if file.sha256 else "") for file in entry.files]
-    return (
-        f"Run `{command_by_hand(entry, out)}` after downloading {' and '.join(files) or 'its checkpoint as FILE'} from "
-        f"{entry.page} in a browser"
-    )
-
-
-def command_by_hand(entry: Entry, out: Path | None) -> str:
-    """The command that imports the files of an entry from the working directory."""
+    """The command that imports files that were downloaded by hand into the working directory, their hashes, and where
+    to get them."""
     names = [file.name for file in entry.files] or ["FILE"]
     words = ["vqpipe", "import-checkpoint", entry.name, *(word for name in names for word in ("--file", name))]
-    return shlex.join([*words, "--out", str(out or "DIR")])
+    files = [file.name + (f" (sha256 {file.sha256})" if file.sha256 else "") for file in entry.files]
+    return (
+        f"Run `{shlex.join([*words, '--out', str(out or 'DIR')])}` after downloading "
+        f"{' and '.join(files) or 'its checkpoint as FILE'} from {entry.page} in a browser"
+    )
