@@ -55,9 +55,10 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
         import torch
 
         from vqpipe import distributed
+        from vqpipe.device import pick_device
 
     signals.handle_signals()
-    torch_device = distributed.pick_device(device)
+    torch_device = pick_device(device)
     torch.manual_seed(seed)
     with distributed.process_group(torch_device):
         yield torch_device

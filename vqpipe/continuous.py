@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from vqpipe import artifacts
 from vqpipe.data.transforms import to_uint8
-from vqpipe.device import reduced_precision
-from vqpipe.distributed import check_device
+from vqpipe.device import check_device, reduced_precision
 from vqpipe.errors import DataError, NumericError, WeightsError, printable
 from vqpipe.files import digest_json, hash_file
 from vqpipe.model_card import table_of

@@ -1,4 +1,4 @@
-"""The machine that a job runs on: reduced precision of its networks, and free memory."""
+"""The machine that a job runs on: its devices, reduced precision of its networks, and free memory."""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +10,67 @@ from torch import nn
 
 from vqpipe.errors import ConfigError
 
+DEVICES = "Use auto, cpu, cuda, cuda:N or mps"
 ROOT = Path("/")
 """Of the system files that are read."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`: as `check_device`, but under torchrun a number would be that of every rank.
+
+    Raises:
+        ConfigError: a number, or mps, under torchrun; what `check_device` raises.
+    """
+    device = check_device(name)
+    if name not in ("auto", "cpu", "cuda") and "LOCAL_RANK" in os.environ:
+        raise ConfigError(
+            f"--device {name} would put every rank of torchrun on the same device",
+            "Use --device cuda: each rank takes the GPU of its LOCAL_RANK (choose GPUs by CUDA_VISIBLE_DEVICES)",
+        )
+    return device
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of this name: auto, cpu, cuda, cuda:N or mps; also meta, which has no data.
+
+    "auto" is a CUDA GPU if there is one, else the CPU. "auto" and "cuda" are the GPU of this rank, that of LOCAL_RANK
+    under torchrun.
+
+    Raises:
+        ConfigError: unknown to torch; absent on this machine, or on it for fewer ranks than it has; xpu, xla, and
+            others that vqpipe does not support.
+    """
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}", DEVICES) from None
+    if found.type not in ("cpu", "cuda", "mps", "meta"):
+        raise ConfigError(f"device {found} is not supported", DEVICES)
+    if found.type in ("cpu", "meta"):
+        return found
+    there = present_devices()
+    if not any(name.startswith(found.type) for name in there):
+        kind = "CUDA device" if found.type == "cuda" else "MPS device (Apple GPU)"
+        raise ConfigError(f"no {kind} on this machine, which has {' and '.join(there)}", f"Use auto or {there[-1]}")
+    if str(found) == "cuda":
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if str(found) not in there:
+            raise ConfigError(
+                f"rank {found.index} of this machine has no GPU: there are {torch.cuda.device_count()}",
+                f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}",
+            )
+    elif found.type == "cuda" and str(found) not in there:
+        raise ConfigError(f"no device {found} on this machine: the last one is {there[-1]}", DEVICES)
+    return found
+
+
+def present_devices() -> list[str]:
+    """The devices of this machine that torch can use: cpu, mps, cuda:0, cuda:1, ..."""
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *mps, *(f"cuda:{number}" for number in range(gpus))]
 
 
 def check_precision(precision: str) -> None:

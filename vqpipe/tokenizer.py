@@ -18,8 +18,7 @@ from vqpipe.data.batches import chunks
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tokens import TokensConfig, write_tokens
 from vqpipe.data.transforms import to_uint8
-from vqpipe.device import reduced_precision
-from vqpipe.distributed import check_device
+from vqpipe.device import check_device, reduced_precision
 from vqpipe.downloads import upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, printable
 from vqpipe.files import hash_file

@@ -17,9 +17,9 @@ import torch
 import typer
 
 from stages import cli, console, options, signals
-from vqpipe import distributed
 from vqpipe.artifacts import Artifact, Draft, lock, open_artifact, start
 from vqpipe.artifacts.lock import Lock
+from vqpipe.device import pick_device
 from vqpipe.errors import ArtifactError, ConfigError
 from vqpipe.tokenizer import Tokenizer
 
@@ -186,13 +186,13 @@ def test_absent_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"no CUDA device on this machine, which has cpu\. Use auto or cpu"):
-        distributed.pick_device("cuda")
-    assert distributed.pick_device("auto").type == "cpu"
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ConfigError, match=r"rank 1 of this machine has no GPU: there are 1. .*--nproc-per-node 1"):
-        distributed.pick_device("cuda")
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_absent_and_unsupported_devices_are_one_line(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for attempt in (distributed.pick_device, lambda device: Tokenizer.from_pretrained(tmp_path, device=device)):
+    for attempt in (pick_device, lambda device: Tokenizer.from_pretrained(tmp_path, device=device)):
         with pytest.raises(ConfigError, match=re.escape(message)):
             attempt(name)
 
@@ -221,12 +221,12 @@ def test_devices_of_one_process_are_picked_by_name(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    picked = {name: str(distributed.pick_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1", "mps")}
+    picked = {name: str(pick_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1", "mps")}
     assert picked == {"auto": "cuda:0", "cpu": "cpu", "cuda": "cuda:0", "cuda:1": "cuda:1", "mps": "mps"}
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert str(distributed.pick_device("cuda")) == "cuda:1"
+    assert str(pick_device("cuda")) == "cuda:1"
     with pytest.raises(ConfigError, match=r"--device cuda:0 would put every rank .* LOCAL_RANK"):
-        distributed.pick_device("cuda:0")
+        pick_device("cuda:0")
 
 
 def test_from_pretrained_without_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
