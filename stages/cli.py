@@ -31,8 +31,7 @@ class Command(NamedTuple):
 
     def load(self) -> Callable[..., Any]:
         """Import and return the function."""
-        function: Callable[..., Any] = getattr(import_module(f"stages.{self.module}"), self.function)
-        return function
+        return getattr(import_module(f"stages.{self.module}"), self.function)
 
 
 COMMANDS = {

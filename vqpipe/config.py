@@ -293,8 +293,7 @@ def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
         nearest = nearest_name(str(kind), kinds)
         hint = nearest + ("" if nearest.endswith("?") else ".") + MORE_KINDS
         raise ConfigError(f"{dotted(where, 'kind')} = {kind!r} is unknown", hint)
-    chosen: type[T] = kinds[kind]
-    return chosen
+    return kinds[kind]
 
 
 def kinds_of(cls: type) -> dict[str, Any]:

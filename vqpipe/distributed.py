@@ -120,8 +120,7 @@ def on_main(action: Callable[[], Result]) -> Result:
     with sharing_errors():
         if is_main():
             result = action()
-    shared: Result = broadcast_object(result)
-    return shared
+    return broadcast_object(result)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -167,10 +167,7 @@ class Files:
         """Resize, random crop, flip: of torchvision."""
         transforms = need("torchvision.transforms")
         steps = [transforms.Resize(self.loading.crop), transforms.RandomCrop(self.loading.crop)]
-        composed: Callable[[Image.Image], torch.Tensor] = transforms.Compose(
-            [*steps, transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-        )
-        return composed
+        return transforms.Compose([*steps, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
     def peer(self, loader: Iterable[Any], version: str, note: str) -> Method:
         """The next batch of a loader, epoch after epoch."""

@@ -71,8 +71,7 @@ def estimates() -> dict[str, dict[str, Any]]:
     `memory_gib`, of one device in GiB, and `hours`, with `accumulate` and `activation_checkpointing`, with which
     it fits; or None where it does not."""
     path = FOLDER / "estimates.json"
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def read_head(path: Path) -> dict[str, str]:

@@ -295,8 +295,7 @@ def convention_of(measure: Measure, metrics: Metrics) -> str:
 
 def input_of(lineage: Mapping[str, Any], role: str) -> Mapping[str, Any]:
     """The lineage of an input; empty without one of this role."""
-    found: Mapping[str, Any] = lineage.get("inputs", {}).get(role, {})
-    return found
+    return lineage.get("inputs", {}).get(role, {})
 
 
 def on_images(lineage: Mapping[str, Any], num_images: int | None = None) -> str:

@@ -37,8 +37,7 @@ class Configuration:
     @property
     def tokenizer(self) -> Mapping[str, Any]:
         """The facts of the tokenizers, the same for all."""
-        tokenizer: Mapping[str, Any] = self.members[0].metrics["tokenizer"]
-        return tokenizer
+        return self.members[0].metrics["tokenizer"]
 
     @property
     def steps(self) -> int | None:
