@@ -69,6 +69,7 @@ def test_time_memory_and_disk_of_a_run_by_hand() -> None:
     assert parts.needed == four.needed  # micro-batches and DistributedDataParallel keep all gradients
     shards = training.plan_of(replace(config, accumulate=2, parallel="fsdp"), step, device, 4)
     assert shards.needed == pytest.approx(1.1 * 2.5e9 + 1e9)
+    assert shards.seconds_per_step == pytest.approx(2 * 3 * 0.75)  # two gathers and a reduce-scatter a micro-batch
     assert one.images_per_second == pytest.approx(8 / 1.75)
     assert one.disk == {"checkpoints": 3 * 5.0, "published": 3.0}
 

@@ -170,7 +170,10 @@ class Training:
         if sharded:
             for part in ("weights", "gradients", "optimizer", "weight average"):
                 memory[part] = memory.get(part, 0.0) / devices
-        traffic = 2 * (devices - 1) / devices * step.trained / (1e9 * device.link)
+        # DDP all-reduces the gradients, which moves them twice, once a step. FSDP gathers the weights for the forward
+        # and for the backward pass, and reduce-scatters the gradients, in every micro-batch.
+        moves = 3 * config.accumulate if sharded else 2
+        traffic = moves * (devices - 1) / devices * step.trained / (1e9 * device.link)
         early, late = (max(step_seconds(each, device), traffic) for each in (step.first, step.operations))
         seconds = (self.starts * early + (config.steps - self.starts) * late) / config.steps
         operations = step.operations if self.starts < config.steps else step.first
