@@ -268,6 +268,13 @@ def test_whiten_init_with_from_is_refused(go: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("tuned*"))
 
 
+def test_an_image_size_that_the_model_cannot_take_is_refused_before_whitening(go: Any, tmp_path: Path) -> None:
+    message = r"data\.image_size = 31 is not divisible by the downsample factor of the model, 2\. Set .*=30"
+    with pytest.raises(ConfigError, match=message):
+        go("x", set=["data.image_size=31", "train.whiten_init=true"])
+    assert not list(tmp_path.glob("x*"))
+
+
 class FakeLogger(Logger):
     """In place of TensorBoard."""
 

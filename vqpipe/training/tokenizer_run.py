@@ -203,9 +203,16 @@ def build_networks(
     """The autoencoder and the discriminator, fresh or from the tokenizer to fine-tune, with the codebook loaded.
 
     Raises:
-        ConfigError: the tokenizer to fine-tune is another model than the preset's.
+        ConfigError: the tokenizer to fine-tune is another model than the preset's, or the model cannot take images of
+            `data.image_size`.
     """
     model = build_autoencoder(recipe.model)
+    side, factor = recipe.data.image_size, model.downsample_factor
+    if side % factor:
+        raise ConfigError(
+            f"data.image_size = {side} is not divisible by the downsample factor of the model, {factor}",
+            f"Set data.image_size={max(1, side // factor) * factor}",
+        )
     discriminator = PatchDiscriminator(recipe.discriminator)
     if source is not None:
         tokenizer = Tokenizer.from_pretrained(source)
