@@ -343,14 +343,19 @@ def test_codebook_of_another_shape_is_refused_before_images_are_read(
     assert {path.name for path in tmp_path.iterdir()} == {"codebook.npy", "no images"}
 
 
-def test_codebook_replaces_the_sizes_of_the_preset(go: Any, tmp_path: Path) -> None:
+def test_codebook_replaces_the_sizes_of_the_preset_and_the_codes_of_another_tokenizer(
+    go: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes = np.random.default_rng(0).standard_normal((37, 6), np.float32)
     np.save(tmp_path / "codebook.npy", codes)
+    np.save(tmp_path / "other.npy", 2 * codes)
     settings = [setting for setting in SETTINGS if "quantizer" not in setting]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "SETTINGS", settings)
         made = go("lc", steps=2, codebook=tmp_path / "codebook.npy")  # preset smoke: 1000 codes of 64 channels
         again = go("lc", steps=2, codebook=tmp_path / "codebook.npy", set=["model.quantizer.codebook_size=37"])
+        capsys.readouterr()
+        tuned = go("tuned", steps=2, codebook=tmp_path / "other.npy", source=made.path, set=["train.whiten_init=false"])
     assert again.digest == made.digest
     assert made.facts["codebook_size"] == 37
     quantizer = made.manifest.config["model"]["quantizer"]
@@ -359,7 +364,9 @@ def test_codebook_replaces_the_sizes_of_the_preset(go: Any, tmp_path: Path) -> N
     page = (made.path / "report.html").read_text()
     assert "37 codes" in page
     assert "1,000 codes" not in page
-    assert np.array_equal(load_file(made.file("model.safetensors"))["quantizer.codes"], codes)
+    assert "the codes of --codebook replace those of" in " ".join(capsys.readouterr().err.split())
+    saved = [load_file(each.file("model.safetensors"))["quantizer.codes"] for each in (made, tuned)]
+    assert np.array_equal(saved, [codes, 2 * codes])
 
 
 @pytest.mark.parametrize(

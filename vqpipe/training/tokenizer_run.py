@@ -156,6 +156,8 @@ def train_tokenizer(
     if len(inputs.images) < recipe.train.global_batch_size:
         found, wanted = counted(len(inputs.images), "images"), recipe.train.global_batch_size
         progress.message(f"{found} for the {wanted:,} of a step: each is drawn several times")
+    if codebook is not None and inputs.source is not None:
+        progress.message(f"the codes of --codebook replace those of {inputs.source}")
     if inputs.images.whole_groups:
         progress.message(
             "each image of a Parquet file is read with its whole row group, which makes shuffled reading slow; "
