@@ -65,6 +65,8 @@ class Quantizer(nn.Module, ABC):
     config_class: ClassVar[type[QuantizerConfig]]
     loss_names: ClassVar[tuple[str, ...]] = ()
     """The keys of `Quantized.losses`, so that an objective can be checked before the first step."""
+    sums_codes: ClassVar[bool] = False
+    """Whether `combine` sums the codes of a position, which then have all channels, instead of concatenating them."""
 
     def __init__(self, config: QuantizerConfig, *, codebook_size: int, latent_dim: int, num_groups: int = 1) -> None:
         super().__init__()
@@ -81,9 +83,8 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def token_dim(self) -> int:
-        """Channels of the code of an id: C / G where `combine` concatenates the codes of a position, else C."""
-        concatenates = type(self).combine is Quantizer.combine
-        return self.latent_dim // self.num_groups if concatenates else self.latent_dim
+        """Channels of the code of an id: C / G where the codes of a position are concatenated, C where summed."""
+        return self.latent_dim if self.sums_codes else self.latent_dim // self.num_groups
 
     @property
     def computes_all_losses(self) -> bool:

@@ -71,6 +71,7 @@ class MultiScaleQuantizer(VectorQuantizer):
     """
 
     config_class = MultiScaleConfig
+    sums_codes = True
 
     def __init__(self, config: MultiScaleConfig) -> None:
         super().__init__(config)

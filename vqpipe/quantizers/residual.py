@@ -79,6 +79,7 @@ class ResidualQuantizer(Quantizer):
     """
 
     config_class = ResidualConfig
+    sums_codes = True
     loss_names = ("commitment",)
 
     def __init__(self, config: ResidualConfig) -> None:
