@@ -79,6 +79,12 @@ def test_the_codes_of_a_position_are_concatenated(make_space: Callable[..., Spac
     torch.testing.assert_close(model.img_projector(ids)[0], model.img_projector.layers(joined))
 
 
+def test_positions_rotate_with_their_row_and_column(make_space: Callable[..., Space]) -> None:
+    rotary = make(make_space(2, 3)).rotary  # 8 channels a head: the frequencies 1 and 1/100
+    angles = torch.tensor([1.0, 0.01, 2.0, 0.02])  # row 1 and column 2, the last of the grid
+    torch.testing.assert_close(rotary[-1], torch.stack([angles.cos(), angles.sin()], dim=-1))
+
+
 @torch.no_grad()
 def test_the_linear_head_is_one_layer_over_the_codebook(
     make_space: Callable[..., Space], rngs: Callable[..., Any]
