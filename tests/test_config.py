@@ -118,6 +118,8 @@ def test_an_unusable_assignment_is_an_error(text: str) -> None:
         ("model.codebook_size=8", r"Did you mean model\.quantizer\.codebook_size\?"),
         ("data.batch=8", r"Did you mean train\.global_batch_size\?"),
         ("train.warmup=8", r"Did you mean train\.warmup_steps\?"),
+        ("model.quantizer=vq", r"= 'vq' should be a table\. Write --set model\.quantizer\.kind=vq"),
+        ("model.quantizer=3", r"= 3 should be a table\. Write --set model\.quantizer\.NAME=VALUE"),
         ("train.step=8", r"Did you mean steps\?"),
         ("train.epochs_of_training=8", r"Known: accumulate"),
     ],
@@ -125,6 +127,11 @@ def test_an_unusable_assignment_is_an_error(text: str) -> None:
 def test_a_setting_of_any_section_that_has_the_words_of_an_unknown_one_is_proposed(text: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
         load_tokenizer("small", [text])
+
+
+def test_a_kind_in_the_place_of_a_section_is_proposed_beside_other_settings_of_it_too() -> None:
+    with pytest.raises(ConfigError, match=r"= 'vq' should be a table\. Write --set model\.quantizer\.kind=vq"):
+        load_tokenizer("small", ["model.quantizer=vq", "model.quantizer.codebook_size=8"])
 
 
 def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path) -> None:

@@ -192,9 +192,11 @@ def merge(cls: type, base: Mapping[str, Any], changes: Mapping[str, Any], where:
             merged[key] = value
             continue
         before = merged.get(key, {})
-        if not isinstance(before, Mapping):
-            raise ConfigError(f"{dotted(where, key)} is a value, not a section")
         section = section_of(choose_kind(cls, merged, where), key) if dataclasses.is_dataclass(cls) else object
+        if not isinstance(before, Mapping):
+            if section is not object:
+                raise no_table(section, before, dotted(where, key))
+            raise ConfigError(f"{dotted(where, key)} is a value, not a section")
         merged[key] = merge(section, before, value, dotted(where, key))
     return merged
 
@@ -337,7 +339,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(convert(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(pairs))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise wrong_type(where, value, "a table")
+            raise no_table(typing.cast(type, hint), value, where)
         return from_table(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if not -sys.float_info.max <= value <= sys.float_info.max:
@@ -390,6 +392,12 @@ def has_choices(hint: Any) -> bool:
 def wrong_type(where: str, value: Any, expected: str, hint: str = "") -> ConfigError:
     """The error of a value of another type than `expected`."""
     return ConfigError(f"{where} = {value!r} should be {expected}", hint)
+
+
+def no_table(cls: type, value: Any, where: str) -> ConfigError:
+    """The error of a value in the place of a section of the dataclass `cls`, with the setting that it may stand for."""
+    setting = f"kind={value}" if str(value) in kinds_of(cls) else "NAME=VALUE"
+    return wrong_type(where, value, "a table", f"Write --set {where}.{setting}")
 
 
 def split_assignment(text: str) -> tuple[list[str], Any]:
