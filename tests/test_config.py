@@ -134,6 +134,11 @@ def test_a_kind_in_the_place_of_a_section_is_proposed_beside_other_settings_of_i
         load_tokenizer("small", ["model.quantizer=vq", "model.quantizer.codebook_size=8"])
 
 
+def test_a_valid_table_is_read_without_a_list_of_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqpipe.config.known_settings", lambda *given: pytest.fail("listed"))
+    assert from_table(Outer, {"shape": {"kind": "square", "side": 1}}).steps == 1
+
+
 def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("a = [")
     with pytest.raises(ConfigError, match="is not TOML"):

@@ -19,8 +19,8 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ def from_table(
     Raises:
         ConfigError: an unknown key, missing keys (all of them in one message), or a value of the wrong type.
     """
-    if lacking := missing(cls, table, where, known_settings(cls, table, where, reads)):
+    if lacking := missing(cls, table, where, partial(known_settings, cls, table, where, reads)):
         are, them = ("is", "it") if len(lacking) == 1 else ("are", "them")
         choices = [f"{key} is one of {', '.join(kinds)}" for key, kinds in lacking.items() if kinds]
         remedies = [f"Add {them} to the preset, or --set {next(iter(lacking))}=VALUE", *choices, hint]
@@ -75,12 +75,12 @@ def from_table(
 
 
 def missing(
-    cls: type, table: Mapping[str, Any], where: str = "", proposals: Sequence[str] = ()
+    cls: type, table: Mapping[str, Any], where: str, proposals: Callable[[], list[str]]
 ) -> dict[str, list[str]]:
     """The required keys that a table of the dataclass `cls` and the tables within it lack, by dotted name.
 
     The value of a `kind` are its choices, that of other keys is empty. Until a `kind` is set, the keys that only its
-    class requires are not known. `proposals` are the settings that may be proposed for an unknown key.
+    class requires are not known. `proposals` lists the settings that may be proposed for an unknown key.
 
     Raises:
         ConfigError: an unknown key or kind.
@@ -95,7 +95,7 @@ def missing(
     for key in table:
         if key not in fields and key != "kind" and not undecided:
             unknown = dotted(where, key)
-            raise ConfigError(f"unknown key {unknown}", nearest_setting(unknown, proposals, key, fields))
+            raise ConfigError(f"unknown key {unknown}", nearest_setting(unknown, proposals(), key, fields))
     for name, field in fields.items():
         inner = table.get(name, {} if is_required(field) else None)
         section = section_of(chosen, name)
