@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from stages.extract_features import extract_features
-from stages.kmeans import kmeans, suitable_k
+from stages.kmeans import kmeans, report, suitable_k
 from stages.recipe import load
 from vqpipe import presets
 from vqpipe.artifacts import open_artifact
-from vqpipe.codebooks.codebook import load_codebook
+from vqpipe.codebooks.codebook import Clustering, load_codebook
 from vqpipe.codebooks.features import FeatureSet
 from vqpipe.errors import ArtifactError, ConfigError, DataError
 
@@ -62,6 +63,13 @@ def test_prints_a_report_on_stderr(vectors: Path, tmp_path: Path, capsys: pytest
     for line in ("vectors per code", "in the largest 1 % of clusters", f"{facts['inertia']:.6g}", "reading features"):
         assert line in printed
     assert {file.name for file in (tmp_path / "codebook").iterdir()} == {"manifest.json", "codebook.safetensors"}
+
+
+def test_an_inertia_that_has_no_first_is_printed_once() -> None:
+    """As of a clustering per class."""
+    table = report(Clustering(torch.eye(2), torch.ones(2, dtype=torch.int64), (0.25,), True, 3))
+    labels, values = (list(column.cells) for column in table.columns)
+    assert (labels[0], values[0]) == ("inertia", "0.25")
 
 
 def test_resume_is_bit_exact_after_sigkill_and_damage(
