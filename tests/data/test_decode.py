@@ -278,7 +278,7 @@ def by_definition(samples: np.ndarray, depth: int, color: tuple[int, ...]) -> np
 @pytest.mark.parametrize("high", [0, 0x100], ids=["", "with unused high bits"])
 @pytest.mark.parametrize(
     ("depth", "channels"),
-    [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3)],
+    [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3)],
 )
 def test_png_color_of_trns_is_white(depth: int, channels: int, high: int) -> None:
     random = np.random.default_rng(depth)
@@ -304,16 +304,6 @@ def test_png_palette_with_alpha_is_composited_on_white(depth: int) -> None:
     weights = np.append(alpha, np.full(size // 4, 255))[samples] / 255
     exact = palette[samples[..., 0]] * weights + 255 * (1 - weights)
     assert np.abs(image - exact).max() <= 1
-
-
-def test_interlaced_16_bit_png_with_trns_is_decoded() -> None:
-    """Of 1 x 1 pixels, where the first pass holds the image."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 1))
-    pixels = png_chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">3H", 1, 2, 3)))
-    for color, expected in (((1, 2, 3), 255), ((1, 2, 4), 0)):
-        trns = png_chunk(b"tRNS", struct.pack(">3H", *color))
-        data = b"\x89PNG\r\n\x1a\n" + header + trns + pixels + png_chunk(b"IEND", b"")
-        assert decode(data).getpixel((0, 0)) == (expected,) * 3
 
 
 # TIFF of more than 8 bits

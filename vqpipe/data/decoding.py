@@ -6,12 +6,11 @@ H x W pixels.
 """
 
 import io
-import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -61,9 +60,6 @@ QUARTER_TURNS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
 SIZED_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP")
 """Formats whose header has the size of the decoded image."""
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-APP1, APP2, SOS, SOF = 0xE1, 0xE2, 0xDA, (0xC0, 0xC1, 0xC2)
-"""The second bytes of markers in a JPEG: of segments with EXIF and XMP, of those with ICC profiles, of the pixels, and
-of headers: baseline, extended, progressive."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_EXIF_KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 """Keys of texts that may hold the EXIF orientation."""
@@ -262,34 +258,15 @@ class JpegHeader(NamedTuple):
 def jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS, color: Color = "ignore") -> JpegHeader | None:
     """The header of a JPEG of three channels of 8 bits, without decoding; None for other images, damaged ones, those of
     more than `max_pixels`, and those with an ICC profile that `color` applies."""
-    segments = jpeg_segments(data)
-    frame = next((segments[name] for name in SOF if name in segments), None)
-    if frame is None or (color == "srgb" and APP2 in segments):
+    if not data.startswith(JPEG_SIGNATURE):
         return None
-    precision, height, width, channels = struct.unpack_from(">BHHB", data, frame)
-    if (precision, channels) != (8, 3) or not 0 < height * width <= max_pixels:
-        return None
-    if APP1 not in segments:
-        return JpegHeader(height, width, None)
     with warnings.catch_warnings(), suppress(Exception):  # `decode` raises the reason
         warnings.simplefilter("ignore")
-        turn = turn_of(open_image(data, max_pixels))
-        return JpegHeader(*((width, height) if turn in QUARTER_TURNS else (height, width)), turn)
+        image = open_image(data, max_pixels)
+        if image.mode == "RGB" and not (color == "srgb" and "icc_profile" in image.info):
+            turn = turn_of(image)
+            return JpegHeader(*(image.size if turn in QUARTER_TURNS else image.size[::-1]), turn)
     return None
-
-
-def jpeg_segments(data: bytes) -> dict[int, int]:
-    """The segments before the pixels of a JPEG: the second byte of each marker, and where the content of the last
-    segment of this marker starts. Empty if it does not begin as a JPEG."""
-    segments, start = dict[int, int](), 2
-    if data.startswith(JPEG_SIGNATURE):
-        while start + 10 < len(data) and data[start] == 0xFF:
-            marker = data[start + 1]
-            if marker == SOS:
-                return segments
-            segments[marker] = start + 4
-            start += 2 + (data[start + 2] << 8 | data[start + 3])
-    return {}
 
 
 class Scratch:
@@ -382,17 +359,16 @@ def white_where_transparent(image: Image.Image, data: bytes) -> Image.Image:
     """A gray or RGB PNG as RGB, with the color of its tRNS chunk replaced by white.
 
     The color is compared with the samples as they are stored, of which the lowest bits of tRNS count, by the PNG
-    specification, section 11.3.2.1. Pillow scales samples of 1 to 4 bits, and drops the low byte of 16-bit RGB.
+    specification, section 11.3.2.1. Pillow scales samples of 1 to 4 bits, and drops the low byte of 16-bit RGB, whose
+    high bytes are compared.
     """
     depth = data[24]
     start = next(start for name, start, _ in png_chunks(data) if name == b"tRNS") + 8
     count = 3 if image.mode == "RGB" else 1
     color = np.frombuffer(data, ">u2", count, start).astype(np.int64) & ((1 << depth) - 1)
     if count == 3:
-        samples = np.asarray(image).astype(np.int64)
-        if depth == 16:
-            samples = samples << 8 | low_bytes(data)
-        rgb = np.array(image)
+        rgb = samples = np.array(image)
+        color >>= max(0, depth - 8)
     else:
         rgb = np.array(from_16_bits(np.asarray(image)) if depth == 16 else image.convert("RGB"))
         samples = np.asarray(image if depth == 16 else image.convert("L")).astype(np.int64)[..., None]
@@ -400,14 +376,6 @@ def white_where_transparent(image: Image.Image, data: bytes) -> Image.Image:
             samples //= 255 // ((1 << depth) - 1)
     rgb[(samples == color).all(axis=-1)] = 255
     return Image.fromarray(rgb)
-
-
-def low_bytes(data: bytes) -> np.ndarray:
-    """uint8[H, W, 3]: the low bytes of a PNG with 16-bit RGB, of which Pillow decodes the high bytes."""
-    image: Any = Image.open(io.BytesIO(data), formats=("PNG",))
-    # The same bytes as little-endian samples, whose high byte is the second one.
-    image.tile = [(*image.tile[0][:3], "RGB;16L")]
-    return np.asarray(image)
 
 
 def upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
