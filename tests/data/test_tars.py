@@ -98,7 +98,7 @@ def test_other_members_are_counted_and_never_followed(pack: Pack) -> None:
     }
 
 
-@pytest.mark.parametrize(("kind", "ignored"), [(b"D", {}), (b"V", {"device": 1}), (b"M", {"device": 1})])
+@pytest.mark.parametrize(("kind", "ignored"), [(b"D", {"device": 1}), (b"V", {"device": 1}), (b"M", {"device": 1})])
 def test_data_of_members_of_rare_types_is_passed_over(kind: bytes, ignored: dict[str, int]) -> None:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
@@ -110,13 +110,6 @@ def test_data_of_members_of_rare_types_is_passed_over(kind: bytes, ignored: dict
     for options in ({}, {"sha256": "known"}):
         found = index(data, **options)
         assert (found.keys, found.offsets, found.ignored) == (["folder/a"], [2048], ignored)
-
-
-def test_times_in_the_headers_of_incremental_tars_are_no_part_of_names(pack: Pack) -> None:
-    data = bytearray(pack({"a.png": b"123"}, format=tarfile.GNU_FORMAT))
-    data[345:369] = b"15303241047\x0015303241046\0"  # of the last access and the last change
-    data[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(data[:512]))[0]
-    assert index(bytes(data)).keys == ["a"]
 
 
 def test_interleaved_members_of_a_key_form_a_sample(pack: Pack) -> None:
@@ -206,7 +199,7 @@ def test_labels_are_names_numbers_or_fields_of_json(pack: Pack, tmp_path: Path) 
     assert labels(unlabeled) == ([None, None], (), "")
     assert open_images(tmp_path / "0.tar").left_out == {".json": 2}
     for members, message in (
-        ({"b.png": b"", "b.cls": b"5"}, r"0.tar: a.cls holds the class name 'cat', 1.tar: b.cls the number 5"),
+        ({"b.png": b"", "b.cls": b"5"}, "a of 0.tar has the class name 'cat', b of 1.tar the class number 5"),
         ({"b.png": b"", "b.cls": b"\xff\xd8"}, r"1.tar: b.cls is not a class: b'\xff\xd8'"),
         ({"b.png": b"", "b.cls": b""}, "1.tar: b.cls is not a class: b''"),
         ({"b.png": b"", "b.cls": b"-2"}, "1.tar: b.cls is not a class: b'-2'"),

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +35,7 @@ from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of
 from vqpipe.files import valid_text
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 """Of cached indices: changes with what `index_tar` finds."""
 
 
@@ -55,10 +54,6 @@ class TarIndex:
     """Other members: reason or extension -> count."""
     unreadable: str = ""
     """The first label that cannot be read; empty if there is none."""
-    first_name: str = ""
-    """The first label that is a class name."""
-    first_number: str = ""
-    """The first label that is a class number."""
 
 
 class Tars(StoredFiles):
@@ -73,7 +68,9 @@ class Tars(StoredFiles):
         self.keys = pa.array([key for shard in shards for key in shard.keys], pa.large_string())
         self.offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
         self.sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
-        self.labels, self.class_names, self.unlabeled = join_labels(shards)
+        labels = [label for shard in shards for label in shard.labels]
+        self.unlabeled = next((shard.unreadable for shard in shards if shard.unreadable), "") or self.mixed(labels)
+        self.labels, self.class_names = number_labels([None] * len(labels) if self.unlabeled else labels)
         self.left_out: dict[str, int] = summed(shard.ignored for shard in shards)
         self.num_classes = len(self.class_names) or count_classes(self.labels)
         if num_classes is not None and self.num_classes is not None:
@@ -84,24 +81,17 @@ class Tars(StoredFiles):
         """The key of image `i`."""
         return self.keys[i].as_py()
 
+    def mixed(self, labels: Sequence[int | str]) -> str:
+        """The first class name and the first class number, if there are both; else empty."""
+        first = {isinstance(labels[i], str): i for i in reversed(range(len(labels))) if labels[i] != NO_LABEL}
+        if len(first) < 2:
+            return ""
+        named, numbered = (f"{self.key(i)} of {self.origin(i)[0]}" for i in (first[True], first[False]))
+        return f"{named} has the class name {labels[first[True]]!r}, {numbered} the class number {labels[first[False]]}"
+
     def read(self, i: int) -> bytes:
         """The bytes of image `i`; a DataError if its shard changed after it was indexed."""
         return self.files[self.place(i)[0]].read(int(self.offsets[i]), int(self.sizes[i]))
-
-
-def join_labels(shards: Sequence[TarIndex]) -> tuple[np.ndarray, tuple[str, ...], str]:
-    """The labels of all shards, int32[N]; the class names in order, if labels are names; and why there are no labels
-    though members hold some: one is unreadable, or some are names and some numbers."""
-    labels = [label for shard in shards for label in shard.labels]
-    name, number, reason = (
-        next((found for found in map(attrgetter(field), shards) if found), "")
-        for field in ("first_name", "first_number", "unreadable")
-    )
-    if name and number:
-        reason = reason or f"{name}, {number}"
-    if reason:
-        return np.full(len(labels), NO_LABEL, np.int32), (), reason
-    return *number_labels(labels), ""
 
 
 def open_index(url: str, sha256: str | None = None) -> tuple[StoredFile, TarIndex]:
@@ -170,29 +160,41 @@ def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:
         labels=[image.label for image in images],
         ignored=dict(ignored),
         unreadable=labels.unreadable,
-        first_name=labels.first_name,
-        first_number=labels.first_number,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Member:
+    """One member of a tar: its path, and where its data is."""
+
+    path: str
+    offset: int
+    size: int
+    refused: str = ""
+    """Why it is not read: "dead link" or "device"."""
+    target: str = ""
+    """Of a link: the path in the tar that it points to."""
+
+
+DEAD_LINK = Member("", 0, 0, "dead link")
+
+
+class Part(NamedTuple):
     """One member of a sample."""
 
     order: int
     """Its position in the tar."""
     extension: str
     """What follows the first dot of its file name, in lower case."""
-    member: "Member"
+    member: Member
 
 
-@dataclass(frozen=True, slots=True)
-class TarImage:
+class TarImage(NamedTuple):
     """One image of a tar, in the order of `order`."""
 
     order: int
     key: str
-    member: "Member"
+    member: Member
     label: int | str
 
 
@@ -251,10 +253,8 @@ class Labels:
         self.file, self.texts = file, texts
         self.shard = valid_text(name.rpartition("/")[2])
         self.unreadable = ""
-        self.first_name = ""
-        self.first_number = ""
 
-    def read(self, member: "Member") -> int | str | None:
+    def read(self, member: Member) -> int | str | None:
         """The label in a member; NO_LABEL where it is not readable, which `unreadable` then says; None for a JSON
         without a label."""
         text = self.texts.get(member.offset, b"")
@@ -262,18 +262,13 @@ class Labels:
             self.file.seek(member.offset)
             text = self.file.read(member.size)
         try:
-            label = parse_label(member.path, text)
+            return parse_label(member.path, text)
         except ValueError:
             self.unreadable = self.unreadable or f"{self.shard}: {member.path} is not a class: {text[:20]!r}"
             return NO_LABEL
-        if isinstance(label, str):
-            self.first_name = self.first_name or f"{self.shard}: {member.path} holds the class name {label!r}"
-        elif label is not None and label > NO_LABEL:
-            self.first_number = self.first_number or f"{self.shard}: {member.path} the number {label}"
-        return label
 
 
-def resolve_links(members: Sequence["Member"]) -> Iterator["Member"]:
+def resolve_links(members: Sequence[Member]) -> Iterator[Member]:
     """Yield the members in order; for a link its own path with the data of the member that it points to, or a member
     that is refused as a "dead link" where that is outside the tar, absent, or not a file."""
     files = {posixpath.normpath(member.path): member for member in members if member.target or not member.refused}
@@ -331,30 +326,12 @@ HINTS = {
     "image": "Give the folder that holds it",
 }
 """What to do with a file that is no tar."""
-GNU_FOLDER = b"D"
-"""A folder of an incremental tar; its data lists the files in it."""
 LONGEST_TEXT = 1 << 20
 """Largest read, in bytes: that of a long name, of a pax header or of a label."""
 LARGEST_MEMBER = 1 << 43
 """8 TiB; the format allows up to 2**88, and negative sizes."""
 LONGEST_CHAIN = 40
 """Links that point to links are followed so many times, as by Linux."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One member of a tar: its path, and where its data is."""
-
-    path: str
-    offset: int
-    size: int
-    refused: str = ""
-    """Why it is not read: "dead link" or "device"."""
-    target: str = ""
-    """Of a link: the path in the tar that it points to."""
-
-
-DEAD_LINK = Member("", 0, 0, "dead link")
 
 
 class ForwardFile:
@@ -388,21 +365,10 @@ class ForwardFile:
             pass
 
 
-class Header(tarfile.TarInfo):
-    """A header whose GNU format has no folders beside the name: incremental tars have times there."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
-        if buf[257:265] == tarfile.GNU_MAGIC:
-            header.name = buf[:100].partition(b"\0")[0].decode(encoding, errors)
-        return header
-
-
 def read_members(file: ForwardFile) -> Iterator[Member]:
     """Yield every member of a tar in order; a DataError at the first byte that is not a tar's. After a regular member
     was yielded, the file is at its data."""
-    options: Any = {"fileobj": file, "tarinfo": Header, "encoding": "utf-8", "errors": "backslashreplace"}
+    options: Any = {"fileobj": file, "encoding": "utf-8", "errors": "backslashreplace"}
     try:
         with tarfile.open(mode="r:", **options) as tar:
             while (header := tar.next()) is not None:
@@ -429,7 +395,7 @@ def member_of(header: tarfile.TarInfo, file: ForwardFile) -> Iterator[Member]:
         # A symbolic link is relative to its folder, a hard link to the tar.
         target = posixpath.join(posixpath.dirname(path) if header.issym() else "", header.linkname)
         yield Member(path, offset, 0, "dead link", posixpath.normpath(target))
-    elif header.type not in (tarfile.DIRTYPE, GNU_FOLDER):
+    elif not header.isdir():
         yield Member(path, offset, 0, "device")
 
 
