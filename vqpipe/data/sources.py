@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vqpipe.errors import DataError
-from vqpipe.files import digest_json
+from vqpipe.files import atomic_write, digest_json
 
 Image.init()
 FORMATS = tuple(
@@ -285,14 +284,8 @@ def write_cache(identity: str, facts: Mapping[str, Any], mtime_ns: int = 0) -> N
     path = cache_path(identity)
     if path is None or time.time_ns() - mtime_ns < RACY_NS:
         return
-    with suppress(OSError, UnicodeEncodeError):  # a read-only or full disk: nothing is cached
+    with suppress(OSError):  # a read-only or full disk: nothing is cached
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"identity": identity, "check": digest_json(facts), "facts": facts}, file)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with atomic_write(path) as temporary:
+            table = {"identity": identity, "check": digest_json(facts), "facts": facts}
+            temporary.write_text(json.dumps(table), encoding="utf-8")
