@@ -64,9 +64,7 @@ class Stopwatch:
         self.images = 0
         """Images encoded, for the rate."""
         self.parts = Counter[str]()
-        """part -> seconds of the main thread; their sum is at most `seconds`."""
-        self.writer_parts = Counter[str]()
-        """part -> seconds of the writer thread."""
+        """part -> seconds; their sum is at most `seconds`."""
 
     @property
     def seconds(self) -> float:
@@ -78,14 +76,13 @@ class Stopwatch:
         self.ended = time.perf_counter()
 
     @contextmanager
-    def part(self, name: str, *, in_writer: bool = False) -> Iterator[None]:
-        """Add the time of this block to the part `name`, of the writer thread if `in_writer`."""
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of this block to the part `name`."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            parts = self.writer_parts if in_writer else self.parts
-            parts[name] += time.perf_counter() - began  # type: ignore[assignment]
+            self.parts[name] += time.perf_counter() - began  # type: ignore[assignment]
 
     def waiting(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yield `items`; the time to obtain each is added to the part `name`."""
@@ -103,14 +100,11 @@ class Stopwatch:
         return {name: seconds / self.seconds for name, seconds in self.parts.most_common()}
 
     def report(self) -> str:
-        """Images per second and the shares of the main thread's time."""
-        shares = self.shares()
-        parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items() if part >= MIN_SHARE)
-        overlapped = sum(self.writer_parts.values()) / self.seconds - shares.get(WRITING, 0.0)
-        writing = f" (writing another {overlapped:.0%} in parallel)" if overlapped >= MIN_SHARE else ""
+        """Images per second and the shares of the time."""
+        parts = ", ".join(f"{name} {part:.0%}" for name, part in self.shares().items() if part >= MIN_SHARE)
         seconds = timedelta(seconds=round(self.seconds))
         rate = f"{counted(self.images, 'images')} in {seconds}, {self.images / self.seconds:.3g}/s"
-        return f"{rate}: {parts}{writing}."
+        return f"{rate}: {parts}."
 
     def advice(self, faster_encoding: str) -> str:
         """After a long job what to change, where encoding took most of the time `faster_encoding`; else ""."""
@@ -277,7 +271,7 @@ class EncodingJob:
                     if piece.positions.stop == shard.positions.stop:
                         break
                 self.wait(writing)
-                writing = pool.submit(self.write_timed, write, result)
+                writing = pool.submit(write, self.draft, result)
                 found |= result.skipped
                 if shard is not self.missing[-1]:  # else `finish` checks, over all ranks
                     self.check_so_far(found)
@@ -306,11 +300,6 @@ class EncodingJob:
         """Wait for the rows of a piece."""
         with self.stopwatch.part(ENCODING):
             return piece, None if rows is None else rows.wait()
-
-    def write_timed(self, write: Callable[[Draft, EncodedShard], None], shard: EncodedShard) -> None:
-        """Write a shard in the writer thread, and measure its time."""
-        with self.stopwatch.part(WRITING, in_writer=True):
-            write(self.draft, shard)
 
     def wait(self, writing: Future[None] | None) -> None:
         """Wait for the shard being written, if there is one, and raise its error."""
