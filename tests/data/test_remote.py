@@ -152,7 +152,7 @@ FAILURES = {
     "no range": "this server does not support Range requests. Download the file first.",
     "reset": "the connection broke off (",
     "cut": "the connection broke off (",
-    "short": "the connection broke off (10239 of 10240 bytes at byte 0), 3 times. Check the network, or wait and run",
+    "short": "the connection broke off (20479 of 20480 bytes at byte 0), 3 times. Check the network, or wait and run",
     "stall": "the server does not answer in time, 3 times. Check the network, or wait and run the command again",
 }
 
@@ -395,6 +395,7 @@ def test_denied_access_to_the_hub_is_one_line(server: Any, answer: Any) -> None:
 def test_hub_without_ranges_and_without_network_is_one_line(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
+    monkeypatch.setattr(remote, "BLOCK", 1024)  # a request of the whole file would be answered
     server.faults = ["", ""]  # the facts and the listing
     server.fault = "no range"
     with pytest.raises(DataError, match=r"this server does not support Range requests\. Download the file first"):

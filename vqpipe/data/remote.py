@@ -5,7 +5,6 @@ for a stalled server without limit: a request ends at its time limit, and a sign
 """
 
 import glob
-import io
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import sync
+from fsspec.spec import AbstractBufferedFile
 
 from vqpipe.errors import DataError
 from vqpipe.provenance import without_secrets
@@ -108,32 +108,15 @@ class NoRanges(OSError):
     """The server answers a request of a byte range with the whole file."""
 
 
-class RemoteFile(io.RawIOBase):
-    """A file that `describe` described, read by ranges. `io.BufferedReader(file, BLOCK)` reads in large requests."""
+class RemoteFile(AbstractBufferedFile):
+    """A file that `describe` described, read by ranges: each request also gets the BLOCK bytes that follow."""
 
     def __init__(self, url: str, size: int, validators: Validators) -> None:
-        self.url, self.size, self.validators, self.position = url, size, validators, 0
+        super().__init__(None, url, block_size=BLOCK, size=size)
+        self.validators = validators
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        part = max(1, self.size // 2)  # a request of the whole file would not show whether the server supports ranges
-        size = max(0, min(len(buffer), self.size - self.position, part))
-        if size:
-            buffer[:size] = read(self.url, self.position, size, self.size, self.validators)
-        self.position += size
-        return size
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read(self.path, start, end - start, self.size, self.validators)
 
 
 def check_schemes(spec: str) -> None:

@@ -5,7 +5,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -90,8 +89,7 @@ class StoredFile:
         """Open it, to read it from the begin to the end. A remote file is read in large requests."""
         if self.is_local:
             return open(self.url, "rb")
-        file = remote.RemoteFile(self.url, self.size, self.validators)
-        return cast(BinaryIO, BufferedReader(file, remote.BLOCK))
+        return cast(BinaryIO, remote.RemoteFile(self.url, self.size, self.validators))
 
     def sha256(self) -> str:
         """The hash of the whole file, hex."""
