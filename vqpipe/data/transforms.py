@@ -122,13 +122,10 @@ def ten_crops(images: Tensor, size: int) -> list[Tensor]:
 
     They are those of torchvision's `TenCrop`, which has the center after the corners.
     """
-    height, width = images.shape[-2] - size, images.shape[-1] - size
-    corners = [(round(height / 2), round(width / 2)), (0, 0), (0, width), (height, 0), (height, width)]
-    return [
-        view[..., upper : upper + size, left : left + size]
-        for view in (images, images.flip(-1))
-        for upper, left in corners
-    ]
+    from torchvision.transforms.functional import ten_crop
+
+    crops = ten_crop(images, [size, size])
+    return [crops[i] for i in (4, 0, 1, 2, 3, 9, 5, 6, 7, 8)]
 
 
 def random_crop(image: Image.Image, size: int, drawn: Sequence[float], max_scale: float = 1.0) -> Tensor:
