@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from vqpipe.data import decoding
-from vqpipe.data.decoding import UNSIGNED_FORMATS, BadImage, decode, decoded_size, image_extension
+from vqpipe.data.decoding import BadImage, decode, decoded_size, image_extension
 from vqpipe.data.sources import FORMATS
 
 NOISE = Image.merge("RGB", [Image.effect_noise((64, 64), 60 + i) for i in range(3)])
@@ -136,9 +136,8 @@ def test_every_extension_is_registered_for_its_format() -> None:
         pytest.param(b"SIMPLE  =                    T" + b" " * 50, id="FITS"),
     ],
 )
-def test_formats_that_are_not_read_are_named(data: bytes) -> None:
-    name = "HDF5" if b"HDF" in data else "EPS" if b"EPSF" in data else "FITS"
-    with pytest.raises(BadImage, match=f"begins as {name}: a format that is not read") as caught:
+def test_some_formats_are_not_read(data: bytes) -> None:
+    with pytest.raises(BadImage, match="of no format that is read, or damaged") as caught:
         decode(data)
     assert caught.value.reason == "not-an-image"
 
@@ -164,20 +163,6 @@ def test_random_bytes_are_not_an_image() -> None:
         with pytest.raises(BadImage) as caught:
             decode(random.bytes(int(random.integers(1, 400))))
         assert caught.value.reason == "not-an-image"
-
-
-def test_formats_without_a_signature_need_the_whole_image() -> None:
-    for name in UNSIGNED_FORMATS:
-        if name in LOSSLESS:
-            with pytest.raises(BadImage, match="no image of a format") as caught:
-                decode(LOSSLESS[name][:2000])
-            assert caught.value.reason == "not-an-image"
-
-
-def test_the_pixel_limit_holds_for_formats_without_a_signature() -> None:
-    assert decode(LOSSLESS["TGA"], max_pixels=64 * 64).size == (64, 64)
-    with pytest.raises(BadImage, match="64 x 64 pixels, limit 4095"):
-        decode(LOSSLESS["TGA"], max_pixels=64 * 64 - 1)
 
 
 # PNG text
@@ -384,8 +369,8 @@ def test_tiff_without_a_defined_range_is_refused(
     assert caught.value.reason == reason
 
 
-def test_tiff_of_a_kind_that_pillow_does_not_read_is_named() -> None:
-    with pytest.raises(BadImage, match="begins as TIFF: damaged, or of a kind that Pillow does not read"):
+def test_tiff_of_a_kind_that_pillow_does_not_read_is_not_an_image() -> None:
+    with pytest.raises(BadImage, match="of no format that is read, or damaged"):
         decode(tiff(np.zeros((4, 4, 3), np.float32), 32, photometric=2, sample_format=3))
 
 

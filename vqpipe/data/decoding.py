@@ -31,10 +31,6 @@ Color = Literal["ignore", "srgb"]
 MAX_PIXELS = 178_956_970
 """The limit of Pillow itself."""
 
-UNSIGNED_FORMATS = tuple(name for name in ("CUR", "DIB", "PCX", "GBR", "IM", "TGA") if name in FORMATS)
-"""The FORMATS whose first bytes prove little. They are tried where no other format of Pillow recognizes its signature,
-and accepted if the whole image can be decoded; otherwise the file is "not-an-image"."""
-SIGNED_FORMATS = tuple(name for name in FORMATS if name not in UNSIGNED_FORMATS)
 EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -143,42 +139,18 @@ def to_srgb(rgb: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image of one of FORMATS. Of SIGNED_FORMATS only the header is read.
+    """Open an image of one of FORMATS, of which only the header is read.
 
     Raises:
         BadImage: not-an-image; too-large.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=SIGNED_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        image = open_unsigned(data, max_pixels)
-    check_pixels(image, max_pixels)
-    return image
-
-
-def open_unsigned(data: bytes, max_pixels: int) -> Image.Image:
-    """Open and decode an image of one of UNSIGNED_FORMATS."""
-    for name, (_, accept) in Image.OPEN.items():
-        if name not in UNSIGNED_FORMATS and accept and accept(data[:16]) is True:
-            why = "damaged, or of a kind that Pillow does not read" if name in FORMATS else "a format that is not read"
-            raise BadImage("not-an-image", f"begins as {name}: {why}")
-    for name in UNSIGNED_FORMATS:
-        try:
-            image = Image.open(io.BytesIO(data), formats=(name,))
-            check_pixels(image, max_pixels)
-            image.load()
-        except (BadImage, MemoryError):
-            raise
-        except Exception:  # not of this format
-            continue
-        return image
-    raise BadImage("not-an-image", "no image of a format that is read")
-
-
-def check_pixels(image: Image.Image, max_pixels: int) -> None:
-    """Raise a BadImage for more than `max_pixels`."""
+        raise BadImage("not-an-image", "of no format that is read, or damaged") from None
     if image.width * image.height > max_pixels:
         raise BadImage("too-large", f"an image of {image.width} x {image.height} pixels, limit {max_pixels}")
+    return image
 
 
 def image_extension(data: bytes) -> str:

@@ -24,13 +24,13 @@ FORMATS = tuple(
     name
     for name in (
         *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PSD", "ICO", "ICNS"),
-        *("CUR", "DIB", "DDS", "BLP", "DCX", "FLI", "FTEX", "GBR", "IM", "MSP", "PCX", "PIXAR", "SGI", "SUN", "XBM"),
-        *("XPM", "PCD", "TGA"),
+        *("DDS", "BLP", "DCX", "FLI", "FTEX", "MSP", "PIXAR", "SGI", "SUN", "XBM", "XPM", "PCD"),
+        *("CUR", "DIB", "PCX", "GBR", "IM", "TGA"),
     )
     if name in Image.OPEN
 )
-"""The formats of Pillow that are read, in the order in which they are tried: TGA has no signature. Those of this list
-that the installed Pillow lacks (AVIF before 11.3) are left out. Not in the list:
+"""The formats of Pillow that are read, in the order in which they are tried: the first bytes of the last ones prove
+little. Those of this list that the installed Pillow lacks (AVIF before 11.3) are left out. Not in the list:
 
 - EPS runs Ghostscript;
 - BUFR, GRIB, HDF5, MPEG, WMF and EMF are recognized by Pillow, but not decoded by it;
