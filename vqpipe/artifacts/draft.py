@@ -49,6 +49,7 @@ from vqpipe.files import (
     write_json,
 )
 from vqpipe.provenance import command, environment, now, provenance
+from vqpipe.words import first_names
 
 LOG = logging.getLogger("vqpipe")
 STATUS = "status.json"
@@ -60,8 +61,6 @@ IMAGE_ROLES = ("images", "source", "validation", "reference")
 """The roles of inputs that can be images."""
 LISTS = {"files": "files", "compare": "reports"}
 """Key of a config that lists names -> what they are."""
-NAMED = 3
-"""Names of a list that a message has."""
 
 
 def start(
@@ -408,17 +407,10 @@ def difference_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
                 [each for each in names if each not in now_named],
             )
             if new and gone:
-                return f"other {noun}: {listed(gone)}, not {listed(new)}"
-            kept = f"without {listed(new)}" if new else f"also {listed(gone)}" if gone else "in another order"
+                return f"other {noun}: {first_names(gone)}, not {first_names(new)}"
+            kept = f"without {first_names(new)}" if new else f"also {first_names(gone)}" if gone else "in another order"
             return f"other {noun}: {kept}"
     return f"other settings: {difference(before, after).removeprefix('config.')}"
-
-
-def listed(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
-    *first, last = [*names[:NAMED], *more]
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def without_tolerance(table: Mapping[str, Any]) -> dict[str, Any]:
