@@ -7,8 +7,7 @@ Shapes: B images, S their side, g the side of the grid of patches, D the dimensi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqpipe.data.batches import OrderedImages, chunks, through_workers, worker_count
-from vqpipe.data.images import ImageSet
-from vqpipe.data.transforms import center_crop, to_float
+from vqpipe.data.batches import OrderedBatches
+from vqpipe.data.images import ImageSet, SelectedImages
+from vqpipe.data.transforms import to_float
 from vqpipe.device import reduced_precision
 from vqpipe.errors import ConfigError, DataError
 from vqpipe.progress import SILENT, Progress
@@ -149,27 +148,21 @@ class PatchPca(PatchEncoder):
         each = -(-count // len(chosen))
         size = 3 * self.project.kernel_size[0] ** 2
         number, total, products = 0, np.zeros(size), np.zeros((size, size))
-        for batch in self.crops(images, chosen, num_workers):
-            rows = [random.permutation(self.grid_size**2)[:each] for _ in batch]
+        readable = OrderedBatches(
+            SelectedImages(images, chosen), image_size=self.image_size, batch_size=FIT_BATCH, num_workers=num_workers
+        )
+        for batch in readable:
+            rows = [random.permutation(self.grid_size**2)[:each] for _ in batch.keys]
             some = to_float(
-                torch.cat([image[row] for image, row in zip(self.patches(batch), rows, strict=True)])
+                torch.cat([image[row] for image, row in zip(self.patches(batch.images), rows, strict=True)])
             ).double()
             number, total = number + len(some), total + some.sum(dim=0).numpy()
             products += (some.T @ some).numpy()  # not NumPy: its threads and PyTorch's would wait for each other
-            progress.advance(len(batch))
+            progress.advance(len(batch.keys))
         if number == 0:
             raise DataError(f"none of {len(chosen)} images of {images.name} can be read", "Check the images")
         mean = total / number
         self.set_components(mean, products / number - np.outer(mean, mean))
-
-    def crops(self, images: ImageSet, chosen: np.ndarray, num_workers: int) -> Iterator[Tensor]:
-        """Batches uint8[<= FIT_BATCH, 3, S, S] of the readable images of `chosen`, in order."""
-        dataset = OrderedImages(images, partial(center_crop, size=self.image_size))
-        work = chunks(chosen.tolist(), FIT_BATCH)
-        workers = worker_count(num_workers, len(work), 3 * self.image_size**2 * FIT_BATCH)
-        for batch, _ in through_workers(dataset, work, workers):
-            if batch is not None:
-                yield batch.images
 
     def patches(self, images: Tensor) -> Tensor:
         """uint8[B, 3, S, S] -> uint8[B, g * g, 3 * p * p], row-major."""
