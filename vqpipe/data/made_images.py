@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from vqpipe import distributed
 from vqpipe.artifacts import Draft
+from vqpipe.data.label_lists import read_rows
 from vqpipe.data.tars import write_tar
 
 Form = Literal["tar", "png"]
@@ -69,7 +70,8 @@ def write_labels(draft: Draft, form: Form) -> None:
         return
     distributed.barrier()
     if distributed.is_main():
-        rows = [row for file in sorted(draft.path.glob("shard-*.csv")) for row in read_rows(file)]
+        lists = (file.read_text(encoding="utf-8") for file in sorted(draft.path.glob("shard-*.csv")))
+        rows = [row for text in lists for _, row in read_rows(text, ".csv")]
         labelled = [(row["file_name"], row["label"]) for row in rows if row["label"]]
         if labelled:
             with draft.write(f"{FOLDER}/labels.csv") as path:
@@ -80,9 +82,3 @@ def write_rows(path: Path, rows: list[tuple[str, ...]]) -> None:
     """Write a CSV file."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file with a header."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
