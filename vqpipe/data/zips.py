@@ -38,6 +38,7 @@ from vqpipe.file_kinds import explain, kind_of_file
 INDEX_VERSION = 4
 """Of cached indices: changes with what `index_members` finds."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES encryption"}
 PACK_AGAIN = "Unpack it, and pack it with `zip -0 -r`"
 ENCRYPTED = 1
 """Bit of the flags of a member."""
@@ -217,7 +218,7 @@ def check_member(url: str, path: str, member: zipfile.ZipInfo) -> None:
     if member.volume:
         raise DataError(f"{url} is split into several files", "Join them: zip -s 0 SPLIT.zip --out JOINED.zip")
     if member.compress_type not in METHODS:
-        method = zipfile.compressor_names.get(member.compress_type, f"method {member.compress_type}")
+        method = OTHER_METHODS.get(member.compress_type, f"method {member.compress_type}")
         raise DataError(f"{url}: {path} is compressed with {method}", PACK_AGAIN)
     if member.file_size > LARGEST_MEMBER:
         raise DataError(f"{url}: {path} has {member.file_size:,} bytes, too many for an image", "Pack it without it")
