@@ -93,3 +93,10 @@ def test_sums_of_the_released_start_are_the_standardized_codes() -> None:
     quantizer = fresh(released_start=True)
     quantizer.standardize_codebook()
     assert torch.equal(quantizer.sums, quantizer.codes)
+
+
+def test_codes_stay_while_counts_that_start_at_zero_have_only_seen_masked_latents() -> None:
+    quantizer = fresh(released_start=True)
+    codes = quantizer.codes.clone()
+    quantizer.update(torch.randn(3, 2, 4, 4), torch.full((3, 16), -1))
+    assert torch.equal(quantizer.codes, codes)

@@ -71,7 +71,8 @@ class EmaQuantizer(CodebookQuantizer):
         self.sums.mul_(self.decay).add_(seen[:, 1:], alpha=1 - self.decay)
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
-        self.codes.copy_(self.sums / smoothed.unsqueeze(1))
+        codes = self.sums / smoothed.unsqueeze(1)
+        self.codes.copy_(torch.where(total > 0, codes, self.codes))  # nothing was counted yet
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
