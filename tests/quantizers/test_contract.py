@@ -278,6 +278,18 @@ def test_autocast_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_codes_that_are_read_under_autocast_are_those_of_float32(name: str) -> None:
+    first, second = (make(name).eval().requires_grad_(False) for _ in range(2))
+    expected = second(latent_of(second))
+    codes = second.token_codes(expected.ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(first.token_codes(expected.ids), codes)
+        assert torch.equal(first.all_codes(), second.all_codes())
+        assert torch.equal(first.combine(codes, first.layout(3, 5)), expected.codes)
+    assert torch.equal(first(latent_of(first)).codes, expected.codes)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nonfinite_latent_raises_or_in_training_gives_nonfinite_output(name: str, bad: float) -> None:
     quantizer = make(name)

@@ -132,7 +132,7 @@ class MultiScaleQuantizer(VectorQuantizer):
         if codes.shape[2:] != layout.grids[-1]:
             codes = F.interpolate(codes, layout.grids[-1], mode="bicubic")
         phi = phi_index(scale, len(layout.grids), len(self.phi_weights))
-        with full_float32_convolution():
+        with full_float32_convolution(), torch.autocast(codes.device.type, enabled=False):
             convolved = F.conv2d(codes, self.phi_weights[phi], self.phi_biases[phi], padding=1)
         return codes.lerp(convolved, self.phi_ratio) * given.view(-1, 1, 1, 1)
 
