@@ -90,6 +90,16 @@ def test_codes_are_computed_once_in_evaluation_and_again_after_a_change() -> Non
     assert not torch.equal(quantizer.raw_codebook(), first)
 
 
+@pytest.mark.slow  # the tracer takes seconds
+def test_evaluation_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    quantizer = make(frozen_dim=12).eval().requires_grad_(False)
+    quantizer.load_codebook(torch.randn(48, 12))
+    torch.nn.init.normal_(quantizer.bridge.head.weight)
+    compiled = torch.compile(lambda latent: quantizer(latent).codes, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(LATENT), quantizer(LATENT).codes)
+
+
 def test_frozen_features_take_the_place_of_the_learned_codes() -> None:
     quantizer = make(frozen_dim=12)
     with pytest.raises(ConfigError, match="no codebook yet"):

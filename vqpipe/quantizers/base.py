@@ -220,8 +220,10 @@ class CodebookQuantizer(Quantizer):
         return self.maybe_normalize(self.raw_codebook())
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (int64[...], none negative) of the codebook, float32[..., C], with gradient where it learns."""
-        return self.maybe_normalize(self.raw_embed(ids))
+        """Rows `ids` (int64[...], none negative) of the codebook, float32[..., C], with gradient where it learns; in
+        float32 under any autocast."""
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.maybe_normalize(self.raw_embed(ids))
 
     def maybe_normalize(self, vectors: Tensor, dim: int = -1) -> Tensor:
         """Normalize vectors along `dim` to unit length if `config.normalize`."""

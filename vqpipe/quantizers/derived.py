@@ -28,19 +28,21 @@ class DerivedCodebook(CodebookQuantizer):
         """The codebook before normalization, float32[K, C]."""
 
     def raw_codebook(self) -> Tensor:
-        """`derive`; cached while the weights are frozen, but computed in every call of a graph of torch.compile.
+        """`derive` in float32 under any autocast; cached while the weights are frozen, but computed in every call of a
+        graph of torch.compile.
 
         Raises:
             ConfigError: no codebook has been loaded.
         """
         self.check_loaded()
-        if not self.is_constant or torch.compiler.is_compiling():
-            return self.derive()
-        state = self.weights_state()
-        if self.derived is None or self.derived[0] != state:
-            with torch.no_grad():
-                self.derived = state, self.derive()
-        return self.derived[1]
+        with torch.autocast(self.codes.device.type, enabled=False):
+            if not self.is_constant or torch.compiler.is_compiling():
+                return self.derive()
+            state = self.weights_state()
+            if self.derived is None or self.derived[0] != state:
+                with torch.no_grad():
+                    self.derived = state, self.derive()
+            return self.derived[1]
 
     @property
     def is_constant(self) -> bool:
