@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqpipe.distributed import gather_objects, gather_rows
+from vqpipe.distributed import gather_objects, gather_rows, world_size
 from vqpipe.metrics.resumable import Resumable, State
 
 MAX_TUPLES = 2**24
@@ -18,6 +18,8 @@ MAX_TUPLES = 2**24
 more for every further 63 bits, and three times that while sorting. All positions of 50,000 images of 256 tokens fit."""
 MIN_SORTED_TUPLES = 2**18
 """Smallest number of tuples that are sorted into the counts at once."""
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""An odd number of random bits: products with it distribute tuples uniformly over the ranks."""
 
 
 class JointEntropy(Resumable):
@@ -69,10 +71,15 @@ class JointEntropy(Resumable):
         self._sort()
         if any(gather_objects(self.given_up)):
             return {}, {"joint_entropy": too_many_tuples()}
-        rows = gather_rows(torch.from_numpy(self.rows).to(device)).cpu().numpy()
-        times = summed_rows(rows)[:, -1]
-        positions, distinct, once = int(times.sum()), len(times), int((times == 1).sum())
-        weighted = float((times * np.log2(times)).sum())
+        owner = hashed(self.rows[:, :-1]) % np.uint64(world_size())
+        positions, distinct, once, weighted = 0, 0, 0, 0.0
+        for part in range(world_size()):  # all ranks' counts of one share of the tuples at a time
+            own = torch.from_numpy(self.rows[owner == part]).to(device)
+            times = summed_rows(gather_rows(own).cpu().numpy())[:, -1]
+            positions += int(times.sum())
+            distinct += len(times)
+            once += int((times == 1).sum())
+            weighted += float((times * np.log2(times)).sum())
         if distinct > MAX_TUPLES:  # the same decision as on one rank
             return {}, {"joint_entropy": too_many_tuples()}
         if positions == 0:
@@ -106,6 +113,14 @@ def summed_rows(rows: np.ndarray) -> np.ndarray:
     rows = rows[np.lexsort(rows[:, :-1].T)]
     begins = np.flatnonzero(np.append(True, (rows[1:, :-1] != rows[:-1, :-1]).any(1)))
     return np.column_stack([rows[begins, :-1], np.add.reduceat(rows[:, -1], begins)])
+
+
+def hashed(words: np.ndarray) -> np.ndarray:
+    """int64[n, W] -> uint64[n], the same for equal rows and spread uniformly."""
+    total = np.zeros(len(words), dtype=np.uint64)
+    for column in words.T:
+        total = (total ^ column.astype(np.uint64)) * HASH_FACTOR
+    return total >> np.uint64(32)
 
 
 def too_many_tuples() -> str:
