@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vqpipe.data import remote
-from vqpipe.data.decoding import BadImage, Scratch, decode
+from vqpipe.data.decoding import BadImage, decode
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import DataConfig, center_crop, training_crop
 from vqpipe.errors import ConfigError, DataError, VqpipeError
@@ -367,11 +367,11 @@ class TrainingImages(Dataset[Loaded]):
 
     def __getitem__(self, work: Sequence[tuple[int, int]]) -> Loaded:
         crops = np.empty((len(work), 3, self.config.image_size, self.config.image_size), np.uint8)
-        skipped, scratch = dict[int, str](), Scratch()
-        indices = [self.sample(*drawn, crop, scratch, skipped) for drawn, crop in zip(work, crops, strict=True)]
+        skipped = dict[int, str]()
+        indices = [self.sample(*drawn, crop, skipped) for drawn, crop in zip(work, crops, strict=True)]
         return assemble(self.images, indices, torch.from_numpy(crops)), skipped
 
-    def sample(self, epoch: int, sample: int, out: np.ndarray, scratch: Scratch, skipped: dict[int, str]) -> int:
+    def sample(self, epoch: int, sample: int, out: np.ndarray, skipped: dict[int, str]) -> int:
         """Write the crop of a sample to `out`, or that of the first replacement drawn for it that can be decoded, and
         return its position. The others are added to `skipped`."""
         index = sample
@@ -381,7 +381,7 @@ class TrainingImages(Dataset[Loaded]):
                 pool = self.replacements(sample)
                 index = pool[int(which * len(pool))]
             try:
-                training_crop(self.images.read(index), self.config, drawn, out, self.images.color, scratch)
+                training_crop(self.images.read(index), self.config, drawn, out, self.images.color)
                 return index
             except BadImage as error:
                 skipped[index] = error.reason

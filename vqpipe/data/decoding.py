@@ -241,24 +241,11 @@ def jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS, color: Color = "ignor
     return None
 
 
-class Scratch:
-    """Memory for the pixels of one image after another: to get new memory for each takes as long as resizing it."""
-
-    def __init__(self) -> None:
-        self.memory = np.empty(0, np.uint8)
-
-    def take(self, count: int) -> np.ndarray:
-        """uint8[count], which the next call overwrites."""
-        if len(self.memory) < count:
-            self.memory = np.empty(count, np.uint8)
-        return self.memory[:count]
-
-
-def decode_reduced(data: bytes, header: JpegHeader, reduction: int, scratch: Scratch) -> np.ndarray | None:
+def decode_reduced(data: bytes, header: JpegHeader, reduction: int) -> np.ndarray | None:
     """uint8[ceil(H / r), ceil(W / r), 3]: a JPEG decoded upright at 1/r of its size; None if it is damaged.
 
     The decoder computes blocks of (8 / r)^2 pixels from the lowest frequencies of each block of 8^2, by an inverse DCT
-    of that size; r is 1, 2, 4 or 8. With 1 the pixels are those of `decode`. They may be in `scratch`.
+    of that size; r is 1, 2, 4 or 8. With 1 the pixels are those of `decode`.
     """
     height, width = header.height, header.width
     if header.turn in QUARTER_TURNS:
@@ -266,8 +253,7 @@ def decode_reduced(data: bytes, header: JpegHeader, reduction: int, scratch: Scr
     try:
         if simplejpeg is not None:
             rows, columns = -(-height // reduction), -(-width // reduction)
-            buffer = scratch.take(3 * rows * columns)
-            rgb = simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns, buffer=buffer)
+            rgb = simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns)
         else:
             image = Image.open(io.BytesIO(data), formats=("JPEG",))
             if reduction > 1:

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqpipe.config import added, check_choices, resumable
-from vqpipe.data.decoding import MAX_PIXELS, Color, Scratch, decode, decode_reduced, jpeg_header
+from vqpipe.data.decoding import MAX_PIXELS, Color, decode, decode_reduced, jpeg_header
 from vqpipe.errors import ConfigError
 
 STRIP = 16
@@ -155,7 +155,6 @@ def fast_crop(
     max_scale: float = 1.0,
     max_pixels: int = MAX_PIXELS,
     color: Color = "ignore",
-    scratch: Scratch | None = None,
 ) -> np.ndarray | None:
     """uint8[3, size, size]: `random_crop` of an encoded JPEG, from no more of its pixels than the crop needs; None for
     what `random_crop` has to do.
@@ -164,8 +163,7 @@ def fast_crop(
     resizes. The sides of the crop are moved to the nearest whole pixels there, by up to half a pixel; what lies between
     is resized by the antialiased bicubic filter of torch, whose pixels are within two levels of Pillow's.
 
-    None: not a JPEG in color, or a damaged one (`jpeg_header`); the image would have to be enlarged. The result may be
-    a view of `scratch`.
+    None: not a JPEG in color, or a damaged one (`jpeg_header`); the image would have to be enlarged.
     """
     header = jpeg_header(data, max_pixels, color)
     if header is None:
@@ -176,7 +174,7 @@ def fast_crop(
     reduction = next(
         r for r in (8, 4, 2, 1) if r == 1 or (r * target[0] <= header.width and r * target[1] <= header.height)
     )
-    rgb = decode_reduced(data, header, reduction, scratch or Scratch())
+    rgb = decode_reduced(data, header, reduction)
     if rgb is None:
         return None
     left, right = nearest_pixels(corner[0], size, header.width / reduction / target[0], rgb.shape[1])
@@ -234,7 +232,6 @@ def training_crop(
     drawn: Sequence[float],
     out: np.ndarray,
     color: Color = "ignore",
-    scratch: Scratch | None = None,
 ) -> None:
     """Write the crop and flip of section [data] of an encoded image to `out`, uint8[3, S, S].
 
@@ -249,7 +246,7 @@ def training_crop(
         crop = center_crop(decode(data, config.max_pixels, color), size).numpy()
     else:
         if config.resize == "fast":
-            crop = fast_crop(data, size, drawn[1:], config.max_scale, config.max_pixels, color, scratch)
+            crop = fast_crop(data, size, drawn[1:], config.max_scale, config.max_pixels, color)
         if crop is None:
             crop = random_crop(decode(data, config.max_pixels, color), size, drawn[1:], config.max_scale).numpy()
     out[...] = crop[..., ::-1] if flipped else crop
