@@ -283,7 +283,7 @@ class FeatureSet:
         dim: D.
         dtype: of `stored`: float16 if every shard has it, otherwise float32.
         labels: int32[N], the class of each vector's image (-1: none), or None without labels.
-        digest, name, lineage: the input that an artifact made from these features records.
+        digest, name: the input that an artifact made from these features records; of an artifact also its lineage.
         artifact: the artifact it was opened from, if any.
     """
 
@@ -300,9 +300,8 @@ class FeatureSet:
         self.digest = artifact.digest if artifact else digest
         files = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         self.name = artifact.name if artifact else files
-        self.lineage = (
-            artifact.lineage if artifact else {"kind": "data", "name": self.name, "content": digest, "inputs": {}}
-        )
+        if artifact is not None:
+            self.lineage = artifact.lineage
         self.first_rows = first_rows(self.shards)
         self.num_vectors = int(self.first_rows[-1])
         self.dim = int(self.shards[0].shape[1])
