@@ -108,8 +108,9 @@ Images = Annotated[
     list[str],
     typer.Option(
         "--images",
-        help="A dataset artifact, a folder, WebDataset tars, Parquet files with image bytes or zips (path, glob, "
-        "{000..099}, URL), a list of paths (.txt, .csv, .tsv, .jsonl), builtin:photos; repeatable.",
+        help="A dataset artifact, a folder, image files (path, 'photos/*.jpg'), WebDataset tars, Parquet files with "
+        "image bytes or zips (path, glob, {000..099}, URL), a list of paths (.txt, .csv, .tsv, .jsonl), "
+        "builtin:photos; repeatable.",
         metavar="WHERE",
     ),
 ]

@@ -444,13 +444,25 @@ def test_names_without_images_are_an_error(tmp_path: Path, pack: Pack) -> None:
         ([tmp_path / "tars"], r"holds no images. Give its tars: '.*\*\.tar'"),
         ([tmp_path / "absent"], "no such images: .*absent. Give a folder"),
         ([tmp_path / "picture"], r"no such images: .*picture\. Did you mean .*pictures\?"),
-        ([tmp_path / "pictures" / "*"], r"a\.JPG is one image\. --images .*pictures reads the folder that holds it"),
+        (["https://example.org/a.jpg?token=1"], r"a\.jpg is one image\. Download it, or pack images into tars"),
         ([tmp_path / "ta*"], r"ta\* names folders, as .*tars\. Give each its own --images, or --images .*, whose"),
         (["builtin:cats"], "there is no builtin:cats. Use builtin:photos, builtin:photos/train"),
     ):
         with pytest.raises(DataError, match=message):
             open_images(specs)
     assert len(open_images([tmp_path / "empty.tar", tmp_path / "tars" / "s.tar"])) == 1
+
+
+def test_images_are_image_files_and_patterns_of_them(tmp_path: Path) -> None:
+    folder = write(tmp_path / "photos", "a/1.png", "a/2.JPG", "b/3.png")
+    assert keys(folder / "a" / "1.png") == ["1"]
+    assert keys(folder / "a" / "*") == ["1", "2"]
+    found = open_images(str(folder / "*" / "*.png"))
+    assert [found[row].key for row in range(len(found))] == ["a/1", "b/3"]
+    assert found.num_classes is None
+    (folder / "a" / "notes.txt").write_text("1.png")
+    with pytest.raises(DataError, match="names files of several kinds"):
+        open_images(str(folder / "a" / "*"))
 
 
 def test_the_digest_depends_on_content_and_order_not_on_the_path(tmp_path: Path, pack: Pack) -> None:

@@ -141,6 +141,15 @@ class Folder:
         return len(data), hashlib.sha256(data).hexdigest()
 
 
+def open_files(files: Sequence[str], name: str) -> Folder:
+    """Image files in the order given, without labels; keys are paths relative to the folder that holds all of them."""
+    paths = [os.path.abspath(file) for file in files]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    images = Folder(Path(root), [os.path.relpath(path, root) for path in paths])
+    images.name = name
+    return images
+
+
 def open_folder(root: Path) -> Folder:
     """Open a folder. If it has no images itself, its subfolders are the classes, numbered in the order of their names
     (of their values, if all are decimal numbers), or of classes.txt; empty ones count. A list of labels in the folder

@@ -24,7 +24,7 @@ from braceexpand import braceexpand
 from vqpipe.artifacts import is_artifact, open_artifact
 from vqpipe.data import remote
 from vqpipe.data.decoding import Color
-from vqpipe.data.folders import Folder, open_folder, walk
+from vqpipe.data.folders import Folder, open_files, open_folder, walk
 from vqpipe.data.lists import EXTENSIONS as LIST_EXTENSIONS
 from vqpipe.data.lists import open_list
 from vqpipe.data.made_images import FOLDER
@@ -301,6 +301,7 @@ def open_images(
     - WebDataset tars: a path, a glob, a brace pattern (`shards/{000000..000099}.tar`), or an fsspec URL of these;
     - Parquet files with encoded images: the same, or a folder of them; see parquets.py;
     - zip archives of images: the same; folders in them are classes; see zips.py;
+    - image files: a path, a glob or a brace pattern;
     - a list of paths, .txt, .lst, .csv, .tsv or .jsonl: see lists.py;
     - `builtin:photos`, `builtin:photos/train`, `builtin:photos/heldout`: see photos.py.
 
@@ -347,9 +348,6 @@ def open_source(spec: str) -> ImageSource:
                 f"{without_secrets(spec)} names folders, as {url}",
                 f"Give each its own --images, or --images {os.path.dirname(url) or '.'}, whose subfolders are classes",
             )
-        if has_image_extension(url):
-            folder = os.path.dirname(url) or "."
-            raise DataError(f"{url} is one image", f"--images {folder} reads the folder that holds it")
     forms = {form_of(url): without_secrets(url) for url in reversed(urls)}
     shown = without_secrets(spec)
     if len(forms) > 1:
@@ -367,14 +365,21 @@ def open_source(spec: str) -> ImageSource:
             if len(urls) > 1 or "://" in urls[0]:
                 raise DataError(f"{shown} is not one local list of paths", "Give each list its own --images")
             return open_list(Path(urls[0]))
+        case "image":
+            if "://" in urls[0]:
+                raise DataError(f"{without_secrets(urls[0])} is one image", "Download it, or pack images into tars")
+            return open_files(urls, name)
     return Tars(open_all(urls), name)
 
 
 def form_of(url: str) -> str:
-    """How a file or URL is opened: as "parquet", "zip", "list" or "tar"; by its extension, else by its first bytes."""
+    """How a file or URL is opened: as "parquet", "zip", "list", "image" or "tar"; by its extension, else by its first
+    bytes."""
     extension = os.path.splitext(without_secrets(url))[1].lower()
     if extension in LIST_EXTENSIONS:
         return "list"
+    if has_image_extension(without_secrets(url)):
+        return "image"
     if extension in (".tar", ".parquet", ".zip"):
         return extension[1:]
     if "://" not in url:
