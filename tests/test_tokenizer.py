@@ -3,6 +3,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,10 @@ def test_invalid_ids_are_rejected(tokenizer: Tokenizer) -> None:
         tokenizer.decode(torch.zeros(1, 63, dtype=torch.int64), (32, 32))
     with pytest.raises(DataError, match=r"ids of type torch\.float32"):
         tokenizer.decode(torch.zeros(1, 64), (32, 32))
+    for ids in (torch.zeros(1, 64, dtype=torch.int64).numpy(), [[0] * 64]):
+        for method in (partial(tokenizer.decode, image_size=32), tokenizer.embed):
+            with pytest.raises(DataError, match=r"ids of type (ndarray|list)\. Pass a tensor: torch\.as_tensor\(ids\)"):
+                method(ids)
     with pytest.raises(DataError, match="groups = 2, the tokenizer has 1"):
         tokenizer.decode(torch.zeros(1, 64, dtype=torch.int64), (32, 32), groups=2)
 
@@ -462,6 +467,12 @@ def test_ids_of_another_size_are_refused_with_the_size_that_they_fit(tokenizer: 
         tokenizer.decode(ids, image_size=32)
     with pytest.raises(DataError, match=r"is expected\. It has 8 x 8 positions"):
         tokenizer.decode(ids[:, : 17 * tokenizer.num_groups], image_size=32)
+
+
+def test_sizes_are_also_those_of_the_facts_of_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(torch.zeros(1, 3, 64, 32, dtype=torch.uint8))
+    assert torch.equal(tokenizer.decode(ids, "32x64"), tokenizer.decode(ids, (64, 32)))
+    assert tokenizer.decode([ids[0]], "32x64")[0].shape == (3, 64, 32)
 
 
 def test_layout_of_one_side_is_that_of_a_square(tokenizer: Tokenizer) -> None:

@@ -2,14 +2,16 @@
 
 from vqpipe.errors import ConfigError
 
-Size = int | tuple[int, int]
-"""(H, W) in pixels, or the side of a square."""
+Size = int | str | tuple[int, int]
+"""(H, W) in pixels, the side of a square, or "WIDTHxHEIGHT" as facts of artifacts have it."""
 
 
 def pair_of(image_size: Size) -> tuple[int, int]:
-    """(H, W); a number is the side of a square."""
+    """(H, W) of a size."""
     if isinstance(image_size, int):
         return image_size, image_size
+    if isinstance(image_size, str):
+        return fixed_size(image_size)
     height, width = image_size
     return height, width
 

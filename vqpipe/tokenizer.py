@@ -254,7 +254,7 @@ class Tokenizer:
 
     @overload
     def decode(
-        self, ids: Sequence[Tensor], image_size: int | Sequence[tuple[int, int]], groups: int | None = None
+        self, ids: Sequence[Tensor], image_size: int | str | Sequence[tuple[int, int]], groups: int | None = None
     ) -> list[Tensor]: ...
 
     @torch.no_grad()
@@ -269,7 +269,8 @@ class Tokenizer:
         Args:
             ids: of the layout of `image_size`. Those of the last groups of an image, or of its last scales, may all be
                 -1: they are left out.
-            image_size: (H, W), or the side of a square; for a list of ids, a list of (H, W), or the side of all.
+            image_size: (H, W), the side of a square, or `image_size` of an artifact's facts; for a list of ids, a list
+                of (H, W), or one size of all.
             groups: decode the first `groups` groups only.
 
         Raises:
@@ -277,7 +278,8 @@ class Tokenizer:
         """
         if isinstance(ids, Tensor):
             return to_uint8(self.decode_float(ids, image_size, groups))  # type: ignore[arg-type]  # by the overloads
-        each = [image_size] * len(ids) if isinstance(image_size, int) else image_size
+        ids = [self.check_ids(row) for row in ids]
+        each = [image_size] * len(ids) if isinstance(image_size, int | str) else image_size
         sizes = [pair_of(size) for size in each]
         if len(sizes) != len(ids):
             raise DataError(f"{len(sizes)} sizes for the ids of {len(ids)} images", "Give a size for each, or one side")
@@ -486,7 +488,9 @@ class Tokenizer:
             raise DataError(f"groups = {groups}, the tokenizer has {self.num_groups}", "Set 1 up to that number")
 
     def check_ids(self, ids: Tensor) -> Tensor:
-        """The ids as int64 on the device; a DataError if they are not integers."""
+        """The ids as int64 on the device; a DataError if they are not a tensor of integers."""
+        if not isinstance(ids, Tensor):
+            raise DataError(f"ids of type {type(ids).__name__}", "Pass a tensor: torch.as_tensor(ids)")
         if ids.is_floating_point() or ids.is_complex():
             raise DataError(f"ids of type {ids.dtype}", "Pass integers, as `encode` returns them")
         return ids.to(self.device, torch.int64)

@@ -58,7 +58,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         *,
         view: int = 0,
         cache: str | Path | None = None,
-        image_size: Size | str | None = None,
+        image_size: Size | None = None,
     ) -> None:
         if isinstance(image_size, tuple):
             image_size = f"{image_size[1]}x{image_size[0]}"
