@@ -56,7 +56,7 @@ def inspect(
     rows = {
         "kind": opened.kind,
         "facts": "\n".join(map(short, facts.phrases(opened.facts))),
-        "made by": shlex.join(manifest.provenance.get("command", [])),
+        "made by": made_by(manifest.provenance.get("command", [])),
         "finished": manifest.provenance.get("finished", ""),
         "files": files_in_words(len(manifest.files), sum(file["bytes"] for file in manifest.files.values())),
         "folder": str(opened.path),
@@ -68,6 +68,11 @@ def inspect(
     out.print("\nmade from, each with the start of its content hash:")
     out.print(draw(opened.lineage))
     print_settings(out, artifact, opened.config, settings)
+
+
+def made_by(command: list[str]) -> str:
+    """The command, to copy and run again: `python -m stages` and torchrun record `__main__.py` as the program."""
+    return shlex.join(["vqpipe", *command[1:]] if command[:1] == ["__main__.py"] else command)
 
 
 def saved_tokenizer(path: Path) -> "Artifact | None":

@@ -102,6 +102,19 @@ def test_facts_command_and_lineage_are_printed_and_settings_on_request(
     assert [f"{long}  3", "max_pixels".ljust(len(long)) + "  not set"] == [line.rstrip() for line in printed[-2:]]
 
 
+def test_the_command_is_that_of_vqpipe_also_where_it_ran_as_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, program, shown in (("module", "/x/stages/__main__.py", "vqpipe tokenize"), ("other", "/x/a.py", "a.py ")):
+        monkeypatch.setattr(sys, "argv", [program, "tokenize"])
+        draft = start(tmp_path / name, "tokens", CONFIG, {})
+        assert isinstance(draft, Draft)
+        with draft:
+            draft.publish({})
+        inspect(tmp_path / name)
+        assert f"made by   {shown}" in capsys.readouterr().out
+
+
 def test_braces_in_the_name_of_a_fact_are_printed() -> None:
     assert list(facts_in_words.phrases({"psnr": {"a{}b.png": 10.623}, "x{}": 3})) == ["psnr: a{}b.png 10.62", "x{} 3"]
 
