@@ -161,12 +161,10 @@ def test_equal_titles_of_groups_are_numbered() -> None:
 
 
 def test_a_report_comparable_with_none_is_refused_with_the_first_differing_key() -> None:
-    with pytest.raises(ArtifactError, match="one and two cannot be compared: their reference differs"):
+    message = r"one and two cannot be compared: their reference differs \(.*\)\. Evaluate both on the same images"
+    with pytest.raises(ArtifactError, match=message):
         check_comparable([evaluated("a"), evaluated("b", "faces")], ["one", "two"])
-    with pytest.raises(
-        ArtifactError,
-        match=r"one and three cannot be compared: .*; no other report has .* of three, or",
-    ):
+    with pytest.raises(ArtifactError, match="one and three cannot be compared: their reference differs"):
         check_comparable([evaluated("a"), evaluated("b"), evaluated("c", "faces")], ["one", "two", "three"])
     check_comparable([evaluated("a"), evaluated("a", "faces")], ["one", "two"])  # the tokenizer is shared
 

@@ -213,7 +213,7 @@ def check_comparable(evaluations: Sequence[EvaluationResult], paths: Sequence[st
     """
     groups = members_by_key(evaluations)
     tokenizers = [tokenizer_of(each) for each in evaluations]
-    for number, path in enumerate(paths):
+    for number in range(len(paths)):
         shares_group = any(len(group) > 1 and number in {place for place, _ in group} for group in groups)
         if shares_group or tokenizers.count(tokenizers[number]) > 1:
             continue
@@ -222,8 +222,7 @@ def check_comparable(evaluations: Sequence[EvaluationResult], paths: Sequence[st
         key = next((key for key in KEYS if one.get(key) != two.get(key)), "reference")
         raise ArtifactError(
             f"{paths[first]} and {paths[second]} cannot be compared: their {key} differs "
-            f"({str(one.get(key))[:16]} and {str(two.get(key))[:16]}); no other report has the protocol, image size, "
-            f"number of images and images of {path}, or its tokenizer",
+            f"({str(one.get(key))[:16]} and {str(two.get(key))[:16]})",
             "Evaluate both on the same images with the same protocol, image size and --limit",
         )
 
