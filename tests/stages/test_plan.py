@@ -15,6 +15,7 @@ import torch
 from stages import estimates
 from vqpipe.planning.devices import DEVICES
 from vqpipe.planning.estimate import Plan, Training
+from vqpipe.progress import SILENT
 from vqpipe.training.config import TrainConfig
 
 SHALLOW = ("--set", "model.channel_multipliers=[1, 2]", "--set", "discriminator.num_layers=1")
@@ -92,7 +93,7 @@ def test_bf16_is_named_where_the_processor_computes_it_faster(
     training = Training("train", TrainConfig(), lambda *arguments: pytest.fail("nothing is traced"))
     for faster, expected in ((True, "faster on this processor: --precision bf16\n"), (False, "")):
         monkeypatch.setattr(estimates, "bf16_is_faster", lambda device, faster=faster: faster)
-        estimates.check_fits(training, torch.device("cpu"), tmp_path / "out")
+        estimates.check_fits(training, torch.device("cpu"), tmp_path / "out", SILENT)
         assert capsys.readouterr().err == expected
 
 

@@ -39,7 +39,7 @@ def test_only_the_first_files_are_reconstructed_with_a_limit(
     options: dict[str, Any] = {"tokenizer": tiny_tokenizer("tokenizer"), "out": tmp_path / "out", "device": "cpu"}
     reconstruct([tmp_path / "photos"], **options, limit=2)
     assert list(open_artifact(tmp_path / "out").facts["psnr"]) == ["a.png", "b.png"]
-    with pytest.raises(ArtifactError, match=r"was made with other files: a\.png and b\.png, not c\.png"):
+    with pytest.raises(ArtifactError, match=r"was made with other files: a\.png, b\.png, not c\.png"):
         reconstruct([tmp_path / "photos" / "c.png"], **options)
 
 
