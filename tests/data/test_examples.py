@@ -2,7 +2,6 @@
 
 import fcntl
 import itertools
-import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +136,7 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
     np.testing.assert_array_equal(held.rows, mapped.rows)
     again = TokenSet(artifact, tmp_path / "cache")  # unpacked once
     assert run(again, 0, 3) == run(held, 0, 3)
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
     other = make("other", shift=1, codebook_size=codebook_size)
     assert TokenSet(other, tmp_path / "cache").rows[0, 0] == held.rows[0, 0] + 1
     with pytest.raises(ArtifactError, match=r"too many ids for memory\. .*TokenDataset\(path, cache=FOLDER\)"):
@@ -163,15 +162,15 @@ def test_a_job_waits_for_another_that_unpacks_the_same_ids_and_replaces_what_a_k
     assert wanted.file is not None
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f".writing-{wanted.file.name}").write_bytes(b"half of it")
-    folder = os.open(tmp_path / "cache", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with ThreadPoolExecutor(1) as pool:
+    lock = tmp_path / "cache" / wanted.file.with_suffix(".lock").name
+    with ThreadPoolExecutor(1) as pool, lock.open("wb") as other:  # a file: NFS locks no folders between machines
+        fcntl.flock(other, fcntl.LOCK_EX)
         waiting = pool.submit(TokenSet, artifact, tmp_path / "cache")
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.3)
-        os.close(folder)
+        other.close()
         np.testing.assert_array_equal(waiting.result().rows, wanted.rows)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [wanted.file.name]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {wanted.file.name, lock.name}
 
 
 def test_ids_that_cannot_be_unpacked_leave_no_file(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +187,7 @@ def test_ids_that_cannot_be_unpacked_leave_no_file(make: Make, tmp_path: Path, m
     (tmp_path / "cache" / f".writing-{file.name}").symlink_to("/dev/full")
     with pytest.raises(ArtifactError, match=r"cannot write .*npy: No space left on device \(.* are free\)"):
         TokenSet(full, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_ordered_examples_are_every_image_once(make: Make) -> None:

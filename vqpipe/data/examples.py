@@ -7,7 +7,6 @@ B images of a batch, N ids per image, R rows (one per image, two where horizonta
 """
 
 import fcntl
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -203,22 +202,21 @@ class Subset:
 
 
 def write_array(file: Path, shape: tuple[int, int], dtype: np.dtype, parts: Iterable[np.ndarray]) -> None:
-    """Write the rows of `parts` as a .npy file, unless it exists. Its folder is locked meanwhile, where folders can be:
-    another job that needs the same file waits for it."""
+    """Write the rows of `parts` as a .npy file, unless it exists. A file beside it is locked meanwhile, where files can
+    be: another job that needs the same file waits for it. (Folders are not locked between the machines of an NFS.)"""
+    if file.is_file():
+        return  # it may be in a folder that cannot be written
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
+        with file.with_suffix(".lock").open("wb") as lock:
             with suppress(OSError):
-                fcntl.flock(folder, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.is_file():
                 with atomic_write(file) as temporary, temporary.open("wb") as handle:
                     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(handle, header)
                     for rows in parts:
                         handle.write(rows.astype(dtype).tobytes())
-        finally:
-            os.close(folder)
 
 
 def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:
