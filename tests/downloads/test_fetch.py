@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -219,6 +221,20 @@ def test_two_downloads_of_a_url_at_once_are_one_and_another_query_is_another_fil
             paths = list(pool.map(downloads.fetch, [url] * 2, [""] * 2))
         assert [path.read_bytes() for path in paths] == [content] * 2
     assert len(hub_server.log) == 2
+
+
+def test_connection_that_fails_within_a_file_is_continued_by_the_next_call(
+    hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    hub_server.files["weights.pt"] = CONTENT
+    url = downloads.Url(f"{hub_server.address}/files/weights.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(HTTPResponse, "read", Mock(side_effect=[CONTENT[:1000], TimeoutError("timed out")]))
+        with pytest.raises(WeightsError, match=r"timed out\. Run the same command again to continue"):
+            downloads.fetch(url, "BY HAND")
+    assert downloads.fetch(url, "BY HAND").read_bytes() == CONTENT
+    assert hub_server.log[-1] == "GET /files/weights.pt bytes=1000-"
 
 
 def test_file_that_does_not_fit_the_disk_is_refused(

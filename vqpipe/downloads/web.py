@@ -23,6 +23,7 @@ from vqpipe.progress import Progress
 TIMEOUT = 30.0
 """Seconds without a byte that end a connection."""
 CHUNK = 1 << 20
+CONTINUE = "Run the same command again to continue"
 
 
 def url_folder(url: Url) -> Path:
@@ -58,7 +59,8 @@ def fetch_url(url: Url, by_hand: str, progress: Progress) -> Path:
                 os.replace(partial, target)
                 version_file(partial).unlink(missing_ok=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException, ValueError) as error:
-        raise connection_error(url, error, by_hand) from None  # ValueError: it is no URL
+        begun = partial.is_file() and not isinstance(error, urllib.error.HTTPError)
+        raise connection_error(url, error, CONTINUE if begun else by_hand) from None  # ValueError: it is no URL
     except OSError as error:
         raise WeightsError(
             f"cannot write {partial}: {reason(error)} ({free_space(partial)} are free)",
@@ -72,7 +74,7 @@ def version_file(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.json")
 
 
-def connection_error(url: Url, error: Exception, by_hand: str) -> WeightsError:
+def connection_error(url: Url, error: Exception, hint: str) -> WeightsError:
     """The error of a failed connection to a web server."""
     if isinstance(error, urllib.error.HTTPError):
         why = f"HTTP status {error.code}"
@@ -84,7 +86,7 @@ def connection_error(url: Url, error: Exception, by_hand: str) -> WeightsError:
             if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception)
             else reason(error)
         )
-    return WeightsError(f"{url} cannot be downloaded: {why}", by_hand)
+    return WeightsError(f"{url} cannot be downloaded: {why}", hint)
 
 
 def download(url: Url, partial: Path, by_hand: str, progress: Progress) -> None:
@@ -137,7 +139,7 @@ def download(url: Url, partial: Path, by_hand: str, progress: Progress) -> None:
     if total is not None and done.done < total:
         raise WeightsError(
             f"{url} cannot be downloaded: the connection ended at byte {done.done:,} of {total:,}",
-            "Run the same command again to continue",
+            CONTINUE,
         )
 
 
