@@ -55,12 +55,13 @@ def stage_command(words: Sequence[str]) -> list[str]:
 
 
 def options_of(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The options of a command line with their values: `--a b --c=d` -> [("--a", "b"), ("--c", "d")]."""
+    """The options of a command line with their values, "" for those without: `--a b --c=d --e` -> [("--a", "b"),
+    ("--c", "d"), ("--e", "")]."""
     found = []
     for word, following in pairwise([*words, ""]):
         if word.startswith("--"):
             option, equals, value = word.partition("=")
-            found.append((option, value if equals else following))
+            found.append((option, value if equals else "" if following.startswith("--") else following))
     return found
 
 

@@ -90,9 +90,23 @@ def test_command_of_training_may_import_a_plugin() -> None:
 
 
 def test_settings_are_the_options_in_any_order_without_seed_and_paths() -> None:
-    words = ["train", "--set", "a=1", "--seed=3", "--set", "b=2", "--out", "x", "--codebook", "c", "--validation", "v"]
-    other = ["train", "--out=y", "--set", "b=2", "--set", "a=1", "--seed", "4"]
-    assert settings_of(words) == settings_of(other) == ["--set a=1", "--set b=2"]
+    words = [
+        "train",
+        "--set",
+        "a=1",
+        "--download",
+        "--seed=3",
+        "--set",
+        "b=2",
+        "--out",
+        "x",
+        "--codebook",
+        "c",
+        "--validation",
+        "v",
+    ]
+    other = ["train", "--out=y", "--set", "b=2", "--download", "--set", "a=1", "--seed", "4"]
+    assert settings_of(words) == settings_of(other) == ["--download ", "--set a=1", "--set b=2"]
 
 
 @pytest.mark.parametrize(
