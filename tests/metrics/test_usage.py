@@ -164,6 +164,7 @@ def test_utilization_at_a_budget_is_that_of_the_first_tokens(scale: int, monkeyp
 def test_results_do_not_depend_on_the_division_into_ranks(scale: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, size = torch.from_numpy(some_ids() * scale).flatten(1), 200 * scale
     monkeypatch.setattr(usage_module, "BUDGETS", (20, 100))
+    monkeypatch.setattr(usage_module, "POSITIONS_AT_ONCE", 64)
     alone = CodeUsage(size, num_groups=2)
     alone.update(ids, start=0)
     expected = report(alone, 999)

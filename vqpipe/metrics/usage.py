@@ -31,6 +31,8 @@ CURVE_POINTS = 64
 """Largest number of points of the curve of codes in use against tokens."""
 NEVER = 2**63 - 1
 """First position of a code that was not chosen."""
+POSITIONS_AT_ONCE = 2**20
+"""Codes whose first positions are exchanged between ranks at once: each rank receives 8 MiB of every other."""
 
 
 class UsageResult(NamedTuple):
@@ -228,7 +230,8 @@ class CodeUsage(Resumable):
             first = earliest(rows, self.codebook_size)
             return [first[groups == group] for group in range(self.num_groups)]
         own = torch.full_like(self._counts, NEVER) if self._first is None else self._first
-        return list(gather_rows(own[None]).amin(0))
+        parts = [gather_rows(part[None].contiguous()).amin(0) for part in own.flatten().split(POSITIONS_AT_ONCE)]
+        return list(torch.cat(parts).view_as(own))
 
 
 def no_counts(num_groups: int, codebook_size: int, device: torch.device | str = "cpu") -> Tensor:
