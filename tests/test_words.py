@@ -22,6 +22,6 @@ def test_one_is_singular(number: int, plural: str, text: str) -> None:
 
 
 def test_a_share_is_rounded_neither_up_to_all_nor_down_to_none() -> None:
-    shares = ((1.0, 2), (0.999999, 2), (0.999999, 3), (0.0, 1), (0.0004, 1), (0.0006, 1), (0.00004, 2))
-    texts = ["100 %", "99.99 %", "99.999 %", "0.0 %", "0.04 %", "0.1 %", "0.004 %"]
+    shares = ((1.0, 2), (0.999999, 2), (0.999999, 3), (0.0, 1), (0.0004, 1), (0.0006, 1), (0.00004, 2), (1.25, 1))
+    texts = ["100 %", "99.99 %", "99.999 %", "0.0 %", "0.04 %", "0.1 %", "0.004 %", "125.0 %"]
     assert [percent(*each) for each in shares] == texts

@@ -22,7 +22,9 @@ def capitalized(text: str) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share of 0..1 in percent with so many digits, never rounded up to 100 % or down to 0 %: `99.9 %`, `0.004 %`."""
+    value, step = 100 * share, 10**-digits
     if share == 1:
         return "100 %"
-    value, step = 100 * share, 10**-digits
-    return f"{value:.1g} %" if 0 < value < step / 2 else f"{min(value, 100 - step):.{digits}f} %"
+    if 0 < value < step / 2:
+        return f"{value:.1g} %"
+    return f"{min(value, 100 - step) if share < 1 else value:.{digits}f} %"
