@@ -508,8 +508,11 @@ def test_failures_of_buckets_are_one_line(
 SCRIPT = """
 import os, signal, sys
 from stages import cli, signals
+from vqpipe.data import remote
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
+
+remote.SILENT_SECONDS = 300.0
 
 def command():
     for number in signals.SIGNALS:
@@ -574,7 +577,7 @@ def test_signal_ends_a_process_that_waits_for_a_stalled_server(
         start = time.monotonic()
         os.kill(child, number)
         assert int(launcher.stdout.readline()) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-        assert time.monotonic() - start < 25  # a stalled server is waited for 30 seconds
+        assert time.monotonic() - start < 250  # less than a stalled server is waited for here
         assert (tmp_path / "errors").read_text() == "interrupted; the same command again resumes from what is written\n"
     finally:
         with suppress(ProcessLookupError):
