@@ -36,7 +36,7 @@ def demo(
     the same budget, and compares their utilization and reconstructions. Run it
     again to resume.
     """
-    from stages.next_steps import train_precision
+    from vqpipe.device import bf16_is_faster, check_device
 
     steps, k = SIZES[size]["steps"], SIZES[size]["k"]
     shared: dict[str, Any] = {"device": device, "seed": seed}
@@ -48,7 +48,8 @@ def demo(
     extract_features([TRAIN], out / "features", preset="demo", **shared)
     step(2, "cluster the features into a codebook")
     kmeans([out / "features"], out / "codebook", k=k, preset="demo", **shared)
-    training: dict[str, Any] = {"preset": "demo", "steps": steps, "precision": train_precision(device), **shared}
+    precision = "bf16" if bf16_is_faster(check_device(device)) else "fp32"
+    training: dict[str, Any] = {"preset": "demo", "steps": steps, "precision": precision, **shared}
     step(3, "train VQGAN-LC: this codebook, frozen, with a learned projector")
     train([TRAIN], out / "lc", out / "codebook", overrides=settings, **training)
     step(4, "train VQGAN-FC: the same network and budget, with a learned codebook")

@@ -60,7 +60,7 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
             yield "vqpipe", "kmeans", "--features", path, *preset, "--out", beside(path, "codebook")
         case "codebook":
             named = [name for name in found(artifact, "--preset") if takes_codebook_of(name)]
-            precision = train_precision("auto")
+            precision = train_precision()
             settings = ["--preset", *(named or [CODEBOOK_PRESET])[:1], *with_name("--precision", [precision or ""])]
             inputs = [*images_of(artifact), "--codebook", path]
             yield "vqpipe", "train", *settings, *inputs, "--out", beside(path, "tokenizer")
@@ -225,10 +225,9 @@ def takes_codebook_of(preset: str) -> bool:
     return recipe.load(preset).model.quantizer.needs_codebook
 
 
-def train_precision(device: str) -> Literal["fp32"] | None:
+def train_precision() -> Literal["fp32"] | None:
     """fp32 on a CPU that computes bf16 no faster, where it may take many times as long; None: that of the preset."""
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return "fp32" if on_cpu and not bf16_is_faster(torch.device("cpu")) else None
+    return None if torch.cuda.is_available() or bf16_is_faster(torch.device("cpu")) else "fp32"
 
 
 def beside(path: Path, name: str) -> Path:
