@@ -133,6 +133,6 @@ for words in [["--help"], *([name, "--help"] for name in cli.COMMANDS), ["train"
         if heavy:
             sys.exit(f"vqpipe {words} imports {heavy}")
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert all(f"vqpipe {name} [OPTIONS]" in done.stdout for name in ("train", "eval", "zoo"))

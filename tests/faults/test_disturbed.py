@@ -146,7 +146,7 @@ class Launcher:
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.close()
-        self.server.wait(timeout=60)
+        self.server.wait(timeout=250)
         self.server.stdout.close()
 
     def answer(self) -> str:
@@ -177,7 +177,7 @@ class Launcher:
                 code = process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                code = process.wait(timeout=60)
+                code = process.wait(timeout=250)
         assert self.remaining(lambda _, its_group: its_group == process.pid) == []
         return code
 

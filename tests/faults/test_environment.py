@@ -253,7 +253,7 @@ def test_modules_in_the_working_directory_are_not_imported_and_stdin_may_be_clos
     command = f"exec {sys.executable} -m stages --version <&-"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -15,7 +15,7 @@ def run(folder: Path, fails: str, **environment: str) -> tuple[subprocess.Comple
     python.write_text(f'#!/bin/bash\necho "$*" >> {log}\n[[ "$*" != *"{fails}"* ]]\n', encoding="utf-8")
     python.chmod(0o755)
     settings = {"PYTHON": str(python), "OUT": str(folder / "out"), "PATH": os.environ["PATH"]} | environment
-    done = subprocess.run([SCRIPT], env=settings, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([SCRIPT], env=settings, capture_output=True, text=True, timeout=250)
     return done, [line for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith("-m pip")]
 
 

@@ -130,7 +130,7 @@ def test_every_command_of_the_study_parses_and_every_model_builds(script: str, t
     bin_folder, record = programs(tmp_path, python=python), tmp_path / "record"
     paths = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "RECORD": str(record)}
     given = {"TRAIN": "a;b", "EVAL": "c", "MOBILENET": "mobilenet.pth", "SIZES": "1024 100000"}
-    subprocess.run(["bash", RUNS / "study" / script], check=True, env={**given, **paths}, cwd=tmp_path, timeout=60)
+    subprocess.run(["bash", RUNS / "study" / script], check=True, env={**given, **paths}, cwd=tmp_path, timeout=250)
     commands = [shlex.split(line) for line in record.read_text().splitlines()]
     trained, compared = set(), set()
     for name, *words in commands:

@@ -234,7 +234,7 @@ def test_signal_during_a_save_loses_nothing(folder: Path, straight: dict[str, di
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=250)
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
     kept = checkpoints(folder / "out.partial").paths()

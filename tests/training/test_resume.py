@@ -426,7 +426,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     for child in children:
         os.kill(int(child), signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=250)
 
 
 def kill_at_random(folder: Path, pictures: Path, kind: str, steps: int, kills: int, seconds: float, ranks: int) -> int:
