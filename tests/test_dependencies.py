@@ -162,6 +162,7 @@ def test_deprecations_of_vqpipe_fail_and_those_of_other_packages_are_listed(
     assert strict or "this goes away" in done.stdout  # the summary of warnings
 
 
+@pytest.mark.slow
 def test_a_wheel_has_two_packages_and_finds_its_manifests(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)

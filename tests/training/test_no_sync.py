@@ -46,6 +46,8 @@ QUANTIZERS: dict[str, QuantizerConfig] = {
 }
 READING = ("multi_group of cvq",)
 """Of these the update reads how many codes are unused: it computes distances of those alone, which takes less time."""
+FAST = [(1, "lc"), (1, "multi_group of cvq"), (2, "ema")]
+"""Cases that are tested each time: a fake step takes seconds. (Number of parts of a batch, quantizer.)"""
 READS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -123,8 +125,9 @@ def step(task: TokenizerTask, number: int) -> StepOutput[Any]:
 @pytest.mark.parametrize(
     ("accumulate", "kind"),
     [
-        *((1, kind) for kind in QUANTIZERS),
-        *(pytest.param(2, kind, marks=[] if kind == "ema" else pytest.mark.slow) for kind in QUANTIZERS),
+        pytest.param(accumulate, kind, marks=[] if (accumulate, kind) in FAST else pytest.mark.slow)
+        for accumulate in (1, 2)
+        for kind in QUANTIZERS
     ],
 )
 def test_a_step_and_its_metrics_read_nothing_from_the_gpu(kind: str, accumulate: int, fake_cuda: torch.device) -> None:
@@ -139,7 +142,14 @@ def test_a_step_and_its_metrics_read_nothing_from_the_gpu(kind: str, accumulate:
     assert output.skipped.is_cuda
 
 
-@pytest.mark.parametrize("kind", [kind for kind in QUANTIZERS if kind not in READING])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("simvq", "multi_group of ema") else pytest.mark.slow)
+        for kind in QUANTIZERS
+        if kind not in READING
+    ],
+)
 def test_the_update_of_a_codebook_reads_nothing_from_the_gpu(kind: str, fake_cuda: torch.device) -> None:
     task = make_task(QUANTIZERS[kind], fake_cuda)
     output = step(task, 0)

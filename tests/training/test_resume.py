@@ -336,8 +336,8 @@ def test_no_tensor_of_a_checkpoint_is_unused(pictures: Path, tmp_path: Path, cut
 
 FIRST = {leaf.partition("/")[0]: leaf for leaf in reversed(LEAVES["lc"])}
 """Part -> its first tensor."""
-DAMAGES = [(leaf, "drop") for leaf in LEAVES["lc"]]
-DAMAGES += [(leaf, change) for leaf in FIRST.values() for change in ("reshape", "retype", "add")]
+DAMAGES = [(leaf, "drop") for leaf in FIRST.values()]
+DAMAGES += [(LEAVES["lc"][0], change) for change in ("reshape", "retype", "add")]
 
 
 @pytest.mark.parametrize(("leaf", "change"), DAMAGES)
