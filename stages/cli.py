@@ -16,10 +16,11 @@ from importlib import import_module, metadata
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from stages import plugins, signals
-from vqpipe.errors import VqpipeError
+from vqpipe.errors import VqpipeError, printable
+from vqpipe.words import first_names
 
 
 class Command(NamedTuple):
@@ -75,6 +76,25 @@ class LazyGroup(TyperGroup):
         return name, load(name) if name in COMMANDS else command, rest
 
 
+class OneCommand(TyperCommand):
+    """A command whose error of unexpected words names the option that they follow: a shell replaces a pattern without
+    quotation marks by the names of the files."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = ["", "", *args]
+        ctx.allow_extra_args = True
+        extra = super().parse_args(ctx, args)
+        if extra:
+            names, before = printable(first_names(extra)), words[words.index(extra[0]) - 2]
+            option = next((each for each in self.params if before in each.opts), None)
+            if option is None:
+                ctx.fail(f"Unexpected argument: {names}")
+            images = str(option.metavar).startswith("WHERE")
+            hint = "Quote a pattern or a name with spaces, or give the folder" if images else "Quote a name with spaces"
+            ctx.fail(f"{before} takes one value, not also {names}. {hint}")
+        return extra
+
+
 Import = Annotated[
     list[str] | None,
     typer.Option(
@@ -106,7 +126,7 @@ def load(name: str | None) -> Any:
 def parser_of(function: Callable[..., Any], name: str | None = None) -> Any:
     """The parser of a function's options."""
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, context_settings={"help_option_names": ["-h", "--help"]})(function)
+    single.command(name, cls=OneCommand, context_settings={"help_option_names": ["-h", "--help"]})(function)
     return typer.main.get_command(single)
 
 

@@ -64,6 +64,12 @@ WRONG = {
     "train --images photo --preset small": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photo --tokenizer builtin:photos-f8": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photos --tokenizer photoz": ("out", 1, "no such folder. Did you mean photos?"),
+    "tokenize --images photos/1.jpg photos/2.jpg photos/3.jpg --tokenizer builtin:photos-f8": (
+        "out",
+        2,
+        "--images takes one value, not also photos/2.jpg, photos/3.jpg. Quote a pattern or a name with spaces, or give",
+    ),
+    "inspect photos photos": ("", 2, "Unexpected argument: photos"),
     "tokenize --images photos --tokenizer photos --image-size big": ("out", 2, "'big' is not an image size. Write 256"),
     "tokenize --images photos --tokenizer photos --image-size 0": ("out", 2, "'0' is not an image size. Write 256"),
     "generate --generator photos --seed -1": ("out", 2, "--seed': Input should be greater than or equal to 0"),
