@@ -26,6 +26,8 @@ HINTS = {
     errno.EFBIG: "Raise the limit on file sizes (ulimit -f) and run the same command again",
     errno.EMFILE: "Raise the limit on open files (ulimit -n) and run the same command again",
 }
+BUILTIN_IMAGES = ("builtin:photos", "builtin:photos/train", "builtin:photos/heldout")
+BUILTIN_TOKENIZERS = ("builtin:photos-f8",)
 MAKE_ROOM = "Finished files are kept: free some space or repair the disk, and run the same command again"
 
 
@@ -46,8 +48,11 @@ def valid_text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def nearest_path(path: Path, hint: str = "Check the path") -> str:
-    """The hint for a path that does not exist: a similar name in the same folder, else `hint`."""
+def nearest_path(path: Path, hint: str = "Check the path", builtin: Sequence[str] = ()) -> str:
+    """The hint for a path that does not exist: the name among `builtin` that lacks only its `builtin:`, a similar name
+    in the same folder, else `hint`."""
+    if f"builtin:{path}" in builtin:
+        return f"Did you mean builtin:{path}?"
     try:
         close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
     except OSError:
@@ -57,13 +62,16 @@ def nearest_path(path: Path, hint: str = "Check the path") -> str:
 
 def absent_artifact(path: Path) -> ArtifactError:
     """The error for an artifact that does not exist."""
-    return ArtifactError(f"{path} is not a vqpipe artifact: there is no such folder", nearest_path(path))
+    is_on_hub = len(path.parts) == 2 and not path.parent.exists()
+    hint = f"Check the path, or write hf:{path} for a repository of the model hub" if is_on_hub else "Check the path"
+    what = f"{path} is not a vqpipe artifact: there is no such folder"
+    return ArtifactError(what, nearest_path(path, hint, BUILTIN_TOKENIZERS))
 
 
 def absent_images(names: Sequence[str]) -> DataError:
     """The error for images, folders, and patterns that name nothing."""
     hint = "Give a folder, tars, Parquet, a zip, a list of paths, or an artifact"
-    return DataError(f"no such images: {first_names(names, 5)}", nearest_path(Path(names[0]), hint))
+    return DataError(f"no such images: {first_names(names, 5)}", nearest_path(Path(names[0]), hint, BUILTIN_IMAGES))
 
 
 def with_final_name(path: Path) -> Path:

@@ -18,7 +18,7 @@ from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import from_table, to_table
 from vqpipe.downloads import fetch_repository, split_repository
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
-from vqpipe.files import atomic_write, write_json
+from vqpipe.files import BUILTIN_TOKENIZERS, atomic_write, write_json
 from vqpipe.model_card import local_card
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.weights import load_tensors, load_weights, save_weights
@@ -63,10 +63,9 @@ def builtin_folder(name: str) -> Path:
     Raises:
         ConfigError: there is none of this name.
     """
-    folders = {f"builtin:{config.parent.name}": config.parent for config in sorted(PRETRAINED.glob(f"*/{CONFIG}"))}
-    if name not in folders:
-        raise ConfigError(f"there is no tokenizer {name}", f"Use {' or '.join(folders)}")
-    return folders[name]
+    if name not in BUILTIN_TOKENIZERS:
+        raise ConfigError(f"there is no tokenizer {name}", f"Use {' or '.join(BUILTIN_TOKENIZERS)}")
+    return PRETRAINED / name.removeprefix("builtin:")
 
 
 def download(path: str, revision: str | None) -> tuple[Path, str]:

@@ -63,6 +63,9 @@ WRONG = {
     "train --images photos --preset smal": ("out", 1, "no preset is called 'smal'. Did you mean small?"),
     "train --images photo --preset small": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photo --tokenizer builtin:photos-f8": ("out", 1, "no such images: photo. Did you mean photos?"),
+    "tokenize --images photos --tokenizer photos-f8": ("out", 1, "such folder. Did you mean builtin:photos-f8?"),
+    "tokenize --images photos --tokenizer user/name": ("out", 1, "or write hf:user/name for a repository"),
+    "tokenize --images photos/train --tokenizer builtin:photos-f8": ("out", 1, "Did you mean builtin:photos/train?"),
     "tokenize --images photos --tokenizer photoz": ("out", 1, "no such folder. Did you mean photos?"),
     "tokenize --images photos/1.jpg photos/2.jpg photos/3.jpg --tokenizer builtin:photos-f8": (
         "out",

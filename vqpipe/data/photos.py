@@ -24,6 +24,7 @@ from PIL import Image
 
 from vqpipe.data.sources import NO_LABEL
 from vqpipe.errors import DataError
+from vqpipe.files import BUILTIN_IMAGES
 
 SIDES = (256, 192, 128)
 
@@ -73,7 +74,7 @@ HELDOUT = (
     Photo("skimage", "data/coffee.png", (600, 400)),
     Photo("sklearn", "datasets/images/china.jpg", (640, 427)),
 )
-SPLITS = {"": TRAIN + HELDOUT, "/train": TRAIN, "/heldout": HELDOUT}
+SPLITS = dict(zip(BUILTIN_IMAGES, (TRAIN + HELDOUT, TRAIN, HELDOUT), strict=True))
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,9 @@ def open_photos(spec: str) -> Photos:
     Raises:
         DataError: another name, or a photograph is missing.
     """
-    split = spec.removeprefix("builtin:photos")
-    if split not in SPLITS:
-        raise DataError(f"there is no {spec}", f"Use {', '.join('builtin:photos' + name for name in SPLITS)}")
-    return Photos(SPLITS[split], spec)
+    if spec not in SPLITS:
+        raise DataError(f"there is no {spec}", f"Use {', '.join(SPLITS)}")
+    return Photos(SPLITS[spec], spec)
 
 
 def cut(photo: Photo) -> list[Crop]:
