@@ -154,7 +154,8 @@ def show_numbers(numbers: Iterable[tuple[str, str, str]], not_computed: Mapping[
     from vqpipe.weights import PUBLISHED_FILES
 
     header = ["measure", "value", "convention"]
-    show_table(page.Table("", header, [list(row) for row in numbers], prose=header[2:]))
+    if rows := [list(row) for row in numbers]:
+        show_table(page.Table("", header, rows, prose=header[2:]))
     missing: list[str] = []
     for reason in dict.fromkeys(not_computed.values()):
         names = ", ".join(name_of(key) for key, why in not_computed.items() if why == reason)

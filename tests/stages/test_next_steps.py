@@ -314,3 +314,5 @@ def test_reason_of_missing_weights_is_printed_once_with_its_address(capsys: pyte
     for line, name, file in zip(lines[first + 1 :], names, files, strict=True):
         assert line.startswith(f"  {name}: https://")
         assert line.endswith(f"/{file}")
+    console.show_numbers([], reasons)
+    assert capsys.readouterr().err.splitlines() == lines[first:]  # without a number, no table
