@@ -113,10 +113,10 @@ def test_usage_growth_is_compared_with_uniform_codes() -> None:
     assert plot is not None
     assert without is not None
     assert nearly is not None
-    assert plot.alt == "60.00 % of the codes after 2,000 tokens, 100 % with codes drawn uniformly"
+    assert plot.alt == "60.0 % of the codes after 2,000 tokens, 100 % with codes drawn uniformly"
     assert {"this tokenizer", "uniform codes", "1,000", "100%"} <= set(texts(plot))
     assert plot.svg.count("<path") == without.svg.count("<path") + 1  # only the budget inside the curve
-    assert nearly.alt.endswith("99.99 % with codes drawn uniformly")  # not rounded up to all
+    assert nearly.alt.endswith("99.9 % with codes drawn uniformly")  # not rounded up to all
     assert plots.usage_growth([]) is None
 
 

@@ -144,7 +144,7 @@ class Patches(Analysis):
             slot = self.slot(sheet["group"], sheet["code"])
             png = code_sheet(self.kept.of(np.array([slot])).pixels)
             name = f"Code {sheet['code']:,}" + (f" of group {sheet['group'] + 1}" if self.groups > 1 else "")
-            note = f"{sheet['times']:,} times ({percent(sheet['share'], 2)} of the tokens)"
+            note = f"{sheet['times']:,} times ({percent(sheet['share'])} of the tokens)"
             maps.append(page.Map(note, png, name, f"Patches of {name}, {note}"))
         some = ""
         if result["num_watched"] < self.codebook_size:

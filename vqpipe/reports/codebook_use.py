@@ -45,8 +45,8 @@ def sections_on_codes(evaluated: EvaluationResult) -> list[page.Section]:
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
     """Utilization after several numbers of tokens, beside that of a uniform coder."""
     cells = [
-        [f"{row['tokens']:,}", percent(row["utilization"], 2), percent(row["uniform_utilization"], 2)]
-        + ([" to ".join(percent(end(groups), 2) for end in (min, max))] if len(groups) > 1 else [])
+        [f"{row['tokens']:,}", percent(row["utilization"]), percent(row["uniform_utilization"])]
+        + ([" to ".join(percent(end(groups)) for end in (min, max))] if len(groups) > 1 else [])
         for row in rows
         for groups in [row["utilization_per_group"]]
     ]

@@ -190,7 +190,7 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
     if not curve:
         return None
     tokens, used, uniform = map(np.array, zip(*curve, strict=True))
-    ends, uniform_ends = (percent(share, 2) for share in curve[-1][1:])
+    ends, uniform_ends = (percent(share) for share in curve[-1][1:])
     alt = f"{ends} of the codes after {tokens[-1]:,} tokens, {uniform_ends} with codes drawn uniformly"
     return line_plot(
         "Utilization against tokens",
