@@ -62,6 +62,7 @@ def test_a_table_round_trips_through_its_dataclass() -> None:
         ({"shape": {"kind": "square", "side": 1}, "stpes": 3}, "unknown key stpes. Did you mean steps?"),
         ({"shape": {"kind": "square", "side": 1}, "inner": {"learning_rte": 3}}, "Did you mean learning_rate?"),
         ({"shape": {"kind": "sqare", "side": 1}}, "shape.kind = 'sqare' is unknown. Did you mean square?"),
+        ({"shape": {"kind": "square-root"}}, "is unknown. A kind that is not part of vqpipe needs --import FILE.py"),
         ({"shape": {"side": 1}}, "shape.kind is not set"),
         ({"shape": {"kind": "square"}}, "shape.side is not set"),
         ({"shape": {"kind": "square", "side": "1"}}, "shape.side = '1' should be a number"),

@@ -29,8 +29,10 @@ from vqpipe.errors import ConfigError
 T = TypeVar("T")
 RESUMABLE, ADDED = "resumable", "added"
 """Keys of a field's metadata."""
-MORE_KINDS = " A kind that is not part of vqpipe needs --import FILE.py, or in Python the import of its module"
-"""Ends the hint of an unknown kind."""
+MORE_KINDS = "A kind that is not part of vqpipe needs --import FILE.py, or in Python the import of its module"
+"""The hint of an unknown kind, beside the known ones."""
+TYPO = 0.75
+"""Similarity from which on an unknown kind is a known one with a typing error: `lcc` and `lc` have 0.8."""
 LIST_HINT = 'A list is [1, 2] or ["a", "b"]; in a shell, with single quotes around it'
 """Ends the message of a value that is no list: a shell removes double quotes that are not in single ones."""
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -254,10 +256,10 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 40 else text[:18] + "..." + text[-4:]
 
 
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    """The hint of a mistyped name: its nearest neighbor, or all there are."""
+def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """The hint of a mistyped name: its nearest neighbor of at least that similarity (0..1), or all there are."""
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}"
 
 
@@ -292,8 +294,8 @@ def choose_kind(cls: type[T], table: Mapping[str, Any], where: str) -> type[T]:
     if kind is None:
         raise ConfigError(f"{dotted(where, 'kind')} is not set", f"It is one of {', '.join(sorted(kinds))}")
     if not isinstance(kind, str) or kind not in kinds:
-        nearest = nearest_name(str(kind), kinds)
-        hint = nearest + ("" if nearest.endswith("?") else ".") + MORE_KINDS
+        nearest = nearest_name(str(kind), kinds, TYPO)
+        hint = f"{nearest} {MORE_KINDS}" if nearest.endswith("?") else f"{MORE_KINDS}. {nearest}"
         raise ConfigError(f"{dotted(where, 'kind')} = {kind!r} is unknown", hint)
     return kinds[kind]
 
