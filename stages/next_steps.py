@@ -56,12 +56,12 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
         case "dataset":
             yield "vqpipe", "extract-features", "--images", path, "--out", beside(path, "features")
         case "features":
-            preset = [*with_name("--preset", options(artifact, "--preset")[:1]), *num_codes(artifact)]
-            yield "vqpipe", "kmeans", "--features", path, *preset, "--out", beside(path, "codebook")
+            settings = [*with_name("--preset", options(artifact, "--preset")[:1]), *num_codes(artifact)]
+            yield "vqpipe", "kmeans", "--features", path, *settings, "--out", beside(path, "codebook")
         case "codebook":
             named = [name for name in found(artifact, "--preset") if takes_codebook_of(name)]
-            precision = train_precision()
-            settings = ["--preset", *(named or [CODEBOOK_PRESET])[:1], *with_name("--precision", [precision or ""])]
+            preset = [*named, CODEBOOK_PRESET][0]
+            settings = ["--preset", preset, *with_name("--precision", [train_precision(preset) or ""])]
             inputs = [*images_of(artifact), "--codebook", path]
             yield "vqpipe", "train", *settings, *inputs, "--out", beside(path, "tokenizer")
         case "tokenizer":
@@ -225,9 +225,14 @@ def takes_codebook_of(preset: str) -> bool:
     return recipe.load(preset).model.quantizer.needs_codebook
 
 
-def train_precision() -> Literal["fp32"] | None:
-    """fp32 on a CPU that computes bf16 no faster, where it may take many times as long; None: that of the preset."""
-    return None if torch.cuda.is_available() or bf16_is_faster(torch.device("cpu")) else "fp32"
+def train_precision(preset: str) -> Literal["fp32"] | None:
+    """fp32 for a preset in bf16, on a CPU that computes bf16 no faster, where it may take many times as long; None:
+    that of the preset."""
+    from stages import recipe
+
+    if recipe.load(preset).train.precision == "fp32" or torch.cuda.is_available():
+        return None
+    return None if bf16_is_faster(torch.device("cpu")) else "fp32"
 
 
 def beside(path: Path, name: str) -> Path:

@@ -174,6 +174,17 @@ def test_a_generator_that_takes_hours_on_a_cpu_is_proposed_with_fewer_steps(
     assert next_steps.generator_steps(open_artifact(tmp_path / "made")) == steps
 
 
+@pytest.mark.parametrize(("preset", "precision"), [("small", None), ("mgvq-f16-g4", "fp32")])
+def test_fp32_is_proposed_on_a_slow_cpu_for_presets_in_bf16_alone(
+    preset: str, precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import next_steps
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(next_steps, "bf16_is_faster", lambda device: False)
+    assert next_steps.train_precision(preset) == precision
+
+
 @pytest.mark.parametrize(("image_size", "proposed"), [(64, True), ("64x40", False), ("native", False)])
 def test_a_generator_is_proposed_for_square_images_alone(
     image_size: int | str, proposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
