@@ -73,6 +73,14 @@ def test_rows_are_grouped_by_all_settings_but_the_seed() -> None:
     assert len(configurations_of(imported)) == 3  # without a command of training nothing is equal
 
 
+def test_settings_that_the_reports_hold_are_compared_and_not_the_words_of_the_command() -> None:
+    several = [trained("a-s0", 0, 23.0), trained("a-s1", 1, 23.2, options="--preset copy.toml"), trained("b", 2, 23.1)]
+    for each, size in zip(several, (4, 4, 8), strict=True):
+        seed = int(each.commands[0].split("--seed ")[1][0])
+        each.metrics["training"] = {"train": {"global_batch_size": size}, "seed": seed}
+    assert [each.name for each in configurations_of(several)] == ["a", "b"]
+
+
 def test_configurations_with_one_common_name_are_told_apart() -> None:
     several = [trained(f"run-{n}", n % 2, 22.0 + n, options=f"--set train.betas={n // 2}") for n in range(4)]
     numbers = numbers_over_seeds(configurations_of(several), [PSNR])

@@ -104,6 +104,7 @@ def test_validation_numbers_equal_those_of_eval(go: Any, held_out: dict[str, Any
     for name in ("psnr", "ssim", "utilization"):
         assert last[f"valid/{name}"] == pytest.approx(metrics[name], rel=1e-6)
     assert last["valid/perplexity"] == pytest.approx(metrics["perplexity_per_group"][0])
+    assert metrics["training"] == tokenizer.config
     assert tokenizer.facts["valid_psnr"] == last["valid/psnr"]
     assert tokenizer.facts["published_step"] == 8
 

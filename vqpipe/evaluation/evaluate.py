@@ -76,6 +76,8 @@ def evaluate(
     if draft is not None:
         run.all_skipped.publish(draft, progress)
     artifact = autoencoder.artifact
+    if artifact is not None and "train" in artifact.config:
+        metrics["training"] = artifact.config
     return EvaluationResult(
         name=autoencoder.name,
         metrics=metrics,

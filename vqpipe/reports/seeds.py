@@ -22,7 +22,7 @@ OTHER_OPTIONS = ("--seed", "--out", "--images", "--validation", "--codebook", "-
 MIN_SIZES = 3
 """Different codebook sizes of a method from which on they are plotted."""
 CAPTION = (
-    "Rows of tokenizers that were trained by the same command on the same inputs, except for --seed. Mean ± standard "
+    "Rows of tokenizers that were trained with the same settings on the same inputs, with other seeds. Mean ± standard "
     "deviation over the seeds (of the sample, n - 1)."
 )
 
@@ -59,7 +59,7 @@ def configurations_of(evaluations: Sequence[EvaluationResult]) -> list[Configura
         found.setdefault(configuration_key(each) or f"{number}", []).append(each)
     grouped: list[list[EvaluationResult]] = []
     for members in found.values():
-        seeds = {dict(options_of(training_command(each))).get("--seed", "0") for each in members}
+        seeds = {training_of(each)[1] for each in members}
         grouped += [members] if len(seeds) == len(members) else [[each] for each in members]
     names = [common_name([each.name for each in members]) for members in grouped]
     return [
@@ -74,14 +74,23 @@ def training_command(evaluated: EvaluationResult) -> list[str]:
     return next((words for words in commands if words[:1] == ["train"]), [])
 
 
+def training_of(evaluated: EvaluationResult) -> tuple[Any, Any]:
+    """The settings of the tokenizer's training without the seed, and the seed; the settings are empty if the report
+    holds neither them nor the command. (Reports of earlier versions hold the command alone.)"""
+    if settings := dict(evaluated.metrics.get("training", {})):
+        return settings, settings.pop("seed")
+    command = training_command(evaluated)
+    return settings_of(command), dict(options_of(command)).get("--seed", "0")
+
+
 def configuration_key(evaluated: EvaluationResult) -> str:
-    """What is equal for seeds of one configuration; "" if the report does not hold the command of the training."""
-    train = training_command(evaluated)
-    if not train:
+    """What is equal for seeds of one configuration; "" if the settings of the training are not known."""
+    settings, _ = training_of(evaluated)
+    if not settings:
         return ""
     inputs = input_of(evaluated.lineage, "tokenizer").get("inputs", {})
     contents = {role: node.get("content") for role, node in inputs.items()}
-    return json.dumps([settings_of(train), contents, evaluated.metrics["tokenizer"]], sort_keys=True)
+    return json.dumps([settings, contents, evaluated.metrics["tokenizer"]], sort_keys=True)
 
 
 def settings_of(train: Sequence[str]) -> list[str]:
