@@ -141,8 +141,8 @@ def evaluate(
 
         if embedding_codes is not None and "embedding" not in (analyze or []):
             raise ConfigError("--embedding-codes without --analyze embedding", "Add --analyze embedding")
+        # What is wrong with other options is said before the images are hashed, which may take hours.
         perceptual_weights = perceptual_files(perceptual or [])
-        image_set = console.open_images(images, color=color)
         autoencoder = open_autoencoder(tokenizer, torch_device)
         flags: dict[str, Any] = {"protocol": protocol, "tile": tile, "fid_min_images": fid_min_images}
         flags |= {"batch_size": batch_size, "metrics": split_names(metrics)}
@@ -153,19 +153,20 @@ def evaluate(
         config = recipe.load(preset, overrides, reads=["eval"], eval=flags).eval
         networks = find_networks(weights, torch_device, perceptual_weights)
         add_extractor(networks, extractor, extractor_weights, torch_device, download=download, progress=progress)
+        analyses = analysis.build(
+            analyze or [],
+            autoencoder,
+            perceptual=networks.perceptual,
+            seed=seed,
+            embedding_codes=embedding_codes or analysis.EMBEDDING_CODES,
+        )
         report, result = evaluate_tokenizer(
             out,
-            image_set,
+            console.open_images(images, color=color),
             autoencoder,
             config,
             networks,
-            analyses=analysis.build(
-                analyze or [],
-                autoencoder,
-                perceptual=networks.perceptual,
-                seed=seed,
-                embedding_codes=embedding_codes or analysis.EMBEDDING_CODES,
-            ),
+            analyses=analyses,
             embedding_codes=embedding_codes,
             random_classes=random_classes,
             limit=limit,

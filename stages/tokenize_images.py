@@ -85,9 +85,9 @@ def tokenize(
         config = TokensConfig(**settings)  # what excludes each other is refused before anything is opened
         if plan and config.native:
             raise DataError("--plan estimates images of one size", "Give --image-size a number")
-        image_set = console.open_images(images, key_prefix, color, limit)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         config = config.sized_by(opened)
+        image_set = console.open_images(images, key_prefix, color, limit)
         if plan:
             return estimates.show(
                 plan_tokenize(
