@@ -25,7 +25,7 @@ from vqpipe.data.decoding import decode
 from vqpipe.data.images import ImageSet, SelectedImages, open_images
 from vqpipe.data.transforms import Framing, center_crop, to_uint8
 from vqpipe.data.transforms import pixels as pixels_of
-from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
+from vqpipe.errors import ArtifactError, ConfigError, DataError, VqpipeError, WeightsError
 from vqpipe.evaluation.pictures import NUM_WITH_PREFIXES
 from vqpipe.evaluation.random_classes import draw_classes
 from vqpipe.metrics.config import SetMetric
@@ -438,12 +438,26 @@ def test_embedding_codes_are_on_the_page_and_need_the_analysis(
         run(path, picture_folder, tmp_path / "other", embedding_codes=20)
 
 
+@pytest.mark.parametrize("wrong", [{"protocol": ["vqgan"]}, {"weights": Path("nowhere")}, {"analyze": ["codes"]}])
+def test_a_wrong_option_is_refused_before_the_images_are_hashed(
+    wrong: dict[str, Any],
+    tiny_tokenizer: MakeTokenizer,
+    picture_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("stages.console.open_images", lambda *args, **options: pytest.fail("hashed"))
+    with pytest.raises(VqpipeError, match=r"nowhere|vqgan|codes"):
+        run(tiny_tokenizer("tokenizer"), picture_folder, tmp_path / "report", **wrong)
+
+
 def test_extractor_without_weights_or_network_is_an_error(
     tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path
 ) -> None:
     path = tiny_tokenizer("tokenizer")
-    with pytest.raises(ConfigError, match="patch-pca"):
-        run(path, picture_folder, tmp_path / "report", extractor="patch-pca")
+    for name in ("patch-pca", "dino"):
+        with pytest.raises(ConfigError, match=f"--extractor {name} is no pretrained network. Use open_clip:"):
+            run(path, picture_folder, tmp_path / "report", extractor=name)
     with pytest.raises(ConfigError, match="without --extractor"):
         run(path, picture_folder, tmp_path / "report", extractor_weights=tmp_path / "file")
     with pytest.raises(WeightsError, match="does not exist"):

@@ -55,8 +55,8 @@ def add_extractor(
         if weights is not None:
             raise ConfigError("--extractor-weights was given without --extractor", "Name the network they belong to")
         return
-    if spec == "patch-pca":
-        raise ConfigError("patch-pca is fitted to images, so it measures no distance", "Name open_clip: or timm:")
+    if not spec.startswith(("open_clip:", "timm:")):  # patch-pca is fitted to images, so it measures no distance
+        raise ConfigError(f"--extractor {spec} is no pretrained network", "Use open_clip:NAME/TAG or timm:NAME")
     config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
     file = features.encoder_weights(config, download=download, option="--extractor-weights FILE", progress=progress)
     encoder = features.open_encoder(config, file)
