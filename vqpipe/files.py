@@ -50,9 +50,11 @@ def valid_text(name: str) -> str:
 
 def nearest_path(path: Path, hint: str = "Check the path", builtin: Sequence[str] = ()) -> str:
     """The hint for a path that does not exist: the name among `builtin` that lacks only its `builtin:`, a similar name
-    in the same folder, else `hint`."""
+    in the same folder, else `hint`. No name is similar to a pattern."""
     if f"builtin:{path}" in builtin:
         return f"Did you mean builtin:{path}?"
+    if any(mark in path.name for mark in "*?[{"):
+        return hint
     try:
         close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
     except OSError:

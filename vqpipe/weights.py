@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vqpipe.errors import WeightsError
 from vqpipe.file_kinds import explain, kind_of_file
-from vqpipe.files import valid_text
+from vqpipe.files import nearest_path, valid_text
 
 LpipsNet = Literal["alex", "vgg", "squeeze"]
 LPIPS_BACKBONES: dict[LpipsNet, tuple[str, str]] = {
@@ -111,7 +111,7 @@ def kind_of_weights(path: Path) -> str:
     try:
         kind = kind_of_file(path)
     except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist", "Check the path") from None
+        raise WeightsError(f"{path} does not exist", nearest_path(path)) from None
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}", "Name a file of weights") from None
     if kind in ("safetensors", "unknown"):

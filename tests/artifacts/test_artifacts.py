@@ -518,6 +518,8 @@ def test_a_similar_name_in_the_same_folder_is_proposed(tmp_path: Path) -> None:
         open_artifact(tmp_path / "photo")
     with pytest.raises(ArtifactError, match=r"there is no such folder\. Check the path"):
         open_artifact(tmp_path / "elsewhere" / "photo")
+    with pytest.raises(ArtifactError, match=r"it has no manifest\.json\. Pass its folder, .*photos"):
+        open_artifact(tmp_path / "photos" / "manifest.json")
 
 
 def test_unfinished_artifact_names_the_command_that_finishes_it(

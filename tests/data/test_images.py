@@ -443,6 +443,7 @@ def test_names_without_images_are_an_error(tmp_path: Path, pack: Pack) -> None:
         ([tmp_path / "empty.tar"], "no images in empty.tar"),
         ([tmp_path / "tars"], r"holds no images. Give its tars: '.*\*\.tar'"),
         ([tmp_path / "absent"], "no such images: .*absent. Give a folder"),
+        ([tmp_path / "pictur*.jpg"], r"no such images: .*pictur\*\.jpg\. Give a folder"),
         ([tmp_path / "picture"], r"no such images: .*picture\. Did you mean .*pictures\?"),
         (["https://example.org/a.jpg?token=1"], r"a\.jpg is one image\. Download it, or pack images into tars"),
         ([tmp_path / "ta*"], r"ta\* names folders, as .*tars\. Give each its own --images, or --images .*, whose"),

@@ -61,6 +61,8 @@ WRONG = {
     "settings trian": ("", 2, "'trian' is not one of 'extract-features', 'kmeans', 'train'"),
     "presets smal": ("", 1, "no preset is called 'smal'. Did you mean small?"),
     "train --images photos --preset smal": ("out", 1, "no preset is called 'smal'. Did you mean small?"),
+    "presets photos": ("", 1, "no preset is called 'photos'. vqpipe presets lists all; a file's name ends in .toml."),
+    "train --images photos --preset small --from photoz": ("out", 1, "no such folder. Did you mean photos?"),
     "train --images photo --preset small": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photo --tokenizer builtin:photos-f8": ("out", 1, "no such images: photo. Did you mean photos?"),
     "tokenize --images photos --tokenizer photos-f8": ("out", 1, "such folder. Did you mean builtin:photos-f8?"),

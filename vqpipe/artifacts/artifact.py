@@ -171,7 +171,8 @@ def open_artifact(path: Path | str, kind: str | None = None) -> Artifact:
     if not path.exists():
         raise absent_artifact(path)
     if not (path / "manifest.json").is_file():
-        raise ArtifactError(f"{path} is not a vqpipe artifact: it has no manifest.json", "Check the path")
+        hint = f"Pass its folder, {path.parent}" if (path.parent / "manifest.json").is_file() else "Check the path"
+        raise ArtifactError(f"{path} is not a vqpipe artifact: it has no manifest.json", hint)
     manifest = read_manifest(path / "manifest.json")
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{path} is of kind {manifest.kind}, {kind} is needed", f"Pass what {KINDS[kind]} makes")

@@ -33,7 +33,9 @@ def find(preset: str, folder: Path | None = None) -> Path:
         return (folder or Path()) / preset
     path = FOLDER / f"{preset}.toml"
     if preset not in (known := names()):
-        raise ConfigError(f"no preset is called {preset!r}", nearest_name(preset, known))
+        nearest = nearest_name(preset, known)
+        hint = nearest if nearest.endswith("?") else "vqpipe presets lists all; a file's name ends in .toml"
+        raise ConfigError(f"no preset is called {preset!r}", hint)
     return path
 
 
