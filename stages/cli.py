@@ -86,10 +86,10 @@ class OneCommand(TyperCommand):
         extra = super().parse_args(ctx, args)
         if extra:
             names, before = printable(first_names(extra)), words[words.index(extra[0]) - 2]
-            option = next((each for each in self.params if before in each.opts), None)
-            if option is None:
+            metavars = {name: str(each.metavar) for each in self.params for name in each.opts}
+            if before not in metavars:
                 ctx.fail(f"Unexpected argument: {names}")
-            images = str(option.metavar).startswith("WHERE")
+            images = metavars[before].startswith("WHERE")
             hint = "Quote a pattern or a name with spaces, or give the folder" if images else "Quote a name with spaces"
             ctx.fail(f"{before} takes one value, not also {names}. {hint}")
         return extra
