@@ -301,7 +301,7 @@ class Tokenizer:
         if groups is not None:
             ids = keep_groups(ids, layout, groups)
         codes = self.autoencoder.quantizer.lookup(ids, layout)
-        return self.autoencoder.decode(codes.to(self.dtype)).float()
+        return self.autoencoder.decode(codes).float()
 
     def embed(self, ids: Tensor) -> Tensor:
         """The code of each id, float32[B, N, C / G] of int64[B, N], in the order of the ids; zeros for a negative id.
@@ -357,7 +357,7 @@ class Tokenizer:
         height, width = (factor * side for side in codes.shape[2:])
         if image_size is not None and pair_of(image_size) != (height, width):
             raise DataError(f"codes of an image of {height} x {width}, image_size = {image_size}", "Omit image_size")
-        return self.autoencoder.decode(codes.to(self.dtype)).float()
+        return self.autoencoder.decode(codes).float()
 
     def write_tokens(
         self,
@@ -463,9 +463,7 @@ class Tokenizer:
         if dtype is not None:
             if not dtype.is_floating_point:
                 raise ConfigError(f"{dtype} is no floating type", "Use torch.float32, torch.bfloat16 or torch.float16")
-            model = self.autoencoder
-            for part in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
-                part.to(dtype)
+            self.autoencoder.to(dtype)
         if device is not None:
             self.device = check_device(device)
             self.autoencoder.to(self.device)

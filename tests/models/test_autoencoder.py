@@ -41,6 +41,14 @@ def test_forward_is_encode_then_decode(kind: str) -> None:
     assert torch.equal(reconstruction.images, model.decode(quantized.codes))
 
 
+def test_networks_in_bfloat16_run_with_their_quantizer_in_float32() -> None:
+    model, images = make().eval().requires_grad_(False), smooth_images(2)
+    ids = model.encode(images).ids
+    reconstruction = model.bfloat16()(images.bfloat16())
+    assert reconstruction.images.dtype == torch.bfloat16
+    assert (reconstruction.quantized.ids == ids).float().mean() > 0.9
+
+
 def test_indivisible_sides_are_rejected() -> None:
     with pytest.raises(DataError, match="30 x 32 pixels are not divisible into cells of 4"):
         make().latent(torch.zeros(1, 3, 30, 32))

@@ -278,6 +278,18 @@ def test_autocast_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_converting_a_module_leaves_its_quantizer_in_float32(name: str) -> None:
+    quantizer = make(name).eval()
+    latent = latent_of(quantizer).to(torch.bfloat16)
+    expected = quantizer(latent)
+    torch.nn.Sequential(quantizer).bfloat16()
+    codes, ids, _ = quantizer(latent)
+    assert codes.dtype == torch.float32
+    assert torch.equal(ids, expected.ids)
+    assert torch.equal(codes, expected.codes)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_codes_that_are_read_under_autocast_are_those_of_float32(name: str) -> None:
     first, second = (make(name).eval().requires_grad_(False) for _ in range(2))
     expected = second(latent_of(second))

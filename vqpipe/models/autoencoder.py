@@ -120,8 +120,8 @@ class Autoencoder(nn.Module, ABC):
         return self.quantizer(self.latent(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes float[B, C, h, w] to images float[B, 3, H, W], about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(codes))
+        """Decode codes float[B, C, h, w] of any type to images float[B, 3, H, W], about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(codes.to(self.last_layer.dtype)))
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Encode, quantize and decode float[B, 3, H, W] in [-1, 1]; one call for DistributedDataParallel."""

@@ -9,8 +9,9 @@ A quantizer is one file: a frozen `XConfig(QuantizerConfig)` with its `kind`, ab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,9 @@ class Quantizer(nn.Module, ABC):
     `forward` changes no weight. A codebook that is not trained by gradient changes in `update` only, which the training
     loop calls after the optimizer step, and which leaves the same codebook on every rank.
 
+    Its weights stay in float32: `half()`, `bfloat16()`, `double()` and `to(dtype)`, also of a module that contains it,
+    do not convert them.
+
     `loss_names` are the keys of `Quantized.losses`; each needs a weight in section [objective].
     """
 
@@ -80,6 +84,15 @@ class Quantizer(nn.Module, ABC):
         self.channel_groups = 1
         """Number of equal groups of consecutive channels that are quantized independently; each is whitened by itself,
         and `quant_conv` may be grouped in the same way."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of `nn.Module`, which calls it to move and to convert, but tensors are only moved."""
+
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move, recurse)
 
     @property
     def token_dim(self) -> int:
