@@ -67,12 +67,14 @@ class EmaQuantizer(CodebookQuantizer):
         seen = vectors.new_zeros(self.codebook_size, 1 + self.latent_dim)  # of each code the count, then the sum
         seen.index_add_(0, ids.clamp(min=0), counted)
         all_reduce_sum(seen)
-        self.counts.mul_(self.decay).add_(seen[:, 0], alpha=1 - self.decay)
-        self.sums.mul_(self.decay).add_(seen[:, 1:], alpha=1 - self.decay)
+        any_counted = seen[:, 0].any()  # else the batch is masked: nothing changes, and the GPU is not waited for
+        decay = torch.where(any_counted, self.decay, 1.0)
+        self.counts.mul_(decay).add_(seen[:, 0], alpha=1 - self.decay)
+        self.sums.mul_(decay).add_(seen[:, 1:], alpha=1 - self.decay)
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
         codes = self.sums / smoothed.unsqueeze(1)
-        self.codes.copy_(torch.where(total > 0, codes, self.codes))  # nothing was counted yet
+        self.codes.copy_(torch.where(any_counted, codes, self.codes))
 
     @torch.no_grad()
     def standardize_codebook(self) -> None:
