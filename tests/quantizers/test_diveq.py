@@ -74,12 +74,20 @@ def test_a_resumed_run_replaces_at_the_same_step() -> None:
     for _ in range(2):
         part.update(LATENT, ids)
     resumed = make(replace_every=3)
+    resumed.update(LATENT, ids)  # also a quantizer that was in use
     resumed.load_state_dict(part.state_dict())
     for quantizer, steps in ((whole, 3), (resumed, 1)):
         for _ in range(steps):
             torch.manual_seed(5)
             quantizer.update(LATENT, ids)
     assert torch.equal(whole.codes, resumed.codes)
+
+
+def test_masked_steps_do_not_count() -> None:
+    quantizer = make(replace_every=2)
+    for ids in (torch.tensor([[1, 2]]), torch.tensor([[-1, -1]])):
+        quantizer.update(LATENT, ids)
+    assert (quantizer.steps, quantizer.hits.sum()) == (1, 2)
 
 
 def test_copies_of_one_code_differ() -> None:

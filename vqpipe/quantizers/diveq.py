@@ -59,7 +59,6 @@ class DiveqQuantizer(VectorQuantizer):
         self.noise, self.replace_every, self.min_hit_rate = config.noise, config.replace_every, config.min_hit_rate
         self.register_buffer("hits", torch.zeros(config.codebook_size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.counted: int | None = None  # `steps`, once it was read: reading it in each step would wait for the GPU
 
     def quantized(self, latent: Tensor, ids: Tensor) -> Quantized:
         codes = self.embed(ids).transpose(1, 2).reshape_as(latent)
@@ -70,19 +69,20 @@ class DiveqQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def update(self, latent: Tensor, ids: Tensor) -> None:
-        """Count in how many steps each code was used; replace unused codes when it is time."""
+        """Count in how many steps each code was used; replace unused codes when it is time.
+
+        Steps in which all ids are negative (masked groups) do not count.
+        """
         if not self.replace_every:
             return
-        used = torch.bincount(ids[ids >= 0].flatten(), minlength=self.codebook_size).float()
-        self.hits.add_((all_reduce_sum(used) > 0).float())
-        self.steps.add_(1)
-        self.counted = int(self.steps) if self.counted is None else self.counted + 1
-        if self.counted < self.replace_every:
+        used = all_reduce_sum(torch.bincount(ids[ids >= 0], minlength=self.codebook_size)) > 0
+        self.hits.add_(used)
+        self.steps.add_(used.any())
+        if self.steps < self.replace_every:
             return
         self.replace_unused()
         self.hits.zero_()
         self.steps.zero_()
-        self.counted = 0
 
     def replace_unused(self) -> None:
         """Replace the codes with a low hit rate, identically on every rank."""
