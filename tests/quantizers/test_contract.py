@@ -155,6 +155,24 @@ def test_images_are_quantized_independently(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_no_images_have_no_ids(name: str) -> None:
+    quantizer = make(name).eval()
+    with torch.no_grad():
+        codes, ids, _ = quantizer(latent_of(quantizer)[:0])
+    assert codes.shape == (0, quantizer.latent_dim, 3, 5)
+    assert ids.shape == (0, quantizer.layout(3, 5).num_tokens)
+
+
+@pytest.mark.parametrize("name", ["lc", "bsq-groups", "gq", "multi-group", "multi-scale", "residual", "vqbridge"])
+def test_evaluation_exports_to_a_graph_of_any_batch_size(name: str) -> None:
+    quantizer = make(name).eval().requires_grad_(False)
+    latent = latent_of(quantizer)
+    exported = torch.export.export(quantizer, (latent,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    latent = torch.cat([latent, latent[:1]])
+    assert torch.equal(exported.module()(latent).ids, quantizer(latent).ids)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_lookup_equals_forward_exactly_in_evaluation(name: str) -> None:
     quantizer = make(name).eval().requires_grad_(False)
     quantized = quantizer(latent_of(quantizer))

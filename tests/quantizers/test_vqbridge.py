@@ -60,7 +60,7 @@ def block(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_bridge_equals_a_transformer_over_patches_written_out() -> None:
-    bridge = make().double().bridge
+    bridge = make().bridge.double()
     torch.nn.init.normal_(bridge.head.weight)
     codes = torch.randn(48, 6, dtype=torch.float64)
     image = codes.view(6, 8, 6)

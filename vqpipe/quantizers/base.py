@@ -247,7 +247,7 @@ class CodebookQuantizer(Quantizer):
             latent = self.search_input(latent)
             with torch.no_grad():
                 ids = nearest(to_rows(latent), self.codebook(), self.metric, check=not self.training)
-            return self.quantized(latent, ids.view(len(latent), -1))
+            return self.quantized(latent, by_image(ids, latent))
 
     def search_input(self, latent: Tensor) -> Tensor:
         """The latent that the search compares with `codebook`, float32[B, C, h, w]."""
@@ -303,10 +303,10 @@ class GridQuantizer(Quantizer):
 def check_ids(ids: Tensor, codebook_size: int) -> None:
     """Raise a DataError if an id is not below `codebook_size`; negative ids are allowed.
 
-    In a graph of torch.compile, a value is checked by an assertion, which raises a RuntimeError.
+    In a graph of torch.compile or torch.export, a value is checked by an assertion, which raises a RuntimeError.
     """
     if torch.compiler.is_compiling():
-        assert (ids < codebook_size).all(), "an id is outside the codebook"
+        torch._assert_async((ids < codebook_size).all(), "an id is outside the codebook")
         return
     if ids.numel() and int(ids.max()) >= codebook_size:
         raise DataError(
@@ -318,10 +318,10 @@ def check_ids(ids: Tensor, codebook_size: int) -> None:
 def check_finite(latent: Tensor) -> None:
     """Raise a NumericError if the latent contains NaN or infinity, which signs and rounding would hide.
 
-    In a graph of torch.compile this is an assertion, which raises a RuntimeError.
+    In a graph of torch.compile or torch.export this is an assertion, which raises a RuntimeError.
     """
     if torch.compiler.is_compiling():
-        assert latent.isfinite().all(), "the latent contains NaN or infinity"
+        torch._assert_async(latent.isfinite().all(), "the latent contains NaN or infinity")
         return
     if not bool(latent.isfinite().all()):
         raise NumericError(
@@ -338,6 +338,17 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
 def to_rows(latent: Tensor) -> Tensor:
     """Flatten float[B, C, h, w] to float[N, C], in the order b, h, w."""
     return latent.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def by_image(ids: Tensor, latent: Tensor) -> Tensor:
+    """The ids int64[N] of `to_rows(latent)` as int64[B, h * w]."""
+    return ids.view_as(latent[:, 0]).flatten(1)
+
+
+def from_rows(rows: Tensor, latent: Tensor) -> Tensor:
+    """The inverse of `to_rows`: float[N, C] to float[B, C, h, w], B, h and w as those of `latent`."""
+    batch, _, height, width = latent.shape
+    return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def straight_through(latent: Tensor, codes: Tensor) -> Tensor:

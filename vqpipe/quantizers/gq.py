@@ -20,6 +20,7 @@ from vqpipe.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerConfig,
+    by_image,
     check_finite,
     check_ids,
     straight_through,
@@ -106,7 +107,7 @@ class GaussianQuantizer(Quantizer):
             check_finite(latent)
         with torch.autocast(latent.device.type, enabled=False):
             posterior = self.posterior(latent.float())
-            ids = self.search(posterior).view(len(latent), -1)
+            ids = by_image(self.search(posterior), latent)
             if self.training:
                 codes = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
             else:

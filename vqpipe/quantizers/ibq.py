@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, to_rows
+from vqpipe.quantizers.base import CodebookConfig, Quantized, by_image, from_rows, to_rows
 from vqpipe.quantizers.lfq import shannon_entropy
 from vqpipe.quantizers.sqvae import LOGITS_PER_CHUNK
 from vqpipe.quantizers.vq import VectorQuantizer
@@ -84,8 +84,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
                 "codebook": F.mse_loss(selected, vectors.detach()),
                 **entropy,
             }
-            codes = codes.view(len(latent), -1, self.latent_dim).transpose(1, 2).reshape_as(latent)
-            return Quantized(codes, ids.view(len(latent), -1), losses)
+            return Quantized(from_rows(codes, latent), by_image(ids, latent), losses)
 
     def soft_assign(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """Return the expected codes p sg(E), float32[N, C], and the entropy term, a scalar.

@@ -138,13 +138,13 @@ def joint_entropy(logits: Tensor, epsilon: float) -> Tensor:
         logits: float[N, n], log-odds of the sign +1 of each channel.
     """
     low, high = (joint_probabilities(half) for half in logits.tensor_split(2, dim=1))
-    mean = high.T @ low / len(logits)
+    mean = high.T @ low / logits.shape[0]
     return shannon_entropy(mean, epsilon)
 
 
 def joint_probabilities(logits: Tensor) -> Tensor:
     """Return the probabilities float[N, 2^n] of sign patterns from log-odds float[N, n]; channel 0 is bit 0."""
-    patterns = logits.new_ones(len(logits), 1)
+    patterns = logits.new_ones(logits.shape[0], 1)
     for channel in logits.T.unsqueeze(2):
         patterns = torch.cat([patterns * torch.sigmoid(-channel), patterns * torch.sigmoid(channel)], dim=1)
     return patterns

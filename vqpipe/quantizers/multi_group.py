@@ -20,6 +20,7 @@ from vqpipe.quantizers.base import (
     Quantizer,
     QuantizerConfig,
     build_quantizer,
+    by_image,
     to_rows,
 )
 from vqpipe.quantizers.cvq import CvqConfig
@@ -123,7 +124,7 @@ class MultiGroupQuantizer(Quantizer):
             vectors = torch.stack([to_rows(group.search_input(part)) for group, part in parts])
             codebooks = torch.stack([group.codebook() for group, _ in parts])
             ids = nearest(vectors, codebooks, parts[0][0].metric, check=not self.training)
-        return list(ids.unflatten(1, (len(latent), -1)))
+        return [by_image(group_ids, latent) for group_ids in ids]
 
     def sample_num_kept(self, batch_size: int) -> Tensor:
         """Sample the number of groups each image keeps, int64[B] on the CPU, from the default CPU generator."""

@@ -103,7 +103,7 @@ class MultiScaleQuantizer(VectorQuantizer):
                     self.metric,
                     check=not self.training,
                 )
-                ids.append(nearest_ids.view(len(latent), *grid))
+                ids.append(nearest_ids.view(latent.shape[0], *grid))
                 codes = self.upsample(self.embed(ids[-1]), scale, layout)
                 residual, total = residual - codes.detach(), total + codes
                 terms.append(self.losses(latent, total))
@@ -112,7 +112,7 @@ class MultiScaleQuantizer(VectorQuantizer):
 
     def combine(self, codes: Tensor, layout: TokenLayout) -> Tensor:
         """The sum of the upsampled scales; a scale of an image whose codes are all zero adds zero."""
-        total = torch.zeros(len(codes), self.latent_dim, *layout.grids[-1], device=codes.device)
+        total = torch.zeros(codes.shape[0], self.latent_dim, *layout.grids[-1], device=codes.device)
         for scale, grid in enumerate(layout.split(codes)):
             total = total + self.upsample(grid.squeeze(3), scale, layout)
         return total

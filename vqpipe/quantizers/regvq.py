@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, to_rows
+from vqpipe.quantizers.base import CodebookConfig, Quantized, by_image, to_rows
 from vqpipe.quantizers.sqvae import LOGITS_PER_CHUNK
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
@@ -73,7 +73,7 @@ class RegularizedQuantizer(VectorQuantizer):
             if self.training:
                 masked = torch.rand(len(ids), device=ids.device) < self.mask_ratio
                 ids = torch.where(masked, sampled, ids)
-            quantized = self.quantized(latent, ids.view(len(latent), -1))
+            quantized = self.quantized(latent, by_image(ids, latent))
             return quantized._replace(losses=quantized.losses | prior)
 
     def sample(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from vqpipe.quantizers.base import (
     CodebookConfig,
     Quantized,
     Quantizer,
+    by_image,
     check_ids,
+    from_rows,
     straight_through,
     to_rows,
 )
@@ -102,10 +104,9 @@ class ResidualQuantizer(Quantizer):
                 codes = quantizer.embed_valid(ids[-1])
                 residual, total = residual - codes, total + codes
                 losses.append(F.mse_loss(vectors, total))
-            codes = total.unflatten(0, (len(latent), -1)).transpose(1, 2).reshape_as(latent)
             return Quantized(
-                straight_through(latent, codes),
-                torch.stack(ids, dim=-1).view(len(latent), -1),
+                straight_through(latent, from_rows(total, latent)),
+                torch.stack([by_image(depth_ids, latent) for depth_ids in ids], dim=-1).flatten(1),
                 {"commitment": torch.stack(losses).mean()},
             )
 

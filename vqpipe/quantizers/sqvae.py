@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, to_rows
+from vqpipe.quantizers.base import CodebookConfig, Quantized, by_image, from_rows, to_rows
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
 
@@ -87,10 +87,10 @@ class StochasticQuantizer(VectorQuantizer):
                 sampled, entropy["entropy"] = self.sample(vectors, codebook)
             rows = sampled if self.training else self.embed(ids)
             distance = (vectors - rows).square().sum(1).mean() / (2 * self.variance())
-            codes = rows.view(len(latent), -1, self.latent_dim).transpose(1, 2).reshape_as(latent)
+            codes = from_rows(rows, latent)
             if not self.training:
                 codes = (latent - latent.detach()) + codes
-            return Quantized(codes, ids.view(len(latent), -1), {"commitment": distance, **entropy})
+            return Quantized(codes, by_image(ids, latent), {"commitment": distance, **entropy})
 
     def sample(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """Samples from the relaxed posterior, float32[N, C], and the loss "entropy", a scalar."""

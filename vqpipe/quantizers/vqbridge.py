@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, straight_through, to_rows
+from vqpipe.quantizers.base import CodebookConfig, Quantized, by_image, straight_through, to_rows
 from vqpipe.quantizers.derived import DerivedCodebook
 from vqpipe.search import nearest
 
@@ -89,7 +89,7 @@ class BridgedQuantizer(DerivedCodebook):
         with torch.autocast(latent.device.type, enabled=False):
             latent = self.search_input(latent)
             codebook = self.codebook()
-            ids = nearest(to_rows(latent), codebook, self.metric, check=not self.training).view(len(latent), -1)
+            ids = by_image(nearest(to_rows(latent), codebook, self.metric, check=not self.training), latent)
             codes = codebook[ids].transpose(1, 2).reshape_as(latent)
             return Quantized(straight_through(latent, codes), ids, self.losses(latent, codes))
 
