@@ -1,4 +1,4 @@
-"""A quantizer of your own: `vq` with the gradient of the rotation trick, and its registration.
+"""A quantizer of your own: `vq` with the gradient of the rotation trick.
 
 vqpipe --import rotation_quantizer.py train --preset small --images photos --set model.quantizer.kind=rotation --out own
 """
