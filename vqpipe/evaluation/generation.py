@@ -201,7 +201,7 @@ class GenerationEvaluator:
             nouns=("samples", "references"),
         )
         if absent:
-            reasons |= dict.fromkeys(METRICS, self.networks.absent["rfid"].replace("rFID needs", "these need"))
+            reasons |= dict.fromkeys(METRICS, self.networks.absent["rfid"].removeprefix("rFID "))
         for table in (numbers, reasons):
             if "is" in table:
                 table["inception_score"] = table.pop("is")
