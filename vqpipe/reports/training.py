@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from vqpipe.config import flat
+from vqpipe.config import flat, toml_value
 from vqpipe.reports import page, plots
 from vqpipe.reports.codebook_use import MAP_CAPTION, maps_of
 from vqpipe.reports.evaluation import EvaluationResult, codes, on_images
@@ -206,7 +206,8 @@ def sections(run: TrainingRun) -> Iterator[page.Section]:
     if any("valid/images" in row for row in run.rows):
         yield validation_table(run)
     if run.settings:
-        rows = [[name, str(value)] for name, value in flat(run.settings)]
+        values = flat(run.settings)
+        rows = [[name, "not set" if value is None else toml_value(value)] for name, value in values]
         yield page.Table("Settings", ["setting", "value"], rows, folded=True)
     if run.lineage:
         yield page.Lineage("Lineage", [run.lineage])
