@@ -117,6 +117,9 @@ def test_usage_growth_is_compared_with_uniform_codes() -> None:
     assert {"this tokenizer", "uniform codes", "1,000", "100%"} <= set(texts(plot))
     assert plot.svg.count("<path") == without.svg.count("<path") + 1  # only the budget inside the curve
     assert nearly.alt.endswith("99.9 % with codes drawn uniformly")  # not rounded up to all
+    below = plots.usage_growth(GROWTH, budgets=[5000])
+    assert below is not None
+    assert ["Vertical lines" in each.caption for each in (plot, below)] == [True, False]
     assert plots.usage_growth([]) is None
 
 

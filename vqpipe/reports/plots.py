@@ -192,15 +192,16 @@ def usage_growth(curve: Sequence[tuple[float, float, float]], budgets: Sequence[
     tokens, used, uniform = map(np.array, zip(*curve, strict=True))
     ends, uniform_ends = (percent(share) for share in curve[-1][1:])
     alt = f"{ends} of the codes after {tokens[-1]:,} tokens, {uniform_ends} with codes drawn uniformly"
+    marks = [budget for budget in budgets if tokens[0] < budget < tokens[-1]]
     return line_plot(
         "Utilization against tokens",
         {"this tokenizer": (tokens, used), "uniform codes": (tokens, uniform)},
         xlabel="tokens, in the order of the set",
         xscale="log",
         yscale="share",
-        marks=[budget for budget in budgets if tokens[0] < budget < tokens[-1]],
+        marks=marks,
         alt=alt,
-        caption=f"{alt}." + (" Vertical lines: the numbers of tokens in the table." if budgets else ""),
+        caption=f"{alt}." + (" Vertical lines: the numbers of tokens in the table." if marks else ""),
     )
 
 
