@@ -12,7 +12,7 @@ COUNTS = torch.tensor([[3, 1, 0, 0], [5, 2, 2, 0]])
 def test_utilization_is_beside_that_of_a_uniform_coder_and_of_the_least_and_most_used_group() -> None:
     row = {"tokens": 65_536, "utilization": 0.5, "utilization_per_group": [0.75, 0.25], "uniform_utilization": 0.99999}
     table = budget_table([row])
-    assert table.header == ["tokens of a group", "codes in use", "uniform coder", "least and most used group"]
+    assert table.header == ["tokens of a group", "codes in use", "uniform codes", "least and most used group"]
     assert table.rows == [["65,536", "50.0 %", "99.9 %", "25.0 % to 75.0 %"]]  # never rounded up to 100 %
 
 

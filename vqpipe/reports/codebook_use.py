@@ -1,4 +1,4 @@
-"""How a tokenizer uses its codebook: maps, the share in use beside that of a uniform coder, and a row per group.
+"""How a tokenizer uses its codebook: maps, the share in use beside that of codes drawn uniformly, and a row per group.
 
 Shapes: G groups, K codes per group.
 """
@@ -22,7 +22,7 @@ MAP_CAPTION = (
     "The brighter, the more often chosen (logarithmic)."
 )
 CEILING = (
-    "Uniform coder: the expected share in use if every token were drawn uniformly from all codes. Compare the "
+    "Uniform codes: the expected share in use if every token were drawn uniformly from all codes. Compare the "
     "utilization with it."
 )
 
@@ -43,14 +43,14 @@ def sections_on_codes(evaluated: EvaluationResult) -> list[page.Section]:
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> page.Table:
-    """Utilization after several numbers of tokens, beside that of a uniform coder."""
+    """Utilization after several numbers of tokens, beside that of codes drawn uniformly."""
     cells = [
         [f"{row['tokens']:,}", percent(row["utilization"]), percent(row["uniform_utilization"])]
         + ([" to ".join(percent(end(groups)) for end in (min, max))] if len(groups) > 1 else [])
         for row in rows
         for groups in [row["utilization_per_group"]]
     ]
-    header = ["tokens of a group", "codes in use", "uniform coder"]
+    header = ["tokens of a group", "codes in use", "uniform codes"]
     header += ["least and most used group"] if len(cells[0]) > len(header) else []
     return page.Table("Utilization by number of tokens", header, cells, CEILING)
 
