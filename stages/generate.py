@@ -19,7 +19,7 @@ def generate(
     generator: Annotated[Path, typer.Option("--generator", help="A generator artifact.", metavar="DIR")],
     out: Out,
     num_images: Annotated[
-        int, typer.Option("--num-images", help="Number of images; a FID needs 50,000.", metavar="N", min=1)
+        int, typer.Option("--num-images", help="Number of images; papers measure FID on 50,000.", metavar="N", min=1)
     ] = 64,
     classes: Annotated[
         str,
