@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
 
@@ -253,6 +254,16 @@ def test_the_cache_is_used_only_while_the_file_is_unchanged(
     assert len(walked) == 6
     path.write_bytes(pack({"z.png": b"1"}))
     assert open_images([path]).key(0) == "z"
+
+
+def test_open_shard_holds_its_index_in_buffers_and_equal_labels_once(pack: Pack, tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(pack({f"{name}.{kind}": b"99999" for name in "ab" for kind in ("png", "cls")}))
+    _, found = tars.open_index(str(path))
+    assert isinstance(found.keys, pa.Array)
+    assert isinstance(found.offsets, np.ndarray)
+    assert found.labels == [99999, 99999]
+    assert found.labels[0] is found.labels[1]
 
 
 def test_no_cache_without_a_home_directory(pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,19 +41,30 @@ INDEX_VERSION = 5
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The offsets of the images of one shard. The lists have one entry per image, in the order of the shard."""
+    """The offsets of the images of one shard. The columns have one entry per image, in the order of the shard."""
 
     size: int
     sha256: str
-    keys: list[str]
-    offsets: list[int]
-    sizes: list[int]
+    keys: list[str] | pa.Array
+    offsets: list[int] | np.ndarray
+    sizes: list[int] | np.ndarray
     labels: list[int | str]
     """Class numbers or names; NO_LABEL where there is none."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Other members: reason or extension -> count."""
     unreadable: str = ""
     """The first label that cannot be read; empty if there is none."""
+
+    def compact(self) -> "TarIndex":
+        """The same in buffers, and each label once: lists of numbers and texts take five times the memory."""
+        labels = dict[int | str, int | str]()
+        return replace(
+            self,
+            keys=pa.array(self.keys, pa.large_string()),
+            offsets=np.array(self.offsets, np.int64),
+            sizes=np.array(self.sizes, np.int64),
+            labels=[labels.setdefault(label, label) for label in self.labels],
+        )
 
 
 class Tars(StoredFiles):
@@ -65,9 +76,9 @@ class Tars(StoredFiles):
         shards = [index for _, index in indexed]
         super().__init__([file for file, _ in indexed], [len(shard.keys) for shard in shards])
         self.name = name
-        self.keys = pa.array([key for shard in shards for key in shard.keys], pa.large_string())
-        self.offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
-        self.sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
+        self.keys = pa.concat_arrays([shard.keys for shard in shards])
+        self.offsets = np.concatenate([shard.offsets for shard in shards])
+        self.sizes = np.concatenate([shard.sizes for shard in shards])
         labels = [label for shard in shards for label in shard.labels]
         self.unlabeled = next((shard.unreadable for shard in shards if shard.unreadable), "") or self.mixed(labels)
         self.labels, self.class_names = number_labels([None] * len(labels) if self.unlabeled else labels)
@@ -112,9 +123,9 @@ def open_index(url: str, sha256: str | None = None) -> tuple[StoredFile, TarInde
             raise access_error("open", url, error, CHECK) from error
         if found.size != file.size:
             raise DataError(f"{file.shown} has {found.size} bytes, its file system says {file.size}", COPY_AGAIN)
-        return asdict(found)
+        return vars(found)
 
-    return file, TarIndex(**file.cached(f"tar {INDEX_VERSION}", index))
+    return file, TarIndex(**file.cached(f"tar {INDEX_VERSION}", index)).compact()
 
 
 def index_tar(file: BinaryIO, name: str, sha256: str | None = None) -> TarIndex:

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def open_zip(url: str) -> tuple[StoredFile, ZipIndex]:
             if kind not in ("zip", "npz", "pytorch", "torchscript", "unknown"):
                 raise DataError(*explain(url, kind, "a zip archive", "Correct its name")) from None
             raise DataError(f"{file.shown} is a damaged or split zip archive: {error}", COPY_AGAIN) from None
-        return asdict(index_members(file.shown, sha256, members, end))
+        return vars(index_members(file.shown, sha256, members, end))
 
     return file, ZipIndex(**file.cached(f"zip {INDEX_VERSION}", index))
 
