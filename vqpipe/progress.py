@@ -55,12 +55,21 @@ class Throttle:
         first: seconds until the first time.
         every: seconds between the next ones, multiplied by `growth` each time, until `longest`.
         share: the largest share of the whole time that the action may take; longer ones are repeated less often.
+        longest_pause: seconds after which the action is repeated whatever its share, but for a longer `every`.
     """
 
     def __init__(
-        self, *, first: float, every: float, growth: float = 1.0, longest: float = math.inf, share: float = 0.02
+        self,
+        *,
+        first: float,
+        every: float,
+        growth: float = 1.0,
+        longest: float = math.inf,
+        share: float = 0.02,
+        longest_pause: float = math.inf,
     ) -> None:
-        self.every, self.growth, self.longest, self.share = every, growth, longest, share
+        self.every, self.growth, self.longest = every, growth, longest
+        self.share, self.longest_pause = share, longest_pause
         self.next = time.monotonic() + first
 
     def due(self) -> bool:
@@ -73,5 +82,5 @@ class Throttle:
         began = time.monotonic()
         yield
         ended = time.monotonic()
-        self.next = ended + max(self.every, (ended - began) / self.share)
+        self.next = ended + max(self.every, min((ended - began) / self.share, self.longest_pause))
         self.every = min(self.every * self.growth, self.longest)

@@ -393,7 +393,7 @@ def test_previews_come_with_rows_when_it_is_time(tmp_path: Path, monkeypatch: py
 def test_throttled_action_is_repeated_by_the_clock_and_takes_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    throttle = Throttle(first=15.0, every=60.0, growth=1.5, longest=100.0, share=0.02)
+    throttle = Throttle(first=15.0, every=60.0, growth=1.5, longest=100.0, share=0.02, longest_pause=300.0)
 
     def waits(cost: float) -> float:
         """Seconds until the action is due again, of an action that takes `cost` seconds."""
@@ -407,7 +407,7 @@ def test_throttled_action_is_repeated_by_the_clock_and_takes_a_small_share(monke
     while not throttle.due():
         clock[0] += 1.0
     assert clock[0] == 115.0
-    assert [waits(cost) for cost in (0.0, 0.0, 0.0, 0.0, 4.0)] == [60.0, 90.0, 100.0, 100.0, 200.0]
+    assert [waits(cost) for cost in (0.0, 0.0, 0.0, 0.0, 4.0, 9.0)] == [60.0, 90.0, 100.0, 100.0, 200.0, 300.0]
 
 
 def test_random_numbers_of_a_step_depend_on_seed_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ FORMAT = 5
 """Version of the saved states; others are not resumed."""
 MAX_SHARE = 0.05
 """Saves are less frequent if they take more than this share of the time."""
+LONGEST_PAUSE = 1800.0
+"""Seconds between two saves, however long one takes: of an interrupted pass no more is lost."""
 
 
 class ImagePass(Resumable):
@@ -65,7 +67,7 @@ class ImagePass(Resumable):
         Args:
             title: that of the progress display.
             draft: where states are saved; None: nowhere.
-            save_seconds: interval between saves, more if saving takes long; 0: after each batch.
+            save_seconds: interval between saves, up to LONGEST_PAUSE if saving takes long; 0: after each batch.
             max_skipped: largest share of unreadable images, 0..1.
             image_size, batch_size, num_workers, transform: see `OrderedBatches`.
 
@@ -120,7 +122,8 @@ class Checkpoints:
         self.run, self.share, self.done = run, share, share.start
         """`done`: the images before it are in the newest state."""
         self.has_state = False
-        self.throttle = Throttle(first=seconds, every=seconds, share=MAX_SHARE if seconds else math.inf)
+        part = MAX_SHARE if seconds else math.inf
+        self.throttle = Throttle(first=seconds, every=seconds, share=part, longest_pause=LONGEST_PAUSE)
 
     def resume(self, progress: Progress) -> int:
         """Restore the newest usable state; return the position to continue from. Every rank calls it."""

@@ -34,7 +34,8 @@ class EvalConfig:
     """Memory for the features of kid, prc and is, GB over all ranks, for each protocol; beyond it they are not
     computed."""
     save_seconds: float = resumable(default=60.0)
-    """Seconds between two saved states of a rank, from which the same command resumes; more if saving takes long."""
+    """Seconds between two saved states of a rank, from which the same command resumes; up to half an hour if
+    saving takes long."""
     num_pictures: int = 12
     """Images that the report shows, spread evenly over the set."""
     num_extremes: int = 3
