@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -128,6 +129,7 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
 ) -> None:
     artifact = make("tokens", codebook_size=codebook_size)
     held = TokenSet(artifact)
+    assert held.keys.type == pa.large_string()  # keys of more than 2 GiB
     monkeypatch.setattr(examples, "IN_MEMORY", 100)
     mapped = TokenSet(artifact, tmp_path / "cache")
     assert held.rows.dtype == mapped.rows.dtype == dtype

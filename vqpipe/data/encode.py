@@ -400,4 +400,6 @@ def read_samples(artifact: Artifact, names: Sequence[str], columns: Sequence[str
     hashes of the files are checked."""
     files = (artifact.verified_file(name).read_bytes() for name in names)  # pyarrow opens no path that is not UTF-8
     table = pa.concat_tables([pq.read_table(pa.BufferReader(file), columns=list(columns)) for file in files])
+    if "key" in columns:  # Arrow cannot join more than 2 GiB of `string`
+        table = table.set_column(table.column_names.index("key"), "key", table["key"].cast(pa.large_string()))
     return table.set_column(table.column_names.index("label"), "label", table["label"].fill_null(-1))
