@@ -15,7 +15,7 @@ from torch import Tensor
 from vqpipe import artifacts, device, distributed
 from vqpipe.artifacts import Artifact, Draft
 from vqpipe.data import decoding, sizes, transforms
-from vqpipe.data.encode import EncodedShard, EncodingJob, Stopwatch, equal_shards, faster_network
+from vqpipe.data.encode import EncodedShard, EncodingJob, Shard, Stopwatch, equal_shards, faster_network
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.tars import write_tar
 from vqpipe.data.tokens import TokensConfig, decode_tokens, id_dtype, read_tokens, write_tokens
@@ -427,6 +427,25 @@ def test_progress_of_decoding_counts_the_rows_of_this_rank_and_those_already_dec
         [("detokenize", 36, 36)],
     ]
     assert [recorder.done for recorder in progress.values()] == [20, 12, 0]
+
+
+def test_progress_of_several_sizes_is_in_proportion_to_their_tokens(images: ImageSet, tmp_path: Path) -> None:
+    shards = [Shard(0, "large", range(4), (1, 90), 4), Shard(1, "small", range(4, 8), (1, 10), 4)]
+    lengths, recorder = iter((90, 10)), Recorder()
+    draft = artifacts.start(tmp_path / "out", "tokens", {}, {"images": images})
+    assert isinstance(draft, Draft)
+    with draft:
+        job = EncodingJob(draft, images, shards, title="encode", max_skipped=1.0, progress=recorder)
+        settings: dict[str, Any] = {"device": torch.device("cpu"), "image_size": 16, "num_workers": 0}
+        job.run(
+            lambda batch: torch.zeros(len(batch), 1, next(lengths), dtype=torch.int64),
+            lambda draft, shard: draft.write_json(shard.name, []),
+            check=lambda rows, keys: None,
+            dtype=np.uint16,
+            **settings,
+        )
+    assert recorder.started == [("encode", 400, 0)]
+    assert (job.unit, recorder.done) == ("tokens", 400)
 
 
 def test_batches_and_shards_of_native_sizes_are_limited(

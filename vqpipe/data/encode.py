@@ -9,6 +9,7 @@ continues with the first missing shard.
 B images of a batch.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -212,8 +213,17 @@ class EncodingJob:
         self.mine = shards[distributed.rank() :: distributed.world_size()]
         self.missing = [shard for shard in self.mine if self.draft.record(shard.name) is None]
         self.stopwatch = Stopwatch()
-        total, left = (sum(len(shard.positions) for shard in part) for part in (self.mine, self.missing))
-        progress.start(distributed.share_title(title), total, done=total - left)
+        self.unit = "images" if len({shard.row_shape for shard in shards}) < 2 else "tokens"
+        """Of the progress. Of images of several sizes it counts tokens: the largest images come first, and the time of
+        an image is in proportion to its tokens."""
+        total, left = (
+            sum(self.amount(shard, len(shard.positions)) for shard in part) for part in (self.mine, self.missing)
+        )
+        progress.start(distributed.share_title(title), total, self.unit, done=total - left)
+
+    def amount(self, shard: Shard, count: int) -> int:
+        """The units of the progress in `count` images of a shard."""
+        return count if self.unit == "images" else count * math.prod(shard.row_shape)
 
     def run(
         self,
@@ -267,7 +277,7 @@ class EncodingJob:
                             result.add(piece.batch, rows, self.images)
                         result.skipped |= piece.skipped
                     self.stopwatch.images += len(piece.positions)
-                    self.progress.advance(len(piece.positions))
+                    self.progress.advance(self.amount(shard, len(piece.positions)))
                     if piece.positions.stop == shard.positions.stop:
                         break
                 self.wait(writing)
