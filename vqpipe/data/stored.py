@@ -5,6 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -52,12 +53,12 @@ class StoredFile:
         """Whether `url` is a path."""
         return "://" not in self.url
 
-    @property
+    @cached_property
     def shown(self) -> str:
         """The path, or the URL without password and query."""
         return without_secrets(self.url)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name of the file."""
         return valid_text(self.shown.rpartition("/")[2])
