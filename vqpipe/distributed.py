@@ -123,6 +123,24 @@ def on_main(action: Callable[[], Result]) -> Result:
     return broadcast_object(result)
 
 
+def on_machine_first(action: Callable[[], object]) -> None:
+    """Run `action`, which caches what it finds, on one rank of each machine, and then on the others. Every rank calls
+    it; a VqpipeError of any rank is raised on every rank."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        with sharing_errors():
+            if first == turn:
+                action()
+
+
+def machine_share() -> slice | None:
+    """The share of work that this rank does for the ranks of its machine, as a slice of a list; None in a single
+    process, and in one that did not join by `process_group`, where ranks may do different things."""
+    if _work is None:
+        return None
+    return slice(int(os.environ.get("LOCAL_RANK", "0")), None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order, on every rank."""
     if not dist.is_initialized():

@@ -87,6 +87,8 @@ def start(
     """
     out = Path(out)
     check_out(out, option)
+    found = [value for value in inputs.values() if not isinstance(value, str)]
+    distributed.on_machine_first(lambda: [value.digest for value in found])  # that of a folder reads and caches it
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
     requested = {"schema": SCHEMA, "kind": kind, "config": json.loads(json.dumps(config)), "inputs": digests}
     lineage = {role: lineage_of(value) for role, value in inputs.items()}

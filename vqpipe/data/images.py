@@ -39,7 +39,7 @@ from vqpipe.data.sources import (
     sorted_classes,
     summed,
 )
-from vqpipe.data.stored import StoredFile, StoredFiles, distinct_ends
+from vqpipe.data.stored import StoredFile, StoredFiles, distinct_ends, open_each
 from vqpipe.data.tars import TarIndex, Tars, open_index
 from vqpipe.data.zips import open_zips
 from vqpipe.errors import ArtifactError, DataError, printable
@@ -434,8 +434,8 @@ def open_dataset(path: Path) -> Tars | Folder:
 
 
 def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[tuple[StoredFile, TarIndex]]:
-    """Open the index of each shard, eight at a time."""
-    return remote.in_threads(open_index, urls, hashes or [None] * len(urls))
+    """Open the index of each shard."""
+    return open_each(open_index, urls, hashes or [None] * len(urls))
 
 
 def expand(spec: str) -> list[str]:

@@ -27,7 +27,7 @@ from vqpipe.data.sources import (
     number_labels,
     read_with_retries,
 )
-from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles, distinct_ends
+from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles, distinct_ends, open_each
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
 
@@ -179,7 +179,7 @@ def open_parquets(urls: Sequence[str], name: str) -> Parquets:
     Raises:
         DataError: a file cannot be read, has no column of image bytes, or has only their paths.
     """
-    opened = [open_file(url) for url in urls]
+    opened = open_each(open_file, urls)
     source = Parquets([file for file, _ in opened], [rows for _, rows in opened], name)
     if not len(source) and source.left_out:
         raise DataError(

@@ -6,15 +6,18 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 
+from vqpipe import distributed
 from vqpipe.data import remote
 from vqpipe.data.sources import access_error, read_cache, read_with_retries, write_cache
 from vqpipe.errors import DataError
 from vqpipe.files import digest_json, valid_text
 from vqpipe.provenance import without_secrets
+
+Opened = TypeVar("Opened")
 
 CHECK = "Check the path and the disk"
 COPY_AGAIN = "Copy or download it again"
@@ -142,6 +145,19 @@ class StoredFiles:
         """The name of the file, and the position of image `i` in it."""
         number, position = self.place(i)
         return self.files[number].name, position
+
+
+def open_each(open_one: Callable[..., Opened], *columns: Sequence[Any]) -> list[Opened]:
+    """`list(map(open_one, *columns))`, eight at a time, of a function that caches what it finds in a file.
+
+    In a command under torchrun each rank opens a share of the files first, so that a machine reads every file once: the
+    others are in the cache then. An error of any rank is raised on every rank. Every rank calls it.
+    """
+    share = distributed.machine_share()
+    if share is not None:
+        with distributed.sharing_errors():
+            remote.in_threads(open_one, *(column[share] for column in columns))
+    return remote.in_threads(open_one, *columns)
 
 
 def distinct_ends(paths: Sequence[str]) -> list[str]:

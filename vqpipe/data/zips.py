@@ -31,7 +31,7 @@ from vqpipe.data.sources import (
     sorted_classes,
     summed,
 )
-from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles
+from vqpipe.data.stored import CHECK, COPY_AGAIN, StoredFile, StoredFiles, open_each
 from vqpipe.errors import DataError
 from vqpipe.file_kinds import explain, kind_of_file
 
@@ -126,7 +126,7 @@ def open_zips(urls: Sequence[str], name: str) -> Zips:
     Raises:
         DataError: as `open_zip`, or they hold no images.
     """
-    source = Zips([open_zip(url) for url in urls], name)
+    source = Zips(open_each(open_zip, urls), name)
     if not len(source):
         found = ", ".join(f"{count} x {reason}" for reason, count in source.left_out.items())
         raise DataError(f"{name} holds no images", f"It holds {found or 'nothing'}")
