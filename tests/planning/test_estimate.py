@@ -132,6 +132,7 @@ def test_memory_and_operations_follow_from_two_traces() -> None:
     assert step_seconds(guess.operations, H100) == pytest.approx(step_seconds(found.operations, H100), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_sharded_generator_keeps_its_part_of_the_weights() -> None:
     tokenizer = SMOKE.model
     recipe = load_generator("llamagen-tiny", ["train.precision=fp32", "generator.layers=1", "generator.head_layers=1"])

@@ -205,6 +205,7 @@ def test_state_of_another_share_of_the_images_is_not_resumed(
     assert "saved by another run (share was [0, 8], now [0, 4])" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_short_run_saves_no_state_and_tiled_evaluation_is_resumed(run: Callable[..., Path]) -> None:
     quick = run("quick", 10, overrides=[each for each in OPTIONS["overrides"] if each != EACH_BATCH])
     assert not (quick / "states").exists()

@@ -63,7 +63,7 @@ def test_the_printed_commands_lead_from_images_to_a_report(vqpipe: Run, tmp_path
     for name in ("--tokens", "--tokenizer"):
         assert (here / generator[generator.index(name) + 1]).is_dir()
 
-    made = vqpipe(here, *evaluate[1:])
+    made = vqpipe(here, *evaluate[1:], "--limit", "6")
     assert f"open: {Path('out/report/report.html')}" in made.stderr.splitlines()
     again, other = next_commands(made)
     assert again[-1] == "out/tokens-2"  # a name that is free

@@ -33,7 +33,7 @@ SETTINGS = [
 CLASSIFIER = ["train.validate_every=0", "examples.held_out=0", "train.warmup_steps=1", "classifier.depth=1"]
 
 
-@pytest.mark.parametrize("odd", [ODD[0], ODD[1] + ODD[2]])
+@pytest.mark.parametrize("odd", [ODD[0], pytest.param(ODD[1] + ODD[2], marks=pytest.mark.slow)])
 def test_odd_names_are_read_and_written(
     odd: str, drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
