@@ -264,6 +264,7 @@ def test_options_are_refused_before_anything_is_written(
 
 
 def test_whiten_init_with_from_is_refused(go: Any, tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
     with pytest.raises(ConfigError, match=r"train\.whiten_init would change .* Add --set train\.whiten_init=false"):
         go("tuned", set=["train.whiten_init=true"], source=tmp_path / "first")
     assert not list(tmp_path.glob("tuned*"))
