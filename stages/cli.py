@@ -86,11 +86,11 @@ class OneCommand(TyperCommand):
         extra = super().parse_args(ctx, args)
         if extra:
             names, before = printable(first_names(extra)), words[words.index(extra[0]) - 2]
-            metavars = {name: str(each.metavar) for each in self.params for name in each.opts}
+            metavars = {name: each.metavar for each in self.params if each.metavar for name in each.opts}  # no flags
             if before not in metavars:
                 ctx.fail(f"Unexpected argument: {names}")
-            images = metavars[before].startswith("WHERE")
-            hint = "Quote a pattern or a name with spaces, or give the folder" if images else "Quote a name with spaces"
+            where = metavars[before].startswith("WHERE")
+            hint = "Quote a pattern or a name with spaces, or give the folder" if where else "Quote a value with spaces"
             ctx.fail(f"{before} takes one value, not also {names}. {hint}")
         return extra
 

@@ -75,6 +75,8 @@ WRONG = {
         "--images takes one value, not also photos/2.jpg, photos/3.jpg. Quote a pattern or a name with spaces, or give",
     ),
     "inspect photos photos": ("", 2, "Unexpected argument: photos"),
+    "inspect --json photos more": ("", 2, "Unexpected argument: more"),
+    "train --images photos --preset small --set train.betas=[0.9, 0.99]": ("out", 2, "also 0.99]. Quote a value with"),
     "tokenize --images photos --tokenizer photos --image-size big": ("out", 2, "'big' is not an image size. Write 256"),
     "tokenize --images photos --tokenizer photos --image-size 0": ("out", 2, "'0' is not an image size. Write 256"),
     "generate --generator photos --seed -1": ("out", 2, "--seed': Input should be greater than or equal to 0"),
