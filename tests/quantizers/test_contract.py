@@ -307,6 +307,12 @@ def test_converting_a_module_leaves_its_quantizer_in_float32(name: str) -> None:
     assert torch.equal(codes, expected.codes)
 
 
+def test_weights_that_were_assigned_in_another_type_are_converted_to_float32() -> None:
+    quantizer = make("vq")
+    quantizer.load_state_dict({name: value.half() for name, value in quantizer.state_dict().items()}, assign=True)
+    assert {value.dtype for value in quantizer.float().state_dict().values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_codes_that_are_read_under_autocast_are_those_of_float32(name: str) -> None:
     first, second = (make(name).eval().requires_grad_(False) for _ in range(2))

@@ -86,11 +86,11 @@ class Quantizer(nn.Module, ABC):
         and `quant_conv` may be grouped in the same way."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As of `nn.Module`, which calls it to move and to convert, but tensors are only moved."""
+        """As of `nn.Module`, which calls it to move and to convert, but tensors are converted to float32 alone."""
 
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+            return result if result.dtype in (tensor.dtype, torch.float32) else tensor.to(result.device)
 
         return super()._apply(move, recurse)
 
