@@ -9,7 +9,7 @@ from vqpipe.reports.evaluation import EvaluationResult, number_rows
 COUNTS = torch.tensor([[3, 1, 0, 0], [5, 2, 2, 0]])
 
 
-def test_utilization_is_beside_that_of_a_uniform_coder_and_of_the_least_and_most_used_group() -> None:
+def test_utilization_is_beside_that_of_uniform_codes_and_of_the_least_and_most_used_group() -> None:
     row = {"tokens": 65_536, "utilization": 0.5, "utilization_per_group": [0.75, 0.25], "uniform_utilization": 0.99999}
     table = budget_table([row])
     assert table.header == ["tokens of a group", "codes in use", "uniform codes", "least and most used group"]
