@@ -30,9 +30,8 @@ def call(file: Path, name: str, *arguments: Any) -> Any:
 
 
 def call_as_rank(rank: int, ranks: int, port: int, *call_arguments: Any) -> Any:
-    """`call` on one of several ranks, in an environment as torchrun makes it."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    """`call` on one of several ranks, in the environment that slurm.sbatch makes: without LOCAL_WORLD_SIZE."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     with process_group(torch.device("cpu")):
         return call(*call_arguments)

@@ -13,7 +13,7 @@ from vqpipe.data.folders import Folder
 from vqpipe.data.images import open_images
 from vqpipe.data.stored import StoredFile
 from vqpipe.data.tars import write_tar
-from vqpipe.distributed import process_group, rank, sharing_errors
+from vqpipe.distributed import machine_share, process_group, rank, sharing_errors
 from vqpipe.errors import ConfigError, DataError, VqpipeError
 
 FAILING: list[list[int]] = [[], [0], [1], [0, 1]]
@@ -80,6 +80,15 @@ def test_ranks_of_a_machine_read_every_file_once(
     assert sorted(read + others) == [f"{number}{'.tar' * (kind == 'tars')}" for number in range(3)]
     assert digest
     assert same == [digest, error] == [digest, ""]
+
+
+def shares() -> slice | None:
+    return machine_share()
+
+
+def test_ranks_share_the_work_of_their_machine_under_any_launcher(on_two_ranks: Callable[..., list[Any]]) -> None:
+    assert shares() is None
+    assert on_two_ranks(shares) == [slice(0, None, 2), slice(1, None, 2)]
 
 
 def test_damaged_shard_is_named_by_every_rank(tmp_path: Path, on_two_ranks: Callable[..., list[Any]]) -> None:

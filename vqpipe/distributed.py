@@ -7,6 +7,7 @@ meet at barriers, also after work that only some of them have (a download, the l
 
 import datetime
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -125,20 +126,28 @@ def on_main(action: Callable[[], Result]) -> Result:
 
 def on_machine_first(action: Callable[[], object]) -> None:
     """Run `action`, which caches what it finds, on one rank of each machine, and then on the others. Every rank calls
-    it; a VqpipeError of any rank is raised on every rank."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    it; a VqpipeError of any rank is raised on every rank. Without `machine_share` it is run at once."""
+    share = machine_share()
+    if share is None:
+        action()
+        return
     for turn in (True, False):
         with sharing_errors():
-            if first == turn:
+            if (share.start == 0) == turn:
                 action()
 
 
 def machine_share() -> slice | None:
-    """The share of work that this rank does for the ranks of its machine, as a slice of a list; None in a single
-    process, and in one that did not join by `process_group`, where ranks may do different things."""
+    """The share of work that this rank does for the ranks of its machine, as a slice of a list. Every rank calls it.
+
+    None in a single process, and in one that did not join by `process_group`: there ranks may do different things, and
+    may not wait long for each other.
+    """
     if _work is None:
         return None
-    return slice(int(os.environ.get("LOCAL_RANK", "0")), None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    hosts = gather_objects(socket.gethostname())  # not all launchers set LOCAL_WORLD_SIZE
+    ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
+    return slice(ranks.index(rank()), None, len(ranks))
 
 
 def gather_objects(value: Any) -> list[Any]:
