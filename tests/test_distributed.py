@@ -82,6 +82,18 @@ def test_ranks_of_a_machine_read_every_file_once(
     assert same == [digest, error] == [digest, ""]
 
 
+def test_no_rank_reads_a_shard_twice_where_nothing_can_be_cached(
+    tmp_path: Path, on_two_ranks: Callable[..., list[Any]]
+) -> None:
+    for number in range(3):
+        with write_tar(tmp_path / f"{number}.tar") as tar:
+            tar.write("a", b"1", "png")
+    (tmp_path / "cache").touch()
+    (read, *found), (others, *same) = on_two_ranks(opened, str(tmp_path), f"{tmp_path}/*.tar")
+    assert sorted(read) == sorted(others) == ["0.tar", "1.tar", "2.tar"]
+    assert found == same
+
+
 def shares() -> slice | None:
     return machine_share()
 

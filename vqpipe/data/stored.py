@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
@@ -153,11 +153,12 @@ def open_each(open_one: Callable[..., Opened], *columns: Sequence[Any]) -> list[
     In a command under torchrun each rank opens a share of the files first, so that a machine reads every file once: the
     others are in the cache then. An error of any rank is raised on every rank. Every rank calls it.
     """
+    open_once = cache(open_one)  # where nothing can be cached on disk, no rank opens its share twice
     share = distributed.machine_share()
     if share is not None:
         with distributed.sharing_errors():
-            remote.in_threads(open_one, *(column[share] for column in columns))
-    return remote.in_threads(open_one, *columns)
+            remote.in_threads(open_once, *(column[share] for column in columns))
+    return remote.in_threads(open_once, *columns)
 
 
 def distinct_ends(paths: Sequence[str]) -> list[str]:
