@@ -199,7 +199,7 @@ def test_shell_completion_lists_commands_and_their_options() -> None:
         shell = {"_VQPIPE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count}
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **shell}
         done = subprocess.run(
-            [sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=300
         )
         return done.stdout.split()
 

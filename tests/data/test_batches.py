@@ -355,6 +355,6 @@ def test_workers_that_a_fork_server_started_stay(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(FORKSERVER, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=120
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=300
     )
     assert done.stdout == b"8\n", done.stderr

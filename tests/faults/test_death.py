@@ -294,7 +294,7 @@ def test_sigstop_and_sigcont_change_nothing_and_the_lock_stays_held(
     assert f"out is being written by process {process.pid} on " in second.stderr
     time.sleep(3)
     os.killpg(process.pid, signal.SIGCONT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     files = open_artifact(folder / "out").manifest.files
     assert files["model.safetensors"] == straight["model.safetensors"]
@@ -489,7 +489,7 @@ def launcher(folder: Path, program: str, *words: str) -> list[str]:
 
 def torchrun(folder: Path, program: str, *words: str) -> "subprocess.CompletedProcess[str]":
     command = launcher(folder, program, *words)
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow

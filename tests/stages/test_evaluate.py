@@ -200,7 +200,7 @@ def test_two_ranks_equal_one_rank_with_a_sparsely_counted_codebook(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages", "eval"]
     words = ["--images", str(picture_folder), "--tokenizer", str(path), "--out", str(tmp_path / "two")]
     command = [sys.executable, *torchrun, *words, "--batch-size", "3", "--device", "cpu"]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, check=True)
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=True)
     assert metrics_of(one) | {"commands": 0} == metrics_of(tmp_path / "two") | {"commands": 0}
     assert (one / "counts.npy").read_bytes() == (tmp_path / "two" / "counts.npy").read_bytes()
     evaluated = open_evaluation(open_artifact(one))

@@ -234,7 +234,7 @@ def start(tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path) -
         (tmp_path / name).mkdir(exist_ok=True)
         command = [sys.executable, *torchrun, *program, *words]
         return subprocess.run(
-            command, cwd=tmp_path / name, env=environment, timeout=120, capture_output=True
+            command, cwd=tmp_path / name, env=environment, timeout=300, capture_output=True
         ).returncode
 
     return start

@@ -69,7 +69,7 @@ OTHERWISE = {
 def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
     return subprocess.run(
-        [sys.executable, *program, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [sys.executable, *program, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 

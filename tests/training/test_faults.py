@@ -71,7 +71,7 @@ def straight(pictures: Path) -> dict[str, dict[str, object]]:
 
 def vqpipe(folder: Path, out: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stages", *TRAIN, "--out", out, *words]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def same_weights(folder: Path, out: str, straight: dict[str, dict[str, object]]) -> bool:
@@ -212,7 +212,7 @@ def test_full_disk_while_a_file_of_the_run_is_written_is_one_error_on_every_rank
         subprocess.Popen([*command, str(rank), name, str(tmp_path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    lines = [process.communicate(timeout=100)[0].splitlines() for process in both]
+    lines = [process.communicate(timeout=300)[0].splitlines() for process in both]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 1
     assert lines[0][0].startswith(f"cannot write {tmp_path / name}: ")
@@ -279,7 +279,7 @@ def test_killed_rank_ends_the_others_with_a_one_line_error(folder: Path) -> None
     endless = ["--set", "train.steps=100000", "--set", "train.save_every=20"]
     process = torchrun(folder, ["--standalone", *TWO], "out", *endless)
     kill_rank_1(process, folder / "out.partial")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, errors

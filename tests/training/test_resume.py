@@ -416,7 +416,7 @@ def start(folder: Path, pictures: Path, kind: str, steps: int, *stop_at: int, ra
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=180)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
 
 
