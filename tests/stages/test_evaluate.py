@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,10 +17,13 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
+from torch.nn import functional as F
 
 from stages.evaluate import evaluate
 from vqpipe.analysis import ANALYSES, embedding
 from vqpipe.artifacts import open_artifact
+from vqpipe.codebooks.encoders import PatchEncoder
+from vqpipe.codebooks.features import ENCODERS, EncoderKind
 from vqpipe.continuous import ContinuousAutoencoder
 from vqpipe.data.decoding import decode
 from vqpipe.data.images import ImageSet, SelectedImages, open_images
@@ -462,6 +466,28 @@ def test_extractor_without_weights_or_network_is_an_error(
         run(path, picture_folder, tmp_path / "report", extractor_weights=tmp_path / "file")
     with pytest.raises(WeightsError, match="does not exist"):
         run(path, picture_folder, tmp_path / "report", extractor="timm:resnet18", extractor_weights=tmp_path / "file")
+
+
+def test_a_kind_of_encoder_that_a_script_adds_is_an_extractor(
+    tiny_tokenizer: MakeTokenizer, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Means(PatchEncoder):
+        dim, grid_size, transform = 3, 4, staticmethod(partial(center_crop, size=32))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return F.adaptive_avg_pool2d(images.float(), 4)
+
+    kind = EncoderKind("mine:NAME", lambda config, name, weights: Means(), lambda name: ("", ()))
+    monkeypatch.setitem(ENCODERS, "mine", kind)
+    (tmp_path / "weights").write_bytes(b"weights")
+    options: dict[str, Any] = {
+        "extractor": "mine:means",
+        "extractor_weights": tmp_path / "weights",
+        "fid_min_images": 2,
+    }
+    metrics = metrics_of(run(tiny_tokenizer("tokenizer"), picture_folder, tmp_path / "report", **options))
+    assert metrics["frechet"].keys() == {"mine:means"}
+    assert metrics["frechet"]["mine:means"] > 0
 
 
 def test_weights_of_the_extractor_are_downloaded_only_with_the_option(

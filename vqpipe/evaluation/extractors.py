@@ -55,8 +55,10 @@ def add_extractor(
         if weights is not None:
             raise ConfigError("--extractor-weights was given without --extractor", "Name the network they belong to")
         return
-    if not spec.startswith(("open_clip:", "timm:")):  # patch-pca is fitted to images, so it measures no distance
-        raise ConfigError(f"--extractor {spec} is no pretrained network", "Use open_clip:NAME/TAG or timm:NAME")
+    pretrained = {kind: each.usage for kind, each in features.ENCODERS.items() if each.hub_files is not None}
+    if spec.partition(":")[0] not in pretrained:  # patch-pca is fitted to images, so it measures no distance
+        usages = " or ".join(pretrained.values())
+        raise ConfigError(f"--extractor {spec} is no pretrained network", f"Use {usages}")
     config = features.FeaturesConfig(encoder=spec, weights=weights, pool=1)
     file = features.encoder_weights(config, download=download, option="--extractor-weights FILE", progress=progress)
     encoder = features.open_encoder(config, file)
