@@ -51,6 +51,7 @@ def prepare_data(
     verify_archives: Annotated[
         bool, typer.Option("--verify-archives", help="Check the MD5 of the manifest's archives in --source.")
     ] = False,
+    limit: options.Limit = None,
     key_prefix: options.KeyPrefixOption = None,
     num_workers: options.NumWorkers = -1,
     max_skipped: options.MaxSkipped = 0.01,
@@ -63,10 +64,11 @@ def prepare_data(
     The manifest describes how to get the data set, its layout on disk and its
     contents. Every image is decoded once, counted, and checked against it.
     Images below the manifest's smallest size are excluded, and counted.
+    --limit packs the first images of a copy that is checked as a whole.
     """
     with console.ProgressBar() as progress, console.session("cpu", seed):
         from vqpipe import artifacts
-        from vqpipe.data.images import ImageSet
+        from vqpipe.data.images import ImageSet, SelectedImages
         from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
         from vqpipe.data.prepare import pack_images
 
@@ -81,6 +83,8 @@ def prepare_data(
             console.say(
                 f"archives with the published MD5: {', '.join(check_archives(described, Path(source))) or 'none'}"
             )
+        if limit is not None and limit < len(images):
+            images = SelectedImages(images, range(limit))
         console.say(f"{described.title}, {name}: {counted(len(images), 'images')}. Licence: {described.licence}")
         config = {
             "manifest": described.name,
@@ -105,5 +109,5 @@ def prepare_data(
                 max_skipped=max_skipped,
                 progress=progress,
             )
-            check_kept(described, name, facts["num_images"], allow_partial)
+            check_kept(described, name, facts["num_images"], allow_partial or limit is not None)
             return console.finished(draft.publish(facts))

@@ -142,6 +142,16 @@ def test_counts_are_checked_against_the_manifest(tiny: Path, capsys: pytest.Capt
     assert "accepted with --allow-partial: tiny/train should hold 10 images" in capsys.readouterr().err
 
 
+def test_limit_packs_the_first_images_of_a_checked_copy(tiny: Path) -> None:
+    manifest = (tiny / "tiny.toml").read_text()
+    (tiny / "tiny.toml").write_text(manifest + "num_kept = 10\n")
+    images, source = open_images(prepare(tiny, limit=3)), open_images(tiny / "copy" / "train")
+    assert [image.key for image in images] == [source.key(i) for i in range(3)]
+    (tiny / "tiny.toml").write_text(manifest.replace("10", "11"))
+    with pytest.raises(DataError, match="tiny/train should hold 11 images, found 10"):
+        prepare(tiny, "other", limit=3)
+
+
 def test_images_below_min_size_are_excluded_and_counted(tiny: Path) -> None:
     manifest = (tiny / "tiny.toml").read_text() + "min_size = [50, 40]\n"
     (tiny / "tiny.toml").write_text(manifest)
