@@ -19,7 +19,14 @@ from vqpipe.models import AutoencoderConfig, build_autoencoder
 from vqpipe.quantizers import TokenLayout
 from vqpipe.training.config import TrainConfig
 
-SIZES = {"vqgan-lc-f16-100k": (16, 100_000), "vqgan-lc-f8-100k": (8, 100_000), "vqgan-fc-f16-16k": (16, 16_384)}
+SIZES = {
+    "bsq-f8-18bit": (8, 2**18),
+    "gq-f8-16bit": (8, 2**16),
+    "lfq-f16-18bit": (16, 2**18),
+    "vqgan-fc-f16-16k": (16, 16_384),
+    "vqgan-lc-f16-100k": (16, 100_000),
+    "vqgan-lc-f8-100k": (8, 100_000),
+}
 PARAMETERS = {
     "gpt-404m": 101_000 * 1024 * 2 + 256 * 1024 + 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024,
     "dit-xl-2": 674_890_048,
