@@ -51,7 +51,7 @@ def step(config: QuantizerConfig, precision: Any, objective: dict[str, Any]) -> 
     model = build_autoencoder(
         VqganConfig(
             base_channels=16,
-            channel_multipliers=(1, 2, 2),
+            channel_multipliers=(1, 2),
             num_res_blocks=1,
             attention_resolutions=(),
             z_channels=16,
@@ -60,7 +60,7 @@ def step(config: QuantizerConfig, precision: Any, objective: dict[str, Any]) -> 
     )
     start(model.quantizer)
     coarse = torch.randn(4, 3, 4, 4)
-    images = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(-1, 1)
+    images = torch.nn.functional.interpolate(coarse, size=(16, 16), mode="bicubic").clamp(-1, 1)
     model.whiten_init(images)
     weights = {name: ENTROPY if name == "entropy" else 0.1 for name in model.quantizer.loss_names}
     terms = Objective(ObjectiveConfig(perceptual="none", **weights | objective), model.quantizer.loss_names)

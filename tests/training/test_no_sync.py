@@ -92,7 +92,7 @@ def make_task(quantizer: QuantizerConfig, device: torch.device, **settings: Any)
     """A tokenizer that is trained with every term, on fake tensors."""
     config = VqganConfig(
         base_channels=8,
-        channel_multipliers=(1, 2),
+        channel_multipliers=(1,),
         num_res_blocks=1,
         attention_resolutions=(),
         z_channels=8,
@@ -106,7 +106,7 @@ def make_task(quantizer: QuantizerConfig, device: torch.device, **settings: Any)
     objective = ObjectiveConfig(l1=1.0, charbonnier=1.0, perceptual="none", adversarial=0.1, lecam=0.1, **weights)
     task = TokenizerTask(
         model,
-        PatchDiscriminator(DiscriminatorConfig(base_channels=4)),
+        PatchDiscriminator(DiscriminatorConfig(base_channels=4, num_layers=1)),
         Objective(objective, model.quantizer.loss_names),
     )
     task.prepare(TokenizerTrainConfig(clip_norm=1.0, weight_ema=0.9, **settings), device, model)
