@@ -1,8 +1,9 @@
 """`nearest` against float64 brute force, its tie rule, and its errors."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import faiss
 import pytest
@@ -54,11 +55,32 @@ def lattice(rows: int, dim: int, seed: int) -> Tensor:
     return torch.randint(-2, 3, (rows, dim), generator=torch.Generator().manual_seed(seed)).float()
 
 
+SIZES = [
+    (1, 1, 1),
+    (7, 3, 1),
+    (33, 1025, 3),
+    (100, 50, 8),
+    (65, 4097, 8),
+    (130, 300, 33),
+    (40, 200, 96),
+    (17, 100, 1024),
+]
+SHAPES = [(3, 1), (3, 64), (16, 2), (16, 8), (17, 17), (17, 64), (257, 1), (257, 8)]
+INTERPRETED = [(1, 1, 1), (33, 1025, 3), (130, 300, 33), (40, 200, 96), (17, 17), (17, 64), (257, 8)]
+"""What Triton's interpreter runs in fast tests: each chunk of dimensions; a part of a tile, and several tiles."""
+
+
+def on_each_engine(shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """(engine, *shape) as parameters of a test."""
+    return [
+        pytest.param(engine, *shape, marks=pytest.mark.slow if engine == "triton" and shape not in INTERPRETED else [])
+        for engine in ENGINES
+        for shape in shapes
+    ]
+
+
 @pytest.mark.usefixtures("search")
-@pytest.mark.parametrize(
-    ("num_vectors", "num_codes", "dim"),
-    [(1, 1, 1), (7, 3, 1), (33, 1025, 3), (100, 50, 8), (65, 4097, 8), (130, 300, 33), (40, 200, 96), (17, 100, 1024)],
-)
+@pytest.mark.parametrize(("search", "num_vectors", "num_codes", "dim"), on_each_engine(SIZES), indirect=["search"])
 def test_agrees_with_float64(num_vectors: int, num_codes: int, dim: int) -> None:
     torch.manual_seed(dim)
     vectors, codes = torch.randn(num_vectors, dim), torch.randn(num_codes, dim)
@@ -68,21 +90,8 @@ def test_agrees_with_float64(num_vectors: int, num_codes: int, dim: int) -> None
     assert (ids == distances(vectors, codes).argmin(dim=1)).float().mean() > 0.99
 
 
-SHAPES = [(3, 1), (3, 64), (16, 2), (16, 8), (17, 17), (17, 64), (257, 1), (257, 8)]
-INTERPRETED = [(3, 1), (17, 17), (17, 64), (257, 8)]
-"""Each chunk of dimensions; a part of a tile, and several tiles."""
-
-
 @pytest.mark.usefixtures("search")
-@pytest.mark.parametrize(
-    ("search", "num_codes", "dim"),
-    [
-        pytest.param(engine, *shape, marks=pytest.mark.slow if engine == "triton" and shape not in INTERPRETED else [])
-        for engine in ENGINES
-        for shape in SHAPES
-    ],
-    indirect=["search"],
-)
+@pytest.mark.parametrize(("search", "num_codes", "dim"), on_each_engine(SHAPES), indirect=["search"])
 def test_the_lowest_id_wins_exact_ties(num_codes: int, dim: int) -> None:
     vectors, codes = lattice(40, dim, seed=0), lattice(num_codes, dim, seed=1)
     expected = distances(vectors, codes).argmin(dim=1)
@@ -102,7 +111,7 @@ def test_searching_in_parts_gives_the_ids_of_the_whole(
 
 
 @pytest.mark.usefixtures("search")
-@pytest.mark.parametrize("dim", [1, 8, 33, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (4, 12, 128))])
+@pytest.mark.parametrize("dim", [8, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (1, 4, 12, 33, 128))])
 def test_the_lowest_of_equal_codes_wins_under_any_rounding(dim: int) -> None:
     torch.manual_seed(dim)
     distinct = torch.randn(211, dim)

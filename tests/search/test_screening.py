@@ -18,8 +18,9 @@ from vqpipe.search import kernels, screening
 from vqpipe.search.screening import CAPACITY, Blocking, nearest_screened, rescore, screen
 
 Interpreted = Callable[..., Any]
-BY_TILE, BY_CODE, ONE_SPLIT = (
+BY_TILE, TILE_OF_ONE_SPLIT, BY_CODE, ONE_SPLIT = (
     Blocking(padded=16, chunk=16, rows=64, tile=32, candidate_size=32, splits=2),
+    Blocking(padded=16, chunk=16, rows=64, tile=32, candidate_size=32, splits=1),
     Blocking(padded=128, chunk=64, rows=32, tile=32, candidate_size=1, splits=2),
     Blocking(padded=128, chunk=64, rows=32, tile=32, candidate_size=1, splits=1),
 )
@@ -61,7 +62,8 @@ def test_the_nearest_code_is_among_the_candidates(interpreted: Interpreted, bloc
 
 
 @pytest.mark.parametrize(
-    ("blocking", "num_codes", "dim"), [(BY_TILE, 2200, 8), (BY_CODE, 200, 100), (ONE_SPLIT, CAPACITY + 1, 100)]
+    ("blocking", "num_codes", "dim"),
+    [(TILE_OF_ONE_SPLIT, 1100, 8), (BY_CODE, 200, 100), (ONE_SPLIT, CAPACITY + 1, 100)],
 )
 def test_a_vector_with_too_many_candidates_is_compared_with_all_codes(
     interpreted: Interpreted, blocking: Blocking, num_codes: int, dim: int

@@ -69,7 +69,7 @@ def on_triton(interpreted: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda *arguments: interpreted(nearest, *arguments)
 
 
-@pytest.mark.parametrize(("examples", "most"), [(20, 300), pytest.param(300, 3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("examples", "most"), [(10, 300), pytest.param(300, 3000, marks=pytest.mark.slow)])
 def test_ids_are_those_of_a_float64_search(on_triton: Callable[..., Tensor], examples: int, most: int) -> None:
     @settings(
         max_examples=examples,
