@@ -61,7 +61,7 @@ def test_inertia_is_lower_than_from_random_vectors() -> None:
         return kmeans(FeatureSet([mixture(1000)], ["x"]), config, seed=seed, device=CPU).inertia
 
     for iterations, share in ((0, 0.85), (5, 0.97)):
-        ours, random = (np.mean([inertia(i, seed, iterations) for seed in range(3)]) for i in ("k-means++", "random"))
+        ours, random = (np.mean([inertia(i, seed, iterations) for seed in range(2)]) for i in ("k-means++", "random"))
         assert ours < share * random
 
 
