@@ -340,16 +340,24 @@ def test_config_and_weights_are_restored(write: Write, name: str) -> None:
         assert released.discriminator is None
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+CONTAINERS: list[tuple[list[str], Callable[[Tensors], dict[str, Any]]]] = [
+    (["module."], lambda weights: {"model": weights, "args": argparse.Namespace(lr=1e-4), "opt_ae": {"step": 3}}),
+    (["_orig_mod.", "module._orig_mod.", ""], lambda weights: {"state_dict": weights, "epoch": 3}),
+    (["_orig_mod.module."], lambda weights: weights),
+]
+"""Prefixes of the names, and what a file has beside the weights."""
+
+
 @pytest.mark.parametrize(
-    ("prefixes", "layout"),
+    ("name", "container"),
     [
-        (["module."], lambda weights: {"model": weights, "args": argparse.Namespace(lr=1e-4), "opt_ae": {"step": 3}}),
-        (["_orig_mod.", "module._orig_mod.", ""], lambda weights: {"state_dict": weights, "epoch": 3}),
-        (["_orig_mod.module."], lambda weights: weights),
+        pytest.param(name, number, marks=[] if number == place % len(CONTAINERS) else pytest.mark.slow)
+        for place, name in enumerate(FAMILIES)
+        for number in range(len(CONTAINERS))
     ],
 )
-def test_any_container_and_prefix(write: Write, name: str, prefixes: list[str], layout: Any) -> None:
+def test_any_container_and_prefix(write: Write, name: str, container: int) -> None:
+    prefixes, layout = CONTAINERS[container]
     case = Case(name)
     wrapped = {prefixes[i % len(prefixes)] + key: value for i, (key, value) in enumerate(case.weights.items())}
     released = read_released(write(layout(wrapped)), case.option)
@@ -462,7 +470,9 @@ def test_weights_that_share_memory_are_copied(write: Write) -> None:
     assert torch.equal(state["quantizer.codes"], case.state["quantizer.codes"])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in CONFIGS]
+)
 def test_missing_misshapen_and_unexpected_weights_are_errors(write: Write, name: str) -> None:
     case = Case(name)
     optional = ("perceptual_loss.", "codebook_used", "embed_prob", "quantize.mask", "ema_vocab_hit")
