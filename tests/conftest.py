@@ -19,6 +19,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -88,20 +89,30 @@ def _no_flush() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def fast_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The FLOPs of a training run are not counted, and its plots are not rendered as SVG: each takes a third of the
-    time of a short run.
+@pytest.fixture(scope="session")
+def quick_training() -> Callable[[pytest.MonkeyPatch], None]:
+    """`quick_training(patch)`: the FLOPs of a training run are not counted, and its plots are not drawn: each takes a
+    third of the time of a short run.
 
-    tests/training/test_throughput.py counts them, tests/reports renders the plots, and a run of the fixture `folder`
-    of tests/stages/test_pipeline.py does both.
+    tests/training/test_throughput.py counts them, tests/reports draws the plots, and a run of the fixture `folder` of
+    tests/stages/test_pipeline.py does both.
     """
     from vqpipe.reports import plots
     from vqpipe.training import tokenizer_run
     from vqpipe.training.throughput import FlopsPerImage
 
-    monkeypatch.setattr(plots, "to_svg", lambda figure, salt: "<svg></svg>")
-    monkeypatch.setattr(tokenizer_run, "count_flops", lambda *arguments: FlopsPerImage(1e9, 1e8))
+    def quick_training(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(plots, "one_axes", lambda names: (MagicMock(), MagicMock()))
+        patch.setattr(plots, "to_svg", lambda figure, salt: "<svg></svg>")
+        patch.setattr(tokenizer_run, "count_flops", lambda *arguments: FlopsPerImage(1e9, 1e8))
+
+    return quick_training
+
+
+@pytest.fixture
+def fast_training(quick_training: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quick_training` for a test."""
+    quick_training(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +128,26 @@ def shared() -> Path:
 def parity_outputs() -> Path:
     """The outputs of the released code; tests/parity/outputs/README.md describes them."""
     return ROOT / "tests" / "parity" / "outputs"
+
+
+@contextlib.contextmanager
+def no_initialization() -> Iterator[None]:
+    """Networks are made without random numbers: their weights are whatever is in memory, and codes any vectors."""
+    from vqpipe.quantizers.base import CodebookQuantizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for layer in (torch.nn.Conv2d, torch.nn.Linear):
+            patch.setattr(layer, "reset_parameters", lambda self: None)
+        for name in ("normal_", "kaiming_normal_"):
+            patch.setattr(torch.nn.init, name, lambda tensor, *arguments, **options: tensor)
+        patch.setattr(CodebookQuantizer, "maybe_normalize", lambda self, vectors, dim=-1: vectors)
+        yield
+
+
+@pytest.fixture(scope="session")
+def uninitialized() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """uninitialized(): a context to make a network in that is filled afterwards, or is on the meta device."""
+    return no_initialization
 
 
 @pytest.fixture(scope="session")

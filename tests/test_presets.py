@@ -2,6 +2,8 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -34,6 +36,13 @@ PARAMETERS = {
 }
 """Parameters of generators for 1,000 classes. GPT has two matrices of 100,000 codes and the classes; 256
 positions; per block 12 matrices of width x width with biases and norms; the last norm."""
+
+
+@pytest.fixture(autouse=True)
+def _no_initial_weights(uninitialized: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Networks on the meta device have no data."""
+    with uninitialized():
+        yield
 
 
 def space_of(name: str, num_classes: int | None) -> Space:

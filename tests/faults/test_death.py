@@ -194,9 +194,11 @@ save creates the file `save` and takes half a minute."""
 
 
 @pytest.fixture(scope="module")
-def straight(pictures: Path, vqpipe: Vqpipe) -> Files:
+def straight(pictures: Path, vqpipe: Vqpipe, quick_training: Callable[[pytest.MonkeyPatch], None]) -> Files:
     """The files of an undisturbed run."""
-    done = vqpipe(pictures.parent, *TRAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        quick_training(patch)
+        done = vqpipe(pictures.parent, *TRAIN)
     assert done.returncode == 0, done.stderr
     return open_artifact(pictures.parent / "out").manifest.files
 
@@ -433,14 +435,14 @@ def test_hanging_rank_is_an_error_after_the_timeout(
 
 def works_alone(draft: Draft) -> None:
     """The main rank works for longer than the others wait for tensors."""
-    distributed.on_main(lambda: time.sleep(3))
+    distributed.on_main(lambda: time.sleep(2))
     with distributed.sharing_errors():
-        time.sleep(3 * distributed.rank())
+        time.sleep(2 * distributed.rank())
     distributed.barrier()
 
 
 def test_rank_without_work_waits_for_the_others(tmp_path: Path, fork: Fork, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=1.5))
     assert together(tmp_path, fork, works_alone, works_alone) == [0, 0]
 
 

@@ -1,8 +1,7 @@
 """Shared by the parity tests: weights that are a function of their released names, and one input image."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,21 +32,6 @@ def fill_network(
     for ours, tensor in network.state_dict(keep_vars=True).items():
         if isinstance(tensor, nn.Parameter) or ours.endswith("codes"):
             tensor.copy_(filled_weight(names.get(ours, prefix + ours), tensor.shape, embedding_scale))
-
-
-@contextmanager
-def no_initialization() -> Iterator[None]:
-    """Convolutions and linear layers are made without random numbers: their weights are whatever is in memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        for layer in (nn.Conv2d, nn.Linear):
-            patch.setattr(layer, "reset_parameters", lambda self: None)
-        yield
-
-
-@pytest.fixture(scope="session")
-def uninitialized() -> Callable[[], AbstractContextManager[None]]:
-    """uninitialized(): a context to make a network in that is filled afterwards."""
-    return no_initialization
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -59,17 +60,22 @@ def commands_of(script: str, folder: Path, **more: str) -> list[list[str]]:
 parser = cache(cli.load)
 
 
-@cache
-def loss_names_of(model: AutoencoderConfig) -> set[str]:
-    """Build a model and return the loss names of its quantizer."""
-    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        for layer in (torch.nn.Conv2d, torch.nn.Linear):
-            patch.setattr(layer, "reset_parameters", lambda self: None)  # it has no data
-        return set(build_autoencoder(model).quantizer.loss_names)
+@pytest.fixture(scope="module")
+def loss_names_of(uninitialized: Callable[[], AbstractContextManager[None]]) -> Callable[[AutoencoderConfig], set[str]]:
+    """`loss_names_of(model)`: build a model and return the loss names of its quantizer."""
+
+    @cache
+    def loss_names_of(model: AutoencoderConfig) -> set[str]:
+        with uninitialized(), torch.device("meta"):
+            return set(build_autoencoder(model).quantizer.loss_names)
+
+    return loss_names_of
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_command_parses_and_every_model_builds(script: str, tmp_path: Path) -> None:
+def test_every_command_parses_and_every_model_builds(
+    script: str, tmp_path: Path, loss_names_of: Callable[[AutoencoderConfig], set[str]]
+) -> None:
     outputs: set[str] = set()
     for name, *words in commands_of(script, tmp_path):
         given = parser(name).make_context(name, list(words)).params
@@ -121,7 +127,9 @@ def test_validation_images_are_passed_on_if_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (RUNS / "study").glob("?-*.sh")))
-def test_every_command_of_the_study_parses_and_every_model_builds(script: str, tmp_path: Path) -> None:
+def test_every_command_of_the_study_parses_and_every_model_builds(
+    script: str, tmp_path: Path, loss_names_of: Callable[[AutoencoderConfig], set[str]]
+) -> None:
     """`python networks.py vqpipe ...` is recorded, and publishes an empty directory."""
     lines = ("#!/usr/bin/env bash", "shift", '[ "$1" = vqpipe ] || exit 0', "shift")
     record_alone = f'(flock 9\n{RECORD.partition(chr(10))[2]}) 9>"$RECORD.lock"'  # two runs write at the same time

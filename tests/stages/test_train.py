@@ -30,7 +30,7 @@ from vqpipe.training.tokenizer_run import RunInputs, check_run, start_tokenizer_
 from vqpipe.training.validation import Validation
 
 SETTINGS = [
-    *("data.image_size=32", "model.quantizer.kind=vq", "model.quantizer.codebook_size=40", "model.base_channels=8"),
+    *("data.image_size=16", "model.quantizer.kind=vq", "model.quantizer.codebook_size=40", "model.base_channels=8"),
     *("model.z_channels=8", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4"),
     *("train.warmup_steps=2", "train.save_every=3", "train.whiten_init=false"),
     *("objective.disc_start=4", "train.sample_every=8", "train.log_every=2", "objective.entropy=0.0"),

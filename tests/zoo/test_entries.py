@@ -1,6 +1,8 @@
 """The entries of the zoo are complete, and agree with the presets and the importer."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -16,6 +18,13 @@ from vqpipe.tokenizer_files import model_facts
 ENTRIES = {entry.name: entry for entry in zoo.entries()}
 IMPORTED = {name: entry for name, entry in ENTRIES.items() if not entry.refused}
 WITH_PRESET = {name: entry for name, entry in ENTRIES.items() if entry.preset}
+
+
+@pytest.fixture(autouse=True)
+def _no_initial_weights(uninitialized: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Networks on the meta device have no data."""
+    with uninitialized():
+        yield
 
 
 def test_names_are_words_that_are_neither_paths_nor_addresses() -> None:
