@@ -356,12 +356,12 @@ def sample_without_cache(generator: Any, labels: Tensor, sampling: SamplingConfi
 @pytest.mark.parametrize(
     ("num_classes", "settings"),
     [
-        (CLASSES, {"temperature": 0.0}),
+        pytest.param(CLASSES, {"temperature": 0.0}, marks=pytest.mark.slow),
         (None, {"temperature": 0.0}),
         (CLASSES, {"temperature": 1.3, "top_k": 0.7, "top_p": 0.9}),
-        (None, {"temperature": 1.3, "top_k": 0.7, "top_p": 0.9}),
+        pytest.param(None, {"temperature": 1.3, "top_k": 0.7, "top_p": 0.9}, marks=pytest.mark.slow),
         (CLASSES, {"cfg_scale": 3.0, "cfg_schedule": "linear"}),
-        (CLASSES, {"cfg_scale": 3.0, "cfg_schedule": "cosine"}),
+        pytest.param(CLASSES, {"cfg_scale": 3.0, "cfg_schedule": "cosine"}, marks=pytest.mark.slow),
     ],
     ids=["greedy", "greedy-unconditional", "sampled", "sampled-unconditional", "guided-linear", "guided-cosine"],
 )

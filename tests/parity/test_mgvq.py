@@ -87,7 +87,7 @@ def test_tokens_to_image(case: Case, assert_image: Callable[..., None], side: in
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("groups", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3))])
 def test_first_groups_to_image(case: Case, assert_image: Callable[..., None], groups: int, side: int) -> None:
     decoded = case.model.decode(codes_of(case, side, groups))[0]
     assert_image(decoded, case.want, f"deck{groups}_")

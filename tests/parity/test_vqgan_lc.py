@@ -168,7 +168,7 @@ def test_codes(expected: Expected, autoencoder: Autoencoders, variant: str) -> N
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=[] if name in ("lc_f16_cb1", "ema_f16") else pytest.mark.slow) for name in VARIANTS],
+    [pytest.param(name, marks=[] if name == "lc_f16_cb1" else pytest.mark.slow) for name in VARIANTS],
 )
 def test_losses_and_gradients_of_one_step(
     parity_outputs: Path,

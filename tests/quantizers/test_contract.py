@@ -163,7 +163,13 @@ def test_no_images_have_no_ids(name: str) -> None:
     assert ids.shape == (0, quantizer.layout(3, 5).num_tokens)
 
 
-@pytest.mark.parametrize("name", ["lc", "bsq-groups", "gq", "multi-group", "multi-scale", "residual", "vqbridge"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lc", "bsq-groups", "multi-scale"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gq", "multi-group", "residual", "vqbridge")),
+    ],
+)
 def test_evaluation_exports_to_a_graph_of_any_batch_size(name: str) -> None:
     quantizer = make(name).eval().requires_grad_(False)
     latent = latent_of(quantizer)

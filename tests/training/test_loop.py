@@ -263,7 +263,7 @@ def test_skipped_step_moves_nothing_and_is_counted(tmp_path: Path, poison: Poiso
     assert any(not torch.equal(value, before[5][name]) for name, value in before[4].items())
 
 
-@pytest.mark.parametrize("kind", ["lc", "ema", "vq"])
+@pytest.mark.parametrize("kind", ["lc", "ema", pytest.param("vq", marks=pytest.mark.slow)])
 def test_accumulation_is_the_same_step(tmp_path: Path, kind: str) -> None:
     """Four parts of 8 images against one of 32, without a discriminator, whose batch norm depends on the parts.
 
