@@ -328,7 +328,7 @@ class Trouble(torch.utils.data.Dataset):
 
 
 def test_a_killed_or_hanging_worker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # the default is 5 s
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # the default is 5 s
     for work, message in (("die", "exited unexpectedly|killed by signal"), ("hang", "timed out")):
         began = time.monotonic()
         with pytest.raises(DataError, match=f"the image loader stopped: .*({message})"):

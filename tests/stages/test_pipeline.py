@@ -29,7 +29,7 @@ SETTINGS = [
     *("model.quantizer.feature_dim=16", "model.quantizer.codebook_size=40", "model.base_channels=8"),
     *("model.z_channels=8", "model.channel_multipliers=[1, 2]", "discriminator.base_channels=4", "train.steps=8"),
     *("train.warmup_steps=2", "train.global_batch_size=4", "train.save_every=3", "train.whiten_images=16"),
-    *("objective.disc_start=4", "train.sample_every=8", "train.log_every=2", "eval.image_size=32"),
+    *("objective.disc_start=4", "train.sample_every=8", "train.log_every=3", "eval.image_size=32"),
 ]
 SECTIONS = {"features": ["features"], "codebook": ["kmeans"], "report": ["eval"]}
 """What the stages read of the settings; `tokenizer` reads the others."""
@@ -56,6 +56,8 @@ WEIGHTS = {"gq": "objective.rate=0.001", "regvq": "objective.prior=0.01"}
 WITH_PRESET = ("features", "codebook", "tokenizer", "report")
 KINDS = sorted({cls.config_class.kind for cls in all_subclasses(Quantizer) if "config_class" in vars(cls)} - {"lc"})
 """Every quantizer but `lc`, which the stages above use."""
+DIFFERENT = ("ema", "fsq", "gq", "lfq", "multi_group", "multi_scale")
+"""An update of the codebook, no codebook, a loss of its own, bits, groups, several grids: the others are like these."""
 OTHERWISE = {
     "features": ["--pool", "2"],
     "codebook": ["--seed", "1"],
@@ -182,7 +184,9 @@ def test_fine_tuning_starts_from_the_tokenizer(folder: Path, vqpipe: Vqpipe) -> 
     assert open_artifact(folder / "tuned").lineage["inputs"]["from"]["name"] == "tokenizer"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in DIFFERENT else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_every_quantizer_trains_tokenizes_and_is_evaluated(folder: Path, kind: str, vqpipe: Vqpipe) -> None:
     shared = [word for word in tiny("tokenizer") if "model.quantizer." not in word] + ["--set=data.image_size=16"]
     words = ["train", "--images", "pictures", *shared, "--set", f"model.quantizer.kind={kind}"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pyte
 import pytest
@@ -100,6 +101,7 @@ def run_in_terminal(terminal: str, words: Sequence[str]) -> None:
     from vqpipe.training import tokenizer_run
     from vqpipe.training.throughput import FlopsPerImage
 
+    plots.one_axes = lambda names: (MagicMock(), MagicMock())
     plots.to_svg = lambda figure, salt: "<svg></svg>"
     tokenizer_run.count_flops = lambda *arguments: FlopsPerImage(1e9, 1e8)
     os.setsid()
