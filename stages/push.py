@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stages import console
+from vqpipe.downloads import check_repository
 from vqpipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def push(
     has its numbers with their protocol. Log in first, by `hf auth login` or HF_TOKEN.
     Others then pass hf:OWNER/NAME, or hf:OWNER/NAME@REVISION, as a tokenizer.
     """
+    repository = check_repository(repository.removeprefix("hf:"))
     with console.session("cpu", 0):
         from stages.next_steps import beside
         from vqpipe import zoo
@@ -46,7 +48,6 @@ def push(
         from vqpipe.reports.model_card import metrics_section
         from vqpipe.tokenizer import Tokenizer
 
-        repository = repository.removeprefix("hf:")
         opened = Tokenizer.from_pretrained(tokenizer)
         facts = {} if opened.artifact is None else opened.artifact.facts
         if licence is None:

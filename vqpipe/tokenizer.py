@@ -425,6 +425,7 @@ class Tokenizer:
             card: the whole model card, in their place.
 
         Raises:
+            ConfigError: the repository is not "user/name".
             WeightsError: no token (run `hf auth login` first), no permission, or no connection.
         """
         with tempfile.TemporaryDirectory() as folder:

@@ -119,13 +119,23 @@ def test_failures_of_an_upload_are_one_line_and_say_how_to_log_in(
         " HF_TOKEN.\n"
     )
     monkeypatch.setenv("HF_TOKEN", "hf_loopback")
-    done = vqpipe(tmp_path, "push", "mine", "two words", "--licence", "mit")
-    assert "'two words' is not a valid name. Write OWNER/NAME" in done.stderr
+    done = vqpipe(tmp_path, "push", "mine", "owner/two--names", "--licence", "mit")
+    assert "'owner/two--names' is not a valid name. Write OWNER/NAME" in done.stderr
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in vqpipe(tmp_path, "push", "mine", "owner/mine", "--licence", "mit").stderr
     assert "owner/mine" not in hub_in_process.repositories
+
+
+@pytest.mark.parametrize("name", ["owner/two words", "name", "owner/name@v1", "owner/name/more", ""])
+def test_a_repository_is_owner_and_name_in_a_dry_run_too(
+    name: str, tiny_tokenizer: Callable[..., Path], tmp_path: Path, vqpipe: Callable[..., Any]
+) -> None:
+    tiny_tokenizer("mine")
+    done = vqpipe(tmp_path, "push", "mine", name, "--dry-run")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (f"error: {name!r} is not the name of a repository. Write OWNER/NAME, without spaces.\n")
 
 
 def test_weights_whose_authors_state_no_licence_are_not_pushed_by_accident(

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from vqpipe.downloads.addresses import Address, HubFile, Url, parse, split_repository
+from vqpipe.downloads.addresses import Address, HubFile, Url, check_repository, parse, split_repository
 from vqpipe.downloads.hub import commit_of, fetch_from_hub, fetch_repository, upload_folder
 from vqpipe.downloads.web import fetch_url, url_folder
 from vqpipe.errors import WeightsError
@@ -23,6 +23,7 @@ __all__ = [
     "HubFile",
     "Url",
     "cached",
+    "check_repository",
     "commit_of",
     "fetch",
     "fetch_repository",

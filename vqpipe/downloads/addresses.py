@@ -90,6 +90,13 @@ def hub_file(text: str, path: str, revision: str) -> HubFile:
     return HubFile("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
 
 
+def check_repository(name: str) -> str:
+    """The name of a repository to upload to; a ConfigError unless it is OWNER/NAME."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        raise ConfigError(f"{name!r} is not the name of a repository", "Write OWNER/NAME, without spaces")
+    return name
+
+
 def split_repository(text: str) -> tuple[str, str | None]:
     """`OWNER/NAME@REVISION`, with or without "hf:", -> OWNER/NAME and the revision, if there is one."""
     repository, _, revision = text.removeprefix(HUB).partition("@")

@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from vqpipe.downloads.addresses import HUB, HubFile
+from vqpipe.downloads.addresses import HUB, HubFile, check_repository
 from vqpipe.downloads.web import Megabytes
 from vqpipe.errors import WeightsError
 from vqpipe.files import reason
@@ -59,11 +59,12 @@ def upload_folder(repository: str, folder: Path, *, private: bool) -> str:
     """Upload the files of a folder to a repository, which is made if it is absent; return the URL of the commit.
 
     Raises:
+        ConfigError: the repository is not OWNER/NAME.
         WeightsError: there is no token, no permission or no connection.
     """
     from huggingface_hub import HfApi, constants, get_token
 
-    failed = f"cannot upload to {HUB}{repository}"
+    failed = f"cannot upload to {HUB}{check_repository(repository)}"
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(f"{failed}: HF_HUB_OFFLINE is set", "Unset it where there is a network")
     if get_token() is None:
