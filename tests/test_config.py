@@ -144,7 +144,7 @@ def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("a = [")
     with pytest.raises(ConfigError, match="is not TOML"):
         read_toml(tmp_path / "x.toml")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match=r"cannot read .* Check the path"):
         read_toml(tmp_path / "absent.toml")
 
 

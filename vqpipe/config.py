@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vqpipe.errors import ConfigError
+from vqpipe.files import nearest_path
 
 T = TypeVar("T")
 RESUMABLE, ADDED = "resumable", "added"
@@ -38,8 +39,8 @@ LIST_HINT = 'A list is [1, 2] or ["a", "b"]; in a shell, with single quotes arou
 PLAIN_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+def read_toml(path: Path, hint: str = "Check the path") -> dict[str, Any]:
+    """The tables of a TOML file; `hint` ends the message of an absent one, unless its folder has a similar name.
 
     Raises:
         ConfigError: the file is absent or is not TOML.
@@ -47,8 +48,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        hint = "Name a preset (vqpipe presets lists them) or a TOML file"
-        raise ConfigError(f"cannot read {path}: {error.strerror}", hint) from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}", nearest_path(path, hint)) from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and tables nested as deep
         raise ConfigError(f"{path} is not TOML: {error}") from None
 

@@ -53,7 +53,7 @@ def chain(preset: str) -> list[dict[str, Any]]:
         if not isinstance(name, str):
             raise ConfigError(f"{seen[-1]}: extends = {name!r} should be text", "Give the name of one preset")
         path = find(name, folder)
-        table = read_toml(path)
+        table = read_toml(path, "Name a preset (vqpipe presets lists them) or a TOML file")
         if path.resolve() in seen:
             raise ConfigError(f"preset {preset} extends itself through {path.stem}", "Remove one `extends`")
         seen.append(path.resolve())
