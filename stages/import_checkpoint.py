@@ -162,6 +162,10 @@ def recognize(source: str, own_files: Sequence[Path]) -> Path | Address | Entry:
     address = downloads.parse(source)
     if address is not None:
         return address
+    if (path / "manifest.json").exists():
+        raise WeightsError(f"{source} is a vqpipe artifact, not a file of weights", "It needs no import")
+    if path.is_dir():
+        raise WeightsError(f"{source} is a folder", "Name the file of weights in it")
     hint = "Pass the released file of weights, a name of vqpipe zoo, hf:OWNER/NAME/FILE or a URL"
     if re.fullmatch(r"[\w-]+", source):
         hint = nearest_name(source, [known.name for known in zoo.entries()])

@@ -147,6 +147,10 @@ def test_errors_are_one_line_and_leave_no_files(
     content = (tmp_path / "last.ckpt").read_bytes()
     (tmp_path / "truncated.ckpt").write_bytes(content[: len(content) // 2])
     assert "cannot be read as weights" in refuse("truncated.ckpt")
+    (tmp_path / "lc").mkdir()
+    assert refuse("lc") == "error: lc is a folder. Name the file of weights in it."
+    (tmp_path / "lc" / "manifest.json").touch()
+    assert refuse("lc") == "error: lc is a vqpipe artifact, not a file of weights. It needs no import."
     assert "absent.ckpt is neither a file nor a name of vqpipe zoo" in refuse("absent.ckpt")
     assert "Known are vqgan-lc" not in refuse("last.ckpt", "--family", "mgvq")
     assert "Did you mean taming" in refuse("last.ckpt", "--family", "tamming")
