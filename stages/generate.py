@@ -157,4 +157,7 @@ def override_sampling(generator: "ImageGenerator", overrides: list[str], flags: 
     sampling = config.from_table(type(generator.sampling), table, "generate")
     options = {name: f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None}
     check_used(sampling, generator.sampling, generator.generator.config, options)
+    codes = generator.tokenizer.codebook_size
+    if generator.sampling.top_k != sampling.top_k > codes:  # a preset's is for codebooks of any size
+        raise ConfigError(f"top_k = {sampling.top_k}, and there are {codes:,} ids", "Use 0 for all of them")
     return sampling

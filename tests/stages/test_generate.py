@@ -157,6 +157,7 @@ def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
     refused("'x' is not a class or range", classes="1,x")
     refused("'5-3' is not a class or range", classes="5-3")
     refused("--top-k many is not a number", top_k="many")
+    refused("top_k = 65, and there are 64 ids. Use 0 for all of them", top_k="65")
     refused(r"generate\.top_p = 1\.5. It must be above 0 and at most 1", top_p=1.5)
     refused(r"only \[generate\] can be set here", overrides=["train.steps=3"])
     refused("unknown key generate.cfg_scal", overrides=["generate.cfg_scal=3"])
