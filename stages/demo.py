@@ -14,6 +14,8 @@ from stages.kmeans import kmeans
 from stages.options import Device, Seed
 from stages.tokenize_images import tokenize
 from stages.train import train
+from vqpipe.errors import ArtifactError
+from vqpipe.files import partial_path
 
 SIZES: dict[str, dict[str, int | None]] = {"tiny": {"steps": 30, "k": 512}, "small": {"steps": None, "k": None}}
 """Changes to the preset `demo` for each size."""
@@ -36,6 +38,7 @@ def demo(
     the same budget, and compares their utilization and reconstructions. Run it
     again to resume.
     """
+    check_folder(out)
     from vqpipe.device import bf16_is_faster, check_device
 
     steps, k = SIZES[size]["steps"], SIZES[size]["k"]
@@ -63,6 +66,14 @@ def demo(
     step(7, "compare the two reports")
     compare([out / "report-lc", out / "report-fc"], out / "report", **shared)
     console.say(f"\nOpen this in a browser: {(out / 'report' / 'report.html').resolve()}")
+
+
+def check_folder(out: Path) -> None:
+    """Raise an ArtifactError for a folder with files, unless it has the features, which the demo writes first."""
+    features = out / "features"
+    begun = partial_path(features).exists() or features.exists()
+    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} exists and is not a folder of vqpipe demo", "Choose another --out")
 
 
 def step(number: int, text: str) -> None:

@@ -14,12 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from stages import demo
 from stages.cli import load
 from vqpipe import Tokenizer
 from vqpipe.artifacts import open_artifact
 from vqpipe.config import all_subclasses
 from vqpipe.data.batches import OrderedBatches
 from vqpipe.data.images import open_images
+from vqpipe.errors import ArtifactError
 from vqpipe.quantizers import Quantizer
 
 Vqpipe = Callable[..., Any]
@@ -254,3 +256,13 @@ def test_wrong_usage_exits_with_2(folder: Path, vqpipe: Vqpipe) -> None:
     assert wrong.returncode == 2
     assert "'forgy' is not one of 'k-means++', 'random'" in " ".join(wrong.stderr.replace("│", " ").split())
     assert not list(folder.glob("y*"))
+
+
+def test_the_demo_writes_into_no_folder_with_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "extract_features", lambda *images, **options: pytest.fail("begun"))
+    (tmp_path / "mine.txt").touch()
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(ArtifactError, match=r"is not a folder of vqpipe demo\. Choose another --out"):
+            demo.demo(out)
+    (tmp_path / "features.partial").mkdir()
+    demo.check_folder(tmp_path)
