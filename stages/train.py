@@ -90,7 +90,6 @@ def train(
         from vqpipe.training.loggers import installed_loggers
         from vqpipe.training.tokenizer_run import (
             RunInputs,
-            check_codebook,
             check_codebook_given,
             check_run,
             start_tokenizer_run,
@@ -98,8 +97,8 @@ def train(
         )
 
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        # What is missing is said before the settings of the run are checked, and before the images are indexed and
-        # hashed, which may take minutes.
+        # What is missing is said before the settings of the run are checked, and all errors of the settings before the
+        # notes on them, and before the images are indexed and hashed, which may take minutes.
         overrides, loggers = overrides or [], installed_loggers(log)
         network_settings = [text for text in overrides if not text.strip().startswith("train.")]
         quantizer = load_tokenizer(preset, network_settings).model.quantizer
@@ -108,12 +107,14 @@ def train(
             check_codebook_given(quantizer)
         follow = {} if codes is None else quantizer.codebook_settings(*codes.shape)
         sizes = [f"model.quantizer.{name}={value}" for name, value in follow.items()]
-        recipe = load_tokenizer(preset, [*sizes, *overrides], say=console.say, train=flags)  # --set has precedence
-        if codes is not None:
-            check_codebook(recipe, codes)
+        notes: list[str] = []
+        recipe = load_tokenizer(preset, [*sizes, *overrides], say=notes.append, train=flags)  # --set has precedence
         training = tokenizer_training(recipe)
         if plan:
             return estimates.show(estimates.plan_here(training, torch_device))
+        check_run(recipe, codebook=codes, source=source, validates=bool(validation), publish=publish)
+        for note in notes:
+            console.say(note)
         estimates.check_fits(training, torch_device, out, progress)
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),
@@ -121,7 +122,6 @@ def train(
             codebook=None if codebook is None else codebook_input(codebook),
             source=source,
         )
-        check_run(recipe, inputs, publish)
         draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
         return training_run.run(
             draft,

@@ -40,6 +40,8 @@ def train_classifier(
     Run the same command again to resume. To watch a run, open
     OUT.partial/report.html.
     """
+    for named in filter(None, (tokens, tokenizer, validation)):
+        options.check_artifact(named)  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import training_run
         from stages.recipe import load_classifier
@@ -50,7 +52,8 @@ def train_classifier(
         from vqpipe.training.loggers import installed_loggers
 
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        recipe, loggers = load_classifier(preset, overrides, say=console.say, train=flags), installed_loggers(log)
+        notes: list[str] = []
+        recipe, loggers = load_classifier(preset, overrides, say=notes.append, train=flags), installed_loggers(log)
         check_validation(recipe, validation)
         opened = Tokenizer.from_pretrained(tokenizer, torch_device)
         examples = StoredExamples(
@@ -59,6 +62,8 @@ def train_classifier(
             None if validation is None else open_artifact(validation, "tokens"),
             limit,
         )
+        for note in notes:
+            console.say(note)
         draft = start_examples_run(out, recipe, examples, seed)
         training_run.run(
             draft,

@@ -66,6 +66,10 @@ def train_generator(
 
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
+    options.check_images(images or [])  # before PyTorch is loaded
+    read = () if plan else (tokens, validation, None if images else latents)
+    for named in filter(None, (tokenizer, *read)):
+        options.check_artifact(named)
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates, training_run
         from stages.recipe import load_generator
@@ -80,7 +84,8 @@ def train_generator(
         from vqpipe.training.loggers import installed_loggers
 
         flags = {"steps": steps, "global_batch_size": global_batch_size, "precision": precision}
-        recipe, loggers = load_generator(preset, overrides, say=console.say, train=flags), installed_loggers(log)
+        notes: list[str] = []
+        recipe, loggers = load_generator(preset, overrides, say=notes.append, train=flags), installed_loggers(log)
         check_validation(recipe, validation)
         trained_on = class_for(Generator, recipe.generator).trained_on  # type: ignore[type-abstract]
         path = examples_path(trained_on, tokens=tokens, images=images, latents=latents, out=out)
@@ -91,14 +96,15 @@ def train_generator(
                 side = StoredExamples(opened, open_artifact(path, trained_on)).image_size
             training = generator_training(recipe, opened.autoencoder.config, side)
             return estimates.show(estimates.plan_here(training, torch_device))
+        held_out = None if validation is None else open_artifact(validation, trained_on)
         if images:
+            size = image_size or opened.image_size
+            if size is None:
+                raise DataError("this tokenizer does not have a fixed image size", "Give --image-size")
             image_set = console.open_images(images, limit=limit)
             limit = None  # the latents are those of the first images
             if (image_set.labels < 0).mean() > max_skipped:  # more than could be left out as unreadable
                 recipe.examples.num_classes_of(image_set.labels, image_set.unlabeled)
-            size = image_size or opened.image_size
-            if size is None:
-                raise DataError("this tokenizer does not have a fixed image size", "Give --image-size")
             stored = encode_latents(
                 path,
                 image_set,
@@ -111,13 +117,14 @@ def train_generator(
             )
         else:
             stored = open_artifact(path, trained_on)
-        held_out = None if validation is None else open_artifact(validation, trained_on)
         examples = StoredExamples(opened, stored, held_out, limit)
         if image_size not in (None, examples.image_size):
             raise ConfigError(
                 f"--image-size {image_size} is not the size of the images in {stored.path}, {examples.image_size}",
                 "Omit it, or encode the images at this size",
             )
+        for note in notes:
+            console.say(note)
         training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
         estimates.check_fits(training, torch_device, out, progress)
         draft = start_examples_run(out, recipe, examples, seed)

@@ -18,7 +18,7 @@ from stages.evaluate import evaluate
 from stages.train import train
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
-from vqpipe.errors import ArtifactError, ConfigError
+from vqpipe.errors import ArtifactError, ConfigError, VqpipeError
 from vqpipe.files import read_rows
 from vqpipe.progress import Throttle
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, VqConfig
@@ -263,6 +263,31 @@ def test_options_are_refused_before_anything_is_written(
     assert not list(tmp_path.glob("x*"))
 
 
+LPIPS = ("perceptual=vgg", "lpips=1.0", "lpips_weights=absent")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"first is another model than the preset's: model\.base_channels was 32, now 8"),
+        ({"set": ["data.image_size=31"], "source": None}, "image_size = 31 is not divisible"),
+        ({"set": [f"objective.{each}" for each in LPIPS], "source": None}, "vgg16-397923af.pth"),
+    ],
+)
+def test_an_error_in_the_settings_comes_before_notes_and_images(
+    go: Any,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("stages.console.open_images", lambda *names, **options: pytest.fail("opened"))
+    with pytest.raises(VqpipeError, match=message):
+        go("x", **{"source": tiny_tokenizer("first"), **options})
+    assert capsys.readouterr().err == ""
+
+
 def test_whiten_init_with_from_is_refused(go: Any, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     with pytest.raises(ConfigError, match=r"train\.whiten_init would change .* Add --set train\.whiten_init=false"):
@@ -398,7 +423,7 @@ def test_settings_that_follow_from_a_codebook(quantizer: QuantizerConfig, sizes:
 def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
     config = recipe.load_tokenizer("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
     inputs = RunInputs(images=open_images([str(picture_folder)]))
-    check_run(config, inputs, "last")
+    check_run(config)
 
     class AddsNumber(Callback):
         def on_log(self, row: dict[str, Any]) -> None:
@@ -419,12 +444,11 @@ def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_f
     assert [row["own"] for row in read_rows(tokenizer.file("metrics.jsonl"))] == [2.0]
 
 
-def test_images_that_are_too_small_for_the_discriminator_are_an_error(picture_folder: Path) -> None:
-    inputs = RunInputs(images=open_images([str(picture_folder)]))
+def test_images_that_are_too_small_for_the_discriminator_are_an_error() -> None:
     deep = ["discriminator.num_layers=3", "objective.adversarial=0.1"]
-    check_run(recipe.load_tokenizer("smoke", ["data.image_size=24", *deep]), inputs, "last")
+    check_run(recipe.load_tokenizer("smoke", ["data.image_size=24", *deep]))
     with pytest.raises(ConfigError, match=r"image_size = 20 is too small for the discriminator, which needs 24 pixels"):
-        check_run(recipe.load_tokenizer("smoke", ["data.image_size=20", *deep]), inputs, "last")
+        check_run(recipe.load_tokenizer("smoke", ["data.image_size=20", *deep]))
 
 
 def test_manifest_records_the_weights_of_image_sets(go: Any, picture_folder: Path, tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ def test_invalid_options_are_refused(
         assert not list(tmp_path.glob("out*"))
 
     refused(ConfigError, "trained on tokens: no tokens were named", tokens=None)
-    refused(ConfigError, "trained on tokens: --images and --latents are for dit, ldm, sit", images=["x"])
+    images = [str(drawn.pictures)]
+    refused(ConfigError, "trained on tokens: --images and --latents are for dit, ldm, sit", images=images)
     latent = {"preset": "sit-tiny", "overrides": ["train.warmup_steps=1"]}
     refused(ConfigError, "trained on latents: --tokens is for gpt, llamagen", **latent)
     refused(ConfigError, "trained on latents: no images were named", **latent, tokens=None)

@@ -18,7 +18,7 @@ from vqpipe.files import hash_file
 from vqpipe.losses.objective import Objective, ObjectiveConfig
 from vqpipe.losses.perceptual import backbone_file, distance_name
 from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, PatchDiscriminator, build_autoencoder
-from vqpipe.quantizers import MultiGroupConfig, QuantizerConfig, build_quantizer
+from vqpipe.quantizers import MultiGroupConfig, QuantizerConfig
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer
 from vqpipe.tokenizer_files import model_facts, read_config, write_tokenizer
@@ -60,16 +60,27 @@ class RunInputs:
     """A tokenizer to fine-tune."""
 
 
-def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> None:
-    """Check the settings against the inputs.
+def check_run(
+    recipe: TokenizerRecipe,
+    *,
+    codebook: Tensor | None = None,
+    source: Path | None = None,
+    validates: bool = False,
+    publish: Publish = "last",
+) -> None:
+    """Check the settings before the images are opened.
+
+    Args:
+        codebook: float[K, dim].
+        source: a tokenizer to fine-tune.
+        validates: whether there are images for validation.
 
     Raises:
-        ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning or with the
-            image sets; the images are too small for the discriminator.
+        ConfigError: a setting needs held-out images and there are none, or does not go with fine-tuning; the images are
+            too small for the discriminator; and the errors of `build_networks`.
+        WeightsError: the weights of the perceptual loss are absent.
     """
-    check_set_weights(inputs.images, recipe.data.set_weights)
-    train, validates = recipe.train, inputs.validation is not None
-    side = recipe.data.image_size
+    train, side = recipe.train, recipe.data.image_size
     if recipe.objective.adversarial and side < recipe.discriminator.smallest_side:
         raise ConfigError(
             f"data.image_size = {side} is too small for the discriminator, which needs"
@@ -82,12 +93,15 @@ def check_run(recipe: TokenizerRecipe, inputs: RunInputs, publish: Publish) -> N
         raise ConfigError(
             f"train.validate_every = {train.validate_every} needs held-out images", "Name them with --validation"
         )
-    if inputs.source is not None and train.whiten_init:
+    if source is not None and train.whiten_init:
         raise ConfigError(
-            f"train.whiten_init would change the latents and the codebook of --from {inputs.source}, which belong"
-            " together",
+            f"train.whiten_init would change the latents and the codebook of --from {source}, which belong together",
             "Add --set train.whiten_init=false",
         )
+    with torch.device("meta"):
+        build_networks(recipe, source, codebook)
+    if recipe.objective.perceptual != "none":
+        backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
 
 
 def check_codebook_given(quantizer: QuantizerConfig) -> None:
@@ -99,20 +113,15 @@ def check_codebook_given(quantizer: QuantizerConfig) -> None:
         )
 
 
-def check_codebook(recipe: TokenizerRecipe, codebook: Tensor) -> None:
-    """Check that the codebook float[K, dim] fits the quantizer, without building it.
-
-    Raises:
-        ConfigError: K or dim is not that of the settings, or the quantizer takes no codebook.
-    """
-    with torch.device("meta"):
-        build_quantizer(recipe.model.quantizer).load_codebook(codebook)
-
-
 def start_tokenizer_run(
     out: Path, recipe: TokenizerRecipe, inputs: RunInputs, *, seed: int, publish: Publish = "last"
 ) -> Draft | Artifact:
-    """Start or resume the tokenizer `out`, or return it if it is already published."""
+    """Start or resume the tokenizer `out`, or return it if it is already published.
+
+    Raises:
+        ConfigError: `data.set_weights` does not fit the image sets.
+    """
+    check_set_weights(inputs.images, recipe.data.set_weights)
     roles: dict[str, Input | str] = {"images": inputs.images}
     if inputs.validation is not None:
         roles["validation"] = inputs.validation
