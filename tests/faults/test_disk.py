@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -246,7 +247,8 @@ def test_paths_may_contain_spaces_braces_and_newlines(name: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "dangling link"])
-def test_foreign_file_or_folder_at_out_is_kept_and_named(what: str, tmp_path: Path) -> None:
+def test_foreign_file_or_folder_at_out_is_kept_and_named_before_images_are_hashed(what: str, tmp_path: Path) -> None:
+    images: Any = type("Unread", (), {"digest": property(lambda self: pytest.fail("hashed"))})()
     out = tmp_path / "out"
     if what == "file":
         out.write_text("mine", encoding="utf-8")
@@ -256,7 +258,7 @@ def test_foreign_file_or_folder_at_out_is_kept_and_named(what: str, tmp_path: Pa
     else:
         out.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match=r"exists and is not an artifact of vqpipe. Choose another --out"):
-        begin(out)
+        start(out, "dataset", {}, {"images": images})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert what != "file" or out.read_text(encoding="utf-8") == "mine"
 

@@ -87,6 +87,9 @@ def start(
     """
     out = Path(out)
     check_out(out, option)
+    with disk_errors(partial_path(out)):
+        if os.path.lexists(out) and not (out / "manifest.json").is_file():  # before the images are hashed
+            raise ArtifactError(f"{out} exists and is not an artifact of vqpipe", f"Choose another {option}")
     found = [value for value in inputs.values() if not isinstance(value, str)]
     distributed.on_machine_first(lambda: [value.digest for value in found])  # that of a folder reads and caches it
     digests = {role: value if isinstance(value, str) else value.digest for role, value in inputs.items()}
@@ -183,8 +186,6 @@ class Draft:
 
     def check_published(self) -> bool:
         """True if `out` was made with this request; otherwise raise an ArtifactError."""
-        if not (self.out / "manifest.json").is_file():
-            raise ArtifactError(f"{self.out} exists and is not an artifact of vqpipe", f"Choose another {self.option}")
         self.check_same(vars(open_artifact(self.out).manifest), self.out)
         with suppress(OSError):  # of a run that was killed right after it published
             (self.out / lock.NAME).unlink(missing_ok=True)
