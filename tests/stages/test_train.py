@@ -420,7 +420,10 @@ def test_settings_that_follow_from_a_codebook(quantizer: QuantizerConfig, sizes:
     assert quantizer.codebook_settings(12, 6) == sizes
 
 
-def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_folder: Path, tmp_path: Path) -> None:
+def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.py", "https://me:password@host/images.tar"])
     config = recipe.load_tokenizer("smoke", [*SETTINGS, "train.steps=2", "train.global_batch_size=4"])
     inputs = RunInputs(images=open_images([str(picture_folder)]))
     check_run(config)
@@ -442,6 +445,7 @@ def test_job_from_python_takes_callbacks_and_returns_none_when_stopped(picture_f
     assert tokenizer is not None
     assert tokenizer.facts["steps"] == 2
     assert [row["own"] for row in read_rows(tokenizer.file("metrics.jsonl"))] == [2.0]
+    assert "vqpipe https://host/images.tar" in tokenizer.file("report.html").read_text()
 
 
 def test_images_that_are_too_small_for_the_discriminator_are_an_error() -> None:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from vqpipe.metrics.distortion import mean_squared_error, psnr_of
 from vqpipe.metrics.usage import CodeUsage
 from vqpipe.models import Autoencoder
 from vqpipe.progress import Progress, Throttle
-from vqpipe.provenance import now
+from vqpipe.provenance import command, now
 from vqpipe.reports import page
 from vqpipe.reports.pictures import ImagePair, reconstruction_grid, to_png
 from vqpipe.reports.training import NUMBERS, TrainingRun, in_words, newest_number, training_page
@@ -449,7 +448,7 @@ class RunReport(Callback):
             rows=[*self.metrics.rows, *self.partial],
             settings=self.settings,
             lineage={"kind": self.draft.requested["kind"], "name": name, "content": "", "inputs": self.draft.lineage},
-            command=shlex.join(["vqpipe", *sys.argv[1:]]),
+            command=shlex.join(["vqpipe", *command()[1:]]),
             written=now().replace("T", " ").replace("+00:00", " UTC"),
             **{name: value for source in self.sources for name, value in source.report_fields().items()},
         )
