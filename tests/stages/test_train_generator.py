@@ -75,6 +75,7 @@ def test_the_validation_loss_is_that_of_the_published_weights(drawn: Any) -> Non
             opened.generator.loss(held_out.read(places, [False] * len(places)), labels)["total"]
         )
     assert artifact.facts["valid_loss"] == pytest.approx(total / 6, rel=1e-5)
+    assert "loss: cross-entropy in nats per id." in artifact.file("report.html").read_text()
 
 
 def test_the_same_run_is_not_repeated_and_another_is_refused(

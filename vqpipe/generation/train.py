@@ -331,7 +331,8 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
     generator.check_sampling(first, sampling, rngs)  # invalid settings fail here, not at the first samples
     images.sample(first, replace(sampling, steps=min(sampling.steps, 2)), rngs)
     kind, parameters = recipe.generator.kind, count_parameters(generator)
-    run.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}")
+    loss = "; loss: cross-entropy in nats per id" if generator.trained_on == "tokens" else ""
+    run.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}{loss}")
 
     def sample_sheet(network: Any) -> bytes:
         """The same seeds and classes each time."""
@@ -347,7 +348,7 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
         generator.requires_grad_(True),
         data,
         recipe,
-        description=f"{kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters.",
+        description=f"{kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters{loss}.",
         measure=validation_losses,
         sample_sheet=sample_sheet,
     )
@@ -372,13 +373,14 @@ def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples)
     classifier = initialize(run, stored.tokenizer, lambda: build_classifier(recipe.classifier, data.space))
     kind, parameters, num_classes = recipe.classifier.kind, count_parameters(classifier), classifier.num_classes
     sizes = (counted(parameters, "parameters"), counted(len(data.train), "images"), counted(num_classes, "classes"))
-    run.progress.message(f"{kind}: {', '.join(sizes)}")
+    loss = "; loss: cross-entropy in nats per image"
+    run.progress.message(f"{kind}: {', '.join(sizes)}{loss}")
     state, _ = train_on_examples(
         run,
         classifier,
         data,
         recipe,
-        description=f"{kind} on tokens, {parameters / 1e6:,.1f} M parameters, {counted(num_classes, 'classes')}.",
+        description=f"{kind} on tokens, {parameters / 1e6:,.1f} M parameters, {counted(num_classes, 'classes')}{loss}.",
         measure=loss_and_accuracy,
     )
     if state.step < recipe.train.steps:
