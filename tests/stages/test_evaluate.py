@@ -292,6 +292,9 @@ def test_native_sizes_are_padded_or_tiled_and_bits_count_all_pixels(
     decoded = [to_uint8(image) for image in decoded]  # once, behind the blending
     assert tiled["psnr"] == pytest.approx(np.mean(psnr_of(samples, decoded)), abs=1e-6)
     assert tiled["tiles"]["num_images"] == 9
+    text = (tmp_path / "tiled" / "report.html").read_text()
+    assert "In tiles of 32 px: 9 images (overlapping tiles" in text
+    assert "Padded: 1 image (mirrored to multiples of 2 pixels" in text
     assert tiled["bits_per_pixel"] > metrics["bits_per_pixel"]
 
 

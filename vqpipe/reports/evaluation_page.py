@@ -90,6 +90,10 @@ def headline(evaluated: EvaluationResult, own: Metrics) -> page.Numbers:
     caption = "Numbers of other protocols, sizes or images are not comparable with these."
     if "mixed_sizes" in own:
         caption += f" {capitalized(own['mixed_sizes'])}."
+    if tiles := evaluated.metrics.get("tiles"):
+        caption += f" In tiles of {tiles['side']} px: {counted(tiles['num_images'], 'images')} ({tiles['how']})."
+    if padded := evaluated.metrics.get("padded"):
+        caption += f" Padded: {counted(padded['num_images'], 'images')} ({padded['how']})."
     if drawn := evaluated.metrics.get("random_classes"):
         caption += (
             f" Only images of {len(drawn['classes']):,} of {drawn['num_classes']:,} classes were used, drawn at random "
