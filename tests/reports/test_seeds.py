@@ -157,7 +157,7 @@ def test_plots_over_the_codebook_size_have_a_line_for_each_method() -> None:
         *(trained(f"mg-{k}", 0, 25.0, k, "multi_group", 4) for k in SIZES),
     ]
     drawn = size_plots(configurations_of(several))
-    titles = ["PSNR over log2 K, dB", "Utilization over K", "PSNR over bits per position, dB"]
+    titles = ["PSNR (dB) over log2 K", "Utilization over K", "PSNR (dB) over bits per position"]
     assert [plot.title for plot in drawn] == titles
     assert drawn[0].alt.startswith("vq, G = 1 21.50 at 10, vq, G = 1 22.50 at 11, vq, G = 1 24.50 at 12, multi")
     assert "vq, G = 1 50.0 % at 4,096" in drawn[1].alt

@@ -115,12 +115,12 @@ def test_only_logged_numbers_have_curves() -> None:
     rows = [line for step in (10, 20, 30) for line in (row(step), valid(step, 21.0))]
     drawn = set(re.findall(r"<h3>([^<]+)</h3>", html(rows=rows)))
     assert drawn == {
-        *("Loss", "PSNR in training, dB", "PSNR in validation, dB", "Codes in use"),
+        *("Loss", "Training PSNR, dB", "Validation PSNR, dB", "Codes in use"),
         *("Perplexity of the codes in training", "Perplexity of the codes in validation"),
         *("Learning rate", "Gradient norm", "Images per second"),
     }
     few = [{"step": step, "images_seen": 8 * step, "psnr": 20.0} for step in (1, 2, 3)]
-    assert re.findall(r"<h3>([^<]+)</h3>", html(rows=few)) == ["PSNR in training, dB"]
+    assert re.findall(r"<h3>([^<]+)</h3>", html(rows=few)) == ["Training PSNR, dB"]
 
 
 def test_each_line_of_a_curve_is_of_the_quantity_that_it_names() -> None:
@@ -131,8 +131,8 @@ def test_each_line_of_a_curve_is_of_the_quantity_that_it_names() -> None:
     assert drawn["Accuracy"] == "training top-1 ends at 10.0 %, validation top-1 ends at 20.0 %, top-5 ends at 30.0 %"
     tokenizer = [{**row(step, psnr=20.0), **valid(step, 21.0), "valid/lpips_vgg": 0.3} for step in (1, 2, 3)]
     drawn = {plot.title: plot.alt for plot in run_curves(tokenizer)}
-    assert drawn["PSNR in training, dB"] == "training ends at 20"
-    assert drawn["PSNR in validation, dB"] == "validation ends at 21"
+    assert drawn["Training PSNR, dB"] == "training ends at 20"
+    assert drawn["Validation PSNR, dB"] == "validation ends at 21"
     assert drawn["LPIPS in validation"] == "VGG ends at 0.3"
     assert drawn["Codes in use"] == "training ends at 50.0 %, validation ends at 25.0 %"
     assert drawn["Perplexity of the codes in training"] == "training ends at 20"

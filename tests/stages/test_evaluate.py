@@ -180,7 +180,7 @@ def test_k_curve_equals_decoding_the_first_k_groups(
         assert row["psnr"] == pytest.approx(np.mean(psnr_of(originals, decoded)), abs=1e-6)
         assert row["bits_per_pixel"] == row["groups"] * 6 / 4
     html = (out / "report.html").read_text(encoding="utf-8")
-    assert "PSNR from the first k groups, dB" in html
+    assert "PSNR (dB) from the first k groups" in html
     assert f"<td>{curve[0]['psnr']:.2f} dB</td>" in html
     for k in (1, 2, 3):  # the pictures of the section: the first of the set among them, decoded in the same batch
         assert data_uri(to_png(tokenizer.decode(ids[:4], (32, 32), groups=k)[0])) in html

@@ -51,7 +51,7 @@ OVER_SETS = (BY_KEY["rfid"], BY_KEY["psnr"])
 """Columns of the table over several sets."""
 TRAINING: tuple[tuple[str, str, plots.Scale, str], ...] = (
     ("loss/total", "Total loss", "log", ""),
-    ("psnr", "PSNR in training, dB", "linear", ""),
+    ("psnr", "Training PSNR, dB", "linear", ""),
     ("utilization", "Utilization in training", "share", "Over the tokens between two rows of the log."),
 )
 """Curves with a line per tokenizer: key in the log, title, scale, caption."""

@@ -211,7 +211,7 @@ def k_curves(prefixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
     `prefixes` holds by name the rows {groups, bits_per_pixel, psnr, ssim, ...} of `metrics.json`.
     """
     found = []
-    for key, title in (("psnr", "PSNR from the first k groups, dB"), ("ssim", "SSIM from the first k groups")):
+    for key, title in (("psnr", "PSNR (dB) from the first k groups"), ("ssim", "SSIM from the first k groups")):
         measured = {name: [row for row in rows if key in row] for name, rows in prefixes.items()}
         measured = {name: rows for name, rows in measured.items() if rows}
         single = len(measured) == 1
@@ -244,7 +244,7 @@ def rate_distortion(points: Mapping[str, tuple[float | None, float]]) -> Plot | 
     discrete = {name: [(bits, psnr, 0.0)] for name, (bits, psnr) in points.items() if bits is not None}
     continuous = {name: psnr for name, (bits, psnr) in points.items() if bits is None}
     caption = "Upper left is better." + (" Dashed: continuous latents, which have no bits." if continuous else "")
-    title = "PSNR over bits per pixel, dB"
+    title = "PSNR (dB) over bits per pixel"
     return points_with_spread(title, discrete, xlabel="bits per pixel", levels=continuous, caption=caption)
 
 

@@ -170,11 +170,11 @@ def size_plots(configurations: Sequence[Configuration]) -> list[page.Plot]:
     logs = [math.log2(each.tokenizer["codebook_size"]) for each in discrete]
     plain = [float(each.tokenizer["codebook_size"]) for each in discrete]
     drawn = [
-        method_plot("PSNR over log2 K, dB", discrete, logs, "psnr", "log2 of the codebook size K"),
+        method_plot("PSNR (dB) over log2 K", discrete, logs, "psnr", "log2 of the codebook size K"),
         method_plot("Utilization over K", discrete, plain, "utilization", "codebook size K"),
     ]
     if any(each is not None and abs(each - log) > 1e-6 for each, log in zip(bits, logs, strict=True)):
-        drawn.append(method_plot("PSNR over bits per position, dB", discrete, bits, "psnr", "bits per position"))
+        drawn.append(method_plot("PSNR (dB) over bits per position", discrete, bits, "psnr", "bits per position"))
     return [plot for plot in drawn if plot is not None]
 
 

@@ -264,8 +264,8 @@ def run_curves(rows: Sequence[plots.LogRow]) -> list[page.Plot]:
         for kind, (words, about) in PERCEPTUAL.items()
     ]
     table: list[tuple[str, dict[str, str], plots.Scale, str]] = [
-        ("PSNR in training, dB", {"training": "psnr"}, "linear", own_mean),
-        ("PSNR in validation, dB", {"validation": "valid/psnr"}, "linear", f"Mean over {held_out}."),
+        ("Training PSNR, dB", {"training": "psnr"}, "linear", own_mean),
+        ("Validation PSNR, dB", {"validation": "valid/psnr"}, "linear", f"Mean over {held_out}."),
         *((title, keys, "linear", f"{about}Mean over {held_out}.") for title, keys, about in perceptual),
         ("Accuracy", accuracies, "share", ""),
         ("Codes in use", {"training": "utilization", "validation": "valid/utilization"}, "share", in_use),
