@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages import console
+from stages import console, options
 from stages.options import Out, UnusedDevice, UnusedSeed
 from vqpipe.errors import ConfigError
 
@@ -37,6 +37,7 @@ def compare(
     Reports of vqpipe eval-generation share one table; they must have the same
     protocol, image size and references.
     """
+    options.check_artifacts(*reports)  # before PyTorch is loaded
     with console.session("cpu", seed):
         from vqpipe import artifacts
         from vqpipe.files import hash_file

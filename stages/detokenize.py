@@ -23,7 +23,7 @@ def detokenize(
     seed: Seed = 0,
 ) -> None:
     """Decode tokens to images."""
-    options.check_artifact(tokenizer)  # before PyTorch is loaded
+    options.check_artifacts(tokens, tokenizer)  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from vqpipe import artifacts
         from vqpipe.data.tokens import decode_tokens

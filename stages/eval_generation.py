@@ -68,6 +68,7 @@ def eval_generation(
     File in --weights DIR: weights-inception-2015-12-05-6726825d.pth.
     Without it the numbers of Inception are not computed, and the report says why.
     """
+    options.check_images([*images, *reference])  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from vqpipe.evaluation.extractors import add_extractor
         from vqpipe.evaluation.generation import GenerationConfig, evaluated_size

@@ -130,6 +130,7 @@ def evaluate(
     alexnet-owt-7be5be79.pth and vgg16-397923af.pth (LPIPS).
     """
     options.check_images(images)  # before PyTorch is loaded
+    options.check_artifacts(tokenizer)
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import recipe
         from vqpipe import analysis

@@ -70,6 +70,7 @@ def generate(
     Image i is a function of the seed and i, on any number of ranks. Classes
     come in turn, so that consecutive images have equal parts of them.
     """
+    options.check_artifacts(generator)  # before PyTorch is loaded
     with console.session(device, seed) as torch_device:
         from vqpipe import artifacts
         from vqpipe.generation.generate import SamplePlan, generate_images

@@ -33,7 +33,7 @@ def inspect(
 
     Of an unfinished one (DIR.partial), print how far it is.
     """
-    options.check_artifact(artifact)  # before PyTorch is loaded
+    options.check_artifacts(artifact)  # before PyTorch is loaded
     from vqpipe.artifacts import open_artifact
     from vqpipe.artifacts.unfinished import find_partial
 

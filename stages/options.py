@@ -92,10 +92,11 @@ def check_images(names: Sequence[str]) -> None:
             raise absent_images([name])
 
 
-def check_artifact(path: Path) -> None:
-    """Raise an ArtifactError for a folder that does not exist."""
-    if ":" not in str(path) and not is_there(Path(path)):
-        raise absent_artifact(Path(path))
+def check_artifacts(*paths: Path | None) -> None:
+    """Raise an ArtifactError for a folder that does not exist; None is an option that was not given."""
+    for path in filter(None, paths):
+        if ":" not in str(path) and not is_there(Path(path)):
+            raise absent_artifact(Path(path))
 
 
 def is_there(path: Path) -> bool:

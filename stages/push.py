@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages import console
+from stages import console, options
 from vqpipe.downloads import check_repository
 from vqpipe.errors import ConfigError
 
@@ -41,6 +41,7 @@ def push(
     Others then pass hf:OWNER/NAME, or hf:OWNER/NAME@REVISION, as a tokenizer.
     """
     repository = check_repository(repository.removeprefix("hf:"))
+    options.check_artifacts(tokenizer, report)  # before PyTorch is loaded
     with console.session("cpu", 0):
         from stages.next_steps import beside
         from vqpipe import zoo

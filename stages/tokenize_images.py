@@ -70,7 +70,7 @@ def tokenize(
     size.
     """
     options.check_images(images)  # before PyTorch is loaded
-    options.check_artifact(tokenizer)
+    options.check_artifacts(tokenizer)
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates
         from vqpipe import distributed

@@ -80,8 +80,7 @@ def train(
     mgvq-f16-g4-finetune, --from the tokenizer of the first.
     """
     options.check_images([*images, *(validation or [])])  # before PyTorch is loaded
-    if source is not None:
-        options.check_artifact(source)
+    options.check_artifacts(source)
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates, training_run
         from stages.recipe import load_tokenizer

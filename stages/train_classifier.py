@@ -40,8 +40,7 @@ def train_classifier(
     Run the same command again to resume. To watch a run, open
     OUT.partial/report.html.
     """
-    for named in filter(None, (tokens, tokenizer, validation)):
-        options.check_artifact(named)  # before PyTorch is loaded
+    options.check_artifacts(tokens, tokenizer, validation)  # before PyTorch is loaded
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import training_run
         from stages.recipe import load_classifier

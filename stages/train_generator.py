@@ -67,9 +67,7 @@ def train_generator(
     The generator includes its tokenizer: vqpipe generate needs nothing else.
     """
     options.check_images(images or [])  # before PyTorch is loaded
-    read = () if plan else (tokens, validation, None if images else latents)
-    for named in filter(None, (tokenizer, *read)):
-        options.check_artifact(named)
+    options.check_artifacts(tokenizer, *(() if plan else (tokens, validation, None if images else latents)))
     with console.ProgressBar() as progress, console.session(device, seed) as torch_device:
         from stages import estimates, training_run
         from stages.recipe import load_generator
