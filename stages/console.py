@@ -64,9 +64,9 @@ def session(device: str, seed: int) -> Iterator["torch.device"]:
         yield torch_device
 
 
-def say(text: str) -> None:
-    """Print a line on stderr, from rank 0. A closed stderr is not an error."""
-    if prints():
+def say(*texts: str) -> None:
+    """Print lines on stderr, from rank 0. A closed stderr is not an error."""
+    for text in texts if prints() else ():
         with suppress(OSError):
             stderr().print("\n".join(map(printable, text.split("\n"))), highlight=False, markup=False, soft_wrap=True)
 
@@ -83,17 +83,14 @@ def open_images(
 
     if OPEN and OPEN[-1].title != READING:
         OPEN[-1].start(READING, None, unit="")
-    images = data.images.open_images(names, key_prefix, color)
-    if limit is not None and limit < len(images):
-        images = data.images.SelectedImages(images, range(limit))
+    images = data.images.first_images(data.images.open_images(names, key_prefix, color), limit)
     remark(images)
     return images
 
 
 def remark(images: "ImageSet") -> None:
     """Print the remarks of opened images, a line each."""
-    for line in images.remarks:
-        say(line)
+    say(*images.remarks)
 
 
 def remark_size(what: str, size: int | str | None, preset: str, trained: int) -> None:
@@ -186,8 +183,8 @@ def say_next(artifact: "Artifact") -> None:
     """Print what to do after a command: what to open, and the next commands."""
     from stages import next_steps
 
-    for line in next_steps.lines(artifact) if prints() else ():
-        say(line)
+    if prints():
+        say(*next_steps.lines(artifact))
 
 
 class ProgressBar:

@@ -68,7 +68,7 @@ def prepare_data(
     """
     with console.ProgressBar() as progress, console.session("cpu", seed):
         from vqpipe import artifacts
-        from vqpipe.data.images import ImageSet, SelectedImages
+        from vqpipe.data.images import ImageSet, first_images
         from vqpipe.data.manifests import check_archives, check_copy, check_kept, load_manifest, open_split
         from vqpipe.data.prepare import pack_images
 
@@ -83,8 +83,7 @@ def prepare_data(
             console.say(
                 f"archives with the published MD5: {', '.join(check_archives(described, Path(source))) or 'none'}"
             )
-        if limit is not None and limit < len(images):
-            images = SelectedImages(images, range(limit))
+        images = first_images(images, limit)
         console.say(f"{described.title}, {name}: {counted(len(images), 'images')}. Licence: {described.licence}")
         config = {
             "manifest": described.name,

@@ -262,6 +262,11 @@ class SelectedImages(ImageSet):
         return hashlib.sha256(f"{self.images.digest} {selection}".encode()).hexdigest()
 
 
+def first_images(images: ImageSet, limit: int | None) -> ImageSet:
+    """The first `limit` images of a set; all of them for None, or where there are fewer."""
+    return images if limit is None or limit >= len(images) else SelectedImages(images, range(limit))
+
+
 def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:
     """The class names of all lists, in the order of the first list that has them all, else sorted."""
     names = {name for each in lists for name in each}
