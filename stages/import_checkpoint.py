@@ -105,8 +105,7 @@ def import_checkpoint(
             return console.finished(done, again=True)
         with console.ProgressBar() as progress:
             checkpoint = obtain(wanted, own_files or [], out, family, progress)
-        for line in checkpoint.lines:
-            console.say(line)
+        console.say(*checkpoint.lines)
         if checkpoint.family in KINDS:
             return import_continuous(checkpoint, out)
         file = checkpoint.paths[0]
@@ -120,8 +119,7 @@ def import_checkpoint(
             return console.finished(draft, again=True)
         with draft:
             released = read_released(file, family, None if codebook is None else load_codebook(codebook))
-            for note in released.notes:
-                console.say(note)
+            console.say(*released.notes)
             if distributed.is_main():
                 rows = {"family": released.family, "imported from": file.name, "sha256": digest, **checkpoint.facts}
                 if released.notes:

@@ -90,6 +90,7 @@ def train(
         from vqpipe.training.tokenizer_run import (
             RunInputs,
             check_codebook_given,
+            check_networks,
             check_run,
             start_tokenizer_run,
             train_tokenizer,
@@ -110,10 +111,11 @@ def train(
         recipe = load_tokenizer(preset, [*sizes, *overrides], say=notes.append, train=flags)  # --set has precedence
         training = tokenizer_training(recipe)
         if plan:
+            check_networks(recipe, source, codes)
+            console.say(*notes)
             return estimates.show(estimates.plan_here(training, torch_device))
         check_run(recipe, codebook=codes, source=source, validates=bool(validation), publish=publish)
-        for note in notes:
-            console.say(note)
+        console.say(*notes)
         estimates.check_fits(training, torch_device, out, progress)
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),

@@ -61,8 +61,7 @@ def train_classifier(
             None if validation is None else open_artifact(validation, "tokens"),
             limit,
         )
-        for note in notes:
-            console.say(note)
+        console.say(*notes)
         draft = start_examples_run(out, recipe, examples, seed)
         training_run.run(
             draft,

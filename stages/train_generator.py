@@ -93,6 +93,7 @@ def train_generator(
             if path.exists():
                 side = StoredExamples(opened, open_artifact(path, trained_on)).image_size
             training = generator_training(recipe, opened.autoencoder.config, side)
+            console.say(*notes)
             return estimates.show(estimates.plan_here(training, torch_device))
         held_out = None if validation is None else open_artifact(validation, trained_on)
         if images:
@@ -121,8 +122,7 @@ def train_generator(
                 f"--image-size {image_size} is not the size of the images in {stored.path}, {examples.image_size}",
                 "Omit it, or encode the images at this size",
             )
-        for note in notes:
-            console.say(note)
+        console.say(*notes)
         training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
         estimates.check_fits(training, torch_device, out, progress)
         draft = start_examples_run(out, recipe, examples, seed)

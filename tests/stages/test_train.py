@@ -288,6 +288,20 @@ def test_an_error_in_the_settings_comes_before_notes_and_images(
     assert capsys.readouterr().err == ""
 
 
+def test_a_plan_says_what_was_adapted_and_refuses_a_codebook_that_does_not_fit(
+    go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "codebook.npy", np.eye(37, 64, dtype=np.float32))
+    codes = ["model.quantizer.kind=lc", "model.quantizer.codebook_size=40"]
+    with pytest.raises(ConfigError, match="37"):
+        go("x", set=codes, codebook=tmp_path / "codebook.npy", plan=True)
+    monkeypatch.setattr("stages.estimates.plan_here", lambda *arguments: pytest.fail("planned"))
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", [each for each in SETTINGS if "warmup" not in each])
+    with pytest.raises(pytest.fail.Exception, match="planned"):
+        go("x", steps=2, preset="small", plan=True)
+    assert "a first look: 2 of the preset's" in capsys.readouterr().err
+
+
 def test_whiten_init_with_from_is_refused(go: Any, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     with pytest.raises(ConfigError, match=r"train\.whiten_init would change .* Add --set train\.whiten_init=false"):

@@ -98,10 +98,19 @@ def check_run(
             f"train.whiten_init would change the latents and the codebook of --from {source}, which belong together",
             "Add --set train.whiten_init=false",
         )
-    with torch.device("meta"):
-        build_networks(recipe, source, codebook)
+    check_networks(recipe, source, codebook)
     if recipe.objective.perceptual != "none":
         backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
+
+
+def check_networks(recipe: TokenizerRecipe, source: Path | None, codebook: Tensor | None) -> None:
+    """Check that tokenizer to fine-tune and codebook fit the settings, without memory for the networks.
+
+    Raises:
+        ConfigError: as of `build_networks`.
+    """
+    with torch.device("meta"):
+        build_networks(recipe, source, codebook)
 
 
 def check_codebook_given(quantizer: QuantizerConfig) -> None:
