@@ -13,6 +13,7 @@ import typer
 from stages import console, options
 from stages.options import UnusedDevice, UnusedSeed
 from vqpipe import downloads, zoo
+from vqpipe.artifacts import is_artifact
 from vqpipe.config import nearest_name
 from vqpipe.downloads import Address
 from vqpipe.errors import ConfigError, WeightsError
@@ -160,7 +161,7 @@ def recognize(source: str, own_files: Sequence[Path]) -> Path | Address | Entry:
     address = downloads.parse(source)
     if address is not None:
         return address
-    if (path / "manifest.json").exists():
+    if is_artifact(path):
         raise WeightsError(f"{source} is a vqpipe artifact, not a file of weights", "It needs no import")
     if path.is_dir():
         raise WeightsError(f"{source} is a folder", "Name the file of weights in it")

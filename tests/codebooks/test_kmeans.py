@@ -313,6 +313,12 @@ def test_too_few_or_nonfinite_features_are_errors() -> None:
             kmeans(FeatureSet([data, second], ["a.npy", "b.npy"]), KmeansConfig(k=5), seed=0, device=CPU)
 
 
+def test_too_many_centers_are_refused_before_the_features_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FeatureSet, "verify", lambda self, progress: pytest.fail("the features were hashed"))
+    with pytest.raises(DataError, match="100 vectors, fewer than k = 101"):
+        run(blobs(100, 4, 5), k=101)
+
+
 def test_unusable_classes_are_errors() -> None:
     data, labels = blobs(100, 4, 5), np.zeros(100, np.int32)
     labels[95:] = 3

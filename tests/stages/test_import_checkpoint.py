@@ -149,7 +149,9 @@ def test_errors_are_one_line_and_leave_no_files(
     assert "cannot be read as weights" in refuse("truncated.ckpt")
     (tmp_path / "lc").mkdir()
     assert refuse("lc") == "error: lc is a folder. Name the file of weights in it."
-    (tmp_path / "lc" / "manifest.json").touch()
+    (tmp_path / "lc" / "manifest.json").write_text('{"name": "of a web page"}')
+    assert refuse("lc") == "error: lc is a folder. Name the file of weights in it."
+    (tmp_path / "lc" / "manifest.json").write_text('{"schema": 1, "kind": "codebook", "request": "", "files": {}}')
     assert refuse("lc") == "error: lc is a vqpipe artifact, not a file of weights. It needs no import."
     assert "absent.ckpt is neither a file nor a name of vqpipe zoo" in refuse("absent.ckpt")
     assert "Known are vqgan-lc" not in refuse("last.ckpt", "--family", "mgvq")

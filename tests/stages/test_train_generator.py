@@ -143,6 +143,8 @@ def test_latents_are_encoded_once_and_read_by_other_runs(
     assert opened.statistics is not None
     assert list(opened.statistics.mean) == stored.facts["mean"]
     assert (opened.generator.num_classes, opened.classes) == (5, (0, 1, 2))
+    loss = "velocity" if kind == "sit" else "noise"
+    assert f"loss: mean squared error of the {loss}" in open_artifact(tmp_path / "a").file("report.html").read_text()
 
 
 def test_validation_latents_are_normalized_by_the_statistics_of_training(drawn: Any, tmp_path: Path) -> None:

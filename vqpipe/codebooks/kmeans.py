@@ -106,13 +106,14 @@ def kmeans(
         NumericError: NaN or infinity in the features.
         ArtifactError: the features are not as published; `checkpoints` holds another clustering, or cannot be written.
     """
+    if not config.per_class:  # before the features are hashed, which may take minutes
+        check_enough(features.num_vectors, config.k, features.name, "vectors")
+        check_memory(features, config.k, device)
     features.verify(progress)
     request = {**to_request(config), "seed": seed, "features": features.digest}
     digest = digest_json({**request, "num_vectors": features.num_vectors, "dim": features.dim})
     if config.per_class:
         return kmeans_per_class(features, config, seed, device, checkpoints, digest, progress)
-    check_enough(features.num_vectors, config.k, features.name, "vectors")
-    check_memory(features, config.k, device)
     room = room_for_features(features, config.k, device, config.gpu_share)
     points = Points(features, device, shared=True, visits=config.visits, room=room, progress=progress)
     return cluster(points, config, config.k, (seed,), CollectiveStates(checkpoints, digest, progress))

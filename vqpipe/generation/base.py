@@ -148,6 +148,8 @@ class Generator(nn.Module, ABC):
     config_class: ClassVar[type[GeneratorConfig]]
     trained_on: ClassVar[Literal["tokens", "latents"]]
     """The examples: input of `loss`, output of `sample`."""
+    loss_in_words: str
+    """What "total" of `loss` is, with its unit."""
     forward_methods: ClassVar[tuple[str, ...]] = ("sample",)
     """Methods besides `forward` that run the network: FSDP gathers sharded weights for them too."""
 

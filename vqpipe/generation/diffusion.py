@@ -136,6 +136,9 @@ class DiffusionGenerator(LatentGenerator):
     def __init__(self, config: DiffusionConfig, space: Space) -> None:
         super().__init__(config, space)
         self.schedule = NoiseSchedule.of(config.schedule, config.beta_start, config.beta_end, config.num_times)
+        self.loss_in_words = "mean squared error of the noise"
+        if config.learn_variance:
+            self.loss_in_words += f" + {config.bound_weight:g} x the variational bound in bits per value"
 
     @property
     def output_channels(self) -> int:

@@ -74,6 +74,7 @@ class Gpt(Generator):
 
     config_class = GptConfig
     trained_on = "tokens"
+    loss_in_words = "cross-entropy in nats per id"
     config: GptConfig
 
     def __init__(self, config: GptConfig, space: Space) -> None:

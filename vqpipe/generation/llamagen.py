@@ -173,6 +173,7 @@ class LlamaGen(Generator):
 
     config_class = LlamaGenConfig
     trained_on = "tokens"
+    loss_in_words = "cross-entropy in nats per id"
     config: LlamaGenConfig
     rotary: Tensor
 

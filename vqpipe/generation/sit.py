@@ -43,6 +43,7 @@ class Sit(LatentGenerator):
     """SiT on a tokenizer's latents."""
 
     config_class = SitConfig
+    loss_in_words = "mean squared error of the velocity"
     config: SitConfig
     network: Transformer
 

@@ -331,8 +331,8 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
     generator.check_sampling(first, sampling, rngs)  # invalid settings fail here, not at the first samples
     images.sample(first, replace(sampling, steps=min(sampling.steps, 2)), rngs)
     kind, parameters = recipe.generator.kind, count_parameters(generator)
-    loss = "; loss: cross-entropy in nats per id" if generator.trained_on == "tokens" else ""
-    run.progress.message(f"{kind}: {counted(parameters, 'parameters')}, {counted(len(data.train), 'images')}{loss}")
+    sizes, loss = (counted(parameters, "parameters"), counted(len(data.train), "images")), generator.loss_in_words
+    run.progress.message(f"{kind}: {', '.join(sizes)}; loss: {loss}")
 
     def sample_sheet(network: Any) -> bytes:
         """The same seeds and classes each time."""
@@ -348,7 +348,7 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
         generator.requires_grad_(True),
         data,
         recipe,
-        description=f"{kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters{loss}.",
+        description=f"{kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters; loss: {loss}.",
         measure=validation_losses,
         sample_sheet=sample_sheet,
     )
