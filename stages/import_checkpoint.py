@@ -13,7 +13,6 @@ import typer
 from stages import console, options
 from stages.options import UnusedDevice, UnusedSeed
 from vqpipe import downloads, zoo
-from vqpipe.artifacts import is_artifact
 from vqpipe.config import nearest_name
 from vqpipe.downloads import Address
 from vqpipe.errors import ConfigError, WeightsError
@@ -161,9 +160,11 @@ def recognize(source: str, own_files: Sequence[Path]) -> Path | Address | Entry:
     address = downloads.parse(source)
     if address is not None:
         return address
-    if is_artifact(path):
-        raise WeightsError(f"{source} is a vqpipe artifact, not a file of weights", "It needs no import")
     if path.is_dir():
+        from vqpipe.artifacts import is_artifact
+
+        if is_artifact(path):
+            raise WeightsError(f"{source} is a vqpipe artifact, not a file of weights", "It needs no import")
         raise WeightsError(f"{source} is a folder", "Name the file of weights in it")
     hint = "Pass the released file of weights, a name of vqpipe zoo, hf:OWNER/NAME/FILE or a URL"
     if re.fullmatch(r"[\w-]+", source):
