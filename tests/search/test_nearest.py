@@ -142,6 +142,21 @@ def test_cosine_ignores_length() -> None:
 
 
 @pytest.mark.usefixtures("search")
+def test_cosine_finds_codes_whose_squares_underflow() -> None:
+    """As those that the moving averages of `ema` leave of an unused code."""
+    torch.manual_seed(0)
+    vectors, codes = torch.randn(60, 8), torch.randn(90, 8)
+    expected = nearest(vectors, codes, "cosine")
+    shrink = torch.ones(90, 1)
+    shrink[expected[:3]] = torch.tensor([[1e-15], [1e-24], [1e-30]])
+    assert torch.equal(nearest(vectors * 1e-30, codes * shrink, "cosine"), expected)
+    zero = int((torch.bincount(expected, minlength=90) == 0).nonzero()[0])
+    similar = F.cosine_similarity(vectors[:, None], codes[None], dim=2).amax(dim=1) > 0.5
+    codes[zero] = 0
+    assert torch.equal(nearest(vectors, codes, "cosine", check=False)[similar], expected[similar])
+
+
+@pytest.mark.usefixtures("search")
 def test_groups_are_searched_separately() -> None:
     torch.manual_seed(0)
     vectors, codes = torch.randn(3, 12, 8), torch.randn(3, 70, 8)

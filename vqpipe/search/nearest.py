@@ -44,10 +44,9 @@ def nearest(vectors: Tensor, codes: Tensor, metric: Metric = "l2", *, check: boo
         vectors: float[N, D], any floating type; N may be 0. Or float[G, N, D], with separate codes for each group.
         codes: float[K, D] on the same device, K >= 1. Or float[G, K, D].
         metric: "l2", or "cosine": l2 between vectors scaled to unit length. A zero vector is equally near to every
-            code, so it gets id 0. The squares of lengths below about 1e-20 underflow: vectors and codes as short as
-            that, but not zero, get the id of another code.
-        check: raise an error for invalid numbers. Without, a vector that is not finite gets some id in [0, K), and a
-            GPU is not synchronized: for training, where the loss shows it later.
+            code, so it gets id 0.
+        check: raise an error for invalid numbers. Without, a vector that is not finite gets some id in [0, K), a zero
+            code stays zero under "cosine", and a GPU is not synchronized: for training, where the loss shows it later.
 
     Returns:
         int64[N] (or int64[G, N]) on the vectors' device.
@@ -97,7 +96,7 @@ def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric, check: boo
     without_direction = None
     if metric == "cosine":
         without_direction = ~vectors.any(dim=2)
-        vectors, codes = F.normalize(vectors, dim=2, eps=0.0).nan_to_num_(), F.normalize(codes, dim=2, eps=0.0)
+        vectors, codes = unit_rows(vectors), unit_rows(codes)
     offsets = far_offsets(codes)
     if offsets is not None:
         vectors, codes = vectors - offsets, codes - offsets
@@ -112,6 +111,15 @@ def nearest_of_groups(vectors: Tensor, codes: Tensor, metric: Metric, check: boo
         found = [search(rows.contiguous(), group_codes.contiguous()) for rows, group_codes in pairs]
         ids = found[0][None] if len(found) == 1 else torch.stack(found)
     return ids if without_direction is None else ids.masked_fill_(without_direction, 0)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Scale the rows of float32[..., D] to unit length, however short they are; those without a direction become zero.
+
+    They are multiplied by a power of two first, which is exact, so that squares neither underflow nor overflow.
+    """
+    exponents = torch.log2(rows.abs().amax(dim=-1, keepdim=True)).floor().clamp(-126, 126)
+    return F.normalize(rows * torch.exp2(-exponents), dim=-1, eps=0.0).nan_to_num_()
 
 
 def far_offsets(codes: Tensor) -> Tensor | None:
