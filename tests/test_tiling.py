@@ -210,6 +210,12 @@ def test_statistics_are_of_the_shape_of_the_image_and_of_the_decoded_groups() ->
     assert autoencoder.groups == [2, 2, 2, 2]
 
 
+def test_statistics_of_a_long_narrow_image_are_those_of_its_own_size() -> None:
+    autoencoder, image = Normed(), half_dark(96)[:, :8]
+    norm_statistics(autoencoder, image, tile=32)
+    assert autoencoder.seen == [(8, 96)]
+
+
 def test_a_network_without_group_norms_cannot_share_them() -> None:
     class Plain(Identity):
         autoencoder = torch.nn.Conv2d(3, 3, 1)

@@ -110,14 +110,14 @@ def reconstruct_any_size(
 
 
 def norm_statistics(autoencoder: ImageAutoencoder, image: Tensor, tile: int, groups: int | None = None) -> Statistics:
-    """The statistics of each group norm for uint8[3, H, W], scaled down to the area of one tile, and decoded from the
-    first `groups` groups.
+    """The statistics of each group norm for uint8[3, H, W], scaled down to the area of one tile if it is larger, and
+    decoded from the first `groups` groups.
 
     Raises:
         ConfigError: the network has no group norms.
     """
     factor = autoencoder.downsample_factor
-    scale = tile / math.sqrt(image.shape[1] * image.shape[2])
+    scale = min(1.0, tile / math.sqrt(image.shape[1] * image.shape[2]))
     height, width = (max(round(side * scale) // factor, 1) * factor for side in image.shape[1:])
     small = F.interpolate(image[None].float(), (height, width), mode="bicubic", antialias=True)
     found: Statistics = {}
