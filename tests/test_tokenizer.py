@@ -261,11 +261,13 @@ def test_lists_of_images_of_several_sizes_keep_their_order(
         any_tokenizer.encode([images[0][None]])
 
 
-def test_side_of_a_square_image(tokenizer: Tokenizer) -> None:
+def test_size_of_one_image_or_of_all_images_of_a_list(tokenizer: Tokenizer) -> None:
     ids = torch.arange(16)[None]
     expected = tokenizer.decode(ids, (16, 16))
     assert torch.equal(tokenizer.decode(ids, 16), expected)
-    assert torch.equal(tokenizer.decode([ids[0]], 16)[0], expected[0])
+    for size in (16, "16", (16, 16)):
+        for image in tokenizer.decode([ids[0]] * 3, size):
+            assert torch.equal(image, expected[0])
     assert torch.equal(to_uint8(tokenizer.decode_float(ids, 16)), expected)
     assert torch.equal(tokenizer.decode_codes(tokenizer.embed(ids), 16), expected)
 

@@ -254,7 +254,7 @@ class Tokenizer:
 
     @overload
     def decode(
-        self, ids: Sequence[Tensor], image_size: int | str | Sequence[tuple[int, int]], groups: int | None = None
+        self, ids: Sequence[Tensor], image_size: Size | Sequence[tuple[int, int]], groups: int | None = None
     ) -> list[Tensor]: ...
 
     @torch.no_grad()
@@ -279,10 +279,13 @@ class Tokenizer:
         if isinstance(ids, Tensor):
             return to_uint8(self.decode_float(ids, image_size, groups))  # type: ignore[arg-type]  # by the overloads
         ids = [self.check_ids(row) for row in ids]
-        each = [image_size] * len(ids) if isinstance(image_size, int | str) else image_size
-        sizes = [pair_of(size) for size in each]
+        match image_size:
+            case int() | str() | (int(), int()):
+                sizes = [pair_of(image_size)] * len(ids)  # type: ignore[arg-type]  # by the pattern
+            case _:
+                sizes = [pair_of(size) for size in image_size]
         if len(sizes) != len(ids):
-            raise DataError(f"{len(sizes)} sizes for the ids of {len(ids)} images", "Give a size for each, or one side")
+            raise DataError(f"{len(sizes)} sizes for the ids of {len(ids)} images", "Give each its size, or one of all")
         return in_batches(ids, sizes, lambda batch, size: self.decode(batch, size, groups))
 
     @torch.no_grad()
