@@ -87,6 +87,8 @@ def test_normalize_latent() -> None:
     scaled = quantizer(3 * LATENT)
     assert torch.equal(scaled.ids, quantizer(LATENT).ids)
     torch.testing.assert_close(scaled.losses, make()(F.normalize(LATENT, dim=1)).losses)
+    dark = LATENT.index_fill(3, torch.tensor([0]), 0.0)
+    torch.testing.assert_close(quantizer(dark).losses, make()(F.normalize(dark, dim=1)).losses)
 
 
 def test_standardize_codebook_makes_the_projector_orthogonal() -> None:

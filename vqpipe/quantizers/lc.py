@@ -106,7 +106,7 @@ class FrozenCodebookQuantizer(DerivedCodebook):
 
     def search_input(self, latent: Tensor) -> Tensor:
         if self.normalize_latent:
-            latent = latent.float() / latent.float().norm(dim=1, keepdim=True)
+            latent = F.normalize(latent.float(), dim=1)
         return super().search_input(latent)
 
     @torch.no_grad()
