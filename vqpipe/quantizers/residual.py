@@ -159,8 +159,10 @@ class ResidualQuantizer(Quantizer):
 def restart_unused_codes(quantizer: EmaQuantizer, vectors: Tensor) -> None:
     """Replace codes with a decayed count below 1 by vectors sampled from float32[N, C] of all ranks."""
     unused = (quantizer.counts < 1).nonzero().flatten()
+    if len(unused) == 0:  # on every rank
+        return
     vectors = gather_rows(vectors)
-    if len(unused) == 0 or len(vectors) == 0:
+    if len(vectors) == 0:
         return
     sampled = broadcast(sample_vectors(vectors, len(unused)))
     quantizer.counts[unused] = 1.0
