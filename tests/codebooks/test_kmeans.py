@@ -353,6 +353,9 @@ def test_load_codebook_reads_safetensors_npy_and_released_files(tmp_path: Path) 
     np.save(tmp_path / "nan.npy", np.full((2, 2), np.nan, np.float32))
     with pytest.raises(NumericError, match="holds NaN"):
         load_codebook(tmp_path / "nan.npy")
+    torch.save(torch.tensor([[1e300], [1.0]], dtype=torch.float64), tmp_path / "large.pth")
+    with pytest.raises(NumericError, match="holds NaN or infinity"):
+        load_codebook(tmp_path / "large.pth")
     np.save(tmp_path / "one.npy", np.ones((5, 3), np.float32))
     with pytest.raises(DataError, match=r"all 5 codes of .*one\.npy are equal"):
         load_codebook(tmp_path / "one.npy")

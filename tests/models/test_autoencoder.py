@@ -117,7 +117,8 @@ def test_whiten_init_uses_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(rank_covariance, covariance, rtol=1e-4, atol=1e-9)
 
 
-def test_whiten_init_needs_enough_latent_vectors() -> None:
+def test_whiten_init_needs_enough_latent_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "all_reduce_sum", lambda tensor: tensor.mul_(8))  # 8 ranks with the same images
     with pytest.raises(DataError, match="4 latent vectors are too few to whiten 8 channels"):
         make().whiten_init(smooth_images(1, size=8))
 

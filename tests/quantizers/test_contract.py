@@ -287,6 +287,15 @@ def test_update_is_deterministic(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_a_quantizer_without_an_update_does_not_change_in_it(name: str) -> None:
+    quantizer = make(name).train()
+    before, latent = state_of(quantizer), latent_of(quantizer)
+    if not quantizer.has_update:
+        quantizer.update(latent, quantizer(latent).ids)
+        assert_same_state(quantizer, before)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_autocast_changes_nothing(name: str) -> None:
     quantizer = make(name)
     latent = latent_of(quantizer)

@@ -129,6 +129,11 @@ def test_every_kind_with_one_id_per_position_can_be_masked(
     quantizer.update(latent.detach(), quantized.ids)
 
 
+def test_groups_have_an_update_where_the_quantizer_of_a_group_has_one() -> None:
+    assert make(group=CVQ).has_update
+    assert not make(group=LC).has_update
+
+
 def test_masked_images_do_not_update_the_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer, latent = keeping([1, 2, 2, 1, 2, 1], monkeypatch), latent_of()
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}

@@ -107,8 +107,9 @@ def load_codebook(source: Artifact | Path | str) -> Tensor:
         codebook = tensors["codebook"] if isinstance(tensors, dict) and "codebook" in tensors else tensors
     if not isinstance(codebook, Tensor) or codebook.ndim != 2 or not codebook.is_floating_point():
         raise DataError(f"{path} does not hold one codebook of shape [K, dim]", "Give what vqpipe kmeans publishes")
+    codebook = codebook.float().contiguous()
     if not bool(torch.isfinite(codebook).all()):
         raise NumericError(f"the codebook {path} holds NaN or infinity", "Make it again")
     if len(codebook) > 1 and bool((codebook == codebook[0]).all()):
         raise DataError(f"all {len(codebook):,} codes of {path} are equal", "Make it again, from other features")
-    return codebook.float().contiguous()
+    return codebook

@@ -207,11 +207,14 @@ def fit_encoder(
     """Fit patch-pca on `images` and write it to the draft, or load it if an earlier run wrote it."""
     if not isinstance(encoder, PatchPca):
         return
-    if distributed.is_main() and draft.record(ENCODER_FILE) is None:
-        encoder.fit(images, config.limit, config.fit_patches, seed, num_workers=num_workers, progress=progress)
-        with draft.write(ENCODER_FILE) as path:
-            encoder.save(path)
-    distributed.barrier()
+
+    def fit() -> None:
+        if draft.record(ENCODER_FILE) is None:
+            encoder.fit(images, config.limit, config.fit_patches, seed, num_workers=num_workers, progress=progress)
+            with draft.write(ENCODER_FILE) as path:
+                encoder.save(path)
+
+    distributed.on_main(fit)
     encoder.load(draft.path / ENCODER_FILE)
 
 

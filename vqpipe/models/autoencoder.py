@@ -166,21 +166,22 @@ class Autoencoder(nn.Module, ABC):
         self.quantizer.standardize_codebook()
 
     def latent_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean float64[C] and covariance float64[C, C] of the latent vectors of `images`, over all ranks."""
+        """Mean float64[C] and covariance float64[C, C] of the latent vectors of `images`, over all ranks, which may
+        have the same images."""
         total = torch.zeros(1 + self.quantizer.latent_dim, 1 + self.quantizer.latent_dim, dtype=torch.float64)
         total = total.to(images.device)
         for part in images.split(IMAGES_PER_CHUNK):
             vectors = self.latent(part).double().transpose(0, 1).flatten(1).T
             vectors = torch.cat([torch.ones_like(vectors[:, :1]), vectors], dim=1)
             total += vectors.T @ vectors  # count, sums and products
-        all_reduce_sum(total)
         count = int(total[0, 0])
         if count < 2 * len(total):
             raise DataError(
                 f"{count} latent vectors are too few to whiten {len(total) - 1} channels",
                 "Set train.whiten_images to more images, or use larger ones",
             )
-        total /= count
+        all_reduce_sum(total)
+        total /= total[0, 0].clone()
         mean = total[0, 1:]
         return mean, total[1:, 1:] - mean.outer(mean)
 

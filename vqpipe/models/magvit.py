@@ -71,9 +71,7 @@ class MagvitConfig(LevelsConfig):
         """A norm of this kind."""
         if self.norm == "batch":
             return nn.BatchNorm2d(channels, eps=self.norm_eps)
-        norm = group_norm(channels)
-        norm.eps = self.norm_eps
-        return norm
+        return group_norm(channels, eps=self.norm_eps)
 
     def make_blocks(self, channels: Sequence[int]) -> list[nn.Module]:
         """A residual block from each width to the next."""

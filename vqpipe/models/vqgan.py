@@ -284,6 +284,6 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, torch.backends.cudnn.enabled)
 
 
-def group_norm(channels: int, affine: bool = True) -> GroupNorm:
+def group_norm(channels: int, affine: bool = True, eps: float = 1e-6) -> GroupNorm:
     """Group norm with 32 groups, as in the papers, or the largest divisor of 32 that divides the channels."""
-    return GroupNorm(math.gcd(32, channels), channels, eps=1e-6, affine=affine)
+    return GroupNorm(math.gcd(32, channels), channels, eps=eps, affine=affine)

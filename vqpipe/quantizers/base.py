@@ -22,6 +22,9 @@ from vqpipe.errors import ConfigError, DataError, NumericError
 from vqpipe.quantizers.layout import TokenLayout
 from vqpipe.search import nearest
 
+LOGITS_PER_CHUNK = 2**24
+"""Logits of vectors against codes computed at a time: 64 MiB in float32, a few times that in the backward pass."""
+
 
 class Quantized(NamedTuple):
     """The output of a quantizer."""
@@ -148,6 +151,11 @@ class Quantizer(nn.Module, ABC):
     def update(self, latent: Tensor, ids: Tensor) -> None:
         """Update the codebook after the optimizer step, identically on every rank; latents with a negative id (masked
         groups) are ignored. Default: do nothing."""
+
+    @property
+    def has_update(self) -> bool:
+        """Whether `update` does anything: a step on a GPU waits for that."""
+        return type(self).update is not Quantizer.update
 
     def codebook(self) -> Tensor:
         """The codes that the search compares latents with: float32[K, C]; with groups [G, K, C / G], or, as all groups

@@ -73,7 +73,7 @@ class DiveqQuantizer(VectorQuantizer):
 
         Steps in which all ids are negative (masked groups) do not count.
         """
-        if not self.replace_every:
+        if not self.has_update:
             return
         used = all_reduce_sum(torch.bincount(ids[ids >= 0], minlength=self.codebook_size)) > 0
         self.hits.add_(used)
@@ -83,6 +83,10 @@ class DiveqQuantizer(VectorQuantizer):
         self.replace_unused()
         self.hits.zero_()
         self.steps.zero_()
+
+    @property
+    def has_update(self) -> bool:
+        return self.replace_every > 0
 
     def replace_unused(self) -> None:
         """Replace the codes with a low hit rate, identically on every rank."""

@@ -141,6 +141,10 @@ class MultiGroupQuantizer(Quantizer):
         for (group, part), group_ids in zip(self.split_channels(latent), by_group, strict=True):
             group.update(part, group_ids)
 
+    @property
+    def has_update(self) -> bool:
+        return any(group.has_update for group in self.quantizers())
+
     def codebook(self) -> Tensor:
         return torch.stack([group.codebook() for group in self.quantizers()])
 

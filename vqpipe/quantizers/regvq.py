@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, by_image, to_rows
-from vqpipe.quantizers.sqvae import LOGITS_PER_CHUNK
+from vqpipe.quantizers.base import LOGITS_PER_CHUNK, CodebookConfig, Quantized, by_image, to_rows
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
 

@@ -15,12 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
-from vqpipe.quantizers.base import CodebookConfig, Quantized, by_image, from_rows, to_rows
+from vqpipe.quantizers.base import LOGITS_PER_CHUNK, CodebookConfig, Quantized, by_image, from_rows, to_rows
 from vqpipe.quantizers.vq import VectorQuantizer
 from vqpipe.search import nearest
 
-LOGITS_PER_CHUNK = 2**24
-"""Logits of vectors against codes computed at a time: 64 MiB in float32, a few times that in the backward pass."""
 MIN_TEMPERATURE = 1e-6
 """Of the Gumbel-softmax: below it, logits divided by the temperature may overflow."""
 

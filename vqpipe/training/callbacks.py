@@ -205,8 +205,8 @@ class ProgressCallback(Callback):
 
     def short_window(self, step: int) -> str:
         """How few steps a row is about, where it is fewer than usual: they use fewer codes."""
-        every = self.config.log_every
-        return f" (of {counted(step % every, 'steps')})" if every and step % every else ""
+        steps = step % self.config.log_every
+        return f" (of {counted(steps, 'steps')})" if steps else ""
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
         self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {first_names(keys)})")

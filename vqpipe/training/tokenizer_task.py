@@ -57,9 +57,7 @@ class TokenizerTask(Task[Batch, Reconstruction]):
         for part in frozen:
             part.requires_grad_(False)
         self.frozen_norms = nn.ModuleList(batch_norms(*frozen))  # in training mode their running statistics would move
-        self.moves_codebook = (
-            "codebook" not in config.freeze and type(self.model.quantizer).update is not Quantizer.update
-        )
+        self.moves_codebook = "codebook" not in config.freeze and self.model.quantizer.has_update
         if config.sync_batch_norm and distributed.world_size() > 1:
             if device.type != "cuda":
                 raise ConfigError("train.sync_batch_norm needs GPUs", "Set it to false")
