@@ -143,7 +143,7 @@ def print_settings(out: Console, path: Path, config: Mapping[str, Any], wanted: 
 
 def files_in_words(number: int, size: int) -> str:
     """The number of files and their size."""
-    return f"{number:,}, {size:,} bytes"
+    return f"{counted(number, 'files')}, {size:,} bytes"
 
 
 def draw(node: dict[str, Any], role: str = "", tree: Tree | None = None) -> Tree:

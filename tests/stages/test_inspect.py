@@ -44,7 +44,7 @@ def test_what_is_written_of_an_unfinished_artifact_is_printed(
     printed = capsys.readouterr().out
     rows = [line.split(maxsplit=1) for line in printed.splitlines()]
     assert ["kind", "tokens, not finished"] in [[key, rest.strip()] for key, rest in rows]
-    for words in ("no process now", "2, 10 bytes", "images in them", "100", "checkpoints/step", "1,200 of 5,000"):
+    for words in ("no process now", "2 files, 10 bytes", "images in them", "100", "checkpoints/step", "1,200 of 5,000"):
         assert words in printed
     assert "1,250 of 5,000" in printed
     assert "the disk is full. Free some space." in printed
