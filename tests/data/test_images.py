@@ -134,7 +134,7 @@ def test_an_unreadable_subfolder_is_one_error(tmp_path: Path, monkeypatch: pytes
         return real(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match=r"cannot list .*/b: Permission denied"):
+    with pytest.raises(DataError, match=r"cannot list .*/b: Permission denied\. Check its permissions\.$"):
         open_images([tmp_path])
 
 

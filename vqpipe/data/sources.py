@@ -248,6 +248,7 @@ def read_with_retries(read: Callable[[], bytes]) -> bytes:
 
 def access_error(action: str, path: str, error: OSError, hint: str) -> DataError:
     """The DataError for a file that cannot be listed, opened or read; remote.failure is that of a URL."""
+    hint = "Check its permissions" if isinstance(error, PermissionError) else hint
     failure = DataError(f"cannot {action} {path}: {error.strerror or error}", hint)
     failure.sysexit_code = 66 if isinstance(error, FileNotFoundError) else 74
     return failure
