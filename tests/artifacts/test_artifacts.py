@@ -136,10 +136,8 @@ def test_another_request_is_refused_where_only_the_last_rename_was_missing(tmp_p
 class Folder:
     """Images in a folder."""
 
-    name = "photos"
-
-    def __init__(self, digest: str) -> None:
-        self.digest = digest * 64
+    def __init__(self, digest: str, name: str = "photos") -> None:
+        self.digest, self.name = digest * 64, name
 
 
 @pytest.mark.parametrize("place", [(), ("data",), ("eval",)])
@@ -188,6 +186,8 @@ def test_other_images_are_refused_with_what_to_do(tmp_path: Path) -> None:
         draft.publish({})
     with pytest.raises(ArtifactError, match=rf"out exists and was made with {changed}{remedy}\.$"):
         start(out, "tokens", CONFIG, after)
+    with pytest.raises(ArtifactError, match=r"made with other images: photos, not scans\. Choose another --out\.$"):
+        start(out, "tokens", CONFIG, {"images": Folder("1", "scans")})
     with pytest.raises(ArtifactError, match=r"settings: k was 3, now 4"):
         start(out, "tokens", CONFIG | {"k": 4}, after)
 

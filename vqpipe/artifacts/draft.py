@@ -198,7 +198,12 @@ class Draft:
             return
         what = f"{path} was started with" if unfinished else f"{path} exists and was made with"
         choose = f"Choose another {self.option}"
-        if changed := self.changed_images(before, after):
+        if role := self.changed_images(before, after):
+            name = self.lineage[role]["name"]
+            earlier = stored.get("provenance", {}).get("lineage", {}).get(role, {}).get("name") or name
+            if earlier != name:
+                raise ArtifactError(f"{what} other images: {earlier}, not {name}", choose)
+            changed = f"a file of {name} was added, removed or changed since, or the place or --limit is another"
             finish = f"; with those files, a larger {self.tolerance} finishes it with what is written"
             listed = unfinished and (path / SKIPPED).exists()
             raise ArtifactError(
@@ -213,16 +218,14 @@ class Draft:
         raise ArtifactError(f"{what} {words}", choose)
 
     def changed_images(self, before: dict[str, Any], after: dict[str, Any]) -> str:
-        """How two requests differ, if only by the content of images; otherwise empty."""
+        """The first role in which two requests differ, if only by the content of images; otherwise empty."""
         inputs = before["inputs"], after["inputs"]
         changed = [role for role in inputs[1] if inputs[0].get(role) != inputs[1][role]]
         same_settings = {**before, "inputs": None} == {**after, "inputs": None} and inputs[0].keys() == inputs[1].keys()
         if not changed or not same_settings or any(role not in IMAGE_ROLES for role in changed):
             return ""
         source = self.lineage[changed[0]]
-        if source["kind"] != "data" or not source["name"]:
-            return ""
-        return f"a file of {source['name']} was added, removed or changed since, or the place or --limit is another"
+        return changed[0] if source["kind"] == "data" and source["name"] else ""
 
     def check_request(self) -> None:
         """Store the request, or raise an ArtifactError if an earlier run stored another one."""
