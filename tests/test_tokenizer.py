@@ -469,6 +469,8 @@ def test_ids_of_another_size_are_refused_with_the_size_that_they_fit(tokenizer: 
         tokenizer.decode(ids, image_size=32)
     with pytest.raises(DataError, match=r"is expected\. It has 8 x 8 positions"):
         tokenizer.decode(ids[:, : 17 * tokenizer.num_groups], image_size=32)
+    with pytest.raises(DataError, match=r"is expected\. Pass ids\[None\] for a single image\.$"):
+        tokenizer.decode(ids[0], image_size=64)
 
 
 def test_sizes_are_also_those_of_the_facts_of_tokens(tokenizer: Tokenizer) -> None:

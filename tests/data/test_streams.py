@@ -93,7 +93,7 @@ def test_items_are_the_rows_of_an_image(folder: Path) -> None:
 def test_invalid_requests_are_rejected(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexError, match="image 10 of 10"):
         _ = TokenDataset(folder)[NUM]
-    with pytest.raises(ConfigError, match="view = 2, each image has 2"):
+    with pytest.raises(ConfigError, match=r"view = 2, each image has 2 views\. Pass 0 to 1\.$"):
         TokenDataset(folder, view=2)
     with pytest.raises(ArtifactError, match="is not a vqpipe artifact"):
         TokenDataset(tmp_path / "absent")

@@ -30,6 +30,7 @@ from vqpipe.data.skipped import Skipped
 from vqpipe.data.transforms import DataConfig
 from vqpipe.errors import ConfigError
 from vqpipe.image_size import Size
+from vqpipe.words import counted
 
 
 class TokenDataset(Dataset[dict[str, Any]]):
@@ -64,7 +65,8 @@ class TokenDataset(Dataset[dict[str, Any]]):
             image_size = f"{image_size[1]}x{image_size[0]}"
         self.tokens = TokenSet(open_artifact(path, "tokens"), None if cache is None else Path(cache), image_size)
         if not 0 <= view < self.tokens.views:
-            raise ConfigError(f"view = {view}, each image has {self.tokens.views}", f"0 to {self.tokens.views - 1}")
+            views, last = counted(self.tokens.views, "views"), self.tokens.views - 1
+            raise ConfigError(f"view = {view}, each image has {views}", f"Pass 0 to {last}" if last else "Pass 0")
         self.view = view
         self.facts = self.tokens.facts
         """Of the artifact: image_size, num_tokens, layout and others; of native sizes those of the one that is read."""

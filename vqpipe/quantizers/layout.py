@@ -40,7 +40,8 @@ class TokenLayout:
             expected = f"[images, {self.num_tokens}{channels}] is expected"
             grids = " + ".join(f"{height} x {width}" for height, width in self.grids)
             groups = f" of {self.num_groups} groups each" if self.num_groups > 1 else ""
-            raise DataError(f"{what} of shape {list(ids.shape)} where {expected}", f"It has {grids} positions{groups}")
+            hint = "Pass ids[None] for a single image" if ids.ndim == 1 else f"It has {grids} positions{groups}"
+            raise DataError(f"{what} of shape {list(ids.shape)} where {expected}", hint)
         sizes = [height * width * self.num_groups for height, width in self.grids]
         parts = ids.split(sizes, dim=1)
         return [part.unflatten(1, (*grid, self.num_groups)) for part, grid in zip(parts, self.grids, strict=True)]
