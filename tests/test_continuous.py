@@ -380,6 +380,12 @@ def test_opening_it_as_a_tokenizer_is_an_error(folder: Path) -> None:
         Tokenizer.from_pretrained(folder)
 
 
+def test_opening_a_tiny_one_as_a_tokenizer_is_an_error(pair: Path) -> None:
+    message = r"tiny is a continuous autoencoder \(two \.pth files\), which has no tokens\. .* only vqpipe eval and"
+    with pytest.raises(ConfigError, match=message):
+        Tokenizer.from_pretrained(pair)
+
+
 def test_invalid_images_and_latents_are_rejected(folder: Path, images: torch.Tensor) -> None:
     opened = open_autoencoder(folder)
     with pytest.raises(DataError, match="is not divisible into cells of 4"):

@@ -28,7 +28,7 @@ from vqpipe.files import digest_json, hash_file
 from vqpipe.model_card import table_of
 from vqpipe.model_input import latent_size, network_input
 from vqpipe.tokenizer import Tokenizer
-from vqpipe.tokenizer_files import diffusers_class
+from vqpipe.tokenizer_files import ENCODER, diffusers_class, find_pair
 from vqpipe.weights import load_tensors, load_weights, save_weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -42,8 +42,6 @@ DOWNLOAD = (
 )
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 """The supported classes of diffusers."""
-ENCODER, DECODER = "_encoder.pth", "_decoder.pth"
-"""Suffixes of the two files of a tiny autoencoder."""
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the attention in the file of sd-vae-ft-mse -> names in current diffusers."""
 
@@ -221,24 +219,6 @@ def build_network(kind: str, settings: dict[str, Any], source: Path) -> Any:
     if (channels, network.config.get("out_channels", channels)) != (3, 3):
         raise WeightsError(f"{source} is not for images of three channels", DOWNLOAD)
     return network
-
-
-def find_pair(folder: Path) -> tuple[Path, Path] | None:
-    """Find NAME_encoder.pth and NAME_decoder.pth in a folder; None if there is no encoder.
-
-    Raises:
-        WeightsError: there are several encoders, or no decoder.
-    """
-    encoders = sorted(folder.glob(f"*{ENCODER}"))
-    if not encoders:
-        return None
-    if len(encoders) > 1:
-        names = ", ".join(file.name.removesuffix(ENCODER) for file in encoders)
-        raise WeightsError(f"{folder} contains several tiny autoencoders: {names}", "Move one into a folder of its own")
-    decoder = encoders[0].with_name(encoders[0].name.removesuffix(ENCODER) + DECODER)
-    if not decoder.is_file():
-        raise WeightsError(f"{folder} has {encoders[0].name} without {decoder.name}", "Download both")
-    return encoders[0], decoder
 
 
 def load_pair(encoder: Path, decoder: Path) -> Any:

@@ -24,6 +24,8 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.weights import load_tensors, load_weights, save_weights
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+ENCODER, DECODER = "_encoder.pth", "_decoder.pth"
+"""Suffixes of the two files of a tiny autoencoder."""
 PRETRAINED = Path(__file__).parent / "pretrained"
 """The tokenizers inside the package, with weights in float16."""
 
@@ -109,6 +111,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is absent or not that of a tokenizer.
         ConfigError: its folder contains an autoencoder with continuous latents.
+        WeightsError: its folder contains a part of such an autoencoder.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -116,9 +119,11 @@ def read_config(path: Path) -> dict[str, Any]:
             return table
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    if (name := diffusers_class(path.parent)) is not None:
+    name = diffusers_class(path.parent)
+    if name is not None or find_pair(path.parent) is not None:
+        layout = "two .pth files" if name is None else f"diffusers' {name}"
         raise ConfigError(
-            f"{path.parent} is a continuous autoencoder (diffusers' {name}), which has no tokens",
+            f"{path.parent} is a continuous autoencoder ({layout}), which has no tokens",
             "Pass a tokenizer; only vqpipe eval and vqpipe reconstruct accept this folder",
         )
     raise ArtifactError(f"{path} is absent or is not the config of a tokenizer", "Pass the directory of a tokenizer")
@@ -131,6 +136,24 @@ def diffusers_class(folder: Path) -> str | None:
         return str(table["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def find_pair(folder: Path) -> tuple[Path, Path] | None:
+    """Find NAME_encoder.pth and NAME_decoder.pth in a folder; None if there is no encoder.
+
+    Raises:
+        WeightsError: there are several encoders, or no decoder.
+    """
+    encoders = sorted(folder.glob(f"*{ENCODER}"))
+    if not encoders:
+        return None
+    if len(encoders) > 1:
+        names = ", ".join(file.name.removesuffix(ENCODER) for file in encoders)
+        raise WeightsError(f"{folder} contains several tiny autoencoders: {names}", "Move one into a folder of its own")
+    decoder = encoders[0].with_name(encoders[0].name.removesuffix(ENCODER) + DECODER)
+    if not decoder.is_file():
+        raise WeightsError(f"{folder} has {encoders[0].name} without {decoder.name}", "Download both")
+    return encoders[0], decoder
 
 
 def save_tokenizer(folder: Path, autoencoder: Autoencoder, image_size: int | None) -> None:
