@@ -111,10 +111,12 @@ def show(renderable: RenderableType) -> None:
 
 
 def show_table(table: "ReportTable") -> None:
-    """Print a table of a report, with the best cells highlighted."""
+    """Print a table of a report, with the best cells highlighted. The text of a span is above its first column."""
     from vqpipe.reports import page
 
-    shown = Table(*table.header, box=box.SIMPLE, pad_edge=False, title=escape(table.title), title_justify="left")
+    above = [each for text, width in table.spans for each in (escape(text), *[""] * (width - 1))]
+    header = [f"{text}\n{name}" for text, name in zip(above, table.header, strict=True)] if above else table.header
+    shown = Table(*header, box=box.SIMPLE, pad_edge=False, title=escape(table.title), title_justify="left")
     for row in table.rows:
         cells = [page.Cell(cell) if isinstance(cell, str) else cell for cell in row]
         shown.add_row(*(f"[bold green]{escape(cell.text)}[/]" if cell.best else escape(cell.text) for cell in cells))

@@ -51,7 +51,9 @@ def test_the_page_shows_the_same_pictures_for_both_and_marks_the_better_number(
     assert "already published" in capsys.readouterr().err
 
 
-def test_a_corrected_table_of_a_paper_is_another_request(make_report: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_corrected_table_of_a_paper_is_another_request(
+    make_report: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reports, table, out = (
         [make_report("first", 0), make_report("second", 1)],
         tmp_path / "t.toml",
@@ -59,7 +61,10 @@ def test_a_corrected_table_of_a_paper_is_another_request(make_report: Callable[.
     )
     content = 'title = "Table 1"\nprotocol = "adm"\ncolumns = ["psnr"]\nrows = [["first", "First", 20.5]]\n'
     table.write_text(content, encoding="utf-8")
+    capsys.readouterr()
     compare(reports, out=out, published=[table])
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert lines[lines.index(["row", "paper", "ours"]) - 1] == ["PSNR,", "dB"]
     compare(reports, out=out, published=[table])
     table.write_text(content.replace("20.5", "21.5"), encoding="utf-8")
     with pytest.raises(ArtifactError, match="made with another table-1"):
