@@ -335,7 +335,8 @@ class EncodingJob:
         left_out = Skipped(self.images, self.num_images, found | self.excluded)
         if len(left_out) == self.num_images:
             why = f"used ({text_of(left_out.counts())})" if self.excluded else "read"
-            raise DataError(f"none of the {self.num_images} images of {self.images.name} can be {why}", "Check them")
+            hint = "Check them, or raise --max-pixels" if "too-large" in self.excluded.values() else "Check them"
+            raise DataError(f"none of the {self.num_images} images of {self.images.name} can be {why}", hint)
         if self.stopwatch.images:
             self.progress.message(self.stopwatch.report())
             if advice := self.stopwatch.advice(self.faster_encoding):
