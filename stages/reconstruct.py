@@ -16,7 +16,7 @@ Groups = Annotated[
     str | None,
     typer.Option(
         "--groups",
-        help="Decode only the first K groups of each image; of several K, a labelled column for each.",
+        help="Decode only the first K groups of each image; of several K, a labeled column for each.",
         metavar="K[,K,...]",
     ),
 ]

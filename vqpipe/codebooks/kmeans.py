@@ -134,7 +134,7 @@ def kmeans_per_class(
         missing = features.num_vectors if features.labels is None else int((features.labels < 0).sum())
         raise DataError(
             f"clustering per class needs labels; {missing:,} of {features.num_vectors:,} vectors have none",
-            "Extract features from labelled images (class folders, tars with .cls), or leave out --per-class",
+            "Extract features from labeled images (class folders, tars with .cls), or leave out --per-class",
         )
     classes, sizes = np.unique(features.labels, return_counts=True)
     k, remainder = divmod(config.k, len(classes))

@@ -65,7 +65,7 @@ class ExamplesConfig:
         if unknown:
             raise DataError(
                 f"{unknown:,} of {len(labels):,} images have no label{f' ({unlabeled})' if unlabeled else ''}",
-                "Use labelled images. Only generators can be trained without: --set examples.conditional=false",
+                "Use labeled images. Only generators can be trained without: --set examples.conditional=false",
             )
         if self.num_classes and highest >= self.num_classes:
             raise DataError(f"label {highest} is out of range", f"examples.num_classes = {self.num_classes}")

@@ -54,7 +54,7 @@ def reconstruct_files(
         files: name of each PNG -> the image file, as `png_names` returns them.
         sizes: (H, W) of each file, as `image_sizes` returns them, for the progress.
         groups: for each reconstruction of an image, the number of groups to decode; None: all of them. Several
-            reconstructions are labelled, their files are reconstructions/NAME-groups-K.png, and their PSNR and SSIM
+            reconstructions are labeled, their files are reconstructions/NAME-groups-K.png, and their PSNR and SSIM
             are lists.
         tile, overlap, shared_norms: as for `reconstruct_any_size`.
 

@@ -264,7 +264,7 @@ class Generator(nn.Module, ABC):
             raise ConfigError(
                 f"cfg_scale = {sampling.cfg_scale:g} needs a generator trained with class dropout",
                 "Set generate.cfg_scale=1 (--cfg-scale 1 of vqpipe generate), or train with generator.class_dropout"
-                " above 0 on labelled images",
+                " above 0 on labeled images",
             )
 
 

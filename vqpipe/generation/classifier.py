@@ -120,7 +120,7 @@ class Classifier(nn.Module, ABC):
     def __init__(self, config: ClassifierConfig, space: Space) -> None:
         super().__init__()
         if space.num_classes is None:
-            raise ConfigError("a classifier needs classes", "Use labelled images and examples.conditional = true")
+            raise ConfigError("a classifier needs classes", "Use labeled images and examples.conditional = true")
         self.config, self.space, self.num_classes = config, space, space.num_classes
         if config.embedding == "codes":
             self.dim = space.code_dim
