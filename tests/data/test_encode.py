@@ -240,7 +240,7 @@ def stopwatch_of(seconds: float, **parts: float) -> Stopwatch:
 
 def test_the_report_names_the_slowest_part_and_after_a_long_job_what_to_change() -> None:
     stopwatch = stopwatch_of(100, **{"waiting for images": 80, "encoding": 15, "copying": 1})
-    assert stopwatch.report() == "1,000 images in 0:01:40, 10/s: waiting for images 80%, encoding 15%."
+    assert stopwatch.report() == "1,000 images in 0:01:40, 10/s: waiting for images 80 %, encoding 15 %."
     advice = "Faster: more --num-workers, the extra `fast` (simplejpeg), or a faster disk."
     assert stopwatch.advice("") == advice
     assert len(advice) <= 80
@@ -277,7 +277,7 @@ def test_too_many_unusable_images_stop_after_a_shard_and_a_larger_tolerance_cont
     out, straight = tmp_path / "out", run(tmp_path / "straight", images)
     where = re.escape(str(tmp_path / "out.partial" / "skipped.parquet"))
     stopped = (
-        r"^at least 5 of 23 images cannot be used \(5 empty\), more than the 10.00% allowed: 04 of images \(empty\), "
+        r"^at least 5 of 23 images cannot be used \(5 empty\), more than the 10 % allowed: 04 of images \(empty\), "
         rf".* and 2 more; all are listed in {where}\. Raise --max-skipped"
     )
     for again in (False, True):

@@ -31,10 +31,18 @@ def test_each_printed_number_has_ours_beside_it_by_the_protocol_of_the_paper(tmp
     ours.add("adm", "photos", ("lc",), {"rfid": 2.5, "psnr": 24.0})
     ours.add("adm", "faces", ("x", "faces-512-lc"), {"rfid": 3.0})
     table = published_table(read_table(written(tmp_path, TABLE)), ours)
+    assert "has the name of a row" not in table.caption
     assert table.header == ["row", "paper", "ours", "paper", "ours", "paper", "ours"]
     assert list(table.spans) == [("", 1), ("rFID", 2), ("PSNR, dB", 2), ("rFID, faces", 2)]
     assert table.rows[0] == ["another paper's (quoted)", "5.00", "–", "–", "–", "–", "–"]
     assert table.rows[1] == ["VQGAN-LC", "2.62", "2.50", "23.80", "24.00", "4.00", "3.00"]
+
+
+def test_the_caption_says_where_no_report_has_the_name_of_a_row(tmp_path: Path) -> None:
+    ours = OurNumbers()
+    ours.add("cleanfid-matched", "photos", ("lc",), {"rfid": 1.0})
+    caption = published_table(read_table(written(tmp_path, TABLE)), ours).caption
+    assert caption.startswith("No report of protocol adm has the name of a row: lc. Ours:")
 
 
 def test_an_equal_name_is_preferred_to_one_that_ends_with_it() -> None:

@@ -109,7 +109,7 @@ def check_above(folder: Path) -> None:
             run(folder, "stopped", 2)
         partial = folder / "stopped.partial"
         assert stopped.value.what == (
-            "2 of 125 images cannot be used (2 empty), more than the 1.00% allowed: 017 of bad-2 (empty), 100 of bad-2"
+            "2 of 125 images cannot be used (2 empty), more than the 1 % allowed: 017 of bad-2 (empty), 100 of bad-2"
             f" (empty); all are listed in {partial / 'skipped.parquet'}"
         )
         assert stopped.value.hint.startswith("Raise --set data.max_skipped: the same command continues")

@@ -34,7 +34,7 @@ from vqpipe.data.skipped import Skipped, merged, text_of
 from vqpipe.device import bf16_is_faster
 from vqpipe.errors import DataError
 from vqpipe.progress import SILENT, Progress
-from vqpipe.words import counted
+from vqpipe.words import counted, percent
 
 Item = TypeVar("Item")
 
@@ -102,7 +102,7 @@ class Stopwatch:
 
     def report(self) -> str:
         """Images per second and the shares of the time."""
-        parts = ", ".join(f"{name} {part:.0%}" for name, part in self.shares().items() if part >= MIN_SHARE)
+        parts = ", ".join(f"{name} {percent(part, 0)}" for name, part in self.shares().items() if part >= MIN_SHARE)
         seconds = timedelta(seconds=round(self.seconds))
         rate = f"{counted(self.images, 'images')} in {seconds}, {self.images / self.seconds:.3g}/s"
         return f"{rate}: {parts}."

@@ -81,7 +81,8 @@ class Skipped:
                 f" and choose another {draft.option}"
             )
         least = "at least " if so_far else ""
-        raise DataError(f"{least}{self}, more than the {max_skipped:.2%} allowed: {self.first_names()}{listed}", hint)
+        allowed = f"more than the {100 * max_skipped:g} % allowed"
+        raise DataError(f"{least}{self}, {allowed}: {self.first_names()}{listed}", hint)
 
     def publish(self, draft: Draft, progress: Progress) -> None:
         """Write the list into the artifact, if there is anything to list, and report it. Every rank calls it."""

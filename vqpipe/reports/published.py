@@ -19,6 +19,7 @@ from pathlib import Path
 from vqpipe.errors import ConfigError
 from vqpipe.reports import page
 from vqpipe.reports.evaluation import BY_KEY, with_unit, written
+from vqpipe.words import first_names
 
 NOT_PRINTED = "-"
 
@@ -109,11 +110,12 @@ def published_table(table: PublishedTable, ours: OurNumbers) -> page.Table:
     for key, _ in split:
         if key not in BY_KEY:
             raise ConfigError(f"{table.title}: unknown column {key!r}", f"Known: {', '.join(BY_KEY)}")
-    rows = []
+    rows, found = [], False
     for row in table.rows:
         cells = [row.label if row.name else f"{row.label} (quoted)"]
         for column, (key, images) in zip(table.columns, split, strict=True):
             number = ours.find(table.protocol, images, row.name, key) if row.name else None
+            found |= number is not None
             cells += [written(BY_KEY[key], value, unit=False) for value in (row.values.get(column), number)]
         rows.append(cells)
     labels = [with_unit(BY_KEY[key]) + (f", {images}" if images else "") for key, images in split]
@@ -121,5 +123,8 @@ def published_table(table: PublishedTable, ours: OurNumbers) -> page.Table:
         f"Ours: protocol {table.protocol}, which follows the paper's; see the protocol for what still differs. "
         "The paper's numbers are its authors', on their images and weights."
     )
+    if not found:
+        names = first_names([row.name for row in table.rows if row.name])
+        caption = f"No report of protocol {table.protocol} has the name of a row: {names}. {caption}"
     header = ["row", *["paper", "ours"] * len(split)]
     return page.Table(f"As published: {table.title}", header, rows, caption, spans=[("", 1), *((x, 2) for x in labels)])
