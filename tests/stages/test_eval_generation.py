@@ -397,6 +397,6 @@ def test_statistics_of_other_references_are_refused_with_the_option_to_change(
 ) -> None:
     with_network(monkeypatch, None, extractor=True)
     measure(pictures, "report", statistics=pictures / "reference")
-    match = r"reference exists and was made with other images: a file of samples was .*\. Choose another --statistics"
+    match = r"reference exists and was made with other images: photos, not samples\. Choose another --statistics"
     with pytest.raises(ArtifactError, match=match):
         measure(pictures, "other", reference=[str(pictures / "samples")], statistics=pictures / "reference")

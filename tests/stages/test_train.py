@@ -238,7 +238,7 @@ def test_other_held_out_images_are_another_request(go: Any, held_out: dict[str, 
         go("lc", steps=2)
     (picture_folder.parent / "others").mkdir()
     shutil.copy(next(picture_folder.iterdir()), picture_folder.parent / "others")
-    with pytest.raises(ArtifactError, match=r"made with other images: a file of others was"):
+    with pytest.raises(ArtifactError, match=r"made with other images: pictures, not others"):
         go("lc", steps=2, validation=[str(picture_folder.parent / "others")])
 
 
