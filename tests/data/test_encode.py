@@ -223,7 +223,7 @@ def test_progress_counts_every_image_and_ends_with_a_report(images: ImageSet, tm
     run(tmp_path / "out", images, progress=progress)
     assert (progress.started, progress.done) == ([("encode", NUM, 0)], NUM)
     report, skipped = progress.messages
-    assert re.match(r"23 images in 0:0.*/s: .*(waiting for images|encoding|writing) \d+%", report)
+    assert re.match(r"23 images in 0:0.*/s: .*(waiting for images|encoding|writing) \d+ %", report)
     assert skipped == (
         "5 of 23 images cannot be used (5 empty): 04 of images (empty), 10 of images (empty), 11 of images (empty) and"
         f" 2 more; all are listed in {tmp_path / 'out' / 'skipped.parquet'}"

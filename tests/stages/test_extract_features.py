@@ -109,8 +109,8 @@ def test_precision_is_part_of_the_request(tmp_path: Path) -> None:
 def test_prints_images_per_second_and_time_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "features", num_workers=0)
     printed = capsys.readouterr().err
-    assert re.search(r"10 images in \d:\d\d:\d\d, [\d.e+]+/s: .*\d+%", printed), printed
-    shares = [int(share) for share in re.findall(r"(?:waiting for images|encoding|copying|writing) (\d+)%", printed)]
+    assert re.search(r"10 images in \d:\d\d:\d\d, [\d.e+]+/s: .*\d+ %", printed), printed
+    shares = [int(share) for share in re.findall(r"(?:waiting for images|encoding|copying|writing) (\d+) %", printed)]
     assert 0 < sum(shares) <= 102
 
 

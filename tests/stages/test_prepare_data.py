@@ -133,7 +133,7 @@ def test_color_is_applied_before_the_crop(tiny: Path, monkeypatch: pytest.Monkey
 
 
 def test_counts_are_checked_against_the_manifest(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(DataError, match=r"1 of 10 images cannot be used \(1 truncated\), more than the 1.00%"):
+    with pytest.raises(DataError, match=r"1 of 10 images cannot be used \(1 truncated\), more than the 1 %"):
         prepare(tiny, max_skipped=0.01)
     (tiny / "copy" / "train" / "class 0" / "0.JPEG").unlink()
     with pytest.raises(DataError, match="tiny/train should hold 10 images, found 9"):
