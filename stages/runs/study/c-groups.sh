@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Part C: groups at equal bits. One id of 12 bits for scale; 4 groups of 10 bits and 8 groups of 6 with learned and
-# frozen codes, as MGVQ's two phases: masked, then as many steps without masking from there. With PHASES=1 only the second,
-# from the start.
+# frozen codes, as MGVQ's two phases: masked (NAME-masked), then as many steps without masking from there (NAME-unmasked).
+# With PHASES=1 only without masking, from the start (NAME).
 . "$(dirname "$0")/study.sh"
 features pca
 codebook 4096 pca 4096
@@ -22,7 +22,7 @@ for row in 4,1024 8,64; do
         wait || true
         for seed in $SEEDS; do
             suffix=$(suffix "$seed")
-            SEED=$seed try "$1$suffix" "${group[@]}" --set $Q.masking=off --from "$OUT/$1-masked$suffix" "${@:2}"
+            SEED=$seed try "$1-unmasked$suffix" "${group[@]}" --set $Q.masking=off --from "$OUT/$1-masked$suffix" "${@:2}"
         done
     }
     both "lc-$groups" --set $Q.group.kind=lc --set $Q.group.feature_dim=64 --codebook "$OUT/codebook-$K"
