@@ -52,6 +52,7 @@ def extract_features(
         from vqpipe import artifacts, distributed
         from vqpipe.codebooks import features
         from vqpipe.config import to_request
+        from vqpipe.device import for_inference
         from vqpipe.files import hash_file
         from vqpipe.planning.devices import device_of
         from vqpipe.planning.estimate import plan_features
@@ -66,7 +67,8 @@ def extract_features(
             return estimates.show(plan_features(config, device_of(torch_device), ranks, images=count))
         with console.ProgressBar() as progress:
             weights = features.encoder_weights(config, download=download, progress=progress)
-        opened = features.open_encoder(config, weights).to(torch_device)  # before the images: it checks --pool
+        opened = features.open_encoder(config, weights)  # before the images: it checks --pool
+        opened = for_inference(opened, torch_device)
         image_set = console.open_images(images, key_prefix, color)
         inputs: dict[str, artifacts.Input | str] = {"images": image_set}
         if weights is not None:

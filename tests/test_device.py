@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vqpipe import device
-from vqpipe.device import available_bytes, reduced_precision
+from vqpipe.device import available_bytes, for_inference, reduced_precision
 
 
 def test_bf16_reduces_products_and_fp32_changes_nothing() -> None:
@@ -15,6 +15,23 @@ def test_bf16_reduces_products_and_fp32_changes_nothing() -> None:
     with reduced_precision(module, images.device, "fp32"):
         assert module(images).dtype == torch.float32
     assert module.weight.dtype == torch.float32
+
+
+def test_kernels_are_stored_channels_last_for_inference_on_a_cpu() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    images = torch.randn(2, 3, 16, 16)
+    network[1].running_var.fill_(2.0)
+    expected = network.eval()(images)
+    network = for_inference(network.train(), "cpu")
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in (network[0], network[2]))
+    assert not network.training
+    assert not any(weight.requires_grad for weight in network.parameters())
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_a_network_with_group_norms_keeps_its_layout() -> None:
+    network = for_inference(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)), "cpu")
+    assert network[0].weight.is_contiguous()
 
 
 def test_available_memory_is_plausible() -> None:

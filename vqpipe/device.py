@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from vqpipe.errors import ConfigError
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DEVICES = "Use auto, cpu, cuda, cuda:N or mps"
 ROOT = Path("/")
 """Of the system files that are read."""
@@ -83,6 +85,21 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Compute convolutions and matrix products in bfloat16 with "bf16"; with "fp32" nothing changes."""
     check_precision(precision)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def for_inference(network: ModuleT, device: torch.device | str) -> ModuleT:
+    """`network` itself, moved to `device`, in evaluation mode and with frozen weights.
+
+    On a CPU its kernels are stored channels last, the faster layout of oneDNN's convolutions, unless it has group
+    norms: those of PyTorch lose digits in that layout where the mean is large (error 1e-3 at 10 standard deviations).
+    """
+    network.eval().requires_grad_(False).to(device)
+    modules = list(network.modules())
+    if torch.device(device).type == "cpu" and not any(isinstance(module, nn.GroupNorm) for module in modules):
+        for module in modules:
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+    return network
 
 
 def reduced_precision(module: nn.Module, device: torch.device, precision: str) -> torch.autocast:

@@ -1,6 +1,7 @@
 """`vqpipe train`: log, samples, validation, best weights, and what is published."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -124,6 +125,18 @@ def test_publish_best_publishes_the_weights_of_the_best_validation(
     weights = load_file(last.file("model.safetensors"))
     assert all(torch.equal(value, measured[8][name]) for name, value in weights.items())
     assert last.facts["published_step"] == 8
+
+
+def test_without_a_best_validation_the_last_weights_are_published_with_a_word(
+    go: Any, held_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = scripted(monkeypatch, dict.fromkeys((2, 4, 6, 8), math.nan))
+    published = go("best", set=["train.validate_every=2"], publish="best", **held_out)
+    weights = load_file(published.file("model.safetensors"))
+    assert all(torch.equal(value, measured[8][name]) for name, value in weights.items())
+    assert published.facts["published_step"] == 8
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no validation gave a number valid/psnr: the weights of the last step are published" in said
 
 
 @pytest.mark.parametrize("cut", [5, pytest.param(7, marks=pytest.mark.slow)])

@@ -217,7 +217,7 @@ def test_progress_shows_every_known_number_and_keeps_those_of_the_last_validatio
     assert progress.messages == [
         "resuming at step 1,199",
         "skipped a damaged checkpoint: step-00001200: model.safetensors is damaged",
-        "step 1,200 was skipped: its gradient is not finite (images a, b, c and 1 more)",
+        "step 1,200: a gradient is not finite, no update (images a, b, c and 1 more)",
     ]
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqpipe.codebooks import features
+from vqpipe.device import for_inference
 from vqpipe.errors import ConfigError
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks
@@ -64,5 +65,5 @@ def add_extractor(
     encoder = features.open_encoder(config, file)
     if file is None or encoder.transform is None:
         raise ConfigError(f"{spec} has no weights or no preprocessing of its own", "Name open_clip: or timm:")
-    networks.extractors[spec] = PooledMaps(encoder, encoder.transform).to(device)
+    networks.extractors[spec] = for_inference(PooledMaps(encoder, encoder.transform), device)
     networks.sha256[f"{spec}: {file.name}"] = networks.extractor_sha256[spec] = hash_file(file)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vqpipe.device import for_inference
 from vqpipe.errors import ConfigError, WeightsError
 from vqpipe.files import hash_file
 from vqpipe.metrics.inception import INCEPTION_FILE, Inception
@@ -64,17 +65,17 @@ def find_networks(
         except WeightsError as error:
             absent[f"lpips_{net}"] = str(error)
             continue
-        perceptual[f"lpips_{net}"] = load_lpips(net, file).to(device)
+        perceptual[f"lpips_{net}"] = for_inference(load_lpips(net, file), device)
         sha256[file.name] = hash_file(file)
     for net, file in (perceptual_weights or {}).items():
-        perceptual[f"perceptual_{net}"] = load_lpips(net, file).to(device)
+        perceptual[f"perceptual_{net}"] = for_inference(load_lpips(net, file), device)
         sha256[f"perceptual_{net}: {file.name}"] = hash_file(file)
     try:
         file = find_weights(INCEPTION_FILE, folder, "rFID needs torch-fidelity's Inception")
     except WeightsError as error:
         absent["rfid"] = str(error)
     else:
-        inception = Inception(file).to(device)
+        inception = for_inference(Inception(file), device)
         sha256[file.name] = hash_file(file)
     return FeatureNetworks(perceptual, inception, sha256, absent)
 

@@ -70,7 +70,7 @@ class Callback:
         return {}
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
-        """The gradient of `step` was not finite and no weight moved; `keys` are this rank's images in it."""
+        """The gradient of a network was not finite in `step`, and it did not move; `keys` are this rank's images."""
 
     def on_step_end(self, state: TrainState) -> None:
         """After a step with its rows and samples, before its checkpoint."""
@@ -209,7 +209,7 @@ class ProgressCallback(Callback):
         return f" (of {counted(steps, 'steps')})" if steps else ""
 
     def on_skipped_step(self, step: int, keys: Sequence[str]) -> None:
-        self.progress.message(f"step {step:,} was skipped: its gradient is not finite (images {first_names(keys)})")
+        self.progress.message(f"step {step:,}: a gradient is not finite, no update (images {first_names(keys)})")
 
     def on_step_end(self, state: TrainState) -> None:
         self.progress.advance()

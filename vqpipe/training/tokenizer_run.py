@@ -214,6 +214,8 @@ def train_tokenizer(
     if state.step < recipe.train.steps:
         return None
     best = validation.best if validation is not None and publish == "best" else None
+    if best is not None and best.step is None:
+        progress.message(f"no validation gave a number {best.measure}: the weights of the last step are published")
     return publish_tokenizer(draft, recipe, inputs, task, state, metrics, best, skipped.publish())
 
 
