@@ -139,6 +139,16 @@ def test_without_a_best_validation_the_last_weights_are_published_with_a_word(
     assert "no validation gave a number valid/psnr: the weights of the last step are published" in said
 
 
+def test_a_weight_of_a_loss_that_the_quantizer_lacks_has_no_effect_and_is_named(
+    go: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go("vq", steps=2)
+    assert "no effect of" not in capsys.readouterr().err
+    go("entropy", steps=2, set=["objective.entropy=0.1", "objective.prior=1.0"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no effect of objective.entropy and objective.prior: the vq quantizer has no such loss" in said
+
+
 @pytest.mark.parametrize("cut", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_resumed_run_has_the_same_best_weights_and_log(
     go: Any, held_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cut: int

@@ -161,6 +161,8 @@ class Objective(nn.Module):
                     f"the quantizer has the loss {name!r}, which has no weight", f"Set objective.{name} above 0"
                 )
         self.config = config
+        self.unused = [name for name in QUANTIZER_TERMS if getattr(config, name) and name not in quantizer_terms]
+        """Terms that have a weight, and that the quantizer does not have."""
         if perceptual is None and config.perceptual != "none":
             perceptual = Perceptual(config.perceptual, config.lpips_weights)
         self.perceptual = perceptual

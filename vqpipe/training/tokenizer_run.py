@@ -188,6 +188,9 @@ def train_tokenizer(
             network.to(memory_format=torch.channels_last)
         network.to(device)
     objective = Objective(recipe.objective, model.quantizer.loss_names).to(device)
+    if objective.unused:
+        names = " and ".join(f"objective.{name}" for name in objective.unused)
+        progress.message(f"no effect of {names}: the {recipe.model.quantizer.kind} quantizer has no such loss")
     task = TokenizerTask(model, discriminator, objective)
     if recipe.train.whiten_init and not checkpoints(draft.path).paths():
         # On the first images of the run; the same images on every rank.
