@@ -93,6 +93,7 @@ def test_every_command_parses_and_every_model_builds(
             quantizer = str(settings.model.quantizer)
             needs_codebook = "LcConfig(" in quantizer and "codebook_init='artifact'" in quantizer
             assert bool(given["codebook"]) == needs_codebook
+            assert not (given["source"] and settings.train.whiten_init)
 
 
 def test_every_table_and_figure_of_both_papers_has_a_script() -> None:
@@ -152,6 +153,7 @@ def test_every_command_of_the_study_parses_and_every_model_builds(
             quantizer = str(settings.model.quantizer)
             needs_codebook = "codebook_init='artifact'" in quantizer or re.search(r"frozen_dim=[1-9]", quantizer)
             assert bool(given_options["codebook"]) == bool(needs_codebook)
+            assert not (given_options["source"] and settings.train.whiten_init)
             trained.add(given_options["out"].name)
         if name == "compare":
             compared |= {

@@ -7,7 +7,7 @@ features pca
 for K in ${SIZES:-1024 4096 16384 65536 100000 1000000}; do
     runs=try patch=4
     case $K in 4096 | 100000) runs=twice ;; esac
-    case $K in 65536) patch=8 ;; 100000 | 1000000) patch=10 ;; esac
+    case $K in 65536) patch=8 ;; 100000) patch=10 ;; 1000000) patch=20 ;; esac # of VQBridge: 1,000 to 2,500 patches
     file=codebook-$K
     if [ "$K" -lt 16384 ]; then
         codebook "$K" pca "$K"

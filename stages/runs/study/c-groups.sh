@@ -22,7 +22,8 @@ for row in 4,1024 8,64; do
         wait || true
         for seed in $SEEDS; do
             suffix=$(suffix "$seed")
-            SEED=$seed try "$1-unmasked$suffix" "${group[@]}" --set $Q.masking=off --from "$OUT/$1-masked$suffix" "${@:2}"
+            SEED=$seed try "$1-unmasked$suffix" "${group[@]}" --set $Q.masking=off --set train.whiten_init=false \
+                --from "$OUT/$1-masked$suffix" "${@:2}"
         done
     }
     both "lc-$groups" --set $Q.group.kind=lc --set $Q.group.feature_dim=64 --codebook "$OUT/codebook-$K"
