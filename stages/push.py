@@ -29,7 +29,9 @@ def push(
         list[str] | None,
         typer.Option("--dataset", help="A data set of the training, as the hub calls it; repeatable.", metavar="NAME"),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the files and the card, and upload nothing.")
     ] = False,

@@ -221,6 +221,8 @@ def running() -> Iterator[Server]:
         if name in state.repositories:
             return request.json({"error": "You already created this", "url": f"{state.address}/{name}"}, 409)
         state.repositories[name] = {}
+        if asked.get("visibility", asked.get("private")) in ("private", True):
+            state.private.add(name)
         return request.json({"url": f"{state.address}/{name}"})
 
     def large(asked: dict[str, Any]) -> dict[str, Any]:
@@ -254,7 +256,7 @@ def running() -> Iterator[Server]:
             return request.json([tree_entry(folder, path, data, recursive) for path, data in inside.items()])
         siblings = [{"rfilename": path} for path in stored]
         facts = {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
-        return request.json({**facts, "private": False, "tags": [], "downloads": 0})
+        return request.json({**facts, "private": repository in state.private, "tags": [], "downloads": 0})
 
     def tree_entry(folder: str, path: str, content: bytes, recursive: bool) -> dict[str, Any]:
         if "/" in path and not recursive:

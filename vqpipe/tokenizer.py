@@ -423,13 +423,14 @@ class Tokenizer:
 
         Args:
             repository: is made if it is absent.
-            private: whether a new repository is private.
+            private: whether a new repository is private; one that is public is refused then.
             licence, metrics, datasets: of the model card, as `hub_card`.
             card: the whole model card, in their place.
 
         Raises:
             ConfigError: the repository is not "user/name".
-            WeightsError: no token (run `hf auth login` first), no permission, or no connection.
+            WeightsError: no token (run `hf auth login` first), no permission, or no connection; or with `private`, the
+                repository is public.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)

@@ -99,6 +99,24 @@ def test_private_repository_and_second_push(
     }
 
 
+def test_private_weights_are_not_pushed_to_a_public_repository(
+    hub_in_process: Any, tiny_tokenizer: Callable[..., Path], tmp_path: Path, vqpipe: Callable[..., Any]
+) -> None:
+    tiny_tokenizer("mine")
+    hub_in_process.repositories["owner/mine"] = {}
+    done = vqpipe(tmp_path, "push", "mine", "owner/mine", "--private")
+    assert done.stderr == (
+        "the card states no licence: pass --licence to state one\n"
+        "error: cannot upload to hf:owner/mine: the repository exists and is public. Name a new one, or make it private"
+        " in https://huggingface.co/owner/mine/settings.\n"
+    )
+    assert (done.returncode, done.stdout, hub_in_process.repositories["owner/mine"]) == (1, "", {})
+    hub_in_process.private.add("owner/mine")
+    done = vqpipe(tmp_path, "push", "mine", "owner/mine", "--private")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in hub_in_process.repositories["owner/mine"]
+
+
 def test_failures_of_an_upload_are_one_line_and_say_how_to_log_in(
     hub_in_process: Any,
     tiny_tokenizer: Callable[..., Path],

@@ -60,7 +60,7 @@ def upload_folder(repository: str, folder: Path, *, private: bool) -> str:
 
     Raises:
         ConfigError: the repository is not OWNER/NAME.
-        WeightsError: there is no token, no permission or no connection.
+        WeightsError: there is no token, no permission or no connection; or with `private`, the repository is public.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -76,6 +76,11 @@ def upload_folder(repository: str, folder: Path, *, private: bool) -> str:
     with hub_errors(failed, repository, "Run the command again"):
         api = HfApi()
         api.create_repo(repository, private=True if private else None, exist_ok=True)
+        if private and api.model_info(repository).private is False:  # one that exists stays as it is
+            raise WeightsError(
+                f"{failed}: the repository exists and is public",
+                f"Name a new one, or make it private in https://huggingface.co/{repository}/settings",
+            )
         message = "Upload a tokenizer with vqpipe"
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
 
