@@ -440,6 +440,7 @@ def test_names_without_images_are_an_error(tmp_path: Path, pack: Pack) -> None:
     (tmp_path / "pictures" / "a.JPG").write_bytes(b"1")
     for specs, message in (
         ([], "no images were given"),
+        ("", r"the name of the images is empty\. Name them, or write \. for the current folder"),
         ([tmp_path / "empty.tar"], "no images in empty.tar"),
         ([tmp_path / "tars"], r"holds no images. Give its tars: '.*\*\.tar'"),
         ([tmp_path / "absent"], "no such images: .*absent. Give a folder"),

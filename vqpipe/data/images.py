@@ -331,6 +331,8 @@ def open_images(
 
 def open_source(spec: str) -> ImageSource:
     """Open one value of `--images`."""
+    if not spec:  # a path of no characters is that of the current folder
+        raise DataError("the name of the images is empty", "Name them, or write . for the current folder")
     if spec.startswith("builtin:"):
         return open_photos(spec)
     if spec.startswith("pipe:"):
